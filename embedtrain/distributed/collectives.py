@@ -1,0 +1,109 @@
+"""The collectives of the project. `group` is always an argument; None means a job of one process."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from embedtrain.distributed.runtime import rank_of
+from embedtrain.errors import UserError
+
+T = TypeVar("T")
+
+
+def all_to_all_rows(
+    rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], group: dist.ProcessGroup | None
+) -> Tensor:
+    """Sends consecutive runs of rows to the ranks in order, and returns what they sent, by rank.
+
+    Collective: every rank of `group`.
+
+    Args:
+        rows: [sum(send_counts), ...] contiguous.
+        send_counts: rows for each rank.
+        receive_counts: rows from each rank.
+
+    Returns:
+        [sum(receive_counts), ...]; `rows` itself where there is no group.
+    """
+    if group is None:
+        return rows
+    received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
+    dist.all_to_all_single(received, rows.contiguous(), list(receive_counts), list(send_counts), group=group)
+    return received
+
+
+def all_reduce_sum(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sums `values` over the ranks, in place, and returns them. Collective: every rank of `group`."""
+    if group is not None:
+        dist.all_reduce(values, op=dist.ReduceOp.SUM, group=group)
+    return values
+
+
+def all_gather_object(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """Returns the ranks' values in rank order. Collective: every rank of `group`."""
+    if group is None:
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def broadcast_object(value: T, group: dist.ProcessGroup | None, src: int = 0) -> T:
+    """Returns the value of rank `src` of `group`. Collective: every rank of `group`."""
+    if group is None:
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, group_src=src, group=group)
+    return holder[0]
+
+
+def barrier(group: dist.ProcessGroup | None) -> None:
+    """Waits for every rank. Collective: every rank of `group`."""
+    if group is not None:
+        # An all-reduce of a CPU tensor: dist.barrier would pick a GPU on its own.
+        dist.all_reduce(torch.zeros(1), group=group)
+
+
+def raise_together(error: BaseException | None, group: dist.ProcessGroup | None) -> None:
+    """Raises on every rank when any rank passes an error, so that no rank is left waiting for it.
+
+    A rank with an error of its own raises that; the others raise what the lowest failing rank reports: the
+    same class and text for a UserError, else a RuntimeError with that rank's number and traceback.
+
+    Collective: every rank of `group`.
+    """
+    report: tuple[type[Exception], str] | None = None
+    if isinstance(error, UserError):
+        report = (type(error), str(error))
+    elif error is not None:
+        trace = "".join(traceback.format_exception(error))
+        report = (RuntimeError, f"rank {rank_of(group)} failed:\n{trace}")
+    reports = all_gather_object(report, group)
+    if error is not None:
+        raise error
+    for found in reports:
+        if found is not None:
+            error_type, text = found
+            raise error_type(text)
+
+
+def run_on_first(function: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """Runs `function` on rank 0 and returns its result, or raises its error, on every rank.
+
+    Collective: every rank of `group`.
+    """
+    result: T | None = None
+    error: Exception | None = None
+    if rank_of(group) == 0:
+        try:
+            result = function()
+        except Exception as raised:
+            error = raised
+    raise_together(error, group)
+    return broadcast_object(result, group)  # type: ignore[return-value]

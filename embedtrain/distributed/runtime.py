@@ -1,0 +1,110 @@
+"""Joining a torchrun job and leaving it: rank, device and process group of this process."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+DEFAULT_TIMEOUT_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a process knows of its job.
+
+    Attributes:
+        rank: position among all processes of the job, 0 without torchrun.
+        local_rank: position among the processes of this host.
+        world_size: number of processes of the job.
+        device: where this rank's shards and computation live.
+        group: the job's process group, or None for a job of one process without torchrun.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    group: dist.ProcessGroup | None
+
+
+def init_distributed(
+    *, device: str = "auto", timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
+) -> Runtime:
+    """Joins the job that torchrun describes in the environment; without torchrun, a job of one process.
+
+    Collective: every rank of the job.
+
+    Args:
+        device: "cpu" (Gloo), "cuda" (NCCL, one GPU a rank), or "auto": CUDA where it is available.
+        timeout_seconds: how long a collective may wait for a rank before the job fails.
+
+    Raises:
+        ValueError: `device` is unknown, or CUDA was asked for and is absent or has too few GPUs.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = _choose_device(device, local_rank)
+    if "RANK" not in os.environ:
+        return Runtime(0, 0, 1, chosen, None)
+    _die_with_launcher()
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    timeout = timedelta(seconds=timeout_seconds)
+    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    # Restarted ranks get the store of the failed attempt, and would read dead peers' addresses from it.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"embedtrain/attempt-{attempt}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
+    return Runtime(rank, local_rank, world_size, chosen, dist.group.WORLD)
+
+
+def shut_down() -> None:
+    """Leaves the job; does nothing where none was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def default_group() -> dist.ProcessGroup | None:
+    """Returns the process group of the job, or None in a process that joined none."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def rank_of(group: dist.ProcessGroup | None) -> int:
+    """Returns this process's rank in `group`; 0 where there is no group."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def size_of(group: dist.ProcessGroup | None) -> int:
+    """Returns the number of ranks in `group`; 1 where there is no group."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def _choose_device(device: str, local_rank: int) -> torch.device:
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {device!r}")
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local_rank} has no GPU of its own: this host has {torch.cuda.device_count()}; "
+            "start fewer ranks a host, or use device=cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _die_with_launcher() -> None:
+    """Has the kernel kill this rank when torchrun dies: ranks left behind would go on saving."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -1,0 +1,1 @@
+"""Sharded tables and the exchange of their rows."""

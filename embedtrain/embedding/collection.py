@@ -1,0 +1,175 @@
+"""Sharded embedding tables behind one module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from embedtrain.checkpoint.view import ShardView
+from embedtrain.distributed.collectives import all_to_all_rows
+from embedtrain.distributed.runtime import default_group, rank_of, size_of
+from embedtrain.embedding.exchange import RowRequest, exchange_ids, exchange_vectors
+from embedtrain.embedding.features import resolve_features
+from embedtrain.embedding.ids import valid_bags
+from embedtrain.embedding.pooling import pool
+from embedtrain.embedding.shard import RowGroup, TableShard
+from embedtrain.jagged import Jagged
+from embedtrain.spec import FeatureSpec, TableSpec
+
+
+class EmbeddingCollection(nn.Module):
+    """Embedding tables sharded by row over the ranks of a process group.
+
+    Tables of one dim and dtype form a group: a step costs one id, one vector and one gradient exchange per
+    group, whatever the number of features. The rows are not parameters of the module: their gradients wait
+    at the rank that owns them for a sparse optimizer of `embedtrain.optim`.
+
+    Args:
+        tables: at least one, of unique names.
+        features: what `forward` accepts; where None, one unpooled feature per table, of its name.
+        device: of this rank's rows; the CPU where None.
+        process_group: the ranks that share the tables; where None, the job's, or one process without a job.
+        seed: of the first values.
+
+    Raises:
+        ValueError: names repeat, or a feature names a table that does not exist.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[TableSpec],
+        features: Sequence[FeatureSpec] | None = None,
+        *,
+        device: torch.device | str | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.features = resolve_features(tables, features)
+        self.process_group = process_group if process_group is not None else default_group()
+        self._device = torch.device("cpu" if device is None else device)
+        members: dict[tuple[int, torch.dtype], list[TableSpec]] = {}
+        for table in tables:
+            members.setdefault((table.dim, table.dtype), []).append(table)
+        self.row_groups = [
+            RowGroup(specs, seed=seed, device=self._device, process_group=self.process_group)
+            for specs in members.values()
+        ]
+        self._place = {
+            shard.spec.name: (number, position)
+            for number, group in enumerate(self.row_groups)
+            for position, shard in enumerate(group.shards)
+        }
+
+    @property
+    def shards(self) -> dict[str, TableShard]:
+        """This rank's part of each table, by name."""
+        return {shard.spec.name: shard for group in self.row_groups for shard in group.shards}
+
+    def forward(self, batch: Mapping[str, Jagged]) -> dict[str, Tensor]:
+        """Looks up the features of this rank's batch.
+
+        Collective: every rank, with the same features; batches may differ in size and may be empty. Where
+        gradients are enabled every rank must also run backward.
+
+        Returns:
+            Per feature float32 vectors: [num_values, dim] without pooling, else [num_bags, dim].
+
+        Raises:
+            BadIdError: an id of any rank is outside its table and its feature's policy is "error"; raised on
+                every rank before any row moves.
+            ValueError: the batch names a feature that does not exist, on any rank; raised likewise.
+        """
+        bags, requests, inverses = self._exchange_ids(batch)
+        vectors = {number: exchange_vectors(self.row_groups[number], requests[number]) for number in requests}
+        return {
+            name: pool(vectors[self._place_of(name)[0]], inverses[name], bags[name], self.features[name].pooling)
+            for name in batch
+        }
+
+    def distinct_rows(self, batch: Mapping[str, Jagged]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Fetches each distinct row of the batch once, for models that work on compact rows.
+
+        Collective: as `forward`.
+
+        Returns:
+            vectors: [num_distinct, dim] float32.
+            inverse: per feature [num_values] int64; the place among `vectors` of each value's row.
+
+        Raises:
+            ValueError: the features' tables differ in dim or dtype, or as `forward`.
+        """
+        numbers = {self._place_of(name)[0] for name in batch if name in self.features}
+        if len(numbers) > 1:
+            raise ValueError(f"distinct_rows needs tables of one dim and dtype; the features {list(batch)} differ")
+        _, requests, inverses = self._exchange_ids(batch)
+        (number,) = numbers
+        return exchange_vectors(self.row_groups[number], requests[number]), inverses
+
+    def gather_table(self, name: str, state: str = "weight") -> Tensor:
+        """Returns a whole table, or an optimizer's state of it, in order of id, on every rank.
+
+        Collective: every rank. For tables that fit on one.
+        """
+        shard = self.shards[name]
+        local = shard.weight if state == "weight" else shard.state[state]
+        ranks = range(size_of(self.process_group))
+        sizes = [stop - start for start, stop in map(shard.layout.shard_range, ranks)]
+        copies = local.repeat(len(ranks), *[1] * (local.dim() - 1))
+        slots = all_to_all_rows(copies, [local.shape[0]] * len(ranks), sizes, self.process_group)
+        return slots[shard.layout.slot_of(torch.arange(shard.spec.num_rows, device=slots.device))]
+
+    def shard_views(self) -> list[ShardView]:
+        """Returns this rank's weights and optimizer state, as a checkpoint saves and loads them."""
+        return [view for shard in self.shards.values() for view in shard.views()]
+
+    def _place_of(self, feature: str) -> tuple[int, int]:
+        return self._place[self.features[feature].table_name]
+
+    def _exchange_ids(
+        self, batch: Mapping[str, Jagged]
+    ) -> tuple[dict[str, Jagged], dict[int, RowRequest], dict[str, Tensor]]:
+        """Returns the valid bags, a request per group that the batch touches, and each feature's inverse."""
+        bags: dict[str, Jagged] = {}
+        keys: dict[int, list[Tensor]] = {}
+        members: dict[int, list[str]] = {}
+        error: Exception | None = None
+        try:
+            bags = self._valid_bags(batch)
+            for name, bag in bags.items():
+                number, position = self._place_of(name)
+                keys.setdefault(number, []).append(self.row_groups[number].keys_of(position, bag.values))
+                members.setdefault(number, []).append(name)
+        except ValueError as raised:
+            error = raised
+        numbers = sorted(keys)
+        requests = exchange_ids(
+            # A rank whose input is wrong may not know which groups the others look up: the count is of all.
+            self.row_groups,
+            [torch.cat(keys[n]) if n in keys else self._no_keys() for n in range(len(self.row_groups))],
+            error,
+            self.process_group,
+        )
+        inverses: dict[str, Tensor] = {}
+        for number in numbers:
+            sizes = [bags[name].values.numel() for name in members[number]]
+            parts = requests[number].inverse.split(sizes)
+            inverses.update(zip(members[number], parts, strict=True))
+        return bags, {number: requests[number] for number in numbers}, inverses
+
+    def _valid_bags(self, batch: Mapping[str, Jagged]) -> dict[str, Jagged]:
+        unknown = [name for name in batch if name not in self.features]
+        if unknown or not batch:
+            raise ValueError(f"expected a batch of the features {list(self.features)}, got {list(batch)}")
+        rank = rank_of(self.process_group)
+        shards = self.shards
+        return {
+            name: valid_bags(bags, self.features[name], shards[self.features[name].table_name].spec.num_rows, rank)
+            for name, bags in batch.items()
+        }
+
+    def _no_keys(self) -> Tensor:
+        return torch.zeros(0, dtype=torch.int64, device=self._device)

@@ -1,0 +1,47 @@
+"""Ids that are not rows of their table: found before anything travels, and treated as their feature says."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from embedtrain.errors import BadIdError
+from embedtrain.jagged import Jagged
+from embedtrain.ops.mix import mix64
+from embedtrain.spec import FeatureSpec
+
+
+def valid_bags(bags: Jagged, feature: FeatureSpec, num_rows: int, rank: int) -> Jagged:
+    """Returns the bags with ids in `[0, num_rows)` only, by the feature's policy.
+
+    Raises:
+        BadIdError: an id is outside and the policy is "error".
+    """
+    ids = bags.values.long()
+    if ids.numel() == 0:
+        return bags
+    low, high = torch.aminmax(ids)
+    if int(low) >= 0 and int(high) < num_rows:
+        return bags
+    bad = (ids < 0) | (ids >= num_rows)
+    if feature.invalid_ids == "error":
+        raise BadIdError(_describe(bags, bad, feature, num_rows, rank))
+    if feature.invalid_ids == "hash":
+        return Jagged(torch.where(bad, mix64(ids).remainder(num_rows), ids), bags.lengths, bags.weights)
+    return _without(bags, bad)
+
+
+def _without(bags: Jagged, bad: Tensor) -> Jagged:
+    dropped = torch.zeros_like(bags.lengths).index_add_(0, bags.bag_of_values()[bad], torch.ones_like(bags.lengths[:1]).expand(int(bad.sum())))
+    weights = None if bags.weights is None else bags.weights[~bad]
+    return Jagged(bags.values[~bad], bags.lengths - dropped, weights)
+
+
+def _describe(bags: Jagged, bad: Tensor, feature: FeatureSpec, num_rows: int, rank: int) -> str:
+    position = int(bad.nonzero()[0])
+    return (
+        f"feature {feature.name!r}, table {feature.table_name!r}: id {int(bags.values[position])} at position "
+        f"{position} of the batch (bag {int(bags.bag_of_values()[position])}) on rank {rank} is outside the "
+        f"table's range 0 to {num_rows - 1}; {int(bad.sum())} of {bad.numel()} ids are. "
+        "Set the feature's invalid_ids to 'hash' or 'drop' to accept such ids."
+    )

@@ -1,0 +1,39 @@
+"""First values of a table: a function of seed, table and slot, so that every world size starts alike."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from xxhash import xxh3_64_intdigest
+
+from embedtrain.spec import TableSpec
+
+_BLOCK_ROWS = 4096
+"""Slots drawn by one generator. Part of what a seed means: changing it changes every run."""
+
+
+def initial_rows(spec: TableSpec, start: int, stop: int, seed: int) -> Tensor:
+    """Draws the first values of the slots `[start, stop)`; [stop - start, dim], on the CPU, in the table's dtype.
+
+    Slots are drawn in fixed blocks, each by a generator of its own, and a range takes its part of them.
+    """
+    rows = torch.zeros(stop - start, spec.dim, dtype=spec.dtype)
+    if spec.init == "zeros":
+        return rows
+    for block_start in range(start - start % _BLOCK_ROWS, stop, _BLOCK_ROWS):
+        block_stop = min(block_start + _BLOCK_ROWS, spec.num_rows)
+        low, high = max(start, block_start), min(stop, block_stop)
+        block = _draw_block(spec, block_start, block_stop, seed)
+        rows[low - start : high - start] = block[low - block_start : high - block_start]
+    return rows
+
+
+def _draw_block(spec: TableSpec, start: int, stop: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(xxh3_64_intdigest(f"{seed}/{spec.name}/{start}".encode()))
+    scale = 1.0 / math.sqrt(spec.dim) if spec.init_scale is None else spec.init_scale
+    block = torch.empty(stop - start, spec.dim)
+    if spec.init == "normal":
+        return block.normal_(0.0, scale, generator=generator)
+    return block.uniform_(-scale, scale, generator=generator)

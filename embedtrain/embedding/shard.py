@@ -1,0 +1,155 @@
+"""The rows that one rank holds: weights and optimizer state side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from embedtrain.checkpoint.view import ShardView
+from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.embedding.init import initial_rows
+from embedtrain.ops.mix import mix64
+from embedtrain.sharding.layout import SpreadLayout
+from embedtrain.spec import TableSpec
+
+RowGradient = tuple[Tensor, Tensor]
+"""Local rows [n] int64 and their gradient [n, dim] float32."""
+
+
+@dataclass(frozen=True)
+class TableShard:
+    """One table's rows on this rank: a range of slots of the weights and of each state tensor.
+
+    Attributes:
+        spec: the table.
+        layout: where its ids lie.
+        slots: half-open range of slots held here; empty where the ranks outnumber the rows.
+        first_row: where the range begins in the group's local tensors.
+        weight: [slots, dim], a view of the group's.
+        state: name -> [slots, ...], views of the group's.
+    """
+
+    spec: TableSpec
+    layout: SpreadLayout
+    slots: tuple[int, int]
+    first_row: int
+    weight: Tensor
+    state: dict[str, Tensor]
+
+    def views(self) -> list[ShardView]:
+        """Returns the weight and the states under their names in a checkpoint."""
+        layout = {"kind": "spread", "multiplier": self.layout.multiplier}
+        return [
+            ShardView(
+                name=f"{self.spec.name}/{name}",
+                global_shape=(self.spec.num_rows, *tensor.shape[1:]),
+                offset=self.slots[0],
+                tensor=tensor,
+                layout=layout,
+            )
+            for name, tensor in (("weight", self.weight), *self.state.items())
+        ]
+
+
+class RowGroup:
+    """Tables of one dim and dtype, whose local rows lie one table after the other in one tensor.
+
+    Every rank reserves `rows_per_rank` rows a table, so a row's place is the same arithmetic for every owner;
+    the few rows that the last ranks do not fill are never asked for.
+
+    Attributes:
+        weight: [num_local_rows, dim].
+        state: name -> [num_local_rows, ...] float32; an optimizer's, allocated by `allocate_state`.
+        shards: the tables, in order.
+        num_local_rows: rows reserved on each rank.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[TableSpec],
+        *,
+        seed: int,
+        device: torch.device,
+        process_group: dist.ProcessGroup | None,
+    ) -> None:
+        self.process_group = process_group
+        self.state: dict[str, Tensor] = {}
+        layouts = [SpreadLayout(spec.num_rows, size_of(process_group)) for spec in specs]
+        self.num_local_rows = sum(layout.rows_per_rank for layout in layouts)
+        self.weight = torch.zeros(self.num_local_rows, specs[0].dim, dtype=specs[0].dtype, device=device)
+        self.shards: list[TableShard] = []
+        self._pending: list[RowGradient] = []
+        self._is_summed = True
+        first_row = 0
+        for spec, layout in zip(specs, layouts, strict=True):
+            start, stop = layout.shard_range(rank_of(process_group))
+            weight = self.weight[first_row : first_row + stop - start]
+            weight.copy_(initial_rows(spec, start, stop, seed))
+            self.shards.append(TableShard(spec, layout, (start, stop), first_row, weight, {}))
+            first_row += layout.rows_per_rank
+
+    def keys_of(self, table: int, ids: Tensor) -> Tensor:
+        """Returns a key per id of the group's `table`-th table: `owner * num_local_rows + local row`.
+
+        Sorted keys are in order of owner; equal keys are the same row.
+        """
+        shard = self.shards[table]
+        owner, row = shard.layout.owner_of(shard.layout.slot_of(ids))
+        return owner * self.num_local_rows + (row + shard.first_row)
+
+    def allocate_state(self, name: str, fill: float) -> Tensor:
+        """Gives every row one float32 of optimizer state under `name`, on the weights' device."""
+        if name in self.state:
+            raise ValueError(f"the tables hold state {name!r} already: one optimizer at a time may own it")
+        whole = torch.full((self.num_local_rows,), fill, dtype=torch.float32, device=self.weight.device)
+        self.state[name] = whole
+        for shard in self.shards:
+            shard.state[name] = whole[shard.first_row : shard.first_row + shard.weight.shape[0]]
+        return whole
+
+    def deliver(self, rows: Tensor, grad: Tensor) -> None:
+        """Adds gradients that came from the ranks; they wait here for the optimizer."""
+        self._is_summed = not self._pending and size_of(self.process_group) == 1
+        self._pending.append((rows, grad))
+
+    def gradient(self) -> RowGradient:
+        """Returns the touched rows, unique and ascending, and the sum of all gradients delivered for each."""
+        if not self._pending:
+            empty = torch.zeros(0, dtype=torch.int64, device=self.weight.device)
+            return empty, torch.zeros(0, self.weight.shape[1], device=self.weight.device)
+        if not self._is_summed:
+            rows = torch.cat([rows for rows, _ in self._pending])
+            grad = torch.cat([grad for _, grad in self._pending])
+            unique, inverse = torch.unique(rows, return_inverse=True)
+            summed = grad.new_zeros(unique.numel(), grad.shape[1]).index_add_(0, inverse, grad)
+            self._pending = [(unique, summed)]
+            self._is_summed = True
+        return self._pending[0]
+
+    def clear_gradient(self) -> None:
+        """Forgets all gradients delivered."""
+        self._pending = []
+        self._is_summed = True
+
+    def describe(self, row: int) -> str:
+        """Names the table and the id of a local row, for messages."""
+        shard = max((s for s in self.shards if s.first_row <= row), key=lambda s: s.first_row)
+        slot = torch.tensor(shard.slots[0] + row - shard.first_row)
+        return f"table {shard.spec.name!r}, row {int(shard.layout.id_of(slot))}"
+
+    def rounding_keys(self, rows: Tensor, step: int) -> Tensor | None:
+        """Returns a key per local row and step for stochastic rounding; None for float32 weights.
+
+        The key depends on table, slot and step alone, so every world size rounds alike.
+        """
+        if self.weight.dtype != torch.bfloat16:
+            return None
+        firsts = torch.tensor([shard.first_row for shard in self.shards], device=rows.device)
+        starts = torch.tensor([shard.slots[0] for shard in self.shards], device=rows.device)
+        table = torch.searchsorted(firsts, rows, right=True) - 1
+        slots = rows - firsts[table] + starts[table]
+        return mix64(mix64(torch.full_like(table, step)) + table) + slots

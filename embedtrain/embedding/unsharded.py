@@ -1,0 +1,117 @@
+"""The oracle: the same API in one process, plain PyTorch, rows in order of id. What sharding must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from embedtrain.embedding.features import resolve_features
+from embedtrain.embedding.ids import valid_bags
+from embedtrain.embedding.init import initial_rows
+from embedtrain.embedding.shard import RowGradient
+from embedtrain.jagged import Jagged
+from embedtrain.ops.mix import mix64
+from embedtrain.sharding.layout import SpreadLayout
+from embedtrain.spec import FeatureSpec, TableSpec
+
+
+class UnshardedTable:
+    """One table as a dense parameter; stands where a `RowGroup` stands for an optimizer.
+
+    Attributes:
+        weight: [num_rows, dim], in order of id.
+        state: name -> [num_rows] float32.
+    """
+
+    def __init__(self, spec: TableSpec, position: int, seed: int) -> None:
+        self.spec = spec
+        self.process_group = None
+        self.state: dict[str, Tensor] = {}
+        self.layout = SpreadLayout(spec.num_rows)
+        in_slot_order = initial_rows(spec, 0, spec.num_rows, seed)
+        self.weight = in_slot_order[self.layout.slot_of(torch.arange(spec.num_rows))]
+        self.leaf = self.weight.float().clone().requires_grad_()
+        self.touched = torch.zeros(spec.num_rows, dtype=torch.bool)
+        self._position = position
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """Returns the rows of `ids` as float32, and remembers that they were touched."""
+        if torch.is_grad_enabled():
+            self.touched[ids] = True
+        with torch.no_grad():
+            self.leaf.copy_(self.weight)
+        return self.leaf[ids]
+
+    def allocate_state(self, name: str, fill: float) -> Tensor:
+        """Gives every row one float32 of state."""
+        self.state[name] = torch.full((self.spec.num_rows,), fill)
+        return self.state[name]
+
+    def gradient(self) -> RowGradient:
+        """Returns the rows touched since the last clearing and their gradients."""
+        rows = self.touched.nonzero().flatten()
+        grad = torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad
+        return rows, grad[rows]
+
+    def clear_gradient(self) -> None:
+        """Forgets the gradients."""
+        self.leaf.grad = None
+        self.touched.zero_()
+
+    def describe(self, row: int) -> str:
+        """Names the table and the id."""
+        return f"table {self.spec.name!r}, row {row}"
+
+    def rounding_keys(self, rows: Tensor, step: int) -> Tensor | None:
+        """Returns the keys for stochastic rounding that `RowGroup.rounding_keys` gives the same rows."""
+        if self.weight.dtype != torch.bfloat16:
+            return None
+        per_step = mix64(mix64(torch.full_like(rows, step)) + self._position)
+        return per_step + self.layout.slot_of(rows)
+
+
+class UnshardedEmbeddingCollection(nn.Module):
+    """`EmbeddingCollection` without ranks, groups or deduplication; same arguments, results and errors."""
+
+    def __init__(
+        self, tables: Sequence[TableSpec], features: Sequence[FeatureSpec] | None = None, *, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.features = resolve_features(tables, features)
+        kinds: dict[tuple[int, torch.dtype], int] = {}
+        self.tables: dict[str, UnshardedTable] = {}
+        for spec in tables:
+            position = kinds.setdefault((spec.dim, spec.dtype), 0)
+            kinds[spec.dim, spec.dtype] += 1
+            self.tables[spec.name] = UnshardedTable(spec, position, seed)
+
+    @property
+    def row_groups(self) -> list[UnshardedTable]:
+        """What an optimizer updates."""
+        return list(self.tables.values())
+
+    def forward(self, batch: Mapping[str, Jagged]) -> dict[str, Tensor]:
+        """See `EmbeddingCollection.forward`."""
+        return {name: self._pooled(self.features[name], bags) for name, bags in batch.items()}
+
+    def gather_table(self, name: str, state: str = "weight") -> Tensor:
+        """See `EmbeddingCollection.gather_table`."""
+        table = self.tables[name]
+        return table.weight if state == "weight" else table.state[state]
+
+    def _pooled(self, feature: FeatureSpec, bags: Jagged) -> Tensor:
+        table = self.tables[feature.table_name]
+        bags = valid_bags(bags, feature, table.spec.num_rows, rank=0)
+        vectors = table.look_up(bags.values.long())
+        if bags.weights is not None:
+            vectors = vectors * bags.weights.unsqueeze(1)
+        if feature.pooling == "none":
+            return vectors
+        pooled = vectors.new_zeros(bags.num_bags, table.spec.dim)
+        for position, bag in enumerate(vectors.split(bags.lengths.tolist())):
+            pooled[position] = bag.sum(dim=0)
+        if feature.pooling == "mean":
+            pooled = pooled / bags.lengths.clamp(min=1).unsqueeze(1)
+        return pooled

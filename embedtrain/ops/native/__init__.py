@@ -1,0 +1,1 @@
+"""C++ implementations for the CPU, behind a plain C ABI."""

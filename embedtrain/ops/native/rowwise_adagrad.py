@@ -1,0 +1,41 @@
+"""Calls the native row-wise Adagrad kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from embedtrain.ops.native import library
+from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep
+
+
+def rowwise_adagrad(
+    weight: Tensor, accumulator: Tensor, rows: Tensor, row_grad: Tensor, step: RowwiseAdagradStep
+) -> None:
+    """See `embedtrain.ops.rowwise_adagrad`.
+
+    Raises:
+        ValueError: the weight or the accumulator is not contiguous: the kernel writes them in place.
+        IndexError: a row lies outside the weight.
+    """
+    if not (weight.is_contiguous() and accumulator.is_contiguous()):
+        raise ValueError("weight and accumulator must be contiguous")
+    low, high = (int(bound) for bound in torch.aminmax(rows))
+    if low < 0 or high >= weight.shape[0]:
+        raise IndexError(f"rows must lie in [0, {weight.shape[0]}), got {low} to {high}")
+    rows, row_grad = rows.contiguous(), row_grad.contiguous()
+    arguments = [
+        *(tensor.data_ptr() for tensor in (weight, accumulator, rows, row_grad)),
+        rows.numel(),
+        weight.shape[1],
+        step.lr,
+        step.eps,
+        step.weight_decay,
+        int(step.decoupled_weight_decay),
+        step.accumulator_decay,
+    ]
+    if step.rounding_keys is None:
+        library.get().embedtrain_rowwise_adagrad_float32(*arguments)
+    else:
+        keys = step.rounding_keys.contiguous()
+        library.get().embedtrain_rowwise_adagrad_bfloat16(*arguments, keys.data_ptr())

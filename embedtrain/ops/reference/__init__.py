@@ -1,0 +1,1 @@
+"""Plain PyTorch implementations: the definition of every op."""

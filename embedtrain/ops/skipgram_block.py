@@ -1,0 +1,100 @@
+"""Loss and gradient of word2vec's objective over a block of text, on the block's distinct rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from embedtrain.ops import dispatch
+
+Architecture = Literal["skipgram", "cbow"]
+
+
+@dataclass(frozen=True)
+class TextBlock:
+    """A block of consecutive words and what is to be predicted in it; positions count within the block.
+
+    Attributes:
+        inputs: [n] int64; where each word's input vector lies among the rows.
+        outputs: [n] int64; where each word's output vector lies among the rows.
+        negatives: [n, k] int64; rows of the negatives drawn for each centre, -1 for a slot left out.
+        starts: [n] int64; first position of each centre's window.
+        stops: [n] int64; one past the last; the centre itself lies inside and is no context of its own.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    negatives: Tensor
+    starts: Tensor
+    stops: Tensor
+
+    @property
+    def num_positions(self) -> int:
+        """Words of the block."""
+        return self.inputs.numel()
+
+
+def skipgram_block(
+    vectors: Tensor, block: TextBlock, architecture: Architecture = "skipgram"
+) -> tuple[Tensor, Tensor]:
+    """Computes the negative-sampling loss of a block and its gradient in one pass.
+
+    Skip-gram: each context word of a centre predicts the centre against the centre's negatives, which its
+    contexts share. CBOW: the mean of the context words predicts it, once a centre.
+
+    Args:
+        vectors: [num_rows, dim] float32; the distinct input and output rows of the block.
+        block: the words, windows and negatives.
+        architecture: "skipgram" or "cbow".
+
+    Returns:
+        loss: scalar float64; the sum over all predictions of `-log sigmoid(u.v) - sum_k log sigmoid(-u.n_k)`.
+        grad: [num_rows, dim] float32; its gradient by `vectors`.
+
+    Raises:
+        ValueError: shapes or dtypes disagree, or an index lies outside the rows or the block.
+
+    Source: Mikolov et al. 2013, "Distributed representations of words and phrases and their
+    compositionality"; contexts grouped by centre as in Ji et al. 2016, "Parallelizing word2vec in shared and
+    distributed memory".
+    """
+    _check(vectors, block)
+    if dispatch.uses_native(vectors) and architecture == "skipgram":
+        from embedtrain.ops.native import skipgram_block as native
+
+        return native.skipgram_block(vectors, block)
+    from embedtrain.ops.reference import skipgram_block as reference
+
+    return reference.skipgram_block(vectors, block, architecture)
+
+
+def count_predictions(block: TextBlock, architecture: Architecture = "skipgram") -> Tensor:
+    """Returns the number of predictions in the block, scalar int64: what a mean loss divides by."""
+    contexts = block.stops - block.starts - 1
+    return contexts.sum() if architecture == "skipgram" else (contexts > 0).sum()
+
+
+def _check(vectors: Tensor, block: TextBlock) -> None:
+    n = block.num_positions
+    if vectors.dim() != 2 or vectors.dtype != torch.float32:
+        raise ValueError(f"expected vectors [num_rows, dim] float32, got {tuple(vectors.shape)} {vectors.dtype}")
+    if block.negatives.dim() != 2 or block.negatives.shape[0] != n:
+        raise ValueError(f"expected negatives [{n}, k], got {tuple(block.negatives.shape)}")
+    for name in ("inputs", "outputs", "negatives", "starts", "stops"):
+        tensor = getattr(block, name)
+        if tensor.dtype != torch.int64 or (name != "negatives" and tensor.shape != (n,)):
+            raise ValueError(f"expected {name} int64 [{n}], got {tensor.dtype} {tuple(tensor.shape)}")
+    if n == 0:
+        return
+    rows = vectors.shape[0]
+    for name, low, high in (("inputs", 0, rows), ("outputs", 0, rows), ("negatives", -1, rows)):
+        tensor = getattr(block, name)
+        if tensor.numel() and not (low <= int(tensor.min()) and int(tensor.max()) < high):
+            raise ValueError(f"{name} must lie in [{low}, {high}), got {int(tensor.min())} to {int(tensor.max())}")
+    positions = torch.arange(n, device=block.starts.device)
+    inside = (block.starts >= 0) & (block.starts <= positions) & (positions < block.stops) & (block.stops <= n)
+    if not bool(inside.all()):
+        raise ValueError("each window [starts, stops) must hold its own centre and lie inside the block")

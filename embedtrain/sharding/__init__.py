@@ -1,0 +1,1 @@
+"""Where each row of a table lies: pure arithmetic, no process group."""

@@ -1,0 +1,113 @@
+"""The one layout of every table: spread the ids over the slots, then cut the slots into ranges.
+
+Row `id` of a table of `num_rows` rows lies at slot `(multiplier * id) mod num_rows`; each rank owns a
+contiguous range of slots. Low ids are the hot ones (vocabularies are sorted by frequency), and a multiplier
+near the golden section of `num_rows` spreads every prefix of the ids evenly over any number of ranks: of the
+first k ids, a rank that owns a share s of the slots owns between `k*s - b` and `k*s + b`, `b = 1 + log2(k + 1)`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_ROWS = 1 << 40
+"""Larger tables would overflow the 64-bit products of `_multiply_modulo`."""
+
+_DIRECT_PRODUCT_ROWS = 1 << 31
+_LOW_BITS = 20
+_CANDIDATES = 64
+
+
+@dataclass(frozen=True)
+class SpreadLayout:
+    """Maps ids to slots and slots to ranks, and back. The slots do not depend on the world size.
+
+    Attributes:
+        num_rows: rows of the table, 1 to 2**40.
+        world_size: number of ranks that share the table.
+    """
+
+    num_rows: int
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_rows <= MAX_ROWS:
+            raise ValueError(f"num_rows must be 1 to 2**40, got {self.num_rows}")
+        if self.world_size < 1:
+            raise ValueError(f"world_size must be at least 1, got {self.world_size}")
+
+    @property
+    def multiplier(self) -> int:
+        """The factor `A` of `slot = (A * id) mod num_rows`; a function of `num_rows` alone."""
+        return spread_multiplier(self.num_rows)
+
+    @property
+    def rows_per_rank(self) -> int:
+        """Slots of every rank but the last ones, which may own fewer or none (torch's even-chunk split)."""
+        return -(-self.num_rows // self.world_size)
+
+    def slot_of(self, ids: Tensor) -> Tensor:
+        """Returns the slots of `ids`, int64, each in `[0, num_rows)`; same shape."""
+        return _multiply_modulo(ids, self.multiplier, self.num_rows)
+
+    def id_of(self, slots: Tensor) -> Tensor:
+        """Returns the ids that lie at `slots`; the inverse of `slot_of`."""
+        return _multiply_modulo(slots, _inverse_multiplier(self.num_rows), self.num_rows)
+
+    def shard_range(self, rank: int) -> tuple[int, int]:
+        """Returns the half-open range of slots that `rank` owns; empty where the ranks outnumber the rows."""
+        start = min(rank * self.rows_per_rank, self.num_rows)
+        return start, min(start + self.rows_per_rank, self.num_rows)
+
+    def owner_of(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the owning rank of each slot and the row inside that rank's shard, both int64."""
+        owner = torch.div(slots, self.rows_per_rank, rounding_mode="floor")
+        return owner, slots - owner * self.rows_per_rank
+
+
+@functools.lru_cache(maxsize=4096)
+def spread_multiplier(num_rows: int) -> int:
+    """Picks the multiplier coprime to `num_rows`, near its golden section, that spreads prefixes best.
+
+    The first k multiples of A modulo N fall into any interval of length N/W evenly up to the sum of the
+    partial quotients of A/N; among the coprime candidates nearest the golden section the one with the
+    smallest sum is taken.
+
+    Source: Niederreiter 1992, "Random Number Generation and Quasi-Monte Carlo Methods", theorem 3.4.
+    """
+    golden = (math.isqrt(5 * num_rows * num_rows) - num_rows) // 2
+    candidates = [
+        candidate
+        for distance in range(_CANDIDATES)
+        for candidate in {golden - distance, golden + distance}
+        if 1 <= candidate < max(num_rows, 2) and math.gcd(candidate, num_rows) == 1
+    ]
+    return min(candidates, key=lambda a: (_sum_of_partial_quotients(a, num_rows), abs(a - golden), a))
+
+
+@functools.lru_cache(maxsize=4096)
+def _inverse_multiplier(num_rows: int) -> int:
+    return pow(spread_multiplier(num_rows), -1, num_rows) if num_rows > 1 else 0
+
+
+def _sum_of_partial_quotients(numerator: int, denominator: int) -> int:
+    total = 0
+    while numerator:
+        quotient, remainder = divmod(denominator, numerator)
+        total += quotient
+        numerator, denominator = remainder, numerator
+    return total
+
+
+def _multiply_modulo(values: Tensor, factor: int, modulus: int) -> Tensor:
+    """Returns `(values * factor) mod modulus` without overflow for values and factor below 2**40."""
+    if modulus <= _DIRECT_PRODUCT_ROWS:
+        return torch.remainder(values * factor, modulus)
+    high = torch.remainder((values >> _LOW_BITS) * factor, modulus)
+    low = (values & ((1 << _LOW_BITS) - 1)) * factor
+    return torch.remainder((high << _LOW_BITS) + torch.remainder(low, modulus), modulus)

@@ -1,0 +1,90 @@
+"""What the user declares: tables of vectors, and the features that are looked up in them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+Pooling = Literal["none", "sum", "mean"]
+InvalidIds = Literal["error", "hash", "drop"]
+Init = Literal["uniform", "normal", "zeros"]
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """One embedding matrix.
+
+    Attributes:
+        name: unique in its collection; part of the names in a checkpoint, so no "/".
+        num_rows: rows; valid ids are 0 to num_rows - 1.
+        dim: columns.
+        dtype: storage of the weights, float32 or bfloat16 (written with stochastic rounding). Vectors leave
+            the collection as float32, and optimizer state is float32, either way.
+        init: distribution of the first values.
+        init_scale: half-width of "uniform", standard deviation of "normal"; `1 / sqrt(dim)` where None.
+    """
+
+    name: str
+    num_rows: int
+    dim: int
+    dtype: torch.dtype = torch.float32
+    init: Init = "uniform"
+    init_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name:
+            raise ValueError(f"a table's name must be a non-empty string without '/', got {self.name!r}")
+        if self.num_rows < 1 or self.dim < 1:
+            raise ValueError(
+                f"table {self.name!r}: num_rows and dim must be at least 1, got {self.num_rows} and {self.dim}"
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"table {self.name!r}: dtype must be float32 or bfloat16, got {self.dtype}")
+        if self.init not in get_args(Init):
+            raise ValueError(f"table {self.name!r}: init must be one of {get_args(Init)}, got {self.init!r}")
+        if self.init_scale is not None and not 0 <= self.init_scale < math.inf:
+            raise ValueError(f"table {self.name!r}: init_scale must be finite and >= 0, got {self.init_scale}")
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """A named input, looked up in one table; several features may share a table.
+
+    Attributes:
+        name: unique in its collection.
+        table: the table's name; the feature's own name where None.
+        pooling: "none" gives a vector per id; "sum" and "mean" give one per bag, zeros for an empty bag.
+        invalid_ids: what to do with an id that is negative or past the table: "error" on every rank,
+            "hash" into the table, or "drop" it, as if its bag did not hold it.
+    """
+
+    name: str
+    table: str | None = None
+    pooling: Pooling = "none"
+    invalid_ids: InvalidIds = "error"
+
+    def __post_init__(self) -> None:
+        if self.pooling not in get_args(Pooling):
+            raise ValueError(
+                f"feature {self.name!r}: pooling must be one of {get_args(Pooling)}, got {self.pooling!r}"
+            )
+        if self.invalid_ids not in get_args(InvalidIds):
+            raise ValueError(
+                f"feature {self.name!r}: invalid_ids must be one of {get_args(InvalidIds)}, "
+                f"got {self.invalid_ids!r}"
+            )
+        if self.invalid_ids == "drop" and self.pooling == "none":
+            raise ValueError(
+                f"feature {self.name!r}: invalid_ids='drop' needs pooling 'sum' or 'mean': "
+                "without pooling each id owes a vector"
+            )
+
+    @property
+    def table_name(self) -> str:
+        """The name of the table that this feature is looked up in."""
+        return self.name if self.table is None else self.table

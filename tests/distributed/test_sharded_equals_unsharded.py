@@ -1,0 +1,142 @@
+"""The central promise: rows and optimizer state do not depend on how many ranks share them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import embedtrain as et
+from embedtrain.testing.ranks import run_ranks
+
+STEPS = 6
+
+TABLES = [
+    et.TableSpec("word", num_rows=101, dim=8),
+    et.TableSpec("user", num_rows=7, dim=8, init="normal", init_scale=0.5),
+    et.TableSpec("tiny", num_rows=2, dim=8),  # fewer rows than ranks
+    et.TableSpec("item", num_rows=33, dim=5),
+]
+FEATURES = [
+    et.FeatureSpec("word"),
+    et.FeatureSpec("history", "word", pooling="mean"),
+    et.FeatureSpec("weighted", "word", pooling="sum"),
+    et.FeatureSpec("user"),
+    et.FeatureSpec("tiny", pooling="sum"),
+    et.FeatureSpec("item", pooling="mean", invalid_ids="drop"),
+    et.FeatureSpec("hashed", "item", pooling="sum", invalid_ids="hash"),
+]
+OPTIMIZERS = {
+    "plain": {"lr": 0.1},
+    "options": {
+        "lr": 0.1,
+        "eps": 1e-6,
+        "initial_accumulator_value": 0.2,
+        "lr_decay": 0.1,
+        "weight_decay": 0.01,
+        "max_grad_norm": 0.5,
+    },
+    "decoupled": {"lr": 0.1, "weight_decay": 0.1, "decoupled_weight_decay": True},
+}
+
+
+def make_batch(step: int, rank: int) -> dict[str, et.Jagged]:
+    """Ids repeat within a bag and across ranks; some bags are empty, and rank 1's batch is in step 2."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    num_bags = 0 if (step, rank) == (2, 1) else 3 + rank
+    rows = {"word": 101, "history": 101, "weighted": 101, "user": 7, "tiny": 2, "item": 40, "hashed": 60}
+    batch = {}
+    for name, num_rows in rows.items():
+        lengths = torch.randint(0, 5, (num_bags,), generator=generator)
+        # The product of two draws favours low ids, as real data do.
+        draws = torch.rand(2, int(lengths.sum()), generator=generator).prod(dim=0)
+        weights = torch.rand(draws.numel(), generator=generator) if name == "weighted" else None
+        batch[name] = et.Jagged((draws * num_rows).long(), lengths, weights)
+    return batch
+
+
+def loss_of(vectors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return sum(((v - 0.1 * i) ** 2).sum() + v.sin().sum() for i, v in enumerate(vectors.values(), start=1))
+
+
+def train_sharded(group: dist.ProcessGroup | None, dtype: torch.dtype, options: dict) -> dict[str, torch.Tensor]:
+    rank = dist.get_rank(group) if group else 0
+    tables = et.EmbeddingCollection(with_dtype(dtype), FEATURES, process_group=group, seed=11)
+    optimizer = et.optim.RowwiseAdagrad(tables, **options)
+    for step in range(STEPS):
+        loss_of(tables(make_batch(step, rank))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return all_tensors(tables)
+
+
+def train_unsharded(world_size: int, dtype: torch.dtype, options: dict) -> dict[str, torch.Tensor]:
+    tables = et.UnshardedEmbeddingCollection(with_dtype(dtype), FEATURES, seed=11)
+    optimizer = et.optim.RowwiseAdagrad(tables, **options)
+    for step in range(STEPS):
+        losses = [loss_of(tables(make_batch(step, rank))) for rank in range(world_size)]
+        (sum(losses) / world_size).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return all_tensors(tables)
+
+
+def with_dtype(dtype: torch.dtype) -> list[et.TableSpec]:
+    return [
+        et.TableSpec(t.name, t.num_rows, t.dim, dtype=dtype, init=t.init, init_scale=t.init_scale) for t in TABLES
+    ]
+
+
+def all_tensors(tables: et.EmbeddingCollection | et.UnshardedEmbeddingCollection) -> dict[str, torch.Tensor]:
+    return {
+        f"{table.name}/{state}": tables.gather_table(table.name, state)
+        for table in TABLES
+        for state in ("weight", "accumulator")
+    }
+
+
+@pytest.mark.parametrize("options", OPTIMIZERS)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_weights_and_accumulators_equal_the_oracle(world_size: int, options: str) -> None:
+    expected = train_unsharded(world_size, torch.float32, OPTIMIZERS[options])
+    for tensors in run_ranks(world_size, train_sharded, torch.float32, OPTIMIZERS[options]):
+        for name, tensor in tensors.items():
+            # Sums in another order: a few float32 roundings a step, relative to the largest entry of a row.
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_bfloat16_rows_stay_near_the_oracle() -> None:
+    """A rounding that falls the other way changes a value by one bfloat16 step, so equality is of most values."""
+    expected = train_unsharded(2, torch.bfloat16, OPTIMIZERS["plain"])
+    (tensors, _) = run_ranks(2, train_sharded, torch.bfloat16, OPTIMIZERS["plain"])
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor.float(), expected[name].float(), rtol=2e-2, atol=2e-2)
+        assert (tensor == expected[name]).float().mean() > 0.5, name
+
+
+def test_the_same_world_size_twice_is_bit_for_bit_the_same() -> None:
+    first, second = (run_ranks(3, train_sharded, torch.float32, OPTIMIZERS["options"]) for _ in range(2))
+    for rank in range(3):
+        for name in first[rank]:
+            assert torch.equal(first[rank][name], second[rank][name]), name
+
+
+def accumulate_micro_batches(group: dist.ProcessGroup | None, together: bool) -> torch.Tensor:
+    rank = dist.get_rank(group) if group else 0
+    tables = et.EmbeddingCollection(TABLES[:1], [FEATURES[0]], process_group=group)
+    optimizer = et.optim.RowwiseAdagrad(tables, lr=0.1)
+    batches = [{"word": make_batch(step, rank)["word"]} for step in (0, 1)]
+    if together:
+        sum(loss_of(tables(batch)) for batch in batches).backward()
+    else:
+        for batch in batches:
+            loss_of(tables(batch)).backward()
+    optimizer.step()
+    return tables.gather_table("word")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_micro_batches_accumulate_until_the_step(world_size: int) -> None:
+    apart = run_ranks(world_size, accumulate_micro_batches, False)[0]
+    together = run_ranks(world_size, accumulate_micro_batches, True)[0]
+    torch.testing.assert_close(apart, together, rtol=1e-6, atol=1e-7)
