@@ -1,0 +1,171 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from embedtrain import inspection
+from embedtrain.build import build_run, check_run_folder
+from embedtrain.config import load_config
+from embedtrain.distributed.runtime import init_distributed, shut_down
+from embedtrain.errors import CheckpointError, NonFiniteError, UserError
+from embedtrain.export import FORMATS, export_vectors, neighbors, open_vectors
+from embedtrain.train.interrupt import EXIT_PREEMPTED
+
+EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR = 0, 1, 2
+
+_SHORT_ERRORS = (NonFiniteError, CheckpointError)
+"""Failures that a message explains; any other is a defect or the machine's, and its traceback is shown."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0 done, 1 failure, 2 the user's mistake, 75 saved and stopped."""
+    options = _build_parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("embedtrain").setLevel(logging.INFO if _is_first_rank() else logging.ERROR)
+    try:
+        status: int = options.run(options)
+    except UserError as error:
+        if options.debug:
+            raise
+        _print_once(f"embedtrain: error: {error}")
+        status = EXIT_USER_ERROR
+    except BrokenPipeError:
+        # Whoever read our output has seen enough, as `| head` has.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = EXIT_DONE
+    return status
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="embedtrain", description="Trains embedding tables sharded over the ranks of a torchrun job."
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of your mistakes too")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train, or resume what lies in run.path")
+    train.add_argument("config", help="YAML file, such as configs/word2vec.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="measure the vectors of a run on word analogies and similarity")
+    _add_run(evaluate)
+    evaluate.add_argument("--analogies", action="append", default=[], metavar="FILE", help="`: section` and `a b c d`")
+    evaluate.add_argument("--similarity", action="append", default=[], metavar="FILE", help="`word word score`")
+    evaluate.add_argument("--restrict-vocab", type=int, default=300_000, metavar="N", help="most frequent words only")
+    evaluate.add_argument("--case-sensitive", action="store_true", help="compare words as they are written")
+    evaluate.set_defaults(run=_evaluate)
+
+    near = commands.add_parser("neighbors", help="print the nearest words of a word or of a sum of words")
+    _add_run(near)
+    near.add_argument("query", nargs="+", help="such as: king, or: king - man + woman")
+    near.add_argument("--top", type=int, default=10, metavar="N", help="how many (10)")
+    near.set_defaults(run=_neighbors)
+
+    export = commands.add_parser("export", help="write the vectors of a run for other programs")
+    _add_run(export)
+    export.add_argument("--format", required=True, choices=list(FORMATS))
+    export.add_argument("--output", required=True, metavar="PATH", help="new file, or folder for projector")
+    export.add_argument("--max-rows", type=int, metavar="N", help="only the N most frequent words")
+    export.add_argument("--overwrite", action="store_true", help="replace what is there")
+    export.set_defaults(run=_export)
+
+    inspect = commands.add_parser("inspect", help="show a run's newest checkpoint and configuration")
+    inspect.add_argument("path", metavar="RUN", help="run folder")
+    inspect.add_argument("--verify", action="store_true", help="read every byte and compare its checksum")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="RUN", help="run folder")
+    parser.add_argument("--table", metavar="NAME", help="a table other than the one that holds the vectors")
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = load_config(options.config, options.overrides)
+    folder = check_run_folder(config)
+    runtime = init_distributed(device=config.run.device, timeout_seconds=config.run.timeout_seconds)
+    try:
+        run = build_run(config, runtime, folder)
+        state = run.trainer.state
+        if runtime.rank == 0:
+            done = f"resuming at step {state.step:,}" if run.is_resumed else "starting"
+            _print(f"{done} of {run.trainer.total_steps:,}, {runtime.world_size} ranks, {runtime.device.type}")
+        is_complete = run.trainer.run(run.sinks, config.log.every_steps)
+        for sink in run.sinks:
+            sink.close()
+        status = EXIT_DONE if is_complete else EXIT_PREEMPTED
+        if runtime.rank == 0:
+            folder.write_status("done" if is_complete else "preempted", status, step=state.step)
+            _print(f"{'done' if is_complete else 'stopped and saved'} at step {state.step:,}: {folder.path}")
+    except UserError:
+        raise
+    except _SHORT_ERRORS as error:
+        # Raised alike on every rank.
+        if runtime.rank == 0:
+            folder.write_status("failed", EXIT_FAILED, error=str(error))
+        _print_once(f"embedtrain: failed: {error}")
+        return EXIT_FAILED
+    except Exception:
+        _print(f"embedtrain: rank {runtime.rank} failed:\n{traceback.format_exc()}")
+        raise
+    shut_down()
+    return status
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    if not options.analogies and not options.similarity:
+        raise UserError("expected --analogies FILE or --similarity FILE")
+    with open_vectors(options.path, options.table) as vectors:
+        inspection.print_evaluation(
+            vectors,
+            options.analogies,
+            options.similarity,
+            restrict_vocab=options.restrict_vocab,
+            case_insensitive=not options.case_sensitive,
+        )
+    return EXIT_DONE
+
+
+def _neighbors(options: argparse.Namespace) -> int:
+    with open_vectors(options.path, options.table) as vectors:
+        query = " ".join(options.query)
+        print(query)
+        for word, cosine in neighbors(vectors, query, options.top):
+            print(f"  {cosine:.3f}  {word}")
+    return EXIT_DONE
+
+
+def _export(options: argparse.Namespace) -> int:
+    with open_vectors(options.path, options.table) as vectors:
+        for path in export_vectors(
+            vectors, options.format, options.output, overwrite=options.overwrite, max_rows=options.max_rows
+        ):
+            print(path)
+    return EXIT_DONE
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    inspection.print_run(options.path, verify=options.verify)
+    return EXIT_DONE
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _print_once(line: str) -> None:
+    """Prints what every rank has to say alike."""
+    if _is_first_rank():
+        _print(line)
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

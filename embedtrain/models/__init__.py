@@ -1,0 +1,1 @@
+"""Trainable models: embeddings, scorer and loss, one model a file."""

@@ -1,0 +1,71 @@
+"""The folder of a run: what lies where, and the files that are not checkpoints."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from typing import Any
+
+import fsspec
+
+from embedtrain.data.vocabulary import Vocabulary
+
+CONFIG_NAME = "config.yaml"
+METRICS_NAME = "metrics.jsonl"
+STATUS_NAME = "status.json"
+VOCABULARY_NAME = "vocabulary.tsv"
+CHECKPOINTS_NAME = "checkpoints"
+TENSORBOARD_NAME = "tensorboard"
+
+
+class RunFolder:
+    """A run's folder on any file system; other programs rely on the names in it.
+
+    Args:
+        path: any fsspec URL; the folder is made by the first file that is written.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path.rstrip("/")
+        self._file_system, self._root = fsspec.core.url_to_fs(self.path)
+
+    def join(self, name: str) -> str:
+        """Returns the URL of a file of the folder."""
+        return f"{self.path}/{name}"
+
+    @property
+    def checkpoints_path(self) -> str:
+        """Where the checkpoints lie."""
+        return self.join(CHECKPOINTS_NAME)
+
+    @property
+    def metrics_path(self) -> str:
+        """One JSON object a line."""
+        return self.join(METRICS_NAME)
+
+    def read_config(self) -> str | None:
+        """Returns the configuration that the run was started with, as YAML; None where there is no run."""
+        try:
+            return str(self._file_system.cat_file(self._inside(CONFIG_NAME)).decode())
+        except FileNotFoundError:
+            return None
+
+    def write_config(self, text: str) -> None:
+        """Keeps the configuration, as YAML."""
+        self._write(CONFIG_NAME, text)
+
+    def write_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Keeps the words, so that the run can be exported without the text that it was trained on."""
+        self._file_system.makedirs(self._root, exist_ok=True)
+        vocabulary.save(self.join(VOCABULARY_NAME))
+
+    def write_status(self, state: str, exit_status: int, **details: Any) -> None:
+        """Keeps how the run ended, which torchrun's own exit status hides."""
+        self._write(STATUS_NAME, json.dumps({"state": state, "exit_status": exit_status, **details}) + "\n")
+
+    def _inside(self, name: str) -> str:
+        return posixpath.join(self._root, name)
+
+    def _write(self, name: str, text: str) -> None:
+        self._file_system.makedirs(self._root, exist_ok=True)
+        self._file_system.pipe_file(self._inside(name), text.encode())
