@@ -1,0 +1,85 @@
+"""The safetensors file format, as far as a writer that streams needs it.
+
+Source: https://github.com/huggingface/safetensors#format: the header's length as 8 bytes, little-endian;
+the header as JSON, name -> {dtype, shape, data_offsets}; the tensors' bytes without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+# The names of dtypes: in a manifest, as torch and numpy say them, and in a safetensors header.
+DTYPES: dict[str, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "int16": torch.int16,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+_SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_RESERVED_NAME = "__metadata__"
+_STAGED_BYTES = 4 * 2**20
+
+
+def encode_header(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
+    """Returns a file's bytes before its tensors, and each tensor's first byte in the file, in file order.
+
+    Raises:
+        ValueError: a name or a dtype that a safetensors file cannot hold.
+    """
+    # Widest elements first: every tensor then starts at a multiple of its element's size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    entries: dict[str, object] = {}
+    end = 0
+    ends = {}
+    for name in names:
+        tensor = tensors[name]
+        if name in ("", _RESERVED_NAME) or tensor.dtype not in _SAFETENSORS_DTYPES:
+            raise ValueError(f"a tensor named {name!r} of {tensor.dtype} cannot be saved: use {list(DTYPES)}")
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+        ends[name] = start
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + start for name, start in ends.items()}
+
+
+def byte_blocks(tensor: Tensor) -> Iterator[memoryview]:
+    """Yields a tensor's bytes in runs of whole rows of about 4 MiB; no copy of a contiguous CPU tensor."""
+    if tensor.numel() == 0:
+        return
+    rows = tensor.detach() if tensor.dim() else tensor.detach().unsqueeze(0)
+    row_bytes = math.prod(rows.shape[1:]) * rows.element_size()
+    for block in torch.split(rows, max(1, _STAGED_BYTES // row_bytes)):
+        yield as_bytes(block.cpu().contiguous())
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Returns the memory of a contiguous CPU tensor as bytes, writable."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,307 @@
+"""The manifest: a checkpoint's table of contents, whose existence is the checkpoint's.
+
+The names of the files and the JSON of the manifest are a public format; they are declared here and
+nowhere else. A step's folder holds
+
+    shard-<attempt>-00003-of-00008.safetensors    one a rank, whatever it holds
+    replicated-<attempt>.safetensors              where there are tensors that all ranks share
+    manifest.json                                 created last, by rank 0, in one act
+
+The attempt is a random word, so that what a killed attempt left is never taken for part of a later one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import xxhash
+
+from embedtrain.checkpoint.header import DTYPES
+from embedtrain.errors import CheckpointError, CorruptCheckpointError
+from embedtrain.sharding.overlap import overlap
+
+FORMAT = "embedtrain-checkpoint"
+VERSION = 1
+MANIFEST_NAME = "manifest.json"
+BLOCK_BYTES = 4 * 2**20
+
+_STEP_FOLDER = re.compile(r"step-(\d{9,})")
+_TENSOR_FILE = re.compile(
+    r"shard-(?P<shard>[0-9a-f]{16})-\d{5,}-of-\d{5,}\.safetensors|replicated-(?P<replicated>[0-9a-f]{16})\.safetensors"
+)
+_TEMPORARY_FILE = re.compile(r"manifest-[0-9a-f]{16}\.tmp")
+
+
+def step_folder_name(step: int) -> str:
+    """Returns the name of a step's folder."""
+    if step < 0:
+        raise ValueError(f"step must be at least 0, got {step}")
+    return f"step-{step:09d}"
+
+
+def step_of(folder_name: str) -> int | None:
+    """Returns the step of a folder, or None where the name is not a step's."""
+    match = _STEP_FOLDER.fullmatch(folder_name)
+    return int(match[1]) if match and step_folder_name(int(match[1])) == folder_name else None
+
+
+def shard_file_name(attempt: str, rank: int, world_size: int) -> str:
+    """Returns the name of the file that a rank writes."""
+    return f"shard-{attempt}-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def replicated_file_name(attempt: str) -> str:
+    """Returns the name of the file of tensors that all ranks share."""
+    return f"replicated-{attempt}.safetensors"
+
+
+def temporary_manifest_name(attempt: str) -> str:
+    """Returns the name under which a manifest is written before it is linked to its own."""
+    return f"manifest-{attempt}.tmp"
+
+
+def is_attempt_file(name: str) -> bool:
+    """Says whether a file is one that saving writes before it commits."""
+    return bool(_TENSOR_FILE.fullmatch(name) or _TEMPORARY_FILE.fullmatch(name))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows `[offset, offset + rows)` of a tensor, whose bytes begin at byte `start_byte` of `file`."""
+
+    file: str
+    offset: int
+    rows: int
+    start_byte: int
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor of a checkpoint.
+
+    Attributes:
+        shape: shape of the whole tensor.
+        dtype: dtype of its elements, as saved.
+        layout: as in `ShardView`.
+        pieces: where its rows lie, in the order of rows, none empty.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: Mapping[str, Any]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Returns the size of a row."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file's length, and the xxh3_128 of each block of `block_bytes` from its first byte on, in hex."""
+
+    bytes: int
+    block_bytes: int
+    checksums: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds.
+
+    Attributes:
+        step: the number of optimizer steps done.
+        created: UTC time in ISO 8601.
+        versions: of the programs that wrote it: "embedtrain", "torch".
+        world_size: number of ranks that saved.
+        tensors: by name, those cut over the ranks.
+        replicated: name of the file of the tensors that all ranks share, or None.
+        files: by name, every file but the manifest.
+        state: what else the caller saved, as JSON.
+    """
+
+    step: int
+    created: str
+    versions: Mapping[str, str]
+    world_size: int
+    tensors: Mapping[str, TensorInfo]
+    replicated: str | None
+    files: Mapping[str, FileEntry]
+    state: Mapping[str, Any]
+
+    def contents(self, file: str, start_byte: int, stop_byte: int) -> str:
+        """Returns words for what a range of a file's bytes holds: tensors and their rows."""
+        if file == self.replicated:
+            return "tensors that all ranks share"
+        found = []
+        for name, info in self.tensors.items():
+            for piece in info.pieces:
+                first = start_byte - piece.start_byte
+                last = stop_byte - piece.start_byte
+                size = piece.rows * info.row_bytes
+                shared = overlap((first, last), (0, size)) if piece.file == file else None
+                if shared is not None:
+                    start = piece.offset + shared[0] // info.row_bytes
+                    stop = piece.offset - (-shared[1] // info.row_bytes)
+                    found.append(f"{name} rows [{start}, {stop})")
+        if not found:
+            return "no rows"
+        return ", ".join(found)
+
+
+def merge_pieces(shards: list[tuple[str, TensorInfo]]) -> dict[str, TensorInfo]:
+    """Returns the tensors that the ranks' parts make up.
+
+    Args:
+        shards: for each part its tensor's name, and the tensor with the part's pieces only.
+
+    Raises:
+        CheckpointError: parts disagree on what the tensor is, or do not tile it: a gap, an overlap.
+    """
+    merged: dict[str, TensorInfo] = {}
+    for name, info in shards:
+        known = merged.setdefault(name, replace(info, pieces=()))
+        if (known.shape, known.dtype, known.layout) != (info.shape, info.dtype, info.layout):
+            raise CheckpointError(
+                f"the ranks disagree on {name}: {known.dtype} {known.shape} {known.layout} "
+                f"and {info.dtype} {info.shape} {info.layout}"
+            )
+        pieces = (*known.pieces, *(piece for piece in info.pieces if piece.rows))
+        merged[name] = replace(known, pieces=tuple(sorted(pieces, key=lambda piece: piece.offset)))
+    for name, info in merged.items():
+        _check_tiling(name, info)
+    return dict(sorted(merged.items()))
+
+
+def canonical_json(value: Mapping[str, Any]) -> bytes:
+    """Returns the one form of a JSON object that checksums are taken of: ASCII, sorted, without blanks.
+
+    Raises:
+        ValueError: it is not JSON, by a type or by a number that is not finite.
+    """
+    try:
+        return json.dumps(dict(value), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def encode(manifest: Manifest) -> bytes:
+    """Returns the bytes of `manifest.json`; ValueError where the state or a layout is not JSON."""
+    document: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        **{key: getattr(manifest, key) for key in ("step", "created", "world_size", "replicated")},
+        "versions": dict(manifest.versions),
+        "tensors": {name: _encode_tensor(info) for name, info in manifest.tensors.items()},
+        "files": {name: asdict(entry) for name, entry in manifest.files.items()},
+        "state": dict(manifest.state),
+    }
+    return canonical_json({**document, "checksum": _checksum(document)})
+
+
+def decode(data: bytes, url: str) -> Manifest:
+    """Returns the manifest in the bytes of a `manifest.json`.
+
+    The fields "format", "version" and "checksum" mean the same in every version, so that damage is told
+    from a newer version.
+
+    Raises:
+        CorruptCheckpointError: the bytes are not those that were written, or contradict themselves.
+        CheckpointError: a newer version wrote it.
+    """
+    try:
+        document = json.loads(data)
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise CorruptCheckpointError(f"{url} is not the manifest of a checkpoint of embedtrain")
+        if document.pop("checksum", None) != _checksum(document):
+            raise CorruptCheckpointError(f"{url} is not what was written: its checksum differs")
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpointError(f"{url} is not JSON: {error}") from error
+    if document.get("version") != VERSION:
+        raise CheckpointError(
+            f"{url} has format version {document.get('version')}; this embedtrain reads version {VERSION}: "
+            "use the embedtrain that wrote it, or a newer one"
+        )
+    try:
+        manifest = Manifest(
+            step=int(document["step"]),
+            created=str(document["created"]),
+            versions=document["versions"],
+            world_size=int(document["world_size"]),
+            tensors={name: _decode_tensor(entry) for name, entry in document["tensors"].items()},
+            replicated=document["replicated"],
+            files={name: _decode_file(entry) for name, entry in document["files"].items()},
+            state=document["state"],
+        )
+        _check(manifest)
+    except (LookupError, TypeError, ValueError, AttributeError, CheckpointError) as error:
+        raise CorruptCheckpointError(f"{url} contradicts itself: {error}") from error
+    return manifest
+
+
+def _checksum(document: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(canonical_json(document))
+
+
+def _encode_tensor(info: TensorInfo) -> dict[str, Any]:
+    return {
+        "shape": list(info.shape),
+        "dtype": str(info.dtype).removeprefix("torch."),
+        "layout": dict(info.layout),
+        "pieces": [asdict(piece) for piece in info.pieces],
+    }
+
+
+def _decode_tensor(entry: Mapping[str, Any]) -> TensorInfo:
+    return TensorInfo(
+        shape=tuple(int(size) for size in entry["shape"]),
+        dtype=DTYPES[entry["dtype"]],
+        layout=entry["layout"],
+        pieces=tuple(
+            Piece(piece["file"], int(piece["offset"]), int(piece["rows"]), int(piece["start_byte"]))
+            for piece in entry["pieces"]
+        ),
+    )
+
+
+def _decode_file(entry: Mapping[str, Any]) -> FileEntry:
+    return FileEntry(int(entry["bytes"]), int(entry["block_bytes"]), tuple(entry["checksums"]))
+
+
+def _check(manifest: Manifest) -> None:
+    """Refuses a manifest that names files outside its folder, or bytes outside its files."""
+    for name, entry in manifest.files.items():
+        if not _TENSOR_FILE.fullmatch(name):
+            raise ValueError(f"{name!r} is not the name of a checkpoint's file")
+        if entry.block_bytes <= 0 or len(entry.checksums) != -(-entry.bytes // entry.block_bytes):
+            raise ValueError(f"{name}: {len(entry.checksums)} checksums for {entry.bytes} bytes")
+    for name, info in manifest.tensors.items():
+        if not info.shape or min(info.shape) < 0:
+            raise ValueError(f"{name}: shape {info.shape}")
+        _check_tiling(name, info)
+        for piece in info.pieces:
+            stop_byte = piece.start_byte + piece.rows * info.row_bytes
+            if not 0 <= piece.start_byte <= stop_byte <= manifest.files[piece.file].bytes:
+                raise ValueError(f"{name}: {piece} does not lie in its file")
+    if manifest.replicated is not None and manifest.replicated not in manifest.files:
+        raise ValueError(f"{manifest.replicated} has no checksums")
+
+
+def _check_tiling(name: str, info: TensorInfo) -> None:
+    """Raises where the pieces, in the order of rows, do not hold each row once."""
+    row = 0
+    for piece in info.pieces:
+        if piece.offset != row or piece.rows <= 0:
+            fault = "are held twice" if piece.offset < row else "are missing"
+            start, stop = sorted((row, piece.offset))
+            raise CheckpointError(f"{name}: rows [{start}, {stop}) {fault} before {piece.file}")
+        row += piece.rows
+    if row != info.shape[0]:
+        raise CheckpointError(f"{name}: its pieces end at row {row} of {info.shape[0]}")

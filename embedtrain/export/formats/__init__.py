@@ -1,0 +1,93 @@
+"""The formats in which vectors go to other programs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from embedtrain.errors import UserError
+from embedtrain.export.formats.arrays import write_npy, write_safetensors
+from embedtrain.export.formats.parquet import write_parquet
+from embedtrain.export.formats.projector import FILE_NAMES, write_projector
+from embedtrain.export.formats.word2vec import write_binary, write_text
+from embedtrain.export.storage import new_files
+from embedtrain.export.vectors import Vectors
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format.
+
+    Attributes:
+        paths: returns the files of an export to `output`.
+        write: fills those files, in that order, block by block.
+        max_rows: rows that are exported when nobody says how many; None for all.
+    """
+
+    paths: Callable[[str], list[str]]
+    write: Callable[[Vectors, Sequence[BinaryIO]], None]
+    max_rows: int | None = None
+
+
+def _one_file(output: str) -> list[str]:
+    return [output]
+
+
+def _with_vocabulary(output: str) -> list[str]:
+    return [output, f"{output}.vocabulary.tsv"]
+
+
+def _projector_files(output: str) -> list[str]:
+    return [f"{output.rstrip('/')}/{name}" for name in FILE_NAMES]
+
+
+FORMATS: Mapping[str, Format] = {
+    "word2vec": Format(_one_file, write_text),
+    "word2vec-binary": Format(_one_file, write_binary),
+    "npy": Format(_with_vocabulary, write_npy),
+    "safetensors": Format(_with_vocabulary, write_safetensors),
+    "parquet": Format(_one_file, write_parquet),
+    # More points than this, and the projector in the browser stops answering.
+    "projector": Format(_projector_files, write_projector, max_rows=10_000),
+}
+
+
+def export_vectors(
+    vectors: Vectors, format: str, output: str, *, overwrite: bool = False, max_rows: int | None = None
+) -> list[str]:
+    """Writes the vectors for another program, in memory that does not grow with the table.
+
+    Args:
+        vectors: what to export.
+        format: one of `FORMATS`.
+        output: path or fsspec URL of the new file; of a folder for `projector`.
+        overwrite: whether files that are there already are replaced.
+        max_rows: exports only the first rows, the most frequent words; None for the format's own limit.
+
+    Returns:
+        The paths written. A failed export leaves none of them.
+
+    Raises:
+        UserError: unknown format, an output that is there already or cannot be written, or a word that the
+            format cannot hold.
+    """
+    if format not in FORMATS:
+        raise UserError(f"unknown export format {format!r}; there are: {', '.join(FORMATS)}")
+    chosen = FORMATS[format]
+    limit = vectors.num_rows if max_rows is None else max_rows
+    if limit < 1:
+        raise UserError(f"max_rows must be at least 1, got {limit}")
+    if max_rows is None and chosen.max_rows is not None and chosen.max_rows < limit:
+        limit = chosen.max_rows
+        _logger.warning(
+            f"{format}: exporting the first {limit:,} of {vectors.num_rows:,} rows, as many as it can show; "
+            f"set max_rows for another number"
+        )
+    paths = chosen.paths(output)
+    with new_files(paths, overwrite) as files:
+        chosen.write(vectors.first(limit), files)
+    return paths

@@ -1,0 +1,31 @@
+"""A folder for TensorBoard's embedding projector: `tensorboard --logdir FOLDER` shows the vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import BinaryIO
+
+from embedtrain.export.formats.arrays import write_vocabulary
+from embedtrain.export.formats.text import joined_columns, joined_rows
+from embedtrain.export.vectors import Vectors
+
+FILE_NAMES = ("vectors.tsv", "metadata.tsv", "projector_config.pbtxt")
+
+_CONFIG = """embeddings {{
+  tensor_name: {name}
+  tensor_path: "vectors.tsv"
+  metadata_path: "metadata.tsv"
+}}
+"""
+
+
+def write_projector(vectors: Vectors, files: Sequence[BinaryIO]) -> None:
+    """Writes the values and the words as tab-separated text, and the configuration that names both."""
+    values, metadata, config = files
+    if vectors.counts is not None:
+        metadata.write(b"word\tcount\n")  # the projector wants a header for two columns, and none for one
+    write_vocabulary(vectors, metadata, "projector")
+    for _, rows in vectors.blocks():
+        values.write(joined_columns([joined_rows(rows, "\t")], "\t"))
+    name = '"' + vectors.table.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    config.write(_CONFIG.format(name=name).encode())

@@ -1,0 +1,41 @@
+"""Vectors and words as lines of text, made by Arrow's kernels: no Python loop over values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from embedtrain.errors import UserError
+from embedtrain.export.vectors import FloatRows
+
+
+def joined_rows(rows: FloatRows, separator: str) -> pa.StringArray:
+    """Returns a string for each row [n, dim]: its values with `separator` between them.
+
+    Each value is the shortest text that reads back as the same float32.
+    """
+    offsets = np.arange(0, rows.size + 1, rows.shape[1], dtype=np.int32)
+    values = pc.cast(pa.array(rows.ravel()), pa.string())
+    return pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets), values), separator)
+
+
+def joined_columns(columns: Sequence[pa.StringArray], separator: str) -> memoryview:
+    """Returns lines of UTF-8 text: one string of each column, with `separator` between them."""
+    lines = pc.binary_join_element_wise(pc.binary_join_element_wise(*columns, separator), "", "\n")
+    _, offsets, text = lines.buffers()
+    end = int(np.frombuffer(offsets, dtype=np.int32)[len(lines)])
+    return memoryview(text)[:end]
+
+
+def refuse_words(words: Sequence[str], pattern: re.Pattern[str], format_name: str) -> None:
+    """Raises a UserError for the first word with a character that readers of the format take for a border."""
+    for word in words:
+        if pattern.search(word):
+            raise UserError(
+                f"the format {format_name} cannot hold the word {word!r}: readers end a word at white space; "
+                f"use the format parquet, which holds any word"
+            )

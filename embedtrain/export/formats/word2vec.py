@@ -1,0 +1,43 @@
+"""The two formats of the word2vec program, which gensim's `KeyedVectors.load_word2vec_format` reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import BinaryIO
+
+import pyarrow as pa
+
+from embedtrain.export.formats.text import joined_columns, joined_rows, refuse_words
+from embedtrain.export.vectors import Vectors
+
+_BORDER = re.compile(r"\s|^$")
+
+
+def write_text(vectors: Vectors, files: Sequence[BinaryIO]) -> None:
+    """Writes `rows dim`, then a line for each row: the word and its values, separated by one space."""
+    (file,) = files
+    file.write(_header(vectors))
+    for start, rows in vectors.blocks():
+        words = vectors.words[start : start + len(rows)]
+        refuse_words(words, _BORDER, "word2vec")
+        file.write(joined_columns([pa.array(words, pa.string()), joined_rows(rows, " ")], " "))
+
+
+def write_binary(vectors: Vectors, files: Sequence[BinaryIO]) -> None:
+    """Writes `rows dim`, then for each row the word, a space, little-endian float32 values and a newline."""
+    (file,) = files
+    file.write(_header(vectors))
+    for start, rows in vectors.blocks():
+        words = vectors.words[start : start + len(rows)]
+        refuse_words(words, _BORDER, "word2vec-binary")
+        values = rows.astype("<f4", copy=False)
+        file.write(
+            b"".join(
+                b"%b %b\n" % (word.encode(), row.tobytes()) for word, row in zip(words, values, strict=True)
+            )
+        )
+
+
+def _header(vectors: Vectors) -> bytes:
+    return f"{vectors.num_rows} {vectors.dim}\n".encode()

@@ -1,0 +1,65 @@
+"""Nearest neighbours of a word, or of a sum of words, by cosine, streamed over the table."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from embedtrain.errors import UserError
+from embedtrain.export.vectors import FloatRows, Vectors, unit_rows
+
+_SIGNS = {"+": 1, "-": -1}
+
+
+def neighbors(vectors: Vectors, query: str, top: int = 10) -> list[tuple[str, float]]:
+    """Returns the words nearest to the query with their cosines, nearest first; never the query's own words.
+
+    Args:
+        vectors: the table.
+        query: `king`, or words with a sign between each two: `king - man + woman`. The vectors are scaled to
+            length 1 before they are added or subtracted.
+        top: how many words.
+
+    Raises:
+        UserError: a word is unknown, the query cannot be read, or its vectors cancel out.
+    """
+    if top < 1:
+        raise UserError(f"the number of neighbours must be at least 1, got {top}")
+    terms = [(sign, vectors.row_of(word)) for sign, word in _parse(query, vectors)]
+    target = np.sum([sign * unit_rows(vectors.rows(row, row + 1))[0] for sign, row in terms], axis=0)
+    length = np.linalg.norm(target)
+    if length < 1e-6:
+        raise UserError(f"the vectors of the query {query!r} add up to zero, which has no neighbours")
+    rows, cosines = _nearest(vectors, target / length, [row for _, row in terms], top)
+    return [(vectors.words[row], float(cosine)) for row, cosine in zip(rows.tolist(), cosines, strict=True)]
+
+
+def _nearest(
+    vectors: Vectors, target: FloatRows, excluded: list[int], top: int
+) -> tuple[npt.NDArray[np.int64], FloatRows]:
+    """Returns the `top` rows nearest to `target` [dim] and their cosines; equal ones by row."""
+    best_rows, best_cosines = np.empty(0, np.int64), np.empty(0, np.float32)
+    for start, block in vectors.blocks():
+        rows = np.arange(start, start + len(block))
+        allowed = ~np.isin(rows, excluded)
+        rows = np.concatenate([best_rows, rows[allowed]])
+        cosines = np.concatenate([best_cosines, (unit_rows(block) @ target)[allowed]])
+        order = np.argsort(-cosines, kind="stable")[:top]
+        best_rows, best_cosines = rows[order], cosines[order]
+    return best_rows, best_cosines
+
+
+def _parse(query: str, vectors: Vectors) -> list[tuple[int, str]]:
+    """Returns the words of a query with their signs."""
+    tokens = query.split()
+    if query in vectors.words or len(tokens) < 2:  # a word may itself hold a space, or be a sign
+        return [(1, query.strip())]
+    if tokens[0] not in _SIGNS:
+        tokens.insert(0, "+")
+    signs, words = tokens[0::2], tokens[1::2]
+    if len(signs) != len(words) or not set(signs) <= _SIGNS.keys():
+        raise UserError(
+            f"cannot read the query {query!r}: expected a word, or words with a + or - between each two, "
+            f"spaces around it, such as 'king - man + woman'"
+        )
+    return [(_SIGNS[sign], word) for sign, word in zip(signs, words, strict=True)]

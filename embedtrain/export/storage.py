@@ -1,0 +1,69 @@
+"""Where vectors are read from and exported to: any fsspec path."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, BinaryIO
+
+import fsspec
+
+from embedtrain.errors import UserError
+
+
+def file_system_of(path: str) -> tuple[Any, str]:
+    """Returns the fsspec file system of a path or URL, and the path inside it.
+
+    Raises:
+        UserError: the URL's protocol is unknown, or its package is not installed.
+    """
+    try:
+        file_system, inner_path = fsspec.core.url_to_fs(path)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"cannot open {path!r}: {error}") from error
+    return file_system, inner_path
+
+
+@contextmanager
+def new_files(paths: Sequence[str], overwrite: bool) -> Iterator[list[BinaryIO]]:
+    """Opens files that appear under their names when the block ends, and not at all when it fails.
+
+    Until then they have temporary names beside their places. Missing folders are made. On object stores,
+    which cannot rename, the end is a copy within the store.
+
+    Raises:
+        UserError: a path exists and `overwrite` is false, is a folder, or cannot be written.
+    """
+    places = [_vacant_place(path, overwrite) for path in paths]
+    partial = [f"{place}.partial-{os.getpid()}" for _, place in places]
+    try:
+        with ExitStack() as stack:
+            yield [
+                stack.enter_context(_open_new(file_system, temporary))
+                for (file_system, _), temporary in zip(places, partial, strict=True)
+            ]
+        for (file_system, place), temporary in zip(places, partial, strict=True):
+            file_system.mv(temporary, place)
+    except BaseException:
+        for (file_system, _), temporary in zip(places, partial, strict=True):
+            if file_system.exists(temporary):
+                file_system.rm_file(temporary)
+        raise
+
+
+def _vacant_place(path: str, overwrite: bool) -> tuple[Any, str]:
+    file_system, place = file_system_of(path)
+    if file_system.isdir(place):
+        raise UserError(f"expected the path of a new file, but {path} is a folder")
+    if not overwrite and file_system.exists(place):
+        raise UserError(f"{path} is already there; allow overwriting, or choose another output")
+    return file_system, place
+
+
+def _open_new(file_system: Any, path: str) -> Any:
+    try:
+        file_system.makedirs(file_system._parent(path), exist_ok=True)
+        return file_system.open(path, "wb")
+    except OSError as error:
+        raise UserError(f"cannot write the output: {error}") from error

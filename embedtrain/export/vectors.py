@@ -1,0 +1,205 @@
+"""The trained vectors of a run folder, read in blocks of rows in the order of the ids, without a model."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from types import TracebackType
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
+from embedtrain.data.vocabulary import Vocabulary
+from embedtrain.errors import CheckpointError, UserError
+from embedtrain.export.storage import file_system_of
+from embedtrain.sharding.layout import SpreadLayout
+
+FloatRows = npt.NDArray[np.float32]
+
+_WEIGHT = "/weight"
+_BLOCK_BYTES = 8 << 20
+_SUGGESTION_WORDS = 50_000
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,18}")
+
+
+class RowNumbers(Sequence[str]):
+    """The words of a table without a vocabulary: "0", "1", ..., made when they are asked for."""
+
+    def __init__(self, rows: range) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> RowNumbers: ...
+    def __getitem__(self, index: int | slice) -> str | RowNumbers:
+        return RowNumbers(self._rows[index]) if isinstance(index, slice) else str(self._rows[index])
+
+    def __contains__(self, word: object) -> bool:
+        return isinstance(word, str) and bool(_NUMBER.fullmatch(word)) and int(word) in self._rows
+
+    def index(self, word: str, start: int = 0, stop: int | None = None) -> int:
+        """Returns the row called `word`, without a search."""
+        if word not in self:
+            raise ValueError(f"no row {word!r}")
+        return self._rows.index(int(word))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Vectors:
+    """One table of a checkpoint. A context manager: leaving it closes the checkpoint's files.
+
+    Attributes:
+        table: name of the table.
+        step: the optimizer step at which the checkpoint was saved.
+        num_rows: number of rows, one for each of `words`.
+        dim: length of a vector.
+        words: the word of each row; row numbers where the table has no vocabulary.
+        counts: [num_rows] int64, how often the word occurs in the text; None without a vocabulary.
+    """
+
+    table: str
+    step: int
+    num_rows: int
+    dim: int
+    words: Sequence[str]
+    counts: npt.NDArray[np.int64] | None
+    layout: SpreadLayout
+    reader: CheckpointReader
+
+    def __enter__(self) -> Vectors:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the checkpoint's files."""
+        self.reader.close()
+
+    def rows(self, start: int, stop: int) -> FloatRows:
+        """Returns [stop - start, dim]: the vectors of the ids from `start` up to `stop`."""
+        slots = self.layout.slot_of(torch.arange(start, stop))
+        rows: FloatRows = self.reader.gather(self.table + _WEIGHT, slots).float().numpy()
+        return rows
+
+    def blocks(self, block_rows: int | None = None) -> Iterator[tuple[int, FloatRows]]:
+        """Yields (id of the first row, [n, dim]) from the first id to the last.
+
+        Args:
+            block_rows: rows of every block but the last; None for about 8 MiB of them.
+        """
+        block_rows = block_rows or max(1, _BLOCK_BYTES // (4 * self.dim))
+        for start in range(0, self.num_rows, block_rows):
+            yield start, self.rows(start, min(start + block_rows, self.num_rows))
+
+    def first(self, num_rows: int) -> Vectors:
+        """Returns the first rows alone: the most frequent words, where there is a vocabulary."""
+        words = self.words[:num_rows]
+        counts = None if self.counts is None else self.counts[:num_rows]
+        return replace(self, num_rows=len(words), words=words, counts=counts)
+
+    def row_of(self, word: str) -> int:
+        """Returns the id of `word`, by a search through the words.
+
+        Raises:
+            UserError: there is no such word; names the closest of the frequent ones.
+        """
+        try:
+            return self.words.index(word)
+        except ValueError:
+            close = difflib.get_close_matches(word, islice(self.words, _SUGGESTION_WORDS))
+            hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+            raise UserError(
+                f"unknown word {word!r}: not among the {self.num_rows:,} words of table {self.table!r}{hint}"
+            ) from None
+
+
+def unit_rows(rows: FloatRows) -> FloatRows:
+    """Returns the rows [n, dim] scaled to length 1; a zero row stays zero."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit: FloatRows = rows / np.where(lengths == 0, np.float32(1), lengths)
+    return unit
+
+
+def open_vectors(run_path: str, table: str | None = None) -> Vectors:
+    """Opens a table of the newest complete checkpoint in a run folder.
+
+    `vocabulary.tsv` in the run folder holds the words of the checkpoint's `export_table`, and of every other
+    table that has as many rows. The rows of other tables are called by their numbers.
+
+    Args:
+        run_path: the run folder, any fsspec URL.
+        table: which table; None for the `export_table` that the checkpoint names, or the only one.
+
+    Raises:
+        UserError: no such folder, no complete checkpoint in it, no such table, or a vocabulary that is
+            missing, unreadable, or of another length than the table.
+        CheckpointError: the table's rows lie in an order that this version does not know.
+    """
+    run_path = run_path.rstrip("/")
+    file_system, path = file_system_of(run_path)
+    if not file_system.isdir(path):
+        raise UserError(f"no run folder at {run_path!r}; expected the run.path that a training wrote to")
+    checkpoint_path = latest_checkpoint(f"{run_path}/checkpoints")
+    if checkpoint_path is None:
+        raise UserError(f"no complete checkpoint yet in {run_path!r}; train until the first one is saved")
+    reader = CheckpointReader(checkpoint_path)
+    try:
+        return _open_table(reader, run_path, table)
+    except BaseException:
+        reader.close()
+        raise
+
+
+def _open_table(reader: CheckpointReader, run_path: str, table: str | None) -> Vectors:
+    tables = sorted(name.removesuffix(_WEIGHT) for name in reader.tensors if name.endswith(_WEIGHT))
+    export_table = reader.state.get("export_table")
+    table = _choose_table(table, export_table, tables, run_path)
+    info = reader.tensors[table + _WEIGHT]
+    num_rows, dim = info.shape
+    layout = SpreadLayout(num_rows, 1)
+    _check_layout(info.layout, layout, table)
+    words: Sequence[str] = RowNumbers(range(num_rows))
+    counts = None
+    vocabulary = _read_vocabulary(f"{run_path}/vocabulary.tsv")
+    if vocabulary is not None and len(vocabulary) == num_rows:
+        words, counts = vocabulary.words, vocabulary.counts
+    elif table == export_table:
+        found = "there is none" if vocabulary is None else f"it has {len(vocabulary):,} words"
+        raise UserError(f"table {table!r} needs {num_rows:,} words in {run_path}/vocabulary.tsv, but {found}")
+    return Vectors(table, reader.step, num_rows, dim, words, counts, layout, reader)
+
+
+def _choose_table(table: str | None, export_table: str | None, tables: list[str], run_path: str) -> str:
+    if table is None and export_table is None and len(tables) != 1:
+        raise UserError(f"name one of the tables of {run_path!r}: {', '.join(tables) or 'it has none'}")
+    chosen = table or export_table or tables[0]
+    if chosen not in tables:
+        raise UserError(f"no table {chosen!r} in {run_path!r}; it has: {', '.join(tables) or 'none'}")
+    return chosen
+
+
+def _check_layout(found: Mapping[str, Any], layout: SpreadLayout, table: str) -> None:
+    """Refuses rows that were spread by another rule, which would come out under each other's words."""
+    expected = {"kind": "spread", "multiplier": layout.multiplier}
+    if {key: found.get(key) for key in expected} != expected:
+        raise CheckpointError(f"table {table!r}: expected rows laid out by {expected}, found {dict(found)}")
+
+
+def _read_vocabulary(path: str) -> Vocabulary | None:
+    try:
+        return Vocabulary.load(path)
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,201 @@
+"""Where metrics go: a file of JSON lines, TensorBoard, the console. They belong to one rank, the first."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Protocol, TextIO
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from embedtrain.errors import UserError
+
+Record = Mapping[str, float | int | str]
+
+
+class MetricSink(Protocol):
+    """Takes records: names and values, `step` among them."""
+
+    def log(self, record: Record) -> None:
+        """Takes one record."""
+
+    def close(self) -> None:
+        """Writes what is still held back."""
+
+
+class JsonlSink:
+    """Appends each record to a file as a JSON object on a line; a number that is not finite becomes null.
+
+    A local file has each line at once. Object stores cannot append: there the whole file is written again, at
+    most every 30 seconds and by `flush` and `close`, and a process that is killed loses the lines since.
+    """
+
+    _UPLOAD_SECONDS = 30.0
+
+    def __init__(self, path: str) -> None:
+        self._file_system, self._path = fsspec.core.url_to_fs(path)
+        self._is_local = isinstance(self._file_system, LocalFileSystem)
+        self._file_system.makedirs(self._file_system._parent(self._path), exist_ok=True)
+        self._uploaded = b"" if self._is_local else self._read()
+        self._uploaded_at = time.monotonic()
+        self._pending = b""
+
+    def log(self, record: Record) -> None:
+        """Appends the record."""
+        line = json.dumps({name: _finite(value) for name, value in record.items()}, allow_nan=False)
+        self._pending += line.encode() + b"\n"
+        if self._is_local or time.monotonic() - self._uploaded_at >= self._UPLOAD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the lines that are held back; to be called when a checkpoint is saved."""
+        if not self._pending:
+            return
+        if self._is_local:
+            with self._file_system.open(self._path, "ab") as file:
+                file.write(self._pending)
+        else:
+            self._uploaded += self._pending
+            self._file_system.pipe_file(self._path, self._uploaded)
+            self._uploaded_at = time.monotonic()
+        self._pending = b""
+
+    def truncate_after(self, step: int) -> None:
+        """Drops the lines of later steps, which a resumed run logs again, and a half-written last one."""
+        self.flush()
+        text = self._read()
+        kept = b"".join(line for line in text.splitlines(keepends=True) if _is_up_to(step, line))
+        if kept != text:
+            self._file_system.pipe_file(f"{self._path}.partial", kept)
+            self._file_system.mv(f"{self._path}.partial", self._path)
+        self._uploaded = b"" if self._is_local else kept
+
+    def close(self) -> None:
+        """Writes the lines that are held back."""
+        self.flush()
+
+    def _read(self) -> bytes:
+        try:
+            text: bytes = self._file_system.cat_file(self._path)
+        except FileNotFoundError:
+            return b""
+        return text
+
+
+class TensorBoardSink:
+    """Writes each number of a record as a scalar of its step for TensorBoard; texts are left out.
+
+    Args:
+        folder: a local folder.
+        purge_step: TensorBoard hides what earlier runs wrote at this step and later; the first step to come
+            when a run is resumed.
+
+    Raises:
+        UserError: the folder is not local.
+    """
+
+    def __init__(self, folder: str, purge_step: int | None = None) -> None:
+        file_system, path = fsspec.core.url_to_fs(folder)
+        if not isinstance(file_system, LocalFileSystem):
+            raise UserError(f"TensorBoard's files are appended to and need a local folder, got {folder!r}")
+        from torch.utils.tensorboard import SummaryWriter  # takes a second, and few runs want it
+
+        self._writer = SummaryWriter(path, purge_step=purge_step)
+
+    def log(self, record: Record) -> None:
+        """Writes the record's numbers at its step."""
+        step = record["step"]
+        for name, value in record.items():
+            if name != "step" and not isinstance(value, str):
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Writes the events that are held back."""
+        self._writer.close()
+
+
+class ConsoleSink:
+    """Shows progress on one line: rewritten in place on a terminal, printed every so often elsewhere.
+
+    A training record has `words` (of the text, so far, over all epochs), `words_per_second`, `loss` and
+    `learning_rate`. Any other record, such as an evaluation, gets a line of its own.
+
+    Args:
+        stream: where to print.
+        total_words: words of the text to train in all, over all epochs.
+        every_seconds: time between two lines of progress where the stream is no terminal.
+    """
+
+    def __init__(self, stream: TextIO, total_words: int, every_seconds: float = 10.0) -> None:
+        self._stream = stream
+        self._total_words = total_words
+        self._every_seconds = every_seconds
+        self._in_place = stream.isatty()
+        self._shown_at = -math.inf
+        self._open_line = ""  # on a terminal, the line that the cursor stands on
+        self._held_back = ""  # elsewhere, the newest line that is not printed yet
+
+    def log(self, record: Record) -> None:
+        """Shows the record."""
+        if "words" not in record:
+            self._end_progress()
+            self._print("  ".join(f"{name} {_short(value)}" for name, value in record.items()))
+            return
+        line = _progress(record, self._total_words)
+        if self._in_place:
+            self._stream.write("\r" + line.ljust(len(self._open_line)))
+            self._stream.flush()
+            self._open_line = line
+        elif time.monotonic() - self._shown_at >= self._every_seconds:
+            self._print(line)
+            self._shown_at = time.monotonic()
+        else:
+            self._held_back = line
+
+    def close(self) -> None:
+        """Shows the progress that is held back."""
+        self._end_progress()
+
+    def _end_progress(self) -> None:
+        """Leaves the newest line of progress on the stream, and the cursor below it."""
+        if self._held_back:
+            self._print(self._held_back)
+        elif self._open_line:
+            self._print("")
+            self._open_line = ""
+
+    def _print(self, line: str) -> None:
+        self._stream.write(line + "\n")
+        self._stream.flush()
+        self._held_back = ""
+
+
+def _progress(record: Record, total_words: int) -> str:
+    words, rate = float(record["words"]), float(record["words_per_second"])
+    left = "?"
+    if rate > 0:
+        left = str(timedelta(seconds=round(max(0.0, total_words - words) / rate)))
+    return (
+        f"{100 * words / max(1, total_words):5.1f} %  {rate:,.0f} words/s  loss {float(record['loss']):.4f}  "
+        f"lr {float(record['learning_rate']):.3g}  {left} left"
+    )
+
+
+def _short(value: float | int | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _finite(value: float | int | str) -> float | int | str | None:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _is_up_to(step: int, line: bytes) -> bool:
+    """Tells whether a line of JSON is whole and of no later step than `step`."""
+    try:
+        return line.endswith(b"\n") and bool(json.loads(line).get("step", 0) <= step)
+    except ValueError:
+        return False

@@ -1,0 +1,97 @@
+"""Every implementation against autograd on a plain loop over centres and contexts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from embedtrain.ops.skipgram_block import TextBlock, count_predictions, skipgram_block
+
+SHAPES = [
+    # positions, rows, dim, negatives, window
+    (1, 3, 1, 5, 5),
+    (2, 1, 3, 2, 1),  # one row: the same word everywhere
+    (7, 5, 3, 5, 2),
+    (40, 30, 100, 5, 5),
+    (33, 4, 129, 7, 4),
+    (20, 30, 17, 0, 3),
+    (25, 60, 16, 13, 5),
+    (0, 4, 5, 5, 5),
+]
+
+
+def make(num_positions: int, num_rows: int, dim: int, k: int, window: int) -> tuple[torch.Tensor, TextBlock]:
+    generator = torch.Generator().manual_seed(num_positions + dim)
+    vectors = torch.randn(num_rows, dim, generator=generator) * 0.5
+    inputs, outputs = torch.randint(0, num_rows, (2, num_positions), generator=generator)
+    negatives = torch.randint(0, num_rows, (num_positions, k), generator=generator)
+    negatives[torch.rand(num_positions, k, generator=generator) < 0.2] = -1
+    positions = torch.arange(num_positions)
+    left, right = torch.randint(0, window + 1, (2, num_positions), generator=generator)
+    starts, stops = (positions - left).clamp(min=0), (positions + right + 1).clamp(max=num_positions)
+    return vectors, TextBlock(inputs, outputs, negatives, starts, stops)
+
+
+def plain_loss(vectors: torch.Tensor, block: TextBlock, architecture: str) -> torch.Tensor:
+    loss = torch.zeros((), dtype=torch.float64)
+    for centre in range(block.num_positions):
+        around = [p for p in range(int(block.starts[centre]), int(block.stops[centre])) if p != centre]
+        contexts = [vectors[block.inputs[p]] for p in around]
+        if architecture == "cbow" and contexts:
+            contexts = [torch.stack(contexts).mean(dim=0)]
+        for context in contexts:
+            loss = loss - F.logsigmoid(context @ vectors[block.outputs[centre]])
+            for negative in block.negatives[centre].tolist():
+                if negative >= 0:
+                    loss = loss - F.logsigmoid(-(context @ vectors[negative]))
+    return loss
+
+
+@pytest.mark.parametrize("architecture", ["skipgram", "cbow"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_autograd_on_a_plain_loop(backend: str, shape: tuple[int, ...], architecture: str) -> None:
+    vectors, block = make(*shape)
+    exact = vectors.double().requires_grad_()
+    expected = plain_loss(exact, block, architecture)
+    if expected.requires_grad:
+        expected.backward()
+    expected_grad = torch.zeros_like(exact) if exact.grad is None else exact.grad
+    loss, grad = skipgram_block(vectors, block, architecture)
+    assert loss.dtype == torch.float64
+    assert grad.dtype == torch.float32
+    # float32 sums of up to a few hundred terms of order one
+    torch.testing.assert_close(loss, expected.detach(), rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=2e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("scale", [10.0, 100.0])
+def test_large_logits_neither_overflow_nor_vanish(backend: str, scale: float) -> None:
+    vectors, block = make(7, 5, 3, 5, 2)
+    expected = plain_loss((vectors * scale).double(), block, "skipgram")
+    loss, grad = skipgram_block(vectors * scale, block)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_shows_in_the_loss(backend: str, bad: float) -> None:
+    vectors, block = make(40, 30, 100, 5, 5)
+    vectors[block.inputs[0]] = bad
+    loss, _ = skipgram_block(vectors, block)
+    assert not loss.isfinite()
+
+
+def test_predictions_are_counted() -> None:
+    index = torch.zeros(3, dtype=torch.int64)
+    block = TextBlock(index, index, index.view(3, 1), torch.tensor([0, 0, 2]), torch.tensor([2, 2, 3]))
+    assert int(count_predictions(block)) == 2
+    assert int(count_predictions(block, "cbow")) == 2
+
+
+@pytest.mark.parametrize("field", ["inputs", "outputs", "negatives", "starts", "stops"])
+def test_an_index_outside_is_refused(backend: str, field: str) -> None:
+    vectors, block = make(7, 5, 3, 5, 2)
+    getattr(block, field).view(-1)[3] = 99
+    with pytest.raises(ValueError, match="must"):
+        skipgram_block(vectors, block)

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedtrain.errors import UserError
+from embedtrain.metrics import evaluate_similarity
+
+EVAL_WORDS = Path(__file__).parents[4] / "shared/data/eval-words"
+
+
+def random_unit_vectors(num_words):
+    rows = np.random.default_rng(num_words).normal(size=(num_words, 8))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def assert_as_gensim(vectors, words, path, **options):
+    keyedvectors = pytest.importorskip("gensim.models", reason="gensim is not installed").KeyedVectors
+    reference = keyedvectors(vectors.shape[1])
+    reference.add_vectors(words, vectors)
+    pearson, spearman, oov_percent = reference.evaluate_word_pairs(str(path), **options)
+    with open(path, encoding="utf-8") as lines:
+        report = evaluate_similarity(vectors, words, lines, **options)
+    assert report.pearson == pytest.approx(pearson[0], abs=1e-6)
+    assert report.spearman == pytest.approx(spearman[0], abs=1e-6)
+    assert 100 * report.oov_ratio == pytest.approx(oov_percent)
+    return report
+
+
+@pytest.mark.parametrize("case_insensitive", [True, False])
+@pytest.mark.parametrize("restrict_vocab", [25, 300_000])
+def test_counts_as_gensim(case_insensitive, restrict_vocab, tmp_path):
+    rng = np.random.default_rng(2)
+    words = [f"{'Ab' if row % 2 else 'aB'}{row // 2}" for row in range(40)]
+    lines = ["# a comment", "#another\twith\ttabs"]
+    for _ in range(200):
+        left, right = rng.choice([*words, "ab3", "unknown"], 2, replace=False)
+        lines.append(f"{left}\t{right}\t{rng.integers(0, 100) / 10}")
+    path = tmp_path / "pairs.tsv"
+    path.write_text("\n".join([*lines, "", ""]))
+    options = {"case_insensitive": case_insensitive, "restrict_vocab": restrict_vocab}
+    report = assert_as_gensim(random_unit_vectors(40), words, path, **options)
+    assert 0 < report.oov_ratio < 1
+    assert report.num_pairs == round(200 * (1 - report.oov_ratio))
+
+
+@pytest.mark.parametrize("name", ["WS-353-ALL", "MEN-TR-3k", "RG-65", "SIMLEX-999"])
+def test_published_pairs_as_gensim(name):
+    path = EVAL_WORDS / f"EN-{name}.txt"
+    if not path.exists():
+        pytest.skip("the word pairs of ../shared/data are not here")
+    words = sorted({word for line in path.read_text().splitlines() for word in line.split("\t")[:2]})[::2]
+    assert_as_gensim(random_unit_vectors(len(words)), words, path)
+
+
+def test_white_space_is_detected():
+    lines = ["# words\tand scores\n", "\n", "a  b 3\n", "b c 2\n", "a c 0.5\n", "a x 1\n"]
+    report = evaluate_similarity(np.array([[1, 0], [0.6, 0.8], [0, 1]], np.float32), ["a", "b", "c"], lines)
+    assert report.num_pairs == 3
+    assert report.oov_ratio == 0.25
+
+
+def test_words_with_spaces_need_tabs():
+    lines = ["new york\tcity\t3", "city\tnew york\t2", "city\tcity\t9"]
+    report = evaluate_similarity(np.array([[1, 0], [0.6, 0.8]], np.float32), ["New York", "city"], lines)
+    assert report.num_pairs == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "separator"),
+    [("a\tb", "tabs"), ("a\tb\tx", "tabs"), ("a\tb\tnan", "tabs"), ("a b 3", "tabs"), ("a\tb\t1\t2", "tabs")],
+)
+def test_malformed_lines_are_named(line, separator):
+    message = f"pairs.tsv, line 2: expected two words and a score, separated by {separator}, got {line!r}"
+    lines = ["a\tb\t1", line + "\n"]
+    with pytest.raises(UserError) as caught:
+        evaluate_similarity(np.eye(2, dtype=np.float32), ["a", "b"], lines, source="pairs.tsv")
+    assert str(caught.value).startswith(message)
+
+
+def test_too_few_known_pairs():
+    lines = ["a b 1", "a x 2", "y x 2"]
+    with pytest.raises(UserError, match="pairs: expected at least two pairs of known words, found 1"):
+        evaluate_similarity(np.eye(2, dtype=np.float32), ["a", "b"], lines, source="pairs")
