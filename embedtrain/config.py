@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from embedtrain.errors import UserError
 
@@ -142,6 +142,21 @@ _MAY_CHANGE = ("run.", "checkpoint.", "log.", "data.path", "data.cache_path")
 """Keys that a resumed run may give anew; whether the text is the same is judged by its content."""
 
 
+_MEANT = {
+    "learning_rate": "optimizer.lr",
+    "alpha": "optimizer.lr",
+    "batch_size": "train.words_per_step",
+    "vector_size": "table.dim",
+    "size": "table.dim",
+    "iter": "train.epochs",
+    "negative": "word2vec.negatives",
+    "sg": "word2vec.architecture",
+    "corpus": "data.path",
+    "output": "run.path",
+}
+"""Names that other programs have for our keys, too far from them for a search by spelling."""
+
+
 def load_config(path: str | None, overrides: Sequence[str]) -> Config:
     """Reads and checks a configuration.
 
@@ -158,6 +173,7 @@ def load_config(path: str | None, overrides: Sequence[str]) -> Config:
         layers.append((path, _read_yaml(path)))
     layers.extend((f"{override!r}", _parse_override(override)) for override in overrides)
     for source, layer in layers:
+        _refuse_unknown_keys(source, layer)
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
@@ -209,15 +225,21 @@ def _parse_override(override: str) -> DictConfig:
         raise UserError(f"{override!r} is not a key and a value: {' '.join(str(error).split())}") from error
 
 
+def _refuse_unknown_keys(source: str, layer: DictConfig) -> None:
+    known = [key for key, _ in _flatten(OmegaConf.structured(Config))]
+    sections = {key.rpartition(".")[0] for key in known if "." in key}
+    for key, _ in _flatten(layer):
+        if key in known or key in sections:
+            continue
+        meant = _MEANT.get(key.rpartition(".")[2])
+        near = [meant] if meant else difflib.get_close_matches(key, known + sorted(sections), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
+        raise UserError(f"{source}: there is no key {key}; {hint}")
+
+
 def _explain(error: OmegaConfBaseException) -> str:
-    """Turns omegaconf's message of several lines into one, with the nearest key where a key is unknown."""
+    """Returns the first line of omegaconf's message, with the key."""
     first_line = (error.msg or str(error)).splitlines()[0]
-    if isinstance(error, ConfigKeyError) and error.full_key:
-        known = [key for key, _ in _flatten(OmegaConf.structured(Config))]
-        known += sorted({key.rpartition(".")[0] for key in known if "." in key})
-        near = difflib.get_close_matches(error.full_key, known, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else f"; the keys are {', '.join(known)}"
-        return f"there is no key {error.full_key}{hint}"
     return f"{error.full_key}: {first_line}" if error.full_key else first_line
 
 

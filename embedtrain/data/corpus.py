@@ -1,0 +1,88 @@
+"""A text that was prepared for training: its vocabulary, and its words as ids in memory-mapped files."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedtrain.data.vocabulary import Vocabulary
+
+META_NAME = "meta.json"
+VOCABULARY_NAME = "vocabulary.tsv"
+TOKEN_DTYPE = np.dtype("<i4")
+
+
+class PreparedCorpus:
+    """The tokens of a text, in its order; opened from the folder that `prepare_corpus` made.
+
+    A token is the row of its word in the vocabulary; one that begins a sentence is stored as ~row, which is
+    negative. Pickled by its path, so that a data loader's worker maps the same files.
+
+    Args:
+        path: the folder, on a local file system.
+
+    Raises:
+        RuntimeError: the folder is not complete, or a file in it does not have the size it was written with.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            with open(os.path.join(path, META_NAME), encoding="utf-8") as file:
+                meta: dict[str, Any] = json.load(file)
+        except FileNotFoundError as error:
+            raise RuntimeError(f"{path}: not a prepared corpus: it holds no {META_NAME}") from error
+        self.fingerprint: str = meta["fingerprint"]
+        self.num_sentences: int = sum(shard["num_sentences"] for shard in meta["shards"])
+        # Files of no bytes cannot be mapped, and hold nothing to read.
+        shards = [shard for shard in meta["shards"] if shard["num_tokens"]]
+        self._shard_paths = [os.path.join(path, shard["name"]) for shard in shards]
+        self._shard_starts = np.cumsum([0, *(shard["num_tokens"] for shard in shards)])
+        self.num_tokens = int(self._shard_starts[-1])
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The words that the tokens stand for."""
+        return Vocabulary.load(os.path.join(self.path, VOCABULARY_NAME))
+
+    def read(self, start: int, stop: int) -> NDArray[np.int32]:
+        """Returns a copy of tokens [start, stop): [stop - start] int32.
+
+        Raises:
+            ValueError: the range is not inside [0, num_tokens].
+        """
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise ValueError(f"expected a range inside [0, {self.num_tokens}], got [{start}, {stop})")
+        tokens = np.empty(stop - start, np.int32)
+        shard = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
+        at = start
+        while at < stop:
+            offset = at - int(self._shard_starts[shard])
+            piece = self._shards[shard][offset : offset + stop - at]
+            tokens[at - start : at - start + len(piece)] = piece
+            at += len(piece)
+            shard += 1
+        return tokens
+
+    def __reduce__(self) -> tuple[type[PreparedCorpus], tuple[str]]:
+        return type(self), (self.path,)
+
+    @cached_property
+    def _shards(self) -> list[NDArray[np.int32]]:
+        sizes = np.diff(self._shard_starts)
+        return [_map(path, int(size)) for path, size in zip(self._shard_paths, sizes, strict=True)]
+
+
+def _map(path: str, num_tokens: int) -> NDArray[np.int32]:
+    size_bytes, expected = os.path.getsize(path), num_tokens * TOKEN_DTYPE.itemsize
+    if size_bytes != expected:
+        raise RuntimeError(
+            f"{path}: {size_bytes} bytes where {expected} were written; remove the folder "
+            f"{os.path.dirname(path)} and it is prepared again"
+        )
+    return np.memmap(path, TOKEN_DTYPE, mode="r")

@@ -1,0 +1,348 @@
+"""Prepares a text for training, once: the ranks count its words, then write their ids to a cache folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import fsspec
+import pyarrow as pa
+import torch.distributed as dist
+import xxhash
+from fsspec.implementations.local import LocalFileSystem
+
+from embedtrain.data.corpus import META_NAME, TOKEN_DTYPE, VOCABULARY_NAME, PreparedCorpus
+from embedtrain.data.python_docs import PYTHON_DOCS, write_python_docs
+from embedtrain.data.sources import CHUNK_BYTES, Source, expand_sources, read_chunks
+from embedtrain.data.text import TOKENIZERS, encode, tokenize
+from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary, WordCounts
+from embedtrain.distributed.collectives import all_gather_object, raise_together, run_on_first
+from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.errors import UserError
+
+T = TypeVar("T")
+OnProgress = Callable[[str, float], None]
+
+PART_BYTES = 2 << 20
+_FORMAT_VERSION = 1
+_MAX_PARTS = 256  # Each is a file that is held open while it is mapped.
+_ABANDONED_SECONDS = 24 * 3600
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusOptions:
+    """What to train on, and what counts as a word.
+
+    Attributes:
+        path: a file, a glob, a folder, or several of them, on any fsspec URL; `python-docs` is the
+            documentation of the Python installation itself.
+        tokenizer: a name in `TOKENIZERS`.
+        min_count: words that are seen less often are left out.
+        max_vocab_size: at most so many words are kept, the most frequent ones; None for all.
+
+    Raises:
+        UserError: an option is out of range.
+    """
+
+    path: str | Sequence[str]
+    tokenizer: str = "letters"
+    min_count: int = 5
+    max_vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokenizer not in TOKENIZERS:
+            raise UserError(f"tokenizer: expected one of {', '.join(TOKENIZERS)}, got {self.tokenizer!r}")
+        if self.min_count < 1:
+            raise UserError(f"min_count: expected at least 1, got {self.min_count}")
+        if self.max_vocab_size is not None and self.max_vocab_size < 1:
+            given = self.max_vocab_size
+            raise UserError(f"max_vocab_size: expected at least 1, or null for all, got {given}")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """`path` as a tuple."""
+        return (self.path,) if isinstance(self.path, str) else tuple(self.path)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The lines of a source that begin in [start, stop)."""
+
+    source: Source
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a rank needs to know to do its share of a preparation in the folder `work_path`."""
+
+    work_path: str
+    options: CorpusOptions
+    parts: Sequence[Sequence[Segment]]
+    group: dist.ProcessGroup | None
+    on_progress: OnProgress | None
+    chunk_bytes: int
+
+    @property
+    def my_parts(self) -> dict[int, Sequence[Segment]]:
+        """The parts of this rank, by their number; every `world_size`-th, so that all kinds of file mix."""
+        rank, size = rank_of(self.group), size_of(self.group)
+        return {number: self.parts[number] for number in range(rank, len(self.parts), size)}
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.work_path, name)
+
+
+def prepare_corpus(
+    options: CorpusOptions,
+    cache_path: str,
+    group: dist.ProcessGroup | None,
+    *,
+    on_progress: OnProgress | None = None,
+    part_bytes: int = PART_BYTES,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> PreparedCorpus:
+    """Returns the prepared form of a text, which the ranks make together unless the cache holds it.
+
+    An entry of the cache is named by a hash of the sources' identities and of the options, so a source that
+    changed makes a new one. It is written under another name and renamed when it is complete: a preparation
+    that was killed is done again. The tokens are the same for every number of ranks.
+
+    Collective: every rank of `group` calls, with the same arguments.
+
+    Args:
+        cache_path: local folder, made if missing. All ranks must see the same one: on several hosts it must
+            be on a file system that they share.
+        on_progress: called with what is done and the fraction of this rank's share that is.
+        part_bytes: ranks take the text in parts of at least this size; a compressed file is never divided.
+        chunk_bytes: about how much text a rank holds at a time.
+
+    Raises:
+        UserError: on every rank, whichever found it: a path or a file of text that cannot be used, an empty
+            vocabulary, a cache folder that is not local or may not be written.
+        RuntimeError: a rank does not see the cache folder of the others.
+    """
+    cache_path = run_on_first(lambda: _make_cache_folder(cache_path), group)
+    _require_visible(cache_path, group)
+    paths = [
+        write_python_docs(cache_path, group, on_progress) if path == PYTHON_DOCS else path
+        for path in options.paths
+    ]
+    sources = run_on_first(lambda: expand_sources(paths), group)
+    entry_path = os.path.join(cache_path, _entry_name(sources, options))
+    meta_path = os.path.join(entry_path, META_NAME)
+    if not run_on_first(lambda: os.path.exists(meta_path), group):
+        work_path = run_on_first(lambda: _make_work_folder(entry_path), group)
+        _require_visible(work_path, group)
+        parts = plan_parts(sources, part_bytes)
+        _prepare(_Job(work_path, options, parts, group, on_progress, chunk_bytes), entry_path)
+    _require_visible(meta_path, group)
+    return PreparedCorpus(entry_path)
+
+
+def plan_parts(sources: Sequence[Source], part_bytes: int) -> list[list[Segment]]:
+    """Divides sources into at most 256 parts of about equal size, in the order of the text.
+
+    The parts do not depend on the number of ranks. Plain files are divided, compressed ones are not.
+    """
+    total_bytes = sum(source.size_bytes for source in sources)
+    part_bytes = max(part_bytes, -(-total_bytes // _MAX_PARTS))
+    parts: list[list[Segment]] = []
+    room_bytes = 0
+    for source in sources:
+        start = 0
+        while start < source.size_bytes:
+            if room_bytes <= 0:
+                parts.append([])
+                room_bytes = part_bytes
+            stop = source.size_bytes if source.compression else min(source.size_bytes, start + room_bytes)
+            parts[-1].append(Segment(source, start, stop))
+            room_bytes -= stop - start
+            start = stop
+    return parts
+
+
+def _prepare(job: _Job, entry_path: str) -> None:
+    """Collective: counts, agrees on the vocabulary, encodes, and commits the entry."""
+    try:
+        _on_every_rank(lambda: _count_words(job), job.group)
+        run_on_first(lambda: _build_vocabulary(job), job.group)
+        vocabulary = _on_every_rank(lambda: Vocabulary.load(job.path(VOCABULARY_NAME)), job.group)
+        rows = {word.encode(): row for row, word in enumerate(vocabulary.words)}
+        my_shards = _on_every_rank(lambda: _write_shards(job, rows), job.group)
+        shards = [shard for theirs in all_gather_object(my_shards, job.group) for shard in theirs]
+        run_on_first(lambda: _commit(job, vocabulary, shards, entry_path), job.group)
+    except BaseException:
+        if rank_of(job.group) == 0:
+            shutil.rmtree(job.work_path, ignore_errors=True)
+        raise
+
+
+def _count_words(job: _Job) -> None:
+    counts = WordCounts()
+    progress = _Progress("count words", job)
+    for part in job.my_parts.values():
+        for tokens in tokenize(_chunks(part, job, progress), job.options.tokenizer):
+            counts.add(tokens.words)
+    path = job.path(_counts_name(rank_of(job.group)))
+    with pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, COUNTS_SCHEMA) as writer:
+        writer.write_table(counts.table())
+
+
+def _build_vocabulary(job: _Job) -> None:
+    """Adds up the ranks' counts, saves the vocabulary, and removes the counts."""
+    counts = WordCounts()
+    for rank in range(size_of(job.group)):
+        with pa.OSFile(job.path(_counts_name(rank)), "rb") as file:
+            counts.merge(pa.ipc.open_file(file).read_all())
+        os.remove(job.path(_counts_name(rank)))
+    options = job.options
+    try:
+        vocabulary = Vocabulary.build(counts.table(), options.min_count, options.max_vocab_size)
+    except UserError as error:
+        raise UserError(f"{', '.join(options.paths)}: {error}") from error
+    vocabulary.save(job.path(VOCABULARY_NAME))
+
+
+def _write_shards(job: _Job, rows: Mapping[bytes, int]) -> list[dict[str, Any]]:
+    """Writes a file of tokens for each part of this rank; returns what the table of contents says of each."""
+    shards = []
+    progress = _Progress("encode words", job)
+    for number, part in job.my_parts.items():
+        name = f"tokens-{number:05d}.bin"
+        num_tokens = num_sentences = 0
+        digest = xxhash.xxh3_128()
+        with open(job.path(name), "wb") as file:
+            for tokens in encode(tokenize(_chunks(part, job, progress), job.options.tokenizer), rows):
+                data = tokens.astype(TOKEN_DTYPE).tobytes()
+                file.write(data)
+                digest.update(data)
+                num_tokens += len(tokens)
+                num_sentences += int((tokens < 0).sum())
+        facts = {"num_tokens": num_tokens, "num_sentences": num_sentences, "xxh3": digest.hexdigest()}
+        shards.append({"name": name, **facts})
+    return shards
+
+
+def _commit(job: _Job, vocabulary: Vocabulary, shards: list[dict[str, Any]], entry_path: str) -> None:
+    """Writes the table of contents and gives the folder its final name; another job may have been first."""
+    shards = sorted(shards, key=lambda shard: str(shard["name"]))
+    content = [shard["xxh3"] for shard in shards], vocabulary.fingerprint, _tokenization(job.options)
+    meta = {
+        "format_version": _FORMAT_VERSION,
+        "fingerprint": xxhash.xxh3_128_hexdigest(repr(content).encode()),
+        "options": asdict(job.options),
+        "sources": sorted({segment.source.identity for part in job.parts for segment in part}),
+        "shards": shards,
+    }
+    with open(job.path(META_NAME), "w", encoding="utf-8") as file:
+        json.dump(meta, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.rename(job.work_path, entry_path)
+    except OSError:
+        if not os.path.exists(os.path.join(entry_path, META_NAME)):
+            raise
+        shutil.rmtree(job.work_path, ignore_errors=True)
+
+
+def _chunks(part: Sequence[Segment], job: _Job, progress: _Progress) -> Iterator[bytes]:
+    """Reads a part; a segment ends with a line even where its file does not."""
+    for segment in part:
+        chunk = b"\n"
+        for chunk in read_chunks(
+            segment.source, segment.start, segment.stop, chunk_bytes=job.chunk_bytes, on_read=progress.add
+        ):
+            yield chunk
+        if not chunk.endswith(b"\n"):
+            yield b"\n"
+
+
+class _Progress:
+    """Tells how much of this rank's share of a stage is done."""
+
+    def __init__(self, stage: str, job: _Job) -> None:
+        segments = (segment for part in job.my_parts.values() for segment in part)
+        self._stage, self._on_progress = stage, job.on_progress
+        self._total_bytes = sum(segment.stop - segment.start for segment in segments)
+        self._done_bytes = 0
+
+    def add(self, num_bytes: int) -> None:
+        self._done_bytes += num_bytes
+        if self._on_progress is not None:
+            self._on_progress(self._stage, min(1.0, self._done_bytes / self._total_bytes))
+
+
+def _make_cache_folder(cache_path: str) -> str:
+    fs, path = fsspec.core.url_to_fs(cache_path)
+    if not isinstance(fs, LocalFileSystem):
+        raise UserError(
+            f"cache path {cache_path}: expected a local folder, whose files can be memory-mapped, "
+            f"got one on {fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]}"
+        )
+    try:
+        os.makedirs(path, exist_ok=True)
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"cache path {cache_path}: the folder cannot be made: {error}") from error
+    return str(path)
+
+
+def _make_work_folder(entry_path: str) -> str:
+    """Makes the folder of this attempt, and removes those that others abandoned."""
+    cache_path, name = os.path.split(entry_path)
+    for other in os.listdir(cache_path):
+        path = os.path.join(cache_path, other)
+        if other.startswith(f"{name}.") and time.time() - os.path.getmtime(path) > _ABANDONED_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
+    if os.path.isdir(entry_path):  # Without a table of contents: somebody removed part of it.
+        shutil.rmtree(entry_path)
+    work_path = f"{entry_path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        os.mkdir(work_path)
+    except PermissionError as error:
+        raise UserError(f"cache path {cache_path}: permission denied: {error}") from error
+    return work_path
+
+
+def _require_visible(path: str, group: dist.ProcessGroup | None) -> None:
+    """Collective: raises on every rank when one does not see what rank 0 made."""
+    error = None
+    if not os.path.exists(path):
+        error = RuntimeError(
+            f"rank {rank_of(group)} on {socket.gethostname()} does not see {path}, which rank 0 made: the "
+            "cache folder must be on a file system that all ranks share"
+        )
+    raise_together(error, group)
+
+
+def _on_every_rank(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """Collective: does each rank's share; a failure of one is raised on all, so that none waits for it."""
+    try:
+        result = work()
+    except Exception as error:
+        raise_together(error, group)
+        raise
+    raise_together(None, group)
+    return result
+
+
+def _entry_name(sources: Sequence[Source], options: CorpusOptions) -> str:
+    facts = _FORMAT_VERSION, [source.identity for source in sources], _tokenization(options)
+    return f"corpus-{xxhash.xxh3_64_hexdigest(repr(facts).encode())}"
+
+
+def _tokenization(options: CorpusOptions) -> tuple[str, int, int | None]:
+    return options.tokenizer, options.min_count, options.max_vocab_size
+
+
+def _counts_name(rank: int) -> str:
+    return f"counts-{rank:05d}.arrow"

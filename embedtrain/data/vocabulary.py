@@ -1,0 +1,125 @@
+"""The words of a text, each with its count; a word's row in the table is its place in the list."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+from numpy.typing import NDArray
+
+from embedtrain.errors import UserError
+
+COUNTS_SCHEMA = pa.schema([("word", pa.large_binary()), ("count", pa.int64())])
+_MERGE_ROWS = 1 << 20
+
+
+class WordCounts:
+    """Counts words; its memory is bounded by the number of distinct ones."""
+
+    def __init__(self) -> None:
+        self._tables: list[pa.Table] = []
+        self._rows_after_merge = 0
+
+    def add(self, words: pa.LargeBinaryArray) -> None:
+        """Counts each of [n] words once more."""
+        values, counts = pc.value_counts(words).flatten()
+        self.merge(pa.table([values, counts], schema=COUNTS_SCHEMA))
+
+    def merge(self, counts: pa.Table) -> None:
+        """Adds counts of `COUNTS_SCHEMA` that were made elsewhere."""
+        self._tables.append(counts)
+        if sum(map(len, self._tables)) > 2 * self._rows_after_merge + _MERGE_ROWS:
+            self._rows_after_merge = len(self.table())
+
+    def table(self) -> pa.Table:
+        """Returns the counts so far: `COUNTS_SCHEMA`, each word once, in no particular order."""
+        tables = pa.concat_tables([COUNTS_SCHEMA.empty_table(), *self._tables])
+        merged = tables.group_by("word", use_threads=False).aggregate([("count", "sum")])
+        self._tables = [merged.rename_columns(["word", "count"]).cast(COUNTS_SCHEMA)]
+        return self._tables[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """Words by descending count, ties in the order of their code points.
+
+    Attributes:
+        words: [num_words]; a word's place is its row.
+        counts: [num_words] int64.
+    """
+
+    words: list[str]
+    counts: NDArray[np.int64]
+
+    @classmethod
+    def build(cls, counts: pa.Table, min_count: int, max_size: int | None) -> Vocabulary:
+        """Keeps the words seen at least `min_count` times, of them the `max_size` most frequent.
+
+        Args:
+            counts: `COUNTS_SCHEMA`; each word once, any order.
+
+        Raises:
+            UserError: no word is left.
+        """
+        # UTF-8 bytes sort as code points do, so the order does not depend on a locale.
+        ordered = counts.sort_by([("count", "descending"), ("word", "ascending")])
+        kept = ordered.filter(pc.greater_equal(ordered["count"], min_count)).slice(0, max_size)
+        if len(ordered) == 0:
+            raise UserError("the vocabulary is empty: the text holds no words")
+        if len(kept) == 0:
+            word, count = ordered["word"][0].as_py().decode(), ordered["count"][0].as_py()
+            raise UserError(
+                f"the vocabulary is empty: {len(ordered)} distinct words were seen, the most frequent "
+                f"({word!r}) {count} times, and min_count is {min_count}"
+            )
+        words = kept["word"].cast(pa.large_string()).to_pylist()
+        return cls(words, kept["count"].to_numpy())
+
+    @classmethod
+    def load(cls, path: str) -> Vocabulary:
+        """Reads what `save` wrote.
+
+        Raises:
+            UserError: a line is not `word<TAB>count`.
+        """
+        with fsspec.open(path, "rb") as file:
+            lines = file.read().decode().removesuffix("\n").split("\n")
+        try:
+            pairs = [line.split("\t") for line in lines]
+            return cls([word for word, _ in pairs], np.array([int(count) for _, count in pairs], np.int64))
+        except ValueError as error:
+            raise UserError(f"{path}: not a vocabulary: expected lines of word, tab, count") from error
+
+    def save(self, path: str) -> None:
+        """Writes `word<TAB>count` lines, UTF-8, in the order of the rows, to any fsspec URL."""
+        with fsspec.open(path, "wb") as file:
+            file.write(self._content())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the words and counts."""
+        return xxhash.xxh3_128_hexdigest(self._content())
+
+    def row_of(self, word: str) -> int | None:
+        """Returns the row of a word; None where it has none."""
+        return self._rows.get(word)
+
+    def rows_of(self, words: Iterable[str]) -> NDArray[np.int64]:
+        """Returns the rows of [n] words, int64; -1 for a word that has none."""
+        return np.array([self._rows.get(word, -1) for word in words], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        return {word: row for row, word in enumerate(self.words)}
+
+    def _content(self) -> bytes:
+        return "".join(map("{}\t{}\n".format, self.words, self.counts.tolist())).encode()

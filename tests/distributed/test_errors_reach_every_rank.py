@@ -1,0 +1,145 @@
+"""What one rank finds wrong, every rank raises, at once and with nothing applied."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import embedtrain as et
+from embedtrain.distributed.collectives import raise_together, run_on_first
+from embedtrain.distributed.lockstep import lockstep
+from embedtrain.testing.ranks import run_ranks
+
+
+def catch(function: object) -> tuple[str, str]:
+    try:
+        function()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def look_up_bad_id(group: dist.ProcessGroup | None) -> tuple[tuple[str, str], bool]:
+    rank = dist.get_rank(group)
+    features = [et.FeatureSpec("clicked", "item"), et.FeatureSpec("user")]
+    tables = et.EmbeddingCollection([et.TableSpec("item", 10, 4), et.TableSpec("user", 5, 3)], features)
+    before = tables.gather_table("item").clone()
+    batch = {
+        "user": et.Jagged.from_lists([[1], [2]]),
+        "clicked": et.Jagged.from_lists([[3], [17 if rank == 1 else 4]]),
+    }
+    caught = catch(lambda: tables(batch))
+    # The ranks are still in step: the next lookup works.
+    out = tables({"clicked": et.Jagged.from_lists([[3]])})["clicked"]
+    unchanged = torch.equal(tables.gather_table("item"), before)
+    return caught, unchanged and torch.equal(out[0], before[3])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_bad_id_on_one_rank(world_size: int) -> None:
+    for (kind, message), is_intact in run_ranks(world_size, look_up_bad_id):
+        assert kind == "BadIdError"
+        for part in ("feature 'clicked'", "table 'item'", "id 17", "position 1", "rank 1", "0 to 9"):
+            assert part in message
+        assert is_intact
+
+
+def look_up_unknown_feature(group: dist.ProcessGroup | None) -> tuple[str, str]:
+    tables = et.EmbeddingCollection([et.TableSpec("item", 10, 4)])
+    name = "itme" if dist.get_rank(group) == 0 else "item"
+    return catch(lambda: tables({name: et.Jagged.from_lists([[3]])}))
+
+
+def test_an_unknown_feature_on_one_rank() -> None:
+    for _, message in run_ranks(2, look_up_unknown_feature):
+        assert "['item'], got ['itme']" in message
+
+
+def train_on_nan(group: dist.ProcessGroup | None, nonfinite: str, where: str) -> tuple:
+    rank = dist.get_rank(group)
+    tables = et.EmbeddingCollection([et.TableSpec("item", 10, 4)], seed=1)
+    optimizer = et.optim.RowwiseAdagrad(tables, lr=0.1, nonfinite=nonfinite)
+    before = tables.gather_table("item").clone()
+    out = tables({"item": et.Jagged.from_lists([[3], [rank]])})["item"]
+    factor = float("nan") if rank == 1 and where == "gradient" else 1.0
+    (out * torch.tensor([[factor], [1.0]])).sum().backward()
+    if rank == 1 and where == "loss":
+        optimizer.veto("the loss is nan")
+    caught = catch(optimizer.step)
+    unchanged = torch.equal(tables.gather_table("item"), before)
+    optimizer.zero_grad()
+    tables({"item": et.Jagged.from_lists([[3]])})["item"].sum().backward()
+    optimizer.step()
+    return caught, unchanged, optimizer.num_skipped, not torch.equal(tables.gather_table("item"), before)
+
+
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+def test_a_step_that_is_not_finite_on_one_rank_is_refused_on_all(where: str) -> None:
+    for (kind, message), unchanged, _, trains_on in run_ranks(2, train_on_nan, "error", where):
+        assert kind == "NonFiniteError"
+        assert message.startswith("step 1: ")
+        named = "table 'item', row 3" if where == "gradient" else "the loss is nan, on rank 1"
+        assert named in message
+        assert unchanged and trains_on
+
+
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(where: str) -> None:
+    for (kind, _), unchanged, num_skipped, trains_on in run_ranks(2, train_on_nan, "skip", where):
+        assert (kind, unchanged, num_skipped, trains_on) == ("", True, 1, True)
+
+
+def train_on_uneven_data(group: dist.ProcessGroup | None) -> tuple[list[bool], float]:
+    rank = dist.get_rank(group)
+    tables = et.EmbeddingCollection([et.TableSpec("item", 10, 4)], seed=1)
+    optimizer = et.optim.RowwiseAdagrad(tables, lr=0.1)
+    had_data = []
+    for ids in lockstep([[1, 2]] * (2 + 3 * rank), group):
+        had_data.append(ids is not None)
+        batch = {"item": et.Jagged.from_lists([ids] if ids is not None else [])}
+        tables(batch)["item"].sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return had_data, tables.gather_table("item").sum().item()
+
+
+def test_ranks_whose_data_end_at_different_times_stop_together() -> None:
+    (first, first_sum), (second, second_sum) = run_ranks(2, train_on_uneven_data)
+    assert first == [True] * 2 + [False] * 3
+    assert second == [True] * 5
+    assert first_sum == second_sum
+
+
+def raise_on_rank_1(group: dist.ProcessGroup | None, error: Exception) -> tuple[str, str]:
+    return catch(lambda: raise_together(error if dist.get_rank(group) == 1 else None, group))
+
+
+def test_an_error_of_the_users_has_the_same_words_on_every_rank() -> None:
+    assert run_ranks(2, raise_on_rank_1, et.UserError("no such file")) == [("UserError", "no such file")] * 2
+
+
+def test_any_other_error_names_its_rank_and_keeps_its_traceback() -> None:
+    (kind, message), own = run_ranks(2, raise_on_rank_1, KeyError("lost"))
+    assert kind == "RuntimeError"
+    assert "rank 1 failed" in message and "KeyError: 'lost'" in message
+    assert own == ("KeyError", "'lost'")
+
+
+def fail_on_first(group: dist.ProcessGroup | None) -> tuple[str, str]:
+    def refuse() -> None:
+        raise et.UserError("not here")
+
+    return catch(lambda: run_on_first(refuse, group))
+
+
+def test_run_on_first_raises_everywhere() -> None:
+    assert run_ranks(2, fail_on_first) == [("UserError", "not here")] * 2
+
+
+def share_result(group: dist.ProcessGroup | None) -> int:
+    return run_on_first(lambda: 10 + dist.get_rank(group), group)
+
+
+def test_run_on_first_returns_rank_0s_result_everywhere() -> None:
+    assert run_ranks(2, share_result) == [10, 10]

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedtrain.data.corpus import PreparedCorpus
+from embedtrain.data.prepare import CorpusOptions, prepare_corpus
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> PreparedCorpus:
+    """Several shards, the middle ones without a token: their words are too rare."""
+    text = tmp_path / "a.txt"
+    text.write_text("a b a\nb a\n" * 3 + "x y z q r s\nu v w k l\n" + "b b\na\n" * 3)
+    options = CorpusOptions(path=str(text), min_count=2)
+    return prepare_corpus(options, str(tmp_path / "cache"), None, part_bytes=10)
+
+
+EXPECTED = [~0, 1, 0, ~1, 0] * 3 + [~1, 1, ~0] * 3
+
+
+def test_reads_any_range_across_shards(corpus: PreparedCorpus) -> None:
+    assert corpus.num_tokens == len(EXPECTED)
+    assert corpus.num_sentences == 12
+    assert corpus.vocabulary.words == ["a", "b"]
+    for start in range(len(EXPECTED) + 1):
+        for stop in range(start, len(EXPECTED) + 1):
+            tokens = corpus.read(start, stop)
+            assert tokens.dtype == np.int32
+            assert tokens.flags.writeable
+            assert tokens.tolist() == EXPECTED[start:stop]
+
+
+@pytest.mark.parametrize("bounds", [(-1, 2), (3, 2), (0, len(EXPECTED) + 1)])
+def test_a_range_outside_is_refused(corpus: PreparedCorpus, bounds: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"expected a range inside \[0, 24\], got"):
+        corpus.read(*bounds)
+
+
+def test_is_pickled_by_its_path(corpus: PreparedCorpus) -> None:
+    corpus.read(0, 3)
+    data = pickle.dumps(corpus)
+    assert len(data) < 500
+    again = pickle.loads(data)
+    assert again.fingerprint == corpus.fingerprint
+    assert again.read(0, again.num_tokens).tolist() == EXPECTED
+
+
+def test_a_shard_of_another_size_is_refused(corpus: PreparedCorpus) -> None:
+    path = Path(corpus.path) / "tokens-00000.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(RuntimeError, match=rf"{path}: \d+ bytes where \d+ were written; remove the folder"):
+        PreparedCorpus(corpus.path).read(0, 1)
+
+
+def test_an_incomplete_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=f"{tmp_path}: not a prepared corpus: it holds no meta.json"):
+        PreparedCorpus(str(tmp_path))

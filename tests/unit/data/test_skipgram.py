@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from embedtrain.data.corpus import PreparedCorpus
+from embedtrain.data.negatives import NegativeSampler
+from embedtrain.data.partition import random_generator
+from embedtrain.data.prepare import CorpusOptions, prepare_corpus
+from embedtrain.data.skipgram import SamplingOptions, TextBatch, TextBatches, keep_probabilities, window_bounds
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> PreparedCorpus:
+    generator = np.random.default_rng(0)
+    vocabulary = [first + second for first in "abcdefg" for second in "hijklmn"]
+    lines = [
+        " ".join(vocabulary[int(i)] for i in 48 * generator.random(generator.integers(1, 12)) ** 2) for _ in range(200)
+    ]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    return prepare_corpus(
+        CorpusOptions(path=str(tmp_path / "text.txt"), min_count=1), str(tmp_path / "cache"), None
+    )
+
+
+def batches(corpus: PreparedCorpus, rank: int = 0, world_size: int = 1, **options) -> TextBatches:
+    return TextBatches(
+        corpus,
+        SamplingOptions(**options),
+        block_words=64,
+        blocks_per_step=4,
+        seed=3,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def as_lists(batch: TextBatch) -> tuple:
+    return tuple(getattr(batch, name).tolist() for name in ("words", "negatives", "starts", "stops")) + (
+        batch.num_words,
+    )
+
+
+def test_a_batch_is_a_function_of_epoch_and_step(corpus: PreparedCorpus) -> None:
+    first, second = batches(corpus), batches(corpus)
+    for epoch, step in ((1, 2), (0, 0), (1, 2)):
+        assert as_lists(first.batch(epoch, step)) == as_lists(second.batch(epoch, step))
+    assert as_lists(first.batch(0, 0)) != as_lists(first.batch(1, 0))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_a_steps_words_do_not_depend_on_the_number_of_ranks(corpus: PreparedCorpus, world_size: int) -> None:
+    whole = batches(corpus)
+    parts = [batches(corpus, rank, world_size) for rank in range(world_size)]
+    assert {part.steps_per_epoch for part in parts} == {whole.steps_per_epoch}
+    for step in range(whole.steps_per_epoch):
+        expected = whole.batch(0, step)
+        found = [part.batch(0, step) for part in parts]
+        assert torch.cat([batch.words for batch in found]).tolist() == expected.words.tolist()
+        assert torch.cat([batch.negatives for batch in found]).tolist() == expected.negatives.tolist()
+        widths = torch.cat([batch.stops - batch.starts for batch in found])
+        assert widths.tolist() == (expected.stops - expected.starts).tolist()
+
+
+def test_an_epoch_covers_every_word_once(corpus: PreparedCorpus) -> None:
+    all_batches = batches(corpus, sample=0.0)
+    seen = [all_batches.batch(0, step) for step in range(all_batches.steps_per_epoch)]
+    assert sum(batch.num_words for batch in seen) == corpus.num_tokens == all_batches.words_per_epoch
+    counts = torch.cat([batch.words for batch in seen]).bincount()
+    assert counts.tolist() == corpus.vocabulary.counts.tolist()
+
+
+def test_windows_hold_their_centre_and_stay_in_their_sentence(corpus: PreparedCorpus) -> None:
+    all_batches = batches(corpus, sample=0.0, window=4)
+    batch = all_batches.batch(0, 0)
+    positions = torch.arange(batch.words.numel())
+    assert ((batch.starts <= positions) & (positions < batch.stops)).all()
+    assert ((positions - batch.starts <= 4) & (batch.stops - positions - 1 <= 4)).all()
+
+
+def test_a_negative_is_never_its_own_centre(corpus: PreparedCorpus) -> None:
+    batch = batches(corpus, negatives=20).batch(0, 0)
+    assert (batch.negatives == -1).any()
+    assert not (batch.negatives == batch.words.unsqueeze(1)).any()
+
+
+def test_windows_end_at_sentence_borders() -> None:
+    sentences = np.array([0, 0, 0, 2, 2, 5])
+    starts, stops = window_bounds(sentences, np.array([1, 5, 5, 5, 1, 9]))
+    assert starts.tolist() == [0, 0, 0, 3, 3, 5]
+    assert stops.tolist() == [2, 3, 3, 5, 5, 6]
+
+
+def test_keep_probabilities_are_word2vecs() -> None:
+    counts = np.array([50_000, 1_000, 10])
+    expected = [min(1.0, ((c / 51_010 / 1e-3) ** 0.5 + 1) * 1e-3 / (c / 51_010)) for c in counts]
+    np.testing.assert_allclose(keep_probabilities(counts, 1e-3), expected, rtol=1e-6)
+    assert keep_probabilities(counts, 0.0).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_subsampling_keeps_words_at_their_probability(corpus: PreparedCorpus) -> None:
+    all_batches = batches(corpus, sample=0.01)
+    kept = torch.cat(
+        [all_batches.batch(e, s).words for e in range(20) for s in range(all_batches.steps_per_epoch)]
+    ).bincount(minlength=len(corpus.vocabulary))
+    counts = corpus.vocabulary.counts * 20
+    share = keep_probabilities(corpus.vocabulary.counts, 0.01)
+    error = np.sqrt(counts * share * (1 - share) + 1)
+    assert (np.abs(kept.numpy() - counts * share) < 5 * error).all()
+
+
+@pytest.mark.parametrize("power", [0.75, 0.0, 1.0])
+def test_negatives_follow_the_power_of_the_counts(power: float) -> None:
+    counts = np.array([1000, 300, 300, 20, 5, 1])
+    draws = NegativeSampler(counts, power).draw(random_generator(0), (100_000, 2))
+    expected = counts**power / (counts**power).sum() * 200_000
+    found = np.bincount(draws.ravel(), minlength=6)
+    assert (np.abs(found - expected) < 5 * np.sqrt(expected) + 1).all()
+
+
+def test_negatives_of_one_word() -> None:
+    assert NegativeSampler(np.array([7])).draw(random_generator(0), (3,)).tolist() == [0, 0, 0]

@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import itertools
+import os
+import uuid
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedtrain.data.sources import Source, expand_sources, read_chunks
+from embedtrain.errors import UserError
+
+
+def content_of(source: Source, chunk_bytes: int = 16) -> bytes:
+    return b"".join(read_chunks(source, 0, source.size_bytes, chunk_bytes=chunk_bytes))
+
+
+def names(sources: list[Source]) -> list[str]:
+    return [os.path.basename(source.url) for source in sources]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    for name in ("b.txt", "a.txt", "notes.md", "deep/c.txt", "deep/er/d.txt.gz", "deep/e.zst", "f.txt.bz2"):
+        (tmp_path / name).write_bytes(b"text\n")
+    return tmp_path
+
+
+def test_a_file_several_and_globs(folder: Path) -> None:
+    assert expand_sources(str(folder / "a.txt"))[0].url == str(folder / "a.txt")
+    assert names(expand_sources(str(folder / "*.txt"))) == ["a.txt", "b.txt"]
+    assert names(expand_sources(str(folder / "**" / "*.txt.gz"))) == ["d.txt.gz"]
+    assert names(expand_sources([str(folder / "notes.md"), str(folder / "*.txt")])) == [
+        "notes.md",
+        "a.txt",
+        "b.txt",
+    ]
+    assert names(expand_sources([str(folder / "b.txt"), str(folder / "*.txt")])) == ["b.txt", "a.txt"]
+
+
+def test_a_folder_means_the_texts_in_it(folder: Path) -> None:
+    assert names(expand_sources(str(folder))) == ["a.txt", "b.txt", "c.txt", "e.zst", "d.txt.gz", "f.txt.bz2"]
+
+
+def test_a_relative_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert expand_sources("deep")[0].url == str(folder / "deep" / "c.txt")
+
+
+def test_another_file_system() -> None:
+    root = f"memory://{uuid.uuid4().hex}"
+    for name in ("x.txt", "sub/y.txt.gz"):
+        with fsspec.open(f"{root}/{name}", "wb", compression="infer") as file:
+            file.write(b"one\ntwo\n")
+    assert names(expand_sources(f"{root}/*.txt")) == ["x.txt"]
+    sources = expand_sources(root)
+    assert [source.url for source in sources] == [
+        f"memory:///{root.removeprefix('memory://')}/{name}" for name in ("sub/y.txt.gz", "x.txt")
+    ]
+    assert [content_of(source) for source in sources] == [b"one\ntwo\n"] * 2
+
+
+def test_identity_follows_the_content(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    first = expand_sources(str(path))[0].identity
+    assert expand_sources(str(path))[0].identity == first
+    os.utime(path, (1, 1))
+    assert expand_sources(str(path))[0].identity != first
+
+
+def test_identity_is_a_hash_where_the_file_system_tells_only_a_size() -> None:
+    url = f"memory://{uuid.uuid4().hex}/a.txt"
+    fs = fsspec.filesystem("memory")
+    identities = []
+    for content in (b"one", b"two", b"one"):
+        fs.pipe(url, content)
+        identities.append(expand_sources(url)[0].identity)
+    assert identities[0] == identities[2] != identities[1]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [
+        (".gz", gzip.compress),
+        (".zst", lambda data: pa.compress(data, "zstd", asbytes=True)),
+        (".bz2", bz2.compress),
+    ],
+)
+def test_compressed_files_of_several_streams(tmp_path: Path, suffix: str, compress: object) -> None:
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(compress(b"one\ntwo") + compress(b" more\nthree"))  # type: ignore[operator]
+    assert content_of(expand_sources(str(path))[0]) == b"one\ntwo more\nthree"
+
+
+TEXT = st.lists(st.sampled_from([b"a", b"bc ", b"\n", "é".encode(), b"\t", b"long-word"]), max_size=40)
+
+
+@given(TEXT.map(b"".join), st.integers(1, 20), st.lists(st.integers(0, 200), max_size=4))
+def test_byte_ranges_share_out_the_lines(content: bytes, chunk_bytes: int, cuts: list[int]) -> None:
+    url = f"memory://{uuid.uuid4().hex}/a.txt"
+    fsspec.filesystem("memory").pipe(url, content)
+    source = expand_sources(url)[0]
+    borders = [0, *sorted(min(cut, len(content)) for cut in cuts), len(content)]
+    parts = []
+    for start, stop in itertools.pairwise(borders):
+        chunks = list(read_chunks(source, start, stop, chunk_bytes=chunk_bytes))
+        assert all(chunk[-1:] in b"\n \t" for chunk in chunks[:-1])
+        parts.append(b"".join(chunks))
+        assert parts[-1] == lines_beginning_in(content, start, stop)
+    assert b"".join(parts) == content
+
+
+def lines_beginning_in(content: bytes, start: int, stop: int) -> bytes:
+    lines, begin = [], 0
+    for line in io.BytesIO(content):
+        if start <= begin < stop:
+            lines.append(line)
+        begin += len(line)
+    return b"".join(lines)
+
+
+def test_progress_and_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\ntwo\nthree\n")
+    source = expand_sources(str(path))[0]
+    read: list[int] = []
+    chunks = read_chunks(source, 0, source.size_bytes, chunk_bytes=8, on_read=read.append)
+    assert b"".join(chunks) == b"one\ntwo\nthree\n"
+    assert sum(read) == source.size_bytes
+
+
+def test_an_empty_file_holds_nothing(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt.gz"):
+        (tmp_path / name).touch()
+        assert content_of(expand_sources(str(tmp_path / name))[0]) == b""
+
+
+def test_a_missing_path_says_what_was_meant(folder: Path) -> None:
+    with pytest.raises(UserError) as error:
+        expand_sources(str(folder / "aa.txt"))
+    message = f"{folder}/aa.txt: no such file or folder; did you mean {folder}/a.txt or {folder}/b.txt"
+    assert str(error.value).startswith(message)
+    with pytest.raises(UserError) as error:
+        expand_sources(str(folder / "deeep" / "c.txt"))
+    assert str(error.value).endswith(f"did you mean {folder}/deep?")
+    with pytest.raises(UserError) as error:
+        expand_sources(str(folder / "deep" / "xyz"))
+    assert str(error.value) == (
+        f"{folder}/deep/xyz: no such file or folder; {folder}/deep holds c.txt, e.zst, er"
+    )
+    with pytest.raises(UserError, match="no such file or folder"):
+        expand_sources(f"memory://{uuid.uuid4().hex}/nothing/here.txt")
+    with pytest.raises(UserError, match=r"a.txt/b: no such file or folder; .*did you mean .*a.txt"):
+        expand_sources(str(folder / "a.txt" / "b"))
+
+
+def test_a_glob_without_a_match_says_what_is_there(folder: Path) -> None:
+    with pytest.raises(UserError) as error:
+        expand_sources(str(folder / "deep" / "*.csv"))
+    assert str(error.value) == f"{folder}/deep/*.csv: no file matches; {folder}/deep holds c.txt, e.zst, er"
+
+
+def test_a_folder_without_texts_says_what_is_there(tmp_path: Path) -> None:
+    expected = f"{tmp_path}: no text (*.txt, *.gz, *.zst, *.bz2) in this folder or below it; {tmp_path}"
+    with pytest.raises(UserError) as error:
+        expand_sources(str(tmp_path))
+    assert str(error.value) == f"{expected} is empty"
+    for number in range(10):
+        (tmp_path / f"{number}.csv").touch()
+    with pytest.raises(UserError) as error:
+        expand_sources(str(tmp_path))
+    assert str(error.value) == (
+        f"{expected} holds 0.csv, 1.csv, 2.csv, 3.csv, 4.csv, 5.csv, 6.csv, 7.csv and 2 more"
+    )
+
+
+def test_no_path_and_an_unknown_protocol() -> None:
+    with pytest.raises(UserError, match="no path of a text was given"):
+        expand_sources([])
+    with pytest.raises(UserError, match=r"nosuch://a\.txt: Protocol not known: nosuch"):
+        expand_sources("nosuch://a.txt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"some text\n" * 5 + b"ab\0cd", "a binary file, not text: NUL at byte 52"),
+        (b"some text\n" * 5 + b"ab\xffcd", "not UTF-8 text: 0xff at byte 52"),
+    ],
+)
+def test_a_binary_file_is_refused_with_the_place(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        content_of(expand_sources(str(path))[0])
+    assert str(error.value) == f"{path}: {message}"
+    packed = tmp_path / "a.txt.gz"
+    packed.write_bytes(gzip.compress(content))
+    with pytest.raises(UserError) as error:
+        content_of(expand_sources(str(packed))[0])
+    assert str(error.value) == f"{packed}: {message} of the decompressed text"
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst", "bz2"])
+def test_an_unreadable_archive_is_named(tmp_path: Path, suffix: str) -> None:
+    codec = {"gz": "gzip", "zst": "zstd", "bz2": "bz2"}[suffix]
+    path = tmp_path / f"a.txt.{suffix}"
+    path.write_bytes(b"this was never compressed\n" * 10)
+    with pytest.raises(UserError) as error:
+        content_of(expand_sources(str(path))[0])
+    assert str(error.value).startswith(f"{path}: cannot be read as {codec}: ")
+
+
+def test_a_truncated_or_damaged_gzip_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.gz"
+    whole = gzip.compress("\n".join(map(str, range(1000))).encode())
+    for damaged in (whole[:-3], whole[: len(whole) // 2], whole[:-6] + b"x" + whole[-5:]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{path}: cannot be read as gzip: "):
+            content_of(expand_sources(str(path))[0])
+
+
+def test_permission_denied_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    source = expand_sources(str(path))[0]
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(LocalFileSystem, "_open", refuse)  # A file mode does not stop root.
+    with pytest.raises(UserError, match=f"{path}: permission denied: .*Permission denied"):
+        content_of(source)
+    monkeypatch.setattr(LocalFileSystem, "info", refuse)
+    with pytest.raises(UserError, match=f"{path}: permission denied"):
+        expand_sources(str(path))
+
+
+def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    source = expand_sources(str(path))[0]
+    path.unlink()
+    with pytest.raises(UserError, match=f"{path}: the file has vanished since it was listed"):
+        content_of(source)
+
+
+def test_a_failing_disk_is_not_the_users_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"one"))
+    source = expand_sources(str(path))[0]
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(LocalFileSystem, "_open", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        content_of(source)

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedtrain.data import vocabulary as module
+from embedtrain.data.vocabulary import Vocabulary, WordCounts
+from embedtrain.errors import UserError
+
+
+def counted(words: list[str]) -> pa.Table:
+    counts = WordCounts()
+    counts.add(pa.array([word.encode() for word in words], pa.large_binary()))
+    return counts.table()
+
+
+@given(st.lists(st.lists(st.sampled_from(["a", "B", "é", "中", "zz"]), max_size=20), max_size=6))
+def test_counts_every_word(batches: list[list[str]]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_MERGE_ROWS", 3)
+        counts, again = WordCounts(), WordCounts()
+        for words in batches:
+            counts.add(pa.array([word.encode() for word in words], pa.large_binary()))
+            again.merge(counted(words))
+        expected = Counter(word.encode() for words in batches for word in words)
+        for table in (counts.table(), again.table()):
+            pairs = zip(table["word"].to_pylist(), table["count"].to_pylist(), strict=True)
+            assert dict(pairs) == dict(expected)
+
+
+def test_order_is_by_count_and_then_by_word() -> None:
+    vocabulary = Vocabulary.build(counted(list("béaacczzzb")), min_count=1, max_size=None)
+    assert vocabulary.words == ["z", "a", "b", "c", "é"]
+    assert vocabulary.counts.tolist() == [3, 2, 2, 2, 1]
+    assert str(vocabulary.counts.dtype) == "int64"
+
+
+def test_min_count_and_max_size() -> None:
+    counts = counted(list("aaabbbccd"))
+    assert Vocabulary.build(counts, 2, None).words == ["a", "b", "c"]
+    assert Vocabulary.build(counts, 2, 1).words == ["a"]
+    assert len(Vocabulary.build(counts, 1, 100)) == 4
+
+
+def test_rows() -> None:
+    vocabulary = Vocabulary.build(counted(["a", "a", "b"]), 1, None)
+    assert vocabulary.row_of("b") == 1
+    assert vocabulary.row_of("x") is None
+    assert vocabulary.rows_of(["b", "x", "a"]).tolist() == [1, -1, 0]
+
+
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_saved_and_loaded(tmp_path: Path, scheme: str) -> None:
+    path = f"memory://{tmp_path.name}/v.tsv" if scheme == "memory" else str(tmp_path / "v.tsv")
+    # Only bytes up to a space part words, so a word may hold what Python counts as a line end.
+    vocabulary = Vocabulary.build(counted(["é", "é", "x\u2028y", "x\x85y", "\u00a0"]), 1, None)
+    vocabulary.save(path)
+    loaded = Vocabulary.load(path)
+    assert loaded.words == vocabulary.words
+    assert loaded.counts.tolist() == vocabulary.counts.tolist()
+    assert loaded.fingerprint == vocabulary.fingerprint
+
+
+def test_fingerprint_depends_on_words_and_counts() -> None:
+    texts = ["aab", "aac", "aabb"]
+    assert len({Vocabulary.build(counted(list(t)), 1, None).fingerprint for t in texts}) == 3
+
+
+def test_an_empty_vocabulary_says_what_was_seen() -> None:
+    with pytest.raises(UserError) as error:
+        Vocabulary.build(counted(["the", "cat", "the", "dog"]), 5, None)
+    assert str(error.value) == (
+        "the vocabulary is empty: 3 distinct words were seen, the most frequent ('the') 2 times, and "
+        "min_count is 5"
+    )
+    with pytest.raises(UserError, match="the vocabulary is empty: the text holds no words"):
+        Vocabulary.build(counted([]), 5, None)
+
+
+@pytest.mark.parametrize("content", ["word\n", "a\tb\n", "a\t1\t2\n", "", "a\t1\n\nb\t1\n"])
+def test_a_file_that_is_no_vocabulary_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "v.tsv"
+    path.write_text(content)
+    with pytest.raises(UserError, match=f"{path}: not a vocabulary: expected lines of word, tab, count"):
+        Vocabulary.load(str(path))
