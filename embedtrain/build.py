@@ -100,9 +100,7 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder) -> Run:
             "data_fingerprint": corpus.fingerprint,
             "export_table": INPUT,
         },
-        policy=SavePolicy(
-            config.checkpoint.every_steps, config.checkpoint.every_seconds, config.checkpoint.keep_last
-        ),
+        policy=SavePolicy(config.checkpoint.every_steps, config.checkpoint.every_seconds, config.checkpoint.keep_last),
         group=runtime.group,
     )
     is_resumed = checkpoints.restore()

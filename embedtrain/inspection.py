@@ -57,17 +57,13 @@ def print_evaluation(
     restricted = vectors.first(restrict_vocab)
     unit = unit_rows(restricted.rows(0, restricted.num_rows))
     for path in analogies:
-        report = evaluate_analogies(
-            unit, restricted.words, _lines(path), restrict_vocab, case_insensitive, source=path
-        )
+        report = evaluate_analogies(unit, restricted.words, _lines(path), restrict_vocab, case_insensitive, source=path)
         print(f"{path}: accuracy by 3CosAdd")
         for section in (*report.sections, report.total):
             print(f"  {section.accuracy:7.2%}  {section.num_correct:>6,} of {section.num_questions:<6,} {section.name}")
         print(f"  {report.num_oov:,} questions left out: a word is not in the vocabulary")
     for path in similarity:
-        pairs = evaluate_similarity(
-            unit, restricted.words, _lines(path), restrict_vocab, case_insensitive, source=path
-        )
+        pairs = evaluate_similarity(unit, restricted.words, _lines(path), restrict_vocab, case_insensitive, source=path)
         print(
             f"{path}: Spearman {pairs.spearman:.3f}, Pearson {pairs.pearson:.3f} over {pairs.num_pairs:,} pairs; "
             f"{pairs.oov_ratio:.1%} left out, a word is not in the vocabulary"

@@ -34,15 +34,12 @@ class Jagged:
                 raise ValueError(f"{name} must be int64 or int32, got {tensor.dtype}")
         if self.weights is not None and self.weights.shape != self.values.shape:
             raise ValueError(
-                f"weights must have the shape of values, {tuple(self.values.shape)}, "
-                f"got {tuple(self.weights.shape)}"
+                f"weights must have the shape of values, {tuple(self.values.shape)}, got {tuple(self.weights.shape)}"
             )
         if self.lengths.numel() and int(self.lengths.min()) < 0:
             raise ValueError(f"lengths must not be negative, got {int(self.lengths.min())}")
         if int(self.lengths.sum()) != self.values.numel():
-            raise ValueError(
-                f"lengths must add up to the {self.values.numel()} values, got {int(self.lengths.sum())}"
-            )
+            raise ValueError(f"lengths must add up to the {self.values.numel()} values, got {int(self.lengths.sum())}")
 
     @classmethod
     def from_ids(cls, ids: Tensor) -> Jagged:

@@ -70,13 +70,10 @@ class FeatureSpec:
 
     def __post_init__(self) -> None:
         if self.pooling not in get_args(Pooling):
-            raise ValueError(
-                f"feature {self.name!r}: pooling must be one of {get_args(Pooling)}, got {self.pooling!r}"
-            )
+            raise ValueError(f"feature {self.name!r}: pooling must be one of {get_args(Pooling)}, got {self.pooling!r}")
         if self.invalid_ids not in get_args(InvalidIds):
             raise ValueError(
-                f"feature {self.name!r}: invalid_ids must be one of {get_args(InvalidIds)}, "
-                f"got {self.invalid_ids!r}"
+                f"feature {self.name!r}: invalid_ids must be one of {get_args(InvalidIds)}, got {self.invalid_ids!r}"
             )
         if self.invalid_ids == "drop" and self.pooling == "none":
             raise ValueError(

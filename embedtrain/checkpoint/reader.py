@@ -114,9 +114,7 @@ class CheckpointReader:
                 f"{destination.dtype} {tuple(destination.shape)}"
             )
         if not 0 <= start <= start + len(destination) <= info.shape[0]:
-            raise ValueError(
-                f"{name} has rows [0, {info.shape[0]}); asked for [{start}, {start + len(destination)})"
-            )
+            raise ValueError(f"{name} has rows [0, {info.shape[0]}); asked for [{start}, {start + len(destination)})")
         destination = destination.detach()
         if destination.device.type == "cpu" and destination.is_contiguous():
             self._read_bytes(info, start, destination)
@@ -206,9 +204,7 @@ class CheckpointReader:
             part = as_bytes(destination[first - start : last - start])
             self._file(piece.file).read_into(first_byte, part)
 
-    def _gather_bytes(
-        self, info: TensorInfo, slots: npt.NDArray[np.int64], destination: npt.NDArray[np.uint8]
-    ) -> None:
+    def _gather_bytes(self, info: TensorInfo, slots: npt.NDArray[np.int64], destination: npt.NDArray[np.uint8]) -> None:
         """Fills `destination` [n, row_bytes] with the rows `slots` [n]."""
         stops = np.array([piece.offset + piece.rows for piece in info.pieces])
         piece_of_slot = np.searchsorted(stops, slots, side="right")
@@ -223,9 +219,7 @@ class CheckpointReader:
             table = mapped[piece.start_byte : stop_byte].reshape(piece.rows, info.row_bytes)
             destination[wanted] = table[rows]
 
-    def _touched_blocks(
-        self, piece: Piece, rows: npt.NDArray[np.int64], row_bytes: int
-    ) -> npt.NDArray[np.bool_]:
+    def _touched_blocks(self, piece: Piece, rows: npt.NDArray[np.int64], row_bytes: int) -> npt.NDArray[np.bool_]:
         """Marks the blocks of the piece's file on which any of the piece's `rows` lies."""
         entry = self.manifest.files[piece.file]
         starts = piece.start_byte + rows * row_bytes

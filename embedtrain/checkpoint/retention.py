@@ -27,9 +27,7 @@ def find_checkpoints(checkpoints_path: str) -> list[CheckpointInfo]:
     Complete is one with a manifest. Whether its bytes are those that were written is seen when they are
     read: a damaged checkpoint is found here, and refused there, rather than silently passed over.
     """
-    return [
-        found for found in _step_folders(checkpoints_path) if MANIFEST_NAME in storage.list_files(found.path)
-    ]
+    return [found for found in _step_folders(checkpoints_path) if MANIFEST_NAME in storage.list_files(found.path)]
 
 
 def latest_checkpoint(checkpoints_path: str) -> str | None:

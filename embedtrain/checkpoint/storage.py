@@ -160,9 +160,7 @@ def _entries(url: str) -> dict[str, dict[str, Any]]:
     except NotADirectoryError as error:
         raise UserError(f"{url} is a file, not a folder") from error
     # An object store can list the folder itself, as an empty object that marks it.
-    return {
-        base_name(entry["name"]): entry for entry in entries if entry["name"].rstrip("/") != path.rstrip("/")
-    }
+    return {base_name(entry["name"]): entry for entry in entries if entry["name"].rstrip("/") != path.rstrip("/")}
 
 
 def _create_local(path: str, data: bytes, temporary_url: str) -> None:

@@ -45,8 +45,7 @@ class ShardView:
             )
         if not 0 <= self.offset <= self.stop <= self.global_shape[0]:
             raise ValueError(
-                f"{self.name}: rows [{self.offset}, {self.stop}) do not lie in a tensor "
-                f"of {self.global_shape[0]} rows"
+                f"{self.name}: rows [{self.offset}, {self.stop}) do not lie in a tensor of {self.global_shape[0]} rows"
             )
 
     @property

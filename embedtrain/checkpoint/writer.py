@@ -134,9 +134,7 @@ def _write_shards(path: str, file_name: str, shards: Sequence[ShardView]) -> _Pa
     return _Part({file_name: entry}, parts)
 
 
-def _write_tensors(
-    path: str, file_name: str, tensors: Mapping[str, Tensor]
-) -> tuple[FileEntry, dict[str, int]]:
+def _write_tensors(path: str, file_name: str, tensors: Mapping[str, Tensor]) -> tuple[FileEntry, dict[str, int]]:
     """Writes a safetensors file in one pass; returns its entry and each tensor's first byte."""
     header, starts = encode_header(tensors)
 

@@ -133,8 +133,7 @@ def prepare_corpus(
     cache_path = run_on_first(lambda: _make_cache_folder(cache_path), group)
     _require_visible(cache_path, group)
     paths = [
-        write_python_docs(cache_path, group, on_progress) if path == PYTHON_DOCS else path
-        for path in options.paths
+        write_python_docs(cache_path, group, on_progress) if path == PYTHON_DOCS else path for path in options.paths
     ]
     sources = run_on_first(lambda: expand_sources(paths), group)
     entry_path = os.path.join(cache_path, _entry_name(sources, options))

@@ -117,13 +117,17 @@ class TextBatches:
         begins = tokens < 0
         rows = np.where(begins, ~tokens, tokens).astype(np.int64)
         kept = generator.random(len(rows), dtype=np.float32) < self._keep[rows]
-        words, sentences = rows[kept], np.cumsum(begins)[kept]
+        words, sentences = rows[kept], np.cumsum(begins, dtype=np.int64)[kept]
         width = generator.integers(1, self._options.window + 1, len(words))
         starts, stops = window_bounds(sentences, width)
         negatives = self._sampler.draw(generator, (len(words), self._options.negatives))
         negatives[negatives == words[:, None]] = -1
         return TextBatch(
-            *(torch.from_numpy(array) for array in (words, negatives, starts, stops)), num_words=stop - start
+            words=torch.from_numpy(words),
+            negatives=torch.from_numpy(negatives),
+            starts=torch.from_numpy(starts),
+            stops=torch.from_numpy(stops),
+            num_words=stop - start,
         )
 
 
@@ -137,7 +141,8 @@ def keep_probabilities(counts: NDArray[np.int64], sample: float) -> NDArray[np.f
     if sample == 0:
         return np.ones(len(counts), np.float32)
     ratio = counts / counts.sum() / sample
-    return np.minimum(1.0, (np.sqrt(ratio) + 1) / ratio).astype(np.float32)
+    keep: NDArray[np.float32] = np.minimum(1.0, (np.sqrt(ratio) + 1) / ratio).astype(np.float32)
+    return keep
 
 
 def window_bounds(

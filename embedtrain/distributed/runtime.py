@@ -34,9 +34,7 @@ class Runtime:
     group: dist.ProcessGroup | None
 
 
-def init_distributed(
-    *, device: str = "auto", timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
-) -> Runtime:
+def init_distributed(*, device: str = "auto", timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> Runtime:
     """Joins the job that torchrun describes in the environment; without torchrun, a job of one process.
 
     Collective: every rank of the job.

@@ -96,7 +96,7 @@ def exchange_vectors(group: RowGroup, request: RowRequest) -> Tensor:
     """
     # Rows are not leaves of the graph: the anchor makes autograd call backward, which delivers them.
     anchor = torch.empty(0, device=group.weight.device, requires_grad=torch.is_grad_enabled())
-    vectors: Tensor = _ExchangeVectors.apply(anchor, group, request)
+    vectors: Tensor = _ExchangeVectors.apply(anchor, group, request)  # type: ignore[no-untyped-call]
     return vectors
 
 

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from embedtrain.spec import FeatureSpec, TableSpec
 
 
-def resolve_features(
-    tables: Sequence[TableSpec], features: Sequence[FeatureSpec] | None
-) -> dict[str, FeatureSpec]:
+def resolve_features(tables: Sequence[TableSpec], features: Sequence[FeatureSpec] | None) -> dict[str, FeatureSpec]:
     """Returns the features by name; where None, one per table.
 
     Raises:

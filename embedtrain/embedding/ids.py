@@ -32,7 +32,7 @@ def valid_bags(bags: Jagged, feature: FeatureSpec, num_rows: int, rank: int) -> 
 
 
 def _without(bags: Jagged, bad: Tensor) -> Jagged:
-    dropped = torch.zeros_like(bags.lengths).index_add_(0, bags.bag_of_values()[bad], torch.ones_like(bags.lengths[:1]).expand(int(bad.sum())))
+    dropped = torch.zeros_like(bags.lengths).index_add_(0, bags.bag_of_values(), bad.to(bags.lengths.dtype))
     weights = None if bags.weights is None else bags.weights[~bad]
     return Jagged(bags.values[~bad], bags.lengths - dropped, weights)
 

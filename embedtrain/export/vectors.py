@@ -129,7 +129,8 @@ class Vectors:
 def unit_rows(rows: FloatRows) -> FloatRows:
     """Returns the rows [n, dim] scaled to length 1; a zero row stays zero."""
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    unit: FloatRows = rows / np.where(lengths == 0, np.float32(1), lengths)
+    lengths[lengths == 0] = 1
+    unit: FloatRows = (rows / lengths).astype(np.float32, copy=False)
     return unit
 
 

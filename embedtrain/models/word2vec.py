@@ -64,7 +64,7 @@ class Word2Vec(nn.Module):
     def forward(self, batch: TextBatch) -> Objective:
         """Returns the loss of this rank's batch. Collective: every rank, and its backward too."""
         vectors, block = self._fetch(batch)
-        total: Tensor = _SkipGramLoss.apply(vectors, block, self._architecture)
+        total: Tensor = _SkipGramLoss.apply(vectors, block, self._architecture)  # type: ignore[no-untyped-call]
         return Objective(
             # The exchange averages over the ranks; word2vec's step is a sum.
             loss=total * size_of(self.tables.process_group),

@@ -20,7 +20,6 @@ class RowwiseAdagradStep:
         weight_decay: L2 factor; added to the gradient as `weight_decay * row`, or, decoupled, taken from the
             row itself as `lr * weight_decay * row`.
         decoupled_weight_decay: which of the two.
-        accumulator_decay: factor of the old accumulator before the new mean square is added; 1 is Adagrad.
         rounding_keys: [n] int64 for bfloat16 weights: a key per row and step for stochastic rounding.
     """
 
@@ -28,7 +27,6 @@ class RowwiseAdagradStep:
     eps: float
     weight_decay: float = 0.0
     decoupled_weight_decay: bool = False
-    accumulator_decay: float = 1.0
     rounding_keys: Tensor | None = None
 
 
@@ -37,7 +35,7 @@ def rowwise_adagrad(
 ) -> None:
     """Updates the given rows and their accumulators in place, in float32.
 
-    With `g` the gradient of a row: `state = accumulator_decay * state + mean(g * g)`, then
+    With `g` the gradient of a row: `state += mean(g * g)`, then
     `row -= lr * g / (sqrt(state) + eps)` with the new state.
 
     Args:
@@ -65,18 +63,14 @@ def rowwise_adagrad(
         reference.rowwise_adagrad(weight, accumulator, rows, row_grad, step)
 
 
-def _check(
-    weight: Tensor, accumulator: Tensor, rows: Tensor, row_grad: Tensor, step: RowwiseAdagradStep
-) -> None:
+def _check(weight: Tensor, accumulator: Tensor, rows: Tensor, row_grad: Tensor, step: RowwiseAdagradStep) -> None:
     if weight.dim() != 2 or accumulator.shape != weight.shape[:1]:
         raise ValueError(
             f"expected weight [num_rows, dim] and accumulator [num_rows], got {tuple(weight.shape)} "
             f"and {tuple(accumulator.shape)}"
         )
     if row_grad.shape != (rows.numel(), weight.shape[1]):
-        raise ValueError(
-            f"expected row_grad [{rows.numel()}, {weight.shape[1]}], got {tuple(row_grad.shape)}"
-        )
+        raise ValueError(f"expected row_grad [{rows.numel()}, {weight.shape[1]}], got {tuple(row_grad.shape)}")
     if rows.dtype != torch.int64 or accumulator.dtype != torch.float32 or row_grad.dtype != torch.float32:
         raise ValueError(
             f"expected rows int64, accumulator and row_grad float32, got {rows.dtype}, {accumulator.dtype} "

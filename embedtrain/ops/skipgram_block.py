@@ -37,9 +37,7 @@ class TextBlock:
         return self.inputs.numel()
 
 
-def skipgram_block(
-    vectors: Tensor, block: TextBlock, architecture: Architecture = "skipgram"
-) -> tuple[Tensor, Tensor]:
+def skipgram_block(vectors: Tensor, block: TextBlock, architecture: Architecture = "skipgram") -> tuple[Tensor, Tensor]:
     """Computes the negative-sampling loss of a block and its gradient in one pass.
 
     Skip-gram: each context word of a centre predicts the centre against the centre's negatives, which its

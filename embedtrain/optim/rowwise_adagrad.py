@@ -27,7 +27,8 @@ class RowwiseAdagrad(SparseOptimizer):
         lr_decay: `lr_t = lr / (1 + (step - 1) * lr_decay)`.
         weight_decay: L2 factor, on touched rows only; added to the gradient as `weight_decay * row`.
         decoupled_weight_decay: takes `lr_t * weight_decay * row` from the row instead, apart from the gradient.
-        limits: `max_grad_norm` and `nonfinite`, see `SparseOptimizer`.
+        max_grad_norm: see `SparseOptimizer`.
+        nonfinite: see `SparseOptimizer`.
 
     Raises:
         ValueError: a hyperparameter is out of range.

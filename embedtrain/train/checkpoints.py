@@ -135,8 +135,6 @@ class Checkpoints:
         load_shards(reader, self._tables.shard_views())
         self._state.restore(saved["train"])
         self._optimizer.num_skipped = saved["optimizer"]["num_skipped"]
-        for settings, was in zip(
-            self._optimizer.param_groups, saved["optimizer"]["param_groups"], strict=True
-        ):
+        for settings, was in zip(self._optimizer.param_groups, saved["optimizer"]["param_groups"], strict=True):
             # The rest is this run's configuration, which the caller has compared with the saved one.
             settings["step"] = was["step"]

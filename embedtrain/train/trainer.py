@@ -107,9 +107,7 @@ class Trainer:
         """Sums up what the ranks did since they last agreed, and whether any wants to stop or save."""
         is_overdue = rank_of(self._group) == 0 and self._checkpoints.is_overdue()
         flags = [float(is_asked_to_stop), float(is_overdue)]
-        sums = all_reduce_sum(
-            torch.tensor([*self._window.local, *flags], dtype=torch.float64), self._group
-        ).tolist()
+        sums = all_reduce_sum(torch.tensor([*self._window.local, *flags], dtype=torch.float64), self._group).tolist()
         self.state.words += int(sums[2])
         self.state.seconds += self._window.close(sums[:3])
         return sums[3] > 0, sums[4] > 0

@@ -46,9 +46,7 @@ def test_the_tokens_do_not_depend_on_the_number_of_ranks(tmp_path: Path, texts: 
     assert len(results) == 6
     assert len(results[0][0]) > 1000
     assert all(result[:3] == results[0][:3] for result in results)
-    contents = [
-        {path.name: path.read_bytes() for path in Path(result[3]).glob("tokens-*")} for result in results
-    ]
+    contents = [{path.name: path.read_bytes() for path in Path(result[3]).glob("tokens-*")} for result in results]
     assert len(contents[0]) > 10
     assert all(content == contents[0] for content in contents)
 

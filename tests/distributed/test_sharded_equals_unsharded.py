@@ -82,9 +82,7 @@ def train_unsharded(world_size: int, dtype: torch.dtype, options: dict) -> dict[
 
 
 def with_dtype(dtype: torch.dtype) -> list[et.TableSpec]:
-    return [
-        et.TableSpec(t.name, t.num_rows, t.dim, dtype=dtype, init=t.init, init_scale=t.init_scale) for t in TABLES
-    ]
+    return [et.TableSpec(t.name, t.num_rows, t.dim, dtype=dtype, init=t.init, init_scale=t.init_scale) for t in TABLES]
 
 
 def all_tensors(tables: et.EmbeddingCollection | et.UnshardedEmbeddingCollection) -> dict[str, torch.Tensor]:

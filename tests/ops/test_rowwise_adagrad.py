@@ -16,20 +16,18 @@ SETTINGS = [
     {"lr": 0.1, "eps": 0.5},
     {"lr": 0.3, "eps": 1e-6, "weight_decay": 0.2},
     {"lr": 0.3, "eps": 1e-6, "weight_decay": 0.2, "decoupled_weight_decay": True},
-    {"lr": 0.3, "eps": 1e-6, "accumulator_decay": 0.9},
 ]
 
 
-def plain_loop(weight, accumulator, rows, grad, *, lr, eps, weight_decay=0.0, decoupled_weight_decay=False,
-               accumulator_decay=1.0):  # fmt: skip
+def plain_loop(weight, accumulator, rows, grad, step: RowwiseAdagradStep):
     weight, accumulator = weight.tolist(), accumulator.tolist()
     for row, gradient in zip(rows.tolist(), grad.tolist(), strict=True):
-        coupled = 0.0 if decoupled_weight_decay else weight_decay
+        coupled = 0.0 if step.decoupled_weight_decay else step.weight_decay
         gradient = [g + coupled * w for g, w in zip(gradient, weight[row], strict=True)]
         mean_square = sum(g * g for g in gradient) / len(gradient)
-        accumulator[row] = accumulator[row] * accumulator_decay + mean_square
-        kept = 1.0 - lr * weight_decay if decoupled_weight_decay else 1.0
-        rate = lr / (math.sqrt(accumulator[row]) + eps)
+        accumulator[row] += mean_square
+        kept = 1.0 - step.lr * step.weight_decay if step.decoupled_weight_decay else 1.0
+        rate = step.lr / (math.sqrt(accumulator[row]) + step.eps)
         weight[row] = [kept * w - rate * g for w, g in zip(weight[row], gradient, strict=True)]
     return torch.tensor(weight), torch.tensor(accumulator)
 
@@ -43,10 +41,12 @@ def make(num_rows: int, dim: int, num_touched: int) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize(("num_rows", "dim", "num_touched"), [(1, 1, 1), (9, 3, 5), (40, 100, 40), (30, 129, 7), (5, 4, 0)])
+@pytest.mark.parametrize(
+    ("num_rows", "dim", "num_touched"), [(1, 1, 1), (9, 3, 5), (40, 100, 40), (30, 129, 7), (5, 4, 0)]
+)
 def test_equals_a_plain_loop(backend: str, num_rows: int, dim: int, num_touched: int, settings: dict) -> None:
     weight, accumulator, rows, grad = make(num_rows, dim, num_touched)
-    expected = plain_loop(weight, accumulator, rows, grad, **settings)
+    expected = plain_loop(weight, accumulator, rows, grad, RowwiseAdagradStep(**settings))
     rowwise_adagrad(weight, accumulator, rows, grad, RowwiseAdagradStep(**settings))
     # Python computes in float64: what is left is the rounding of float32 sums over dim.
     torch.testing.assert_close(weight, expected[0], rtol=1e-5, atol=1e-6)

@@ -84,7 +84,11 @@ def test_a_missing_text_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("content", "part"),
-    [("table: [1, 2", "not valid YAML"), ("- 1\n- 2\n", "keys and values"), ("tabel: {dim: 3}", "did you mean table")],
+    [
+        ("table: [1, 2", "not valid YAML"),
+        ("- 1\n- 2\n", "keys and values"),
+        ("tabel: {dim: 3}", "did you mean table"),
+    ],
 )
 def test_a_wrong_file_is_named(tmp_path: Path, content: str, part: str) -> None:
     path = write(tmp_path, content)
@@ -105,7 +109,10 @@ def test_only_what_defines_the_training_counts_as_a_difference() -> None:
     second = to_yaml(load_config(None, ["data.path=copy.txt", "run.path=elsewhere", "log.every_steps=7"]))
     assert differing_keys(first, second) == []
     third = to_yaml(load_config(None, [TEXT, "optimizer.lr=0.7", "table.dim=9"]))
-    assert [entry.partition(" ")[0] for entry in differing_keys(first, third)] == ["optimizer.lr", "table.dim"]
+    assert [entry.partition(" ")[0] for entry in differing_keys(first, third)] == [
+        "optimizer.lr",
+        "table.dim",
+    ]
 
 
 @pytest.mark.parametrize("name", ["word2vec", "quickstart"])

@@ -39,7 +39,7 @@ def test_impossible_features_are_refused(arguments: dict, message: str) -> None:
 
 def test_a_feature_of_a_table_that_does_not_exist_names_those_that_do() -> None:
     tables = [TableSpec("user", 3, 2), TableSpec("item", 3, 2)]
-    with pytest.raises(ValueError, match="'clicked'.*'itme'.*user, item"):
+    with pytest.raises(ValueError, match=r"'clicked'.*'itme'.*user, item"):
         resolve_features(tables, [FeatureSpec("clicked", "itme")])
 
 
@@ -52,7 +52,10 @@ def test_repeated_names_are_refused(kind: str) -> None:
 
 
 def test_without_features_each_table_is_one() -> None:
-    assert list(resolve_features([TableSpec("user", 3, 2), TableSpec("item", 3, 2)], None)) == ["user", "item"]
+    assert list(resolve_features([TableSpec("user", 3, 2), TableSpec("item", 3, 2)], None)) == [
+        "user",
+        "item",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -67,9 +70,7 @@ def test_without_features_each_table_is_one() -> None:
 )
 def test_inconsistent_bags_are_refused(values: list, lengths: list, weights: list | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Jagged(
-            torch.tensor(values), torch.tensor(lengths), None if weights is None else torch.tensor(weights)
-        )
+        Jagged(torch.tensor(values), torch.tensor(lengths), None if weights is None else torch.tensor(weights))
 
 
 def test_bags_from_lists() -> None:

@@ -33,9 +33,7 @@ def write_binary(vectors: Vectors, files: Sequence[BinaryIO]) -> None:
         refuse_words(words, _BORDER, "word2vec-binary")
         values = rows.astype("<f4", copy=False)
         file.write(
-            b"".join(
-                b"%b %b\n" % (word.encode(), row.tobytes()) for word, row in zip(words, values, strict=True)
-            )
+            b"".join(b"%b %b\n" % (word.encode(), row.tobytes()) for word, row in zip(words, values, strict=True))
         )
 
 

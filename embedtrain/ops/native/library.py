@@ -21,13 +21,13 @@ _SIGNATURES: dict[str, list[type]] = {
         _POINTER, _INT64, _INT64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64,
         _POINTER, _POINTER,
     ],
-    # weight, accumulator, rows, row_grad, num_touched, dim, lr, eps, weight_decay, decoupled, decay
+    # weight, accumulator, rows, row_grad, num_touched, dim, lr, eps, weight_decay, decoupled
     "embedtrain_rowwise_adagrad_float32": [
-        _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _FLOAT, _FLOAT, _FLOAT, ctypes.c_int, _FLOAT,
+        _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _FLOAT, _FLOAT, _FLOAT, ctypes.c_int,
     ],
     # the same, and rounding_keys
     "embedtrain_rowwise_adagrad_bfloat16": [
-        _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _FLOAT, _FLOAT, _FLOAT, ctypes.c_int, _FLOAT,
+        _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _FLOAT, _FLOAT, _FLOAT, ctypes.c_int,
         _POINTER,
     ],
 }  # fmt: skip

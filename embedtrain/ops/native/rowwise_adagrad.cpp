@@ -14,7 +14,6 @@ constexpr int64_t kPrefetchAhead = 8;  // rows; random rows are far apart, and t
 struct Hyperparameters {
     float lr, eps, weight_decay;
     bool decoupled;
-    float accumulator_decay;
 };
 
 EMBEDTRAIN_INLINE float to_float(float value) { return value; }
@@ -67,7 +66,7 @@ EMBEDTRAIN_INLINE void update_rows(Stored* weight, float* accumulator, const int
             const float g = grad[d] + coupled * to_float(row[d]);
             squares += g * g;
         }
-        const float state = accumulator[rows[i]] * h.accumulator_decay + squares / static_cast<float>(dim);
+        const float state = accumulator[rows[i]] + squares / static_cast<float>(dim);
         accumulator[rows[i]] = state;
         const float rate = h.lr / (std::sqrt(state) + h.eps);
         const uint64_t key = rounding_keys ? mix64(static_cast<uint64_t>(rounding_keys[i])) : 0;
@@ -85,15 +84,15 @@ EMBEDTRAIN_INLINE void update_rows(Stored* weight, float* accumulator, const int
 
 extern "C" EMBEDTRAIN_MULTIVERSION void embedtrain_rowwise_adagrad_float32(
     float* weight, float* accumulator, const int64_t* rows, const float* row_grad, int64_t num_touched,
-    int64_t dim, float lr, float eps, float weight_decay, int decoupled, float accumulator_decay) {
+    int64_t dim, float lr, float eps, float weight_decay, int decoupled) {
     update_rows(weight, accumulator, rows, row_grad, num_touched, dim,
-                Hyperparameters{lr, eps, weight_decay, decoupled != 0, accumulator_decay}, nullptr);
+                Hyperparameters{lr, eps, weight_decay, decoupled != 0}, nullptr);
 }
 
 extern "C" EMBEDTRAIN_MULTIVERSION void embedtrain_rowwise_adagrad_bfloat16(
     uint16_t* weight, float* accumulator, const int64_t* rows, const float* row_grad, int64_t num_touched,
-    int64_t dim, float lr, float eps, float weight_decay, int decoupled, float accumulator_decay,
+    int64_t dim, float lr, float eps, float weight_decay, int decoupled,
     const int64_t* rounding_keys) {
     update_rows(weight, accumulator, rows, row_grad, num_touched, dim,
-                Hyperparameters{lr, eps, weight_decay, decoupled != 0, accumulator_decay}, rounding_keys);
+                Hyperparameters{lr, eps, weight_decay, decoupled != 0}, rounding_keys);
 }

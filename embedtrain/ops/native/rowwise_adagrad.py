@@ -32,7 +32,6 @@ def rowwise_adagrad(
         step.eps,
         step.weight_decay,
         int(step.decoupled_weight_decay),
-        step.accumulator_decay,
     ]
     if step.rounding_keys is None:
         library.get().embedtrain_rowwise_adagrad_float32(*arguments)

@@ -13,8 +13,7 @@ def skipgram_block(vectors: Tensor, block: TextBlock) -> tuple[Tensor, Tensor]:
     """See `embedtrain.ops.skipgram_block`."""
     vectors = vectors.contiguous()
     indices = [
-        tensor.contiguous()
-        for tensor in (block.inputs, block.outputs, block.negatives, block.starts, block.stops)
+        tensor.contiguous() for tensor in (block.inputs, block.outputs, block.negatives, block.starts, block.stops)
     ]
     loss = torch.zeros((), dtype=torch.float64)
     grad = torch.zeros_like(vectors)

@@ -16,7 +16,7 @@ def rowwise_adagrad(
     grad = row_grad
     if step.weight_decay and not step.decoupled_weight_decay:
         grad = grad + step.weight_decay * old
-    state = accumulator[rows] * step.accumulator_decay + grad.square().mean(dim=1)
+    state = accumulator[rows] + grad.square().mean(dim=1)
     accumulator[rows] = state
     if step.decoupled_weight_decay:
         old = old * (1.0 - step.lr * step.weight_decay)

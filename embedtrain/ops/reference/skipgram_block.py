@@ -17,9 +17,7 @@ def skipgram_block(vectors: Tensor, block: TextBlock, architecture: Architecture
     loss = torch.zeros((), dtype=torch.float64, device=vectors.device)
     grad = torch.zeros_like(vectors)
     for first in range(0, block.num_positions, _CENTRES_AT_ONCE):
-        centres = torch.arange(
-            first, min(first + _CENTRES_AT_ONCE, block.num_positions), device=vectors.device
-        )
+        centres = torch.arange(first, min(first + _CENTRES_AT_ONCE, block.num_positions), device=vectors.device)
         loss += _add_centres(vectors, block, centres, architecture, grad)
     return loss, grad
 

@@ -104,9 +104,7 @@ def run_threads(world_size: int, function: Callable[[Any, int], T]) -> list[T | 
     return outcomes
 
 
-def save(
-    checkpoints_path: object, step: int, tables: Mapping[str, Tensor], world_size: int = 1, **options: Any
-) -> str:
+def save(checkpoints_path: object, step: int, tables: Mapping[str, Tensor], world_size: int = 1, **options: Any) -> str:
     """Saves tables as `world_size` ranks do; raises what rank 0 raised."""
     state = options.pop("state", {"epoch": 1})
 

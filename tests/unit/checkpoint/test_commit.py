@@ -189,9 +189,7 @@ def test_of_two_jobs_that_save_one_step_one_succeeds(base: str, tmp_path: Path) 
         ([(1, 4), (4, 10)], r"t/weight: rows \[0, 1\) are missing before shard-.*-00000-of-00002"),
     ],
 )
-def test_shards_that_do_not_tile_are_refused(
-    ranges: list[tuple[int, int]], message: str, tmp_path: Path
-) -> None:
+def test_shards_that_do_not_tile_are_refused(ranges: list[tuple[int, int]], message: str, tmp_path: Path) -> None:
     table = torch.randn(10, 2)
 
     def save_range(group: Any, rank: int) -> str:

@@ -132,9 +132,7 @@ def test_a_missing_file_is_noticed(read: Callable[[Path], None], folder: Path) -
 
 
 @pytest.mark.parametrize("read", [load_all, gather_all, lambda folder: verify(str(folder))])
-def test_swapped_and_foreign_files_are_noticed(
-    read: Callable[[Path], None], folder: Path, tmp_path: Path
-) -> None:
+def test_swapped_and_foreign_files_are_noticed(read: Callable[[Path], None], folder: Path, tmp_path: Path) -> None:
     _, first, second, _ = tensor_files(folder)
     kept = first.read_bytes(), second.read_bytes()
     assert len(kept[0]) == len(kept[1])

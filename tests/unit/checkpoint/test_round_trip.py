@@ -98,9 +98,7 @@ def test_every_dtype_and_a_tensor_that_is_not_contiguous(tmp_path: Path, dtype: 
 
 def test_tables_without_rows_and_ranks_without_tables(tmp_path: Path) -> None:
     empty = ShardView("t/weight", (0, 4), 0, torch.empty(0, 4))
-    outcomes = run_threads(
-        2, lambda group, rank: save_checkpoint(str(tmp_path), 1, [empty][rank:], {}, group)
-    )
+    outcomes = run_threads(2, lambda group, rank: save_checkpoint(str(tmp_path), 1, [empty][rank:], {}, group))
     with CheckpointReader(str(outcomes[0])) as reader:
         load_shards(reader, [empty])
         assert reader.gather("t/weight", torch.empty(0, dtype=torch.int64)).shape == (0, 4)

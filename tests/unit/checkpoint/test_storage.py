@@ -84,9 +84,7 @@ def test_creating_again_what_is_there_is_a_success(root: str) -> None:
 
 
 @pytest.mark.parametrize("error_number", [errno.EPERM, errno.ENOTSUP])
-def test_a_disk_without_hard_links(
-    error_number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_without_hard_links(error_number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_links(source: str, target: str) -> None:
         raise OSError(error_number, os.strerror(error_number))
 
@@ -97,9 +95,7 @@ def test_a_disk_without_hard_links(
     assert storage.list_files(str(tmp_path)) == {"m": 5}
 
 
-def test_names_are_made_durable_before_and_after_the_commit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_are_made_durable_before_and_after_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     acts: list[str] = []
     fsync, link = os.fsync, os.link
 

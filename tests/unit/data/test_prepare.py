@@ -69,9 +69,7 @@ def test_parts_and_chunks_do_not_change_the_tokens(text: Path, cache: Path) -> N
     whole = prepared(cache, str(text))
     options = CorpusOptions(path=str(text), min_count=1)
     for number, (part_bytes, chunk_bytes) in enumerate([(7, 1000), (100, 5), (1000, 64)]):
-        corpus = prepare_corpus(
-            options, str(cache / str(number)), None, part_bytes=part_bytes, chunk_bytes=chunk_bytes
-        )
+        corpus = prepare_corpus(options, str(cache / str(number)), None, part_bytes=part_bytes, chunk_bytes=chunk_bytes)
         assert decoded(corpus) == decoded(whole)
         assert corpus.vocabulary.fingerprint == whole.vocabulary.fingerprint
 
@@ -158,9 +156,7 @@ def test_old_leftovers_are_removed(text: Path, cache: Path) -> None:
     assert sorted(os.listdir(cache)) == sorted(os.path.basename(p) for p in (entry, f"{entry}.new.tmp"))
 
 
-def test_of_two_jobs_the_first_to_finish_counts(
-    text: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_two_jobs_the_first_to_finish_counts(text: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = prepare._commit
 
     def overtaken(*args: object) -> None:
@@ -231,8 +227,7 @@ def test_a_cache_folder_that_cannot_be_used_is_refused(text: Path, tmp_path: Pat
     with pytest.raises(UserError) as error:
         prepare_corpus(CorpusOptions(path=str(text)), "memory://cache", None)
     assert str(error.value) == (
-        "cache path memory://cache: expected a local folder, whose files can be memory-mapped, "
-        "got one on memory"
+        "cache path memory://cache: expected a local folder, whose files can be memory-mapped, got one on memory"
     )
     with pytest.raises(UserError, match=f"cache path {text}/x: the folder cannot be made: .*Not a directory"):
         prepare_corpus(CorpusOptions(path=str(text)), f"{text}/x", None)

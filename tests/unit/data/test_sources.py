@@ -155,9 +155,7 @@ def test_a_missing_path_says_what_was_meant(folder: Path) -> None:
     assert str(error.value).endswith(f"did you mean {folder}/deep?")
     with pytest.raises(UserError) as error:
         expand_sources(str(folder / "deep" / "xyz"))
-    assert str(error.value) == (
-        f"{folder}/deep/xyz: no such file or folder; {folder}/deep holds c.txt, e.zst, er"
-    )
+    assert str(error.value) == (f"{folder}/deep/xyz: no such file or folder; {folder}/deep holds c.txt, e.zst, er")
     with pytest.raises(UserError, match="no such file or folder"):
         expand_sources(f"memory://{uuid.uuid4().hex}/nothing/here.txt")
     with pytest.raises(UserError, match=r"a.txt/b: no such file or folder; .*did you mean .*a.txt"):
@@ -179,9 +177,7 @@ def test_a_folder_without_texts_says_what_is_there(tmp_path: Path) -> None:
         (tmp_path / f"{number}.csv").touch()
     with pytest.raises(UserError) as error:
         expand_sources(str(tmp_path))
-    assert str(error.value) == (
-        f"{expected} holds 0.csv, 1.csv, 2.csv, 3.csv, 4.csv, 5.csv, 6.csv, 7.csv and 2 more"
-    )
+    assert str(error.value) == (f"{expected} holds 0.csv, 1.csv, 2.csv, 3.csv, 4.csv, 5.csv, 6.csv, 7.csv and 2 more")
 
 
 def test_no_path_and_an_unknown_protocol() -> None:

@@ -50,15 +50,11 @@ def words_of(content: str, tokenizer: str = "letters") -> list[str]:
 
 
 ALPHABET = st.sampled_from("abcABCzé\u00c9ßΣ\u03c3И中\u0130'-1\u00b2_,.\t\r  \n\n\u2028\u00a0\U0001d504")
-CONTENT = st.text(ALPHABET, max_size=300) | st.text(
-    st.characters(exclude_characters="\0", codec="utf-8"), max_size=60
-)
+CONTENT = st.text(ALPHABET, max_size=300) | st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=60)
 
 
 @given(CONTENT, st.integers(1, 50), st.integers(1, 6), st.sampled_from(sorted(TOKENIZERS)))
-def test_encodes_as_a_loop_over_words_does(
-    content: str, chunk_bytes: int, max_words: int, tokenizer: str
-) -> None:
+def test_encodes_as_a_loop_over_words_does(content: str, chunk_bytes: int, max_words: int, tokenizer: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "MAX_SENTENCE_WORDS", max_words)
         distinct = sorted(set(words_of(content, tokenizer)))

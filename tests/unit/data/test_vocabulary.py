@@ -75,8 +75,7 @@ def test_an_empty_vocabulary_says_what_was_seen() -> None:
     with pytest.raises(UserError) as error:
         Vocabulary.build(counted(["the", "cat", "the", "dog"]), 5, None)
     assert str(error.value) == (
-        "the vocabulary is empty: 3 distinct words were seen, the most frequent ('the') 2 times, and "
-        "min_count is 5"
+        "the vocabulary is empty: 3 distinct words were seen, the most frequent ('the') 2 times, and min_count is 5"
     )
     with pytest.raises(UserError, match="the vocabulary is empty: the text holds no words"):
         Vocabulary.build(counted([]), 5, None)

@@ -96,7 +96,15 @@ def test_a_bad_id_is_named(bad_id: int) -> None:
     before = tables.gather_table("word").clone()
     with pytest.raises(et.BadIdError) as caught:
         tables({"word": et.Jagged.from_lists([[3], [4, bad_id]])})
-    for part in ("feature 'word'", "table 'word'", f"id {bad_id}", "position 2", "bag 1", "rank 0", "0 to 19"):
+    for part in (
+        "feature 'word'",
+        "table 'word'",
+        f"id {bad_id}",
+        "position 2",
+        "bag 1",
+        "rank 0",
+        "0 to 19",
+    ):
         assert part in str(caught.value)
     assert torch.equal(tables.gather_table("word"), before)
 

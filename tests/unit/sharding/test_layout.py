@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -60,7 +61,7 @@ def test_the_ranges_of_the_ranks_tile_the_slots(num_rows: int, world_size: int) 
     ranges = [layout.shard_range(rank) for rank in range(world_size)]
     assert ranges[0][0] == 0
     assert ranges[-1][1] == num_rows
-    assert all(first[1] == second[0] for first, second in zip(ranges, ranges[1:], strict=False))
+    assert all(first[1] == second[0] for first, second in itertools.pairwise(ranges))
 
 
 def test_the_cut_is_torchs_even_chunk_split() -> None:

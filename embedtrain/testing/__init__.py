@@ -1,0 +1,1 @@
+"""What tests need to run a function on several ranks. Imported by tests only."""

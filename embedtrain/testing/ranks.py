@@ -1,0 +1,270 @@
+"""Runs a function on N ranks, each a process of this machine, and collects what they return or raise."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+# Imported once by the fork server, so that no rank has to; names that cannot be imported are skipped.
+_PRELOADED_MODULES = ["torch", "torch.distributed", "pytest", "embedtrain", "embedtrain.testing.ranks"]
+
+# After the first failure, how long the other ranks have to report their own.
+_GRACE_SECONDS = 3.0
+
+# A rank writes its stacks at the deadline; this much later they are read and the rank is killed.
+_STACK_DUMP_SECONDS = 0.5
+
+
+class RankError(RuntimeError):
+    """At least one rank raised, died or did not finish in time.
+
+    Attributes:
+        rank: the rank that failed first.
+        errors: type name and message of the exception of every rank that raised.
+        died: what ended each rank that neither returned nor raised, such as "SIGKILL".
+        unfinished: the ranks that were still running and had to be killed.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        rank: int,
+        errors: Mapping[int, tuple[str, str]],
+        died: Mapping[int, str],
+        unfinished: list[int],
+    ) -> None:
+        super().__init__(text)
+        self.rank = rank
+        self.errors = dict(errors)
+        self.died = dict(died)
+        self.unfinished = unfinished
+
+
+@dataclass(frozen=True)
+class _Returned:
+    value: Any
+
+
+@dataclass(frozen=True)
+class _Raised:
+    type_name: str
+    message: str
+    stack: str
+
+    def __str__(self) -> str:
+        return f"raised {self.type_name}: {self.message}"
+
+
+@dataclass(frozen=True)
+class _Died:
+    cause: str
+
+    def __str__(self) -> str:
+        return f"died: {self.cause}"
+
+
+@dataclass(frozen=True)
+class _Hung:
+    stack: str
+
+    def __str__(self) -> str:
+        return "did not finish"
+
+
+_Outcome = _Returned | _Raised | _Died | _Hung
+
+
+@dataclass(frozen=True)
+class _Rank:
+    process: BaseProcess
+    connection: Connection
+    stack_path: Path
+
+    def is_ready(self, ready: list[Any]) -> bool:
+        return self.connection in ready or self.process.sentinel in ready
+
+    def outcome(self) -> _Outcome:
+        """Returns what a ready rank reported, or what it died of."""
+        try:
+            outcome: _Outcome = pickle.loads(self.connection.recv_bytes())
+        except (EOFError, ConnectionError):
+            self.process.join()
+            return _Died(_cause_of_death(self.process.exitcode))
+        return outcome
+
+
+def run_ranks(world_size: int, function: Callable[..., T], *args: Any, timeout_seconds: float = 60) -> list[T]:
+    """Calls `function(group, *args)` on `world_size` ranks and returns their results in rank order.
+
+    Every rank is a process of its own with one torch thread and this process's environment variables.
+    Arguments and results are copied by pickle, tensors too. A rank that has returned or raised stays
+    connected until all have reported, so that no rank fails merely because another one was faster.
+
+    Args:
+        function: importable by name (not a closure or lambda). Its first argument is the Gloo process
+            group of all ranks, or None where `world_size` is 1.
+        timeout_seconds: for everything, the start of the processes included.
+
+    Raises:
+        RankError: a rank raised, died or hung. The others get a few seconds to report and are killed.
+    """
+    payload = pickle.dumps((function, args))
+    deadline = time.monotonic() + timeout_seconds
+    with tempfile.TemporaryDirectory(prefix="embedtrain-ranks-") as folder:
+        ranks: list[_Rank] = []
+        try:
+            for rank in range(world_size):
+                ranks.append(_start(rank, world_size, payload, Path(folder), deadline))
+            outcomes = _collect(ranks, deadline)
+            results = {rank: end.value for rank, end in outcomes.items() if isinstance(end, _Returned)}
+            if len(results) == world_size:
+                _dismiss(ranks, outcomes, timeout_seconds)
+            if not all(isinstance(outcome, _Returned) for outcome in outcomes.values()):
+                raise _rank_error(outcomes, timeout_seconds)
+            return [results[rank] for rank in range(world_size)]
+        finally:
+            for started in ranks:
+                started.connection.close()
+                started.process.kill()
+                started.process.join()
+                started.process.close()
+
+
+def _start(rank: int, world_size: int, payload: bytes, folder: Path, deadline: float) -> _Rank:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED_MODULES)
+    ours, theirs = context.Pipe()
+    process = context.Process(
+        target=_rank_main,
+        args=(theirs, rank, world_size, payload, folder, deadline, dict(os.environ)),
+        name=f"rank{rank}",
+        daemon=False,
+    )
+    process.start()
+    theirs.close()
+    return _Rank(process, ours, _stack_path(folder, rank))
+
+
+def _collect(ranks: list[_Rank], deadline: float) -> dict[int, _Outcome]:
+    """Waits for all ranks, or a little beyond the first failure; keys are in order of arrival."""
+    outcomes: dict[int, _Outcome] = {}
+    pending = dict(enumerate(ranks))
+    limit = deadline + _STACK_DUMP_SECONDS
+    while pending and (left := limit - time.monotonic()) > 0:
+        connections = [rank.connection for rank in pending.values()]
+        sentinels = [rank.process.sentinel for rank in pending.values()]
+        ready = wait([*connections, *sentinels], timeout=left)
+        for number in [number for number, rank in pending.items() if rank.is_ready(ready)]:
+            outcomes[number] = pending.pop(number).outcome()
+            if not isinstance(outcomes[number], _Returned):
+                limit = min(limit, time.monotonic() + _GRACE_SECONDS)
+    for number, rank in pending.items():
+        outcomes[number] = _Hung(rank.stack_path.read_text() if rank.stack_path.exists() else "")
+    return outcomes
+
+
+def _rank_error(outcomes: dict[int, _Outcome], timeout_seconds: float) -> RankError:
+    failures = {rank: outcome for rank, outcome in outcomes.items() if not isinstance(outcome, _Returned)}
+    raised = {rank: outcome for rank, outcome in failures.items() if isinstance(outcome, _Raised)}
+    hung = {rank: outcome for rank, outcome in failures.items() if isinstance(outcome, _Hung)}
+    first_rank, first = next(iter(failures.items()))
+
+    lines = [f"rank {rank} of {len(outcomes)} {outcome}" for rank, outcome in failures.items()]
+    if isinstance(first, _Hung):
+        lines.insert(0, f"no end after {timeout_seconds:g} s")
+        stacks = {rank: outcome.stack for rank, outcome in hung.items()}
+    else:
+        stacks = {rank: outcome.stack for rank, outcome in raised.items()}
+    lines += [f"\n--- rank {rank} ---\n{stack.rstrip()}" for rank, stack in stacks.items() if stack]
+    return RankError(
+        "\n".join(lines),
+        first_rank,
+        errors={rank: (outcome.type_name, outcome.message) for rank, outcome in raised.items()},
+        died={rank: outcome.cause for rank, outcome in failures.items() if isinstance(outcome, _Died)},
+        unfinished=sorted(hung),
+    )
+
+
+def _dismiss(ranks: list[_Rank], outcomes: dict[int, _Outcome], timeout_seconds: float) -> None:
+    """Lets ranks that have all returned end on their own; one that does not gets a new outcome."""
+    for rank in ranks:
+        rank.connection.close()
+    for number, rank in enumerate(ranks):
+        rank.process.join(timeout_seconds)
+        code = rank.process.exitcode
+        if code is None:
+            outcomes[number] = _Hung("")
+        elif code != 0:
+            outcomes[number] = _Died(f"{_cause_of_death(code)} after it returned")
+
+
+def _cause_of_death(exit_code: int | None) -> str:
+    if exit_code is not None and exit_code < 0:
+        return signal.Signals(-exit_code).name
+    return f"exit status {exit_code}"
+
+
+def _stack_path(folder: Path, rank: int) -> Path:
+    return folder / f"rank{rank}.stack"
+
+
+def _rank_main(
+    connection: Connection,
+    rank: int,
+    world_size: int,
+    payload: bytes,
+    folder: Path,
+    deadline: float,
+    environment: dict[str, str],
+) -> None:
+    """The life of one rank: runs in its own process."""
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    with open(_stack_path(folder, rank), "w") as stack_file:
+        seconds_left = max(0.1, deadline - time.monotonic())
+        faulthandler.dump_traceback_later(seconds_left, file=stack_file)
+        try:
+            group = _init_group(rank, world_size, folder, seconds_left) if world_size > 1 else None
+            function, args = pickle.loads(payload)
+            report = pickle.dumps(_Returned(function(group, *args)))
+        except BaseException as error:
+            report = pickle.dumps(_Raised(type(error).__name__, str(error), traceback.format_exc()))
+        connection.send_bytes(report)
+        with contextlib.suppress(EOFError, ConnectionError):
+            connection.recv_bytes()  # Nothing is ever sent: this ends when the parent closes its side.
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _init_group(rank: int, world_size: int, folder: Path, seconds_left: float) -> dist.ProcessGroup | None:
+    # Longer than the parent waits: a hang is for the parent to report, with the stacks of all ranks.
+    timeout = timedelta(seconds=2 * seconds_left)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'store'}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
+    return dist.group.WORLD

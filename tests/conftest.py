@@ -1,0 +1,124 @@
+"""Fixtures for all tests: each starts from the same state, and one that leaves something behind fails."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import hypothesis
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+# A busy machine must not fail a property for being slow, and every run tries the same examples.
+hypothesis.settings.register_profile("embedtrain", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("embedtrain")
+
+# What ends soon after a test is not left behind.
+_GRACE_SECONDS = 3.0
+
+# Started once for the whole session: fsspec's event loop; multiprocessing's servers, which `run_ranks` uses.
+_SESSION_THREADS = {"fsspecIO"}
+_SESSION_PROCESSES = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real corpora and test sets beside the checkout."""
+    path = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"needs the shared data folder, absent here: {path}")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _one_torch_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _environment_restored() -> Iterator[None]:
+    before = dict(os.environ)
+    yield
+    after = dict(os.environ)
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    # torch sets the second itself when its compiler is first imported.
+    changed -= {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
+    for name in changed:
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            del os.environ[name]
+    if changed:
+        pytest.fail(f"the test left environment variables changed: {sorted(changed)}; use monkeypatch.setenv")
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_left() -> Iterator[None]:
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        pytest.fail("the test left a process group initialised")
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_left() -> Iterator[None]:
+    before = _threads()
+    yield
+    left = _still_there_after_grace(lambda: _threads() - before)
+    if left:
+        pytest.fail(f"the test left threads running: {sorted(thread.name for thread in left)}")
+
+
+@pytest.fixture(autouse=True)
+def _no_process_left() -> Iterator[None]:
+    before = _child_processes()
+    yield
+    left = _still_there_after_grace(lambda: _child_processes() - before)
+    for process in left:
+        process.kill()
+    if left:
+        pytest.fail(f"the test left child processes running: {sorted(process.pid for process in left)}")
+
+
+def _threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name not in _SESSION_THREADS}
+
+
+def _child_processes() -> set[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return {child for child in children if not _is_allowed(child)}
+
+
+def _is_allowed(process: psutil.Process) -> bool:
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        command = " ".join(process.cmdline())
+        # Ranks are forks of the fork server and show its command line; the server is our own child.
+        return process.ppid() == os.getpid() and any(name in command for name in _SESSION_PROCESSES)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _still_there_after_grace(leftovers: Callable[[], set[T]]) -> set[T]:
+    give_up = time.monotonic() + _GRACE_SECONDS
+    while (left := leftovers()) and time.monotonic() < give_up:
+        time.sleep(0.02)
+    return left
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,146 @@
+"""Killed at any moment, a run goes on from its last checkpoint and ends where it would have ended."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from collections.abc import Callable
+
+import numpy as np
+import psutil
+import pytest
+
+from tests.e2e.conftest import Job
+
+Wait = Callable[[Callable[[], object], subprocess.Popen[str]], None]
+
+LONG = ("train.epochs=12", "checkpoint.every_steps=40", "checkpoint.keep_last=2")
+
+
+def num_checkpoints(job: Job, run: str) -> int:
+    return len(list((job.folder / run / "checkpoints").glob("step-*/manifest.json")))
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    return sorted(psutil.Process(launcher.pid).children(), key=lambda process: process.pid)
+
+
+def metrics(job: Job, run: str) -> list[dict]:
+    return [json.loads(line) for line in (job.folder / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(records: list[dict]) -> list[dict]:
+    return [{k: v for k, v in record.items() if k != "words_per_second"} for record in records]
+
+
+def test_a_rank_killed_in_mid_run_costs_nothing_but_time(job: Job, wait_until: Wait) -> None:
+    whole = job.run(*job.train_arguments("whole", *LONG), ranks=2)
+    assert whole.returncode == 0, whole.stderr
+
+    command = job.train_arguments("killed", *LONG)
+    for victim in (1, 0):
+        launcher = job.start(*command, ranks=2)
+        before = max((record["step"] for record in metrics(job, "killed")), default=0) if victim == 0 else 0
+        wait_until(lambda: num_checkpoints(job, "killed") >= 2, launcher)
+        wait_until(lambda at=before: metrics(job, "killed")[-1]["step"] > at, launcher)
+        ranks_of(launcher)[victim].send_signal(signal.SIGKILL)
+        launcher.communicate(timeout=60)
+        assert launcher.returncode != 0
+
+    resumed = job.run(*command, ranks=2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming at step" in resumed.stderr
+    np.testing.assert_array_equal(job.vectors("killed"), job.vectors("whole"))
+    assert without_times(metrics(job, "killed")) == without_times(metrics(job, "whole"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_asked_to_stop_saves_and_says_so(job: Job, wait_until: Wait, number: signal.Signals) -> None:
+    assert job.run(*job.train_arguments("whole", *LONG)).returncode == 0
+    command = job.train_arguments("stopped", *LONG)
+    process = job.start(*command)
+    wait_until(lambda: num_checkpoints(job, "stopped") >= 1, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75
+    status = json.loads((job.folder / "stopped" / "status.json").read_text())
+    assert (status["state"], status["exit_status"]) == ("preempted", 75)
+    assert f"stopped and saved at step {status['step']:,}" in errors
+    assert job.run(*command).returncode == 0
+    assert json.loads((job.folder / "stopped" / "status.json").read_text())["state"] == "done"
+    np.testing.assert_array_equal(job.vectors("stopped"), job.vectors("whole"))
+
+
+def test_sigterm_to_torchrun_saves_on_all_ranks(job: Job, wait_until: Wait) -> None:
+    launcher = job.start(*job.train_arguments("stopped", *LONG), ranks=2)
+    wait_until(lambda: num_checkpoints(job, "stopped") >= 1, launcher)
+    ranks = ranks_of(launcher)
+    launcher.send_signal(signal.SIGTERM)
+    launcher.communicate(timeout=60)
+    status = json.loads((job.folder / "stopped" / "status.json").read_text())
+    assert (status["state"], status["exit_status"]) == ("preempted", 75)
+    assert not any(rank.is_running() for rank in ranks)
+
+
+def test_ranks_die_with_a_killed_launcher(job: Job, wait_until: Wait) -> None:
+    launcher = job.start(*job.train_arguments("orphaned", *LONG), ranks=2)
+    wait_until(lambda: num_checkpoints(job, "orphaned") >= 1, launcher)
+    ranks = ranks_of(launcher)
+    launcher.kill()
+    launcher.communicate(timeout=60)
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert not alive
+
+
+def test_torchruns_restarts_resume_by_themselves(job: Job, wait_until: Wait) -> None:
+    assert job.run(*job.train_arguments("whole", *LONG), ranks=2).returncode == 0
+    launcher = job.start(*job.train_arguments("restarted", *LONG), ranks=2, torchrun=("--max-restarts", "1"))
+    wait_until(lambda: num_checkpoints(job, "restarted") >= 2, launcher)
+    ranks_of(launcher)[0].send_signal(signal.SIGKILL)
+    _, errors = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, errors
+    assert "resuming at step" in errors
+    np.testing.assert_array_equal(job.vectors("restarted"), job.vectors("whole"))
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_words(job: Job, wait_until: Wait) -> None:
+    assert job.run(*job.train_arguments("whole", *LONG)).returncode == 0
+    process = job.start(*job.train_arguments("moved", *LONG))
+    wait_until(lambda: num_checkpoints(job, "moved") >= 2, process)
+    process.kill()
+    process.communicate()
+    resumed = job.run(*job.train_arguments("moved", *LONG), ranks=3)
+    assert resumed.returncode == 0, resumed.stderr
+    # The order of float32 sums differs, and training carries the difference on.
+    np.testing.assert_allclose(job.vectors("moved"), job.vectors("whole"), rtol=1e-2, atol=1e-3)
+
+
+def test_a_complete_run_is_left_as_it_is(job: Job) -> None:
+    assert job.run(*job.train_arguments("whole")).returncode == 0
+    before = job.vectors("whole")
+    (job.folder / "whole.npy").unlink()
+    (job.folder / "whole.npy.vocabulary.tsv").unlink()
+    again = job.run(*job.train_arguments("whole"))
+    assert again.returncode == 0
+    assert "done at step" in again.stderr
+    np.testing.assert_array_equal(job.vectors("whole"), before)
+
+
+def test_other_settings_on_a_run_folder_are_refused(job: Job) -> None:
+    assert job.run(*job.train_arguments("run")).returncode == 0
+    refused = job.run(*job.train_arguments("run", "optimizer.lr=0.7", "table.dim=8"))
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert "optimizer.lr (was 0." in line and "is 0.7" in line
+    assert "table.dim (was 16, is 8)" in line
+
+
+def test_another_text_on_a_run_folder_is_refused(job: Job) -> None:
+    assert job.run(*job.train_arguments("run")).returncode == 0
+    with job.text_path.open("a") as file:
+        file.write("\nsome more words" * 10)
+    refused = job.run(*job.train_arguments("run"))
+    assert refused.returncode == 2
+    assert "was trained on other data" in refused.stderr.splitlines()[-1]
+    assert "Traceback" not in refused.stderr
