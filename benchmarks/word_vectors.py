@@ -38,7 +38,20 @@ SIMILARITY = {
     "RG-65": "EN-RG-65.txt",
 }
 SPEED = "words/s"
-COLUMNS = "benchmark,corpus,commit,date,cpu,ranks,threads,versions,metric,ours,peer,ratio".split(",")
+COLUMNS = [
+    "benchmark",
+    "corpus",
+    "commit",
+    "date",
+    "cpu",
+    "ranks",
+    "threads",
+    "versions",
+    "metric",
+    "ours",
+    "peer",
+    "ratio",
+]
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from xxhash import xxh3_64_intdigest
 
 from embedtrain.data.corpus import PreparedCorpus
-from embedtrain.data.negatives import NegativeSampler
-from embedtrain.data.partition import block_order, num_steps, random_generator, share_of_rank
+from embedtrain.data.negatives import alias_table
+from embedtrain.data.partition import block_order, num_steps, share_of_rank
+from embedtrain.ops.sample_text import ALIAS_BITS, KEEP_BITS, SamplingTables, TextSample, sample_text
 
 
 @dataclass(frozen=True)
@@ -33,20 +34,14 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class TextBatch:
-    """One rank's part of a step; positions count within the batch.
+    """One rank's part of a step.
 
     Attributes:
-        words: [n] int64; rows of the words that subsampling kept.
-        negatives: [n, k] int64; rows drawn for each centre, -1 where the centre itself was drawn.
-        starts: [n] int64; first position of each centre's window.
-        stops: [n] int64; one past the last.
+        sample: the words kept, with windows and negatives.
         num_words: words of the text that the batch covers, before subsampling.
     """
 
-    words: Tensor
-    negatives: Tensor
-    starts: Tensor
-    stops: Tensor
+    sample: TextSample
     num_words: int
 
 
@@ -84,10 +79,10 @@ class TextBatches:
         self._rank = rank
         self._world_size = world_size
         self._num_blocks = -(-corpus.num_tokens // block_words)
-        counts = corpus.vocabulary.counts
-        self._keep = keep_probabilities(counts, options.sample)
-        self._sampler = NegativeSampler(counts, options.power)
-        self._order: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
+        self._tables = sampling_tables(corpus.vocabulary.counts, options)
+        self._epoch = -1
+        self._order = np.zeros(0, np.int64)
+        self._key = 0
 
     @property
     def steps_per_epoch(self) -> int:
@@ -101,37 +96,54 @@ class TextBatches:
 
     def batch(self, epoch: int, step: int) -> TextBatch:
         """Returns this rank's part of step `step` of epoch `epoch`, both from 0; it may hold no word."""
-        if self._order[0] != epoch:
-            self._order = (epoch, block_order(self._num_blocks, self._seed, epoch))
-        blocks = self._order[1][step * self._blocks_per_step : (step + 1) * self._blocks_per_step]
+        if self._epoch != epoch:
+            self._begin_epoch(epoch)
+        blocks = self._order[step * self._blocks_per_step : (step + 1) * self._blocks_per_step]
         share = share_of_rank(len(blocks), self._rank, self._world_size)
-        parts = [self._block(epoch, int(blocks[i])) for i in share]
-        return _join(parts, self._options.negatives)
-
-    def _block(self, epoch: int, block: int) -> TextBatch:
-        start = block * self._block_words
-        stop = min(start + self._block_words, self._corpus.num_tokens)
-        tokens = self._corpus.read(start, stop)
-        generator = random_generator(self._seed, "block", epoch, block)
-        # A token that begins a sentence is stored as ~row.
-        begins = tokens < 0
-        rows = np.where(begins, ~tokens, tokens).astype(np.int64)
-        kept = generator.random(len(rows), dtype=np.float32) < self._keep[rows]
-        words, sentences = rows[kept], np.cumsum(begins, dtype=np.int64)[kept]
-        width = generator.integers(1, self._options.window + 1, len(words))
-        starts, stops = window_bounds(sentences, width)
-        negatives = self._sampler.draw(generator, (len(words), self._options.negatives))
-        negatives[negatives == words[:, None]] = -1
-        return TextBatch(
-            words=torch.from_numpy(words),
-            negatives=torch.from_numpy(negatives),
-            starts=torch.from_numpy(starts),
-            stops=torch.from_numpy(stops),
-            num_words=stop - start,
+        tokens, positions = self._read(blocks[share.start : share.stop])
+        sample = sample_text(
+            torch.from_numpy(tokens),
+            torch.from_numpy(positions),
+            self._tables,
+            window=self._options.window,
+            num_negatives=self._options.negatives,
+            key=self._key,
         )
+        return TextBatch(sample, num_words=len(tokens))
+
+    def _begin_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._order = block_order(self._num_blocks, self._seed, epoch)
+        digest = xxh3_64_intdigest(f"{self._seed}/draws/{epoch}".encode())
+        self._key = digest - (1 << 63)  # a signed integer, as torch has them
+
+    def _read(self, blocks: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Returns the tokens of the blocks, one after the other, and their places in the text."""
+        bounds = [
+            (start, min(start + self._block_words, self._corpus.num_tokens))
+            for start in (blocks * self._block_words).tolist()
+        ]
+        pieces = [self._corpus.read(start, stop) for start, stop in bounds]
+        for piece in pieces:
+            if piece[0] >= 0:
+                piece[0] = ~piece[0]  # windows end where a block does
+        if not pieces:
+            return np.zeros(0, np.int32), np.zeros(0, np.int64)
+        return np.concatenate(pieces), np.concatenate([np.arange(start, stop) for start, stop in bounds])
 
 
-def keep_probabilities(counts: NDArray[np.int64], sample: float) -> NDArray[np.float32]:
+def sampling_tables(counts: NDArray[np.int64], options: SamplingOptions) -> SamplingTables:
+    """Returns the thresholds of every draw for a vocabulary with these counts."""
+    own, other = alias_table(counts.astype(np.float64) ** options.power)
+    keep = keep_probabilities(counts, options.sample)
+    return SamplingTables(
+        keep=torch.from_numpy(np.rint(keep * (1 << KEEP_BITS)).astype(np.int64)),
+        own=torch.from_numpy(np.rint(own * (1 << ALIAS_BITS)).astype(np.int64)),
+        other=torch.from_numpy(other),
+    )
+
+
+def keep_probabilities(counts: NDArray[np.int64], sample: float) -> NDArray[np.float64]:
     """Returns the probability that subsampling keeps an occurrence of each word.
 
     With `f` the word's share of the text, `min(1, (sqrt(f / sample) + 1) * sample / f)`.
@@ -139,39 +151,7 @@ def keep_probabilities(counts: NDArray[np.int64], sample: float) -> NDArray[np.f
     Source: word2vec.c of Mikolov et al. 2013 (the paper's formula lacks the second term).
     """
     if sample == 0:
-        return np.ones(len(counts), np.float32)
+        return np.ones(len(counts))
     ratio = counts / counts.sum() / sample
-    keep: NDArray[np.float32] = np.minimum(1.0, (np.sqrt(ratio) + 1) / ratio).astype(np.float32)
+    keep: NDArray[np.float64] = np.minimum(1.0, (np.sqrt(ratio) + 1) / ratio)
     return keep
-
-
-def window_bounds(
-    sentences: NDArray[np.int64], width: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns each position's window [start, stop): its width to both sides, inside its own sentence.
-
-    Args:
-        sentences: [n] ascending; the sentence of each word.
-        width: [n]; words to each side.
-    """
-    positions = np.arange(len(sentences))
-    first_of_sentence = np.searchsorted(sentences, sentences, side="left")
-    end_of_sentence = np.searchsorted(sentences, sentences, side="right")
-    return np.maximum(positions - width, first_of_sentence), np.minimum(positions + width + 1, end_of_sentence)
-
-
-def _join(parts: list[TextBatch], num_negatives: int) -> TextBatch:
-    """Lays blocks one after the other; their windows stay apart."""
-    if not parts:
-        none = torch.zeros(0, dtype=torch.int64)
-        return TextBatch(none, none.view(0, num_negatives), none, none, 0)
-    if len(parts) == 1:
-        return parts[0]
-    offsets = np.cumsum([0, *(part.words.numel() for part in parts[:-1])]).tolist()
-    return TextBatch(
-        words=torch.cat([part.words for part in parts]),
-        negatives=torch.cat([part.negatives for part in parts]),
-        starts=torch.cat([part.starts + offset for part, offset in zip(parts, offsets, strict=True)]),
-        stops=torch.cat([part.stops + offset for part, offset in zip(parts, offsets, strict=True)]),
-        num_words=sum(part.num_words for part in parts),
-    )

@@ -50,12 +50,12 @@ class EmbeddingCollection(nn.Module):
         super().__init__()
         self.features = resolve_features(tables, features)
         self.process_group = process_group if process_group is not None else default_group()
-        self._device = torch.device("cpu" if device is None else device)
+        self.device = torch.device("cpu" if device is None else device)
         members: dict[tuple[int, torch.dtype], list[TableSpec]] = {}
         for table in tables:
             members.setdefault((table.dim, table.dtype), []).append(table)
         self.row_groups = [
-            RowGroup(specs, seed=seed, device=self._device, process_group=self.process_group)
+            RowGroup(specs, seed=seed, device=self.device, process_group=self.process_group)
             for specs in members.values()
         ]
         self._place = {
@@ -172,4 +172,4 @@ class EmbeddingCollection(nn.Module):
         }
 
     def _no_keys(self) -> Tensor:
-        return torch.zeros(0, dtype=torch.int64, device=self._device)
+        return torch.zeros(0, dtype=torch.int64, device=self.device)

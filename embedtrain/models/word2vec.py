@@ -74,10 +74,11 @@ class Word2Vec(nn.Module):
 
     def _fetch(self, batch: TextBatch) -> tuple[Tensor, TextBlock]:
         """Fetches the block's distinct rows and points the block at them."""
-        words = batch.words
+        device = self.tables.device
+        words, drawn = batch.sample.words.to(device), batch.sample.negatives.to(device)
         # A negative left out needs a row all the same: its centre's, which is there anyway.
-        is_left_out = batch.negatives < 0
-        negatives = torch.where(is_left_out, words.unsqueeze(1), batch.negatives)
+        is_left_out = drawn < 0
+        negatives = torch.where(is_left_out, words.unsqueeze(1), drawn)
         vectors, inverse = self.tables.distinct_rows(
             {INPUT: Jagged.from_ids(words), OUTPUT: Jagged.from_ids(torch.cat([words, negatives.flatten()]))}
         )
@@ -86,8 +87,8 @@ class Word2Vec(nn.Module):
             inputs=inverse[INPUT],
             outputs=outputs,
             negatives=negative_rows.view_as(negatives).masked_fill(is_left_out, -1),
-            starts=batch.starts,
-            stops=batch.stops,
+            starts=batch.sample.starts.to(device),
+            stops=batch.sample.stops.to(device),
         )
 
 

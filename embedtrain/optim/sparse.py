@@ -120,11 +120,10 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _agree(self, gradients: Sequence[tuple[Tensor, Tensor]]) -> float | None:
         """Returns the factor for all gradients, or None to leave the step out. Collective: every rank."""
-        # The sum of squares is not finite where any gradient is not, so one number serves both questions;
-        # in float64 finite float32 gradients cannot overflow it.
+        # The sum of squares is not finite where any gradient is not, so one number serves both questions.
         squares = torch.zeros((), dtype=torch.float64, device=gradients[0][1].device)
         for _, grad in gradients:
-            squares += torch.linalg.vector_norm(grad, dtype=torch.float64) ** 2
+            squares += _sum_of_squares(grad)
         if self._veto is not None:
             squares += math.nan
         total = float(all_reduce_sum(squares, self._process_group))
@@ -158,3 +157,10 @@ class SparseOptimizer(torch.optim.Optimizer):
                 first = bad[0, 0]
                 return f"the gradient of {store.describe(int(rows[first]))} is not finite"
         return None
+
+
+def _sum_of_squares(grad: Tensor) -> Tensor:
+    flat = grad.flatten()
+    squares = torch.dot(flat, flat)
+    # Large but finite float32 values overflow the quick sum; float64 holds any of them.
+    return squares if bool(squares.isfinite()) else torch.linalg.vector_norm(flat, dtype=torch.float64) ** 2

@@ -30,6 +30,12 @@ _SIGNATURES: dict[str, list[type]] = {
         _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _FLOAT, _FLOAT, _FLOAT, ctypes.c_int,
         _POINTER,
     ],
+    # tokens, positions, num_tokens, keep, own, other, num_rows, window, num_negatives, key,
+    # words, negatives, starts, stops, num_kept
+    "embedtrain_sample_text": [
+        _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _INT64,
+        _POINTER, _POINTER, _POINTER, _POINTER, _POINTER,
+    ],
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "random.h"
 #include "simd.h"
 
 namespace {
@@ -23,14 +24,6 @@ EMBEDTRAIN_INLINE float to_float(uint16_t bits) {
     float value;
     std::memcpy(&value, &wide, sizeof(value));
     return value;
-}
-
-// splitmix64, as ops/mix.py has it.
-EMBEDTRAIN_INLINE uint64_t mix64(uint64_t value) {
-    value += 0x9E3779B97F4A7C15ull;
-    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9ull;
-    value = (value ^ (value >> 27)) * 0x94D049BB133111EBull;
-    return value ^ (value >> 31);
 }
 
 EMBEDTRAIN_INLINE float rounded(float value, float, uint64_t) { return value; }

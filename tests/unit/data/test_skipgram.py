@@ -7,15 +7,13 @@ import pytest
 import torch
 
 from embedtrain.data.corpus import PreparedCorpus
-from embedtrain.data.negatives import NegativeSampler
-from embedtrain.data.partition import random_generator
+from embedtrain.data.negatives import alias_table
 from embedtrain.data.prepare import CorpusOptions, prepare_corpus
 from embedtrain.data.skipgram import (
     SamplingOptions,
     TextBatch,
     TextBatches,
     keep_probabilities,
-    window_bounds,
 )
 
 
@@ -43,7 +41,7 @@ def batches(corpus: PreparedCorpus, rank: int = 0, world_size: int = 1, **option
 
 
 def as_lists(batch: TextBatch) -> list:
-    return [getattr(batch, name).tolist() for name in ("words", "negatives", "starts", "stops")]
+    return [getattr(batch.sample, name).tolist() for name in ("words", "negatives", "starts", "stops")]
 
 
 def test_a_batch_is_a_function_of_epoch_and_step(corpus: PreparedCorpus) -> None:
@@ -61,39 +59,32 @@ def test_a_steps_words_do_not_depend_on_the_number_of_ranks(corpus: PreparedCorp
     for step in range(whole.steps_per_epoch):
         expected = whole.batch(0, step)
         found = [part.batch(0, step) for part in parts]
-        assert torch.cat([batch.words for batch in found]).tolist() == expected.words.tolist()
-        assert torch.cat([batch.negatives for batch in found]).tolist() == expected.negatives.tolist()
-        widths = torch.cat([batch.stops - batch.starts for batch in found])
-        assert widths.tolist() == (expected.stops - expected.starts).tolist()
+        assert torch.cat([batch.sample.words for batch in found]).tolist() == expected.sample.words.tolist()
+        assert torch.cat([batch.sample.negatives for batch in found]).tolist() == expected.sample.negatives.tolist()
+        widths = torch.cat([batch.sample.stops - batch.sample.starts for batch in found])
+        assert widths.tolist() == (expected.sample.stops - expected.sample.starts).tolist()
 
 
 def test_an_epoch_covers_every_word_once(corpus: PreparedCorpus) -> None:
     all_batches = batches(corpus, sample=0.0)
     seen = [all_batches.batch(0, step) for step in range(all_batches.steps_per_epoch)]
     assert sum(batch.num_words for batch in seen) == corpus.num_tokens == all_batches.words_per_epoch
-    counts = torch.cat([batch.words for batch in seen]).bincount()
+    counts = torch.cat([batch.sample.words for batch in seen]).bincount()
     assert counts.tolist() == corpus.vocabulary.counts.tolist()
 
 
 def test_windows_hold_their_centre_and_stay_in_their_sentence(corpus: PreparedCorpus) -> None:
     all_batches = batches(corpus, sample=0.0, window=4)
     batch = all_batches.batch(0, 0)
-    positions = torch.arange(batch.words.numel())
-    assert ((batch.starts <= positions) & (positions < batch.stops)).all()
-    assert ((positions - batch.starts <= 4) & (batch.stops - positions - 1 <= 4)).all()
+    positions = torch.arange(batch.sample.words.numel())
+    assert ((batch.sample.starts <= positions) & (positions < batch.sample.stops)).all()
+    assert ((positions - batch.sample.starts <= 4) & (batch.sample.stops - positions - 1 <= 4)).all()
 
 
 def test_a_negative_is_never_its_own_centre(corpus: PreparedCorpus) -> None:
     batch = batches(corpus, negatives=20).batch(0, 0)
-    assert (batch.negatives == -1).any()
-    assert not (batch.negatives == batch.words.unsqueeze(1)).any()
-
-
-def test_windows_end_at_sentence_borders() -> None:
-    sentences = np.array([0, 0, 0, 2, 2, 5])
-    starts, stops = window_bounds(sentences, np.array([1, 5, 5, 5, 1, 9]))
-    assert starts.tolist() == [0, 0, 0, 3, 3, 5]
-    assert stops.tolist() == [2, 3, 3, 5, 5, 6]
+    assert (batch.sample.negatives == -1).any()
+    assert not (batch.sample.negatives == batch.sample.words.unsqueeze(1)).any()
 
 
 def test_keep_probabilities_are_word2vecs() -> None:
@@ -106,7 +97,7 @@ def test_keep_probabilities_are_word2vecs() -> None:
 def test_subsampling_keeps_words_at_their_probability(corpus: PreparedCorpus) -> None:
     all_batches = batches(corpus, sample=0.01)
     kept = torch.cat(
-        [all_batches.batch(e, s).words for e in range(20) for s in range(all_batches.steps_per_epoch)]
+        [all_batches.batch(e, s).sample.words for e in range(20) for s in range(all_batches.steps_per_epoch)]
     ).bincount(minlength=len(corpus.vocabulary))
     counts = corpus.vocabulary.counts * 20
     share = keep_probabilities(corpus.vocabulary.counts, 0.01)
@@ -115,13 +106,33 @@ def test_subsampling_keeps_words_at_their_probability(corpus: PreparedCorpus) ->
 
 
 @pytest.mark.parametrize("power", [0.75, 0.0, 1.0])
-def test_negatives_follow_the_power_of_the_counts(power: float) -> None:
-    counts = np.array([1000, 300, 300, 20, 5, 1])
-    draws = NegativeSampler(counts, power).draw(random_generator(0), (100_000, 2))
-    expected = counts**power / (counts**power).sum() * 200_000
-    found = np.bincount(draws.ravel(), minlength=6)
+def test_the_alias_table_is_the_distribution(power: float) -> None:
+    weights = np.array([1000, 300, 300, 20, 5, 1.0]) ** power
+    own, other = alias_table(weights)
+    mass = own.copy()
+    np.add.at(mass, other, 1 - own)
+    np.testing.assert_allclose(mass / 6, weights / weights.sum(), rtol=1e-12)
+
+
+def test_negatives_follow_the_power_of_the_counts(corpus: PreparedCorpus) -> None:
+    all_batches = batches(corpus, sample=0.0, negatives=30)
+    samples = [all_batches.batch(0, step).sample for step in range(all_batches.steps_per_epoch)]
+    words = torch.cat([sample.words for sample in samples])
+    negatives = torch.cat([sample.negatives for sample in samples])
+    # A centre drawn as its own negative shows as -1: count it for the centre.
+    drawn = torch.where(negatives < 0, words.unsqueeze(1), negatives).flatten()
+    found = drawn.bincount(minlength=len(corpus.vocabulary)).numpy()
+    share = corpus.vocabulary.counts**0.75
+    expected = share / share.sum() * drawn.numel()
     assert (np.abs(found - expected) < 5 * np.sqrt(expected) + 1).all()
 
 
-def test_negatives_of_one_word() -> None:
-    assert NegativeSampler(np.array([7])).draw(random_generator(0), (3,)).tolist() == [0, 0, 0]
+def test_widths_are_uniform(corpus: PreparedCorpus) -> None:
+    all_batches = batches(corpus, sample=0.0, window=4)
+    samples = [all_batches.batch(e, s).sample for e in range(4) for s in range(all_batches.steps_per_epoch)]
+    left = torch.cat([torch.arange(sample.words.numel()) - sample.starts for sample in samples])
+    right = torch.cat([sample.stops - torch.arange(sample.words.numel()) - 1 for sample in samples])
+    widest = torch.maximum(left, right)
+    # Sentence borders only narrow windows, so a width of 4 is seen at most a quarter of the time.
+    assert set(widest.tolist()) == {0, 1, 2, 3, 4}
+    assert 0.15 < (widest == 4).float().mean() <= 0.26

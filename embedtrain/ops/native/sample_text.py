@@ -1,0 +1,33 @@
+"""Calls the native sampler."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from embedtrain.ops.native import library
+from embedtrain.ops.sample_text import SamplingTables, TextSample
+
+
+def sample_text(
+    tokens: Tensor, positions: Tensor, tables: SamplingTables, window: int, num_negatives: int, key: int
+) -> TextSample:
+    """See `embedtrain.ops.sample_text`."""
+    tokens, positions = tokens.contiguous(), positions.contiguous()
+    num_tokens = tokens.numel()
+    words, starts, stops = torch.empty(3, num_tokens, dtype=torch.int64)
+    negatives = torch.empty(num_tokens, num_negatives, dtype=torch.int64)
+    num_kept = torch.zeros((), dtype=torch.int64)
+    library.get().embedtrain_sample_text(
+        tokens.data_ptr(),
+        positions.data_ptr(),
+        num_tokens,
+        *(table.data_ptr() for table in (tables.keep, tables.own, tables.other)),
+        tables.own.numel(),
+        window,
+        num_negatives,
+        key,
+        *(result.data_ptr() for result in (words, negatives, starts, stops, num_kept)),
+    )
+    n = int(num_kept)
+    return TextSample(words[:n], negatives[:n], starts[:n], stops[:n])

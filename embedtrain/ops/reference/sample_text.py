@@ -1,0 +1,36 @@
+"""Sampling of a text in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from embedtrain.ops.mix import GOLDEN, mix64
+from embedtrain.ops.sample_text import ALIAS_BITS, KEEP_BITS, SamplingTables, TextSample
+
+_LOW_32 = (1 << 32) - 1
+
+
+def sample_text(
+    tokens: Tensor, positions: Tensor, tables: SamplingTables, window: int, num_negatives: int, key: int
+) -> TextSample:
+    """See `embedtrain.ops.sample_text`."""
+    begins = tokens < 0
+    rows = torch.where(begins, ~tokens, tokens).long()
+    counters = positions * (1 + num_negatives)
+    draws = _stream(key, counters)
+    is_kept = ((draws >> (64 - KEEP_BITS)) & ((1 << KEEP_BITS) - 1)) < tables.keep[rows]
+    width = 1 + (((draws & _LOW_32) * window) >> 32)
+    words, sentences, width = rows[is_kept], begins.cumsum(0)[is_kept], width[is_kept]
+    at = torch.arange(words.numel())
+    starts = torch.maximum(at - width, torch.searchsorted(sentences, sentences))
+    stops = torch.minimum(at + width + 1, torch.searchsorted(sentences, sentences, right=True))
+    draws = _stream(key, counters[is_kept].unsqueeze(1) + torch.arange(1, num_negatives + 1))
+    columns = (((draws >> 32) & _LOW_32) * tables.own.numel()) >> 32
+    is_own = (draws & ((1 << ALIAS_BITS) - 1)) < tables.own[columns]
+    negatives = torch.where(is_own, columns, tables.other[columns])
+    return TextSample(words, negatives.masked_fill(negatives == words.unsqueeze(1), -1), starts, stops)
+
+
+def _stream(key: int, counters: Tensor) -> Tensor:
+    return mix64(counters * GOLDEN + key)

@@ -1,0 +1,89 @@
+"""From a stretch of text to training examples: subsampling, windows and negatives, drawn by counters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from embedtrain.ops import dispatch
+
+KEEP_BITS = 24
+"""Resolution of the probability that subsampling keeps a word."""
+ALIAS_BITS = 32
+"""Resolution of the probability that an alias column gives its own row."""
+
+
+@dataclass(frozen=True)
+class SamplingTables:
+    """What the draws are compared with.
+
+    Attributes:
+        keep: [num_rows] int64; an occurrence of the row is kept with probability keep / 2**24.
+        own: [num_rows] int64; column i of the alias table gives row i with probability own / 2**32,
+        other: [num_rows] int64; and this row otherwise.
+    """
+
+    keep: Tensor
+    own: Tensor
+    other: Tensor
+
+
+@dataclass(frozen=True)
+class TextSample:
+    """The words that were kept and what is to be predicted from what; positions count within the sample.
+
+    Attributes:
+        words: [n] int64; rows of the kept words.
+        negatives: [n, k] int64; rows drawn for each centre, -1 where the centre itself was drawn.
+        starts: [n] int64; first position of each centre's window.
+        stops: [n] int64; one past the last.
+    """
+
+    words: Tensor
+    negatives: Tensor
+    starts: Tensor
+    stops: Tensor
+
+
+def sample_text(
+    tokens: Tensor, positions: Tensor, tables: SamplingTables, *, window: int, num_negatives: int, key: int
+) -> TextSample:
+    """Subsamples a text, and draws a window and negatives for each word kept.
+
+    The draws of a word are outputs `position * (1 + num_negatives)` and following of the splitmix64 stream of
+    `key`: the first says whether it is kept (its high 24 bits) and how wide its window is (its low 32 bits), each of
+    the others a column of the alias table (high 32 bits) and which of its two rows (low 32 bits). So what is drawn
+    for a word depends on nothing but the key and its place in the text.
+
+    Args:
+        tokens: [n] int32; a row, or ~row where a sentence begins: windows end at sentence borders.
+        positions: [n] int64; the tokens' places in the whole text.
+        tables: thresholds of the draws.
+        window: most words to each side; widths are uniform from 1 to this.
+        num_negatives: drawn for each centre, by the alias table.
+        key: of the stream, any 64-bit integer.
+
+    Raises:
+        ValueError: a token is outside the tables, or shapes or dtypes disagree.
+
+    Source: Steele, Lea, Flood 2014 (splitmix64); Walker's alias method.
+    """
+    if tokens.dtype != torch.int32 or positions.dtype != torch.int64 or tokens.shape != positions.shape:
+        raise ValueError(
+            f"expected tokens int32 and positions int64 of one shape, got {tokens.dtype} {tuple(tokens.shape)} "
+            f"and {positions.dtype} {tuple(positions.shape)}"
+        )
+    if tokens.numel():
+        low, high = (int(bound) for bound in torch.aminmax(tokens))
+        num_rows = tables.keep.numel()
+        if low < -num_rows or high >= num_rows:
+            raise ValueError(f"tokens must be rows of a table of {num_rows} or their complement, got {low} to {high}")
+    if dispatch.uses_native(tokens):
+        from embedtrain.ops.native import sample_text as native
+
+        return native.sample_text(tokens, positions, tables, window, num_negatives, key)
+    from embedtrain.ops.reference import sample_text as reference
+
+    return reference.sample_text(tokens, positions, tables, window, num_negatives, key)

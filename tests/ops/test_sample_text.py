@@ -1,0 +1,83 @@
+"""Every implementation against plain Python integers, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from embedtrain.ops.sample_text import SamplingTables, sample_text
+
+MASK = (1 << 64) - 1
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+def splitmix64(key: int, counter: int) -> int:
+    value = (key + (counter + 1) * GOLDEN) & MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
+    return value ^ (value >> 31)
+
+
+def plain(tokens: list[int], positions: list[int], tables: SamplingTables, window: int, k: int, key: int) -> list:
+    keep, own, other = tables.keep.tolist(), tables.own.tolist(), tables.other.tolist()
+    kept = []  # word, sentence, width, negatives
+    sentence = 0
+    for token, position in zip(tokens, positions, strict=True):
+        sentence += token < 0
+        row = ~token if token < 0 else token
+        draw = splitmix64(key, position * (1 + k))
+        if (draw >> 40) >= keep[row]:
+            continue
+        negatives = []
+        for i in range(k):
+            drawn = splitmix64(key, position * (1 + k) + 1 + i)
+            column = ((drawn >> 32) * len(own)) >> 32
+            negative = column if (drawn & 0xFFFFFFFF) < own[column] else other[column]
+            negatives.append(-1 if negative == row else negative)
+        kept.append((row, sentence, 1 + (((draw & 0xFFFFFFFF) * window) >> 32), negatives))
+    starts, stops = [], []
+    for i, (_, sentence, width, _) in enumerate(kept):
+        inside = [j for j, other_word in enumerate(kept) if other_word[1] == sentence and abs(j - i) <= width]
+        starts.append(inside[0])
+        stops.append(inside[-1] + 1)
+    return [[word[0] for word in kept], [word[3] for word in kept], starts, stops]
+
+
+def make(num_tokens: int, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, SamplingTables]:
+    generator = torch.Generator().manual_seed(num_tokens + num_rows)
+    tokens = torch.randint(0, num_rows, (num_tokens,), generator=generator, dtype=torch.int32)
+    tokens = torch.where(torch.rand(num_tokens, generator=generator) < 0.15, ~tokens, tokens)
+    positions = torch.arange(num_tokens) + 10**10
+    tables = SamplingTables(
+        keep=torch.randint(0, (1 << 24) + 1, (num_rows,), generator=generator),
+        own=torch.randint(0, (1 << 32) + 1, (num_rows,), generator=generator),
+        other=torch.randint(0, num_rows, (num_rows,), generator=generator),
+    )
+    return tokens, positions, tables
+
+
+@pytest.mark.parametrize("key", [0, -(1 << 63), 123456789])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_rows", "window", "k"), [(200, 17, 5, 5), (60, 1, 2, 3), (50, 40, 1, 0), (0, 3, 5, 5)]
+)
+def test_equals_plain_integers(backend: str, num_tokens: int, num_rows: int, window: int, k: int, key: int) -> None:
+    tokens, positions, tables = make(num_tokens, num_rows)
+    sample = sample_text(tokens, positions, tables, window=window, num_negatives=k, key=key)
+    expected = plain(tokens.tolist(), positions.tolist(), tables, window, k, key)
+    found = [sample.words, sample.negatives, sample.starts, sample.stops]
+    assert [tensor.tolist() for tensor in found] == expected
+    assert sample.negatives.shape == (sample.words.numel(), k)
+
+
+def test_a_token_outside_the_vocabulary_is_refused(backend: str) -> None:
+    tokens, positions, tables = make(20, 5)
+    for bad in (5, ~5):
+        tokens[3] = bad
+        with pytest.raises(ValueError, match="rows of a table of 5"):
+            sample_text(tokens, positions, tables, window=5, num_negatives=5, key=1)
+
+
+def test_shapes_that_disagree_are_refused(backend: str) -> None:
+    tokens, positions, tables = make(20, 5)
+    with pytest.raises(ValueError, match="of one shape"):
+        sample_text(tokens, positions[:-1], tables, window=5, num_negatives=5, key=1)
