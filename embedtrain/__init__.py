@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from embedtrain import optim
+from embedtrain.distributed.lockstep import lockstep
 from embedtrain.distributed.runtime import Runtime, init_distributed, shut_down
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.embedding.unsharded import UnshardedEmbeddingCollection
@@ -31,6 +32,7 @@ __all__ = [
     "UnshardedEmbeddingCollection",
     "UserError",
     "init_distributed",
+    "lockstep",
     "optim",
     "shut_down",
 ]
