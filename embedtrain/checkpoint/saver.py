@@ -84,6 +84,11 @@ class CheckpointSaver:
         """Returns whether the save in the background failed on this rank; `settle` says so on every rank."""
         return self._task is not None and self._task.error is not None
 
+    @property
+    def is_idle(self) -> bool:
+        """Returns whether this rank has nothing left to write."""
+        return self._task is None or not self._task.is_alive()
+
     def save(
         self,
         step: int,
