@@ -61,6 +61,15 @@ def list_folders(url: str) -> list[str]:
     return [name for name, entry in _entries(url).items() if entry["type"] == "directory"]
 
 
+def free_bytes(url: str) -> int | None:
+    """Returns how much the disk below a folder still takes, or None where the file system does not tell."""
+    path = local_path(url)
+    if path is None:
+        return None
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize
+
+
 def write(url: str, chunks: Iterable[bytes | memoryview]) -> None:
     """Writes a file chunk by chunk; on a local disk it is durable, its name included, on return.
 

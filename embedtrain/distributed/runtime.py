@@ -112,6 +112,18 @@ def default_group() -> dist.ProcessGroup | None:
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
+def background_group(group: dist.ProcessGroup | None, timeout_seconds: float) -> dist.ProcessGroup | None:
+    """Returns a Gloo group of the ranks of `group` for one background thread, which must not share the main one's.
+
+    Collective: every rank of the job.
+    """
+    if group is None:
+        return None
+    ranks = dist.get_process_group_ranks(group)
+    new_group: dist.ProcessGroup = dist.new_group(ranks, timeout=timedelta(seconds=timeout_seconds), backend="gloo")
+    return new_group
+
+
 def rank_of(group: dist.ProcessGroup | None) -> int:
     """Returns this process's rank in `group`; 0 where there is no group."""
     return 0 if group is None else dist.get_rank(group)

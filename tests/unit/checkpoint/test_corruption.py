@@ -16,7 +16,7 @@ import torch
 
 from embedtrain.checkpoint import CheckpointReader, load_shards, verify
 from embedtrain.checkpoint import manifest as manifest_module
-from embedtrain.checkpoint.reader import read_manifest
+from embedtrain.checkpoint.chain import read_manifest
 from embedtrain.errors import CheckpointError, CorruptCheckpointError
 from tests.unit.checkpoint.example import example_tables, save, views_of
 
@@ -189,8 +189,8 @@ def pieces_in(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_another_format_version_is_told_from_damage(folder: Path) -> None:
-    rewrite(folder, lambda document: document.update(version=2))
-    with pytest.raises(CheckpointError, match="format version 2; this embedtrain reads version 1") as caught:
+    rewrite(folder, lambda document: document.update(version=3))
+    with pytest.raises(CheckpointError, match="format version 3; this embedtrain reads versions 1 and 2") as caught:
         CheckpointReader(str(folder))
     assert not isinstance(caught.value, CorruptCheckpointError)
 
