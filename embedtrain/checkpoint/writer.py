@@ -144,7 +144,7 @@ def _write_tensors(path: str, file_name: str, tensors: Mapping[str, Tensor]) -> 
             yield from byte_blocks(tensors[name])
 
     hasher = BlockHasher()
-    storage.write(storage.join(path, file_name), hasher.passing(chunks()))
+    storage.write(storage.join(path, file_name), hasher.passing(chunks))
     return hasher.entry(), starts
 
 

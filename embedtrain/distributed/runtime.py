@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -25,6 +28,7 @@ class Runtime:
         world_size: number of processes of the job.
         device: where this rank's shards and computation live.
         group: the job's process group, or None for a job of one process without torchrun.
+        store: the job's key-value store, which outlives a failed collective; None without torchrun.
     """
 
     rank: int
@@ -32,6 +36,7 @@ class Runtime:
     world_size: int
     device: torch.device
     group: dist.ProcessGroup | None
+    store: dist.Store | None = None
 
 
 def init_distributed(*, device: str = "auto", timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> Runtime:
@@ -64,13 +69,28 @@ def init_distributed(*, device: str = "auto", timeout_seconds: float = DEFAULT_T
         world_size=world_size,
         timeout=timeout,
     )
-    return Runtime(rank, local_rank, world_size, chosen, dist.group.WORLD)
+    return Runtime(rank, local_rank, world_size, chosen, dist.group.WORLD, store)
 
 
 def shut_down() -> None:
     """Leaves the job; does nothing where none was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process with an exit status; as a rank of a job at once, without the interpreter's teardown.
+
+    A thread of Gloo that still lets go of its last tensor would abort the process in that teardown, and the
+    launcher would take a complete run for a failed one.
+    """
+    if "RANK" not in os.environ:
+        sys.exit(status)
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def default_group() -> dist.ProcessGroup | None:

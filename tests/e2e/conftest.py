@@ -69,9 +69,8 @@ class Job:
         return np.load(output)
 
 
-@pytest.fixture
-def job(tmp_path: Path) -> Job:
-    """A small text of a few topics: the words of a topic stand near each other."""
+def make_job(folder: Path) -> Job:
+    """Writes a configuration and a small text of a few topics: the words of a topic stand near each other."""
     generator = np.random.default_rng(7)
     letters = "bcdfghjklmnpqrst"
     words = [[f"{a}{t}{b}" for a in letters for b in "aeiou"] for t in "xzvw"[:NUM_TOPICS]]
@@ -80,14 +79,19 @@ def job(tmp_path: Path) -> Job:
         topic = words[generator.integers(NUM_TOPICS)]
         picked = (generator.random(generator.integers(4, 15)) ** 2 * len(topic)).astype(int)
         lines.append(" ".join(topic[i] for i in picked))
-    (tmp_path / "corpus.txt").write_text("\n".join(lines))
-    (tmp_path / "config.yaml").write_text(
+    (folder / "corpus.txt").write_text("\n".join(lines))
+    (folder / "config.yaml").write_text(
         "table: {dim: 16}\n"
         "train: {epochs: 3, words_per_step: 256, block_words: 64}\n"
         "word2vec: {sample: 0}\n"
         "log: {every_steps: 20, tensorboard: false}\n"
     )
-    return Job(tmp_path)
+    return Job(folder)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return make_job(tmp_path)
 
 
 @pytest.fixture
