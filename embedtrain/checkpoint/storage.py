@@ -169,7 +169,7 @@ def read_into(url: str, start: int, destination: memoryview) -> int:
     filesystem, path = _locate(url)
     if not isinstance(filesystem, LocalFileSystem):
         stop = start + len(destination)
-        data = _retry(filesystem, f"{url} could not be read", lambda: filesystem.cat_file(path, start, stop))
+        data = _retry(filesystem, f"{url} could not be read", lambda: filesystem.cat_file(path, start=start, end=stop))
         destination[: len(data)] = data
         return len(data)
     filled = 0

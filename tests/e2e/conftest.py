@@ -3,8 +3,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ class Job:
     """How to start embedtrain as a user does, in a folder of the test's own."""
 
     folder: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def text_path(self) -> Path:
@@ -40,7 +41,12 @@ class Job:
         return subprocess.Popen(
             self.command(*arguments, **options),
             cwd=self.folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+            env={
+                **os.environ,
+                **self.environment,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(Path(__file__).parents[2]),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -69,7 +75,7 @@ class Job:
         return np.load(output)
 
 
-def make_job(folder: Path) -> Job:
+def make_job(folder: Path, environment: Mapping[str, str] | None = None) -> Job:
     """Writes a configuration and a small text of a few topics: the words of a topic stand near each other."""
     generator = np.random.default_rng(7)
     letters = "bcdfghjklmnpqrst"
@@ -86,7 +92,7 @@ def make_job(folder: Path) -> Job:
         "word2vec: {sample: 0}\n"
         "log: {every_steps: 20, tensorboard: false}\n"
     )
-    return Job(folder)
+    return Job(folder, environment or {})
 
 
 @pytest.fixture
