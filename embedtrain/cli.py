@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 
 from embedtrain import inspection
 from embedtrain.build import Run, build_run, check_run_folder
@@ -18,6 +19,7 @@ from embedtrain.errors import CheckpointError, NonFiniteError, UserError
 from embedtrain.export import FORMATS, export_vectors, neighbors, open_vectors
 from embedtrain.train.interrupt import EXIT_PREEMPTED
 from embedtrain.train.lock import RunLock
+from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.watchdog import Watchdog
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR = 0, 1, 2
@@ -105,7 +107,7 @@ def _train(options: argparse.Namespace) -> int:
     except _SHORT_ERRORS as error:
         # Raised alike on every rank.
         if runtime.rank == 0:
-            folder.write_status("failed", EXIT_FAILED, error=str(error))
+            _note_failure(folder, str(error))
         _print_once(f"embedtrain: failed: {error}")
         return EXIT_FAILED
     except Exception as error:
@@ -114,11 +116,17 @@ def _train(options: argparse.Namespace) -> int:
         doing = f"step {run.trainer.state.step + 1}" if run else "the preparation"
         failure = explain_failure(error, runtime, doing, config.run.timeout_seconds)
         if failure.is_spokesman:
-            folder.write_status("failed", EXIT_FAILED, error=failure.text)
+            _note_failure(folder, failure.text)
             _print(f"embedtrain: failed: {failure.text}")
         return EXIT_FAILED
     shut_down()
     return status
+
+
+def _note_failure(folder: RunFolder, text: str) -> None:
+    """Keeps why the run failed, where the folder can still be written to: the failure itself is the one to tell."""
+    with suppress(Exception):
+        folder.write_status("failed", EXIT_FAILED, error=text)
 
 
 def _run(run: Run, config: Config, runtime: Runtime, lock: RunLock) -> int:

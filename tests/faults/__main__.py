@@ -60,8 +60,8 @@ def full(runs: Range, num_points: int, seed: int) -> int:
         if not is_mounted:
             print("full: left out, a tmpfs cannot be mounted here")
             return 0
-        (folder / "filler").write_bytes(bytes(180 * 1024))
-        failed = runs.launch("small/run", [])
+        (folder / "filler").write_bytes(bytes(160 * 1024))
+        failed = runs.launch("small/run", [], "checkpoint.keep_last=null")
         assert failed.returncode != 0
         assert "No space left on device" in failed.stderr
         (folder / "filler").unlink()
