@@ -98,6 +98,7 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder) -> Run:
         facts={
             "config": OmegaConf.to_container(OmegaConf.structured(config)),
             "data_fingerprint": corpus.fingerprint,
+            "vocabulary_fingerprint": corpus.vocabulary.fingerprint,
             "export_table": INPUT,
         },
         policy=_save_policy(config),

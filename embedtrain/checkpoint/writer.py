@@ -221,7 +221,7 @@ def _write_tensors(path: str, file_name: str, sources: Mapping[str, _Source]) ->
                 yield as_bytes(block)
 
     hasher = BlockHasher()
-    storage.write(storage.join(path, file_name), hasher.passing(chunks()))
+    storage.write(storage.join(path, file_name), hasher.passing(chunks))
     return hasher.entry(), starts
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import atexit
 import ctypes
 import importlib
+import logging
 import os
 import signal
 import sys
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,12 +30,14 @@ class Runtime:
         local_rank: position among the processes of this host.
         world_size: number of processes of the job.
         device: where this rank's shards and computation live.
+        store: the job's key-value store, which outlives a failed collective; None without torchrun.
     """
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    store: dist.Store | None = None
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -74,7 +79,7 @@ def init_distributed(*, device: str = "auto", timeout_seconds: float = DEFAULT_T
         timeout=timeout,
     )
     atexit.register(shut_down)
-    return Runtime(rank, local_rank, world_size, chosen)
+    return Runtime(rank, local_rank, world_size, chosen, store)
 
 
 def shut_down() -> None:
@@ -105,6 +110,21 @@ class GroupReference:
         if group is None:
             raise RuntimeError("the process group of these tables was destroyed: they belong to a job that is over")
         return group
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process with an exit status; as a rank of a job at once, without the interpreter's teardown.
+
+    A thread of Gloo that still lets go of its last tensor would abort the process in that teardown, and the
+    launcher would take a complete run for a failed one.
+    """
+    if "RANK" not in os.environ:
+        sys.exit(status)
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def default_group() -> dist.ProcessGroup | None:

@@ -71,7 +71,14 @@ class Trainer:
         self._group = group
         self._window = _Window()
 
-    def run(self, sinks: Sequence[MetricSink], log_every_steps: int) -> bool:
+    def run(
+        self,
+        sinks: Sequence[MetricSink],
+        log_every_steps: int,
+        *,
+        before_save: Callable[[], None] | None = None,
+        on_step: Callable[[], None] | None = None,
+    ) -> bool:
         """Trains, logs and saves; returns whether the run is complete, not merely stopped and saved.
 
         Collective: every rank. Rank 0 alone passes sinks.
@@ -79,10 +86,14 @@ class Trainer:
         Args:
             sinks: take a record every `log_every_steps` steps and at the end.
             log_every_steps: how often.
+            before_save: collective; called on every rank before each save, which it can prevent by raising.
+            on_step: called after each step.
         """
         with Interrupt() as interrupt:
             while self.state.step < self.total_steps:
                 self._train_once()
+                if on_step is not None:
+                    on_step()
                 step = self.state.step
                 is_logged = step % log_every_steps == 0 or step == self.total_steps
                 is_due = self._checkpoints.policy.is_due(step)
@@ -93,11 +104,16 @@ class Trainer:
                     if is_logged:
                         self._log(sinks)
                     if is_due or is_overdue or is_stopped:
-                        self._checkpoints.save(is_last=is_stopped)
+                        self._save(before_save, is_last=is_stopped)
                     if is_stopped and step < self.total_steps:
                         return False
-            self._checkpoints.save(is_last=True)
+            self._save(before_save, is_last=True)
         return True
+
+    def _save(self, before_save: Callable[[], None] | None, is_last: bool) -> None:
+        if before_save is not None:
+            before_save()
+        self._checkpoints.save(is_last=is_last)
 
     def _train_once(self) -> None:
         try:
