@@ -129,12 +129,24 @@ def _prepare(config: Config, runtime: Runtime) -> PreparedCorpus:
         max_vocab_size=config.data.max_vocab_size,
     )
     cache_path = os.path.expanduser(config.data.cache_path)
-    corpus = prepare_corpus(options, cache_path, runtime.group)
+    corpus = prepare_corpus(options, cache_path, runtime.group, on_progress=_StageLog() if runtime.rank == 0 else None)
     if runtime.rank == 0:
         _logger.info(
             f"text: {corpus.num_tokens:,} words of a vocabulary of {len(corpus.vocabulary):,}, in {corpus.path}"
         )
     return corpus
+
+
+class _StageLog:
+    """Logs each stage of a preparation when it begins."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+
+    def __call__(self, stage: str, fraction: float) -> None:
+        if stage != self._stage:
+            self._stage = stage
+            _logger.info(f"preparing the text: {stage}")
 
 
 def _build_optimizer(config: Config, model: Word2Vec) -> optim.SparseOptimizer:
@@ -147,6 +159,13 @@ def _build_optimizer(config: Config, model: Word2Vec) -> optim.SparseOptimizer:
 
 
 def _build_batches(config: Config, runtime: Runtime, corpus: PreparedCorpus) -> TextBatches:
+    blocks_per_step = config.train.words_per_step // config.train.block_words
+    if blocks_per_step < runtime.world_size:
+        raise UserError(
+            f"a step of train.words_per_step={config.train.words_per_step} is {blocks_per_step} blocks of "
+            f"train.block_words={config.train.block_words}, too few for {runtime.world_size} ranks to share: "
+            "raise the first or lower the second"
+        )
     return TextBatches(
         corpus,
         SamplingOptions(
@@ -156,7 +175,7 @@ def _build_batches(config: Config, runtime: Runtime, corpus: PreparedCorpus) -> 
             power=config.word2vec.power,
         ),
         block_words=config.train.block_words,
-        blocks_per_step=config.train.words_per_step // config.train.block_words,
+        blocks_per_step=blocks_per_step,
         seed=config.seed,
         rank=runtime.rank,
         world_size=runtime.world_size,

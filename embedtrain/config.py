@@ -74,7 +74,7 @@ class TrainConfig:
     """Passes over the text."""
     words_per_step: int = 8192
     """Words of the text between two updates, over all ranks."""
-    block_words: int = 1024
+    block_words: int = 256
     """Consecutive words that are read together; a step is made of whole blocks from all over the text."""
 
 
@@ -83,9 +83,9 @@ class OptimizerConfig:
     """Row-wise Adagrad; see `embedtrain.optim.RowwiseAdagrad`."""
 
     name: Literal["rowwise_adagrad"] = "rowwise_adagrad"
-    lr: float = 0.3
+    lr: float = 0.6
     eps: float = 1e-10
-    initial_accumulator_value: float = 0.1
+    initial_accumulator_value: float = 100.0
     lr_decay: float = 0.0
     weight_decay: float = 0.0
     decoupled_weight_decay: bool = False

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import importlib
 import os
 import signal
 import sys
+import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -24,14 +27,17 @@ class Runtime:
         local_rank: position among the processes of this host.
         world_size: number of processes of the job.
         device: where this rank's shards and computation live.
-        group: the job's process group, or None for a job of one process without torchrun.
     """
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
-    group: dist.ProcessGroup | None
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The job's process group; None for a job of one process without torchrun, and after `shut_down`."""
+        return default_group()
 
 
 def init_distributed(*, device: str = "auto", timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> Runtime:
@@ -49,10 +55,13 @@ def init_distributed(*, device: str = "auto", timeout_seconds: float = DEFAULT_T
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = _choose_device(device, local_rank)
     if "RANK" not in os.environ:
-        return Runtime(0, 0, 1, chosen, None)
+        return Runtime(0, 0, 1, chosen)
     _die_with_launcher()
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    # Its functions have the job's group as a default argument, bound when it is imported, which torch's optimizers do:
+    # imported any later it would keep the group alive to the end of the process (see GroupReference).
+    importlib.import_module("torch.distributed.nn")
     timeout = timedelta(seconds=timeout_seconds)
     store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
     # Restarted ranks get the store of the failed attempt, and would read dead peers' addresses from it.
@@ -64,13 +73,38 @@ def init_distributed(*, device: str = "auto", timeout_seconds: float = DEFAULT_T
         world_size=world_size,
         timeout=timeout,
     )
-    return Runtime(rank, local_rank, world_size, chosen, dist.group.WORLD)
+    atexit.register(shut_down)
+    return Runtime(rank, local_rank, world_size, chosen)
 
 
 def shut_down() -> None:
     """Leaves the job; does nothing where none was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class GroupReference:
+    """A reference to a process group that does not keep it alive.
+
+    Gloo's threads end with the last reference to their group. Where a table or an optimizer of the user's kept one
+    until Python itself ends, a thread that is still letting go of a tensor would abort the process.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._reference = None if group is None else weakref.ref(group)
+
+    def get(self) -> dist.ProcessGroup | None:
+        """Returns the group, or None for one process.
+
+        Raises:
+            RuntimeError: the group was destroyed.
+        """
+        if self._reference is None:
+            return None
+        group = self._reference()
+        if group is None:
+            raise RuntimeError("the process group of these tables was destroyed: they belong to a job that is over")
+        return group
 
 
 def default_group() -> dist.ProcessGroup | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from embedtrain.checkpoint.view import ShardView
 from embedtrain.distributed.collectives import all_to_all_rows
-from embedtrain.distributed.runtime import default_group, rank_of, size_of
+from embedtrain.distributed.runtime import GroupReference, default_group, rank_of, size_of
 from embedtrain.embedding.exchange import RowRequest, exchange_ids, exchange_vectors
 from embedtrain.embedding.features import resolve_features
 from embedtrain.embedding.ids import valid_bags
@@ -51,20 +51,25 @@ class EmbeddingCollection(nn.Module):
     ) -> None:
         super().__init__()
         self.features = resolve_features(tables, features)
-        self.process_group = process_group if process_group is not None else default_group()
+        process_group = process_group if process_group is not None else default_group()
+        self._process_group = GroupReference(process_group)
         self.device = torch.device("cpu" if device is None else device)
         members: dict[tuple[int, torch.dtype], list[TableSpec]] = {}
         for table in tables:
             members.setdefault((table.dim, table.dtype), []).append(table)
         self.row_groups = [
-            RowGroup(specs, seed=seed, device=self.device, process_group=self.process_group)
-            for specs in members.values()
+            RowGroup(specs, seed=seed, device=self.device, process_group=process_group) for specs in members.values()
         ]
         self._place = {
             shard.spec.name: (number, position)
             for number, group in enumerate(self.row_groups)
             for position, shard in enumerate(group.shards)
         }
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share the tables; None for one process."""
+        return self._process_group.get()
 
     @property
     def shards(self) -> dict[str, TableShard]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from embedtrain.checkpoint.changes import RowChanges
 from embedtrain.checkpoint.view import ShardView
-from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.distributed.runtime import GroupReference, rank_of, size_of
 from embedtrain.embedding.init import initial_rows
 from embedtrain.ops.mix import mix64
 from embedtrain.sharding.layout import SpreadLayout
@@ -82,7 +82,7 @@ class RowGroup:
         device: torch.device,
         process_group: dist.ProcessGroup | None,
     ) -> None:
-        self.process_group = process_group
+        self._process_group = GroupReference(process_group)
         self.state: dict[str, Tensor] = {}
         layouts = [SpreadLayout(spec.num_rows, size_of(process_group)) for spec in specs]
         self.num_local_rows = sum(layout.rows_per_rank for layout in layouts)
@@ -98,6 +98,11 @@ class RowGroup:
             weight.copy_(initial_rows(spec, start, stop, seed))
             self.shards.append(TableShard(spec, layout, (start, stop), first_row, weight, {}, self.changes))
             first_row += layout.rows_per_rank
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share the tables; None for one process."""
+        return self._process_group.get()
 
     def keys_of(self, table: int, ids: Tensor) -> Tensor:
         """Returns a key per id of the group's `table`-th table: `owner * num_local_rows + local row`.

@@ -21,9 +21,12 @@ NonFinitePolicy = Literal["error", "skip"]
 class RowStore(Protocol):
     """Rows with their state and the gradients that wait for them: an optimizer's view of a group of tables."""
 
-    process_group: dist.ProcessGroup | None
     weight: Tensor
     state: dict[str, Tensor]
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share the rows; None for one process."""
 
     def allocate_state(self, name: str, fill: float) -> Tensor:
         """Gives every row one float32 of state."""
@@ -82,7 +85,6 @@ class SparseOptimizer(torch.optim.Optimizer):
         if nonfinite not in ("error", "skip"):
             raise ValueError(f"nonfinite must be 'error' or 'skip', got {nonfinite!r}")
         self._stores = list(collection.row_groups)
-        self._process_group = self._stores[0].process_group
         self._max_grad_norm = max_grad_norm
         self._nonfinite = nonfinite
         self._veto: str | None = None
@@ -130,7 +132,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             squares += _sum_of_squares(grad)
         if self._veto is not None:
             squares += math.nan
-        total = float(all_reduce_sum(squares, self._process_group))
+        total = float(all_reduce_sum(squares, self._stores[0].process_group))
         if not math.isfinite(total):
             self._handle_nonfinite(gradients)
             return None
@@ -146,8 +148,8 @@ class SparseOptimizer(torch.optim.Optimizer):
             return
         found = veto or self._first_nonfinite(gradients)
         if found is not None:
-            found = f"{found}, on rank {rank_of(self._process_group)}"
-        reasons = [reason for reason in all_gather_object(found, self._process_group) if reason is not None]
+            found = f"{found}, on rank {rank_of(self._stores[0].process_group)}"
+        reasons = [reason for reason in all_gather_object(found, self._stores[0].process_group) if reason is not None]
         step = self.param_groups[0]["step"] + 1
         raise NonFiniteError(
             f"step {step}: {reasons[0]}; nothing of this step was applied on any rank. "

@@ -94,7 +94,7 @@ class Trainer:
                         self._log(sinks)
                     if is_due or is_overdue or is_stopped:
                         self._checkpoints.save(is_last=is_stopped)
-                    if is_stopped:
+                    if is_stopped and step < self.total_steps:
                         return False
             self._checkpoints.save(is_last=True)
         return True

@@ -24,21 +24,26 @@ class Job:
         return self.folder / "corpus.txt"
 
     def command(self, *arguments: str, ranks: int | None = None, torchrun: tuple[str, ...] = ()) -> list[str]:
-        launcher = [sys.executable]
-        if ranks is not None:
-            launcher += [
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc-per-node",
-                str(ranks),
-                *torchrun,
-            ]
-        return [*launcher, "-m", "embedtrain", *arguments]
+        return self._python("-m", "embedtrain", *arguments, ranks=ranks, torchrun=torchrun)
 
     def start(self, *arguments: str, **options: object) -> subprocess.Popen[str]:
+        return self._start(self.command(*arguments, **options))
+
+    def run(self, *arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+        return self._finish(self.start(*arguments, **options))
+
+    def run_script(self, path: str, ranks: int) -> subprocess.CompletedProcess[str]:
+        return self._finish(self._start(self._python(path, ranks=ranks)))
+
+    def _python(self, *arguments: str, ranks: int | None, torchrun: tuple[str, ...] = ()) -> list[str]:
+        launcher = [sys.executable]
+        if ranks is not None:
+            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *torchrun]
+        return [*launcher, *arguments]
+
+    def _start(self, command: list[str]) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            self.command(*arguments, **options),
+            command,
             cwd=self.folder,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
             stdout=subprocess.PIPE,
@@ -46,8 +51,7 @@ class Job:
             text=True,
         )
 
-    def run(self, *arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-        process = self.start(*arguments, **options)
+    def _finish(self, process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
         output, errors = process.communicate(timeout=120)
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 

@@ -136,6 +136,11 @@ def test_mistakes_in_the_configuration_are_one_clear_line(job: Job) -> None:
     assert not (job.folder / "run").exists()
 
 
+def test_more_ranks_than_a_step_has_blocks_are_refused(job: Job) -> None:
+    line = refused(job, *job.train_arguments("run", "train.words_per_step=64"), ranks=2)
+    assert "too few for 2 ranks to share" in line
+
+
 def test_a_run_that_is_not_there_is_one_clear_line(job: Job) -> None:
     for command in (
         ("neighbors", "nowhere", "word"),

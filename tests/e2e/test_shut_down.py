@@ -1,0 +1,34 @@
+"""A job ends without an abort: Gloo's threads end with the group, and nothing of ours keeps it."""
+
+from __future__ import annotations
+
+from tests.e2e.conftest import Job
+
+SCRIPT = """
+import weakref
+import torch
+import embedtrain as et
+
+runtime = et.init_distributed(device="cpu")
+tables = et.EmbeddingCollection([et.TableSpec("item", 10, 4)])
+optimizer = et.optim.RowwiseAdagrad(tables, lr=0.1)
+vectors = tables({"item": et.Jagged.from_lists([[1]])})["item"]
+loss = vectors.sum()
+loss.backward()
+optimizer.step()
+group = weakref.ref(runtime.group)
+et.shut_down()
+assert group() is None, "something keeps the process group"
+assert runtime.group is None
+try:
+    tables.process_group
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_nothing_keeps_the_process_group_after_shut_down(job: Job) -> None:
+    (job.folder / "script.py").write_text(SCRIPT)
+    done = job.run_script("script.py", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("a job that is over") == 2
