@@ -74,7 +74,7 @@ class TrainConfig:
     """Passes over the text."""
     words_per_step: int = 8192
     """Words of the text between two updates, over all ranks."""
-    block_words: int = 256
+    block_words: int = 512
     """Consecutive words that are read together; a step is made of whole blocks from all over the text."""
 
 
