@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -68,8 +67,7 @@ def _blame(reports: dict[int, tuple[bool, str]], world_size: int, doing: str, ti
 def _exchange(runtime: Runtime, report: tuple[bool, str], *, must_wait: bool) -> dict[int, tuple[bool, str]]:
     """Posts this rank's report in the job's store; returns those that came within the time of grace."""
     assert runtime.store is not None
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"embedtrain/failed-{attempt}", runtime.store)
+    store = dist.PrefixStore("failed", runtime.store)
     reports = {runtime.rank: report}
     try:
         store.set(str(runtime.rank), json.dumps(report))

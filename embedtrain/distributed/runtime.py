@@ -7,8 +7,10 @@ import ctypes
 import importlib
 import logging
 import os
+import secrets
 import signal
 import sys
+import time
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass
@@ -69,8 +71,9 @@ def init_distributed(*, device: str = "auto", timeout_seconds: float = DEFAULT_T
     importlib.import_module("torch.distributed.nn")
     timeout = timedelta(seconds=timeout_seconds)
     store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-    # Restarted ranks get the store of the failed attempt, and would read dead peers' addresses from it.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # Restarted ranks get the store of the failed attempt, and would read dead peers' addresses from it. The
+    # launcher's count of restarts does not tell attempts apart: hosts count for themselves, and not a host's coming.
+    attempt = agree_on_attempt(store, rank, world_size, timeout_seconds)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
         store=dist.PrefixStore(f"embedtrain/attempt-{attempt}", store),
@@ -79,7 +82,42 @@ def init_distributed(*, device: str = "auto", timeout_seconds: float = DEFAULT_T
         timeout=timeout,
     )
     atexit.register(shut_down)
-    return Runtime(rank, local_rank, world_size, chosen, store)
+    return Runtime(rank, local_rank, world_size, chosen, dist.PrefixStore(attempt, store))
+
+
+def agree_on_attempt(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> str:
+    """Returns a word that the ranks of this attempt share, and no earlier attempt on the same store had.
+
+    Each rank says hello with a word of its own and waits for the answer to that very word, which no earlier
+    attempt can have left. Rank 0 answers whatever hello it reads, those of dead ranks too, until all have
+    acknowledged.
+
+    Collective: every rank of the job.
+
+    Raises:
+        TimeoutError: a rank did not come.
+    """
+    prefix = "embedtrain/attempts"
+    own = secrets.token_hex(8)
+    store.set(f"{prefix}/hello-{rank}", own)
+    deadline = time.monotonic() + timeout_seconds
+    if rank != 0:
+        answer = f"{prefix}/answer-{rank}-{own}"
+        store.wait([answer], timedelta(seconds=timeout_seconds))
+        attempt = bytes(store.get(answer)).decode()
+        store.set(f"{prefix}/come-{rank}-{attempt}", "")
+        return attempt
+    missing = set(range(1, world_size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"{prefix}/hello-{other}"]):
+                word = bytes(store.get(f"{prefix}/hello-{other}")).decode()
+                store.set(f"{prefix}/answer-{other}-{word}", own)
+        missing -= {other for other in missing if store.check([f"{prefix}/come-{other}-{own}"])}
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"of {world_size} ranks these did not come in {timeout_seconds:g} s: {sorted(missing)}")
+        time.sleep(0.005)
+    return own
 
 
 def shut_down() -> None:

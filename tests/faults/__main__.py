@@ -102,7 +102,9 @@ def elastic(runs: Range, num_points: int, seed: int) -> int:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
     # The first to come holds the rendezvous; a job whose rendezvous host dies is started again from outside.
-    hosts = [start_host(runs, endpoint) for _ in range(2)]
+    hosts = [start_host(runs, endpoint)]
+    wait_for_server(endpoint, hosts[0])
+    hosts.append(start_host(runs, endpoint))
     checkpoints = runs.folder / "elastic" / "checkpoints"
     while latest_checkpoint(str(checkpoints)) is None:
         assert hosts[0].poll() is None, hosts[0].communicate()
@@ -114,6 +116,19 @@ def elastic(runs: Range, num_points: int, seed: int) -> int:
     assert "1 ranks" in ends[0] and "resuming at step" in ends[0], ends[0]
     assert '"done"' in (runs.folder / "elastic" / "status.json").read_text()
     return 1
+
+
+def wait_for_server(endpoint: str, process: subprocess.Popen[str]) -> None:
+    """Waits until a process listens."""
+    host, _, port = endpoint.partition(":")
+    while True:
+        assert process.poll() is None, process.communicate()
+        try:
+            socket.create_connection((host, int(port)), timeout=1).close()
+        except OSError:
+            time.sleep(0.02)
+        else:
+            return
 
 
 def start_host(runs: Range, endpoint: str) -> subprocess.Popen[str]:
