@@ -172,9 +172,9 @@ class Checkpoints:
                 raise_together(error, self._group)
                 break
             if self._resume.on_corrupt == "error":
-                raise CorruptCheckpointError(f"{faults[0]}\n{self._hint(chosen)}") from error
+                raise CorruptCheckpointError(f"{faults[0]}. {self._hint(chosen)}") from error
             if rank_of(self._group) == 0:
-                _logger.warning(f"{faults[0]}\n{chosen} is damaged and is deleted; taking an older one")
+                _logger.warning(f"{faults[0]}. {chosen} is damaged and is deleted; taking an older one")
             damaged.append(chosen)
         if chosen is None and damaged:
             raise CorruptCheckpointError(f"none of the checkpoints in {self._path} is whole: {', '.join(damaged)}")
