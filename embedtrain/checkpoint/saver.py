@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import Tensor
 
+from embedtrain.checkpoint import storage
 from embedtrain.checkpoint.agreement import on_every_rank
 from embedtrain.checkpoint.changes import MemoryBudget
 from embedtrain.checkpoint.manifest import Parent
@@ -33,7 +34,8 @@ class SaveOptions:
     """How a run saves.
 
     Attributes:
-        mode: "async" writes in a background thread while training goes on; "sync" writes before it goes on.
+        mode: "async" writes in a background thread while training goes on; "sync" writes before it goes on, as does
+            every save to a file system that is not local.
         max_extra_memory_bytes: bound on each rank's copies of rows that training changes during a save in the
             background; where it does not suffice, training waits until all rows were read. None for no bound.
         max_failures: failed saves in a row that are only warned of; one more fails the run.
@@ -70,7 +72,10 @@ class CheckpointSaver:
         self._group = group
         self._background_group = background_group
         self._options = options
-        self._is_async = options.mode == "async" and (group is None) == (background_group is None)
+        # A write to a remote store may be tried again, and reads the rows again: by then training has changed them.
+        is_written_once = storage.local_path(checkpoints_path) is not None
+        has_groups = (group is None) == (background_group is None)
+        self._is_async = options.mode == "async" and is_written_once and has_groups
         self._task: _Task | None = None
         self._parent: Parent | None = None
         self._num_deltas = 0

@@ -17,6 +17,7 @@ s3fs = pytest.importorskip("s3fs")
 
 from embedtrain.checkpoint import (  # noqa: E402
     CheckpointReader,
+    Retention,
     find_checkpoints,
     latest_checkpoint,
     retain,
@@ -72,7 +73,7 @@ def test_checkpoints_are_saved_found_read_and_deleted(path: str) -> None:
     storage.write(f"{path}/step-000000004/shard-{'a' * 16}-00000-of-00001.safetensors", [b"left by a killed save"])
     assert [found.step for found in find_checkpoints(path)] == [1, 2, 3]
     assert holds(latest_checkpoint(path) or "", tables)
-    assert len(retain(path, 1, None)) == 2
+    assert len(retain(path, Retention(keep_last=1), None)) == 2
     assert [found.step for found in find_checkpoints(path)] == [3]
     assert len(sweep_leftovers(path, None)) == 1
     assert storage.list_folders(path) == ["step-000000003"]
