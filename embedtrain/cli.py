@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import timedelta
 
 from embedtrain import inspection
 from embedtrain.build import Run, build_run, check_run_folder
@@ -23,6 +24,9 @@ from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.watchdog import Watchdog
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR = 0, 1, 2
+
+_PATIENCE_SECONDS = 5.0
+"""How long a rank that has failed waits for rank 0 to say so."""
 
 _SHORT_ERRORS = (NonFiniteError, CheckpointError)
 """Failures that a message explains; any other is a defect or the machine's, and its traceback is shown."""
@@ -102,13 +106,16 @@ def _train(options: argparse.Namespace) -> int:
         with RunLock(folder.path, runtime.group) as lock:
             run = build_run(config, runtime, folder)
             status = _run(run, config, runtime, lock)
-    except UserError:
-        raise
+    except UserError as error:
+        if options.debug:
+            raise
+        _tell_once(f"embedtrain: error: {error}", runtime)
+        return EXIT_USER_ERROR
     except _SHORT_ERRORS as error:
         # Raised alike on every rank.
         if runtime.rank == 0:
             _note_failure(folder, str(error))
-        _print_once(f"embedtrain: failed: {error}")
+        _tell_once(f"embedtrain: failed: {error}", runtime)
         return EXIT_FAILED
     except Exception as error:
         if options.debug or not is_of_the_group(error):
@@ -121,6 +128,18 @@ def _train(options: argparse.Namespace) -> int:
         return EXIT_FAILED
     shut_down()
     return status
+
+
+def _tell_once(line: str, runtime: Runtime) -> None:
+    """Prints on rank 0 what every rank found; the others wait for it, since torchrun ends all when one has left."""
+    told = "embedtrain/told"
+    if runtime.rank == 0:
+        _print(line)
+        if runtime.store is not None:
+            runtime.store.set(told, "")
+    elif runtime.store is not None:
+        with suppress(Exception):
+            runtime.store.wait([told], timedelta(seconds=_PATIENCE_SECONDS))
 
 
 def _note_failure(folder: RunFolder, text: str) -> None:
