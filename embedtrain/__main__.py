@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 from embedtrain.cli import main
+from embedtrain.distributed.runtime import leave
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

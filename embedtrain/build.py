@@ -15,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from omegaconf import OmegaConf
 
 from embedtrain import optim
-from embedtrain.checkpoint import latest_checkpoint
+from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
 from embedtrain.config import Config, differing_keys, to_yaml
 from embedtrain.data.corpus import PreparedCorpus
 from embedtrain.data.prepare import CorpusOptions, prepare_corpus
@@ -26,7 +26,7 @@ from embedtrain.errors import UserError
 from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, TensorBoardSink
 from embedtrain.models.word2vec import INPUT, Word2Vec
 from embedtrain.optim.schedule import schedule_factor
-from embedtrain.train.checkpoints import Checkpoints, SavePolicy
+from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
 from embedtrain.train.run_folder import TENSORBOARD_NAME, RunFolder
 from embedtrain.train.state import TrainState
 from embedtrain.train.trainer import Trainer
@@ -60,7 +60,7 @@ def check_run_folder(config: Config) -> RunFolder:
     folder = RunFolder(config.run.path)
     earlier = folder.read_config()
     if earlier is not None and latest_checkpoint(folder.checkpoints_path) is not None:
-        differing = differing_keys(earlier, to_yaml(config))
+        differing = differing_keys(earlier, to_yaml(config), _allowed_to_change(config))
         if differing:
             raise UserError(
                 f"{folder.path} holds a run with other settings: {'; '.join(differing)}. "
@@ -98,9 +98,11 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder) -> Run:
         facts={
             "config": OmegaConf.to_container(OmegaConf.structured(config)),
             "data_fingerprint": corpus.fingerprint,
+            "vocabulary_fingerprint": corpus.vocabulary.fingerprint,
             "export_table": INPUT,
         },
-        policy=SavePolicy(config.checkpoint.every_steps, config.checkpoint.every_seconds, config.checkpoint.keep_last),
+        policy=_save_policy(config),
+        resume=_resume_policy(config),
         group=runtime.group,
     )
     is_resumed = checkpoints.restore()
@@ -179,6 +181,33 @@ def _build_batches(config: Config, runtime: Runtime, corpus: PreparedCorpus) -> 
         rank=runtime.rank,
         world_size=runtime.world_size,
     )
+
+
+def _save_policy(config: Config) -> SavePolicy:
+    settings = config.checkpoint
+    retention = Retention(
+        settings.keep_last, settings.keep_every, settings.keep_best, settings.best_metric, settings.best_mode
+    )
+    options = SaveOptions(
+        settings.mode, settings.max_extra_memory_bytes, settings.max_failures, settings.full_every, retention
+    )
+    return SavePolicy(settings.every_steps, settings.every_seconds, options, config.run.timeout_seconds)
+
+
+def _resume_policy(config: Config) -> ResumePolicy:
+    settings = config.resume
+    return ResumePolicy(
+        settings.on_corrupt, LoadOptions(settings.convert_dtype, settings.optimizer_state, settings.tables)
+    )
+
+
+def _allowed_to_change(config: Config) -> tuple[str, ...]:
+    """Returns the keys, beside those that always may, that the way to resume allows to differ."""
+    allowed = {
+        "optimizer.": config.resume.optimizer_state == "reset",
+        "table.dtype": config.resume.convert_dtype,
+    }
+    return tuple(key for key, is_allowed in allowed.items() if is_allowed)
 
 
 def _rate(config: Config, done: float) -> float:

@@ -8,16 +8,25 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
 
 from embedtrain import inspection
-from embedtrain.build import build_run, check_run_folder
-from embedtrain.config import load_config
-from embedtrain.distributed.runtime import init_distributed, shut_down
+from embedtrain.build import Run, build_run, check_run_folder
+from embedtrain.config import Config, load_config
+from embedtrain.distributed.failure import explain_failure, is_of_the_group
+from embedtrain.distributed.runtime import Runtime, init_distributed, shut_down
 from embedtrain.errors import CheckpointError, NonFiniteError, UserError
 from embedtrain.export import FORMATS, export_vectors, neighbors, open_vectors
 from embedtrain.train.interrupt import EXIT_PREEMPTED
+from embedtrain.train.lock import RunLock
+from embedtrain.train.run_folder import RunFolder
+from embedtrain.train.watchdog import Watchdog
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR = 0, 1, 2
+
+_PATIENCE_SECONDS = 5.0
+"""How long a rank that has failed waits for rank 0 to say so."""
 
 _SHORT_ERRORS = (NonFiniteError, CheckpointError)
 """Failures that a message explains; any other is a defect or the machine's, and its traceback is shown."""
@@ -92,31 +101,66 @@ def _train(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     folder = check_run_folder(config)
     runtime = init_distributed(device=config.run.device, timeout_seconds=config.run.timeout_seconds)
+    run = None
     try:
-        run = build_run(config, runtime, folder)
-        state = run.trainer.state
-        if runtime.rank == 0:
-            done = f"resuming at step {state.step:,}" if run.is_resumed else "starting"
-            _print(f"{done} of {run.trainer.total_steps:,}, {runtime.world_size} ranks, {runtime.device.type}")
-        is_complete = run.trainer.run(run.sinks, config.log.every_steps)
-        for sink in run.sinks:
-            sink.close()
-        status = EXIT_DONE if is_complete else EXIT_PREEMPTED
-        if runtime.rank == 0:
-            folder.write_status("done" if is_complete else "preempted", status, step=state.step)
-            _print(f"{'done' if is_complete else 'stopped and saved'} at step {state.step:,}: {folder.path}")
-    except UserError:
-        raise
+        with RunLock(folder.path, runtime.group) as lock:
+            run = build_run(config, runtime, folder)
+            status = _run(run, config, runtime, lock)
+    except UserError as error:
+        if options.debug:
+            raise
+        _tell_once(f"embedtrain: error: {error}", runtime)
+        return EXIT_USER_ERROR
     except _SHORT_ERRORS as error:
         # Raised alike on every rank.
         if runtime.rank == 0:
-            folder.write_status("failed", EXIT_FAILED, error=str(error))
-        _print_once(f"embedtrain: failed: {error}")
+            _note_failure(folder, str(error))
+        _tell_once(f"embedtrain: failed: {error}", runtime)
         return EXIT_FAILED
-    except Exception:
-        _print(f"embedtrain: rank {runtime.rank} failed:\n{traceback.format_exc()}")
-        raise
+    except Exception as error:
+        if options.debug or not is_of_the_group(error):
+            _print(f"embedtrain: rank {runtime.rank} failed:\n{traceback.format_exc()}")
+        doing = f"step {run.trainer.state.step + 1}" if run else "the preparation"
+        failure = explain_failure(error, runtime, doing, config.run.timeout_seconds)
+        if failure.is_spokesman:
+            _note_failure(folder, failure.text)
+            _print(f"embedtrain: failed: {failure.text}")
+        return EXIT_FAILED
     shut_down()
+    return status
+
+
+def _tell_once(line: str, runtime: Runtime) -> None:
+    """Prints on rank 0 what every rank found; the others wait for it, since torchrun ends all when one has left."""
+    told = "embedtrain/told"
+    if runtime.rank == 0:
+        _print(line)
+        if runtime.store is not None:
+            runtime.store.set(told, "")
+    elif runtime.store is not None:
+        with suppress(Exception):
+            runtime.store.wait([told], timedelta(seconds=_PATIENCE_SECONDS))
+
+
+def _note_failure(folder: RunFolder, text: str) -> None:
+    """Keeps why the run failed, where the folder can still be written to: the failure itself is the one to tell."""
+    with suppress(Exception):
+        folder.write_status("failed", EXIT_FAILED, error=text)
+
+
+def _run(run: Run, config: Config, runtime: Runtime, lock: RunLock) -> int:
+    state = run.trainer.state
+    if runtime.rank == 0:
+        done = f"resuming at step {state.step:,}" if run.is_resumed else "starting"
+        _print(f"{done} of {run.trainer.total_steps:,}, {runtime.world_size} ranks, {runtime.device.type}")
+    with Watchdog(config.run.timeout_seconds) as watchdog:
+        is_complete = run.trainer.run(run.sinks, config.log.every_steps, before_save=lock.check, on_step=watchdog.alive)
+    for sink in run.sinks:
+        sink.close()
+    status = EXIT_DONE if is_complete else EXIT_PREEMPTED
+    if runtime.rank == 0:
+        run.folder.write_status("done" if is_complete else "preempted", status, step=state.step)
+        _print(f"{'done' if is_complete else 'stopped and saved'} at step {state.step:,}: {run.folder.path}")
     return status
 
 

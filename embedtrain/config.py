@@ -108,8 +108,37 @@ class CheckpointConfig:
 
     every_steps: int | None = None
     every_seconds: float | None = 600.0
+    mode: Literal["async", "sync"] = "async"
+    """async writes in the background while training goes on; sync writes before it goes on."""
+    max_extra_memory_bytes: int | None = 2**30
+    """Bound on a rank's copies of rows that change during a save in the background; null for none."""
+    max_failures: int = 3
+    """Failed saves in a row that are only warned of."""
+    full_every: int = 1
+    """Each so manieth save holds all rows, those between only the rows touched since the last; 1 for all rows."""
     keep_last: int | None = 3
-    """How many of the newest stay; null for all."""
+    """How many of the newest stay. Where keep_last, keep_every and keep_best are null, all stay."""
+    keep_every: int | None = None
+    """Checkpoints stay whose step is a multiple of this."""
+    keep_best: int | None = None
+    """How many of the best by best_metric stay."""
+    best_metric: str = "loss"
+    """A name in metrics.jsonl; its newest value when the checkpoint is saved counts."""
+    best_mode: Literal["min", "max"] = "min"
+
+
+@dataclass
+class ResumeConfig:
+    """How a run comes back from its newest checkpoint."""
+
+    on_corrupt: Literal["error", "fallback"] = "error"
+    """error refuses a damaged one; fallback takes the newest older one that is whole, and deletes the damaged."""
+    convert_dtype: bool = False
+    """Whether table.dtype may differ from the checkpoint's."""
+    optimizer_state: Literal["require", "reset"] = "require"
+    """reset starts the optimizer's state anew."""
+    tables: list[str] | None = None
+    """Load these tables only and start the others anew; null for all."""
 
 
 @dataclass
@@ -135,10 +164,11 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
-_MAY_CHANGE = ("run.", "checkpoint.", "log.", "data.path", "data.cache_path")
+_MAY_CHANGE = ("run.", "checkpoint.", "resume.", "log.", "data.path", "data.cache_path")
 """Keys that a resumed run may give anew; whether the text is the same is judged by its content."""
 
 
@@ -191,13 +221,19 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def differing_keys(first_yaml: str, second_yaml: str) -> list[str]:
-    """Returns the keys in which two resolved configurations differ, of those that define what is trained."""
+def differing_keys(first_yaml: str, second_yaml: str, may_change: tuple[str, ...] = ()) -> list[str]:
+    """Returns the keys in which two resolved configurations differ, of those that define what is trained.
+
+    Args:
+        first_yaml: the configuration that was.
+        second_yaml: the configuration that is.
+        may_change: beginnings of further keys that may differ.
+    """
     first, second = (dict(_flatten(OmegaConf.create(text))) for text in (first_yaml, second_yaml))
     return [
         f"{key} (was {first.get(key, 'absent')}, is {second.get(key, 'absent')})"
         for key in sorted(first.keys() | second.keys())
-        if first.get(key) != second.get(key) and not key.startswith(_MAY_CHANGE)
+        if first.get(key) != second.get(key) and not key.startswith(_MAY_CHANGE + may_change)
     ]
 
 
@@ -264,10 +300,17 @@ def _check(config: Config) -> None:
         "log.every_steps": config.log.every_steps,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep_last": config.checkpoint.keep_last,
+        "checkpoint.keep_every": config.checkpoint.keep_every,
+        "checkpoint.keep_best": config.checkpoint.keep_best,
+        "checkpoint.full_every": config.checkpoint.full_every,
     }
     for key, value in at_least_one.items():
         if value is not None and value < 1:
             raise UserError(f"{key} must be at least 1, got {value}")
+    for name in ("max_failures", "max_extra_memory_bytes"):
+        setting = getattr(config.checkpoint, name)
+        if setting is not None and setting < 0:
+            raise UserError(f"checkpoint.{name} must be at least 0, got {setting}")
     if config.word2vec.negatives < 1:
         raise UserError(f"word2vec.negatives must be at least 1, got {config.word2vec.negatives}")
     if not 0 <= config.word2vec.sample < 1:

@@ -71,8 +71,9 @@ def print_evaluation(
 
 
 def _verify(paths: Sequence[str]) -> None:
+    known: set[str] = set()
     for path in paths:
-        verify(path)
+        verify(path, known)
         print(f"verified     {path}")
 
 

@@ -24,8 +24,9 @@ hypothesis.settings.load_profile("embedtrain")
 # What ends soon after a test is not left behind.
 _GRACE_SECONDS = 3.0
 
-# Started once for the whole session: fsspec's event loop; multiprocessing's servers, which `run_ranks` uses.
-_SESSION_THREADS = {"fsspecIO"}
+# Started once for the whole session: fsspec's event loop and the threads it resolves names in;
+# multiprocessing's servers, which `run_ranks` uses.
+_SESSION_THREADS = ("fsspecIO", "asyncio_")
 _SESSION_PROCESSES = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
 
 
@@ -89,7 +90,7 @@ def _no_process_left() -> Iterator[None]:
 
 
 def _threads() -> set[threading.Thread]:
-    return {thread for thread in threading.enumerate() if thread.name not in _SESSION_THREADS}
+    return {thread for thread in threading.enumerate() if not thread.name.startswith(_SESSION_THREADS)}
 
 
 def _child_processes() -> set[psutil.Process]:

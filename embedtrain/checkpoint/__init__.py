@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+from embedtrain.checkpoint.changes import RowChanges
+from embedtrain.checkpoint.compaction import compact
+from embedtrain.checkpoint.loading import LoadOptions, load_shards
 from embedtrain.checkpoint.manifest import Manifest, TensorInfo
-from embedtrain.checkpoint.reader import CheckpointReader, load_shards, verify
+from embedtrain.checkpoint.reader import CheckpointReader, verify
 from embedtrain.checkpoint.retention import (
     CheckpointInfo,
+    Retention,
     agree_on_latest,
     find_checkpoints,
     latest_checkpoint,
+    newest_whole,
+    remove_checkpoint,
     retain,
     sweep_leftovers,
 )
+from embedtrain.checkpoint.saver import CheckpointSaver, SaveOptions
 from embedtrain.checkpoint.view import ShardView
 from embedtrain.checkpoint.writer import save_checkpoint
 
 __all__ = [
     "CheckpointInfo",
     "CheckpointReader",
+    "CheckpointSaver",
+    "LoadOptions",
     "Manifest",
+    "Retention",
+    "RowChanges",
+    "SaveOptions",
     "ShardView",
     "TensorInfo",
     "agree_on_latest",
+    "compact",
     "find_checkpoints",
     "latest_checkpoint",
     "load_shards",
+    "newest_whole",
+    "remove_checkpoint",
     "retain",
     "save_checkpoint",
     "sweep_leftovers",

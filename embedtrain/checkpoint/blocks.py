@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -17,20 +17,21 @@ class BlockHasher:
     """Computes the block checksums of a file from the chunks that pass through on their way to it."""
 
     def __init__(self) -> None:
-        self._size = 0
-        self._checksums: list[str] = []
-        self._block = xxhash.xxh3_128()
+        self._reset()
 
-    def passing(self, chunks: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
-        """Yields the chunks unchanged, each taken into account first."""
-        for chunk in chunks:
-            self._update(memoryview(chunk))
-            yield chunk
+    def passing(self, chunks: Callable[[], Iterable[bytes | memoryview]]) -> Iterable[bytes | memoryview]:
+        """Returns the chunks that `chunks()` yields, each taken into account first; they can be had again."""
+        return _Passing(self, chunks)
 
     def entry(self) -> FileEntry:
         """Returns the manifest's entry for the file whose chunks have passed."""
         open_block = [self._block.hexdigest()] if self._size % BLOCK_BYTES else []
         return FileEntry(self._size, BLOCK_BYTES, tuple(self._checksums + open_block))
+
+    def _reset(self) -> None:
+        self._size = 0
+        self._checksums: list[str] = []
+        self._block = xxhash.xxh3_128()
 
     def _update(self, chunk: memoryview) -> None:
         while len(chunk):
@@ -41,6 +42,20 @@ class BlockHasher:
             if self._size % BLOCK_BYTES == 0:
                 self._checksums.append(self._block.hexdigest())
                 self._block.reset()
+
+
+class _Passing:
+    """Chunks on their way through a `BlockHasher`; a writer that begins anew has it begin anew."""
+
+    def __init__(self, hasher: BlockHasher, chunks: Callable[[], Iterable[bytes | memoryview]]) -> None:
+        self._hasher = hasher
+        self._chunks = chunks
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        self._hasher._reset()
+        for chunk in self._chunks():
+            self._hasher._update(memoryview(chunk))
+            yield chunk
 
 
 class VerifiedFile:

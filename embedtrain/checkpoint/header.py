@@ -70,16 +70,27 @@ def encode_header(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]
     return header, {name: len(header) + start for name, start in ends.items()}
 
 
-def byte_blocks(tensor: Tensor) -> Iterator[memoryview]:
-    """Yields a tensor's bytes in runs of whole rows of about 4 MiB; no copy of a contiguous CPU tensor."""
+def row_blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """Yields a tensor's rows in contiguous CPU blocks of about 4 MiB; no copy of a contiguous CPU tensor."""
     if tensor.numel() == 0:
         return
     rows = tensor.detach() if tensor.dim() else tensor.detach().unsqueeze(0)
-    row_bytes = math.prod(rows.shape[1:]) * rows.element_size()
-    for block in torch.split(rows, max(1, _STAGED_BYTES // row_bytes)):
-        yield as_bytes(block.cpu().contiguous())
+    for block in torch.split(rows, _rows_staged(rows)):
+        yield block.cpu().contiguous()
+
+
+def selected_blocks(tensor: Tensor, rows: Tensor) -> Iterator[Tensor]:
+    """Yields the rows `rows` [n] int64 of a tensor, in order, in contiguous CPU blocks of about 4 MiB."""
+    if tensor[:1].numel() == 0:
+        return
+    for some in torch.split(rows, _rows_staged(tensor)):
+        yield tensor.detach().index_select(0, some).cpu().contiguous()
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """Returns the memory of a contiguous CPU tensor as bytes, writable."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _rows_staged(tensor: Tensor) -> int:
+    return max(1, _STAGED_BYTES // (math.prod(tensor.shape[1:]) * tensor.element_size()))

@@ -12,6 +12,7 @@ The attempt is a random word, so that what a killed attempt left is never taken 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -28,6 +29,8 @@ from embedtrain.sharding.overlap import overlap
 
 FORMAT = "embedtrain-checkpoint"
 VERSION = 1
+DELTA_VERSION = 2
+"""Version of a delta's manifest: a reader that knows whole checkpoints only must not take it for one."""
 MANIFEST_NAME = "manifest.json"
 BLOCK_BYTES = 4 * 2**20
 
@@ -73,12 +76,31 @@ def is_attempt_file(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows `[offset, offset + rows)` of a tensor, whose bytes begin at byte `start_byte` of `file`."""
+    """Rows of a tensor, whose bytes begin at byte `start_byte` of `file`.
+
+    They are rows `[offset, offset + rows)`; or, in a delta, `rows` rows among `[offset, offset + span)`, whose
+    numbers lie at `slots_byte` of the same file: ascending little-endian int64.
+    """
 
     file: str
     offset: int
     rows: int
     start_byte: int
+    span: int | None = None
+    slots_byte: int | None = None
+
+    @property
+    def stop(self) -> int:
+        """Returns the end of the range of rows."""
+        return self.offset + (self.rows if self.span is None else self.span)
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The checkpoint that a delta changes: the step that names its folder, and the checksum of its manifest."""
+
+    step: int
+    checksum: str
 
 
 @dataclass(frozen=True)
@@ -125,6 +147,7 @@ class Manifest:
         replicated: name of the file of the tensors that all ranks share, or None.
         files: by name, every file but the manifest.
         state: what else the caller saved, as JSON.
+        parent: of a delta, the checkpoint whose rows it changes; None where all rows are here.
     """
 
     step: int
@@ -135,6 +158,12 @@ class Manifest:
     replicated: str | None
     files: Mapping[str, FileEntry]
     state: Mapping[str, Any]
+    parent: Parent | None = None
+
+    @functools.cached_property
+    def checksum(self) -> str:
+        """Returns what names these contents: the checksum in `manifest.json`."""
+        return _checksum(_document(self))
 
     def contents(self, file: str, start_byte: int, stop_byte: int) -> str:
         """Returns words for what a range of a file's bytes holds: tensors and their rows."""
@@ -147,10 +176,14 @@ class Manifest:
                 last = stop_byte - piece.start_byte
                 size = piece.rows * info.row_bytes
                 shared = overlap((first, last), (0, size)) if piece.file == file else None
-                if shared is not None:
+                if shared is not None and piece.slots_byte is not None:
+                    found.append(f"{name} rows among [{piece.offset}, {piece.stop})")
+                elif shared is not None:
                     start = piece.offset + shared[0] // info.row_bytes
                     stop = piece.offset - (-shared[1] // info.row_bytes)
                     found.append(f"{name} rows [{start}, {stop})")
+        if not found and self.parent is not None:
+            return "numbers of rows"
         if not found:
             return "no rows"
         return ", ".join(found)
@@ -173,7 +206,7 @@ def merge_pieces(shards: list[tuple[str, TensorInfo]]) -> dict[str, TensorInfo]:
                 f"the ranks disagree on {name}: {known.dtype} {known.shape} {known.layout} "
                 f"and {info.dtype} {info.shape} {info.layout}"
             )
-        pieces = (*known.pieces, *(piece for piece in info.pieces if piece.rows))
+        pieces = (*known.pieces, *(piece for piece in info.pieces if piece.stop > piece.offset))
         merged[name] = replace(known, pieces=tuple(sorted(pieces, key=lambda piece: piece.offset)))
     for name, info in merged.items():
         _check_tiling(name, info)
@@ -194,16 +227,7 @@ def canonical_json(value: Mapping[str, Any]) -> bytes:
 
 def encode(manifest: Manifest) -> bytes:
     """Returns the bytes of `manifest.json`; ValueError where the state or a layout is not JSON."""
-    document: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        **{key: getattr(manifest, key) for key in ("step", "created", "world_size", "replicated")},
-        "versions": dict(manifest.versions),
-        "tensors": {name: _encode_tensor(info) for name, info in manifest.tensors.items()},
-        "files": {name: asdict(entry) for name, entry in manifest.files.items()},
-        "state": dict(manifest.state),
-    }
-    return canonical_json({**document, "checksum": _checksum(document)})
+    return canonical_json({**_document(manifest), "checksum": manifest.checksum})
 
 
 def decode(data: bytes, url: str) -> Manifest:
@@ -224,10 +248,10 @@ def decode(data: bytes, url: str) -> Manifest:
             raise CorruptCheckpointError(f"{url} is not what was written: its checksum differs")
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpointError(f"{url} is not JSON: {error}") from error
-    if document.get("version") != VERSION:
+    if document.get("version") not in (VERSION, DELTA_VERSION):
         raise CheckpointError(
-            f"{url} has format version {document.get('version')}; this embedtrain reads version {VERSION}: "
-            "use the embedtrain that wrote it, or a newer one"
+            f"{url} has format version {document.get('version')}; this embedtrain reads versions {VERSION} and "
+            f"{DELTA_VERSION}: use the embedtrain that wrote it, or a newer one"
         )
     try:
         manifest = Manifest(
@@ -239,6 +263,7 @@ def decode(data: bytes, url: str) -> Manifest:
             replicated=document["replicated"],
             files={name: _decode_file(entry) for name, entry in document["files"].items()},
             state=document["state"],
+            parent=_decode_parent(document),
         )
         _check(manifest)
     except (LookupError, TypeError, ValueError, AttributeError, CheckpointError) as error:
@@ -250,12 +275,33 @@ def _checksum(document: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(canonical_json(document))
 
 
+def _document(manifest: Manifest) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION if manifest.parent is None else DELTA_VERSION,
+        **{key: getattr(manifest, key) for key in ("step", "created", "world_size", "replicated")},
+        "versions": dict(manifest.versions),
+        "tensors": {name: _encode_tensor(info) for name, info in manifest.tensors.items()},
+        "files": {name: asdict(entry) for name, entry in manifest.files.items()},
+        "state": dict(manifest.state),
+    }
+    if manifest.parent is not None:
+        document["parent"] = asdict(manifest.parent)
+    return document
+
+
+def _decode_parent(document: Mapping[str, Any]) -> Parent | None:
+    if document["version"] == VERSION:
+        return None
+    return Parent(int(document["parent"]["step"]), str(document["parent"]["checksum"]))
+
+
 def _encode_tensor(info: TensorInfo) -> dict[str, Any]:
     return {
         "shape": list(info.shape),
         "dtype": str(info.dtype).removeprefix("torch."),
         "layout": dict(info.layout),
-        "pieces": [asdict(piece) for piece in info.pieces],
+        "pieces": [{key: value for key, value in asdict(piece).items() if value is not None} for piece in info.pieces],
     }
 
 
@@ -264,11 +310,15 @@ def _decode_tensor(entry: Mapping[str, Any]) -> TensorInfo:
         shape=tuple(int(size) for size in entry["shape"]),
         dtype=DTYPES[entry["dtype"]],
         layout=entry["layout"],
-        pieces=tuple(
-            Piece(piece["file"], int(piece["offset"]), int(piece["rows"]), int(piece["start_byte"]))
-            for piece in entry["pieces"]
-        ),
+        pieces=tuple(_decode_piece(piece) for piece in entry["pieces"]),
     )
+
+
+def _decode_piece(entry: Mapping[str, Any]) -> Piece:
+    piece = Piece(entry["file"], int(entry["offset"]), int(entry["rows"]), int(entry["start_byte"]))
+    if "slots_byte" not in entry:
+        return piece
+    return replace(piece, span=int(entry["span"]), slots_byte=int(entry["slots_byte"]))
 
 
 def _decode_file(entry: Mapping[str, Any]) -> FileEntry:
@@ -290,6 +340,14 @@ def _check(manifest: Manifest) -> None:
             stop_byte = piece.start_byte + piece.rows * info.row_bytes
             if not 0 <= piece.start_byte <= stop_byte <= manifest.files[piece.file].bytes:
                 raise ValueError(f"{name}: {piece} does not lie in its file")
+            if piece.slots_byte is not None:
+                stop_byte = piece.slots_byte + piece.rows * 8
+                if not 0 <= piece.slots_byte <= stop_byte <= manifest.files[piece.file].bytes:
+                    raise ValueError(f"{name}: the row numbers of {piece} do not lie in its file")
+                if manifest.parent is None or not 0 <= piece.rows <= piece.stop - piece.offset:
+                    raise ValueError(f"{name}: {piece} does not belong here")
+    if manifest.parent is not None and not 0 <= manifest.parent.step < manifest.step:
+        raise ValueError(f"step {manifest.step} changes step {manifest.parent.step}")
     if manifest.replicated is not None and manifest.replicated not in manifest.files:
         raise ValueError(f"{manifest.replicated} has no checksums")
 
@@ -298,10 +356,10 @@ def _check_tiling(name: str, info: TensorInfo) -> None:
     """Raises where the pieces, in the order of rows, do not hold each row once."""
     row = 0
     for piece in info.pieces:
-        if piece.offset != row or piece.rows <= 0:
+        if piece.offset != row or piece.stop <= piece.offset:
             fault = "are held twice" if piece.offset < row else "are missing"
             start, stop = sorted((row, piece.offset))
             raise CheckpointError(f"{name}: rows [{start}, {stop}) {fault} before {piece.file}")
-        row += piece.rows
+        row = piece.stop
     if row != info.shape[0]:
         raise CheckpointError(f"{name}: its pieces end at row {row} of {info.shape[0]}")

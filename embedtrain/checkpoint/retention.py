@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.distributed as dist
 
 from embedtrain.checkpoint import storage
 from embedtrain.checkpoint.agreement import on_first_rank
-from embedtrain.checkpoint.manifest import MANIFEST_NAME, is_attempt_file, step_of
-from embedtrain.checkpoint.reader import read_manifest
-from embedtrain.errors import CheckpointError, UserError
+from embedtrain.checkpoint.chain import read_manifest
+from embedtrain.checkpoint.manifest import MANIFEST_NAME, Manifest, is_attempt_file, step_of
+from embedtrain.checkpoint.reader import verify
+from embedtrain.errors import CheckpointError, CorruptCheckpointError, UserError
 
 
 @dataclass(frozen=True)
@@ -30,51 +32,143 @@ def find_checkpoints(checkpoints_path: str) -> list[CheckpointInfo]:
     return [found for found in _step_folders(checkpoints_path) if MANIFEST_NAME in storage.list_files(found.path)]
 
 
-def latest_checkpoint(checkpoints_path: str) -> str | None:
-    """Returns the path of the newest complete checkpoint, or None where there is none."""
+def latest_checkpoint(checkpoints_path: str, before: str | None = None) -> str | None:
+    """Returns the path of the newest complete checkpoint, or None where there is none.
+
+    Args:
+        checkpoints_path: folder of the run's checkpoints.
+        before: path of a checkpoint; only those of earlier steps are looked at.
+    """
     found = find_checkpoints(checkpoints_path)
+    if before is not None:
+        found = [checkpoint for checkpoint in found if checkpoint.step < (step_of(storage.base_name(before)) or 0)]
     return found[-1].path if found else None
 
 
-def agree_on_latest(checkpoints_path: str, group: dist.ProcessGroup | None) -> str | None:
-    """Returns what rank 0 finds to be the newest complete checkpoint, on every rank.
+def newest_whole(checkpoints_path: str, before: str) -> str | None:
+    """Returns the path of the newest checkpoint before another that verifies, or None; reads whole checkpoints."""
+    known: set[str] = set()
+    path: str | None = before
+    while (path := latest_checkpoint(checkpoints_path, before=path)) is not None:
+        try:
+            verify(path, known)
+        except CorruptCheckpointError:
+            continue
+        return path
+    return None
+
+
+def agree_on_latest(checkpoints_path: str, group: dist.ProcessGroup | None, *, before: str | None = None) -> str | None:
+    """Returns what rank 0 finds by `latest_checkpoint`, on every rank.
 
     Collective: every rank of `group`. Ranks that each looked for themselves could see different ones.
     """
     return on_first_rank(
-        f"no checkpoint was chosen in {checkpoints_path}", lambda: latest_checkpoint(checkpoints_path), group
+        f"no checkpoint was chosen in {checkpoints_path}", lambda: latest_checkpoint(checkpoints_path, before), group
     )
 
 
-def retain(checkpoints_path: str, keep_last: int | None, group: dist.ProcessGroup | None) -> list[str]:
-    """Deletes complete checkpoints but for the newest `keep_last`; the newest is always kept.
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: those that any of these keeps. Where all are None, all stay.
 
-    A manifest goes first, so that a checkpoint half deleted is one that does not exist.
+    Attributes:
+        keep_last: so many of the newest.
+        keep_every: those whose step is a multiple of this.
+        keep_best: so many of the best by a metric.
+        best_metric: the metric: a name among `state["metrics"]` of a checkpoint.
+        best_mode: whether the smallest or the largest values are the best.
+    """
+
+    keep_last: int | None = None
+    keep_every: int | None = None
+    keep_best: int | None = None
+    best_metric: str = "loss"
+    best_mode: Literal["min", "max"] = "min"
+
+    def __post_init__(self) -> None:
+        for name in ("keep_last", "keep_every", "keep_best"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, or none to leave it out, got {value}")
+
+
+def retain(checkpoints_path: str, retention: Retention, group: dist.ProcessGroup | None) -> list[str]:
+    """Deletes complete checkpoints that nothing keeps.
+
+    The newest whose files are all there, each as long as it was written, is always kept, and so are the
+    checkpoints that a kept delta holds changes to. A manifest goes first, so that a checkpoint half deleted is
+    one that does not exist.
 
     Collective: every rank of `group`.
-
-    Args:
-        checkpoints_path: folder of the run's checkpoints.
-        keep_last: how many to keep; 0 or None keeps all.
 
     Returns:
         The paths of the deleted checkpoints.
 
     Raises:
-        UserError: `keep_last` is negative.
-        CheckpointError: a checkpoint could not be deleted.
+        CheckpointError: a checkpoint could not be deleted or looked at.
     """
-    if keep_last is not None and keep_last < 0:
-        raise UserError(f"keep_last must be at least 0, got {keep_last}")
 
     def delete_old() -> list[str]:
-        old = find_checkpoints(checkpoints_path)[:-keep_last] if keep_last else []
+        found = find_checkpoints(checkpoints_path)
+        kept = _kept(found, retention)
+        # Newest first: a delta goes before what it holds changes to.
+        old = [checkpoint for checkpoint in reversed(found) if checkpoint.step not in kept]
         for checkpoint in old:
-            storage.remove(storage.join(checkpoint.path, MANIFEST_NAME))
-            _remove_attempt_files(checkpoint.path, keep=frozenset())
-        return [checkpoint.path for checkpoint in old]
+            remove_checkpoint(checkpoint.path)
+        return [checkpoint.path for checkpoint in reversed(old)]
 
     return on_first_rank(f"old checkpoints in {checkpoints_path} were not deleted", delete_old, group)
+
+
+def remove_checkpoint(path: str) -> None:
+    """Deletes a checkpoint, its manifest first."""
+    storage.remove(storage.join(path, MANIFEST_NAME))
+    _remove_attempt_files(path, keep=frozenset())
+
+
+def _kept(found: list[CheckpointInfo], retention: Retention) -> set[int]:
+    """Returns the steps that stay."""
+    if (retention.keep_last, retention.keep_every, retention.keep_best) == (None, None, None):
+        return {checkpoint.step for checkpoint in found}
+    sound = _sound_manifests(found)
+    if not sound:
+        return {checkpoint.step for checkpoint in found}
+    steps = sorted(sound)
+    # What is newer than the newest sound one is damaged: left for its owner to look at, and not counted.
+    kept = {checkpoint.step for checkpoint in found if checkpoint.step > steps[-1]}
+    kept.update(steps[-(retention.keep_last or 1) :])
+    if retention.keep_every:
+        kept.update(step for step in steps if step % retention.keep_every == 0)
+    if retention.keep_best:
+        values = [
+            (value if retention.best_mode == "min" else -value, step)
+            for step, manifest in sound.items()
+            if (value := manifest.state.get("metrics", {}).get(retention.best_metric)) is not None
+        ]
+        kept.update(step for _, step in sorted(values)[: retention.keep_best])
+    for step in reversed(steps):
+        parent = sound[step].parent
+        if step in kept and parent is not None:
+            kept.add(parent.step)
+    return kept
+
+
+def _sound_manifests(found: list[CheckpointInfo]) -> dict[int, Manifest]:
+    """Returns the manifests of checkpoints whose files, and those of what they change, are all as long as written."""
+    sound: dict[int, Manifest] = {}
+    for checkpoint in found:
+        try:
+            manifest = read_manifest(checkpoint.path)
+        except CorruptCheckpointError:
+            continue
+        sizes = storage.list_files(checkpoint.path)
+        is_whole = all(sizes.get(name) == entry.bytes for name, entry in manifest.files.items())
+        parent = manifest.parent
+        has_parent = parent is None or (parent.step in sound and sound[parent.step].checksum == parent.checksum)
+        if is_whole and has_parent:
+            sound[checkpoint.step] = manifest
+    return sound
 
 
 def sweep_leftovers(checkpoints_path: str, group: dist.ProcessGroup | None) -> list[str]:

@@ -3,21 +3,52 @@
 Three habits of fsspec are kept out here. Listings are never taken from a cache, which hides the files of
 other processes. `exists` is not used: it answers False when the network fails. Renaming is not used: on
 object stores it is a copy and a deletion.
+
+What fails on a file system that is not a local disk is tried again, `MAX_TRIES` times in all, after waits
+of 0.5, 1, 2 and 4 seconds; none is begun later than `MAX_RETRY_SECONDS` after the first. A file that is
+missing or exists already, and permission that is denied, are answers, not failures. A local disk's errors
+are raised as they come: a full or broken disk is not mended by waiting.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from embedtrain.errors import UserError
+
+T = TypeVar("T")
+
+MAX_TRIES = 5
+FIRST_WAIT_SECONDS = 0.5
+MAX_RETRY_SECONDS = 120.0
+
+_ANSWERS = (
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    ImportError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+)
+"""Errors that another try would only repeat."""
+
+# One try at a request is bounded by these and by s3fs's own tries of it; botocore's would multiply them.
+_S3_CLIENT = {"connect_timeout": 10, "read_timeout": 30, "retries": {"mode": "standard", "total_max_attempts": 1}}
+
+_logger = logging.getLogger(__name__)
 
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
@@ -42,7 +73,7 @@ def make_folder(url: str) -> None:
     """Makes a folder and its missing parents, durably; nothing where it exists."""
     filesystem, path = _locate(url)
     if not isinstance(filesystem, LocalFileSystem):
-        filesystem.makedirs(path, exist_ok=True)
+        _retry(filesystem, f"{url} could not be made", lambda: filesystem.makedirs(path, exist_ok=True))
         return
     folder = Path(path)
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
@@ -61,19 +92,40 @@ def list_folders(url: str) -> list[str]:
     return [name for name, entry in _entries(url).items() if entry["type"] == "directory"]
 
 
+def free_bytes(url: str) -> int | None:
+    """Returns how much the disk below a folder still takes, or None where the file system does not tell."""
+    path = local_path(url)
+    if path is None:
+        return None
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize
+
+
 def write(url: str, chunks: Iterable[bytes | memoryview]) -> None:
     """Writes a file chunk by chunk; on a local disk it is durable, its name included, on return.
 
     A failure can leave a part of the file behind, on any file system: only a name that nobody reads
     before a commit is safe here.
+
+    Args:
+        url: the file.
+        chunks: its bytes. Where they can be had again, as those of a list but not of a generator, the
+            writing is tried again on a file system that is not a local disk.
     """
     filesystem, path = _locate(url)
-    with filesystem.open(path, "wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-        if isinstance(filesystem, LocalFileSystem):
-            file.flush()
-            os.fsync(file.fileno())
+
+    def write_once() -> None:
+        with filesystem.open(path, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            if isinstance(filesystem, LocalFileSystem):
+                file.flush()
+                os.fsync(file.fileno())
+
+    if iter(chunks) is chunks:
+        write_once()
+    else:
+        _retry(filesystem, f"{url} could not be written", write_once)
     if isinstance(filesystem, LocalFileSystem):
         _sync_folder(Path(path).parent)
 
@@ -92,24 +144,41 @@ def create(url: str, data: bytes, temporary_url: str) -> None:
         if isinstance(filesystem, LocalFileSystem):
             _create_local(path, data, temporary_url)
         else:
-            filesystem.pipe_file(path, data, mode="create")
+            failure = f"{url} could not be created"
+            _retry(filesystem, failure, lambda: filesystem.pipe_file(path, data, mode="create"))
     except FileExistsError:
         # A request that was retried, or a link over NFS, can fail on its own success.
         if read(url) != data:
             raise
 
 
+def replace(url: str, data: bytes, temporary_url: str) -> None:
+    """Writes a small file whose readers see the old content or the new; not durable at once."""
+    filesystem, path = _locate(url)
+    if not isinstance(filesystem, LocalFileSystem):
+        _retry(filesystem, f"{url} could not be written", lambda: filesystem.pipe_file(path, data))
+        return
+    temporary_path = _locate(temporary_url)[1]
+    try:
+        Path(temporary_path).write_bytes(data)
+        os.replace(temporary_path, path)
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary_path)
+
+
 def read(url: str) -> bytes:
     """Returns a whole file; FileNotFoundError where it is missing."""
     filesystem, path = _locate(url)
-    return bytes(filesystem.cat_file(path))
+    return bytes(_retry(filesystem, f"{url} could not be read", lambda: filesystem.cat_file(path)))
 
 
 def read_into(url: str, start: int, destination: memoryview) -> int:
     """Fills `destination` with a file's bytes from `start` on; returns how many there were."""
     filesystem, path = _locate(url)
     if not isinstance(filesystem, LocalFileSystem):
-        data = filesystem.cat_file(path, start, start + len(destination))
+        stop = start + len(destination)
+        data = _retry(filesystem, f"{url} could not be read", lambda: filesystem.cat_file(path, start=start, end=stop))
         destination[: len(data)] = data
         return len(data)
     filled = 0
@@ -123,14 +192,14 @@ def read_into(url: str, start: int, destination: memoryview) -> int:
 def download(url: str, path: str) -> None:
     """Copies a file to a local path."""
     filesystem, remote_path = _locate(url)
-    filesystem.get_file(remote_path, path)
+    _retry(filesystem, f"{url} could not be read", lambda: filesystem.get_file(remote_path, path))
 
 
 def remove(url: str) -> None:
     """Removes a file, durably on a local disk; nothing where it is missing."""
     filesystem, path = _locate(url)
     with suppress(FileNotFoundError):
-        filesystem.rm_file(path)
+        _retry(filesystem, f"{url} could not be removed", lambda: filesystem.rm_file(path))
         if isinstance(filesystem, LocalFileSystem):
             _sync_folder(Path(path).parent)
 
@@ -143,18 +212,52 @@ def remove_empty_folder(url: str) -> None:
 
 
 def _locate(url: str) -> tuple[Any, str]:
+    options: dict[str, Any] = {}
+    if url.startswith(("s3://", "s3a://")) and "config_kwargs" not in fsspec.config.conf.get("s3", {}):
+        options["config_kwargs"] = _S3_CLIENT
     try:
-        filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
     except (ValueError, ImportError) as error:
         raise UserError(f"{url!r} is not a path that can be opened: {error}") from error
     return filesystem, str(path)
 
 
+def _retry(filesystem: Any, failure: str, action: Callable[[], T]) -> T:
+    """Does something on a file system, again where that fails and may not the next time; see the module.
+
+    Raises:
+        OSError: it failed every time; begins with `failure`, and says how often.
+    """
+    if isinstance(filesystem, LocalFileSystem):
+        return action()
+    began = time.monotonic()
+    wait = FIRST_WAIT_SECONDS
+    for number in range(1, MAX_TRIES + 1):
+        try:
+            return action()
+        except _ANSWERS:
+            raise
+        except Exception as error:
+            # Client libraries raise classes of their own beside OSError.
+            seconds = time.monotonic() - began
+            text = f"{type(error).__name__}: {error}"
+            if number == MAX_TRIES or seconds + wait > MAX_RETRY_SECONDS:
+                raise OSError(f"{failure} in {number} tries over {seconds:.1f} s: {text}") from error
+            _logger.warning(f"{failure}, trying again in {wait:g} s: {text}")
+        time.sleep(wait)
+        wait *= 2
+    raise AssertionError("the last try returns or raises")
+
+
 def _entries(url: str) -> dict[str, dict[str, Any]]:
     filesystem, path = _locate(url)
-    filesystem.invalidate_cache()
+
+    def list_anew() -> Any:
+        filesystem.invalidate_cache()
+        return filesystem.ls(path, detail=True)
+
     try:
-        entries = filesystem.ls(path, detail=True)
+        entries = _retry(filesystem, f"{url} could not be listed", list_anew)
     except FileNotFoundError:
         return {}
     except NotADirectoryError as error:

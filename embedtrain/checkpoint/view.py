@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from embedtrain.checkpoint.changes import RowChanges
+
 
 @dataclass(frozen=True)
 class ShardView:
@@ -20,6 +22,9 @@ class ShardView:
         tensor: [rows, *global_shape[1:]] on any device; shares memory with what is trained. Rows may be 0.
         layout: JSON that says which row of the table each row of the tensor is, as
             {"kind": "spread", "multiplier": 618035}; tensors of another layout are not loaded.
+        changes: what an optimizer reports its updates to; None where nobody does. `tensor` is then rows of
+            the tensor that `changes` knows by the last part of `name`.
+        first_row: the row among those of `changes` that is row 0 of `tensor`.
 
     Raises:
         ValueError: the rows do not lie inside the global tensor, or their shape is not its.
@@ -30,6 +35,8 @@ class ShardView:
     offset: int
     tensor: Tensor
     layout: Mapping[str, Any] = field(default_factory=dict)
+    changes: RowChanges | None = None
+    first_row: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "global_shape", tuple(self.global_shape))

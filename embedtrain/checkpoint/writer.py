@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -17,11 +18,12 @@ from torch import Tensor
 from embedtrain.checkpoint import storage
 from embedtrain.checkpoint.agreement import on_every_rank, on_first_rank
 from embedtrain.checkpoint.blocks import BlockHasher
-from embedtrain.checkpoint.header import byte_blocks, encode_header
+from embedtrain.checkpoint.header import as_bytes, encode_header, row_blocks
 from embedtrain.checkpoint.manifest import (
     MANIFEST_NAME,
     FileEntry,
     Manifest,
+    Parent,
     Piece,
     TensorInfo,
     canonical_json,
@@ -32,9 +34,54 @@ from embedtrain.checkpoint.manifest import (
     step_folder_name,
     temporary_manifest_name,
 )
+from embedtrain.checkpoint.parts import TensorPart, whole_parts
 from embedtrain.checkpoint.view import ShardView
 from embedtrain.distributed.runtime import rank_of, size_of
 from embedtrain.errors import CheckpointError, UserError
+
+_Source = tuple[Tensor, Callable[[], Iterable[Tensor]]]
+"""A tensor of the shape and dtype that is written, and where its rows come from, block by block."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a rank gives to a checkpoint.
+
+    Attributes:
+        step: number of optimizer steps done; names the checkpoint.
+        parts: this rank's rows.
+        state: JSON; rank 0's is saved.
+        replicated: tensors that all ranks share; rank 0's are saved.
+        parent: of a delta, the checkpoint that it changes.
+    """
+
+    step: int
+    parts: Sequence[TensorPart]
+    state: Mapping[str, Any]
+    replicated: Mapping[str, Tensor] = field(default_factory=dict)
+    parent: Parent | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Returns about how many bytes will be written."""
+        slots = {id(part.slots): part.slots.nbytes for part in self.parts if part.slots is not None}
+        rows = sum(part.like().nbytes for part in self.parts)
+        return rows + sum(slots.values()) + sum(tensor.nbytes for tensor in self.replicated.values())
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A checkpoint that was just completed.
+
+    Attributes:
+        path: its folder.
+        identity: its step and the checksum of its manifest, by which a delta names its parent.
+        num_bytes: size of its files over all ranks, without the manifest.
+    """
+
+    path: str
+    identity: Parent
+    num_bytes: int
 
 
 def save_checkpoint(
@@ -63,40 +110,53 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: on every rank alike. The step is complete already, the shards do not tile their
-            tensors, the state is not JSON, or a rank could not write.
+            tensors, the state is not JSON, the disk is too full, or a rank could not write.
     """
-    path = storage.join(checkpoints_path, step_folder_name(step))
-    doing = f"step {step} was not saved to {path}"
-    attempt = on_first_rank(doing, lambda: _begin(path, state), group)
+    contents = Contents(step, whole_parts(shards), state, replicated or {})
+    return write_checkpoint(checkpoints_path, contents, group).path
+
+
+def write_checkpoint(checkpoints_path: str, contents: Contents, group: dist.ProcessGroup | None) -> SavedCheckpoint:
+    """Writes a checkpoint; `save_checkpoint` says what that promises.
+
+    Collective: every rank of `group`.
+    """
+    path = storage.join(checkpoints_path, step_folder_name(contents.step))
+    doing = f"step {contents.step} was not saved to {path}"
     rank, world_size = rank_of(group), size_of(group)
+    num_bytes = sum(on_every_rank(doing, lambda: contents.num_bytes, group))
+    attempt = on_first_rank(doing, lambda: _begin(path, contents.state, num_bytes), group)
     shard_file = shard_file_name(attempt, rank, world_size)
-    replicated_file = replicated_file_name(attempt) if replicated and rank == 0 else None
+    replicated_file = replicated_file_name(attempt) if contents.replicated and rank == 0 else None
 
     def write_part() -> _Part:
-        part = _write_shards(path, shard_file, shards)
+        part = _write_shards(path, shard_file, contents.parts)
         if replicated_file is not None:
-            part.files[replicated_file] = _write_tensors(path, replicated_file, replicated or {})[0]
+            sources = {name: (each, functools.partial(row_blocks, each)) for name, each in contents.replicated.items()}
+            part.files[replicated_file] = _write_tensors(path, replicated_file, sources)[0]
         return part
 
     try:
-        parts = on_every_rank(doing, write_part, group)
+        written = on_every_rank(doing, write_part, group)
     except (CheckpointError, UserError):
         # All ranks know of this failure. After any other, rank 0 may have gone on to commit this file.
         _discard(path, [name for name in (shard_file, replicated_file) if name])
         raise
 
-    def commit() -> None:
-        files = {name: entry for part in parts for name, entry in part.files.items()}
+    def commit() -> SavedCheckpoint:
+        files = {name: entry for part in written for name, entry in part.files.items()}
         try:
             _check_sizes(path, files)
-            manifest = encode(_assemble(parts, files, step, state, replicated_file))
+            manifest = _assemble(written, files, contents, replicated_file)
+            encoded = encode(manifest)
         except Exception:
             _discard(path, files)
             raise
-        _create_manifest(path, manifest, files, attempt)
+        _create_manifest(path, encoded, files, attempt)
+        identity = Parent(manifest.step, manifest.checksum)
+        return SavedCheckpoint(path, identity, sum(entry.bytes for entry in files.values()))
 
-    on_first_rank(doing, commit, group)
-    return path
+    return on_first_rank(doing, commit, group)
 
 
 @dataclass(frozen=True)
@@ -112,59 +172,76 @@ class _Part:
     shards: list[tuple[str, TensorInfo]]
 
 
-def _begin(path: str, state: Mapping[str, Any]) -> str:
+def _begin(path: str, state: Mapping[str, Any], num_bytes: int) -> str:
     """Makes the folder and returns the name of this attempt."""
     if MANIFEST_NAME in storage.list_files(path):
         raise CheckpointError("it is complete already, and a complete checkpoint is never overwritten")
     canonical_json(state)
     storage.make_folder(path)
+    free_bytes = storage.free_bytes(path)
+    if free_bytes is not None and free_bytes < num_bytes:
+        storage.remove_empty_folder(path)
+        raise CheckpointError(f"it takes {num_bytes:,} bytes and the disk has {free_bytes:,} left")
     return secrets.token_hex(8)
 
 
-def _write_shards(path: str, file_name: str, shards: Sequence[ShardView]) -> _Part:
-    tensors = {view.name: view.tensor for view in shards}
-    if len(tensors) != len(shards):
-        raise ValueError(f"two shards of one rank share a name: {sorted(view.name for view in shards)}")
-    entry, starts = _write_tensors(path, file_name, tensors)
-    parts = []
-    for view in shards:
-        piece = Piece(file_name, view.offset, len(view.tensor), starts[view.name])
-        info = TensorInfo(view.global_shape, view.tensor.dtype, dict(view.layout), (piece,))
-        parts.append((view.name, info))
-    return _Part({file_name: entry}, parts)
+def _write_shards(path: str, file_name: str, parts: Sequence[TensorPart]) -> _Part:
+    sources: dict[str, _Source] = {part.name: (part.like(), part.blocks) for part in parts}
+    if len(sources) != len(parts):
+        raise ValueError(f"two shards of one rank share a name: {sorted(part.name for part in parts)}")
+    for part in parts:
+        if part.slots is not None:
+            name = _slots_name(part.name)
+            known, _ = sources.setdefault(name, (part.slots, functools.partial(row_blocks, part.slots)))
+            if known is not part.slots:
+                raise ValueError(f"{name!r} would name two tensors")
+    entry, starts = _write_tensors(path, file_name, sources)
+    shards = []
+    for part in parts:
+        piece = Piece(file_name, part.offset, part.num_rows, starts[part.name])
+        if part.slots is not None:
+            piece = replace(piece, span=part.span, slots_byte=starts[_slots_name(part.name)])
+        shards.append((part.name, TensorInfo(part.global_shape, part.dtype, dict(part.layout), (piece,))))
+    return _Part({file_name: entry}, shards)
 
 
-def _write_tensors(path: str, file_name: str, tensors: Mapping[str, Tensor]) -> tuple[FileEntry, dict[str, int]]:
+def _slots_name(name: str) -> str:
+    """Returns the name in a file of the numbers of a delta's rows: "item/slots" for "item/weight"."""
+    return f"{name.rpartition('/')[0]}/slots"
+
+
+def _write_tensors(path: str, file_name: str, sources: Mapping[str, _Source]) -> tuple[FileEntry, dict[str, int]]:
     """Writes a safetensors file in one pass; returns its entry and each tensor's first byte."""
-    header, starts = encode_header(tensors)
+    header, starts = encode_header({name: like for name, (like, _) in sources.items()})
 
     def chunks() -> Iterator[bytes | memoryview]:
         yield header
         for name in starts:
-            yield from byte_blocks(tensors[name])
+            for block in sources[name][1]():
+                yield as_bytes(block)
 
     hasher = BlockHasher()
-    storage.write(storage.join(path, file_name), hasher.passing(chunks()))
+    storage.write(storage.join(path, file_name), hasher.passing(chunks))
     return hasher.entry(), starts
 
 
 def _assemble(
     parts: Sequence[_Part],
     files: Mapping[str, FileEntry],
-    step: int,
-    state: Mapping[str, Any],
+    contents: Contents,
     replicated_file: str | None,
 ) -> Manifest:
     """Returns the manifest of the ranks' parts; CheckpointError where they do not tile their tensors."""
     return Manifest(
-        step=step,
+        step=contents.step,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={"embedtrain": _own_version(), "torch": torch.__version__},
         world_size=len(parts),
         tensors=merge_pieces([shard for part in parts for shard in part.shards]),
         replicated=replicated_file,
         files=files,
-        state=state,
+        state=contents.state,
+        parent=contents.parent,
     )
 
 

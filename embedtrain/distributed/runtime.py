@@ -5,12 +5,17 @@ from __future__ import annotations
 import atexit
 import ctypes
 import importlib
+import logging
 import os
+import secrets
 import signal
 import sys
+import time
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,12 +32,14 @@ class Runtime:
         local_rank: position among the processes of this host.
         world_size: number of processes of the job.
         device: where this rank's shards and computation live.
+        store: the job's key-value store, which outlives a failed collective; None without torchrun.
     """
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    store: dist.Store | None = None
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -64,8 +71,9 @@ def init_distributed(*, device: str = "auto", timeout_seconds: float = DEFAULT_T
     importlib.import_module("torch.distributed.nn")
     timeout = timedelta(seconds=timeout_seconds)
     store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-    # Restarted ranks get the store of the failed attempt, and would read dead peers' addresses from it.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # Restarted ranks get the store of the failed attempt, and would read dead peers' addresses from it. The
+    # launcher's count of restarts does not tell attempts apart: hosts count for themselves, and not a host's coming.
+    attempt = agree_on_attempt(store, rank, world_size, timeout_seconds)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
         store=dist.PrefixStore(f"embedtrain/attempt-{attempt}", store),
@@ -74,7 +82,42 @@ def init_distributed(*, device: str = "auto", timeout_seconds: float = DEFAULT_T
         timeout=timeout,
     )
     atexit.register(shut_down)
-    return Runtime(rank, local_rank, world_size, chosen)
+    return Runtime(rank, local_rank, world_size, chosen, dist.PrefixStore(attempt, store))
+
+
+def agree_on_attempt(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> str:
+    """Returns a word that the ranks of this attempt share, and no earlier attempt on the same store had.
+
+    Each rank says hello with a word of its own and waits for the answer to that very word, which no earlier
+    attempt can have left. Rank 0 answers whatever hello it reads, those of dead ranks too, until all have
+    acknowledged.
+
+    Collective: every rank of the job.
+
+    Raises:
+        TimeoutError: a rank did not come.
+    """
+    prefix = "embedtrain/attempts"
+    own = secrets.token_hex(8)
+    store.set(f"{prefix}/hello-{rank}", own)
+    deadline = time.monotonic() + timeout_seconds
+    if rank != 0:
+        answer = f"{prefix}/answer-{rank}-{own}"
+        store.wait([answer], timedelta(seconds=timeout_seconds))
+        attempt = bytes(store.get(answer)).decode()
+        store.set(f"{prefix}/come-{rank}-{attempt}", "")
+        return attempt
+    missing = set(range(1, world_size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"{prefix}/hello-{other}"]):
+                word = bytes(store.get(f"{prefix}/hello-{other}")).decode()
+                store.set(f"{prefix}/answer-{other}-{word}", own)
+        missing -= {other for other in missing if store.check([f"{prefix}/come-{other}-{own}"])}
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"of {world_size} ranks these did not come in {timeout_seconds:g} s: {sorted(missing)}")
+        time.sleep(0.005)
+    return own
 
 
 def shut_down() -> None:
@@ -107,9 +150,36 @@ class GroupReference:
         return group
 
 
+def leave(status: int) -> NoReturn:
+    """Ends this process with an exit status; as a rank of a job at once, without the interpreter's teardown.
+
+    A thread of Gloo that still lets go of its last tensor would abort the process in that teardown, and the
+    launcher would take a complete run for a failed one.
+    """
+    if "RANK" not in os.environ:
+        sys.exit(status)
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
 def default_group() -> dist.ProcessGroup | None:
     """Returns the process group of the job, or None in a process that joined none."""
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def background_group(group: dist.ProcessGroup | None, timeout_seconds: float) -> dist.ProcessGroup | None:
+    """Returns a Gloo group of the ranks of `group` for one background thread, which must not share the main one's.
+
+    Collective: every rank of the job.
+    """
+    if group is None:
+        return None
+    ranks = dist.get_process_group_ranks(group)
+    new_group: dist.ProcessGroup = dist.new_group(ranks, timeout=timedelta(seconds=timeout_seconds), backend="gloo")
+    return new_group
 
 
 def rank_of(group: dist.ProcessGroup | None) -> int:

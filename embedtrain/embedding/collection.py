@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from embedtrain.embedding.features import resolve_features
 from embedtrain.embedding.ids import valid_bags
 from embedtrain.embedding.pooling import pool
 from embedtrain.embedding.shard import RowGroup, TableShard
+from embedtrain.embedding.state_dict import as_entry, key_of, mesh_of, take_entry
 from embedtrain.jagged import Jagged
 from embedtrain.spec import FeatureSpec, TableSpec
 
@@ -130,6 +132,36 @@ class EmbeddingCollection(nn.Module):
     def shard_views(self) -> list[ShardView]:
         """Returns this rank's weights and optimizer state, as a checkpoint saves and loads them."""
         return [view for shard in self.shards.values() for view in shard.views()]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Adds weights and optimizer state, "item.weight" and "item.accumulator", as `torch.nn.Module` asks for.
+
+        They are DTensors in order of slots that share memory with the tables, so that torch's own distributed
+        checkpoint saves them, and loads them in place.
+        """
+        mesh = mesh_of(self.process_group, self.device)
+        for view in self.shard_views():
+            destination[prefix + key_of(view)] = as_entry(view, mesh)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Takes over what `_save_to_state_dict` gave, or whole tensors in order of slots."""
+        views = {prefix + key_of(view): view for view in self.shard_views()}
+        missing_keys += [key for key in views if key not in state_dict]
+        if strict:
+            unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key not in views]
+        for group in self.row_groups:
+            group.changes.before_update_of_all()
+        faults = [take_entry(view, state_dict[key]) for key, view in views.items() if key in state_dict]
+        error_msgs += [fault for fault in faults if fault is not None]
 
     def _place_of(self, feature: str) -> tuple[int, int]:
         return self._place[self.features[feature].table_name]

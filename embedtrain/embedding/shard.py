@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from embedtrain.checkpoint.changes import RowChanges
 from embedtrain.checkpoint.view import ShardView
 from embedtrain.distributed.runtime import GroupReference, rank_of, size_of
 from embedtrain.embedding.init import initial_rows
@@ -31,6 +32,7 @@ class TableShard:
         first_row: where the range begins in the group's local tensors.
         weight: [slots, dim], a view of the group's.
         state: name -> [slots, ...], views of the group's.
+        changes: the group's, which the optimizer tells of its updates.
     """
 
     spec: TableSpec
@@ -39,6 +41,7 @@ class TableShard:
     first_row: int
     weight: Tensor
     state: dict[str, Tensor]
+    changes: RowChanges
 
     def views(self) -> list[ShardView]:
         """Returns the weight and the states under their names in a checkpoint."""
@@ -50,6 +53,8 @@ class TableShard:
                 offset=self.slots[0],
                 tensor=tensor,
                 layout=layout,
+                changes=self.changes,
+                first_row=self.first_row,
             )
             for name, tensor in (("weight", self.weight), *self.state.items())
         ]
@@ -65,6 +70,7 @@ class RowGroup:
         weight: [num_local_rows, dim].
         state: name -> [num_local_rows, ...] float32; an optimizer's, allocated by `allocate_state`.
         shards: the tables, in order.
+        changes: told by the optimizer which rows it updates; a save in the background relies on it.
         num_local_rows: rows reserved on each rank.
     """
 
@@ -81,6 +87,7 @@ class RowGroup:
         layouts = [SpreadLayout(spec.num_rows, size_of(process_group)) for spec in specs]
         self.num_local_rows = sum(layout.rows_per_rank for layout in layouts)
         self.weight = torch.zeros(self.num_local_rows, specs[0].dim, dtype=specs[0].dtype, device=device)
+        self.changes = RowChanges({"weight": self.weight})
         self.shards: list[TableShard] = []
         self._pending: list[RowGradient] = []
         self._is_summed = True
@@ -89,7 +96,7 @@ class RowGroup:
             start, stop = layout.shard_range(rank_of(process_group))
             weight = self.weight[first_row : first_row + stop - start]
             weight.copy_(initial_rows(spec, start, stop, seed))
-            self.shards.append(TableShard(spec, layout, (start, stop), first_row, weight, {}))
+            self.shards.append(TableShard(spec, layout, (start, stop), first_row, weight, {}, self.changes))
             first_row += layout.rows_per_rank
 
     @property
@@ -111,7 +118,7 @@ class RowGroup:
         if name in self.state:
             raise ValueError(f"the tables hold state {name!r} already: one optimizer at a time may own it")
         whole = torch.full((self.num_local_rows,), fill, dtype=torch.float32, device=self.weight.device)
-        self.state[name] = whole
+        self.state[name] = self.changes.tensors[name] = whole
         for shard in self.shards:
             shard.state[name] = whole[shard.first_row : shard.first_row + shard.weight.shape[0]]
         return whole
@@ -134,6 +141,10 @@ class RowGroup:
             self._pending = [(unique, summed)]
             self._is_summed = True
         return self._pending[0]
+
+    def before_update(self, rows: Tensor) -> None:
+        """Takes note that an optimizer is about to change the rows."""
+        self.changes.before_update(rows)
 
     def clear_gradient(self) -> None:
         """Forgets all gradients delivered."""

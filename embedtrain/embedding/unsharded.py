@@ -55,6 +55,9 @@ class UnshardedTable:
         grad = torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad
         return rows, grad[rows]
 
+    def before_update(self, rows: Tensor) -> None:
+        """Does nothing: nobody reads the rows meanwhile."""
+
     def clear_gradient(self) -> None:
         """Forgets the gradients."""
         self.leaf.grad = None

@@ -146,7 +146,7 @@ def open_vectors(run_path: str, table: str | None = None) -> Vectors:
 
     Raises:
         UserError: no such folder, no complete checkpoint in it, no such table, or a vocabulary that is
-            missing, unreadable, or of another length than the table.
+            missing, unreadable, of another length than the table, or not the one it was trained with.
         CheckpointError: the table's rows lie in an order that this version does not know.
     """
     run_path = run_path.rstrip("/")
@@ -176,11 +176,21 @@ def _open_table(reader: CheckpointReader, run_path: str, table: str | None) -> V
     counts = None
     vocabulary = _read_vocabulary(f"{run_path}/vocabulary.tsv")
     if vocabulary is not None and len(vocabulary) == num_rows:
+        _check_vocabulary(vocabulary, reader, run_path)
         words, counts = vocabulary.words, vocabulary.counts
     elif table == export_table:
         found = "there is none" if vocabulary is None else f"it has {len(vocabulary):,} words"
         raise UserError(f"table {table!r} needs {num_rows:,} words in {run_path}/vocabulary.tsv, but {found}")
     return Vectors(table, reader.step, num_rows, dim, words, counts, layout, reader)
+
+
+def _check_vocabulary(vocabulary: Vocabulary, reader: CheckpointReader, run_path: str) -> None:
+    """Refuses the words of another run, which would give its vectors to the wrong ones."""
+    if reader.state.get("vocabulary_fingerprint", vocabulary.fingerprint) != vocabulary.fingerprint:
+        raise UserError(
+            f"{run_path}/vocabulary.tsv is not the vocabulary that {reader.path} was trained with: its words or counts "
+            "differ. Bring back the file of this run, or give the training command again, which writes it anew."
+        )
 
 
 def _choose_table(table: str | None, export_table: str | None, tables: list[str], run_path: str) -> str:

@@ -34,6 +34,9 @@ class RowStore(Protocol):
     def gradient(self) -> tuple[Tensor, Tensor]:
         """Returns the touched rows, unique, and their summed gradients."""
 
+    def before_update(self, rows: Tensor) -> None:
+        """Takes note that the rows are about to change."""
+
     def clear_gradient(self) -> None:
         """Forgets the gradients."""
 
@@ -113,6 +116,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             return
         for store, (rows, grad), settings in zip(self._stores, gradients, self.param_groups, strict=True):
             settings["step"] += 1
+            store.before_update(rows)
             self.update(store, rows, grad if scale == 1.0 else grad * scale, settings)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

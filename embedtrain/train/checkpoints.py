@@ -2,49 +2,76 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch.distributed as dist
 
 from embedtrain.checkpoint import (
     CheckpointReader,
+    CheckpointSaver,
+    LoadOptions,
+    SaveOptions,
     agree_on_latest,
     load_shards,
-    retain,
-    save_checkpoint,
+    newest_whole,
+    remove_checkpoint,
     sweep_leftovers,
 )
-from embedtrain.distributed.collectives import raise_together
+from embedtrain.checkpoint.agreement import on_first_rank
+from embedtrain.distributed.collectives import all_gather_object, raise_together
+from embedtrain.distributed.runtime import DEFAULT_TIMEOUT_SECONDS, background_group, rank_of
 from embedtrain.embedding.collection import EmbeddingCollection
-from embedtrain.errors import UserError
+from embedtrain.errors import CorruptCheckpointError, UserError
 from embedtrain.optim.sparse import SparseOptimizer
 from embedtrain.train.state import TrainState
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SavePolicy:
-    """When to save beside the end of the run.
+    """When to save beside the end of the run, and how.
 
     Attributes:
         every_steps: steps between two checkpoints; None leaves it to the clock.
         every_seconds: seconds between two checkpoints, by rank 0's clock; None leaves it to the steps.
-        keep_last: how many of the newest checkpoints stay; None keeps all.
+        options: how to save.
+        timeout_seconds: how long the ranks wait for each other while they save in the background.
     """
 
     every_steps: int | None = None
     every_seconds: float | None = 600.0
-    keep_last: int | None = 3
+    options: SaveOptions = field(default_factory=SaveOptions)
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
 
     def is_due(self, step: int) -> bool:
         """Returns whether the count of steps asks for a checkpoint; alike on every rank."""
         return self.every_steps is not None and step % self.every_steps == 0
 
 
+@dataclass(frozen=True)
+class ResumePolicy:
+    """How a run comes back.
+
+    Attributes:
+        on_corrupt: "error" refuses a damaged newest checkpoint; "fallback" takes the newest older one that is
+            whole, and deletes the damaged ones after it.
+        load: what may differ between the checkpoint and the run.
+    """
+
+    on_corrupt: Literal["error", "fallback"] = "error"
+    load: LoadOptions = field(default_factory=LoadOptions)
+
+
 class Checkpoints:
     """Saves and restores tables, optimizer and counters of a run.
+
+    Collective: every rank makes one.
 
     Args:
         path: folder of the checkpoints.
@@ -52,8 +79,12 @@ class Checkpoints:
         optimizer: its step counts and hyperparameters.
         state: the run's counters.
         facts: what else belongs in each checkpoint, as JSON: the configuration, the data's fingerprint.
-        policy: when to save.
+        policy: when to save, and how.
+        resume: how to come back.
         group: the ranks of the run.
+
+    Attributes:
+        metrics: the newest record of the metrics, saved with each checkpoint.
     """
 
     def __init__(
@@ -66,75 +97,144 @@ class Checkpoints:
         facts: Mapping[str, Any],
         policy: SavePolicy,
         group: dist.ProcessGroup | None,
+        resume: ResumePolicy | None = None,
     ) -> None:
         self.policy = policy
+        self.metrics: Mapping[str, Any] = {}
         self._path = path
         self._tables = tables
         self._optimizer = optimizer
         self._state = state
         self._facts = facts
         self._group = group
-        self._saved_step: int | None = None
+        self._resume = resume or ResumePolicy()
+        is_async = policy.options.mode == "async"
+        in_background = background_group(group, policy.timeout_seconds) if is_async else None
+        self._saver = CheckpointSaver(path, group, in_background, policy.options)
         self._saved_at_seconds = time.monotonic()
+
+    @property
+    def has_failed(self) -> bool:
+        """Returns whether this rank knows of a save in the background that failed; then all ranks `settle`."""
+        return self._saver.has_failed
 
     def is_overdue(self) -> bool:
         """Returns whether this rank's clock asks for a checkpoint."""
         every = self.policy.every_seconds
         return every is not None and time.monotonic() - self._saved_at_seconds >= every
 
-    def save(self) -> None:
-        """Saves the run as it stands, unless it was saved at this very step. Collective: every rank."""
-        if self._saved_step == self._state.step:
+    def save(self, *, is_last: bool = False) -> None:
+        """Saves the run as it stands, unless it was saved at this very step. Collective: every rank.
+
+        Args:
+            is_last: whether the checkpoint must be durable on return, as at the end of the run.
+
+        Raises:
+            CheckpointError: on every rank alike; more saves in a row failed than are tolerated, or the last.
+        """
+        if is_last:
+            self._saver.settle()
+        if self._saver.step == self._state.step:
             return
+        self._saved_at_seconds = time.monotonic()
         saved = {
             **self._facts,
             "train": self._state.as_json(),
+            "metrics": {name: value for name, value in self.metrics.items() if _is_json(value)},
             "optimizer": {
                 "name": type(self._optimizer).__name__,
                 "param_groups": self._optimizer.state_dict()["param_groups"],
                 "num_skipped": self._optimizer.num_skipped,
             },
         }
-        save_checkpoint(self._path, self._state.step, self._tables.shard_views(), saved, self._group)
-        retain(self._path, self.policy.keep_last, self._group)
-        self._saved_step, self._saved_at_seconds = self._state.step, time.monotonic()
+        self._saver.save(self._state.step, self._tables.shard_views(), saved, is_last=is_last)
+
+    def settle(self) -> None:
+        """Waits for a save in the background and raises what it failed with, if it fails the run.
+
+        Collective: every rank.
+        """
+        self._saver.settle()
 
     def restore(self) -> bool:
         """Takes over the newest complete checkpoint, if there is one. Collective: every rank.
 
         Raises:
             UserError: the checkpoint was made with another optimizer or from other data.
+            CorruptCheckpointError: it is damaged, and `on_corrupt` is "error" or there is no older one that is whole.
             CheckpointError: its tensors are not those of the tables.
         """
-        latest = agree_on_latest(self._path, self._group)
-        if latest is None:
+        damaged: list[str] = []
+        while (chosen := agree_on_latest(self._path, self._group, before=damaged[-1] if damaged else None)) is not None:
+            error = self._try(chosen)
+            faults = [fault for fault in all_gather_object(_corruption(error), self._group) if fault is not None]
+            if not faults:
+                raise_together(error, self._group)
+                break
+            if self._resume.on_corrupt == "error":
+                raise CorruptCheckpointError(f"{faults[0]}. {self._hint(chosen)}") from error
+            if rank_of(self._group) == 0:
+                _logger.warning(f"{faults[0]}. {chosen} is damaged and is deleted; taking an older one")
+            damaged.append(chosen)
+        if chosen is None and damaged:
+            raise CorruptCheckpointError(f"none of the checkpoints in {self._path} is whole: {', '.join(damaged)}")
+        if chosen is None:
             return False
-        error: Exception | None = None
-        try:
-            with CheckpointReader(latest) as reader:
-                self._take_over(reader, latest)
-        except Exception as raised:
-            error = raised
-        raise_together(error, self._group)
+        # Training comes past their steps again, and a complete checkpoint is never overwritten.
+        on_first_rank("damaged checkpoints were not deleted", lambda: _remove(damaged), self._group)
         sweep_leftovers(self._path, self._group)
-        self._saved_step = self._state.step
+        self._saver.step = self._state.step
         return True
 
+    def _try(self, path: str) -> Exception | None:
+        try:
+            with CheckpointReader(path) as reader:
+                self._take_over(reader, path)
+        except Exception as error:
+            return error
+        return None
+
+    def _hint(self, path: str) -> str:
+        older = on_first_rank("looking for an older checkpoint", lambda: newest_whole(self._path, path), self._group)
+        if older is None:
+            return "No older checkpoint is whole either."
+        return f"{older} is the newest that is whole: resume.on_corrupt=fallback resumes from it."
+
     def _take_over(self, reader: CheckpointReader, path: str) -> None:
-        saved = reader.state
+        saved, load = reader.state, self._resume.load
         expected = type(self._optimizer).__name__
-        if saved["optimizer"]["name"] != expected:
+        is_reset = load.optimizer_state == "reset"
+        if saved["optimizer"]["name"] != expected and not is_reset:
             raise UserError(
-                f"{path} holds the state of {saved['optimizer']['name']}, and this run's optimizer is {expected}"
+                f"{path} holds the state of {saved['optimizer']['name']}, and this run's optimizer is {expected}: "
+                "resume.optimizer_state=reset starts its state anew"
             )
         if saved["data_fingerprint"] != self._facts["data_fingerprint"]:
             raise UserError(
                 f"{path} was trained on other data than data.path holds now: start a new run.path, or bring back "
                 "the text, the vocabulary options and the tokenizer that the run began with"
             )
-        load_shards(reader, self._tables.shard_views())
+        left_out = load_shards(reader, self._tables.shard_views(), load)
+        if left_out and rank_of(self._group) == 0:
+            _logger.warning(f"not taken from {path}, as asked, but started anew: {', '.join(left_out)}")
         self._state.restore(saved["train"])
+        self.metrics = saved.get("metrics", {})
         self._optimizer.num_skipped = saved["optimizer"]["num_skipped"]
+        if is_reset:
+            return
         for settings, was in zip(self._optimizer.param_groups, saved["optimizer"]["param_groups"], strict=True):
             # The rest is this run's configuration, which the caller has compared with the saved one.
             settings["step"] = was["step"]
+
+
+def _corruption(error: Exception | None) -> str | None:
+    return str(error) if isinstance(error, CorruptCheckpointError) else None
+
+
+def _remove(paths: list[str]) -> None:
+    for path in paths:
+        remove_checkpoint(path)
+
+
+def _is_json(value: Any) -> bool:
+    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))

@@ -16,7 +16,11 @@ _PATIENCE_SECONDS = 2.0
 
 
 class Interrupt:
-    """Notes SIGTERM and SIGINT while it is entered. A second SIGINT, a while later, ends the process at once."""
+    """Notes SIGTERM, SIGINT and SIGUSR1 while it is entered.
+
+    A second SIGINT, a while later, ends the process at once. SIGUSR1 is Slurm's warning before the time limit
+    (`--signal=USR1@120`); torchrun passes it on with `--signals-to-handle SIGTERM,SIGINT,SIGUSR1`.
+    """
 
     def __init__(self) -> None:
         self.is_asked = False
@@ -24,7 +28,7 @@ class Interrupt:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupt:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._note)
         return self
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import posixpath
 from typing import Any
 
-import fsspec
-
+from embedtrain.checkpoint import storage
 from embedtrain.data.vocabulary import Vocabulary
 
 CONFIG_NAME = "config.yaml"
@@ -27,7 +25,6 @@ class RunFolder:
 
     def __init__(self, path: str) -> None:
         self.path = path.rstrip("/")
-        self._file_system, self._root = fsspec.core.url_to_fs(self.path)
 
     def join(self, name: str) -> str:
         """Returns the URL of a file of the folder."""
@@ -46,7 +43,7 @@ class RunFolder:
     def read_config(self) -> str | None:
         """Returns the configuration that the run was started with, as YAML; None where there is no run."""
         try:
-            return str(self._file_system.cat_file(self._inside(CONFIG_NAME)).decode())
+            return storage.read(self.join(CONFIG_NAME)).decode()
         except FileNotFoundError:
             return None
 
@@ -56,16 +53,13 @@ class RunFolder:
 
     def write_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Keeps the words, so that the run can be exported without the text that it was trained on."""
-        self._file_system.makedirs(self._root, exist_ok=True)
+        storage.make_folder(self.path)
         vocabulary.save(self.join(VOCABULARY_NAME))
 
     def write_status(self, state: str, exit_status: int, **details: Any) -> None:
         """Keeps how the run ended, which torchrun's own exit status hides."""
         self._write(STATUS_NAME, json.dumps({"state": state, "exit_status": exit_status, **details}) + "\n")
 
-    def _inside(self, name: str) -> str:
-        return posixpath.join(self._root, name)
-
     def _write(self, name: str, text: str) -> None:
-        self._file_system.makedirs(self._root, exist_ok=True)
-        self._file_system.pipe_file(self._inside(name), text.encode())
+        storage.make_folder(self.path)
+        storage.replace(self.join(name), text.encode(), self.join(f"{name}.tmp"))

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from embedtrain.distributed.collectives import all_reduce_sum
 from embedtrain.distributed.runtime import rank_of
+from embedtrain.errors import NonFiniteError
 from embedtrain.metrics.sinks import MetricSink
 from embedtrain.models.objective import Objective
 from embedtrain.optim.sparse import SparseOptimizer
@@ -70,7 +71,14 @@ class Trainer:
         self._group = group
         self._window = _Window()
 
-    def run(self, sinks: Sequence[MetricSink], log_every_steps: int) -> bool:
+    def run(
+        self,
+        sinks: Sequence[MetricSink],
+        log_every_steps: int,
+        *,
+        before_save: Callable[[], None] | None = None,
+        on_step: Callable[[], None] | None = None,
+    ) -> bool:
         """Trains, logs and saves; returns whether the run is complete, not merely stopped and saved.
 
         Collective: every rank. Rank 0 alone passes sinks.
@@ -78,39 +86,58 @@ class Trainer:
         Args:
             sinks: take a record every `log_every_steps` steps and at the end.
             log_every_steps: how often.
+            before_save: collective; called on every rank before each save, which it can prevent by raising.
+            on_step: called after each step.
         """
         with Interrupt() as interrupt:
             while self.state.step < self.total_steps:
                 self._train_once()
+                if on_step is not None:
+                    on_step()
                 step = self.state.step
                 is_logged = step % log_every_steps == 0 or step == self.total_steps
                 is_due = self._checkpoints.policy.is_due(step)
                 if is_logged or is_due or step % _STEPS_BETWEEN_AGREEMENTS == 0:
-                    is_stopped, is_overdue = self._agree(interrupt.is_asked)
+                    is_stopped, is_overdue, has_failed = self._agree(interrupt.is_asked)
+                    if has_failed:
+                        self._checkpoints.settle()
                     if is_logged:
                         self._log(sinks)
                     if is_due or is_overdue or is_stopped:
-                        self._checkpoints.save()
+                        self._save(before_save, is_last=is_stopped)
                     if is_stopped and step < self.total_steps:
                         return False
-        self._checkpoints.save()
+            self._save(before_save, is_last=True)
         return True
 
+    def _save(self, before_save: Callable[[], None] | None, is_last: bool) -> None:
+        if before_save is not None:
+            before_save()
+        self._checkpoints.save(is_last=is_last)
+
     def _train_once(self) -> None:
+        try:
+            self._step_once()
+        except NonFiniteError:
+            # Raised on every rank alike: the checkpoint under way is what the run goes back to.
+            self._checkpoints.settle()
+            raise
+
+    def _step_once(self) -> None:
         batch = self._batches.batch(self.state.epoch, self.state.step_in_epoch)
         lr = self._rate(self.state.step / self.total_steps)
         objective = train_step(self._model, self._optimizer, batch, lr)
         self._window.add(objective, batch.num_words)
         self.state.advance(self._batches.steps_per_epoch)
 
-    def _agree(self, is_asked_to_stop: bool) -> tuple[bool, bool]:
-        """Sums up what the ranks did since they last agreed, and whether any wants to stop or save."""
+    def _agree(self, is_asked_to_stop: bool) -> tuple[bool, bool, bool]:
+        """Sums up what the ranks did since they last agreed; whether any wants to stop or save, or failed to save."""
         is_overdue = rank_of(self._group) == 0 and self._checkpoints.is_overdue()
-        flags = [float(is_asked_to_stop), float(is_overdue)]
+        flags = [float(is_asked_to_stop), float(is_overdue), float(self._checkpoints.has_failed)]
         sums = all_reduce_sum(torch.tensor([*self._window.local, *flags], dtype=torch.float64), self._group).tolist()
         self.state.words += int(sums[2])
         self.state.seconds += self._window.close(sums[:3])
-        return sums[3] > 0, sums[4] > 0
+        return sums[3] > 0, sums[4] > 0, sums[5] > 0
 
     def _log(self, sinks: Sequence[MetricSink]) -> None:
         loss, words_per_second = self._window.report()
@@ -124,6 +151,7 @@ class Trainer:
         }
         if self._optimizer.num_skipped:
             record["skipped_steps"] = self._optimizer.num_skipped
+        self._checkpoints.metrics = record
         for sink in sinks:
             sink.log(record)
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ class Job:
     """How to start embedtrain as a user does, in a folder of the test's own."""
 
     folder: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def text_path(self) -> Path:
@@ -45,7 +46,12 @@ class Job:
         return subprocess.Popen(
             command,
             cwd=self.folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+            env={
+                **os.environ,
+                **self.environment,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(Path(__file__).parents[2]),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -73,9 +79,8 @@ class Job:
         return np.load(output)
 
 
-@pytest.fixture
-def job(tmp_path: Path) -> Job:
-    """A small text of a few topics: the words of a topic stand near each other."""
+def make_job(folder: Path, environment: Mapping[str, str] | None = None) -> Job:
+    """Writes a configuration and a small text of a few topics: the words of a topic stand near each other."""
     generator = np.random.default_rng(7)
     letters = "bcdfghjklmnpqrst"
     words = [[f"{a}{t}{b}" for a in letters for b in "aeiou"] for t in "xzvw"[:NUM_TOPICS]]
@@ -84,14 +89,19 @@ def job(tmp_path: Path) -> Job:
         topic = words[generator.integers(NUM_TOPICS)]
         picked = (generator.random(generator.integers(4, 15)) ** 2 * len(topic)).astype(int)
         lines.append(" ".join(topic[i] for i in picked))
-    (tmp_path / "corpus.txt").write_text("\n".join(lines))
-    (tmp_path / "config.yaml").write_text(
+    (folder / "corpus.txt").write_text("\n".join(lines))
+    (folder / "config.yaml").write_text(
         "table: {dim: 16}\n"
         "train: {epochs: 3, words_per_step: 256, block_words: 64}\n"
         "word2vec: {sample: 0}\n"
         "log: {every_steps: 20, tensorboard: false}\n"
     )
-    return Job(tmp_path)
+    return Job(folder, environment or {})
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return make_job(tmp_path)
 
 
 @pytest.fixture

@@ -55,6 +55,20 @@ def test_a_rank_killed_in_mid_run_costs_nothing_but_time(job: Job, wait_until: W
     assert without_times(metrics(job, "killed")) == without_times(metrics(job, "whole"))
 
 
+def test_a_run_killed_among_deltas_ends_where_it_would_have(job: Job, wait_until: Wait) -> None:
+    deltas = ("train.epochs=6", "checkpoint.every_steps=20", "checkpoint.keep_last=1", "checkpoint.full_every=4")
+    assert job.run(*job.train_arguments("whole", "train.epochs=6", "checkpoint.mode=sync"), ranks=2).returncode == 0
+    launcher = job.start(*job.train_arguments("killed", *deltas), ranks=2)
+    wait_until(lambda: num_checkpoints(job, "killed") >= 3, launcher)
+    ranks_of(launcher)[1].send_signal(signal.SIGKILL)
+    launcher.communicate(timeout=60)
+    resumed = job.run(*job.train_arguments("killed", *deltas), ranks=2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming at step" in resumed.stderr
+    np.testing.assert_array_equal(job.vectors("killed"), job.vectors("whole"))
+    assert job.run("inspect", "killed", "--verify").returncode == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_asked_to_stop_saves_and_says_so(job: Job, wait_until: Wait, number: signal.Signals) -> None:
     assert job.run(*job.train_arguments("whole", *LONG)).returncode == 0

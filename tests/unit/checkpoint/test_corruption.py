@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 
 from embedtrain.checkpoint import CheckpointReader, load_shards, verify
 from embedtrain.checkpoint import manifest as manifest_module
-from embedtrain.checkpoint.reader import read_manifest
+from embedtrain.checkpoint.chain import read_manifest
 from embedtrain.errors import CheckpointError, CorruptCheckpointError
 from tests.unit.checkpoint.example import example_tables, save, views_of
 
@@ -189,8 +190,8 @@ def pieces_in(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_another_format_version_is_told_from_damage(folder: Path) -> None:
-    rewrite(folder, lambda document: document.update(version=2))
-    with pytest.raises(CheckpointError, match="format version 2; this embedtrain reads version 1") as caught:
+    rewrite(folder, lambda document: document.update(version=3))
+    with pytest.raises(CheckpointError, match="format version 3; this embedtrain reads versions 1 and 2") as caught:
         CheckpointReader(str(folder))
     assert not isinstance(caught.value, CorruptCheckpointError)
 
@@ -247,3 +248,41 @@ def test_a_folder_without_a_manifest_is_not_a_checkpoint(folder: Path) -> None:
     (folder / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"is not a complete checkpoint: it has no manifest\.json"):
         CheckpointReader(str(folder))
+
+
+def test_a_forged_checkpoint_whose_checksums_are_right_cannot_run_code(folder: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    payload = pickle.dumps(_Payload(marker))
+    originals = {file: file.read_bytes() for file in tensor_files(folder)}
+    for file, data in originals.items():
+        forged = payload.ljust(len(data), b"\0")
+        file.write_bytes(forged)
+        sums = [xxhash.xxh3_128_hexdigest(forged[start : start + 64]) for start in range(0, len(forged), 64)]
+        rewrite(folder, lambda d, name=file.name, sums=sums: d["files"][name].update(checksums=sums))
+    verify(str(folder))  # the bytes are what the forger wrote
+    tables = {name: torch.zeros_like(table) for name, table in example_tables().items()}
+    with CheckpointReader(str(folder)) as reader:
+        load_shards(reader, views_of(tables))  # numbers, whatever the bytes
+        with pytest.raises(CorruptCheckpointError, match="is not a safetensors file"):
+            reader.replicated()
+    assert not marker.exists()
+
+
+def test_a_forged_state_stays_data(folder: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    forged = {
+        "__reduce__": ["os.mkdir", [str(marker)]],
+        "py/object": "os.mkdir",
+        "config": f"${{oc.env:HOME}}!!python/object/apply:os.mkdir ['{marker}']",
+        "__proto__": {"depth": 1},
+    }
+    rewrite(folder, lambda document: document.update(state=forged))
+    with CheckpointReader(str(folder)) as reader:
+        assert reader.state == forged
+    (folder / "manifest.json").write_bytes(b"[" * 100_000)
+    with pytest.raises(CorruptCheckpointError):
+        CheckpointReader(str(folder))
+    (folder / "manifest.json").write_bytes(pickle.dumps(_Payload(marker)))
+    with pytest.raises(CorruptCheckpointError):
+        CheckpointReader(str(folder))
+    assert not marker.exists()

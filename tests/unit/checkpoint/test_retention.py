@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from embedtrain.checkpoint import (
+    Retention,
     agree_on_latest,
     find_checkpoints,
     latest_checkpoint,
@@ -57,21 +58,21 @@ def test_all_ranks_take_what_rank_0_finds(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     ("keep_last", "kept"),
-    [(None, [1, 2, 3, 4]), (0, [1, 2, 3, 4]), (1, [4]), (3, [2, 3, 4]), (9, [1, 2, 3, 4])],
+    [(None, [1, 2, 3, 4]), (1, [4]), (3, [2, 3, 4]), (9, [1, 2, 3, 4])],
 )
 @pytest.mark.parametrize("base", ["local", "memory"])
 def test_the_newest_are_kept(base: str, keep_last: int | None, kept: list[int], tmp_path: Path) -> None:
     root = str(tmp_path) if base == "local" else f"memory://{tmp_path.name}-{keep_last}"
     paths = save_steps(root, 1, 2, 3, 4)
-    deleted = retain(root, keep_last, None)
+    deleted = retain(root, Retention(keep_last), None)
     assert [found.step for found in find_checkpoints(root)] == kept
     assert deleted == paths[: 4 - len(kept)]
     assert sorted(storage.list_folders(root)) == [storage.base_name(path) for path in paths[4 - len(kept) :]]
 
 
 def test_a_negative_count_is_the_users_mistake(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="keep_last must be at least 0, got -1"):
-        retain(str(tmp_path), -1, None)
+    with pytest.raises(UserError, match=r"keep_last must be at least 1, .* got -1"):
+        retain(str(tmp_path), Retention(-1), None)
 
 
 def test_deletion_that_stops_half_way_leaves_nothing_that_counts(
@@ -91,11 +92,11 @@ def test_deletion_that_stops_half_way_leaves_nothing_that_counts(
 
         monkeypatch.setattr(storage, "remove", remove_some)
         with pytest.raises(CheckpointError, match="were not deleted: PermissionError: not allowed"):
-            retain(root, 1, None)
+            retain(root, Retention(1), None)
         for found in find_checkpoints(root):
             verify(found.path)
     monkeypatch.setattr(storage, "remove", remove)
-    retain(root, 1, None)
+    retain(root, Retention(1), None)
     assert latest_checkpoint(root) == paths[2]
     assert len(sweep_leftovers(root, None)) > 0
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000003"]

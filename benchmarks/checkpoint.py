@@ -1,0 +1,261 @@
+"""Checkpoints beside the plainest way to move the same bytes, and beside torch's own distributed checkpoint.
+
+    python benchmarks/checkpoint.py --gigabytes 4 --ranks 1 2 --path /mnt/disk/benchmark
+
+Each repeat takes its turn with each way, on files that the page cache does not hold: plain writes with fsync and
+plain reads of the same bytes by as many processes, `save_checkpoint` and `load_shards`, and
+`torch.distributed.checkpoint` with its file writer. Then a training of Zipf(1.05) traffic saves in the background:
+how long the longest step and the call of `save` take beside the median step, how much memory that takes, and how
+many bytes a delta has beside a full save.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+
+import embedtrain as et
+from embedtrain.checkpoint import CheckpointReader, CheckpointSaver, SaveOptions, load_shards, save_checkpoint
+from embedtrain.checkpoint.header import row_blocks
+from embedtrain.distributed.collectives import all_gather_object, barrier
+from embedtrain.distributed.runtime import background_group, rank_of
+
+DIM = 64
+ROW_BYTES = 4 * (DIM + 1)
+ZIPF_EXPONENT = 1.05
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        num_bytes: of weights and optimizer state over all ranks.
+        repeats: how often each way takes its turn.
+        steps: steps between two saves of the training.
+        ids_per_step: ids that each rank looks up a step.
+        path: folder that is written to.
+    """
+
+    num_bytes: int
+    repeats: int
+    steps: int
+    ids_per_step: int
+    path: str
+
+
+class Bench:
+    """One rank of a measurement."""
+
+    def __init__(self, settings: Settings, group: dist.ProcessGroup | None) -> None:
+        self.settings = settings
+        self.group = group
+        self.rank = rank_of(group)
+        self.num_rows = settings.num_bytes // ROW_BYTES
+        self.tables = et.EmbeddingCollection([et.TableSpec("item", self.num_rows, DIM)], process_group=group)
+        self.optimizer = et.optim.RowwiseAdagrad(self.tables, lr=0.01)
+        self.views = self.tables.shard_views()
+        self.generator = torch.Generator().manual_seed(self.rank)
+
+    def seconds(self, action: Callable[[], object]) -> float:
+        """Returns how long the slowest rank takes, all starting together."""
+        barrier(self.group)
+        start = time.perf_counter()
+        action()
+        return max(all_gather_object(time.perf_counter() - start, self.group))
+
+    def measure_files(self) -> dict[str, list[float]]:
+        """Returns the seconds of each way to write and to read."""
+        found: dict[str, list[float]] = {}
+        for repeat in range(self.settings.repeats):
+            folder = Path(self.settings.path) / f"repeat-{repeat}"
+            folder.mkdir(parents=True, exist_ok=True)
+            ways: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+                "plain": (lambda f=folder: self.write_plainly(f), lambda f=folder: self.read_plainly(f)),
+                "embedtrain": (lambda f=folder: self.save(f), lambda f=folder: self.load(f)),
+                "dcp": (lambda f=folder: self.save_by_dcp(f), lambda f=folder: self.load_by_dcp(f)),
+            }
+            order = list(ways)[repeat % 3 :] + list(ways)[: repeat % 3]
+            for name in order:
+                found.setdefault(f"save {name}", []).append(self.seconds(ways[name][0]))
+            self.drop_from_page_cache(folder)
+            for name in order:
+                found.setdefault(f"load {name}", []).append(self.seconds(ways[name][1]))
+            barrier(self.group)
+            if self.rank == 0:
+                shutil.rmtree(folder)
+        return found
+
+    def write_plainly(self, folder: Path) -> None:
+        """Writes the bytes of the shards and makes them durable."""
+        with open(folder / f"plain-{self.rank}", "wb", buffering=0) as file:
+            for view in self.views:
+                for block in row_blocks(view.tensor):
+                    file.write(block.numpy().data)
+            os.fsync(file.fileno())
+
+    def read_plainly(self, folder: Path) -> None:
+        """Reads them back in place."""
+        with open(folder / f"plain-{self.rank}", "rb", buffering=0) as file:
+            for view in self.views:
+                for block in row_blocks(view.tensor):
+                    file.readinto(block.numpy().data)
+
+    def save(self, folder: Path) -> None:
+        """Saves as embedtrain does."""
+        save_checkpoint(str(folder), 1, self.views, {}, self.group)
+
+    def load(self, folder: Path) -> None:
+        """Loads as embedtrain does."""
+        with CheckpointReader(str(folder / "step-000000001")) as reader:
+            load_shards(reader, self.views)
+
+    def save_by_dcp(self, folder: Path) -> None:
+        """Saves by torch's file writer."""
+        dcp.save(
+            self.tables.state_dict(),
+            storage_writer=dcp.FileSystemWriter(str(folder / "dcp")),
+            process_group=self.group,
+            no_dist=self.group is None,
+        )
+
+    def load_by_dcp(self, folder: Path) -> None:
+        """Loads by torch's file reader."""
+        reader = dcp.FileSystemReader(str(folder / "dcp"))
+        dcp.load(self.tables.state_dict(), storage_reader=reader, process_group=self.group, no_dist=self.group is None)
+
+    def drop_from_page_cache(self, folder: Path) -> None:
+        """Has the next reads come from the disk."""
+        if self.rank == 0:
+            for path in filter(Path.is_file, folder.rglob("*")):
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def train_once(self) -> float:
+        """Trains a step of Zipf traffic; returns its seconds."""
+        uniform = torch.rand(self.settings.ids_per_step, generator=self.generator, dtype=torch.float64)
+        power = 1 - ZIPF_EXPONENT
+        ids = ((1 + uniform * (self.num_rows**power - 1)) ** (1 / power)).long() - 1
+        start = time.perf_counter()
+        vectors = self.tables({"item": et.Jagged.from_ids(ids.clamp(0, self.num_rows - 1))})
+        vectors["item"].sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - start
+
+    def measure_training(self) -> dict[str, float]:
+        """Returns what saving in the background costs, and how large a delta is."""
+        folder = Path(self.settings.path) / "training"
+        background = background_group(self.group, 600.0)
+        median = statistics.median([self.train_once() for _ in range(self.settings.steps)][5:])
+        saver = CheckpointSaver(str(folder), self.group, background, SaveOptions(full_every=2))
+        sizes: list[int] = []
+        found: dict[str, float] = {"median step, seconds": median}
+        for number, kind in enumerate(("full", "delta")):
+            before = resident_bytes()
+            peak = before
+            start = time.perf_counter()
+            saver.save(number, self.views, {})
+            found[f"call of save, {kind}, seconds"] = time.perf_counter() - start
+            steps = []
+            # Steps are collective: the ranks go on until the last one has written its part.
+            while any(all_gather_object(not saver.is_idle, self.group)):
+                steps.append(self.train_once())
+                peak = max(peak, resident_bytes())
+            found[f"steps during a {kind} save"] = len(steps)
+            if steps:
+                found[f"longest step during a {kind} save, seconds"] = max(steps)
+                found[f"median step during a {kind} save, seconds"] = statistics.median(steps)
+            found[f"until durable, {kind}, seconds"] = time.perf_counter() - start
+            found[f"extra memory of a {kind} save, bytes"] = peak - before
+            saver.settle()
+            sizes.append(sum(path.stat().st_size for path in (folder / f"step-{number:09d}").iterdir()))
+            if kind == "full":
+                remaining = max(0, self.settings.steps - len(steps))
+                for _ in range(remaining):
+                    self.train_once()
+                found["steps between the full save and the delta"] = len(steps) + remaining
+        found["bytes of a delta beside a full save"] = sizes[1] / sizes[0]
+        barrier(self.group)
+        found["copy of all rows to a reused buffer, seconds"] = self.copy_seconds()
+        if self.rank == 0:
+            shutil.rmtree(folder)
+        return found
+
+    def copy_seconds(self) -> float:
+        """Returns how long training would stop if all rows were copied before it went on."""
+        buffers = [torch.zeros_like(view.tensor) for view in self.views]
+
+        def copy() -> None:
+            for buffer, view in zip(buffers, self.views, strict=True):
+                buffer.copy_(view.tensor)
+
+        return self.seconds(copy)
+
+
+def resident_bytes() -> int:
+    """Returns the memory of this process, without the page cache."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def run_rank(rank: int, world_size: int, store_path: str, settings: Settings) -> None:
+    """Measures as one of the ranks; rank 0 prints."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    group = None
+    if world_size > 1:
+        store = dist.FileStore(store_path, world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=10))
+        group = dist.group.WORLD
+    bench = Bench(settings, group)
+    files = bench.measure_files()
+    training = all_gather_object(bench.measure_training(), group)
+    if rank == 0:
+        num_bytes = bench.num_rows * ROW_BYTES
+        print(f"\n{world_size} ranks, {num_bytes / 1e9:.2f} GB of weights and optimizer state")
+        for name, seconds in sorted(files.items()):
+            plain = files[name.split()[0] + " plain"]
+            ratios = [a / b for a, b in zip(plain, seconds, strict=True)]
+            rates = ", ".join(f"{num_bytes / each / 1e9:.2f}" for each in seconds)
+            print(f"  {name:<16} GB/s {rates}; median ratio to plain {statistics.median(ratios):.2f}")
+        for name in training[0]:
+            print(f"  {name:<52} {max(found.get(name, 0) for found in training):,.6g}")
+    if group is not None:
+        dist.destroy_process_group()
+
+
+def main() -> None:
+    """Measures with each number of ranks in turn."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="of state over all ranks (4)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200, help="steps between two saves of the training (200)")
+    parser.add_argument("--ids", type=int, default=4096, help="ids that each rank looks up a step (4096)")
+    parser.add_argument("--path", help="folder on the disk to measure; a temporary one")
+    options = parser.parse_args()
+    for world_size in options.ranks:
+        with tempfile.TemporaryDirectory(dir=options.path) as folder:
+            settings = Settings(
+                int(options.gigabytes * 1e9), options.repeats, options.steps, options.ids, str(Path(folder) / "files")
+            )
+            arguments = (world_size, str(Path(folder) / "store"), settings)
+            mp.start_processes(run_rank, arguments, nprocs=world_size, start_method="spawn")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Filling a model's shards from a checkpoint: all of it, or what was asked for by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from embedtrain.checkpoint.manifest import TensorInfo, canonical_json
+from embedtrain.checkpoint.reader import CONVERTIBLE, CheckpointReader
+from embedtrain.checkpoint.view import ShardView
+from embedtrain.errors import CheckpointError, UserError
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What may differ between a checkpoint and the model that it is loaded into.
+
+    Attributes:
+        convert_dtype: whether bfloat16 weights may be loaded as float32, and float32 as bfloat16.
+        optimizer_state: "require" loads it; "reset" leaves it as it was made, whatever the checkpoint holds.
+        tables: load these only, and leave the others as they were made; None for all.
+    """
+
+    convert_dtype: bool = False
+    optimizer_state: Literal["require", "reset"] = "require"
+    tables: Sequence[str] | None = None
+
+    def selects(self, name: str) -> bool:
+        """Returns whether the tensor is to be loaded."""
+        table, _, kind = name.rpartition("/")
+        is_wanted = self.tables is None or table in self.tables
+        return is_wanted and (self.optimizer_state == "require" or kind == "weight")
+
+
+def load_shards(reader: CheckpointReader, shards: Sequence[ShardView], options: LoadOptions | None = None) -> list[str]:
+    """Fills the shards' tensors in place, whatever number of ranks saved the checkpoint.
+
+    No collective; the shards of a rank name every tensor of the checkpoint, with zero rows where the rank
+    holds none. Nothing is loaded where anything differs that the options do not allow for.
+
+    Returns:
+        The names of the tensors that were left as they were.
+
+    Raises:
+        UserError: `options` names a table that the model or the checkpoint does not have.
+        CheckpointError: names, shapes, dtypes or layouts differ; the message lists all that do.
+        CorruptCheckpointError: as in `CheckpointReader`; what was filled by then is not to be used.
+    """
+    options = options or LoadOptions()
+    _check_tables(reader, shards, options)
+    wanted = [view for view in shards if options.selects(view.name)]
+    saved = {name: info for name, info in reader.tensors.items() if options.selects(name)}
+    differences = list(_differences(saved, wanted, options.convert_dtype))
+    if differences:
+        raise CheckpointError(f"{reader.path} does not fit the model:\n  " + "\n  ".join(differences))
+    for view in wanted:
+        if view.changes is not None:
+            view.changes.before_update_of_all()
+        reader.read_into(view.name, view.offset, view.tensor)
+    return [view.name for view in shards if not options.selects(view.name)]
+
+
+def _check_tables(reader: CheckpointReader, shards: Sequence[ShardView], options: LoadOptions) -> None:
+    places = {"the model": [view.name for view in shards], reader.path: list(reader.tensors)}
+    for place, names in places.items():
+        tables = {name.rpartition("/")[0] for name in names}
+        missing = sorted(set(options.tables or []) - tables)
+        if missing:
+            raise UserError(f"there is no table {', '.join(missing)} to load in {place}; it has {sorted(tables)}")
+
+
+def _differences(tensors: Mapping[str, TensorInfo], shards: Sequence[ShardView], converts: bool) -> Iterator[str]:
+    expected = {view.name for view in shards}
+    for name in sorted(expected - tensors.keys()):
+        yield f"{name}: missing in the checkpoint"
+    for name in sorted(tensors.keys() - expected):
+        yield f"{name}: only in the checkpoint"
+    for view in shards:
+        info = tensors.get(view.name)
+        if info is None:
+            continue
+        if info.shape != view.global_shape:
+            yield f"{view.name}: shape {info.shape} in the checkpoint, {view.global_shape} in the model"
+        is_converted = converts and {info.dtype, view.tensor.dtype} == CONVERTIBLE
+        if info.dtype != view.tensor.dtype and not is_converted:
+            yield f"{view.name}: {info.dtype} in the checkpoint, {view.tensor.dtype} in the model"
+        if canonical_json(info.layout) != canonical_json(view.layout):
+            yield f"{view.name}: layout {info.layout} in the checkpoint, {dict(view.layout)} in the model"

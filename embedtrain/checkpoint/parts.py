@@ -1,0 +1,132 @@
+"""`TensorPart`: what a rank writes of a global tensor, and where its rows come from."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embedtrain.checkpoint.changes import MemoryBudget, RowChanges, RowSnapshot
+from embedtrain.checkpoint.header import row_blocks, selected_blocks
+from embedtrain.checkpoint.view import ShardView
+
+_Table = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TensorPart:
+    """A rank's rows of the global tensor `name`: a whole range, or in a delta those of it that were touched.
+
+    Attributes:
+        name: as in `ShardView`.
+        global_shape: as in `ShardView`.
+        dtype: dtype of the elements.
+        layout: as in `ShardView`.
+        offset: first row of the range.
+        span: rows of the range.
+        slots: [n] int64 on the CPU, the rows of the range that are written, ascending; None for all.
+            Parts of tensors whose rows change together share one.
+        blocks: returns the rows that are written, in blocks on the CPU, each valid until the next.
+    """
+
+    name: str
+    global_shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: Mapping[str, Any]
+    offset: int
+    span: int
+    slots: Tensor | None
+    blocks: Callable[[], Iterable[Tensor]]
+
+    @property
+    def num_rows(self) -> int:
+        """Returns how many rows are written."""
+        return self.span if self.slots is None else len(self.slots)
+
+    def like(self) -> Tensor:
+        """Returns a tensor without memory, of the shape and dtype of what is written."""
+        return torch.empty((self.num_rows, *self.global_shape[1:]), dtype=self.dtype, device="meta")
+
+
+def whole_parts(shards: Iterable[ShardView]) -> list[TensorPart]:
+    """Returns the shards with all their rows, read in place: nobody may change them until all is written."""
+    return [_part(view, None, functools.partial(row_blocks, view.tensor)) for view in shards]
+
+
+class StagedParts:
+    """The shards as they are now, to be written at once, or while an optimizer goes on changing them.
+
+    Rows that change through `RowChanges` are copied on write; other shards are copied here.
+
+    Args:
+        shards: this rank's parts.
+        is_delta: whether only the rows touched since the last staging are wanted.
+        budget: bounds the memory of copies; None where nobody changes the shards until all is written.
+
+    Attributes:
+        parts: what is to be written; the blocks of each are read once, in any order of parts.
+    """
+
+    def __init__(self, shards: Sequence[ShardView], *, is_delta: bool, budget: MemoryBudget | None) -> None:
+        self._groups: dict[int, RowChanges] = {id(view.changes): view.changes for view in shards if view.changes}
+        touched = {key: changes.touched_since_last_taken() for key, changes in self._groups.items()}
+        self._snapshots: dict[int, RowSnapshot] = {}
+        if budget is not None:
+            for key, changes in self._groups.items():
+                self._snapshots[key] = changes.snapshot(budget, touched[key] if is_delta else None)
+        self._num_unread = Counter(_table_of(view) for view in shards)
+        rows: dict[_Table, Tensor] = {}
+        slots: dict[_Table, Tensor] = {}
+        for view in shards if is_delta else ():
+            table, group = _table_of(view), touched.get(id(view.changes))
+            if group is not None and table not in rows:
+                local = group[view.first_row : view.first_row + len(view.tensor)].nonzero().squeeze(1)
+                rows[table], slots[table] = local + view.first_row, local.cpu() + view.offset
+        self.parts = [
+            _part(view, slots.get(_table_of(view)), self._source(view, rows.get(_table_of(view)), budget is not None))
+            for view in shards
+        ]
+
+    def release(self) -> None:
+        """Lets go of all copies, and of updates that wait for rows to be read."""
+        for changes in self._groups.values():
+            changes.release()
+
+    def _source(self, view: ShardView, rows: Tensor | None, is_changing: bool) -> Callable[[], Iterable[Tensor]]:
+        if view.changes is not None and is_changing:
+            return functools.partial(self._snapshot_blocks, view, rows)
+        if rows is not None:
+            return functools.partial(selected_blocks, view.tensor, rows - view.first_row)
+        return functools.partial(row_blocks, view.tensor.detach().clone() if is_changing else view.tensor)
+
+    def _snapshot_blocks(self, view: ShardView, rows: Tensor | None) -> Iterator[Tensor]:
+        table, snapshot = _table_of(view), self._snapshots[id(view.changes)]
+        self._num_unread[table] -= 1
+        wanted = range(view.first_row, view.first_row + len(view.tensor)) if rows is None else rows
+        name = view.name.rpartition("/")[2]
+        yield from snapshot.blocks(name, wanted, is_last=self._num_unread[table] == 0)
+        if not any(self._num_unread[each] for each in self._num_unread if each[0] == table[0]):
+            snapshot.finish()
+
+
+def _table_of(view: ShardView) -> _Table:
+    """Returns what the shards of one table have in common: the same rows of the same group."""
+    return id(view.changes), view.first_row
+
+
+def _part(view: ShardView, slots: Tensor | None, blocks: Callable[[], Iterable[Tensor]]) -> TensorPart:
+    return TensorPart(
+        view.name,
+        view.global_shape,
+        view.tensor.dtype,
+        dict(view.layout),
+        view.offset,
+        len(view.tensor),
+        slots,
+        blocks,
+    )

@@ -1,0 +1,99 @@
+"""Saves in the background on real ranks, with the optimizer that they must not wait for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import embedtrain as et
+from embedtrain.checkpoint import (
+    CheckpointReader,
+    CheckpointSaver,
+    SaveOptions,
+    find_checkpoints,
+    load_shards,
+    storage,
+)
+from embedtrain.distributed.runtime import background_group, rank_of
+from embedtrain.errors import CheckpointError
+from embedtrain.testing.ranks import run_ranks
+
+Group = dist.ProcessGroup | None
+TABLES = [et.TableSpec("item", 1001, 8), et.TableSpec("user", 3, 8), et.TableSpec("word", 200, 4, dtype=torch.bfloat16)]
+NAMES = [("item", "weight"), ("item", "accumulator"), ("user", "weight"), ("word", "weight"), ("word", "accumulator")]
+
+
+def _train(tables: et.EmbeddingCollection, optimizer: et.optim.RowwiseAdagrad, step: int, group: Group) -> None:
+    generator = torch.Generator().manual_seed(100 * step + rank_of(group))
+    batch = {
+        spec.name: et.Jagged.from_ids(torch.randint(0, spec.num_rows, (40,), generator=generator)) for spec in TABLES
+    }
+    sum(vectors.sum() for vectors in tables(batch).values()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _whole(tables: et.EmbeddingCollection) -> list[torch.Tensor]:
+    return [tables.gather_table(table, name).clone() for table, name in NAMES]
+
+
+def _save_while_training(group: Group, root: str) -> list[list[torch.Tensor]]:
+    tables = et.EmbeddingCollection(TABLES, process_group=group)
+    optimizer = et.optim.RowwiseAdagrad(tables, lr=0.1)
+    saver = CheckpointSaver(root, group, background_group(group, 60.0), SaveOptions(full_every=4))
+    expected = []
+    for step in range(1, 25):
+        _train(tables, optimizer, step, group)
+        if step % 4 == 0:
+            expected.append(_whole(tables))
+            saver.save(step, tables.shard_views(), {}, is_last=step == 24)
+    return expected
+
+
+def _load(group: Group, path: str) -> list[torch.Tensor]:
+    tables = et.EmbeddingCollection(TABLES, process_group=group)
+    et.optim.RowwiseAdagrad(tables)
+    with CheckpointReader(path) as reader:
+        load_shards(reader, tables.shard_views())
+    return _whole(tables)
+
+
+@pytest.mark.parametrize(("saved_on", "loaded_on"), [(1, 2), (2, 3), (3, 1), (4, 2)])
+def test_chains_saved_on_m_ranks_load_on_n(saved_on: int, loaded_on: int, tmp_path: Path) -> None:
+    expected = run_ranks(saved_on, _save_while_training, str(tmp_path))[0]
+    found = find_checkpoints(str(tmp_path))
+    assert [checkpoint.step for checkpoint in found] == [4, 8, 12, 16, 20, 24]
+    for number in (0, 3, 5):
+        loaded = run_ranks(loaded_on, _load, found[number].path)[0]
+        for tensor, other in zip(loaded, expected[number], strict=True):
+            assert torch.equal(tensor, other)
+
+
+def _fail_on_one_rank(group: Group, root: str) -> tuple[int, str]:
+    if rank_of(group) == 1:
+
+        def full(url: str, chunks: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        storage.write = full
+    tables = et.EmbeddingCollection(TABLES, process_group=group)
+    optimizer = et.optim.RowwiseAdagrad(tables, lr=0.1)
+    saver = CheckpointSaver(root, group, background_group(group, 60.0), SaveOptions(max_failures=1))
+    for step in range(1, 10):
+        _train(tables, optimizer, step, group)
+        try:
+            saver.save(step, tables.shard_views(), {})
+        except CheckpointError as error:
+            return step, str(error)
+    return 0, ""
+
+
+def test_a_failure_in_the_background_of_one_rank_is_raised_on_all(tmp_path: Path) -> None:
+    first, second = run_ranks(2, _fail_on_one_rank, str(tmp_path))
+    assert first == second
+    assert first[0] == 3
+    assert "rank 1: OSError: [Errno 28] No space left on device (failed saves in a row: 2)" in first[1]
+    assert find_checkpoints(str(tmp_path)) == []
