@@ -25,10 +25,27 @@ def load_config(path: str | None, overrides: Sequence[str]) -> Config:
     Raises:
         UserError: the file cannot be read, or a key or value is wrong; the message says what was meant.
     """
-    layers: list[tuple[str, DictConfig]] = []
-    if path is not None:
-        layers.append((path, _read_yaml(path)))
-    layers.extend((f"{override!r}", _parse_override(override)) for override in overrides)
+    layers: list[tuple[str, DictConfig]] = [] if path is None else [(path, _read_yaml(path))]
+    layers += [(f"{override!r}", _parse_override(override)) for override in overrides]
+    return _compose(layers)
+
+
+def config_from_yaml(text: str, source: str) -> Config:
+    """Returns the configuration that `to_yaml` wrote.
+
+    Args:
+        text: YAML.
+        source: where it comes from, for messages.
+
+    Raises:
+        UserError: a key or value is wrong.
+    """
+    created = OmegaConf.create(text)
+    assert isinstance(created, DictConfig)
+    return _compose([(source, created)])
+
+
+def _compose(layers: Sequence[tuple[str, DictConfig]]) -> Config:
     model = _model_of(layers)
     merged = OmegaConf.structured(model)
     for source, layer in layers:
