@@ -116,9 +116,8 @@ class EmbeddingCollection(nn.Module):
         batch = dict(batch)
         members, requests = self._exchange_ids(batch)
         ((number, names),) = members.items()
+        inverse = requests[number].inverse
         vectors = exchange_vectors(self.row_groups[number], requests[number])
-        inverse = requests[number].distinct.inverse
-        assert inverse is not None
         sizes = [batch[name].values.numel() for name in names]
         return vectors, dict(zip(names, inverse.split(sizes), strict=True))
 

@@ -31,12 +31,14 @@ class RowRequest:
     def __init__(
         self,
         keys: Tensor,
+        bound: int,
         distinct: SortedKeys | None = None,
         ask_counts: Sequence[int] = (),
         owe_counts: Sequence[int] = (),
         rows: Tensor | None = None,
     ) -> None:
         self.keys = keys
+        self._bound = bound  # all keys are below it
         self.ask_counts = list(ask_counts)
         self.owe_counts = list(owe_counts)
         self._rows = rows
@@ -56,8 +58,16 @@ class RowRequest:
     def distinct(self) -> SortedKeys:
         """The distinct keys; sorted when first asked for, which a look-up without gradient never does."""
         if self._distinct is None:
-            self._distinct = sort_unique(self.keys)
+            self._distinct = sort_unique(self.keys, bound=self._bound, with_inverse=False)
         return self._distinct
+
+    @property
+    def inverse(self) -> Tensor:
+        """[num_keys] int64; where each key's row lies among the distinct ones."""
+        if self._distinct is None or self._distinct.inverse is None:
+            self._distinct = sort_unique(self.keys, bound=self._bound)
+        assert self._distinct.inverse is not None
+        return self._distinct.inverse
 
 
 def exchange_ids(
@@ -82,7 +92,7 @@ def exchange_ids(
     if world_size == 1:
         if error is not None:
             raise error
-        return [RowRequest(group_keys) for group_keys in keys]
+        return [RowRequest(group_keys, group.num_local_rows) for group, group_keys in zip(groups, keys, strict=True)]
     device = groups[0].weight.device
     distinct: list[SortedKeys] = []
     counts = torch.zeros(world_size, len(groups) + 1, dtype=torch.int64, device=device)
@@ -105,7 +115,9 @@ def exchange_ids(
         wire_type = torch.int32 if group.num_local_rows < 1 << 31 else torch.int64
         wanted = (distinct[column].unique % group.num_local_rows).to(wire_type)
         rows = all_to_all_rows(wanted, ask_counts, owe_counts, process_group).long()
-        requests.append(RowRequest(group_keys, distinct[column], ask_counts, owe_counts, rows))
+        requests.append(
+            RowRequest(group_keys, world_size * group.num_local_rows, distinct[column], ask_counts, owe_counts, rows)
+        )
     return requests
 
 
@@ -185,8 +197,7 @@ class _LookUpBags(torch.autograd.Function):
         ctx.group, ctx.request, ctx.bags = group, request, bags
         # One rank pools straight from the table.
         source = group.weight if request.is_local else _fetch(group, request)
-        index = request.keys if request.is_local else request.distinct.inverse
-        assert index is not None
+        index = request.keys if request.is_local else request.inverse
         ctx.vectors = (source, index) if any(ctx.needs_input_grad[4:]) else None
         return tuple(pool_rows(source, index, bags))
 

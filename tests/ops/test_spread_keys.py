@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from embedtrain.ops.row_memory import allocate_rows
+from embedtrain.ops.row_memory import allocate_rows, empty_buffer
 from embedtrain.ops.spread_keys import SpreadTable, spread_keys
 from embedtrain.sharding.layout import SpreadLayout
 
@@ -40,3 +40,16 @@ def test_memory_for_rows_is_filled(backend: str) -> None:
     device = torch.device("cpu")
     assert torch.equal(allocate_rows((3000, 5), 0.5, torch.float32, device), torch.full((3000, 5), 0.5))
     assert allocate_rows((0, 5), 0.0, torch.bfloat16, device).shape == (0, 5)
+
+
+def test_buffers_serve_again_when_nothing_refers_to_them() -> None:
+    first = empty_buffer(1000, 300).fill_(1.0)
+    other = empty_buffer(1000, 300).fill_(2.0)
+    view, place = first[10:20], first.data_ptr()
+    del first
+    third = empty_buffer(1000, 300)
+    assert third.data_ptr() not in (place, other.data_ptr())  # the view still lives there
+    assert (view == 1).all() and (other == 2).all()
+    del view
+    assert empty_buffer(1000, 300).data_ptr() == place
+    assert empty_buffer(0, 3).shape == (0, 3)

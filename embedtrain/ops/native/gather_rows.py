@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from embedtrain.ops.native import library
+from embedtrain.ops.row_memory import empty_buffer
 
 
 def gather_rows(source: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """See `embedtrain.ops.gather_rows`."""
     source, rows = source.contiguous(), rows.contiguous()
-    gathered = torch.empty(rows.numel(), source.shape[1], dtype=dtype)
+    gathered = empty_buffer(rows.numel(), source.shape[1], dtype=dtype)
     library.get().embedtrain_gather_rows(
         source.data_ptr(),
         int(source.dtype == torch.bfloat16),

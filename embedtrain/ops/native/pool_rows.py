@@ -10,6 +10,7 @@ from torch import Tensor
 
 from embedtrain.ops.native import library
 from embedtrain.ops.pool_rows import Bags
+from embedtrain.ops.row_memory import empty_buffer
 from embedtrain.ops.sort_unique import SortedKeys
 
 
@@ -17,7 +18,7 @@ def pool_rows(source: Tensor, index: Tensor, bags: Sequence[Bags]) -> list[Tenso
     """See `embedtrain.ops.pool_rows`."""
     source, index = source.contiguous(), index.contiguous()
     dim = source.shape[1]
-    pooled = [torch.empty(feature.num_bags, dim) for feature in bags]
+    pooled = [empty_buffer(feature.num_bags, dim) for feature in bags]
     table, kept = describe(bags, pooled)
     library.get().embedtrain_pool_rows(
         source.data_ptr(),
@@ -38,7 +39,7 @@ def pool_rows_backward(
 ) -> Tensor:
     """See `embedtrain.ops.pool_rows`; `factor` is of every sum."""
     table, kept = describe(bags, grads)
-    summed = torch.empty(keys.unique.numel(), dim)
+    summed = empty_buffer(keys.unique.numel(), dim)
     library.get().embedtrain_pool_rows_backward(
         dim,
         keys.order.data_ptr(),

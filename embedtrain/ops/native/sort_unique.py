@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.ops.native import library
+from embedtrain.ops.row_memory import empty_buffer
 from embedtrain.ops.sort_unique import SortedKeys
 
 
@@ -15,9 +16,9 @@ def sort_unique(keys: Tensor, largest: int, with_inverse: bool) -> SortedKeys:
     """See `embedtrain.ops.sort_unique`."""
     keys = keys.contiguous()
     n = keys.numel()
-    unique, order = torch.empty(2, n, dtype=torch.int64)
-    starts = torch.empty(n + 1, dtype=torch.int64)
-    inverse = torch.empty(n, dtype=torch.int64) if with_inverse else None
+    unique, order = empty_buffer(2, n, dtype=torch.int64)
+    starts = empty_buffer(n + 1, dtype=torch.int64)
+    inverse = empty_buffer(n, dtype=torch.int64) if with_inverse else None
     num_distinct = ctypes.c_int64()
     library.get().embedtrain_sort_unique(
         keys.data_ptr(),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.ops.native import library
+from embedtrain.ops.row_memory import empty_buffer
 from embedtrain.ops.spread_keys import SpreadTable
 
 _WORDS = 8  # of the kernel's `Feature`; the last one is written
@@ -23,7 +24,7 @@ def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_
         words += (given.data_ptr(), is_int32, given.numel())
         words += (table.num_rows, table.multiplier, table.rows_per_rank, table.first_row, 0)
     features = array("q", words)
-    keys = torch.empty(sum(given.numel() for given in ids), dtype=torch.int64)
+    keys = empty_buffer(sum(given.numel() for given in ids), dtype=torch.int64)
     library.get().embedtrain_spread_keys(
         features.buffer_info()[0],
         len(ids),
