@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -16,6 +17,8 @@ from embedtrain.distributed.runtime import init_distributed, shut_down
 from embedtrain.errors import CheckpointError, NonFiniteError, UserError
 from embedtrain.export import FORMATS, export_vectors, neighbors, open_vectors
 from embedtrain.train.interrupt import EXIT_PREEMPTED
+from embedtrain.train.profile import StepProfile
+from embedtrain.train.run_folder import PROFILE_NAME, RunFolder
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR = 0, 1, 2
 
@@ -52,6 +55,7 @@ def _build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train, or resume what lies in run.path")
     train.add_argument("config", help="YAML file, such as configs/word2vec.yaml")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    train.add_argument("--profile", action="store_true", help="write a Chrome trace and seconds per stage of 50 steps")
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="measure the vectors of a run on word analogies and similarity")
@@ -98,7 +102,9 @@ def _train(options: argparse.Namespace) -> int:
         if runtime.rank == 0:
             done = f"resuming at step {state.step:,}" if run.is_resumed else "starting"
             _print(f"{done} of {run.trainer.total_steps:,}, {runtime.world_size} ranks, {runtime.device.type}")
-        is_complete = run.trainer.run(run.sinks, config.log.every_steps)
+        with contextlib.ExitStack() as stack:
+            profile = stack.enter_context(_profile(folder, runtime.rank)) if options.profile else None
+            is_complete = run.trainer.run(run.sinks, config.log.every_steps, profile)
         for sink in run.sinks:
             sink.close()
         status = EXIT_DONE if is_complete else EXIT_PREEMPTED
@@ -118,6 +124,15 @@ def _train(options: argparse.Namespace) -> int:
         raise
     shut_down()
     return status
+
+
+def _profile(folder: RunFolder, rank: int) -> StepProfile:
+    def write(trace: bytes, table: str) -> None:
+        folder.write_profile(rank, trace, table)
+        if rank == 0:
+            _print(f"{table}\nprofile: {folder.join(PROFILE_NAME)}")
+
+    return StepProfile(write)
 
 
 def _evaluate(options: argparse.Namespace) -> int:

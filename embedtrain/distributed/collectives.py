@@ -12,6 +12,7 @@ from torch import Tensor
 
 from embedtrain.distributed.runtime import rank_of
 from embedtrain.errors import UserError
+from embedtrain.stages import stage
 
 T = TypeVar("T")
 
@@ -34,7 +35,8 @@ def all_to_all_rows(
     if group is None:
         return rows
     received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
-    dist.all_to_all_single(received, rows.contiguous(), list(receive_counts), list(send_counts), group=group)
+    with stage("exchange"):
+        dist.all_to_all_single(received, rows.contiguous(), list(receive_counts), list(send_counts), group=group)
     return received
 
 

@@ -16,6 +16,7 @@ from embedtrain.embedding.shard import RowGroup
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.pool_rows import Bags, grad_of_weights, pool_rows, pool_rows_backward
 from embedtrain.ops.sort_unique import SortedKeys, sort_unique
+from embedtrain.stages import stage
 
 
 class RowRequest:
@@ -58,14 +59,16 @@ class RowRequest:
     def distinct(self) -> SortedKeys:
         """The distinct keys; sorted when first asked for, which a look-up without gradient never does."""
         if self._distinct is None:
-            self._distinct = sort_unique(self.keys, bound=self._bound, with_inverse=False)
+            with stage("unique"):
+                self._distinct = sort_unique(self.keys, bound=self._bound, with_inverse=False)
         return self._distinct
 
     @property
     def inverse(self) -> Tensor:
         """[num_keys] int64; where each key's row lies among the distinct ones."""
         if self._distinct is None or self._distinct.inverse is None:
-            self._distinct = sort_unique(self.keys, bound=self._bound)
+            with stage("unique"):
+                self._distinct = sort_unique(self.keys, bound=self._bound)
         assert self._distinct.inverse is not None
         return self._distinct.inverse
 
@@ -99,7 +102,8 @@ def exchange_ids(
     if error is None:
         ranks = torch.arange(world_size + 1, device=device)
         for column, (group, group_keys) in enumerate(zip(groups, keys, strict=True)):
-            distinct.append(sort_unique(group_keys, bound=world_size * group.num_local_rows))
+            with stage("unique"):
+                distinct.append(sort_unique(group_keys, bound=world_size * group.num_local_rows))
             counts[:, column] = torch.searchsorted(distinct[-1].unique, ranks * group.num_local_rows).diff()
     else:
         counts[:, -1] = 1

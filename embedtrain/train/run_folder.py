@@ -16,6 +16,7 @@ STATUS_NAME = "status.json"
 VOCABULARY_NAME = "vocabulary.tsv"
 CHECKPOINTS_NAME = "checkpoints"
 TENSORBOARD_NAME = "tensorboard"
+PROFILE_NAME = "profile"
 
 
 class RunFolder:
@@ -62,6 +63,12 @@ class RunFolder:
     def write_status(self, state: str, exit_status: int, **details: Any) -> None:
         """Keeps how the run ended, which torchrun's own exit status hides."""
         self._write(STATUS_NAME, json.dumps({"state": state, "exit_status": exit_status, **details}) + "\n")
+
+    def write_profile(self, rank: int, trace: bytes, table: str) -> None:
+        """Keeps a rank's trace and its table of stages."""
+        self._file_system.makedirs(self._inside(PROFILE_NAME), exist_ok=True)
+        for name, content in ((f"rank-{rank}.json", trace), (f"rank-{rank}.txt", table.encode() + b"\n")):
+            self._file_system.pipe_file(self._inside(posixpath.join(PROFILE_NAME, name)), content)
 
     def _inside(self, name: str) -> str:
         return posixpath.join(self._root, name)

@@ -14,8 +14,10 @@ from embedtrain.distributed.runtime import rank_of
 from embedtrain.metrics.sinks import MetricSink
 from embedtrain.models.objective import Objective
 from embedtrain.optim.sparse import SparseOptimizer
+from embedtrain.stages import stage
 from embedtrain.train.checkpoints import Checkpoints
 from embedtrain.train.interrupt import Interrupt
+from embedtrain.train.profile import StepProfile
 from embedtrain.train.state import TrainState
 from embedtrain.train.step import Model, train_step
 
@@ -70,7 +72,7 @@ class Trainer:
         self._group = group
         self._window = _Window()
 
-    def run(self, sinks: Sequence[MetricSink], log_every_steps: int) -> bool:
+    def run(self, sinks: Sequence[MetricSink], log_every_steps: int, profile: StepProfile | None = None) -> bool:
         """Trains, logs and saves; returns whether the run is complete, not merely stopped and saved.
 
         Collective: every rank. Rank 0 alone passes sinks.
@@ -78,10 +80,13 @@ class Trainer:
         Args:
             sinks: take a record every `log_every_steps` steps and at the end.
             log_every_steps: how often.
+            profile: is told of every step.
         """
         with Interrupt() as interrupt:
             while self.state.step < self.total_steps:
                 self._train_once()
+                if profile is not None:
+                    profile.step()
                 step = self.state.step
                 is_logged = step % log_every_steps == 0 or step == self.total_steps
                 is_due = self._checkpoints.policy.is_due(step)
@@ -97,7 +102,8 @@ class Trainer:
         return True
 
     def _train_once(self) -> None:
-        batch = self._batches.batch(self.state.epoch, self.state.step_in_epoch)
+        with stage("sample"):
+            batch = self._batches.batch(self.state.epoch, self.state.step_in_epoch)
         lr = self._rate(self.state.step / self.total_steps)
         objective = train_step(self._model, self._optimizer, batch, lr)
         self._window.add(objective, batch.num_words)
