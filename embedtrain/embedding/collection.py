@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from embedtrain.checkpoint.view import ShardView
 from embedtrain.distributed.collectives import all_to_all_rows
 from embedtrain.distributed.runtime import default_group, rank_of, size_of
+from embedtrain.distributed.shared_memory import connect
 from embedtrain.embedding.exchange import RowRequest, exchange_ids, exchange_vectors, look_up_bags
 from embedtrain.embedding.features import resolve_features
 from embedtrain.embedding.ids import valid_bags
@@ -26,6 +27,8 @@ class EmbeddingCollection(nn.Module):
     Tables of one dim and dtype form a group: a step costs one id, one vector and one gradient exchange per
     group, whatever the number of features. The rows are not parameters of the module: their gradients wait
     at the rank that owns them for a sparse optimizer of `embedtrain.optim`.
+
+    Collective: every rank of the process group makes the collection.
 
     Args:
         tables: at least one, of unique names.
@@ -59,8 +62,16 @@ class EmbeddingCollection(nn.Module):
         members: dict[tuple[int, torch.dtype], list[TableSpec]] = {}
         for table in tables:
             members.setdefault((table.dim, table.dtype), []).append(table)
+        shared = connect(self.process_group, self.device)
         self.row_groups = [
-            RowGroup(specs, seed=seed, device=self.device, process_group=self.process_group, wire_dtype=wire_dtype)
+            RowGroup(
+                specs,
+                seed=seed,
+                device=self.device,
+                process_group=self.process_group,
+                wire_dtype=wire_dtype,
+                shared=shared,
+            )
             for specs in members.values()
         ]
         self._place = {

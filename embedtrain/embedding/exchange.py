@@ -107,8 +107,8 @@ def exchange_ids(
             counts[:, column] = torch.searchsorted(distinct[-1].unique, ranks * group.num_local_rows).diff()
     else:
         counts[:, -1] = 1
-    owed = torch.empty_like(counts)
-    dist.all_to_all_single(owed, counts, group=process_group)
+    shared = groups[0].shared
+    owed = all_to_all_rows(counts, [1] * world_size, [1] * world_size, process_group, shared)
     ask, owe = torch.stack([counts, owed]).tolist()  # the step's one wait for the device
     if any(row[-1] for row in owe):
         raise_together(error, process_group)
@@ -118,7 +118,7 @@ def exchange_ids(
         # Half the bytes, where local rows fit.
         wire_type = torch.int32 if group.num_local_rows < 1 << 31 else torch.int64
         wanted = (distinct[column].unique % group.num_local_rows).to(wire_type)
-        rows = all_to_all_rows(wanted, ask_counts, owe_counts, process_group).long()
+        rows = all_to_all_rows(wanted, ask_counts, owe_counts, process_group, shared).long()
         requests.append(
             RowRequest(group_keys, world_size * group.num_local_rows, distinct[column], ask_counts, owe_counts, rows)
         )
@@ -168,14 +168,14 @@ def _fetch(group: RowGroup, request: RowRequest, dtype: torch.dtype | None = Non
     if request.is_local:
         return gather_rows(group.weight, request.rows, dtype)
     owned = gather_rows(group.weight, request.rows, group.vector_wire_dtype)
-    vectors = all_to_all_rows(owned, request.owe_counts, request.ask_counts, group.process_group)
+    vectors = all_to_all_rows(owned, request.owe_counts, request.ask_counts, group.process_group, group.shared)
     return vectors if dtype is None else vectors.to(dtype)
 
 
 def _send_home(group: RowGroup, request: RowRequest, grad: Tensor) -> None:
     if not request.is_local:
         wired = grad.to(group.gradient_wire_dtype)
-        grad = all_to_all_rows(wired, request.ask_counts, request.owe_counts, group.process_group).float()
+        grad = all_to_all_rows(wired, request.ask_counts, request.owe_counts, group.process_group, group.shared).float()
     group.deliver(request.rows, grad)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from embedtrain.checkpoint.view import ShardView
 from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.distributed.shared_memory import SharedMemoryExchange
 from embedtrain.embedding.init import initial_rows
 from embedtrain.ops.mix import mix64
 from embedtrain.ops.row_memory import allocate_rows
@@ -70,6 +71,7 @@ class RowGroup:
         state: name -> [num_local_rows, ...] float32; an optimizer's, allocated by `allocate_state`.
         shards: the tables, in order.
         num_local_rows: rows reserved on each rank.
+        shared: the ranks' shared memory, where they have it.
         vector_wire_dtype: in which vectors travel between ranks: the storage's unless chosen.
         gradient_wire_dtype: in which gradients do: float32 unless chosen.
     """
@@ -82,8 +84,10 @@ class RowGroup:
         device: torch.device,
         process_group: dist.ProcessGroup | None,
         wire_dtype: torch.dtype | None = None,
+        shared: SharedMemoryExchange | None = None,
     ) -> None:
         self.process_group = process_group
+        self.shared = shared
         self.vector_wire_dtype = wire_dtype or specs[0].dtype
         self.gradient_wire_dtype = wire_dtype or torch.float32
         self.state: dict[str, Tensor] = {}
