@@ -22,10 +22,11 @@ _SIGNATURES: dict[str, list[type]] = {
         _POINTER, _INT64, _INT64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64,
         _POINTER, _POINTER,
     ],
-    # weight, accumulator, rows, row_grad, num_touched, dim, lr, eps, weight_decay, decoupled, rounding_keys,
-    # num_threads
+    # weight, accumulator, rows, row_grad, num_touched, num_rows, dim, lr, eps, weight_decay, decoupled,
+    # rounding_keys, num_threads, num_outside
     "embedtrain_rowwise_adagrad": [
-        _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _FLOAT, _FLOAT, _FLOAT, _INT, _POINTER, _INT,
+        _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _FLOAT, _FLOAT, _FLOAT, _INT,
+        _POINTER, _INT, _POINTER,
     ],
     # keys, num_keys, largest, num_threads, unique, starts, order, inverse, num_distinct
     "embedtrain_sort_unique": [

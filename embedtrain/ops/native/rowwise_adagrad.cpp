@@ -82,11 +82,17 @@ EMBEDTRAIN_MULTIVERSION void update_bfloat16(const void* u, int part) {
 
 }  // namespace
 
-// rounding_keys: [num_touched] for bfloat16 weights; null for float32 ones.
+// rounding_keys: [num_touched] for bfloat16 weights; null for float32 ones. num_outside: how many of the rows are
+// none; where there are any, nothing is updated.
 extern "C" void embedtrain_rowwise_adagrad(void* weight, float* accumulator, const int64_t* rows,
-                                           const float* row_grad, int64_t num_touched, int64_t dim, float lr,
-                                           float eps, float weight_decay, int decoupled,
-                                           const int64_t* rounding_keys, int num_threads) {
+                                           const float* row_grad, int64_t num_touched, int64_t num_rows, int64_t dim,
+                                           float lr, float eps, float weight_decay, int decoupled,
+                                           const int64_t* rounding_keys, int num_threads,
+                                           int64_t* num_outside) {
+    int64_t outside = 0;
+    for (int64_t i = 0; i < num_touched; ++i) outside += rows[i] < 0 || rows[i] >= num_rows;
+    *num_outside = outside;
+    if (outside) return;
     const int num_parts = num_touched * dim < kSmallWork ? 1 : num_threads;
     const Update u{weight, accumulator, rows, row_grad, num_touched, dim,
                    Hyperparameters{lr, eps, weight_decay, decoupled != 0}, rounding_keys, num_parts};
