@@ -29,6 +29,7 @@ def rows_between(sender: int, receiver: int, number: int) -> torch.Tensor:
 
 def exchange_rounds(group: dist.ProcessGroup) -> bool:
     rank, size = dist.get_rank(group), dist.get_world_size(group)
+    os.environ[VARIABLE] = "1"
     shared = connect(group, torch.device("cpu"))
     if shared is None:
         return False
@@ -53,8 +54,7 @@ def test_rows_arrive_as_through_the_process_group(world_size: int) -> None:
 
 
 def connect_where_one_does_not_want(group: dist.ProcessGroup) -> bool:
-    if dist.get_rank(group) == 1:
-        os.environ[VARIABLE] = "0"
+    os.environ[VARIABLE] = "01"[dist.get_rank(group)]
     return connect(group, torch.device("cpu")) is None
 
 
@@ -63,6 +63,7 @@ def test_one_unwilling_rank_leaves_all_with_the_process_group() -> None:
 
 
 def wait_for_the_dead(group: dist.ProcessGroup) -> float:
+    os.environ[VARIABLE] = "1"
     shared = connect(group, torch.device("cpu"))
     assert shared is not None
     if dist.get_rank(group) == 1:
