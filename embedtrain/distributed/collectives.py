@@ -10,13 +10,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from embedtrain.distributed.runtime import rank_of
+from embedtrain.distributed.shared_memory import SharedMemoryExchange
 from embedtrain.errors import UserError
+from embedtrain.stages import stage
 
 T = TypeVar("T")
 
 
 def all_to_all_rows(
-    rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], group: dist.ProcessGroup | None
+    rows: Tensor,
+    send_counts: Sequence[int],
+    receive_counts: Sequence[int],
+    group: dist.ProcessGroup | None,
+    shared: SharedMemoryExchange | None = None,
 ) -> Tensor:
     """Sends consecutive runs of rows to the ranks in order, and returns what they sent, by rank.
 
@@ -26,14 +32,19 @@ def all_to_all_rows(
         rows: [sum(send_counts), ...] contiguous.
         send_counts: rows for each rank.
         receive_counts: rows from each rank.
+        shared: the ranks' shared memory, where they have it: the way that is taken then.
 
     Returns:
         [sum(receive_counts), ...]; `rows` itself where there is no group.
     """
     if group is None:
         return rows
+    if shared is not None:
+        with stage("exchange"):
+            return shared.all_to_all(rows, send_counts, receive_counts)
     received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
-    dist.all_to_all_single(received, rows.contiguous(), list(receive_counts), list(send_counts), group=group)
+    with stage("exchange"):
+        dist.all_to_all_single(received, rows.contiguous(), list(receive_counts), list(send_counts), group=group)
     return received
 
 
