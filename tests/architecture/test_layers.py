@@ -15,6 +15,7 @@ LEVELS = {
     "errors": 0,
     "jagged": 0,
     "spec": 0,
+    "stages": 0,
     "losses": 1,
     "ops": 1,
     "sharding": 1,
@@ -40,6 +41,7 @@ LEVELS = {
 ALLOWED = {
     ("jagged", "errors"),
     ("spec", "errors"),
+    ("sharding", "ops"),
     ("build", "config"),
     ("recommending", "build"),
     ("recommending", "config"),
