@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from tests.e2e.conftest import Job
 
 TIMEOUT_SECONDS = 12
