@@ -18,6 +18,7 @@ from embedtrain.distributed.failure import explain_failure, is_of_the_group
 from embedtrain.distributed.runtime import Runtime, init_distributed, shut_down
 from embedtrain.errors import CheckpointError, NonFiniteError, UserError
 from embedtrain.export import FORMATS, export_vectors, neighbors, open_vectors
+from embedtrain.report import write_report
 from embedtrain.train.interrupt import EXIT_PREEMPTED
 from embedtrain.train.lock import RunLock
 from embedtrain.train.profile import StepProfile
@@ -86,6 +87,12 @@ def _build_parser() -> argparse.ArgumentParser:
     export.add_argument("--max-rows", type=int, metavar="N", help="only the N most frequent words")
     export.add_argument("--overwrite", action="store_true", help="replace what is there")
     export.set_defaults(run=_export)
+
+    report = commands.add_parser("report", help="write a page of HTML about a run: curves, neighbours, advice")
+    report.add_argument("path", metavar="RUN", help="run folder")
+    report.add_argument("--output", metavar="PATH", help="the page (report.html in the run folder)")
+    report.add_argument("--words", nargs="*", default=[], metavar="WORD", help="whose neighbours to show")
+    report.set_defaults(run=_report)
 
     inspect = commands.add_parser("inspect", help="show a run's newest checkpoint and configuration")
     inspect.add_argument("path", metavar="RUN", help="run folder")
@@ -212,6 +219,11 @@ def _export(options: argparse.Namespace) -> int:
             vectors, options.format, options.output, overwrite=options.overwrite, max_rows=options.max_rows
         ):
             print(path)
+    return EXIT_DONE
+
+
+def _report(options: argparse.Namespace) -> int:
+    print(write_report(options.path, options.output, options.words))
     return EXIT_DONE
 
 

@@ -31,6 +31,7 @@ LEVELS = {
     "build": 7,
     "config": 7,
     "inspection": 7,
+    "report": 7,
     "cli": 8,
     "__main__": 8,
     "__init__": 9,
