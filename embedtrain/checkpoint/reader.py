@@ -135,7 +135,7 @@ class CheckpointReader:
             raise CorruptCheckpointError(f"{url} is not a safetensors file: {error}") from error
 
     def close(self) -> None:
-        """Gives back the memory maps and removes copies of remote files."""
+        """Closes the files, gives back the memory maps and removes copies of remote files."""
         for layer in self._layers:
             layer.close()
 

@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -173,20 +174,40 @@ def read(url: str) -> bytes:
     return bytes(_retry(filesystem, f"{url} could not be read", lambda: filesystem.cat_file(path)))
 
 
-def read_into(url: str, start: int, destination: memoryview) -> int:
-    """Fills `destination` with a file's bytes from `start` on; returns how many there were."""
-    filesystem, path = _locate(url)
-    if not isinstance(filesystem, LocalFileSystem):
-        stop = start + len(destination)
-        data = _retry(filesystem, f"{url} could not be read", lambda: filesystem.cat_file(path, start=start, end=stop))
-        destination[: len(data)] = data
-        return len(data)
-    filled = 0
-    with open(path, "rb", buffering=0) as file:
-        file.seek(start)
-        while filled < len(destination) and (count := file.readinto(destination[filled:])):
+class RangeReader:
+    """Reads ranges of one file, which it keeps open: a disk reads ahead of who goes on where it stopped.
+
+    Args:
+        url: the file.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._filesystem, self._path = _locate(url)
+        self._file: FileIO | None = None
+
+    def read_into(self, start: int, destination: memoryview) -> int:
+        """Fills `destination` with the file's bytes from `start` on; returns how many there were."""
+        if not isinstance(self._filesystem, LocalFileSystem):
+            data = _retry(self._filesystem, f"{self._url} could not be read", lambda: self._fetch(start, destination))
+            destination[: len(data)] = data
+            return len(data)
+        if self._file is None:
+            self._file = FileIO(self._path)
+        self._file.seek(start)
+        filled = 0
+        while filled < len(destination) and (count := self._file.readinto(destination[filled:])):
             filled += count
-    return filled
+        return filled
+
+    def close(self) -> None:
+        """Closes the file; the next read opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _fetch(self, start: int, destination: memoryview) -> bytes:
+        return bytes(self._filesystem.cat_file(self._path, start=start, end=start + len(destination)))
 
 
 def download(url: str, path: str) -> None:
