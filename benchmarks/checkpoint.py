@@ -8,8 +8,8 @@ The ways are plain writes and reads, `save_checkpoint` and `load_shards`, and (i
 `torch.distributed.checkpoint` with its file writer. Then a training of Zipf(1.05) traffic saves in the background: how
 long the longest step and the call of `save` take beside the median step, how much memory that takes, and how many bytes
 a delta has beside a full save. The ratios are taken within a repeat, for disks of virtual machines vary from minute to
-minute; a round of saves before the first has the kernel's memory for pages of files at hand, which such a machine gets
-from its host at a fifth of the speed at which it reuses it.
+minute. Each way begins when as many bytes were just dropped from the page cache: memory that a virtual machine has to
+get from its host first comes at a fifth of the speed of memory that it reuses.
 """
 
 from __future__ import annotations
@@ -85,27 +85,30 @@ class Bench:
     def measure_files(self) -> dict[str, list[float]]:
         """Returns the seconds of each way to write and to read, a value a repeat."""
         found: dict[str, list[float]] = {}
-        for repeat in range(-1, self.settings.repeats):
-            folder = Path(self.settings.path) / f"repeat-{repeat}"
+        folder = Path(self.settings.path) / "warm-up"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.seconds(lambda: self.write_plainly(folder))
+        for repeat in range(self.settings.repeats):
+            last, folder = folder, Path(self.settings.path) / f"repeat-{repeat}"
             folder.mkdir(parents=True, exist_ok=True)
             ways: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
                 "plain": (lambda f=folder: self.write_plainly(f), lambda f=folder: self.read_plainly(f)),
                 "embedtrain": (lambda f=folder: self.save(f), lambda f=folder: self.load(f)),
                 "dcp": (lambda f=folder: self.save_by_dcp(f), lambda f=folder: self.load_by_dcp(f)),
             }
-            order = [name for name in ways if name != "dcp" or repeat <= 0]
+            order = [name for name in ways if name != "dcp" or repeat == 0]
             if repeat % 2:
                 order.reverse()
-            for name in order:
-                seconds = self.seconds(ways[name][0])
-                if repeat >= 0:
-                    found.setdefault(f"save {name}", []).append(seconds)
-            for name in order if repeat >= 0 else ():
-                self.drop_from_page_cache(folder)
-                found.setdefault(f"load {name}", []).append(self.seconds(ways[name][1]))
-            barrier(self.group)
-            if self.rank == 0:
-                shutil.rmtree(folder)
+            for kind, index in (("save", 0), ("load", 1)):
+                for name in order:
+                    self.drop_from_page_cache(last)
+                    if self.rank == 0 and last != folder:
+                        shutil.rmtree(last)
+                    found.setdefault(f"{kind} {name}", []).append(self.seconds(ways[name][index]))
+                    last = folder
+        barrier(self.group)
+        if self.rank == 0:
+            shutil.rmtree(self.settings.path)
         return found
 
     def write_plainly(self, folder: Path) -> None:
