@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 from omegaconf import OmegaConf
 
 from embedtrain import optim
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
+from embedtrain.checkpoint.storage import local_path
 from embedtrain.config import Config, differing_keys, to_yaml
 from embedtrain.data.corpus import PreparedCorpus
 from embedtrain.data.prepare import CorpusOptions, prepare_corpus
@@ -83,6 +82,7 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder) -> Run:
         config.table.dim,
         architecture=config.word2vec.architecture,
         dtype=getattr(torch, config.table.dtype),
+        wire_dtype=None if config.table.wire_dtype is None else getattr(torch, config.table.wire_dtype),
         device=runtime.device,
         process_group=runtime.group,
         seed=config.seed,
@@ -223,7 +223,6 @@ def _build_sinks(config: Config, folder: RunFolder, state: TrainState, total_wor
     metrics = JsonlSink(folder.metrics_path)
     metrics.truncate_after(state.step)
     sinks: list[MetricSink] = [ConsoleSink(sys.stderr, total_words), metrics]
-    is_local = isinstance(url_to_fs(folder.path)[0], LocalFileSystem)
-    if config.log.tensorboard and is_local:
+    if config.log.tensorboard and local_path(folder.path) is not None:
         sinks.append(TensorBoardSink(folder.join(TENSORBOARD_NAME), purge_step=state.step + 1))
     return sinks

@@ -8,6 +8,7 @@ from typing import Any
 
 from embedtrain.models.objective import Objective
 from embedtrain.optim.sparse import SparseOptimizer
+from embedtrain.stages import stage
 
 Model = Callable[[Any], Objective]
 
@@ -22,11 +23,14 @@ def train_step(model: Model, optimizer: SparseOptimizer, batch: Any, lr: float) 
     """
     for settings in optimizer.param_groups:
         settings["lr"] = lr
-    objective = model(batch)
-    objective.loss.backward()
+    with stage("forward"):
+        objective = model(batch)
+    with stage("backward"):
+        objective.loss.backward()
     total = float(objective.total)
     if not math.isfinite(total):
         optimizer.veto(f"the loss is {total}")
-    optimizer.step()
-    optimizer.zero_grad()
+    with stage("update"):
+        optimizer.step()
+        optimizer.zero_grad()
     return objective

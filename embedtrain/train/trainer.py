@@ -15,6 +15,7 @@ from embedtrain.errors import NonFiniteError
 from embedtrain.metrics.sinks import MetricSink
 from embedtrain.models.objective import Objective
 from embedtrain.optim.sparse import SparseOptimizer
+from embedtrain.stages import stage
 from embedtrain.train.checkpoints import Checkpoints
 from embedtrain.train.interrupt import Interrupt
 from embedtrain.train.state import TrainState
@@ -77,7 +78,7 @@ class Trainer:
         log_every_steps: int,
         *,
         before_save: Callable[[], None] | None = None,
-        on_step: Callable[[], None] | None = None,
+        on_step: Sequence[Callable[[], None]] = (),
     ) -> bool:
         """Trains, logs and saves; returns whether the run is complete, not merely stopped and saved.
 
@@ -87,13 +88,13 @@ class Trainer:
             sinks: take a record every `log_every_steps` steps and at the end.
             log_every_steps: how often.
             before_save: collective; called on every rank before each save, which it can prevent by raising.
-            on_step: called after each step.
+            on_step: each called after each step.
         """
         with Interrupt() as interrupt:
             while self.state.step < self.total_steps:
                 self._train_once()
-                if on_step is not None:
-                    on_step()
+                for observe in on_step:
+                    observe()
                 step = self.state.step
                 is_logged = step % log_every_steps == 0 or step == self.total_steps
                 is_due = self._checkpoints.policy.is_due(step)
@@ -124,7 +125,8 @@ class Trainer:
             raise
 
     def _step_once(self) -> None:
-        batch = self._batches.batch(self.state.epoch, self.state.step_in_epoch)
+        with stage("sample"):
+            batch = self._batches.batch(self.state.epoch, self.state.step_in_epoch)
         lr = self._rate(self.state.step / self.total_steps)
         objective = train_step(self._model, self._optimizer, batch, lr)
         self._window.add(objective, batch.num_words)
