@@ -14,7 +14,6 @@ from omegaconf import OmegaConf
 
 from embedtrain import optim
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
-from embedtrain.checkpoint.storage import local_path
 from embedtrain.config import Config, differing_keys, to_yaml
 from embedtrain.data.corpus import PreparedCorpus
 from embedtrain.data.prepare import CorpusOptions, prepare_corpus
@@ -25,6 +24,7 @@ from embedtrain.errors import UserError
 from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, TensorBoardSink
 from embedtrain.models.word2vec import INPUT, Word2Vec
 from embedtrain.optim.schedule import schedule_factor
+from embedtrain.storage import local_path
 from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
 from embedtrain.train.run_folder import TENSORBOARD_NAME, RunFolder
 from embedtrain.train.state import TrainState

@@ -155,11 +155,18 @@ def _run(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_profil
     if runtime.rank == 0:
         done = f"resuming at step {state.step:,}" if run.is_resumed else "starting"
         _print(f"{done} of {run.trainer.total_steps:,}, {runtime.world_size} ranks, {runtime.device.type}")
+
+    def before_save() -> None:
+        # A run that is killed goes on from this checkpoint, and does not log again what came before it.
+        for sink in run.sinks:
+            sink.flush()
+        lock.check()
+
     with ExitStack() as stack:
         observers = [stack.enter_context(Watchdog(config.run.timeout_seconds)).alive]
         if is_profiled:
             observers.append(stack.enter_context(_profile(run.folder, runtime.rank)).step)
-        is_complete = run.trainer.run(run.sinks, config.log.every_steps, before_save=lock.check, on_step=observers)
+        is_complete = run.trainer.run(run.sinks, config.log.every_steps, before_save=before_save, on_step=observers)
     for sink in run.sinks:
         sink.close()
     status = EXIT_DONE if is_complete else EXIT_PREEMPTED

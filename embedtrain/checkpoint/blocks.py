@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from embedtrain.checkpoint import storage
+from embedtrain import storage
 from embedtrain.checkpoint.manifest import BLOCK_BYTES, FileEntry, Manifest
 from embedtrain.errors import CheckpointError, CorruptCheckpointError
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from embedtrain.checkpoint import storage
+from embedtrain import storage
 from embedtrain.checkpoint.blocks import VerifiedFile
 from embedtrain.checkpoint.header import as_bytes
 from embedtrain.checkpoint.manifest import Manifest, Piece, TensorInfo

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from embedtrain.checkpoint import storage
+from embedtrain import storage
 from embedtrain.checkpoint.chain import read_chain
 from embedtrain.checkpoint.header import as_bytes
 from embedtrain.checkpoint.layer import Layer, rows_staged

@@ -18,18 +18,18 @@ PHASES: dict[str, tuple[str, ...]] = {
         "embedtrain.checkpoint.writer:encode_header",
     ),
     "writing": (
-        "embedtrain.checkpoint.storage:write",
-        "embedtrain.checkpoint.storage:make_folder",
+        "embedtrain.storage:write",
+        "embedtrain.storage:make_folder",
         "embedtrain.checkpoint.changes:RowSnapshot.finish",
         "os:fsync",
     ),
     "committing": (
-        "embedtrain.checkpoint.storage:create",
+        "embedtrain.storage:create",
         "embedtrain.checkpoint.writer:encode",
         "embedtrain.checkpoint.saver:CheckpointSaver.settle",
         "os:link",
     ),
-    "deleting": ("embedtrain.checkpoint.storage:remove", "embedtrain.checkpoint.storage:remove_empty_folder"),
+    "deleting": ("embedtrain.storage:remove", "embedtrain.storage:remove_empty_folder"),
 }
 """Phase of a run -> "module:attribute" of its functions, in the namespace where they are looked up.
 
@@ -40,7 +40,7 @@ background while the run trains on.
 DISK_PHASES = {
     phase: touching
     for phase, points in PHASES.items()
-    if (touching := tuple(point for point in points if point.startswith(("embedtrain.checkpoint.storage:", "os:"))))
+    if (touching := tuple(point for point in points if point.startswith(("embedtrain.storage:", "os:"))))
 }
 """Those of them that touch the disk."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from embedtrain.checkpoint import storage
+from embedtrain import storage
 from embedtrain.errors import UserError
 
 
