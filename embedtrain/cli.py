@@ -163,10 +163,15 @@ def _run(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_profil
         lock.check()
 
     with ExitStack() as stack:
-        observers = [stack.enter_context(Watchdog(config.run.timeout_seconds)).alive]
-        if is_profiled:
-            observers.append(stack.enter_context(_profile(run.folder, runtime.rank)).step)
-        is_complete = run.trainer.run(run.sinks, config.log.every_steps, before_save=before_save, on_step=observers)
+        watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
+        profile = stack.enter_context(_profile(run.folder, runtime.rank)) if is_profiled else None
+        is_complete = run.trainer.run(
+            run.sinks,
+            config.log.every_steps,
+            before_save=before_save,
+            alive=watchdog.alive,
+            on_step=None if profile is None else profile.step,
+        )
     for sink in run.sinks:
         sink.close()
     status = EXIT_DONE if is_complete else EXIT_PREEMPTED
