@@ -162,13 +162,20 @@ def _run(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_profil
     if runtime.rank == 0:
         done = f"resuming at step {state.step:,}" if run.is_resumed else "starting"
         _print(f"{done} of {run.trainer.total_steps:,}, {runtime.world_size} ranks, {runtime.device.type}")
+
+    def before_save() -> None:
+        # A run that is killed goes on from this checkpoint, and does not log again what came before it.
+        for sink in run.sinks:
+            sink.flush()
+        lock.check()
+
     with ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
         profile = stack.enter_context(_profile(run.folder, runtime.rank)) if is_profiled else None
         is_complete = run.trainer.run(
             run.sinks,
             config.log.every_steps,
-            before_save=lock.check,
+            before_save=before_save,
             alive=watchdog.alive,
             on_step=None if profile is None else profile.step,
         )

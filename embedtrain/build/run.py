@@ -11,13 +11,13 @@ from omegaconf import OmegaConf
 from embedtrain.build.parts import Parts
 from embedtrain.build.word2vec import build_word2vec
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
-from embedtrain.checkpoint.storage import local_path
 from embedtrain.config import Config, Word2VecConfig, differing_keys, to_yaml
 from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, TensorBoardSink
 from embedtrain.optim.schedule import schedule_factor
+from embedtrain.storage import local_path
 from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
 from embedtrain.train.run_folder import TENSORBOARD_NAME, RunFolder
 from embedtrain.train.state import TrainState

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from embedtrain.checkpoint import storage
+from embedtrain import storage
 from embedtrain.data.vocabulary import Vocabulary
 
 CONFIG_NAME = "config.yaml"

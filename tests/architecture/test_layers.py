@@ -15,6 +15,7 @@ LEVELS = {
     "errors": 0,
     "jagged": 0,
     "spec": 0,
+    "storage": 1,
     "stages": 0,
     "losses": 1,
     "ops": 1,
