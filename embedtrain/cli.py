@@ -156,10 +156,11 @@ def _run(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_profil
         done = f"resuming at step {state.step:,}" if run.is_resumed else "starting"
         _print(f"{done} of {run.trainer.total_steps:,}, {runtime.world_size} ranks, {runtime.device.type}")
     with ExitStack() as stack:
-        observers = [stack.enter_context(Watchdog(config.run.timeout_seconds)).alive]
-        if is_profiled:
-            observers.append(stack.enter_context(_profile(run.folder, runtime.rank)).step)
-        is_complete = run.trainer.run(run.sinks, config.log.every_steps, before_save=lock.check, on_step=observers)
+        alive = stack.enter_context(Watchdog(config.run.timeout_seconds)).alive
+        observers = [stack.enter_context(_profile(run.folder, runtime.rank)).step] if is_profiled else []
+        is_complete = run.trainer.run(
+            run.sinks, config.log.every_steps, before_save=lock.check, alive=alive, on_step=observers
+        )
     for sink in run.sinks:
         sink.close()
     status = EXIT_DONE if is_complete else EXIT_PREEMPTED
