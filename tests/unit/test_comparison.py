@@ -24,9 +24,7 @@ def write_metrics(comparison: Comparison, losses: dict[tuple[str, float], list[f
         path = Path(config.run.path)
         path.mkdir(parents=True)
         lines = [
-            json.dumps(
-                {"step": 10 * (n + 1), "epoch": n, "seconds": 0.5 * (n + 1), "loss": loss, "similarity": 0.1 * n}
-            )
+            json.dumps({"step": 10 * (n + 1), "seconds": 0.5 * (n + 1), "loss": loss, "similarity": 0.1 * n})
             for n, loss in enumerate(losses[config.optimizer.name, config.optimizer.lr])
         ]
         (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")

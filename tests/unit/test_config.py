@@ -148,12 +148,12 @@ def test_a_section_has_exactly_the_options_of_its_optimizer(name: str) -> None:
     ("overrides", "parts"),
     [
         (
-            ["optimizer.name=sgd", "optimizer.betas=[0.9,0.99]"],
+            ["optimizer.name=sgd", "optimizer.betas=[1]"],
             ["sgd has no option betas", "adam and rowwise_adam have"],
         ),
         (
             ["optimizer.accumulator_decay=0.9", "optimizer.name=adagrad"],
-            ["adagrad has no option", "rowwise_adagrad has"],
+            ["has no option", "rowwise_adagrad has"],
         ),
         (["optimizer.name=adamax"], ["there is no optimizer 'adamax'; there are rowwise_adagrad, adagrad, sgd"]),
         (["optimizer.momentum=0.9"], ["no key optimizer.momentum"]),
