@@ -215,12 +215,21 @@ def _run(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_profil
         done = f"resuming at step {state.step:,}" if run.is_resumed else "starting"
         _print(f"{done} of {run.trainer.total_steps:,}, {runtime.world_size} ranks, {runtime.device.type}")
     with ExitStack() as stack:
-        alive = stack.enter_context(Watchdog(config.run.timeout_seconds)).alive
+        watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
         observers = list(run.observers)
         if is_profiled:
             observers.append(stack.enter_context(_profile(run.folder, runtime.rank)).step)
+
+        def observe() -> None:
+            for observer in observers:
+                observer()
+
         is_complete = run.trainer.run(
-            run.sinks, config.log.every_steps, before_save=lock.check, alive=alive, on_step=observers
+            run.sinks,
+            config.log.every_steps,
+            before_save=lock.check,
+            alive=watchdog.alive,
+            on_step=observe,
         )
     for sink in run.sinks:
         sink.close()

@@ -44,9 +44,9 @@ def train_step(
     total = float(objective.total)
     if not math.isfinite(total):
         optimizer.veto(f"the loss is {total}")
+    if dense is not None and (fault := dense.average_gradients()) is not None:
+        optimizer.veto(fault)
     with stage("update"):
-        if dense is not None and (fault := dense.average_gradients()) is not None:
-            optimizer.veto(fault)
         num_skipped = optimizer.num_skipped
         optimizer.step()
         optimizer.zero_grad()

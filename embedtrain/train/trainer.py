@@ -67,8 +67,8 @@ class Trainer:
         log_every_steps: int,
         *,
         before_save: Callable[[], None] | None = None,
-        alive: Callable[[], None] = lambda: None,
-        on_step: Sequence[Callable[[], None]] = (),
+        alive: Callable[[], None] | None = None,
+        on_step: Callable[[], None] | None = None,
     ) -> bool:
         """Trains, logs and saves; returns whether the run is complete, not merely stopped and saved.
 
@@ -78,14 +78,15 @@ class Trainer:
             sinks: take a record every `log_every_steps` steps and at the end.
             log_every_steps: how often.
             before_save: collective; called on every rank before each save, which it can prevent by raising.
-            alive: called after each step, and now and then while the model is measured.
-            on_step: each called after each step.
+            alive: called whenever this rank has got on: after each step, and now and then during a measurement.
+            on_step: called after each step.
         """
         with Interrupt() as interrupt:
             while self.state.step < self.total_steps:
                 self._train_once()
-                for observe in (alive, *on_step):
-                    observe()
+                for observe in (alive, on_step):
+                    if observe is not None:
+                        observe()
                 step = self.state.step
                 is_logged = step % log_every_steps == 0 or step == self.total_steps
                 is_due = self._checkpoints.policy.is_due(step)
@@ -164,10 +165,10 @@ class Trainer:
             record["skipped_steps"] = self._task.optimizer.num_skipped
         self._take(record, sinks)
 
-    def _measure(self, sinks: Sequence[MetricSink], alive: Callable[[], None]) -> None:
+    def _measure(self, sinks: Sequence[MetricSink], alive: Callable[[], None] | None) -> None:
         """Measures on held-out data. Collective: every rank."""
         assert self._task.evaluation is not None
-        measures = self._task.evaluation.measure(alive)
+        measures = self._task.evaluation.measure(alive or _do_nothing)
         when = {"step": self.state.step, "epoch": self._epochs_done(), "seconds": self.state.seconds}
         self._take({**when, **measures}, sinks)
         self._window.leave_out_time()

@@ -13,9 +13,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
-CODE = re.findall(
-    r"```python\n(.*?)```", (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8"), flags=re.DOTALL
-)
+PAGE = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
+CODE = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
 def run(name: str, *arguments: str, ranks: int = 1, stdin: str = "") -> str:
