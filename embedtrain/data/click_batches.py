@@ -14,6 +14,7 @@ from torch import Tensor
 from embedtrain.data.click_log import BAG_LENGTHS, DENSE, IDS, LABEL, ClickLog, Records
 from embedtrain.data.partition import block_order, num_steps, share_of_rank
 from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.errors import UserError
 from embedtrain.jagged import Jagged
 
 
@@ -59,6 +60,9 @@ class ClickBatches:
         seed: of the order; None keeps the log's own, as for an evaluation.
         group: the ranks that share a step.
         on_epoch: called on every rank before an epoch's first batch is read, and when a run is resumed within one.
+
+    Raises:
+        UserError: a step is not a whole number of blocks.
     """
 
     def __init__(
@@ -72,8 +76,13 @@ class ClickBatches:
         on_epoch: Callable[[], None] | None = None,
     ) -> None:
         self._log = log
-        self._block_examples = min(block_examples, examples_per_step)
-        self._blocks_per_step = examples_per_step // self._block_examples
+        if min(examples_per_step, block_examples) < 1 or examples_per_step % block_examples:
+            raise UserError(
+                f"the examples of a step must be a multiple of those of a block, got {examples_per_step} and "
+                f"{block_examples}"
+            )
+        self._block_examples = block_examples
+        self._blocks_per_step = examples_per_step // block_examples
         self._num_blocks = -(-log.num_examples // self._block_examples)
         self._seed = seed
         self._rank, self._world_size = rank_of(group), size_of(group)

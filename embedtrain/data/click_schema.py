@@ -64,7 +64,7 @@ class ClickSchema:
         label: the column to predict.
         positive: the label's value that counts as 1, any other as 0; None for labels that are 0 or 1.
         dense: columns of numbers.
-        categorical: columns of ids.
+        categorical: columns of ids; a column may be dense and categorical, as the age of a person is well looked up too.
         columns: names of a csv file's columns, in order; None where each file's first line holds them.
         delimiter: of a csv file.
         dense_transform: "log1p" takes `sign(x) * log(1 + |x|)`, which is defined for negative numbers too; "none"
@@ -90,7 +90,8 @@ class ClickSchema:
             raise UserError(f"dense_transform must be one of {get_args(DenseTransform)}, got {self.dense_transform!r}")
         if not self.categorical:
             raise UserError("a click log needs at least one categorical column: that is what the tables are for")
-        _refuse_repeats("the label and the features", self.used_columns)
+        _refuse_repeats("the label and the dense columns", (self.label, *self.dense))
+        _refuse_repeats("the label and the categorical columns", (self.label, *(c.name for c in self.categorical)))
         if self.columns is not None:
             _refuse_repeats("columns", self.columns)
             require_columns(self.used_columns, self.columns, "columns")
@@ -112,8 +113,8 @@ class ClickSchema:
 
     @property
     def used_columns(self) -> tuple[str, ...]:
-        """The label, the dense and the categorical columns, in this order."""
-        return (self.label, *self.dense, *(column.name for column in self.categorical))
+        """The label, the dense and the categorical columns, in this order, each once."""
+        return tuple(dict.fromkeys((self.label, *self.dense, *(column.name for column in self.categorical))))
 
     @property
     def single(self) -> tuple[CategoricalColumn, ...]:

@@ -112,13 +112,12 @@ def _require_type(name: str, kind: pa.DataType, schema: ClickSchema, url: str) -
         raise UserError(f"{url}: column {name} holds lists ({kind}): declare it as a categorical bag")
     if name in bags and schema.file_format == "parquet" and not is_list:
         raise UserError(f"{url}: column {name} is declared as a bag: expected lists, got {kind}")
-    is_number = pa.types.is_integer(value) or pa.types.is_floating(value) or pa.types.is_boolean(value)
-    if name in schema.dense or (name == schema.label and schema.positive is None):
-        is_right = is_number or _is_text(value) or pa.types.is_decimal(value)
-    else:
-        # Numbers with a fraction have many spellings, and identify nothing.
-        is_right = pa.types.is_integer(value) or pa.types.is_boolean(value) or _is_text(value)
-    if not is_right:
+    is_whole = pa.types.is_integer(value) or pa.types.is_boolean(value) or _is_text(value)
+    is_number = is_whole or pa.types.is_floating(value) or pa.types.is_decimal(value)
+    is_counted = name in schema.dense or (name == schema.label and schema.positive is None)
+    is_looked_up = name in {column.name for column in schema.categorical} or not is_counted
+    # Numbers with a fraction have many spellings, and identify nothing.
+    if (is_counted and not is_number) or (is_looked_up and not is_whole):
         hint = "; cast it to integers or texts" if pa.types.is_floating(value) else ""
         raise UserError(f"{url}: column {name} is of type {kind}, which its use does not allow{hint}")
 
