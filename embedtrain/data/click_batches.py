@@ -95,6 +95,11 @@ class ClickBatches:
         """Steps of every epoch, the same on every rank; the last one may have fewer examples than the others."""
         return num_steps(self._num_blocks, self._blocks_per_step)
 
+    @property
+    def examples_per_epoch(self) -> int:
+        """Examples of the log."""
+        return self._log.num_examples
+
     def batch(self, epoch: int, step: int) -> ClickBatch:
         """Returns this rank's part of step `step` of epoch `epoch`, both from 0; it may hold no example."""
         if self._epoch != epoch:

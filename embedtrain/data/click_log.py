@@ -108,6 +108,11 @@ class ClickLog:
         """The layout of a record."""
         return record_dtype(len(self.dense_names), len(self.single_names), len(self.bag_names), self._is_wide)
 
+    @property
+    def feature_names(self) -> list[str]:
+        """The categorical columns, single ones first."""
+        return [*self.single_names, *self.bag_names]
+
     def read(self, start: int, stop: int) -> Records:
         """Returns a copy of examples [start, stop).
 
@@ -130,16 +135,14 @@ class ClickLog:
             part += 1
         return Records(np.concatenate(examples), np.concatenate(values))
 
-    def vocabulary(self, name: str) -> pa.Table:
+    def vocabulary(self, name: str) -> pa.Table | None:
         """Returns the values of a column that have a row of their own, by row from 1 on, with their counts.
 
-        Raises:
-            KeyError: the column has no vocabulary, or the log was prepared with that of another.
+        None where the column has no vocabulary, or the log was prepared with that of another.
         """
-        names = [*self.single_names, *self.bag_names]
-        path = os.path.join(self.path, vocabulary_name(names.index(name)))
+        path = os.path.join(self.path, vocabulary_name(self.feature_names.index(name)))
         if not os.path.exists(path):
-            raise KeyError(f"{self.path} holds no vocabulary of column {name}")
+            return None
         with pa.memory_map(path) as file:
             return pa.ipc.open_file(file).read_all()
 

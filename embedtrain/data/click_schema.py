@@ -64,7 +64,7 @@ class ClickSchema:
         label: the column to predict.
         positive: the label's value that counts as 1, any other as 0; None for labels that are 0 or 1.
         dense: columns of numbers.
-        categorical: columns of ids; a column may be dense and categorical, as the age of a person is well looked up too.
+        categorical: columns to look up; a column may be dense too, as a person's age is both.
         columns: names of a csv file's columns, in order; None where each file's first line holds them.
         delimiter: of a csv file.
         dense_transform: "log1p" takes `sign(x) * log(1 + |x|)`, which is defined for negative numbers too; "none"

@@ -237,6 +237,7 @@ def _load_vocabularies(job: _Job) -> dict[str, dict[bytes, int]]:
     for number, column in job.with_vocabulary.items():
         if job.like is not None:
             table = job.like.vocabulary(column.name)
+            assert table is not None
         else:
             with pa.OSFile(job.path(vocabulary_name(number)), "rb") as file:
                 table = pa.ipc.open_file(file).read_all()

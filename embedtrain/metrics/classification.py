@@ -14,8 +14,14 @@ from embedtrain.distributed.collectives import all_gather_object, all_reduce_sum
 
 EXACT_EXAMPLES = 1 << 20
 NUM_BINS = 1 << 16
+TRAINING_BINS = 1 << 12
+"""Bins for the batches of training, which are summed over the ranks every few steps."""
+
 _LARGEST_LOGIT = 16.0
-"""Logits beyond fall into the first and last bin; a probability of 1e-7 lies within."""
+_BETWEEN = 0.5
+"""Between a negative label and a positive one."""
+_EXAMPLES, _NUM_TOTALS = 0, 4
+"""The totals among the sums: examples, positives, log loss and predicted probabilities; counts follow."""
 
 
 @dataclass(frozen=True)
@@ -66,57 +72,76 @@ class ClassificationMeter:
 
     def reset(self) -> None:
         """Forgets the predictions."""
-        self._counts = torch.zeros(2, self._num_bins, dtype=torch.int64)
-        # Number of examples, positives, log loss, probabilities.
-        self._sums = torch.zeros(4, dtype=torch.float64)
+        self._sums = classification_sums(torch.zeros(0), torch.zeros(0), self._num_bins)
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._num_kept = 0
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Takes predictions: logits [n] of any device, labels [n] of 0 and 1."""
         logits, labels = logits.detach().float().cpu(), labels.detach().float().cpu()
-        wide = logits.double()
-        losses = F.binary_cross_entropy_with_logits(wide, labels.double(), reduction="sum")
-        self._sums += torch.stack(
-            [
-                torch.tensor(float(labels.numel()), dtype=torch.float64),
-                labels.double().sum(),
-                losses,
-                wide.sigmoid().sum(),
-            ]
-        )
-        place = (logits / _LARGEST_LOGIT + 1) * (self._num_bins / 2)
-        bins = place.nan_to_num().long().clamp(0, self._num_bins - 1)
-        is_positive = labels > 0.5
-        for row, of_label in enumerate((~is_positive, is_positive)):
-            self._counts[row] += torch.bincount(bins[of_label], minlength=self._num_bins)
+        self._sums += classification_sums(logits, labels, self._num_bins)
+        self._num_kept += labels.numel()
         if self._num_kept <= self._exact_examples:
-            self._kept.append((logits, is_positive))
-            self._num_kept += labels.numel()
+            self._kept.append((logits, labels > _BETWEEN))
         else:
             self._kept = []
 
     def report(self, group: dist.ProcessGroup | None) -> ClassificationReport:
         """Returns the measures over all ranks. Collective: every rank of `group`."""
         sums = all_reduce_sum(self._sums.clone(), group)
-        num_examples, positives, loss, probabilities = sums.tolist()
-        if num_examples <= self._exact_examples:
-            counts = _counts_by_logit(self._gather(group))
-        else:
-            counts = all_reduce_sum(self._counts.clone(), group)
-        auc, tied = area_under_curve(counts[0], counts[1])
-        log_loss = _ratio(loss, num_examples)
-        return ClassificationReport(
-            num_examples=int(num_examples),
-            auc=auc,
-            auc_error=0.0 if num_examples <= self._exact_examples else tied / 2,
-            log_loss=log_loss,
-            normalised_entropy=_ratio(log_loss, _entropy(_ratio(positives, num_examples))),
-            calibration=_ratio(probabilities, positives),
-        )
+        if sums[_EXAMPLES] > self._exact_examples:
+            return report_of(sums)
+        kept = [pair for theirs in all_gather_object(self._kept, group) for pair in theirs]
+        return report_of(sums, _counts_by_logit(kept))
 
-    def _gather(self, group: dist.ProcessGroup | None) -> list[tuple[Tensor, Tensor]]:
-        return [pair for theirs in all_gather_object(self._kept, group) for pair in theirs]
+
+def classification_sums(logits: Tensor, labels: Tensor, num_bins: int) -> Tensor:
+    """Returns what the measures are made of: [4 + 2 * num_bins] float64, which adds up over batches and ranks.
+
+    Args:
+        logits: [n].
+        labels: [n], 0 or 1.
+        num_bins: of equal width between logits of -16 and 16; the first and last one also hold what lies beyond.
+    """
+    wide, labels = logits.detach().double(), labels.double()
+    loss = F.binary_cross_entropy_with_logits(wide, labels, reduction="sum")
+    totals = torch.stack([torch.full_like(loss, labels.numel()), labels.sum(), loss, wide.sigmoid().sum()])
+    bins = ((wide / _LARGEST_LOGIT + 1) * (num_bins / 2)).nan_to_num().long().clamp(0, num_bins - 1)
+    counts = torch.bincount(bins + (labels > _BETWEEN) * num_bins, minlength=2 * num_bins)
+    return torch.cat([totals, counts.double()])
+
+
+def report_of(sums: Tensor, counts: Tensor | None = None) -> ClassificationReport:
+    """Returns the measures that sums amount to.
+
+    Args:
+        sums: of `classification_sums`, over all batches and ranks.
+        counts: [2, n] negatives and positives at each distinct logit, for an exact area under the curve; None takes
+            the bins'.
+    """
+    num_examples, positives, loss, probabilities = sums[:_NUM_TOTALS].tolist()
+    is_exact = counts is not None
+    negative, positive = counts if counts is not None else sums[_NUM_TOTALS:].view(2, -1)
+    auc, tied = area_under_curve(negative, positive)
+    log_loss = _ratio(loss, num_examples)
+    return ClassificationReport(
+        num_examples=int(num_examples),
+        auc=auc,
+        auc_error=0.0 if is_exact else tied / 2,
+        log_loss=log_loss,
+        normalised_entropy=_ratio(log_loss, _entropy(_ratio(positives, num_examples))),
+        calibration=_ratio(probabilities, positives),
+    )
+
+
+def training_measures(sums: Tensor) -> dict[str, float]:
+    """Returns the measures of training batches, predicted before they were trained on, from `classification_sums`."""
+    report = report_of(sums)
+    return {
+        "auc": report.auc,
+        "normalised_entropy": report.normalised_entropy,
+        "calibration": report.calibration,
+    }
 
 
 def area_under_curve(negatives: Tensor, positives: Tensor) -> tuple[float, float]:

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from embedtrain.data.click_batches import ClickBatch
+from embedtrain.data.click_batches import ClickBatch, ClickBatches
 from embedtrain.distributed.runtime import size_of
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import UserError
+from embedtrain.metrics.classification import TRAINING_BINS, ClassificationMeter, classification_sums
 from embedtrain.models.objective import Objective
 from embedtrain.spec import FeatureSpec, TableSpec
 
@@ -33,7 +33,6 @@ class NetworkOptions:
         top: DLRM: hidden sizes of the MLP over the interactions. DCN-V2: of the MLP beside the cross layers.
         num_cross_layers: DCN-V2.
         low_rank: DCN-V2: rank of each cross layer's matrix; None for a full one.
-        dropout: after each hidden layer of `top`.
 
     Raises:
         UserError: an option is out of range.
@@ -44,7 +43,6 @@ class NetworkOptions:
     top: tuple[int, ...] = (128, 64)
     num_cross_layers: int = 3
     low_rank: int | None = None
-    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.architecture not in get_args(Architecture):
@@ -52,8 +50,6 @@ class NetworkOptions:
         sizes = [*self.bottom, *self.top, self.num_cross_layers, 1 if self.low_rank is None else self.low_rank]
         if min(sizes) < 1:
             raise UserError(f"sizes and numbers of layers must be at least 1, got {sizes}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout must be in [0, 1), got {self.dropout}")
 
 
 class DLRM(nn.Module):
@@ -78,7 +74,7 @@ class DLRM(nn.Module):
         pairs = torch.tril_indices(num_vectors, num_vectors, offset=-1)
         self.register_buffer("_pairs", pairs[0] * num_vectors + pairs[1], persistent=False)
         width = pairs.shape[1] + (dim if num_dense else 0)
-        self.top = _mlp([width, *options.top], options.dropout)
+        self.top = _mlp([width, *options.top])
         self.output = nn.Linear(options.top[-1] if options.top else width, 1)
 
     def forward(self, dense: Tensor, vectors: Sequence[Tensor]) -> Tensor:
@@ -109,7 +105,7 @@ class DCNv2(nn.Module):
         super().__init__()
         width = num_dense + sum(dims)
         self.cross = nn.ModuleList(_cross(width, options.low_rank) for _ in range(options.num_cross_layers))
-        self.deep = _mlp([width, *options.top], options.dropout) if options.top else None
+        self.deep = _mlp([width, *options.top]) if options.top else None
         self.output = nn.Linear(width + (options.top[-1] if options.top else 0), 1)
 
     def forward(self, dense: Tensor, vectors: Sequence[Tensor]) -> Tensor:
@@ -138,7 +134,8 @@ def build_network(num_dense: int, dims: Sequence[int], options: NetworkOptions, 
 class Ranking(nn.Module):
     """The probability of label 1, from numbers and looked-up features.
 
-    The tables are sharded over the ranks; the network is the same on every rank, and its gradient their mean.
+    The tables are sharded over the ranks. The network is the same on every rank, and so must be its gradient: they
+    are to be averaged over the ranks, as `embedtrain.optim.dense.DenseOptimizer` does.
 
     Args:
         tables: of the features; see `EmbeddingCollection`.
@@ -168,32 +165,51 @@ class Ranking(nn.Module):
         self._features = [feature.name for feature in features]
         self.network = build_network(num_dense, [dims[feature.table_name] for feature in features], options, seed)
         self.network.to(self.tables.device)
-        group = self.tables.process_group
-        self._replicated = self.network if group is None else DistributedDataParallel(self.network, process_group=group)
 
     def predict(self, batch: ClickBatch) -> Tensor:
         """Returns logits [n]. Collective: every rank, and its backward too where gradients are enabled."""
         vectors = self.tables(batch.features)
-        logits: Tensor = self._replicated(batch.dense, [vectors[name] for name in self._features])
+        logits: Tensor = self.network(batch.dense, [vectors[name] for name in self._features])
         return logits
 
     def forward(self, batch: ClickBatch) -> Objective:
         """Returns the loss of this rank's batch. Collective: as `predict`."""
         batch = batch.to(self.tables.device)
-        losses = F.binary_cross_entropy_with_logits(self.predict(batch), batch.labels, reduction="none")
+        logits = self.predict(batch)
+        losses = F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
         # Both the tables and the network average gradients over the ranks, whose shares may differ by an example.
         scale = size_of(self.tables.process_group) / max(batch.num_global, 1)
         return Objective(
-            loss=losses.sum() * scale, total=losses.detach().double().sum(), num_predictions=batch.num_examples
+            loss=losses.sum() * scale,
+            total=losses.detach().double().sum(),
+            num_predictions=batch.num_examples,
+            sums=classification_sums(logits, batch.labels, TRAINING_BINS),
         )
 
 
-def _mlp(sizes: Sequence[int], dropout: float = 0.0) -> nn.Sequential:
+def measure_ranking(model: Ranking, batches: ClickBatches, alive: Callable[[], None]) -> dict[str, float]:
+    """Returns the measures of a model on held-out examples.
+
+    Collective: every rank.
+
+    Args:
+        model: with its tables.
+        batches: of the held-out examples.
+        alive: called after each batch.
+    """
+    meter = ClassificationMeter()
+    with torch.no_grad():
+        for step in range(batches.steps_per_epoch):
+            batch = batches.batch(0, step).to(model.tables.device)
+            meter.add(model.predict(batch), batch.labels)
+            alive()
+    return meter.report(model.tables.process_group).as_record("valid_")
+
+
+def _mlp(sizes: Sequence[int]) -> nn.Sequential:
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(sizes):
         layers += [nn.Linear(before, after), nn.ReLU()]
-        if dropout > 0:
-            layers.append(nn.Dropout(dropout))
     return nn.Sequential(*layers)
 
 

@@ -212,19 +212,19 @@ def test_parquet_rows_and_types_are_checked(tmp_path: Path, cache: Path) -> None
     schema = ClickSchema(file_format="parquet", label="y", dense=("x",), categorical=(user,))
     columns = {"y": [1, 0], "x": [1.0, math.nan], "user": pa.array([1, 2**63], pa.uint64())}
     pq.write_table(pa.table(columns), path, row_group_size=1)
-    with pytest.raises(UserError, match="a.parquet, row 1: column x: nan is not a finite number"):
+    with pytest.raises(UserError, match=r"a.parquet, row 1: column x: nan is not a finite number"):
         prepared(path, schema, cache)
     pq.write_table(pa.table(columns | {"x": [1.0, 2.0]}), path)
     with pytest.raises(UserError, match=r"a.parquet, row 1: column user: id 9223372036854775808 is past 2\^63 - 1"):
         prepared(path, schema, cache)
     pq.write_table(pa.table(columns | {"user": [1.0, 2.0]}), path)
-    with pytest.raises(UserError, match="column user is of type double, .* cast it to integers or texts"):
+    with pytest.raises(UserError, match=r"column user is of type double, .* cast it to integers or texts"):
         prepared(path, schema, cache)
     pq.write_table(pa.table(columns | {"user": [[1], [2]]}), path)
-    with pytest.raises(UserError, match="column user holds lists .*: declare it as a categorical bag"):
+    with pytest.raises(UserError, match=r"column user holds lists .*: declare it as a categorical bag"):
         prepared(path, schema, cache)
     path.write_bytes(b"PAR1 no more")
-    with pytest.raises(UserError, match="a.parquet: cannot be read as Parquet"):
+    with pytest.raises(UserError, match=r"a.parquet: cannot be read as Parquet"):
         prepared(path, schema, cache)
 
 
@@ -250,7 +250,7 @@ def test_a_log_without_examples_is_refused(tmp_path: Path, cache: Path) -> None:
     with pytest.raises(UserError, match="the click log is empty"):
         prepared(tmp_path / "a.csv", schema, cache)
     (tmp_path / "a.csv").write_text("")
-    with pytest.raises(UserError, match="a.csv: the file is empty"):
+    with pytest.raises(UserError, match=r"a.csv: the file is empty"):
         prepared(tmp_path / "a.csv", schema, cache)
 
 
