@@ -1,34 +1,65 @@
-"""The cache of prepared data: folders that the ranks of a job make together, and that exist when complete."""
+"""Prepared data in a local folder: made once, under a name that says of what, and complete or not there."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable
 
 import fsspec
 import torch.distributed as dist
 from fsspec.implementations.local import LocalFileSystem
 
-from embedtrain.distributed.collectives import raise_together
+from embedtrain.distributed.collectives import raise_together, run_on_first
 from embedtrain.distributed.runtime import rank_of
 from embedtrain.errors import UserError
-
-T = TypeVar("T")
-
-META_NAME = "meta.json"
-"""An entry's table of contents, written last."""
 
 _ABANDONED_SECONDS = 24 * 3600
 
 
+def cached_entry(
+    cache_path: str, name: str, complete_name: str, write: Callable[[str], None], group: dist.ProcessGroup | None
+) -> str:
+    """Returns the path of an entry of the cache, which rank 0 writes unless it is there.
+
+    It is written under another name and renamed when it is complete: one that was killed is done again.
+
+    Collective: every rank.
+
+    Args:
+        cache_path: local folder, made if missing; all ranks must see the same one.
+        name: of the entry; says of which data it is, so that other data make another.
+        complete_name: a file that an entry holds if and only if it is complete; `write` writes it last.
+        write: fills the folder it is given.
+
+    Raises:
+        UserError: on every rank; what `write` raises, or a cache folder that is not local or may not be written.
+        RuntimeError: a rank does not see the cache folder of the others.
+    """
+    cache_path = run_on_first(lambda: make_cache_folder(cache_path), group)
+    entry_path = os.path.join(cache_path, name)
+
+    def make() -> None:
+        if os.path.exists(os.path.join(entry_path, complete_name)):
+            return
+        work_path = make_work_folder(entry_path)
+        try:
+            write(work_path)
+            commit_work(work_path, entry_path, complete_name)
+        except BaseException:
+            shutil.rmtree(work_path, ignore_errors=True)
+            raise
+
+    run_on_first(make, group)
+    require_visible(os.path.join(entry_path, complete_name), group)
+    return entry_path
+
+
 def make_cache_folder(cache_path: str) -> str:
-    """Makes the cache's folder where it is missing, and returns its path without a protocol.
+    """Makes the folder of the cache, if missing, and returns its path.
 
     Raises:
         UserError: it is not local, or cannot be made.
@@ -47,7 +78,7 @@ def make_cache_folder(cache_path: str) -> str:
 
 
 def make_work_folder(entry_path: str) -> str:
-    """Makes the folder of this attempt, and removes those that others abandoned."""
+    """Makes the folder of this attempt at an entry, and removes those that others abandoned."""
     cache_path, name = os.path.split(entry_path)
     for other in os.listdir(cache_path):
         path = os.path.join(cache_path, other)
@@ -63,6 +94,16 @@ def make_work_folder(entry_path: str) -> str:
     return work_path
 
 
+def commit_work(work_path: str, entry_path: str, complete_name: str) -> None:
+    """Gives the folder of an attempt the entry's name; another job may have been first."""
+    try:
+        os.rename(work_path, entry_path)
+    except OSError:
+        if not os.path.exists(os.path.join(entry_path, complete_name)):
+            raise
+        shutil.rmtree(work_path, ignore_errors=True)
+
+
 def require_visible(path: str, group: dist.ProcessGroup | None) -> None:
     """Collective: raises on every rank when one does not see what rank 0 made."""
     error = None
@@ -72,28 +113,3 @@ def require_visible(path: str, group: dist.ProcessGroup | None) -> None:
             "cache folder must be on a file system that all ranks share"
         )
     raise_together(error, group)
-
-
-def on_every_rank(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:
-    """Collective: does each rank's share; a failure of one is raised on all, so that none waits for it."""
-    try:
-        result = work()
-    except Exception as error:
-        raise_together(error, group)
-        raise
-    raise_together(None, group)
-    return result
-
-
-def commit_entry(work_path: str, entry_path: str, meta: Mapping[str, Any]) -> None:
-    """Writes the table of contents and gives the folder its final name; another job may have been first."""
-    with open(os.path.join(work_path, META_NAME), "w", encoding="utf-8") as file:
-        json.dump(meta, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    try:
-        os.rename(work_path, entry_path)
-    except OSError:
-        if not os.path.exists(os.path.join(entry_path, META_NAME)):
-            raise
-        shutil.rmtree(work_path, ignore_errors=True)

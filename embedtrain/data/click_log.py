@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from embedtrain.data.cache import META_NAME
+from embedtrain.data.corpus import META_NAME
 
 LABEL, DENSE, IDS, BAG_LENGTHS, FIRST_VALUE = "label", "dense", "ids", "bag_lengths", "first_value"
 """The fields of a record."""

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedtrain.data.cache import META_NAME
 from embedtrain.data.vocabulary import Vocabulary
 
+META_NAME = "meta.json"
 VOCABULARY_NAME = "vocabulary.tsv"
 TOKEN_DTYPE = np.dtype("<i4")
 

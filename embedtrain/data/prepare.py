@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import torch.distributed as dist
 import xxhash
 
-from embedtrain.data.cache import (
-    META_NAME,
-    commit_entry,
-    make_cache_folder,
-    make_work_folder,
-    on_every_rank,
-    require_visible,
-)
-from embedtrain.data.corpus import TOKEN_DTYPE, VOCABULARY_NAME, PreparedCorpus
+from embedtrain.data.cache import commit_work, make_cache_folder, make_work_folder, require_visible
+from embedtrain.data.corpus import META_NAME, TOKEN_DTYPE, VOCABULARY_NAME, PreparedCorpus
 from embedtrain.data.python_docs import PYTHON_DOCS, write_python_docs
 from embedtrain.data.sources import CHUNK_BYTES, Source, expand_sources, read_chunks
 from embedtrain.data.text import TOKENIZERS, encode, tokenize
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary, WordCounts
-from embedtrain.distributed.collectives import all_gather_object, run_on_first
+from embedtrain.distributed.collectives import all_gather_object, raise_together, run_on_first
 from embedtrain.distributed.runtime import rank_of, size_of
 from embedtrain.errors import UserError
 
+T = TypeVar("T")
 OnProgress = Callable[[str, float], None]
 
 PART_BYTES = 2 << 20
@@ -172,11 +167,11 @@ def plan_parts(sources: Sequence[Source], part_bytes: int) -> list[list[Segment]
 def _prepare(job: _Job, entry_path: str) -> None:
     """Collective: counts, agrees on the vocabulary, encodes, and commits the entry."""
     try:
-        on_every_rank(lambda: _count_words(job), job.group)
+        _on_every_rank(lambda: _count_words(job), job.group)
         run_on_first(lambda: _build_vocabulary(job), job.group)
-        vocabulary = on_every_rank(lambda: Vocabulary.load(job.path(VOCABULARY_NAME)), job.group)
+        vocabulary = _on_every_rank(lambda: Vocabulary.load(job.path(VOCABULARY_NAME)), job.group)
         rows = {word.encode(): row for row, word in enumerate(vocabulary.words)}
-        my_shards = on_every_rank(lambda: _write_shards(job, rows), job.group)
+        my_shards = _on_every_rank(lambda: _write_shards(job, rows), job.group)
         shards = [shard for theirs in all_gather_object(my_shards, job.group) for shard in theirs]
         run_on_first(lambda: _commit(job, vocabulary, shards, entry_path), job.group)
     except BaseException:
@@ -232,7 +227,7 @@ def _write_shards(job: _Job, rows: Mapping[bytes, int]) -> list[dict[str, Any]]:
 
 
 def _commit(job: _Job, vocabulary: Vocabulary, shards: list[dict[str, Any]], entry_path: str) -> None:
-    """Writes the table of contents and completes the entry."""
+    """Writes the table of contents and gives the folder its final name."""
     shards = sorted(shards, key=lambda shard: str(shard["name"]))
     content = [shard["xxh3"] for shard in shards], vocabulary.fingerprint, _tokenization(job.options)
     meta = {
@@ -242,7 +237,11 @@ def _commit(job: _Job, vocabulary: Vocabulary, shards: list[dict[str, Any]], ent
         "sources": sorted({segment.source.identity for part in job.parts for segment in part}),
         "shards": shards,
     }
-    commit_entry(job.work_path, entry_path, meta)
+    with open(job.path(META_NAME), "w", encoding="utf-8") as file:
+        json.dump(meta, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    commit_work(job.work_path, entry_path, META_NAME)
 
 
 def _chunks(part: Sequence[Segment], job: _Job, progress: _Progress) -> Iterator[bytes]:
@@ -270,6 +269,17 @@ class _Progress:
         self._done_bytes += num_bytes
         if self._on_progress is not None:
             self._on_progress(self._stage, min(1.0, self._done_bytes / self._total_bytes))
+
+
+def _on_every_rank(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """Collective: does each rank's share; a failure of one is raised on all, so that none waits for it."""
+    try:
+        result = work()
+    except Exception as error:
+        raise_together(error, group)
+        raise
+    raise_together(None, group)
+    return result
 
 
 def _entry_name(sources: Sequence[Source], options: CorpusOptions) -> str:

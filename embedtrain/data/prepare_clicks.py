@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -15,14 +16,7 @@ import pyarrow.compute as pc
 import torch.distributed as dist
 import xxhash
 
-from embedtrain.data.cache import (
-    META_NAME,
-    commit_entry,
-    make_cache_folder,
-    make_work_folder,
-    on_every_rank,
-    require_visible,
-)
+from embedtrain.data.cache import commit_work, make_cache_folder, make_work_folder, require_visible
 from embedtrain.data.click_files import SUFFIXES, ClickFiles, Fault, describe_fault, plan_files, read_rows
 from embedtrain.data.click_log import (
     DENSE,
@@ -34,10 +28,11 @@ from embedtrain.data.click_log import (
 from embedtrain.data.click_records import Moments, encode
 from embedtrain.data.click_schema import CategoricalColumn, ClickSchema
 from embedtrain.data.click_values import Examples, parse_rows
+from embedtrain.data.corpus import META_NAME
 from embedtrain.data.prepare import Segment
 from embedtrain.data.sources import CHUNK_BYTES, Source, expand_sources
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, WordCounts
-from embedtrain.distributed.collectives import all_gather_object, run_on_first
+from embedtrain.distributed.collectives import all_gather_object, run_on_each, run_on_first
 from embedtrain.distributed.runtime import rank_of, size_of
 from embedtrain.errors import UserError
 
@@ -158,10 +153,10 @@ def _prepare(job: _Job, entry_path: str) -> None:
     """Collective: counts where there are vocabularies, encodes, and commits the entry."""
     try:
         if job.with_vocabulary and job.like is None:
-            on_every_rank(lambda: _count_values(job), job.group)
+            run_on_each(lambda: _count_values(job), job.group)
             run_on_first(lambda: _build_vocabularies(job), job.group)
-        vocabularies = on_every_rank(lambda: _load_vocabularies(job), job.group)
-        shards, faults = on_every_rank(lambda: _write_shards(job, vocabularies), job.group)
+        vocabularies = run_on_each(lambda: _load_vocabularies(job), job.group)
+        shards, faults = run_on_each(lambda: _write_shards(job, vocabularies), job.group)
         _check_faults(job, faults)
         gathered = all_gather_object((shards, len(faults)), job.group)
         all_shards = [shard for theirs, _ in gathered for shard in theirs]
@@ -316,7 +311,11 @@ def _commit(
         **facts,
         "shards": shards,
     }
-    commit_entry(job.work_path, entry_path, meta)
+    with open(job.path(META_NAME), "w", encoding="utf-8") as file:
+        json.dump(meta, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    commit_work(job.work_path, entry_path, META_NAME)
 
 
 def _fingerprint(vocabularies: Mapping[str, Mapping[bytes, int]]) -> str:

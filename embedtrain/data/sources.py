@@ -1,4 +1,4 @@
-"""Files on any fsspec URL: which ones a path means, and their lines, a few MiB at a time."""
+"""Text files on any fsspec URL: which ones a path means, and their lines, a few MiB at a time."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def expand_sources(path: str | Sequence[str], suffixes: tuple[str, ...] = TEXT_S
     Args:
         path: one or several of: a file, a glob (`*.txt`, `folder/**/*.txt.gz`), or a folder, which stands
             for the files in it and below it whose names end in one of `suffixes`. Any fsspec URL.
-        suffixes: of the files of a folder.
+        suffixes: endings of the names that are taken from a folder.
 
     Returns:
         The files in the order of the paths, sorted within each; a file that several match comes once.
@@ -129,7 +129,7 @@ def _expand(path: str, suffixes: tuple[str, ...]) -> list[Source]:
             if not chosen:
                 expected = ", ".join(f"*{suffix}" for suffix in suffixes)
                 held = _contents(fs, root)
-                raise UserError(f"{path}: no file of {expected} in this folder or below it; {held}")
+                raise UserError(f"{path}: no file ({expected}) in this folder or below it; {held}")
         elif fsspec.core.has_magic(root):
             chosen = [i for i in fs.glob(root, detail=True).values() if i["type"] == "file"]
             if not chosen:
