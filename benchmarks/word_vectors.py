@@ -11,10 +11,7 @@ judges both. Words per second are words of the text in the vocabulary, over all 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -26,11 +23,10 @@ from pathlib import Path
 import gensim
 import torch
 from gensim.models import KeyedVectors, Word2Vec
+from record import ROOT, Measure, append_results
 
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS_PATH = ROOT / "benchmarks" / "results.csv"
 SIMILARITY = {
     "WordSim-353": "EN-WS-353-ALL.txt",
     "MEN": "EN-MEN-TR-3k.txt",
@@ -38,20 +34,6 @@ SIMILARITY = {
     "RG-65": "EN-RG-65.txt",
 }
 SPEED = "words/s"
-COLUMNS = [
-    "benchmark",
-    "corpus",
-    "commit",
-    "date",
-    "cpu",
-    "ranks",
-    "threads",
-    "versions",
-    "metric",
-    "ours",
-    "peer",
-    "ratio",
-]
 
 
 @dataclass(frozen=True)
@@ -84,7 +66,7 @@ def main() -> None:
         peers.append(run_gensim(settings, seed))
         print(f"gensim,     seed {seed}: {line_of(peers[-1])}", flush=True)
     print_table(options.text.stem, ours, peers)
-    append_results(options.text.stem, settings, ours, peers)
+    record(options.text.stem, settings, ours, peers)
 
 
 def parse_options() -> argparse.Namespace:
@@ -208,45 +190,14 @@ def print_table(corpus: str, ours: list[dict[str, float]], peers: list[dict[str,
         print(f"| {name} | {cells[0]} | {cells[1]} | {ratio:.2f} |")
 
 
-def append_results(
-    corpus: str, settings: Settings, ours: list[dict[str, float]], peers: list[dict[str, float]]
-) -> None:
+def record(corpus: str, settings: Settings, ours: list[dict[str, float]], peers: list[dict[str, float]]) -> None:
     """Appends a row per measure to the record of all benchmarks."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    is_new = not RESULTS_PATH.exists()
-    with RESULTS_PATH.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if is_new:
-            writer.writerow(COLUMNS)
-        for name in ours[0]:
-            mean_ours, mean_peers = (statistics.mean(m[name] for m in side) for side in (ours, peers))
-            writer.writerow(
-                [
-                    "word_vectors",
-                    corpus,
-                    commit,
-                    datetime.date.today().isoformat(),
-                    cpu_name(),
-                    settings.ranks,
-                    1,
-                    f"torch {torch.__version__}, gensim {gensim.__version__}",
-                    name,
-                    f"{mean_ours:.4f}",
-                    f"{mean_peers:.4f}",
-                    f"{mean_ours / mean_peers:.3f}",
-                ]
-            )
-
-
-def cpu_name() -> str:
-    """Returns the processor's name and the number of its cores."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor()
-    return f"{name}, {os.cpu_count()} cores"
+    means = {name: [statistics.mean(m[name] for m in side) for side in (ours, peers)] for name in ours[0]}
+    append_results(
+        "word_vectors",
+        f"torch {torch.__version__}, gensim {gensim.__version__}",
+        [Measure(corpus, name, *pair, pair[0] / pair[1], settings.ranks, 1) for name, pair in means.items()],
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 
 from embedtrain import inspection
@@ -20,7 +20,8 @@ from embedtrain.errors import CheckpointError, NonFiniteError, UserError
 from embedtrain.export import FORMATS, export_vectors, neighbors, open_vectors
 from embedtrain.train.interrupt import EXIT_PREEMPTED
 from embedtrain.train.lock import RunLock
-from embedtrain.train.run_folder import RunFolder
+from embedtrain.train.profile import StepProfile
+from embedtrain.train.run_folder import PROFILE_NAME, RunFolder
 from embedtrain.train.watchdog import Watchdog
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR = 0, 1, 2
@@ -61,6 +62,7 @@ def _build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train, or resume what lies in run.path")
     train.add_argument("config", help="YAML file, such as configs/word2vec.yaml")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    train.add_argument("--profile", action="store_true", help="write a Chrome trace and seconds per stage of 50 steps")
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="measure the vectors of a run on word analogies and similarity")
@@ -105,7 +107,7 @@ def _train(options: argparse.Namespace) -> int:
     try:
         with RunLock(folder.path, runtime.group) as lock:
             run = build_run(config, runtime, folder)
-            status = _run(run, config, runtime, lock)
+            status = _run(run, config, runtime, lock, is_profiled=options.profile)
     except UserError as error:
         if options.debug:
             raise
@@ -148,13 +150,21 @@ def _note_failure(folder: RunFolder, text: str) -> None:
         folder.write_status("failed", EXIT_FAILED, error=text)
 
 
-def _run(run: Run, config: Config, runtime: Runtime, lock: RunLock) -> int:
+def _run(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_profiled: bool) -> int:
     state = run.trainer.state
     if runtime.rank == 0:
         done = f"resuming at step {state.step:,}" if run.is_resumed else "starting"
         _print(f"{done} of {run.trainer.total_steps:,}, {runtime.world_size} ranks, {runtime.device.type}")
-    with Watchdog(config.run.timeout_seconds) as watchdog:
-        is_complete = run.trainer.run(run.sinks, config.log.every_steps, before_save=lock.check, on_step=watchdog.alive)
+    with ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
+        profile = stack.enter_context(_profile(run.folder, runtime.rank)) if is_profiled else None
+        is_complete = run.trainer.run(
+            run.sinks,
+            config.log.every_steps,
+            before_save=lock.check,
+            alive=watchdog.alive,
+            on_step=None if profile is None else profile.step,
+        )
     for sink in run.sinks:
         sink.close()
     status = EXIT_DONE if is_complete else EXIT_PREEMPTED
@@ -162,6 +172,15 @@ def _run(run: Run, config: Config, runtime: Runtime, lock: RunLock) -> int:
         run.folder.write_status("done" if is_complete else "preempted", status, step=state.step)
         _print(f"{'done' if is_complete else 'stopped and saved'} at step {state.step:,}: {run.folder.path}")
     return status
+
+
+def _profile(folder: RunFolder, rank: int) -> StepProfile:
+    def write(trace: bytes, table: str) -> None:
+        folder.write_profile(rank, trace, table)
+        if rank == 0:
+            _print(f"{table}\nprofile: {folder.join(PROFILE_NAME)}")
+
+    return StepProfile(write)
 
 
 def _evaluate(options: argparse.Namespace) -> int:

@@ -6,14 +6,13 @@ import functools
 import sys
 from dataclasses import dataclass
 
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 from omegaconf import OmegaConf
 
 from embedtrain.build.parts import Parts
 from embedtrain.build.ranking import build_ranking
 from embedtrain.build.word2vec import build_word2vec
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
+from embedtrain.checkpoint.storage import local_path
 from embedtrain.config import Config, RankingConfig, Word2VecConfig, differing_keys, to_yaml
 from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import Runtime
@@ -145,7 +144,6 @@ def _build_sinks(config: Config, folder: RunFolder, state: TrainState, task: Tas
     metrics.truncate_after(state.step)
     total = config.train.epochs * task.batches.examples_per_epoch
     sinks: list[MetricSink] = [ConsoleSink(sys.stderr, total, task.unit), metrics]
-    is_local = isinstance(url_to_fs(folder.path)[0], LocalFileSystem)
-    if config.log.tensorboard and is_local:
+    if config.log.tensorboard and local_path(folder.path) is not None:
         sinks.append(TensorBoardSink(folder.join(TENSORBOARD_NAME), purge_step=state.step + 1))
     return sinks

@@ -33,6 +33,7 @@ def build_word2vec(config: Word2VecConfig, runtime: Runtime) -> Parts:
         config.table.dim,
         architecture=config.word2vec.architecture,
         dtype=getattr(torch, config.table.dtype),
+        wire_dtype=None if config.table.wire_dtype is None else getattr(torch, config.table.wire_dtype),
         device=runtime.device,
         process_group=runtime.group,
         seed=config.seed,

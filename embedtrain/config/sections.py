@@ -30,6 +30,8 @@ class TableConfig:
     """Columns."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage of the rows."""
+    wire_dtype: Literal["float32", "bfloat16"] | None = None
+    """In which vectors and gradients travel between ranks; null: as stored, and float32."""
 
 
 @dataclass

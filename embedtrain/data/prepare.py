@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import torch.distributed as dist
@@ -19,11 +19,10 @@ from embedtrain.data.python_docs import PYTHON_DOCS, write_python_docs
 from embedtrain.data.sources import CHUNK_BYTES, Source, expand_sources, read_chunks
 from embedtrain.data.text import TOKENIZERS, encode, tokenize
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary, WordCounts
-from embedtrain.distributed.collectives import all_gather_object, raise_together, run_on_first
+from embedtrain.distributed.collectives import all_gather_object, run_on_each, run_on_first
 from embedtrain.distributed.runtime import rank_of, size_of
 from embedtrain.errors import UserError
 
-T = TypeVar("T")
 OnProgress = Callable[[str, float], None]
 
 PART_BYTES = 2 << 20
@@ -167,11 +166,11 @@ def plan_parts(sources: Sequence[Source], part_bytes: int) -> list[list[Segment]
 def _prepare(job: _Job, entry_path: str) -> None:
     """Collective: counts, agrees on the vocabulary, encodes, and commits the entry."""
     try:
-        _on_every_rank(lambda: _count_words(job), job.group)
+        run_on_each(lambda: _count_words(job), job.group)
         run_on_first(lambda: _build_vocabulary(job), job.group)
-        vocabulary = _on_every_rank(lambda: Vocabulary.load(job.path(VOCABULARY_NAME)), job.group)
+        vocabulary = run_on_each(lambda: Vocabulary.load(job.path(VOCABULARY_NAME)), job.group)
         rows = {word.encode(): row for row, word in enumerate(vocabulary.words)}
-        my_shards = _on_every_rank(lambda: _write_shards(job, rows), job.group)
+        my_shards = run_on_each(lambda: _write_shards(job, rows), job.group)
         shards = [shard for theirs in all_gather_object(my_shards, job.group) for shard in theirs]
         run_on_first(lambda: _commit(job, vocabulary, shards, entry_path), job.group)
     except BaseException:
@@ -269,17 +268,6 @@ class _Progress:
         self._done_bytes += num_bytes
         if self._on_progress is not None:
             self._on_progress(self._stage, min(1.0, self._done_bytes / self._total_bytes))
-
-
-def _on_every_rank(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:
-    """Collective: does each rank's share; a failure of one is raised on all, so that none waits for it."""
-    try:
-        result = work()
-    except Exception as error:
-        raise_together(error, group)
-        raise
-    raise_together(None, group)
-    return result
 
 
 def _entry_name(sources: Sequence[Source], options: CorpusOptions) -> str:

@@ -21,7 +21,7 @@ from importlib import metadata
 import torch.distributed as dist
 import xxhash
 
-from embedtrain.distributed.collectives import all_gather_object, raise_together, run_on_first
+from embedtrain.distributed.collectives import all_gather_object, run_on_each, run_on_first
 from embedtrain.distributed.runtime import rank_of, size_of
 
 PYTHON_DOCS = "python-docs"
@@ -69,18 +69,17 @@ def write_python_docs(
         return path
     modules: list[str] = run_on_first(lambda: list(python_modules(_roots())), group)
     rank, size = rank_of(group), size_of(group)
-    mine: list[list[str]] = []
-    error: Exception | None = None
-    try:
+
+    def read_share() -> list[list[str]]:
+        mine: list[list[str]] = []
         with _garbage_collection_off():
             for done, module in enumerate(modules[rank::size]):
                 mine.append(docstrings(module))
                 if on_progress is not None and done % 100 == 0:
                     on_progress("read docstrings", done * size / len(modules))
-    except Exception as caught:
-        error = caught
-    raise_together(error, group)
-    shares = all_gather_object(mine, group)
+        return mine
+
+    shares = all_gather_object(run_on_each(read_share, group), group)
     found = [shares[number % size][number // size] for number in range(len(modules))]
     run_on_first(lambda: _write_text(found, path), group)
     return path

@@ -6,18 +6,23 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from embedtrain.distributed.runtime import rank_of
+from embedtrain.distributed.shared_memory import SharedMemoryExchange
 from embedtrain.errors import UserError
+from embedtrain.stages import stage
 
 T = TypeVar("T")
 
 
 def all_to_all_rows(
-    rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], group: dist.ProcessGroup | None
+    rows: Tensor,
+    send_counts: Sequence[int],
+    receive_counts: Sequence[int],
+    group: dist.ProcessGroup | None,
+    shared: SharedMemoryExchange | None = None,
 ) -> Tensor:
     """Sends consecutive runs of rows to the ranks in order, and returns what they sent, by rank.
 
@@ -27,14 +32,19 @@ def all_to_all_rows(
         rows: [sum(send_counts), ...] contiguous.
         send_counts: rows for each rank.
         receive_counts: rows from each rank.
+        shared: the ranks' shared memory, where they have it: the way that is taken then.
 
     Returns:
         [sum(receive_counts), ...]; `rows` itself where there is no group.
     """
     if group is None:
         return rows
+    if shared is not None:
+        with stage("exchange"):
+            return shared.all_to_all(rows, send_counts, receive_counts)
     received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
-    dist.all_to_all_single(received, rows.contiguous(), list(receive_counts), list(send_counts), group=group)
+    with stage("exchange"):
+        dist.all_to_all_single(received, rows.contiguous(), list(receive_counts), list(send_counts), group=group)
     return received
 
 
@@ -63,13 +73,6 @@ def broadcast_object(value: T, group: dist.ProcessGroup | None, src: int = 0) ->
     return holder[0]
 
 
-def barrier(group: dist.ProcessGroup | None) -> None:
-    """Waits for every rank. Collective: every rank of `group`."""
-    if group is not None:
-        # An all-reduce of a CPU tensor: dist.barrier would pick a GPU on its own.
-        dist.all_reduce(torch.zeros(1), group=group)
-
-
 def raise_together(error: BaseException | None, group: dist.ProcessGroup | None) -> None:
     """Raises on every rank when any rank passes an error, so that no rank is left waiting for it.
 
@@ -93,17 +96,24 @@ def raise_together(error: BaseException | None, group: dist.ProcessGroup | None)
             raise error_type(text)
 
 
+def run_on_each(function: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """Runs `function` on every rank and returns this rank's result, or raises on all what failed on any.
+
+    Collective: every rank of `group`.
+    """
+    try:
+        result = function()
+    except Exception as error:
+        raise_together(error, group)
+        raise
+    raise_together(None, group)
+    return result
+
+
 def run_on_first(function: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     """Runs `function` on rank 0 and returns its result, or raises its error, on every rank.
 
     Collective: every rank of `group`.
     """
-    result: T | None = None
-    error: Exception | None = None
-    if rank_of(group) == 0:
-        try:
-            result = function()
-        except Exception as raised:
-            error = raised
-    raise_together(error, group)
+    result = run_on_each(lambda: function() if rank_of(group) == 0 else None, group)
     return broadcast_object(result, group)  # type: ignore[return-value]

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from embedtrain.checkpoint.view import ShardView
 from embedtrain.distributed.collectives import all_to_all_rows
 from embedtrain.distributed.runtime import GroupReference, default_group, rank_of, size_of
-from embedtrain.embedding.exchange import RowRequest, exchange_ids, exchange_vectors
+from embedtrain.distributed.shared_memory import connect
+from embedtrain.embedding.exchange import RowRequest, exchange_ids, exchange_vectors, look_up_bags
 from embedtrain.embedding.features import resolve_features
 from embedtrain.embedding.ids import valid_bags
-from embedtrain.embedding.pooling import pool
+from embedtrain.embedding.pooling import bags_of
 from embedtrain.embedding.shard import RowGroup, TableShard
 from embedtrain.embedding.state_dict import as_entry, key_of, mesh_of, take_entry
 from embedtrain.jagged import Jagged
@@ -29,15 +30,19 @@ class EmbeddingCollection(nn.Module):
     group, whatever the number of features. The rows are not parameters of the module: their gradients wait
     at the rank that owns them for a sparse optimizer of `embedtrain.optim`.
 
+    Collective: every rank of the process group makes the collection.
+
     Args:
         tables: at least one, of unique names.
         features: what `forward` accepts; where None, one unpooled feature per table, of its name.
         device: of this rank's rows; the CPU where None.
         process_group: the ranks that share the tables; where None, the job's, or one process without a job.
         seed: of the first values.
+        wire_dtype: in which vectors and gradients travel between ranks, float32 or bfloat16; where None, vectors as
+            they are stored and gradients as float32.
 
     Raises:
-        ValueError: names repeat, or a feature names a table that does not exist.
+        ValueError: names repeat, a feature names a table that does not exist, or `wire_dtype` is another.
     """
 
     def __init__(
@@ -48,8 +53,11 @@ class EmbeddingCollection(nn.Module):
         device: torch.device | str | None = None,
         process_group: dist.ProcessGroup | None = None,
         seed: int = 0,
+        wire_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if wire_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(f"wire_dtype must be torch.float32, torch.bfloat16 or None, got {wire_dtype}")
         self.features = resolve_features(tables, features)
         process_group = process_group if process_group is not None else default_group()
         self._process_group = GroupReference(process_group)
@@ -57,8 +65,17 @@ class EmbeddingCollection(nn.Module):
         members: dict[tuple[int, torch.dtype], list[TableSpec]] = {}
         for table in tables:
             members.setdefault((table.dim, table.dtype), []).append(table)
+        shared = connect(self.process_group, self.device)
         self.row_groups = [
-            RowGroup(specs, seed=seed, device=self.device, process_group=process_group) for specs in members.values()
+            RowGroup(
+                specs,
+                seed=seed,
+                device=self.device,
+                process_group=process_group,
+                wire_dtype=wire_dtype,
+                shared=shared,
+            )
+            for specs in members.values()
         ]
         self._place = {
             shard.spec.name: (number, position)
@@ -90,12 +107,15 @@ class EmbeddingCollection(nn.Module):
                 every rank before any row moves.
             ValueError: the batch names a feature that does not exist, on any rank; raised likewise.
         """
-        bags, requests, inverses = self._exchange_ids(batch)
-        vectors = {number: exchange_vectors(self.row_groups[number], requests[number]) for number in requests}
-        return {
-            name: pool(vectors[self._place_of(name)[0]], inverses[name], bags[name], self.features[name].pooling)
-            for name in batch
-        }
+        batch = dict(batch)
+        members, requests = self._exchange_ids(batch)
+        vectors: dict[str, Tensor] = {}
+        for number, names in members.items():
+            bags = [bags_of(batch[name], self.features[name].pooling) for name in names]
+            weights = [batch[name].weights for name in names]
+            pooled = look_up_bags(self.row_groups[number], requests[number], bags, weights)
+            vectors.update(zip(names, pooled, strict=True))
+        return {name: vectors[name] for name in batch}
 
     def distinct_rows(self, batch: Mapping[str, Jagged]) -> tuple[Tensor, dict[str, Tensor]]:
         """Fetches each distinct row of the batch once, for models that work on compact rows.
@@ -112,9 +132,13 @@ class EmbeddingCollection(nn.Module):
         numbers = {self._place_of(name)[0] for name in batch if name in self.features}
         if len(numbers) > 1:
             raise ValueError(f"distinct_rows needs tables of one dim and dtype; the features {list(batch)} differ")
-        _, requests, inverses = self._exchange_ids(batch)
-        (number,) = numbers
-        return exchange_vectors(self.row_groups[number], requests[number]), inverses
+        batch = dict(batch)
+        members, requests = self._exchange_ids(batch)
+        ((number, names),) = members.items()
+        inverse = requests[number].inverse
+        vectors = exchange_vectors(self.row_groups[number], requests[number])
+        sizes = [batch[name].values.numel() for name in names]
+        return vectors, dict(zip(names, inverse.split(sizes), strict=True))
 
     def gather_table(self, name: str, state: str = "weight") -> Tensor:
         """Returns a whole table, or an optimizer's state of it, in order of id, on every rank.
@@ -166,47 +190,37 @@ class EmbeddingCollection(nn.Module):
     def _place_of(self, feature: str) -> tuple[int, int]:
         return self._place[self.features[feature].table_name]
 
-    def _exchange_ids(
-        self, batch: Mapping[str, Jagged]
-    ) -> tuple[dict[str, Jagged], dict[int, RowRequest], dict[str, Tensor]]:
-        """Returns the valid bags, a request per group that the batch touches, and each feature's inverse."""
-        bags: dict[str, Jagged] = {}
-        keys: dict[int, list[Tensor]] = {}
+    def _exchange_ids(self, batch: dict[str, Jagged]) -> tuple[dict[int, list[str]], list[RowRequest]]:
+        """Returns, by group, the features that look it up, in order, and a request per group.
+
+        Features of `batch` with bad ids are replaced by what their policy makes of them.
+        """
         members: dict[int, list[str]] = {}
+        keys = [self._no_keys()] * len(self.row_groups)
         error: Exception | None = None
         try:
-            bags = self._valid_bags(batch)
-            for name, bag in bags.items():
-                number, position = self._place_of(name)
-                keys.setdefault(number, []).append(self.row_groups[number].keys_of(position, bag.values))
-                members.setdefault(number, []).append(name)
+            unknown = [name for name in batch if name not in self.features]
+            if unknown or not batch:
+                raise ValueError(f"expected a batch of the features {list(self.features)}, got {list(batch)}")
+            for name in batch:
+                members.setdefault(self._place_of(name)[0], []).append(name)
+            for number, names in members.items():
+                keys[number] = self._keys_of(number, names, batch)
         except ValueError as raised:
             error = raised
-        numbers = sorted(keys)
-        requests = exchange_ids(
-            # A rank whose input is wrong may not know which groups the others look up: the count is of all.
-            self.row_groups,
-            [torch.cat(keys[n]) if n in keys else self._no_keys() for n in range(len(self.row_groups))],
-            error,
-            self.process_group,
-        )
-        inverses: dict[str, Tensor] = {}
-        for number in numbers:
-            sizes = [bags[name].values.numel() for name in members[number]]
-            parts = requests[number].inverse.split(sizes)
-            inverses.update(zip(members[number], parts, strict=True))
-        return bags, {number: requests[number] for number in numbers}, inverses
+        # A rank whose input is wrong may not know which groups the others look up: the request is of all.
+        return members, exchange_ids(self.row_groups, keys, error, self.process_group)
 
-    def _valid_bags(self, batch: Mapping[str, Jagged]) -> dict[str, Jagged]:
-        unknown = [name for name in batch if name not in self.features]
-        if unknown or not batch:
-            raise ValueError(f"expected a batch of the features {list(self.features)}, got {list(batch)}")
+    def _keys_of(self, number: int, names: list[str], batch: dict[str, Jagged]) -> Tensor:
+        group = self.row_groups[number]
+        tables = [self._place_of(name)[1] for name in names]
+        keys, num_outside = group.keys_of(tables, [batch[name].values for name in names])
+        if not any(num_outside):
+            return keys
         rank = rank_of(self.process_group)
-        shards = self.shards
-        return {
-            name: valid_bags(bags, self.features[name], shards[self.features[name].table_name].spec.num_rows, rank)
-            for name, bags in batch.items()
-        }
+        for name, table in zip(names, tables, strict=True):
+            batch[name] = valid_bags(batch[name], self.features[name], group.shards[table].spec.num_rows, rank)
+        return group.keys_of(tables, [batch[name].values for name in names])[0]
 
     def _no_keys(self) -> Tensor:
         return torch.zeros(0, dtype=torch.int64, device=self.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,23 +13,64 @@ from torch.autograd.function import once_differentiable
 from embedtrain.distributed.collectives import all_to_all_rows, raise_together
 from embedtrain.distributed.runtime import size_of
 from embedtrain.embedding.shard import RowGroup
+from embedtrain.ops.gather_rows import gather_rows
+from embedtrain.ops.pool_rows import Bags, grad_of_weights, pool_rows, pool_rows_backward
+from embedtrain.ops.sort_unique import SortedKeys, sort_unique
+from embedtrain.stages import stage
 
 
-@dataclass(frozen=True)
 class RowRequest:
     """What one id exchange settled for one group of tables.
 
     Attributes:
-        inverse: [num_keys] int64; where each key's row lies among the distinct rows.
-        ask_counts: distinct rows that this rank asks of each rank.
+        keys: [num_keys] int64; see `RowGroup.keys_of`.
+        ask_counts: distinct rows that this rank asks of each rank; none where it has all rows itself.
         owe_counts: rows that each rank asks of this one.
         rows: [sum(owe_counts)] int64; the local rows asked for, by asking rank.
     """
 
-    inverse: Tensor
-    ask_counts: list[int]
-    owe_counts: list[int]
-    rows: Tensor
+    def __init__(
+        self,
+        keys: Tensor,
+        bound: int,
+        distinct: SortedKeys | None = None,
+        ask_counts: Sequence[int] = (),
+        owe_counts: Sequence[int] = (),
+        rows: Tensor | None = None,
+    ) -> None:
+        self.keys = keys
+        self._bound = bound  # all keys are below it
+        self.ask_counts = list(ask_counts)
+        self.owe_counts = list(owe_counts)
+        self._rows = rows
+        self._distinct = distinct
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this rank has all rows itself: then a key is its local row."""
+        return self._rows is None
+
+    @property
+    def rows(self) -> Tensor:
+        """The local rows that this rank hands out and takes gradients for."""
+        return self.distinct.unique if self._rows is None else self._rows
+
+    @property
+    def distinct(self) -> SortedKeys:
+        """The distinct keys; sorted when first asked for, which a look-up without gradient never does."""
+        if self._distinct is None:
+            with stage("unique"):
+                self._distinct = sort_unique(self.keys, bound=self._bound, with_inverse=False)
+        return self._distinct
+
+    @property
+    def inverse(self) -> Tensor:
+        """[num_keys] int64; where each key's row lies among the distinct ones."""
+        if self._distinct is None or self._distinct.inverse is None:
+            with stage("unique"):
+                self._distinct = sort_unique(self.keys, bound=self._bound)
+        assert self._distinct.inverse is not None
+        return self._distinct.inverse
 
 
 def exchange_ids(
@@ -51,69 +91,131 @@ def exchange_ids(
         keys: [n] int64 per group; see `RowGroup.keys_of`. Ignored where there is an error.
         error: what was wrong with this rank's input, or None.
     """
-    if process_group is None:
+    world_size = size_of(process_group)
+    if world_size == 1:
         if error is not None:
             raise error
-        return [_request_from_self(group_keys) for group_keys in keys]
-    world_size = size_of(process_group)
+        return [RowRequest(group_keys, group.num_local_rows) for group, group_keys in zip(groups, keys, strict=True)]
     device = groups[0].weight.device
-    distinct: list[tuple[Tensor, Tensor]] = []
+    distinct: list[SortedKeys] = []
     counts = torch.zeros(world_size, len(groups) + 1, dtype=torch.int64, device=device)
     if error is None:
-        distinct = [torch.unique(group_keys, return_inverse=True) for group_keys in keys]
         ranks = torch.arange(world_size + 1, device=device)
-        for column, (group, (unique, _)) in enumerate(zip(groups, distinct, strict=True)):
-            counts[:, column] = torch.searchsorted(unique, ranks * group.num_local_rows).diff()
+        for column, (group, group_keys) in enumerate(zip(groups, keys, strict=True)):
+            with stage("unique"):
+                distinct.append(sort_unique(group_keys, bound=world_size * group.num_local_rows))
+            counts[:, column] = torch.searchsorted(distinct[-1].unique, ranks * group.num_local_rows).diff()
     else:
         counts[:, -1] = 1
-    owed = torch.empty_like(counts)
-    dist.all_to_all_single(owed, counts, group=process_group)
+    shared = groups[0].shared
+    owed = all_to_all_rows(counts, [1] * world_size, [1] * world_size, process_group, shared)
     ask, owe = torch.stack([counts, owed]).tolist()  # the step's one wait for the device
     if any(row[-1] for row in owe):
         raise_together(error, process_group)
     requests = []
-    for column, (group, (unique, inverse)) in enumerate(zip(groups, distinct, strict=True)):
+    for column, (group, group_keys) in enumerate(zip(groups, keys, strict=True)):
         ask_counts, owe_counts = [row[column] for row in ask], [row[column] for row in owe]
-        rows = all_to_all_rows(unique % group.num_local_rows, ask_counts, owe_counts, process_group)
-        requests.append(RowRequest(inverse, ask_counts, owe_counts, rows))
+        # Half the bytes, where local rows fit.
+        wire_type = torch.int32 if group.num_local_rows < 1 << 31 else torch.int64
+        wanted = (distinct[column].unique % group.num_local_rows).to(wire_type)
+        rows = all_to_all_rows(wanted, ask_counts, owe_counts, process_group, shared).long()
+        requests.append(
+            RowRequest(group_keys, world_size * group.num_local_rows, distinct[column], ask_counts, owe_counts, rows)
+        )
     return requests
 
 
-def _request_from_self(keys: Tensor) -> RowRequest:
-    # With one rank a key is its local row.
-    rows, inverse = torch.unique(keys, return_inverse=True)
-    return RowRequest(inverse, [rows.numel()], [rows.numel()], rows)
-
-
 def exchange_vectors(group: RowGroup, request: RowRequest) -> Tensor:
-    """Fetches the distinct rows that this rank asked for, as float32; [sum(ask_counts), dim].
+    """Fetches the distinct rows that this rank asked for, as float32; [num_distinct, dim].
 
-    In backward, the gradient of each row travels to its owner and waits there. The loss is a mean over the
-    local batch; the gradient of the mean over the global batch is their sum divided by the world size, which
-    happens here and nowhere else.
+    In backward, the gradient of each row travels to its owner and waits there.
 
     Collective: every rank of the group's process group, and its backward too.
     """
-    # Rows are not leaves of the graph: the anchor makes autograd call backward, which delivers them.
-    anchor = torch.empty(0, device=group.weight.device, requires_grad=torch.is_grad_enabled())
-    vectors: Tensor = _ExchangeVectors.apply(anchor, group, request)  # type: ignore[no-untyped-call]
+    vectors: Tensor = _ExchangeVectors.apply(_anchor(group), group, request)  # type: ignore[no-untyped-call]
     return vectors
+
+
+def look_up_bags(
+    group: RowGroup, request: RowRequest, bags: Sequence[Bags], weights: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """Fetches rows and pools them, for all features of a group at once.
+
+    In backward, the gradients of all features are summed by row, travel to the rows' owners and wait there.
+
+    Collective: every rank of the group's process group, and its backward too.
+
+    Args:
+        group: the tables.
+        request: the rows; its keys are the features' one after the other.
+        bags: the features; their weights, where there are any, are detached.
+        weights: the same weights as the caller gave them, for their own gradient.
+
+    Returns:
+        Per feature [num_bags, dim] float32.
+    """
+    pooled: tuple[Tensor, ...] = _LookUpBags.apply(_anchor(group), group, request, bags, *weights)  # type: ignore[no-untyped-call]
+    return pooled
+
+
+def _anchor(group: RowGroup) -> Tensor:
+    # Rows are not leaves of the graph: the anchor makes autograd call backward, which delivers them.
+    return torch.empty(0, device=group.weight.device, requires_grad=torch.is_grad_enabled())
+
+
+def _fetch(group: RowGroup, request: RowRequest, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns the distinct rows; `dtype` is None for what traveled."""
+    if request.is_local:
+        return gather_rows(group.weight, request.rows, dtype)
+    owned = gather_rows(group.weight, request.rows, group.vector_wire_dtype)
+    vectors = all_to_all_rows(owned, request.owe_counts, request.ask_counts, group.process_group, group.shared)
+    return vectors if dtype is None else vectors.to(dtype)
+
+
+def _send_home(group: RowGroup, request: RowRequest, grad: Tensor) -> None:
+    if not request.is_local:
+        wired = grad.to(group.gradient_wire_dtype)
+        grad = all_to_all_rows(wired, request.ask_counts, request.owe_counts, group.process_group, group.shared).float()
+    group.deliver(request.rows, grad)
 
 
 class _ExchangeVectors(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, group: RowGroup, request: RowRequest) -> Tensor:
         ctx.group, ctx.request = group, request
-        owned = group.weight.index_select(0, request.rows)
-        vectors = all_to_all_rows(owned, request.owe_counts, request.ask_counts, group.process_group)
-        return vectors.float()
+        return _fetch(group, request, torch.float32)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
-        group, request = ctx.group, ctx.request
-        if group.process_group is not None:
-            grad = grad / size_of(group.process_group)
-        home = all_to_all_rows(grad, request.ask_counts, request.owe_counts, group.process_group)
-        group.deliver(request.rows, home)
+        _send_home(ctx.group, ctx.request, grad)
         return None, None, None
+
+
+class _LookUpBags(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, group: RowGroup, request: RowRequest, bags: Sequence[Bags], *weights: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.group, ctx.request, ctx.bags = group, request, bags
+        # One rank pools straight from the table.
+        source = group.weight if request.is_local else _fetch(group, request)
+        index = request.keys if request.is_local else request.inverse
+        ctx.vectors = (source, index) if any(ctx.needs_input_grad[4:]) else None
+        return tuple(pool_rows(source, index, bags))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        group, request, bags = ctx.group, ctx.request, ctx.bags
+        summed = pool_rows_backward(grads, bags, request.distinct, group.weight.shape[1])
+        _send_home(group, request, summed)
+        of_weights: list[Tensor | None] = [None] * len(bags)
+        if ctx.vectors is not None:
+            source, index = ctx.vectors
+            parts = index.split([feature.num_values for feature in bags])
+            for number, (feature, part, grad) in enumerate(zip(bags, parts, grads, strict=True)):
+                if ctx.needs_input_grad[4 + number] and grad is not None:
+                    of_weights[number] = grad_of_weights(source, part, feature, grad)
+        return None, None, None, None, *of_weights

@@ -1,34 +1,18 @@
-"""From distinct rows to what a feature's caller asked for: a vector per id or one per bag."""
+"""What a feature's caller asks for, a vector per id or one per bag, in the words of the op that does it."""
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from embedtrain.jagged import Jagged
+from embedtrain.ops.pool_rows import Bags
 from embedtrain.spec import Pooling
 
 
-def pool(vectors: Tensor, inverse: Tensor, bags: Jagged, pooling: Pooling) -> Tensor:
-    """Gathers the vectors of the ids, weighted, and pools them by bag.
+def bags_of(batch: Jagged, pooling: Pooling) -> Bags:
+    """Returns how the values of a feature are pooled.
 
-    Args:
-        vectors: [num_distinct, dim] float32.
-        inverse: [num_values] int64; the distinct row of each value.
-        bags: lengths and weights; of its values only the number counts.
-        pooling: "none" weighs and keeps each vector; "sum" adds them; "mean" divides the weighted sum by the
-            bag's length.
-
-    Returns:
-        [num_values, dim] without pooling, else [num_bags, dim]; zeros for an empty bag.
+    "none" weighs and keeps each vector; "sum" adds them by bag; "mean" divides the weighted sum by the bag's length.
     """
+    weights = None if batch.weights is None else batch.weights.detach().float()
     if pooling == "none":
-        gathered = vectors.index_select(0, inverse)
-        return gathered if bags.weights is None else gathered * bags.weights.unsqueeze(1)
-    weights = bags.weights
-    if pooling == "mean":
-        per_value = torch.repeat_interleave(bags.lengths.to(vectors.dtype), bags.lengths).reciprocal()
-        weights = per_value if weights is None else weights * per_value
-    offsets = bags.lengths.cumsum(0) - bags.lengths
-    return F.embedding_bag(inverse, vectors, offsets, mode="sum", per_sample_weights=weights)
+        return Bags(batch.values.numel(), None, weights)
+    return Bags(batch.values.numel(), batch.lengths.long(), weights, is_mean=pooling == "mean")

@@ -12,8 +12,13 @@ from torch import Tensor
 from embedtrain.checkpoint.changes import RowChanges
 from embedtrain.checkpoint.view import ShardView
 from embedtrain.distributed.runtime import GroupReference, rank_of, size_of
+from embedtrain.distributed.shared_memory import SharedMemoryExchange
 from embedtrain.embedding.init import initial_rows
 from embedtrain.ops.mix import mix64
+from embedtrain.ops.row_memory import allocate_rows
+from embedtrain.ops.segment_sum import segment_sum
+from embedtrain.ops.sort_unique import sort_unique
+from embedtrain.ops.spread_keys import SpreadTable, spread_keys
 from embedtrain.sharding.layout import SpreadLayout
 from embedtrain.spec import TableSpec
 
@@ -72,6 +77,9 @@ class RowGroup:
         shards: the tables, in order.
         changes: told by the optimizer which rows it updates; a save in the background relies on it.
         num_local_rows: rows reserved on each rank.
+        shared: the ranks' shared memory, where they have it.
+        vector_wire_dtype: in which vectors travel between ranks: the storage's unless chosen.
+        gradient_wire_dtype: in which gradients do: float32 unless chosen.
     """
 
     def __init__(
@@ -81,14 +89,20 @@ class RowGroup:
         seed: int,
         device: torch.device,
         process_group: dist.ProcessGroup | None,
+        wire_dtype: torch.dtype | None = None,
+        shared: SharedMemoryExchange | None = None,
     ) -> None:
         self._process_group = GroupReference(process_group)
+        self.shared = shared
+        self.vector_wire_dtype = wire_dtype or specs[0].dtype
+        self.gradient_wire_dtype = wire_dtype or torch.float32
         self.state: dict[str, Tensor] = {}
         layouts = [SpreadLayout(spec.num_rows, size_of(process_group)) for spec in specs]
         self.num_local_rows = sum(layout.rows_per_rank for layout in layouts)
-        self.weight = torch.zeros(self.num_local_rows, specs[0].dim, dtype=specs[0].dtype, device=device)
+        self.weight = allocate_rows((self.num_local_rows, specs[0].dim), 0.0, specs[0].dtype, device)
         self.changes = RowChanges({"weight": self.weight})
         self.shards: list[TableShard] = []
+        self._spread: list[SpreadTable] = []
         self._pending: list[RowGradient] = []
         self._is_summed = True
         first_row = 0
@@ -97,6 +111,7 @@ class RowGroup:
             weight = self.weight[first_row : first_row + stop - start]
             weight.copy_(initial_rows(spec, start, stop, seed))
             self.shards.append(TableShard(spec, layout, (start, stop), first_row, weight, {}, self.changes))
+            self._spread.append(SpreadTable(spec.num_rows, layout.multiplier, layout.rows_per_rank, first_row))
             first_row += layout.rows_per_rank
 
     @property
@@ -104,41 +119,56 @@ class RowGroup:
         """The ranks that share the tables; None for one process."""
         return self._process_group.get()
 
-    def keys_of(self, table: int, ids: Tensor) -> Tensor:
-        """Returns a key per id of the group's `table`-th table: `owner * num_local_rows + local row`.
+    def keys_of(self, tables: Sequence[int], ids: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+        """Returns a key per id of several features, `owner * num_local_rows + local row`, feature after feature.
 
         Sorted keys are in order of owner; equal keys are the same row.
+
+        Args:
+            tables: per feature, the position of its table in the group.
+            ids: per feature [n] int64 or int32.
+
+        Returns:
+            The keys, and per feature how many ids are not rows of its table; keys of those mean nothing.
         """
-        shard = self.shards[table]
-        owner, row = shard.layout.owner_of(shard.layout.slot_of(ids))
-        return owner * self.num_local_rows + (row + shard.first_row)
+        return spread_keys(ids, [self._spread[table] for table in tables], self.num_local_rows)
 
     def allocate_state(self, name: str, fill: float) -> Tensor:
         """Gives every row one float32 of optimizer state under `name`, on the weights' device."""
         if name in self.state:
             raise ValueError(f"the tables hold state {name!r} already: one optimizer at a time may own it")
-        whole = torch.full((self.num_local_rows,), fill, dtype=torch.float32, device=self.weight.device)
+        whole = allocate_rows((self.num_local_rows,), fill, torch.float32, self.weight.device)
         self.state[name] = self.changes.tensors[name] = whole
         for shard in self.shards:
             shard.state[name] = whole[shard.first_row : shard.first_row + shard.weight.shape[0]]
         return whole
 
     def deliver(self, rows: Tensor, grad: Tensor) -> None:
-        """Adds gradients that came from the ranks; they wait here for the optimizer."""
-        self._is_summed = not self._pending and size_of(self.process_group) == 1
+        """Adds gradients that came from the ranks; they wait here for the optimizer.
+
+        What one rank alone delivers in one call is unique already.
+        """
+        world_size = size_of(self.process_group)
+        if self._pending and self._is_summed and world_size > 1:
+            # Someone looked at the mean over the ranks before the last micro-batch: back to the sum.
+            self._pending = [(old_rows, old_grad * world_size) for old_rows, old_grad in self._pending]
+        self._is_summed = not self._pending and world_size == 1
         self._pending.append((rows, grad))
 
     def gradient(self) -> RowGradient:
-        """Returns the touched rows, unique and ascending, and the sum of all gradients delivered for each."""
+        """Returns the touched rows, unique and ascending, and the gradient of the global mean loss for each.
+
+        Losses are means over the local batch; the gradient of the mean over the global batch is the sum of what the
+        ranks delivered divided by the world size, which happens here and nowhere else.
+        """
         if not self._pending:
             empty = torch.zeros(0, dtype=torch.int64, device=self.weight.device)
             return empty, torch.zeros(0, self.weight.shape[1], device=self.weight.device)
         if not self._is_summed:
             rows = torch.cat([rows for rows, _ in self._pending])
-            grad = torch.cat([grad for _, grad in self._pending])
-            unique, inverse = torch.unique(rows, return_inverse=True)
-            summed = grad.new_zeros(unique.numel(), grad.shape[1]).index_add_(0, inverse, grad)
-            self._pending = [(unique, summed)]
+            grad = torch.cat([grad for _, grad in self._pending]) if len(self._pending) > 1 else self._pending[0][1]
+            keys = sort_unique(rows, bound=self.num_local_rows, with_inverse=False)
+            self._pending = [(keys.unique, segment_sum(grad, keys, 1.0 / size_of(self.process_group)))]
             self._is_summed = True
         return self._pending[0]
 

@@ -16,6 +16,7 @@ from embedtrain.jagged import Jagged
 from embedtrain.models.objective import Objective
 from embedtrain.ops.skipgram_block import Architecture, TextBlock, count_predictions, skipgram_block
 from embedtrain.spec import FeatureSpec, TableSpec
+from embedtrain.stages import stage
 
 INPUT, OUTPUT = "input", "output"
 """Names of the tables; "input" holds the word vectors."""
@@ -32,6 +33,7 @@ class Word2Vec(nn.Module):
         dim: of the vectors.
         architecture: "skipgram" or "cbow".
         dtype: storage of both tables.
+        wire_dtype: in which rows travel; see `EmbeddingCollection`.
         device: of this rank's rows.
         process_group: the ranks that share the tables; where None, the job's.
         seed: of the first values: input rows uniform within 0.5 / dim, output rows zero.
@@ -44,6 +46,7 @@ class Word2Vec(nn.Module):
         *,
         architecture: Architecture = "skipgram",
         dtype: torch.dtype = torch.float32,
+        wire_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         process_group: dist.ProcessGroup | None = None,
         seed: int = 0,
@@ -58,6 +61,7 @@ class Word2Vec(nn.Module):
             device=device,
             process_group=process_group,
             seed=seed,
+            wire_dtype=wire_dtype,
         )
         self._architecture = architecture
 
@@ -97,7 +101,8 @@ class _SkipGramLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, block: TextBlock, architecture: Architecture) -> Tensor:
-        loss, grad = skipgram_block(vectors, block, architecture)
+        with stage("kernel"):
+            loss, grad = skipgram_block(vectors, block, architecture)
         ctx.save_for_backward(grad)
         return loss
 

@@ -127,12 +127,11 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _agree(self, gradients: Sequence[tuple[Tensor, Tensor]]) -> float | None:
         """Returns the factor for all gradients, or None to leave the step out. Collective: every rank."""
         # The sum of squares is not finite where any gradient is not, so one number serves both questions.
-        squares = torch.zeros((), dtype=torch.float64, device=gradients[0][1].device)
-        for _, grad in gradients:
-            squares += _sum_of_squares(grad)
-        if self._veto is not None:
-            squares += math.nan
-        total = float(all_reduce_sum(squares, self._stores[0].process_group))
+        total = math.nan if self._veto is not None else sum(_sum_of_squares(grad) for _, grad in gradients)
+        process_group = self._stores[0].process_group
+        if process_group is not None:
+            squares = torch.tensor(total, dtype=torch.float64, device=gradients[0][1].device)
+            total = float(all_reduce_sum(squares, process_group))
         if not math.isfinite(total):
             self._handle_nonfinite(gradients)
             return None
@@ -165,8 +164,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         return None
 
 
-def _sum_of_squares(grad: Tensor) -> Tensor:
+def _sum_of_squares(grad: Tensor) -> float:
     flat = grad.flatten()
-    squares = torch.dot(flat, flat)
+    squares = float(torch.dot(flat, flat))
     # Large but finite float32 values overflow the quick sum; float64 holds any of them.
-    return squares if bool(squares.isfinite()) else torch.linalg.vector_norm(flat, dtype=torch.float64) ** 2
+    return squares if math.isfinite(squares) else float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAX_ROWS = 1 << 40
-"""Larger tables would overflow the 64-bit products of `_multiply_modulo`."""
+from embedtrain.ops.modular import multiply_modulo
 
-_DIRECT_PRODUCT_ROWS = 1 << 31
-_LOW_BITS = 20
+MAX_ROWS = 1 << 40
+"""Larger tables would overflow the 64-bit products of `multiply_modulo`."""
+
 _CANDIDATES = 64
 
 
@@ -53,11 +53,11 @@ class SpreadLayout:
 
     def slot_of(self, ids: Tensor) -> Tensor:
         """Returns the slots of `ids`, int64, each in `[0, num_rows)`; same shape."""
-        return _multiply_modulo(ids, self.multiplier, self.num_rows)
+        return multiply_modulo(ids, self.multiplier, self.num_rows)
 
     def id_of(self, slots: Tensor) -> Tensor:
         """Returns the ids that lie at `slots`; the inverse of `slot_of`."""
-        return _multiply_modulo(slots, _inverse_multiplier(self.num_rows), self.num_rows)
+        return multiply_modulo(slots, _inverse_multiplier(self.num_rows), self.num_rows)
 
     def shard_range(self, rank: int) -> tuple[int, int]:
         """Returns the half-open range of slots that `rank` owns; empty where the ranks outnumber the rows."""
@@ -102,12 +102,3 @@ def _sum_of_partial_quotients(numerator: int, denominator: int) -> int:
         total += quotient
         numerator, denominator = remainder, numerator
     return total
-
-
-def _multiply_modulo(values: Tensor, factor: int, modulus: int) -> Tensor:
-    """Returns `(values * factor) mod modulus` without overflow for values and factor below 2**40."""
-    if modulus <= _DIRECT_PRODUCT_ROWS:
-        return torch.remainder(values * factor, modulus)
-    high = torch.remainder((values >> _LOW_BITS) * factor, modulus)
-    low = (values & ((1 << _LOW_BITS) - 1)) * factor
-    return torch.remainder((high << _LOW_BITS) + torch.remainder(low, modulus), modulus)

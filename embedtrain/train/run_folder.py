@@ -18,6 +18,7 @@ VOCABULARY_NAME = "vocabulary.tsv"
 FEATURES_NAME = "features"
 CHECKPOINTS_NAME = "checkpoints"
 TENSORBOARD_NAME = "tensorboard"
+PROFILE_NAME = "profile"
 
 
 class RunFolder:
@@ -71,6 +72,13 @@ class RunFolder:
     def write_status(self, state: str, exit_status: int, **details: Any) -> None:
         """Keeps how the run ended, which torchrun's own exit status hides."""
         self._write(STATUS_NAME, json.dumps({"state": state, "exit_status": exit_status, **details}) + "\n")
+
+    def write_profile(self, rank: int, trace: bytes, table: str) -> None:
+        """Keeps a rank's trace and its table of stages."""
+        storage.make_folder(self.join(PROFILE_NAME))
+        for name, content in ((f"rank-{rank}.json", trace), (f"rank-{rank}.txt", table.encode() + b"\n")):
+            path = self.join(f"{PROFILE_NAME}/{name}")
+            storage.replace(path, content, f"{path}.tmp")
 
     def _write(self, name: str, text: str) -> None:
         storage.make_folder(self.path)

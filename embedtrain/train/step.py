@@ -8,6 +8,7 @@ from typing import Any
 from embedtrain.models.objective import Objective
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.optim.sparse import SparseOptimizer
+from embedtrain.stages import stage
 from embedtrain.train.task import Model
 
 
@@ -36,18 +37,21 @@ def train_step(
     """
     for settings in optimizer.param_groups:
         settings["lr"] = lr
-    objective = model(batch)
-    objective.loss.backward()
+    with stage("forward"):
+        objective = model(batch)
+    with stage("backward"):
+        objective.loss.backward()
     total = float(objective.total)
     if not math.isfinite(total):
         optimizer.veto(f"the loss is {total}")
     if dense is not None and (fault := dense.average_gradients()) is not None:
         optimizer.veto(fault)
-    num_skipped = optimizer.num_skipped
-    optimizer.step()
-    optimizer.zero_grad()
-    if dense is not None:
-        if optimizer.num_skipped == num_skipped:
-            dense.step(dense_factor)
-        dense.zero_grad()
+    with stage("update"):
+        num_skipped = optimizer.num_skipped
+        optimizer.step()
+        optimizer.zero_grad()
+        if dense is not None:
+            if optimizer.num_skipped == num_skipped:
+                dense.step(dense_factor)
+            dense.zero_grad()
     return objective

@@ -14,6 +14,7 @@ from embedtrain.distributed.runtime import rank_of
 from embedtrain.errors import NonFiniteError
 from embedtrain.metrics.sinks import MetricSink
 from embedtrain.models.objective import Objective
+from embedtrain.stages import stage
 from embedtrain.train.checkpoints import Checkpoints
 from embedtrain.train.interrupt import Interrupt
 from embedtrain.train.state import TrainState
@@ -63,6 +64,7 @@ class Trainer:
         log_every_steps: int,
         *,
         before_save: Callable[[], None] | None = None,
+        alive: Callable[[], None] | None = None,
         on_step: Callable[[], None] | None = None,
     ) -> bool:
         """Trains, logs and saves; returns whether the run is complete, not merely stopped and saved.
@@ -73,13 +75,15 @@ class Trainer:
             sinks: take a record every `log_every_steps` steps and at the end.
             log_every_steps: how often.
             before_save: collective; called on every rank before each save, which it can prevent by raising.
+            alive: called whenever this rank has got on: after each step, and now and then during a measurement.
             on_step: called after each step.
         """
         with Interrupt() as interrupt:
             while self.state.step < self.total_steps:
                 self._train_once()
-                if on_step is not None:
-                    on_step()
+                for observe in (alive, on_step):
+                    if observe is not None:
+                        observe()
                 step = self.state.step
                 is_logged = step % log_every_steps == 0 or step == self.total_steps
                 is_due = self._checkpoints.policy.is_due(step)
@@ -91,7 +95,7 @@ class Trainer:
                     if is_logged:
                         self._log(sinks)
                     if is_measured:
-                        self._measure(sinks, on_step)
+                        self._measure(sinks, alive)
                     if is_due or is_overdue or is_stopped:
                         self._save(before_save, is_last=is_stopped)
                     if is_stopped and step < self.total_steps:
@@ -114,7 +118,8 @@ class Trainer:
 
     def _step_once(self) -> None:
         task = self._task
-        batch = task.batches.batch(self.state.epoch, self.state.step_in_epoch)
+        with stage("sample"):
+            batch = task.batches.batch(self.state.epoch, self.state.step_in_epoch)
         factor = self._schedule(self.state.step / self.total_steps)
         objective = train_step(task.model, task.optimizer, batch, self._lr * factor, task.dense, factor)
         self._window.add(objective, batch.num_examples)
@@ -154,10 +159,10 @@ class Trainer:
             record["skipped_steps"] = self._task.optimizer.num_skipped
         self._take(record, sinks)
 
-    def _measure(self, sinks: Sequence[MetricSink], on_step: Callable[[], None] | None) -> None:
+    def _measure(self, sinks: Sequence[MetricSink], alive: Callable[[], None] | None) -> None:
         """Measures on held-out data. Collective: every rank."""
         assert self._task.evaluation is not None
-        measures = self._task.evaluation.measure(on_step or _do_nothing)
+        measures = self._task.evaluation.measure(alive or _do_nothing)
         self._take({"step": self.state.step, "epoch": self._epochs_done(), **measures}, sinks)
         self._window.leave_out_time()
 

@@ -119,6 +119,26 @@ def test_the_same_world_size_twice_is_bit_for_bit_the_same() -> None:
             assert torch.equal(first[rank][name], second[rank][name]), name
 
 
+def train_on_wire(group: dist.ProcessGroup | None, wire_dtype: torch.dtype | None) -> torch.Tensor:
+    rank = dist.get_rank(group) if group else 0
+    tables = et.EmbeddingCollection(TABLES[:1], [FEATURES[0]], process_group=group, wire_dtype=wire_dtype)
+    optimizer = et.optim.RowwiseAdagrad(tables, lr=0.1)
+    for step in range(2):
+        loss_of(tables({"word": make_batch(step, rank)["word"]})).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return tables.gather_table("word")
+
+
+def test_bfloat16_on_the_wire_is_near_float32_in_the_tables() -> None:
+    exact = run_ranks(2, train_on_wire, None)[0]
+    narrow = run_ranks(2, train_on_wire, torch.bfloat16)[0]
+    assert narrow.dtype == torch.float32
+    assert not torch.equal(narrow, exact)
+    # A bfloat16 has 8 bits; Adagrad's steps are of the size of the rate, 0.1.
+    torch.testing.assert_close(narrow, exact, rtol=2e-2, atol=5e-3)
+
+
 def accumulate_micro_batches(group: dist.ProcessGroup | None, together: bool) -> torch.Tensor:
     rank = dist.get_rank(group) if group else 0
     tables = et.EmbeddingCollection(TABLES[:1], [FEATURES[0]], process_group=group)

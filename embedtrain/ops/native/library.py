@@ -13,6 +13,7 @@ _PATH = Path(__file__).with_name("libembedtrain_native.so")
 _POINTER = ctypes.c_void_p
 _INT64 = ctypes.c_int64
 _FLOAT = ctypes.c_float
+_INT = ctypes.c_int
 
 _SIGNATURES: dict[str, list[type]] = {
     # vectors, num_vectors, dim, inputs, outputs, negatives, starts, stops, num_positions, num_negatives,
@@ -21,15 +22,31 @@ _SIGNATURES: dict[str, list[type]] = {
         _POINTER, _INT64, _INT64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64,
         _POINTER, _POINTER,
     ],
-    # weight, accumulator, rows, row_grad, num_touched, dim, lr, eps, weight_decay, decoupled
-    "embedtrain_rowwise_adagrad_float32": [
-        _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _FLOAT, _FLOAT, _FLOAT, ctypes.c_int,
+    # weight, accumulator, rows, row_grad, num_touched, num_rows, dim, lr, eps, weight_decay, decoupled,
+    # rounding_keys, num_threads, num_outside
+    "embedtrain_rowwise_adagrad": [
+        _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _FLOAT, _FLOAT, _FLOAT, _INT,
+        _POINTER, _INT, _POINTER,
     ],
-    # the same, and rounding_keys
-    "embedtrain_rowwise_adagrad_bfloat16": [
-        _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _FLOAT, _FLOAT, _FLOAT, ctypes.c_int,
-        _POINTER,
+    # keys, num_keys, largest, num_threads, unique, starts, order, inverse, num_distinct
+    "embedtrain_sort_unique": [
+        _POINTER, _INT64, _INT64, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER,
     ],
+    # source, source_is_bfloat16, rows, num_rows, dim, target, target_is_bfloat16, num_threads
+    "embedtrain_gather_rows": [_POINTER, _INT, _POINTER, _INT64, _INT64, _POINTER, _INT, _INT],
+    # source, is_bfloat16, dim, index, num_values, features, num_features, num_threads
+    "embedtrain_pool_rows": [_POINTER, _INT, _INT64, _POINTER, _INT64, _POINTER, _INT64, _INT],
+    # dim, order, starts, num_distinct, num_values, features, num_features, factor, grad,
+    # num_threads
+    "embedtrain_pool_rows_backward": [
+        _INT64, _POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT64, _FLOAT, _POINTER, _INT,
+    ],
+    # features, num_features, num_local_rows, is_whole, keys
+    "embedtrain_spread_keys": [_POINTER, _INT64, _INT64, _INT, _POINTER],
+    # peers, num_peers, capacity, patience_ms, is_done
+    "embedtrain_ring_exchange": [_POINTER, _INT64, _INT64, _INT64, _POINTER],
+    # memory, bytes
+    "embedtrain_advise_huge_pages": [_POINTER, _INT64],
     # tokens, positions, num_tokens, keep, own, other, num_rows, window, num_negatives, key,
     # words, negatives, starts, stops, num_kept
     "embedtrain_sample_text": [

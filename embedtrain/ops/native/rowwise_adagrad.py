@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -20,21 +22,20 @@ def rowwise_adagrad(
     """
     if not (weight.is_contiguous() and accumulator.is_contiguous()):
         raise ValueError("weight and accumulator must be contiguous")
-    low, high = (int(bound) for bound in torch.aminmax(rows))
-    if low < 0 or high >= weight.shape[0]:
-        raise IndexError(f"rows must lie in [0, {weight.shape[0]}), got {low} to {high}")
     rows, row_grad = rows.contiguous(), row_grad.contiguous()
-    arguments = [
+    keys = None if step.rounding_keys is None else step.rounding_keys.contiguous()
+    num_outside = ctypes.c_int64()
+    library.get().embedtrain_rowwise_adagrad(
         *(tensor.data_ptr() for tensor in (weight, accumulator, rows, row_grad)),
         rows.numel(),
-        weight.shape[1],
+        *weight.shape,
         step.lr,
         step.eps,
         step.weight_decay,
         int(step.decoupled_weight_decay),
-    ]
-    if step.rounding_keys is None:
-        library.get().embedtrain_rowwise_adagrad_float32(*arguments)
-    else:
-        keys = step.rounding_keys.contiguous()
-        library.get().embedtrain_rowwise_adagrad_bfloat16(*arguments, keys.data_ptr())
+        None if keys is None else keys.data_ptr(),
+        torch.get_num_threads(),
+        ctypes.addressof(num_outside),
+    )
+    if num_outside.value:
+        raise IndexError(f"rows must lie in [0, {weight.shape[0]}), got {int(rows.min())} to {int(rows.max())}")

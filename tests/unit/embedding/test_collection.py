@@ -56,6 +56,18 @@ def test_weights_of_ids_get_their_gradient() -> None:
     torch.testing.assert_close(weights.grad, expected_rows(tables, "word", [3, 4]).sum(dim=1))
 
 
+@pytest.mark.parametrize("num_ids", [3, 100_000])
+def test_vectors_may_be_changed_in_place(num_ids: int) -> None:
+    features = [et.FeatureSpec("word"), et.FeatureSpec("other", "word")]
+    tables = et.EmbeddingCollection(TABLES, features)
+    ids = et.Jagged.from_ids(torch.arange(num_ids) % 20)
+    out = tables({"word": ids, "other": ids})
+    (out["word"].mul_(2.0).sum() + out["other"].sum()).backward()
+    rows, grad = tables.row_groups[0].gradient()
+    counts = torch.bincount(tables.row_groups[0].keys_of([0], [ids.values])[0])
+    torch.testing.assert_close(grad, 3.0 * counts[rows].unsqueeze(1).expand(-1, 4).float())
+
+
 def test_rows_have_no_gradient_without_backward_and_under_no_grad() -> None:
     tables = et.EmbeddingCollection(TABLES)
     with torch.no_grad():

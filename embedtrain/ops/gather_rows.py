@@ -1,0 +1,39 @@
+"""Random rows of a table, copied into a compact tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from embedtrain.ops import dispatch
+
+
+def gather_rows(source: Tensor, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Copies rows.
+
+    Args:
+        source: [num_rows, dim] float32 or bfloat16, contiguous.
+        rows: [n] int64, all in [0, num_rows): the caller's promise, since a check would cost a pass.
+        dtype: of the copy, float32 or bfloat16; None means the source's.
+
+    Returns:
+        [n, dim].
+
+    Raises:
+        ValueError: shapes or dtypes are others.
+    """
+    dtype = dtype or source.dtype
+    if source.dim() != 2 or rows.dim() != 1 or rows.dtype != torch.int64:
+        raise ValueError(
+            f"expected source [num_rows, dim] and rows [n] int64, got {tuple(source.shape)} and "
+            f"{rows.dtype} {tuple(rows.shape)}"
+        )
+    if not {source.dtype, dtype} <= {torch.float32, torch.bfloat16}:
+        raise ValueError(f"expected rows float32 or bfloat16, copied as one of them, got {source.dtype} and {dtype}")
+    if dispatch.uses_native(source):
+        from embedtrain.ops.native import gather_rows as native
+
+        return native.gather_rows(source, rows, dtype)
+    from embedtrain.ops.reference import gather_rows as reference
+
+    return reference.gather_rows(source, rows, dtype)

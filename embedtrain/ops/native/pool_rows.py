@@ -1,0 +1,80 @@
+"""Calls the native pooling kernels."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from embedtrain.ops.native import library
+from embedtrain.ops.pool_rows import Bags
+from embedtrain.ops.row_memory import empty_buffer
+from embedtrain.ops.sort_unique import SortedKeys
+
+
+def pool_rows(source: Tensor, index: Tensor, bags: Sequence[Bags]) -> list[Tensor]:
+    """See `embedtrain.ops.pool_rows`."""
+    source, index = source.contiguous(), index.contiguous()
+    dim = source.shape[1]
+    pooled = [empty_buffer(feature.num_bags, dim) for feature in bags]
+    table, kept = describe(bags, pooled)
+    library.get().embedtrain_pool_rows(
+        source.data_ptr(),
+        int(source.dtype == torch.bfloat16),
+        dim,
+        index.data_ptr(),
+        index.numel(),
+        table.buffer_info()[0],
+        len(bags),
+        torch.get_num_threads(),
+    )
+    del kept
+    return pooled
+
+
+def pool_rows_backward(
+    grads: Sequence[Tensor | None], bags: Sequence[Bags], keys: SortedKeys, dim: int, factor: float = 1.0
+) -> Tensor:
+    """See `embedtrain.ops.pool_rows`; `factor` is of every sum."""
+    table, kept = describe(bags, grads)
+    summed = empty_buffer(keys.unique.numel(), dim)
+    library.get().embedtrain_pool_rows_backward(
+        dim,
+        keys.order.data_ptr(),
+        keys.starts.data_ptr(),
+        keys.unique.numel(),
+        keys.order.numel(),
+        table.buffer_info()[0],
+        len(bags),
+        factor,
+        summed.data_ptr(),
+        torch.get_num_threads(),
+    )
+    del kept
+    return summed
+
+
+def describe(bags: Sequence[Bags], vectors: Sequence[Tensor | None]) -> tuple[array[int], list[Tensor]]:
+    """Lays out the features as the kernels' `Feature`, and returns the tensors that must outlive the call."""
+    words: list[int] = []
+    kept: list[Tensor] = []
+    for feature, rows in zip(bags, vectors, strict=True):
+        lengths = weights = row_address = stride = 0
+        if feature.lengths is not None:
+            contiguous = feature.lengths.contiguous()
+            kept.append(contiguous)
+            lengths = contiguous.data_ptr()
+        if feature.weights is not None:
+            contiguous = feature.weights.contiguous()
+            kept.append(contiguous)
+            weights = contiguous.data_ptr()
+        if rows is not None:
+            # The gradient of a sum is one number in every place: rows may lie anywhere, their columns may not.
+            if rows.stride(1) != 1 and rows.shape[1] != 1:
+                rows = rows.contiguous()
+            kept.append(rows)
+            row_address, stride = rows.data_ptr(), rows.stride(0)
+        words += (lengths, weights, row_address, stride, feature.num_bags, feature.num_values, int(feature.is_mean))
+    return array("q", words), kept

@@ -1,0 +1,69 @@
+// From ids to keys of their rows, with the check that they are rows at all.
+
+#include <cstdint>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace {
+
+using namespace embedtrain;
+
+// Ids of one feature and the table that they are looked up in, as the caller lays them out in 64-bit words.
+struct Feature {
+    const void* ids;
+    int64_t is_int32, num_ids;
+    uint64_t num_rows, multiplier, rows_per_rank, first_row;
+    int64_t num_outside;  // written: ids that are no rows; their keys mean nothing
+};
+
+// Division by a constant without dividing: exact for products below 2^62, after one correction.
+struct Divisor {
+    uint64_t divisor, reciprocal;
+    explicit Divisor(uint64_t d) : divisor(d), reciprocal(d > 1 ? ~0ull / d : ~0ull) {}
+    EMBEDTRAIN_INLINE uint64_t quotient(uint64_t value) const {
+        uint64_t q = static_cast<uint64_t>(static_cast<unsigned __int128>(value) * reciprocal >> 64);
+        q += value - q * divisor >= divisor;
+        return q;
+    }
+};
+
+template <typename Id>
+void spread(Feature& feature, uint64_t num_local_rows, bool is_whole, int64_t* keys) {
+    const Id* ids = static_cast<const Id*>(feature.ids);
+    const Divisor rows(feature.num_rows), per_rank(feature.rows_per_rank);
+    int64_t num_outside = 0;
+    for (int64_t i = 0; i < feature.num_ids; ++i) {
+        // A negative id is a large unsigned number.
+        const uint64_t given = static_cast<uint64_t>(static_cast<int64_t>(ids[i]));
+        num_outside += given >= feature.num_rows;
+        const uint64_t id = given >= feature.num_rows ? 0 : given;
+        const uint64_t product = id * feature.multiplier;
+        uint64_t row = product - rows.quotient(product) * feature.num_rows;
+        uint64_t first = feature.first_row;
+        if (!is_whole) {
+            const uint64_t owner = per_rank.quotient(row);
+            row -= owner * feature.rows_per_rank;
+            first += owner * num_local_rows;
+        }
+        keys[i] = static_cast<int64_t>(row + first);
+    }
+    feature.num_outside = num_outside;
+}
+
+}  // namespace
+
+// features: [num_features], of tables below 2^31 rows; is_whole: one rank holds every row; keys: the features' one
+// after the other.
+extern "C" void embedtrain_spread_keys(void* features, int64_t num_features, int64_t num_local_rows, int is_whole,
+                                       int64_t* keys) {
+    Feature* all = static_cast<Feature*>(features);
+    for (int64_t f = 0; f < num_features; ++f) {
+        if (all[f].is_int32) {
+            spread<int32_t>(all[f], static_cast<uint64_t>(num_local_rows), is_whole != 0, keys);
+        } else {
+            spread<int64_t>(all[f], static_cast<uint64_t>(num_local_rows), is_whole != 0, keys);
+        }
+        keys += all[f].num_ids;
+    }
+}

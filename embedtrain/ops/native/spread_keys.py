@@ -1,0 +1,35 @@
+"""Calls the native key computation."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from embedtrain.ops.native import library
+from embedtrain.ops.row_memory import empty_buffer
+from embedtrain.ops.spread_keys import SpreadTable
+
+_WORDS = 8  # of the kernel's `Feature`; the last one is written
+
+
+def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_rows: int) -> tuple[Tensor, list[int]]:
+    """See `embedtrain.ops.spread_keys`."""
+    ids = [given.contiguous() for given in ids]
+    words: list[int] = []
+    for given, table in zip(ids, tables, strict=True):
+        is_int32 = int(given.dtype == torch.int32)
+        words += (given.data_ptr(), is_int32, given.numel())
+        words += (table.num_rows, table.multiplier, table.rows_per_rank, table.first_row, 0)
+    features = array("q", words)
+    keys = empty_buffer(sum(given.numel() for given in ids), dtype=torch.int64)
+    library.get().embedtrain_spread_keys(
+        features.buffer_info()[0],
+        len(ids),
+        num_local_rows,
+        int(all(table.rows_per_rank >= table.num_rows for table in tables)),
+        keys.data_ptr(),
+    )
+    return keys, features[_WORDS - 1 :: _WORDS].tolist()

@@ -1,0 +1,36 @@
+"""Sums of the rows that share a key."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from embedtrain.ops import dispatch
+from embedtrain.ops.sort_unique import SortedKeys
+
+
+def segment_sum(values: Tensor, keys: SortedKeys, factor: float = 1.0) -> Tensor:
+    """Adds up the rows of each distinct key.
+
+    Args:
+        values: [n, dim] float32; a row per key.
+        keys: the sorted keys.
+        factor: of every sum.
+
+    Returns:
+        [num_distinct, dim] float32; rows are added in order of position, whatever the number of threads.
+
+    Raises:
+        ValueError: shapes or dtypes disagree.
+    """
+    if values.dim() != 2 or values.shape[0] != keys.order.numel() or values.dtype != torch.float32:
+        raise ValueError(
+            f"expected values [{keys.order.numel()}, dim] float32, got {values.dtype} {tuple(values.shape)}"
+        )
+    if dispatch.uses_native(values):
+        from embedtrain.ops.native import segment_sum as native
+
+        return native.segment_sum(values, keys, factor)
+    from embedtrain.ops.reference import segment_sum as reference
+
+    return reference.segment_sum(values, keys, factor)

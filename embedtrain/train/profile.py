@@ -1,0 +1,79 @@
+"""Where the time of a step goes: a trace for chrome://tracing and seconds per stage."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from torch.profiler import ProfilerActivity, profile
+
+from embedtrain.stages import STAGE_PREFIX
+
+
+class StepProfile:
+    """Profiles some steps of a run, after the first ones; a context manager around the loop.
+
+    Args:
+        write: takes the trace, JSON in Chrome's format, and the table of stages.
+        warmup_steps: left out: they map memory and fill caches.
+        num_steps: profiled, or as many as there are.
+    """
+
+    def __init__(self, write: Callable[[bytes, str], None], *, warmup_steps: int = 10, num_steps: int = 50) -> None:
+        self._write = write
+        self._warmup_steps = warmup_steps
+        self._num_steps = num_steps
+        self._steps = 0
+        self._started_at = 0.0
+        self._profile: profile | None = None
+
+    def __enter__(self) -> StepProfile:
+        if self._warmup_steps == 0:
+            self._start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._finish()
+
+    def step(self) -> None:
+        """Counts a step that is done."""
+        self._steps += 1
+        if self._steps == self._warmup_steps:
+            self._start()
+        elif self._steps == self._warmup_steps + self._num_steps:
+            self._finish()
+
+    def _start(self) -> None:
+        self._profile = profile(activities=[ProfilerActivity.CPU])
+        self._profile.start()
+        self._started_at = time.perf_counter()
+
+    def _finish(self) -> None:
+        if self._profile is None:
+            return
+        seconds = time.perf_counter() - self._started_at
+        finished, self._profile = self._profile, None
+        finished.stop()
+        num_steps = max(self._steps - self._warmup_steps, 1)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.json"
+            finished.export_chrome_trace(str(path))
+            self._write(path.read_bytes(), stage_table(finished, num_steps, seconds))
+
+
+def stage_table(finished: profile, num_steps: int, seconds: float) -> str:
+    """Returns the table: a line per stage, the longest first, and one for the whole."""
+    lines = [f"{num_steps} steps, {seconds / num_steps * 1e3:.3f} ms each", "stage            ms a step   share"]
+    totals = {
+        event.key.removeprefix(STAGE_PREFIX): event.cpu_time_total / 1e6
+        for event in finished.key_averages()
+        if event.key.startswith(STAGE_PREFIX)
+    }
+    for name, total in sorted(totals.items(), key=lambda item: -item[1]):
+        lines.append(f"{name:<16} {total / num_steps * 1e3:9.3f}  {total / seconds:6.1%}")
+    return "\n".join(lines)

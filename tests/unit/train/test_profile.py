@@ -1,0 +1,31 @@
+"""The profile of a run's steps."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from embedtrain.stages import stage
+from embedtrain.train.profile import StepProfile
+
+
+def test_the_trace_and_the_table_name_the_stages() -> None:
+    written: list[tuple[bytes, str]] = []
+    with StepProfile(lambda trace, table: written.append((trace, table)), warmup_steps=1, num_steps=2) as profile:
+        for _ in range(5):
+            with stage("kernel"):
+                torch.ones(10).sum()
+            profile.step()
+    ((trace, table),) = written
+    assert "embedtrain: kernel" in {event.get("name") for event in json.loads(trace)["traceEvents"]}
+    assert table.startswith("2 steps")
+    assert "kernel" in table
+
+
+def test_a_run_that_ends_early_is_written_too() -> None:
+    written: list[str] = []
+    with StepProfile(lambda trace, table: written.append(table), warmup_steps=1, num_steps=50) as profile:
+        for _ in range(3):
+            profile.step()
+    assert written[0].startswith("2 steps")
