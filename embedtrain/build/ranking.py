@@ -142,6 +142,7 @@ def _build_model(config: RankingConfig, runtime: Runtime, log: ClickLog) -> Rank
         ),
         device=runtime.device,
         process_group=runtime.group,
+        wire_dtype=None if config.table.wire_dtype is None else getattr(torch, config.table.wire_dtype),
         seed=config.seed,
     )
 

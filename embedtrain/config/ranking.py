@@ -135,6 +135,8 @@ class RankingConfig(Config):
                 "train.global_batch_size must be a multiple of data.block_examples, got "
                 f"{self.train.global_batch_size} and {self.data.block_examples}"
             )
+        if self.data.max_bad_lines < 0:
+            raise UserError(f"data.max_bad_lines must be at least 0, got {self.data.max_bad_lines}")
         if self.data.format == "criteo":
             fixed: dict[str, Any] = {"columns": None, "delimiter": ",", "label": "label", "positive": None, "dense": []}
             given = [name for name, default in fixed.items() if getattr(self.data, name) != default]

@@ -145,6 +145,7 @@ class Ranking(nn.Module):
         options: of the network.
         device: of this rank's rows and network.
         process_group: the ranks that share the tables; where None, the job's.
+        wire_dtype: in which rows travel; see `EmbeddingCollection`.
         seed: of the first values.
     """
 
@@ -157,10 +158,13 @@ class Ranking(nn.Module):
         *,
         device: torch.device | str | None = None,
         process_group: dist.ProcessGroup | None = None,
+        wire_dtype: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.tables = EmbeddingCollection(tables, features, device=device, process_group=process_group, seed=seed)
+        self.tables = EmbeddingCollection(
+            tables, features, device=device, process_group=process_group, wire_dtype=wire_dtype, seed=seed
+        )
         dims = {table.name: table.dim for table in tables}
         self._features = [feature.name for feature in features]
         self.network = build_network(num_dense, [dims[feature.table_name] for feature in features], options, seed)
