@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from embedtrain.checkpoint import CheckpointReader, latest_checkpoint, storage
+from embedtrain import storage
+from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
 from embedtrain.errors import UserError
 from embedtrain.export import Vectors, neighbors, open_vectors
 from embedtrain.train.run_folder import PROFILE_NAME, RunFolder

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jinja2
 
-from embedtrain.checkpoint import storage
+from embedtrain import storage
 from embedtrain.errors import UserError
 from embedtrain.export import open_vectors
 from embedtrain.report.facts import RunFacts, advice, read_facts
