@@ -12,14 +12,15 @@ from contextlib import ExitStack, suppress
 from datetime import timedelta
 
 from embedtrain import inspection
-from embedtrain.build import Run, build_run, check_run_folder
+from embedtrain.build import Run, build_run, check_run_folder, open_run_vectors
 from embedtrain.comparison import Comparison, parse_rates
 from embedtrain.config import Config, load_config
 from embedtrain.config.optimizer import OPTIMIZERS
 from embedtrain.distributed.failure import explain_failure, is_of_the_group
 from embedtrain.distributed.runtime import Runtime, init_distributed, shut_down
 from embedtrain.errors import CheckpointError, NonFiniteError, UserError
-from embedtrain.export import FORMATS, export_vectors, neighbors, open_vectors
+from embedtrain.export import FORMATS, Vectors, export_vectors, neighbors
+from embedtrain.recommending import evaluate_run, recommend
 from embedtrain.report import write_report
 from embedtrain.train.interrupt import EXIT_PREEMPTED
 from embedtrain.train.lock import RunLock
@@ -83,7 +84,9 @@ def _build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--output", default="runs/compare", metavar="PATH", help="folder (runs/compare)")
     compare.set_defaults(run=_compare)
 
-    evaluate = commands.add_parser("evaluate", help="measure the vectors of a run on word analogies and similarity")
+    evaluate = commands.add_parser(
+        "evaluate", help="measure a run: word vectors on analogies and similarity, retrieval on held-out data"
+    )
     _add_run(evaluate)
     evaluate.add_argument("--analogies", action="append", default=[], metavar="FILE", help="`: section` and `a b c d`")
     evaluate.add_argument("--similarity", action="append", default=[], metavar="FILE", help="`word word score`")
@@ -91,9 +94,19 @@ def _build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--case-sensitive", action="store_true", help="compare words as they are written")
     evaluate.set_defaults(run=_evaluate)
 
-    near = commands.add_parser("neighbors", help="print the nearest words of a word or of a sum of words")
+    recommend = commands.add_parser("recommend", help="print or write the best items of users of a retrieval run")
+    recommend.add_argument("path", metavar="RUN", help="run folder")
+    recommend.add_argument("users", nargs="*", metavar="USER", help="raw ids, as in the data; --all for all users")
+    recommend.add_argument("--all", action="store_true", help="all users, into the file of --output")
+    recommend.add_argument("--top", type=int, default=10, metavar="N", help="how many items each (10)")
+    recommend.add_argument("--include-known", action="store_true", help="also items that the user has already")
+    recommend.add_argument("--output", metavar="PATH", help="a new Parquet file, instead of printing")
+    recommend.add_argument("--overwrite", action="store_true", help="replace what is there")
+    recommend.set_defaults(run=_recommend)
+
+    near = commands.add_parser("neighbors", help="print the nearest words, items or users of one, or of a sum")
     _add_run(near)
-    near.add_argument("query", nargs="+", help="such as: king, or: king - man + woman")
+    near.add_argument("query", nargs="+", help="such as: king, or: king - man + woman, or the id of an item")
     near.add_argument("--top", type=int, default=10, metavar="N", help="how many (10)")
     near.set_defaults(run=_neighbors)
 
@@ -264,9 +277,11 @@ def _profile(folder: RunFolder, rank: int) -> StepProfile:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    if evaluate_run(options.path):
+        return EXIT_DONE
     if not options.analogies and not options.similarity:
         raise UserError("expected --analogies FILE or --similarity FILE")
-    with open_vectors(options.path, options.table) as vectors:
+    with _open(options) as vectors:
         inspection.print_evaluation(
             vectors,
             options.analogies,
@@ -278,7 +293,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _neighbors(options: argparse.Namespace) -> int:
-    with open_vectors(options.path, options.table) as vectors:
+    with _open(options) as vectors:
         query = " ".join(options.query)
         print(query)
         for word, cosine in neighbors(vectors, query, options.top):
@@ -286,8 +301,24 @@ def _neighbors(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _recommend(options: argparse.Namespace) -> int:
+    recommend(
+        options.path,
+        None if options.all else options.users,
+        top=options.top,
+        leave_out_known=not options.include_known,
+        output=options.output,
+        overwrite=options.overwrite,
+    )
+    return EXIT_DONE
+
+
+def _open(options: argparse.Namespace) -> Vectors:
+    return open_run_vectors(options.path, options.table, init_distributed(device="cpu"))
+
+
 def _export(options: argparse.Namespace) -> int:
-    with open_vectors(options.path, options.table) as vectors:
+    with _open(options) as vectors:
         for path in export_vectors(
             vectors, options.format, options.output, overwrite=options.overwrite, max_rows=options.max_rows
         ):

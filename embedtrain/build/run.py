@@ -11,9 +11,10 @@ from omegaconf import OmegaConf
 
 from embedtrain.build.parts import Parts
 from embedtrain.build.ranking import build_ranking
+from embedtrain.build.retrieval import build_retrieval
 from embedtrain.build.word2vec import build_word2vec
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
-from embedtrain.config import Config, RankingConfig, Word2VecConfig, differing_keys, to_yaml
+from embedtrain.config import Config, RankingConfig, RetrievalConfig, Word2VecConfig, differing_keys, to_yaml
 from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
@@ -107,6 +108,8 @@ def _build_parts(config: Config, runtime: Runtime) -> Parts:
         return build_word2vec(config, runtime)
     if isinstance(config, RankingConfig):
         return build_ranking(config, runtime)
+    if isinstance(config, RetrievalConfig):
+        return build_retrieval(config, runtime)
     raise AssertionError(f"no builder for {type(config).__name__}")
 
 

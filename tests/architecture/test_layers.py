@@ -33,6 +33,7 @@ LEVELS = {
     "comparison": 7,
     "config": 7,
     "inspection": 7,
+    "recommending": 7,
     "report": 7,
     "cli": 8,
     "__main__": 8,
@@ -46,6 +47,8 @@ ALLOWED = {
     ("sharding", "ops"),
     ("build", "config"),
     ("comparison", "config"),
+    ("recommending", "build"),
+    ("recommending", "config"),
     ("__main__", "cli"),
 }
 
