@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from datetime import timedelta
+from typing import TypeAlias
 
 from embedtrain import inspection
 from embedtrain.build import Run, build_run, check_run_folder, open_run_vectors
@@ -27,6 +28,8 @@ from embedtrain.train.lock import RunLock
 from embedtrain.train.profile import StepProfile
 from embedtrain.train.run_folder import PROFILE_NAME, RunFolder
 from embedtrain.train.watchdog import Watchdog
+
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR = 0, 1, 2
 
@@ -62,7 +65,13 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of your mistakes too")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_training(commands)
+    _add_measuring(commands)
+    _add_reading(commands)
+    return parser
 
+
+def _add_training(commands: _Commands) -> None:
     train = commands.add_parser("train", help="train, or resume what lies in run.path")
     train.add_argument("config", help="YAML file, such as configs/word2vec.yaml")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
@@ -84,6 +93,8 @@ def _build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--output", default="runs/compare", metavar="PATH", help="folder (runs/compare)")
     compare.set_defaults(run=_compare)
 
+
+def _add_measuring(commands: _Commands) -> None:
     evaluate = commands.add_parser(
         "evaluate", help="measure a run: word vectors on analogies and similarity, retrieval on held-out data"
     )
@@ -94,6 +105,19 @@ def _build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--case-sensitive", action="store_true", help="compare words as they are written")
     evaluate.set_defaults(run=_evaluate)
 
+    report = commands.add_parser("report", help="write a page of HTML about a run: curves, neighbours, advice")
+    report.add_argument("path", metavar="RUN", help="run folder")
+    report.add_argument("--output", metavar="PATH", help="the page (report.html in the run folder)")
+    report.add_argument("--words", nargs="*", default=[], metavar="WORD", help="whose neighbours to show")
+    report.set_defaults(run=_report)
+
+    inspect = commands.add_parser("inspect", help="show a run's newest checkpoint and configuration")
+    inspect.add_argument("path", metavar="RUN", help="run folder")
+    inspect.add_argument("--verify", action="store_true", help="read every byte and compare its checksum")
+    inspect.set_defaults(run=_inspect)
+
+
+def _add_reading(commands: _Commands) -> None:
     recommend = commands.add_parser("recommend", help="print or write the best items of users of a retrieval run")
     recommend.add_argument("path", metavar="RUN", help="run folder")
     recommend.add_argument("users", nargs="*", metavar="USER", help="raw ids, as in the data; --all for all users")
@@ -117,18 +141,6 @@ def _build_parser() -> argparse.ArgumentParser:
     export.add_argument("--max-rows", type=int, metavar="N", help="only the N most frequent words")
     export.add_argument("--overwrite", action="store_true", help="replace what is there")
     export.set_defaults(run=_export)
-
-    report = commands.add_parser("report", help="write a page of HTML about a run: curves, neighbours, advice")
-    report.add_argument("path", metavar="RUN", help="run folder")
-    report.add_argument("--output", metavar="PATH", help="the page (report.html in the run folder)")
-    report.add_argument("--words", nargs="*", default=[], metavar="WORD", help="whose neighbours to show")
-    report.set_defaults(run=_report)
-
-    inspect = commands.add_parser("inspect", help="show a run's newest checkpoint and configuration")
-    inspect.add_argument("path", metavar="RUN", help="run folder")
-    inspect.add_argument("--verify", action="store_true", help="read every byte and compare its checksum")
-    inspect.set_defaults(run=_inspect)
-    return parser
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
