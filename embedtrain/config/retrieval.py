@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig
+from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig, RowwiseAdagradConfig
 from embedtrain.config.sections import Config, EvaluateConfig, TableConfig, TrainConfig, require_at_least_one
 from embedtrain.errors import UserError
 
@@ -103,7 +103,9 @@ class RetrievalConfig(Config):
     table: TableConfig = field(default_factory=lambda: TableConfig(dim=64))
     retrieval: RetrievalSection = field(default_factory=RetrievalSection)
     train: RetrievalTrainConfig = field(default_factory=RetrievalTrainConfig)
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=0.1, initial_accumulator_value=0.0))
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: RowwiseAdagradConfig(lr=0.1, initial_accumulator_value=0.0)
+    )
     dense_optimizer: DenseOptimizerConfig = field(default_factory=DenseOptimizerConfig)
     evaluate: RetrievalEvaluateConfig = field(default_factory=RetrievalEvaluateConfig)
 

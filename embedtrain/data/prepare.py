@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import torch.distributed as dist
@@ -23,7 +23,6 @@ from embedtrain.distributed.collectives import all_gather_object, run_on_each, r
 from embedtrain.distributed.runtime import rank_of, size_of
 from embedtrain.errors import UserError
 
-T = TypeVar("T")
 OnProgress = Callable[[str, float], None]
 
 PART_BYTES = 2 << 20
