@@ -74,6 +74,9 @@ class Records:
     def log(self, record: Mapping[str, float | int | str]) -> None:
         self.records.append({key: value for key, value in record.items() if not key.endswith("_per_second")})
 
+    def flush(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
