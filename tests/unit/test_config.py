@@ -64,7 +64,7 @@ def test_an_unknown_key_says_what_was_meant(override: str, meant: str) -> None:
         ("table.dim=0", ["table.dim must be at least 1, got 0"]),
         ("table.dtype=float16", ["table.dtype", "float16"]),
         ("train.epochs=-1", ["train.epochs"]),
-        ("optimizer.name=adam", ["optimizer.name", "adam"]),
+        ("optimizer.name=adamax", ["adamax", "rowwise_adagrad, adagrad, sgd"]),
         ("optimizer.lr=0", ["optimizer.lr must be positive"]),
         ("word2vec.sample=1.5", ["word2vec.sample"]),
         ("word2vec.architecture=glove", ["word2vec.architecture", "glove"]),
