@@ -5,7 +5,7 @@ Each takes the same scores and returns a loss for each pair of a user and an ite
     positive: [m] float; the score of each pair.
     example: [m] int64; the row among `negative` of each pair's user.
     negative: [n, c] float; the scores of each user for the negatives. Where a negative is none, since the user is
-        known to have it, its score is minus infinity: it costs nothing and gets no gradient.
+        known to have it, its score is `NOT_A_NEGATIVE`: it costs nothing and gets no gradient.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+NOT_A_NEGATIVE = -1e30
+"""Finite, so that the gradient is where a user has no negative at all."""
 
 
 def softmax_loss(positive: Tensor, example: Tensor, negative: Tensor) -> Tensor:
@@ -35,7 +38,6 @@ def bpr_loss(positive: Tensor, example: Tensor, negative: Tensor) -> Tensor:
 
     Source: Rendle et al. 2009, "BPR: Bayesian personalized ranking from implicit feedback".
     """
-    # softplus(-inf) is 0, as it should be for what is no negative.
     costs = F.softplus(negative[example] - positive.unsqueeze(1)).sum(dim=1)
     return costs / _num_negatives(negative)[example]
 
@@ -51,4 +53,4 @@ def margin_loss(positive: Tensor, example: Tensor, negative: Tensor, *, margin: 
 
 
 def _num_negatives(negative: Tensor) -> Tensor:
-    return (negative != -torch.inf).sum(dim=1).clamp(min=1)
+    return (negative > NOT_A_NEGATIVE).sum(dim=1).clamp(min=1)

@@ -142,7 +142,7 @@ def _entry_name(options: InteractionOptions) -> str:
 
 
 def _write(options: InteractionOptions, path: str) -> None:
-    pairs = _read_pairs(options, options.path)
+    pairs = read_pairs(options.path, options.format, (options.user_column, options.item_column))
     names = "user", "item"
     vocabularies: list[Vocabulary] = []
     rows: list[NDArray[np.int64]] = []
@@ -183,12 +183,20 @@ def _write(options: InteractionOptions, path: str) -> None:
         json.dump(meta, file, indent=1, default=list)
 
 
-def _read_pairs(options: InteractionOptions, path: str | Sequence[str]) -> list[pa.ChunkedArray]:
-    """Returns the users and the items of all interactions, as dictionaries that their chunks share."""
-    names = options.user_column, options.item_column
+def read_pairs(path: str | Sequence[str], format: str, names: tuple[str, str]) -> list[pa.ChunkedArray]:
+    """Reads two columns of ids whole; each comes as dictionary-encoded chunks that share one dictionary.
+
+    Args:
+        path: as `expand_sources` takes it.
+        format: as in `read_columns`.
+        names: of the columns; of no meaning in lines.
+
+    Raises:
+        UserError: as `read_columns`, or a row holds no id, or there is no row.
+    """
     chunks: list[list[pa.Array]] = [[], []]
     first_row = 0
-    for columns in read_columns(path, options.format, names):
+    for columns in read_columns(path, format, names):
         for name, column, found in zip(names, columns, chunks, strict=True):
             if not pa.types.is_large_string(column.type):
                 raise UserError(f"column {name!r} of {path} holds lists: expected an id a row")
@@ -232,15 +240,14 @@ def _held_out(options: InteractionOptions, users: Vocabulary, items: Vocabulary,
     """Returns the held-out items of each user of the training; counts what is left out."""
     if options.held_out_path is None:
         return Bags.from_rows(np.zeros(0, np.int64), np.zeros(0, np.int64), len(users))
-    names = options.user_column, options.item_column
-    parts: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = []
-    for user_column, item_column in read_columns(options.held_out_path, options.format, names):
-        # Items of no row still count as what should have been found: told apart by their text, for repetitions.
-        told = np.array([xxhash.xxh3_64_intdigest(word) >> 1 for word in item_column.to_pylist()], np.int64)
-        parts.append((_rows_of(user_column, users), _rows_of(item_column, items), told))
-    if not parts:
-        raise UserError(f"{options.held_out_path}: holds no interactions")
-    user_rows, item_rows, told = (np.concatenate(column) for column in zip(*parts, strict=True))
+    pairs = read_pairs(options.held_out_path, options.format, (options.user_column, options.item_column))
+    codes = [np.concatenate([np.asarray(chunk.indices) for chunk in column.chunks]) for column in pairs]
+    user_rows, item_rows = (
+        _rows_of(column.chunk(0).dictionary, vocabulary)[code]
+        for column, vocabulary, code in zip(pairs, (users, items), codes, strict=True)
+    )
+    # Items of no row still count as what should have been found: by their code, for they may be repeated.
+    told = codes[1].astype(np.int64)
     is_known = user_rows >= 0
     left_out["held_out_interactions_of_unknown_users"] = int((~is_known).sum())
     triples = np.unique(np.stack([user_rows, told, item_rows], axis=1)[is_known], axis=0)

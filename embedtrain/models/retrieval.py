@@ -172,7 +172,7 @@ class Retrieval(nn.Module):
 
 
 def _without_known(scores: Tensor, known: Jagged, candidates: Tensor) -> Tensor:
-    """Puts minus infinity where a candidate is an item that the user is known to have.
+    """Marks as no negative each candidate that is an item that the user is known to have.
 
     Args:
         scores: [n, c].
@@ -186,7 +186,7 @@ def _without_known(scores: Tensor, known: Jagged, candidates: Tensor) -> Tensor:
     found = torch.arange(int(times.sum())) + torch.repeat_interleave(first - before, times)
     rows, columns = torch.repeat_interleave(known.bag_of_values(), times), place[found]
     device = scores.device
-    return scores.index_put((rows.to(device), columns.to(device)), scores.new_tensor(-torch.inf))
+    return scores.index_put((rows.to(device), columns.to(device)), scores.new_tensor(losses.NOT_A_NEGATIVE))
 
 
 def _perceptron(size: int, hidden: Sequence[int], dim: int) -> nn.Sequential:

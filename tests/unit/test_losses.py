@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from embedtrain.losses import bpr_loss, margin_loss, softmax_loss
+from embedtrain.losses import NOT_A_NEGATIVE, bpr_loss, margin_loss, softmax_loss
 
 POSITIVE = [0.3, -0.2, 1.5]
 EXAMPLE = [0, 0, 1]
-NEGATIVE = [[0.1, -math.inf, 0.9, 0.6], [0.2, 0.7, -0.4, -math.inf]]
+NEGATIVE = [[0.1, NOT_A_NEGATIVE, 0.9, 0.6], [0.2, 0.7, -0.4, NOT_A_NEGATIVE]]
 
 
 def softmax(positive: float, negatives: list[float]) -> float:
@@ -38,16 +38,17 @@ def test_a_loss_is_its_formula(loss) -> None:
     positive, negative = torch.tensor(POSITIVE, requires_grad=True), torch.tensor(NEGATIVE, requires_grad=True)
     found = loss(positive, torch.tensor(EXAMPLE), negative)
     for value, score, row in zip(found.tolist(), POSITIVE, EXAMPLE, strict=True):
-        negatives = [each for each in NEGATIVE[row] if each != -math.inf]
+        negatives = [each for each in NEGATIVE[row] if each != NOT_A_NEGATIVE]
         assert value == pytest.approx(FORMULAS[loss](score, negatives), rel=1e-5)
     found.sum().backward()
     assert positive.grad.isfinite().all() and negative.grad.isfinite().all()
-    assert (negative.grad[negative == -torch.inf] == 0).all()
+    assert (negative.grad[negative == NOT_A_NEGATIVE] == 0).all()
 
 
 @pytest.mark.parametrize("loss", FORMULAS)
 def test_a_user_without_negatives_and_an_empty_batch_have_finite_gradients(loss) -> None:
-    for num_pairs, negative in ((1, torch.full((1, 3), -torch.inf)), (1, torch.zeros(1, 0)), (0, torch.zeros(0, 3))):
+    nothing_to_score = torch.full((1, 3), NOT_A_NEGATIVE), torch.zeros(1, 0), torch.zeros(0, 3)
+    for num_pairs, negative in zip((1, 1, 0), nothing_to_score, strict=True):
         positive, negative = torch.zeros(num_pairs, requires_grad=True), negative.requires_grad_()
         found = loss(positive, torch.zeros(num_pairs, dtype=torch.int64), negative)
         assert found.isfinite().all()
