@@ -162,8 +162,8 @@ def _run(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_profil
             run.sinks,
             config.log.every_steps,
             before_save=lock.check,
-            on_step=profile.step if profile is not None else None,
-            on_progress=watchdog.alive,
+            alive=watchdog.alive,
+            on_step=None if profile is None else profile.step,
         )
     for sink in run.sinks:
         sink.close()

@@ -46,8 +46,8 @@ def train_step(
         optimizer.veto(f"the loss is {total}")
     if dense is not None and (fault := dense.average_gradients()) is not None:
         optimizer.veto(fault)
-    num_skipped = optimizer.num_skipped
     with stage("update"):
+        num_skipped = optimizer.num_skipped
         optimizer.step()
         optimizer.zero_grad()
         if dense is not None:

@@ -64,8 +64,8 @@ class Trainer:
         log_every_steps: int,
         *,
         before_save: Callable[[], None] | None = None,
+        alive: Callable[[], None] | None = None,
         on_step: Callable[[], None] | None = None,
-        on_progress: Callable[[], None] | None = None,
     ) -> bool:
         """Trains, logs and saves; returns whether the run is complete, not merely stopped and saved.
 
@@ -75,13 +75,13 @@ class Trainer:
             sinks: take a record every `log_every_steps` steps and at the end.
             log_every_steps: how often.
             before_save: collective; called on every rank before each save, which it can prevent by raising.
+            alive: called whenever this rank has got on: after each step, and now and then during a measurement.
             on_step: called after each step.
-            on_progress: called after each step, and now and then while the model is measured.
         """
         with Interrupt() as interrupt:
             while self.state.step < self.total_steps:
                 self._train_once()
-                for observe in (on_step, on_progress):
+                for observe in (alive, on_step):
                     if observe is not None:
                         observe()
                 step = self.state.step
@@ -95,7 +95,7 @@ class Trainer:
                     if is_logged:
                         self._log(sinks)
                     if is_measured:
-                        self._measure(sinks, on_progress)
+                        self._measure(sinks, alive)
                     if is_due or is_overdue or is_stopped:
                         self._save(before_save, is_last=is_stopped)
                     if is_stopped and step < self.total_steps:
@@ -159,10 +159,10 @@ class Trainer:
             record["skipped_steps"] = self._task.optimizer.num_skipped
         self._take(record, sinks)
 
-    def _measure(self, sinks: Sequence[MetricSink], on_progress: Callable[[], None] | None) -> None:
+    def _measure(self, sinks: Sequence[MetricSink], alive: Callable[[], None] | None) -> None:
         """Measures on held-out data. Collective: every rank."""
         assert self._task.evaluation is not None
-        measures = self._task.evaluation.measure(on_progress or _do_nothing)
+        measures = self._task.evaluation.measure(alive or _do_nothing)
         self._take({"step": self.state.step, "epoch": self._epochs_done(), **measures}, sinks)
         self._window.leave_out_time()
 
