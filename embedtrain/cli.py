@@ -18,6 +18,7 @@ from embedtrain.distributed.failure import explain_failure, is_of_the_group
 from embedtrain.distributed.runtime import Runtime, init_distributed, shut_down
 from embedtrain.errors import CheckpointError, NonFiniteError, UserError
 from embedtrain.export import FORMATS, export_vectors, neighbors, open_vectors
+from embedtrain.planning.command import add_plan_arguments, run_plan
 from embedtrain.train.interrupt import EXIT_PREEMPTED
 from embedtrain.train.lock import RunLock
 from embedtrain.train.profile import StepProfile
@@ -91,6 +92,10 @@ def _build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("path", metavar="RUN", help="run folder")
     inspect.add_argument("--verify", action="store_true", help="read every byte and compare its checksum")
     inspect.set_defaults(run=_inspect)
+
+    plan = commands.add_parser("plan", help="what a run will need on each rank, and how long a step takes")
+    add_plan_arguments(plan)
+    plan.set_defaults(run=run_plan)
     return parser
 
 
