@@ -55,7 +55,8 @@ def run_plan(options: argparse.Namespace) -> int:
         )
     if not 0 <= options.skew <= 10:
         raise UserError(f"expected --skew between 0 (uniform) and 10, got {options.skew}")
-    config = load_config(options.config, options.overrides)
+    # Every model must have data, but a plan reads none.
+    config = load_config(options.config, ["data.path=none", *options.overrides])
     named = dict(_named(rows, "rows") for rows in options.rows if "=" in rows)
     others = [parse_count(rows) for rows in options.rows if "=" not in rows]
     if len(others) > 1:

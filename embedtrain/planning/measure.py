@@ -145,7 +145,7 @@ def _step_seconds(runtime: Runtime, num_features: int) -> float:
 
     def step() -> Tensor:
         loss = torch.stack([vectors.sum() for vectors in tables(batch).values()]).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return loss
@@ -153,7 +153,7 @@ def _step_seconds(runtime: Runtime, num_features: int) -> float:
     return _seconds(step, runtime.device, inner=10)
 
 
-def _seconds(run: Callable[[], Tensor | None], device: torch.device, inner: int = 1) -> float:
+def _seconds(run: Callable[[], object], device: torch.device, inner: int = 1) -> float:
     """Returns the median of some runs, after two that map memory and fill caches."""
     found = []
     for _ in range(_REPEATS + 2):

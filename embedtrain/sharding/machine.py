@@ -73,8 +73,9 @@ class Machine:
                 f"{source}: expected the rates {', '.join(cls.rates())}; "
                 f"missing {', '.join(missing) or 'none'}, unknown {', '.join(unknown) or 'none'}"
             )
-        given = {name: values.pop(name) for name in cls.rates() if values.get(name) is not None}
-        blank = cls(**{name: 1.0 for name in cls.rates() if name != "network_bytes_per_second"}, **_named(values))
+        given = {name: values[name] for name in cls.rates() if values.get(name) is not None}
+        ones = dict.fromkeys((name for name in cls.rates() if name != "network_bytes_per_second"), 1.0)
+        blank = cls(name=str(values.get("name", "")), num_ranks=int(values.get("num_ranks") or 1), **ones)
         return blank.with_rates(given, source)
 
     def with_rates(self, rates: Mapping[str, Any], source: str) -> Machine:
@@ -88,13 +89,10 @@ class Machine:
                 raise UserError(f"{source}: there is no rate {name!r}; there are {', '.join(self.rates())}")
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise UserError(f"{source}: {name} must be a positive number, got {value!r}")
-        return replace(self, **{name: float(value) for name, value in rates.items()})
+        changes: dict[str, Any] = {name: float(value) for name, value in rates.items()}
+        return replace(self, **changes)
 
     @classmethod
     def rates(cls) -> list[str]:
         """Returns the names of the rates."""
         return [field.name for field in fields(cls) if "seconds" in field.name or "per_second" in field.name]
-
-
-def _named(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {"name": str(values.get("name", "")), "num_ranks": int(values.get("num_ranks") or 1)}

@@ -16,7 +16,7 @@ CONFIG = str(Path(__file__).resolve().parents[3] / "configs" / "word2vec.yaml")
 
 @pytest.fixture
 def settings(tmp_path: Path) -> list[str]:
-    return [CONFIG, f"run.path={tmp_path}/run", "data.path=unused.txt"]
+    return [CONFIG, f"run.path={tmp_path}/run"]
 
 
 @pytest.fixture

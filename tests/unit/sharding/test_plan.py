@@ -140,14 +140,14 @@ def test_between_hosts_the_ranks_of_a_host_share_its_network() -> None:
 def test_remedies_fit_and_the_next_smaller_change_does_not() -> None:
     workload = Workload((table(num_rows=10**6, dim=64, draws=((100.0, Law.zipf(10**6, 1.0)),)),), 1)
     needed = memory_of(workload, 2).total
-    limit = int(needed * 0.6)
+    limit = int(needed * 0.59)
     found = {remedy.change: remedy.total_bytes for remedy in remedies(workload, 2, limit)}
     assert set(found) == {"rows in bfloat16", "4 ranks", "dim 37"}
     assert all(size <= limit for size in found.values())
     assert memory_of(workload, 3).total > limit
     wider = replace(workload, tables=(replace(workload.tables[0], dim=38),))
     assert memory_of(wider, 2).total > limit
-    assert remedies(workload, 2, 1000) == []
+    assert remedies(workload, 2, 100) == []
 
 
 def test_a_machine_comes_back_from_its_file() -> None:
