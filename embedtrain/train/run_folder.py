@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from embedtrain.checkpoint import storage
 from embedtrain.data.vocabulary import Vocabulary
 
@@ -12,6 +15,7 @@ CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.jsonl"
 STATUS_NAME = "status.json"
 VOCABULARY_NAME = "vocabulary.tsv"
+FEATURES_NAME = "features"
 CHECKPOINTS_NAME = "checkpoints"
 TENSORBOARD_NAME = "tensorboard"
 PROFILE_NAME = "profile"
@@ -56,6 +60,14 @@ class RunFolder:
         """Keeps the words, so that the run can be exported without the text that it was trained on."""
         storage.make_folder(self.path)
         vocabulary.save(self.join(VOCABULARY_NAME))
+
+    def write_feature(self, name: str, values: pa.Table) -> None:
+        """Keeps which value of a categorical feature each row of its table stands for, as a Parquet file."""
+        storage.make_folder(self.join(FEATURES_NAME))
+        buffer = pa.BufferOutputStream()
+        pq.write_table(values, buffer)
+        path = self.join(f"{FEATURES_NAME}/{name}.parquet")
+        storage.replace(path, buffer.getvalue().to_pybytes(), f"{path}.tmp")
 
     def write_status(self, state: str, exit_status: int, **details: Any) -> None:
         """Keeps how the run ended, which torchrun's own exit status hides."""
