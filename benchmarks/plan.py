@@ -23,7 +23,7 @@ from embedtrain.config.word2vec import Word2VecConfig
 from embedtrain.distributed.collectives import broadcast_object
 from embedtrain.distributed.runtime import Runtime, init_distributed, shut_down
 from embedtrain.planning.measure import measure_machine
-from embedtrain.planning.workload import RowCounts, workload_of
+from embedtrain.planning.workload import Assumptions, workload_of
 from embedtrain.sharding.plan import exchange_of, seconds_of
 from embedtrain.train.step import train_step
 
@@ -48,7 +48,7 @@ def main() -> int:
     for dim, words_per_step in CELLS:
         config = settings(folder, dim, words_per_step)
         measured, num_rows = measured_seconds(config, runtime)
-        workload = workload_of(config, RowCounts(of_others=num_rows), SKEW)
+        workload = workload_of(config, Assumptions(rows_of_others=num_rows, exponent=SKEW))
         stages = seconds_of(workload, runtime.world_size, machine)
         rows.append((dim, words_per_step, sum(stages.values()), measured, stages))
         if runtime.rank == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from embedtrain.distributed.runtime import init_distributed, shut_down
 from embedtrain.errors import UserError
 from embedtrain.planning.report import Request, print_plan
 from embedtrain.planning.sizes import parse_bytes, parse_count
-from embedtrain.planning.workload import RowCounts, workload_of
+from embedtrain.planning.workload import Assumptions, workload_of
 from embedtrain.sharding.machine import Machine
 
 EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
@@ -30,6 +31,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows", action="append", default=[], metavar="[TABLE=]N", help="rows of a table, or of all others"
     )
     parser.add_argument("--skew", type=float, default=1.0, metavar="S", help="Zipf's exponent of the ids (1.0)")
+    parser.add_argument("--bag-length", type=float, metavar="L", help="ids of a bag on average, where there are bags")
     parser.add_argument("--machine", metavar="FILE", help="rates that --measure wrote; without it no times")
     parser.add_argument("--rate", action="append", default=[], metavar="NAME=VALUE", help="replaces one of them")
     parser.add_argument(
@@ -55,14 +57,20 @@ def run_plan(options: argparse.Namespace) -> int:
         )
     if not 0 <= options.skew <= 10:
         raise UserError(f"expected --skew between 0 (uniform) and 10, got {options.skew}")
+    if options.bag_length is not None and not 0 < options.bag_length < math.inf:
+        raise UserError(f"expected --bag-length above 0, got {options.bag_length}")
     # Every model must have data, but a plan reads none.
     config = load_config(options.config, ["data.path=none", *options.overrides])
     named = dict(_named(rows, "rows") for rows in options.rows if "=" in rows)
     others = [parse_count(rows) for rows in options.rows if "=" not in rows]
     if len(others) > 1:
         raise UserError(f"expected one --rows without a table's name, got {len(others)}")
-    rows = RowCounts(
-        {table: parse_count(count) for table, count in named.items()}, others[0] if others else None, config.run.path
+    assumptions = Assumptions(
+        {table: parse_count(count) for table, count in named.items()},
+        others[0] if others else None,
+        config.run.path,
+        options.skew,
+        options.bag_length,
     )
     request = Request(
         options.world_size,
@@ -70,7 +78,7 @@ def run_plan(options: argparse.Namespace) -> int:
         None if options.memory is None else parse_bytes(options.memory),
         _machine(options),
     )
-    fits = print_plan(workload_of(config, rows, options.skew), request)
+    fits = print_plan(workload_of(config, assumptions), request)
     return EXIT_FITS if fits else EXIT_DOES_NOT_FIT
 
 

@@ -49,6 +49,7 @@ def print_plan(workload: Workload, request: Request) -> bool:
     print(
         f"exchange     {format_bytes(exchange.total)} sent by each rank in a step: ids {format_bytes(exchange.ids)}, "
         f"vectors {format_bytes(exchange.vectors)}, gradients {format_bytes(exchange.gradients)}"
+        + (f", dense gradients {format_bytes(exchange.dense)}" if exchange.dense else "")
     )
     if exchange.at_owner:
         print(f"             bags are pooled at the owners of their rows: {', '.join(exchange.at_owner)}")

@@ -110,7 +110,8 @@ class Workload:
     Attributes:
         tables: what is sharded.
         num_features: looked up in a step.
-        dense_bytes: parameters, gradients and optimizer state that every rank has whole.
+        dense_bytes: parameters and optimizer state that every rank has whole.
+        dense_gradient_bytes: of their gradients, which are averaged over the ranks.
         draws: words and negatives drawn from a text in a step, over all ranks.
         skipgram_products: multiply-adds of the word2vec kernel in a step, over all ranks.
         dense_products: multiply-adds of the dense part in a step, over all ranks.
@@ -121,6 +122,7 @@ class Workload:
     tables: tuple[TableLoad, ...]
     num_features: int
     dense_bytes: int = 0
+    dense_gradient_bytes: int = 0
     draws: float = 0.0
     skipgram_products: float = 0.0
     dense_products: float = 0.0
@@ -160,18 +162,20 @@ class Exchange:
         ids: row numbers.
         vectors: rows, or sums of rows, to those who asked.
         gradients: back to the owners.
+        dense: gradients of what every rank has whole, out to be added up and back.
         at_owner: tables whose bags their owners pool.
     """
 
     ids: int
     vectors: int
     gradients: int
+    dense: int
     at_owner: tuple[str, ...]
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.ids + self.vectors + self.gradients
+        return self.ids + self.vectors + self.gradients + self.dense
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,8 @@ def memory_of(workload: Workload, world_size: int) -> Memory:
         # What came, what is handed on, what goes home and what is summed up; pooled vectors and their gradients.
         rows_alive = 2 * step.moved + step.distinct * (not step.sums) + step.owned * 2
         buffers += step.ids * _ID_BUFFERS_BYTES + rows_alive * vector_bytes + 2 * step.bags * vector_bytes
-    return Memory(weights, state, workload.dense_bytes, math.ceil(buffers * _POOL_FACTOR), save)
+    dense = workload.dense_bytes + workload.dense_gradient_bytes
+    return Memory(weights, state, dense, math.ceil(buffers * _POOL_FACTOR), save)
 
 
 def exchange_of(workload: Workload, world_size: int) -> Exchange:
@@ -217,7 +222,8 @@ def exchange_of(workload: Workload, world_size: int) -> Exchange:
         vectors += away * step.moved * step.table.dim * out_bytes
         gradients += away * step.moved * step.table.dim * step.wire.gradient_bytes
     at_owner = tuple(step.table.name for step in _steps(workload, world_size) if step.sums)
-    return Exchange(round(ids), round(vectors), round(gradients), at_owner)
+    dense = 2 * away * workload.dense_gradient_bytes
+    return Exchange(round(ids), round(vectors), round(gradients), round(dense), at_owner)
 
 
 def checkpoint_bytes(workload: Workload) -> int:

@@ -59,6 +59,33 @@ def test_what_does_not_fit_is_said_with_what_would(settings: list[str], capsys: 
     assert "dim 106" in out
 
 
+def test_each_feature_of_a_ranking_model_is_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], machine_path: str
+) -> None:
+    config = str(Path(CONFIG).parent / "ranking_criteo.yaml")
+    sizes = ["--rows", "2e6", "--rows", "C3=5e6", "--world-size", "8", "--machine", machine_path]
+    overrides = [f"run.path={tmp_path}/run", "data.num_rows=null", "data.features.C1.dim=4"]
+    assert main(["plan", config, *overrides, *sizes]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    tables = [line.split()[:4] for line in lines if line[:2] in {f"C{i}" for i in range(1, 10)}]
+    assert len(tables) == 26
+    assert tables[0] == ["C1", "2,000,000", "4", "250,000"]
+    assert tables[2][:2] == ["C3", "5,000,000"]
+    assert any("dense gradients" in line for line in lines)
+    assert main(["plan", config, *overrides, *sizes, "--rows", "C6=5"]) == 2
+    assert "the configuration gives 'C6' 1,000 rows" in capsys.readouterr().err
+
+
+def test_bags_need_their_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(Path(CONFIG).parent / "ranking.yaml")
+    settings = [f"run.path={tmp_path}/run", "data.features.country.bag=true", "train.global_batch_size=4096"]
+    given = ["plan", config, *settings, "--rows", "1e6", "--world-size", "2", "--skew", "0"]
+    assert main(given) == 2
+    assert "a bag of 'country' holds comes from the data" in capsys.readouterr().err
+    assert main([*given, "--bag-length", "50"]) == 0
+    assert "pooled at the owners of their rows: country" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -72,6 +99,7 @@ def test_what_does_not_fit_is_said_with_what_would(settings: list[str], capsys: 
         (["--rows", "5", "--machine", "absent.json"], "absent.json cannot be read"),
         (["--rows", "5", "--rate", "step_seconds=1"], "give --machine FILE too"),
         (["--rows", "5", "--skew", "-1"], "expected --skew between"),
+        (["--rows", "5", "--bag-length", "0"], "expected --bag-length above 0"),
         (["--rows", "5", "--measure", "x.json"], "--measure measures this machine and nothing else"),
     ],
 )

@@ -81,7 +81,10 @@ def test_each_rank_sends_what_lies_elsewhere() -> None:
     assert narrow.vectors == narrow.gradients == round(distinct * 2 / 3 * 20)
     stored_narrow = exchange_of(Workload((table(value_bytes=2),), 1), 3)
     assert stored_narrow.gradients == 2 * stored_narrow.vectors
-    assert exchange_of(Workload((table(),), 1), 1).total == 0
+    assert exchange_of(Workload((table(),), 1, dense_gradient_bytes=9), 1).total == 0
+    with_dense = exchange_of(Workload((table(),), 1, dense_gradient_bytes=9), 3)
+    assert with_dense.dense == 12
+    assert with_dense.total == exchange.total + 12
 
 
 def test_long_bags_travel_as_sums() -> None:
