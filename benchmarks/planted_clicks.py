@@ -1,6 +1,6 @@
 """A click log whose true model is known: how near training comes to the best that any model could do.
 
-    python benchmarks/planted_clicks.py                      # 10 million rows, 4 million examples, 2 ranks
+    python benchmarks/planted_clicks.py                      # 10 million rows, 8 million examples, 2 ranks
 
 The ids of each feature are Zipf-distributed over its table. A click is drawn with the probability of a planted model:
 a weight for each row, dot products of small vectors of pairs of features, and dense features. Its own area under the
@@ -90,7 +90,7 @@ def parse_options() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description="A click log with a planted model.")
     parser.add_argument("overrides", nargs="*", help="key=value settings for embedtrain")
-    parser.add_argument("--examples", type=int, default=4_000_000)
+    parser.add_argument("--examples", type=int, default=8_000_000)
     parser.add_argument("--rows", type=int, default=10_000_000, help="of all tables together")
     parser.add_argument("--zipf", type=float, default=1.5, help="exponent of the ids' distribution")
     parser.add_argument("--ranks", type=int, default=2)
@@ -154,7 +154,8 @@ def train(planted: Planted, path: Path, options: argparse.Namespace) -> dict[str
             "cache_path": str(path / "cache"),
         },
         "table": {"dim": 8},
-        "train": {"global_batch_size": 4096},
+        "train": {"global_batch_size": 2048},
+        "dense_optimizer": {"lr": 0.005},
         "checkpoint": {"mode": "sync"},
         "log": {"tensorboard": False},
         "run": {"path": str(path / "run")},
