@@ -22,7 +22,7 @@ def settings(tmp_path: Path) -> list[str]:
 @pytest.fixture
 def machine_path(tmp_path: Path) -> str:
     rates = {name: 1e9 for name in Machine.rates() if name != "network_bytes_per_second"}
-    rates.update(collective_seconds=1e-4, step_seconds=1e-3, feature_seconds=1e-5)
+    rates.update(seconds_per_predicted_second=1.0, collective_seconds=1e-4, step_seconds=1e-3, feature_seconds=1e-5)
     path = tmp_path / "machine.json"
     path.write_text(Machine(name="made up", num_ranks=2, **rates).to_json())
     return str(path)
