@@ -28,7 +28,7 @@ from embedtrain.ops.segment_sum import segment_sum
 from embedtrain.ops.skipgram_block import TextBlock, count_predictions, skipgram_block
 from embedtrain.ops.sort_unique import sort_unique
 from embedtrain.sharding.machine import Machine
-from embedtrain.sharding.plan import Law, TableLoad, Workload, seconds_of
+from embedtrain.sharding.plan import ROW_STAGES, Law, TableLoad, Workload, seconds_of
 from embedtrain.spec import FeatureSpec, TableSpec
 
 _REPEATS = 7
@@ -165,7 +165,7 @@ def _step_seconds(runtime: Runtime, num_features: int) -> float:
 
 
 def _reference_factor(runtime: Runtime, machine: Machine) -> float:
-    """Returns the time of a step of many rows over what its parts add up to. Collective: every rank."""
+    """Returns the time that rows take in a step over what its parts add up to. Collective: every rank."""
     num_ids, num_rows = _TOUCHED // 4, _ROWS // 4
     tables = EmbeddingCollection([TableSpec("row", num_rows, _DIM)], device=runtime.device, process_group=runtime.group)
     optimizer = optim.RowwiseAdagrad(tables)
@@ -180,7 +180,8 @@ def _reference_factor(runtime: Runtime, machine: Machine) -> float:
     draws = ((float(num_ids * runtime.world_size), Law.zipf(num_rows, 0.0)),)
     load = TableLoad("row", num_rows, _DIM, 4, state_row_bytes=4, state_value_bytes=0, draws=draws)
     parts = seconds_of(Workload((load,), 1), runtime.world_size, machine)
-    return _seconds(step, runtime.device) / sum(parts.values())
+    of_rows = sum(parts[name] for name in ROW_STAGES)
+    return max(_seconds(step, runtime.device) - parts["rest"], 0.1 * of_rows) / of_rows
 
 
 def _seconds(run: Callable[[], object], device: torch.device, inner: int = 1) -> float:

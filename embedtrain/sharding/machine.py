@@ -31,8 +31,8 @@ class Machine:
         sample_draws_per_second: words and negatives drawn from a text.
         skipgram_products_per_second: multiply-adds of the word2vec kernel, forward and backward.
         dense_products_per_second: multiply-adds of a matrix product.
-        seconds_per_predicted_second: that a whole step takes for each second of its parts by themselves: its caches
-            are colder, and ranks wait for one another.
+        seconds_per_predicted_second: that rows take in a step for each second of what is done to them by itself: in
+            a step caches are colder, and ranks wait for one another.
         network_bytes_per_second: that a host sends to the others, all its ranks together; None where not known.
     """
 

@@ -20,6 +20,9 @@ _ID_BUFFERS_BYTES = 64
 _POOL_FACTOR = 4 / 3
 """Buffers are kept in sizes of two or three quarters of a power of two."""
 
+ROW_STAGES = ("sort", "gather", "exchange", "sum", "update")
+"""Stages of a step in which rows are handled."""
+
 
 @dataclass(frozen=True)
 class Law:
@@ -262,7 +265,8 @@ def seconds_of(workload: Workload, world_size: int, machine: Machine, num_hosts:
         "update": updated / machine.update_bytes_per_second,
         "rest": machine.step_seconds + machine.feature_seconds * (workload.num_features - 1),
     }
-    return {name: seconds * machine.seconds_per_predicted_second for name, seconds in parts.items()}
+    of_rows = machine.seconds_per_predicted_second
+    return {name: seconds * (of_rows if name in ROW_STAGES else 1.0) for name, seconds in parts.items()}
 
 
 @dataclass(frozen=True)
