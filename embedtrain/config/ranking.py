@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig
+from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig, RowwiseAdagradConfig
 from embedtrain.config.sections import Config, EvaluateConfig, TableConfig, TrainConfig, require_at_least_one
 from embedtrain.errors import UserError
 
@@ -86,7 +86,7 @@ class RankingTrainConfig(TrainConfig):
 
 
 def _optimizer() -> OptimizerConfig:
-    return OptimizerConfig(lr=0.05, eps=1e-8, initial_accumulator_value=0.0)
+    return RowwiseAdagradConfig(lr=0.05, eps=1e-8, initial_accumulator_value=0.0)
 
 
 @dataclass

@@ -21,6 +21,7 @@ from embedtrain.distributed.shared_memory import connect
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.jagged import Jagged
 from embedtrain.ops.gather_rows import gather_rows
+from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_memory import allocate_rows
 from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep, rowwise_adagrad
 from embedtrain.ops.sample_text import ALIAS_BITS, KEEP_BITS, SamplingTables, sample_text
@@ -81,11 +82,12 @@ def _row_seconds(device: torch.device) -> dict[str, float]:
     ids = torch.randint(_ROWS, (_TOUCHED,), device=device)
     rows = torch.randperm(_ROWS, device=device)[:_TOUCHED].sort().values
     grad = torch.full((_TOUCHED, _DIM), 1e-3, device=device)
+    gradient = RowGradient.of_rows(rows, grad, _ROWS)
     keys = sort_unique(ids, bound=_ROWS)
     step = RowwiseAdagradStep(lr=1e-3, eps=1e-10)
     return {
         "gather": _seconds(lambda: gather_rows(table, ids), device),
-        "update": _seconds(lambda: rowwise_adagrad(table, state, rows, grad, step), device),
+        "update": _seconds(lambda: rowwise_adagrad(table, state, gradient, step), device),
         "sum": _seconds(lambda: segment_sum(grad, keys), device),
         "sort": _seconds(lambda: sort_unique(ids, bound=_ROWS), device),
     }

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedtrain.checkpoint import storage
+from embedtrain import storage
 from embedtrain.data.vocabulary import Vocabulary
 
 CONFIG_NAME = "config.yaml"
@@ -56,10 +56,10 @@ class RunFolder:
         """Keeps the configuration, as YAML."""
         self._write(CONFIG_NAME, text)
 
-    def write_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Keeps the words, so that the run can be exported without the text that it was trained on."""
+    def write_vocabulary(self, vocabulary: Vocabulary, name: str = VOCABULARY_NAME) -> None:
+        """Keeps the words or raw ids of a table's rows: without them nobody knows whose vectors they are."""
         storage.make_folder(self.path)
-        vocabulary.save(self.join(VOCABULARY_NAME))
+        vocabulary.save(self.join(name))
 
     def write_feature(self, name: str, values: pa.Table) -> None:
         """Keeps which value of a categorical feature each row of its table stands for, as a Parquet file."""
