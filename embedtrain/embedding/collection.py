@@ -78,11 +78,12 @@ class EmbeddingCollection(nn.Module):
             )
             for specs in members.values()
         ]
-        self._place = {
+        places = {
             shard.spec.name: (number, position)
             for number, group in enumerate(self.row_groups)
             for position, shard in enumerate(group.shards)
         }
+        self._place = {name: places[feature.table_name] for name, feature in self.features.items()}
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -202,7 +203,8 @@ class EmbeddingCollection(nn.Module):
         error_msgs += [fault for fault in faults if fault is not None]
 
     def _place_of(self, feature: str) -> tuple[int, int]:
-        return self._place[self.features[feature].table_name]
+        """Returns the number of the feature's group, and its table's position there."""
+        return self._place[feature]
 
     def _exchange_ids(
         self, batch: dict[str, Jagged], *, may_pool: bool

@@ -18,11 +18,12 @@ struct Pooling {
     int num_parts;
 };
 
-template <typename Stored>
+// kDim: the dim where it is known to the compiler, else 0.
+template <int kDim, typename Stored>
 EMBEDTRAIN_INLINE void pool(const Pooling& p, int part) {
     const Stored* source = static_cast<const Stored*>(p.source);
-    const int64_t row_bytes = p.dim * static_cast<int64_t>(sizeof(Stored));
-    const int64_t dim = p.dim, num_values = p.num_values;
+    const int64_t dim = kDim ? kDim : p.dim, num_values = p.num_values;
+    const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(Stored));
     const int64_t* index = p.index;
     const int64_t ahead = rows_ahead(row_bytes, kReadAheadBytes);
     visit_bags(p.bags, part, p.num_parts, [=](const Feature& feature, Before before, int64_t bag, int64_t value,
@@ -42,12 +43,18 @@ EMBEDTRAIN_INLINE void pool(const Pooling& p, int part) {
     });
 }
 
-EMBEDTRAIN_MULTIVERSION void pool_float32(const void* p, int part) {
-    pool<float>(*static_cast<const Pooling*>(p), part);
+EMBEDTRAIN_MULTIVERSION void pool_float32(const void* pooling, int part) {
+    const Pooling& p = *static_cast<const Pooling*>(pooling);
+    switch (p.dim) {
+        case 32: return pool<32, float>(p, part);
+        case 64: return pool<64, float>(p, part);
+        case 128: return pool<128, float>(p, part);
+        default: return pool<0, float>(p, part);
+    }
 }
 
 EMBEDTRAIN_MULTIVERSION void pool_bfloat16(const void* p, int part) {
-    pool<uint16_t>(*static_cast<const Pooling*>(p), part);
+    pool<0, uint16_t>(*static_cast<const Pooling*>(p), part);
 }
 
 struct Backward {

@@ -134,8 +134,14 @@ EMBEDTRAIN_INLINE void update_by_terms(const TermsUpdate& u, int part) {
     }
 }
 
-EMBEDTRAIN_MULTIVERSION void update_float32(const void* u, int part) {
-    update_rows<0, float>(*static_cast<const Update*>(u), part);
+EMBEDTRAIN_MULTIVERSION void update_float32(const void* update, int part) {
+    const Update& u = *static_cast<const Update*>(update);
+    switch (u.dim) {
+        case 32: return update_rows<32, float>(u, part);
+        case 64: return update_rows<64, float>(u, part);
+        case 128: return update_rows<128, float>(u, part);
+        default: return update_rows<0, float>(u, part);
+    }
 }
 
 EMBEDTRAIN_MULTIVERSION void update_bfloat16(const void* u, int part) {
