@@ -83,6 +83,7 @@ class EmbeddingCollection(nn.Module):
             for number, group in enumerate(self.row_groups)
             for position, shard in enumerate(group.shards)
         }
+        self._no_lookup = Lookup(torch.zeros(0, dtype=torch.int64, device=self.device))
         self._place = {name: places[feature.table_name] for name, feature in self.features.items()}
 
     @property
@@ -217,7 +218,7 @@ class EmbeddingCollection(nn.Module):
             may_pool: whether owners may pool bags, or all rows must travel here.
         """
         members: dict[int, list[str]] = {}
-        lookups = [Lookup(torch.zeros(0, dtype=torch.int64, device=self.device))] * len(self.row_groups)
+        lookups = [self._no_lookup] * len(self.row_groups)
         error: Exception | None = None
         try:
             unknown = [name for name in batch if name not in self.features]

@@ -11,8 +11,6 @@
 namespace embedtrain {
 
 constexpr int64_t kPrefetchAhead = 12;  // rows; random rows are far apart, and the hardware cannot guess them
-constexpr int64_t kReadAheadBytes = 8192;  // as many lines in flight as one core sustains
-constexpr int64_t kWriteAheadBytes = 4096;  // less, where a row brings its gradient and its state along
 constexpr int64_t kSmallWork = 1 << 17;  // values; below it, waking a thread costs more than it saves
 
 typedef uint16_t uint16x16 __attribute__((vector_size(32)));
@@ -36,9 +34,14 @@ EMBEDTRAIN_INLINE void load_row(float16v& vector, const uint16_t* source) {
     std::memcpy(&vector, &wide, sizeof(wide));
 }
 
-// How many rows before it is needed a row is asked for, so that `bytes` are under way.
-EMBEDTRAIN_INLINE int64_t rows_ahead(int64_t row_bytes, int64_t bytes) {
-    return std::min<int64_t>(std::max<int64_t>(bytes / row_bytes, 4), 64);
+// How many rows before it is needed a row is asked for: as many bytes under way as one core sustains (measured).
+EMBEDTRAIN_INLINE int64_t rows_ahead_to_read(int64_t row_bytes) {
+    return std::clamp<int64_t>(10240 / row_bytes, 4, 48);
+}
+
+// Where a row brings its state and its gradient along.
+EMBEDTRAIN_INLINE int64_t rows_ahead_to_update(int64_t row_bytes) {
+    return std::clamp<int64_t>(8192 / (row_bytes + 64), 4, 24);
 }
 
 template <int kWillWrite>
