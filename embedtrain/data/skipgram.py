@@ -38,11 +38,11 @@ class TextBatch:
 
     Attributes:
         sample: the words kept, with windows and negatives.
-        num_words: words of the text that the batch covers, before subsampling.
+        num_examples: words of the text that the batch covers, before subsampling.
     """
 
     sample: TextSample
-    num_words: int
+    num_examples: int
 
 
 class TextBatches:
@@ -90,7 +90,7 @@ class TextBatches:
         return num_steps(self._num_blocks, self._blocks_per_step)
 
     @property
-    def words_per_epoch(self) -> int:
+    def examples_per_epoch(self) -> int:
         """Words of the text, before subsampling."""
         return self._corpus.num_tokens
 
@@ -109,7 +109,7 @@ class TextBatches:
             num_negatives=self._options.negatives,
             key=self._key,
         )
-        return TextBatch(sample, num_words=len(tokens))
+        return TextBatch(sample, num_examples=len(tokens))
 
     def _begin_epoch(self, epoch: int) -> None:
         self._epoch = epoch
@@ -150,8 +150,13 @@ def keep_probabilities(counts: NDArray[np.int64], sample: float) -> NDArray[np.f
 
     Source: word2vec.c of Mikolov et al. 2013 (the paper's formula lacks the second term).
     """
+    return keep_shares(counts / counts.sum(), sample)
+
+
+def keep_shares(shares: NDArray[np.float64], sample: float) -> NDArray[np.float64]:
+    """Returns `keep_probabilities` of words by their shares of the text."""
     if sample == 0:
-        return np.ones(len(counts))
-    ratio = counts / counts.sum() / sample
+        return np.ones(len(shares))
+    ratio = shares / sample
     keep: NDArray[np.float64] = np.minimum(1.0, (np.sqrt(ratio) + 1) / ratio)
     return keep

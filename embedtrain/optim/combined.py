@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from embedtrain.ops.row_gradient import RowGradient
-from embedtrain.optim.sparse import NonFinitePolicy, RowStore, SparseOptimizer
+from embedtrain.optim.sparse import EffectiveRates, NonFinitePolicy, RowStore, SparseOptimizer
 
 
 class _Groups:
@@ -59,6 +59,14 @@ class Combined(SparseOptimizer):
     ) -> None:
         """Applies the formula of the optimizer whose group it is."""
         self._owners[id(store)].update(store, gradient, settings, grad_factor)
+
+    def effective_rates(self, group: int, rows: slice) -> EffectiveRates | None:
+        """See `SparseOptimizer.effective_rates`."""
+        store = self.stores[group]
+        owner = self._owners[id(store)]
+        own = next(number for number, other in enumerate(owner.stores) if other is store)
+        owner.param_groups[own].update(self.param_groups[group])
+        return owner.effective_rates(own, rows)
 
     def reset_state(self) -> None:
         """See `SparseOptimizer.reset_state`."""

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import Moments, moment_update
-from embedtrain.optim.sparse import CommonOptions, HasRowGroups, RowState, RowStore, SparseOptimizer
+from embedtrain.optim.sparse import (
+    CommonOptions,
+    EffectiveRates,
+    HasRowGroups,
+    RowState,
+    RowStore,
+    SparseOptimizer,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -48,3 +55,17 @@ class MomentOptimizer(SparseOptimizer):
         first, second = (None if state is None else store.state[state.name] for state in (self.first, self.second))
         step = self.row_step(store, gradient, settings, grad_factor)
         moment_update(store.weight, first, second, gradient.rows, gradient.values, step, self.moments(settings))
+
+    def effective_rates(self, group: int, rows: slice) -> EffectiveRates | None:
+        """See `SparseOptimizer.effective_rates`."""
+        if self.second is None:
+            return None
+        settings = self.param_groups[group]
+        # Before the first step nothing is corrected yet.
+        settings = {**settings, "step": max(settings["step"], 1)}
+        moments = self.moments(settings)
+        state = self.stores[group].state[self.second.name][rows]
+        state = state if state.dim() == 2 else state.unsqueeze(1)
+        divisors = state.sqrt() / moments.second_correction + moments.eps
+        rates = (self.rate(settings) / divisors).mean(dim=1)
+        return EffectiveRates(rates, state.mean(dim=1), (state == self.second.fill).all(dim=1))

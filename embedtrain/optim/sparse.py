@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,20 @@ class RowState:
     name: str
     per_element: bool = False
     fill: float = 0.0
+
+
+class EffectiveRates(NamedTuple):
+    """How far rows would move now, for a gradient as large as their own was so far.
+
+    Attributes:
+        rates: [n]; the learning rate over the divisor, a mean over dim where each element has one.
+        mean_states: [n]; second moments, a mean over dim likewise.
+        is_untouched: [n] bool; whether the second moment has its first value.
+    """
+
+    rates: Tensor
+    mean_states: Tensor
+    is_untouched: Tensor
 
 
 class CommonOptions(TypedDict, total=False):
@@ -213,6 +227,10 @@ class SparseOptimizer(torch.optim.Optimizer):
             max_norm=_or_infinity(settings["max_norm"]),
             rounding_keys=store.rounding_keys(gradient, settings["step"]),
         )
+
+    def effective_rates(self, group: int, rows: slice) -> EffectiveRates | None:
+        """Returns what is left of the learning rate for local rows of a group of tables; None without a divisor."""
+        return None
 
     def reset_state(self) -> None:
         """Sets the states of all rows to their first values, and the count of steps to zero, as if just made."""

@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +79,21 @@ def test_remote_lines_are_written_every_30_seconds_and_on_flush(clock):
     fsspec.filesystem("memory").rm("/sinks-test", recursive=True)
 
 
+def test_lines_that_cannot_be_written_are_kept_for_the_next_time(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(str(path))
+    sink.log({"step": 1})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limit[1]))
+    sink.log({"step": 2})
+    assert path.read_text() == '{"step": 1}\n'
+    assert "1 lines of metrics were not written, and are kept to be tried again: [Errno 27]" in caplog.text
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    sink.log({"step": 3})
+    assert steps(str(path)) == [1, 2, 3]
+
+
 def test_truncate_after_drops_later_steps_and_a_half_written_line(jsonl_path):
     lines = ['{"step": 5}\n', '{"note": "no step"}\n', '{"step": 10}\n']
     lines += ['{"step": 15}\n', "garbage\n", '{"step": 1']
@@ -140,7 +157,7 @@ def training(words: int, rate: float = 1000.0) -> dict[str, float | int | str]:
 
 def test_console_prints_a_line_every_so_often(clock):
     stream = io.StringIO()
-    sink: MetricSink = ConsoleSink(stream, total_words=10_000_000)
+    sink: MetricSink = ConsoleSink(stream, total=10_000_000)
     for second in range(25):
         clock[0] = 1000.0 + second
         sink.log(training(100_000 * second, 123_456.7))
@@ -155,7 +172,7 @@ def test_console_prints_a_line_every_so_often(clock):
 
 def test_console_rewrites_its_line_on_a_terminal():
     stream = Terminal()
-    sink = ConsoleSink(stream, total_words=1000)
+    sink = ConsoleSink(stream, total=1000)
     sink.log(training(10, rate=0.001))
     sink.log(training(1000))
     sink.log({"step": 7, "analogies": 0.15312})
@@ -172,7 +189,7 @@ def test_console_rewrites_its_line_on_a_terminal():
 
 def test_console_keeps_progress_before_another_record(clock):
     stream = io.StringIO()
-    sink = ConsoleSink(stream, total_words=1000)
+    sink = ConsoleSink(stream, total=1000)
     sink.log(training(100))
     sink.log(training(200))
     sink.log({"step": 7, "spearman": 0.5})

@@ -1,0 +1,158 @@
+"""A run of word2vec from its configuration."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+
+import fsspec
+import torch
+
+from embedtrain.build.optimizers import build_optimizer
+from embedtrain.build.parts import Parts
+from embedtrain.config.word2vec import Word2VecConfig
+from embedtrain.data.baskets import write_baskets
+from embedtrain.data.corpus import PreparedCorpus
+from embedtrain.data.prepare import CorpusOptions, prepare_corpus
+from embedtrain.data.skipgram import SamplingOptions, TextBatches
+from embedtrain.distributed.runtime import Runtime
+from embedtrain.embedding.collection import EmbeddingCollection
+from embedtrain.errors import UserError
+from embedtrain.jagged import Jagged
+from embedtrain.metrics.word_similarity import evaluate_similarity
+from embedtrain.models.word2vec import INPUT, OUTPUT, Word2Vec
+from embedtrain.train.task import Evaluation, Task
+
+_logger = logging.getLogger(__name__)
+
+
+def build_word2vec(config: Word2VecConfig, runtime: Runtime) -> Parts:
+    """Prepares the text and builds the model. Collective: every rank.
+
+    Raises:
+        UserError: the text cannot be used.
+    """
+    corpus = _prepare(config, runtime)
+    model = Word2Vec(
+        len(corpus.vocabulary),
+        config.table.dim,
+        architecture=config.word2vec.architecture,
+        dtype=getattr(torch, config.table.dtype),
+        wire_dtype=None if config.table.wire_dtype is None else getattr(torch, config.table.wire_dtype),
+        device=runtime.device,
+        process_group=runtime.group,
+        seed=config.seed,
+    )
+    task = Task(
+        model,
+        model.tables,
+        build_optimizer(config.optimizer, model.tables),
+        _build_batches(config, runtime, corpus),
+        evaluation=_build_evaluation(config, model, corpus),
+        unit="words",
+        frequencies=dict.fromkeys((INPUT, OUTPUT), torch.from_numpy(corpus.vocabulary.counts)),
+    )
+    facts = {
+        "data_fingerprint": corpus.fingerprint,
+        "vocabulary_fingerprint": corpus.vocabulary.fingerprint,
+        "export_table": INPUT,
+    }
+    return Parts(task, facts, write_files=lambda folder: folder.write_vocabulary(corpus.vocabulary))
+
+
+def _build_evaluation(config: Word2VecConfig, model: Word2Vec, corpus: PreparedCorpus) -> Evaluation | None:
+    paths = config.evaluate.similarity
+    if not paths:
+        return None
+    measure = WordSimilarity(model.tables, corpus.vocabulary.words, [paths] if isinstance(paths, str) else paths)
+    return Evaluation(measure, config.evaluate.every_steps, config.evaluate.every_epochs)
+
+
+class WordSimilarity:
+    """Measures how well the word vectors agree with people's scores of word pairs.
+
+    Args:
+        tables: the model's.
+        words: the vocabulary, in order of id.
+        paths: files of pairs, on any fsspec URL.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+
+    def __init__(self, tables: EmbeddingCollection, words: Sequence[str], paths: Sequence[str]) -> None:
+        self._tables = tables
+        self._pairs: dict[str, list[str]] = {}
+        for path in paths:
+            try:
+                with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as file:
+                    self._pairs[path] = file.readlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"evaluate.similarity: {path} cannot be read: {error}") from error
+        asked = {word.upper() for lines in self._pairs.values() for line in lines for word in line.split()}
+        # The words of the pairs alone, in their order: all of the vocabulary may be too large for one rank.
+        ids = [number for number, word in enumerate(words) if word.upper() in asked]
+        self._ids, self._words = torch.tensor(ids, dtype=torch.int64, device=tables.device), [words[i] for i in ids]
+
+    def __call__(self, alive: Callable[[], None]) -> dict[str, float]:
+        """Returns the mean Spearman correlation of the files. Collective: every rank."""
+        with torch.no_grad():
+            vectors = self._tables({INPUT: Jagged.from_ids(self._ids)})[INPUT]
+        unit = torch.nn.functional.normalize(vectors).cpu().numpy()
+        found = [evaluate_similarity(unit, self._words, lines, source=path) for path, lines in self._pairs.items()]
+        alive()
+        return {"similarity": sum(report.spearman for report in found) / len(found)}
+
+
+def _prepare(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
+    data, cache_path = config.data, os.path.expanduser(config.data.cache_path)
+    path, tokenizer = data.path, data.tokenizer
+    if data.format != "text":
+        columns = data.basket_column, data.item_column
+        path, tokenizer = write_baskets(path, data.format, columns, cache_path, runtime.group), "whitespace"
+    options = CorpusOptions(
+        path=path, tokenizer=tokenizer, min_count=data.min_count, max_vocab_size=data.max_vocab_size
+    )
+    corpus = prepare_corpus(options, cache_path, runtime.group, on_progress=_StageLog() if runtime.rank == 0 else None)
+    if runtime.rank == 0:
+        _logger.info(
+            f"text: {corpus.num_tokens:,} words of a vocabulary of {len(corpus.vocabulary):,}, in {corpus.path}"
+        )
+    return corpus
+
+
+class _StageLog:
+    """Logs each stage of a preparation when it begins."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+
+    def __call__(self, stage: str, fraction: float) -> None:
+        if stage != self._stage:
+            self._stage = stage
+            _logger.info(f"preparing the text: {stage}")
+
+
+def _build_batches(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCorpus) -> TextBatches:
+    blocks_per_step = config.train.words_per_step // config.train.block_words
+    if blocks_per_step < runtime.world_size:
+        raise UserError(
+            f"a step of train.words_per_step={config.train.words_per_step} is {blocks_per_step} blocks of "
+            f"train.block_words={config.train.block_words}, too few for {runtime.world_size} ranks to share: "
+            "raise the first or lower the second"
+        )
+    return TextBatches(
+        corpus,
+        SamplingOptions(
+            window=config.word2vec.window,
+            negatives=config.word2vec.negatives,
+            sample=config.word2vec.sample,
+            power=config.word2vec.power,
+        ),
+        block_words=config.train.block_words,
+        blocks_per_step=blocks_per_step,
+        seed=config.seed,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+    )
