@@ -207,7 +207,7 @@ def exchange_vectors(group: RowGroup, request: RowRequest) -> Tensor:
 
     Collective: every rank of the group's process group, and its backward too.
     """
-    vectors: Tensor = _ExchangeVectors.apply(_anchor(group), group, request)  # type: ignore[no-untyped-call]
+    vectors: Tensor = _ExchangeVectors.apply(group.anchor, group, request)  # type: ignore[no-untyped-call]
     return vectors
 
 
@@ -229,13 +229,8 @@ def look_up_bags(
     Returns:
         Per feature [num_bags, dim] float32.
     """
-    pooled: tuple[Tensor, ...] = _LookUpBags.apply(_anchor(group), group, request, bags, *weights)  # type: ignore[no-untyped-call]
+    pooled: tuple[Tensor, ...] = _LookUpBags.apply(group.anchor, group, request, bags, *weights)  # type: ignore[no-untyped-call]
     return pooled
-
-
-def _anchor(group: RowGroup) -> Tensor:
-    # Rows are not leaves of the graph: the anchor makes autograd call backward, which delivers them.
-    return torch.empty(0, device=group.weight.device, requires_grad=torch.is_grad_enabled())
 
 
 def _fetch(group: RowGroup, request: RowRequest, dtype: torch.dtype | None = None) -> Tensor:
