@@ -36,13 +36,13 @@ class TextSample:
 
     Attributes:
         words: [n] int64; rows of the kept words.
-        negatives: [n, k] int64; rows drawn for each centre, -1 where the centre itself was drawn.
+        targets: [n, 1 + k] int64; the word's own row and the negatives drawn for it, which it may be among.
         starts: [n] int64; first position of each centre's window.
         stops: [n] int64; one past the last.
     """
 
     words: Tensor
-    negatives: Tensor
+    targets: Tensor
     starts: Tensor
     stops: Tensor
 

@@ -16,11 +16,11 @@ _FLOAT = ctypes.c_float
 _INT = ctypes.c_int
 
 _SIGNATURES: dict[str, list[type]] = {
-    # vectors, num_vectors, dim, inputs, outputs, negatives, starts, stops, num_positions, num_negatives,
-    # loss, grad
+    # vectors, num_vectors, dim, inputs, targets, starts, stops, num_positions, num_targets, factor,
+    # loss, grad, num_outside
     "embedtrain_skipgram_block": [
-        _POINTER, _INT64, _INT64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64,
-        _POINTER, _POINTER,
+        _POINTER, _INT64, _INT64, _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _FLOAT,
+        _POINTER, _POINTER, _POINTER,
     ],
     # weight, accumulator, rows, row_grad, num_touched, num_rows, dim, lr, eps, weight_decay, decoupled,
     # rounding_keys, num_threads, num_outside
@@ -48,7 +48,7 @@ _SIGNATURES: dict[str, list[type]] = {
     # memory, bytes
     "embedtrain_advise_huge_pages": [_POINTER, _INT64],
     # tokens, positions, num_tokens, keep, own, other, num_rows, window, num_negatives, key,
-    # words, negatives, starts, stops, num_kept
+    # words, targets, starts, stops, num_kept
     "embedtrain_sample_text": [
         _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _INT64,
         _POINTER, _POINTER, _POINTER, _POINTER, _POINTER,

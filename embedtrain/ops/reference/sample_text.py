@@ -29,7 +29,7 @@ def sample_text(
     columns = (((draws >> 32) & _LOW_32) * tables.own.numel()) >> 32
     is_own = (draws & ((1 << ALIAS_BITS) - 1)) < tables.own[columns]
     negatives = torch.where(is_own, columns, tables.other[columns])
-    return TextSample(words, negatives.masked_fill(negatives == words.unsqueeze(1), -1), starts, stops)
+    return TextSample(words, torch.cat([words.unsqueeze(1), negatives], dim=1), starts, stops)
 
 
 def _stream(key: int, counters: Tensor) -> Tensor:
