@@ -12,9 +12,11 @@ from torch.autograd.function import once_differentiable
 
 from embedtrain.distributed.collectives import all_to_all_rows, raise_together
 from embedtrain.distributed.runtime import size_of
+from embedtrain.distributed.shared_memory import SharedMemoryExchange
 from embedtrain.embedding.shard import RowGroup
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.pool_rows import Bags, grad_of_weights, pool_rows, pool_rows_backward
+from embedtrain.ops.row_memory import empty_buffer
 from embedtrain.ops.sort_unique import SortedKeys, sort_unique
 from embedtrain.stages import stage
 
@@ -167,16 +169,63 @@ def _fetch(group: RowGroup, request: RowRequest, dtype: torch.dtype | None = Non
     """Returns the distinct rows; `dtype` is None for what traveled."""
     if request.is_local:
         return gather_rows(group.weight, request.rows, dtype)
+    if group.shared is not None:
+        return _fetch_from_memory(group, request, group.shared, dtype or group.vector_wire_dtype)
     owned = gather_rows(group.weight, request.rows, group.vector_wire_dtype)
-    vectors = all_to_all_rows(owned, request.owe_counts, request.ask_counts, group.process_group, group.shared)
+    vectors = all_to_all_rows(owned, request.owe_counts, request.ask_counts, group.process_group)
     return vectors if dtype is None else vectors.to(dtype)
 
 
+def _fetch_from_memory(
+    group: RowGroup, request: RowRequest, shared: SharedMemoryExchange, dtype: torch.dtype
+) -> Tensor:
+    """As `_fetch`: owners gather into memory that the others read; a rank's own rows are copied once only."""
+    wire_dtype, dim = group.vector_wire_dtype, group.weight.shape[1]
+    owed = request.rows.split(request.owe_counts)
+    with stage("exchange"):
+        rooms = shared.rooms(shared.without_own(request.owe_counts), [dim], wire_dtype)
+        for rank, room in enumerate(rooms):
+            if rank != shared.rank:
+                gather_rows(group.weight, owed[rank], out=room)
+        shared.send()
+        vectors = empty_buffer(sum(request.ask_counts), dim, dtype=dtype)
+        parts = vectors.split(request.ask_counts)
+        # Rounded as the others' rows are, where those are rounded on the way.
+        rounded = gather_rows(group.weight, owed[shared.rank], wire_dtype) if wire_dtype != group.weight.dtype else None
+        if rounded is None:
+            gather_rows(group.weight, owed[shared.rank], out=parts[shared.rank])
+        else:
+            parts[shared.rank].copy_(rounded)
+        for rank, arrived in enumerate(shared.receive(request.ask_counts, [dim], wire_dtype)):
+            if rank != shared.rank:
+                parts[rank].copy_(arrived)
+    return vectors
+
+
 def _send_home(group: RowGroup, request: RowRequest, grad: Tensor) -> None:
-    if not request.is_local:
+    if request.is_local:
+        group.deliver(request.rows, [grad])
+    elif group.shared is not None:
+        _send_home_through_memory(group, request, group.shared, grad)
+    else:
         wired = grad.to(group.gradient_wire_dtype)
-        grad = all_to_all_rows(wired, request.ask_counts, request.owe_counts, group.process_group, group.shared).float()
-    group.deliver(request.rows, grad)
+        home = all_to_all_rows(wired, request.ask_counts, request.owe_counts, group.process_group).float()
+        group.deliver(request.rows, home.split(request.owe_counts))
+
+
+def _send_home_through_memory(group: RowGroup, request: RowRequest, shared: SharedMemoryExchange, grad: Tensor) -> None:
+    """As `_send_home`: owners sum the gradients where the others wrote them."""
+    wire_dtype, row_shape = group.gradient_wire_dtype, grad.shape[1:]
+    parts = grad.split(request.ask_counts)
+    with stage("exchange"):
+        rooms = shared.rooms(shared.without_own(request.ask_counts), row_shape, wire_dtype)
+        for rank, room in enumerate(rooms):
+            if rank != shared.rank:
+                room.copy_(parts[rank])
+        shared.send()
+        arrived = shared.receive(request.owe_counts, row_shape, wire_dtype)
+    arrived[shared.rank] = parts[shared.rank].to(wire_dtype)
+    group.deliver(request.rows, [part.float() for part in arrived])
 
 
 class _ExchangeVectors(torch.autograd.Function):

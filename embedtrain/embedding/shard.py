@@ -104,7 +104,6 @@ class RowGroup:
         self.shards: list[TableShard] = []
         self._spread: list[SpreadTable] = []
         self._pending: list[RowGradient] = []
-        self._is_summed = True
         first_row = 0
         for spec, layout in zip(specs, layouts, strict=True):
             start, stop = layout.shard_range(rank_of(process_group))
@@ -143,33 +142,31 @@ class RowGroup:
             shard.state[name] = whole[shard.first_row : shard.first_row + shard.weight.shape[0]]
         return whole
 
-    def deliver(self, rows: Tensor, grad: Tensor) -> None:
-        """Adds gradients that came from the ranks; they wait here for the optimizer.
+    def deliver(self, rows: Tensor, parts: Sequence[Tensor]) -> None:
+        """Adds gradients of local losses that came from the ranks; their mean over the ranks waits for the optimizer.
 
-        What one rank alone delivers in one call is unique already.
+        Losses are means over the local batch: the gradient of the mean over the global batch is the sum of what the
+        ranks delivered divided by their number, which happens here and nowhere else.
+
+        Args:
+            rows: [n] int64; local rows, ascending and unique for each rank.
+            parts: by rank [m, dim] float32, together n; not needed any longer when this returns.
         """
-        world_size = size_of(self.process_group)
-        if self._pending and self._is_summed and world_size > 1:
-            # Someone looked at the mean over the ranks before the last micro-batch: back to the sum.
-            self._pending = [(old_rows, old_grad * world_size) for old_rows, old_grad in self._pending]
-        self._is_summed = not self._pending and world_size == 1
-        self._pending.append((rows, grad))
+        if len(parts) > 1:
+            keys = sort_unique(rows, bound=self.num_local_rows, with_inverse=False)
+            self._pending.append((keys.unique, segment_sum(parts, keys, 1.0 / len(parts))))
+        else:
+            self._pending.append((rows, parts[0]))
 
     def gradient(self) -> RowGradient:
-        """Returns the touched rows, unique and ascending, and the gradient of the global mean loss for each.
-
-        Losses are means over the local batch; the gradient of the mean over the global batch is the sum of what the
-        ranks delivered divided by the world size, which happens here and nowhere else.
-        """
+        """Returns the touched rows, unique and ascending, and the gradient of the global mean loss for each."""
         if not self._pending:
             empty = torch.zeros(0, dtype=torch.int64, device=self.weight.device)
             return empty, torch.zeros(0, self.weight.shape[1], device=self.weight.device)
-        if not self._is_summed:
+        if len(self._pending) > 1:
             rows = torch.cat([rows for rows, _ in self._pending])
-            grad = torch.cat([grad for _, grad in self._pending]) if len(self._pending) > 1 else self._pending[0][1]
             keys = sort_unique(rows, bound=self.num_local_rows, with_inverse=False)
-            self._pending = [(keys.unique, segment_sum(grad, keys, 1.0 / size_of(self.process_group)))]
-            self._is_summed = True
+            self._pending = [(keys.unique, segment_sum([grad for _, grad in self._pending], keys))]
         return self._pending[0]
 
     def before_update(self, rows: Tensor) -> None:
@@ -179,7 +176,6 @@ class RowGroup:
     def clear_gradient(self) -> None:
         """Forgets all gradients delivered."""
         self._pending = []
-        self._is_summed = True
 
     def describe(self, row: int) -> str:
         """Names the table and the id of a local row, for messages."""

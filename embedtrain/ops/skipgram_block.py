@@ -55,7 +55,8 @@ def skipgram_block(
         grad: [num_rows, dim] float32; its gradient by `vectors`, times `grad_factor`.
 
     Raises:
-        ValueError: shapes or dtypes disagree, the factor is not positive, or an index lies outside the rows or the block.
+        ValueError: shapes or dtypes disagree, the factor is not positive, or an index lies outside the rows or the
+            block.
 
     Source: Mikolov et al. 2013, "Distributed representations of words and phrases and their
     compositionality"; contexts grouped by centre as in Ji et al. 2016, "Parallelizing word2vec in shared and

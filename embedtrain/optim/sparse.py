@@ -13,6 +13,7 @@ from torch import Tensor
 
 from embedtrain.distributed.collectives import all_gather_object, all_reduce_sum
 from embedtrain.distributed.runtime import rank_of
+from embedtrain.distributed.shared_memory import SharedMemoryExchange
 from embedtrain.errors import NonFiniteError
 
 NonFinitePolicy = Literal["error", "skip"]
@@ -23,6 +24,7 @@ class RowStore(Protocol):
 
     weight: Tensor
     state: dict[str, Tensor]
+    shared: SharedMemoryExchange | None
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -131,7 +133,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         process_group = self._stores[0].process_group
         if process_group is not None:
             squares = torch.tensor(total, dtype=torch.float64, device=gradients[0][1].device)
-            total = float(all_reduce_sum(squares, process_group))
+            total = float(all_reduce_sum(squares, process_group, self._stores[0].shared))
         if not math.isfinite(total):
             self._handle_nonfinite(gradients)
             return None

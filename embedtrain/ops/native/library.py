@@ -43,8 +43,10 @@ _SIGNATURES: dict[str, list[type]] = {
     ],
     # features, num_features, num_local_rows, is_whole, keys
     "embedtrain_spread_keys": [_POINTER, _INT64, _INT64, _INT, _POINTER],
-    # peers, num_peers, capacity, patience_ms, is_done
-    "embedtrain_ring_exchange": [_POINTER, _INT64, _INT64, _INT64, _POINTER],
+    # own_region, number
+    "embedtrain_publish": [_POINTER, _INT64],
+    # regions, num_regions, number, patience_ms, may_spin, first_missing
+    "embedtrain_await": [_POINTER, _INT64, _INT64, _INT64, _INT, _POINTER],
     # memory, bytes
     "embedtrain_advise_huge_pages": [_POINTER, _INT64],
     # tokens, positions, num_tokens, keep, own, other, num_rows, window, num_negatives, key,

@@ -232,8 +232,9 @@ EMBEDTRAIN_INLINE void add_group(const Block& block, const Workspace& work, int6
     const float* targets[kTargets];
     for (int t = 0; t < kSlots; ++t) {
         const int64_t number = first + t;
-        const bool is_left_out = t >= kTargets || number >= block.num_targets || (number > 0 && rows[number] == rows[0]);
-        factors[t] = factors[kSlots + t] = is_left_out ? 0.0f : number == 0 ? -block.factor : block.factor;
+        const bool is_there = t < kTargets && number < block.num_targets;
+        const bool counts = is_there && (number == 0 || rows[number] != rows[0]);
+        factors[t] = factors[kSlots + t] = !counts ? 0.0f : number == 0 ? -block.factor : block.factor;
         last_factors[t] = factors[t];
         last_factors[kSlots + t] = 0.0f;
     }
@@ -261,7 +262,8 @@ EMBEDTRAIN_INLINE void add_group(const Block& block, const Workspace& work, int6
     };
     for (c = 0; c + kAtOnce <= num_contexts; c += kAtOnce) {
         const float* slopes = work.logits + c * kSlots;
-        const int64_t d = add_combinations<kAtOnce, kBlocks>(slopes, kSlots, 1, targets, kTargets, 0, width, to_context);
+        const int64_t d =
+            add_combinations<kAtOnce, kBlocks>(slopes, kSlots, 1, targets, kTargets, 0, width, to_context);
         add_combinations<kAtOnce, 1>(slopes, kSlots, 1, targets, kTargets, d, width, to_context);
     }
     for (; c < num_contexts; ++c) {
