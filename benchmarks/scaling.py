@@ -115,7 +115,7 @@ def run_rank(options: argparse.Namespace) -> None:
         train(step)
     words, began = 0, time.perf_counter()
     for step in range(warmup, warmup + options.steps):
-        words += train(step).num_words
+        words += train(step).num_examples
     seconds = time.perf_counter() - began
     tables: list[str] = []
     with StepProfile(lambda _, table: tables.append(table), warmup_steps=0, num_steps=num_profiled) as profile:
@@ -123,7 +123,7 @@ def run_rank(options: argparse.Namespace) -> None:
             train(warmup + options.steps + step)
             profile.step()
     batch = batches.batch(0, 0)
-    own = {"words": words, "bytes_per_word": bytes_between_ranks(model, batch) / batch.num_words}
+    own = {"words": words, "bytes_per_word": bytes_between_ranks(model, batch) / batch.num_examples}
     of_ranks = all_gather_object(own, group)
     if runtime.rank == 0:
         result = {

@@ -163,7 +163,7 @@ def speed_of(run_path: Path) -> float:
     with CheckpointReader(checkpoint_path) as reader:
         trained = reader.state["train"]
     shutil.rmtree(run_path)
-    return float(trained["words"] / trained["seconds"])
+    return float(trained["examples"] / trained["seconds"])
 
 
 def export(run_path: Path) -> KeyedVectors:

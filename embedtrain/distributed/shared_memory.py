@@ -66,26 +66,22 @@ class SharedMemoryExchange:
         self._may_spin = self.size <= len(os.sched_getaffinity(0))
         self._number = 0
 
-    def without_own(self, counts: Sequence[int]) -> list[int]:
-        """Returns the counts by rank, but none for this rank: its own rows stay."""
-        return [0 if rank == self.rank else count for rank, count in enumerate(counts)]
-
     def rooms(self, counts: Sequence[int], row_shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
         """Returns memory for what this rank sends, to be filled before `send`.
 
         Args:
-            counts: rows for each rank; none for this one, whose rows need not travel.
+            counts: rows for each rank; not looked at for this one, whose rows need not travel.
             row_shape: of a row.
             dtype: of the rows.
 
         Returns:
-            By rank [count, *row_shape], uninitialised.
+            By rank [count, *row_shape], uninitialised; none for this one.
         """
         slot = (self._number + 1) % 2
         start = at = _header_bytes(self.size) + slot * _SLOT_BYTES
         row_bytes = dtype.itemsize * math.prod(row_shape)
         rooms = []
-        for receiver, count in enumerate(counts):
+        for receiver, count in enumerate(self._without_own(counts)):
             self._tables[self.rank][slot * self.size + receiver] = at
             rooms.append(self._rows(self.rank, at, count, row_shape, dtype))
             at += -(-count * row_bytes // _ALIGNMENT) * _ALIGNMENT
@@ -118,16 +114,15 @@ class SharedMemoryExchange:
         place = self._number % 2 * self.size + self.rank
         return [
             self._rows(sender, self._tables[sender][place], count, row_shape, dtype)
-            for sender, count in enumerate(self.without_own(counts))
+            for sender, count in enumerate(self._without_own(counts))
         ]
 
     def all_to_all(self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
         """See `collectives.all_to_all_rows`."""
         parts = rows.split(list(send_counts))
-        sent = self.without_own(send_counts)
-        for room, part in zip(self.rooms(sent, rows.shape[1:], rows.dtype), parts, strict=True):
-            if room.numel():
-                room.copy_(part)
+        for rank, room in enumerate(self.rooms(send_counts, rows.shape[1:], rows.dtype)):
+            if rank != self.rank:
+                room.copy_(parts[rank])
         self.send()
         received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
         arrived = self.receive(receive_counts, rows.shape[1:], rows.dtype)
@@ -148,6 +143,9 @@ class SharedMemoryExchange:
         for rank, part in enumerate(self.receive(ones, values.shape, values.dtype)):
             values += own if rank == self.rank else part[0]
         return values
+
+    def _without_own(self, counts: Sequence[int]) -> list[int]:
+        return [0 if rank == self.rank else count for rank, count in enumerate(counts)]
 
     def _rows(self, rank: int, start: int, count: int, row_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         num_bytes = count * math.prod(row_shape) * dtype.itemsize

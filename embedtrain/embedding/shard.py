@@ -149,14 +149,16 @@ class RowGroup:
         ranks delivered divided by their number, which happens here and nowhere else.
 
         Args:
-            rows: [n] int64; local rows, ascending and unique for each rank.
-            parts: by rank [m, dim] float32, together n; not needed any longer when this returns.
+            rows: [n] int64; local rows, ascending and unique within each part.
+            parts: each [m, dim] float32, together n: a part a rank, or one part with the sums over the ranks. One part
+                may be kept and changed; several are not needed any longer when this returns.
         """
+        factor = 1.0 / size_of(self.process_group)
         if len(parts) > 1:
             keys = sort_unique(rows, bound=self.num_local_rows, with_inverse=False)
-            self._pending.append((keys.unique, segment_sum(parts, keys, 1.0 / len(parts))))
+            self._pending.append((keys.unique, segment_sum(parts, keys, factor)))
         else:
-            self._pending.append((rows, parts[0]))
+            self._pending.append((rows, parts[0] if factor == 1.0 else parts[0].mul_(factor)))
 
     def gradient(self) -> RowGradient:
         """Returns the touched rows, unique and ascending, and the gradient of the global mean loss for each."""
