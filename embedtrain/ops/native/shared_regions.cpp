@@ -24,7 +24,7 @@ static_assert(std::atomic<uint32_t>::is_always_lock_free, "counters are shared b
 
 constexpr int kSpins = 4000;  // some 50 microseconds: about what waking a sleeper takes
 
-void pause() {
+void relax() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
@@ -70,7 +70,7 @@ extern "C" void embedtrain_await(void* const* regions, int64_t num_regions, int6
     const uint32_t wanted = static_cast<uint32_t>(number);
     for (int64_t r = 0; r < num_regions; ++r) {
         Region* region = static_cast<Region*>(regions[r]);
-        for (int spin = 0; may_spin && spin < kSpins && !has_come(region, wanted); ++spin) pause();
+        for (int spin = 0; may_spin && spin < kSpins && !has_come(region, wanted); ++spin) relax();
         if (has_come(region, wanted)) continue;
         region->waiting.fetch_add(1);
         const uint32_t seen = region->published.load();
