@@ -138,10 +138,14 @@ def sampling_tables(counts: NDArray[np.int64], options: SamplingOptions) -> Samp
     """Returns the thresholds of every draw for a vocabulary with these counts."""
     own, other = alias_table(counts.astype(np.float64) ** options.power)
     keep = keep_probabilities(counts, options.sample)
+    bits = np.uint64(ALIAS_BITS)
+    thresholds = np.rint(own * (1 << ALIAS_BITS)).astype(np.uint64)
+    is_whole = thresholds >> bits > 0
+    # A column that is all its own row's has no threshold in 32 bits, and needs none.
+    thresholds[is_whole], other[is_whole] = 0, np.flatnonzero(is_whole)
     return SamplingTables(
-        keep=torch.from_numpy(np.rint(keep * (1 << KEEP_BITS)).astype(np.int64)),
-        own=torch.from_numpy(np.rint(own * (1 << ALIAS_BITS)).astype(np.int64)),
-        other=torch.from_numpy(other),
+        keep=torch.from_numpy(np.rint(keep * (1 << KEEP_BITS)).astype(np.int32)),
+        columns=torch.from_numpy((thresholds << bits | other.astype(np.uint64)).view(np.int64)),
     )
 
 

@@ -20,14 +20,14 @@ class SamplingTables:
     """What the draws are compared with.
 
     Attributes:
-        keep: [num_rows] int64; an occurrence of the row is kept with probability keep / 2**24.
-        own: [num_rows] int64; column i of the alias table gives row i with probability own / 2**32,
-        other: [num_rows] int64; and this row otherwise.
+        keep: [num_rows] int32; an occurrence of the row is kept with probability keep / 2**24.
+        columns: [num_rows] int64; the alias table. Column i gives row i with probability own / 2**32 and another row
+            otherwise: own are the high 32 bits, without a sign, the other row the low ones. They lie together because
+            every draw reads both, at random.
     """
 
     keep: Tensor
-    own: Tensor
-    other: Tensor
+    columns: Tensor
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import embedtrain as et
 from embedtrain.testing.ranks import run_ranks
 
-NUM_ROWS, DIM, NUM_IDS = 1_000_000, 64, 20_000
+NUM_ROWS, DIM, NUM_IDS = 2_000_000, 64, 20_000
 BATCH_BYTES = NUM_IDS * DIM * 4
 
 
@@ -44,5 +44,5 @@ def test_training_takes_batch_sized_buffers_only(world_size: int) -> None:
         pytest.skip("the peak of a process cannot be read here")
     for added_bytes, held_bytes in run_ranks(world_size, train):
         # Vectors and gradients on both sides of the exchange, what autograd keeps, and room for buffers' rounding up.
-        assert added_bytes < 12 * BATCH_BYTES
+        assert added_bytes < 16 * BATCH_BYTES
         assert added_bytes < held_bytes / 2  # that a copy of the tables would not pass

@@ -19,7 +19,9 @@ def splitmix64(key: int, counter: int) -> int:
 
 
 def plain(tokens: list[int], positions: list[int], tables: SamplingTables, window: int, k: int, key: int) -> list:
-    keep, own, other = tables.keep.tolist(), tables.own.tolist(), tables.other.tolist()
+    keep = tables.keep.tolist()
+    own = [column >> 32 & 0xFFFFFFFF for column in tables.columns.tolist()]
+    other = [column & 0xFFFFFFFF for column in tables.columns.tolist()]
     kept = []  # word, sentence, width, negatives
     sentence = 0
     for token, position in zip(tokens, positions, strict=True):
@@ -48,10 +50,10 @@ def make(num_tokens: int, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, Sa
     tokens = torch.randint(0, num_rows, (num_tokens,), generator=generator, dtype=torch.int32)
     tokens = torch.where(torch.rand(num_tokens, generator=generator) < 0.15, ~tokens, tokens)
     positions = torch.arange(num_tokens) + 10**10
+    own = torch.randint(-(1 << 31), 1 << 31, (num_rows,), generator=generator)  # any 32 bits
+    other = torch.randint(0, num_rows, (num_rows,), generator=generator)
     tables = SamplingTables(
-        keep=torch.randint(0, (1 << 24) + 1, (num_rows,), generator=generator),
-        own=torch.randint(0, (1 << 32) + 1, (num_rows,), generator=generator),
-        other=torch.randint(0, num_rows, (num_rows,), generator=generator),
+        keep=torch.randint(0, (1 << 24) + 1, (num_rows,), generator=generator).int(), columns=own << 32 | other
     )
     return tokens, positions, tables
 

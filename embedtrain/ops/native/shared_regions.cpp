@@ -63,8 +63,8 @@ extern "C" void embedtrain_publish(void* own_region, int64_t number) {
     if (region->waiting.load()) wake_all(&region->published);
 }
 
-// regions: [num_regions]; waits until all have published exchange `number`, `patience_ms` at most for each. first_missing:
-// the first that has not, or num_regions. may_spin: whether this rank has a core to itself.
+// regions: [num_regions]; waits until all have published exchange `number`, `patience_ms` at most for each.
+// may_spin: whether this rank has a core to itself. first_missing: the first that has not come, or num_regions.
 extern "C" void embedtrain_await(void* const* regions, int64_t num_regions, int64_t number, int64_t patience_ms,
                                  int may_spin, int64_t* first_missing) {
     const uint32_t wanted = static_cast<uint32_t>(number);

@@ -65,19 +65,25 @@ EMBEDTRAIN_INLINE float16v half_sums(const float16v* products) {
 template <int kContexts>
 EMBEDTRAIN_INLINE void dot_products(const float* const* contexts, const float* targets, int64_t width,
                                     float* logits) {
-    float16v products[kContexts + kContexts % 2][kTargets] = {};
+    float16v products[kContexts * kTargets];
+    EMBEDTRAIN_UNROLL
+    for (int i = 0; i < kContexts * kTargets; ++i) products[i] = float16v{};
     for (int64_t d = 0; d < width; d += kLanes) {
         float16v x[kContexts];
+        EMBEDTRAIN_UNROLL
         for (int c = 0; c < kContexts; ++c) load(x[c], contexts[c] + d);
+        EMBEDTRAIN_UNROLL
         for (int t = 0; t < kTargets; ++t) {
             float16v y;
             load(y, targets + t * width + d);
-            for (int c = 0; c < kContexts; ++c) products[c][t] += x[c] * y;
+            EMBEDTRAIN_UNROLL
+            for (int c = 0; c < kContexts; ++c) products[c * kTargets + t] += x[c] * y;
         }
     }
+    EMBEDTRAIN_UNROLL
     for (int c = 0; c < kContexts; c += 2) {
-        const float16v other = c + 1 < kContexts ? half_sums(products[c + 1]) : float16v{};
-        store(logits + c * kSlots, sums_of_quarters(half_sums(products[c]), other));
+        const float16v other = c + 1 < kContexts ? half_sums(products + (c + 1) * kTargets) : float16v{};
+        store(logits + c * kSlots, sums_of_quarters(half_sums(products + c * kTargets), other));
     }
 }
 
@@ -124,18 +130,22 @@ template <int kSums, int kBlocks, typename Add>
 EMBEDTRAIN_INLINE int64_t add_combinations(const float* factors, int a_stride, int b_stride, const float* const* rows,
                                            int num_rows, int64_t d, int64_t width, Add add) {
     for (; d + kBlocks * kLanes <= width; d += kBlocks * kLanes) {
-        float16v total[kSums][kBlocks] = {};
+        float16v total[kSums * kBlocks];
+        EMBEDTRAIN_UNROLL
+        for (int i = 0; i < kSums * kBlocks; ++i) total[i] = float16v{};
         for (int b = 0; b < num_rows; ++b) {
             float16v row[kBlocks];
+            EMBEDTRAIN_UNROLL
             for (int k = 0; k < kBlocks; ++k) load(row[k], rows[b] + d + k * kLanes);
+            EMBEDTRAIN_UNROLL
             for (int a = 0; a < kSums; ++a) {
                 const float factor = factors[a * a_stride + b * b_stride];
-                for (int k = 0; k < kBlocks; ++k) total[a][k] += row[k] * factor;
+                EMBEDTRAIN_UNROLL
+                for (int k = 0; k < kBlocks; ++k) total[a * kBlocks + k] += row[k] * factor;
             }
         }
-        for (int a = 0; a < kSums; ++a) {
-            for (int k = 0; k < kBlocks; ++k) add(a, d + k * kLanes, total[a][k]);
-        }
+        EMBEDTRAIN_UNROLL
+        for (int i = 0; i < kSums * kBlocks; ++i) add(i / kBlocks, d + i % kBlocks * kLanes, total[i]);
     }
     return d;
 }
@@ -221,6 +231,20 @@ EMBEDTRAIN_INLINE void prefetch_pair(const Block& block, int64_t row) {
     prefetch_row<1>(block.grad + row * block.dim, block.dim * 4);
 }
 
+// Adds the targets' part to the gradients of contexts `first` and following.
+template <int kContexts, int kBlocks>
+EMBEDTRAIN_INLINE void add_to_contexts(const Workspace& work, int first, const float* const* targets) {
+    const float* slopes = work.logits + first * kSlots;
+    float* const* grads = work.grads + first;
+    const auto add = [=](int a, int64_t d, const float16v& values) __attribute__((always_inline)) {
+        float16v old;
+        load(old, grads[a] + d);
+        store(grads[a] + d, old + values);
+    };
+    const int64_t d = add_combinations<kContexts, kBlocks>(slopes, kSlots, 1, targets, kTargets, 0, work.width, add);
+    add_combinations<kContexts, 1>(slopes, kSlots, 1, targets, kTargets, d, work.width, add);
+}
+
 // Loss and gradients of a centre's contexts against up to kTargets of its targets, the first of number `first`.
 template <int kAtOnce, int kBlocks>
 EMBEDTRAIN_INLINE void add_group(const Block& block, const Workspace& work, int64_t centre, int64_t first,
@@ -255,22 +279,9 @@ EMBEDTRAIN_INLINE void add_group(const Block& block, const Workspace& work, int6
         slopes_in_place(work.logits + c * kSlots, c + 1 < num_contexts ? factors : last_factors, loss);
     }
 
-    const auto to_context = [&](int a, int64_t d, const float16v& values) __attribute__((always_inline)) {
-        float16v old;
-        load(old, work.grads[c + a] + d);
-        store(work.grads[c + a] + d, old + values);
-    };
-    for (c = 0; c + kAtOnce <= num_contexts; c += kAtOnce) {
-        const float* slopes = work.logits + c * kSlots;
-        const int64_t d =
-            add_combinations<kAtOnce, kBlocks>(slopes, kSlots, 1, targets, kTargets, 0, width, to_context);
-        add_combinations<kAtOnce, 1>(slopes, kSlots, 1, targets, kTargets, d, width, to_context);
-    }
-    for (; c < num_contexts; ++c) {
-        const float* slopes = work.logits + c * kSlots;
-        const int64_t d = add_combinations<1, kBlocks>(slopes, kSlots, 1, targets, kTargets, 0, width, to_context);
-        add_combinations<1, 1>(slopes, kSlots, 1, targets, kTargets, d, width, to_context);
-    }
+    for (c = 0; c + kAtOnce <= num_contexts; c += kAtOnce) add_to_contexts<kAtOnce, kBlocks>(work, c, targets);
+    for (; c + 2 <= num_contexts; c += 2) add_to_contexts<2, kBlocks>(work, c, targets);
+    if (c < num_contexts) add_to_contexts<1, kBlocks>(work, c, targets);
     // One target after the other: a row drawn twice takes both sums.
     const auto to_target = [&](int a, int64_t d, const float16v& values) __attribute__((always_inline)) {
         add_vector(homes[a], d, dim, values);
