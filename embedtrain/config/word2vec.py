@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from embedtrain.config.sections import Config, TableConfig, TrainConfig, require_at_least_one
+from embedtrain.config.sections import Config, EvaluateConfig, TableConfig, TrainConfig, require_at_least_one
 from embedtrain.errors import UserError
 
 
@@ -16,6 +16,12 @@ class TextConfig:
 
     path: Any = "???"
     """A file, a glob, a folder, a list of them, on any fsspec URL; or python-docs."""
+    format: Literal["text", "lines", "csv", "tsv", "parquet"] = "text"
+    """text; or baskets of items, which word2vec takes for sentences (item2vec): lines of `user item item ...`, or
+    a table with an item a row."""
+    basket_column: str = "user"
+    """Of a table of items: the column by which they stand together."""
+    item_column: str = "item"
     tokenizer: str = "letters"
     """letters (lower-cased words of letters) or whitespace (as it stands)."""
     min_count: int = 5
@@ -52,6 +58,14 @@ class TextTrainConfig(TrainConfig):
 
 
 @dataclass
+class WordEvaluateConfig(EvaluateConfig):
+    """Agreement with people's scores of word pairs during training."""
+
+    similarity: Any = None
+    """A file of `word word score` lines, or a list of them; null for none. Logged as `similarity`, their mean."""
+
+
+@dataclass
 class Word2VecConfig(Config):
     """Everything that defines a run of word2vec."""
 
@@ -60,6 +74,7 @@ class Word2VecConfig(Config):
     table: TableConfig = field(default_factory=TableConfig)
     word2vec: SkipGramConfig = field(default_factory=SkipGramConfig)
     train: TextTrainConfig = field(default_factory=TextTrainConfig)
+    evaluate: WordEvaluateConfig = field(default_factory=WordEvaluateConfig)
 
     MEANT: ClassVar[Mapping[str, str]] = {
         **Config.MEANT,
@@ -71,7 +86,7 @@ class Word2VecConfig(Config):
         "corpus": "data.path",
     }
     # Whether the text is the same is judged by its content.
-    MAY_CHANGE: ClassVar[tuple[str, ...]] = (*Config.MAY_CHANGE, "data.path", "data.cache_path")
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (*Config.MAY_CHANGE, "data.path", "data.cache_path", "evaluate.")
 
     def check(self) -> None:
         """Checks the ranges that types cannot say."""
@@ -82,6 +97,8 @@ class Word2VecConfig(Config):
             "train.block_words": self.train.block_words,
             "word2vec.window": self.word2vec.window,
             "word2vec.negatives": self.word2vec.negatives,
+            "evaluate.every_epochs": self.evaluate.every_epochs,
+            "evaluate.every_steps": self.evaluate.every_steps,
         }
         require_at_least_one(iter(counts.items()))
         if not 0 <= self.word2vec.sample < 1:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,15 +17,11 @@ from embedtrain.distributed.runtime import GroupReference, rank_of, size_of
 from embedtrain.distributed.shared_memory import SharedMemoryExchange
 from embedtrain.embedding.init import initial_rows
 from embedtrain.ops.mix import mix64
+from embedtrain.ops.row_gradient import Delivery, RowGradient, Run
 from embedtrain.ops.row_memory import allocate_rows
-from embedtrain.ops.segment_sum import segment_sum
-from embedtrain.ops.sort_unique import sort_unique
 from embedtrain.ops.spread_keys import SpreadTable, spread_keys
 from embedtrain.sharding.layout import SpreadLayout
 from embedtrain.spec import TableSpec
-
-RowGradient = tuple[Tensor, Tensor]
-"""Local rows [n] int64 and their gradient [n, dim] float32."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +63,21 @@ class TableShard:
         ]
 
 
+class RowGroups(NamedTuple):
+    """Some of the groups of a collection, to be trained by one optimizer."""
+
+    row_groups: list[RowGroup]
+
+
 class RowGroup:
-    """Tables of one dim and dtype, whose local rows lie one table after the other in one tensor.
+    """Tables of one dim, dtype and optimizer, whose local rows lie one table after the other in one tensor.
 
     Every rank reserves `rows_per_rank` rows a table, so a row's place is the same arithmetic for every owner;
     the few rows that the last ranks do not fill are never asked for.
 
     Attributes:
         weight: [num_local_rows, dim].
-        state: name -> [num_local_rows, ...] float32; an optimizer's, allocated by `allocate_state`.
+        state: name -> [num_local_rows] or [num_local_rows, dim] float32; an optimizer's, allocated by `allocate_state`.
         shards: the tables, in order.
         changes: told by the optimizer which rows it updates; a save in the background relies on it.
         num_local_rows: rows reserved on each rank.
@@ -103,7 +107,8 @@ class RowGroup:
         self.changes = RowChanges({"weight": self.weight})
         self.shards: list[TableShard] = []
         self._spread: list[SpreadTable] = []
-        self._pending: list[RowGradient] = []
+        self._deliveries: list[Delivery] = []
+        self._waiting: RowGradient | None = None
         first_row = 0
         for spec, layout in zip(specs, layouts, strict=True):
             start, stop = layout.shard_range(rank_of(process_group))
@@ -132,52 +137,70 @@ class RowGroup:
         """
         return spread_keys(ids, [self._spread[table] for table in tables], self.num_local_rows)
 
-    def allocate_state(self, name: str, fill: float) -> Tensor:
-        """Gives every row one float32 of optimizer state under `name`, on the weights' device."""
+    def runs_of(self, tables: Sequence[int], num_values: Sequence[int]) -> list[Run]:
+        """Returns where the local rows of features lie, whose tables, one a feature, are in ascending order."""
+        runs: list[Run] = []
+        for number, same_table in itertools.groupby(zip(tables, num_values, strict=True), key=lambda pair: pair[0]):
+            table = self._spread[number]
+            runs.append(Run(sum(count for _, count in same_table), table.first_row, table.rows_per_rank))
+        return runs
+
+    @property
+    def table_names(self) -> list[str]:
+        """The tables, in order."""
+        return [shard.spec.name for shard in self.shards]
+
+    def allocate_state(self, name: str, fill: float, per_element: bool = False) -> Tensor:
+        """Gives every row, or every element of it, one float32 of optimizer state, on the weights' device."""
         if name in self.state:
             raise ValueError(f"the tables hold state {name!r} already: one optimizer at a time may own it")
-        whole = allocate_rows((self.num_local_rows,), fill, torch.float32, self.weight.device)
+        shape = self.weight.shape if per_element else self.weight.shape[:1]
+        whole = allocate_rows(tuple(shape), fill, torch.float32, self.weight.device)
         self.state[name] = self.changes.tensors[name] = whole
         for shard in self.shards:
             shard.state[name] = whole[shard.first_row : shard.first_row + shard.weight.shape[0]]
         return whole
 
-    def deliver(self, rows: Tensor, parts: Sequence[Tensor]) -> None:
-        """Adds gradients of local losses that came from the ranks; their mean over the ranks waits for the optimizer.
+    def fill_state(self, name: str, value: float) -> None:
+        """Sets a state of all rows."""
+        self.changes.before_update_of_all()
+        self.state[name].fill_(value)
 
-        Losses are means over the local batch: the gradient of the mean over the global batch is the sum of what the
-        ranks delivered divided by their number, which happens here and nowhere else.
+    def deliver(self, delivery: Delivery) -> None:
+        """Adds gradients of local rows that one backward left; they wait here for the optimizer, not yet summed."""
+        self._deliveries.append(delivery)
+        self._waiting = None
 
-        Args:
-            rows: [n] int64; local rows, ascending and unique within each part.
-            parts: each [m, dim] float32, together n: a part a rank, or one part with the sums over the ranks. One part
-                may be kept and changed; several are not needed any longer when this returns.
+    def waiting_gradient(self) -> RowGradient:
+        """Returns the gradient of the global mean loss as it was delivered.
+
+        Losses are means over the local batch; the gradient of the mean over the global batch is the sum of what the
+        ranks delivered divided by the world size, which happens here and nowhere else.
         """
-        factor = 1.0 / size_of(self.process_group)
-        if len(parts) > 1:
-            keys = sort_unique(rows, bound=self.num_local_rows, with_inverse=False)
-            self._pending.append((keys.unique, segment_sum(parts, keys, factor)))
-        else:
-            self._pending.append((rows, parts[0] if factor == 1.0 else parts[0].mul_(factor)))
+        if self._waiting is None:
+            dim, device = self.weight.shape[1], self.weight.device
+            if self._deliveries:
+                factor = 1.0 / size_of(self.process_group)
+                self._waiting = RowGradient(self._deliveries, num_rows=self.num_local_rows, dim=dim, factor=factor)
+            else:
+                no_rows = torch.zeros(0, dtype=torch.int64, device=device)
+                self._waiting = RowGradient.of_rows(no_rows, torch.zeros(0, dim, device=device), self.num_local_rows)
+        return self._waiting
 
-    def gradient(self) -> RowGradient:
-        """Returns the touched rows, unique and ascending, and the gradient of the global mean loss for each."""
-        if not self._pending:
-            empty = torch.zeros(0, dtype=torch.int64, device=self.weight.device)
-            return empty, torch.zeros(0, self.weight.shape[1], device=self.weight.device)
-        if len(self._pending) > 1:
-            rows = torch.cat([rows for rows, _ in self._pending])
-            keys = sort_unique(rows, bound=self.num_local_rows, with_inverse=False)
-            self._pending = [(keys.unique, segment_sum([grad for _, grad in self._pending], keys))]
-        return self._pending[0]
+    def gradient(self) -> tuple[Tensor, Tensor]:
+        """Returns the touched rows [n] int64, unique and ascending, and [n, dim] float32, the gradient of each."""
+        waiting = self.waiting_gradient()
+        return waiting.rows, waiting.values
 
-    def before_update(self, rows: Tensor) -> None:
-        """Takes note that an optimizer is about to change the rows."""
-        self.changes.before_update(rows)
+    def before_update(self, gradient: RowGradient) -> None:
+        """Takes note that an optimizer is about to change the gradient's rows."""
+        if self.changes.is_watched:
+            self.changes.before_update(gradient.rows)
 
     def clear_gradient(self) -> None:
         """Forgets all gradients delivered."""
-        self._pending = []
+        self._deliveries = []
+        self._waiting = None
 
     def describe(self, row: int) -> str:
         """Names the table and the id of a local row, for messages."""
@@ -185,13 +208,14 @@ class RowGroup:
         slot = torch.tensor(shard.slots[0] + row - shard.first_row)
         return f"table {shard.spec.name!r}, row {int(shard.layout.id_of(slot))}"
 
-    def rounding_keys(self, rows: Tensor, step: int) -> Tensor | None:
-        """Returns a key per local row and step for stochastic rounding; None for float32 weights.
+    def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
+        """Returns a key per row of the gradient and step for stochastic rounding; None for float32 weights.
 
         The key depends on table, slot and step alone, so every world size rounds alike.
         """
         if self.weight.dtype != torch.bfloat16:
             return None
+        rows = gradient.rows
         firsts = torch.tensor([shard.first_row for shard in self.shards], device=rows.device)
         starts = torch.tensor([shard.slots[0] for shard in self.shards], device=rows.device)
         table = torch.searchsorted(firsts, rows, right=True) - 1

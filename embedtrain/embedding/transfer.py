@@ -1,4 +1,4 @@
-"""Rows from their owners to the ranks that asked for them, and gradients home."""
+"""Rows from their owners to the ranks that asked for them."""
 
 from __future__ import annotations
 
@@ -36,28 +36,6 @@ def fetch_rows(
     return all_to_all_rows(owned, owe_counts, ask_counts, group.process_group).to(dtype)
 
 
-def send_gradients(
-    group: RowGroup, rows: Tensor, ask_counts: Sequence[int], owe_counts: Sequence[int], grad: Tensor
-) -> None:
-    """Sends the gradient of each row to its owner, where it waits for an optimizer.
-
-    Collective: every rank of the group's process group.
-
-    Args:
-        group: the tables.
-        rows: as in `fetch_rows`.
-        ask_counts: as in `fetch_rows`.
-        owe_counts: as in `fetch_rows`.
-        grad: [sum(ask_counts), dim] float32; in the order of what `fetch_rows` returned.
-    """
-    if group.shared is not None:
-        _send_through_memory(group, group.shared, rows, owe_counts, grad.split(list(ask_counts)))
-        return
-    wired = grad.to(group.gradient_wire_dtype)
-    home = all_to_all_rows(wired, ask_counts, owe_counts, group.process_group).float()
-    group.deliver(rows, home.split(list(owe_counts)))
-
-
 def _fetch_from_memory(
     group: RowGroup,
     shared: SharedMemoryExchange,
@@ -83,18 +61,3 @@ def _fetch_from_memory(
             if rank != shared.rank:
                 targets[rank].copy_(arrived)
     return vectors
-
-
-def _send_through_memory(
-    group: RowGroup, shared: SharedMemoryExchange, rows: Tensor, owe_counts: Sequence[int], parts: Sequence[Tensor]
-) -> None:
-    """Has owners sum the gradients where the others wrote them."""
-    wire_dtype, row_shape = group.gradient_wire_dtype, group.weight.shape[1:]
-    with stage("exchange"):
-        for rank, room in enumerate(shared.rooms([len(part) for part in parts], row_shape, wire_dtype)):
-            if rank != shared.rank:
-                room.copy_(parts[rank])
-        shared.send()
-        arrived = shared.receive(owe_counts, row_shape, wire_dtype)
-    arrived[shared.rank] = parts[shared.rank].to(wire_dtype)
-    group.deliver(rows, [part.float() for part in arrived])

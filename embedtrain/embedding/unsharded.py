@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from embedtrain.embedding.features import resolve_features
 from embedtrain.embedding.ids import valid_bags
 from embedtrain.embedding.init import initial_rows
-from embedtrain.embedding.shard import RowGradient
 from embedtrain.jagged import Jagged
 from embedtrain.ops.mix import mix64
+from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.sharding.layout import SpreadLayout
 from embedtrain.spec import FeatureSpec, TableSpec
 
@@ -22,7 +22,7 @@ class UnshardedTable:
 
     Attributes:
         weight: [num_rows, dim], in order of id.
-        state: name -> [num_rows] float32.
+        state: name -> [num_rows] or [num_rows, dim] float32.
     """
 
     def __init__(self, spec: TableSpec, position: int, seed: int) -> None:
@@ -45,18 +45,27 @@ class UnshardedTable:
             self.leaf.copy_(self.weight)
         return self.leaf[ids]
 
-    def allocate_state(self, name: str, fill: float) -> Tensor:
-        """Gives every row one float32 of state."""
-        self.state[name] = torch.full((self.spec.num_rows,), fill)
+    @property
+    def table_names(self) -> list[str]:
+        """Its own name."""
+        return [self.spec.name]
+
+    def allocate_state(self, name: str, fill: float, per_element: bool = False) -> Tensor:
+        """Gives every row, or every element of it, one float32 of state."""
+        self.state[name] = torch.full(self.weight.shape if per_element else self.weight.shape[:1], fill)
         return self.state[name]
 
-    def gradient(self) -> RowGradient:
+    def fill_state(self, name: str, value: float) -> None:
+        """Sets a state of all rows."""
+        self.state[name].fill_(value)
+
+    def waiting_gradient(self) -> RowGradient:
         """Returns the rows touched since the last clearing and their gradients."""
         rows = self.touched.nonzero().flatten()
         grad = torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad
-        return rows, grad[rows]
+        return RowGradient.of_rows(rows, grad[rows], self.spec.num_rows)
 
-    def before_update(self, rows: Tensor) -> None:
+    def before_update(self, gradient: RowGradient) -> None:
         """Does nothing: nobody reads the rows meanwhile."""
 
     def clear_gradient(self) -> None:
@@ -68,10 +77,11 @@ class UnshardedTable:
         """Names the table and the id."""
         return f"table {self.spec.name!r}, row {row}"
 
-    def rounding_keys(self, rows: Tensor, step: int) -> Tensor | None:
+    def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
         """Returns the keys for stochastic rounding that `RowGroup.rounding_keys` gives the same rows."""
         if self.weight.dtype != torch.bfloat16:
             return None
+        rows = gradient.rows
         per_step = mix64(mix64(torch.full_like(rows, step)) + self._position)
         return per_step + self.layout.slot_of(rows)
 
@@ -84,11 +94,11 @@ class UnshardedEmbeddingCollection(nn.Module):
     ) -> None:
         super().__init__()
         self.features = resolve_features(tables, features)
-        kinds: dict[tuple[int, torch.dtype], int] = {}
+        kinds: dict[tuple[int, torch.dtype, str], int] = {}
         self.tables: dict[str, UnshardedTable] = {}
         for spec in tables:
-            position = kinds.setdefault((spec.dim, spec.dtype), 0)
-            kinds[spec.dim, spec.dtype] += 1
+            position = kinds.setdefault(spec.group, 0)
+            kinds[spec.group] += 1
             self.tables[spec.name] = UnshardedTable(spec, position, seed)
 
     @property

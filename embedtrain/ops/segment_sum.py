@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -11,11 +9,11 @@ from embedtrain.ops import dispatch
 from embedtrain.ops.sort_unique import SortedKeys
 
 
-def segment_sum(parts: Sequence[Tensor], keys: SortedKeys, factor: float = 1.0) -> Tensor:
+def segment_sum(values: Tensor, keys: SortedKeys, factor: float = 1.0) -> Tensor:
     """Adds up the rows of each distinct key.
 
     Args:
-        parts: each [m, dim] float32, together a row per key, one part after the other.
+        values: [n, dim] float32; a row per key.
         keys: the sorted keys.
         factor: of every sum.
 
@@ -25,14 +23,14 @@ def segment_sum(parts: Sequence[Tensor], keys: SortedKeys, factor: float = 1.0) 
     Raises:
         ValueError: shapes or dtypes disagree.
     """
-    if {(part.dim(), part.dtype) for part in parts} != {(2, torch.float32)} or len({p.shape[1] for p in parts}) != 1:
-        raise ValueError(f"expected parts [m, dim] float32, got {[(part.dtype, tuple(part.shape)) for part in parts]}")
-    if sum(part.shape[0] for part in parts) != keys.order.numel():
-        raise ValueError(f"expected {keys.order.numel()} rows, got {[part.shape[0] for part in parts]}")
-    if dispatch.uses_native(parts[0]):
+    if values.dim() != 2 or values.shape[0] != keys.order.numel() or values.dtype != torch.float32:
+        raise ValueError(
+            f"expected values [{keys.order.numel()}, dim] float32, got {values.dtype} {tuple(values.shape)}"
+        )
+    if dispatch.uses_native(values):
         from embedtrain.ops.native import segment_sum as native
 
-        return native.segment_sum(parts, keys, factor)
+        return native.segment_sum(values, keys, factor)
     from embedtrain.ops.reference import segment_sum as reference
 
-    return reference.segment_sum(torch.cat(list(parts)), keys, factor)
+    return reference.segment_sum(values, keys, factor)

@@ -14,7 +14,7 @@ import embedtrain
 ROOT = Path(__file__).resolve().parents[2]
 
 # Needed by some commands only; a library user should not wait for them.
-DEFERRED_MODULES = {"gensim", "pyarrow", "scipy", "tensorboard"}
+DEFERRED_MODULES = {"gensim", "matplotlib", "pyarrow", "scipy", "tensorboard"}
 
 FOREIGN_TEXT = ["/work/", "/root/", "/home/", "/Users/", "helper-", "contracts.md", "findings.md", "style.md"]
 
