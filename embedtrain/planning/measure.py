@@ -24,7 +24,7 @@ from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_memory import allocate_rows
 from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep, rowwise_adagrad
-from embedtrain.ops.sample_text import ALIAS_BITS, KEEP_BITS, SamplingTables, sample_text
+from embedtrain.ops.sample_text import KEEP_BITS, SamplingTables, sample_text
 from embedtrain.ops.segment_sum import segment_sum
 from embedtrain.ops.skipgram_block import TextBlock, count_predictions, skipgram_block
 from embedtrain.ops.sort_unique import sort_unique
@@ -95,8 +95,8 @@ def _row_seconds(device: torch.device) -> dict[str, float]:
 
 def _text_seconds(device: torch.device) -> dict[str, float]:
     num_words = 1 << 16
-    everything = torch.full((num_words,), 1 << KEEP_BITS)
-    tables = SamplingTables(everything, torch.full((num_words,), 1 << ALIAS_BITS), torch.arange(num_words))
+    everything = torch.full((num_words,), 1 << KEEP_BITS, dtype=torch.int32)
+    tables = SamplingTables(everything, columns=torch.arange(num_words))
     tokens = torch.randint(num_words, (_WORDS,), dtype=torch.int32)
     positions = torch.arange(_WORDS)
     keys = iter(range(1 << 30))
@@ -109,8 +109,7 @@ def _text_seconds(device: torch.device) -> dict[str, float]:
     vectors = torch.rand(4 * _WORDS, _VECTOR_DIM, device=device) - 0.5
     block = TextBlock(
         torch.randint(4 * _WORDS, (_WORDS,), device=device),
-        torch.randint(4 * _WORDS, (_WORDS,), device=device),
-        torch.randint(4 * _WORDS, (_WORDS, _NEGATIVES), device=device),
+        torch.randint(4 * _WORDS, (_WORDS, 1 + _NEGATIVES), device=device),
         sample.starts.to(device),
         sample.stops.to(device),
     )
