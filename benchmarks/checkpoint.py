@@ -35,7 +35,7 @@ import torch.multiprocessing as mp
 import embedtrain as et
 from embedtrain.checkpoint import CheckpointReader, CheckpointSaver, SaveOptions, load_shards, save_checkpoint
 from embedtrain.checkpoint.header import row_blocks
-from embedtrain.distributed.collectives import all_gather_object, barrier
+from embedtrain.distributed.collectives import all_gather_object
 from embedtrain.distributed.runtime import background_group, rank_of
 
 DIM = 64
@@ -77,7 +77,7 @@ class Bench:
 
     def seconds(self, action: Callable[[], object]) -> float:
         """Returns how long the slowest rank takes, all starting together."""
-        barrier(self.group)
+        all_gather_object(None, self.group)
         start = time.perf_counter()
         action()
         return max(all_gather_object(time.perf_counter() - start, self.group))
@@ -106,7 +106,7 @@ class Bench:
                         shutil.rmtree(last)
                     found.setdefault(f"{kind} {name}", []).append(self.seconds(ways[name][index]))
                     last = folder
-        barrier(self.group)
+        all_gather_object(None, self.group)
         if self.rank == 0:
             shutil.rmtree(self.settings.path)
         return found
@@ -198,7 +198,7 @@ class Bench:
                     self.train_once()
                 found["steps before the delta"] = max(len(steps), self.settings.steps)
         found["bytes, delta / full"] = sizes[1] / sizes[0]
-        barrier(self.group)
+        all_gather_object(None, self.group)
         found["copy of all rows to a reused buffer"] = self.copy_seconds()
         if self.rank == 0:
             shutil.rmtree(folder)

@@ -21,6 +21,7 @@ from embedtrain.distributed.failure import explain_failure, is_of_the_group
 from embedtrain.distributed.runtime import Runtime, init_distributed, shut_down
 from embedtrain.errors import CheckpointError, NonFiniteError, UserError
 from embedtrain.export import FORMATS, Vectors, export_vectors, neighbors
+from embedtrain.planning.command import add_plan_arguments, run_plan
 from embedtrain.recommending import evaluate_run, recommend
 from embedtrain.report import write_report
 from embedtrain.train.interrupt import EXIT_PREEMPTED
@@ -52,6 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _print_once(f"embedtrain: error: {error}")
         status = EXIT_USER_ERROR
+    except CheckpointError as error:
+        if options.debug:
+            raise
+        _print_once(f"embedtrain: failed: {error}")
+        status = EXIT_FAILED
     except BrokenPipeError:
         # Whoever read our output has seen enough, as `| head` has.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -92,6 +98,10 @@ def _add_training(commands: _Commands) -> None:
     )
     compare.add_argument("--output", default="runs/compare", metavar="PATH", help="folder (runs/compare)")
     compare.set_defaults(run=_compare)
+
+    plan = commands.add_parser("plan", help="what a run will need on each rank, and how long a step takes")
+    add_plan_arguments(plan)
+    plan.set_defaults(run=run_plan)
 
 
 def _add_measuring(commands: _Commands) -> None:

@@ -162,7 +162,8 @@ class Comparison:
                 axis.grid(visible=True, alpha=0.3)
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(best)))
         image = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(image)
+        canvas: Any = FigureCanvasAgg(figure)  # not annotated
+        canvas.print_png(image)
         return image.getvalue()
 
 
@@ -202,5 +203,8 @@ def _check(overrides: Sequence[str], names: Sequence[str], rates: Mapping[str, S
 
 
 def _read(config: Config) -> Curve:
-    lines = storage.read(RunFolder(config.run.path).metrics_path).decode().splitlines()
+    try:
+        lines = storage.read(RunFolder(config.run.path).metrics_path).decode().splitlines()
+    except FileNotFoundError:
+        lines = []  # it diverged before it logged anything
     return Curve(config.optimizer.name, config.optimizer.lr, [json.loads(line) for line in lines])

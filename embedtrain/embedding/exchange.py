@@ -17,8 +17,10 @@ from embedtrain.distributed.collectives import all_to_all_rows, raise_together
 from embedtrain.distributed.runtime import size_of
 from embedtrain.embedding.owner_pooling import BagsAsked, SumRequest
 from embedtrain.embedding.shard import RowGroup
+from embedtrain.embedding.transfer import fetch_rows
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.pool_rows import Bags, grad_of_weights, pool_rows, pool_rows_backward
+from embedtrain.ops.row_gradient import Delivery, Run
 from embedtrain.ops.sort_unique import SortedKeys, sort_unique
 from embedtrain.stages import stage
 
@@ -31,11 +33,13 @@ class Lookup:
         keys: [num_keys] int64; see `RowGroup.keys_of`. Of the rows that travel here.
         bags: the bags that the owners of their rows pool; None where there are none.
         at_owner: per feature of the batch, whether it is among `bags`.
+        runs: of the keys, where one rank has all rows.
     """
 
     keys: Tensor
     bags: BagsAsked | None = None
     at_owner: Sequence[bool] = ()
+    runs: Sequence[Run] = ()
 
 
 class RowRequest:
@@ -43,7 +47,7 @@ class RowRequest:
 
     Attributes:
         keys: [num_keys] int64; see `Lookup`.
-        at_owner: likewise.
+        at_owner, runs: likewise.
         sums: what it settled for bags pooled at the owners; None where no rank has any.
         has_rows: whether any rank asks for rows, which every rank knows.
         ask_counts: distinct rows that this rank asks of each rank; none where it has all rows itself.
@@ -63,7 +67,7 @@ class RowRequest:
         sums: SumRequest | None = None,
         has_rows: bool = True,
     ) -> None:
-        self.keys, self.at_owner = lookup.keys, lookup.at_owner
+        self.keys, self.at_owner, self.runs = lookup.keys, lookup.at_owner, lookup.runs
         self._bound = bound  # all keys are below it
         self.ask_counts = list(ask_counts)
         self.owe_counts = list(owe_counts)
@@ -204,7 +208,7 @@ def exchange_vectors(group: RowGroup, request: RowRequest) -> Tensor:
 
     Collective: every rank of the group's process group, and its backward too.
     """
-    vectors: Tensor = _ExchangeVectors.apply(_anchor(group), group, request)  # type: ignore[no-untyped-call]
+    vectors: Tensor = _ExchangeVectors.apply(group.anchor, group, request)  # type: ignore[no-untyped-call]
     return vectors
 
 
@@ -226,13 +230,8 @@ def look_up_bags(
     Returns:
         Per feature [num_bags, dim] float32.
     """
-    pooled: tuple[Tensor, ...] = _LookUpBags.apply(_anchor(group), group, request, bags, *weights)  # type: ignore[no-untyped-call]
+    pooled: tuple[Tensor, ...] = _LookUpBags.apply(group.anchor, group, request, bags, *weights)  # type: ignore[no-untyped-call]
     return pooled
-
-
-def _anchor(group: RowGroup) -> Tensor:
-    # Rows are not leaves of the graph: the anchor makes autograd call backward, which delivers them.
-    return torch.empty(0, device=group.weight.device, requires_grad=torch.is_grad_enabled())
 
 
 def _fetch(group: RowGroup, request: RowRequest, dtype: torch.dtype | None = None) -> Tensor:
@@ -241,9 +240,7 @@ def _fetch(group: RowGroup, request: RowRequest, dtype: torch.dtype | None = Non
         return gather_rows(group.weight, request.rows, dtype)
     if not request.has_rows:
         return group.weight.new_zeros(0, group.weight.shape[1], dtype=dtype)
-    owned = gather_rows(group.weight, request.rows, group.vector_wire_dtype)
-    vectors = all_to_all_rows(owned, request.owe_counts, request.ask_counts, group.process_group, group.shared)
-    return vectors if dtype is None else vectors.to(dtype)
+    return fetch_rows(group, request.rows, request.owe_counts, request.ask_counts, dtype)
 
 
 def _send_home(group: RowGroup, request: RowRequest, grad: Tensor) -> None:
@@ -252,7 +249,8 @@ def _send_home(group: RowGroup, request: RowRequest, grad: Tensor) -> None:
     if not request.is_local:
         wired = grad.to(group.gradient_wire_dtype)
         grad = all_to_all_rows(wired, request.ask_counts, request.owe_counts, group.process_group, group.shared).float()
-    group.deliver(request.rows, grad)
+    # Rows of one rank are distinct; several ranks may ask for the same.
+    group.deliver(Delivery(request.rows, [Bags(request.rows.numel())], [grad], is_unique=request.is_local))
 
 
 class _ExchangeVectors(torch.autograd.Function):
@@ -292,7 +290,9 @@ class _LookUpBags(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         group, request, bags = ctx.group, ctx.request, ctx.bags
         here = _pooled_here(request, bags)
-        if request.has_rows:
+        if request.is_local:
+            group.deliver(Delivery(request.keys, bags, grads, runs=request.runs))
+        elif request.has_rows:
             own = [bags[number] for number in here]
             dim = group.weight.shape[1]
             summed = (

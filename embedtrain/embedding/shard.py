@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,15 +17,11 @@ from embedtrain.distributed.runtime import GroupReference, rank_of, size_of
 from embedtrain.distributed.shared_memory import SharedMemoryExchange
 from embedtrain.embedding.init import initial_rows
 from embedtrain.ops.mix import mix64
+from embedtrain.ops.row_gradient import Delivery, RowGradient, Run
 from embedtrain.ops.row_memory import allocate_rows
-from embedtrain.ops.segment_sum import segment_sum
-from embedtrain.ops.sort_unique import sort_unique
 from embedtrain.ops.spread_keys import SpreadTable, spread_keys
 from embedtrain.sharding.layout import SpreadLayout
 from embedtrain.spec import TableSpec
-
-RowGradient = tuple[Tensor, Tensor]
-"""Local rows [n] int64 and their gradient [n, dim] float32."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +84,7 @@ class RowGroup:
         shared: the ranks' shared memory, where they have it.
         vector_wire_dtype: in which vectors travel between ranks: the storage's unless chosen.
         gradient_wire_dtype: in which gradients do: float32 unless chosen.
+        anchor: an empty leaf that look-ups hang on to.
     """
 
     def __init__(
@@ -110,8 +108,10 @@ class RowGroup:
         self.changes = RowChanges({"weight": self.weight})
         self.shards: list[TableShard] = []
         self._spread: list[SpreadTable] = []
-        self._pending: list[RowGradient] = []
-        self._is_summed = True
+        # Rows are not leaves of the graph: this one makes autograd call the look-up's backward, which delivers theirs.
+        self.anchor = torch.empty(0, device=device, requires_grad=True)
+        self._deliveries: list[Delivery] = []
+        self._waiting: RowGradient | None = None
         first_row = 0
         for spec, layout in zip(specs, layouts, strict=True):
             start, stop = layout.shard_range(rank_of(process_group))
@@ -140,6 +140,14 @@ class RowGroup:
         """
         return spread_keys(ids, [self._spread[table] for table in tables], self.num_local_rows)
 
+    def runs_of(self, tables: Sequence[int], num_values: Sequence[int]) -> list[Run]:
+        """Returns where the local rows of features lie, whose tables, one a feature, are in ascending order."""
+        runs: list[Run] = []
+        for number, same_table in itertools.groupby(zip(tables, num_values, strict=True), key=lambda pair: pair[0]):
+            table = self._spread[number]
+            runs.append(Run(sum(count for _, count in same_table), table.first_row, table.rows_per_rank))
+        return runs
+
     @property
     def table_names(self) -> list[str]:
         """The tables, in order."""
@@ -161,43 +169,41 @@ class RowGroup:
         self.changes.before_update_of_all()
         self.state[name].fill_(value)
 
-    def deliver(self, rows: Tensor, grad: Tensor) -> None:
-        """Adds gradients that came from the ranks; they wait here for the optimizer.
+    def deliver(self, delivery: Delivery) -> None:
+        """Adds gradients of local rows that one backward left; they wait here for the optimizer, not yet summed."""
+        self._deliveries.append(delivery)
+        self._waiting = None
 
-        What one rank alone delivers in one call is unique already.
-        """
-        world_size = size_of(self.process_group)
-        if self._pending and self._is_summed and world_size > 1:
-            # Someone looked at the mean over the ranks before the last micro-batch: back to the sum.
-            self._pending = [(old_rows, old_grad * world_size) for old_rows, old_grad in self._pending]
-        self._is_summed = not self._pending and world_size == 1
-        self._pending.append((rows, grad))
-
-    def gradient(self) -> RowGradient:
-        """Returns the touched rows, unique and ascending, and the gradient of the global mean loss for each.
+    def waiting_gradient(self) -> RowGradient:
+        """Returns the gradient of the global mean loss as it was delivered.
 
         Losses are means over the local batch; the gradient of the mean over the global batch is the sum of what the
         ranks delivered divided by the world size, which happens here and nowhere else.
         """
-        if not self._pending:
-            empty = torch.zeros(0, dtype=torch.int64, device=self.weight.device)
-            return empty, torch.zeros(0, self.weight.shape[1], device=self.weight.device)
-        if not self._is_summed:
-            rows = torch.cat([rows for rows, _ in self._pending])
-            grad = torch.cat([grad for _, grad in self._pending]) if len(self._pending) > 1 else self._pending[0][1]
-            keys = sort_unique(rows, bound=self.num_local_rows, with_inverse=False)
-            self._pending = [(keys.unique, segment_sum(grad, keys, 1.0 / size_of(self.process_group)))]
-            self._is_summed = True
-        return self._pending[0]
+        if self._waiting is None:
+            dim, device = self.weight.shape[1], self.weight.device
+            if self._deliveries:
+                factor = 1.0 / size_of(self.process_group)
+                self._waiting = RowGradient(self._deliveries, num_rows=self.num_local_rows, dim=dim, factor=factor)
+            else:
+                no_rows = torch.zeros(0, dtype=torch.int64, device=device)
+                self._waiting = RowGradient.of_rows(no_rows, torch.zeros(0, dim, device=device), self.num_local_rows)
+        return self._waiting
 
-    def before_update(self, rows: Tensor) -> None:
-        """Takes note that an optimizer is about to change the rows."""
-        self.changes.before_update(rows)
+    def gradient(self) -> tuple[Tensor, Tensor]:
+        """Returns the touched rows [n] int64, unique and ascending, and [n, dim] float32, the gradient of each."""
+        waiting = self.waiting_gradient()
+        return waiting.rows, waiting.values
+
+    def before_update(self, gradient: RowGradient) -> None:
+        """Takes note that an optimizer is about to change the gradient's rows."""
+        if self.changes.is_watched:
+            self.changes.before_update(gradient.rows)
 
     def clear_gradient(self) -> None:
         """Forgets all gradients delivered."""
-        self._pending = []
-        self._is_summed = True
+        self._deliveries = []
+        self._waiting = None
 
     def describe(self, row: int) -> str:
         """Names the table and the id of a local row, for messages."""
@@ -205,13 +211,14 @@ class RowGroup:
         slot = torch.tensor(shard.slots[0] + row - shard.first_row)
         return f"table {shard.spec.name!r}, row {int(shard.layout.id_of(slot))}"
 
-    def rounding_keys(self, rows: Tensor, step: int) -> Tensor | None:
-        """Returns a key per local row and step for stochastic rounding; None for float32 weights.
+    def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
+        """Returns a key per row of the gradient and step for stochastic rounding; None for float32 weights.
 
         The key depends on table, slot and step alone, so every world size rounds alike.
         """
         if self.weight.dtype != torch.bfloat16:
             return None
+        rows = gradient.rows
         firsts = torch.tensor([shard.first_row for shard in self.shards], device=rows.device)
         starts = torch.tensor([shard.slots[0] for shard in self.shards], device=rows.device)
         table = torch.searchsorted(firsts, rows, right=True) - 1

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from embedtrain.embedding.features import resolve_features
 from embedtrain.embedding.ids import valid_bags
 from embedtrain.embedding.init import initial_rows
-from embedtrain.embedding.shard import RowGradient
 from embedtrain.jagged import Jagged
 from embedtrain.ops.mix import mix64
+from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.sharding.layout import SpreadLayout
 from embedtrain.spec import FeatureSpec, TableSpec
 
@@ -28,6 +28,7 @@ class UnshardedTable:
     def __init__(self, spec: TableSpec, position: int, seed: int) -> None:
         self.spec = spec
         self.process_group = None
+        self.shared = None
         self.state: dict[str, Tensor] = {}
         self.layout = SpreadLayout(spec.num_rows)
         in_slot_order = initial_rows(spec, 0, spec.num_rows, seed)
@@ -58,13 +59,13 @@ class UnshardedTable:
         """Sets a state of all rows."""
         self.state[name].fill_(value)
 
-    def gradient(self) -> RowGradient:
+    def waiting_gradient(self) -> RowGradient:
         """Returns the rows touched since the last clearing and their gradients."""
         rows = self.touched.nonzero().flatten()
         grad = torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad
-        return rows, grad[rows]
+        return RowGradient.of_rows(rows, grad[rows], self.spec.num_rows)
 
-    def before_update(self, rows: Tensor) -> None:
+    def before_update(self, gradient: RowGradient) -> None:
         """Does nothing: nobody reads the rows meanwhile."""
 
     def clear_gradient(self) -> None:
@@ -76,10 +77,11 @@ class UnshardedTable:
         """Names the table and the id."""
         return f"table {self.spec.name!r}, row {row}"
 
-    def rounding_keys(self, rows: Tensor, step: int) -> Tensor | None:
+    def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
         """Returns the keys for stochastic rounding that `RowGroup.rounding_keys` gives the same rows."""
         if self.weight.dtype != torch.bfloat16:
             return None
+        rows = gradient.rows
         per_step = mix64(mix64(torch.full_like(rows, step)) + self._position)
         return per_step + self.layout.slot_of(rows)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
+from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.optim.sparse import EffectiveRates, NonFinitePolicy, RowStore, SparseOptimizer
 
 
@@ -56,10 +55,10 @@ class Combined(SparseOptimizer):
         return "+".join(optimizer.name for optimizer in self._optimizers)
 
     def update(
-        self, store: RowStore, rows: Tensor, grad: Tensor, settings: dict[str, Any], grad_factor: float = 1.0
+        self, store: RowStore, gradient: RowGradient, settings: dict[str, Any], grad_factor: float = 1.0
     ) -> None:
         """Applies the formula of the optimizer whose group it is."""
-        self._owners[id(store)].update(store, rows, grad, settings, grad_factor)
+        self._owners[id(store)].update(store, gradient, settings, grad_factor)
 
     def effective_rates(self, group: int, rows: slice) -> EffectiveRates | None:
         """See `SparseOptimizer.effective_rates`."""

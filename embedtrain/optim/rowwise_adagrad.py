@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
+from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import Moments, RowStep
 from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep, rowwise_adagrad
 from embedtrain.optim.adagrad import ACCUMULATOR, decayed_rate
@@ -72,12 +72,12 @@ class RowwiseAdagrad(MomentOptimizer):
         return decayed_rate(settings)
 
     def update(
-        self, store: RowStore, rows: Tensor, grad: Tensor, settings: dict[str, Any], grad_factor: float = 1.0
+        self, store: RowStore, gradient: RowGradient, settings: dict[str, Any], grad_factor: float = 1.0
     ) -> None:
         """Applies the formula; without the options that few runs use, by the quickest kernel."""
-        step = self.row_step(store, rows, settings, grad_factor)
+        step = self.row_step(store, gradient, settings, grad_factor)
         if settings["accumulator_decay"] is not None or not _is_plain(step):
-            super().update(store, rows, grad, settings, grad_factor)
+            super().update(store, gradient, settings, grad_factor)
             return
         plain = RowwiseAdagradStep(
             lr=step.lr,
@@ -86,10 +86,8 @@ class RowwiseAdagrad(MomentOptimizer):
             decoupled_weight_decay=step.decoupled_weight_decay,
             rounding_keys=step.rounding_keys,
         )
-        rowwise_adagrad(store.weight, store.state[ACCUMULATOR], rows, grad, plain)
+        rowwise_adagrad(store.weight, store.state[ACCUMULATOR], gradient, plain)
 
 
 def _is_plain(step: RowStep) -> bool:
-    without = RowStep(lr=0.0)
-    names = ("grad_factor", "max_row_grad_norm", "max_norm")
-    return all(getattr(step, name) == getattr(without, name) for name in names)
+    return step.grad_factor == 1.0 and step.max_row_grad_norm == math.inf and step.max_norm == math.inf

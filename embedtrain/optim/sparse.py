@@ -13,7 +13,9 @@ from torch import Tensor
 
 from embedtrain.distributed.collectives import all_gather_object, all_reduce_sum
 from embedtrain.distributed.runtime import rank_of
+from embedtrain.distributed.shared_memory import SharedMemoryExchange
 from embedtrain.errors import NonFiniteError
+from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import RowStep, row_update
 
 if TYPE_CHECKING:
@@ -78,6 +80,7 @@ class RowStore(Protocol):
 
     weight: Tensor
     state: dict[str, Tensor]
+    shared: SharedMemoryExchange | None
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -93,11 +96,11 @@ class RowStore(Protocol):
     def fill_state(self, name: str, value: float) -> None:
         """Sets a state of all rows."""
 
-    def gradient(self) -> tuple[Tensor, Tensor]:
-        """Returns the touched rows, unique, and their summed gradients."""
+    def waiting_gradient(self) -> RowGradient:
+        """Returns the gradient of the touched rows."""
 
-    def before_update(self, rows: Tensor) -> None:
-        """Takes note that the rows are about to change."""
+    def before_update(self, gradient: RowGradient) -> None:
+        """Takes note that the gradient's rows are about to change."""
 
     def clear_gradient(self) -> None:
         """Forgets the gradients."""
@@ -105,8 +108,8 @@ class RowStore(Protocol):
     def describe(self, row: int) -> str:
         """Names the table and the id of a row."""
 
-    def rounding_keys(self, rows: Tensor, step: int) -> Tensor | None:
-        """Returns keys for stochastic rounding, or None for float32 rows."""
+    def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
+        """Returns keys of the gradient's rows for stochastic rounding, or None for float32 rows."""
 
 
 class HasRowGroups(Protocol):
@@ -203,18 +206,19 @@ class SparseOptimizer(torch.optim.Optimizer):
         return float(settings["lr"])
 
     def update(
-        self, store: RowStore, rows: Tensor, grad: Tensor, settings: dict[str, Any], grad_factor: float = 1.0
+        self, store: RowStore, gradient: RowGradient, settings: dict[str, Any], grad_factor: float = 1.0
     ) -> None:
-        """Applies the formula to rows [n] with gradients [n, dim] times a factor; `settings` is the parameter group."""
+        """Applies the formula to the rows of a gradient times a factor; `settings` is the parameter group."""
         names = [state.name for state in self.states]
 
         def direction(grad: Tensor, touched: Sequence[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
             return self.direction(grad, dict(zip(names, touched, strict=True)), settings)
 
-        step = self.row_step(store, rows, settings, grad_factor)
-        row_update(store.weight, [store.state[name] for name in names], rows, grad, step, direction)
+        step = self.row_step(store, gradient, settings, grad_factor)
+        states = [store.state[name] for name in names]
+        row_update(store.weight, states, gradient.rows, gradient.values, step, direction)
 
-    def row_step(self, store: RowStore, rows: Tensor, settings: dict[str, Any], grad_factor: float) -> RowStep:
+    def row_step(self, store: RowStore, gradient: RowGradient, settings: dict[str, Any], grad_factor: float) -> RowStep:
         """Returns what the options make of a step."""
         return RowStep(
             lr=self.rate(settings),
@@ -223,7 +227,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             weight_decay=settings["weight_decay"],
             decoupled_weight_decay=settings["decoupled_weight_decay"],
             max_norm=_or_infinity(settings["max_norm"]),
-            rounding_keys=store.rounding_keys(rows, settings["step"]),
+            rounding_keys=store.rounding_keys(gradient, settings["step"]),
         )
 
     def effective_rates(self, group: int, rows: slice) -> EffectiveRates | None:
@@ -252,28 +256,34 @@ class SparseOptimizer(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("sparse optimizers take no closure: run backward, then step()")
-        gradients = [store.gradient() for store in self.stores]
+        gradients = [store.waiting_gradient() for store in self.stores]
         scale = self._agree(gradients)
         if scale is None:
             return
-        for store, (rows, grad), settings in zip(self.stores, gradients, self.param_groups, strict=True):
+        for store, gradient, settings in zip(self.stores, gradients, self.param_groups, strict=True):
             settings["step"] += 1
-            store.before_update(rows)
-            self.update(store, rows, grad, settings, scale)
+            store.before_update(gradient)
+            self.update(store, gradient, settings, scale)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients that wait."""
         for store in self.stores:
             store.clear_gradient()
 
-    def _agree(self, gradients: Sequence[tuple[Tensor, Tensor]]) -> float | None:
+    def _agree(self, gradients: Sequence[RowGradient]) -> float | None:
         """Returns the factor for all gradients, or None to leave the step out. Collective: every rank."""
-        # The sum of squares is not finite where any gradient is not, so one number serves both questions.
-        total = math.nan if self._veto is not None else sum(_sum_of_squares(grad) for _, grad in gradients)
+        # The sum of squares is not finite where any gradient is not, so one number serves both questions; where
+        # nobody asks for the norm, gradients need not be summed to know that they are finite.
+        if self._veto is not None:
+            total = math.nan
+        elif self.max_grad_norm is not None:
+            total = sum(gradient.sum_of_squares() for gradient in gradients)
+        else:
+            total = 0.0 if all(gradient.is_finite() for gradient in gradients) else math.nan
         process_group = self.stores[0].process_group
         if process_group is not None:
-            squares = torch.tensor(total, dtype=torch.float64, device=gradients[0][1].device)
-            total = float(all_reduce_sum(squares, process_group))
+            squares = torch.tensor(total, dtype=torch.float64, device=self.stores[0].weight.device)
+            total = float(all_reduce_sum(squares, process_group, self.stores[0].shared))
         if not math.isfinite(total):
             self._handle_nonfinite(gradients)
             return None
@@ -282,7 +292,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             return 1.0
         return self.max_grad_norm / norm
 
-    def _handle_nonfinite(self, gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def _handle_nonfinite(self, gradients: Sequence[RowGradient]) -> None:
         veto, self._veto = self._veto, None
         self.num_skipped += 1
         if self.nonfinite == "skip":
@@ -297,20 +307,12 @@ class SparseOptimizer(torch.optim.Optimizer):
             "Lower the learning rate, clip gradients (max_grad_norm), or leave such steps out (nonfinite=skip)."
         )
 
-    def _first_nonfinite(self, gradients: Sequence[tuple[Tensor, Tensor]]) -> str | None:
-        for store, (rows, grad) in zip(self.stores, gradients, strict=True):
-            bad = (~grad.isfinite()).any(dim=1).nonzero()
+    def _first_nonfinite(self, gradients: Sequence[RowGradient]) -> str | None:
+        for store, gradient in zip(self.stores, gradients, strict=True):
+            bad = (~gradient.values.isfinite()).any(dim=1).nonzero()
             if bad.numel():
-                first = bad[0, 0]
-                return f"the gradient of {store.describe(int(rows[first]))} is not finite"
+                return f"the gradient of {store.describe(int(gradient.rows[bad[0, 0]]))} is not finite"
         return None
-
-
-def _sum_of_squares(grad: Tensor) -> float:
-    flat = grad.flatten()
-    squares = float(torch.dot(flat, flat))
-    # Large but finite float32 values overflow the quick sum; float64 holds any of them.
-    return squares if math.isfinite(squares) else float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2
 
 
 def _or_infinity(bound: float | None) -> float:

@@ -16,11 +16,11 @@ _FLOAT = ctypes.c_float
 _INT = ctypes.c_int
 
 _SIGNATURES: dict[str, list[type]] = {
-    # vectors, num_vectors, dim, inputs, outputs, negatives, starts, stops, num_positions, num_negatives,
-    # loss, grad
+    # vectors, num_vectors, dim, inputs, targets, starts, stops, num_positions, num_targets, factor,
+    # loss, grad, num_outside
     "embedtrain_skipgram_block": [
-        _POINTER, _INT64, _INT64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64,
-        _POINTER, _POINTER,
+        _POINTER, _INT64, _INT64, _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _FLOAT,
+        _POINTER, _POINTER, _POINTER,
     ],
     # weight, accumulator, rows, row_grad, num_touched, num_rows, dim, lr, eps, weight_decay, decoupled,
     # rounding_keys, num_threads, num_outside
@@ -34,6 +34,18 @@ _SIGNATURES: dict[str, list[type]] = {
         _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT64, _INT64, _INT64, _POINTER,
         _INT, _POINTER,
     ],
+    # weight, accumulator, num_rows, dim, words, num_values, term_bits, features, num_features, factor,
+    # lr, eps, weight_decay, decoupled, num_threads, num_outside
+    "embedtrain_rowwise_adagrad_of_terms": [
+        _POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT64, _INT, _POINTER, _INT64, _FLOAT,
+        _FLOAT, _FLOAT, _FLOAT, _INT, _INT, _POINTER,
+    ],
+    # rows, num_values, features, num_features, runs, num_runs, term_bits, num_threads, words
+    "embedtrain_sort_terms": [
+        _POINTER, _INT64, _POINTER, _INT64, _POINTER, _INT64, _INT, _INT, _POINTER,
+    ],
+    # features, num_features, dim, largest
+    "embedtrain_largest_magnitude": [_POINTER, _INT64, _INT64, _POINTER],
     # keys, num_keys, largest, num_threads, unique, starts, order, inverse, num_distinct
     "embedtrain_sort_unique": [
         _POINTER, _INT64, _INT64, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER,
@@ -49,14 +61,16 @@ _SIGNATURES: dict[str, list[type]] = {
     ],
     # features, num_features, num_local_rows, is_whole, keys
     "embedtrain_spread_keys": [_POINTER, _INT64, _INT64, _INT, _POINTER],
-    # peers, num_peers, capacity, patience_ms, is_done
-    "embedtrain_ring_exchange": [_POINTER, _INT64, _INT64, _INT64, _POINTER],
+    # own_region, number
+    "embedtrain_publish": [_POINTER, _INT64],
+    # regions, num_regions, number, patience_ms, may_spin, first_missing
+    "embedtrain_await": [_POINTER, _INT64, _INT64, _INT64, _INT, _POINTER],
     # memory, bytes
     "embedtrain_advise_huge_pages": [_POINTER, _INT64],
-    # tokens, positions, num_tokens, keep, own, other, num_rows, window, num_negatives, key,
-    # words, negatives, starts, stops, num_kept
+    # tokens, positions, num_tokens, keep, columns, num_rows, window, num_negatives, key,
+    # words, targets, starts, stops, num_kept
     "embedtrain_sample_text": [
-        _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _INT64,
+        _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _INT64, _INT64, _INT64, _INT64,
         _POINTER, _POINTER, _POINTER, _POINTER, _POINTER,
     ],
 }  # fmt: skip
