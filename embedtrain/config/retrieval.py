@@ -104,7 +104,7 @@ class RetrievalConfig(Config):
     retrieval: RetrievalSection = field(default_factory=RetrievalSection)
     train: RetrievalTrainConfig = field(default_factory=RetrievalTrainConfig)
     optimizer: OptimizerConfig = field(
-        default_factory=lambda: RowwiseAdagradConfig(lr=0.1, initial_accumulator_value=0.0, weight_decay=5e-6)
+        default_factory=lambda: RowwiseAdagradConfig(lr=0.1, initial_accumulator_value=0.0, weight_decay=1e-4)
     )
     dense_optimizer: DenseOptimizerConfig = field(default_factory=DenseOptimizerConfig)
     evaluate: RetrievalEvaluateConfig = field(default_factory=RetrievalEvaluateConfig)
