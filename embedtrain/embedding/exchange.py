@@ -17,6 +17,7 @@ from embedtrain.distributed.collectives import all_to_all_rows, raise_together
 from embedtrain.distributed.runtime import size_of
 from embedtrain.embedding.owner_pooling import BagsAsked, SumRequest
 from embedtrain.embedding.shard import RowGroup
+from embedtrain.embedding.transfer import fetch_rows
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.pool_rows import Bags, grad_of_weights, pool_rows, pool_rows_backward
 from embedtrain.ops.row_gradient import Delivery, Run
@@ -239,9 +240,7 @@ def _fetch(group: RowGroup, request: RowRequest, dtype: torch.dtype | None = Non
         return gather_rows(group.weight, request.rows, dtype)
     if not request.has_rows:
         return group.weight.new_zeros(0, group.weight.shape[1], dtype=dtype)
-    owned = gather_rows(group.weight, request.rows, group.vector_wire_dtype)
-    vectors = all_to_all_rows(owned, request.owe_counts, request.ask_counts, group.process_group, group.shared)
-    return vectors if dtype is None else vectors.to(dtype)
+    return fetch_rows(group, request.rows, request.owe_counts, request.ask_counts, dtype)
 
 
 def _send_home(group: RowGroup, request: RowRequest, grad: Tensor) -> None:

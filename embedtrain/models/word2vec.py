@@ -68,46 +68,44 @@ class Word2Vec(nn.Module):
     def forward(self, batch: TextBatch) -> Objective:
         """Returns the loss of this rank's batch. Collective: every rank, and its backward too."""
         vectors, block = self._fetch(batch)
-        total: Tensor = _SkipGramLoss.apply(vectors, block, self._architecture)  # type: ignore[no-untyped-call]
+        # The exchange averages over the ranks; word2vec's step is a sum.
+        num_ranks = size_of(self.tables.process_group)
+        loss: Tensor = _SkipGramLoss.apply(vectors, block, self._architecture, num_ranks)  # type: ignore[no-untyped-call]
         return Objective(
-            # The exchange averages over the ranks; word2vec's step is a sum.
-            loss=total * size_of(self.tables.process_group),
-            total=total.detach(),
+            loss=loss,
+            total=loss.detach() / num_ranks,
             num_predictions=int(count_predictions(block, self._architecture)),
         )
 
     def _fetch(self, batch: TextBatch) -> tuple[Tensor, TextBlock]:
         """Fetches the block's distinct rows and points the block at them."""
         device = self.tables.device
-        words, drawn = batch.sample.words.to(device), batch.sample.negatives.to(device)
-        # A negative left out needs a row all the same: its centre's, which is there anyway.
-        is_left_out = drawn < 0
-        negatives = torch.where(is_left_out, words.unsqueeze(1), drawn)
+        words, targets = batch.sample.words.to(device), batch.sample.targets.to(device)
         vectors, inverse = self.tables.distinct_rows(
-            {INPUT: Jagged.from_ids(words), OUTPUT: Jagged.from_ids(torch.cat([words, negatives.flatten()]))}
+            {INPUT: Jagged.from_ids(words), OUTPUT: Jagged.from_ids(targets.flatten())}
         )
-        outputs, negative_rows = inverse[OUTPUT].split([words.numel(), negatives.numel()])
         return vectors, TextBlock(
             inputs=inverse[INPUT],
-            outputs=outputs,
-            negatives=negative_rows.view_as(negatives).masked_fill(is_left_out, -1),
+            targets=inverse[OUTPUT].view_as(targets),
             starts=batch.sample.starts.to(device),
             stops=batch.sample.stops.to(device),
         )
 
 
 class _SkipGramLoss(torch.autograd.Function):
-    """The op computes its gradient on the way forward, so backward only scales it."""
+    """The loss times a factor. The op computes its gradient on the way forward, so backward hands it on."""
 
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor, block: TextBlock, architecture: Architecture) -> Tensor:
+    def forward(ctx: Any, vectors: Tensor, block: TextBlock, architecture: Architecture, factor: int) -> Tensor:
         with stage("kernel"):
-            loss, grad = skipgram_block(vectors, block, architecture)
+            loss, grad = skipgram_block(vectors, block, architecture, factor)
         ctx.save_for_backward(grad)
-        return loss
+        return loss * factor
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_of_loss: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_of_loss: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_of_loss.to(grad.dtype), None, None
+        # A pass over the gradient for nothing, where the loss is what backward was called on.
+        scaled = grad if float(grad_of_loss) == 1.0 else grad * grad_of_loss.to(grad.dtype)
+        return scaled, None, None, None
