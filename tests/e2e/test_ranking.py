@@ -68,7 +68,7 @@ def arguments(run: str, *overrides: str) -> list[str]:
 
 def metrics(job: Job, run: str) -> list[dict[str, float]]:
     records = [json.loads(line) for line in (job.folder / run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if not k.endswith("_per_second")} for record in records]
+    return [{k: v for k, v in record.items() if k not in ("seconds", "examples_per_second")} for record in records]
 
 
 def tensors(job: Job, run: str) -> dict[str, torch.Tensor]:
