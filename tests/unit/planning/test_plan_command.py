@@ -79,6 +79,7 @@ def test_each_feature_of_a_ranking_model_is_a_table(
 def test_users_items_and_their_features_are_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(Path(CONFIG).parent / "retrieval.yaml")
     overrides = [f"run.path={tmp_path}/run", "items.path=x", "items.features.maker.separator=null", "items.hidden=[8]"]
+    overrides += ["retrieval.negatives=2048"]
     given = ["plan", config, *overrides, "--rows", "user=1e6", "--rows", "item=2e5", "--world-size", "4"]
     assert main(given) == 2
     assert "the rows of table 'item.maker' come from the data" in capsys.readouterr().err
