@@ -34,6 +34,10 @@ def gather_rows(source: Tensor, rows: Tensor, dtype: torch.dtype | None = None) 
         from embedtrain.ops.native import gather_rows as native
 
         return native.gather_rows(source, rows, dtype)
+    if dispatch.uses_triton(source):
+        from embedtrain.ops.triton import gather_rows as triton
+
+        return triton.gather_rows(source, rows, dtype)
     from embedtrain.ops.reference import gather_rows as reference
 
     return reference.gather_rows(source, rows, dtype)

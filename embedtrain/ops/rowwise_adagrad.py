@@ -57,6 +57,10 @@ def rowwise_adagrad(
         from embedtrain.ops.native import rowwise_adagrad as native
 
         native.rowwise_adagrad(weight, accumulator, rows, row_grad, step)
+    elif dispatch.uses_triton(weight):
+        from embedtrain.ops.triton import rowwise_adagrad as triton
+
+        triton.rowwise_adagrad(weight, accumulator, rows, row_grad, step)
     else:
         from embedtrain.ops.reference import rowwise_adagrad as reference
 

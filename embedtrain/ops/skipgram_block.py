@@ -23,6 +23,8 @@ class TextBlock:
         negatives: [n, k] int64; rows of the negatives drawn for each centre, -1 for a slot left out.
         starts: [n] int64; first position of each centre's window.
         stops: [n] int64; one past the last; the centre itself lies inside and is no context of its own.
+        reach: no window holds a word further than this from its centre; None where nobody looked. Kernels on a GPU
+            need it, and would make the host wait to find it out.
     """
 
     inputs: Tensor
@@ -30,6 +32,7 @@ class TextBlock:
     negatives: Tensor
     starts: Tensor
     stops: Tensor
+    reach: int | None = None
 
     @property
     def num_positions(self) -> int:
@@ -53,7 +56,8 @@ def skipgram_block(vectors: Tensor, block: TextBlock, architecture: Architecture
         grad: [num_rows, dim] float32; its gradient by `vectors`.
 
     Raises:
-        ValueError: shapes or dtypes disagree, or an index lies outside the rows or the block.
+        ValueError: shapes or dtypes disagree, or an index lies outside the rows or the block. On a GPU the indices
+            are the caller's promise: the host would have to wait for the device to look at them.
 
     Source: Mikolov et al. 2013, "Distributed representations of words and phrases and their
     compositionality"; contexts grouped by centre as in Ji et al. 2016, "Parallelizing word2vec in shared and
@@ -64,6 +68,10 @@ def skipgram_block(vectors: Tensor, block: TextBlock, architecture: Architecture
         from embedtrain.ops.native import skipgram_block as native
 
         return native.skipgram_block(vectors, block)
+    if dispatch.uses_triton(vectors) and architecture == "skipgram":
+        from embedtrain.ops.triton import skipgram_block as triton
+
+        return triton.skipgram_block(vectors, block, reach_of(block) if block.reach is None else block.reach)
     from embedtrain.ops.reference import skipgram_block as reference
 
     return reference.skipgram_block(vectors, block, architecture)
@@ -73,6 +81,14 @@ def count_predictions(block: TextBlock, architecture: Architecture = "skipgram")
     """Returns the number of predictions in the block, scalar int64: what a mean loss divides by."""
     contexts = block.stops - block.starts - 1
     return contexts.sum() if architecture == "skipgram" else (contexts > 0).sum()
+
+
+def reach_of(block: TextBlock) -> int:
+    """Returns how far the furthest context is from its centre."""
+    if block.num_positions == 0:
+        return 0
+    positions = torch.arange(block.num_positions, device=block.starts.device)
+    return int(torch.maximum(positions - block.starts, block.stops - 1 - positions).max())
 
 
 def _check(vectors: Tensor, block: TextBlock) -> None:
@@ -85,7 +101,7 @@ def _check(vectors: Tensor, block: TextBlock) -> None:
         tensor = getattr(block, name)
         if tensor.dtype != torch.int64 or (name != "negatives" and tensor.shape != (n,)):
             raise ValueError(f"expected {name} int64 [{n}], got {tensor.dtype} {tuple(tensor.shape)}")
-    if n == 0:
+    if n == 0 or vectors.is_cuda:
         return
     rows = vectors.shape[0]
     for name, low, high in (("inputs", 0, rows), ("outputs", 0, rows), ("negatives", -1, rows)):

@@ -1,0 +1,86 @@
+"""Compiles every Triton kernel, as the ops launch it, for GPUs that need not be there. A program of its own.
+
+Triton's interpreter accepts what its compiler does not. Each op is called on small CPU tensors while launches are
+caught, and what would have been launched is compiled to machine code instead.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from embedtrain.ops.pool_rows import Bags
+from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep
+from embedtrain.ops.skipgram_block import TextBlock
+from embedtrain.ops.sort_unique import sort_unique
+from embedtrain.ops.triton import gather_rows, pool_rows, rowwise_adagrad, segment_sum, skipgram_block
+
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
+
+compiled: dict[Any, int] = {}
+"""What was compiled, and the bytes of shared memory that it takes."""
+
+
+def compile_launch(kernel: JITFunction, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
+    """Stands in for `JITFunction.run`."""
+    values = dict(zip([parameter.name for parameter in kernel.params], args, strict=False))
+    values |= {name: options.pop(name) for name in kernel.arg_names if name in options}
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        # The compiler too takes an integer that is 1 for a constant.
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32" if value < 1 << 31 else "i64"
+    for architecture in (80, 90):
+        key = (kernel.__name__, architecture, *signature.items(), *sorted(constants.items()))
+        if key not in compiled:
+            source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+            binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+            assert binary.asm["ptx"]
+            compiled[key] = binary.metadata.shared
+
+
+def launch_all(dim: int, dtype: torch.dtype, num_rows: int) -> None:
+    """Calls every op, with and without each of its options."""
+    source = torch.zeros(num_rows, dim, dtype=dtype)
+    rows = torch.arange(5) % num_rows
+    for wanted in (torch.float32, torch.bfloat16):
+        gather_rows.gather_rows(source, rows, wanted)
+    lengths, weights = torch.tensor([2, 0, 3]), torch.ones(5)
+    keys = sort_unique(rows)
+    for feature in (Bags(5), Bags(5, lengths), Bags(5, lengths, weights, is_mean=True), Bags(5, weights=weights)):
+        pool_rows.pool_rows(source, rows, [feature])
+        pool_rows.pool_rows_backward([torch.zeros(feature.num_bags, dim)], [feature], keys, dim)
+    segment_sum.segment_sum(torch.zeros(5, dim), keys, 0.5)
+    for decay in (0.0, 0.1):
+        step = RowwiseAdagradStep(
+            lr=0.1, eps=1e-8, weight_decay=decay, rounding_keys=rows if dtype == torch.bfloat16 else None
+        )
+        rowwise_adagrad.rowwise_adagrad(source, torch.zeros(num_rows), rows, torch.zeros(5, dim), step)
+    places = torch.arange(20)
+    negatives = (places % num_rows).view(20, 1).repeat(1, 3)
+    block = TextBlock(places % num_rows, places % num_rows, negatives, (places - 2).clamp(min=0), places + 1)
+    for reach in (1, 2, 40):
+        skipgram_block.skipgram_block(torch.zeros(num_rows, dim), block, reach)
+
+
+if __name__ == "__main__":
+    JITFunction.run = compile_launch
+    for dim in map(int, sys.argv[1:]):
+        launch_all(dim, torch.float32, 9)
+        launch_all(dim, torch.bfloat16, 1)
+    names = sorted({key[0] for key in compiled})
+    print(f"Triton {triton.__version__}: {len(compiled)} binaries of {len(names)} kernels: {', '.join(names)}")
+    # An H100's program has 227 KiB, a consumer card's 99 KiB.
+    assert max(compiled.values()) <= 99 << 10, compiled
