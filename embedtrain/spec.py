@@ -27,6 +27,8 @@ class TableSpec:
             the collection as float32, and optimizer state is float32, either way.
         init: distribution of the first values.
         init_scale: half-width of "uniform", standard deviation of "normal"; `1 / sqrt(dim)` where None.
+        optimizer: a name of your choice for what trains the table, where tables of one collection have different
+            optimizers; see `EmbeddingCollection.trained_by`.
     """
 
     name: str
@@ -35,6 +37,12 @@ class TableSpec:
     dtype: torch.dtype = torch.float32
     init: Init = "uniform"
     init_scale: float | None = None
+    optimizer: str = "default"
+
+    @property
+    def group(self) -> tuple[int, torch.dtype, str]:
+        """Tables of equal groups share their exchange."""
+        return self.dim, self.dtype, self.optimizer
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name:

@@ -17,7 +17,7 @@ from embedtrain.embedding.exchange import RowRequest, exchange_ids, exchange_vec
 from embedtrain.embedding.features import resolve_features
 from embedtrain.embedding.ids import valid_bags
 from embedtrain.embedding.pooling import bags_of
-from embedtrain.embedding.shard import RowGroup, TableShard
+from embedtrain.embedding.shard import RowGroup, RowGroups, TableShard
 from embedtrain.embedding.state_dict import as_entry, key_of, mesh_of, take_entry
 from embedtrain.jagged import Jagged
 from embedtrain.spec import FeatureSpec, TableSpec
@@ -26,7 +26,7 @@ from embedtrain.spec import FeatureSpec, TableSpec
 class EmbeddingCollection(nn.Module):
     """Embedding tables sharded by row over the ranks of a process group.
 
-    Tables of one dim and dtype form a group: a step costs one id, one vector and one gradient exchange per
+    Tables of one dim, dtype and optimizer form a group: a step costs one id, one vector and one gradient exchange per
     group, whatever the number of features. The rows are not parameters of the module: their gradients wait
     at the rank that owns them for a sparse optimizer of `embedtrain.optim`.
 
@@ -62,9 +62,9 @@ class EmbeddingCollection(nn.Module):
         process_group = process_group if process_group is not None else default_group()
         self._process_group = GroupReference(process_group)
         self.device = torch.device("cpu" if device is None else device)
-        members: dict[tuple[int, torch.dtype], list[TableSpec]] = {}
+        members: dict[tuple[int, torch.dtype, str], list[TableSpec]] = {}
         for table in tables:
-            members.setdefault((table.dim, table.dtype), []).append(table)
+            members.setdefault(table.group, []).append(table)
         shared = connect(self.process_group, self.device)
         self.row_groups = [
             RowGroup(
@@ -92,6 +92,19 @@ class EmbeddingCollection(nn.Module):
     def shards(self) -> dict[str, TableShard]:
         """This rank's part of each table, by name."""
         return {shard.spec.name: shard for group in self.row_groups for shard in group.shards}
+
+    def trained_by(self, optimizer: str) -> RowGroups:
+        """Returns the tables whose `TableSpec.optimizer` has this name, to make their optimizer of.
+
+        Raises:
+            ValueError: there are none.
+        """
+        named: dict[str, list[RowGroup]] = {}
+        for group in self.row_groups:
+            named.setdefault(group.shards[0].spec.optimizer, []).append(group)
+        if optimizer not in named:
+            raise ValueError(f"no table is trained by {optimizer!r}; the names are {', '.join(map(repr, named))}")
+        return RowGroups(named[optimizer])
 
     def forward(self, batch: Mapping[str, Jagged]) -> dict[str, Tensor]:
         """Looks up the features of this rank's batch.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -65,15 +66,21 @@ class TableShard:
         ]
 
 
+class RowGroups(NamedTuple):
+    """Some of the groups of a collection, to be trained by one optimizer."""
+
+    row_groups: list[RowGroup]
+
+
 class RowGroup:
-    """Tables of one dim and dtype, whose local rows lie one table after the other in one tensor.
+    """Tables of one dim, dtype and optimizer, whose local rows lie one table after the other in one tensor.
 
     Every rank reserves `rows_per_rank` rows a table, so a row's place is the same arithmetic for every owner;
     the few rows that the last ranks do not fill are never asked for.
 
     Attributes:
         weight: [num_local_rows, dim].
-        state: name -> [num_local_rows, ...] float32; an optimizer's, allocated by `allocate_state`.
+        state: name -> [num_local_rows] or [num_local_rows, dim] float32; an optimizer's, allocated by `allocate_state`.
         shards: the tables, in order.
         changes: told by the optimizer which rows it updates; a save in the background relies on it.
         num_local_rows: rows reserved on each rank.
@@ -133,15 +140,26 @@ class RowGroup:
         """
         return spread_keys(ids, [self._spread[table] for table in tables], self.num_local_rows)
 
-    def allocate_state(self, name: str, fill: float) -> Tensor:
-        """Gives every row one float32 of optimizer state under `name`, on the weights' device."""
+    @property
+    def table_names(self) -> list[str]:
+        """The tables, in order."""
+        return [shard.spec.name for shard in self.shards]
+
+    def allocate_state(self, name: str, fill: float, per_element: bool = False) -> Tensor:
+        """Gives every row, or every element of it, one float32 of optimizer state, on the weights' device."""
         if name in self.state:
             raise ValueError(f"the tables hold state {name!r} already: one optimizer at a time may own it")
-        whole = allocate_rows((self.num_local_rows,), fill, torch.float32, self.weight.device)
+        shape = self.weight.shape if per_element else self.weight.shape[:1]
+        whole = allocate_rows(tuple(shape), fill, torch.float32, self.weight.device)
         self.state[name] = self.changes.tensors[name] = whole
         for shard in self.shards:
             shard.state[name] = whole[shard.first_row : shard.first_row + shard.weight.shape[0]]
         return whole
+
+    def fill_state(self, name: str, value: float) -> None:
+        """Sets a state of all rows."""
+        self.changes.before_update_of_all()
+        self.state[name].fill_(value)
 
     def deliver(self, rows: Tensor, grad: Tensor) -> None:
         """Adds gradients that came from the ranks; they wait here for the optimizer.

@@ -22,7 +22,7 @@ class UnshardedTable:
 
     Attributes:
         weight: [num_rows, dim], in order of id.
-        state: name -> [num_rows] float32.
+        state: name -> [num_rows] or [num_rows, dim] float32.
     """
 
     def __init__(self, spec: TableSpec, position: int, seed: int) -> None:
@@ -44,10 +44,19 @@ class UnshardedTable:
             self.leaf.copy_(self.weight)
         return self.leaf[ids]
 
-    def allocate_state(self, name: str, fill: float) -> Tensor:
-        """Gives every row one float32 of state."""
-        self.state[name] = torch.full((self.spec.num_rows,), fill)
+    @property
+    def table_names(self) -> list[str]:
+        """Its own name."""
+        return [self.spec.name]
+
+    def allocate_state(self, name: str, fill: float, per_element: bool = False) -> Tensor:
+        """Gives every row, or every element of it, one float32 of state."""
+        self.state[name] = torch.full(self.weight.shape if per_element else self.weight.shape[:1], fill)
         return self.state[name]
+
+    def fill_state(self, name: str, value: float) -> None:
+        """Sets a state of all rows."""
+        self.state[name].fill_(value)
 
     def gradient(self) -> RowGradient:
         """Returns the rows touched since the last clearing and their gradients."""
@@ -83,11 +92,11 @@ class UnshardedEmbeddingCollection(nn.Module):
     ) -> None:
         super().__init__()
         self.features = resolve_features(tables, features)
-        kinds: dict[tuple[int, torch.dtype], int] = {}
+        kinds: dict[tuple[int, torch.dtype, str], int] = {}
         self.tables: dict[str, UnshardedTable] = {}
         for spec in tables:
-            position = kinds.setdefault((spec.dim, spec.dtype), 0)
-            kinds[spec.dim, spec.dtype] += 1
+            position = kinds.setdefault(spec.group, 0)
+            kinds[spec.group] += 1
             self.tables[spec.name] = UnshardedTable(spec, position, seed)
 
     @property

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from embedtrain.ops.row_update import Moments, RowStep
 from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep, rowwise_adagrad
-from embedtrain.optim.sparse import HasRowGroups, NonFinitePolicy, RowStore, SparseOptimizer
+from embedtrain.optim.adagrad import ACCUMULATOR, decayed_rate
+from embedtrain.optim.moments import MomentOptimizer
+from embedtrain.optim.sparse import CommonOptions, HasRowGroups, RowState, RowStore, check_share
 
-ACCUMULATOR = "accumulator"
-"""Name of the state in a checkpoint."""
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-class RowwiseAdagrad(SparseOptimizer):
+class RowwiseAdagrad(MomentOptimizer):
     """Adagrad whose accumulator is one float32 a row: the running sum of the mean square of its gradient.
 
     `state += mean(g * g)`, then `row -= lr_t * g / (sqrt(state) + eps)`, for the rows that the step touched.
@@ -25,15 +27,15 @@ class RowwiseAdagrad(SparseOptimizer):
         eps: added outside the square root.
         initial_accumulator_value: first value of every accumulator.
         lr_decay: `lr_t = lr / (1 + (step - 1) * lr_decay)`.
-        weight_decay: L2 factor, on touched rows only; added to the gradient as `weight_decay * row`.
-        decoupled_weight_decay: takes `lr_t * weight_decay * row` from the row instead, apart from the gradient.
-        max_grad_norm: see `SparseOptimizer`.
-        nonfinite: see `SparseOptimizer`.
+        accumulator_decay: where given, the accumulator is an average that forgets, and steps do not shrink for
+            ever: `state = accumulator_decay * state + (1 - accumulator_decay) * mean(g * g)`.
+        options: see `SparseOptimizer`.
 
     Raises:
         ValueError: a hyperparameter is out of range.
 
-    Source: Duchi et al. 2011, "Adaptive subgradient methods"; hyperparameters as `torch.optim.Adagrad`.
+    Source: Duchi et al. 2011, "Adaptive subgradient methods"; one accumulator a row as in Lerer et al. 2019
+    (PyTorch-BigGraph); hyperparameters as `torch.optim.Adagrad`.
     """
 
     def __init__(
@@ -44,34 +46,50 @@ class RowwiseAdagrad(SparseOptimizer):
         eps: float = 1e-10,
         initial_accumulator_value: float = 0.0,
         lr_decay: float = 0.0,
-        weight_decay: float = 0.0,
-        decoupled_weight_decay: bool = False,
-        max_grad_norm: float | None = None,
-        nonfinite: NonFinitePolicy = "error",
+        accumulator_decay: float | None = None,
+        **options: Unpack[CommonOptions],
     ) -> None:
-        hyperparameters = {
+        if accumulator_decay is not None:
+            check_share("accumulator_decay", accumulator_decay)
+        defaults = {
             "lr": lr,
             "eps": eps,
             "initial_accumulator_value": initial_accumulator_value,
             "lr_decay": lr_decay,
-            "weight_decay": weight_decay,
+            "accumulator_decay": accumulator_decay,
         }
-        for name, value in hyperparameters.items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, got {value}")
-        defaults = {**hyperparameters, "decoupled_weight_decay": decoupled_weight_decay}
-        super().__init__(collection, defaults, max_grad_norm=max_grad_norm, nonfinite=nonfinite)
-        for store in self._stores:
-            store.allocate_state(ACCUMULATOR, initial_accumulator_value)
+        super().__init__(collection, defaults, second=RowState(ACCUMULATOR, fill=initial_accumulator_value), **options)
 
-    def update(self, store: RowStore, rows: Tensor, grad: Tensor, settings: dict[str, Any]) -> None:
-        """Applies the formula above to the touched rows."""
-        lr = settings["lr"] / (1.0 + (settings["step"] - 1) * settings["lr_decay"])
-        step = RowwiseAdagradStep(
-            lr=lr,
+    def moments(self, settings: dict[str, Any]) -> Moments:
+        """Sums mean squares, or averages them."""
+        decay = settings["accumulator_decay"]
+        if decay is None:
+            return Moments(eps=settings["eps"])
+        return Moments(second_decay=decay, second_gain=1.0 - decay, eps=settings["eps"])
+
+    def rate(self, settings: dict[str, Any]) -> float:
+        """Returns `lr_t`."""
+        return decayed_rate(settings)
+
+    def update(
+        self, store: RowStore, rows: Tensor, grad: Tensor, settings: dict[str, Any], grad_factor: float = 1.0
+    ) -> None:
+        """Applies the formula; without the options that few runs use, by the quickest kernel."""
+        step = self.row_step(store, rows, settings, grad_factor)
+        if settings["accumulator_decay"] is not None or not _is_plain(step):
+            super().update(store, rows, grad, settings, grad_factor)
+            return
+        plain = RowwiseAdagradStep(
+            lr=step.lr,
             eps=settings["eps"],
-            weight_decay=settings["weight_decay"],
-            decoupled_weight_decay=settings["decoupled_weight_decay"],
-            rounding_keys=store.rounding_keys(rows, settings["step"]),
+            weight_decay=step.weight_decay,
+            decoupled_weight_decay=step.decoupled_weight_decay,
+            rounding_keys=step.rounding_keys,
         )
-        rowwise_adagrad(store.weight, store.state[ACCUMULATOR], rows, grad, step)
+        rowwise_adagrad(store.weight, store.state[ACCUMULATOR], rows, grad, plain)
+
+
+def _is_plain(step: RowStep) -> bool:
+    without = RowStep(lr=0.0)
+    names = ("grad_factor", "max_row_grad_norm", "max_norm")
+    return all(getattr(step, name) == getattr(without, name) for name in names)

@@ -1,11 +1,11 @@
-"""What every sparse optimizer shares: the agreement of the ranks before anything is applied."""
+"""What every sparse optimizer shares: the agreement of the ranks, and all that is not the formula."""
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -14,8 +14,49 @@ from torch import Tensor
 from embedtrain.distributed.collectives import all_gather_object, all_reduce_sum
 from embedtrain.distributed.runtime import rank_of
 from embedtrain.errors import NonFiniteError
+from embedtrain.ops.row_update import RowStep, row_update
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 NonFinitePolicy = Literal["error", "skip"]
+
+
+@dataclass(frozen=True)
+class RowState:
+    """A tensor of optimizer state, float32, that lies beside the rows and is saved with them.
+
+    Attributes:
+        name: in a checkpoint: "item/accumulator" for the table "item".
+        per_element: one number an element, [num_rows, dim]; or one a row, [num_rows].
+        fill: its first value.
+    """
+
+    name: str
+    per_element: bool = False
+    fill: float = 0.0
+
+
+class CommonOptions(TypedDict, total=False):
+    """What every sparse optimizer takes; see `SparseOptimizer`."""
+
+    weight_decay: float
+    decoupled_weight_decay: bool
+    maximize: bool
+    max_row_grad_norm: float | None
+    max_norm: float | None
+    max_grad_norm: float | None
+    nonfinite: NonFinitePolicy
+
+
+_ROW_OPTIONS: dict[str, Any] = {
+    "weight_decay": 0.0,
+    "decoupled_weight_decay": False,
+    "maximize": False,
+    "max_row_grad_norm": None,
+    "max_norm": None,
+}
+_OPTIONS = (*_ROW_OPTIONS, "max_grad_norm", "nonfinite")
 
 
 class RowStore(Protocol):
@@ -28,8 +69,15 @@ class RowStore(Protocol):
     def process_group(self) -> dist.ProcessGroup | None:
         """The ranks that share the rows; None for one process."""
 
-    def allocate_state(self, name: str, fill: float) -> Tensor:
-        """Gives every row one float32 of state."""
+    @property
+    def table_names(self) -> list[str]:
+        """The tables, in order."""
+
+    def allocate_state(self, name: str, fill: float, per_element: bool) -> Tensor:
+        """Gives every row, or every element of it, one float32 of state."""
+
+    def fill_state(self, name: str, value: float) -> None:
+        """Sets a state of all rows."""
 
     def gradient(self) -> tuple[Tensor, Tensor]:
         """Returns the touched rows, unique, and their summed gradients."""
@@ -48,7 +96,7 @@ class RowStore(Protocol):
 
 
 class HasRowGroups(Protocol):
-    """A collection of tables."""
+    """A collection of tables, or some of its groups."""
 
     @property
     def row_groups(self) -> Sequence[RowStore]:
@@ -56,44 +104,120 @@ class HasRowGroups(Protocol):
 
 
 class SparseOptimizer(torch.optim.Optimizer):
-    """Base of the optimizers of a collection; a subclass gives the formula.
+    """Base of the optimizers of a collection; a subclass gives the formula, in `direction`.
 
-    One parameter group per group of tables, so that torch's learning-rate schedulers work. `step` counts
-    and hyperparameters live in `param_groups`, which `state_dict` returns; the rows' state lies beside the
-    rows in the collection and is saved with them.
+    One parameter group per group of tables, so that torch's learning-rate schedulers work; its `tables` names
+    them. `step` counts and hyperparameters live in `param_groups`, which `state_dict` returns; the rows' state
+    lies beside the rows in the collection and is saved with them.
+
+    Only rows that a step touched change, weight decay and moments included.
 
     Args:
         collection: the tables.
-        defaults: hyperparameters of the subclass's formula.
+        defaults: hyperparameters of the subclass's formula; `lr` among them.
+        states: what the formula keeps for each row.
+        weight_decay: L2 factor, added to the gradient as `weight_decay * row`.
+        decoupled_weight_decay: takes `lr * weight_decay * row` from the row instead, apart from the gradient.
+        maximize: goes up the gradient, not down.
+        max_row_grad_norm: gradients of rows are scaled down to this norm, each by itself. None does not clip.
+        max_norm: rows are scaled down to this norm after each step that touches them. None leaves them.
         max_grad_norm: the largest global norm, over all tables and ranks, of the summed gradient; larger
-            gradients are scaled down to it. None does not clip.
+            gradients are scaled down to it, before `max_row_grad_norm`. None does not clip.
         nonfinite: what to do when a gradient is not finite on any rank: "error" raises NonFiniteError on
             every rank, "skip" leaves the step out and counts it in `num_skipped`. Nothing is applied on any
             rank either way.
+
+    Raises:
+        TypeError: an option that the optimizer does not have.
+        ValueError: a hyperparameter is out of range.
     """
 
     def __init__(
         self,
         collection: HasRowGroups,
         defaults: dict[str, Any],
-        *,
-        max_grad_norm: float | None = None,
-        nonfinite: NonFinitePolicy = "error",
+        states: Sequence[RowState] = (),
+        **options: Unpack[CommonOptions],
     ) -> None:
-        if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
-            raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm}")
-        if nonfinite not in ("error", "skip"):
-            raise ValueError(f"nonfinite must be 'error' or 'skip', got {nonfinite!r}")
-        self._stores = list(collection.row_groups)
-        self._max_grad_norm = max_grad_norm
-        self._nonfinite = nonfinite
+        unknown = [name for name in options if name not in _OPTIONS]
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} does not take {', '.join(unknown)}; "
+                f"it takes {', '.join([*defaults, *_OPTIONS])}"
+            )
+        self.max_grad_norm = options.pop("max_grad_norm", None)
+        self.nonfinite = options.pop("nonfinite", "error")
+        defaults = {**defaults, **_ROW_OPTIONS, **options}
+        _check_ranges({**defaults, "max_grad_norm": self.max_grad_norm})
+        if self.nonfinite not in ("error", "skip"):
+            raise ValueError(f"nonfinite must be 'error' or 'skip', got {self.nonfinite!r}")
+        self.states = tuple(states)
+        self.stores = list(collection.row_groups)
         self._veto: str | None = None
         self.num_skipped = 0
-        super().__init__([{"params": [store.weight], "step": 0} for store in self._stores], defaults)
+        groups = [{"params": [store.weight], "step": 0, "tables": store.table_names} for store in self.stores]
+        super().__init__(groups, defaults)
+        for store in self.stores:
+            for state in self.states:
+                store.allocate_state(state.name, state.fill, state.per_element)
 
-    @abstractmethod
-    def update(self, store: RowStore, rows: Tensor, grad: Tensor, settings: dict[str, Any]) -> None:
-        """Applies the formula to rows [n] with gradients [n, dim]; `settings` is the parameter group."""
+    @property
+    def name(self) -> str:
+        """The name in a checkpoint."""
+        return type(self).__name__
+
+    def direction(
+        self, grad: Tensor, states: Mapping[str, Tensor], settings: dict[str, Any]
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Returns what is taken, times the rate, from each touched row, and updates the rows' states in place.
+
+        Everything else is done for it: rows are read and written, in bfloat16 too, and the options of
+        `SparseOptimizer` applied.
+
+        Args:
+            grad: [n, dim] float32; summed over duplicates and ranks, scaled, clipped and decayed.
+            states: by name [n] or [n, dim] float32; the touched rows' parts of `states`.
+            settings: the parameter group; `step` counts this one.
+
+        Returns:
+            [n, dim], or its numerator and denominator, which divides last as in `torch.optim`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} gives no formula: define direction(grad, states, settings)")
+
+    def rate(self, settings: dict[str, Any]) -> float:
+        """Returns the learning rate of a step."""
+        return float(settings["lr"])
+
+    def update(
+        self, store: RowStore, rows: Tensor, grad: Tensor, settings: dict[str, Any], grad_factor: float = 1.0
+    ) -> None:
+        """Applies the formula to rows [n] with gradients [n, dim] times a factor; `settings` is the parameter group."""
+        names = [state.name for state in self.states]
+
+        def direction(grad: Tensor, touched: Sequence[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+            return self.direction(grad, dict(zip(names, touched, strict=True)), settings)
+
+        step = self.row_step(store, rows, settings, grad_factor)
+        row_update(store.weight, [store.state[name] for name in names], rows, grad, step, direction)
+
+    def row_step(self, store: RowStore, rows: Tensor, settings: dict[str, Any], grad_factor: float) -> RowStep:
+        """Returns what the options make of a step."""
+        return RowStep(
+            lr=self.rate(settings),
+            grad_factor=-grad_factor if settings["maximize"] else grad_factor,
+            max_row_grad_norm=_or_infinity(settings["max_row_grad_norm"]),
+            weight_decay=settings["weight_decay"],
+            decoupled_weight_decay=settings["decoupled_weight_decay"],
+            max_norm=_or_infinity(settings["max_norm"]),
+            rounding_keys=store.rounding_keys(rows, settings["step"]),
+        )
+
+    def reset_state(self) -> None:
+        """Sets the states of all rows to their first values, and the count of steps to zero, as if just made."""
+        for store, settings in zip(self.stores, self.param_groups, strict=True):
+            settings["step"] = 0
+            for state in self.states:
+                store.fill_state(state.name, state.fill)
 
     def veto(self, reason: str) -> None:
         """Marks the coming step as not finite on this rank, for instance because its loss is not."""
@@ -110,25 +234,25 @@ class SparseOptimizer(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("sparse optimizers take no closure: run backward, then step()")
-        gradients = [store.gradient() for store in self._stores]
+        gradients = [store.gradient() for store in self.stores]
         scale = self._agree(gradients)
         if scale is None:
             return
-        for store, (rows, grad), settings in zip(self._stores, gradients, self.param_groups, strict=True):
+        for store, (rows, grad), settings in zip(self.stores, gradients, self.param_groups, strict=True):
             settings["step"] += 1
             store.before_update(rows)
-            self.update(store, rows, grad if scale == 1.0 else grad * scale, settings)
+            self.update(store, rows, grad, settings, scale)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients that wait."""
-        for store in self._stores:
+        for store in self.stores:
             store.clear_gradient()
 
     def _agree(self, gradients: Sequence[tuple[Tensor, Tensor]]) -> float | None:
         """Returns the factor for all gradients, or None to leave the step out. Collective: every rank."""
         # The sum of squares is not finite where any gradient is not, so one number serves both questions.
         total = math.nan if self._veto is not None else sum(_sum_of_squares(grad) for _, grad in gradients)
-        process_group = self._stores[0].process_group
+        process_group = self.stores[0].process_group
         if process_group is not None:
             squares = torch.tensor(total, dtype=torch.float64, device=gradients[0][1].device)
             total = float(all_reduce_sum(squares, process_group))
@@ -136,19 +260,19 @@ class SparseOptimizer(torch.optim.Optimizer):
             self._handle_nonfinite(gradients)
             return None
         norm = math.sqrt(total)
-        if self._max_grad_norm is None or norm <= self._max_grad_norm:
+        if self.max_grad_norm is None or norm <= self.max_grad_norm:
             return 1.0
-        return self._max_grad_norm / norm
+        return self.max_grad_norm / norm
 
     def _handle_nonfinite(self, gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
         veto, self._veto = self._veto, None
         self.num_skipped += 1
-        if self._nonfinite == "skip":
+        if self.nonfinite == "skip":
             return
         found = veto or self._first_nonfinite(gradients)
         if found is not None:
-            found = f"{found}, on rank {rank_of(self._stores[0].process_group)}"
-        reasons = [reason for reason in all_gather_object(found, self._stores[0].process_group) if reason is not None]
+            found = f"{found}, on rank {rank_of(self.stores[0].process_group)}"
+        reasons = [reason for reason in all_gather_object(found, self.stores[0].process_group) if reason is not None]
         step = self.param_groups[0]["step"] + 1
         raise NonFiniteError(
             f"step {step}: {reasons[0]}; nothing of this step was applied on any rank. "
@@ -156,7 +280,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         )
 
     def _first_nonfinite(self, gradients: Sequence[tuple[Tensor, Tensor]]) -> str | None:
-        for store, (rows, grad) in zip(self._stores, gradients, strict=True):
+        for store, (rows, grad) in zip(self.stores, gradients, strict=True):
             bad = (~grad.isfinite()).any(dim=1).nonzero()
             if bad.numel():
                 first = bad[0, 0]
@@ -169,3 +293,25 @@ def _sum_of_squares(grad: Tensor) -> float:
     squares = float(torch.dot(flat, flat))
     # Large but finite float32 values overflow the quick sum; float64 holds any of them.
     return squares if math.isfinite(squares) else float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2
+
+
+def _or_infinity(bound: float | None) -> float:
+    return math.inf if bound is None else bound
+
+
+_BOUNDS = ("max_row_grad_norm", "max_norm", "max_grad_norm")
+
+
+def _check_ranges(settings: Mapping[str, Any]) -> None:
+    for name, value in settings.items():
+        if name in _BOUNDS:
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive, got {value}")
+        elif isinstance(value, float | int) and not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raises ValueError unless a decay lies in [0, 1)."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value}")

@@ -23,10 +23,9 @@ from embedtrain.testing.ranks import run_ranks
 
 Group = dist.ProcessGroup | None
 TABLES = [et.TableSpec("item", 1001, 8), et.TableSpec("user", 3, 8), et.TableSpec("word", 200, 4, dtype=torch.bfloat16)]
-NAMES = [("item", "weight"), ("item", "accumulator"), ("user", "weight"), ("word", "weight"), ("word", "accumulator")]
 
 
-def _train(tables: et.EmbeddingCollection, optimizer: et.optim.RowwiseAdagrad, step: int, group: Group) -> None:
+def _train(tables: et.EmbeddingCollection, optimizer: et.optim.SparseOptimizer, step: int, group: Group) -> None:
     generator = torch.Generator().manual_seed(100 * step + rank_of(group))
     batch = {
         spec.name: et.Jagged.from_ids(torch.randint(0, spec.num_rows, (40,), generator=generator)) for spec in TABLES
@@ -37,12 +36,13 @@ def _train(tables: et.EmbeddingCollection, optimizer: et.optim.RowwiseAdagrad, s
 
 
 def _whole(tables: et.EmbeddingCollection) -> list[torch.Tensor]:
-    return [tables.gather_table(table, name).clone() for table, name in NAMES]
+    names = [(table, name) for table, shard in tables.shards.items() for name in ("weight", *shard.state)]
+    return [tables.gather_table(table, name).clone() for table, name in names]
 
 
-def _save_while_training(group: Group, root: str) -> list[list[torch.Tensor]]:
+def _save_while_training(group: Group, root: str, optimizer_name: str) -> list[list[torch.Tensor]]:
     tables = et.EmbeddingCollection(TABLES, process_group=group)
-    optimizer = et.optim.RowwiseAdagrad(tables, lr=0.1)
+    optimizer = et.optim.OPTIMIZERS[optimizer_name](tables, lr=0.1)
     saver = CheckpointSaver(root, group, background_group(group, 60.0), SaveOptions(full_every=4))
     expected = []
     for step in range(1, 25):
@@ -53,21 +53,26 @@ def _save_while_training(group: Group, root: str) -> list[list[torch.Tensor]]:
     return expected
 
 
-def _load(group: Group, path: str) -> list[torch.Tensor]:
+def _load(group: Group, path: str, optimizer_name: str) -> list[torch.Tensor]:
     tables = et.EmbeddingCollection(TABLES, process_group=group)
-    et.optim.RowwiseAdagrad(tables)
+    et.optim.OPTIMIZERS[optimizer_name](tables)
     with CheckpointReader(path) as reader:
         load_shards(reader, tables.shard_views())
     return _whole(tables)
 
 
-@pytest.mark.parametrize(("saved_on", "loaded_on"), [(1, 2), (2, 3), (3, 1), (4, 2)])
-def test_chains_saved_on_m_ranks_load_on_n(saved_on: int, loaded_on: int, tmp_path: Path) -> None:
-    expected = run_ranks(saved_on, _save_while_training, str(tmp_path))[0]
+@pytest.mark.parametrize(
+    ("saved_on", "loaded_on", "optimizer_name"),
+    [(1, 2, "adam"), (2, 3, "rowwise_adagrad"), (3, 1, "rowwise_adam"), (4, 2, "rowwise_adagrad")],
+)
+def test_chains_saved_on_m_ranks_load_on_n(
+    saved_on: int, loaded_on: int, optimizer_name: str, tmp_path: Path
+) -> None:
+    expected = run_ranks(saved_on, _save_while_training, str(tmp_path), optimizer_name)[0]
     found = find_checkpoints(str(tmp_path))
     assert [checkpoint.step for checkpoint in found] == [4, 8, 12, 16, 20, 24]
     for number in (0, 3, 5):
-        loaded = run_ranks(loaded_on, _load, found[number].path)[0]
+        loaded = run_ranks(loaded_on, _load, found[number].path, optimizer_name)[0]
         for tensor, other in zip(loaded, expected[number], strict=True):
             assert torch.equal(tensor, other)
 

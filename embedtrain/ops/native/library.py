@@ -28,6 +28,12 @@ _SIGNATURES: dict[str, list[type]] = {
         _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _FLOAT, _FLOAT, _FLOAT, _INT,
         _POINTER, _INT, _POINTER,
     ],
+    # weight, first, second, rows, row_grad, rounding_keys, second_kind, num_touched, num_rows, dim, coefficients,
+    # num_threads, num_outside
+    "embedtrain_moment_update": [
+        _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT64, _INT64, _INT64, _POINTER,
+        _INT, _POINTER,
+    ],
     # keys, num_keys, largest, num_threads, unique, starts, order, inverse, num_distinct
     "embedtrain_sort_unique": [
         _POINTER, _INT64, _INT64, _INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER,

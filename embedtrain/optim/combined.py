@@ -1,0 +1,68 @@
+"""Several optimizers, each for tables of its own, that step as one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from embedtrain.optim.sparse import NonFinitePolicy, RowStore, SparseOptimizer
+
+
+class _Groups:
+    def __init__(self, row_groups: list[RowStore]) -> None:
+        self.row_groups = row_groups
+
+
+class Combined(SparseOptimizer):
+    """Optimizers of different tables of one collection, applied together or not at all.
+
+    `param_groups` are the optimizers', one after the other; theirs are not used any more.
+
+    Args:
+        optimizers: two or more, of different groups of tables; see `EmbeddingCollection.trained_by`.
+        max_grad_norm: the largest norm over the tables of all of them; see `SparseOptimizer`.
+        nonfinite: see `SparseOptimizer`.
+
+    Raises:
+        ValueError: two optimizers have tables in common, or one has `max_grad_norm` or `nonfinite` of its own.
+    """
+
+    def __init__(
+        self,
+        *optimizers: SparseOptimizer,
+        max_grad_norm: float | None = None,
+        nonfinite: NonFinitePolicy = "error",
+    ) -> None:
+        stores = [store for optimizer in optimizers for store in optimizer.stores]
+        names = [name for store in stores for name in store.table_names]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"more than one optimizer has the tables {', '.join(repeated)}")
+        for optimizer in optimizers:
+            if optimizer.max_grad_norm is not None or optimizer.nonfinite != "error":
+                raise ValueError("max_grad_norm and nonfinite are for all tables together: give them to Combined")
+        self._optimizers = optimizers
+        self._owners = {id(store): optimizer for optimizer in optimizers for store in optimizer.stores}
+        super().__init__(_Groups(stores), {"lr": 0.0}, max_grad_norm=max_grad_norm, nonfinite=nonfinite)
+        settings = [settings for optimizer in optimizers for settings in optimizer.param_groups]
+        for own, given in zip(self.param_groups, settings, strict=True):
+            own.clear()
+            own.update(given)
+
+    @property
+    def name(self) -> str:
+        """The name in a checkpoint."""
+        return "+".join(optimizer.name for optimizer in self._optimizers)
+
+    def update(
+        self, store: RowStore, rows: Tensor, grad: Tensor, settings: dict[str, Any], grad_factor: float = 1.0
+    ) -> None:
+        """Applies the formula of the optimizer whose group it is."""
+        self._owners[id(store)].update(store, rows, grad, settings, grad_factor)
+
+    def reset_state(self) -> None:
+        """See `SparseOptimizer.reset_state`."""
+        super().reset_state()
+        for optimizer in self._optimizers:
+            optimizer.reset_state()
