@@ -47,6 +47,8 @@ def rowwise_adagrad(
 
     Raises:
         ValueError: shapes or dtypes disagree.
+        IndexError: a row lies outside the weight. On a GPU such rows are left out: the host would have to wait for
+            the device to know of them.
 
     Source: Duchi et al. 2011; one accumulator a row as in Lerer et al. 2019 (PyTorch-BigGraph).
     """

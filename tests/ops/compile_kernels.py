@@ -6,6 +6,7 @@ caught, and what would have been launched is compiled to machine code instead.
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -16,10 +17,11 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from embedtrain.ops.pool_rows import Bags
+from embedtrain.ops.row_update import Moments, RowStep
 from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep
 from embedtrain.ops.skipgram_block import TextBlock
 from embedtrain.ops.sort_unique import sort_unique
-from embedtrain.ops.triton import gather_rows, pool_rows, rowwise_adagrad, segment_sum, skipgram_block
+from embedtrain.ops.triton import gather_rows, moment_update, pool_rows, rowwise_adagrad, segment_sum, skipgram_block
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
 
@@ -63,11 +65,14 @@ def launch_all(dim: int, dtype: torch.dtype, num_rows: int) -> None:
         pool_rows.pool_rows(source, rows, [feature])
         pool_rows.pool_rows_backward([torch.zeros(feature.num_bags, dim)], [feature], keys, dim)
     segment_sum.segment_sum(torch.zeros(5, dim), keys, 0.5)
-    for decay in (0.0, 0.1):
-        step = RowwiseAdagradStep(
-            lr=0.1, eps=1e-8, weight_decay=decay, rounding_keys=rows if dtype == torch.bfloat16 else None
-        )
-        rowwise_adagrad.rowwise_adagrad(source, torch.zeros(num_rows), rows, torch.zeros(5, dim), step)
+    rounding_keys = rows if dtype == torch.bfloat16 else None
+    step = RowwiseAdagradStep(lr=0.1, eps=1e-8, rounding_keys=rounding_keys)
+    rowwise_adagrad.rowwise_adagrad(source, torch.zeros(num_rows), rows, torch.zeros(5, dim), step)
+    for bound in (1.0, math.inf):
+        row_step = RowStep(lr=0.1, max_row_grad_norm=bound, max_norm=bound, rounding_keys=rounding_keys)
+        for first in (None, torch.zeros(num_rows, dim)):
+            for second in (None, torch.zeros(num_rows), torch.zeros(num_rows, dim)):
+                moment_update.moment_update(source, first, second, rows, torch.zeros(5, dim), row_step, Moments())
     places = torch.arange(20)
     negatives = (places % num_rows).view(20, 1).repeat(1, 3)
     block = TextBlock(places % num_rows, places % num_rows, negatives, (places - 2).clamp(min=0), places + 1)

@@ -119,8 +119,8 @@ def _block_against_band(
     is_pair = (context[:, None] >= start[None, :]) & (context[:, None] < stop[None, :])
     is_pair = is_pair & (context[:, None] != centre[None, :])
 
-    row = tl.load(inputs + context, mask=is_word, other=0)
-    x = tl.load(vectors + row[:, None] * dim + column[None, :], mask=is_word[:, None] & inside, other=0.0)
+    word = tl.load(inputs + context, mask=is_word, other=0)
+    x = tl.load(vectors + word[:, None] * dim + column[None, :], mask=is_word[:, None] & inside, other=0.0)
     x_grad = tl.zeros([BAND, COLUMNS], dtype=tl.float32)
     losses = tl.zeros([BAND, CENTRES], dtype=tl.float32)
     place = centre
