@@ -128,7 +128,7 @@ def run_embedtrain(settings: Settings, seed: int) -> dict[str, float]:
     with CheckpointReader(checkpoint_path) as reader:
         trained = reader.state["train"]
     vectors = KeyedVectors.load_word2vec_format(str(vectors_path), binary=True)
-    return {**measure(vectors, settings.tests_path), SPEED: trained["words"] / trained["seconds"]}
+    return {**measure(vectors, settings.tests_path), SPEED: trained["examples"] / trained["seconds"]}
 
 
 def run_gensim(settings: Settings, seed: int) -> dict[str, float]:

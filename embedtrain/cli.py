@@ -156,10 +156,15 @@ def _run(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_profil
         done = f"resuming at step {state.step:,}" if run.is_resumed else "starting"
         _print(f"{done} of {run.trainer.total_steps:,}, {runtime.world_size} ranks, {runtime.device.type}")
     with ExitStack() as stack:
-        observers = [stack.enter_context(Watchdog(config.run.timeout_seconds)).alive]
-        if is_profiled:
-            observers.append(stack.enter_context(_profile(run.folder, runtime.rank)).step)
-        is_complete = run.trainer.run(run.sinks, config.log.every_steps, before_save=lock.check, on_step=observers)
+        watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
+        profile = stack.enter_context(_profile(run.folder, runtime.rank)) if is_profiled else None
+        is_complete = run.trainer.run(
+            run.sinks,
+            config.log.every_steps,
+            before_save=lock.check,
+            alive=watchdog.alive,
+            on_step=None if profile is None else profile.step,
+        )
     for sink in run.sinks:
         sink.close()
     status = EXIT_DONE if is_complete else EXIT_PREEMPTED

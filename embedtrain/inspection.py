@@ -29,7 +29,7 @@ def print_run(run_path: str, *, verify: bool) -> None:
         print(f"newest       {newest.path}, saved {manifest.created} by {manifest.world_size} ranks")
         print(f"step         {train['step']:,}")
         print(f"epoch        {train['epoch']}, {train['step_in_epoch']:,} steps into it")
-        print(f"words        {train['words']:,} in {train['seconds']:,.0f} seconds of training")
+        print(f"examples     {train['examples']:,} in {train['seconds']:,.0f} seconds of training")
         print("tensors")
         for name, info in sorted(reader.tensors.items()):
             shape = " x ".join(f"{size:,}" for size in info.shape)

@@ -38,11 +38,11 @@ class TextBatch:
 
     Attributes:
         sample: the words kept, with windows and negatives.
-        num_words: words of the text that the batch covers, before subsampling.
+        num_examples: words of the text that the batch covers, before subsampling.
     """
 
     sample: TextSample
-    num_words: int
+    num_examples: int
 
 
 class TextBatches:
@@ -90,7 +90,7 @@ class TextBatches:
         return num_steps(self._num_blocks, self._blocks_per_step)
 
     @property
-    def words_per_epoch(self) -> int:
+    def examples_per_epoch(self) -> int:
         """Words of the text, before subsampling."""
         return self._corpus.num_tokens
 
@@ -109,7 +109,7 @@ class TextBatches:
             num_negatives=self._options.negatives,
             key=self._key,
         )
-        return TextBatch(sample, num_words=len(tokens))
+        return TextBatch(sample, num_examples=len(tokens))
 
     def _begin_epoch(self, epoch: int) -> None:
         self._epoch = epoch

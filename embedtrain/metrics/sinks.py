@@ -121,18 +121,21 @@ class TensorBoardSink:
 class ConsoleSink:
     """Shows progress on one line: rewritten in place on a terminal, printed every so often elsewhere.
 
-    A training record has `words` (of the text, so far, over all epochs), `words_per_second`, `loss` and
-    `learning_rate`. Any other record, such as an evaluation, gets a line of its own.
+    A training record has the count of what was trained on so far, over all epochs, under the name of its unit,
+    `words` for instance, `words_per_second`, `loss` and `learning_rate`. Any other record, such as an evaluation,
+    gets a line of its own.
 
     Args:
         stream: where to print.
-        total_words: words of the text to train in all, over all epochs.
+        total: how many of the unit to train on in all, over all epochs.
+        unit: what is counted.
         every_seconds: time between two lines of progress where the stream is no terminal.
     """
 
-    def __init__(self, stream: TextIO, total_words: int, every_seconds: float = 10.0) -> None:
+    def __init__(self, stream: TextIO, total: int, unit: str = "words", every_seconds: float = 10.0) -> None:
         self._stream = stream
-        self._total_words = total_words
+        self._total = total
+        self._unit = unit
         self._every_seconds = every_seconds
         self._in_place = stream.isatty()
         self._shown_at = -math.inf
@@ -141,11 +144,11 @@ class ConsoleSink:
 
     def log(self, record: Record) -> None:
         """Shows the record."""
-        if "words" not in record:
+        if self._unit not in record:
             self._end_progress()
             self._print("  ".join(f"{name} {_short(value)}" for name, value in record.items()))
             return
-        line = _progress(record, self._total_words)
+        line = _progress(record, self._total, self._unit)
         if self._in_place:
             self._stream.write("\r" + line.ljust(len(self._open_line)))
             self._stream.flush()
@@ -174,13 +177,13 @@ class ConsoleSink:
         self._held_back = ""
 
 
-def _progress(record: Record, total_words: int) -> str:
-    words, rate = float(record["words"]), float(record["words_per_second"])
+def _progress(record: Record, total: int, unit: str) -> str:
+    done, rate = float(record[unit]), float(record[f"{unit}_per_second"])
     left = "?"
     if rate > 0:
-        left = str(timedelta(seconds=round(max(0.0, total_words - words) / rate)))
+        left = str(timedelta(seconds=round(max(0.0, total - done) / rate)))
     return (
-        f"{100 * words / max(1, total_words):5.1f} %  {rate:,.0f} words/s  loss {float(record['loss']):.4f}  "
+        f"{100 * done / max(1, total):5.1f} %  {rate:,.0f} {unit}/s  loss {float(record['loss']):.4f}  "
         f"lr {float(record['learning_rate']):.3g}  {left} left"
     )
 

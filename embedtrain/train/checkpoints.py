@@ -25,10 +25,9 @@ from embedtrain.checkpoint import (
 from embedtrain.checkpoint.agreement import on_first_rank
 from embedtrain.distributed.collectives import all_gather_object, raise_together
 from embedtrain.distributed.runtime import DEFAULT_TIMEOUT_SECONDS, background_group, rank_of
-from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import CorruptCheckpointError, UserError
-from embedtrain.optim.sparse import SparseOptimizer
 from embedtrain.train.state import TrainState
+from embedtrain.train.task import Task
 
 _logger = logging.getLogger(__name__)
 
@@ -75,8 +74,7 @@ class Checkpoints:
 
     Args:
         path: folder of the checkpoints.
-        tables: rows and their optimizer state.
-        optimizer: its step counts and hyperparameters.
+        task: what is trained: tables, dense parameters, and their optimizers' states.
         state: the run's counters.
         facts: what else belongs in each checkpoint, as JSON: the configuration, the data's fingerprint.
         policy: when to save, and how.
@@ -90,8 +88,7 @@ class Checkpoints:
     def __init__(
         self,
         path: str,
-        tables: EmbeddingCollection,
-        optimizer: SparseOptimizer,
+        task: Task,
         state: TrainState,
         *,
         facts: Mapping[str, Any],
@@ -102,8 +99,9 @@ class Checkpoints:
         self.policy = policy
         self.metrics: Mapping[str, Any] = {}
         self._path = path
-        self._tables = tables
-        self._optimizer = optimizer
+        self._tables = task.tables
+        self._optimizer = task.optimizer
+        self._dense = task.dense
         self._state = state
         self._facts = facts
         self._group = group
@@ -147,7 +145,11 @@ class Checkpoints:
                 "num_skipped": self._optimizer.num_skipped,
             },
         }
-        self._saver.save(self._state.step, self._tables.shard_views(), saved, is_last=is_last)
+        replicated = {}
+        if self._dense is not None:
+            saved["dense_optimizer"] = {"name": self._dense.name}
+            replicated = self._dense.tensors()
+        self._saver.save(self._state.step, self._tables.shard_views(), saved, replicated, is_last=is_last)
 
     def settle(self) -> None:
         """Waits for a save in the background and raises what it failed with, if it fails the run.
@@ -202,19 +204,25 @@ class Checkpoints:
 
     def _take_over(self, reader: CheckpointReader, path: str) -> None:
         saved, load = reader.state, self._resume.load
-        expected = type(self._optimizer).__name__
         is_reset = load.optimizer_state == "reset"
-        if saved["optimizer"]["name"] != expected and not is_reset:
-            raise UserError(
-                f"{path} holds the state of {saved['optimizer']['name']}, and this run's optimizer is {expected}: "
-                "resume.optimizer_state=reset starts its state anew"
-            )
+        expected = {"optimizer": type(self._optimizer).__name__}
+        if self._dense is not None:
+            expected["dense_optimizer"] = self._dense.name
+        for role, name in expected.items():
+            was = saved.get(role, {}).get("name", "no such optimizer")
+            if was != name and not is_reset:
+                raise UserError(
+                    f"{path} holds the state of {was}, and this run's {role.replace('_', ' ')} is {name}: "
+                    "resume.optimizer_state=reset starts its state anew"
+                )
         if saved["data_fingerprint"] != self._facts["data_fingerprint"]:
             raise UserError(
                 f"{path} was trained on other data than data.path holds now: start a new run.path, or bring back "
-                "the text, the vocabulary options and the tokenizer that the run began with"
+                "the data and the options under `data` that the run began with"
             )
         left_out = load_shards(reader, self._tables.shard_views(), load)
+        if self._dense is not None:
+            self._dense.load_tensors(reader.replicated(), with_state=not is_reset)
         if left_out and rank_of(self._group) == 0:
             _logger.warning(f"not taken from {path}, as asked, but started anew: {', '.join(left_out)}")
         self._state.restore(saved["train"])

@@ -15,14 +15,14 @@ class TrainState:
         step: optimizer steps done.
         epoch: epochs done.
         step_in_epoch: steps done of the current epoch.
-        words: words of the text that all ranks have trained on, before subsampling.
+        examples: examples that all ranks have trained on; words of the text for word vectors, before subsampling.
         seconds: wall time spent in training.
     """
 
     step: int = 0
     epoch: int = 0
     step_in_epoch: int = 0
-    words: int = 0
+    examples: int = 0
     seconds: float = 0.0
 
     def advance(self, steps_per_epoch: int) -> None:

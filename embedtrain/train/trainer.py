@@ -3,71 +3,57 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from embedtrain.distributed.collectives import all_reduce_sum
 from embedtrain.distributed.runtime import rank_of
 from embedtrain.errors import NonFiniteError
 from embedtrain.metrics.sinks import MetricSink
 from embedtrain.models.objective import Objective
-from embedtrain.optim.sparse import SparseOptimizer
 from embedtrain.stages import stage
 from embedtrain.train.checkpoints import Checkpoints
 from embedtrain.train.interrupt import Interrupt
 from embedtrain.train.state import TrainState
-from embedtrain.train.step import Model, train_step
+from embedtrain.train.step import train_step
+from embedtrain.train.task import Task
 
 _STEPS_BETWEEN_AGREEMENTS = 8
 """A signal is heard after at most so many steps; agreeing at each would cost a small collective a step."""
-
-
-class Batches(Protocol):
-    """Batches as functions of epoch and step."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps of every epoch, the same on every rank."""
-
-    def batch(self, epoch: int, step: int) -> Any:
-        """Returns this rank's part of a step; it has `num_words`."""
 
 
 class Trainer:
     """Trains a model to the end of its epochs, or until it is asked to stop.
 
     Args:
-        model: takes a batch, returns its objective.
-        optimizer: of the model's tables.
-        batches: the data.
+        task: what to train.
         state: where the run is; advanced in place.
         epochs: passes over the data.
-        rate: learning rate by the share of the run that is done.
+        lr: base learning rate of the tables.
+        schedule: factor of every base learning rate by the share of the run that is done.
         checkpoints: when and how to save.
         group: the ranks of the run.
     """
 
     def __init__(
         self,
-        model: Model,
-        optimizer: SparseOptimizer,
-        batches: Batches,
+        task: Task,
         state: TrainState,
         *,
         epochs: int,
-        rate: Callable[[float], float],
+        lr: float,
+        schedule: Callable[[float], float],
         checkpoints: Checkpoints,
         group: dist.ProcessGroup | None,
     ) -> None:
         self.state = state
-        self.total_steps = epochs * batches.steps_per_epoch
-        self._model = model
-        self._optimizer = optimizer
-        self._batches = batches
-        self._rate = rate
+        self.total_steps = epochs * task.batches.steps_per_epoch
+        self._task = task
+        self._lr = lr
+        self._schedule = schedule
         self._checkpoints = checkpoints
         self._group = group
         self._window = _Window()
@@ -78,7 +64,8 @@ class Trainer:
         log_every_steps: int,
         *,
         before_save: Callable[[], None] | None = None,
-        on_step: Sequence[Callable[[], None]] = (),
+        alive: Callable[[], None] | None = None,
+        on_step: Callable[[], None] | None = None,
     ) -> bool:
         """Trains, logs and saves; returns whether the run is complete, not merely stopped and saved.
 
@@ -88,22 +75,27 @@ class Trainer:
             sinks: take a record every `log_every_steps` steps and at the end.
             log_every_steps: how often.
             before_save: collective; called on every rank before each save, which it can prevent by raising.
-            on_step: each called after each step.
+            alive: called whenever this rank has got on: after each step, and now and then during a measurement.
+            on_step: called after each step.
         """
         with Interrupt() as interrupt:
             while self.state.step < self.total_steps:
                 self._train_once()
-                for observe in on_step:
-                    observe()
+                for observe in (alive, on_step):
+                    if observe is not None:
+                        observe()
                 step = self.state.step
                 is_logged = step % log_every_steps == 0 or step == self.total_steps
                 is_due = self._checkpoints.policy.is_due(step)
-                if is_logged or is_due or step % _STEPS_BETWEEN_AGREEMENTS == 0:
+                is_measured = self._is_measured(step)
+                if is_logged or is_due or is_measured or step % _STEPS_BETWEEN_AGREEMENTS == 0:
                     is_stopped, is_overdue, has_failed = self._agree(interrupt.is_asked)
                     if has_failed:
                         self._checkpoints.settle()
                     if is_logged:
                         self._log(sinks)
+                    if is_measured:
+                        self._measure(sinks, alive)
                     if is_due or is_overdue or is_stopped:
                         self._save(before_save, is_last=is_stopped)
                     if is_stopped and step < self.total_steps:
@@ -125,63 +117,112 @@ class Trainer:
             raise
 
     def _step_once(self) -> None:
+        task = self._task
         with stage("sample"):
-            batch = self._batches.batch(self.state.epoch, self.state.step_in_epoch)
-        lr = self._rate(self.state.step / self.total_steps)
-        objective = train_step(self._model, self._optimizer, batch, lr)
-        self._window.add(objective, batch.num_words)
-        self.state.advance(self._batches.steps_per_epoch)
+            batch = task.batches.batch(self.state.epoch, self.state.step_in_epoch)
+        factor = self._schedule(self.state.step / self.total_steps)
+        objective = train_step(task.model, task.optimizer, batch, self._lr * factor, task.dense, factor)
+        self._window.add(objective, batch.num_examples)
+        self.state.advance(task.batches.steps_per_epoch)
+
+    def _is_measured(self, step: int) -> bool:
+        evaluation = self._task.evaluation
+        if evaluation is None:
+            return False
+        return evaluation.is_due(step, self._task.batches.steps_per_epoch, self.total_steps)
 
     def _agree(self, is_asked_to_stop: bool) -> tuple[bool, bool, bool]:
         """Sums up what the ranks did since they last agreed; whether any wants to stop or save, or failed to save."""
         is_overdue = rank_of(self._group) == 0 and self._checkpoints.is_overdue()
         flags = [float(is_asked_to_stop), float(is_overdue), float(self._checkpoints.has_failed)]
-        sums = all_reduce_sum(torch.tensor([*self._window.local, *flags], dtype=torch.float64), self._group).tolist()
-        self.state.words += int(sums[2])
-        self.state.seconds += self._window.close(sums[:3])
-        return sums[3] > 0, sums[4] > 0, sums[5] > 0
+        local = torch.cat([torch.tensor(flags, dtype=torch.float64), self._window.local])
+        sums = all_reduce_sum(local, self._group)
+        self.state.examples += int(sums[len(flags) + _EXAMPLES])
+        self.state.seconds += self._window.close(sums[len(flags) :])
+        is_stopped, is_overdue, has_failed = (sums[: len(flags)] > 0).tolist()
+        return is_stopped, is_overdue, has_failed
 
     def _log(self, sinks: Sequence[MetricSink]) -> None:
-        loss, words_per_second = self._window.report()
+        unit = self._task.unit
+        sums, seconds = self._window.report()
         record = {
             "step": self.state.step,
-            "epoch": self.state.epoch + self.state.step_in_epoch / self._batches.steps_per_epoch,
-            "loss": loss,
-            "words_per_second": words_per_second,
-            "learning_rate": self._rate((self.state.step - 1) / self.total_steps),
-            "words": self.state.words,
+            "epoch": self._epochs_done(),
+            "loss": float(sums[_LOSS]) / max(float(sums[_PREDICTIONS]), 1.0),
+            f"{unit}_per_second": float(sums[_EXAMPLES]) / seconds,
+            "learning_rate": self._lr * self._schedule((self.state.step - 1) / self.total_steps),
+            unit: self.state.examples,
         }
-        if self._optimizer.num_skipped:
-            record["skipped_steps"] = self._optimizer.num_skipped
-        self._checkpoints.metrics = record
+        if self._task.summarize is not None:
+            record.update(self._task.summarize(sums[_EXAMPLES + 1 :]))
+        if self._task.optimizer.num_skipped:
+            record["skipped_steps"] = self._task.optimizer.num_skipped
+        self._take(record, sinks)
+
+    def _measure(self, sinks: Sequence[MetricSink], alive: Callable[[], None] | None) -> None:
+        """Measures on held-out data. Collective: every rank."""
+        assert self._task.evaluation is not None
+        measures = self._task.evaluation.measure(alive or _do_nothing)
+        self._take({"step": self.state.step, "epoch": self._epochs_done(), **measures}, sinks)
+        self._window.leave_out_time()
+
+    def _take(self, record: Mapping[str, float | int | str], sinks: Sequence[MetricSink]) -> None:
+        self._checkpoints.metrics = {**self._checkpoints.metrics, **record}
         for sink in sinks:
             sink.log(record)
 
+    def _epochs_done(self) -> float:
+        return self.state.epoch + self.state.step_in_epoch / self._task.batches.steps_per_epoch
+
+
+_LOSS, _PREDICTIONS, _EXAMPLES = range(3)
+"""Places among the sums; those of `Objective.sums` follow."""
+
 
 class _Window:
-    """Sums of loss, predictions and words: this rank's since the last agreement, all ranks' since the last log."""
+    """Sums over steps: this rank's since the last agreement, all ranks' since the last log.
+
+    Attributes:
+        local: [3 + n] float64 on the CPU: losses, predictions, examples, and the n of `Objective.sums`.
+    """
 
     def __init__(self) -> None:
-        self.local = [0.0, 0.0, 0.0]
-        self._agreed = [0.0, 0.0, 0.0]
+        self.local = torch.zeros(3, dtype=torch.float64)
+        self._agreed = torch.zeros(3, dtype=torch.float64)
         self._agreed_at = self._reported_at = time.perf_counter()
 
-    def add(self, objective: Objective, num_words: int) -> None:
+    def add(self, objective: Objective, num_examples: int) -> None:
         """Counts a step of this rank."""
-        for i, value in enumerate((float(objective.total), objective.num_predictions, num_words)):
-            self.local[i] += value
+        counted = torch.tensor([float(objective.total), objective.num_predictions, num_examples], dtype=torch.float64)
+        if objective.sums is not None:
+            counted = torch.cat([counted, objective.sums.to("cpu", torch.float64)])
+        self.local = _sum(self.local, counted)
 
-    def close(self, sums: list[float]) -> float:
+    def close(self, sums: Tensor) -> float:
         """Takes the sums over the ranks; returns the seconds since it last did."""
-        self._agreed = [old + new for old, new in zip(self._agreed, sums, strict=True)]
-        self.local = [0.0, 0.0, 0.0]
+        self._agreed = _sum(self._agreed, sums)
+        self.local = torch.zeros_like(self.local)
         now = time.perf_counter()
         seconds, self._agreed_at = now - self._agreed_at, now
         return seconds
 
-    def report(self) -> tuple[float, float]:
-        """Returns the mean loss and the words per second since the last report."""
-        loss, predictions, words = self._agreed
-        seconds = max(self._agreed_at - self._reported_at, 1e-9)
-        self._agreed, self._reported_at = [0.0, 0.0, 0.0], self._agreed_at
-        return loss / max(predictions, 1.0), words / seconds
+    def leave_out_time(self) -> None:
+        """Has the time since the last agreement count for nothing: it was not spent in training."""
+        now = time.perf_counter()
+        self._reported_at += now - self._agreed_at
+        self._agreed_at = now
+
+    def report(self) -> tuple[Tensor, float]:
+        """Returns the sums over the ranks since the last report, and the seconds."""
+        sums, seconds = self._agreed, max(self._agreed_at - self._reported_at, 1e-9)
+        self._agreed, self._reported_at = torch.zeros_like(sums), self._agreed_at
+        return sums, seconds
+
+
+def _sum(total: Tensor, added: Tensor) -> Tensor:
+    """Adds sums; before the first step nobody knows how many there are."""
+    return added + torch.nn.functional.pad(total, (0, len(added) - len(total)))
+
+
+def _do_nothing() -> None:
+    pass

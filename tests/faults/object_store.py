@@ -51,7 +51,7 @@ class ObjectStore:
 
         Args:
             kind: "InternalError" or "SlowDown" (an answer of 500 or 503), "dropped" (the connection), "slow"
-                (two seconds), "unheard" (done, and the connection dropped), "half" (half of what is put is kept).
+                (three seconds), "unheard" (done, and the connection dropped), "half" (half of what is put is kept).
             times: how many of the requests.
             method: only those of this method.
             part: only those with this in their path or query.
@@ -78,7 +78,7 @@ class ObjectStore:
         if kind == "dropped":
             return self._drop(environ)
         if kind == "slow":
-            time.sleep(2)
+            time.sleep(3)
         if kind == "half":
             environ = half(environ)
         answer = self._application(environ, start_response)

@@ -119,3 +119,8 @@ def test_only_what_defines_the_training_counts_as_a_difference() -> None:
 def test_the_configurations_that_we_ship_are_valid(name: str) -> None:
     path = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
     load_config(str(path), [TEXT])
+
+
+def test_an_unknown_model_is_named() -> None:
+    assert "there is no model 'glove'; there are word2vec" in message_of(None, "model=glove")
+    assert "there is no model" in message_of(None, "model=[word2vec]")

@@ -13,6 +13,7 @@ from embedtrain.checkpoint import CheckpointReader, LoadOptions, ShardView, load
 from embedtrain.errors import CheckpointError, CorruptCheckpointError, UserError
 from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
 from embedtrain.train.state import TrainState
+from embedtrain.train.task import Task
 from tests.unit.checkpoint.example import LAYOUT, example_tables, save, views_of
 
 
@@ -62,8 +63,7 @@ def run_of(path: Path, **resume: object) -> tuple[Checkpoints, et.EmbeddingColle
     state = TrainState()
     checkpoints = Checkpoints(
         str(path),
-        tables,
-        optimizer,
+        Task(model=None, tables=tables, optimizer=optimizer, batches=None),
         state,
         facts={"data_fingerprint": "x"},
         policy=SavePolicy(),

@@ -68,7 +68,7 @@ def test_a_steps_words_do_not_depend_on_the_number_of_ranks(corpus: PreparedCorp
 def test_an_epoch_covers_every_word_once(corpus: PreparedCorpus) -> None:
     all_batches = batches(corpus, sample=0.0)
     seen = [all_batches.batch(0, step) for step in range(all_batches.steps_per_epoch)]
-    assert sum(batch.num_words for batch in seen) == corpus.num_tokens == all_batches.words_per_epoch
+    assert sum(batch.num_examples for batch in seen) == corpus.num_tokens == all_batches.examples_per_epoch
     counts = torch.cat([batch.sample.words for batch in seen]).bincount()
     assert counts.tolist() == corpus.vocabulary.counts.tolist()
 

@@ -140,7 +140,7 @@ def training(words: int, rate: float = 1000.0) -> dict[str, float | int | str]:
 
 def test_console_prints_a_line_every_so_often(clock):
     stream = io.StringIO()
-    sink: MetricSink = ConsoleSink(stream, total_words=10_000_000)
+    sink: MetricSink = ConsoleSink(stream, total=10_000_000)
     for second in range(25):
         clock[0] = 1000.0 + second
         sink.log(training(100_000 * second, 123_456.7))
@@ -155,7 +155,7 @@ def test_console_prints_a_line_every_so_often(clock):
 
 def test_console_rewrites_its_line_on_a_terminal():
     stream = Terminal()
-    sink = ConsoleSink(stream, total_words=1000)
+    sink = ConsoleSink(stream, total=1000)
     sink.log(training(10, rate=0.001))
     sink.log(training(1000))
     sink.log({"step": 7, "analogies": 0.15312})
@@ -172,7 +172,7 @@ def test_console_rewrites_its_line_on_a_terminal():
 
 def test_console_keeps_progress_before_another_record(clock):
     stream = io.StringIO()
-    sink = ConsoleSink(stream, total_words=1000)
+    sink = ConsoleSink(stream, total=1000)
     sink.log(training(100))
     sink.log(training(200))
     sink.log({"step": 7, "spearman": 0.5})

@@ -1,0 +1,27 @@
+"""What the builder of a model hands over: all of a run that differs from model to model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from embedtrain.train.run_folder import RunFolder
+from embedtrain.train.task import Task
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a model's configuration was turned into.
+
+    Attributes:
+        task: model, optimizers, data and evaluation.
+        facts: JSON that belongs in each checkpoint: `data_fingerprint`, by which a resumed run knows its data, and
+            what readers of the vectors need, such as `export_table`.
+        write_files: rank 0 calls it to keep in the run folder what the vectors cannot be read without, such as the
+            vocabulary.
+    """
+
+    task: Task
+    facts: Mapping[str, Any]
+    write_files: Callable[[RunFolder], None]

@@ -1,0 +1,146 @@
+"""A run from its configuration: the parts that every model shares."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from dataclasses import dataclass
+
+from omegaconf import OmegaConf
+
+from embedtrain.build.parts import Parts
+from embedtrain.build.word2vec import build_word2vec
+from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
+from embedtrain.checkpoint.storage import local_path
+from embedtrain.config import Config, Word2VecConfig, differing_keys, to_yaml
+from embedtrain.distributed.collectives import run_on_first
+from embedtrain.distributed.runtime import Runtime
+from embedtrain.errors import UserError
+from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, TensorBoardSink
+from embedtrain.optim.schedule import schedule_factor
+from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
+from embedtrain.train.run_folder import TENSORBOARD_NAME, RunFolder
+from embedtrain.train.state import TrainState
+from embedtrain.train.task import Task
+from embedtrain.train.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to train.
+
+    Attributes:
+        trainer: the loop, its state restored from the newest checkpoint where there is one.
+        folder: the run folder.
+        sinks: where rank 0 logs; none on other ranks.
+        is_resumed: whether a checkpoint was found.
+    """
+
+    trainer: Trainer
+    folder: RunFolder
+    sinks: list[MetricSink]
+    is_resumed: bool
+
+
+def check_run_folder(config: Config) -> RunFolder:
+    """Returns the run folder, after making sure that what lies in it belongs to this configuration.
+
+    Raises:
+        UserError: the folder holds checkpoints of a run with other settings.
+    """
+    folder = RunFolder(config.run.path)
+    earlier = folder.read_config()
+    if earlier is not None and latest_checkpoint(folder.checkpoints_path) is not None:
+        differing = differing_keys(earlier, to_yaml(config), _allowed_to_change(config))
+        if differing:
+            raise UserError(
+                f"{folder.path} holds a run with other settings: {'; '.join(differing)}. "
+                "Give the settings that it began with to resume it, or another run.path to start anew."
+            )
+    return folder
+
+
+def build_run(config: Config, runtime: Runtime, folder: RunFolder) -> Run:
+    """Prepares the data, builds model, optimizer and loop, and restores the newest checkpoint.
+
+    Collective: every rank.
+
+    Raises:
+        UserError: the data cannot be used, or the checkpoint is of other data.
+    """
+    parts = _build_parts(config, runtime)
+    state = TrainState()
+    checkpoints = Checkpoints(
+        folder.checkpoints_path,
+        parts.task,
+        state,
+        facts={"config": OmegaConf.to_container(OmegaConf.structured(config)), **parts.facts},
+        policy=_save_policy(config),
+        resume=_resume_policy(config),
+        group=runtime.group,
+    )
+    is_resumed = checkpoints.restore()
+    run_on_first(functools.partial(_write_folder, folder, config, parts), runtime.group)
+    trainer = Trainer(
+        parts.task,
+        state,
+        epochs=config.train.epochs,
+        lr=config.optimizer.lr,
+        schedule=functools.partial(_schedule_factor, config),
+        checkpoints=checkpoints,
+        group=runtime.group,
+    )
+    sinks = _build_sinks(config, folder, state, parts.task) if runtime.rank == 0 else []
+    return Run(trainer, folder, sinks, is_resumed)
+
+
+def _build_parts(config: Config, runtime: Runtime) -> Parts:
+    if isinstance(config, Word2VecConfig):
+        return build_word2vec(config, runtime)
+    raise AssertionError(f"no builder for {type(config).__name__}")
+
+
+def _save_policy(config: Config) -> SavePolicy:
+    settings = config.checkpoint
+    retention = Retention(
+        settings.keep_last, settings.keep_every, settings.keep_best, settings.best_metric, settings.best_mode
+    )
+    options = SaveOptions(
+        settings.mode, settings.max_extra_memory_bytes, settings.max_failures, settings.full_every, retention
+    )
+    return SavePolicy(settings.every_steps, settings.every_seconds, options, config.run.timeout_seconds)
+
+
+def _resume_policy(config: Config) -> ResumePolicy:
+    settings = config.resume
+    return ResumePolicy(
+        settings.on_corrupt, LoadOptions(settings.convert_dtype, settings.optimizer_state, settings.tables)
+    )
+
+
+def _allowed_to_change(config: Config) -> tuple[str, ...]:
+    """Returns the keys, beside those that always may, that the way to resume allows to differ."""
+    allowed = {
+        "optimizer.": config.resume.optimizer_state == "reset",
+        "table.dtype": config.resume.convert_dtype,
+    }
+    return tuple(key for key, is_allowed in allowed.items() if is_allowed)
+
+
+def _schedule_factor(config: Config, done: float) -> float:
+    return schedule_factor(config.schedule.name, done, config.schedule.min_factor)
+
+
+def _write_folder(folder: RunFolder, config: Config, parts: Parts) -> None:
+    folder.write_config(to_yaml(config))
+    parts.write_files(folder)
+
+
+def _build_sinks(config: Config, folder: RunFolder, state: TrainState, task: Task) -> list[MetricSink]:
+    metrics = JsonlSink(folder.metrics_path)
+    metrics.truncate_after(state.step)
+    total = config.train.epochs * task.batches.examples_per_epoch
+    sinks: list[MetricSink] = [ConsoleSink(sys.stderr, total, task.unit), metrics]
+    if config.log.tensorboard and local_path(folder.path) is not None:
+        sinks.append(TensorBoardSink(folder.join(TENSORBOARD_NAME), purge_step=state.step + 1))
+    return sinks

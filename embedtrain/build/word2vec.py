@@ -1,0 +1,105 @@
+"""A run of word2vec from its configuration."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from embedtrain.build.optimizers import build_optimizer
+from embedtrain.build.parts import Parts
+from embedtrain.config.word2vec import Word2VecConfig
+from embedtrain.data.corpus import PreparedCorpus
+from embedtrain.data.prepare import CorpusOptions, prepare_corpus
+from embedtrain.data.skipgram import SamplingOptions, TextBatches
+from embedtrain.distributed.runtime import Runtime
+from embedtrain.errors import UserError
+from embedtrain.models.word2vec import INPUT, Word2Vec
+from embedtrain.train.task import Task
+
+_logger = logging.getLogger(__name__)
+
+
+def build_word2vec(config: Word2VecConfig, runtime: Runtime) -> Parts:
+    """Prepares the text and builds the model. Collective: every rank.
+
+    Raises:
+        UserError: the text cannot be used.
+    """
+    corpus = _prepare(config, runtime)
+    model = Word2Vec(
+        len(corpus.vocabulary),
+        config.table.dim,
+        architecture=config.word2vec.architecture,
+        dtype=getattr(torch, config.table.dtype),
+        wire_dtype=None if config.table.wire_dtype is None else getattr(torch, config.table.wire_dtype),
+        device=runtime.device,
+        process_group=runtime.group,
+        seed=config.seed,
+    )
+    task = Task(
+        model,
+        model.tables,
+        build_optimizer(config.optimizer, model.tables),
+        _build_batches(config, runtime, corpus),
+        unit="words",
+    )
+    facts = {
+        "data_fingerprint": corpus.fingerprint,
+        "vocabulary_fingerprint": corpus.vocabulary.fingerprint,
+        "export_table": INPUT,
+    }
+    return Parts(task, facts, write_files=lambda folder: folder.write_vocabulary(corpus.vocabulary))
+
+
+def _prepare(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
+    options = CorpusOptions(
+        path=config.data.path,
+        tokenizer=config.data.tokenizer,
+        min_count=config.data.min_count,
+        max_vocab_size=config.data.max_vocab_size,
+    )
+    cache_path = os.path.expanduser(config.data.cache_path)
+    corpus = prepare_corpus(options, cache_path, runtime.group, on_progress=_StageLog() if runtime.rank == 0 else None)
+    if runtime.rank == 0:
+        _logger.info(
+            f"text: {corpus.num_tokens:,} words of a vocabulary of {len(corpus.vocabulary):,}, in {corpus.path}"
+        )
+    return corpus
+
+
+class _StageLog:
+    """Logs each stage of a preparation when it begins."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+
+    def __call__(self, stage: str, fraction: float) -> None:
+        if stage != self._stage:
+            self._stage = stage
+            _logger.info(f"preparing the text: {stage}")
+
+
+def _build_batches(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCorpus) -> TextBatches:
+    blocks_per_step = config.train.words_per_step // config.train.block_words
+    if blocks_per_step < runtime.world_size:
+        raise UserError(
+            f"a step of train.words_per_step={config.train.words_per_step} is {blocks_per_step} blocks of "
+            f"train.block_words={config.train.block_words}, too few for {runtime.world_size} ranks to share: "
+            "raise the first or lower the second"
+        )
+    return TextBatches(
+        corpus,
+        SamplingOptions(
+            window=config.word2vec.window,
+            negatives=config.word2vec.negatives,
+            sample=config.word2vec.sample,
+            power=config.word2vec.power,
+        ),
+        block_words=config.train.block_words,
+        blocks_per_step=blocks_per_step,
+        seed=config.seed,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+    )

@@ -1,0 +1,9 @@
+"""A run's configuration: defaults, then a YAML file, then `key=value` on the command line."""
+
+from __future__ import annotations
+
+from embedtrain.config.loading import differing_keys, load_config, to_yaml
+from embedtrain.config.sections import Config
+from embedtrain.config.word2vec import Word2VecConfig
+
+__all__ = ["Config", "Word2VecConfig", "differing_keys", "load_config", "to_yaml"]

@@ -1,0 +1,171 @@
+"""The sections of a configuration that every model has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from embedtrain.config.optimizer import OptimizerConfig
+from embedtrain.errors import UserError
+
+
+@dataclass
+class RunConfig:
+    """The run itself."""
+
+    path: str = "runs/default"
+    """Folder of the run, any fsspec URL; the same command resumes what lies there."""
+    device: str = "auto"
+    """auto (a GPU a rank where there are any), cpu or cuda."""
+    timeout_seconds: float = 600.0
+    """How long a collective waits for a rank before the run fails."""
+
+
+@dataclass
+class TableConfig:
+    """The tables of a model."""
+
+    dim: int = 100
+    """Columns."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage of the rows."""
+    wire_dtype: Literal["float32", "bfloat16"] | None = None
+    """In which vectors and gradients travel between ranks; null: as stored, and float32."""
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    epochs: int = 5
+    """Passes over the data."""
+
+
+@dataclass
+class ScheduleConfig:
+    """The learning rate over the run."""
+
+    name: Literal["constant", "linear", "cosine"] = "linear"
+    min_factor: float = 1e-4
+    """The rate does not fall below this factor of its base."""
+
+
+@dataclass
+class EvaluateConfig:
+    """When to measure on held-out data during training; the end of the run is always measured."""
+
+    every_epochs: int | None = 1
+    every_steps: int | None = None
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save; the end of the run is always saved."""
+
+    every_steps: int | None = None
+    every_seconds: float | None = 600.0
+    mode: Literal["async", "sync"] = "async"
+    """async writes in the background while training goes on; sync writes before it goes on."""
+    max_extra_memory_bytes: int | None = 2**30
+    """Bound on a rank's copies of rows that change during a save in the background; null for none."""
+    max_failures: int = 3
+    """Failed saves in a row that are only warned of."""
+    full_every: int = 1
+    """Each so manieth save holds all rows, those between only the rows touched since the last; 1 for all rows."""
+    keep_last: int | None = 3
+    """How many of the newest stay. Where keep_last, keep_every and keep_best are null, all stay."""
+    keep_every: int | None = None
+    """Checkpoints stay whose step is a multiple of this."""
+    keep_best: int | None = None
+    """How many of the best by best_metric stay."""
+    best_metric: str = "loss"
+    """A name in metrics.jsonl; its newest value when the checkpoint is saved counts."""
+    best_mode: Literal["min", "max"] = "min"
+
+
+@dataclass
+class ResumeConfig:
+    """How a run comes back from its newest checkpoint."""
+
+    on_corrupt: Literal["error", "fallback"] = "error"
+    """error refuses a damaged one; fallback takes the newest older one that is whole, and deletes the damaged."""
+    convert_dtype: bool = False
+    """Whether table.dtype may differ from the checkpoint's."""
+    optimizer_state: Literal["require", "reset"] = "require"
+    """reset starts the optimizer's state anew."""
+    tables: list[str] | None = None
+    """Load these tables only and start the others anew; null for all."""
+
+
+@dataclass
+class LogConfig:
+    """What is shown and kept."""
+
+    every_steps: int = 50
+    tensorboard: bool = True
+    """Also write scalars for TensorBoard into the run folder, where that is local."""
+
+
+@dataclass
+class Config:
+    """What defines a run of any model; each model's own configuration adds its sections.
+
+    Attributes:
+        model: which model; a key of `embedtrain.config.models.MODELS`.
+    """
+
+    model: str = "???"
+    seed: int = 1
+    run: RunConfig = field(default_factory=RunConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    MEANT: ClassVar[Mapping[str, str]] = {
+        "learning_rate": "optimizer.lr",
+        "alpha": "optimizer.lr",
+        "iter": "train.epochs",
+        "output": "run.path",
+    }
+    """Names that other programs have for our keys, too far from them for a search by spelling."""
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = ("run.", "checkpoint.", "resume.", "log.")
+    """Beginnings of the keys that a resumed run may give anew."""
+
+    def check(self) -> None:
+        """Checks the ranges that types cannot say; a model's configuration checks its own too.
+
+        Raises:
+            UserError: a value is out of range.
+        """
+        require_at_least_one(self._counts())
+        for name in ("max_failures", "max_extra_memory_bytes"):
+            setting = getattr(self.checkpoint, name)
+            if setting is not None and setting < 0:
+                raise UserError(f"checkpoint.{name} must be at least 0, got {setting}")
+        if not 0 <= self.schedule.min_factor <= 1:
+            raise UserError(f"schedule.min_factor must be in [0, 1], got {self.schedule.min_factor}")
+        if not self.optimizer.lr > 0:
+            raise UserError(f"optimizer.lr must be positive, got {self.optimizer.lr}")
+        if self.run.device not in ("auto", "cpu", "cuda"):
+            raise UserError(f"run.device must be auto, cpu or cuda, got {self.run.device!r}")
+
+    def _counts(self) -> Iterator[tuple[str, Any]]:
+        yield "train.epochs", self.train.epochs
+        yield "log.every_steps", self.log.every_steps
+        for name in ("every_steps", "keep_last", "keep_every", "keep_best", "full_every"):
+            yield f"checkpoint.{name}", getattr(self.checkpoint, name)
+
+
+def require_at_least_one(counts: Iterator[tuple[str, Any]]) -> None:
+    """Checks counts by their keys; None stands for no limit.
+
+    Raises:
+        UserError: one is less than 1.
+    """
+    for key, value in counts:
+        if value is not None and value < 1:
+            raise UserError(f"{key} must be at least 1, got {value}")

@@ -1,0 +1,93 @@
+"""The configuration of word vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from embedtrain.config.sections import Config, TableConfig, TrainConfig, require_at_least_one
+from embedtrain.errors import UserError
+
+
+@dataclass
+class TextConfig:
+    """The text."""
+
+    path: Any = "???"
+    """A file, a glob, a folder, a list of them, on any fsspec URL; or python-docs."""
+    tokenizer: str = "letters"
+    """letters (lower-cased words of letters) or whitespace (as it stands)."""
+    min_count: int = 5
+    """Words seen less often are left out."""
+    max_vocab_size: int | None = None
+    """At most so many words, the most frequent ones; null for all."""
+    cache_path: str = "~/.cache/embedtrain"
+    """Local folder for the prepared text."""
+
+
+@dataclass
+class SkipGramConfig:
+    """word2vec's own settings; its names where it has them."""
+
+    architecture: Literal["skipgram", "cbow"] = "skipgram"
+    window: int = 5
+    """Most words to each side; each centre draws its own width."""
+    negatives: int = 5
+    """Negative words a centre."""
+    sample: float = 1e-3
+    """Words above this share of the text are subsampled; 0 keeps all."""
+    power: float = 0.75
+    """Negatives are drawn by count ** power."""
+
+
+@dataclass
+class TextTrainConfig(TrainConfig):
+    """The loop over a text."""
+
+    words_per_step: int = 8192
+    """Words of the text between two updates, over all ranks."""
+    block_words: int = 512
+    """Consecutive words that are read together; a step is made of whole blocks from all over the text."""
+
+
+@dataclass
+class Word2VecConfig(Config):
+    """Everything that defines a run of word2vec."""
+
+    model: Literal["word2vec"] = "word2vec"
+    data: TextConfig = field(default_factory=TextConfig)
+    table: TableConfig = field(default_factory=TableConfig)
+    word2vec: SkipGramConfig = field(default_factory=SkipGramConfig)
+    train: TextTrainConfig = field(default_factory=TextTrainConfig)
+
+    MEANT: ClassVar[Mapping[str, str]] = {
+        **Config.MEANT,
+        "batch_size": "train.words_per_step",
+        "vector_size": "table.dim",
+        "size": "table.dim",
+        "negative": "word2vec.negatives",
+        "sg": "word2vec.architecture",
+        "corpus": "data.path",
+    }
+    # Whether the text is the same is judged by its content.
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (*Config.MAY_CHANGE, "data.path", "data.cache_path")
+
+    def check(self) -> None:
+        """Checks the ranges that types cannot say."""
+        super().check()
+        counts = {
+            "table.dim": self.table.dim,
+            "train.words_per_step": self.train.words_per_step,
+            "train.block_words": self.train.block_words,
+            "word2vec.window": self.word2vec.window,
+            "word2vec.negatives": self.word2vec.negatives,
+        }
+        require_at_least_one(iter(counts.items()))
+        if not 0 <= self.word2vec.sample < 1:
+            raise UserError(f"word2vec.sample must be a share in [0, 1), got {self.word2vec.sample}")
+        if self.train.words_per_step % self.train.block_words:
+            raise UserError(
+                f"train.words_per_step must be a multiple of train.block_words, got {self.train.words_per_step} "
+                f"and {self.train.block_words}"
+            )

@@ -1,0 +1,146 @@
+"""The optimizer of what is not rows of tables: parameters that every rank holds whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from embedtrain.distributed.collectives import all_reduce_sum
+from embedtrain.distributed.runtime import GroupReference, size_of
+from embedtrain.errors import CheckpointError
+
+_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "adagrad": torch.optim.Adagrad,
+    "sgd": torch.optim.SGD,
+}
+
+_WEIGHTS, _STATE = "dense/", "dense_optimizer/"
+"""Beginnings of the names in a checkpoint: "dense/layer.weight", "dense_optimizer/layer.weight/exp_avg"."""
+
+
+class DenseOptimizer:
+    """Trains a module's parameters alike on every rank, with an optimizer of torch.
+
+    The ranks sum their gradients in one all-reduce of one flat buffer. (The buckets of torch's
+    `DistributedDataParallel` differ between a first step and later ones, and with them, on three ranks or
+    more, the order of the sums: a resumed run would not be bit for bit the one that went on.)
+
+    Collective: every rank makes one, with the same module; rank 0's values are taken over by all.
+
+    Args:
+        module: its parameters and buffers; it holds no rows of tables.
+        name: "adam", "adamw", "adagrad" or "sgd".
+        process_group: the ranks; None for one process.
+        lr: learning rate.
+        weight_decay: as the optimizer of torch has it.
+
+    Raises:
+        ValueError: the name is unknown, a value is out of range, or the module has no parameters.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        name: str = "adam",
+        process_group: dist.ProcessGroup | None,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if name not in _OPTIMIZERS:
+            raise ValueError(f"there is no dense optimizer {name!r}; there are {', '.join(_OPTIMIZERS)}")
+        self._module = module
+        self._parameters = dict(module.named_parameters())
+        self._group = GroupReference(process_group)
+        self._lr = lr
+        make: Any = _OPTIMIZERS[name]  # the base class does not know the hyperparameters
+        self._optimizer: torch.optim.Optimizer = make(self._parameters.values(), lr=lr, weight_decay=weight_decay)
+        if process_group is not None:
+            for tensor in self._module.state_dict().values():
+                dist.broadcast(tensor, group_src=0, group=process_group)
+
+    @property
+    def name(self) -> str:
+        """The name of torch's optimizer."""
+        return type(self._optimizer).__name__
+
+    def average_gradients(self) -> str | None:
+        """Averages the gradients over the ranks; returns what of them is not finite, or None.
+
+        The loss is a mean over the local batch: the average is the gradient of the mean over the global batch.
+
+        Collective: every rank; the answer is the same on all.
+        """
+        group = self._group.get()
+        for parameter in self._parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        grads = {name: parameter.grad for name, parameter in self._parameters.items() if parameter.grad is not None}
+        flat = all_reduce_sum(torch.cat([grad.flatten() for grad in grads.values()]), group)
+        flat /= size_of(group)
+        for grad, averaged in zip(grads.values(), flat.split([g.numel() for g in grads.values()]), strict=True):
+            grad.copy_(averaged.view_as(grad))
+        if bool(flat.isfinite().all()):
+            return None
+        bad = next(name for name, grad in grads.items() if not bool(grad.isfinite().all()))
+        return f"the gradient of the dense parameter {bad} is not finite"
+
+    def step(self, factor: float) -> None:
+        """Applies the averaged gradients with `factor` times the learning rate."""
+        for settings in self._optimizer.param_groups:
+            settings["lr"] = self._lr * factor
+        self._optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients."""
+        self._optimizer.zero_grad()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns parameters, buffers and the optimizer's state by their names in a checkpoint."""
+        named = {_WEIGHTS + name: tensor for name, tensor in self._module.state_dict().items()}
+        for name, parameter in self._parameters.items():
+            for kind, value in self._optimizer.state[parameter].items():
+                # Momentum that has not begun is None: its absence says so.
+                if isinstance(value, Tensor):
+                    named[f"{_STATE}{name}/{kind}"] = value
+        return named
+
+    def load_tensors(self, saved: Mapping[str, Tensor], *, with_state: bool = True) -> None:
+        """Takes over what `tensors` returned.
+
+        Args:
+            saved: by name.
+            with_state: whether the optimizer's state is taken over too, not started anew.
+
+        Raises:
+            CheckpointError: a parameter or buffer is missing, is too many, or has another shape; names all.
+        """
+        weights = {n.removeprefix(_WEIGHTS): t for n, t in saved.items() if n.startswith(_WEIGHTS)}
+        expected = self._module.state_dict()
+        differing = [
+            f"{name} ({_shape(weights.get(name))} in the checkpoint, {_shape(expected.get(name))} in the model)"
+            for name in sorted(weights.keys() | expected.keys())
+            if _shape(weights.get(name)) != _shape(expected.get(name))
+        ]
+        if differing:
+            raise CheckpointError(f"the dense part does not fit the model: {', '.join(differing)}")
+        self._module.load_state_dict(weights)
+        if not with_state:
+            return
+        state: dict[int, dict[str, Tensor]] = {}
+        for position, name in enumerate(self._parameters):
+            own = f"{_STATE}{name}/"
+            kinds = {key.removeprefix(own): value for key, value in saved.items() if key.startswith(own)}
+            if kinds:
+                state[position] = kinds
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

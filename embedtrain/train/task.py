@@ -1,0 +1,77 @@
+"""What a run trains: a model with its optimizers and data, and how it is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from embedtrain.embedding.collection import EmbeddingCollection
+from embedtrain.models.objective import Objective
+from embedtrain.optim.dense import DenseOptimizer
+from embedtrain.optim.sparse import SparseOptimizer
+
+Model = Callable[[Any], Objective]
+
+
+class Batches(Protocol):
+    """Batches as functions of epoch and step: nothing to save, nothing to restore."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of every epoch, the same on every rank."""
+
+    @property
+    def examples_per_epoch(self) -> int:
+        """Examples of an epoch over all ranks."""
+
+    def batch(self, epoch: int, step: int) -> Any:
+        """Returns this rank's part of a step; it has `num_examples`."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A measurement on held-out data during training.
+
+    Attributes:
+        measure: collective; returns the measures, alike on every rank. It is given a function to call now and
+            then, which says that this rank is getting on. It changes nothing that training depends on.
+        every_steps: steps between two; None leaves it to the epochs.
+        every_epochs: epochs between two; None leaves it to the steps. The end of the run is always measured.
+    """
+
+    measure: Callable[[Callable[[], None]], Mapping[str, float]]
+    every_steps: int | None = None
+    every_epochs: int | None = 1
+
+    def is_due(self, step: int, steps_per_epoch: int, total_steps: int) -> bool:
+        """Returns whether to measure after so many steps; alike on every rank."""
+        periods = [self.every_steps, None if self.every_epochs is None else self.every_epochs * steps_per_epoch]
+        return step == total_steps or any(period is not None and step % period == 0 for period in periods)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run trains.
+
+    Attributes:
+        model: takes a batch, returns its objective.
+        tables: the model's tables.
+        optimizer: of the tables.
+        batches: the data.
+        dense: the optimizer of the model's other parameters; None where it has none.
+        evaluation: how the model is measured during training; None for not at all.
+        summarize: turns the sums of `Objective.sums` over steps and ranks into measures; None where there are none.
+        unit: what the batches count, in the plural: names the counters among the metrics.
+    """
+
+    model: Model
+    tables: EmbeddingCollection
+    optimizer: SparseOptimizer
+    batches: Batches
+    dense: DenseOptimizer | None = None
+    evaluation: Evaluation | None = None
+    summarize: Callable[[Tensor], Mapping[str, float]] | None = None
+    unit: str = "examples"
