@@ -72,7 +72,7 @@ def main() -> None:
     torch.manual_seed(1)
     bandwidth = copy_bandwidth(device)
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {triton.__version__}")
-    print(f"a copy moves {bandwidth / 1e9:.0f} GB/s; tables of {options.num_rows:,} rows, {options.num_ids:,} ids a step")
+    print(f"a copy moves {bandwidth / 1e9:.0f} GB/s; {options.num_ids:,} ids a step in {options.num_rows:,} rows")
     print("| what | ms | GB/s | of the copy | M items/s |")
     print("| --- | --- | --- | --- | --- |")
     for case in cases(options.num_rows, options.num_ids, device):
@@ -206,42 +206,49 @@ def bag_cases(num_rows: int, dim: int, ids: list[Tensor], kind: str) -> Iterator
     """Yields whole steps, look-up to update: ours, and EmbeddingBag's with PyTorch's optimizers."""
     num_bags = ids[0].numel() // BAG_SIZE
     ids = [some[: num_bags * BAG_SIZE] for some in ids]
-    device = ids[0].device
-    lengths = torch.full((num_bags,), BAG_SIZE, device=device)
-    offsets = lengths.cumsum(0) - lengths
-    grad = torch.randn(num_bags, dim, device=device) / num_bags
+    lengths = torch.full((num_bags,), BAG_SIZE, device=ids[0].device)
+    grad = torch.randn(num_bags, dim, device=ids[0].device) / num_bags
+    yield our_step(num_rows, ids, lengths, grad, kind)
+    for optimizer, settings in ((torch.optim.SparseAdam, {"lr": LR}), (torch.optim.Adagrad, {"lr": LR, "eps": EPS})):
+        bag = torch.nn.EmbeddingBag(num_rows, dim, mode="sum", sparse=True, device=grad.device)
+        yield step_of_embedding_bag(bag, optimizer(bag.parameters(), **settings), ids, grad, kind)
+        del bag
 
-    tables = et.EmbeddingCollection(
-        [et.TableSpec("item", num_rows, dim)], [et.FeatureSpec("item", pooling="sum")], device=device
-    )
+
+def our_step(num_rows: int, ids: list[Tensor], lengths: Tensor, grad: Tensor, kind: str) -> Case:
+    """Returns our step."""
+    spec = et.TableSpec("item", num_rows, grad.shape[1])
+    tables = et.EmbeddingCollection([spec], [et.FeatureSpec("item", pooling="sum")], device=grad.device)
     optimizer = et.optim.RowwiseAdagrad(tables, lr=LR, eps=EPS)
 
-    def ours(number: int) -> None:
+    def step(number: int) -> None:
         tables({"item": et.Jagged(ids[number], lengths)})["item"].backward(grad)
         optimizer.step()
         optimizer.zero_grad()
 
     def check() -> None:
-        found = tables({"item": et.Jagged(ids[0], lengths)})["item"]
-        weight = tables.row_groups[0].weight
-        rows = tables.row_groups[0].keys_of([0], [ids[0]])[0]
-        same(found.detach(), torch.nn.functional.embedding_bag(rows, weight, offsets, mode="sum"), 1e-5)
+        found = tables({"item": et.Jagged(ids[0], lengths)})["item"].detach()
+        group = tables.row_groups[0]
+        rows = group.keys_of([0], [ids[0]])[0]
+        offsets = lengths.cumsum(0) - lengths
+        same(found, torch.nn.functional.embedding_bag(rows, group.weight, offsets, mode="sum"), 1e-5)
 
-    yield Case(f"EmbeddingCollection and RowwiseAdagrad, a step, {kind}", ours, check, num_items=ids[0].numel())
-    del tables, optimizer
-    bag = torch.nn.EmbeddingBag(num_rows, dim, mode="sum", sparse=True, device=device)
-    for peer in (
-        torch.optim.SparseAdam(bag.parameters(), lr=LR),
-        torch.optim.Adagrad(bag.parameters(), lr=LR, eps=EPS),
-    ):
+    return Case(f"EmbeddingCollection and RowwiseAdagrad, a step, {kind}", step, check, num_items=ids[0].numel())
 
-        def theirs(number: int, peer: torch.optim.Optimizer = peer) -> None:
-            bag(ids[number], offsets).backward(grad)
-            peer.step()
-            peer.zero_grad()
 
-        name = f"EmbeddingBag(sparse=True) and {type(peer).__name__}, a step, {kind}"
-        yield Case(name, theirs, lambda: None, num_items=ids[0].numel())
+def step_of_embedding_bag(
+    bag: torch.nn.EmbeddingBag, optimizer: torch.optim.Optimizer, ids: list[Tensor], grad: Tensor, kind: str
+) -> Case:
+    """Returns PyTorch's step."""
+    offsets = torch.arange(grad.shape[0], device=grad.device) * BAG_SIZE
+
+    def step(number: int) -> None:
+        bag(ids[number], offsets).backward(grad)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    name = f"EmbeddingBag(sparse=True) and {type(optimizer).__name__}, a step, {kind}"
+    return Case(name, step, lambda: None, num_items=ids[0].numel())
 
 
 def word_cases(device: torch.device) -> Iterator[Case]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -16,11 +16,23 @@ from embedtrain.distributed.shared_memory import connect
 from embedtrain.embedding.exchange import RowRequest, exchange_ids, exchange_vectors, look_up_bags
 from embedtrain.embedding.features import resolve_features
 from embedtrain.embedding.ids import valid_bags
+from embedtrain.embedding.placement import PlacementChoice, place_rows
 from embedtrain.embedding.pooling import bags_of
 from embedtrain.embedding.shard import RowGroup, RowGroups, TableShard
 from embedtrain.embedding.state_dict import as_entry, key_of, mesh_of, take_entry
 from embedtrain.jagged import Jagged
 from embedtrain.spec import FeatureSpec, TableSpec
+
+
+class CollectionOptions(TypedDict, total=False):
+    """What a model passes on to its collection; see `EmbeddingCollection`."""
+
+    device: torch.device | str | None
+    process_group: dist.ProcessGroup | None
+    seed: int
+    wire_dtype: torch.dtype | None
+    placement: PlacementChoice
+    cache_bytes: int | None
 
 
 class EmbeddingCollection(nn.Module):
@@ -40,9 +52,13 @@ class EmbeddingCollection(nn.Module):
         seed: of the first values.
         wire_dtype: in which vectors and gradients travel between ranks, float32 or bfloat16; where None, vectors as
             they are stored and gradients as float32.
+        placement: where the rows and their state live: on the "device", on the "host", whose memory a GPU copies
+            the rows of each step from, or "auto": on the host where the device's free memory is too small.
+        cache_bytes: of rows on the host, how much of the device's memory holds copies of the hot ones; where None,
+            half of what is free. Which rows are copied changes no result.
 
     Raises:
-        ValueError: names repeat, a feature names a table that does not exist, or `wire_dtype` is another.
+        ValueError: names repeat, a feature names a table that does not exist, or an option is none of those above.
     """
 
     def __init__(
@@ -54,6 +70,8 @@ class EmbeddingCollection(nn.Module):
         process_group: dist.ProcessGroup | None = None,
         seed: int = 0,
         wire_dtype: torch.dtype | None = None,
+        placement: PlacementChoice = "device",
+        cache_bytes: int | None = None,
     ) -> None:
         super().__init__()
         if wire_dtype not in (None, torch.float32, torch.bfloat16):
@@ -66,6 +84,7 @@ class EmbeddingCollection(nn.Module):
         for table in tables:
             members.setdefault(table.group, []).append(table)
         shared = connect(self.process_group, self.device)
+        where = place_rows(placement, cache_bytes, list(members.values()), size_of(process_group), self.device)
         self.row_groups = [
             RowGroup(
                 specs,
@@ -74,6 +93,7 @@ class EmbeddingCollection(nn.Module):
                 process_group=process_group,
                 wire_dtype=wire_dtype,
                 shared=shared,
+                placement=where,
             )
             for specs in members.values()
         ]
@@ -90,7 +110,9 @@ class EmbeddingCollection(nn.Module):
 
     @property
     def shards(self) -> dict[str, TableShard]:
-        """This rank's part of each table, by name."""
+        """This rank's part of each table, by name; as it is now, which rows on the host are after being asked for."""
+        for group in self.row_groups:
+            group.write_back()
         return {shard.spec.name: shard for group in self.row_groups for shard in group.shards}
 
     def trained_by(self, optimizer: str) -> RowGroups:
@@ -176,7 +198,7 @@ class EmbeddingCollection(nn.Module):
         They are DTensors in order of slots that share memory with the tables, so that torch's own distributed
         checkpoint saves them, and loads them in place.
         """
-        mesh = mesh_of(self.process_group, self.device)
+        mesh = mesh_of(self.process_group, self.row_groups[0].weight.device)
         for view in self.shard_views():
             destination[prefix + key_of(view)] = as_entry(view, mesh)
 

@@ -13,7 +13,6 @@ from torch.autograd.function import once_differentiable
 from embedtrain.distributed.collectives import all_to_all_rows, raise_together
 from embedtrain.distributed.runtime import size_of
 from embedtrain.embedding.shard import RowGroup
-from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.pool_rows import Bags, grad_of_weights, pool_rows, pool_rows_backward
 from embedtrain.ops.sort_unique import SortedKeys, sort_unique
 from embedtrain.stages import stage
@@ -96,7 +95,7 @@ def exchange_ids(
         if error is not None:
             raise error
         return [RowRequest(group_keys, group.num_local_rows) for group, group_keys in zip(groups, keys, strict=True)]
-    device = groups[0].weight.device
+    device = groups[0].device
     distinct: list[SortedKeys] = []
     counts = torch.zeros(world_size, len(groups) + 1, dtype=torch.int64, device=device)
     if error is None:
@@ -160,14 +159,14 @@ def look_up_bags(
 
 def _anchor(group: RowGroup) -> Tensor:
     # Rows are not leaves of the graph: the anchor makes autograd call backward, which delivers them.
-    return torch.empty(0, device=group.weight.device, requires_grad=torch.is_grad_enabled())
+    return torch.empty(0, device=group.device, requires_grad=torch.is_grad_enabled())
 
 
 def _fetch(group: RowGroup, request: RowRequest, dtype: torch.dtype | None = None) -> Tensor:
     """Returns the distinct rows; `dtype` is None for what traveled."""
     if request.is_local:
-        return gather_rows(group.weight, request.rows, dtype)
-    owned = gather_rows(group.weight, request.rows, group.vector_wire_dtype)
+        return group.read(request.rows, dtype)
+    owned = group.read(request.rows, group.vector_wire_dtype)
     vectors = all_to_all_rows(owned, request.owe_counts, request.ask_counts, group.process_group, group.shared)
     return vectors if dtype is None else vectors.to(dtype)
 
@@ -199,9 +198,10 @@ class _LookUpBags(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.group, ctx.request, ctx.bags = group, request, bags
-        # One rank pools straight from the table.
-        source = group.weight if request.is_local else _fetch(group, request)
-        index = request.keys if request.is_local else request.inverse
+        # One rank pools straight from the table, where the device has it.
+        is_in_place = request.is_local and not group.is_on_host
+        source = group.weight if is_in_place else _fetch(group, request)
+        index = request.keys if is_in_place else request.inverse
         ctx.vectors = (source, index) if any(ctx.needs_input_grad[4:]) else None
         return tuple(pool_rows(source, index, bags))
 

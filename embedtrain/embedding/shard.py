@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,12 +15,16 @@ from embedtrain.checkpoint.changes import RowChanges
 from embedtrain.checkpoint.view import ShardView
 from embedtrain.distributed.runtime import GroupReference, rank_of, size_of
 from embedtrain.distributed.shared_memory import SharedMemoryExchange
+from embedtrain.embedding.host_rows import HostRows
 from embedtrain.embedding.init import initial_rows
+from embedtrain.embedding.placement import DEVICE, Placement, hot_rows
+from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.mix import mix64
 from embedtrain.ops.row_memory import allocate_rows
 from embedtrain.ops.segment_sum import segment_sum
 from embedtrain.ops.sort_unique import sort_unique
 from embedtrain.ops.spread_keys import SpreadTable, spread_keys
+from embedtrain.optim.sparse import RowsToUpdate
 from embedtrain.sharding.layout import SpreadLayout
 from embedtrain.spec import TableSpec
 
@@ -98,7 +103,9 @@ class RowGroup:
         process_group: dist.ProcessGroup | None,
         wire_dtype: torch.dtype | None = None,
         shared: SharedMemoryExchange | None = None,
+        placement: Placement = DEVICE,
     ) -> None:
+        self.device = device
         self._process_group = GroupReference(process_group)
         self.shared = shared
         self.vector_wire_dtype = wire_dtype or specs[0].dtype
@@ -106,7 +113,8 @@ class RowGroup:
         self.state: dict[str, Tensor] = {}
         layouts = [SpreadLayout(spec.num_rows, size_of(process_group)) for spec in specs]
         self.num_local_rows = sum(layout.rows_per_rank for layout in layouts)
-        self.weight = allocate_rows((self.num_local_rows, specs[0].dim), 0.0, specs[0].dtype, device)
+        self._home = torch.device("cpu") if placement.is_host else device
+        self.weight = self._allocate((self.num_local_rows, specs[0].dim), 0.0, specs[0].dtype)
         self.changes = RowChanges({"weight": self.weight})
         self.shards: list[TableShard] = []
         self._spread: list[SpreadTable] = []
@@ -120,6 +128,9 @@ class RowGroup:
             self.shards.append(TableShard(spec, layout, (start, stop), first_row, weight, {}, self.changes))
             self._spread.append(SpreadTable(spec.num_rows, layout.multiplier, layout.rows_per_rank, first_row))
             first_row += layout.rows_per_rank
+        pieces = [(shard.layout, shard.slots, shard.first_row) for shard in self.shards]
+        choose = functools.partial(hot_rows, pieces, placement.cache_bytes, size_of(process_group))
+        self._host = HostRows(self.changes, device, choose, self.rounding_keys) if placement.is_host else None
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -146,11 +157,11 @@ class RowGroup:
         return [shard.spec.name for shard in self.shards]
 
     def allocate_state(self, name: str, fill: float, per_element: bool = False) -> Tensor:
-        """Gives every row, or every element of it, one float32 of optimizer state, on the weights' device."""
+        """Gives every row, or every element of it, one float32 of optimizer state, where the weights are."""
         if name in self.state:
             raise ValueError(f"the tables hold state {name!r} already: one optimizer at a time may own it")
         shape = self.weight.shape if per_element else self.weight.shape[:1]
-        whole = allocate_rows(tuple(shape), fill, torch.float32, self.weight.device)
+        whole = self._allocate(tuple(shape), fill, torch.float32)
         self.state[name] = self.changes.tensors[name] = whole
         for shard in self.shards:
             shard.state[name] = whole[shard.first_row : shard.first_row + shard.weight.shape[0]]
@@ -158,6 +169,7 @@ class RowGroup:
 
     def fill_state(self, name: str, value: float) -> None:
         """Sets a state of all rows."""
+        self.write_back()
         self.changes.before_update_of_all()
         self.state[name].fill_(value)
 
@@ -180,8 +192,8 @@ class RowGroup:
         ranks delivered divided by the world size, which happens here and nowhere else.
         """
         if not self._pending:
-            empty = torch.zeros(0, dtype=torch.int64, device=self.weight.device)
-            return empty, torch.zeros(0, self.weight.shape[1], device=self.weight.device)
+            empty = torch.zeros(0, dtype=torch.int64, device=self.device)
+            return empty, torch.zeros(0, self.weight.shape[1], device=self.device)
         if not self._is_summed:
             rows = torch.cat([rows for rows, _ in self._pending])
             grad = torch.cat([grad for _, grad in self._pending]) if len(self._pending) > 1 else self._pending[0][1]
@@ -190,9 +202,44 @@ class RowGroup:
             self._is_summed = True
         return self._pending[0]
 
-    def before_update(self, rows: Tensor) -> None:
-        """Takes note that an optimizer is about to change the rows."""
-        self.changes.before_update(rows)
+    @property
+    def is_on_host(self) -> bool:
+        """Whether the rows live in host memory, though the device computes on them."""
+        return self._host is not None
+
+    def read(self, rows: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Returns the weights [n, dim] of local rows [n], on the device; None for the dtype of the storage."""
+        return gather_rows(self.weight, rows, dtype) if self._host is None else self._host.read(rows, dtype)
+
+    def bring_ahead(self, rows: Tensor) -> None:
+        """Copies rows that the next step reads to the device, where they are not there anyway."""
+        if self._host is not None:
+            self._host.bring_ahead(rows)
+
+    def open_rows(self, rows: Tensor) -> tuple[RowsToUpdate, Tensor]:
+        """Returns what holds the rows [n], unique and ascending, for an update, and their places in it.
+
+        `close_rows` follows the update.
+        """
+        if self._host is None:
+            self.changes.before_update(rows)
+            return self, rows
+        return self._host.open(rows), torch.arange(rows.numel(), device=rows.device)
+
+    def close_rows(self) -> None:
+        """Ends an update of rows that were opened."""
+        if self._host is not None:
+            self._host.close()
+
+    def write_back(self) -> None:
+        """Brings rows in host memory up to date with the device's copies, which it lets go of."""
+        if self._host is not None:
+            self._host.write_back()
+
+    def _allocate(self, shape: tuple[int, ...], fill: float, dtype: torch.dtype) -> Tensor:
+        if self._home != self.device:
+            return torch.full(shape, fill, dtype=dtype, pin_memory=True)
+        return allocate_rows(shape, fill, dtype, self.device)
 
     def clear_gradient(self) -> None:
         """Forgets all gradients delivered."""

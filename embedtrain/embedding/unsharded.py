@@ -64,8 +64,12 @@ class UnshardedTable:
         grad = torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad
         return rows, grad[rows]
 
-    def before_update(self, rows: Tensor) -> None:
-        """Does nothing: nobody reads the rows meanwhile."""
+    def open_rows(self, rows: Tensor) -> tuple[UnshardedTable, Tensor]:
+        """Returns itself and the rows."""
+        return self, rows
+
+    def close_rows(self) -> None:
+        """Does nothing."""
 
     def clear_gradient(self) -> None:
         """Forgets the gradients."""

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from embedtrain.data.skipgram import TextBatch
 from embedtrain.distributed.runtime import size_of
-from embedtrain.embedding.collection import EmbeddingCollection
+from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection
 from embedtrain.jagged import Jagged
 from embedtrain.models.objective import Objective
-from embedtrain.ops.skipgram_block import Architecture, TextBlock, count_predictions, skipgram_block
+from embedtrain.ops.skipgram_block import Architecture, TextBlock, count_predictions, reach_of, skipgram_block
 from embedtrain.spec import FeatureSpec, TableSpec
 from embedtrain.stages import stage
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 INPUT, OUTPUT = "input", "output"
 """Names of the tables; "input" holds the word vectors."""
@@ -33,10 +35,7 @@ class Word2Vec(nn.Module):
         dim: of the vectors.
         architecture: "skipgram" or "cbow".
         dtype: storage of both tables.
-        wire_dtype: in which rows travel; see `EmbeddingCollection`.
-        device: of this rank's rows.
-        process_group: the ranks that share the tables; where None, the job's.
-        seed: of the first values: input rows uniform within 0.5 / dim, output rows zero.
+        options: see `EmbeddingCollection`. First values: input rows uniform within 0.5 / dim, output rows zero.
     """
 
     def __init__(
@@ -46,10 +45,7 @@ class Word2Vec(nn.Module):
         *,
         architecture: Architecture = "skipgram",
         dtype: torch.dtype = torch.float32,
-        wire_dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        process_group: dist.ProcessGroup | None = None,
-        seed: int = 0,
+        **options: Unpack[CollectionOptions],
     ) -> None:
         super().__init__()
         self.tables = EmbeddingCollection(
@@ -58,10 +54,7 @@ class Word2Vec(nn.Module):
                 TableSpec(OUTPUT, num_words, dim, dtype=dtype, init="zeros"),
             ],
             [FeatureSpec(INPUT), FeatureSpec(OUTPUT)],
-            device=device,
-            process_group=process_group,
-            seed=seed,
-            wire_dtype=wire_dtype,
+            **options,
         )
         self._architecture = architecture
 
@@ -93,6 +86,8 @@ class Word2Vec(nn.Module):
             negatives=negative_rows.view_as(negatives).masked_fill(is_left_out, -1),
             starts=batch.sample.starts.to(device),
             stops=batch.sample.stops.to(device),
+            # Found here, where the sample is in host memory.
+            reach=reach_of(batch.sample.starts, batch.sample.stops) if device.type == "cuda" else None,
         )
 
 

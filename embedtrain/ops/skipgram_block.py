@@ -71,7 +71,9 @@ def skipgram_block(vectors: Tensor, block: TextBlock, architecture: Architecture
     if dispatch.uses_triton(vectors) and architecture == "skipgram":
         from embedtrain.ops.triton import skipgram_block as triton
 
-        return triton.skipgram_block(vectors, block, reach_of(block) if block.reach is None else block.reach)
+        return triton.skipgram_block(
+            vectors, block, reach_of(block.starts, block.stops) if block.reach is None else block.reach
+        )
     from embedtrain.ops.reference import skipgram_block as reference
 
     return reference.skipgram_block(vectors, block, architecture)
@@ -83,12 +85,12 @@ def count_predictions(block: TextBlock, architecture: Architecture = "skipgram")
     return contexts.sum() if architecture == "skipgram" else (contexts > 0).sum()
 
 
-def reach_of(block: TextBlock) -> int:
-    """Returns how far the furthest context is from its centre."""
-    if block.num_positions == 0:
+def reach_of(starts: Tensor, stops: Tensor) -> int:
+    """Returns how far the furthest word of any window is from its centre."""
+    if starts.numel() == 0:
         return 0
-    positions = torch.arange(block.num_positions, device=block.starts.device)
-    return int(torch.maximum(positions - block.starts, block.stops - 1 - positions).max())
+    positions = torch.arange(starts.numel(), device=starts.device)
+    return int(torch.maximum(positions - starts, stops - 1 - positions).max())
 
 
 def _check(vectors: Tensor, block: TextBlock) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from embedtrain.optim.sparse import NonFinitePolicy, RowStore, SparseOptimizer
+from embedtrain.optim.sparse import NonFinitePolicy, RowStore, RowsToUpdate, SparseOptimizer
 
 
 class _Groups:
@@ -43,7 +43,7 @@ class Combined(SparseOptimizer):
             if optimizer.max_grad_norm is not None or optimizer.nonfinite != "error":
                 raise ValueError("max_grad_norm and nonfinite are for all tables together: give them to Combined")
         self._optimizers = optimizers
-        self._owners = {id(store): optimizer for optimizer in optimizers for store in optimizer.stores}
+        self._owners = {store.table_names[0]: optimizer for optimizer in optimizers for store in optimizer.stores}
         super().__init__(_Groups(stores), {"lr": 0.0}, max_grad_norm=max_grad_norm, nonfinite=nonfinite)
         settings = [settings for optimizer in optimizers for settings in optimizer.param_groups]
         for own, given in zip(self.param_groups, settings, strict=True):
@@ -56,10 +56,10 @@ class Combined(SparseOptimizer):
         return "+".join(optimizer.name for optimizer in self._optimizers)
 
     def update(
-        self, store: RowStore, rows: Tensor, grad: Tensor, settings: dict[str, Any], grad_factor: float = 1.0
+        self, store: RowsToUpdate, rows: Tensor, grad: Tensor, settings: dict[str, Any], grad_factor: float = 1.0
     ) -> None:
         """Applies the formula of the optimizer whose group it is."""
-        self._owners[id(store)].update(store, rows, grad, settings, grad_factor)
+        self._owners[settings["tables"][0]].update(store, rows, grad, settings, grad_factor)
 
     def reset_state(self) -> None:
         """See `SparseOptimizer.reset_state`."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from embedtrain.ops.row_update import Moments, moment_update
-from embedtrain.optim.sparse import CommonOptions, HasRowGroups, RowState, RowStore, SparseOptimizer
+from embedtrain.optim.sparse import CommonOptions, HasRowGroups, RowState, RowsToUpdate, SparseOptimizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -43,7 +43,7 @@ class MomentOptimizer(SparseOptimizer):
         """Returns the formula's coefficients at a step; `settings` is the parameter group."""
 
     def update(
-        self, store: RowStore, rows: Tensor, grad: Tensor, settings: dict[str, Any], grad_factor: float = 1.0
+        self, store: RowsToUpdate, rows: Tensor, grad: Tensor, settings: dict[str, Any], grad_factor: float = 1.0
     ) -> None:
         """Applies the formula to rows [n] with gradients [n, dim] times a factor; `settings` is the parameter group."""
         first, second = (None if state is None else store.state[state.name] for state in (self.first, self.second))

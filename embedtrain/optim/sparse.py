@@ -59,11 +59,18 @@ _ROW_OPTIONS: dict[str, Any] = {
 _OPTIONS = (*_ROW_OPTIONS, "max_grad_norm", "nonfinite")
 
 
-class RowStore(Protocol):
-    """Rows with their state and the gradients that wait for them: an optimizer's view of a group of tables."""
+class RowsToUpdate(Protocol):
+    """Rows and their state, or copies of those of them that a step touched."""
 
     weight: Tensor
     state: dict[str, Tensor]
+
+    def rounding_keys(self, rows: Tensor, step: int) -> Tensor | None:
+        """Returns keys for stochastic rounding, or None for float32 rows."""
+
+
+class RowStore(RowsToUpdate, Protocol):
+    """Rows with their state and the gradients that wait for them: an optimizer's view of a group of tables."""
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -82,17 +89,17 @@ class RowStore(Protocol):
     def gradient(self) -> tuple[Tensor, Tensor]:
         """Returns the touched rows, unique, and their summed gradients."""
 
-    def before_update(self, rows: Tensor) -> None:
-        """Takes note that the rows are about to change."""
+    def open_rows(self, rows: Tensor) -> tuple[RowsToUpdate, Tensor]:
+        """Returns what holds the rows for an update, and their places in it."""
+
+    def close_rows(self) -> None:
+        """Ends the update."""
 
     def clear_gradient(self) -> None:
         """Forgets the gradients."""
 
     def describe(self, row: int) -> str:
         """Names the table and the id of a row."""
-
-    def rounding_keys(self, rows: Tensor, step: int) -> Tensor | None:
-        """Returns keys for stochastic rounding, or None for float32 rows."""
 
 
 class HasRowGroups(Protocol):
@@ -189,7 +196,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         return float(settings["lr"])
 
     def update(
-        self, store: RowStore, rows: Tensor, grad: Tensor, settings: dict[str, Any], grad_factor: float = 1.0
+        self, store: RowsToUpdate, rows: Tensor, grad: Tensor, settings: dict[str, Any], grad_factor: float = 1.0
     ) -> None:
         """Applies the formula to rows [n] with gradients [n, dim] times a factor; `settings` is the parameter group."""
         names = [state.name for state in self.states]
@@ -200,7 +207,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         step = self.row_step(store, rows, settings, grad_factor)
         row_update(store.weight, [store.state[name] for name in names], rows, grad, step, direction)
 
-    def row_step(self, store: RowStore, rows: Tensor, settings: dict[str, Any], grad_factor: float) -> RowStep:
+    def row_step(self, store: RowsToUpdate, rows: Tensor, settings: dict[str, Any], grad_factor: float) -> RowStep:
         """Returns what the options make of a step."""
         return RowStep(
             lr=self.rate(settings),
@@ -240,8 +247,9 @@ class SparseOptimizer(torch.optim.Optimizer):
             return
         for store, (rows, grad), settings in zip(self.stores, gradients, self.param_groups, strict=True):
             settings["step"] += 1
-            store.before_update(rows)
-            self.update(store, rows, grad, settings, scale)
+            opened, places = store.open_rows(rows)
+            self.update(opened, places, grad, settings, scale)
+            store.close_rows()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients that wait."""

@@ -65,9 +65,7 @@ def _load(group: Group, path: str, optimizer_name: str) -> list[torch.Tensor]:
     ("saved_on", "loaded_on", "optimizer_name"),
     [(1, 2, "adam"), (2, 3, "rowwise_adagrad"), (3, 1, "rowwise_adam"), (4, 2, "rowwise_adagrad")],
 )
-def test_chains_saved_on_m_ranks_load_on_n(
-    saved_on: int, loaded_on: int, optimizer_name: str, tmp_path: Path
-) -> None:
+def test_chains_saved_on_m_ranks_load_on_n(saved_on: int, loaded_on: int, optimizer_name: str, tmp_path: Path) -> None:
     expected = run_ranks(saved_on, _save_while_training, str(tmp_path), optimizer_name)[0]
     found = find_checkpoints(str(tmp_path))
     assert [checkpoint.step for checkpoint in found] == [4, 8, 12, 16, 20, 24]

@@ -89,7 +89,9 @@ def test_checkpoints_move_between_devices(device: torch.device, saved_on_gpu: bo
 
 
 def test_nccl_on_one_rank(device: torch.device, tmp_path: Path) -> None:
-    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
     try:
         tables = et.EmbeddingCollection(TABLES, FEATURES, device=device, seed=3)
         train(tables)

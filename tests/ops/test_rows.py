@@ -25,9 +25,7 @@ def make_source(num_rows: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("num_wanted", [0, 1, 2000])
-def test_gathered_rows_are_copies(
-    threaded_backend: str, num_wanted: int, dim: int, dtype: torch.dtype
-) -> None:
+def test_gathered_rows_are_copies(threaded_backend: str, num_wanted: int, dim: int, dtype: torch.dtype) -> None:
     source = make_source(50, dim, dtype)
     rows = torch.randint(0, 50, (sized(threaded_backend, num_wanted),), generator=torch.Generator().manual_seed(1))
     assert torch.equal(gather_rows(source, rows), source[rows])

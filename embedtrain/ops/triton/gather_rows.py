@@ -34,7 +34,9 @@ def gather_rows(source: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @triton.jit
-def _copy_tile(source, rows, gathered, n, dim, ROUNDS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr):
+def _copy_tile(
+    source, rows, gathered, n, dim, ROUNDS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr
+):
     place = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     column = tl.arange(0, TILE_COLUMNS)
     row = tl.load(rows + place, mask=place < n, other=0)
