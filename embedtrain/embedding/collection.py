@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
@@ -33,6 +34,21 @@ class CollectionOptions(TypedDict, total=False):
     wire_dtype: torch.dtype | None
     placement: PlacementChoice
     cache_bytes: int | None
+
+
+@dataclass(frozen=True)
+class RowsAsked:
+    """Distinct rows that `EmbeddingCollection.ask_for_rows` asked for.
+
+    Attributes:
+        group: the position of their group.
+        request: what the ranks settled.
+        inverse: per feature [num_values] int64; the place of each value's row among those that will come.
+    """
+
+    group: int
+    request: RowRequest
+    inverse: dict[str, Tensor]
 
 
 class EmbeddingCollection(nn.Module):
@@ -79,6 +95,7 @@ class EmbeddingCollection(nn.Module):
         self.features = resolve_features(tables, features)
         process_group = process_group if process_group is not None else default_group()
         self._process_group = GroupReference(process_group)
+        self._ids_group: GroupReference | None = None
         self.device = torch.device("cpu" if device is None else device)
         members: dict[tuple[int, torch.dtype, str], list[TableSpec]] = {}
         for table in tables:
@@ -143,7 +160,7 @@ class EmbeddingCollection(nn.Module):
             ValueError: the batch names a feature that does not exist, on any rank; raised likewise.
         """
         batch = dict(batch)
-        members, requests = self._exchange_ids(batch)
+        members, requests = self._exchange_ids(batch, self.process_group)
         vectors: dict[str, Tensor] = {}
         for number, names in members.items():
             bags = [bags_of(batch[name], self.features[name].pooling) for name in names]
@@ -164,16 +181,35 @@ class EmbeddingCollection(nn.Module):
         Raises:
             ValueError: the features' tables differ in dim or dtype, or as `forward`.
         """
+        asked = self.ask_for_rows(batch)
+        return self.fetch_rows(asked), asked.inverse
+
+    def ask_for_rows(self, batch: Mapping[str, Jagged], *, is_ahead: bool = False) -> RowsAsked:
+        """Exchanges the ids of a batch, which needs no row, for `fetch_rows` later.
+
+        Collective: as `forward`, whose exceptions it raises too.
+
+        Args:
+            batch: as for `distinct_rows`.
+            is_ahead: whether another step is under way. On GPUs the ids then travel apart from its rows.
+        """
         numbers = {self._place_of(name)[0] for name in batch if name in self.features}
         if len(numbers) > 1:
             raise ValueError(f"distinct_rows needs tables of one dim and dtype; the features {list(batch)} differ")
         batch = dict(batch)
-        members, requests = self._exchange_ids(batch)
+        members, requests = self._exchange_ids(batch, self._group_of_ids() if is_ahead else self.process_group)
         ((number, names),) = members.items()
-        inverse = requests[number].inverse
-        vectors = exchange_vectors(self.row_groups[number], requests[number])
         sizes = [batch[name].values.numel() for name in names]
-        return vectors, dict(zip(names, inverse.split(sizes), strict=True))
+        inverse = dict(zip(names, requests[number].inverse.split(sizes), strict=True))
+        return RowsAsked(number, requests[number], inverse)
+
+    def fetch_rows(self, asked: RowsAsked) -> Tensor:
+        """Fetches the rows that were asked for; [num_distinct, dim] float32. Collective: every rank, in order."""
+        return exchange_vectors(self.row_groups[asked.group], asked.request)
+
+    def bring_rows(self, asked: RowsAsked) -> None:
+        """Copies those of the rows asked of this rank that live in host memory to the device, before their step."""
+        self.row_groups[asked.group].bring_ahead(asked.request.rows)
 
     def gather_table(self, name: str, state: str = "weight") -> Tensor:
         """Returns a whole table, or an optimizer's state of it, in order of id, on every rank.
@@ -225,7 +261,17 @@ class EmbeddingCollection(nn.Module):
     def _place_of(self, feature: str) -> tuple[int, int]:
         return self._place[self.features[feature].table_name]
 
-    def _exchange_ids(self, batch: dict[str, Jagged]) -> tuple[dict[int, list[str]], list[RowRequest]]:
+    def _group_of_ids(self) -> dist.ProcessGroup | None:
+        """Returns the ranks, as a group of their own on GPUs: NCCL runs the collectives of a group one by one."""
+        group = self.process_group
+        if self._ids_group is None and group is not None and self.device.type == "cuda":
+            ranks = dist.get_process_group_ranks(group)
+            self._ids_group = GroupReference(dist.new_group(ranks, use_local_synchronization=True))
+        return group if self._ids_group is None else self._ids_group.get()
+
+    def _exchange_ids(
+        self, batch: dict[str, Jagged], process_group: dist.ProcessGroup | None
+    ) -> tuple[dict[int, list[str]], list[RowRequest]]:
         """Returns, by group, the features that look it up, in order, and a request per group.
 
         Features of `batch` with bad ids are replaced by what their policy makes of them.
@@ -244,7 +290,7 @@ class EmbeddingCollection(nn.Module):
         except ValueError as raised:
             error = raised
         # A rank whose input is wrong may not know which groups the others look up: the request is of all.
-        return members, exchange_ids(self.row_groups, keys, error, self.process_group)
+        return members, exchange_ids(self.row_groups, keys, error, process_group)
 
     def _keys_of(self, number: int, names: list[str], batch: dict[str, Jagged]) -> Tensor:
         group = self.row_groups[number]

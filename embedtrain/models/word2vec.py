@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from embedtrain.data.skipgram import TextBatch
 from embedtrain.distributed.runtime import size_of
-from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection
+from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection, RowsAsked
 from embedtrain.jagged import Jagged
 from embedtrain.models.objective import Objective
 from embedtrain.ops.skipgram_block import Architecture, TextBlock, count_predictions, reach_of, skipgram_block
@@ -22,6 +23,21 @@ if TYPE_CHECKING:
 
 INPUT, OUTPUT = "input", "output"
 """Names of the tables; "input" holds the word vectors."""
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """A batch on the device, for which the ids were exchanged.
+
+    Attributes:
+        rows: the distinct rows of the block, asked for.
+        block: what is predicted from what, by place among the rows.
+        num_predictions: see `Objective`.
+    """
+
+    rows: RowsAsked
+    block: TextBlock
+    num_predictions: int
 
 
 class Word2Vec(nn.Module):
@@ -58,37 +74,54 @@ class Word2Vec(nn.Module):
         )
         self._architecture = architecture
 
-    def forward(self, batch: TextBatch) -> Objective:
+    def forward(self, batch: TextBatch | PreparedText) -> Objective:
         """Returns the loss of this rank's batch. Collective: every rank, and its backward too."""
-        vectors, block = self._fetch(batch)
-        total: Tensor = _SkipGramLoss.apply(vectors, block, self._architecture)  # type: ignore[no-untyped-call]
+        if isinstance(batch, TextBatch):
+            batch = self._ask(batch, is_ahead=False)
+        vectors = self.tables.fetch_rows(batch.rows)
+        total: Tensor = _SkipGramLoss.apply(vectors, batch.block, self._architecture)  # type: ignore[no-untyped-call]
         return Objective(
             # The exchange averages over the ranks; word2vec's step is a sum.
             loss=total * size_of(self.tables.process_group),
             total=total.detach(),
-            num_predictions=int(count_predictions(block, self._architecture)),
+            num_predictions=batch.num_predictions,
         )
 
-    def _fetch(self, batch: TextBatch) -> tuple[Tensor, TextBlock]:
-        """Fetches the block's distinct rows and points the block at them."""
-        device = self.tables.device
-        words, drawn = batch.sample.words.to(device), batch.sample.negatives.to(device)
+    def prepare(self, batch: TextBatch) -> PreparedText:
+        """Does all of a step that needs no row, for `forward` later. Collective: every rank, in order of steps."""
+        return self._ask(batch, is_ahead=True)
+
+    def bring_rows(self, prepared: PreparedText) -> None:
+        """Copies rows of a step that live in host memory to the device."""
+        self.tables.bring_rows(prepared.rows)
+
+    def _ask(self, batch: TextBatch, *, is_ahead: bool) -> PreparedText:
+        """Asks for the block's distinct rows and points the block at their places."""
+        sample = batch.sample
+        words, drawn, starts, stops = (
+            self._moved(tensor) for tensor in (sample.words, sample.negatives, sample.starts, sample.stops)
+        )
         # A negative left out needs a row all the same: its centre's, which is there anyway.
         is_left_out = drawn < 0
         negatives = torch.where(is_left_out, words.unsqueeze(1), drawn)
-        vectors, inverse = self.tables.distinct_rows(
-            {INPUT: Jagged.from_ids(words), OUTPUT: Jagged.from_ids(torch.cat([words, negatives.flatten()]))}
-        )
-        outputs, negative_rows = inverse[OUTPUT].split([words.numel(), negatives.numel()])
-        return vectors, TextBlock(
-            inputs=inverse[INPUT],
+        ids = {INPUT: Jagged.from_ids(words), OUTPUT: Jagged.from_ids(torch.cat([words, negatives.flatten()]))}
+        rows = self.tables.ask_for_rows(ids, is_ahead=is_ahead)
+        outputs, negative_rows = rows.inverse[OUTPUT].split([words.numel(), negatives.numel()])
+        block = TextBlock(
+            inputs=rows.inverse[INPUT],
             outputs=outputs,
             negatives=negative_rows.view_as(negatives).masked_fill(is_left_out, -1),
-            starts=batch.sample.starts.to(device),
-            stops=batch.sample.stops.to(device),
+            starts=starts,
+            stops=stops,
             # Found here, where the sample is in host memory.
-            reach=reach_of(batch.sample.starts, batch.sample.stops) if device.type == "cuda" else None,
+            reach=reach_of(sample.starts, sample.stops) if words.is_cuda else None,
         )
+        return PreparedText(rows, block, int(count_predictions(sample, self._architecture)))
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        # From pinned memory the host need not wait for the copy.
+        device = self.tables.device
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class _SkipGramLoss(torch.autograd.Function):

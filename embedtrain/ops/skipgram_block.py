@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.ops import dispatch
+from embedtrain.ops.sample_text import TextSample
 
 Architecture = Literal["skipgram", "cbow"]
 
@@ -79,7 +80,7 @@ def skipgram_block(vectors: Tensor, block: TextBlock, architecture: Architecture
     return reference.skipgram_block(vectors, block, architecture)
 
 
-def count_predictions(block: TextBlock, architecture: Architecture = "skipgram") -> Tensor:
+def count_predictions(block: TextBlock | TextSample, architecture: Architecture = "skipgram") -> Tensor:
     """Returns the number of predictions in the block, scalar int64: what a mean loss divides by."""
     contexts = block.stops - block.starts - 1
     return contexts.sum() if architecture == "skipgram" else (contexts > 0).sum()

@@ -117,4 +117,4 @@ def share_one_device(group: dist.ProcessGroup, device: torch.device) -> None:
 
 
 def test_two_ranks_on_one_gpu_with_gloo(device: torch.device) -> None:
-    run_ranks(share_one_device, 2, device)
+    run_ranks(2, share_one_device, device)
