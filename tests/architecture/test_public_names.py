@@ -34,7 +34,7 @@ def test_importing_the_package_is_light() -> None:
 
 
 def test_importing_the_package_takes_little_beside_torch() -> None:
-    program = "import time, torch; started_at = time.process_time(); import embedtrain; print(time.process_time() - started_at)"
+    program = "import time, torch; before = time.process_time(); import embedtrain; print(time.process_time() - before)"
     # Of processor time, and the least of three: a busy machine, or a first run without bytecode, must not fail it.
     seconds = [
         float(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
