@@ -10,6 +10,7 @@ import torch
 
 Pooling = Literal["none", "sum", "mean"]
 InvalidIds = Literal["error", "hash", "drop"]
+PoolAt = Literal["auto", "example", "owner"]
 Init = Literal["uniform", "normal", "zeros"]
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -69,25 +70,27 @@ class FeatureSpec:
         pooling: "none" gives a vector per id; "sum" and "mean" give one per bag, zeros for an empty bag.
         invalid_ids: what to do with an id that is negative or past the table: "error" on every rank,
             "hash" into the table, or "drop" it, as if its bag did not hold it.
+        pool_at: where several ranks pool bags: at the "example", to which each distinct row travels; at the "owner"
+            of the rows, which sends a sum per bag; "auto" takes, step by step, what moves fewer bytes.
     """
 
     name: str
     table: str | None = None
     pooling: Pooling = "none"
     invalid_ids: InvalidIds = "error"
+    pool_at: PoolAt = "auto"
 
     def __post_init__(self) -> None:
-        if self.pooling not in get_args(Pooling):
-            raise ValueError(f"feature {self.name!r}: pooling must be one of {get_args(Pooling)}, got {self.pooling!r}")
-        if self.invalid_ids not in get_args(InvalidIds):
-            raise ValueError(
-                f"feature {self.name!r}: invalid_ids must be one of {get_args(InvalidIds)}, got {self.invalid_ids!r}"
-            )
+        for name, choices in (("pooling", Pooling), ("invalid_ids", InvalidIds), ("pool_at", PoolAt)):
+            if (value := getattr(self, name)) not in get_args(choices):
+                raise ValueError(f"feature {self.name!r}: {name} must be one of {get_args(choices)}, got {value!r}")
         if self.invalid_ids == "drop" and self.pooling == "none":
             raise ValueError(
                 f"feature {self.name!r}: invalid_ids='drop' needs pooling 'sum' or 'mean': "
                 "without pooling each id owes a vector"
             )
+        if self.pool_at == "owner" and self.pooling == "none":
+            raise ValueError(f"feature {self.name!r}: pool_at='owner' needs pooling 'sum' or 'mean'")
 
     @property
     def table_name(self) -> str:

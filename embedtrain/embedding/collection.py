@@ -14,9 +14,10 @@ from embedtrain.checkpoint.view import ShardView
 from embedtrain.distributed.collectives import all_to_all_rows
 from embedtrain.distributed.runtime import GroupReference, default_group, rank_of, size_of
 from embedtrain.distributed.shared_memory import connect
-from embedtrain.embedding.exchange import RowRequest, exchange_ids, exchange_vectors, look_up_bags
+from embedtrain.embedding.exchange import Lookup, RowRequest, exchange_ids, exchange_vectors, look_up_bags
 from embedtrain.embedding.features import resolve_features
 from embedtrain.embedding.ids import valid_bags
+from embedtrain.embedding.owner_pooling import BagsAsked, choose_owner
 from embedtrain.embedding.placement import PlacementChoice, place_rows
 from embedtrain.embedding.pooling import bags_of
 from embedtrain.embedding.shard import RowGroup, RowGroups, TableShard
@@ -160,7 +161,7 @@ class EmbeddingCollection(nn.Module):
             ValueError: the batch names a feature that does not exist, on any rank; raised likewise.
         """
         batch = dict(batch)
-        members, requests = self._exchange_ids(batch, self.process_group)
+        members, requests = self._exchange_ids(batch, self.process_group, may_pool=True)
         vectors: dict[str, Tensor] = {}
         for number, names in members.items():
             bags = [bags_of(batch[name], self.features[name].pooling) for name in names]
@@ -197,7 +198,8 @@ class EmbeddingCollection(nn.Module):
         if len(numbers) > 1:
             raise ValueError(f"distinct_rows needs tables of one dim and dtype; the features {list(batch)} differ")
         batch = dict(batch)
-        members, requests = self._exchange_ids(batch, self._group_of_ids() if is_ahead else self.process_group)
+        process_group = self._group_of_ids() if is_ahead else self.process_group
+        members, requests = self._exchange_ids(batch, process_group, may_pool=False)
         ((number, names),) = members.items()
         sizes = [batch[name].values.numel() for name in names]
         inverse = dict(zip(names, requests[number].inverse.split(sizes), strict=True))
@@ -270,14 +272,17 @@ class EmbeddingCollection(nn.Module):
         return group if self._ids_group is None else self._ids_group.get()
 
     def _exchange_ids(
-        self, batch: dict[str, Jagged], process_group: dist.ProcessGroup | None
+        self, batch: dict[str, Jagged], process_group: dist.ProcessGroup | None, *, may_pool: bool
     ) -> tuple[dict[int, list[str]], list[RowRequest]]:
         """Returns, by group, the features that look it up, in order, and a request per group.
 
         Features of `batch` with bad ids are replaced by what their policy makes of them.
+
+        Args:
+            may_pool: whether owners may pool bags, or all rows must travel here.
         """
         members: dict[int, list[str]] = {}
-        keys = [self._no_keys()] * len(self.row_groups)
+        lookups = [Lookup(torch.zeros(0, dtype=torch.int64, device=self.device))] * len(self.row_groups)
         error: Exception | None = None
         try:
             unknown = [name for name in batch if name not in self.features]
@@ -286,11 +291,27 @@ class EmbeddingCollection(nn.Module):
             for name in batch:
                 members.setdefault(self._place_of(name)[0], []).append(name)
             for number, names in members.items():
-                keys[number] = self._keys_of(number, names, batch)
+                keys = self._keys_of(number, names, batch)
+                lookups[number] = self._lookup(number, names, batch, keys) if may_pool else Lookup(keys)
         except ValueError as raised:
             error = raised
         # A rank whose input is wrong may not know which groups the others look up: the request is of all.
-        return members, exchange_ids(self.row_groups, keys, error, process_group)
+        return members, exchange_ids(self.row_groups, lookups, error, process_group)
+
+    def _lookup(self, number: int, names: list[str], batch: dict[str, Jagged], keys: Tensor) -> Lookup:
+        """Parts the features of a group into those whose rows travel here and those that owners pool."""
+        group, features = self.row_groups[number], [self.features[name] for name in names]
+        bags = [bags_of(batch[feature.name], feature.pooling) for feature in features]
+        at_owner = choose_owner(group, features, bags, [batch[name].weights for name in names], keys)
+        if not any(at_owner):
+            return Lookup(keys)
+        parts = keys.split([feature.num_values for feature in bags])
+        here, there = (
+            torch.cat([keys[:0], *(part for part, is_there in zip(parts, at_owner, strict=True) if is_there == side)])
+            for side in (False, True)
+        )
+        asked = [feature for feature, is_there in zip(bags, at_owner, strict=True) if is_there]
+        return Lookup(here, BagsAsked(group, asked, there), at_owner)
 
     def _keys_of(self, number: int, names: list[str], batch: dict[str, Jagged]) -> Tensor:
         group = self.row_groups[number]
@@ -302,6 +323,3 @@ class EmbeddingCollection(nn.Module):
         for name, table in zip(names, tables, strict=True):
             batch[name] = valid_bags(batch[name], self.features[name], group.shards[table].spec.num_rows, rank)
         return group.keys_of(tables, [batch[name].values for name in names])[0]
-
-    def _no_keys(self) -> Tensor:
-        return torch.zeros(0, dtype=torch.int64, device=self.device)

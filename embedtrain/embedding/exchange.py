@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,17 +15,36 @@ from torch.autograd.function import once_differentiable
 
 from embedtrain.distributed.collectives import all_to_all_rows, raise_together
 from embedtrain.distributed.runtime import size_of
+from embedtrain.embedding.owner_pooling import BagsAsked, SumRequest
 from embedtrain.embedding.shard import RowGroup
 from embedtrain.ops.pool_rows import Bags, grad_of_weights, pool_rows, pool_rows_backward
 from embedtrain.ops.sort_unique import SortedKeys, sort_unique
 from embedtrain.stages import stage
 
 
+@dataclass(frozen=True)
+class Lookup:
+    """What this rank looks up in one group of tables.
+
+    Attributes:
+        keys: [num_keys] int64; see `RowGroup.keys_of`. Of the rows that travel here.
+        bags: the bags that the owners of their rows pool; None where there are none.
+        at_owner: per feature of the batch, whether it is among `bags`.
+    """
+
+    keys: Tensor
+    bags: BagsAsked | None = None
+    at_owner: Sequence[bool] = ()
+
+
 class RowRequest:
     """What one id exchange settled for one group of tables.
 
     Attributes:
-        keys: [num_keys] int64; see `RowGroup.keys_of`.
+        keys: [num_keys] int64; see `Lookup`.
+        at_owner: likewise.
+        sums: what it settled for bags pooled at the owners; None where no rank has any.
+        has_rows: whether any rank asks for rows, which every rank knows.
         ask_counts: distinct rows that this rank asks of each rank; none where it has all rows itself.
         owe_counts: rows that each rank asks of this one.
         rows: [sum(owe_counts)] int64; the local rows asked for, by asking rank.
@@ -30,19 +52,24 @@ class RowRequest:
 
     def __init__(
         self,
-        keys: Tensor,
+        lookup: Lookup,
         bound: int,
         distinct: SortedKeys | None = None,
         ask_counts: Sequence[int] = (),
         owe_counts: Sequence[int] = (),
         rows: Tensor | None = None,
+        *,
+        sums: SumRequest | None = None,
+        has_rows: bool = True,
     ) -> None:
-        self.keys = keys
+        self.keys, self.at_owner = lookup.keys, lookup.at_owner
         self._bound = bound  # all keys are below it
         self.ask_counts = list(ask_counts)
         self.owe_counts = list(owe_counts)
         self._rows = rows
         self._distinct = distinct
+        self.sums = sums
+        self.has_rows = has_rows
 
     @property
     def is_local(self) -> bool:
@@ -72,9 +99,15 @@ class RowRequest:
         return self._distinct.inverse
 
 
+_ROWS, _IDS_OF_BAGS, _SUMS, _WAYS = range(4)
+"""Columns of the counts that a rank tells another, for each group; word of an error follows the last group's."""
+_FETCHES_ROWS, _POOLS_AT_OWNERS, _WEIGHS_AT_OWNERS = 1, 2, 4
+"""Bits of `_WAYS`, alike for all owners: so every rank knows which exchanges take place."""
+
+
 def exchange_ids(
     groups: Sequence[RowGroup],
-    keys: Sequence[Tensor],
+    lookups: Sequence[Lookup],
     error: Exception | None,
     process_group: dist.ProcessGroup | None,
 ) -> list[RowRequest]:
@@ -87,41 +120,85 @@ def exchange_ids(
 
     Args:
         groups: the groups of tables looked up.
-        keys: [n] int64 per group; see `RowGroup.keys_of`. Ignored where there is an error.
+        lookups: what this rank looks up in each. Ignored where there is an error.
         error: what was wrong with this rank's input, or None.
     """
     world_size = size_of(process_group)
     if world_size == 1:
         if error is not None:
             raise error
-        return [RowRequest(group_keys, group.num_local_rows) for group, group_keys in zip(groups, keys, strict=True)]
+        return [RowRequest(lookup, group.num_local_rows) for group, lookup in zip(groups, lookups, strict=True)]
     device = groups[0].device
     distinct: list[SortedKeys] = []
-    counts = torch.zeros(world_size, len(groups) + 1, dtype=torch.int64, device=device)
+    counts = torch.zeros(world_size, len(groups) + 1, 4, dtype=torch.int64, device=device)
     if error is None:
-        ranks = torch.arange(world_size + 1, device=device)
-        for column, (group, group_keys) in enumerate(zip(groups, keys, strict=True)):
+        for place, (group, lookup) in enumerate(zip(groups, lookups, strict=True)):
             with stage("unique"):
-                distinct.append(sort_unique(group_keys, bound=world_size * group.num_local_rows))
-            counts[:, column] = torch.searchsorted(distinct[-1].unique, ranks * group.num_local_rows).diff()
+                distinct.append(sort_unique(lookup.keys, bound=world_size * group.num_local_rows))
+            _count(counts[:, place], group, lookup, distinct[-1])
     else:
         counts[:, -1] = 1
-    shared = groups[0].shared
-    owed = all_to_all_rows(counts, [1] * world_size, [1] * world_size, process_group, shared)
-    ask, owe = torch.stack([counts, owed]).tolist()  # the step's one wait for the device
-    if any(row[-1] for row in owe):
+    owed = all_to_all_rows(counts, [1] * world_size, [1] * world_size, process_group, groups[0].shared)
+    # By group, kind and rank; the step's one wait for the device.
+    ask, owe = torch.stack([counts, owed]).permute(0, 2, 3, 1).tolist()
+    if any(any(row) for row in owe[-1]):
         raise_together(error, process_group)
-    requests = []
-    for column, (group, group_keys) in enumerate(zip(groups, keys, strict=True)):
-        ask_counts, owe_counts = [row[column] for row in ask], [row[column] for row in owe]
-        # Half the bytes, where local rows fit.
-        wire_type = torch.int32 if group.num_local_rows < 1 << 31 else torch.int64
-        wanted = (distinct[column].unique % group.num_local_rows).to(wire_type)
-        rows = all_to_all_rows(wanted, ask_counts, owe_counts, process_group, shared).long()
-        requests.append(
-            RowRequest(group_keys, world_size * group.num_local_rows, distinct[column], ask_counts, owe_counts, rows)
+    return [
+        _exchange(group, lookup, keys, (ask[place], owe[place]), process_group)
+        for place, (group, lookup, keys) in enumerate(zip(groups, lookups, distinct, strict=True))
+    ]
+
+
+def _count(counts: Tensor, group: RowGroup, lookup: Lookup, distinct: SortedKeys) -> None:
+    """Fills in what this rank asks of each rank for one group; counts: [world_size, 4]."""
+    ranks = torch.arange(counts.shape[0] + 1, device=counts.device)
+    counts[:, _ROWS] = torch.searchsorted(distinct.unique, ranks * group.num_local_rows).diff()
+    ways = _FETCHES_ROWS if lookup.keys.numel() else 0
+    if lookup.bags is not None:
+        counts[:, _IDS_OF_BAGS] = lookup.bags.id_counts
+        counts[:, _SUMS] = lookup.bags.sum_counts
+        ways |= _POOLS_AT_OWNERS | (_WEIGHS_AT_OWNERS if lookup.bags.is_weighted else 0)
+    counts[:, _WAYS] = ways
+
+
+def _exchange(
+    group: RowGroup,
+    lookup: Lookup,
+    distinct: SortedKeys,
+    counts: tuple[list[list[int]], list[list[int]]],
+    process_group: dist.ProcessGroup | None,
+) -> RowRequest:
+    """Sends one group's ids to their owners; counts: of what is asked of each rank, and owed to it.
+
+    An exchange takes place where any rank needs it.
+    """
+    ask, owe = counts
+    ways = functools.reduce(operator.or_, owe[_WAYS])
+    # Half the bytes, where local rows fit.
+    wire_type = torch.int32 if group.num_local_rows < 1 << 31 else torch.int64
+    rows = lookup.keys.new_zeros(0)
+    if ways & _FETCHES_ROWS:
+        wanted = (distinct.unique % group.num_local_rows).to(wire_type)
+        rows = all_to_all_rows(wanted, ask[_ROWS], owe[_ROWS], process_group, group.shared).long()
+    sums = None
+    if ways & _POOLS_AT_OWNERS:
+        sums = SumRequest(
+            group,
+            lookup.bags or BagsAsked(group, [], lookup.keys.new_zeros(0)),
+            (ask[_IDS_OF_BAGS], owe[_IDS_OF_BAGS]),
+            (ask[_SUMS], owe[_SUMS]),
+            is_weighted=bool(ways & _WEIGHS_AT_OWNERS),
         )
-    return requests
+    return RowRequest(
+        lookup,
+        len(ask[_ROWS]) * group.num_local_rows,
+        distinct,
+        ask[_ROWS],
+        owe[_ROWS],
+        rows,
+        sums=sums,
+        has_rows=bool(ways & _FETCHES_ROWS),
+    )
 
 
 def exchange_vectors(group: RowGroup, request: RowRequest) -> Tensor:
@@ -146,7 +223,7 @@ def look_up_bags(
 
     Args:
         group: the tables.
-        request: the rows; its keys are the features' one after the other.
+        request: the rows and sums; its keys are those of the features that are pooled here, one after the other.
         bags: the features; their weights, where there are any, are detached.
         weights: the same weights as the caller gave them, for their own gradient.
 
@@ -166,12 +243,16 @@ def _fetch(group: RowGroup, request: RowRequest, dtype: torch.dtype | None = Non
     """Returns the distinct rows; `dtype` is None for what traveled."""
     if request.is_local:
         return group.read(request.rows, dtype)
+    if not request.has_rows:
+        return torch.zeros(0, group.weight.shape[1], dtype=dtype or group.weight.dtype, device=group.device)
     owned = group.read(request.rows, group.vector_wire_dtype)
     vectors = all_to_all_rows(owned, request.owe_counts, request.ask_counts, group.process_group, group.shared)
     return vectors if dtype is None else vectors.to(dtype)
 
 
 def _send_home(group: RowGroup, request: RowRequest, grad: Tensor) -> None:
+    if not request.has_rows:
+        return
     if not request.is_local:
         wired = grad.to(group.gradient_wire_dtype)
         grad = all_to_all_rows(wired, request.ask_counts, request.owe_counts, group.process_group, group.shared).float()
@@ -192,30 +273,53 @@ class _ExchangeVectors(torch.autograd.Function):
 
 
 class _LookUpBags(torch.autograd.Function):
+    """One function for both ways to pool, so that every rank runs the same collectives in the same order."""
+
     @staticmethod
     def forward(
         ctx: Any, anchor: Tensor, group: RowGroup, request: RowRequest, bags: Sequence[Bags], *weights: Tensor | None
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.group, ctx.request, ctx.bags = group, request, bags
-        # One rank pools straight from the table, where the device has it.
-        is_in_place = request.is_local and not group.is_on_host
-        source = group.weight if is_in_place else _fetch(group, request)
-        index = request.keys if is_in_place else request.inverse
+        here = _pooled_here(request, bags)
+        # One rank pools straight from the table.
+        source, index = (
+            group.rows_to_pool(request.keys) if request.is_local else (_fetch(group, request), request.inverse)
+        )
         ctx.vectors = (source, index) if any(ctx.needs_input_grad[4:]) else None
-        return tuple(pool_rows(source, index, bags))
+        pooled_here = iter(pool_rows(source, index, [bags[number] for number in here]) if here else ())
+        pooled_there = iter(request.sums.fetch() if request.sums is not None else ())
+        is_here = set(here)
+        return tuple(next(pooled_here if number in is_here else pooled_there) for number in range(len(bags)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         group, request, bags = ctx.group, ctx.request, ctx.bags
-        summed = pool_rows_backward(grads, bags, request.distinct, group.weight.shape[1])
-        _send_home(group, request, summed)
+        here = _pooled_here(request, bags)
+        if request.has_rows:
+            own = [bags[number] for number in here]
+            dim = group.weight.shape[1]
+            summed = (
+                pool_rows_backward([grads[number] for number in here], own, request.distinct, dim)
+                if own
+                else torch.zeros(0, dim, device=group.device)
+            )
+            _send_home(group, request, summed)
+        if request.sums is not None:
+            request.sums.send_home([grad for number, grad in enumerate(grads) if number not in here])
         of_weights: list[Tensor | None] = [None] * len(bags)
         if ctx.vectors is not None:
             source, index = ctx.vectors
-            parts = index.split([feature.num_values for feature in bags])
-            for number, (feature, part, grad) in enumerate(zip(bags, parts, grads, strict=True)):
+            parts = index.split([bags[number].num_values for number in here])
+            for number, part in zip(here, parts, strict=True):
+                grad = grads[number]
                 if ctx.needs_input_grad[4 + number] and grad is not None:
-                    of_weights[number] = grad_of_weights(source, part, feature, grad)
+                    of_weights[number] = grad_of_weights(source, part, bags[number], grad)
         return None, None, None, None, *of_weights
+
+
+def _pooled_here(request: RowRequest, bags: Sequence[Bags]) -> list[int]:
+    """Returns the positions of the features whose rows travel to this rank."""
+    at_owner = request.at_owner or [False] * len(bags)
+    return [number for number, is_there in enumerate(at_owner) if not is_there]

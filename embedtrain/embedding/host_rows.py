@@ -72,12 +72,17 @@ class HostRows:
 
     def read(self, rows: Tensor, dtype: torch.dtype | None) -> Tensor:
         """Returns the weights [n, dim] of local rows [n], on the device; rows may repeat."""
+        weight, places = self.look_up(rows)
+        return gather_rows(weight, places, dtype)
+
+    def look_up(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns weights on the device that hold the local rows [n], and the rows' places in them."""
         for copies in self._copies:
             if _all_in(rows, copies.rows):
                 break
         else:
             copies = self._keep(self._fetch(torch.unique(rows)))
-        return gather_rows(copies.weight, torch.searchsorted(copies.rows, rows), dtype)
+        return copies.weight, torch.searchsorted(copies.rows, rows)
 
     def bring_ahead(self, rows: Tensor) -> None:
         """Copies rows that the next step reads to the device; rows may repeat."""

@@ -202,6 +202,10 @@ class RowGroup:
             self._is_summed = True
         return self._pending[0]
 
+    def rows_to_pool(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns weights that hold the local rows [n], on the device, and the rows' places in them."""
+        return (self.weight, rows) if self._host is None else self._host.look_up(rows)
+
     @property
     def is_on_host(self) -> bool:
         """Whether the rows live in host memory, though the device computes on them."""

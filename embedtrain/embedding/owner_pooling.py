@@ -1,0 +1,255 @@
+"""Bags pooled where their rows are: their ids travel to the owners, and a sum per owner and bag comes back.
+
+A bag's ids may lie on several ranks. Each owner adds up its own rows of the bag; the rank of the example adds the
+owners' sums in order of rank, and divides a mean by the bag's length. In backward the gradient of each sum travels
+to its owner, which hands it on to the bag's rows there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from embedtrain.distributed.collectives import all_to_all_rows
+from embedtrain.distributed.runtime import size_of
+from embedtrain.embedding.shard import RowGroup
+from embedtrain.ops.pool_rows import Bags, pool_rows, pool_rows_backward
+from embedtrain.ops.sort_unique import SortedKeys, sort_unique
+from embedtrain.sharding.cost import Wire, bytes_of_rows, bytes_of_sums
+from embedtrain.spec import FeatureSpec
+from embedtrain.stages import stage
+
+
+def choose_owner(
+    group: RowGroup,
+    features: Sequence[FeatureSpec],
+    bags: Sequence[Bags],
+    weights: Sequence[Tensor | None],
+    keys: Tensor,
+) -> list[bool]:
+    """Decides for each feature of this rank's batch whether the owners of its rows pool its bags.
+
+    A function of the batch alone, so that a resumed run decides alike; ranks may decide differently.
+
+    Args:
+        group: the features' tables.
+        features: their declarations.
+        bags: their batches.
+        weights: the weights as the caller gave them.
+        keys: [n] int64; see `RowGroup.keys_of`.
+
+    Raises:
+        ValueError: pooling at the owner is forced where weights want a gradient, which needs the rows.
+    """
+    chosen = [False] * len(features)
+    if size_of(group.process_group) == 1:
+        return chosen
+    undecided = []
+    for number, (feature, batch, weight) in enumerate(zip(features, bags, weights, strict=True)):
+        needs_rows = weight is not None and weight.requires_grad and torch.is_grad_enabled()
+        if feature.pool_at == "owner" and needs_rows:
+            raise ValueError(
+                f"feature {feature.name!r}: the gradient of its weights needs the rows, which pool_at='owner' leaves "
+                "at their owners: declare pool_at='auto' or 'example', or detach the weights"
+            )
+        chosen[number] = feature.pool_at == "owner"
+        # Bags of one id each can only lose.
+        is_open = feature.pool_at == "auto" and feature.pooling != "none" and batch.num_values > batch.num_bags
+        if is_open and not needs_rows:
+            undecided.append(number)
+    if undecided:
+        parts = keys.split([batch.num_values for batch in bags])
+        moves_less = _moves_less(
+            group, [bags[number] for number in undecided], torch.cat([parts[number] for number in undecided])
+        )
+        for number, is_cheaper in zip(undecided, moves_less, strict=True):
+            chosen[number] = is_cheaper
+    return chosen
+
+
+def _moves_less(group: RowGroup, bags: Sequence[Bags], keys: Tensor) -> list[bool]:
+    """Returns for each feature by itself whether sums cost fewer bytes than its distinct rows, both counted."""
+    bound = size_of(group.process_group) * group.num_local_rows
+    sizes = torch.tensor([feature.num_values for feature in bags], device=keys.device)
+    ends_of_bags = torch.tensor([feature.num_bags for feature in bags], device=keys.device).cumsum(0)
+    with stage("unique"):
+        feature_of_value = torch.repeat_interleave(sizes, output_size=keys.numel())
+        rows = sort_unique(keys + feature_of_value * bound, bound=len(bags) * bound, with_inverse=False).unique
+        sums = _sort_by_owner(group, bags, keys).unique
+    feature_of_row = torch.div(rows, bound, rounding_mode="floor")
+    feature_of_sum = torch.bucketize(sums % ends_of_bags[-1], ends_of_bags, right=True)
+    counts = [torch.bincount(found, minlength=len(bags)) for found in (feature_of_row, feature_of_sum)]
+    num_rows, num_sums = torch.stack(counts).tolist()
+    dim = group.weight.shape[1]
+    wire = Wire(
+        id_bytes=_id_type(group).itemsize,
+        vector_bytes=group.vector_wire_dtype.itemsize,
+        gradient_bytes=group.gradient_wire_dtype.itemsize,
+        has_gradients=torch.is_grad_enabled(),
+    )
+    return [
+        bytes_of_sums(feature.num_values, num_sums[i], dim, wire, is_weighted=feature.weights is not None)
+        < bytes_of_rows(num_rows[i], dim, wire)
+        for i, feature in enumerate(bags)
+    ]
+
+
+class BagsAsked:
+    """This rank's bags whose rows their owners shall add up.
+
+    Args:
+        group: the tables.
+        bags: the features; there may be none.
+        keys: [n] int64; the keys of their rows, feature after feature.
+
+    Attributes:
+        id_counts: [world_size] int64; ids for each owner.
+        sum_counts: [world_size] int64; bags for each owner, which is how many sums it owes.
+        is_weighted: whether ids have factors.
+    """
+
+    def __init__(self, group: RowGroup, bags: Sequence[Bags], keys: Tensor) -> None:
+        self.bags = bags
+        self.num_bags = sum(feature.num_bags for feature in bags)
+        self.is_weighted = any(feature.weights is not None for feature in bags)
+        with stage("unique"):
+            self._by_owner = _sort_by_owner(group, bags, keys)
+        self._rows = keys % group.num_local_rows
+        ranks = torch.arange(size_of(group.process_group) + 1, device=keys.device)
+        ends = torch.searchsorted(self._by_owner.unique, ranks * self.num_bags)
+        self.sum_counts = ends.diff()
+        self.id_counts = self._by_owner.starts[ends].diff()
+
+    def payload(self, dtype: torch.dtype, is_weighted: bool) -> Tensor:
+        """Returns what travels to the owners: [n] rows, or [n, 2] rows and the bits of their weights.
+
+        The first row of each bag is stored as its complement, a negative number, so that lengths need not travel.
+        """
+        rows = self._rows[self._by_owner.order]
+        firsts = self._by_owner.starts[:-1]
+        rows[firsts] = ~rows[firsts]
+        if not is_weighted:
+            return rows.to(dtype)
+        weights = torch.cat(
+            [
+                rows.new_ones(feature.num_values, dtype=torch.float32) if feature.weights is None else feature.weights
+                for feature in self.bags
+            ]
+            or [rows.new_zeros(0, dtype=torch.float32)]
+        )
+        return torch.stack([rows.to(dtype), weights[self._by_owner.order].view(torch.int32).to(dtype)], dim=1)
+
+    def add_up(self, sums: Tensor) -> list[Tensor]:
+        """Returns per feature [num_bags, dim]: the owners' sums added in order of rank, means divided."""
+        by_bag = sort_unique(self._bag_of_sum, bound=max(self.num_bags, 1), with_inverse=False)
+        num_owners = torch.zeros(self.num_bags, dtype=torch.int64, device=sums.device)
+        num_owners[by_bag.unique] = by_bag.starts.diff()
+        factors = self._factors()
+        weights = None if factors is None else factors[self._bag_of_sum[by_bag.order]]
+        (pooled,) = pool_rows(sums, by_bag.order, [Bags(sums.shape[0], num_owners, weights)])
+        # `data` is no view to autograd: the caller may change one feature's vectors in place.
+        return [part.data for part in pooled.split([feature.num_bags for feature in self.bags])]
+
+    def share_out(self, grads: Sequence[Tensor | None], dim: int) -> Tensor:
+        """Returns [num_sums, dim] float32; the gradient of each owner's sum, in order of owner."""
+        of_bags = torch.cat(
+            [
+                self._rows.new_zeros(feature.num_bags, dim, dtype=torch.float32) if grad is None else grad
+                for feature, grad in zip(self.bags, grads, strict=True)
+            ]
+            or [self._rows.new_zeros(0, dim, dtype=torch.float32)]
+        )
+        factors = self._factors()
+        weights = None if factors is None else factors[self._bag_of_sum]
+        (shared,) = pool_rows(of_bags, self._bag_of_sum, [Bags(self._bag_of_sum.numel(), None, weights)])
+        return shared
+
+    @property
+    def _bag_of_sum(self) -> Tensor:
+        """[num_sums] int64, in order of owner; bags are numbered through all features."""
+        return self._by_owner.unique % max(self.num_bags, 1)
+
+    def _factors(self) -> Tensor | None:
+        """Returns [num_bags] float32, what a bag's sum is multiplied by; None where it is 1 for all."""
+        if not any(feature.is_mean for feature in self.bags):
+            return None
+        parts = []
+        for feature in self.bags:
+            lengths = _lengths_of(feature, self._rows.device)
+            parts.append(1.0 / lengths.clamp(min=1).float() if feature.is_mean else torch.ones_like(lengths).float())
+        return torch.cat(parts)
+
+
+class SumRequest:
+    """What one id exchange settled for the bags of a group that the owners of their rows pool.
+
+    Collective: every rank makes it, and calls its methods, together.
+
+    Args:
+        group: the tables.
+        asked: this rank's bags.
+        id_counts: ids for each rank, and from each.
+        sum_counts: sums from each rank, and for each.
+        is_weighted: whether the ids of any rank have factors.
+    """
+
+    def __init__(
+        self,
+        group: RowGroup,
+        asked: BagsAsked,
+        id_counts: tuple[list[int], list[int]],
+        sum_counts: tuple[list[int], list[int]],
+        is_weighted: bool,
+    ) -> None:
+        self._asked, self._group = asked, group
+        self._ask_counts, self._owe_counts = sum_counts
+        payload = asked.payload(_id_type(group), is_weighted)
+        received = all_to_all_rows(payload, *id_counts, group.process_group, group.shared)
+        signed = (received[:, 0] if is_weighted else received).long()
+        weights = received[:, 1].to(torch.int32).view(torch.float32) if is_weighted else None
+        is_first = signed < 0
+        self._rows = torch.where(is_first, ~signed, signed)
+        starts = is_first.nonzero().flatten()
+        lengths = torch.cat([starts, starts.new_tensor([signed.numel()])]).diff()
+        self._owed = Bags(signed.numel(), lengths, weights)
+
+    def fetch(self) -> list[Tensor]:
+        """Returns this rank's bags, pooled: per feature [num_bags, dim] float32."""
+        group = self._group
+        (sums,) = pool_rows(*group.rows_to_pool(self._rows), [self._owed])
+        # Sums have no storage to be exact to: they travel as gradients do, in float32 unless chosen otherwise.
+        sums = sums.to(group.gradient_wire_dtype)
+        received = all_to_all_rows(sums, self._owe_counts, self._ask_counts, group.process_group, group.shared)
+        return self._asked.add_up(received)
+
+    def send_home(self, grads: Sequence[Tensor | None]) -> None:
+        """Sends the gradients of the pooled vectors to the owners, where those of the rows wait for an optimizer."""
+        group = self._group
+        shared = self._asked.share_out(grads, group.weight.shape[1]).to(group.gradient_wire_dtype)
+        received = all_to_all_rows(shared, self._ask_counts, self._owe_counts, group.process_group, group.shared)
+        with stage("unique"):
+            rows = sort_unique(self._rows, bound=group.num_local_rows, with_inverse=False)
+        group.deliver(rows.unique, pool_rows_backward([received.float()], [self._owed], rows, group.weight.shape[1]))
+
+
+def _sort_by_owner(group: RowGroup, bags: Sequence[Bags], keys: Tensor) -> SortedKeys:
+    """Sorts the values by `owner * number of bags + bag`; bags are numbered through all features."""
+    lengths = torch.cat([keys.new_zeros(0), *(_lengths_of(feature, keys.device) for feature in bags)])
+    num_bags = max(lengths.numel(), 1)
+    bag_of_value = torch.repeat_interleave(lengths, output_size=keys.numel())
+    owner = torch.div(keys, group.num_local_rows, rounding_mode="floor")
+    bound = size_of(group.process_group) * num_bags
+    return sort_unique(owner * num_bags + bag_of_value, bound=bound, with_inverse=False)
+
+
+def _lengths_of(feature: Bags, device: torch.device) -> Tensor:
+    if feature.lengths is None:
+        return torch.ones(feature.num_values, dtype=torch.int64, device=device)
+    return feature.lengths
+
+
+def _id_type(group: RowGroup) -> torch.dtype:
+    """Returns in which type local rows travel: half the bytes, where they fit."""
+    return torch.int32 if group.num_local_rows < 1 << 31 else torch.int64
