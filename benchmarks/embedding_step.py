@@ -32,6 +32,7 @@ from record import Measure, append_results
 from torch import Tensor
 
 import embedtrain as et
+from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep, rowwise_adagrad
 
 LR, EPS = 0.01, 1e-8
@@ -262,7 +263,8 @@ def share_of_bound(cell: Cell, batches: list[Batch], probe: Callable[[Tensor, Te
     for number in range(12):
         rows, grad = inputs[number % NUM_BATCHES]
         start = time.perf_counter()
-        rowwise_adagrad(weight, accumulator, rows, grad, RowwiseAdagradStep(lr=LR, eps=EPS))
+        gradient = RowGradient.of_rows(rows, grad, weight.shape[0])
+        rowwise_adagrad(weight, accumulator, gradient, RowwiseAdagradStep(lr=LR, eps=EPS))
         between = time.perf_counter()
         probe(weight, inputs[(number + 1) % NUM_BATCHES][0])
         seconds[0].append(between - start)

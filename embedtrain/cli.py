@@ -7,13 +7,15 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from datetime import timedelta
 
 from embedtrain import inspection
 from embedtrain.build import Run, build_run, check_run_folder
+from embedtrain.comparison import Comparison, parse_rates
 from embedtrain.config import Config, load_config
+from embedtrain.config.optimizer import OPTIMIZERS
 from embedtrain.distributed.failure import explain_failure, is_of_the_group
 from embedtrain.distributed.runtime import Runtime, init_distributed, shut_down
 from embedtrain.errors import CheckpointError, NonFiniteError, UserError
@@ -65,6 +67,21 @@ def _build_parser() -> argparse.ArgumentParser:
     train.add_argument("--profile", action="store_true", help="write a Chrome trace and seconds per stage of 50 steps")
     train.set_defaults(run=_train)
 
+    compare = commands.add_parser("compare", help="train with several optimizers and draw how they learn")
+    compare.add_argument("config", help="YAML file that all runs share")
+    compare.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    compare.add_argument("--optimizers", required=True, metavar="A,B,...", help=f"of {', '.join(OPTIMIZERS)}")
+    compare.add_argument(
+        "--rates",
+        action="append",
+        default=[],
+        metavar="NAME=RATE,RATE",
+        help="learning rates to try; the optimizer's own times 0.1, 0.3, 1, 3 and 10 where not given. The best is "
+        "chosen by checkpoint.best_metric at the end",
+    )
+    compare.add_argument("--output", default="runs/compare", metavar="PATH", help="folder (runs/compare)")
+    compare.set_defaults(run=_compare)
+
     evaluate = commands.add_parser("evaluate", help="measure the vectors of a run on word analogies and similarity")
     _add_run(evaluate)
     evaluate.add_argument("--analogies", action="append", default=[], metavar="FILE", help="`: section` and `a b c d`")
@@ -100,36 +117,78 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    config = load_config(options.config, options.overrides)
-    folder = check_run_folder(config)
-    runtime = init_distributed(device=config.run.device, timeout_seconds=config.run.timeout_seconds)
+    return _train_each([load_config(options.config, options.overrides)], options, is_profiled=options.profile)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    names = [name for name in options.optimizers.split(",") if name]
+    comparison = Comparison(options.config, options.overrides, names, parse_rates(options.rates), options.output)
+    return _train_each(comparison.configs, options, may_diverge=True, finish=lambda: print(comparison.finish()))
+
+
+def _train_each(
+    configs: Sequence[Config],
+    options: argparse.Namespace,
+    *,
+    is_profiled: bool = False,
+    may_diverge: bool = False,
+    finish: Callable[[], None] = lambda: None,
+) -> int:
+    """Trains one run after another, and where all are done, rank 0 calls `finish`.
+
+    Args:
+        configs: of the runs.
+        options: of the command.
+        is_profiled: whether to write profiles.
+        may_diverge: whether a run whose gradient is not finite any more is done too.
+        finish: what to do in the end.
+    """
+    folders = [check_run_folder(config) for config in configs]
+    runtime = init_distributed(device=configs[0].run.device, timeout_seconds=configs[0].run.timeout_seconds)
+    for config, folder in zip(configs, folders, strict=True):
+        status, error = _train_one(config, folder, runtime, is_debugged=options.debug, is_profiled=is_profiled)
+        if may_diverge and isinstance(error, NonFiniteError):
+            status = EXIT_DONE
+        if status == EXIT_PREEMPTED:
+            break
+        if status != EXIT_DONE:
+            return status
+    else:
+        if runtime.rank == 0:
+            finish()
+    shut_down()
+    return status
+
+
+def _train_one(
+    config: Config, folder: RunFolder, runtime: Runtime, *, is_debugged: bool, is_profiled: bool
+) -> tuple[int, Exception | None]:
+    """Trains a run; returns its exit status, and what it failed with, which the user was told. Collective: all."""
     run = None
     try:
         with RunLock(folder.path, runtime.group) as lock:
             run = build_run(config, runtime, folder)
-            status = _run(run, config, runtime, lock, is_profiled=options.profile)
+            return _run(run, config, runtime, lock, is_profiled=is_profiled), None
     except UserError as error:
-        if options.debug:
+        if is_debugged:
             raise
         _tell_once(f"embedtrain: error: {error}", runtime)
-        return EXIT_USER_ERROR
+        return EXIT_USER_ERROR, error
     except _SHORT_ERRORS as error:
         # Raised alike on every rank.
         if runtime.rank == 0:
             _note_failure(folder, str(error))
         _tell_once(f"embedtrain: failed: {error}", runtime)
-        return EXIT_FAILED
+        return EXIT_FAILED, error
     except Exception as error:
-        if options.debug or not is_of_the_group(error):
+        if is_debugged or not is_of_the_group(error):
             _print(f"embedtrain: rank {runtime.rank} failed:\n{traceback.format_exc()}")
         doing = f"step {run.trainer.state.step + 1}" if run else "the preparation"
         failure = explain_failure(error, runtime, doing, config.run.timeout_seconds)
         if failure.is_spokesman:
             _note_failure(folder, failure.text)
             _print(f"embedtrain: failed: {failure.text}")
-        return EXIT_FAILED
-    shut_down()
-    return status
+        return EXIT_FAILED, error
 
 
 def _tell_once(line: str, runtime: Runtime) -> None:
@@ -157,13 +216,20 @@ def _run(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_profil
         _print(f"{done} of {run.trainer.total_steps:,}, {runtime.world_size} ranks, {runtime.device.type}")
     with ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
-        profile = stack.enter_context(_profile(run.folder, runtime.rank)) if is_profiled else None
+        observers = list(run.observers)
+        if is_profiled:
+            observers.append(stack.enter_context(_profile(run.folder, runtime.rank)).step)
+
+        def observe() -> None:
+            for observer in observers:
+                observer()
+
         is_complete = run.trainer.run(
             run.sinks,
             config.log.every_steps,
             before_save=lock.check,
             alive=watchdog.alive,
-            on_step=None if profile is None else profile.step,
+            on_step=observe,
         )
     for sink in run.sinks:
         sink.close()

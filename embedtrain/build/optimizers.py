@@ -21,9 +21,11 @@ def build_optimizer(section: OptimizerConfig, tables: EmbeddingCollection) -> op
         UserError: a hyperparameter is out of range.
     """
     settings: dict[str, Any] = dict(vars(section))
-    del settings["name"]  # there is one optimizer so far, and the configuration's type says so
+    # The loop resets the state; all else is the optimizer's own.
+    for name in ("name", "reset_state_from_step"):
+        del settings[name]
     try:
-        return optim.RowwiseAdagrad(tables, **settings)
+        return optim.OPTIMIZERS[section.name](tables, **settings)
     except ValueError as error:
         raise UserError(f"optimizer: {error}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from omegaconf import OmegaConf
@@ -19,6 +20,7 @@ from embedtrain.errors import UserError
 from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, TensorBoardSink
 from embedtrain.optim.schedule import schedule_factor
 from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
+from embedtrain.train.row_statistics import RowStatistics, TableStatistics
 from embedtrain.train.run_folder import TENSORBOARD_NAME, RunFolder
 from embedtrain.train.state import TrainState
 from embedtrain.train.task import Task
@@ -34,12 +36,14 @@ class Run:
         folder: the run folder.
         sinks: where rank 0 logs; none on other ranks.
         is_resumed: whether a checkpoint was found.
+        observers: called on every rank after each step.
     """
 
     trainer: Trainer
     folder: RunFolder
     sinks: list[MetricSink]
     is_resumed: bool
+    observers: list[Callable[[], None]]
 
 
 def check_run_folder(config: Config) -> RunFolder:
@@ -68,6 +72,7 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder) -> Run:
     Raises:
         UserError: the data cannot be used, or the checkpoint is of other data.
     """
+    earlier = folder.read_config()
     parts = _build_parts(config, runtime)
     state = TrainState()
     checkpoints = Checkpoints(
@@ -80,6 +85,7 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder) -> Run:
         group=runtime.group,
     )
     is_resumed = checkpoints.restore()
+    _check_reset(config, earlier, state)
     run_on_first(functools.partial(_write_folder, folder, config, parts), runtime.group)
     trainer = Trainer(
         parts.task,
@@ -88,10 +94,11 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder) -> Run:
         lr=config.optimizer.lr,
         schedule=functools.partial(_schedule_factor, config),
         checkpoints=checkpoints,
+        reset_state_from_step=config.optimizer.reset_state_from_step,
         group=runtime.group,
     )
     sinks = _build_sinks(config, folder, state, parts.task) if runtime.rank == 0 else []
-    return Run(trainer, folder, sinks, is_resumed)
+    return Run(trainer, folder, sinks, is_resumed, _build_observers(config, folder, state, parts.task, sinks, runtime))
 
 
 def _build_parts(config: Config, runtime: Runtime) -> Parts:
@@ -127,8 +134,20 @@ def _allowed_to_change(config: Config) -> tuple[str, ...]:
     return tuple(key for key, is_allowed in allowed.items() if is_allowed)
 
 
+def _check_reset(config: Config, earlier_yaml: str | None, state: TrainState) -> None:
+    """Refuses to reset the optimizer's state at a step that the run has passed without."""
+    asked = config.optimizer.reset_state_from_step
+    if asked is None or asked >= state.step or earlier_yaml is None:
+        return
+    if OmegaConf.select(OmegaConf.create(earlier_yaml), "optimizer.reset_state_from_step") != asked:
+        raise UserError(
+            f"optimizer.reset_state_from_step={asked}: {config.run.path} is at step {state.step} already; give that "
+            "step or a later one"
+        )
+
+
 def _schedule_factor(config: Config, done: float) -> float:
-    return schedule_factor(config.schedule.name, done, config.schedule.min_factor)
+    return schedule_factor(config.schedule.name, done, config.schedule.min_factor, config.schedule.warmup)
 
 
 def _write_folder(folder: RunFolder, config: Config, parts: Parts) -> None:
@@ -144,3 +163,34 @@ def _build_sinks(config: Config, folder: RunFolder, state: TrainState, task: Tas
     if config.log.tensorboard and local_path(folder.path) is not None:
         sinks.append(TensorBoardSink(folder.join(TENSORBOARD_NAME), purge_step=state.step + 1))
     return sinks
+
+
+def _build_observers(
+    config: Config,
+    folder: RunFolder,
+    state: TrainState,
+    task: Task,
+    sinks: Sequence[MetricSink],
+    runtime: Runtime,
+) -> list[Callable[[], None]]:
+    every = config.log.rows_every_steps
+    if every is None or not config.log.tensorboard or local_path(folder.path) is None:
+        return []
+    statistics = RowStatistics(task.tables, task.optimizer, task.frequencies, runtime.group)
+    boards = [sink for sink in sinks if isinstance(sink, TensorBoardSink)]
+
+    def observe() -> None:
+        if state.step % every == 0:
+            for table, found in statistics.measure().items():
+                for board in boards:
+                    _write_statistics(board, table, found, state.step)
+
+    return [observe]
+
+
+def _write_statistics(board: TensorBoardSink, table: str, found: TableStatistics, step: int) -> None:
+    board.log({"step": step, f"state_mean/{table}": found.mean_state, f"never_touched/{table}": found.never_touched})
+    for number, histogram in enumerate(found.rates, start=1):
+        decile = {1: "decile 1, hot", 10: "decile 10, rare"}.get(number, f"decile {number}")
+        name = "all rows" if len(found.rates) == 1 else decile
+        board.log_histogram(f"effective_rate_{table}/{name}", histogram, step)

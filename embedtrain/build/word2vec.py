@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Sequence
 
+import fsspec
 import torch
 
 from embedtrain.build.optimizers import build_optimizer
@@ -14,9 +16,12 @@ from embedtrain.data.corpus import PreparedCorpus
 from embedtrain.data.prepare import CorpusOptions, prepare_corpus
 from embedtrain.data.skipgram import SamplingOptions, TextBatches
 from embedtrain.distributed.runtime import Runtime
+from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import UserError
-from embedtrain.models.word2vec import INPUT, Word2Vec
-from embedtrain.train.task import Task
+from embedtrain.jagged import Jagged
+from embedtrain.metrics.word_similarity import evaluate_similarity
+from embedtrain.models.word2vec import INPUT, OUTPUT, Word2Vec
+from embedtrain.train.task import Evaluation, Task
 
 _logger = logging.getLogger(__name__)
 
@@ -45,7 +50,9 @@ def build_word2vec(config: Word2VecConfig, runtime: Runtime) -> Parts:
         model.tables,
         build_optimizer(config.optimizer, model.tables),
         _build_batches(config, runtime, corpus),
+        evaluation=_build_evaluation(config, model, corpus),
         unit="words",
+        frequencies=dict.fromkeys((INPUT, OUTPUT), torch.from_numpy(corpus.vocabulary.counts)),
     )
     facts = {
         "data_fingerprint": corpus.fingerprint,
@@ -53,6 +60,50 @@ def build_word2vec(config: Word2VecConfig, runtime: Runtime) -> Parts:
         "export_table": INPUT,
     }
     return Parts(task, facts, write_files=lambda folder: folder.write_vocabulary(corpus.vocabulary))
+
+
+def _build_evaluation(config: Word2VecConfig, model: Word2Vec, corpus: PreparedCorpus) -> Evaluation | None:
+    paths = config.evaluate.similarity
+    if not paths:
+        return None
+    measure = WordSimilarity(model.tables, corpus.vocabulary.words, [paths] if isinstance(paths, str) else paths)
+    return Evaluation(measure, config.evaluate.every_steps, config.evaluate.every_epochs)
+
+
+class WordSimilarity:
+    """Measures how well the word vectors agree with people's scores of word pairs.
+
+    Args:
+        tables: the model's.
+        words: the vocabulary, in order of id.
+        paths: files of pairs, on any fsspec URL.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+
+    def __init__(self, tables: EmbeddingCollection, words: Sequence[str], paths: Sequence[str]) -> None:
+        self._tables = tables
+        self._pairs: dict[str, list[str]] = {}
+        for path in paths:
+            try:
+                with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as file:
+                    self._pairs[path] = file.readlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"evaluate.similarity: {path} cannot be read: {error}") from error
+        asked = {word.upper() for lines in self._pairs.values() for line in lines for word in line.split()}
+        # The words of the pairs alone, in their order: all of the vocabulary may be too large for one rank.
+        ids = [number for number, word in enumerate(words) if word.upper() in asked]
+        self._ids, self._words = torch.tensor(ids, dtype=torch.int64, device=tables.device), [words[i] for i in ids]
+
+    def __call__(self, alive: Callable[[], None]) -> dict[str, float]:
+        """Returns the mean Spearman correlation of the files. Collective: every rank."""
+        with torch.no_grad():
+            vectors = self._tables({INPUT: Jagged.from_ids(self._ids)})[INPUT]
+        unit = torch.nn.functional.normalize(vectors).cpu().numpy()
+        found = [evaluate_similarity(unit, self._words, lines, source=path) for path, lines in self._pairs.items()]
+        alive()
+        return {"similarity": sum(report.spearman for report in found) / len(found)}
 
 
 def _prepare(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:

@@ -61,6 +61,11 @@ class RowChanges:
         """Returns where the tensors live."""
         return next(iter(self.tensors.values())).device
 
+    @property
+    def is_watched(self) -> bool:
+        """Returns whether anybody needs to be told of updates."""
+        return self._touched is not None or self._snapshot is not None
+
     def track(self) -> None:
         """Begins to note which rows are touched: one byte a row. Nothing where it has begun."""
         if self._touched is None:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from embedtrain.config.models import DEFAULT_MODEL, MODELS
+from embedtrain.config.optimizer import OPTIMIZERS, OptimizerConfig
 from embedtrain.config.sections import Config
 from embedtrain.errors import UserError
 
@@ -25,13 +26,19 @@ def load_config(path: str | None, overrides: Sequence[str]) -> Config:
     Raises:
         UserError: the file cannot be read, or a key or value is wrong; the message says what was meant.
     """
-    layers: list[tuple[str, DictConfig]] = []
-    if path is not None:
-        layers.append((path, _read_yaml(path)))
-    layers.extend((f"{override!r}", _parse_override(override)) for override in overrides)
-    model = _model_of(layers)
+    from_file = [] if path is None else [(path, _read_yaml(path))]
+    from_command = [(f"{override!r}", _parse_override(override)) for override in overrides]
+    model = _model_of([*from_file, *from_command])
+    default = model().optimizer
+    optimizer = _optimizer_of(from_file, default)
+    if (chosen := _optimizer_of(from_command, optimizer)).name != optimizer.name:
+        # Another optimizer than the file's: what the file says of that one's options is not meant for this one.
+        from_file = [(source, _without_optimizer(layer)) for source, layer in from_file]
+    layers = [*from_file, *from_command]
     merged = OmegaConf.structured(model)
+    merged.optimizer = default if chosen.name == default.name else chosen
     for source, layer in layers:
+        _refuse_options_of_others(source, layer, chosen)
         _refuse_unknown_keys(source, layer, model)
         try:
             merged = OmegaConf.merge(merged, layer)
@@ -102,6 +109,37 @@ def _model_of(layers: Sequence[tuple[str, DictConfig]]) -> type[Config]:
     return MODELS[name]
 
 
+def _optimizer_of(layers: Sequence[tuple[str, DictConfig]], default: OptimizerConfig) -> OptimizerConfig:
+    """Returns the section of the optimizer that the layers ask for, with its default values."""
+    name, named_in = default.name, ""
+    for source, layer in layers:
+        section = layer.get("optimizer")
+        if isinstance(section, DictConfig) and "name" in section:
+            name, named_in = section["name"], source
+    if name == default.name:
+        return default
+    if not isinstance(name, str) or name not in OPTIMIZERS:
+        raise UserError(f"{named_in}: there is no optimizer {name!r}; there are {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[name]()
+
+
+def _without_optimizer(layer: DictConfig) -> DictConfig:
+    return OmegaConf.create({key: layer._get_node(key) for key in layer if key != "optimizer"})
+
+
+def _refuse_options_of_others(source: str, layer: DictConfig, optimizer: OptimizerConfig) -> None:
+    """Refuses, by name, an option that another optimizer has and this one has not."""
+    section = layer.get("optimizer")
+    own = [field.name for field in fields(optimizer)]
+    for key in map(str, section if isinstance(section, DictConfig) else ()):
+        owners = [name for name, kind in OPTIMIZERS.items() if key in [field.name for field in fields(kind)]]
+        if key not in own and owners:
+            raise UserError(
+                f"{source}: the optimizer {optimizer.name} has no option {key}, {' and '.join(owners)} "
+                f"{'has' if len(owners) == 1 else 'have'}; its own are {', '.join(own)}"
+            )
+
+
 def _refuse_unknown_keys(source: str, layer: DictConfig, model: type[Config]) -> None:
     known = list(_keys_of(model))
     sections = list(dict.fromkeys(_beginnings(known)))
@@ -126,7 +164,10 @@ def _keys_of(section: type[Any], prefix: str = "") -> Iterator[str]:
     for field in fields(section):
         hint = hints[field.name]
         key = f"{prefix}{field.name}"
-        if is_dataclass(hint) and isinstance(hint, type):
+        if hint is OptimizerConfig:
+            names = {option.name: None for kind in OPTIMIZERS.values() for option in fields(kind)}
+            yield from (f"{key}.{name}" for name in names)
+        elif is_dataclass(hint) and isinstance(hint, type):
             yield from _keys_of(hint, f"{key}.")
         elif get_origin(hint) is dict and is_dataclass(get_args(hint)[1]):
             yield from _keys_of(get_args(hint)[1], f"{key}.NAME.")

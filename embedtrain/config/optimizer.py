@@ -1,24 +1,98 @@
-"""The optimizers' sections."""
+"""The optimizers' sections: `optimizer.name` chooses one, and with it the options that there are."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
 @dataclass
 class OptimizerConfig:
-    """Row-wise Adagrad of the tables; see `embedtrain.optim.RowwiseAdagrad`."""
+    """What every optimizer of the tables takes; see `embedtrain.optim.SparseOptimizer`."""
 
-    name: Literal["rowwise_adagrad"] = "rowwise_adagrad"
+    name: str = "???"
+    lr: float = 0.01
+    weight_decay: float = 0.0
+    """L2 factor, of the rows that a step touches."""
+    decoupled_weight_decay: bool = False
+    """Take the decay from the row itself, not through the gradient."""
+    maximize: bool = False
+    max_row_grad_norm: float | None = None
+    """Scale the gradient of each row down to this norm."""
+    max_norm: float | None = None
+    """Scale each row down to this norm after a step."""
+    max_grad_norm: float | None = None
+    """Scale the gradients of all tables and ranks down to this norm together."""
+    nonfinite: Literal["error", "skip"] = "error"
+    reset_state_from_step: int | None = None
+    """Start the optimizer's state anew at this step, in a run under way too."""
+
+
+@dataclass
+class RowwiseAdagradConfig(OptimizerConfig):
+    """See `embedtrain.optim.RowwiseAdagrad`."""
+
+    name: str = "rowwise_adagrad"
     lr: float = 0.6
     eps: float = 1e-10
     initial_accumulator_value: float = 100.0
     lr_decay: float = 0.0
-    weight_decay: float = 0.0
-    decoupled_weight_decay: bool = False
-    max_grad_norm: float | None = None
-    nonfinite: Literal["error", "skip"] = "error"
+    accumulator_decay: float | None = None
+    """Make the accumulator an average that forgets; null sums."""
+
+
+@dataclass
+class AdagradConfig(OptimizerConfig):
+    """See `embedtrain.optim.Adagrad`."""
+
+    name: str = "adagrad"
+    eps: float = 1e-10
+    initial_accumulator_value: float = 0.0
+    lr_decay: float = 0.0
+
+
+@dataclass
+class SGDConfig(OptimizerConfig):
+    """See `embedtrain.optim.SGD`."""
+
+    name: str = "sgd"
+
+
+@dataclass
+class AdamConfig(OptimizerConfig):
+    """See `embedtrain.optim.Adam`."""
+
+    name: str = "adam"
+    lr: float = 0.001
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+
+
+@dataclass
+class RowwiseAdamConfig(AdamConfig):
+    """See `embedtrain.optim.RowwiseAdam`."""
+
+    name: str = "rowwise_adam"
+
+
+@dataclass
+class RMSpropConfig(OptimizerConfig):
+    """See `embedtrain.optim.RMSprop`."""
+
+    name: str = "rmsprop"
+    alpha: float = 0.99
+    eps: float = 1e-8
+
+
+OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
+    "rowwise_adagrad": RowwiseAdagradConfig,
+    "adagrad": AdagradConfig,
+    "sgd": SGDConfig,
+    "adam": AdamConfig,
+    "rowwise_adam": RowwiseAdamConfig,
+    "rmsprop": RMSpropConfig,
+}
+"""The section of each optimizer by its name, the value of `optimizer.name`."""
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from embedtrain.config.optimizer import OptimizerConfig
+from embedtrain.config.optimizer import OptimizerConfig, RowwiseAdagradConfig
 from embedtrain.errors import UserError
 
 
@@ -64,7 +64,9 @@ class TrainConfig:
 class ScheduleConfig:
     """The learning rate over the run."""
 
-    name: Literal["constant", "linear", "cosine"] = "linear"
+    name: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "linear"
+    warmup: float = 0.0
+    """Share of the run over which the rate first rises to its base."""
     min_factor: float = 1e-4
     """The rate does not fall below this factor of its base."""
 
@@ -123,6 +125,8 @@ class LogConfig:
     every_steps: int = 50
     tensorboard: bool = True
     """Also write scalars for TensorBoard into the run folder, where that is local."""
+    rows_every_steps: int | None = 1000
+    """How often TensorBoard gets the rows' effective learning rates and the growth of the optimizer's state."""
 
 
 @dataclass
@@ -137,7 +141,7 @@ class Config:
     seed: int = 1
     run: RunConfig = field(default_factory=RunConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=RowwiseAdagradConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
@@ -150,7 +154,13 @@ class Config:
         "output": "run.path",
     }
     """Names that other programs have for our keys, too far from them for a search by spelling."""
-    MAY_CHANGE: ClassVar[tuple[str, ...]] = ("run.", "checkpoint.", "resume.", "log.")
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (
+        "run.",
+        "checkpoint.",
+        "resume.",
+        "log.",
+        "optimizer.reset_state_from_step",
+    )
     """Beginnings of the keys that a resumed run may give anew."""
 
     def check(self) -> None:
@@ -164,16 +174,24 @@ class Config:
             setting = getattr(self.checkpoint, name)
             if setting is not None and setting < 0:
                 raise UserError(f"checkpoint.{name} must be at least 0, got {setting}")
+        if not 0 <= self.schedule.warmup < 1:
+            raise UserError(f"schedule.warmup must be a share of the run in [0, 1), got {self.schedule.warmup}")
+        if self.schedule.name == "inverse_sqrt" and self.schedule.warmup == 0:
+            raise UserError("schedule.name=inverse_sqrt falls from the end of its warm-up: give schedule.warmup too")
         if not 0 <= self.schedule.min_factor <= 1:
             raise UserError(f"schedule.min_factor must be in [0, 1], got {self.schedule.min_factor}")
         if not self.optimizer.lr > 0:
             raise UserError(f"optimizer.lr must be positive, got {self.optimizer.lr}")
+        reset = self.optimizer.reset_state_from_step
+        if reset is not None and reset < 0:
+            raise UserError(f"optimizer.reset_state_from_step must be at least 0, got {reset}")
         if self.run.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"run.device must be auto, cpu or cuda, got {self.run.device!r}")
 
     def _counts(self) -> Iterator[tuple[str, Any]]:
         yield "train.epochs", self.train.epochs
         yield "log.every_steps", self.log.every_steps
+        yield "log.rows_every_steps", self.log.rows_every_steps
         for name in ("every_steps", "keep_last", "keep_every", "keep_best", "full_every"):
             yield f"checkpoint.{name}", getattr(self.checkpoint, name)
 

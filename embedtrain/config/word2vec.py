@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from embedtrain.config.sections import Config, PlacedTableConfig, TrainConfig, require_at_least_one
+from embedtrain.config.sections import Config, EvaluateConfig, PlacedTableConfig, TrainConfig, require_at_least_one
 from embedtrain.errors import UserError
 
 
@@ -52,6 +52,14 @@ class TextTrainConfig(TrainConfig):
 
 
 @dataclass
+class WordEvaluateConfig(EvaluateConfig):
+    """Agreement with people's scores of word pairs during training."""
+
+    similarity: Any = None
+    """A file of `word word score` lines, or a list of them; null for none. Logged as `similarity`, their mean."""
+
+
+@dataclass
 class Word2VecConfig(Config):
     """Everything that defines a run of word2vec."""
 
@@ -60,6 +68,7 @@ class Word2VecConfig(Config):
     table: PlacedTableConfig = field(default_factory=PlacedTableConfig)
     word2vec: SkipGramConfig = field(default_factory=SkipGramConfig)
     train: TextTrainConfig = field(default_factory=TextTrainConfig)
+    evaluate: WordEvaluateConfig = field(default_factory=WordEvaluateConfig)
 
     MEANT: ClassVar[Mapping[str, str]] = {
         **Config.MEANT,
@@ -75,6 +84,7 @@ class Word2VecConfig(Config):
         *Config.MAY_CHANGE,
         "data.path",
         "data.cache_path",
+        "evaluate.",
         "table.placement",
         "table.cache_bytes",
     )
@@ -89,6 +99,8 @@ class Word2VecConfig(Config):
             "train.block_words": self.train.block_words,
             "word2vec.window": self.word2vec.window,
             "word2vec.negatives": self.word2vec.negatives,
+            "evaluate.every_epochs": self.evaluate.every_epochs,
+            "evaluate.every_steps": self.evaluate.every_steps,
         }
         require_at_least_one(iter(counts.items()))
         if not 0 <= self.word2vec.sample < 1:

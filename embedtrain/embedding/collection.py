@@ -291,6 +291,7 @@ class EmbeddingCollection(nn.Module):
             for name in batch:
                 members.setdefault(self._place_of(name)[0], []).append(name)
             for number, names in members.items():
+                names.sort(key=lambda name: self._place_of(name)[1])  # in order of local row, which helps to sort
                 keys = self._keys_of(number, names, batch)
                 lookups[number] = self._lookup(number, names, batch, keys) if may_pool else Lookup(keys)
         except ValueError as raised:
@@ -302,6 +303,9 @@ class EmbeddingCollection(nn.Module):
         """Parts the features of a group into those whose rows travel here and those that owners pool."""
         group, features = self.row_groups[number], [self.features[name] for name in names]
         bags = [bags_of(batch[feature.name], feature.pooling) for feature in features]
+        if size_of(self.process_group) == 1:
+            tables = [self._place_of(name)[1] for name in names]
+            return Lookup(keys, runs=group.runs_of(tables, [feature.num_values for feature in bags]))
         at_owner = choose_owner(group, features, bags, [batch[name].weights for name in names], keys)
         if not any(at_owner):
             return Lookup(keys)

@@ -18,6 +18,7 @@ from embedtrain.distributed.runtime import size_of
 from embedtrain.embedding.owner_pooling import BagsAsked, SumRequest
 from embedtrain.embedding.shard import RowGroup
 from embedtrain.ops.pool_rows import Bags, grad_of_weights, pool_rows, pool_rows_backward
+from embedtrain.ops.row_gradient import Delivery, Run
 from embedtrain.ops.sort_unique import SortedKeys, sort_unique
 from embedtrain.stages import stage
 
@@ -30,11 +31,13 @@ class Lookup:
         keys: [num_keys] int64; see `RowGroup.keys_of`. Of the rows that travel here.
         bags: the bags that the owners of their rows pool; None where there are none.
         at_owner: per feature of the batch, whether it is among `bags`.
+        runs: of the keys, where one rank has all rows.
     """
 
     keys: Tensor
     bags: BagsAsked | None = None
     at_owner: Sequence[bool] = ()
+    runs: Sequence[Run] = ()
 
 
 class RowRequest:
@@ -42,7 +45,7 @@ class RowRequest:
 
     Attributes:
         keys: [num_keys] int64; see `Lookup`.
-        at_owner: likewise.
+        at_owner, runs: likewise.
         sums: what it settled for bags pooled at the owners; None where no rank has any.
         has_rows: whether any rank asks for rows, which every rank knows.
         ask_counts: distinct rows that this rank asks of each rank; none where it has all rows itself.
@@ -62,7 +65,7 @@ class RowRequest:
         sums: SumRequest | None = None,
         has_rows: bool = True,
     ) -> None:
-        self.keys, self.at_owner = lookup.keys, lookup.at_owner
+        self.keys, self.at_owner, self.runs = lookup.keys, lookup.at_owner, lookup.runs
         self._bound = bound  # all keys are below it
         self.ask_counts = list(ask_counts)
         self.owe_counts = list(owe_counts)
@@ -256,7 +259,8 @@ def _send_home(group: RowGroup, request: RowRequest, grad: Tensor) -> None:
     if not request.is_local:
         wired = grad.to(group.gradient_wire_dtype)
         grad = all_to_all_rows(wired, request.ask_counts, request.owe_counts, group.process_group, group.shared).float()
-    group.deliver(request.rows, grad)
+    # Rows of one rank are distinct; several ranks may ask for the same.
+    group.deliver(Delivery(request.rows, [Bags(request.rows.numel())], [grad], is_unique=request.is_local))
 
 
 class _ExchangeVectors(torch.autograd.Function):
@@ -297,7 +301,9 @@ class _LookUpBags(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         group, request, bags = ctx.group, ctx.request, ctx.bags
         here = _pooled_here(request, bags)
-        if request.has_rows:
+        if request.is_local:
+            group.deliver(Delivery(request.keys, bags, grads, runs=request.runs))
+        elif request.has_rows:
             own = [bags[number] for number in here]
             dim = group.weight.shape[1]
             summed = (

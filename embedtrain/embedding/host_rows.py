@@ -10,6 +10,7 @@ from torch import Tensor
 
 from embedtrain.checkpoint.changes import RowChanges
 from embedtrain.ops.gather_rows import gather_rows
+from embedtrain.ops.row_gradient import RowGradient
 
 WEIGHT = "weight"
 
@@ -22,22 +23,22 @@ class TouchedRows:
         rows: [n] int64, ascending; the local rows.
         weight: [n, dim].
         state: name -> [n] or [n, dim] float32.
-        keys_of: rows and step -> keys for stochastic rounding; see `RowGroup.rounding_keys`.
+        keys_of: local rows and step -> keys for stochastic rounding; see `RowGroup.rounding_keys`.
     """
 
     rows: Tensor
     weight: Tensor
     state: dict[str, Tensor]
-    keys_of: Callable[[Tensor, int], Tensor | None]
+    keys_of: Callable[[Tensor, int], Tensor]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The weight and the states by name."""
         return {WEIGHT: self.weight, **self.state}
 
-    def rounding_keys(self, rows: Tensor, step: int) -> Tensor | None:
-        """Returns the keys of rows given by their places among these."""
-        return self.keys_of(self.rows[rows], step)
+    def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
+        """Returns the keys of the rows at the gradient's places; None for float32 rows."""
+        return self.keys_of(self.rows[gradient.rows], step) if self.weight.dtype == torch.bfloat16 else None
 
 
 class HostRows:
@@ -58,7 +59,7 @@ class HostRows:
         changes: RowChanges,
         device: torch.device,
         hot_rows: Callable[[int], Tensor],
-        keys_of: Callable[[Tensor, int], Tensor | None],
+        keys_of: Callable[[Tensor, int], Tensor],
     ) -> None:
         self._changes = changes
         self._device = device

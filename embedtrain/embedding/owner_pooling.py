@@ -15,7 +15,8 @@ from torch import Tensor
 from embedtrain.distributed.collectives import all_to_all_rows
 from embedtrain.distributed.runtime import size_of
 from embedtrain.embedding.shard import RowGroup
-from embedtrain.ops.pool_rows import Bags, pool_rows, pool_rows_backward
+from embedtrain.ops.pool_rows import Bags, pool_rows
+from embedtrain.ops.row_gradient import Delivery
 from embedtrain.ops.sort_unique import SortedKeys, sort_unique
 from embedtrain.sharding.cost import Wire, bytes_of_rows, bytes_of_sums
 from embedtrain.spec import FeatureSpec
@@ -229,9 +230,7 @@ class SumRequest:
         group = self._group
         shared = self._asked.share_out(grads, group.weight.shape[1]).to(group.gradient_wire_dtype)
         received = all_to_all_rows(shared, self._ask_counts, self._owe_counts, group.process_group, group.shared)
-        with stage("unique"):
-            rows = sort_unique(self._rows, bound=group.num_local_rows, with_inverse=False)
-        group.deliver(rows.unique, pool_rows_backward([received.float()], [self._owed], rows, group.weight.shape[1]))
+        group.deliver(Delivery(self._rows, [self._owed], [received.float()]))
 
 
 def _sort_by_owner(group: RowGroup, bags: Sequence[Bags], keys: Tensor) -> SortedKeys:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,16 +21,12 @@ from embedtrain.embedding.init import initial_rows
 from embedtrain.embedding.placement import DEVICE, Placement, hot_rows
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.mix import mix64
+from embedtrain.ops.row_gradient import Delivery, RowGradient, Run
 from embedtrain.ops.row_memory import allocate_rows
-from embedtrain.ops.segment_sum import segment_sum
-from embedtrain.ops.sort_unique import sort_unique
 from embedtrain.ops.spread_keys import SpreadTable, spread_keys
 from embedtrain.optim.sparse import RowsToUpdate
 from embedtrain.sharding.layout import SpreadLayout
 from embedtrain.spec import TableSpec
-
-RowGradient = tuple[Tensor, Tensor]
-"""Local rows [n] int64 and their gradient [n, dim] float32."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +115,8 @@ class RowGroup:
         self.changes = RowChanges({"weight": self.weight})
         self.shards: list[TableShard] = []
         self._spread: list[SpreadTable] = []
-        self._pending: list[RowGradient] = []
-        self._is_summed = True
+        self._deliveries: list[Delivery] = []
+        self._waiting: RowGradient | None = None
         first_row = 0
         for spec, layout in zip(specs, layouts, strict=True):
             start, stop = layout.shard_range(rank_of(process_group))
@@ -130,7 +127,7 @@ class RowGroup:
             first_row += layout.rows_per_rank
         pieces = [(shard.layout, shard.slots, shard.first_row) for shard in self.shards]
         choose = functools.partial(hot_rows, pieces, placement.cache_bytes, size_of(process_group))
-        self._host = HostRows(self.changes, device, choose, self.rounding_keys) if placement.is_host else None
+        self._host = HostRows(self.changes, device, choose, self._rounding_keys) if placement.is_host else None
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -150,6 +147,14 @@ class RowGroup:
             The keys, and per feature how many ids are not rows of its table; keys of those mean nothing.
         """
         return spread_keys(ids, [self._spread[table] for table in tables], self.num_local_rows)
+
+    def runs_of(self, tables: Sequence[int], num_values: Sequence[int]) -> list[Run]:
+        """Returns where the local rows of features lie, whose tables, one a feature, are in ascending order."""
+        runs: list[Run] = []
+        for number, same_table in itertools.groupby(zip(tables, num_values, strict=True), key=lambda pair: pair[0]):
+            table = self._spread[number]
+            runs.append(Run(sum(count for _, count in same_table), table.first_row, table.rows_per_rank))
+        return runs
 
     @property
     def table_names(self) -> list[str]:
@@ -173,34 +178,31 @@ class RowGroup:
         self.changes.before_update_of_all()
         self.state[name].fill_(value)
 
-    def deliver(self, rows: Tensor, grad: Tensor) -> None:
-        """Adds gradients that came from the ranks; they wait here for the optimizer.
+    def deliver(self, delivery: Delivery) -> None:
+        """Adds gradients of local rows that one backward left; they wait here for the optimizer, not yet summed."""
+        self._deliveries.append(delivery)
+        self._waiting = None
 
-        What one rank alone delivers in one call is unique already.
-        """
-        world_size = size_of(self.process_group)
-        if self._pending and self._is_summed and world_size > 1:
-            # Someone looked at the mean over the ranks before the last micro-batch: back to the sum.
-            self._pending = [(old_rows, old_grad * world_size) for old_rows, old_grad in self._pending]
-        self._is_summed = not self._pending and world_size == 1
-        self._pending.append((rows, grad))
-
-    def gradient(self) -> RowGradient:
-        """Returns the touched rows, unique and ascending, and the gradient of the global mean loss for each.
+    def waiting_gradient(self) -> RowGradient:
+        """Returns the gradient of the global mean loss as it was delivered.
 
         Losses are means over the local batch; the gradient of the mean over the global batch is the sum of what the
         ranks delivered divided by the world size, which happens here and nowhere else.
         """
-        if not self._pending:
-            empty = torch.zeros(0, dtype=torch.int64, device=self.device)
-            return empty, torch.zeros(0, self.weight.shape[1], device=self.device)
-        if not self._is_summed:
-            rows = torch.cat([rows for rows, _ in self._pending])
-            grad = torch.cat([grad for _, grad in self._pending]) if len(self._pending) > 1 else self._pending[0][1]
-            keys = sort_unique(rows, bound=self.num_local_rows, with_inverse=False)
-            self._pending = [(keys.unique, segment_sum(grad, keys, 1.0 / size_of(self.process_group)))]
-            self._is_summed = True
-        return self._pending[0]
+        if self._waiting is None:
+            dim, device = self.weight.shape[1], self.device
+            if self._deliveries:
+                factor = 1.0 / size_of(self.process_group)
+                self._waiting = RowGradient(self._deliveries, num_rows=self.num_local_rows, dim=dim, factor=factor)
+            else:
+                no_rows = torch.zeros(0, dtype=torch.int64, device=device)
+                self._waiting = RowGradient.of_rows(no_rows, torch.zeros(0, dim, device=device), self.num_local_rows)
+        return self._waiting
+
+    def gradient(self) -> tuple[Tensor, Tensor]:
+        """Returns the touched rows [n] int64, unique and ascending, and [n, dim] float32, the gradient of each."""
+        waiting = self.waiting_gradient()
+        return waiting.rows, waiting.values
 
     def rows_to_pool(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Returns weights that hold the local rows [n], on the device, and the rows' places in them."""
@@ -220,15 +222,18 @@ class RowGroup:
         if self._host is not None:
             self._host.bring_ahead(rows)
 
-    def open_rows(self, rows: Tensor) -> tuple[RowsToUpdate, Tensor]:
-        """Returns what holds the rows [n], unique and ascending, for an update, and their places in it.
+    def open_rows(self, gradient: RowGradient) -> tuple[RowsToUpdate, RowGradient]:
+        """Returns what holds the gradient's rows for an update, and the gradient by their places in it.
 
         `close_rows` follows the update.
         """
-        if self._host is None:
-            self.changes.before_update(rows)
-            return self, rows
-        return self._host.open(rows), torch.arange(rows.numel(), device=rows.device)
+        if self._host is not None:
+            opened, num_rows = self._host.open(gradient.rows), gradient.rows.numel()
+            places = torch.arange(num_rows, device=self.device)
+            return opened, RowGradient.of_rows(places, gradient.values, num_rows)
+        if self.changes.is_watched:
+            self.changes.before_update(gradient.rows)
+        return self, gradient
 
     def close_rows(self) -> None:
         """Ends an update of rows that were opened."""
@@ -247,8 +252,8 @@ class RowGroup:
 
     def clear_gradient(self) -> None:
         """Forgets all gradients delivered."""
-        self._pending = []
-        self._is_summed = True
+        self._deliveries = []
+        self._waiting = None
 
     def describe(self, row: int) -> str:
         """Names the table and the id of a local row, for messages."""
@@ -256,13 +261,14 @@ class RowGroup:
         slot = torch.tensor(shard.slots[0] + row - shard.first_row)
         return f"table {shard.spec.name!r}, row {int(shard.layout.id_of(slot))}"
 
-    def rounding_keys(self, rows: Tensor, step: int) -> Tensor | None:
-        """Returns a key per local row and step for stochastic rounding; None for float32 weights.
+    def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
+        """Returns a key per row of the gradient and step for stochastic rounding; None for float32 weights.
 
         The key depends on table, slot and step alone, so every world size rounds alike.
         """
-        if self.weight.dtype != torch.bfloat16:
-            return None
+        return self._rounding_keys(gradient.rows, step) if self.weight.dtype == torch.bfloat16 else None
+
+    def _rounding_keys(self, rows: Tensor, step: int) -> Tensor:
         firsts = torch.tensor([shard.first_row for shard in self.shards], device=rows.device)
         starts = torch.tensor([shard.slots[0] for shard in self.shards], device=rows.device)
         table = torch.searchsorted(firsts, rows, right=True) - 1

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from embedtrain.embedding.features import resolve_features
 from embedtrain.embedding.ids import valid_bags
 from embedtrain.embedding.init import initial_rows
-from embedtrain.embedding.shard import RowGradient
 from embedtrain.jagged import Jagged
 from embedtrain.ops.mix import mix64
+from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.sharding.layout import SpreadLayout
 from embedtrain.spec import FeatureSpec, TableSpec
 
@@ -58,15 +58,15 @@ class UnshardedTable:
         """Sets a state of all rows."""
         self.state[name].fill_(value)
 
-    def gradient(self) -> RowGradient:
+    def waiting_gradient(self) -> RowGradient:
         """Returns the rows touched since the last clearing and their gradients."""
         rows = self.touched.nonzero().flatten()
         grad = torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad
-        return rows, grad[rows]
+        return RowGradient.of_rows(rows, grad[rows], self.spec.num_rows)
 
-    def open_rows(self, rows: Tensor) -> tuple[UnshardedTable, Tensor]:
-        """Returns itself and the rows."""
-        return self, rows
+    def open_rows(self, gradient: RowGradient) -> tuple[UnshardedTable, RowGradient]:
+        """Returns itself and the gradient."""
+        return self, gradient
 
     def close_rows(self) -> None:
         """Does nothing."""
@@ -80,10 +80,11 @@ class UnshardedTable:
         """Names the table and the id."""
         return f"table {self.spec.name!r}, row {row}"
 
-    def rounding_keys(self, rows: Tensor, step: int) -> Tensor | None:
+    def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
         """Returns the keys for stochastic rounding that `RowGroup.rounding_keys` gives the same rows."""
         if self.weight.dtype != torch.bfloat16:
             return None
+        rows = gradient.rows
         per_step = mix64(mix64(torch.full_like(rows, step)) + self._position)
         return per_step + self.layout.slot_of(rows)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol, TextIO
 
@@ -15,6 +17,19 @@ from fsspec.implementations.local import LocalFileSystem
 from embedtrain.errors import UserError
 
 Record = Mapping[str, float | int | str]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How many values lie between edges.
+
+    Attributes:
+        edges: n + 1, rising.
+        counts: n.
+    """
+
+    edges: Sequence[float]
+    counts: Sequence[float]
 
 
 class MetricSink(Protocol):
@@ -112,6 +127,27 @@ class TensorBoardSink:
         for name, value in record.items():
             if name != "step" and not isinstance(value, str):
                 self._writer.add_scalar(name, value, step)
+
+    def log_histogram(self, name: str, histogram: Histogram, step: int) -> None:
+        """Writes a histogram; nothing where it has no values."""
+        filled = [place for place, count in enumerate(histogram.counts) if count]
+        if not filled:
+            return
+        # TensorBoard draws from the lowest edge on: the bins between the outermost filled ones say enough.
+        first, last = filled[0], filled[-1] + 1
+        counts, edges = histogram.counts[first:last], histogram.edges[first : last + 1]
+        middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
+        self._writer.add_histogram_raw(
+            name,
+            min=edges[0],
+            max=edges[-1],
+            num=int(sum(counts)),
+            sum=sum(count * middle for count, middle in zip(counts, middles, strict=True)),
+            sum_squares=sum(count * middle**2 for count, middle in zip(counts, middles, strict=True)),
+            bucket_limits=list(edges[1:]),
+            bucket_counts=list(counts),
+            global_step=step,
+        )
 
     def close(self) -> None:
         """Writes the events that are held back."""

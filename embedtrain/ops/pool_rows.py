@@ -69,7 +69,9 @@ def pool_rows(source: Tensor, index: Tensor, bags: Sequence[Bags]) -> list[Tenso
     return reference.pool_rows(source, index, bags)
 
 
-def pool_rows_backward(grads: Sequence[Tensor | None], bags: Sequence[Bags], keys: SortedKeys, dim: int) -> Tensor:
+def pool_rows_backward(
+    grads: Sequence[Tensor | None], bags: Sequence[Bags], keys: SortedKeys, dim: int, factor: float = 1.0
+) -> Tensor:
     """Sums, for each distinct row, the gradients of the bags that it is in.
 
     Args:
@@ -77,6 +79,7 @@ def pool_rows_backward(grads: Sequence[Tensor | None], bags: Sequence[Bags], key
         bags: the features, as in forward.
         keys: the sorted rows of the values.
         dim: of the rows.
+        factor: of every sum.
 
     Returns:
         [num_distinct, dim] float32; duplicates are added in order of position, whatever the number of threads.
@@ -89,14 +92,14 @@ def pool_rows_backward(grads: Sequence[Tensor | None], bags: Sequence[Bags], key
     if dispatch.uses_native(keys.order):
         from embedtrain.ops.native import pool_rows as native
 
-        return native.pool_rows_backward(grads, bags, keys, dim)
+        return native.pool_rows_backward(grads, bags, keys, dim, factor)
     if dispatch.uses_triton(keys.order):
         from embedtrain.ops.triton import pool_rows as triton
 
-        return triton.pool_rows_backward(grads, bags, keys, dim)
+        return triton.pool_rows_backward(grads, bags, keys, dim, factor)
     from embedtrain.ops.reference import pool_rows as reference
 
-    return reference.pool_rows_backward(grads, bags, keys, dim)
+    return reference.pool_rows_backward(grads, bags, keys, dim, factor)
 
 
 def grad_of_weights(source: Tensor, index: Tensor, feature: Bags, grad: Tensor) -> Tensor:

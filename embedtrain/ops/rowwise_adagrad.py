@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.ops import dispatch
+from embedtrain.ops.row_gradient import RowGradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +31,8 @@ class RowwiseAdagradStep:
     rounding_keys: Tensor | None = None
 
 
-def rowwise_adagrad(
-    weight: Tensor, accumulator: Tensor, rows: Tensor, row_grad: Tensor, step: RowwiseAdagradStep
-) -> None:
-    """Updates the given rows and their accumulators in place, in float32.
+def rowwise_adagrad(weight: Tensor, accumulator: Tensor, gradient: RowGradient, step: RowwiseAdagradStep) -> None:
+    """Updates the rows of a gradient and their accumulators in place, in float32.
 
     With `g` the gradient of a row: `state += mean(g * g)`, then
     `row -= lr * g / (sqrt(state) + eps)` with the new state.
@@ -41,8 +40,7 @@ def rowwise_adagrad(
     Args:
         weight: [num_rows, dim] float32 or bfloat16; the local shard.
         accumulator: [num_rows] float32.
-        rows: [n] int64, unique; local rows.
-        row_grad: [n, dim] float32; gradient of the global mean loss, duplicates already summed.
+        gradient: of the global mean loss; what is not summed yet is summed on the way.
         step: the hyperparameters of this update.
 
     Raises:
@@ -52,35 +50,33 @@ def rowwise_adagrad(
 
     Source: Duchi et al. 2011; one accumulator a row as in Lerer et al. 2019 (PyTorch-BigGraph).
     """
-    _check(weight, accumulator, rows, row_grad, step)
-    if rows.numel() == 0:
-        return
+    _check(weight, accumulator, gradient, step)
     if dispatch.uses_native(weight):
         from embedtrain.ops.native import rowwise_adagrad as native
 
-        native.rowwise_adagrad(weight, accumulator, rows, row_grad, step)
+        native.rowwise_adagrad(weight, accumulator, gradient, step)
     elif dispatch.uses_triton(weight):
         from embedtrain.ops.triton import rowwise_adagrad as triton
 
-        triton.rowwise_adagrad(weight, accumulator, rows, row_grad, step)
+        triton.rowwise_adagrad(weight, accumulator, gradient, step)
     else:
         from embedtrain.ops.reference import rowwise_adagrad as reference
 
-        reference.rowwise_adagrad(weight, accumulator, rows, row_grad, step)
+        reference.rowwise_adagrad(weight, accumulator, gradient.rows, gradient.values, step)
 
 
-def _check(weight: Tensor, accumulator: Tensor, rows: Tensor, row_grad: Tensor, step: RowwiseAdagradStep) -> None:
+def _check(weight: Tensor, accumulator: Tensor, gradient: RowGradient, step: RowwiseAdagradStep) -> None:
     if weight.dim() != 2 or accumulator.shape != weight.shape[:1]:
         raise ValueError(
             f"expected weight [num_rows, dim] and accumulator [num_rows], got {tuple(weight.shape)} "
             f"and {tuple(accumulator.shape)}"
         )
-    if row_grad.shape != (rows.numel(), weight.shape[1]):
-        raise ValueError(f"expected row_grad [{rows.numel()}, {weight.shape[1]}], got {tuple(row_grad.shape)}")
-    if rows.dtype != torch.int64 or accumulator.dtype != torch.float32 or row_grad.dtype != torch.float32:
+    if gradient.dim != weight.shape[1] or gradient.num_rows != weight.shape[0]:
         raise ValueError(
-            f"expected rows int64, accumulator and row_grad float32, got {rows.dtype}, {accumulator.dtype} "
-            f"and {row_grad.dtype}"
+            f"expected a gradient of rows of [{weight.shape[0]}, {weight.shape[1]}], got one of "
+            f"[{gradient.num_rows}, {gradient.dim}]"
         )
+    if accumulator.dtype != torch.float32:
+        raise ValueError(f"expected an accumulator of float32, got {accumulator.dtype}")
     if (weight.dtype == torch.bfloat16) != (step.rounding_keys is not None):
         raise ValueError(f"rounding_keys go with bfloat16 weights and only with them; weight is {weight.dtype}")

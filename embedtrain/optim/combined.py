@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from embedtrain.optim.sparse import NonFinitePolicy, RowStore, RowsToUpdate, SparseOptimizer
+from embedtrain.ops.row_gradient import RowGradient
+from embedtrain.optim.sparse import EffectiveRates, NonFinitePolicy, RowStore, RowsToUpdate, SparseOptimizer
 
 
 class _Groups:
@@ -56,10 +55,18 @@ class Combined(SparseOptimizer):
         return "+".join(optimizer.name for optimizer in self._optimizers)
 
     def update(
-        self, store: RowsToUpdate, rows: Tensor, grad: Tensor, settings: dict[str, Any], grad_factor: float = 1.0
+        self, store: RowsToUpdate, gradient: RowGradient, settings: dict[str, Any], grad_factor: float = 1.0
     ) -> None:
         """Applies the formula of the optimizer whose group it is."""
-        self._owners[settings["tables"][0]].update(store, rows, grad, settings, grad_factor)
+        self._owners[settings["tables"][0]].update(store, gradient, settings, grad_factor)
+
+    def effective_rates(self, group: int, rows: slice) -> EffectiveRates | None:
+        """See `SparseOptimizer.effective_rates`."""
+        store = self.stores[group]
+        owner = self._owners[store.table_names[0]]
+        own = next(number for number, other in enumerate(owner.stores) if other is store)
+        owner.param_groups[own].update(self.param_groups[group])
+        return owner.effective_rates(own, rows)
 
     def reset_state(self) -> None:
         """See `SparseOptimizer.reset_state`."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
+from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import Moments, RowStep
 from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep, rowwise_adagrad
 from embedtrain.optim.adagrad import ACCUMULATOR, decayed_rate
@@ -72,12 +71,12 @@ class RowwiseAdagrad(MomentOptimizer):
         return decayed_rate(settings)
 
     def update(
-        self, store: RowsToUpdate, rows: Tensor, grad: Tensor, settings: dict[str, Any], grad_factor: float = 1.0
+        self, store: RowsToUpdate, gradient: RowGradient, settings: dict[str, Any], grad_factor: float = 1.0
     ) -> None:
         """Applies the formula; without the options that few runs use, by the quickest kernel."""
-        step = self.row_step(store, rows, settings, grad_factor)
+        step = self.row_step(store, gradient, settings, grad_factor)
         if settings["accumulator_decay"] is not None or not _is_plain(step):
-            super().update(store, rows, grad, settings, grad_factor)
+            super().update(store, gradient, settings, grad_factor)
             return
         plain = RowwiseAdagradStep(
             lr=step.lr,
@@ -86,7 +85,7 @@ class RowwiseAdagrad(MomentOptimizer):
             decoupled_weight_decay=step.decoupled_weight_decay,
             rounding_keys=step.rounding_keys,
         )
-        rowwise_adagrad(store.weight, store.state[ACCUMULATOR], rows, grad, plain)
+        rowwise_adagrad(store.weight, store.state[ACCUMULATOR], gradient, plain)
 
 
 def _is_plain(step: RowStep) -> bool:

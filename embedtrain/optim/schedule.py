@@ -5,34 +5,64 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-Schedule = Callable[[float], float]
-"""Takes the share of the run that is done, 0 to 1; returns the factor of the base learning rate."""
+Schedule = Callable[[float, float], float]
+"""Takes the share of the run that is done and the share that is warm-up, both 0 to 1; returns the factor of the base
+learning rate after the warm-up."""
 
 
-def constant(done: float) -> float:
+def constant(done: float, warmup: float) -> float:
     """The base rate throughout."""
     return 1.0
 
 
-def linear(done: float) -> float:
+def linear(done: float, warmup: float) -> float:
     """Falls in a straight line to zero, as word2vec's."""
-    return 1.0 - done
+    return 1.0 - _since(done, warmup)
 
 
-def cosine(done: float) -> float:
+def cosine(done: float, warmup: float) -> float:
     """Falls along half a cosine to zero."""
-    return 0.5 * (1.0 + math.cos(math.pi * done))
+    return 0.5 * (1.0 + math.cos(math.pi * _since(done, warmup)))
 
 
-SCHEDULES: dict[str, Schedule] = {"constant": constant, "linear": linear, "cosine": cosine}
+def inverse_sqrt(done: float, warmup: float) -> float:
+    """Falls with the inverse square root of the steps, from the base rate at the end of the warm-up.
+
+    Source: Vaswani et al. 2017, "Attention is all you need", section 5.3.
+    """
+    return math.sqrt(warmup / done)
 
 
-def schedule_factor(name: str, done: float, min_factor: float) -> float:
+SCHEDULES: dict[str, Schedule] = {
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
+    "inverse_sqrt": inverse_sqrt,
+}
+
+
+def schedule_factor(name: str, done: float, min_factor: float = 0.0, warmup: float = 0.0) -> float:
     """Returns a schedule's factor at `done` in [0, 1], not below `min_factor`.
 
+    Args:
+        name: a key of `SCHEDULES`.
+        done: share of the run that is done.
+        min_factor: least factor.
+        warmup: share of the run over which the rate first rises in a straight line to the base rate.
+
     Raises:
-        ValueError: there is no schedule of this name.
+        ValueError: there is no schedule of this name, or the warm-up is out of range.
     """
     if name not in SCHEDULES:
         raise ValueError(f"there is no schedule {name!r}; there are {', '.join(sorted(SCHEDULES))}")
-    return max(SCHEDULES[name](min(max(done, 0.0), 1.0)), min_factor)
+    if not 0 <= warmup < 1:
+        raise ValueError(f"warmup must be a share in [0, 1), got {warmup}")
+    if name == "inverse_sqrt" and warmup == 0:
+        raise ValueError("the schedule inverse_sqrt falls from the end of its warm-up: warmup must be positive")
+    done = min(max(done, 0.0), 1.0)
+    factor = done / warmup if done < warmup else SCHEDULES[name](done, warmup)
+    return max(factor, min_factor)
+
+
+def _since(done: float, warmup: float) -> float:
+    return (done - warmup) / (1.0 - warmup)

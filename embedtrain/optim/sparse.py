@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch import Tensor
 from embedtrain.distributed.collectives import all_gather_object, all_reduce_sum
 from embedtrain.distributed.runtime import rank_of
 from embedtrain.errors import NonFiniteError
+from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import RowStep, row_update
 
 if TYPE_CHECKING:
@@ -35,6 +36,20 @@ class RowState:
     name: str
     per_element: bool = False
     fill: float = 0.0
+
+
+class EffectiveRates(NamedTuple):
+    """How far rows would move now, for a gradient as large as their own was so far.
+
+    Attributes:
+        rates: [n]; the learning rate over the divisor, a mean over dim where each element has one.
+        mean_states: [n]; second moments, a mean over dim likewise.
+        is_untouched: [n] bool; whether the second moment has its first value.
+    """
+
+    rates: Tensor
+    mean_states: Tensor
+    is_untouched: Tensor
 
 
 class CommonOptions(TypedDict, total=False):
@@ -65,8 +80,8 @@ class RowsToUpdate(Protocol):
     weight: Tensor
     state: dict[str, Tensor]
 
-    def rounding_keys(self, rows: Tensor, step: int) -> Tensor | None:
-        """Returns keys for stochastic rounding, or None for float32 rows."""
+    def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
+        """Returns keys of the gradient's rows for stochastic rounding, or None for float32 rows."""
 
 
 class RowStore(RowsToUpdate, Protocol):
@@ -86,11 +101,11 @@ class RowStore(RowsToUpdate, Protocol):
     def fill_state(self, name: str, value: float) -> None:
         """Sets a state of all rows."""
 
-    def gradient(self) -> tuple[Tensor, Tensor]:
-        """Returns the touched rows, unique, and their summed gradients."""
+    def waiting_gradient(self) -> RowGradient:
+        """Returns the gradient of the touched rows."""
 
-    def open_rows(self, rows: Tensor) -> tuple[RowsToUpdate, Tensor]:
-        """Returns what holds the rows for an update, and their places in it."""
+    def open_rows(self, gradient: RowGradient) -> tuple[RowsToUpdate, RowGradient]:
+        """Returns what holds the gradient's rows for an update, and the gradient by their places in it."""
 
     def close_rows(self) -> None:
         """Ends the update."""
@@ -196,18 +211,21 @@ class SparseOptimizer(torch.optim.Optimizer):
         return float(settings["lr"])
 
     def update(
-        self, store: RowsToUpdate, rows: Tensor, grad: Tensor, settings: dict[str, Any], grad_factor: float = 1.0
+        self, store: RowsToUpdate, gradient: RowGradient, settings: dict[str, Any], grad_factor: float = 1.0
     ) -> None:
-        """Applies the formula to rows [n] with gradients [n, dim] times a factor; `settings` is the parameter group."""
+        """Applies the formula to the rows of a gradient times a factor; `settings` is the parameter group."""
         names = [state.name for state in self.states]
 
         def direction(grad: Tensor, touched: Sequence[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
             return self.direction(grad, dict(zip(names, touched, strict=True)), settings)
 
-        step = self.row_step(store, rows, settings, grad_factor)
-        row_update(store.weight, [store.state[name] for name in names], rows, grad, step, direction)
+        step = self.row_step(store, gradient, settings, grad_factor)
+        states = [store.state[name] for name in names]
+        row_update(store.weight, states, gradient.rows, gradient.values, step, direction)
 
-    def row_step(self, store: RowsToUpdate, rows: Tensor, settings: dict[str, Any], grad_factor: float) -> RowStep:
+    def row_step(
+        self, store: RowsToUpdate, gradient: RowGradient, settings: dict[str, Any], grad_factor: float
+    ) -> RowStep:
         """Returns what the options make of a step."""
         return RowStep(
             lr=self.rate(settings),
@@ -216,8 +234,12 @@ class SparseOptimizer(torch.optim.Optimizer):
             weight_decay=settings["weight_decay"],
             decoupled_weight_decay=settings["decoupled_weight_decay"],
             max_norm=_or_infinity(settings["max_norm"]),
-            rounding_keys=store.rounding_keys(rows, settings["step"]),
+            rounding_keys=store.rounding_keys(gradient, settings["step"]),
         )
+
+    def effective_rates(self, group: int, rows: slice) -> EffectiveRates | None:
+        """Returns what is left of the learning rate for local rows of a group of tables; None without a divisor."""
+        return None
 
     def reset_state(self) -> None:
         """Sets the states of all rows to their first values, and the count of steps to zero, as if just made."""
@@ -241,14 +263,14 @@ class SparseOptimizer(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("sparse optimizers take no closure: run backward, then step()")
-        gradients = [store.gradient() for store in self.stores]
+        gradients = [store.waiting_gradient() for store in self.stores]
         scale = self._agree(gradients)
         if scale is None:
             return
-        for store, (rows, grad), settings in zip(self.stores, gradients, self.param_groups, strict=True):
+        for store, gradient, settings in zip(self.stores, gradients, self.param_groups, strict=True):
             settings["step"] += 1
-            opened, places = store.open_rows(rows)
-            self.update(opened, places, grad, settings, scale)
+            opened, placed = store.open_rows(gradient)
+            self.update(opened, placed, settings, scale)
             store.close_rows()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -256,13 +278,19 @@ class SparseOptimizer(torch.optim.Optimizer):
         for store in self.stores:
             store.clear_gradient()
 
-    def _agree(self, gradients: Sequence[tuple[Tensor, Tensor]]) -> float | None:
+    def _agree(self, gradients: Sequence[RowGradient]) -> float | None:
         """Returns the factor for all gradients, or None to leave the step out. Collective: every rank."""
-        # The sum of squares is not finite where any gradient is not, so one number serves both questions.
-        total = math.nan if self._veto is not None else sum(_sum_of_squares(grad) for _, grad in gradients)
+        # The sum of squares is not finite where any gradient is not, so one number serves both questions; where
+        # nobody asks for the norm, gradients need not be summed to know that they are finite.
+        if self._veto is not None:
+            total = math.nan
+        elif self.max_grad_norm is not None:
+            total = sum(gradient.sum_of_squares() for gradient in gradients)
+        else:
+            total = 0.0 if all(gradient.is_finite() for gradient in gradients) else math.nan
         process_group = self.stores[0].process_group
         if process_group is not None:
-            squares = torch.tensor(total, dtype=torch.float64, device=gradients[0][1].device)
+            squares = torch.tensor(total, dtype=torch.float64, device=self.stores[0].weight.device)
             total = float(all_reduce_sum(squares, process_group))
         if not math.isfinite(total):
             self._handle_nonfinite(gradients)
@@ -272,7 +300,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             return 1.0
         return self.max_grad_norm / norm
 
-    def _handle_nonfinite(self, gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def _handle_nonfinite(self, gradients: Sequence[RowGradient]) -> None:
         veto, self._veto = self._veto, None
         self.num_skipped += 1
         if self.nonfinite == "skip":
@@ -287,20 +315,12 @@ class SparseOptimizer(torch.optim.Optimizer):
             "Lower the learning rate, clip gradients (max_grad_norm), or leave such steps out (nonfinite=skip)."
         )
 
-    def _first_nonfinite(self, gradients: Sequence[tuple[Tensor, Tensor]]) -> str | None:
-        for store, (rows, grad) in zip(self.stores, gradients, strict=True):
-            bad = (~grad.isfinite()).any(dim=1).nonzero()
+    def _first_nonfinite(self, gradients: Sequence[RowGradient]) -> str | None:
+        for store, gradient in zip(self.stores, gradients, strict=True):
+            bad = (~gradient.values.isfinite()).any(dim=1).nonzero()
             if bad.numel():
-                first = bad[0, 0]
-                return f"the gradient of {store.describe(int(rows[first]))} is not finite"
+                return f"the gradient of {store.describe(int(gradient.rows[bad[0, 0]]))} is not finite"
         return None
-
-
-def _sum_of_squares(grad: Tensor) -> float:
-    flat = grad.flatten()
-    squares = float(torch.dot(flat, flat))
-    # Large but finite float32 values overflow the quick sum; float64 holds any of them.
-    return squares if math.isfinite(squares) else float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2
 
 
 def _or_infinity(bound: float | None) -> float:

@@ -140,7 +140,7 @@ class Checkpoints:
             "train": self._state.as_json(),
             "metrics": {name: value for name, value in self.metrics.items() if _is_json(value)},
             "optimizer": {
-                "name": type(self._optimizer).__name__,
+                "name": self._optimizer.name,
                 "param_groups": self._optimizer.state_dict()["param_groups"],
                 "num_skipped": self._optimizer.num_skipped,
             },
@@ -205,7 +205,7 @@ class Checkpoints:
     def _take_over(self, reader: CheckpointReader, path: str) -> None:
         saved, load = reader.state, self._resume.load
         is_reset = load.optimizer_state == "reset"
-        expected = {"optimizer": type(self._optimizer).__name__}
+        expected = {"optimizer": self._optimizer.name}
         if self._dense is not None:
             expected["dense_optimizer"] = self._dense.name
         for role, name in expected.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -65,6 +65,7 @@ class Task:
         evaluation: how the model is measured during training; None for not at all.
         summarize: turns the sums of `Objective.sums` over steps and ranks into measures; None where there are none.
         unit: what the batches count, in the plural: names the counters among the metrics.
+        frequencies: by table [num_rows], how often each id occurs in the data, where that is known.
     """
 
     model: Model
@@ -75,3 +76,4 @@ class Task:
     evaluation: Evaluation | None = None
     summarize: Callable[[Tensor], Mapping[str, float]] | None = None
     unit: str = "examples"
+    frequencies: Mapping[str, Tensor] = field(default_factory=dict)

@@ -35,6 +35,7 @@ class Trainer:
         lr: base learning rate of the tables.
         schedule: factor of every base learning rate by the share of the run that is done.
         checkpoints: when and how to save.
+        reset_state_from_step: when this many steps are done, the tables' optimizer starts its state anew.
         group: the ranks of the run.
     """
 
@@ -48,6 +49,7 @@ class Trainer:
         schedule: Callable[[float], float],
         checkpoints: Checkpoints,
         group: dist.ProcessGroup | None,
+        reset_state_from_step: int | None = None,
     ) -> None:
         self.state = state
         self.total_steps = epochs * task.batches.steps_per_epoch
@@ -56,6 +58,7 @@ class Trainer:
         self._lr = lr
         self._schedule = schedule
         self._checkpoints = checkpoints
+        self._reset_state_from_step = reset_state_from_step
         self._group = group
         self._window = _Window()
 
@@ -119,6 +122,8 @@ class Trainer:
 
     def _step_once(self) -> None:
         task = self._task
+        if self.state.step == self._reset_state_from_step:
+            task.optimizer.reset_state()
         prepared = self._ahead.take(self.state.epoch, self.state.step_in_epoch)
         factor = self._schedule(self.state.step / self.total_steps)
         objective = train_step(
@@ -155,6 +160,7 @@ class Trainer:
         record = {
             "step": self.state.step,
             "epoch": self._epochs_done(),
+            "seconds": self.state.seconds,
             "loss": float(sums[_LOSS]) / max(float(sums[_PREDICTIONS]), 1.0),
             f"{unit}_per_second": float(sums[_EXAMPLES]) / seconds,
             "learning_rate": self._lr * self._schedule((self.state.step - 1) / self.total_steps),
@@ -170,7 +176,8 @@ class Trainer:
         """Measures on held-out data. Collective: every rank."""
         assert self._task.evaluation is not None
         measures = self._task.evaluation.measure(alive or _do_nothing)
-        self._take({"step": self.state.step, "epoch": self._epochs_done(), **measures}, sinks)
+        when = {"step": self.state.step, "epoch": self._epochs_done(), "seconds": self.state.seconds}
+        self._take({**when, **measures}, sinks)
         self._window.leave_out_time()
 
     def _take(self, record: Mapping[str, float | int | str], sinks: Sequence[MetricSink]) -> None:

@@ -14,7 +14,7 @@ import embedtrain
 ROOT = Path(__file__).resolve().parents[2]
 
 # Needed by some commands only; a library user should not wait for them.
-DEFERRED_MODULES = {"gensim", "pyarrow", "scipy", "tensorboard", "triton"}
+DEFERRED_MODULES = {"gensim", "matplotlib", "pyarrow", "scipy", "tensorboard", "triton"}
 MAX_IMPORT_SECONDS = 0.3
 
 FOREIGN_TEXT = ["/work/", "/root/", "/home/", "/Users/", "helper-", "contracts.md", "findings.md", "style.md"]

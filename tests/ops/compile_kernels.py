@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from embedtrain.ops.pool_rows import Bags
+from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import Moments, RowStep
 from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep
 from embedtrain.ops.skipgram_block import TextBlock
@@ -63,11 +64,12 @@ def launch_all(dim: int, dtype: torch.dtype, num_rows: int) -> None:
     keys = sort_unique(rows)
     for feature in (Bags(5), Bags(5, lengths), Bags(5, lengths, weights, is_mean=True), Bags(5, weights=weights)):
         pool_rows.pool_rows(source, rows, [feature])
-        pool_rows.pool_rows_backward([torch.zeros(feature.num_bags, dim)], [feature], keys, dim)
+        pool_rows.pool_rows_backward([torch.zeros(feature.num_bags, dim)], [feature], keys, dim, 0.5)
     segment_sum.segment_sum(torch.zeros(5, dim), keys, 0.5)
     rounding_keys = rows if dtype == torch.bfloat16 else None
     step = RowwiseAdagradStep(lr=0.1, eps=1e-8, rounding_keys=rounding_keys)
-    rowwise_adagrad.rowwise_adagrad(source, torch.zeros(num_rows), rows, torch.zeros(5, dim), step)
+    gradient = RowGradient.of_rows(rows, torch.zeros(5, dim), num_rows)
+    rowwise_adagrad.rowwise_adagrad(source, torch.zeros(num_rows), gradient, step)
     for bound in (1.0, math.inf):
         row_step = RowStep(lr=0.1, max_row_grad_norm=bound, max_norm=bound, rounding_keys=rounding_keys)
         for first in (None, torch.zeros(num_rows, dim)):

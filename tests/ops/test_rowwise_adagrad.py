@@ -9,6 +9,7 @@ import torch
 
 from embedtrain.ops.mix import mix64
 from embedtrain.ops.reference.stochastic_rounding import round_to_bfloat16
+from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep, rowwise_adagrad
 
 SETTINGS = [
@@ -47,7 +48,7 @@ def make(num_rows: int, dim: int, num_touched: int) -> tuple[torch.Tensor, ...]:
 def test_equals_a_plain_loop(backend: str, num_rows: int, dim: int, num_touched: int, settings: dict) -> None:
     weight, accumulator, rows, grad = make(num_rows, dim, num_touched)
     expected = plain_loop(weight, accumulator, rows, grad, RowwiseAdagradStep(**settings))
-    rowwise_adagrad(weight, accumulator, rows, grad, RowwiseAdagradStep(**settings))
+    rowwise_adagrad(weight, accumulator, RowGradient.of_rows(rows, grad, num_rows), RowwiseAdagradStep(**settings))
     # Python computes in float64: what is left is the rounding of float32 sums over dim.
     torch.testing.assert_close(weight, expected[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(accumulator, expected[1], rtol=1e-5, atol=1e-6)
@@ -56,7 +57,8 @@ def test_equals_a_plain_loop(backend: str, num_rows: int, dim: int, num_touched:
 def test_untouched_rows_keep_every_bit(backend: str) -> None:
     weight, accumulator, rows, grad = make(20, 8, 6)
     before = weight.clone(), accumulator.clone()
-    rowwise_adagrad(weight, accumulator, rows, grad, RowwiseAdagradStep(lr=0.1, eps=1e-8, weight_decay=0.1))
+    step = RowwiseAdagradStep(lr=0.1, eps=1e-8, weight_decay=0.1)
+    rowwise_adagrad(weight, accumulator, RowGradient.of_rows(rows, grad, 20), step)
     untouched = torch.ones(20, dtype=torch.bool)
     untouched[rows] = False
     assert torch.equal(weight[untouched], before[0][untouched])
@@ -70,8 +72,9 @@ def test_bfloat16_rows_round_alike_in_every_implementation(backend: str) -> None
     stored, exact = weight.bfloat16(), weight.bfloat16().float()
     state = accumulator.clone()
     step = RowwiseAdagradStep(lr=0.1, eps=1e-8, rounding_keys=keys)
-    rowwise_adagrad(stored, accumulator, rows, grad, step)
-    rowwise_adagrad(exact, state, rows, grad, RowwiseAdagradStep(lr=0.1, eps=1e-8))
+    gradient = RowGradient.of_rows(rows, grad, 50)
+    rowwise_adagrad(stored, accumulator, gradient, step)
+    rowwise_adagrad(exact, state, gradient, RowwiseAdagradStep(lr=0.1, eps=1e-8))
     expected = round_to_bfloat16(exact[rows], keys)
     # The last bit of a float32 sum may differ between implementations, and then, rarely, its rounding.
     assert (stored[rows] == expected).float().mean() > 0.99
@@ -101,7 +104,8 @@ def test_disagreeing_arguments_are_refused(backend: str, argument: str) -> None:
     else:
         keys = rows
     with pytest.raises(ValueError):
-        rowwise_adagrad(weight, accumulator, rows, grad, RowwiseAdagradStep(lr=0.1, eps=0.1, rounding_keys=keys))
+        gradient = RowGradient.of_rows(rows, grad, 9)
+        rowwise_adagrad(weight, accumulator, gradient, RowwiseAdagradStep(lr=0.1, eps=0.1, rounding_keys=keys))
 
 
 def test_a_row_outside_the_table_is_an_index_error_or_left_out(backend: str) -> None:
@@ -111,8 +115,8 @@ def test_a_row_outside_the_table_is_an_index_error_or_left_out(backend: str) -> 
     if backend == "triton":
         others = torch.tensor([0, 1, 3, 4])
         expected = plain_loop(weight, accumulator, rows[others], grad[others], step)
-        rowwise_adagrad(weight, accumulator, rows, grad, step)
+        rowwise_adagrad(weight, accumulator, RowGradient.of_rows(rows, grad, 9), step)
         torch.testing.assert_close(weight, expected[0], rtol=1e-5, atol=1e-6)
         return
     with pytest.raises(IndexError):
-        rowwise_adagrad(weight, accumulator, rows, grad, step)
+        rowwise_adagrad(weight, accumulator, RowGradient.of_rows(rows, grad, 9), step)

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import inspect
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from embedtrain import optim
 from embedtrain.config import differing_keys, load_config, to_yaml
+from embedtrain.config.optimizer import OPTIMIZERS
 from embedtrain.errors import UserError
+from embedtrain.optim.sparse import CommonOptions
 
 TEXT = "data.path=corpus.txt"
 
@@ -59,7 +64,7 @@ def test_an_unknown_key_says_what_was_meant(override: str, meant: str) -> None:
         ("table.dim=0", ["table.dim must be at least 1, got 0"]),
         ("table.dtype=float16", ["table.dtype", "float16"]),
         ("train.epochs=-1", ["train.epochs"]),
-        ("optimizer.name=adam", ["optimizer.name", "adam"]),
+        ("optimizer.name=adamax", ["adamax", "rowwise_adagrad, adagrad, sgd"]),
         ("optimizer.lr=0", ["optimizer.lr must be positive"]),
         ("word2vec.sample=1.5", ["word2vec.sample"]),
         ("word2vec.architecture=glove", ["word2vec.architecture", "glove"]),
@@ -124,3 +129,50 @@ def test_the_configurations_that_we_ship_are_valid(name: str) -> None:
 def test_an_unknown_model_is_named() -> None:
     assert "there is no model 'glove'; there are word2vec" in message_of(None, "model=glove")
     assert "there is no model" in message_of(None, "model=[word2vec]")
+
+
+def test_the_optimizers_name_chooses_its_options() -> None:
+    config = load_config(None, [TEXT, "optimizer.name=adam", "optimizer.betas=[0.8,0.99]", "optimizer.max_norm=2"])
+    assert (config.optimizer.name, config.optimizer.lr, config.optimizer.betas) == ("adam", 0.001, [0.8, 0.99])
+    assert load_config(None, [TEXT]).optimizer.name == "rowwise_adagrad"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_section_has_exactly_the_options_of_its_optimizer(name: str) -> None:
+    of_class = inspect.signature(optim.OPTIMIZERS[name].__init__).parameters.keys() - {"self", "collection", "options"}
+    of_all = CommonOptions.__annotations__.keys()
+    assert of_class | of_all == {field.name for field in fields(OPTIMIZERS[name])} - {"name", "reset_state_from_step"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (
+            ["optimizer.name=sgd", "optimizer.betas=[1]"],
+            ["sgd has no option betas", "adam and rowwise_adam have"],
+        ),
+        (
+            ["optimizer.accumulator_decay=0.9", "optimizer.name=adagrad"],
+            ["has no option", "rowwise_adagrad has"],
+        ),
+        (["optimizer.name=adamax"], ["there is no optimizer 'adamax'; there are rowwise_adagrad, adagrad, sgd"]),
+        (["optimizer.momentum=0.9"], ["no key optimizer.momentum"]),
+        (["schedule.name=inverse_sqrt"], ["give schedule.warmup too"]),
+        (["schedule.warmup=1"], ["schedule.warmup must be a share"]),
+        (["optimizer.reset_state_from_step=-1"], ["reset_state_from_step must be at least 0"]),
+    ],
+)
+def test_an_option_that_does_not_apply_is_refused_by_name(overrides: list[str], parts: list[str]) -> None:
+    message = message_of(None, TEXT, *overrides)
+    assert all(part in message for part in parts), message
+
+
+def test_another_optimizer_than_the_files_starts_from_its_own_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, "optimizer: {name: rowwise_adagrad, lr: 0.6, initial_accumulator_value: 7.0}\n")
+    assert load_config(path, [TEXT, "optimizer.name=rowwise_adagrad"]).optimizer.initial_accumulator_value == 7.0
+    assert load_config(path, [TEXT, "optimizer.name=adam"]).optimizer.lr == 0.001
+
+
+def test_when_the_state_is_reset_may_change() -> None:
+    first, second = (to_yaml(load_config(None, [TEXT, *more])) for more in ([], ["optimizer.reset_state_from_step=9"]))
+    assert differing_keys(first, second) == []

@@ -37,7 +37,7 @@ def pool_rows(source: Tensor, index: Tensor, bags: Sequence[Bags]) -> list[Tenso
 def pool_rows_backward(
     grads: Sequence[Tensor | None], bags: Sequence[Bags], keys: SortedKeys, dim: int, factor: float = 1.0
 ) -> Tensor:
-    """See `embedtrain.ops.pool_rows`; `factor` is of every sum."""
+    """See `embedtrain.ops.pool_rows`."""
     table, kept = describe(bags, grads)
     summed = empty_buffer(keys.unique.numel(), dim)
     library.get().embedtrain_pool_rows_backward(

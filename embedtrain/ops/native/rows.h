@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -10,6 +11,8 @@
 namespace embedtrain {
 
 constexpr int64_t kPrefetchAhead = 12;  // rows; random rows are far apart, and the hardware cannot guess them
+constexpr int64_t kReadAheadBytes = 8192;  // as many lines in flight as one core sustains
+constexpr int64_t kWriteAheadBytes = 4096;  // less, where a row brings its gradient and its state along
 constexpr int64_t kSmallWork = 1 << 15;  // values; below it, waking a thread costs more than it saves
 
 typedef uint16_t uint16x16 __attribute__((vector_size(32)));
@@ -31,6 +34,11 @@ EMBEDTRAIN_INLINE void load_row(float16v& vector, const uint16_t* source) {
     std::memcpy(&bits, source, sizeof(bits));
     const uint32x16 wide = __builtin_convertvector(bits, uint32x16) << 16;
     std::memcpy(&vector, &wide, sizeof(wide));
+}
+
+// How many rows before it is needed a row is asked for, so that `bytes` are under way.
+EMBEDTRAIN_INLINE int64_t rows_ahead(int64_t row_bytes, int64_t bytes) {
+    return std::min<int64_t>(std::max<int64_t>(bytes / row_bytes, 4), 64);
 }
 
 template <int kWillWrite>

@@ -1,4 +1,4 @@
-"""Calls the native row-wise Adagrad kernel."""
+"""Calls the native row-wise Adagrad kernels."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from embedtrain.ops.native import library
+from embedtrain.ops.native.row_gradient import SortedTerms, sort_terms
+from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep
 
 
-def rowwise_adagrad(
-    weight: Tensor, accumulator: Tensor, rows: Tensor, row_grad: Tensor, step: RowwiseAdagradStep
-) -> None:
+def rowwise_adagrad(weight: Tensor, accumulator: Tensor, gradient: RowGradient, step: RowwiseAdagradStep) -> None:
     """See `embedtrain.ops.rowwise_adagrad`.
 
     Raises:
@@ -22,7 +22,19 @@ def rowwise_adagrad(
     """
     if not (weight.is_contiguous() and accumulator.is_contiguous()):
         raise ValueError("weight and accumulator must be contiguous")
-    rows, row_grad = rows.contiguous(), row_grad.contiguous()
+    # Rounding keys are of distinct rows, which the sums give.
+    terms = None if gradient.is_summed or step.rounding_keys is not None else sort_terms(gradient)
+    if terms is None:
+        num_outside = _update_rows(weight, accumulator, gradient, step)
+    else:
+        num_outside = _update_by_terms(weight, accumulator, terms, gradient.factor, step)
+    if num_outside:
+        rows = gradient.rows
+        raise IndexError(f"rows must lie in [0, {weight.shape[0]}), got {int(rows.min())} to {int(rows.max())}")
+
+
+def _update_rows(weight: Tensor, accumulator: Tensor, gradient: RowGradient, step: RowwiseAdagradStep) -> int:
+    rows, row_grad = gradient.rows.contiguous(), gradient.values.contiguous()
     keys = None if step.rounding_keys is None else step.rounding_keys.contiguous()
     num_outside = ctypes.c_int64()
     library.get().embedtrain_rowwise_adagrad(
@@ -37,5 +49,28 @@ def rowwise_adagrad(
         torch.get_num_threads(),
         ctypes.addressof(num_outside),
     )
-    if num_outside.value:
-        raise IndexError(f"rows must lie in [0, {weight.shape[0]}), got {int(rows.min())} to {int(rows.max())}")
+    return num_outside.value
+
+
+def _update_by_terms(
+    weight: Tensor, accumulator: Tensor, terms: SortedTerms, factor: float, step: RowwiseAdagradStep
+) -> int:
+    num_outside = ctypes.c_int64()
+    library.get().embedtrain_rowwise_adagrad_of_terms(
+        weight.data_ptr(),
+        accumulator.data_ptr(),
+        *weight.shape,
+        terms.words.data_ptr(),
+        terms.words.numel(),
+        terms.term_bits,
+        terms.features.buffer_info()[0],
+        terms.num_features,
+        factor,
+        step.lr,
+        step.eps,
+        step.weight_decay,
+        int(step.decoupled_weight_decay),
+        torch.get_num_threads(),
+        ctypes.addressof(num_outside),
+    )
+    return num_outside.value

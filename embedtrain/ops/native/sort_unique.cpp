@@ -2,63 +2,27 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include "parallel.h"
+#include "radix_sort.h"
 
 namespace {
 
 using namespace embedtrain;
 
-constexpr int kLargestDigit = 11;  // bits; 2048 counters, and as many places written to at once
-constexpr int kMaxParts = 64;
-
-struct Pass {
-    const int64_t* keys;  // the first pass packs them; later ones read `source`
-    const uint64_t* source;
-    uint64_t* target;
+struct Packing {
+    const int64_t* keys;
     int64_t num_keys;
-    int num_parts, position_bits, shift, digit_bits;
-    uint32_t* places;  // [num_parts][1 << digit_bits]
+    int num_parts, position_bits;
+    uint64_t* words;
 };
 
-inline uint64_t word_at(const Pass& pass, int64_t i) {
-    if (pass.source) return pass.source[i];
-    return static_cast<uint64_t>(pass.keys[i]) << pass.position_bits | static_cast<uint64_t>(i);
-}
-
-void count_digits(const void* arguments, int part) {
-    const Pass& pass = *static_cast<const Pass*>(arguments);
-    const uint32_t mask = (1u << pass.digit_bits) - 1;
-    uint32_t* counts = pass.places + (static_cast<int64_t>(part) << pass.digit_bits);
-    std::memset(counts, 0, sizeof(uint32_t) << pass.digit_bits);
-    const Range range = range_of_part(pass.num_keys, part, pass.num_parts);
-    for (int64_t i = range.begin; i < range.end; ++i) ++counts[word_at(pass, i) >> pass.shift & mask];
-}
-
-void scatter_digits(const void* arguments, int part) {
-    const Pass& pass = *static_cast<const Pass*>(arguments);
-    const uint32_t mask = (1u << pass.digit_bits) - 1;
-    uint32_t* places = pass.places + (static_cast<int64_t>(part) << pass.digit_bits);
-    const Range range = range_of_part(pass.num_keys, part, pass.num_parts);
+void pack(const void* arguments, int part) {
+    const Packing& p = *static_cast<const Packing*>(arguments);
+    const Range range = range_of_part(p.num_keys, part, p.num_parts);
     for (int64_t i = range.begin; i < range.end; ++i) {
-        const uint64_t word = word_at(pass, i);
-        pass.target[places[word >> pass.shift & mask]++] = word;
+        p.words[i] = static_cast<uint64_t>(p.keys[i]) << p.position_bits | static_cast<uint64_t>(i);
     }
-}
-
-void run_pass(const Pass& pass) {
-    run_parts(pass.num_parts, count_digits, &pass);
-    uint32_t place = 0;
-    for (int64_t digit = 0; digit < 1 << pass.digit_bits; ++digit) {
-        for (int part = 0; part < pass.num_parts; ++part) {
-            uint32_t& entry = pass.places[(static_cast<int64_t>(part) << pass.digit_bits) + digit];
-            const uint32_t count = entry;
-            entry = place;
-            place += count;
-        }
-    }
-    run_parts(pass.num_parts, scatter_digits, &pass);
 }
 
 struct Emission {
@@ -97,8 +61,6 @@ void emit_distinct(const void* arguments, int part) {
     }
 }
 
-int bits_of(uint64_t value) { return value == 0 ? 0 : 64 - __builtin_clzll(value); }
-
 }  // namespace
 
 // keys: [num_keys], none negative, the largest `largest`, which with the number of keys fits into 64 bits (the caller
@@ -107,24 +69,15 @@ int bits_of(uint64_t value) { return value == 0 ? 0 : 64 - __builtin_clzll(value
 extern "C" void embedtrain_sort_unique(const int64_t* keys, int64_t num_keys, int64_t largest, int num_threads,
                                        int64_t* unique, int64_t* starts, int64_t* order, int64_t* inverse,
                                        int64_t* num_distinct) {
-    const int num_parts = num_keys < 32768 ? 1 : std::min(num_threads, kMaxParts);
+    const int num_parts = num_keys < 32768 ? 1 : std::min(num_threads, kMaxSortParts);
     const int position_bits = bits_of(static_cast<uint64_t>(std::max<int64_t>(num_keys - 1, 0)));
-    const int key_bits = std::max(bits_of(static_cast<uint64_t>(largest)), 1);
-    const int num_passes = (key_bits + kLargestDigit - 1) / kLargestDigit;
-    uint64_t* buffers[2] = {static_cast<uint64_t*>(scratch(0, num_keys * 8)),
-                            static_cast<uint64_t*>(scratch(1, num_keys * 8))};
-    uint32_t* places = static_cast<uint32_t*>(scratch(2, (num_parts * 4ll) << kLargestDigit));
-    Pass pass{keys, nullptr, buffers[0], num_keys, num_parts, position_bits, position_bits, 0, places};
-    for (int number = 0; number < num_passes; ++number) {
-        const int begin = key_bits * number / num_passes, end = key_bits * (number + 1) / num_passes;
-        pass.shift = position_bits + begin;
-        pass.digit_bits = end - begin;
-        pass.target = buffers[number % 2];
-        run_pass(pass);
-        pass.source = pass.target;
-    }
-    int64_t counts[kMaxParts];
-    Emission emission{pass.source, num_keys, num_parts, position_bits, unique, starts, order, inverse, counts};
+    uint64_t* words = static_cast<uint64_t*>(scratch(0, num_keys * 8));
+    const Packing packing{keys, num_keys, num_parts, position_bits, words};
+    run_parts(num_parts, pack, &packing);
+    words = radix_sort(words, static_cast<uint64_t*>(scratch(1, num_keys * 8)), num_keys, 0, position_bits,
+                       bits_of(static_cast<uint64_t>(largest)), num_parts);
+    int64_t counts[kMaxSortParts];
+    Emission emission{words, num_keys, num_parts, position_bits, unique, starts, order, inverse, counts};
     run_parts(num_parts, count_distinct, &emission);
     int64_t total = 0;
     for (int part = 0; part < num_parts; ++part) {

@@ -25,7 +25,9 @@ def pool_rows(source: Tensor, index: Tensor, bags: Sequence[Bags]) -> list[Tenso
     return pooled
 
 
-def pool_rows_backward(grads: Sequence[Tensor | None], bags: Sequence[Bags], keys: SortedKeys, dim: int) -> Tensor:
+def pool_rows_backward(
+    grads: Sequence[Tensor | None], bags: Sequence[Bags], keys: SortedKeys, dim: int, factor: float = 1.0
+) -> Tensor:
     """See `embedtrain.ops.pool_rows`."""
     per_value = [
         torch.zeros(feature.num_values, dim, device=keys.order.device) if grad is None else _of_values(grad, feature)
@@ -34,7 +36,8 @@ def pool_rows_backward(grads: Sequence[Tensor | None], bags: Sequence[Bags], key
     counts = keys.starts.diff()
     distinct = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
     summed = torch.zeros(counts.numel(), dim, device=counts.device)
-    return summed.index_add_(0, distinct, torch.cat(per_value)[keys.order])
+    summed.index_add_(0, distinct, torch.cat(per_value)[keys.order])
+    return summed if factor == 1.0 else summed.mul_(factor)
 
 
 def _of_values(grad: Tensor, feature: Bags) -> Tensor:

@@ -33,6 +33,8 @@ def moment_update(
         raise ValueError("weight and states must be contiguous")
     kind = _NO_SECOND if second is None else (_SECOND_OF_ROW if second.dim() == 1 else _SECOND_OF_ELEMENT)
     rows, row_grad = rows.contiguous(), row_grad.contiguous()
+    if rows.numel() == 0:
+        return
     num_rows, dim = weight.shape
     tile_rows, tile_columns = tile(dim)
     with on_device_of(weight):

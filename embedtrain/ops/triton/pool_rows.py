@@ -48,7 +48,9 @@ def pool_rows(source: Tensor, index: Tensor, bags: Sequence[Bags]) -> list[Tenso
     return [part.data for part in pooled.split(num_bags)]
 
 
-def pool_rows_backward(grads: Sequence[Tensor | None], bags: Sequence[Bags], keys: SortedKeys, dim: int) -> Tensor:
+def pool_rows_backward(
+    grads: Sequence[Tensor | None], bags: Sequence[Bags], keys: SortedKeys, dim: int, factor: float
+) -> Tensor:
     """See `embedtrain.ops.pool_rows`."""
     device = keys.order.device
     of_bags = [
@@ -68,7 +70,7 @@ def pool_rows_backward(grads: Sequence[Tensor | None], bags: Sequence[Bags], key
     factors = None if weights is None else weights[keys.order]
     if divisors is not None:
         factors = divisors[index].reciprocal() if factors is None else factors / divisors[index]
-    return sum_runs(together, index, keys.starts, weights=factors)
+    return sum_runs(together, index, keys.starts, weights=factors, factor=factor)
 
 
 def _lengths(bags: Sequence[Bags], device: torch.device) -> Tensor | None:

@@ -72,7 +72,9 @@ class Records:
         self.records: list[dict[str, float | int | str]] = []
 
     def log(self, record: Mapping[str, float | int | str]) -> None:
-        self.records.append({key: value for key, value in record.items() if not key.endswith("_per_second")})
+        self.records.append(
+            {key: value for key, value in record.items() if not key.endswith(("seconds", "_per_second"))}
+        )
 
     def close(self) -> None:
         pass

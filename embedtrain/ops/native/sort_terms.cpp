@@ -1,0 +1,84 @@
+// The terms of rows' gradients in order of row: `row << term_bits | term`, one 64-bit word a value.
+
+#include <algorithm>
+#include <cstdint>
+
+#include "bags.h"
+#include "radix_sort.h"
+
+namespace {
+
+using namespace embedtrain;
+
+// Values whose rows lie in [first_row, first_row + num_rows); rows of later runs are larger. As the caller lays them
+// out in 64-bit words.
+struct Run {
+    int64_t num_values, first_row, num_rows;
+};
+
+struct Sorting {
+    const int64_t* rows;
+    int64_t num_values;
+    Bags bags;
+    const Run* runs;
+    int64_t num_runs;
+    int term_bits, num_parts;
+    uint64_t *words, *spare;
+};
+
+void pack(const void* arguments, int part) {
+    const Sorting& s = *static_cast<const Sorting*>(arguments);
+    visit_bags(s.bags, part, s.num_parts,
+               [&s](const Feature& feature, Before before, int64_t bag, int64_t value, int64_t length) {
+                   const bool is_of_bag = has_term_per_bag(feature);
+                   const uint64_t term = static_cast<uint64_t>(before.terms + (is_of_bag ? bag : value));
+                   const int64_t* rows = s.rows + before.values + value;
+                   uint64_t* words = s.words + before.values + value;
+                   for (int64_t v = 0; v < length; ++v) {
+                       const uint64_t own = is_of_bag ? term : term + static_cast<uint64_t>(v);
+                       words[v] = static_cast<uint64_t>(rows[v]) << s.term_bits | own;
+                   }
+               });
+}
+
+void sort_run(const Sorting& s, const Run& run, int64_t begin, int num_parts) {
+    uint64_t *words = s.words + begin, *spare = s.spare + begin;
+    const uint64_t base = static_cast<uint64_t>(run.first_row) << s.term_bits;
+    const int num_bits = bits_of(static_cast<uint64_t>(std::max<int64_t>(run.num_rows - 1, 0)));
+    const uint64_t* sorted = radix_sort(words, spare, run.num_values, base, s.term_bits, num_bits, num_parts);
+    if (sorted != words) std::copy_n(sorted, run.num_values, words);
+}
+
+// The runs that begin in a part's share of the values.
+void sort_runs(const void* arguments, int part) {
+    const Sorting& s = *static_cast<const Sorting*>(arguments);
+    const Range range = range_of_part(s.num_values, part, s.num_parts);
+    int64_t begin = 0;
+    for (int64_t r = 0; r < s.num_runs; ++r) {
+        if (begin >= range.begin && begin < range.end) sort_run(s, s.runs[r], begin, 1);
+        begin += s.runs[r].num_values;
+    }
+}
+
+}  // namespace
+
+// rows: [num_values], none negative, feature after feature; runs: [num_runs], of all values; words: [num_values],
+// written, into whose bits a row and the number of a term fit.
+extern "C" void embedtrain_sort_terms(const int64_t* rows, int64_t num_values, const void* features,
+                                      int64_t num_features, const void* runs, int64_t num_runs, int term_bits,
+                                      int num_threads, uint64_t* words) {
+    const int num_parts = num_values < 32768 ? 1 : std::min(num_threads, kMaxSortParts);
+    const Sorting sorting{rows,      num_values, {static_cast<const Feature*>(features), num_features},
+                          static_cast<const Run*>(runs), num_runs, term_bits, num_parts, words,
+                          static_cast<uint64_t*>(scratch(1, num_values * 8))};
+    run_parts(num_parts, pack, &sorting);
+    if (num_runs >= 4 * num_parts) {
+        run_parts(num_parts, sort_runs, &sorting);
+        return;
+    }
+    int64_t begin = 0;
+    for (int64_t r = 0; r < num_runs; ++r) {
+        sort_run(sorting, sorting.runs[r], begin, num_parts);
+        begin += sorting.runs[r].num_values;
+    }
+}

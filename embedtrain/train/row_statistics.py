@@ -1,0 +1,111 @@
+"""How far the rows of hot and of rare ids still move: effective learning rates, and what was never touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from embedtrain.distributed.collectives import all_reduce_sum
+from embedtrain.embedding.collection import EmbeddingCollection
+from embedtrain.embedding.shard import TableShard
+from embedtrain.metrics.sinks import Histogram
+from embedtrain.optim.sparse import SparseOptimizer
+
+NUM_DECILES = 10
+_BINS_PER_DECADE = 10
+_SMALLEST, _LARGEST = -9, 3
+"""Decades of effective rates that are told apart; what lies outside counts in the bins at the ends."""
+_CHUNK_ROWS = 1 << 18
+
+
+@dataclass(frozen=True)
+class TableStatistics:
+    """Of the rows of one table, over all ranks.
+
+    Attributes:
+        rates: effective learning rates by decile of frequency, the hottest ids first; one histogram of all rows
+            where frequencies are not known.
+        mean_state: mean of the second moments: for Adagrad, of the accumulators.
+        never_touched: share of rows whose second moment has its first value.
+    """
+
+    rates: list[Histogram]
+    mean_state: float
+    never_touched: float
+
+
+class RowStatistics:
+    """Measures the rows of a collection's tables.
+
+    Args:
+        tables: the collection.
+        optimizer: of the tables.
+        frequencies: by table [num_rows], how often each id occurs in the data; of the tables where that is known.
+        group: the ranks that share the tables.
+    """
+
+    def __init__(
+        self,
+        tables: EmbeddingCollection,
+        optimizer: SparseOptimizer,
+        frequencies: Mapping[str, Tensor],
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self._tables = tables
+        self._optimizer = optimizer
+        self._group = group
+        self._deciles = {
+            name: _deciles(shard, frequencies[name]) if name in frequencies else None
+            for name, shard in tables.shards.items()
+        }
+
+    def measure(self) -> dict[str, TableStatistics]:
+        """Returns what is found, by table; nothing where the optimizer has no effective rates.
+
+        Collective: every rank.
+        """
+        found = {}
+        for number, group in enumerate(self._tables.row_groups):
+            group.write_back()
+            for shard in group.shards:
+                rows = range(shard.first_row, shard.first_row + len(shard.weight))
+                if (statistics := self._measure(number, shard.spec.name, rows)) is not None:
+                    found[shard.spec.name] = statistics
+        return found
+
+    def _measure(self, number: int, table: str, rows: range) -> TableStatistics | None:
+        deciles = self._deciles[table]
+        num_bins = (_LARGEST - _SMALLEST) * _BINS_PER_DECADE
+        num_parts = 1 if deciles is None else NUM_DECILES
+        counts = torch.zeros(num_parts * num_bins, dtype=torch.float64)
+        totals = torch.zeros(3, dtype=torch.float64)  # rows, sum of their mean states, rows never touched
+        for start in range(rows.start, rows.stop, _CHUNK_ROWS):
+            chunk = slice(start, min(start + _CHUNK_ROWS, rows.stop))
+            read = self._optimizer.effective_rates(number, chunk)
+            if read is None:
+                return None
+            bins = ((read.rates.log10() - _SMALLEST) * _BINS_PER_DECADE).floor().clamp(0, num_bins - 1).long()
+            if deciles is not None:
+                bins += num_bins * deciles[chunk.start - rows.start : chunk.stop - rows.start]
+            counts += torch.bincount(bins, minlength=len(counts)).double().cpu()
+            sums = [float(len(bins)), float(read.mean_states.double().sum()), float(read.is_untouched.sum())]
+            totals += torch.tensor(sums, dtype=torch.float64)
+        summed = all_reduce_sum(torch.cat([totals, counts]), self._group)
+        num_rows, states, untouched = summed[:3].tolist()
+        edges = [10 ** (_SMALLEST + bin / _BINS_PER_DECADE) for bin in range(num_bins + 1)]
+        histograms = [Histogram(edges, part.tolist()) for part in summed[3:].view(num_parts, num_bins)]
+        return TableStatistics(histograms, states / num_rows, untouched / num_rows)
+
+
+def _deciles(shard: TableShard, frequencies: Tensor) -> Tensor:
+    """Returns [slots] int64 of this rank: the tenth of the ids, by falling frequency, that each row's lies in."""
+    num_rows = shard.spec.num_rows
+    order = torch.argsort(frequencies, descending=True, stable=True)
+    decile = torch.empty(num_rows, dtype=torch.int64)
+    decile[order] = torch.arange(num_rows) * NUM_DECILES // num_rows
+    ids = shard.layout.id_of(torch.arange(*shard.slots))
+    return decile[ids].to(shard.weight.device)

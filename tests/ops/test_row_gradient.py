@@ -1,0 +1,139 @@
+"""Gradients that wait unsummed: the same rows, values and updates as when they are summed first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from embedtrain.ops.pool_rows import Bags
+from embedtrain.ops.row_gradient import Delivery, RowGradient, Run
+from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep, rowwise_adagrad
+
+NUM_ROWS = 60
+STEP = RowwiseAdagradStep(lr=0.1, eps=1e-6, weight_decay=0.02)
+
+
+@pytest.fixture(params=[1, 3])
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def make_delivery(num_bags: int, dim: int, seed: int, *, in_runs: bool) -> Delivery:
+    """Four features of two tables of 40 and 20 rows: one value a bag, sums, weighted, means; one got no gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    bags: list[Bags] = []
+    rows: list[torch.Tensor] = []
+    for number in range(5):
+        lengths = torch.randint(0, 4, (num_bags,), generator=generator)
+        num_values = num_bags if number == 0 else int(lengths.sum())
+        weights = torch.rand(num_values, generator=generator) if number == 2 else None
+        bags.append(Bags(num_values, None if number == 0 else lengths, weights, is_mean=number == 3))
+        first, size = (0, 40) if number < 3 else (40, 20)
+        rows.append(first + torch.randint(0, size, (num_values,), generator=generator))
+    grads = [torch.randn(feature.num_bags, dim, generator=generator) for feature in bags]
+    sizes = [feature.num_values for feature in bags]
+    runs = [Run(sum(sizes[:3]), 0, 40), Run(sum(sizes[3:]), 40, 20)] if in_runs else []
+    return Delivery(torch.cat(rows), bags, [*grads[:4], None], runs=runs)
+
+
+def summed_by_hand(deliveries: list[Delivery], dim: int, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    total = torch.zeros(NUM_ROWS, dim, dtype=torch.float64)
+    for delivery in deliveries:
+        parts = delivery.rows.split([feature.num_values for feature in delivery.bags])
+        for feature, rows, grad in zip(delivery.bags, parts, delivery.grads, strict=True):
+            if grad is None:
+                continue
+            lengths = torch.ones_like(rows) if feature.lengths is None else feature.lengths
+            if feature.is_mean:
+                grad = grad / lengths.clamp(min=1).unsqueeze(1)
+            of_values = grad.double().repeat_interleave(lengths, dim=0)
+            if feature.weights is not None:
+                of_values = of_values * feature.weights.unsqueeze(1)
+            total.index_add_(0, rows, of_values)
+    rows = torch.cat([delivery.rows for delivery in deliveries]).unique()
+    return rows, (total[rows] * factor).float()
+
+
+@pytest.mark.parametrize("dim", [1, 3, 32, 64, 100, 128, 300])
+@pytest.mark.parametrize(
+    ("num_bags", "num_deliveries", "in_runs"), [(0, 1, False), (1, 1, True), (900, 1, True), (300, 2, False)]
+)
+def test_an_update_sums_as_one_does_by_hand(
+    backend: str, num_threads: int, num_bags: int, num_deliveries: int, in_runs: bool, dim: int
+) -> None:
+    deliveries = [make_delivery(num_bags, dim, seed, in_runs=in_runs) for seed in range(num_deliveries)]
+    rows, values = summed_by_hand(deliveries, dim, 0.5)
+    gradient = RowGradient(deliveries, num_rows=NUM_ROWS, dim=dim, factor=0.5)
+    assert torch.equal(gradient.rows, rows)
+    # Float32 sums of up to a hundred terms.
+    torch.testing.assert_close(gradient.values, values, rtol=1e-5, atol=1e-5)
+    weight, accumulator = torch.randn(NUM_ROWS, dim), torch.rand(NUM_ROWS)
+    expected, state = weight.clone(), accumulator.clone()
+    rowwise_adagrad(weight, accumulator, RowGradient(deliveries, num_rows=NUM_ROWS, dim=dim, factor=0.5), STEP)
+    rowwise_adagrad(expected, state, RowGradient.of_rows(rows, values, NUM_ROWS), STEP)
+    torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(accumulator, state, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_values", [50, 100_000])
+def test_an_update_is_the_same_bits_every_time(backend: str, num_threads: int, num_values: int) -> None:
+    rows = (torch.rand(2, num_values, generator=torch.Generator().manual_seed(1)).prod(dim=0) * NUM_ROWS).long()
+    results = []
+    for _ in range(2):
+        weight, accumulator = torch.ones(NUM_ROWS, 32), torch.zeros(NUM_ROWS)
+        grad = torch.linspace(-1, 1, num_values).unsqueeze(1).expand(-1, 32)
+        gradient = RowGradient([Delivery(rows, [Bags(num_values)], [grad])], num_rows=NUM_ROWS, dim=32)
+        rowwise_adagrad(weight, accumulator, gradient, STEP)
+        results.append((weight, accumulator))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize(
+    ("grad", "weights", "is_finite"),
+    [
+        ([1.0, -2.0], None, True),
+        ([1.0, float("nan")], None, False),
+        ([float("-inf"), 1.0], None, False),
+        ([2e38, 2e38], None, False),  # finite, and their sum is not
+        ([2e38, -2e38], None, True),
+        ([2e38, 1.0], [2.0, 1.0], False),
+        ([1.0, 1.0], [float("inf"), 1.0], False),
+    ],
+)
+def test_it_is_known_whether_sums_are_finite(
+    backend: str, grad: list[float], weights: list[float] | None, is_finite: bool
+) -> None:
+    bags = Bags(2, None, None if weights is None else torch.tensor(weights))
+    delivery = Delivery(torch.tensor([3, 3]), [bags], [torch.tensor(grad).unsqueeze(1)])
+    assert RowGradient([delivery], num_rows=NUM_ROWS, dim=1).is_finite() is is_finite
+
+
+def test_the_norm_of_large_finite_gradients_is_finite(backend: str) -> None:
+    gradient = RowGradient.of_rows(torch.tensor([1]), torch.full((1, 4), 1e25), NUM_ROWS)
+    assert gradient.sum_of_squares() == pytest.approx(4e50)
+
+
+def test_gradients_that_were_changed_or_do_not_fit_are_refused(backend: str) -> None:
+    grad = torch.ones(2, 3)
+    delivery = Delivery(torch.tensor([1, 2]), [Bags(2)], [grad])
+    with pytest.raises(ValueError, match="expected a gradient"):
+        RowGradient([delivery], num_rows=NUM_ROWS, dim=4)
+    with pytest.raises(ValueError, match="expected rows"):
+        RowGradient([Delivery(torch.tensor([1]), [Bags(2)], [grad])], num_rows=NUM_ROWS, dim=3)
+    grad.zero_()
+    with pytest.raises(RuntimeError, match="changed in place"):
+        RowGradient([delivery], num_rows=NUM_ROWS, dim=3)
+
+
+def test_a_row_outside_the_table_is_an_index_error(backend: str) -> None:
+    delivery = Delivery(torch.tensor([1, 2]), [Bags(2)], [torch.ones(2, 3)])
+    weight = torch.zeros(2, 3)
+    with pytest.raises(IndexError):
+        rowwise_adagrad(weight, torch.zeros(2), RowGradient([delivery], num_rows=2, dim=3), STEP)
+    assert not weight.any()

@@ -1,0 +1,96 @@
+"""The programs in docs/examples run and show what they say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "docs" / "examples"
+PAGE = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
+CODE = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+
+
+def run(name: str, *arguments: str, ranks: int = 1, stdin: str = "") -> str:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    done = subprocess.run(
+        [sys.executable, *launcher, str(EXAMPLES / name), *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def table(text: str) -> dict[str, list[float]]:
+    """Returns the numbers of each row of a Markdown table by its first cell."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return {row[0]: [float(cell) for cell in row[1:]] for row in rows[2:]}
+
+
+def test_the_code_of_the_page_runs_and_learns() -> None:
+    assert CODE
+    for code in CODE:
+        exec(compile(code, "docs/optimizers.md", "exec"), {"__name__": "docs"})
+
+
+def test_the_tutorials_networks_learn() -> None:
+    found = table(run("tutorial.py", "--seeds", "1", "--epochs", "10", ranks=2))
+    assert set(found) == {"Adagrad", "SGD with momentum", "Adam", "RMSprop"}
+    # Of so few steps with momentum at this rate a little is learnt, of the others' nearly all.
+    assert all(row[0] > (0.6 if name.startswith("SGD") else 0.8) for name, row in found.items()), found
+
+
+def test_weight_decay_helps_collaborative_filtering() -> None:
+    found = table(run("collaborative_filtering.py"))
+    assert found["none"][0] < min(found["in the gradient"][0], found["decoupled"][0])
+    assert found["none"][1] > max(found["in the gradient"][1], found["decoupled"][1])
+
+
+def test_what_helps_against_the_shrinking_step() -> None:
+    found = table(run("shrinking_steps.py", "--steps", "1500"))
+    start, after = 0, 3
+    assert found["decay"][after] < found["plain"][after]
+    assert found["restart"][after] < found["plain"][after]
+    assert found["warm start"][start] != found["plain"][start]
+
+
+def clicks(num_lines: int) -> list[str]:
+    """Clicks on even ads, mostly."""
+    generator = torch.Generator().manual_seed(5)
+    ads = torch.randint(0, 40, (num_lines,), generator=generator).tolist()
+    noise = (torch.rand(num_lines, generator=generator) < 0.1).tolist()
+    return [f"{int((ad % 2 == 0) != flip)} ad={ad} hour={ad % 24}" for ad, flip in zip(ads, noise, strict=True)]
+
+
+def test_an_online_run_stopped_anywhere_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    lines = clicks(1500)
+    text = "".join(f"{line}\n" for line in lines)
+    whole = run("online.py", "-", str(tmp_path / "whole"), stdin=text)
+    assert whole.startswith("1500 examples")
+    assert float(whole.split()[-1]) < 0.6
+    stopped = run("online.py", "-", str(tmp_path / "apart"), "--stop-after", "7", stdin=text)
+    assert stopped.startswith("448 examples")
+    assert run("online.py", "-", str(tmp_path / "apart"), stdin=text) == whole
+
+
+def test_an_online_run_reads_a_folder_that_grows_on_any_number_of_ranks(tmp_path: Path) -> None:
+    lines = clicks(1280)
+    folder = tmp_path / "clicks"
+    folder.mkdir()
+    text = "".join(f"{line}\n" for line in lines)
+    whole = run("online.py", "-", str(tmp_path / "whole"), stdin=text)
+    for name, part in (("hour-01", lines[:640]), ("hour-02", lines[640:])):
+        (folder / name).write_text("".join(f"{line}\n" for line in part))
+        shown = run("online.py", str(folder), str(tmp_path / "run"), ranks=2)
+    assert shown.split()[0] == "1280"
+    assert float(shown.split()[-1]) == pytest.approx(float(whole.split()[-1]), abs=1e-4)
