@@ -22,6 +22,8 @@ _CENTRES = 16
 _BAND = 32
 _LEAST_SIDE = 16
 """Of the matrices that matrix units multiply."""
+MAX_DIM = 512
+"""Wider rows of a band and of a block of centres do not fit into a program's memory."""
 
 
 def skipgram_block(vectors: Tensor, block: TextBlock, reach: int) -> tuple[Tensor, Tensor]:
@@ -60,6 +62,8 @@ def skipgram_block(vectors: Tensor, block: TextBlock, reach: int) -> tuple[Tenso
             BAND=_BAND,
             COLUMNS=columns,
             num_warps=max(4, num_warps(_BAND * columns)),
+            # Loads ahead of their products take shared memory, which wide rows need for themselves.
+            num_stages=2 if columns <= 128 else 1,
         )
     used = torch.cat([_rows_of_bands(block, num_blocks, num_bands, reach, vectors.shape[0]), targets.flatten()])
     if num_bands > 1:
