@@ -72,9 +72,9 @@ def skipgram_block(vectors: Tensor, block: TextBlock, architecture: Architecture
     if dispatch.uses_triton(vectors) and architecture == "skipgram":
         from embedtrain.ops.triton import skipgram_block as triton
 
-        return triton.skipgram_block(
-            vectors, block, reach_of(block.starts, block.stops) if block.reach is None else block.reach
-        )
+        if vectors.shape[1] <= triton.MAX_DIM:
+            reach = reach_of(block.starts, block.stops) if block.reach is None else block.reach
+            return triton.skipgram_block(vectors, block, reach)
     from embedtrain.ops.reference import skipgram_block as reference
 
     return reference.skipgram_block(vectors, block, architecture)

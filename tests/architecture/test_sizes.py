@@ -16,7 +16,13 @@ MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 8
 
 # Names as the failing test prints them, "embedtrain/x.py" or "embedtrain/x.py: Class.method", and why.
-ALLOWED: dict[str, str] = {}
+ALLOWED: dict[str, str] = {
+    "embedtrain/ops/triton/moment_update.py: _update_tile": "a kernel takes each tensor, size and switch by itself",
+    "embedtrain/ops/triton/pool_rows.py: _pool_bag": "a kernel takes each tensor, size and switch by itself",
+    "embedtrain/ops/triton/segment_sum.py: _sum_chunk": "a kernel takes each tensor, size and switch by itself",
+    "embedtrain/ops/triton/segment_sum.py: _add_heads": "a kernel takes each tensor, size and switch by itself",
+    "embedtrain/ops/triton/skipgram_block.py: _block_against_band": "a kernel takes each tensor, size and switch by itself",
+}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
