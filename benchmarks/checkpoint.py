@@ -1,17 +1,21 @@
 """Checkpoints beside the plainest way to move the same bytes, and beside torch's own distributed checkpoint.
 
-    python benchmarks/checkpoint.py --gigabytes 4 --ranks 1 2 --path /mnt/disk/benchmark
+    python benchmarks/checkpoint.py --path /mnt/disk/benchmark
 
-Each repeat takes its turn with each way, on files that the page cache does not hold: plain writes with fsync and
-plain reads of the same bytes by as many processes, `save_checkpoint` and `load_shards`, and
-`torch.distributed.checkpoint` with its file writer. Then a training of Zipf(1.05) traffic saves in the background:
-how long the longest step and the call of `save` take beside the median step, how much memory that takes, and how
-many bytes a delta has beside a full save.
+With 1 rank and with 2, 4 GB of weights and optimizer state: each repeat takes its turn with each way, every process
+writing and fsyncing, or reading, its part of the same bytes; before each load the page cache is emptied of all files.
+The ways are plain writes and reads, `save_checkpoint` and `load_shards`, and (in the first repeat alone)
+`torch.distributed.checkpoint` with its file writer. Then a training of Zipf(1.05) traffic saves in the background: how
+long the longest step and the call of `save` take beside the median step, how much memory that takes, and how many bytes
+a delta has beside a full save. The ratios are taken within a repeat, for disks of virtual machines vary from minute to
+minute. Each way begins when as many bytes were just dropped from the page cache: memory that a virtual machine has to
+get from its host first comes at a fifth of the speed of memory that it reuses.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -21,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +35,7 @@ import torch.multiprocessing as mp
 import embedtrain as et
 from embedtrain.checkpoint import CheckpointReader, CheckpointSaver, SaveOptions, load_shards, save_checkpoint
 from embedtrain.checkpoint.header import row_blocks
-from embedtrain.distributed.collectives import all_gather_object, barrier
+from embedtrain.distributed.collectives import all_gather_object
 from embedtrain.distributed.runtime import background_group, rank_of
 
 DIM = 64
@@ -72,31 +77,38 @@ class Bench:
 
     def seconds(self, action: Callable[[], object]) -> float:
         """Returns how long the slowest rank takes, all starting together."""
-        barrier(self.group)
+        all_gather_object(None, self.group)
         start = time.perf_counter()
         action()
         return max(all_gather_object(time.perf_counter() - start, self.group))
 
     def measure_files(self) -> dict[str, list[float]]:
-        """Returns the seconds of each way to write and to read."""
+        """Returns the seconds of each way to write and to read, a value a repeat."""
         found: dict[str, list[float]] = {}
+        folder = Path(self.settings.path) / "warm-up"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.seconds(lambda: self.write_plainly(folder))
         for repeat in range(self.settings.repeats):
-            folder = Path(self.settings.path) / f"repeat-{repeat}"
+            last, folder = folder, Path(self.settings.path) / f"repeat-{repeat}"
             folder.mkdir(parents=True, exist_ok=True)
             ways: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
                 "plain": (lambda f=folder: self.write_plainly(f), lambda f=folder: self.read_plainly(f)),
                 "embedtrain": (lambda f=folder: self.save(f), lambda f=folder: self.load(f)),
                 "dcp": (lambda f=folder: self.save_by_dcp(f), lambda f=folder: self.load_by_dcp(f)),
             }
-            order = list(ways)[repeat % 3 :] + list(ways)[: repeat % 3]
-            for name in order:
-                found.setdefault(f"save {name}", []).append(self.seconds(ways[name][0]))
-            self.drop_from_page_cache(folder)
-            for name in order:
-                found.setdefault(f"load {name}", []).append(self.seconds(ways[name][1]))
-            barrier(self.group)
-            if self.rank == 0:
-                shutil.rmtree(folder)
+            order = [name for name in ways if name != "dcp" or repeat == 0]
+            if repeat % 2:
+                order.reverse()
+            for kind, index in (("save", 0), ("load", 1)):
+                for name in order:
+                    self.drop_from_page_cache(last)
+                    if self.rank == 0 and last != folder:
+                        shutil.rmtree(last)
+                    found.setdefault(f"{kind} {name}", []).append(self.seconds(ways[name][index]))
+                    last = folder
+        all_gather_object(None, self.group)
+        if self.rank == 0:
+            shutil.rmtree(self.settings.path)
         return found
 
     def write_plainly(self, folder: Path) -> None:
@@ -160,38 +172,34 @@ class Bench:
     def measure_training(self) -> dict[str, float]:
         """Returns what saving in the background costs, and how large a delta is."""
         folder = Path(self.settings.path) / "training"
-        background = background_group(self.group, 600.0)
-        median = statistics.median([self.train_once() for _ in range(self.settings.steps)][5:])
-        saver = CheckpointSaver(str(folder), self.group, background, SaveOptions(full_every=2))
+        saver = CheckpointSaver(str(folder), self.group, background_group(self.group, 600.0), SaveOptions(full_every=2))
+        quiet = [self.train_once() for _ in range(self.settings.steps)][5:]
+        found = {"median step, no save": statistics.median(quiet), "longest step, no save": max(quiet)}
         sizes: list[int] = []
-        found: dict[str, float] = {"median step, seconds": median}
         for number, kind in enumerate(("full", "delta")):
-            before = resident_bytes()
-            peak = before
+            before = peak = resident_bytes()
             start = time.perf_counter()
             saver.save(number, self.views, {})
-            found[f"call of save, {kind}, seconds"] = time.perf_counter() - start
+            found[f"call of save, {kind}"] = time.perf_counter() - start
             steps = []
             # Steps are collective: the ranks go on until the last one has written its part.
             while any(all_gather_object(not saver.is_idle, self.group)):
                 steps.append(self.train_once())
                 peak = max(peak, resident_bytes())
-            found[f"steps during a {kind} save"] = len(steps)
-            if steps:
-                found[f"longest step during a {kind} save, seconds"] = max(steps)
-                found[f"median step during a {kind} save, seconds"] = statistics.median(steps)
-            found[f"until durable, {kind}, seconds"] = time.perf_counter() - start
-            found[f"extra memory of a {kind} save, bytes"] = peak - before
+            found[f"until durable, {kind}"] = time.perf_counter() - start
+            found[f"steps meanwhile, {kind}"] = len(steps)
+            found[f"median step meanwhile, {kind}"] = statistics.median(steps) if steps else 0.0
+            found[f"longest step meanwhile, {kind}"] = max(steps, default=0.0)
+            found[f"extra memory, {kind}"] = peak - before
             saver.settle()
             sizes.append(sum(path.stat().st_size for path in (folder / f"step-{number:09d}").iterdir()))
             if kind == "full":
-                remaining = max(0, self.settings.steps - len(steps))
-                for _ in range(remaining):
+                for _ in range(self.settings.steps - len(steps)):
                     self.train_once()
-                found["steps between the full save and the delta"] = len(steps) + remaining
-        found["bytes of a delta beside a full save"] = sizes[1] / sizes[0]
-        barrier(self.group)
-        found["copy of all rows to a reused buffer, seconds"] = self.copy_seconds()
+                found["steps before the delta"] = max(len(steps), self.settings.steps)
+        found["bytes, delta / full"] = sizes[1] / sizes[0]
+        all_gather_object(None, self.group)
+        found["copy of all rows to a reused buffer"] = self.copy_seconds()
         if self.rank == 0:
             shutil.rmtree(folder)
         return found
@@ -213,8 +221,8 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def run_rank(rank: int, world_size: int, store_path: str, settings: Settings) -> None:
-    """Measures as one of the ranks; rank 0 prints."""
+def run_rank(rank: int, world_size: int, store_path: str, results_path: str, settings: Settings) -> None:
+    """Measures as one of the ranks; rank 0 keeps what all found."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     group = None
     if world_size > 1:
@@ -225,17 +233,36 @@ def run_rank(rank: int, world_size: int, store_path: str, settings: Settings) ->
     files = bench.measure_files()
     training = all_gather_object(bench.measure_training(), group)
     if rank == 0:
-        num_bytes = bench.num_rows * ROW_BYTES
-        print(f"\n{world_size} ranks, {num_bytes / 1e9:.2f} GB of weights and optimizer state")
-        for name, seconds in sorted(files.items()):
-            plain = files[name.split()[0] + " plain"]
-            ratios = [a / b for a, b in zip(plain, seconds, strict=True)]
-            rates = ", ".join(f"{num_bytes / each / 1e9:.2f}" for each in seconds)
-            print(f"  {name:<16} GB/s {rates}; median ratio to plain {statistics.median(ratios):.2f}")
-        for name in training[0]:
-            print(f"  {name:<52} {max(found.get(name, 0) for found in training):,.6g}")
+        slowest = {name: max(found[name] for found in training) for name in training[0]}
+        Path(results_path).write_text(json.dumps({"files": files, "training": slowest}))
     if group is not None:
         dist.destroy_process_group()
+
+
+def print_table(num_bytes: int, results: dict[int, dict[str, Any]]) -> None:
+    """Prints what was measured, a column for each number of ranks."""
+    rows: dict[str, list[str]] = {}
+    for found in results.values():
+        for name, seconds in sorted(found["files"].items(), reverse=True):
+            rates = sorted(num_bytes / each / 1e9 for each in seconds)
+            plain = found["files"][f"{name.split()[0]} plain"]
+            ratio = statistics.median(a / b for a, b in zip(plain, seconds, strict=False))
+            cell = f"{statistics.median(rates):.2f} ({rates[0]:.2f} to {rates[-1]:.2f})"
+            rows.setdefault(f"{name}, GB/s", []).append(cell)
+            if not name.endswith("plain"):
+                rows.setdefault(f"{name} / plain, median ratio", []).append(f"{ratio:.2f}")
+        for name, value in found["training"].items():
+            if "memory" in name:
+                rows.setdefault(f"{name}, MB", []).append(f"{value / 1e6:,.0f}")
+            elif name.startswith(("bytes", "steps")):
+                rows.setdefault(name, []).append(f"{value:,.4g}")
+            else:
+                rows.setdefault(f"{name}, ms", []).append(f"{1e3 * value:,.2f}")
+    print(f"\n{num_bytes / 1e9:.2f} GB; torch {torch.__version__}, {os.cpu_count()} CPUs, one disk\n")
+    print(f"| {'':<40} | " + " | ".join(f"{f'ranks: {size}':<22}" for size in results) + " |")
+    print(f"| {'-' * 40} | " + " | ".join("-" * 22 for _ in results) + " |")
+    for name, cells in rows.items():
+        print(f"| {name:<40} | " + " | ".join(f"{cell:<22}" for cell in cells) + " |")
 
 
 def main() -> None:
@@ -248,13 +275,16 @@ def main() -> None:
     parser.add_argument("--ids", type=int, default=4096, help="ids that each rank looks up a step (4096)")
     parser.add_argument("--path", help="folder on the disk to measure; a temporary one")
     options = parser.parse_args()
+    num_bytes = int(options.gigabytes * 1e9)
+    results = {}
     for world_size in options.ranks:
         with tempfile.TemporaryDirectory(dir=options.path) as folder:
-            settings = Settings(
-                int(options.gigabytes * 1e9), options.repeats, options.steps, options.ids, str(Path(folder) / "files")
-            )
-            arguments = (world_size, str(Path(folder) / "store"), settings)
+            settings = Settings(num_bytes, options.repeats, options.steps, options.ids, str(Path(folder) / "files"))
+            results_path = Path(folder) / "results.json"
+            arguments = (world_size, str(Path(folder) / "store"), str(results_path), settings)
             mp.start_processes(run_rank, arguments, nprocs=world_size, start_method="spawn")
+            results[world_size] = json.loads(results_path.read_text())
+    print_table(num_bytes, results)
 
 
 if __name__ == "__main__":

@@ -10,21 +10,27 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from datetime import timedelta
+from typing import TypeAlias
 
 from embedtrain import inspection
-from embedtrain.build import Run, build_run, check_run_folder
+from embedtrain.build import Run, build_run, check_run_folder, open_run_vectors
 from embedtrain.comparison import Comparison, parse_rates
 from embedtrain.config import Config, load_config
 from embedtrain.config.optimizer import OPTIMIZERS
 from embedtrain.distributed.failure import explain_failure, is_of_the_group
 from embedtrain.distributed.runtime import Runtime, init_distributed, shut_down
 from embedtrain.errors import CheckpointError, NonFiniteError, UserError
-from embedtrain.export import FORMATS, export_vectors, neighbors, open_vectors
+from embedtrain.export import FORMATS, Vectors, export_vectors, neighbors
+from embedtrain.planning.command import add_plan_arguments, run_plan
+from embedtrain.recommending import evaluate_run, recommend
+from embedtrain.report import write_report
 from embedtrain.train.interrupt import EXIT_PREEMPTED
 from embedtrain.train.lock import RunLock
 from embedtrain.train.profile import StepProfile
 from embedtrain.train.run_folder import PROFILE_NAME, RunFolder
 from embedtrain.train.watchdog import Watchdog
+
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR = 0, 1, 2
 
@@ -60,7 +66,13 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of your mistakes too")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_training(commands)
+    _add_measuring(commands)
+    _add_reading(commands)
+    return parser
 
+
+def _add_training(commands: _Commands) -> None:
     train = commands.add_parser("train", help="train, or resume what lies in run.path")
     train.add_argument("config", help="YAML file, such as configs/word2vec.yaml")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
@@ -82,7 +94,15 @@ def _build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--output", default="runs/compare", metavar="PATH", help="folder (runs/compare)")
     compare.set_defaults(run=_compare)
 
-    evaluate = commands.add_parser("evaluate", help="measure the vectors of a run on word analogies and similarity")
+    plan = commands.add_parser("plan", help="what a run will need on each rank, and how long a step takes")
+    add_plan_arguments(plan)
+    plan.set_defaults(run=run_plan)
+
+
+def _add_measuring(commands: _Commands) -> None:
+    evaluate = commands.add_parser(
+        "evaluate", help="measure a run: word vectors on analogies and similarity, retrieval on held-out data"
+    )
     _add_run(evaluate)
     evaluate.add_argument("--analogies", action="append", default=[], metavar="FILE", help="`: section` and `a b c d`")
     evaluate.add_argument("--similarity", action="append", default=[], metavar="FILE", help="`word word score`")
@@ -90,9 +110,32 @@ def _build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--case-sensitive", action="store_true", help="compare words as they are written")
     evaluate.set_defaults(run=_evaluate)
 
-    near = commands.add_parser("neighbors", help="print the nearest words of a word or of a sum of words")
+    report = commands.add_parser("report", help="write a page of HTML about a run: curves, neighbours, advice")
+    report.add_argument("path", metavar="RUN", help="run folder")
+    report.add_argument("--output", metavar="PATH", help="the page (report.html in the run folder)")
+    report.add_argument("--words", nargs="*", default=[], metavar="WORD", help="whose neighbours to show")
+    report.set_defaults(run=_report)
+
+    inspect = commands.add_parser("inspect", help="show a run's newest checkpoint and configuration")
+    inspect.add_argument("path", metavar="RUN", help="run folder")
+    inspect.add_argument("--verify", action="store_true", help="read every byte and compare its checksum")
+    inspect.set_defaults(run=_inspect)
+
+
+def _add_reading(commands: _Commands) -> None:
+    recommend = commands.add_parser("recommend", help="print or write the best items of users of a retrieval run")
+    recommend.add_argument("path", metavar="RUN", help="run folder")
+    recommend.add_argument("users", nargs="*", metavar="USER", help="raw ids, as in the data; --all for all users")
+    recommend.add_argument("--all", action="store_true", help="all users, into the file of --output")
+    recommend.add_argument("--top", type=int, default=10, metavar="N", help="how many items each (10)")
+    recommend.add_argument("--include-known", action="store_true", help="also items that the user has already")
+    recommend.add_argument("--output", metavar="PATH", help="a new Parquet file, instead of printing")
+    recommend.add_argument("--overwrite", action="store_true", help="replace what is there")
+    recommend.set_defaults(run=_recommend)
+
+    near = commands.add_parser("neighbors", help="print the nearest words, items or users of one, or of a sum")
     _add_run(near)
-    near.add_argument("query", nargs="+", help="such as: king, or: king - man + woman")
+    near.add_argument("query", nargs="+", help="such as: king, or: king - man + woman, or the id of an item")
     near.add_argument("--top", type=int, default=10, metavar="N", help="how many (10)")
     near.set_defaults(run=_neighbors)
 
@@ -103,12 +146,6 @@ def _build_parser() -> argparse.ArgumentParser:
     export.add_argument("--max-rows", type=int, metavar="N", help="only the N most frequent words")
     export.add_argument("--overwrite", action="store_true", help="replace what is there")
     export.set_defaults(run=_export)
-
-    inspect = commands.add_parser("inspect", help="show a run's newest checkpoint and configuration")
-    inspect.add_argument("path", metavar="RUN", help="run folder")
-    inspect.add_argument("--verify", action="store_true", help="read every byte and compare its checksum")
-    inspect.set_defaults(run=_inspect)
-    return parser
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -214,6 +251,13 @@ def _run(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_profil
     if runtime.rank == 0:
         done = f"resuming at step {state.step:,}" if run.is_resumed else "starting"
         _print(f"{done} of {run.trainer.total_steps:,}, {runtime.world_size} ranks, {runtime.device.type}")
+
+    def before_save() -> None:
+        # A run that is killed goes on from this checkpoint, and does not log again what came before it.
+        for sink in run.sinks:
+            sink.flush()
+        lock.check()
+
     with ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
         observers = list(run.observers)
@@ -227,7 +271,7 @@ def _run(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_profil
         is_complete = run.trainer.run(
             run.sinks,
             config.log.every_steps,
-            before_save=lock.check,
+            before_save=before_save,
             alive=watchdog.alive,
             on_step=observe,
         )
@@ -250,9 +294,11 @@ def _profile(folder: RunFolder, rank: int) -> StepProfile:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    if evaluate_run(options.path):
+        return EXIT_DONE
     if not options.analogies and not options.similarity:
         raise UserError("expected --analogies FILE or --similarity FILE")
-    with open_vectors(options.path, options.table) as vectors:
+    with _open(options) as vectors:
         inspection.print_evaluation(
             vectors,
             options.analogies,
@@ -264,7 +310,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _neighbors(options: argparse.Namespace) -> int:
-    with open_vectors(options.path, options.table) as vectors:
+    with _open(options) as vectors:
         query = " ".join(options.query)
         print(query)
         for word, cosine in neighbors(vectors, query, options.top):
@@ -272,12 +318,33 @@ def _neighbors(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _recommend(options: argparse.Namespace) -> int:
+    recommend(
+        options.path,
+        None if options.all else options.users,
+        top=options.top,
+        leave_out_known=not options.include_known,
+        output=options.output,
+        overwrite=options.overwrite,
+    )
+    return EXIT_DONE
+
+
+def _open(options: argparse.Namespace) -> Vectors:
+    return open_run_vectors(options.path, options.table, init_distributed(device="cpu"))
+
+
 def _export(options: argparse.Namespace) -> int:
-    with open_vectors(options.path, options.table) as vectors:
+    with _open(options) as vectors:
         for path in export_vectors(
             vectors, options.format, options.output, overwrite=options.overwrite, max_rows=options.max_rows
         ):
             print(path)
+    return EXIT_DONE
+
+
+def _report(options: argparse.Namespace) -> int:
+    print(write_report(options.path, options.output, options.words))
     return EXIT_DONE
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from embedtrain.checkpoint import storage
+from embedtrain import storage
 from embedtrain.config import Config, load_config
 from embedtrain.config.optimizer import OPTIMIZERS
 from embedtrain.errors import UserError

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from embedtrain.build.retrieval import TrainedRetrieval, open_retrieval
 from embedtrain.build.run import Run, build_run, check_run_folder
+from embedtrain.build.trained import open_run_vectors, read_config
 
-__all__ = ["Run", "build_run", "check_run_folder"]
+__all__ = [
+    "Run",
+    "TrainedRetrieval",
+    "build_run",
+    "check_run_folder",
+    "open_retrieval",
+    "open_run_vectors",
+    "read_config",
+]

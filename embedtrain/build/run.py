@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from omegaconf import OmegaConf
 
 from embedtrain.build.parts import Parts
+from embedtrain.build.ranking import build_ranking
+from embedtrain.build.retrieval import build_retrieval
 from embedtrain.build.word2vec import build_word2vec
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
-from embedtrain.checkpoint.storage import local_path
-from embedtrain.config import Config, Word2VecConfig, differing_keys, to_yaml
+from embedtrain.config import Config, RankingConfig, RetrievalConfig, Word2VecConfig, differing_keys, to_yaml
 from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, TensorBoardSink
 from embedtrain.optim.schedule import schedule_factor
+from embedtrain.storage import local_path
 from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
 from embedtrain.train.row_statistics import RowStatistics, TableStatistics
 from embedtrain.train.run_folder import TENSORBOARD_NAME, RunFolder
@@ -104,6 +106,10 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder) -> Run:
 def _build_parts(config: Config, runtime: Runtime) -> Parts:
     if isinstance(config, Word2VecConfig):
         return build_word2vec(config, runtime)
+    if isinstance(config, RankingConfig):
+        return build_ranking(config, runtime)
+    if isinstance(config, RetrievalConfig):
+        return build_retrieval(config, runtime)
     raise AssertionError(f"no builder for {type(config).__name__}")
 
 

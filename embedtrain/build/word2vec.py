@@ -12,6 +12,7 @@ import torch
 from embedtrain.build.optimizers import build_optimizer
 from embedtrain.build.parts import Parts
 from embedtrain.config.word2vec import Word2VecConfig
+from embedtrain.data.baskets import write_baskets
 from embedtrain.data.corpus import PreparedCorpus
 from embedtrain.data.prepare import CorpusOptions, prepare_corpus
 from embedtrain.data.skipgram import SamplingOptions, TextBatches
@@ -107,13 +108,14 @@ class WordSimilarity:
 
 
 def _prepare(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
+    data, cache_path = config.data, os.path.expanduser(config.data.cache_path)
+    path, tokenizer = data.path, data.tokenizer
+    if data.format != "text":
+        columns = data.basket_column, data.item_column
+        path, tokenizer = write_baskets(path, data.format, columns, cache_path, runtime.group), "whitespace"
     options = CorpusOptions(
-        path=config.data.path,
-        tokenizer=config.data.tokenizer,
-        min_count=config.data.min_count,
-        max_vocab_size=config.data.max_vocab_size,
+        path=path, tokenizer=tokenizer, min_count=data.min_count, max_vocab_size=data.max_vocab_size
     )
-    cache_path = os.path.expanduser(config.data.cache_path)
     corpus = prepare_corpus(options, cache_path, runtime.group, on_progress=_StageLog() if runtime.rank == 0 else None)
     if runtime.rank == 0:
         _logger.info(

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from embedtrain.checkpoint import storage
+from embedtrain import storage
 from embedtrain.checkpoint.manifest import BLOCK_BYTES, FileEntry, Manifest
 from embedtrain.errors import CheckpointError, CorruptCheckpointError
 
@@ -61,7 +61,8 @@ class _Passing:
 class VerifiedFile:
     """A file of a checkpoint that gives out only bytes whose block's checksum was checked.
 
-    A block is checked when it is first touched. Besides the caller's memory, one block is held.
+    A block is checked when it is first touched. Besides the caller's memory, one block is held. The file stays
+    open until it is closed.
 
     Raises:
         CorruptCheckpointError: the file is missing or not as long as it was written.
@@ -69,6 +70,7 @@ class VerifiedFile:
 
     def __init__(self, folder: str, name: str, manifest: Manifest, size: int | None) -> None:
         self.url = storage.join(folder, name)
+        self._reader = storage.RangeReader(self.url)
         self._name = name
         self._manifest = manifest
         self._entry = manifest.files[name]
@@ -111,10 +113,13 @@ class VerifiedFile:
     def verify(self) -> None:
         """Checks every block of the file, those that were checked before too."""
         scratch = memoryview(bytearray(min(self._entry.block_bytes, self._entry.bytes)))
-        for block in range(len(self._verified)):
-            start, stop = self._bounds(block)
-            self._fetch(start, scratch[: stop - start])
-            self._check(block, scratch[: stop - start])
+        try:
+            for block in range(len(self._verified)):
+                start, stop = self._bounds(block)
+                self._fetch(start, scratch[: stop - start])
+                self._check(block, scratch[: stop - start])
+        finally:
+            self.close()
 
     def verify_mapped(self, mapped: npt.NDArray[np.uint8], touched: npt.NDArray[np.bool_]) -> None:
         """Checks the blocks marked in `touched` in a memory map of the whole file."""
@@ -122,13 +127,17 @@ class VerifiedFile:
             start, stop = self._bounds(block)
             self._check(block, mapped[start:stop].data)
 
+    def close(self) -> None:
+        """Closes the file; it can be read again."""
+        self._reader.close()
+
     def _bounds(self, block: int) -> tuple[int, int]:
         start = block * self._entry.block_bytes
         return start, min(start + self._entry.block_bytes, self._entry.bytes)
 
     def _fetch(self, start: int, destination: memoryview) -> None:
         try:
-            count = storage.read_into(self.url, start, destination)
+            count = self._reader.read_into(start, destination)
         except FileNotFoundError:
             count = 0
         except OSError as error:

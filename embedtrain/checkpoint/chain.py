@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from embedtrain.checkpoint import storage
+from embedtrain import storage
 from embedtrain.checkpoint.manifest import MANIFEST_NAME, Manifest, decode, step_folder_name
 from embedtrain.errors import CheckpointError, CorruptCheckpointError
 

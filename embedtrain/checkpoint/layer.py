@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from embedtrain.checkpoint import storage
+from embedtrain import storage
 from embedtrain.checkpoint.blocks import VerifiedFile
 from embedtrain.checkpoint.header import as_bytes
 from embedtrain.checkpoint.manifest import Manifest, Piece, TensorInfo
@@ -94,7 +94,9 @@ class Layer:
         return faults
 
     def close(self) -> None:
-        """Gives back the memory maps and removes copies of remote files."""
+        """Closes the files, gives back the memory maps and removes copies of remote files."""
+        for file in self._files.values():
+            file.close()
         self._maps.clear()
         self._files.clear()
         if self._downloads is not None:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from embedtrain.checkpoint import storage
+from embedtrain import storage
 from embedtrain.checkpoint.chain import read_chain
 from embedtrain.checkpoint.header import as_bytes
 from embedtrain.checkpoint.layer import Layer, rows_staged
@@ -135,7 +135,7 @@ class CheckpointReader:
             raise CorruptCheckpointError(f"{url} is not a safetensors file: {error}") from error
 
     def close(self) -> None:
-        """Gives back the memory maps and removes copies of remote files."""
+        """Closes the files, gives back the memory maps and removes copies of remote files."""
         for layer in self._layers:
             layer.close()
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from embedtrain.checkpoint import storage
+from embedtrain import storage
 from embedtrain.checkpoint.agreement import on_first_rank
 from embedtrain.checkpoint.chain import read_manifest
 from embedtrain.checkpoint.manifest import MANIFEST_NAME, Manifest, is_attempt_file, step_of

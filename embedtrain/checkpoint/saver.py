@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import Tensor
 
-from embedtrain.checkpoint import storage
+from embedtrain import storage
 from embedtrain.checkpoint.agreement import on_every_rank
 from embedtrain.checkpoint.changes import MemoryBudget
 from embedtrain.checkpoint.manifest import Parent

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from embedtrain.checkpoint import storage
+from embedtrain import storage
 from embedtrain.checkpoint.agreement import on_every_rank, on_first_rank
 from embedtrain.checkpoint.blocks import BlockHasher
 from embedtrain.checkpoint.header import as_bytes, encode_header, row_blocks

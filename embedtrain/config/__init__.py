@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
-from embedtrain.config.loading import differing_keys, load_config, to_yaml
+from embedtrain.config.loading import config_from_yaml, differing_keys, load_config, to_yaml
+from embedtrain.config.ranking import RankingConfig
+from embedtrain.config.retrieval import RetrievalConfig
 from embedtrain.config.sections import Config
 from embedtrain.config.word2vec import Word2VecConfig
 
-__all__ = ["Config", "Word2VecConfig", "differing_keys", "load_config", "to_yaml"]
+__all__ = [
+    "Config",
+    "RankingConfig",
+    "RetrievalConfig",
+    "Word2VecConfig",
+    "config_from_yaml",
+    "differing_keys",
+    "load_config",
+    "to_yaml",
+]

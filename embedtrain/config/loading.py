@@ -28,6 +28,25 @@ def load_config(path: str | None, overrides: Sequence[str]) -> Config:
     """
     from_file = [] if path is None else [(path, _read_yaml(path))]
     from_command = [(f"{override!r}", _parse_override(override)) for override in overrides]
+    return _compose(from_file, from_command)
+
+
+def config_from_yaml(text: str, source: str) -> Config:
+    """Returns the configuration that `to_yaml` wrote.
+
+    Args:
+        text: YAML.
+        source: where it comes from, for messages.
+
+    Raises:
+        UserError: a key or value is wrong.
+    """
+    created = OmegaConf.create(text)
+    assert isinstance(created, DictConfig)
+    return _compose([(source, created)], [])
+
+
+def _compose(from_file: list[tuple[str, DictConfig]], from_command: list[tuple[str, DictConfig]]) -> Config:
     model = _model_of([*from_file, *from_command])
     default = model().optimizer
     optimizer = _optimizer_of(from_file, default)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from embedtrain.config.ranking import RankingConfig
+from embedtrain.config.retrieval import RetrievalConfig
 from embedtrain.config.sections import Config
 from embedtrain.config.word2vec import Word2VecConfig
 
-MODELS: dict[str, type[Config]] = {"word2vec": Word2VecConfig}
+MODELS: dict[str, type[Config]] = {
+    "word2vec": Word2VecConfig,
+    "retrieval": RetrievalConfig,
+    "ranking": RankingConfig,
+}
 """The configuration of each model by its name, the value of the key `model`."""
 
 DEFAULT_MODEL = "word2vec"

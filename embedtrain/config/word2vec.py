@@ -16,6 +16,12 @@ class TextConfig:
 
     path: Any = "???"
     """A file, a glob, a folder, a list of them, on any fsspec URL; or python-docs."""
+    format: Literal["text", "lines", "csv", "tsv", "parquet"] = "text"
+    """text; or baskets of items, which word2vec takes for sentences (item2vec): lines of `user item item ...`, or
+    a table with an item a row."""
+    basket_column: str = "user"
+    """Of a table of items: the column by which they stand together."""
+    item_column: str = "item"
     tokenizer: str = "letters"
     """letters (lower-cased words of letters) or whitespace (as it stands)."""
     min_count: int = 5

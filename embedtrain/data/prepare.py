@@ -5,35 +5,29 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
-import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-import fsspec
 import pyarrow as pa
 import torch.distributed as dist
 import xxhash
-from fsspec.implementations.local import LocalFileSystem
 
+from embedtrain.data.cache import commit_work, make_cache_folder, make_work_folder, require_visible
 from embedtrain.data.corpus import META_NAME, TOKEN_DTYPE, VOCABULARY_NAME, PreparedCorpus
 from embedtrain.data.python_docs import PYTHON_DOCS, write_python_docs
 from embedtrain.data.sources import CHUNK_BYTES, Source, expand_sources, read_chunks
 from embedtrain.data.text import TOKENIZERS, encode, tokenize
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary, WordCounts
-from embedtrain.distributed.collectives import all_gather_object, raise_together, run_on_each, run_on_first
+from embedtrain.distributed.collectives import all_gather_object, run_on_each, run_on_first
 from embedtrain.distributed.runtime import rank_of, size_of
 from embedtrain.errors import UserError
 
-T = TypeVar("T")
 OnProgress = Callable[[str, float], None]
 
 PART_BYTES = 2 << 20
 _FORMAT_VERSION = 1
 _MAX_PARTS = 256  # Each is a file that is held open while it is mapped.
-_ABANDONED_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +124,8 @@ def prepare_corpus(
             vocabulary, a cache folder that is not local or may not be written.
         RuntimeError: a rank does not see the cache folder of the others.
     """
-    cache_path = run_on_first(lambda: _make_cache_folder(cache_path), group)
-    _require_visible(cache_path, group)
+    cache_path = run_on_first(lambda: make_cache_folder(cache_path), group)
+    require_visible(cache_path, group)
     paths = [
         write_python_docs(cache_path, group, on_progress) if path == PYTHON_DOCS else path for path in options.paths
     ]
@@ -139,11 +133,11 @@ def prepare_corpus(
     entry_path = os.path.join(cache_path, _entry_name(sources, options))
     meta_path = os.path.join(entry_path, META_NAME)
     if not run_on_first(lambda: os.path.exists(meta_path), group):
-        work_path = run_on_first(lambda: _make_work_folder(entry_path), group)
-        _require_visible(work_path, group)
+        work_path = run_on_first(lambda: make_work_folder(entry_path), group)
+        require_visible(work_path, group)
         parts = plan_parts(sources, part_bytes)
         _prepare(_Job(work_path, options, parts, group, on_progress, chunk_bytes), entry_path)
-    _require_visible(meta_path, group)
+    require_visible(meta_path, group)
     return PreparedCorpus(entry_path)
 
 
@@ -232,7 +226,7 @@ def _write_shards(job: _Job, rows: Mapping[bytes, int]) -> list[dict[str, Any]]:
 
 
 def _commit(job: _Job, vocabulary: Vocabulary, shards: list[dict[str, Any]], entry_path: str) -> None:
-    """Writes the table of contents and gives the folder its final name; another job may have been first."""
+    """Writes the table of contents and gives the folder its final name."""
     shards = sorted(shards, key=lambda shard: str(shard["name"]))
     content = [shard["xxh3"] for shard in shards], vocabulary.fingerprint, _tokenization(job.options)
     meta = {
@@ -246,12 +240,7 @@ def _commit(job: _Job, vocabulary: Vocabulary, shards: list[dict[str, Any]], ent
         json.dump(meta, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    try:
-        os.rename(job.work_path, entry_path)
-    except OSError:
-        if not os.path.exists(os.path.join(entry_path, META_NAME)):
-            raise
-        shutil.rmtree(job.work_path, ignore_errors=True)
+    commit_work(job.work_path, entry_path, META_NAME)
 
 
 def _chunks(part: Sequence[Segment], job: _Job, progress: _Progress) -> Iterator[bytes]:
@@ -279,48 +268,6 @@ class _Progress:
         self._done_bytes += num_bytes
         if self._on_progress is not None:
             self._on_progress(self._stage, min(1.0, self._done_bytes / self._total_bytes))
-
-
-def _make_cache_folder(cache_path: str) -> str:
-    fs, path = fsspec.core.url_to_fs(cache_path)
-    if not isinstance(fs, LocalFileSystem):
-        raise UserError(
-            f"cache path {cache_path}: expected a local folder, whose files can be memory-mapped, "
-            f"got one on {fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]}"
-        )
-    try:
-        os.makedirs(path, exist_ok=True)
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"cache path {cache_path}: the folder cannot be made: {error}") from error
-    return str(path)
-
-
-def _make_work_folder(entry_path: str) -> str:
-    """Makes the folder of this attempt, and removes those that others abandoned."""
-    cache_path, name = os.path.split(entry_path)
-    for other in os.listdir(cache_path):
-        path = os.path.join(cache_path, other)
-        if other.startswith(f"{name}.") and time.time() - os.path.getmtime(path) > _ABANDONED_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
-    if os.path.isdir(entry_path):  # Without a table of contents: somebody removed part of it.
-        shutil.rmtree(entry_path)
-    work_path = f"{entry_path}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        os.mkdir(work_path)
-    except PermissionError as error:
-        raise UserError(f"cache path {cache_path}: permission denied: {error}") from error
-    return work_path
-
-
-def _require_visible(path: str, group: dist.ProcessGroup | None) -> None:
-    """Collective: raises on every rank when one does not see what rank 0 made."""
-    error = None
-    if not os.path.exists(path):
-        error = RuntimeError(
-            f"rank {rank_of(group)} on {socket.gethostname()} does not see {path}, which rank 0 made: the "
-            "cache folder must be on a file system that all ranks share"
-        )
-    raise_together(error, group)
 
 
 def _entry_name(sources: Sequence[Source], options: CorpusOptions) -> str:

@@ -150,8 +150,13 @@ def keep_probabilities(counts: NDArray[np.int64], sample: float) -> NDArray[np.f
 
     Source: word2vec.c of Mikolov et al. 2013 (the paper's formula lacks the second term).
     """
+    return keep_shares(counts / counts.sum(), sample)
+
+
+def keep_shares(shares: NDArray[np.float64], sample: float) -> NDArray[np.float64]:
+    """Returns `keep_probabilities` of words by their shares of the text."""
     if sample == 0:
-        return np.ones(len(counts))
-    ratio = counts / counts.sum() / sample
+        return np.ones(len(shares))
+    ratio = shares / sample
     keep: NDArray[np.float64] = np.minimum(1.0, (np.sqrt(ratio) + 1) / ratio)
     return keep

@@ -47,12 +47,13 @@ class Source:
         return _CODECS.get(os.path.splitext(self.url)[1])
 
 
-def expand_sources(path: str | Sequence[str]) -> list[Source]:
+def expand_sources(path: str | Sequence[str], suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> list[Source]:
     """Lists the files that a path means.
 
     Args:
         path: one or several of: a file, a glob (`*.txt`, `folder/**/*.txt.gz`), or a folder, which stands
-            for the files in it and below it whose names end in one of `TEXT_SUFFIXES`. Any fsspec URL.
+            for the files in it and below it whose names end in one of `suffixes`. Any fsspec URL.
+        suffixes: endings of the names that are taken from a folder.
 
     Returns:
         The files in the order of the paths, sorted within each; a file that several match comes once.
@@ -62,10 +63,10 @@ def expand_sources(path: str | Sequence[str]) -> list[Source]:
     """
     paths = [path] if isinstance(path, str) else list(path)
     if not paths:
-        raise UserError("no path of a text was given: expected a file, a glob or a folder")
+        raise UserError("no path was given: expected a file, a glob or a folder")
     found: dict[str, Source] = {}
     for one in paths:
-        for source in _expand(one):
+        for source in _expand(one, suffixes):
             found.setdefault(source.url, source)
     return list(found.values())
 
@@ -113,7 +114,7 @@ def read_chunks(
                 told = file.tell()
 
 
-def _expand(path: str) -> list[Source]:
+def _expand(path: str, suffixes: tuple[str, ...]) -> list[Source]:
     try:
         fs, root = fsspec.core.url_to_fs(path)
     except (ValueError, ImportError) as error:
@@ -124,11 +125,11 @@ def _expand(path: str) -> list[Source]:
             return [_source(fs, info)]
         if info is not None:
             infos = fs.find(root, detail=True).values()
-            chosen = [i for i in infos if i["type"] == "file" and i["name"].endswith(TEXT_SUFFIXES)]
+            chosen = [i for i in infos if i["type"] == "file" and i["name"].endswith(suffixes)]
             if not chosen:
-                expected = ", ".join(f"*{suffix}" for suffix in TEXT_SUFFIXES)
+                expected = ", ".join(f"*{suffix}" for suffix in suffixes)
                 held = _contents(fs, root)
-                raise UserError(f"{path}: no text ({expected}) in this folder or below it; {held}")
+                raise UserError(f"{path}: no file ({expected}) in this folder or below it; {held}")
         elif fsspec.core.has_magic(root):
             chosen = [i for i in fs.glob(root, detail=True).values() if i["type"] == "file"]
             if not chosen:

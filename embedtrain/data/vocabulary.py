@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 from numpy.typing import NDArray
 
+from embedtrain import storage
 from embedtrain.errors import UserError
 
 COUNTS_SCHEMA = pa.schema([("word", pa.large_binary()), ("count", pa.int64())])
@@ -88,8 +88,7 @@ class Vocabulary:
         Raises:
             UserError: a line is not `word<TAB>count`.
         """
-        with fsspec.open(path, "rb") as file:
-            lines = file.read().decode().removesuffix("\n").split("\n")
+        lines = storage.read(path).decode().removesuffix("\n").split("\n")
         try:
             pairs = [line.split("\t") for line in lines]
             return cls([word for word, _ in pairs], np.array([int(count) for _, count in pairs], np.int64))
@@ -97,9 +96,8 @@ class Vocabulary:
             raise UserError(f"{path}: not a vocabulary: expected lines of word, tab, count") from error
 
     def save(self, path: str) -> None:
-        """Writes `word<TAB>count` lines, UTF-8, in the order of the rows, to any fsspec URL."""
-        with fsspec.open(path, "wb") as file:
-            file.write(self._content())
+        """Writes `word<TAB>count` lines, UTF-8, in the order of the rows, to any fsspec URL, whole or not at all."""
+        storage.replace(path, self._content(), f"{path}.tmp")
 
     @cached_property
     def fingerprint(self) -> str:

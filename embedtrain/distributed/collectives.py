@@ -6,8 +6,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from embedtrain.distributed.runtime import rank_of
 from embedtrain.distributed.shared_memory import SharedMemoryExchange
@@ -46,6 +48,40 @@ def all_to_all_rows(
     with stage("exchange"):
         dist.all_to_all_single(received, rows.contiguous(), list(receive_counts), list(send_counts), group=group)
     return received
+
+
+def all_gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
+    """Returns the rows of every rank, in rank order, with gradients that find their way back.
+
+    Backward sums the gradients that the ranks have for a row, in rank order.
+
+    Collective: every rank of `group`, and its backward too.
+
+    Args:
+        rows: [counts[rank], dim].
+        counts: rows of each rank.
+
+    Returns:
+        [sum(counts), dim]; `rows` itself where there is no group.
+    """
+    if group is None:
+        return rows
+    gathered: Tensor = _AllGatherRows.apply(rows, list(counts), group)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+class _AllGatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.counts, ctx.group = counts, group
+        return all_to_all_rows(rows.repeat(len(counts), 1), [rows.shape[0]] * len(counts), counts, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        num_rows = ctx.counts[rank_of(ctx.group)]
+        parts = all_to_all_rows(grad, ctx.counts, [num_rows] * len(ctx.counts), ctx.group)
+        return parts.view(len(ctx.counts), num_rows, grad.shape[1]).sum(dim=0), None, None
 
 
 def all_reduce_sum(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -66,11 +67,21 @@ def _blame(reports: dict[int, tuple[bool, str]], world_size: int, doing: str, ti
 
 def _exchange(runtime: Runtime, report: tuple[bool, str], *, must_wait: bool) -> dict[int, tuple[bool, str]]:
     """Posts this rank's report in the job's store; returns those that came within the time of grace."""
+    reports = {runtime.rank: report}
+    # The store's own time-outs do not hold where the way to its host is cut: cancelling a wait waits for an answer.
+    # The thread is left behind then; the process is about to end.
+    thread = threading.Thread(target=_collect, args=(runtime, reports, must_wait), daemon=True)
+    thread.start()
+    thread.join(2 * GRACE_SECONDS)
+    return dict(reports)
+
+
+def _collect(runtime: Runtime, reports: dict[int, tuple[bool, str]], must_wait: bool) -> None:
+    """Posts this rank's report and adds those of the others."""
     assert runtime.store is not None
     store = dist.PrefixStore("failed", runtime.store)
-    reports = {runtime.rank: report}
     try:
-        store.set(str(runtime.rank), json.dumps(report))
+        store.set(str(runtime.rank), json.dumps(reports[runtime.rank]))
         give_up = time.monotonic() + (GRACE_SECONDS if must_wait else 0.0)
         for rank in range(runtime.world_size):
             left = timedelta(seconds=max(0.05, give_up - time.monotonic()))
@@ -79,7 +90,6 @@ def _exchange(runtime: Runtime, report: tuple[bool, str], *, must_wait: bool) ->
                 reports[rank] = (is_fault, text)
     except (RuntimeError, ValueError):
         pass  # the store ends with the launcher: what is known is told
-    return reports
 
 
 def _has(store: dist.Store, rank: int, timeout: timedelta) -> bool:

@@ -17,10 +17,15 @@ from embedtrain.distributed.runtime import size_of
 from embedtrain.embedding.shard import RowGroup
 from embedtrain.ops.pool_rows import Bags, pool_rows
 from embedtrain.ops.row_gradient import Delivery
-from embedtrain.ops.sort_unique import SortedKeys, sort_unique
+from embedtrain.ops.sort_unique import sort_unique
 from embedtrain.sharding.cost import Wire, bytes_of_rows, bytes_of_sums
 from embedtrain.spec import FeatureSpec
 from embedtrain.stages import stage
+
+_SAMPLE_BITS = 13
+"""Batches of up to 2**13 ids are counted exactly, larger ones by 2**12 to 2**13 of their ids on average."""
+_ODD = 0xBF58476D1CE4E5B9 - (1 << 64)
+"""A multiplier whose products have well-mixed high bits, as a signed integer; see `embedtrain.ops.mix`."""
 
 
 def choose_owner(
@@ -71,18 +76,22 @@ def choose_owner(
 
 
 def _moves_less(group: RowGroup, bags: Sequence[Bags], keys: Tensor) -> list[bool]:
-    """Returns for each feature by itself whether sums cost fewer bytes than its distinct rows, both counted."""
+    """Returns for each feature by itself whether sums cost fewer bytes than its distinct rows.
+
+    Both are counted, in large batches by a sample: of all keys and pairs those with a certain hash, and of these the
+    distinct ones.
+    """
     bound = size_of(group.process_group) * group.num_local_rows
     sizes = torch.tensor([feature.num_values for feature in bags], device=keys.device)
     ends_of_bags = torch.tensor([feature.num_bags for feature in bags], device=keys.device).cumsum(0)
     with stage("unique"):
         feature_of_value = torch.repeat_interleave(sizes, output_size=keys.numel())
-        rows = sort_unique(keys + feature_of_value * bound, bound=len(bags) * bound, with_inverse=False).unique
-        sums = _sort_by_owner(group, bags, keys).unique
+        rows, rows_per_sample = _distinct_sample(keys + feature_of_value * bound, len(bags) * bound)
+        sums, sums_per_sample = _distinct_sample(*_owner_and_bag(group, bags, keys))
     feature_of_row = torch.div(rows, bound, rounding_mode="floor")
     feature_of_sum = torch.bucketize(sums % ends_of_bags[-1], ends_of_bags, right=True)
-    counts = [torch.bincount(found, minlength=len(bags)) for found in (feature_of_row, feature_of_sum)]
-    num_rows, num_sums = torch.stack(counts).tolist()
+    num_rows = torch.bincount(feature_of_row, minlength=len(bags)) * rows_per_sample
+    num_sums = torch.bincount(feature_of_sum, minlength=len(bags)) * sums_per_sample
     dim = group.weight.shape[1]
     wire = Wire(
         id_bytes=_id_type(group).itemsize,
@@ -91,10 +100,19 @@ def _moves_less(group: RowGroup, bags: Sequence[Bags], keys: Tensor) -> list[boo
         has_gradients=torch.is_grad_enabled(),
     )
     return [
-        bytes_of_sums(feature.num_values, num_sums[i], dim, wire, is_weighted=feature.weights is not None)
-        < bytes_of_rows(num_rows[i], dim, wire)
-        for i, feature in enumerate(bags)
+        bytes_of_sums(feature.num_values, of_sums, dim, wire, is_weighted=feature.weights is not None)
+        < bytes_of_rows(of_rows, dim, wire)
+        for feature, (of_rows, of_sums) in zip(bags, torch.stack([num_rows, num_sums], dim=1).tolist(), strict=True)
     ]
+
+
+def _distinct_sample(keys: Tensor, bound: int) -> tuple[Tensor, int]:
+    """Returns a sample of the distinct keys, which are below `bound`, and how many each of them stands for."""
+    bits = max(keys.numel().bit_length() - _SAMPLE_BITS, 0)
+    if bits:
+        # The high bits of the product are a hash of all of the key.
+        keys = keys[(keys * _ODD) >> (64 - bits) == 0]
+    return sort_unique(keys, bound=bound, with_inverse=False).unique, 1 << bits
 
 
 class BagsAsked:
@@ -116,7 +134,8 @@ class BagsAsked:
         self.num_bags = sum(feature.num_bags for feature in bags)
         self.is_weighted = any(feature.weights is not None for feature in bags)
         with stage("unique"):
-            self._by_owner = _sort_by_owner(group, bags, keys)
+            pairs, bound = _owner_and_bag(group, bags, keys)
+            self._by_owner = sort_unique(pairs, bound=bound, with_inverse=False)
         self._rows = keys % group.num_local_rows
         ranks = torch.arange(size_of(group.process_group) + 1, device=keys.device)
         ends = torch.searchsorted(self._by_owner.unique, ranks * self.num_bags)
@@ -233,14 +252,13 @@ class SumRequest:
         group.deliver(Delivery(self._rows, [self._owed], [received.float()]))
 
 
-def _sort_by_owner(group: RowGroup, bags: Sequence[Bags], keys: Tensor) -> SortedKeys:
-    """Sorts the values by `owner * number of bags + bag`; bags are numbered through all features."""
+def _owner_and_bag(group: RowGroup, bags: Sequence[Bags], keys: Tensor) -> tuple[Tensor, int]:
+    """Returns `owner * number of bags + bag` for each value, and a bound of it; bags are numbered through."""
     lengths = torch.cat([keys.new_zeros(0), *(_lengths_of(feature, keys.device) for feature in bags)])
     num_bags = max(lengths.numel(), 1)
     bag_of_value = torch.repeat_interleave(lengths, output_size=keys.numel())
     owner = torch.div(keys, group.num_local_rows, rounding_mode="floor")
-    bound = size_of(group.process_group) * num_bags
-    return sort_unique(owner * num_bags + bag_of_value, bound=bound, with_inverse=False)
+    return owner * num_bags + bag_of_value, size_of(group.process_group) * num_bags
 
 
 def _lengths_of(feature: Bags, device: torch.device) -> Tensor:

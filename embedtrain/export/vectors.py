@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from types import TracebackType
@@ -65,6 +65,9 @@ class Vectors:
         dim: length of a vector.
         words: the word of each row; row numbers where the table has no vocabulary.
         counts: [num_rows] int64, how often the word occurs in the text; None without a vocabulary.
+        read: returns the vectors of the ids from its first argument up to its second.
+        on_close: gives back what `read` holds open.
+        noun: what a row stands for: a word, a user, an item.
     """
 
     table: str
@@ -73,8 +76,9 @@ class Vectors:
     dim: int
     words: Sequence[str]
     counts: npt.NDArray[np.int64] | None
-    layout: SpreadLayout
-    reader: CheckpointReader
+    read: Callable[[int, int], FloatRows]
+    on_close: Callable[[], None] = lambda: None
+    noun: str = "word"
 
     def __enter__(self) -> Vectors:
         return self
@@ -86,13 +90,11 @@ class Vectors:
 
     def close(self) -> None:
         """Closes the checkpoint's files."""
-        self.reader.close()
+        self.on_close()
 
     def rows(self, start: int, stop: int) -> FloatRows:
         """Returns [stop - start, dim]: the vectors of the ids from `start` up to `stop`."""
-        slots = self.layout.slot_of(torch.arange(start, stop))
-        rows: FloatRows = self.reader.gather(self.table + _WEIGHT, slots).float().numpy()
-        return rows
+        return self.read(start, stop)
 
     def blocks(self, block_rows: int | None = None) -> Iterator[tuple[int, FloatRows]]:
         """Yields (id of the first row, [n, dim]) from the first id to the last.
@@ -122,7 +124,8 @@ class Vectors:
             close = difflib.get_close_matches(word, islice(self.words, _SUGGESTION_WORDS))
             hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
             raise UserError(
-                f"unknown word {word!r}: not among the {self.num_rows:,} words of table {self.table!r}{hint}"
+                f"unknown {self.noun} {word!r}: not among the {self.num_rows:,} {self.noun}s of table "
+                f"{self.table!r}{hint}"
             ) from None
 
 
@@ -181,7 +184,13 @@ def _open_table(reader: CheckpointReader, run_path: str, table: str | None) -> V
     elif table == export_table:
         found = "there is none" if vocabulary is None else f"it has {len(vocabulary):,} words"
         raise UserError(f"table {table!r} needs {num_rows:,} words in {run_path}/vocabulary.tsv, but {found}")
-    return Vectors(table, reader.step, num_rows, dim, words, counts, layout, reader)
+
+    def read(start: int, stop: int) -> FloatRows:
+        slots = layout.slot_of(torch.arange(start, stop))
+        rows: FloatRows = reader.gather(table + _WEIGHT, slots).float().numpy()
+        return rows
+
+    return Vectors(table, reader.step, num_rows, dim, words, counts, read, reader.close)
 
 
 def _check_vocabulary(vocabulary: Vocabulary, reader: CheckpointReader, run_path: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol, TextIO
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
+from embedtrain import storage
 from embedtrain.errors import UserError
+
+_logger = logging.getLogger(__name__)
 
 Record = Mapping[str, float | int | str]
 
@@ -38,6 +39,9 @@ class MetricSink(Protocol):
     def log(self, record: Record) -> None:
         """Takes one record."""
 
+    def flush(self) -> None:
+        """Writes what a reader of the metrics must not miss; called before each checkpoint."""
+
     def close(self) -> None:
         """Writes what is still held back."""
 
@@ -46,16 +50,18 @@ class JsonlSink:
     """Appends each record to a file as a JSON object on a line; a number that is not finite becomes null.
 
     A local file has each line at once. Object stores cannot append: there the whole file is written again, at
-    most every 30 seconds and by `flush` and `close`, and a process that is killed loses the lines since.
+    most every 30 seconds and by `flush` and `close`, and a process that is killed loses the lines since. Lines
+    that cannot be written are warned of, kept and tried again with the next: a disk that is full, or a store
+    that is away, is no reason to stop training.
     """
 
     _UPLOAD_SECONDS = 30.0
 
     def __init__(self, path: str) -> None:
-        self._file_system, self._path = fsspec.core.url_to_fs(path)
-        self._is_local = isinstance(self._file_system, LocalFileSystem)
-        self._file_system.makedirs(self._file_system._parent(self._path), exist_ok=True)
-        self._uploaded = b"" if self._is_local else self._read()
+        self._url = path
+        self._local_path = storage.local_path(path)
+        storage.make_folder(path.rpartition("/")[0] or ".")
+        self._uploaded = b"" if self._local_path else self._read()
         self._uploaded_at = time.monotonic()
         self._pending = b""
 
@@ -63,21 +69,25 @@ class JsonlSink:
         """Appends the record."""
         line = json.dumps({name: _finite(value) for name, value in record.items()}, allow_nan=False)
         self._pending += line.encode() + b"\n"
-        if self._is_local or time.monotonic() - self._uploaded_at >= self._UPLOAD_SECONDS:
+        if self._local_path or time.monotonic() - self._uploaded_at >= self._UPLOAD_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Writes the lines that are held back; to be called when a checkpoint is saved."""
+        """Writes the lines that are held back."""
         if not self._pending:
             return
-        if self._is_local:
-            with self._file_system.open(self._path, "ab") as file:
-                file.write(self._pending)
+        try:
+            if self._local_path:
+                _append(self._local_path, self._pending)
+            else:
+                storage.replace(self._url, self._uploaded + self._pending, "")
+                self._uploaded += self._pending
+        except OSError as error:
+            count = self._pending.count(b"\n")
+            _logger.warning(f"{count} lines of metrics were not written, and are kept to be tried again: {error}")
         else:
-            self._uploaded += self._pending
-            self._file_system.pipe_file(self._path, self._uploaded)
-            self._uploaded_at = time.monotonic()
-        self._pending = b""
+            self._pending = b""
+        self._uploaded_at = time.monotonic()
 
     def truncate_after(self, step: int) -> None:
         """Drops the lines of later steps, which a resumed run logs again, and a half-written last one."""
@@ -85,9 +95,8 @@ class JsonlSink:
         text = self._read()
         kept = b"".join(line for line in text.splitlines(keepends=True) if _is_up_to(step, line))
         if kept != text:
-            self._file_system.pipe_file(f"{self._path}.partial", kept)
-            self._file_system.mv(f"{self._path}.partial", self._path)
-        self._uploaded = b"" if self._is_local else kept
+            storage.replace(self._url, kept, f"{self._url}.partial")
+        self._uploaded = b"" if self._local_path else kept
 
     def close(self) -> None:
         """Writes the lines that are held back."""
@@ -95,10 +104,9 @@ class JsonlSink:
 
     def _read(self) -> bytes:
         try:
-            text: bytes = self._file_system.cat_file(self._path)
+            return storage.read(self._url)
         except FileNotFoundError:
             return b""
-        return text
 
 
 class TensorBoardSink:
@@ -114,8 +122,8 @@ class TensorBoardSink:
     """
 
     def __init__(self, folder: str, purge_step: int | None = None) -> None:
-        file_system, path = fsspec.core.url_to_fs(folder)
-        if not isinstance(file_system, LocalFileSystem):
+        path = storage.local_path(folder)
+        if path is None:
             raise UserError(f"TensorBoard's files are appended to and need a local folder, got {folder!r}")
         from torch.utils.tensorboard import SummaryWriter  # takes a second, and few runs want it
 
@@ -127,6 +135,10 @@ class TensorBoardSink:
         for name, value in record.items():
             if name != "step" and not isinstance(value, str):
                 self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Writes the events that are held back."""
+        self._writer.flush()
 
     def log_histogram(self, name: str, histogram: Histogram, step: int) -> None:
         """Writes a histogram; nothing where it has no values."""
@@ -195,6 +207,9 @@ class ConsoleSink:
         else:
             self._held_back = line
 
+    def flush(self) -> None:
+        """Does nothing: what a console shows is not read again."""
+
     def close(self) -> None:
         """Shows the progress that is held back."""
         self._end_progress()
@@ -226,6 +241,18 @@ def _progress(record: Record, total: int, unit: str) -> str:
 
 def _short(value: float | int | str) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _append(path: str, data: bytes) -> None:
+    """Appends to a file, all of `data` or nothing."""
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def _finite(value: float | int | str) -> float | int | str | None:

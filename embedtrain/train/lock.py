@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from embedtrain.checkpoint import storage
+from embedtrain import storage
 from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import rank_of
 from embedtrain.errors import CheckpointError, UserError

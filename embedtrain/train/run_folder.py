@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from embedtrain.checkpoint import storage
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedtrain import storage
 from embedtrain.data.vocabulary import Vocabulary
 
 CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.jsonl"
 STATUS_NAME = "status.json"
 VOCABULARY_NAME = "vocabulary.tsv"
+FEATURES_NAME = "features"
 CHECKPOINTS_NAME = "checkpoints"
 TENSORBOARD_NAME = "tensorboard"
 PROFILE_NAME = "profile"
@@ -52,10 +56,18 @@ class RunFolder:
         """Keeps the configuration, as YAML."""
         self._write(CONFIG_NAME, text)
 
-    def write_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Keeps the words, so that the run can be exported without the text that it was trained on."""
+    def write_vocabulary(self, vocabulary: Vocabulary, name: str = VOCABULARY_NAME) -> None:
+        """Keeps the words or raw ids of a table's rows: without them nobody knows whose vectors they are."""
         storage.make_folder(self.path)
-        vocabulary.save(self.join(VOCABULARY_NAME))
+        vocabulary.save(self.join(name))
+
+    def write_feature(self, name: str, values: pa.Table) -> None:
+        """Keeps which value of a categorical feature each row of its table stands for, as a Parquet file."""
+        storage.make_folder(self.join(FEATURES_NAME))
+        buffer = pa.BufferOutputStream()
+        pq.write_table(values, buffer)
+        path = self.join(f"{FEATURES_NAME}/{name}.parquet")
+        storage.replace(path, buffer.getvalue().to_pybytes(), f"{path}.tmp")
 
     def write_status(self, state: str, exit_status: int, **details: Any) -> None:
         """Keeps how the run ended, which torchrun's own exit status hides."""

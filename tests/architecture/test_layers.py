@@ -15,6 +15,7 @@ LEVELS = {
     "errors": 0,
     "jagged": 0,
     "spec": 0,
+    "storage": 1,
     "stages": 0,
     "losses": 1,
     "ops": 1,
@@ -32,6 +33,9 @@ LEVELS = {
     "comparison": 7,
     "config": 7,
     "inspection": 7,
+    "planning": 7,
+    "recommending": 7,
+    "report": 7,
     "cli": 8,
     "__main__": 8,
     "__init__": 9,
@@ -44,6 +48,10 @@ ALLOWED = {
     ("sharding", "ops"),
     ("build", "config"),
     ("comparison", "config"),
+    ("planning", "build"),
+    ("planning", "config"),
+    ("recommending", "build"),
+    ("recommending", "config"),
     ("__main__", "cli"),
 }
 

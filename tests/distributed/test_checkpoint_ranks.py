@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from embedtrain import storage
 from embedtrain.checkpoint import (
     CheckpointReader,
     ShardView,
@@ -19,7 +20,6 @@ from embedtrain.checkpoint import (
     find_checkpoints,
     load_shards,
     save_checkpoint,
-    storage,
     verify,
 )
 from embedtrain.distributed.runtime import rank_of, size_of

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 
 import embedtrain as et
+from embedtrain import storage
 from embedtrain.checkpoint import (
     CheckpointReader,
     CheckpointSaver,
     SaveOptions,
     find_checkpoints,
     load_shards,
-    storage,
 )
 from embedtrain.distributed.runtime import background_group, rank_of
 from embedtrain.errors import CheckpointError

@@ -1,15 +1,23 @@
-"""Every fault, counted: `python -m tests.faults --all`; one kind of them: `python -m tests.faults --only kill`."""
+"""Every fault, counted: `python -m tests.faults --all`; one kind of them: `python -m tests.faults --only kill-self`.
+
+It takes an hour and more. With `--results FILE` each part of it is noted there as it is done, and not done again by the
+same command: so it can be done bit by bit, and go on after it was cut off.
+"""
 
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import os
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+import xml.etree.ElementTree
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,49 +25,49 @@ from embedtrain.checkpoint import latest_checkpoint
 from tests.e2e.conftest import Job
 from tests.faults.damage import count_noticed
 from tests.faults.harness import ROOT, Fault, Range
+from tests.faults.points import DISK_PHASES, PHASES
 
 NUM_POINTS = 40
+BATCH = 10
+"""Faults that strike one run, one after another, each after a restart."""
 
-KILLS = [("SIGKILL", victim) for victim in ("self", "peer", "both")]
-STOPS = [(action, victim) for action in ("SIGTERM", "SIGINT", "SIGUSR1") for victim in ("self", "peer")]
-LAUNCHER = [(action, "launcher") for action in ("SIGKILL", "SIGTERM", "SIGKILL", "SIGINT")]
-DISK = [(name, "self") for name in ("ENOSPC", "EACCES", "EIO")]
+ACTIONS: dict[str, list[tuple[str, str]]] = {
+    "kill-self": [("SIGKILL", "self")],
+    "kill-peer": [("SIGKILL", "peer")],
+    "kill-both": [("SIGKILL", "both")],
+    "kill-launcher": [("SIGKILL", "launcher")],
+    "sigterm": [("SIGTERM", victim) for victim in ("self", "peer", "launcher")],
+    "sigint": [("SIGINT", victim) for victim in ("self", "peer", "launcher")],
+    "sigusr1": [("SIGUSR1", victim) for victim in ("self", "peer", "launcher")],
+    "disk": [(name, "self") for name in ("ENOSPC", "EACCES", "EIO")],
+}
+"""Kinds of faults that strike at drawn points: what is done to whom, in turn."""
+
 STEP = "embedtrain.train.trainer:train_step"
 
-
-def kill(runs: Range, num_points: int, seed: int) -> int:
-    """Kills either rank and both, at every point."""
-    return sum(
-        strike(runs, f"{action}-{victim}", list(runs.draw(num_points, seed, [(action, victim)])))
-        for action, victim in KILLS
-    )
+Part = Callable[[Range], Counter[str]]
+"""Does a part of a kind; returns how many faults of which sort were detected or survived, or raises."""
 
 
-def stop(runs: Range, num_points: int, seed: int) -> int:
-    """Asks a rank to stop."""
-    return strike(runs, "stop", list(runs.draw(num_points, seed + 1, STOPS)))
+def strike(runs: Range, kind: str, numbers: range, seed: int) -> Counter[str]:
+    """Has faults strike a run at drawn points, a run of deltas in every other part."""
+    phases = DISK_PHASES if kind == "disk" else PHASES
+    faults = list(runs.draw(numbers, f"{seed} {kind}", ACTIONS[kind], phases))
+    with_deltas = ("checkpoint.full_every=4",) if numbers.start // BATCH % 2 else ()
+    struck = runs.survive(f"{kind}-{numbers.start}", faults, *with_deltas)
+    assert struck.num_struck == len(faults), (kind, struck.num_struck, len(faults))
+    phase_of = {point: phase for phase, points in PHASES.items() for point in points}
+    return Counter(f"{fault.action} of {fault.victim} while {phase_of[fault.point]}" for fault in faults)
 
 
-def launcher(runs: Range, num_points: int, seed: int) -> int:
-    """Kills the launcher, or asks it to stop."""
-    return strike(runs, "launcher", list(runs.draw(num_points, seed + 2, LAUNCHER)))
-
-
-def disk(runs: Range, num_points: int, seed: int) -> int:
-    """Has the disk fail under the run."""
-    drawn = list(runs.draw(num_points, seed + 3, DISK))
-    touching = [fault for fault in drawn if fault.point.startswith(("embedtrain.checkpoint.storage:", "os:"))]
-    return strike(runs, "disk", touching)
-
-
-def full(runs: Range, num_points: int, seed: int) -> int:
+def full(runs: Range) -> Counter[str]:
     """Trains on a disk that is really full, then on one that is not; as root only."""
     folder = runs.folder / "small"
     folder.mkdir()
     with mounted(folder) as is_mounted:
         if not is_mounted:
             print("full: left out, a tmpfs cannot be mounted here")
-            return 0
+            return Counter()
         (folder / "filler").write_bytes(bytes(160 * 1024))
         failed = runs.launch("small/run", [], "checkpoint.keep_last=null")
         assert failed.returncode != 0
@@ -68,35 +76,42 @@ def full(runs: Range, num_points: int, seed: int) -> int:
         done = runs.launch("small/run", [], "checkpoint.keep_last=1")
         assert done.returncode == 0, done.stderr
         runs.compare("small/run")
-    return 1
+    return Counter({"disk of 512 KiB": 1})
 
 
-def still(runs: Range, num_points: int, seed: int) -> int:
+def still(runs: Range) -> Counter[str]:
     """Stops a rank for good; torchrun waits 30 seconds before it kills it."""
     faults = [Fault(STEP, 59, 1, "SIGSTOP"), Fault(STEP, 30, 0, "SIGSTOP")]
     struck = runs.survive("still", faults, "run.timeout_seconds=5")
     for rank in (1, 0):
         assert f"rank {rank} did not take part in step" in "".join(struck.errors)
-    return struck.num_struck
+    return Counter({"SIGSTOP": struck.num_struck})
 
 
-def restart(runs: Range, num_points: int, seed: int) -> int:
+def restart(runs: Range) -> Counter[str]:
     """Has torchrun restart a run twenty times in one launch."""
     struck = runs.survive("restart", [Fault(STEP, 5, attempt % 2) for attempt in range(20)])
     assert (struck.num_struck, struck.num_launches) == (20, 1), struck
-    return struck.num_struck
+    return Counter({"restart in one launch of torchrun": struck.num_struck})
 
 
-def damage(runs: Range, num_points: int, seed: int) -> int:
+def damage(runs: Range, seed: int) -> Counter[str]:
     """Damages the files of a checkpoint, with those of a second run at hand."""
     done = runs.launch("other", [], "seed=2")
     assert done.returncode == 0, done.stderr
-    counts = count_noticed(Path(runs.latest("whole")), Path(runs.latest("other")), seed)
-    print(f"damage: {dict(counts)}")
-    return counts.total()
+    return count_noticed(Path(runs.latest("whole")), Path(runs.latest("other")), seed)
 
 
-def elastic(runs: Range, num_points: int, seed: int) -> int:
+def object_store(runs: Range) -> Counter[str]:
+    """Has the requests to an object store fail, by the tests of that."""
+    report = runs.folder / "object_store.xml"
+    tests = [str(ROOT / "tests/faults/test_object_store.py"), "-q", f"--junitxml={report}"]
+    subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, check=True)
+    cases = [case for case in xml.etree.ElementTree.parse(report).iter("testcase") if not list(case)]
+    return Counter(f"S3: {case.attrib['name']}" for case in cases)
+
+
+def elastic(runs: Range) -> Counter[str]:
     """Loses one of two hosts: the other goes on with half the ranks from the newest checkpoint."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -115,7 +130,7 @@ def elastic(runs: Range, num_points: int, seed: int) -> int:
     assert any("2 ranks" in errors for errors in ends)
     assert "1 ranks" in ends[0] and "resuming at step" in ends[0], ends[0]
     assert '"done"' in (runs.folder / "elastic" / "status.json").read_text()
-    return 1
+    return Counter({"host lost": 1})
 
 
 def wait_for_server(endpoint: str, process: subprocess.Popen[str]) -> None:
@@ -148,18 +163,26 @@ def start_host(runs: Range, endpoint: str) -> subprocess.Popen[str]:
     )
 
 
-KINDS: dict[str, Callable[[Range, int, int], int]] = {
-    each.__name__: each for each in (kill, stop, launcher, disk, full, still, restart, elastic, damage)
-}
-
-
-def strike(runs: Range, name: str, faults: Sequence[Fault]) -> int:
-    """Has faults strike and prints how many did; `survive` raises where any was not survived."""
-    began = time.monotonic()
-    struck = runs.survive(name, faults)
-    assert struck.num_struck == len(faults), (name, struck.num_struck, len(faults))
-    print(f"{name}: {struck.num_struck} of {len(faults)} survived, {time.monotonic() - began:.0f} s", flush=True)
-    return struck.num_struck
+def parts(num_points: int, seed: int) -> dict[str, dict[str, Part]]:
+    """Returns the parts of each kind, by name."""
+    drawn = {
+        kind: {
+            f"{first} of {num_points}, seed {seed}": functools.partial(
+                strike, kind=kind, numbers=range(first, min(first + BATCH, num_points)), seed=seed
+            )
+            for first in range(0, num_points, BATCH)
+        }
+        for kind in ACTIONS
+    }
+    others: dict[str, Part] = {
+        "full": full,
+        "still": still,
+        "restart": restart,
+        "elastic": elastic,
+        "damage": functools.partial(damage, seed=seed),
+        "object-store": object_store,
+    }
+    return {**drawn, **{kind: {"all": part} for kind, part in others.items()}}
 
 
 @contextmanager
@@ -175,25 +198,51 @@ def mounted(folder: Path) -> Iterator[bool]:
 
 
 def main() -> int:
-    """Runs the kinds of faults that were asked for."""
-    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    """Does the kinds of faults that were asked for, as far as they are not done."""
+    kinds = list(parts(NUM_POINTS, 0))
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--all", action="store_true", help="every kind")
-    parser.add_argument("--only", action="append", choices=list(KINDS), default=[], metavar="KIND", help=str([*KINDS]))
-    parser.add_argument("--points", type=int, default=NUM_POINTS, help=f"points of a kind ({NUM_POINTS})")
+    parser.add_argument("--only", action="append", choices=kinds, default=[], metavar="KIND", help=", ".join(kinds))
+    parser.add_argument("--points", type=int, default=NUM_POINTS, help=f"points of a kind that draws ({NUM_POINTS})")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, help="file of JSON lines; what it has is not done again")
     options = parser.parse_args()
-    chosen = list(KINDS) if options.all else options.only
+    chosen = {
+        kind: found
+        for kind, found in parts(options.points, options.seed).items()
+        if options.all or kind in options.only
+    }
     if not chosen:
         parser.error("expected --all or --only KIND")
-    total = 0
     with tempfile.TemporaryDirectory(prefix="embedtrain-faults-") as folder:
-        runs = Range(Path(folder))
-        for kind in chosen:
-            count = KINDS[kind](runs, options.points, options.seed)
-            print(f"{kind}: {count} detected or survived", flush=True)
-            total += count
-    print(f"{total} faults, 100 % detected or survived")
+        results = options.results or Path(folder) / "results"
+        counts = do(chosen, Path(folder), results)
+    for kind, count in counts.items():
+        print(f"{kind}: {count.total()} detected or survived")
+        for sort, number in sorted(count.items()):
+            print(f"    {number:>5} {sort}")
+    print(f"{sum(count.total() for count in counts.values())} faults, 100 % detected or survived")
     return 0
+
+
+def do(chosen: Mapping[str, Mapping[str, Part]], folder: Path, results: Path) -> dict[str, Counter[str]]:
+    """Does the parts that the results do not have; returns the counts of all, by kind."""
+    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    counts = {(line["kind"], line["part"]): Counter(line["counts"]) for line in lines}
+    todo = [(kind, part) for kind, found in chosen.items() for part in found if (kind, part) not in counts]
+    runs = Range(folder) if todo else None
+    for kind, part in todo:
+        assert runs is not None
+        began = time.monotonic()
+        count = counts[kind, part] = chosen[kind][part](runs)
+        line = {"kind": kind, "part": part, "counts": count, "seconds": round(time.monotonic() - began)}
+        with results.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{kind}, {part}: {count.total()} detected or survived, {line['seconds']} s", flush=True)
+    found = {kind: [counts[kind, part] for part in chosen[kind]] for kind in chosen}
+    return {kind: sum(each, Counter()) for kind, each in found.items()}
 
 
 if __name__ == "__main__":

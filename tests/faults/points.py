@@ -13,13 +13,36 @@ PHASES: dict[str, tuple[str, ...]] = {
     "step": ("embedtrain.train.trainer:train_step", "embedtrain.embedding.exchange:all_to_all_rows"),
     "staging": (
         "embedtrain.embedding.collection:EmbeddingCollection.shard_views",
+        "embedtrain.checkpoint.changes:RowChanges.snapshot",
+        "embedtrain.checkpoint.changes:RowSnapshot.preserve",
         "embedtrain.checkpoint.writer:encode_header",
     ),
-    "writing": ("embedtrain.checkpoint.storage:write", "os:fsync", "embedtrain.checkpoint.storage:make_folder"),
-    "committing": ("embedtrain.checkpoint.storage:create", "os:link", "embedtrain.checkpoint.writer:encode"),
-    "deleting": ("embedtrain.checkpoint.storage:remove", "embedtrain.checkpoint.storage:remove_empty_folder"),
+    "writing": (
+        "embedtrain.storage:write",
+        "embedtrain.storage:make_folder",
+        "embedtrain.checkpoint.changes:RowSnapshot.finish",
+        "os:fsync",
+    ),
+    "committing": (
+        "embedtrain.storage:create",
+        "embedtrain.checkpoint.writer:encode",
+        "embedtrain.checkpoint.saver:CheckpointSaver.settle",
+        "os:link",
+    ),
+    "deleting": ("embedtrain.storage:remove", "embedtrain.storage:remove_empty_folder"),
 }
-"""Phase of a run -> "module:attribute" of its functions, in the namespace where they are looked up."""
+"""Phase of a run -> "module:attribute" of its functions, in the namespace where they are looked up.
+
+Staging begins in the step's thread, and goes on in both while rows are copied on write; what follows happens in the
+background while the run trains on.
+"""
+
+DISK_PHASES = {
+    phase: touching
+    for phase, points in PHASES.items()
+    if (touching := tuple(point for point in points if point.startswith(("embedtrain.storage:", "os:"))))
+}
+"""Those of them that touch the disk."""
 
 
 def patch(point: str, tick: Callable[[str], None]) -> None:

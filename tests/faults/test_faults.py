@@ -21,9 +21,9 @@ pytestmark = pytest.mark.timeout(600)
 
 STEP = "embedtrain.train.trainer:train_step"
 STAGE = "embedtrain.embedding.collection:EmbeddingCollection.shard_views"
-WRITE = "embedtrain.checkpoint.storage:write"
-CREATE = "embedtrain.checkpoint.storage:create"
-REMOVE = "embedtrain.checkpoint.storage:remove"
+WRITE = "embedtrain.storage:write"
+CREATE = "embedtrain.storage:create"
+REMOVE = "embedtrain.storage:remove"
 
 
 @pytest.fixture(scope="module")

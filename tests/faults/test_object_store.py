@@ -15,13 +15,13 @@ import torch
 pytest.importorskip("moto")
 s3fs = pytest.importorskip("s3fs")
 
+from embedtrain import storage  # noqa: E402
 from embedtrain.checkpoint import (  # noqa: E402
     CheckpointReader,
     Retention,
     find_checkpoints,
     latest_checkpoint,
     retain,
-    storage,
     sweep_leftovers,
     verify,
 )

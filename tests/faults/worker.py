@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -35,21 +36,24 @@ class Rank:
         fault = faults[self.attempt] if self.attempt < len(faults) else None
         self.fault: dict[str, Any] | None = fault if fault and fault["rank"] == self.rank else None
         self.calls: collections.Counter[str] = collections.Counter()
+        self.lock = threading.Lock()
 
     def tick(self, point: str) -> None:
         """Counts a moment of `point`; at the planned one the fault strikes, and a failing disk goes on failing."""
-        self.calls[point] += 1
-        if self.fault is None or self.fault["point"] != point or self.calls[point] < self.fault["call"]:
+        with self.lock:
+            self.calls[point] += 1
+            number = self.calls[point]
+        if self.fault is None or self.fault["point"] != point or number < self.fault["call"]:
             return
         action, victim = self.fault["action"], self.fault["victim"]
-        if self.calls[point] == self.fault["call"]:
+        if number == self.fault["call"]:
             log(
                 kind="struck", attempt=self.attempt, calls=self.fault["call"], point=point, action=action, victim=victim
             )
         if hasattr(errno, action):
-            number = getattr(errno, action)
-            raise OSError(number, os.strerror(number))
-        if self.calls[point] == self.fault["call"]:
+            code = getattr(errno, action)
+            raise OSError(code, os.strerror(code))
+        if number == self.fault["call"]:
             for pid in victims(victim, self.rank):
                 os.kill(pid, getattr(signal, action))
             if action == "SIGKILL" and victim == "launcher":

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from embedtrain import storage
 from embedtrain.checkpoint import (
     CheckpointReader,
     ShardView,
     find_checkpoints,
     latest_checkpoint,
     save_checkpoint,
-    storage,
     sweep_leftovers,
     verify,
 )

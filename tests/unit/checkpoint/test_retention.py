@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from embedtrain import storage
 from embedtrain.checkpoint import (
     Retention,
     agree_on_latest,
     find_checkpoints,
     latest_checkpoint,
     retain,
-    storage,
     sweep_leftovers,
     verify,
 )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from embedtrain import storage
 from embedtrain.checkpoint import (
     CheckpointReader,
     CheckpointSaver,
@@ -22,7 +23,6 @@ from embedtrain.checkpoint import (
     find_checkpoints,
     load_shards,
     retain,
-    storage,
     verify,
 )
 from embedtrain.errors import CheckpointError, CorruptCheckpointError, UserError

@@ -169,7 +169,7 @@ def test_a_glob_without_a_match_says_what_is_there(folder: Path) -> None:
 
 
 def test_a_folder_without_texts_says_what_is_there(tmp_path: Path) -> None:
-    expected = f"{tmp_path}: no text (*.txt, *.gz, *.zst, *.bz2) in this folder or below it; {tmp_path}"
+    expected = f"{tmp_path}: no file (*.txt, *.gz, *.zst, *.bz2) in this folder or below it; {tmp_path}"
     with pytest.raises(UserError) as error:
         expand_sources(str(tmp_path))
     assert str(error.value) == f"{expected} is empty"
@@ -181,7 +181,7 @@ def test_a_folder_without_texts_says_what_is_there(tmp_path: Path) -> None:
 
 
 def test_no_path_and_an_unknown_protocol() -> None:
-    with pytest.raises(UserError, match="no path of a text was given"):
+    with pytest.raises(UserError, match="no path was given"):
         expand_sources([])
     with pytest.raises(UserError, match=r"nosuch://a\.txt: Protocol not known: nosuch"):
         expand_sources("nosuch://a.txt")

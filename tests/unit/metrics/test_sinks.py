@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +77,21 @@ def test_remote_lines_are_written_every_30_seconds_and_on_flush(clock):
     sink.flush()
     assert steps(path) == [1, 2, 3]
     fsspec.filesystem("memory").rm("/sinks-test", recursive=True)
+
+
+def test_lines_that_cannot_be_written_are_kept_for_the_next_time(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(str(path))
+    sink.log({"step": 1})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limit[1]))
+    sink.log({"step": 2})
+    assert path.read_text() == '{"step": 1}\n'
+    assert "1 lines of metrics were not written, and are kept to be tried again: [Errno 27]" in caplog.text
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    sink.log({"step": 3})
+    assert steps(str(path)) == [1, 2, 3]
 
 
 def test_truncate_after_drops_later_steps_and_a_half_written_line(jsonl_path):

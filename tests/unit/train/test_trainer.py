@@ -76,6 +76,9 @@ class Records:
             {key: value for key, value in record.items() if not key.endswith(("seconds", "_per_second"))}
         )
 
+    def flush(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from embedtrain.checkpoint import storage
+from embedtrain import storage
 from embedtrain.errors import UserError
 
 
@@ -40,10 +40,12 @@ def test_ranges_are_read(root: str, tmp_path: Path) -> None:
     storage.make_folder(root)
     storage.write(url, [b"0123456789"])
     assert storage.read(url) == b"0123456789"
+    reader = storage.RangeReader(url)
     for start, length, expected in ((0, 10, b"0123456789"), (3, 4, b"3456"), (8, 4, b"89"), (10, 1, b"")):
         data = bytearray(length)
-        assert storage.read_into(url, start, memoryview(data)) == len(expected)
+        assert reader.read_into(start, memoryview(data)) == len(expected)
         assert data[: len(expected)] == expected
+    reader.close()
     storage.download(url, str(tmp_path / "copy"))
     assert (tmp_path / "copy").read_bytes() == b"0123456789"
     with pytest.raises(FileNotFoundError):

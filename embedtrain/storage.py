@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +48,9 @@ _ANSWERS = (
 
 # One try at a request is bounded by these and by s3fs's own tries of it; botocore's would multiply them.
 _S3_CLIENT = {"connect_timeout": 10, "read_timeout": 30, "retries": {"mode": "standard", "total_max_attempts": 1}}
+
+_HELD_BYTES = 16 * 2**20
+"""How much of a file is written before the disk is asked to begin."""
 
 _logger = logging.getLogger(__name__)
 
@@ -105,7 +109,8 @@ def write(url: str, chunks: Iterable[bytes | memoryview]) -> None:
     """Writes a file chunk by chunk; on a local disk it is durable, its name included, on return.
 
     A failure can leave a part of the file behind, on any file system: only a name that nobody reads
-    before a commit is safe here.
+    before a commit is safe here. A large file goes to the disk while it is written, and stays out of the
+    page cache: it takes no memory from others, and less time where fresh pages are dear.
 
     Args:
         url: the file.
@@ -113,12 +118,19 @@ def write(url: str, chunks: Iterable[bytes | memoryview]) -> None:
             writing is tried again on a file system that is not a local disk.
     """
     filesystem, path = _locate(url)
+    is_local = isinstance(filesystem, LocalFileSystem)
 
     def write_once() -> None:
         with filesystem.open(path, "wb") as file:
+            num_held = 0
             for chunk in chunks:
                 file.write(chunk)
-            if isinstance(filesystem, LocalFileSystem):
+                num_held += len(chunk)
+                if is_local and num_held >= _HELD_BYTES:
+                    file.flush()
+                    _send_to_disk(file.fileno())
+                    num_held = 0
+            if is_local:
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -126,7 +138,7 @@ def write(url: str, chunks: Iterable[bytes | memoryview]) -> None:
         write_once()
     else:
         _retry(filesystem, f"{url} could not be written", write_once)
-    if isinstance(filesystem, LocalFileSystem):
+    if is_local:
         _sync_folder(Path(path).parent)
 
 
@@ -173,20 +185,40 @@ def read(url: str) -> bytes:
     return bytes(_retry(filesystem, f"{url} could not be read", lambda: filesystem.cat_file(path)))
 
 
-def read_into(url: str, start: int, destination: memoryview) -> int:
-    """Fills `destination` with a file's bytes from `start` on; returns how many there were."""
-    filesystem, path = _locate(url)
-    if not isinstance(filesystem, LocalFileSystem):
-        stop = start + len(destination)
-        data = _retry(filesystem, f"{url} could not be read", lambda: filesystem.cat_file(path, start=start, end=stop))
-        destination[: len(data)] = data
-        return len(data)
-    filled = 0
-    with open(path, "rb", buffering=0) as file:
-        file.seek(start)
-        while filled < len(destination) and (count := file.readinto(destination[filled:])):
+class RangeReader:
+    """Reads ranges of one file, which it keeps open: a disk reads ahead of who goes on where it stopped.
+
+    Args:
+        url: the file.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._filesystem, self._path = _locate(url)
+        self._file: FileIO | None = None
+
+    def read_into(self, start: int, destination: memoryview) -> int:
+        """Fills `destination` with the file's bytes from `start` on; returns how many there were."""
+        if not isinstance(self._filesystem, LocalFileSystem):
+            data = _retry(self._filesystem, f"{self._url} could not be read", lambda: self._fetch(start, destination))
+            destination[: len(data)] = data
+            return len(data)
+        if self._file is None:
+            self._file = FileIO(self._path)
+        self._file.seek(start)
+        filled = 0
+        while filled < len(destination) and (count := self._file.readinto(destination[filled:])):
             filled += count
-    return filled
+        return filled
+
+    def close(self) -> None:
+        """Closes the file; the next read opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _fetch(self, start: int, destination: memoryview) -> bytes:
+        return bytes(self._filesystem.cat_file(self._path, start=start, end=start + len(destination)))
 
 
 def download(url: str, path: str) -> None:
@@ -285,6 +317,12 @@ def _create_local(path: str, data: bytes, temporary_url: str) -> None:
     finally:
         with suppress(OSError):
             os.unlink(temporary_path)
+
+
+def _send_to_disk(descriptor: int) -> None:
+    """Has the kernel begin to write what it holds of a file, and forget what it has written; waits for neither."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,0 +1,118 @@
+"""Bags pooled at the examples and at the owners of their rows, on two ranks: bytes sent and time of a step."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from typing import Any
+
+import launch
+import numpy as np
+import torch
+from record import Measure, append_results
+
+import embedtrain as et
+from embedtrain.distributed.runtime import Runtime, init_distributed, shut_down
+from embedtrain.embedding import exchange, owner_pooling
+
+NUM_TABLES, NUM_ROWS, DIM, NUM_BAGS, EXPONENT = 4, 200_000, 64, 512, 1.05
+LENGTHS = (1, 20, 100)
+WAYS = ("example", "owner", "auto")
+REPEATS, WARMUP = 9, 2
+
+Step = tuple[et.EmbeddingCollection, et.optim.RowwiseAdagrad]
+
+
+def main() -> int:
+    """Runs the benchmark."""
+    if not launch.is_rank():
+        return launch.run_ranks()
+    runtime = init_distributed(device="cpu")
+    sent = count_bytes(runtime)
+    measures = []
+    for length in LENGTHS:
+        steps = {way: collection(way) for way in WAYS}
+        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        bytes_sent = dict.fromkeys(WAYS, 0)
+        for repeat in range(WARMUP + REPEATS):
+            batch = make_batch(length, runtime.rank, repeat)
+            for way in WAYS:  # in turns
+                sent.clear()
+                seconds[way].append(run_step(*steps[way], batch))
+                bytes_sent[way] = sum(sent)
+        medians = {way: statistics.median(seconds[way][WARMUP:]) for way in WAYS}
+        if runtime.rank == 0:
+            print(
+                f"bags of {length:>3}: "
+                + "; ".join(f"{way} {bytes_sent[way] / 1e6:.2f} MB, {medians[way] * 1e3:.2f} ms" for way in WAYS),
+                flush=True,
+            )
+        measures += [
+            Measure(f"bags of {length}", f"{kind}, pooled at the owner against the example", *pair, ratio, 2, 1)
+            for kind, pair, ratio in (
+                (
+                    "seconds of a step",
+                    (medians["owner"], medians["example"]),
+                    medians["example"] / medians["owner"],
+                ),
+                (
+                    "bytes sent in a step",
+                    (bytes_sent["owner"], bytes_sent["example"]),
+                    bytes_sent["example"] / bytes_sent["owner"],
+                ),
+            )
+        ]
+    shut_down()
+    if runtime.rank == 0:
+        append_results("owner_pooling", f"torch {torch.__version__}", measures)
+    return 0
+
+
+def collection(pool_at: Any) -> Step:
+    """Returns tables and their optimizer."""
+    tables = et.EmbeddingCollection(
+        [et.TableSpec(f"t{i}", NUM_ROWS, DIM) for i in range(NUM_TABLES)],
+        [et.FeatureSpec(f"t{i}", pooling="sum", pool_at=pool_at) for i in range(NUM_TABLES)],
+    )
+    return tables, et.optim.RowwiseAdagrad(tables, lr=0.01)
+
+
+def make_batch(length: int, rank: int, repeat: int) -> dict[str, et.Jagged]:
+    """Returns bags of ids by Zipf's law."""
+    generator = np.random.default_rng([length, rank, repeat])
+    shares = np.cumsum(np.arange(1, NUM_ROWS + 1, dtype=np.float64) ** -EXPONENT)
+    lengths = torch.full((NUM_BAGS,), length)
+    return {
+        f"t{i}": et.Jagged(
+            torch.from_numpy(np.searchsorted(shares, generator.random(NUM_BAGS * length) * shares[-1])), lengths
+        )
+        for i in range(NUM_TABLES)
+    }
+
+
+def run_step(tables: et.EmbeddingCollection, optimizer: et.optim.RowwiseAdagrad, batch: dict[str, et.Jagged]) -> float:
+    """Returns the seconds of looking up, backward and update."""
+    started_at = time.perf_counter()
+    torch.stack([vectors.sum() for vectors in tables(batch).values()]).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return time.perf_counter() - started_at
+
+
+def count_bytes(runtime: Runtime) -> list[int]:
+    """Returns a list to which each exchange from now on adds the bytes that this rank sends to others."""
+    sent: list[int] = []
+    original = exchange.all_to_all_rows
+
+    def counted(rows: torch.Tensor, send_counts: Any, *others: Any) -> torch.Tensor:
+        away = sum(send_counts) - send_counts[runtime.rank]
+        sent.append(away * rows[:1].nbytes if rows.shape[0] else 0)
+        return original(rows, send_counts, *others)
+
+    exchange.all_to_all_rows = owner_pooling.all_to_all_rows = counted
+    return sent
+
+
+if __name__ == "__main__":
+    sys.exit(main())

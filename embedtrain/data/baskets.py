@@ -1,0 +1,71 @@
+"""Baskets as sentences: items that were turned to together, in their order, for word2vec to read (item2vec)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch.distributed as dist
+import xxhash
+
+from embedtrain.data.cache import cached_entry
+from embedtrain.data.columns import TABLE_SUFFIXES
+from embedtrain.data.interactions import read_pairs
+from embedtrain.data.sources import expand_sources
+from embedtrain.distributed.collectives import run_on_first
+from embedtrain.errors import UserError
+
+TEXT_NAME = "baskets.txt"
+_FORMAT_VERSION = 1
+
+
+def write_baskets(
+    path: str | Sequence[str], format: str, names: tuple[str, str], cache_path: str, group: dist.ProcessGroup | None
+) -> str:
+    """Writes a line for each basket to a text in the cache, unless it is there; returns the text's path.
+
+    The items of a basket stand in the order in which the files have them, whether their rows follow each other
+    or not. They pass through rank 0's memory.
+
+    Collective: every rank, with the same arguments.
+
+    Args:
+        path: interactions, as `expand_sources` takes them.
+        format: as in `read_columns`.
+        names: the columns of the basket's id, such as a user or a session, and of the item's.
+        cache_path: local folder, made if missing.
+
+    Raises:
+        UserError: on every rank; as `read_pairs`, or an item's id holds white space.
+    """
+
+    def name() -> str:
+        facts = [_FORMAT_VERSION, [source.identity for source in expand_sources(path, TABLE_SUFFIXES)], format, names]
+        return f"baskets-{xxhash.xxh3_64_hexdigest(json.dumps(facts).encode())}"
+
+    def write(work_path: str) -> None:
+        baskets, items = read_pairs(path, format, names)
+        ids = items.chunk(0).dictionary
+        spaced = np.flatnonzero(np.asarray(pc.match_substring_regex(ids, r"\s")))
+        if len(spaced):
+            raise UserError(
+                f"{path}: the item id {ids[int(spaced[0])].as_py()!r} holds white space, which parts items in a text"
+            )
+        basket_codes, item_codes = (
+            np.concatenate([np.asarray(chunk.indices) for chunk in column.chunks]) for column in (baskets, items)
+        )
+        order = np.argsort(basket_codes, kind="stable")
+        ends = np.flatnonzero(np.diff(basket_codes[order], append=-1))
+        words = ids.take(pa.array(item_codes[order])).to_pylist()
+        with open(os.path.join(work_path, TEXT_NAME), "w", encoding="utf-8") as file:
+            start = 0
+            for end in (ends + 1).tolist():
+                file.write(" ".join(words[start:end]) + "\n")
+                start = end
+
+    entry = cached_entry(cache_path, run_on_first(name, group), TEXT_NAME, write, group)
+    return os.path.join(entry, TEXT_NAME)

@@ -1,0 +1,152 @@
+"""Batches of a click log: functions of epoch and step, whose examples do not depend on the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from embedtrain.data.click_log import BAG_LENGTHS, DENSE, IDS, LABEL, ClickLog, Records
+from embedtrain.data.partition import block_order, num_steps, share_of_rank
+from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.errors import UserError
+from embedtrain.jagged import Jagged
+
+
+@dataclass(frozen=True)
+class ClickBatch:
+    """One rank's part of a step.
+
+    Attributes:
+        labels: [n] float32, 0 or 1.
+        dense: [n, num_dense] float32, normalised; 0, the mean, where a number is missing.
+        features: by categorical column, n bags of rows.
+        num_global: examples of the step on all ranks.
+    """
+
+    labels: Tensor
+    dense: Tensor
+    features: dict[str, Jagged]
+    num_global: int
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of this rank's part."""
+        return self.labels.numel()
+
+    def to(self, device: torch.device) -> ClickBatch:
+        """Returns the batch on a device."""
+        features = {
+            name: Jagged(bags.values.to(device), bags.lengths.to(device)) for name, bags in self.features.items()
+        }
+        return ClickBatch(self.labels.to(device), self.dense.to(device), features, self.num_global)
+
+
+class ClickBatches:
+    """The batches of a rank, each a function of (seed, epoch, step): nothing to save, nothing to restore.
+
+    The log is cut into blocks of consecutive examples, which each epoch visits in an order of its own. The ranks
+    share the examples of a step.
+
+    Args:
+        log: the examples.
+        examples_per_step: over all ranks.
+        block_examples: of a block; fewer mix better, more read faster from a disk.
+        seed: of the order; None keeps the log's own, as for an evaluation.
+        group: the ranks that share a step.
+        on_epoch: called on every rank before an epoch's first batch is read, and when a run is resumed within one.
+
+    Raises:
+        UserError: a step is not a whole number of blocks.
+    """
+
+    def __init__(
+        self,
+        log: ClickLog,
+        examples_per_step: int,
+        *,
+        block_examples: int = 32,
+        seed: int | None = None,
+        group: dist.ProcessGroup | None = None,
+        on_epoch: Callable[[], None] | None = None,
+    ) -> None:
+        self._log = log
+        if min(examples_per_step, block_examples) < 1 or examples_per_step % block_examples:
+            raise UserError(
+                f"the examples of a step must be a multiple of those of a block, got {examples_per_step} and "
+                f"{block_examples}"
+            )
+        self._block_examples = block_examples
+        self._blocks_per_step = examples_per_step // block_examples
+        self._num_blocks = -(-log.num_examples // self._block_examples)
+        self._seed = seed
+        self._rank, self._world_size = rank_of(group), size_of(group)
+        self._on_epoch = on_epoch
+        self._epoch = -1
+        self._order = np.zeros(0, np.int64)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of every epoch, the same on every rank; the last one may have fewer examples than the others."""
+        return num_steps(self._num_blocks, self._blocks_per_step)
+
+    @property
+    def examples_per_epoch(self) -> int:
+        """Examples of the log."""
+        return self._log.num_examples
+
+    def batch(self, epoch: int, step: int) -> ClickBatch:
+        """Returns this rank's part of step `step` of epoch `epoch`, both from 0; it may hold no example."""
+        if self._epoch != epoch:
+            self._begin_epoch(epoch)
+        starts = self._order[step * self._blocks_per_step : (step + 1) * self._blocks_per_step] * self._block_examples
+        stops = np.minimum(starts + self._block_examples, self._log.num_examples)
+        ends = (stops - starts).cumsum()
+        num_global = int(ends[-1]) if len(ends) else 0
+        mine = share_of_rank(num_global, self._rank, self._world_size)
+        # The part of each block that falls into this rank's share of the step's examples.
+        first = np.clip(mine.start - (ends - (stops - starts)), 0, stops - starts) + starts
+        last = np.clip(mine.stop - (ends - (stops - starts)), 0, stops - starts) + starts
+        pieces = [self._log.read(a, b) for a, b in zip(first.tolist(), last.tolist(), strict=True) if a < b]
+        pieces = pieces or [self._log.read(0, 0)]
+        records = Records(
+            np.concatenate([piece.examples for piece in pieces]), np.concatenate([piece.values for piece in pieces])
+        )
+        return self._as_batch(records, num_global)
+
+    def _begin_epoch(self, epoch: int) -> None:
+        if self._on_epoch is not None:
+            self._on_epoch()
+        self._epoch = epoch
+        in_order = np.arange(self._num_blocks)
+        self._order = in_order if self._seed is None else block_order(self._num_blocks, self._seed, epoch)
+
+    def _as_batch(self, records: Records, num_global: int) -> ClickBatch:
+        log, examples = self._log, records.examples
+        normalised = (examples[DENSE] - log.dense_mean) / log.dense_std
+        ids = torch.from_numpy(examples[IDS].T.astype(np.int64))
+        one_each = torch.ones(len(examples), dtype=torch.int64)
+        features = {name: Jagged(ids[place], one_each) for place, name in enumerate(log.single_names)}
+        features |= self._bags(records)
+        return ClickBatch(
+            labels=torch.from_numpy(np.ascontiguousarray(examples[LABEL])),
+            dense=torch.from_numpy(np.nan_to_num(normalised).astype(np.float32)),
+            features=features,
+            num_global=num_global,
+        )
+
+    def _bags(self, records: Records) -> dict[str, Jagged]:
+        lengths: NDArray[np.int64] = records.examples[BAG_LENGTHS].astype(np.int64)
+        bag_of_value = np.repeat(np.tile(np.arange(lengths.shape[1]), len(lengths)), lengths.ravel())
+        return {
+            name: Jagged(
+                torch.from_numpy(records.values[bag_of_value == place].astype(np.int64)),
+                torch.from_numpy(np.ascontiguousarray(lengths[:, place])),
+            )
+            for place, name in enumerate(self._log.bag_names)
+        }

@@ -1,0 +1,140 @@
+"""What the columns of a click log mean: the label, the dense features, the categorical ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from embedtrain.errors import UserError
+
+FileFormat = Literal["csv", "parquet", "criteo"]
+Encoding = Literal["vocabulary", "hash", "id"]
+DenseTransform = Literal["log1p", "none"]
+
+CRITEO_LABEL = "label"
+CRITEO_DENSE = tuple(f"I{i}" for i in range(1, 14))
+CRITEO_CATEGORICAL = tuple(f"C{i}" for i in range(1, 27))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CategoricalColumn:
+    """A column whose values are looked up in a table.
+
+    Attributes:
+        name: of the column, and of the feature.
+        num_rows: rows of its table; None, for a vocabulary only, gives each value that is seen a row.
+        encoding: how a value becomes a row: "vocabulary" (row 0 stands for all values that have none of their own),
+            "hash" (of the value's text, modulo `num_rows`) or "id" (the value is the row, an integer).
+        min_count: for a vocabulary, values seen less often get no row of their own.
+        is_bag: whether an example has any number of values: a list in Parquet, or text between separators.
+        separator: between the values of a bag in a text file.
+
+    Raises:
+        UserError: an option is out of range, or contradicts another.
+    """
+
+    name: str
+    num_rows: int | None = None
+    encoding: Encoding = "vocabulary"
+    min_count: int = 1
+    is_bag: bool = False
+    separator: str = "|"
+
+    def __post_init__(self) -> None:
+        if self.encoding not in get_args(Encoding):
+            raise UserError(f"feature {self.name}: encoding must be one of {get_args(Encoding)}, got {self.encoding!r}")
+        if self.num_rows is None and self.encoding != "vocabulary":
+            raise UserError(f"feature {self.name}: encoding {self.encoding!r} needs the table's number of rows")
+        if self.num_rows is not None and self.num_rows < 1:
+            raise UserError(f"feature {self.name}: expected at least 1 row, got {self.num_rows}")
+        if self.min_count < 1:
+            raise UserError(f"feature {self.name}: min_count must be at least 1, got {self.min_count}")
+        if not self.separator:
+            raise UserError(f"feature {self.name}: the separator of a bag must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClickSchema:
+    """The columns of a click log.
+
+    Attributes:
+        file_format: "csv", "parquet", or "criteo": tab-separated lines without a header of a label, 13 integers
+            (`I1` to `I13`) and 26 tokens of hexadecimal digits (`C1` to `C26`), any of which may be missing.
+        label: the column to predict.
+        positive: the label's value that counts as 1, any other as 0; None for labels that are 0 or 1.
+        dense: columns of numbers.
+        categorical: columns to look up; a column may be dense too, as a person's age is both.
+        columns: names of a csv file's columns, in order; None where each file's first line holds them.
+        delimiter: of a csv file.
+        dense_transform: "log1p" takes `sign(x) * log(1 + |x|)`, which is defined for negative numbers too; "none"
+            takes numbers as they are. Either way they are then brought to mean 0 and variance 1.
+
+    Raises:
+        UserError: a column is named twice or is not in `columns`, or there is no feature.
+    """
+
+    file_format: FileFormat
+    label: str
+    dense: tuple[str, ...] = ()
+    categorical: tuple[CategoricalColumn, ...] = ()
+    positive: str | None = None
+    columns: tuple[str, ...] | None = None
+    delimiter: str = ","
+    dense_transform: DenseTransform = "log1p"
+
+    def __post_init__(self) -> None:
+        if self.file_format not in get_args(FileFormat):
+            raise UserError(f"format must be one of {get_args(FileFormat)}, got {self.file_format!r}")
+        if self.dense_transform not in get_args(DenseTransform):
+            raise UserError(f"dense_transform must be one of {get_args(DenseTransform)}, got {self.dense_transform!r}")
+        if not self.categorical:
+            raise UserError("a click log needs at least one categorical column: that is what the tables are for")
+        _refuse_repeats("the label and the dense columns", (self.label, *self.dense))
+        _refuse_repeats("the label and the categorical columns", (self.label, *(c.name for c in self.categorical)))
+        if self.columns is not None:
+            _refuse_repeats("columns", self.columns)
+            require_columns(self.used_columns, self.columns, "columns")
+        if len(self.delimiter) != 1:
+            raise UserError(f"the delimiter must be one character, got {self.delimiter!r}")
+
+    @classmethod
+    def criteo(cls, categorical: Sequence[CategoricalColumn], dense_transform: DenseTransform = "log1p") -> ClickSchema:
+        """Returns the schema of the Criteo layout; `categorical` are of `C1` to `C26`."""
+        return cls(
+            file_format="criteo",
+            label=CRITEO_LABEL,
+            dense=CRITEO_DENSE,
+            categorical=tuple(categorical),
+            columns=(CRITEO_LABEL, *CRITEO_DENSE, *CRITEO_CATEGORICAL),
+            delimiter="\t",
+            dense_transform=dense_transform,
+        )
+
+    @property
+    def used_columns(self) -> tuple[str, ...]:
+        """The label, the dense and the categorical columns, in this order, each once."""
+        return tuple(dict.fromkeys((self.label, *self.dense, *(column.name for column in self.categorical))))
+
+    @property
+    def single(self) -> tuple[CategoricalColumn, ...]:
+        """The categorical columns of one value an example."""
+        return tuple(column for column in self.categorical if not column.is_bag)
+
+    @property
+    def bags(self) -> tuple[CategoricalColumn, ...]:
+        """The categorical columns of any number of values an example."""
+        return tuple(column for column in self.categorical if column.is_bag)
+
+
+def require_columns(wanted: Sequence[str], existing: Sequence[str], where: str) -> None:
+    """Raises UserError when a wanted column is not among the existing ones of `where`."""
+    missing = [name for name in wanted if name not in existing]
+    if missing:
+        raise UserError(f"{where}: there is no column {', '.join(missing)}; there are {', '.join(existing)}")
+
+
+def _refuse_repeats(what: str, names: Sequence[str]) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise UserError(f"{what} name {', '.join(repeated)} more than once")

@@ -1,0 +1,296 @@
+"""Users, items and who turned to what: raw ids become rows once, and everything else is rows from there on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch.distributed as dist
+import xxhash
+from numpy.typing import NDArray
+
+from embedtrain.data.bags import Bags
+from embedtrain.data.cache import cached_entry
+from embedtrain.data.columns import TABLE_SUFFIXES, read_columns
+from embedtrain.data.sources import expand_sources
+from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary
+from embedtrain.distributed.collectives import run_on_first
+from embedtrain.errors import UserError
+
+META_NAME = "meta.json"
+_FORMAT_VERSION = 1
+_FORBIDDEN = ("\t", "\n", "\r")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideOptions:
+    """Where the categories of the users, or of the items, are.
+
+    Attributes:
+        path: files with a row for each, as `expand_sources` takes them; None for no features.
+        format: as in `read_columns`.
+        id_column: name of the column of ids.
+        separators: by column, what parts the categories of a cell; None for one category a cell.
+    """
+
+    path: str | Sequence[str] | None = None
+    format: str = "auto"
+    id_column: str = "id"
+    separators: Mapping[str, str | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InteractionOptions:
+    """What to train on.
+
+    Attributes:
+        path: the interactions, as `expand_sources` takes them.
+        format: as in `read_columns`.
+        user_column: name of the column of users; of no meaning in lines.
+        item_column: name of the column of items.
+        held_out_path: interactions to measure on, in the same format; None for none.
+        users: features of the users.
+        items: features of the items.
+    """
+
+    path: str | Sequence[str]
+    format: str = "auto"
+    user_column: str = "user"
+    item_column: str = "item"
+    held_out_path: str | Sequence[str] | None = None
+    users: SideOptions = field(default_factory=SideOptions)
+    items: SideOptions = field(default_factory=SideOptions)
+
+
+class Interactions:
+    """Prepared interactions; opened from the folder that `prepare_interactions` made.
+
+    A user's or an item's row is its place by number of interactions, the most first.
+
+    Args:
+        path: the folder, on a local file system.
+
+    Attributes:
+        num_interactions: distinct pairs of user and item.
+        fingerprint: a hash of the pairs, of the ids and of the features.
+        left_out: what of the held-out data and features cannot be used, in numbers: see `meta.json`.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        with open(os.path.join(path, META_NAME), encoding="utf-8") as file:
+            self._meta: dict[str, Any] = json.load(file)
+        self.fingerprint: str = self._meta["fingerprint"]
+        self.num_interactions: int = self._meta["num_interactions"]
+        self.left_out: dict[str, int] = self._meta["left_out"]
+
+    @cached_property
+    def users(self) -> Vocabulary:
+        """The raw id and the number of interactions of each user's row."""
+        return Vocabulary.load(os.path.join(self.path, "users.tsv"))
+
+    @cached_property
+    def items(self) -> Vocabulary:
+        """The raw id and the number of interactions of each item's row."""
+        return Vocabulary.load(os.path.join(self.path, "items.tsv"))
+
+    @cached_property
+    def known(self) -> Bags:
+        """The items of each user, ascending."""
+        return Bags.load(os.path.join(self.path, "known"))
+
+    @cached_property
+    def held_out(self) -> Bags:
+        """The held-out items of each user; -1 for an item that nobody turned to in training. Empty without any."""
+        return Bags.load(os.path.join(self.path, "held-out"))
+
+    def features(self, side: str) -> dict[str, tuple[Bags, int]]:
+        """Returns, by name, the categories of each row of "users" or "items", and how many categories there are."""
+        return {
+            name: (Bags.load(os.path.join(self.path, f"{side}-{number}")), num_categories)
+            for number, (name, num_categories) in enumerate(self._meta["features"][side].items())
+        }
+
+
+def prepare_interactions(options: InteractionOptions, cache_path: str, group: dist.ProcessGroup | None) -> Interactions:
+    """Returns the prepared form of interactions, which rank 0 makes unless the cache holds it.
+
+    The interactions pass through rank 0's memory: about 20 bytes each, and the ids.
+
+    Collective: every rank, with the same arguments.
+
+    Raises:
+        UserError: on every rank; a file or column is missing or unreadable, holds no id, or nothing at all.
+    """
+    name = run_on_first(lambda: _entry_name(options), group)
+    path = cached_entry(cache_path, name, META_NAME, lambda work_path: _write(options, work_path), group)
+    return Interactions(path)
+
+
+def _entry_name(options: InteractionOptions) -> str:
+    paths = [options.path, options.held_out_path, options.users.path, options.items.path]
+    sources = [[s.identity for s in expand_sources(path, TABLE_SUFFIXES)] for path in paths if path is not None]
+    facts = json.dumps([_FORMAT_VERSION, sources, asdict(options)], default=list)
+    return f"interactions-{xxhash.xxh3_64_hexdigest(facts.encode())}"
+
+
+def _write(options: InteractionOptions, path: str) -> None:
+    pairs = read_pairs(options.path, options.format, (options.user_column, options.item_column))
+    names = "user", "item"
+    vocabularies: list[Vocabulary] = []
+    rows: list[NDArray[np.int64]] = []
+    for name, column in zip(names, pairs, strict=True):
+        vocabulary, column_rows = _number(column, name)
+        vocabularies.append(vocabulary)
+        rows.append(column_rows)
+    users, items = vocabularies
+    known = _distinct_pairs(rows[0], rows[1], len(users), len(items))
+    num_repeated = len(rows[0]) - len(known.values)
+    counted = [np.bincount(known.rows(), minlength=len(users)), np.bincount(known.values, minlength=len(items))]
+    # Rows stand in the order of all occurrences; the counts that are kept are those of distinct pairs.
+    vocabularies = [Vocabulary(v.words, count) for v, count in zip(vocabularies, counted, strict=True)]
+    left_out = {"repeated_interactions": num_repeated}
+    users, items = vocabularies
+    held_out = _held_out(options, users, items, left_out)
+    known.save(os.path.join(path, "known"))
+    held_out.save(os.path.join(path, "held-out"))
+    users.save(os.path.join(path, "users.tsv"))
+    items.save(os.path.join(path, "items.tsv"))
+    parts = [known.fingerprint, users.fingerprint, items.fingerprint]
+    features: dict[str, dict[str, int]] = {}
+    for side, side_options, vocabulary in (("users", options.users, users), ("items", options.items, items)):
+        features[side] = {}
+        for number, (name, bags, categories) in enumerate(_read_features(side_options, vocabulary, left_out, side)):
+            bags.save(os.path.join(path, f"{side}-{number}"))
+            features[side][name] = categories
+            parts += [name, bags.fingerprint]
+    meta = {
+        "format_version": _FORMAT_VERSION,
+        "fingerprint": xxhash.xxh3_128_hexdigest(json.dumps(parts).encode()),
+        "num_interactions": len(known.values),
+        "features": features,
+        "left_out": left_out,
+        "options": asdict(options),
+    }
+    with open(os.path.join(path, META_NAME), "w", encoding="utf-8") as file:
+        json.dump(meta, file, indent=1, default=list)
+
+
+def read_pairs(path: str | Sequence[str], format: str, names: tuple[str, str]) -> list[pa.ChunkedArray]:
+    """Reads two columns of ids whole; each comes as dictionary-encoded chunks that share one dictionary.
+
+    Args:
+        path: as `expand_sources` takes it.
+        format: as in `read_columns`.
+        names: of the columns; of no meaning in lines.
+
+    Raises:
+        UserError: as `read_columns`, or a row holds no id, or there is no row.
+    """
+    chunks: list[list[pa.Array]] = [[], []]
+    first_row = 0
+    for columns in read_columns(path, format, names):
+        for name, column, found in zip(names, columns, chunks, strict=True):
+            if not pa.types.is_large_string(column.type):
+                raise UserError(f"column {name!r} of {path} holds lists: expected an id a row")
+            if column.null_count:
+                at = first_row + int(np.flatnonzero(np.asarray(column.is_null()))[0])
+                raise UserError(f"column {name!r} of {path}: row {at} (from 0) holds no id")
+            found.append(column.dictionary_encode())
+        first_row += len(columns[0])
+    if first_row == 0:
+        raise UserError(f"{path}: holds no interactions")
+    return [pa.chunked_array(found).unify_dictionaries() for found in chunks]
+
+
+def _number(column: pa.ChunkedArray, name: str) -> tuple[Vocabulary, NDArray[np.int64]]:
+    """Gives each distinct id a row, the most frequent first; returns the ids by row, and the column in rows."""
+    ids = column.chunk(0).dictionary
+    for forbidden in _FORBIDDEN:
+        found = np.flatnonzero(np.asarray(pc.match_substring(ids, forbidden)))
+        if len(found):
+            raise UserError(f"the {name} id {ids[int(found[0])].as_py()!r} holds a tab or a line end, which none may")
+    codes = np.concatenate([np.asarray(chunk.indices) for chunk in column.chunks])
+    counts = np.bincount(codes, minlength=len(ids))
+    table = pa.table([ids.cast(pa.large_binary()), pa.array(counts, pa.int64())], schema=COUNTS_SCHEMA)
+    # A dictionary may hold words that no row has.
+    vocabulary = Vocabulary.build(table, 1, None)
+    row_of_code = np.asarray(pc.index_in(ids, pa.array(vocabulary.words, pa.large_string())).fill_null(-1))
+    return vocabulary, row_of_code.astype(np.int64)[codes]
+
+
+def _distinct_pairs(users: NDArray[np.int64], items: NDArray[np.int64], num_users: int, num_items: int) -> Bags:
+    keys = np.unique(users * num_items + items)
+    return Bags.from_rows(keys // num_items, keys % num_items, num_users)
+
+
+def _rows_of(column: pa.Array | pa.ChunkedArray, vocabulary: Vocabulary) -> NDArray[np.int64]:
+    rows = pc.index_in(column, value_set=pa.array(vocabulary.words, pa.large_string())).fill_null(-1)
+    return np.asarray(rows).astype(np.int64)
+
+
+def _held_out(options: InteractionOptions, users: Vocabulary, items: Vocabulary, left_out: dict[str, int]) -> Bags:
+    """Returns the held-out items of each user of the training; counts what is left out."""
+    if options.held_out_path is None:
+        return Bags.from_rows(np.zeros(0, np.int64), np.zeros(0, np.int64), len(users))
+    pairs = read_pairs(options.held_out_path, options.format, (options.user_column, options.item_column))
+    codes = [np.concatenate([np.asarray(chunk.indices) for chunk in column.chunks]) for column in pairs]
+    user_rows, item_rows = (
+        _rows_of(column.chunk(0).dictionary, vocabulary)[code]
+        for column, vocabulary, code in zip(pairs, (users, items), codes, strict=True)
+    )
+    # Items of no row still count as what should have been found: by their code, for they may be repeated.
+    told = codes[1].astype(np.int64)
+    is_known = user_rows >= 0
+    left_out["held_out_interactions_of_unknown_users"] = int((~is_known).sum())
+    triples = np.unique(np.stack([user_rows, told, item_rows], axis=1)[is_known], axis=0)
+    left_out["held_out_interactions_with_unknown_items"] = int((triples[:, 2] < 0).sum())
+    return Bags.from_rows(triples[:, 0], triples[:, 2], len(users))
+
+
+def _read_features(
+    options: SideOptions, vocabulary: Vocabulary, left_out: dict[str, int], side: str
+) -> list[tuple[str, Bags, int]]:
+    """Returns name, categories of each row, and number of categories, for each feature."""
+    if options.path is None:
+        return []
+    names = list(options.separators)
+    batches = list(read_columns(options.path, options.format, [options.id_column, *names]))
+    ids = [_rows_of(batch[0], vocabulary) for batch in batches]
+    rows = np.concatenate(ids) if ids else np.zeros(0, np.int64)
+    described, times = np.unique(rows[rows >= 0], return_counts=True)
+    if len(times) and times.max() > 1:
+        repeated = vocabulary.words[described[times.argmax()]]
+        raise UserError(f"{options.path}: the id {repeated!r} of {side} has {times.max()} rows: expected one each")
+    left_out[f"{side}_without_features"] = len(vocabulary) - len(described)
+    found = []
+    for place, name in enumerate(names, start=1):
+        cells = [_categories(batch[place], options.separators[name]) for batch in batches]
+        lengths = np.concatenate([lengths for lengths, _ in cells])
+        values = pa.chunked_array([values.dictionary_encode() for _, values in cells]).unify_dictionaries()
+        categories, category_rows = _number(values, name)
+        of_row = np.repeat(rows, lengths)
+        is_known = of_row >= 0
+        order = np.argsort(of_row[is_known], kind="stable")
+        bags = Bags.from_rows(of_row[is_known][order], category_rows[is_known][order], len(vocabulary))
+        found.append((name, bags, len(categories)))
+    return found
+
+
+def _categories(column: pa.Array, separator: str | None) -> tuple[NDArray[np.int64], pa.Array]:
+    """Returns how many categories each cell has, and all of them; an empty cell has none."""
+    if pa.types.is_large_string(column.type):
+        column = pc.split_pattern(column, separator if separator is not None else "\n")
+    lengths = np.asarray(pc.list_value_length(column).fill_null(0)).astype(np.int64)
+    values = pc.list_flatten(column)
+    is_empty = np.asarray(pc.equal(values, "").fill_null(True))
+    of_cell = np.repeat(np.arange(len(lengths)), lengths)
+    lengths = np.bincount(of_cell[~is_empty], minlength=len(lengths))
+    return lengths, values.filter(pa.array(~is_empty))

@@ -1,0 +1,361 @@
+"""Prepares a click log for training, once: the ranks read its files and write records to a cache folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch.distributed as dist
+import xxhash
+
+from embedtrain.data.cache import commit_work, make_cache_folder, make_work_folder, require_visible
+from embedtrain.data.click_files import SUFFIXES, ClickFiles, Fault, describe_fault, plan_files, read_rows
+from embedtrain.data.click_log import (
+    DENSE,
+    LABEL,
+    ClickLog,
+    record_dtype,
+    vocabulary_name,
+)
+from embedtrain.data.click_records import Moments, encode
+from embedtrain.data.click_schema import CategoricalColumn, ClickSchema
+from embedtrain.data.click_values import Examples, parse_rows
+from embedtrain.data.corpus import META_NAME
+from embedtrain.data.prepare import Segment
+from embedtrain.data.sources import CHUNK_BYTES, Source, expand_sources
+from embedtrain.data.vocabulary import COUNTS_SCHEMA, WordCounts
+from embedtrain.distributed.collectives import all_gather_object, run_on_each, run_on_first
+from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.errors import UserError
+
+_logger = logging.getLogger(__name__)
+
+PART_BYTES = 8 << 20
+_FORMAT_VERSION = 1
+_FAULTS_SHOWN = 3
+_LARGEST_NARROW = 1 << 31
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClickOptions:
+    """Which click log, and what its columns mean.
+
+    Attributes:
+        path: a file, a glob, a folder, or several of them, on any fsspec URL.
+        schema: the columns.
+        max_bad_lines: how many lines that cannot be used are left out; with one more the log is refused.
+
+    Raises:
+        UserError: an option is out of range.
+    """
+
+    path: str | Sequence[str]
+    schema: ClickSchema
+    max_bad_lines: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_bad_lines < 0:
+            raise UserError(f"max_bad_lines must be at least 0, got {self.max_bad_lines}")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a rank needs to know to do its share of a preparation in the folder `work_path`."""
+
+    work_path: str
+    options: ClickOptions
+    files: ClickFiles
+    group: dist.ProcessGroup | None
+    like: ClickLog | None
+    chunk_bytes: int
+
+    @property
+    def schema(self) -> ClickSchema:
+        return self.options.schema
+
+    @property
+    def columns(self) -> tuple[CategoricalColumn, ...]:
+        """The categorical columns in the order of a record's: single ones first."""
+        return self.schema.single + self.schema.bags
+
+    @property
+    def with_vocabulary(self) -> dict[int, CategoricalColumn]:
+        """The columns whose values have rows of their own, by their number."""
+        return {number: column for number, column in enumerate(self.columns) if column.encoding == "vocabulary"}
+
+    @property
+    def my_parts(self) -> dict[int, list[Segment]]:
+        """The parts of this rank, by their number."""
+        rank, size = rank_of(self.group), size_of(self.group)
+        return {number: self.files.parts[number] for number in range(rank, len(self.files.parts), size)}
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.work_path, name)
+
+
+def prepare_clicks(
+    options: ClickOptions,
+    cache_path: str,
+    group: dist.ProcessGroup | None,
+    *,
+    like: ClickLog | None = None,
+    part_bytes: int = PART_BYTES,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> ClickLog:
+    """Returns the prepared form of a click log, which the ranks make together unless the cache holds it.
+
+    An entry of the cache is named by a hash of the files' identities and of the schema, so a file that changed makes
+    a new one. The examples are the same, in the same order, for every number of ranks.
+
+    Collective: every rank of `group` calls, with the same arguments.
+
+    Args:
+        cache_path: local folder that all ranks see, made if missing.
+        like: the log whose vocabularies, means and variances to take, as a validation set takes the training set's.
+        part_bytes: ranks take the files in parts of at least this size.
+        chunk_bytes: about how much text a rank holds at a time.
+
+    Raises:
+        UserError: on every rank, whichever found it: a path or a file that cannot be used, a column that does not
+            exist, more lines than `max_bad_lines` that cannot be used.
+        RuntimeError: a rank does not see the cache folder of the others.
+    """
+    cache_path = run_on_first(lambda: make_cache_folder(cache_path), group)
+    require_visible(cache_path, group)
+    schema = options.schema
+    sources = run_on_first(lambda: expand_sources(options.path, SUFFIXES[schema.file_format]), group)
+    entry_path = os.path.join(cache_path, _entry_name(sources, schema, like))
+    meta_path = os.path.join(entry_path, META_NAME)
+    if not run_on_first(lambda: os.path.exists(meta_path), group):
+        files = run_on_first(lambda: plan_files(sources, schema, part_bytes), group)
+        work_path = run_on_first(lambda: make_work_folder(entry_path), group)
+        require_visible(work_path, group)
+        _prepare(_Job(work_path, options, files, group, like, chunk_bytes), entry_path)
+    require_visible(meta_path, group)
+    log = ClickLog(entry_path)
+    if log.num_faults > options.max_bad_lines:
+        # It was prepared when more of them were allowed.
+        raise UserError(
+            f"{options.path}: {log.num_faults} lines cannot be used, and max_bad_lines is {options.max_bad_lines}"
+        )
+    return log
+
+
+def _prepare(job: _Job, entry_path: str) -> None:
+    """Collective: counts where there are vocabularies, encodes, and commits the entry."""
+    try:
+        if job.with_vocabulary and job.like is None:
+            run_on_each(lambda: _count_values(job), job.group)
+            run_on_first(lambda: _build_vocabularies(job), job.group)
+        vocabularies = run_on_each(lambda: _load_vocabularies(job), job.group)
+        shards, faults = run_on_each(lambda: _write_shards(job, vocabularies), job.group)
+        _check_faults(job, faults)
+        gathered = all_gather_object((shards, len(faults)), job.group)
+        all_shards = [shard for theirs, _ in gathered for shard in theirs]
+        num_faults = sum(number for _, number in gathered)
+        run_on_first(lambda: _commit(job, vocabularies, all_shards, num_faults, entry_path), job.group)
+    except BaseException:
+        if rank_of(job.group) == 0:
+            shutil.rmtree(job.work_path, ignore_errors=True)
+        raise
+
+
+def _read_part(part: list[Segment], job: _Job, faults: list[Fault]) -> Iterator[Examples]:
+    for segment in part:
+        columns = job.files.columns[segment.source.url]
+        for raw in read_rows(segment, job.schema, columns, faults, job.chunk_bytes):
+            yield parse_rows(raw, job.schema, segment, faults)
+            if len(faults) > job.options.max_bad_lines:
+                raise UserError(_refusal(faults, job, "at least "))
+
+
+def _refusal(faults: Sequence[Fault], job: _Job, at_least: str = "") -> str:
+    shown = "; ".join(describe_fault(fault, job.schema) for fault in faults[:_FAULTS_SHOWN])
+    return (
+        f"{shown}. {at_least}{len(faults)} such lines were found, and data.max_bad_lines is "
+        f"{job.options.max_bad_lines}: correct them, or raise it to leave them out"
+    )
+
+
+def _check_faults(job: _Job, faults: list[Fault]) -> None:
+    """Collective: refuses the log where the ranks together found too many faults, else says how many there are."""
+    found = [fault for theirs in all_gather_object(faults, job.group) for fault in theirs]
+
+    def check() -> None:
+        if len(found) > job.options.max_bad_lines:
+            raise UserError(_refusal(found, job))
+        if found:
+            shown = "; ".join(describe_fault(fault, job.schema) for fault in found[:_FAULTS_SHOWN])
+            _logger.warning(f"{len(found)} lines cannot be used and are left out, such as {shown}")
+
+    run_on_first(check, job.group)
+
+
+def _count_values(job: _Job) -> None:
+    """Writes this rank's counts of the values of each column that has a vocabulary."""
+    counts = {number: WordCounts() for number in job.with_vocabulary}
+    faults: list[Fault] = []
+    for part in job.my_parts.values():
+        for examples in _read_part(part, job, faults):
+            for number, column in job.with_vocabulary.items():
+                counts[number].add(examples.categorical[column.name].values.cast(pa.large_binary()))
+    for number, counted in counts.items():
+        _write_arrow(job.path(_counts_name(number, rank_of(job.group))), counted.table())
+
+
+def _build_vocabularies(job: _Job) -> None:
+    """Adds up the ranks' counts, saves the vocabularies, and removes the counts."""
+    for number, column in job.with_vocabulary.items():
+        counts = WordCounts()
+        for rank in range(size_of(job.group)):
+            path = job.path(_counts_name(number, rank))
+            with pa.OSFile(path, "rb") as file:
+                counts.merge(pa.ipc.open_file(file).read_all())
+            os.remove(path)
+        ordered = counts.table().sort_by([("count", "descending"), ("word", "ascending")])
+        kept = ordered.filter(pc.greater_equal(ordered["count"], column.min_count))
+        limit = None if column.num_rows is None else column.num_rows - 1
+        _write_arrow(job.path(vocabulary_name(number)), kept.slice(0, limit))
+
+
+def _load_vocabularies(job: _Job) -> dict[str, dict[bytes, int]]:
+    """Returns the rows of the values of each column that has a vocabulary."""
+    loaded = {}
+    for number, column in job.with_vocabulary.items():
+        if job.like is not None:
+            table = job.like.vocabulary(column.name)
+            assert table is not None
+        else:
+            with pa.OSFile(job.path(vocabulary_name(number)), "rb") as file:
+                table = pa.ipc.open_file(file).read_all()
+        loaded[column.name] = {value: row for row, value in enumerate(table["word"].to_pylist(), start=1)}
+    return loaded
+
+
+def _num_rows(job: _Job, vocabularies: Mapping[str, Mapping[bytes, int]]) -> dict[str, int]:
+    return {column.name: column.num_rows or len(vocabularies[column.name]) + 1 for column in job.columns}
+
+
+def _write_shards(
+    job: _Job, vocabularies: Mapping[str, Mapping[bytes, int]]
+) -> tuple[list[dict[str, Any]], list[Fault]]:
+    """Writes the records of each part of this rank; returns what the table of contents says of each, and faults."""
+    schema = job.schema
+    shards: list[dict[str, Any]] = []
+    faults: list[Fault] = []
+    is_wide = max(_num_rows(job, vocabularies).values()) > _LARGEST_NARROW
+    dtype = record_dtype(len(schema.dense), len(schema.single), len(schema.bags), is_wide)
+    for number, part in job.my_parts.items():
+        names = {"examples": f"examples-{number:05d}.bin", "values": f"values-{number:05d}.bin"}
+        digest, moments = xxhash.xxh3_128(), Moments(len(schema.dense))
+        num_examples = num_positives = num_values = 0
+        with open(job.path(names["examples"]), "wb") as example_file, open(job.path(names["values"]), "wb") as file:
+            for examples in _read_part(part, job, faults):
+                records, values = encode(examples, schema, vocabularies, dtype, num_values)
+                moments.add(records[DENSE])
+                for target, data in ((example_file, records.tobytes()), (file, values.tobytes())):
+                    target.write(data)
+                    digest.update(data)
+                num_examples += len(records)
+                num_positives += int(records[LABEL].sum())
+                num_values += len(values)
+        facts = {"num_examples": num_examples, "num_positives": num_positives, "num_values": num_values}
+        shards.append({**names, **facts, "moments": moments.as_json(), "xxh3": digest.hexdigest()})
+    return shards, faults
+
+
+def _commit(
+    job: _Job,
+    vocabularies: Mapping[str, Mapping[bytes, int]],
+    shards: list[dict[str, Any]],
+    num_faults: int,
+    entry_path: str,
+) -> None:
+    """Writes the table of contents and completes the entry."""
+    shards = sorted(shards, key=lambda shard: str(shard["examples"]))
+    moments = Moments(len(job.schema.dense))
+    for shard in shards:
+        moments.merge(*map(np.array, shard["moments"]))
+    if sum(shard["num_examples"] for shard in shards) == 0:
+        raise UserError(f"{job.options.path}: the click log is empty: there is no line that could be used")
+    mean, std = moments.mean, moments.std
+    if job.like is not None:
+        mean, std = job.like.dense_mean, job.like.dense_std
+    num_rows = _num_rows(job, vocabularies)
+    vocabulary_fingerprint = _fingerprint(vocabularies) if job.like is None else job.like.vocabulary_fingerprint
+    facts = {
+        "vocabulary_fingerprint": vocabulary_fingerprint,
+        "num_rows": num_rows,
+        "is_wide": max(num_rows.values()) > _LARGEST_NARROW,
+        "dense": job.schema.dense,
+        "dense_mean": mean.tolist(),
+        "dense_std": std.tolist(),
+        "single": [column.name for column in job.schema.single],
+        "bags": [column.name for column in job.schema.bags],
+    }
+    content = [shard["xxh3"] for shard in shards], sorted(facts.items())
+    meta = {
+        "format_version": _FORMAT_VERSION,
+        "fingerprint": xxhash.xxh3_128_hexdigest(repr(content).encode()),
+        "schema": asdict(job.schema),
+        "sources": sorted({segment.source.identity for part in job.files.parts for segment in part}),
+        "num_faults": num_faults,
+        **facts,
+        "shards": shards,
+    }
+    with open(job.path(META_NAME), "w", encoding="utf-8") as file:
+        json.dump(meta, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    commit_work(job.work_path, entry_path, META_NAME)
+
+
+def _fingerprint(vocabularies: Mapping[str, Mapping[bytes, int]]) -> str:
+    digest = xxhash.xxh3_128()
+    for name, rows in vocabularies.items():
+        for value in (name, *rows):
+            digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def _write_arrow(path: str, table: pa.Table) -> None:
+    with pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, COUNTS_SCHEMA) as writer:
+        writer.write_table(table.cast(COUNTS_SCHEMA))
+
+
+def refuse_changes(log: ClickLog, options: ClickOptions) -> None:
+    """Makes sure that the files are still those that a log was prepared from.
+
+    Raises:
+        UserError: a file has changed, come or gone.
+    """
+    sources = expand_sources(options.path, SUFFIXES[options.schema.file_format])
+    changed = {source.identity for source in sources} ^ set(log.source_identities)
+    if changed:
+        names = sorted({identity.partition(" size=")[0] for identity in changed})
+        raise UserError(
+            f"{', '.join(names)}: changed while the run trained on it. The run can be resumed where the examples are "
+            "still the same; else bring the file back, or start a new run.path"
+        )
+
+
+def _entry_name(sources: Sequence[Source], schema: ClickSchema, like: ClickLog | None) -> str:
+    facts = (
+        _FORMAT_VERSION,
+        [source.identity for source in sources],
+        repr(schema),
+        None if like is None else (like.vocabulary_fingerprint, like.dense_mean.tolist(), like.dense_std.tolist()),
+    )
+    return f"clicks-{xxhash.xxh3_64_hexdigest(repr(facts).encode())}"
+
+
+def _counts_name(number: int, rank: int) -> str:
+    return f"counts-{number:03d}-{rank:05d}.arrow"

@@ -1,0 +1,34 @@
+"""Lists of recommendations for other programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedtrain.export.storage import new_files
+
+Recommendation = tuple[str, Sequence[str], Sequence[float]]
+"""The raw id of a user, the raw ids of the items, the best first, and their scores."""
+
+_SCHEMA = pa.schema(
+    [("user", pa.large_string()), ("items", pa.list_(pa.large_string())), ("scores", pa.list_(pa.float32()))]
+)
+
+
+def write_recommendations(batches: Iterable[Sequence[Recommendation]], output: str, *, overwrite: bool = False) -> None:
+    """Writes a Parquet file with a row for each user: `user`, `items`, the best first, and their `scores`.
+
+    Args:
+        batches: some users at a time.
+        output: path or fsspec URL of the new file; it appears when it is complete.
+        overwrite: whether a file that is there already is replaced.
+
+    Raises:
+        UserError: the output is there already or cannot be written.
+    """
+    with new_files([output], overwrite) as (file,), pq.ParquetWriter(file, _SCHEMA) as writer:
+        for batch in batches:
+            users, items, scores = ([row[column] for row in batch] for column in range(3))
+            writer.write_table(pa.table([users, items, scores], schema=_SCHEMA))

@@ -1,0 +1,181 @@
+"""How good predicted probabilities are, over the examples of all ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from embedtrain.distributed.collectives import all_gather_object, all_reduce_sum
+
+EXACT_EXAMPLES = 1 << 20
+NUM_BINS = 1 << 16
+TRAINING_BINS = 1 << 12
+"""Bins for the batches of training, which are summed over the ranks every few steps."""
+
+_LARGEST_LOGIT = 16.0
+_BETWEEN = 0.5
+"""Between a negative label and a positive one."""
+_EXAMPLES, _NUM_TOTALS = 0, 4
+"""The totals among the sums: examples, positives, log loss and predicted probabilities; counts follow."""
+
+
+@dataclass(frozen=True)
+class ClassificationReport:
+    """Measures of predictions; NaN where there is nothing to measure.
+
+    Attributes:
+        num_examples: how many were predicted.
+        auc: area under the ROC curve, ties counted half: the probability that a positive is scored above a negative.
+        auc_error: how far the true area can be from `auc`; 0 where it is exact.
+        log_loss: mean cross-entropy, in nats.
+        normalised_entropy: log loss divided by that of predicting the mean label always; below 1 is better than that.
+        calibration: sum of the predicted probabilities divided by the number of positives.
+
+    Source of the normalised entropy: He et al. 2014, "Practical lessons from predicting clicks on ads at Facebook".
+    """
+
+    num_examples: int
+    auc: float
+    auc_error: float
+    log_loss: float
+    normalised_entropy: float
+    calibration: float
+
+    def as_record(self, prefix: str = "") -> dict[str, float]:
+        """Returns the measures by name, for a metric sink."""
+        names = ("auc", "log_loss", "normalised_entropy", "calibration")
+        record = {prefix + name: getattr(self, name) for name in names}
+        return record | ({f"{prefix}auc_error": self.auc_error} if self.auc_error > 0 else {})
+
+
+class ClassificationMeter:
+    """Collects predictions batch by batch; its memory does not grow with their number.
+
+    The area under the curve is exact up to `exact_examples` examples over all ranks: beyond, the logits are counted
+    in bins, whose pairs of a positive and a negative in the same bin are counted half, and half of them all is the
+    most that the area can be off by.
+
+    Args:
+        exact_examples: up to how many the logits themselves are kept.
+        num_bins: of equal width between logits of -16 and 16.
+    """
+
+    def __init__(self, exact_examples: int = EXACT_EXAMPLES, num_bins: int = NUM_BINS) -> None:
+        self._exact_examples = exact_examples
+        self._num_bins = num_bins
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the predictions."""
+        self._sums = classification_sums(torch.zeros(0), torch.zeros(0), self._num_bins)
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._num_kept = 0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Takes predictions: logits [n] of any device, labels [n] of 0 and 1."""
+        logits, labels = logits.detach().float().cpu(), labels.detach().float().cpu()
+        self._sums += classification_sums(logits, labels, self._num_bins)
+        self._num_kept += labels.numel()
+        if self._num_kept <= self._exact_examples:
+            self._kept.append((logits, labels > _BETWEEN))
+        else:
+            self._kept = []
+
+    def report(self, group: dist.ProcessGroup | None) -> ClassificationReport:
+        """Returns the measures over all ranks. Collective: every rank of `group`."""
+        sums = all_reduce_sum(self._sums.clone(), group)
+        if sums[_EXAMPLES] > self._exact_examples:
+            return report_of(sums)
+        kept = [pair for theirs in all_gather_object(self._kept, group) for pair in theirs]
+        return report_of(sums, _counts_by_logit(kept))
+
+
+def classification_sums(logits: Tensor, labels: Tensor, num_bins: int) -> Tensor:
+    """Returns what the measures are made of: [4 + 2 * num_bins] float64, which adds up over batches and ranks.
+
+    Args:
+        logits: [n].
+        labels: [n], 0 or 1.
+        num_bins: of equal width between logits of -16 and 16; the first and last one also hold what lies beyond.
+    """
+    wide, labels = logits.detach().double(), labels.double()
+    loss = F.binary_cross_entropy_with_logits(wide, labels, reduction="sum")
+    totals = torch.stack([torch.full_like(loss, labels.numel()), labels.sum(), loss, wide.sigmoid().sum()])
+    bins = ((wide / _LARGEST_LOGIT + 1) * (num_bins / 2)).nan_to_num().long().clamp(0, num_bins - 1)
+    counts = torch.bincount(bins + (labels > _BETWEEN) * num_bins, minlength=2 * num_bins)
+    return torch.cat([totals, counts.double()])
+
+
+def report_of(sums: Tensor, counts: Tensor | None = None) -> ClassificationReport:
+    """Returns the measures that sums amount to.
+
+    Args:
+        sums: of `classification_sums`, over all batches and ranks.
+        counts: [2, n] negatives and positives at each distinct logit, for an exact area under the curve; None takes
+            the bins'.
+    """
+    num_examples, positives, loss, probabilities = sums[:_NUM_TOTALS].tolist()
+    is_exact = counts is not None
+    negative, positive = counts if counts is not None else sums[_NUM_TOTALS:].view(2, -1)
+    auc, tied = area_under_curve(negative, positive)
+    log_loss = _ratio(loss, num_examples)
+    return ClassificationReport(
+        num_examples=int(num_examples),
+        auc=auc,
+        auc_error=0.0 if is_exact else tied / 2,
+        log_loss=log_loss,
+        normalised_entropy=_ratio(log_loss, _entropy(_ratio(positives, num_examples))),
+        calibration=_ratio(probabilities, positives),
+    )
+
+
+def training_measures(sums: Tensor) -> dict[str, float]:
+    """Returns the measures of training batches, predicted before they were trained on, from `classification_sums`."""
+    report = report_of(sums)
+    return {
+        "auc": report.auc,
+        "normalised_entropy": report.normalised_entropy,
+        "calibration": report.calibration,
+    }
+
+
+def area_under_curve(negatives: Tensor, positives: Tensor) -> tuple[float, float]:
+    """Returns the area under the ROC curve of scores that were counted by bin, and the share of undecided pairs.
+
+    Args:
+        negatives: [num_bins] int64, in order of score.
+        positives: [num_bins] int64.
+
+    Returns:
+        The probability that a positive lies in a higher bin than a negative, plus half that of the same bin; and
+        the latter. NaN where there is no pair.
+    """
+    below = negatives.double().cumsum(0) - negatives.double()
+    pairs = float(positives.sum()) * float(negatives.sum())
+    above = float((positives.double() * below).sum())
+    tied = float((positives.double() * negatives.double()).sum())
+    return _ratio(above + tied / 2, pairs), _ratio(tied, pairs)
+
+
+def _counts_by_logit(kept: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Returns the counts of negatives and positives at each distinct logit, in order: [2, num_distinct]."""
+    logits = torch.cat([torch.zeros(0), *(logits for logits, _ in kept)])
+    is_positive = torch.cat([torch.zeros(0, dtype=torch.bool), *(positive for _, positive in kept)])
+    distinct, place = torch.unique(logits, return_inverse=True)
+    counts = torch.zeros(2, distinct.numel(), dtype=torch.int64)
+    return counts.index_put_((is_positive.long(), place), torch.ones_like(place), accumulate=True)
+
+
+def _entropy(share: float) -> float:
+    if not 0 < share < 1:
+        return math.nan
+    return -share * math.log(share) - (1 - share) * math.log(1 - share)
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else math.nan

@@ -1,0 +1,197 @@
+"""Retrieval: matrix factorisation and two towers, on sharded tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from embedtrain import losses
+from embedtrain.data.bags import Bags
+from embedtrain.data.retrieval_batches import RetrievalBatch
+from embedtrain.distributed.collectives import all_gather_rows
+from embedtrain.distributed.runtime import size_of
+from embedtrain.embedding.collection import EmbeddingCollection
+from embedtrain.jagged import Jagged
+from embedtrain.models.objective import Objective
+from embedtrain.spec import FeatureSpec, TableSpec
+
+USER, ITEM = "user", "item"
+"""Names of the tables of the ids; those of a feature are "user.age" and the like."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """What is known of the users, or of the items.
+
+    Attributes:
+        num_rows: how many there are.
+        features: by name, the categories of each row, and how many categories there are.
+        hidden: sizes of the hidden layers over the vectors of id and features; with none these are added up.
+    """
+
+    num_rows: int
+    features: Mapping[str, tuple[Bags, int]] = field(default_factory=dict)
+    hidden: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a user and an item are compared, and what for.
+
+    Attributes:
+        loss: "softmax", "bpr" or "margin"; see `embedtrain.losses`.
+        similarity: "cosine" or "dot".
+        temperature: softmax and BPR see the similarities divided by it.
+        logq: whether softmax corrects for how often each item comes up as a negative.
+        margin: of the margin loss.
+        negative_weight: of the margin loss.
+    """
+
+    loss: Literal["softmax", "bpr", "margin"] = "softmax"
+    similarity: Literal["cosine", "dot"] = "cosine"
+    temperature: float = 0.1
+    logq: bool = True
+    margin: float = 0.5
+    negative_weight: float = 100.0
+
+
+class Retrieval(nn.Module):
+    """A vector for each user and item; their similarity says which items a user will turn to.
+
+    A side is the sum of its id's vector and those of its features (the mean of a feature's categories), which
+    without features is matrix factorisation, or a perceptron over all of them beside each other.
+
+    Args:
+        users: rows and features.
+        items: rows and features.
+        dim: of all vectors.
+        scoring: similarity and loss.
+        dtype: storage of the tables.
+        device: of this rank's rows and of the dense part.
+        process_group: the ranks that share the tables; where None, the job's.
+        seed: of the first values.
+
+    Attributes:
+        dense: the perceptrons; without parameters where no side has hidden layers.
+    """
+
+    def __init__(
+        self,
+        users: Side,
+        items: Side,
+        dim: int,
+        scoring: Scoring,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.sides = {USER: users, ITEM: items}
+        self.scoring = scoring
+        tables, features = [], []
+        for name, side in self.sides.items():
+            sizes = {name: side.num_rows, **{f"{name}.{f}": n for f, (_, n) in side.features.items()}}
+            # The scale of a sum's terms does not matter to a cosine; in a dot product it keeps first scores near 0.
+            tables += [
+                TableSpec(table, max(1, rows), dim, dtype=dtype, init="normal", init_scale=0.1)
+                for table, rows in sizes.items()
+            ]
+            features += [FeatureSpec(table, pooling="none" if table == name else "mean") for table in sizes]
+        self.tables = EmbeddingCollection(tables, features, device=device, process_group=process_group, seed=seed)
+        self.dense = nn.ModuleDict()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for name, side in self.sides.items():
+                if side.hidden:
+                    self.dense[name] = _perceptron((1 + len(side.features)) * dim, side.hidden, dim)
+        self.dense.to(self.tables.device)
+
+    def forward(self, batch: RetrievalBatch) -> Objective:
+        """Returns the loss of this rank's batch. Collective: every rank, and its backward too."""
+        num_positives = batch.positives.numel()
+        encoded = self.encode({USER: batch.users, ITEM: torch.cat([batch.positives, batch.negatives])})
+        users, items = encoded[USER], encoded[ITEM]
+        positive = (users[batch.example.to(users.device)] * items[:num_positives]).sum(dim=1)
+        own = items if batch.in_batch else items[num_positives:]
+        candidates = all_gather_rows(own, batch.candidate_counts, self.tables.process_group)
+        per_pair = self._losses(batch, positive, users @ candidates.T)
+        total = per_pair.sum()
+        # A mean over the global batch, whatever share of it this rank has: the exchange averages over the ranks.
+        loss = total * (size_of(self.tables.process_group) / max(1, batch.num_global_positives))
+        return Objective(loss, total.detach().double(), num_positives)
+
+    def encode(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the vectors of rows [n] of each side, [n, dim], of length 1 where the similarity is a cosine.
+
+        Collective: every rank, with the same sides.
+        """
+        batch: dict[str, Jagged] = {}
+        for name, ids in rows.items():
+            batch[name] = Jagged.from_ids(ids.to(self.tables.device))
+            for feature, (bags, _) in self.sides[name].features.items():
+                batch[f"{name}.{feature}"] = self._bags_of(bags, ids)
+        vectors = self.tables(batch)
+        return {name: self._join(name, vectors) for name in rows}
+
+    def _bags_of(self, bags: Bags, ids: Tensor) -> Jagged:
+        values, lengths = bags.of(ids.cpu().numpy())
+        device = self.tables.device
+        return Jagged(torch.from_numpy(values).to(device), torch.from_numpy(lengths).to(device))
+
+    def _join(self, name: str, vectors: Mapping[str, Tensor]) -> Tensor:
+        parts = [vectors[table] for table in (name, *(f"{name}.{f}" for f in self.sides[name].features))]
+        if name in self.dense:
+            joined: Tensor = self.dense[name](torch.cat(parts, dim=1))
+        else:
+            joined = torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
+        return F.normalize(joined, dim=1) if self.scoring.similarity == "cosine" else joined
+
+    def _losses(self, batch: RetrievalBatch, positive: Tensor, negative: Tensor) -> Tensor:
+        """Returns the loss of each positive; [m]."""
+        scoring, device = self.scoring, negative.device
+        example = batch.example.to(device)
+        if scoring.loss != "margin":
+            positive, negative = positive / scoring.temperature, negative / scoring.temperature
+        if scoring.loss == "softmax" and scoring.logq:
+            of_positives, of_candidates = (expected.to(device).log() for expected in batch.expected)
+            positive, negative = positive - of_positives, negative - of_candidates
+        negative = _without_known(negative, batch.known, batch.candidates)
+        if scoring.loss == "softmax":
+            return losses.softmax_loss(positive, example, negative)
+        if scoring.loss == "bpr":
+            return losses.bpr_loss(positive, example, negative)
+        return losses.margin_loss(positive, example, negative, margin=scoring.margin, weight=scoring.negative_weight)
+
+
+def _without_known(scores: Tensor, known: Jagged, candidates: Tensor) -> Tensor:
+    """Marks as no negative each candidate that is an item that the user is known to have.
+
+    Args:
+        scores: [n, c].
+        known: the items of the n users.
+        candidates: [c] int64; may repeat.
+    """
+    in_order, place = candidates.sort()
+    first = torch.searchsorted(in_order, known.values)
+    times = torch.searchsorted(in_order, known.values, right=True) - first
+    before = times.cumsum(0) - times
+    found = torch.arange(int(times.sum())) + torch.repeat_interleave(first - before, times)
+    rows, columns = torch.repeat_interleave(known.bag_of_values(), times), place[found]
+    device = scores.device
+    return scores.index_put((rows.to(device), columns.to(device)), scores.new_tensor(losses.NOT_A_NEGATIVE))
+
+
+def _perceptron(size: int, hidden: Sequence[int], dim: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for wide in hidden:
+        layers += [nn.Linear(size, wide), nn.ReLU()]
+        size = wide
+    return nn.Sequential(*layers, nn.Linear(size, dim))

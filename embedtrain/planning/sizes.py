@@ -1,0 +1,49 @@
+"""Sizes and counts as people write them."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from embedtrain.errors import UserError
+
+_UNITS = {"": 1, "B": 1}
+_UNITS.update({f"{letter}iB": 1 << 10 * power for power, letter in enumerate("KMGTP", start=1)})
+_UNITS.update({f"{letter}B": 10 ** (3 * power) for power, letter in enumerate("KMGTP", start=1)})
+
+
+def parse_bytes(text: str) -> int:
+    """Returns the bytes of "80GiB", "80 GB" or "1000".
+
+    Raises:
+        UserError: it is none of these.
+    """
+    units = {unit.lower(): size for unit, size in _UNITS.items()}
+    match = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].lower() not in units or match[1].count(".") > 1 or match[1] == ".":
+        raise UserError(f"expected a size such as 80GiB or 512MB, got {text!r}")
+    return int(float(match[1]) * units[match[2].lower()])
+
+
+def parse_count(text: str) -> int:
+    """Returns the number of "1000", "1_000_000" or "10e9".
+
+    Raises:
+        UserError: it is not a whole number of at least 1.
+    """
+    try:
+        value = float(text.replace(",", "").replace("_", ""))
+    except ValueError:
+        value = math.nan
+    if not (1 <= value < math.inf) or value != int(value):
+        raise UserError(f"expected a number such as 1000000 or 10e9, got {text!r}")
+    return int(value)
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Returns "7.45 GiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if num_bytes < 1024 or unit == "TiB":
+            break
+        num_bytes /= 1024
+    return f"{num_bytes:,.0f} {unit}" if unit == "B" else f"{num_bytes:,.2f} {unit}"

@@ -1,0 +1,204 @@
+"""From a configuration to what the plan computes with: tables, and what a step asks of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from embedtrain.build.optimizers import build_optimizer
+from embedtrain.build.ranking import click_schema
+from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
+from embedtrain.config import Config, Word2VecConfig
+from embedtrain.config.models import MODELS
+from embedtrain.config.optimizer import OptimizerConfig
+from embedtrain.config.ranking import FeatureConfig, RankingConfig
+from embedtrain.config.sections import CheckpointConfig, TableConfig
+from embedtrain.data.skipgram import keep_shares
+from embedtrain.embedding.collection import EmbeddingCollection
+from embedtrain.errors import UserError
+from embedtrain.models.ranking import NETWORKS, NetworkOptions
+from embedtrain.models.word2vec import INPUT, OUTPUT
+from embedtrain.sharding.plan import Law, TableLoad, Workload
+from embedtrain.spec import TableSpec
+from embedtrain.train.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the configuration leaves to the data.
+
+    Attributes:
+        rows_of_table: as the user says.
+        rows_of_others: of every other table, as the user says; None where they do not.
+        run_path: a run's folder, whose newest checkpoint knows the rows of its tables.
+        exponent: ids are taken to be drawn by Zipf's law with it; 0 is uniform.
+        bag_length: ids of a bag on average; None where the user does not say.
+    """
+
+    rows_of_table: Mapping[str, int] = field(default_factory=dict)
+    rows_of_others: int | None = None
+    run_path: str | None = None
+    exponent: float = 1.0
+    bag_length: float | None = None
+
+    def rows_of(self, table: str) -> int:
+        """Returns the rows of a table.
+
+        Raises:
+            UserError: nobody knows.
+        """
+        if table in self.rows_of_table:
+            return self.rows_of_table[table]
+        if self.rows_of_others is not None:
+            return self.rows_of_others
+        rows = self._rows_of_run()
+        if table not in rows:
+            raise UserError(
+                f"the rows of table {table!r} come from the data: give --rows {table}=N (or --rows N for all tables), "
+                f"or a run.path with a checkpoint of this model ({self.run_path!r} has none with this table)"
+            )
+        return rows[table]
+
+    def require_known(self, tables: list[str]) -> None:
+        """Refuses rows of tables that the model does not have.
+
+        Raises:
+            UserError: there are such.
+        """
+        unknown = sorted(self.rows_of_table.keys() - set(tables))
+        if unknown:
+            raise UserError(f"--rows names {', '.join(unknown)}; the tables are {', '.join(tables)}")
+
+    def _rows_of_run(self) -> dict[str, int]:
+        path = None if self.run_path is None else latest_checkpoint(RunFolder(self.run_path).checkpoints_path)
+        if path is None:
+            return {}
+        with CheckpointReader(path) as reader:
+            return {
+                name.removesuffix("/weight"): info.shape[0]
+                for name, info in reader.tensors.items()
+                if name.endswith("/weight")
+            }
+
+
+def workload_of(config: Config, assumptions: Assumptions) -> Workload:
+    """Returns what a configuration asks of its machines.
+
+    Raises:
+        UserError: something is not known, or the rows of a table are given that does not exist.
+    """
+    for kind, of_kind in _WORKLOADS.items():
+        if isinstance(config, kind):
+            return of_kind(config, assumptions)
+    raise UserError(f"plan does not know model {config.model!r} yet; it knows {', '.join(_known_models())}")
+
+
+def _word2vec(config: Any, assumptions: Assumptions) -> Workload:
+    assert isinstance(config, Word2VecConfig)
+    assumptions.require_known([INPUT, OUTPUT])
+    settings = config.word2vec
+    words = float(config.train.words_per_step)
+    num_rows = assumptions.rows_of(INPUT)
+    if assumptions.rows_of(OUTPUT) != num_rows:
+        raise UserError("both tables of word2vec have a row a word: give the same --rows for both, or --rows N")
+    text = Law.zipf(num_rows, assumptions.exponent)
+    law, kept = text.thinned(lambda shares: keep_shares(shares, settings.sample))
+    negatives = Law.of_weights(text.shares**settings.power, text.num_rows)
+    words_kept = words * kept
+    drawn = words_kept * settings.negatives
+    sizes = _table_sizes(config.table, config.optimizer, config.table.dim)
+    contexts = min(settings.window + 1, config.train.block_words)
+    predictions = words_kept * (contexts if settings.architecture == "skipgram" else 1)
+    return Workload(
+        tables=(
+            TableLoad(INPUT, num_rows, draws=((words_kept, law),), **sizes),
+            TableLoad(OUTPUT, num_rows, draws=((words_kept, law), (drawn, negatives)), **sizes),
+        ),
+        num_features=2,
+        draws=words + drawn,
+        # Each prediction meets the positive and the negatives: the score, and the gradients of both sides.
+        skipgram_products=predictions * (1 + settings.negatives) * config.table.dim * 3,
+        **_checkpoints(config.checkpoint),
+    )
+
+
+def _ranking(config: Any, assumptions: Assumptions) -> Workload:
+    assert isinstance(config, RankingConfig)
+    schema = click_schema(config.data)
+    assumptions.require_known([column.name for column in schema.categorical])
+    examples = float(config.train.global_batch_size)
+    tables = []
+    for column in schema.categorical:
+        if column.num_rows is not None and column.name in assumptions.rows_of_table:
+            raise UserError(f"the configuration gives {column.name!r} {column.num_rows:,} rows: leave out its --rows")
+        num_rows = assumptions.rows_of(column.name) if column.num_rows is None else column.num_rows
+        if column.is_bag and assumptions.bag_length is None:
+            raise UserError(f"how many ids a bag of {column.name!r} holds comes from the data: give --bag-length L")
+        num_ids = examples * (assumptions.bag_length or 1.0) if column.is_bag else examples
+        dim = config.data.features.get(column.name, FeatureConfig()).dim or config.table.dim
+        law = Law.zipf(num_rows, assumptions.exponent)
+        sizes = _table_sizes(config.table, config.optimizer, dim)
+        num_bags = examples if column.is_bag else None
+        tables.append(TableLoad(column.name, num_rows, draws=((num_ids, law),), num_bags=num_bags, **sizes))
+    options = NetworkOptions(
+        architecture=config.ranking.architecture,
+        bottom=tuple(config.ranking.bottom),
+        top=tuple(config.ranking.top),
+        num_cross_layers=config.ranking.num_cross_layers,
+        low_rank=config.ranking.low_rank,
+    )
+    with torch.device("meta"):
+        network = NETWORKS[options.architecture](len(schema.dense), [table.dim for table in tables], options)
+    num_values = sum(parameter.numel() for parameter in network.parameters())
+    products = sum(layer.weight.numel() for layer in network.modules() if isinstance(layer, nn.Linear))
+    return Workload(
+        tables=tuple(tables),
+        num_features=len(tables),
+        dense_bytes=4 * num_values * (1 + _DENSE_STATES[config.dense_optimizer.name]),
+        dense_gradient_bytes=4 * num_values,
+        # Forward, and the gradients of inputs and of weights.
+        dense_products=examples * products * 3,
+        **_checkpoints(config.checkpoint),
+    )
+
+
+_DENSE_STATES = {"adam": 2, "adamw": 2, "adagrad": 1, "sgd": 0}
+"""Numbers that torch's optimizers keep for each parameter."""
+
+_WORKLOADS: dict[type[Config], Callable[[Any, Assumptions], Workload]] = {
+    Word2VecConfig: _word2vec,
+    RankingConfig: _ranking,
+}
+"""What each model asks, by its configuration."""
+
+
+def _known_models() -> list[str]:
+    return [name for name, kind in MODELS.items() if kind in _WORKLOADS]
+
+
+def _table_sizes(table: TableConfig, optimizer: OptimizerConfig, dim: int) -> dict[str, Any]:
+    """Returns the sizes of a table of a dim, the optimizer's state among them."""
+    dtype = getattr(torch, table.dtype)
+    wire_bytes = None if table.wire_dtype is None else getattr(torch, table.wire_dtype).itemsize
+    # The optimizer itself says what it keeps: of a table of one row.
+    probe = EmbeddingCollection([TableSpec("probe", 1, dim, dtype=dtype)])
+    build_optimizer(optimizer, probe)
+    state = probe.row_groups[0].state.values()
+    return {
+        "dim": dim,
+        "value_bytes": dtype.itemsize,
+        "state_row_bytes": sum(tensor.itemsize for tensor in state if tensor.dim() == 1),
+        "state_value_bytes": sum(tensor.itemsize for tensor in state if tensor.dim() == 2),
+        "wire_bytes": wire_bytes,
+    }
+
+
+def _checkpoints(section: CheckpointConfig) -> dict[str, Any]:
+    return {
+        "save_bytes": section.max_extra_memory_bytes if section.mode == "async" else 0,
+        "num_checkpoints": 1 + (section.keep_last or 1) + (section.keep_best or 0),
+    }

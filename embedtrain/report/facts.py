@@ -1,0 +1,211 @@
+"""What a report says of a run, read from its folder: no model is built and nothing is trained."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from embedtrain import storage
+from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
+from embedtrain.errors import UserError
+from embedtrain.export import Vectors, neighbors, open_vectors
+from embedtrain.train.run_folder import PROFILE_NAME, RunFolder
+
+_ACCUMULATOR = "/accumulator"
+_BLOCK_ROWS = 1 << 20
+
+
+@dataclass(frozen=True)
+class TableFacts:
+    """A table of the newest checkpoint.
+
+    Attributes:
+        name: of the table.
+        num_rows: its rows.
+        dim: its columns.
+        num_untouched: rows whose accumulator is still at its first value; None where that cannot be told.
+    """
+
+    name: str
+    num_rows: int
+    dim: int
+    num_untouched: int | None
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A run, as its folder tells it.
+
+    Attributes:
+        path: the run folder.
+        config: its configuration, YAML.
+        status: of status.json; empty while the run is going on or after it was killed.
+        step: of the newest checkpoint.
+        world_size: ranks that saved it.
+        seconds: spent in training.
+        num_skipped: steps left out because a gradient was not finite.
+        curves: per number that was logged, its steps and values.
+        tables: in order of name.
+        neighbors: of some frequent words, each with its nearest and their cosines.
+        profile: table of seconds per stage of each rank, by name; empty without `train --profile`.
+    """
+
+    path: str
+    config: str
+    status: Mapping[str, Any]
+    step: int
+    world_size: int
+    seconds: float
+    num_skipped: int
+    curves: Mapping[str, tuple[list[int], list[float]]]
+    tables: Sequence[TableFacts]
+    neighbors: Mapping[str, Sequence[tuple[str, float]]] = field(default_factory=dict)
+    profile: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_facts(run_path: str, words: Sequence[str] = (), num_neighbors: int = 6) -> RunFacts:
+    """Reads what there is to say of a run.
+
+    Args:
+        run_path: the run folder, any fsspec URL.
+        words: whose neighbours to find; where there are none, of frequent words that are not the most common.
+        num_neighbors: of each.
+
+    Raises:
+        UserError: there is no run, no complete checkpoint, or no such word.
+    """
+    folder = RunFolder(run_path)
+    path = latest_checkpoint(folder.checkpoints_path)
+    if path is None:
+        raise UserError(f"there is no complete checkpoint in {run_path!r}; a report needs one")
+    with CheckpointReader(path) as reader:
+        state, world_size = reader.state, reader.manifest.world_size
+        tables = _tables(reader)
+    return RunFacts(
+        path=folder.path,
+        config=folder.read_config() or "",
+        status=_json(folder, "status.json"),
+        step=state["train"]["step"],
+        world_size=world_size,
+        seconds=float(state["train"]["seconds"]),
+        num_skipped=state["optimizer"]["num_skipped"],
+        curves=read_curves(folder),
+        tables=tables,
+        neighbors=_neighbors(run_path, words, num_neighbors),
+        profile=_profile(folder),
+    )
+
+
+def read_curves(folder: RunFolder) -> dict[str, tuple[list[int], list[float]]]:
+    """Returns the steps and values of each number in metrics.jsonl; nulls and texts are left out."""
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for line in _lines(folder):
+        record = json.loads(line)
+        for name, value in record.items():
+            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
+                steps, values = curves.setdefault(name, ([], []))
+                steps.append(record["step"])
+                values.append(float(value))
+    return curves
+
+
+def advice(facts: RunFacts) -> list[str]:
+    """Returns what to try next where something looks wrong; empty where nothing does."""
+    found = []
+    _, losses = facts.curves.get("loss", ([], []))
+    if facts.num_skipped:
+        found.append(
+            f"{facts.num_skipped:,} steps were left out because a gradient was not finite: lower optimizer.lr, "
+            "or clip with optimizer.max_grad_norm."
+        )
+    if len(losses) >= 8:
+        quarter = len(losses) // 4
+        first, last = (sum(part) / quarter for part in (losses[:quarter], losses[-quarter:]))
+        if last > first:
+            found.append(f"The loss rose, from {first:.4g} to {last:.4g}: lower optimizer.lr.")
+        elif last > 0.98 * first:
+            found.append(
+                f"The loss is flat, {first:.4g} in the first quarter and {last:.4g} in the last: raise optimizer.lr or "
+                "train.epochs, or lower optimizer.initial_accumulator_value."
+            )
+    for table in facts.tables:
+        if table.num_untouched is not None and table.num_untouched > table.num_rows / 10:
+            share = table.num_untouched / table.num_rows
+            found.append(
+                f"{share:.0%} of the rows of table {table.name} were never trained: raise the smallest count that an "
+                "id needs, or train on more data."
+            )
+    return found
+
+
+def _tables(reader: CheckpointReader) -> list[TableFacts]:
+    groups = reader.state["optimizer"]["param_groups"]
+    starts = {group.get("initial_accumulator_value") for group in groups}
+    start = starts.pop() if len(starts) == 1 else None
+    found = []
+    for name, info in sorted(reader.tensors.items()):
+        if not name.endswith("/weight"):
+            continue
+        table = name.removesuffix("/weight")
+        num_rows, dim = info.shape
+        accumulator = reader.tensors.get(table + _ACCUMULATOR)
+        num_untouched = None
+        if start is not None and accumulator is not None and len(accumulator.shape) == 1:
+            num_untouched = _count_equal(reader, table + _ACCUMULATOR, num_rows, start)
+        found.append(TableFacts(table, num_rows, dim, num_untouched))
+    return found
+
+
+def _count_equal(reader: CheckpointReader, name: str, num_rows: int, value: float) -> int:
+    expected = torch.tensor(value, dtype=torch.float32)
+    return sum(
+        int((reader.read(name, start, min(start + _BLOCK_ROWS, num_rows)) == expected).sum())
+        for start in range(0, num_rows, _BLOCK_ROWS)
+    )
+
+
+def _neighbors(run_path: str, words: Sequence[str], top: int) -> dict[str, list[tuple[str, float]]]:
+    try:
+        opened = open_vectors(run_path)
+    except UserError:
+        if words:
+            raise
+        return {}  # several tables, and none is said to be the one to look at
+    with opened as vectors:
+        return {word: neighbors(vectors, word, top) for word in words or _examples(vectors)}
+
+
+def _examples(vectors: Vectors) -> list[str]:
+    """Returns words spread over the frequent ones, the most common left out: they stand beside everything."""
+    places = [100, 200, 400, 800, 1600, 3200]
+    return [vectors.words[place] for place in places if place < vectors.num_rows]
+
+
+def _profile(folder: RunFolder) -> dict[str, str]:
+    found = {}
+    for rank in range(64):
+        try:
+            found[f"rank {rank}"] = storage.read(folder.join(f"{PROFILE_NAME}/rank-{rank}.txt")).decode()
+        except FileNotFoundError:
+            break
+    return found
+
+
+def _lines(folder: RunFolder) -> list[str]:
+    try:
+        return storage.read(folder.metrics_path).decode().splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def _json(folder: RunFolder, name: str) -> dict[str, Any]:
+    try:
+        loaded: dict[str, Any] = json.loads(storage.read(folder.join(name)))
+    except FileNotFoundError:
+        return {}
+    return loaded

@@ -1,0 +1,56 @@
+"""The page itself."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Sequence
+
+import jinja2
+
+from embedtrain import storage
+from embedtrain.errors import UserError
+from embedtrain.export import open_vectors
+from embedtrain.report.facts import RunFacts, advice, read_facts
+from embedtrain.report.plots import curve_svgs, map_svg
+
+_MAP_ROWS = 300
+
+
+def write_report(run_path: str, output: str | None = None, words: Sequence[str] = ()) -> str:
+    """Writes a page of HTML about a run, which needs no other file, and returns its path.
+
+    Args:
+        run_path: the run folder, any fsspec URL.
+        output: the page; `report.html` in the run folder where None. Replaced where it is there.
+        words: whose neighbours to show; some frequent ones where there are none.
+
+    Raises:
+        UserError: there is no run, no complete checkpoint, no such word, or no matplotlib.
+    """
+    page = render(read_facts(run_path, words), _map(run_path))
+    path = output or f"{run_path.rstrip('/')}/report.html"
+    storage.replace(path, page.encode(), f"{path}.tmp")
+    return path
+
+
+def render(facts: RunFacts, row_map: str) -> str:
+    """Returns the page; `row_map` is SVG, or empty."""
+    source = importlib.resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(source).render(
+        facts=facts,
+        curves=curve_svgs(facts.curves),
+        last={name: values[-1] for name, (_, values) in facts.curves.items()},
+        row_map=row_map,
+        advice=advice(facts),
+    )
+
+
+def _map(run_path: str) -> str:
+    try:
+        vectors = open_vectors(run_path)
+    except UserError:
+        return ""  # several tables, and none is said to be the one to look at
+    with vectors:
+        frequent = vectors.first(_MAP_ROWS)
+        return map_svg(frequent.rows(0, frequent.num_rows), list(frequent.words))

@@ -1,0 +1,211 @@
+"""Ranking on sharded tables against the same model on plain embedding bags, and what a step sends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import embedtrain as et
+from embedtrain.data.click_batches import ClickBatch
+from embedtrain.data.partition import share_of_rank
+from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.models.ranking import NetworkOptions, Ranking, build_network
+from embedtrain.optim.dense import DenseOptimizer
+from embedtrain.testing.ranks import run_ranks
+from embedtrain.train.step import train_step
+
+STEPS, BATCH, NUM_DENSE = 6, 25, 3
+NUM_ROWS = {"shop": 40, "user": 101, "tags": 23}
+FEATURES = [et.FeatureSpec("shop"), et.FeatureSpec("user"), et.FeatureSpec("tags", pooling="sum")]
+OPTIONS = {
+    "dlrm": NetworkOptions(architecture="dlrm", bottom=(8,), top=(16, 8)),
+    "dcn_v2": NetworkOptions(architecture="dcn_v2", top=(16,), num_cross_layers=2),
+    "low_rank": NetworkOptions(architecture="dcn_v2", top=(16,), num_cross_layers=2, low_rank=3),
+}
+
+
+def global_batch(step: int) -> ClickBatch:
+    generator = torch.Generator().manual_seed(step)
+    lengths = torch.randint(0, 4, (BATCH,), generator=generator)
+    ids = {name: torch.randint(rows, (BATCH,), generator=generator) for name, rows in NUM_ROWS.items()}
+    features = {name: et.Jagged.from_ids(ids[name]) for name in ("shop", "user")}
+    features["tags"] = et.Jagged(torch.randint(NUM_ROWS["tags"], (int(lengths.sum()),), generator=generator), lengths)
+    dense = torch.randn(BATCH, NUM_DENSE, generator=generator)
+    labels = (ids["shop"] % 2 == 0).float()
+    return ClickBatch(labels, dense, features, BATCH)
+
+
+def part_of(batch: ClickBatch, rank: int, world_size: int) -> ClickBatch:
+    """The examples of a rank; 25 do not divide by 2 or 3."""
+    mine = share_of_rank(BATCH, rank, world_size)
+    features = {}
+    for name, bags in batch.features.items():
+        pieces = bags.values.split(bags.lengths.tolist())[mine.start : mine.stop]
+        features[name] = et.Jagged(torch.cat(pieces), bags.lengths[mine.start : mine.stop])
+    return ClickBatch(batch.labels[mine.start : mine.stop], batch.dense[mine.start : mine.stop], features, BATCH)
+
+
+def tables_of(dim: int) -> list[et.TableSpec]:
+    return [et.TableSpec(name, rows, dim) for name, rows in NUM_ROWS.items()]
+
+
+def train_sharded(group: dist.ProcessGroup | None, dim: int, options: NetworkOptions) -> list[dict[str, Tensor]]:
+    """Returns weights and loss after each step."""
+    model = Ranking(tables_of(dim), FEATURES, NUM_DENSE, options, process_group=group, seed=5)
+    optimizer = et.optim.RowwiseAdagrad(model.tables, lr=0.1, eps=1e-8)
+    dense = DenseOptimizer(model.network, process_group=group, name="adam", lr=0.01)
+    history = []
+    for step in range(STEPS):
+        batch = part_of(global_batch(step), rank_of(group), size_of(group))
+        objective = train_step(model, optimizer, batch, 0.1, dense)
+        total = objective.total.clone()
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        history.append(
+            {
+                "loss": total / BATCH,
+                **{name: model.tables.gather_table(name).clone() for name in NUM_ROWS},
+                **{name: value.clone() for name, value in model.network.state_dict().items()},
+            }
+        )
+    return history
+
+
+class PlainRanking(nn.Module):
+    """The same network on `nn.EmbeddingBag`s of the same first values."""
+
+    def __init__(self, dim: int, options: NetworkOptions) -> None:
+        super().__init__()
+        first = et.EmbeddingCollection(tables_of(dim), FEATURES, seed=5)
+        self.bags = nn.ModuleDict(
+            {
+                name: nn.EmbeddingBag.from_pretrained(first.gather_table(name).clone(), freeze=False, mode="sum")
+                for name in NUM_ROWS
+            }
+        )
+        self.network = build_network(NUM_DENSE, [dim] * len(NUM_ROWS), options, seed=5)
+
+    def forward(self, batch: ClickBatch) -> Tensor:
+        vectors: Sequence[Tensor] = [
+            self.bags[name](bags.values, bags.lengths.cumsum(0) - bags.lengths) for name, bags in batch.features.items()
+        ]
+        logits = self.network(batch.dense, vectors)
+        return nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)
+
+
+def train_plain(options: NetworkOptions) -> list[dict[str, Tensor]]:
+    """Row-wise Adagrad of rows of one column is torch's."""
+    model = PlainRanking(1, options)
+    optimizers = [
+        torch.optim.Adagrad(model.bags.parameters(), lr=0.1, eps=1e-8),
+        torch.optim.Adam(model.network.parameters(), lr=0.01),
+    ]
+    history = []
+    for step in range(STEPS):
+        loss = model(global_batch(step))
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        history.append(
+            {
+                "loss": loss.detach().double(),
+                **{name: bag.weight.detach().clone() for name, bag in model.bags.items()},
+                **{name: value.clone() for name, value in model.network.state_dict().items()},
+            }
+        )
+    return history
+
+
+def train_oracle(dim: int, options: NetworkOptions) -> list[dict[str, Tensor]]:
+    """Tables of any dim, with the unsharded oracle of row-wise Adagrad."""
+    tables = et.UnshardedEmbeddingCollection(tables_of(dim), FEATURES, seed=5)
+    network = build_network(NUM_DENSE, [dim] * len(NUM_ROWS), options, seed=5)
+    optimizers = [
+        et.optim.RowwiseAdagrad(tables, lr=0.1, eps=1e-8),
+        torch.optim.Adam(network.parameters(), lr=0.01),
+    ]
+    history = []
+    for step in range(STEPS):
+        batch = global_batch(step)
+        vectors = tables(batch.features)
+        logits = network(batch.dense, list(vectors.values()))
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        history.append(
+            {
+                "loss": loss.detach().double(),
+                **{name: tables.gather_table(name).clone() for name in NUM_ROWS},
+                **{name: value.clone() for name, value in network.state_dict().items()},
+            }
+        )
+    return history
+
+
+def assert_same_at_each_step(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
+    for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            torch.testing.assert_close(
+                ours[name], theirs[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name, s=step: f"step {s}, {n}: {m}"
+            )
+
+
+def train_all(group: dist.ProcessGroup | None) -> dict[tuple[str, int], list[dict[str, Tensor]]]:
+    return {(name, dim): train_sharded(group, dim, options) for name, options in OPTIONS.items() for dim in (1, 8)}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranking_equals_plain_torch_and_the_oracle_step_by_step(world_size: int) -> None:
+    ranks = run_ranks(world_size, train_all)
+    for name, options in OPTIONS.items():
+        for dim, expected in ((1, train_plain(options)), (8, train_oracle(8, options))):
+            for histories in ranks:
+                assert_same_at_each_step(histories[name, dim], expected)
+
+
+def count_collectives(group: dist.ProcessGroup) -> dict[str, int]:
+    """Counts what a step of 26 features of one dim sends."""
+    names = [f"C{i}" for i in range(26)]
+    model = Ranking(
+        [et.TableSpec(name, 50, 4) for name in names],
+        [et.FeatureSpec(name) for name in names],
+        NUM_DENSE,
+        OPTIONS["dlrm"],
+        process_group=group,
+    )
+    optimizer = et.optim.RowwiseAdagrad(model.tables, lr=0.1)
+    dense = DenseOptimizer(model.network, process_group=group)
+    ids = torch.arange(8)
+    batch = ClickBatch(
+        torch.ones(8), torch.zeros(8, NUM_DENSE), {name: et.Jagged.from_ids(ids) for name in names}, num_global=16
+    )
+    counts: dict[str, int] = {}
+    for name in ("all_to_all_single", "all_reduce", "all_gather", "broadcast"):
+        _count_calls(name, counts)
+    train_step(model, optimizer, batch, 0.1, dense)
+    return counts
+
+
+def _count_calls(name: str, counts: dict[str, int]) -> None:
+    collective = getattr(dist, name)
+    counts[name] = 0
+
+    def counted(*args: object, **kwargs: object) -> object:
+        counts[name] += 1
+        return collective(*args, **kwargs)
+
+    setattr(dist, name, counted)
+
+
+def test_26_features_of_one_dim_cost_one_exchange() -> None:
+    for counts in run_ranks(2, count_collectives):
+        # Sizes, ids, vectors, gradients; the network's gradients, and the agreement that all of them are finite.
+        assert counts == {"all_to_all_single": 4, "all_reduce": 2, "all_gather": 0, "broadcast": 0}

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import dataclasses
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib", reason="pictures need the extra plots")
+
+from embedtrain.report.facts import RunFacts, TableFacts, advice
+from embedtrain.report.page import render
+from embedtrain.report.plots import map_svg, project
+
+
+def facts(losses: list[float], **changes: object) -> RunFacts:
+    known = RunFacts(
+        path="runs/<x>",
+        config="seed: 1\n",
+        status={"state": "done"},
+        step=1200,
+        world_size=2,
+        seconds=3.0,
+        num_skipped=0,
+        curves={"loss": (list(range(len(losses))), losses), "learning_rate": ([1], [0.5])},
+        tables=[TableFacts("word", 1000, 8, 3), TableFacts("other", 10, 8, None)],
+    )
+    return dataclasses.replace(known, **changes)
+
+
+def falling(count: int = 16) -> list[float]:
+    return [3.0 - 0.1 * step for step in range(count)]
+
+
+class Ids(HTMLParser):
+    """The texts of the elements that have an id."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: dict[str, str] = {}
+        self._open = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        name = dict(attributes).get("id")
+        if name is not None and tag in ("p", "table", "div", "ul", "pre", "figure"):
+            self._open = name
+            self.found[name] = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._open:
+            self.found[self._open] += data
+
+
+def test_nothing_is_advised_where_nothing_looks_wrong() -> None:
+    assert advice(facts(falling())) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"curves": {"loss": (list(range(16)), [2.0] * 16)}}, "The loss is flat, 2 in the first quarter"),
+        ({"curves": {"loss": (list(range(16)), falling()[::-1])}}, "The loss rose"),
+        ({"num_skipped": 3}, "3 steps were left out"),
+        ({"tables": [TableFacts("word", 100, 8, 40)]}, "40% of the rows of table word were never trained"),
+    ],
+)
+def test_what_looks_wrong_is_told(changes: dict[str, object], told: str) -> None:
+    (line,) = advice(facts(falling(), **changes))
+    assert told in line
+
+
+def test_the_page_shows_the_run_and_escapes_what_it_shows() -> None:
+    page = render(
+        facts(falling(), neighbors={"a<b": [("c&d", 0.5)]}), map_svg(np.eye(3, 4, dtype=np.float32), ["<", "$x$", "z"])
+    )
+    shown = Ids(page).found
+    assert "done at step 1,200, 2 ranks" in " ".join(shown["summary"].split())
+    assert "1.5" in shown["measures"]
+    assert "a<b" in shown["neighbors"]
+    assert "c&d (0.50)" in shown["neighbors"]
+    assert shown["settings"].strip() == "seed: 1"
+    assert "not known" in shown["tables"]
+    assert "<h1>runs/&lt;x&gt;</h1>" in page
+    assert 'data-name="loss"' in page
+    assert 'data-name="learning_rate"' not in page, "one point is no curve"
+    assert "http://" not in page.replace("http://www.w3.org/", "").replace("http://purl.org/", "").replace(
+        "http://creativecommons.org/", ""
+    ), "the page needs no other file"
+
+
+def test_the_map_keeps_the_largest_differences_and_its_signs() -> None:
+    generator = np.random.default_rng(3)
+    rows = generator.normal(size=(50, 6)).astype(np.float32) * np.array([5, 3, 0.1, 0.1, 0.1, 0.1], np.float32)
+    points = project(rows)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    spread = np.linalg.svd(unit - unit.mean(0))[1]
+    np.testing.assert_allclose(np.linalg.norm(points - points.mean(0), axis=0), spread[:2], rtol=1e-4)
+    np.testing.assert_array_equal(points, project(rows.copy()))
+    assert project(np.ones((3, 1), np.float32)).shape == (3, 2)

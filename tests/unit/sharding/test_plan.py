@@ -1,0 +1,175 @@
+"""The arithmetic of plans, against sums by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from embedtrain.errors import UserError
+from embedtrain.sharding.cost import Wire, bytes_of_rows, bytes_of_sums
+from embedtrain.sharding.machine import Machine
+from embedtrain.sharding.plan import (
+    Law,
+    TableLoad,
+    Workload,
+    checkpoint_bytes,
+    exchange_of,
+    memory_of,
+    remedies,
+    seconds_of,
+)
+
+UNIFORM = Law.zipf(1000, 0.0)
+
+
+def table(**changes: object) -> TableLoad:
+    load = TableLoad("item", 1000, 10, 4, state_row_bytes=4, state_value_bytes=0, draws=((600.0, UNIFORM),))
+    return replace(load, **changes)  # type: ignore[arg-type]
+
+
+def machine(**rates: float) -> Machine:
+    ones = {name: 1.0 for name in Machine.rates() if name != "network_bytes_per_second"}
+    return Machine(name="ones", num_ranks=2, **{**ones, **rates})
+
+
+def test_memory_is_that_of_the_fullest_rank() -> None:
+    memory = memory_of(Workload((table(),), 1, dense_bytes=77, save_bytes=None), 3)
+    assert (memory.weights, memory.state, memory.dense) == (334 * 40, 334 * 4, 77)
+    assert memory.save == memory.weights + memory.state
+    assert memory.total == sum((memory.weights, memory.state, memory.dense, memory.buffers, memory.save))
+    by_element = memory_of(Workload((table(state_row_bytes=0, state_value_bytes=8),), 1), 3)
+    assert by_element.state == 334 * 80
+    assert by_element.save == 0
+
+
+def test_a_checkpoint_holds_each_row_once_and_the_dense_part() -> None:
+    assert checkpoint_bytes(Workload((table(), table(num_rows=7)), 2, dense_bytes=50)) == 1007 * 44 + 50
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.75, 1.0, 1.2])
+def test_distinct_rows_of_zipf_ids_are_those_of_the_sum_over_all_rows(exponent: float) -> None:
+    num_rows, draws = 50_000, 20_000.0
+    law = Law.zipf(num_rows, exponent)
+    assert float(np.dot(law.shares, law.num_rows)) == pytest.approx(1.0)
+    shares = np.arange(1, num_rows + 1, dtype=np.float64) ** -exponent
+    expected = -np.expm1(-draws * shares / shares.sum()).sum()
+    assert table(num_rows=num_rows, draws=((draws, law),)).num_distinct(1.0) == pytest.approx(expected, rel=2e-3)
+
+
+def test_a_law_of_ten_billion_rows_is_a_few_blocks() -> None:
+    law = Law.zipf(10**10, 1.05)
+    assert law.num_rows.size < 5000
+    assert law.num_rows.sum() == pytest.approx(1e10)
+    assert Law.zipf(7, 1.0).num_rows.tolist() == [1.0] * 7
+
+
+def test_draws_that_are_kept_by_chance_follow_their_own_law() -> None:
+    law, kept = Law.zipf(4, 0.0).thinned(lambda shares: np.array([1.0, 0.5, 0.5, 0.0]))
+    assert kept == pytest.approx(0.5)
+    assert law.shares.tolist() == [0.5, 0.25, 0.25, 0.0]
+
+
+def test_each_rank_sends_what_lies_elsewhere() -> None:
+    exchange = exchange_of(Workload((table(),), 1), 3)
+    distinct = 1000 * -math.expm1(-200 / 1000)
+    assert exchange.ids == round(distinct * 2 / 3 * 4)
+    assert exchange.vectors == exchange.gradients == round(distinct * 2 / 3 * 40)
+    narrow = exchange_of(Workload((table(wire_bytes=2),), 1), 3)
+    assert narrow.vectors == narrow.gradients == round(distinct * 2 / 3 * 20)
+    stored_narrow = exchange_of(Workload((table(value_bytes=2),), 1), 3)
+    assert stored_narrow.gradients == 2 * stored_narrow.vectors
+    assert exchange_of(Workload((table(),), 1, dense_gradient_bytes=9), 1).total == 0
+    with_dense = exchange_of(Workload((table(),), 1, dense_gradient_bytes=9), 3)
+    assert with_dense.dense == 12
+    assert with_dense.total == exchange.total + 12
+
+
+def test_long_bags_travel_as_sums() -> None:
+    bags = table(num_rows=10**6, draws=((4000.0, Law.zipf(10**6, 0.0)),), num_bags=40.0)
+    exchange = exchange_of(Workload((bags,), 1), 2)
+    assert exchange.at_owner == ("item",)
+    # 20 bags a rank, each with rows on both; half of all stays here.
+    assert exchange.ids == 2000 * 4 // 2
+    assert exchange.vectors == exchange.gradients == 20 * 40
+    short = replace(bags, num_bags=4000.0)
+    assert exchange_of(Workload((short,), 1), 2).at_owner == ()
+
+
+def test_bytes_of_rows_and_of_sums() -> None:
+    wire = Wire(id_bytes=4, vector_bytes=2, gradient_bytes=4)
+    assert bytes_of_rows(3, 8, wire) == 3 * (4 + 16 + 32)
+    assert bytes_of_sums(10, 3, 8, wire) == 40 + 3 * 64
+    assert bytes_of_sums(10, 3, 8, wire, is_weighted=True) == 80 + 3 * 64
+    assert bytes_of_rows(3, 8, replace(wire, has_gradients=False)) == 3 * (4 + 16)
+
+
+def test_each_stage_takes_its_bytes_over_its_rate() -> None:
+    workload = Workload((table(),), 3, draws=40.0, skipgram_products=100.0, dense_products=60.0)
+    distinct, owned = 1000 * -math.expm1(-0.3), 1000 * -math.expm1(-0.6) / 2
+    seconds = seconds_of(workload, 2, machine())
+    assert seconds == pytest.approx(
+        {
+            "sample": 20.0,
+            "sort": 300 + distinct,
+            "gather": distinct * 40,
+            "exchange": exchange_of(workload, 2).total + 5,
+            "model": 50.0 + 30.0,
+            "sum": distinct * 40,
+            "update": owned * 44,
+            "rest": 1.0 + 2.0,
+        }
+    )
+    halved = seconds_of(workload, 2, machine(gather_bytes_per_second=2.0))
+    assert halved["gather"] == pytest.approx(seconds["gather"] / 2)
+
+
+def test_one_rank_exchanges_nothing() -> None:
+    seconds = seconds_of(Workload((table(),), 1), 1, machine())
+    assert seconds["exchange"] == seconds["sum"] == 0
+
+
+def test_between_hosts_the_ranks_of_a_host_share_its_network() -> None:
+    workload = Workload((table(),), 1)
+    total = exchange_of(workload, 4).total
+    fast = {"exchange_bytes_per_second": 1e12, "collective_seconds": 1e-12}
+    seconds = seconds_of(workload, 4, machine(**fast, network_bytes_per_second=10.0), num_hosts=2)
+    # Of three peers two are on the other host, and two ranks share 10 bytes a second.
+    assert seconds["exchange"] == pytest.approx(total * 2 / 3 * 2 / 10, rel=1e-6)
+
+
+def test_remedies_fit_and_the_next_smaller_change_does_not() -> None:
+    workload = Workload((table(num_rows=10**6, dim=64, draws=((100.0, Law.zipf(10**6, 1.0)),)),), 1)
+    needed = memory_of(workload, 2).total
+    limit = int(needed * 0.59)
+    found = {remedy.change: remedy.total_bytes for remedy in remedies(workload, 2, limit)}
+    assert set(found) == {"rows in bfloat16", "4 ranks", "dim 37"}
+    assert all(size <= limit for size in found.values())
+    assert memory_of(workload, 3).total > limit
+    wider = replace(workload, tables=(replace(workload.tables[0], dim=38),))
+    assert memory_of(wider, 2).total > limit
+    assert remedies(workload, 2, 100) == []
+
+
+def test_a_machine_comes_back_from_its_file() -> None:
+    before = machine(network_bytes_per_second=3.0)
+    assert Machine.from_json(before.to_json(), "m.json") == before
+    assert Machine.from_json(machine().to_json(), "m.json") == machine()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is not a machine's profile"),
+        ("[]", "is not a machine's profile"),
+        ('{"format": "other"}', "make one by"),
+        ('{"format": "embedtrain-machine", "name": "x", "num_ranks": 2}', "missing gather_bytes_per_second"),
+        (machine().to_json().replace('"sort_ids_per_second": 1.0', '"sort_ids_per_second": -1'), "positive number"),
+        (machine().to_json().replace('"name"', '"brand": 1, "name"'), "unknown brand"),
+    ],
+)
+def test_another_file_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Machine.from_json(text, "m.json")

@@ -1,0 +1,218 @@
+"""A run of retrieval from raw files to recommendations, through the command line and through its parts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from embedtrain import cli
+from embedtrain.build import build_run, check_run_folder
+from embedtrain.config import load_config
+from embedtrain.distributed.runtime import Runtime, default_group, rank_of, size_of
+from embedtrain.testing.ranks import run_ranks
+
+NUM_GROUPS, USERS_PER_GROUP, ITEMS_PER_GROUP = 4, 15, 12
+OFFSET = 2**63  # ids of users are hashes past the signed 64 bits
+
+
+def write_data(folder: Path) -> None:
+    """Users of a group turn to items of the group: some of each user's are held out."""
+    generator = np.random.default_rng(0)
+    train, test, items = ["user,item"], ["user,item"], ["id,genres,shelf"]
+    for group in range(NUM_GROUPS):
+        for user in range(USERS_PER_GROUP):
+            chosen = generator.permutation(ITEMS_PER_GROUP)[:8]
+            rows = [f"{OFFSET + 1000 * group + user},g{group}-i{item}" for item in chosen]
+            train += rows[:6]
+            test += rows[6:]
+        items += [f"g{group}-i{item},genre{group}|common,shelf{item % 3}" for item in range(ITEMS_PER_GROUP)]
+    for name, lines in (("train", train), ("test", test), ("items", items)):
+        (folder / f"{name}.csv").write_text("\n".join(lines) + "\n")
+
+
+def overrides(folder: Path, run: str, *more: str) -> list[str]:
+    return [
+        "model=retrieval",
+        f"data.path={folder}/train.csv",
+        f"data.cache_path={folder}/cache",
+        f"evaluate.path={folder}/test.csv",
+        f"run.path={folder}/{run}",
+        "run.device=cpu",
+        "evaluate.k=[5,10]",
+        "table.dim=16",
+        "train={epochs: 6, global_batch_size: 12, items_per_example: 2}",
+        "retrieval.negatives=16",
+        "log={every_steps: 10, tensorboard: false}",
+        "checkpoint={every_steps: 25, mode: sync}",
+        *more,
+    ]
+
+
+TOWERS = (
+    "items={path: FOLDER/items.csv, features: {genres: {separator: '|'}, shelf: {}}, hidden: [8]}",
+    "retrieval.in_batch=true",
+)
+
+
+def towers(folder: Path) -> list[str]:
+    return [part.replace("FOLDER", str(folder)) for part in TOWERS]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_data(tmp_path)
+    return tmp_path
+
+
+class KilledError(Exception):
+    pass
+
+
+def run_parts(_: object, arguments: list[str], kill_at: int | None) -> dict[str, torch.Tensor]:
+    """Trains as the command does; returns all that was trained, whole."""
+    torch.set_num_threads(1)
+    config = load_config(None, arguments)
+    group = default_group()
+    runtime = Runtime(rank_of(group), rank_of(group), size_of(group), torch.device("cpu"))
+    run = build_run(config, runtime, check_run_folder(config))
+
+    def strike() -> None:
+        if run.trainer.state.step == kill_at:
+            raise KilledError
+
+    try:
+        run.trainer.run(run.sinks, config.log.every_steps, on_step=strike)
+    except KilledError:
+        assert kill_at is not None
+    for sink in run.sinks:
+        sink.close()
+    task = run.trainer._task
+    tables = {
+        f"{name}/{kind}": task.tables.gather_table(name, kind)
+        for name in task.tables.shards
+        for kind in ("weight", "accumulator")
+    }
+    return {**tables, **(task.dense.tensors() if task.dense is not None else {})}
+
+
+@pytest.mark.parametrize("has_towers", [False, True])
+def test_a_killed_run_goes_on_to_the_last_bit_and_on_another_number_of_ranks(folder: Path, has_towers: bool) -> None:
+    more = towers(folder) if has_towers else []
+    whole = run_ranks(2, run_parts, overrides(folder, "whole", *more), None)[0]
+    killed = overrides(folder, "killed", *more)
+    run_ranks(2, run_parts, killed, 60)
+    resumed = run_ranks(2, run_parts, killed, None)[0]
+    assert whole.keys() == resumed.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+    moved = overrides(folder, "moved", *more)
+    run_ranks(2, run_parts, moved, 60)
+    for name, tensor in run_parts(None, moved, None).items():
+        torch.testing.assert_close(tensor, whole[name], rtol=0.05, atol=0.02)
+    lines = [[json.loads(line) for line in (folder / run / "metrics.jsonl").open()] for run in ("whole", "killed")]
+    for first, second in zip(*lines, strict=True):
+        if first["step"] != 60:  # of the first record after the resumption, some steps were counted before it
+            assert {k: v for k, v in first.items() if not k.endswith("per_second")} == {
+                k: v for k, v in second.items() if not k.endswith("per_second")
+            }
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = cli.main(list(arguments))
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+@pytest.mark.parametrize("has_towers", [False, True])
+def test_from_raw_files_to_recommendations(folder: Path, capsys: pytest.CaptureFixture[str], has_towers: bool) -> None:
+    (folder / "config.yaml").write_text("model: retrieval\n")
+    arguments = overrides(folder, "run", *(towers(folder) if has_towers else []))
+    status, _, errors = command(capsys, "train", str(folder / "config.yaml"), *arguments)
+    assert status == 0, errors
+    run = str(folder / "run")
+    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
+    measured = [record for record in records if "recall@5" in record]
+    assert [record["epoch"] for record in measured] == [1, 2, 3, 4, 5, 6]
+    # Of the 6 items of the group that the user has not, 2 are to be found: chance gives 5 of 42 and less.
+    assert measured[-1]["recall@5"] > 0.6
+    assert measured[-1]["recall@5"] > measured[0]["recall@5"] or measured[0]["recall@5"] > 0.8
+    assert set(measured[0]) >= {"ndcg@10", "hit@10", "mrr@10", "item_coverage@10"}
+
+    user = str(OFFSET + 2003)
+    status, printed, errors = command(capsys, "recommend", run, user, "--top", "5")
+    assert status == 0, errors
+    first, *listed = printed.splitlines()
+    assert first == user
+    assert len(listed) == 5
+    known = {line.split(",")[1] for line in (folder / "train.csv").read_text().splitlines() if line.startswith(user)}
+    items = [line.split()[1] for line in listed]
+    assert not known & set(items)
+    assert sum(item.startswith("g2-") for item in items) >= 4
+
+    status, printed, _ = command(capsys, "neighbors", run, "g1-i3", "--top", "4")
+    assert status == 0
+    assert sum("g1-" in line for line in printed.splitlines()[1:]) >= 3
+    status, printed, _ = command(capsys, "neighbors", run, user, "--table", "user", "--top", "4")
+    assert sum(line.split()[1].startswith(str(OFFSET + 2000)[:-3]) for line in printed.splitlines()[1:]) >= 3
+
+    output = str(folder / "top.parquet")
+    status, _, errors = command(capsys, "recommend", run, "--all", "--top", "3", "--output", output)
+    assert status == 0, errors
+    table = pq.read_table(output)
+    assert table.num_rows == NUM_GROUPS * USERS_PER_GROUP
+    row = table.column("user").to_pylist().index(user)
+    assert table.column("items")[row].as_py() == items[:3]
+
+    status, printed, _ = command(capsys, "evaluate", run)
+    assert f"{measured[-1]['recall@5']:.4f}  recall@5" in printed
+    status, _, errors = command(capsys, "export", run, "--format", "parquet", "--output", str(folder / "v.parquet"))
+    assert status == 0, errors
+    assert set(pq.read_table(folder / "v.parquet").column("word").to_pylist()) == {
+        f"g{g}-i{i}" for g in range(NUM_GROUPS) for i in range(ITEMS_PER_GROUP)
+    }
+    assert command(capsys, "inspect", run)[0] == 0
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    status, _, errors = command(capsys, *arguments)
+    assert status == 2, errors
+    return errors.splitlines()[-1]
+
+
+def test_mistakes_are_one_clear_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "config.yaml").write_text("model: retrieval\n")
+    train = ["train", str(folder / "config.yaml"), *overrides(folder, "run", "train.epochs=1")]
+    line = refused(capsys, *train, "data.item_column=thing")
+    assert "there is no column 'thing'; its columns are 'user', 'item'" in line
+    assert "did you mean train.global_batch_size" in refused(capsys, *train, "train.batch_size=3")
+    assert "word2vec.window for model retrieval (it is one of model word2vec)" in refused(
+        capsys, *train, "word2vec.window=3"
+    )
+    assert "items.features needs items.path" in refused(capsys, *train, "items.features={genre: {}}")
+    assert "items.features" in refused(capsys, *train, "items.features.genre.sep=x")
+    assert "leaves no negatives" in refused(capsys, *train, "retrieval.negatives=0")
+    assert command(capsys, *train)[0] == 0
+    run = str(folder / "run")
+    line = refused(capsys, "recommend", run, "42")
+    assert f"unknown user '42': not among the {NUM_GROUPS * USERS_PER_GROUP} users" in line
+    assert "unknown item 'g1-i99'" in refused(capsys, "neighbors", run, "g1-i99")
+    assert "no table 'word' in" in refused(capsys, "neighbors", run, "x", "--table", "word")
+    assert "expected the ids of users" in refused(capsys, "recommend", run)
+    assert "--all needs --output" in refused(capsys, "recommend", run, "--all")
+    assert "no run folder" in refused(capsys, "recommend", str(folder / "nowhere"), "1")
+
+
+def test_a_file_that_changes_is_noticed_when_the_run_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "config.yaml").write_text("model: retrieval\n")
+    train = ["train", str(folder / "config.yaml"), *overrides(folder, "run", "train.epochs=1")]
+    assert command(capsys, *train)[0] == 0
+    with (folder / "train.csv").open("a") as file:
+        file.write(f"{OFFSET},g3-i0\n")
+    assert "was trained on other data than data.path holds now" in refused(capsys, *train)
+    assert "was trained on other data than data.path=" in refused(capsys, "recommend", str(folder / "run"), str(OFFSET))
