@@ -2,21 +2,23 @@
 
     python benchmarks/embedding_step.py --quick
 
-A step looks up bags of ids (sums), runs backward from a given gradient and applies row-wise Adagrad. The sides take
-turns, step by step, on the same ids; the figures are medians, with the spread between quartiles. The last column is
-the row update's share of the time that reading and writing the same rows takes, and nothing else.
+A step looks up bags of ids (sums), runs backward from a given gradient and applies row-wise Adagrad; EmbeddingBag has
+sparse gradients and `torch.optim.Adagrad`. The sides take turns, step by step, on the same ids; the figures are
+medians, with the spread between quartiles. The last column is the share of the row update's time in which the same
+rows can be read and written, and nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import itertools
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,12 +35,19 @@ from torch import Tensor
 
 import embedtrain as et
 from embedtrain.ops.row_gradient import RowGradient
+from embedtrain.ops.row_memory import allocate_rows
 from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep, rowwise_adagrad
+from embedtrain.sharding.layout import SpreadLayout
 
 LR, EPS = 0.01, 1e-8
-NUM_BATCHES = 4
-"""Batches that the steps go round, so that no batch's rows are still in the cache."""
+NUM_BATCHES = 2
+"""Batches that the steps go round; between them a step of each other side touches as many rows."""
+MIN_REPEATS, MAX_REPEATS, SECONDS_A_CELL = 5, 40, 2.0
+POOL_SIZE = 1 << 22
+"""Ids drawn one by one; batches take theirs from among them."""
 Step = Callable[[int], None]
+Side = Callable[["Cell", Sequence["Batch"]], Step]
+"""Tables and their optimizer; makes the step of a cell on its batches."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +68,10 @@ class Cell:
 
     @property
     def num_bytes(self) -> int:
-        """Of the rows and of a step's pooled vectors."""
-        return 4 * self.num_tables * self.dim * (self.num_rows + 4 * self.batch_size)
+        """Of two sides' tables, and of a step's ids, vectors and gradients."""
+        vectors = 6 * 4 * self.num_tables * self.batch_size * self.dim
+        ids = (NUM_BATCHES + 4) * 8 * self.num_tables * self.batch_size * self.bag_size
+        return 2 * 4 * self.num_tables * self.num_rows * (self.dim + 1) + vectors + ids
 
 
 @dataclass(frozen=True)
@@ -78,15 +89,27 @@ def main() -> None:
     measures: list[Measure] = []
     print("| cell | threads | ours, ms | FBGEMM / ours | EmbeddingBag / ours | share of row bound |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for cell in grid(options.quick, options.threads):
-        if cell.num_bytes * 2.2 > options.memory_gib * 2**30:
-            print(f"| {cell} | {cell.threads} | needs more memory than --memory-gib: left out | | | |")
+    for (num_tables, num_rows, dim), group in itertools.groupby(
+        grid(options.quick, options.threads), key=lambda cell: (cell.num_tables, cell.num_rows, cell.dim)
+    ):
+        cells = [cell for cell in group if fits(cell, options.memory_gib)]
+        if not cells:
             continue
-        measures += measure(cell, options.repeats, probe)
+        sides = {"ours": ours(num_tables, num_rows, dim), "FBGEMM": fbgemm(num_tables, num_rows, dim)}
+        if num_tables == 1:
+            # At 26 tables one step takes minutes' worth of repeats: the sums of all-duplicate sparse gradients.
+            sides["EmbeddingBag"] = embedding_bag(num_rows, dim)
+        for _, same_ids in itertools.groupby(cells, key=lambda cell: (cell.batch_size, cell.bag_size, cell.is_zipf)):
+            some = list(same_ids)
+            batches = [make_batch(some[0], seed) for seed in range(NUM_BATCHES)]
+            for cell in some:
+                measures += measure(cell, batches, sides, probe)
     for peer in ("FBGEMM", "EmbeddingBag"):
-        ratios = [m.ratio for m in measures if peer in m.metric]
-        if ratios:
-            print(f"\n{peer}: geometric mean {statistics.geometric_mean(ratios):.2f}, least {min(ratios):.2f}")
+        for threads in options.threads:
+            ratios = [m.ratio for m in measures if peer in m.metric and m.threads == threads]
+            if ratios:
+                mean = statistics.geometric_mean(ratios)
+                print(f"\n{peer}, {threads} threads: geometric mean {mean:.2f}, least {min(ratios):.2f}")
     append_results("embedding_step", f"torch {torch.__version__}, fbgemm-gpu-cpu 1.8.0", measures)
 
 
@@ -95,13 +118,12 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A step on one rank, beside FBGEMM and EmbeddingBag.")
     parser.add_argument("--quick", action="store_true", help="a few cells of the grid")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--memory-gib", type=float, default=16.0, help="larger cells are left out")
+    parser.add_argument("--memory-gib", type=float, default=20.0, help="larger cells are left out")
     return parser.parse_args()
 
 
 def grid(quick: bool, threads: list[int]) -> list[Cell]:
-    """Returns the cells; the quick ones are of the small batch, with one large."""
+    """Returns the cells, those of the same tables and of the same ids together."""
     tables, dims, batches = (1, 26), (32, 64, 128), (4096, 65536)
     cells = [
         Cell(num_tables, 1_000_000, dim, batch, bag, is_zipf, num_threads)
@@ -111,26 +133,38 @@ def grid(quick: bool, threads: list[int]) -> list[Cell]:
     ]
     if not quick:
         return cells
-    chosen = {(1, 32, 4096), (1, 64, 4096), (1, 128, 65536), (26, 64, 4096)}
+    chosen = {(1, 32, 4096), (1, 128, 65536), (26, 64, 4096)}
     return [cell for cell in cells if (cell.num_tables, cell.dim, cell.batch_size) in chosen]
 
 
-def measure(cell: Cell, repeats: int, probe: Callable[[Tensor, Tensor], None]) -> list[Measure]:
+def fits(cell: Cell, memory_gib: float) -> bool:
+    """Returns whether a cell fits into memory, and says so where it does not."""
+    if cell.num_bytes <= memory_gib * 2**30:
+        return True
+    print(f"| {cell} | {cell.threads} | needs {cell.num_bytes / 2**30:.0f} GiB: left out | | | |")
+    return False
+
+
+def measure(
+    cell: Cell, batches: Sequence[Batch], sides: dict[str, Side], probe: Callable[[Tensor, Tensor], None]
+) -> list[Measure]:
     """Runs the sides in turn and prints the cell's line."""
     torch.set_num_threads(cell.threads)
-    batches = [make_batch(cell, seed) for seed in range(NUM_BATCHES)]
-    sides = {"ours": ours(cell, batches), "FBGEMM": fbgemm(cell, batches)}
-    if cell.num_tables == 1:
-        # At 26 tables one step takes minutes' worth of repeats: the sums of all-duplicate sparse gradients.
-        sides["EmbeddingBag"] = embedding_bag(cell, batches)
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(repeats + 1):
-        for name, step in sides.items():
+    is_single = cell.threads == 1
+    steps = {name: side(cell, batches) for name, side in sides.items() if name != "EmbeddingBag" or is_single}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    spent = 0.0
+    for repeat in itertools.count(-1):
+        if repeat >= MAX_REPEATS or (repeat >= MIN_REPEATS and spent > SECONDS_A_CELL):
+            break
+        for name, step in steps.items():
             start = time.perf_counter()
             step(repeat % NUM_BATCHES)
-            if repeat:
-                seconds[name].append(time.perf_counter() - start)
-    share = share_of_bound(cell, batches, probe) if cell.threads == 1 and cell.num_tables == 1 else None
+            taken = time.perf_counter() - start
+            if repeat >= 0:
+                seconds[name].append(taken)
+                spent += taken
+    share = share_of_bound(cell, batches, probe) if is_single and cell.num_tables == 1 else None
     return report(cell, seconds, share)
 
 
@@ -159,82 +193,92 @@ def report(cell: Cell, seconds: dict[str, list[float]], share: tuple[float, floa
     return measures
 
 
+@functools.cache
+def pool_of_ids(num_rows: int) -> Tensor:
+    """Draws ids by Zipf's law with exponent 1.05; ids are ranks of frequency, as a vocabulary's are."""
+    cumulative = np.cumsum(np.arange(1, num_rows + 1, dtype=np.float64) ** -1.05)
+    drawn = np.searchsorted(cumulative, np.random.default_rng(0).random(POOL_SIZE) * cumulative[-1])
+    return torch.from_numpy(drawn.clip(0, num_rows - 1).astype(np.int64))
+
+
 def make_batch(cell: Cell, seed: int) -> Batch:
-    """Draws ids; Zipf's are ranks of frequency, as a vocabulary's are."""
-    generator = np.random.default_rng(seed)
+    """Draws the ids and the gradient of a step."""
+    generator = torch.Generator().manual_seed(seed)
     shape = (cell.num_tables, cell.batch_size, cell.bag_size)
+    bound = POOL_SIZE if cell.is_zipf else cell.num_rows
+    ids = torch.randint(0, bound, shape, generator=generator)
     if cell.is_zipf:
-        weights = np.arange(1, cell.num_rows + 1, dtype=np.float64) ** -1.05
-        cumulative = np.cumsum(weights)
-        drawn = np.searchsorted(cumulative, generator.random(shape) * cumulative[-1]).clip(0, cell.num_rows - 1)
-    else:
-        drawn = generator.integers(0, cell.num_rows, shape)
-    grad = torch.randn(cell.num_tables, cell.batch_size, cell.dim) * 0.01
-    return Batch(torch.from_numpy(drawn.astype(np.int64)), grad)
+        ids = pool_of_ids(cell.num_rows)[ids]
+    grad = torch.randn(cell.num_tables, cell.batch_size, cell.dim, generator=generator) * 0.01
+    return Batch(ids, grad)
 
 
-def ours(cell: Cell, batches: list[Batch]) -> Step:
-    """Returns our step."""
-    names = [str(number) for number in range(cell.num_tables)]
+def ours(num_tables: int, num_rows: int, dim: int) -> Side:
+    """Returns our side."""
+    names = [str(number) for number in range(num_tables)]
     tables = et.EmbeddingCollection(
-        [et.TableSpec(name, cell.num_rows, cell.dim) for name in names],
+        [et.TableSpec(name, num_rows, dim) for name in names],
         [et.FeatureSpec(name, pooling="sum") for name in names],
     )
     optimizer = et.optim.RowwiseAdagrad(tables, lr=LR, eps=EPS)
-    lengths = torch.full((cell.batch_size,), cell.bag_size)
-    inputs = [
-        {name: et.Jagged(ids.flatten(), lengths) for name, ids in zip(names, batch.ids, strict=True)}
-        for batch in batches
-    ]
 
-    def step(number: int) -> None:
-        pooled = tables(inputs[number])
-        torch.autograd.backward(list(pooled.values()), list(batches[number].grad))
-        optimizer.step()
-        optimizer.zero_grad()
+    def make_step(cell: Cell, batches: Sequence[Batch]) -> Step:
+        lengths = torch.full((cell.batch_size,), cell.bag_size)
+        inputs = [
+            {name: et.Jagged(ids.flatten(), lengths) for name, ids in zip(names, batch.ids, strict=True)}
+            for batch in batches
+        ]
 
-    return step
+        def step(number: int) -> None:
+            pooled = tables(inputs[number])
+            torch.autograd.backward(list(pooled.values()), list(batches[number].grad))
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    return make_step
 
 
-def fbgemm(cell: Cell, batches: list[Batch]) -> Step:
-    """Returns FBGEMM's step, whose backward is its update too."""
+def fbgemm(num_tables: int, num_rows: int, dim: int) -> Side:
+    """Returns FBGEMM's side, whose backward is its update too."""
     module = SplitTableBatchedEmbeddingBagsCodegen(
-        [(cell.num_rows, cell.dim, EmbeddingLocation.HOST, ComputeDevice.CPU)] * cell.num_tables,
+        [(num_rows, dim, EmbeddingLocation.HOST, ComputeDevice.CPU)] * num_tables,
         optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
         learning_rate=LR,
         eps=EPS,
         pooling_mode=PoolingMode.SUM,
     )
     module.init_embedding_weights_uniform(-0.01, 0.01)
-    num_bags = cell.num_tables * cell.batch_size
-    offsets = torch.arange(num_bags + 1) * cell.bag_size
-    inputs = [batch.ids.flatten() for batch in batches]
-    # Its pooled vectors lie table beside table in each row.
-    grads = [batch.grad.transpose(0, 1).reshape(cell.batch_size, -1).contiguous() for batch in batches]
 
-    def step(number: int) -> None:
-        module(inputs[number], offsets).backward(grads[number])
+    def make_step(cell: Cell, batches: Sequence[Batch]) -> Step:
+        offsets = torch.arange(num_tables * cell.batch_size + 1) * cell.bag_size
+        inputs = [batch.ids.flatten() for batch in batches]
+        # Its pooled vectors lie table beside table in each row.
+        grads = [batch.grad.transpose(0, 1).reshape(cell.batch_size, -1).contiguous() for batch in batches]
 
-    return step
+        def step(number: int) -> None:
+            module(inputs[number], offsets).backward(grads[number])
+
+        return step
+
+    return make_step
 
 
-def embedding_bag(cell: Cell, batches: list[Batch]) -> Step:
-    """Returns the step of sparse gradients and a row-wise Adagrad on them, as one writes it in PyTorch."""
-    bag = torch.nn.EmbeddingBag(cell.num_rows, cell.dim, mode="sum", sparse=True)
-    accumulator = torch.zeros(cell.num_rows)
+def embedding_bag(num_rows: int, dim: int) -> Side:
+    """Returns the side of one table in plain PyTorch: sparse gradients, and its Adagrad, which takes them."""
+    bag = torch.nn.EmbeddingBag(num_rows, dim, mode="sum", sparse=True)
+    optimizer = torch.optim.Adagrad(bag.parameters(), lr=LR, eps=EPS)
 
-    def step(number: int) -> None:
-        bag(batches[number].ids[0]).backward(batches[number].grad[0])
-        assert bag.weight.grad is not None
-        sparse = bag.weight.grad.coalesce()
-        rows, grad = sparse.indices()[0], sparse.values()
-        with torch.no_grad():
-            state = accumulator[rows] + grad.square().mean(dim=1)
-            accumulator[rows] = state
-            bag.weight.index_add_(0, rows, grad * (-LR / (state.sqrt() + EPS)).unsqueeze(1))
-        bag.weight.grad = None
+    def make_step(cell: Cell, batches: Sequence[Batch]) -> Step:
+        def step(number: int) -> None:
+            bag(batches[number].ids[0]).backward(batches[number].grad[0])
+            optimizer.step()
+            optimizer.zero_grad()
 
-    return step
+        return step
+
+    return make_step
 
 
 def build_probe() -> Callable[[Tensor, Tensor], None]:
@@ -251,22 +295,25 @@ def build_probe() -> Callable[[Tensor, Tensor], None]:
     return probe
 
 
-def share_of_bound(cell: Cell, batches: list[Batch], probe: Callable[[Tensor, Tensor], None]) -> tuple[float, float]:
+def share_of_bound(
+    cell: Cell, batches: Sequence[Batch], probe: Callable[[Tensor, Tensor], None]
+) -> tuple[float, float]:
     """Returns the seconds of the row update and of the probe, medians of alternate runs on the same rows and memory."""
-    tables = et.EmbeddingCollection([et.TableSpec("rows", cell.num_rows, cell.dim)])
-    weight, accumulator = tables.row_groups[0].weight, torch.zeros(cell.num_rows)
+    weight = allocate_rows((cell.num_rows, cell.dim), 0.0, torch.float32, torch.device("cpu"))
+    accumulator = allocate_rows((cell.num_rows,), 0.0, torch.float32, torch.device("cpu"))
+    layout = SpreadLayout(cell.num_rows)
     inputs = []
-    for batch in batches:
-        rows = torch.unique(tables.row_groups[0].keys_of([0], [batch.ids.flatten()])[0])
+    for batch in [*batches, *(make_batch(cell, seed) for seed in range(NUM_BATCHES, 4))]:
+        rows = torch.unique(layout.slot_of(batch.ids.flatten()))
         inputs.append((rows, torch.randn(rows.numel(), cell.dim) * 0.01))
     seconds: tuple[list[float], list[float]] = ([], [])
-    for number in range(12):
-        rows, grad = inputs[number % NUM_BATCHES]
+    for number in range(20):
+        rows, grad = inputs[number % 4]
         start = time.perf_counter()
-        gradient = RowGradient.of_rows(rows, grad, weight.shape[0])
+        gradient = RowGradient.of_rows(rows, grad, cell.num_rows)
         rowwise_adagrad(weight, accumulator, gradient, RowwiseAdagradStep(lr=LR, eps=EPS))
         between = time.perf_counter()
-        probe(weight, inputs[(number + 1) % NUM_BATCHES][0])
+        probe(weight, inputs[(number + 2) % 4][0])
         seconds[0].append(between - start)
         seconds[1].append(time.perf_counter() - between)
     return statistics.median(seconds[0]), statistics.median(seconds[1])

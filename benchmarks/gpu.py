@@ -265,8 +265,7 @@ def word_cases(device: torch.device) -> Iterator[Case]:
     blocks = [
         TextBlock(
             sample.words.to(device),
-            (sample.words + VOCABULARY).to(device),
-            torch.where(sample.negatives < 0, -1, sample.negatives + VOCABULARY).to(device),
+            (sample.targets + VOCABULARY).to(device),
             sample.starts.to(device),
             sample.stops.to(device),
             reach=5,
@@ -275,7 +274,7 @@ def word_cases(device: torch.device) -> Iterator[Case]:
     ]
 
     def check() -> None:
-        expected = reference_skipgram.skipgram_block(vectors, blocks[0], "skipgram")
+        expected = reference_skipgram.skipgram_block(vectors, blocks[0], "skipgram", 1.0)
         for found, wanted in zip(skipgram_block(vectors, blocks[0]), expected, strict=True):
             same(found, wanted, 1e-3)
 

@@ -1,6 +1,6 @@
 """A click log whose true model is known: how near training comes to the best that any model could do.
 
-    python benchmarks/planted_clicks.py                      # 10 million rows, 4 million examples, 2 ranks
+    python benchmarks/planted_clicks.py                      # 10 million rows, 8 million examples, 2 ranks
 
 The ids of each feature are Zipf-distributed over its table. A click is drawn with the probability of a planted model:
 a weight for each row, dot products of small vectors of pairs of features, and dense features. Its own area under the
@@ -32,7 +32,7 @@ from embedtrain.metrics.classification import ClassificationMeter, Classificatio
 ROOT = Path(__file__).resolve().parents[1]
 SHARES = (0.5, 0.25, 0.12, 0.08, 0.04, 0.006, 0.003, 0.0009, 0.0001)
 """The features' shares of all rows."""
-NUM_DENSE, PLANTED_DIM, NUM_PAIRED = 4, 3, 4
+NUM_DENSE, PLANTED_DIM, NUM_PAIRED = 4, 3, 3
 """The last features, of the smallest tables, also act in pairs."""
 BLOCK = 1 << 18
 FIELDS = [f"f{i}" for i in range(len(SHARES))]
@@ -90,9 +90,9 @@ def parse_options() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description="A click log with a planted model.")
     parser.add_argument("overrides", nargs="*", help="key=value settings for embedtrain")
-    parser.add_argument("--examples", type=int, default=4_000_000)
+    parser.add_argument("--examples", type=int, default=8_000_000)
     parser.add_argument("--rows", type=int, default=10_000_000, help="of all tables together")
-    parser.add_argument("--zipf", type=float, default=1.2, help="exponent of the ids' distribution")
+    parser.add_argument("--zipf", type=float, default=1.5, help="exponent of the ids' distribution")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--tolerance", type=float, default=0.005)
@@ -105,7 +105,7 @@ def plant(num_rows: int, exponent: float, seed: int) -> Planted:
     generator = np.random.default_rng(seed)
     sizes = [max(10, round(num_rows * share)) for share in SHARES]
     # Rows of the large tables, most of them too rare to be learnt by anyone, matter less.
-    scales = np.linspace(0.25, 0.6, len(sizes))
+    scales = np.linspace(0.15, 0.6, len(sizes))
     cumulative = []
     for size in sizes:
         odds = np.arange(1, size + 1) ** -exponent
@@ -154,7 +154,8 @@ def train(planted: Planted, path: Path, options: argparse.Namespace) -> dict[str
             "cache_path": str(path / "cache"),
         },
         "table": {"dim": 8},
-        "train": {"global_batch_size": 8192},
+        "train": {"global_batch_size": 2048},
+        "dense_optimizer": {"lr": 0.005},
         "checkpoint": {"mode": "sync"},
         "log": {"tensorboard": False},
         "run": {"path": str(path / "run")},

@@ -3,7 +3,7 @@
 #include <cstdint>
 
 extern "C" void touch_rows(float* table, const int64_t* rows, int64_t num_rows, int64_t dim) {
-    constexpr int64_t ahead = 12;
+    const int64_t ahead = dim <= 64 ? 24 : 12;
     for (int64_t i = 0; i < num_rows; ++i) {
         if (i + ahead < num_rows) {
             const char* next = reinterpret_cast<const char*>(table + rows[i + ahead] * dim);

@@ -53,6 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _print_once(f"embedtrain: error: {error}")
         status = EXIT_USER_ERROR
+    except CheckpointError as error:
+        if options.debug:
+            raise
+        _print_once(f"embedtrain: failed: {error}")
+        status = EXIT_FAILED
     except BrokenPipeError:
         # Whoever read our output has seen enough, as `| head` has.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

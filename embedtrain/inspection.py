@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import fsspec
 
 from embedtrain.checkpoint import CheckpointReader, find_checkpoints, verify
-from embedtrain.errors import UserError
+from embedtrain.errors import CorruptCheckpointError, UserError
 from embedtrain.export import Vectors, unit_rows
 from embedtrain.metrics.analogies import evaluate_analogies
 from embedtrain.metrics.word_similarity import evaluate_similarity
@@ -71,10 +71,18 @@ def print_evaluation(
 
 
 def _verify(paths: Sequence[str]) -> None:
+    """Checks every byte of every checkpoint, and says of each how it is, before any that is damaged is raised for."""
     known: set[str] = set()
+    faults = []
     for path in paths:
-        verify(path, known)
-        print(f"verified     {path}")
+        try:
+            verify(path, known)
+            print(f"verified     {path}")
+        except CorruptCheckpointError as error:
+            print(f"damaged      {path}")
+            faults.append(str(error))
+    if faults:
+        raise CorruptCheckpointError("\n".join(faults))
 
 
 def _lines(path: str) -> list[str]:

@@ -44,7 +44,8 @@ class Jagged:
     @classmethod
     def from_ids(cls, ids: Tensor) -> Jagged:
         """Wraps ids [n] as n bags of one id each."""
-        return cls(ids, torch.ones(ids.numel(), dtype=torch.int64, device=ids.device))
+        # One number that all bags share: writing it for each took longer than many a look-up.
+        return cls(ids, torch.ones((), dtype=torch.int64, device=ids.device).expand(ids.numel()))
 
     @classmethod
     def from_lists(cls, bags: Sequence[Sequence[int]], *, device: torch.device | str = "cpu") -> Jagged:

@@ -53,7 +53,7 @@ class Regression:
             self.optimizer.step()
             settings["lr"] = rate
         self.optimizer.zero_grad()
-        return float(loss)
+        return loss.item()
 
 
 def plain(steps: int) -> list[float]:

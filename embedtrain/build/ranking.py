@@ -128,7 +128,14 @@ def _build_model(config: RankingConfig, runtime: Runtime, log: ClickLog) -> Rank
     network = config.ranking
     return Ranking(
         [
-            TableSpec(name, log.num_rows[name], feature.dim or config.table.dim, dtype=dtype)
+            # As DLRM begins: rows of a large table, most of which are seldom seen, begin near zero and add no noise.
+            TableSpec(
+                name,
+                log.num_rows[name],
+                feature.dim or config.table.dim,
+                dtype=dtype,
+                init_scale=log.num_rows[name] ** -0.5,
+            )
             for name, feature in features.items()
         ],
         [FeatureSpec(name, pooling=feature.pooling if feature.bag else "none") for name, feature in features.items()],

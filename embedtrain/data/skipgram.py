@@ -119,27 +119,33 @@ class TextBatches:
 
     def _read(self, blocks: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Returns the tokens of the blocks, one after the other, and their places in the text."""
-        bounds = [
-            (start, min(start + self._block_words, self._corpus.num_tokens))
-            for start in (blocks * self._block_words).tolist()
-        ]
-        pieces = [self._corpus.read(start, stop) for start, stop in bounds]
-        for piece in pieces:
+        starts = blocks * self._block_words
+        positions = (starts[:, None] + np.arange(self._block_words)).ravel()
+        if len(blocks) and starts.max() + self._block_words > self._corpus.num_tokens:
+            positions = positions[positions < self._corpus.num_tokens]  # the text's last block
+        tokens = np.empty(len(positions), np.int32)
+        at = 0
+        for start in starts.tolist():
+            piece = self._corpus.read(start, min(start + self._block_words, self._corpus.num_tokens))
             if piece[0] >= 0:
                 piece[0] = ~piece[0]  # windows end where a block does
-        if not pieces:
-            return np.zeros(0, np.int32), np.zeros(0, np.int64)
-        return np.concatenate(pieces), np.concatenate([np.arange(start, stop) for start, stop in bounds])
+            tokens[at : at + len(piece)] = piece
+            at += len(piece)
+        return tokens, positions
 
 
 def sampling_tables(counts: NDArray[np.int64], options: SamplingOptions) -> SamplingTables:
     """Returns the thresholds of every draw for a vocabulary with these counts."""
     own, other = alias_table(counts.astype(np.float64) ** options.power)
     keep = keep_probabilities(counts, options.sample)
+    bits = np.uint64(ALIAS_BITS)
+    thresholds = np.rint(own * (1 << ALIAS_BITS)).astype(np.uint64)
+    is_whole = thresholds >> bits > 0
+    # A column that is all its own row's has no threshold in 32 bits, and needs none.
+    thresholds[is_whole], other[is_whole] = 0, np.flatnonzero(is_whole)
     return SamplingTables(
-        keep=torch.from_numpy(np.rint(keep * (1 << KEEP_BITS)).astype(np.int64)),
-        own=torch.from_numpy(np.rint(own * (1 << ALIAS_BITS)).astype(np.int64)),
-        other=torch.from_numpy(other),
+        keep=torch.from_numpy(np.rint(keep * (1 << KEEP_BITS)).astype(np.int32)),
+        columns=torch.from_numpy((thresholds << bits | other.astype(np.uint64)).view(np.int64)),
     )
 
 

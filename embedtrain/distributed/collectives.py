@@ -84,8 +84,12 @@ class _AllGatherRows(torch.autograd.Function):
         return parts.view(len(ctx.counts), num_rows, grad.shape[1]).sum(dim=0), None, None
 
 
-def all_reduce_sum(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def all_reduce_sum(
+    values: Tensor, group: dist.ProcessGroup | None, shared: SharedMemoryExchange | None = None
+) -> Tensor:
     """Sums `values` over the ranks, in place, and returns them. Collective: every rank of `group`."""
+    if shared is not None:
+        return shared.all_reduce_sum(values)
     if group is not None:
         dist.all_reduce(values, op=dist.ReduceOp.SUM, group=group)
     return values

@@ -1,17 +1,19 @@
-"""All-to-all between ranks of one host through shared memory, for ranks that have a core each."""
+"""Rows between ranks of one host through shared memory: written once by the sender, read where they lie."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
+import logging
 import math
 import mmap
 import os
-import tempfile
+import secrets
+import select
 import time
 from array import array
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,137 +23,263 @@ from embedtrain.distributed.runtime import rank_of, size_of
 from embedtrain.ops import dispatch
 
 VARIABLE = "EMBEDTRAIN_SHARED_MEMORY"
-"""Environment variable: 1 asks for it. Ranks that wait here spin: where they have no core each, that costs more than
-the process group's sockets do."""
+"""Environment variable: 0 has ranks of one host exchange through the process group as ranks of several do."""
 
-_FOLDER = "/dev/shm"
-_HEADER_BYTES = 128
-_RING_BYTES = 1 << 20  # stays in the cache while it is written by one rank and read by the other
-_RING_STRIDE = 4096 + _RING_BYTES  # whole pages
+_NAME = "embedtrain"
+_TOKEN_BYTES = 16
+_COUNTER_START = 64
+_TABLE_START = 256
+_ALIGNMENT = 64
+_SLOT_BYTES = 1 << 34
+"""Addresses for a rank's part of one exchange. Memory is taken as it is written to."""
 _PATIENCE_MS = 50
-_WORDS = 6  # of the kernel's `Peer`
+
+_logger = logging.getLogger(__name__)
+
+
+class _Address(NamedTuple):
+    """Where another process of the host finds a region."""
+
+    pid: int
+    file: int
+    token: bytes
 
 
 class SharedMemoryExchange:
-    """Rings in shared memory, one for each ordered pair of ranks.
+    """A region a rank, which it writes and all ranks read. Made by `connect`, which knows whether they share a host.
 
-    Made by `connect`, which knows whether the ranks share a host. A rank's file holds the rings that it writes to,
-    and is locked while the rank lives: that is how its peers, which wait for nothing else, see that it died.
+    An exchange is `rooms`, which the caller fills, `send`, and `receive`. A region has two slots that take turns: a
+    rank comes to write a slot again after all ranks have sent the exchange in between, hence are done with reading it.
+
+    What was received is valid until this rank's next `send`.
     """
 
-    def __init__(self, group: dist.ProcessGroup, own: int, paths: Sequence[str]) -> None:
-        self._rank, self._size = rank_of(group), size_of(group)
-        self._own = own
+    def __init__(self, group: dist.ProcessGroup, regions: Sequence[mmap.mmap], peers: Sequence[int]) -> None:
+        self.rank, self.size = rank_of(group), size_of(group)
         self._timeout_seconds = _timeout_seconds(group)
-        self._files = [os.open(path, os.O_RDWR) for path in paths]
-        self._maps = [mmap.mmap(file, self._size * _RING_STRIDE) for file in self._files]
-        # The addresses hold as long as the maps do.
-        views = [ctypes.c_char.from_buffer(each) for each in self._maps]
-        self._addresses = [ctypes.addressof(view) for view in views]
-        self._views = views
+        self._peers = dict(zip([r for r in range(self.size) if r != self.rank], peers, strict=True))
+        self._bytes = [torch.frombuffer(region, dtype=torch.uint8) for region in regions]
+        self._tables = [memoryview(region)[_TABLE_START : _header_bytes(self.size)].cast("q") for region in regions]
+        self._counters = [memoryview(region)[_COUNTER_START : _COUNTER_START + 4].cast("I") for region in regions]
+        self._own_address = self._bytes[self.rank].data_ptr()
+        self._addresses = array("Q", [self._bytes[rank].data_ptr() for rank in self._peers])
+        self._may_spin = self.size <= len(os.sched_getaffinity(0))
+        self._number = 0
 
-    def all_to_all(self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
-        """See `collectives.all_to_all_rows`.
+    def rooms(self, counts: Sequence[int], row_shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+        """Returns memory for what this rank sends, to be filled before `send`.
 
-        Raises:
-            RuntimeError: a peer died, or did not come before the group's time-out.
+        Args:
+            counts: rows for each rank; not looked at for this one, whose rows need not travel.
+            row_shape: of a row.
+            dtype: of the rows.
+
+        Returns:
+            By rank [count, *row_shape], uninitialised; none for this one.
         """
+        slot = (self._number + 1) % 2
+        start = at = _header_bytes(self.size) + slot * _SLOT_BYTES
+        row_bytes = dtype.itemsize * math.prod(row_shape)
+        rooms = []
+        for receiver, count in enumerate(self._without_own(counts)):
+            self._tables[self.rank][slot * self.size + receiver] = at
+            rooms.append(self._rows(self.rank, at, count, row_shape, dtype))
+            at += -(-count * row_bytes // _ALIGNMENT) * _ALIGNMENT
+        if at - start > _SLOT_BYTES:
+            raise RuntimeError(f"one exchange takes {at - start} bytes; there are addresses for {_SLOT_BYTES}")
+        return rooms
+
+    def send(self) -> None:
+        """Hands over what the rooms hold."""
         from embedtrain.ops.native import library
 
-        rows = rows.contiguous()
-        row_bytes = rows.element_size() * math.prod(rows.shape[1:])
+        self._number += 1
+        library.get().embedtrain_publish(self._own_address, self._number)
+
+    def receive(self, counts: Sequence[int], row_shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+        """Waits for the other ranks and returns what they sent, where it lies.
+
+        Args:
+            counts: rows from each rank; not looked at for this one.
+            row_shape: of a row.
+            dtype: of the rows.
+
+        Returns:
+            By rank [count, *row_shape]; none for this one.
+
+        Raises:
+            dist.DistError: a rank died, or did not come before the group's time-out.
+        """
+        self._await_peers()
+        place = self._number % 2 * self.size + self.rank
+        return [
+            self._rows(sender, self._tables[sender][place], count, row_shape, dtype)
+            for sender, count in enumerate(self._without_own(counts))
+        ]
+
+    def all_to_all(self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
+        """See `collectives.all_to_all_rows`."""
+        parts = rows.split(list(send_counts))
+        for rank, room in enumerate(self.rooms(send_counts, rows.shape[1:], rows.dtype)):
+            if rank != self.rank:
+                room.copy_(parts[rank])
+        self.send()
         received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
-        words: list[int] = []
-        sent_at, received_at = rows.data_ptr(), received.data_ptr()
-        for peer, (to_send, to_receive) in enumerate(zip(send_counts, receive_counts, strict=True)):
-            if peer == self._rank:
-                ctypes.memmove(received_at, sent_at, to_send * row_bytes)
-            else:
-                words += (self._ring(self._rank, peer), self._ring(peer, self._rank))
-                words += (sent_at, to_send * row_bytes, received_at, to_receive * row_bytes)
-            sent_at += to_send * row_bytes
-            received_at += to_receive * row_bytes
-        peers = array("q", words)
-        is_done = ctypes.c_int64()
+        arrived = self.receive(receive_counts, rows.shape[1:], rows.dtype)
+        arrived[self.rank] = parts[self.rank]
+        for target, part in zip(received.split(list(receive_counts)), arrived, strict=True):
+            target.copy_(part)
+        return received
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Sums `values` over the ranks, in place and in order of rank."""
+        own = values.clone()
+        ones = [1] * self.size
+        for rank, room in enumerate(self.rooms(ones, values.shape, values.dtype)):
+            if rank != self.rank:
+                room.copy_(own)
+        self.send()
+        values.zero_()
+        for rank, part in enumerate(self.receive(ones, values.shape, values.dtype)):
+            values += own if rank == self.rank else part[0]
+        return values
+
+    def _without_own(self, counts: Sequence[int]) -> list[int]:
+        return [0 if rank == self.rank else count for rank, count in enumerate(counts)]
+
+    def _rows(self, rank: int, start: int, count: int, row_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        num_bytes = count * math.prod(row_shape) * dtype.itemsize
+        return self._bytes[rank][start : start + num_bytes].view(dtype).view(count, *row_shape)
+
+    def _await_peers(self) -> None:
+        from embedtrain.ops.native import library
+
+        first_missing = ctypes.c_int64()
         deadline = time.monotonic() + self._timeout_seconds
         while True:
-            library.get().embedtrain_ring_exchange(
-                peers.buffer_info()[0], self._size - 1, _RING_BYTES, _PATIENCE_MS, ctypes.addressof(is_done)
+            library.get().embedtrain_await(
+                self._addresses.buffer_info()[0],
+                len(self._peers),
+                self._number,
+                _PATIENCE_MS,
+                int(self._may_spin),
+                ctypes.addressof(first_missing),
             )
-            if is_done.value:
-                return received
-            self._check_peers(peers, deadline)
+            if first_missing.value == len(self._peers):
+                return
+            missing = list(self._peers)[first_missing.value]
+            self._check_peers()
+            if time.monotonic() > deadline:
+                raise dist.DistError(
+                    f"rank {self.rank} waited {self._timeout_seconds:.0f} s for rank {missing}'s part of an exchange"
+                )
 
-    def _ring(self, writer: int, reader: int) -> int:
-        return self._addresses[writer] + reader * _RING_STRIDE
-
-    def _check_peers(self, peers: array[int], deadline: float) -> None:
-        others = [rank for rank in range(self._size) if rank != self._rank]
-        waiting = [rank for i, rank in enumerate(others) if peers[i * _WORDS + 3] or peers[i * _WORDS + 5]]
-        for rank in waiting:
-            if not _is_locked(self._files[rank]):
-                raise RuntimeError(f"rank {rank} is gone: rank {self._rank} waited for its rows")
-        if time.monotonic() > deadline:
-            raise RuntimeError(
-                f"rank {self._rank} waited {self._timeout_seconds:.0f} s for rows of the ranks {waiting}"
-            )
+    def _check_peers(self) -> None:
+        poll = select.poll()
+        for file in self._peers.values():
+            poll.register(file, select.POLLIN)
+        dead = {file for file, _ in poll.poll(0)}
+        for rank, file in self._peers.items():
+            # One whose part is there may have left in order.
+            if file in dead and self._counters[rank][0] != self._number % (1 << 32):
+                raise dist.DistError(f"rank {rank} is gone: rank {self.rank} waited for its part of an exchange")
 
     def __del__(self) -> None:
-        for file in [*getattr(self, "_files", ()), self._own]:
+        for file in getattr(self, "_peers", {}).values():
             with contextlib.suppress(OSError):
                 os.close(file)
 
 
 def connect(group: dist.ProcessGroup | None, device: torch.device) -> SharedMemoryExchange | None:
-    """Returns an exchange through shared memory, or None where any two ranks do not share memory or do not want it.
+    """Returns an exchange through shared memory, or None where any two ranks cannot share memory or are not to.
+
+    The memory has no name in any file system: nothing is left of it when the ranks have ended, however they did.
 
     Collective: every rank of `group`.
     """
     if group is None or size_of(group) == 1:
         return None
-    own = -1
-    path: str | None = None
-    is_wanted = device.type == "cpu" and os.environ.get(VARIABLE) == "1" and dispatch.cpu_backend() == "native"
-    if is_wanted:
-        with contextlib.suppress(OSError):
-            own, path = _create(size_of(group) * _RING_STRIDE)
-    paths: list[str | None] = [None] * size_of(group)
-    dist.all_gather_object(paths, path, group=group)
-    exchange = None
-    with contextlib.suppress(OSError):
-        # A path of another host does not exist here: names are random.
-        if None not in paths:
-            exchange = SharedMemoryExchange(group, own, [name for name in paths if name is not None])
+    own: tuple[mmap.mmap, _Address] | None = None
+    if device.type == "cpu" and os.environ.get(VARIABLE) != "0" and dispatch.cpu_backend() == "native":
+        with contextlib.suppress(OSError, AttributeError):  # a system without it
+            own = _create(_region_bytes(size_of(group)))
+    addresses: list[_Address | None] = [None] * size_of(group)
+    dist.all_gather_object(addresses, None if own is None else own[1], group=group)
+    exchange, reason = None, "a rank has none"
+    if own is not None and None not in addresses:
+        try:
+            exchange = _open_all(group, own[0], [address for address in addresses if address is not None])
+        except (OSError, AttributeError) as error:
+            reason = str(error)
     agreed: list[bool] = [False] * size_of(group)
     dist.all_gather_object(agreed, exchange is not None, group=group)
-    if path is not None:
-        os.unlink(path)  # the open files keep the memory, and nothing is left behind
+    if own is not None:
+        os.close(own[1].file)
     if all(agreed):
         return exchange
-    if exchange is None and own >= 0:
-        os.close(own)
+    if rank_of(group) == 0 and device.type == "cpu":
+        _logger.info("rows travel through the process group, not through shared memory: %s", reason)
     return None
 
 
-def _create(num_bytes: int) -> tuple[int, str]:
-    file, path = tempfile.mkstemp(prefix="embedtrain-", dir=_FOLDER)
+def _create(num_bytes: int) -> tuple[mmap.mmap, _Address]:
+    file = os.memfd_create(_NAME, os.MFD_CLOEXEC)
     try:
-        os.posix_fallocate(file, 0, num_bytes)  # reserved now: a full file system would kill the writer later
-        fcntl.flock(file, fcntl.LOCK_EX)
+        os.ftruncate(file, num_bytes)
+        region = mmap.mmap(file, num_bytes)
     except OSError:
         os.close(file)
-        os.unlink(path)
         raise
-    return file, path
+    token = secrets.token_bytes(_TOKEN_BYTES)
+    region[:_TOKEN_BYTES] = token
+    return region, _Address(os.getpid(), file, token)
 
 
-def _is_locked(file: int) -> bool:
+def _open_all(group: dist.ProcessGroup, own: mmap.mmap, addresses: Sequence[_Address]) -> SharedMemoryExchange:
+    """Maps every rank's region, and takes hold of every other rank's process to see it die.
+
+    Raises:
+        OSError: a rank's region is not there to be opened: it is on another host or in another container.
+    """
+    regions, peers = [], []
     try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    fcntl.flock(file, fcntl.LOCK_UN)
-    return False
+        for rank, address in enumerate(addresses):
+            if rank == rank_of(group):
+                regions.append(own)
+            else:
+                peers.append(os.pidfd_open(address.pid))
+                regions.append(_open(address, _region_bytes(size_of(group))))
+    except OSError:
+        for file in peers:
+            os.close(file)
+        raise
+    return SharedMemoryExchange(group, regions, peers)
+
+
+def _open(address: _Address, num_bytes: int) -> mmap.mmap:
+    path = f"/proc/{address.pid}/fd/{address.file}"
+    # On another host there may be such a process with such a file, but not with this name and token.
+    if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
+        raise FileNotFoundError(f"{path} is no memory of this job")
+    file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        region = mmap.mmap(file, num_bytes)
+    except ValueError as error:
+        raise FileNotFoundError(f"{path} is of another size") from error
+    finally:
+        os.close(file)
+    if region[:_TOKEN_BYTES] != address.token:
+        raise FileNotFoundError(f"{path} is of another job")
+    return region
+
+
+def _header_bytes(world_size: int) -> int:
+    table_bytes = 8 * 2 * world_size  # where each rank's rows begin, for two slots
+    return -(-(_TABLE_START + table_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _region_bytes(world_size: int) -> int:
+    return _header_bytes(world_size) + 2 * _SLOT_BYTES
 
 
 def _timeout_seconds(group: dist.ProcessGroup) -> float:

@@ -115,11 +115,13 @@ class EmbeddingCollection(nn.Module):
             )
             for specs in members.values()
         ]
-        self._place = {
+        places = {
             shard.spec.name: (number, position)
             for number, group in enumerate(self.row_groups)
             for position, shard in enumerate(group.shards)
         }
+        self._no_lookup = Lookup(torch.zeros(0, dtype=torch.int64, device=self.device))
+        self._place = {name: places[feature.table_name] for name, feature in self.features.items()}
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -261,7 +263,8 @@ class EmbeddingCollection(nn.Module):
         error_msgs += [fault for fault in faults if fault is not None]
 
     def _place_of(self, feature: str) -> tuple[int, int]:
-        return self._place[self.features[feature].table_name]
+        """Returns the number of the feature's group, and its table's position there."""
+        return self._place[feature]
 
     def _group_of_ids(self) -> dist.ProcessGroup | None:
         """Returns the ranks, as a group of their own on GPUs: NCCL runs the collectives of a group one by one."""
@@ -282,7 +285,7 @@ class EmbeddingCollection(nn.Module):
             may_pool: whether owners may pool bags, or all rows must travel here.
         """
         members: dict[int, list[str]] = {}
-        lookups = [Lookup(torch.zeros(0, dtype=torch.int64, device=self.device))] * len(self.row_groups)
+        lookups = [self._no_lookup] * len(self.row_groups)
         error: Exception | None = None
         try:
             unknown = [name for name in batch if name not in self.features]

@@ -17,6 +17,7 @@ from embedtrain.distributed.collectives import all_to_all_rows, raise_together
 from embedtrain.distributed.runtime import size_of
 from embedtrain.embedding.owner_pooling import BagsAsked, SumRequest
 from embedtrain.embedding.shard import RowGroup
+from embedtrain.embedding.transfer import fetch_rows
 from embedtrain.ops.pool_rows import Bags, grad_of_weights, pool_rows, pool_rows_backward
 from embedtrain.ops.row_gradient import Delivery, Run
 from embedtrain.ops.sort_unique import SortedKeys, sort_unique
@@ -211,7 +212,7 @@ def exchange_vectors(group: RowGroup, request: RowRequest) -> Tensor:
 
     Collective: every rank of the group's process group, and its backward too.
     """
-    vectors: Tensor = _ExchangeVectors.apply(_anchor(group), group, request)  # type: ignore[no-untyped-call]
+    vectors: Tensor = _ExchangeVectors.apply(group.anchor, group, request)  # type: ignore[no-untyped-call]
     return vectors
 
 
@@ -233,13 +234,8 @@ def look_up_bags(
     Returns:
         Per feature [num_bags, dim] float32.
     """
-    pooled: tuple[Tensor, ...] = _LookUpBags.apply(_anchor(group), group, request, bags, *weights)  # type: ignore[no-untyped-call]
+    pooled: tuple[Tensor, ...] = _LookUpBags.apply(group.anchor, group, request, bags, *weights)  # type: ignore[no-untyped-call]
     return pooled
-
-
-def _anchor(group: RowGroup) -> Tensor:
-    # Rows are not leaves of the graph: the anchor makes autograd call backward, which delivers them.
-    return torch.empty(0, device=group.device, requires_grad=torch.is_grad_enabled())
 
 
 def _fetch(group: RowGroup, request: RowRequest, dtype: torch.dtype | None = None) -> Tensor:
@@ -248,9 +244,7 @@ def _fetch(group: RowGroup, request: RowRequest, dtype: torch.dtype | None = Non
         return group.read(request.rows, dtype)
     if not request.has_rows:
         return torch.zeros(0, group.weight.shape[1], dtype=dtype or group.weight.dtype, device=group.device)
-    owned = group.read(request.rows, group.vector_wire_dtype)
-    vectors = all_to_all_rows(owned, request.owe_counts, request.ask_counts, group.process_group, group.shared)
-    return vectors if dtype is None else vectors.to(dtype)
+    return fetch_rows(group, request.rows, request.owe_counts, request.ask_counts, dtype)
 
 
 def _send_home(group: RowGroup, request: RowRequest, grad: Tensor) -> None:

@@ -89,6 +89,7 @@ class RowGroup:
         shared: the ranks' shared memory, where they have it.
         vector_wire_dtype: in which vectors travel between ranks: the storage's unless chosen.
         gradient_wire_dtype: in which gradients do: float32 unless chosen.
+        anchor: an empty leaf that look-ups hang on to.
     """
 
     def __init__(
@@ -115,6 +116,8 @@ class RowGroup:
         self.changes = RowChanges({"weight": self.weight})
         self.shards: list[TableShard] = []
         self._spread: list[SpreadTable] = []
+        # Rows are not leaves of the graph: this one makes autograd call the look-up's backward, which delivers theirs.
+        self.anchor = torch.empty(0, device=device, requires_grad=True)
         self._deliveries: list[Delivery] = []
         self._waiting: RowGradient | None = None
         first_row = 0

@@ -28,6 +28,7 @@ class UnshardedTable:
     def __init__(self, spec: TableSpec, position: int, seed: int) -> None:
         self.spec = spec
         self.process_group = None
+        self.shared = None
         self.state: dict[str, Tensor] = {}
         self.layout = SpreadLayout(spec.num_rows)
         in_slot_order = initial_rows(spec, 0, spec.num_rows, seed)

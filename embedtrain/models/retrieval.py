@@ -24,6 +24,9 @@ from embedtrain.spec import FeatureSpec, TableSpec
 USER, ITEM = "user", "item"
 """Names of the tables of the ids; those of a feature are "user.age" and the like."""
 
+_INIT_SCALES = {"cosine": 0.1, "dot": 0.01}
+"""Standard deviation of first values: dot products begin near 0; of a cosine only the direction counts."""
+
 
 @dataclass(frozen=True)
 class Side:
@@ -99,9 +102,9 @@ class Retrieval(nn.Module):
         tables, features = [], []
         for name, side in self.sides.items():
             sizes = {name: side.num_rows, **{f"{name}.{f}": n for f, (_, n) in side.features.items()}}
-            # The scale of a sum's terms does not matter to a cosine; in a dot product it keeps first scores near 0.
+            scale = _INIT_SCALES[scoring.similarity]
             tables += [
-                TableSpec(table, max(1, rows), dim, dtype=dtype, init="normal", init_scale=0.1)
+                TableSpec(table, max(1, rows), dim, dtype=dtype, init="normal", init_scale=scale)
                 for table, rows in sizes.items()
             ]
             features += [FeatureSpec(table, pooling="none" if table == name else "mean") for table in sizes]

@@ -79,13 +79,10 @@ class Word2Vec(nn.Module):
         if isinstance(batch, TextBatch):
             batch = self._ask(batch, is_ahead=False)
         vectors = self.tables.fetch_rows(batch.rows)
-        total: Tensor = _SkipGramLoss.apply(vectors, batch.block, self._architecture)  # type: ignore[no-untyped-call]
-        return Objective(
-            # The exchange averages over the ranks; word2vec's step is a sum.
-            loss=total * size_of(self.tables.process_group),
-            total=total.detach(),
-            num_predictions=batch.num_predictions,
-        )
+        # The exchange averages over the ranks; word2vec's step is a sum.
+        num_ranks = size_of(self.tables.process_group)
+        loss: Tensor = _SkipGramLoss.apply(vectors, batch.block, self._architecture, num_ranks)  # type: ignore[no-untyped-call]
+        return Objective(loss=loss, total=loss.detach() / num_ranks, num_predictions=batch.num_predictions)
 
     def prepare(self, batch: TextBatch) -> PreparedText:
         """Does all of a step that needs no row, for `forward` later. Collective: every rank, in order of steps."""
@@ -98,19 +95,14 @@ class Word2Vec(nn.Module):
     def _ask(self, batch: TextBatch, *, is_ahead: bool) -> PreparedText:
         """Asks for the block's distinct rows and points the block at their places."""
         sample = batch.sample
-        words, drawn, starts, stops = (
-            self._moved(tensor) for tensor in (sample.words, sample.negatives, sample.starts, sample.stops)
+        words, targets, starts, stops = (
+            self._moved(tensor) for tensor in (sample.words, sample.targets, sample.starts, sample.stops)
         )
-        # A negative left out needs a row all the same: its centre's, which is there anyway.
-        is_left_out = drawn < 0
-        negatives = torch.where(is_left_out, words.unsqueeze(1), drawn)
-        ids = {INPUT: Jagged.from_ids(words), OUTPUT: Jagged.from_ids(torch.cat([words, negatives.flatten()]))}
+        ids = {INPUT: Jagged.from_ids(words), OUTPUT: Jagged.from_ids(targets.flatten())}
         rows = self.tables.ask_for_rows(ids, is_ahead=is_ahead)
-        outputs, negative_rows = rows.inverse[OUTPUT].split([words.numel(), negatives.numel()])
         block = TextBlock(
             inputs=rows.inverse[INPUT],
-            outputs=outputs,
-            negatives=negative_rows.view_as(negatives).masked_fill(is_left_out, -1),
+            targets=rows.inverse[OUTPUT].view_as(targets),
             starts=starts,
             stops=stops,
             # Found here, where the sample is in host memory.
@@ -125,17 +117,21 @@ class Word2Vec(nn.Module):
 
 
 class _SkipGramLoss(torch.autograd.Function):
-    """The op computes its gradient on the way forward, so backward only scales it."""
+    """The loss times a factor. The op computes its gradient on the way forward, so backward hands it on."""
 
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor, block: TextBlock, architecture: Architecture) -> Tensor:
+    def forward(ctx: Any, vectors: Tensor, block: TextBlock, architecture: Architecture, factor: int) -> Tensor:
         with stage("kernel"):
-            loss, grad = skipgram_block(vectors, block, architecture)
+            loss, grad = skipgram_block(vectors, block, architecture, factor)
         ctx.save_for_backward(grad)
-        return loss
+        return loss * factor
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_of_loss: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_of_loss: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_of_loss.to(grad.dtype), None, None
+        # A pass over the gradient for nothing, where the loss is what backward was called on.
+        # On a GPU the host would have to wait to know.
+        is_one = not grad.is_cuda and float(grad_of_loss) == 1.0
+        scaled = grad if is_one else grad * grad_of_loss.to(grad.dtype)
+        return scaled, None, None, None

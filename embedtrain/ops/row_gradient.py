@@ -7,6 +7,7 @@ them again, which is more memory than the rows themselves.
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -127,12 +128,12 @@ class RowGradient:
         rows = [delivery.rows for delivery in self._deliveries]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    @property
+    @functools.cached_property
     def bags(self) -> list[Bags]:
         """The features of all deliveries."""
         return [feature for delivery in self._deliveries for feature in delivery.bags]
 
-    @property
+    @functools.cached_property
     def grads(self) -> list[Tensor | None]:
         """The gradients of their pooled vectors."""
         return [grad for delivery in self._deliveries for grad in delivery.grads]
@@ -141,6 +142,13 @@ class RowGradient:
     def runs(self) -> Sequence[Run]:
         """Runs of the values; there may be none."""
         return self._deliveries[0].runs if len(self._deliveries) == 1 else ()
+
+    @functools.cached_property
+    def native_features(self) -> tuple[array[int], list[Tensor]]:
+        """The features and their gradients as the native kernels read them, and the tensors that must outlive it."""
+        from embedtrain.ops.native.pool_rows import describe
+
+        return describe(self.bags, self.grads)
 
     def is_finite(self) -> bool:
         """Returns whether every element of `values` is finite, without summing where a quick bound says so."""
@@ -168,7 +176,7 @@ class RowGradient:
         if self.bags and dispatch.uses_native(self._deliveries[0].rows):
             from embedtrain.ops.native import row_gradient as native
 
-            return native.largest_magnitudes(self.bags, self.grads, self.dim)
+            return native.largest_magnitudes(self)
         from embedtrain.ops.reference import row_gradient as reference
 
         return reference.largest_magnitudes(self.bags, self.grads)

@@ -20,14 +20,14 @@ class SamplingTables:
     """What the draws are compared with.
 
     Attributes:
-        keep: [num_rows] int64; an occurrence of the row is kept with probability keep / 2**24.
-        own: [num_rows] int64; column i of the alias table gives row i with probability own / 2**32,
-        other: [num_rows] int64; and this row otherwise.
+        keep: [num_rows] int32; an occurrence of the row is kept with probability keep / 2**24.
+        columns: [num_rows] int64; the alias table. Column i gives row i with probability own / 2**32 and another row
+            otherwise: own are the high 32 bits, without a sign, the other row the low ones. They lie together because
+            every draw reads both, at random.
     """
 
     keep: Tensor
-    own: Tensor
-    other: Tensor
+    columns: Tensor
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class TextSample:
 
     Attributes:
         words: [n] int64; rows of the kept words.
-        negatives: [n, k] int64; rows drawn for each centre, -1 where the centre itself was drawn.
+        targets: [n, 1 + k] int64; the word's own row and the negatives drawn for it, which it may be among.
         starts: [n] int64; first position of each centre's window.
         stops: [n] int64; one past the last.
     """
 
     words: Tensor
-    negatives: Tensor
+    targets: Tensor
     starts: Tensor
     stops: Tensor
 

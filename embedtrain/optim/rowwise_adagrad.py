@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from embedtrain.ops.row_gradient import RowGradient
@@ -89,6 +90,4 @@ class RowwiseAdagrad(MomentOptimizer):
 
 
 def _is_plain(step: RowStep) -> bool:
-    without = RowStep(lr=0.0)
-    names = ("grad_factor", "max_row_grad_norm", "max_norm")
-    return all(getattr(step, name) == getattr(without, name) for name in names)
+    return step.grad_factor == 1.0 and step.max_row_grad_norm == math.inf and step.max_norm == math.inf

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from embedtrain.distributed.collectives import all_gather_object, all_reduce_sum
 from embedtrain.distributed.runtime import rank_of
+from embedtrain.distributed.shared_memory import SharedMemoryExchange
 from embedtrain.errors import NonFiniteError
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import RowStep, row_update
@@ -79,6 +80,7 @@ class RowsToUpdate(Protocol):
 
     weight: Tensor
     state: dict[str, Tensor]
+    shared: SharedMemoryExchange | None
 
     def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
         """Returns keys of the gradient's rows for stochastic rounding, or None for float32 rows."""
@@ -291,7 +293,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         process_group = self.stores[0].process_group
         if process_group is not None:
             squares = torch.tensor(total, dtype=torch.float64, device=self.stores[0].weight.device)
-            total = float(all_reduce_sum(squares, process_group))
+            total = float(all_reduce_sum(squares, process_group, self.stores[0].shared))
         if not math.isfinite(total):
             self._handle_nonfinite(gradients)
             return None

@@ -7,6 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,11 +24,12 @@ from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_memory import allocate_rows
 from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep, rowwise_adagrad
-from embedtrain.ops.sample_text import ALIAS_BITS, KEEP_BITS, SamplingTables, sample_text
+from embedtrain.ops.sample_text import KEEP_BITS, SamplingTables, sample_text
 from embedtrain.ops.segment_sum import segment_sum
 from embedtrain.ops.skipgram_block import TextBlock, count_predictions, skipgram_block
 from embedtrain.ops.sort_unique import sort_unique
 from embedtrain.sharding.machine import Machine
+from embedtrain.sharding.plan import ROW_STAGES, Law, TableLoad, Workload, seconds_of
 from embedtrain.spec import FeatureSpec, TableSpec
 
 _REPEATS = 7
@@ -63,7 +65,15 @@ def measure_machine(runtime: Runtime) -> Machine:
     waits["step_seconds"] = max(one - 5 * waits["collective_seconds"] * (runtime.world_size > 1), 1e-6)
     waits["feature_seconds"] = max((many - one) / 8, 1e-9)
     longest = {name: max(of_ranks) for name, of_ranks in _gathered(waits, group).items()}
-    return Machine(name=_processor(device), num_ranks=runtime.world_size, **slowest, **longest)
+    machine = Machine(
+        name=_processor(device),
+        num_ranks=runtime.world_size,
+        seconds_per_predicted_second=1.0,
+        **slowest,
+        **longest,
+    )
+    factors = _gathered({"factor": _reference_factor(runtime, machine)}, group)
+    return replace(machine, seconds_per_predicted_second=max(factors["factor"]))
 
 
 def _row_seconds(device: torch.device) -> dict[str, float]:
@@ -85,8 +95,8 @@ def _row_seconds(device: torch.device) -> dict[str, float]:
 
 def _text_seconds(device: torch.device) -> dict[str, float]:
     num_words = 1 << 16
-    everything = torch.full((num_words,), 1 << KEEP_BITS)
-    tables = SamplingTables(everything, torch.full((num_words,), 1 << ALIAS_BITS), torch.arange(num_words))
+    everything = torch.full((num_words,), 1 << KEEP_BITS, dtype=torch.int32)
+    tables = SamplingTables(everything, columns=torch.arange(num_words))
     tokens = torch.randint(num_words, (_WORDS,), dtype=torch.int32)
     positions = torch.arange(_WORDS)
     keys = iter(range(1 << 30))
@@ -96,17 +106,17 @@ def _text_seconds(device: torch.device) -> dict[str, float]:
         return sample.words
 
     sample = sample_text(tokens, positions, tables, window=_WINDOW, num_negatives=_NEGATIVES, key=0)
-    vectors = torch.rand(2 * _WORDS, _VECTOR_DIM, device=device) - 0.5
+    vectors = torch.rand(4 * _WORDS, _VECTOR_DIM, device=device) - 0.5
     block = TextBlock(
-        torch.randint(_WORDS, (_WORDS,), device=device),
-        torch.randint(_WORDS, (_WORDS,), device=device),
-        torch.randint(2 * _WORDS, (_WORDS, _NEGATIVES), device=device),
+        torch.randint(4 * _WORDS, (_WORDS,), device=device),
+        torch.randint(4 * _WORDS, (_WORDS, 1 + _NEGATIVES), device=device),
         sample.starts.to(device),
         sample.stops.to(device),
     )
     return {
         "sample": _seconds(draw, torch.device("cpu")),
-        "skipgram": _seconds(lambda: skipgram_block(vectors, block)[1], device),
+        # Backward multiplies the gradient by that of the loss.
+        "skipgram": _seconds(lambda: skipgram_block(vectors, block)[1] * 1.0, device),
         "products": int(count_predictions(block)) * (1 + _NEGATIVES) * _VECTOR_DIM * 3.0,
     }
 
@@ -116,7 +126,7 @@ def _exchange_rates(group: dist.ProcessGroup | None, device: torch.device) -> di
         # One rank exchanges nothing: any rate will do.
         return {"exchange_bytes_per_second": 1e12}
     world_size = dist.get_world_size(group)
-    counts = [max(8192 // world_size, 1)] * world_size  # rows of 256 bytes: 2 MiB in all
+    counts = [max(32768 // world_size, 1)] * world_size  # rows of 256 bytes: 8 MiB in all
     rows = torch.ones(sum(counts), _DIM, device=device)
     shared = connect(group, device)
     seconds = _seconds(lambda: all_to_all_rows(rows, counts, counts, group, shared), device)
@@ -153,6 +163,26 @@ def _step_seconds(runtime: Runtime, num_features: int) -> float:
         return loss
 
     return _seconds(step, runtime.device, inner=10)
+
+
+def _reference_factor(runtime: Runtime, machine: Machine) -> float:
+    """Returns the time that rows take in a step over what its parts add up to. Collective: every rank."""
+    num_ids, num_rows = _TOUCHED // 4, _ROWS // 4
+    tables = EmbeddingCollection([TableSpec("row", num_rows, _DIM)], device=runtime.device, process_group=runtime.group)
+    optimizer = optim.RowwiseAdagrad(tables)
+    batch = {"row": Jagged.from_ids(torch.randint(num_rows, (num_ids,), device=runtime.device))}
+
+    def step() -> None:
+        vectors, _ = tables.distinct_rows(batch)
+        (vectors * vectors).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    draws = ((float(num_ids * runtime.world_size), Law.zipf(num_rows, 0.0)),)
+    load = TableLoad("row", num_rows, _DIM, 4, state_row_bytes=4, state_value_bytes=0, draws=draws)
+    parts = seconds_of(Workload((load,), 1), runtime.world_size, machine)
+    of_rows = sum(parts[name] for name in ROW_STAGES)
+    return max(_seconds(step, runtime.device) - parts["rest"], 0.1 * of_rows) / of_rows
 
 
 def _seconds(run: Callable[[], object], device: torch.device, inner: int = 1) -> float:

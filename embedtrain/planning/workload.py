@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +17,14 @@ from embedtrain.config import Config, Word2VecConfig
 from embedtrain.config.models import MODELS
 from embedtrain.config.optimizer import OptimizerConfig
 from embedtrain.config.ranking import FeatureConfig, RankingConfig
+from embedtrain.config.retrieval import FeatureConfig as SideFeatureConfig
+from embedtrain.config.retrieval import RetrievalConfig, SideConfig
 from embedtrain.config.sections import CheckpointConfig, TableConfig
 from embedtrain.data.skipgram import keep_shares
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import UserError
 from embedtrain.models.ranking import NETWORKS, NetworkOptions
+from embedtrain.models.retrieval import ITEM, USER
 from embedtrain.models.word2vec import INPUT, OUTPUT
 from embedtrain.sharding.plan import Law, TableLoad, Workload
 from embedtrain.spec import TableSpec
@@ -62,6 +66,16 @@ class Assumptions:
                 f"or a run.path with a checkpoint of this model ({self.run_path!r} has none with this table)"
             )
         return rows[table]
+
+    def length_of(self, table: str) -> float:
+        """Returns how many ids a bag holds that is looked up in a table.
+
+        Raises:
+            UserError: nobody knows.
+        """
+        if self.bag_length is None:
+            raise UserError(f"how many ids a bag of {table!r} holds comes from the data: give --bag-length L")
+        return self.bag_length
 
     def require_known(self, tables: list[str]) -> None:
         """Refuses rows of tables that the model does not have.
@@ -136,9 +150,7 @@ def _ranking(config: Any, assumptions: Assumptions) -> Workload:
         if column.num_rows is not None and column.name in assumptions.rows_of_table:
             raise UserError(f"the configuration gives {column.name!r} {column.num_rows:,} rows: leave out its --rows")
         num_rows = assumptions.rows_of(column.name) if column.num_rows is None else column.num_rows
-        if column.is_bag and assumptions.bag_length is None:
-            raise UserError(f"how many ids a bag of {column.name!r} holds comes from the data: give --bag-length L")
-        num_ids = examples * (assumptions.bag_length or 1.0) if column.is_bag else examples
+        num_ids = examples * assumptions.length_of(column.name) if column.is_bag else examples
         dim = config.data.features.get(column.name, FeatureConfig()).dim or config.table.dim
         law = Law.zipf(num_rows, assumptions.exponent)
         sizes = _table_sizes(config.table, config.optimizer, dim)
@@ -166,12 +178,63 @@ def _ranking(config: Any, assumptions: Assumptions) -> Workload:
     )
 
 
+def _retrieval(config: Any, assumptions: Assumptions) -> Workload:
+    assert isinstance(config, RetrievalConfig)
+    sides = {USER: config.users, ITEM: config.items}
+    assumptions.require_known([name for side in sides for name in (side, *_feature_tables(side, sides[side]))])
+    settings, dim = config.retrieval, config.table.dim
+    users = float(config.train.global_batch_size)
+    positives = users * config.train.items_per_example
+    items = Law.zipf(assumptions.rows_of(ITEM), assumptions.exponent)
+    drawn = (float(settings.negatives), Law.of_weights(items.shares**settings.power, items.num_rows))
+    draws = {USER: ((users, Law.zipf(assumptions.rows_of(USER), 0.0)),), ITEM: ((positives, items), drawn)}
+    sizes = _table_sizes(config.table, config.optimizer, dim)
+    tables: list[TableLoad] = []
+    num_values, products = 0, 0.0
+    for side, section in sides.items():
+        num_vectors = sum(number for number, _ in draws[side])
+        tables.append(TableLoad(side, assumptions.rows_of(side), draws=draws[side], **sizes))
+        for table, feature in _feature_tables(side, section).items():
+            # Each id looked up brings a bag of categories.
+            length = assumptions.length_of(table) if feature.separator is not None else 1.0
+            law = Law.zipf(assumptions.rows_of(table), assumptions.exponent)
+            tables.append(
+                TableLoad(
+                    table,
+                    assumptions.rows_of(table),
+                    draws=((num_vectors * length, law),),
+                    num_bags=num_vectors,
+                    **sizes,
+                )
+            )
+        if section.hidden:
+            widths = [(1 + len(section.features)) * dim, *section.hidden, dim]
+            matrices = sum(before * after for before, after in itertools.pairwise(widths))
+            num_values += matrices + sum(widths[1:])
+            products += num_vectors * matrices * 3
+    candidates = settings.negatives + (positives if settings.in_batch else 0.0)
+    return Workload(
+        tables=tuple(tables),
+        num_features=len(tables),
+        dense_bytes=4 * num_values * (1 + _DENSE_STATES[config.dense_optimizer.name]),
+        # The candidates' vectors go to all ranks and their gradients come back, as those of the dense part do.
+        dense_gradient_bytes=4 * num_values + round(4 * candidates * dim),
+        dense_products=products + positives * candidates * dim * 3,
+        **_checkpoints(config.checkpoint),
+    )
+
+
+def _feature_tables(side: str, section: SideConfig) -> dict[str, SideFeatureConfig]:
+    return {f"{side}.{name}": feature for name, feature in section.features.items()}
+
+
 _DENSE_STATES = {"adam": 2, "adamw": 2, "adagrad": 1, "sgd": 0}
 """Numbers that torch's optimizers keep for each parameter."""
 
 _WORKLOADS: dict[type[Config], Callable[[Any, Assumptions], Workload]] = {
     Word2VecConfig: _word2vec,
     RankingConfig: _ranking,
+    RetrievalConfig: _retrieval,
 }
 """What each model asks, by its configuration."""
 

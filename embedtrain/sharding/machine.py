@@ -31,6 +31,8 @@ class Machine:
         sample_draws_per_second: words and negatives drawn from a text.
         skipgram_products_per_second: multiply-adds of the word2vec kernel, forward and backward.
         dense_products_per_second: multiply-adds of a matrix product.
+        seconds_per_predicted_second: that rows take in a step for each second of what is done to them by itself: in
+            a step caches are colder, and ranks wait for one another.
         network_bytes_per_second: that a host sends to the others, all its ranks together; None where not known.
     """
 
@@ -47,6 +49,7 @@ class Machine:
     sample_draws_per_second: float
     skipgram_products_per_second: float
     dense_products_per_second: float
+    seconds_per_predicted_second: float
     network_bytes_per_second: float | None = None
 
     def to_json(self) -> str:

@@ -20,6 +20,9 @@ _ID_BUFFERS_BYTES = 64
 _POOL_FACTOR = 4 / 3
 """Buffers are kept in sizes of two or three quarters of a power of two."""
 
+ROW_STAGES = ("sort", "gather", "exchange", "sum", "update")
+"""Stages of a step in which rows are handled."""
+
 
 @dataclass(frozen=True)
 class Law:
@@ -249,7 +252,7 @@ def seconds_of(workload: Workload, world_size: int, machine: Machine, num_hosts:
     network = machine.network_bytes_per_second or machine.exchange_bytes_per_second * world_size / num_hosts
     # Ids, vectors and gradients for each group; the counts and the optimizer's agreement once.
     latency = machine.collective_seconds * (world_size - 1) * (3 * num_groups + 2)
-    return {
+    parts = {
         "sample": workload.draws / world_size / machine.sample_draws_per_second,
         "sort": sum(step.ids + step.moved * (world_size > 1) for step in steps) / machine.sort_ids_per_second,
         "gather": gathered / machine.gather_bytes_per_second,
@@ -262,6 +265,8 @@ def seconds_of(workload: Workload, world_size: int, machine: Machine, num_hosts:
         "update": updated / machine.update_bytes_per_second,
         "rest": machine.step_seconds + machine.feature_seconds * (workload.num_features - 1),
     }
+    of_rows = machine.seconds_per_predicted_second
+    return {name: seconds * (of_rows if name in ROW_STAGES else 1.0) for name, seconds in parts.items()}
 
 
 @dataclass(frozen=True)

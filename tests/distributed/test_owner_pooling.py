@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 import embedtrain as et
-from embedtrain.embedding import exchange, owner_pooling
+from embedtrain.distributed.shared_memory import VARIABLE
+from embedtrain.embedding import exchange, owner_pooling, transfer
 from embedtrain.testing.ranks import run_ranks
 
 STEPS = 4
@@ -104,9 +106,11 @@ def pool_bfloat16(group: dist.ProcessGroup | None, pool_at: str) -> torch.Tensor
 
 def count_collectives(group: dist.ProcessGroup | None, ways: list[str], length: int) -> list[int]:
     """Returns how many all-to-alls a look-up of 26 features and its backward take, one of them of counts."""
+    os.environ[VARIABLE] = "0"  # through memory the same rows travel by other calls
     specs = [et.FeatureSpec(f"f{i}", f"t{i % 5}", pooling="sum", pool_at=ways[i % len(ways)]) for i in range(26)]
     tables = et.EmbeddingCollection([et.TableSpec(f"t{i}", 50 + i, 8) for i in range(5)], specs, process_group=group)
     calls: Counter[str] = Counter()
+    modules = (exchange, owner_pooling, transfer)
 
     def counted(phase: str) -> Any:
         def exchanged(*arguments: Any) -> torch.Tensor:
@@ -118,12 +122,14 @@ def count_collectives(group: dist.ProcessGroup | None, ways: list[str], length: 
     original = exchange.all_to_all_rows
     bags = et.Jagged(torch.arange(4 * length) % 50, torch.full((4,), length))
     for phase in ("forward", "backward"):
-        exchange.all_to_all_rows = owner_pooling.all_to_all_rows = counted(phase)
+        for module in modules:
+            module.all_to_all_rows = counted(phase)
         if phase == "forward":
             vectors = tables({spec.name: bags for spec in specs})
         else:
             sum(each.sum() for each in vectors.values()).backward()
-    exchange.all_to_all_rows = owner_pooling.all_to_all_rows = original
+    for module in modules:
+        module.all_to_all_rows = original
     return [calls["forward"], calls["backward"]]
 
 

@@ -21,6 +21,8 @@ from embedtrain.train.step import train_step
 STEPS, BATCH, NUM_DENSE = 6, 25, 3
 NUM_ROWS = {"shop": 40, "user": 101, "tags": 23}
 FEATURES = [et.FeatureSpec("shop"), et.FeatureSpec("user"), et.FeatureSpec("tags", pooling="sum")]
+DIM = 8
+TABLES = [et.TableSpec(name, rows, DIM) for name, rows in NUM_ROWS.items()]
 OPTIONS = {
     "dlrm": NetworkOptions(architecture="dlrm", bottom=(8,), top=(16, 8)),
     "dcn_v2": NetworkOptions(architecture="dcn_v2", top=(16,), num_cross_layers=2),
@@ -49,14 +51,10 @@ def part_of(batch: ClickBatch, rank: int, world_size: int) -> ClickBatch:
     return ClickBatch(batch.labels[mine.start : mine.stop], batch.dense[mine.start : mine.stop], features, BATCH)
 
 
-def tables_of(dim: int) -> list[et.TableSpec]:
-    return [et.TableSpec(name, rows, dim) for name, rows in NUM_ROWS.items()]
-
-
-def train_sharded(group: dist.ProcessGroup | None, dim: int, options: NetworkOptions) -> list[dict[str, Tensor]]:
+def train_sharded(group: dist.ProcessGroup | None, kind: str, options: NetworkOptions) -> list[dict[str, Tensor]]:
     """Returns weights and loss after each step."""
-    model = Ranking(tables_of(dim), FEATURES, NUM_DENSE, options, process_group=group, seed=5)
-    optimizer = et.optim.RowwiseAdagrad(model.tables, lr=0.1, eps=1e-8)
+    model = Ranking(TABLES, FEATURES, NUM_DENSE, options, process_group=group, seed=5)
+    optimizer = getattr(et.optim, kind)(model.tables, lr=0.1, eps=1e-8)
     dense = DenseOptimizer(model.network, process_group=group, name="adam", lr=0.01)
     history = []
     for step in range(STEPS):
@@ -78,16 +76,16 @@ def train_sharded(group: dist.ProcessGroup | None, dim: int, options: NetworkOpt
 class PlainRanking(nn.Module):
     """The same network on `nn.EmbeddingBag`s of the same first values."""
 
-    def __init__(self, dim: int, options: NetworkOptions) -> None:
+    def __init__(self, options: NetworkOptions) -> None:
         super().__init__()
-        first = et.EmbeddingCollection(tables_of(dim), FEATURES, seed=5)
+        first = et.EmbeddingCollection(TABLES, FEATURES, seed=5)
         self.bags = nn.ModuleDict(
             {
                 name: nn.EmbeddingBag.from_pretrained(first.gather_table(name).clone(), freeze=False, mode="sum")
                 for name in NUM_ROWS
             }
         )
-        self.network = build_network(NUM_DENSE, [dim] * len(NUM_ROWS), options, seed=5)
+        self.network = build_network(NUM_DENSE, [DIM] * len(NUM_ROWS), options, seed=5)
 
     def forward(self, batch: ClickBatch) -> Tensor:
         vectors: Sequence[Tensor] = [
@@ -98,8 +96,8 @@ class PlainRanking(nn.Module):
 
 
 def train_plain(options: NetworkOptions) -> list[dict[str, Tensor]]:
-    """Row-wise Adagrad of rows of one column is torch's."""
-    model = PlainRanking(1, options)
+    """Element-wise Adagrad, torch's own."""
+    model = PlainRanking(options)
     optimizers = [
         torch.optim.Adagrad(model.bags.parameters(), lr=0.1, eps=1e-8),
         torch.optim.Adam(model.network.parameters(), lr=0.01),
@@ -121,10 +119,10 @@ def train_plain(options: NetworkOptions) -> list[dict[str, Tensor]]:
     return history
 
 
-def train_oracle(dim: int, options: NetworkOptions) -> list[dict[str, Tensor]]:
-    """Tables of any dim, with the unsharded oracle of row-wise Adagrad."""
-    tables = et.UnshardedEmbeddingCollection(tables_of(dim), FEATURES, seed=5)
-    network = build_network(NUM_DENSE, [dim] * len(NUM_ROWS), options, seed=5)
+def train_oracle(options: NetworkOptions) -> list[dict[str, Tensor]]:
+    """Row-wise Adagrad, which torch has not: the unsharded oracle's."""
+    tables = et.UnshardedEmbeddingCollection(TABLES, FEATURES, seed=5)
+    network = build_network(NUM_DENSE, [DIM] * len(NUM_ROWS), options, seed=5)
     optimizers = [
         et.optim.RowwiseAdagrad(tables, lr=0.1, eps=1e-8),
         torch.optim.Adam(network.parameters(), lr=0.01),
@@ -158,17 +156,18 @@ def assert_same_at_each_step(found: list[dict[str, Tensor]], expected: list[dict
             )
 
 
-def train_all(group: dist.ProcessGroup | None) -> dict[tuple[str, int], list[dict[str, Tensor]]]:
-    return {(name, dim): train_sharded(group, dim, options) for name, options in OPTIONS.items() for dim in (1, 8)}
+def train_all(group: dist.ProcessGroup | None) -> dict[tuple[str, str], list[dict[str, Tensor]]]:
+    kinds = ("Adagrad", "RowwiseAdagrad")
+    return {(name, kind): train_sharded(group, kind, options) for name, options in OPTIONS.items() for kind in kinds}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranking_equals_plain_torch_and_the_oracle_step_by_step(world_size: int) -> None:
     ranks = run_ranks(world_size, train_all)
     for name, options in OPTIONS.items():
-        for dim, expected in ((1, train_plain(options)), (8, train_oracle(8, options))):
+        for kind, expected in (("Adagrad", train_plain(options)), ("RowwiseAdagrad", train_oracle(options))):
             for histories in ranks:
-                assert_same_at_each_step(histories[name, dim], expected)
+                assert_same_at_each_step(histories[name, kind], expected)
 
 
 def count_collectives(group: dist.ProcessGroup) -> dict[str, int]:

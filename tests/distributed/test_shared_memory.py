@@ -10,14 +10,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from embedtrain.distributed.collectives import all_to_all_rows
+import embedtrain as et
+from embedtrain.distributed.collectives import all_reduce_sum, all_to_all_rows
 from embedtrain.distributed.shared_memory import VARIABLE, connect
 from embedtrain.ops.dispatch import cpu_backend
 from embedtrain.testing.ranks import run_ranks
 
-# Rows from rank s to rank r in round n: none, a few, and more than a ring holds.
+# Rows from rank s to rank r in round n: none, a few, and many.
 SIZES = [0, 3, 700, 40_000]
 DTYPES = [torch.float32, torch.bfloat16, torch.int64]
+
+pytestmark = pytest.mark.skipif(cpu_backend() != "native", reason="the native library was not built")
 
 
 def rows_between(sender: int, receiver: int, number: int) -> torch.Tensor:
@@ -27,12 +30,10 @@ def rows_between(sender: int, receiver: int, number: int) -> torch.Tensor:
     return torch.randint(-99, 99, (count, 37), generator=generator).to(dtype)
 
 
-def exchange_rounds(group: dist.ProcessGroup) -> bool:
+def exchange_rounds(group: dist.ProcessGroup) -> None:
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    os.environ[VARIABLE] = "1"
     shared = connect(group, torch.device("cpu"))
-    if shared is None:
-        return False
+    assert shared is not None
     for number in range(8):
         outgoing = [rows_between(rank, receiver, number) for receiver in range(size)]
         expected = [rows_between(sender, rank, number) for sender in range(size)]
@@ -40,17 +41,42 @@ def exchange_rounds(group: dist.ProcessGroup) -> bool:
         for way in (shared, None):
             received = all_to_all_rows(torch.cat(outgoing), counts[0], counts[1], group, way)
             assert torch.equal(received, torch.cat(expected))
-    return True
+        for way in (shared, None):
+            assert float(all_reduce_sum(torch.tensor(0.5 + rank, dtype=torch.float64), group, way)) == size**2 / 2
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_rows_arrive_as_through_the_process_group(world_size: int) -> None:
-    if cpu_backend() != "native":
-        pytest.skip("the native library was not built")
-    before = set(os.listdir("/dev/shm"))
-    assert all(run_ranks(world_size, exchange_rounds))
-    left = {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("embedtrain-")}
-    assert not left
+    run_ranks(world_size, exchange_rounds)
+
+
+def train(group: dist.ProcessGroup, variable: str, wire_dtype: torch.dtype | None) -> tuple[bool, list[torch.Tensor]]:
+    os.environ[VARIABLE] = variable
+    rank = dist.get_rank(group)
+    features = [et.FeatureSpec("item"), et.FeatureSpec("history", "item", pooling="mean")]
+    tables = et.EmbeddingCollection([et.TableSpec("item", 90, 12)], features, seed=3, wire_dtype=wire_dtype)
+    optimizer = et.optim.RowwiseAdagrad(tables, lr=0.3, max_grad_norm=0.5)
+    for step in range(6):
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        for _ in range(1 + step % 2):  # some steps are of several batches
+            bags = [torch.randint(0, 90, (n,), generator=generator).tolist() for n in (5, 0, 9)]
+            out = tables({"item": et.Jagged.from_lists(bags), "history": et.Jagged.from_lists(bags)})
+            (out["item"].square().sum() + out["history"].sin().sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = [tables.gather_table("item"), tables.gather_table("item", "accumulator")]
+    return tables.row_groups[0].shared is not None, found
+
+
+@pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_training_is_the_same_to_the_last_bit(world_size: int, wire_dtype: torch.dtype | None) -> None:
+    through_memory = run_ranks(world_size, train, "", wire_dtype)
+    through_the_group = run_ranks(world_size, train, "0", wire_dtype)
+    for (is_shared, found), (is_also_shared, expected) in zip(through_memory, through_the_group, strict=True):
+        assert is_shared and not is_also_shared
+        for tensor, other in zip(found, expected, strict=True):
+            assert torch.equal(tensor, other)
 
 
 def connect_where_one_does_not_want(group: dist.ProcessGroup) -> bool:
@@ -62,21 +88,35 @@ def test_one_unwilling_rank_leaves_all_with_the_process_group() -> None:
     assert all(run_ranks(2, connect_where_one_does_not_want))
 
 
-def wait_for_the_dead(group: dist.ProcessGroup) -> float:
-    os.environ[VARIABLE] = "1"
+def wait_for_the_dead(group: dist.ProcessGroup) -> None:
     shared = connect(group, torch.device("cpu"))
     assert shared is not None
     if dist.get_rank(group) == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     started = time.monotonic()
-    with pytest.raises(RuntimeError, match="rank 1 is gone: rank 0 waited"):
+    with pytest.raises(dist.DistError, match="rank 1 is gone: rank 0 waited"):
         shared.all_to_all(torch.ones(4, 2), [2, 2], [2, 2])
     assert time.monotonic() - started < 10
     raise ValueError("rank 0 saw it")
 
 
 def test_a_dead_peer_is_noticed_at_once() -> None:
-    if cpu_backend() != "native":
-        pytest.skip("the native library was not built")
     with pytest.raises(Exception, match=r"rank 0 saw it|rank 1"):
         run_ranks(2, wait_for_the_dead)
+
+
+def wait_for_the_late(group: dist.ProcessGroup) -> str:
+    shared = connect(group, torch.device("cpu"))
+    assert shared is not None
+    shared._timeout_seconds = 0.3
+    if dist.get_rank(group) == 1:
+        time.sleep(1.5)
+        return ""
+    with pytest.raises(dist.DistError) as caught:
+        shared.all_to_all(torch.ones(4, 2), [2, 2], [2, 2])
+    return str(caught.value)
+
+
+def test_a_late_peer_is_waited_for_as_long_as_the_group_says() -> None:
+    message, _ = run_ranks(2, wait_for_the_late)
+    assert "rank 0 waited 0 s for rank 1's part" in message

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
+import yaml
+
+from embedtrain.checkpoint import CheckpointReader
 from embedtrain.checkpoint import manifest as manifest_module
 from tests.e2e.conftest import Job
 
@@ -32,6 +36,9 @@ def test_a_run_that_is_not_what_it_was_is_refused(job: Job) -> None:
     vocabulary.write_text("".join(lines))
 
     manifest = newest_manifest(job)
+    with CheckpointReader(str(manifest.parent)) as reader:
+        assert reader.state["config"] == yaml.safe_load((job.folder / "run" / "config.yaml").read_text())
+        assert reader.manifest.versions["embedtrain"] == version("embedtrain")
     data = manifest.read_bytes()
     shard = next(manifest.parent.glob("shard-*"))
     rows = bytearray(shard.read_bytes())
@@ -40,6 +47,10 @@ def test_a_run_that_is_not_what_it_was_is_refused(job: Job) -> None:
     said = last_line(job, *train, status=1)
     assert said.startswith("embedtrain: failed: ")
     assert f"{shard.name}: bytes 0 to" in said and "checksum differs" in said and "rows [0, 320)" in said
+    inspected = job.run("inspect", "run", "--verify")
+    assert inspected.returncode == 1
+    assert f"damaged      {manifest.parent}".replace(f"{job.folder}/", "") in inspected.stdout
+    assert f"{shard.name}: bytes 0 to" in inspected.stderr
     rows[5000] ^= 1
     shard.write_bytes(rows)
 

@@ -105,9 +105,9 @@ def test_bfloat16_rows_round_as_on_the_cpu(device: torch.device) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_skipgram(device: torch.device, shape: tuple[int, ...]) -> None:
     vectors, block = make(*shape)
-    names = ("inputs", "outputs", "negatives", "starts", "stops")
+    names = ("inputs", "targets", "starts", "stops")
     moved = TextBlock(*(getattr(block, name).to(device) for name in names), reach=reach_of(block.starts, block.stops))
-    expected = reference_skipgram.skipgram_block(vectors, block, "skipgram")
+    expected = reference_skipgram.skipgram_block(vectors, block, "skipgram", 1.0)
     found = [skipgram_block(vectors.to(device), moved) for _ in range(2)]
     for ours, theirs in zip(found[0], expected, strict=True):
         # Three products in tf32 stand for one in float32.

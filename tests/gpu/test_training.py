@@ -57,7 +57,7 @@ def test_a_step_of_word_vectors_equals_the_cpus(device: torch.device, architectu
     positions = torch.arange(60)
     sample = TextSample(
         positions % 23,
-        ((positions * 7) % 23).view(20, 3).repeat_interleave(3, dim=0),
+        torch.stack([positions % 23, (positions * 7) % 23, (positions * 5) % 23], dim=1),
         (positions - 3).clamp(min=0),
         (positions + 3).clamp(max=60),
     )

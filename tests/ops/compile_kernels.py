@@ -81,10 +81,10 @@ def launch_all(dim: int, dtype: torch.dtype, num_rows: int) -> None:
 def launch_skipgram(dim: int, num_rows: int) -> None:
     """Calls it with windows that fit into one band, and with wider ones."""
     places = torch.arange(20)
-    negatives = (places % num_rows).view(20, 1).repeat(1, 3)
-    block = TextBlock(places % num_rows, places % num_rows, negatives, (places - 2).clamp(min=0), places + 1)
+    targets = (places % num_rows).view(20, 1).repeat(1, 4)
+    block = TextBlock(places % num_rows, targets, (places - 2).clamp(min=0), places + 1)
     for reach in (1, 40):
-        skipgram_block.skipgram_block(torch.zeros(num_rows, dim), block, reach)
+        skipgram_block.skipgram_block(torch.zeros(num_rows, dim), block, 1.0, reach)
 
 
 if __name__ == "__main__":

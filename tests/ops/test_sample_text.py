@@ -19,7 +19,9 @@ def splitmix64(key: int, counter: int) -> int:
 
 
 def plain(tokens: list[int], positions: list[int], tables: SamplingTables, window: int, k: int, key: int) -> list:
-    keep, own, other = tables.keep.tolist(), tables.own.tolist(), tables.other.tolist()
+    keep = tables.keep.tolist()
+    own = [column >> 32 & 0xFFFFFFFF for column in tables.columns.tolist()]
+    other = [column & 0xFFFFFFFF for column in tables.columns.tolist()]
     kept = []  # word, sentence, width, negatives
     sentence = 0
     for token, position in zip(tokens, positions, strict=True):
@@ -33,14 +35,14 @@ def plain(tokens: list[int], positions: list[int], tables: SamplingTables, windo
             drawn = splitmix64(key, position * (1 + k) + 1 + i)
             column = ((drawn >> 32) * len(own)) >> 32
             negative = column if (drawn & 0xFFFFFFFF) < own[column] else other[column]
-            negatives.append(-1 if negative == row else negative)
+            negatives.append(negative)
         kept.append((row, sentence, 1 + (((draw & 0xFFFFFFFF) * window) >> 32), negatives))
     starts, stops = [], []
     for i, (_, sentence, width, _) in enumerate(kept):
         inside = [j for j, other_word in enumerate(kept) if other_word[1] == sentence and abs(j - i) <= width]
         starts.append(inside[0])
         stops.append(inside[-1] + 1)
-    return [[word[0] for word in kept], [word[3] for word in kept], starts, stops]
+    return [[word[0] for word in kept], [[word[0], *word[3]] for word in kept], starts, stops]
 
 
 def make(num_tokens: int, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, SamplingTables]:
@@ -48,10 +50,10 @@ def make(num_tokens: int, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, Sa
     tokens = torch.randint(0, num_rows, (num_tokens,), generator=generator, dtype=torch.int32)
     tokens = torch.where(torch.rand(num_tokens, generator=generator) < 0.15, ~tokens, tokens)
     positions = torch.arange(num_tokens) + 10**10
+    own = torch.randint(-(1 << 31), 1 << 31, (num_rows,), generator=generator)  # any 32 bits
+    other = torch.randint(0, num_rows, (num_rows,), generator=generator)
     tables = SamplingTables(
-        keep=torch.randint(0, (1 << 24) + 1, (num_rows,), generator=generator),
-        own=torch.randint(0, (1 << 32) + 1, (num_rows,), generator=generator),
-        other=torch.randint(0, num_rows, (num_rows,), generator=generator),
+        keep=torch.randint(0, (1 << 24) + 1, (num_rows,), generator=generator).int(), columns=own << 32 | other
     )
     return tokens, positions, tables
 
@@ -64,9 +66,9 @@ def test_equals_plain_integers(backend: str, num_tokens: int, num_rows: int, win
     tokens, positions, tables = make(num_tokens, num_rows)
     sample = sample_text(tokens, positions, tables, window=window, num_negatives=k, key=key)
     expected = plain(tokens.tolist(), positions.tolist(), tables, window, k, key)
-    found = [sample.words, sample.negatives, sample.starts, sample.stops]
+    found = [sample.words, sample.targets, sample.starts, sample.stops]
     assert [tensor.tolist() for tensor in found] == expected
-    assert sample.negatives.shape == (sample.words.numel(), k)
+    assert sample.targets.shape == (sample.words.numel(), 1 + k)
 
 
 def test_a_token_outside_the_vocabulary_is_refused(backend: str) -> None:

@@ -24,13 +24,14 @@ SHAPES = [
 def make(num_positions: int, num_rows: int, dim: int, k: int, window: int) -> tuple[torch.Tensor, TextBlock]:
     generator = torch.Generator().manual_seed(num_positions + dim)
     vectors = torch.randn(num_rows, dim, generator=generator) * 0.5
-    inputs, outputs = torch.randint(0, num_rows, (2, num_positions), generator=generator)
-    negatives = torch.randint(0, num_rows, (num_positions, k), generator=generator)
-    negatives[torch.rand(num_positions, k, generator=generator) < 0.2] = -1
+    inputs = torch.randint(0, num_rows, (num_positions,), generator=generator)
+    targets = torch.randint(0, num_rows, (num_positions, 1 + k), generator=generator)
+    is_centre = torch.rand(num_positions, 1 + k, generator=generator) < 0.2
+    targets = torch.where(is_centre, targets[:, :1], targets)  # negatives that are left out
     positions = torch.arange(num_positions)
     left, right = torch.randint(0, window + 1, (2, num_positions), generator=generator)
     starts, stops = (positions - left).clamp(min=0), (positions + right + 1).clamp(max=num_positions)
-    return vectors, TextBlock(inputs, outputs, negatives, starts, stops)
+    return vectors, TextBlock(inputs, targets, starts, stops)
 
 
 def plain_loss(vectors: torch.Tensor, block: TextBlock, architecture: str) -> torch.Tensor:
@@ -41,9 +42,10 @@ def plain_loss(vectors: torch.Tensor, block: TextBlock, architecture: str) -> to
         if architecture == "cbow" and contexts:
             contexts = [torch.stack(contexts).mean(dim=0)]
         for context in contexts:
-            loss = loss - F.logsigmoid(context @ vectors[block.outputs[centre]])
-            for negative in block.negatives[centre].tolist():
-                if negative >= 0:
+            own, *negatives = block.targets[centre].tolist()
+            loss = loss - F.logsigmoid(context @ vectors[own])
+            for negative in negatives:
+                if negative != own:
                     loss = loss - F.logsigmoid(-(context @ vectors[negative]))
     return loss
 
@@ -74,6 +76,14 @@ def test_large_logits_neither_overflow_nor_vanish(backend: str, scale: float) ->
     assert grad.isfinite().all()
 
 
+def test_a_factor_of_the_gradient_leaves_the_loss(backend: str) -> None:
+    vectors, block = make(40, 30, 100, 5, 5)
+    loss, grad = skipgram_block(vectors, block)
+    same_loss, doubled = skipgram_block(vectors, block, grad_factor=2.0)
+    assert torch.equal(same_loss, loss)
+    assert torch.equal(doubled, grad * 2)  # a power of two changes no digit
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_value_that_is_not_finite_shows_in_the_loss(backend: str, bad: float) -> None:
     vectors, block = make(40, 30, 100, 5, 5)
@@ -84,12 +94,12 @@ def test_a_value_that_is_not_finite_shows_in_the_loss(backend: str, bad: float) 
 
 def test_predictions_are_counted() -> None:
     index = torch.zeros(3, dtype=torch.int64)
-    block = TextBlock(index, index, index.view(3, 1), torch.tensor([0, 0, 2]), torch.tensor([2, 2, 3]))
+    block = TextBlock(index, index.view(3, 1), torch.tensor([0, 0, 2]), torch.tensor([2, 2, 3]))
     assert int(count_predictions(block)) == 2
     assert int(count_predictions(block, "cbow")) == 2
 
 
-@pytest.mark.parametrize("field", ["inputs", "outputs", "negatives", "starts", "stops"])
+@pytest.mark.parametrize("field", ["inputs", "targets", "starts", "stops"])
 def test_an_index_outside_is_refused(backend: str, field: str) -> None:
     vectors, block = make(7, 5, 3, 5, 2)
     getattr(block, field).view(-1)[3] = 99

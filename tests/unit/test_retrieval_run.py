@@ -123,17 +123,17 @@ def test_a_killed_run_goes_on_to_the_last_bit_and_on_another_number_of_ranks(fol
             }
 
 
-def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+def command(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     status = cli.main(list(arguments))
-    printed = capsys.readouterr()
+    printed = capfd.readouterr()
     return status, printed.out, printed.err
 
 
 @pytest.mark.parametrize("has_towers", [False, True])
-def test_from_raw_files_to_recommendations(folder: Path, capsys: pytest.CaptureFixture[str], has_towers: bool) -> None:
+def test_from_raw_files_to_recommendations(folder: Path, capfd: pytest.CaptureFixture[str], has_towers: bool) -> None:
     (folder / "config.yaml").write_text("model: retrieval\n")
     arguments = overrides(folder, "run", *(towers(folder) if has_towers else []))
-    status, _, errors = command(capsys, "train", str(folder / "config.yaml"), *arguments)
+    status, _, errors = command(capfd, "train", str(folder / "config.yaml"), *arguments)
     assert status == 0, errors
     run = str(folder / "run")
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
@@ -145,7 +145,7 @@ def test_from_raw_files_to_recommendations(folder: Path, capsys: pytest.CaptureF
     assert set(measured[0]) >= {"ndcg@10", "hit@10", "mrr@10", "item_coverage@10"}
 
     user = str(OFFSET + 2003)
-    status, printed, errors = command(capsys, "recommend", run, user, "--top", "5")
+    status, printed, errors = command(capfd, "recommend", run, user, "--top", "5")
     assert status == 0, errors
     first, *listed = printed.splitlines()
     assert first == user
@@ -155,64 +155,64 @@ def test_from_raw_files_to_recommendations(folder: Path, capsys: pytest.CaptureF
     assert not known & set(items)
     assert sum(item.startswith("g2-") for item in items) >= 4
 
-    status, printed, _ = command(capsys, "neighbors", run, "g1-i3", "--top", "4")
+    status, printed, _ = command(capfd, "neighbors", run, "g1-i3", "--top", "4")
     assert status == 0
     assert sum("g1-" in line for line in printed.splitlines()[1:]) >= 3
-    status, printed, _ = command(capsys, "neighbors", run, user, "--table", "user", "--top", "4")
+    status, printed, _ = command(capfd, "neighbors", run, user, "--table", "user", "--top", "4")
     assert sum(line.split()[1].startswith(str(OFFSET + 2000)[:-3]) for line in printed.splitlines()[1:]) >= 3
 
     output = str(folder / "top.parquet")
-    status, _, errors = command(capsys, "recommend", run, "--all", "--top", "3", "--output", output)
+    status, _, errors = command(capfd, "recommend", run, "--all", "--top", "3", "--output", output)
     assert status == 0, errors
     table = pq.read_table(output)
     assert table.num_rows == NUM_GROUPS * USERS_PER_GROUP
     row = table.column("user").to_pylist().index(user)
     assert table.column("items")[row].as_py() == items[:3]
 
-    status, printed, _ = command(capsys, "evaluate", run)
+    status, printed, _ = command(capfd, "evaluate", run)
     assert f"{measured[-1]['recall@5']:.4f}  recall@5" in printed
-    status, _, errors = command(capsys, "export", run, "--format", "parquet", "--output", str(folder / "v.parquet"))
+    status, _, errors = command(capfd, "export", run, "--format", "parquet", "--output", str(folder / "v.parquet"))
     assert status == 0, errors
     assert set(pq.read_table(folder / "v.parquet").column("word").to_pylist()) == {
         f"g{g}-i{i}" for g in range(NUM_GROUPS) for i in range(ITEMS_PER_GROUP)
     }
-    assert command(capsys, "inspect", run)[0] == 0
+    assert command(capfd, "inspect", run)[0] == 0
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    status, _, errors = command(capsys, *arguments)
+def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    status, _, errors = command(capfd, *arguments)
     assert status == 2, errors
     return errors.splitlines()[-1]
 
 
-def test_mistakes_are_one_clear_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_clear_line(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (folder / "config.yaml").write_text("model: retrieval\n")
     train = ["train", str(folder / "config.yaml"), *overrides(folder, "run", "train.epochs=1")]
-    line = refused(capsys, *train, "data.item_column=thing")
+    line = refused(capfd, *train, "data.item_column=thing")
     assert "there is no column 'thing'; its columns are 'user', 'item'" in line
-    assert "did you mean train.global_batch_size" in refused(capsys, *train, "train.batch_size=3")
+    assert "did you mean train.global_batch_size" in refused(capfd, *train, "train.batch_size=3")
     assert "word2vec.window for model retrieval (it is one of model word2vec)" in refused(
-        capsys, *train, "word2vec.window=3"
+        capfd, *train, "word2vec.window=3"
     )
-    assert "items.features needs items.path" in refused(capsys, *train, "items.features={genre: {}}")
-    assert "items.features" in refused(capsys, *train, "items.features.genre.sep=x")
-    assert "leaves no negatives" in refused(capsys, *train, "retrieval.negatives=0")
-    assert command(capsys, *train)[0] == 0
+    assert "items.features needs items.path" in refused(capfd, *train, "items.features={genre: {}}")
+    assert "items.features" in refused(capfd, *train, "items.features.genre.sep=x")
+    assert "leaves no negatives" in refused(capfd, *train, "retrieval.negatives=0")
+    assert command(capfd, *train)[0] == 0
     run = str(folder / "run")
-    line = refused(capsys, "recommend", run, "42")
+    line = refused(capfd, "recommend", run, "42")
     assert f"unknown user '42': not among the {NUM_GROUPS * USERS_PER_GROUP} users" in line
-    assert "unknown item 'g1-i99'" in refused(capsys, "neighbors", run, "g1-i99")
-    assert "no table 'word' in" in refused(capsys, "neighbors", run, "x", "--table", "word")
-    assert "expected the ids of users" in refused(capsys, "recommend", run)
-    assert "--all needs --output" in refused(capsys, "recommend", run, "--all")
-    assert "no run folder" in refused(capsys, "recommend", str(folder / "nowhere"), "1")
+    assert "unknown item 'g1-i99'" in refused(capfd, "neighbors", run, "g1-i99")
+    assert "no table 'word' in" in refused(capfd, "neighbors", run, "x", "--table", "word")
+    assert "expected the ids of users" in refused(capfd, "recommend", run)
+    assert "--all needs --output" in refused(capfd, "recommend", run, "--all")
+    assert "no run folder" in refused(capfd, "recommend", str(folder / "nowhere"), "1")
 
 
-def test_a_file_that_changes_is_noticed_when_the_run_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_changes_is_noticed_when_the_run_goes_on(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (folder / "config.yaml").write_text("model: retrieval\n")
     train = ["train", str(folder / "config.yaml"), *overrides(folder, "run", "train.epochs=1")]
-    assert command(capsys, *train)[0] == 0
+    assert command(capfd, *train)[0] == 0
     with (folder / "train.csv").open("a") as file:
         file.write(f"{OFFSET},g3-i0\n")
-    assert "was trained on other data than data.path holds now" in refused(capsys, *train)
-    assert "was trained on other data than data.path=" in refused(capsys, "recommend", str(folder / "run"), str(OFFSET))
+    assert "was trained on other data than data.path holds now" in refused(capfd, *train)
+    assert "was trained on other data than data.path=" in refused(capfd, "recommend", str(folder / "run"), str(OFFSET))

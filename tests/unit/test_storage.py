@@ -97,6 +97,22 @@ def test_a_disk_without_hard_links(error_number: int, tmp_path: Path, monkeypatc
     assert storage.list_files(str(tmp_path)) == {"m": 5}
 
 
+def test_a_large_file_goes_to_the_disk_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    send = storage._send_to_disk
+
+    def spy(descriptor: int) -> None:
+        sizes.append(os.fstat(descriptor).st_size)
+        send(descriptor)
+
+    monkeypatch.setattr(storage, "_send_to_disk", spy)
+    monkeypatch.setattr(storage, "_HELD_BYTES", 10_000)
+    chunks = [bytes([number]) * 3000 for number in range(20)]
+    storage.write(str(tmp_path / "file"), chunks)
+    assert sizes == [12_000, 24_000, 36_000, 48_000, 60_000]
+    assert storage.read(str(tmp_path / "file")) == b"".join(chunks)
+
+
 def test_names_are_made_durable_before_and_after_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     acts: list[str] = []
     fsync, link = os.fsync, os.link

@@ -34,9 +34,10 @@ EMBEDTRAIN_INLINE void gather(const Gather& g, int part) {
     Wanted* target = static_cast<Wanted*>(g.target);
     const int64_t row_bytes = g.dim * static_cast<int64_t>(sizeof(Stored));
     const Range range = range_of_part(g.num_rows, part, g.num_parts);
+    const int64_t ahead = rows_ahead_to_read(row_bytes);
     for (int64_t i = range.begin; i < range.end; ++i) {
-        if (i + kPrefetchAhead < range.end) {
-            prefetch_row<0>(source + g.rows[i + kPrefetchAhead] * g.dim, row_bytes);
+        if (i + ahead < range.end) {
+            prefetch_row<0>(source + g.rows[i + ahead] * g.dim, row_bytes);
         }
         const Stored* row = source + g.rows[i] * g.dim;
         if (sizeof(Stored) == sizeof(Wanted)) {

@@ -9,10 +9,12 @@ from embedtrain.ops.native import library
 from embedtrain.ops.row_memory import empty_buffer
 
 
-def gather_rows(source: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+def gather_rows(source: Tensor, rows: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     """See `embedtrain.ops.gather_rows`."""
     source, rows = source.contiguous(), rows.contiguous()
-    gathered = empty_buffer(rows.numel(), source.shape[1], dtype=dtype)
+    if out is not None and not out.is_contiguous():
+        raise ValueError("out must be contiguous")
+    gathered = empty_buffer(rows.numel(), source.shape[1], dtype=dtype) if out is None else out
     library.get().embedtrain_gather_rows(
         source.data_ptr(),
         int(source.dtype == torch.bfloat16),

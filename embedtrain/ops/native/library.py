@@ -16,11 +16,11 @@ _FLOAT = ctypes.c_float
 _INT = ctypes.c_int
 
 _SIGNATURES: dict[str, list[type]] = {
-    # vectors, num_vectors, dim, inputs, outputs, negatives, starts, stops, num_positions, num_negatives,
-    # loss, grad
+    # vectors, num_vectors, dim, inputs, targets, starts, stops, num_positions, num_targets, factor,
+    # loss, grad, num_outside
     "embedtrain_skipgram_block": [
-        _POINTER, _INT64, _INT64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64,
-        _POINTER, _POINTER,
+        _POINTER, _INT64, _INT64, _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _FLOAT,
+        _POINTER, _POINTER, _POINTER,
     ],
     # weight, accumulator, rows, row_grad, num_touched, num_rows, dim, lr, eps, weight_decay, decoupled,
     # rounding_keys, num_threads, num_outside
@@ -61,14 +61,16 @@ _SIGNATURES: dict[str, list[type]] = {
     ],
     # features, num_features, num_local_rows, is_whole, keys
     "embedtrain_spread_keys": [_POINTER, _INT64, _INT64, _INT, _POINTER],
-    # peers, num_peers, capacity, patience_ms, is_done
-    "embedtrain_ring_exchange": [_POINTER, _INT64, _INT64, _INT64, _POINTER],
+    # own_region, number
+    "embedtrain_publish": [_POINTER, _INT64],
+    # regions, num_regions, number, patience_ms, may_spin, first_missing
+    "embedtrain_await": [_POINTER, _INT64, _INT64, _INT64, _INT, _POINTER],
     # memory, bytes
     "embedtrain_advise_huge_pages": [_POINTER, _INT64],
-    # tokens, positions, num_tokens, keep, own, other, num_rows, window, num_negatives, key,
-    # words, negatives, starts, stops, num_kept
+    # tokens, positions, num_tokens, keep, columns, num_rows, window, num_negatives, key,
+    # words, targets, starts, stops, num_kept
     "embedtrain_sample_text": [
-        _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _INT64,
+        _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _INT64, _INT64, _INT64, _INT64,
         _POINTER, _POINTER, _POINTER, _POINTER, _POINTER,
     ],
 }  # fmt: skip

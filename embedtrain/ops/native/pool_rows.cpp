@@ -18,36 +18,46 @@ struct Pooling {
     int num_parts;
 };
 
-template <typename Stored>
+// kDim: the dim where it is known to the compiler, else 0.
+template <int kDim, typename Stored>
 EMBEDTRAIN_INLINE void pool(const Pooling& p, int part) {
     const Stored* source = static_cast<const Stored*>(p.source);
-    const int64_t row_bytes = p.dim * static_cast<int64_t>(sizeof(Stored));
-    const int64_t dim = p.dim, num_values = p.num_values;
+    const int64_t dim = kDim ? kDim : p.dim, num_values = p.num_values;
+    const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(Stored));
     const int64_t* index = p.index;
-    const int64_t ahead = rows_ahead(row_bytes, kReadAheadBytes);
+    const int64_t ahead = rows_ahead_to_read(row_bytes);
     visit_bags(p.bags, part, p.num_parts, [=](const Feature& feature, Before before, int64_t bag, int64_t value,
                                               int64_t length) __attribute__((always_inline)) {
         const int64_t first = before.values + value;
-        for (int64_t v = first; v < first + length; ++v) {
+        const auto prefetch = [=](int64_t v) __attribute__((always_inline)) {
             if (v + ahead < num_values) prefetch_row<0>(source + index[v + ahead] * dim, row_bytes);
-        }
+        };
+        // Terms of a dim known here are visited once: then one row is asked for as another is added.
+        if (!kDim) for (int64_t v = first; v < first + length; ++v) prefetch(v);
         const int64_t* bag_index = index + first;
         const float* weights = feature.weights ? feature.weights + value : nullptr;
         const float factor = feature.is_mean && length ? 1.0f / static_cast<float>(length) : 1.0f;
         sum_terms(
             [=](int64_t i) __attribute__((always_inline)) {
+                if (kDim) prefetch(first + i);
                 return Term<Stored>{source + bag_index[i] * dim, weights ? weights[i] : 1.0f};
             },
             length, factor, dim, feature.vectors + bag * feature.row_stride);
     });
 }
 
-EMBEDTRAIN_MULTIVERSION void pool_float32(const void* p, int part) {
-    pool<float>(*static_cast<const Pooling*>(p), part);
+EMBEDTRAIN_MULTIVERSION void pool_float32(const void* pooling, int part) {
+    const Pooling& p = *static_cast<const Pooling*>(pooling);
+    switch (p.dim) {
+        case 32: return pool<32, float>(p, part);
+        case 64: return pool<64, float>(p, part);
+        case 128: return pool<128, float>(p, part);
+        default: return pool<0, float>(p, part);
+    }
 }
 
 EMBEDTRAIN_MULTIVERSION void pool_bfloat16(const void* p, int part) {
-    pool<uint16_t>(*static_cast<const Pooling*>(p), part);
+    pool<0, uint16_t>(*static_cast<const Pooling*>(p), part);
 }
 
 struct Backward {
@@ -70,7 +80,7 @@ EMBEDTRAIN_MULTIVERSION void sum_gradients(const void* arguments, int part) {
     const int64_t first = std::lower_bound(b.starts, end, values.begin) - b.starts;
     const int64_t last = std::lower_bound(b.starts, end, values.end) - b.starts;
     const GradientTerm* terms = b.terms;
-    const int64_t ahead = rows_ahead(row_bytes, kReadAheadBytes);
+    const int64_t ahead = rows_ahead_to_read(row_bytes);
     for (int64_t j = first; j < last; ++j) {
         for (int64_t v = b.starts[j]; v < b.starts[j + 1]; ++v) {
             if (v + 2 * ahead < num_values) {

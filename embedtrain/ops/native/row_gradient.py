@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from embedtrain.ops.native import library
-from embedtrain.ops.native.pool_rows import describe
-from embedtrain.ops.pool_rows import Bags
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_memory import empty_buffer
 
@@ -24,24 +21,23 @@ class SortedTerms(NamedTuple):
     Attributes:
         words: [n] int64; `row << term_bits | term`, one a value. A term is a bag, or a value where bags are weighted.
         term_bits: how many bits a term takes.
-        features: the features and their gradients, as the kernels read them.
+        features: the gradient's `native_features`.
         num_features: how many there are.
-        kept: tensors that must outlive `features`.
     """
 
     words: Tensor
     term_bits: int
     features: array[int]
     num_features: int
-    kept: list[Tensor]
 
 
-def largest_magnitudes(bags: Sequence[Bags], grads: Sequence[Tensor | None], dim: int) -> tuple[float, float]:
+def largest_magnitudes(gradient: RowGradient) -> tuple[float, float]:
     """See `embedtrain.ops.reference.row_gradient`."""
-    features, kept = describe(bags, grads)
+    features, _ = gradient.native_features
     largest = array("f", (0.0, 0.0))
-    library.get().embedtrain_largest_magnitude(features.buffer_info()[0], len(bags), dim, largest.buffer_info()[0])
-    del kept
+    library.get().embedtrain_largest_magnitude(
+        features.buffer_info()[0], len(gradient.bags), gradient.dim, largest.buffer_info()[0]
+    )
     return largest[0], largest[1]
 
 
@@ -52,7 +48,7 @@ def sort_terms(gradient: RowGradient) -> SortedTerms | None:
     term_bits = max(num_terms - 1, 0).bit_length()
     if gradient.num_rows.bit_length() + term_bits > _MAX_WORD_BITS:
         return None
-    features, kept = describe(bags, gradient.grads)
+    features, _ = gradient.native_features
     runs = array("q", [word for run in gradient.runs for word in run] or (rows.numel(), 0, gradient.num_rows))
     words = empty_buffer(rows.numel(), dtype=torch.int64)
     library.get().embedtrain_sort_terms(
@@ -66,4 +62,4 @@ def sort_terms(gradient: RowGradient) -> SortedTerms | None:
         torch.get_num_threads(),
         words.data_ptr(),
     )
-    return SortedTerms(words, term_bits, features, len(bags), kept)
+    return SortedTerms(words, term_bits, features, len(bags))

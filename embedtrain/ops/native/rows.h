@@ -11,9 +11,7 @@
 namespace embedtrain {
 
 constexpr int64_t kPrefetchAhead = 12;  // rows; random rows are far apart, and the hardware cannot guess them
-constexpr int64_t kReadAheadBytes = 8192;  // as many lines in flight as one core sustains
-constexpr int64_t kWriteAheadBytes = 4096;  // less, where a row brings its gradient and its state along
-constexpr int64_t kSmallWork = 1 << 15;  // values; below it, waking a thread costs more than it saves
+constexpr int64_t kSmallWork = 1 << 17;  // values; below it, waking a thread costs more than it saves
 
 typedef uint16_t uint16x16 __attribute__((vector_size(32)));
 typedef uint32_t uint32x16 __attribute__((vector_size(64)));
@@ -36,17 +34,23 @@ EMBEDTRAIN_INLINE void load_row(float16v& vector, const uint16_t* source) {
     std::memcpy(&vector, &wide, sizeof(wide));
 }
 
-// How many rows before it is needed a row is asked for, so that `bytes` are under way.
-EMBEDTRAIN_INLINE int64_t rows_ahead(int64_t row_bytes, int64_t bytes) {
-    return std::min<int64_t>(std::max<int64_t>(bytes / row_bytes, 4), 64);
+// How many rows before it is needed a row is asked for: as many bytes under way as one core sustains (measured).
+EMBEDTRAIN_INLINE int64_t rows_ahead_to_read(int64_t row_bytes) {
+    return std::clamp<int64_t>(10240 / row_bytes, 4, 48);
+}
+
+// Where a row brings its state and its gradient along.
+EMBEDTRAIN_INLINE int64_t rows_ahead_to_update(int64_t row_bytes) {
+    return std::clamp<int64_t>(8192 / (row_bytes + 64), 4, 24);
 }
 
 template <int kWillWrite>
 EMBEDTRAIN_INLINE void prefetch_row(const void* row, int64_t bytes) {
-    const char* first = static_cast<const char*>(row);
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(first + at, kWillWrite);
-    // A row that does not begin with a cache line ends in one more.
-    __builtin_prefetch(first + bytes - 1, kWillWrite);
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(row), end = begin + static_cast<uintptr_t>(bytes);
+    // Every line that the row has a part of, and none twice.
+    for (uintptr_t line = begin & ~static_cast<uintptr_t>(63); line < end; line += 64) {
+        __builtin_prefetch(reinterpret_cast<const void*>(line), kWillWrite);
+    }
 }
 
 }  // namespace embedtrain

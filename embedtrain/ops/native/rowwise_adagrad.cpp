@@ -64,7 +64,7 @@ template <int kDim, typename Stored>
 EMBEDTRAIN_INLINE void update_rows(const Update& u, int part) {
     Stored* weight = static_cast<Stored*>(u.weight);
     const int64_t dim = kDim ? kDim : u.dim;
-    const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(Stored)), ahead = rows_ahead(row_bytes, kWriteAheadBytes);
+    const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(Stored)), ahead = rows_ahead_to_update(row_bytes);
     const Range range = range_of_part(u.num_touched, part, u.num_parts);
     for (int64_t i = range.begin; i < range.end; ++i) {
         if (i + ahead < range.end) {
@@ -99,7 +99,7 @@ EMBEDTRAIN_INLINE int64_t next_row(const TermsUpdate& u, int64_t at) {
 template <int kDim>
 EMBEDTRAIN_INLINE void update_by_terms(const TermsUpdate& u, int part) {
     const int64_t dim = kDim ? kDim : u.dim, row_bytes = dim * 4;
-    const int64_t ahead = rows_ahead(row_bytes, kWriteAheadBytes), num_values = u.num_values;
+    const int64_t ahead = rows_ahead_to_update(row_bytes), num_values = u.num_values;
     const uint64_t* words = u.words;
     const GradientTerm* terms = u.terms;
     const int term_bits = u.term_bits;
@@ -134,8 +134,14 @@ EMBEDTRAIN_INLINE void update_by_terms(const TermsUpdate& u, int part) {
     }
 }
 
-EMBEDTRAIN_MULTIVERSION void update_float32(const void* u, int part) {
-    update_rows<0, float>(*static_cast<const Update*>(u), part);
+EMBEDTRAIN_MULTIVERSION void update_float32(const void* update, int part) {
+    const Update& u = *static_cast<const Update*>(update);
+    switch (u.dim) {
+        case 32: return update_rows<32, float>(u, part);
+        case 64: return update_rows<64, float>(u, part);
+        case 128: return update_rows<128, float>(u, part);
+        default: return update_rows<0, float>(u, part);
+    }
 }
 
 EMBEDTRAIN_MULTIVERSION void update_bfloat16(const void* u, int part) {

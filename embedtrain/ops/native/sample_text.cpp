@@ -9,9 +9,9 @@ using namespace embedtrain;
 
 // The results have room for num_tokens words; *num_kept says how many there are.
 extern "C" EMBEDTRAIN_MULTIVERSION void embedtrain_sample_text(
-    const int32_t* tokens, const int64_t* positions, int64_t num_tokens, const int64_t* keep, const int64_t* own,
-    const int64_t* other, int64_t num_rows, int64_t window, int64_t num_negatives, int64_t signed_key, int64_t* words,
-    int64_t* negatives, int64_t* starts, int64_t* stops, int64_t* num_kept) {
+    const int32_t* tokens, const int64_t* positions, int64_t num_tokens, const int32_t* keep,
+    const uint64_t* columns, int64_t num_rows, int64_t window, int64_t num_negatives, int64_t signed_key,
+    int64_t* words, int64_t* targets, int64_t* starts, int64_t* stops, int64_t* num_kept) {
     const uint64_t key = static_cast<uint64_t>(signed_key);
     const uint64_t draws_per_token = static_cast<uint64_t>(num_negatives) + 1;
     int64_t kept = 0;
@@ -30,12 +30,14 @@ extern "C" EMBEDTRAIN_MULTIVERSION void embedtrain_sample_text(
         words[kept] = row;
         starts[kept] = std::max(kept - width, sentence_start);
         stops[kept] = kept + width + 1;
+        targets[kept * (1 + num_negatives)] = row;
+        int64_t* drawn_rows = targets + kept * (1 + num_negatives) + 1;
         for (int64_t k = 0; k < num_negatives; ++k) {
             const uint64_t drawn = stream(key, counter + 1 + static_cast<uint64_t>(k));
             const int64_t column = static_cast<int64_t>(((drawn >> 32) * static_cast<uint64_t>(num_rows)) >> 32);
-            const bool is_own = static_cast<int64_t>(drawn & 0xFFFFFFFFull) < own[column];
-            const int64_t negative = is_own ? column : other[column];
-            negatives[kept * num_negatives + k] = negative == row ? -1 : negative;
+            const uint64_t found = columns[column];
+            const bool is_own = (drawn & 0xFFFFFFFFull) < found >> 32;
+            drawn_rows[k] = is_own ? column : static_cast<int64_t>(found & 0xFFFFFFFFull);
         }
         ++kept;
     }

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.ops.native import library
+from embedtrain.ops.row_memory import empty_buffer
 from embedtrain.ops.sample_text import SamplingTables, TextSample
 
 
@@ -16,18 +17,19 @@ def sample_text(
     tokens, positions = tokens.contiguous(), positions.contiguous()
     num_tokens = tokens.numel()
     words, starts, stops = torch.empty(3, num_tokens, dtype=torch.int64)
-    negatives = torch.empty(num_tokens, num_negatives, dtype=torch.int64)
+    targets = empty_buffer(num_tokens, 1 + num_negatives, dtype=torch.int64)
     num_kept = torch.zeros((), dtype=torch.int64)
     library.get().embedtrain_sample_text(
         tokens.data_ptr(),
         positions.data_ptr(),
         num_tokens,
-        *(table.data_ptr() for table in (tables.keep, tables.own, tables.other)),
-        tables.own.numel(),
+        tables.keep.data_ptr(),
+        tables.columns.data_ptr(),
+        tables.columns.numel(),
         window,
         num_negatives,
         key,
-        *(result.data_ptr() for result in (words, negatives, starts, stops, num_kept)),
+        *(result.data_ptr() for result in (words, targets, starts, stops, num_kept)),
     )
     n = int(num_kept)
-    return TextSample(words[:n], negatives[:n], starts[:n], stops[:n])
+    return TextSample(words[:n], targets[:n], starts[:n], stops[:n])

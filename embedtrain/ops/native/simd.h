@@ -10,6 +10,9 @@
 
 #define EMBEDTRAIN_INLINE inline __attribute__((always_inline))
 
+// Before a loop over an array of vectors that is to stay in registers: what is indexed by a variable lies in memory.
+#define EMBEDTRAIN_UNROLL _Pragma("GCC unroll 24")
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define EMBEDTRAIN_MULTIVERSION \
     __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

@@ -1,4 +1,5 @@
-// Distinct keys in ascending order by a radix sort of (key, position), packed into one 64-bit word each.
+// Distinct keys in ascending order: by a counter a key where few keys are possible, else by a radix sort of
+// (key, position), packed into one 64-bit word each.
 
 #include <algorithm>
 #include <cstdint>
@@ -9,6 +10,9 @@
 namespace {
 
 using namespace embedtrain;
+
+constexpr int64_t kMostCounters = 1 << 18;  // that they stay in the cache
+constexpr int64_t kCountersPerKey = 8;     // beyond it, looking through them costs more than sorting
 
 struct Packing {
     const int64_t* keys;
@@ -61,14 +65,44 @@ void emit_distinct(const void* arguments, int part) {
     }
 }
 
+void count_keys(const int64_t* keys, int64_t num_keys, int64_t num_counters, const Emission& e) {
+    uint32_t* places = static_cast<uint32_t*>(scratch(0, num_counters * 4));
+    uint32_t* numbers = static_cast<uint32_t*>(scratch(1, num_counters * 4));
+    std::fill_n(places, num_counters, 0u);
+    for (int64_t i = 0; i < num_keys; ++i) ++places[keys[i]];
+    int64_t next = 0;
+    uint32_t place = 0;
+    for (int64_t key = 0; key < num_counters; ++key) {
+        // Written in any case, and kept where the key occurs: a branch would be guessed wrong too often.
+        const uint32_t count = places[key];
+        e.unique[next] = key;
+        e.starts[next] = place;
+        numbers[key] = static_cast<uint32_t>(next);
+        places[key] = place;
+        next += count != 0;
+        place += count;
+    }
+    for (int64_t i = 0; i < num_keys; ++i) e.order[places[keys[i]]++] = i;
+    if (e.inverse) {
+        for (int64_t i = 0; i < num_keys; ++i) e.inverse[i] = numbers[keys[i]];
+    }
+    e.starts[next] = num_keys;
+    *e.num_distinct = next;
+}
+
 }  // namespace
 
 // keys: [num_keys], none negative, the largest `largest`, which with the number of keys fits into 64 bits (the caller
-// has checked both). unique: [num_keys]; starts: [num_keys + 1]; order: [num_keys]; inverse: [num_keys] or null;
+// has checked both). unique: [num_keys + 1]; starts: [num_keys + 1]; order: [num_keys]; inverse: [num_keys] or null;
 // num_distinct: one number, how many of `unique` were written.
 extern "C" void embedtrain_sort_unique(const int64_t* keys, int64_t num_keys, int64_t largest, int num_threads,
                                        int64_t* unique, int64_t* starts, int64_t* order, int64_t* inverse,
                                        int64_t* num_distinct) {
+    if (largest < kMostCounters && largest < kCountersPerKey * num_keys) {
+        const Emission emission{nullptr, num_keys, 1, 0, unique, starts, order, inverse, num_distinct};
+        count_keys(keys, num_keys, largest + 1, emission);
+        return;
+    }
     const int num_parts = num_keys < 32768 ? 1 : std::min(num_threads, kMaxSortParts);
     const int position_bits = bits_of(static_cast<uint64_t>(std::max<int64_t>(num_keys - 1, 0)));
     uint64_t* words = static_cast<uint64_t*>(scratch(0, num_keys * 8));

@@ -16,8 +16,8 @@ def sort_unique(keys: Tensor, largest: int, with_inverse: bool) -> SortedKeys:
     """See `embedtrain.ops.sort_unique`."""
     keys = keys.contiguous()
     n = keys.numel()
-    unique, order = empty_buffer(2, n, dtype=torch.int64)
-    starts = empty_buffer(n + 1, dtype=torch.int64)
+    unique, starts = empty_buffer(n + 1, dtype=torch.int64), empty_buffer(n + 1, dtype=torch.int64)
+    order = empty_buffer(n, dtype=torch.int64)
     inverse = empty_buffer(n, dtype=torch.int64) if with_inverse else None
     num_distinct = ctypes.c_int64()
     library.get().embedtrain_sort_unique(

@@ -18,4 +18,5 @@ def largest_magnitudes(bags: Sequence[Bags], grads: Sequence[Tensor | None]) -> 
 
 def _largest(tensors: Iterable[Tensor | None], least: float) -> float:
     found = [tensor.abs().amax() for tensor in tensors if tensor is not None and tensor.numel()]
-    return max(least, float(torch.stack(found).amax())) if found else least
+    # `clamp` keeps a NaN, which Python's max does not.
+    return float(torch.stack(found).amax().clamp(min=least)) if found else least

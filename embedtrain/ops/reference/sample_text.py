@@ -26,10 +26,11 @@ def sample_text(
     starts = torch.maximum(at - width, torch.searchsorted(sentences, sentences))
     stops = torch.minimum(at + width + 1, torch.searchsorted(sentences, sentences, right=True))
     draws = _stream(key, counters[is_kept].unsqueeze(1) + torch.arange(1, num_negatives + 1))
-    columns = (((draws >> 32) & _LOW_32) * tables.own.numel()) >> 32
-    is_own = (draws & ((1 << ALIAS_BITS) - 1)) < tables.own[columns]
-    negatives = torch.where(is_own, columns, tables.other[columns])
-    return TextSample(words, negatives.masked_fill(negatives == words.unsqueeze(1), -1), starts, stops)
+    columns = (((draws >> 32) & _LOW_32) * tables.columns.numel()) >> 32
+    found = tables.columns[columns]
+    is_own = (draws & _LOW_32) < ((found >> ALIAS_BITS) & _LOW_32)
+    negatives = torch.where(is_own, columns, found & _LOW_32)
+    return TextSample(words, torch.cat([words.unsqueeze(1), negatives], dim=1), starts, stops)
 
 
 def _stream(key: int, counters: Tensor) -> Tensor:

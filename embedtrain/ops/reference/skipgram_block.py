@@ -12,14 +12,16 @@ _CENTRES_AT_ONCE = 512
 """Bounds the gathered context vectors: 512 centres of 10 contexts at dim 100 are 2 MB, about one L2 cache."""
 
 
-def skipgram_block(vectors: Tensor, block: TextBlock, architecture: Architecture) -> tuple[Tensor, Tensor]:
+def skipgram_block(
+    vectors: Tensor, block: TextBlock, architecture: Architecture, grad_factor: float
+) -> tuple[Tensor, Tensor]:
     """See `embedtrain.ops.skipgram_block`."""
     loss = torch.zeros((), dtype=torch.float64, device=vectors.device)
     grad = torch.zeros_like(vectors)
     for first in range(0, block.num_positions, _CENTRES_AT_ONCE):
         centres = torch.arange(first, min(first + _CENTRES_AT_ONCE, block.num_positions), device=vectors.device)
         loss += _add_centres(vectors, block, centres, architecture, grad)
-    return loss, grad
+    return loss, grad.mul_(grad_factor)
 
 
 def _add_centres(
@@ -28,11 +30,12 @@ def _add_centres(
     """Adds the gradient of some centres to `grad` and returns their loss."""
     contexts, is_context = _context_positions(block, centres)
     context_rows = block.inputs[contexts]  # [c, p]
-    targets = torch.cat([block.outputs[centres].unsqueeze(1), block.negatives[centres]], dim=1)  # [c, 1 + k]
-    target_rows = targets.clamp(min=0)
+    target_rows = block.targets[centres]  # [c, 1 + k]
     context = vectors[context_rows] * is_context.unsqueeze(2)  # [c, p, dim]
     target = vectors[target_rows]  # [c, 1 + k, dim]
-    counted = (targets >= 0).unsqueeze(1)
+    counted = target_rows != target_rows[:, :1]
+    counted[:, 0] = True
+    counted = counted.unsqueeze(1)
     if architecture == "cbow":
         num_contexts = is_context.sum(dim=1).clamp(min=1).to(vectors.dtype)[:, None, None]
         predictor = context.sum(dim=1, keepdim=True) / num_contexts  # [c, 1, dim]

@@ -11,11 +11,11 @@ from embedtrain.ops.triton.launch import num_warps, on_device_of, tile
 from embedtrain.ops.triton.rounding import nearest_bfloat16
 
 
-def gather_rows(source: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+def gather_rows(source: Tensor, rows: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """See `embedtrain.ops.gather_rows`."""
     source, rows = source.contiguous(), rows.contiguous()
     n, dim = rows.numel(), source.shape[1]
-    gathered = torch.empty(n, dim, dtype=dtype, device=source.device)
+    gathered = torch.empty(n, dim, dtype=dtype, device=source.device) if out is None else out
     if n:
         tile_rows, tile_columns = tile(dim)
         with on_device_of(source):

@@ -26,19 +26,22 @@ MAX_DIM = 512
 """Wider rows of a band and of a block of centres do not fit into a program's memory."""
 
 
-def skipgram_block(vectors: Tensor, block: TextBlock, reach: int) -> tuple[Tensor, Tensor]:
+def skipgram_block(vectors: Tensor, block: TextBlock, grad_factor: float, reach: int) -> tuple[Tensor, Tensor]:
     """See `embedtrain.ops.skipgram_block`.
 
     Args:
         vectors: as there.
         block: as there.
+        grad_factor: as there.
         reach: no window holds a word further than this from its centre.
     """
     vectors = vectors.contiguous()
     n, dim = block.num_positions, vectors.shape[1]
     if n == 0:
         return torch.zeros((), dtype=torch.float64, device=vectors.device), torch.zeros_like(vectors)
-    targets = torch.cat([block.outputs.unsqueeze(0), block.negatives.T]).contiguous()  # [1 + k, n]
+    own, negatives = block.targets[:, :1], block.targets[:, 1:]
+    # [1 + k, n]; -1 is none
+    targets = torch.cat([own, negatives.masked_fill(negatives == own, -1)], dim=1).T.contiguous()
     num_blocks, num_bands = triton.cdiv(n, _CENTRES), triton.cdiv(_CENTRES + 2 * reach, _BAND)
     context_grad = torch.empty(num_blocks, num_bands, _BAND, dim, device=vectors.device)
     target_grad = torch.empty(num_bands, *targets.shape, dim, device=vectors.device)
@@ -68,7 +71,7 @@ def skipgram_block(vectors: Tensor, block: TextBlock, reach: int) -> tuple[Tenso
     used = torch.cat([_rows_of_bands(block, num_blocks, num_bands, reach, vectors.shape[0]), targets.flatten()])
     if num_bands > 1:
         used = torch.cat([used, targets.flatten().repeat(num_bands - 1)])
-    return loss.sum(dtype=torch.float64), _sum_by_row(vectors, used, context_grad, target_grad)
+    return loss.sum(dtype=torch.float64), _sum_by_row(vectors, used, (context_grad, target_grad), grad_factor)
 
 
 def _rows_of_bands(block: TextBlock, num_blocks: int, num_bands: int, reach: int, nowhere: int) -> Tensor:
@@ -81,14 +84,14 @@ def _rows_of_bands(block: TextBlock, num_blocks: int, num_bands: int, reach: int
     return rows.masked_fill(~inside, nowhere)
 
 
-def _sum_by_row(vectors: Tensor, used: Tensor, context_grad: Tensor, target_grad: Tensor) -> Tensor:
+def _sum_by_row(vectors: Tensor, used: Tensor, grads: tuple[Tensor, Tensor], grad_factor: float) -> Tensor:
     num_rows, dim = vectors.shape
     # Uses that are none, -1 among the negatives and places outside the text, come last and into no sum.
     rows, order = torch.sort(used.masked_fill(used < 0, num_rows).int(), stable=True)
     bounds = torch.arange(num_rows + 1, device=vectors.device, dtype=torch.int32)
     starts = torch.searchsorted(rows, bounds)
-    of_uses = torch.cat([context_grad.view(-1, dim), target_grad.view(-1, dim)])
-    return sum_runs(of_uses, order, starts, has_empty_runs=True)
+    of_uses = torch.cat([grad.view(-1, dim) for grad in grads])
+    return sum_runs(of_uses, order, starts, factor=grad_factor, has_empty_runs=True)
 
 
 @triton.jit

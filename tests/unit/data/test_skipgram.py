@@ -41,7 +41,7 @@ def batches(corpus: PreparedCorpus, rank: int = 0, world_size: int = 1, **option
 
 
 def as_lists(batch: TextBatch) -> list:
-    return [getattr(batch.sample, name).tolist() for name in ("words", "negatives", "starts", "stops")]
+    return [getattr(batch.sample, name).tolist() for name in ("words", "targets", "starts", "stops")]
 
 
 def test_a_batch_is_a_function_of_epoch_and_step(corpus: PreparedCorpus) -> None:
@@ -60,7 +60,7 @@ def test_a_steps_words_do_not_depend_on_the_number_of_ranks(corpus: PreparedCorp
         expected = whole.batch(0, step)
         found = [part.batch(0, step) for part in parts]
         assert torch.cat([batch.sample.words for batch in found]).tolist() == expected.sample.words.tolist()
-        assert torch.cat([batch.sample.negatives for batch in found]).tolist() == expected.sample.negatives.tolist()
+        assert torch.cat([batch.sample.targets for batch in found]).tolist() == expected.sample.targets.tolist()
         widths = torch.cat([batch.sample.stops - batch.sample.starts for batch in found])
         assert widths.tolist() == (expected.sample.stops - expected.sample.starts).tolist()
 
@@ -79,12 +79,6 @@ def test_windows_hold_their_centre_and_stay_in_their_sentence(corpus: PreparedCo
     positions = torch.arange(batch.sample.words.numel())
     assert ((batch.sample.starts <= positions) & (positions < batch.sample.stops)).all()
     assert ((positions - batch.sample.starts <= 4) & (batch.sample.stops - positions - 1 <= 4)).all()
-
-
-def test_a_negative_is_never_its_own_centre(corpus: PreparedCorpus) -> None:
-    batch = batches(corpus, negatives=20).batch(0, 0)
-    assert (batch.sample.negatives == -1).any()
-    assert not (batch.sample.negatives == batch.sample.words.unsqueeze(1)).any()
 
 
 def test_keep_probabilities_are_word2vecs() -> None:
@@ -117,10 +111,7 @@ def test_the_alias_table_is_the_distribution(power: float) -> None:
 def test_negatives_follow_the_power_of_the_counts(corpus: PreparedCorpus) -> None:
     all_batches = batches(corpus, sample=0.0, negatives=30)
     samples = [all_batches.batch(0, step).sample for step in range(all_batches.steps_per_epoch)]
-    words = torch.cat([sample.words for sample in samples])
-    negatives = torch.cat([sample.negatives for sample in samples])
-    # A centre drawn as its own negative shows as -1: count it for the centre.
-    drawn = torch.where(negatives < 0, words.unsqueeze(1), negatives).flatten()
+    drawn = torch.cat([sample.targets[:, 1:] for sample in samples]).flatten()
     found = drawn.bincount(minlength=len(corpus.vocabulary)).numpy()
     share = corpus.vocabulary.counts**0.75
     expected = share / share.sum() * drawn.numel()

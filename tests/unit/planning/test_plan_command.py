@@ -22,7 +22,7 @@ def settings(tmp_path: Path) -> list[str]:
 @pytest.fixture
 def machine_path(tmp_path: Path) -> str:
     rates = {name: 1e9 for name in Machine.rates() if name != "network_bytes_per_second"}
-    rates.update(collective_seconds=1e-4, step_seconds=1e-3, feature_seconds=1e-5)
+    rates.update(seconds_per_predicted_second=1.0, collective_seconds=1e-4, step_seconds=1e-3, feature_seconds=1e-5)
     path = tmp_path / "machine.json"
     path.write_text(Machine(name="made up", num_ranks=2, **rates).to_json())
     return str(path)
@@ -74,6 +74,22 @@ def test_each_feature_of_a_ranking_model_is_a_table(
     assert any("dense gradients" in line for line in lines)
     assert main(["plan", config, *overrides, *sizes, "--rows", "C6=5"]) == 2
     assert "the configuration gives 'C6' 1,000 rows" in capsys.readouterr().err
+
+
+def test_users_items_and_their_features_are_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(Path(CONFIG).parent / "retrieval.yaml")
+    overrides = [f"run.path={tmp_path}/run", "items.path=x", "items.features.maker.separator=null", "items.hidden=[8]"]
+    given = ["plan", config, *overrides, "--rows", "user=1e6", "--rows", "item=2e5", "--world-size", "4"]
+    assert main(given) == 2
+    assert "the rows of table 'item.maker' come from the data" in capsys.readouterr().err
+    assert main([*given, "--rows", "item.maker=500"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:2] for line in lines[2:5]] == [["user", "1,000,000"], ["item", "200,000"], ["item.maker", "500"]]
+    # The candidates of a step, 2,048 of dim 64, and a perceptron of 128 x 8 + 8 + 8 x 64 + 64 go out and come back.
+    dense = 2 * 3 / 4 * 4 * (2048 * 64 + 128 * 8 + 8 + 8 * 64 + 64)
+    assert " ".join(next(line for line in lines if line[0] == "exchange")).endswith(
+        f"dense gradients {format_bytes(dense)}"
+    )
 
 
 def test_bags_need_their_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,9 +35,9 @@ class Batches:
         self.made.append((epoch, step))
         generator = torch.Generator().manual_seed(100 * epoch + 10 * step + self._rank)
         words = torch.randint(0, NUM_WORDS, (30,), generator=generator)
-        negatives = torch.randint(-1, NUM_WORDS, (30, 3), generator=generator)
+        targets = torch.cat([words.view(30, 1), torch.randint(0, NUM_WORDS, (30, 3), generator=generator)], dim=1)
         positions = torch.arange(30)
-        sample = TextSample(words, negatives, (positions - 2).clamp(min=0), (positions + 3).clamp(max=30))
+        sample = TextSample(words, targets, (positions - 2).clamp(min=0), (positions + 3).clamp(max=30))
         return TextBatch(sample, 30)
 
 

@@ -1,0 +1,48 @@
+"""What training holds beside the tables and their state: buffers of the size of a batch, however large the tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import embedtrain as et
+from embedtrain.testing.ranks import run_ranks
+
+NUM_ROWS, DIM, NUM_IDS = 2_000_000, 64, 20_000
+BATCH_BYTES = NUM_IDS * DIM * 4
+
+
+def memory_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def train(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Returns by how many bytes training raised the peak, and how many the tables and their state have."""
+    rank = 0 if group is None else dist.get_rank(group)
+    tables = et.EmbeddingCollection([et.TableSpec("item", NUM_ROWS, DIM)])
+    optimizer = et.optim.RowwiseAdagrad(tables, lr=0.1)
+    (rows,) = tables.row_groups
+    held_bytes = sum(tensor.nbytes for tensor in (rows.weight, *rows.state.values()))
+    generator = torch.Generator().manual_seed(rank)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = memory_bytes("VmRSS")
+    for _ in range(6):
+        ids = torch.randint(0, NUM_ROWS, (NUM_IDS,), generator=generator)
+        tables({"item": et.Jagged.from_ids(ids)})["item"].square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return memory_bytes("VmHWM") - before, held_bytes
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_training_takes_batch_sized_buffers_only(world_size: int) -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the peak of a process cannot be read here")
+    for added_bytes, held_bytes in run_ranks(world_size, train):
+        # Vectors and gradients on both sides of the exchange, what autograd keeps, and room for buffers' rounding up.
+        assert added_bytes < 16 * BATCH_BYTES
+        assert added_bytes < held_bytes / 2  # that a copy of the tables would not pass
