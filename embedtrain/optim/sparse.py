@@ -80,7 +80,6 @@ class RowsToUpdate(Protocol):
 
     weight: Tensor
     state: dict[str, Tensor]
-    shared: SharedMemoryExchange | None
 
     def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
         """Returns keys of the gradient's rows for stochastic rounding, or None for float32 rows."""
@@ -88,6 +87,8 @@ class RowsToUpdate(Protocol):
 
 class RowStore(RowsToUpdate, Protocol):
     """Rows with their state and the gradients that wait for them: an optimizer's view of a group of tables."""
+
+    shared: SharedMemoryExchange | None
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:

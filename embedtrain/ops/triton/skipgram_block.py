@@ -22,7 +22,7 @@ _CENTRES = 16
 _BAND = 32
 _LEAST_SIDE = 16
 """Of the matrices that matrix units multiply."""
-MAX_DIM = 512
+MAX_DIM = 256
 """Wider rows of a band and of a block of centres do not fit into a program's memory."""
 
 
