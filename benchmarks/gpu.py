@@ -17,11 +17,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import embedtrain as et
-from embedtrain.data.skipgram import TextBatch
+from embedtrain.data.skipgram import SamplingOptions, TextBatch, sampling_tables
 from embedtrain.models.word2vec import Word2Vec
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.pool_rows import Bags, pool_rows
@@ -31,7 +32,7 @@ from embedtrain.ops.reference import row_update as reference_update
 from embedtrain.ops.reference import segment_sum as reference_sum
 from embedtrain.ops.reference import skipgram_block as reference_skipgram
 from embedtrain.ops.row_update import Moments, RowStep, moment_update
-from embedtrain.ops.sample_text import SamplingTables, sample_text
+from embedtrain.ops.sample_text import sample_text
 from embedtrain.ops.segment_sum import segment_sum
 from embedtrain.ops.skipgram_block import TextBlock, skipgram_block
 from embedtrain.ops.sort_unique import sort_unique
@@ -254,11 +255,10 @@ def step_of_embedding_bag(
 def word_cases(device: torch.device) -> Iterator[Case]:
     """Yields the skip-gram kernel and whole steps of word vectors, from batches that are in memory."""
     samples = []
+    tables = sampling_tables(np.full(VOCABULARY, 10), SamplingOptions(sample=0))
     for number in range(NUM_SETS):
         tokens = draw_ids(VOCABULARY, WORDS_PER_STEP, True, torch.device("cpu")).int()
         tokens[::20] = ~tokens[::20]
-        every = torch.arange(VOCABULARY)
-        tables = SamplingTables(torch.full_like(every, 1 << 24), torch.full_like(every, 1 << 32), every)
         positions = torch.arange(WORDS_PER_STEP)
         samples.append(sample_text(tokens, positions, tables, window=5, num_negatives=5, key=number))
     vectors = torch.randn(2 * VOCABULARY, WORD_DIM, device=device) / WORD_DIM
