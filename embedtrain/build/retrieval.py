@@ -48,6 +48,10 @@ def build_retrieval(config: RetrievalConfig, runtime: Runtime) -> Parts:
         dense=build_dense_optimizer(config.dense_optimizer, model.dense, runtime.group) if has_dense else None,
         evaluation=evaluation,
         unit="interactions",
+        frequencies={
+            USER: torch.from_numpy(interactions.users.counts),
+            ITEM: torch.from_numpy(interactions.items.counts),
+        },
     )
     return Parts(task, {"data_fingerprint": interactions.fingerprint}, functools.partial(_write_ids, interactions))
 

@@ -54,10 +54,10 @@ class RetrievalSection:
     """The model's own settings."""
 
     loss: Literal["softmax", "bpr", "margin"] = "softmax"
-    similarity: Literal["cosine", "dot"] = "cosine"
-    temperature: float = 0.1
+    similarity: Literal["cosine", "dot"] = "dot"
+    temperature: float = 1.0
     """The scores are divided by it in the loss."""
-    negatives: int = 2048
+    negatives: int = 1024
     """Items drawn for each step, for all its users; 0 for in_batch alone."""
     power: float = 0.0
     """Negatives are drawn by count ** power: 0 is uniform, 1 by popularity."""
@@ -78,7 +78,7 @@ class RetrievalTrainConfig(TrainConfig):
     epochs: int = 20
     global_batch_size: int = 512
     """Examples of a step over all ranks; an example is a user with some of their items."""
-    items_per_example: int = 8
+    items_per_example: int = 4
     """At most so many; 1 gives pairs of user and item."""
 
 
@@ -104,7 +104,7 @@ class RetrievalConfig(Config):
     retrieval: RetrievalSection = field(default_factory=RetrievalSection)
     train: RetrievalTrainConfig = field(default_factory=RetrievalTrainConfig)
     optimizer: OptimizerConfig = field(
-        default_factory=lambda: RowwiseAdagradConfig(lr=0.1, initial_accumulator_value=0.0)
+        default_factory=lambda: RowwiseAdagradConfig(lr=0.1, initial_accumulator_value=0.0, weight_decay=5e-6)
     )
     dense_optimizer: DenseOptimizerConfig = field(default_factory=DenseOptimizerConfig)
     evaluate: RetrievalEvaluateConfig = field(default_factory=RetrievalEvaluateConfig)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import pytest
@@ -13,6 +14,7 @@ import embedtrain as et
 from embedtrain.data.click_batches import ClickBatch
 from embedtrain.data.partition import share_of_rank
 from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.distributed.shared_memory import VARIABLE
 from embedtrain.models.ranking import NetworkOptions, Ranking, build_network
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.testing.ranks import run_ranks
@@ -22,6 +24,9 @@ STEPS, BATCH, NUM_DENSE = 6, 25, 3
 NUM_ROWS = {"shop": 40, "user": 101, "tags": 23}
 FEATURES = [et.FeatureSpec("shop"), et.FeatureSpec("user"), et.FeatureSpec("tags", pooling="sum")]
 DIM = 8
+START = 0.1
+"""Of the accumulators. From zero, a first step has the length `lr` however small the gradient: one that is nothing but
+the rounding of its sum would turn the order of additions into a difference in the weights."""
 TABLES = [et.TableSpec(name, rows, DIM) for name, rows in NUM_ROWS.items()]
 OPTIONS = {
     "dlrm": NetworkOptions(architecture="dlrm", bottom=(8,), top=(16, 8)),
@@ -54,7 +59,7 @@ def part_of(batch: ClickBatch, rank: int, world_size: int) -> ClickBatch:
 def train_sharded(group: dist.ProcessGroup | None, kind: str, options: NetworkOptions) -> list[dict[str, Tensor]]:
     """Returns weights and loss after each step."""
     model = Ranking(TABLES, FEATURES, NUM_DENSE, options, process_group=group, seed=5)
-    optimizer = getattr(et.optim, kind)(model.tables, lr=0.1, eps=1e-8)
+    optimizer = getattr(et.optim, kind)(model.tables, lr=0.1, eps=1e-8, initial_accumulator_value=START)
     dense = DenseOptimizer(model.network, process_group=group, name="adam", lr=0.01)
     history = []
     for step in range(STEPS):
@@ -99,7 +104,7 @@ def train_plain(options: NetworkOptions) -> list[dict[str, Tensor]]:
     """Element-wise Adagrad, torch's own."""
     model = PlainRanking(options)
     optimizers = [
-        torch.optim.Adagrad(model.bags.parameters(), lr=0.1, eps=1e-8),
+        torch.optim.Adagrad(model.bags.parameters(), lr=0.1, eps=1e-8, initial_accumulator_value=START),
         torch.optim.Adam(model.network.parameters(), lr=0.01),
     ]
     history = []
@@ -124,7 +129,7 @@ def train_oracle(options: NetworkOptions) -> list[dict[str, Tensor]]:
     tables = et.UnshardedEmbeddingCollection(TABLES, FEATURES, seed=5)
     network = build_network(NUM_DENSE, [DIM] * len(NUM_ROWS), options, seed=5)
     optimizers = [
-        et.optim.RowwiseAdagrad(tables, lr=0.1, eps=1e-8),
+        et.optim.RowwiseAdagrad(tables, lr=0.1, eps=1e-8, initial_accumulator_value=START),
         torch.optim.Adam(network.parameters(), lr=0.01),
     ]
     history = []
@@ -171,7 +176,8 @@ def test_ranking_equals_plain_torch_and_the_oracle_step_by_step(world_size: int)
 
 
 def count_collectives(group: dist.ProcessGroup) -> dict[str, int]:
-    """Counts what a step of 26 features of one dim sends."""
+    """Counts what a step of 26 features of one dim sends, the way that ranks of several hosts take."""
+    os.environ[VARIABLE] = "0"
     names = [f"C{i}" for i in range(26)]
     model = Ranking(
         [et.TableSpec(name, 50, 4) for name in names],

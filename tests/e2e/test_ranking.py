@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,3 +131,18 @@ def test_a_column_that_does_not_exist_is_told_in_one_line(clicks: Job) -> None:
     lines = [line for line in refused.stderr.splitlines() if line.startswith("embedtrain: error")]
     (line,) = lines
     assert "train.csv: there is no column y1; there are label, x0, x1, user, shop, tags" in line
+
+
+@pytest.mark.slow
+def test_training_comes_near_a_planted_model(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, str(root / "benchmarks" / "planted_clicks.py"), "--examples", "200000", "--rows", "5000"]
+    done = subprocess.run(
+        [*command, "--ranks", "1", "--tolerance", "0.02", "--work", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5,015 rows" in done.stdout

@@ -34,15 +34,15 @@ _SIGNATURES: dict[str, list[type]] = {
         _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT64, _INT64, _INT64, _POINTER,
         _INT, _POINTER,
     ],
-    # weight, accumulator, num_rows, dim, words, num_values, term_bits, features, num_features, factor,
-    # lr, eps, weight_decay, decoupled, num_threads, num_outside
+    # weight, accumulator, dim, words, num_values, term_bits, features, num_features, factor,
+    # lr, eps, weight_decay, decoupled, num_threads
     "embedtrain_rowwise_adagrad_of_terms": [
-        _POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT64, _INT, _POINTER, _INT64, _FLOAT,
-        _FLOAT, _FLOAT, _FLOAT, _INT, _INT, _POINTER,
+        _POINTER, _POINTER, _INT64, _POINTER, _INT64, _INT, _POINTER, _INT64, _FLOAT,
+        _FLOAT, _FLOAT, _FLOAT, _INT, _INT,
     ],
-    # rows, num_values, features, num_features, runs, num_runs, term_bits, num_threads, words
+    # rows, num_values, features, num_features, runs, num_runs, num_rows, term_bits, num_threads, words, num_outside
     "embedtrain_sort_terms": [
-        _POINTER, _INT64, _POINTER, _INT64, _POINTER, _INT64, _INT, _INT, _POINTER,
+        _POINTER, _INT64, _POINTER, _INT64, _POINTER, _INT64, _INT64, _INT, _INT, _POINTER, _POINTER,
     ],
     # features, num_features, dim, largest
     "embedtrain_largest_magnitude": [_POINTER, _INT64, _INT64, _POINTER],

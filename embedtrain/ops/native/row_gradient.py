@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from array import array
 from typing import NamedTuple
 
@@ -42,7 +43,11 @@ def largest_magnitudes(gradient: RowGradient) -> tuple[float, float]:
 
 
 def sort_terms(gradient: RowGradient) -> SortedTerms | None:
-    """Sorts the terms by row; None where a row and a term do not fit into a word."""
+    """Sorts the terms by row; None where a row and a term do not fit into a word.
+
+    Raises:
+        IndexError: a row lies outside the table.
+    """
     bags, rows = gradient.bags, gradient.rows_of_values.contiguous()
     num_terms = sum(feature.num_values if feature.weights is not None else feature.num_bags for feature in bags)
     term_bits = max(num_terms - 1, 0).bit_length()
@@ -51,6 +56,7 @@ def sort_terms(gradient: RowGradient) -> SortedTerms | None:
     features, _ = gradient.native_features
     runs = array("q", [word for run in gradient.runs for word in run] or (rows.numel(), 0, gradient.num_rows))
     words = empty_buffer(rows.numel(), dtype=torch.int64)
+    num_outside = ctypes.c_int64()
     library.get().embedtrain_sort_terms(
         rows.data_ptr(),
         rows.numel(),
@@ -58,8 +64,12 @@ def sort_terms(gradient: RowGradient) -> SortedTerms | None:
         len(bags),
         runs.buffer_info()[0],
         len(runs) // 3,
+        gradient.num_rows,
         term_bits,
         torch.get_num_threads(),
         words.data_ptr(),
+        ctypes.addressof(num_outside),
     )
+    if num_outside.value:
+        raise IndexError(f"rows must lie in [0, {gradient.num_rows}), got {int(rows.min())} to {int(rows.max())}")
     return SortedTerms(words, term_bits, features, len(bags))

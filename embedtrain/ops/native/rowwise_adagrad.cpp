@@ -178,14 +178,12 @@ extern "C" void embedtrain_rowwise_adagrad(void* weight, float* accumulator, con
 }
 
 // Of float32 rows whose gradients are still to be summed. words: [num_values], as embedtrain_sort_terms gives them for
-// the features, whose vectors are the gradients of the pooled ones; factor: of every sum. num_outside: as above.
-extern "C" void embedtrain_rowwise_adagrad_of_terms(float* weight, float* accumulator, int64_t num_rows, int64_t dim,
+// the features, whose vectors are the gradients of the pooled ones; factor: of every sum.
+extern "C" void embedtrain_rowwise_adagrad_of_terms(float* weight, float* accumulator, int64_t dim,
                                                     const uint64_t* words, int64_t num_values, int term_bits,
                                                     const void* features, int64_t num_features, float factor,
                                                     float lr, float eps, float weight_decay, int decoupled,
-                                                    int num_threads, int64_t* num_outside) {
-    *num_outside = num_values && words[num_values - 1] >> term_bits >= static_cast<uint64_t>(num_rows);
-    if (*num_outside) return;
+                                                    int num_threads) {
     const int num_parts = num_values * dim < kSmallWork ? 1 : num_threads;
     const Bags bags{static_cast<const Feature*>(features), num_features};
     const TermsUpdate u{weight, accumulator, words, num_values, dim, find_terms(bags, dim, false, num_parts),

@@ -25,15 +25,12 @@ def rowwise_adagrad(weight: Tensor, accumulator: Tensor, gradient: RowGradient, 
     # Rounding keys are of distinct rows, which the sums give.
     terms = None if gradient.is_summed or step.rounding_keys is not None else sort_terms(gradient)
     if terms is None:
-        num_outside = _update_rows(weight, accumulator, gradient, step)
+        _update_rows(weight, accumulator, gradient, step)
     else:
-        num_outside = _update_by_terms(weight, accumulator, terms, gradient.factor, step)
-    if num_outside:
-        rows = gradient.rows
-        raise IndexError(f"rows must lie in [0, {weight.shape[0]}), got {int(rows.min())} to {int(rows.max())}")
+        _update_by_terms(weight, accumulator, terms, gradient.factor, step)
 
 
-def _update_rows(weight: Tensor, accumulator: Tensor, gradient: RowGradient, step: RowwiseAdagradStep) -> int:
+def _update_rows(weight: Tensor, accumulator: Tensor, gradient: RowGradient, step: RowwiseAdagradStep) -> None:
     rows, row_grad = gradient.rows.contiguous(), gradient.values.contiguous()
     keys = None if step.rounding_keys is None else step.rounding_keys.contiguous()
     num_outside = ctypes.c_int64()
@@ -49,17 +46,17 @@ def _update_rows(weight: Tensor, accumulator: Tensor, gradient: RowGradient, ste
         torch.get_num_threads(),
         ctypes.addressof(num_outside),
     )
-    return num_outside.value
+    if num_outside.value:
+        raise IndexError(f"rows must lie in [0, {weight.shape[0]}), got {int(rows.min())} to {int(rows.max())}")
 
 
 def _update_by_terms(
     weight: Tensor, accumulator: Tensor, terms: SortedTerms, factor: float, step: RowwiseAdagradStep
-) -> int:
-    num_outside = ctypes.c_int64()
+) -> None:
     library.get().embedtrain_rowwise_adagrad_of_terms(
         weight.data_ptr(),
         accumulator.data_ptr(),
-        *weight.shape,
+        weight.shape[1],
         terms.words.data_ptr(),
         terms.words.numel(),
         terms.term_bits,
@@ -71,6 +68,4 @@ def _update_by_terms(
         step.weight_decay,
         int(step.decoupled_weight_decay),
         torch.get_num_threads(),
-        ctypes.addressof(num_outside),
     )
-    return num_outside.value

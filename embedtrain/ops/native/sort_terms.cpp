@@ -24,21 +24,27 @@ struct Sorting {
     int64_t num_runs;
     int term_bits, num_parts;
     uint64_t *words, *spare;
+    int64_t num_rows;
+    int64_t* num_outside;  // [num_parts]
 };
 
 void pack(const void* arguments, int part) {
     const Sorting& s = *static_cast<const Sorting*>(arguments);
+    int64_t outside = 0;
     visit_bags(s.bags, part, s.num_parts,
-               [&s](const Feature& feature, Before before, int64_t bag, int64_t value, int64_t length) {
+               [&s, &outside](const Feature& feature, Before before, int64_t bag, int64_t value, int64_t length) {
                    const bool is_of_bag = has_term_per_bag(feature);
                    const uint64_t term = static_cast<uint64_t>(before.terms + (is_of_bag ? bag : value));
                    const int64_t* rows = s.rows + before.values + value;
                    uint64_t* words = s.words + before.values + value;
                    for (int64_t v = 0; v < length; ++v) {
+                       // A negative row is a large unsigned number.
+                       outside += static_cast<uint64_t>(rows[v]) >= static_cast<uint64_t>(s.num_rows);
                        const uint64_t own = is_of_bag ? term : term + static_cast<uint64_t>(v);
                        words[v] = static_cast<uint64_t>(rows[v]) << s.term_bits | own;
                    }
                });
+    s.num_outside[part] = outside;
 }
 
 void sort_run(const Sorting& s, const Run& run, int64_t begin, int num_parts) {
@@ -62,16 +68,21 @@ void sort_runs(const void* arguments, int part) {
 
 }  // namespace
 
-// rows: [num_values], none negative, feature after feature; runs: [num_runs], of all values; words: [num_values],
-// written, into whose bits a row and the number of a term fit.
+// rows: [num_values], feature after feature; runs: [num_runs], of all values; words: [num_values], written, into whose
+// bits a row and the number of a term fit. num_outside: how many rows are not in [0, num_rows); where there are any,
+// the words mean nothing.
 extern "C" void embedtrain_sort_terms(const int64_t* rows, int64_t num_values, const void* features,
-                                      int64_t num_features, const void* runs, int64_t num_runs, int term_bits,
-                                      int num_threads, uint64_t* words) {
+                                      int64_t num_features, const void* runs, int64_t num_runs, int64_t num_rows,
+                                      int term_bits, int num_threads, uint64_t* words, int64_t* num_outside) {
     const int num_parts = num_values < 32768 ? 1 : std::min(num_threads, kMaxSortParts);
+    int64_t outside[kMaxSortParts];
     const Sorting sorting{rows,      num_values, {static_cast<const Feature*>(features), num_features},
                           static_cast<const Run*>(runs), num_runs, term_bits, num_parts, words,
-                          static_cast<uint64_t*>(scratch(1, num_values * 8))};
+                          static_cast<uint64_t*>(scratch(1, num_values * 8)), num_rows, outside};
     run_parts(num_parts, pack, &sorting);
+    *num_outside = 0;
+    for (int part = 0; part < num_parts; ++part) *num_outside += outside[part];
+    if (*num_outside) return;
     if (num_runs >= 4 * num_parts) {
         run_parts(num_parts, sort_runs, &sorting);
         return;
