@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 from embedtrain.errors import UserError
 from embedtrain.metrics.word_lookup import WordLookup
@@ -73,6 +72,8 @@ def evaluate_similarity(
         )
     left, right = np.array(pairs).T
     cosines = np.einsum("nd,nd->n", unit_vectors[left], unit_vectors[right])
+    from scipy import stats  # takes a second and a half, and few commands want it
+
     return SimilarityReport(
         spearman=float(stats.spearmanr(scores, cosines).statistic),
         pearson=float(stats.pearsonr(scores, cosines).statistic),
