@@ -36,7 +36,8 @@ class Interrupt:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # Asked to stop, the run is saved and about to leave: one more SIGINT must not turn that into a failure.
+            signal.signal(number, signal.SIG_IGN if self.is_asked and number == signal.SIGINT else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
