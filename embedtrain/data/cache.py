@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
 import time
 import uuid
 from collections.abc import Callable
+from typing import Any
 
 import fsspec
+import numpy as np
 import torch.distributed as dist
 from fsspec.implementations.local import LocalFileSystem
+from numpy.typing import NDArray
 
 from embedtrain.distributed.collectives import raise_together, run_on_first
 from embedtrain.distributed.runtime import rank_of
@@ -113,3 +117,38 @@ def require_visible(path: str, group: dist.ProcessGroup | None) -> None:
             "cache folder must be on a file system that all ranks share"
         )
     raise_together(error, group)
+
+
+def read_contents(path: str, name: str, what: str) -> dict[str, Any]:
+    """Returns the table of contents of a complete entry.
+
+    Args:
+        path: the entry.
+        name: of the file that holds it, JSON.
+        what: the entry ought to be, for the message.
+
+    Raises:
+        RuntimeError: the entry is not complete.
+    """
+    try:
+        with open(os.path.join(path, name), encoding="utf-8") as file:
+            contents: dict[str, Any] = json.load(file)
+    except FileNotFoundError as error:
+        raise RuntimeError(f"{path}: not a prepared {what}: it holds no {name}") from error
+    return contents
+
+
+def map_values(path: str, dtype: np.dtype[Any], num_values: int) -> NDArray[Any]:
+    """Returns [num_values], the content of a file of an entry, memory-mapped.
+
+    Raises:
+        RuntimeError: the file does not have the size it was written with.
+    """
+    size_bytes, expected = os.path.getsize(path), num_values * dtype.itemsize
+    if size_bytes != expected:
+        raise RuntimeError(
+            f"{path}: {size_bytes} bytes where {expected} were written; remove the folder {os.path.dirname(path)} and "
+            "it is prepared again"
+        )
+    # A file of no bytes cannot be mapped.
+    return np.memmap(path, dtype, mode="r") if num_values else np.zeros(0, dtype)

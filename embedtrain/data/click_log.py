@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from embedtrain.data.cache import map_values, read_contents
 from embedtrain.data.corpus import META_NAME
 
 LABEL, DENSE, IDS, BAG_LENGTHS, FIRST_VALUE = "label", "dense", "ids", "bag_lengths", "first_value"
@@ -81,11 +81,7 @@ class ClickLog:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        try:
-            with open(os.path.join(path, META_NAME), encoding="utf-8") as file:
-                meta: dict[str, Any] = json.load(file)
-        except FileNotFoundError as error:
-            raise RuntimeError(f"{path}: not a prepared click log: it holds no {META_NAME}") from error
+        meta = read_contents(path, META_NAME, "click log")
         self.fingerprint: str = meta["fingerprint"]
         self.vocabulary_fingerprint: str = meta["vocabulary_fingerprint"]
         self.source_identities: list[str] = meta["sources"]
@@ -158,14 +154,7 @@ class ClickLog:
         return [self._map(part["values"], row_dtype(self._is_wide), part["num_values"]) for part in self._parts]
 
     def _map(self, name: str, dtype: np.dtype[Any], num: int) -> NDArray[Any]:
-        path = os.path.join(self.path, name)
-        size_bytes, expected = os.path.getsize(path), num * dtype.itemsize
-        if size_bytes != expected:
-            raise RuntimeError(
-                f"{path}: {size_bytes} bytes where {expected} were written; remove the folder {self.path} and it is "
-                "prepared again"
-            )
-        return np.memmap(path, dtype, mode="r") if num else np.zeros(0, dtype)
+        return map_values(os.path.join(self.path, name), dtype, num)
 
 
 def vocabulary_name(number: int) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from embedtrain.data.cache import map_values, read_contents
 from embedtrain.data.vocabulary import Vocabulary
 
 META_NAME = "meta.json"
@@ -32,11 +31,7 @@ class PreparedCorpus:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        try:
-            with open(os.path.join(path, META_NAME), encoding="utf-8") as file:
-                meta: dict[str, Any] = json.load(file)
-        except FileNotFoundError as error:
-            raise RuntimeError(f"{path}: not a prepared corpus: it holds no {META_NAME}") from error
+        meta = read_contents(path, META_NAME, "corpus")
         self.fingerprint: str = meta["fingerprint"]
         self.num_sentences: int = sum(shard["num_sentences"] for shard in meta["shards"])
         # Files of no bytes cannot be mapped, and hold nothing to read.
@@ -75,14 +70,4 @@ class PreparedCorpus:
     @cached_property
     def _shards(self) -> list[NDArray[np.int32]]:
         sizes = np.diff(self._shard_starts)
-        return [_map(path, int(size)) for path, size in zip(self._shard_paths, sizes, strict=True)]
-
-
-def _map(path: str, num_tokens: int) -> NDArray[np.int32]:
-    size_bytes, expected = os.path.getsize(path), num_tokens * TOKEN_DTYPE.itemsize
-    if size_bytes != expected:
-        raise RuntimeError(
-            f"{path}: {size_bytes} bytes where {expected} were written; remove the folder "
-            f"{os.path.dirname(path)} and it is prepared again"
-        )
-    return np.memmap(path, TOKEN_DTYPE, mode="r")
+        return [map_values(path, TOKEN_DTYPE, int(size)) for path, size in zip(self._shard_paths, sizes, strict=True)]
