@@ -8,16 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from embedtrain import storage
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
 from embedtrain.errors import UserError
 from embedtrain.export import Vectors, neighbors, open_vectors
-from embedtrain.train.run_folder import PROFILE_NAME, RunFolder
+from embedtrain.export.vectors import FloatRows
+from embedtrain.train.run_folder import PROFILE_NAME, STATUS_NAME, RunFolder
 
 _ACCUMULATOR = "/accumulator"
 _BLOCK_ROWS = 1 << 20
+_NUM_FREQUENT = 300
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class RunFacts:
         curves: per number that was logged, its steps and values.
         tables: in order of name.
         neighbors: of some frequent words, each with its nearest and their cosines.
+        frequent_words: the most frequent ones, or the first rows' names; none where no table is the one to look at.
+        frequent_rows: [n, dim]; their vectors.
         profile: table of seconds per stage of each rank, by name; empty without `train --profile`.
     """
 
@@ -65,6 +70,8 @@ class RunFacts:
     curves: Mapping[str, tuple[list[int], list[float]]]
     tables: Sequence[TableFacts]
     neighbors: Mapping[str, Sequence[tuple[str, float]]] = field(default_factory=dict)
+    frequent_words: Sequence[str] = ()
+    frequent_rows: FloatRows = field(default_factory=lambda: np.empty((0, 0), np.float32))
     profile: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -86,17 +93,20 @@ def read_facts(run_path: str, words: Sequence[str] = (), num_neighbors: int = 6)
     with CheckpointReader(path) as reader:
         state, world_size = reader.state, reader.manifest.world_size
         tables = _tables(reader)
+    near, frequent_words, frequent_rows = _vectors(run_path, words, num_neighbors)
     return RunFacts(
         path=folder.path,
         config=folder.read_config() or "",
-        status=_json(folder, "status.json"),
+        status=_json(folder, STATUS_NAME),
         step=state["train"]["step"],
         world_size=world_size,
         seconds=float(state["train"]["seconds"]),
         num_skipped=state["optimizer"]["num_skipped"],
         curves=read_curves(folder),
         tables=tables,
-        neighbors=_neighbors(run_path, words, num_neighbors),
+        neighbors=near,
+        frequent_words=frequent_words,
+        frequent_rows=frequent_rows,
         profile=_profile(folder),
     )
 
@@ -169,15 +179,20 @@ def _count_equal(reader: CheckpointReader, name: str, num_rows: int, value: floa
     )
 
 
-def _neighbors(run_path: str, words: Sequence[str], top: int) -> dict[str, list[tuple[str, float]]]:
+def _vectors(
+    run_path: str, words: Sequence[str], top: int
+) -> tuple[dict[str, list[tuple[str, float]]], list[str], FloatRows]:
+    """Returns neighbours, and words and vectors of the most frequent rows."""
     try:
         opened = open_vectors(run_path)
     except UserError:
         if words:
             raise
-        return {}  # several tables, and none is said to be the one to look at
+        return {}, [], np.empty((0, 0), np.float32)  # several tables, and none is said to be the one to look at
     with opened as vectors:
-        return {word: neighbors(vectors, word, top) for word in words or _examples(vectors)}
+        near = {word: neighbors(vectors, word, top) for word in words or _examples(vectors)}
+        frequent = vectors.first(_NUM_FREQUENT)
+        return near, list(frequent.words), frequent.rows(0, frequent.num_rows)
 
 
 def _examples(vectors: Vectors) -> list[str]:

@@ -8,12 +8,8 @@ from collections.abc import Sequence
 import jinja2
 
 from embedtrain import storage
-from embedtrain.errors import UserError
-from embedtrain.export import open_vectors
 from embedtrain.report.facts import RunFacts, advice, read_facts
 from embedtrain.report.plots import curve_svgs, map_svg
-
-_MAP_ROWS = 300
 
 
 def write_report(run_path: str, output: str | None = None, words: Sequence[str] = ()) -> str:
@@ -27,7 +23,8 @@ def write_report(run_path: str, output: str | None = None, words: Sequence[str] 
     Raises:
         UserError: there is no run, no complete checkpoint, no such word, or no matplotlib.
     """
-    page = render(read_facts(run_path, words), _map(run_path))
+    facts = read_facts(run_path, words)
+    page = render(facts, map_svg(facts.frequent_rows, facts.frequent_words) if facts.frequent_words else "")
     path = output or f"{run_path.rstrip('/')}/report.html"
     storage.replace(path, page.encode(), f"{path}.tmp")
     return path
@@ -44,13 +41,3 @@ def render(facts: RunFacts, row_map: str) -> str:
         row_map=row_map,
         advice=advice(facts),
     )
-
-
-def _map(run_path: str) -> str:
-    try:
-        vectors = open_vectors(run_path)
-    except UserError:
-        return ""  # several tables, and none is said to be the one to look at
-    with vectors:
-        frequent = vectors.first(_MAP_ROWS)
-        return map_svg(frequent.rows(0, frequent.num_rows), list(frequent.words))
