@@ -66,7 +66,7 @@ def measure_machine(runtime: Runtime) -> Machine:
     waits["feature_seconds"] = max((many - one) / 8, 1e-9)
     longest = {name: max(of_ranks) for name, of_ranks in _gathered(waits, group).items()}
     machine = Machine(
-        name=_processor(device),
+        name=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         num_ranks=runtime.world_size,
         seconds_per_predicted_second=1.0,
         **slowest,
@@ -203,9 +203,8 @@ def _gathered(values: dict[str, float], group: dist.ProcessGroup | None) -> dict
     return {name: [of_rank[name] for of_rank in of_ranks] for name in values}
 
 
-def _processor(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+def cpu_name() -> str:
+    """Returns the processor's name and the number of its cores."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
