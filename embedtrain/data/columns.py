@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from embedtrain.data.sources import Source, expand_sources, read_chunks
+from embedtrain.data.sources import Source, expand_sources, explained, read_chunks
 from embedtrain.errors import UserError
 
 _FORMATS = {".txt": "lines", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
@@ -46,7 +46,7 @@ def read_columns(path: str | Sequence[str], format: str, names: Sequence[str]) -
     """
     for source in expand_sources(path, TABLE_SUFFIXES):
         kind = _format_of(source) if format == "auto" else format
-        with _explained(source):
+        with _explained_format(source):
             if kind == "lines":
                 yield from _read_lines(source)
             elif kind == "parquet":
@@ -158,13 +158,10 @@ def _open_csv(source: Source, **options: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def _explained(source: Source) -> Iterator[None]:
-    """Turns what pyarrow and the file system say of a file into one line that names it."""
+def _explained_format(source: Source) -> Iterator[None]:
+    """As `explained`, for what pyarrow says of a file's content too."""
     try:
-        yield
-    except PermissionError as error:
-        raise UserError(f"{source.url}: permission denied: {error}") from error
-    except FileNotFoundError as error:
-        raise UserError(f"{source.url}: the file has vanished since it was listed") from error
+        with explained(source):
+            yield
     except (pa.ArrowInvalid, pa.ArrowException) as error:
         raise UserError(f"{source.url}: {' '.join(str(error).split())}") from error

@@ -93,7 +93,7 @@ def read_chunks(
     Raises:
         UserError: the file is not UTF-8 text, is corrupt or truncated, has vanished or may not be read.
     """
-    with _explained(source), _open(source.url) as file:
+    with _explained_codec(source), _open(source.url) as file:
         if source.compression is None:
             first = _line_start(file, start, stop)
             end = stop if stop >= source.size_bytes or first >= stop else _line_start(file, stop)
@@ -199,14 +199,22 @@ def _open(url: str) -> IO[bytes]:
 
 
 @contextmanager
-def _explained(source: Source) -> Iterator[None]:
-    """Turns the failures that are the user's to mend into one line that names the file."""
+def explained(source: Source) -> Iterator[None]:
+    """Turns a file that may not be read, or is gone, into one line that names it: the user's to mend."""
     try:
         yield
     except PermissionError as error:
         raise UserError(f"{source.url}: permission denied: {error}") from error
     except FileNotFoundError as error:
         raise UserError(f"{source.url}: the file has vanished since it was listed") from error
+
+
+@contextmanager
+def _explained_codec(source: Source) -> Iterator[None]:
+    """As `explained`, for a codec's complaints too."""
+    try:
+        with explained(source):
+            yield
     except (OSError, pa.ArrowException) as error:
         # A codec's complaint has no errno; a failing disk or network has one, and is not the file's fault.
         if source.compression is None or getattr(error, "errno", None) is not None:
