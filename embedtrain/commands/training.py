@@ -160,7 +160,8 @@ def _run(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_profil
     state = run.trainer.state
     if runtime.rank == 0:
         done = f"resuming at step {state.step:,}" if run.is_resumed else "starting"
-        say(f"{done} of {run.trainer.total_steps:,}, {runtime.world_size} ranks, {runtime.device.type}")
+        of_all = "" if run.trainer.total_steps is None else f" of {run.trainer.total_steps:,}"
+        say(f"{done}{of_all}, {runtime.world_size} ranks, {runtime.device.type}")
 
     def before_save() -> None:
         # A run that is killed goes on from this checkpoint, and does not log again what came before it.
