@@ -14,14 +14,12 @@ from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import UserError
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.optim.sparse import HasRowGroups
-
-DEFAULT = "default"
-"""The name in `TableSpec.optimizer` of what trains a table that has none of its own."""
+from embedtrain.spec import DEFAULT_OPTIMIZER
 
 
 def optimizer_names(section: OptimizerConfig) -> dict[str, str]:
     """Returns the `TableSpec.optimizer` of the tables with an optimizer of their own, equal for equal ones."""
-    labels: dict[str, str] = {repr(sorted(section.row_options().items())): DEFAULT}
+    labels: dict[str, str] = {repr(sorted(section.row_options().items())): DEFAULT_OPTIMIZER}
     names = {}
     for table in section.tables:
         own = repr(sorted(section.of_table(table).row_options().items()))
@@ -37,9 +35,9 @@ def build_optimizer(section: OptimizerConfig, tables: EmbeddingCollection) -> op
     """
     together: dict[str, Any] = {"max_grad_norm": section.max_grad_norm, "nonfinite": section.nonfinite}
     trained = {shard.spec.optimizer for shard in tables.shards.values()}
-    if trained == {DEFAULT}:
+    if trained == {DEFAULT_OPTIMIZER}:
         return _make(section, tables, "optimizer", together)
-    sections = {DEFAULT: ("optimizer", section)}
+    sections = {DEFAULT_OPTIMIZER: ("optimizer", section)}
     for table, name in optimizer_names(section).items():
         sections.setdefault(name, (f"optimizer.tables.{table}", section.of_table(table)))
     parts = [

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from embedtrain.build.optimizers import DEFAULT, build_dense_optimizer, build_optimizer, optimizer_names
+from embedtrain.build.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
 from embedtrain.build.parts import Parts
 from embedtrain.config.ranking import ClicksConfig, FeatureConfig, RankingConfig
 from embedtrain.data.click_batches import ClickBatches
@@ -22,7 +22,7 @@ from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.metrics.classification import training_measures
 from embedtrain.models.ranking import NetworkOptions, Ranking, measure_ranking
-from embedtrain.spec import FeatureSpec, TableSpec
+from embedtrain.spec import DEFAULT_OPTIMIZER, FeatureSpec, TableSpec
 from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.task import Batches, Evaluation, StreamedBatches, Task
 
@@ -156,7 +156,7 @@ def _build_model(config: RankingConfig, runtime: Runtime, layout: ClickLayout) -
                 feature.dim or config.table.dim,
                 dtype=dtype,
                 init_scale=layout.num_rows[name] ** -0.5,
-                optimizer=optimizers.get(name, DEFAULT),
+                optimizer=optimizers.get(name, DEFAULT_OPTIMIZER),
             )
             for name, feature in features.items()
         ],

@@ -22,6 +22,7 @@ from embedtrain.config.choice import (
 from embedtrain.config.models import DEFAULT_MODEL, MODELS
 from embedtrain.config.optimizer import OPTIMIZERS, OptimizerConfig
 from embedtrain.config.sections import Config
+from embedtrain.data.stream import STANDARD_INPUT
 from embedtrain.errors import UserError
 
 
@@ -118,9 +119,11 @@ def _read_yaml(path: str) -> DictConfig:
 
 
 def _parse_override(override: str) -> DictConfig:
-    key, equals, _ = override.partition("=")
+    key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"expected key=value, such as optimizer.lr=0.1, got {override!r}")
+    if value == STANDARD_INPUT:
+        override = f"{key}='{value}'"  # to YAML a bare one is a list
     try:
         return OmegaConf.from_dotlist([override])
     except Exception as error:

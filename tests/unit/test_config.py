@@ -83,6 +83,11 @@ def test_a_wrong_value_is_one_clear_line(override: str, parts: list[str]) -> Non
         assert part in message
 
 
+@pytest.mark.parametrize("model", ["word2vec", "retrieval"])
+def test_a_model_that_counts_its_data_first_refuses_standard_input(model: str) -> None:
+    assert "standard input comes once: write it to a file" in message_of(None, f"model={model}", "data.path=-")
+
+
 def test_a_missing_text_is_named() -> None:
     assert "data.path" in message_of(None)
 
