@@ -130,6 +130,21 @@ def test_a_folder_that_grows_is_gone_on_with_on_other_ranks(clicks: Job) -> None
         torch.testing.assert_close(tensors(clicks, "run")[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+def test_a_run_waits_for_a_folder_to_grow(clicks: Job, wait_until: Wait) -> None:
+    lines, folder = lines_of(clicks), clicks.folder / "stream"
+    folder.mkdir()
+    (folder / "hour-01").write_text("".join(lines[: 5 * STEP_LINES]))
+    waiting = clicks.start(*arguments("run", "data.stream=true", "data.poll_seconds=0.2", path="stream"))
+    wait_until(lambda: steps_of(clicks, "run") == [5], waiting)
+    (folder / "hour-02.partial").write_text("".join(lines[5 * STEP_LINES : 10 * STEP_LINES]))
+    (folder / "hour-02.partial").rename(folder / "hour-02")
+    wait_until(lambda: 10 in steps_of(clicks, "run"), waiting)
+    waiting.send_signal(signal.SIGTERM)
+    waiting.communicate(timeout=60)
+    assert waiting.returncode == 75
+    assert saved_stream(clicks, "run")["stream"]["name"] == "hour-02"
+
+
 def test_another_stream_is_refused_where_it_differs(clicks: Job) -> None:
     lines = lines_of(clicks)
     assert feed(clicks, "".join(lines[:640]), *arguments("run")).returncode == 0
