@@ -17,6 +17,10 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+if not torch.cuda.is_available():
+    # Read when Triton is imported, which may be long before a test runs its kernels: on CPU they are interpreted.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # A busy machine must not fail a property for being slow, and every run tries the same examples.
 hypothesis.settings.register_profile("embedtrain", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("embedtrain")

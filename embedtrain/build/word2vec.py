@@ -40,6 +40,8 @@ def build_word2vec(config: Word2VecConfig, runtime: Runtime) -> Parts:
         architecture=config.word2vec.architecture,
         dtype=getattr(torch, config.table.dtype),
         wire_dtype=None if config.table.wire_dtype is None else getattr(torch, config.table.wire_dtype),
+        placement=config.table.placement,
+        cache_bytes=config.table.cache_bytes,
         device=runtime.device,
         process_group=runtime.group,
         seed=config.seed,

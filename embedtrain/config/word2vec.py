@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from embedtrain.config.sections import Config, EvaluateConfig, TableConfig, TrainConfig, require_at_least_one
+from embedtrain.config.sections import Config, EvaluateConfig, PlacedTableConfig, TrainConfig, require_at_least_one
 from embedtrain.errors import UserError
 
 
@@ -71,7 +71,7 @@ class Word2VecConfig(Config):
 
     model: Literal["word2vec"] = "word2vec"
     data: TextConfig = field(default_factory=TextConfig)
-    table: TableConfig = field(default_factory=TableConfig)
+    table: PlacedTableConfig = field(default_factory=PlacedTableConfig)
     word2vec: SkipGramConfig = field(default_factory=SkipGramConfig)
     train: TextTrainConfig = field(default_factory=TextTrainConfig)
     evaluate: WordEvaluateConfig = field(default_factory=WordEvaluateConfig)
@@ -85,12 +85,20 @@ class Word2VecConfig(Config):
         "sg": "word2vec.architecture",
         "corpus": "data.path",
     }
-    # Whether the text is the same is judged by its content.
-    MAY_CHANGE: ClassVar[tuple[str, ...]] = (*Config.MAY_CHANGE, "data.path", "data.cache_path", "evaluate.")
+    # Whether the text is the same is judged by its content; where rows live changes no result.
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (
+        *Config.MAY_CHANGE,
+        "data.path",
+        "data.cache_path",
+        "evaluate.",
+        "table.placement",
+        "table.cache_bytes",
+    )
 
     def check(self) -> None:
         """Checks the ranges that types cannot say."""
         super().check()
+        self.table.check()
         counts = {
             "table.dim": self.table.dim,
             "train.words_per_step": self.train.words_per_step,

@@ -18,7 +18,6 @@ from embedtrain.distributed.runtime import size_of
 from embedtrain.embedding.owner_pooling import BagsAsked, SumRequest
 from embedtrain.embedding.shard import RowGroup
 from embedtrain.embedding.transfer import fetch_rows
-from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.pool_rows import Bags, grad_of_weights, pool_rows, pool_rows_backward
 from embedtrain.ops.row_gradient import Delivery, Run
 from embedtrain.ops.sort_unique import SortedKeys, sort_unique
@@ -133,7 +132,7 @@ def exchange_ids(
         if error is not None:
             raise error
         return [RowRequest(lookup, group.num_local_rows) for group, lookup in zip(groups, lookups, strict=True)]
-    device = groups[0].weight.device
+    device = groups[0].device
     distinct: list[SortedKeys] = []
     counts = torch.zeros(world_size, len(groups) + 1, 4, dtype=torch.int64, device=device)
     if error is None:
@@ -149,7 +148,7 @@ def exchange_ids(
     if any(any(row) for row in owe[-1]):
         raise_together(error, process_group)
     return [
-        _exchange(group, lookup, keys, ask[place], owe[place])
+        _exchange(group, lookup, keys, (ask[place], owe[place]), process_group)
         for place, (group, lookup, keys) in enumerate(zip(groups, lookups, distinct, strict=True))
     ]
 
@@ -167,19 +166,24 @@ def _count(counts: Tensor, group: RowGroup, lookup: Lookup, distinct: SortedKeys
 
 
 def _exchange(
-    group: RowGroup, lookup: Lookup, distinct: SortedKeys, ask: list[list[int]], owe: list[list[int]]
+    group: RowGroup,
+    lookup: Lookup,
+    distinct: SortedKeys,
+    counts: tuple[list[list[int]], list[list[int]]],
+    process_group: dist.ProcessGroup | None,
 ) -> RowRequest:
-    """Sends one group's ids to their owners; ask, owe: counts to and from each rank.
+    """Sends one group's ids to their owners; counts: of what is asked of each rank, and owed to it.
 
     An exchange takes place where any rank needs it.
     """
+    ask, owe = counts
     ways = functools.reduce(operator.or_, owe[_WAYS])
     # Half the bytes, where local rows fit.
     wire_type = torch.int32 if group.num_local_rows < 1 << 31 else torch.int64
     rows = lookup.keys.new_zeros(0)
     if ways & _FETCHES_ROWS:
         wanted = (distinct.unique % group.num_local_rows).to(wire_type)
-        rows = all_to_all_rows(wanted, ask[_ROWS], owe[_ROWS], group.process_group, group.shared).long()
+        rows = all_to_all_rows(wanted, ask[_ROWS], owe[_ROWS], process_group, group.shared).long()
     sums = None
     if ways & _POOLS_AT_OWNERS:
         sums = SumRequest(
@@ -237,9 +241,9 @@ def look_up_bags(
 def _fetch(group: RowGroup, request: RowRequest, dtype: torch.dtype | None = None) -> Tensor:
     """Returns the distinct rows; `dtype` is None for what traveled."""
     if request.is_local:
-        return gather_rows(group.weight, request.rows, dtype)
+        return group.read(request.rows, dtype)
     if not request.has_rows:
-        return group.weight.new_zeros(0, group.weight.shape[1], dtype=dtype)
+        return torch.zeros(0, group.weight.shape[1], dtype=dtype or group.weight.dtype, device=group.device)
     return fetch_rows(group, request.rows, request.owe_counts, request.ask_counts, dtype)
 
 
@@ -277,8 +281,9 @@ class _LookUpBags(torch.autograd.Function):
         ctx.group, ctx.request, ctx.bags = group, request, bags
         here = _pooled_here(request, bags)
         # One rank pools straight from the table.
-        source = group.weight if request.is_local else _fetch(group, request)
-        index = request.keys if request.is_local else request.inverse
+        source, index = (
+            group.rows_to_pool(request.keys) if request.is_local else (_fetch(group, request), request.inverse)
+        )
         ctx.vectors = (source, index) if any(ctx.needs_input_grad[4:]) else None
         pooled_here = iter(pool_rows(source, index, [bags[number] for number in here]) if here else ())
         pooled_there = iter(request.sums.fetch() if request.sums is not None else ())
@@ -298,7 +303,7 @@ class _LookUpBags(torch.autograd.Function):
             summed = (
                 pool_rows_backward([grads[number] for number in here], own, request.distinct, dim)
                 if own
-                else torch.zeros(0, dim, device=group.weight.device)
+                else torch.zeros(0, dim, device=group.device)
             )
             _send_home(group, request, summed)
         if request.sums is not None:

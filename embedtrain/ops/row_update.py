@@ -135,6 +135,10 @@ def moment_update(
         from embedtrain.ops.native import moment_update as native
 
         native.moment_update(weight, first, second, rows, row_grad, step, moments)
+    elif dispatch.uses_triton(weight):
+        from embedtrain.ops.triton import moment_update as triton
+
+        triton.moment_update(weight, first, second, rows, row_grad, step, moments)
     else:
         from embedtrain.ops.reference import row_update as reference
 

@@ -12,7 +12,7 @@ from embedtrain.optim.sparse import (
     EffectiveRates,
     HasRowGroups,
     RowState,
-    RowStore,
+    RowsToUpdate,
     SparseOptimizer,
 )
 
@@ -49,7 +49,7 @@ class MomentOptimizer(SparseOptimizer):
         """Returns the formula's coefficients at a step; `settings` is the parameter group."""
 
     def update(
-        self, store: RowStore, gradient: RowGradient, settings: dict[str, Any], grad_factor: float = 1.0
+        self, store: RowsToUpdate, gradient: RowGradient, settings: dict[str, Any], grad_factor: float = 1.0
     ) -> None:
         """Applies the formula to the rows of a gradient times a factor; `settings` is the parameter group."""
         first, second = (None if state is None else store.state[state.name] for state in (self.first, self.second))

@@ -10,7 +10,7 @@ from embedtrain.ops.row_update import Moments, RowStep
 from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep, rowwise_adagrad
 from embedtrain.optim.adagrad import ACCUMULATOR, decayed_rate
 from embedtrain.optim.moments import MomentOptimizer
-from embedtrain.optim.sparse import CommonOptions, HasRowGroups, RowState, RowStore, check_share
+from embedtrain.optim.sparse import CommonOptions, HasRowGroups, RowState, RowsToUpdate, check_share
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -72,7 +72,7 @@ class RowwiseAdagrad(MomentOptimizer):
         return decayed_rate(settings)
 
     def update(
-        self, store: RowStore, gradient: RowGradient, settings: dict[str, Any], grad_factor: float = 1.0
+        self, store: RowsToUpdate, gradient: RowGradient, settings: dict[str, Any], grad_factor: float = 1.0
     ) -> None:
         """Applies the formula; without the options that few runs use, by the quickest kernel."""
         step = self.row_step(store, gradient, settings, grad_factor)

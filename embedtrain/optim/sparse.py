@@ -75,11 +75,19 @@ _ROW_OPTIONS: dict[str, Any] = {
 _OPTIONS = (*_ROW_OPTIONS, "max_grad_norm", "nonfinite")
 
 
-class RowStore(Protocol):
-    """Rows with their state and the gradients that wait for them: an optimizer's view of a group of tables."""
+class RowsToUpdate(Protocol):
+    """Rows and their state, or copies of those of them that a step touched."""
 
     weight: Tensor
     state: dict[str, Tensor]
+
+    def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
+        """Returns keys of the gradient's rows for stochastic rounding, or None for float32 rows."""
+
+
+class RowStore(RowsToUpdate, Protocol):
+    """Rows with their state and the gradients that wait for them: an optimizer's view of a group of tables."""
+
     shared: SharedMemoryExchange | None
 
     @property
@@ -99,17 +107,17 @@ class RowStore(Protocol):
     def waiting_gradient(self) -> RowGradient:
         """Returns the gradient of the touched rows."""
 
-    def before_update(self, gradient: RowGradient) -> None:
-        """Takes note that the gradient's rows are about to change."""
+    def open_rows(self, gradient: RowGradient) -> tuple[RowsToUpdate, RowGradient]:
+        """Returns what holds the gradient's rows for an update, and the gradient by their places in it."""
+
+    def close_rows(self) -> None:
+        """Ends the update."""
 
     def clear_gradient(self) -> None:
         """Forgets the gradients."""
 
     def describe(self, row: int) -> str:
         """Names the table and the id of a row."""
-
-    def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
-        """Returns keys of the gradient's rows for stochastic rounding, or None for float32 rows."""
 
 
 class HasRowGroups(Protocol):
@@ -206,7 +214,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         return float(settings["lr"])
 
     def update(
-        self, store: RowStore, gradient: RowGradient, settings: dict[str, Any], grad_factor: float = 1.0
+        self, store: RowsToUpdate, gradient: RowGradient, settings: dict[str, Any], grad_factor: float = 1.0
     ) -> None:
         """Applies the formula to the rows of a gradient times a factor; `settings` is the parameter group."""
         names = [state.name for state in self.states]
@@ -218,7 +226,9 @@ class SparseOptimizer(torch.optim.Optimizer):
         states = [store.state[name] for name in names]
         row_update(store.weight, states, gradient.rows, gradient.values, step, direction)
 
-    def row_step(self, store: RowStore, gradient: RowGradient, settings: dict[str, Any], grad_factor: float) -> RowStep:
+    def row_step(
+        self, store: RowsToUpdate, gradient: RowGradient, settings: dict[str, Any], grad_factor: float
+    ) -> RowStep:
         """Returns what the options make of a step."""
         return RowStep(
             lr=self.rate(settings),
@@ -262,8 +272,9 @@ class SparseOptimizer(torch.optim.Optimizer):
             return
         for store, gradient, settings in zip(self.stores, gradients, self.param_groups, strict=True):
             settings["step"] += 1
-            store.before_update(gradient)
-            self.update(store, gradient, settings, scale)
+            opened, placed = store.open_rows(gradient)
+            self.update(opened, placed, settings, scale)
+            store.close_rows()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients that wait."""

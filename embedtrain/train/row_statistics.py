@@ -70,6 +70,7 @@ class RowStatistics:
         """
         found = {}
         for number, group in enumerate(self._tables.row_groups):
+            group.write_back()
             for shard in group.shards:
                 rows = range(shard.first_row, shard.first_row + len(shard.weight))
                 if (statistics := self._measure(number, shard.spec.name, rows)) is not None:

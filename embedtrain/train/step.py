@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from embedtrain.models.objective import Objective
@@ -19,6 +20,7 @@ def train_step(
     lr: float,
     dense: DenseOptimizer | None = None,
     dense_factor: float = 1.0,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Objective:
     """Trains on this rank's batch and returns its objective.
 
@@ -31,6 +33,7 @@ def train_step(
         lr: learning rate of the tables.
         dense: the optimizer of the other parameters, which are updated where the tables are; None without any.
         dense_factor: factor of its learning rate.
+        meanwhile: called once forward and backward are under way, which on a GPU is long before they are over.
 
     Raises:
         NonFiniteError: the loss or a gradient is not finite on any rank; see `SparseOptimizer`.
@@ -41,6 +44,8 @@ def train_step(
         objective = model(batch)
     with stage("backward"):
         objective.loss.backward()
+    if meanwhile is not None:
+        meanwhile()
     total = float(objective.total)
     if not math.isfinite(total):
         optimizer.veto(f"the loss is {total}")

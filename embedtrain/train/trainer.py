@@ -14,7 +14,7 @@ from embedtrain.distributed.runtime import rank_of
 from embedtrain.errors import NonFiniteError
 from embedtrain.metrics.sinks import MetricSink
 from embedtrain.models.objective import Objective
-from embedtrain.stages import stage
+from embedtrain.train.ahead import BatchesAhead
 from embedtrain.train.checkpoints import Checkpoints
 from embedtrain.train.interrupt import Interrupt
 from embedtrain.train.state import TrainState
@@ -54,6 +54,7 @@ class Trainer:
         self.state = state
         self.total_steps = epochs * task.batches.steps_per_epoch
         self._task = task
+        self._ahead = BatchesAhead(task)
         self._lr = lr
         self._schedule = schedule
         self._checkpoints = checkpoints
@@ -123,12 +124,18 @@ class Trainer:
         task = self._task
         if self.state.step == self._reset_state_from_step:
             task.optimizer.reset_state()
-        with stage("sample"):
-            batch = task.batches.batch(self.state.epoch, self.state.step_in_epoch)
+        prepared = self._ahead.take(self.state.epoch, self.state.step_in_epoch)
         factor = self._schedule(self.state.step / self.total_steps)
-        objective = train_step(task.model, task.optimizer, batch, self._lr * factor, task.dense, factor)
-        self._window.add(objective, batch.num_examples)
+        objective = train_step(
+            task.model, task.optimizer, prepared.batch, self._lr * factor, task.dense, factor, self._prepare_next
+        )
+        self._window.add(objective, prepared.num_examples)
         self.state.advance(task.batches.steps_per_epoch)
+
+    def _prepare_next(self) -> None:
+        if self.state.step + 1 < self.total_steps:
+            steps = self._task.batches.steps_per_epoch
+            self._ahead.prepare_next(*divmod(self.state.epoch * steps + self.state.step_in_epoch + 1, steps))
 
     def _is_measured(self, step: int) -> bool:
         evaluation = self._task.evaluation
