@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -23,6 +24,7 @@ from torch import Tensor
 
 import embedtrain as et
 from embedtrain.data.skipgram import SamplingOptions, TextBatch, sampling_tables
+from embedtrain.models.objective import Objective
 from embedtrain.models.word2vec import Word2Vec
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.pool_rows import Bags, pool_rows
@@ -36,10 +38,13 @@ from embedtrain.ops.sample_text import sample_text
 from embedtrain.ops.segment_sum import segment_sum
 from embedtrain.ops.skipgram_block import TextBlock, skipgram_block
 from embedtrain.ops.sort_unique import sort_unique
+from embedtrain.train.ahead import BatchesAhead
+from embedtrain.train.step import train_step
+from embedtrain.train.task import Task
 
 NUM_SETS = 4
 BAG_SIZE = 10
-LR, EPS = 0.05, 1e-8
+LR, EPS, ACCUMULATOR = 0.05, 1e-8, 100.0
 WORDS_PER_STEP, VOCABULARY, WORD_DIM = 1 << 16, 100_000, 100
 
 
@@ -207,60 +212,126 @@ def bag_cases(num_rows: int, dim: int, ids: list[Tensor], kind: str) -> Iterator
     """Yields whole steps, look-up to update: ours, and EmbeddingBag's with PyTorch's optimizers."""
     num_bags = ids[0].numel() // BAG_SIZE
     ids = [some[: num_bags * BAG_SIZE] for some in ids]
-    lengths = torch.full((num_bags,), BAG_SIZE, device=ids[0].device)
     grad = torch.randn(num_bags, dim, device=ids[0].device) / num_bags
-    yield our_step(num_rows, ids, lengths, grad, kind)
-    for optimizer, settings in ((torch.optim.SparseAdam, {"lr": LR}), (torch.optim.Adagrad, {"lr": LR, "eps": EPS})):
-        bag = torch.nn.EmbeddingBag(num_rows, dim, mode="sum", sparse=True, device=grad.device)
-        yield step_of_embedding_bag(bag, optimizer(bag.parameters(), **settings), ids, grad, kind)
-        del bag
+    yield our_step(num_rows, ids, grad, kind)
+    yield step_of_embedding_bag(torch.optim.SparseAdam, num_rows, ids, grad, kind)
+    yield step_of_embedding_bag(torch.optim.Adagrad, num_rows, ids, grad, kind)
 
 
-def our_step(num_rows: int, ids: list[Tensor], lengths: Tensor, grad: Tensor, kind: str) -> Case:
+def our_step(num_rows: int, ids: list[Tensor], grad: Tensor, kind: str) -> Case:
     """Returns our step."""
     spec = et.TableSpec("item", num_rows, grad.shape[1])
     tables = et.EmbeddingCollection([spec], [et.FeatureSpec("item", pooling="sum")], device=grad.device)
     optimizer = et.optim.RowwiseAdagrad(tables, lr=LR, eps=EPS)
+    lengths = torch.full((grad.shape[0],), BAG_SIZE, device=grad.device)
 
-    def step(number: int) -> None:
-        tables({"item": et.Jagged(ids[number], lengths)})["item"].backward(grad)
+    def step(number: int) -> Tensor:
+        vectors = tables({"item": et.Jagged(ids[number], lengths)})["item"]
+        vectors.backward(grad)
         optimizer.step()
         optimizer.zero_grad()
+        return vectors.detach()
 
     def check() -> None:
-        found = tables({"item": et.Jagged(ids[0], lengths)})["item"].detach()
         group = tables.row_groups[0]
         rows = group.keys_of([0], [ids[0]])[0]
-        offsets = lengths.cumsum(0) - lengths
-        same(found, torch.nn.functional.embedding_bag(rows, group.weight, offsets, mode="sum"), 1e-5)
+        check_first_step(step, group.weight, rows, grad, Moments(eps=EPS), is_rowwise=True)
 
     return Case(f"EmbeddingCollection and RowwiseAdagrad, a step, {kind}", step, check, num_items=ids[0].numel())
 
 
 def step_of_embedding_bag(
-    bag: torch.nn.EmbeddingBag, optimizer: torch.optim.Optimizer, ids: list[Tensor], grad: Tensor, kind: str
+    kind_of_optimizer: type[torch.optim.Optimizer], num_rows: int, ids: list[Tensor], grad: Tensor, kind: str
 ) -> Case:
-    """Returns PyTorch's step."""
+    """Returns PyTorch's step, with SparseAdam or Adagrad."""
+    bag = torch.nn.EmbeddingBag(num_rows, grad.shape[1], mode="sum", sparse=True, device=grad.device)
+    optimizer = kind_of_optimizer(bag.parameters(), lr=LR, eps=EPS)
     offsets = torch.arange(grad.shape[0], device=grad.device) * BAG_SIZE
 
-    def step(number: int) -> None:
-        bag(ids[number], offsets).backward(grad)
+    def step(number: int) -> Tensor:
+        vectors = bag(ids[number], offsets)
+        vectors.backward(grad)
         optimizer.step()
         optimizer.zero_grad()
+        return vectors.detach()
 
-    name = f"EmbeddingBag(sparse=True) and {type(optimizer).__name__}, a step, {kind}"
-    return Case(name, step, lambda: None, num_items=ids[0].numel())
+    def check() -> None:
+        is_adam = kind_of_optimizer is torch.optim.SparseAdam
+        correction = math.sqrt(1 - 0.999)  # of Adam's second moment in the first step; its eps stands inside
+        adam = Moments(
+            first_decay=0.9,
+            first_correction=1 - 0.9,
+            second_decay=0.999,
+            second_gain=1 - 0.999,
+            second_correction=correction,
+            eps=EPS / correction,
+        )
+        moments = adam if is_adam else Moments(eps=EPS)
+        check_first_step(step, bag.weight.detach(), ids[0], grad, moments, has_first=is_adam)
+
+    name = f"EmbeddingBag(sparse=True) and {kind_of_optimizer.__name__}, a step, {kind}"
+    return Case(name, step, check, num_items=ids[0].numel())
+
+
+def check_first_step(
+    step: Callable[[int], Tensor],
+    weight: Tensor,
+    rows_of_ids: Tensor,
+    grad: Tensor,
+    moments: Moments,
+    *,
+    has_first: bool = False,
+    is_rowwise: bool = False,
+) -> None:
+    """Runs the first step, from moments of zero, and compares it with the reference's pooling and update.
+
+    Args:
+        step: takes the step of input set 0 and returns the pooled vectors.
+        weight: [num_rows, dim]; what the step updates.
+        rows_of_ids: [num_values]; the rows looked up, `BAG_SIZE` a bag.
+        grad: [num_bags, dim]; of the pooled vectors.
+        moments: the formula.
+        has_first: whether it keeps first moments.
+        is_rowwise: whether its second moments are of rows, not of elements.
+    """
+    rows, places = rows_of_ids.unique(return_inverse=True)
+    expected = weight[rows]
+    bags = [Bags(places.numel(), torch.full((grad.shape[0],), BAG_SIZE, device=grad.device))]
+    (pooled,) = reference_pool.pool_rows(expected, places, bags)
+    row_grad = torch.zeros_like(expected).index_add_(0, places, grad.repeat_interleave(BAG_SIZE, dim=0))
+    first = torch.zeros_like(expected) if has_first else None
+    second = torch.zeros(rows.numel(), device=grad.device) if is_rowwise else torch.zeros_like(expected)
+    numbers = torch.arange(rows.numel(), device=grad.device)
+    reference_update.moment_update(expected, first, second, numbers, row_grad, RowStep(lr=LR), moments)
+    same(step(0), pooled, 1e-5)
+    same(weight[rows], expected, 1e-4)
+
+
+class Text:
+    """Text of a Zipf vocabulary, in memory, sampled as `train` does: the batches of `embedtrain.train.task`."""
+
+    steps_per_epoch = 1 << 30
+    examples_per_epoch = steps_per_epoch * WORDS_PER_STEP
+
+    def __init__(self) -> None:
+        self._tables = sampling_tables(np.full(VOCABULARY, 10), SamplingOptions(sample=0))
+        self._tokens = []
+        for _ in range(NUM_SETS):
+            tokens = draw_ids(VOCABULARY, WORDS_PER_STEP, True, torch.device("cpu")).int()
+            tokens[::20] = ~tokens[::20]  # where a sentence begins
+            self._tokens.append(tokens)
+
+    def batch(self, epoch: int, step: int) -> TextBatch:
+        """Returns a step's words."""
+        tokens, positions = self._tokens[step % NUM_SETS], torch.arange(WORDS_PER_STEP)
+        sample = sample_text(tokens, positions, self._tables, window=5, num_negatives=5, key=step)
+        return TextBatch(sample, WORDS_PER_STEP)
 
 
 def word_cases(device: torch.device) -> Iterator[Case]:
-    """Yields the skip-gram kernel and whole steps of word vectors, from batches that are in memory."""
-    samples = []
-    tables = sampling_tables(np.full(VOCABULARY, 10), SamplingOptions(sample=0))
-    for number in range(NUM_SETS):
-        tokens = draw_ids(VOCABULARY, WORDS_PER_STEP, True, torch.device("cpu")).int()
-        tokens[::20] = ~tokens[::20]
-        positions = torch.arange(WORDS_PER_STEP)
-        samples.append(sample_text(tokens, positions, tables, window=5, num_negatives=5, key=number))
+    """Yields the skip-gram kernel, and whole steps of word vectors."""
+    text = Text()
+    samples = [text.batch(0, number).sample for number in range(NUM_SETS)]
     vectors = torch.randn(2 * VOCABULARY, WORD_DIM, device=device) / WORD_DIM
     blocks = [
         TextBlock(
@@ -282,15 +353,39 @@ def word_cases(device: torch.device) -> Iterator[Case]:
         f"skipgram_block, dim {WORD_DIM}", lambda number: skipgram_block(vectors, blocks[number]), check,
         num_items=WORDS_PER_STEP,
     )  # fmt: skip
+    yield step_of_word_vectors(text, device)
+
+
+def step_of_word_vectors(text: Text, device: torch.device) -> Case:
+    """Returns a step of `train`: sampling on the CPU, and the next step prepared while this one runs."""
     model = Word2Vec(VOCABULARY, WORD_DIM, device=device)
-    optimizer = et.optim.RowwiseAdagrad(model.tables, lr=LR, initial_accumulator_value=100.0)
+    optimizer = et.optim.RowwiseAdagrad(model.tables, lr=LR, eps=EPS, initial_accumulator_value=ACCUMULATOR)
+    task = Task(model, model.tables, optimizer, text)
+    ahead = BatchesAhead(task)
+    numbers = itertools.count()
 
-    def step(number: int) -> None:
-        model(TextBatch(samples[number], WORDS_PER_STEP)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def step(_: int) -> Objective:
+        number = next(numbers)
+        batch = ahead.take(0, number).batch
+        return train_step(model, optimizer, batch, LR, meanwhile=lambda: ahead.prepare_next(0, number + 1))
 
-    yield Case(f"word vectors, dim {WORD_DIM}, a step", step, lambda: None, num_items=WORDS_PER_STEP)
+    def check() -> None:
+        sample = text.batch(0, 0).sample
+        group = model.tables.row_groups[0]
+        ids = [sample.words.to(device), sample.targets.flatten().to(device)]
+        rows, places = group.keys_of([0, 1], ids)[0].unique(return_inverse=True)
+        inputs, targets = places.split([some.numel() for some in ids])
+        block = TextBlock(
+            inputs, targets.view_as(sample.targets), sample.starts.to(device), sample.stops.to(device), reach=5
+        )
+        expected, accumulator = group.weight[rows], torch.full_like(rows, ACCUMULATOR, dtype=torch.float32)
+        loss, grad = reference_skipgram.skipgram_block(expected, block, "skipgram", 1.0)
+        places = torch.arange(rows.numel(), device=device)
+        reference_update.moment_update(expected, None, accumulator, places, grad, RowStep(lr=LR), Moments(eps=EPS))
+        same(step(0).total.to(device), loss, 1e-4)
+        same(group.weight[rows], expected, 1e-3)
+
+    return Case(f"word vectors, dim {WORD_DIM}, a step of training", step, check, num_items=WORDS_PER_STEP)
 
 
 def same(found: Tensor, expected: Tensor, tolerance: float) -> None:
