@@ -128,6 +128,8 @@ class RowGroup:
             self.shards.append(TableShard(spec, layout, (start, stop), first_row, weight, {}, self.changes))
             self._spread.append(SpreadTable(spec.num_rows, layout.multiplier, layout.rows_per_rank, first_row))
             first_row += layout.rows_per_rank
+        starts = [[shard.first_row for shard in self.shards], [shard.slots[0] for shard in self.shards]]
+        self._starts = torch.tensor(starts, device=device)  # where tables begin among the local rows and the slots
         pieces = [(shard.layout, shard.slots, shard.first_row) for shard in self.shards]
         choose = functools.partial(hot_rows, pieces, placement.cache_bytes, size_of(process_group))
         self._host = HostRows(self.changes, device, choose, self._rounding_keys) if placement.is_host else None
@@ -272,8 +274,7 @@ class RowGroup:
         return self._rounding_keys(gradient.rows, step) if self.weight.dtype == torch.bfloat16 else None
 
     def _rounding_keys(self, rows: Tensor, step: int) -> Tensor:
-        firsts = torch.tensor([shard.first_row for shard in self.shards], device=rows.device)
-        starts = torch.tensor([shard.slots[0] for shard in self.shards], device=rows.device)
+        firsts, starts = self._starts
         table = torch.searchsorted(firsts, rows, right=True) - 1
         slots = rows - firsts[table] + starts[table]
         return mix64(mix64(torch.full_like(table, step)) + table) + slots

@@ -109,6 +109,11 @@ class RowGradient:
         return cls([delivery], num_rows=num_rows, dim=values.shape[1])
 
     @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self._deliveries[0].rows.device
+
+    @property
     def rows(self) -> Tensor:
         """[n] int64; the rows, distinct, and ascending unless `of_rows` was given them otherwise."""
         return self._deliveries[0].rows if self.is_summed else self._keys.unique

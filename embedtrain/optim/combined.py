@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.optim.sparse import EffectiveRates, NonFinitePolicy, RowStore, RowsToUpdate, SparseOptimizer
 
@@ -55,7 +57,7 @@ class Combined(SparseOptimizer):
         return "+".join(optimizer.name for optimizer in self._optimizers)
 
     def update(
-        self, store: RowsToUpdate, gradient: RowGradient, settings: dict[str, Any], grad_factor: float = 1.0
+        self, store: RowsToUpdate, gradient: RowGradient, settings: dict[str, Any], grad_factor: float | Tensor = 1.0
     ) -> None:
         """Applies the formula of the optimizer whose group it is."""
         self._owners[settings["tables"][0]].update(store, gradient, settings, grad_factor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -46,9 +45,7 @@ def train_step(
         objective.loss.backward()
     if meanwhile is not None:
         meanwhile()
-    total = float(objective.total)
-    if not math.isfinite(total):
-        optimizer.veto(f"the loss is {total}")
+    optimizer.watch(objective.total)
     if dense is not None and (fault := dense.average_gradients()) is not None:
         optimizer.veto(fault)
     with stage("update"):

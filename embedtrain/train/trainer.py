@@ -55,6 +55,8 @@ class Trainer:
         self.total_steps = epochs * task.batches.steps_per_epoch
         self._task = task
         self._ahead = BatchesAhead(task)
+        # Dense parameters are updated by the host's leave, hence need to know at once.
+        task.optimizer.looks_later = task.tables.device.type == "cuda" and task.dense is None
         self._lr = lr
         self._schedule = schedule
         self._checkpoints = checkpoints
@@ -84,7 +86,7 @@ class Trainer:
         """
         with Interrupt() as interrupt:
             while self.state.step < self.total_steps:
-                self._train_once()
+                self._or_settle(self._step_once)
                 for observe in (alive, on_step):
                     if observe is not None:
                         observe()
@@ -93,6 +95,7 @@ class Trainer:
                 is_due = self._checkpoints.policy.is_due(step)
                 is_measured = self._is_measured(step)
                 if is_logged or is_due or is_measured or step % _STEPS_BETWEEN_AGREEMENTS == 0:
+                    self._or_settle(self._task.optimizer.settle)
                     is_stopped, is_overdue, has_failed = self._agree(interrupt.is_asked)
                     if has_failed:
                         self._checkpoints.settle()
@@ -112,9 +115,9 @@ class Trainer:
             before_save()
         self._checkpoints.save(is_last=is_last)
 
-    def _train_once(self) -> None:
+    def _or_settle(self, function: Callable[[], None]) -> None:
         try:
-            self._step_once()
+            function()
         except NonFiniteError:
             # Raised on every rank alike: the checkpoint under way is what the run goes back to.
             self._checkpoints.settle()
@@ -196,26 +199,32 @@ _LOSS, _PREDICTIONS, _EXAMPLES = range(3)
 class _Window:
     """Sums over steps: this rank's since the last agreement, all ranks' since the last log.
 
-    Attributes:
-        local: [3 + n] float64 on the CPU: losses, predictions, examples, and the n of `Objective.sums`.
+    What a model returns is added up where it is, so that the host need not wait for it at every step.
     """
 
     def __init__(self) -> None:
-        self.local = torch.zeros(3, dtype=torch.float64)
+        self._objectives = torch.zeros(1, dtype=torch.float64)
+        self._counts = torch.zeros(2, dtype=torch.float64)
         self._agreed = torch.zeros(3, dtype=torch.float64)
         self._agreed_at = self._reported_at = time.perf_counter()
 
+    @property
+    def local(self) -> Tensor:
+        """[3 + n] float64 on the CPU: losses, predictions, examples, and the n of `Objective.sums`."""
+        objectives = self._objectives.cpu()
+        return torch.cat([objectives[:1], self._counts, objectives[1:]])
+
     def add(self, objective: Objective, num_examples: int) -> None:
         """Counts a step of this rank."""
-        counted = torch.tensor([float(objective.total), objective.num_predictions, num_examples], dtype=torch.float64)
-        if objective.sums is not None:
-            counted = torch.cat([counted, objective.sums.to("cpu", torch.float64)])
-        self.local = _sum(self.local, counted)
+        total = objective.total.double().view(1)
+        added = total if objective.sums is None else torch.cat([total, objective.sums.to(total)])
+        self._objectives = _sum(self._objectives.to(added.device), added)
+        self._counts += torch.tensor([objective.num_predictions, num_examples])
 
     def close(self, sums: Tensor) -> float:
         """Takes the sums over the ranks; returns the seconds since it last did."""
         self._agreed = _sum(self._agreed, sums)
-        self.local = torch.zeros_like(self.local)
+        self._objectives, self._counts = torch.zeros_like(self._objectives), torch.zeros_like(self._counts)
         now = time.perf_counter()
         seconds, self._agreed_at = now - self._agreed_at, now
         return seconds

@@ -35,6 +35,7 @@ def moment_update(
     rows, row_grad = rows.contiguous(), row_grad.contiguous()
     if rows.numel() == 0:
         return
+    is_factor_on_device = isinstance(step.grad_factor, Tensor)
     num_rows, dim = weight.shape
     tile_rows, tile_columns = tile(dim)
     with on_device_of(weight):
@@ -49,7 +50,7 @@ def moment_update(
             num_rows,
             dim,
             float(step.lr / moments.first_correction),
-            float(step.grad_factor),
+            step.grad_factor if is_factor_on_device else float(step.grad_factor),
             float(step.max_row_grad_norm),
             float(step.coupled_decay),
             float(step.row_factor),
@@ -59,6 +60,7 @@ def moment_update(
             float(moments.second_gain),
             float(moments.second_correction),
             float(moments.eps),
+            LOADS_FACTOR=is_factor_on_device,
             HAS_FIRST=first is not None,
             SECOND=kind,
             CLIPS=step.max_row_grad_norm < math.inf,
@@ -98,6 +100,7 @@ def _update_tile(
     second_gain,
     second_correction,
     eps,
+    LOADS_FACTOR: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     SECOND: tl.constexpr,
     CLIPS: tl.constexpr,
@@ -110,10 +113,14 @@ def _update_tile(
     column = tl.arange(0, TILE_COLUMNS)
     row = tl.load(rows + place, mask=place < n, other=-1)
     is_row = (row >= 0) & (row < num_rows)
+    factor = grad_factor
+    if LOADS_FACTOR:
+        factor = tl.load(grad_factor)
+        is_row = is_row & (factor == factor)  # NaN leaves all rows as they are
     inside = is_row[:, None] & (column < dim)[None, :]
     at = row[:, None] * dim + column[None, :]
     old = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(row_grad + place[:, None] * dim + column[None, :], mask=inside, other=0.0) * grad_factor
+    grad = tl.load(row_grad + place[:, None] * dim + column[None, :], mask=inside, other=0.0) * factor
     if CLIPS:
         grad *= _factor_to(max_row_grad_norm, grad)
     grad += coupled_decay * old
