@@ -23,6 +23,7 @@ from embedtrain.embedding.pooling import bags_of
 from embedtrain.embedding.shard import RowGroup, RowGroups, TableShard
 from embedtrain.embedding.state_dict import as_entry, key_of, mesh_of, take_entry
 from embedtrain.jagged import Jagged
+from embedtrain.ops.transfer import to_device
 from embedtrain.spec import FeatureSpec, TableSpec
 
 
@@ -193,7 +194,8 @@ class EmbeddingCollection(nn.Module):
         Collective: as `forward`, whose exceptions it raises too.
 
         Args:
-            batch: as for `distinct_rows`.
+            batch: as for `distinct_rows`. The ids may be in host memory, where it takes no waiting for the device to
+                know that they are rows.
             is_ahead: whether another step is under way. On GPUs the ids then travel apart from its rows.
         """
         numbers = {self._place_of(name)[0] for name in batch if name in self.features}
@@ -203,6 +205,8 @@ class EmbeddingCollection(nn.Module):
         process_group = self._group_of_ids() if is_ahead else self.process_group
         members, requests = self._exchange_ids(batch, process_group, may_pool=False)
         ((number, names),) = members.items()
+        if is_ahead:
+            requests[number].sort_ahead()
         sizes = [batch[name].values.numel() for name in names]
         inverse = dict(zip(names, requests[number].inverse.split(sizes), strict=True))
         return RowsAsked(number, requests[number], inverse)
@@ -295,7 +299,7 @@ class EmbeddingCollection(nn.Module):
                 members.setdefault(self._place_of(name)[0], []).append(name)
             for number, names in members.items():
                 names.sort(key=lambda name: self._place_of(name)[1])  # in order of local row, which helps to sort
-                keys = self._keys_of(number, names, batch)
+                keys = to_device(self._keys_of(number, names, batch), self.device)
                 lookups[number] = self._lookup(number, names, batch, keys) if may_pool else Lookup(keys)
         except ValueError as raised:
             error = raised

@@ -11,6 +11,7 @@ from torch import Tensor
 from embedtrain.checkpoint.changes import RowChanges
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.row_gradient import RowGradient
+from embedtrain.ops.transfer import to_device
 
 WEIGHT = "weight"
 
@@ -128,7 +129,7 @@ class HostRows:
         for name, host in self._changes.tensors.items():
             values = torch.empty((rows.numel(), *host.shape[1:]), dtype=host.dtype, device=self._device)
             values[is_hot] = cache[name][place[is_hot]]
-            values[cold] = _to_device(_rows_of(host, cold_rows), self._device)
+            values[cold] = to_device(_rows_of(host, cold_rows), self._device)
             fetched[name] = values
         return TouchedRows(rows, fetched.pop(WEIGHT), fetched, self._keys_of)
 
@@ -150,7 +151,7 @@ class HostRows:
         if self._cache is None:
             row_bytes = sum(host[:1].nbytes for host in tensors.values())
             hot = self._choose_hot_rows(row_bytes)
-            self._cache = {name: _to_device(_rows_of(host, hot), self._device) for name, host in tensors.items()}
+            self._cache = {name: to_device(_rows_of(host, hot), self._device) for name, host in tensors.items()}
             self._hot = hot.to(self._device)
             self._is_dirty = torch.zeros(hot.numel(), dtype=torch.bool, device=self._device)
         return self._cache
@@ -177,8 +178,3 @@ def _overwrite(older: TouchedRows, newer: TouchedRows) -> None:
 
 def _rows_of(host: Tensor, rows: Tensor) -> Tensor:
     return gather_rows(host, rows) if host.dim() == 2 else host[rows]
-
-
-def _to_device(values: Tensor, device: torch.device) -> Tensor:
-    # From pinned memory the copy goes on while the host prepares the next.
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values

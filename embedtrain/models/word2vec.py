@@ -15,6 +15,7 @@ from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollecti
 from embedtrain.jagged import Jagged
 from embedtrain.models.objective import Objective
 from embedtrain.ops.skipgram_block import Architecture, TextBlock, count_predictions, reach_of, skipgram_block
+from embedtrain.ops.transfer import to_device
 from embedtrain.spec import FeatureSpec, TableSpec
 from embedtrain.stages import stage
 
@@ -94,26 +95,18 @@ class Word2Vec(nn.Module):
 
     def _ask(self, batch: TextBatch, *, is_ahead: bool) -> PreparedText:
         """Asks for the block's distinct rows and points the block at their places."""
-        sample = batch.sample
-        words, targets, starts, stops = (
-            self._moved(tensor) for tensor in (sample.words, sample.targets, sample.starts, sample.stops)
-        )
-        ids = {INPUT: Jagged.from_ids(words), OUTPUT: Jagged.from_ids(targets.flatten())}
+        sample, device = batch.sample, self.tables.device
+        ids = {INPUT: Jagged.from_ids(sample.words), OUTPUT: Jagged.from_ids(sample.targets.flatten())}
         rows = self.tables.ask_for_rows(ids, is_ahead=is_ahead)
         block = TextBlock(
             inputs=rows.inverse[INPUT],
-            targets=rows.inverse[OUTPUT].view_as(targets),
-            starts=starts,
-            stops=stops,
+            targets=rows.inverse[OUTPUT].view_as(sample.targets),
+            starts=to_device(sample.starts, device),
+            stops=to_device(sample.stops, device),
             # Found here, where the sample is in host memory.
-            reach=reach_of(sample.starts, sample.stops) if words.is_cuda else None,
+            reach=reach_of(sample.starts, sample.stops) if device.type == "cuda" else None,
         )
         return PreparedText(rows, block, int(count_predictions(sample, self._architecture)))
-
-    def _moved(self, tensor: Tensor) -> Tensor:
-        # From pinned memory the host need not wait for the copy.
-        device = self.tables.device
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class _SkipGramLoss(torch.autograd.Function):
