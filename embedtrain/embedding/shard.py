@@ -277,4 +277,5 @@ class RowGroup:
         firsts, starts = self._starts
         table = torch.searchsorted(firsts, rows, right=True) - 1
         slots = rows - firsts[table] + starts[table]
-        return mix64(mix64(torch.full_like(table, step)) + table) + slots
+        keys: Tensor = mix64(mix64(torch.full_like(table, step)) + table) + slots
+        return keys

@@ -23,6 +23,8 @@ from embedtrain.ops.skipgram_block import TextBlock, reach_of, skipgram_block
 from embedtrain.ops.sort_unique import sort_unique
 from tests.ops.test_skipgram_block import SHAPES, make
 
+pytestmark = pytest.mark.gpu
+
 DIMS = [1, 3, 64, 100, 129, 300]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,11 @@ from embedtrain.data.skipgram import TextBatch
 from embedtrain.models.word2vec import Word2Vec
 from embedtrain.ops.sample_text import TextSample
 from embedtrain.testing.ranks import run_ranks
+from embedtrain.train.ahead import BatchesAhead
+from embedtrain.train.step import train_step
+from embedtrain.train.task import Task
+
+pytestmark = pytest.mark.gpu
 
 TABLES = [et.TableSpec("word", 200, 16), et.TableSpec("item", 50, 16)]
 FEATURES = [et.FeatureSpec("word", pooling="mean"), et.FeatureSpec("item"), et.FeatureSpec("other", "item", "sum")]
@@ -71,6 +77,71 @@ def test_a_step_of_word_vectors_equals_the_cpus(device: torch.device, architectu
             optimizer.zero_grad()
         models.append(model)
     assert_same_rows(models[0].tables, models[1].tables)
+
+
+class Text:
+    """Batches in host memory, as `train` draws them."""
+
+    steps_per_epoch = 4
+    examples_per_epoch = 240
+
+    def batch(self, epoch: int, step: int) -> TextBatch:
+        positions = torch.arange(60)
+        words = (positions * (step + 3)) % 23
+        targets = torch.stack([words, (positions * 7) % 23, (positions * 5) % 23], dim=1)
+        return TextBatch(TextSample(words, targets, (positions - 3).clamp(min=0), (positions + 3).clamp(max=60)), 60)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_steps_prepared_ahead_equal_the_cpus(device: torch.device, placement: str, dtype: torch.dtype) -> None:
+    trained = []
+    for place in (device, torch.device("cpu")):
+        model = Word2Vec(23, 16, device=place, seed=2, placement=placement, dtype=dtype)
+        optimizer = et.optim.RowwiseAdagrad(model.tables, lr=0.1, initial_accumulator_value=1.0)
+        optimizer.looks_later = place.type == "cuda"
+        ahead = BatchesAhead(Task(model, model.tables, optimizer, Text()))
+        for step in range(4):
+            batch = ahead.take(0, step).batch
+            train_step(
+                model, optimizer, batch, 0.1, meanwhile=lambda step=step, ahead=ahead: ahead.prepare_next(0, step + 1)
+            )
+        optimizer.settle()
+        trained.append(model.tables)
+    for ours, theirs in zip(*(tables.shard_views() for tables in trained), strict=True):
+        bound = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.002}
+        torch.testing.assert_close(ours.tensor.cpu(), theirs.tensor, **bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_host_waits_for_nothing_in_a_step(device: torch.device, dtype: torch.dtype) -> None:
+    model = Word2Vec(23, 16, device=device, seed=2, dtype=dtype)
+    optimizer = et.optim.RowwiseAdagrad(model.tables, lr=0.1, initial_accumulator_value=1.0)
+    optimizer.looks_later = True
+    text = Text()
+    for step in range(4):
+        if step == 2:  # all is compiled
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            train_step(model, optimizer, model.prepare(text.batch(0, step)), 0.1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    optimizer.settle()
+    assert optimizer.num_skipped == 0
+
+
+def test_a_step_that_is_not_finite_is_left_out(device: torch.device) -> None:
+    tables = et.EmbeddingCollection(TABLES, device=device, seed=3)
+    optimizer = et.optim.RowwiseAdagrad(tables, lr=0.1, nonfinite="skip")
+    optimizer.looks_later = True
+    before = tables.gather_table("item").clone()
+    for factor in (math.nan, 1.0):
+        (tables({"item": et.Jagged.from_ids(torch.arange(9, device=device))})["item"] * factor).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(tables.gather_table("item"), before) == (factor != factor)
+    optimizer.settle()
+    assert (optimizer.num_skipped, optimizer.param_groups[0]["step"]) == (1, 1)
 
 
 @pytest.mark.parametrize("saved_on_gpu", [True, False])
