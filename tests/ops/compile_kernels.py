@@ -71,7 +71,10 @@ def launch_all(dim: int, dtype: torch.dtype, num_rows: int) -> None:
     gradient = RowGradient.of_rows(rows, torch.zeros(5, dim), num_rows)
     rowwise_adagrad.rowwise_adagrad(source, torch.zeros(num_rows), gradient, step)
     for bound in (1.0, math.inf):
-        row_step = RowStep(lr=0.1, max_row_grad_norm=bound, max_norm=bound, rounding_keys=rounding_keys)
+        factor = 0.5 if bound == 1.0 else torch.tensor(0.5)
+        row_step = RowStep(
+            lr=0.1, grad_factor=factor, max_row_grad_norm=bound, max_norm=bound, rounding_keys=rounding_keys
+        )
         for first in (None, torch.zeros(num_rows, dim)):
             for second in (None, torch.zeros(num_rows), torch.zeros(num_rows, dim)):
                 moment_update.moment_update(source, first, second, rows, torch.zeros(5, dim), row_step, Moments())

@@ -113,14 +113,17 @@ def _update_tile(
     column = tl.arange(0, TILE_COLUMNS)
     row = tl.load(rows + place, mask=place < n, other=-1)
     is_row = (row >= 0) & (row < num_rows)
-    factor = grad_factor
     if LOADS_FACTOR:
-        factor = tl.load(grad_factor)
+        # One to each row of the tile: the interpreter compares vectors only.
+        factor = tl.load(grad_factor + tl.arange(0, TILE_ROWS) * 0)
         is_row = is_row & (factor == factor)  # NaN leaves all rows as they are
+    else:
+        factor = tl.zeros([TILE_ROWS], dtype=tl.float32) + grad_factor
     inside = is_row[:, None] & (column < dim)[None, :]
     at = row[:, None] * dim + column[None, :]
     old = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(row_grad + place[:, None] * dim + column[None, :], mask=inside, other=0.0) * factor
+    grad = tl.load(row_grad + place[:, None] * dim + column[None, :], mask=inside, other=0.0)
+    grad *= factor[:, None]
     if CLIPS:
         grad *= _factor_to(max_row_grad_norm, grad)
     grad += coupled_decay * old
