@@ -41,6 +41,8 @@ def build_word2vec(config: Word2VecConfig, runtime: Runtime) -> Parts:
         dtype=getattr(torch, config.table.dtype),
         optimizers=optimizer_names(config.optimizer),
         wire_dtype=None if config.table.wire_dtype is None else getattr(torch, config.table.wire_dtype),
+        placement=config.table.placement,
+        cache_bytes=config.table.cache_bytes,
         device=runtime.device,
         process_group=runtime.group,
         seed=config.seed,

@@ -36,6 +36,24 @@ class TableConfig:
 
 
 @dataclass
+class PlacedTableConfig(TableConfig):
+    """The tables of a model whose rows may live in host memory."""
+
+    placement: Literal["device", "host", "auto"] = "device"
+    """Where rows and optimizer state live; auto takes host memory where the GPU's does not suffice."""
+    cache_bytes: int | None = None
+    """Of the GPU's memory, for copies of hot rows that live on the host; null for half of what is free."""
+
+    def check(self) -> None:
+        """Checks what types cannot say."""
+        if self.cache_bytes is not None and (self.cache_bytes < 0 or self.placement == "device"):
+            raise UserError(
+                f"table.cache_bytes must be at least 0 and goes with table.placement=host or auto, got "
+                f"{self.cache_bytes} and {self.placement}"
+            )
+
+
+@dataclass
 class TrainConfig:
     """The loop."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
@@ -17,10 +18,12 @@ from embedtrain.embedding.exchange import Lookup, RowRequest, exchange_ids, exch
 from embedtrain.embedding.features import resolve_features
 from embedtrain.embedding.ids import valid_bags
 from embedtrain.embedding.owner_pooling import BagsAsked, choose_owner
+from embedtrain.embedding.placement import PlacementChoice, place_rows
 from embedtrain.embedding.pooling import bags_of
 from embedtrain.embedding.shard import RowGroup, RowGroups, TableShard
 from embedtrain.embedding.state_dict import as_entry, key_of, mesh_of, take_entry
 from embedtrain.jagged import Jagged
+from embedtrain.ops.transfer import to_device
 from embedtrain.spec import FeatureSpec, TableSpec
 
 
@@ -31,6 +34,21 @@ class CollectionOptions(TypedDict, total=False):
     process_group: dist.ProcessGroup | None
     seed: int
     wire_dtype: torch.dtype | None
+    placement: PlacementChoice
+    cache_bytes: int | None
+
+
+@dataclass(frozen=True)
+class RowsAsked:
+    """Distinct rows that `EmbeddingCollection.ask_for_rows` asked for.
+
+    Attributes:
+        requests: by the position of their group, what the ranks settled; the rows come in this order.
+        inverse: per feature [num_values] int64; the place of each value's row among those that will come.
+    """
+
+    requests: dict[int, RowRequest]
+    inverse: dict[str, Tensor]
 
 
 class EmbeddingCollection(nn.Module):
@@ -50,9 +68,13 @@ class EmbeddingCollection(nn.Module):
         seed: of the first values.
         wire_dtype: in which vectors and gradients travel between ranks, float32 or bfloat16; where None, vectors as
             they are stored and gradients as float32.
+        placement: where the rows and their state live: on the "device", on the "host", whose memory a GPU copies
+            the rows of each step from, or "auto": on the host where the device's free memory is too small.
+        cache_bytes: of rows on the host, how much of the device's memory holds copies of the hot ones; where None,
+            half of what is free. Which rows are copied changes no result.
 
     Raises:
-        ValueError: names repeat, a feature names a table that does not exist, or `wire_dtype` is another.
+        ValueError: names repeat, a feature names a table that does not exist, or an option is none of those above.
     """
 
     def __init__(
@@ -64,6 +86,8 @@ class EmbeddingCollection(nn.Module):
         process_group: dist.ProcessGroup | None = None,
         seed: int = 0,
         wire_dtype: torch.dtype | None = None,
+        placement: PlacementChoice = "device",
+        cache_bytes: int | None = None,
     ) -> None:
         super().__init__()
         if wire_dtype not in (None, torch.float32, torch.bfloat16):
@@ -71,11 +95,13 @@ class EmbeddingCollection(nn.Module):
         self.features = resolve_features(tables, features)
         process_group = process_group if process_group is not None else default_group()
         self._process_group = GroupReference(process_group)
+        self._ids_group: GroupReference | None = None
         self.device = torch.device("cpu" if device is None else device)
         members: dict[tuple[int, torch.dtype, str], list[TableSpec]] = {}
         for table in tables:
             members.setdefault(table.group, []).append(table)
         shared = connect(self.process_group, self.device)
+        where = place_rows(placement, cache_bytes, list(members.values()), size_of(process_group), self.device)
         self.row_groups = [
             RowGroup(
                 specs,
@@ -84,6 +110,7 @@ class EmbeddingCollection(nn.Module):
                 process_group=process_group,
                 wire_dtype=wire_dtype,
                 shared=shared,
+                placement=where,
             )
             for specs in members.values()
         ]
@@ -102,7 +129,9 @@ class EmbeddingCollection(nn.Module):
 
     @property
     def shards(self) -> dict[str, TableShard]:
-        """This rank's part of each table, by name."""
+        """This rank's part of each table, by name; as it is now, which rows on the host are after being asked for."""
+        for group in self.row_groups:
+            group.write_back()
         return {shard.spec.name: shard for group in self.row_groups for shard in group.shards}
 
     def trained_by(self, optimizer: str) -> RowGroups:
@@ -133,7 +162,7 @@ class EmbeddingCollection(nn.Module):
             ValueError: the batch names a feature that does not exist, on any rank; raised likewise.
         """
         batch = dict(batch)
-        members, requests = self._exchange_ids(batch, may_pool=True)
+        members, requests = self._exchange_ids(batch, self.process_group, may_pool=True)
         vectors: dict[str, Tensor] = {}
         for number, names in members.items():
             bags = [bags_of(batch[name], self.features[name].pooling) for name in names]
@@ -154,21 +183,46 @@ class EmbeddingCollection(nn.Module):
         Raises:
             ValueError: the features' tables differ in dim, or as `forward`.
         """
+        asked = self.ask_for_rows(batch)
+        return self.fetch_rows(asked), asked.inverse
+
+    def ask_for_rows(self, batch: Mapping[str, Jagged], *, is_ahead: bool = False) -> RowsAsked:
+        """Exchanges the ids of a batch, which needs no row, for `fetch_rows` later.
+
+        Collective: as `forward`, whose exceptions it raises too.
+
+        Args:
+            batch: as for `distinct_rows`. The ids may be in host memory, where it takes no waiting for the device to
+                know that they are rows.
+            is_ahead: whether another step is under way. On GPUs the ids then travel apart from its rows.
+        """
         numbers = {self._place_of(name)[0] for name in batch if name in self.features}
         if len({self.row_groups[number].weight.shape[1] for number in numbers}) > 1:
             raise ValueError(f"distinct_rows needs tables of one dim; those of the features {list(batch)} differ")
         batch = dict(batch)
-        members, requests = self._exchange_ids(batch, may_pool=False)
-        parts: list[Tensor] = []
-        places: dict[str, Tensor] = {}
+        process_group = self._group_of_ids() if is_ahead else self.process_group
+        members, requests = self._exchange_ids(batch, process_group, may_pool=False)
+        inverse: dict[str, Tensor] = {}
+        num_before = 0
         for number, names in members.items():
+            request = requests[number]
+            if is_ahead:
+                request.sort_ahead()
             sizes = [batch[name].values.numel() for name in names]
-            inverse = requests[number].inverse
-            if parts:
-                inverse = inverse + sum(len(part) for part in parts)
-            places.update(zip(names, inverse.split(sizes), strict=True))
-            parts.append(exchange_vectors(self.row_groups[number], requests[number]))
-        return parts[0] if len(parts) == 1 else torch.cat(parts), places
+            places = request.inverse + num_before if num_before else request.inverse
+            inverse.update(zip(names, places.split(sizes), strict=True))
+            num_before += request.distinct.unique.numel()
+        return RowsAsked({number: requests[number] for number in members}, inverse)
+
+    def fetch_rows(self, asked: RowsAsked) -> Tensor:
+        """Fetches the rows that were asked for; [num_distinct, dim] float32. Collective: every rank, in order."""
+        parts = [exchange_vectors(self.row_groups[number], request) for number, request in asked.requests.items()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def bring_rows(self, asked: RowsAsked) -> None:
+        """Copies those of the rows asked of this rank that live in host memory to the device, before their step."""
+        for number, request in asked.requests.items():
+            self.row_groups[number].bring_ahead(request.rows)
 
     def gather_table(self, name: str, state: str = "weight") -> Tensor:
         """Returns a whole table, or an optimizer's state of it, in order of id, on every rank.
@@ -193,7 +247,7 @@ class EmbeddingCollection(nn.Module):
         They are DTensors in order of slots that share memory with the tables, so that torch's own distributed
         checkpoint saves them, and loads them in place.
         """
-        mesh = mesh_of(self.process_group, self.device)
+        mesh = mesh_of(self.process_group, self.row_groups[0].weight.device)
         for view in self.shard_views():
             destination[prefix + key_of(view)] = as_entry(view, mesh)
 
@@ -221,8 +275,16 @@ class EmbeddingCollection(nn.Module):
         """Returns the number of the feature's group, and its table's position there."""
         return self._place[feature]
 
+    def _group_of_ids(self) -> dist.ProcessGroup | None:
+        """Returns the ranks, as a group of their own on GPUs: NCCL runs the collectives of a group one by one."""
+        group = self.process_group
+        if self._ids_group is None and group is not None and self.device.type == "cuda":
+            ranks = dist.get_process_group_ranks(group)
+            self._ids_group = GroupReference(dist.new_group(ranks, use_local_synchronization=True))
+        return group if self._ids_group is None else self._ids_group.get()
+
     def _exchange_ids(
-        self, batch: dict[str, Jagged], *, may_pool: bool
+        self, batch: dict[str, Jagged], process_group: dist.ProcessGroup | None, *, may_pool: bool
     ) -> tuple[dict[int, list[str]], list[RowRequest]]:
         """Returns, by group, the features that look it up, in order, and a request per group.
 
@@ -242,12 +304,12 @@ class EmbeddingCollection(nn.Module):
                 members.setdefault(self._place_of(name)[0], []).append(name)
             for number, names in members.items():
                 names.sort(key=lambda name: self._place_of(name)[1])  # in order of local row, which helps to sort
-                keys = self._keys_of(number, names, batch)
+                keys = to_device(self._keys_of(number, names, batch), self.device)
                 lookups[number] = self._lookup(number, names, batch, keys) if may_pool else Lookup(keys)
         except ValueError as raised:
             error = raised
         # A rank whose input is wrong may not know which groups the others look up: the request is of all.
-        return members, exchange_ids(self.row_groups, lookups, error, self.process_group)
+        return members, exchange_ids(self.row_groups, lookups, error, process_group)
 
     def _lookup(self, number: int, names: list[str], batch: dict[str, Jagged], keys: Tensor) -> Lookup:
         """Parts the features of a group into those whose rows travel here and those that owners pool."""

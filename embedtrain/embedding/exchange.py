@@ -18,10 +18,10 @@ from embedtrain.distributed.runtime import size_of
 from embedtrain.embedding.owner_pooling import BagsAsked, SumRequest
 from embedtrain.embedding.shard import RowGroup
 from embedtrain.embedding.transfer import fetch_rows
-from embedtrain.ops.gather_rows import gather_rows
+from embedtrain.ops import dispatch
 from embedtrain.ops.pool_rows import Bags, grad_of_weights, pool_rows, pool_rows_backward
 from embedtrain.ops.row_gradient import Delivery, Run
-from embedtrain.ops.sort_unique import SortedKeys, sort_unique
+from embedtrain.ops.sort_unique import OrderedKeys, SortedKeys, order_keys, sort_unique
 from embedtrain.stages import stage
 
 
@@ -53,13 +53,14 @@ class RowRequest:
         ask_counts: distinct rows that this rank asks of each rank; none where it has all rows itself.
         owe_counts: rows that each rank asks of this one.
         rows: [sum(owe_counts)] int64; the local rows asked for, by asking rank.
+        ordered_rows: the same in order, after `sort_ahead`.
     """
 
     def __init__(
         self,
         lookup: Lookup,
         bound: int,
-        distinct: SortedKeys | None = None,
+        ordered: OrderedKeys | SortedKeys | None = None,
         ask_counts: Sequence[int] = (),
         owe_counts: Sequence[int] = (),
         rows: Tensor | None = None,
@@ -72,7 +73,8 @@ class RowRequest:
         self.ask_counts = list(ask_counts)
         self.owe_counts = list(owe_counts)
         self._rows = rows
-        self._distinct = distinct
+        self._ordered = ordered
+        self.ordered_rows: OrderedKeys | None = None
         self.sums = sums
         self.has_rows = has_rows
 
@@ -89,19 +91,24 @@ class RowRequest:
     @property
     def distinct(self) -> SortedKeys:
         """The distinct keys; sorted when first asked for, which a look-up without gradient never does."""
-        if self._distinct is None:
+        if self._ordered is None:
             with stage("unique"):
-                self._distinct = sort_unique(self.keys, bound=self._bound, with_inverse=False)
-        return self._distinct
+                self._ordered = sort_unique(self.keys, bound=self._bound, with_inverse=False)
+        return self._ordered.sorted
 
     @property
     def inverse(self) -> Tensor:
         """[num_keys] int64; where each key's row lies among the distinct ones."""
-        if self._distinct is None or self._distinct.inverse is None:
+        if self._ordered is None or self._ordered.inverse is None:
             with stage("unique"):
-                self._distinct = sort_unique(self.keys, bound=self._bound)
-        assert self._distinct.inverse is not None
-        return self._distinct.inverse
+                self._ordered = order_keys(self.keys, bound=self._bound)
+        assert self._ordered.inverse is not None
+        return self._ordered.inverse
+
+    def sort_ahead(self) -> None:
+        """Sorts the rows that ranks ask for, which the update will need, where that is not part of the update."""
+        if self._rows is not None and not dispatch.uses_native(self._rows):
+            self.ordered_rows = OrderedKeys(self._rows)
 
 
 _ROWS, _IDS_OF_BAGS, _SUMS, _WAYS = range(4)
@@ -133,14 +140,14 @@ def exchange_ids(
         if error is not None:
             raise error
         return [RowRequest(lookup, group.num_local_rows) for group, lookup in zip(groups, lookups, strict=True)]
-    device = groups[0].weight.device
-    distinct: list[SortedKeys] = []
+    device = groups[0].device
+    ordered: list[OrderedKeys | SortedKeys] = []
     counts = torch.zeros(world_size, len(groups) + 1, 4, dtype=torch.int64, device=device)
     if error is None:
         for place, (group, lookup) in enumerate(zip(groups, lookups, strict=True)):
             with stage("unique"):
-                distinct.append(sort_unique(lookup.keys, bound=world_size * group.num_local_rows))
-            _count(counts[:, place], group, lookup, distinct[-1])
+                ordered.append(order_keys(lookup.keys, bound=world_size * group.num_local_rows))
+            _count(counts[:, place], group, lookup, ordered[-1])
     else:
         counts[:, -1] = 1
     owed = all_to_all_rows(counts, [1] * world_size, [1] * world_size, process_group, groups[0].shared)
@@ -149,15 +156,15 @@ def exchange_ids(
     if any(any(row) for row in owe[-1]):
         raise_together(error, process_group)
     return [
-        _exchange(group, lookup, keys, ask[place], owe[place])
-        for place, (group, lookup, keys) in enumerate(zip(groups, lookups, distinct, strict=True))
+        _exchange(group, lookup, keys, (ask[place], owe[place]), process_group)
+        for place, (group, lookup, keys) in enumerate(zip(groups, lookups, ordered, strict=True))
     ]
 
 
-def _count(counts: Tensor, group: RowGroup, lookup: Lookup, distinct: SortedKeys) -> None:
+def _count(counts: Tensor, group: RowGroup, lookup: Lookup, ordered: OrderedKeys | SortedKeys) -> None:
     """Fills in what this rank asks of each rank for one group; counts: [world_size, 4]."""
     ranks = torch.arange(counts.shape[0] + 1, device=counts.device)
-    counts[:, _ROWS] = torch.searchsorted(distinct.unique, ranks * group.num_local_rows).diff()
+    counts[:, _ROWS] = ordered.num_below(ranks * group.num_local_rows).diff()
     ways = _FETCHES_ROWS if lookup.keys.numel() else 0
     if lookup.bags is not None:
         counts[:, _IDS_OF_BAGS] = lookup.bags.id_counts
@@ -167,19 +174,24 @@ def _count(counts: Tensor, group: RowGroup, lookup: Lookup, distinct: SortedKeys
 
 
 def _exchange(
-    group: RowGroup, lookup: Lookup, distinct: SortedKeys, ask: list[list[int]], owe: list[list[int]]
+    group: RowGroup,
+    lookup: Lookup,
+    ordered: OrderedKeys | SortedKeys,
+    counts: tuple[list[list[int]], list[list[int]]],
+    process_group: dist.ProcessGroup | None,
 ) -> RowRequest:
-    """Sends one group's ids to their owners; ask, owe: counts to and from each rank.
+    """Sends one group's ids to their owners; counts: of what is asked of each rank, and owed to it.
 
     An exchange takes place where any rank needs it.
     """
+    ask, owe = counts
     ways = functools.reduce(operator.or_, owe[_WAYS])
     # Half the bytes, where local rows fit.
     wire_type = torch.int32 if group.num_local_rows < 1 << 31 else torch.int64
     rows = lookup.keys.new_zeros(0)
     if ways & _FETCHES_ROWS:
-        wanted = (distinct.unique % group.num_local_rows).to(wire_type)
-        rows = all_to_all_rows(wanted, ask[_ROWS], owe[_ROWS], group.process_group, group.shared).long()
+        wanted = (ordered.sorted.unique % group.num_local_rows).to(wire_type)
+        rows = all_to_all_rows(wanted, ask[_ROWS], owe[_ROWS], process_group, group.shared).long()
     sums = None
     if ways & _POOLS_AT_OWNERS:
         sums = SumRequest(
@@ -192,7 +204,7 @@ def _exchange(
     return RowRequest(
         lookup,
         len(ask[_ROWS]) * group.num_local_rows,
-        distinct,
+        ordered,
         ask[_ROWS],
         owe[_ROWS],
         rows,
@@ -237,9 +249,9 @@ def look_up_bags(
 def _fetch(group: RowGroup, request: RowRequest, dtype: torch.dtype | None = None) -> Tensor:
     """Returns the distinct rows; `dtype` is None for what traveled."""
     if request.is_local:
-        return gather_rows(group.weight, request.rows, dtype)
+        return group.read(request.rows, dtype)
     if not request.has_rows:
-        return group.weight.new_zeros(0, group.weight.shape[1], dtype=dtype)
+        return torch.zeros(0, group.weight.shape[1], dtype=dtype or group.weight.dtype, device=group.device)
     return fetch_rows(group, request.rows, request.owe_counts, request.ask_counts, dtype)
 
 
@@ -250,7 +262,8 @@ def _send_home(group: RowGroup, request: RowRequest, grad: Tensor) -> None:
         wired = grad.to(group.gradient_wire_dtype)
         grad = all_to_all_rows(wired, request.ask_counts, request.owe_counts, group.process_group, group.shared).float()
     # Rows of one rank are distinct; several ranks may ask for the same.
-    group.deliver(Delivery(request.rows, [Bags(request.rows.numel())], [grad], is_unique=request.is_local))
+    bags = [Bags(request.rows.numel())]
+    group.deliver(Delivery(request.rows, bags, [grad], is_unique=request.is_local, ordered=request.ordered_rows))
 
 
 class _ExchangeVectors(torch.autograd.Function):
@@ -277,8 +290,9 @@ class _LookUpBags(torch.autograd.Function):
         ctx.group, ctx.request, ctx.bags = group, request, bags
         here = _pooled_here(request, bags)
         # One rank pools straight from the table.
-        source = group.weight if request.is_local else _fetch(group, request)
-        index = request.keys if request.is_local else request.inverse
+        source, index = (
+            group.rows_to_pool(request.keys) if request.is_local else (_fetch(group, request), request.inverse)
+        )
         ctx.vectors = (source, index) if any(ctx.needs_input_grad[4:]) else None
         pooled_here = iter(pool_rows(source, index, [bags[number] for number in here]) if here else ())
         pooled_there = iter(request.sums.fetch() if request.sums is not None else ())
@@ -298,7 +312,7 @@ class _LookUpBags(torch.autograd.Function):
             summed = (
                 pool_rows_backward([grads[number] for number in here], own, request.distinct, dim)
                 if own
-                else torch.zeros(0, dim, device=group.weight.device)
+                else torch.zeros(0, dim, device=group.device)
             )
             _send_home(group, request, summed)
         if request.sums is not None:

@@ -238,7 +238,7 @@ class SumRequest:
     def fetch(self) -> list[Tensor]:
         """Returns this rank's bags, pooled: per feature [num_bags, dim] float32."""
         group = self._group
-        (sums,) = pool_rows(group.weight, self._rows, [self._owed])
+        (sums,) = pool_rows(*group.rows_to_pool(self._rows), [self._owed])
         # Sums have no storage to be exact to: they travel as gradients do, in float32 unless chosen otherwise.
         sums = sums.to(group.gradient_wire_dtype)
         received = all_to_all_rows(sums, self._owe_counts, self._ask_counts, group.process_group, group.shared)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +16,15 @@ from embedtrain.checkpoint.changes import RowChanges
 from embedtrain.checkpoint.view import ShardView
 from embedtrain.distributed.runtime import GroupReference, rank_of, size_of
 from embedtrain.distributed.shared_memory import SharedMemoryExchange
+from embedtrain.embedding.host_rows import HostRows
 from embedtrain.embedding.init import initial_rows
+from embedtrain.embedding.placement import DEVICE, Placement, hot_rows
+from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.mix import mix64
 from embedtrain.ops.row_gradient import Delivery, RowGradient, Run
 from embedtrain.ops.row_memory import allocate_rows
 from embedtrain.ops.spread_keys import SpreadTable, spread_keys
+from embedtrain.optim.sparse import RowsToUpdate
 from embedtrain.sharding.layout import SpreadLayout
 from embedtrain.spec import TableSpec
 
@@ -96,7 +101,9 @@ class RowGroup:
         process_group: dist.ProcessGroup | None,
         wire_dtype: torch.dtype | None = None,
         shared: SharedMemoryExchange | None = None,
+        placement: Placement = DEVICE,
     ) -> None:
+        self.device = device
         self._process_group = GroupReference(process_group)
         self.shared = shared
         self.vector_wire_dtype = wire_dtype or specs[0].dtype
@@ -104,7 +111,8 @@ class RowGroup:
         self.state: dict[str, Tensor] = {}
         layouts = [SpreadLayout(spec.num_rows, size_of(process_group)) for spec in specs]
         self.num_local_rows = sum(layout.rows_per_rank for layout in layouts)
-        self.weight = allocate_rows((self.num_local_rows, specs[0].dim), 0.0, specs[0].dtype, device)
+        self._home = torch.device("cpu") if placement.is_host else device
+        self.weight = self._allocate((self.num_local_rows, specs[0].dim), 0.0, specs[0].dtype)
         self.changes = RowChanges({"weight": self.weight})
         self.shards: list[TableShard] = []
         self._spread: list[SpreadTable] = []
@@ -120,6 +128,11 @@ class RowGroup:
             self.shards.append(TableShard(spec, layout, (start, stop), first_row, weight, {}, self.changes))
             self._spread.append(SpreadTable(spec.num_rows, layout.multiplier, layout.rows_per_rank, first_row))
             first_row += layout.rows_per_rank
+        starts = [[shard.first_row for shard in self.shards], [shard.slots[0] for shard in self.shards]]
+        self._starts = torch.tensor(starts, device=device)  # where tables begin among the local rows and the slots
+        pieces = [(shard.layout, shard.slots, shard.first_row) for shard in self.shards]
+        choose = functools.partial(hot_rows, pieces, placement.cache_bytes, size_of(process_group))
+        self._host = HostRows(self.changes, device, choose, self._rounding_keys) if placement.is_host else None
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -154,11 +167,11 @@ class RowGroup:
         return [shard.spec.name for shard in self.shards]
 
     def allocate_state(self, name: str, fill: float, per_element: bool = False) -> Tensor:
-        """Gives every row, or every element of it, one float32 of optimizer state, on the weights' device."""
+        """Gives every row, or every element of it, one float32 of optimizer state, where the weights are."""
         if name in self.state:
             raise ValueError(f"the tables hold state {name!r} already: one optimizer at a time may own it")
         shape = self.weight.shape if per_element else self.weight.shape[:1]
-        whole = allocate_rows(tuple(shape), fill, torch.float32, self.weight.device)
+        whole = self._allocate(tuple(shape), fill, torch.float32)
         self.state[name] = self.changes.tensors[name] = whole
         for shard in self.shards:
             shard.state[name] = whole[shard.first_row : shard.first_row + shard.weight.shape[0]]
@@ -166,6 +179,7 @@ class RowGroup:
 
     def fill_state(self, name: str, value: float) -> None:
         """Sets a state of all rows."""
+        self.write_back()
         self.changes.before_update_of_all()
         self.state[name].fill_(value)
 
@@ -181,7 +195,7 @@ class RowGroup:
         ranks delivered divided by the world size, which happens here and nowhere else.
         """
         if self._waiting is None:
-            dim, device = self.weight.shape[1], self.weight.device
+            dim, device = self.weight.shape[1], self.device
             if self._deliveries:
                 factor = 1.0 / size_of(self.process_group)
                 self._waiting = RowGradient(self._deliveries, num_rows=self.num_local_rows, dim=dim, factor=factor)
@@ -195,10 +209,51 @@ class RowGroup:
         waiting = self.waiting_gradient()
         return waiting.rows, waiting.values
 
-    def before_update(self, gradient: RowGradient) -> None:
-        """Takes note that an optimizer is about to change the gradient's rows."""
+    def rows_to_pool(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns weights that hold the local rows [n], on the device, and the rows' places in them."""
+        return (self.weight, rows) if self._host is None else self._host.look_up(rows)
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether the rows live in host memory, though the device computes on them."""
+        return self._host is not None
+
+    def read(self, rows: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Returns the weights [n, dim] of local rows [n], on the device; None for the dtype of the storage."""
+        return gather_rows(self.weight, rows, dtype) if self._host is None else self._host.read(rows, dtype)
+
+    def bring_ahead(self, rows: Tensor) -> None:
+        """Copies rows that the next step reads to the device, where they are not there anyway."""
+        if self._host is not None:
+            self._host.bring_ahead(rows)
+
+    def open_rows(self, gradient: RowGradient) -> tuple[RowsToUpdate, RowGradient]:
+        """Returns what holds the gradient's rows for an update, and the gradient by their places in it.
+
+        `close_rows` follows the update.
+        """
+        if self._host is not None:
+            opened, num_rows = self._host.open(gradient.rows), gradient.rows.numel()
+            places = torch.arange(num_rows, device=self.device)
+            return opened, RowGradient.of_rows(places, gradient.values, num_rows)
         if self.changes.is_watched:
             self.changes.before_update(gradient.rows)
+        return self, gradient
+
+    def close_rows(self) -> None:
+        """Ends an update of rows that were opened."""
+        if self._host is not None:
+            self._host.close()
+
+    def write_back(self) -> None:
+        """Brings rows in host memory up to date with the device's copies, which it lets go of."""
+        if self._host is not None:
+            self._host.write_back()
+
+    def _allocate(self, shape: tuple[int, ...], fill: float, dtype: torch.dtype) -> Tensor:
+        if self._home != self.device:
+            return torch.full(shape, fill, dtype=dtype, pin_memory=True)
+        return allocate_rows(shape, fill, dtype, self.device)
 
     def clear_gradient(self) -> None:
         """Forgets all gradients delivered."""
@@ -216,11 +271,11 @@ class RowGroup:
 
         The key depends on table, slot and step alone, so every world size rounds alike.
         """
-        if self.weight.dtype != torch.bfloat16:
-            return None
-        rows = gradient.rows
-        firsts = torch.tensor([shard.first_row for shard in self.shards], device=rows.device)
-        starts = torch.tensor([shard.slots[0] for shard in self.shards], device=rows.device)
+        return self._rounding_keys(gradient.rows, step) if self.weight.dtype == torch.bfloat16 else None
+
+    def _rounding_keys(self, rows: Tensor, step: int) -> Tensor:
+        firsts, starts = self._starts
         table = torch.searchsorted(firsts, rows, right=True) - 1
         slots = rows - firsts[table] + starts[table]
-        return mix64(mix64(torch.full_like(table, step)) + table) + slots
+        keys: Tensor = mix64(mix64(torch.full_like(table, step)) + table) + slots
+        return keys

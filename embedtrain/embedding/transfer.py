@@ -30,33 +30,36 @@ def fetch_rows(
         dtype: of the result; None for that of the wire.
     """
     dtype = dtype or group.vector_wire_dtype
+    weight, places = group.rows_to_pool(rows)
     if group.shared is not None:
-        return _fetch_from_memory(group, group.shared, rows.split(list(owe_counts)), ask_counts, dtype)
-    owned = gather_rows(group.weight, rows, group.vector_wire_dtype)
+        owed = places.split(list(owe_counts))
+        return _fetch_from_memory(weight, group.vector_wire_dtype, group.shared, owed, ask_counts, dtype)
+    owned = gather_rows(weight, places, group.vector_wire_dtype)
     return all_to_all_rows(owned, owe_counts, ask_counts, group.process_group).to(dtype)
 
 
 def _fetch_from_memory(
-    group: RowGroup,
+    weight: Tensor,
+    wire_dtype: torch.dtype,
     shared: SharedMemoryExchange,
     owed: Sequence[Tensor],
     ask_counts: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
     """Has owners gather into memory that the others read, and a rank's own rows where they are wanted."""
-    wire_dtype, row_shape = group.vector_wire_dtype, group.weight.shape[1:]
+    row_shape = weight.shape[1:]
     with stage("exchange"):
         for rank, room in enumerate(shared.rooms([len(rows) for rows in owed], row_shape, wire_dtype)):
             if rank != shared.rank:
-                gather_rows(group.weight, owed[rank], out=room)
+                gather_rows(weight, owed[rank], out=room)
         shared.send()
         vectors = empty_buffer(sum(ask_counts), *row_shape, dtype=dtype)
         targets = vectors.split(list(ask_counts))
         own_rows, own_target = owed[shared.rank], targets[shared.rank]
-        if wire_dtype == group.weight.dtype:
-            gather_rows(group.weight, own_rows, out=own_target)
+        if wire_dtype == weight.dtype:
+            gather_rows(weight, own_rows, out=own_target)
         else:
-            own_target.copy_(gather_rows(group.weight, own_rows, wire_dtype))  # rounded as the others' rows are
+            own_target.copy_(gather_rows(weight, own_rows, wire_dtype))  # rounded as the others' rows are
         for rank, arrived in enumerate(shared.receive(ask_counts, row_shape, wire_dtype)):
             if rank != shared.rank:
                 targets[rank].copy_(arrived)

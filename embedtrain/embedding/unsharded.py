@@ -65,8 +65,12 @@ class UnshardedTable:
         grad = torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad
         return RowGradient.of_rows(rows, grad[rows], self.spec.num_rows)
 
-    def before_update(self, gradient: RowGradient) -> None:
-        """Does nothing: nobody reads the rows meanwhile."""
+    def open_rows(self, gradient: RowGradient) -> tuple[UnshardedTable, RowGradient]:
+        """Returns itself and the gradient."""
+        return self, gradient
+
+    def close_rows(self) -> None:
+        """Does nothing."""
 
     def clear_gradient(self) -> None:
         """Forgets the gradients."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +12,11 @@ from torch.autograd.function import once_differentiable
 
 from embedtrain.data.skipgram import TextBatch
 from embedtrain.distributed.runtime import size_of
-from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection
+from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection, RowsAsked
 from embedtrain.jagged import Jagged
 from embedtrain.models.objective import Objective
-from embedtrain.ops.skipgram_block import Architecture, TextBlock, count_predictions, skipgram_block
+from embedtrain.ops.skipgram_block import Architecture, TextBlock, count_predictions, reach_of, skipgram_block
+from embedtrain.ops.transfer import to_device
 from embedtrain.spec import DEFAULT_OPTIMIZER, FeatureSpec, TableSpec
 from embedtrain.stages import stage
 
@@ -23,6 +25,21 @@ if TYPE_CHECKING:
 
 INPUT, OUTPUT = "input", "output"
 """Names of the tables; "input" holds the word vectors."""
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """A batch on the device, for which the ids were exchanged.
+
+    Attributes:
+        rows: the distinct rows of the block, asked for.
+        block: what is predicted from what, by place among the rows.
+        num_predictions: see `Objective`.
+    """
+
+    rows: RowsAsked
+    block: TextBlock
+    num_predictions: int
 
 
 class Word2Vec(nn.Module):
@@ -62,31 +79,38 @@ class Word2Vec(nn.Module):
         )
         self._architecture = architecture
 
-    def forward(self, batch: TextBatch) -> Objective:
+    def forward(self, batch: TextBatch | PreparedText) -> Objective:
         """Returns the loss of this rank's batch. Collective: every rank, and its backward too."""
-        vectors, block = self._fetch(batch)
+        if isinstance(batch, TextBatch):
+            batch = self._ask(batch, is_ahead=False)
+        vectors = self.tables.fetch_rows(batch.rows)
         # The exchange averages over the ranks; word2vec's step is a sum.
         num_ranks = size_of(self.tables.process_group)
-        loss: Tensor = _SkipGramLoss.apply(vectors, block, self._architecture, num_ranks)  # type: ignore[no-untyped-call]
-        return Objective(
-            loss=loss,
-            total=loss.detach() / num_ranks,
-            num_predictions=int(count_predictions(block, self._architecture)),
-        )
+        loss: Tensor = _SkipGramLoss.apply(vectors, batch.block, self._architecture, num_ranks)  # type: ignore[no-untyped-call]
+        return Objective(loss=loss, total=loss.detach() / num_ranks, num_predictions=batch.num_predictions)
 
-    def _fetch(self, batch: TextBatch) -> tuple[Tensor, TextBlock]:
-        """Fetches the block's distinct rows and points the block at them."""
-        device = self.tables.device
-        words, targets = batch.sample.words.to(device), batch.sample.targets.to(device)
-        vectors, inverse = self.tables.distinct_rows(
-            {INPUT: Jagged.from_ids(words), OUTPUT: Jagged.from_ids(targets.flatten())}
+    def prepare(self, batch: TextBatch) -> PreparedText:
+        """Does all of a step that needs no row, for `forward` later. Collective: every rank, in order of steps."""
+        return self._ask(batch, is_ahead=True)
+
+    def bring_rows(self, prepared: PreparedText) -> None:
+        """Copies rows of a step that live in host memory to the device."""
+        self.tables.bring_rows(prepared.rows)
+
+    def _ask(self, batch: TextBatch, *, is_ahead: bool) -> PreparedText:
+        """Asks for the block's distinct rows and points the block at their places."""
+        sample, device = batch.sample, self.tables.device
+        ids = {INPUT: Jagged.from_ids(sample.words), OUTPUT: Jagged.from_ids(sample.targets.flatten())}
+        rows = self.tables.ask_for_rows(ids, is_ahead=is_ahead)
+        block = TextBlock(
+            inputs=rows.inverse[INPUT],
+            targets=rows.inverse[OUTPUT].view_as(sample.targets),
+            starts=to_device(sample.starts, device),
+            stops=to_device(sample.stops, device),
+            # Found here, where the sample is in host memory.
+            reach=reach_of(sample.starts, sample.stops) if device.type == "cuda" else None,
         )
-        return vectors, TextBlock(
-            inputs=inverse[INPUT],
-            targets=inverse[OUTPUT].view_as(targets),
-            starts=batch.sample.starts.to(device),
-            stops=batch.sample.stops.to(device),
-        )
+        return PreparedText(rows, block, int(count_predictions(sample, self._architecture)))
 
 
 class _SkipGramLoss(torch.autograd.Function):
@@ -104,5 +128,7 @@ class _SkipGramLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_of_loss: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
         # A pass over the gradient for nothing, where the loss is what backward was called on.
-        scaled = grad if float(grad_of_loss) == 1.0 else grad * grad_of_loss.to(grad.dtype)
+        # On a GPU the host would have to wait to know.
+        is_one = not grad.is_cuda and float(grad_of_loss) == 1.0
+        scaled = grad if is_one else grad * grad_of_loss.to(grad.dtype)
         return scaled, None, None, None

@@ -39,6 +39,10 @@ def gather_rows(source: Tensor, rows: Tensor, dtype: torch.dtype | None = None, 
         from embedtrain.ops.native import gather_rows as native
 
         return native.gather_rows(source, rows, dtype, out)
+    if dispatch.uses_triton(source):
+        from embedtrain.ops.triton import gather_rows as triton
+
+        return triton.gather_rows(source, rows, dtype, out)
     from embedtrain.ops.reference import gather_rows as reference
 
     gathered = reference.gather_rows(source, rows, dtype)

@@ -60,6 +60,10 @@ def pool_rows(source: Tensor, index: Tensor, bags: Sequence[Bags]) -> list[Tenso
         from embedtrain.ops.native import pool_rows as native
 
         return native.pool_rows(source, index, bags)
+    if dispatch.uses_triton(source):
+        from embedtrain.ops.triton import pool_rows as triton
+
+        return triton.pool_rows(source, index, bags)
     from embedtrain.ops.reference import pool_rows as reference
 
     return reference.pool_rows(source, index, bags)
@@ -89,6 +93,10 @@ def pool_rows_backward(
         from embedtrain.ops.native import pool_rows as native
 
         return native.pool_rows_backward(grads, bags, keys, dim, factor)
+    if dispatch.uses_triton(keys.order):
+        from embedtrain.ops.triton import pool_rows as triton
+
+        return triton.pool_rows_backward(grads, bags, keys, dim, factor)
     from embedtrain.ops.reference import pool_rows as reference
 
     return reference.pool_rows_backward(grads, bags, keys, dim, factor)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from embedtrain.ops import dispatch
 from embedtrain.ops.pool_rows import Bags, pool_rows_backward
-from embedtrain.ops.sort_unique import SortedKeys, sort_unique
+from embedtrain.ops.sort_unique import OrderedKeys, SortedKeys, sort_unique
 
 _LARGEST_FLOAT = torch.finfo(torch.float32).max
 
@@ -44,6 +44,7 @@ class Delivery:
         grads: per feature [num_bags, dim] float32, the gradient of its pooled vectors; None where nothing came back.
         runs: of all values, where the caller knows them; they make the sort quicker.
         is_unique: whether rows are distinct and ascending, with one unweighted value a bag in one feature.
+        ordered: the rows in order, where that was found out before.
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class Delivery:
         *,
         runs: Sequence[Run] = (),
         is_unique: bool = False,
+        ordered: OrderedKeys | None = None,
     ) -> None:
         self.rows, self.bags, self.grads = rows, bags, grads
-        self.runs, self.is_unique = runs, is_unique
+        self.runs, self.is_unique, self.ordered = runs, is_unique, ordered
         self._versions = [0 if grad is None else grad._version for grad in grads]
 
     def check_shapes(self, dim: int) -> None:
@@ -107,6 +109,11 @@ class RowGradient:
         """Wraps gradients [n, dim] float32 of distinct rows [n] int64."""
         delivery = Delivery(rows, [Bags(rows.numel())], [values], is_unique=True)
         return cls([delivery], num_rows=num_rows, dim=values.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self._deliveries[0].rows.device
 
     @property
     def rows(self) -> Tensor:
@@ -169,6 +176,9 @@ class RowGradient:
 
     @functools.cached_property
     def _keys(self) -> SortedKeys:
+        ordered = self._deliveries[0].ordered if len(self._deliveries) == 1 else None
+        if ordered is not None:
+            return ordered.sorted
         return sort_unique(self.rows_of_values, bound=self.num_rows, with_inverse=False)
 
     def _largest_magnitudes(self) -> tuple[float, float]:

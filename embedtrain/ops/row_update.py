@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ class RowStep:
 
     Attributes:
         lr: learning rate of this step.
-        grad_factor: of every gradient; negative where the objective is maximised.
+        grad_factor: of every gradient; negative where the objective is maximised. A scalar float32 on the weights'
+            device where the host does not know it, NaN for a step that is to leave all rows and states as they are.
         max_row_grad_norm: gradients of larger L2 norm are scaled down to it, each row's by itself.
         weight_decay: L2 factor; added to the gradient as `weight_decay * row`, or, decoupled, taken from the
             row itself as `lr * weight_decay * row`.
@@ -33,12 +34,19 @@ class RowStep:
     """
 
     lr: float
-    grad_factor: float = 1.0
+    grad_factor: float | Tensor = 1.0
     max_row_grad_norm: float = math.inf
     weight_decay: float = 0.0
     decoupled_weight_decay: bool = False
     max_norm: float = math.inf
     rounding_keys: Tensor | None = None
+
+    def with_known_factor(self) -> RowStep | None:
+        """Returns the step with a factor that the host knows, for which it waits; None for one that changes nothing."""
+        if not isinstance(self.grad_factor, Tensor):
+            return self
+        factor = float(self.grad_factor)
+        return None if math.isnan(factor) else replace(self, grad_factor=factor)
 
     @property
     def coupled_decay(self) -> float:
@@ -96,8 +104,9 @@ def row_update(
     from embedtrain.ops.reference import row_update as reference
 
     _check(weight, states, rows, row_grad, step)
-    if rows.numel():
-        reference.row_update(weight, states, rows, row_grad, step, direction)
+    known = step.with_known_factor() if rows.numel() else None
+    if known is not None:
+        reference.row_update(weight, states, rows, row_grad, known, direction)
 
 
 def moment_update(
@@ -131,14 +140,22 @@ def moment_update(
         raise ValueError(f"expected first [num_rows, dim], got {tuple(first.shape)}")
     if rows.numel() == 0:
         return
+    if dispatch.uses_triton(weight):
+        from embedtrain.ops.triton import moment_update as triton
+
+        triton.moment_update(weight, first, second, rows, row_grad, step, moments)
+        return
+    known = step.with_known_factor()
+    if known is None:
+        return
     if dispatch.uses_native(weight):
         from embedtrain.ops.native import moment_update as native
 
-        native.moment_update(weight, first, second, rows, row_grad, step, moments)
+        native.moment_update(weight, first, second, rows, row_grad, known, moments)
     else:
         from embedtrain.ops.reference import row_update as reference
 
-        reference.moment_update(weight, first, second, rows, row_grad, step, moments)
+        reference.moment_update(weight, first, second, rows, row_grad, known, moments)
 
 
 def _check(weight: Tensor, states: Sequence[Tensor], rows: Tensor, row_grad: Tensor, step: RowStep) -> None:

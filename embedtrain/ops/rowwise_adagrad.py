@@ -45,6 +45,8 @@ def rowwise_adagrad(weight: Tensor, accumulator: Tensor, gradient: RowGradient, 
 
     Raises:
         ValueError: shapes or dtypes disagree.
+        IndexError: a row lies outside the weight. On a GPU such rows are left out: the host would have to wait for
+            the device to know of them.
 
     Source: Duchi et al. 2011; one accumulator a row as in Lerer et al. 2019 (PyTorch-BigGraph).
     """
@@ -53,6 +55,10 @@ def rowwise_adagrad(weight: Tensor, accumulator: Tensor, gradient: RowGradient, 
         from embedtrain.ops.native import rowwise_adagrad as native
 
         native.rowwise_adagrad(weight, accumulator, gradient, step)
+    elif dispatch.uses_triton(weight):
+        from embedtrain.ops.triton import rowwise_adagrad as triton
+
+        triton.rowwise_adagrad(weight, accumulator, gradient, step)
     else:
         from embedtrain.ops.reference import rowwise_adagrad as reference
 

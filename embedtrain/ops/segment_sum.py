@@ -31,6 +31,10 @@ def segment_sum(values: Tensor, keys: SortedKeys, factor: float = 1.0) -> Tensor
         from embedtrain.ops.native import segment_sum as native
 
         return native.segment_sum(values, keys, factor)
+    if dispatch.uses_triton(values):
+        from embedtrain.ops.triton import segment_sum as triton
+
+        return triton.segment_sum(values, keys, factor)
     from embedtrain.ops.reference import segment_sum as reference
 
     return reference.segment_sum(values, keys, factor)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.ops import dispatch
+from embedtrain.ops.sample_text import TextSample
 
 Architecture = Literal["skipgram", "cbow"]
 
@@ -23,12 +24,15 @@ class TextBlock:
             negative that is the word itself is left out.
         starts: [n] int64; first position of each centre's window.
         stops: [n] int64; one past the last; the centre itself lies inside and is no context of its own.
+        reach: no window holds a word further than this from its centre; None where nobody looked. Kernels on a GPU
+            need it, and would make the host wait to find it out.
     """
 
     inputs: Tensor
     targets: Tensor
     starts: Tensor
     stops: Tensor
+    reach: int | None = None
 
     @property
     def num_positions(self) -> int:
@@ -56,7 +60,8 @@ def skipgram_block(
 
     Raises:
         ValueError: shapes or dtypes disagree, the factor is not positive, or an index lies outside the rows or the
-            block.
+            block. On a GPU the indices are the caller's promise: the host would have to wait for the device to look at
+            them.
 
     Source: Mikolov et al. 2013, "Distributed representations of words and phrases and their
     compositionality"; contexts grouped by centre as in Ji et al. 2016, "Parallelizing word2vec in shared and
@@ -71,16 +76,31 @@ def skipgram_block(
         result = native.skipgram_block(vectors, block, grad_factor)
         if result is not None:
             return result
-    _check_indices(vectors, block)
+    if not vectors.is_cuda:
+        _check_indices(vectors, block)
+    if dispatch.uses_triton(vectors) and architecture == "skipgram":
+        from embedtrain.ops.triton import skipgram_block as triton
+
+        if vectors.shape[1] <= triton.MAX_DIM:
+            reach = reach_of(block.starts, block.stops) if block.reach is None else block.reach
+            return triton.skipgram_block(vectors, block, grad_factor, reach)
     from embedtrain.ops.reference import skipgram_block as reference
 
     return reference.skipgram_block(vectors, block, architecture, grad_factor)
 
 
-def count_predictions(block: TextBlock, architecture: Architecture = "skipgram") -> Tensor:
+def count_predictions(block: TextBlock | TextSample, architecture: Architecture = "skipgram") -> Tensor:
     """Returns the number of predictions in the block, scalar int64: what a mean loss divides by."""
     contexts = block.stops - block.starts - 1
     return contexts.sum() if architecture == "skipgram" else (contexts > 0).sum()
+
+
+def reach_of(starts: Tensor, stops: Tensor) -> int:
+    """Returns how far the furthest word of any window is from its centre."""
+    if starts.numel() == 0:
+        return 0
+    positions = torch.arange(starts.numel(), device=starts.device)
+    return int(torch.maximum(positions - starts, stops - 1 - positions).max())
 
 
 def _check_shapes(vectors: Tensor, block: TextBlock) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from embedtrain.ops.row_gradient import RowGradient
-from embedtrain.optim.sparse import EffectiveRates, NonFinitePolicy, RowStore, SparseOptimizer
+from embedtrain.optim.sparse import EffectiveRates, NonFinitePolicy, RowStore, RowsToUpdate, SparseOptimizer
 
 
 class _Groups:
@@ -42,7 +44,7 @@ class Combined(SparseOptimizer):
             if optimizer.max_grad_norm is not None or optimizer.nonfinite != "error":
                 raise ValueError("max_grad_norm and nonfinite are for all tables together: give them to Combined")
         self._optimizers = optimizers
-        self._owners = {id(store): optimizer for optimizer in optimizers for store in optimizer.stores}
+        self._owners = {store.table_names[0]: optimizer for optimizer in optimizers for store in optimizer.stores}
         super().__init__(_Groups(stores), {"lr": 0.0}, max_grad_norm=max_grad_norm, nonfinite=nonfinite)
         settings = [settings for optimizer in optimizers for settings in optimizer.param_groups]
         for own, given in zip(self.param_groups, settings, strict=True):
@@ -55,15 +57,15 @@ class Combined(SparseOptimizer):
         return "+".join(optimizer.name for optimizer in self._optimizers)
 
     def update(
-        self, store: RowStore, gradient: RowGradient, settings: dict[str, Any], grad_factor: float = 1.0
+        self, store: RowsToUpdate, gradient: RowGradient, settings: dict[str, Any], grad_factor: float | Tensor = 1.0
     ) -> None:
         """Applies the formula of the optimizer whose group it is."""
-        self._owners[id(store)].update(store, gradient, settings, grad_factor)
+        self._owners[settings["tables"][0]].update(store, gradient, settings, grad_factor)
 
     def effective_rates(self, group: int, rows: slice) -> EffectiveRates | None:
         """See `SparseOptimizer.effective_rates`."""
         store = self.stores[group]
-        owner = self._owners[id(store)]
+        owner = self._owners[store.table_names[0]]
         own = next(number for number, other in enumerate(owner.stores) if other is store)
         owner.param_groups[own].update(self.param_groups[group])
         return owner.effective_rates(own, rows)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import Moments, moment_update
 from embedtrain.optim.sparse import (
@@ -12,7 +14,7 @@ from embedtrain.optim.sparse import (
     EffectiveRates,
     HasRowGroups,
     RowState,
-    RowStore,
+    RowsToUpdate,
     SparseOptimizer,
 )
 
@@ -49,7 +51,7 @@ class MomentOptimizer(SparseOptimizer):
         """Returns the formula's coefficients at a step; `settings` is the parameter group."""
 
     def update(
-        self, store: RowStore, gradient: RowGradient, settings: dict[str, Any], grad_factor: float = 1.0
+        self, store: RowsToUpdate, gradient: RowGradient, settings: dict[str, Any], grad_factor: float | Tensor = 1.0
     ) -> None:
         """Applies the formula to the rows of a gradient times a factor; `settings` is the parameter group."""
         first, second = (None if state is None else store.state[state.name] for state in (self.first, self.second))

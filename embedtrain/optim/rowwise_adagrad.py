@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import Moments, RowStep
 from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep, rowwise_adagrad
 from embedtrain.optim.adagrad import ACCUMULATOR, decayed_rate
 from embedtrain.optim.moments import MomentOptimizer
-from embedtrain.optim.sparse import CommonOptions, HasRowGroups, RowState, RowStore, check_share
+from embedtrain.optim.sparse import CommonOptions, HasRowGroups, RowState, RowsToUpdate, check_share
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -72,7 +74,7 @@ class RowwiseAdagrad(MomentOptimizer):
         return decayed_rate(settings)
 
     def update(
-        self, store: RowStore, gradient: RowGradient, settings: dict[str, Any], grad_factor: float = 1.0
+        self, store: RowsToUpdate, gradient: RowGradient, settings: dict[str, Any], grad_factor: float | Tensor = 1.0
     ) -> None:
         """Applies the formula; without the options that few runs use, by the quickest kernel."""
         step = self.row_step(store, gradient, settings, grad_factor)
@@ -90,4 +92,6 @@ class RowwiseAdagrad(MomentOptimizer):
 
 
 def _is_plain(step: RowStep) -> bool:
+    if isinstance(step.grad_factor, Tensor):
+        return False
     return step.grad_factor == 1.0 and step.max_row_grad_norm == math.inf and step.max_norm == math.inf

@@ -17,6 +17,7 @@ from embedtrain.distributed.shared_memory import SharedMemoryExchange
 from embedtrain.errors import NonFiniteError
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import RowStep, row_update
+from embedtrain.optim.verdict import PendingVerdict, factor_on_device, reason_of, total_on_device
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -75,11 +76,19 @@ _ROW_OPTIONS: dict[str, Any] = {
 _OPTIONS = (*_ROW_OPTIONS, "max_grad_norm", "nonfinite")
 
 
-class RowStore(Protocol):
-    """Rows with their state and the gradients that wait for them: an optimizer's view of a group of tables."""
+class RowsToUpdate(Protocol):
+    """Rows and their state, or copies of those of them that a step touched."""
 
     weight: Tensor
     state: dict[str, Tensor]
+
+    def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
+        """Returns keys of the gradient's rows for stochastic rounding, or None for float32 rows."""
+
+
+class RowStore(RowsToUpdate, Protocol):
+    """Rows with their state and the gradients that wait for them: an optimizer's view of a group of tables."""
+
     shared: SharedMemoryExchange | None
 
     @property
@@ -99,17 +108,17 @@ class RowStore(Protocol):
     def waiting_gradient(self) -> RowGradient:
         """Returns the gradient of the touched rows."""
 
-    def before_update(self, gradient: RowGradient) -> None:
-        """Takes note that the gradient's rows are about to change."""
+    def open_rows(self, gradient: RowGradient) -> tuple[RowsToUpdate, RowGradient]:
+        """Returns what holds the gradient's rows for an update, and the gradient by their places in it."""
+
+    def close_rows(self) -> None:
+        """Ends the update."""
 
     def clear_gradient(self) -> None:
         """Forgets the gradients."""
 
     def describe(self, row: int) -> str:
         """Names the table and the id of a row."""
-
-    def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
-        """Returns keys of the gradient's rows for stochastic rounding, or None for float32 rows."""
 
 
 class HasRowGroups(Protocol):
@@ -144,6 +153,11 @@ class SparseOptimizer(torch.optim.Optimizer):
             every rank, "skip" leaves the step out and counts it in `num_skipped`. Nothing is applied on any
             rank either way.
 
+    Attributes:
+        num_skipped: steps left out.
+        looks_later: has `step` not wait for the device: the device leaves out what is not finite by itself, and the
+            next `step`, or `settle`, does what the policy says. False unless set.
+
     Raises:
         TypeError: an option that the optimizer does not have.
         ValueError: a hyperparameter is out of range.
@@ -171,6 +185,9 @@ class SparseOptimizer(torch.optim.Optimizer):
         self.states = tuple(states)
         self.stores = list(collection.row_groups)
         self._veto: str | None = None
+        self._loss: Tensor | None = None
+        self._pending: PendingVerdict | None = None
+        self.looks_later = False
         self.num_skipped = 0
         groups = [{"params": [store.weight], "step": 0, "tables": store.table_names} for store in self.stores]
         super().__init__(groups, defaults)
@@ -206,7 +223,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         return float(settings["lr"])
 
     def update(
-        self, store: RowStore, gradient: RowGradient, settings: dict[str, Any], grad_factor: float = 1.0
+        self, store: RowsToUpdate, gradient: RowGradient, settings: dict[str, Any], grad_factor: float | Tensor = 1.0
     ) -> None:
         """Applies the formula to the rows of a gradient times a factor; `settings` is the parameter group."""
         names = [state.name for state in self.states]
@@ -218,7 +235,9 @@ class SparseOptimizer(torch.optim.Optimizer):
         states = [store.state[name] for name in names]
         row_update(store.weight, states, gradient.rows, gradient.values, step, direction)
 
-    def row_step(self, store: RowStore, gradient: RowGradient, settings: dict[str, Any], grad_factor: float) -> RowStep:
+    def row_step(
+        self, store: RowsToUpdate, gradient: RowGradient, settings: dict[str, Any], grad_factor: float | Tensor
+    ) -> RowStep:
         """Returns what the options make of a step."""
         return RowStep(
             lr=self.rate(settings),
@@ -235,7 +254,11 @@ class SparseOptimizer(torch.optim.Optimizer):
         return None
 
     def reset_state(self) -> None:
-        """Sets the states of all rows to their first values, and the count of steps to zero, as if just made."""
+        """Sets the states of all rows to their first values, and the count of steps to zero, as if just made.
+
+        Collective: every rank.
+        """
+        self.settle()
         for store, settings in zip(self.stores, self.param_groups, strict=True):
             settings["step"] = 0
             for state in self.states:
@@ -244,6 +267,10 @@ class SparseOptimizer(torch.optim.Optimizer):
     def veto(self, reason: str) -> None:
         """Marks the coming step as not finite on this rank, for instance because its loss is not."""
         self._veto = reason
+
+    def watch(self, loss: Tensor) -> None:
+        """Has the coming step depend on a scalar of this rank: where it is not finite, neither is the step."""
+        self._loss = loss
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -256,14 +283,29 @@ class SparseOptimizer(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("sparse optimizers take no closure: run backward, then step()")
+        self.settle()
         gradients = [store.waiting_gradient() for store in self.stores]
-        scale = self._agree(gradients)
+        scale = self._agree_later(gradients) if self.looks_later else self._agree(gradients)
         if scale is None:
             return
         for store, gradient, settings in zip(self.stores, gradients, self.param_groups, strict=True):
             settings["step"] += 1
-            store.before_update(gradient)
-            self.update(store, gradient, settings, scale)
+            opened, placed = store.open_rows(gradient)
+            self.update(opened, placed, settings, scale)
+            store.close_rows()
+
+    def settle(self) -> None:
+        """Finds out whether the last step was applied, where `looks_later` put that off. Collective: every rank.
+
+        Raises:
+            NonFiniteError: it was not, and the policy is "error".
+        """
+        pending, self._pending = self._pending, None
+        if pending is None or pending.is_finite():
+            return
+        for settings in self.param_groups:
+            settings["step"] -= 1
+        self._handle_nonfinite(pending.gradients, pending.reason())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients that wait."""
@@ -272,9 +314,10 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _agree(self, gradients: Sequence[RowGradient]) -> float | None:
         """Returns the factor for all gradients, or None to leave the step out. Collective: every rank."""
+        reason, self._veto, self._loss = reason_of(self._veto, self._loss), None, None
         # The sum of squares is not finite where any gradient is not, so one number serves both questions; where
         # nobody asks for the norm, gradients need not be summed to know that they are finite.
-        if self._veto is not None:
+        if reason is not None:
             total = math.nan
         elif self.max_grad_norm is not None:
             total = sum(gradient.sum_of_squares() for gradient in gradients)
@@ -282,22 +325,31 @@ class SparseOptimizer(torch.optim.Optimizer):
             total = 0.0 if all(gradient.is_finite() for gradient in gradients) else math.nan
         process_group = self.stores[0].process_group
         if process_group is not None:
-            squares = torch.tensor(total, dtype=torch.float64, device=self.stores[0].weight.device)
+            squares = torch.tensor(total, dtype=torch.float64, device=gradients[0].device)
             total = float(all_reduce_sum(squares, process_group, self.stores[0].shared))
         if not math.isfinite(total):
-            self._handle_nonfinite(gradients)
+            self._handle_nonfinite(gradients, reason)
             return None
         norm = math.sqrt(total)
         if self.max_grad_norm is None or norm <= self.max_grad_norm:
             return 1.0
         return self.max_grad_norm / norm
 
-    def _handle_nonfinite(self, gradients: Sequence[RowGradient]) -> None:
-        veto, self._veto = self._veto, None
+    def _agree_later(self, gradients: Sequence[RowGradient]) -> Tensor:
+        """Returns the factor for all gradients, which is on the device. Collective: every rank."""
+        veto, loss, self._veto, self._loss = self._veto, self._loss, None, None
+        total = total_on_device(gradients, loss, is_norm_wanted=self.max_grad_norm is not None)
+        if veto is not None:
+            total.fill_(math.nan)
+        all_reduce_sum(total, self.stores[0].process_group, self.stores[0].shared)
+        self._pending = PendingVerdict(total, gradients, veto, loss)
+        return factor_on_device(total, self.max_grad_norm)
+
+    def _handle_nonfinite(self, gradients: Sequence[RowGradient], reason: str | None) -> None:
         self.num_skipped += 1
         if self.nonfinite == "skip":
             return
-        found = veto or self._first_nonfinite(gradients)
+        found = reason or self._first_nonfinite(gradients)
         if found is not None:
             found = f"{found}, on rank {rank_of(self.stores[0].process_group)}"
         reasons = [reason for reason in all_gather_object(found, self.stores[0].process_group) if reason is not None]

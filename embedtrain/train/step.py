@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 from embedtrain.models.objective import Objective
@@ -18,6 +18,7 @@ def train_step(
     batch: Any,
     dense: DenseOptimizer | None = None,
     dense_factor: float = 1.0,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Objective:
     """Trains on this rank's batch and returns its objective.
 
@@ -29,6 +30,7 @@ def train_step(
         batch: this rank's.
         dense: the optimizer of the other parameters, which are updated where the tables are; None without any.
         dense_factor: factor of its learning rate.
+        meanwhile: called once forward and backward are under way, which on a GPU is long before they are over.
 
     Raises:
         NonFiniteError: the loss or a gradient is not finite on any rank; see `SparseOptimizer`.
@@ -37,9 +39,9 @@ def train_step(
         objective = model(batch)
     with stage("backward"):
         objective.loss.backward()
-    total = float(objective.total)
-    if not math.isfinite(total):
-        optimizer.veto(f"the loss is {total}")
+    if meanwhile is not None:
+        meanwhile()
+    optimizer.watch(objective.total)
     if dense is not None and (fault := dense.average_gradients()) is not None:
         optimizer.veto(fault)
     with stage("update"):

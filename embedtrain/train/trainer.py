@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,11 +16,14 @@ from embedtrain.errors import NonFiniteError
 from embedtrain.metrics.sinks import MetricSink
 from embedtrain.models.objective import Objective
 from embedtrain.stages import stage
+from embedtrain.train.ahead import BatchesAhead, Prepared
 from embedtrain.train.checkpoints import Checkpoints
 from embedtrain.train.interrupt import Interrupt
 from embedtrain.train.state import TrainState
 from embedtrain.train.step import train_step
 from embedtrain.train.task import StreamedBatches, Task
+
+T = TypeVar("T")
 
 _STEPS_BETWEEN_AGREEMENTS = 8
 """A signal is heard after at most so many steps; agreeing at each would cost a small collective a step."""
@@ -56,6 +59,10 @@ class Trainer:
         self._steps_per_epoch = None if isinstance(task.batches, StreamedBatches) else task.batches.steps_per_epoch
         self.total_steps = None if self._steps_per_epoch is None else epochs * self._steps_per_epoch
         self._task = task
+        self._stream = task.batches if isinstance(task.batches, StreamedBatches) else None
+        self._ahead = None if isinstance(task.batches, StreamedBatches) else BatchesAhead(task)
+        # Dense parameters are updated by the host's leave, hence need to know at once.
+        task.optimizer.looks_later = task.tables.device.type == "cuda" and task.dense is None
         self._rates = [float(settings["lr"]) for settings in task.optimizer.param_groups]
         self._schedule = schedule
         self._checkpoints = checkpoints
@@ -87,7 +94,7 @@ class Trainer:
         """
         with Interrupt() as interrupt:
             while not self._is_over():
-                has_trained = self._train_once()
+                has_trained = self._or_settle(self._train_once)
                 for observe in (alive, on_step if has_trained else None):
                     if observe is not None:
                         observe()
@@ -97,6 +104,7 @@ class Trainer:
                 is_measured = has_trained and self._is_measured(step)
                 # Whoever waits for a stream has time to agree.
                 if is_logged or is_due or is_measured or not has_trained or step % _STEPS_BETWEEN_AGREEMENTS == 0:
+                    self._or_settle(self._task.optimizer.settle)
                     is_stopped, is_overdue, has_failed = self._agree(interrupt.is_asked)
                     if has_failed:
                         self._checkpoints.settle()
@@ -123,44 +131,48 @@ class Trainer:
     def _is_over(self) -> bool:
         return self._is_drained or self.state.step == self.total_steps
 
-    def _train_once(self) -> bool:
-        """Trains on the next step; returns False where a stream has not brought it yet, or is over."""
+    def _or_settle(self, function: Callable[[], T]) -> T:
         try:
-            return self._step_once()
+            return function()
         except NonFiniteError:
             # Raised on every rank alike: the checkpoint under way is what the run goes back to.
             self._checkpoints.settle()
             raise
 
-    def _step_once(self) -> bool:
-        batches = self._task.batches
-        if isinstance(batches, StreamedBatches):
+    def _train_once(self) -> bool:
+        """Trains on the next step; returns False where a stream has not brought it yet, or is over."""
+        if self._stream is not None:
             with stage("sample"):
-                batch, position, self._is_drained = batches.next_batch(self.state.stream)
+                batch, position, self._is_drained = self._stream.next_batch(self.state.stream)
             if batch is None:
                 return False
-            self._train_on(batch)
+            self._train_on(Prepared(batch, batch.num_examples))
             self.state.advance_stream(position)
         else:
-            with stage("sample"):
-                batch = batches.batch(self.state.epoch, self.state.step_in_epoch)
-            self._train_on(batch)
-            self.state.advance(batches.steps_per_epoch)
+            assert self._ahead is not None
+            assert self._steps_per_epoch is not None
+            self._train_on(self._ahead.take(self.state.epoch, self.state.step_in_epoch))
+            self.state.advance(self._steps_per_epoch)
         return True
 
-    def _train_on(self, batch: Any) -> None:
+    def _train_on(self, prepared: Prepared) -> None:
         task = self._task
         if self.state.step == self._reset_state_from_step:
             task.optimizer.reset_state()
         factor = self._factor_at(self.state.step)
         for settings, rate in zip(task.optimizer.param_groups, self._rates, strict=True):
             settings["lr"] = rate * factor
-        objective = train_step(task.model, task.optimizer, batch, task.dense, factor)
-        self._window.add(objective, batch.num_examples)
+        objective = train_step(task.model, task.optimizer, prepared.batch, task.dense, factor, self._prepare_next)
+        self._window.add(objective, prepared.num_examples)
 
     def _factor_at(self, step: int) -> float:
         """Returns the schedule's factor; of a stream, whose end is not known, that of its beginning."""
         return self._schedule(0.0 if self.total_steps is None else step / self.total_steps)
+
+    def _prepare_next(self) -> None:
+        steps = self._steps_per_epoch
+        if self._ahead is not None and steps is not None and self.state.step + 1 != self.total_steps:
+            self._ahead.prepare_next(*divmod(self.state.epoch * steps + self.state.step_in_epoch + 1, steps))
 
     def _is_measured(self, step: int) -> bool:
         evaluation = self._task.evaluation
@@ -228,26 +240,32 @@ _LOSS, _PREDICTIONS, _EXAMPLES = range(3)
 class _Window:
     """Sums over steps: this rank's since the last agreement, all ranks' since the last log.
 
-    Attributes:
-        local: [3 + n] float64 on the CPU: losses, predictions, examples, and the n of `Objective.sums`.
+    What a model returns is added up where it is, so that the host need not wait for it at every step.
     """
 
     def __init__(self) -> None:
-        self.local = torch.zeros(3, dtype=torch.float64)
+        self._objectives = torch.zeros(1, dtype=torch.float64)
+        self._counts = torch.zeros(2, dtype=torch.float64)
         self._agreed = torch.zeros(3, dtype=torch.float64)
         self._agreed_at = self._reported_at = time.perf_counter()
 
+    @property
+    def local(self) -> Tensor:
+        """[3 + n] float64 on the CPU: losses, predictions, examples, and the n of `Objective.sums`."""
+        objectives = self._objectives.cpu()
+        return torch.cat([objectives[:1], self._counts, objectives[1:]])
+
     def add(self, objective: Objective, num_examples: int) -> None:
         """Counts a step of this rank."""
-        counted = torch.tensor([float(objective.total), objective.num_predictions, num_examples], dtype=torch.float64)
-        if objective.sums is not None:
-            counted = torch.cat([counted, objective.sums.to("cpu", torch.float64)])
-        self.local = _sum(self.local, counted)
+        total = objective.total.double().view(1)
+        added = total if objective.sums is None else torch.cat([total, objective.sums.to(total)])
+        self._objectives = _sum(self._objectives.to(added.device), added)
+        self._counts += torch.tensor([objective.num_predictions, num_examples])
 
     def close(self, sums: Tensor) -> float:
         """Takes the sums over the ranks; returns the seconds since it last did."""
         self._agreed = _sum(self._agreed, sums)
-        self.local = torch.zeros_like(self.local)
+        self._objectives, self._counts = torch.zeros_like(self._objectives), torch.zeros_like(self._counts)
         now = time.perf_counter()
         seconds, self._agreed_at = now - self._agreed_at, now
         return seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class Case:
     option: str
     options: tuple[tuple[str, object], ...]
     backend: str
+    looks_later: bool
 
 
 def cases() -> Iterator[Case]:
@@ -62,8 +64,9 @@ def cases() -> Iterator[Case]:
             # bfloat16 changes how rows are read and written, not what an option means.
             dtypes = (torch.float32, torch.bfloat16) if option in ("plain", "everything") else (torch.float32,)
             for dtype in dtypes:
-                for backend in BACKENDS:
-                    yield Case(name, dtype, option, tuple({"lr": 0.2, **options}.items()), backend)
+                # What is looked at later is the same formula, whichever implementation runs it.
+                for backend, looks_later in [*zip(BACKENDS, itertools.repeat(False)), (BACKENDS[-1], True)]:
+                    yield Case(name, dtype, option, tuple({"lr": 0.2, **options}.items()), backend, looks_later)
 
 
 def ids_of(step: int, rank: int) -> list[int]:
@@ -81,7 +84,9 @@ def factors_of(step: int, rank: int) -> list[list[float]]:
 def make(case: Case, group: dist.ProcessGroup | None) -> tuple[et.EmbeddingCollection, et.optim.SparseOptimizer]:
     spec = et.TableSpec(TABLE, ROWS, DIM, dtype=case.dtype, init="normal", init_scale=0.7)
     tables = et.EmbeddingCollection([spec], process_group=group, seed=3)
-    return tables, et.optim.OPTIMIZERS[case.optimizer](tables, **dict(case.options))
+    optimizer = et.optim.OPTIMIZERS[case.optimizer](tables, **dict(case.options))
+    optimizer.looks_later = case.looks_later
+    return tables, optimizer
 
 
 def train(
@@ -157,13 +162,14 @@ def test_rows_that_nobody_touched_keep_every_bit(trained: tuple) -> None:
 def test_every_option_changes_the_result(trained: tuple) -> None:
     _, all_cases, results = trained
     plain = {
-        (case.optimizer, case.dtype, case.backend): after["weight"]
+        (case.optimizer, case.dtype, case.backend, case.looks_later): after["weight"]
         for case, (_, after) in zip(all_cases, results, strict=True)
         if case.option == "plain"
     }
     for case, (_, after) in zip(all_cases, results, strict=True):
         if case.option != "plain":
-            assert not torch.equal(after["weight"], plain[case.optimizer, case.dtype, case.backend]), case
+            without = plain[case.optimizer, case.dtype, case.backend, case.looks_later]
+            assert not torch.equal(after["weight"], without), case
 
 
 def test_implementations_round_bfloat16_rows_alike(trained: tuple) -> None:
@@ -172,7 +178,7 @@ def test_implementations_round_bfloat16_rows_alike(trained: tuple) -> None:
     _, all_cases, results = trained
     by_case: dict[tuple, list[torch.Tensor]] = {}
     for case, (_, after) in zip(all_cases, results, strict=True):
-        if case.dtype == torch.bfloat16:
+        if case.dtype == torch.bfloat16 and not case.looks_later:
             by_case.setdefault((case.optimizer, case.option), []).append(after["weight"])
     # The last bit of a float32 sum may differ, and then, rarely, its rounding.
     shares = torch.tensor([float((first == second).float().mean()) for first, second in by_case.values()])

@@ -56,17 +56,22 @@ def test_an_unknown_feature_on_one_rank() -> None:
         assert "['item'], got ['itme']" in message
 
 
-def train_on_nan(group: dist.ProcessGroup | None, nonfinite: str, where: str) -> tuple:
+def train_on_nan(group: dist.ProcessGroup | None, nonfinite: str, where: str, looks_later: bool) -> tuple:
     rank = dist.get_rank(group)
     tables = et.EmbeddingCollection([et.TableSpec("item", 10, 4)], seed=1)
     optimizer = et.optim.RowwiseAdagrad(tables, lr=0.1, nonfinite=nonfinite)
+    optimizer.looks_later = looks_later
     before = tables.gather_table("item").clone()
     out = tables({"item": et.Jagged.from_lists([[3], [rank]])})["item"]
     factor = float("nan") if rank == 1 and where == "gradient" else 1.0
     (out * torch.tensor([[factor], [1.0]])).sum().backward()
-    if rank == 1 and where == "loss":
-        optimizer.veto("the loss is nan")
-    caught = catch(optimizer.step)
+    if where == "loss":
+        optimizer.watch(torch.tensor(float("nan") if rank == 1 else 2.0))
+    if looks_later:
+        optimizer.step()
+        caught = catch(optimizer.settle)
+    else:
+        caught = catch(optimizer.step)
     unchanged = torch.equal(tables.gather_table("item"), before)
     optimizer.zero_grad()
     tables({"item": et.Jagged.from_lists([[3]])})["item"].sum().backward()
@@ -74,9 +79,10 @@ def train_on_nan(group: dist.ProcessGroup | None, nonfinite: str, where: str) ->
     return caught, unchanged, optimizer.num_skipped, not torch.equal(tables.gather_table("item"), before)
 
 
+@pytest.mark.parametrize("looks_later", [False, True])
 @pytest.mark.parametrize("where", ["gradient", "loss"])
-def test_a_step_that_is_not_finite_on_one_rank_is_refused_on_all(where: str) -> None:
-    for (kind, message), unchanged, _, trains_on in run_ranks(2, train_on_nan, "error", where):
+def test_a_step_that_is_not_finite_on_one_rank_is_refused_on_all(where: str, looks_later: bool) -> None:
+    for (kind, message), unchanged, _, trains_on in run_ranks(2, train_on_nan, "error", where, looks_later):
         assert kind == "NonFiniteError"
         assert message.startswith("step 1: ")
         named = "table 'item', row 3" if where == "gradient" else "the loss is nan, on rank 1"
@@ -84,9 +90,10 @@ def test_a_step_that_is_not_finite_on_one_rank_is_refused_on_all(where: str) -> 
         assert unchanged and trains_on
 
 
+@pytest.mark.parametrize("looks_later", [False, True])
 @pytest.mark.parametrize("where", ["gradient", "loss"])
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(where: str) -> None:
-    for (kind, _), unchanged, num_skipped, trains_on in run_ranks(2, train_on_nan, "skip", where):
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(where: str, looks_later: bool) -> None:
+    for (kind, _), unchanged, num_skipped, trains_on in run_ranks(2, train_on_nan, "skip", where, looks_later):
         assert (kind, unchanged, num_skipped, trains_on) == ("", True, 1, True)
 
 

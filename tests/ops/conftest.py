@@ -3,17 +3,35 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from embedtrain.ops import dispatch
 from embedtrain.ops.native import library
 
 
-@pytest.fixture(params=["reference", "native"])
+@pytest.fixture(params=["reference", "native", "triton"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Runs the test once per implementation of the ops."""
-    if request.param == "native" and library.find() is None:
+    """Runs the test once per implementation of the ops; Triton's kernels under its interpreter."""
+    yield from run_on(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["reference", "native", "native on 3 threads", "triton"])
+def threaded_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """As `backend`, for ops that divide their work among threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3 if request.param.endswith("3 threads") else 1)
+    yield from run_on(request.param.partition(" ")[0], monkeypatch)
+    torch.set_num_threads(before)
+
+
+def run_on(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if name == "native" and library.find() is None:
         pytest.skip(f"the native library was not built: {library.HOW_TO_BUILD}")
-    monkeypatch.setenv(dispatch.VARIABLE, request.param)
+    if name == "triton":
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU: tests/gpu runs the kernels themselves, and a process can do one of the two")
+        pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setenv(dispatch.VARIABLE, name)
     dispatch.cpu_backend.cache_clear()
-    yield request.param
+    yield name
     dispatch.cpu_backend.cache_clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -55,6 +57,21 @@ def test_equals_the_definition(backend: str, num_rows: int, dim: int, num_touche
                 torch.testing.assert_close(tensor, expected[name], rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("factor", [-0.5, 0.0, math.nan])
+def test_a_factor_may_lie_on_the_device_where_nan_leaves_the_rows(backend: str, factor: float) -> None:
+    found, expected = make(30, 5, 20), make(30, 5, 20)
+    given, known = (RowStep(lr=0.1, grad_factor=value, weight_decay=0.2) for value in (torch.tensor(factor), factor))
+    for tensors, step in ((found, given), (expected, known)):
+        if step is given or factor == factor:
+            touched = tensors["weight"], tensors["first"], tensors["element"], tensors["rows"], tensors["grad"]
+            moment_update(*touched, step, MOMENTS)
+    row_update(found["weight"], [], found["rows"], found["grad"], given, lambda grad, states: grad)
+    if factor == factor:
+        row_update(expected["weight"], [], expected["rows"], expected["grad"], known, lambda grad, states: grad)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("argument", ["first", "second", "state dtype", "rows", "grad", "keys"])
 def test_disagreeing_arguments_are_refused(backend: str, argument: str) -> None:
     tensors = make(9, 3, 5)
@@ -83,9 +100,17 @@ def test_disagreeing_arguments_are_refused(backend: str, argument: str) -> None:
         )
 
 
-def test_a_row_outside_the_table_is_an_index_error(backend: str) -> None:
+def test_a_row_outside_the_table_is_an_index_error_or_left_out(backend: str) -> None:
     tensors = make(9, 3, 5)
     tensors["rows"][2] = 9
+    if backend == "triton":
+        expected = tensors["weight"].clone()
+        kept = torch.tensor([0, 1, 3, 4])
+        rows, grad = tensors["rows"][kept], tensors["grad"][kept]
+        reference.moment_update(expected, None, None, rows, grad, STEPS["plain"], MOMENTS)
+        moment_update(tensors["weight"], None, None, tensors["rows"], tensors["grad"], STEPS["plain"], MOMENTS)
+        torch.testing.assert_close(tensors["weight"], expected)
+        return
     with pytest.raises(IndexError):
         moment_update(tensors["weight"], None, None, tensors["rows"], tensors["grad"], STEPS["plain"], MOMENTS)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from embedtrain.ops.sort_unique import sort_unique
+from embedtrain.ops.sort_unique import OrderedKeys, order_keys, sort_unique
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
@@ -26,6 +26,18 @@ def test_equals_torch_unique(backend: str, num_keys: int, bound: int, num_thread
         assert result.starts.tolist() == [0, *torch.bincount(inverse, minlength=expected.numel()).cumsum(0).tolist()]
     assert results[0].inverse is not None and torch.equal(results[0].inverse, inverse)
     assert results[1].inverse is None
+
+
+@pytest.mark.parametrize("num_keys", [0, 1, 700])
+def test_keys_in_order_are_counted_before_it_is_known_how_many_are_distinct(backend: str, num_keys: int) -> None:
+    keys = torch.randint(0, 40, (num_keys,), generator=torch.Generator().manual_seed(num_keys))
+    expected, inverse = torch.unique(keys, return_inverse=True)
+    ordered = order_keys(keys, bound=40)
+    assert isinstance(ordered, OrderedKeys) == (backend != "native")
+    assert ordered.inverse is not None and torch.equal(ordered.inverse, inverse)
+    bounds = torch.tensor([0, 1, 20, 40])
+    assert ordered.num_below(bounds).tolist() == [int((expected < bound).sum()) for bound in bounds]
+    assert torch.equal(ordered.sorted.unique, expected)
 
 
 def test_keys_of_another_type_are_refused(backend: str) -> None:

@@ -14,12 +14,15 @@ from embedtrain.ops.spread_keys import SpreadTable
 def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_rows: int) -> tuple[Tensor, list[int]]:
     """See `embedtrain.ops.spread_keys`."""
     keys: list[Tensor] = []
-    num_outside: list[int] = []
+    num_outside: list[Tensor] = []
     for given, table in zip(ids, tables, strict=True):
         wide = given.long()
         is_outside = (wide < 0) | (wide >= table.num_rows)
         slots = multiply_modulo(wide.masked_fill(is_outside, 0), table.multiplier, table.num_rows)
         owner = torch.div(slots, table.rows_per_rank, rounding_mode="floor")
         keys.append(owner * num_local_rows + (slots - owner * table.rows_per_rank + table.first_row))
-        num_outside.append(int(is_outside.sum()))
-    return torch.cat(keys) if keys else torch.zeros(0, dtype=torch.int64), num_outside
+        num_outside.append(is_outside.sum())
+    if not keys:
+        return torch.zeros(0, dtype=torch.int64), []
+    # On a GPU the host waits once, not once a feature.
+    return torch.cat(keys), torch.stack(num_outside).tolist()

@@ -105,6 +105,39 @@ def test_such_steps_can_be_skipped_and_are_counted() -> None:
     assert optimizer.param_groups[0]["step"] == 1
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_looked_at_later_is_refused_at_the_next_step(bad: float) -> None:
+    tables, optimizer = make(dim=2, lr=0.1)
+    optimizer.looks_later = True
+    before = tables.gather_table("t").clone()
+    (look_up(tables, [1, 4]) * torch.tensor([[1.0], [bad]])).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    look_up(tables, [1]).sum().backward()
+    optimizer.watch(torch.tensor(2.0))
+    with pytest.raises(et.NonFiniteError, match=r"step 1: the gradient of table 't', row 4 is not finite, on rank 0"):
+        optimizer.step()
+    assert torch.equal(tables.gather_table("t"), before)
+    assert not tables.gather_table("t", "accumulator").any()
+
+
+def test_steps_that_are_looked_at_later_can_be_skipped() -> None:
+    tables, optimizer = make(dim=2, lr=0.1, nonfinite="skip", lr_decay=1.0)
+    optimizer.looks_later = True
+    expected_tables, expected = make(dim=2, lr=0.1, lr_decay=1.0)
+    for factor in (1.0, float("nan"), 2.0):
+        (look_up(tables, [1, 2]) * factor).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if factor == factor:
+            (look_up(expected_tables, [1, 2]) * factor).sum().backward()
+            expected.step()
+            expected.zero_grad()
+    optimizer.settle()
+    assert (optimizer.num_skipped, optimizer.param_groups[0]["step"]) == (1, 2)
+    torch.testing.assert_close(tables.gather_table("t"), expected_tables.gather_table("t"))
+
+
 def test_a_vetoed_step_is_refused_for_its_reason() -> None:
     tables, optimizer = make()
     look_up(tables, [1]).sum().backward()

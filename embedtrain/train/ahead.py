@@ -1,0 +1,110 @@
+"""Preparation of the next step's batch while a GPU works on this one's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from embedtrain.stages import stage
+from embedtrain.train.task import Batches, StreamedBatches, Task
+
+
+@runtime_checkable
+class PreparesBatches(Protocol):
+    """A model that can do part of a step before the step before it is over."""
+
+    def prepare(self, batch: Any) -> Any:
+        """Returns what the model takes instead of the batch: on its device, and no row read yet.
+
+        Collective: every rank, in the same order as its steps.
+        """
+
+    def bring_rows(self, prepared: Any) -> None:
+        """Copies rows of the step that live in host memory to the device."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A step's input.
+
+    Attributes:
+        batch: what the model takes.
+        num_examples: of the batch.
+    """
+
+    batch: Any
+    num_examples: int
+
+
+class BatchesAhead:
+    """The batches of a task in order, each prepared one step ahead where that pays: on a GPU, or with rows on the host.
+
+    Preparation has a stream of its own, so that the one wait of the host for sizes, which the exchange of ids needs,
+    is not a wait for the step under way.
+
+    Args:
+        task: the model, its tables and batches, which are no stream.
+    """
+
+    def __init__(self, task: Task) -> None:
+        assert not isinstance(task.batches, StreamedBatches)
+        self._batches: Batches = task.batches
+        tables = task.tables
+        pays = tables.device.type == "cuda" or any(group.is_on_host for group in tables.row_groups)
+        self._model = task.model if pays and isinstance(task.model, PreparesBatches) else None
+        self._stream = torch.cuda.Stream(tables.device) if tables.device.type == "cuda" else None
+        self._next: tuple[tuple[int, int], Prepared] | None = None
+
+    def take(self, epoch: int, step: int) -> Prepared:
+        """Returns the input of a step, from what was prepared ahead or made now. Collective: every rank."""
+        prepared, self._next = self._next, None
+        if prepared is not None and prepared[0] == (epoch, step):
+            return prepared[1]
+        return self._prepare(epoch, step)
+
+    def prepare_next(self, epoch: int, step: int) -> None:
+        """Prepares a later step; called when this one's forward and backward are under way. Collective: every rank."""
+        if self._model is None:
+            return
+        prepared = self._prepare(epoch, step)
+        self._model.bring_rows(prepared.batch)
+        self._next = ((epoch, step), prepared)
+
+    def _prepare(self, epoch: int, step: int) -> Prepared:
+        with stage("sample"):
+            batch = self._batches.batch(epoch, step)
+        if self._model is None:
+            return Prepared(batch, batch.num_examples)
+        with stage("prepare"):
+            return Prepared(self._on_stream(self._model, batch), batch.num_examples)
+
+    def _on_stream(self, model: PreparesBatches, batch: Any) -> Any:
+        if self._stream is None:
+            return model.prepare(batch)
+        main = torch.cuda.current_stream(self._stream.device)
+        with torch.cuda.stream(self._stream):
+            prepared = model.prepare(batch)
+        main.wait_stream(self._stream)
+        for tensor in tensors_of(prepared):
+            if tensor.is_cuda:
+                # Its memory is the stream's, which would use it again before the step has read it.
+                tensor.record_stream(main)
+        return prepared
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Yields the tensors in objects, mappings and sequences of this package."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from tensors_of(part)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for part in value:
+            yield from tensors_of(part)
+    elif type(value).__module__.startswith("embedtrain."):
+        yield from tensors_of(vars(value))

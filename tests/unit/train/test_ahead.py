@@ -1,0 +1,81 @@
+"""Batches that were prepared a step ahead train to the same bits as batches that were not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import embedtrain as et
+from embedtrain.data.skipgram import TextBatch
+from embedtrain.distributed.runtime import rank_of
+from embedtrain.models.word2vec import Word2Vec
+from embedtrain.ops.sample_text import TextSample
+from embedtrain.testing.ranks import run_ranks
+from embedtrain.train.ahead import BatchesAhead, tensors_of
+from embedtrain.train.checkpoints import Checkpoints, SavePolicy
+from embedtrain.train.state import TrainState
+from embedtrain.train.task import Task
+from embedtrain.train.trainer import Trainer
+
+NUM_WORDS = 40
+
+
+class Batches:
+    steps_per_epoch = 4
+    examples_per_epoch = 120
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self.made: list[tuple[int, int]] = []
+
+    def batch(self, epoch: int, step: int) -> TextBatch:
+        self.made.append((epoch, step))
+        generator = torch.Generator().manual_seed(100 * epoch + 10 * step + self._rank)
+        words = torch.randint(0, NUM_WORDS, (30,), generator=generator)
+        targets = torch.cat([words.view(30, 1), torch.randint(0, NUM_WORDS, (30, 3), generator=generator)], dim=1)
+        positions = torch.arange(30)
+        sample = TextSample(words, targets, (positions - 2).clamp(min=0), (positions + 3).clamp(max=30))
+        return TextBatch(sample, 30)
+
+
+def train(folder: str, group: dist.ProcessGroup | None, placement: str, cache_bytes: int | None) -> Task:
+    model = Word2Vec(NUM_WORDS, 8, process_group=group, seed=1, placement=placement, cache_bytes=cache_bytes)
+    optimizer = et.optim.RowwiseAdagrad(model.tables, lr=0.3, initial_accumulator_value=0.1)
+    task = Task(model, model.tables, optimizer, Batches(rank_of(group)))
+    state = TrainState()
+    checkpoints = Checkpoints(f"{folder}/{placement}", task, state, facts={}, policy=SavePolicy(3, None), group=group)
+    trainer = Trainer(task, state, epochs=2, schedule=lambda done: 1.0, checkpoints=checkpoints, group=group)
+    assert trainer.run([], log_every_steps=5)
+    return task
+
+
+def both_ways(group: dist.ProcessGroup | None, folder: str, cache_bytes: int) -> None:
+    ahead, plain = train(folder, group, "host", cache_bytes), train(folder, group, "device", None)
+    assert ahead.batches.made == plain.batches.made == [(epoch, step) for epoch in range(2) for step in range(4)]
+    for ours, theirs in zip(ahead.tables.shard_views(), plain.tables.shard_views(), strict=True):
+        assert torch.equal(ours.tensor, theirs.tensor), ours.name
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 500])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_ends_with_the_same_rows(world_size: int, cache_bytes: int, tmp_path: Path) -> None:
+    run_ranks(world_size, both_ways, str(tmp_path), cache_bytes)
+
+
+def test_a_step_is_prepared_while_the_one_before_runs() -> None:
+    model = Word2Vec(NUM_WORDS, 8, placement="host", cache_bytes=0)
+    batches = Batches(0)
+    ahead = BatchesAhead(Task(model, model.tables, et.optim.RowwiseAdagrad(model.tables), batches))
+    ahead.take(0, 0)
+    ahead.prepare_next(0, 1)
+    assert batches.made == [(0, 0), (0, 1)]
+    prepared = ahead.take(0, 1)
+    assert batches.made == [(0, 0), (0, 1)]
+    # Of the request, the inverse and the block, whose memory a GPU's streams must agree on.
+    assert len(list(tensors_of(prepared.batch))) >= 10
+    ahead.prepare_next(0, 2)
+    ahead.take(1, 0)  # another than was expected, as after a resumed run
+    assert batches.made[-2:] == [(0, 2), (1, 0)]
