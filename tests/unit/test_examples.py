@@ -58,10 +58,12 @@ def test_weight_decay_helps_collaborative_filtering() -> None:
 
 def test_what_helps_against_the_shrinking_step() -> None:
     found = table(run("shrinking_steps.py", "--steps", "1500"))
-    start, after = 0, 3
-    assert found["decay"][after] < found["plain"][after]
-    assert found["restart"][after] < found["plain"][after]
-    assert found["warm start"][start] != found["plain"][start]
+    first_of_new, last = 2, 3
+    for helps in ("decay", "restart"):
+        assert found[helps][first_of_new] < 0.95 * found["plain"][first_of_new]
+        assert found[helps][last] < 0.6 * found["plain"][last]
+    # Accumulators that begin warm make later steps smaller still.
+    assert found["plain"][first_of_new] < found["warm start"][first_of_new] < found["warmed by data"][first_of_new]
 
 
 def clicks(num_lines: int) -> list[str]:
