@@ -46,8 +46,9 @@ def test_the_code_of_the_page_runs_and_learns() -> None:
 def test_the_tutorials_networks_learn() -> None:
     found = table(run("tutorial.py", "--seeds", "1", "--epochs", "10", ranks=2))
     assert set(found) == {"Adagrad", "SGD with momentum", "Adam", "RMSprop"}
-    # Of so few steps with momentum at this rate a little is learnt, of the others' nearly all.
-    assert all(row[0] > (0.6 if name.startswith("SGD") else 0.8) for name, row in found.items()), found
+    # Of 20 seeds `--epochs 10` found 0.880 at least for all but SGD, which has learnt little by then: 0.674 on average,
+    # standard deviation 0.066. Guesses on 200 samples are right for a half of them, standard deviation 0.035.
+    assert all(row[0] > (0.6 if name.startswith("SGD") else 0.85) for name, row in found.items()), found
 
 
 def test_weight_decay_helps_collaborative_filtering() -> None:
