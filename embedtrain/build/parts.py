@@ -6,6 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from embedtrain.config.sections import TableConfig
+from embedtrain.distributed.runtime import Runtime
+from embedtrain.embedding.collection import CollectionOptions
 from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.task import Task
 
@@ -25,3 +30,15 @@ class Parts:
     task: Task
     facts: Mapping[str, Any]
     write_files: Callable[[RunFolder], None]
+
+
+def collection_options(table: TableConfig, runtime: Runtime, seed: int) -> CollectionOptions:
+    """Returns what every model passes on to its tables."""
+    return CollectionOptions(
+        device=runtime.device,
+        process_group=runtime.group,
+        seed=seed,
+        wire_dtype=None if table.wire_dtype is None else getattr(torch, table.wire_dtype),
+        placement=table.placement,
+        cache_bytes=table.cache_bytes,
+    )

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from embedtrain.build.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
-from embedtrain.build.parts import Parts
+from embedtrain.build.parts import Parts, collection_options
 from embedtrain.config.ranking import ClicksConfig, FeatureConfig, RankingConfig
 from embedtrain.data.click_batches import ClickBatches
 from embedtrain.data.click_log import ClickLayout, ClickLog
@@ -169,10 +169,7 @@ def _build_model(config: RankingConfig, runtime: Runtime, layout: ClickLayout) -
             num_cross_layers=network.num_cross_layers,
             low_rank=network.low_rank,
         ),
-        device=runtime.device,
-        process_group=runtime.group,
-        wire_dtype=None if config.table.wire_dtype is None else getattr(torch, config.table.wire_dtype),
-        seed=config.seed,
+        **collection_options(config.table, runtime, config.seed),
     )
 
 

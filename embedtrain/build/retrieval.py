@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from embedtrain.build.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
-from embedtrain.build.parts import Parts
+from embedtrain.build.parts import Parts, collection_options
 from embedtrain.checkpoint import CheckpointReader, LoadOptions, latest_checkpoint, load_shards
 from embedtrain.config import RetrievalConfig
 from embedtrain.config.retrieval import SideConfig
@@ -145,10 +145,7 @@ def _build_model(config: RetrievalConfig, runtime: Runtime, interactions: Intera
         ),
         dtype=getattr(torch, config.table.dtype),
         optimizers=optimizer_names(config.optimizer),
-        wire_dtype=None if config.table.wire_dtype is None else getattr(torch, config.table.wire_dtype),
-        device=runtime.device,
-        process_group=runtime.group,
-        seed=config.seed,
+        **collection_options(config.table, runtime, config.seed),
     )
 
 

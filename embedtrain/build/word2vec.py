@@ -10,7 +10,7 @@ import fsspec
 import torch
 
 from embedtrain.build.optimizers import build_optimizer, optimizer_names
-from embedtrain.build.parts import Parts
+from embedtrain.build.parts import Parts, collection_options
 from embedtrain.config.word2vec import Word2VecConfig
 from embedtrain.data.baskets import write_baskets
 from embedtrain.data.corpus import PreparedCorpus
@@ -40,12 +40,7 @@ def build_word2vec(config: Word2VecConfig, runtime: Runtime) -> Parts:
         architecture=config.word2vec.architecture,
         dtype=getattr(torch, config.table.dtype),
         optimizers=optimizer_names(config.optimizer),
-        wire_dtype=None if config.table.wire_dtype is None else getattr(torch, config.table.wire_dtype),
-        placement=config.table.placement,
-        cache_bytes=config.table.cache_bytes,
-        device=runtime.device,
-        process_group=runtime.group,
-        seed=config.seed,
+        **collection_options(config.table, runtime, config.seed),
     )
     task = Task(
         model,

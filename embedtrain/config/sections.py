@@ -33,12 +33,6 @@ class TableConfig:
     """Storage of the rows."""
     wire_dtype: Literal["float32", "bfloat16"] | None = None
     """In which vectors and gradients travel between ranks; null: as stored, and float32."""
-
-
-@dataclass
-class PlacedTableConfig(TableConfig):
-    """The tables of a model whose rows may live in host memory."""
-
     placement: Literal["device", "host", "auto"] = "device"
     """Where rows and optimizer state live; auto takes host memory where the GPU's does not suffice."""
     cache_bytes: int | None = None
@@ -141,6 +135,7 @@ class Config:
     model: str = "???"
     seed: int = 1
     run: RunConfig = field(default_factory=RunConfig)
+    table: TableConfig = field(default_factory=TableConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=RowwiseAdagradConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -161,8 +156,10 @@ class Config:
         "resume.",
         "log.",
         "optimizer.reset_state_from_step",
+        "table.placement",
+        "table.cache_bytes",
     )
-    """Beginnings of the keys that a resumed run may give anew."""
+    """Beginnings of the keys that a resumed run may give anew: where rows live changes no result."""
 
     def check(self) -> None:
         """Checks the ranges that types cannot say; a model's configuration checks its own too.
@@ -171,6 +168,7 @@ class Config:
             UserError: a value is out of range.
         """
         require_at_least_one(self._counts())
+        self.table.check()
         for name in ("max_failures", "max_extra_memory_bytes"):
             setting = getattr(self.checkpoint, name)
             if setting is not None and setting < 0:

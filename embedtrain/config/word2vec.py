@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from embedtrain.config.sections import (
     Config,
     EvaluateConfig,
-    PlacedTableConfig,
+    TableConfig,
     TrainConfig,
     refuse_stream,
     require_at_least_one,
@@ -79,7 +79,7 @@ class Word2VecConfig(Config):
 
     model: Literal["word2vec"] = "word2vec"
     data: TextConfig = field(default_factory=TextConfig)
-    table: PlacedTableConfig = field(default_factory=PlacedTableConfig)
+    table: TableConfig = field(default_factory=TableConfig)
     word2vec: SkipGramConfig = field(default_factory=SkipGramConfig)
     train: TextTrainConfig = field(default_factory=TextTrainConfig)
     evaluate: WordEvaluateConfig = field(default_factory=WordEvaluateConfig)
@@ -93,15 +93,8 @@ class Word2VecConfig(Config):
         "sg": "word2vec.architecture",
         "corpus": "data.path",
     }
-    # Whether the text is the same is judged by its content; where rows live changes no result.
-    MAY_CHANGE: ClassVar[tuple[str, ...]] = (
-        *Config.MAY_CHANGE,
-        "data.path",
-        "data.cache_path",
-        "evaluate.",
-        "table.placement",
-        "table.cache_bytes",
-    )
+    # Whether the text is the same is judged by its content.
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (*Config.MAY_CHANGE, "data.path", "data.cache_path", "evaluate.")
 
     def table_names(self) -> list[str]:
         """Returns the table of the words' vectors and that of what predicts their neighbours."""
@@ -111,7 +104,6 @@ class Word2VecConfig(Config):
         """Checks the ranges that types cannot say."""
         super().check()
         refuse_stream(self.data.path, "the words of a text are counted before it is trained on")
-        self.table.check()
         counts = {
             "table.dim": self.table.dim,
             "train.words_per_step": self.train.words_per_step,

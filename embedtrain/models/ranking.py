@@ -5,20 +5,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embedtrain.data.click_batches import ClickBatch, ClickBatches
 from embedtrain.distributed.runtime import size_of
-from embedtrain.embedding.collection import EmbeddingCollection
+from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection
 from embedtrain.errors import UserError
 from embedtrain.metrics.classification import TRAINING_BINS, ClassificationMeter, classification_sums
 from embedtrain.models.objective import Objective
 from embedtrain.spec import FeatureSpec, TableSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Architecture = Literal["dlrm", "dcn_v2"]
 
@@ -143,10 +145,7 @@ class Ranking(nn.Module):
             one value only.
         num_dense: dense features.
         options: of the network.
-        device: of this rank's rows and network.
-        process_group: the ranks that share the tables; where None, the job's.
-        wire_dtype: in which rows travel; see `EmbeddingCollection`.
-        seed: of the first values.
+        collection: see `EmbeddingCollection`; the network lives where its rows are computed on, and begins by its seed.
     """
 
     def __init__(
@@ -155,16 +154,11 @@ class Ranking(nn.Module):
         features: Sequence[FeatureSpec],
         num_dense: int,
         options: NetworkOptions,
-        *,
-        device: torch.device | str | None = None,
-        process_group: dist.ProcessGroup | None = None,
-        wire_dtype: torch.dtype | None = None,
-        seed: int = 0,
+        **collection: Unpack[CollectionOptions],
     ) -> None:
         super().__init__()
-        self.tables = EmbeddingCollection(
-            tables, features, device=device, process_group=process_group, wire_dtype=wire_dtype, seed=seed
-        )
+        self.tables = EmbeddingCollection(tables, features, **collection)
+        seed = collection.get("seed", 0)
         dims = {table.name: table.dim for table in tables}
         self._features = [feature.name for feature in features]
         self.network = build_network(num_dense, [dims[feature.table_name] for feature in features], options, seed)

@@ -121,6 +121,24 @@ def test_a_killed_run_goes_on_to_the_last_bit_and_on_another_number_of_ranks(fol
             assert without_times(first) == without_times(second)
 
 
+def test_where_rows_live_changes_no_result(folder: Path) -> None:
+    expected = run_parts(None, overrides(folder, "device"), None)
+    found = run_parts(None, overrides(folder, "host", "table.placement=host", "table.cache_bytes=500"), None)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_rows_travel_as_they_are_told(folder: Path) -> None:
+    exact, rounded = (
+        run_ranks(2, run_parts, overrides(folder, wire, f"table.wire_dtype={wire}"), None)[0]
+        for wire in ("float32", "bfloat16")
+    )
+    assert not torch.equal(rounded["user/weight"], exact["user/weight"])
+    # Rounding by up to 2^-9 at each of the steps.
+    torch.testing.assert_close(rounded["user/weight"], exact["user/weight"], rtol=0.1, atol=0.05)
+
+
 def without_times(record: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in record.items() if "second" not in name}
 
