@@ -33,6 +33,16 @@ def test_gathered_rows_are_copies(threaded_backend: str, num_wanted: int, dim: i
         assert torch.equal(gather_rows(source, rows, wanted), source[rows].to(wanted))
 
 
+def test_tables_of_no_rows_give_none(backend: str) -> None:
+    source, none = torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)
+    assert gather_rows(source, none).shape == (0, 3)
+    (pooled,) = pool_rows(source, none, [Bags(0, torch.tensor([0, 0]))])
+    assert torch.equal(pooled, torch.zeros(2, 3))
+    keys = sort_unique(none)
+    assert pool_rows_backward([pooled], [Bags(0, torch.tensor([0, 0]))], keys, 3).shape == (0, 3)
+    assert segment_sum(source, keys).shape == (0, 3)
+
+
 def test_rows_of_other_types_are_refused(backend: str) -> None:
     rows = torch.zeros(2, dtype=torch.int64)
     for source, wanted in ((torch.zeros(3, 2).double(), None), (torch.zeros(3, 2), torch.float16)):

@@ -18,14 +18,15 @@ SHAPES = [
     (20, 30, 17, 0, 3),
     (25, 60, 16, 13, 5),
     (0, 4, 5, 5, 5),
+    (0, 0, 3, 5, 5),
 ]
 
 
 def make(num_positions: int, num_rows: int, dim: int, k: int, window: int) -> tuple[torch.Tensor, TextBlock]:
     generator = torch.Generator().manual_seed(num_positions + dim)
     vectors = torch.randn(num_rows, dim, generator=generator) * 0.5
-    inputs = torch.randint(0, num_rows, (num_positions,), generator=generator)
-    targets = torch.randint(0, num_rows, (num_positions, 1 + k), generator=generator)
+    inputs = torch.randint(0, max(num_rows, 1), (num_positions,), generator=generator)
+    targets = torch.randint(0, max(num_rows, 1), (num_positions, 1 + k), generator=generator)
     is_centre = torch.rand(num_positions, 1 + k, generator=generator) < 0.2
     targets = torch.where(is_centre, targets[:, :1], targets)  # negatives that are left out
     positions = torch.arange(num_positions)
