@@ -67,7 +67,7 @@ class BatchesAhead:
         return self._prepare(epoch, step)
 
     def prepare_next(self, epoch: int, step: int) -> None:
-        """Prepares a later step; called when this one's forward and backward are under way. Collective: every rank."""
+        """Prepares a later step; called while the device works on this one. Collective: every rank."""
         if self._model is None:
             return
         prepared = self._prepare(epoch, step)

@@ -30,7 +30,8 @@ def train_step(
         batch: this rank's.
         dense: the optimizer of the other parameters, which are updated where the tables are; None without any.
         dense_factor: factor of its learning rate.
-        meanwhile: called once forward and backward are under way, which on a GPU is long before they are over.
+        meanwhile: called once the device has work, which on a GPU is long before it is done: the whole step, or forward
+            and backward where the update waits for the host to know that they were finite.
 
     Raises:
         NonFiniteError: the loss or a gradient is not finite on any rank; see `SparseOptimizer`.
@@ -39,7 +40,7 @@ def train_step(
         objective = model(batch)
     with stage("backward"):
         objective.loss.backward()
-    if meanwhile is not None:
+    if meanwhile is not None and not optimizer.looks_later:
         meanwhile()
     optimizer.watch(objective.total)
     if dense is not None and (fault := dense.average_gradients()) is not None:
@@ -52,4 +53,6 @@ def train_step(
             if optimizer.num_skipped == num_skipped:
                 dense.step(dense_factor)
             dense.zero_grad()
+    if meanwhile is not None and optimizer.looks_later:
+        meanwhile()
     return objective
