@@ -14,9 +14,11 @@ from embedtrain.build.optimizers import build_dense_optimizer, build_optimizer
 from embedtrain.build.parts import Parts
 from embedtrain.config.ranking import ClicksConfig, FeatureConfig, RankingConfig
 from embedtrain.data.click_batches import ClickBatches
+from embedtrain.data.click_files import SUFFIXES
 from embedtrain.data.click_log import ClickLog
 from embedtrain.data.click_schema import CRITEO_CATEGORICAL, CategoricalColumn, ClickSchema, require_columns
-from embedtrain.data.prepare_clicks import ClickOptions, prepare_clicks, refuse_changes
+from embedtrain.data.prepare_clicks import ClickOptions, prepare_clicks
+from embedtrain.data.sources import refuse_changes
 from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.metrics.classification import training_measures
@@ -36,6 +38,8 @@ def build_ranking(config: RankingConfig, runtime: Runtime) -> Parts:
     """
     options = _click_options(config.data, config.data.path)
     log = _prepare(options, config, runtime)
+    suffixes = SUFFIXES[options.schema.file_format]
+    check_files = functools.partial(refuse_changes, options.path, suffixes, log.source_identities)
     model = _build_model(config, runtime, log)
     task = Task(
         model,
@@ -47,9 +51,9 @@ def build_ranking(config: RankingConfig, runtime: Runtime) -> Parts:
             block_examples=config.data.block_examples,
             seed=config.seed,
             group=runtime.group,
-            on_epoch=lambda: run_on_first(lambda: refuse_changes(log, options), runtime.group),
+            on_epoch=lambda: run_on_first(check_files, runtime.group),
         ),
-        dense=build_dense_optimizer(config.dense_optimizer, model.network, runtime.group),
+        dense=build_dense_optimizer(config.dense_optimizer, model.network, model.tables),
         evaluation=_build_evaluation(config, runtime, model, log),
         summarize=training_measures,
     )

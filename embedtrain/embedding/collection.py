@@ -42,6 +42,9 @@ class EmbeddingCollection(nn.Module):
         wire_dtype: in which vectors and gradients travel between ranks, float32 or bfloat16; where None, vectors as
             they are stored and gradients as float32.
 
+    Attributes:
+        shared: the ranks' shared memory, where they have it.
+
     Raises:
         ValueError: names repeat, a feature names a table that does not exist, or `wire_dtype` is another.
     """
@@ -66,7 +69,7 @@ class EmbeddingCollection(nn.Module):
         members: dict[tuple[int, torch.dtype, str], list[TableSpec]] = {}
         for table in tables:
             members.setdefault(table.group, []).append(table)
-        shared = connect(self.process_group, self.device)
+        self.shared = connect(self.process_group, self.device)
         self.row_groups = [
             RowGroup(
                 specs,
@@ -74,7 +77,7 @@ class EmbeddingCollection(nn.Module):
                 device=self.device,
                 process_group=process_group,
                 wire_dtype=wire_dtype,
-                shared=shared,
+                shared=self.shared,
             )
             for specs in members.values()
         ]
