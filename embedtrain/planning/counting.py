@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,10 +19,12 @@ _FEW, _MANY = 8, 24
 def count(run: Callable[[], object]) -> Arithmetic:
     """Runs a computation and counts what it does, all of it as for the examples."""
     counter = _Counter()
-    with FlopCounterMode(display=False) as products, counter:
+    with FlopCounterMode(display=False) as flops, counter:
         run()
     # Of each product there are a multiplication and an addition.
-    return Arithmetic(ops=counter.ops, values=counter.values, products=products.get_total_flops() / 2)
+    products, found = flops.get_total_flops() / 2, flops.get_flop_counts().get("Global", {})
+    batched = sum(found.get(op, 0) for op in (torch.ops.aten.bmm, torch.ops.aten.baddbmm)) / 2
+    return Arithmetic(0.0 + counter.ops, 0.0, counter.values, products - batched, batched)
 
 
 def count_step(run: Callable[[int], object], num_examples: float) -> Arithmetic:
@@ -34,9 +37,16 @@ def count_step(run: Callable[[int], object], num_examples: float) -> Arithmetic:
     """
     run(_FEW)  # what is done only once, such as allocating an optimizer's state, is no part of a step
     few, many = count(lambda: run(_FEW)), count(lambda: run(_MANY))
-    values = (many.values - few.values) / (_MANY - _FEW)
-    products = (many.products - few.products) / (_MANY - _FEW)
-    return Arithmetic(few.ops, few.values - _FEW * values, num_examples * values, num_examples * products)
+    values, products, batched = (
+        (larger - smaller) / (_MANY - _FEW)
+        for smaller, larger in (
+            (few.values, many.values),
+            (few.products, many.products),
+            (few.batched_products, many.batched_products),
+        )
+    )
+    of_step = few.values - _FEW * values
+    return Arithmetic(few.ops, of_step, num_examples * values, num_examples * products, num_examples * batched)
 
 
 class _Counter(TorchDispatchMode):

@@ -28,6 +28,7 @@ from embedtrain.planning.timing import median_seconds
 from embedtrain.sharding.plan import Arithmetic
 
 _EXAMPLES, _WIDTH, _LAYERS = 4096, 64, 4
+_FEATURES = 24, 16
 _USERS, _ITEMS_EACH, _CANDIDATES = 512, 4, 1024
 _FEW_COLUMNS, _MANY_COLUMNS = 2, 34
 _WORDS, _VOCABULARY, _NEGATIVES, _WINDOW, _VECTOR_DIMS = 4096, 1 << 16, 5, 5, (64, 256)
@@ -37,9 +38,15 @@ def arithmetic_rates(device: torch.device) -> dict[str, float]:
     """Returns the rates of operations on whole tensors: of products, of what they return, and of starting them."""
     left, right = torch.rand(2048, 512, device=device), torch.rand(512, 512, device=device)
     of_product = median_seconds(lambda: left @ right, device) / (left.numel() * right.shape[1])
+    vectors = torch.rand(_EXAMPLES, *_FEATURES, device=device)  # those of features, all pairs of which are multiplied
+    of_batched = median_seconds(lambda: vectors @ vectors.transpose(1, 2), device) / (vectors.numel() * _FEATURES[0])
     seconds, work = _timed(_layers(1, 8, device), device)
     of_op = seconds / work.ops
-    rates = {"dense_products_per_second": 1 / of_product, "op_seconds": of_op}
+    rates = {
+        "dense_products_per_second": 1 / of_product,
+        "batched_products_per_second": 1 / of_batched,
+        "op_seconds": of_op,
+    }
     for name, run in {
         "values_per_second": _layers(_EXAMPLES, _WIDTH, device),
         "score_values_per_second": _scores(device),

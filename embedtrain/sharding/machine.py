@@ -35,6 +35,7 @@ class Machine:
         skipgram_scores_per_second: of a centre's context and a word, in the word2vec kernel, forward and backward.
         skipgram_products_per_second: and multiply-adds of these besides.
         dense_products_per_second: multiply-adds of a matrix product.
+        batched_products_per_second: multiply-adds of many small products at once.
         op_seconds: of an operation of torch on next to nothing, forward, backward or of an optimizer.
         values_per_second: numbers that the operations of layers return.
         score_values_per_second: numbers that those of a softmax over scores return.
@@ -60,6 +61,7 @@ class Machine:
     skipgram_scores_per_second: float
     skipgram_products_per_second: float
     dense_products_per_second: float
+    batched_products_per_second: float
     op_seconds: float
     values_per_second: float
     score_values_per_second: float

@@ -115,12 +115,14 @@ class Arithmetic:
         step_values: numbers that they return on each rank, whatever its share of the examples.
         values: those for the examples, over all ranks.
         products: multiply-adds of matrix products, over all ranks.
+        batched_products: those of many small products at once, over all ranks.
     """
 
     ops: float = 0.0
     step_values: float = 0.0
     values: float = 0.0
     products: float = 0.0
+    batched_products: float = 0.0
 
     def __add__(self, other: Arithmetic) -> Arithmetic:
         return Arithmetic(
@@ -128,6 +130,7 @@ class Arithmetic:
             self.step_values + other.step_values,
             self.values + other.values,
             self.products + other.products,
+            self.batched_products + other.batched_products,
         )
 
 
@@ -325,6 +328,7 @@ def _arithmetic_seconds(work: Arithmetic, world_size: int, values_per_second: fl
         work.ops * machine.op_seconds
         + values / values_per_second
         + work.products / world_size / machine.dense_products_per_second
+        + work.batched_products / world_size / machine.batched_products_per_second
     )
 
 

@@ -15,6 +15,12 @@ def test_operations_their_results_and_products_are_counted() -> None:
     assert (work.ops, work.step_values, work.values, work.products) == (2, 0, 42, 3 * 5 * 7)
 
 
+def test_many_small_products_are_counted_apart() -> None:
+    vectors = torch.rand(4, 3, 2)
+    work = count(lambda: (vectors @ vectors.transpose(1, 2)).sum(dim=0) @ torch.rand(3, 5))
+    assert (work.products, work.batched_products) == (3 * 3 * 5, 4 * 3 * 3 * 2)
+
+
 def test_operations_in_place_on_lists_count_each_tensor() -> None:
     tensors = [torch.ones(4), torch.ones(6)]
     work = count(lambda: torch._foreach_add_(tensors, 1.0))

@@ -108,7 +108,7 @@ def test_bytes_of_rows_and_of_sums() -> None:
 
 
 def test_each_stage_takes_its_bytes_over_its_rate() -> None:
-    work = Arithmetic(ops=2.0, step_values=3.0, values=8.0, products=60.0)
+    work = Arithmetic(ops=2.0, step_values=3.0, values=8.0, products=60.0, batched_products=12.0)
     scores = Arithmetic(values=14.0)
     workload = Workload(
         (table(),),
@@ -132,7 +132,7 @@ def test_each_stage_takes_its_bytes_over_its_rate() -> None:
             "gather": distinct * 40,
             "exchange": exchange_of(workload, 2).total + 5 + 4,
             # Each rank starts all operations, and has its share of the values and products.
-            "model": 5.0 + 50.0 + (3 + 3 + 4 + 30.0) + 7.0,
+            "model": 5.0 + 50.0 + (3 + 3 + 4 + 30.0 + 6.0) + 7.0,
             "sum": distinct * 40,
             "update": owned * 44,
             "rest": 1.0 + 2.0,
