@@ -122,12 +122,9 @@ class Retrieval(nn.Module):
         num_positives = batch.positives.numel()
         encoded = self.encode({USER: batch.users, ITEM: torch.cat([batch.positives, batch.negatives])})
         users, items = encoded[USER], encoded[ITEM]
-        if self.scoring.loss != "margin":
-            users = users / self.scoring.temperature  # as the scores would be, but of far fewer numbers
-        positive = (users[batch.example.to(users.device)] * items[:num_positives]).sum(dim=1)
         own = items if batch.in_batch else items[num_positives:]
         candidates = all_gather_rows(own, batch.candidate_counts, self.tables.process_group, self.tables.shared)
-        per_pair = self._losses(batch, positive, users, candidates)
+        per_pair = pair_losses(batch, self.scoring, users, items[:num_positives], candidates)
         total = per_pair.sum()
         # A mean over the global batch, whatever share of it this rank has: the exchange averages over the ranks.
         loss = total * (size_of(self.tables.process_group) / max(1, batch.num_global_positives))
@@ -159,20 +156,33 @@ class Retrieval(nn.Module):
             joined = torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
         return F.normalize(joined, dim=1) if self.scoring.similarity == "cosine" else joined
 
-    def _losses(self, batch: RetrievalBatch, positive: Tensor, users: Tensor, candidates: Tensor) -> Tensor:
-        """Returns the loss of each positive; [m]."""
-        scoring, device = self.scoring, users.device
-        example = batch.example.to(device)
-        correction = None
-        if scoring.loss == "softmax" and scoring.logq:
-            of_positives, of_candidates = (expected.to(device).log() for expected in batch.expected)
-            positive, correction = positive - of_positives, -of_candidates
-        negative = _without_known(F.linear(users, candidates, correction), batch.known, batch.candidates)
-        if scoring.loss == "softmax":
-            return losses.softmax_loss(positive, example, negative)
-        if scoring.loss == "bpr":
-            return losses.bpr_loss(positive, example, negative)
-        return losses.margin_loss(positive, example, negative, margin=scoring.margin, weight=scoring.negative_weight)
+
+def pair_losses(
+    batch: RetrievalBatch, scoring: Scoring, users: Tensor, positives: Tensor, candidates: Tensor
+) -> Tensor:
+    """Returns the loss of each positive of a batch; [m].
+
+    Args:
+        batch: who is who.
+        scoring: similarity and loss.
+        users: [n, dim]; the vectors of the batch's users, and so on.
+        positives: [m, dim].
+        candidates: [c, dim]; those of all ranks.
+    """
+    device = users.device
+    example = batch.example.to(device)
+    if scoring.loss != "margin":
+        users = users / scoring.temperature  # as the scores would be, but of far fewer numbers
+    positive, correction = (users[example] * positives).sum(dim=1), None
+    if scoring.loss == "softmax" and scoring.logq:
+        of_positives, of_candidates = (expected.to(device).log() for expected in batch.expected)
+        positive, correction = positive - of_positives, -of_candidates
+    negative = _without_known(F.linear(users, candidates, correction), batch.known, batch.candidates)
+    if scoring.loss == "softmax":
+        return losses.softmax_loss(positive, example, negative)
+    if scoring.loss == "bpr":
+        return losses.bpr_loss(positive, example, negative)
+    return losses.margin_loss(positive, example, negative, margin=scoring.margin, weight=scoring.negative_weight)
 
 
 def _without_known(scores: Tensor, known: Jagged, candidates: Tensor) -> Tensor:

@@ -12,15 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from embedtrain import losses
 from embedtrain.data.bags import Bags
 from embedtrain.data.click_batches import ClickBatches
 from embedtrain.data.click_schema import CategoricalColumn, ClickSchema
 from embedtrain.data.prepare_clicks import ClickOptions, prepare_clicks
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
+from embedtrain.models.retrieval import Scoring, pair_losses
 from embedtrain.ops.sample_text import KEEP_BITS, SamplingTables, TextSample, sample_text
 from embedtrain.ops.skipgram_block import TextBlock, count_predictions, skipgram_block
 from embedtrain.planning.counting import count
@@ -29,7 +28,7 @@ from embedtrain.sharding.plan import Arithmetic
 
 _EXAMPLES, _WIDTH, _LAYERS = 4096, 64, 4
 _FEATURES = 24, 16
-_USERS, _ITEMS_EACH, _CANDIDATES = 512, 4, 1024
+_USERS, _ITEMS_EACH, _CANDIDATES = 512, 4, 512
 _FEW_COLUMNS, _MANY_COLUMNS = 2, 34
 _WORDS, _VOCABULARY, _NEGATIVES, _WINDOW, _VECTOR_DIMS = 4096, 1 << 16, 5, 5, (64, 256)
 
@@ -89,10 +88,12 @@ def skipgram_rates(device: torch.device) -> dict[str, float]:
 
 def loader_rates() -> dict[str, float]:
     """Returns the rates at which examples become batches, on the CPU."""
+    interactions = _interactions()
+    steps = itertools.cycle(range(interactions.steps_per_epoch))
     few, many = (_record_seconds(columns) for columns in (_FEW_COLUMNS, _MANY_COLUMNS))
     of_value = max((many - few) / (_MANY_COLUMNS - _FEW_COLUMNS), few / 1000)
     return {
-        "positives_per_second": _USERS * _ITEMS_EACH / _positives_seconds(),
+        "positives_per_second": _USERS * _ITEMS_EACH / median_seconds(lambda: interactions.batch(0, next(steps))),
         "records_per_second": 1 / max(few - _FEW_COLUMNS * of_value, few / 10),
         "record_values_per_second": 1 / of_value,
     }
@@ -120,27 +121,25 @@ def _layers(num_examples: int, width: int, device: torch.device) -> Callable[[],
 
 def _scores(device: torch.device) -> Callable[[], None]:
     """Returns the softmax over the scores of users and candidates, with its gradient."""
-    users = torch.rand(_USERS, _WIDTH, device=device, requires_grad=True)
-    candidates = torch.rand(_CANDIDATES, _WIDTH, device=device, requires_grad=True)
-    example = torch.arange(_USERS, device=device).repeat_interleave(_ITEMS_EACH)
-    positive = torch.rand(len(example), device=device)
-    correction = torch.rand(_CANDIDATES, device=device)
+    batch = _interactions().batch(0, 0)
+    users, positives, candidates = (
+        torch.rand(len(ids), _WIDTH, device=device, requires_grad=True)
+        for ids in (batch.users, batch.positives, batch.candidates)
+    )
 
     def step() -> None:
-        losses.softmax_loss(positive, example, F.linear(users, candidates, correction)).sum().backward()
+        pair_losses(batch, Scoring(similarity="dot"), users, positives, candidates).sum().backward()
 
     return step
 
 
-def _positives_seconds() -> float:
-    """Returns the time of a batch of retrieval."""
+def _interactions() -> RetrievalBatches:
+    """Returns the batches of made-up interactions."""
     generator = np.random.default_rng(0)
     num_users, num_items, degree = 16 * _USERS, 16 * _CANDIDATES, 32
     known = np.sort(generator.integers(0, num_items, (num_users, degree)), axis=1)
     bags = Bags.from_rows(np.repeat(np.arange(num_users), degree), known.ravel(), num_users)
-    batches = RetrievalBatches(bags, num_items, DrawOptions(_USERS, _ITEMS_EACH, _CANDIDATES), seed=0)
-    steps = itertools.cycle(range(batches.steps_per_epoch))
-    return median_seconds(lambda: batches.batch(0, next(steps)))
+    return RetrievalBatches(bags, num_items, DrawOptions(_USERS, _ITEMS_EACH, _CANDIDATES, in_batch=True), seed=0)
 
 
 def _record_seconds(num_columns: int) -> float:

@@ -28,7 +28,7 @@ from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import UserError
 from embedtrain.metrics.classification import TRAINING_BINS, classification_sums
 from embedtrain.models.ranking import NetworkOptions, build_network
-from embedtrain.models.retrieval import ITEM, USER, Retrieval, Scoring, Side, perceptron
+from embedtrain.models.retrieval import ITEM, USER, Scoring, pair_losses, perceptron
 from embedtrain.models.word2vec import INPUT, OUTPUT
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.planning.counting import count, count_step
@@ -263,7 +263,7 @@ def _perceptron_arithmetic(config: RetrievalConfig, network: nn.Sequential, num_
 
 
 def _score_arithmetic(config: RetrievalConfig, num_scores: float) -> Arithmetic:
-    """Counts what is computed for the scores of users and candidates, by a model with few rows and as wide a step."""
+    """Counts what is computed for the scores of users and candidates, by those of a step of the same shape."""
     settings, each = config.retrieval, config.train.items_per_example
     num_users, num_negatives = min(config.train.global_batch_size, 512), min(settings.negatives, 2048)
     num_items = 4096
@@ -272,8 +272,11 @@ def _score_arithmetic(config: RetrievalConfig, num_scores: float) -> Arithmetic:
     draw = DrawOptions(num_users, each, num_negatives, settings.power, settings.in_batch)
     batch = RetrievalBatches(known, num_items, draw, seed=0).batch(0, 0)
     scoring = Scoring(settings.loss, settings.similarity, settings.temperature, settings.logq)
-    model = Retrieval(Side(num_users), Side(num_items), config.table.dim, scoring)
-    work = count(lambda: model(batch).loss.backward())
+    users, positives, candidates = (
+        torch.rand(len(ids), config.table.dim, requires_grad=True)
+        for ids in (batch.users, batch.positives, batch.candidates)
+    )
+    work = count(lambda: pair_losses(batch, scoring, users, positives, candidates).sum().backward())
     # A smaller step's are multiplied up.
     share = num_scores / (num_users * len(batch.candidates))
     return Arithmetic(work.ops, values=work.values * share, products=work.products * share)
