@@ -149,7 +149,7 @@ def measured_seconds(task: Task) -> float:
     for step in range(WARMUP_STEPS + STEPS):
         started_at = time.perf_counter()
         batch = task.batches.batch(0, step % task.batches.steps_per_epoch)
-        train_step(task.model, task.optimizer, batch, 0.01, task.dense)
+        train_step(task.model, task.optimizer, batch, task.dense)
         seconds.append(time.perf_counter() - started_at)
     return statistics.median(seconds[WARMUP_STEPS:])
 

@@ -108,7 +108,7 @@ def run_rank(options: argparse.Namespace) -> None:
         epoch, step_of_epoch = divmod(step, batches.steps_per_epoch)
         with stage("sample"):
             batch = batches.batch(epoch, step_of_epoch)
-        train_step(model, optimizer, batch, lr=0.6)
+        train_step(model, optimizer, batch)
         return batch
 
     for step in range(warmup):

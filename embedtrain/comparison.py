@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from embedtrain import storage
-from embedtrain.config import Config, load_config
+from embedtrain.config import Config, RankingConfig, load_config
 from embedtrain.config.optimizer import OPTIMIZERS
+from embedtrain.data.stream import STANDARD_INPUT
 from embedtrain.errors import UserError
 from embedtrain.train.run_folder import RunFolder
 
@@ -22,6 +25,7 @@ TABLE_NAME, CSV_NAME, PLOT_NAME = "comparison.md", "comparison.csv", "comparison
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Told apart by readers who see colours differently. Source: Okabe and Ito 2008, "Color universal design"."""
+_UNITS = {"loss": "loss (mean of a prediction)", "similarity": "similarity (Spearman correlation)"}
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
 
 
@@ -69,7 +73,7 @@ class Comparison:
 
     def __init__(
         self,
-        config_path: str,
+        config_path: str | None,
         overrides: Sequence[str],
         names: Sequence[str],
         rates: Mapping[str, Sequence[float]],
@@ -84,6 +88,10 @@ class Comparison:
             for lr in sorted(rates.get(name, [float(f"{base * factor:.6g}") for factor in FACTORS])):
                 path = f"{self._folder}/{name}-lr-{lr:g}"
                 self.configs.append(load_config(config_path, [*chosen, f"optimizer.lr={lr}", f"run.path={path}"]))
+        if isinstance(self.configs[0], RankingConfig) and self.configs[0].data.path == STANDARD_INPUT:
+            raise UserError(
+                "compare trains on the same data many times, and data.path=- comes once: write it to a file"
+            )
         first = self.configs[0].checkpoint
         self._measure, self._is_largest_best = first.best_metric, first.best_mode == "max"
 
@@ -143,10 +151,12 @@ class Comparison:
     def _plot(self, best: Sequence[Curve]) -> bytes:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display, and leaves no global state
         from matplotlib.figure import Figure
+        from PIL import Image  # matplotlib's own
 
         measures = list(dict.fromkeys(["loss", self._measure]))
         figure = Figure(figsize=(10, 0.8 + 3.4 * len(measures)), layout="constrained")
         axes = figure.subplots(len(measures), 2, sharey="row", squeeze=False)
+        figure.suptitle(f"{self.configs[0].model}: each optimizer at its best rate by {self._measure}")
         titles = {"step": "steps", "seconds": "training time (seconds)"}
         for row, measure in zip(axes, measures, strict=True):
             for axis, (x, title) in zip(row, titles.items(), strict=True):
@@ -157,14 +167,27 @@ class Comparison:
                     axis.plot(
                         *curve.points(x, measure), label=f"{curve.optimizer}, rate {curve.lr:g}", marker=marker, **look
                     )
+                axis.set_title(f"{measure} by {'step' if x == 'step' else 'training time'}")
                 axis.set_xlabel(title)
-                axis.set_ylabel("loss (mean of a prediction)" if measure == "loss" else measure)
+                axis.set_ylabel(_UNITS.get(measure, measure))
+                axis.set_ylim(*_span([curve.points("step", measure) for curve in best]))
                 axis.grid(visible=True, alpha=0.3)
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(best)))
         image = io.BytesIO()
         canvas: Any = FigureCanvasAgg(figure)  # not annotated
-        canvas.print_png(image)
+        canvas.draw()
+        # A few colours and their edges: a quarter of the bytes.
+        Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(64).save(image, "png", optimize=True)
         return image.getvalue()
+
+
+def _span(curves: Sequence[tuple[list[float], list[float]]]) -> tuple[float, float]:
+    """Returns the ends of an axis for curves of steps and values: a first tenth may begin far off, and is cut there."""
+    last = max((step for steps, _ in curves for step in steps), default=0.0)
+    shown = [value for steps, values in curves for step, value in zip(steps, values, strict=True) if step > last / 10]
+    low, high = min(shown, default=0.0), max(shown, default=1.0)
+    margin = 0.05 * (high - low) or 0.5
+    return low - margin, high + margin
 
 
 def parse_rates(declared: Sequence[str]) -> dict[str, list[float]]:

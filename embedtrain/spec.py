@@ -13,6 +13,9 @@ InvalidIds = Literal["error", "hash", "drop"]
 PoolAt = Literal["auto", "example", "owner"]
 Init = Literal["uniform", "normal", "zeros"]
 
+DEFAULT_OPTIMIZER = "default"
+"""What trains a table whose spec does not name it."""
+
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -38,7 +41,7 @@ class TableSpec:
     dtype: torch.dtype = torch.float32
     init: Init = "uniform"
     init_scale: float | None = None
-    optimizer: str = "default"
+    optimizer: str = DEFAULT_OPTIMIZER
 
     @property
     def group(self) -> tuple[int, torch.dtype, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -11,22 +12,51 @@ from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import UserError
 from embedtrain.optim.dense import DenseOptimizer
+from embedtrain.optim.sparse import HasRowGroups
+from embedtrain.spec import DEFAULT_OPTIMIZER
+
+
+def optimizer_names(section: OptimizerConfig) -> dict[str, str]:
+    """Returns the `TableSpec.optimizer` of the tables with an optimizer of their own, equal for equal ones."""
+    labels: dict[str, str] = {repr(sorted(section.row_options().items())): DEFAULT_OPTIMIZER}
+    names = {}
+    for table in section.tables:
+        own = repr(sorted(section.of_table(table).row_options().items()))
+        names[table] = labels.setdefault(own, f"of {table}")
+    return names
 
 
 def build_optimizer(section: OptimizerConfig, tables: EmbeddingCollection) -> optim.SparseOptimizer:
-    """Returns the optimizer of the tables.
+    """Returns the optimizer of tables whose specs have the optimizers of `optimizer_names`.
 
     Raises:
         UserError: a hyperparameter is out of range.
     """
-    settings: dict[str, Any] = dict(vars(section))
-    # The loop resets the state; all else is the optimizer's own.
-    for name in ("name", "reset_state_from_step"):
-        del settings[name]
+    together: dict[str, Any] = {"max_grad_norm": section.max_grad_norm, "nonfinite": section.nonfinite}
+    trained = {shard.spec.optimizer for shard in tables.shards.values()}
+    if trained == {DEFAULT_OPTIMIZER}:
+        return _make(section, tables, "optimizer", together)
+    sections = {DEFAULT_OPTIMIZER: ("optimizer", section)}
+    for table, name in optimizer_names(section).items():
+        sections.setdefault(name, (f"optimizer.tables.{table}", section.of_table(table)))
+    parts = [
+        _make(own, tables.trained_by(name), where, {}) for name, (where, own) in sections.items() if name in trained
+    ]
     try:
-        return optim.OPTIMIZERS[section.name](tables, **settings)
+        return optim.Combined(*parts, **together)
     except ValueError as error:
         raise UserError(f"optimizer: {error}") from error
+
+
+def _make(
+    section: OptimizerConfig, tables: HasRowGroups, where: str, together: Mapping[str, Any]
+) -> optim.SparseOptimizer:
+    options = section.row_options()
+    kind = optim.OPTIMIZERS[options.pop("name")]
+    try:
+        return kind(tables, **options, **together)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def build_dense_optimizer(

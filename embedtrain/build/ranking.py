@@ -10,22 +10,23 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from embedtrain.build.optimizers import build_dense_optimizer, build_optimizer
+from embedtrain.build.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
 from embedtrain.build.parts import Parts
 from embedtrain.config.ranking import ClicksConfig, FeatureConfig, RankingConfig
 from embedtrain.data.click_batches import ClickBatches
 from embedtrain.data.click_files import SUFFIXES
-from embedtrain.data.click_log import ClickLog
+from embedtrain.data.click_log import ClickLayout, ClickLog
 from embedtrain.data.click_schema import CRITEO_CATEGORICAL, CategoricalColumn, ClickSchema, require_columns
+from embedtrain.data.click_stream import ClickStream, StreamOptions
 from embedtrain.data.prepare_clicks import ClickOptions, prepare_clicks
 from embedtrain.data.sources import refuse_changes
 from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.metrics.classification import training_measures
 from embedtrain.models.ranking import NetworkOptions, Ranking, measure_ranking
-from embedtrain.spec import FeatureSpec, TableSpec
+from embedtrain.spec import DEFAULT_OPTIMIZER, FeatureSpec, TableSpec
 from embedtrain.train.run_folder import RunFolder
-from embedtrain.train.task import Evaluation, Task
+from embedtrain.train.task import Batches, Evaluation, StreamedBatches, Task
 
 _logger = logging.getLogger(__name__)
 
@@ -36,38 +37,55 @@ def build_ranking(config: RankingConfig, runtime: Runtime) -> Parts:
     Raises:
         UserError: the log cannot be used, or the configuration contradicts it.
     """
-    options = _click_options(config.data, config.data.path)
-    log = _prepare(options, config, runtime)
-    suffixes = SUFFIXES[options.schema.file_format]
-    check_files = functools.partial(refuse_changes, options.path, suffixes, log.source_identities)
-    model = _build_model(config, runtime, log)
+    layout, batches, fingerprint = (
+        _open_stream(config, runtime) if config.data.is_stream else _open_log(config, runtime)
+    )
+    model = _build_model(config, runtime, layout)
     task = Task(
         model,
         model.tables,
         build_optimizer(config.optimizer, model.tables),
-        ClickBatches(
-            log,
-            config.train.global_batch_size,
-            block_examples=config.data.block_examples,
-            seed=config.seed,
-            group=runtime.group,
-            on_epoch=lambda: run_on_first(check_files, runtime.group),
-        ),
+        batches,
         dense=build_dense_optimizer(config.dense_optimizer, model.network, model.tables),
-        evaluation=_build_evaluation(config, runtime, model, log),
+        evaluation=_build_evaluation(config, runtime, model, layout),
         summarize=training_measures,
     )
     facts = {
-        "data_fingerprint": log.fingerprint,
-        "features": {name: log.num_rows[name] for name in log.feature_names},
+        "data_fingerprint": fingerprint,
+        "features": {name: layout.num_rows[name] for name in layout.feature_names},
         "dense": {
-            "columns": log.dense_names,
+            "columns": layout.dense_names,
             "transform": config.data.dense_transform,
-            "mean": log.dense_mean.tolist(),
-            "std": log.dense_std.tolist(),
+            "mean": layout.dense_mean.tolist(),
+            "std": layout.dense_std.tolist(),
         },
     }
-    return Parts(task, facts, write_files=functools.partial(_write_vocabularies, log))
+    return Parts(task, facts, write_files=functools.partial(_write_vocabularies, layout))
+
+
+def _open_log(config: RankingConfig, runtime: Runtime) -> tuple[ClickLayout, Batches, str]:
+    """Returns what the examples mean, their batches, and a hash of them. Collective: every rank."""
+    options = _click_options(config.data, config.data.path)
+    log = _prepare(options, config, runtime)
+    suffixes = SUFFIXES[options.schema.file_format]
+    check_files = functools.partial(refuse_changes, options.path, suffixes, log.source_identities)
+    batches = ClickBatches(
+        log,
+        config.train.global_batch_size,
+        block_examples=config.data.block_examples,
+        seed=config.seed,
+        group=runtime.group,
+        on_epoch=lambda: run_on_first(check_files, runtime.group),
+    )
+    return log, batches, log.fingerprint
+
+
+def _open_stream(config: RankingConfig, runtime: Runtime) -> tuple[ClickLayout, StreamedBatches, str]:
+    """Returns as `_open_log`; of a stream only its columns are known, and its lines when they come."""
+    data = config.data
+    options = StreamOptions(data.path, config.train.global_batch_size, data.poll_seconds, data.max_bad_lines)
+    stream = ClickStream(options, click_schema(data), runtime.group)
+    return stream, stream, stream.fingerprint
 
 
 def click_schema(data: ClicksConfig) -> ClickSchema:
@@ -114,7 +132,9 @@ def _click_options(data: ClicksConfig, path: Any) -> ClickOptions:
     return ClickOptions(path=path, schema=click_schema(data), max_bad_lines=data.max_bad_lines)
 
 
-def _prepare(options: ClickOptions, config: RankingConfig, runtime: Runtime, like: ClickLog | None = None) -> ClickLog:
+def _prepare(
+    options: ClickOptions, config: RankingConfig, runtime: Runtime, like: ClickLayout | None = None
+) -> ClickLog:
     cache_path = os.path.expanduser(config.data.cache_path)
     log = prepare_clicks(options, cache_path, runtime.group, like=like)
     if runtime.rank == 0:
@@ -126,8 +146,9 @@ def _prepare(options: ClickOptions, config: RankingConfig, runtime: Runtime, lik
     return log
 
 
-def _build_model(config: RankingConfig, runtime: Runtime, log: ClickLog) -> Ranking:
-    features = {name: config.data.features.get(name, FeatureConfig()) for name in log.feature_names}
+def _build_model(config: RankingConfig, runtime: Runtime, layout: ClickLayout) -> Ranking:
+    features = {name: config.data.features.get(name, FeatureConfig()) for name in layout.feature_names}
+    optimizers = optimizer_names(config.optimizer)
     dtype = getattr(torch, config.table.dtype)
     network = config.ranking
     return Ranking(
@@ -135,15 +156,16 @@ def _build_model(config: RankingConfig, runtime: Runtime, log: ClickLog) -> Rank
             # As DLRM begins: rows of a large table, most of which are seldom seen, begin near zero and add no noise.
             TableSpec(
                 name,
-                log.num_rows[name],
+                layout.num_rows[name],
                 feature.dim or config.table.dim,
                 dtype=dtype,
-                init_scale=log.num_rows[name] ** -0.5,
+                init_scale=layout.num_rows[name] ** -0.5,
+                optimizer=optimizers.get(name, DEFAULT_OPTIMIZER),
             )
             for name, feature in features.items()
         ],
         [FeatureSpec(name, pooling=feature.pooling if feature.bag else "none") for name, feature in features.items()],
-        len(log.dense_names),
+        len(layout.dense_names),
         NetworkOptions(
             architecture=network.architecture,
             bottom=tuple(network.bottom),
@@ -158,10 +180,12 @@ def _build_model(config: RankingConfig, runtime: Runtime, log: ClickLog) -> Rank
     )
 
 
-def _build_evaluation(config: RankingConfig, runtime: Runtime, model: Ranking, log: ClickLog) -> Evaluation | None:
+def _build_evaluation(
+    config: RankingConfig, runtime: Runtime, model: Ranking, layout: ClickLayout
+) -> Evaluation | None:
     if config.data.valid_path is None:
         return None
-    held_out = _prepare(_click_options(config.data, config.data.valid_path), config, runtime, like=log)
+    held_out = _prepare(_click_options(config.data, config.data.valid_path), config, runtime, like=layout)
     batches = ClickBatches(
         held_out, config.train.global_batch_size, block_examples=config.data.block_examples, group=runtime.group
     )
@@ -172,9 +196,9 @@ def _build_evaluation(config: RankingConfig, runtime: Runtime, model: Ranking, l
     )
 
 
-def _write_vocabularies(log: ClickLog, folder: RunFolder) -> None:
-    for name in log.feature_names:
-        if (vocabulary := log.vocabulary(name)) is not None:
+def _write_vocabularies(layout: ClickLayout, folder: RunFolder) -> None:
+    for name in layout.feature_names:
+        if (vocabulary := layout.vocabulary(name)) is not None:
             rows = pa.array(range(1, len(vocabulary) + 1), pa.int64())
             value = vocabulary["word"].cast(pa.large_string())
             folder.write_feature(name, pa.table({"row": rows, "value": value, "count": vocabulary["count"]}))

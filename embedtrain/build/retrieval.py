@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from embedtrain.build.optimizers import build_dense_optimizer, build_optimizer
+from embedtrain.build.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
 from embedtrain.build.parts import Parts
 from embedtrain.checkpoint import CheckpointReader, LoadOptions, latest_checkpoint, load_shards
 from embedtrain.config import RetrievalConfig
@@ -147,6 +147,8 @@ def _build_model(config: RetrievalConfig, runtime: Runtime, interactions: Intera
             settings.negative_weight,
         ),
         dtype=getattr(torch, config.table.dtype),
+        optimizers=optimizer_names(config.optimizer),
+        wire_dtype=None if config.table.wire_dtype is None else getattr(torch, config.table.wire_dtype),
         device=runtime.device,
         process_group=runtime.group,
         seed=config.seed,

@@ -25,7 +25,7 @@ from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
 from embedtrain.train.row_statistics import RowStatistics, TableStatistics
 from embedtrain.train.run_folder import TENSORBOARD_NAME, RunFolder
 from embedtrain.train.state import TrainState
-from embedtrain.train.task import Task
+from embedtrain.train.task import StreamedBatches, Task
 from embedtrain.train.trainer import Trainer
 
 
@@ -93,7 +93,6 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder) -> Run:
         parts.task,
         state,
         epochs=config.train.epochs,
-        lr=config.optimizer.lr,
         schedule=functools.partial(_schedule_factor, config),
         checkpoints=checkpoints,
         reset_state_from_step=config.optimizer.reset_state_from_step,
@@ -164,7 +163,7 @@ def _write_folder(folder: RunFolder, config: Config, parts: Parts) -> None:
 def _build_sinks(config: Config, folder: RunFolder, state: TrainState, task: Task) -> list[MetricSink]:
     metrics = JsonlSink(folder.metrics_path)
     metrics.truncate_after(state.step)
-    total = config.train.epochs * task.batches.examples_per_epoch
+    total = None if isinstance(task.batches, StreamedBatches) else config.train.epochs * task.batches.examples_per_epoch
     sinks: list[MetricSink] = [ConsoleSink(sys.stderr, total, task.unit), metrics]
     if config.log.tensorboard and local_path(folder.path) is not None:
         sinks.append(TensorBoardSink(folder.join(TENSORBOARD_NAME), purge_step=state.step + 1))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import fsspec
 import torch
 
-from embedtrain.build.optimizers import build_optimizer
+from embedtrain.build.optimizers import build_optimizer, optimizer_names
 from embedtrain.build.parts import Parts
 from embedtrain.config.word2vec import Word2VecConfig
 from embedtrain.data.baskets import write_baskets
@@ -39,6 +39,7 @@ def build_word2vec(config: Word2VecConfig, runtime: Runtime) -> Parts:
         config.table.dim,
         architecture=config.word2vec.architecture,
         dtype=getattr(torch, config.table.dtype),
+        optimizers=optimizer_names(config.optimizer),
         wire_dtype=None if config.table.wire_dtype is None else getattr(torch, config.table.wire_dtype),
         device=runtime.device,
         process_group=runtime.group,

@@ -10,9 +10,19 @@ from typing import Any, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from embedtrain.config.choice import (
+    TABLES,
+    Layer,
+    for_another_optimizer,
+    optimizer_of,
+    refuse_options_of_others,
+    table_optimizers,
+    without_tables,
+)
 from embedtrain.config.models import DEFAULT_MODEL, MODELS
 from embedtrain.config.optimizer import OPTIMIZERS, OptimizerConfig
 from embedtrain.config.sections import Config
+from embedtrain.data.stream import STANDARD_INPUT
 from embedtrain.errors import UserError
 
 
@@ -46,27 +56,28 @@ def config_from_yaml(text: str, source: str) -> Config:
     return _compose([(source, created)], [])
 
 
-def _compose(from_file: list[tuple[str, DictConfig]], from_command: list[tuple[str, DictConfig]]) -> Config:
+def _compose(from_file: list[Layer], from_command: list[Layer]) -> Config:
     model = _model_of([*from_file, *from_command])
     default = model().optimizer
-    optimizer = _optimizer_of(from_file, default)
-    if (chosen := _optimizer_of(from_command, optimizer)).name != optimizer.name:
-        # Another optimizer than the file's: what the file says of that one's options is not meant for this one.
-        from_file = [(source, _without_optimizer(layer)) for source, layer in from_file]
+    optimizer = optimizer_of(from_file, default)
+    if (chosen := optimizer_of(from_command, optimizer)).name != optimizer.name:
+        # Another optimizer than the file's: what the file says of that one's formula is not meant for this one.
+        from_file = [(source, for_another_optimizer(layer)) for source, layer in from_file]
     layers = [*from_file, *from_command]
     merged = OmegaConf.structured(model)
     merged.optimizer = default if chosen.name == default.name else chosen
     for source, layer in layers:
-        _refuse_options_of_others(source, layer, chosen)
+        refuse_options_of_others((source, layer), chosen)
         _refuse_unknown_keys(source, layer, model)
         try:
-            merged = OmegaConf.merge(merged, layer)
+            merged = OmegaConf.merge(merged, without_tables(layer))
         except OmegaConfBaseException as error:
             raise UserError(f"{source}: {_explain(error)}") from error
     try:
         config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise UserError(_explain(error)) from error
+    config.optimizer.tables = table_optimizers(from_file, from_command, config.optimizer)
     config.check()
     return config
 
@@ -108,16 +119,18 @@ def _read_yaml(path: str) -> DictConfig:
 
 
 def _parse_override(override: str) -> DictConfig:
-    key, equals, _ = override.partition("=")
+    key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"expected key=value, such as optimizer.lr=0.1, got {override!r}")
+    if value == STANDARD_INPUT:
+        override = f"{key}='{value}'"  # to YAML a bare one is a list
     try:
         return OmegaConf.from_dotlist([override])
     except Exception as error:
         raise UserError(f"{override!r} is not a key and a value: {' '.join(str(error).split())}") from error
 
 
-def _model_of(layers: Sequence[tuple[str, DictConfig]]) -> type[Config]:
+def _model_of(layers: Sequence[Layer]) -> type[Config]:
     """Returns the configuration class of the model that the layers ask for."""
     name, named_in = DEFAULT_MODEL, ""
     for source, layer in layers:
@@ -128,43 +141,12 @@ def _model_of(layers: Sequence[tuple[str, DictConfig]]) -> type[Config]:
     return MODELS[name]
 
 
-def _optimizer_of(layers: Sequence[tuple[str, DictConfig]], default: OptimizerConfig) -> OptimizerConfig:
-    """Returns the section of the optimizer that the layers ask for, with its default values."""
-    name, named_in = default.name, ""
-    for source, layer in layers:
-        section = layer.get("optimizer")
-        if isinstance(section, DictConfig) and "name" in section:
-            name, named_in = section["name"], source
-    if name == default.name:
-        return default
-    if not isinstance(name, str) or name not in OPTIMIZERS:
-        raise UserError(f"{named_in}: there is no optimizer {name!r}; there are {', '.join(OPTIMIZERS)}")
-    return OPTIMIZERS[name]()
-
-
-def _without_optimizer(layer: DictConfig) -> DictConfig:
-    return OmegaConf.create({key: layer._get_node(key) for key in layer if key != "optimizer"})
-
-
-def _refuse_options_of_others(source: str, layer: DictConfig, optimizer: OptimizerConfig) -> None:
-    """Refuses, by name, an option that another optimizer has and this one has not."""
-    section = layer.get("optimizer")
-    own = [field.name for field in fields(optimizer)]
-    for key in map(str, section if isinstance(section, DictConfig) else ()):
-        owners = [name for name, kind in OPTIMIZERS.items() if key in [field.name for field in fields(kind)]]
-        if key not in own and owners:
-            raise UserError(
-                f"{source}: the optimizer {optimizer.name} has no option {key}, {' and '.join(owners)} "
-                f"{'has' if len(owners) == 1 else 'have'}; its own are {', '.join(own)}"
-            )
-
-
 def _refuse_unknown_keys(source: str, layer: DictConfig, model: type[Config]) -> None:
     known = list(_keys_of(model))
     sections = list(dict.fromkeys(_beginnings(known)))
     for key, _ in _flatten(layer):
-        if _is_among(key, [*known, *sections]):
-            continue
+        if key.startswith(f"{TABLES}.") or _is_among(key, [*known, *sections]):
+            continue  # the options of single tables depend on their optimizer, and are refused with it
         owners = [name for name, other in MODELS.items() if _is_among(key, list(_keys_of(other)))]
         of_another = f" (it is one of model {' and '.join(owners)})" if owners else ""
         meant = model.MEANT.get(key.rpartition(".")[2])

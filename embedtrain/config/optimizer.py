@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from embedtrain.errors import UserError
 
 
 @dataclass
@@ -26,6 +29,37 @@ class OptimizerConfig:
     nonfinite: Literal["error", "skip"] = "error"
     reset_state_from_step: int | None = None
     """Start the optimizer's state anew at this step, in a run under way too."""
+    tables: dict[str, Any] = field(default_factory=dict)
+    """What trains single tables, by their names: the `name` and options of an optimizer; where no name is given, this
+    one with other options. A configuration that was loaded has the name and all options of each."""
+
+    def of_table(self, table: str) -> OptimizerConfig:
+        """Returns what trains a table, without what is for all tables together."""
+        if table in self.tables:
+            options = dict(self.tables[table])
+            return OPTIMIZERS[options["name"]](**options)
+        return type(self)(**self.row_options())
+
+    def row_options(self) -> dict[str, Any]:
+        """Returns the name and the options that may differ from table to table."""
+        return {name: value for name, value in vars(self).items() if name not in FOR_ALL_TABLES}
+
+    def check(self, table_names: Sequence[str]) -> None:
+        """Checks the ranges that types cannot say, and the names of tables.
+
+        Raises:
+            UserError: a value is out of range, or there is no such table.
+        """
+        if unknown := [name for name in self.tables if name not in table_names]:
+            raise UserError(
+                f"optimizer.tables: there is no table {', '.join(unknown)}; the tables are {', '.join(table_names)}"
+            )
+        rates = {"optimizer.lr": self.lr, **{f"optimizer.tables.{n}.lr": own["lr"] for n, own in self.tables.items()}}
+        for key, rate in rates.items():
+            if not rate > 0:
+                raise UserError(f"{key} must be positive, got {rate}")
+        if self.reset_state_from_step is not None and self.reset_state_from_step < 0:
+            raise UserError(f"optimizer.reset_state_from_step must be at least 0, got {self.reset_state_from_step}")
 
 
 @dataclass
@@ -93,6 +127,14 @@ OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "rmsprop": RMSpropConfig,
 }
 """The section of each optimizer by its name, the value of `optimizer.name`."""
+
+FOR_ALL_TABLES = ("max_grad_norm", "nonfinite", "reset_state_from_step", "tables")
+"""Options of a step, which all tables take together or not at all."""
+
+FOR_ALL_OPTIMIZERS = tuple(
+    field.name for field in fields(OptimizerConfig) if field.name not in ("name", "lr", "tables")
+)
+"""Options that mean the same whichever the formula; a learning rate does not."""
 
 
 @dataclass

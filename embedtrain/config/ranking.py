@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig, RowwiseAdagradConfig
 from embedtrain.config.sections import Config, EvaluateConfig, TableConfig, TrainConfig, require_at_least_one
+from embedtrain.data.click_schema import CRITEO_CATEGORICAL
+from embedtrain.data.stream import STANDARD_INPUT
 from embedtrain.errors import UserError
 
 
@@ -32,7 +35,12 @@ class ClicksConfig:
     """The click log, and what its columns mean."""
 
     path: Any = "???"
-    """A file, a glob, a folder, a list of them, on any fsspec URL."""
+    """A file, a glob, a folder, a list of them, on any fsspec URL; or - for standard input."""
+    stream: bool = False
+    """Train on each line once, in order, as it comes: of a folder that files are added to, or of one file. Standard
+    input is always a stream."""
+    poll_seconds: float | None = None
+    """Of a streamed folder: how often to look for new files after the last one; null ends the run there."""
     valid_path: Any = None
     """Held-out examples, measured during training; null for none."""
     format: Literal["csv", "parquet", "criteo"] = "csv"
@@ -63,6 +71,11 @@ class ClicksConfig:
     """Consecutive examples that are read together; a step is made of whole blocks from all over the log."""
     cache_path: str = "~/.cache/embedtrain"
     """Local folder for the prepared log."""
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the examples are read once, as they come."""
+        return self.stream or self.path == STANDARD_INPUT
 
 
 @dataclass
@@ -118,6 +131,11 @@ class RankingConfig(Config):
         "data.max_bad_lines",
     )
 
+    def table_names(self) -> list[str]:
+        """Returns the categorical columns."""
+        all_of_format = CRITEO_CATEGORICAL if self.data.format == "criteo" else ()
+        return list(self.data.categorical or all_of_format)
+
     def check(self) -> None:
         """Checks the ranges that types cannot say."""
         super().check()
@@ -130,7 +148,12 @@ class RankingConfig(Config):
         }
         counts.update({f"data.features.{name}.dim": feature.dim for name, feature in self.data.features.items()})
         require_at_least_one(iter(counts.items()))
-        if self.train.global_batch_size % self.data.block_examples:
+        if self.data.is_stream:
+            self._check_stream()
+        elif self.data.poll_seconds is not None:
+            raise UserError("data.poll_seconds is for a folder that is read as a stream: give data.stream=true too")
+        reads_blocks = not self.data.is_stream or self.data.valid_path is not None
+        if reads_blocks and self.train.global_batch_size % self.data.block_examples:
             raise UserError(
                 "train.global_batch_size must be a multiple of data.block_examples, got "
                 f"{self.train.global_batch_size} and {self.data.block_examples}"
@@ -142,3 +165,21 @@ class RankingConfig(Config):
             given = [name for name, default in fixed.items() if getattr(self.data, name) != default]
             if given:
                 raise UserError(f"data.format=criteo says what data.{', data.'.join(given)} says: leave it out")
+
+    def _check_stream(self) -> None:
+        """Refuses what a stream cannot have: its end is not known, and it comes once."""
+        data = self.data
+        if not isinstance(data.path, str):
+            raise UserError(f"data.path of a stream is -, a file or a folder, got {data.path}")
+        if data.poll_seconds is not None and (data.path == STANDARD_INPUT or not 0 < data.poll_seconds < math.inf):
+            raise UserError(
+                f"data.poll_seconds is a time between two looks at a folder, got {data.poll_seconds} for {data.path}"
+            )
+        if self.train.epochs != 1:
+            raise UserError(f"a stream is read once: expected train.epochs=1, got {self.train.epochs}")
+        if self.schedule.name != "constant" or self.schedule.warmup:
+            raise UserError(
+                f"the end of a stream is not known, and schedule.name={self.schedule.name} with "
+                f"schedule.warmup={self.schedule.warmup} is a share of the way to it: give schedule.name=constant "
+                "(optimizer.lr_decay falls with the steps)"
+            )

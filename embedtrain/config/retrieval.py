@@ -7,8 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig, RowwiseAdagradConfig
-from embedtrain.config.sections import Config, EvaluateConfig, TableConfig, TrainConfig, require_at_least_one
+from embedtrain.config.sections import (
+    Config,
+    EvaluateConfig,
+    TableConfig,
+    TrainConfig,
+    refuse_stream,
+    require_at_least_one,
+)
 from embedtrain.errors import UserError
+from embedtrain.models.retrieval import ITEM, USER
 
 Format = Literal["auto", "lines", "csv", "tsv", "parquet"]
 
@@ -128,9 +136,15 @@ class RetrievalConfig(Config):
         "evaluate.",
     )
 
+    def table_names(self) -> list[str]:
+        """Returns the tables of users and items, each before those of its features."""
+        sides = {USER: self.users, ITEM: self.items}
+        return [table for side, own in sides.items() for table in (side, *(f"{side}.{name}" for name in own.features))]
+
     def check(self) -> None:
         """Checks the ranges that types cannot say."""
         super().check()
+        refuse_stream(self.data.path, "who is known to have what is counted before it is trained on")
         require_at_least_one(self._own_counts())
         settings = self.retrieval
         if settings.negatives < 0:

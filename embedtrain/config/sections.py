@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from embedtrain.config.optimizer import OptimizerConfig, RowwiseAdagradConfig
+from embedtrain.data.stream import STANDARD_INPUT
 from embedtrain.errors import UserError
 
 
@@ -162,13 +163,13 @@ class Config:
             raise UserError("schedule.name=inverse_sqrt falls from the end of its warm-up: give schedule.warmup too")
         if not 0 <= self.schedule.min_factor <= 1:
             raise UserError(f"schedule.min_factor must be in [0, 1], got {self.schedule.min_factor}")
-        if not self.optimizer.lr > 0:
-            raise UserError(f"optimizer.lr must be positive, got {self.optimizer.lr}")
-        reset = self.optimizer.reset_state_from_step
-        if reset is not None and reset < 0:
-            raise UserError(f"optimizer.reset_state_from_step must be at least 0, got {reset}")
+        self.optimizer.check(self.table_names())
         if self.run.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"run.device must be auto, cpu or cuda, got {self.run.device!r}")
+
+    def table_names(self) -> list[str]:
+        """Returns the names of the model's tables."""
+        raise NotImplementedError(f"{type(self).__name__} does not name its tables")
 
     def _counts(self) -> Iterator[tuple[str, Any]]:
         yield "train.epochs", self.train.epochs
@@ -176,6 +177,18 @@ class Config:
         yield "log.rows_every_steps", self.log.rows_every_steps
         for name in ("every_steps", "keep_last", "keep_every", "keep_best", "full_every"):
             yield f"checkpoint.{name}", getattr(self.checkpoint, name)
+
+
+def refuse_stream(path: Any, reason: str) -> None:
+    """Refuses standard input as the data of a model that cannot learn from a stream.
+
+    Raises:
+        UserError: the path is that of standard input.
+    """
+    if path == STANDARD_INPUT:
+        raise UserError(
+            f"data.path=-: {reason}, and standard input comes once: write it to a file; a stream is for model=ranking"
+        )
 
 
 def require_at_least_one(counts: Iterator[tuple[str, Any]]) -> None:

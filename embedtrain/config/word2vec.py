@@ -6,8 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from embedtrain.config.sections import Config, EvaluateConfig, TableConfig, TrainConfig, require_at_least_one
+from embedtrain.config.sections import (
+    Config,
+    EvaluateConfig,
+    TableConfig,
+    TrainConfig,
+    refuse_stream,
+    require_at_least_one,
+)
 from embedtrain.errors import UserError
+from embedtrain.models.word2vec import INPUT, OUTPUT
 
 
 @dataclass
@@ -88,9 +96,14 @@ class Word2VecConfig(Config):
     # Whether the text is the same is judged by its content.
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (*Config.MAY_CHANGE, "data.path", "data.cache_path", "evaluate.")
 
+    def table_names(self) -> list[str]:
+        """Returns the table of the words' vectors and that of what predicts their neighbours."""
+        return [INPUT, OUTPUT]
+
     def check(self) -> None:
         """Checks the ranges that types cannot say."""
         super().check()
+        refuse_stream(self.data.path, "the words of a text are counted before it is trained on")
         counts = {
             "table.dim": self.table.dim,
             "train.words_per_step": self.train.words_per_step,

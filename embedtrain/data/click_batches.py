@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embedtrain.data.click_log import BAG_LENGTHS, DENSE, IDS, LABEL, ClickLog, Records
+from embedtrain.data.click_log import BAG_LENGTHS, DENSE, IDS, LABEL, ClickLayout, ClickLog, Records
 from embedtrain.data.partition import block_order, num_steps, share_of_rank
 from embedtrain.distributed.runtime import rank_of, size_of
 from embedtrain.errors import UserError
@@ -117,7 +117,7 @@ class ClickBatches:
         records = Records(
             np.concatenate([piece.examples for piece in pieces]), np.concatenate([piece.values for piece in pieces])
         )
-        return self._as_batch(records, num_global)
+        return as_batch(records, self._log, num_global)
 
     def _begin_epoch(self, epoch: int) -> None:
         if self._on_epoch is not None:
@@ -126,27 +126,30 @@ class ClickBatches:
         in_order = np.arange(self._num_blocks)
         self._order = in_order if self._seed is None else block_order(self._num_blocks, self._seed, epoch)
 
-    def _as_batch(self, records: Records, num_global: int) -> ClickBatch:
-        log, examples = self._log, records.examples
-        normalised = (examples[DENSE] - log.dense_mean) / log.dense_std
-        ids = torch.from_numpy(examples[IDS].T.astype(np.int64))
-        one_each = torch.ones(len(examples), dtype=torch.int64)
-        features = {name: Jagged(ids[place], one_each) for place, name in enumerate(log.single_names)}
-        features |= self._bags(records)
-        return ClickBatch(
-            labels=torch.from_numpy(np.ascontiguousarray(examples[LABEL])),
-            dense=torch.from_numpy(np.nan_to_num(normalised).astype(np.float32)),
-            features=features,
-            num_global=num_global,
-        )
 
-    def _bags(self, records: Records) -> dict[str, Jagged]:
-        lengths: NDArray[np.int64] = records.examples[BAG_LENGTHS].astype(np.int64)
-        bag_of_value = np.repeat(np.tile(np.arange(lengths.shape[1]), len(lengths)), lengths.ravel())
-        return {
-            name: Jagged(
-                torch.from_numpy(records.values[bag_of_value == place].astype(np.int64)),
-                torch.from_numpy(np.ascontiguousarray(lengths[:, place])),
-            )
-            for place, name in enumerate(self._log.bag_names)
-        }
+def as_batch(records: Records, layout: ClickLayout, num_global: int) -> ClickBatch:
+    """Returns this rank's examples as a batch of a step of `num_global` on all ranks."""
+    examples = records.examples
+    normalised = (examples[DENSE] - layout.dense_mean) / layout.dense_std
+    ids = torch.from_numpy(examples[IDS].T.astype(np.int64))
+    one_each = torch.ones(len(examples), dtype=torch.int64)
+    features = {name: Jagged(ids[place], one_each) for place, name in enumerate(layout.single_names)}
+    features |= _bags(records, layout.bag_names)
+    return ClickBatch(
+        labels=torch.from_numpy(np.ascontiguousarray(examples[LABEL])),
+        dense=torch.from_numpy(np.nan_to_num(normalised).astype(np.float32)),
+        features=features,
+        num_global=num_global,
+    )
+
+
+def _bags(records: Records, names: Sequence[str]) -> dict[str, Jagged]:
+    lengths: NDArray[np.int64] = records.examples[BAG_LENGTHS].astype(np.int64)
+    bag_of_value = np.repeat(np.tile(np.arange(lengths.shape[1]), len(lengths)), lengths.ravel())
+    return {
+        name: Jagged(
+            torch.from_numpy(records.values[bag_of_value == place].astype(np.int64)),
+            torch.from_numpy(np.ascontiguousarray(lengths[:, place])),
+        )
+        for place, name in enumerate(names)
+    }

@@ -103,7 +103,9 @@ def read_rows(
         if at == 0 and segment.start == 0 and schema.columns is None:
             chunk, at, num_lines = chunk.partition(b"\n")[2], 1, num_lines - 1
         if num_lines:
-            yield _parse_text(chunk, segment, at, schema, columns, faults)
+            rows, wrong = parse_text(chunk, schema, columns, segment.source.url)
+            faults += [Fault(segment, at + line, reason) for line, reason in wrong.items()]
+            yield RawRows(rows.table, at + rows.lines)
         at += num_lines
 
 
@@ -178,10 +180,23 @@ def _opened_parquet(source: Source) -> Iterator[pq.ParquetFile]:
         raise UserError(f"{source.url}: cannot be read as Parquet: {error}") from error
 
 
-def _parse_text(
-    chunk: bytes, segment: Segment, at: int, schema: ClickSchema, columns: tuple[str, ...], faults: list[Fault]
-) -> RawRows:
-    """Parses whole lines, of which the first is the segment's `at`-th; blank ones do not count as rows."""
+def parse_text(
+    chunk: bytes, schema: ClickSchema, columns: tuple[str, ...], where: str
+) -> tuple[RawRows, dict[int, str]]:
+    """Parses whole lines; blank ones do not count as rows.
+
+    Args:
+        chunk: the lines.
+        schema: what to read of them.
+        columns: the names of all their columns.
+        where: what they are of, for messages.
+
+    Returns:
+        The rows, and by line what is wrong with those that do not have the right number of fields.
+
+    Raises:
+        UserError: a quoted field holds a line break.
+    """
     wrong: dict[int, str] = {}
 
     def leave_out(row: pa_csv.InvalidRow) -> str:
@@ -205,13 +220,13 @@ def _parse_text(
     is_blank = _blank_lines(chunk)
     if table.num_rows + len(wrong) != len(is_blank):
         raise UserError(
-            f"{segment.source.url}: a quoted field holds a line break, which is not supported: "
+            f"{where}: a quoted field holds a line break, which is not supported: "
             f"{len(is_blank)} lines were read as {table.num_rows + len(wrong)} rows"
         )
-    faults += [Fault(segment, at + line, reason) for line, reason in wrong.items() if not is_blank[line]]
     lines = np.setdiff1d(np.arange(len(is_blank)), np.fromiter(wrong, np.int64, len(wrong)))
     is_row = ~is_blank[lines]
-    return RawRows(table if is_row.all() else table.filter(pa.array(is_row)), at + lines[is_row])
+    rows = RawRows(table if is_row.all() else table.filter(pa.array(is_row)), lines[is_row])
+    return rows, {line: reason for line, reason in wrong.items() if not is_blank[line]}
 
 
 def _blank_lines(chunk: bytes) -> NDArray[np.bool_]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -55,7 +56,41 @@ class Records:
     values: NDArray[Any]
 
 
-class ClickLog:
+class ClickLayout:
+    """What the fields of records mean.
+
+    Attributes:
+        num_rows: rows of each categorical column's table.
+        dense_mean: [num_dense] float64; what is taken from a number.
+        dense_std: [num_dense] float64; what it is then divided by.
+        dense_names: the dense columns, in the order of a record's numbers.
+        single_names: the categorical columns of one value, in the order of a record's rows.
+        bag_names: the categorical columns that are bags, in the order of a record's lengths.
+        vocabulary_fingerprint: a hash of the vocabularies.
+    """
+
+    num_rows: Mapping[str, int]
+    dense_mean: NDArray[np.float64]
+    dense_std: NDArray[np.float64]
+    dense_names: Sequence[str]
+    single_names: Sequence[str]
+    bag_names: Sequence[str]
+    vocabulary_fingerprint: str
+
+    @property
+    def feature_names(self) -> list[str]:
+        """The categorical columns, single ones first."""
+        return [*self.single_names, *self.bag_names]
+
+    def vocabulary(self, name: str) -> pa.Table | None:
+        """Returns the values of a column that have a row of their own, by row from 1 on, with their counts.
+
+        None where the column has no vocabulary, or took that of other records.
+        """
+        return None
+
+
+class ClickLog(ClickLayout):
     """The examples of a click log, in its order; opened from the folder that `prepare_clicks` made.
 
     Args:
@@ -66,14 +101,7 @@ class ClickLog:
         num_examples: lines that could be used.
         num_positives: of them, those of label 1.
         num_faults: lines that could not be used.
-        num_rows: rows of each categorical column's table.
-        dense_mean: [num_dense] float64; of what is not missing.
-        dense_std: [num_dense] float64; 1 for a column that does not vary.
-        dense_names: the dense columns, in the order of a record's numbers.
-        single_names: the categorical columns of one value, in the order of a record's rows.
-        bag_names: the categorical columns that are bags, in the order of a record's lengths.
         source_identities: of the files it was made from; see `Source.identity`.
-        vocabulary_fingerprint: a hash of the vocabularies.
 
     Raises:
         RuntimeError: the folder is not complete, or a file in it does not have the size it was written with.
@@ -83,16 +111,17 @@ class ClickLog:
         self.path = path
         meta = read_contents(path, META_NAME, "click log")
         self.fingerprint: str = meta["fingerprint"]
-        self.vocabulary_fingerprint: str = meta["vocabulary_fingerprint"]
+        self.vocabulary_fingerprint = meta["vocabulary_fingerprint"]
         self.source_identities: list[str] = meta["sources"]
         self.num_faults: int = meta["num_faults"]
         self.num_positives: int = sum(shard["num_positives"] for shard in meta["shards"])
-        self.num_rows: dict[str, int] = meta["num_rows"]
-        self.dense_names: list[str] = meta["dense"]
+        self.num_rows = meta["num_rows"]
+        self.dense_names = meta["dense"]
+        # The mean of what is not missing; the deviation is 1 where a column does not vary.
         self.dense_mean = np.array(meta["dense_mean"])
         self.dense_std = np.array(meta["dense_std"])
-        self.single_names: list[str] = meta["single"]
-        self.bag_names: list[str] = meta["bags"]
+        self.single_names = meta["single"]
+        self.bag_names = meta["bags"]
         self._is_wide: bool = meta["is_wide"]
         # Files of no bytes cannot be mapped, and hold nothing to read.
         self._parts: list[dict[str, Any]] = [shard for shard in meta["shards"] if shard["num_examples"]]
@@ -103,11 +132,6 @@ class ClickLog:
     def dtype(self) -> np.dtype[Any]:
         """The layout of a record."""
         return record_dtype(len(self.dense_names), len(self.single_names), len(self.bag_names), self._is_wide)
-
-    @property
-    def feature_names(self) -> list[str]:
-        """The categorical columns, single ones first."""
-        return [*self.single_names, *self.bag_names]
 
     def read(self, start: int, stop: int) -> Records:
         """Returns a copy of examples [start, stop).
@@ -132,10 +156,7 @@ class ClickLog:
         return Records(np.concatenate(examples), np.concatenate(values))
 
     def vocabulary(self, name: str) -> pa.Table | None:
-        """Returns the values of a column that have a row of their own, by row from 1 on, with their counts.
-
-        None where the column has no vocabulary, or the log was prepared with that of another.
-        """
+        """See `ClickLayout.vocabulary`."""
         path = os.path.join(self.path, vocabulary_name(self.feature_names.index(name)))
         if not os.path.exists(path):
             return None

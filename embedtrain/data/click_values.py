@@ -11,9 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from embedtrain.data.click_files import Fault, RawRows
+from embedtrain.data.click_files import RawRows
 from embedtrain.data.click_schema import CategoricalColumn, ClickSchema
-from embedtrain.data.prepare import Segment
 from embedtrain.errors import UserError
 
 Number = TypeVar("Number", int, float)
@@ -74,8 +73,13 @@ class _Faults:
             self.add(row, reason(row))
 
 
-def parse_rows(raw: RawRows, schema: ClickSchema, segment: Segment, faults: list[Fault]) -> Examples:
-    """Returns the examples of the rows that can be used; the others go to `faults`.
+def parse_rows(raw: RawRows, schema: ClickSchema, where: str) -> tuple[Examples, dict[int, str]]:
+    """Returns the examples of the rows that can be used, and what is wrong with the others, by line.
+
+    Args:
+        raw: the rows.
+        schema: what their columns mean.
+        where: what they are of, for messages.
 
     Raises:
         UserError: a column of a Parquet file has a type that cannot be what the schema says.
@@ -83,19 +87,19 @@ def parse_rows(raw: RawRows, schema: ClickSchema, segment: Segment, faults: list
     found = _Faults()
     columns = {name: _plain(raw.table[name]) for name in schema.used_columns}
     for name, column in columns.items():
-        _require_type(name, column.type, schema, segment.source.url)
+        _require_type(name, column.type, schema, where)
     labels = _labels(columns[schema.label], schema, found)
     dense = [_dense(columns[name], name, found) for name in schema.dense]
     categorical = {spec.name: _categorical(columns[spec.name], spec, schema, found) for spec in schema.categorical}
     matrix = np.stack(dense, axis=1) if dense else np.zeros((len(labels), 0), np.float32)
     if not found.reasons:
-        return Examples(labels, matrix, categorical)
-    faults += [Fault(segment, int(raw.lines[row]), found.reasons[row]) for row in sorted(found.reasons)]
+        return Examples(labels, matrix, categorical), {}
     is_kept = np.ones(len(labels), np.bool_)
     is_kept[list(found.reasons)] = False
-    return Examples(
+    examples = Examples(
         labels[is_kept], matrix[is_kept], {name: values.of_rows(is_kept) for name, values in categorical.items()}
     )
+    return examples, {int(raw.lines[row]): found.reasons[row] for row in sorted(found.reasons)}
 
 
 def _plain(column: pa.ChunkedArray) -> pa.Array:

@@ -21,6 +21,7 @@ from embedtrain.data.click_files import SUFFIXES, ClickFiles, Fault, describe_fa
 from embedtrain.data.click_log import (
     DENSE,
     LABEL,
+    ClickLayout,
     ClickLog,
     record_dtype,
     vocabulary_name,
@@ -74,7 +75,7 @@ class _Job:
     options: ClickOptions
     files: ClickFiles
     group: dist.ProcessGroup | None
-    like: ClickLog | None
+    like: ClickLayout | None
     chunk_bytes: int
 
     @property
@@ -106,7 +107,7 @@ def prepare_clicks(
     cache_path: str,
     group: dist.ProcessGroup | None,
     *,
-    like: ClickLog | None = None,
+    like: ClickLayout | None = None,
     part_bytes: int = PART_BYTES,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> ClickLog:
@@ -172,7 +173,9 @@ def _read_part(part: list[Segment], job: _Job, faults: list[Fault]) -> Iterator[
     for segment in part:
         columns = job.files.columns[segment.source.url]
         for raw in read_rows(segment, job.schema, columns, faults, job.chunk_bytes):
-            yield parse_rows(raw, job.schema, segment, faults)
+            examples, wrong = parse_rows(raw, job.schema, segment.source.url)
+            faults += [Fault(segment, line, reason) for line, reason in wrong.items()]
+            yield examples
             if len(faults) > job.options.max_bad_lines:
                 raise UserError(_refusal(faults, job, "at least "))
 
@@ -331,7 +334,7 @@ def _write_arrow(path: str, table: pa.Table) -> None:
         writer.write_table(table.cast(COUNTS_SCHEMA))
 
 
-def _entry_name(sources: Sequence[Source], schema: ClickSchema, like: ClickLog | None) -> str:
+def _entry_name(sources: Sequence[Source], schema: ClickSchema, like: ClickLayout | None) -> str:
     facts = (
         _FORMAT_VERSION,
         [source.identity for source in sources],

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
-import sys
+import os
+import select
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import fsspec
+import xxhash
 
 from embedtrain.errors import UserError
 
 STANDARD_INPUT = "-"
 
 _UNFINISHED = (".partial", ".tmp")
+_TURN_SECONDS = 1.0
+"""How long a reader that may not wait is kept where nothing has come."""
+_READ_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -25,24 +28,48 @@ class StreamPosition:
     Attributes:
         name: the file being read, empty before the first; files whose names sort before it are done.
         line: lines of it that are done.
+        digest: a hash of these lines, by which they are known again.
     """
 
     name: str = ""
     line: int = 0
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Some lines of a stream.
+
+    Attributes:
+        texts: without their ends.
+        numbers: where they stand: a file, the number of a first line in it, from 1, and how many follow each other.
+    """
+
+    texts: list[str]
+    numbers: list[tuple[str, int, int]]
+
+    def place(self, index: int) -> str:
+        """Names the file and the line of a text, as an editor counts them."""
+        for name, first, count in self.numbers:
+            if index < count:
+                return f"{'standard input' if name == STANDARD_INPUT else name}:{first + index}"
+            index -= count
+        raise IndexError(f"there are {len(self.texts)} lines")
 
 
 class LineStream:
     """Reads a stream once, and can go on from any position.
 
     Files of a folder are read in order of their names, such as times, and are whole when they appear: write them
-    under a name that begins with "." or ends with ".partial" or ".tmp", then rename. Standard input has no
-    position of its own: to go on, give it from its beginning again, and what was read is left out.
+    under a name that begins with "." or ends with ".partial" or ".tmp", then rename. One may be removed when a later
+    one was begun. Standard input has no position of its own: to go on, give it from its beginning again, and what
+    was read is left out. What is left out is compared with what was read, by a hash.
 
     Args:
         path: "-" for standard input; or a file, or a folder, on any fsspec URL; compressed by its suffix.
         position: where to go on.
         poll_seconds: how often to look for new files of a folder that was read to its end; None ends there.
-        standard_input: what "-" stands for, where it is not the process's own.
+        standard_input: the file descriptor that "-" stands for.
         pause: waits for seconds between two looks.
 
     Attributes:
@@ -55,7 +82,7 @@ class LineStream:
         position: StreamPosition | None = None,
         *,
         poll_seconds: float | None = None,
-        standard_input: BinaryIO | None = None,
+        standard_input: int = 0,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self.position = position or StreamPosition()
@@ -63,36 +90,69 @@ class LineStream:
         self._poll_seconds = poll_seconds
         self._standard_input = standard_input
         self._pause = pause
+        self._name, self._line, self._digest = self.position.name, self.position.line, xxhash.xxh3_64()
         self._lines = self._every_line()
+        self._taken = Lines([], [])
 
     def read(self, num_lines: int) -> list[str]:
         """Returns the next lines without their ends, fewer only at the end of the stream.
 
         Raises:
-            UserError: there is no such file, a line is not UTF-8, or a file appeared whose name sorts before the one
-                being read, and which would never be read.
+            UserError: there is no such file, a line is not UTF-8, what was read before is not there any more, or a
+                file appeared whose name sorts before the one being read, and which would never be read.
         """
-        return list(itertools.islice(self._lines, num_lines))
+        while (lines := self.take(num_lines)) is None:
+            pass
+        return lines.texts
 
-    def _every_line(self) -> Iterator[str]:
+    def take(self, num_lines: int) -> Lines | None:
+        """Returns lines as `read` does, or None where after about a second they have not all come.
+
+        Those that have come are kept for the next call.
+        """
+        taken = self._taken
+        while len(taken.texts) < num_lines:
+            try:
+                line = next(self._lines)
+            except StopIteration:
+                break
+            if line is None:
+                return None
+            taken.texts.append(line)
+            if taken.numbers and taken.numbers[-1][0] == self._name:
+                name, first, count = taken.numbers[-1]
+                taken.numbers[-1] = (name, first, count + 1)
+            else:
+                taken.numbers.append((self._name, self._line, 1))
+        self._taken = Lines([], [])
+        if taken.texts:
+            self.position = StreamPosition(self._name, self._line, self._digest.hexdigest())
+        return taken
+
+    def _every_line(self) -> Iterator[str | None]:
+        """Yields the lines from the position on, and None where none has come for a while."""
         if self._path == STANDARD_INPUT:
-            yield from self._lines_of(self._standard_input or sys.stdin.buffer, STANDARD_INPUT)
+            yield from self._lines_of(_lines_from(self._standard_input), STANDARD_INPUT)
             return
         file_system, root = fsspec.core.url_to_fs(self._path)
         file_system.invalidate_cache()
         if file_system.isfile(root):
-            names, folder = iter([root.rsplit("/", 1)[-1]]), root.rsplit("/", 1)[0]
+            folder, _, only = root.rpartition("/")
+            names: Iterator[str | None] = iter([only])
         else:
             names, folder = self._names(file_system, root), root
         for name in names:
+            if name is None:
+                yield None
+                continue
             try:
                 with file_system.open(f"{folder}/{name}", "rb", compression="infer") as file:
                     yield from self._lines_of(file, name)
             except OSError as error:
-                raise UserError(f"{self._path}/{name} cannot be read: {error}") from error
+                raise UserError(f"{self._path_of(name)} cannot be read: {error}") from error
 
-    def _names(self, file_system: fsspec.AbstractFileSystem, folder: str) -> Iterator[str]:
-        """Yields the names of a folder's files from the position on, and waits for more."""
+    def _names(self, file_system: fsspec.AbstractFileSystem, folder: str) -> Iterator[str | None]:
+        """Yields the names of a folder's files from the position on, and None while it waits for more."""
         known: set[str] | None = None
         while True:
             file_system.invalidate_cache()
@@ -100,28 +160,80 @@ class LineStream:
                 raise UserError(f"there is no file or folder {self._path} to stream")
             listed = {path.rsplit("/", 1)[-1] for path in file_system.ls(folder, detail=False)}
             names = {name for name in listed if not name.startswith(".") and not name.endswith(_UNFINISHED)}
-            late = sorted(name for name in names - (names if known is None else known) if name < self.position.name)
+            if known is None and self._name and self._name not in names:
+                raise UserError(
+                    f"{self._path}/{self._name} is gone, of which {self._line} lines were read: bring it back; a file "
+                    "may be removed when a later one was begun"
+                )
+            late = sorted(name for name in names - (names if known is None else known) if name < self._name)
             if late:
                 raise UserError(
-                    f"{self._path}/{late[0]} appeared after {self.position.name} was begun: files are read once, in "
+                    f"{self._path}/{late[0]} appeared after {self._name} was begun: files are read once, in "
                     "order of their names; give new files names that sort after the old ones"
                 )
-            news = sorted(name for name in names - (known or set()) if name >= self.position.name)
+            news = sorted(name for name in names - (known or set()) if name >= self._name)
             known = names
             yield from news
             if not news:
                 if self._poll_seconds is None:
                     return
-                self._pause(self._poll_seconds)
+                yield from self._wait(self._poll_seconds)
 
-    def _lines_of(self, file: BinaryIO, name: str) -> Iterator[str]:
-        done = self.position.line if name == self.position.name else 0
-        for number, line in enumerate(file):
-            if number < done:
+    def _wait(self, seconds: float) -> Iterator[None]:
+        while seconds > 0:
+            self._pause(min(seconds, _TURN_SECONDS))
+            seconds -= _TURN_SECONDS
+            yield None
+
+    def _path_of(self, name: str) -> str:
+        if name == STANDARD_INPUT:
+            return "standard input"
+        return self._path if self._path.endswith(f"/{name}") else f"{self._path}/{name}"
+
+    def _lines_of(self, lines: Iterable[bytes | None], name: str) -> Iterator[str | None]:
+        before = self.position if name == self.position.name else StreamPosition()
+        where = self._path_of(name)
+        number, digest = 0, xxhash.xxh3_64()
+        for line in lines:
+            if line is None:
+                yield None
+                continue
+            number += 1
+            line = line.rstrip(b"\r\n")
+            digest.update(line + b"\n")
+            if number < before.line:
+                continue
+            if number == before.line:
+                if before.digest not in ("", digest.hexdigest()):
+                    raise UserError(
+                        f"the first {number} lines of {where} are not those that were read before: give it from its "
+                        "beginning again, unchanged, or start a new run"
+                    )
                 continue
             try:
-                text = line.decode().rstrip("\r\n")
+                text = line.decode()
             except UnicodeDecodeError as error:
-                raise UserError(f"{self._path}: line {number + 1} of {name} is not UTF-8: {error}") from error
-            self.position = StreamPosition(name, number + 1)
+                raise UserError(f"line {number} of {where} is not UTF-8: {error}") from error
+            self._name, self._line, self._digest = name, number, digest
             yield text
+        if number < before.line:
+            raise UserError(
+                f"{where} ends after {number} lines, and {before.line} were read before: give it from its beginning "
+                "again"
+            )
+
+
+def _lines_from(descriptor: int) -> Iterator[bytes | None]:
+    """Yields the lines of a file descriptor, and None where for a while there is nothing to read."""
+    rest = b""
+    while True:
+        if not select.select([descriptor], [], [], _TURN_SECONDS)[0]:
+            yield None
+            continue
+        data = os.read(descriptor, _READ_BYTES)
+        if not data:
+            break
+        *whole, rest = (rest + data).split(b"\n")
+        yield from whole
+    if rest:
+        yield rest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,15 @@ from embedtrain.embedding.shard import RowGroup, RowGroups, TableShard
 from embedtrain.embedding.state_dict import as_entry, key_of, mesh_of, take_entry
 from embedtrain.jagged import Jagged
 from embedtrain.spec import FeatureSpec, TableSpec
+
+
+class CollectionOptions(TypedDict, total=False):
+    """What a model passes on to its collection; see `EmbeddingCollection`."""
+
+    device: torch.device | str | None
+    process_group: dist.ProcessGroup | None
+    seed: int
+    wire_dtype: torch.dtype | None
 
 
 class EmbeddingCollection(nn.Module):
@@ -146,18 +155,23 @@ class EmbeddingCollection(nn.Module):
             inverse: per feature [num_values] int64; the place among `vectors` of each value's row.
 
         Raises:
-            ValueError: the features' tables differ in dim or dtype, or as `forward`.
+            ValueError: the features' tables differ in dim, or as `forward`.
         """
         numbers = {self._place_of(name)[0] for name in batch if name in self.features}
-        if len(numbers) > 1:
-            raise ValueError(f"distinct_rows needs tables of one dim and dtype; the features {list(batch)} differ")
+        if len({self.row_groups[number].weight.shape[1] for number in numbers}) > 1:
+            raise ValueError(f"distinct_rows needs tables of one dim; those of the features {list(batch)} differ")
         batch = dict(batch)
         members, requests = self._exchange_ids(batch, may_pool=False)
-        ((number, names),) = members.items()
-        inverse = requests[number].inverse
-        vectors = exchange_vectors(self.row_groups[number], requests[number])
-        sizes = [batch[name].values.numel() for name in names]
-        return vectors, dict(zip(names, inverse.split(sizes), strict=True))
+        parts: list[Tensor] = []
+        places: dict[str, Tensor] = {}
+        for number, names in members.items():
+            sizes = [batch[name].values.numel() for name in names]
+            inverse = requests[number].inverse
+            if parts:
+                inverse = inverse + sum(len(part) for part in parts)
+            places.update(zip(names, inverse.split(sizes), strict=True))
+            parts.append(exchange_vectors(self.row_groups[number], requests[number]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts), places
 
     def gather_table(self, name: str, state: str = "weight") -> Tensor:
         """Returns a whole table, or an optimizer's state of it, in order of id, on every rank.

@@ -175,12 +175,12 @@ class ConsoleSink:
 
     Args:
         stream: where to print.
-        total: how many of the unit to train on in all, over all epochs.
+        total: how many of the unit to train on in all, over all epochs; None of a stream, whose end is not known.
         unit: what is counted.
         every_seconds: time between two lines of progress where the stream is no terminal.
     """
 
-    def __init__(self, stream: TextIO, total: int, unit: str = "words", every_seconds: float = 10.0) -> None:
+    def __init__(self, stream: TextIO, total: int | None, unit: str = "words", every_seconds: float = 10.0) -> None:
         self._stream = stream
         self._total = total
         self._unit = unit
@@ -228,15 +228,14 @@ class ConsoleSink:
         self._held_back = ""
 
 
-def _progress(record: Record, total: int, unit: str) -> str:
+def _progress(record: Record, total: int | None, unit: str) -> str:
     done, rate = float(record[unit]), float(record[f"{unit}_per_second"])
-    left = "?"
-    if rate > 0:
-        left = str(timedelta(seconds=round(max(0.0, total - done) / rate)))
-    return (
-        f"{100 * done / max(1, total):5.1f} %  {rate:,.0f} {unit}/s  loss {float(record['loss']):.4f}  "
-        f"lr {float(record['learning_rate']):.3g}  {left} left"
-    )
+    share, left = f"{done:,.0f} {unit}", ""
+    if total is not None:
+        share = f"{100 * done / max(1, total):5.1f} %"
+        left = f"  {timedelta(seconds=round(max(0.0, total - done) / rate)) if rate > 0 else '?'} left"
+    loss, lr = float(record["loss"]), float(record["learning_rate"])
+    return f"{share}  {rate:,.0f} {unit}/s  loss {loss:.4f}  lr {lr:.3g}{left}"
 
 
 def _short(value: float | int | str) -> str:

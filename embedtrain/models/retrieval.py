@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,10 +15,13 @@ from embedtrain.data.bags import Bags
 from embedtrain.data.retrieval_batches import RetrievalBatch
 from embedtrain.distributed.collectives import all_gather_rows
 from embedtrain.distributed.runtime import size_of
-from embedtrain.embedding.collection import EmbeddingCollection
+from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection
 from embedtrain.jagged import Jagged
 from embedtrain.models.objective import Objective
-from embedtrain.spec import FeatureSpec, TableSpec
+from embedtrain.spec import DEFAULT_OPTIMIZER, FeatureSpec, TableSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 USER, ITEM = "user", "item"
 """Names of the tables of the ids; those of a feature are "user.age" and the like."""
@@ -76,9 +78,8 @@ class Retrieval(nn.Module):
         dim: of all vectors.
         scoring: similarity and loss.
         dtype: storage of the tables.
-        device: of this rank's rows and of the dense part.
-        process_group: the ranks that share the tables; where None, the job's.
-        seed: of the first values.
+        optimizers: by table, the `TableSpec.optimizer` of those that do not share the others'.
+        options: see `EmbeddingCollection`; the seed is also that of the dense part.
 
     Attributes:
         dense: the perceptrons; without parameters where no side has hidden layers.
@@ -92,9 +93,8 @@ class Retrieval(nn.Module):
         scoring: Scoring,
         *,
         dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-        process_group: dist.ProcessGroup | None = None,
-        seed: int = 0,
+        optimizers: Mapping[str, str] | None = None,
+        **options: Unpack[CollectionOptions],
     ) -> None:
         super().__init__()
         self.sides = {USER: users, ITEM: items}
@@ -103,15 +103,15 @@ class Retrieval(nn.Module):
         for name, side in self.sides.items():
             sizes = {name: side.num_rows, **{f"{name}.{f}": n for f, (_, n) in side.features.items()}}
             scale = _INIT_SCALES[scoring.similarity]
-            tables += [
-                TableSpec(table, max(1, rows), dim, dtype=dtype, init="normal", init_scale=scale)
-                for table, rows in sizes.items()
-            ]
+            for table, rows in sizes.items():
+                own = (optimizers or {}).get(table, DEFAULT_OPTIMIZER)
+                spec = TableSpec(table, max(1, rows), dim, dtype=dtype, init="normal", init_scale=scale, optimizer=own)
+                tables.append(spec)
             features += [FeatureSpec(table, pooling="none" if table == name else "mean") for table in sizes]
-        self.tables = EmbeddingCollection(tables, features, device=device, process_group=process_group, seed=seed)
+        self.tables = EmbeddingCollection(tables, features, **options)
         self.dense = nn.ModuleDict()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(options.get("seed", 0))
             for name, side in self.sides.items():
                 if side.hidden:
                     self.dense[name] = perceptron((1 + len(side.features)) * dim, side.hidden, dim)

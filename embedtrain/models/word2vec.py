@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from embedtrain.data.skipgram import TextBatch
 from embedtrain.distributed.runtime import size_of
-from embedtrain.embedding.collection import EmbeddingCollection
+from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection
 from embedtrain.jagged import Jagged
 from embedtrain.models.objective import Objective
 from embedtrain.ops.skipgram_block import Architecture, TextBlock, count_predictions, skipgram_block
-from embedtrain.spec import FeatureSpec, TableSpec
+from embedtrain.spec import DEFAULT_OPTIMIZER, FeatureSpec, TableSpec
 from embedtrain.stages import stage
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 INPUT, OUTPUT = "input", "output"
 """Names of the tables; "input" holds the word vectors."""
@@ -33,10 +36,8 @@ class Word2Vec(nn.Module):
         dim: of the vectors.
         architecture: "skipgram" or "cbow".
         dtype: storage of both tables.
-        wire_dtype: in which rows travel; see `EmbeddingCollection`.
-        device: of this rank's rows.
-        process_group: the ranks that share the tables; where None, the job's.
-        seed: of the first values: input rows uniform within 0.5 / dim, output rows zero.
+        optimizers: by table, the `TableSpec.optimizer` of one that does not share the other's.
+        options: see `EmbeddingCollection`. First values: input rows uniform within 0.5 / dim, output rows zero.
     """
 
     def __init__(
@@ -46,22 +47,18 @@ class Word2Vec(nn.Module):
         *,
         architecture: Architecture = "skipgram",
         dtype: torch.dtype = torch.float32,
-        wire_dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        process_group: dist.ProcessGroup | None = None,
-        seed: int = 0,
+        optimizers: Mapping[str, str] | None = None,
+        **options: Unpack[CollectionOptions],
     ) -> None:
         super().__init__()
+        trained_by = {INPUT: DEFAULT_OPTIMIZER, OUTPUT: DEFAULT_OPTIMIZER, **(optimizers or {})}
         self.tables = EmbeddingCollection(
             [
-                TableSpec(INPUT, num_words, dim, dtype=dtype, init="uniform", init_scale=0.5 / dim),
-                TableSpec(OUTPUT, num_words, dim, dtype=dtype, init="zeros"),
+                TableSpec(INPUT, num_words, dim, dtype, "uniform", 0.5 / dim, trained_by[INPUT]),
+                TableSpec(OUTPUT, num_words, dim, dtype, "zeros", optimizer=trained_by[OUTPUT]),
             ],
             [FeatureSpec(INPUT), FeatureSpec(OUTPUT)],
-            device=device,
-            process_group=process_group,
-            seed=seed,
-            wire_dtype=wire_dtype,
+            **options,
         )
         self._architecture = architecture
 

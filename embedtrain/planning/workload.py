@@ -130,14 +130,14 @@ def _word2vec(config: Any, assumptions: Assumptions) -> Workload:
     negatives = Law.of_weights(text.shares**settings.power, text.num_rows)
     words_kept = words * kept
     drawn = words_kept * settings.negatives
-    sizes = _table_sizes(config.table, config.optimizer, config.table.dim)
+    sizes = {name: _table_sizes(config.table, config.optimizer, name, config.table.dim) for name in (INPUT, OUTPUT)}
     contexts = min(settings.window + 1, config.train.block_words)
     # Each prediction meets the positive and the negatives: the score, and the gradients of both sides.
     scores = words_kept * (contexts if settings.architecture == "skipgram" else 1) * (1 + settings.negatives)
     return Workload(
         tables=(
-            TableLoad(INPUT, num_rows, draws=((words_kept, law),), **sizes),
-            TableLoad(OUTPUT, num_rows, draws=((words_kept, law), (drawn, negatives)), **sizes),
+            TableLoad(INPUT, num_rows, draws=((words_kept, law),), **sizes[INPUT]),
+            TableLoad(OUTPUT, num_rows, draws=((words_kept, law), (drawn, negatives)), **sizes[OUTPUT]),
         ),
         num_features=2,
         draws=words + drawn,
@@ -160,7 +160,7 @@ def _ranking(config: Any, assumptions: Assumptions) -> Workload:
         num_ids = examples * assumptions.length_of(column.name) if column.is_bag else examples
         dim = config.data.features.get(column.name, FeatureConfig()).dim or config.table.dim
         law = Law.zipf(num_rows, assumptions.exponent)
-        sizes = _table_sizes(config.table, config.optimizer, dim)
+        sizes = _table_sizes(config.table, config.optimizer, column.name, dim)
         num_bags = examples if column.is_bag else None
         tables.append(TableLoad(column.name, num_rows, draws=((num_ids, law),), num_bags=num_bags, **sizes))
     options = NetworkOptions(
@@ -211,11 +211,11 @@ def _retrieval(config: Any, assumptions: Assumptions) -> Workload:
     items = Law.zipf(assumptions.rows_of(ITEM), assumptions.exponent)
     drawn = (float(settings.negatives), Law.of_weights(items.shares**settings.power, items.num_rows))
     draws = {USER: ((users, Law.zipf(assumptions.rows_of(USER), 0.0)),), ITEM: ((positives, items), drawn)}
-    sizes = _table_sizes(config.table, config.optimizer, dim)
     tables: list[TableLoad] = []
     num_values, layers = 0, Arithmetic()
     for side, section in sides.items():
         num_vectors = sum(number for number, _ in draws[side])
+        sizes = _table_sizes(config.table, config.optimizer, side, dim)
         tables.append(TableLoad(side, assumptions.rows_of(side), draws=draws[side], **sizes))
         for table, feature in _feature_tables(side, section).items():
             # Each id looked up brings a bag of categories.
@@ -227,7 +227,7 @@ def _retrieval(config: Any, assumptions: Assumptions) -> Workload:
                     assumptions.rows_of(table),
                     draws=((num_vectors * length, law),),
                     num_bags=num_vectors,
-                    **sizes,
+                    **_table_sizes(config.table, config.optimizer, table, dim),
                 )
             )
         if section.hidden:
@@ -301,13 +301,13 @@ def _known_models() -> list[str]:
     return [name for name, kind in MODELS.items() if kind in _WORKLOADS]
 
 
-def _table_sizes(table: TableConfig, optimizer: OptimizerConfig, dim: int) -> dict[str, Any]:
-    """Returns the sizes of a table of a dim, the optimizer's state among them."""
+def _table_sizes(table: TableConfig, optimizer: OptimizerConfig, name: str, dim: int) -> dict[str, Any]:
+    """Returns the sizes of the table of a name and a dim, its optimizer's state among them."""
     dtype = getattr(torch, table.dtype)
     wire_bytes = None if table.wire_dtype is None else getattr(torch, table.wire_dtype).itemsize
     # The optimizer itself says what it keeps: of a table of one row.
     probe = EmbeddingCollection([TableSpec("probe", 1, dim, dtype=dtype)])
-    build_optimizer(optimizer, probe)
+    build_optimizer(optimizer.of_table(name), probe)
     state = probe.row_groups[0].state.values()
     return {
         "dim": dim,

@@ -283,7 +283,8 @@ def seconds_of(workload: Workload, world_size: int, machine: Machine, num_hosts:
     """
     steps = _steps(workload, world_size)
     exchange = exchange_of(workload, world_size)
-    num_groups = len({(table.dim, table.value_bytes) for table in workload.tables})
+    # Optimizers are told apart by what they keep.
+    num_groups = len({(t.dim, t.value_bytes, t.state_row_bytes, t.state_value_bytes) for t in workload.tables})
     gathered = sum((step.ids if step.sums else step.distinct) * step.table.weight_bytes for step in steps)
     summed = sum((step.ids if step.sums else step.moved) * step.table.dim * 4 for step in steps)
     updated = sum(step.owned * (step.table.weight_bytes + step.table.state_bytes) for step in steps)

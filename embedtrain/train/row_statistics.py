@@ -69,11 +69,14 @@ class RowStatistics:
         Collective: every rank.
         """
         found = {}
-        for number, group in enumerate(self._tables.row_groups):
-            for shard in group.shards:
-                rows = range(shard.first_row, shard.first_row + len(shard.weight))
-                if (statistics := self._measure(number, shard.spec.name, rows)) is not None:
-                    found[shard.spec.name] = statistics
+        shards = self._tables.shards
+        # The optimizer's groups of tables, in its order, which is not the collection's where it combines several.
+        for number, settings in enumerate(self._optimizer.param_groups):
+            for table in settings["tables"]:
+                first = shards[table].first_row
+                rows = range(first, first + len(shards[table].weight))
+                if (statistics := self._measure(number, table, rows)) is not None:
+                    found[table] = statistics
         return found
 
     def _measure(self, number: int, table: str, rows: range) -> TableStatistics | None:

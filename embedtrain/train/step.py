@@ -16,7 +16,6 @@ def train_step(
     model: Model,
     optimizer: SparseOptimizer,
     batch: Any,
-    lr: float,
     dense: DenseOptimizer | None = None,
     dense_factor: float = 1.0,
 ) -> Objective:
@@ -26,17 +25,14 @@ def train_step(
 
     Args:
         model: takes the batch.
-        optimizer: of the tables.
+        optimizer: of the tables, at the rates of its parameter groups.
         batch: this rank's.
-        lr: learning rate of the tables.
         dense: the optimizer of the other parameters, which are updated where the tables are; None without any.
         dense_factor: factor of its learning rate.
 
     Raises:
         NonFiniteError: the loss or a gradient is not finite on any rank; see `SparseOptimizer`.
     """
-    for settings in optimizer.param_groups:
-        settings["lr"] = lr
     with stage("forward"):
         objective = model(batch)
     with stage("backward"):

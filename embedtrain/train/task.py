@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -31,6 +31,24 @@ class Batches(Protocol):
         """Returns this rank's part of a step; it has `num_examples`."""
 
 
+@runtime_checkable
+class StreamedBatches(Protocol):
+    """Batches of a stream, which comes once and whose end nobody knows."""
+
+    def next_batch(self, position: Mapping[str, Any]) -> tuple[Any | None, Mapping[str, Any], bool]:
+        """Reads the step that begins at a position.
+
+        Collective: every rank.
+
+        Args:
+            position: JSON; empty for the beginning.
+
+        Returns:
+            This rank's part of the step, or None where it has not come within about a second or the stream is over;
+            where the next step begins; and whether the stream is over.
+        """
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A measurement on held-out data during training.
@@ -46,9 +64,11 @@ class Evaluation:
     every_steps: int | None = None
     every_epochs: int | None = 1
 
-    def is_due(self, step: int, steps_per_epoch: int, total_steps: int) -> bool:
-        """Returns whether to measure after so many steps; alike on every rank."""
-        periods = [self.every_steps, None if self.every_epochs is None else self.every_epochs * steps_per_epoch]
+    def is_due(self, step: int, steps_per_epoch: int | None, total_steps: int | None) -> bool:
+        """Returns whether to measure after so many steps; alike on every rank. A stream has no epochs."""
+        periods = [self.every_steps]
+        if self.every_epochs is not None and steps_per_epoch is not None:
+            periods.append(self.every_epochs * steps_per_epoch)
         return step == total_steps or any(period is not None and step % period == 0 for period in periods)
 
 
@@ -71,7 +91,7 @@ class Task:
     model: Model
     tables: EmbeddingCollection
     optimizer: SparseOptimizer
-    batches: Batches
+    batches: Batches | StreamedBatches
     dense: DenseOptimizer | None = None
     evaluation: Evaluation | None = None
     summarize: Callable[[Tensor], Mapping[str, float]] | None = None

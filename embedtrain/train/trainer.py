@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,20 +20,21 @@ from embedtrain.train.checkpoints import Checkpoints
 from embedtrain.train.interrupt import Interrupt
 from embedtrain.train.state import TrainState
 from embedtrain.train.step import train_step
-from embedtrain.train.task import Task
+from embedtrain.train.task import StreamedBatches, Task
 
 _STEPS_BETWEEN_AGREEMENTS = 8
 """A signal is heard after at most so many steps; agreeing at each would cost a small collective a step."""
 
 
 class Trainer:
-    """Trains a model to the end of its epochs, or until it is asked to stop.
+    """Trains a model to the end of its epochs or of a stream, or until it is asked to stop.
+
+    The learning rates that the task's optimizers were made with are the base rates.
 
     Args:
         task: what to train.
         state: where the run is; advanced in place.
-        epochs: passes over the data.
-        lr: base learning rate of the tables.
+        epochs: passes over the data; a stream is read once.
         schedule: factor of every base learning rate by the share of the run that is done.
         checkpoints: when and how to save.
         reset_state_from_step: when this many steps are done, the tables' optimizer starts its state anew.
@@ -45,21 +47,23 @@ class Trainer:
         state: TrainState,
         *,
         epochs: int,
-        lr: float,
         schedule: Callable[[float], float],
         checkpoints: Checkpoints,
         group: dist.ProcessGroup | None,
         reset_state_from_step: int | None = None,
     ) -> None:
         self.state = state
-        self.total_steps = epochs * task.batches.steps_per_epoch
+        self._steps_per_epoch = None if isinstance(task.batches, StreamedBatches) else task.batches.steps_per_epoch
+        self.total_steps = None if self._steps_per_epoch is None else epochs * self._steps_per_epoch
         self._task = task
-        self._lr = lr
+        self._rates = [float(settings["lr"]) for settings in task.optimizer.param_groups]
         self._schedule = schedule
         self._checkpoints = checkpoints
         self._reset_state_from_step = reset_state_from_step
         self._group = group
         self._window = _Window()
+        self._is_drained = False
+        self._logged_step = self._measured_step = state.step
 
     def run(
         self,
@@ -82,16 +86,17 @@ class Trainer:
             on_step: called after each step.
         """
         with Interrupt() as interrupt:
-            while self.state.step < self.total_steps:
-                self._train_once()
-                for observe in (alive, on_step):
+            while not self._is_over():
+                has_trained = self._train_once()
+                for observe in (alive, on_step if has_trained else None):
                     if observe is not None:
                         observe()
                 step = self.state.step
-                is_logged = step % log_every_steps == 0 or step == self.total_steps
-                is_due = self._checkpoints.policy.is_due(step)
-                is_measured = self._is_measured(step)
-                if is_logged or is_due or is_measured or step % _STEPS_BETWEEN_AGREEMENTS == 0:
+                is_logged = has_trained and (step % log_every_steps == 0 or step == self.total_steps)
+                is_due = has_trained and self._checkpoints.policy.is_due(step)
+                is_measured = has_trained and self._is_measured(step)
+                # Whoever waits for a stream has time to agree.
+                if is_logged or is_due or is_measured or not has_trained or step % _STEPS_BETWEEN_AGREEMENTS == 0:
                     is_stopped, is_overdue, has_failed = self._agree(interrupt.is_asked)
                     if has_failed:
                         self._checkpoints.settle()
@@ -101,8 +106,12 @@ class Trainer:
                         self._measure(sinks, alive)
                     if is_due or is_overdue or is_stopped:
                         self._save(before_save, is_last=is_stopped)
-                    if is_stopped and step < self.total_steps:
+                    if is_stopped and not self._is_over():
                         return False
+            if self._is_drained and self.state.step > self._logged_step:
+                self._log(sinks)
+            if self._is_drained and self.state.step > self._measured_step and self._task.evaluation is not None:
+                self._measure(sinks, alive)
             self._save(before_save, is_last=True)
         return True
 
@@ -111,30 +120,53 @@ class Trainer:
             before_save()
         self._checkpoints.save(is_last=is_last)
 
-    def _train_once(self) -> None:
+    def _is_over(self) -> bool:
+        return self._is_drained or self.state.step == self.total_steps
+
+    def _train_once(self) -> bool:
+        """Trains on the next step; returns False where a stream has not brought it yet, or is over."""
         try:
-            self._step_once()
+            return self._step_once()
         except NonFiniteError:
             # Raised on every rank alike: the checkpoint under way is what the run goes back to.
             self._checkpoints.settle()
             raise
 
-    def _step_once(self) -> None:
+    def _step_once(self) -> bool:
+        batches = self._task.batches
+        if isinstance(batches, StreamedBatches):
+            with stage("sample"):
+                batch, position, self._is_drained = batches.next_batch(self.state.stream)
+            if batch is None:
+                return False
+            self._train_on(batch)
+            self.state.advance_stream(position)
+        else:
+            with stage("sample"):
+                batch = batches.batch(self.state.epoch, self.state.step_in_epoch)
+            self._train_on(batch)
+            self.state.advance(batches.steps_per_epoch)
+        return True
+
+    def _train_on(self, batch: Any) -> None:
         task = self._task
         if self.state.step == self._reset_state_from_step:
             task.optimizer.reset_state()
-        with stage("sample"):
-            batch = task.batches.batch(self.state.epoch, self.state.step_in_epoch)
-        factor = self._schedule(self.state.step / self.total_steps)
-        objective = train_step(task.model, task.optimizer, batch, self._lr * factor, task.dense, factor)
+        factor = self._factor_at(self.state.step)
+        for settings, rate in zip(task.optimizer.param_groups, self._rates, strict=True):
+            settings["lr"] = rate * factor
+        objective = train_step(task.model, task.optimizer, batch, task.dense, factor)
         self._window.add(objective, batch.num_examples)
-        self.state.advance(task.batches.steps_per_epoch)
+
+    def _factor_at(self, step: int) -> float:
+        """Returns the schedule's factor; of a stream, whose end is not known, that of its beginning."""
+        return self._schedule(0.0 if self.total_steps is None else step / self.total_steps)
 
     def _is_measured(self, step: int) -> bool:
         evaluation = self._task.evaluation
         if evaluation is None:
             return False
-        return evaluation.is_due(step, self._task.batches.steps_per_epoch, self.total_steps)
+        return evaluation.is_due(step, self._steps_per_epoch, self.total_steps)
 
     def _agree(self, is_asked_to_stop: bool) -> tuple[bool, bool, bool]:
         """Sums up what the ranks did since they last agreed; whether any wants to stop or save, or failed to save."""
@@ -150,27 +182,30 @@ class Trainer:
     def _log(self, sinks: Sequence[MetricSink]) -> None:
         unit = self._task.unit
         sums, seconds = self._window.report()
+        factor = self._factor_at(self.state.step - 1)
         record = {
-            "step": self.state.step,
-            "epoch": self._epochs_done(),
-            "seconds": self.state.seconds,
+            **self._when(),
             "loss": float(sums[_LOSS]) / max(float(sums[_PREDICTIONS]), 1.0),
             f"{unit}_per_second": float(sums[_EXAMPLES]) / seconds,
-            "learning_rate": self._lr * self._schedule((self.state.step - 1) / self.total_steps),
+            "learning_rate": self._rates[0] * factor,
             unit: self.state.examples,
         }
+        for settings, rate in zip(self._task.optimizer.param_groups, self._rates, strict=True):
+            if rate != self._rates[0]:
+                record.update({f"learning_rate/{table}": rate * factor for table in settings["tables"]})
         if self._task.summarize is not None:
             record.update(self._task.summarize(sums[_EXAMPLES + 1 :]))
         if self._task.optimizer.num_skipped:
             record["skipped_steps"] = self._task.optimizer.num_skipped
         self._take(record, sinks)
+        self._logged_step = self.state.step
 
     def _measure(self, sinks: Sequence[MetricSink], alive: Callable[[], None] | None) -> None:
         """Measures on held-out data. Collective: every rank."""
         assert self._task.evaluation is not None
         measures = self._task.evaluation.measure(alive or _do_nothing)
-        when = {"step": self.state.step, "epoch": self._epochs_done(), "seconds": self.state.seconds}
-        self._take({**when, **measures}, sinks)
+        self._take({**self._when(), **measures}, sinks)
+        self._measured_step = self.state.step
         self._window.leave_out_time()
 
     def _take(self, record: Mapping[str, float | int | str], sinks: Sequence[MetricSink]) -> None:
@@ -178,8 +213,12 @@ class Trainer:
         for sink in sinks:
             sink.log(record)
 
-    def _epochs_done(self) -> float:
-        return self.state.epoch + self.state.step_in_epoch / self._task.batches.steps_per_epoch
+    def _when(self) -> dict[str, float | int | str]:
+        """Returns where the run is, as records say it; a stream has no epochs."""
+        when: dict[str, float | int | str] = {"step": self.state.step}
+        if self._steps_per_epoch is not None:
+            when["epoch"] = self.state.epoch + self.state.step_in_epoch / self._steps_per_epoch
+        return {**when, "seconds": self.state.seconds}
 
 
 _LOSS, _PREDICTIONS, _EXAMPLES = range(3)

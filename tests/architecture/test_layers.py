@@ -36,6 +36,7 @@ LEVELS = {
     "planning": 7,
     "recommending": 7,
     "report": 7,
+    "commands": 8,
     "cli": 8,
     "__main__": 8,
     "__init__": 9,
@@ -52,6 +53,7 @@ ALLOWED = {
     ("planning", "config"),
     ("recommending", "build"),
     ("recommending", "config"),
+    ("cli", "commands"),
     ("__main__", "cli"),
 }
 

@@ -94,7 +94,7 @@ def _train(group: dist.ProcessGroup | None, path: Path, max_failures: int, fault
     state = TrainState()
     policy = SavePolicy(EVERY, None, SaveOptions("async", max_failures=max_failures, full_every=3), 60.0)
     checkpoints = Checkpoints(str(path), task, state, facts={"data_fingerprint": "x"}, policy=policy, group=group)
-    trainer = Trainer(task, state, epochs=1, lr=0.1, schedule=lambda done: 1.0, checkpoints=checkpoints, group=group)
+    trainer = Trainer(task, state, epochs=1, schedule=lambda done: 1.0, checkpoints=checkpoints, group=group)
     try:
         trainer.run([], NUM_STEPS)
     except CheckpointError as error:

@@ -64,7 +64,7 @@ def train_sharded(group: dist.ProcessGroup | None, kind: str, options: NetworkOp
     history = []
     for step in range(STEPS):
         batch = part_of(global_batch(step), rank_of(group), size_of(group))
-        objective = train_step(model, optimizer, batch, 0.1, dense)
+        objective = train_step(model, optimizer, batch, dense)
         total = objective.total.clone()
         if group is not None:
             dist.all_reduce(total, group=group)
@@ -195,7 +195,7 @@ def count_collectives(group: dist.ProcessGroup) -> dict[str, int]:
     counts: dict[str, int] = {}
     for name in ("all_to_all_single", "all_reduce", "all_gather", "broadcast"):
         _count_calls(name, counts)
-    train_step(model, optimizer, batch, 0.1, dense)
+    train_step(model, optimizer, batch, dense)
     return counts
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import pytest
@@ -27,14 +28,14 @@ class Job:
     def command(self, *arguments: str, ranks: int | None = None, torchrun: tuple[str, ...] = ()) -> list[str]:
         return self._python("-m", "embedtrain", *arguments, ranks=ranks, torchrun=torchrun)
 
-    def start(self, *arguments: str, **options: object) -> subprocess.Popen[str]:
-        return self._start(self.command(*arguments, **options))
+    def start(self, *arguments: str, stdin: TextIO | None = None, **options: object) -> subprocess.Popen[str]:
+        return self._start(self.command(*arguments, **options), stdin)
 
     def run(self, *arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-        return self._finish(self.start(*arguments, **options))
+        return self.finish(self.start(*arguments, **options))
 
     def run_script(self, path: str, ranks: int) -> subprocess.CompletedProcess[str]:
-        return self._finish(self._start(self._python(path, ranks=ranks)))
+        return self.finish(self._start(self._python(path, ranks=ranks)))
 
     def _python(self, *arguments: str, ranks: int | None, torchrun: tuple[str, ...] = ()) -> list[str]:
         launcher = [sys.executable]
@@ -42,7 +43,7 @@ class Job:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *torchrun]
         return [*launcher, *arguments]
 
-    def _start(self, command: list[str]) -> subprocess.Popen[str]:
+    def _start(self, command: list[str], stdin: TextIO | None = None) -> subprocess.Popen[str]:
         return subprocess.Popen(
             command,
             cwd=self.folder,
@@ -52,12 +53,13 @@ class Job:
                 "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": str(Path(__file__).parents[2]),
             },
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def _finish(self, process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    def finish(self, process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
         output, errors = process.communicate(timeout=120)
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 

@@ -117,6 +117,32 @@ def test_a_killed_run_goes_on_bit_for_bit_and_on_other_ranks_by_the_same_curve(c
         assert ours == pytest.approx(theirs, rel=2e-3, abs=2e-3)
 
 
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_tables_have_optimizers_of_their_own_through_a_resume(clicks: Job, wait_until: Wait, ranks: int | None) -> None:
+    own = ["optimizer.tables.shop={name: adam, lr: 0.01}", "optimizer.tables.tags.lr=0.3", "train.epochs=4"]
+    whole = clicks.run(*arguments("whole", *own), ranks=ranks)
+    assert whole.returncode == 0, whole.stderr
+    expected = tensors(clicks, "whole")
+    assert {name for name in expected if name.startswith("shop/")} == {"shop/weight", "shop/exp_avg", "shop/exp_avg_sq"}
+    assert {name for name in expected if name.startswith("user/")} == {"user/weight", "user/accumulator"}
+    rates = metrics(clicks, "whole")[0]
+    factor = rates["learning_rate"] / 0.05
+    assert rates["learning_rate/shop"] == pytest.approx(0.01 * factor)
+    assert rates["learning_rate/tags"] == pytest.approx(0.3 * factor)
+
+    started = clicks.start(*arguments("apart", *own), ranks=ranks)
+    wait_until(lambda: list((clicks.folder / "apart" / "checkpoints").glob("step-*/manifest.json")), started)
+    started.send_signal(signal.SIGTERM)
+    started.communicate(timeout=60)
+    resumed = clicks.run(*arguments("apart", *own), ranks=ranks)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming at step" in resumed.stderr
+    assert all(torch.equal(tensors(clicks, "apart")[name], tensor) for name, tensor in expected.items())
+    other = clicks.run(*arguments("apart", *own[1:]))
+    assert other.returncode == 2
+    assert "optimizer.tables.shop.name" in other.stderr
+
+
 def test_another_log_on_a_run_folder_is_refused(clicks: Job) -> None:
     assert clicks.run(*arguments("run", "train.epochs=1")).returncode == 0
     write_clicks(clicks.folder / "train.csv", 4000, seed=9)

@@ -96,7 +96,8 @@ def test_what_fails_a_few_times_is_done_again(
         store.fail(kind, times, "GET")
     assert holds(latest_checkpoint(path) or "", tables)
     assert store.num_failures == times
-    assert "trying again in" in caplog.text
+    # s3fs itself may try a request again that took too long, and says nothing of it.
+    assert kind == "slow" or "trying again in" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["InternalError", "dropped"])

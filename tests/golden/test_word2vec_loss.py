@@ -64,7 +64,7 @@ def test_losses_are_those_recorded(tmp_path: Path, architecture: Architecture) -
     optimizer = RowwiseAdagrad(model.tables, lr=0.1, initial_accumulator_value=10.0)
     losses = []
     for step in range(batches.steps_per_epoch):
-        objective = train_step(model, optimizer, batches.batch(0, step), lr=0.1)
+        objective = train_step(model, optimizer, batches.batch(0, step))
         losses.append(float(objective.total) / objective.num_predictions)
     # Not to the last bit: float32 sums run in another order on other vector units.
     np.testing.assert_allclose(losses, GOLDEN[architecture], rtol=1e-5)

@@ -84,6 +84,20 @@ def test_mistakes_are_found_before_anything_is_trained(
         compare(tmp_path, names, rates, *overrides)
 
 
+def test_standard_input_comes_once(tmp_path: Path) -> None:
+    overrides = ["model=ranking", "data.path=-", "data.categorical=[user]", "train.epochs=1", "schedule.name=constant"]
+    with pytest.raises(UserError, match=r"data\.path=- comes once"):
+        Comparison(None, overrides, ["sgd"], {}, str(tmp_path))
+
+
+def test_tables_keep_the_optimizers_that_they_name(tmp_path: Path) -> None:
+    comparison = compare(tmp_path, ["adagrad", "sgd"], {}, "optimizer.tables.output={name: adam, lr: 0.02}")
+    assert {(c.optimizer.of_table("output").name, c.optimizer.of_table("output").lr) for c in comparison.configs} == {
+        ("adam", 0.02)
+    }
+    assert {config.optimizer.of_table("input").name for config in comparison.configs} == {"adagrad", "sgd"}
+
+
 def test_rates_are_read_from_the_command_line() -> None:
     assert parse_rates(["adam=0.001,0.01", "sgd=1"]) == {"adam": [0.001, 0.01], "sgd": [1.0]}
     with pytest.raises(UserError, match="got 'adam'"):

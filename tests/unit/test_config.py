@@ -83,6 +83,11 @@ def test_a_wrong_value_is_one_clear_line(override: str, parts: list[str]) -> Non
         assert part in message
 
 
+@pytest.mark.parametrize("model", ["word2vec", "retrieval"])
+def test_a_model_that_counts_its_data_first_refuses_standard_input(model: str) -> None:
+    assert "standard input comes once: write it to a file" in message_of(None, f"model={model}", "data.path=-")
+
+
 def test_a_missing_text_is_named() -> None:
     assert "data.path" in message_of(None)
 
@@ -141,7 +146,8 @@ def test_the_optimizers_name_chooses_its_options() -> None:
 def test_a_section_has_exactly_the_options_of_its_optimizer(name: str) -> None:
     of_class = inspect.signature(optim.OPTIMIZERS[name].__init__).parameters.keys() - {"self", "collection", "options"}
     of_all = CommonOptions.__annotations__.keys()
-    assert of_class | of_all == {field.name for field in fields(OPTIMIZERS[name])} - {"name", "reset_state_from_step"}
+    of_section = {field.name for field in fields(OPTIMIZERS[name])}
+    assert of_class | of_all == of_section - {"name", "reset_state_from_step", "tables"}
 
 
 @pytest.mark.parametrize(
@@ -171,6 +177,13 @@ def test_another_optimizer_than_the_files_starts_from_its_own_defaults(tmp_path:
     path = write(tmp_path, "optimizer: {name: rowwise_adagrad, lr: 0.6, initial_accumulator_value: 7.0}\n")
     assert load_config(path, [TEXT, "optimizer.name=rowwise_adagrad"]).optimizer.initial_accumulator_value == 7.0
     assert load_config(path, [TEXT, "optimizer.name=adam"]).optimizer.lr == 0.001
+
+
+def test_but_keeps_what_means_the_same_for_all(tmp_path: Path) -> None:
+    path = write(tmp_path, "optimizer: {lr: 0.6, eps: 0.1, weight_decay: 0.01, nonfinite: skip, max_grad_norm: 2.0}\n")
+    chosen = load_config(path, [TEXT, "optimizer.name=adam"]).optimizer
+    assert (chosen.lr, chosen.eps) == (0.001, 1e-8)
+    assert (chosen.weight_decay, chosen.nonfinite, chosen.max_grad_norm) == (0.01, "skip", 2.0)
 
 
 def test_when_the_state_is_reset_may_change() -> None:

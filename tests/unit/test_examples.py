@@ -46,8 +46,9 @@ def test_the_code_of_the_page_runs_and_learns() -> None:
 def test_the_tutorials_networks_learn() -> None:
     found = table(run("tutorial.py", "--seeds", "1", "--epochs", "10", ranks=2))
     assert set(found) == {"Adagrad", "SGD with momentum", "Adam", "RMSprop"}
-    # Of so few steps with momentum at this rate a little is learnt, of the others' nearly all.
-    assert all(row[0] > (0.6 if name.startswith("SGD") else 0.8) for name, row in found.items()), found
+    # Of 20 seeds `--epochs 10` found 0.880 at least for all but SGD, which has learnt little by then: 0.674 on average,
+    # standard deviation 0.066. Guesses on 200 samples are right for a half of them, standard deviation 0.035.
+    assert all(row[0] > (0.6 if name.startswith("SGD") else 0.85) for name, row in found.items()), found
 
 
 def test_weight_decay_helps_collaborative_filtering() -> None:
@@ -58,10 +59,12 @@ def test_weight_decay_helps_collaborative_filtering() -> None:
 
 def test_what_helps_against_the_shrinking_step() -> None:
     found = table(run("shrinking_steps.py", "--steps", "1500"))
-    start, after = 0, 3
-    assert found["decay"][after] < found["plain"][after]
-    assert found["restart"][after] < found["plain"][after]
-    assert found["warm start"][start] != found["plain"][start]
+    first_of_new, last = 2, 3
+    for helps in ("decay", "restart"):
+        assert found[helps][first_of_new] < 0.95 * found["plain"][first_of_new]
+        assert found[helps][last] < 0.6 * found["plain"][last]
+    # Accumulators that begin warm make later steps smaller still.
+    assert found["plain"][first_of_new] < found["warm start"][first_of_new] < found["warmed by data"][first_of_new]
 
 
 def clicks(num_lines: int) -> list[str]:

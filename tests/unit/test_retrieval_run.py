@@ -105,7 +105,7 @@ def run_parts(_: object, arguments: list[str], kill_at: int | None) -> dict[str,
     tables = {
         f"{name}/{kind}": task.tables.gather_table(name, kind)
         for name in task.tables.shards
-        for kind in ("weight", "accumulator")
+        for kind in ("weight", *task.tables.shards[name].state)
     }
     return {**tables, **(task.dense.tensors() if task.dense is not None else {})}
 
@@ -139,6 +139,35 @@ def command(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, st
     status = cli.main(list(arguments))
     printed = capfd.readouterr()
     return status, printed.out, printed.err
+
+
+OWN_OPTIMIZERS = (
+    "optimizer.tables.user={name: adam, lr: 0.01}",
+    "optimizer.tables.item.shelf.lr=0.3",  # a table's name may hold a dot
+)
+
+
+def test_tables_have_optimizers_of_their_own_through_a_resume(folder: Path) -> None:
+    more = [*towers(folder), *OWN_OPTIMIZERS]
+    whole = run_ranks(2, run_parts, overrides(folder, "whole", *more), None)[0]
+    assert {name for name in whole if name.startswith("user/")} == {"user/weight", "user/exp_avg", "user/exp_avg_sq"}
+    assert {"item/accumulator", "item.shelf/accumulator"} <= whole.keys()
+    killed = overrides(folder, "killed", *more)
+    run_ranks(2, run_parts, killed, 60)
+    resumed = run_ranks(2, run_parts, killed, None)[0]
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    same = run_ranks(2, run_parts, overrides(folder, "same", *towers(folder)), None)[0]
+    assert not torch.equal(same["item.shelf/weight"], whole["item.shelf/weight"])
+
+
+def test_rows_travel_as_asked(folder: Path) -> None:
+    by_wire = [
+        run_ranks(2, run_parts, overrides(folder, f"run-{dtype}", f"table.wire_dtype={dtype}"), None)[0]["item/weight"]
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert not torch.equal(*by_wire)
+    torch.testing.assert_close(*by_wire, rtol=0.1, atol=0.05)
 
 
 @pytest.mark.parametrize("has_towers", [False, True])

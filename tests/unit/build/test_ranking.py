@@ -5,6 +5,7 @@ import pytest
 from embedtrain.build.ranking import click_schema
 from embedtrain.config import RankingConfig, load_config
 from embedtrain.data.click_schema import CRITEO_DENSE
+from embedtrain.data.click_stream import ClickStream, StreamOptions
 from embedtrain.errors import UserError
 
 CSV = ("model=ranking", "data.path=a.csv", "data.categorical=[user,shop]")
@@ -45,9 +46,19 @@ def test_the_configurations_that_are_shipped_are_right(name: str) -> None:
         assert len(schema.used_columns) == 15
 
 
+def test_a_shipped_configuration_learns_from_standard_input() -> None:
+    config = load_config("configs/ranking_criteo.yaml", ["schedule.name=constant", "data.path=-"])
+    assert isinstance(config, RankingConfig)
+    assert config.data.is_stream
+    ClickStream(StreamOptions(config.data.path, config.train.global_batch_size), click_schema(config.data), None)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["data.poll_seconds=3"], r"give data\.stream=true too"),
+        (["data.stream=true", "data.path=[a.csv,b.csv]", "schedule.name=constant"], "data.path of a stream is"),
+        (["data.stream=true", "train.epochs=2"], r"a stream is read once: expected train\.epochs=1, got 2"),
         (["data.features.shp.dim=4"], "data.features: there is no column shp; there are user, shop"),
         (["data.features.user.dim=0"], r"data\.features\.user\.dim must be at least 1"),
         (["data.encoding=hash"], "feature user: encoding 'hash' needs the table's number of rows"),

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import gzip
-import io
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -50,13 +51,88 @@ def test_a_file_that_comes_too_late_is_an_error(tmp_path: Path) -> None:
         stream.read(2)
 
 
-def test_standard_input_leaves_out_what_was_read() -> None:
-    def stream(position: StreamPosition | None = None) -> LineStream:
-        return LineStream("-", position, standard_input=io.BytesIO(b"1\n2\n3\n"))
+def piped(data: bytes) -> int:
+    """Returns a file descriptor that gives the bytes and then ends."""
+    reader, writer = os.pipe()
+    os.write(writer, data)
+    os.close(writer)
+    return reader
 
-    first = stream()
+
+@pytest.fixture
+def standard_input() -> Iterator[Callable[[bytes], int]]:
+    opened: list[int] = []
+
+    def give(data: bytes) -> int:
+        opened.append(piped(data))
+        return opened[-1]
+
+    yield give
+    for descriptor in opened:
+        os.close(descriptor)
+
+
+def test_standard_input_leaves_out_what_was_read(standard_input: Callable[[bytes], int]) -> None:
+    first = LineStream("-", standard_input=standard_input(b"1\r\n2\n3"))
     assert first.read(2) == ["1", "2"]
-    assert stream(first.position).read(2) == ["3"]
+    again = LineStream("-", StreamPosition(**vars(first.position)), standard_input=standard_input(b"1\n2\n3"))
+    assert again.read(2) == ["3"]
+    assert again.position.line == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (b"3\n4\n5\n", "the first 2 lines of standard input are not those that were read before"),
+        (b"1\n", "standard input ends after 1 lines, and 2 were read before"),
+    ],
+)
+def test_another_stream_than_the_one_that_was_read_is_refused(
+    given: bytes, message: str, standard_input: Callable[[bytes], int]
+) -> None:
+    first = LineStream("-", standard_input=standard_input(b"1\n2\n3\n"))
+    first.read(2)
+    with pytest.raises(UserError, match=message):
+        LineStream("-", first.position, standard_input=standard_input(given)).read(1)
+
+
+def test_a_file_that_was_begun_must_still_be_there(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).write_text("1\n2\n")
+    stream = LineStream(str(tmp_path))
+    stream.read(3)
+    (tmp_path / "a").unlink()
+    assert LineStream(str(tmp_path), stream.position).read(9) == ["2"]
+    (tmp_path / "b").unlink()
+    with pytest.raises(UserError, match="b is gone, of which 1 lines were read"):
+        LineStream(str(tmp_path), stream.position).read(1)
+
+
+def test_lines_that_have_not_come_are_not_waited_for_and_none_is_lost() -> None:
+    reader, writer = os.pipe()
+    stream = LineStream("-", standard_input=reader)
+    os.write(writer, b"1\n2")
+    assert stream.take(2) is None
+    assert stream.position.line == 0  # nothing was handed out
+    os.write(writer, b"\n3\n")
+    taken = stream.take(2)
+    assert taken is not None
+    assert taken.texts == ["1", "2"]
+    os.close(writer)
+    assert [stream.read(2), stream.read(2)] == [["3"], []]
+    os.close(reader)
+
+
+def test_lines_know_where_they_stand(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("1\n2\n")
+    (tmp_path / "b").write_text("")
+    (tmp_path / "c").write_text("3\n4\n")
+    stream = LineStream(str(tmp_path))
+    stream.read(1)
+    taken = stream.take(3)
+    assert taken is not None
+    assert [taken.place(index) for index in range(3)] == ["a:2", "c:1", "c:2"]
+    assert LineStream(str(tmp_path), stream.position).read(1) == []
 
 
 def test_one_file_is_a_stream_too(tmp_path: Path) -> None:
@@ -70,5 +146,5 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no file or folder"):
         LineStream(str(tmp_path / "absent")).read(1)
     (tmp_path / "a").write_bytes(b"fine\n\xff\n")
-    with pytest.raises(UserError, match="line 2 of a is not UTF-8"):
+    with pytest.raises(UserError, match=r"line 2 of .*/a is not UTF-8"):
         LineStream(str(tmp_path)).read(2)

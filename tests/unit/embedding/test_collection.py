@@ -90,8 +90,19 @@ def test_each_row_is_fetched_and_delivered_once() -> None:
     torch.testing.assert_close(grad, torch.ones(2, 4))
 
 
+def test_distinct_rows_of_tables_of_two_optimizers_find_their_way() -> None:
+    tables = et.EmbeddingCollection([et.TableSpec("a", 9, 4), et.TableSpec("b", 7, 4, optimizer="other")])
+    vectors, inverse = tables.distinct_rows({"b": et.Jagged.from_lists([[6, 2, 6]]), "a": et.Jagged.from_lists([[6]])})
+    assert vectors.shape == (3, 4)
+    torch.testing.assert_close(vectors[inverse["b"]], tables.gather_table("b")[[6, 2, 6]])
+    torch.testing.assert_close(vectors[inverse["a"]], tables.gather_table("a")[[6]])
+    (vectors * torch.tensor([[1.0], [2.0], [3.0]])).sum().backward()
+    delivered = {group.table_names[0]: group.gradient()[1][:, 0].tolist() for group in tables.row_groups}
+    assert delivered == {"a": [3.0], "b": [1.0, 2.0]}
+
+
 def test_distinct_rows_of_tables_of_two_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match="one dim and dtype"):
+    with pytest.raises(ValueError, match="tables of one dim"):
         et.EmbeddingCollection(TABLES).distinct_rows(
             {"word": et.Jagged.from_lists([[1]]), "item": et.Jagged.from_lists([[1]])}
         )

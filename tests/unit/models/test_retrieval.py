@@ -76,7 +76,7 @@ def train(group: dist.ProcessGroup | None, scoring: Scoring, towers: bool, in_ba
     dense = DenseOptimizer(model.dense, process_group=group, lr=0.01) if towers else None
     batches = batches_of(group, in_batch=in_batch)
     for step in range(batches.steps_per_epoch):
-        train_step(model, optimizer, batches.batch(0, step), 0.1, dense)
+        train_step(model, optimizer, batches.batch(0, step), dense)
     tables = {name: model.tables.gather_table(name) for name in model.tables.shards}
     states = {f"{name}/acc": model.tables.gather_table(name, "accumulator") for name in model.tables.shards}
     measures = evaluate_retrieval(model, KNOWN, HELD_OUT, [3, 10], lambda: None)

@@ -114,9 +114,7 @@ def run_of(
         str(path), task, state, facts=facts, policy=policy, group=group, resume=ResumePolicy(**options)
     )
     checkpoints.restore()
-    trainer = Trainer(
-        task, state, epochs=EPOCHS, lr=0.1, schedule=lambda done: 1 - done, checkpoints=checkpoints, group=group
-    )
+    trainer = Trainer(task, state, epochs=EPOCHS, schedule=lambda done: 1 - done, checkpoints=checkpoints, group=group)
     return trainer, model, dense
 
 

@@ -1,0 +1,75 @@
+"""The commands that look at a run: evaluate, report and inspect."""
+
+from __future__ import annotations
+
+import argparse
+
+from embedtrain import inspection
+from embedtrain.commands.console import EXIT_DONE, Commands, add_command
+from embedtrain.commands.reading import add_run, open_table
+from embedtrain.errors import UserError
+from embedtrain.recommending import evaluate_run
+from embedtrain.report import write_report
+
+
+def add_measuring(commands: Commands) -> None:
+    """Declares the commands."""
+    evaluate = add_command(
+        commands,
+        "evaluate",
+        "measure a run: word vectors on analogies and similarity, retrieval on held-out data",
+        "embedtrain evaluate runs/x --analogies questions-words.txt --similarity wordsim.tsv",
+    )
+    add_run(evaluate)
+    evaluate.add_argument("--analogies", action="append", default=[], metavar="FILE", help="`: section` and `a b c d`")
+    evaluate.add_argument("--similarity", action="append", default=[], metavar="FILE", help="`word word score`")
+    evaluate.add_argument("--restrict-vocab", type=int, default=300_000, metavar="N", help="most frequent words only")
+    evaluate.add_argument("--case-sensitive", action="store_true", help="compare words as they are written")
+    evaluate.set_defaults(run=_evaluate)
+
+    report = add_command(
+        commands,
+        "report",
+        "write a page of HTML about a run: curves, neighbours, advice",
+        "embedtrain report runs/x --words king river",
+    )
+    report.add_argument("path", metavar="RUN", help="run folder")
+    report.add_argument("--output", metavar="PATH", help="the page (report.html in the run folder)")
+    report.add_argument("--words", nargs="*", default=[], metavar="WORD", help="whose neighbours to show")
+    report.set_defaults(run=_report)
+
+    inspect = add_command(
+        commands,
+        "inspect",
+        "show a run's newest checkpoint and configuration",
+        "embedtrain inspect runs/x --verify",
+    )
+    inspect.add_argument("path", metavar="RUN", help="run folder")
+    inspect.add_argument("--verify", action="store_true", help="read every byte and compare its checksum")
+    inspect.set_defaults(run=_inspect)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    if evaluate_run(options.path):
+        return EXIT_DONE
+    if not options.analogies and not options.similarity:
+        raise UserError("expected --analogies FILE or --similarity FILE")
+    with open_table(options) as vectors:
+        inspection.print_evaluation(
+            vectors,
+            options.analogies,
+            options.similarity,
+            restrict_vocab=options.restrict_vocab,
+            case_insensitive=not options.case_sensitive,
+        )
+    return EXIT_DONE
+
+
+def _report(options: argparse.Namespace) -> int:
+    print(write_report(options.path, options.output, options.words))
+    return EXIT_DONE
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    inspection.print_run(options.path, verify=options.verify)
+    return EXIT_DONE

@@ -1,0 +1,172 @@
+"""Which optimizers the layers of a configuration ask for: of all tables, and of single ones."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from embedtrain.config.optimizer import FOR_ALL_OPTIMIZERS, FOR_ALL_TABLES, OPTIMIZERS, OptimizerConfig
+from embedtrain.errors import UserError
+
+Layer = tuple[str, DictConfig]
+"""Where keys and values come from, for messages; and they themselves."""
+
+TABLES = "optimizer.tables"
+
+
+def optimizer_of(layers: Sequence[Layer], default: OptimizerConfig) -> OptimizerConfig:
+    """Returns the section of the optimizer that the layers ask for, with its default values."""
+    name, named_in = default.name, ""
+    for source, layer in layers:
+        section = layer.get("optimizer")
+        if isinstance(section, DictConfig) and "name" in section:
+            name, named_in = section["name"], source
+    if name == default.name:
+        return default
+    return _kind_of(name, named_in)()
+
+
+def for_another_optimizer(layer: DictConfig) -> DictConfig:
+    """Returns a layer without what it says of its optimizer alone: rate, formula, and tables without one by name."""
+    section = layer.get("optimizer")
+    kept = OmegaConf.create({key: layer._get_node(key) for key in layer if key != "optimizer"})
+    if isinstance(section, DictConfig):
+        own = {key: section[key] for key in section if key in FOR_ALL_OPTIMIZERS}
+        tables = _options_of([("", layer)])
+        named = {table: given for table, given in tables.items() if any(one.option == "name" for one in given)}
+        own["tables"] = {table: {one.option: one.value for one in given} for table, given in named.items()}
+        kept["optimizer"] = own
+    return kept
+
+
+def without_tables(layer: DictConfig) -> DictConfig:
+    """Returns a layer without what it says of single tables, which `table_optimizers` reads."""
+    section = layer.get("optimizer")
+    if not isinstance(section, DictConfig) or "tables" not in section:
+        return layer
+    kept = OmegaConf.create({key: layer._get_node(key) for key in layer if key != "optimizer"})
+    kept["optimizer"] = {key: section[key] for key in section if key != "tables"}
+    return kept
+
+
+def refuse_options_of_others(layer: Layer, optimizer: OptimizerConfig) -> None:
+    """Refuses, by name, an option that another optimizer has and this one has not.
+
+    Raises:
+        UserError: there is one.
+    """
+    source, content = layer
+    section = content.get("optimizer")
+    for key in map(str, section if isinstance(section, DictConfig) else ()):
+        _refuse_option_of_others(source, key, optimizer, "")
+
+
+def table_optimizers(
+    from_file: Sequence[Layer], from_command: Sequence[Layer], main: OptimizerConfig
+) -> dict[str, dict[str, Any]]:
+    """Returns the name and all options of what trains single tables, by their names.
+
+    An entry that names no other optimizer than the main one has the main one's options but for those it gives; one
+    that does has that one's defaults.
+
+    Args:
+        from_file: what the file says.
+        from_command: what the command line says; a name given there replaces the file's, with its options.
+        main: the optimizer of all other tables.
+
+    Raises:
+        UserError: an entry is no options, or has one that does not exist, or is not of its type.
+    """
+    in_file, in_command = _options_of(from_file), _options_of(from_command)
+    found = {}
+    for table in {**in_file, **in_command}:
+        earlier, later = in_file.get(table, []), in_command.get(table, [])
+        name, named_in = _name_of(earlier, (main.name, ""))
+        last_name, last_named_in = _name_of(later, (name, named_in))
+        if last_name != name:
+            earlier = []
+        kind = _kind_of(last_name, last_named_in)
+        section = OmegaConf.structured(kind(**main.row_options()) if last_name == main.name else kind())
+        for given in [*earlier, *later]:
+            section = _with_option(section, kind(), table, given)
+        own = OmegaConf.to_object(section)
+        assert isinstance(own, OptimizerConfig)
+        found[table] = own.row_options()
+    return found
+
+
+class _Given(NamedTuple):
+    source: str
+    option: str
+    value: Any
+
+
+def _options_of(layers: Iterable[Layer]) -> dict[str, list[_Given]]:
+    """Returns what the layers say of each table. A table's name may hold dots, which part keys on a command line."""
+    found: dict[str, list[_Given]] = {}
+    for source, layer in layers:
+        section = layer.get("optimizer")
+        tables = section.get("tables") if isinstance(section, DictConfig) else None
+        if tables is None:
+            continue
+        if not isinstance(tables, DictConfig):
+            raise UserError(f"{source}: expected {TABLES}.TABLE.OPTION=VALUE, got {TABLES}={tables}")
+        for key, value in _leaves(tables):
+            table, _, option = key.rpartition(".")
+            if not table:
+                raise UserError(f"{source}: expected {TABLES}.{key}.OPTION=VALUE, such as lr, got {value!r}")
+            found.setdefault(table, []).append(_Given(source, option, value))
+    return found
+
+
+def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key in map(str, node):
+        if isinstance(value := node[key], DictConfig):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _name_of(given: Sequence[_Given], default: tuple[Any, str]) -> tuple[Any, str]:
+    names = [(one.value, one.source) for one in given if one.option == "name"]
+    return names[-1] if names else default
+
+
+def _with_option(section: DictConfig, kind: OptimizerConfig, table: str, given: _Given) -> DictConfig:
+    key = f"{TABLES}.{table}.{given.option}"
+    own = list(kind.row_options())
+    if given.option in FOR_ALL_TABLES:
+        raise UserError(f"{given.source}: {key}: {given.option} is for all tables together: optimizer.{given.option}")
+    _refuse_option_of_others(given.source, given.option, kind, f"{TABLES}.{table}: ")
+    if given.option not in own:
+        near = difflib.get_close_matches(given.option, own, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the options of {kind.name} are {', '.join(own)}"
+        raise UserError(f"{given.source}: there is no key {key}; {hint}")
+    value = OmegaConf.to_container(given.value) if OmegaConf.is_config(given.value) else given.value
+    try:
+        merged = OmegaConf.merge(section, {given.option: value})
+    except OmegaConfBaseException as error:
+        raise UserError(f"{given.source}: {key}: {(error.msg or str(error)).splitlines()[0]}") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _refuse_option_of_others(source: str, key: str, optimizer: OptimizerConfig, where: str) -> None:
+    own = [field.name for field in fields(optimizer)]
+    owners = [name for name, kind in OPTIMIZERS.items() if key in [field.name for field in fields(kind)]]
+    if key not in own and owners:
+        raise UserError(
+            f"{source}: {where}the optimizer {optimizer.name} has no option {key}, {' and '.join(owners)} "
+            f"{'has' if len(owners) == 1 else 'have'}; its own are {', '.join(own)}"
+        )
+
+
+def _kind_of(name: Any, named_in: str) -> type[OptimizerConfig]:
+    if not isinstance(name, str) or name not in OPTIMIZERS:
+        raise UserError(f"{named_in}: there is no optimizer {name!r}; there are {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[name]

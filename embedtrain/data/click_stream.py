@@ -1,0 +1,165 @@
+"""A click log that is read once, as it comes: standard input, or a folder that files are added to."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+import xxhash
+
+from embedtrain.data.click_batches import ClickBatch, as_batch
+from embedtrain.data.click_files import parse_text
+from embedtrain.data.click_log import BAG_LENGTHS, FIRST_VALUE, ClickLayout, Records, record_dtype
+from embedtrain.data.click_records import encode
+from embedtrain.data.click_schema import ClickSchema
+from embedtrain.data.click_values import parse_rows
+from embedtrain.data.partition import share_of_rank
+from embedtrain.data.stream import Lines, LineStream, StreamPosition
+from embedtrain.distributed.collectives import run_on_first
+from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.errors import UserError
+
+_logger = logging.getLogger(__name__)
+
+_FAULTS_SHOWN = 3
+_NOTHING = Lines([], [])
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How to read a stream of clicks.
+
+    Attributes:
+        path: "-" for standard input; or a file, or a folder, on any fsspec URL.
+        lines_per_step: over all ranks.
+        poll_seconds: how often to look for new files of a folder that was read to its end; None ends there.
+        max_bad_lines: how many lines that cannot be used are left out; one more ends the run.
+    """
+
+    path: str
+    lines_per_step: int
+    poll_seconds: float | None = None
+    max_bad_lines: int = 0
+
+
+class ClickStream(ClickLayout):
+    """The steps of a stream, each example in one of them.
+
+    Rank 0 reads, since a stream has one reader, and hands the lines of a step to all; each rank trains on its share
+    of them. A step is made of the next lines in their order, so the same lines are a step's on any number of ranks.
+
+    Nothing is known of the stream in advance: there are no vocabularies, and numbers are transformed but not brought
+    to mean 0 and variance 1.
+
+    Args:
+        options: what to read.
+        schema: its columns, of text.
+        group: the ranks that share a step.
+
+    Raises:
+        UserError: the schema needs to know the data in advance.
+    """
+
+    def __init__(self, options: StreamOptions, schema: ClickSchema, group: dist.ProcessGroup | None) -> None:
+        _require_streamable(schema)
+        self.num_rows = {column.name: column.num_rows or 0 for column in schema.categorical}
+        self.dense_names = list(schema.dense)
+        self.dense_mean, self.dense_std = np.zeros(len(schema.dense)), np.ones(len(schema.dense))
+        self.single_names = [column.name for column in schema.single]
+        self.bag_names = [column.name for column in schema.bags]
+        self.vocabulary_fingerprint = ""
+        self.fingerprint = xxhash.xxh3_128_hexdigest(f"stream {schema!r}".encode())
+        self._options = options
+        self._schema = schema
+        self._group = group
+        self._dtype = record_dtype(len(schema.dense), len(schema.single), len(schema.bags), is_wide=True)
+        self._lines: LineStream | None = None
+        self._num_bad = 0
+
+    def next_batch(self, position: Mapping[str, Any]) -> tuple[ClickBatch | None, Mapping[str, Any], bool]:
+        """Reads the next step.
+
+        Collective: every rank.
+
+        Args:
+            position: where to begin; what the call before returned, or a checkpoint held; empty for the beginning.
+
+        Returns:
+            This rank's part of the step, or None where the lines for it have not come within about a second or the
+            stream is over; where the next step begins; and whether the stream is over.
+
+        Raises:
+            UserError: on every rank: the stream cannot be read, or has too many lines that cannot be used.
+        """
+        found = run_on_first(lambda: self._read(position), self._group)
+        if found is None:
+            return None, position, False
+        lines, reached = found
+        if not lines.texts:
+            return None, position, True
+        records, bad = self._parse(lines)
+        # Each rank finds the same lines bad, and counts them alike.
+        num_bad = int(position.get("bad_lines", 0)) + len(bad)
+        self._judge(bad, num_bad, lines)
+        num_global = len(records.examples)
+        mine = share_of_rank(num_global, rank_of(self._group), size_of(self._group))
+        batch = as_batch(_slice(records, mine), self, num_global)
+        return batch, {**reached, "bad_lines": num_bad}, False
+
+    def _read(self, position: Mapping[str, Any]) -> tuple[Lines, dict[str, Any]] | None:
+        """Returns the lines of a step, and the position after them; rank 0 only."""
+        if self._lines is None:
+            begin = {name: value for name, value in position.items() if name != "bad_lines"}
+            self._lines = LineStream(
+                self._options.path, StreamPosition(**begin), poll_seconds=self._options.poll_seconds
+            )
+        lines = self._lines.take(self._options.lines_per_step)
+        return None if lines is None else (lines, vars(self._lines.position))
+
+    def _parse(self, lines: Lines) -> tuple[Records, dict[int, str]]:
+        """Returns the records of the lines that can be used, and what is wrong with the others, by their place."""
+        schema = self._schema
+        assert schema.columns is not None
+        chunk = "".join(f"{text}\n" for text in lines.texts).encode()
+        raw, wrong = parse_text(chunk, schema, schema.columns, self._options.path)
+        examples, unusable = parse_rows(raw, schema, self._options.path)
+        return Records(*encode(examples, schema, {}, self._dtype, 0)), {**wrong, **unusable}
+
+    def _judge(self, bad: Mapping[int, str], num_bad: int, lines: Lines) -> None:
+        """Refuses a stream of too many bad lines; says on rank 0 which ones are left out."""
+        if not bad:
+            return
+        shown = "; ".join(f"{lines.place(line)}: {bad[line]}" for line in sorted(bad)[:_FAULTS_SHOWN])
+        if num_bad > self._options.max_bad_lines:
+            raise UserError(
+                f"{shown}. {num_bad} such lines were found so far, and data.max_bad_lines is "
+                f"{self._options.max_bad_lines}: correct them, or raise it to leave them out"
+            )
+        if rank_of(self._group) == 0:
+            _logger.warning(f"left out, since they cannot be used, {num_bad} lines so far, such as {shown}")
+
+
+def _require_streamable(schema: ClickSchema) -> None:
+    if schema.file_format == "parquet":
+        raise UserError("a stream is of lines: data.format=parquet cannot be one; csv and criteo can")
+    if schema.columns is None:
+        raise UserError("a stream has no first line of names: give data.columns, in order")
+    learnt = [column.name for column in schema.categorical if column.encoding == "vocabulary"]
+    if learnt:
+        raise UserError(
+            f"the values of a stream are not known in advance, so {', '.join(learnt)} cannot have a vocabulary: give "
+            "data.num_rows, or data.features.NAME.num_rows, to hash them"
+        )
+
+
+def _slice(records: Records, mine: range) -> Records:
+    examples = records.examples[mine.start : mine.stop]
+    if not len(examples) or not records.values.size:
+        return Records(examples, records.values[:0])
+    begin = int(examples[FIRST_VALUE][0])
+    end = int(examples[FIRST_VALUE][-1]) + int(examples[BAG_LENGTHS][-1].sum())
+    return Records(examples, records.values[begin:end])
