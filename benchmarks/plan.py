@@ -55,7 +55,7 @@ CELLS = {
     "ranking": [
         ["table.dim=16", "train.global_batch_size=4096"],
         ["table.dim=16", "train.global_batch_size=1024", "ranking.architecture=dlrm"],
-        ["table.dim=64", "train.global_batch_size=2048"],
+        ["table.dim=32", "train.global_batch_size=1024"],
     ],
 }
 RANKS = (1, 2)

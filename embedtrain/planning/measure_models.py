@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import torch
 from torch import nn
 
-from embedtrain.data.bags import Bags
 from embedtrain.data.click_batches import ClickBatches
 from embedtrain.data.click_schema import CategoricalColumn, ClickSchema
 from embedtrain.data.prepare_clicks import ClickOptions, prepare_clicks
@@ -23,6 +22,7 @@ from embedtrain.models.retrieval import Scoring, pair_losses
 from embedtrain.ops.sample_text import KEEP_BITS, SamplingTables, TextSample, sample_text
 from embedtrain.ops.skipgram_block import TextBlock, count_predictions, skipgram_block
 from embedtrain.planning.counting import count
+from embedtrain.planning.made_up import made_up_interactions
 from embedtrain.planning.timing import median_seconds
 from embedtrain.sharding.plan import Arithmetic
 
@@ -37,13 +37,11 @@ def arithmetic_rates(device: torch.device) -> dict[str, float]:
     """Returns the rates of operations on whole tensors: of products, of what they return, and of starting them."""
     left, right = torch.rand(2048, 512, device=device), torch.rand(512, 512, device=device)
     of_product = median_seconds(lambda: left @ right, device) / (left.numel() * right.shape[1])
-    vectors = torch.rand(_EXAMPLES, *_FEATURES, device=device)  # those of features, all pairs of which are multiplied
-    of_batched = median_seconds(lambda: vectors @ vectors.transpose(1, 2), device) / (vectors.numel() * _FEATURES[0])
     seconds, work = _timed(_layers(1, 8, device), device)
     of_op = seconds / work.ops
     rates = {
         "dense_products_per_second": 1 / of_product,
-        "batched_products_per_second": 1 / of_batched,
+        "batched_products_per_second": _batched_products_per_second(device),
         "op_seconds": of_op,
     }
     for name, run in {
@@ -104,6 +102,14 @@ def _timed(run: Callable[[], object], device: torch.device) -> tuple[float, Arit
     return seconds, count(run)
 
 
+def _batched_products_per_second(device: torch.device) -> float:
+    """Returns the rate of the products of all pairs of features, forward and backward, as DLRM has them."""
+    vectors = torch.rand(_EXAMPLES, *_FEATURES, device=device, requires_grad=True)
+    grad = torch.rand(_EXAMPLES, _FEATURES[0], _FEATURES[0], device=device)
+    products = 3 * vectors.numel() * _FEATURES[0]
+    return products / median_seconds(lambda: torch.bmm(vectors, vectors.transpose(1, 2)).backward(grad), device)
+
+
 def _layers(num_examples: int, width: int, device: torch.device) -> Callable[[], None]:
     """Returns a step of a perceptron whose input learns too."""
     layers = [layer for _ in range(_LAYERS) for layer in (nn.Linear(width, width), nn.ReLU())]
@@ -135,11 +141,9 @@ def _scores(device: torch.device) -> Callable[[], None]:
 
 def _interactions() -> RetrievalBatches:
     """Returns the batches of made-up interactions."""
-    generator = np.random.default_rng(0)
-    num_users, num_items, degree = 16 * _USERS, 16 * _CANDIDATES, 32
-    known = np.sort(generator.integers(0, num_items, (num_users, degree)), axis=1)
-    bags = Bags.from_rows(np.repeat(np.arange(num_users), degree), known.ravel(), num_users)
-    return RetrievalBatches(bags, num_items, DrawOptions(_USERS, _ITEMS_EACH, _CANDIDATES, in_batch=True), seed=0)
+    known = made_up_interactions(16 * _USERS, 64 * _CANDIDATES, 1.0)
+    draw = DrawOptions(_USERS, _ITEMS_EACH, _CANDIDATES, in_batch=True)
+    return RetrievalBatches(known, 64 * _CANDIDATES, draw, seed=0)
 
 
 def _record_seconds(num_columns: int) -> float:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,7 +20,6 @@ from embedtrain.config.ranking import FeatureConfig, RankingConfig
 from embedtrain.config.retrieval import FeatureConfig as SideFeatureConfig
 from embedtrain.config.retrieval import RetrievalConfig, SideConfig
 from embedtrain.config.sections import CheckpointConfig, TableConfig
-from embedtrain.data.bags import Bags
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
 from embedtrain.data.skipgram import keep_shares
 from embedtrain.embedding.collection import EmbeddingCollection
@@ -32,6 +30,7 @@ from embedtrain.models.retrieval import ITEM, USER, Scoring, pair_losses, percep
 from embedtrain.models.word2vec import INPUT, OUTPUT
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.planning.counting import count, count_step
+from embedtrain.planning.made_up import made_up_interactions
 from embedtrain.sharding.plan import Arithmetic, Law, TableLoad, Workload
 from embedtrain.spec import TableSpec
 from embedtrain.train.run_folder import RunFolder
@@ -244,7 +243,7 @@ def _retrieval(config: Any, assumptions: Assumptions) -> Workload:
         dense_collectives=2 + (num_values > 0),
         positives=positives,
         dense=layers,
-        scores=_score_arithmetic(config, users * candidates),
+        scores=_score_arithmetic(config, assumptions, users * candidates),
         **_checkpoints(config.checkpoint),
     )
 
@@ -262,13 +261,12 @@ def _perceptron_arithmetic(config: RetrievalConfig, network: nn.Sequential, num_
     return count_step(step, num_vectors)
 
 
-def _score_arithmetic(config: RetrievalConfig, num_scores: float) -> Arithmetic:
+def _score_arithmetic(config: RetrievalConfig, assumptions: Assumptions, num_scores: float) -> Arithmetic:
     """Counts what is computed for the scores of users and candidates, by those of a step of the same shape."""
     settings, each = config.retrieval, config.train.items_per_example
     num_users, num_negatives = min(config.train.global_batch_size, 512), min(settings.negatives, 2048)
-    num_items = 4096
-    items = np.random.default_rng(0).integers(0, num_items, (num_users, each))
-    known = Bags.from_rows(np.repeat(np.arange(num_users), each), np.sort(items, axis=1).ravel(), num_users)
+    num_items = min(assumptions.rows_of(ITEM), 1 << 16)
+    known = made_up_interactions(num_users, num_items, assumptions.exponent)
     draw = DrawOptions(num_users, each, num_negatives, settings.power, settings.in_batch)
     batch = RetrievalBatches(known, num_items, draw, seed=0).batch(0, 0)
     scoring = Scoring(settings.loss, settings.similarity, settings.temperature, settings.logq)
