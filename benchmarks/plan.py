@@ -59,7 +59,7 @@ CELLS = {
     ],
 }
 RANKS = (1, 2)
-ROUNDS, WARMUP_STEPS, STEPS = 3, 4, 16
+ROUNDS, WARMUP_STEPS, STEPS = 5, 3, 9
 TOLERANCE = 0.3
 BUILDERS = {Word2VecConfig: build_word2vec, RetrievalConfig: build_retrieval, RankingConfig: build_ranking}
 
