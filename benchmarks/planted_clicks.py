@@ -154,7 +154,9 @@ def train(planted: Planted, path: Path, options: argparse.Namespace) -> dict[str
             "cache_path": str(path / "cache"),
         },
         "table": {"dim": 8},
-        "train": {"global_batch_size": 2048},
+        "train": {"global_batch_size": 4096},
+        # A first value keeps rows that are seen a few times, most of them all, from moving by what is noise.
+        "optimizer": {"lr": 0.2, "initial_accumulator_value": 1e-6},
         "dense_optimizer": {"lr": 0.005},
         "checkpoint": {"mode": "sync"},
         "log": {"tensorboard": False},

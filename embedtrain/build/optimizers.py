@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
 from embedtrain import optim
@@ -61,14 +60,14 @@ def _make(
 
 
 def build_dense_optimizer(
-    section: DenseOptimizerConfig, module: nn.Module, group: dist.ProcessGroup | None
+    section: DenseOptimizerConfig, module: nn.Module, tables: EmbeddingCollection
 ) -> DenseOptimizer:
-    """Returns the optimizer of a model's dense part. Collective: every rank.
+    """Returns the optimizer of a model's dense part, on the ranks of its tables. Collective: every rank.
 
     Raises:
         UserError: a hyperparameter is out of range.
     """
     try:
-        return DenseOptimizer(module, process_group=group, **vars(section))
+        return DenseOptimizer(module, process_group=tables.process_group, shared=tables.shared, **vars(section))
     except ValueError as error:
         raise UserError(f"dense_optimizer: {error}") from error

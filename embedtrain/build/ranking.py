@@ -14,10 +14,12 @@ from embedtrain.build.optimizers import build_dense_optimizer, build_optimizer, 
 from embedtrain.build.parts import Parts, collection_options
 from embedtrain.config.ranking import ClicksConfig, FeatureConfig, RankingConfig
 from embedtrain.data.click_batches import ClickBatches
+from embedtrain.data.click_files import SUFFIXES
 from embedtrain.data.click_log import ClickLayout, ClickLog
 from embedtrain.data.click_schema import CRITEO_CATEGORICAL, CategoricalColumn, ClickSchema, require_columns
 from embedtrain.data.click_stream import ClickStream, StreamOptions
-from embedtrain.data.prepare_clicks import ClickOptions, prepare_clicks, refuse_changes
+from embedtrain.data.prepare_clicks import ClickOptions, prepare_clicks
+from embedtrain.data.sources import refuse_changes
 from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.metrics.classification import training_measures
@@ -44,7 +46,7 @@ def build_ranking(config: RankingConfig, runtime: Runtime) -> Parts:
         model.tables,
         build_optimizer(config.optimizer, model.tables),
         batches,
-        dense=build_dense_optimizer(config.dense_optimizer, model.network, runtime.group),
+        dense=build_dense_optimizer(config.dense_optimizer, model.network, model.tables),
         evaluation=_build_evaluation(config, runtime, model, layout),
         summarize=training_measures,
     )
@@ -65,13 +67,15 @@ def _open_log(config: RankingConfig, runtime: Runtime) -> tuple[ClickLayout, Bat
     """Returns what the examples mean, their batches, and a hash of them. Collective: every rank."""
     options = _click_options(config.data, config.data.path)
     log = _prepare(options, config, runtime)
+    suffixes = SUFFIXES[options.schema.file_format]
+    check_files = functools.partial(refuse_changes, options.path, suffixes, log.source_identities)
     batches = ClickBatches(
         log,
         config.train.global_batch_size,
         block_examples=config.data.block_examples,
         seed=config.seed,
         group=runtime.group,
-        on_epoch=lambda: run_on_first(lambda: refuse_changes(log, options), runtime.group),
+        on_epoch=lambda: run_on_first(check_files, runtime.group),
     )
     return log, batches, log.fingerprint
 

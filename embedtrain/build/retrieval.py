@@ -15,8 +15,11 @@ from embedtrain.build.parts import Parts, collection_options
 from embedtrain.checkpoint import CheckpointReader, LoadOptions, latest_checkpoint, load_shards
 from embedtrain.config import RetrievalConfig
 from embedtrain.config.retrieval import SideConfig
+from embedtrain.data.columns import TABLE_SUFFIXES
 from embedtrain.data.interactions import InteractionOptions, Interactions, SideOptions, prepare_interactions
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
+from embedtrain.data.sources import refuse_changes
+from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.models.recommendation import evaluate_retrieval
@@ -45,7 +48,7 @@ def build_retrieval(config: RetrievalConfig, runtime: Runtime) -> Parts:
         model.tables,
         build_optimizer(config.optimizer, model.tables),
         _build_batches(config, runtime, interactions),
-        dense=build_dense_optimizer(config.dense_optimizer, model.dense, runtime.group) if has_dense else None,
+        dense=build_dense_optimizer(config.dense_optimizer, model.dense, model.tables) if has_dense else None,
         evaluation=evaluation,
         unit="interactions",
         frequencies={
@@ -93,7 +96,7 @@ def open_retrieval(config: RetrievalConfig, runtime: Runtime) -> TrainedRetrieva
             )
         load_shards(reader, model.tables.shard_views(), LoadOptions(optimizer_state="reset"))
         if any(True for _ in model.dense.parameters()):
-            dense = build_dense_optimizer(config.dense_optimizer, model.dense, runtime.group)
+            dense = build_dense_optimizer(config.dense_optimizer, model.dense, model.tables)
             dense.load_tensors(reader.replicated(), with_state=False)
         step = reader.step
     measure = None
@@ -162,6 +165,7 @@ def _build_batches(config: RetrievalConfig, runtime: Runtime, interactions: Inte
         config.retrieval.power,
         config.retrieval.in_batch,
     )
+    check_files = functools.partial(refuse_changes, config.data.path, TABLE_SUFFIXES, interactions.source_identities)
     return RetrievalBatches(
         interactions.known,
         len(interactions.items),
@@ -169,6 +173,7 @@ def _build_batches(config: RetrievalConfig, runtime: Runtime, interactions: Inte
         seed=config.seed,
         rank=runtime.rank,
         world_size=runtime.world_size,
+        on_epoch=lambda: run_on_first(check_files, runtime.group),
     )
 
 

@@ -65,11 +65,11 @@ class RetrievalSection:
     similarity: Literal["cosine", "dot"] = "dot"
     temperature: float = 1.0
     """The scores are divided by it in the loss."""
-    negatives: int = 1024
+    negatives: int = 512
     """Items drawn for each step, for all its users; 0 for in_batch alone."""
     power: float = 0.0
     """Negatives are drawn by count ** power: 0 is uniform, 1 by popularity."""
-    in_batch: bool = False
+    in_batch: bool = True
     """Whether the other users' items of the step, those of all ranks, are negatives too."""
     logq: bool = True
     """Whether softmax corrects for how often each item comes up as a negative."""
@@ -83,7 +83,7 @@ class RetrievalSection:
 class RetrievalTrainConfig(TrainConfig):
     """The loop over the interactions."""
 
-    epochs: int = 20
+    epochs: int = 30
     global_batch_size: int = 512
     """Examples of a step over all ranks; an example is a user with some of their items."""
     items_per_example: int = 4
@@ -112,7 +112,7 @@ class RetrievalConfig(Config):
     retrieval: RetrievalSection = field(default_factory=RetrievalSection)
     train: RetrievalTrainConfig = field(default_factory=RetrievalTrainConfig)
     optimizer: OptimizerConfig = field(
-        default_factory=lambda: RowwiseAdagradConfig(lr=0.1, initial_accumulator_value=0.0, weight_decay=1e-4)
+        default_factory=lambda: RowwiseAdagradConfig(lr=0.1, initial_accumulator_value=0.0, weight_decay=1.5e-4)
     )
     dense_optimizer: DenseOptimizerConfig = field(default_factory=DenseOptimizerConfig)
     evaluate: RetrievalEvaluateConfig = field(default_factory=RetrievalEvaluateConfig)

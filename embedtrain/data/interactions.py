@@ -25,7 +25,7 @@ from embedtrain.distributed.collectives import run_on_first
 from embedtrain.errors import UserError
 
 META_NAME = "meta.json"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _FORBIDDEN = ("\t", "\n", "\r")
 
 
@@ -80,6 +80,7 @@ class Interactions:
     Attributes:
         num_interactions: distinct pairs of user and item.
         fingerprint: a hash of the pairs, of the ids and of the features.
+        source_identities: of the files with the interactions; see `Source.identity`.
         left_out: what of the held-out data and features cannot be used, in numbers: see `meta.json`.
     """
 
@@ -89,6 +90,7 @@ class Interactions:
             self._meta: dict[str, Any] = json.load(file)
         self.fingerprint: str = self._meta["fingerprint"]
         self.num_interactions: int = self._meta["num_interactions"]
+        self.source_identities: list[str] = self._meta["sources"]
         self.left_out: dict[str, int] = self._meta["left_out"]
 
     @cached_property
@@ -142,6 +144,7 @@ def _entry_name(options: InteractionOptions) -> str:
 
 
 def _write(options: InteractionOptions, path: str) -> None:
+    sources = [source.identity for source in expand_sources(options.path, TABLE_SUFFIXES)]
     pairs = read_pairs(options.path, options.format, (options.user_column, options.item_column))
     names = "user", "item"
     vocabularies: list[Vocabulary] = []
@@ -174,6 +177,7 @@ def _write(options: InteractionOptions, path: str) -> None:
     meta = {
         "format_version": _FORMAT_VERSION,
         "fingerprint": xxhash.xxh3_128_hexdigest(json.dumps(parts).encode()),
+        "sources": sources,
         "num_interactions": len(known.values),
         "features": features,
         "left_out": left_out,

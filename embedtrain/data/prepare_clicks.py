@@ -334,22 +334,6 @@ def _write_arrow(path: str, table: pa.Table) -> None:
         writer.write_table(table.cast(COUNTS_SCHEMA))
 
 
-def refuse_changes(log: ClickLog, options: ClickOptions) -> None:
-    """Makes sure that the files are still those that a log was prepared from.
-
-    Raises:
-        UserError: a file has changed, come or gone.
-    """
-    sources = expand_sources(options.path, SUFFIXES[options.schema.file_format])
-    changed = {source.identity for source in sources} ^ set(log.source_identities)
-    if changed:
-        names = sorted({identity.partition(" size=")[0] for identity in changed})
-        raise UserError(
-            f"{', '.join(names)}: changed while the run trained on it. The run can be resumed where the examples are "
-            "still the same; else bring the file back, or start a new run.path"
-        )
-
-
 def _entry_name(sources: Sequence[Source], schema: ClickSchema, like: ClickLayout | None) -> str:
     facts = (
         _FORMAT_VERSION,

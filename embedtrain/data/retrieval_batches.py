@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,6 +85,7 @@ class RetrievalBatches:
         seed: of the order and of every draw.
         rank: whose part of each step.
         world_size: ranks that share a step.
+        on_epoch: called on every rank before an epoch's first batch, and when a run is resumed within one.
     """
 
     def __init__(
@@ -95,12 +97,14 @@ class RetrievalBatches:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        on_epoch: Callable[[], None] | None = None,
     ) -> None:
         self._known = known
         self._options = options
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
+        self._on_epoch = on_epoch
         self._degrees = np.diff(known.starts)
         self._num_runs = -(-self._degrees // options.items_per_example)
         self._first_example = np.concatenate([[0], np.cumsum(self._num_runs)])
@@ -154,6 +158,8 @@ class RetrievalBatches:
         )
 
     def _begin_epoch(self, epoch: int) -> None:
+        if self._on_epoch is not None:
+            self._on_epoch()
         self._epoch = epoch
         self._order = block_order(int(self._first_example[-1]), self._seed, epoch)
         self._turns = random_generator(self._seed, "turns", epoch).random(len(self._known))

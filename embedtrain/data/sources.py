@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
@@ -69,6 +69,25 @@ def expand_sources(path: str | Sequence[str], suffixes: tuple[str, ...] = TEXT_S
         for source in _expand(one, suffixes):
             found.setdefault(source.url, source)
     return list(found.values())
+
+
+def refuse_changes(path: str | Sequence[str], suffixes: tuple[str, ...], identities: Collection[str]) -> None:
+    """Makes sure that the files that a path means are still those that data were prepared from.
+
+    Args:
+        path, suffixes: as in `expand_sources`.
+        identities: of the files then; see `Source.identity`.
+
+    Raises:
+        UserError: a file has changed, come or gone.
+    """
+    changed = {source.identity for source in expand_sources(path, suffixes)} ^ set(identities)
+    if changed:
+        names = sorted({identity.partition(" size=")[0] for identity in changed})
+        raise UserError(
+            f"{', '.join(names)}: changed while the run trained on it. The run can be resumed where the examples are "
+            "still the same; else bring the file back, or start a new run.path"
+        )
 
 
 def read_chunks(

@@ -50,7 +50,12 @@ def all_to_all_rows(
     return received
 
 
-def all_gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
+def all_gather_rows(
+    rows: Tensor,
+    counts: Sequence[int],
+    group: dist.ProcessGroup | None,
+    shared: SharedMemoryExchange | None = None,
+) -> Tensor:
     """Returns the rows of every rank, in rank order, with gradients that find their way back.
 
     Backward sums the gradients that the ranks have for a row, in rank order.
@@ -60,28 +65,31 @@ def all_gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGrou
     Args:
         rows: [counts[rank], dim].
         counts: rows of each rank.
+        shared: as in `all_to_all_rows`.
 
     Returns:
         [sum(counts), dim]; `rows` itself where there is no group.
     """
     if group is None:
         return rows
-    gathered: Tensor = _AllGatherRows.apply(rows, list(counts), group)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _AllGatherRows.apply(rows, list(counts), group, shared)  # type: ignore[no-untyped-call]
     return gathered
 
 
 class _AllGatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.counts, ctx.group = counts, group
-        return all_to_all_rows(rows.repeat(len(counts), 1), [rows.shape[0]] * len(counts), counts, group)
+    def forward(
+        ctx: Any, rows: Tensor, counts: list[int], group: dist.ProcessGroup, shared: SharedMemoryExchange | None
+    ) -> Tensor:
+        ctx.counts, ctx.group, ctx.shared = counts, group, shared
+        return all_to_all_rows(rows.repeat(len(counts), 1), [rows.shape[0]] * len(counts), counts, group, shared)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         num_rows = ctx.counts[rank_of(ctx.group)]
-        parts = all_to_all_rows(grad, ctx.counts, [num_rows] * len(ctx.counts), ctx.group)
-        return parts.view(len(ctx.counts), num_rows, grad.shape[1]).sum(dim=0), None, None
+        parts = all_to_all_rows(grad, ctx.counts, [num_rows] * len(ctx.counts), ctx.group, ctx.shared)
+        return parts.view(len(ctx.counts), num_rows, grad.shape[1]).sum(dim=0), None, None, None
 
 
 def all_reduce_sum(

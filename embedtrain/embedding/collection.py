@@ -73,6 +73,9 @@ class EmbeddingCollection(nn.Module):
         cache_bytes: of rows on the host, how much of the device's memory holds copies of the hot ones; where None,
             half of what is free. Which rows are copied changes no result.
 
+    Attributes:
+        shared: the ranks' shared memory, where they have it.
+
     Raises:
         ValueError: names repeat, a feature names a table that does not exist, or an option is none of those above.
     """
@@ -100,7 +103,7 @@ class EmbeddingCollection(nn.Module):
         members: dict[tuple[int, torch.dtype, str], list[TableSpec]] = {}
         for table in tables:
             members.setdefault(table.group, []).append(table)
-        shared = connect(self.process_group, self.device)
+        self.shared = connect(self.process_group, self.device)
         where = place_rows(placement, cache_bytes, list(members.values()), size_of(process_group), self.device)
         self.row_groups = [
             RowGroup(
@@ -109,7 +112,7 @@ class EmbeddingCollection(nn.Module):
                 device=self.device,
                 process_group=process_group,
                 wire_dtype=wire_dtype,
-                shared=shared,
+                shared=self.shared,
                 placement=where,
             )
             for specs in members.values()

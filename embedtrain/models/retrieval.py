@@ -114,7 +114,7 @@ class Retrieval(nn.Module):
             torch.manual_seed(options.get("seed", 0))
             for name, side in self.sides.items():
                 if side.hidden:
-                    self.dense[name] = _perceptron((1 + len(side.features)) * dim, side.hidden, dim)
+                    self.dense[name] = perceptron((1 + len(side.features)) * dim, side.hidden, dim)
         self.dense.to(self.tables.device)
 
     def forward(self, batch: RetrievalBatch) -> Objective:
@@ -122,10 +122,9 @@ class Retrieval(nn.Module):
         num_positives = batch.positives.numel()
         encoded = self.encode({USER: batch.users, ITEM: torch.cat([batch.positives, batch.negatives])})
         users, items = encoded[USER], encoded[ITEM]
-        positive = (users[batch.example.to(users.device)] * items[:num_positives]).sum(dim=1)
         own = items if batch.in_batch else items[num_positives:]
-        candidates = all_gather_rows(own, batch.candidate_counts, self.tables.process_group)
-        per_pair = self._losses(batch, positive, users @ candidates.T)
+        candidates = all_gather_rows(own, batch.candidate_counts, self.tables.process_group, self.tables.shared)
+        per_pair = pair_losses(batch, self.scoring, users, items[:num_positives], candidates)
         total = per_pair.sum()
         # A mean over the global batch, whatever share of it this rank has: the exchange averages over the ranks.
         loss = total * (size_of(self.tables.process_group) / max(1, batch.num_global_positives))
@@ -157,25 +156,37 @@ class Retrieval(nn.Module):
             joined = torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
         return F.normalize(joined, dim=1) if self.scoring.similarity == "cosine" else joined
 
-    def _losses(self, batch: RetrievalBatch, positive: Tensor, negative: Tensor) -> Tensor:
-        """Returns the loss of each positive; [m]."""
-        scoring, device = self.scoring, negative.device
-        example = batch.example.to(device)
-        if scoring.loss != "margin":
-            positive, negative = positive / scoring.temperature, negative / scoring.temperature
-        if scoring.loss == "softmax" and scoring.logq:
-            of_positives, of_candidates = (expected.to(device).log() for expected in batch.expected)
-            positive, negative = positive - of_positives, negative - of_candidates
-        negative = _without_known(negative, batch.known, batch.candidates)
-        if scoring.loss == "softmax":
-            return losses.softmax_loss(positive, example, negative)
-        if scoring.loss == "bpr":
-            return losses.bpr_loss(positive, example, negative)
-        return losses.margin_loss(positive, example, negative, margin=scoring.margin, weight=scoring.negative_weight)
+
+def pair_losses(
+    batch: RetrievalBatch, scoring: Scoring, users: Tensor, positives: Tensor, candidates: Tensor
+) -> Tensor:
+    """Returns the loss of each positive of a batch; [m].
+
+    Args:
+        batch: who is who.
+        scoring: similarity and loss.
+        users: [n, dim]; the vectors of the batch's users, and so on.
+        positives: [m, dim].
+        candidates: [c, dim]; those of all ranks.
+    """
+    device = users.device
+    example = batch.example.to(device)
+    if scoring.loss != "margin":
+        users = users / scoring.temperature  # as the scores would be, but of far fewer numbers
+    positive, correction = (users[example] * positives).sum(dim=1), None
+    if scoring.loss == "softmax" and scoring.logq:
+        of_positives, of_candidates = (expected.to(device).log() for expected in batch.expected)
+        positive, correction = positive - of_positives, -of_candidates
+    negative = _without_known(F.linear(users, candidates, correction), batch.known, batch.candidates)
+    if scoring.loss == "softmax":
+        return losses.softmax_loss(positive, example, negative)
+    if scoring.loss == "bpr":
+        return losses.bpr_loss(positive, example, negative)
+    return losses.margin_loss(positive, example, negative, margin=scoring.margin, weight=scoring.negative_weight)
 
 
 def _without_known(scores: Tensor, known: Jagged, candidates: Tensor) -> Tensor:
-    """Marks as no negative each candidate that is an item that the user is known to have.
+    """Marks as no negative, in place, each candidate that is an item that the user is known to have.
 
     Args:
         scores: [n, c].
@@ -184,15 +195,19 @@ def _without_known(scores: Tensor, known: Jagged, candidates: Tensor) -> Tensor:
     """
     in_order, place = candidates.sort()
     first = torch.searchsorted(in_order, known.values)
-    times = torch.searchsorted(in_order, known.values, right=True) - first
+    # Few of the items that are known are among the candidates: the others are left out first.
+    (among,) = torch.nonzero(in_order[first.clamp(max=len(in_order) - 1)] == known.values, as_tuple=True)
+    first = first[among]
+    times = torch.searchsorted(in_order, known.values[among], right=True) - first
     before = times.cumsum(0) - times
     found = torch.arange(int(times.sum())) + torch.repeat_interleave(first - before, times)
-    rows, columns = torch.repeat_interleave(known.bag_of_values(), times), place[found]
+    rows, columns = torch.repeat_interleave(known.bag_of_values()[among], times), place[found]
     device = scores.device
-    return scores.index_put((rows.to(device), columns.to(device)), scores.new_tensor(losses.NOT_A_NEGATIVE))
+    return scores.index_put_((rows.to(device), columns.to(device)), scores.new_tensor(losses.NOT_A_NEGATIVE))
 
 
-def _perceptron(size: int, hidden: Sequence[int], dim: int) -> nn.Sequential:
+def perceptron(size: int, hidden: Sequence[int], dim: int) -> nn.Sequential:
+    """Returns the layers of a tower: from `size` numbers by the hidden sizes to a vector of `dim`."""
     layers: list[nn.Module] = []
     for wide in hidden:
         layers += [nn.Linear(size, wide), nn.ReLU()]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from embedtrain.distributed.collectives import all_reduce_sum
 from embedtrain.distributed.runtime import GroupReference, size_of
+from embedtrain.distributed.shared_memory import SharedMemoryExchange
 from embedtrain.errors import CheckpointError
 
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -39,6 +40,7 @@ class DenseOptimizer:
         process_group: the ranks; None for one process.
         lr: learning rate.
         weight_decay: as the optimizer of torch has it.
+        shared: the ranks' shared memory, where they have it: the way that gradients take then.
 
     Raises:
         ValueError: the name is unknown, a value is out of range, or the module has no parameters.
@@ -52,6 +54,7 @@ class DenseOptimizer:
         process_group: dist.ProcessGroup | None,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
+        shared: SharedMemoryExchange | None = None,
     ) -> None:
         if name not in _OPTIMIZERS:
             raise ValueError(f"there is no dense optimizer {name!r}; there are {', '.join(_OPTIMIZERS)}")
@@ -59,6 +62,7 @@ class DenseOptimizer:
         self._parameters = dict(module.named_parameters())
         self._group = GroupReference(process_group)
         self._lr = lr
+        self._shared = shared
         make: Any = _OPTIMIZERS[name]  # the base class does not know the hyperparameters
         self._optimizer: torch.optim.Optimizer = make(self._parameters.values(), lr=lr, weight_decay=weight_decay)
         if process_group is not None:
@@ -82,7 +86,7 @@ class DenseOptimizer:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         grads = {name: parameter.grad for name, parameter in self._parameters.items() if parameter.grad is not None}
-        flat = all_reduce_sum(torch.cat([grad.flatten() for grad in grads.values()]), group)
+        flat = all_reduce_sum(torch.cat([grad.flatten() for grad in grads.values()]), group, self._shared)
         flat /= size_of(group)
         for grad, averaged in zip(grads.values(), flat.split([g.numel() for g in grads.values()]), strict=True):
             grad.copy_(averaged.view_as(grad))

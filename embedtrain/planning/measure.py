@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from embedtrain import optim
 from embedtrain.distributed.collectives import all_gather_object, all_to_all_rows
@@ -24,18 +21,17 @@ from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_memory import allocate_rows
 from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep, rowwise_adagrad
-from embedtrain.ops.sample_text import KEEP_BITS, SamplingTables, sample_text
 from embedtrain.ops.segment_sum import segment_sum
-from embedtrain.ops.skipgram_block import TextBlock, count_predictions, skipgram_block
 from embedtrain.ops.sort_unique import sort_unique
+from embedtrain.planning.measure_models import arithmetic_rates, loader_rates, skipgram_rates
+from embedtrain.planning.timing import median_seconds
 from embedtrain.sharding.machine import Machine
 from embedtrain.sharding.plan import ROW_STAGES, Law, TableLoad, Workload, seconds_of
 from embedtrain.spec import FeatureSpec, TableSpec
 
-_REPEATS = 7
 _ROWS, _DIM = 1 << 20, 64
 _TOUCHED = 1 << 16
-_WORDS, _NEGATIVES, _WINDOW, _VECTOR_DIM = 4096, 5, 5, 100
+_DRAWS = 8
 
 
 def measure_machine(runtime: Runtime) -> Machine:
@@ -46,21 +42,19 @@ def measure_machine(runtime: Runtime) -> Machine:
     torch.manual_seed(runtime.rank)
     group, device = runtime.group, runtime.device
     seconds = _row_seconds(device)
-    seconds.update(_text_seconds(device))
-    left, right = torch.rand(2048, 512, device=device), torch.rand(512, 512, device=device)
     rates = {
         "gather_bytes_per_second": _TOUCHED * _DIM * 4 / seconds["gather"],
         "update_bytes_per_second": _TOUCHED * (_DIM + 1) * 4 / seconds["update"],
         "sum_bytes_per_second": _TOUCHED * _DIM * 4 / seconds["sum"],
         "sort_ids_per_second": _TOUCHED / seconds["sort"],
-        "sample_draws_per_second": _WORDS * (1 + _NEGATIVES) / seconds["sample"],
-        "skipgram_products_per_second": seconds["products"] / seconds["skipgram"],
-        "dense_products_per_second": left.numel() * right.shape[1] / _seconds(lambda: left @ right, device),
+        **skipgram_rates(device),
+        **loader_rates(),
         **_exchange_rates(group, device),
     }
-    slowest = {name: min(of_ranks) for name, of_ranks in _gathered(rates, group).items()}
+    arithmetic = arithmetic_rates(device)
+    waits = {"op_seconds": arithmetic.pop("op_seconds"), "collective_seconds": _collective_seconds(group, device)}
+    slowest = {name: min(of_ranks) for name, of_ranks in _gathered({**rates, **arithmetic}, group).items()}
     one, many = (_step_seconds(runtime, num_features) for num_features in (1, 9))
-    waits = {"collective_seconds": _collective_seconds(group, device)}
     # A step's five collectives are counted apart.
     waits["step_seconds"] = max(one - 5 * waits["collective_seconds"] * (runtime.world_size > 1), 1e-6)
     waits["feature_seconds"] = max((many - one) / 8, 1e-9)
@@ -79,45 +73,19 @@ def measure_machine(runtime: Runtime) -> Machine:
 def _row_seconds(device: torch.device) -> dict[str, float]:
     table = allocate_rows((_ROWS, _DIM), 0.1, torch.float32, device)
     state = allocate_rows((_ROWS,), 1.0, torch.float32, device)
-    ids = torch.randint(_ROWS, (_TOUCHED,), device=device)
-    rows = torch.randperm(_ROWS, device=device)[:_TOUCHED].sort().values
     grad = torch.full((_TOUCHED, _DIM), 1e-3, device=device)
-    gradient = RowGradient.of_rows(rows, grad, _ROWS)
-    keys = sort_unique(ids, bound=_ROWS)
+    # Other rows each time: those of the time before are in the caches.
+    ids = itertools.cycle([torch.randint(_ROWS, (_TOUCHED,), device=device) for _ in range(_DRAWS)])
+    keys = itertools.cycle([sort_unique(next(ids), bound=_ROWS) for _ in range(_DRAWS)])
+    gradients = itertools.cycle(
+        [RowGradient.of_rows(rows, grad[: len(rows)], _ROWS) for rows in (next(keys).unique for _ in range(_DRAWS))]
+    )
     step = RowwiseAdagradStep(lr=1e-3, eps=1e-10)
     return {
-        "gather": _seconds(lambda: gather_rows(table, ids), device),
-        "update": _seconds(lambda: rowwise_adagrad(table, state, gradient, step), device),
-        "sum": _seconds(lambda: segment_sum(grad, keys), device),
-        "sort": _seconds(lambda: sort_unique(ids, bound=_ROWS), device),
-    }
-
-
-def _text_seconds(device: torch.device) -> dict[str, float]:
-    num_words = 1 << 16
-    everything = torch.full((num_words,), 1 << KEEP_BITS, dtype=torch.int32)
-    tables = SamplingTables(everything, columns=torch.arange(num_words))
-    tokens = torch.randint(num_words, (_WORDS,), dtype=torch.int32)
-    positions = torch.arange(_WORDS)
-    keys = iter(range(1 << 30))
-
-    def draw() -> Tensor:
-        sample = sample_text(tokens, positions, tables, window=_WINDOW, num_negatives=_NEGATIVES, key=next(keys))
-        return sample.words
-
-    sample = sample_text(tokens, positions, tables, window=_WINDOW, num_negatives=_NEGATIVES, key=0)
-    vectors = torch.rand(4 * _WORDS, _VECTOR_DIM, device=device) - 0.5
-    block = TextBlock(
-        torch.randint(4 * _WORDS, (_WORDS,), device=device),
-        torch.randint(4 * _WORDS, (_WORDS, 1 + _NEGATIVES), device=device),
-        sample.starts.to(device),
-        sample.stops.to(device),
-    )
-    return {
-        "sample": _seconds(draw, torch.device("cpu")),
-        # Backward multiplies the gradient by that of the loss.
-        "skipgram": _seconds(lambda: skipgram_block(vectors, block)[1] * 1.0, device),
-        "products": int(count_predictions(block)) * (1 + _NEGATIVES) * _VECTOR_DIM * 3.0,
+        "gather": median_seconds(lambda: gather_rows(table, next(ids)), device),
+        "update": median_seconds(lambda: rowwise_adagrad(table, state, next(gradients), step), device),
+        "sum": median_seconds(lambda: segment_sum(grad, next(keys)), device),
+        "sort": median_seconds(lambda: sort_unique(next(ids), bound=_ROWS), device),
     }
 
 
@@ -129,7 +97,7 @@ def _exchange_rates(group: dist.ProcessGroup | None, device: torch.device) -> di
     counts = [max(32768 // world_size, 1)] * world_size  # rows of 256 bytes: 8 MiB in all
     rows = torch.ones(sum(counts), _DIM, device=device)
     shared = connect(group, device)
-    seconds = _seconds(lambda: all_to_all_rows(rows, counts, counts, group, shared), device)
+    seconds = median_seconds(lambda: all_to_all_rows(rows, counts, counts, group, shared), device)
     return {"exchange_bytes_per_second": rows.nbytes * (world_size - 1) / world_size / seconds}
 
 
@@ -140,7 +108,7 @@ def _collective_seconds(group: dist.ProcessGroup | None, device: torch.device) -
     ones = [1] * world_size
     counts = torch.ones(world_size, 1, device=device)
     shared = connect(group, device)
-    seconds = _seconds(lambda: all_to_all_rows(counts, ones, ones, group, shared), device, inner=20)
+    seconds = median_seconds(lambda: all_to_all_rows(counts, ones, ones, group, shared), device, inner=20)
     return seconds / (world_size - 1)
 
 
@@ -155,14 +123,13 @@ def _step_seconds(runtime: Runtime, num_features: int) -> float:
     optimizer = optim.RowwiseAdagrad(tables)
     batch = {name: Jagged.from_ids(torch.arange(4, device=runtime.device)) for name in tables.features}
 
-    def step() -> Tensor:
-        loss = torch.stack([vectors.sum() for vectors in tables(batch).values()]).sum()
-        loss.backward()
+    def step() -> None:
+        vectors = list(tables(batch).values())
+        torch.autograd.backward(vectors, vectors)  # any gradient will do
         optimizer.step()
         optimizer.zero_grad()
-        return loss
 
-    return _seconds(step, runtime.device, inner=10)
+    return median_seconds(step, runtime.device, inner=10)
 
 
 def _reference_factor(runtime: Runtime, machine: Machine) -> float:
@@ -170,11 +137,12 @@ def _reference_factor(runtime: Runtime, machine: Machine) -> float:
     num_ids, num_rows = _TOUCHED // 4, _ROWS // 4
     tables = EmbeddingCollection([TableSpec("row", num_rows, _DIM)], device=runtime.device, process_group=runtime.group)
     optimizer = optim.RowwiseAdagrad(tables)
-    batch = {"row": Jagged.from_ids(torch.randint(num_rows, (num_ids,), device=runtime.device))}
+    drawn = [torch.randint(num_rows, (num_ids,), device=runtime.device) for _ in range(_DRAWS)]
+    batches = itertools.cycle([{"row": Jagged.from_ids(ids)} for ids in drawn])
 
     def step() -> None:
-        vectors, _ = tables.distinct_rows(batch)
-        (vectors * vectors).sum().backward()
+        vectors, _ = tables.distinct_rows(next(batches))
+        vectors.backward(vectors.detach())  # any gradient will do
         optimizer.step()
         optimizer.zero_grad()
 
@@ -182,20 +150,7 @@ def _reference_factor(runtime: Runtime, machine: Machine) -> float:
     load = TableLoad("row", num_rows, _DIM, 4, state_row_bytes=4, state_value_bytes=0, draws=draws)
     parts = seconds_of(Workload((load,), 1), runtime.world_size, machine)
     of_rows = sum(parts[name] for name in ROW_STAGES)
-    return max(_seconds(step, runtime.device) - parts["rest"], 0.1 * of_rows) / of_rows
-
-
-def _seconds(run: Callable[[], object], device: torch.device, inner: int = 1) -> float:
-    """Returns the median of some runs, after two that map memory and fill caches."""
-    found = []
-    for _ in range(_REPEATS + 2):
-        started_at = time.perf_counter()
-        for _ in range(inner):
-            run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        found.append((time.perf_counter() - started_at) / inner)
-    return statistics.median(found[2:])
+    return max(median_seconds(step, runtime.device) - parts["rest"], 0.1 * of_rows) / of_rows
 
 
 def _gathered(values: dict[str, float], group: dist.ProcessGroup | None) -> dict[str, list[float]]:

@@ -108,5 +108,7 @@ def _print_times(workload: Workload, request: Request, machine: Machine) -> None
     total = sum(seconds.values())
     stages = ", ".join(f"{name} {value * 1e3:.2f}" for name, value in seconds.items() if value >= 5e-6)
     print(f"step         {total * 1e3:.2f} ms by the rates of {machine.name} ({stages})")
+    if machine.num_ranks == 1 < request.world_size:
+        print("             rates of one rank, to which exchanging costs nothing: measure on as many as share a host")
     if request.num_hosts > 1 and machine.network_bytes_per_second is None:
         print("             hosts are taken to exchange as fast as the ranks of one: give network_bytes_per_second")

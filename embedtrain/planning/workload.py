@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from embedtrain.build.optimizers import build_optimizer
@@ -20,13 +20,18 @@ from embedtrain.config.ranking import FeatureConfig, RankingConfig
 from embedtrain.config.retrieval import FeatureConfig as SideFeatureConfig
 from embedtrain.config.retrieval import RetrievalConfig, SideConfig
 from embedtrain.config.sections import CheckpointConfig, TableConfig
+from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
 from embedtrain.data.skipgram import keep_shares
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import UserError
-from embedtrain.models.ranking import NETWORKS, NetworkOptions
-from embedtrain.models.retrieval import ITEM, USER
+from embedtrain.metrics.classification import TRAINING_BINS, classification_sums
+from embedtrain.models.ranking import NetworkOptions, build_network
+from embedtrain.models.retrieval import ITEM, USER, Scoring, pair_losses, perceptron
 from embedtrain.models.word2vec import INPUT, OUTPUT
-from embedtrain.sharding.plan import Law, TableLoad, Workload
+from embedtrain.optim.dense import DenseOptimizer
+from embedtrain.planning.counting import count, count_step
+from embedtrain.planning.made_up import made_up_interactions
+from embedtrain.sharding.plan import Arithmetic, Law, TableLoad, Workload
 from embedtrain.spec import TableSpec
 from embedtrain.train.run_folder import RunFolder
 
@@ -126,7 +131,8 @@ def _word2vec(config: Any, assumptions: Assumptions) -> Workload:
     drawn = words_kept * settings.negatives
     sizes = {name: _table_sizes(config.table, config.optimizer, name, config.table.dim) for name in (INPUT, OUTPUT)}
     contexts = min(settings.window + 1, config.train.block_words)
-    predictions = words_kept * (contexts if settings.architecture == "skipgram" else 1)
+    # Each prediction meets the positive and the negatives: the score, and the gradients of both sides.
+    scores = words_kept * (contexts if settings.architecture == "skipgram" else 1) * (1 + settings.negatives)
     return Workload(
         tables=(
             TableLoad(INPUT, num_rows, draws=((words_kept, law),), **sizes[INPUT]),
@@ -134,8 +140,8 @@ def _word2vec(config: Any, assumptions: Assumptions) -> Workload:
         ),
         num_features=2,
         draws=words + drawn,
-        # Each prediction meets the positive and the negatives: the score, and the gradients of both sides.
-        skipgram_products=predictions * (1 + settings.negatives) * config.table.dim * 3,
+        skipgram_scores=scores,
+        skipgram_products=scores * config.table.dim * 3,
         **_checkpoints(config.checkpoint),
     )
 
@@ -163,19 +169,35 @@ def _ranking(config: Any, assumptions: Assumptions) -> Workload:
         num_cross_layers=config.ranking.num_cross_layers,
         low_rank=config.ranking.low_rank,
     )
-    with torch.device("meta"):
-        network = NETWORKS[options.architecture](len(schema.dense), [table.dim for table in tables], options)
+    network = build_network(len(schema.dense), [table.dim for table in tables], options, config.seed)
     num_values = sum(parameter.numel() for parameter in network.parameters())
-    products = sum(layer.weight.numel() for layer in network.modules() if isinstance(layer, nn.Linear))
     return Workload(
         tables=tuple(tables),
         num_features=len(tables),
         dense_bytes=4 * num_values * (1 + _DENSE_STATES[config.dense_optimizer.name]),
         dense_gradient_bytes=4 * num_values,
-        # Forward, and the gradients of inputs and of weights.
-        dense_products=examples * products * 3,
+        dense_collectives=1,
+        records=examples,
+        record_values=examples * len(schema.dense) + sum(table.num_ids for table in tables),
+        dense=_network_arithmetic(config, network, [table.dim for table in tables], examples),
         **_checkpoints(config.checkpoint),
     )
+
+
+def _network_arithmetic(config: RankingConfig, network: nn.Module, dims: Sequence[int], examples: float) -> Arithmetic:
+    optimizer = DenseOptimizer(network, name=config.dense_optimizer.name, process_group=None)
+    num_dense = len(click_schema(config.data).dense)
+
+    def step(num: int) -> None:
+        vectors = [torch.rand(num, dim, requires_grad=True) for dim in dims]
+        logits = network(torch.rand(num, num_dense), vectors)
+        F.binary_cross_entropy_with_logits(logits, torch.ones(num), reduction="none").sum().backward()
+        classification_sums(logits, torch.ones(num), TRAINING_BINS)
+        optimizer.average_gradients()
+        optimizer.step(1.0)
+        optimizer.zero_grad()
+
+    return count_step(step, examples)
 
 
 def _retrieval(config: Any, assumptions: Assumptions) -> Workload:
@@ -189,7 +211,7 @@ def _retrieval(config: Any, assumptions: Assumptions) -> Workload:
     drawn = (float(settings.negatives), Law.of_weights(items.shares**settings.power, items.num_rows))
     draws = {USER: ((users, Law.zipf(assumptions.rows_of(USER), 0.0)),), ITEM: ((positives, items), drawn)}
     tables: list[TableLoad] = []
-    num_values, products = 0, 0.0
+    num_values, layers = 0, Arithmetic()
     for side, section in sides.items():
         num_vectors = sum(number for number, _ in draws[side])
         sizes = _table_sizes(config.table, config.optimizer, side, dim)
@@ -208,10 +230,9 @@ def _retrieval(config: Any, assumptions: Assumptions) -> Workload:
                 )
             )
         if section.hidden:
-            widths = [(1 + len(section.features)) * dim, *section.hidden, dim]
-            matrices = sum(before * after for before, after in itertools.pairwise(widths))
-            num_values += matrices + sum(widths[1:])
-            products += num_vectors * matrices * 3
+            network = perceptron((1 + len(section.features)) * dim, section.hidden, dim)
+            num_values += sum(parameter.numel() for parameter in network.parameters())
+            layers = layers + _perceptron_arithmetic(config, network, num_vectors)
     candidates = settings.negatives + (positives if settings.in_batch else 0.0)
     return Workload(
         tables=tuple(tables),
@@ -219,9 +240,44 @@ def _retrieval(config: Any, assumptions: Assumptions) -> Workload:
         dense_bytes=4 * num_values * (1 + _DENSE_STATES[config.dense_optimizer.name]),
         # The candidates' vectors go to all ranks and their gradients come back, as those of the dense part do.
         dense_gradient_bytes=4 * num_values + round(4 * candidates * dim),
-        dense_products=products + positives * candidates * dim * 3,
+        dense_collectives=2 + (num_values > 0),
+        positives=positives,
+        dense=layers,
+        scores=_score_arithmetic(config, assumptions, users * candidates),
         **_checkpoints(config.checkpoint),
     )
+
+
+def _perceptron_arithmetic(config: RetrievalConfig, network: nn.Sequential, num_vectors: float) -> Arithmetic:
+    optimizer = DenseOptimizer(network, name=config.dense_optimizer.name, process_group=None)
+    width = network[0].in_features
+
+    def step(num: int) -> None:
+        network(torch.rand(num, width, requires_grad=True)).sum().backward()
+        optimizer.average_gradients()
+        optimizer.step(1.0)
+        optimizer.zero_grad()
+
+    return count_step(step, num_vectors)
+
+
+def _score_arithmetic(config: RetrievalConfig, assumptions: Assumptions, num_scores: float) -> Arithmetic:
+    """Counts what is computed for the scores of users and candidates, by those of a step of the same shape."""
+    settings, each = config.retrieval, config.train.items_per_example
+    num_users, num_negatives = min(config.train.global_batch_size, 512), min(settings.negatives, 2048)
+    num_items = min(assumptions.rows_of(ITEM), 1 << 16)
+    known = made_up_interactions(num_users, num_items, assumptions.exponent)
+    draw = DrawOptions(num_users, each, num_negatives, settings.power, settings.in_batch)
+    batch = RetrievalBatches(known, num_items, draw, seed=0).batch(0, 0)
+    scoring = Scoring(settings.loss, settings.similarity, settings.temperature, settings.logq)
+    users, positives, candidates = (
+        torch.rand(len(ids), config.table.dim, requires_grad=True)
+        for ids in (batch.users, batch.positives, batch.candidates)
+    )
+    work = count(lambda: pair_losses(batch, scoring, users, positives, candidates).sum().backward())
+    # A smaller step's are multiplied up.
+    share = num_scores / (num_users * len(batch.candidates))
+    return Arithmetic(work.ops, values=work.values * share, products=work.products * share)
 
 
 def _feature_tables(side: str, section: SideConfig) -> dict[str, SideFeatureConfig]:

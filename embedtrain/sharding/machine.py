@@ -29,8 +29,16 @@ class Machine:
         step_seconds: what a step costs beside all that, for one feature.
         feature_seconds: and for each further one.
         sample_draws_per_second: words and negatives drawn from a text.
-        skipgram_products_per_second: multiply-adds of the word2vec kernel, forward and backward.
+        positives_per_second: interactions made into examples of retrieval, with what their users are known to have.
+        records_per_second: examples of a click log that are read.
+        record_values_per_second: and for each number or row of them besides.
+        skipgram_scores_per_second: of a centre's context and a word, in the word2vec kernel, forward and backward.
+        skipgram_products_per_second: and multiply-adds of these besides.
         dense_products_per_second: multiply-adds of a matrix product.
+        batched_products_per_second: multiply-adds of many small products at once.
+        op_seconds: of an operation of torch on next to nothing, forward, backward or of an optimizer.
+        values_per_second: numbers that the operations of layers return.
+        score_values_per_second: numbers that those of a softmax over scores return.
         seconds_per_predicted_second: that rows take in a step for each second of what is done to them by itself: in
             a step caches are colder, and ranks wait for one another.
         network_bytes_per_second: that a host sends to the others, all its ranks together; None where not known.
@@ -47,8 +55,16 @@ class Machine:
     step_seconds: float
     feature_seconds: float
     sample_draws_per_second: float
+    positives_per_second: float
+    records_per_second: float
+    record_values_per_second: float
+    skipgram_scores_per_second: float
     skipgram_products_per_second: float
     dense_products_per_second: float
+    batched_products_per_second: float
+    op_seconds: float
+    values_per_second: float
+    score_values_per_second: float
     seconds_per_predicted_second: float
     network_bytes_per_second: float | None = None
 

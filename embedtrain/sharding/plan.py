@@ -107,6 +107,34 @@ class TableLoad:
 
 
 @dataclass(frozen=True)
+class Arithmetic:
+    """What a part of a model computes in a step on whole tensors, forward, backward and optimizer together.
+
+    Attributes:
+        ops: operations that each rank starts.
+        step_values: numbers that they return on each rank, whatever its share of the examples.
+        values: those for the examples, over all ranks.
+        products: multiply-adds of matrix products, over all ranks.
+        batched_products: those of many small products at once, over all ranks.
+    """
+
+    ops: float = 0.0
+    step_values: float = 0.0
+    values: float = 0.0
+    products: float = 0.0
+    batched_products: float = 0.0
+
+    def __add__(self, other: Arithmetic) -> Arithmetic:
+        return Arithmetic(
+            self.ops + other.ops,
+            self.step_values + other.step_values,
+            self.values + other.values,
+            self.products + other.products,
+            self.batched_products + other.batched_products,
+        )
+
+
+@dataclass(frozen=True)
 class Workload:
     """A model as the plan sees it.
 
@@ -115,9 +143,15 @@ class Workload:
         num_features: looked up in a step.
         dense_bytes: parameters and optimizer state that every rank has whole.
         dense_gradient_bytes: of their gradients, which are averaged over the ranks.
+        dense_collectives: that a step needs for what is not rows.
         draws: words and negatives drawn from a text in a step, over all ranks.
-        skipgram_products: multiply-adds of the word2vec kernel in a step, over all ranks.
-        dense_products: multiply-adds of the dense part in a step, over all ranks.
+        positives: interactions of a step, over all ranks.
+        records: examples of a click log that are read for a step, over all ranks.
+        record_values: numbers and rows that these hold.
+        skipgram_scores: of contexts and words in a step of word2vec, over all ranks.
+        skipgram_products: multiply-adds of these, forward and backward.
+        dense: layers and their optimizer.
+        scores: of users and candidates, and the loss of them.
         save_bytes: most memory that a save in the background takes on a rank; None for no bound.
         num_checkpoints: that lie in the run folder at most, one that is being written included.
     """
@@ -126,9 +160,15 @@ class Workload:
     num_features: int
     dense_bytes: int = 0
     dense_gradient_bytes: int = 0
+    dense_collectives: int = 0
     draws: float = 0.0
+    positives: float = 0.0
+    records: float = 0.0
+    record_values: float = 0.0
+    skipgram_scores: float = 0.0
     skipgram_products: float = 0.0
-    dense_products: float = 0.0
+    dense: Arithmetic = Arithmetic()
+    scores: Arithmetic = Arithmetic()
     save_bytes: int | None = 0
     num_checkpoints: int = 1
 
@@ -252,22 +292,45 @@ def seconds_of(workload: Workload, world_size: int, machine: Machine, num_hosts:
     between_hosts = exchange.total * away_hosts if num_hosts > 1 else 0.0
     network = machine.network_bytes_per_second or machine.exchange_bytes_per_second * world_size / num_hosts
     # Ids, vectors and gradients for each group; the counts and the optimizer's agreement once.
-    latency = machine.collective_seconds * (world_size - 1) * (3 * num_groups + 2)
+    num_collectives = 3 * num_groups + 2 + workload.dense_collectives
+    latency = machine.collective_seconds * (world_size - 1) * num_collectives
     parts = {
-        "sample": workload.draws / world_size / machine.sample_draws_per_second,
+        "sample": _sample_seconds(workload, world_size, machine),
         "sort": sum(step.ids + step.moved * (world_size > 1) for step in steps) / machine.sort_ids_per_second,
         "gather": gathered / machine.gather_bytes_per_second,
         "exchange": (exchange.total - between_hosts) / machine.exchange_bytes_per_second
         + between_hosts * (world_size / num_hosts) / network
         + latency,
-        "model": workload.skipgram_products / world_size / machine.skipgram_products_per_second
-        + workload.dense_products / world_size / machine.dense_products_per_second,
+        "model": workload.skipgram_scores / world_size / machine.skipgram_scores_per_second
+        + workload.skipgram_products / world_size / machine.skipgram_products_per_second
+        + _arithmetic_seconds(workload.dense, world_size, machine.values_per_second, machine)
+        + _arithmetic_seconds(workload.scores, world_size, machine.score_values_per_second, machine),
         "sum": (summed * (world_size > 1)) / machine.sum_bytes_per_second,
         "update": updated / machine.update_bytes_per_second,
         "rest": machine.step_seconds + machine.feature_seconds * (workload.num_features - 1),
     }
     of_rows = machine.seconds_per_predicted_second
     return {name: seconds * (of_rows if name in ROW_STAGES else 1.0) for name, seconds in parts.items()}
+
+
+def _sample_seconds(workload: Workload, world_size: int, machine: Machine) -> float:
+    of_all = (
+        workload.draws / machine.sample_draws_per_second
+        + workload.records / machine.records_per_second
+        + workload.record_values / machine.record_values_per_second
+    )
+    # Every rank draws the positives of the whole step: those of others are among its candidates.
+    return of_all / world_size + workload.positives / machine.positives_per_second
+
+
+def _arithmetic_seconds(work: Arithmetic, world_size: int, values_per_second: float, machine: Machine) -> float:
+    values = work.step_values + work.values / world_size
+    return (
+        work.ops * machine.op_seconds
+        + values / values_per_second
+        + work.products / world_size / machine.dense_products_per_second
+        + work.batched_products / world_size / machine.batched_products_per_second
+    )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from embedtrain import cli
 from embedtrain.build import build_run, check_run_folder
 from embedtrain.config import load_config
 from embedtrain.distributed.runtime import Runtime, default_group, rank_of, size_of
+from embedtrain.errors import UserError
 from embedtrain.testing.ranks import run_ranks
 
 NUM_GROUPS, USERS_PER_GROUP, ITEMS_PER_GROUP = 4, 15, 12
@@ -46,7 +47,7 @@ def overrides(folder: Path, run: str, *more: str) -> list[str]:
         "evaluate.k=[5,10]",
         "table.dim=16",
         "train={epochs: 6, global_batch_size: 12, items_per_example: 2}",
-        "retrieval={negatives: 16, similarity: cosine, temperature: 0.1}",
+        "retrieval={negatives: 16, in_batch: false, similarity: cosine, temperature: 0.1}",
         "log={every_steps: 10, tensorboard: false}",
         "checkpoint={every_steps: 25, mode: sync}",
         *more,
@@ -67,6 +68,15 @@ def towers(folder: Path) -> list[str]:
 def folder(tmp_path: Path) -> Path:
     write_data(tmp_path)
     return tmp_path
+
+
+def write_baskets(path: Path) -> None:
+    """Baskets of items of one shelf each, a row an item, the baskets' rows among each other."""
+    generator = np.random.default_rng(1)
+    rows = [
+        f"{basket},shelf{basket % 3}-{item}" for basket in range(600) for item in generator.choice(12, 6, replace=False)
+    ]
+    path.write_text("\n".join(["order,product", *generator.permutation(rows)]) + "\n")
 
 
 class KilledError(Exception):
@@ -265,3 +275,34 @@ def test_a_file_that_changes_is_noticed_when_the_run_goes_on(folder: Path, capfd
         file.write(f"{OFFSET},g3-i0\n")
     assert "was trained on other data than data.path holds now" in refused(capfd, *train)
     assert "was trained on other data than data.path=" in refused(capfd, "recommend", str(folder / "run"), str(OFFSET))
+
+
+def test_a_file_that_changes_between_epochs_ends_the_run(folder: Path) -> None:
+    config = load_config(None, overrides(folder, "run", "train.epochs=2"))
+    run = build_run(config, Runtime(0, 0, 1, torch.device("cpu")), check_run_folder(config))
+
+    def change() -> None:
+        (folder / "train.csv").write_text("user,item\n1,2\n")
+
+    with pytest.raises(UserError, match=r"train.csv: changed while the run trained on it"):
+        run.trainer.run([], config.log.every_steps, on_step=change)
+    assert run.trainer.state.epoch == 1
+
+
+def test_items_of_baskets_have_vectors_by_word2vec(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_baskets(tmp_path / "orders.csv")
+    (tmp_path / "config.yaml").write_text("model: word2vec\n")
+    settings = [
+        f"data={{path: {tmp_path}/orders.csv, format: csv, basket_column: order, item_column: product, min_count: 1}}",
+        f"data.cache_path={tmp_path}/cache",
+        f"run={{path: {tmp_path}/run, device: cpu}}",
+        "table.dim=16",
+        "word2vec={window: 6, sample: 0}",
+        "train={epochs: 20, words_per_step: 256, block_words: 128}",
+        "log.tensorboard=false",
+    ]
+    status, _, errors = command(capfd, "train", str(tmp_path / "config.yaml"), *settings)
+    assert status == 0, errors
+    status, printed, errors = command(capfd, "neighbors", str(tmp_path / "run"), "shelf1-3", "--top", "8")
+    assert status == 0, errors
+    assert sum("shelf1-" in line for line in printed.splitlines()[1:]) >= 7

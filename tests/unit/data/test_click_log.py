@@ -13,7 +13,7 @@ import pytest
 from embedtrain.data.click_batches import ClickBatches
 from embedtrain.data.click_log import DENSE, IDS, LABEL
 from embedtrain.data.click_schema import CategoricalColumn, ClickSchema
-from embedtrain.data.prepare_clicks import ClickOptions, refuse_changes
+from embedtrain.data.sources import refuse_changes
 from embedtrain.data.token_hash import hashed_rows
 from embedtrain.errors import UserError
 from tests.unit.data.click_example import criteo_line, criteo_schema, examples_of, prepared, write_criteo
@@ -256,9 +256,10 @@ def test_a_log_without_examples_is_refused(tmp_path: Path, cache: Path) -> None:
 
 def test_a_file_that_changes_between_epochs_is_found(tmp_path: Path, cache: Path) -> None:
     path = write_criteo(tmp_path / "day.tsv", 50)
-    options = ClickOptions(path=str(tmp_path), schema=criteo_schema())
     log = prepared(tmp_path, criteo_schema(), cache)
-    batches = ClickBatches(log, 64, seed=1, on_epoch=lambda: refuse_changes(log, options))
+    batches = ClickBatches(
+        log, 64, seed=1, on_epoch=lambda: refuse_changes(str(tmp_path), (".tsv",), log.source_identities)
+    )
     batches.batch(0, 0)
     write_criteo(path, 51)
     with pytest.raises(UserError, match=r"day.tsv: changed while the run trained on it"):

@@ -23,6 +23,7 @@ def settings(tmp_path: Path) -> list[str]:
 def machine_path(tmp_path: Path) -> str:
     rates = {name: 1e9 for name in Machine.rates() if name != "network_bytes_per_second"}
     rates.update(seconds_per_predicted_second=1.0, collective_seconds=1e-4, step_seconds=1e-3, feature_seconds=1e-5)
+    rates["op_seconds"] = 1e-5
     path = tmp_path / "machine.json"
     path.write_text(Machine(name="made up", num_ranks=2, **rates).to_json())
     return str(path)
@@ -79,7 +80,7 @@ def test_each_feature_of_a_ranking_model_is_a_table(
 def test_users_items_and_their_features_are_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(Path(CONFIG).parent / "retrieval.yaml")
     overrides = [f"run.path={tmp_path}/run", "items.path=x", "items.features.maker.separator=null", "items.hidden=[8]"]
-    overrides += ["retrieval.negatives=2048"]
+    overrides += ["retrieval.negatives=2048", "retrieval.in_batch=false"]
     given = ["plan", config, *overrides, "--rows", "user=1e6", "--rows", "item=2e5", "--world-size", "4"]
     assert main(given) == 2
     assert "the rows of table 'item.maker' come from the data" in capsys.readouterr().err
@@ -134,6 +135,18 @@ def test_a_rate_can_be_replaced(settings: list[str], machine_path: str, capsys: 
     assert main([*given, "--rate", "bandwidth=1"]) == 2
     assert "there is no rate 'bandwidth'" in capsys.readouterr().err
     assert main(["plan"]) == 2
+
+
+def test_rates_of_one_rank_are_said_to_know_no_exchange(
+    settings: list[str], machine_path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(machine_path)
+    path.write_text(path.read_text().replace('"num_ranks": 2', '"num_ranks": 1'))
+    given = ["plan", *settings, "--rows", "1000", "--machine", machine_path]
+    assert main(given) == 0
+    assert "rates of one rank" not in capsys.readouterr().out
+    assert main([*given, "--world-size", "2"]) == 0
+    assert "rates of one rank, to which exchanging costs nothing" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from embedtrain.errors import UserError
 from embedtrain.sharding.cost import Wire, bytes_of_rows, bytes_of_sums
 from embedtrain.sharding.machine import Machine
 from embedtrain.sharding.plan import (
+    Arithmetic,
     Law,
     TableLoad,
     Workload,
@@ -107,16 +108,31 @@ def test_bytes_of_rows_and_of_sums() -> None:
 
 
 def test_each_stage_takes_its_bytes_over_its_rate() -> None:
-    workload = Workload((table(),), 3, draws=40.0, skipgram_products=100.0, dense_products=60.0)
+    work = Arithmetic(ops=2.0, step_values=3.0, values=8.0, products=60.0, batched_products=12.0)
+    scores = Arithmetic(values=14.0)
+    workload = Workload(
+        (table(),),
+        3,
+        dense_collectives=4,
+        draws=40.0,
+        positives=6.0,
+        records=4.0,
+        record_values=20.0,
+        skipgram_scores=10.0,
+        skipgram_products=100.0,
+        dense=work + Arithmetic(ops=1.0),
+        scores=scores,
+    )
     distinct, owned = 1000 * -math.expm1(-0.3), 1000 * -math.expm1(-0.6) / 2
     seconds = seconds_of(workload, 2, machine())
     assert seconds == pytest.approx(
         {
-            "sample": 20.0,
+            "sample": 20.0 + 6.0 + 2.0 + 10.0,
             "sort": 300 + distinct,
             "gather": distinct * 40,
-            "exchange": exchange_of(workload, 2).total + 5,
-            "model": 50.0 + 30.0,
+            "exchange": exchange_of(workload, 2).total + 5 + 4,
+            # Each rank starts all operations, and has its share of the values and products.
+            "model": 5.0 + 50.0 + (3 + 3 + 4 + 30.0 + 6.0) + 7.0,
             "sum": distinct * 40,
             "update": owned * 44,
             "rest": 1.0 + 2.0,
