@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import fsspec
 import torch
 
 from embedtrain.build.optimizers import build_optimizer, optimizer_names
-from embedtrain.build.parts import Parts
+from embedtrain.build.parts import Parts, Pretrained
 from embedtrain.config.word2vec import Word2VecConfig
 from embedtrain.data.baskets import write_baskets
 from embedtrain.data.corpus import PreparedCorpus
@@ -33,7 +34,7 @@ def build_word2vec(config: Word2VecConfig, runtime: Runtime) -> Parts:
     Raises:
         UserError: the text cannot be used.
     """
-    corpus = _prepare(config, runtime)
+    corpus = prepare_text(config, runtime)
     model = Word2Vec(
         len(corpus.vocabulary),
         config.table.dim,
@@ -54,12 +55,19 @@ def build_word2vec(config: Word2VecConfig, runtime: Runtime) -> Parts:
         unit="words",
         frequencies=dict.fromkeys((INPUT, OUTPUT), torch.from_numpy(corpus.vocabulary.counts)),
     )
-    facts = {
+    pretrained = {}
+    if config.init_from is not None:
+        pretrained[INPUT] = Pretrained(config.init_from, lambda: corpus.vocabulary.rows)
+    return Parts(task, text_facts(corpus), lambda folder: folder.write_vocabulary(corpus.vocabulary), pretrained)
+
+
+def text_facts(corpus: PreparedCorpus) -> dict[str, Any]:
+    """Returns what a checkpoint says of the text that it was trained on."""
+    return {
         "data_fingerprint": corpus.fingerprint,
         "vocabulary_fingerprint": corpus.vocabulary.fingerprint,
         "export_table": INPUT,
     }
-    return Parts(task, facts, write_files=lambda folder: folder.write_vocabulary(corpus.vocabulary))
 
 
 def _build_evaluation(config: Word2VecConfig, model: Word2Vec, corpus: PreparedCorpus) -> Evaluation | None:
@@ -106,14 +114,19 @@ class WordSimilarity:
         return {"similarity": sum(report.spearman for report in found) / len(found)}
 
 
-def _prepare(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
+def prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
+    """Prepares the text of a configuration, or finds it in the cache. Collective: every rank."""
     data, cache_path = config.data, os.path.expanduser(config.data.cache_path)
     path, tokenizer = data.path, data.tokenizer
     if data.format != "text":
         columns = data.basket_column, data.item_column
         path, tokenizer = write_baskets(path, data.format, columns, cache_path, runtime.group), "whitespace"
     options = CorpusOptions(
-        path=path, tokenizer=tokenizer, min_count=data.min_count, max_vocab_size=data.max_vocab_size
+        path=path,
+        tokenizer=tokenizer,
+        min_count=data.min_count,
+        max_vocab_size=data.max_vocab_size,
+        base_vocabulary=data.base_vocabulary,
     )
     corpus = prepare_corpus(options, cache_path, runtime.group, on_progress=_StageLog() if runtime.rank == 0 else None)
     if runtime.rank == 0:
