@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
+from embedtrain import storage
 from embedtrain.build.optimizers import build_optimizer
 from embedtrain.build.retrieval import prepare_data
 from embedtrain.build.word2vec import prepare_text, text_facts
@@ -30,6 +32,9 @@ from embedtrain.train.state import TrainState
 
 _IDS = {USER: f"{USER}s.tsv", ITEM: f"{ITEM}s.tsv"}
 """What a run of retrieval calls the files of its raw ids."""
+
+_BASE = "base-"
+"""Beginning of the name under which a grown run keeps the old names."""
 
 _OWN_KEYS = (
     "run.path",
@@ -87,7 +92,7 @@ def grow_run(run_path: str, new_path: str, overrides: Sequence[str], runtime: Ru
         runtime: of this process, which must be alone.
 
     Raises:
-        UserError: the run cannot grow, a setting cannot change, or there is a run at `new_path`.
+        UserError: the run cannot grow, a setting cannot change, or there is something at `new_path`.
         CheckpointError: the checkpoint is damaged, or does not hold what the configuration says.
     """
     if runtime.world_size != 1:
@@ -96,27 +101,48 @@ def grow_run(run_path: str, new_path: str, overrides: Sequence[str], runtime: Ru
     path = latest_checkpoint(old_folder.checkpoints_path)
     if path is None:
         raise UserError(f"no complete checkpoint yet in {run_path!r}; train until the first one is saved")
-    if latest_checkpoint(folder.checkpoints_path) is not None:
-        raise UserError(f"{new_path} holds a run already: choose another folder for the grown one")
+    if storage.list_files(folder.path) or storage.list_folders(folder.path):
+        raise UserError(f"{new_path} is not empty: choose a new folder for the grown run")
     config = _new_config(old_folder, folder, overrides)
-    with CheckpointReader(path) as reader:
-        grown, facts = _grow(config, old_folder, folder, runtime)
-        for each in grown:
-            _check_rows(each, reader, run_path)
-        states = _states_of(config.optimizer)
-        old_ids = [torch.from_numpy(each.old.rows_of(each.new.words)) for each in grown]
-        parts = [
-            part
-            for each, ids in zip(grown, old_ids, strict=True)
-            for spec in each.tables
-            for part in grown_parts(reader, spec, states, ids, config.seed)
-        ]
-        folder.write_config(to_yaml(config))
-        state = _state(reader, config, facts, run_path)
-        write_checkpoint(folder.checkpoints_path, Contents(_STEP, parts, state, reader.replicated()), None)
+    try:
+        with CheckpointReader(path) as reader:
+            return _write(config, reader, old_folder, folder, runtime)
+    except BaseException:
+        _discard(folder)
+        raise
+
+
+def _write(
+    config: Config, reader: CheckpointReader, old_folder: RunFolder, folder: RunFolder, runtime: Runtime
+) -> list[GrownTable]:
+    grown, facts = _grow(config, old_folder, folder, runtime)
+    for each in grown:
+        _check_rows(each, reader, old_folder.path)
+    states = _states_of(config.optimizer)
+    old_ids = [torch.from_numpy(each.old.rows_of(each.new.words)) for each in grown]
+    parts = [
+        part
+        for each, ids in zip(grown, old_ids, strict=True)
+        for spec in each.tables
+        for part in grown_parts(reader, spec, states, ids, config.seed)
+    ]
+    folder.write_config(to_yaml(config))
+    state = _state(reader, config, facts, old_folder.path)
+    write_checkpoint(folder.checkpoints_path, Contents(_STEP, parts, state, reader.replicated()), None)
     return [
         GrownTable(spec.name, len(each.old), len(each.new) - len(each.old)) for each in grown for spec in each.tables
     ]
+
+
+def _discard(folder: RunFolder) -> None:
+    """Removes what a failed attempt wrote, as far as that works: its error is the one to tell."""
+    names = VOCABULARY_NAME, *_IDS.values()
+    for name in (*names, *(f"{_BASE}{name}" for name in names), CONFIG_NAME):
+        with suppress(Exception):
+            storage.remove(folder.join(name))
+    for path in (folder.checkpoints_path, folder.path):
+        with suppress(Exception):
+            storage.remove_empty_folder(path)
 
 
 def _new_config(old_folder: RunFolder, folder: RunFolder, overrides: Sequence[str]) -> Config:
@@ -174,7 +200,7 @@ def _keep_names(old_folder: RunFolder, folder: RunFolder, name: str) -> tuple[Vo
         names = Vocabulary.load(old_folder.join(name))
     except FileNotFoundError as error:
         raise UserError(f"{old_folder.path} has no {name}, which says whose rows are whose") from error
-    kept = f"base-{name}"
+    kept = f"{_BASE}{name}"
     folder.write_vocabulary(names, kept)
     return names, folder.join(kept)
 

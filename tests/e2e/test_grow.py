@@ -155,7 +155,7 @@ def test_what_cannot_grow_is_one_clear_line(job: Job) -> None:
     for arguments, message in (
         (("nowhere", "grown", f"data.path={new_text}"), "no complete checkpoint yet in 'nowhere'"),
         (("old", "grown"), "expected data.path=PATH"),
-        (("old", "old", f"data.path={new_text}"), "old holds a run already"),
+        (("old", "old", f"data.path={new_text}"), "old is not empty"),
         (("old", "grown", f"data.path={new_text}", "table.dim=8"), "table.dim (was 16, is 8)"),
         (("old", "grown", f"data.path={new_text}", "run.path=x"), "run.path=x: grow itself says"),
         (("old", "grown", "data.path=nowhere.txt"), "nowhere.txt: no such file"),
@@ -166,4 +166,4 @@ def test_what_cannot_grow_is_one_clear_line(job: Job) -> None:
         (line,) = done.stderr.splitlines()
         assert line.startswith("embedtrain: error: ")
         assert message in line
-        assert not (job.folder / "grown/checkpoints").exists()
+        assert not (job.folder / "grown").exists()
