@@ -27,6 +27,9 @@ from embedtrain.train.task import Evaluation, Task
 
 _logger = logging.getLogger(__name__)
 
+_FEW_STEPS = 200
+"""A text of 40,000 words had all cosines near 1 after 30 steps of 8,192 words, and sensible neighbours after 300."""
+
 
 def build_word2vec(config: Word2VecConfig, runtime: Runtime) -> Parts:
     """Prepares the text and builds the model. Collective: every rank.
@@ -46,11 +49,18 @@ def build_word2vec(config: Word2VecConfig, runtime: Runtime) -> Parts:
         process_group=runtime.group,
         seed=config.seed,
     )
+    batches = _build_batches(config, runtime, corpus)
+    num_steps = config.train.epochs * batches.steps_per_epoch
+    if num_steps < _FEW_STEPS and runtime.rank == 0:
+        _logger.warning(
+            f"{num_steps} steps in all are too few for words to find their places: raise train.epochs (to "
+            f"{-(-_FEW_STEPS // batches.steps_per_epoch):,} or more), or lower train.words_per_step"
+        )
     task = Task(
         model,
         model.tables,
         build_optimizer(config.optimizer, model.tables),
-        _build_batches(config, runtime, corpus),
+        batches,
         evaluation=_build_evaluation(config, model, corpus),
         unit="words",
         frequencies=dict.fromkeys((INPUT, OUTPUT), torch.from_numpy(corpus.vocabulary.counts)),
