@@ -13,7 +13,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 MADE = ("reference.md", "settings.md")
 """Pages that a script makes, and whose blocks are signatures."""
 
-PROGRAMS = ("bash", "docker", "embedtrain", "pip", "pre-commit", "python", "sbatch", "source", "torchrun")
+PROGRAMS = ("bash", "docker", "embedtrain", "pip", "pre-commit", "python", "sbatch", "source", "torchrun", "zcat")
 
 _BLOCK = re.compile(r"(?:<!-- not run: (.+) -->\n)?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -43,7 +43,7 @@ class Block:
         lines = [line for line in lines if line and not line.startswith("#")]
         if self.language not in ("", "sh") or not lines or lines[0].split()[0] not in PROGRAMS:
             return []
-        return [shlex.split(line, comments=True) for line in lines]
+        return [shlex.split(part, comments=True) for line in lines for part in line.split(" | ")]
 
 
 def blocks(page: Path) -> Iterator[Block]:

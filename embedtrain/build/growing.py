@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
 from embedtrain import storage
-from embedtrain.build.optimizers import build_optimizer
+from embedtrain.build.optimizers import build_optimizer, optimizer_names
 from embedtrain.build.retrieval import prepare_data
 from embedtrain.build.word2vec import prepare_text, text_facts
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
@@ -26,7 +26,7 @@ from embedtrain.errors import UserError
 from embedtrain.models.retrieval import ITEM, USER, retrieval_table
 from embedtrain.models.word2vec import word2vec_tables
 from embedtrain.optim.sparse import RowState
-from embedtrain.spec import TableSpec
+from embedtrain.spec import DEFAULT_OPTIMIZER, TableSpec
 from embedtrain.train.run_folder import CONFIG_NAME, VOCABULARY_NAME, RunFolder
 from embedtrain.train.state import TrainState
 
@@ -118,13 +118,13 @@ def _write(
     grown, facts = _grow(config, old_folder, folder, runtime)
     for each in grown:
         _check_rows(each, reader, old_folder.path)
-    states = _states_of(config.optimizer)
+    states = _states_of(config.optimizer, [spec for each in grown for spec in each.tables])
     old_ids = [torch.from_numpy(each.old.rows_of(each.new.words)) for each in grown]
     parts = [
         part
         for each, ids in zip(grown, old_ids, strict=True)
         for spec in each.tables
-        for part in grown_parts(reader, spec, states, ids, config.seed)
+        for part in grown_parts(reader, spec, states[spec.name], ids, config.seed)
     ]
     folder.write_config(to_yaml(config))
     state = _state(reader, config, facts, old_folder.path)
@@ -160,7 +160,7 @@ def _new_config(old_folder: RunFolder, folder: RunFolder, overrides: Sequence[st
         raise UserError(f"{old_folder.path} is a run of {old.model}: only runs of word2vec and retrieval grow")
     if isinstance(config, RetrievalConfig) and (config.users.features or config.items.features):
         raise UserError(f"{old_folder.path} has features, whose categories have no names in it: it cannot grow")
-    lasting = "model ", "table.", "optimizer.name "
+    lasting = "model ", "table.", "optimizer.name ", "optimizer.tables"
     differing = [each for each in differing_keys(text, to_yaml(config)) if each.startswith(lasting)]
     if differing:
         raise UserError(f"these stay as they were where a run grows: {'; '.join(differing)}")
@@ -177,7 +177,8 @@ def _grow(
         words, config.data.base_vocabulary = _keep_names(old_folder, folder, VOCABULARY_NAME)
         corpus = prepare_text(config, runtime)
         folder.write_vocabulary(corpus.vocabulary)
-        tables = word2vec_tables(len(corpus.vocabulary), config.table.dim, getattr(torch, config.table.dtype))
+        dtype, optimizers = getattr(torch, config.table.dtype), optimizer_names(config.optimizer)
+        tables = word2vec_tables(len(corpus.vocabulary), config.table.dim, dtype, optimizers)
         return [_Grown(words, corpus.vocabulary, tables)], text_facts(corpus)
     assert isinstance(config, RetrievalConfig)
     old_names: dict[str, Vocabulary] = {}
@@ -189,7 +190,8 @@ def _grow(
     for name, names in ((USER, data.users), (ITEM, data.items)):
         folder.write_vocabulary(names, _IDS[name])
         dtype = getattr(torch, config.table.dtype)
-        spec = retrieval_table(name, len(names), config.table.dim, dtype, config.retrieval.similarity)
+        own = optimizer_names(config.optimizer).get(name, DEFAULT_OPTIMIZER)
+        spec = retrieval_table(name, len(names), config.table.dim, dtype, config.retrieval.similarity, own)
         grown.append(_Grown(old_names[name], names, [spec]))
     return grown, {"data_fingerprint": data.fingerprint}
 
@@ -216,9 +218,14 @@ def _check_rows(grown: _Grown, reader: CheckpointReader, run_path: str) -> None:
             )
 
 
-def _states_of(section: OptimizerConfig) -> Sequence[RowState]:
-    """Returns what an optimizer keeps for a row: it says so itself, of a table of one."""
-    return build_optimizer(section, EmbeddingCollection([TableSpec("probe", 1, 1)])).states
+def _states_of(section: OptimizerConfig, tables: Sequence[TableSpec]) -> dict[str, list[RowState]]:
+    """Returns what the optimizer keeps for a row of each table: it says so itself, of tables of one row."""
+    probe = EmbeddingCollection([replace(spec, num_rows=1) for spec in tables])
+    build_optimizer(section, probe)
+    return {
+        name: [RowState(state, tensor.dim() > 1, float(tensor.flatten()[0])) for state, tensor in shard.state.items()]
+        for name, shard in probe.shards.items()
+    }
 
 
 def _state(reader: CheckpointReader, config: Config, facts: dict[str, Any], run_path: str) -> dict[str, Any]:

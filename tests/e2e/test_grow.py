@@ -58,8 +58,11 @@ def write_new_text(job: Job) -> Path:
 
 @pytest.mark.parametrize(
     "options",
-    [("optimizer.initial_accumulator_value=3.0",), ("optimizer.name=adam", "table.dtype=bfloat16")],
-    ids=["rowwise_adagrad", "adam in bfloat16"],
+    [
+        ("optimizer.initial_accumulator_value=3.0", "optimizer.tables.output.name=adam"),
+        ("optimizer.name=adam", "table.dtype=bfloat16"),
+    ],
+    ids=["rowwise_adagrad and adam", "adam in bfloat16"],
 )
 def test_old_words_keep_their_rows_and_states_and_new_ones_begin_as_in_a_new_run(
     job: Job, options: tuple[str, ...]
