@@ -6,6 +6,7 @@ from embedtrain import optim
 from embedtrain.distributed.lockstep import lockstep
 from embedtrain.distributed.runtime import Runtime, init_distributed, shut_down
 from embedtrain.embedding.collection import EmbeddingCollection
+from embedtrain.embedding.init_from import InitCounts, init_from
 from embedtrain.embedding.unsharded import UnshardedEmbeddingCollection
 from embedtrain.errors import (
     BadIdError,
@@ -25,6 +26,7 @@ __all__ = [
     "CorruptCheckpointError",
     "EmbeddingCollection",
     "FeatureSpec",
+    "InitCounts",
     "Jagged",
     "NonFiniteError",
     "Runtime",
@@ -32,6 +34,7 @@ __all__ = [
     "UnshardedEmbeddingCollection",
     "UserError",
     "init_distributed",
+    "init_from",
     "lockstep",
     "optim",
     "shut_down",

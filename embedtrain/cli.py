@@ -17,6 +17,7 @@ from embedtrain.commands.console import (
     is_first_rank,
     say_once,
 )
+from embedtrain.commands.growing import add_growing
 from embedtrain.commands.measuring import add_measuring
 from embedtrain.commands.reading import add_reading
 from embedtrain.commands.training import add_training
@@ -55,6 +56,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks of your mistakes too")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_training(commands)
+    add_growing(commands)
     _add_planning(commands)
     add_measuring(commands)
     add_reading(commands)

@@ -36,6 +36,10 @@ def print_run(run_path: str, *, verify: bool) -> None:
             print(f"  {name:<24} {str(info.dtype).removeprefix('torch.'):<9} {shape}, in {len(info.pieces)} pieces")
         settings = {k: v for k, v in optimizer["param_groups"][0].items() if k != "params"}
         print(f"optimizer    {optimizer['name']}: {', '.join(f'{k} {v}' for k, v in settings.items())}")
+        for table, start in state.get("init_from", {}).items():
+            print(f"init_from    {start['num_copied']:,} of {start['num_rows']:,} rows of {table}, of {start['path']}")
+        if "grown_from" in state:
+            print(f"grown from   {state['grown_from']['path']}, step {state['grown_from']['step']:,}")
         if optimizer["num_skipped"]:
             print(f"skipped      {optimizer['num_skipped']:,} steps whose gradient was not finite")
     print("configuration")

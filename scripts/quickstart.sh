@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 unset PYTHONPATH PYTHONHOME
 
-scripts/setup_env.sh
+scripts/setup_env.sh plots
 
 run=runs/quickstart
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -24,5 +24,5 @@ for word in list thread exception file matrix gradient; do
     .venv/bin/embedtrain neighbors "$run" "$word" --top 8
 done
 
-echo "==> the run's files are in $PWD/$run:"
-ls -1 "$run"
+echo "==> the run's files are in $PWD/$run; open this page in a browser:"
+.venv/bin/embedtrain report "$run"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from embedtrain.build.growing import GrownTable, grow_run
 from embedtrain.build.retrieval import TrainedRetrieval, open_retrieval
 from embedtrain.build.run import Run, build_run, check_run_folder
 from embedtrain.build.trained import open_run_vectors, read_config
 
 __all__ = [
+    "GrownTable",
     "Run",
     "TrainedRetrieval",
     "build_run",
     "check_run_folder",
+    "grow_run",
     "open_retrieval",
     "open_run_vectors",
     "read_config",

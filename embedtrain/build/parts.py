@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,19 @@ from embedtrain.train.task import Task
 
 
 @dataclass(frozen=True)
+class Pretrained:
+    """Vectors of another program that a table starts from.
+
+    Attributes:
+        path: the file.
+        rows: returns the row of each name.
+    """
+
+    path: str
+    rows: Callable[[], Mapping[str, int]]
+
+
+@dataclass(frozen=True)
 class Parts:
     """What a model's configuration was turned into.
 
@@ -25,11 +38,13 @@ class Parts:
             what readers of the vectors need, such as `export_table`.
         write_files: rank 0 calls it to keep in the run folder what the vectors cannot be read without, such as the
             vocabulary.
+        pretrained: by table, what it starts from in a new run.
     """
 
     task: Task
     facts: Mapping[str, Any]
     write_files: Callable[[RunFolder], None]
+    pretrained: Mapping[str, Pretrained] = field(default_factory=dict)
 
 
 def collection_options(table: TableConfig, runtime: Runtime, seed: int) -> CollectionOptions:

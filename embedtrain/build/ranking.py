@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from embedtrain.build.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
-from embedtrain.build.parts import Parts, collection_options
+from embedtrain.build.parts import Parts, Pretrained, collection_options
 from embedtrain.config.ranking import ClicksConfig, FeatureConfig, RankingConfig
 from embedtrain.data.click_batches import ClickBatches
 from embedtrain.data.click_files import SUFFIXES
@@ -22,6 +22,7 @@ from embedtrain.data.prepare_clicks import ClickOptions, prepare_clicks
 from embedtrain.data.sources import refuse_changes
 from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import Runtime
+from embedtrain.errors import UserError
 from embedtrain.metrics.classification import training_measures
 from embedtrain.models.ranking import NetworkOptions, Ranking, measure_ranking
 from embedtrain.spec import DEFAULT_OPTIMIZER, FeatureSpec, TableSpec
@@ -60,7 +61,7 @@ def build_ranking(config: RankingConfig, runtime: Runtime) -> Parts:
             "std": layout.dense_std.tolist(),
         },
     }
-    return Parts(task, facts, write_files=functools.partial(_write_vocabularies, layout))
+    return Parts(task, facts, functools.partial(_write_vocabularies, layout), _pretrained(config.data, layout))
 
 
 def _open_log(config: RankingConfig, runtime: Runtime) -> tuple[ClickLayout, Batches, str]:
@@ -191,6 +192,27 @@ def _build_evaluation(
         every_steps=config.evaluate.every_steps,
         every_epochs=config.evaluate.every_epochs,
     )
+
+
+def _pretrained(data: ClicksConfig, layout: ClickLayout) -> dict[str, Pretrained]:
+    found = {}
+    for name, feature in data.features.items():
+        if feature.init_from is None:
+            continue
+        if layout.vocabulary(name) is None:
+            raise UserError(
+                f"data.features.{name}.init_from needs rows that have names: give {name} encoding: vocabulary, and no "
+                "num_rows"
+            )
+        found[name] = Pretrained(feature.init_from, functools.partial(_rows_of_values, layout, name))
+    return found
+
+
+def _rows_of_values(layout: ClickLayout, name: str) -> dict[str, int]:
+    vocabulary = layout.vocabulary(name)
+    assert vocabulary is not None
+    values = vocabulary["word"].cast(pa.large_string()).to_pylist()
+    return {value: row for row, value in enumerate(values, start=1)}
 
 
 def _write_vocabularies(layout: ClickLayout, folder: RunFolder) -> None:

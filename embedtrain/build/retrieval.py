@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from embedtrain.build.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
-from embedtrain.build.parts import Parts, collection_options
+from embedtrain.build.parts import Parts, Pretrained, collection_options
 from embedtrain.checkpoint import CheckpointReader, LoadOptions, latest_checkpoint, load_shards
 from embedtrain.config import RetrievalConfig
 from embedtrain.config.retrieval import SideConfig
@@ -36,7 +36,7 @@ def build_retrieval(config: RetrievalConfig, runtime: Runtime) -> Parts:
     Raises:
         UserError: the data cannot be used, or a step is too small for the ranks.
     """
-    interactions = _prepare(config, runtime)
+    interactions = prepare_data(config, runtime)
     model = _build_model(config, runtime, interactions)
     has_dense = any(True for _ in model.dense.parameters())
     evaluation = None
@@ -56,7 +56,8 @@ def build_retrieval(config: RetrievalConfig, runtime: Runtime) -> Parts:
             ITEM: torch.from_numpy(interactions.items.counts),
         },
     )
-    return Parts(task, {"data_fingerprint": interactions.fingerprint}, functools.partial(_write_ids, interactions))
+    facts = {"data_fingerprint": interactions.fingerprint}
+    return Parts(task, facts, functools.partial(_write_ids, interactions), _pretrained(config, interactions))
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def open_retrieval(config: RetrievalConfig, runtime: Runtime) -> TrainedRetrieva
     path = latest_checkpoint(folder.checkpoints_path)
     if path is None:
         raise UserError(f"no complete checkpoint yet in {folder.path!r}; train until the first one is saved")
-    interactions = _prepare(config, runtime)
+    interactions = prepare_data(config, runtime)
     model = _build_model(config, runtime, interactions)
     with CheckpointReader(path) as reader:
         if reader.state["data_fingerprint"] != interactions.fingerprint:
@@ -105,7 +106,8 @@ def open_retrieval(config: RetrievalConfig, runtime: Runtime) -> TrainedRetrieva
     return TrainedRetrieval(model, interactions, step, measure)
 
 
-def _prepare(config: RetrievalConfig, runtime: Runtime) -> Interactions:
+def prepare_data(config: RetrievalConfig, runtime: Runtime) -> Interactions:
+    """Prepares the interactions of a configuration, or finds them in the cache. Collective: every rank."""
     options = InteractionOptions(
         path=config.data.path,
         format=config.data.format,
@@ -129,7 +131,13 @@ def _prepare(config: RetrievalConfig, runtime: Runtime) -> Interactions:
 
 def _side_options(section: SideConfig) -> SideOptions:
     separators = {name: feature.separator for name, feature in section.features.items()}
-    return SideOptions(path=section.path, format=section.format, id_column=section.id_column, separators=separators)
+    return SideOptions(
+        path=section.path,
+        format=section.format,
+        id_column=section.id_column,
+        separators=separators,
+        base_vocabulary=section.base_vocabulary,
+    )
 
 
 def _build_model(config: RetrievalConfig, runtime: Runtime, interactions: Interactions) -> Retrieval:
@@ -181,6 +189,15 @@ def _measure(
     config: RetrievalConfig, model: Retrieval, interactions: Interactions, alive: Callable[[], None]
 ) -> dict[str, float]:
     return evaluate_retrieval(model, interactions.known, interactions.held_out, config.evaluate.k, alive)
+
+
+def _pretrained(config: RetrievalConfig, interactions: Interactions) -> dict[str, Pretrained]:
+    found = {}
+    if config.users.init_from is not None:
+        found[USER] = Pretrained(config.users.init_from, lambda: interactions.users.rows)
+    if config.items.init_from is not None:
+        found[ITEM] = Pretrained(config.items.init_from, lambda: interactions.items.rows)
+    return found
 
 
 def _write_ids(interactions: Interactions, folder: RunFolder) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -17,6 +19,7 @@ from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_ch
 from embedtrain.config import Config, RankingConfig, RetrievalConfig, Word2VecConfig, differing_keys, to_yaml
 from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import Runtime
+from embedtrain.embedding.init_from import init_from
 from embedtrain.errors import UserError
 from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, TensorBoardSink
 from embedtrain.optim.schedule import schedule_factor
@@ -27,6 +30,8 @@ from embedtrain.train.run_folder import TENSORBOARD_NAME, RunFolder
 from embedtrain.train.state import TrainState
 from embedtrain.train.task import StreamedBatches, Task
 from embedtrain.train.trainer import Trainer
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,13 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder) -> Run:
     """
     earlier = folder.read_config()
     parts = _build_parts(config, runtime)
+    started = _start_tables(parts, config, folder, runtime)
     state = TrainState()
     checkpoints = Checkpoints(
         folder.checkpoints_path,
         parts.task,
         state,
-        facts={"config": OmegaConf.to_container(OmegaConf.structured(config)), **parts.facts},
+        facts={"config": OmegaConf.to_container(OmegaConf.structured(config)), **parts.facts, "init_from": started},
         policy=_save_policy(config),
         resume=_resume_policy(config),
         group=runtime.group,
@@ -110,6 +116,24 @@ def _build_parts(config: Config, runtime: Runtime) -> Parts:
     if isinstance(config, RetrievalConfig):
         return build_retrieval(config, runtime)
     raise AssertionError(f"no builder for {type(config).__name__}")
+
+
+def _start_tables(parts: Parts, config: Config, folder: RunFolder, runtime: Runtime) -> dict[str, Any]:
+    """Starts tables from files where no checkpoint will replace them; returns what became of them, to be kept."""
+    is_new = run_on_first(lambda: latest_checkpoint(folder.checkpoints_path) is None, runtime.group)
+    loaded = config.resume.tables
+    started: dict[str, Any] = {}
+    for table, source in parts.pretrained.items():
+        if not is_new and (loaded is None or table in loaded):
+            continue
+        counts = init_from(parts.task.tables, table, source.path, source.rows())
+        started[table] = {"path": source.path, **asdict(counts)}
+        if runtime.rank == 0:
+            _logger.info(
+                f"table {table}: {counts.num_copied:,} of {counts.num_rows:,} rows start from {source.path} "
+                f"({counts.num_in_file:,} vectors), {counts.num_rows - counts.num_copied:,} as usual"
+            )
+    return started
 
 
 def _save_policy(config: Config) -> SavePolicy:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import fsspec
 import torch
 
 from embedtrain.build.optimizers import build_optimizer, optimizer_names
-from embedtrain.build.parts import Parts, collection_options
+from embedtrain.build.parts import Parts, Pretrained, collection_options
 from embedtrain.config.word2vec import Word2VecConfig
 from embedtrain.data.baskets import write_baskets
 from embedtrain.data.corpus import PreparedCorpus
@@ -26,6 +27,9 @@ from embedtrain.train.task import Evaluation, Task
 
 _logger = logging.getLogger(__name__)
 
+_FEW_STEPS = 200
+"""A text of 40,000 words had all cosines near 1 after 30 steps of 8,192 words, and sensible neighbours after 300."""
+
 
 def build_word2vec(config: Word2VecConfig, runtime: Runtime) -> Parts:
     """Prepares the text and builds the model. Collective: every rank.
@@ -33,7 +37,7 @@ def build_word2vec(config: Word2VecConfig, runtime: Runtime) -> Parts:
     Raises:
         UserError: the text cannot be used.
     """
-    corpus = _prepare(config, runtime)
+    corpus = prepare_text(config, runtime)
     model = Word2Vec(
         len(corpus.vocabulary),
         config.table.dim,
@@ -42,21 +46,35 @@ def build_word2vec(config: Word2VecConfig, runtime: Runtime) -> Parts:
         optimizers=optimizer_names(config.optimizer),
         **collection_options(config.table, runtime, config.seed),
     )
+    batches = _build_batches(config, runtime, corpus)
+    num_steps = config.train.epochs * batches.steps_per_epoch
+    if num_steps < _FEW_STEPS and runtime.rank == 0:
+        _logger.warning(
+            f"{num_steps} steps in all are too few for words to find their places: raise train.epochs (to "
+            f"{-(-_FEW_STEPS // batches.steps_per_epoch):,} or more), or lower train.words_per_step"
+        )
     task = Task(
         model,
         model.tables,
         build_optimizer(config.optimizer, model.tables),
-        _build_batches(config, runtime, corpus),
+        batches,
         evaluation=_build_evaluation(config, model, corpus),
         unit="words",
         frequencies=dict.fromkeys((INPUT, OUTPUT), torch.from_numpy(corpus.vocabulary.counts)),
     )
-    facts = {
+    pretrained = {}
+    if config.init_from is not None:
+        pretrained[INPUT] = Pretrained(config.init_from, lambda: corpus.vocabulary.rows)
+    return Parts(task, text_facts(corpus), lambda folder: folder.write_vocabulary(corpus.vocabulary), pretrained)
+
+
+def text_facts(corpus: PreparedCorpus) -> dict[str, Any]:
+    """Returns what a checkpoint says of the text that it was trained on."""
+    return {
         "data_fingerprint": corpus.fingerprint,
         "vocabulary_fingerprint": corpus.vocabulary.fingerprint,
         "export_table": INPUT,
     }
-    return Parts(task, facts, write_files=lambda folder: folder.write_vocabulary(corpus.vocabulary))
 
 
 def _build_evaluation(config: Word2VecConfig, model: Word2Vec, corpus: PreparedCorpus) -> Evaluation | None:
@@ -103,14 +121,19 @@ class WordSimilarity:
         return {"similarity": sum(report.spearman for report in found) / len(found)}
 
 
-def _prepare(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
+def prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
+    """Prepares the text of a configuration, or finds it in the cache. Collective: every rank."""
     data, cache_path = config.data, os.path.expanduser(config.data.cache_path)
     path, tokenizer = data.path, data.tokenizer
     if data.format != "text":
         columns = data.basket_column, data.item_column
         path, tokenizer = write_baskets(path, data.format, columns, cache_path, runtime.group), "whitespace"
     options = CorpusOptions(
-        path=path, tokenizer=tokenizer, min_count=data.min_count, max_vocab_size=data.max_vocab_size
+        path=path,
+        tokenizer=tokenizer,
+        min_count=data.min_count,
+        max_vocab_size=data.max_vocab_size,
+        base_vocabulary=data.base_vocabulary,
     )
     corpus = prepare_corpus(options, cache_path, runtime.group, on_progress=_StageLog() if runtime.rank == 0 else None)
     if runtime.rank == 0:

@@ -41,19 +41,20 @@ def load_config(path: str | None, overrides: Sequence[str]) -> Config:
     return _compose(from_file, from_command)
 
 
-def config_from_yaml(text: str, source: str) -> Config:
+def config_from_yaml(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     """Returns the configuration that `to_yaml` wrote.
 
     Args:
         text: YAML.
         source: where it comes from, for messages.
+        overrides: `key=value` each.
 
     Raises:
         UserError: a key or value is wrong.
     """
     created = OmegaConf.create(text)
     assert isinstance(created, DictConfig)
-    return _compose([(source, created)], [])
+    return _compose([(source, created)], [(f"{override!r}", _parse_override(override)) for override in overrides])
 
 
 def _compose(from_file: list[Layer], from_command: list[Layer]) -> Config:

@@ -28,6 +28,8 @@ class FeatureConfig:
     separator: str = "|"
     pooling: Literal["sum", "mean"] = "mean"
     """How the vectors of a bag become one."""
+    init_from: str | None = None
+    """A file of vectors by value, of any format that `export` writes, that its rows start from; with a vocabulary."""
 
 
 @dataclass

@@ -55,6 +55,10 @@ class SideConfig:
     """By the name of the column."""
     hidden: list[int] = field(default_factory=list)
     """Hidden layers over the vectors of id and features; [] adds the vectors up, without a dense part."""
+    base_vocabulary: str | None = None
+    """A file of ids, as `grow` writes one, that have a row and whose counts are added to those of the data."""
+    init_from: str | None = None
+    """A file of vectors by raw id, of any format that `export` writes, that those of the ids start from."""
 
 
 @dataclass
@@ -132,7 +136,9 @@ class RetrievalConfig(Config):
         "data.path",
         "data.cache_path",
         "users.path",
+        "users.base_vocabulary",
         "items.path",
+        "items.base_vocabulary",
         "evaluate.",
     )
 

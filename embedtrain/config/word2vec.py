@@ -36,6 +36,8 @@ class TextConfig:
     """Words seen less often are left out."""
     max_vocab_size: int | None = None
     """At most so many words, the most frequent ones; null for all."""
+    base_vocabulary: str | None = None
+    """A file of words, as `grow` writes one, that are kept and whose counts are added to those of the text."""
     cache_path: str = "~/.cache/embedtrain"
     """Local folder for the prepared text."""
 
@@ -78,6 +80,8 @@ class Word2VecConfig(Config):
     """Everything that defines a run of word2vec."""
 
     model: Literal["word2vec"] = "word2vec"
+    init_from: str | None = None
+    """A file of vectors by word, of any format that `export` writes or of fastText or GloVe, that words start from."""
     data: TextConfig = field(default_factory=TextConfig)
     table: TableConfig = field(default_factory=TableConfig)
     word2vec: SkipGramConfig = field(default_factory=SkipGramConfig)
@@ -92,9 +96,16 @@ class Word2VecConfig(Config):
         "negative": "word2vec.negatives",
         "sg": "word2vec.architecture",
         "corpus": "data.path",
+        "pretrained": "init_from",
     }
     # Whether the text is the same is judged by its content.
-    MAY_CHANGE: ClassVar[tuple[str, ...]] = (*Config.MAY_CHANGE, "data.path", "data.cache_path", "evaluate.")
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (
+        *Config.MAY_CHANGE,
+        "data.path",
+        "data.base_vocabulary",
+        "data.cache_path",
+        "evaluate.",
+    )
 
     def table_names(self) -> list[str]:
         """Returns the table of the words' vectors and that of what predicts their neighbours."""

@@ -38,12 +38,15 @@ class SideOptions:
         format: as in `read_columns`.
         id_column: name of the column of ids.
         separators: by column, what parts the categories of a cell; None for one category a cell.
+        base_vocabulary: a file of ids that have a row whether they are among the interactions or not, and whose counts
+            are added to theirs; None for none.
     """
 
     path: str | Sequence[str] | None = None
     format: str = "auto"
     id_column: str = "id"
     separators: Mapping[str, str | None] = field(default_factory=dict)
+    base_vocabulary: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +141,7 @@ def prepare_interactions(options: InteractionOptions, cache_path: str, group: di
 
 def _entry_name(options: InteractionOptions) -> str:
     paths = [options.path, options.held_out_path, options.users.path, options.items.path]
+    paths += [side.base_vocabulary for side in (options.users, options.items) if side.base_vocabulary is not None]
     sources = [[s.identity for s in expand_sources(path, TABLE_SUFFIXES)] for path in paths if path is not None]
     facts = json.dumps([_FORMAT_VERSION, sources, asdict(options)], default=list)
     return f"interactions-{xxhash.xxh3_64_hexdigest(facts.encode())}"
@@ -146,11 +150,12 @@ def _entry_name(options: InteractionOptions) -> str:
 def _write(options: InteractionOptions, path: str) -> None:
     sources = [source.identity for source in expand_sources(options.path, TABLE_SUFFIXES)]
     pairs = read_pairs(options.path, options.format, (options.user_column, options.item_column))
-    names = "user", "item"
+    sides = ("user", options.users), ("item", options.items)
     vocabularies: list[Vocabulary] = []
     rows: list[NDArray[np.int64]] = []
-    for name, column in zip(names, pairs, strict=True):
-        vocabulary, column_rows = _number(column, name)
+    bases = [None if side.base_vocabulary is None else Vocabulary.load_base(side.base_vocabulary) for _, side in sides]
+    for (name, _), base, column in zip(sides, bases, pairs, strict=True):
+        vocabulary, column_rows = _number(column, name, base)
         vocabularies.append(vocabulary)
         rows.append(column_rows)
     users, items = vocabularies
@@ -158,6 +163,9 @@ def _write(options: InteractionOptions, path: str) -> None:
     num_repeated = len(rows[0]) - len(known.values)
     counted = [np.bincount(known.rows(), minlength=len(users)), np.bincount(known.values, minlength=len(items))]
     # Rows stand in the order of all occurrences; the counts that are kept are those of distinct pairs.
+    for place, base in enumerate(bases):
+        if base is not None:
+            counted[place][vocabularies[place].rows_of(base.words)] += base.counts
     vocabularies = [Vocabulary(v.words, count) for v, count in zip(vocabularies, counted, strict=True)]
     left_out = {"repeated_interactions": num_repeated}
     users, items = vocabularies
@@ -214,8 +222,11 @@ def read_pairs(path: str | Sequence[str], format: str, names: tuple[str, str]) -
     return [pa.chunked_array(found).unify_dictionaries() for found in chunks]
 
 
-def _number(column: pa.ChunkedArray, name: str) -> tuple[Vocabulary, NDArray[np.int64]]:
-    """Gives each distinct id a row, the most frequent first; returns the ids by row, and the column in rows."""
+def _number(column: pa.ChunkedArray, name: str, base: Vocabulary | None = None) -> tuple[Vocabulary, NDArray[np.int64]]:
+    """Gives each distinct id a row, the most frequent first; returns the ids by row, and the column in rows.
+
+    The ids of `base` have a row too, and count as often as it says besides.
+    """
     ids = column.chunk(0).dictionary
     for forbidden in _FORBIDDEN:
         found = np.flatnonzero(np.asarray(pc.match_substring(ids, forbidden)))
@@ -225,7 +236,7 @@ def _number(column: pa.ChunkedArray, name: str) -> tuple[Vocabulary, NDArray[np.
     counts = np.bincount(codes, minlength=len(ids))
     table = pa.table([ids.cast(pa.large_binary()), pa.array(counts, pa.int64())], schema=COUNTS_SCHEMA)
     # A dictionary may hold words that no row has.
-    vocabulary = Vocabulary.build(table, 1, None)
+    vocabulary = Vocabulary.build(table, 1, None) if base is None else base.extended(table, 1, None)
     row_of_code = np.asarray(pc.index_in(ids, pa.array(vocabulary.words, pa.large_string())).fill_null(-1))
     return vocabulary, row_of_code.astype(np.int64)[codes]
 

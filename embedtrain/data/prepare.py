@@ -40,6 +40,8 @@ class CorpusOptions:
         tokenizer: a name in `TOKENIZERS`.
         min_count: words that are seen less often are left out.
         max_vocab_size: at most so many words are kept, the most frequent ones; None for all.
+        base_vocabulary: a file of words that are kept however seldom they are in the text, and whose counts are added
+            to the text's; None for none.
 
     Raises:
         UserError: an option is out of range.
@@ -49,6 +51,7 @@ class CorpusOptions:
     tokenizer: str = "letters"
     min_count: int = 5
     max_vocab_size: int | None = None
+    base_vocabulary: str | None = None
 
     def __post_init__(self) -> None:
         if self.tokenizer not in TOKENIZERS:
@@ -80,6 +83,7 @@ class _Job:
 
     work_path: str
     options: CorpusOptions
+    base: Vocabulary | None
     parts: Sequence[Sequence[Segment]]
     group: dist.ProcessGroup | None
     on_progress: OnProgress | None
@@ -130,13 +134,14 @@ def prepare_corpus(
         write_python_docs(cache_path, group, on_progress) if path == PYTHON_DOCS else path for path in options.paths
     ]
     sources = run_on_first(lambda: expand_sources(paths), group)
-    entry_path = os.path.join(cache_path, _entry_name(sources, options))
+    base = run_on_each(lambda: _load_base(options), group)
+    entry_path = os.path.join(cache_path, _entry_name(sources, _tokenization(options, base)))
     meta_path = os.path.join(entry_path, META_NAME)
     if not run_on_first(lambda: os.path.exists(meta_path), group):
         work_path = run_on_first(lambda: make_work_folder(entry_path), group)
         require_visible(work_path, group)
         parts = plan_parts(sources, part_bytes)
-        _prepare(_Job(work_path, options, parts, group, on_progress, chunk_bytes), entry_path)
+        _prepare(_Job(work_path, options, base, parts, group, on_progress, chunk_bytes), entry_path)
     require_visible(meta_path, group)
     return PreparedCorpus(entry_path)
 
@@ -199,7 +204,8 @@ def _build_vocabulary(job: _Job) -> None:
         os.remove(job.path(_counts_name(rank)))
     options = job.options
     try:
-        vocabulary = Vocabulary.build(counts.table(), options.min_count, options.max_vocab_size)
+        build = Vocabulary.build if job.base is None else job.base.extended
+        vocabulary = build(counts.table(), options.min_count, options.max_vocab_size)
     except UserError as error:
         raise UserError(f"{', '.join(options.paths)}: {error}") from error
     vocabulary.save(job.path(VOCABULARY_NAME))
@@ -228,7 +234,7 @@ def _write_shards(job: _Job, rows: Mapping[bytes, int]) -> list[dict[str, Any]]:
 def _commit(job: _Job, vocabulary: Vocabulary, shards: list[dict[str, Any]], entry_path: str) -> None:
     """Writes the table of contents and gives the folder its final name."""
     shards = sorted(shards, key=lambda shard: str(shard["name"]))
-    content = [shard["xxh3"] for shard in shards], vocabulary.fingerprint, _tokenization(job.options)
+    content = [shard["xxh3"] for shard in shards], vocabulary.fingerprint, _tokenization(job.options, job.base)
     meta = {
         "format_version": _FORMAT_VERSION,
         "fingerprint": xxhash.xxh3_128_hexdigest(repr(content).encode()),
@@ -270,13 +276,18 @@ class _Progress:
             self._on_progress(self._stage, min(1.0, self._done_bytes / self._total_bytes))
 
 
-def _entry_name(sources: Sequence[Source], options: CorpusOptions) -> str:
-    facts = _FORMAT_VERSION, [source.identity for source in sources], _tokenization(options)
+def _load_base(options: CorpusOptions) -> Vocabulary | None:
+    return None if options.base_vocabulary is None else Vocabulary.load_base(options.base_vocabulary)
+
+
+def _entry_name(sources: Sequence[Source], tokenization: tuple[Any, ...]) -> str:
+    facts = _FORMAT_VERSION, [source.identity for source in sources], tokenization
     return f"corpus-{xxhash.xxh3_64_hexdigest(repr(facts).encode())}"
 
 
-def _tokenization(options: CorpusOptions) -> tuple[str, int, int | None]:
-    return options.tokenizer, options.min_count, options.max_vocab_size
+def _tokenization(options: CorpusOptions, base: Vocabulary | None) -> tuple[Any, ...]:
+    own = options.tokenizer, options.min_count, options.max_vocab_size
+    return own if base is None else (*own, base.fingerprint)
 
 
 def _counts_name(rank: int) -> str:

@@ -81,6 +81,29 @@ class Vocabulary:
         words = kept["word"].cast(pa.large_string()).to_pylist()
         return cls(words, kept["count"].to_numpy())
 
+    def extended(self, counts: pa.Table, min_count: int, max_size: int | None) -> Vocabulary:
+        """Returns all these words, and new ones as `build` keeps them, with the counts of both, in a new order.
+
+        Args:
+            counts: as in `build`; of words that are here they are added, however small.
+            min_count: of new words.
+            max_size: new words come in as long as there are fewer words than this.
+
+        Raises:
+            UserError: `counts` is empty.
+        """
+        if len(counts) == 0:
+            raise UserError("the text holds no words")
+        words = pa.array(self.words, pa.large_string()).cast(pa.large_binary())
+        is_here = pc.is_in(counts["word"], value_set=words)
+        new = counts.filter(pc.and_not(pc.greater_equal(counts["count"], min_count), is_here))
+        new = new.sort_by([("count", "descending"), ("word", "ascending")])
+        both = WordCounts()
+        both.merge(pa.table([words, pa.array(self.counts, pa.int64())], schema=COUNTS_SCHEMA))
+        both.merge(counts.filter(is_here))
+        both.merge(new.slice(0, None if max_size is None else max(0, max_size - len(self))))
+        return Vocabulary.build(both.table(), 0, None)
+
     @classmethod
     def load(cls, path: str) -> Vocabulary:
         """Reads what `save` wrote.
@@ -95,6 +118,18 @@ class Vocabulary:
         except ValueError as error:
             raise UserError(f"{path}: not a vocabulary: expected lines of word, tab, count") from error
 
+    @classmethod
+    def load_base(cls, path: str) -> Vocabulary:
+        """Reads a vocabulary that a configuration names.
+
+        Raises:
+            UserError: there is no such file, or it is not one.
+        """
+        try:
+            return cls.load(path)
+        except FileNotFoundError as error:
+            raise UserError(f"there is no base_vocabulary {path}: expected lines of word, tab, count") from error
+
     def save(self, path: str) -> None:
         """Writes `word<TAB>count` lines, UTF-8, in the order of the rows, to any fsspec URL, whole or not at all."""
         storage.replace(path, self._content(), f"{path}.tmp")
@@ -106,17 +141,18 @@ class Vocabulary:
 
     def row_of(self, word: str) -> int | None:
         """Returns the row of a word; None where it has none."""
-        return self._rows.get(word)
+        return self.rows.get(word)
 
     def rows_of(self, words: Iterable[str]) -> NDArray[np.int64]:
         """Returns the rows of [n] words, int64; -1 for a word that has none."""
-        return np.array([self._rows.get(word, -1) for word in words], np.int64)
+        return np.array([self.rows.get(word, -1) for word in words], np.int64)
 
     def __len__(self) -> int:
         return len(self.words)
 
     @cached_property
-    def _rows(self) -> dict[str, int]:
+    def rows(self) -> dict[str, int]:
+        """The row of each word."""
         return {word: row for row, word in enumerate(self.words)}
 
     def _content(self) -> bytes:

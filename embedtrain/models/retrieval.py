@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 USER, ITEM = "user", "item"
 """Names of the tables of the ids; those of a feature are "user.age" and the like."""
 
+Similarity = Literal["cosine", "dot"]
+
 _INIT_SCALES = {"cosine": 0.1, "dot": 0.01}
 """Standard deviation of first values: dot products begin near 0; of a cosine only the direction counts."""
 
@@ -59,11 +61,18 @@ class Scoring:
     """
 
     loss: Literal["softmax", "bpr", "margin"] = "softmax"
-    similarity: Literal["cosine", "dot"] = "cosine"
+    similarity: Similarity = "cosine"
     temperature: float = 0.1
     logq: bool = True
     margin: float = 0.5
     negative_weight: float = 100.0
+
+
+def retrieval_table(
+    name: str, num_rows: int, dim: int, dtype: torch.dtype, similarity: Similarity, optimizer: str = DEFAULT_OPTIMIZER
+) -> TableSpec:
+    """Returns a table of ids, or of the categories of a feature; one of no rows gets one that nobody asks for."""
+    return TableSpec(name, max(1, num_rows), dim, dtype, "normal", _INIT_SCALES[similarity], optimizer)
 
 
 class Retrieval(nn.Module):
@@ -102,11 +111,9 @@ class Retrieval(nn.Module):
         tables, features = [], []
         for name, side in self.sides.items():
             sizes = {name: side.num_rows, **{f"{name}.{f}": n for f, (_, n) in side.features.items()}}
-            scale = _INIT_SCALES[scoring.similarity]
             for table, rows in sizes.items():
                 own = (optimizers or {}).get(table, DEFAULT_OPTIMIZER)
-                spec = TableSpec(table, max(1, rows), dim, dtype=dtype, init="normal", init_scale=scale, optimizer=own)
-                tables.append(spec)
+                tables.append(retrieval_table(table, rows, dim, dtype, scoring.similarity, own))
             features += [FeatureSpec(table, pooling="none" if table == name else "mean") for table in sizes]
         self.tables = EmbeddingCollection(tables, features, **options)
         self.dense = nn.ModuleDict()

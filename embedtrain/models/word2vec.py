@@ -42,6 +42,17 @@ class PreparedText:
     num_predictions: int
 
 
+def word2vec_tables(
+    num_words: int, dim: int, dtype: torch.dtype, optimizers: Mapping[str, str] | None = None
+) -> list[TableSpec]:
+    """Returns the tables of the model; `optimizers` names what trains a table, where it is not the default."""
+    trained_by = {INPUT: DEFAULT_OPTIMIZER, OUTPUT: DEFAULT_OPTIMIZER, **(optimizers or {})}
+    return [
+        TableSpec(INPUT, num_words, dim, dtype, "uniform", 0.5 / dim, trained_by[INPUT]),
+        TableSpec(OUTPUT, num_words, dim, dtype, "zeros", optimizer=trained_by[OUTPUT]),
+    ]
+
+
 class Word2Vec(nn.Module):
     """word2vec over a block of text a step: each distinct row is fetched once and its gradient goes home once.
 
@@ -68,12 +79,8 @@ class Word2Vec(nn.Module):
         **options: Unpack[CollectionOptions],
     ) -> None:
         super().__init__()
-        trained_by = {INPUT: DEFAULT_OPTIMIZER, OUTPUT: DEFAULT_OPTIMIZER, **(optimizers or {})}
         self.tables = EmbeddingCollection(
-            [
-                TableSpec(INPUT, num_words, dim, dtype, "uniform", 0.5 / dim, trained_by[INPUT]),
-                TableSpec(OUTPUT, num_words, dim, dtype, "zeros", optimizer=trained_by[OUTPUT]),
-            ],
+            word2vec_tables(num_words, dim, dtype, optimizers),
             [FeatureSpec(INPUT), FeatureSpec(OUTPUT)],
             **options,
         )

@@ -12,16 +12,17 @@ from embedtrain.errors import UserError
 from embedtrain.export import unit_rows
 from embedtrain.export.vectors import FloatRows
 
-_LEFT_OUT = {"epoch", "skipped_steps"}
+_COUNTERS = {"epoch", "seconds", "skipped_steps"}
 _WIDTH, _HEIGHT = 5.2, 3.0
 """Inches of one picture."""
 
 
 def curve_svgs(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> dict[str, str]:
-    """Returns a picture per number that was logged more than once, its values over the steps."""
+    """Returns a picture per number that was logged more than once, its values over the steps; none of counters."""
+    counters = _COUNTERS | {name for name in curves if f"{name}_per_second" in curves}
     pictures = {}
     for name, (steps, values) in curves.items():
-        if len(steps) > 1 and name not in _LEFT_OUT:
+        if len(steps) > 1 and name not in counters:
             figure, axes = _figure(_WIDTH, _HEIGHT)
             axes.plot(steps, values, linewidth=1.4)
             axes.set_xlabel("step")

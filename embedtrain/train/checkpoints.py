@@ -31,6 +31,9 @@ from embedtrain.train.task import Task
 
 _logger = logging.getLogger(__name__)
 
+_OF_THE_BEGINNING = ("init_from", "grown_from")
+"""Facts that are known to the first of a run's jobs; the others take them over."""
+
 
 @dataclass(frozen=True)
 class SavePolicy:
@@ -225,6 +228,8 @@ class Checkpoints:
             self._dense.load_tensors(reader.replicated(), with_state=not is_reset)
         if left_out and rank_of(self._group) == 0:
             _logger.warning(f"not taken from {path}, as asked, but started anew: {', '.join(left_out)}")
+        kept = {key: {**saved[key], **self._facts.get(key, {})} for key in _OF_THE_BEGINNING if key in saved}
+        self._facts = {**self._facts, **kept}
         self._state.restore(saved["train"])
         self.metrics = saved.get("metrics", {})
         self._optimizer.num_skipped = saved["optimizer"]["num_skipped"]

@@ -136,6 +136,14 @@ def test_mistakes_in_the_configuration_are_one_clear_line(job: Job) -> None:
     assert not list((job.folder / "run").glob("*"))
 
 
+def test_a_run_of_few_steps_says_so(job: Job) -> None:
+    few = job.run(*job.train_arguments("few", "train.epochs=1", "train.words_per_step=4096"))
+    assert few.returncode == 0
+    assert "steps in all are too few" in few.stderr
+    enough = job.run(*job.train_arguments("enough"))
+    assert "too few" not in enough.stderr
+
+
 def test_more_ranks_than_a_step_has_blocks_are_refused(job: Job) -> None:
     line = refused(job, *job.train_arguments("run", "train.words_per_step=64"), ranks=2)
     assert "too few for 2 ranks to share" in line

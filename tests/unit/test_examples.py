@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -13,8 +14,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
-PAGE = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
-CODE = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
 def run(name: str, *arguments: str, ranks: int = 1, stdin: str = "") -> str:
@@ -35,12 +34,6 @@ def table(text: str) -> dict[str, list[float]]:
     """Returns the numbers of each row of a Markdown table by its first cell."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     return {row[0]: [float(cell) for cell in row[1:]] for row in rows[2:]}
-
-
-def test_the_code_of_the_page_runs_and_learns() -> None:
-    assert CODE
-    for code in CODE:
-        exec(compile(code, "docs/optimizers.md", "exec"), {"__name__": "docs"})
 
 
 def test_the_tutorials_networks_learn() -> None:
@@ -97,3 +90,33 @@ def test_an_online_run_reads_a_folder_that_grows_on_any_number_of_ranks(tmp_path
         shown = run("online.py", str(folder), str(tmp_path / "run"), ranks=2)
     assert shown.split()[0] == "1280"
     assert float(shown.split()[-1]) == pytest.approx(float(whole.split()[-1]), abs=1e-4)
+
+
+def losses(text: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", text)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_model_of_ones_own_learns_beside_ddp_and_with_torchs_schedulers(ranks: int) -> None:
+    shown = run("own_model.py", ranks=ranks)
+    assert losses(shown)[-1] < 0.8 * losses(shown)[0]
+    rates = [float(rate) for rate in re.findall(r"rate (\d+\.\d+)", shown)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == 0.0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lightning_fabric") is None, reason="lightning-fabric is not installed")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fabrics_loop_learns(ranks: int) -> None:
+    shown = losses(run("fabric.py", ranks=ranks))
+    assert shown[-1] < 0.5 * shown[0]
+
+
+def test_torchs_own_checkpoint_goes_on_where_it_stopped_on_another_number_of_ranks(tmp_path: Path) -> None:
+    whole = run("torch_checkpoint.py", str(tmp_path / "whole"), "--steps", "40")
+    first = run("torch_checkpoint.py", str(tmp_path / "apart"), "--steps", "20", ranks=2)
+    second = run("torch_checkpoint.py", str(tmp_path / "apart"), "--steps", "20", ranks=3)
+    assert (first.split(":")[0], second.split(":")[0]) == ("steps 0 to 20", "steps 20 to 40")
+    numbers = [[float(n) for n in re.findall(r"\d+\.\d+", text)] for text in (second, whole)]
+    assert len(numbers[0]) == 3
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-4)

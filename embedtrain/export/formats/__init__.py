@@ -11,7 +11,7 @@ from embedtrain.errors import UserError
 from embedtrain.export.formats.arrays import write_npy, write_safetensors
 from embedtrain.export.formats.parquet import write_parquet
 from embedtrain.export.formats.projector import FILE_NAMES, write_projector
-from embedtrain.export.formats.word2vec import write_binary, write_text
+from embedtrain.export.formats.word2vec import write_binary, write_glove, write_text
 from embedtrain.export.storage import new_files
 from embedtrain.export.vectors import Vectors
 
@@ -48,6 +48,7 @@ def _projector_files(output: str) -> list[str]:
 FORMATS: Mapping[str, Format] = {
     "word2vec": Format(_one_file, write_text),
     "word2vec-binary": Format(_one_file, write_binary),
+    "glove": Format(_one_file, write_glove),
     "npy": Format(_with_vocabulary, write_npy),
     "safetensors": Format(_with_vocabulary, write_safetensors),
     "parquet": Format(_one_file, write_parquet),

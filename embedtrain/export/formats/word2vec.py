@@ -1,4 +1,4 @@
-"""The two formats of the word2vec program, which gensim's `KeyedVectors.load_word2vec_format` reads."""
+"""The two formats of the word2vec program, which gensim's `KeyedVectors.load_word2vec_format` reads, and GloVe's."""
 
 from __future__ import annotations
 
@@ -18,9 +18,19 @@ def write_text(vectors: Vectors, files: Sequence[BinaryIO]) -> None:
     """Writes `rows dim`, then a line for each row: the word and its values, separated by one space."""
     (file,) = files
     file.write(_header(vectors))
+    _write_lines(vectors, file, "word2vec")
+
+
+def write_glove(vectors: Vectors, files: Sequence[BinaryIO]) -> None:
+    """Writes a line for each row, as `write_text` does, without a first line that counts them."""
+    (file,) = files
+    _write_lines(vectors, file, "glove")
+
+
+def _write_lines(vectors: Vectors, file: BinaryIO, format_name: str) -> None:
     for start, rows in vectors.blocks():
         words = vectors.words[start : start + len(rows)]
-        refuse_words(words, _BORDER, "word2vec")
+        refuse_words(words, _BORDER, format_name)
         file.write(joined_columns([pa.array(words, pa.string()), joined_rows(rows, " ")], " "))
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -87,3 +88,19 @@ def test_a_file_that_is_no_vocabulary_is_refused(tmp_path: Path, content: str) -
     path.write_text(content)
     with pytest.raises(UserError, match=f"{path}: not a vocabulary: expected lines of word, tab, count"):
         Vocabulary.load(str(path))
+
+
+def test_a_vocabulary_grows_by_new_words_and_keeps_its_own() -> None:
+    old = Vocabulary(["a", "b", "c"], np.array([9, 5, 5]))
+    counts = counted(list("bbbbbbbddddddeea"))
+    grown = old.extended(counts, min_count=3, max_size=None)
+    assert list(zip(grown.words, grown.counts.tolist(), strict=True)) == [("b", 12), ("a", 10), ("d", 6), ("c", 5)]
+    assert old.extended(counts, min_count=1, max_size=4).words == ["b", "a", "d", "c"]
+    assert sorted(old.extended(counts, min_count=1, max_size=2).words) == ["a", "b", "c"]
+    with pytest.raises(UserError, match="holds no words"):
+        old.extended(counted([]), min_count=1, max_size=None)
+
+
+def test_a_base_vocabulary_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no base_vocabulary .*nowhere\.tsv"):
+        Vocabulary.load_base(str(tmp_path / "nowhere.tsv"))

@@ -39,6 +39,12 @@ def test_gensim_reads_word2vec(format, vectors, table, tmp_path, blocks):
     assert same_bits(loaded.vectors, table)
 
 
+def test_glove_is_word2vec_without_its_first_line(vectors, tmp_path, blocks):
+    texts = [Path(export_vectors(vectors, format, str(tmp_path / format))[0]) for format in ("word2vec", "glove")]
+    word2vec, glove = (path.read_text().splitlines() for path in texts)
+    assert glove == word2vec[1:]
+
+
 def test_word2vec_text_is_lines_of_shortest_values(make_run, tmp_path):
     values = np.array([[0.1, -2, 1e-8], [0, 0.3, 1e20]], dtype=np.float32)
     vectors = open_vectors(make_run({"item": values}))

@@ -1,0 +1,301 @@
+"""Vectors by name in the files of other programs, a block at a time: which format it is, the file itself says."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from embedtrain.data.sources import Source, expand_sources, explained, read_chunks
+from embedtrain.errors import UserError
+
+FloatRows = NDArray[np.float32]
+Places = NDArray[np.int64]
+
+NAMES_SUFFIX = ".vocabulary.tsv"
+"""Ending of the file of names that belongs to an array: `vectors.npy.vocabulary.tsv`."""
+
+_HEAD_BYTES = 1 << 20
+_BLOCK_BYTES = 8 << 20
+_MAX_HEADER_BYTES = 100 << 20
+_VALUES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+"""How numpy reads the values of a safetensors file; those of BF16 are the upper halves of float32 values."""
+
+
+@dataclass(frozen=True, eq=False)
+class VectorBlock:
+    """Consecutive vectors of a file.
+
+    Attributes:
+        names: of the vectors.
+        rows: returns [n, dim], the vectors at [n] places among `names`; those of other places are not even parsed.
+    """
+
+    names: Sequence[str]
+    rows: Callable[[Places], FloatRows]
+
+
+def read_vectors(path: str, dim: int) -> Iterator[VectorBlock]:
+    """Reads a file of named vectors, about 8 MiB at a time.
+
+    Reads word2vec's text and binary formats, fastText's `.vec`, GloVe's text (each text also `.gz`, `.bz2`, `.zst`),
+    npy and safetensors with their names beside them in `PATH.vocabulary.tsv` (a line for each row: the name, then
+    perhaps a tab and a count), and Parquet with the columns `word` and `vector`.
+
+    Args:
+        path: the file, any fsspec URL.
+        dim: of the vectors that are expected.
+
+    Raises:
+        UserError: there is no such file, it cannot be read, or its vectors have another dim.
+    """
+    sources = expand_sources([path])
+    if len(sources) != 1:
+        raise UserError(f"{path}: expected one file of vectors, and this is {len(sources)}: name one of them")
+    with explained(sources[0]):
+        yield from _reader_of(sources[0])(sources[0], dim)
+
+
+def _reader_of(source: Source) -> Callable[[Source, int], Iterator[VectorBlock]]:
+    """Tells the format from the first bytes."""
+    if source.compression is not None:
+        return _read_text
+    with _open(source) as file:
+        head: bytes = file.read(_HEAD_BYTES)
+    if head.startswith(b"\x93NUMPY"):
+        return _read_npy
+    if head.startswith(b"PAR1"):
+        return _read_parquet
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < _MAX_HEADER_BYTES:
+        return _read_safetensors
+    header, _, rest = head.partition(b"\n")
+    counts = _counts_of(header)
+    if counts is None or not rest:
+        return _read_text
+    first = rest.partition(b"\n")[0].rsplit(maxsplit=counts[1])
+    return _read_binary if _parsed([first[1:]], counts[1]) is None else _read_text
+
+
+def _read_text(source: Source, dim: int) -> Iterator[VectorBlock]:
+    """Reads lines of a name and its values, after word2vec's header of two integers, if there is one."""
+    number = 0
+    for chunk in read_chunks(source, 0, source.size_bytes):
+        lines = chunk.removesuffix(b"\n").split(b"\n")
+        if number == 0:
+            counts = _counts_of(lines[0])
+            _require_dim(source, len(lines[0].split()) - 1 if counts is None else counts[1], dim)
+            if counts is not None:
+                number = 1
+                del lines[0]
+        # A name may hold spaces, as a few of GloVe's do. A line of white space names nothing.
+        fields = [line.rsplit(maxsplit=dim) for line in lines]
+        for at, parts in enumerate(fields):
+            if 0 < len(parts) <= dim:
+                raise UserError(
+                    f"{source.url}: line {number + at + 1}: expected a name and {dim} values, got {len(parts)} fields: "
+                    "the file is damaged, or not one of vectors"
+                )
+        numbers = [number + at + 1 for at, parts in enumerate(fields) if parts]
+        fields = [parts for parts in fields if parts]
+        values = functools.partial(_values_of_lines, source, fields, numbers, dim)
+        yield VectorBlock([parts[0].decode() for parts in fields], values)
+        number += len(lines)
+
+
+def _values_of_lines(
+    source: Source, fields: Sequence[list[bytes]], numbers: Sequence[int], dim: int, places: Places
+) -> FloatRows:
+    rows = _parsed([fields[place][1:] for place in places.tolist()], dim)
+    if rows is None:
+        bad = next(place for place in places.tolist() if _parsed([fields[place][1:]], dim) is None)
+        raise UserError(f"{source.url}: line {numbers[bad]}: expected {dim} numbers after the name")
+    return rows
+
+
+def _read_binary(source: Source, dim: int) -> Iterator[VectorBlock]:
+    """Reads word2vec's records: the name, a space, `dim` float32 values, and perhaps a line's end."""
+    with _open(source) as file:
+        num_rows, found = _counts_of(file.readline(_HEAD_BYTES)) or (0, 0)
+        _require_dim(source, found, dim)
+        rest, num_read = b"", 0
+        while num_read < num_rows:
+            block = file.read(max(_BLOCK_BYTES, 8 * dim))
+            data, at = rest + block, 0
+            names: list[bytes] = []
+            values: list[bytes] = []
+            while num_read + len(names) < num_rows:
+                space = data.find(b" ", at)
+                stop = space + 1 + 4 * dim
+                if space < 0 or stop > len(data):
+                    break
+                names.append(data[at:space].lstrip(b"\n"))
+                values.append(data[space + 1 : stop])
+                at = stop
+            if not names:
+                raise UserError(
+                    f"{source.url}: expected {num_rows:,} vectors of dim {dim}, as its first line says, and cannot "
+                    f"read those after {num_read:,}: the file is cut off or damaged, or not one of vectors"
+                )
+            yield VectorBlock(_decoded(names, source, num_read), functools.partial(_values_of_records, values, dim))
+            rest, num_read = data[at:], num_read + len(names)
+
+
+def _values_of_records(values: Sequence[bytes], dim: int, places: Places) -> FloatRows:
+    return np.frombuffer(b"".join(values[place] for place in places.tolist()), "<f4").reshape(-1, dim)
+
+
+def _decoded(names: Sequence[bytes], source: Source, first: int) -> list[str]:
+    try:
+        return [name.decode() for name in names]
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{source.url}: a name among the vectors after {first:,} is not UTF-8: the file is damaged, or not one of "
+            "vectors"
+        ) from error
+
+
+def _read_npy(source: Source, dim: int) -> Iterator[VectorBlock]:
+    with _open(source) as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, is_by_columns, dtype = read(file)
+        except ValueError as error:
+            raise UserError(f"{source.url}: cannot be read as npy: {error}") from error
+        if is_by_columns or dtype.kind != "f":
+            raise UserError(
+                f"{source.url}: expected floating-point values, row by row, got {dtype}"
+                f"{', column by column' if is_by_columns else ''}"
+            )
+        yield from _read_array(file, source, shape, dtype, dim)
+
+
+def _read_safetensors(source: Source, dim: int) -> Iterator[VectorBlock]:
+    """Reads the tensor `vectors`, or the only one.
+
+    Source: https://huggingface.co/docs/safetensors/index#format
+    """
+    with _open(source) as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        try:
+            tensors: dict[str, Any] = json.loads(file.read(header_bytes))
+            tensors.pop("__metadata__", None)
+            name = next(iter(tensors)) if len(tensors) == 1 else "vectors"
+            found = tensors.get(name)
+            shape, kind, start = ([], "", 0) if found is None else (found["shape"], found["dtype"], _start_of(found))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{source.url}: cannot be read as safetensors: {error!r}") from error
+        if kind not in _VALUES:
+            expected = f"a tensor 'vectors', or one alone, of {', '.join(_VALUES)}"
+            held = ", ".join(f"{name} of {tensors[name].get('dtype')}" for name in sorted(tensors))
+            raise UserError(f"{source.url}: expected {expected}; it holds {held or 'none'}")
+        file.seek(8 + header_bytes + start)
+        yield from _read_array(file, source, shape, np.dtype(_VALUES[kind]), dim)
+
+
+def _start_of(tensor: dict[str, Any]) -> int:
+    return int(tensor["data_offsets"][0])
+
+
+def _read_array(
+    file: IO[bytes], source: Source, shape: Sequence[int], dtype: np.dtype[Any], dim: int
+) -> Iterator[VectorBlock]:
+    """Reads the rows of an array from where `file` stands, with their names from the file beside it."""
+    if len(shape) != 2:
+        raise UserError(f"{source.url}: expected an array [rows, dim], got one of shape {list(shape)}")
+    _require_dim(source, shape[1], dim)
+    num_read = 0
+    for names in _name_blocks(source, shape[0], max(1, _BLOCK_BYTES // (dim * dtype.itemsize))):
+        data = file.read(len(names) * dim * dtype.itemsize)
+        num_read += len(names)
+        if len(data) != len(names) * dim * dtype.itemsize:
+            raise UserError(f"{source.url}: it ends before row {num_read:,} of {shape[0]:,}: it is cut off")
+        values = np.frombuffer(data, dtype).reshape(-1, dim)
+        yield VectorBlock(names, functools.partial(_values_of_array, values))
+
+
+def _values_of_array(values: NDArray[Any], places: Places) -> FloatRows:
+    rows = values[places]
+    if rows.dtype.kind == "u":
+        rows = (rows.astype("<u4") << 16).view("<f4")
+    return rows.astype(np.float32)
+
+
+def _name_blocks(source: Source, num_rows: int, block_rows: int) -> Iterator[list[str]]:
+    """Yields the names of an array's rows, at most `block_rows` at a time."""
+    path = source.url + NAMES_SUFFIX
+    try:
+        (of_names,) = expand_sources([path])
+    except UserError as error:
+        raise UserError(f"{source.url} needs the names of its rows beside it, a line for each: {error}") from error
+    num_names = 0
+    for chunk in read_chunks(of_names, 0, of_names.size_bytes):
+        names = [line.partition("\t")[0] for line in chunk.decode().removesuffix("\n").split("\n")]
+        num_names += len(names)
+        if num_names > num_rows:
+            break
+        yield from (names[at : at + block_rows] for at in range(0, len(names), block_rows))
+    if num_names != num_rows:
+        fault = "more" if num_names > num_rows else f"{num_names:,}"
+        raise UserError(f"{source.url} has {num_rows:,} rows, and {path} {fault} names: they do not belong together")
+
+
+def _read_parquet(source: Source, dim: int) -> Iterator[VectorBlock]:
+    with _open(source) as file:
+        try:
+            parquet = pq.ParquetFile(file)
+            held = parquet.schema_arrow.names
+            if not {"word", "vector"} <= set(held):
+                raise UserError(f"{source.url}: expected the columns word and vector; it has {', '.join(held)}")
+            for batch in parquet.iter_batches(max(1, _BLOCK_BYTES // (4 * dim)), columns=["word", "vector"]):
+                vectors = batch.column("vector")
+                for found in np.unique(np.asarray(pc.list_value_length(vectors).fill_null(0))).tolist():
+                    _require_dim(source, found, dim)
+                values = np.asarray(pc.cast(pc.list_flatten(vectors), pa.float32())).reshape(-1, dim)
+                names = batch.column("word").cast(pa.large_string()).fill_null("").to_pylist()
+                yield VectorBlock(names, functools.partial(_values_of_array, values))
+        except pa.ArrowException as error:
+            raise UserError(f"{source.url}: cannot be read as Parquet: {error}") from error
+
+
+def _counts_of(line: bytes) -> tuple[int, int] | None:
+    """Returns the rows and the dim that word2vec's first line gives; None where the line is not one."""
+    fields = line.split()
+    if len(fields) != 2 or not all(field.isdigit() and len(field) < 16 for field in fields):
+        return None
+    return int(fields[0]), int(fields[1])
+
+
+def _parsed(rows: Sequence[list[bytes]], dim: int) -> FloatRows | None:
+    """Returns [n, dim], the numbers that are written in the fields of each row; None where they are not numbers."""
+    if any(len(fields) != dim for fields in rows):
+        return None
+    fields = pa.array([field for row in rows for field in row], pa.binary())
+    try:
+        values = pc.cast(fields.cast(pa.string()), pa.float32())
+    except pa.ArrowInvalid:
+        return None
+    parsed: FloatRows = np.asarray(values, np.float32).reshape(len(rows), dim)
+    return parsed
+
+
+def _require_dim(source: Source, found: int, dim: int) -> None:
+    if found != dim:
+        raise UserError(
+            f"{source.url}: expected vectors of dim {dim}, as the table's are, and found dim {found}: take another "
+            f"file, or give the table dim {found}"
+        )
+
+
+def _open(source: Source) -> Any:
+    fs, path = fsspec.core.url_to_fs(source.url)
+    return fs.open(path, "rb")

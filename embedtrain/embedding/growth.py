@@ -1,0 +1,90 @@
+"""Tables of a checkpoint with more rows: the old ones moved to where the larger table has them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from embedtrain.checkpoint.parts import TensorPart
+from embedtrain.checkpoint.reader import CheckpointReader
+from embedtrain.embedding.init import initial_rows
+from embedtrain.errors import CheckpointError
+from embedtrain.optim.sparse import RowState
+from embedtrain.sharding.layout import SpreadLayout
+from embedtrain.spec import TableSpec
+
+_BLOCK_BYTES = 16 << 20
+
+
+def grown_parts(
+    reader: CheckpointReader, spec: TableSpec, states: Sequence[RowState], old_ids: Tensor, seed: int
+) -> list[TensorPart]:
+    """Returns a larger table and its optimizer's state, to be written to another checkpoint.
+
+    Rows that the checkpoint has are taken over bit for bit. New ones have the values that a new run would give them:
+    those of their slot in the larger table, and the state's first value. About 16 MiB of rows are held at a time.
+
+    Args:
+        reader: the checkpoint.
+        spec: the larger table.
+        states: what the optimizer keeps for a row.
+        old_ids: [spec.num_rows] int64; the id in the checkpoint of each id, -1 for a new one.
+        seed: of new rows.
+
+    Raises:
+        CheckpointError: the checkpoint's table has another dim or dtype, other states, or its rows lie in an order
+            that this version does not know.
+    """
+    tensors: list[tuple[str, tuple[int, ...], torch.dtype, Callable[[int, int], Tensor]]]
+    tensors = [("weight", (spec.dim,), spec.dtype, functools.partial(_draw, spec, seed))]
+    for state in states:
+        shape: tuple[int, ...] = (spec.dim,) if state.per_element else ()
+        tensors.append((state.name, shape, torch.float32, functools.partial(_fill, shape, state.fill)))
+    layout = {"kind": "spread", "multiplier": SpreadLayout(spec.num_rows).multiplier}
+    parts = []
+    for name, row_shape, dtype, fresh in tensors:
+        full_name = f"{spec.name}/{name}"
+        _check(reader, full_name, row_shape, dtype)
+        blocks = functools.partial(_blocks, reader, full_name, old_ids, fresh)
+        global_shape = (spec.num_rows, *row_shape)
+        parts.append(TensorPart(full_name, global_shape, dtype, layout, 0, spec.num_rows, None, blocks))
+    return parts
+
+
+def _blocks(
+    reader: CheckpointReader, name: str, old_ids: Tensor, fresh: Callable[[int, int], Tensor]
+) -> Iterator[Tensor]:
+    """Yields the rows of the larger tensor in order of slots."""
+    info = reader.tensors[name]
+    old, new = SpreadLayout(info.shape[0]), SpreadLayout(len(old_ids))
+    block_rows = max(1, _BLOCK_BYTES // info.row_bytes)
+    for start in range(0, len(old_ids), block_rows):
+        stop = min(start + block_rows, len(old_ids))
+        rows = fresh(start, stop)
+        ids = old_ids[new.id_of(torch.arange(start, stop))]
+        is_old = ids >= 0
+        rows[is_old] = reader.gather(name, old.slot_of(ids[is_old]))
+        yield rows
+
+
+def _draw(spec: TableSpec, seed: int, start: int, stop: int) -> Tensor:
+    return initial_rows(spec, start, stop, seed)
+
+
+def _fill(shape: tuple[int, ...], value: float, start: int, stop: int) -> Tensor:
+    return torch.full((stop - start, *shape), value)
+
+
+def _check(reader: CheckpointReader, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    info = reader.tensors.get(name)
+    if info is None:
+        raise CheckpointError(f"{reader.path} has no tensor {name!r}, but {', '.join(sorted(reader.tensors))}")
+    layout = {"kind": "spread", "multiplier": SpreadLayout(info.shape[0]).multiplier}
+    found, expected = (info.shape[1:], info.dtype, dict(info.layout)), (shape, dtype, layout)
+    if found != expected:
+        raise CheckpointError(
+            f"{reader.path}: expected {name} with rows of shape, dtype and layout {expected}, found {found}"
+        )

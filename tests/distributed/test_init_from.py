@@ -1,0 +1,74 @@
+"""A table started from a file by name: the same rows on any number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import embedtrain as et
+from embedtrain.testing.ranks import RankError, run_ranks
+
+Group = dist.ProcessGroup | None
+WORDS = [f"w{number}" for number in range(101)]
+ROWS = {word: row for row, word in enumerate(WORDS)}
+DIM = 8
+
+
+def write_vectors(path: Path) -> dict[str, list[float]]:
+    """Every third word, words that the table does not have, and one word twice, of which the first counts."""
+    generator = np.random.default_rng(0)
+    names = [*WORDS[::3], *(f"unknown{number}" for number in range(50))]
+    generator.shuffle(names)
+    vectors = {name: generator.normal(size=DIM).round(4).tolist() for name in names}
+    lines = [f"{name} {' '.join(map(str, values))}\n" for name, values in vectors.items()]
+    path.write_text("".join([*lines, f"{WORDS[3]} {' '.join(['9'] * DIM)}\n"]))
+    return vectors
+
+
+def _start(group: Group, path: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, et.InitCounts]:
+    tables = et.EmbeddingCollection(
+        [et.TableSpec("other", 7, DIM, dtype=dtype), et.TableSpec("word", len(WORDS), DIM, dtype=dtype)],
+        process_group=group,
+        seed=3,
+    )
+    et.optim.RowwiseAdagrad(tables, lr=0.1, initial_accumulator_value=0.5)
+    fresh = tables.gather_table("word").clone()
+    counts = et.init_from(tables, "word", path, ROWS)
+    return fresh, tables.gather_table("word").clone(), tables.gather_table("word", "accumulator").clone(), counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_known_words_are_copied_and_others_begin_as_usual_on_any_number_of_ranks(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    path = tmp_path / "vectors.txt"
+    vectors = write_vectors(path)
+    for ranks in (1, 2, 3):
+        for fresh, started, accumulator, counts in run_ranks(ranks, _start, str(path), dtype):
+            for word, row in ROWS.items():
+                expected = torch.tensor(vectors[word]).to(dtype) if word in vectors else fresh[row]
+                assert torch.equal(started[row], expected), word
+            assert torch.equal(accumulator, torch.full_like(accumulator, 0.5))
+            assert counts == et.InitCounts(num_copied=34, num_rows=101, num_in_file=85)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a 1 2\n", "expected vectors of dim 8"),
+        (f"the {'1 ' * DIM}\nof {'2 ' * DIM}\n", "none of its 2 names is among the table's 101; it begins with 'the'"),
+        (f"w5 {'nan ' * DIM}\n", "the vector of 'w5' has a value that is not finite"),
+    ],
+)
+def test_a_file_of_no_use_is_refused_on_every_rank(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "vectors.txt"
+    path.write_text(content)
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, _start, str(path), torch.float32)
+    assert [kind for kind, _ in caught.value.errors.values()] == ["UserError"] * 2
+    assert all(message in text for _, text in caught.value.errors.values())

@@ -1,0 +1,131 @@
+"""Every command and every Python block of README and docs is run, in a folder with small data of those names."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.blocks import PAGES, ROOT, Block, blocks
+
+FAMILY = ["king", "queen", "man", "woman", "boy", "girl", "uncle", "aunt"]
+SMALLER = {
+    "configs/ranking_criteo.yaml": ["data.num_rows=100", "data.features={}", "train.global_batch_size=64"],
+    "configs/retrieval.yaml": ["train.epochs=2"],
+}
+"""Settings that make a command quick, by the configuration that it names."""
+
+BEFORE = {"checkpoints.md": "embedtrain train configs/word2vec.yaml data.path=corpus.txt run.path=runs/x"}
+"""What a page takes for granted."""
+
+
+def runnable(page: Path) -> list[Block]:
+    # README's Python has a test of its own, on two ranks too.
+    return [
+        block
+        for block in blocks(page)
+        if not block.not_run and (block.commands or (block.language == "python" and page.name != "README.md"))
+    ]
+
+
+def write_words(folder: Path) -> None:
+    generator = np.random.default_rng(0)
+    words = [*FAMILY, "the", *(f"{a}{b}{c}" for a in "bcd" for b in "aei" for c in "lmn")]
+    sentences = [" ".join(generator.choice(words, 9)) for _ in range(300)]
+    (folder / "corpus.txt").write_text("\n".join(sentences))
+    (folder / "new.txt").write_text("\n".join(f"{sentence} prince princess" for sentence in sentences[:50]))
+    (folder / "questions-words.txt").write_text(": family\nking queen man woman\nboy girl uncle aunt\n")
+    (folder / "wordsim.tsv").write_text("king queen 9\nman aunt 3\nboy the 1\nuncle aunt 8\n")
+    vectors = generator.normal(size=(len(FAMILY), 50)).round(3)
+    lines = [f"{word} {' '.join(map(str, row))}\n" for word, row in zip(FAMILY, vectors.tolist(), strict=True)]
+    (folder / "glove.txt").write_text("".join(lines))
+
+
+def write_clicks(folder: Path) -> None:
+    """Census-like rows for configs/ranking.yaml, and days of clicks in the Criteo layout."""
+    generator = np.random.default_rng(1)
+    for name, num_rows in (("train.csv", 1024), ("valid.csv", 256)):
+        rows = []
+        for _ in range(num_rows):
+            age, hours = generator.integers(18, 80), generator.integers(10, 60)
+            words = [f"{column}{generator.integers(4)}" for column in "abcdefg"]
+            income = ">50K" if age + hours + generator.normal() * 10 > 90 else "<=50K"
+            row = [age, words[0], 9, words[1], 10, words[2], words[3], words[4], words[5], words[6], 0, 0, hours, "x"]
+            rows.append(",".join(map(str, [*row, income])))
+        (folder / name).write_text("\n".join(rows) + "\n")
+    for day in range(7):
+        numbers = generator.integers(0, 50, (128, 13)).astype(str)
+        tokens = [[f"{token:08x}" for token in row] for row in generator.integers(0, 99, (128, 26)).tolist()]
+        lines = ["\t".join([str(k % 2), *numbers[k], *tokens[k]]) + "\n" for k in range(128)]
+        (folder / f"day_{day}.gz").write_bytes(gzip.compress("".join(lines).encode()))
+
+
+def write_interactions(folder: Path) -> None:
+    generator = np.random.default_rng(2)
+    for name, num_items in (("train.txt", 6), ("test.txt", 2)):
+        users = [4711, *range(40)]
+        lines = [f"{user} {' '.join(map(str, generator.choice(30, num_items, replace=False)))}\n" for user in users]
+        (folder / name).write_text("".join(lines))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkout, as far as the commands see one, with data."""
+    for name in ("configs", "docs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    write_words(tmp_path)
+    write_clicks(tmp_path)
+    write_interactions(tmp_path)
+    return tmp_path
+
+
+def run(words: list[str], folder: Path) -> str:
+    program, *arguments = words
+    module = {"torchrun": ["-m", "torch.distributed.run"], "embedtrain": ["-m", "embedtrain"], "python": []}[program]
+    if "train" in arguments:
+        config = arguments[arguments.index("train") + 1]
+        arguments += [f"data.cache_path={folder}/cache", "run.device=cpu", *SMALLER.get(config, [])]
+    done = subprocess.run(
+        [sys.executable, *module, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=lambda page: page.name)
+def test_what_a_page_says_can_be_done(page: Path, folder: Path) -> None:
+    if page.name in BEFORE:
+        run(BEFORE[page.name].split(), folder)
+    for block in runnable(page):
+        for words in block.commands:
+            run(words, folder)
+        if block.language == "python":
+            program = folder / f"{page.stem}-{block.line}.py"
+            program.write_text(block.text, encoding="utf-8")
+            run(["python", str(program)], folder)
+
+
+def test_most_pages_can_be_run() -> None:
+    assert {page.name for page in PAGES if runnable(page)} >= {
+        "README.md",
+        "checkpoints.md",
+        "growing.md",
+        "launching.md",
+        "optimizers.md",
+        "own_model.md",
+        "performance.md",
+        "ranking.md",
+        "retrieval.md",
+        "words.md",
+    }

@@ -1,0 +1,101 @@
+"""The pages of the docs: their links lead somewhere, their reference is of the code, what cannot be run is sound."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from torch.distributed.run import get_args_parser
+
+from embedtrain.cli import _build_parser
+from embedtrain.config import load_config
+from tests.blocks import MADE, PAGES, ROOT, Block, blocks
+
+BLOCKS = [block for page in PAGES if page.name not in MADE for block in blocks(page)]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and Markdown viewers name them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith(("http:", "https:")):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(path), f"{page.name}: {target}"
+
+
+def test_every_page_can_be_found() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    for path in [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "examples").glob("*.py")]:
+        assert path.name == "README.md" or f"{path.name})" in index, path.name
+    assert "docs/README.md" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_reference_is_of_the_code_as_it_is() -> None:
+    # In a process of its own: torch adds methods to an optimizer's class when the first one is made.
+    script = [sys.executable, str(ROOT / "scripts" / "reference.py"), "--check"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(script, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_and_every_setting_is_there() -> None:
+    reference, settings = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in MADE)
+    for module in ("embedtrain", "embedtrain.optim", "embedtrain.checkpoint", "embedtrain.export"):
+        for name in importlib.import_module(module).__all__:
+            assert f"\n### `{module}.{name}`\n" in reference
+    for key in ("run.path", "init_from", "items.init_from", "data.features.NAME.bag", "optimizer.betas"):
+        assert f"\n| `{key}` |" in settings
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.page.name}:{block.line}")
+def test_a_block_is_run_or_checked(block: Block) -> None:
+    if block.language == "python":
+        compile(block.text, str(block.page), "exec")
+    elif block.language == "json":
+        json.loads(block.text)
+    elif block.language == "yaml":
+        assert yaml.safe_load(block.text)
+    for words in block.commands:
+        check(words, is_run=not block.not_run)
+
+
+def check(words: list[str], *, is_run: bool) -> None:
+    """Checks a command without running it: its programs read it, and the files that it names are there."""
+    program, *arguments = words
+    if program == "torchrun":
+        parsed = get_args_parser().parse_args(arguments)
+        if parsed.module:
+            check([parsed.training_script, *parsed.training_script_args], is_run=is_run)
+        else:
+            check(["python", parsed.training_script], is_run=is_run)
+    elif program == "embedtrain":
+        options = _build_parser().parse_args(arguments)
+        config = getattr(options, "config", None)
+        if config is not None and (ROOT / config).exists():
+            assert load_config(str(ROOT / config), ["data.path=x", *options.overrides]).run.path
+        elif config is not None:
+            assert is_run, f"{words}: no such configuration"
+    elif program == "python":
+        assert (ROOT / arguments[0]).exists() or is_run, words
+    else:
+        assert not is_run, f"{words}: nobody runs this; say why in a comment before the block"
+        for name in arguments:
+            if name.startswith(("scripts/", "docker/", "configs/")):
+                assert (ROOT / name).exists(), words
+            if name.endswith(".sh"):
+                subprocess.run(["bash", "-n", str(ROOT / name)], check=True)
