@@ -81,8 +81,10 @@ class SharedMemoryExchange:
         start = at = _header_bytes(self.size) + slot * _SLOT_BYTES
         row_bytes = dtype.itemsize * math.prod(row_shape)
         rooms = []
+        table = self._tables[self.rank]
         for receiver, count in enumerate(self._without_own(counts)):
-            self._tables[self.rank][slot * self.size + receiver] = at
+            place = 2 * (slot * self.size + receiver)
+            table[place], table[place + 1] = at, count
             rooms.append(self._rows(self.rank, at, count, row_shape, dtype))
             at += -(-count * row_bytes // _ALIGNMENT) * _ALIGNMENT
         if at - start > _SLOT_BYTES:
@@ -96,11 +98,10 @@ class SharedMemoryExchange:
         self._number += 1
         library.get().embedtrain_publish(self._own_address, self._number)
 
-    def receive(self, counts: Sequence[int], row_shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    def receive(self, row_shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
         """Waits for the other ranks and returns what they sent, where it lies.
 
         Args:
-            counts: rows from each rank; not looked at for this one.
             row_shape: of a row.
             dtype: of the rows.
 
@@ -111,11 +112,12 @@ class SharedMemoryExchange:
             dist.DistError: a rank died, or did not come before the group's time-out.
         """
         self._await_peers()
-        place = self._number % 2 * self.size + self.rank
-        return [
-            self._rows(sender, self._tables[sender][place], count, row_shape, dtype)
-            for sender, count in enumerate(self._without_own(counts))
-        ]
+        place = 2 * (self._number % 2 * self.size + self.rank)
+        parts = []
+        for sender, table in enumerate(self._tables):
+            start, count = table[place], table[place + 1]
+            parts.append(self._rows(sender, start, count, row_shape, dtype))
+        return parts
 
     def all_to_all(self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
         """See `collectives.all_to_all_rows`."""
@@ -125,7 +127,7 @@ class SharedMemoryExchange:
                 room.copy_(parts[rank])
         self.send()
         received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
-        arrived = self.receive(receive_counts, rows.shape[1:], rows.dtype)
+        arrived = self.receive(rows.shape[1:], rows.dtype)
         arrived[self.rank] = parts[self.rank]
         for target, part in zip(received.split(list(receive_counts)), arrived, strict=True):
             target.copy_(part)
@@ -140,7 +142,7 @@ class SharedMemoryExchange:
                 room.copy_(own)
         self.send()
         values.zero_()
-        for rank, part in enumerate(self.receive(ones, values.shape, values.dtype)):
+        for rank, part in enumerate(self.receive(values.shape, values.dtype)):
             values += own if rank == self.rank else part[0]
         return values
 
@@ -274,7 +276,7 @@ def _open(address: _Address, num_bytes: int) -> mmap.mmap:
 
 
 def _header_bytes(world_size: int) -> int:
-    table_bytes = 8 * 2 * world_size  # where each rank's rows begin, for two slots
+    table_bytes = 8 * 2 * 2 * world_size  # where each rank's rows begin and how many there are, for two slots
     return -(-(_TABLE_START + table_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 

@@ -17,7 +17,7 @@ from embedtrain.distributed.collectives import all_to_all_rows, raise_together
 from embedtrain.distributed.runtime import size_of
 from embedtrain.embedding.owner_pooling import BagsAsked, SumRequest
 from embedtrain.embedding.shard import RowGroup
-from embedtrain.embedding.transfer import fetch_rows
+from embedtrain.embedding.transfer import ask_through_memory, fetch_rows, send_gradients
 from embedtrain.ops import dispatch
 from embedtrain.ops.pool_rows import Bags, grad_of_weights, pool_rows, pool_rows_backward
 from embedtrain.ops.row_gradient import Delivery, Run
@@ -150,13 +150,19 @@ def exchange_ids(
             _count(counts[:, place], group, lookup, ordered[-1])
     else:
         counts[:, -1] = 1
-    owed = all_to_all_rows(counts, [1] * world_size, [1] * world_size, process_group, groups[0].shared)
+    shared = groups[0].shared
+    rows: list[Tensor] | None = None
+    if shared is None:
+        owed = all_to_all_rows(counts, [1] * world_size, [1] * world_size, process_group)
+    else:
+        keys = [each.sorted.unique for each in ordered]
+        owed, rows = ask_through_memory(shared, counts, keys, [group.num_local_rows for group in groups], _ROWS)
     # By group, kind and rank; the step's one wait for the device.
     ask, owe = torch.stack([counts, owed]).permute(0, 2, 3, 1).tolist()
     if any(any(row) for row in owe[-1]):
         raise_together(error, process_group)
     return [
-        _exchange(group, lookup, keys, (ask[place], owe[place]), process_group)
+        _settle(group, lookup, keys, (ask[place], owe[place]), None if rows is None else rows[place], process_group)
         for place, (group, lookup, keys) in enumerate(zip(groups, lookups, ordered, strict=True))
     ]
 
@@ -173,25 +179,31 @@ def _count(counts: Tensor, group: RowGroup, lookup: Lookup, ordered: OrderedKeys
     counts[:, _WAYS] = ways
 
 
-def _exchange(
+def _settle(
     group: RowGroup,
     lookup: Lookup,
     ordered: OrderedKeys | SortedKeys,
     counts: tuple[list[list[int]], list[list[int]]],
+    rows: Tensor | None,
     process_group: dist.ProcessGroup | None,
 ) -> RowRequest:
-    """Sends one group's ids to their owners; counts: of what is asked of each rank, and owed to it.
+    """Makes one group's request.
 
     An exchange takes place where any rank needs it.
+
+    Args:
+        counts: of what is asked of each rank, and owed to it.
+        rows: the local rows asked of this rank; None where they have yet to travel.
     """
     ask, owe = counts
     ways = functools.reduce(operator.or_, owe[_WAYS])
-    # Half the bytes, where local rows fit.
-    wire_type = torch.int32 if group.num_local_rows < 1 << 31 else torch.int64
-    rows = lookup.keys.new_zeros(0)
-    if ways & _FETCHES_ROWS:
-        wanted = (ordered.sorted.unique % group.num_local_rows).to(wire_type)
-        rows = all_to_all_rows(wanted, ask[_ROWS], owe[_ROWS], process_group, group.shared).long()
+    if rows is None:
+        rows = lookup.keys.new_zeros(0)
+        if ways & _FETCHES_ROWS:
+            # Half the bytes, where local rows fit.
+            wire_type = torch.int32 if group.num_local_rows < 1 << 31 else torch.int64
+            wanted = (ordered.sorted.unique % group.num_local_rows).to(wire_type)
+            rows = all_to_all_rows(wanted, ask[_ROWS], owe[_ROWS], process_group).long()
     sums = None
     if ways & _POOLS_AT_OWNERS:
         sums = SumRequest(
@@ -258,12 +270,10 @@ def _fetch(group: RowGroup, request: RowRequest, dtype: torch.dtype | None = Non
 def _send_home(group: RowGroup, request: RowRequest, grad: Tensor) -> None:
     if not request.has_rows:
         return
-    if not request.is_local:
-        wired = grad.to(group.gradient_wire_dtype)
-        grad = all_to_all_rows(wired, request.ask_counts, request.owe_counts, group.process_group, group.shared).float()
+    grads = [grad] if request.is_local else send_gradients(group, grad, request.ask_counts, request.owe_counts)
     # Rows of one rank are distinct; several ranks may ask for the same.
-    bags = [Bags(request.rows.numel())]
-    group.deliver(Delivery(request.rows, bags, [grad], is_unique=request.is_local, ordered=request.ordered_rows))
+    bags = [Bags(len(part)) for part in grads]
+    group.deliver(Delivery(request.rows, bags, grads, is_unique=request.is_local, ordered=request.ordered_rows))
 
 
 class _ExchangeVectors(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Rows from their owners to the ranks that asked for them."""
+"""What travels for a look-up: ids to the owners of their rows, the rows back, and gradients home."""
 
 from __future__ import annotations
 
@@ -60,7 +60,87 @@ def _fetch_from_memory(
             gather_rows(weight, own_rows, out=own_target)
         else:
             own_target.copy_(gather_rows(weight, own_rows, wire_dtype))  # rounded as the others' rows are
-        for rank, arrived in enumerate(shared.receive(ask_counts, row_shape, wire_dtype)):
+        for rank, arrived in enumerate(shared.receive(row_shape, wire_dtype)):
             if rank != shared.rank:
                 targets[rank].copy_(arrived)
     return vectors
+
+
+def ask_through_memory(
+    shared: SharedMemoryExchange, counts: Tensor, keys: Sequence[Tensor], rows_per_rank: Sequence[int], column: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Tells every rank the counts and the rows that go with them, in one exchange.
+
+    Collective: every rank that shares the memory.
+
+    Args:
+        shared: the memory.
+        counts: [world_size, groups + 1, kinds] int64; what this rank tells each.
+        keys: per group ascending keys, see `RowGroup.keys_of`; none at all where this rank's input was wrong.
+        rows_per_rank: of each group, local rows of a rank.
+        column: where `counts` hold how many keys of a group are a rank's.
+
+    Returns:
+        The counts that each rank told this one, of the shape of `counts`, and per group the local rows that they
+        ask of this rank, [n] int64, by asking rank.
+    """
+    world_size, head = counts.shape[0], counts[0].numel()
+    num_asked = counts[:, : len(keys), column].tolist()
+    parts = [group_keys.split([asked[group] for asked in num_asked]) for group, group_keys in enumerate(keys)]
+    with stage("exchange"):
+        for rank, room in enumerate(shared.rooms([head + sum(asked) for asked in num_asked], (), torch.int64)):
+            if rank != shared.rank:
+                room[:head] = counts[rank].flatten()
+                targets = room[head:].split(num_asked[rank])
+                for group, target in enumerate(targets):
+                    torch.sub(parts[group][rank], rank * rows_per_rank[group], out=target)
+        shared.send()
+        arrived = shared.receive((), torch.int64)
+        told = torch.stack(
+            [
+                counts[rank] if rank == shared.rank else arrived[rank][:head].view_as(counts[0])
+                for rank in range(world_size)
+            ]
+        )
+        num_owed = told[:, : len(keys), column].tolist()
+        rows: list[list[Tensor]] = []
+        for rank in range(world_size):
+            if rank == shared.rank:
+                own = enumerate(parts)
+                rows.append([part[rank] - rank * rows_per_rank[group] for group, part in own])
+            else:
+                rows.append(list(arrived[rank][head:].split(num_owed[rank])) if any(num_owed[rank]) else [])
+    return told, [torch.cat([of_rank[group] for of_rank in rows if of_rank]) for group in range(len(keys))]
+
+
+def send_gradients(group: RowGroup, grad: Tensor, ask_counts: Sequence[int], owe_counts: Sequence[int]) -> list[Tensor]:
+    """Sends the gradients of rows to their owners, and returns those of this rank's rows by the rank that asked.
+
+    Collective: every rank of the group's process group.
+
+    Args:
+        group: the tables.
+        grad: [sum(ask_counts), dim] float32; of the rows that this rank asked for, by owner.
+        ask_counts: how many from each rank.
+        owe_counts: how many for each rank.
+
+    Returns:
+        Per rank [count, dim] float32. What this rank asked of itself is a view of `grad`, if not rounded on the way.
+    """
+    wired = grad.to(group.gradient_wire_dtype)
+    shared = group.shared
+    if shared is None:
+        received = all_to_all_rows(wired, ask_counts, owe_counts, group.process_group).float()
+        return list(received.split(list(owe_counts)))
+    parts, row_shape = wired.split(list(ask_counts)), wired.shape[1:]
+    with stage("exchange"):
+        for rank, room in enumerate(shared.rooms(ask_counts, row_shape, wired.dtype)):
+            if rank != shared.rank:
+                room.copy_(parts[rank])
+        shared.send()
+        arrived = shared.receive(row_shape, wired.dtype)
+        return [
+            # The memory is the sender's, which writes to it again soon.
+            parts[rank].float() if rank == shared.rank else empty_buffer(*part.shape).copy_(part)
+            for rank, part in enumerate(arrived)
+        ]

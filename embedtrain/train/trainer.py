@@ -185,7 +185,7 @@ class Trainer:
         is_overdue = rank_of(self._group) == 0 and self._checkpoints.is_overdue()
         flags = [float(is_asked_to_stop), float(is_overdue), float(self._checkpoints.has_failed)]
         local = torch.cat([torch.tensor(flags, dtype=torch.float64), self._window.local])
-        sums = all_reduce_sum(local, self._group)
+        sums = all_reduce_sum(local, self._group, self._task.tables.shared)
         self.state.examples += int(sums[len(flags) + _EXAMPLES])
         self.state.seconds += self._window.close(sums[len(flags) :])
         is_stopped, is_overdue, has_failed = (sums[: len(flags)] > 0).tolist()
