@@ -53,7 +53,7 @@ class _Counter(TorchDispatchMode):
     """Counts what torch computes, operations on lists by the tensors in them; views compute nothing."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ops = self.values = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

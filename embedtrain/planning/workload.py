@@ -250,7 +250,9 @@ def _retrieval(config: Any, assumptions: Assumptions) -> Workload:
 
 def _perceptron_arithmetic(config: RetrievalConfig, network: nn.Sequential, num_vectors: float) -> Arithmetic:
     optimizer = DenseOptimizer(network, name=config.dense_optimizer.name, process_group=None)
-    width = network[0].in_features
+    first = network[0]
+    assert isinstance(first, nn.Linear)
+    width = first.in_features
 
     def step(num: int) -> None:
         network(torch.rand(num, width, requires_grad=True)).sum().backward()
