@@ -87,7 +87,7 @@ class RetrievalSection:
 class RetrievalTrainConfig(TrainConfig):
     """The loop over the interactions."""
 
-    epochs: int = 30
+    epochs: int = 20
     global_batch_size: int = 512
     """Examples of a step over all ranks; an example is a user with some of their items."""
     items_per_example: int = 4
