@@ -53,7 +53,7 @@ def test_words_start_from_a_file_and_a_resumed_run_does_not_read_it_again(job: J
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming at step" in resumed.stderr
     np.testing.assert_array_equal(rows_of(job, "run", "input"), trained)
-    other = job.run(*job.train_arguments("run", *NO_STEPS), ranks=ranks)
+    other = job.run(*job.train_arguments("run", *NO_STEPS))
     assert "init_from (was glove.txt, is None)" in other.stderr
 
 
