@@ -1,0 +1,109 @@
+"""What a user sees in a browser: TensorBoard on a finished run, and the page of a report."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.browser.chromium import Page, find_chromium, open_page
+from tests.e2e.conftest import Job, make_job
+
+ARTEFACTS = Path(__file__).resolve().parents[2] / "artefacts"
+"""Where screenshots are kept; git ignores it."""
+
+TAGS = ("loss", "learning_rate", "words_per_second")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Iterator[Page]:
+    program = find_chromium()
+    if program is None:
+        pytest.skip("needs Chromium: apt-get install chromium, which scripts/setup_env.sh does where it may")
+    with open_page(program, tmp_path / "profile") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A folder with a finished run and its vectors for the projector."""
+    job = make_job(tmp_path_factory.mktemp("browser"))
+    for command in (
+        job.train_arguments("run", "log.tensorboard=true"),
+        ["export", "run", "--format", "projector", "--output", "run/tensorboard/projector"],
+        ["report", "run", "--words", "bxa"],
+    ):
+        done = job.run(*command)
+        assert done.returncode == 0, done.stderr
+    return job
+
+
+@contextmanager
+def tensorboard(folder: Path) -> Iterator[str]:
+    """Starts TensorBoard on a free port; yields its address."""
+    log = folder.parent / "tensorboard.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", "0", "--bind_all"],
+            stdout=output,
+            stderr=output,
+        )
+        try:
+            yield _address(process, log)
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def _address(process: subprocess.Popen[bytes], log: Path) -> str:
+    deadline = time.monotonic() + 60
+    while "Press CTRL+C" not in log.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    port = log.read_text().rpartition(":")[2].partition("/")[0]
+    address = f"http://localhost:{port}"
+    with urllib.request.urlopen(f"{address}/data/runs", timeout=20) as answer:
+        assert answer.status == 200
+    return address
+
+
+def test_tensorboard_shows_the_scalars_and_the_projector(job: Job, page: Page) -> None:
+    with tensorboard(job.folder / "run" / "tensorboard") as address:
+        page.open(f"{address}/#timeseries")
+        for tag in TAGS:
+            page.wait_for_text(tag)
+        page.wait_for("document.querySelectorAll('line-chart, svg.line-chart, canvas').length > 0")
+        page.screenshot(ARTEFACTS / "tensorboard-scalars.png")
+
+        page.open(f"{address}/#projector")
+        page.wait_for_text("Points: 320")
+        page.wait_for_text("Dimension: 16")
+        page.wait_for_text("bxa")
+        page.screenshot(ARTEFACTS / "tensorboard-projector.png")
+    assert (ARTEFACTS / "tensorboard-projector.png").stat().st_size > 10_000
+
+
+def test_a_report_stands_alone_and_shows_its_curves(job: Job, page: Page) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need the extra plots")
+    report = (job.folder / "run" / "report.html").as_uri()
+    page.open(report)
+    page.wait_for("document.readyState === 'complete'")
+    page.wait_for_text("done at step")
+    assert "bxa" in page.text()
+    for name in TAGS:
+        width = page.evaluate(f"document.querySelector('figure[data-name={name}] svg').getBoundingClientRect().width")
+        assert width > 200
+        curve = f"document.querySelector('figure[data-name={name}] svg #line2d_1, figure[data-name={name}] svg path')"
+        assert page.evaluate(f"{curve}.getBoundingClientRect().height") > 0
+    assert page.evaluate("document.querySelector('#map svg').getBoundingClientRect().height") > 200
+    page.screenshot(ARTEFACTS / "report.png")
+    assert [url for url in page.requests if not url.startswith("data:")] == [report]
+    assert page.errors == []
