@@ -15,6 +15,10 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient is not finite; nothing of the step was applied on any rank."""
 
 
+class JobError(RuntimeError):
+    """The ranks of a job did not come together; the message says which rank waited for what."""
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or does not hold what was asked of it."""
 

@@ -1,6 +1,9 @@
-"""Names for the stages of a step, in a profile."""
+"""Names for the stages of a step: in a profile, and for whoever asks where a rank is."""
 
 from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
 
 from torch.profiler import record_function
 
@@ -8,6 +11,58 @@ STAGE_PREFIX = "embedtrain: "
 """Stages are recorded under names that begin so; stages may lie inside others."""
 
 
+class _Here:
+    """Where this process is. A process makes one step at a time, so it is at one place, like its profiler."""
+
+    def __init__(self) -> None:
+        self.doing = "the start"
+        self.open: list[str] = []
+        self.failed_in = ""
+
+
+_here = _Here()
+
+
+class _Stage(record_function):
+    """As `stage` says."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(STAGE_PREFIX + name)
+        self._name = name
+
+    def __enter__(self) -> _Stage:
+        _here.open.append(self._name)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Any:
+        super().__exit__(kind, error, trace)
+        if error is not None and not _here.failed_in:
+            _here.failed_in = " > ".join(_here.open)
+        _here.open.pop()
+
+
 def stage(name: str) -> record_function:
     """Marks a stage of the step: a context manager, which costs a microsecond where nobody profiles."""
-    return record_function(STAGE_PREFIX + name)
+    return _Stage(name)
+
+
+def begin(doing: str) -> None:
+    """Says what this process does from here on, such as "step 12", for `whereabouts`."""
+    _here.doing, _here.failed_in = doing, ""
+
+
+def doing() -> str:
+    """Returns what `begin` said last."""
+    return _here.doing
+
+
+def whereabouts() -> str:
+    """Returns what this process is doing and in which stage, such as "step 12, forward > exchange".
+
+    After an error the stage is the innermost that it left.
+    """
+    stages = _here.failed_in or " > ".join(_here.open)
+    return f"{_here.doing}, {stages}" if stages else _here.doing

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from embedtrain.build.growing import GrownTable, grow_run
+from embedtrain.build.parts import Check, Sizes
 from embedtrain.build.retrieval import TrainedRetrieval, open_retrieval
-from embedtrain.build.run import Run, build_run, check_run_folder
+from embedtrain.build.run import Run, build_parts, build_run, check_run_folder
 from embedtrain.build.trained import open_run_vectors, read_config
 
 __all__ = [
+    "Check",
     "GrownTable",
     "Run",
+    "Sizes",
     "TrainedRetrieval",
+    "build_parts",
     "build_run",
     "check_run_folder",
     "grow_run",

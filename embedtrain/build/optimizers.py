@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from embedtrain import optim
 from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig
 from embedtrain.embedding.collection import EmbeddingCollection
+from embedtrain.embedding.shard import RowGroup, RowGroups
 from embedtrain.errors import UserError
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.optim.sparse import HasRowGroups
-from embedtrain.spec import DEFAULT_OPTIMIZER
+from embedtrain.spec import DEFAULT_OPTIMIZER, TableSpec
 
 
 def optimizer_names(section: OptimizerConfig) -> dict[str, str]:
@@ -46,6 +48,17 @@ def build_optimizer(section: OptimizerConfig, tables: EmbeddingCollection) -> op
         return optim.Combined(*parts, **together)
     except ValueError as error:
         raise UserError(f"optimizer: {error}") from error
+
+
+def states_of_row(section: OptimizerConfig, dtype: torch.dtype) -> list[Tensor]:
+    """Returns what an optimizer keeps of a table of one row and one column; no collective.
+
+    Raises:
+        UserError: a hyperparameter is out of range.
+    """
+    group = RowGroup([TableSpec("probe", 1, 1, dtype=dtype)], seed=0, device=torch.device("cpu"), process_group=None)
+    _make(section, RowGroups([group]), "optimizer", {})
+    return list(group.state.values())
 
 
 def _make(

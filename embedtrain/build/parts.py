@@ -29,6 +29,27 @@ class Pretrained:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """What the data say of a model's tables.
+
+    Attributes:
+        num_rows: of each table.
+        bag_lengths: of the tables that bags are looked up in, the ids of a bag on average.
+    """
+
+    num_rows: Mapping[str, int]
+    bag_lengths: Mapping[str, float] = field(default_factory=dict)
+
+
+Check = Callable[[Sizes], None]
+"""Called on every rank before any table is made; raises UserError where there is no room for them."""
+
+
+def no_check(sizes: Sizes) -> None:
+    """Finds nothing wrong."""
+
+
+@dataclass(frozen=True)
 class Parts:
     """What a model's configuration was turned into.
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from embedtrain.build.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
-from embedtrain.build.parts import Parts, Pretrained, collection_options
+from embedtrain.build.parts import Check, Parts, Pretrained, Sizes, collection_options, no_check
 from embedtrain.config.ranking import ClicksConfig, FeatureConfig, RankingConfig
 from embedtrain.data.click_batches import ClickBatches
 from embedtrain.data.click_files import SUFFIXES
@@ -32,8 +32,13 @@ from embedtrain.train.task import Batches, Evaluation, StreamedBatches, Task
 _logger = logging.getLogger(__name__)
 
 
-def build_ranking(config: RankingConfig, runtime: Runtime) -> Parts:
+def build_ranking(config: RankingConfig, runtime: Runtime, check: Check = no_check) -> Parts:
     """Prepares the click log and builds the model. Collective: every rank.
+
+    Args:
+        config: of the run.
+        runtime: of this process.
+        check: called once the data are known.
 
     Raises:
         UserError: the log cannot be used, or the configuration contradicts it.
@@ -41,6 +46,9 @@ def build_ranking(config: RankingConfig, runtime: Runtime) -> Parts:
     layout, batches, fingerprint = (
         _open_stream(config, runtime) if config.data.is_stream else _open_log(config, runtime)
     )
+    # Of a stream nobody knows how many values its bags hold.
+    bag_length = layout.mean_bag_length if isinstance(layout, ClickLog) else 1.0
+    check(Sizes(layout.num_rows, dict.fromkeys(layout.bag_names, bag_length)))
     model = _build_model(config, runtime, layout)
     task = Task(
         model,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from embedtrain.build.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
-from embedtrain.build.parts import Parts, Pretrained, collection_options
+from embedtrain.build.parts import Check, Parts, Pretrained, Sizes, collection_options, no_check
 from embedtrain.checkpoint import CheckpointReader, LoadOptions, latest_checkpoint, load_shards
 from embedtrain.config import RetrievalConfig
 from embedtrain.config.retrieval import SideConfig
@@ -30,13 +30,19 @@ from embedtrain.train.task import Evaluation, Task
 _logger = logging.getLogger(__name__)
 
 
-def build_retrieval(config: RetrievalConfig, runtime: Runtime) -> Parts:
+def build_retrieval(config: RetrievalConfig, runtime: Runtime, check: Check = no_check) -> Parts:
     """Prepares the interactions and builds the model. Collective: every rank.
+
+    Args:
+        config: of the run.
+        runtime: of this process.
+        check: called once the data are known.
 
     Raises:
         UserError: the data cannot be used, or a step is too small for the ranks.
     """
     interactions = prepare_data(config, runtime)
+    check(_sizes(interactions))
     model = _build_model(config, runtime, interactions)
     has_dense = any(True for _ in model.dense.parameters())
     evaluation = None
@@ -104,6 +110,16 @@ def open_retrieval(config: RetrievalConfig, runtime: Runtime) -> TrainedRetrieva
     if config.evaluate.path is not None:
         measure = functools.partial(_measure, config, model, interactions, lambda: None)
     return TrainedRetrieval(model, interactions, step, measure)
+
+
+def _sizes(interactions: Interactions) -> Sizes:
+    num_rows = {USER: len(interactions.users), ITEM: len(interactions.items)}
+    bag_lengths = {}
+    for side in (USER, ITEM):
+        for name, (bags, num_categories) in interactions.features(f"{side}s").items():
+            num_rows[f"{side}.{name}"] = num_categories
+            bag_lengths[f"{side}.{name}"] = len(bags.values) / max(len(bags), 1)
+    return Sizes(num_rows, bag_lengths)
 
 
 def prepare_data(config: RetrievalConfig, runtime: Runtime) -> Interactions:

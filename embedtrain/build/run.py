@@ -11,13 +11,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from embedtrain.build.parts import Parts
+from embedtrain.build.parts import Check, Parts, Sizes, no_check
 from embedtrain.build.ranking import build_ranking
 from embedtrain.build.retrieval import build_retrieval
 from embedtrain.build.word2vec import build_word2vec
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
 from embedtrain.config import Config, RankingConfig, RetrievalConfig, Word2VecConfig, differing_keys, to_yaml
-from embedtrain.distributed.collectives import run_on_first
+from embedtrain.distributed.collectives import run_on_each, run_on_first
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.init_from import init_from
 from embedtrain.errors import UserError
@@ -71,16 +71,22 @@ def check_run_folder(config: Config) -> RunFolder:
     return folder
 
 
-def build_run(config: Config, runtime: Runtime, folder: RunFolder) -> Run:
+def build_run(config: Config, runtime: Runtime, folder: RunFolder, check: Check = no_check) -> Run:
     """Prepares the data, builds model, optimizer and loop, and restores the newest checkpoint.
 
     Collective: every rank.
+
+    Args:
+        config: of the run.
+        runtime: of this process.
+        folder: of the run.
+        check: called on every rank once the data are known, before any table is made.
 
     Raises:
         UserError: the data cannot be used, or the checkpoint is of other data.
     """
     earlier = folder.read_config()
-    parts = _build_parts(config, runtime)
+    parts = build_parts(config, runtime, check)
     started = _start_tables(parts, config, folder, runtime)
     state = TrainState()
     checkpoints = Checkpoints(
@@ -108,13 +114,22 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder) -> Run:
     return Run(trainer, folder, sinks, is_resumed, _build_observers(config, folder, state, parts.task, sinks, runtime))
 
 
-def _build_parts(config: Config, runtime: Runtime) -> Parts:
+def build_parts(config: Config, runtime: Runtime, check: Check = no_check) -> Parts:
+    """Prepares the data and builds model, optimizer and batches. Collective: every rank.
+
+    Raises:
+        UserError: on every rank alike; the data cannot be used, or `check` raised it on any.
+    """
+
+    def check_together(sizes: Sizes) -> None:
+        run_on_each(functools.partial(check, sizes), runtime.group)
+
     if isinstance(config, Word2VecConfig):
-        return build_word2vec(config, runtime)
+        return build_word2vec(config, runtime, check_together)
     if isinstance(config, RankingConfig):
-        return build_ranking(config, runtime)
+        return build_ranking(config, runtime, check_together)
     if isinstance(config, RetrievalConfig):
-        return build_retrieval(config, runtime)
+        return build_retrieval(config, runtime, check_together)
     raise AssertionError(f"no builder for {type(config).__name__}")
 
 

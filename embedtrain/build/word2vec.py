@@ -11,7 +11,7 @@ import fsspec
 import torch
 
 from embedtrain.build.optimizers import build_optimizer, optimizer_names
-from embedtrain.build.parts import Parts, Pretrained, collection_options
+from embedtrain.build.parts import Check, Parts, Pretrained, Sizes, collection_options, no_check
 from embedtrain.config.word2vec import Word2VecConfig
 from embedtrain.data.baskets import write_baskets
 from embedtrain.data.corpus import PreparedCorpus
@@ -31,13 +31,19 @@ _FEW_STEPS = 200
 """A text of 40,000 words had all cosines near 1 after 30 steps of 8,192 words, and sensible neighbours after 300."""
 
 
-def build_word2vec(config: Word2VecConfig, runtime: Runtime) -> Parts:
+def build_word2vec(config: Word2VecConfig, runtime: Runtime, check: Check = no_check) -> Parts:
     """Prepares the text and builds the model. Collective: every rank.
+
+    Args:
+        config: of the run.
+        runtime: of this process.
+        check: called once the data are known.
 
     Raises:
         UserError: the text cannot be used.
     """
     corpus = prepare_text(config, runtime)
+    check(Sizes(dict.fromkeys((INPUT, OUTPUT), len(corpus.vocabulary))))
     model = Word2Vec(
         len(corpus.vocabulary),
         config.table.dim,

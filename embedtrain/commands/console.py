@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import sys
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
-EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR = 0, 1, 2
+EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints name what the user may have meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong and leaves with the exit status of a user's mistake."""
+        if is_first_rank():
+            self.print_usage(sys.stderr)
+            say(f"embedtrain: error: {message}{self._hint(message)}")
+        sys.exit(EXIT_USER_ERROR)
+
+    def _hint(self, message: str) -> str:
+        known = list(self._option_string_actions)
+        for action in self._actions:
+            known += map(str, action.choices or ())
+            if isinstance(action, argparse._SubParsersAction):
+                known += [option for command in action.choices.values() for option in command._option_string_actions]
+        typed = re.search(r"(?:invalid choice: '|unrecognized arguments: )([^\s'=]+)", message)
+        near = difflib.get_close_matches(typed[1], known, n=1) if typed else []
+        return f"; did you mean {near[0]}?" if near else ""
 
 
 def add_command(commands: Commands, name: str, summary: str, example: str) -> argparse.ArgumentParser:
@@ -32,8 +55,9 @@ def add_command(commands: Commands, name: str, summary: str, example: str) -> ar
 
 
 def is_first_rank() -> bool:
-    """Returns whether this process is rank 0 of its job, before it has joined it."""
-    return os.environ.get("RANK", "0") == "0"
+    """Returns whether this process speaks for its job, before it has joined it: rank 0, or one that is in none."""
+    rank = os.environ.get("RANK", "0")
+    return rank == "0" or not rank.isdecimal()
 
 
 def say(line: str) -> None:

@@ -1,4 +1,4 @@
-"""The commands that look at a run: evaluate, report and inspect."""
+"""The commands that say how good a run is: evaluate and report."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import argparse
 from embedtrain import inspection
 from embedtrain.commands.console import EXIT_DONE, Commands, add_command
 from embedtrain.commands.reading import add_run, open_table
+from embedtrain.distributed.runtime import init_distributed
 from embedtrain.errors import UserError
 from embedtrain.recommending import evaluate_run
 from embedtrain.report import write_report
@@ -38,16 +39,6 @@ def add_measuring(commands: Commands) -> None:
     report.add_argument("--words", nargs="*", default=[], metavar="WORD", help="whose neighbours to show")
     report.set_defaults(run=_report)
 
-    inspect = add_command(
-        commands,
-        "inspect",
-        "show a run's newest checkpoint and configuration",
-        "embedtrain inspect runs/x --verify",
-    )
-    inspect.add_argument("path", metavar="RUN", help="run folder")
-    inspect.add_argument("--verify", action="store_true", help="read every byte and compare its checksum")
-    inspect.set_defaults(run=_inspect)
-
 
 def _evaluate(options: argparse.Namespace) -> int:
     if evaluate_run(options.path):
@@ -66,10 +57,5 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    print(write_report(options.path, options.output, options.words))
-    return EXIT_DONE
-
-
-def _inspect(options: argparse.Namespace) -> int:
-    inspection.print_run(options.path, verify=options.verify)
+    print(write_report(options.path, options.output, options.words, init_distributed(device="cpu")))
     return EXIT_DONE

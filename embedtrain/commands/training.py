@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import socket
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 
 from embedtrain.build import Run, build_run, check_run_folder
@@ -13,9 +16,13 @@ from embedtrain.commands.console import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR,
 from embedtrain.comparison import Comparison, parse_rates
 from embedtrain.config import Config, load_config
 from embedtrain.config.optimizer import OPTIMIZERS
-from embedtrain.distributed.failure import explain_failure, is_of_the_group
+from embedtrain.distributed.beacon import Beacon
+from embedtrain.distributed.failure import explain_failure, is_of_the_group, tell_launcher
 from embedtrain.distributed.runtime import Runtime, init_distributed, shut_down
+from embedtrain.dry_run import dry_run
 from embedtrain.errors import CheckpointError, NonFiniteError, UserError
+from embedtrain.planning.room import require_room
+from embedtrain.stages import begin, whereabouts
 from embedtrain.train.interrupt import EXIT_PREEMPTED
 from embedtrain.train.lock import RunLock
 from embedtrain.train.profile import StepProfile
@@ -40,6 +47,11 @@ def add_training(commands: Commands) -> None:
     train.add_argument("config", help="YAML file, such as configs/word2vec.yaml")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     train.add_argument("--profile", action="store_true", help="write a Chrome trace and seconds per stage of 50 steps")
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="two steps on the head of the data, and the plan; writes nothing",
+    )
     train.set_defaults(run=_train)
 
     compare = add_command(
@@ -64,13 +76,32 @@ def add_training(commands: Commands) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    return _train_each([load_config(options.config, options.overrides)], options, is_profiled=options.profile)
+    config = load_config(options.config, options.overrides)
+    if options.dry_run:
+        return _try(config, options)
+    return _train_each([config], options, is_profiled=options.profile)
 
 
 def _compare(options: argparse.Namespace) -> int:
     names = [name for name in options.optimizers.split(",") if name]
     comparison = Comparison(options.config, options.overrides, names, parse_rates(options.rates), options.output)
     return _train_each(comparison.configs, options, may_diverge=True, finish=lambda: print(comparison.finish()))
+
+
+def _try(config: Config, options: argparse.Namespace) -> int:
+    if options.profile:
+        raise UserError("--profile writes into the run folder, and --dry-run does not: give one of them")
+    folder = check_run_folder(config)
+    runtime = init_distributed(device=config.run.device, timeout_seconds=config.run.timeout_seconds)
+
+    def work() -> int:
+        dry_run(config, folder, runtime)
+        return EXIT_DONE
+
+    status, _ = _explained(work, _Job(runtime, config.run.timeout_seconds, options.debug))
+    if status == EXIT_DONE:
+        shut_down()
+    return status
 
 
 def _train_each(
@@ -111,31 +142,71 @@ def _train_one(
     config: Config, folder: RunFolder, runtime: Runtime, *, is_debugged: bool, is_profiled: bool
 ) -> tuple[int, Exception | None]:
     """Trains a run; returns its exit status, and what it failed with, which the user was told. Collective: all."""
-    run = None
-    try:
+
+    def work() -> int:
         with RunLock(folder.path, runtime.group) as lock:
-            run = build_run(config, runtime, folder)
-            return _run(run, config, runtime, lock, is_profiled=is_profiled), None
-    except UserError as error:
-        if is_debugged:
-            raise
-        _tell_once(f"embedtrain: error: {error}", runtime)
-        return EXIT_USER_ERROR, error
-    except _SHORT_ERRORS as error:
-        # Raised alike on every rank.
-        if runtime.rank == 0:
-            _note_failure(folder, str(error))
-        _tell_once(f"embedtrain: failed: {error}", runtime)
-        return EXIT_FAILED, error
-    except Exception as error:
-        if is_debugged or not is_of_the_group(error):
-            say(f"embedtrain: rank {runtime.rank} failed:\n{traceback.format_exc()}")
-        doing = f"step {run.trainer.state.step + 1}" if run else "the preparation"
-        failure = explain_failure(error, runtime, doing, config.run.timeout_seconds)
-        if failure.is_spokesman:
-            _note_failure(folder, failure.text)
-            say(f"embedtrain: failed: {failure.text}")
-        return EXIT_FAILED, error
+            run = build_run(config, runtime, folder, functools.partial(require_room, config, runtime))
+            return _run(run, config, runtime, lock, is_profiled=is_profiled)
+
+    return _explained(work, _Job(runtime, config.run.timeout_seconds, is_debugged, folder))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What it takes to explain a failure.
+
+    Attributes:
+        runtime: of this process.
+        timeout_seconds: how long collectives wait.
+        is_debugged: whether the user wants to see tracebacks.
+        folder: keeps why the run failed; None where nothing is to be written.
+    """
+
+    runtime: Runtime
+    timeout_seconds: float
+    is_debugged: bool
+    folder: RunFolder | None = None
+
+    def note(self, text: str) -> None:
+        """Keeps why the run failed, where the folder can still be written to: the failure itself is the one to tell."""
+        if self.folder is not None:
+            with suppress(Exception):
+                self.folder.write_status("failed", EXIT_FAILED, error=text)
+
+
+def _explained(work: Callable[[], int], job: _Job) -> tuple[int, Exception | None]:
+    """Does the work of a job; where it fails, the user is told why, by the rank to blame. Collective: every rank."""
+    runtime = job.runtime
+    begin("the preparation")
+    with Beacon(runtime):
+        try:
+            return work(), None
+        except UserError as error:
+            if job.is_debugged:
+                raise
+            tell_launcher(str(error))
+            _tell_once(f"embedtrain: error: {error}", runtime)
+            return EXIT_USER_ERROR, error
+        except _SHORT_ERRORS as error:
+            # Raised alike on every rank.
+            tell_launcher(str(error))
+            if runtime.rank == 0:
+                job.note(str(error))
+            _tell_once(f"embedtrain: failed: {error}", runtime)
+            return EXIT_FAILED, error
+        except Exception as error:
+            if not is_of_the_group(error):
+                cause = f"{type(error).__name__}: {error}"
+                where = f"rank {runtime.rank} on {socket.gethostname()} failed in {whereabouts()}"
+                tell_launcher(f"{where}: {cause}")
+                say(f"embedtrain: {where}: {cause}\n{traceback.format_exc()}")
+            elif job.is_debugged:
+                say(f"embedtrain: rank {runtime.rank} could not go on:\n{traceback.format_exc()}")
+            failure = explain_failure(error, runtime, job.timeout_seconds)
+            if failure.is_spokesman:
+                job.note(failure.text)
+                say(f"embedtrain: failed: {failure.text}")
+            return EXIT_FAILED, error
 
 
 def _tell_once(line: str, runtime: Runtime) -> None:
@@ -148,12 +219,6 @@ def _tell_once(line: str, runtime: Runtime) -> None:
     elif runtime.store is not None:
         with suppress(Exception):
             runtime.store.wait([told], timedelta(seconds=_PATIENCE_SECONDS))
-
-
-def _note_failure(folder: RunFolder, text: str) -> None:
-    """Keeps why the run failed, where the folder can still be written to: the failure itself is the one to tell."""
-    with suppress(Exception):
-        folder.write_status("failed", EXIT_FAILED, error=text)
 
 
 def _run(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_profiled: bool) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +28,9 @@ from embedtrain.config.sections import Config
 from embedtrain.data.stream import STANDARD_INPUT
 from embedtrain.errors import UserError
 
+_MERGE_ERRORS = (OmegaConfBaseException, ValueError, TypeError, AttributeError, KeyError)
+"""What omegaconf raises for values that do not fit; the last four slip through it."""
+
 
 def load_config(path: str | None, overrides: Sequence[str]) -> Config:
     """Reads and checks a configuration.
@@ -36,9 +42,59 @@ def load_config(path: str | None, overrides: Sequence[str]) -> Config:
     Raises:
         UserError: the file cannot be read, or a key or value is wrong; the message says what was meant.
     """
+    return _to_config(read_layers(path, overrides))
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A configuration before it is checked as a whole.
+
+    Attributes:
+        merged: all keys with their values but for single tables' optimizers; "???" where one must be given and is not.
+        from_file: what was given in files; of options of the optimizer, those of the one that was chosen.
+        from_command: what was given after it, and replaces it.
+    """
+
+    merged: DictConfig
+    from_file: Sequence[Layer]
+    from_command: Sequence[Layer]
+
+    @functools.cached_property
+    def sources(self) -> Mapping[str, str]:
+        """Where the value of each key was given that is not the default."""
+        return {key: source for source, layer in [*self.from_file, *self.from_command] for key, _ in _flatten(layer)}
+
+    @functools.cached_property
+    def missing(self) -> list[str]:
+        """The keys that must be given and are not."""
+        return [key for key, value in _flatten(self.merged) if value == "???"]
+
+
+def read_layers(path: str | None, overrides: Sequence[str]) -> Layers:
+    """Reads a configuration as `load_config` does, of which keys that must be given may be missing.
+
+    Raises:
+        UserError: as of `load_config`, but for what concerns missing keys and several keys together.
+    """
     from_file = [] if path is None else [(path, _read_yaml(path))]
     from_command = [(f"{override!r}", _parse_override(override)) for override in overrides]
-    return _compose(from_file, from_command)
+    return _merge(from_file, from_command)
+
+
+def resolve_layers(layers: Layers) -> DictConfig:
+    """Returns a configuration in full, checked; keys that must be given and are not are "???".
+
+    Raises:
+        UserError: a value is wrong.
+    """
+    filled = copy.deepcopy(layers.merged)
+    for key in layers.missing:
+        OmegaConf.update(filled, key, "none")
+    resolved = OmegaConf.structured(_to_config(replace(layers, merged=filled)))
+    for key in layers.missing:
+        OmegaConf.update(resolved, key, "???")
+    assert isinstance(resolved, DictConfig)
+    return resolved
 
 
 def config_from_yaml(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
@@ -54,10 +110,17 @@ def config_from_yaml(text: str, source: str, overrides: Sequence[str] = ()) -> C
     """
     created = OmegaConf.create(text)
     assert isinstance(created, DictConfig)
-    return _compose([(source, created)], [(f"{override!r}", _parse_override(override)) for override in overrides])
+    return _to_config(
+        _merge([(source, created)], [(f"{override!r}", _parse_override(override)) for override in overrides])
+    )
 
 
-def _compose(from_file: list[Layer], from_command: list[Layer]) -> Config:
+def _merge(from_file: list[Layer], from_command: list[Layer]) -> Layers:
+    with _explained():
+        return _merge_explained(from_file, from_command)
+
+
+def _merge_explained(from_file: list[Layer], from_command: list[Layer]) -> Layers:
     model = _model_of([*from_file, *from_command])
     default = model().optimizer
     optimizer = optimizer_of(from_file, default)
@@ -72,15 +135,29 @@ def _compose(from_file: list[Layer], from_command: list[Layer]) -> Config:
         _refuse_unknown_keys(source, layer, model)
         try:
             merged = OmegaConf.merge(merged, without_tables(layer))
-        except OmegaConfBaseException as error:
+        except _MERGE_ERRORS as error:
             raise UserError(f"{source}: {_explain(error)}") from error
-    try:
-        config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        raise UserError(_explain(error)) from error
-    config.optimizer.tables = table_optimizers(from_file, from_command, config.optimizer)
+    assert isinstance(merged, DictConfig)
+    return Layers(merged, from_file, from_command)
+
+
+def _to_config(layers: Layers) -> Config:
+    with _explained():
+        config: Config = OmegaConf.to_object(layers.merged)  # type: ignore[assignment]
+        config.optimizer.tables = table_optimizers(layers.from_file, layers.from_command, config.optimizer)
     config.check()
     return config
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turns what omegaconf raises into what a user reads."""
+    try:
+        yield
+    except UserError:
+        raise
+    except _MERGE_ERRORS as error:
+        raise UserError(_explain(error)) from error
 
 
 def to_yaml(config: Config) -> str:
@@ -143,12 +220,12 @@ def _model_of(layers: Sequence[Layer]) -> type[Config]:
 
 
 def _refuse_unknown_keys(source: str, layer: DictConfig, model: type[Config]) -> None:
-    known = list(_keys_of(model))
+    known = list(_known_keys(_name_of(model)))
     sections = list(dict.fromkeys(_beginnings(known)))
     for key, _ in _flatten(layer):
         if key.startswith(f"{TABLES}.") or _is_among(key, [*known, *sections]):
             continue  # the options of single tables depend on their optimizer, and are refused with it
-        owners = [name for name, other in MODELS.items() if _is_among(key, list(_keys_of(other)))]
+        owners = [name for name in MODELS if _is_among(key, _known_keys(name))]
         of_another = f" (it is one of model {' and '.join(owners)})" if owners else ""
         meant = model.MEANT.get(key.rpartition(".")[2])
         near = [meant] if meant else difflib.get_close_matches(key, known + sections, n=1, cutoff=0.5)
@@ -158,6 +235,12 @@ def _refuse_unknown_keys(source: str, layer: DictConfig, model: type[Config]) ->
 
 def _name_of(model: type[Config]) -> str:
     return next(name for name, known in MODELS.items() if known is model)
+
+
+@functools.cache
+def _known_keys(model: str) -> tuple[str, ...]:
+    """Returns the full keys of a model's configuration, as `_keys_of` yields them."""
+    return tuple(_keys_of(MODELS[model]))
 
 
 def _keys_of(section: type[Any], prefix: str = "") -> Iterator[str]:
@@ -177,6 +260,11 @@ def _keys_of(section: type[Any], prefix: str = "") -> Iterator[str]:
             yield key
 
 
+def setting_keys() -> list[str]:
+    """Returns the keys of all models, in order; of the entries of a dict of sections none."""
+    return sorted({key for name in MODELS for key in _known_keys(name) if ".NAME." not in key})
+
+
 def _beginnings(keys: Iterable[str]) -> Iterator[str]:
     for key in keys:
         parts = key.split(".")
@@ -191,17 +279,22 @@ def _is_among(key: str, patterns: Iterable[str]) -> bool:
     )
 
 
-def _explain(error: OmegaConfBaseException) -> str:
+def _explain(error: Exception) -> str:
     """Returns the first line of omegaconf's message, with the key."""
-    first_line = (error.msg or str(error)).splitlines()[0]
-    return f"{error.full_key}: {first_line}" if error.full_key else first_line
+    first_line = (getattr(error, "msg", None) or str(error) or type(error).__name__).splitlines()[0]
+    key = getattr(error, "full_key", None)
+    return f"{key}: {first_line}" if key else first_line
 
 
-def _flatten(node: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key in node:
+def _flatten(node: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the full keys of what is given, with values as they were written: "???" and "${...}" among them."""
+    return _flatten_plain(OmegaConf.to_container(node, resolve=False), "")
+
+
+def _flatten_plain(values: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
         full_key = f"{prefix}{key}"
-        value = None if OmegaConf.is_missing(node, key) else node[key]
-        if isinstance(value, DictConfig):
-            yield from _flatten(value, f"{full_key}.")
+        if isinstance(value, dict):
+            yield from _flatten_plain(value, f"{full_key}.")
         else:
             yield full_key, value

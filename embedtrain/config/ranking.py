@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig, RowwiseAdagradConfig
-from embedtrain.config.sections import Config, EvaluateConfig, TableConfig, TrainConfig, require_at_least_one
+from embedtrain.config.sections import (
+    Config,
+    EvaluateConfig,
+    TableConfig,
+    TrainConfig,
+    require_at_least_one,
+    require_paths,
+)
 from embedtrain.data.click_schema import CRITEO_CATEGORICAL
 from embedtrain.data.stream import STANDARD_INPUT
 from embedtrain.errors import UserError
@@ -141,6 +148,8 @@ class RankingConfig(Config):
     def check(self) -> None:
         """Checks the ranges that types cannot say."""
         super().check()
+        require_paths({"data.path": self.data.path})
+        require_paths({"data.valid_path": self.data.valid_path}, may_be_none=True)
         counts = {
             "table.dim": self.table.dim,
             "train.global_batch_size": self.train.global_batch_size,

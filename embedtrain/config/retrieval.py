@@ -14,6 +14,7 @@ from embedtrain.config.sections import (
     TrainConfig,
     refuse_stream,
     require_at_least_one,
+    require_paths,
 )
 from embedtrain.errors import UserError
 from embedtrain.models.retrieval import ITEM, USER
@@ -151,6 +152,13 @@ class RetrievalConfig(Config):
         """Checks the ranges that types cannot say."""
         super().check()
         refuse_stream(self.data.path, "who is known to have what is counted before it is trained on")
+        require_paths({"data.path": self.data.path})
+        optional = {
+            "evaluate.path": self.evaluate.path,
+            "users.path": self.users.path,
+            "items.path": self.items.path,
+        }
+        require_paths(optional, may_be_none=True)
         require_at_least_one(self._own_counts())
         settings = self.retrieval
         if settings.negatives < 0:

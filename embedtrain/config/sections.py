@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
 from embedtrain.config.optimizer import OptimizerConfig, RowwiseAdagradConfig
 from embedtrain.data.stream import STANDARD_INPUT
 from embedtrain.errors import UserError
+
+_MAX_SECONDS = 1e8
+"""Three years."""
 
 
 @dataclass
@@ -167,8 +171,18 @@ class Config:
         Raises:
             UserError: a value is out of range.
         """
+        for key, value in _numbers(self):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{key} must be a finite number, got {value}")
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise UserError(f"{key} must be below 2**63, got {value}")
         require_at_least_one(self._counts())
         self.table.check()
+        if not self.run.path.strip("/"):
+            raise UserError(f"run.path must name a folder, such as runs/x, got {self.run.path!r}")
+        for key, seconds in self._seconds():
+            if seconds is not None and not 0 < seconds <= _MAX_SECONDS:
+                raise UserError(f"{key} must be more than 0 and at most {_MAX_SECONDS:g} seconds, got {seconds:g}")
         for name in ("max_failures", "max_extra_memory_bytes"):
             setting = getattr(self.checkpoint, name)
             if setting is not None and setting < 0:
@@ -186,6 +200,10 @@ class Config:
     def table_names(self) -> list[str]:
         """Returns the names of the model's tables."""
         raise NotImplementedError(f"{type(self).__name__} does not name its tables")
+
+    def _seconds(self) -> Iterator[tuple[str, float | None]]:
+        yield "run.timeout_seconds", self.run.timeout_seconds
+        yield "checkpoint.every_seconds", self.checkpoint.every_seconds
 
     def _counts(self) -> Iterator[tuple[str, Any]]:
         yield "train.epochs", self.train.epochs
@@ -207,6 +225,34 @@ def refuse_stream(path: Any, reason: str) -> None:
         )
 
 
+def require_paths(paths: Mapping[str, Any], *, may_be_none: bool = False) -> None:
+    """Checks paths by their keys: each is one or a list of them.
+
+    Raises:
+        UserError: one is something else.
+    """
+    for key, value in paths.items():
+        if value is None and may_be_none:
+            continue
+        each = value if isinstance(value, list) and value else [value]
+        if not all(isinstance(path, str) and path for path in each):
+            raise UserError(
+                f"{key} must be a path or a list of paths, got {value!r}; quote a name that looks like a number"
+            )
+
+
+def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yields the key and value of each number, those in lists and in dicts of sections too."""
+    if is_dataclass(section):
+        section = {each.name: getattr(section, each.name) for each in fields(section)}
+    if isinstance(section, float | int):
+        yield prefix, section
+    elif isinstance(section, dict | list):
+        named = section.items() if isinstance(section, dict) else enumerate(section)
+        for name, value in named:
+            yield from _numbers(value, f"{prefix}.{name}" if prefix else str(name))
+
+
 def require_at_least_one(counts: Iterator[tuple[str, Any]]) -> None:
     """Checks counts by their keys; None stands for no limit.
 
@@ -214,5 +260,5 @@ def require_at_least_one(counts: Iterator[tuple[str, Any]]) -> None:
         UserError: one is less than 1.
     """
     for key, value in counts:
-        if value is not None and value < 1:
+        if value is not None and not (isinstance(value, float | int) and value >= 1):
             raise UserError(f"{key} must be at least 1, got {value}")

@@ -13,6 +13,7 @@ from embedtrain.config.sections import (
     TrainConfig,
     refuse_stream,
     require_at_least_one,
+    require_paths,
 )
 from embedtrain.errors import UserError
 from embedtrain.models.word2vec import INPUT, OUTPUT
@@ -115,6 +116,8 @@ class Word2VecConfig(Config):
         """Checks the ranges that types cannot say."""
         super().check()
         refuse_stream(self.data.path, "the words of a text are counted before it is trained on")
+        require_paths({"data.path": self.data.path})
+        require_paths({"evaluate.similarity": self.evaluate.similarity}, may_be_none=True)
         counts = {
             "table.dim": self.table.dim,
             "train.words_per_step": self.train.words_per_step,

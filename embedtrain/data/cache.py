@@ -76,7 +76,7 @@ def make_cache_folder(cache_path: str) -> str:
         )
     try:
         os.makedirs(path, exist_ok=True)
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+    except (PermissionError, FileExistsError, FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"cache path {cache_path}: the folder cannot be made: {error}") from error
     return str(path)
 

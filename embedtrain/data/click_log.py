@@ -155,6 +155,12 @@ class ClickLog(ClickLayout):
             part += 1
         return Records(np.concatenate(examples), np.concatenate(values))
 
+    @property
+    def mean_bag_length(self) -> float:
+        """Values of a bag on average, over all columns that are bags; 0 where there are none."""
+        num_bags = self.num_examples * len(self.bag_names)
+        return sum(part["num_values"] for part in self._parts) / num_bags if num_bags else 0.0
+
     def vocabulary(self, name: str) -> pa.Table | None:
         """See `ClickLayout.vocabulary`."""
         path = os.path.join(self.path, vocabulary_name(self.feature_names.index(name)))

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import socket
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
+from embedtrain.distributed.beacon import read_beacon
 from embedtrain.distributed.runtime import Runtime
+from embedtrain.stages import doing, whereabouts
 
 GRACE_SECONDS = 3.0
 """How long a rank whose collective failed waits to hear from the others: they fail at about the same time."""
@@ -19,6 +27,23 @@ GRACE_SECONDS = 3.0
 def is_of_the_group(error: BaseException) -> bool:
     """Returns whether an error says no more than that another rank did not take part in a collective."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known of a rank.
+
+    Attributes:
+        host: its host.
+        place: what it is or was doing, and in which stage.
+        text: what it failed with; None of a rank that does not answer.
+        is_fault: whether that is more than another rank's absence.
+    """
+
+    host: str
+    place: str
+    text: str | None = None
+    is_fault: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,60 +59,98 @@ class Failure:
     is_spokesman: bool
 
 
-def explain_failure(error: Exception, runtime: Runtime, doing: str, timeout_seconds: float) -> Failure:
+def explain_failure(error: Exception, runtime: Runtime, timeout_seconds: float) -> Failure:
     """Finds out why this rank failed by asking the others; no collective, every rank that fails calls.
 
     Args:
         error: what this rank raised.
         runtime: of the job.
-        doing: what was under way, such as "step 12".
         timeout_seconds: how long collectives wait.
     """
-    text = f"{type(error).__name__}: {error}"
-    own_fault = not is_of_the_group(error)
-    reports = {runtime.rank: (own_fault, text)}
+    own = Report(
+        socket.gethostname(), whereabouts(), f"{type(error).__name__}: {error}", is_fault=not is_of_the_group(error)
+    )
+    reports = {runtime.rank: own}
     if runtime.store is not None:
-        reports = _exchange(runtime, reports[runtime.rank], must_wait=not own_fault)
-    return Failure(_blame(reports, runtime.world_size, doing, timeout_seconds), runtime.rank == min(reports))
+        reports = _exchange(runtime, own)
+    failed = [rank for rank, report in reports.items() if report.text is not None]
+    return Failure(_blame(reports, runtime.world_size, doing(), timeout_seconds), runtime.rank == min(failed))
 
 
-def _blame(reports: dict[int, tuple[bool, str]], world_size: int, doing: str, timeout_seconds: float) -> str:
-    culprits = {rank: told for rank, (is_fault, told) in sorted(reports.items()) if is_fault}
+def tell_launcher(text: str) -> None:
+    """Leaves the reason of this rank's failure where torchrun looks for it, for the summary that it ends with.
+
+    Source: the file that torch.distributed.elastic.multiprocessing.errors.ErrorHandler writes.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        told = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": told}), encoding="utf-8")
+
+
+def _blame(reports: Mapping[int, Report], world_size: int, step: str, timeout_seconds: float) -> str:
+    culprits = {rank: report for rank, report in sorted(reports.items()) if report.is_fault}
     if culprits:
-        return f"in {doing} " + "; ".join(f"rank {rank} failed: {told}" for rank, told in culprits.items())
-    silent = [str(rank) for rank in range(world_size) if rank not in reports]
+        return "; ".join(
+            f"rank {rank} on {report.host} failed in {report.place}: {report.text}" for rank, report in culprits.items()
+        )
+    silent = [rank for rank in range(world_size) if rank not in reports or reports[rank].text is None]
+    seen = f". Last seen: {_places(reports)}"
     if not silent:
-        return f"in {doing} a collective failed on every rank: {reports[0][1]}"
-    names = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(silent)}"
+        return f"in {step} a collective failed on every rank: {reports[0].text}{seen}"
+    names = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {_ranges(silent)}"
     return (
-        f"{names} did not take part in {doing} and {'does' if len(silent) == 1 else 'do'} not answer: died, was "
-        f"stopped, or hangs (collectives wait run.timeout_seconds={timeout_seconds:g})"
+        f"{names} did not take part in {step} and {'does' if len(silent) == 1 else 'do'} not answer: died, was "
+        f"stopped, or hangs (collectives wait run.timeout_seconds={timeout_seconds:g}){seen}"
     )
 
 
-def _exchange(runtime: Runtime, report: tuple[bool, str], *, must_wait: bool) -> dict[int, tuple[bool, str]]:
+def _places(reports: Mapping[int, Report]) -> str:
+    """Returns where the ranks are, those at one place on one host together."""
+    places: dict[tuple[str, str], list[int]] = {}
+    for rank, report in sorted(reports.items()):
+        places.setdefault((report.place, report.host), []).append(rank)
+    return "; ".join(
+        f"{'rank' if len(ranks) == 1 else 'ranks'} {_ranges(ranks)} on {host} in {place}"
+        for (place, host), ranks in places.items()
+    )
+
+
+def _ranges(ranks: list[int]) -> str:
+    """Returns ascending numbers as "0, 3-7"."""
+    found = []
+    for _, pairs in itertools.groupby(enumerate(ranks), key=lambda pair: pair[1] - pair[0]):
+        run = [rank for _, rank in pairs]
+        found.append(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)))
+    return ", ".join(found)
+
+
+def _exchange(runtime: Runtime, own: Report) -> dict[int, Report]:
     """Posts this rank's report in the job's store; returns those that came within the time of grace."""
-    reports = {runtime.rank: report}
+    reports = {runtime.rank: own}
     # The store's own time-outs do not hold where the way to its host is cut: cancelling a wait waits for an answer.
     # The thread is left behind then; the process is about to end.
-    thread = threading.Thread(target=_collect, args=(runtime, reports, must_wait), daemon=True)
+    thread = threading.Thread(target=_collect, args=(runtime, own, reports), daemon=True)
     thread.start()
     thread.join(2 * GRACE_SECONDS)
     return dict(reports)
 
 
-def _collect(runtime: Runtime, reports: dict[int, tuple[bool, str]], must_wait: bool) -> None:
-    """Posts this rank's report and adds those of the others."""
+def _collect(runtime: Runtime, own: Report, reports: dict[int, Report]) -> None:
+    """Posts this rank's report and adds those of the others; of those that are silent, where they were last."""
     assert runtime.store is not None
     store = dist.PrefixStore("failed", runtime.store)
+    # A rank that failed by itself need not wait for those that fail because of it.
+    others = [rank for rank in range(runtime.world_size) if rank != runtime.rank and not own.is_fault]
     try:
-        store.set(str(runtime.rank), json.dumps(reports[runtime.rank]))
-        give_up = time.monotonic() + (GRACE_SECONDS if must_wait else 0.0)
-        for rank in range(runtime.world_size):
-            left = timedelta(seconds=max(0.05, give_up - time.monotonic()))
-            if rank != runtime.rank and must_wait and _has(store, rank, left):
-                is_fault, text = json.loads(store.get(str(rank)))
-                reports[rank] = (is_fault, text)
+        store.set(str(runtime.rank), json.dumps(asdict(own)))
+        give_up = time.monotonic() + GRACE_SECONDS
+        for rank in others:
+            if _has(store, rank, timedelta(seconds=max(0.05, give_up - time.monotonic()))):
+                reports[rank] = Report(**json.loads(store.get(str(rank))))
+            elif (seen := read_beacon(runtime.store, rank)) is not None:
+                reports[rank] = Report(*seen)
     except (RuntimeError, ValueError):
         pass  # the store ends with the launcher: what is known is told
 

@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import sys
 import time
 import weakref
@@ -19,6 +20,8 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+
+from embedtrain.errors import JobError, UserError
 
 DEFAULT_TIMEOUT_SECONDS = 600.0
 
@@ -57,9 +60,11 @@ def init_distributed(*, device: str = "auto", timeout_seconds: float = DEFAULT_T
         timeout_seconds: how long a collective may wait for a rank before the job fails.
 
     Raises:
-        ValueError: `device` is unknown, or CUDA was asked for and is absent or has too few GPUs.
+        UserError: `device` is unknown, or CUDA was asked for and is absent or has too few GPUs; the environment
+            describes no job, or the job's port is in use.
+        JobError: the ranks did not come together in time.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = _check_environment()
     chosen = _choose_device(device, local_rank)
     if "RANK" not in os.environ:
         return Runtime(0, 0, 1, chosen)
@@ -70,19 +75,64 @@ def init_distributed(*, device: str = "auto", timeout_seconds: float = DEFAULT_T
     # imported any later it would keep the group alive to the end of the process (see GroupReference).
     importlib.import_module("torch.distributed.nn")
     timeout = timedelta(seconds=timeout_seconds)
-    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    store, rank, world_size = _rendezvous(timeout)
     # Restarted ranks get the store of the failed attempt, and would read dead peers' addresses from it. The
     # launcher's count of restarts does not tell attempts apart: hosts count for themselves, and not a host's coming.
-    attempt = agree_on_attempt(store, rank, world_size, timeout_seconds)
-    dist.init_process_group(
-        backend="cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"embedtrain/attempt-{attempt}", store),
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-    )
+    try:
+        attempt = agree_on_attempt(store, rank, world_size, timeout_seconds)
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+            store=dist.PrefixStore(f"embedtrain/attempt-{attempt}", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
+    except (RuntimeError, TimeoutError) as error:
+        raise JobError(
+            f"rank {rank} on {socket.gethostname()} did not find the other ranks of {world_size}: "
+            f"{' '.join(str(error).split())}"
+        ) from error
     atexit.register(shut_down)
     return Runtime(rank, local_rank, world_size, chosen, dist.PrefixStore(attempt, store))
+
+
+def _check_environment() -> int:
+    """Returns this process's number on its host, after a look at what else a launcher must have said.
+
+    Raises:
+        UserError: some of it is missing, or is no number.
+    """
+    if "RANK" in os.environ:
+        missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise UserError(
+                f"expected {', '.join(missing)} in the environment beside RANK={os.environ['RANK']}: start with "
+                "torchrun, which sets all of them, or unset RANK for one process"
+            )
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        if not os.environ.get(name, "0").isdecimal():
+            raise UserError(f"expected a whole number in the environment's {name}, got {os.environ[name]!r}")
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """Returns the job's store, and this rank of how many."""
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        found: tuple[dist.Store, int, int] = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        return found
+    except (RuntimeError, ValueError) as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"expected port {os.environ['MASTER_PORT']} of {socket.gethostname()} free for the job's store, but "
+                "another program listens there: give another MASTER_PORT, or start with torchrun --standalone, which "
+                "finds one"
+            ) from error
+        raise JobError(
+            f"rank {os.environ['RANK']} on {socket.gethostname()} did not reach the job's store at {address} within "
+            f"{timeout.total_seconds():g} seconds (run.timeout_seconds): is rank 0 there, and the port open? "
+            f"{' '.join(str(error).split())}"
+        ) from error
 
 
 def agree_on_attempt(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> str:
@@ -194,11 +244,11 @@ def size_of(group: dist.ProcessGroup | None) -> int:
 
 def _choose_device(device: str, local_rank: int) -> torch.device:
     if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda, got {device!r}")
+        raise UserError(f"device must be auto, cpu or cuda, got {device!r}")
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
-        raise ValueError(
+        raise UserError(
             f"local rank {local_rank} has no GPU of its own: this host has {torch.cuda.device_count()}; "
             "start fewer ranks a host, or use device=cpu"
         )

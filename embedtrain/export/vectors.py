@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from types import TracebackType
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ import torch
 
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
 from embedtrain.data.vocabulary import Vocabulary
-from embedtrain.errors import CheckpointError, UserError
+from embedtrain.errors import UserError
 from embedtrain.export.storage import file_system_of
 from embedtrain.sharding.layout import SpreadLayout
 
@@ -173,8 +173,7 @@ def _open_table(reader: CheckpointReader, run_path: str, table: str | None) -> V
     table = _choose_table(table, export_table, tables, run_path)
     info = reader.tensors[table + _WEIGHT]
     num_rows, dim = info.shape
-    layout = SpreadLayout(num_rows, 1)
-    _check_layout(info.layout, layout, table)
+    layout = SpreadLayout.read(info.layout, num_rows, table)
     words: Sequence[str] = RowNumbers(range(num_rows))
     counts = None
     vocabulary = _read_vocabulary(f"{run_path}/vocabulary.tsv")
@@ -209,13 +208,6 @@ def _choose_table(table: str | None, export_table: str | None, tables: list[str]
     if chosen not in tables:
         raise UserError(f"no table {chosen!r} in {run_path!r}; it has: {', '.join(tables) or 'none'}")
     return chosen
-
-
-def _check_layout(found: Mapping[str, Any], layout: SpreadLayout, table: str) -> None:
-    """Refuses rows that were spread by another rule, which would come out under each other's words."""
-    expected = {"kind": "spread", "multiplier": layout.multiplier}
-    if {key: found.get(key) for key in expected} != expected:
-        raise CheckpointError(f"table {table!r}: expected rows laid out by {expected}, found {dict(found)}")
 
 
 def _read_vocabulary(path: str) -> Vocabulary | None:

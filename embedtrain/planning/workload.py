@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from embedtrain.build.optimizers import build_optimizer
+from embedtrain.build.optimizers import states_of_row
 from embedtrain.build.ranking import click_schema
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
 from embedtrain.config import Config, Word2VecConfig
@@ -22,7 +22,6 @@ from embedtrain.config.retrieval import RetrievalConfig, SideConfig
 from embedtrain.config.sections import CheckpointConfig, TableConfig
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
 from embedtrain.data.skipgram import keep_shares
-from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import UserError
 from embedtrain.metrics.classification import TRAINING_BINS, classification_sums
 from embedtrain.models.ranking import NetworkOptions, build_network
@@ -31,8 +30,8 @@ from embedtrain.models.word2vec import INPUT, OUTPUT
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.planning.counting import count, count_step
 from embedtrain.planning.made_up import made_up_interactions
+from embedtrain.sharding.layout import MAX_ROWS
 from embedtrain.sharding.plan import Arithmetic, Law, TableLoad, Workload
-from embedtrain.spec import TableSpec
 from embedtrain.train.run_folder import RunFolder
 
 
@@ -46,6 +45,7 @@ class Assumptions:
         run_path: a run's folder, whose newest checkpoint knows the rows of its tables.
         exponent: ids are taken to be drawn by Zipf's law with it; 0 is uniform.
         bag_length: ids of a bag on average; None where the user does not say.
+        bag_length_of_table: likewise, of those tables where it is known.
     """
 
     rows_of_table: Mapping[str, int] = field(default_factory=dict)
@@ -53,6 +53,7 @@ class Assumptions:
     run_path: str | None = None
     exponent: float = 1.0
     bag_length: float | None = None
+    bag_length_of_table: Mapping[str, float] = field(default_factory=dict)
 
     def rows_of(self, table: str) -> int:
         """Returns the rows of a table.
@@ -61,9 +62,9 @@ class Assumptions:
             UserError: nobody knows.
         """
         if table in self.rows_of_table:
-            return self.rows_of_table[table]
+            return _at_most_all(self.rows_of_table[table], table)
         if self.rows_of_others is not None:
-            return self.rows_of_others
+            return _at_most_all(self.rows_of_others, table)
         rows = self._rows_of_run()
         if table not in rows:
             raise UserError(
@@ -78,6 +79,8 @@ class Assumptions:
         Raises:
             UserError: nobody knows.
         """
+        if table in self.bag_length_of_table:
+            return self.bag_length_of_table[table]
         if self.bag_length is None:
             raise UserError(f"how many ids a bag of {table!r} holds comes from the data: give --bag-length L")
         return self.bag_length
@@ -102,6 +105,12 @@ class Assumptions:
                 for name, info in reader.tensors.items()
                 if name.endswith("/weight")
             }
+
+
+def _at_most_all(num_rows: int, table: str) -> int:
+    if num_rows > MAX_ROWS:
+        raise UserError(f"expected at most {MAX_ROWS:,} rows in table {table!r}, got {num_rows:,}")
+    return num_rows
 
 
 def workload_of(config: Config, assumptions: Assumptions) -> Workload:
@@ -153,7 +162,7 @@ def _ranking(config: Any, assumptions: Assumptions) -> Workload:
     examples = float(config.train.global_batch_size)
     tables = []
     for column in schema.categorical:
-        if column.num_rows is not None and column.name in assumptions.rows_of_table:
+        if column.num_rows is not None and assumptions.rows_of_table.get(column.name, 0) not in (0, column.num_rows):
             raise UserError(f"the configuration gives {column.name!r} {column.num_rows:,} rows: leave out its --rows")
         num_rows = assumptions.rows_of(column.name) if column.num_rows is None else column.num_rows
         num_ids = examples * assumptions.length_of(column.name) if column.is_bag else examples
@@ -305,10 +314,7 @@ def _table_sizes(table: TableConfig, optimizer: OptimizerConfig, name: str, dim:
     """Returns the sizes of the table of a name and a dim, its optimizer's state among them."""
     dtype = getattr(torch, table.dtype)
     wire_bytes = None if table.wire_dtype is None else getattr(torch, table.wire_dtype).itemsize
-    # The optimizer itself says what it keeps: of a table of one row.
-    probe = EmbeddingCollection([TableSpec("probe", 1, dim, dtype=dtype)])
-    build_optimizer(optimizer.of_table(name), probe)
-    state = probe.row_groups[0].state.values()
+    state = states_of_row(optimizer.of_table(name), dtype)
     return {
         "dim": dim,
         "value_bytes": dtype.itemsize,

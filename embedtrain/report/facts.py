@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,15 +13,19 @@ import numpy as np
 import torch
 
 from embedtrain import storage
+from embedtrain.build import open_run_vectors
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
+from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
-from embedtrain.export import Vectors, neighbors, open_vectors
+from embedtrain.export import Vectors, neighbors
 from embedtrain.export.vectors import FloatRows
 from embedtrain.train.run_folder import PROFILE_NAME, STATUS_NAME, RunFolder
 
 _ACCUMULATOR = "/accumulator"
 _BLOCK_ROWS = 1 << 20
 _NUM_FREQUENT = 300
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class RunFacts:
         neighbors: of some frequent words, each with its nearest and their cosines.
         frequent_words: the most frequent ones, or the first rows' names; none where no table is the one to look at.
         frequent_rows: [n, dim]; their vectors.
+        noun: what those stand for: a word, an item.
         profile: table of seconds per stage of each rank, by name; empty without `train --profile`.
     """
 
@@ -73,14 +79,16 @@ class RunFacts:
     frequent_words: Sequence[str] = ()
     frequent_rows: FloatRows = field(default_factory=lambda: np.empty((0, 0), np.float32))
     profile: Mapping[str, str] = field(default_factory=dict)
+    noun: str = "row"
 
 
-def read_facts(run_path: str, words: Sequence[str] = (), num_neighbors: int = 6) -> RunFacts:
+def read_facts(run_path: str, words: Sequence[str], runtime: Runtime, num_neighbors: int = 6) -> RunFacts:
     """Reads what there is to say of a run.
 
     Args:
         run_path: the run folder, any fsspec URL.
         words: whose neighbours to find; where there are none, of frequent words that are not the most common.
+        runtime: of this process.
         num_neighbors: of each.
 
     Raises:
@@ -93,7 +101,7 @@ def read_facts(run_path: str, words: Sequence[str] = (), num_neighbors: int = 6)
     with CheckpointReader(path) as reader:
         state, world_size = reader.state, reader.manifest.world_size
         tables = _tables(reader)
-    near, frequent_words, frequent_rows = _vectors(run_path, words, num_neighbors)
+    near, frequent_words, frequent_rows, noun = _vectors(run_path, words, runtime, num_neighbors)
     return RunFacts(
         path=folder.path,
         config=folder.read_config() or "",
@@ -107,6 +115,7 @@ def read_facts(run_path: str, words: Sequence[str] = (), num_neighbors: int = 6)
         neighbors=near,
         frequent_words=frequent_words,
         frequent_rows=frequent_rows,
+        noun=noun,
         profile=_profile(folder),
     )
 
@@ -180,24 +189,28 @@ def _count_equal(reader: CheckpointReader, name: str, num_rows: int, value: floa
 
 
 def _vectors(
-    run_path: str, words: Sequence[str], top: int
-) -> tuple[dict[str, list[tuple[str, float]]], list[str], FloatRows]:
-    """Returns neighbours, and words and vectors of the most frequent rows."""
+    run_path: str, words: Sequence[str], runtime: Runtime, top: int
+) -> tuple[dict[str, list[tuple[str, float]]], list[str], FloatRows, str]:
+    """Returns neighbours, words and vectors of the most frequent rows, and what these stand for."""
     try:
-        opened = open_vectors(run_path)
-    except UserError:
+        opened = open_run_vectors(run_path, None, runtime)
+    except UserError as error:
         if words:
             raise
-        return {}, [], np.empty((0, 0), np.float32)  # several tables, and none is said to be the one to look at
+        # Several tables, and none is said to be the one to look at; or the data of a retrieval run are gone.
+        _logger.warning(f"the report is without neighbours and map: {error}")
+        return {}, [], np.empty((0, 0), np.float32), "row"
     with opened as vectors:
         near = {word: neighbors(vectors, word, top) for word in words or _examples(vectors)}
         frequent = vectors.first(_NUM_FREQUENT)
-        return near, list(frequent.words), frequent.rows(0, frequent.num_rows)
+        return near, list(frequent.words), frequent.rows(0, frequent.num_rows), vectors.noun
 
 
 def _examples(vectors: Vectors) -> list[str]:
     """Returns words spread over the frequent ones, the most common left out: they stand beside everything."""
     places = [100, 200, 400, 800, 1600, 3200]
+    if vectors.num_rows <= places[2]:
+        places = list(range(0, vectors.num_rows, 1 + vectors.num_rows // 6))
     return [vectors.words[place] for place in places if place < vectors.num_rows]
 
 

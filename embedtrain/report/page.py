@@ -8,22 +8,24 @@ from collections.abc import Sequence
 import jinja2
 
 from embedtrain import storage
+from embedtrain.distributed.runtime import Runtime
 from embedtrain.report.facts import RunFacts, advice, read_facts
 from embedtrain.report.plots import curve_svgs, map_svg
 
 
-def write_report(run_path: str, output: str | None = None, words: Sequence[str] = ()) -> str:
+def write_report(run_path: str, output: str | None, words: Sequence[str], runtime: Runtime) -> str:
     """Writes a page of HTML about a run, which needs no other file, and returns its path.
 
     Args:
         run_path: the run folder, any fsspec URL.
         output: the page; `report.html` in the run folder where None. Replaced where it is there.
         words: whose neighbours to show; some frequent ones where there are none.
+        runtime: of this process.
 
     Raises:
         UserError: there is no run, no complete checkpoint, no such word, or no matplotlib.
     """
-    facts = read_facts(run_path, words)
+    facts = read_facts(run_path, words, runtime)
     page = render(facts, map_svg(facts.frequent_rows, facts.frequent_words) if facts.frequent_words else "")
     path = output or f"{run_path.rstrip('/')}/report.html"
     storage.replace(path, page.encode(), f"{path}.tmp")

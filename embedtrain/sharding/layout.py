@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from embedtrain.errors import CheckpointError
 from embedtrain.ops.modular import multiply_modulo
 
 MAX_ROWS = 1 << 40
@@ -40,6 +43,19 @@ class SpreadLayout:
             raise ValueError(f"num_rows must be 1 to 2**40, got {self.num_rows}")
         if self.world_size < 1:
             raise ValueError(f"world_size must be at least 1, got {self.world_size}")
+
+    @classmethod
+    def read(cls, saved: Mapping[str, Any], num_rows: int, table: str) -> SpreadLayout:
+        """Returns the layout that a checkpoint's table of contents describes.
+
+        Raises:
+            CheckpointError: it is of another kind: rows would come out under each other's names.
+        """
+        layout = cls(num_rows)
+        expected = {"kind": "spread", "multiplier": layout.multiplier}
+        if {key: saved.get(key) for key in expected} != expected:
+            raise CheckpointError(f"table {table!r}: expected rows laid out by {expected}, found {dict(saved)}")
+        return layout
 
     @property
     def multiplier(self) -> int:

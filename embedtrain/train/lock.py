@@ -131,7 +131,13 @@ class RunLock:
 
     def _try_to_take(self) -> bool:
         """Takes the folder where nobody holds it or its owner is gone; sleeps a while where that is open yet."""
-        storage.make_folder(self._path)
+        try:
+            storage.make_folder(self._path)
+        except (PermissionError, FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(
+                f"run.path={self._path}: the folder cannot be made: {error.strerror}: {error.filename}; give a path "
+                "that this user may write to"
+            ) from error
         newest = max(self._numbers(), default=0)
         if newest:
             try:

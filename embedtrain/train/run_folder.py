@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 
 from embedtrain import storage
 from embedtrain.data.vocabulary import Vocabulary
+from embedtrain.errors import UserError
 
 CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.jsonl"
@@ -26,10 +28,15 @@ class RunFolder:
 
     Args:
         path: any fsspec URL; the folder is made by the first file that is written.
+
+    Raises:
+        UserError: the path is empty, or the root of a disk.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path.rstrip("/")
+        if not self.path:
+            raise UserError(f"expected the path of a run folder, such as runs/x, got {path!r}")
 
     def join(self, name: str) -> str:
         """Returns the URL of a file of the folder."""
@@ -60,6 +67,31 @@ class RunFolder:
         """Keeps the words or raw ids of a table's rows: without them nobody knows whose vectors they are."""
         storage.make_folder(self.path)
         vocabulary.save(self.join(name))
+
+    def read_names(self, table: str, num_rows: int) -> Sequence[str] | None:
+        """Returns what the rows of a table stand for: words, raw ids or values; None where nobody kept that.
+
+        Args:
+            table: its name.
+            num_rows: its rows; the words of another number of rows are not its own.
+
+        Raises:
+            UserError: a file of words or ids cannot be read as one.
+        """
+        for name in (f"{table}s.tsv", VOCABULARY_NAME):
+            try:
+                words = Vocabulary.load(self.join(name)).words
+            except FileNotFoundError:
+                continue
+            if len(words) == num_rows:
+                return words
+        try:
+            data = storage.read(self.join(f"{FEATURES_NAME}/{table}.parquet"))
+        except FileNotFoundError:
+            return None
+        # The first row is that of all values that have none of their own.
+        values = ["(any other value)", *pq.read_table(pa.BufferReader(data))["value"].to_pylist()]
+        return values if len(values) == num_rows else None
 
     def write_feature(self, name: str, values: pa.Table) -> None:
         """Keeps which value of a categorical feature each row of its table stands for, as a Parquet file."""

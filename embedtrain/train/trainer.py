@@ -15,7 +15,7 @@ from embedtrain.distributed.runtime import rank_of
 from embedtrain.errors import NonFiniteError
 from embedtrain.metrics.sinks import MetricSink
 from embedtrain.models.objective import Objective
-from embedtrain.stages import stage
+from embedtrain.stages import begin, stage
 from embedtrain.train.ahead import BatchesAhead, Prepared
 from embedtrain.train.checkpoints import Checkpoints
 from embedtrain.train.interrupt import Interrupt
@@ -126,7 +126,8 @@ class Trainer:
     def _save(self, before_save: Callable[[], None] | None, is_last: bool) -> None:
         if before_save is not None:
             before_save()
-        self._checkpoints.save(is_last=is_last)
+        with stage("save"):
+            self._checkpoints.save(is_last=is_last)
 
     def _is_over(self) -> bool:
         return self._is_drained or self.state.step == self.total_steps
@@ -141,6 +142,7 @@ class Trainer:
 
     def _train_once(self) -> bool:
         """Trains on the next step; returns False where a stream has not brought it yet, or is over."""
+        begin(f"step {self.state.step + 1}")
         if self._stream is not None:
             with stage("sample"):
                 batch, position, self._is_drained = self._stream.next_batch(self.state.stream)
@@ -185,7 +187,8 @@ class Trainer:
         is_overdue = rank_of(self._group) == 0 and self._checkpoints.is_overdue()
         flags = [float(is_asked_to_stop), float(is_overdue), float(self._checkpoints.has_failed)]
         local = torch.cat([torch.tensor(flags, dtype=torch.float64), self._window.local])
-        sums = all_reduce_sum(local, self._group, self._task.tables.shared)
+        with stage("agree"):
+            sums = all_reduce_sum(local, self._group, self._task.tables.shared)
         self.state.examples += int(sums[len(flags) + _EXAMPLES])
         self.state.seconds += self._window.close(sums[len(flags) :])
         is_stopped, is_overdue, has_failed = (sums[: len(flags)] > 0).tolist()
@@ -215,7 +218,8 @@ class Trainer:
     def _measure(self, sinks: Sequence[MetricSink], alive: Callable[[], None] | None) -> None:
         """Measures on held-out data. Collective: every rank."""
         assert self._task.evaluation is not None
-        measures = self._task.evaluation.measure(alive or _do_nothing)
+        with stage("evaluate"):
+            measures = self._task.evaluation.measure(alive or _do_nothing)
         self._take({**self._when(), **measures}, sinks)
         self._measured_step = self.state.step
         self._window.leave_out_time()

@@ -6,6 +6,7 @@ This is the short form; `python -m tests.faults --all` is the whole.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -61,6 +62,7 @@ def test_a_rank_that_stands_still_is_named_in_time(runs: Range) -> None:
     message = json.loads(status.read_text())["error"]
     assert message.startswith("rank 1 did not take part in step 30 and does not answer: died, was stopped, or hangs")
     assert "run.timeout_seconds=5" in message
+    assert re.search(r"Last seen: .*rank 0 on \S+ in step 30, .*rank 1 on \S+ in (step|the preparation)", message)
     assert f"embedtrain: failed: {message}" in errors
     (struck,) = [event["at"] for event in runs.events("still") if event["kind"] == "struck"]
     assert status.stat().st_mtime - struck < 5 + 3 + 3

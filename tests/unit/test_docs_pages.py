@@ -14,7 +14,7 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from embedtrain.cli import _build_parser
+from embedtrain.cli import build_parser
 from embedtrain.config import load_config
 from tests.blocks import MADE, PAGES, ROOT, Block, blocks
 
@@ -84,7 +84,7 @@ def check(words: list[str], *, is_run: bool) -> None:
         else:
             check(["python", parsed.training_script], is_run=is_run)
     elif program == "embedtrain":
-        options = _build_parser().parse_args(arguments)
+        options = build_parser().parse_args(arguments)
         config = getattr(options, "config", None)
         if config is not None and (ROOT / config).exists():
             assert load_config(str(ROOT / config), ["data.path=x", *options.overrides]).run.path

@@ -238,6 +238,25 @@ def test_from_raw_files_to_recommendations(folder: Path, capfd: pytest.CaptureFi
     assert command(capfd, "inspect", run)[0] == 0
 
 
+def test_a_report_shows_items_near_items_under_their_raw_ids(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need the extra plots")
+    (folder / "config.yaml").write_text("model: retrieval\n")
+    arguments = overrides(folder, "run", *towers(folder), "train.epochs=1")
+    assert command(capfd, "train", str(folder / "config.yaml"), *arguments)[0] == 0
+    run = str(folder / "run")
+    assert command(capfd, "report", run, "--words", "g1-i3")[0] == 0
+    page = (folder / "run" / "report.html").read_text()
+    for part in ("Nearest items", "<th>g1-i3</th>", 'id="map"', "The most frequent items"):
+        assert part in page
+
+    # Without its data a run has no names: the rest is still told.
+    (folder / "train.csv").rename(folder / "moved.csv")
+    assert command(capfd, "report", run)[0] == 0
+    page = (folder / "run" / "report.html").read_text()
+    assert "Nearest" not in page and "done at step" in page
+    assert "moved.csv" in refused(capfd, "report", run, "--words", "g1-i3")
+
+
 def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
     status, _, errors = command(capfd, *arguments)
     assert status == 2, errors

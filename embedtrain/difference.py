@@ -1,0 +1,242 @@
+"""What moved between two checkpoints: the rows of each table, read in blocks, whatever numbers of ranks saved them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from embedtrain.checkpoint import CheckpointReader, TensorInfo, latest_checkpoint
+from embedtrain.checkpoint.manifest import step_of
+from embedtrain.errors import UserError
+from embedtrain.sharding.layout import SpreadLayout
+from embedtrain.train.run_folder import CHECKPOINTS_NAME, RunFolder
+
+_WEIGHT = "/weight"
+_BLOCK_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two checkpoints.
+
+    Attributes:
+        reader: of it.
+        folder: the run that it belongs to, which knows the names of its rows.
+    """
+
+    reader: CheckpointReader
+    folder: RunFolder
+
+    @classmethod
+    def open(cls, path: str) -> Side:
+        """Opens a run's newest checkpoint, or the checkpoint that is named itself.
+
+        Raises:
+            UserError: there is none.
+        """
+        path = path.rstrip("/")
+        parent, _, name = path.rpartition("/")
+        if step_of(name) is not None:
+            return cls(CheckpointReader(path), RunFolder(parent.removesuffix(CHECKPOINTS_NAME) or "."))
+        folder = RunFolder(path)
+        newest = latest_checkpoint(folder.checkpoints_path)
+        if newest is None:
+            raise UserError(
+                f"expected a run folder with a complete checkpoint, or a checkpoint's own folder such as "
+                f"runs/x/checkpoints/step-000001000, got {path!r}"
+            )
+        return cls(CheckpointReader(newest), folder)
+
+    @property
+    def tables(self) -> dict[str, TensorInfo]:
+        """The tables by name."""
+        named = self.reader.tensors.items()
+        return {name.removesuffix(_WEIGHT): info for name, info in sorted(named) if name.endswith(_WEIGHT)}
+
+    def words(self) -> str:
+        """Returns what it is, for a message."""
+        ranks = self.reader.manifest.world_size
+        return f"{self.reader.path}, step {self.reader.step:,}, saved by {ranks} {'rank' if ranks == 1 else 'ranks'}"
+
+
+@dataclass(frozen=True)
+class Movement:
+    """How far the rows of a table moved that both checkpoints have.
+
+    Attributes:
+        num_rows: rows that both have.
+        num_moved: of them, those that are not the same to the last bit.
+        num_not_finite: of them, those that hold a NaN or an infinity on either side.
+        mean: Euclidean distance on average, of the rows that are finite.
+        names: of the rows that moved most, the furthest first.
+        distances: of these.
+        cosines: between where these were and where they are; 0 where a row was or is zero.
+    """
+
+    num_rows: int
+    num_moved: int
+    num_not_finite: int
+    mean: float
+    names: Sequence[str]
+    distances: NDArray[np.float64]
+    cosines: NDArray[np.float64]
+
+
+def print_difference(first_path: str, second_path: str, table: str | None, top: int) -> None:
+    """Prints which rows of each table moved most from one checkpoint to another.
+
+    Rows are the same where their names are (words, raw ids, values); where there are no names, where their ids are.
+
+    Args:
+        first_path: a run folder or the folder of a checkpoint, any fsspec URL.
+        second_path: likewise.
+        table: only this one; None for all.
+        top: how many rows of each table to name.
+
+    Raises:
+        UserError: there is no checkpoint, or none has the table.
+    """
+    if top < 0:
+        raise UserError(f"expected --top of at least 0 rows, got {top}")
+    first, second = Side.open(first_path), Side.open(second_path)
+    with first.reader, second.reader:
+        print(f"from  {first.words()}\nto    {second.words()}")
+        names = sorted(first.tables.keys() | second.tables.keys())
+        if table is not None and table not in names:
+            raise UserError(f"expected --table to name one of {', '.join(names)}, got {table!r}")
+        for name in names if table is None else [table]:
+            _print_table(name, first, second, top)
+
+
+def movement(name: str, first: Side, second: Side, top: int) -> tuple[Movement, int, int]:
+    """Returns how far the rows of a table moved, and how many rows only the first and only the second has.
+
+    Args:
+        name: a table of the same dim on both sides.
+        first: where its rows were.
+        second: where they are.
+        top: how many rows to name.
+
+    Raises:
+        CheckpointError: a table's rows cannot be read, or lie in an order that this version does not know.
+    """
+    before, after = first.tables[name], second.tables[name]
+    pairs = _Pairs.of(first.folder.read_names(name, before.shape[0]), second.folder.read_names(name, after.shape[0]))
+    num_rows = min(before.shape[0], after.shape[0]) if pairs.ids is None else len(pairs.ids[0])
+    largest = _Largest(top)
+    num_moved, num_not_finite, total = 0, 0, 0.0
+    block = max(1, _BLOCK_BYTES // max(before.row_bytes, after.row_bytes, 1))
+    for ids, was, now in _blocks(name, first, second, pairs, num_rows, block):
+        num_moved += int((was != now).any(dim=1).sum())
+        was, now = was.double(), now.double()
+        distances = (now - was).norm(dim=1)
+        is_finite = torch.isfinite(distances)
+        num_not_finite += int((~is_finite).sum())
+        total += float(distances[is_finite].sum())
+        cosines = torch.nn.functional.cosine_similarity(was, now, dim=1)
+        largest.add(ids[is_finite].numpy(), distances[is_finite].numpy(), cosines[is_finite].numpy())
+    mean = total / max(num_rows - num_not_finite, 1)
+    ids_, distances_, cosines_ = largest.found()
+    moved = Movement(
+        num_rows, num_moved, num_not_finite, mean, [pairs.name_of(int(row)) for row in ids_], distances_, cosines_
+    )
+    return moved, before.shape[0] - num_rows, after.shape[0] - num_rows
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Which row of one side is which of the other.
+
+    Attributes:
+        names: of the first side's rows; None where rows have numbers alone.
+        ids: [n] of each side, pair by pair; None where each row has the same id on both.
+    """
+
+    names: Sequence[str] | None
+    ids: tuple[Tensor, Tensor] | None
+
+    @classmethod
+    def of(cls, first: Sequence[str] | None, second: Sequence[str] | None) -> _Pairs:
+        if first is None or second is None or first == second:
+            return cls(second if first is None else first, None)
+        places = {name: row for row, name in enumerate(second)}
+        found = [(row, places[name]) for row, name in enumerate(first) if name in places]
+        pairs = torch.tensor(found, dtype=torch.int64).reshape(-1, 2)
+        return cls(first, (pairs[:, 0].contiguous(), pairs[:, 1].contiguous()))
+
+    def name_of(self, row: int) -> str:
+        return str(row) if self.names is None else self.names[row]
+
+
+def _blocks(
+    name: str, first: Side, second: Side, pairs: _Pairs, num_rows: int, block: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields ids of the first side, and the rows of both; in the order of the files where both have the same."""
+    tensor = name + _WEIGHT
+    infos = first.tables[name], second.tables[name]
+    layouts = [SpreadLayout.read(info.layout, info.shape[0], name) for info in infos]
+    is_same_order = pairs.ids is None and infos[0].shape[0] == infos[1].shape[0]
+    for start in range(0, num_rows, block):
+        stop = min(start + block, num_rows)
+        if is_same_order:
+            ids = layouts[0].id_of(torch.arange(start, stop))
+            yield ids, first.reader.read(tensor, start, stop), second.reader.read(tensor, start, stop)
+            continue
+        both = (torch.arange(start, stop),) * 2 if pairs.ids is None else tuple(ids[start:stop] for ids in pairs.ids)
+        was, now = (
+            side.reader.gather(tensor, layout.slot_of(ids))
+            for side, layout, ids in zip((first, second), layouts, both, strict=True)
+        )
+        yield both[0], was, now
+
+
+class _Largest:
+    """The rows of the largest distances among those that were added."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._ids = np.empty(0, np.int64)
+        self._values = np.empty((2, 0), np.float64)
+
+    def add(self, ids: NDArray[np.int64], distances: NDArray[np.float64], cosines: NDArray[np.float64]) -> None:
+        ids = np.concatenate([self._ids, ids])
+        values = np.concatenate([self._values, np.stack([distances, cosines])], axis=1)
+        # Of equal distances the lower id comes first, whatever the order of the files.
+        order = np.lexsort((ids, -values[0]))[: self._count]
+        self._ids, self._values = ids[order], values[:, order]
+
+    def found(self) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+        return self._ids, self._values[0], self._values[1]
+
+
+def _print_table(name: str, first: Side, second: Side, top: int) -> None:
+    infos = [side.tables.get(name) for side in (first, second)]
+    shapes = ["" if info is None else " x ".join(f"{size:,}" for size in info.shape) for info in infos]
+    before, after = infos
+    if before is None or after is None:
+        side, shape = (second, shapes[1]) if before is None else (first, shapes[0])
+        print(f"\ntable {name}: only in {side.reader.path}, {shape}")
+        return
+    if before.shape[1:] != after.shape[1:]:
+        print(f"\ntable {name}: {shapes[0]} and {shapes[1]}, which cannot be compared: the columns differ")
+        return
+    moved, num_gone, num_new = movement(name, first, second, top)
+    print(
+        f"\ntable {name}: {shapes[1]}; of {moved.num_rows:,} rows that both have {moved.num_moved:,} moved, "
+        f"by {moved.mean:.4g} on average"
+    )
+    for number, path in ((num_gone, first.reader.path), (num_new, second.reader.path)):
+        if number:
+            print(f"  {number:,} rows are only in {path}")
+    if moved.num_not_finite:
+        print(f"  {moved.num_not_finite:,} rows are not finite: they hold a NaN or an infinity")
+    shown = [row for row in zip(moved.names, moved.distances, moved.cosines, strict=True) if row[1] > 0]
+    if shown:
+        print("  distance   cosine  row")
+    for row, distance, cosine in shown:
+        print(f"  {distance:8.4g}  {cosine:7.3f}  {row}")

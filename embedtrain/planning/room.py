@@ -1,0 +1,140 @@
+"""Whether there is room for a run, asked before any table is made: memory of this host and disk of the run folder."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from embedtrain import storage
+from embedtrain.build import Sizes
+from embedtrain.config import Config
+from embedtrain.distributed.runtime import Runtime
+from embedtrain.errors import UserError
+from embedtrain.planning.sizes import format_bytes
+from embedtrain.planning.workload import Assumptions, workload_of
+from embedtrain.sharding.plan import Memory, Workload, checkpoint_bytes, memory_of, remedies
+from embedtrain.train.run_folder import RunFolder
+
+
+def workload_of_data(config: Config, sizes: Sizes) -> Workload:
+    """Returns what a configuration asks of its machines, where the data have been read."""
+    return workload_of(config, Assumptions(sizes.num_rows, bag_length_of_table=sizes.bag_lengths))
+
+
+def require_room(config: Config, runtime: Runtime, sizes: Sizes) -> None:
+    """Refuses a run for which this host has too little memory, or its folder's disk too little space.
+
+    What a save in the background may take in memory beside the tables is left out: it does with less.
+
+    Raises:
+        UserError: says what is needed, what there is, where, and what would help.
+    """
+    workload = workload_of_data(config, sizes)
+    _require_memory(workload, runtime)
+    if runtime.rank == 0:
+        _require_disk(workload, config)
+
+
+def _require_memory(workload: Workload, runtime: Runtime) -> None:
+    if runtime.device.type == "cuda":
+        num_ranks, available = 1, int(torch.cuda.mem_get_info(runtime.device)[0])
+        where = f"{runtime.device} of {socket.gethostname()}"
+    else:
+        num_ranks, found = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), available_memory_bytes()
+        where = socket.gethostname()
+        if found is None:
+            return
+        available = found
+    workload = replace(workload, save_bytes=0)
+    memory = memory_of(workload, runtime.world_size)
+    needed = memory.total
+    if needed * num_ranks <= available:
+        return
+    changes = [
+        # More ranks on this host would not help: each brings what it needs.
+        f"{remedy.change}, {num_ranks} a host" if remedy.change.endswith(" ranks") else remedy.change
+        for remedy in remedies(workload, runtime.world_size, available // num_ranks)
+    ]
+    helps = f"it would fit with {' or '.join(changes)}" if changes else "no single change of dtype, ranks or dim helps"
+    ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
+    raise UserError(
+        f"expected {format_bytes(needed * num_ranks)} of memory on {where} for {ranks} ({_listed(memory)} a rank), "
+        f"got {format_bytes(available)}: {helps}; see embedtrain plan"
+    )
+
+
+def _listed(memory: Memory) -> str:
+    parts = {
+        "weights": memory.weights,
+        "optimizer state": memory.state,
+        "dense part": memory.dense,
+        "buffers": memory.buffers,
+    }
+    return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
+
+
+def _require_disk(workload: Workload, config: Config) -> None:
+    free = _free_bytes(config.run.path)
+    if free is None:
+        return
+    whole = checkpoint_bytes(workload)
+    folder = RunFolder(config.run.path).checkpoints_path
+    there = sum(
+        size for name in storage.list_folders(folder) for size in storage.list_files(f"{folder}/{name}").values()
+    )
+    needed = whole * workload.num_checkpoints - there
+    if needed > free:
+        raise UserError(
+            f"expected {format_bytes(needed)} of free space on the disk of run.path={config.run.path} for "
+            f"{workload.num_checkpoints} checkpoints of {format_bytes(whole)}, got {format_bytes(free)}: free some, "
+            "choose another run.path, or keep fewer by checkpoint.keep_last"
+        )
+
+
+def _free_bytes(url: str) -> int | None:
+    """Returns what the disk takes on which a folder lies, or will lie; None where nobody tells."""
+    path = storage.local_path(url)
+    if path is None:
+        return None
+    nearest = next(folder for folder in (Path(path), *Path(path).parents) if folder.is_dir())
+    return storage.free_bytes(str(nearest))
+
+
+def available_memory_bytes(root: Path = Path("/")) -> int | None:
+    """Returns the memory that this process's host, or its container, can still give; None where the kernel is silent.
+
+    Args:
+        root: of the file system that tells.
+    """
+    found = []
+    host = _numbers(root / "proc/meminfo", 1024)
+    if "MemAvailable:" in host:
+        found.append(host["MemAvailable:"])
+    limit, used = (_number(root / "sys/fs/cgroup" / name) for name in ("memory.max", "memory.current"))
+    if limit is not None and used is not None:
+        # The files' pages that the kernel holds count as used, and are given up when memory is asked for.
+        cached = _numbers(root / "sys/fs/cgroup/memory.stat", 1).get("inactive_file", 0)
+        found.append(max(0, limit - used + cached))
+    return min(found, default=None)
+
+
+def _numbers(path: Path, unit_bytes: int) -> Mapping[str, int]:
+    """Returns the bytes by name of lines such as "MemAvailable: 123 kB"."""
+    try:
+        lines = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {words[0]: int(words[1]) * unit_bytes for words in lines if len(words) > 1 and words[1].isdigit()}
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,81 @@
+"""What a user reads after a mistake: one line with what was expected, what came, where, and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from embedtrain.cli import main
+from embedtrain.errors import UserError
+
+TRAIN = ["train", "config.yaml", "data.path=corpus.txt", "data.cache_path=cache", "run.path=run"]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("table: {dim: 8}\n")
+    (tmp_path / "corpus.txt").write_text("a b c d\n" * 200)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([*TRAIN, "data.path=5"], ["data.path must be a path or a list of paths, got 5", "quote"]),
+        ([*TRAIN, "data.path=null"], ["data.path must be a path or a list of paths, got None"]),
+        ([*TRAIN, "run.path=corpus.txt"], ["corpus.txt/config.yaml", "Not a directory", "give another path"]),
+        ([*TRAIN, "run.path=corpus.txt/below"], ["corpus.txt/below/config.yaml", "give another path"]),
+        ([*TRAIN, "run.path=/proc/none"], ["run.path=/proc/none: the folder cannot be made", "give a path"]),
+        ([*TRAIN, "data.cache_path=/proc/none"], ["/proc/none"]),
+        ([*TRAIN, "run.path='/'"], ["run.path must name a folder, such as runs/x, got '/'"]),
+        ([*TRAIN, "run.device=cuda"], ["no GPU", "start fewer ranks a host, or use device=cpu"]),
+        ([*TRAIN, "run.timeout_seconds=-1"], ["run.timeout_seconds must be more than 0", "got -1"]),
+        ([*TRAIN, "optimizer.lr=.nan"], ["optimizer.lr must be a finite number", "got nan"]),
+        ([*TRAIN, "seed=99999999999999999999"], ["seed must be below 2**63"]),
+        ([*TRAIN, "table.dims=3"], ["there is no key table.dims", "did you mean table.dim?"]),
+        ([*TRAIN, "table.dim=1000000000000"], ["GiB", "memory on", "embedtrain plan"]),
+        ([*TRAIN, "--dryrun"], ["unrecognized arguments: --dryrun; did you mean --dry-run?"]),
+        (["trian"], ["invalid choice: 'trian'", "did you mean train?"]),
+        (["plan", "config.yaml", "--rows", "1e30"], ["expected at most 1,099,511,627,776 rows in table 'input'"]),
+        (["inspect", ""], ["expected the path of a run folder, such as runs/x, got ''"]),
+        (["inspect", "config.yaml"], ["config.yaml"]),
+        (["diff", "here", "there"], ["expected a run folder with a complete checkpoint", "got 'here'"]),
+    ],
+    ids=lambda value: value[-1][:30] if isinstance(value, list) else None,
+)
+def test_one_line_says_it_all(
+    arguments: list[str], parts: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = main(arguments)
+    except SystemExit as left:
+        status = int(left.code or 0)
+    captured = capfd.readouterr()
+    assert status == 2, captured.err
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("embedtrain: ")]
+    assert line.startswith("embedtrain: error: ")
+    for part in parts:
+        assert part in line
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_debug_shows_where_a_mistake_was_found() -> None:
+    with pytest.raises(UserError, match=r"did you mean optimizer\.lr"):
+        main(["--debug", *TRAIN, "optimizer.learning_rate=1"])
+
+
+def test_another_configuration_in_the_run_folder_says_which_keys_differ(capfd: pytest.CaptureFixture[str]) -> None:
+    small = ["train.epochs=1", "train.words_per_step=64", "train.block_words=32", "log.tensorboard=false"]
+    assert main([*TRAIN, *small]) == 0
+    capfd.readouterr()
+    assert main([*TRAIN, *small, "table.dim=9", "optimizer.lr=0.125"]) == 2
+    said = capfd.readouterr().err
+    assert "run holds a run with other settings: optimizer.lr (was 0.6, is 0.125); table.dim (was 8, is 9)" in said
+    assert "Give the settings that it began with to resume it, or another run.path to start anew" in said
+
+
+def test_settings_may_stand_after_options(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([*TRAIN, "--dry-run", "train.words_per_step=1000"]) == 2
+    assert "train.words_per_step must be a multiple" in capfd.readouterr().err
