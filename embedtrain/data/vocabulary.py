@@ -111,7 +111,12 @@ class Vocabulary:
         Raises:
             UserError: a line is not `word<TAB>count`.
         """
-        lines = storage.read(path).decode().removesuffix("\n").split("\n")
+        try:
+            lines = storage.read(path).decode().removesuffix("\n").split("\n")
+        except FileNotFoundError:
+            raise
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read as a vocabulary: {error}") from error
         try:
             pairs = [line.split("\t") for line in lines]
             return cls([word for word, _ in pairs], np.array([int(count) for _, count in pairs], np.int64))

@@ -38,7 +38,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     job = make_job(tmp_path_factory.mktemp("browser"))
     for command in (
         job.train_arguments("run", "log.tensorboard=true"),
-        ["export", "run", "--format", "projector", "--output", "run/tensorboard/projector"],
+        ["export", "run", "--format", "projector", "--output", "projector"],
         ["report", "run", "--words", "bxa"],
     ):
         done = job.run(*command)
@@ -83,10 +83,11 @@ def test_tensorboard_shows_the_scalars_and_the_projector(job: Job, page: Page) -
         page.wait_for("document.querySelectorAll('line-chart, svg.line-chart, canvas').length > 0")
         page.screenshot(ARTEFACTS / "tensorboard-scalars.png")
 
+    with tensorboard(job.folder / "projector") as address:
         page.open(f"{address}/#projector")
         page.wait_for_text("Points: 320")
         page.wait_for_text("Dimension: 16")
-        page.wait_for_text("bxa")
+        page.wait_for_text("Supervise with word count")
         page.screenshot(ARTEFACTS / "tensorboard-projector.png")
     assert (ARTEFACTS / "tensorboard-projector.png").stat().st_size > 10_000
 
