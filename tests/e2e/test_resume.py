@@ -34,6 +34,7 @@ def without_times(records: list[dict]) -> list[dict]:
     return [{k: v for k, v in record.items() if k not in ("seconds", "words_per_second")} for record in records]
 
 
+@pytest.mark.slow
 def test_a_rank_killed_in_mid_run_costs_nothing_but_time(job: Job, wait_until: Wait) -> None:
     whole = job.run(*job.train_arguments("whole", *LONG), ranks=2)
     assert whole.returncode == 0, whole.stderr
@@ -55,6 +56,7 @@ def test_a_rank_killed_in_mid_run_costs_nothing_but_time(job: Job, wait_until: W
     assert without_times(metrics(job, "killed")) == without_times(metrics(job, "whole"))
 
 
+@pytest.mark.slow
 def test_a_run_killed_among_deltas_ends_where_it_would_have(job: Job, wait_until: Wait) -> None:
     deltas = ("train.epochs=6", "checkpoint.every_steps=20", "checkpoint.keep_last=1", "checkpoint.full_every=4")
     assert job.run(*job.train_arguments("whole", "train.epochs=6", "checkpoint.mode=sync"), ranks=2).returncode == 0
@@ -107,6 +109,7 @@ def test_ranks_die_with_a_killed_launcher(job: Job, wait_until: Wait) -> None:
     assert not alive
 
 
+@pytest.mark.slow
 def test_torchruns_restarts_resume_by_themselves(job: Job, wait_until: Wait) -> None:
     assert job.run(*job.train_arguments("whole", *LONG), ranks=2).returncode == 0
     launcher = job.start(*job.train_arguments("restarted", *LONG), ranks=2, torchrun=("--max-restarts", "1"))
@@ -118,6 +121,7 @@ def test_torchruns_restarts_resume_by_themselves(job: Job, wait_until: Wait) -> 
     np.testing.assert_array_equal(job.vectors("restarted"), job.vectors("whole"))
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_goes_on_with_the_same_words(job: Job, wait_until: Wait) -> None:
     assert job.run(*job.train_arguments("whole", *LONG)).returncode == 0
     process = job.start(*job.train_arguments("moved", *LONG))

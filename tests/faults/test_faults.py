@@ -32,6 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Range:
     return Range(tmp_path_factory.mktemp("faults"))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_struck_in_every_phase_ends_as_undisturbed(runs: Range) -> None:
     faults = [
         Fault(WRITE, 30, 0, "SIGKILL", "launcher"),
