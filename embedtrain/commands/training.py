@@ -195,7 +195,8 @@ def _explained(work: Callable[[], int], job: _Job) -> tuple[int, Exception | Non
             _tell_once(f"embedtrain: failed: {error}", runtime)
             return EXIT_FAILED, error
         except Exception as error:
-            if not is_of_the_group(error):
+            is_fault = not is_of_the_group(error)
+            if is_fault:
                 cause = f"{type(error).__name__}: {error}"
                 where = f"rank {runtime.rank} on {socket.gethostname()} failed in {whereabouts()}"
                 tell_launcher(f"{where}: {cause}")
@@ -203,6 +204,8 @@ def _explained(work: Callable[[], int], job: _Job) -> tuple[int, Exception | Non
             elif job.is_debugged:
                 say(f"embedtrain: rank {runtime.rank} could not go on:\n{traceback.format_exc()}")
             failure = explain_failure(error, runtime, job.timeout_seconds)
+            if not is_fault:
+                tell_launcher(failure.text, is_fault=False)
             if failure.is_spokesman:
                 job.note(failure.text)
                 say(f"embedtrain: failed: {failure.text}")

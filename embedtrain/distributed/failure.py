@@ -77,14 +77,22 @@ def explain_failure(error: Exception, runtime: Runtime, timeout_seconds: float) 
     return Failure(_blame(reports, runtime.world_size, doing(), timeout_seconds), runtime.rank == min(failed))
 
 
-def tell_launcher(text: str) -> None:
+def tell_launcher(text: str, *, is_fault: bool = True) -> None:
     """Leaves the reason of this rank's failure where torchrun looks for it, for the summary that it ends with.
+
+    Of several ranks torchrun holds the earliest to blame, by whole seconds. So a rank that failed because of another
+    says that it failed later than any that did not.
+
+    Args:
+        text: the reason.
+        is_fault: whether that is more than another rank's absence.
 
     Source: the file that torch.distributed.elastic.multiprocessing.errors.ErrorHandler writes.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        told = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+        when = time.time() if is_fault else time.time() + 2 * GRACE_SECONDS
+        told = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(when))}}
         with suppress(OSError):
             Path(path).write_text(json.dumps({"message": told}), encoding="utf-8")
 

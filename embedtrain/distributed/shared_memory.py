@@ -48,8 +48,9 @@ class _Address(NamedTuple):
 class SharedMemoryExchange:
     """A region a rank, which it writes and all ranks read. Made by `connect`, which knows whether they share a host.
 
-    An exchange is `rooms`, which the caller fills, `send`, and `receive`. A region has two slots that take turns: a
-    rank comes to write a slot again after all ranks have sent the exchange in between, hence are done with reading it.
+    An exchange is `rooms`, which the caller fills, `send`, and `receive`; `exchange` does all of it for what lies
+    elsewhere. A region has two slots that take turns: a rank comes to write a slot again after all ranks have sent the
+    exchange in between, hence are done with reading it.
 
     What was received is valid until this rank's next `send`.
     """
@@ -119,31 +120,35 @@ class SharedMemoryExchange:
             parts.append(self._rows(sender, start, count, row_shape, dtype))
         return parts
 
-    def all_to_all(self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
-        """See `collectives.all_to_all_rows`."""
-        parts = rows.split(list(send_counts))
-        for rank, room in enumerate(self.rooms(send_counts, rows.shape[1:], rows.dtype)):
+    def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Sends a part to each rank and returns what each sent: where it lies, and this rank's own part itself.
+
+        Args:
+            parts: by rank [count, *row_shape]; alike in row shape and dtype on all ranks.
+        """
+        row_shape, dtype = parts[0].shape[1:], parts[0].dtype
+        for rank, room in enumerate(self.rooms([len(part) for part in parts], row_shape, dtype)):
             if rank != self.rank:
                 room.copy_(parts[rank])
         self.send()
-        received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
-        arrived = self.receive(rows.shape[1:], rows.dtype)
+        arrived = self.receive(row_shape, dtype)
         arrived[self.rank] = parts[self.rank]
+        return arrived
+
+    def all_to_all(self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
+        """See `collectives.all_to_all_rows`."""
+        received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
+        arrived = self.exchange(rows.split(list(send_counts)))
         for target, part in zip(received.split(list(receive_counts)), arrived, strict=True):
             target.copy_(part)
         return received
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Sums `values` over the ranks, in place and in order of rank."""
-        own = values.clone()
-        ones = [1] * self.size
-        for rank, room in enumerate(self.rooms(ones, values.shape, values.dtype)):
-            if rank != self.rank:
-                room.copy_(own)
-        self.send()
+        arrived = self.exchange([values.clone()[None]] * self.size)
         values.zero_()
-        for rank, part in enumerate(self.receive(values.shape, values.dtype)):
-            values += own if rank == self.rank else part[0]
+        for part in arrived:
+            values += part[0]
         return values
 
     def _without_own(self, counts: Sequence[int]) -> list[int]:

@@ -84,33 +84,22 @@ def ask_through_memory(
         The counts that each rank told this one, of the shape of `counts`, and per group the local rows that they
         ask of this rank, [n] int64, by asking rank.
     """
-    world_size, head = counts.shape[0], counts[0].numel()
-    num_asked = counts[:, : len(keys), column].tolist()
-    parts = [group_keys.split([asked[group] for asked in num_asked]) for group, group_keys in enumerate(keys)]
+    head = counts[0].numel()
+    parts = [of_group.split(counts[:, group, column].tolist()) for group, of_group in enumerate(keys)]
+    letters = []
+    for rank, told_to_rank in enumerate(counts):
+        rows = [part[rank] - rank * num_rows for part, num_rows in zip(parts, rows_per_rank, strict=False)]
+        letters.append(torch.cat([told_to_rank.flatten(), *rows]))
     with stage("exchange"):
-        for rank, room in enumerate(shared.rooms([head + sum(asked) for asked in num_asked], (), torch.int64)):
-            if rank != shared.rank:
-                room[:head] = counts[rank].flatten()
-                targets = room[head:].split(num_asked[rank])
-                for group, target in enumerate(targets):
-                    torch.sub(parts[group][rank], rank * rows_per_rank[group], out=target)
-        shared.send()
-        arrived = shared.receive((), torch.int64)
-        told = torch.stack(
-            [
-                counts[rank] if rank == shared.rank else arrived[rank][:head].view_as(counts[0])
-                for rank in range(world_size)
-            ]
-        )
-        num_owed = told[:, : len(keys), column].tolist()
-        rows: list[list[Tensor]] = []
-        for rank in range(world_size):
-            if rank == shared.rank:
-                own = enumerate(parts)
-                rows.append([part[rank] - rank * rows_per_rank[group] for group, part in own])
-            else:
-                rows.append(list(arrived[rank][head:].split(num_owed[rank])) if any(num_owed[rank]) else [])
-    return told, [torch.cat([of_rank[group] for of_rank in rows if of_rank]) for group in range(len(keys))]
+        arrived = shared.exchange(letters)
+        told = torch.stack([letter[:head].view_as(counts[0]) for letter in arrived])
+        if not keys:
+            return told, []
+        rows_by_rank = [
+            letter[head:].split(num_rows)
+            for letter, num_rows in zip(arrived, told[:, : len(keys), column].tolist(), strict=True)
+        ]
+        return told, [torch.cat(of_group) for of_group in zip(*rows_by_rank, strict=True)]
 
 
 def send_gradients(group: RowGroup, grad: Tensor, ask_counts: Sequence[int], owe_counts: Sequence[int]) -> list[Tensor]:
@@ -132,15 +121,9 @@ def send_gradients(group: RowGroup, grad: Tensor, ask_counts: Sequence[int], owe
     if shared is None:
         received = all_to_all_rows(wired, ask_counts, owe_counts, group.process_group).float()
         return list(received.split(list(owe_counts)))
-    parts, row_shape = wired.split(list(ask_counts)), wired.shape[1:]
     with stage("exchange"):
-        for rank, room in enumerate(shared.rooms(ask_counts, row_shape, wired.dtype)):
-            if rank != shared.rank:
-                room.copy_(parts[rank])
-        shared.send()
-        arrived = shared.receive(row_shape, wired.dtype)
         return [
             # The memory is the sender's, which writes to it again soon.
-            parts[rank].float() if rank == shared.rank else empty_buffer(*part.shape).copy_(part)
-            for rank, part in enumerate(arrived)
+            part.float() if rank == shared.rank else empty_buffer(*part.shape).copy_(part)
+            for rank, part in enumerate(shared.exchange(wired.split(list(ask_counts))))
         ]

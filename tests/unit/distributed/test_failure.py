@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from embedtrain.distributed.beacon import Beacon, read_beacon
 from embedtrain.distributed.failure import (
@@ -100,10 +100,15 @@ def test_a_silent_rank_is_read_from_what_it_posted() -> None:
     assert f"rank 1 on {socket.gethostname()} in step 9, sample" in failure.text
 
 
-def test_torchrun_finds_the_reason_where_it_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "error.json"
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
-    tell_launcher("rank 1 on b failed: disk")
-    failure = ProcessFailure(local_rank=1, pid=1, exitcode=1, error_file=str(path))
-    assert "rank 1 on b failed: disk" in str(failure.message)
-    assert abs(failure.timestamp - time.time()) < 60
+def test_torchrun_finds_the_reason_where_it_looks_and_blames_the_rank_at_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = {}
+    for rank, is_fault in ((0, False), (1, True)):
+        path = tmp_path / f"error-{rank}.json"
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+        tell_launcher("rank 1 on b failed: disk", is_fault=is_fault)
+        failures[rank] = ProcessFailure(local_rank=rank, pid=1, exitcode=1, error_file=str(path))
+        assert "rank 1 on b failed: disk" in str(failures[rank].message)
+        assert abs(failures[rank].timestamp - time.time()) < 60
+    assert ChildFailedError("train", failures).get_first_failure()[0] == 1
