@@ -1,7 +1,9 @@
-"""Names for the stages of a step: in a profile, and for whoever asks where a rank is."""
+"""Names for the stages of a step: in a profile, for whoever asks where a rank is, and how long each takes in all."""
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +20,8 @@ class _Here:
         self.doing = "the start"
         self.open: list[str] = []
         self.failed_in = ""
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.bytes_sent = 0
 
 
 _here = _Here()
@@ -33,11 +37,13 @@ class _Stage(record_function):
     def __enter__(self) -> _Stage:
         _here.open.append(self._name)
         super().__enter__()  # type: ignore[no-untyped-call]
+        self._began_at = time.perf_counter()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> Any:
+        _here.seconds[self._name] += time.perf_counter() - self._began_at
         super().__exit__(kind, error, trace)
         if error is not None and not _here.failed_in:
             _here.failed_in = " > ".join(_here.open)
@@ -45,7 +51,7 @@ class _Stage(record_function):
 
 
 def stage(name: str) -> record_function:
-    """Marks a stage of the step: a context manager, which costs a microsecond where nobody profiles."""
+    """Marks a stage of the step: a context manager, which costs two microseconds where nobody profiles."""
     return _Stage(name)
 
 
@@ -66,3 +72,18 @@ def whereabouts() -> str:
     """
     stages = _here.failed_in or " > ".join(_here.open)
     return f"{_here.doing}, {stages}" if stages else _here.doing
+
+
+def seconds_by_stage() -> dict[str, float]:
+    """Returns how long this process has been in each stage so far, as the host sees it; stages lie inside others."""
+    return dict(_here.seconds)
+
+
+def count_sent(num_bytes: int) -> None:
+    """Adds to the bytes that this process sent to other ranks."""
+    _here.bytes_sent += num_bytes
+
+
+def bytes_sent() -> int:
+    """Returns the bytes of rows, ids and gradients that this process sent to other ranks so far."""
+    return _here.bytes_sent

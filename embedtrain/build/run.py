@@ -93,7 +93,7 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, check: Check 
         folder.checkpoints_path,
         parts.task,
         state,
-        facts={"config": OmegaConf.to_container(OmegaConf.structured(config)), **parts.facts, "init_from": started},
+        facts={"config": _settings_of(config), **parts.facts, "init_from": started},
         policy=_save_policy(config),
         resume=_resume_policy(config),
         group=runtime.group,
@@ -205,8 +205,17 @@ def _build_sinks(config: Config, folder: RunFolder, state: TrainState, task: Tas
     total = None if isinstance(task.batches, StreamedBatches) else config.train.epochs * task.batches.examples_per_epoch
     sinks: list[MetricSink] = [ConsoleSink(sys.stderr, total, task.unit), metrics]
     if config.log.tensorboard and local_path(folder.path) is not None:
-        sinks.append(TensorBoardSink(folder.join(TENSORBOARD_NAME), purge_step=state.step + 1))
+        board = TensorBoardSink(folder.join(TENSORBOARD_NAME), purge_step=state.step + 1)
+        best = config.checkpoint.best_metric
+        board.log_settings(_settings_of(config), ["loss"] if best in (None, "loss") else ["loss", best])
+        sinks.append(board)
     return sinks
+
+
+def _settings_of(config: Config) -> dict[str, Any]:
+    settings = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(settings, dict)
+    return {str(name): value for name, value in settings.items()}
 
 
 def _build_observers(

@@ -6,10 +6,16 @@ import argparse
 import difflib
 import os
 import re
+import socket
 import sys
+import time
 from typing import NoReturn, TypeAlias
 
+from embedtrain.distributed.failure import tell_launcher
+
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+_PATIENCE_SECONDS = 5.0
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -21,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         """Says what is wrong and leaves with the exit status of a user's mistake."""
         if is_first_rank():
             self.print_usage(sys.stderr)
-            say(f"embedtrain: error: {message}{self._hint(message)}")
+        say_once(f"embedtrain: error: {message}{self._hint(message)}")
         sys.exit(EXIT_USER_ERROR)
 
     def _hint(self, message: str) -> str:
@@ -66,6 +72,14 @@ def say(line: str) -> None:
 
 
 def say_once(line: str) -> None:
-    """Prints what every rank has to say alike."""
+    """Prints what every rank has to say alike, before they have joined.
+
+    Rank 0 says it. The launcher ends the job when one rank has left, so the others wait for rank 0 to have spoken; one
+    that outlives that wait is alone with its trouble, such as a file that its host lacks, and says so itself.
+    """
+    tell_launcher(line)
     if is_first_rank():
         say(line)
+        return
+    time.sleep(_PATIENCE_SECONDS)
+    say(f"{line} (rank {os.environ['RANK']} on {socket.gethostname()})")

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from embedtrain.distributed.runtime import rank_of
 from embedtrain.distributed.shared_memory import SharedMemoryExchange
 from embedtrain.errors import UserError
-from embedtrain.stages import stage
+from embedtrain.stages import count_sent, stage
 
 T = TypeVar("T")
 
@@ -45,6 +45,7 @@ def all_to_all_rows(
         with stage("exchange"):
             return shared.all_to_all(rows, send_counts, receive_counts)
     received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
+    count_sent((len(rows) - send_counts[dist.get_rank(group)]) * rows.shape[1:].numel() * rows.element_size())
     with stage("exchange"):
         dist.all_to_all_single(received, rows.contiguous(), list(receive_counts), list(send_counts), group=group)
     return received
@@ -99,6 +100,8 @@ def all_reduce_sum(
     if shared is not None:
         return shared.all_reduce_sum(values)
     if group is not None:
+        size = dist.get_world_size(group)
+        count_sent(2 * (size - 1) * values.nbytes // size)  # in a ring
         dist.all_reduce(values, op=dist.ReduceOp.SUM, group=group)
     return values
 

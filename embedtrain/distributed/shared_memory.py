@@ -21,6 +21,7 @@ from torch import Tensor
 
 from embedtrain.distributed.runtime import rank_of, size_of
 from embedtrain.ops import dispatch
+from embedtrain.stages import count_sent
 
 VARIABLE = "EMBEDTRAIN_SHARED_MEMORY"
 """Environment variable: 0 has ranks of one host exchange through the process group as ranks of several do."""
@@ -88,6 +89,7 @@ class SharedMemoryExchange:
             table[place], table[place + 1] = at, count
             rooms.append(self._rows(self.rank, at, count, row_shape, dtype))
             at += -(-count * row_bytes // _ALIGNMENT) * _ALIGNMENT
+            count_sent(count * row_bytes)
         if at - start > _SLOT_BYTES:
             raise RuntimeError(f"one exchange takes {at - start} bytes; there are addresses for {_SLOT_BYTES}")
         return rooms

@@ -75,6 +75,7 @@ class EmbeddingCollection(nn.Module):
 
     Attributes:
         shared: the ranks' shared memory, where they have it.
+        looked_up: per group [n] int64, a key for each id of this rank's last batch; those of no group none.
 
     Raises:
         ValueError: names repeat, a feature names a table that does not exist, or an option is none of those above.
@@ -124,6 +125,7 @@ class EmbeddingCollection(nn.Module):
         }
         self._no_lookup = Lookup(torch.zeros(0, dtype=torch.int64, device=self.device))
         self._place = {name: places[feature.table_name] for name, feature in self.features.items()}
+        self.looked_up: list[Tensor] = [self._no_lookup.keys] * len(self.row_groups)
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -299,6 +301,7 @@ class EmbeddingCollection(nn.Module):
         """
         members: dict[int, list[str]] = {}
         lookups = [self._no_lookup] * len(self.row_groups)
+        self.looked_up = [self._no_lookup.keys] * len(self.row_groups)
         error: Exception | None = None
         try:
             unknown = [name for name in batch if name not in self.features]
@@ -308,7 +311,7 @@ class EmbeddingCollection(nn.Module):
                 members.setdefault(self._place_of(name)[0], []).append(name)
             for number, names in members.items():
                 names.sort(key=lambda name: self._place_of(name)[1])  # in order of local row, which helps to sort
-                keys = to_device(self._keys_of(number, names, batch), self.device)
+                keys = self.looked_up[number] = to_device(self._keys_of(number, names, batch), self.device)
                 lookups[number] = self._lookup(number, names, batch, keys) if may_pool else Lookup(keys)
         except ValueError as raised:
             error = raised

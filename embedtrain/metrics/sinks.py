@@ -7,10 +7,12 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
+
+from tqdm import tqdm
 
 from embedtrain import storage
 from embedtrain.errors import UserError
@@ -140,6 +142,20 @@ class TensorBoardSink:
         """Writes the events that are held back."""
         self._writer.flush()
 
+    def log_settings(self, settings: Mapping[str, Any], measures: Sequence[str]) -> None:
+        """Shows the run among others in TensorBoard's table of hyperparameters.
+
+        Args:
+            settings: by name; mappings become names with dots, and lists texts.
+            measures: names of scalars to show beside them.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        parts = hparams(dict(_flat(settings)), dict.fromkeys(measures, 0.0))
+        writer = self._writer._get_file_writer()
+        for part in parts:
+            writer.add_summary(part)
+
     def log_histogram(self, name: str, histogram: Histogram, step: int) -> None:
         """Writes a histogram; nothing where it has no values."""
         filled = [place for place, count in enumerate(histogram.counts) if count]
@@ -167,7 +183,7 @@ class TensorBoardSink:
 
 
 class ConsoleSink:
-    """Shows progress on one line: rewritten in place on a terminal, printed every so often elsewhere.
+    """Shows progress: a bar on a terminal, a line printed every so often elsewhere.
 
     A training record has the count of what was trained on so far, over all epochs, under the name of its unit,
     `words` for instance, `words_per_second`, `loss` and `learning_rate`. Any other record, such as an evaluation,
@@ -185,47 +201,54 @@ class ConsoleSink:
         self._total = total
         self._unit = unit
         self._every_seconds = every_seconds
-        self._in_place = stream.isatty()
+        self._bar: _Bar | None = None  # once there is something to show on a terminal
         self._shown_at = -math.inf
-        self._open_line = ""  # on a terminal, the line that the cursor stands on
         self._held_back = ""  # elsewhere, the newest line that is not printed yet
 
     def log(self, record: Record) -> None:
         """Shows the record."""
         if self._unit not in record:
-            self._end_progress()
             self._print("  ".join(f"{name} {_short(value)}" for name, value in record.items()))
-            return
-        line = _progress(record, self._total, self._unit)
-        if self._in_place:
-            self._stream.write("\r" + line.ljust(len(self._open_line)))
-            self._stream.flush()
-            self._open_line = line
+        elif self._stream.isatty():
+            self._move_bar(record)
         elif time.monotonic() - self._shown_at >= self._every_seconds:
-            self._print(line)
+            self._held_back = ""
+            self._print(_progress(record, self._total, self._unit))
             self._shown_at = time.monotonic()
         else:
-            self._held_back = line
+            self._held_back = _progress(record, self._total, self._unit)
 
     def flush(self) -> None:
         """Does nothing: what a console shows is not read again."""
 
     def close(self) -> None:
-        """Shows the progress that is held back."""
-        self._end_progress()
+        """Shows the progress that is held back, and leaves the terminal on a new line."""
+        self._print()
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
-    def _end_progress(self) -> None:
-        """Leaves the newest line of progress on the stream, and the cursor below it."""
-        if self._held_back:
-            self._print(self._held_back)
-        elif self._open_line:
-            self._print("")
-            self._open_line = ""
+    def _move_bar(self, record: Record) -> None:
+        if self._bar is None:
+            shape = "{desc}" if self._total is None else "{percentage:5.1f} %|{bar:20}|{desc}"
+            self._bar = _Bar(total=self._total, file=self._stream, bar_format=shape, dynamic_ncols=True)
+        self._bar.n = int(record[self._unit])
+        shown = _progress(record, self._total, self._unit)
+        self._bar.set_description_str(shown if self._total is None else shown.partition("%")[2])
 
-    def _print(self, line: str) -> None:
-        self._stream.write(line + "\n")
+    def _print(self, *lines: str) -> None:
+        """Prints lines, after the progress that is held back and above the bar."""
+        for line in [self._held_back, *lines] if self._held_back else lines:
+            if self._bar is not None:
+                self._bar.write(line, file=self._stream)
+            else:
+                self._stream.write(line + "\n")
         self._stream.flush()
         self._held_back = ""
+
+
+class _Bar(tqdm):  # type: ignore[misc]
+    monitor_interval = 0  # no thread: the bar moves when there is something new
 
 
 def _progress(record: Record, total: int | None, unit: str) -> str:
@@ -236,6 +259,15 @@ def _progress(record: Record, total: int | None, unit: str) -> str:
         left = f"  {timedelta(seconds=round(max(0.0, total - done) / rate)) if rate > 0 else '?'} left"
     loss, lr = float(record["loss"]), float(record["learning_rate"])
     return f"{share}  {rate:,.0f} {unit}/s  loss {loss:.4f}  lr {lr:.3g}{left}"
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | str]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            yield prefix + name, value if is_number else str(value)
 
 
 def _short(value: float | int | str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,10 @@ from embedtrain.errors import UserError
 from embedtrain.export import Vectors, neighbors
 from embedtrain.export.vectors import FloatRows
 from embedtrain.train.run_folder import PROFILE_NAME, STATUS_NAME, RunFolder
+
+STAGE = "stage/"
+BUSIEST_RANK = f"{STAGE}busiest_rank"
+_UNEVEN = 1.25
 
 _ACCUMULATOR = "/accumulator"
 _BLOCK_ROWS = 1 << 20
@@ -80,6 +85,16 @@ class RunFacts:
     frequent_rows: FloatRows = field(default_factory=lambda: np.empty((0, 0), np.float32))
     profile: Mapping[str, str] = field(default_factory=dict)
     noun: str = "row"
+
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        """Seconds a step by stage, mean over what was logged, the longest first."""
+        means = {
+            name.removeprefix(STAGE): sum(values) / len(values)
+            for name, (_, values) in self.curves.items()
+            if name.startswith(STAGE) and name != BUSIEST_RANK
+        }
+        return dict(sorted(means.items(), key=lambda item: -item[1]))
 
 
 def read_facts(run_path: str, words: Sequence[str], runtime: Runtime, num_neighbors: int = 6) -> RunFacts:
@@ -152,6 +167,12 @@ def advice(facts: RunFacts) -> list[str]:
                 f"The loss is flat, {first:.4g} in the first quarter and {last:.4g} in the last: raise optimizer.lr or "
                 "train.epochs, or lower optimizer.initial_accumulator_value."
             )
+    _, busiest = facts.curves.get(BUSIEST_RANK, ([], []))
+    if len(busiest) >= 4 and (typical := statistics.median(busiest)) > _UNEVEN:
+        found.append(
+            f"The ranks are uneven: the busiest works {typical:.2f} times as long as they do on average, and the "
+            "others wait. Look there for another program, fewer cores than ranks, or longer examples."
+        )
     for table in facts.tables:
         if table.num_untouched is not None and table.num_untouched > table.num_rows / 10:
             share = table.num_untouched / table.num_rows

@@ -9,7 +9,7 @@ import jinja2
 
 from embedtrain import storage
 from embedtrain.distributed.runtime import Runtime
-from embedtrain.report.facts import RunFacts, advice, read_facts
+from embedtrain.report.facts import STAGE, RunFacts, advice, read_facts
 from embedtrain.report.plots import curve_svgs, map_svg
 
 
@@ -39,7 +39,7 @@ def render(facts: RunFacts, row_map: str) -> str:
     return environment.from_string(source).render(
         facts=facts,
         curves=curve_svgs(facts.curves),
-        last={name: values[-1] for name, (_, values) in facts.curves.items()},
+        last={name: values[-1] for name, (_, values) in facts.curves.items() if not name.startswith(STAGE)},
         row_map=row_map,
         advice=advice(facts),
     )

@@ -21,6 +21,7 @@ from embedtrain.train.checkpoints import Checkpoints
 from embedtrain.train.interrupt import Interrupt
 from embedtrain.train.state import TrainState
 from embedtrain.train.step import train_step
+from embedtrain.train.step_statistics import StepStatistics
 from embedtrain.train.task import StreamedBatches, Task
 
 T = TypeVar("T")
@@ -69,6 +70,7 @@ class Trainer:
         self._reset_state_from_step = reset_state_from_step
         self._group = group
         self._window = _Window()
+        self._statistics = StepStatistics(task.tables, group)
         self._is_drained = False
         self._logged_step = self._measured_step = state.step
 
@@ -195,6 +197,7 @@ class Trainer:
         return is_stopped, is_overdue, has_failed
 
     def _log(self, sinks: Sequence[MetricSink]) -> None:
+        """Logs what was done since it last did. Collective: every rank."""
         unit = self._task.unit
         sums, seconds = self._window.report()
         factor = self._factor_at(self.state.step - 1)
@@ -212,6 +215,7 @@ class Trainer:
             record.update(self._task.summarize(sums[_EXAMPLES + 1 :]))
         if self._task.optimizer.num_skipped:
             record["skipped_steps"] = self._task.optimizer.num_skipped
+        record.update(self._statistics.measure(self.state.step - self._logged_step))
         self._take(record, sinks)
         self._logged_step = self.state.step
 

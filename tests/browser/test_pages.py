@@ -19,6 +19,8 @@ ARTEFACTS = Path(__file__).resolve().parents[2] / "artefacts"
 """Where screenshots are kept; git ignores it."""
 
 TAGS = ("loss", "learning_rate", "words_per_second")
+GROUPS = ("stage", "ids", "memory")
+"""Of scalars, each with a heading of its own in TensorBoard."""
 
 pytestmark = pytest.mark.slow
 
@@ -78,10 +80,12 @@ def _address(process: subprocess.Popen[bytes], log: Path) -> str:
 def test_tensorboard_shows_the_scalars_and_the_projector(job: Job, page: Page) -> None:
     with tensorboard(job.folder / "run" / "tensorboard") as address:
         page.open(f"{address}/#timeseries")
-        for tag in TAGS:
+        for tag in (*TAGS, *GROUPS):
             page.wait_for_text(tag)
         page.wait_for("document.querySelectorAll('line-chart, svg.line-chart, canvas').length > 0")
         page.screenshot(ARTEFACTS / "tensorboard-scalars.png")
+        page.open(f"{address}/#hparams")
+        page.wait_for_text("optimizer.lr")
 
     with tensorboard(job.folder / "projector") as address:
         page.open(f"{address}/#projector")
@@ -104,6 +108,7 @@ def test_a_report_stands_alone_and_shows_its_curves(job: Job, page: Page) -> Non
         assert width > 200
         curve = f"document.querySelector('figure[data-name={name}] svg #line2d_1, figure[data-name={name}] svg path')"
         assert page.evaluate(f"{curve}.getBoundingClientRect().height") > 0
+    assert "forward" in page.evaluate("document.querySelector('#stages').innerText")
     assert page.evaluate("document.querySelector('#map svg').getBoundingClientRect().height") > 200
     page.screenshot(ARTEFACTS / "report.png")
     assert [url for url in page.requests if not url.startswith("data:")] == [report]

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import Job
+from tests.records import without_costs
 
 Wait = Callable[[Callable[[], object], subprocess.Popen[str]], None]
 
@@ -30,8 +31,8 @@ def metrics(job: Job, run: str) -> list[dict]:
     return [json.loads(line) for line in (job.folder / run / "metrics.jsonl").read_text().splitlines()]
 
 
-def without_times(records: list[dict]) -> list[dict]:
-    return [{k: v for k, v in record.items() if k not in ("seconds", "words_per_second")} for record in records]
+def learned(job: Job, run: str) -> list[dict]:
+    return [without_costs(record) for record in metrics(job, run)]
 
 
 @pytest.mark.slow
@@ -53,7 +54,7 @@ def test_a_rank_killed_in_mid_run_costs_nothing_but_time(job: Job, wait_until: W
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming at step" in resumed.stderr
     np.testing.assert_array_equal(job.vectors("killed"), job.vectors("whole"))
-    assert without_times(metrics(job, "killed")) == without_times(metrics(job, "whole"))
+    assert learned(job, "killed") == learned(job, "whole")
 
 
 @pytest.mark.slow

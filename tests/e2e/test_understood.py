@@ -70,6 +70,27 @@ def test_a_rank_that_hangs_is_named_with_where_each_rank_was(job: Job) -> None:
     assert re.search(rf"Last seen: rank 0 on {host} in step 5, [a-z> ]+; rank 1 on {host} in step 5, sample$", line)
 
 
+ALONE = """
+import os
+
+from embedtrain.cli import main
+from embedtrain.distributed.runtime import leave
+
+leave(main(["train", "missing.yaml"] if os.environ["RANK"] == "{rank}" else {arguments!r}))
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_mistake_that_one_rank_alone_finds_before_they_join_is_told(job: Job, rank: int) -> None:
+    (job.folder / "alone.py").write_text(ALONE.format(rank=rank, arguments=job.train_arguments("run")))
+    done = job.run_script("alone.py", ranks=2)
+    (line,) = said(done)
+    assert line.startswith("embedtrain: error: ") and "missing.yaml" in line
+    assert line.endswith(f" (rank 1 on {socket.gethostname()})") == (rank == 1)
+    root_cause = done.stderr.partition("Root Cause")[2]
+    assert re.search(rf"rank +: {rank} ", root_cause) and "no configuration file missing.yaml" in root_cause
+
+
 def test_a_dry_run_under_torchrun_writes_nothing(job: Job) -> None:
     done = job.run(*job.train_arguments("run", "--dry-run"), ranks=2)
     assert done.returncode == 0, done.stderr

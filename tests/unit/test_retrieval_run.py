@@ -16,6 +16,7 @@ from embedtrain.config import load_config
 from embedtrain.distributed.runtime import Runtime, default_group, rank_of, size_of
 from embedtrain.errors import UserError
 from embedtrain.testing.ranks import run_ranks
+from tests.records import without_costs
 
 NUM_GROUPS, USERS_PER_GROUP, ITEMS_PER_GROUP = 4, 15, 12
 OFFSET = 2**63  # ids of users are hashes past the signed 64 bits
@@ -128,7 +129,7 @@ def test_a_killed_run_goes_on_to_the_last_bit_and_on_another_number_of_ranks(fol
     lines = [[json.loads(line) for line in (folder / run / "metrics.jsonl").open()] for run in ("whole", "killed")]
     for first, second in zip(*lines, strict=True):
         if first["step"] != 60:  # of the first record after the resumption, some steps were counted before it
-            assert without_times(first) == without_times(second)
+            assert without_costs(first) == without_costs(second)
 
 
 def test_where_rows_live_changes_no_result(folder: Path) -> None:
@@ -147,10 +148,6 @@ def test_rows_travel_as_they_are_told(folder: Path) -> None:
     assert not torch.equal(rounded["user/weight"], exact["user/weight"])
     # Rounding by up to 2^-9 at each of the steps.
     torch.testing.assert_close(rounded["user/weight"], exact["user/weight"], rtol=0.1, atol=0.05)
-
-
-def without_times(record: dict[str, object]) -> dict[str, object]:
-    return {name: value for name, value in record.items() if "second" not in name}
 
 
 def command(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

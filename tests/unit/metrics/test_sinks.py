@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import resource
 import signal
 import subprocess
@@ -136,6 +137,22 @@ def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
     assert scalars(tmp_path) == {"loss": [(1, 1.0), (2, 0.5), (3, 9.0)]}
 
 
+def test_tensorboard_has_the_settings_of_a_run(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    sink = TensorBoardSink(str(tmp_path))
+    sink.log_settings({"optimizer": {"lr": 0.5, "max_norm": None}, "paths": ["a", "b"], "quick": True}, ["loss"])
+    sink.close()
+    content = EventAccumulator(str(tmp_path)).Reload().PluginTagToContent("hparams")
+    started = HParamsPluginData.FromString(content["_hparams_/session_start_info"]).session_start_info
+    found = {name: getattr(value, value.WhichOneof("kind")) for name, value in started.hparams.items()}
+    assert found == {"optimizer.lr": 0.5, "paths": "['a', 'b']", "quick": "True"}
+    experiment = HParamsPluginData.FromString(content["_hparams_/experiment"]).experiment
+    assert [info.name.tag for info in experiment.metric_infos] == ["loss"]
+
+
 def test_tensorboard_refuses_a_remote_folder():
     with pytest.raises(UserError, match="need a local folder, got 'memory://run'"):
         TensorBoardSink("memory://run")
@@ -170,21 +187,41 @@ def test_console_prints_a_line_every_so_often(clock):
     ]
 
 
-def test_console_rewrites_its_line_on_a_terminal():
+def shown(stream: io.StringIO) -> list[str]:
+    """What stands on a terminal, line by line, after it has followed every carriage return."""
+    lines = []
+    for written in stream.getvalue().split("\n"):
+        line = ""
+        for part in written.split("\r"):
+            line = part + line[len(part) :]
+        lines.append(line.rstrip())
+    return lines
+
+
+def test_console_moves_a_bar_on_a_terminal():
     stream = Terminal()
     sink = ConsoleSink(stream, total=1000)
     sink.log(training(10, rate=0.001))
-    sink.log(training(1000))
+    sink.log(training(500))
+    assert re.fullmatch(
+        r" 50\.0 %\|##########[ ]{10}\|  1,000 words/s  loss 2\.3457  lr 0\.0123  0:00:00 left", *shown(stream)
+    )
     sink.log({"step": 7, "analogies": 0.15312})
     sink.log(training(1000, rate=0.0))
     sink.close()
     sink.close()
-    first, second, rest = stream.getvalue()[1:].split("\r")
-    assert first.startswith("  1.0 %")
-    assert len(second.split("\n")[0]) == len(first)
-    assert second.split("\n")[0].rstrip().endswith("0:00:00 left")
-    assert second.split("\n")[1] == "step 7  analogies 0.1531"
-    assert rest == "100.0 %  0 words/s  loss 2.3457  lr 0.0123  ? left\n"
+    note, bar, end = shown(stream)
+    assert note == "step 7  analogies 0.1531"
+    assert bar == f"100.0 %|{'#' * 20}|  0 words/s  loss 2.3457  lr 0.0123  ? left"
+    assert end == ""
+
+
+def test_console_shows_a_stream_whose_end_is_not_known():
+    stream = Terminal()
+    sink = ConsoleSink(stream, total=None)
+    sink.log(training(1500))
+    sink.close()
+    assert shown(stream) == ["1,500 words  1,000 words/s  loss 2.3457  lr 0.0123", ""]
 
 
 def test_console_keeps_progress_before_another_record(clock):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -61,6 +62,10 @@ def test_nothing_is_advised_where_nothing_looks_wrong() -> None:
     [
         ({"curves": {"loss": (list(range(16)), [2.0] * 16)}}, "The loss is flat, 2 in the first quarter"),
         ({"curves": {"loss": (list(range(16)), falling()[::-1])}}, "The loss rose"),
+        (
+            {"curves": {"stage/busiest_rank": ([1, 2, 3, 4], [1.1, 1.6, 1.5, 1.7])}},
+            "The ranks are uneven: the busiest works 1.55 times",
+        ),
         ({"num_skipped": 3}, "3 steps were left out"),
         ({"tables": [TableFacts("word", 100, 8, 40)]}, "40% of the rows of table word were never trained"),
     ],
@@ -87,6 +92,19 @@ def test_the_page_shows_the_run_and_escapes_what_it_shows() -> None:
     assert "http://" not in page.replace("http://www.w3.org/", "").replace("http://purl.org/", "").replace(
         "http://creativecommons.org/", ""
     ), "the page needs no other file"
+
+
+def test_the_page_says_where_the_time_went() -> None:
+    curves = {
+        "stage/forward": ([1, 2], [0.001, 0.003]),
+        "stage/update": ([1, 2], [0.01, 0.01]),
+        "stage/busiest_rank": ([1, 2], [1.0, 1.0]),
+    }
+    page = render(facts(falling(), curves=curves), "")
+    rows = re.findall(r"<tr><td>(\w+)</td><td class=\"number\">([\d.]+)</td></tr>", page)
+    assert [row for row in rows if row[0] != "loss"] == [("update", "10.000"), ("forward", "2.000")]
+    assert "stage/" not in page
+    assert "Where the time went" not in render(facts(falling()), "")
 
 
 def test_the_map_keeps_the_largest_differences_and_its_signs() -> None:

@@ -22,6 +22,7 @@ from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
 from embedtrain.train.state import TrainState
 from embedtrain.train.task import Evaluation, Task
 from embedtrain.train.trainer import Trainer
+from tests.records import without_costs
 
 NUM_ROWS, DIM, EPOCHS, STEPS_PER_EPOCH, GLOBAL_BATCH = 30, 4, 3, 7, 12
 
@@ -72,9 +73,7 @@ class Records:
         self.records: list[dict[str, float | int | str]] = []
 
     def log(self, record: Mapping[str, float | int | str]) -> None:
-        self.records.append(
-            {key: value for key, value in record.items() if not key.endswith(("seconds", "_per_second"))}
-        )
+        self.records.append(without_costs(record))
 
     def flush(self) -> None:
         pass

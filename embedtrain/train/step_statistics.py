@@ -1,0 +1,94 @@
+"""What a step costs and what it looks up: seconds by stage, bytes between ranks, memory, distinct and hot ids."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+import torch.distributed as dist
+
+from embedtrain.distributed.collectives import all_reduce_sum
+from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.embedding.collection import EmbeddingCollection
+from embedtrain.ops.sort_unique import sort_unique
+from embedtrain.stages import bytes_sent, seconds_by_stage
+
+_OUTER_STAGES = ("sample", "prepare", "forward", "backward", "update")
+_STAGES = (*_OUTER_STAGES, "unique", "exchange", "kernel", "agree", "save", "evaluate")
+_HOTTEST = 100
+"""One of so many distinct ids counts as hot."""
+
+
+class StepStatistics:
+    """Measures the steps since it last did, over all ranks.
+
+    Args:
+        tables: of the model.
+        group: the ranks of the run.
+    """
+
+    def __init__(self, tables: EmbeddingCollection, group: dist.ProcessGroup | None) -> None:
+        self._tables = tables
+        self._group = group
+        self._seen = self._costs()
+
+    def measure(self, num_steps: int) -> dict[str, float]:
+        """Returns the statistics of the steps since the last call, and of the ids of the last of them.
+
+        Collective: every rank.
+
+        Args:
+            num_steps: since the last call.
+
+        Returns:
+            `stage/NAME`: seconds a step, mean over the ranks, as their hosts see them; stages lie inside others.
+            `stage/busiest_rank`: the work of the rank with the most, waiting left out, over the mean.
+            `exchange/bytes`: sent to other ranks in a step, by all ranks together.
+            `ids/looked_up`, `ids/distinct`: of a step; an id counts as distinct once for each rank.
+            `ids/hottest_share`: of those looked up, the share of the most frequent hundredth of the distinct ones.
+            `memory/host_bytes`, `memory/device_bytes`: the most that a rank has taken so far.
+        """
+        costs = self._costs()
+        spent, self._seen = costs - self._seen, costs
+        own = torch.cat([spent / max(num_steps, 1), self._ids(), _memory(self._tables.device)])
+        # Each rank fills in its row of the same tensor: the sum has all of them.
+        by_rank = torch.zeros(size_of(self._group), len(own), dtype=torch.float64)
+        by_rank[rank_of(self._group)] = own
+        by_rank = all_reduce_sum(by_rank, self._group, self._tables.shared)
+        seconds, sent, ids, memory = by_rank.split([len(_STAGES), 1, 3, 2], dim=1)
+        means = dict(zip(_STAGES, seconds.mean(dim=0).tolist(), strict=True))
+        found = {f"stage/{name}": mean for name, mean in means.items() if mean > 0}
+        if self._group is not None:
+            work = seconds[:, : len(_OUTER_STAGES)].sum(dim=1) - seconds[:, _STAGES.index("exchange")]
+            found["stage/busiest_rank"] = float(work.max() / work.mean().clamp(min=1e-12))
+            found["exchange/bytes"] = float(sent.sum())
+        looked_up, distinct, hottest = ids.sum(dim=0).tolist()
+        found |= {"ids/looked_up": looked_up, "ids/distinct": distinct}
+        if looked_up:
+            found["ids/hottest_share"] = hottest / looked_up
+        on_host, on_device = memory.max(dim=0).values.tolist()
+        return {**found, "memory/host_bytes": on_host, **({"memory/device_bytes": on_device} if on_device else {})}
+
+    def _costs(self) -> torch.Tensor:
+        """Returns [stages + 1] float64: seconds in each stage and bytes sent, since this process began."""
+        seconds = seconds_by_stage()
+        costs = [seconds.get(name, 0.0) for name in _STAGES]
+        return torch.tensor([*costs, float(bytes_sent())], dtype=torch.float64)
+
+    def _ids(self) -> torch.Tensor:
+        """Returns [3] float64: ids of the last batch, distinct ones, and how often the hottest of those occur."""
+        found = torch.zeros(3, dtype=torch.float64)
+        for keys in self._tables.looked_up:
+            counts = sort_unique(keys, with_inverse=False).starts.diff()
+            hottest = counts.sort(descending=True).values[: -(-len(counts) // _HOTTEST)]
+            found += torch.tensor([len(keys), len(counts), int(hottest.sum())], dtype=torch.float64)
+        return found
+
+
+def _memory(device: torch.device) -> torch.Tensor:
+    """Returns [2] float64: the most bytes of the host's and of the device's memory that this process has taken."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    on_host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    on_device = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+    return torch.tensor([on_host, on_device], dtype=torch.float64)
