@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py ../shared/data/text-en-wiki/wiki_a.txt
 
-Ranks of one thread each train skip-gram steps on the same text. Strong: all ranks share a step of 8,192 words; weak:
+Ranks of one thread each train skip-gram steps on the same text. Strong: all ranks share a step of 16,384 words; weak:
 each rank has as many. The runs of different sizes take turns; figures are medians after a turn that does not count.
 Runs of more ranks than there are cores are marked. Stages lie inside others: exchange is what waiting for other ranks
 and copying their rows take, wherever in the step.
@@ -36,7 +36,7 @@ from embedtrain.stages import stage
 from embedtrain.train.profile import StepProfile
 from embedtrain.train.step import train_step
 
-WORDS_PER_STEP, BLOCK_WORDS, DIM = 8192, 512, 100
+WORDS_PER_STEP, BLOCK_WORDS, DIM = 16384, 512, 100
 STAGES = ["sample", "unique", "exchange", "kernel", "update"]
 _ID_BYTES, _VALUE_BYTES = 4, 4
 

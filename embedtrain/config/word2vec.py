@@ -62,7 +62,7 @@ class SkipGramConfig:
 class TextTrainConfig(TrainConfig):
     """The loop over a text."""
 
-    words_per_step: int = 8192
+    words_per_step: int = 16384
     """Words of the text between two updates, over all ranks."""
     block_words: int = 512
     """Consecutive words that are read together; a step is made of whole blocks from all over the text."""
