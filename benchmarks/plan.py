@@ -43,8 +43,8 @@ NUM_EXAMPLES, FIELDS, DENSE = 200_000, [f"c{i}" for i in range(20)], [f"x{i}" fo
 FIELD_ROWS = [20, 200, 2_000, 20_000, 200_000] * 4
 CELLS = {
     "word2vec": [
-        ["table.dim=100", "train.words_per_step=16384"],
-        ["table.dim=300", "train.words_per_step=16384"],
+        ["table.dim=100", "train.words_per_step=8192"],
+        ["table.dim=300", "train.words_per_step=8192"],
         ["table.dim=100", "train.words_per_step=32768"],
     ],
     "retrieval": [
