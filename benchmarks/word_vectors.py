@@ -3,8 +3,8 @@
     python benchmarks/word_vectors.py ../shared/data/text-en-wiki/wiki_a.txt --tests ../shared/data/eval-words
 
 Both sides train on a text of lower-cased words of the letters a to z: embedtrain through its command line, one rank of
-one thread a core, gensim from a `corpus_file` with a worker a core. For speed they take turns over one epoch, after a
-first turn that does not count; words per second are words of the text in the vocabulary by the time spent training
+one thread a core, gensim from a `corpus_file` with a worker a core. For speed they take turns over `--speed-epochs`, after
+a first turn that does not count; words per second are words of the text in the vocabulary by the time spent training
 (reading the vocabulary left out on both sides). For quality both train `--epochs` for each of `--seeds`, and gensim
 judges both.
 """
@@ -59,7 +59,11 @@ def main() -> None:
     text_path = clean_text(options.text, work_path, options.lines)
     settings = Settings(text_path, work_path, options.dim, options.overrides)
     if options.repeats:
-        print_speeds(options.text.stem, compare_speeds(settings, options.cores, options.repeats), options.cores)
+        print_speeds(
+            options.text.stem,
+            compare_speeds(settings, options.cores, options.repeats, options.speed_epochs),
+            options.cores,
+        )
     if options.seeds:
         ours, peers = compare_quality(settings, options)
         print_quality(options.text.stem, ours, peers, max(options.cores))
@@ -75,6 +79,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--lines", type=int, help="take so many lines of the text only")
     parser.add_argument("--cores", type=int, nargs="+", default=[1, 2], help="ranks of one thread, gensim's workers")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side for speed; 0 leaves speed out")
+    parser.add_argument("--speed-epochs", type=int, default=3, help="of the runs for speed")
     parser.add_argument("--seeds", type=int, default=3, help="for quality; 0 leaves it out")
     parser.add_argument("--dim", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=5, help="of the runs for quality")
@@ -84,15 +89,17 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def compare_speeds(settings: Settings, cores: Sequence[int], repeats: int) -> dict[str, dict[int, list[float]]]:
+def compare_speeds(
+    settings: Settings, cores: Sequence[int], repeats: int, epochs: int
+) -> dict[str, dict[int, list[float]]]:
     """Returns words per second of each side by number of cores, a value a turn."""
     speeds: dict[str, dict[int, list[float]]] = {side: {count: [] for count in cores} for side in (OURS, PEER)}
     model = prepare_gensim(settings, seed=1)
     for turn in range(1 + repeats):
         for count in cores:
             found = {
-                OURS: speed_of(train_embedtrain(settings, 1, count, epochs=1)),
-                PEER: train_gensim(model, settings, count, epochs=1),
+                OURS: speed_of(train_embedtrain(settings, 1, count, epochs)),
+                PEER: train_gensim(model, settings, count, epochs),
             }
             for side, speed in found.items():
                 print(f"turn {turn}, {count} cores, {side}: {speed:,.0f} words/s", flush=True)

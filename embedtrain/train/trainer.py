@@ -268,7 +268,7 @@ class _Window:
         total = objective.total.double().view(1)
         added = total if objective.sums is None else torch.cat([total, objective.sums.to(total)])
         self._objectives = _sum(self._objectives.to(added.device), added)
-        self._counts += torch.tensor([objective.num_predictions, num_examples])
+        self._counts += torch.tensor([objective.num_predictions, num_examples], dtype=torch.float64)
 
     def close(self, sums: Tensor) -> float:
         """Takes the sums over the ranks; returns the seconds since it last did."""
@@ -293,6 +293,8 @@ class _Window:
 
 def _sum(total: Tensor, added: Tensor) -> Tensor:
     """Adds sums; before the first step nobody knows how many there are."""
+    if len(total) == len(added):
+        return total + added
     return added + torch.nn.functional.pad(total, (0, len(added) - len(total)))
 
 
