@@ -3,10 +3,10 @@
     python benchmarks/word_vectors.py ../shared/data/text-en-wiki/wiki_a.txt --tests ../shared/data/eval-words
 
 Both sides train on a text of lower-cased words of the letters a to z: embedtrain through its command line, one rank of
-one thread a core, gensim from a `corpus_file` with a worker a core. For speed they take turns over `--speed-epochs`, after
-a first turn that does not count; words per second are words of the text in the vocabulary by the time spent training
-(reading the vocabulary left out on both sides). For quality both train `--epochs` for each of `--seeds`, and gensim
-judges both.
+one thread a core, gensim from a `corpus_file` with a worker a core. For speed they take turns of `--speed-epochs` each,
+after a first turn that does not count; words per second are words of the text in the vocabulary by the time spent
+training (reading the vocabulary left out on both sides). For quality both train `--epochs` for each of `--seeds`, and
+gensim judges both.
 """
 
 from __future__ import annotations

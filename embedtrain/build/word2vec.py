@@ -176,6 +176,7 @@ def _build_batches(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCor
             negatives=config.word2vec.negatives,
             sample=config.word2vec.sample,
             power=config.word2vec.power,
+            negative_parts=config.word2vec.negative_parts,
         ),
         block_words=config.train.block_words,
         blocks_per_step=blocks_per_step,

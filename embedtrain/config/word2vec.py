@@ -56,6 +56,9 @@ class SkipGramConfig:
     """Words above this share of the text are subsampled; 0 keeps all."""
     power: float = 0.75
     """Negatives are drawn by count ** power."""
+    negative_parts: int = 4
+    """A block of text draws its negatives from one of so many parts of the vocabulary, each in turn, of 1,000 words at
+    least: ranks that divide the parts draw from rows that they own. 1: from all, as word2vec does."""
 
 
 @dataclass
@@ -124,6 +127,7 @@ class Word2VecConfig(Config):
             "train.block_words": self.train.block_words,
             "word2vec.window": self.word2vec.window,
             "word2vec.negatives": self.word2vec.negatives,
+            "word2vec.negative_parts": self.word2vec.negative_parts,
             "evaluate.every_epochs": self.evaluate.every_epochs,
             "evaluate.every_steps": self.evaluate.every_steps,
         }

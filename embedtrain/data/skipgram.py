@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from embedtrain.data.corpus import PreparedCorpus
-from embedtrain.data.negatives import alias_table
+from embedtrain.data.negatives import alias_table, part_vocabulary
 from embedtrain.data.partition import block_order, num_steps, share_of_rank
 from embedtrain.ops.sample_text import ALIAS_BITS, KEEP_BITS, SamplingTables, TextSample, sample_text
 
@@ -24,12 +25,15 @@ class SamplingOptions:
         negatives: negative words for each centre.
         sample: words more frequent than this share of the text are dropped at random; 0 keeps all.
         power: negatives are drawn by count ** power.
+        negative_parts: each block of text draws its negatives from one of so many parts of the vocabulary; see
+            `part_vocabulary`. 1 draws from all, as word2vec does.
     """
 
     window: int = 5
     negatives: int = 5
     sample: float = 1e-3
     power: float = 0.75
+    negative_parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,10 @@ class TextBatches:
     """The batches of a rank, each a function of (seed, epoch, step): nothing to save, nothing to restore.
 
     Windows end at sentence borders and at the borders of a block.
+
+    The blocks of a step draw their negatives from the parts of the vocabulary in turn, so that a rank's blocks draw
+    most of theirs from rows that it owns, where the parts divide by the ranks: negatives are most of the rows of a
+    step, and these need not travel. Which part a block meets is as random as its place in the epoch.
 
     Args:
         corpus: the text.
@@ -101,6 +109,7 @@ class TextBatches:
         blocks = self._order[step * self._blocks_per_step : (step + 1) * self._blocks_per_step]
         share = share_of_rank(len(blocks), self._rank, self._world_size)
         tokens, positions = self._read(blocks[share.start : share.stop])
+        part_of_block = self._parts(step, len(blocks))[share.start : share.stop]
         sample = sample_text(
             torch.from_numpy(tokens),
             torch.from_numpy(positions),
@@ -108,8 +117,17 @@ class TextBatches:
             window=self._options.window,
             num_negatives=self._options.negatives,
             key=self._key,
+            parts=torch.from_numpy(np.repeat(part_of_block, self._block_words)[: len(tokens)]),
         )
         return TextBatch(sample, num_examples=len(tokens))
+
+    def _parts(self, step: int, num_blocks: int) -> NDArray[np.int32]:
+        """Returns the part of the vocabulary of each block of a step, over all ranks: all in turn, from anywhere on."""
+        num_parts = len(self._tables.part_starts) - 1
+        # Less than a block: whole blocks stay where the ranks divide them, and in short steps no part is left out.
+        offset = xxh3_64_intdigest(f"{self._key}/{step}".encode()) / 2.0**64
+        parts = (np.arange(num_blocks) + offset) * num_parts / num_blocks
+        return np.minimum(parts, num_parts - 1).astype(np.int32)
 
     def _begin_epoch(self, epoch: int) -> None:
         self._epoch = epoch
@@ -136,16 +154,23 @@ class TextBatches:
 
 def sampling_tables(counts: NDArray[np.int64], options: SamplingOptions) -> SamplingTables:
     """Returns the thresholds of every draw for a vocabulary with these counts."""
-    own, other = alias_table(counts.astype(np.float64) ** options.power)
-    keep = keep_probabilities(counts, options.sample)
+    weights = counts.astype(np.float64) ** options.power
+    parts = part_vocabulary(weights, options.negative_parts)
     bits = np.uint64(ALIAS_BITS)
-    thresholds = np.rint(own * (1 << ALIAS_BITS)).astype(np.uint64)
-    is_whole = thresholds >> bits > 0
-    # A column that is all its own row's has no threshold in 32 bits, and needs none.
-    thresholds[is_whole], other[is_whole] = 0, np.flatnonzero(is_whole)
+    columns = []
+    for part in parts:
+        own, other = alias_table(part.weights)
+        thresholds = np.rint(own * (1 << ALIAS_BITS)).astype(np.uint64)
+        is_whole = thresholds >> bits > 0
+        # A column that is all its own row's has no threshold in 32 bits, and needs none.
+        thresholds[is_whole], other[is_whole] = 0, np.flatnonzero(is_whole)
+        columns.append(
+            np.stack([(thresholds << bits | part.rows[other].astype(np.uint64)).view(np.int64), part.rows], axis=1)
+        )
     return SamplingTables(
-        keep=torch.from_numpy(np.rint(keep * (1 << KEEP_BITS)).astype(np.int32)),
-        columns=torch.from_numpy((thresholds << bits | other.astype(np.uint64)).view(np.int64)),
+        keep=torch.from_numpy(np.rint(keep_probabilities(counts, options.sample) * (1 << KEEP_BITS)).astype(np.int32)),
+        columns=torch.from_numpy(np.concatenate(columns)),
+        part_starts=torch.tensor([0, *itertools.accumulate(map(len, columns))]),
     )
 
 

@@ -60,7 +60,8 @@ def skipgram_rates(device: torch.device) -> dict[str, float]:
     texts = [torch.randint(_VOCABULARY, (_WORDS,), dtype=torch.int32) for _ in range(8)]
     tokens, positions = itertools.cycle(texts), torch.arange(_WORDS)
     everything = torch.full((_VOCABULARY,), 1 << KEEP_BITS, dtype=torch.int32)
-    tables = SamplingTables(everything, columns=torch.arange(_VOCABULARY))
+    rows = torch.arange(_VOCABULARY)
+    tables = SamplingTables(everything, torch.stack([rows, rows], dim=1), torch.tensor([0, _VOCABULARY]))
     keys = itertools.count()
 
     def draw() -> TextSample:
@@ -75,7 +76,7 @@ def skipgram_rates(device: torch.device) -> dict[str, float]:
     )
     scores = int(count_predictions(block)) * (1 + _NEGATIVES)
     vectors = [torch.rand(4 * _WORDS, dim, device=device) - 0.5 for dim in _VECTOR_DIMS]
-    narrow, wide = (median_seconds(functools.partial(skipgram_block, rows, block), device) for rows in vectors)
+    narrow, wide = (median_seconds(functools.partial(skipgram_block, each, block), device) for each in vectors)
     by_dim = max((wide - narrow) / (_VECTOR_DIMS[1] - _VECTOR_DIMS[0]), narrow / 1000)
     return {
         "sample_draws_per_second": _WORDS * (1 + _NEGATIVES) / median_seconds(draw),

@@ -68,7 +68,7 @@ def _print_tables(workload: Workload, world_size: int) -> None:
         print(
             f"{table.name:<16} {table.num_rows:>16,} {table.dim:>5} {rows:>14,} "
             f"{format_bytes(rows * table.weight_bytes):>11} {format_bytes(rows * table.state_bytes):>11} "
-            f"{table.num_distinct(1 / world_size):>16,.0f}"
+            f"{table.distinct_of_rank(world_size)[0]:>16,.0f}"
         )
 
 

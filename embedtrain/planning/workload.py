@@ -20,6 +20,7 @@ from embedtrain.config.ranking import FeatureConfig, RankingConfig
 from embedtrain.config.retrieval import FeatureConfig as SideFeatureConfig
 from embedtrain.config.retrieval import RetrievalConfig, SideConfig
 from embedtrain.config.sections import CheckpointConfig, TableConfig
+from embedtrain.data.negatives import NUM_COMMON_WORDS, num_parts_of
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
 from embedtrain.data.skipgram import keep_shares
 from embedtrain.errors import UserError
@@ -135,9 +136,10 @@ def _word2vec(config: Any, assumptions: Assumptions) -> Workload:
         raise UserError("both tables of word2vec have a row a word: give the same --rows for both, or --rows N")
     text = Law.zipf(num_rows, assumptions.exponent)
     law, kept = text.thinned(lambda shares: keep_shares(shares, settings.sample))
-    negatives = Law.of_weights(text.shares**settings.power, text.num_rows)
     words_kept = words * kept
     drawn = words_kept * settings.negatives
+    parts = num_parts_of(num_rows, settings.negative_parts)
+    draws, home_draws = _negatives(drawn, Law.of_weights(text.shares**settings.power, text.num_rows), parts)
     sizes = {name: _table_sizes(config.table, config.optimizer, name, config.table.dim) for name in (INPUT, OUTPUT)}
     contexts = min(settings.window + 1, config.train.block_words)
     # Each prediction meets the positive and the negatives: the score, and the gradients of both sides.
@@ -145,7 +147,14 @@ def _word2vec(config: Any, assumptions: Assumptions) -> Workload:
     return Workload(
         tables=(
             TableLoad(INPUT, num_rows, draws=((words_kept, law),), **sizes[INPUT]),
-            TableLoad(OUTPUT, num_rows, draws=((words_kept, law), (drawn, negatives)), **sizes[OUTPUT]),
+            TableLoad(
+                OUTPUT,
+                num_rows,
+                draws=((words_kept, law), *draws),
+                home_draws=home_draws,
+                home_parts=parts,
+                **sizes[OUTPUT],
+            ),
         ),
         num_features=2,
         draws=words + drawn,
@@ -153,6 +162,16 @@ def _word2vec(config: Any, assumptions: Assumptions) -> Workload:
         skipgram_products=scores * config.table.dim * 3,
         **_checkpoints(config.checkpoint),
     )
+
+
+def _negatives(drawn: float, law: Law, num_parts: int) -> tuple[tuple[tuple[float, Law], ...], ...]:
+    """Returns the draws of negatives among words that all parts have, and those among the others: `part_vocabulary`."""
+    if num_parts == 1:
+        return ((drawn, law),), ()
+    is_common = law.num_rows.cumsum() <= NUM_COMMON_WORDS
+    common, share = law.thinned(lambda _: is_common.astype(float))
+    others, _ = law.thinned(lambda _: (~is_common).astype(float))
+    return ((drawn * share, common),), ((drawn * (1 - share), others),)
 
 
 def _ranking(config: Any, assumptions: Assumptions) -> Workload:

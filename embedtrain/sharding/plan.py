@@ -72,6 +72,9 @@ class TableLoad:
         state_value_bytes: of optimizer state that each place of a row has.
         wire_bytes: of each place of a vector or gradient that travels; None as it is stored, and 4.
         draws: how many ids of which law.
+        home_draws: likewise, of those that a rank draws from one of `home_parts` parts of the table, which it owns
+            where the ranks divide the parts.
+        home_parts: how many.
         num_bags: of pooled features; None where each id has a vector of its own.
     """
 
@@ -84,6 +87,8 @@ class TableLoad:
     draws: tuple[tuple[float, Law], ...]
     wire_bytes: int | None = None
     num_bags: float | None = None
+    home_draws: tuple[tuple[float, Law], ...] = ()
+    home_parts: int = 1
 
     @property
     def weight_bytes(self) -> int:
@@ -98,12 +103,28 @@ class TableLoad:
     @property
     def num_ids(self) -> float:
         """Of a step, over all ranks."""
-        return sum(number for number, _ in self.draws)
+        return sum(number for number, _ in (*self.draws, *self.home_draws))
 
-    def num_distinct(self, share: float) -> float:
-        """Returns how many distinct rows a share of the step's ids is expected to touch."""
-        intensity = sum(number * share * law.shares for number, law in self.draws)
-        return float(np.dot(-np.expm1(-intensity), self.draws[0][1].num_rows)) if self.draws else 0.0
+    @property
+    def num_distinct(self) -> float:
+        """How many distinct rows a step is expected to touch, over all ranks."""
+        return self._expected(1.0, 1.0)
+
+    def distinct_of_rank(self, world_size: int) -> tuple[float, float]:
+        """Returns how many distinct rows a rank is expected to look up in a step, and how many lie elsewhere."""
+        parts = min(world_size, self.home_parts)
+        home = self._expected(1 / world_size, parts / world_size) / parts
+        others = self._expected(1 / world_size, 0.0) * (1 - 1 / parts)
+        return home + others, others + home * (1 - parts / world_size)
+
+    def _expected(self, share: float, home_share: float) -> float:
+        """Returns how many distinct rows of the table shares of a step's draws are expected to touch."""
+        laws = [(number * share, law) for number, law in self.draws]
+        laws += [(number * home_share, law) for number, law in self.home_draws]
+        if not laws:
+            return 0.0
+        intensity = sum(number * law.shares for number, law in laws)
+        return float(np.dot(-np.expm1(-intensity), laws[0][1].num_rows))
 
 
 @dataclass(frozen=True)
@@ -227,7 +248,8 @@ class _Step:
 
     table: TableLoad
     ids: float
-    distinct: float  # rows that travel, or are read, for this rank
+    distinct: float  # rows that this rank looks up
+    away: float  # of those, the ones that lie elsewhere
     owned: float  # distinct rows that this rank updates
     sums: float  # 0 where rows travel
     bags: float
@@ -235,7 +257,7 @@ class _Step:
 
     @property
     def moved(self) -> float:
-        """Rows or sums that come to this rank; on average as many leave it."""
+        """Rows or sums of this rank's examples, from all ranks; on average it hands out as many."""
         return self.sums or self.distinct
 
 
@@ -257,15 +279,16 @@ def memory_of(workload: Workload, world_size: int) -> Memory:
 
 def exchange_of(workload: Workload, world_size: int) -> Exchange:
     """Returns what a rank sends in a step, on average."""
-    away = (world_size - 1) / world_size
+    others = (world_size - 1) / world_size
     ids = vectors = gradients = 0.0
     for step in _steps(workload, world_size):
         out_bytes = step.wire.gradient_bytes if step.sums else step.wire.vector_bytes
-        ids += away * (step.ids if step.sums else step.distinct) * step.wire.id_bytes
-        vectors += away * step.moved * step.table.dim * out_bytes
-        gradients += away * step.moved * step.table.dim * step.wire.gradient_bytes
+        sent = step.sums * others or step.away
+        ids += (step.ids * others if step.sums else step.away) * step.wire.id_bytes
+        vectors += sent * step.table.dim * out_bytes
+        gradients += sent * step.table.dim * step.wire.gradient_bytes
     at_owner = tuple(step.table.name for step in _steps(workload, world_size) if step.sums)
-    dense = 2 * away * workload.dense_gradient_bytes
+    dense = 2 * others * workload.dense_gradient_bytes
     return Exchange(round(ids), round(vectors), round(gradients), round(dense), at_owner)
 
 
@@ -377,7 +400,7 @@ def _step_of(table: TableLoad, world_size: int) -> _Step:
         gradient_bytes=table.wire_bytes or 4,
     )
     ids, bags = table.num_ids / world_size, (table.num_bags or 0.0) / world_size
-    distinct = table.num_distinct(1 / world_size)
+    distinct, away = table.distinct_of_rank(world_size)
     sums = 0.0
     if bags and world_size > 1:
         # A bag of n ids has rows on so many of the ranks.
@@ -386,7 +409,7 @@ def _step_of(table: TableLoad, world_size: int) -> _Step:
             round(distinct), table.dim, wire
         )
         sums = sums if is_cheaper else 0.0
-    return _Step(table, ids, distinct, table.num_distinct(1.0) / world_size, sums, bags, wire)
+    return _Step(table, ids, distinct, away, table.num_distinct / world_size, sums, bags, wire)
 
 
 def _with_tables(workload: Workload, change: Callable[[TableLoad], TableLoad]) -> Workload:

@@ -67,10 +67,10 @@ _SIGNATURES: dict[str, list[type]] = {
     "embedtrain_await": [_POINTER, _INT64, _INT64, _INT64, _INT, _POINTER],
     # memory, bytes
     "embedtrain_advise_huge_pages": [_POINTER, _INT64],
-    # tokens, positions, num_tokens, keep, columns, num_rows, window, num_negatives, key,
+    # tokens, positions, parts, num_tokens, keep, columns, part_starts, window, num_negatives, key,
     # words, targets, starts, stops, num_kept
     "embedtrain_sample_text": [
-        _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _INT64, _INT64, _INT64, _INT64,
+        _POINTER, _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64,
         _POINTER, _POINTER, _POINTER, _POINTER, _POINTER,
     ],
 }  # fmt: skip

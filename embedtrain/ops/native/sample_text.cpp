@@ -9,8 +9,8 @@ using namespace embedtrain;
 
 // The results have room for num_tokens words; *num_kept says how many there are.
 extern "C" EMBEDTRAIN_MULTIVERSION void embedtrain_sample_text(
-    const int32_t* tokens, const int64_t* positions, int64_t num_tokens, const int32_t* keep,
-    const uint64_t* columns, int64_t num_rows, int64_t window, int64_t num_negatives, int64_t signed_key,
+    const int32_t* tokens, const int64_t* positions, const int32_t* parts, int64_t num_tokens, const int32_t* keep,
+    const uint64_t* columns, const int64_t* part_starts, int64_t window, int64_t num_negatives, int64_t signed_key,
     int64_t* words, int64_t* targets, int64_t* starts, int64_t* stops, int64_t* num_kept) {
     const uint64_t key = static_cast<uint64_t>(signed_key);
     const uint64_t draws_per_token = static_cast<uint64_t>(num_negatives) + 1;
@@ -31,13 +31,14 @@ extern "C" EMBEDTRAIN_MULTIVERSION void embedtrain_sample_text(
         starts[kept] = std::max(kept - width, sentence_start);
         stops[kept] = kept + width + 1;
         targets[kept * (1 + num_negatives)] = row;
+        const uint64_t* part = columns + 2 * part_starts[parts[i]];
+        const uint64_t part_size = static_cast<uint64_t>(part_starts[parts[i] + 1] - part_starts[parts[i]]);
         int64_t* drawn_rows = targets + kept * (1 + num_negatives) + 1;
         for (int64_t k = 0; k < num_negatives; ++k) {
             const uint64_t drawn = stream(key, counter + 1 + static_cast<uint64_t>(k));
-            const int64_t column = static_cast<int64_t>(((drawn >> 32) * static_cast<uint64_t>(num_rows)) >> 32);
-            const uint64_t found = columns[column];
-            const bool is_own = (drawn & 0xFFFFFFFFull) < found >> 32;
-            drawn_rows[k] = is_own ? column : static_cast<int64_t>(found & 0xFFFFFFFFull);
+            const uint64_t* column = part + 2 * (((drawn >> 32) * part_size) >> 32);
+            const bool is_own = (drawn & 0xFFFFFFFFull) < column[0] >> 32;
+            drawn_rows[k] = static_cast<int64_t>(is_own ? column[1] : column[0] & 0xFFFFFFFFull);
         }
         ++kept;
     }

@@ -11,10 +11,10 @@ from embedtrain.ops.sample_text import SamplingTables, TextSample
 
 
 def sample_text(
-    tokens: Tensor, positions: Tensor, tables: SamplingTables, window: int, num_negatives: int, key: int
+    tokens: Tensor, positions: Tensor, parts: Tensor, tables: SamplingTables, window: int, num_negatives: int, key: int
 ) -> TextSample:
     """See `embedtrain.ops.sample_text`."""
-    tokens, positions = tokens.contiguous(), positions.contiguous()
+    tokens, positions, parts = tokens.contiguous(), positions.contiguous(), parts.contiguous()
     num_tokens = tokens.numel()
     words, starts, stops = torch.empty(3, num_tokens, dtype=torch.int64)
     targets = empty_buffer(num_tokens, 1 + num_negatives, dtype=torch.int64)
@@ -22,10 +22,11 @@ def sample_text(
     library.get().embedtrain_sample_text(
         tokens.data_ptr(),
         positions.data_ptr(),
+        parts.data_ptr(),
         num_tokens,
         tables.keep.data_ptr(),
         tables.columns.data_ptr(),
-        tables.columns.numel(),
+        tables.part_starts.data_ptr(),
         window,
         num_negatives,
         key,

@@ -12,7 +12,7 @@ _LOW_32 = (1 << 32) - 1
 
 
 def sample_text(
-    tokens: Tensor, positions: Tensor, tables: SamplingTables, window: int, num_negatives: int, key: int
+    tokens: Tensor, positions: Tensor, parts: Tensor, tables: SamplingTables, window: int, num_negatives: int, key: int
 ) -> TextSample:
     """See `embedtrain.ops.sample_text`."""
     begins = tokens < 0
@@ -26,10 +26,11 @@ def sample_text(
     starts = torch.maximum(at - width, torch.searchsorted(sentences, sentences))
     stops = torch.minimum(at + width + 1, torch.searchsorted(sentences, sentences, right=True))
     draws = _stream(key, counters[is_kept].unsqueeze(1) + torch.arange(1, num_negatives + 1))
-    columns = (((draws >> 32) & _LOW_32) * tables.columns.numel()) >> 32
-    found = tables.columns[columns]
-    is_own = (draws & _LOW_32) < ((found >> ALIAS_BITS) & _LOW_32)
-    negatives = torch.where(is_own, columns, found & _LOW_32)
+    part = parts[is_kept].long().unsqueeze(1)
+    first, last = tables.part_starts[part], tables.part_starts[part + 1]
+    found = tables.columns[first + ((((draws >> 32) & _LOW_32) * (last - first)) >> 32)]
+    is_own = (draws & _LOW_32) < ((found[..., 0] >> ALIAS_BITS) & _LOW_32)
+    negatives = torch.where(is_own, found[..., 1], found[..., 0] & _LOW_32)
     return TextSample(words, torch.cat([words.unsqueeze(1), negatives], dim=1), starts, stops)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from embedtrain.data.corpus import PreparedCorpus
-from embedtrain.data.negatives import alias_table
+from embedtrain.data.negatives import NUM_COMMON_WORDS, alias_table, num_parts_of, part_vocabulary
 from embedtrain.data.prepare import CorpusOptions, prepare_corpus
 from embedtrain.data.skipgram import (
     SamplingOptions,
@@ -15,6 +15,7 @@ from embedtrain.data.skipgram import (
     TextBatches,
     keep_probabilities,
 )
+from embedtrain.sharding.layout import SpreadLayout
 
 
 @pytest.fixture
@@ -127,3 +128,107 @@ def test_widths_are_uniform(corpus: PreparedCorpus) -> None:
     # Sentence borders only narrow windows, so a width of 4 is seen at most a quarter of the time.
     assert set(widest.tolist()) == {0, 1, 2, 3, 4}
     assert 0.15 < (widest == 4).float().mean() <= 0.26
+
+
+NUM_PARTS = 4
+
+
+@pytest.fixture
+def large_corpus(tmp_path: Path) -> PreparedCorpus:
+    """A text of a vocabulary large enough to be parted: 6,000 words by Zipf's law, each there."""
+    generator = np.random.default_rng(1)
+    ids = np.concatenate([np.arange(6000), (6000 * generator.random(60_000) ** 4).astype(int)])
+    words = [f"w{number}" for number in generator.permutation(ids)]
+    lines = [" ".join(words[at : at + 20]) for at in range(0, len(words), 20)]
+    (tmp_path / "large.txt").write_text("\n".join(lines))
+    options = CorpusOptions(path=str(tmp_path / "large.txt"), min_count=1, tokenizer="whitespace")
+    return prepare_corpus(options, str(tmp_path / "cache"), None)
+
+
+def parted(corpus: PreparedCorpus, rank: int = 0, world_size: int = 1) -> TextBatches:
+    return TextBatches(
+        corpus,
+        SamplingOptions(sample=0.0, negatives=10, negative_parts=NUM_PARTS),
+        block_words=64,
+        blocks_per_step=16,
+        seed=3,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def test_parts_share_the_frequent_words_and_have_others_that_a_rank_owns(large_corpus: PreparedCorpus) -> None:
+    weights = large_corpus.vocabulary.counts**0.75
+    parts = part_vocabulary(weights, NUM_PARTS)
+    layout = SpreadLayout(6000, NUM_PARTS)
+    drawn = np.zeros(6000)
+    others = []
+    for rank, part in enumerate(parts):
+        assert set(range(NUM_COMMON_WORDS)) <= set(part.rows.tolist())
+        own = part.rows[part.rows >= NUM_COMMON_WORDS]
+        others += own.tolist()
+        owner, _ = layout.owner_of(layout.slot_of(torch.from_numpy(own)))
+        assert (owner == rank).double().mean() > 0.9
+        drawn[part.rows] += part.weights / part.weights.sum() / NUM_PARTS
+    assert sorted(others) == list(range(NUM_COMMON_WORDS, 6000))
+    np.testing.assert_allclose(drawn, weights / weights.sum(), rtol=0.01)
+
+
+def test_a_small_vocabulary_is_parted_less_or_not_at_all() -> None:
+    sizes = [NUM_COMMON_WORDS + count for count in (-500, 1999, 2000, 4100, 9000)]
+    assert [num_parts_of(size, 8) for size in sizes] == [1, 1, 2, 4, 8]
+    assert len(part_vocabulary(np.ones(6000), 8)) == 4
+    (whole,) = part_vocabulary(np.ones(3), 8)
+    assert whole.rows.tolist() == [0, 1, 2]
+
+
+def test_ranks_draw_their_negatives_from_rows_of_their_own(large_corpus: PreparedCorpus) -> None:
+    layout = SpreadLayout(6000, 2)
+    for rank in range(2):
+        for step in range(3):
+            drawn = parted(large_corpus, rank, 2).batch(0, step).sample.targets[:, 1:].flatten()
+            owner, _ = layout.owner_of(layout.slot_of(drawn[drawn >= NUM_COMMON_WORDS]))
+            assert (owner == rank).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_what_is_drawn_from_parts_does_not_depend_on_the_ranks(large_corpus: PreparedCorpus, world_size: int) -> None:
+    whole = parted(large_corpus)
+    ranks = [parted(large_corpus, rank, world_size) for rank in range(world_size)]
+    for step in (0, 1, whole.steps_per_epoch - 1):
+        found = torch.cat([batches.batch(2, step).sample.targets for batches in ranks])
+        assert torch.equal(found, whole.batch(2, step).sample.targets)
+
+
+def test_negatives_from_parts_follow_the_power_of_the_counts(large_corpus: PreparedCorpus) -> None:
+    """Over epochs every word meets every other as often as if it drew from the whole vocabulary."""
+    batches = parted(large_corpus)
+    found = np.zeros(6000)
+    of_hottest = np.zeros(6000)  # what the most frequent word meets
+    for epoch in range(6):
+        for step in range(batches.steps_per_epoch):
+            sample = batches.batch(epoch, step).sample
+            found += sample.targets[:, 1:].flatten().bincount(minlength=6000).numpy()
+            of_hottest += sample.targets[sample.words == 0, 1:].flatten().bincount(minlength=6000).numpy()
+    share = large_corpus.vocabulary.counts**0.75
+    share = share / share.sum()
+    for counts in (found, of_hottest):
+        expected = share * counts.sum()
+        hot = expected > 100
+        # Words of one part are drawn together, by blocks: their counts vary more than independent draws would.
+        np.testing.assert_allclose(counts[hot], expected[hot], rtol=0.35)
+        cold = ~hot
+        np.testing.assert_allclose(counts[cold].sum(), expected[cold].sum(), rtol=0.02)
+
+
+def test_a_step_of_few_blocks_leaves_no_part_out(large_corpus: PreparedCorpus) -> None:
+    batches = TextBatches(
+        large_corpus, SamplingOptions(negative_parts=NUM_PARTS), block_words=64, blocks_per_step=1, seed=3
+    )
+    layout = SpreadLayout(6000, NUM_PARTS)
+    met = set()
+    for step in range(40):
+        drawn = batches.batch(0, step).sample.targets[:, 1:].flatten()
+        owner, _ = layout.owner_of(layout.slot_of(drawn[drawn >= NUM_COMMON_WORDS]))
+        met.add(int(owner.mode().values))
+    assert met == set(range(NUM_PARTS))

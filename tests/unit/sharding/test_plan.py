@@ -57,7 +57,7 @@ def test_distinct_rows_of_zipf_ids_are_those_of_the_sum_over_all_rows(exponent: 
     assert float(np.dot(law.shares, law.num_rows)) == pytest.approx(1.0)
     shares = np.arange(1, num_rows + 1, dtype=np.float64) ** -exponent
     expected = -np.expm1(-draws * shares / shares.sum()).sum()
-    assert table(num_rows=num_rows, draws=((draws, law),)).num_distinct(1.0) == pytest.approx(expected, rel=2e-3)
+    assert table(num_rows=num_rows, draws=((draws, law),)).num_distinct == pytest.approx(expected, rel=2e-3)
 
 
 def test_a_law_of_ten_billion_rows_is_a_few_blocks() -> None:
@@ -86,6 +86,21 @@ def test_each_rank_sends_what_lies_elsewhere() -> None:
     with_dense = exchange_of(Workload((table(),), 1, dense_gradient_bytes=9), 3)
     assert with_dense.dense == 12
     assert with_dense.total == exchange.total + 12
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_what_a_rank_draws_from_its_own_rows_does_not_travel(world_size: int) -> None:
+    parts = 4
+    load = table(draws=((400.0, UNIFORM),), home_draws=((600.0, UNIFORM),), home_parts=parts)
+    assert load.num_ids == 1000
+    assert load.num_distinct == pytest.approx(1000 * -math.expm1(-1.0))
+    # Counted out: a rank draws its share of the 600 from one of so many parts of the 1,000 rows.
+    used = min(world_size, parts)
+    in_part = 1000 / used * -math.expm1(-(400 / world_size + 600 / world_size * used) / 1000)
+    elsewhere = (1000 - 1000 / used) * -math.expm1(-400 / world_size / 1000)
+    away = elsewhere + in_part * (1 - used / world_size)
+    assert load.distinct_of_rank(world_size) == pytest.approx((in_part + elsewhere, away))
+    assert exchange_of(Workload((load,), 1), world_size).vectors == round(away * 40)
 
 
 def test_long_bags_travel_as_sums() -> None:
