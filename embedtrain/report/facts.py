@@ -22,7 +22,7 @@ from embedtrain.export import Vectors, neighbors
 from embedtrain.export.vectors import FloatRows
 from embedtrain.train.run_folder import PROFILE_NAME, STATUS_NAME, RunFolder
 
-STAGE = "stage/"
+STAGE, MEMORY = "stage/", "memory/"
 BUSIEST_RANK = f"{STAGE}busiest_rank"
 _UNEVEN = 1.25
 

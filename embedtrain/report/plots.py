@@ -11,7 +11,7 @@ import numpy as np
 from embedtrain.errors import UserError
 from embedtrain.export import unit_rows
 from embedtrain.export.vectors import FloatRows
-from embedtrain.report.facts import STAGE
+from embedtrain.report.facts import MEMORY, STAGE
 
 _COUNTERS = {"epoch", "seconds", "skipped_steps"}
 _WIDTH, _HEIGHT = 5.2, 3.0
@@ -21,12 +21,12 @@ _WIDTH, _HEIGHT = 5.2, 3.0
 def curve_svgs(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> dict[str, str]:
     """Returns a picture per number that was logged more than once, its values over the steps.
 
-    Counters and what has a table of its own, the stages, have none.
+    Counters, the most memory so far, and what has a table of its own, the stages, have none.
     """
     counters = _COUNTERS | {name for name in curves if f"{name}_per_second" in curves}
     pictures = {}
     for name, (steps, values) in curves.items():
-        if len(steps) > 1 and name not in counters and not name.startswith(STAGE):
+        if len(steps) > 1 and name not in counters and not name.startswith((STAGE, MEMORY)):
             figure, axes = _figure(_WIDTH, _HEIGHT)
             axes.plot(steps, values, linewidth=1.4)
             axes.set_xlabel("step")
