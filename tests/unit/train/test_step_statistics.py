@@ -29,7 +29,7 @@ def measured(group: dist.ProcessGroup | None, own: list[int], seconds: float) ->
 
 def on_rank(group: dist.ProcessGroup | None) -> dict[str, float]:
     is_busy = rank_of(group) == 0
-    return measured(group, [1, 1, 2, 3] if is_busy else [2], 0.4 if is_busy else 0.0)
+    return measured(group, [1, 1, 2, 3] if is_busy else [2], 1.0 if is_busy else 0.0)
 
 
 def test_one_process_has_stages_and_ids_and_sends_nothing() -> None:
