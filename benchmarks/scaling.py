@@ -92,7 +92,7 @@ def run_rank(options: argparse.Namespace) -> None:
     words_per_step = WORDS_PER_STEP * (size_of(group) if options.weak else 1)
     batches = TextBatches(
         corpus,
-        SamplingOptions(),
+        SamplingOptions(negative_parts=4),
         block_words=BLOCK_WORDS,
         blocks_per_step=words_per_step // BLOCK_WORDS,
         seed=1,
