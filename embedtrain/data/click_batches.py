@@ -39,13 +39,6 @@ class ClickBatch:
         """Examples of this rank's part."""
         return self.labels.numel()
 
-    def to(self, device: torch.device) -> ClickBatch:
-        """Returns the batch on a device."""
-        features = {
-            name: Jagged(bags.values.to(device), bags.lengths.to(device)) for name, bags in self.features.items()
-        }
-        return ClickBatch(self.labels.to(device), self.dense.to(device), features, self.num_global)
-
 
 class ClickBatches:
     """The batches of a rank, each a function of (seed, epoch, step): nothing to save, nothing to restore.

@@ -23,6 +23,7 @@ from embedtrain.embedding.pooling import bags_of
 from embedtrain.embedding.shard import RowGroup, RowGroups, TableShard
 from embedtrain.embedding.state_dict import as_entry, key_of, mesh_of, take_entry
 from embedtrain.jagged import Jagged
+from embedtrain.ops.pool_rows import Bags
 from embedtrain.ops.transfer import to_device
 from embedtrain.spec import FeatureSpec, TableSpec
 
@@ -49,6 +50,23 @@ class RowsAsked:
 
     requests: dict[int, RowRequest]
     inverse: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class VectorsAsked:
+    """Vectors of features that `EmbeddingCollection.ask` asked for.
+
+    Attributes:
+        requests: by the position of their group, what the ranks settled.
+        features: per group its features, in order.
+        bags: per feature how its vectors are pooled.
+        weights: per feature the weights as the caller gave them, for their own gradient.
+    """
+
+    requests: dict[int, RowRequest]
+    features: dict[int, list[str]]
+    bags: dict[str, Bags]
+    weights: dict[str, Tensor | None]
 
 
 class EmbeddingCollection(nn.Module):
@@ -166,15 +184,34 @@ class EmbeddingCollection(nn.Module):
                 every rank before any row moves.
             ValueError: the batch names a feature that does not exist, on any rank; raised likewise.
         """
-        batch = dict(batch)
-        members, requests = self._exchange_ids(batch, self.process_group, may_pool=True)
+        return self.look_up(self.ask(batch))
+
+    def ask(self, batch: Mapping[str, Jagged], *, is_ahead: bool = False) -> VectorsAsked:
+        """Exchanges the ids of a batch, which needs no row, for `look_up` later.
+
+        Collective: as `forward`, whose exceptions it raises too.
+
+        Args:
+            batch: as for `forward`. It may be in host memory, where it takes no waiting for the device to know that the
+                ids are rows.
+            is_ahead: whether another step is under way. On GPUs the ids then travel apart from its rows.
+        """
+        asked, bags = dict(batch), dict[str, Bags]()
+        members, requests = self._exchange_ids(asked, self._group_for_ids(is_ahead), bags)
+        if is_ahead:
+            for number in members:
+                requests[number].sort_ahead()
+        weights = {name: asked[name].weights for name in asked}
+        return VectorsAsked({number: requests[number] for number in members}, members, bags, weights)
+
+    def look_up(self, asked: VectorsAsked) -> dict[str, Tensor]:
+        """Looks up what was asked for; as `forward`. Collective: every rank, in the order in which they asked."""
         vectors: dict[str, Tensor] = {}
-        for number, names in members.items():
-            bags = [bags_of(batch[name], self.features[name].pooling) for name in names]
-            weights = [batch[name].weights for name in names]
-            pooled = look_up_bags(self.row_groups[number], requests[number], bags, weights)
+        for number, names in asked.features.items():
+            bags, weights = [asked.bags[name] for name in names], [asked.weights[name] for name in names]
+            pooled = look_up_bags(self.row_groups[number], asked.requests[number], bags, weights)
             vectors.update(zip(names, pooled, strict=True))
-        return {name: vectors[name] for name in batch}
+        return {name: vectors[name] for name in asked.weights}
 
     def distinct_rows(self, batch: Mapping[str, Jagged]) -> tuple[Tensor, dict[str, Tensor]]:
         """Fetches each distinct row of the batch once, for models that work on compact rows.
@@ -205,8 +242,7 @@ class EmbeddingCollection(nn.Module):
         if len({self.row_groups[number].weight.shape[1] for number in numbers}) > 1:
             raise ValueError(f"distinct_rows needs tables of one dim; those of the features {list(batch)} differ")
         batch = dict(batch)
-        process_group = self._group_of_ids() if is_ahead else self.process_group
-        members, requests = self._exchange_ids(batch, process_group, may_pool=False)
+        members, requests = self._exchange_ids(batch, self._group_for_ids(is_ahead), None)
         inverse: dict[str, Tensor] = {}
         num_before = 0
         for number, names in members.items():
@@ -225,10 +261,10 @@ class EmbeddingCollection(nn.Module):
         parts = [exchange_vectors(self.row_groups[number], request) for number, request in asked.requests.items()]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def bring_rows(self, asked: RowsAsked) -> None:
+    def bring_rows(self, asked: RowsAsked | VectorsAsked) -> None:
         """Copies those of the rows asked of this rank that live in host memory to the device, before their step."""
         for number, request in asked.requests.items():
-            self.row_groups[number].bring_ahead(request.rows)
+            self.row_groups[number].bring_ahead(request.rows_read)
 
     def gather_table(self, name: str, state: str = "weight") -> Tensor:
         """Returns a whole table, or an optimizer's state of it, in order of id, on every rank.
@@ -281,23 +317,25 @@ class EmbeddingCollection(nn.Module):
         """Returns the number of the feature's group, and its table's position there."""
         return self._place[feature]
 
-    def _group_of_ids(self) -> dist.ProcessGroup | None:
-        """Returns the ranks, as a group of their own on GPUs: NCCL runs the collectives of a group one by one."""
+    def _group_for_ids(self, is_ahead: bool) -> dist.ProcessGroup | None:
+        """Returns the ranks; ahead, on GPUs, as another group: NCCL runs the collectives of a group one by one."""
         group = self.process_group
+        if not is_ahead:
+            return group
         if self._ids_group is None and group is not None and self.device.type == "cuda":
             ranks = dist.get_process_group_ranks(group)
             self._ids_group = GroupReference(dist.new_group(ranks, use_local_synchronization=True))
         return group if self._ids_group is None else self._ids_group.get()
 
     def _exchange_ids(
-        self, batch: dict[str, Jagged], process_group: dist.ProcessGroup | None, *, may_pool: bool
+        self, batch: dict[str, Jagged], process_group: dist.ProcessGroup | None, bags: dict[str, Bags] | None
     ) -> tuple[dict[int, list[str]], list[RowRequest]]:
         """Returns, by group, the features that look it up, in order, and a request per group.
 
         Features of `batch` with bad ids are replaced by what their policy makes of them.
 
         Args:
-            may_pool: whether owners may pool bags, or all rows must travel here.
+            bags: takes how each feature is pooled, which owners may do then; None where all rows must travel here.
         """
         members: dict[int, list[str]] = {}
         lookups = [self._no_lookup] * len(self.row_groups)
@@ -312,20 +350,27 @@ class EmbeddingCollection(nn.Module):
             for number, names in members.items():
                 names.sort(key=lambda name: self._place_of(name)[1])  # in order of local row, which helps to sort
                 keys = self.looked_up[number] = to_device(self._keys_of(number, names, batch), self.device)
-                lookups[number] = self._lookup(number, names, batch, keys) if may_pool else Lookup(keys)
+                if bags is None:
+                    lookups[number] = Lookup(keys)
+                    continue
+                for name in names:
+                    bags[name] = bags_of(batch[name], self.features[name].pooling, self.device)
+                weights = [batch[name].weights for name in names]
+                lookups[number] = self._lookup(number, names, [bags[name] for name in names], weights, keys)
         except ValueError as raised:
             error = raised
         # A rank whose input is wrong may not know which groups the others look up: the request is of all.
         return members, exchange_ids(self.row_groups, lookups, error, process_group)
 
-    def _lookup(self, number: int, names: list[str], batch: dict[str, Jagged], keys: Tensor) -> Lookup:
+    def _lookup(
+        self, number: int, names: list[str], bags: list[Bags], weights: list[Tensor | None], keys: Tensor
+    ) -> Lookup:
         """Parts the features of a group into those whose rows travel here and those that owners pool."""
         group, features = self.row_groups[number], [self.features[name] for name in names]
-        bags = [bags_of(batch[feature.name], feature.pooling) for feature in features]
         if size_of(self.process_group) == 1:
             tables = [self._place_of(name)[1] for name in names]
             return Lookup(keys, runs=group.runs_of(tables, [feature.num_values for feature in bags]))
-        at_owner = choose_owner(group, features, bags, [batch[name].weights for name in names], keys)
+        at_owner = choose_owner(group, features, bags, weights, keys)
         if not any(at_owner):
             return Lookup(keys)
         parts = keys.split([feature.num_values for feature in bags])

@@ -89,6 +89,13 @@ class RowRequest:
         return self.distinct.unique if self._rows is None else self._rows
 
     @property
+    def rows_read(self) -> Tensor:
+        """[n] int64; the local rows that this rank reads for the request, those whose bags it pools too; may repeat."""
+        if self._rows is None:
+            return self.keys
+        return self._rows if self.sums is None else torch.cat([self._rows, self.sums.rows])
+
+    @property
     def distinct(self) -> SortedKeys:
         """The distinct keys; sorted when first asked for, which a look-up without gradient never does."""
         if self._ordered is None:
@@ -212,6 +219,7 @@ def _settle(
             (ask[_IDS_OF_BAGS], owe[_IDS_OF_BAGS]),
             (ask[_SUMS], owe[_SUMS]),
             is_weighted=bool(ways & _WEIGHS_AT_OWNERS),
+            process_group=process_group,
         )
     return RowRequest(
         lookup,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from embedtrain.distributed.collectives import all_to_all_rows
@@ -213,6 +214,10 @@ class SumRequest:
         id_counts: ids for each rank, and from each.
         sum_counts: sums from each rank, and for each.
         is_weighted: whether the ids of any rank have factors.
+        process_group: by which the ids travel.
+
+    Attributes:
+        rows: [n] int64; the local rows that this rank adds up.
     """
 
     def __init__(
@@ -222,15 +227,16 @@ class SumRequest:
         id_counts: tuple[list[int], list[int]],
         sum_counts: tuple[list[int], list[int]],
         is_weighted: bool,
+        process_group: dist.ProcessGroup | None,
     ) -> None:
         self._asked, self._group = asked, group
         self._ask_counts, self._owe_counts = sum_counts
         payload = asked.payload(_id_type(group), is_weighted)
-        received = all_to_all_rows(payload, *id_counts, group.process_group, group.shared)
+        received = all_to_all_rows(payload, *id_counts, process_group, group.shared)
         signed = (received[:, 0] if is_weighted else received).long()
         weights = received[:, 1].to(torch.int32).view(torch.float32) if is_weighted else None
         is_first = signed < 0
-        self._rows = torch.where(is_first, ~signed, signed)
+        self.rows = torch.where(is_first, ~signed, signed)
         starts = is_first.nonzero().flatten()
         lengths = torch.cat([starts, starts.new_tensor([signed.numel()])]).diff()
         self._owed = Bags(signed.numel(), lengths, weights)
@@ -238,7 +244,7 @@ class SumRequest:
     def fetch(self) -> list[Tensor]:
         """Returns this rank's bags, pooled: per feature [num_bags, dim] float32."""
         group = self._group
-        (sums,) = pool_rows(*group.rows_to_pool(self._rows), [self._owed])
+        (sums,) = pool_rows(*group.rows_to_pool(self.rows), [self._owed])
         # Sums have no storage to be exact to: they travel as gradients do, in float32 unless chosen otherwise.
         sums = sums.to(group.gradient_wire_dtype)
         received = all_to_all_rows(sums, self._owe_counts, self._ask_counts, group.process_group, group.shared)
@@ -249,7 +255,7 @@ class SumRequest:
         group = self._group
         shared = self._asked.share_out(grads, group.weight.shape[1]).to(group.gradient_wire_dtype)
         received = all_to_all_rows(shared, self._ask_counts, self._owe_counts, group.process_group, group.shared)
-        group.deliver(Delivery(self._rows, [self._owed], [received.float()]))
+        group.deliver(Delivery(self.rows, [self._owed], [received.float()]))
 
 
 def _owner_and_bag(group: RowGroup, bags: Sequence[Bags], keys: Tensor) -> tuple[Tensor, int]:

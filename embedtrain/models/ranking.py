@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from embedtrain.data.click_batches import ClickBatch, ClickBatches
 from embedtrain.distributed.runtime import size_of
-from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection
+from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection, VectorsAsked
 from embedtrain.errors import UserError
 from embedtrain.metrics.classification import TRAINING_BINS, ClassificationMeter, classification_sums
 from embedtrain.models.objective import Objective
+from embedtrain.ops.transfer import to_device
 from embedtrain.spec import FeatureSpec, TableSpec
 
 if TYPE_CHECKING:
@@ -133,6 +134,23 @@ def build_network(num_dense: int, dims: Sequence[int], options: NetworkOptions, 
         return NETWORKS[options.architecture](num_dense, dims, options)
 
 
+@dataclass(frozen=True)
+class PreparedClicks:
+    """A batch on the device, for which the ids were exchanged.
+
+    Attributes:
+        labels: [n] float32.
+        dense: [n, num_dense] float32.
+        vectors: of the features, asked for.
+        num_global: examples of the step on all ranks.
+    """
+
+    labels: Tensor
+    dense: Tensor
+    vectors: VectorsAsked
+    num_global: int
+
+
 class Ranking(nn.Module):
     """The probability of label 1, from numbers and looked-up features.
 
@@ -164,15 +182,16 @@ class Ranking(nn.Module):
         self.network = build_network(num_dense, [dims[feature.table_name] for feature in features], options, seed)
         self.network.to(self.tables.device)
 
-    def predict(self, batch: ClickBatch) -> Tensor:
+    def predict(self, batch: PreparedClicks) -> Tensor:
         """Returns logits [n]. Collective: every rank, and its backward too where gradients are enabled."""
-        vectors = self.tables(batch.features)
+        vectors = self.tables.look_up(batch.vectors)
         logits: Tensor = self.network(batch.dense, [vectors[name] for name in self._features])
         return logits
 
-    def forward(self, batch: ClickBatch) -> Objective:
+    def forward(self, batch: ClickBatch | PreparedClicks) -> Objective:
         """Returns the loss of this rank's batch. Collective: as `predict`."""
-        batch = batch.to(self.tables.device)
+        if isinstance(batch, ClickBatch):
+            batch = self.prepare(batch, is_ahead=False)
         logits = self.predict(batch)
         losses = F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
         # Both the tables and the network average gradients over the ranks, whose shares may differ by an example.
@@ -180,9 +199,21 @@ class Ranking(nn.Module):
         return Objective(
             loss=losses.sum() * scale,
             total=losses.detach().double().sum(),
-            num_predictions=batch.num_examples,
+            num_predictions=batch.labels.numel(),
             sums=classification_sums(logits, batch.labels, TRAINING_BINS),
         )
+
+    def prepare(self, batch: ClickBatch, *, is_ahead: bool = True) -> PreparedClicks:
+        """Does all of a step that needs no row, for `forward` later. Collective: every rank, in order of steps."""
+        device = self.tables.device
+        vectors = self.tables.ask(batch.features, is_ahead=is_ahead)
+        return PreparedClicks(
+            to_device(batch.labels, device), to_device(batch.dense, device), vectors, batch.num_global
+        )
+
+    def bring_rows(self, prepared: PreparedClicks) -> None:
+        """Copies rows of a step that live in host memory to the device."""
+        self.tables.bring_rows(prepared.vectors)
 
 
 def measure_ranking(model: Ranking, batches: ClickBatches, alive: Callable[[], None]) -> dict[str, float]:
@@ -198,7 +229,7 @@ def measure_ranking(model: Ranking, batches: ClickBatches, alive: Callable[[], N
     meter = ClassificationMeter()
     with torch.no_grad():
         for step in range(batches.steps_per_epoch):
-            batch = batches.batch(0, step).to(model.tables.device)
+            batch = model.prepare(batches.batch(0, step), is_ahead=False)
             meter.add(model.predict(batch), batch.labels)
             alive()
     return meter.report(model.tables.process_group).as_record("valid_")

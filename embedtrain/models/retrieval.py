@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +15,7 @@ from embedtrain.data.bags import Bags
 from embedtrain.data.retrieval_batches import RetrievalBatch
 from embedtrain.distributed.collectives import all_gather_rows
 from embedtrain.distributed.runtime import size_of
-from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection
+from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection, VectorsAsked
 from embedtrain.jagged import Jagged
 from embedtrain.models.objective import Objective
 from embedtrain.spec import DEFAULT_OPTIMIZER, FeatureSpec, TableSpec
@@ -75,6 +75,19 @@ def retrieval_table(
     return TableSpec(name, max(1, num_rows), dim, dtype, "normal", _INIT_SCALES[similarity], optimizer)
 
 
+@dataclass(frozen=True)
+class PreparedPairs:
+    """A batch for which the ids were exchanged.
+
+    Attributes:
+        batch: who is who.
+        vectors: of its users and items, asked for.
+    """
+
+    batch: RetrievalBatch
+    vectors: VectorsAsked
+
+
 class Retrieval(nn.Module):
     """A vector for each user and item; their similarity says which items a user will turn to.
 
@@ -124,10 +137,12 @@ class Retrieval(nn.Module):
                     self.dense[name] = perceptron((1 + len(side.features)) * dim, side.hidden, dim)
         self.dense.to(self.tables.device)
 
-    def forward(self, batch: RetrievalBatch) -> Objective:
+    def forward(self, batch: RetrievalBatch | PreparedPairs) -> Objective:
         """Returns the loss of this rank's batch. Collective: every rank, and its backward too."""
+        prepared = self.prepare(batch, is_ahead=False) if isinstance(batch, RetrievalBatch) else batch
+        batch = prepared.batch
         num_positives = batch.positives.numel()
-        encoded = self.encode({USER: batch.users, ITEM: torch.cat([batch.positives, batch.negatives])})
+        encoded = self._encode((USER, ITEM), prepared.vectors)
         users, items = encoded[USER], encoded[ITEM]
         own = items if batch.in_batch else items[num_positives:]
         candidates = all_gather_rows(own, batch.candidate_counts, self.tables.process_group, self.tables.shared)
@@ -142,18 +157,29 @@ class Retrieval(nn.Module):
 
         Collective: every rank, with the same sides.
         """
-        batch: dict[str, Jagged] = {}
-        for name, ids in rows.items():
-            batch[name] = Jagged.from_ids(ids.to(self.tables.device))
-            for feature, (bags, _) in self.sides[name].features.items():
-                batch[f"{name}.{feature}"] = self._bags_of(bags, ids)
-        vectors = self.tables(batch)
-        return {name: self._join(name, vectors) for name in rows}
+        return self._encode(rows, self._ask(rows, is_ahead=False))
 
-    def _bags_of(self, bags: Bags, ids: Tensor) -> Jagged:
-        values, lengths = bags.of(ids.cpu().numpy())
-        device = self.tables.device
-        return Jagged(torch.from_numpy(values).to(device), torch.from_numpy(lengths).to(device))
+    def prepare(self, batch: RetrievalBatch, *, is_ahead: bool = True) -> PreparedPairs:
+        """Exchanges the ids of a step, for `forward` later. Collective: every rank, in order of steps."""
+        rows = {USER: batch.users, ITEM: torch.cat([batch.positives, batch.negatives])}
+        return PreparedPairs(batch, self._ask(rows, is_ahead=is_ahead))
+
+    def bring_rows(self, prepared: PreparedPairs) -> None:
+        """Copies rows of a step that live in host memory to the device."""
+        self.tables.bring_rows(prepared.vectors)
+
+    def _ask(self, rows: Mapping[str, Tensor], *, is_ahead: bool) -> VectorsAsked:
+        asked: dict[str, Jagged] = {}
+        for name, ids in rows.items():
+            asked[name] = Jagged.from_ids(ids)
+            for feature, (bags, _) in self.sides[name].features.items():
+                values, lengths = bags.of(ids.cpu().numpy())
+                asked[f"{name}.{feature}"] = Jagged(torch.from_numpy(values), torch.from_numpy(lengths))
+        return self.tables.ask(asked, is_ahead=is_ahead)
+
+    def _encode(self, sides: Iterable[str], asked: VectorsAsked) -> dict[str, Tensor]:
+        vectors = self.tables.look_up(asked)
+        return {name: self._join(name, vectors) for name in sides}
 
     def _join(self, name: str, vectors: Mapping[str, Tensor]) -> Tensor:
         parts = [vectors[table] for table in (name, *(f"{name}.{f}" for f in self.sides[name].features))]

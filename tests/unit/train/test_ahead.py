@@ -9,12 +9,15 @@ import torch
 import torch.distributed as dist
 
 import embedtrain as et
+from embedtrain.data.click_batches import ClickBatch
 from embedtrain.data.skipgram import TextBatch
-from embedtrain.distributed.runtime import rank_of
+from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.models.ranking import NetworkOptions, Ranking
 from embedtrain.models.word2vec import Word2Vec
 from embedtrain.ops.sample_text import TextSample
+from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.testing.ranks import run_ranks
-from embedtrain.train.ahead import BatchesAhead, tensors_of
+from embedtrain.train.ahead import BatchesAhead, PreparesBatches, tensors_of
 from embedtrain.train.checkpoints import Checkpoints, SavePolicy
 from embedtrain.train.state import TrainState
 from embedtrain.train.task import Task
@@ -63,6 +66,61 @@ def both_ways(group: dist.ProcessGroup | None, folder: str, cache_bytes: int) ->
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_run_ends_with_the_same_rows(world_size: int, cache_bytes: int, tmp_path: Path) -> None:
     run_ranks(world_size, both_ways, str(tmp_path), cache_bytes)
+
+
+class Clicks:
+    """Batches of a feature of one id, of bags that their owners pool, and of bags that the ranks choose for."""
+
+    steps_per_epoch = 4
+    examples_per_epoch = 80
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._rank, self._num_global = rank_of(group), 20 * size_of(group)
+
+    def batch(self, epoch: int, step: int) -> ClickBatch:
+        generator = torch.Generator().manual_seed(100 * epoch + 10 * step + self._rank)
+        lengths = torch.randint(0, 4, (20,), generator=generator)
+        tags = torch.randint(0, NUM_WORDS, (int(lengths.sum()),), generator=generator)
+        features = {
+            "site": et.Jagged.from_ids(torch.randint(0, NUM_WORDS, (20,), generator=generator)),
+            "tags": et.Jagged(tags, lengths),
+            "seen": et.Jagged(tags.flip(0), lengths),
+        }
+        labels = torch.randint(0, 2, (20,), generator=generator).float()
+        return ClickBatch(labels, torch.randn(20, 2, generator=generator), features, self._num_global)
+
+
+def rank(folder: str, group: dist.ProcessGroup | None, placement: str, cache_bytes: int | None) -> Task:
+    tables = [et.TableSpec("site", NUM_WORDS, 8), et.TableSpec("tag", NUM_WORDS, 8)]
+    features = [
+        et.FeatureSpec("site", pooling="sum"),
+        et.FeatureSpec("tags", table="tag", pooling="mean", pool_at="owner"),
+        et.FeatureSpec("seen", table="tag", pooling="sum"),
+    ]
+    options = {"process_group": group, "seed": 1, "placement": placement, "cache_bytes": cache_bytes}
+    model = Ranking(tables, features, 2, NetworkOptions(top=(8,)), **options)
+    dense = DenseOptimizer(model.network, process_group=group, lr=0.05)
+    task = Task(model, model.tables, et.optim.RowwiseAdagrad(model.tables, lr=0.3), Clicks(group), dense=dense)
+    state = TrainState()
+    checkpoints = Checkpoints(f"{folder}/{placement}", task, state, facts={}, policy=SavePolicy(3, None), group=group)
+    trainer = Trainer(task, state, epochs=2, schedule=lambda done: 1.0, checkpoints=checkpoints, group=group)
+    assert trainer.run([], log_every_steps=5)
+    return task
+
+
+def rank_both_ways(group: dist.ProcessGroup | None, folder: str) -> None:
+    ahead, plain = rank(folder, group, "host", 500), rank(folder, group, "device", None)
+    assert isinstance(ahead.model, PreparesBatches)
+    for ours, theirs in zip(ahead.tables.shard_views(), plain.tables.shard_views(), strict=True):
+        assert torch.equal(ours.tensor, theirs.tensor), ours.name
+    assert ahead.dense is not None and plain.dense is not None
+    for name, tensor in plain.dense.tensors().items():
+        assert torch.equal(tensor, ahead.dense.tensors()[name]), name
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_features_that_are_pooled_are_prepared_too(world_size: int, tmp_path: Path) -> None:
+    run_ranks(world_size, rank_both_ways, str(tmp_path))
 
 
 def test_a_step_is_prepared_while_the_one_before_runs() -> None:
