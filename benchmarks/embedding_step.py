@@ -4,8 +4,9 @@
 
 A step looks up bags of ids (sums), runs backward from a given gradient and applies row-wise Adagrad; EmbeddingBag has
 sparse gradients and `torch.optim.Adagrad`. The sides take turns, step by step, on the same ids; the figures are
-medians, with the spread between quartiles. The last column is the share of the row update's time in which the same
-rows can be read and written, and nothing else.
+medians, with the spread between quartiles. The last columns are the shares of the row update's time in which the same
+rows can be read and written, and nothing else; and in which gradients and accumulators, which an update cannot do
+without, are read and written too.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def main() -> None:
     options = parse_options()
     probe = build_probe()
     measures: list[Measure] = []
-    print("| cell | threads | ours, ms | FBGEMM / ours | EmbeddingBag / ours | share of row bound |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| cell | threads | ours, ms | FBGEMM / ours | EmbeddingBag / ours | of row bound | of full bound |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for (num_tables, num_rows, dim), group in itertools.groupby(
         grid(options.quick, options.threads), key=lambda cell: (cell.num_tables, cell.num_rows, cell.dim)
     ):
@@ -141,13 +142,11 @@ def fits(cell: Cell, memory_gib: float) -> bool:
     """Returns whether a cell fits into memory, and says so where it does not."""
     if cell.num_bytes <= memory_gib * 2**30:
         return True
-    print(f"| {cell} | {cell.threads} | needs {cell.num_bytes / 2**30:.0f} GiB: left out | | | |")
+    print(f"| {cell} | {cell.threads} | needs {cell.num_bytes / 2**30:.0f} GiB: left out | | | | |")
     return False
 
 
-def measure(
-    cell: Cell, batches: Sequence[Batch], sides: dict[str, Side], probe: Callable[[Tensor, Tensor], None]
-) -> list[Measure]:
+def measure(cell: Cell, batches: Sequence[Batch], sides: dict[str, Side], probe: Probe) -> list[Measure]:
     """Runs the sides in turn and prints the cell's line."""
     torch.set_num_threads(cell.threads)
     is_single = cell.threads == 1
@@ -164,11 +163,11 @@ def measure(
             if repeat >= 0:
                 seconds[name].append(taken)
                 spent += taken
-    share = share_of_bound(cell, batches, probe) if is_single and cell.num_tables == 1 else None
-    return report(cell, seconds, share)
+    bounds = time_of_bounds(cell, batches, probe) if is_single and cell.num_tables == 1 else None
+    return report(cell, seconds, bounds)
 
 
-def report(cell: Cell, seconds: dict[str, list[float]], share: tuple[float, float] | None) -> list[Measure]:
+def report(cell: Cell, seconds: dict[str, list[float]], bounds: tuple[float, float, float] | None) -> list[Measure]:
     """Prints the line of a cell and returns its measures."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     cells = []
@@ -180,7 +179,7 @@ def report(cell: Cell, seconds: dict[str, list[float]], share: tuple[float, floa
             cells.append(f"{medians[name] / medians['ours']:.2f} ({low:.2f} to {high:.2f})")
         else:
             cells.append("")
-    cells.append("" if share is None else f"{share[1] / share[0]:.2f}")
+    cells += ["", ""] if bounds is None else [f"{bound / bounds[0]:.2f}" for bound in bounds[1:]]
     print(f"| {cell} | {cell.threads} | {medians['ours'] * 1e3:.2f} | {' | '.join(cells)} |", flush=True)
     own = medians["ours"]
     measures = [
@@ -188,8 +187,10 @@ def report(cell: Cell, seconds: dict[str, list[float]], share: tuple[float, floa
         for name in medians
         if name != "ours"
     ]
-    if share is not None:
-        measures.append(Measure(str(cell), "row update seconds, row bound", *share, share[1] / share[0], 1, 1))
+    if bounds is not None:
+        update = bounds[0]
+        for name, bound in zip(("row bound", "bound with all it reads"), bounds[1:], strict=True):
+            measures.append(Measure(str(cell), f"row update seconds, {name}", update, bound, bound / update, 1, 1))
     return measures
 
 
@@ -281,42 +282,58 @@ def embedding_bag(num_rows: int, dim: int) -> Side:
     return make_step
 
 
-def build_probe() -> Callable[[Tensor, Tensor], None]:
-    """Compiles the probe of the bound."""
+@dataclass(frozen=True)
+class Probe:
+    """What rows can be read and written in: alone, and with accumulators and gradients."""
+
+    rows: Callable[[Tensor, Tensor], None]
+    all: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+
+
+def build_probe() -> Probe:
+    """Compiles the probe of the bounds."""
     source = Path(__file__).with_name("row_probe.cpp")
-    library = Path(tempfile.mkdtemp()) / "row_probe.so"
-    subprocess.run(["g++", "-O3", "-march=native", "-fPIC", "-shared", str(source), "-o", str(library)], check=True)
-    touch = ctypes.CDLL(str(library)).touch_rows
-    touch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    path = Path(tempfile.mkdtemp()) / "row_probe.so"
+    subprocess.run(["g++", "-O3", "-march=native", "-fPIC", "-shared", str(source), "-o", str(path)], check=True)
+    library = ctypes.CDLL(str(path))
+    library.touch_rows.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2
+    library.touch_all.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2
 
-    def probe(table: Tensor, rows: Tensor) -> None:
-        touch(table.data_ptr(), rows.data_ptr(), rows.numel(), table.shape[1])
+    def touch_rows(table: Tensor, rows: Tensor) -> None:
+        library.touch_rows(table.data_ptr(), rows.data_ptr(), rows.numel(), table.shape[1])
 
-    return probe
+    def touch_all(table: Tensor, state: Tensor, grad: Tensor, rows: Tensor) -> None:
+        pointers = [tensor.data_ptr() for tensor in (table, state, grad, rows)]
+        library.touch_all(*pointers, rows.numel(), table.shape[1])
+
+    return Probe(touch_rows, touch_all)
 
 
-def share_of_bound(
-    cell: Cell, batches: Sequence[Batch], probe: Callable[[Tensor, Tensor], None]
-) -> tuple[float, float]:
-    """Returns the seconds of the row update and of the probe, medians of alternate runs on the same rows and memory."""
+def time_of_bounds(cell: Cell, batches: Sequence[Batch], probe: Probe) -> tuple[float, float, float]:
+    """Returns the seconds of the row update and of both bounds, medians of turns on the same rows and memory."""
     weight = allocate_rows((cell.num_rows, cell.dim), 0.0, torch.float32, torch.device("cpu"))
     accumulator = allocate_rows((cell.num_rows,), 0.0, torch.float32, torch.device("cpu"))
     layout = SpreadLayout(cell.num_rows)
     inputs = []
-    for batch in [*batches, *(make_batch(cell, seed) for seed in range(NUM_BATCHES, 4))]:
+    for batch in [*batches, *(make_batch(cell, seed) for seed in range(NUM_BATCHES, 6))]:
         rows = torch.unique(layout.slot_of(batch.ids.flatten()))
         inputs.append((rows, torch.randn(rows.numel(), cell.dim) * 0.01))
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for number in range(20):
-        rows, grad = inputs[number % 4]
-        start = time.perf_counter()
-        gradient = RowGradient.of_rows(rows, grad, cell.num_rows)
+    seconds: tuple[list[float], ...] = ([], [], [])
+    for number in range(24):
+        # Each of the three on rows that were not touched just before.
+        (own, own_grad), (alone, _), (others, other_grad) = (inputs[(number + 2 * side) % 6] for side in range(3))
+        marks = [time.perf_counter()]
+        gradient = RowGradient.of_rows(own, own_grad, cell.num_rows)
         rowwise_adagrad(weight, accumulator, gradient, RowwiseAdagradStep(lr=LR, eps=EPS))
-        between = time.perf_counter()
-        probe(weight, inputs[(number + 2) % 4][0])
-        seconds[0].append(between - start)
-        seconds[1].append(time.perf_counter() - between)
-    return statistics.median(seconds[0]), statistics.median(seconds[1])
+        marks.append(time.perf_counter())
+        probe.rows(weight, alone)
+        marks.append(time.perf_counter())
+        probe.all(weight, accumulator, other_grad, others)
+        marks.append(time.perf_counter())
+        for taken, (start, stop) in zip(seconds, itertools.pairwise(marks), strict=True):
+            taken.append(stop - start)
+    update, row_bound, full_bound = map(statistics.median, seconds)
+    return update, row_bound, full_bound
 
 
 if __name__ == "__main__":
