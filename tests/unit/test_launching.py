@@ -62,7 +62,7 @@ def test_a_slurm_job_whose_time_is_over_is_queued_again(tmp_path: Path, state: s
     (run / "status.json").write_text(f'{{"state": "{state}", "exit_status": 75}}\n')
     programs = {
         "scontrol": f'echo "scontrol $*" >>{calls}; [[ $1 != show ]] || printf "node7\\nnode8\\n"',
-        "srun": f'echo "srun $*" >>{calls}; exit 1',
+        "srun": f'echo "srun $*" >>{calls}; echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" >{tmp_path}/timeout; exit 1',
     }
     for name, body in programs.items():
         program = tmp_path / name
@@ -85,5 +85,6 @@ def test_a_slurm_job_whose_time_is_over_is_queued_again(tmp_path: Path, state: s
     parsed = get_args_parser().parse_args(shlex.split(started)[2:])
     assert (parsed.nnodes, parsed.rdzv_endpoint, parsed.rdzv_id) == ("2", "node7:29500", "42")
     assert "SIGUSR1" in parsed.signals_to_handle
+    assert 30 < int((tmp_path / "timeout").read_text()) < 120, "time to save, and less than the warning's"
     assert parsed.training_script_args == ["train", "configs/word2vec.yaml", "data.path=x.txt", f"run.path={run}"]
     assert requeued == (["scontrol requeue 42"] if state == "preempted" else [])
