@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,22 @@ class CollectionOptions(TypedDict, total=False):
     wire_dtype: torch.dtype | None
     placement: PlacementChoice
     cache_bytes: int | None
+
+
+class _Route(NamedTuple):
+    """What batches of certain features look up in one group.
+
+    Attributes:
+        number: the group's.
+        names: the features, in order of their tables: of local rows, which helps to sort.
+        tables: the positions of their tables in the group.
+        features: their declarations.
+    """
+
+    number: int
+    names: list[str]
+    tables: list[int]
+    features: list[FeatureSpec]
 
 
 @dataclass(frozen=True)
@@ -143,6 +159,7 @@ class EmbeddingCollection(nn.Module):
         }
         self._no_lookup = Lookup(torch.zeros(0, dtype=torch.int64, device=self.device))
         self._place = {name: places[feature.table_name] for name, feature in self.features.items()}
+        self._routes: dict[tuple[str, ...], list[_Route]] = {}
         self.looked_up: list[Tensor] = [self._no_lookup.keys] * len(self.row_groups)
 
     @property
@@ -197,12 +214,16 @@ class EmbeddingCollection(nn.Module):
             is_ahead: whether another step is under way. On GPUs the ids then travel apart from its rows.
         """
         asked, bags = dict(batch), dict[str, Bags]()
-        members, requests = self._exchange_ids(asked, self._group_for_ids(is_ahead), bags)
+        routes, requests = self._exchange_ids(asked, self._group_for_ids(is_ahead), bags)
         if is_ahead:
-            for number in members:
-                requests[number].sort_ahead()
-        weights = {name: asked[name].weights for name in asked}
-        return VectorsAsked({number: requests[number] for number in members}, members, bags, weights)
+            for route in routes:
+                requests[route.number].sort_ahead()
+        return VectorsAsked(
+            {route.number: requests[route.number] for route in routes},
+            {route.number: route.names for route in routes},
+            bags,
+            {name: values.weights for name, values in asked.items()},
+        )
 
     def look_up(self, asked: VectorsAsked) -> dict[str, Tensor]:
         """Looks up what was asked for; as `forward`. Collective: every rank, in the order in which they asked."""
@@ -238,23 +259,23 @@ class EmbeddingCollection(nn.Module):
                 know that they are rows.
             is_ahead: whether another step is under way. On GPUs the ids then travel apart from its rows.
         """
-        numbers = {self._place_of(name)[0] for name in batch if name in self.features}
+        numbers = {self._place[name][0] for name in batch if name in self._place}
         if len({self.row_groups[number].weight.shape[1] for number in numbers}) > 1:
             raise ValueError(f"distinct_rows needs tables of one dim; those of the features {list(batch)} differ")
         batch = dict(batch)
-        members, requests = self._exchange_ids(batch, self._group_for_ids(is_ahead), None)
+        routes, requests = self._exchange_ids(batch, self._group_for_ids(is_ahead), None)
         inverse: dict[str, Tensor] = {}
         num_before = 0
-        for number, names in members.items():
-            request = requests[number]
+        for route in routes:
+            request = requests[route.number]
             if is_ahead:
                 request.sort_ahead()
-            sizes = [batch[name].values.numel() for name in names]
+            sizes = [batch[name].values.numel() for name in route.names]
             places = request.inverse + num_before if num_before else request.inverse
-            inverse.update(zip(names, places.split(sizes), strict=True))
-            if len(members) > 1:  # the host waits for this, where keys are sorted on a device
+            inverse.update(zip(route.names, places.split(sizes), strict=True))
+            if len(routes) > 1:  # the host waits for this, where keys are sorted on a device
                 num_before += request.distinct.unique.numel()
-        return RowsAsked({number: requests[number] for number in members}, inverse)
+        return RowsAsked({route.number: requests[route.number] for route in routes}, inverse)
 
     def fetch_rows(self, asked: RowsAsked) -> Tensor:
         """Fetches the rows that were asked for; [num_distinct, dim] float32. Collective: every rank, in order."""
@@ -313,9 +334,27 @@ class EmbeddingCollection(nn.Module):
         faults = [take_entry(view, state_dict[key]) for key, view in views.items() if key in state_dict]
         error_msgs += [fault for fault in faults if fault is not None]
 
-    def _place_of(self, feature: str) -> tuple[int, int]:
-        """Returns the number of the feature's group, and its table's position there."""
-        return self._place[feature]
+    def _routes_of(self, names: tuple[str, ...]) -> list[_Route]:
+        """Returns where features are looked up, by group; found once for each choice of features.
+
+        Raises:
+            ValueError: one does not exist, or there is none.
+        """
+        if names in self._routes:
+            return self._routes[names]
+        unknown = [name for name in names if name not in self.features]
+        if unknown or not names:
+            raise ValueError(f"expected a batch of the features {list(self.features)}, got {list(names)}")
+        members: dict[int, list[str]] = {}
+        for name in names:
+            members.setdefault(self._place[name][0], []).append(name)
+        routes = []
+        for number, own in members.items():
+            own.sort(key=lambda name: self._place[name][1])
+            tables = [self._place[name][1] for name in own]
+            routes.append(_Route(number, own, tables, [self.features[name] for name in own]))
+        self._routes[names] = routes
+        return routes
 
     def _group_for_ids(self, is_ahead: bool) -> dist.ProcessGroup | None:
         """Returns the ranks; ahead, on GPUs, as another group: NCCL runs the collectives of a group one by one."""
@@ -329,65 +368,60 @@ class EmbeddingCollection(nn.Module):
 
     def _exchange_ids(
         self, batch: dict[str, Jagged], process_group: dist.ProcessGroup | None, bags: dict[str, Bags] | None
-    ) -> tuple[dict[int, list[str]], list[RowRequest]]:
-        """Returns, by group, the features that look it up, in order, and a request per group.
+    ) -> tuple[list[_Route], list[RowRequest]]:
+        """Returns where the features are looked up, and a request per group.
 
         Features of `batch` with bad ids are replaced by what their policy makes of them.
 
         Args:
             bags: takes how each feature is pooled, which owners may do then; None where all rows must travel here.
         """
-        members: dict[int, list[str]] = {}
+        routes: list[_Route] = []
         lookups = [self._no_lookup] * len(self.row_groups)
-        self.looked_up = [self._no_lookup.keys] * len(self.row_groups)
+        self.looked_up[:] = [self._no_lookup.keys] * len(self.row_groups)
         error: Exception | None = None
         try:
-            unknown = [name for name in batch if name not in self.features]
-            if unknown or not batch:
-                raise ValueError(f"expected a batch of the features {list(self.features)}, got {list(batch)}")
-            for name in batch:
-                members.setdefault(self._place_of(name)[0], []).append(name)
-            for number, names in members.items():
-                names.sort(key=lambda name: self._place_of(name)[1])  # in order of local row, which helps to sort
-                keys = self.looked_up[number] = to_device(self._keys_of(number, names, batch), self.device)
-                if bags is None:
-                    lookups[number] = Lookup(keys)
-                    continue
-                for name in names:
-                    bags[name] = bags_of(batch[name], self.features[name].pooling, self.device)
-                weights = [batch[name].weights for name in names]
-                lookups[number] = self._lookup(number, names, [bags[name] for name in names], weights, keys)
+            routes = self._routes_of(tuple(batch))
+            for route in routes:
+                keys = self.looked_up[route.number] = to_device(self._keys_of(route, batch), self.device)
+                lookups[route.number] = Lookup(keys) if bags is None else self._lookup(route, batch, bags, keys)
         except ValueError as raised:
             error = raised
         # A rank whose input is wrong may not know which groups the others look up: the request is of all.
-        return members, exchange_ids(self.row_groups, lookups, error, process_group)
+        return routes, exchange_ids(self.row_groups, lookups, error, process_group)
 
-    def _lookup(
-        self, number: int, names: list[str], bags: list[Bags], weights: list[Tensor | None], keys: Tensor
-    ) -> Lookup:
-        """Parts the features of a group into those whose rows travel here and those that owners pool."""
-        group, features = self.row_groups[number], [self.features[name] for name in names]
+    def _lookup(self, route: _Route, batch: Mapping[str, Jagged], bags: dict[str, Bags], keys: Tensor) -> Lookup:
+        """Parts the features of a group into those whose rows travel here and those that owners pool.
+
+        Args:
+            bags: takes how each feature is pooled.
+        """
+        group = self.row_groups[route.number]
+        own = [
+            bags_of(batch[name], feature.pooling, self.device)
+            for name, feature in zip(route.names, route.features, strict=True)
+        ]
+        bags.update(zip(route.names, own, strict=True))
         if size_of(self.process_group) == 1:
-            tables = [self._place_of(name)[1] for name in names]
-            return Lookup(keys, runs=group.runs_of(tables, [feature.num_values for feature in bags]))
-        at_owner = choose_owner(group, features, bags, weights, keys)
+            return Lookup(keys, runs=group.runs_of(route.tables, [feature.num_values for feature in own]))
+        weights = [batch[name].weights for name in route.names]
+        at_owner = choose_owner(group, route.features, own, weights, keys)
         if not any(at_owner):
             return Lookup(keys)
-        parts = keys.split([feature.num_values for feature in bags])
+        parts = keys.split([feature.num_values for feature in own])
         here, there = (
             torch.cat([keys[:0], *(part for part, is_there in zip(parts, at_owner, strict=True) if is_there == side)])
             for side in (False, True)
         )
-        asked = [feature for feature, is_there in zip(bags, at_owner, strict=True) if is_there]
+        asked = [feature for feature, is_there in zip(own, at_owner, strict=True) if is_there]
         return Lookup(here, BagsAsked(group, asked, there), at_owner)
 
-    def _keys_of(self, number: int, names: list[str], batch: dict[str, Jagged]) -> Tensor:
-        group = self.row_groups[number]
-        tables = [self._place_of(name)[1] for name in names]
-        keys, num_outside = group.keys_of(tables, [batch[name].values for name in names])
+    def _keys_of(self, route: _Route, batch: dict[str, Jagged]) -> Tensor:
+        group = self.row_groups[route.number]
+        keys, num_outside = group.keys_of(route.tables, [batch[name].values for name in route.names])
         if not any(num_outside):
             return keys
         rank = rank_of(self.process_group)
-        for name, table in zip(names, tables, strict=True):
-            batch[name] = valid_bags(batch[name], self.features[name], group.shards[table].spec.num_rows, rank)
-        return group.keys_of(tables, [batch[name].values for name in names])[0]
+        for name, table, feature in zip(route.names, route.tables, route.features, strict=True):
+            batch[name] = valid_bags(batch[name], feature, group.shards[table].spec.num_rows, rank)
+        return group.keys_of(route.tables, [batch[name].values for name in route.names])[0]

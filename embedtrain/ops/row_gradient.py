@@ -91,6 +91,10 @@ class RowGradient:
         dim: of the rows.
         factor: of every sum.
 
+    Attributes:
+        bags: the features of all deliveries.
+        grads: the gradients of their pooled vectors.
+
     Raises:
         ValueError: shapes or dtypes disagree.
         RuntimeError: a gradient was changed in place since it was delivered.
@@ -102,6 +106,8 @@ class RowGradient:
             delivery.check_shapes(dim)
         self._deliveries = list(deliveries)
         self.num_rows, self.dim, self.factor = num_rows, dim, factor
+        self.bags = [feature for delivery in deliveries for feature in delivery.bags]
+        self.grads = [grad for delivery in deliveries for grad in delivery.grads]
         self.is_summed = len(self._deliveries) == 1 and self._deliveries[0].is_unique and factor == 1.0
 
     @classmethod
@@ -134,16 +140,6 @@ class RowGradient:
         """[num_values] int64; the row of each value, in order of delivery."""
         rows = [delivery.rows for delivery in self._deliveries]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
-
-    @functools.cached_property
-    def bags(self) -> list[Bags]:
-        """The features of all deliveries."""
-        return [feature for delivery in self._deliveries for feature in delivery.bags]
-
-    @functools.cached_property
-    def grads(self) -> list[Tensor | None]:
-        """The gradients of their pooled vectors."""
-        return [grad for delivery in self._deliveries for grad in delivery.grads]
 
     @property
     def runs(self) -> Sequence[Run]:

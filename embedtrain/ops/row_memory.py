@@ -32,21 +32,19 @@ def empty_buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     The allocator gives large blocks back to the system and takes fresh ones the next step, which are mapped page by
     page while they are written: that takes longer than the kernels that write them.
     """
-    num_values = math.prod(shape)
-    num_bytes = num_values * dtype.itemsize
+    num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes < _SMALLEST_BLOCK_BYTES:
         return torch.empty(shape, dtype=dtype)
-    # `data` is no view to autograd: the caller may change it in place like any other tensor.
-    return _blocks.lease(num_bytes).view(dtype)[:num_values].view(shape).data
+    return _blocks.lease(num_bytes, shape, dtype)
 
 
 class _Block:
-    """Memory that is in use while any tensor beside its own refers to it."""
+    """Memory that is in use while any tensor but its own refers to it."""
 
     def __init__(self, num_bytes: int) -> None:
         self.tensor = _allocate(num_bytes)
         self.num_bytes = num_bytes
-        self._storage = self.tensor.untyped_storage()
+        self.storage = self.tensor.untyped_storage()
         self._own_references = self._count()
 
     @property
@@ -54,7 +52,7 @@ class _Block:
         return self._count() == self._own_references
 
     def _count(self) -> int:
-        return int(torch._C._storage_Use_Count(self._storage._cdata))
+        return int(torch._C._storage_Use_Count(self.storage._cdata))
 
 
 class _Blocks:
@@ -68,8 +66,8 @@ class _Blocks:
         self._lock = threading.Lock()
         self._blocks: list[_Block] = []  # the latest used last
 
-    def lease(self, num_bytes: int) -> Tensor:
-        """Returns [size] bytes, at least `num_bytes`, to be referred to by views."""
+    def lease(self, num_bytes: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Returns a tensor of `num_bytes` bytes in memory that no other tensor refers to."""
         power = 1 << (num_bytes - 1).bit_length()
         size = power // 4 * 3 if num_bytes <= power // 4 * 3 else power
         with self._lock:
@@ -81,8 +79,11 @@ class _Blocks:
                 self._drop_free_blocks(size)
                 block = _Block(size)
             self._blocks.append(block)
-            # A view, made under the lock: from here on the block is in use.
-            return block.tensor[:]
+            # Made under the lock: from here on the block is in use. No view to autograd, so that the caller may change
+            # it in place like any other tensor.
+            tensor = torch.empty(0, dtype=dtype)
+            tensor.set_(block.storage, 0, shape)  # type: ignore[call-overload]
+            return tensor
 
     def _drop_free_blocks(self, wanted_bytes: int) -> None:
         """Makes room for another block, the longest unused first; blocks in use leave the record likewise."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypedDict
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from embedtrain.distributed.collectives import all_gather_object, all_reduce_sum
 from embedtrain.distributed.runtime import rank_of
@@ -272,7 +273,6 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Has the coming step depend on a scalar of this rank: where it is not finite, neither is the step."""
         self._loss = loss
 
-    @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Applies the gradients that wait, on all ranks or on none.
 
@@ -283,6 +283,24 @@ class SparseOptimizer(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("sparse optimizers take no closure: run backward, then step()")
+        if self._is_observed():
+            _observed_step(self)
+        else:
+            self._step()
+
+    # Torch wraps `step` of its optimizers to record each call and run hooks, unless told that this was done. The record
+    # takes a tenth of a small step even where nobody reads it, so `step` goes that way only where somebody does.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _is_observed(self) -> bool:
+        return (
+            torch.autograd._profiler_enabled()
+            or bool(self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks)
+            or bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+        )
+
+    @torch.no_grad()
+    def _step(self) -> None:
         self.settle()
         gradients = [store.waiting_gradient() for store in self.stores]
         scale = self._agree_later(gradients) if self.looks_later else self._agree(gradients)
@@ -365,6 +383,9 @@ class SparseOptimizer(torch.optim.Optimizer):
             if bad.numel():
                 return f"the gradient of {store.describe(int(gradient.rows[bad[0, 0]]))} is not finite"
         return None
+
+
+_observed_step = torch.optim.Optimizer.profile_hook_step(SparseOptimizer._step)
 
 
 def _or_infinity(bound: float | None) -> float:

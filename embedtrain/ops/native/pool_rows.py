@@ -18,9 +18,12 @@ def pool_rows(source: Tensor, index: Tensor, bags: Sequence[Bags]) -> list[Tenso
     """See `embedtrain.ops.pool_rows`."""
     source, index = source.contiguous(), index.contiguous()
     dim = source.shape[1]
-    together = empty_buffer(sum(feature.num_bags for feature in bags), dim)
-    # `data` is no view to autograd: the caller may change one feature's vectors in place.
-    pooled = [part.data for part in together.split([feature.num_bags for feature in bags])]
+    if len(bags) == 1:
+        pooled = [empty_buffer(bags[0].num_bags, dim)]
+    else:
+        together = empty_buffer(sum(feature.num_bags for feature in bags), dim)
+        # `data` is no view to autograd: the caller may change one feature's vectors in place.
+        pooled = [part.data for part in together.split([feature.num_bags for feature in bags])]
     table, kept = describe(bags, pooled)
     library.get().embedtrain_pool_rows(
         source.data_ptr(),

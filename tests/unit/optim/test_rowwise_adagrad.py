@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import embedtrain as et
 
@@ -49,6 +50,33 @@ def test_duplicates_are_summed_before_squaring() -> None:
     optimizer.step()
     # Three ones summed are 3, squared 9; squared first they would be 3.
     assert tables.gather_table("t", "accumulator")[3] == 9.0
+
+
+def test_hooks_of_steps_are_called_as_torch_does() -> None:
+    (first_tables, first), (second_tables, second) = make(lr=0.1), make(lr=0.1)
+    seen: list[str] = []
+    handles = [
+        first.register_step_pre_hook(lambda optimizer, args, kwargs: seen.append(f"before {optimizer is first}")),
+        first.register_step_post_hook(lambda optimizer, args, kwargs: seen.append(f"after {optimizer is first}")),
+        register_optimizer_step_post_hook(lambda optimizer, args, kwargs: seen.append("any")),
+    ]
+    for tables, optimizer in ((first_tables, first), (second_tables, second)):
+        look_up(tables, [1]).sum().backward()
+        optimizer.step()
+    assert seen == ["before True", "after True", "any", "any"]
+    assert torch.equal(first_tables.gather_table("t"), second_tables.gather_table("t"))
+    for handle in handles:
+        handle.remove()
+    first.step()
+    assert len(seen) == 4
+
+
+def test_a_profile_shows_the_step() -> None:
+    tables, optimizer = make(lr=0.1)
+    look_up(tables, [1]).sum().backward()
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    assert "Optimizer.step#RowwiseAdagrad.step" in [event.key for event in profile.key_averages()]
 
 
 def test_decoupled_decay_leaves_the_accumulator_alone() -> None:
