@@ -24,7 +24,7 @@ from embedtrain.spec import FeatureSpec
 from embedtrain.stages import stage
 
 _SAMPLE_BITS = 13
-"""Batches of up to 2**13 ids are counted exactly, larger ones by 2**12 to 2**13 of their ids on average."""
+"""Up to 2**13 are counted exactly, more by 2**12 to 2**13 of them on average."""
 _ODD = 0xBF58476D1CE4E5B9 - (1 << 64)
 """A multiplier whose products have well-mixed high bits, as a signed integer; see `embedtrain.ops.mix`."""
 
@@ -79,20 +79,13 @@ def choose_owner(
 def _moves_less(group: RowGroup, bags: Sequence[Bags], keys: Tensor) -> list[bool]:
     """Returns for each feature by itself whether sums cost fewer bytes than its distinct rows.
 
-    Both are counted, in large batches by a sample: of all keys and pairs those with a certain hash, and of these the
-    distinct ones.
+    Both are counted, in large batches by a sample: distinct rows of all keys with a certain hash, sums of all bags
+    whose number has it.
     """
-    bound = size_of(group.process_group) * group.num_local_rows
-    sizes = torch.tensor([feature.num_values for feature in bags], device=keys.device)
-    ends_of_bags = torch.tensor([feature.num_bags for feature in bags], device=keys.device).cumsum(0)
     with stage("unique"):
-        feature_of_value = torch.repeat_interleave(sizes, output_size=keys.numel())
-        rows, rows_per_sample = _distinct_sample(keys + feature_of_value * bound, len(bags) * bound)
-        sums, sums_per_sample = _distinct_sample(*_owner_and_bag(group, bags, keys))
-    feature_of_row = torch.div(rows, bound, rounding_mode="floor")
-    feature_of_sum = torch.bucketize(sums % ends_of_bags[-1], ends_of_bags, right=True)
-    num_rows = torch.bincount(feature_of_row, minlength=len(bags)) * rows_per_sample
-    num_sums = torch.bincount(feature_of_sum, minlength=len(bags)) * sums_per_sample
+        bound = size_of(group.process_group) * group.num_local_rows
+        num_rows = count_rows(keys, [feature.num_values for feature in bags], bound)
+        num_sums = count_sums(keys, [_lengths_of(feature, keys.device) for feature in bags], group.num_local_rows)
     dim = group.weight.shape[1]
     wire = Wire(
         id_bytes=_id_type(group).itemsize,
@@ -107,13 +100,57 @@ def _moves_less(group: RowGroup, bags: Sequence[Bags], keys: Tensor) -> list[boo
     ]
 
 
-def _distinct_sample(keys: Tensor, bound: int) -> tuple[Tensor, int]:
-    """Returns a sample of the distinct keys, which are below `bound`, and how many each of them stands for."""
+def count_rows(keys: Tensor, sizes: Sequence[int], bound: int) -> Tensor:
+    """Returns how many distinct keys each of several features has, [num_features] int64; a sample's where many.
+
+    Args:
+        keys: [n] int64, feature after feature; all below `bound`.
+        sizes: how many are each feature's.
+    """
+    places, weight = _sample(keys)
+    feature = torch.bucketize(places, _ends(sizes, keys.device), right=True)
+    pairs = sort_unique(keys[places] + feature * bound, bound=len(sizes) * bound, with_inverse=False).unique
+    return torch.bincount(torch.div(pairs, bound, rounding_mode="floor"), minlength=len(sizes)) * weight
+
+
+def count_sums(keys: Tensor, lengths: Sequence[Tensor], num_local_rows: int) -> Tensor:
+    """Returns how many pairs of a bag and an owner of its rows each of several features has; a sample's where many.
+
+    Args:
+        keys: [n] int64, feature after feature and bag after bag.
+        lengths: per feature [num_bags] int64, of its bags.
+        num_local_rows: of each owner.
+    """
+    together = torch.cat([*lengths])
+    bags, weight = _sample(torch.arange(together.numel(), device=keys.device))
+    own_lengths = together[bags]
+    num_values = int(own_lengths.sum())
+    # Of the values of these bags, where those before lie among them, and among all.
+    skipped = (together.cumsum(0) - together)[bags] - (own_lengths.cumsum(0) - own_lengths)
+    places = torch.arange(num_values, device=keys.device) + torch.repeat_interleave(
+        skipped, own_lengths, output_size=num_values
+    )
+    owner = torch.div(keys[places], num_local_rows, rounding_mode="floor")
+    number = torch.repeat_interleave(own_lengths, output_size=num_values)  # of the bag among those of the sample
+    num_bags = max(bags.numel(), 1)
+    pairs = sort_unique(owner * num_bags + number, with_inverse=False).unique
+    ends = _ends([each.numel() for each in lengths], keys.device)
+    return torch.bincount(torch.bucketize(bags[pairs % num_bags], ends, right=True), minlength=len(lengths)) * weight
+
+
+def _sample(keys: Tensor) -> tuple[Tensor, int]:
+    """Returns the places of all keys with a certain hash, and how many distinct keys each distinct one stands for."""
     bits = max(keys.numel().bit_length() - _SAMPLE_BITS, 0)
-    if bits:
-        # The high bits of the product are a hash of all of the key.
-        keys = keys[(keys * _ODD) >> (64 - bits) == 0]
-    return sort_unique(keys, bound=bound, with_inverse=False).unique, 1 << bits
+    if not bits:
+        return torch.arange(keys.numel(), device=keys.device), 1
+    # The high bits of the product are a hash of all of the key.
+    hashes = keys * _ODD
+    hashes >>= 64 - bits
+    return (hashes == 0).nonzero().flatten(), 1 << bits
+
+
+def _ends(sizes: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(sizes, device=device).cumsum(0)
 
 
 class BagsAsked:
@@ -135,9 +172,13 @@ class BagsAsked:
         self.num_bags = sum(feature.num_bags for feature in bags)
         self.is_weighted = any(feature.weights is not None for feature in bags)
         with stage("unique"):
-            pairs, bound = _owner_and_bag(group, bags, keys)
+            lengths = torch.cat([keys.new_zeros(0), *(_lengths_of(feature, keys.device) for feature in bags)])
+            owner = torch.div(keys, group.num_local_rows, rounding_mode="floor")
+            self._rows = torch.sub(keys, owner, alpha=group.num_local_rows)
+            # In place: fresh memory of this size costs more than the arithmetic.
+            pairs = owner.mul_(max(self.num_bags, 1)).add_(torch.repeat_interleave(lengths, output_size=keys.numel()))
+            bound = size_of(group.process_group) * max(self.num_bags, 1)
             self._by_owner = sort_unique(pairs, bound=bound, with_inverse=False)
-        self._rows = keys % group.num_local_rows
         ranks = torch.arange(size_of(group.process_group) + 1, device=keys.device)
         ends = torch.searchsorted(self._by_owner.unique, ranks * self.num_bags)
         self.sum_counts = ends.diff()
@@ -256,15 +297,6 @@ class SumRequest:
         shared = self._asked.share_out(grads, group.weight.shape[1]).to(group.gradient_wire_dtype)
         received = all_to_all_rows(shared, self._ask_counts, self._owe_counts, group.process_group, group.shared)
         group.deliver(Delivery(self.rows, [self._owed], [received.float()]))
-
-
-def _owner_and_bag(group: RowGroup, bags: Sequence[Bags], keys: Tensor) -> tuple[Tensor, int]:
-    """Returns `owner * number of bags + bag` for each value, and a bound of it; bags are numbered through."""
-    lengths = torch.cat([keys.new_zeros(0), *(_lengths_of(feature, keys.device) for feature in bags)])
-    num_bags = max(lengths.numel(), 1)
-    bag_of_value = torch.repeat_interleave(lengths, output_size=keys.numel())
-    owner = torch.div(keys, group.num_local_rows, rounding_mode="floor")
-    return owner * num_bags + bag_of_value, size_of(group.process_group) * num_bags
 
 
 def _lengths_of(feature: Bags, device: torch.device) -> Tensor:
