@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -155,11 +154,11 @@ class RowGroup:
 
     def runs_of(self, tables: Sequence[int], num_values: Sequence[int]) -> list[Run]:
         """Returns where the local rows of features lie, whose tables, one a feature, are in ascending order."""
-        runs: list[Run] = []
-        for number, same_table in itertools.groupby(zip(tables, num_values, strict=True), key=lambda pair: pair[0]):
-            table = self._spread[number]
-            runs.append(Run(sum(count for _, count in same_table), table.first_row, table.rows_per_rank))
-        return runs
+        of_table: dict[int, int] = {}
+        for table, count in zip(tables, num_values, strict=True):
+            of_table[table] = of_table.get(table, 0) + count
+        places = ((self._spread[table], count) for table, count in of_table.items())
+        return [Run(count, place.first_row, place.rows_per_rank) for place, count in places]
 
     @property
     def table_names(self) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +11,6 @@ from embedtrain.ops import dispatch
 from embedtrain.ops.sort_unique import SortedKeys
 
 
-@dataclass(frozen=True)
 class Bags:
     """How the values of one feature are pooled.
 
@@ -21,17 +19,16 @@ class Bags:
         lengths: [num_bags] int64, adding up to num_values; None for one value a bag.
         weights: [num_values] float32, or None: each value's factor.
         is_mean: whether a bag's sum is divided by its length.
+        num_bags: number of bags, empty ones included.
     """
 
-    num_values: int
-    lengths: Tensor | None = None
-    weights: Tensor | None = None
-    is_mean: bool = False
+    __slots__ = ("is_mean", "lengths", "num_bags", "num_values", "weights")  # a step makes one for each feature
 
-    @property
-    def num_bags(self) -> int:
-        """Number of bags, empty ones included."""
-        return self.num_values if self.lengths is None else self.lengths.numel()
+    def __init__(
+        self, num_values: int, lengths: Tensor | None = None, weights: Tensor | None = None, is_mean: bool = False
+    ) -> None:
+        self.num_values, self.lengths, self.weights, self.is_mean = num_values, lengths, weights, is_mean
+        self.num_bags = num_values if lengths is None else lengths.numel()
 
 
 def pool_rows(source: Tensor, index: Tensor, bags: Sequence[Bags]) -> list[Tensor]:

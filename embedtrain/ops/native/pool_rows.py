@@ -66,7 +66,7 @@ def describe(bags: Sequence[Bags], vectors: Sequence[Tensor | None]) -> tuple[ar
     words: list[int] = []
     kept: list[Tensor] = []
     for feature, rows in zip(bags, vectors, strict=True):
-        lengths = weights = row_address = stride = 0
+        lengths = weights = row_address = row_stride = 0
         if feature.lengths is not None:
             contiguous = feature.lengths.contiguous()
             kept.append(contiguous)
@@ -76,10 +76,12 @@ def describe(bags: Sequence[Bags], vectors: Sequence[Tensor | None]) -> tuple[ar
             kept.append(contiguous)
             weights = contiguous.data_ptr()
         if rows is not None:
+            row_stride, column_stride = rows.stride()
             # The gradient of a sum is one number in every place: rows may lie anywhere, their columns may not.
-            if rows.stride(1) != 1 and rows.shape[1] != 1:
+            if column_stride != 1 and rows.shape[1] != 1:
                 rows = rows.contiguous()
+                row_stride = rows.stride(0)
             kept.append(rows)
-            row_address, stride = rows.data_ptr(), rows.stride(0)
-        words += (lengths, weights, row_address, stride, feature.num_bags, feature.num_values, int(feature.is_mean))
+            row_address = rows.data_ptr()
+        words += (lengths, weights, row_address, row_stride, feature.num_bags, feature.num_values, feature.is_mean)
     return array("q", words), kept

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from array import array
 from typing import NamedTuple
 
@@ -54,7 +55,7 @@ def sort_terms(gradient: RowGradient) -> SortedTerms | None:
     if gradient.num_rows.bit_length() + term_bits > _MAX_WORD_BITS:
         return None
     features, _ = gradient.native_features
-    runs = array("q", [word for run in gradient.runs for word in run] or (rows.numel(), 0, gradient.num_rows))
+    runs = array("q", [*itertools.chain.from_iterable(gradient.runs)] or (rows.numel(), 0, gradient.num_rows))
     words = empty_buffer(rows.numel(), dtype=torch.int64)
     num_outside = ctypes.c_int64()
     library.get().embedtrain_sort_terms(

@@ -19,12 +19,14 @@ def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_
     """See `embedtrain.ops.spread_keys`."""
     ids = [given.contiguous() for given in ids]
     words: list[int] = []
+    num_keys = 0
     for given, table in zip(ids, tables, strict=True):
-        is_int32 = int(given.dtype == torch.int32)
-        words += (given.data_ptr(), is_int32, given.numel())
+        num_ids = given.numel()
+        num_keys += num_ids
+        words += (given.data_ptr(), given.dtype == torch.int32, num_ids)
         words += (table.num_rows, table.multiplier, table.rows_per_rank, table.first_row, 0)
     features = array("q", words)
-    keys = empty_buffer(sum(given.numel() for given in ids), dtype=torch.int64)
+    keys = empty_buffer(num_keys, dtype=torch.int64)
     library.get().embedtrain_spread_keys(
         features.buffer_info()[0],
         len(ids),
