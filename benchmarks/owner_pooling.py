@@ -13,8 +13,8 @@ import torch
 from record import Measure, append_results
 
 import embedtrain as et
-from embedtrain.distributed.runtime import Runtime, init_distributed, shut_down
-from embedtrain.embedding import exchange, owner_pooling
+from embedtrain.distributed.runtime import init_distributed, shut_down
+from embedtrain.stages import bytes_sent
 
 NUM_TABLES, NUM_ROWS, DIM, NUM_BAGS, EXPONENT = 4, 200_000, 64, 512, 1.05
 LENGTHS = (1, 20, 100)
@@ -29,23 +29,22 @@ def main() -> int:
     if not launch.is_rank():
         return launch.run_ranks()
     runtime = init_distributed(device="cpu")
-    sent = count_bytes(runtime)
     measures = []
     for length in LENGTHS:
         steps = {way: collection(way) for way in WAYS}
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-        bytes_sent = dict.fromkeys(WAYS, 0)
+        sent = dict.fromkeys(WAYS, 0)
         for repeat in range(WARMUP + REPEATS):
             batch = make_batch(length, runtime.rank, repeat)
             for way in WAYS:  # in turns
-                sent.clear()
+                sent_before = bytes_sent()
                 seconds[way].append(run_step(*steps[way], batch))
-                bytes_sent[way] = sum(sent)
+                sent[way] = bytes_sent() - sent_before
         medians = {way: statistics.median(seconds[way][WARMUP:]) for way in WAYS}
         if runtime.rank == 0:
             print(
                 f"bags of {length:>3}: "
-                + "; ".join(f"{way} {bytes_sent[way] / 1e6:.2f} MB, {medians[way] * 1e3:.2f} ms" for way in WAYS),
+                + "; ".join(f"{way} {sent[way] / 1e6:.2f} MB, {medians[way] * 1e3:.2f} ms" for way in WAYS),
                 flush=True,
             )
         measures += [
@@ -58,8 +57,8 @@ def main() -> int:
                 ),
                 (
                     "bytes sent in a step",
-                    (bytes_sent["owner"], bytes_sent["example"]),
-                    bytes_sent["example"] / bytes_sent["owner"],
+                    (sent["owner"], sent["example"]),
+                    sent["example"] / sent["owner"],
                 ),
             )
         ]
@@ -98,20 +97,6 @@ def run_step(tables: et.EmbeddingCollection, optimizer: et.optim.RowwiseAdagrad,
     optimizer.step()
     optimizer.zero_grad()
     return time.perf_counter() - started_at
-
-
-def count_bytes(runtime: Runtime) -> list[int]:
-    """Returns a list to which each exchange from now on adds the bytes that this rank sends to others."""
-    sent: list[int] = []
-    original = exchange.all_to_all_rows
-
-    def counted(rows: torch.Tensor, send_counts: Any, *others: Any) -> torch.Tensor:
-        away = sum(send_counts) - send_counts[runtime.rank]
-        sent.append(away * rows[:1].nbytes if rows.shape[0] else 0)
-        return original(rows, send_counts, *others)
-
-    exchange.all_to_all_rows = owner_pooling.all_to_all_rows = counted
-    return sent
 
 
 if __name__ == "__main__":

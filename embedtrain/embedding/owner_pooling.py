@@ -23,8 +23,11 @@ from embedtrain.sharding.cost import Wire, bytes_of_rows, bytes_of_sums
 from embedtrain.spec import FeatureSpec
 from embedtrain.stages import stage
 
-_SAMPLE_BITS = 13
-"""Up to 2**13 are counted exactly, more by 2**12 to 2**13 of them on average."""
+_VALUE_BITS = 13
+"""Batches of up to 2**13 ids are counted exactly, larger ones by 2**12 to 2**13 of their ids on average: what an error
+may decide wrongly costs about the same both ways."""
+_BAG_BITS = 10
+"""Of more bags than 2**10, half as many are looked at or more, on average."""
 _ODD = 0xBF58476D1CE4E5B9 - (1 << 64)
 """A multiplier whose products have well-mixed high bits, as a signed integer; see `embedtrain.ops.mix`."""
 
@@ -107,10 +110,11 @@ def count_rows(keys: Tensor, sizes: Sequence[int], bound: int) -> Tensor:
         keys: [n] int64, feature after feature; all below `bound`.
         sizes: how many are each feature's.
     """
-    places, weight = _sample(keys)
+    bits = max(keys.numel().bit_length() - _VALUE_BITS, 0)
+    places = _sample(keys, bits)
     feature = torch.bucketize(places, _ends(sizes, keys.device), right=True)
     pairs = sort_unique(keys[places] + feature * bound, bound=len(sizes) * bound, with_inverse=False).unique
-    return torch.bincount(torch.div(pairs, bound, rounding_mode="floor"), minlength=len(sizes)) * weight
+    return torch.bincount(torch.div(pairs, bound, rounding_mode="floor"), minlength=len(sizes)) << bits
 
 
 def count_sums(keys: Tensor, lengths: Sequence[Tensor], num_local_rows: int) -> Tensor:
@@ -122,7 +126,8 @@ def count_sums(keys: Tensor, lengths: Sequence[Tensor], num_local_rows: int) -> 
         num_local_rows: of each owner.
     """
     together = torch.cat([*lengths])
-    bags, weight = _sample(torch.arange(together.numel(), device=keys.device))
+    bits = max(min(keys.numel().bit_length() - _VALUE_BITS, together.numel().bit_length() - _BAG_BITS), 0)
+    bags = _sample(torch.arange(together.numel(), device=keys.device), bits)
     own_lengths = together[bags]
     num_values = int(own_lengths.sum())
     # Of the values of these bags, where those before lie among them, and among all.
@@ -135,18 +140,17 @@ def count_sums(keys: Tensor, lengths: Sequence[Tensor], num_local_rows: int) -> 
     num_bags = max(bags.numel(), 1)
     pairs = sort_unique(owner * num_bags + number, with_inverse=False).unique
     ends = _ends([each.numel() for each in lengths], keys.device)
-    return torch.bincount(torch.bucketize(bags[pairs % num_bags], ends, right=True), minlength=len(lengths)) * weight
+    return torch.bincount(torch.bucketize(bags[pairs % num_bags], ends, right=True), minlength=len(lengths)) << bits
 
 
-def _sample(keys: Tensor) -> tuple[Tensor, int]:
-    """Returns the places of all keys with a certain hash, and how many distinct keys each distinct one stands for."""
-    bits = max(keys.numel().bit_length() - _SAMPLE_BITS, 0)
+def _sample(keys: Tensor, bits: int) -> Tensor:
+    """Returns the places of all keys with a certain hash: of each distinct key in 2**bits, on average."""
     if not bits:
-        return torch.arange(keys.numel(), device=keys.device), 1
+        return torch.arange(keys.numel(), device=keys.device)
     # The high bits of the product are a hash of all of the key.
     hashes = keys * _ODD
     hashes >>= 64 - bits
-    return (hashes == 0).nonzero().flatten(), 1 << bits
+    return (hashes == 0).nonzero().flatten()
 
 
 def _ends(sizes: Sequence[int], device: torch.device) -> Tensor:

@@ -34,8 +34,8 @@ def test_a_sample_of_the_bags_stands_for_their_sums(num_owners: int) -> None:
     counts = count_sums(keys, lengths, num_local_rows=1000)
     pairs = torch.stack([owner, bag]).unique(dim=1)[1]
     expected = [int((pairs < 60_000).sum()), int((pairs >= 60_000).sum()), 0]
-    # A 32nd of the bags, of up to 5 sums each: four standard deviations.
-    assert counts.tolist() == pytest.approx(expected, rel=0.08)
+    # Each bag is taken with probability 1/64, some 900 and 1,600 of them: four standard deviations.
+    assert counts.tolist() == pytest.approx(expected, rel=0.15)
 
 
 def test_small_batches_are_counted_exactly() -> None:
