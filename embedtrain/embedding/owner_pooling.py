@@ -27,7 +27,7 @@ _VALUE_BITS = 13
 """Batches of up to 2**13 ids are counted exactly, larger ones by 2**12 to 2**13 of their ids on average: what an error
 may decide wrongly costs about the same both ways."""
 _BAG_BITS = 10
-"""Of more bags than 2**10, half as many are looked at or more, on average."""
+"""However many ids they hold, of 2**10 bags or more at least 2**9 are looked at, on average."""
 _ODD = 0xBF58476D1CE4E5B9 - (1 << 64)
 """A multiplier whose products have well-mixed high bits, as a signed integer; see `embedtrain.ops.mix`."""
 
