@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from embedtrain.distributed.collectives import all_to_all_rows
 from embedtrain.distributed.runtime import GroupReference, default_group, rank_of, size_of
 from embedtrain.distributed.shared_memory import connect
 from embedtrain.embedding.exchange import Lookup, RowRequest, exchange_ids, exchange_vectors, look_up_bags
-from embedtrain.embedding.features import resolve_features
+from embedtrain.embedding.features import Route, Routes, resolve_features
 from embedtrain.embedding.ids import valid_bags
 from embedtrain.embedding.owner_pooling import BagsAsked, choose_owner
 from embedtrain.embedding.placement import PlacementChoice, place_rows
@@ -37,22 +37,6 @@ class CollectionOptions(TypedDict, total=False):
     wire_dtype: torch.dtype | None
     placement: PlacementChoice
     cache_bytes: int | None
-
-
-class _Route(NamedTuple):
-    """What batches of certain features look up in one group.
-
-    Attributes:
-        number: the group's.
-        names: the features, in order of their tables: of local rows, which helps to sort.
-        tables: the positions of their tables in the group.
-        features: their declarations.
-    """
-
-    number: int
-    names: list[str]
-    tables: list[int]
-    features: list[FeatureSpec]
 
 
 @dataclass(frozen=True)
@@ -158,8 +142,7 @@ class EmbeddingCollection(nn.Module):
             for position, shard in enumerate(group.shards)
         }
         self._no_lookup = Lookup(torch.zeros(0, dtype=torch.int64, device=self.device))
-        self._place = {name: places[feature.table_name] for name, feature in self.features.items()}
-        self._routes: dict[tuple[str, ...], list[_Route]] = {}
+        self._routes = Routes(self.features, places)
         self.looked_up: list[Tensor] = [self._no_lookup.keys] * len(self.row_groups)
 
     @property
@@ -259,7 +242,7 @@ class EmbeddingCollection(nn.Module):
                 know that they are rows.
             is_ahead: whether another step is under way. On GPUs the ids then travel apart from its rows.
         """
-        numbers = {self._place[name][0] for name in batch if name in self._place}
+        numbers = {self._routes.group_of(name) for name in batch if name in self.features}
         if len({self.row_groups[number].weight.shape[1] for number in numbers}) > 1:
             raise ValueError(f"distinct_rows needs tables of one dim; those of the features {list(batch)} differ")
         batch = dict(batch)
@@ -334,28 +317,6 @@ class EmbeddingCollection(nn.Module):
         faults = [take_entry(view, state_dict[key]) for key, view in views.items() if key in state_dict]
         error_msgs += [fault for fault in faults if fault is not None]
 
-    def _routes_of(self, names: tuple[str, ...]) -> list[_Route]:
-        """Returns where features are looked up, by group; found once for each choice of features.
-
-        Raises:
-            ValueError: one does not exist, or there is none.
-        """
-        if names in self._routes:
-            return self._routes[names]
-        unknown = [name for name in names if name not in self.features]
-        if unknown or not names:
-            raise ValueError(f"expected a batch of the features {list(self.features)}, got {list(names)}")
-        members: dict[int, list[str]] = {}
-        for name in names:
-            members.setdefault(self._place[name][0], []).append(name)
-        routes = []
-        for number, own in members.items():
-            own.sort(key=lambda name: self._place[name][1])
-            tables = [self._place[name][1] for name in own]
-            routes.append(_Route(number, own, tables, [self.features[name] for name in own]))
-        self._routes[names] = routes
-        return routes
-
     def _group_for_ids(self, is_ahead: bool) -> dist.ProcessGroup | None:
         """Returns the ranks; ahead, on GPUs, as another group: NCCL runs the collectives of a group one by one."""
         group = self.process_group
@@ -368,7 +329,7 @@ class EmbeddingCollection(nn.Module):
 
     def _exchange_ids(
         self, batch: dict[str, Jagged], process_group: dist.ProcessGroup | None, bags: dict[str, Bags] | None
-    ) -> tuple[list[_Route], list[RowRequest]]:
+    ) -> tuple[Sequence[Route], list[RowRequest]]:
         """Returns where the features are looked up, and a request per group.
 
         Features of `batch` with bad ids are replaced by what their policy makes of them.
@@ -376,12 +337,12 @@ class EmbeddingCollection(nn.Module):
         Args:
             bags: takes how each feature is pooled, which owners may do then; None where all rows must travel here.
         """
-        routes: list[_Route] = []
+        routes: Sequence[Route] = ()
         lookups = [self._no_lookup] * len(self.row_groups)
         self.looked_up[:] = [self._no_lookup.keys] * len(self.row_groups)
         error: Exception | None = None
         try:
-            routes = self._routes_of(tuple(batch))
+            routes = self._routes.of(tuple(batch))
             for route in routes:
                 keys = self.looked_up[route.number] = to_device(self._keys_of(route, batch), self.device)
                 lookups[route.number] = Lookup(keys) if bags is None else self._lookup(route, batch, bags, keys)
@@ -390,7 +351,7 @@ class EmbeddingCollection(nn.Module):
         # A rank whose input is wrong may not know which groups the others look up: the request is of all.
         return routes, exchange_ids(self.row_groups, lookups, error, process_group)
 
-    def _lookup(self, route: _Route, batch: Mapping[str, Jagged], bags: dict[str, Bags], keys: Tensor) -> Lookup:
+    def _lookup(self, route: Route, batch: Mapping[str, Jagged], bags: dict[str, Bags], keys: Tensor) -> Lookup:
         """Parts the features of a group into those whose rows travel here and those that owners pool.
 
         Args:
@@ -416,7 +377,7 @@ class EmbeddingCollection(nn.Module):
         asked = [feature for feature, is_there in zip(own, at_owner, strict=True) if is_there]
         return Lookup(here, BagsAsked(group, asked, there), at_owner)
 
-    def _keys_of(self, route: _Route, batch: dict[str, Jagged]) -> Tensor:
+    def _keys_of(self, route: Route, batch: dict[str, Jagged]) -> Tensor:
         group = self.row_groups[route.number]
         keys, num_outside = group.keys_of(route.tables, [batch[name].values for name in route.names])
         if not any(num_outside):

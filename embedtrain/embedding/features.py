@@ -1,8 +1,9 @@
-"""Which features a collection accepts."""
+"""Which features a collection accepts, and where it looks them up."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from embedtrain.spec import FeatureSpec, TableSpec
 
@@ -29,3 +30,61 @@ def resolve_features(tables: Sequence[TableSpec], features: Sequence[FeatureSpec
                 f"which does not exist; the tables are {', '.join(known)}"
             )
     return {feature.name: feature for feature in features}
+
+
+class Route(NamedTuple):
+    """What batches of certain features look up in one group of tables.
+
+    Attributes:
+        number: the group's.
+        names: the features, in order of their tables: of local rows, which helps to sort.
+        tables: the positions of their tables in the group.
+        features: their declarations.
+    """
+
+    number: int
+    names: list[str]
+    tables: list[int]
+    features: list[FeatureSpec]
+
+
+class Routes:
+    """Where batches are looked up, found once for each choice of features.
+
+    Args:
+        features: by name.
+        places: of each table, the number of its group, and its position there.
+    """
+
+    def __init__(self, features: Mapping[str, FeatureSpec], places: Mapping[str, tuple[int, int]]) -> None:
+        self._features = features
+        self._place = {name: places[feature.table_name] for name, feature in features.items()}
+        self._found: dict[tuple[str, ...], list[Route]] = {}
+
+    def group_of(self, name: str) -> int:
+        """Returns the number of a feature's group."""
+        return self._place[name][0]
+
+    def of(self, names: tuple[str, ...]) -> list[Route]:
+        """Returns where features are looked up, by group.
+
+        Raises:
+            ValueError: one does not exist, or there is none.
+        """
+        if names not in self._found:
+            self._found[names] = self._find(names)
+        return self._found[names]
+
+    def _find(self, names: tuple[str, ...]) -> list[Route]:
+        unknown = [name for name in names if name not in self._features]
+        if unknown or not names:
+            raise ValueError(f"expected a batch of the features {list(self._features)}, got {list(names)}")
+        members: dict[int, list[str]] = {}
+        for name in names:
+            members.setdefault(self.group_of(name), []).append(name)
+        routes = []
+        for number, own in members.items():
+            own.sort(key=lambda name: self._place[name][1])
+            tables = [self._place[name][1] for name in own]
+            routes.append(Route(number, own, tables, [self._features[name] for name in own]))
+        return routes
