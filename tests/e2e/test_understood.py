@@ -129,6 +129,15 @@ def test_a_disk_that_is_too_small_is_found_before_the_start(job: Job, small_disk
     assert not (small_disk / "run" / "checkpoints").exists()
 
 
+@pytest.fixture
+def heeds_interrupts() -> Iterator[None]:
+    """Has processes started from here on heed SIGINT, also where these tests run in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 def test_an_interrupted_command_leaves_without_a_traceback(job: Job) -> None:
     os.mkfifo(job.folder / "waits.yaml")
     process = job.start("config", "show", "waits.yaml")
