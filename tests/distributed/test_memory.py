@@ -23,26 +23,29 @@ def memory_bytes(field: str) -> int:
 def train(group: dist.ProcessGroup | None) -> tuple[int, int]:
     """Returns by how many bytes training raised the peak, and how many the tables and their state have."""
     rank = 0 if group is None else dist.get_rank(group)
-    take_steps(et.EmbeddingCollection([et.TableSpec("item", 10, DIM)]), 10, rank)  # code is mapped as it first runs
-    tables = et.EmbeddingCollection([et.TableSpec("item", NUM_ROWS, DIM)])
+    take_steps(*make(num_rows=10), 10, rank)  # code is mapped as it first runs
+    tables, optimizer = make(NUM_ROWS)
+    (rows,) = tables.row_groups
+    held_bytes = sum(tensor.nbytes for tensor in (rows.weight, *rows.state.values()))
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = memory_bytes("VmRSS")
-    state_bytes = take_steps(tables, NUM_IDS, rank)
-    (rows,) = tables.row_groups
-    return memory_bytes("VmHWM") - before - state_bytes, rows.weight.nbytes + state_bytes
+    take_steps(tables, optimizer, NUM_IDS, rank)
+    return memory_bytes("VmHWM") - before, held_bytes
 
 
-def take_steps(tables: et.EmbeddingCollection, num_ids: int, rank: int) -> int:
-    """Trains on random ids; returns the bytes of the optimizer's state."""
-    optimizer = et.optim.RowwiseAdagrad(tables, lr=0.1)
+def make(num_rows: int) -> tuple[et.EmbeddingCollection, et.optim.RowwiseAdagrad]:
+    tables = et.EmbeddingCollection([et.TableSpec("item", num_rows, DIM)])
+    return tables, et.optim.RowwiseAdagrad(tables, lr=0.1)
+
+
+def take_steps(tables: et.EmbeddingCollection, optimizer: et.optim.RowwiseAdagrad, num_ids: int, rank: int) -> None:
     generator = torch.Generator().manual_seed(rank)
-    (rows,) = tables.row_groups
+    (table,) = tables.shards.values()
     for _ in range(6):
-        ids = torch.randint(0, tables.shards["item"].spec.num_rows, (num_ids,), generator=generator)
+        ids = torch.randint(0, table.spec.num_rows, (num_ids,), generator=generator)
         tables({"item": et.Jagged.from_ids(ids)})["item"].square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return sum(tensor.nbytes for tensor in rows.state.values())
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
