@@ -39,12 +39,11 @@ def empty_buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class _Block:
-    """Memory that is in use while any tensor but its own refers to it."""
+    """Memory that is in use while any tensor refers to it."""
 
     def __init__(self, num_bytes: int) -> None:
-        self.tensor = _allocate(num_bytes)
         self.num_bytes = num_bytes
-        self.storage = self.tensor.untyped_storage()
+        self.storage = _allocate(num_bytes).untyped_storage()
         self._own_references = self._count()
 
     @property
