@@ -63,3 +63,16 @@ class Jagged:
         """Returns, for each value, the position of its bag; [num_values] int64."""
         bags = torch.arange(self.num_bags, device=self.lengths.device)
         return torch.repeat_interleave(bags, self.lengths)
+
+
+def places_of_runs(firsts: Tensor, lengths: Tensor) -> Tensor:
+    """Returns the places of several runs of values, run after run; [sum(lengths)] int64.
+
+    Args:
+        firsts: [n] int64; where each run begins.
+        lengths: [n] int64; how many values it has.
+    """
+    num_places = int(lengths.sum())
+    before = lengths.cumsum(0) - lengths
+    steps = torch.repeat_interleave(firsts - before, lengths, output_size=num_places)
+    return torch.arange(num_places, device=lengths.device) + steps

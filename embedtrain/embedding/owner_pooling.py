@@ -16,6 +16,7 @@ from torch import Tensor
 from embedtrain.distributed.collectives import all_to_all_rows
 from embedtrain.distributed.runtime import size_of
 from embedtrain.embedding.shard import RowGroup
+from embedtrain.jagged import places_of_runs
 from embedtrain.ops.pool_rows import Bags, pool_rows
 from embedtrain.ops.row_gradient import Delivery
 from embedtrain.ops.sort_unique import sort_unique
@@ -125,22 +126,16 @@ def count_sums(keys: Tensor, lengths: Sequence[Tensor], num_local_rows: int) -> 
         lengths: per feature [num_bags] int64, of its bags.
         num_local_rows: of each owner.
     """
-    together = torch.cat([*lengths])
+    together = torch.cat(list(lengths))
     bits = max(min(keys.numel().bit_length() - _VALUE_BITS, together.numel().bit_length() - _BAG_BITS), 0)
     bags = _sample(torch.arange(together.numel(), device=keys.device), bits)
     own_lengths = together[bags]
-    num_values = int(own_lengths.sum())
-    # Of the values of these bags, where those before lie among them, and among all.
-    skipped = (together.cumsum(0) - together)[bags] - (own_lengths.cumsum(0) - own_lengths)
-    places = torch.arange(num_values, device=keys.device) + torch.repeat_interleave(
-        skipped, own_lengths, output_size=num_values
-    )
-    owner = torch.div(keys[places], num_local_rows, rounding_mode="floor")
-    number = torch.repeat_interleave(own_lengths, output_size=num_values)  # of the bag among those of the sample
-    num_bags = max(bags.numel(), 1)
-    pairs = sort_unique(owner * num_bags + number, with_inverse=False).unique
+    places = places_of_runs((together.cumsum(0) - together)[bags], own_lengths)
+    _, pairs = _owner_and_bag(keys[places], own_lengths, num_local_rows)
+    distinct = sort_unique(pairs, with_inverse=False).unique
     ends = _ends([each.numel() for each in lengths], keys.device)
-    return torch.bincount(torch.bucketize(bags[pairs % num_bags], ends, right=True), minlength=len(lengths)) << bits
+    feature = torch.bucketize(bags[distinct % max(bags.numel(), 1)], ends, right=True)
+    return torch.bincount(feature, minlength=len(lengths)) << bits
 
 
 def _sample(keys: Tensor, bits: int) -> Tensor:
@@ -177,10 +172,8 @@ class BagsAsked:
         self.is_weighted = any(feature.weights is not None for feature in bags)
         with stage("unique"):
             lengths = torch.cat([keys.new_zeros(0), *(_lengths_of(feature, keys.device) for feature in bags)])
-            owner = torch.div(keys, group.num_local_rows, rounding_mode="floor")
+            owner, pairs = _owner_and_bag(keys, lengths, group.num_local_rows)
             self._rows = torch.sub(keys, owner, alpha=group.num_local_rows)
-            # In place: fresh memory of this size costs more than the arithmetic.
-            pairs = owner.mul_(max(self.num_bags, 1)).add_(torch.repeat_interleave(lengths, output_size=keys.numel()))
             bound = size_of(group.process_group) * max(self.num_bags, 1)
             self._by_owner = sort_unique(pairs, bound=bound, with_inverse=False)
         ranks = torch.arange(size_of(group.process_group) + 1, device=keys.device)
@@ -301,6 +294,14 @@ class SumRequest:
         shared = self._asked.share_out(grads, group.weight.shape[1]).to(group.gradient_wire_dtype)
         received = all_to_all_rows(shared, self._ask_counts, self._owe_counts, group.process_group, group.shared)
         group.deliver(Delivery(self.rows, [self._owed], [received.float()]))
+
+
+def _owner_and_bag(keys: Tensor, lengths: Tensor, num_local_rows: int) -> tuple[Tensor, Tensor]:
+    """Returns the owner of each value's row, and `owner * number of bags + bag`; bags are numbered through."""
+    owner = torch.div(keys, num_local_rows, rounding_mode="floor")
+    # In place: fresh memory of this size costs more than the arithmetic.
+    bag = torch.repeat_interleave(lengths, output_size=keys.numel())
+    return owner, bag.add_(owner, alpha=max(lengths.numel(), 1))
 
 
 def _lengths_of(feature: Bags, device: torch.device) -> Tensor:

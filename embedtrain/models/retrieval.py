@@ -16,7 +16,7 @@ from embedtrain.data.retrieval_batches import RetrievalBatch
 from embedtrain.distributed.collectives import all_gather_rows
 from embedtrain.distributed.runtime import size_of
 from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection, VectorsAsked
-from embedtrain.jagged import Jagged
+from embedtrain.jagged import Jagged, places_of_runs
 from embedtrain.models.objective import Objective
 from embedtrain.spec import DEFAULT_OPTIMIZER, FeatureSpec, TableSpec
 
@@ -232,9 +232,7 @@ def _without_known(scores: Tensor, known: Jagged, candidates: Tensor) -> Tensor:
     (among,) = torch.nonzero(in_order[first.clamp(max=len(in_order) - 1)] == known.values, as_tuple=True)
     first = first[among]
     times = torch.searchsorted(in_order, known.values[among], right=True) - first
-    before = times.cumsum(0) - times
-    found = torch.arange(int(times.sum())) + torch.repeat_interleave(first - before, times)
-    rows, columns = torch.repeat_interleave(known.bag_of_values()[among], times), place[found]
+    rows, columns = torch.repeat_interleave(known.bag_of_values()[among], times), place[places_of_runs(first, times)]
     device = scores.device
     return scores.index_put_((rows.to(device), columns.to(device)), scores.new_tensor(losses.NOT_A_NEGATIVE))
 
