@@ -43,7 +43,7 @@ def grown_parts(
     for state in states:
         shape: tuple[int, ...] = (spec.dim,) if state.per_element else ()
         tensors.append((state.name, shape, torch.float32, functools.partial(_fill, shape, state.fill)))
-    layout = {"kind": "spread", "multiplier": SpreadLayout(spec.num_rows).multiplier}
+    layout = SpreadLayout(spec.num_rows).description
     parts = []
     for name, row_shape, dtype, fresh in tensors:
         full_name = f"{spec.name}/{name}"
@@ -82,7 +82,7 @@ def _check(reader: CheckpointReader, name: str, shape: tuple[int, ...], dtype: t
     info = reader.tensors.get(name)
     if info is None:
         raise CheckpointError(f"{reader.path} has no tensor {name!r}, but {', '.join(sorted(reader.tensors))}")
-    layout = {"kind": "spread", "multiplier": SpreadLayout(info.shape[0]).multiplier}
+    layout = SpreadLayout(info.shape[0]).description
     found, expected = (info.shape[1:], info.dtype, dict(info.layout)), (shape, dtype, layout)
     if found != expected:
         raise CheckpointError(

@@ -52,14 +52,13 @@ class TableShard:
 
     def views(self) -> list[ShardView]:
         """Returns the weight and the states under their names in a checkpoint."""
-        layout = {"kind": "spread", "multiplier": self.layout.multiplier}
         return [
             ShardView(
                 name=f"{self.spec.name}/{name}",
                 global_shape=(self.spec.num_rows, *tensor.shape[1:]),
                 offset=self.slots[0],
                 tensor=tensor,
-                layout=layout,
+                layout=self.layout.description,
                 changes=self.changes,
                 first_row=self.first_row,
             )
@@ -125,7 +124,9 @@ class RowGroup:
             weight = self.weight[first_row : first_row + stop - start]
             weight.copy_(initial_rows(spec, start, stop, seed))
             self.shards.append(TableShard(spec, layout, (start, stop), first_row, weight, {}, self.changes))
-            self._spread.append(SpreadTable(spec.num_rows, layout.multiplier, layout.rows_per_rank, first_row))
+            self._spread.append(
+                SpreadTable(spec.num_rows, layout.multiplier, layout.rows_per_rank, first_row, layout.block_rows)
+            )
             first_row += layout.rows_per_rank
         starts = [[shard.first_row for shard in self.shards], [shard.slots[0] for shard in self.shards]]
         self._starts = torch.tensor(starts, device=device)  # where tables begin among the local rows and the slots

@@ -18,3 +18,22 @@ def multiply_modulo(values: Tensor, factor: int, modulus: int) -> Tensor:
     high = torch.remainder((values >> _LOW_BITS) * factor, modulus)
     low = (values & ((1 << _LOW_BITS) - 1)) * factor
     return torch.remainder((high << _LOW_BITS) + torch.remainder(low, modulus), modulus)
+
+
+def permute_blocks(values: Tensor, factor: int, num_values: int, block: int) -> Tensor:
+    """Permutes `[0, num_values)` by blocks: block `b` goes to `(b * factor) mod (num_values // block)`.
+
+    Values keep their places in their block; those after the last whole block stay where they are.
+
+    Args:
+        values: int64, each in `[0, num_values)`.
+        factor: without a common divisor with the number of blocks; its inverse inverts the permutation.
+        num_values: below 2**40.
+        block: values of each block, at most `num_values`.
+    """
+    if block == 1:
+        return multiply_modulo(values, factor, num_values)
+    num_blocks = num_values // block
+    number = torch.div(values, block, rounding_mode="floor")
+    moved = multiply_modulo(number, factor, num_blocks) - number
+    return values + block * moved.masked_fill(number == num_blocks, 0)

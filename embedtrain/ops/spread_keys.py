@@ -17,15 +17,17 @@ class SpreadTable:
 
     Attributes:
         num_rows: ids are 0 to num_rows - 1.
-        multiplier: of the spread, `slot = (multiplier * id) mod num_rows`.
+        multiplier: of the spread; see `embedtrain.ops.modular.permute_blocks`.
         rows_per_rank: slots of each owner.
         first_row: where the table begins among an owner's rows.
+        block_rows: ids that stay side by side; a power of two.
     """
 
     num_rows: int
     multiplier: int
     rows_per_rank: int
     first_row: int
+    block_rows: int = 1
 
 
 def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_rows: int) -> tuple[Tensor, list[int]]:

@@ -16,6 +16,7 @@ TABLES = [
     et.TableSpec("user", num_rows=7, dim=8, init="normal", init_scale=0.5),
     et.TableSpec("tiny", num_rows=2, dim=8),  # fewer rows than ranks
     et.TableSpec("item", num_rows=33, dim=5),
+    et.TableSpec("url", num_rows=131_085, dim=8),  # large enough for ids to keep their neighbours
 ]
 FEATURES = [
     et.FeatureSpec("word"),
@@ -25,6 +26,7 @@ FEATURES = [
     et.FeatureSpec("tiny", pooling="sum"),
     et.FeatureSpec("item", pooling="mean", invalid_ids="drop"),
     et.FeatureSpec("hashed", "item", pooling="sum", invalid_ids="hash"),
+    et.FeatureSpec("url", pooling="sum"),
 ]
 OPTIMIZERS = {
     "plain": {"lr": 0.1},
@@ -44,7 +46,7 @@ def make_batch(step: int, rank: int) -> dict[str, et.Jagged]:
     """Ids repeat within a bag and across ranks; some bags are empty, and rank 1's batch is in step 2."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
     num_bags = 0 if (step, rank) == (2, 1) else 3 + rank
-    rows = {"word": 101, "history": 101, "weighted": 101, "user": 7, "tiny": 2, "item": 40, "hashed": 60}
+    rows = {"word": 101, "history": 101, "weighted": 101, "user": 7, "tiny": 2, "item": 40, "hashed": 60, "url": 131_085}
     batch = {}
     for name, num_rows in rows.items():
         lengths = torch.randint(0, 5, (num_bags,), generator=generator)

@@ -11,14 +11,14 @@ from embedtrain.sharding.layout import SpreadLayout
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-@pytest.mark.parametrize("num_rows", [1, 2, 10, 999_983, (1 << 31) - 1, 1 << 31, 1 << 36])
+@pytest.mark.parametrize("num_rows", [1, 2, 10, 131_071, 131_072, 999_983, (1 << 31) - 1, 1 << 31, 1 << 36])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_keys_are_owner_and_local_row(backend: str, num_rows: int, world_size: int, dtype: torch.dtype) -> None:
     layout = SpreadLayout(num_rows, world_size)
     largest = min(num_rows, 1 << 31 if dtype == torch.int32 else num_rows) - 1
     drawn = torch.randint(0, largest + 1, (500,), generator=torch.Generator().manual_seed(num_rows % 97))
     ids = torch.cat([drawn, torch.tensor([0, largest])]).to(dtype)
-    table = SpreadTable(num_rows, layout.multiplier, layout.rows_per_rank, first_row=11)
+    table = SpreadTable(num_rows, layout.multiplier, layout.rows_per_rank, 11, layout.block_rows)
     num_local_rows = layout.rows_per_rank + 20
     keys, outside = spread_keys([ids, ids[:3]], [table, table], num_local_rows)
     owner, row = layout.owner_of(layout.slot_of(ids.long()))

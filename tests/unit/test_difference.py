@@ -33,7 +33,7 @@ def save(
             layout = SpreadLayout(len(rows), world_size)
             slots = layout.id_of(torch.arange(len(rows)))
             start, stop = layout.shard_range(rank)
-            kind = {"kind": "spread", "multiplier": layout.multiplier}
+            kind = layout.description
             shards.append(ShardView(f"{name}/weight", tuple(rows.shape), start, rows[slots][start:stop], kind))
         return save_checkpoint(f"{path}/checkpoints", step, shards, {}, group)
 

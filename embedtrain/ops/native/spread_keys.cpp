@@ -14,6 +14,7 @@ struct Feature {
     const void* ids;
     int64_t is_int32, num_ids;
     uint64_t num_rows, multiplier, rows_per_rank, first_row;
+    uint64_t block_bits;  // 2^block_bits ids stay side by side
     int64_t num_outside;  // written: ids that are no rows; their keys mean nothing
 };
 
@@ -31,15 +32,18 @@ struct Divisor {
 template <typename Id>
 void spread(Feature& feature, uint64_t num_local_rows, bool is_whole, int64_t* keys) {
     const Id* ids = static_cast<const Id*>(feature.ids);
-    const Divisor rows(feature.num_rows), per_rank(feature.rows_per_rank);
+    const uint64_t bits = feature.block_bits, num_blocks = feature.num_rows >> bits;
+    const uint64_t num_moved = num_blocks << bits;  // what follows the last whole block stays
+    const Divisor blocks(num_blocks), per_rank(feature.rows_per_rank);
     int64_t num_outside = 0;
     for (int64_t i = 0; i < feature.num_ids; ++i) {
         // A negative id is a large unsigned number.
         const uint64_t given = static_cast<uint64_t>(static_cast<int64_t>(ids[i]));
         num_outside += given >= feature.num_rows;
         const uint64_t id = given >= feature.num_rows ? 0 : given;
-        const uint64_t product = id * feature.multiplier;
-        uint64_t row = product - rows.quotient(product) * feature.num_rows;
+        const uint64_t product = (id >> bits) * feature.multiplier;
+        const uint64_t block = product - blocks.quotient(product) * num_blocks;
+        uint64_t row = id < num_moved ? (block << bits) + (id & ((1ull << bits) - 1)) : id;
         uint64_t first = feature.first_row;
         if (!is_whole) {
             const uint64_t owner = per_rank.quotient(row);

@@ -12,7 +12,7 @@ from embedtrain.ops.native import library
 from embedtrain.ops.row_memory import empty_buffer
 from embedtrain.ops.spread_keys import SpreadTable
 
-_WORDS = 8  # of the kernel's `Feature`; the last one is written
+_WORDS = 9  # of the kernel's `Feature`; the last one is written
 
 
 def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_rows: int) -> tuple[Tensor, list[int]]:
@@ -24,7 +24,8 @@ def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_
         num_ids = given.numel()
         num_keys += num_ids
         words += (given.data_ptr(), given.dtype == torch.int32, num_ids)
-        words += (table.num_rows, table.multiplier, table.rows_per_rank, table.first_row, 0)
+        words += (table.num_rows, table.multiplier, table.rows_per_rank, table.first_row)
+        words += (table.block_rows.bit_length() - 1, 0)
     features = array("q", words)
     keys = empty_buffer(num_keys, dtype=torch.int64)
     library.get().embedtrain_spread_keys(

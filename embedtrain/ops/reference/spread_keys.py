@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from embedtrain.ops.modular import multiply_modulo
+from embedtrain.ops.modular import permute_blocks
 from embedtrain.ops.spread_keys import SpreadTable
 
 
@@ -18,7 +18,8 @@ def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_
     for given, table in zip(ids, tables, strict=True):
         wide = given.long()
         is_outside = (wide < 0) | (wide >= table.num_rows)
-        slots = multiply_modulo(wide.masked_fill(is_outside, 0), table.multiplier, table.num_rows)
+        ids_of_rows = wide.masked_fill(is_outside, 0)
+        slots = permute_blocks(ids_of_rows, table.multiplier, table.num_rows, table.block_rows)
         owner = torch.div(slots, table.rows_per_rank, rounding_mode="floor")
         keys.append(owner * num_local_rows + (slots - owner * table.rows_per_rank + table.first_row))
         num_outside.append(is_outside.sum())

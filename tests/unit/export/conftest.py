@@ -38,7 +38,7 @@ def make_run(tmp_path: Path) -> MakeRun:
             weight = torch.empty(values.shape, dtype=dtype)
             weight[layout.slot_of(torch.arange(len(values)))] = torch.tensor(values).to(dtype)
             for tensor_name, tensor in (("weight", weight), ("accumulator", torch.zeros(len(values)))):
-                kind = {"kind": "spread", "multiplier": layout.multiplier}
+                kind = layout.description
                 shards.append(ShardView(f"{table}/{tensor_name}", tuple(tensor.shape), 0, tensor, kind))
         save_checkpoint(f"{run_path}/checkpoints", step, shards, state or {}, None)
         if words is not None:

@@ -142,7 +142,7 @@ def test_unreadable_vocabulary(make_run):
 
 def test_rows_of_another_layout_are_refused(make_run, monkeypatch):
     run_path = make_run({"item": random_table(50)})
-    monkeypatch.setattr("embedtrain.sharding.layout.spread_multiplier", lambda num_rows: 7)
+    monkeypatch.setattr("embedtrain.sharding.layout.spread_multiplier", lambda modulus: 7)
     with pytest.raises(CheckpointError, match="'multiplier': 7"):
         open_vectors(run_path)
 

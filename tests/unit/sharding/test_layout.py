@@ -15,9 +15,16 @@ num_rows_small = st.integers(1, 5000)
 num_rows_any = st.integers(1, MAX_ROWS)
 
 
-@given(num_rows_small)
+num_rows_in_blocks = st.integers(1 << 17, (1 << 17) + 5000)
+
+
+@settings(deadline=None)
+@given(num_rows_small | num_rows_in_blocks)
 @example(1)
 @example(2)
+@example((1 << 17) - 1)
+@example(1 << 17)
+@example((1 << 17) + 15)
 def test_slots_are_a_permutation_of_the_ids_and_id_of_inverts_it(num_rows: int) -> None:
     layout = SpreadLayout(num_rows)
     slots = layout.slot_of(torch.arange(num_rows))
@@ -30,7 +37,10 @@ def test_the_arithmetic_is_exact_in_tables_of_any_size(num_rows: int, data: st.D
     layout = SpreadLayout(num_rows, 7)
     ids = data.draw(st.lists(st.integers(0, num_rows - 1), min_size=1, max_size=20))
     slots = layout.slot_of(torch.tensor(ids))
-    assert slots.tolist() == [i * layout.multiplier % num_rows for i in ids]
+    size = layout.block_rows
+    num_blocks = num_rows // size
+    moved = [i // size * layout.multiplier % num_blocks * size + i % size for i in ids]
+    assert slots.tolist() == [j if i < num_blocks * size else i for i, j in zip(ids, moved, strict=True)]
     assert layout.id_of(slots).tolist() == ids
     owner, row = layout.owner_of(slots)
     for slot, rank, local in zip(slots.tolist(), owner.tolist(), row.tolist(), strict=True):
@@ -40,13 +50,14 @@ def test_the_arithmetic_is_exact_in_tables_of_any_size(num_rows: int, data: st.D
 
 
 @settings(deadline=None)
-@given(num_rows_small, st.integers(1, 16))
+@given(num_rows_small | num_rows_in_blocks, st.integers(1, 16))
 def test_every_prefix_of_the_ids_lies_evenly_on_the_ranks(num_rows: int, world_size: int) -> None:
     """The bound that `sharding/layout.py` states, for every prefix and every rank."""
     layout = SpreadLayout(num_rows, world_size)
     owner, _ = layout.owner_of(layout.slot_of(torch.arange(num_rows)))
     prefix = torch.arange(1, num_rows + 1)
-    bound = 1 + torch.log2(prefix + 1.0)
+    size = layout.block_rows
+    bound = size * ((1 if size == 1 else 3) + torch.log2(prefix / size + 1.0))
     for rank in range(world_size):
         start, stop = layout.shard_range(rank)
         held = (owner == rank).cumsum(0)
@@ -77,8 +88,16 @@ def test_the_slots_do_not_depend_on_the_world_size() -> None:
 
 def test_the_multiplier_is_near_the_golden_section() -> None:
     layout = SpreadLayout(1_000_000)
-    assert abs(layout.multiplier - 618_034) < 64
-    assert math.gcd(layout.multiplier, 1_000_000) == 1
+    num_blocks = 1_000_000 // layout.block_rows
+    assert abs(layout.multiplier - 0.618034 * num_blocks) < 64
+    assert math.gcd(layout.multiplier, num_blocks) == 1
+
+
+def test_ids_of_a_block_lie_side_by_side_in_large_tables_alone() -> None:
+    slots = SpreadLayout(1_000_000).slot_of(torch.arange(32))
+    assert slots.reshape(2, 16).diff().eq(1).all()
+    assert abs(int(slots[16] - slots[0])) > 100_000
+    assert not SpreadLayout(100_000).slot_of(torch.arange(32)).diff().eq(1).any()
 
 
 @pytest.mark.parametrize(("num_rows", "world_size"), [(0, 1), (MAX_ROWS + 1, 1), (5, 0)])
