@@ -262,7 +262,9 @@ def look_up_bags(
     Returns:
         Per feature [num_bags, dim] float32.
     """
-    pooled: tuple[Tensor, ...] = _LookUpBags.apply(group.anchor, group, request, bags, *weights)  # type: ignore[no-untyped-call]
+    # Autograd takes its time over each argument, and most features have no weights.
+    learned = weights if any(weight is not None and weight.requires_grad for weight in weights) else ()
+    pooled: tuple[Tensor, ...] = _LookUpBags.apply(group.anchor, group, request, bags, *learned)  # type: ignore[no-untyped-call]
     return pooled
 
 
@@ -312,10 +314,12 @@ class _LookUpBags(torch.autograd.Function):
             group.rows_to_pool(request.keys) if request.is_local else (_fetch(group, request), request.inverse)
         )
         ctx.vectors = (source, index) if any(ctx.needs_input_grad[4:]) else None
-        pooled_here = iter(pool_rows(source, index, [bags[number] for number in here]) if here else ())
-        pooled_there = iter(request.sums.fetch() if request.sums is not None else ())
-        is_here = set(here)
-        return tuple(next(pooled_here if number in is_here else pooled_there) for number in range(len(bags)))
+        pooled_here = pool_rows(source, index, [bags[number] for number in here]) if here else []
+        pooled_there = request.sums.fetch() if request.sums is not None else []
+        if not pooled_there:
+            return tuple(pooled_here)
+        vectors_here, vectors_there = iter(pooled_here), iter(pooled_there)
+        return tuple(next(vectors_there if is_there else vectors_here) for is_there in request.at_owner)
 
     @staticmethod
     @once_differentiable
@@ -335,7 +339,7 @@ class _LookUpBags(torch.autograd.Function):
             _send_home(group, request, summed)
         if request.sums is not None:
             request.sums.send_home([grad for number, grad in enumerate(grads) if number not in here])
-        of_weights: list[Tensor | None] = [None] * len(bags)
+        of_weights: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 4)
         if ctx.vectors is not None:
             source, index = ctx.vectors
             parts = index.split([bags[number].num_values for number in here])

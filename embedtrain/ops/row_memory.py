@@ -39,19 +39,31 @@ def empty_buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class _Block:
-    """Memory that is in use while any tensor refers to it."""
+    """Memory that is in use while any tensor that was leased refers to it."""
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.num_bytes = num_bytes
-        self.storage = _allocate(num_bytes).untyped_storage()
+        self._storage = _allocate(num_bytes).untyped_storage()
+        self._latest = self._make(shape, dtype)
         self._own_references = self._count()
 
     @property
     def is_free(self) -> bool:
         return self._count() == self._own_references
 
+    def lease(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        # Most steps want the shape of the step before. Making a tensor of a storage takes several times as long as
+        # copying one, above all where other work has just emptied the caches.
+        if self._latest.shape != shape or self._latest.dtype != dtype:
+            self._latest = self._make(shape, dtype)
+        # `data` is no view to autograd: the caller may change it in place like any other tensor.
+        return self._latest.data
+
+    def _make(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(0, dtype=dtype).set_(self._storage, 0, shape)  # type: ignore[call-overload,no-any-return]
+
     def _count(self) -> int:
-        return int(torch._C._storage_Use_Count(self.storage._cdata))
+        return int(torch._C._storage_Use_Count(self._storage._cdata))
 
 
 class _Blocks:
@@ -76,13 +88,9 @@ class _Blocks:
                     break
             else:
                 self._drop_free_blocks(size)
-                block = _Block(size)
+                block = _Block(size, shape, dtype)
             self._blocks.append(block)
-            # Made under the lock: from here on the block is in use. No view to autograd, so that the caller may change
-            # it in place like any other tensor.
-            tensor = torch.empty(0, dtype=dtype)
-            tensor.set_(block.storage, 0, shape)  # type: ignore[call-overload]
-            return tensor
+            return block.lease(shape, dtype)  # under the lock: from here on the block is in use
 
     def _drop_free_blocks(self, wanted_bytes: int) -> None:
         """Makes room for another block, the longest unused first; blocks in use leave the record likewise."""

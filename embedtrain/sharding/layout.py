@@ -29,8 +29,8 @@ MAX_ROWS = 1 << 40
 
 _CANDIDATES = 64
 _BLOCK_ROWS = 16
-"""More would be quicker still, and too many hot rows in one place: 16 cost the busiest of 16 ranks 13 % more rows than the
-mean in steps of 4,096 ids a rank by Zipf's law, and 1 % in steps of 65,536; of 256 ranks 171 and 17 %."""
+"""More would be quicker still, and too many hot rows in one place: 16 cost the busiest of 16 ranks 13 % more rows than
+the mean in steps of 4,096 ids a rank by Zipf's law, and 1 % in steps of 65,536; of 256 ranks 171 and 17 %."""
 _MIN_ROWS_TO_BLOCK = 1 << 17
 
 
@@ -61,7 +61,9 @@ class SpreadLayout:
         """
         layout = cls(num_rows)
         if dict(saved) != layout.description:
-            raise CheckpointError(f"table {table!r}: expected rows laid out by {layout.description}, found {dict(saved)}")
+            raise CheckpointError(
+                f"table {table!r}: expected rows laid out by {layout.description}, found {dict(saved)}"
+            )
         return layout
 
     @property

@@ -46,7 +46,16 @@ def make_batch(step: int, rank: int) -> dict[str, et.Jagged]:
     """Ids repeat within a bag and across ranks; some bags are empty, and rank 1's batch is in step 2."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
     num_bags = 0 if (step, rank) == (2, 1) else 3 + rank
-    rows = {"word": 101, "history": 101, "weighted": 101, "user": 7, "tiny": 2, "item": 40, "hashed": 60, "url": 131_085}
+    rows = {
+        "word": 101,
+        "history": 101,
+        "weighted": 101,
+        "user": 7,
+        "tiny": 2,
+        "item": 40,
+        "hashed": 60,
+        "url": 131_085,
+    }
     batch = {}
     for name, num_rows in rows.items():
         lengths = torch.randint(0, 5, (num_bags,), generator=generator)

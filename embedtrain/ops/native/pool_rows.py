@@ -62,19 +62,13 @@ def pool_rows_backward(
 
 
 def describe(bags: Sequence[Bags], vectors: Sequence[Tensor | None]) -> tuple[array[int], list[Tensor]]:
-    """Lays out the features as the kernels' `Feature`, and returns the tensors that must outlive the call."""
+    """Lays out the features as the kernels' `Feature`, and returns the vectors, which must outlive the call."""
     words: list[int] = []
     kept: list[Tensor] = []
     for feature, rows in zip(bags, vectors, strict=True):
-        lengths = weights = row_address = row_stride = 0
-        if feature.lengths is not None:
-            contiguous = feature.lengths.contiguous()
-            kept.append(contiguous)
-            lengths = contiguous.data_ptr()
-        if feature.weights is not None:
-            contiguous = feature.weights.contiguous()
-            kept.append(contiguous)
-            weights = contiguous.data_ptr()
+        lengths = 0 if feature.lengths is None else feature.lengths.data_ptr()
+        weights = 0 if feature.weights is None else feature.weights.data_ptr()
+        row_address = row_stride = 0
         if rows is not None:
             row_stride, column_stride = rows.stride()
             # The gradient of a sum is one number in every place: rows may lie anywhere, their columns may not.
