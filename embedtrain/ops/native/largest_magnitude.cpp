@@ -30,7 +30,8 @@ extern "C" void embedtrain_largest_magnitude(const void* features, int64_t num_f
     uint32_t bits[2] = {0, 0};
     const float one = 1.0f;
     std::memcpy(&bits[1], &one, sizeof(one));
-    for (int64_t f = 0; f < num_features; ++f) {
+    // Backwards: what is read last may still be in a cache when the update, which goes forwards, reads it again.
+    for (int64_t f = num_features; f-- > 0;) {
         const Feature& feature = static_cast<const Feature*>(features)[f];
         if (feature.weights) bits[1] = std::max(bits[1], largest_bits(feature.weights, feature.num_values));
         if (!feature.vectors) continue;
