@@ -4,9 +4,10 @@
 
 A step looks up bags of ids (sums), runs backward from a given gradient and applies row-wise Adagrad; EmbeddingBag has
 sparse gradients and `torch.optim.Adagrad`. The sides take turns, step by step, on the same ids; the figures are
-medians, with the spread between quartiles. The last columns are the shares of the row update's time in which the same
-rows can be read and written, and nothing else; and in which gradients and accumulators, which an update cannot do
-without, are read and written too.
+medians, with the spread between quartiles. Each shape has a process of its own, as a job has: how quickly a peer gets
+memory for its vectors hangs on what its process freed before, by a factor of 2.5 in the largest. The last columns are
+the shares of the row update's time in which the same rows can be read and written, and nothing else; and in which
+gradients and accumulators, which an update cannot do without, are read and written too.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import argparse
 import ctypes
 import functools
 import itertools
+import multiprocessing
 import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,25 +89,17 @@ class Batch:
 def main() -> None:
     """Measures the grid, prints a table and records it."""
     options = parse_options()
-    probe = build_probe()
     measures: list[Measure] = []
     print("| cell | threads | ours, ms | FBGEMM / ours | EmbeddingBag / ours | of row bound | of full bound |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for (num_tables, num_rows, dim), group in itertools.groupby(
-        grid(options.quick, options.threads), key=lambda cell: (cell.num_tables, cell.num_rows, cell.dim)
-    ):
-        cells = [cell for cell in group if fits(cell, options.memory_gib)]
-        if not cells:
-            continue
-        sides = {"ours": ours(num_tables, num_rows, dim), "FBGEMM": fbgemm(num_tables, num_rows, dim)}
-        if num_tables == 1:
-            # At 26 tables one step takes minutes' worth of repeats: the sums of all-duplicate sparse gradients.
-            sides["EmbeddingBag"] = embedding_bag(num_rows, dim)
-        for _, same_ids in itertools.groupby(cells, key=lambda cell: (cell.batch_size, cell.bag_size, cell.is_zipf)):
-            some = list(same_ids)
-            batches = [make_batch(some[0], seed) for seed in range(NUM_BATCHES)]
-            for cell in some:
-                measures += measure(cell, batches, sides, probe)
+    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        probe_path = compile_probe(Path(folder))
+        for _, group in itertools.groupby(grid(options.quick, options.threads), key=str):
+            cells = [cell for cell in group if fits(cell, options.memory_gib)]
+            if cells:
+                with ProcessPoolExecutor(1, mp_context=spawn) as process:
+                    measures += process.submit(measure_shape, cells, probe_path).result()
     for peer in ("FBGEMM", "EmbeddingBag"):
         for threads in options.threads:
             ratios = [m.ratio for m in measures if peer in m.metric and m.threads == threads]
@@ -144,6 +139,18 @@ def fits(cell: Cell, memory_gib: float) -> bool:
         return True
     print(f"| {cell} | {cell.threads} | needs {cell.num_bytes / 2**30:.0f} GiB: left out | | | | |")
     return False
+
+
+def measure_shape(cells: Sequence[Cell], probe_path: Path) -> list[Measure]:
+    """Measures cells that differ in their threads alone."""
+    num_tables, num_rows, dim = cells[0].num_tables, cells[0].num_rows, cells[0].dim
+    sides = {"ours": ours(num_tables, num_rows, dim), "FBGEMM": fbgemm(num_tables, num_rows, dim)}
+    if num_tables == 1:
+        # At 26 tables one step takes minutes' worth of repeats: the sums of all-duplicate sparse gradients.
+        sides["EmbeddingBag"] = embedding_bag(num_rows, dim)
+    batches = [make_batch(cells[0], seed) for seed in range(NUM_BATCHES)]
+    probe = load_probe(probe_path)
+    return [found for cell in cells for found in measure(cell, batches, sides, probe)]
 
 
 def measure(cell: Cell, batches: Sequence[Batch], sides: dict[str, Side], probe: Probe) -> list[Measure]:
@@ -290,11 +297,15 @@ class Probe:
     all: Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
-def build_probe() -> Probe:
-    """Compiles the probe of the bounds."""
-    source = Path(__file__).with_name("row_probe.cpp")
-    path = Path(tempfile.mkdtemp()) / "row_probe.so"
+def compile_probe(folder: Path) -> Path:
+    """Compiles the probe of the bounds and returns where it is."""
+    source, path = Path(__file__).with_name("row_probe.cpp"), folder / "row_probe.so"
     subprocess.run(["g++", "-O3", "-march=native", "-fPIC", "-shared", str(source), "-o", str(path)], check=True)
+    return path
+
+
+def load_probe(path: Path) -> Probe:
+    """Loads the probe."""
     library = ctypes.CDLL(str(path))
     library.touch_rows.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2
     library.touch_all.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2
