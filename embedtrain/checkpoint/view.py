@@ -21,7 +21,7 @@ class ShardView:
         offset: the global tensor's row that is row 0 of `tensor`.
         tensor: [rows, *global_shape[1:]] on any device; shares memory with what is trained. Rows may be 0.
         layout: JSON that says which row of the table each row of the tensor is, as
-            {"kind": "spread", "multiplier": 618}; tensors of another layout are not loaded.
+            {"kind": "spread", "multiplier": 199}; tensors of another layout are not loaded.
         changes: what an optimizer reports its updates to; None where nobody does. `tensor` is then rows of
             the tensor that `changes` knows by the last part of `name`.
         first_row: the row among those of `changes` that is row 0 of `tensor`.

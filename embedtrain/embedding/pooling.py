@@ -18,6 +18,5 @@ def bags_of(batch: Jagged, pooling: Pooling, device: torch.device) -> Bags:
     weights = None if batch.weights is None else to_device(batch.weights.detach().float(), device)
     if pooling == "none":
         return Bags(batch.values.numel(), None, weights)
-    lengths = batch.lengths if batch.lengths.dtype == torch.int64 else batch.lengths.long()
-    lengths = to_device(lengths, device)
+    lengths = to_device(batch.lengths.long(), device)
     return Bags(batch.values.numel(), lengths, weights, is_mean=pooling == "mean")

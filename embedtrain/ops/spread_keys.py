@@ -27,7 +27,7 @@ class SpreadTable:
     multiplier: int
     rows_per_rank: int
     first_row: int
-    block_rows: int = 1
+    block_rows: int
 
 
 def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_rows: int) -> tuple[Tensor, list[int]]:

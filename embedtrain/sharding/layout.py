@@ -80,7 +80,11 @@ class SpreadLayout:
     @property
     def multiplier(self) -> int:
         """The factor `A` of `slot = (A * id) mod num_rows`, or that of the numbers of blocks."""
-        return spread_multiplier(self.num_rows // self.block_rows)
+        return spread_multiplier(self._num_blocks)
+
+    @property
+    def _num_blocks(self) -> int:
+        return self.num_rows // self.block_rows
 
     @property
     def rows_per_rank(self) -> int:
@@ -93,8 +97,7 @@ class SpreadLayout:
 
     def id_of(self, slots: Tensor) -> Tensor:
         """Returns the ids that lie at `slots`; the inverse of `slot_of`."""
-        inverse = _inverse_multiplier(self.num_rows // self.block_rows)
-        return permute_blocks(slots, inverse, self.num_rows, self.block_rows)
+        return permute_blocks(slots, _inverse_multiplier(self._num_blocks), self.num_rows, self.block_rows)
 
     def shard_range(self, rank: int) -> tuple[int, int]:
         """Returns the half-open range of slots that `rank` owns; empty where the ranks outnumber the rows."""

@@ -28,7 +28,7 @@ def test_keys_are_owner_and_local_row(backend: str, num_rows: int, world_size: i
 
 
 def test_ids_that_are_no_rows_are_counted(backend: str) -> None:
-    table = SpreadTable(10, 7, 10, 0)
+    table = SpreadTable(10, 7, 10, 0, 1)
     keys, outside = spread_keys([torch.tensor([3, 9]), torch.tensor([10, -1, 0, 2**62])], [table, table], 10)
     assert outside == [0, 3]
     assert keys[:2].tolist() == [1, 3]
