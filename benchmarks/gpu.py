@@ -24,8 +24,6 @@ from torch import Tensor
 
 import embedtrain as et
 from embedtrain.data.skipgram import SamplingOptions, TextBatch, sampling_tables
-from embedtrain.models.objective import Objective
-from embedtrain.models.word2vec import Word2Vec
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.pool_rows import Bags, pool_rows
 from embedtrain.ops.reference import gather_rows as reference_gather
@@ -38,7 +36,9 @@ from embedtrain.ops.sample_text import sample_text
 from embedtrain.ops.segment_sum import segment_sum
 from embedtrain.ops.skipgram_block import TextBlock, skipgram_block
 from embedtrain.ops.sort_unique import sort_unique
+from embedtrain.recipes.word2vec.model import Word2Vec
 from embedtrain.train.ahead import BatchesAhead
+from embedtrain.train.objective import Objective
 from embedtrain.train.step import train_step
 from embedtrain.train.task import Task
 

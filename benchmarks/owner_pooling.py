@@ -14,7 +14,7 @@ from record import Measure, append_results
 
 import embedtrain as et
 from embedtrain.distributed.runtime import init_distributed, shut_down
-from embedtrain.stages import bytes_sent
+from embedtrain.distributed.stages import bytes_sent
 
 NUM_TABLES, NUM_ROWS, DIM, NUM_BAGS, EXPONENT = 4, 200_000, 64, 512, 1.05
 LENGTHS = (1, 20, 100)

@@ -23,14 +23,18 @@ import torch
 from numpy.typing import NDArray
 from record import Measure, append_results
 
-from embedtrain.build.ranking import build_ranking
-from embedtrain.build.retrieval import build_retrieval
-from embedtrain.build.word2vec import build_word2vec
-from embedtrain.config import Config, RankingConfig, RetrievalConfig, Word2VecConfig, load_config
+from embedtrain.config.sections import Config
 from embedtrain.distributed.collectives import broadcast_object
 from embedtrain.distributed.runtime import Runtime, init_distributed, shut_down
 from embedtrain.planning.measure import measure_machine
 from embedtrain.planning.workload import Assumptions, workload_of
+from embedtrain.recipes.loading import load_config
+from embedtrain.recipes.ranking.config import RankingConfig
+from embedtrain.recipes.ranking.recipe import build_ranking
+from embedtrain.recipes.retrieval.config import RetrievalConfig
+from embedtrain.recipes.retrieval.recipe import build_retrieval
+from embedtrain.recipes.word2vec.config import Word2VecConfig
+from embedtrain.recipes.word2vec.recipe import build_word2vec
 from embedtrain.sharding.machine import Machine
 from embedtrain.sharding.plan import seconds_of
 from embedtrain.train.step import train_step

@@ -25,10 +25,10 @@ from embedtrain.commands.console import (
 from embedtrain.commands.growing import add_growing
 from embedtrain.commands.inspecting import add_inspecting
 from embedtrain.commands.measuring import add_measuring
+from embedtrain.commands.plan import add_plan_arguments, run_plan
 from embedtrain.commands.reading import add_reading
 from embedtrain.commands.training import add_training
 from embedtrain.errors import CheckpointError, JobError, UserError
-from embedtrain.planning.command import add_plan_arguments, run_plan
 
 _WRONG_PATH = {
     errno.EACCES,

@@ -19,12 +19,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from embedtrain.config.models import MODELS
 from embedtrain.config.optimizer import OPTIMIZERS, OptimizerConfig
 from embedtrain.config.sections import Config
+from embedtrain.recipes.registry import MODELS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-MODULES = ("embedtrain", "embedtrain.optim", "embedtrain.losses", "embedtrain.checkpoint", "embedtrain.export")
+MODULES = (
+    "embedtrain",
+    "embedtrain.optim",
+    "embedtrain.recipes.retrieval.losses",
+    "embedtrain.checkpoint",
+    "embedtrain.export",
+)
 NOTE = "<!-- Made by scripts/reference.py of the docstrings: change those. -->\n"
 
 _SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises|Collective|Source):(?: (.*))?")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import shtab
 
 from embedtrain.commands.console import EXIT_DONE, Commands, add_command
-from embedtrain.config import setting_keys
+from embedtrain.recipes.loading import setting_keys
 
 _SHELLS = ("bash", "zsh")
 _FILES = ("config", "CONFIG", "FILE", "PATH")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from embedtrain.build import grow_run
 from embedtrain.commands.console import EXIT_DONE, Commands, add_command
 from embedtrain.distributed.runtime import init_distributed
+from embedtrain.recipes.growing import grow_run
 
 
 def add_growing(commands: Commands) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from embedtrain import inspection
+from embedtrain.commands import inspect as inspection
 from embedtrain.commands.console import EXIT_DONE, Commands, add_command
-from embedtrain.config import show_config
-from embedtrain.difference import print_difference
+from embedtrain.commands.diff import print_difference
+from embedtrain.recipes.showing import show_config
 
 
 def add_inspecting(commands: Commands) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from embedtrain import inspection
+from embedtrain.commands import inspect as inspection
 from embedtrain.commands.console import EXIT_DONE, Commands, add_command
 from embedtrain.commands.reading import add_run, open_table
+from embedtrain.commands.recommend import evaluate_run
 from embedtrain.distributed.runtime import init_distributed
 from embedtrain.errors import UserError
-from embedtrain.recommending import evaluate_run
 from embedtrain.report import write_report
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from embedtrain.build import open_run_vectors
 from embedtrain.commands.console import EXIT_DONE, Commands, add_command
+from embedtrain.commands.recommend import recommend
 from embedtrain.distributed.runtime import init_distributed
 from embedtrain.export import FORMATS, Vectors, export_vectors, neighbors
-from embedtrain.recommending import recommend
+from embedtrain.recipes.trained import open_run_vectors
 
 
 def add_reading(commands: Commands) -> None:

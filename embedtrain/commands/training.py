@@ -11,18 +11,19 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
-from embedtrain.build import Run, build_run, check_run_folder
+from embedtrain.commands.compare import Comparison, parse_rates
 from embedtrain.commands.console import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, Commands, add_command, say
-from embedtrain.comparison import Comparison, parse_rates
-from embedtrain.config import Config, load_config
+from embedtrain.commands.dry_run import dry_run
 from embedtrain.config.optimizer import OPTIMIZERS
+from embedtrain.config.sections import Config
 from embedtrain.distributed.beacon import Beacon
 from embedtrain.distributed.failure import explain_failure, is_of_the_group, tell_launcher
 from embedtrain.distributed.runtime import Runtime, init_distributed, shut_down
-from embedtrain.dry_run import dry_run
+from embedtrain.distributed.stages import begin, whereabouts
 from embedtrain.errors import CheckpointError, NonFiniteError, UserError
 from embedtrain.planning.room import require_room
-from embedtrain.stages import begin, whereabouts
+from embedtrain.recipes.loading import load_config
+from embedtrain.recipes.run import Run, build_run, check_run_folder
 from embedtrain.train.interrupt import EXIT_PREEMPTED
 from embedtrain.train.lock import RunLock
 from embedtrain.train.profile import StepProfile

@@ -133,7 +133,7 @@ class Config:
     """What defines a run of any model; each model's own configuration adds its sections.
 
     Attributes:
-        model: which model; a key of `embedtrain.config.models.MODELS`.
+        model: which model; a key of `embedtrain.recipes.registry.MODELS`.
     """
 
     model: str = "???"

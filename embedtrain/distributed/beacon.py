@@ -11,7 +11,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 from embedtrain.distributed.runtime import Runtime
-from embedtrain.stages import whereabouts
+from embedtrain.distributed.stages import whereabouts
 
 POST_SECONDS = 0.25
 """How often a rank says where it is. A rank that hangs goes on doing so, as long as its interpreter runs."""

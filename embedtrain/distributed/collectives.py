@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from embedtrain.distributed.runtime import rank_of
 from embedtrain.distributed.shared_memory import SharedMemoryExchange
+from embedtrain.distributed.stages import count_sent, stage
 from embedtrain.errors import UserError
-from embedtrain.stages import count_sent, stage
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from embedtrain.distributed.beacon import read_beacon
 from embedtrain.distributed.runtime import Runtime
-from embedtrain.stages import doing, whereabouts
+from embedtrain.distributed.stages import doing, whereabouts
 
 GRACE_SECONDS = 3.0
 """How long a rank whose collective failed waits to hear from the others: they fail at about the same time."""

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.distributed.stages import count_sent
 from embedtrain.ops import dispatch
-from embedtrain.stages import count_sent
 
 VARIABLE = "EMBEDTRAIN_SHARED_MEMORY"
 """Environment variable: 0 has ranks of one host exchange through the process group as ranks of several do."""

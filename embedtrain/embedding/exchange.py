@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from embedtrain.distributed.collectives import all_to_all_rows, raise_together
 from embedtrain.distributed.runtime import size_of
+from embedtrain.distributed.stages import stage
 from embedtrain.embedding.owner_pooling import BagsAsked, SumRequest
 from embedtrain.embedding.shard import RowGroup
 from embedtrain.embedding.transfer import ask_through_memory, fetch_rows, send_gradients
@@ -22,7 +23,6 @@ from embedtrain.ops import dispatch
 from embedtrain.ops.pool_rows import Bags, grad_of_weights, pool_rows, pool_rows_backward
 from embedtrain.ops.row_gradient import Delivery, Run
 from embedtrain.ops.sort_unique import OrderedKeys, SortedKeys, order_keys, sort_unique
-from embedtrain.stages import stage
 
 
 @dataclass(frozen=True)

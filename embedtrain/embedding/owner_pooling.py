@@ -15,6 +15,7 @@ from torch import Tensor
 
 from embedtrain.distributed.collectives import all_to_all_rows
 from embedtrain.distributed.runtime import size_of
+from embedtrain.distributed.stages import stage
 from embedtrain.embedding.shard import RowGroup
 from embedtrain.jagged import places_of_runs
 from embedtrain.ops.pool_rows import Bags, pool_rows
@@ -22,7 +23,6 @@ from embedtrain.ops.row_gradient import Delivery
 from embedtrain.ops.sort_unique import sort_unique
 from embedtrain.sharding.cost import Wire, bytes_of_rows, bytes_of_sums
 from embedtrain.spec import FeatureSpec
-from embedtrain.stages import stage
 
 _VALUE_BITS = 13
 """Batches of up to 2**13 ids are counted exactly, larger ones by 2**12 to 2**13 of their ids on average: what an error

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from embedtrain.distributed.collectives import all_to_all_rows
 from embedtrain.distributed.shared_memory import SharedMemoryExchange
+from embedtrain.distributed.stages import stage
 from embedtrain.embedding.shard import RowGroup
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.row_memory import empty_buffer
-from embedtrain.stages import stage
 
 
 def fetch_rows(

@@ -18,12 +18,12 @@ from embedtrain.data.click_batches import ClickBatches
 from embedtrain.data.click_schema import CategoricalColumn, ClickSchema
 from embedtrain.data.prepare_clicks import ClickOptions, prepare_clicks
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
-from embedtrain.models.retrieval import Scoring, pair_losses
 from embedtrain.ops.sample_text import KEEP_BITS, SamplingTables, TextSample, sample_text
 from embedtrain.ops.skipgram_block import TextBlock, count_predictions, skipgram_block
 from embedtrain.planning.counting import count
 from embedtrain.planning.made_up import made_up_interactions
 from embedtrain.planning.timing import median_seconds
+from embedtrain.recipes.retrieval.model import Scoring, pair_losses
 from embedtrain.sharding.plan import Arithmetic
 
 _EXAMPLES, _WIDTH, _LAYERS = 4096, 64, 4

@@ -10,27 +10,27 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from embedtrain.build.optimizers import states_of_row
-from embedtrain.build.ranking import click_schema
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
-from embedtrain.config import Config, Word2VecConfig
-from embedtrain.config.models import MODELS
 from embedtrain.config.optimizer import OptimizerConfig
-from embedtrain.config.ranking import FeatureConfig, RankingConfig
-from embedtrain.config.retrieval import FeatureConfig as SideFeatureConfig
-from embedtrain.config.retrieval import RetrievalConfig, SideConfig
-from embedtrain.config.sections import CheckpointConfig, TableConfig
+from embedtrain.config.sections import CheckpointConfig, Config, TableConfig
 from embedtrain.data.negatives import NUM_COMMON_WORDS, num_parts_of
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
 from embedtrain.data.skipgram import keep_shares
 from embedtrain.errors import UserError
 from embedtrain.metrics.classification import TRAINING_BINS, classification_sums
-from embedtrain.models.ranking import NetworkOptions, build_network
-from embedtrain.models.retrieval import ITEM, USER, Scoring, pair_losses, perceptron
-from embedtrain.models.word2vec import INPUT, OUTPUT
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.planning.counting import count, count_step
 from embedtrain.planning.made_up import made_up_interactions
+from embedtrain.recipes.optimizers import states_of_row
+from embedtrain.recipes.ranking.config import FeatureConfig, RankingConfig
+from embedtrain.recipes.ranking.model import NetworkOptions, build_network
+from embedtrain.recipes.ranking.recipe import click_schema
+from embedtrain.recipes.registry import MODELS
+from embedtrain.recipes.retrieval.config import FeatureConfig as SideFeatureConfig
+from embedtrain.recipes.retrieval.config import RetrievalConfig, SideConfig
+from embedtrain.recipes.retrieval.model import ITEM, USER, Scoring, pair_losses, perceptron
+from embedtrain.recipes.word2vec.config import Word2VecConfig
+from embedtrain.recipes.word2vec.model import INPUT, OUTPUT
 from embedtrain.sharding.layout import MAX_ROWS
 from embedtrain.sharding.plan import Arithmetic, Law, TableLoad, Workload
 from embedtrain.train.run_folder import RunFolder

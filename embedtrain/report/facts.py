@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from embedtrain import storage
-from embedtrain.build import open_run_vectors
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.export import Vectors, neighbors
 from embedtrain.export.vectors import FloatRows
+from embedtrain.recipes.trained import open_run_vectors
 from embedtrain.train.run_folder import PROFILE_NAME, STATUS_NAME, RunFolder
 
 STAGE, MEMORY = "stage/", "memory/"

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from embedtrain.stages import stage
+from embedtrain.distributed.stages import stage
 from embedtrain.train.task import Batches, StreamedBatches, Task
 
 

@@ -10,7 +10,7 @@ from types import TracebackType
 
 from torch.profiler import ProfilerActivity, profile
 
-from embedtrain.stages import STAGE_PREFIX
+from embedtrain.distributed.stages import STAGE_PREFIX
 
 
 class StepProfile:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from embedtrain.models.objective import Objective
+from embedtrain.distributed.stages import stage
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.optim.sparse import SparseOptimizer
-from embedtrain.stages import stage
+from embedtrain.train.objective import Objective
 from embedtrain.train.task import Model
 
 

@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from embedtrain.distributed.collectives import all_reduce_sum
 from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.distributed.stages import bytes_sent, seconds_by_stage
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.ops.sort_unique import sort_unique
-from embedtrain.stages import bytes_sent, seconds_by_stage
 
 _OUTER_STAGES = ("sample", "prepare", "forward", "backward", "update")
 _STAGES = (*_OUTER_STAGES, "unique", "exchange", "kernel", "agree", "save", "evaluate")

@@ -9,9 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from embedtrain.embedding.collection import EmbeddingCollection
-from embedtrain.models.objective import Objective
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.optim.sparse import SparseOptimizer
+from embedtrain.train.objective import Objective
 
 Model = Callable[[Any], Objective]
 

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from embedtrain.distributed.collectives import all_reduce_sum
 from embedtrain.distributed.runtime import rank_of
+from embedtrain.distributed.stages import begin, stage
 from embedtrain.errors import NonFiniteError
 from embedtrain.metrics.sinks import MetricSink
-from embedtrain.models.objective import Objective
-from embedtrain.stages import begin, stage
 from embedtrain.train.ahead import BatchesAhead, Prepared
 from embedtrain.train.checkpoints import Checkpoints
 from embedtrain.train.interrupt import Interrupt
+from embedtrain.train.objective import Objective
 from embedtrain.train.state import TrainState
 from embedtrain.train.step import train_step
 from embedtrain.train.step_statistics import StepStatistics

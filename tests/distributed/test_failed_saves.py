@@ -19,9 +19,9 @@ from embedtrain import storage
 from embedtrain.checkpoint import SaveOptions, find_checkpoints
 from embedtrain.distributed.runtime import rank_of
 from embedtrain.errors import CheckpointError
-from embedtrain.models.objective import Objective
 from embedtrain.testing.ranks import run_ranks
 from embedtrain.train.checkpoints import Checkpoints, SavePolicy
+from embedtrain.train.objective import Objective
 from embedtrain.train.state import TrainState
 from embedtrain.train.task import Task
 from embedtrain.train.trainer import Trainer

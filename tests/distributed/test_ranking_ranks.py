@@ -15,8 +15,8 @@ from embedtrain.data.click_batches import ClickBatch
 from embedtrain.data.partition import share_of_rank
 from embedtrain.distributed.runtime import rank_of, size_of
 from embedtrain.distributed.shared_memory import VARIABLE
-from embedtrain.models.ranking import NetworkOptions, Ranking, build_network
 from embedtrain.optim.dense import DenseOptimizer
+from embedtrain.recipes.ranking.model import NetworkOptions, Ranking, build_network
 from embedtrain.testing.ranks import run_ranks
 from embedtrain.train.step import train_step
 

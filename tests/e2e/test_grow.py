@@ -11,7 +11,7 @@ import torch
 
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
 from embedtrain.embedding.init import initial_rows
-from embedtrain.models.word2vec import word2vec_tables
+from embedtrain.recipes.word2vec.model import word2vec_tables
 from embedtrain.sharding.layout import SpreadLayout
 from tests.e2e.conftest import Job
 

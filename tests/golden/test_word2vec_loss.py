@@ -9,9 +9,9 @@ import pytest
 
 from embedtrain.data.prepare import CorpusOptions, prepare_corpus
 from embedtrain.data.skipgram import SamplingOptions, TextBatches
-from embedtrain.models.word2vec import Word2Vec
 from embedtrain.ops.skipgram_block import Architecture
 from embedtrain.optim import RowwiseAdagrad
+from embedtrain.recipes.word2vec.model import Word2Vec
 from embedtrain.train.step import train_step
 
 GOLDEN: dict[Architecture, list[float]] = {

@@ -12,8 +12,8 @@ import torch.distributed as dist
 import embedtrain as et
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint, load_shards, save_checkpoint
 from embedtrain.data.skipgram import TextBatch
-from embedtrain.models.word2vec import Word2Vec
 from embedtrain.ops.sample_text import TextSample
+from embedtrain.recipes.word2vec.model import Word2Vec
 from embedtrain.testing.ranks import run_ranks
 from embedtrain.train.ahead import BatchesAhead
 from embedtrain.train.step import train_step

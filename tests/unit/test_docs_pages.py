@@ -15,7 +15,7 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 from embedtrain.cli import build_parser
-from embedtrain.config import load_config
+from embedtrain.recipes.loading import load_config
 from tests.blocks import MADE, PAGES, ROOT, Block, blocks
 
 BLOCKS = [block for page in PAGES if page.name not in MADE for block in blocks(page)]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from embedtrain.config import load_config
+from embedtrain.recipes.loading import load_config
 
 ROOT = Path(__file__).parents[2]
 

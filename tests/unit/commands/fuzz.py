@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from embedtrain.cli import main
-from embedtrain.config import setting_keys
+from embedtrain.recipes.loading import setting_keys
 
 STRANGE = [
     "",

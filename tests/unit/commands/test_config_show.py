@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from embedtrain.cli import main
-from embedtrain.config import load_config, to_yaml
+from embedtrain.recipes.loading import load_config, to_yaml
 
 ROOT = Path(__file__).resolve().parents[3]
 

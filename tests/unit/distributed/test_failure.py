@@ -22,7 +22,7 @@ from embedtrain.distributed.failure import (
     tell_launcher,
 )
 from embedtrain.distributed.runtime import Runtime
-from embedtrain.stages import begin, stage, whereabouts
+from embedtrain.distributed.stages import begin, stage, whereabouts
 
 GONE = "RuntimeError: [gloo/transport/tcp/pair.cc:534] Connection closed by peer"
 WAITED = Report("a", "step 7, forward > exchange", GONE)

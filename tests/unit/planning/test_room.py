@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from embedtrain.build import Sizes
-from embedtrain.config import Config, load_config
+from embedtrain.config.sections import Config
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.planning import room
 from embedtrain.planning.room import available_memory_bytes, require_room
+from embedtrain.recipes.base import Sizes
+from embedtrain.recipes.loading import load_config
 
 SIZES = Sizes({"input": 1_000_000, "output": 1_000_000})
 RUNTIME = Runtime(0, 0, 2, torch.device("cpu"))

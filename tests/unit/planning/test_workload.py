@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from embedtrain.config import load_config
 from embedtrain.planning.workload import Assumptions, workload_of
+from embedtrain.recipes.loading import load_config
 
 
 def test_a_tables_own_optimizer_decides_what_its_rows_take() -> None:

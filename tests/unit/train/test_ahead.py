@@ -12,10 +12,10 @@ import embedtrain as et
 from embedtrain.data.click_batches import ClickBatch
 from embedtrain.data.skipgram import TextBatch
 from embedtrain.distributed.runtime import rank_of, size_of
-from embedtrain.models.ranking import NetworkOptions, Ranking
-from embedtrain.models.word2vec import Word2Vec
 from embedtrain.ops.sample_text import TextSample
 from embedtrain.optim.dense import DenseOptimizer
+from embedtrain.recipes.ranking.model import NetworkOptions, Ranking
+from embedtrain.recipes.word2vec.model import Word2Vec
 from embedtrain.testing.ranks import run_ranks
 from embedtrain.train.ahead import BatchesAhead, PreparesBatches, tensors_of
 from embedtrain.train.checkpoints import Checkpoints, SavePolicy

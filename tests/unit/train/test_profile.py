@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from embedtrain.stages import stage
+from embedtrain.distributed.stages import stage
 from embedtrain.train.profile import StepProfile
 
 

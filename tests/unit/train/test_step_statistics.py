@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 import embedtrain as et
 from embedtrain.distributed.runtime import rank_of
-from embedtrain.stages import stage
+from embedtrain.distributed.stages import stage
 from embedtrain.testing.ranks import run_ranks
 from embedtrain.train.step_statistics import StepStatistics
 

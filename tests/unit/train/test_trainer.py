@@ -15,10 +15,10 @@ import embedtrain as et
 from embedtrain.checkpoint import SaveOptions, find_checkpoints
 from embedtrain.distributed.runtime import rank_of, size_of
 from embedtrain.errors import NonFiniteError, UserError
-from embedtrain.models.objective import Objective
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.testing.ranks import run_ranks
 from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
+from embedtrain.train.objective import Objective
 from embedtrain.train.state import TrainState
 from embedtrain.train.task import Evaluation, Task
 from embedtrain.train.trainer import Trainer

@@ -1,0 +1,235 @@
+"""The same model, data and seeds with several optimizers, each at the best rate of a declared grid: table and plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from embedtrain import storage
+from embedtrain.config.optimizer import OPTIMIZERS
+from embedtrain.config.sections import Config
+from embedtrain.data.stream import STANDARD_INPUT
+from embedtrain.errors import UserError
+from embedtrain.recipes.loading import load_config
+from embedtrain.recipes.ranking.config import RankingConfig
+from embedtrain.train.run_folder import RunFolder
+
+FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
+"""Where no grid is declared: these times the optimizer's own rate, of the file or by default."""
+
+TABLE_NAME, CSV_NAME, PLOT_NAME = "comparison.md", "comparison.csv", "comparison.png"
+
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Told apart by readers who see colours differently. Source: Okabe and Ito 2008, "Color universal design"."""
+_UNITS = {"loss": "loss (mean of a prediction)", "similarity": "similarity (Spearman correlation)"}
+_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one run has logged.
+
+    Attributes:
+        optimizer: name.
+        lr: learning rate.
+        records: of metrics.jsonl, in order.
+    """
+
+    optimizer: str
+    lr: float
+    records: Sequence[Mapping[str, Any]]
+
+    def points(self, x: str, y: str) -> tuple[list[float], list[float]]:
+        """Returns two columns of the records that have both."""
+        found = [(r[x], r[y]) for r in self.records if r.get(x) is not None and r.get(y) is not None]
+        return [a for a, _ in found], [b for _, b in found]
+
+    def last(self, name: str) -> float | None:
+        """Returns the last value of a metric; None where it was never logged."""
+        values = self.points("step", name)[1]
+        return values[-1] if values else None
+
+
+class Comparison:
+    """Runs to compare, and what came of them.
+
+    Args:
+        config_path: the configuration that all share.
+        overrides: `key=value` each, of all.
+        names: the optimizers.
+        rates: learning rates to try, by optimizer; see `FACTORS` for the others.
+        folder: where runs and results go, any fsspec URL; the same command resumes what lies there.
+
+    Attributes:
+        configs: of the runs, in the order to train them in.
+
+    Raises:
+        UserError: a name or a setting is wrong, or the plot cannot be drawn here.
+    """
+
+    def __init__(
+        self,
+        config_path: str | None,
+        overrides: Sequence[str],
+        names: Sequence[str],
+        rates: Mapping[str, Sequence[float]],
+        folder: str,
+    ) -> None:
+        _check(overrides, names, rates)
+        self._folder = folder.rstrip("/")
+        self.configs: list[Config] = []
+        for name in names:
+            chosen = [*overrides, f"optimizer.name={name}"]
+            base = load_config(config_path, chosen).optimizer.lr
+            for lr in sorted(rates.get(name, [float(f"{base * factor:.6g}") for factor in FACTORS])):
+                path = f"{self._folder}/{name}-lr-{lr:g}"
+                self.configs.append(load_config(config_path, [*chosen, f"optimizer.lr={lr}", f"run.path={path}"]))
+        if isinstance(self.configs[0], RankingConfig) and self.configs[0].data.path == STANDARD_INPUT:
+            raise UserError(
+                "compare trains on the same data many times, and data.path=- comes once: write it to a file"
+            )
+        first = self.configs[0].checkpoint
+        self._measure, self._is_largest_best = first.best_metric, first.best_mode == "max"
+
+    def finish(self) -> str:
+        """Writes table, CSV and plot from the finished runs; returns the table."""
+        curves = [_read(config) for config in self.configs]
+        best = self._best(curves)
+        table = self._table(curves, best)
+        storage.make_folder(self._folder)
+        drawing = {TABLE_NAME: table.encode(), CSV_NAME: self._csv(curves, best), PLOT_NAME: self._plot(best)}
+        for name, content in drawing.items():
+            path = f"{self._folder}/{name}"
+            storage.replace(path, content, f"{path}.tmp")
+        return f"{table}\n{', '.join(drawing)} are in {self._folder}"
+
+    def _best(self, curves: Sequence[Curve]) -> list[Curve]:
+        """Returns the curve of each optimizer's best rate, by the last value of the measure."""
+        best: dict[str, tuple[float, Curve]] = {}
+        end = max((curve.points("step", self._measure)[0] or [0])[-1] for curve in curves)
+        for curve in curves:
+            value = curve.last(self._measure)
+            if value is None or curve.points("step", self._measure)[0][-1] < end:
+                continue  # it did not get to the end, or ended in what is not a number: the rate is too large
+            score = value if self._is_largest_best else -value
+            if curve.optimizer not in best or score > best[curve.optimizer][0]:
+                best[curve.optimizer] = (score, curve)
+        if not best:
+            raise UserError(f"no run has logged {self._measure}: checkpoint.best_metric names what rates are chosen by")
+        return [curve for _, curve in best.values()]
+
+    def _table(self, curves: Sequence[Curve], best: Sequence[Curve]) -> str:
+        measures = list(dict.fromkeys(["loss", self._measure]))
+        lines = [f"| optimizer | rates tried | best | {' | '.join(measures)} | training seconds |"]
+        lines.append("| --- " * (4 + len(measures)) + "|")
+        for curve in best:
+            tried = [other.lr for other in curves if other.optimizer == curve.optimizer]
+            is_at_edge = len(tried) > 1 and curve.lr in (tried[0], tried[-1])
+            chosen = f"{curve.lr:g}{' (at the edge of its grid)' if is_at_edge else ''}"
+            values = [curve.last(name) for name in [*measures, "seconds"]]
+            cells = ["" if value is None else f"{value:.4g}" for value in values]
+            lines.append(
+                f"| {curve.optimizer} | {', '.join(f'{lr:g}' for lr in tried)} | {chosen} | {' | '.join(cells)} |"
+            )
+        return "\n".join(lines) + "\n"
+
+    def _csv(self, curves: Sequence[Curve], best: Sequence[Curve]) -> bytes:
+        text = io.StringIO()
+        columns = list(dict.fromkeys(["step", "epoch", "seconds", "loss", self._measure]))
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["optimizer", "lr", "is_best", *columns])
+        for curve in curves:
+            for record in curve.records:
+                values = [record.get(name) for name in columns]
+                writer.writerow([curve.optimizer, curve.lr, int(curve in best), *values])
+        return text.getvalue().encode()
+
+    def _plot(self, best: Sequence[Curve]) -> bytes:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display, and leaves no global state
+        from matplotlib.figure import Figure
+        from PIL import Image  # matplotlib's own
+
+        measures = list(dict.fromkeys(["loss", self._measure]))
+        figure = Figure(figsize=(10, 0.8 + 3.4 * len(measures)), layout="constrained")
+        axes = figure.subplots(len(measures), 2, sharey="row", squeeze=False)
+        figure.suptitle(f"{self.configs[0].model}: each optimizer at its best rate by {self._measure}")
+        titles = {"step": "steps", "seconds": "training time (seconds)"}
+        for row, measure in zip(axes, measures, strict=True):
+            for axis, (x, title) in zip(row, titles.items(), strict=True):
+                for number, curve in enumerate(best):
+                    look = {"color": _COLORS[number % len(_COLORS)], "linestyle": _STYLES[number % len(_STYLES)]}
+                    # Few points, as of a measure by epoch, are marked: a line alone would hide where they are.
+                    marker = "o" if len(curve.points(x, measure)[0]) <= 20 else None
+                    axis.plot(
+                        *curve.points(x, measure), label=f"{curve.optimizer}, rate {curve.lr:g}", marker=marker, **look
+                    )
+                axis.set_title(f"{measure} by {'step' if x == 'step' else 'training time'}")
+                axis.set_xlabel(title)
+                axis.set_ylabel(_UNITS.get(measure, measure))
+                axis.set_ylim(*_span([curve.points("step", measure) for curve in best]))
+                axis.grid(visible=True, alpha=0.3)
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(best)))
+        image = io.BytesIO()
+        canvas: Any = FigureCanvasAgg(figure)  # not annotated
+        canvas.draw()
+        # A few colours and their edges: a quarter of the bytes.
+        Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(64).save(image, "png", optimize=True)
+        return image.getvalue()
+
+
+def _span(curves: Sequence[tuple[list[float], list[float]]]) -> tuple[float, float]:
+    """Returns the ends of an axis for curves of steps and values: a first tenth may begin far off, and is cut there."""
+    last = max((step for steps, _ in curves for step in steps), default=0.0)
+    shown = [value for steps, values in curves for step, value in zip(steps, values, strict=True) if step > last / 10]
+    low, high = min(shown, default=0.0), max(shown, default=1.0)
+    margin = 0.05 * (high - low) or 0.5
+    return low - margin, high + margin
+
+
+def parse_rates(declared: Sequence[str]) -> dict[str, list[float]]:
+    """Returns learning rates by optimizer from "adam=0.001,0.01" each.
+
+    Raises:
+        UserError: a text is not of this form.
+    """
+    rates = {}
+    for text in declared:
+        name, _, values = text.partition("=")
+        try:
+            rates[name] = [float(value) for value in values.split(",")]
+        except ValueError as error:
+            raise UserError(f"expected --rates NAME=RATE,RATE such as adam=0.001,0.01, got {text!r}") from error
+    return rates
+
+
+def _check(overrides: Sequence[str], names: Sequence[str], rates: Mapping[str, Sequence[float]]) -> None:
+    if not names:
+        raise UserError("--optimizers names nothing to compare")
+    unknown = [name for name in [*names, *rates] if name not in OPTIMIZERS]
+    if unknown:
+        raise UserError(f"there is no optimizer {', '.join(unknown)}; there are {', '.join(OPTIMIZERS)}")
+    if unused := [name for name in rates if name not in names]:
+        raise UserError(f"--rates of {', '.join(unused)}, which --optimizers does not name")
+    for key in ("run.path", "optimizer.name", "optimizer.lr"):
+        if any(override.startswith(f"{key}=") for override in overrides):
+            raise UserError(
+                f"compare sets {key} of each run itself: leave it out; --output, --optimizers and --rates say it"
+            )
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError("compare draws a plot and needs matplotlib: pip install 'embedtrain[plots]'") from error
+
+
+def _read(config: Config) -> Curve:
+    try:
+        lines = storage.read(RunFolder(config.run.path).metrics_path).decode().splitlines()
+    except FileNotFoundError:
+        lines = []  # it diverged before it logged anything
+    return Curve(config.optimizer.name, config.optimizer.lr, [json.loads(line) for line in lines])

@@ -1,0 +1,153 @@
+"""Trying a run: the head of its data, everything built, two steps, and the plan; nothing in the run folder."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from embedtrain.checkpoint import latest_checkpoint
+from embedtrain.config.sections import Config
+from embedtrain.data.cache import make_cache_folder
+from embedtrain.data.click_files import SUFFIXES
+from embedtrain.data.columns import TABLE_SUFFIXES
+from embedtrain.data.head import write_head
+from embedtrain.data.python_docs import PYTHON_DOCS
+from embedtrain.data.sources import TEXT_SUFFIXES
+from embedtrain.distributed.collectives import all_reduce_sum, run_on_first
+from embedtrain.distributed.runtime import Runtime
+from embedtrain.planning.report import Request, print_plan
+from embedtrain.planning.room import require_room, workload_of_data
+from embedtrain.planning.sizes import format_bytes
+from embedtrain.recipes.base import Sizes
+from embedtrain.recipes.ranking.config import RankingConfig
+from embedtrain.recipes.retrieval.config import RetrievalConfig
+from embedtrain.recipes.run import build_parts
+from embedtrain.recipes.word2vec.config import Word2VecConfig
+from embedtrain.train.run_folder import RunFolder
+from embedtrain.train.step import train_step
+from embedtrain.train.task import Batches, StreamedBatches, Task
+
+HEAD_BYTES = 4 << 20
+_NUM_STEPS = 2
+
+
+def dry_run(config: Config, folder: RunFolder, runtime: Runtime) -> None:
+    """Builds a run on the head of its data, makes two steps and prints the plan on rank 0.
+
+    The prepared head lies in a folder of its own in the cache, which is removed again. Data that are no larger than
+    their head are prepared in the cache, where the run will find them.
+
+    Collective: every rank.
+
+    Raises:
+        UserError: as the run itself would.
+    """
+    found: list[Sizes] = []
+
+    def check(sizes: Sizes) -> None:
+        found.append(sizes)
+        require_room(config, runtime, sizes)
+
+    with _head_of(config, runtime) as (tried, is_all):
+        task = build_parts(tried, runtime, check).task
+        if runtime.rank == 0:
+            newest = latest_checkpoint(folder.checkpoints_path)
+            print(f"dry run      nothing is written to {folder.path}" + (f"; would resume {newest}" if newest else ""))
+            print(f"data         {'all' if is_all else f'the first {format_bytes(HEAD_BYTES)}; rows are of these'}")
+            print_plan(workload_of_data(tried, found[0]), Request(runtime.world_size))
+            if not isinstance(task.batches, StreamedBatches):
+                of_these = "" if is_all else " of these"
+                print(f"epochs       {config.train.epochs} of {task.batches.steps_per_epoch:,} steps{of_these}")
+        for number, batch in enumerate(_first_batches(task.batches), start=1):
+            loss, seconds = _try_step(task, batch, runtime)
+            if runtime.rank == 0:
+                print(f"step {number}       loss {loss:.4f}, {seconds:.3f} seconds")
+
+
+def _first_batches(batches: Batches | StreamedBatches) -> Iterator[Any]:
+    """Yields this rank's part of the first steps. Collective: every rank."""
+    if not isinstance(batches, StreamedBatches):
+        yield from (batches.batch(0, step) for step in range(min(_NUM_STEPS, batches.steps_per_epoch)))
+        return
+    position: Mapping[str, Any] = {}
+    num_left, is_over = _NUM_STEPS, False
+    while num_left and not is_over:
+        batch, position, is_over = batches.next_batch(position)
+        if batch is not None:
+            num_left -= 1
+            yield batch
+
+
+def _try_step(task: Task, batch: Any, runtime: Runtime) -> tuple[float, float]:
+    """Makes a step; returns the loss over all ranks, and this rank's seconds. Collective: every rank."""
+    began = time.perf_counter()
+    objective = train_step(task.model, task.optimizer, batch, task.dense)
+    counted = torch.tensor([float(objective.total), objective.num_predictions], dtype=torch.float64)
+    sums = all_reduce_sum(counted, runtime.group)
+    return float(sums[0] / sums[1].clamp(min=1)), time.perf_counter() - began
+
+
+@contextmanager
+def _head_of(config: Config, runtime: Runtime) -> Iterator[tuple[Config, bool]]:
+    """Yields the configuration with the head of its data in their place, and whether that is all of them.
+
+    Collective: every rank, also as it is left.
+    """
+    tried = copy.deepcopy(config)
+    cache_path = os.path.expanduser(config.data.cache_path)  # type: ignore[attr-defined]
+
+    def write() -> tuple[str, Mapping[str, list[str]]]:
+        work_path = tempfile.mkdtemp(prefix="dry-run-", dir=make_cache_folder(cache_path))
+        try:
+            return work_path, _write_heads(config, work_path)
+        except BaseException:
+            shutil.rmtree(work_path)
+            raise
+
+    work_path, heads = run_on_first(write, runtime.group)
+    try:
+        for key, paths in heads.items():
+            section, _, name = key.partition(".")
+            setattr(getattr(tried, section), name, paths)
+        if heads:
+            tried.data.cache_path = work_path  # type: ignore[attr-defined]
+        yield tried, not heads
+    finally:
+        if runtime.rank == 0:
+            shutil.rmtree(work_path, ignore_errors=True)
+
+
+def _write_heads(config: Config, work_path: str) -> dict[str, list[str]]:
+    """Writes the heads of all that may be large; returns them by the key that names the whole."""
+    heads = {}
+    for key, suffixes in _large_data(config).items():
+        section, _, name = key.partition(".")
+        path = getattr(getattr(config, section), name)
+        if path is not None:
+            folder = os.path.join(work_path, key)
+            os.mkdir(folder)
+            head = write_head(path, suffixes, folder, HEAD_BYTES)
+            if head is not None:
+                heads[key] = head
+    return heads
+
+
+def _large_data(config: Config) -> dict[str, tuple[str, ...]]:
+    """Returns the keys of data that may be large, with what their files' names end in."""
+    if isinstance(config, Word2VecConfig):
+        suffixes = TEXT_SUFFIXES if config.data.format == "text" else TABLE_SUFFIXES
+        return {} if config.data.path == PYTHON_DOCS else {"data.path": suffixes}
+    if isinstance(config, RankingConfig):
+        # A stream has no head to copy: its first lines are those that come.
+        keys = ("data.valid_path",) if config.data.is_stream else ("data.path", "data.valid_path")
+        return dict.fromkeys(keys, SUFFIXES[config.data.format])
+    assert isinstance(config, RetrievalConfig)
+    return dict.fromkeys(("data.path", "evaluate.path"), TABLE_SUFFIXES)

@@ -1,1 +1,0 @@
-"""Trainable models: embeddings, scorer and loss, one model a file."""

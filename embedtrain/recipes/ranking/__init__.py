@@ -1,0 +1,1 @@
+"""Ranking: DLRM and DCN-V2 on click logs."""

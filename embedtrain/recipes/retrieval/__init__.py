@@ -1,0 +1,1 @@
+"""Retrieval: matrix factorisation and two towers."""

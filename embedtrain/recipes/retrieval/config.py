@@ -1,0 +1,189 @@
+"""The configuration of retrieval: which items a user will turn to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig, RowwiseAdagradConfig
+from embedtrain.config.sections import (
+    Config,
+    EvaluateConfig,
+    TableConfig,
+    TrainConfig,
+    refuse_stream,
+    require_at_least_one,
+    require_paths,
+)
+from embedtrain.errors import UserError
+from embedtrain.recipes.retrieval.model import ITEM, USER
+
+Format = Literal["auto", "lines", "csv", "tsv", "parquet"]
+
+
+@dataclass
+class InteractionsConfig:
+    """Who turned to what."""
+
+    path: Any = "???"
+    """A file, a glob, a folder, a list of them, on any fsspec URL."""
+    format: Format = "auto"
+    """auto goes by the suffix; lines (.txt) are `user item item ...`, the others a table with a row an interaction."""
+    user_column: str = "user"
+    item_column: str = "item"
+    cache_path: str = "~/.cache/embedtrain"
+    """Local folder for the prepared data."""
+
+
+@dataclass
+class FeatureConfig:
+    """A column of categories."""
+
+    separator: str | None = None
+    """What parts the categories of a cell; null for one category a cell, or a list column of Parquet."""
+
+
+@dataclass
+class SideConfig:
+    """What is known of the users, or of the items, and how it becomes a vector."""
+
+    path: Any = None
+    """Files with a row for each; null where only ids are known."""
+    format: Format = "auto"
+    id_column: str = "id"
+    features: dict[str, FeatureConfig] = field(default_factory=dict)
+    """By the name of the column."""
+    hidden: list[int] = field(default_factory=list)
+    """Hidden layers over the vectors of id and features; [] adds the vectors up, without a dense part."""
+    base_vocabulary: str | None = None
+    """A file of ids, as `grow` writes one, that have a row and whose counts are added to those of the data."""
+    init_from: str | None = None
+    """A file of vectors by raw id, of any format that `export` writes, that those of the ids start from."""
+
+
+@dataclass
+class RetrievalSection:
+    """The model's own settings."""
+
+    loss: Literal["softmax", "bpr", "margin"] = "softmax"
+    similarity: Literal["cosine", "dot"] = "dot"
+    temperature: float = 1.0
+    """The scores are divided by it in the loss."""
+    negatives: int = 512
+    """Items drawn for each step, for all its users; 0 for in_batch alone."""
+    power: float = 0.0
+    """Negatives are drawn by count ** power: 0 is uniform, 1 by popularity."""
+    in_batch: bool = True
+    """Whether the other users' items of the step, those of all ranks, are negatives too."""
+    logq: bool = True
+    """Whether softmax corrects for how often each item comes up as a negative."""
+    margin: float = 0.5
+    """Of the margin loss: negatives that score less cost nothing."""
+    negative_weight: float = 100.0
+    """Of the margin loss: the weight of the negatives against the positive."""
+
+
+@dataclass
+class RetrievalTrainConfig(TrainConfig):
+    """The loop over the interactions."""
+
+    epochs: int = 20
+    global_batch_size: int = 512
+    """Examples of a step over all ranks; an example is a user with some of their items."""
+    items_per_example: int = 4
+    """At most so many; 1 gives pairs of user and item."""
+
+
+@dataclass
+class RetrievalEvaluateConfig(EvaluateConfig):
+    """Measuring on held-out interactions, over all items but those that the user is known to have."""
+
+    path: Any = None
+    """As data.path, in the same format; null for no measuring."""
+    k: list[int] = field(default_factory=lambda: [20])
+    """Lengths of the list of recommendations."""
+
+
+@dataclass
+class RetrievalConfig(Config):
+    """Everything that defines a run of retrieval."""
+
+    model: Literal["retrieval"] = "retrieval"
+    data: InteractionsConfig = field(default_factory=InteractionsConfig)
+    users: SideConfig = field(default_factory=SideConfig)
+    items: SideConfig = field(default_factory=SideConfig)
+    table: TableConfig = field(default_factory=lambda: TableConfig(dim=64))
+    retrieval: RetrievalSection = field(default_factory=RetrievalSection)
+    train: RetrievalTrainConfig = field(default_factory=RetrievalTrainConfig)
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: RowwiseAdagradConfig(lr=0.1, initial_accumulator_value=0.0, weight_decay=1.5e-4)
+    )
+    dense_optimizer: DenseOptimizerConfig = field(default_factory=DenseOptimizerConfig)
+    evaluate: RetrievalEvaluateConfig = field(default_factory=RetrievalEvaluateConfig)
+
+    MEANT: ClassVar[Mapping[str, str]] = {
+        **Config.MEANT,
+        "batch_size": "train.global_batch_size",
+        "embedding_size": "table.dim",
+        "factors": "table.dim",
+        "tau": "retrieval.temperature",
+        "neg_sampling": "retrieval.negatives",
+        "topk": "evaluate.k",
+    }
+    # Whether the data are the same is judged by their content.
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (
+        *Config.MAY_CHANGE,
+        "data.path",
+        "data.cache_path",
+        "users.path",
+        "users.base_vocabulary",
+        "items.path",
+        "items.base_vocabulary",
+        "evaluate.",
+    )
+
+    def table_names(self) -> list[str]:
+        """Returns the tables of users and items, each before those of its features."""
+        sides = {USER: self.users, ITEM: self.items}
+        return [table for side, own in sides.items() for table in (side, *(f"{side}.{name}" for name in own.features))]
+
+    def check(self) -> None:
+        """Checks the ranges that types cannot say."""
+        super().check()
+        refuse_stream(self.data.path, "who is known to have what is counted before it is trained on")
+        require_paths({"data.path": self.data.path})
+        optional = {
+            "evaluate.path": self.evaluate.path,
+            "users.path": self.users.path,
+            "items.path": self.items.path,
+        }
+        require_paths(optional, may_be_none=True)
+        require_at_least_one(self._own_counts())
+        settings = self.retrieval
+        if settings.negatives < 0:
+            raise UserError(f"retrieval.negatives must be at least 0, got {settings.negatives}")
+        if settings.negatives == 0 and not settings.in_batch:
+            raise UserError("retrieval.negatives=0 leaves no negatives: give some, or retrieval.in_batch=true")
+        for key in ("temperature", "negative_weight"):
+            if not getattr(settings, key) > 0:
+                raise UserError(f"retrieval.{key} must be positive, got {getattr(settings, key)}")
+        if not 0 <= settings.power <= 1:
+            raise UserError(f"retrieval.power must be in [0, 1], got {settings.power}")
+        if not self.evaluate.k:
+            raise UserError("evaluate.k must name at least one length, such as [10,20]")
+        for name, side in (("users", self.users), ("items", self.items)):
+            if side.features and side.path is None:
+                raise UserError(f"{name}.features needs {name}.path, the files that hold these columns")
+            if side.path is not None and not side.features:
+                raise UserError(f"{name}.path is given, but no column of it: name them under {name}.features")
+
+    def _own_counts(self) -> Iterator[tuple[str, Any]]:
+        yield "table.dim", self.table.dim
+        yield "train.global_batch_size", self.train.global_batch_size
+        yield "train.items_per_example", self.train.items_per_example
+        yield "evaluate.every_steps", self.evaluate.every_steps
+        yield "evaluate.every_epochs", self.evaluate.every_epochs
+        yield from (("evaluate.k", k) for k in self.evaluate.k)
+        for name, side in (("users", self.users), ("items", self.items)):
+            yield from ((f"{name}.hidden", size) for size in side.hidden)

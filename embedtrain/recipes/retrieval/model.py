@@ -1,0 +1,246 @@
+"""Retrieval: matrix factorisation and two towers, on sharded tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from embedtrain.data.bags import Bags
+from embedtrain.data.retrieval_batches import RetrievalBatch
+from embedtrain.distributed.collectives import all_gather_rows
+from embedtrain.distributed.runtime import size_of
+from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection, VectorsAsked
+from embedtrain.jagged import Jagged, places_of_runs
+from embedtrain.recipes.retrieval import losses
+from embedtrain.spec import DEFAULT_OPTIMIZER, FeatureSpec, TableSpec
+from embedtrain.train.objective import Objective
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+USER, ITEM = "user", "item"
+"""Names of the tables of the ids; those of a feature are "user.age" and the like."""
+
+Similarity = Literal["cosine", "dot"]
+
+_INIT_SCALES = {"cosine": 0.1, "dot": 0.01}
+"""Standard deviation of first values: dot products begin near 0; of a cosine only the direction counts."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """What is known of the users, or of the items.
+
+    Attributes:
+        num_rows: how many there are.
+        features: by name, the categories of each row, and how many categories there are.
+        hidden: sizes of the hidden layers over the vectors of id and features; with none these are added up.
+    """
+
+    num_rows: int
+    features: Mapping[str, tuple[Bags, int]] = field(default_factory=dict)
+    hidden: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a user and an item are compared, and what for.
+
+    Attributes:
+        loss: "softmax", "bpr" or "margin"; see `embedtrain.recipes.retrieval.losses`.
+        similarity: "cosine" or "dot".
+        temperature: softmax and BPR see the similarities divided by it.
+        logq: whether softmax corrects for how often each item comes up as a negative.
+        margin: of the margin loss.
+        negative_weight: of the margin loss.
+    """
+
+    loss: Literal["softmax", "bpr", "margin"] = "softmax"
+    similarity: Similarity = "cosine"
+    temperature: float = 0.1
+    logq: bool = True
+    margin: float = 0.5
+    negative_weight: float = 100.0
+
+
+def retrieval_table(
+    name: str, num_rows: int, dim: int, dtype: torch.dtype, similarity: Similarity, optimizer: str = DEFAULT_OPTIMIZER
+) -> TableSpec:
+    """Returns a table of ids, or of the categories of a feature; one of no rows gets one that nobody asks for."""
+    return TableSpec(name, max(1, num_rows), dim, dtype, "normal", _INIT_SCALES[similarity], optimizer)
+
+
+@dataclass(frozen=True)
+class PreparedPairs:
+    """A batch for which the ids were exchanged.
+
+    Attributes:
+        batch: who is who.
+        vectors: of its users and items, asked for.
+    """
+
+    batch: RetrievalBatch
+    vectors: VectorsAsked
+
+
+class Retrieval(nn.Module):
+    """A vector for each user and item; their similarity says which items a user will turn to.
+
+    A side is the sum of its id's vector and those of its features (the mean of a feature's categories), which
+    without features is matrix factorisation, or a perceptron over all of them beside each other.
+
+    Args:
+        users: rows and features.
+        items: rows and features.
+        dim: of all vectors.
+        scoring: similarity and loss.
+        dtype: storage of the tables.
+        optimizers: by table, the `TableSpec.optimizer` of those that do not share the others'.
+        options: see `EmbeddingCollection`; the seed is also that of the dense part.
+
+    Attributes:
+        dense: the perceptrons; without parameters where no side has hidden layers.
+    """
+
+    def __init__(
+        self,
+        users: Side,
+        items: Side,
+        dim: int,
+        scoring: Scoring,
+        *,
+        dtype: torch.dtype = torch.float32,
+        optimizers: Mapping[str, str] | None = None,
+        **options: Unpack[CollectionOptions],
+    ) -> None:
+        super().__init__()
+        self.sides = {USER: users, ITEM: items}
+        self.scoring = scoring
+        tables, features = [], []
+        for name, side in self.sides.items():
+            sizes = {name: side.num_rows, **{f"{name}.{f}": n for f, (_, n) in side.features.items()}}
+            for table, rows in sizes.items():
+                own = (optimizers or {}).get(table, DEFAULT_OPTIMIZER)
+                tables.append(retrieval_table(table, rows, dim, dtype, scoring.similarity, own))
+            features += [FeatureSpec(table, pooling="none" if table == name else "mean") for table in sizes]
+        self.tables = EmbeddingCollection(tables, features, **options)
+        self.dense = nn.ModuleDict()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.get("seed", 0))
+            for name, side in self.sides.items():
+                if side.hidden:
+                    self.dense[name] = perceptron((1 + len(side.features)) * dim, side.hidden, dim)
+        self.dense.to(self.tables.device)
+
+    def forward(self, batch: RetrievalBatch | PreparedPairs) -> Objective:
+        """Returns the loss of this rank's batch. Collective: every rank, and its backward too."""
+        prepared = self.prepare(batch, is_ahead=False) if isinstance(batch, RetrievalBatch) else batch
+        batch = prepared.batch
+        num_positives = batch.positives.numel()
+        encoded = self._encode((USER, ITEM), prepared.vectors)
+        users, items = encoded[USER], encoded[ITEM]
+        own = items if batch.in_batch else items[num_positives:]
+        candidates = all_gather_rows(own, batch.candidate_counts, self.tables.process_group, self.tables.shared)
+        per_pair = pair_losses(batch, self.scoring, users, items[:num_positives], candidates)
+        total = per_pair.sum()
+        # A mean over the global batch, whatever share of it this rank has: the exchange averages over the ranks.
+        loss = total * (size_of(self.tables.process_group) / max(1, batch.num_global_positives))
+        return Objective(loss, total.detach().double(), num_positives)
+
+    def encode(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the vectors of rows [n] of each side, [n, dim], of length 1 where the similarity is a cosine.
+
+        Collective: every rank, with the same sides.
+        """
+        return self._encode(rows, self._ask(rows, is_ahead=False))
+
+    def prepare(self, batch: RetrievalBatch, *, is_ahead: bool = True) -> PreparedPairs:
+        """Exchanges the ids of a step, for `forward` later. Collective: every rank, in order of steps."""
+        rows = {USER: batch.users, ITEM: torch.cat([batch.positives, batch.negatives])}
+        return PreparedPairs(batch, self._ask(rows, is_ahead=is_ahead))
+
+    def bring_rows(self, prepared: PreparedPairs) -> None:
+        """Copies rows of a step that live in host memory to the device."""
+        self.tables.bring_rows(prepared.vectors)
+
+    def _ask(self, rows: Mapping[str, Tensor], *, is_ahead: bool) -> VectorsAsked:
+        asked: dict[str, Jagged] = {}
+        for name, ids in rows.items():
+            asked[name] = Jagged.from_ids(ids)
+            for feature, (bags, _) in self.sides[name].features.items():
+                values, lengths = bags.of(ids.cpu().numpy())
+                asked[f"{name}.{feature}"] = Jagged(torch.from_numpy(values), torch.from_numpy(lengths))
+        return self.tables.ask(asked, is_ahead=is_ahead)
+
+    def _encode(self, sides: Iterable[str], asked: VectorsAsked) -> dict[str, Tensor]:
+        vectors = self.tables.look_up(asked)
+        return {name: self._join(name, vectors) for name in sides}
+
+    def _join(self, name: str, vectors: Mapping[str, Tensor]) -> Tensor:
+        parts = [vectors[table] for table in (name, *(f"{name}.{f}" for f in self.sides[name].features))]
+        if name in self.dense:
+            joined: Tensor = self.dense[name](torch.cat(parts, dim=1))
+        else:
+            joined = torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
+        return F.normalize(joined, dim=1) if self.scoring.similarity == "cosine" else joined
+
+
+def pair_losses(
+    batch: RetrievalBatch, scoring: Scoring, users: Tensor, positives: Tensor, candidates: Tensor
+) -> Tensor:
+    """Returns the loss of each positive of a batch; [m].
+
+    Args:
+        batch: who is who.
+        scoring: similarity and loss.
+        users: [n, dim]; the vectors of the batch's users, and so on.
+        positives: [m, dim].
+        candidates: [c, dim]; those of all ranks.
+    """
+    device = users.device
+    example = batch.example.to(device)
+    if scoring.loss != "margin":
+        users = users / scoring.temperature  # as the scores would be, but of far fewer numbers
+    positive, correction = (users[example] * positives).sum(dim=1), None
+    if scoring.loss == "softmax" and scoring.logq:
+        of_positives, of_candidates = (expected.to(device).log() for expected in batch.expected)
+        positive, correction = positive - of_positives, -of_candidates
+    negative = _without_known(F.linear(users, candidates, correction), batch.known, batch.candidates)
+    if scoring.loss == "softmax":
+        return losses.softmax_loss(positive, example, negative)
+    if scoring.loss == "bpr":
+        return losses.bpr_loss(positive, example, negative)
+    return losses.margin_loss(positive, example, negative, margin=scoring.margin, weight=scoring.negative_weight)
+
+
+def _without_known(scores: Tensor, known: Jagged, candidates: Tensor) -> Tensor:
+    """Marks as no negative, in place, each candidate that is an item that the user is known to have.
+
+    Args:
+        scores: [n, c].
+        known: the items of the n users.
+        candidates: [c] int64; may repeat.
+    """
+    in_order, place = candidates.sort()
+    first = torch.searchsorted(in_order, known.values)
+    # Few of the items that are known are among the candidates: the others are left out first.
+    (among,) = torch.nonzero(in_order[first.clamp(max=len(in_order) - 1)] == known.values, as_tuple=True)
+    first = first[among]
+    times = torch.searchsorted(in_order, known.values[among], right=True) - first
+    rows, columns = torch.repeat_interleave(known.bag_of_values()[among], times), place[places_of_runs(first, times)]
+    device = scores.device
+    return scores.index_put_((rows.to(device), columns.to(device)), scores.new_tensor(losses.NOT_A_NEGATIVE))
+
+
+def perceptron(size: int, hidden: Sequence[int], dim: int) -> nn.Sequential:
+    """Returns the layers of a tower: from `size` numbers by the hidden sizes to a vector of `dim`."""
+    layers: list[nn.Module] = []
+    for wide in hidden:
+        layers += [nn.Linear(size, wide), nn.ReLU()]
+        size = wide
+    return nn.Sequential(*layers, nn.Linear(size, dim))

@@ -1,0 +1,253 @@
+"""A run from its configuration: the parts that every model shares."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
+from embedtrain.config.sections import Config
+from embedtrain.distributed.collectives import run_on_each, run_on_first
+from embedtrain.distributed.runtime import Runtime
+from embedtrain.embedding.init_from import init_from
+from embedtrain.errors import UserError
+from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, TensorBoardSink
+from embedtrain.optim.schedule import schedule_factor
+from embedtrain.recipes.base import Check, Parts, Sizes, no_check
+from embedtrain.recipes.loading import differing_keys, to_yaml
+from embedtrain.recipes.ranking.config import RankingConfig
+from embedtrain.recipes.ranking.recipe import build_ranking
+from embedtrain.recipes.retrieval.config import RetrievalConfig
+from embedtrain.recipes.retrieval.recipe import build_retrieval
+from embedtrain.recipes.word2vec.config import Word2VecConfig
+from embedtrain.recipes.word2vec.recipe import build_word2vec
+from embedtrain.storage import local_path
+from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
+from embedtrain.train.row_statistics import RowStatistics, TableStatistics
+from embedtrain.train.run_folder import TENSORBOARD_NAME, RunFolder
+from embedtrain.train.state import TrainState
+from embedtrain.train.task import StreamedBatches, Task
+from embedtrain.train.trainer import Trainer
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to train.
+
+    Attributes:
+        trainer: the loop, its state restored from the newest checkpoint where there is one.
+        folder: the run folder.
+        sinks: where rank 0 logs; none on other ranks.
+        is_resumed: whether a checkpoint was found.
+        observers: called on every rank after each step.
+    """
+
+    trainer: Trainer
+    folder: RunFolder
+    sinks: list[MetricSink]
+    is_resumed: bool
+    observers: list[Callable[[], None]]
+
+
+def check_run_folder(config: Config) -> RunFolder:
+    """Returns the run folder, after making sure that what lies in it belongs to this configuration.
+
+    Raises:
+        UserError: the folder holds checkpoints of a run with other settings.
+    """
+    folder = RunFolder(config.run.path)
+    earlier = folder.read_config()
+    if earlier is not None and latest_checkpoint(folder.checkpoints_path) is not None:
+        differing = differing_keys(earlier, to_yaml(config), _allowed_to_change(config))
+        if differing:
+            raise UserError(
+                f"{folder.path} holds a run with other settings: {'; '.join(differing)}. "
+                "Give the settings that it began with to resume it, or another run.path to start anew."
+            )
+    return folder
+
+
+def build_run(config: Config, runtime: Runtime, folder: RunFolder, check: Check = no_check) -> Run:
+    """Prepares the data, builds model, optimizer and loop, and restores the newest checkpoint.
+
+    Collective: every rank.
+
+    Args:
+        config: of the run.
+        runtime: of this process.
+        folder: of the run.
+        check: called on every rank once the data are known, before any table is made.
+
+    Raises:
+        UserError: the data cannot be used, or the checkpoint is of other data.
+    """
+    earlier = folder.read_config()
+    parts = build_parts(config, runtime, check)
+    started = _start_tables(parts, config, folder, runtime)
+    state = TrainState()
+    checkpoints = Checkpoints(
+        folder.checkpoints_path,
+        parts.task,
+        state,
+        facts={"config": _settings_of(config), **parts.facts, "init_from": started},
+        policy=_save_policy(config),
+        resume=_resume_policy(config),
+        group=runtime.group,
+    )
+    is_resumed = checkpoints.restore()
+    _check_reset(config, earlier, state)
+    run_on_first(functools.partial(_write_folder, folder, config, parts), runtime.group)
+    trainer = Trainer(
+        parts.task,
+        state,
+        epochs=config.train.epochs,
+        schedule=functools.partial(_schedule_factor, config),
+        checkpoints=checkpoints,
+        reset_state_from_step=config.optimizer.reset_state_from_step,
+        group=runtime.group,
+    )
+    sinks = _build_sinks(config, folder, state, parts.task) if runtime.rank == 0 else []
+    return Run(trainer, folder, sinks, is_resumed, _build_observers(config, folder, state, parts.task, sinks, runtime))
+
+
+def build_parts(config: Config, runtime: Runtime, check: Check = no_check) -> Parts:
+    """Prepares the data and builds model, optimizer and batches. Collective: every rank.
+
+    Raises:
+        UserError: on every rank alike; the data cannot be used, or `check` raised it on any.
+    """
+
+    def check_together(sizes: Sizes) -> None:
+        run_on_each(functools.partial(check, sizes), runtime.group)
+
+    if isinstance(config, Word2VecConfig):
+        return build_word2vec(config, runtime, check_together)
+    if isinstance(config, RankingConfig):
+        return build_ranking(config, runtime, check_together)
+    if isinstance(config, RetrievalConfig):
+        return build_retrieval(config, runtime, check_together)
+    raise AssertionError(f"no builder for {type(config).__name__}")
+
+
+def _start_tables(parts: Parts, config: Config, folder: RunFolder, runtime: Runtime) -> dict[str, Any]:
+    """Starts tables from files where no checkpoint will replace them; returns what became of them, to be kept."""
+    is_new = run_on_first(lambda: latest_checkpoint(folder.checkpoints_path) is None, runtime.group)
+    loaded = config.resume.tables
+    started: dict[str, Any] = {}
+    for table, source in parts.pretrained.items():
+        if not is_new and (loaded is None or table in loaded):
+            continue
+        counts = init_from(parts.task.tables, table, source.path, source.rows())
+        started[table] = {"path": source.path, **asdict(counts)}
+        if runtime.rank == 0:
+            _logger.info(
+                f"table {table}: {counts.num_copied:,} of {counts.num_rows:,} rows start from {source.path} "
+                f"({counts.num_in_file:,} vectors), {counts.num_rows - counts.num_copied:,} as usual"
+            )
+    return started
+
+
+def _save_policy(config: Config) -> SavePolicy:
+    settings = config.checkpoint
+    retention = Retention(
+        settings.keep_last, settings.keep_every, settings.keep_best, settings.best_metric, settings.best_mode
+    )
+    options = SaveOptions(
+        settings.mode, settings.max_extra_memory_bytes, settings.max_failures, settings.full_every, retention
+    )
+    return SavePolicy(settings.every_steps, settings.every_seconds, options, config.run.timeout_seconds)
+
+
+def _resume_policy(config: Config) -> ResumePolicy:
+    settings = config.resume
+    return ResumePolicy(
+        settings.on_corrupt, LoadOptions(settings.convert_dtype, settings.optimizer_state, settings.tables)
+    )
+
+
+def _allowed_to_change(config: Config) -> tuple[str, ...]:
+    """Returns the keys, beside those that always may, that the way to resume allows to differ."""
+    allowed = {
+        "optimizer.": config.resume.optimizer_state == "reset",
+        "table.dtype": config.resume.convert_dtype,
+    }
+    return tuple(key for key, is_allowed in allowed.items() if is_allowed)
+
+
+def _check_reset(config: Config, earlier_yaml: str | None, state: TrainState) -> None:
+    """Refuses to reset the optimizer's state at a step that the run has passed without."""
+    asked = config.optimizer.reset_state_from_step
+    if asked is None or asked >= state.step or earlier_yaml is None:
+        return
+    if OmegaConf.select(OmegaConf.create(earlier_yaml), "optimizer.reset_state_from_step") != asked:
+        raise UserError(
+            f"optimizer.reset_state_from_step={asked}: {config.run.path} is at step {state.step} already; give that "
+            "step or a later one"
+        )
+
+
+def _schedule_factor(config: Config, done: float) -> float:
+    return schedule_factor(config.schedule.name, done, config.schedule.min_factor, config.schedule.warmup)
+
+
+def _write_folder(folder: RunFolder, config: Config, parts: Parts) -> None:
+    folder.write_config(to_yaml(config))
+    parts.write_files(folder)
+
+
+def _build_sinks(config: Config, folder: RunFolder, state: TrainState, task: Task) -> list[MetricSink]:
+    metrics = JsonlSink(folder.metrics_path)
+    metrics.truncate_after(state.step)
+    total = None if isinstance(task.batches, StreamedBatches) else config.train.epochs * task.batches.examples_per_epoch
+    sinks: list[MetricSink] = [ConsoleSink(sys.stderr, total, task.unit), metrics]
+    if config.log.tensorboard and local_path(folder.path) is not None:
+        board = TensorBoardSink(folder.join(TENSORBOARD_NAME), purge_step=state.step + 1)
+        best = config.checkpoint.best_metric
+        board.log_settings(_settings_of(config), ["loss"] if best in (None, "loss") else ["loss", best])
+        sinks.append(board)
+    return sinks
+
+
+def _settings_of(config: Config) -> dict[str, Any]:
+    settings = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(settings, dict)
+    return {str(name): value for name, value in settings.items()}
+
+
+def _build_observers(
+    config: Config,
+    folder: RunFolder,
+    state: TrainState,
+    task: Task,
+    sinks: Sequence[MetricSink],
+    runtime: Runtime,
+) -> list[Callable[[], None]]:
+    every = config.log.rows_every_steps
+    if every is None or not config.log.tensorboard or local_path(folder.path) is None:
+        return []
+    statistics = RowStatistics(task.tables, task.optimizer, task.frequencies, runtime.group)
+    boards = [sink for sink in sinks if isinstance(sink, TensorBoardSink)]
+
+    def observe() -> None:
+        if state.step % every == 0:
+            for table, found in statistics.measure().items():
+                for board in boards:
+                    _write_statistics(board, table, found, state.step)
+
+    return [observe]
+
+
+def _write_statistics(board: TensorBoardSink, table: str, found: TableStatistics, step: int) -> None:
+    board.log({"step": step, f"state_mean/{table}": found.mean_state, f"never_touched/{table}": found.never_touched})
+    for number, histogram in enumerate(found.rates, start=1):
+        decile = {1: "decile 1, hot", 10: "decile 10, rare"}.get(number, f"decile {number}")
+        name = "all rows" if len(found.rates) == 1 else decile
+        board.log_histogram(f"effective_rate_{table}/{name}", histogram, step)

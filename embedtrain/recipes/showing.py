@@ -1,0 +1,45 @@
+"""A configuration in full, each value with where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import yaml
+from omegaconf import OmegaConf
+
+from embedtrain.recipes.loading import read_layers, resolve_layers
+
+_COLUMN = 48
+"""Where the remarks stand, if a line is not longer."""
+
+
+def show_config(path: str | None, overrides: Sequence[str]) -> str:
+    """Returns the resolved configuration as YAML with a remark at each value: where it was given, if it was.
+
+    Args:
+        path: a YAML file; None for the defaults.
+        overrides: `key=value` each.
+
+    Raises:
+        UserError: as of `embedtrain.config.load_config`, but for keys that must be given: a remark says so.
+    """
+    layers = read_layers(path, overrides)
+    resolved = resolve_layers(layers)
+    given = {repr(override) for override in overrides}
+    lines = OmegaConf.to_yaml(resolved).splitlines()
+    for key, line in _lines_of(yaml.compose("\n".join(lines), Loader=yaml.SafeLoader)):
+        source = "must be given" if key in layers.missing else layers.sources.get(key)
+        if source is not None:
+            remark = "command line" if source in given else " ".join(source.split())
+            lines[line] = f"{lines[line]:<{_COLUMN}}  # {remark}"
+    return "\n".join(lines)
+
+
+def _lines_of(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Yields key and line of each value that begins and ends on the line of its key, or is a list."""
+    for name, value in node.value:
+        key = f"{prefix}{name.value}"
+        if isinstance(value, yaml.MappingNode) and value.value:
+            yield from _lines_of(value, f"{key}.")
+        elif isinstance(value, yaml.SequenceNode) or value.start_mark.line == value.end_mark.line:
+            yield key, name.start_mark.line

@@ -1,0 +1,141 @@
+"""The configuration of word vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from embedtrain.config.sections import (
+    Config,
+    EvaluateConfig,
+    TableConfig,
+    TrainConfig,
+    refuse_stream,
+    require_at_least_one,
+    require_paths,
+)
+from embedtrain.errors import UserError
+from embedtrain.recipes.word2vec.model import INPUT, OUTPUT
+
+
+@dataclass
+class TextConfig:
+    """The text."""
+
+    path: Any = "???"
+    """A file, a glob, a folder, a list of them, on any fsspec URL; or python-docs."""
+    format: Literal["text", "lines", "csv", "tsv", "parquet"] = "text"
+    """text; or baskets of items, which word2vec takes for sentences (item2vec): lines of `user item item ...`, or
+    a table with an item a row."""
+    basket_column: str = "user"
+    """Of a table of items: the column by which they stand together."""
+    item_column: str = "item"
+    tokenizer: str = "letters"
+    """letters (lower-cased words of letters) or whitespace (as it stands)."""
+    min_count: int = 5
+    """Words seen less often are left out."""
+    max_vocab_size: int | None = None
+    """At most so many words, the most frequent ones; null for all."""
+    base_vocabulary: str | None = None
+    """A file of words, as `grow` writes one, that are kept and whose counts are added to those of the text."""
+    cache_path: str = "~/.cache/embedtrain"
+    """Local folder for the prepared text."""
+
+
+@dataclass
+class SkipGramConfig:
+    """word2vec's own settings; its names where it has them."""
+
+    architecture: Literal["skipgram", "cbow"] = "skipgram"
+    window: int = 5
+    """Most words to each side; each centre draws its own width."""
+    negatives: int = 5
+    """Negative words a centre."""
+    sample: float = 1e-3
+    """Words above this share of the text are subsampled; 0 keeps all."""
+    power: float = 0.75
+    """Negatives are drawn by count ** power."""
+    negative_parts: int = 4
+    """A block of text draws its negatives from one of so many parts of the vocabulary, each in turn, of 1,000 words at
+    least: ranks that divide the parts draw from rows that they own. 1: from all, as word2vec does."""
+
+
+@dataclass
+class TextTrainConfig(TrainConfig):
+    """The loop over a text."""
+
+    words_per_step: int = 16384
+    """Words of the text between two updates, over all ranks."""
+    block_words: int = 512
+    """Consecutive words that are read together; a step is made of whole blocks from all over the text."""
+
+
+@dataclass
+class WordEvaluateConfig(EvaluateConfig):
+    """Agreement with people's scores of word pairs during training."""
+
+    similarity: Any = None
+    """A file of `word word score` lines, or a list of them; null for none. Logged as `similarity`, their mean."""
+
+
+@dataclass
+class Word2VecConfig(Config):
+    """Everything that defines a run of word2vec."""
+
+    model: Literal["word2vec"] = "word2vec"
+    init_from: str | None = None
+    """A file of vectors by word, of any format that `export` writes or of fastText or GloVe, that words start from."""
+    data: TextConfig = field(default_factory=TextConfig)
+    table: TableConfig = field(default_factory=TableConfig)
+    word2vec: SkipGramConfig = field(default_factory=SkipGramConfig)
+    train: TextTrainConfig = field(default_factory=TextTrainConfig)
+    evaluate: WordEvaluateConfig = field(default_factory=WordEvaluateConfig)
+
+    MEANT: ClassVar[Mapping[str, str]] = {
+        **Config.MEANT,
+        "batch_size": "train.words_per_step",
+        "vector_size": "table.dim",
+        "size": "table.dim",
+        "negative": "word2vec.negatives",
+        "sg": "word2vec.architecture",
+        "corpus": "data.path",
+        "pretrained": "init_from",
+    }
+    # Whether the text is the same is judged by its content.
+    MAY_CHANGE: ClassVar[tuple[str, ...]] = (
+        *Config.MAY_CHANGE,
+        "data.path",
+        "data.base_vocabulary",
+        "data.cache_path",
+        "evaluate.",
+    )
+
+    def table_names(self) -> list[str]:
+        """Returns the table of the words' vectors and that of what predicts their neighbours."""
+        return [INPUT, OUTPUT]
+
+    def check(self) -> None:
+        """Checks the ranges that types cannot say."""
+        super().check()
+        refuse_stream(self.data.path, "the words of a text are counted before it is trained on")
+        require_paths({"data.path": self.data.path})
+        require_paths({"evaluate.similarity": self.evaluate.similarity}, may_be_none=True)
+        counts = {
+            "table.dim": self.table.dim,
+            "train.words_per_step": self.train.words_per_step,
+            "train.block_words": self.train.block_words,
+            "word2vec.window": self.word2vec.window,
+            "word2vec.negatives": self.word2vec.negatives,
+            "word2vec.negative_parts": self.word2vec.negative_parts,
+            "evaluate.every_epochs": self.evaluate.every_epochs,
+            "evaluate.every_steps": self.evaluate.every_steps,
+        }
+        require_at_least_one(iter(counts.items()))
+        if not 0 <= self.word2vec.sample < 1:
+            raise UserError(f"word2vec.sample must be a share in [0, 1), got {self.word2vec.sample}")
+        if self.train.words_per_step % self.train.block_words:
+            raise UserError(
+                f"train.words_per_step must be a multiple of train.block_words, got {self.train.words_per_step} "
+                f"and {self.train.block_words}"
+            )

@@ -1,0 +1,141 @@
+"""Word vectors: skip-gram or CBOW with negative sampling, on sharded tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from embedtrain.data.skipgram import TextBatch
+from embedtrain.distributed.runtime import size_of
+from embedtrain.distributed.stages import stage
+from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection, RowsAsked
+from embedtrain.jagged import Jagged
+from embedtrain.ops.skipgram_block import Architecture, TextBlock, count_predictions, reach_of, skipgram_block
+from embedtrain.ops.transfer import to_device
+from embedtrain.spec import DEFAULT_OPTIMIZER, FeatureSpec, TableSpec
+from embedtrain.train.objective import Objective
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+INPUT, OUTPUT = "input", "output"
+"""Names of the tables; "input" holds the word vectors."""
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """A batch on the device, for which the ids were exchanged.
+
+    Attributes:
+        rows: the distinct rows of the block, asked for.
+        block: what is predicted from what, by place among the rows.
+        num_predictions: see `Objective`.
+    """
+
+    rows: RowsAsked
+    block: TextBlock
+    num_predictions: int
+
+
+def word2vec_tables(
+    num_words: int, dim: int, dtype: torch.dtype, optimizers: Mapping[str, str] | None = None
+) -> list[TableSpec]:
+    """Returns the tables of the model; `optimizers` names what trains a table, where it is not the default."""
+    trained_by = {INPUT: DEFAULT_OPTIMIZER, OUTPUT: DEFAULT_OPTIMIZER, **(optimizers or {})}
+    return [
+        TableSpec(INPUT, num_words, dim, dtype, "uniform", 0.5 / dim, trained_by[INPUT]),
+        TableSpec(OUTPUT, num_words, dim, dtype, "zeros", optimizer=trained_by[OUTPUT]),
+    ]
+
+
+class Word2Vec(nn.Module):
+    """word2vec over a block of text a step: each distinct row is fetched once and its gradient goes home once.
+
+    As in word2vec, every word counts in full: a step's gradient is the sum over the words of all ranks, not
+    their mean, so that a learning rate and an initial accumulator mean the same for every size of step.
+
+    Args:
+        num_words: size of the vocabulary.
+        dim: of the vectors.
+        architecture: "skipgram" or "cbow".
+        dtype: storage of both tables.
+        optimizers: by table, the `TableSpec.optimizer` of one that does not share the other's.
+        options: see `EmbeddingCollection`. First values: input rows uniform within 0.5 / dim, output rows zero.
+    """
+
+    def __init__(
+        self,
+        num_words: int,
+        dim: int,
+        *,
+        architecture: Architecture = "skipgram",
+        dtype: torch.dtype = torch.float32,
+        optimizers: Mapping[str, str] | None = None,
+        **options: Unpack[CollectionOptions],
+    ) -> None:
+        super().__init__()
+        self.tables = EmbeddingCollection(
+            word2vec_tables(num_words, dim, dtype, optimizers),
+            [FeatureSpec(INPUT), FeatureSpec(OUTPUT)],
+            **options,
+        )
+        self._architecture = architecture
+
+    def forward(self, batch: TextBatch | PreparedText) -> Objective:
+        """Returns the loss of this rank's batch. Collective: every rank, and its backward too."""
+        if isinstance(batch, TextBatch):
+            batch = self._ask(batch, is_ahead=False)
+        vectors = self.tables.fetch_rows(batch.rows)
+        # The exchange averages over the ranks; word2vec's step is a sum.
+        num_ranks = size_of(self.tables.process_group)
+        loss: Tensor = _SkipGramLoss.apply(vectors, batch.block, self._architecture, num_ranks)  # type: ignore[no-untyped-call]
+        return Objective(loss=loss, total=loss.detach() / num_ranks, num_predictions=batch.num_predictions)
+
+    def prepare(self, batch: TextBatch) -> PreparedText:
+        """Does all of a step that needs no row, for `forward` later. Collective: every rank, in order of steps."""
+        return self._ask(batch, is_ahead=True)
+
+    def bring_rows(self, prepared: PreparedText) -> None:
+        """Copies rows of a step that live in host memory to the device."""
+        self.tables.bring_rows(prepared.rows)
+
+    def _ask(self, batch: TextBatch, *, is_ahead: bool) -> PreparedText:
+        """Asks for the block's distinct rows and points the block at their places."""
+        sample, device = batch.sample, self.tables.device
+        ids = {INPUT: Jagged.from_ids(sample.words), OUTPUT: Jagged.from_ids(sample.targets.flatten())}
+        rows = self.tables.ask_for_rows(ids, is_ahead=is_ahead)
+        block = TextBlock(
+            inputs=rows.inverse[INPUT],
+            targets=rows.inverse[OUTPUT].view_as(sample.targets),
+            starts=to_device(sample.starts, device),
+            stops=to_device(sample.stops, device),
+            # Found here, where the sample is in host memory.
+            reach=reach_of(sample.starts, sample.stops) if device.type == "cuda" else None,
+        )
+        return PreparedText(rows, block, int(count_predictions(sample, self._architecture)))
+
+
+class _SkipGramLoss(torch.autograd.Function):
+    """The loss times a factor. The op computes its gradient on the way forward, so backward hands it on."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, block: TextBlock, architecture: Architecture, factor: int) -> Tensor:
+        with stage("kernel"):
+            loss, grad = skipgram_block(vectors, block, architecture, factor)
+        ctx.save_for_backward(grad)
+        return loss * factor
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_of_loss: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,) = ctx.saved_tensors
+        # A pass over the gradient for nothing, where the loss is what backward was called on.
+        # On a GPU the host would have to wait to know.
+        is_one = not grad.is_cuda and float(grad_of_loss) == 1.0
+        scaled = grad if is_one else grad * grad_of_loss.to(grad.dtype)
+        return scaled, None, None, None

@@ -1,0 +1,186 @@
+"""A run of word2vec from its configuration."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import fsspec
+import torch
+
+from embedtrain.data.baskets import write_baskets
+from embedtrain.data.corpus import PreparedCorpus
+from embedtrain.data.prepare import CorpusOptions, prepare_corpus
+from embedtrain.data.skipgram import SamplingOptions, TextBatches
+from embedtrain.distributed.runtime import Runtime
+from embedtrain.embedding.collection import EmbeddingCollection
+from embedtrain.errors import UserError
+from embedtrain.jagged import Jagged
+from embedtrain.metrics.word_similarity import evaluate_similarity
+from embedtrain.recipes.base import Check, Parts, Pretrained, Sizes, collection_options, no_check
+from embedtrain.recipes.optimizers import build_optimizer, optimizer_names
+from embedtrain.recipes.word2vec.config import Word2VecConfig
+from embedtrain.recipes.word2vec.model import INPUT, OUTPUT, Word2Vec
+from embedtrain.train.task import Evaluation, Task
+
+_logger = logging.getLogger(__name__)
+
+_FEW_STEPS = 200
+"""A text of 40,000 words had all cosines near 1 after 30 steps of 8,192 words, and sensible neighbours after 300."""
+
+
+def build_word2vec(config: Word2VecConfig, runtime: Runtime, check: Check = no_check) -> Parts:
+    """Prepares the text and builds the model. Collective: every rank.
+
+    Args:
+        config: of the run.
+        runtime: of this process.
+        check: called once the data are known.
+
+    Raises:
+        UserError: the text cannot be used.
+    """
+    corpus = prepare_text(config, runtime)
+    check(Sizes(dict.fromkeys((INPUT, OUTPUT), len(corpus.vocabulary))))
+    model = Word2Vec(
+        len(corpus.vocabulary),
+        config.table.dim,
+        architecture=config.word2vec.architecture,
+        dtype=getattr(torch, config.table.dtype),
+        optimizers=optimizer_names(config.optimizer),
+        **collection_options(config.table, runtime, config.seed),
+    )
+    batches = _build_batches(config, runtime, corpus)
+    num_steps = config.train.epochs * batches.steps_per_epoch
+    if num_steps < _FEW_STEPS and runtime.rank == 0:
+        _logger.warning(
+            f"{num_steps} steps in all are too few for words to find their places: raise train.epochs (to "
+            f"{-(-_FEW_STEPS // batches.steps_per_epoch):,} or more), or lower train.words_per_step"
+        )
+    task = Task(
+        model,
+        model.tables,
+        build_optimizer(config.optimizer, model.tables),
+        batches,
+        evaluation=_build_evaluation(config, model, corpus),
+        unit="words",
+        frequencies=dict.fromkeys((INPUT, OUTPUT), torch.from_numpy(corpus.vocabulary.counts)),
+    )
+    pretrained = {}
+    if config.init_from is not None:
+        pretrained[INPUT] = Pretrained(config.init_from, lambda: corpus.vocabulary.rows)
+    return Parts(task, text_facts(corpus), lambda folder: folder.write_vocabulary(corpus.vocabulary), pretrained)
+
+
+def text_facts(corpus: PreparedCorpus) -> dict[str, Any]:
+    """Returns what a checkpoint says of the text that it was trained on."""
+    return {
+        "data_fingerprint": corpus.fingerprint,
+        "vocabulary_fingerprint": corpus.vocabulary.fingerprint,
+        "export_table": INPUT,
+    }
+
+
+def _build_evaluation(config: Word2VecConfig, model: Word2Vec, corpus: PreparedCorpus) -> Evaluation | None:
+    paths = config.evaluate.similarity
+    if not paths:
+        return None
+    measure = WordSimilarity(model.tables, corpus.vocabulary.words, [paths] if isinstance(paths, str) else paths)
+    return Evaluation(measure, config.evaluate.every_steps, config.evaluate.every_epochs)
+
+
+class WordSimilarity:
+    """Measures how well the word vectors agree with people's scores of word pairs.
+
+    Args:
+        tables: the model's.
+        words: the vocabulary, in order of id.
+        paths: files of pairs, on any fsspec URL.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+
+    def __init__(self, tables: EmbeddingCollection, words: Sequence[str], paths: Sequence[str]) -> None:
+        self._tables = tables
+        self._pairs: dict[str, list[str]] = {}
+        for path in paths:
+            try:
+                with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as file:
+                    self._pairs[path] = file.readlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"evaluate.similarity: {path} cannot be read: {error}") from error
+        asked = {word.upper() for lines in self._pairs.values() for line in lines for word in line.split()}
+        # The words of the pairs alone, in their order: all of the vocabulary may be too large for one rank.
+        ids = [number for number, word in enumerate(words) if word.upper() in asked]
+        self._ids, self._words = torch.tensor(ids, dtype=torch.int64, device=tables.device), [words[i] for i in ids]
+
+    def __call__(self, alive: Callable[[], None]) -> dict[str, float]:
+        """Returns the mean Spearman correlation of the files. Collective: every rank."""
+        with torch.no_grad():
+            vectors = self._tables({INPUT: Jagged.from_ids(self._ids)})[INPUT]
+        unit = torch.nn.functional.normalize(vectors).cpu().numpy()
+        found = [evaluate_similarity(unit, self._words, lines, source=path) for path, lines in self._pairs.items()]
+        alive()
+        return {"similarity": sum(report.spearman for report in found) / len(found)}
+
+
+def prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
+    """Prepares the text of a configuration, or finds it in the cache. Collective: every rank."""
+    data, cache_path = config.data, os.path.expanduser(config.data.cache_path)
+    path, tokenizer = data.path, data.tokenizer
+    if data.format != "text":
+        columns = data.basket_column, data.item_column
+        path, tokenizer = write_baskets(path, data.format, columns, cache_path, runtime.group), "whitespace"
+    options = CorpusOptions(
+        path=path,
+        tokenizer=tokenizer,
+        min_count=data.min_count,
+        max_vocab_size=data.max_vocab_size,
+        base_vocabulary=data.base_vocabulary,
+    )
+    corpus = prepare_corpus(options, cache_path, runtime.group, on_progress=_StageLog() if runtime.rank == 0 else None)
+    if runtime.rank == 0:
+        _logger.info(
+            f"text: {corpus.num_tokens:,} words of a vocabulary of {len(corpus.vocabulary):,}, in {corpus.path}"
+        )
+    return corpus
+
+
+class _StageLog:
+    """Logs each stage of a preparation when it begins."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+
+    def __call__(self, stage: str, fraction: float) -> None:
+        if stage != self._stage:
+            self._stage = stage
+            _logger.info(f"preparing the text: {stage}")
+
+
+def _build_batches(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCorpus) -> TextBatches:
+    blocks_per_step = config.train.words_per_step // config.train.block_words
+    if blocks_per_step < runtime.world_size:
+        raise UserError(
+            f"a step of train.words_per_step={config.train.words_per_step} is {blocks_per_step} blocks of "
+            f"train.block_words={config.train.block_words}, too few for {runtime.world_size} ranks to share: "
+            "raise the first or lower the second"
+        )
+    return TextBatches(
+        corpus,
+        SamplingOptions(
+            window=config.word2vec.window,
+            negatives=config.word2vec.negatives,
+            sample=config.word2vec.sample,
+            power=config.word2vec.power,
+            negative_parts=config.word2vec.negative_parts,
+        ),
+        block_words=config.train.block_words,
+        blocks_per_step=blocks_per_step,
+        seed=config.seed,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+    )

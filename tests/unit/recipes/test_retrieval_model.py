@@ -1,0 +1,134 @@
+"""Retrieval: its loss against the formula, its lists against a full sort, and any number of ranks against one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+import embedtrain as et
+from embedtrain.data.bags import Bags
+from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
+from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.metrics.ranking import hits_of, list_measures, mean_measures
+from embedtrain.optim.dense import DenseOptimizer
+from embedtrain.recipes.retrieval import recommendation
+from embedtrain.recipes.retrieval.model import Retrieval, Scoring, Side
+from embedtrain.recipes.retrieval.recommendation import Catalogue, all_vectors, evaluate_retrieval
+from embedtrain.testing.ranks import run_ranks
+from embedtrain.train.step import train_step
+
+NUM_USERS, NUM_ITEMS, DIM = 33, 50, 6
+
+
+def random_bags(num_rows: int, num_values: int, size: int, seed: int) -> Bags:
+    keys = np.unique(np.random.default_rng(seed).integers(num_rows * num_values, size=size))
+    return Bags.from_rows(keys // num_values, keys % num_values, num_rows)
+
+
+KNOWN = random_bags(NUM_USERS, NUM_ITEMS, 300, seed=1)
+HELD_OUT = random_bags(NUM_USERS, NUM_ITEMS, 60, seed=2)
+
+
+def make(scoring: Scoring, towers: bool = False, group: dist.ProcessGroup | None = None) -> Retrieval:
+    users, items = Side(NUM_USERS), Side(NUM_ITEMS)
+    if towers:
+        users = Side(NUM_USERS, {"age": (random_bags(NUM_USERS, 4, 30, seed=3), 4)}, hidden=[8])
+        genres = random_bags(NUM_ITEMS, 5, 90, seed=4)
+        items = Side(NUM_ITEMS, {"genre": (genres, 5), "maker": (random_bags(NUM_ITEMS, 9, 40, seed=5), 9)})
+    return Retrieval(users, items, DIM, scoring, process_group=group, seed=7)
+
+
+def batches_of(group: dist.ProcessGroup | None = None, **options: object) -> RetrievalBatches:
+    draw = DrawOptions(**{"global_batch_size": 11, "items_per_example": 4, "num_negatives": 13, **options})
+    return RetrievalBatches(KNOWN, NUM_ITEMS, draw, seed=3, rank=rank_of(group), world_size=size_of(group))
+
+
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_the_loss_is_the_corrected_softmax_over_the_candidates(in_batch: bool) -> None:
+    model = make(Scoring(temperature=0.3))
+    batch = batches_of(in_batch=in_batch, power=0.5).batch(0, 0)
+    users = F.normalize(model.tables.gather_table("user"), dim=1)[batch.users]
+    items = F.normalize(model.tables.gather_table("item"), dim=1)
+    expected = 0.0
+    of_positive, of_candidate = batch.expected
+    for place, (row, item) in enumerate(zip(batch.example.tolist(), batch.positives.tolist(), strict=True)):
+        user = int(batch.users[row])
+        mine = set(KNOWN.of(np.array([user]))[0].tolist())
+        target = users[row] @ items[item] / 0.3 - of_positive[place].log()
+        others = [
+            users[row] @ items[c] / 0.3 - of_candidate[at].log()
+            for at, c in enumerate(batch.candidates.tolist())
+            if c not in mine
+        ]
+        expected += float(torch.logsumexp(torch.stack([target, *others]), 0) - target)
+    objective = model(batch)
+    assert float(objective.total) == pytest.approx(expected, rel=1e-5)
+    assert float(objective.loss.detach()) == pytest.approx(expected / batch.num_examples, rel=1e-5)
+
+
+def train(group: dist.ProcessGroup | None, scoring: Scoring, towers: bool, in_batch: bool) -> dict[str, Tensor]:
+    model = make(scoring, towers, group)
+    optimizer = et.optim.RowwiseAdagrad(model.tables, lr=0.1)
+    dense = DenseOptimizer(model.dense, process_group=group, lr=0.01) if towers else None
+    batches = batches_of(group, in_batch=in_batch)
+    for step in range(batches.steps_per_epoch):
+        train_step(model, optimizer, batches.batch(0, step), dense)
+    tables = {name: model.tables.gather_table(name) for name in model.tables.shards}
+    states = {f"{name}/acc": model.tables.gather_table(name, "accumulator") for name in model.tables.shards}
+    measures = evaluate_retrieval(model, KNOWN, HELD_OUT, [3, 10], lambda: None)
+    measured = {name: torch.tensor(value) for name, value in measures.items()}
+    return {**tables, **states, **measured, **(dense.tensors() if dense is not None else {})}
+
+
+@pytest.mark.parametrize(
+    ("scoring", "towers", "in_batch"),
+    [
+        (Scoring(), False, True),
+        (Scoring(), True, True),
+        (Scoring(loss="bpr", similarity="dot", temperature=1.0), False, False),
+        (Scoring(loss="margin"), True, False),
+    ],
+)
+def test_ranks_train_and_measure_as_one_process(scoring: Scoring, towers: bool, in_batch: bool) -> None:
+    expected = train(None, scoring, towers, in_batch)
+    for found in run_ranks(3, train, scoring, towers, in_batch):
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def best_by_sorting(model: Retrieval, users: np.ndarray, k: int) -> Tensor:
+    scores = all_vectors(model, "user")[users] @ all_vectors(model, "item").T
+    for row, user in enumerate(users.tolist()):
+        scores[row, KNOWN.of(np.array([user]))[0]] = -torch.inf
+    return scores.argsort(dim=1, descending=True)[:, :k]
+
+
+@pytest.mark.parametrize("towers", [False, True])
+def test_lists_are_those_of_a_full_sort(towers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recommendation, "_ITEMS_AT_ONCE", 7)
+    model = make(Scoring(), towers)
+    users = np.array([5, 0, 32, 17])
+    items, scores = Catalogue(model).best(users, 9, KNOWN)
+    assert torch.equal(items, best_by_sorting(model, users, 9))
+    assert (scores.diff(dim=1) <= 0).all()
+    every, _ = Catalogue(model).best(users, 1000, KNOWN)
+    assert every.shape == (4, NUM_ITEMS)
+    assert (every == -1).sum(dim=1).tolist() == KNOWN.lengths(users).tolist()
+
+
+def test_measures_are_those_of_the_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recommendation, "_USERS_AT_ONCE", 5)
+    model = make(Scoring())
+    users = np.flatnonzero(np.diff(HELD_OUT.starts))
+    lists = best_by_sorting(model, users, 10)
+    relevant, lengths = map(torch.from_numpy, HELD_OUT.of(users))
+    hits = hits_of(lists, torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]), relevant, NUM_ITEMS)
+    expected = mean_measures(list_measures(hits, lengths, 10).unsqueeze(0), len(users), [10])
+    found = evaluate_retrieval(model, KNOWN, HELD_OUT, [10], lambda: None)
+    assert found.pop("item_coverage@10") == len(lists.unique()) / NUM_ITEMS
+    assert found == pytest.approx(expected)
