@@ -25,7 +25,6 @@ from embedtrain.recipes.optimizers import states_of_row
 from embedtrain.recipes.ranking.config import FeatureConfig, RankingConfig
 from embedtrain.recipes.ranking.model import NetworkOptions, build_network
 from embedtrain.recipes.ranking.recipe import click_schema
-from embedtrain.recipes.registry import MODELS
 from embedtrain.recipes.retrieval.config import FeatureConfig as SideFeatureConfig
 from embedtrain.recipes.retrieval.config import RetrievalConfig, SideConfig
 from embedtrain.recipes.retrieval.model import ITEM, USER, Scoring, pair_losses, perceptron
@@ -120,10 +119,7 @@ def workload_of(config: Config, assumptions: Assumptions) -> Workload:
     Raises:
         UserError: something is not known, or the rows of a table are given that does not exist.
     """
-    for kind, of_kind in _WORKLOADS.items():
-        if isinstance(config, kind):
-            return of_kind(config, assumptions)
-    raise UserError(f"plan does not know model {config.model!r} yet; it knows {', '.join(_known_models())}")
+    return _WORKLOADS[config.model](config, assumptions)
 
 
 def _word2vec(config: Any, assumptions: Assumptions) -> Workload:
@@ -317,16 +313,12 @@ def _feature_tables(side: str, section: SideConfig) -> dict[str, SideFeatureConf
 _DENSE_STATES = {"adam": 2, "adamw": 2, "adagrad": 1, "sgd": 0}
 """Numbers that torch's optimizers keep for each parameter."""
 
-_WORKLOADS: dict[type[Config], Callable[[Any, Assumptions], Workload]] = {
-    Word2VecConfig: _word2vec,
-    RankingConfig: _ranking,
-    RetrievalConfig: _retrieval,
+_WORKLOADS: dict[str, Callable[[Any, Assumptions], Workload]] = {
+    "word2vec": _word2vec,
+    "ranking": _ranking,
+    "retrieval": _retrieval,
 }
-"""What each model asks, by its configuration."""
-
-
-def _known_models() -> list[str]:
-    return [name for name, kind in MODELS.items() if kind in _WORKLOADS]
+"""What each model asks, by its name."""
 
 
 def _table_sizes(table: TableConfig, optimizer: OptimizerConfig, name: str, dim: int) -> dict[str, Any]:
