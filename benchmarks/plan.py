@@ -27,6 +27,7 @@ from embedtrain.config.sections import Config
 from embedtrain.distributed.collectives import broadcast_object
 from embedtrain.distributed.runtime import Runtime, init_distributed, shut_down
 from embedtrain.planning.measure import measure_machine
+from embedtrain.planning.plan import seconds_of
 from embedtrain.planning.workload import Assumptions, workload_of
 from embedtrain.recipes.loading import load_config
 from embedtrain.recipes.ranking.config import RankingConfig
@@ -36,7 +37,6 @@ from embedtrain.recipes.retrieval.recipe import build_retrieval
 from embedtrain.recipes.word2vec.config import Word2VecConfig
 from embedtrain.recipes.word2vec.recipe import build_word2vec
 from embedtrain.sharding.machine import Machine
-from embedtrain.sharding.plan import seconds_of
 from embedtrain.train.step import train_step
 from embedtrain.train.task import Task
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from embedtrain.sharding.plan import Arithmetic
+from embedtrain.planning.plan import Arithmetic
 
 _FEW, _MANY = 8, 24
 

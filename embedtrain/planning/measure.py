@@ -24,9 +24,9 @@ from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep, rowwise_adagrad
 from embedtrain.ops.segment_sum import segment_sum
 from embedtrain.ops.sort_unique import sort_unique
 from embedtrain.planning.measure_models import arithmetic_rates, loader_rates, skipgram_rates
+from embedtrain.planning.plan import ROW_STAGES, Law, TableLoad, Workload, seconds_of
 from embedtrain.planning.timing import median_seconds
 from embedtrain.sharding.machine import Machine
-from embedtrain.sharding.plan import ROW_STAGES, Law, TableLoad, Workload, seconds_of
 from embedtrain.spec import FeatureSpec, TableSpec
 
 _ROWS, _DIM = 1 << 20, 64

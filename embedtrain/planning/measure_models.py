@@ -22,9 +22,9 @@ from embedtrain.ops.sample_text import KEEP_BITS, SamplingTables, TextSample, sa
 from embedtrain.ops.skipgram_block import TextBlock, count_predictions, skipgram_block
 from embedtrain.planning.counting import count
 from embedtrain.planning.made_up import made_up_interactions
+from embedtrain.planning.plan import Arithmetic
 from embedtrain.planning.timing import median_seconds
 from embedtrain.recipes.retrieval.model import Scoring, pair_losses
-from embedtrain.sharding.plan import Arithmetic
 
 _EXAMPLES, _WIDTH, _LAYERS = 4096, 64, 4
 _FEATURES = 24, 16

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from embedtrain.planning.sizes import format_bytes
-from embedtrain.sharding.layout import SpreadLayout
-from embedtrain.sharding.machine import Machine
-from embedtrain.sharding.plan import (
+from embedtrain.planning.plan import (
     Workload,
     checkpoint_bytes,
     exchange_of,
@@ -15,6 +12,9 @@ from embedtrain.sharding.plan import (
     remedies,
     seconds_of,
 )
+from embedtrain.planning.sizes import format_bytes
+from embedtrain.sharding.layout import SpreadLayout
+from embedtrain.sharding.machine import Machine
 
 
 @dataclass(frozen=True)

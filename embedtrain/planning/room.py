@@ -14,10 +14,10 @@ from embedtrain import storage
 from embedtrain.config.sections import Config
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
+from embedtrain.planning.plan import Memory, Workload, checkpoint_bytes, memory_of, remedies
 from embedtrain.planning.sizes import format_bytes
 from embedtrain.planning.workload import Assumptions, workload_of
 from embedtrain.recipes.base import Sizes
-from embedtrain.sharding.plan import Memory, Workload, checkpoint_bytes, memory_of, remedies
 from embedtrain.train.run_folder import RunFolder
 
 

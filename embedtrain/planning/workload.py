@@ -21,6 +21,7 @@ from embedtrain.metrics.classification import TRAINING_BINS, classification_sums
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.planning.counting import count, count_step
 from embedtrain.planning.made_up import made_up_interactions
+from embedtrain.planning.plan import Arithmetic, Law, TableLoad, Workload
 from embedtrain.recipes.optimizers import states_of_row
 from embedtrain.recipes.ranking.config import FeatureConfig, RankingConfig
 from embedtrain.recipes.ranking.model import NetworkOptions, build_network
@@ -32,7 +33,6 @@ from embedtrain.recipes.retrieval.model import ITEM, USER, Scoring, pair_losses,
 from embedtrain.recipes.word2vec.config import Word2VecConfig
 from embedtrain.recipes.word2vec.model import INPUT, OUTPUT
 from embedtrain.sharding.layout import MAX_ROWS
-from embedtrain.sharding.plan import Arithmetic, Law, TableLoad, Workload
 from embedtrain.train.run_folder import RunFolder
 
 

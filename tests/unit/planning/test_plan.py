@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from embedtrain.errors import UserError
-from embedtrain.sharding.cost import Wire, bytes_of_rows, bytes_of_sums
-from embedtrain.sharding.machine import Machine
-from embedtrain.sharding.plan import (
+from embedtrain.planning.plan import (
     Arithmetic,
     Law,
     TableLoad,
@@ -22,6 +20,8 @@ from embedtrain.sharding.plan import (
     remedies,
     seconds_of,
 )
+from embedtrain.sharding.cost import Wire, bytes_of_rows, bytes_of_sums
+from embedtrain.sharding.machine import Machine
 
 UNIFORM = Law.zipf(1000, 0.0)
 
