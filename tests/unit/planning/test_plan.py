@@ -8,22 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from embedtrain.errors import UserError
 from embedtrain.planning.plan import (
-    Arithmetic,
-    Law,
-    TableLoad,
-    Workload,
+    Bandwidths,
     checkpoint_bytes,
     exchange_of,
+    least_seconds,
     memory_of,
     remedies,
-    seconds_of,
+    traffic_bytes,
 )
+from embedtrain.recipes.workload import IdDistribution, TableLoad, Workload
 from embedtrain.sharding.cost import Wire, bytes_of_rows, bytes_of_sums
-from embedtrain.sharding.machine import Machine
 
-UNIFORM = Law.zipf(1000, 0.0)
+UNIFORM = IdDistribution.zipf(1000, 0.0)
 
 
 def table(**changes: object) -> TableLoad:
@@ -31,29 +28,24 @@ def table(**changes: object) -> TableLoad:
     return replace(load, **changes)  # type: ignore[arg-type]
 
 
-def machine(**rates: float) -> Machine:
-    ones = {name: 1.0 for name in Machine.rates() if name != "network_bytes_per_second"}
-    return Machine(name="ones", num_ranks=2, **{**ones, **rates})
-
-
 def test_memory_is_that_of_the_fullest_rank() -> None:
-    memory = memory_of(Workload((table(),), 1, dense_bytes=77, save_bytes=None), 3)
+    memory = memory_of(Workload((table(),), dense_bytes=77, save_bytes=None), 3)
     assert (memory.weights, memory.state, memory.dense) == (334 * 40, 334 * 4, 77)
     assert memory.save == memory.weights + memory.state
     assert memory.total == sum((memory.weights, memory.state, memory.dense, memory.buffers, memory.save))
-    by_element = memory_of(Workload((table(state_row_bytes=0, state_value_bytes=8),), 1), 3)
+    by_element = memory_of(Workload((table(state_row_bytes=0, state_value_bytes=8),)), 3)
     assert by_element.state == 334 * 80
     assert by_element.save == 0
 
 
 def test_a_checkpoint_holds_each_row_once_and_the_dense_part() -> None:
-    assert checkpoint_bytes(Workload((table(), table(num_rows=7)), 2, dense_bytes=50)) == 1007 * 44 + 50
+    assert checkpoint_bytes(Workload((table(), table(num_rows=7)), dense_bytes=50)) == 1007 * 44 + 50
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.75, 1.0, 1.2])
 def test_distinct_rows_of_zipf_ids_are_those_of_the_sum_over_all_rows(exponent: float) -> None:
     num_rows, draws = 50_000, 20_000.0
-    law = Law.zipf(num_rows, exponent)
+    law = IdDistribution.zipf(num_rows, exponent)
     assert float(np.dot(law.shares, law.num_rows)) == pytest.approx(1.0)
     shares = np.arange(1, num_rows + 1, dtype=np.float64) ** -exponent
     expected = -np.expm1(-draws * shares / shares.sum()).sum()
@@ -61,29 +53,29 @@ def test_distinct_rows_of_zipf_ids_are_those_of_the_sum_over_all_rows(exponent: 
 
 
 def test_a_law_of_ten_billion_rows_is_a_few_blocks() -> None:
-    law = Law.zipf(10**10, 1.05)
+    law = IdDistribution.zipf(10**10, 1.05)
     assert law.num_rows.size < 5000
     assert law.num_rows.sum() == pytest.approx(1e10)
-    assert Law.zipf(7, 1.0).num_rows.tolist() == [1.0] * 7
+    assert IdDistribution.zipf(7, 1.0).num_rows.tolist() == [1.0] * 7
 
 
 def test_draws_that_are_kept_by_chance_follow_their_own_law() -> None:
-    law, kept = Law.zipf(4, 0.0).thinned(lambda shares: np.array([1.0, 0.5, 0.5, 0.0]))
+    law, kept = IdDistribution.zipf(4, 0.0).thinned(lambda shares: np.array([1.0, 0.5, 0.5, 0.0]))
     assert kept == pytest.approx(0.5)
     assert law.shares.tolist() == [0.5, 0.25, 0.25, 0.0]
 
 
 def test_each_rank_sends_what_lies_elsewhere() -> None:
-    exchange = exchange_of(Workload((table(),), 1), 3)
+    exchange = exchange_of(Workload((table(),)), 3)
     distinct = 1000 * -math.expm1(-200 / 1000)
     assert exchange.ids == round(distinct * 2 / 3 * 4)
     assert exchange.vectors == exchange.gradients == round(distinct * 2 / 3 * 40)
-    narrow = exchange_of(Workload((table(wire_bytes=2),), 1), 3)
+    narrow = exchange_of(Workload((table(wire_bytes=2),)), 3)
     assert narrow.vectors == narrow.gradients == round(distinct * 2 / 3 * 20)
-    stored_narrow = exchange_of(Workload((table(value_bytes=2),), 1), 3)
+    stored_narrow = exchange_of(Workload((table(value_bytes=2),)), 3)
     assert stored_narrow.gradients == 2 * stored_narrow.vectors
-    assert exchange_of(Workload((table(),), 1, dense_gradient_bytes=9), 1).total == 0
-    with_dense = exchange_of(Workload((table(),), 1, dense_gradient_bytes=9), 3)
+    assert exchange_of(Workload((table(),), reduced_bytes=9), 1).total == 0
+    with_dense = exchange_of(Workload((table(),), reduced_bytes=9), 3)
     assert with_dense.dense == 12
     assert with_dense.total == exchange.total + 12
 
@@ -100,18 +92,18 @@ def test_what_a_rank_draws_from_its_own_rows_does_not_travel(world_size: int) ->
     elsewhere = (1000 - 1000 / used) * -math.expm1(-400 / world_size / 1000)
     away = elsewhere + in_part * (1 - used / world_size)
     assert load.distinct_of_rank(world_size) == pytest.approx((in_part + elsewhere, away))
-    assert exchange_of(Workload((load,), 1), world_size).vectors == round(away * 40)
+    assert exchange_of(Workload((load,)), world_size).vectors == round(away * 40)
 
 
 def test_long_bags_travel_as_sums() -> None:
-    bags = table(num_rows=10**6, draws=((4000.0, Law.zipf(10**6, 0.0)),), num_bags=40.0)
-    exchange = exchange_of(Workload((bags,), 1), 2)
+    bags = table(num_rows=10**6, draws=((4000.0, IdDistribution.zipf(10**6, 0.0)),), num_bags=40.0)
+    exchange = exchange_of(Workload((bags,)), 2)
     assert exchange.at_owner == ("item",)
     # 20 bags a rank, each with rows on both; half of all stays here.
     assert exchange.ids == 2000 * 4 // 2
     assert exchange.vectors == exchange.gradients == 20 * 40
     short = replace(bags, num_bags=4000.0)
-    assert exchange_of(Workload((short,), 1), 2).at_owner == ()
+    assert exchange_of(Workload((short,)), 2).at_owner == ()
 
 
 def test_bytes_of_rows_and_of_sums() -> None:
@@ -122,57 +114,25 @@ def test_bytes_of_rows_and_of_sums() -> None:
     assert bytes_of_rows(3, 8, replace(wire, has_gradients=False)) == 3 * (4 + 16)
 
 
-def test_each_stage_takes_its_bytes_over_its_rate() -> None:
-    work = Arithmetic(ops=2.0, step_values=3.0, values=8.0, products=60.0, batched_products=12.0)
-    scores = Arithmetic(values=14.0)
-    workload = Workload(
-        (table(),),
-        3,
-        dense_collectives=4,
-        draws=40.0,
-        positives=6.0,
-        records=4.0,
-        record_values=20.0,
-        skipgram_scores=10.0,
-        skipgram_products=100.0,
-        dense=work + Arithmetic(ops=1.0),
-        scores=scores,
-    )
-    distinct, owned = 1000 * -math.expm1(-0.3), 1000 * -math.expm1(-0.6) / 2
-    seconds = seconds_of(workload, 2, machine())
-    assert seconds == pytest.approx(
-        {
-            "sample": 20.0 + 6.0 + 2.0 + 10.0,
-            "sort": 300 + distinct,
-            "gather": distinct * 40,
-            "exchange": exchange_of(workload, 2).total + 5 + 4,
-            # Each rank starts all operations, and has its share of the values and products.
-            "model": 5.0 + 50.0 + (3 + 3 + 4 + 30.0 + 6.0) + 7.0,
-            "sum": distinct * 40,
-            "update": owned * 44,
-            "rest": 1.0 + 2.0,
-        }
-    )
-    halved = seconds_of(workload, 2, machine(gather_bytes_per_second=2.0))
-    assert halved["gather"] == pytest.approx(seconds["gather"] / 2)
+def test_a_step_takes_at_least_its_bytes_over_the_bandwidths() -> None:
+    workload = Workload((table(), table(name="narrow", dim=2, state_value_bytes=8)), reduced_bytes=60)
+    owned = 1000 * -math.expm1(-0.6) / 2
+    # Each row is read and written once: 40 + 4 bytes of one table, 8 + 4 + 16 of the other.
+    assert traffic_bytes(workload, 2) == round(owned * 2 * (44 + 28))
+    both = least_seconds(workload, 2, Bandwidths(memory=8.0, exchange=4.0))
+    assert both == {"rows": traffic_bytes(workload, 2) / 8, "exchange": exchange_of(workload, 2).total / 4}
+    assert set(least_seconds(workload, 2, Bandwidths(exchange=4.0))) == {"exchange"}
+    assert least_seconds(workload, 1, Bandwidths(exchange=4.0)) == {"exchange": 0.0}
+    assert least_seconds(workload, 2, Bandwidths()) == {}
 
 
-def test_one_rank_exchanges_nothing() -> None:
-    seconds = seconds_of(Workload((table(),), 1), 1, machine())
-    assert seconds["exchange"] == seconds["sum"] == 0
-
-
-def test_between_hosts_the_ranks_of_a_host_share_its_network() -> None:
-    workload = Workload((table(),), 1)
-    total = exchange_of(workload, 4).total
-    fast = {"exchange_bytes_per_second": 1e12, "collective_seconds": 1e-12}
-    seconds = seconds_of(workload, 4, machine(**fast, network_bytes_per_second=10.0), num_hosts=2)
-    # Of three peers two are on the other host, and two ranks share 10 bytes a second.
-    assert seconds["exchange"] == pytest.approx(total * 2 / 3 * 2 / 10, rel=1e-6)
+def test_a_batch_and_the_next_one_lie_in_memory() -> None:
+    without, with_batch = (memory_of(Workload((table(),), batch_bytes=size), 3).buffers for size in (0, 900))
+    assert with_batch - without == 2 * 300
 
 
 def test_remedies_fit_and_the_next_smaller_change_does_not() -> None:
-    workload = Workload((table(num_rows=10**6, dim=64, draws=((100.0, Law.zipf(10**6, 1.0)),)),), 1)
+    workload = Workload((table(num_rows=10**6, dim=64, draws=((100.0, IdDistribution.zipf(10**6, 1.0)),)),))
     needed = memory_of(workload, 2).total
     limit = int(needed * 0.59)
     found = {remedy.change: remedy.total_bytes for remedy in remedies(workload, 2, limit)}
@@ -182,25 +142,3 @@ def test_remedies_fit_and_the_next_smaller_change_does_not() -> None:
     wider = replace(workload, tables=(replace(workload.tables[0], dim=38),))
     assert memory_of(wider, 2).total > limit
     assert remedies(workload, 2, 100) == []
-
-
-def test_a_machine_comes_back_from_its_file() -> None:
-    before = machine(network_bytes_per_second=3.0)
-    assert Machine.from_json(before.to_json(), "m.json") == before
-    assert Machine.from_json(machine().to_json(), "m.json") == machine()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "is not a machine's profile"),
-        ("[]", "is not a machine's profile"),
-        ('{"format": "other"}', "make one by"),
-        ('{"format": "embedtrain-machine", "name": "x", "num_ranks": 2}', "missing gather_bytes_per_second"),
-        (machine().to_json().replace('"sort_ids_per_second": 1.0', '"sort_ids_per_second": -1'), "positive number"),
-        (machine().to_json().replace('"name"', '"brand": 1, "name"'), "unknown brand"),
-    ],
-)
-def test_another_file_is_refused(text: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        Machine.from_json(text, "m.json")
