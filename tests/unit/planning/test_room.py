@@ -46,7 +46,7 @@ def test_memory_is_that_of_all_ranks_of_the_host(config: Config, monkeypatch: py
 
 def test_what_would_help_is_said(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     have(monkeypatch, int(0.4 * GIB), 100 * GIB)
-    with pytest.raises(UserError, match=r"it would fit with rows in bfloat16 or \d ranks, 1 a host or dim"):
+    with pytest.raises(UserError, match=r"it would fit with rows in bfloat16 or \d ranks, 1 per host or dim"):
         require_room(config, RUNTIME, SIZES)
 
 
