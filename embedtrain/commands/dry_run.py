@@ -21,11 +21,11 @@ from embedtrain.data.head import write_head
 from embedtrain.distributed.collectives import all_reduce_sum, run_on_first
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.planning.report import Request, print_plan
-from embedtrain.planning.room import require_room, workload_of_data
+from embedtrain.planning.room import require_room
 from embedtrain.planning.sizes import format_bytes
-from embedtrain.recipes.base import Sizes
-from embedtrain.recipes.building import build_parts
+from embedtrain.recipes.building import build_parts, workload_of
 from embedtrain.recipes.registry import recipe_of
+from embedtrain.recipes.workload import Sizes
 from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.step import train_step
 from embedtrain.train.task import Batches, StreamedBatches, Task
@@ -58,7 +58,7 @@ def dry_run(config: Config, folder: RunFolder, runtime: Runtime) -> None:
             newest = latest_checkpoint(folder.checkpoints_path)
             print(f"dry run      nothing is written to {folder.path}" + (f"; would resume {newest}" if newest else ""))
             print(f"data         {'all' if is_all else f'the first {format_bytes(HEAD_BYTES)}; rows are of these'}")
-            print_plan(workload_of_data(tried, found[0]), Request(runtime.world_size))
+            print_plan(workload_of(tried, found[0]), Request(runtime.world_size))
             if not isinstance(task.batches, StreamedBatches):
                 of_these = "" if is_all else " of these"
                 print(f"epochs       {config.train.epochs} of {task.batches.steps_per_epoch:,} steps{of_these}")

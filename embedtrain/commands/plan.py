@@ -13,9 +13,9 @@ from embedtrain.planning.plan import Bandwidths
 from embedtrain.planning.probe import probe, probe_own_ranks
 from embedtrain.planning.report import Request, print_plan
 from embedtrain.planning.sizes import parse_bandwidth, parse_bytes, parse_count
-from embedtrain.planning.workload import workload_of
-from embedtrain.recipes.loading import load_config
-from embedtrain.recipes.workload import Assumptions
+from embedtrain.recipes.building import workload_of
+from embedtrain.recipes.loading import load_without_data
+from embedtrain.recipes.workload import Sizes
 
 EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
 
@@ -64,20 +64,19 @@ def run_plan(options: argparse.Namespace) -> int:
         raise UserError("--probe measures the bandwidths: leave out --memory-bandwidth and --exchange-bandwidth")
     if options.exchange_bandwidth and options.world_size == 1:
         raise UserError("one rank exchanges nothing: leave out --exchange-bandwidth, or give --world-size")
-    # A configuration must name data, though a plan reads none.
-    config = load_config(options.config, ["data.path=none", *options.overrides])
+    config = load_without_data(options.config, options.overrides)
     named = dict(_named(rows, "rows") for rows in options.rows if "=" in rows)
     others = [parse_count(rows) for rows in options.rows if "=" not in rows]
     if len(others) > 1:
         raise UserError(f"expected one --rows without a table's name, got {len(others)}")
-    assumptions = Assumptions(
+    sizes = Sizes(
         {table: parse_count(count) for table, count in named.items()},
         default_num_rows=others[0] if others else None,
         default_bag_length=options.bag_length,
         run_path=config.run.path,
         exponent=options.skew,
     )
-    workload = workload_of(config, assumptions)
+    workload = workload_of(config, sizes)
     memory_bytes = None if options.memory is None else parse_bytes(options.memory)
     bandwidths = _bandwidths(options, config.run.device)
     if bandwidths is None:

@@ -16,15 +16,9 @@ from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.planning.plan import Memory, checkpoint_bytes, memory_of, remedies
 from embedtrain.planning.sizes import format_bytes
-from embedtrain.planning.workload import workload_of
-from embedtrain.recipes.base import Sizes
-from embedtrain.recipes.workload import Assumptions, Workload
+from embedtrain.recipes.building import workload_of
+from embedtrain.recipes.workload import Sizes, Workload
 from embedtrain.train.run_folder import RunFolder
-
-
-def workload_of_data(config: Config, sizes: Sizes) -> Workload:
-    """Returns what a run asks of its machines, once its data have been read."""
-    return workload_of(config, Assumptions(sizes.num_rows, sizes.bag_lengths))
 
 
 def require_room(config: Config, runtime: Runtime, sizes: Sizes) -> None:
@@ -35,7 +29,7 @@ def require_room(config: Config, runtime: Runtime, sizes: Sizes) -> None:
     Raises:
         UserError: something is too small; says what is needed, what there is, where, and what would help.
     """
-    workload = workload_of_data(config, sizes)
+    workload = workload_of(config, sizes)
     _require_memory(workload, runtime)
     if runtime.rank == 0:
         _require_disk(workload, config)

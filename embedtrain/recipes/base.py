@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -14,24 +14,12 @@ from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import CollectionOptions
 from embedtrain.export.recommendations import Recommendation
 from embedtrain.export.vectors import Vectors
+from embedtrain.recipes.workload import Sizes, Workload
 from embedtrain.spec import TableSpec
 from embedtrain.train.task import Parts
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 DataT = TypeVar("DataT")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What the data say of a model's tables.
-
-    Attributes:
-        num_rows: rows of each table.
-        bag_lengths: mean number of ids per bag, of the tables that bags are looked up in.
-    """
-
-    num_rows: Mapping[str, int]
-    bag_lengths: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,9 +62,10 @@ class Recipe(Generic[ConfigT, DataT]):
 
     Attributes:
         config: the class of its configuration.
-        prepare: collective; prepares the data of a run or finds them in a cache. Returns the data in any form, which is
-            handed to `build`, and the sizes that they give the tables.
-        build: collective; builds model, optimizers and batches.
+        prepare: collective; prepares the data of a run or finds them in a cache. Returns the data in any form, for
+            `build`, and the sizes that they give the tables.
+        build: collective; builds model, optimizers and batches from a configuration and prepared data.
+        workload: returns what a run asks of its machines, from a configuration and sizes; no data are read.
         heads: returns the keys of data that may be large, each with the suffixes of its files. A dry run replaces them
             by their first megabytes, and `data.cache_path` by a folder of its own.
         held_out: the key of held-out data, without which a run is not evaluated; None if a run needs no such key.
@@ -90,6 +79,7 @@ class Recipe(Generic[ConfigT, DataT]):
     config: type[ConfigT]
     prepare: Callable[[ConfigT, Runtime], tuple[DataT, Sizes]]
     build: Callable[[ConfigT, Runtime, DataT], Parts]
+    workload: Callable[[ConfigT, Sizes], Workload]
     heads: Callable[[ConfigT], Mapping[str, tuple[str, ...]]] = lambda config: {}
     held_out: str | None = None
     grow: Grow[ConfigT, DataT] | None = None

@@ -88,14 +88,27 @@ def resolve_layers(layers: Layers) -> DictConfig:
     Raises:
         UserError: a value is wrong.
     """
-    filled = copy.deepcopy(layers.merged)
-    for key in layers.missing:
-        OmegaConf.update(filled, key, "none")
-    resolved = OmegaConf.structured(_to_config(replace(layers, merged=filled)))
+    resolved = OmegaConf.structured(_to_config(_filled(layers)))
     for key in layers.missing:
         OmegaConf.update(resolved, key, "???")
     assert isinstance(resolved, DictConfig)
     return resolved
+
+
+def load_without_data(path: str | None, overrides: Sequence[str]) -> Config:
+    """Reads and checks a configuration as `load_config` does; keys that must be given and are not are "none".
+
+    Raises:
+        UserError: as of `load_config`, but for missing keys.
+    """
+    return _to_config(_filled(read_layers(path, overrides)))
+
+
+def _filled(layers: Layers) -> Layers:
+    filled = copy.deepcopy(layers.merged)
+    for key in layers.missing:
+        OmegaConf.update(filled, key, "none")
+    return replace(layers, merged=filled)
 
 
 def config_from_yaml(text: str, source: str, overrides: Sequence[str] = ()) -> Config:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -164,8 +164,8 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Assumptions:
-    """What a configuration leaves open because the data decide it.
+class Sizes:
+    """The sizes of tables that data decide: known from data or from a run, or assumed.
 
     Attributes:
         num_rows: rows of each table that they are known of.
@@ -221,7 +221,7 @@ class Assumptions:
             raise UserError(f"how many ids a bag of {table!r} holds comes from the data: give --bag-length L")
         return self.default_bag_length
 
-    def require_known(self, tables: list[str]) -> None:
+    def require_known(self, tables: Sequence[str]) -> None:
         """Checks that rows are given only for tables that the model has.
 
         Raises:

@@ -14,7 +14,6 @@ import torch
 from embedtrain.data.click_batches import ClickBatches
 from embedtrain.data.click_files import SUFFIXES
 from embedtrain.data.click_log import ClickLayout, ClickLog
-from embedtrain.data.click_schema import CRITEO_CATEGORICAL, CategoricalColumn, ClickSchema, require_columns
 from embedtrain.data.click_stream import ClickStream, StreamOptions
 from embedtrain.data.prepare_clicks import ClickOptions, prepare_clicks
 from embedtrain.data.sources import refuse_changes
@@ -22,10 +21,13 @@ from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.metrics.classification import training_measures
-from embedtrain.recipes.base import Recipe, Sizes, collection_options
+from embedtrain.recipes.base import Recipe, collection_options
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
 from embedtrain.recipes.ranking.config import ClicksConfig, FeatureConfig, RankingConfig
-from embedtrain.recipes.ranking.model import NetworkOptions, Ranking, measure_ranking
+from embedtrain.recipes.ranking.model import Ranking, measure_ranking
+from embedtrain.recipes.ranking.options import click_schema, network_options
+from embedtrain.recipes.ranking.workload import workload
+from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import DEFAULT_OPTIMIZER, FeatureSpec, TableSpec
 from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.task import Batches, Evaluation, Parts, Pretrained, StreamedBatches, Task
@@ -123,46 +125,6 @@ def _open_stream(config: RankingConfig, runtime: Runtime) -> tuple[ClickLayout, 
     return stream, stream, stream.fingerprint
 
 
-def click_schema(data: ClicksConfig) -> ClickSchema:
-    """Returns the schema that a section describes.
-
-    Raises:
-        UserError: it contradicts itself.
-    """
-    if data.format == "criteo":
-        names = tuple(data.categorical) or CRITEO_CATEGORICAL
-        require_columns(names, CRITEO_CATEGORICAL, "data.categorical")
-    else:
-        names = tuple(data.categorical)
-    require_columns(list(data.features), names, "data.features")
-    columns = [_column(name, data.features.get(name, FeatureConfig()), data) for name in names]
-    if data.format == "criteo":
-        return ClickSchema.criteo(columns, data.dense_transform)
-    return ClickSchema(
-        file_format=data.format,
-        label=data.label,
-        dense=tuple(data.dense),
-        categorical=tuple(columns),
-        positive=data.positive,
-        columns=None if data.columns is None else tuple(data.columns),
-        delimiter=data.delimiter,
-        dense_transform=data.dense_transform,
-    )
-
-
-def _column(name: str, feature: FeatureConfig, data: ClicksConfig) -> CategoricalColumn:
-    num_rows = data.num_rows if feature.num_rows is None else feature.num_rows
-    encoding = feature.encoding or data.encoding or ("vocabulary" if num_rows is None else "hash")
-    return CategoricalColumn(
-        name=name,
-        num_rows=num_rows,
-        encoding=encoding,
-        min_count=data.min_count if feature.min_count is None else feature.min_count,
-        is_bag=feature.bag,
-        separator=feature.separator,
-    )
-
-
 def _click_options(data: ClicksConfig, path: Any) -> ClickOptions:
     return ClickOptions(path=path, schema=click_schema(data), max_bad_lines=data.max_bad_lines)
 
@@ -185,7 +147,6 @@ def _build_model(config: RankingConfig, runtime: Runtime, layout: ClickLayout) -
     features = {name: config.data.features.get(name, FeatureConfig()) for name in layout.feature_names}
     optimizers = optimizer_names(config.optimizer)
     dtype = getattr(torch, config.table.dtype)
-    network = config.ranking
     return Ranking(
         [
             # As DLRM begins: rows of a large table, most of which are seldom seen, begin near zero and add no noise.
@@ -201,13 +162,7 @@ def _build_model(config: RankingConfig, runtime: Runtime, layout: ClickLayout) -
         ],
         [FeatureSpec(name, pooling=feature.pooling if feature.bag else "none") for name, feature in features.items()],
         len(layout.dense_names),
-        NetworkOptions(
-            architecture=network.architecture,
-            bottom=tuple(network.bottom),
-            top=tuple(network.top),
-            num_cross_layers=network.num_cross_layers,
-            low_rank=network.low_rank,
-        ),
+        network_options(config.ranking),
         **collection_options(config.table, runtime, config.seed),
     )
 
@@ -262,4 +217,6 @@ def _heads(config: RankingConfig) -> dict[str, tuple[str, ...]]:
     return dict.fromkeys(keys, SUFFIXES[config.data.format])
 
 
-RECIPE = Recipe(config=RankingConfig, prepare=prepare, build=build, heads=_heads, held_out="data.valid_path")
+RECIPE = Recipe(
+    config=RankingConfig, prepare=prepare, build=build, workload=workload, heads=_heads, held_out="data.valid_path"
+)

@@ -22,11 +22,13 @@ from embedtrain.errors import UserError
 from embedtrain.export.recommendations import Recommendation
 from embedtrain.export.vectors import FloatRows, Vectors
 from embedtrain.optim.dense import DenseOptimizer
-from embedtrain.recipes.base import Grow, Names, Recipe, Sizes, collection_options
+from embedtrain.recipes.base import Grow, Names, Recipe, collection_options
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
 from embedtrain.recipes.retrieval.config import RetrievalConfig, SideConfig
 from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval, Scoring, Side, retrieval_table
 from embedtrain.recipes.retrieval.recommendation import Catalogue, all_vectors, evaluate_retrieval
+from embedtrain.recipes.retrieval.workload import workload
+from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import DEFAULT_OPTIMIZER, TableSpec
 from embedtrain.train.checkpoints import load_weights
 from embedtrain.train.run_folder import RunFolder
@@ -293,6 +295,7 @@ RECIPE = Recipe(
     config=RetrievalConfig,
     prepare=prepare,
     build=build,
+    workload=workload,
     heads=_heads,
     held_out="evaluate.path",
     grow=Grow(

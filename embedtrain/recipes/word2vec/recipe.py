@@ -22,10 +22,12 @@ from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import UserError
 from embedtrain.jagged import Jagged
 from embedtrain.metrics.word_similarity import evaluate_similarity
-from embedtrain.recipes.base import Grow, Names, Recipe, Sizes, collection_options
+from embedtrain.recipes.base import Grow, Names, Recipe, collection_options
 from embedtrain.recipes.optimizers import build_optimizer, optimizer_names
 from embedtrain.recipes.word2vec.config import Word2VecConfig
 from embedtrain.recipes.word2vec.model import INPUT, OUTPUT, Word2Vec, word2vec_tables
+from embedtrain.recipes.word2vec.workload import workload
+from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import TableSpec
 from embedtrain.train.run_folder import VOCABULARY_NAME
 from embedtrain.train.task import Evaluation, Parts, Pretrained, Task
@@ -206,6 +208,7 @@ RECIPE = Recipe(
     config=Word2VecConfig,
     prepare=prepare,
     build=build,
+    workload=workload,
     heads=_heads,
     held_out="evaluate.similarity",
     grow=Grow(

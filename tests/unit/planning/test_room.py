@@ -12,8 +12,8 @@ from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.planning import room
 from embedtrain.planning.room import available_memory_bytes, require_room
-from embedtrain.recipes.base import Sizes
 from embedtrain.recipes.loading import load_config
+from embedtrain.recipes.workload import Sizes
 
 SIZES = Sizes({"input": 1_000_000, "output": 1_000_000})
 RUNTIME = Runtime(0, 0, 2, torch.device("cpu"))
