@@ -14,8 +14,9 @@ from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import CollectionOptions
 from embedtrain.export.recommendations import Recommendation
 from embedtrain.export.vectors import Vectors
+from embedtrain.recipes.optimizers import optimizer_names
 from embedtrain.recipes.workload import Sizes, Workload
-from embedtrain.spec import TableSpec
+from embedtrain.spec import DEFAULT_OPTIMIZER, Init, TableSpec
 from embedtrain.train.task import Parts
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -56,7 +57,7 @@ class Grow(Generic[ConfigT, DataT]):
     facts: Callable[[DataT], Mapping[str, Any]]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Recipe(Generic[ConfigT, DataT]):
     """All that embedtrain has to know of a model.
 
@@ -86,6 +87,36 @@ class Recipe(Generic[ConfigT, DataT]):
     open: Callable[[ConfigT, Runtime, str | None], Vectors] | None = None
     recommend: Callable[[ConfigT, Runtime, Sequence[str] | None, int, bool], Iterator[list[Recommendation]]] | None = (
         None
+    )
+
+
+def table_spec(
+    config: Config,
+    name: str,
+    num_rows: int,
+    *,
+    dim: int | None = None,
+    init: Init = "uniform",
+    init_scale: float | None = None,
+) -> TableSpec:
+    """Returns a table as a configuration stores and trains it.
+
+    Args:
+        config: of the run.
+        name: of the table.
+        num_rows: rows.
+        dim: columns; None for `table.dim`.
+        init: distribution of the first values; see `TableSpec`.
+        init_scale: see `TableSpec`.
+    """
+    return TableSpec(
+        name,
+        num_rows,
+        config.table.dim if dim is None else dim,
+        dtype=getattr(torch, config.table.dtype),
+        init=init,
+        init_scale=init_scale,
+        optimizer=optimizer_names(config.optimizer).get(name, DEFAULT_OPTIMIZER),
     )
 
 

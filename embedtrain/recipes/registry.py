@@ -59,7 +59,7 @@ def recipe_of(model: str) -> Recipe[Any, Any]:
         ) from error
     if not isinstance(found, Recipe):
         raise UserError(
-            f"package {_package_of(first)} brings model {model!r}: expected {first.value} to be a "
+            f"package {_package_of(first)} brings model {model!r}: expected {first.value} to be an "
             f"embedtrain.recipes.Recipe, got {type(found).__name__}"
         )
     return found

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import torch
 
 from embedtrain.data.click_batches import ClickBatches
 from embedtrain.data.click_files import SUFFIXES
@@ -21,14 +20,14 @@ from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.metrics.classification import training_measures
-from embedtrain.recipes.base import Recipe, collection_options
-from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
+from embedtrain.recipes.base import Recipe, collection_options, table_spec
+from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer
 from embedtrain.recipes.ranking.config import ClicksConfig, FeatureConfig, RankingConfig
 from embedtrain.recipes.ranking.model import Ranking, measure_ranking
 from embedtrain.recipes.ranking.options import click_schema, network_options
 from embedtrain.recipes.ranking.workload import workload
 from embedtrain.recipes.workload import Sizes
-from embedtrain.spec import DEFAULT_OPTIMIZER, FeatureSpec, TableSpec
+from embedtrain.spec import FeatureSpec
 from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.task import Batches, Evaluation, Parts, Pretrained, StreamedBatches, Task
 
@@ -145,19 +144,10 @@ def _prepare_log(
 
 def _build_model(config: RankingConfig, runtime: Runtime, layout: ClickLayout) -> Ranking:
     features = {name: config.data.features.get(name, FeatureConfig()) for name in layout.feature_names}
-    optimizers = optimizer_names(config.optimizer)
-    dtype = getattr(torch, config.table.dtype)
     return Ranking(
         [
-            # As DLRM begins: rows of a large table, most of which are seldom seen, begin near zero and add no noise.
-            TableSpec(
-                name,
-                layout.num_rows[name],
-                feature.dim or config.table.dim,
-                dtype=dtype,
-                init_scale=layout.num_rows[name] ** -0.5,
-                optimizer=optimizers.get(name, DEFAULT_OPTIMIZER),
-            )
+            # As DLRM begins: most rows of a large table are rarely seen. They begin near zero and add no noise.
+            table_spec(config, name, layout.num_rows[name], dim=feature.dim, init_scale=layout.num_rows[name] ** -0.5)
             for name, feature in features.items()
         ],
         [FeatureSpec(name, pooling=feature.pooling if feature.bag else "none") for name, feature in features.items()],
