@@ -27,6 +27,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 MODULES = (
     "embedtrain",
     "embedtrain.optim",
+    "embedtrain.recipes",
     "embedtrain.recipes.retrieval.losses",
     "embedtrain.checkpoint",
     "embedtrain.export",
@@ -79,7 +80,9 @@ def _describe(module: str, name: str, value: Any) -> Iterator[str]:
 
 
 def _signature(value: Any) -> str:
-    """Returns the parameters as they are written in the source."""
+    """Returns the parameters as they are written in the source; a protocol has none."""
+    if getattr(value, "_is_protocol", False):
+        return ""
     if inspect.isclass(value) and is_dataclass(value):
         node = ast.parse(textwrap.dedent(inspect.getsource(value))).body[0]
         assert isinstance(node, ast.ClassDef)
