@@ -8,13 +8,16 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from embedtrain import cli
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
+from tests.unit.recipes.test_registry import forget
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "docs" / "examples" / "own_recipe"
@@ -38,11 +41,11 @@ class Ratings:
     folder: Path
     site: Path
 
-    def run(self, *arguments: str, ranks: int = 1) -> str:
-        """Runs embedtrain; returns all that it prints."""
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    def train(self, *arguments: str) -> str:
+        """Trains on 2 ranks; returns what is printed."""
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "embedtrain"]
         done = subprocess.run(
-            [sys.executable, *torchrun, "-m", "embedtrain", *arguments],
+            [sys.executable, *torchrun, "train", "config.yaml", *arguments],
             cwd=self.folder,
             env={**os.environ, "PYTHONPATH": f"{self.site}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"},
             capture_output=True,
@@ -50,7 +53,7 @@ class Ratings:
             timeout=240,
         )
         assert done.returncode == 0, done.stderr
-        return done.stdout + done.stderr
+        return done.stderr
 
     def records(self, run: str, metric: str) -> list[float]:
         lines = (self.folder / run / "metrics.jsonl").read_text().splitlines()
@@ -79,20 +82,42 @@ def ratings(tmp_path_factory: pytest.TempPathFactory) -> Ratings:
     (folder / "train.csv").write_text("".join(lines[300:]))
     (folder / "config.yaml").write_text(CONFIG)
     found = Ratings(folder, site)
-    printed = found.run("train", "config.yaml", ranks=2)
+    printed = found.train()
     assert "starting of" in printed
     return found
+
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(ratings: Ratings, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Runs a command in this process, with the package where it is found; returns what it prints."""
+    monkeypatch.syspath_prepend(ratings.site)
+    monkeypatch.chdir(ratings.folder)
+    forget()
+
+    def run_one(*arguments: str) -> str:
+        status = cli.main(arguments)
+        captured = capfd.readouterr()
+        assert status == 0, captured.err
+        return captured.out
+
+    yield run_one
+    monkeypatch.undo()
+    sys.modules.pop("ratings_recipe", None)
+    forget()
 
 
 def test_the_example_is_short() -> None:
     assert len((EXAMPLE / "ratings_recipe.py").read_text().splitlines()) <= 80
 
 
-def test_it_learns_and_is_evaluated_in_the_loop_and_by_evaluate(ratings: Ratings) -> None:
+def test_it_learns_and_is_evaluated_in_the_loop_and_by_evaluate(ratings: Ratings, run: Run) -> None:
     errors = ratings.records("run", "rmse")
     assert len(errors) == 8
     assert errors[-1] < 0.5 * errors[0]
-    value, name = ratings.run("evaluate", "run").split()
+    value, name = run("evaluate", "run").split()
     assert (name, float(value)) == ("rmse", pytest.approx(errors[-1], abs=1e-3))
 
 
@@ -103,33 +128,30 @@ def test_it_resumes_to_the_last_bit(ratings: Ratings) -> None:
         shutil.rmtree(path)
     step = int(checkpoints[len(checkpoints) // 2 - 1].name.removeprefix("step-"))
     assert 0 < step < int(checkpoints[-1].name.removeprefix("step-"))
-    printed = ratings.run("train", "config.yaml", "run.path=resumed", ranks=2)
-    assert f"resuming at step {step} " in printed
+    assert f"resuming at step {step} " in ratings.train("run.path=resumed")
     whole, resumed = ratings.tensors("run"), ratings.tensors("resumed")
-    assert whole.keys() == resumed.keys() == {f"{t}/{s}" for t in ("user", "item") for s in ("weight", *ADAM)}
+    states = ("weight", "exp_avg", "exp_avg_sq")
+    assert whole.keys() == resumed.keys() == {f"{table}/{state}" for table in ("user", "item") for state in states}
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name]), name
 
 
-ADAM = ("exp_avg", "exp_avg_sq")
-
-
-def test_it_is_reported_planned_and_tried(ratings: Ratings) -> None:
-    ratings.run("report", "run", "--output", "report.html")
+def test_it_is_reported_planned_and_tried(ratings: Ratings, run: Run) -> None:
+    run("report", "run", "--output", "report.html")
     assert "rmse" in (ratings.folder / "report.html").read_text()
 
-    planned = ratings.run("plan", "config.yaml", "run.path=none", "--rows", "user=1e6", "--rows", "item=1000")
+    planned = run("plan", "config.yaml", "run.path=none", "--rows", "user=1e6", "--rows", "item=1000")
     rows = {line.split()[0]: line.split()[1] for line in planned.splitlines() if line.startswith(("user", "item"))}
     assert rows == {"user": "1,000,000", "item": "1,000"}
 
-    tried = ratings.run("train", "config.yaml", "run.path=untouched", "--dry-run", ranks=2)
+    tried = run("train", "config.yaml", "run.path=untouched", "--dry-run")
     assert "step 2 " in tried
-    assert "2 ranks" in tried
+    assert "epochs       8 of" in tried
     assert not (ratings.folder / "untouched").exists()
 
 
-def test_its_rows_are_exported_under_their_numbers(ratings: Ratings) -> None:
-    ratings.run("export", "run", "--table", "item", "--format", "word2vec", "--output", "items.txt")
+def test_its_rows_are_exported_under_their_numbers(ratings: Ratings, run: Run) -> None:
+    run("export", "run", "--table", "item", "--format", "word2vec", "--output", "items.txt")
     first, *lines = (ratings.folder / "items.txt").read_text().splitlines()
     assert first == "60 8"
     assert [line.split()[0] for line in lines] == [str(row) for row in range(60)]
