@@ -38,9 +38,8 @@ from embedtrain.ops.skipgram_block import TextBlock, skipgram_block
 from embedtrain.ops.sort_unique import sort_unique
 from embedtrain.recipes.word2vec.model import Word2Vec
 from embedtrain.train.ahead import BatchesAhead
-from embedtrain.train.objective import Objective
 from embedtrain.train.step import train_step
-from embedtrain.train.task import Task
+from embedtrain.train.task import Objective, Task
 
 NUM_SETS = 4
 BAG_SIZE = 10

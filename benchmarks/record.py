@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import datetime
+import os
+import platform
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from embedtrain.planning.measure import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS_PATH = ROOT / "benchmarks" / "results.csv"
@@ -78,3 +78,13 @@ def append_results(benchmark: str, versions: str, measures: Sequence[Measure]) -
                     f"{measure.ratio:.3f}",
                 ]
             )
+
+
+def cpu_name() -> str:
+    """Returns the processor's name and the number of its cores."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor()
+    return f"{name}, {os.cpu_count()} cores"

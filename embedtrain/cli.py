@@ -121,7 +121,7 @@ def _add_planning(commands: Commands) -> None:
     plan = add_command(
         commands,
         "plan",
-        "what a run will need on each rank, and how long a step takes",
+        "what a run will need on each rank, and how long a step takes at least",
         "embedtrain plan configs/word2vec.yaml --rows 10e6 --world-size 8 --memory 16GiB",
     )
     add_plan_arguments(plan)

@@ -21,12 +21,13 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from embedtrain.config.optimizer import OPTIMIZERS, OptimizerConfig
 from embedtrain.config.sections import Config
-from embedtrain.recipes.registry import MODELS
+from embedtrain.recipes.registry import BUILT_IN, recipe_of
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 MODULES = (
     "embedtrain",
     "embedtrain.optim",
+    "embedtrain.recipes",
     "embedtrain.recipes.retrieval.losses",
     "embedtrain.checkpoint",
     "embedtrain.export",
@@ -79,7 +80,9 @@ def _describe(module: str, name: str, value: Any) -> Iterator[str]:
 
 
 def _signature(value: Any) -> str:
-    """Returns the parameters as they are written in the source."""
+    """Returns the parameters as they are written in the source; a protocol has none."""
+    if getattr(value, "_is_protocol", False):
+        return ""
     if inspect.isclass(value) and is_dataclass(value):
         node = ast.parse(textwrap.dedent(inspect.getsource(value))).body[0]
         assert isinstance(node, ast.ClassDef)
@@ -149,7 +152,8 @@ def settings() -> str:
         _table(_keys(Config, Config(), "")),
     ]
     common = {key for key, _, _ in _keys(Config, Config(), "")}
-    for name, model in MODELS.items():
+    for name in BUILT_IN:
+        model = recipe_of(name).config
         defaults = {key: default for key, default, _ in _keys(Config, Config(), "")}
         own = [each for each in _keys(model, model(), "") if each[0] not in common or defaults[each[0]] != each[1]]
         pages += [f"## `model: {name}`\n", f"{inspect.getdoc(model)}\n", _table(own)]

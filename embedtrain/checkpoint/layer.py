@@ -16,7 +16,7 @@ from embedtrain.checkpoint.blocks import VerifiedFile
 from embedtrain.checkpoint.header import as_bytes
 from embedtrain.checkpoint.manifest import Manifest, Piece, TensorInfo
 from embedtrain.errors import CorruptCheckpointError
-from embedtrain.sharding.overlap import overlap
+from embedtrain.sharding.layout import overlap
 
 # Rows on their way to memory that a file cannot be read into, or out of a memory map, at a time.
 _STAGED_BYTES = 16 * 2**20

@@ -25,7 +25,7 @@ import xxhash
 
 from embedtrain.checkpoint.header import DTYPES
 from embedtrain.errors import CheckpointError, CorruptCheckpointError
-from embedtrain.sharding.overlap import overlap
+from embedtrain.sharding.layout import overlap
 
 FORMAT = "embedtrain-checkpoint"
 VERSION = 1

@@ -14,10 +14,8 @@ import numpy as np
 from embedtrain import storage
 from embedtrain.config.optimizer import OPTIMIZERS
 from embedtrain.config.sections import Config
-from embedtrain.data.stream import STANDARD_INPUT
 from embedtrain.errors import UserError
 from embedtrain.recipes.loading import load_config
-from embedtrain.recipes.ranking.config import RankingConfig
 from embedtrain.train.run_folder import RunFolder
 
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -90,7 +88,7 @@ class Comparison:
             for lr in sorted(rates.get(name, [float(f"{base * factor:.6g}") for factor in FACTORS])):
                 path = f"{self._folder}/{name}-lr-{lr:g}"
                 self.configs.append(load_config(config_path, [*chosen, f"optimizer.lr={lr}", f"run.path={path}"]))
-        if isinstance(self.configs[0], RankingConfig) and self.configs[0].data.path == STANDARD_INPUT:
+        if self.configs[0].reads_standard_input:
             raise UserError(
                 "compare trains on the same data many times, and data.path=- comes once: write it to a file"
             )

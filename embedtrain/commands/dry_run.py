@@ -14,29 +14,25 @@ from typing import Any
 import torch
 
 from embedtrain.checkpoint import latest_checkpoint
+from embedtrain.config.resolved import set_value, value_at
 from embedtrain.config.sections import Config
 from embedtrain.data.cache import make_cache_folder
-from embedtrain.data.click_files import SUFFIXES
-from embedtrain.data.columns import TABLE_SUFFIXES
 from embedtrain.data.head import write_head
-from embedtrain.data.python_docs import PYTHON_DOCS
-from embedtrain.data.sources import TEXT_SUFFIXES
 from embedtrain.distributed.collectives import all_reduce_sum, run_on_first
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.planning.report import Request, print_plan
-from embedtrain.planning.room import require_room, workload_of_data
+from embedtrain.planning.room import require_room
 from embedtrain.planning.sizes import format_bytes
-from embedtrain.recipes.base import Sizes
-from embedtrain.recipes.ranking.config import RankingConfig
-from embedtrain.recipes.retrieval.config import RetrievalConfig
-from embedtrain.recipes.run import build_parts
-from embedtrain.recipes.word2vec.config import Word2VecConfig
+from embedtrain.recipes.building import build_parts, workload_of
+from embedtrain.recipes.registry import recipe_of
+from embedtrain.recipes.workload import Sizes
 from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.step import train_step
 from embedtrain.train.task import Batches, StreamedBatches, Task
 
 HEAD_BYTES = 4 << 20
 _NUM_STEPS = 2
+_CACHE_KEY = "data.cache_path"
 
 
 def dry_run(config: Config, folder: RunFolder, runtime: Runtime) -> None:
@@ -62,7 +58,7 @@ def dry_run(config: Config, folder: RunFolder, runtime: Runtime) -> None:
             newest = latest_checkpoint(folder.checkpoints_path)
             print(f"dry run      nothing is written to {folder.path}" + (f"; would resume {newest}" if newest else ""))
             print(f"data         {'all' if is_all else f'the first {format_bytes(HEAD_BYTES)}; rows are of these'}")
-            print_plan(workload_of_data(tried, found[0]), Request(runtime.world_size))
+            print_plan(workload_of(tried, found[0]), Request(runtime.world_size))
             if not isinstance(task.batches, StreamedBatches):
                 of_these = "" if is_all else " of these"
                 print(f"epochs       {config.train.epochs} of {task.batches.steps_per_epoch:,} steps{of_these}")
@@ -97,17 +93,21 @@ def _try_step(task: Task, batch: Any, runtime: Runtime) -> tuple[float, float]:
 
 @contextmanager
 def _head_of(config: Config, runtime: Runtime) -> Iterator[tuple[Config, bool]]:
-    """Yields the configuration with the head of its data in their place, and whether that is all of them.
+    """Yields the configuration with the heads of its data in place of the data, and whether that is all of them.
 
     Collective: every rank, also as it is left.
     """
+    large = recipe_of(config.model).heads(config)
+    if not large:
+        yield config, True
+        return
     tried = copy.deepcopy(config)
-    cache_path = os.path.expanduser(config.data.cache_path)  # type: ignore[attr-defined]
+    cache_path = os.path.expanduser(value_at(config, _CACHE_KEY))
 
     def write() -> tuple[str, Mapping[str, list[str]]]:
         work_path = tempfile.mkdtemp(prefix="dry-run-", dir=make_cache_folder(cache_path))
         try:
-            return work_path, _write_heads(config, work_path)
+            return work_path, _write_heads(config, large, work_path)
         except BaseException:
             shutil.rmtree(work_path)
             raise
@@ -115,22 +115,20 @@ def _head_of(config: Config, runtime: Runtime) -> Iterator[tuple[Config, bool]]:
     work_path, heads = run_on_first(write, runtime.group)
     try:
         for key, paths in heads.items():
-            section, _, name = key.partition(".")
-            setattr(getattr(tried, section), name, paths)
+            set_value(tried, key, paths)
         if heads:
-            tried.data.cache_path = work_path  # type: ignore[attr-defined]
+            set_value(tried, _CACHE_KEY, work_path)
         yield tried, not heads
     finally:
         if runtime.rank == 0:
             shutil.rmtree(work_path, ignore_errors=True)
 
 
-def _write_heads(config: Config, work_path: str) -> dict[str, list[str]]:
-    """Writes the heads of all that may be large; returns them by the key that names the whole."""
+def _write_heads(config: Config, large: Mapping[str, tuple[str, ...]], work_path: str) -> dict[str, list[str]]:
+    """Writes the heads of the data at the given keys; returns their paths by key, without data that are small."""
     heads = {}
-    for key, suffixes in _large_data(config).items():
-        section, _, name = key.partition(".")
-        path = getattr(getattr(config, section), name)
+    for key, suffixes in large.items():
+        path = value_at(config, key)
         if path is not None:
             folder = os.path.join(work_path, key)
             os.mkdir(folder)
@@ -138,16 +136,3 @@ def _write_heads(config: Config, work_path: str) -> dict[str, list[str]]:
             if head is not None:
                 heads[key] = head
     return heads
-
-
-def _large_data(config: Config) -> dict[str, tuple[str, ...]]:
-    """Returns the keys of data that may be large, with what their files' names end in."""
-    if isinstance(config, Word2VecConfig):
-        suffixes = TEXT_SUFFIXES if config.data.format == "text" else TABLE_SUFFIXES
-        return {} if config.data.path == PYTHON_DOCS else {"data.path": suffixes}
-    if isinstance(config, RankingConfig):
-        # A stream has no head to copy: its first lines are those that come.
-        keys = ("data.valid_path",) if config.data.is_stream else ("data.path", "data.valid_path")
-        return dict.fromkeys(keys, SUFFIXES[config.data.format])
-    assert isinstance(config, RetrievalConfig)
-    return dict.fromkeys(("data.path", "evaluate.path"), TABLE_SUFFIXES)

@@ -7,9 +7,8 @@ import argparse
 from embedtrain.commands import inspect as inspection
 from embedtrain.commands.console import EXIT_DONE, Commands, add_command
 from embedtrain.commands.reading import add_run, open_table
-from embedtrain.commands.recommend import evaluate_run
 from embedtrain.distributed.runtime import init_distributed
-from embedtrain.errors import UserError
+from embedtrain.recipes.trained import measure_run, require_config, require_held_out
 from embedtrain.report import write_report
 
 
@@ -18,7 +17,7 @@ def add_measuring(commands: Commands) -> None:
     evaluate = add_command(
         commands,
         "evaluate",
-        "measure a run: word vectors on analogies and similarity, retrieval on held-out data",
+        "measure a run on its held-out data, or its words on files of analogies and similarity",
         "embedtrain evaluate runs/x --analogies questions-words.txt --similarity wordsim.tsv",
     )
     add_run(evaluate)
@@ -41,10 +40,8 @@ def add_measuring(commands: Commands) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    if evaluate_run(options.path):
-        return EXIT_DONE
     if not options.analogies and not options.similarity:
-        raise UserError("expected --analogies FILE or --similarity FILE")
+        return _measure(options.path)
     with open_table(options) as vectors:
         inspection.print_evaluation(
             vectors,
@@ -53,6 +50,18 @@ def _evaluate(options: argparse.Namespace) -> int:
             restrict_vocab=options.restrict_vocab,
             case_insensitive=not options.case_sensitive,
         )
+    return EXIT_DONE
+
+
+def _measure(run_path: str) -> int:
+    """Prints the measures of a run on its held-out data. Collective: every rank."""
+    config = require_config(run_path)
+    require_held_out(config)
+    runtime = init_distributed(device=config.run.device, timeout_seconds=config.run.timeout_seconds)
+    measures = measure_run(config, runtime)
+    if runtime.rank == 0:
+        for name, value in measures.items():
+            print(f"{value:.4f}  {name}")
     return EXIT_DONE
 
 

@@ -1,21 +1,14 @@
-"""What the command line does with a trained run of retrieval: recommend, and measure."""
+"""The best items of users, printed or written to a file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import numpy as np
-
-from embedtrain.data.vocabulary import Vocabulary
-from embedtrain.distributed.runtime import Runtime, init_distributed
+from embedtrain.distributed.runtime import init_distributed
 from embedtrain.errors import UserError
-from embedtrain.export.recommendations import Recommendation, write_recommendations
-from embedtrain.recipes.retrieval.config import RetrievalConfig
-from embedtrain.recipes.retrieval.recipe import TrainedRetrieval, open_retrieval
-from embedtrain.recipes.retrieval.recommendation import Catalogue
-from embedtrain.recipes.trained import read_config
-
-_USERS_AT_ONCE = 1024
+from embedtrain.export.recommendations import write_recommendations
+from embedtrain.recipes.registry import recipe_of
+from embedtrain.recipes.trained import require_config
 
 
 def recommend(
@@ -40,7 +33,7 @@ def recommend(
         overwrite: whether a file that is there already is replaced.
 
     Raises:
-        UserError: the run is not one of retrieval, a user is unknown, or the output cannot be written.
+        UserError: the run is of a model that does not recommend, a user is unknown, or the output cannot be written.
     """
     if top < 1:
         raise UserError(f"the number of items must be at least 1, got {top}")
@@ -48,10 +41,12 @@ def recommend(
         raise UserError("expected the ids of users, or --all with --output FILE")
     if users is None and output is None:
         raise UserError("--all needs --output FILE")
-    trained, runtime = _open(run_path)
-    names = trained.interactions.users
-    rows = np.arange(len(names)) if users is None else _rows_of(users, names)
-    batches = _recommendations(trained, rows, top, leave_out_known)
+    config = require_config(run_path)
+    best_of = recipe_of(config.model).recommend
+    if best_of is None:
+        raise UserError(f"{run_path!r} is a run of {config.model}, which does not recommend")
+    runtime = init_distributed(device=config.run.device, timeout_seconds=config.run.timeout_seconds)
+    batches = best_of(config, runtime, users, top, leave_out_known)
     if runtime.rank != 0:
         for _ in batches:
             pass
@@ -63,59 +58,3 @@ def recommend(
             print(user)
             for item, score in zip(items, scores, strict=True):
                 print(f"  {score:.3f}  {item}")
-
-
-def evaluate_run(run_path: str) -> bool:
-    """Prints the measures of a retrieval run on its held-out data; returns False for a run of another model.
-
-    Collective: every rank.
-
-    Raises:
-        UserError: the run's configuration names no held-out data.
-    """
-    if not isinstance(read_config(run_path), RetrievalConfig):
-        return False
-    trained, runtime = _open(run_path)
-    if trained.measure is None:
-        raise UserError(f"{run_path} was trained without evaluate.path: there are no held-out data to measure on")
-    measures = trained.measure()
-    if runtime.rank == 0:
-        for name, value in measures.items():
-            print(f"{value:.4f}  {name}")
-    return True
-
-
-def _open(run_path: str) -> tuple[TrainedRetrieval, Runtime]:
-    config = read_config(run_path)
-    if config is None:
-        raise UserError(f"no run folder at {run_path!r}; expected the run.path that a training wrote to")
-    if not isinstance(config, RetrievalConfig):
-        raise UserError(f"{run_path!r} is a run of {config.model}: only runs of retrieval recommend")
-    runtime = init_distributed(device=config.run.device, timeout_seconds=config.run.timeout_seconds)
-    return open_retrieval(config, runtime), runtime
-
-
-def _rows_of(users: Sequence[str], names: Vocabulary) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    rows = names.rows_of(users)
-    unknown = [user for user, row in zip(users, rows.tolist(), strict=True) if row < 0]
-    if unknown:
-        raise UserError(
-            f"unknown user {unknown[0]!r}: not among the {len(names):,} users of the training data, such as "
-            f"{', '.join(map(repr, names.words[:3]))}"
-        )
-    return rows
-
-
-def _recommendations(
-    trained: TrainedRetrieval, rows: np.ndarray[tuple[int], np.dtype[np.int64]], top: int, leave_out_known: bool
-) -> Iterator[list[Recommendation]]:
-    catalogue = Catalogue(trained.model)
-    users, items = trained.interactions.users.words, trained.interactions.items.words
-    known = trained.interactions.known if leave_out_known else None
-    for start in range(0, len(rows), _USERS_AT_ONCE):
-        part = rows[start : start + _USERS_AT_ONCE]
-        best, scores = catalogue.best(part, top, known)
-        yield [
-            (users[row], [items[i] for i in chosen if i >= 0], worth[: sum(i >= 0 for i in chosen)])
-            for row, chosen, worth in zip(part.tolist(), best.tolist(), scores.tolist(), strict=True)
-        ]

@@ -7,7 +7,7 @@ import functools
 import socket
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -22,13 +22,11 @@ from embedtrain.distributed.runtime import Runtime, init_distributed, shut_down
 from embedtrain.distributed.stages import begin, whereabouts
 from embedtrain.errors import CheckpointError, NonFiniteError, UserError
 from embedtrain.planning.room import require_room
+from embedtrain.recipes.building import build_parts
 from embedtrain.recipes.loading import load_config
-from embedtrain.recipes.run import Run, build_run, check_run_folder
 from embedtrain.train.interrupt import EXIT_PREEMPTED
-from embedtrain.train.lock import RunLock
-from embedtrain.train.profile import StepProfile
-from embedtrain.train.run_folder import PROFILE_NAME, RunFolder
-from embedtrain.train.watchdog import Watchdog
+from embedtrain.train.run import check_run_folder, train_run
+from embedtrain.train.run_folder import RunFolder
 
 _PATIENCE_SECONDS = 5.0
 """How long a rank that has failed waits for rank 0 to say so."""
@@ -145,9 +143,8 @@ def _train_one(
     """Trains a run; returns its exit status, and what it failed with, which the user was told. Collective: all."""
 
     def work() -> int:
-        with RunLock(folder.path, runtime.group) as lock:
-            run = build_run(config, runtime, folder, functools.partial(require_room, config, runtime))
-            return _run(run, config, runtime, lock, is_profiled=is_profiled)
+        make_parts = functools.partial(build_parts, config, runtime, functools.partial(require_room, config, runtime))
+        return train_run(config, runtime, folder, make_parts, is_profiled=is_profiled)
 
     return _explained(work, _Job(runtime, config.run.timeout_seconds, is_debugged, folder))
 
@@ -223,51 +220,3 @@ def _tell_once(line: str, runtime: Runtime) -> None:
     elif runtime.store is not None:
         with suppress(Exception):
             runtime.store.wait([told], timedelta(seconds=_PATIENCE_SECONDS))
-
-
-def _run(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_profiled: bool) -> int:
-    state = run.trainer.state
-    if runtime.rank == 0:
-        done = f"resuming at step {state.step:,}" if run.is_resumed else "starting"
-        of_all = "" if run.trainer.total_steps is None else f" of {run.trainer.total_steps:,}"
-        say(f"{done}{of_all}, {runtime.world_size} ranks, {runtime.device.type}")
-
-    def before_save() -> None:
-        # A run that is killed goes on from this checkpoint, and does not log again what came before it.
-        for sink in run.sinks:
-            sink.flush()
-        lock.check()
-
-    with ExitStack() as stack:
-        watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
-        observers = list(run.observers)
-        if is_profiled:
-            observers.append(stack.enter_context(_profile(run.folder, runtime.rank)).step)
-
-        def observe() -> None:
-            for observer in observers:
-                observer()
-
-        is_complete = run.trainer.run(
-            run.sinks,
-            config.log.every_steps,
-            before_save=before_save,
-            alive=watchdog.alive,
-            on_step=observe,
-        )
-    for sink in run.sinks:
-        sink.close()
-    status = EXIT_DONE if is_complete else EXIT_PREEMPTED
-    if runtime.rank == 0:
-        run.folder.write_status("done" if is_complete else "preempted", status, step=state.step)
-        say(f"{'done' if is_complete else 'stopped and saved'} at step {state.step:,}: {run.folder.path}")
-    return status
-
-
-def _profile(folder: RunFolder, rank: int) -> StepProfile:
-    def write(trace: bytes, table: str) -> None:
-        folder.write_profile(rank, trace, table)
-        if rank == 0:
-            say(f"{table}\nprofile: {folder.join(PROFILE_NAME)}")
-
-    return StepProfile(write)

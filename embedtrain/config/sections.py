@@ -133,7 +133,7 @@ class Config:
     """What defines a run of any model; each model's own configuration adds its sections.
 
     Attributes:
-        model: which model; a key of `embedtrain.recipes.registry.MODELS`.
+        model: which model; see `embedtrain.recipes.registry`.
     """
 
     model: str = "???"
@@ -200,6 +200,11 @@ class Config:
     def table_names(self) -> list[str]:
         """Returns the names of the model's tables."""
         raise NotImplementedError(f"{type(self).__name__} does not name its tables")
+
+    @property
+    def reads_standard_input(self) -> bool:
+        """Whether the data are what comes on standard input, which can be read once."""
+        return False
 
     def _seconds(self) -> Iterator[tuple[str, float | None]]:
         yield "run.timeout_seconds", self.run.timeout_seconds

@@ -1,1 +1,1 @@
-"""What a run will need and how long its steps will take, before it is started."""
+"""What a run needs on each rank, and how long its steps take at least, before it is started."""

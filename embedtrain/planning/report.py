@@ -1,67 +1,67 @@
-"""The plan in words and numbers."""
+"""Prints a plan."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from embedtrain.planning.sizes import format_bytes
-from embedtrain.sharding.layout import SpreadLayout
-from embedtrain.sharding.machine import Machine
-from embedtrain.sharding.plan import (
-    Workload,
+from embedtrain.planning.plan import (
+    Bandwidths,
     checkpoint_bytes,
     exchange_of,
+    least_seconds,
     memory_of,
     remedies,
-    seconds_of,
+    traffic_bytes,
 )
+from embedtrain.planning.sizes import format_bytes
+from embedtrain.recipes.workload import Workload
+from embedtrain.sharding.layout import SpreadLayout
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a plan is for.
+    """The machines that a plan is for.
 
     Attributes:
-        world_size: ranks.
-        num_hosts: that they are spread over evenly.
-        memory_bytes: of each rank; None where any will do.
-        machine: rates; None leaves times out.
+        world_size: number of ranks.
+        num_hosts: number of hosts, which have equally many ranks.
+        memory_bytes: memory of each rank; None if it does not matter.
+        bandwidths: of each rank; what is unknown is left out of the step's time.
     """
 
     world_size: int
     num_hosts: int = 1
     memory_bytes: int | None = None
-    machine: Machine | None = None
+    bandwidths: Bandwidths = field(default_factory=Bandwidths)
 
 
 def print_plan(workload: Workload, request: Request) -> bool:
-    """Prints the plan; returns whether it fits into the memory."""
+    """Prints the plan; returns whether the run fits into memory."""
     hosts = f" on {request.num_hosts:,} hosts" if request.num_hosts > 1 else ""
-    print(f"{request.world_size:,} ranks{hosts}")
+    print(f"{request.world_size:,} rank{'s' * (request.world_size > 1)}{hosts}")
     _print_tables(workload, request.world_size)
     fits = _print_memory(workload, request)
     whole = checkpoint_bytes(workload)
     print(
-        f"checkpoint   {format_bytes(whole / request.world_size)} a rank, {format_bytes(whole)} in all, "
-        f"{format_bytes(whole * workload.num_checkpoints)} for the {workload.num_checkpoints} that may lie there"
+        f"checkpoint   {format_bytes(whole / request.world_size)} per rank, {format_bytes(whole)} in all, "
+        f"{format_bytes(whole * workload.num_checkpoints)} for up to {workload.num_checkpoints} in the run folder"
     )
     exchange = exchange_of(workload, request.world_size)
     print(
-        f"exchange     {format_bytes(exchange.total)} sent by each rank in a step: ids {format_bytes(exchange.ids)}, "
+        f"exchange     {format_bytes(exchange.total)} sent by each rank per step: ids {format_bytes(exchange.ids)}, "
         f"vectors {format_bytes(exchange.vectors)}, gradients {format_bytes(exchange.gradients)}"
         + (f", dense gradients {format_bytes(exchange.dense)}" if exchange.dense else "")
     )
     if exchange.at_owner:
-        print(f"             bags are pooled at the owners of their rows: {', '.join(exchange.at_owner)}")
-    if request.machine is not None:
-        _print_times(workload, request, request.machine)
+        print(f"             bags are pooled by the owners of their rows: {', '.join(exchange.at_owner)}")
+    _print_least_time(workload, request, exchange.total)
     return fits
 
 
 def _print_tables(workload: Workload, world_size: int) -> None:
     print(
-        f"{'table':<16} {'rows':>16} {'dim':>5} {'rows a rank':>14} {'weights':>11} {'state':>11} "
-        f"{'distinct a step':>16}"
+        f"{'table':<16} {'rows':>16} {'dim':>5} {'rows per rank':>14} {'weights':>11} {'state':>11} "
+        f"{'distinct rows':>16}"
     )
     for table in workload.tables:
         rows = SpreadLayout(table.num_rows, world_size).rows_per_rank
@@ -82,10 +82,10 @@ def _print_memory(workload: Workload, request: Request) -> bool:
         "background save at most": memory.save,
     }
     listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
-    print(f"memory       {format_bytes(memory.total)} a rank: {listed}")
+    print(f"memory       {format_bytes(memory.total)} per rank: {listed}")
     if request.num_hosts > 1:
         per_host = memory.total * request.world_size / request.num_hosts
-        print(f"             {format_bytes(per_host)} a host")
+        print(f"             {format_bytes(per_host)} per host")
     if request.memory_bytes is None:
         return True
     if memory.total <= request.memory_bytes:
@@ -93,7 +93,7 @@ def _print_memory(workload: Workload, request: Request) -> bool:
         return True
     excess = memory.total - request.memory_bytes
     print(
-        f"             DOES NOT FIT into {format_bytes(request.memory_bytes)}: {format_bytes(excess)} too much a rank"
+        f"             DOES NOT FIT into {format_bytes(request.memory_bytes)}: {format_bytes(excess)} per rank too much"
     )
     found = remedies(workload, request.world_size, request.memory_bytes)
     for remedy in found:
@@ -103,12 +103,20 @@ def _print_memory(workload: Workload, request: Request) -> bool:
     return False
 
 
-def _print_times(workload: Workload, request: Request, machine: Machine) -> None:
-    seconds = seconds_of(workload, request.world_size, machine, request.num_hosts)
-    total = sum(seconds.values())
-    stages = ", ".join(f"{name} {value * 1e3:.2f}" for name, value in seconds.items() if value >= 5e-6)
-    print(f"step         {total * 1e3:.2f} ms by the rates of {machine.name} ({stages})")
-    if machine.num_ranks == 1 < request.world_size:
-        print("             rates of one rank, to which exchanging costs nothing: measure on as many as share a host")
-    if request.num_hosts > 1 and machine.network_bytes_per_second is None:
-        print("             hosts are taken to exchange as fast as the ranks of one: give network_bytes_per_second")
+def _print_least_time(workload: Workload, request: Request, sent_bytes: int) -> None:
+    seconds = least_seconds(workload, request.world_size, request.bandwidths)
+    if not seconds:
+        return
+    print(f"step         at least {sum(seconds.values()) * 1e3:.2f} ms")
+    moved_bytes = traffic_bytes(workload, request.world_size)
+    left_out = []
+    for name, moved, bandwidth in (
+        ("rows", f"{format_bytes(moved_bytes)} read and written", request.bandwidths.memory),
+        ("exchange", f"{format_bytes(sent_bytes)} sent", request.bandwidths.exchange),
+    ):
+        if bandwidth is not None:
+            print(f"             {name} {seconds[name] * 1e3:.2f} ms: {moved} at {format_bytes(bandwidth)}/s")
+        elif name == "rows" or request.world_size > 1:
+            left_out.append(f"{name} (bandwidth unknown)")
+    left_out += ["the model's arithmetic", "sorting ids", "reading data", "waiting for other ranks"]
+    print(f"             left out: {', '.join(left_out)}; train --dry-run times real steps")

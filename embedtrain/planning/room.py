@@ -1,4 +1,4 @@
-"""Whether there is room for a run, asked before any table is made: memory of this host and disk of the run folder."""
+"""Checks that a run has room, before any table is made: this host's memory, and the disk of the run folder."""
 
 from __future__ import annotations
 
@@ -14,27 +14,22 @@ from embedtrain import storage
 from embedtrain.config.sections import Config
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
+from embedtrain.planning.plan import Memory, checkpoint_bytes, memory_of, remedies
 from embedtrain.planning.sizes import format_bytes
-from embedtrain.planning.workload import Assumptions, workload_of
-from embedtrain.recipes.base import Sizes
-from embedtrain.sharding.plan import Memory, Workload, checkpoint_bytes, memory_of, remedies
+from embedtrain.recipes.building import workload_of
+from embedtrain.recipes.workload import Sizes, Workload
 from embedtrain.train.run_folder import RunFolder
 
 
-def workload_of_data(config: Config, sizes: Sizes) -> Workload:
-    """Returns what a configuration asks of its machines, where the data have been read."""
-    return workload_of(config, Assumptions(sizes.num_rows, bag_length_of_table=sizes.bag_lengths))
-
-
 def require_room(config: Config, runtime: Runtime, sizes: Sizes) -> None:
-    """Refuses a run for which this host has too little memory, or its folder's disk too little space.
+    """Checks that this host has enough memory for a run, and the disk of the run folder enough space.
 
-    What a save in the background may take in memory beside the tables is left out: it does with less.
+    Memory for background saves is not counted: a save that finds less memory takes longer.
 
     Raises:
-        UserError: says what is needed, what there is, where, and what would help.
+        UserError: something is too small; says what is needed, what there is, where, and what would help.
     """
-    workload = workload_of_data(config, sizes)
+    workload = workload_of(config, sizes)
     _require_memory(workload, runtime)
     if runtime.rank == 0:
         _require_disk(workload, config)
@@ -56,14 +51,14 @@ def _require_memory(workload: Workload, runtime: Runtime) -> None:
     if needed * num_ranks <= available:
         return
     changes = [
-        # More ranks on this host would not help: each brings what it needs.
-        f"{remedy.change}, {num_ranks} a host" if remedy.change.endswith(" ranks") else remedy.change
+        # More ranks on this host would not help: each needs memory of its own.
+        f"{remedy.change}, {num_ranks} per host" if remedy.change.endswith(" ranks") else remedy.change
         for remedy in remedies(workload, runtime.world_size, available // num_ranks)
     ]
     helps = f"it would fit with {' or '.join(changes)}" if changes else "no single change of dtype, ranks or dim helps"
     ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
     raise UserError(
-        f"expected {format_bytes(needed * num_ranks)} of memory on {where} for {ranks} ({_listed(memory)} a rank), "
+        f"expected {format_bytes(needed * num_ranks)} of memory on {where} for {ranks} ({_listed(memory)} per rank), "
         f"got {format_bytes(available)}: {helps}; see embedtrain plan"
     )
 
@@ -97,7 +92,7 @@ def _require_disk(workload: Workload, config: Config) -> None:
 
 
 def _free_bytes(url: str) -> int | None:
-    """Returns what the disk takes on which a folder lies, or will lie; None where nobody tells."""
+    """Returns the free space of the disk that a folder lies on or will lie on; None if it is unknown."""
     path = storage.local_path(url)
     if path is None:
         return None
@@ -106,10 +101,10 @@ def _free_bytes(url: str) -> int | None:
 
 
 def available_memory_bytes(root: Path = Path("/")) -> int | None:
-    """Returns the memory that this process's host, or its container, can still give; None where the kernel is silent.
+    """Returns the memory that is available on this host or in its container; None if the kernel does not say.
 
     Args:
-        root: of the file system that tells.
+        root: the folder that holds `proc` and `sys`.
     """
     found = []
     host = _numbers(root / "proc/meminfo", 1024)
@@ -117,14 +112,14 @@ def available_memory_bytes(root: Path = Path("/")) -> int | None:
         found.append(host["MemAvailable:"])
     limit, used = (_number(root / "sys/fs/cgroup" / name) for name in ("memory.max", "memory.current"))
     if limit is not None and used is not None:
-        # The files' pages that the kernel holds count as used, and are given up when memory is asked for.
+        # Cached pages of files count as used, but the kernel gives them up when memory is asked for.
         cached = _numbers(root / "sys/fs/cgroup/memory.stat", 1).get("inactive_file", 0)
         found.append(max(0, limit - used + cached))
     return min(found, default=None)
 
 
 def _numbers(path: Path, unit_bytes: int) -> Mapping[str, int]:
-    """Returns the bytes by name of lines such as "MemAvailable: 123 kB"."""
+    """Returns the bytes that lines such as "MemAvailable: 123 kB" give, by name."""
     try:
         lines = [line.split() for line in path.read_text().splitlines()]
     except OSError:

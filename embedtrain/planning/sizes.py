@@ -1,4 +1,4 @@
-"""Sizes and counts as people write them."""
+"""Reads and writes sizes, bandwidths and counts as people write them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def parse_bytes(text: str) -> int:
     """Returns the bytes of "80GiB", "80 GB" or "1000".
 
     Raises:
-        UserError: it is none of these.
+        UserError: `text` is no such size.
     """
     units = {unit.lower(): size for unit, size in _UNITS.items()}
     match = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text.strip())
@@ -25,11 +25,27 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * units[match[2].lower()])
 
 
+def parse_bandwidth(text: str) -> float:
+    """Returns the bytes per second of "20GB/s" or "512 MiB/s".
+
+    Raises:
+        UserError: `text` is no such bandwidth.
+    """
+    size, slash, unit = text.strip().partition("/")
+    try:
+        bandwidth = parse_bytes(size)
+    except UserError:
+        bandwidth = 0
+    if (slash, unit) != ("/", "s") or bandwidth < 1:
+        raise UserError(f"expected a bandwidth such as 20GB/s, got {text!r}")
+    return float(bandwidth)
+
+
 def parse_count(text: str) -> int:
     """Returns the number of "1000", "1_000_000" or "10e9".
 
     Raises:
-        UserError: it is not a whole number of at least 1.
+        UserError: `text` is no whole number of at least 1.
     """
     try:
         value = float(text.replace(",", "").replace("_", ""))

@@ -1,75 +1,127 @@
-"""What the builder of a model hands over: all of a run that differs from model to model."""
+"""What a model brings to be trained by `embedtrain train`: a recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 
-from embedtrain.config.sections import TableConfig
+from embedtrain.config.sections import Config, TableConfig
+from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import CollectionOptions
-from embedtrain.train.run_folder import RunFolder
-from embedtrain.train.task import Task
+from embedtrain.export.recommendations import Recommendation
+from embedtrain.export.vectors import Vectors
+from embedtrain.recipes.optimizers import optimizer_names
+from embedtrain.recipes.workload import Sizes, Workload
+from embedtrain.spec import DEFAULT_OPTIMIZER, Init, TableSpec
+from embedtrain.train.task import Parts
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+DataT = TypeVar("DataT")
 
 
 @dataclass(frozen=True)
-class Pretrained:
-    """Vectors of another program that a table starts from.
+class Names:
+    """A file of names in the run folder: line n names row n of its tables.
 
     Attributes:
-        path: the file.
-        rows: returns the row of each name.
+        file_name: such as "vocabulary.tsv".
+        tables: the tables whose rows it names.
+        base_key: the key under which a grown run's configuration gives the old names to the preparation of new data.
+        init_key: the key of the vectors that these tables start from; null in a grown run.
     """
 
-    path: str
-    rows: Callable[[], Mapping[str, int]]
+    file_name: str
+    tables: tuple[str, ...]
+    base_key: str
+    init_key: str
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What the data say of a model's tables.
+class Grow(Generic[ConfigT, DataT]):
+    """How a trained run gets rows for new names.
 
     Attributes:
-        num_rows: of each table.
-        bag_lengths: of the tables that bags are looked up in, the ids of a bag on average.
+        names: the files of names; a model with a table that none of them names cannot grow.
+        vocabularies: returns the names that prepared data have, in the order of `names`.
+        tables: returns the tables for prepared data.
+        facts: returns the facts of prepared data, as `Parts.facts`.
     """
 
-    num_rows: Mapping[str, int]
-    bag_lengths: Mapping[str, float] = field(default_factory=dict)
-
-
-Check = Callable[[Sizes], None]
-"""Called on every rank before any table is made; raises UserError where there is no room for them."""
-
-
-def no_check(sizes: Sizes) -> None:
-    """Finds nothing wrong."""
+    names: Sequence[Names]
+    vocabularies: Callable[[DataT], Sequence[Vocabulary]]
+    tables: Callable[[ConfigT, DataT], Sequence[TableSpec]]
+    facts: Callable[[DataT], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a model's configuration was turned into.
+class Recipe(Generic[ConfigT, DataT]):
+    """All that embedtrain has to know of a model.
 
     Attributes:
-        task: model, optimizers, data and evaluation.
-        facts: JSON that belongs in each checkpoint: `data_fingerprint`, by which a resumed run knows its data, and
-            what readers of the vectors need, such as `export_table`.
-        write_files: rank 0 calls it to keep in the run folder what the vectors cannot be read without, such as the
-            vocabulary.
-        pretrained: by table, what it starts from in a new run.
+        config: the class of its configuration.
+        prepare: collective; prepares the data of a run or finds them in a cache. Returns the data in any form, for
+            `build`, and the sizes that they give the tables.
+        build: collective; builds model, optimizers and batches from a configuration and prepared data.
+        workload: returns what a run asks of its machines, from a configuration and sizes; no data are read.
+        heads: returns the keys of data that may be large, each with the suffixes of its files. A dry run replaces them
+            by their first megabytes, and `data.cache_path` by a folder of its own.
+        held_out: the key of held-out data, without which a run is not evaluated; None if a run needs no such key.
+        grow: how a trained run gets rows for new names; None if it cannot.
+        open: collective; opens the vectors of a trained run by the name of a table, None for the usual one. None if the
+            vectors are rows of its tables.
+        recommend: collective; yields the best items of users given by raw ids, None for all of them: how many, and
+            whether to leave out what they have already. None if the model does not recommend.
     """
 
-    task: Task
-    facts: Mapping[str, Any]
-    write_files: Callable[[RunFolder], None]
-    pretrained: Mapping[str, Pretrained] = field(default_factory=dict)
+    config: type[ConfigT]
+    prepare: Callable[[ConfigT, Runtime], tuple[DataT, Sizes]]
+    build: Callable[[ConfigT, Runtime, DataT], Parts]
+    workload: Callable[[ConfigT, Sizes], Workload]
+    heads: Callable[[ConfigT], Mapping[str, tuple[str, ...]]] = lambda config: {}
+    held_out: str | None = None
+    grow: Grow[ConfigT, DataT] | None = None
+    open: Callable[[ConfigT, Runtime, str | None], Vectors] | None = None
+    recommend: Callable[[ConfigT, Runtime, Sequence[str] | None, int, bool], Iterator[list[Recommendation]]] | None = (
+        None
+    )
+
+
+def table_spec(
+    config: Config,
+    name: str,
+    num_rows: int,
+    *,
+    dim: int | None = None,
+    init: Init = "uniform",
+    init_scale: float | None = None,
+) -> TableSpec:
+    """Returns a table as a configuration stores and trains it.
+
+    Args:
+        config: of the run.
+        name: of the table.
+        num_rows: rows.
+        dim: columns; None for `table.dim`.
+        init: distribution of the first values; see `TableSpec`.
+        init_scale: see `TableSpec`.
+    """
+    return TableSpec(
+        name,
+        num_rows,
+        config.table.dim if dim is None else dim,
+        dtype=getattr(torch, config.table.dtype),
+        init=init,
+        init_scale=init_scale,
+        optimizer=optimizer_names(config.optimizer).get(name, DEFAULT_OPTIMIZER),
+    )
 
 
 def collection_options(table: TableConfig, runtime: Runtime, seed: int) -> CollectionOptions:
-    """Returns what every model passes on to its tables."""
+    """Returns the options of an `EmbeddingCollection` that the section `table` gives."""
     return CollectionOptions(
         device=runtime.device,
         process_group=runtime.group,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +14,7 @@ from embedtrain import storage
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
 from embedtrain.checkpoint.writer import Contents, write_checkpoint
 from embedtrain.config.optimizer import OptimizerConfig
+from embedtrain.config.resolved import differing_keys, set_value, to_yaml
 from embedtrain.config.sections import Config
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.runtime import Runtime
@@ -21,31 +22,16 @@ from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.embedding.growth import grown_parts
 from embedtrain.errors import UserError
 from embedtrain.optim.sparse import RowState
-from embedtrain.recipes.loading import config_from_yaml, differing_keys, to_yaml
-from embedtrain.recipes.optimizers import build_optimizer, optimizer_names
-from embedtrain.recipes.retrieval.config import RetrievalConfig
-from embedtrain.recipes.retrieval.model import ITEM, USER, retrieval_table
-from embedtrain.recipes.retrieval.recipe import prepare_data
-from embedtrain.recipes.word2vec.config import Word2VecConfig
-from embedtrain.recipes.word2vec.model import word2vec_tables
-from embedtrain.recipes.word2vec.recipe import prepare_text, text_facts
-from embedtrain.spec import DEFAULT_OPTIMIZER, TableSpec
-from embedtrain.train.run_folder import CONFIG_NAME, VOCABULARY_NAME, RunFolder
+from embedtrain.recipes.base import Grow, Names
+from embedtrain.recipes.loading import config_from_yaml
+from embedtrain.recipes.optimizers import build_optimizer
+from embedtrain.recipes.registry import recipe_of
+from embedtrain.spec import TableSpec
+from embedtrain.train.run_folder import CONFIG_NAME, RunFolder
 from embedtrain.train.state import TrainState
-
-_IDS = {USER: f"{USER}s.tsv", ITEM: f"{ITEM}s.tsv"}
-"""What a run of retrieval calls the files of its raw ids."""
 
 _BASE = "base-"
 """Beginning of the name under which a grown run keeps the old names."""
-
-_OWN_KEYS = (
-    "run.path",
-    "init_from",
-    "data.base_vocabulary",
-    *(f"{side}.{key}" for side in ("users", "items") for key in ("init_from", "base_vocabulary")),
-)
-"""Settings of a grown run that nobody else can give."""
 
 _STEP = 0
 """A grown run has made no step of its own yet."""
@@ -85,13 +71,13 @@ def grow_run(run_path: str, new_path: str, overrides: Sequence[str], runtime: Ru
     """Makes a run that has the rows of another's newest checkpoint, and rows for what is new in other data.
 
     Rows and optimizer state are kept bit for bit under their words or raw ids; what is new begins as in a new run. All
-    stand in the order of their counts, old and new added up, so a word's row is another one than before. The new run
-    begins at step 0 of its own epochs, with a checkpoint of that step; the first run is only read.
+    names stand in the order of their counts, old and new added up, so a word's row is another one than before. The new
+    run begins at step 0 of its own epochs, with a checkpoint of that step; the first run is only read.
 
     Args:
-        run_path: folder of a run of word2vec, or of retrieval without features.
+        run_path: folder of a run whose model can grow and whose tables all have names.
         new_path: folder of the new run.
-        overrides: `key=value` each, the new run's settings where they are not the old one's; `data.path` among them.
+        overrides: `key=value` each, settings that replace those of the old run; `data.path` among them.
         runtime: of this process, which must be alone.
 
     Raises:
@@ -106,19 +92,33 @@ def grow_run(run_path: str, new_path: str, overrides: Sequence[str], runtime: Ru
         raise UserError(f"no complete checkpoint yet in {run_path!r}; train until the first one is saved")
     if storage.list_files(folder.path) or storage.list_folders(folder.path):
         raise UserError(f"{new_path} is not empty: choose a new folder for the grown run")
-    config = _new_config(old_folder, folder, overrides)
+    text = old_folder.read_config()
+    if text is None:
+        raise UserError(f"{old_folder.path} has no {CONFIG_NAME}: it is not the folder of a run")
+    source = old_folder.join(CONFIG_NAME)
+    grow = _grow_of(config_from_yaml(text, source), old_folder.path)
+    _refuse_own_keys(grow.names, overrides)
+    config = config_from_yaml(text, source, overrides)
+    _refuse_changes(text, config)
+    _grow_of(config, old_folder.path)
+    config.run.path = folder.path
     try:
         with CheckpointReader(path) as reader:
-            return _write(config, reader, old_folder, folder, runtime)
+            grown, facts = _prepare(grow, config, old_folder, folder, runtime)
+            return _write(config, grown, facts, reader, old_folder)
     except BaseException:
-        _discard(folder)
+        _discard(folder, grow.names)
         raise
 
 
 def _write(
-    config: Config, reader: CheckpointReader, old_folder: RunFolder, folder: RunFolder, runtime: Runtime
+    config: Config,
+    grown: Sequence[_Grown],
+    facts: Mapping[str, Any],
+    reader: CheckpointReader,
+    old_folder: RunFolder,
 ) -> list[GrownTable]:
-    grown, facts = _grow(config, old_folder, folder, runtime)
+    """Writes the new run's configuration and its first checkpoint."""
     for each in grown:
         _check_rows(each, reader, old_folder.path)
     states = _states_of(config.optimizer, [spec for each in grown for spec in each.tables])
@@ -129,6 +129,7 @@ def _write(
         for spec in each.tables
         for part in grown_parts(reader, spec, states[spec.name], ids, config.seed)
     ]
+    folder = RunFolder(config.run.path)
     folder.write_config(to_yaml(config))
     state = _state(reader, config, facts, old_folder.path)
     write_checkpoint(folder.checkpoints_path, Contents(_STEP, parts, state, reader.replicated()), None)
@@ -137,10 +138,10 @@ def _write(
     ]
 
 
-def _discard(folder: RunFolder) -> None:
-    """Removes what a failed attempt wrote, as far as that works: its error is the one to tell."""
-    names = VOCABULARY_NAME, *_IDS.values()
-    for name in (*names, *(f"{_BASE}{name}" for name in names), CONFIG_NAME):
+def _discard(folder: RunFolder, names: Sequence[Names]) -> None:
+    """Removes what a failed attempt wrote, as far as that works: the user is told of the attempt's own error."""
+    files = [each.file_name for each in names]
+    for name in (*files, *(f"{_BASE}{name}" for name in files), CONFIG_NAME):
         with suppress(Exception):
             storage.remove(folder.join(name))
     for path in (folder.checkpoints_path, folder.path):
@@ -148,55 +149,56 @@ def _discard(folder: RunFolder) -> None:
             storage.remove_empty_folder(path)
 
 
-def _new_config(old_folder: RunFolder, folder: RunFolder, overrides: Sequence[str]) -> Config:
+def _grow_of(config: Config, run_path: str) -> Grow[Any, Any]:
+    """Returns how a run grows.
+
+    Raises:
+        UserError: it cannot.
+    """
+    grow = recipe_of(config.model).grow
+    if grow is None:
+        raise UserError(f"{run_path} is a run of {config.model}, whose tables cannot grow")
+    nameless = set(config.table_names()) - {table for names in grow.names for table in names.tables}
+    if nameless:
+        raise UserError(
+            f"{run_path} cannot grow: it has no names for the rows of its tables {', '.join(sorted(nameless))}"
+        )
+    return grow
+
+
+def _refuse_own_keys(names: Sequence[Names], overrides: Sequence[str]) -> None:
     if not any(override.startswith("data.path=") for override in overrides):
         raise UserError("expected data.path=PATH, the data with what is new")
-    own = [override for override in overrides if override.partition("=")[0] in _OWN_KEYS]
+    own_keys = ["run.path", *(key for each in names for key in (each.base_key, each.init_key))]
+    own = [override for override in overrides if override.partition("=")[0] in own_keys]
     if own:
-        raise UserError(f"{', '.join(own)}: grow itself says what that is for the new run; leave it out")
-    text = old_folder.read_config()
-    if text is None:
-        raise UserError(f"{old_folder.path} has no {CONFIG_NAME}: it is not the folder of a run")
-    source = old_folder.join(CONFIG_NAME)
-    old, config = config_from_yaml(text, source), config_from_yaml(text, source, overrides)
-    if not isinstance(old, Word2VecConfig | RetrievalConfig):
-        raise UserError(f"{old_folder.path} is a run of {old.model}: only runs of word2vec and retrieval grow")
-    if isinstance(config, RetrievalConfig) and (config.users.features or config.items.features):
-        raise UserError(f"{old_folder.path} has features, whose categories have no names in it: it cannot grow")
+        raise UserError(f"{', '.join(own)}: grow itself sets this for the new run; leave it out")
+
+
+def _refuse_changes(old_yaml: str, config: Config) -> None:
     lasting = "model ", "table.", "optimizer.name ", "optimizer.tables"
-    differing = [each for each in differing_keys(text, to_yaml(config)) if each.startswith(lasting)]
+    differing = [each for each in differing_keys(old_yaml, config) if each.startswith(lasting)]
     if differing:
-        raise UserError(f"these stay as they were where a run grows: {'; '.join(differing)}")
-    config.run.path = folder.path
-    return config
+        raise UserError(f"these settings cannot change when a run grows: {'; '.join(differing)}")
 
 
-def _grow(
-    config: Config, old_folder: RunFolder, folder: RunFolder, runtime: Runtime
-) -> tuple[list[_Grown], dict[str, Any]]:
-    """Prepares the new data, keeps the old names as the base of theirs, and writes the new names."""
-    if isinstance(config, Word2VecConfig):
-        config.init_from = None
-        words, config.data.base_vocabulary = _keep_names(old_folder, folder, VOCABULARY_NAME)
-        corpus = prepare_text(config, runtime)
-        folder.write_vocabulary(corpus.vocabulary)
-        dtype, optimizers = getattr(torch, config.table.dtype), optimizer_names(config.optimizer)
-        tables = word2vec_tables(len(corpus.vocabulary), config.table.dim, dtype, optimizers)
-        return [_Grown(words, corpus.vocabulary, tables)], text_facts(corpus)
-    assert isinstance(config, RetrievalConfig)
-    old_names: dict[str, Vocabulary] = {}
-    for name, side in ((USER, config.users), (ITEM, config.items)):
-        side.init_from = None
-        old_names[name], side.base_vocabulary = _keep_names(old_folder, folder, _IDS[name])
-    data = prepare_data(config, runtime)
+def _prepare(
+    grow: Grow[Any, Any], config: Config, old_folder: RunFolder, folder: RunFolder, runtime: Runtime
+) -> tuple[list[_Grown], Mapping[str, Any]]:
+    """Prepares the new data, with the old names as the base of theirs, and writes the new names."""
+    old = []
+    for each in grow.names:
+        words, kept = _keep_names(old_folder, folder, each.file_name)
+        old.append(words)
+        set_value(config, each.init_key, None)
+        set_value(config, each.base_key, kept)
+    data, _ = recipe_of(config.model).prepare(config, runtime)
+    tables = grow.tables(config, data)
     grown = []
-    for name, names in ((USER, data.users), (ITEM, data.items)):
-        folder.write_vocabulary(names, _IDS[name])
-        dtype = getattr(torch, config.table.dtype)
-        own = optimizer_names(config.optimizer).get(name, DEFAULT_OPTIMIZER)
-        spec = retrieval_table(name, len(names), config.table.dim, dtype, config.retrieval.similarity, own)
-        grown.append(_Grown(old_names[name], names, [spec]))
-    return grown, {"data_fingerprint": data.fingerprint}
+    for each, words, vocabulary in zip(grow.names, old, grow.vocabularies(data), strict=True):
+        folder.write_vocabulary(vocabulary, each.file_name)
+        grown.append(_Grown(words, vocabulary, [spec for spec in tables if spec.name in each.tables]))
+    return grown, grow.facts(data)
 
 
 def _keep_names(old_folder: RunFolder, folder: RunFolder, name: str) -> tuple[Vocabulary, str]:
@@ -231,7 +233,7 @@ def _states_of(section: OptimizerConfig, tables: Sequence[TableSpec]) -> dict[st
     }
 
 
-def _state(reader: CheckpointReader, config: Config, facts: dict[str, Any], run_path: str) -> dict[str, Any]:
+def _state(reader: CheckpointReader, config: Config, facts: Mapping[str, Any], run_path: str) -> dict[str, Any]:
     """Returns what the new checkpoint says beside its tensors."""
     saved = reader.state
     dense = {"dense_optimizer": saved["dense_optimizer"]} if "dense_optimizer" in saved else {}

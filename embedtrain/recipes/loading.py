@@ -23,10 +23,11 @@ from embedtrain.config.choice import (
     without_tables,
 )
 from embedtrain.config.optimizer import OPTIMIZERS, OptimizerConfig
+from embedtrain.config.resolved import flatten
 from embedtrain.config.sections import Config
 from embedtrain.data.stream import STANDARD_INPUT
 from embedtrain.errors import UserError
-from embedtrain.recipes.registry import DEFAULT_MODEL, MODELS
+from embedtrain.recipes.registry import DEFAULT_MODEL, recipe_of, usable_models
 
 _MERGE_ERRORS = (OmegaConfBaseException, ValueError, TypeError, AttributeError, KeyError)
 """What omegaconf raises for values that do not fit; the last four slip through it."""
@@ -62,12 +63,12 @@ class Layers:
     @functools.cached_property
     def sources(self) -> Mapping[str, str]:
         """Where the value of each key was given that is not the default."""
-        return {key: source for source, layer in [*self.from_file, *self.from_command] for key, _ in _flatten(layer)}
+        return {key: source for source, layer in [*self.from_file, *self.from_command] for key, _ in flatten(layer)}
 
     @functools.cached_property
     def missing(self) -> list[str]:
         """The keys that must be given and are not."""
-        return [key for key, value in _flatten(self.merged) if value == "???"]
+        return [key for key, value in flatten(self.merged) if value == "???"]
 
 
 def read_layers(path: str | None, overrides: Sequence[str]) -> Layers:
@@ -87,14 +88,27 @@ def resolve_layers(layers: Layers) -> DictConfig:
     Raises:
         UserError: a value is wrong.
     """
-    filled = copy.deepcopy(layers.merged)
-    for key in layers.missing:
-        OmegaConf.update(filled, key, "none")
-    resolved = OmegaConf.structured(_to_config(replace(layers, merged=filled)))
+    resolved = OmegaConf.structured(_to_config(_filled(layers)))
     for key in layers.missing:
         OmegaConf.update(resolved, key, "???")
     assert isinstance(resolved, DictConfig)
     return resolved
+
+
+def load_without_data(path: str | None, overrides: Sequence[str]) -> Config:
+    """Reads and checks a configuration as `load_config` does; keys that must be given and are not are "none".
+
+    Raises:
+        UserError: as of `load_config`, but for missing keys.
+    """
+    return _to_config(_filled(read_layers(path, overrides)))
+
+
+def _filled(layers: Layers) -> Layers:
+    filled = copy.deepcopy(layers.merged)
+    for key in layers.missing:
+        OmegaConf.update(filled, key, "none")
+    return replace(layers, merged=filled)
 
 
 def config_from_yaml(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
@@ -122,13 +136,13 @@ def _merge(from_file: list[Layer], from_command: list[Layer]) -> Layers:
 
 def _merge_explained(from_file: list[Layer], from_command: list[Layer]) -> Layers:
     model = _model_of([*from_file, *from_command])
-    default = model().optimizer
+    default = _config_of(model)().optimizer
     optimizer = optimizer_of(from_file, default)
     if (chosen := optimizer_of(from_command, optimizer)).name != optimizer.name:
         # Another optimizer than the file's: what the file says of that one's formula is not meant for this one.
         from_file = [(source, for_another_optimizer(layer)) for source, layer in from_file]
     layers = [*from_file, *from_command]
-    merged = OmegaConf.structured(model)
+    merged = OmegaConf.structured(_config_of(model))
     merged.optimizer = default if chosen.name == default.name else chosen
     for source, layer in layers:
         refuse_options_of_others((source, layer), chosen)
@@ -160,28 +174,6 @@ def _explained() -> Iterator[None]:
         raise UserError(_explain(error)) from error
 
 
-def to_yaml(config: Config) -> str:
-    """Returns the resolved configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def differing_keys(first_yaml: str, second_yaml: str, may_change: tuple[str, ...] = ()) -> list[str]:
-    """Returns the keys in which two resolved configurations differ, of those that define what is trained.
-
-    Args:
-        first_yaml: the configuration that was.
-        second_yaml: the configuration that is.
-        may_change: beginnings of further keys that may differ.
-    """
-    first, second = (dict(_flatten(OmegaConf.create(text))) for text in (first_yaml, second_yaml))
-    may_change = (*MODELS[second["model"]].MAY_CHANGE, *may_change)
-    return [
-        f"{key} (was {first.get(key, 'absent')}, is {second.get(key, 'absent')})"
-        for key in sorted(first.keys() | second.keys())
-        if first.get(key) != second.get(key) and not key.startswith(may_change)
-    ]
-
-
 def _read_yaml(path: str) -> DictConfig:
     try:
         loaded = OmegaConf.load(path)
@@ -208,39 +200,42 @@ def _parse_override(override: str) -> DictConfig:
         raise UserError(f"{override!r} is not a key and a value: {' '.join(str(error).split())}") from error
 
 
-def _model_of(layers: Sequence[Layer]) -> type[Config]:
-    """Returns the configuration class of the model that the layers ask for."""
+def _model_of(layers: Sequence[Layer]) -> str:
+    """Returns the name of the model that the layers ask for."""
     name, named_in = DEFAULT_MODEL, ""
     for source, layer in layers:
         if "model" in layer:
-            name, named_in = layer["model"], source
-    if not isinstance(name, str) or name not in MODELS:
-        raise UserError(f"{named_in}: there is no model {name!r}; there are {', '.join(MODELS)}")
-    return MODELS[name]
+            name, named_in = str(layer["model"]), source
+    try:
+        recipe_of(name)
+    except UserError as error:
+        raise UserError(f"{named_in}: {error}") from error
+    return name
 
 
-def _refuse_unknown_keys(source: str, layer: DictConfig, model: type[Config]) -> None:
-    known = list(_known_keys(_name_of(model)))
+def _config_of(model: str) -> type[Config]:
+    kind: type[Config] = recipe_of(model).config
+    return kind
+
+
+def _refuse_unknown_keys(source: str, layer: DictConfig, model: str) -> None:
+    known = list(_known_keys(model))
     sections = list(dict.fromkeys(_beginnings(known)))
-    for key, _ in _flatten(layer):
+    for key, _ in flatten(layer):
         if key.startswith(f"{TABLES}.") or _is_among(key, [*known, *sections]):
             continue  # the options of single tables depend on their optimizer, and are refused with it
-        owners = [name for name in MODELS if _is_among(key, _known_keys(name))]
+        owners = [name for name in usable_models() if _is_among(key, _known_keys(name))]
         of_another = f" (it is one of model {' and '.join(owners)})" if owners else ""
-        meant = model.MEANT.get(key.rpartition(".")[2])
+        meant = _config_of(model).MEANT.get(key.rpartition(".")[2])
         near = [meant] if meant else difflib.get_close_matches(key, known + sections, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
-        raise UserError(f"{source}: there is no key {key} for model {_name_of(model)}{of_another}; {hint}")
-
-
-def _name_of(model: type[Config]) -> str:
-    return next(name for name, known in MODELS.items() if known is model)
+        raise UserError(f"{source}: there is no key {key} for model {model}{of_another}; {hint}")
 
 
 @functools.cache
 def _known_keys(model: str) -> tuple[str, ...]:
     """Returns the full keys of a model's configuration, as `_keys_of` yields them."""
-    return tuple(_keys_of(MODELS[model]))
+    return tuple(_keys_of(_config_of(model)))
 
 
 def _keys_of(section: type[Any], prefix: str = "") -> Iterator[str]:
@@ -262,7 +257,7 @@ def _keys_of(section: type[Any], prefix: str = "") -> Iterator[str]:
 
 def setting_keys() -> list[str]:
     """Returns the keys of all models, in order; of the entries of a dict of sections none."""
-    return sorted({key for name in MODELS for key in _known_keys(name) if ".NAME." not in key})
+    return sorted({key for name in usable_models() for key in _known_keys(name) if ".NAME." not in key})
 
 
 def _beginnings(keys: Iterable[str]) -> Iterator[str]:
@@ -284,17 +279,3 @@ def _explain(error: Exception) -> str:
     first_line = (getattr(error, "msg", None) or str(error) or type(error).__name__).splitlines()[0]
     key = getattr(error, "full_key", None)
     return f"{key}: {first_line}" if key else first_line
-
-
-def _flatten(node: Any) -> Iterator[tuple[str, Any]]:
-    """Yields the full keys of what is given, with values as they were written: "???" and "${...}" among them."""
-    return _flatten_plain(OmegaConf.to_container(node, resolve=False), "")
-
-
-def _flatten_plain(values: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        full_key = f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _flatten_plain(value, f"{full_key}.")
-        else:
-            yield full_key, value

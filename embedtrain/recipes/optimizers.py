@@ -34,12 +34,19 @@ def build_optimizer(section: OptimizerConfig, tables: EmbeddingCollection) -> op
     Raises:
         UserError: a hyperparameter is out of range.
     """
+    names = optimizer_names(section)
+    for table, shard in tables.shards.items():
+        if shard.spec.optimizer != (expected := names.get(table, DEFAULT_OPTIMIZER)):
+            raise ValueError(
+                f"table {table!r}: expected TableSpec.optimizer={expected!r}, got {shard.spec.optimizer!r}; make the "
+                "tables of a recipe with table_spec"
+            )
     together: dict[str, Any] = {"max_grad_norm": section.max_grad_norm, "nonfinite": section.nonfinite}
     trained = {shard.spec.optimizer for shard in tables.shards.values()}
     if trained == {DEFAULT_OPTIMIZER}:
         return _make(section, tables, "optimizer", together)
     sections = {DEFAULT_OPTIMIZER: ("optimizer", section)}
-    for table, name in optimizer_names(section).items():
+    for table, name in names.items():
         sections.setdefault(name, (f"optimizer.tables.{table}", section.of_table(table)))
     parts = [
         _make(own, tables.trained_by(name), where, {}) for name, (where, own) in sections.items() if name in trained

@@ -1,21 +1,23 @@
-"""What a run folder holds, opened for reading: whichever model was trained in it."""
+"""A trained run, opened from its folder, whichever its model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from embedtrain.config.resolved import value_at
 from embedtrain.config.sections import Config
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
-from embedtrain.export.vectors import FloatRows, Vectors, open_vectors
+from embedtrain.export.vectors import Vectors, open_vectors
+from embedtrain.recipes.building import build_parts
 from embedtrain.recipes.loading import config_from_yaml
-from embedtrain.recipes.retrieval.config import RetrievalConfig
-from embedtrain.recipes.retrieval.model import ITEM
-from embedtrain.recipes.retrieval.recipe import open_retrieval
-from embedtrain.recipes.retrieval.recommendation import all_vectors
+from embedtrain.recipes.registry import recipe_of
+from embedtrain.train.checkpoints import load_weights
 from embedtrain.train.run_folder import CONFIG_NAME, RunFolder
 
 
 def read_config(run_path: str) -> Config | None:
-    """Returns the configuration of the run in a folder, its path that of the folder; None where there is none."""
+    """Returns the configuration of the run in a folder, its path that of the folder; None if there is none."""
     folder = RunFolder(run_path)
     text = folder.read_config()
     if text is None:
@@ -25,35 +27,61 @@ def read_config(run_path: str) -> Config | None:
     return config
 
 
+def require_config(run_path: str) -> Config:
+    """Returns the configuration of the run in a folder, its path that of the folder.
+
+    Raises:
+        UserError: there is no run in it.
+    """
+    config = read_config(run_path)
+    if config is None:
+        raise UserError(f"no run folder at {run_path!r}; expected the run.path that a training wrote to")
+    return config
+
+
 def open_run_vectors(run_path: str, table: str | None, runtime: Runtime) -> Vectors:
     """Opens the vectors of a run's newest checkpoint, as they are compared with each other.
 
-    Of retrieval these are what the towers make of ids and features, under the raw ids.
+    They are rows of a table, or what the model computes from rows: `Recipe.open`.
 
     Args:
         run_path: the run folder, any fsspec URL.
-        table: as `embedtrain.export.open_vectors` takes it; for retrieval "item", which None stands for, or "user".
+        table: its name; None for the usual one.
         runtime: of this process.
 
     Raises:
         UserError: there is nothing to open, or no such table.
     """
     config = read_config(run_path)
-    if not isinstance(config, RetrievalConfig):
+    recipe = None if config is None else recipe_of(config.model)
+    if recipe is None or recipe.open is None:
         return open_vectors(run_path, table)
-    side = table or ITEM
-    trained = open_retrieval(config, runtime)
-    if side not in trained.model.sides:
-        raise UserError(f"no table {side!r} in {run_path!r}; it has: {', '.join(trained.model.sides)}")
-    names = trained.interactions.items if side == ITEM else trained.interactions.users
-    rows: FloatRows = all_vectors(trained.model, side).numpy()
-    return Vectors(
-        side,
-        trained.step,
-        len(names),
-        rows.shape[1],
-        names.words,
-        names.counts,
-        read=lambda start, stop: rows[start:stop],
-        noun=side,
-    )
+    return recipe.open(config, runtime, table)
+
+
+def require_held_out(config: Config) -> None:
+    """Refuses to evaluate a run whose configuration names no held-out data.
+
+    Raises:
+        UserError: it names none.
+    """
+    key = recipe_of(config.model).held_out
+    if key is not None and value_at(config, key) is None:
+        raise UserError(f"{config.run.path} was trained without {key}: there are no held-out data to measure on")
+
+
+def measure_run(config: Config, runtime: Runtime) -> Mapping[str, float]:
+    """Returns the measures of a run's newest checkpoint, those of its evaluation in training.
+
+    Collective: every rank.
+
+    Raises:
+        UserError: the run has no evaluation or no checkpoint, or its data are others than in training.
+    """
+    require_held_out(config)
+    parts = build_parts(config, runtime)
+    evaluation = parts.task.evaluation
+    if evaluation is None:
+        raise UserError(f"{config.run.path} is a run of {config.model}, which has no evaluation")
+    load_weights(config.run.path, parts.task.tables, parts.task.dense, parts.facts["data_fingerprint"])
+    return evaluation.measure(lambda: None)

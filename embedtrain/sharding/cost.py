@@ -1,4 +1,4 @@
-"""Bytes that a step's look-ups move between ranks: pure arithmetic, shared by the step and by `plan`."""
+"""Bytes that look-ups move between ranks: arithmetic that both a step and `embedtrain plan` use."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ class Wire:
     """Sizes of what travels for one group of tables.
 
     Attributes:
-        id_bytes: of a row's number.
-        vector_bytes: of each place of a row on its way out.
-        gradient_bytes: of each place of a gradient on its way home, and of a sum of rows on its way out.
+        id_bytes: size of a row number.
+        vector_bytes: size of one value of a row.
+        gradient_bytes: size of one value of a gradient, or of a sum of rows.
         has_gradients: whether gradients travel at all.
     """
 
@@ -23,11 +23,11 @@ class Wire:
 
 
 def bytes_of_rows(num_rows: int, dim: int, wire: Wire) -> int:
-    """Returns what distinct rows cost that travel to the examples: the id out, the row back, its gradient home."""
+    """Returns the bytes of distinct rows that travel to the examples: ids out, rows back, gradients home."""
     return num_rows * (wire.id_bytes + dim * (wire.vector_bytes + wire.has_gradients * wire.gradient_bytes))
 
 
 def bytes_of_sums(num_ids: int, num_sums: int, dim: int, wire: Wire, *, is_weighted: bool = False) -> int:
-    """Returns what pooling at the owners costs: every id of every bag out, a sum per owner and bag and its gradient."""
+    """Returns the bytes of pooling at the owners: all ids out, one sum per owner and bag back, its gradient home."""
     of_ids = num_ids * wire.id_bytes * (2 if is_weighted else 1)
     return of_ids + num_sums * dim * wire.gradient_bytes * (1 + wire.has_gradients)

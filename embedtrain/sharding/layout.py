@@ -110,6 +110,12 @@ class SpreadLayout:
         return owner, slots - owner * self.rows_per_rank
 
 
+def overlap(first: tuple[int, int], second: tuple[int, int]) -> tuple[int, int] | None:
+    """Returns the rows that two half-open intervals `[start, stop)` share, or None: what resharding is made of."""
+    start, stop = max(first[0], second[0]), min(first[1], second[1])
+    return (start, stop) if start < stop else None
+
+
 @functools.lru_cache(maxsize=4096)
 def spread_multiplier(modulus: int) -> int:
     """Picks the multiplier coprime to a modulus, near its golden section, that spreads prefixes best.

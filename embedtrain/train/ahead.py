@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -97,7 +97,7 @@ class BatchesAhead:
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Yields the tensors in objects, mappings and sequences of this package."""
+    """Yields the tensors in mappings, sequences, dataclasses and objects of this package."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -106,5 +106,8 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for part in value:
             yield from tensors_of(part)
+    elif is_dataclass(value):
+        for each in fields(value):
+            yield from tensors_of(getattr(value, each.name))
     elif type(value).__module__.startswith("embedtrain."):
         yield from tensors_of(vars(value))

@@ -17,6 +17,7 @@ from embedtrain.checkpoint import (
     LoadOptions,
     SaveOptions,
     agree_on_latest,
+    latest_checkpoint,
     load_shards,
     newest_whole,
     remove_checkpoint,
@@ -25,7 +26,10 @@ from embedtrain.checkpoint import (
 from embedtrain.checkpoint.agreement import on_first_rank
 from embedtrain.distributed.collectives import all_gather_object, raise_together
 from embedtrain.distributed.runtime import DEFAULT_TIMEOUT_SECONDS, background_group, rank_of
+from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import CorruptCheckpointError, UserError
+from embedtrain.optim.dense import DenseOptimizer
+from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.state import TrainState
 from embedtrain.train.task import Task
 
@@ -238,6 +242,42 @@ class Checkpoints:
         for settings, was in zip(self._optimizer.param_groups, saved["optimizer"]["param_groups"], strict=True):
             # The rest is this run's configuration, which the caller has compared with the saved one.
             settings["step"] = was["step"]
+
+
+def load_weights(
+    run_path: str, tables: EmbeddingCollection, dense: DenseOptimizer | None, data_fingerprint: str
+) -> int:
+    """Loads tables and dense parameters of a run's newest checkpoint, to be used and not trained.
+
+    Collective: every rank.
+
+    Args:
+        run_path: the run folder.
+        tables: take the rows; their optimizer's state is left as it is.
+        dense: takes the dense parameters; None if the model has none.
+        data_fingerprint: of the data that are there now.
+
+    Returns:
+        The step of the checkpoint.
+
+    Raises:
+        UserError: there is no checkpoint, or it was trained on other data.
+        CheckpointError: its tensors are not those of the tables.
+    """
+    folder = RunFolder(run_path)
+    path = latest_checkpoint(folder.checkpoints_path)
+    if path is None:
+        raise UserError(f"no complete checkpoint yet in {folder.path!r}; train until the first one is saved")
+    with CheckpointReader(path) as reader:
+        if reader.state["data_fingerprint"] != data_fingerprint:
+            raise UserError(
+                f"{path} was trained on other data than its configuration names now: the rows of its tables do not "
+                "belong to these data"
+            )
+        load_shards(reader, tables.shard_views(), LoadOptions(optimizer_state="reset"))
+        if dense is not None:
+            dense.load_tensors(reader.replicated(), with_state=False)
+        return reader.step
 
 
 def _corruption(error: Exception | None) -> str | None:

@@ -1,4 +1,4 @@
-"""What a run trains: a model with its optimizers and data, and how it is measured."""
+"""What a run trains: a model with its optimizers and data, its evaluation, and what is kept beside its tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,26 @@ from torch import Tensor
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.optim.sparse import SparseOptimizer
-from embedtrain.train.objective import Objective
+from embedtrain.train.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of this rank's batch, to differentiate and to report.
+
+    Attributes:
+        loss: scalar; what backward is called on. Its gradient is averaged over the ranks.
+        total: scalar float64, detached; the sum of the losses of all predictions of the batch.
+        num_predictions: how many; `total / num_predictions`, both summed over the ranks, is the loss reported.
+        sums: [n] float64 or None, detached; `Task.summarize` makes further measures of it, such as from counts in
+            bins. It adds up over steps and ranks; its size is the same at every step.
+    """
+
+    loss: Tensor
+    total: Tensor
+    num_predictions: int
+    sums: Tensor | None = None
+
 
 Model = Callable[[Any], Objective]
 
@@ -97,3 +116,34 @@ class Task:
     summarize: Callable[[Tensor], Mapping[str, float]] | None = None
     unit: str = "examples"
     frequencies: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Vectors of another program that a table starts from.
+
+    Attributes:
+        path: the file.
+        rows: returns the row of each name.
+    """
+
+    path: str
+    rows: Callable[[], Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a model's configuration and data were turned into.
+
+    Attributes:
+        task: model, optimizers, data and evaluation.
+        facts: JSON for each checkpoint: `data_fingerprint`, by which a resumed run recognises its data, and what
+            readers of the vectors need, such as `export_table`.
+        write_files: called on rank 0; writes to the run folder what readers of the vectors need, such as a vocabulary.
+        pretrained: by table, the vectors that it starts from in a new run.
+    """
+
+    task: Task
+    facts: Mapping[str, Any]
+    write_files: Callable[[RunFolder], None] = lambda folder: None
+    pretrained: Mapping[str, Pretrained] = field(default_factory=dict)

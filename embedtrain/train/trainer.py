@@ -18,11 +18,10 @@ from embedtrain.metrics.sinks import MetricSink
 from embedtrain.train.ahead import BatchesAhead, Prepared
 from embedtrain.train.checkpoints import Checkpoints
 from embedtrain.train.interrupt import Interrupt
-from embedtrain.train.objective import Objective
 from embedtrain.train.state import TrainState
 from embedtrain.train.step import train_step
 from embedtrain.train.step_statistics import StepStatistics
-from embedtrain.train.task import StreamedBatches, Task
+from embedtrain.train.task import Objective, StreamedBatches, Task
 
 T = TypeVar("T")
 

@@ -21,9 +21,8 @@ from embedtrain.distributed.runtime import rank_of
 from embedtrain.errors import CheckpointError
 from embedtrain.testing.ranks import run_ranks
 from embedtrain.train.checkpoints import Checkpoints, SavePolicy
-from embedtrain.train.objective import Objective
 from embedtrain.train.state import TrainState
-from embedtrain.train.task import Task
+from embedtrain.train.task import Objective, Task
 from embedtrain.train.trainer import Trainer
 
 NUM_STEPS, EVERY, NUM_ROWS = 40, 4, 50

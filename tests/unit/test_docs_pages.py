@@ -55,7 +55,13 @@ def test_the_reference_is_of_the_code_as_it_is() -> None:
 
 def test_every_public_name_and_every_setting_is_there() -> None:
     reference, settings = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in MADE)
-    for module in ("embedtrain", "embedtrain.optim", "embedtrain.checkpoint", "embedtrain.export"):
+    for module in (
+        "embedtrain",
+        "embedtrain.optim",
+        "embedtrain.recipes",
+        "embedtrain.checkpoint",
+        "embedtrain.export",
+    ):
         for name in importlib.import_module(module).__all__:
             assert f"\n### `{module}.{name}`\n" in reference
     for key in ("run.path", "init_from", "items.init_from", "data.features.NAME.bag", "optimizer.betas"):

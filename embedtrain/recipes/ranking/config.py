@@ -145,6 +145,11 @@ class RankingConfig(Config):
         all_of_format = CRITEO_CATEGORICAL if self.data.format == "criteo" else ()
         return list(self.data.categorical or all_of_format)
 
+    @property
+    def reads_standard_input(self) -> bool:
+        """Whether the data are what comes on standard input, which can be read once."""
+        return bool(self.data.path == STANDARD_INPUT)
+
     def check(self) -> None:
         """Checks the ranges that types cannot say."""
         super().check()

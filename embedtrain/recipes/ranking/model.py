@@ -18,7 +18,7 @@ from embedtrain.errors import UserError
 from embedtrain.metrics.classification import TRAINING_BINS, ClassificationMeter, classification_sums
 from embedtrain.ops.transfer import to_device
 from embedtrain.spec import FeatureSpec, TableSpec
-from embedtrain.train.objective import Objective
+from embedtrain.train.task import Objective
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -1,19 +1,18 @@
-"""A run of a ranking model from its configuration."""
+"""The recipe of ranking models."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import torch
 
 from embedtrain.data.click_batches import ClickBatches
 from embedtrain.data.click_files import SUFFIXES
 from embedtrain.data.click_log import ClickLayout, ClickLog
-from embedtrain.data.click_schema import CRITEO_CATEGORICAL, CategoricalColumn, ClickSchema, require_columns
 from embedtrain.data.click_stream import ClickStream, StreamOptions
 from embedtrain.data.prepare_clicks import ClickOptions, prepare_clicks
 from embedtrain.data.sources import refuse_changes
@@ -21,46 +20,74 @@ from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.metrics.classification import training_measures
-from embedtrain.recipes.base import Check, Parts, Pretrained, Sizes, collection_options, no_check
-from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
+from embedtrain.recipes.base import Recipe, collection_options, table_spec
+from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer
 from embedtrain.recipes.ranking.config import ClicksConfig, FeatureConfig, RankingConfig
-from embedtrain.recipes.ranking.model import NetworkOptions, Ranking, measure_ranking
-from embedtrain.spec import DEFAULT_OPTIMIZER, FeatureSpec, TableSpec
+from embedtrain.recipes.ranking.model import Ranking, measure_ranking
+from embedtrain.recipes.ranking.options import click_schema, network_options
+from embedtrain.recipes.ranking.workload import workload
+from embedtrain.recipes.workload import Sizes
+from embedtrain.spec import FeatureSpec
 from embedtrain.train.run_folder import RunFolder
-from embedtrain.train.task import Batches, Evaluation, StreamedBatches, Task
+from embedtrain.train.task import Batches, Evaluation, Parts, Pretrained, StreamedBatches, Task
 
 _logger = logging.getLogger(__name__)
 
 
-def build_ranking(config: RankingConfig, runtime: Runtime, check: Check = no_check) -> Parts:
-    """Prepares the click log and builds the model. Collective: every rank.
+@dataclass(frozen=True)
+class ClicksOfRun:
+    """Clicks, ready to train on.
 
-    Args:
-        config: of the run.
-        runtime: of this process.
-        check: called once the data are known.
+    Attributes:
+        layout: what the examples mean.
+        batches: the examples.
+        fingerprint: hash of the examples, or of how a stream is read.
+        held_out: the examples of the evaluation; None without one.
+    """
+
+    layout: ClickLayout
+    batches: Batches | StreamedBatches
+    fingerprint: str
+    held_out: ClickLog | None
+
+
+def prepare(config: RankingConfig, runtime: Runtime) -> tuple[ClicksOfRun, Sizes]:
+    """Prepares the click log and the held-out one, or finds them in the cache. Collective: every rank.
 
     Raises:
-        UserError: the log cannot be used, or the configuration contradicts it.
+        UserError: a log cannot be used.
     """
     layout, batches, fingerprint = (
         _open_stream(config, runtime) if config.data.is_stream else _open_log(config, runtime)
     )
-    # Of a stream nobody knows how many values its bags hold.
+    # How many values the bags of a stream hold is not known before they come.
     bag_length = layout.mean_bag_length if isinstance(layout, ClickLog) else 1.0
-    check(Sizes(layout.num_rows, dict.fromkeys(layout.bag_names, bag_length)))
+    held_out = None
+    if config.data.valid_path is not None:
+        held_out = _prepare_log(_click_options(config.data, config.data.valid_path), config, runtime, like=layout)
+    data = ClicksOfRun(layout, batches, fingerprint, held_out)
+    return data, Sizes(layout.num_rows, dict.fromkeys(layout.bag_names, bag_length))
+
+
+def build(config: RankingConfig, runtime: Runtime, data: ClicksOfRun) -> Parts:
+    """Builds the model over prepared clicks. Collective: every rank.
+
+    Raises:
+        UserError: the configuration contradicts the clicks.
+    """
+    layout = data.layout
     model = _build_model(config, runtime, layout)
     task = Task(
         model,
         model.tables,
         build_optimizer(config.optimizer, model.tables),
-        batches,
+        data.batches,
         dense=build_dense_optimizer(config.dense_optimizer, model.network, model.tables),
-        evaluation=_build_evaluation(config, runtime, model, layout),
+        evaluation=_build_evaluation(config, runtime, model, data.held_out),
         summarize=training_measures,
     )
     facts = {
-        "data_fingerprint": fingerprint,
+        "data_fingerprint": data.fingerprint,
         "features": {name: layout.num_rows[name] for name in layout.feature_names},
         "dense": {
             "columns": layout.dense_names,
@@ -75,7 +102,7 @@ def build_ranking(config: RankingConfig, runtime: Runtime, check: Check = no_che
 def _open_log(config: RankingConfig, runtime: Runtime) -> tuple[ClickLayout, Batches, str]:
     """Returns what the examples mean, their batches, and a hash of them. Collective: every rank."""
     options = _click_options(config.data, config.data.path)
-    log = _prepare(options, config, runtime)
+    log = _prepare_log(options, config, runtime)
     suffixes = SUFFIXES[options.schema.file_format]
     check_files = functools.partial(refuse_changes, options.path, suffixes, log.source_identities)
     batches = ClickBatches(
@@ -97,51 +124,11 @@ def _open_stream(config: RankingConfig, runtime: Runtime) -> tuple[ClickLayout, 
     return stream, stream, stream.fingerprint
 
 
-def click_schema(data: ClicksConfig) -> ClickSchema:
-    """Returns the schema that a section describes.
-
-    Raises:
-        UserError: it contradicts itself.
-    """
-    if data.format == "criteo":
-        names = tuple(data.categorical) or CRITEO_CATEGORICAL
-        require_columns(names, CRITEO_CATEGORICAL, "data.categorical")
-    else:
-        names = tuple(data.categorical)
-    require_columns(list(data.features), names, "data.features")
-    columns = [_column(name, data.features.get(name, FeatureConfig()), data) for name in names]
-    if data.format == "criteo":
-        return ClickSchema.criteo(columns, data.dense_transform)
-    return ClickSchema(
-        file_format=data.format,
-        label=data.label,
-        dense=tuple(data.dense),
-        categorical=tuple(columns),
-        positive=data.positive,
-        columns=None if data.columns is None else tuple(data.columns),
-        delimiter=data.delimiter,
-        dense_transform=data.dense_transform,
-    )
-
-
-def _column(name: str, feature: FeatureConfig, data: ClicksConfig) -> CategoricalColumn:
-    num_rows = data.num_rows if feature.num_rows is None else feature.num_rows
-    encoding = feature.encoding or data.encoding or ("vocabulary" if num_rows is None else "hash")
-    return CategoricalColumn(
-        name=name,
-        num_rows=num_rows,
-        encoding=encoding,
-        min_count=data.min_count if feature.min_count is None else feature.min_count,
-        is_bag=feature.bag,
-        separator=feature.separator,
-    )
-
-
 def _click_options(data: ClicksConfig, path: Any) -> ClickOptions:
     return ClickOptions(path=path, schema=click_schema(data), max_bad_lines=data.max_bad_lines)
 
 
-def _prepare(
+def _prepare_log(
     options: ClickOptions, config: RankingConfig, runtime: Runtime, like: ClickLayout | None = None
 ) -> ClickLog:
     cache_path = os.path.expanduser(config.data.cache_path)
@@ -157,41 +144,24 @@ def _prepare(
 
 def _build_model(config: RankingConfig, runtime: Runtime, layout: ClickLayout) -> Ranking:
     features = {name: config.data.features.get(name, FeatureConfig()) for name in layout.feature_names}
-    optimizers = optimizer_names(config.optimizer)
-    dtype = getattr(torch, config.table.dtype)
-    network = config.ranking
     return Ranking(
         [
-            # As DLRM begins: rows of a large table, most of which are seldom seen, begin near zero and add no noise.
-            TableSpec(
-                name,
-                layout.num_rows[name],
-                feature.dim or config.table.dim,
-                dtype=dtype,
-                init_scale=layout.num_rows[name] ** -0.5,
-                optimizer=optimizers.get(name, DEFAULT_OPTIMIZER),
-            )
+            # As DLRM begins: most rows of a large table are rarely seen. They begin near zero and add no noise.
+            table_spec(config, name, layout.num_rows[name], dim=feature.dim, init_scale=layout.num_rows[name] ** -0.5)
             for name, feature in features.items()
         ],
         [FeatureSpec(name, pooling=feature.pooling if feature.bag else "none") for name, feature in features.items()],
         len(layout.dense_names),
-        NetworkOptions(
-            architecture=network.architecture,
-            bottom=tuple(network.bottom),
-            top=tuple(network.top),
-            num_cross_layers=network.num_cross_layers,
-            low_rank=network.low_rank,
-        ),
+        network_options(config.ranking),
         **collection_options(config.table, runtime, config.seed),
     )
 
 
 def _build_evaluation(
-    config: RankingConfig, runtime: Runtime, model: Ranking, layout: ClickLayout
+    config: RankingConfig, runtime: Runtime, model: Ranking, held_out: ClickLog | None
 ) -> Evaluation | None:
-    if config.data.valid_path is None:
+    if held_out is None:
         return None
-    held_out = _prepare(_click_options(config.data, config.data.valid_path), config, runtime, like=layout)
     batches = ClickBatches(
         held_out, config.train.global_batch_size, block_examples=config.data.block_examples, group=runtime.group
     )
@@ -229,3 +199,14 @@ def _write_vocabularies(layout: ClickLayout, folder: RunFolder) -> None:
             rows = pa.array(range(1, len(vocabulary) + 1), pa.int64())
             value = vocabulary["word"].cast(pa.large_string())
             folder.write_feature(name, pa.table({"row": rows, "value": value, "count": vocabulary["count"]}))
+
+
+def _heads(config: RankingConfig) -> dict[str, tuple[str, ...]]:
+    # A stream has no head to copy: its first lines are those that come.
+    keys = ("data.valid_path",) if config.data.is_stream else ("data.path", "data.valid_path")
+    return dict.fromkeys(keys, SUFFIXES[config.data.format])
+
+
+RECIPE = Recipe(
+    config=RankingConfig, prepare=prepare, build=build, workload=workload, heads=_heads, held_out="data.valid_path"
+)

@@ -18,7 +18,7 @@ from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollecti
 from embedtrain.jagged import Jagged, places_of_runs
 from embedtrain.recipes.retrieval import losses
 from embedtrain.spec import DEFAULT_OPTIMIZER, FeatureSpec, TableSpec
-from embedtrain.train.objective import Objective
+from embedtrain.train.task import Objective
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

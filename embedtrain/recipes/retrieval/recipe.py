@@ -1,128 +1,53 @@
-"""A run of retrieval from its configuration, and a trained one from its folder."""
+"""The recipe of retrieval."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
-from embedtrain.checkpoint import CheckpointReader, LoadOptions, latest_checkpoint, load_shards
 from embedtrain.data.columns import TABLE_SUFFIXES
 from embedtrain.data.interactions import InteractionOptions, Interactions, SideOptions, prepare_interactions
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
 from embedtrain.data.sources import refuse_changes
+from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
-from embedtrain.recipes.base import Check, Parts, Pretrained, Sizes, collection_options, no_check
+from embedtrain.export.recommendations import Recommendation
+from embedtrain.export.vectors import FloatRows, Vectors
+from embedtrain.optim.dense import DenseOptimizer
+from embedtrain.recipes.base import Grow, Names, Recipe, collection_options
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
 from embedtrain.recipes.retrieval.config import RetrievalConfig, SideConfig
-from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval, Scoring, Side
-from embedtrain.recipes.retrieval.recommendation import evaluate_retrieval
+from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval, Scoring, Side, retrieval_table
+from embedtrain.recipes.retrieval.recommendation import Catalogue, all_vectors, evaluate_retrieval
+from embedtrain.recipes.retrieval.workload import workload
+from embedtrain.recipes.workload import Sizes
+from embedtrain.spec import DEFAULT_OPTIMIZER, TableSpec
+from embedtrain.train.checkpoints import load_weights
 from embedtrain.train.run_folder import RunFolder
-from embedtrain.train.task import Evaluation, Task
+from embedtrain.train.task import Evaluation, Parts, Pretrained, Task
+
+_USERS_FILE, _ITEMS_FILE = f"{USER}s.tsv", f"{ITEM}s.tsv"
+"""Files of the raw ids in the run folder."""
+
+_USERS_AT_ONCE = 1024
 
 _logger = logging.getLogger(__name__)
 
 
-def build_retrieval(config: RetrievalConfig, runtime: Runtime, check: Check = no_check) -> Parts:
-    """Prepares the interactions and builds the model. Collective: every rank.
-
-    Args:
-        config: of the run.
-        runtime: of this process.
-        check: called once the data are known.
+def prepare(config: RetrievalConfig, runtime: Runtime) -> tuple[Interactions, Sizes]:
+    """Prepares the interactions of a configuration, or finds them in the cache. Collective: every rank.
 
     Raises:
-        UserError: the data cannot be used, or a step is too small for the ranks.
+        UserError: the data cannot be used.
     """
-    interactions = prepare_data(config, runtime)
-    check(_sizes(interactions))
-    model = _build_model(config, runtime, interactions)
-    has_dense = any(True for _ in model.dense.parameters())
-    evaluation = None
-    if config.evaluate.path is not None:
-        measure = functools.partial(_measure, config, model, interactions)
-        evaluation = Evaluation(measure, config.evaluate.every_steps, config.evaluate.every_epochs)
-    task = Task(
-        model,
-        model.tables,
-        build_optimizer(config.optimizer, model.tables),
-        _build_batches(config, runtime, interactions),
-        dense=build_dense_optimizer(config.dense_optimizer, model.dense, model.tables) if has_dense else None,
-        evaluation=evaluation,
-        unit="interactions",
-        frequencies={
-            USER: torch.from_numpy(interactions.users.counts),
-            ITEM: torch.from_numpy(interactions.items.counts),
-        },
-    )
-    facts = {"data_fingerprint": interactions.fingerprint}
-    return Parts(task, facts, functools.partial(_write_ids, interactions), _pretrained(config, interactions))
-
-
-@dataclass(frozen=True)
-class TrainedRetrieval:
-    """A trained model with the data it was trained on.
-
-    Attributes:
-        model: restored from the newest checkpoint.
-        interactions: the raw ids, and what each user is known to have.
-        step: optimizer steps done.
-        measure: measures on the held-out data of the configuration; None where it names none. Collective.
-    """
-
-    model: Retrieval
-    interactions: Interactions
-    step: int
-    measure: Callable[[], dict[str, float]] | None
-
-
-def open_retrieval(config: RetrievalConfig, runtime: Runtime) -> TrainedRetrieval:
-    """Restores the model of the newest checkpoint in `config.run.path`. Collective: every rank.
-
-    Raises:
-        UserError: there is no checkpoint, or the data are not those that it was trained on.
-    """
-    folder = RunFolder(config.run.path)
-    path = latest_checkpoint(folder.checkpoints_path)
-    if path is None:
-        raise UserError(f"no complete checkpoint yet in {folder.path!r}; train until the first one is saved")
-    interactions = prepare_data(config, runtime)
-    model = _build_model(config, runtime, interactions)
-    with CheckpointReader(path) as reader:
-        if reader.state["data_fingerprint"] != interactions.fingerprint:
-            raise UserError(
-                f"{path} was trained on other data than data.path={config.data.path} holds now: the rows of its "
-                "users and items are not those of these files"
-            )
-        load_shards(reader, model.tables.shard_views(), LoadOptions(optimizer_state="reset"))
-        if any(True for _ in model.dense.parameters()):
-            dense = build_dense_optimizer(config.dense_optimizer, model.dense, model.tables)
-            dense.load_tensors(reader.replicated(), with_state=False)
-        step = reader.step
-    measure = None
-    if config.evaluate.path is not None:
-        measure = functools.partial(_measure, config, model, interactions, lambda: None)
-    return TrainedRetrieval(model, interactions, step, measure)
-
-
-def _sizes(interactions: Interactions) -> Sizes:
-    num_rows = {USER: len(interactions.users), ITEM: len(interactions.items)}
-    bag_lengths = {}
-    for side in (USER, ITEM):
-        for name, (bags, num_categories) in interactions.features(f"{side}s").items():
-            num_rows[f"{side}.{name}"] = num_categories
-            bag_lengths[f"{side}.{name}"] = len(bags.values) / max(len(bags), 1)
-    return Sizes(num_rows, bag_lengths)
-
-
-def prepare_data(config: RetrievalConfig, runtime: Runtime) -> Interactions:
-    """Prepares the interactions of a configuration, or finds them in the cache. Collective: every rank."""
     options = InteractionOptions(
         path=config.data.path,
         format=config.data.format,
@@ -141,7 +66,58 @@ def prepare_data(config: RetrievalConfig, runtime: Runtime) -> Interactions:
         for what, number in interactions.left_out.items():
             if number:
                 _logger.warning(f"{number:,} {what.replace('_', ' ')}")
-    return interactions
+    return interactions, _sizes(interactions)
+
+
+def _sizes(interactions: Interactions) -> Sizes:
+    num_rows = {USER: len(interactions.users), ITEM: len(interactions.items)}
+    bag_lengths = {}
+    for side in (USER, ITEM):
+        for name, (bags, num_categories) in interactions.features(f"{side}s").items():
+            num_rows[f"{side}.{name}"] = num_categories
+            bag_lengths[f"{side}.{name}"] = len(bags.values) / max(len(bags), 1)
+    return Sizes(num_rows, bag_lengths)
+
+
+def build(config: RetrievalConfig, runtime: Runtime, interactions: Interactions) -> Parts:
+    """Builds the model over prepared interactions. Collective: every rank.
+
+    Raises:
+        UserError: a step is too small for the ranks.
+    """
+    model = _build_model(config, runtime, interactions)
+    evaluation = None
+    if config.evaluate.path is not None:
+        measure = functools.partial(
+            evaluate_retrieval, model, interactions.known, interactions.held_out, config.evaluate.k
+        )
+        evaluation = Evaluation(measure, config.evaluate.every_steps, config.evaluate.every_epochs)
+    task = Task(
+        model,
+        model.tables,
+        build_optimizer(config.optimizer, model.tables),
+        _build_batches(config, runtime, interactions),
+        dense=_build_dense_optimizer(config, model),
+        evaluation=evaluation,
+        unit="interactions",
+        frequencies={
+            USER: torch.from_numpy(interactions.users.counts),
+            ITEM: torch.from_numpy(interactions.items.counts),
+        },
+    )
+    return Parts(
+        task, _facts(interactions), functools.partial(_write_ids, interactions), _pretrained(config, interactions)
+    )
+
+
+def _facts(interactions: Interactions) -> dict[str, Any]:
+    return {"data_fingerprint": interactions.fingerprint}
+
+
+def _build_dense_optimizer(config: RetrievalConfig, model: Retrieval) -> DenseOptimizer | None:
+    if not any(True for _ in model.dense.parameters()):
+        return None
+    return build_dense_optimizer(config.dense_optimizer, model.dense, model.tables)
 
 
 def _side_options(section: SideConfig) -> SideOptions:
@@ -200,12 +176,6 @@ def _build_batches(config: RetrievalConfig, runtime: Runtime, interactions: Inte
     )
 
 
-def _measure(
-    config: RetrievalConfig, model: Retrieval, interactions: Interactions, alive: Callable[[], None]
-) -> dict[str, float]:
-    return evaluate_retrieval(model, interactions.known, interactions.held_out, config.evaluate.k, alive)
-
-
 def _pretrained(config: RetrievalConfig, interactions: Interactions) -> dict[str, Pretrained]:
     found = {}
     if config.users.init_from is not None:
@@ -216,5 +186,127 @@ def _pretrained(config: RetrievalConfig, interactions: Interactions) -> dict[str
 
 
 def _write_ids(interactions: Interactions, folder: RunFolder) -> None:
-    folder.write_vocabulary(interactions.users, f"{USER}s.tsv")
-    folder.write_vocabulary(interactions.items, f"{ITEM}s.tsv")
+    folder.write_vocabulary(interactions.users, _USERS_FILE)
+    folder.write_vocabulary(interactions.items, _ITEMS_FILE)
+
+
+def _heads(config: RetrievalConfig) -> dict[str, tuple[str, ...]]:
+    return dict.fromkeys(("data.path", "evaluate.path"), TABLE_SUFFIXES)
+
+
+def _id_tables(config: RetrievalConfig, interactions: Interactions) -> list[TableSpec]:
+    dtype, optimizers = getattr(torch, config.table.dtype), optimizer_names(config.optimizer)
+    return [
+        retrieval_table(
+            name,
+            len(names),
+            config.table.dim,
+            dtype,
+            config.retrieval.similarity,
+            optimizers.get(name, DEFAULT_OPTIMIZER),
+        )
+        for name, names in ((USER, interactions.users), (ITEM, interactions.items))
+    ]
+
+
+def _restore(config: RetrievalConfig, runtime: Runtime) -> tuple[Retrieval, Interactions, int]:
+    """Returns the model of the newest checkpoint, its data and its step. Collective: every rank.
+
+    Raises:
+        UserError: there is no checkpoint, or the data are not those that it was trained on.
+    """
+    interactions, _ = prepare(config, runtime)
+    model = _build_model(config, runtime, interactions)
+    dense = _build_dense_optimizer(config, model)
+    step = load_weights(config.run.path, model.tables, dense, interactions.fingerprint)
+    return model, interactions, step
+
+
+def open_sides(config: RetrievalConfig, runtime: Runtime, table: str | None) -> Vectors:
+    """Opens what the towers make of ids and features, under the raw ids.
+
+    Args:
+        config: of the run.
+        runtime: of this process.
+        table: "item", which None stands for, or "user".
+
+    Raises:
+        UserError: there is no such table or no checkpoint, or the data are not those that it was trained on.
+    """
+    side = table or ITEM
+    if side not in (USER, ITEM):
+        raise UserError(f"no table {side!r} in {config.run.path!r}; it has: {USER}, {ITEM}")
+    model, interactions, step = _restore(config, runtime)
+    names = interactions.items if side == ITEM else interactions.users
+    rows: FloatRows = all_vectors(model, side).numpy()
+    return Vectors(
+        side,
+        step,
+        len(names),
+        rows.shape[1],
+        names.words,
+        names.counts,
+        read=lambda start, stop: rows[start:stop],
+        noun=side,
+    )
+
+
+def recommend(
+    config: RetrievalConfig, runtime: Runtime, users: Sequence[str] | None, top: int, leave_out_known: bool
+) -> Iterator[list[Recommendation]]:
+    """Yields the best items of users. Collective: every rank.
+
+    Args:
+        config: of the run.
+        runtime: of this process.
+        users: raw ids; None for all users.
+        top: how many items per user.
+        leave_out_known: whether to leave out the items that a user has in the training data.
+
+    Raises:
+        UserError: a user is unknown, there is no checkpoint, or the data are not those that it was trained on.
+    """
+    model, interactions, _ = _restore(config, runtime)
+    rows = np.arange(len(interactions.users)) if users is None else _rows_of(users, interactions.users)
+    catalogue = Catalogue(model)
+    user_ids, item_ids = interactions.users.words, interactions.items.words
+    known = interactions.known if leave_out_known else None
+    for start in range(0, len(rows), _USERS_AT_ONCE):
+        part = rows[start : start + _USERS_AT_ONCE]
+        best, scores = catalogue.best(part, top, known)
+        yield [
+            (user_ids[row], [item_ids[i] for i in chosen if i >= 0], worth[: sum(i >= 0 for i in chosen)])
+            for row, chosen, worth in zip(part.tolist(), best.tolist(), scores.tolist(), strict=True)
+        ]
+
+
+def _rows_of(users: Sequence[str], names: Vocabulary) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    rows = names.rows_of(users)
+    unknown = [user for user, row in zip(users, rows.tolist(), strict=True) if row < 0]
+    if unknown:
+        raise UserError(
+            f"unknown user {unknown[0]!r}: not among the {len(names):,} users of the training data, such as "
+            f"{', '.join(map(repr, names.words[:3]))}"
+        )
+    return rows
+
+
+RECIPE = Recipe(
+    config=RetrievalConfig,
+    prepare=prepare,
+    build=build,
+    workload=workload,
+    heads=_heads,
+    held_out="evaluate.path",
+    grow=Grow(
+        names=[
+            Names(_USERS_FILE, (USER,), base_key="users.base_vocabulary", init_key="users.init_from"),
+            Names(_ITEMS_FILE, (ITEM,), base_key="items.base_vocabulary", init_key="items.init_from"),
+        ],
+        vocabularies=lambda interactions: [interactions.users, interactions.items],
+        tables=_id_tables,
+        facts=_facts,
+    ),
+    open=open_sides,
+    recommend=recommend,
+)

@@ -18,7 +18,7 @@ from embedtrain.jagged import Jagged
 from embedtrain.ops.skipgram_block import Architecture, TextBlock, count_predictions, reach_of, skipgram_block
 from embedtrain.ops.transfer import to_device
 from embedtrain.spec import DEFAULT_OPTIMIZER, FeatureSpec, TableSpec
-from embedtrain.train.objective import Objective
+from embedtrain.train.task import Objective
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -1,4 +1,4 @@
-"""A run of word2vec from its configuration."""
+"""The recipe of word2vec."""
 
 from __future__ import annotations
 
@@ -11,19 +11,26 @@ import fsspec
 import torch
 
 from embedtrain.data.baskets import write_baskets
+from embedtrain.data.columns import TABLE_SUFFIXES
 from embedtrain.data.corpus import PreparedCorpus
 from embedtrain.data.prepare import CorpusOptions, prepare_corpus
+from embedtrain.data.python_docs import PYTHON_DOCS
 from embedtrain.data.skipgram import SamplingOptions, TextBatches
+from embedtrain.data.sources import TEXT_SUFFIXES
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import UserError
 from embedtrain.jagged import Jagged
 from embedtrain.metrics.word_similarity import evaluate_similarity
-from embedtrain.recipes.base import Check, Parts, Pretrained, Sizes, collection_options, no_check
+from embedtrain.recipes.base import Grow, Names, Recipe, collection_options
 from embedtrain.recipes.optimizers import build_optimizer, optimizer_names
 from embedtrain.recipes.word2vec.config import Word2VecConfig
-from embedtrain.recipes.word2vec.model import INPUT, OUTPUT, Word2Vec
-from embedtrain.train.task import Evaluation, Task
+from embedtrain.recipes.word2vec.model import INPUT, OUTPUT, Word2Vec, word2vec_tables
+from embedtrain.recipes.word2vec.workload import workload
+from embedtrain.recipes.workload import Sizes
+from embedtrain.spec import TableSpec
+from embedtrain.train.run_folder import VOCABULARY_NAME
+from embedtrain.train.task import Evaluation, Parts, Pretrained, Task
 
 _logger = logging.getLogger(__name__)
 
@@ -31,19 +38,22 @@ _FEW_STEPS = 200
 """A text of 40,000 words had all cosines near 1 after 30 steps of 8,192 words, and sensible neighbours after 300."""
 
 
-def build_word2vec(config: Word2VecConfig, runtime: Runtime, check: Check = no_check) -> Parts:
-    """Prepares the text and builds the model. Collective: every rank.
-
-    Args:
-        config: of the run.
-        runtime: of this process.
-        check: called once the data are known.
+def prepare(config: Word2VecConfig, runtime: Runtime) -> tuple[PreparedCorpus, Sizes]:
+    """Prepares the text of a configuration, or finds it in the cache. Collective: every rank.
 
     Raises:
         UserError: the text cannot be used.
     """
-    corpus = prepare_text(config, runtime)
-    check(Sizes(dict.fromkeys((INPUT, OUTPUT), len(corpus.vocabulary))))
+    corpus = _prepare_text(config, runtime)
+    return corpus, Sizes(dict.fromkeys((INPUT, OUTPUT), len(corpus.vocabulary)))
+
+
+def build(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCorpus) -> Parts:
+    """Builds the model over a prepared text. Collective: every rank.
+
+    Raises:
+        UserError: a step is too small for the ranks, or a file of the evaluation cannot be read.
+    """
     model = Word2Vec(
         len(corpus.vocabulary),
         config.table.dim,
@@ -71,11 +81,10 @@ def build_word2vec(config: Word2VecConfig, runtime: Runtime, check: Check = no_c
     pretrained = {}
     if config.init_from is not None:
         pretrained[INPUT] = Pretrained(config.init_from, lambda: corpus.vocabulary.rows)
-    return Parts(task, text_facts(corpus), lambda folder: folder.write_vocabulary(corpus.vocabulary), pretrained)
+    return Parts(task, _facts(corpus), lambda folder: folder.write_vocabulary(corpus.vocabulary), pretrained)
 
 
-def text_facts(corpus: PreparedCorpus) -> dict[str, Any]:
-    """Returns what a checkpoint says of the text that it was trained on."""
+def _facts(corpus: PreparedCorpus) -> dict[str, Any]:
     return {
         "data_fingerprint": corpus.fingerprint,
         "vocabulary_fingerprint": corpus.vocabulary.fingerprint,
@@ -127,8 +136,7 @@ class WordSimilarity:
         return {"similarity": sum(report.spearman for report in found) / len(found)}
 
 
-def prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
-    """Prepares the text of a configuration, or finds it in the cache. Collective: every rank."""
+def _prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
     data, cache_path = config.data, os.path.expanduser(config.data.cache_path)
     path, tokenizer = data.path, data.tokenizer
     if data.format != "text":
@@ -184,3 +192,29 @@ def _build_batches(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCor
         rank=runtime.rank,
         world_size=runtime.world_size,
     )
+
+
+def _heads(config: Word2VecConfig) -> dict[str, tuple[str, ...]]:
+    suffixes = TEXT_SUFFIXES if config.data.format == "text" else TABLE_SUFFIXES
+    return {} if config.data.path == PYTHON_DOCS else {"data.path": suffixes}
+
+
+def _tables(config: Word2VecConfig, corpus: PreparedCorpus) -> list[TableSpec]:
+    dtype = getattr(torch, config.table.dtype)
+    return word2vec_tables(len(corpus.vocabulary), config.table.dim, dtype, optimizer_names(config.optimizer))
+
+
+RECIPE = Recipe(
+    config=Word2VecConfig,
+    prepare=prepare,
+    build=build,
+    workload=workload,
+    heads=_heads,
+    held_out="evaluate.similarity",
+    grow=Grow(
+        names=[Names(VOCABULARY_NAME, (INPUT, OUTPUT), base_key="data.base_vocabulary", init_key="init_from")],
+        vocabularies=lambda corpus: [corpus.vocabulary],
+        tables=_tables,
+        facts=_facts,
+    ),
+)

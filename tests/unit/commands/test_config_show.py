@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from embedtrain.cli import main
-from embedtrain.recipes.loading import load_config, to_yaml
+from embedtrain.config.resolved import to_yaml
+from embedtrain.recipes.loading import load_config
 
 ROOT = Path(__file__).resolve().parents[3]
 

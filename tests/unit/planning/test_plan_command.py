@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
 import pytest
 
 from embedtrain.cli import main
-from embedtrain.planning.sizes import format_bytes, parse_bytes, parse_count
-from embedtrain.sharding.machine import Machine
+from embedtrain.planning import probe
+from embedtrain.planning.sizes import format_bytes, parse_bandwidth, parse_bytes, parse_count
 
 CONFIG = str(Path(__file__).resolve().parents[3] / "configs" / "word2vec.yaml")
 
@@ -19,22 +20,10 @@ def settings(tmp_path: Path) -> list[str]:
     return [CONFIG, f"run.path={tmp_path}/run"]
 
 
-@pytest.fixture
-def machine_path(tmp_path: Path) -> str:
-    rates = {name: 1e9 for name in Machine.rates() if name != "network_bytes_per_second"}
-    rates.update(seconds_per_predicted_second=1.0, collective_seconds=1e-4, step_seconds=1e-3, feature_seconds=1e-5)
-    rates["op_seconds"] = 1e-5
-    path = tmp_path / "machine.json"
-    path.write_text(Machine(name="made up", num_ranks=2, **rates).to_json())
-    return str(path)
-
-
-def test_ten_billion_rows_on_1024_ranks_take_seconds(
-    settings: list[str], machine_path: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ten_billion_rows_on_1024_ranks_take_seconds(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     started_at = time.perf_counter()
     sizes = ["--rows", "10e9", "--world-size", "1024", "--hosts", "128", "--memory", "80GiB"]
-    assert main(["plan", *settings, "train.words_per_step=1048576", *sizes, "--machine", machine_path]) == 0
+    assert main(["plan", *settings, "train.words_per_step=1048576", *sizes]) == 0
     assert time.perf_counter() - started_at < 10
     out = capsys.readouterr().out
     for part in (
@@ -42,9 +31,7 @@ def test_ten_billion_rows_on_1024_ranks_take_seconds(
         "10,000,000,000   100      9,765,625    3.64 GiB   37.25 MiB",
         "fits into 80.00 GiB",
         # 404 bytes a row of two tables.
-        "7.35 GiB a rank, 7.35 TiB in all",
-        "by the rates of made up",
-        "give network_bytes_per_second",
+        "7.35 GiB per rank, 7.35 TiB in all",
     ):
         assert part in out
 
@@ -60,11 +47,9 @@ def test_what_does_not_fit_is_said_with_what_would(settings: list[str], capsys: 
     assert "dim 106" in out
 
 
-def test_each_feature_of_a_ranking_model_is_a_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], machine_path: str
-) -> None:
+def test_each_feature_of_a_ranking_model_is_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(Path(CONFIG).parent / "ranking_criteo.yaml")
-    sizes = ["--rows", "2e6", "--rows", "C3=5e6", "--world-size", "8", "--machine", machine_path]
+    sizes = ["--rows", "2e6", "--rows", "C3=5e6", "--world-size", "8"]
     overrides = [f"run.path={tmp_path}/run", "data.num_rows=null", "data.features.C1.dim=4"]
     assert main(["plan", config, *overrides, *sizes]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -101,7 +86,7 @@ def test_bags_need_their_length(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(given) == 2
     assert "a bag of 'country' holds comes from the data" in capsys.readouterr().err
     assert main([*given, "--bag-length", "50"]) == 0
-    assert "pooled at the owners of their rows: country" in capsys.readouterr().out
+    assert "pooled by the owners of their rows: country" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -114,11 +99,11 @@ def test_bags_need_their_length(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--rows", "input=5", "--rows", "output=6"], "the same --rows for both"),
         (["--rows", "5", "--memory", "much"], "a size such as 80GiB"),
         (["--rows", "5", "--world-size", "3", "--hosts", "2"], "a multiple of --hosts"),
-        (["--rows", "5", "--machine", "absent.json"], "absent.json cannot be read"),
-        (["--rows", "5", "--rate", "step_seconds=1"], "give --machine FILE too"),
+        (["--rows", "5", "--memory-bandwidth", "20GB"], "expected a bandwidth such as 20GB/s, got '20GB'"),
+        (["--rows", "5", "--exchange-bandwidth", "1GB/s"], "one rank exchanges nothing"),
+        (["--rows", "5", "--probe", "--memory-bandwidth", "1GB/s"], "--probe measures the bandwidths"),
         (["--rows", "5", "--skew", "-1"], "expected --skew between"),
         (["--rows", "5", "--bag-length", "0"], "expected --bag-length above 0"),
-        (["--rows", "5", "--measure", "x.json"], "--measure measures this machine and nothing else"),
     ],
 )
 def test_mistakes_are_explained(
@@ -128,25 +113,38 @@ def test_mistakes_are_explained(
     assert message in capsys.readouterr().err
 
 
-def test_a_rate_can_be_replaced(settings: list[str], machine_path: str, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["plan", *settings, "--rows", "1000", "--machine", machine_path]
-    assert main([*given, "--rate", "step_seconds=0.5"]) == 0
-    assert "rest 500.0" in capsys.readouterr().out
-    assert main([*given, "--rate", "bandwidth=1"]) == 2
-    assert "there is no rate 'bandwidth'" in capsys.readouterr().err
-    assert main(["plan"]) == 2
-
-
-def test_rates_of_one_rank_are_said_to_know_no_exchange(
-    settings: list[str], machine_path: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = Path(machine_path)
-    path.write_text(path.read_text().replace('"num_ranks": 2', '"num_ranks": 1'))
-    given = ["plan", *settings, "--rows", "1000", "--machine", machine_path]
+def test_bandwidths_bound_the_time_of_a_step(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["plan", *settings, "--rows", "1000", "--world-size", "2"]
     assert main(given) == 0
-    assert "rates of one rank" not in capsys.readouterr().out
-    assert main([*given, "--world-size", "2"]) == 0
-    assert "rates of one rank, to which exchanging costs nothing" in capsys.readouterr().out
+    assert "at least" not in capsys.readouterr().out
+    assert main([*given, "--memory-bandwidth", "1GiB/s", "--exchange-bandwidth", "512MiB/s"]) == 0
+    bound, rows, exchange, left_out = capsys.readouterr().out.splitlines()[-4:]
+    milliseconds = [float(re.findall(r"([0-9.]+) ms", line)[0]) for line in (bound, rows, exchange)]
+    assert milliseconds[0] == pytest.approx(milliseconds[1] + milliseconds[2], abs=0.011)
+    assert min(milliseconds) > 0
+    assert rows.endswith("read and written at 1.00 GiB/s")
+    assert exchange.endswith("sent at 512.00 MiB/s")
+    assert "unknown" not in left_out
+    assert "the model's arithmetic" in left_out
+    assert main([*given, "--memory-bandwidth", "1GiB/s"]) == 0
+    assert "left out: exchange (bandwidth unknown), " in capsys.readouterr().out
+    assert main([*given[:-2], "--memory-bandwidth", "1GiB/s"]) == 0
+    assert "unknown" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("world_size", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_bandwidths_are_probed_here(
+    world_size: int, settings: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(probe, "COPY_BYTES", 1 << 16)
+    given = [*settings, "run.device=cpu", "--rows", "1000", "--world-size", str(world_size)]
+    assert main(["plan", *given, "--probe"]) == 0
+    out = capfd.readouterr().out
+    assert re.search(r"rows [0-9.]+ ms: .* read and written at [0-9.]+ .iB/s", out)
+    # Four ranks are planned for, and two are started.
+    assert (re.search(r"exchange [0-9.]+ ms: .* sent at [0-9.]+ .iB/s", out) is None) == (world_size == 1)
+    assert "unknown" not in out
 
 
 @pytest.mark.parametrize(
@@ -156,6 +154,7 @@ def test_sizes_are_read(text: str, size: int) -> None:
     assert parse_bytes(text) == size
 
 
-def test_counts_and_sizes_as_people_write_them() -> None:
+def test_counts_sizes_and_bandwidths_as_people_write_them() -> None:
     assert [parse_count(text) for text in ("10e9", "1_000", "2,000")] == [10**10, 1000, 2000]
     assert [format_bytes(size) for size in (12, 1536, 80 << 30)] == ["12 B", "1.50 KiB", "80.00 GiB"]
+    assert [parse_bandwidth(text) for text in ("20GB/s", "1.5 KiB/s")] == [2e10, 1536.0]

@@ -12,8 +12,8 @@ from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.planning import room
 from embedtrain.planning.room import available_memory_bytes, require_room
-from embedtrain.recipes.base import Sizes
 from embedtrain.recipes.loading import load_config
+from embedtrain.recipes.workload import Sizes
 
 SIZES = Sizes({"input": 1_000_000, "output": 1_000_000})
 RUNTIME = Runtime(0, 0, 2, torch.device("cpu"))
@@ -46,7 +46,7 @@ def test_memory_is_that_of_all_ranks_of_the_host(config: Config, monkeypatch: py
 
 def test_what_would_help_is_said(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     have(monkeypatch, int(0.4 * GIB), 100 * GIB)
-    with pytest.raises(UserError, match=r"it would fit with rows in bfloat16 or \d ranks, 1 a host or dim"):
+    with pytest.raises(UserError, match=r"it would fit with rows in bfloat16 or \d ranks, 1 per host or dim"):
         require_room(config, RUNTIME, SIZES)
 
 

@@ -7,7 +7,7 @@ from embedtrain.data.click_stream import ClickStream, StreamOptions
 from embedtrain.errors import UserError
 from embedtrain.recipes.loading import load_config
 from embedtrain.recipes.ranking.config import RankingConfig
-from embedtrain.recipes.ranking.recipe import click_schema
+from embedtrain.recipes.ranking.options import click_schema
 
 CSV = ("model=ranking", "data.path=a.csv", "data.categorical=[user,shop]")
 

@@ -13,9 +13,10 @@ import torch
 from embedtrain import cli
 from embedtrain.distributed.runtime import Runtime, default_group, rank_of, size_of
 from embedtrain.errors import UserError
+from embedtrain.recipes.building import build_parts
 from embedtrain.recipes.loading import load_config
-from embedtrain.recipes.run import build_run, check_run_folder
 from embedtrain.testing.ranks import run_ranks
+from embedtrain.train.run import build_run, check_run_folder
 from tests.records import without_costs
 
 NUM_GROUPS, USERS_PER_GROUP, ITEMS_PER_GROUP = 4, 15, 12
@@ -90,7 +91,7 @@ def run_parts(_: object, arguments: list[str], kill_at: int | None) -> dict[str,
     config = load_config(None, arguments)
     group = default_group()
     runtime = Runtime(rank_of(group), rank_of(group), size_of(group), torch.device("cpu"))
-    run = build_run(config, runtime, check_run_folder(config))
+    run = build_run(config, runtime, check_run_folder(config), build_parts(config, runtime))
 
     def strike() -> None:
         if run.trainer.state.step == kill_at:
@@ -308,12 +309,15 @@ def test_a_file_that_changes_is_noticed_when_the_run_goes_on(folder: Path, capfd
     with (folder / "train.csv").open("a") as file:
         file.write(f"{OFFSET},g3-i0\n")
     assert "was trained on other data than data.path holds now" in refused(capfd, *train)
-    assert "was trained on other data than data.path=" in refused(capfd, "recommend", str(folder / "run"), str(OFFSET))
+    assert "was trained on other data than its configuration names now" in refused(
+        capfd, "recommend", str(folder / "run"), str(OFFSET)
+    )
 
 
 def test_a_file_that_changes_between_epochs_ends_the_run(folder: Path) -> None:
     config = load_config(None, overrides(folder, "run", "train.epochs=2"))
-    run = build_run(config, Runtime(0, 0, 1, torch.device("cpu")), check_run_folder(config))
+    runtime = Runtime(0, 0, 1, torch.device("cpu"))
+    run = build_run(config, runtime, check_run_folder(config), build_parts(config, runtime))
 
     def change() -> None:
         (folder / "train.csv").write_text("user,item\n1,2\n")

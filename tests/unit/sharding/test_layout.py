@@ -8,8 +8,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from embedtrain.sharding.layout import MAX_ROWS, SpreadLayout
-from embedtrain.sharding.overlap import overlap
+from embedtrain.sharding.layout import MAX_ROWS, SpreadLayout, overlap
 
 num_rows_small = st.integers(1, 5000)
 num_rows_any = st.integers(1, MAX_ROWS)

@@ -18,9 +18,8 @@ from embedtrain.errors import NonFiniteError, UserError
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.testing.ranks import run_ranks
 from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
-from embedtrain.train.objective import Objective
 from embedtrain.train.state import TrainState
-from embedtrain.train.task import Evaluation, Task
+from embedtrain.train.task import Evaluation, Objective, Task
 from embedtrain.train.trainer import Trainer
 from tests.records import without_costs
 

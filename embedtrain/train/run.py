@@ -1,4 +1,4 @@
-"""A run from its configuration: the parts that every model shares."""
+"""A run in its folder: locked, assembled, resumed, trained and its end noted, whichever model it trains."""
 
 from __future__ import annotations
 
@@ -6,34 +6,32 @@ import functools
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
+from embedtrain.config.resolved import differing_keys, to_yaml
 from embedtrain.config.sections import Config
-from embedtrain.distributed.collectives import run_on_each, run_on_first
+from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.init_from import init_from
 from embedtrain.errors import UserError
 from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, TensorBoardSink
 from embedtrain.optim.schedule import schedule_factor
-from embedtrain.recipes.base import Check, Parts, Sizes, no_check
-from embedtrain.recipes.loading import differing_keys, to_yaml
-from embedtrain.recipes.ranking.config import RankingConfig
-from embedtrain.recipes.ranking.recipe import build_ranking
-from embedtrain.recipes.retrieval.config import RetrievalConfig
-from embedtrain.recipes.retrieval.recipe import build_retrieval
-from embedtrain.recipes.word2vec.config import Word2VecConfig
-from embedtrain.recipes.word2vec.recipe import build_word2vec
 from embedtrain.storage import local_path
 from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
+from embedtrain.train.interrupt import EXIT_PREEMPTED
+from embedtrain.train.lock import RunLock
+from embedtrain.train.profile import StepProfile
 from embedtrain.train.row_statistics import RowStatistics, TableStatistics
-from embedtrain.train.run_folder import TENSORBOARD_NAME, RunFolder
+from embedtrain.train.run_folder import PROFILE_NAME, TENSORBOARD_NAME, RunFolder
 from embedtrain.train.state import TrainState
-from embedtrain.train.task import StreamedBatches, Task
+from embedtrain.train.task import Parts, StreamedBatches, Task
 from embedtrain.train.trainer import Trainer
+from embedtrain.train.watchdog import Watchdog
 
 _logger = logging.getLogger(__name__)
 
@@ -66,7 +64,7 @@ def check_run_folder(config: Config) -> RunFolder:
     folder = RunFolder(config.run.path)
     earlier = folder.read_config()
     if earlier is not None and latest_checkpoint(folder.checkpoints_path) is not None:
-        differing = differing_keys(earlier, to_yaml(config), _allowed_to_change(config))
+        differing = differing_keys(earlier, config, _allowed_to_change(config))
         if differing:
             raise UserError(
                 f"{folder.path} holds a run with other settings: {'; '.join(differing)}. "
@@ -75,8 +73,82 @@ def check_run_folder(config: Config) -> RunFolder:
     return folder
 
 
-def build_run(config: Config, runtime: Runtime, folder: RunFolder, check: Check = no_check) -> Run:
-    """Prepares the data, builds model, optimizer and loop, and restores the newest checkpoint.
+def train_run(
+    config: Config, runtime: Runtime, folder: RunFolder, make_parts: Callable[[], Parts], *, is_profiled: bool = False
+) -> int:
+    """Trains a run, or resumes it; returns its exit status: 0, or `EXIT_PREEMPTED` if it was asked to stop.
+
+    Collective: every rank.
+
+    Args:
+        config: of the run.
+        runtime: of this process.
+        folder: of the run; locked for as long as the run takes.
+        make_parts: collective; prepares the data and builds what is trained.
+        is_profiled: whether to write profiles into the folder.
+
+    Raises:
+        UserError: another job is at work on the folder, the data cannot be used, or the checkpoint is of other data.
+    """
+    with RunLock(folder.path, runtime.group) as lock:
+        run = build_run(config, runtime, folder, make_parts())
+        return _train(run, config, runtime, lock, is_profiled=is_profiled)
+
+
+def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_profiled: bool) -> int:
+    state = run.trainer.state
+    if runtime.rank == 0:
+        done = f"resuming at step {state.step:,}" if run.is_resumed else "starting"
+        of_all = "" if run.trainer.total_steps is None else f" of {run.trainer.total_steps:,}"
+        _say(f"{done}{of_all}, {runtime.world_size} ranks, {runtime.device.type}")
+
+    def before_save() -> None:
+        # A run that is killed resumes from this checkpoint, and does not log again what came before it.
+        for sink in run.sinks:
+            sink.flush()
+        lock.check()
+
+    with ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
+        observers = list(run.observers)
+        if is_profiled:
+            observers.append(stack.enter_context(_profile(run.folder, runtime.rank)).step)
+
+        def observe() -> None:
+            for observer in observers:
+                observer()
+
+        is_complete = run.trainer.run(
+            run.sinks,
+            config.log.every_steps,
+            before_save=before_save,
+            alive=watchdog.alive,
+            on_step=observe,
+        )
+    for sink in run.sinks:
+        sink.close()
+    status = 0 if is_complete else EXIT_PREEMPTED
+    if runtime.rank == 0:
+        run.folder.write_status("done" if is_complete else "preempted", status, step=state.step)
+        _say(f"{'done' if is_complete else 'stopped and saved'} at step {state.step:,}: {run.folder.path}")
+    return status
+
+
+def _profile(folder: RunFolder, rank: int) -> StepProfile:
+    def write(trace: bytes, table: str) -> None:
+        folder.write_profile(rank, trace, table)
+        if rank == 0:
+            _say(f"{table}\nprofile: {folder.join(PROFILE_NAME)}")
+
+    return StepProfile(write)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts) -> Run:
+    """Builds the loop around what is trained, and restores the newest checkpoint.
 
     Collective: every rank.
 
@@ -84,13 +156,12 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, check: Check 
         config: of the run.
         runtime: of this process.
         folder: of the run.
-        check: called on every rank once the data are known, before any table is made.
+        parts: what to train.
 
     Raises:
-        UserError: the data cannot be used, or the checkpoint is of other data.
+        UserError: the checkpoint is of other data or of another optimizer.
     """
     earlier = folder.read_config()
-    parts = build_parts(config, runtime, check)
     started = _start_tables(parts, config, folder, runtime)
     state = TrainState()
     checkpoints = Checkpoints(
@@ -116,25 +187,6 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, check: Check 
     )
     sinks = _build_sinks(config, folder, state, parts.task) if runtime.rank == 0 else []
     return Run(trainer, folder, sinks, is_resumed, _build_observers(config, folder, state, parts.task, sinks, runtime))
-
-
-def build_parts(config: Config, runtime: Runtime, check: Check = no_check) -> Parts:
-    """Prepares the data and builds model, optimizer and batches. Collective: every rank.
-
-    Raises:
-        UserError: on every rank alike; the data cannot be used, or `check` raised it on any.
-    """
-
-    def check_together(sizes: Sizes) -> None:
-        run_on_each(functools.partial(check, sizes), runtime.group)
-
-    if isinstance(config, Word2VecConfig):
-        return build_word2vec(config, runtime, check_together)
-    if isinstance(config, RankingConfig):
-        return build_ranking(config, runtime, check_together)
-    if isinstance(config, RetrievalConfig):
-        return build_retrieval(config, runtime, check_together)
-    raise AssertionError(f"no builder for {type(config).__name__}")
 
 
 def _start_tables(parts: Parts, config: Config, folder: RunFolder, runtime: Runtime) -> dict[str, Any]:

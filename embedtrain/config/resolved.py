@@ -1,0 +1,58 @@
+"""Resolved configurations: as YAML, by single keys, and the keys in which two of them differ."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from embedtrain.config.sections import Config
+
+
+def to_yaml(config: Config) -> str:
+    """Returns the resolved configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def value_at(config: Config, key: str) -> Any:
+    """Returns the value of a full key, such as "data.path"."""
+    return functools.reduce(getattr, key.split("."), config)
+
+
+def set_value(config: Config, key: str, value: Any) -> None:
+    """Gives a full key another value, in place."""
+    section, _, name = key.rpartition(".")
+    setattr(value_at(config, section) if section else config, name, value)
+
+
+def differing_keys(earlier_yaml: str, config: Config, may_change: tuple[str, ...] = ()) -> list[str]:
+    """Returns the keys whose values differ and define what is trained, each with both values.
+
+    Args:
+        earlier_yaml: the resolved configuration to compare with.
+        config: the configuration; keys that begin as one of its `MAY_CHANGE` may differ.
+        may_change: beginnings of further keys that may differ.
+    """
+    first, second = (dict(flatten(OmegaConf.create(text))) for text in (earlier_yaml, to_yaml(config)))
+    may_change = (*config.MAY_CHANGE, *may_change)
+    return [
+        f"{key} (was {first.get(key, 'absent')}, is {second.get(key, 'absent')})"
+        for key in sorted(first.keys() | second.keys())
+        if first.get(key) != second.get(key) and not key.startswith(may_change)
+    ]
+
+
+def flatten(node: Any) -> Iterator[tuple[str, Any]]:
+    """Yields each full key and its value as it was written, "???" and "${...}" among them."""
+    return _flatten_plain(OmegaConf.to_container(node, resolve=False), "")
+
+
+def _flatten_plain(values: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        full_key = f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _flatten_plain(value, f"{full_key}.")
+        else:
+            yield full_key, value

@@ -1,0 +1,49 @@
+"""From a configuration of any model: what its run trains, and what its run asks of its machines."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+from embedtrain.config.sections import Config
+from embedtrain.distributed.collectives import run_on_each
+from embedtrain.distributed.runtime import Runtime
+from embedtrain.recipes.registry import recipe_of
+from embedtrain.recipes.workload import Sizes, Workload
+from embedtrain.train.task import Parts
+
+Check = Callable[[Sizes], None]
+"""Called on every rank before any table is made; raises UserError if there is no room for the tables."""
+
+
+def no_check(sizes: Sizes) -> None:
+    """Finds nothing wrong."""
+
+
+def build_parts(config: Config, runtime: Runtime, check: Check = no_check) -> Parts:
+    """Prepares the data and builds model, optimizers and batches. Collective: every rank.
+
+    Raises:
+        UserError: on every rank alike; the data cannot be used, or `check` raised it on any.
+    """
+    recipe = recipe_of(config.model)
+    data, sizes = recipe.prepare(config, runtime)
+    run_on_each(functools.partial(check, sizes), runtime.group)
+    return recipe.build(config, runtime, data)
+
+
+def workload_of(config: Config, sizes: Sizes) -> Workload:
+    """Returns what a run asks of its machines.
+
+    Raises:
+        UserError: something is unknown, or rows are given for a table that does not exist.
+    """
+    sizes.require_known(config.table_names())
+    asked: Workload = recipe_of(config.model).workload(config, sizes)
+    section = config.checkpoint
+    return replace(
+        asked,
+        save_bytes=section.max_extra_memory_bytes if section.mode == "async" else 0,
+        num_checkpoints=1 + (section.keep_last or 1) + (section.keep_best or 0),
+    )

@@ -1,0 +1,62 @@
+"""What the data and the model of a ranking run take, from its configuration."""
+
+from __future__ import annotations
+
+from embedtrain.data.click_schema import CRITEO_CATEGORICAL, CategoricalColumn, ClickSchema, require_columns
+from embedtrain.recipes.ranking.config import ClicksConfig, FeatureConfig, NetworkConfig
+from embedtrain.recipes.ranking.model import NetworkOptions
+
+
+def click_schema(data: ClicksConfig) -> ClickSchema:
+    """Returns the schema that a section describes.
+
+    Raises:
+        UserError: it contradicts itself.
+    """
+    if data.format == "criteo":
+        names = tuple(data.categorical) or CRITEO_CATEGORICAL
+        require_columns(names, CRITEO_CATEGORICAL, "data.categorical")
+    else:
+        names = tuple(data.categorical)
+    require_columns(list(data.features), names, "data.features")
+    columns = [_column(name, data.features.get(name, FeatureConfig()), data) for name in names]
+    if data.format == "criteo":
+        return ClickSchema.criteo(columns, data.dense_transform)
+    return ClickSchema(
+        file_format=data.format,
+        label=data.label,
+        dense=tuple(data.dense),
+        categorical=tuple(columns),
+        positive=data.positive,
+        columns=None if data.columns is None else tuple(data.columns),
+        delimiter=data.delimiter,
+        dense_transform=data.dense_transform,
+    )
+
+
+def _column(name: str, feature: FeatureConfig, data: ClicksConfig) -> CategoricalColumn:
+    num_rows = data.num_rows if feature.num_rows is None else feature.num_rows
+    encoding = feature.encoding or data.encoding or ("vocabulary" if num_rows is None else "hash")
+    return CategoricalColumn(
+        name=name,
+        num_rows=num_rows,
+        encoding=encoding,
+        min_count=data.min_count if feature.min_count is None else feature.min_count,
+        is_bag=feature.bag,
+        separator=feature.separator,
+    )
+
+
+def network_options(section: NetworkConfig) -> NetworkOptions:
+    """Returns the options of the dense part that a section describes.
+
+    Raises:
+        UserError: an option is out of range.
+    """
+    return NetworkOptions(
+        architecture=section.architecture,
+        bottom=tuple(section.bottom),
+        top=tuple(section.top),
+        num_cross_layers=section.num_cross_layers,
+        low_rank=section.low_rank,
+    )

@@ -1,0 +1,57 @@
+"""What a run of retrieval asks of its machines."""
+
+from __future__ import annotations
+
+import torch
+
+from embedtrain.recipes.retrieval.config import RetrievalConfig
+from embedtrain.recipes.retrieval.model import ITEM, USER, perceptron
+from embedtrain.recipes.workload import (
+    Draws,
+    IdDistribution,
+    Sizes,
+    TableLoad,
+    Workload,
+    dense_sizes,
+    table_load,
+)
+
+
+def workload(config: RetrievalConfig, sizes: Sizes) -> Workload:
+    """Returns what a run of retrieval asks of its machines; see `Recipe.workload`."""
+    sides = {USER: config.users, ITEM: config.items}
+    features = {side: {f"{side}.{name}": f for name, f in section.features.items()} for side, section in sides.items()}
+    settings, dim = config.retrieval, config.table.dim
+    users = float(config.train.global_batch_size)
+    positives = users * config.train.items_per_example
+    items = sizes.ids_of(ITEM)
+    negatives = (float(settings.negatives), IdDistribution.of_weights(items.shares**settings.power, items.num_rows))
+    draws: dict[str, tuple[Draws, ...]] = {
+        USER: ((users, IdDistribution.zipf(sizes.rows_of(USER), 0.0)),),
+        ITEM: ((positives, items), negatives),
+    }
+    tables: list[TableLoad] = []
+    for side in sides:
+        num_vectors = sum(number for number, _ in draws[side])
+        tables.append(table_load(config, side, sizes.rows_of(side), draws[side]))
+        for table, feature in features[side].items():
+            # Each id that is looked up brings one bag of categories.
+            length = sizes.bag_length_of(table) if feature.separator is not None else 1.0
+            categories = ((num_vectors * length, sizes.ids_of(table)),)
+            tables.append(table_load(config, table, sizes.rows_of(table), categories, num_bags=num_vectors))
+    with torch.device("meta"):
+        towers = [
+            perceptron((1 + len(section.features)) * dim, section.hidden, dim)
+            for section in sides.values()
+            if section.hidden
+        ]
+    dense_bytes, gradient_bytes = dense_sizes(list(towers), config.dense_optimizer)
+    candidates = settings.negatives + (positives if settings.in_batch else 0.0)
+    return Workload(
+        tuple(tables),
+        dense_bytes=dense_bytes,
+        # The candidates' vectors go to all ranks and their gradients come back, as the dense gradients do.
+        reduced_bytes=gradient_bytes + round(4 * candidates * dim),
+        # 8 bytes each: an id of every look-up, and the user of every positive.
+        batch_bytes=round(8 * (positives + sum(table.num_ids for table in tables))),
+    )

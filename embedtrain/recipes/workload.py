@@ -1,0 +1,302 @@
+"""What a run asks of its machines: its tables, what a step looks up in them, and what comes beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
+from embedtrain.config.optimizer import DenseOptimizerConfig
+from embedtrain.config.sections import Config
+from embedtrain.errors import UserError
+from embedtrain.optim.dense import DenseOptimizer
+from embedtrain.recipes.optimizers import states_of_row
+from embedtrain.sharding.layout import MAX_ROWS
+from embedtrain.train.run_folder import RunFolder
+
+_EXACT_RANKS = 1000
+_BLOCK_RATIO = 1.02
+
+
+@dataclass(frozen=True)
+class IdDistribution:
+    """How likely each row of a table is to be looked up. Rows that are equally likely form a block.
+
+    Attributes:
+        shares: [n]; the probability of each single row of a block.
+        num_rows: [n]; how many rows each block has.
+    """
+
+    shares: NDArray[np.float64]
+    num_rows: NDArray[np.float64]
+
+    @classmethod
+    def of_weights(cls, weights: NDArray[np.float64], num_rows: NDArray[np.float64]) -> IdDistribution:
+        """Returns the distribution whose probabilities are proportional to `weights`."""
+        return cls(weights / np.dot(weights, num_rows), num_rows)
+
+    @classmethod
+    def zipf(cls, num_rows: int, exponent: float) -> IdDistribution:
+        """Returns Zipf's law: row r, counted from 1, has a weight of `r ** -exponent`; 0 is uniform.
+
+        The first 1,000 rows are exact. Further rows share blocks, so that ten billion rows are a few hundred blocks.
+        """
+        first = np.arange(1, min(num_rows, _EXACT_RANKS) + 1, dtype=np.float64)
+        if num_rows <= _EXACT_RANKS:
+            return cls.of_weights(first**-exponent, np.ones_like(first))
+        num_blocks = math.ceil(math.log(num_rows / _EXACT_RANKS, _BLOCK_RATIO))
+        edges = np.geomspace(_EXACT_RANKS + 0.5, num_rows + 0.5, num_blocks + 1)
+        middles = np.sqrt(edges[1:] * edges[:-1])
+        ranks, sizes = np.concatenate([first, middles]), np.concatenate([np.ones_like(first), np.diff(edges)])
+        return cls.of_weights(ranks**-exponent, sizes)
+
+    def thinned(self, keep: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> tuple[IdDistribution, float]:
+        """Drops some of the draws at random.
+
+        Args:
+            keep: returns the probability that a draw of a row is kept, given the row's share of all draws.
+
+        Returns:
+            The distribution of the kept draws, and the share of all draws that is kept.
+        """
+        kept = self.shares * keep(self.shares)
+        return IdDistribution.of_weights(kept, self.num_rows), float(np.dot(kept, self.num_rows))
+
+
+Draws = tuple[float, IdDistribution]
+"""How many ids a step draws over all ranks, and from which distribution."""
+
+
+@dataclass(frozen=True)
+class TableLoad:
+    """A table, and what a step looks up in it over all ranks.
+
+    Attributes:
+        name: of the table.
+        num_rows: rows.
+        dim: columns.
+        value_bytes: size of one stored value.
+        state_row_bytes: size of the optimizer state that each row has once.
+        state_value_bytes: size of the optimizer state that each value of a row has.
+        draws: the ids of a step.
+        wire_bytes: size of one value of a vector or gradient between ranks; None for vectors as they are stored and
+            gradients in 4 bytes.
+        num_bags: bags of a step; None if each id has a vector of its own.
+        home_draws: ids that a rank draws from one of `home_parts` equal parts of the table. The rank owns that part
+            if the number of ranks divides the number of parts.
+        home_parts: number of these parts.
+    """
+
+    name: str
+    num_rows: int
+    dim: int
+    value_bytes: int
+    state_row_bytes: int
+    state_value_bytes: int
+    draws: tuple[Draws, ...]
+    wire_bytes: int | None = None
+    num_bags: float | None = None
+    home_draws: tuple[Draws, ...] = ()
+    home_parts: int = 1
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weights of one row."""
+        return self.dim * self.value_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of the optimizer state of one row."""
+        return self.state_row_bytes + self.dim * self.state_value_bytes
+
+    @property
+    def num_ids(self) -> float:
+        """Ids of a step over all ranks."""
+        return sum(number for number, _ in (*self.draws, *self.home_draws))
+
+    @property
+    def num_distinct(self) -> float:
+        """Expected number of distinct rows that a step touches over all ranks."""
+        return self._expected(1.0, 1.0)
+
+    def distinct_of_rank(self, world_size: int) -> tuple[float, float]:
+        """Returns how many distinct rows a rank is expected to look up in a step, and how many other ranks own."""
+        parts = min(world_size, self.home_parts)
+        home = self._expected(1 / world_size, parts / world_size) / parts
+        others = self._expected(1 / world_size, 0.0) * (1 - 1 / parts)
+        return home + others, others + home * (1 - parts / world_size)
+
+    def _expected(self, share: float, home_share: float) -> float:
+        """Returns the expected number of distinct rows that these shares of a step's draws touch."""
+        draws = [(number * share, ids) for number, ids in self.draws]
+        draws += [(number * home_share, ids) for number, ids in self.home_draws]
+        if not draws:
+            return 0.0
+        intensity = sum(number * ids.shares for number, ids in draws)
+        return float(np.dot(-np.expm1(-intensity), draws[0][1].num_rows))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run asks of its machines.
+
+    Attributes:
+        tables: the sharded tables.
+        dense_bytes: parameters and optimizer state that every rank holds whole.
+        reduced_bytes: what all ranks have a copy of and add up in a step, such as the dense part's gradients.
+        batch_bytes: the batch of a step, over all ranks.
+        save_bytes: the most memory that a background save takes on a rank; None for no limit.
+        num_checkpoints: the most checkpoints that lie in the run folder at once, the one being written included.
+    """
+
+    tables: tuple[TableLoad, ...]
+    dense_bytes: int = 0
+    reduced_bytes: int = 0
+    batch_bytes: int = 0
+    save_bytes: int | None = 0
+    num_checkpoints: int = 1
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of tables that data decide: known from data or from a run, or assumed.
+
+    Attributes:
+        num_rows: rows of each table that they are known of.
+        bag_lengths: for tables that bags are looked up in, the mean number of ids per bag.
+        default_num_rows: rows of every other table; None if unknown.
+        default_bag_length: mean ids per bag of every other table; None if unknown.
+        run_path: run folder whose newest checkpoint knows the rows of its tables.
+        exponent: ids follow Zipf's law with this exponent; 0 is uniform.
+    """
+
+    num_rows: Mapping[str, int] = field(default_factory=dict)
+    bag_lengths: Mapping[str, float] = field(default_factory=dict)
+    default_num_rows: int | None = None
+    default_bag_length: float | None = None
+    run_path: str | None = None
+    exponent: float = 1.0
+
+    def rows_of(self, table: str) -> int:
+        """Returns the number of rows of a table.
+
+        Raises:
+            UserError: it is unknown.
+        """
+        if table in self.num_rows:
+            return _at_most_all(self.num_rows[table], table)
+        if self.default_num_rows is not None:
+            return _at_most_all(self.default_num_rows, table)
+        rows = self._rows_of_run()
+        if table not in rows:
+            raise UserError(
+                f"the rows of table {table!r} come from the data: give --rows {table}=N (or --rows N for all tables), "
+                f"or a run.path with a checkpoint of this model ({self.run_path!r} has none with this table)"
+            )
+        return rows[table]
+
+    def ids_of(self, table: str) -> IdDistribution:
+        """Returns the distribution of the ids that are looked up in a table.
+
+        Raises:
+            UserError: the number of rows is unknown.
+        """
+        return IdDistribution.zipf(self.rows_of(table), self.exponent)
+
+    def bag_length_of(self, table: str) -> float:
+        """Returns the mean number of ids per bag of a table.
+
+        Raises:
+            UserError: it is unknown.
+        """
+        if table in self.bag_lengths:
+            return self.bag_lengths[table]
+        if self.default_bag_length is None:
+            raise UserError(f"how many ids a bag of {table!r} holds comes from the data: give --bag-length L")
+        return self.default_bag_length
+
+    def require_known(self, tables: Sequence[str]) -> None:
+        """Checks that rows are given only for tables that the model has.
+
+        Raises:
+            UserError: a table is unknown.
+        """
+        unknown = sorted(self.num_rows.keys() - set(tables))
+        if unknown:
+            raise UserError(f"--rows names {', '.join(unknown)}; the tables are {', '.join(tables)}")
+
+    def _rows_of_run(self) -> dict[str, int]:
+        path = None if self.run_path is None else latest_checkpoint(RunFolder(self.run_path).checkpoints_path)
+        if path is None:
+            return {}
+        with CheckpointReader(path) as reader:
+            return {
+                name.removesuffix("/weight"): info.shape[0]
+                for name, info in reader.tensors.items()
+                if name.endswith("/weight")
+            }
+
+
+def _at_most_all(num_rows: int, table: str) -> int:
+    if num_rows > MAX_ROWS:
+        raise UserError(f"expected at most {MAX_ROWS:,} rows in table {table!r}, got {num_rows:,}")
+    return num_rows
+
+
+def table_load(
+    config: Config,
+    name: str,
+    num_rows: int,
+    draws: tuple[Draws, ...],
+    *,
+    dim: int | None = None,
+    num_bags: float | None = None,
+) -> TableLoad:
+    """Returns a table as a configuration stores, trains and exchanges it.
+
+    Args:
+        config: of the run.
+        name: of the table.
+        num_rows: rows.
+        draws: the ids of a step.
+        dim: columns; None for `table.dim`.
+        num_bags: bags of a step; None if each id has a vector of its own.
+    """
+    dtype = getattr(torch, config.table.dtype)
+    state = states_of_row(config.optimizer.of_table(name), dtype)
+    return TableLoad(
+        name,
+        num_rows,
+        config.table.dim if dim is None else dim,
+        dtype.itemsize,
+        state_row_bytes=sum(tensor.itemsize for tensor in state if tensor.dim() == 1),
+        state_value_bytes=sum(tensor.itemsize for tensor in state if tensor.dim() == 2),
+        draws=draws,
+        wire_bytes=None if config.table.wire_dtype is None else getattr(torch, config.table.wire_dtype).itemsize,
+        num_bags=num_bags,
+    )
+
+
+def dense_sizes(modules: list[nn.Module], section: DenseOptimizerConfig) -> tuple[int, int]:
+    """Returns the bytes of the modules' parameters with their optimizer's state, and the bytes of their gradients.
+
+    The parameters may lie on the device "meta", where they take no memory.
+    """
+    num_values = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    return 4 * num_values * (1 + _states_of_value(section.name)), 4 * num_values
+
+
+def _states_of_value(name: str) -> int:
+    """Returns how many numbers a dense optimizer keeps for each value of a parameter, by a step of one value."""
+    probe = nn.Linear(1, 1, bias=False)
+    optimizer = DenseOptimizer(probe, name=name, process_group=None)
+    probe.weight.grad = torch.ones_like(probe.weight)
+    optimizer.step(1.0)
+    # A count of steps has no dimension, and each parameter has one.
+    return sum(tensor.dim() == 2 for tensor in optimizer.tensors().values()) - 1
