@@ -19,7 +19,6 @@ from embedtrain.data.cache import make_cache_folder
 from embedtrain.data.click_files import SUFFIXES
 from embedtrain.data.columns import TABLE_SUFFIXES
 from embedtrain.data.head import write_head
-from embedtrain.data.python_docs import PYTHON_DOCS
 from embedtrain.data.sources import TEXT_SUFFIXES
 from embedtrain.distributed.collectives import all_reduce_sum, run_on_first
 from embedtrain.distributed.runtime import Runtime
@@ -144,7 +143,7 @@ def _large_data(config: Config) -> dict[str, tuple[str, ...]]:
     """Returns the keys of data that may be large, with what their files' names end in."""
     if isinstance(config, Word2VecConfig):
         suffixes = TEXT_SUFFIXES if config.data.format == "text" else TABLE_SUFFIXES
-        return {} if config.data.path == PYTHON_DOCS else {"data.path": suffixes}
+        return {"data.path": suffixes}
     if isinstance(config, RankingConfig):
         # A stream has no head to copy: its first lines are those that come.
         keys = ("data.valid_path",) if config.data.is_stream else ("data.path", "data.valid_path")
