@@ -9,12 +9,18 @@ unset PYTHONPATH PYTHONHOME
 scripts/setup_env.sh plots
 
 run=runs/quickstart
+text=runs/python-docs.txt
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 ranks=${NPROC:-$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count() or 2)')}
 
+if [[ ! -f $text ]]; then
+    echo "==> writing the documentation of the Python installation into $text"
+    .venv/bin/python scripts/python_docs.py "$text"
+fi
+
 echo "==> training on $ranks ranks"
 .venv/bin/torchrun --standalone --nproc-per-node "$ranks" -m embedtrain \
-    train configs/quickstart.yaml run.path="$run"
+    train configs/quickstart.yaml data.path="$text" run.path="$run"
 
 echo "==> quality: how far the vectors agree with a person on pairs of words from that documentation"
 .venv/bin/embedtrain evaluate "$run" --similarity configs/quickstart-pairs.tsv

@@ -1,4 +1,4 @@
-"""The `plan` command."""
+"""`embedtrain plan`: what a run needs on each rank, before it is started."""
 
 from __future__ import annotations
 
@@ -35,10 +35,12 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory-bandwidth",
         metavar="RATE",
-        help="what each rank reads and writes, such as 20GB/s: bounds a step's time",
+        help="what each rank reads and writes per second, such as 20GB/s; bounds a step's time",
     )
     parser.add_argument(
-        "--exchange-bandwidth", metavar="RATE", help="what each rank sends to other ranks, such as 5GB/s: likewise"
+        "--exchange-bandwidth",
+        metavar="RATE",
+        help="what each rank sends to other ranks per second, such as 5GB/s; bounds a step's time",
     )
     parser.add_argument(
         "--probe", action="store_true", help="measure both bandwidths here: on torchrun's ranks, or on 2 of its own"
@@ -60,9 +62,9 @@ def run_plan(options: argparse.Namespace) -> int:
         raise UserError(f"expected --skew between 0 (uniform) and 10, got {options.skew}")
     if options.bag_length is not None and not 0 < options.bag_length < math.inf:
         raise UserError(f"expected --bag-length above 0, got {options.bag_length}")
-    if options.probe and (options.memory_bandwidth or options.exchange_bandwidth):
+    if options.probe and (options.memory_bandwidth is not None or options.exchange_bandwidth is not None):
         raise UserError("--probe measures the bandwidths: leave out --memory-bandwidth and --exchange-bandwidth")
-    if options.exchange_bandwidth and options.world_size == 1:
+    if options.exchange_bandwidth is not None and options.world_size == 1:
         raise UserError("one rank exchanges nothing: leave out --exchange-bandwidth, or give --world-size")
     config = load_without_data(options.config, options.overrides)
     named = dict(_named(rows, "rows") for rows in options.rows if "=" in rows)
@@ -77,6 +79,8 @@ def run_plan(options: argparse.Namespace) -> int:
         exponent=options.skew,
     )
     workload = workload_of(config, sizes)
+    if options.bag_length is not None and all(table.num_bags is None for table in workload.tables):
+        raise UserError("no table of this model has bags: leave out --bag-length")
     memory_bytes = None if options.memory is None else parse_bytes(options.memory)
     bandwidths = _bandwidths(options, config.run.device)
     if bandwidths is None:

@@ -15,7 +15,6 @@ import xxhash
 
 from embedtrain.data.cache import commit_work, make_cache_folder, make_work_folder, require_visible
 from embedtrain.data.corpus import META_NAME, TOKEN_DTYPE, VOCABULARY_NAME, PreparedCorpus
-from embedtrain.data.python_docs import PYTHON_DOCS, write_python_docs
 from embedtrain.data.sources import CHUNK_BYTES, Source, expand_sources, read_chunks
 from embedtrain.data.text import TOKENIZERS, encode, tokenize
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary, WordCounts
@@ -35,8 +34,7 @@ class CorpusOptions:
     """What to train on, and what counts as a word.
 
     Attributes:
-        path: a file, a glob, a folder, or several of them, on any fsspec URL; `python-docs` is the
-            documentation of the Python installation itself.
+        path: a file, a glob, a folder, or several of them, on any fsspec URL.
         tokenizer: a name in `TOKENIZERS`.
         min_count: words that are seen less often are left out.
         max_vocab_size: at most so many words are kept, the most frequent ones; None for all.
@@ -130,10 +128,7 @@ def prepare_corpus(
     """
     cache_path = run_on_first(lambda: make_cache_folder(cache_path), group)
     require_visible(cache_path, group)
-    paths = [
-        write_python_docs(cache_path, group, on_progress) if path == PYTHON_DOCS else path for path in options.paths
-    ]
-    sources = run_on_first(lambda: expand_sources(paths), group)
+    sources = run_on_first(lambda: expand_sources(options.paths), group)
     base = run_on_each(lambda: _load_base(options), group)
     entry_path = os.path.join(cache_path, _entry_name(sources, _tokenization(options, base)))
     meta_path = os.path.join(entry_path, META_NAME)

@@ -24,7 +24,9 @@ from embedtrain.planning.plan import Bandwidths
 
 COPY_BYTES = 256 << 20
 """Size of the copied memory: more than caches hold."""
-EXCHANGE_BYTES = 32 << 20
+EXCHANGE_BYTES = 4 << 20
+"""Size of the exchanged rows of each rank. Larger ones would time the allocation of memory as well."""
+_DIM = 64
 _REPEATS = 10
 
 
@@ -38,8 +40,8 @@ def probe(runtime: Runtime) -> Bandwidths:
     memory = 2 * source.nbytes / _least_seconds(lambda: target.copy_(source), runtime)
     if runtime.world_size == 1:
         return Bandwidths(memory)
-    counts = [EXCHANGE_BYTES // 4 // runtime.world_size] * runtime.world_size
-    rows = torch.ones(sum(counts), 1, device=runtime.device)
+    counts = [EXCHANGE_BYTES // (4 * _DIM) // runtime.world_size] * runtime.world_size
+    rows = torch.ones(sum(counts), _DIM, device=runtime.device)
     shared = connect(runtime.group, runtime.device)
     sent_bytes = rows.nbytes - rows.nbytes // runtime.world_size
     seconds = _least_seconds(lambda: all_to_all_rows(rows, counts, counts, runtime.group, shared), runtime)

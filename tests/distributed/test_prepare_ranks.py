@@ -3,14 +3,12 @@ from __future__ import annotations
 import gzip
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from embedtrain.data import prepare, python_docs
+from embedtrain.data import prepare
 from embedtrain.data.prepare import CorpusOptions, prepare_corpus
-from embedtrain.data.python_docs import write_python_docs
 from embedtrain.distributed.runtime import rank_of
 from embedtrain.errors import UserError
 from embedtrain.testing.ranks import run_ranks
@@ -88,24 +86,3 @@ def test_a_cache_that_the_ranks_do_not_share_is_an_error_on_every_rank(tmp_path:
         assert "rank 1 on " in message
         assert f"does not see {tmp_path}/cache" in message
         assert "the cache folder must be on a file system that all ranks share" in message
-
-
-def python_docs_on(group: dist.ProcessGroup | None, site: str, cache: str) -> str:
-    sysconfig: Any = python_docs.sysconfig
-    sysconfig.get_path = lambda name: site
-    return Path(write_python_docs(cache, group)).read_text()
-
-
-def test_the_python_docs_do_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
-    site = tmp_path / "site"
-    site.mkdir()
-    for number in range(7):
-        docstring = f'"""Module {number // 2}."""'
-        (site / f"m{number}.py").write_text(f'{docstring}\ndef f():\n    """Is {number}."""\n')
-    texts = []
-    for world_size in (1, 3):
-        cache = tmp_path / f"cache-{world_size}"
-        cache.mkdir()
-        texts += run_ranks(world_size, python_docs_on, str(site), str(cache))
-    assert texts[0].startswith("Module 0.\nIs 0.\nIs 1.\nModule 1.\n")
-    assert set(texts) == {texts[0]}

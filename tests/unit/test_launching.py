@@ -19,9 +19,15 @@ ROOT = Path(__file__).parents[2]
 
 
 def commands_of_compose() -> list[list[str]]:
-    nodes = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]
-    assert len(nodes) == 2
-    return [node["command"] for node in nodes.values()]
+    services = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]
+    program, script, path = services.pop("text")["command"]
+    assert program == "python"
+    assert (ROOT / script).exists()
+    assert len(services) == 2
+    for node in services.values():
+        assert node["depends_on"]["text"]["condition"] == "service_completed_successfully"
+        assert load_config("configs/quickstart.yaml", []).data.path == path
+    return [node["command"] for node in services.values()]
 
 
 def commands_of_kubernetes() -> list[list[str]]:

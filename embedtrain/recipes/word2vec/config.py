@@ -24,7 +24,7 @@ class TextConfig:
     """The text."""
 
     path: Any = "???"
-    """A file, a glob, a folder, a list of them, on any fsspec URL; or python-docs."""
+    """A file, a glob, a folder, a list of them, on any fsspec URL."""
     format: Literal["text", "lines", "csv", "tsv", "parquet"] = "text"
     """text; or baskets of items, which word2vec takes for sentences (item2vec): lines of `user item item ...`, or
     a table with an item a row."""

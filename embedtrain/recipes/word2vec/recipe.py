@@ -14,7 +14,6 @@ from embedtrain.data.baskets import write_baskets
 from embedtrain.data.columns import TABLE_SUFFIXES
 from embedtrain.data.corpus import PreparedCorpus
 from embedtrain.data.prepare import CorpusOptions, prepare_corpus
-from embedtrain.data.python_docs import PYTHON_DOCS
 from embedtrain.data.skipgram import SamplingOptions, TextBatches
 from embedtrain.data.sources import TEXT_SUFFIXES
 from embedtrain.distributed.runtime import Runtime
@@ -196,7 +195,7 @@ def _build_batches(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCor
 
 def _heads(config: Word2VecConfig) -> dict[str, tuple[str, ...]]:
     suffixes = TEXT_SUFFIXES if config.data.format == "text" else TABLE_SUFFIXES
-    return {} if config.data.path == PYTHON_DOCS else {"data.path": suffixes}
+    return {"data.path": suffixes}
 
 
 def _tables(config: Word2VecConfig, corpus: PreparedCorpus) -> list[TableSpec]:

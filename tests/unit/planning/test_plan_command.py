@@ -104,6 +104,7 @@ def test_bags_need_their_length(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--rows", "5", "--probe", "--memory-bandwidth", "1GB/s"], "--probe measures the bandwidths"),
         (["--rows", "5", "--skew", "-1"], "expected --skew between"),
         (["--rows", "5", "--bag-length", "0"], "expected --bag-length above 0"),
+        (["--rows", "5", "--bag-length", "3"], "no table of this model has bags"),
     ],
 )
 def test_mistakes_are_explained(

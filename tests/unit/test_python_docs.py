@@ -1,14 +1,17 @@
+"""`scripts/python_docs.py`: the text of the quick start."""
+
 from __future__ import annotations
 
-import gc
 import json
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 
-from embedtrain.data import python_docs
-from embedtrain.data.python_docs import docstrings, paragraphs, python_modules, write_python_docs
+sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
+
+import python_docs
 
 MODULE = '''"""Reads files."""
 
@@ -59,14 +62,12 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     paths = {"stdlib": tmp_path / "lib", "purelib": tmp_path / "site", "platlib": tmp_path / "site"}
     monkeypatch.setattr(python_docs.sysconfig, "get_path", lambda name: str(paths[name]))
-    (tmp_path / "cache").mkdir()
     return tmp_path
 
 
 def test_the_text_of_an_installation(site: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        path = Path(write_python_docs(str(site / "cache"), None))
+    path = site / "new" / "text.txt"
+    python_docs.write_python_docs(path)
     assert path.read_text(encoding="utf-8").split("\n") == [
         "The if statement.",
         "if x:",
@@ -81,28 +82,17 @@ def test_the_text_of_an_installation(site: Path) -> None:
         "",
     ]
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
-    assert gc.isenabled()
 
 
-def test_is_written_once_per_set_of_distributions(site: Path) -> None:
-    cache = str(site / "cache")
-    first = write_python_docs(cache, None)
-    Path(first).write_text("kept\n")
-    assert write_python_docs(cache, None) == first
-    assert Path(first).read_text() == "kept\n"
-    metadata = site / "site" / "fake_pack-1.0.dist-info" / "METADATA"
-    metadata.write_text(metadata.read_text().replace("1.0", "1.1"))
-    assert write_python_docs(cache, None) != first
-
-
-def test_progress_is_told(site: Path) -> None:
-    told: list[tuple[str, float]] = []
-    write_python_docs(str(site / "cache"), None, lambda *progress: told.append(progress))
-    assert told[0] == ("read docstrings", 0.0)
+def test_warnings_of_modules_are_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text(MODULE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert python_docs.docstrings(str(tmp_path / "module.py"))[0] == "Reads files."
 
 
 def test_modules_come_in_order_without_tests(site: Path) -> None:
-    found = python_modules([str(site / "site"), str(site / "lib")])
+    found = python_docs.python_modules([str(site / "site"), str(site / "lib")])
     assert [Path(path).relative_to(site).as_posix() for path in found] == [
         "site/pack/__init__.py",
         "site/pack/again.py",
@@ -114,13 +104,15 @@ def test_modules_come_in_order_without_tests(site: Path) -> None:
 
 
 def test_an_unreadable_module_is_skipped(tmp_path: Path) -> None:
-    assert docstrings(str(tmp_path / "nothing.py")) == []
+    assert python_docs.docstrings(str(tmp_path / "nothing.py")) == []
 
 
 def test_this_installation_documents_itself() -> None:
-    topics = next(path for path in python_modules(python_docs._roots()) if path.endswith("topics.py"))
-    assert any('The "if" statement' in text for text in docstrings(topics))
-    assert docstrings(json.__file__)[0].startswith("JSON (JavaScript Object Notation)")
+    topics = next(
+        path for path in python_docs.python_modules(python_docs.installed_roots()) if path.endswith("topics.py")
+    )
+    assert any('The "if" statement' in text for text in python_docs.docstrings(topics))
+    assert python_docs.docstrings(json.__file__)[0].startswith("JSON (JavaScript Object Notation)")
 
 
 @pytest.mark.parametrize(
@@ -136,4 +128,4 @@ def test_this_installation_documents_itself() -> None:
     ],
 )
 def test_paragraphs_are_lines_without_markup(docstring: str, expected: list[str]) -> None:
-    assert paragraphs(docstring) == expected
+    assert python_docs.paragraphs(docstring) == expected
