@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from embedtrain.commands.completion import add_completion
+from embedtrain.commands.config import add_inspecting
 from embedtrain.commands.console import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -22,12 +23,11 @@ from embedtrain.commands.console import (
     say,
     say_once,
 )
-from embedtrain.commands.growing import add_growing
-from embedtrain.commands.inspecting import add_inspecting
-from embedtrain.commands.measuring import add_measuring
+from embedtrain.commands.evaluate import add_measuring
+from embedtrain.commands.export import add_reading
+from embedtrain.commands.grow import add_growing
 from embedtrain.commands.plan import add_plan_arguments, run_plan
-from embedtrain.commands.reading import add_reading
-from embedtrain.commands.training import add_training
+from embedtrain.commands.train import add_training
 from embedtrain.errors import CheckpointError, JobError, UserError
 
 _WRONG_PATH = {

@@ -6,7 +6,7 @@ import argparse
 
 from embedtrain.commands import inspect as inspection
 from embedtrain.commands.console import EXIT_DONE, Commands, add_command
-from embedtrain.commands.reading import add_run, open_table
+from embedtrain.commands.export import add_run, open_table
 from embedtrain.commands.recommend import evaluate_run
 from embedtrain.distributed.runtime import init_distributed
 from embedtrain.errors import UserError
