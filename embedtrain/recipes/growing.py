@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from embedtrain import storage
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
 from embedtrain.checkpoint.writer import Contents, write_checkpoint
 from embedtrain.config.optimizer import OptimizerConfig
 from embedtrain.config.sections import Config
+from embedtrain.config.values import settings_of
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
@@ -236,7 +236,7 @@ def _state(reader: CheckpointReader, config: Config, facts: dict[str, Any], run_
     saved = reader.state
     dense = {"dense_optimizer": saved["dense_optimizer"]} if "dense_optimizer" in saved else {}
     return {
-        "config": OmegaConf.to_container(OmegaConf.structured(config)),
+        "config": settings_of(config),
         **facts,
         **dense,
         "init_from": saved.get("init_from", {}),
