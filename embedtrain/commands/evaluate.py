@@ -1,61 +1,89 @@
-"""The commands that say how good a run is: evaluate and report."""
+"""`embedtrain evaluate`."""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from embedtrain.commands import inspect as inspection
-from embedtrain.commands.console import EXIT_DONE, Commands, add_command
-from embedtrain.commands.export import add_run, open_table
-from embedtrain.commands.recommend import evaluate_run
-from embedtrain.distributed.runtime import init_distributed
+import click
+
+from embedtrain.commands.console import EXIT_DONE, command, run_argument, table_option
 from embedtrain.errors import UserError
-from embedtrain.report import write_report
+
+if TYPE_CHECKING:
+    from embedtrain.export import Vectors
 
 
-def add_measuring(commands: Commands) -> None:
-    """Declares the commands."""
-    evaluate = add_command(
-        commands,
-        "evaluate",
-        "measure a run: word vectors on analogies and similarity, retrieval on held-out data",
-        "embedtrain evaluate runs/x --analogies questions-words.txt --similarity wordsim.tsv",
-    )
-    add_run(evaluate)
-    evaluate.add_argument("--analogies", action="append", default=[], metavar="FILE", help="`: section` and `a b c d`")
-    evaluate.add_argument("--similarity", action="append", default=[], metavar="FILE", help="`word word score`")
-    evaluate.add_argument("--restrict-vocab", type=int, default=300_000, metavar="N", help="most frequent words only")
-    evaluate.add_argument("--case-sensitive", action="store_true", help="compare words as they are written")
-    evaluate.set_defaults(run=_evaluate)
+@command("embedtrain evaluate runs/x --analogies questions-words.txt --similarity wordsim.tsv")
+@run_argument
+@table_option
+@click.option("--analogies", multiple=True, metavar="FILE", type=click.Path(), help="`: section` and `a b c d` lines.")
+@click.option("--similarity", multiple=True, metavar="FILE", type=click.Path(), help="`word word score` lines.")
+@click.option(
+    "--restrict-vocab", type=int, default=300_000, show_default=True, metavar="N", help="Most frequent words only."
+)
+@click.option("--case-sensitive", is_flag=True, help="Compare words as they are written.")
+def evaluate(
+    path: str,
+    table: str | None,
+    analogies: Sequence[str],
+    similarity: Sequence[str],
+    restrict_vocab: int,
+    case_sensitive: bool,
+) -> int:
+    """Measures word vectors on questions, retrieval on new data."""
+    from embedtrain.commands.recommend import evaluate_run
 
-    report = add_command(
-        commands,
-        "report",
-        "write a page of HTML about a run: curves, neighbours, advice",
-        "embedtrain report runs/x --words king river",
-    )
-    report.add_argument("path", metavar="RUN", help="run folder")
-    report.add_argument("--output", metavar="PATH", help="the page (report.html in the run folder)")
-    report.add_argument("--words", nargs="*", default=[], metavar="WORD", help="whose neighbours to show")
-    report.set_defaults(run=_report)
-
-
-def _evaluate(options: argparse.Namespace) -> int:
-    if evaluate_run(options.path):
+    if evaluate_run(path):
         return EXIT_DONE
-    if not options.analogies and not options.similarity:
+    if not analogies and not similarity:
         raise UserError("expected --analogies FILE or --similarity FILE")
-    with open_table(options) as vectors:
-        inspection.print_evaluation(
-            vectors,
-            options.analogies,
-            options.similarity,
-            restrict_vocab=options.restrict_vocab,
-            case_insensitive=not options.case_sensitive,
+    from embedtrain.distributed.runtime import init_distributed
+    from embedtrain.recipes.trained import open_run_vectors
+
+    with open_run_vectors(path, table, init_distributed(device="cpu")) as vectors:
+        print_evaluation(
+            vectors, analogies, similarity, restrict_vocab=restrict_vocab, case_insensitive=not case_sensitive
         )
     return EXIT_DONE
 
 
-def _report(options: argparse.Namespace) -> int:
-    print(write_report(options.path, options.output, options.words, init_distributed(device="cpu")))
-    return EXIT_DONE
+def print_evaluation(
+    vectors: Vectors,
+    analogies: Sequence[str],
+    similarity: Sequence[str],
+    *,
+    restrict_vocab: int,
+    case_insensitive: bool,
+) -> None:
+    """Prints accuracy by section for each file of analogies, and correlations for each file of word pairs."""
+    from embedtrain.export import unit_rows
+    from embedtrain.metrics.analogies import evaluate_analogies
+    from embedtrain.metrics.word_similarity import evaluate_similarity
+
+    restricted = vectors.first(restrict_vocab)
+    unit = unit_rows(restricted.rows(0, restricted.num_rows))
+    for path in analogies:
+        report = evaluate_analogies(unit, restricted.words, _lines(path), restrict_vocab, case_insensitive, source=path)
+        print(f"{path}: accuracy by 3CosAdd")
+        for section in (*report.sections, report.total):
+            print(f"  {section.accuracy:7.2%}  {section.num_correct:>6,} of {section.num_questions:<6,} {section.name}")
+        print(f"  {report.num_oov:,} questions left out: a word is not in the vocabulary")
+    for path in similarity:
+        pairs = evaluate_similarity(unit, restricted.words, _lines(path), restrict_vocab, case_insensitive, source=path)
+        print(
+            f"{path}: Spearman {pairs.spearman:.3f}, Pearson {pairs.pearson:.3f} over {pairs.num_pairs:,} pairs; "
+            f"{pairs.oov_ratio:.1%} left out, a word is not in the vocabulary"
+        )
+
+
+def _lines(path: str) -> list[str]:
+    import fsspec
+
+    try:
+        with fsspec.open(path, "rt", encoding="utf-8") as file:
+            return list(file)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error

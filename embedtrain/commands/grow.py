@@ -1,34 +1,32 @@
-"""The command that makes a larger run of a trained one: grow."""
+"""`embedtrain grow`."""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 
-from embedtrain.commands.console import EXIT_DONE, Commands, add_command
-from embedtrain.distributed.runtime import init_distributed
-from embedtrain.recipes.growing import grow_run
+import click
 
-
-def add_growing(commands: Commands) -> None:
-    """Declares the command."""
-    grow = add_command(
-        commands,
-        "grow",
-        "make a new run of a trained one, with rows for the new words, users or items of other data",
-        "embedtrain grow runs/x runs/larger data.path=new.txt train.epochs=2\n"
-        "torchrun --nproc-per-node 2 -m embedtrain train runs/larger/config.yaml",
-    )
-    grow.add_argument("path", metavar="RUN", help="run folder; it is only read")
-    grow.add_argument("new_path", metavar="NEW_RUN", help="folder of the new run")
-    grow.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="data.path, and settings that replace the old run's"
-    )
-    grow.set_defaults(run=_grow)
+from embedtrain.commands.console import EXIT_DONE, command, run_argument, settings_argument, split_words
+from embedtrain.errors import UserError
 
 
-def _grow(options: argparse.Namespace) -> int:
-    runtime = init_distributed(device="cpu")
-    for table in grow_run(options.path, options.new_path, options.overrides, runtime):
+@command(
+    "embedtrain grow runs/x runs/larger data.path=new.txt train.epochs=2",
+    "torchrun --nproc-per-node 2 -m embedtrain train runs/larger/config.yaml",
+)
+@run_argument
+@click.argument("new_path", metavar="NEW_RUN", type=click.Path(file_okay=False), help="Folder of the new run.")
+@settings_argument
+def grow(path: str, new_path: str, settings: Sequence[str]) -> int:
+    """Makes a larger run of a trained one, for new words or items."""
+    paths, overrides = split_words(path, new_path, settings)
+    if len(paths) != 2:
+        raise UserError(f"expected the folder of a run and the folder of the new run, got {paths or 'neither'}")
+    from embedtrain.distributed.runtime import init_distributed
+    from embedtrain.recipes.growing import grow_run
+
+    old_path, new_path = paths
+    for table in grow_run(old_path, new_path, overrides, init_distributed(device="cpu")):
         print(f"table {table.name}: {table.num_kept:,} rows kept, {table.num_new:,} new")
-    print(f"train it on with: embedtrain train {options.new_path.rstrip('/')}/config.yaml")
+    print(f"train it on with: embedtrain train {new_path.rstrip('/')}/config.yaml")
     return EXIT_DONE

@@ -1,45 +1,52 @@
-"""The `plan` command."""
+"""`embedtrain plan`."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
-from embedtrain.distributed.runtime import init_distributed, shut_down
+import click
+
+from embedtrain.commands.console import command, settings_argument, split_config
 from embedtrain.errors import UserError
-from embedtrain.planning.report import Request, print_plan
 from embedtrain.planning.sizes import parse_bytes, parse_count
-from embedtrain.planning.workload import Assumptions, workload_of
 from embedtrain.recipes.loading import load_config
-from embedtrain.sharding.machine import Machine
+
+if TYPE_CHECKING:
+    from embedtrain.sharding.machine import Machine
 
 EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
 
 
-def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the command's arguments."""
-    parser.add_argument("config", nargs="?", help="YAML file, such as configs/word2vec.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
-    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks (1)")
-    parser.add_argument("--hosts", type=int, default=1, metavar="H", help="that the ranks are spread over (1)")
-    parser.add_argument("--memory", metavar="SIZE", help="of each rank, such as 80GiB")
-    parser.add_argument(
-        "--rows", action="append", default=[], metavar="[TABLE=]N", help="rows of a table, or of all others"
-    )
-    parser.add_argument("--skew", type=float, default=1.0, metavar="S", help="Zipf's exponent of the ids (1.0)")
-    parser.add_argument("--bag-length", type=float, metavar="L", help="ids of a bag on average, where there are bags")
-    parser.add_argument("--machine", metavar="FILE", help="rates that --measure wrote; without it no times")
-    parser.add_argument("--rate", action="append", default=[], metavar="NAME=VALUE", help="replaces one of them")
-    parser.add_argument(
-        "--measure", metavar="FILE", help="measure this machine on 2 ranks, or on those of torchrun, and write FILE"
-    )
+@command("embedtrain plan configs/word2vec.yaml --rows 10e6 --world-size 8 --memory 16GiB")
+@click.argument("config", required=False, type=click.Path(), help="YAML file, such as configs/word2vec.yaml.")
+@settings_argument
+@click.option("--world-size", type=int, default=1, show_default=True, metavar="N", help="Ranks.")
+@click.option("--hosts", type=int, default=1, show_default=True, metavar="H", help="Hosts that hold the ranks.")
+@click.option("--memory", metavar="SIZE", help="Memory of each rank, such as 80GiB.")
+@click.option("--rows", multiple=True, metavar="[TABLE=]N", help="Rows of a table, or of all others.")
+@click.option("--skew", type=float, default=1.0, show_default=True, metavar="S", help="Zipf's exponent of the ids.")
+@click.option("--bag-length", type=float, metavar="L", help="Mean ids per bag, if there are bags.")
+@click.option("--machine", metavar="FILE", type=click.Path(), help="Rates that --measure wrote; without it no times.")
+@click.option("--rate", multiple=True, metavar="NAME=VALUE", help="Replaces one of the rates.")
+@click.option(
+    "--measure",
+    metavar="FILE",
+    type=click.Path(),
+    help="Measure this machine on 2 ranks, or on those of torchrun, and write FILE.",
+)
+def plan(**options: Any) -> int:
+    """Tells what a run needs on each rank, and how long steps take."""
+    options["config"], options["overrides"] = split_config(options["config"], options.pop("settings"))
+    return run_plan(SimpleNamespace(**options))
 
 
-def run_plan(options: argparse.Namespace) -> int:
+def run_plan(options: SimpleNamespace) -> int:
     """Runs the command; returns 0 where the plan fits, 1 where it does not.
 
     Raises:
@@ -59,6 +66,9 @@ def run_plan(options: argparse.Namespace) -> int:
         raise UserError(f"expected --skew between 0 (uniform) and 10, got {options.skew}")
     if options.bag_length is not None and not 0 < options.bag_length < math.inf:
         raise UserError(f"expected --bag-length above 0, got {options.bag_length}")
+    from embedtrain.planning.report import Request, print_plan
+    from embedtrain.planning.workload import Assumptions, workload_of
+
     # Every model must have data, but a plan reads none.
     config = load_config(options.config, ["data.path=none", *options.overrides])
     named = dict(_named(rows, "rows") for rows in options.rows if "=" in rows)
@@ -82,11 +92,13 @@ def run_plan(options: argparse.Namespace) -> int:
     return EXIT_FITS if fits else EXIT_DOES_NOT_FIT
 
 
-def _machine(options: argparse.Namespace) -> Machine | None:
+def _machine(options: SimpleNamespace) -> Machine | None:
     if options.machine is None:
         if options.rate:
             raise UserError("--rate replaces a rate of a machine: give --machine FILE too")
         return None
+    from embedtrain.sharding.machine import Machine
+
     try:
         text = Path(options.machine).read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -107,6 +119,7 @@ def _measure(path: str) -> int:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         done = subprocess.run([*command, "-m", "embedtrain", "plan", "--measure", path], check=False)
         return done.returncode
+    from embedtrain.distributed.runtime import init_distributed, shut_down
     from embedtrain.planning.measure import measure_machine
 
     runtime = init_distributed()
@@ -118,7 +131,7 @@ def _measure(path: str) -> int:
     return EXIT_FITS
 
 
-def _refuse_unused(options: argparse.Namespace) -> None:
+def _refuse_unused(options: SimpleNamespace) -> None:
     if options.config is not None or options.rows or options.memory or options.machine or options.rate:
         raise UserError("--measure measures this machine and nothing else: run plan again for a configuration")
 

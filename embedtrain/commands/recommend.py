@@ -1,24 +1,56 @@
-"""What the command line does with a trained run of retrieval: recommend, and measure."""
+"""`embedtrain recommend`, and the measures of a trained run of retrieval."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
+import click
 import numpy as np
 
-from embedtrain.data.vocabulary import Vocabulary
-from embedtrain.distributed.runtime import Runtime, init_distributed
+from embedtrain.commands.console import EXIT_DONE, command, run_argument
 from embedtrain.errors import UserError
-from embedtrain.export.recommendations import Recommendation, write_recommendations
 from embedtrain.recipes.retrieval.config import RetrievalConfig
-from embedtrain.recipes.retrieval.recipe import TrainedRetrieval, open_retrieval
-from embedtrain.recipes.retrieval.recommendation import Catalogue
-from embedtrain.recipes.trained import read_config
+
+if TYPE_CHECKING:
+    from embedtrain.data.vocabulary import Vocabulary
+    from embedtrain.distributed.runtime import Runtime
+    from embedtrain.export.recommendations import Recommendation
+    from embedtrain.recipes.retrieval.recipe import TrainedRetrieval
 
 _USERS_AT_ONCE = 1024
 
 
+@command("embedtrain recommend runs/m 4711 --top 10", "embedtrain recommend runs/m --all --output top.parquet")
+@run_argument
+@click.argument("users", nargs=-1, metavar="[USER]...", help="Raw ids, as in the data; --all for all users.")
+@click.option("--all", "all_users", is_flag=True, help="All users, into the file of --output.")
+@click.option("--top", type=int, default=10, show_default=True, metavar="N", help="How many items each.")
+@click.option("--include-known", is_flag=True, help="Also items that the user has already.")
+@click.option("--output", metavar="PATH", type=click.Path(), help="A new Parquet file, instead of printing.")
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
 def recommend(
+    path: str,
+    users: Sequence[str],
+    all_users: bool,
+    top: int,
+    include_known: bool,
+    output: str | None,
+    overwrite: bool,
+) -> int:
+    """Prints or writes the best items of users of a retrieval run."""
+    recommend_items(
+        path,
+        None if all_users else users,
+        top=top,
+        leave_out_known=not include_known,
+        output=output,
+        overwrite=overwrite,
+    )
+    return EXIT_DONE
+
+
+def recommend_items(
     run_path: str,
     users: Sequence[str] | None,
     *,
@@ -48,6 +80,8 @@ def recommend(
         raise UserError("expected the ids of users, or --all with --output FILE")
     if users is None and output is None:
         raise UserError("--all needs --output FILE")
+    from embedtrain.export.recommendations import write_recommendations
+
     trained, runtime = _open(run_path)
     names = trained.interactions.users
     rows = np.arange(len(names)) if users is None else _rows_of(users, names)
@@ -73,6 +107,8 @@ def evaluate_run(run_path: str) -> bool:
     Raises:
         UserError: the run's configuration names no held-out data.
     """
+    from embedtrain.recipes.trained import read_config
+
     if not isinstance(read_config(run_path), RetrievalConfig):
         return False
     trained, runtime = _open(run_path)
@@ -86,6 +122,10 @@ def evaluate_run(run_path: str) -> bool:
 
 
 def _open(run_path: str) -> tuple[TrainedRetrieval, Runtime]:
+    from embedtrain.distributed.runtime import init_distributed
+    from embedtrain.recipes.retrieval.recipe import open_retrieval
+    from embedtrain.recipes.trained import read_config
+
     config = read_config(run_path)
     if config is None:
         raise UserError(f"no run folder at {run_path!r}; expected the run.path that a training wrote to")
@@ -109,6 +149,8 @@ def _rows_of(users: Sequence[str], names: Vocabulary) -> np.ndarray[tuple[int], 
 def _recommendations(
     trained: TrainedRetrieval, rows: np.ndarray[tuple[int], np.dtype[np.int64]], top: int, leave_out_known: bool
 ) -> Iterator[list[Recommendation]]:
+    from embedtrain.recipes.retrieval.recommendation import Catalogue
+
     catalogue = Catalogue(trained.model)
     users, items = trained.interactions.users.words, trained.interactions.items.words
     known = trained.interactions.known if leave_out_known else None

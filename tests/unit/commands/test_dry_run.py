@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from embedtrain import dry_run
 from embedtrain.cli import main
+from embedtrain.commands import dry_run
 from tests.unit.commands.fuzz import contents
 
 WORDS = [f"{first}{second}" for first in "abcdefghij" for second in "klmnopqrst"]
