@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import click
-from click.shell_completion import BashComplete, CompletionItem, ZshComplete, add_completion_class, get_completion_class
+from click.shell_completion import (
+    BashComplete,
+    CompletionItem,
+    FishComplete,
+    ZshComplete,
+    add_completion_class,
+    get_completion_class,
+)
 
 from embedtrain.commands.console import EXIT_DONE, command
 
@@ -38,6 +45,17 @@ class SettingsInZsh(ZshComplete):
     source_template = ZshComplete.source_template.replace(
         "            _path_files -f", "            [[ -prefix *= ]] && compset -P '*='\n            _path_files -f"
     ).replace("compadd -U -V unsorted -a completions", "compadd -U -V unsorted -S '' -a completions")
+
+
+@add_completion_class
+class SettingsInFish(FishComplete):
+    """Click's completion in fish, with the name of a file after `key=`."""
+
+    source_template = FishComplete.source_template.replace(
+        "__fish_complete_path $metadata[2];",
+        "set -l key (string match -r '^[^/=]+=' -- $metadata[2]);\n            printf '%%s\\n' "
+        "\"$key\"(__fish_complete_path (string replace -r '^[^/=]+=' '' -- $metadata[2]));",
+    )
 
 
 @command(
