@@ -34,15 +34,17 @@ MODULES = (
 NOTE = "<!-- Made by scripts/reference.py of the docstrings: change those. -->\n"
 
 VALUES = """A key of text takes what is written, character by character: `run.path=r/trial #2`, `data.path=a: b.txt`,
-`data.positive=yes` and `data.path=$HOME` mean these texts (quote them for your shell, which has rules of its own). Nothing is
-replaced in a value: `${...}` is text too. Three rules remain:
+`data.positive=yes` and `data.path=$HOME` mean these texts. (Quote them for your shell, which has rules of its own.)
+Nothing is replaced in a value: `${...}` is text too. Three rules remain:
 
-* `null` means no value, where a key has that choice. The text null is quoted: `data.positive="'null'"` in a shell,
+* `null` means no value, if the key has that choice. The text null is quoted: `data.positive="'null'"` in a shell,
   `positive: "null"` in a file.
 * A list of texts is written `[on,01,a b.txt]`, without quotes; an item that holds a comma stands in quotes:
-  `["a, b.txt",c.txt]`. A key that takes one path or several takes a text as one path, unless it begins with `[` and ends with `]`.
-* In a YAML file, YAML decides where a text ends, so ` #` and `: ` in a text need quotes there. What it is, is decided by the
-  key: `positive: yes`, `path: 2024-01-01` and `columns: [on, 01, 1e3]` are texts, and so are names of features and tables.
+  `["a, b.txt",c.txt]`. A key that takes one path or several takes a text as one path, unless the text begins with `[`
+  and ends with `]`.
+* In a YAML file, YAML decides where a text ends, so a text with ` #` or `: ` in it needs quotes there. The key decides
+  the type: `positive: yes`, `path: 2024-01-01` and `columns: [on, 01, 1e3]` are texts, and so are names of features
+  and tables.
 
 Keys of other types (numbers, true and false, lists of numbers, and whole sections such as
 `data.features={tags: {bag: true}}`) take YAML.

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import click
 
 from embedtrain.commands.console import EXIT_DONE, command, epilog, settings_argument, split_config
-from embedtrain.recipes.showing import show_config
 
 _EXAMPLES = ("embedtrain config show configs/word2vec.yaml optimizer.lr=0.1", "embedtrain config show model=ranking")
 
@@ -22,6 +21,8 @@ def config() -> None:
 @settings_argument
 def show(config: str | None, settings: Sequence[str]) -> int:
     """Shows a configuration in full, and where values were given."""
+    from embedtrain.recipes.showing import show_config
+
     print(show_config(*split_config(config, settings)))
     return EXIT_DONE
 

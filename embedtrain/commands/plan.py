@@ -15,7 +15,6 @@ import click
 from embedtrain.commands.console import command, settings_argument, split_config
 from embedtrain.errors import UserError
 from embedtrain.planning.sizes import parse_bytes, parse_count
-from embedtrain.recipes.loading import load_config
 
 if TYPE_CHECKING:
     from embedtrain.sharding.machine import Machine
@@ -68,6 +67,7 @@ def run_plan(options: SimpleNamespace) -> int:
         raise UserError(f"expected --bag-length above 0, got {options.bag_length}")
     from embedtrain.planning.report import Request, print_plan
     from embedtrain.planning.workload import Assumptions, workload_of
+    from embedtrain.recipes.loading import load_config
 
     # Every model must have data, but a plan reads none.
     config = load_config(options.config, ["data.path=none", *options.overrides])

@@ -8,7 +8,6 @@ import click
 
 from embedtrain.commands.console import command, is_debugged, require_config, settings_argument
 from embedtrain.errors import UserError
-from embedtrain.recipes.loading import load_config
 
 
 @command(
@@ -21,6 +20,8 @@ from embedtrain.recipes.loading import load_config
 @click.option("--dry-run", is_flag=True, help="Make two steps on the head of the data, print the plan, write nothing.")
 def train(config: str, settings: Sequence[str], profile: bool, dry_run: bool) -> int:
     """Trains, or resumes the run in run.path."""
+    from embedtrain.recipes.loading import load_config
+
     loaded = load_config(*require_config(config, settings))
     if profile and dry_run:
         raise UserError("--profile writes into the run folder, and --dry-run does not: give one of them")
