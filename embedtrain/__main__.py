@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from embedtrain.cli import main
-from embedtrain.distributed.runtime import leave
+from embedtrain.distributed.launcher import leave
 
 if __name__ == "__main__":
     leave(main())

@@ -1,34 +1,48 @@
-"""The command line."""
+"""The command line: it assembles the commands, and turns what they raise into a line and an exit status."""
 
 from __future__ import annotations
 
-import argparse
 import errno
+import importlib
 import logging
 import os
 import sys
 from collections.abc import Sequence
 
-from embedtrain.commands.completion import add_completion
+import click
+
 from embedtrain.commands.console import (
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
-    Commands,
-    Parser,
-    add_command,
+    MAX_COLUMNS,
+    is_debugged,
     is_first_rank,
     say,
     say_once,
 )
-from embedtrain.commands.growing import add_growing
-from embedtrain.commands.inspecting import add_inspecting
-from embedtrain.commands.measuring import add_measuring
-from embedtrain.commands.plan import add_plan_arguments, run_plan
-from embedtrain.commands.reading import add_reading
-from embedtrain.commands.training import add_training
 from embedtrain.errors import CheckpointError, JobError, UserError
+
+COMMANDS = (
+    "train",
+    "compare",
+    "grow",
+    "plan",
+    "evaluate",
+    "report",
+    "recommend",
+    "neighbors",
+    "export",
+    "inspect",
+    "diff",
+    "config",
+    "completion",
+)
+"""The commands, in the order of the help; `embedtrain.commands.NAME` holds the command NAME."""
+
+_COMPLETE = "_EMBEDTRAIN_COMPLETE"
+"""The variable by which the scripts of `embedtrain completion` ask for completions."""
 
 _WRONG_PATH = {
     errno.EACCES,
@@ -42,41 +56,98 @@ _WRONG_PATH = {
     errno.EPERM,
     errno.EROFS,
 }
-"""What the system says of a path that cannot be used, as it says ENOSPC or EIO of a disk."""
+"""Errors of the system that mean that a path cannot be used; others, such as ENOSPC and EIO, blame the disk."""
+
+
+class Program(click.Group):
+    """All commands; the module of a command is imported when the command is needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Returns the names of the commands."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Returns a command; None if there is none of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        found: click.Command = getattr(importlib.import_module(f"embedtrain.commands.{cmd_name}"), cmd_name)
+        return found
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Returns the command that the first word names, and the words after it."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.NoSuchCommand as error:
+            near = click.NoSuchCommand(error.command_name, possibilities=COMMANDS, ctx=ctx)
+            if near.possibilities:
+                raise near from error
+            message = f"{near.message} The commands are {', '.join(COMMANDS)}."
+            raise click.NoSuchCommand(error.command_name, message, ctx=ctx) from error
+
+    def invoke(self, ctx: click.Context) -> int:
+        """Runs the command; returns the exit status."""
+        is_shown = is_debugged()
+        try:
+            status: int = super().invoke(ctx)
+            sys.stdout.flush()
+        except UserError as error:
+            if is_shown:
+                raise
+            say_once(f"embedtrain: error: {error}")
+            status = EXIT_USER_ERROR
+        except CheckpointError as error:
+            if is_shown:
+                raise
+            say_once(f"embedtrain: failed: {error}")
+            status = EXIT_FAILED
+        except JobError as error:
+            if is_shown:
+                raise
+            say(f"embedtrain: failed: {error}")
+            status = EXIT_FAILED
+        except KeyboardInterrupt:
+            status = EXIT_INTERRUPTED
+        except BrokenPipeError:
+            # The reader of our output has seen enough, as `| head` has.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = EXIT_DONE
+        except OSError as error:
+            if is_shown:
+                raise
+            status = _tell_of_file(error)
+        return status
+
+
+@click.group(
+    cls=Program,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": MAX_COLUMNS},
+)
+@click.option("--debug", is_flag=True, help="Show tracebacks of your mistakes too.")
+@click.version_option(package_name="embedtrain", message="%(package)s %(version)s")
+def program(debug: bool) -> None:
+    """Trains embedding tables sharded over the ranks of a torchrun job."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("embedtrain").setLevel(logging.INFO if is_first_rank() else logging.ERROR)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0 done, 1 failure, 2 the user's mistake, 75 saved and stopped."""
-    options = _parse(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("embedtrain").setLevel(logging.INFO if is_first_rank() else logging.ERROR)
+    if _COMPLETE in os.environ:
+        # The shell asks for completions, which our own subclasses of click's shells give.
+        importlib.import_module("embedtrain.commands.completion")
     try:
-        status: int = options.run(options)
-    except UserError as error:
-        if options.debug:
-            raise
-        say_once(f"embedtrain: error: {error}")
+        status: int = program.main(
+            None if arguments is None else list(arguments), prog_name="embedtrain", standalone_mode=False
+        )
+    except click.UsageError as error:
+        path = "embedtrain" if error.ctx is None else error.ctx.command_path
+        say_once(f"embedtrain: error: {' '.join(error.format_message().split())} See {path} --help.")
         status = EXIT_USER_ERROR
-    except CheckpointError as error:
-        if options.debug:
-            raise
-        say_once(f"embedtrain: failed: {error}")
-        status = EXIT_FAILED
-    except JobError as error:
-        if options.debug:
-            raise
-        say(f"embedtrain: failed: {error}")
-        status = EXIT_FAILED
-    except KeyboardInterrupt:
+    except click.Abort:
         status = EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has seen enough, as `| head` has.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = EXIT_DONE
-    except OSError as error:
-        if options.debug:
-            raise
-        status = _tell_of_file(error)
     return status
 
 
@@ -88,41 +159,3 @@ def _tell_of_file(error: OSError) -> int:
         return EXIT_USER_ERROR
     say_once(f"embedtrain: failed: {what}")
     return EXIT_FAILED
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parses the command line; settings may stand anywhere, as they may not for argparse once an option has come."""
-    parser = build_parser()
-    options, rest = parser.parse_known_args(arguments)
-    settings = [each for each in rest if "=" in each and not each.startswith("-")]
-    if settings == rest and hasattr(options, "overrides"):
-        options.overrides += settings
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return options
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line; `run` of what it returns runs the command."""
-    parser = Parser(prog="embedtrain", description="Trains embedding tables sharded over the ranks of a torchrun job.")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of your mistakes too")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    add_training(commands)
-    add_growing(commands)
-    _add_planning(commands)
-    add_measuring(commands)
-    add_inspecting(commands)
-    add_reading(commands)
-    add_completion(commands, build_parser)
-    return parser
-
-
-def _add_planning(commands: Commands) -> None:
-    plan = add_command(
-        commands,
-        "plan",
-        "what a run will need on each rank, and how long a step takes at least",
-        "embedtrain plan configs/word2vec.yaml --rows 10e6 --world-size 8 --memory 16GiB",
-    )
-    add_plan_arguments(plan)
-    plan.set_defaults(run=run_plan)

@@ -27,12 +27,29 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 MODULES = (
     "embedtrain",
     "embedtrain.optim",
-    "embedtrain.recipes",
+    "embedtrain.recipes.api",
     "embedtrain.recipes.retrieval.losses",
     "embedtrain.checkpoint",
     "embedtrain.export",
 )
 NOTE = "<!-- Made by scripts/reference.py of the docstrings: change those. -->\n"
+
+VALUES = """A key of text takes what is written, character by character: `run.path=r/trial #2`, `data.path=a: b.txt`,
+`data.positive=yes` and `data.path=$HOME` mean these texts. (Quote them for your shell, which has rules of its own.)
+Nothing is replaced in a value: `${...}` is text too. Three rules remain:
+
+* `null` means no value, if the key has that choice. The text null is quoted: `data.positive="'null'"` in a shell,
+  `positive: "null"` in a file.
+* A list of texts is written `[on,01,a b.txt]`, without quotes; an item that holds a comma stands in quotes:
+  `["a, b.txt",c.txt]`. A key that takes one path or several takes a text as one path, unless the text begins with `[`
+  and ends with `]`.
+* In a YAML file, YAML decides where a text ends, so a text with ` #` or `: ` in it needs quotes there. The key decides
+  the type: `positive: yes`, `path: 2024-01-01` and `columns: [on, 01, 1e3]` are texts, and so are names of features
+  and tables.
+
+Keys of other types (numbers, true and false, lists of numbers, and whole sections such as
+`data.features={tags: {bag: true}}`) take YAML.
+"""
 
 _SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises|Collective|Source):(?: (.*))?")
 _ITEM = re.compile(r"(\*{0,2}\w[\w, ]*): (.*)")
@@ -147,7 +164,8 @@ def settings() -> str:
     pages = [
         NOTE,
         "# Settings\n",
-        "Each key can stand in a run's YAML file, or follow a command as `key=value`. `???` has to be given.\n",
+        "Each key can stand in a run's YAML file, or anywhere after a command as `key=value`. `???` has to be given.\n",
+        VALUES,
         "## Every model\n",
         _table(_keys(Config, Config(), "")),
     ]

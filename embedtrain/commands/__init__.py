@@ -1,1 +1,1 @@
-"""The commands, by what they are for: each module declares some and runs them."""
+"""The commands: the module of a command is named after it, and holds its declaration and its body."""

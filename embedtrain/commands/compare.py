@@ -1,4 +1,4 @@
-"""The same model, data and seeds with several optimizers, each at the best rate of a declared grid: table and plot."""
+"""`embedtrain compare`: several optimizers, each at the best rate of a declared grid, in a table and a plot."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import click
 import numpy as np
 
 from embedtrain import storage
+from embedtrain.commands.console import command, is_debugged, require_config, settings_argument
 from embedtrain.config.optimizer import OPTIMIZERS
 from embedtrain.config.sections import Config
 from embedtrain.errors import UserError
@@ -27,6 +29,41 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Told apart by readers who see colours differently. Source: Okabe and Ito 2008, "Color universal design"."""
 _UNITS = {"loss": "loss (mean of a prediction)", "similarity": "similarity (Spearman correlation)"}
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
+
+
+@command(
+    "embedtrain compare configs/ranking.yaml data.path=train.csv --optimizers adam,rowwise_adagrad",
+)
+@click.argument("config", type=click.Path(), help="YAML file that all runs share.")
+@settings_argument
+@click.option("--optimizers", required=True, metavar="A,B,...", help=f"Of {', '.join(OPTIMIZERS)}.")
+@click.option(
+    "--rates",
+    multiple=True,
+    metavar="NAME=RATE,RATE",
+    help="Learning rates to try; without them the optimizer's own times 0.1, 0.3, 1, 3 and 10. The best is chosen by "
+    "checkpoint.best_metric at the end.",
+)
+@click.option(
+    "--output",
+    default="runs/compare",
+    show_default=True,
+    metavar="PATH",
+    type=click.Path(file_okay=False),
+    help="Folder.",
+)
+def compare(config: str, settings: Sequence[str], optimizers: str, rates: Sequence[str], output: str) -> int:
+    """Trains with several optimizers and draws how they learn."""
+    names = [name for name in optimizers.split(",") if name]
+    comparison = Comparison(*require_config(config, settings), names, parse_rates(rates), output)
+    from embedtrain.commands.job import train_each
+
+    return train_each(
+        comparison.configs,
+        is_debugged=is_debugged(),
+        may_diverge=True,
+        finish=lambda: print(comparison.finish()),
+    )
 
 
 @dataclass(frozen=True)
@@ -226,6 +263,7 @@ def _check(overrides: Sequence[str], names: Sequence[str], rates: Mapping[str, S
 
 
 def _read(config: Config) -> Curve:
+
     try:
         lines = storage.read(RunFolder(config.run.path).metrics_path).decode().splitlines()
     except FileNotFoundError:

@@ -1,56 +1,73 @@
-"""The command that prints a script by which a shell completes the others."""
+"""`embedtrain completion`."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterator
+import click
+from click.shell_completion import (
+    BashComplete,
+    CompletionItem,
+    FishComplete,
+    ZshComplete,
+    add_completion_class,
+    get_completion_class,
+)
 
-import shtab
-
-from embedtrain.commands.console import EXIT_DONE, Commands, add_command
-from embedtrain.recipes.loading import setting_keys
-
-_SHELLS = ("bash", "zsh")
-_FILES = ("config", "CONFIG", "FILE", "PATH")
-_FOLDERS = ("A", "B", "RUN")
-_SETTINGS = "key=value"
+from embedtrain.commands.console import EXIT_DONE, command
 
 
-def add_completion(commands: Commands, build_parser: Callable[[], argparse.ArgumentParser]) -> None:
-    """Declares the command; `build_parser` gives all commands, this one too."""
-    completion = add_command(
-        commands,
-        "completion",
-        "print a script by which your shell completes commands, options and settings",
-        "embedtrain completion bash > ~/.local/share/bash-completion/completions/embedtrain\n"
-        'embedtrain completion zsh > "${fpath[1]}/_embedtrain"',
+@add_completion_class
+class SettingsInBash(BashComplete):
+    """Click's completion in bash, for words such as key=value, which bash takes for three words."""
+
+    source_template = BashComplete.source_template.replace(
+        "COMPREPLY+=($value)", "COMPREPLY+=($value); [[ $value == *= ]] && compopt -o nospace"
     )
-    completion.add_argument("shell", choices=_SHELLS, help="which shell")
-    completion.set_defaults(run=lambda options: _print_script(options.shell, build_parser()))
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        """Returns the words before the one to complete, and its beginning."""
+        words, incomplete = super().get_completion_args()
+        if incomplete == "=" and words:
+            return words[:-1], f"{words[-1]}="
+        if words[-1:] == ["="] and len(words) > 1:
+            return words[:-2], f"{words[-2]}={incomplete}"
+        return words, incomplete
+
+    def format_completion(self, item: CompletionItem) -> str:
+        """Returns a line for the script; of key=value, what bash takes for the last word."""
+        _, equals, value = item.value.partition("=")
+        return f"{item.type},{value if equals and value else item.value}"
 
 
-def _print_script(shell: str, parser: argparse.ArgumentParser) -> int:
-    settings = {"bash": "_embedtrain_settings", "zsh": "_embedtrain_settings"}
-    for action in _actions(parser):
-        name = action.metavar or action.dest
-        if name in _FILES:
-            action.complete = shtab.FILE  # type: ignore[attr-defined]
-        elif name in _FOLDERS:
-            action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
-        elif name == _SETTINGS:
-            action.complete = settings  # type: ignore[attr-defined]
-    keys = " ".join(setting_keys())
-    preamble = {
-        "bash": f'_embedtrain_settings() {{\n  compgen -W "{keys}" -- "$1"\n}}\n',
-        "zsh": f"_embedtrain_settings() {{\n  compadd -S = -- {keys}\n}}\n",
-    }
-    print(shtab.complete(parser, shell=shell, preamble=preamble[shell]))
+@add_completion_class
+class SettingsInZsh(ZshComplete):
+    """Click's completion in zsh, with the name of a file after `key=`, and without a space after it."""
+
+    source_template = ZshComplete.source_template.replace(
+        "            _path_files -f", "            [[ -prefix *= ]] && compset -P '*='\n            _path_files -f"
+    ).replace("compadd -U -V unsorted -a completions", "compadd -U -V unsorted -S '' -a completions")
+
+
+@add_completion_class
+class SettingsInFish(FishComplete):
+    """Click's completion in fish, with the name of a file after `key=`."""
+
+    source_template = FishComplete.source_template.replace(
+        "__fish_complete_path $metadata[2];",
+        "set -l key (string match -r '^[^/=]+=' -- $metadata[2]);\n            printf '%%s\\n' "
+        "\"$key\"(__fish_complete_path (string replace -r '^[^/=]+=' '' -- $metadata[2]));",
+    )
+
+
+@command(
+    "embedtrain completion bash > ~/.local/share/bash-completion/completions/embedtrain",
+    'embedtrain completion zsh > "${fpath[1]}/_embedtrain"',
+    "embedtrain completion fish > ~/.config/fish/completions/embedtrain.fish",
+)
+@click.argument("shell", metavar="SHELL", type=click.Choice(("bash", "zsh", "fish")), help="bash, zsh or fish.")
+def completion(shell: str) -> int:
+    """Prints a script by which a shell completes the commands."""
+    kind = get_completion_class(shell)
+    assert kind is not None, "click has these shells"
+    program = click.get_current_context().find_root().command
+    print(kind(program, {}, "embedtrain", "_EMBEDTRAIN_COMPLETE").source())
     return EXIT_DONE
-
-
-def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    for action in parser._actions:
-        yield action
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                yield from _actions(command)

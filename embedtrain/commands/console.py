@@ -1,67 +1,186 @@
-"""What every command has: exit statuses, lines for the user, and how a command is declared."""
+"""What the commands share: exit statuses, lines for the user, and how a command and its settings are declared."""
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import os
 import re
 import socket
 import sys
 import time
-from typing import NoReturn, TypeAlias
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from embedtrain.distributed.failure import tell_launcher
+import click
+from click.shell_completion import CompletionItem
 
-Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+from embedtrain.distributed.launcher import tell_launcher
+from embedtrain.errors import UserError
 
 _PATIENCE_SECONDS = 5.0
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
+MAX_COLUMNS = 100
+"""Width of the help on a terminal that is as wide."""
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints name what the user may have meant."""
+_NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_SETTING = re.compile(r"[^=/\\]+=.*", re.DOTALL)
 
-    def error(self, message: str) -> NoReturn:
-        """Says what is wrong and leaves with the exit status of a user's mistake."""
-        if is_first_rank():
-            self.print_usage(sys.stderr)
-        say_once(f"embedtrain: error: {message}{self._hint(message)}")
-        sys.exit(EXIT_USER_ERROR)
-
-    def _hint(self, message: str) -> str:
-        known = list(self._option_string_actions)
-        for action in self._actions:
-            known += map(str, action.choices or ())
-            if isinstance(action, argparse._SubParsersAction):
-                known += [option for command in action.choices.values() for option in command._option_string_actions]
-        typed = re.search(r"(?:invalid choice: '|unrecognized arguments: )([^\s'=]+)", message)
-        near = difflib.get_close_matches(typed[1], known, n=1) if typed else []
-        return f"; did you mean {near[0]}?" if near else ""
+Function = Callable[..., Any]
 
 
-def add_command(commands: Commands, name: str, summary: str, example: str) -> argparse.ArgumentParser:
-    """Declares a command.
+class Command(click.Command):
+    """A command that refuses what click lets pass: options given twice or without their value, and empty words.
+
+    A negative number is a word, not an option: the id of a user may be one.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # Unknown options reach `parse_args` among the words, where negative numbers are told from them.
+        self.context_settings = {**self.context_settings, "ignore_unknown_options": True}
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parses the words of the command line after the command's name."""
+        if not ctx.resilient_parsing:
+            self._check(ctx, args[: args.index("--")] if "--" in args else args)
+        return super().parse_args(ctx, args)
+
+    def _check(self, ctx: click.Context, args: list[str]) -> None:
+        try:
+            values, left, order = self.make_parser(ctx).parse_args(list(args))
+        except click.UsageError as error:
+            error.ctx = ctx
+            raise
+        known = [name for param in self.get_params(ctx) for name in param.opts if name.startswith("-")]
+        for param, count in Counter(order).items():
+            if count > 1 and isinstance(param, click.Option) and not param.multiple:
+                raise click.BadOptionUsage(param.opts[0], f"Option {param.opts[0]!r} is given {count} times.", ctx)
+        words = list(left)
+        for param in self.get_params(ctx):
+            for text in _texts(values.get(str(param.name))):
+                if not text:
+                    raise click.BadParameter("expected a value, got ''.", ctx, param)
+                if isinstance(param, click.Argument):
+                    words.append(text)
+                elif text in known:
+                    raise click.BadOptionUsage(
+                        param.opts[0], f"Option {param.opts[0]!r} requires an argument, got the option {text}.", ctx
+                    )
+        for word in words:
+            if len(word) > 1 and word.startswith("-") and not _NEGATIVE_NUMBER.fullmatch(word):
+                raise _no_such_option(word.partition("=")[0], known, ctx)
+
+
+def _no_such_option(name: str, known: Sequence[str], context: click.Context) -> click.NoSuchOption:
+    """Returns the error for an option that does not exist, with what was meant or else with all that exist."""
+    error = click.NoSuchOption(name, possibilities=known, ctx=context)
+    if error.possibilities:
+        return error
+    return click.NoSuchOption(name, f"{error.message} The options are {', '.join(known)}.", ctx=context)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _texts(each)
+
+
+def command(*examples: str, name: str | None = None) -> Callable[[Function], Command]:
+    """Declares a function as a command; its docstring is the help, and returns what the process exits with.
 
     Args:
-        commands: to add it to.
-        name: of the command.
-        summary: a line for the list of commands and for its own help.
-        example: one or more command lines that end its help.
+        examples: command lines that end the help.
+        name: of the command; None for the function's.
     """
-    lines = "".join(f"\n  {line}" for line in example.splitlines())
-    return commands.add_parser(
-        name,
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=f"example:{lines}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    return click.command(name, cls=Command, epilog=epilog(*examples))
+
+
+def epilog(*examples: str) -> str:
+    """Returns the end of a command's help."""
+    lines = "".join(f"\n  {line}" for line in examples)
+    return f"\b\nExample:{lines}"
+
+
+class Setting(click.ParamType[str]):
+    """`key=value`, completed by the keys there are and by the values that a key can have."""
+
+    name = "key=value"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Returns the keys that begin so, or after `=` the values; any value may be a file's name."""
+        from embedtrain.recipes.loading import setting_choices, setting_keys
+
+        key, equals, text = incomplete.partition("=")
+        if not equals:
+            return [CompletionItem(f"{each}=") for each in setting_keys() if each.startswith(key)]
+        choices = setting_choices(key)
+        if not choices:
+            return [CompletionItem(incomplete, type="file")]
+        return [CompletionItem(f"{key}={each}") for each in choices if each.startswith(text)]
+
+
+def run_argument(function: Function) -> Function:
+    """Declares the run folder."""
+    return click.argument("path", metavar="RUN", type=click.Path(file_okay=False), help="Run folder.")(function)
+
+
+def table_option(function: Function) -> Function:
+    """Declares which table of the run."""
+    return click.option("--table", metavar="NAME", help="A table other than the one that holds the vectors.")(function)
+
+
+def settings_argument(function: Function) -> Function:
+    """Declares the settings, which may stand anywhere on the line."""
+    return click.argument(
+        "settings", nargs=-1, type=Setting(), metavar="[KEY=VALUE]...", help="Settings that replace the file's."
+    )(function)
+
+
+def split_words(*words: str | Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Returns the paths among the words of a command line, and the settings, in order.
+
+    A word is a setting if it has a `=` and no `/` before it.
+    """
+    given = [word for each in words if each is not None for word in ([each] if isinstance(each, str) else each)]
+    paths = [word for word in given if not _SETTING.fullmatch(word)]
+    return paths, [word for word in given if _SETTING.fullmatch(word)]
+
+
+def split_config(config: str | None, settings: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Returns the configuration file, None without one, and the settings.
+
+    Raises:
+        UserError: there are several files.
+    """
+    paths, overrides = split_words(config, settings)
+    if len(paths) > 1:
+        raise UserError(f"expected one configuration file and settings such as optimizer.lr=0.1, got {paths[1]!r} too")
+    return (paths[0] if paths else None), overrides
+
+
+def require_config(config: str | None, settings: Sequence[str]) -> tuple[str, list[str]]:
+    """Returns the configuration file and the settings.
+
+    Raises:
+        UserError: there is no file, or there are several.
+    """
+    path, overrides = split_config(config, settings)
+    if path is None:
+        raise UserError("expected a configuration file, such as configs/word2vec.yaml")
+    return path, overrides
+
+
+def is_debugged() -> bool:
+    """Returns whether `--debug` asks for tracebacks of the user's mistakes."""
+    return bool(click.get_current_context().find_root().params.get("debug"))
 
 
 def is_first_rank() -> bool:
-    """Returns whether this process speaks for its job, before it has joined it: rank 0, or one that is in none."""
+    """Returns whether this process speaks for its job before the ranks join: rank 0, or a process without a rank."""
     rank = os.environ.get("RANK", "0")
     return rank == "0" or not rank.isdecimal()
 
@@ -72,10 +191,10 @@ def say(line: str) -> None:
 
 
 def say_once(line: str) -> None:
-    """Prints what every rank has to say alike, before they have joined.
+    """Prints what every rank has to say alike, before the ranks join.
 
-    Rank 0 says it. The launcher ends the job when one rank has left, so the others wait for rank 0 to have spoken; one
-    that outlives that wait is alone with its trouble, such as a file that its host lacks, and says so itself.
+    Rank 0 prints it. torchrun ends the job when one rank has left, so the other ranks wait until rank 0 has printed. A
+    rank that outlives that wait is alone with its trouble, such as a file that its host lacks, and prints the line too.
     """
     tell_launcher(line)
     if is_first_rank():

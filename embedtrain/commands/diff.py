@@ -1,23 +1,37 @@
-"""What moved between two checkpoints: the rows of each table, read in blocks, whatever numbers of ranks saved them."""
+"""`embedtrain diff`: which rows moved between two checkpoints, read in blocks, whatever numbers of ranks saved them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import click
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from embedtrain.checkpoint import CheckpointReader, TensorInfo, latest_checkpoint
-from embedtrain.checkpoint.manifest import step_of
+from embedtrain.commands.console import EXIT_DONE, command
 from embedtrain.errors import UserError
-from embedtrain.sharding.layout import SpreadLayout
-from embedtrain.train.run_folder import CHECKPOINTS_NAME, RunFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from embedtrain.checkpoint import CheckpointReader, TensorInfo
+    from embedtrain.train.run_folder import RunFolder
 
 _WEIGHT = "/weight"
 _BLOCK_BYTES = 32 << 20
+
+
+@command("embedtrain diff runs/x/checkpoints/step-000001000 runs/x --top 20")
+@click.argument("first", metavar="A", type=click.Path(file_okay=False), help="Run folder, or folder of a checkpoint.")
+@click.argument("second", metavar="B", type=click.Path(file_okay=False), help="Another one, saved by any ranks.")
+@click.option("--table", metavar="NAME", help="This table only.")
+@click.option("--top", type=int, default=10, show_default=True, metavar="N", help="How many rows of each table.")
+def diff(first: str, second: str, table: str | None, top: int) -> int:
+    """Shows which rows moved most between two checkpoints."""
+    print_difference(first, second, table, top)
+    return EXIT_DONE
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,10 @@ class Side:
         Raises:
             UserError: there is none.
         """
+        from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
+        from embedtrain.checkpoint.manifest import step_of
+        from embedtrain.train.run_folder import CHECKPOINTS_NAME, RunFolder
+
         path = path.rstrip("/")
         parent, _, name = path.rpartition("/")
         if step_of(name) is not None:
@@ -125,6 +143,8 @@ def movement(name: str, first: Side, second: Side, top: int) -> tuple[Movement, 
     Raises:
         CheckpointError: a table's rows cannot be read, or lie in an order that this version does not know.
     """
+    import torch
+
     before, after = first.tables[name], second.tables[name]
     pairs = _Pairs.of(first.folder.read_names(name, before.shape[0]), second.folder.read_names(name, after.shape[0]))
     num_rows = min(before.shape[0], after.shape[0]) if pairs.ids is None else len(pairs.ids[0])
@@ -164,6 +184,8 @@ class _Pairs:
     def of(cls, first: Sequence[str] | None, second: Sequence[str] | None) -> _Pairs:
         if first is None or second is None or first == second:
             return cls(second if first is None else first, None)
+        import torch
+
         places = {name: row for row, name in enumerate(second)}
         found = [(row, places[name]) for row, name in enumerate(first) if name in places]
         pairs = torch.tensor(found, dtype=torch.int64).reshape(-1, 2)
@@ -177,6 +199,10 @@ def _blocks(
     name: str, first: Side, second: Side, pairs: _Pairs, num_rows: int, block: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields ids of the first side, and the rows of both; in the order of the files where both have the same."""
+    import torch
+
+    from embedtrain.sharding.layout import SpreadLayout
+
     tensor = name + _WEIGHT
     infos = first.tables[name], second.tables[name]
     layouts = [SpreadLayout.read(info.layout, info.shape[0], name) for info in infos]

@@ -1,21 +1,29 @@
-"""What the command line prints of a run: its newest checkpoint, and how good its vectors are."""
+"""`embedtrain inspect`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import fsspec
+import click
 
-from embedtrain.checkpoint import CheckpointReader, find_checkpoints, verify
+from embedtrain.commands.console import EXIT_DONE, command, run_argument
 from embedtrain.errors import CorruptCheckpointError, UserError
-from embedtrain.export import Vectors, unit_rows
-from embedtrain.metrics.analogies import evaluate_analogies
-from embedtrain.metrics.word_similarity import evaluate_similarity
-from embedtrain.train.run_folder import RunFolder
+
+
+@command("embedtrain inspect runs/x --verify")
+@run_argument
+@click.option("--verify", is_flag=True, help="Read every byte and compare its checksum.")
+def inspect(path: str, verify: bool) -> int:
+    """Shows the newest checkpoint of a run, and its configuration."""
+    print_run(path, verify=verify)
+    return EXIT_DONE
 
 
 def print_run(run_path: str, *, verify: bool) -> None:
     """Prints step, epoch, tables with shapes and dtypes, optimizer and configuration of a run."""
+    from embedtrain.checkpoint import CheckpointReader, find_checkpoints
+    from embedtrain.train.run_folder import RunFolder
+
     folder = RunFolder(run_path)
     found = find_checkpoints(folder.checkpoints_path)
     if not found:
@@ -49,33 +57,10 @@ def print_run(run_path: str, *, verify: bool) -> None:
         _verify([info.path for info in found])
 
 
-def print_evaluation(
-    vectors: Vectors,
-    analogies: Sequence[str],
-    similarity: Sequence[str],
-    *,
-    restrict_vocab: int,
-    case_insensitive: bool,
-) -> None:
-    """Prints accuracy by section for each file of analogies, and correlations for each file of word pairs."""
-    restricted = vectors.first(restrict_vocab)
-    unit = unit_rows(restricted.rows(0, restricted.num_rows))
-    for path in analogies:
-        report = evaluate_analogies(unit, restricted.words, _lines(path), restrict_vocab, case_insensitive, source=path)
-        print(f"{path}: accuracy by 3CosAdd")
-        for section in (*report.sections, report.total):
-            print(f"  {section.accuracy:7.2%}  {section.num_correct:>6,} of {section.num_questions:<6,} {section.name}")
-        print(f"  {report.num_oov:,} questions left out: a word is not in the vocabulary")
-    for path in similarity:
-        pairs = evaluate_similarity(unit, restricted.words, _lines(path), restrict_vocab, case_insensitive, source=path)
-        print(
-            f"{path}: Spearman {pairs.spearman:.3f}, Pearson {pairs.pearson:.3f} over {pairs.num_pairs:,} pairs; "
-            f"{pairs.oov_ratio:.1%} left out, a word is not in the vocabulary"
-        )
-
-
 def _verify(paths: Sequence[str]) -> None:
     """Checks every byte of every checkpoint, and says of each how it is, before any that is damaged is raised for."""
+    from embedtrain.checkpoint import verify
+
     known: set[str] = set()
     faults = []
     for path in paths:
@@ -87,13 +72,3 @@ def _verify(paths: Sequence[str]) -> None:
             faults.append(str(error))
     if faults:
         raise CorruptCheckpointError("\n".join(faults))
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        with fsspec.open(path, "rt", encoding="utf-8") as file:
-            return list(file)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error

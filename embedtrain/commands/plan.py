@@ -2,52 +2,51 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
-from embedtrain.distributed.runtime import init_distributed, shut_down
+import click
+
+from embedtrain.commands.console import command, settings_argument, split_config
 from embedtrain.errors import UserError
-from embedtrain.planning.plan import Bandwidths
-from embedtrain.planning.probe import probe, probe_own_ranks
-from embedtrain.planning.report import Request, print_plan
 from embedtrain.planning.sizes import parse_bandwidth, parse_bytes, parse_count
-from embedtrain.recipes.building import workload_of
-from embedtrain.recipes.loading import load_without_data
-from embedtrain.recipes.workload import Sizes
+
+if TYPE_CHECKING:
+    from embedtrain.planning.plan import Bandwidths
 
 EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
 
 
-def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the command's arguments."""
-    parser.add_argument("config", help="YAML file, such as configs/word2vec.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
-    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="number of ranks (1)")
-    parser.add_argument("--hosts", type=int, default=1, metavar="H", help="number of hosts that share the ranks (1)")
-    parser.add_argument("--memory", metavar="SIZE", help="memory of each rank, such as 80GiB")
-    parser.add_argument(
-        "--rows", action="append", default=[], metavar="[TABLE=]N", help="rows of a table, or of all other tables"
-    )
-    parser.add_argument("--skew", type=float, default=1.0, metavar="S", help="exponent of Zipf's law for the ids (1.0)")
-    parser.add_argument("--bag-length", type=float, metavar="L", help="mean number of ids per bag")
-    parser.add_argument(
-        "--memory-bandwidth",
-        metavar="RATE",
-        help="what each rank reads and writes per second, such as 20GB/s; bounds a step's time",
-    )
-    parser.add_argument(
-        "--exchange-bandwidth",
-        metavar="RATE",
-        help="what each rank sends to other ranks per second, such as 5GB/s; bounds a step's time",
-    )
-    parser.add_argument(
-        "--probe", action="store_true", help="measure both bandwidths here: on torchrun's ranks, or on 2 of its own"
-    )
+@command("embedtrain plan configs/word2vec.yaml --rows 10e6 --world-size 8 --memory 16GiB")
+@click.argument("config", required=False, type=click.Path(), help="YAML file, such as configs/word2vec.yaml.")
+@settings_argument
+@click.option("--world-size", type=int, default=1, show_default=True, metavar="N", help="Number of ranks.")
+@click.option("--hosts", type=int, default=1, show_default=True, metavar="H", help="Number of hosts.")
+@click.option("--memory", metavar="SIZE", help="Memory of each rank, such as 80GiB.")
+@click.option("--rows", multiple=True, metavar="[TABLE=]N", help="Rows of a table, or of all other tables.")
+@click.option("--skew", type=float, default=1.0, show_default=True, metavar="S", help="Zipf's exponent of the ids.")
+@click.option("--bag-length", type=float, metavar="L", help="Mean number of ids per bag.")
+@click.option(
+    "--memory-bandwidth",
+    metavar="RATE",
+    help="What each rank reads and writes per second, such as 20GB/s; bounds a step's time.",
+)
+@click.option(
+    "--exchange-bandwidth",
+    metavar="RATE",
+    help="What each rank sends to other ranks per second, such as 5GB/s; bounds a step's time.",
+)
+@click.option("--probe", is_flag=True, help="Measure both bandwidths here: on torchrun's ranks, or on 2 of its own.")
+def plan(**options: Any) -> int:
+    """Tells what a run needs on each rank, and how long a step takes at least."""
+    options["config"], options["overrides"] = split_config(options["config"], options.pop("settings"))
+    return run_plan(SimpleNamespace(**options))
 
 
-def run_plan(options: argparse.Namespace) -> int:
+def run_plan(options: SimpleNamespace) -> int:
     """Runs the command; returns 0 if the plan fits, and 1 if it does not.
 
     Raises:
@@ -66,6 +65,11 @@ def run_plan(options: argparse.Namespace) -> int:
         raise UserError("--probe measures the bandwidths: leave out --memory-bandwidth and --exchange-bandwidth")
     if options.exchange_bandwidth is not None and options.world_size == 1:
         raise UserError("one rank exchanges nothing: leave out --exchange-bandwidth, or give --world-size")
+    from embedtrain.planning.report import Request, print_plan
+    from embedtrain.recipes.building import workload_of
+    from embedtrain.recipes.loading import load_without_data
+    from embedtrain.recipes.workload import Sizes
+
     config = load_without_data(options.config, options.overrides)
     named = dict(_named(rows, "rows") for rows in options.rows if "=" in rows)
     others = [parse_count(rows) for rows in options.rows if "=" not in rows]
@@ -89,14 +93,19 @@ def run_plan(options: argparse.Namespace) -> int:
     return EXIT_FITS if fits else EXIT_DOES_NOT_FIT
 
 
-def _bandwidths(options: argparse.Namespace, device: str) -> Bandwidths | None:
+def _bandwidths(options: SimpleNamespace, device: str) -> Bandwidths | None:
     """Returns the bandwidths that are given or probed; None on the ranks of torchrun that have nothing to print."""
+    from embedtrain.planning.plan import Bandwidths
+
     if not options.probe:
         memory, exchange = (
             None if text is None else parse_bandwidth(text)
             for text in (options.memory_bandwidth, options.exchange_bandwidth)
         )
         return Bandwidths(memory, exchange)
+    from embedtrain.distributed.runtime import init_distributed, shut_down
+    from embedtrain.planning.probe import probe, probe_own_ranks
+
     if "RANK" not in os.environ:
         return probe_own_ranks(min(options.world_size, 2), device)
     runtime = init_distributed(device=device)

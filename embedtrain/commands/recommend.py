@@ -1,17 +1,45 @@
-"""The best items of users, printed or written to a file."""
+"""`embedtrain recommend`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from embedtrain.distributed.runtime import init_distributed
+import click
+
+from embedtrain.commands.console import EXIT_DONE, command, run_argument
 from embedtrain.errors import UserError
-from embedtrain.export.recommendations import write_recommendations
-from embedtrain.recipes.registry import recipe_of
-from embedtrain.recipes.trained import require_config
 
 
+@command("embedtrain recommend runs/m 4711 --top 10", "embedtrain recommend runs/m --all --output top.parquet")
+@run_argument
+@click.argument("users", nargs=-1, metavar="[USER]...", help="Raw ids, as in the data; --all for all users.")
+@click.option("--all", "all_users", is_flag=True, help="All users, into the file of --output.")
+@click.option("--top", type=int, default=10, show_default=True, metavar="N", help="How many items each.")
+@click.option("--include-known", is_flag=True, help="Also items that the user has already.")
+@click.option("--output", metavar="PATH", type=click.Path(), help="A new Parquet file, instead of printing.")
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
 def recommend(
+    path: str,
+    users: Sequence[str],
+    all_users: bool,
+    top: int,
+    include_known: bool,
+    output: str | None,
+    overwrite: bool,
+) -> int:
+    """Prints or writes the best items of users of a retrieval run."""
+    recommend_items(
+        path,
+        None if all_users else users,
+        top=top,
+        leave_out_known=not include_known,
+        output=output,
+        overwrite=overwrite,
+    )
+    return EXIT_DONE
+
+
+def recommend_items(
     run_path: str,
     users: Sequence[str] | None,
     *,
@@ -41,6 +69,11 @@ def recommend(
         raise UserError("expected the ids of users, or --all with --output FILE")
     if users is None and output is None:
         raise UserError("--all needs --output FILE")
+    from embedtrain.distributed.runtime import init_distributed
+    from embedtrain.export.recommendations import write_recommendations
+    from embedtrain.recipes.registry import recipe_of
+    from embedtrain.recipes.trained import require_config
+
     config = require_config(run_path)
     best_of = recipe_of(config.model).recommend
     if best_of is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -11,10 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from embedtrain.config.optimizer import FOR_ALL_OPTIMIZERS, FOR_ALL_TABLES, OPTIMIZERS, OptimizerConfig
+from embedtrain.config.values import flatten, shield, unshield
 from embedtrain.errors import UserError
 
-Layer = tuple[str, DictConfig]
-"""Where keys and values come from, for messages; and they themselves."""
+Layer = tuple[str, Mapping[str, Any]]
+"""Where keys and values come from, for messages; and they themselves, as nested dicts."""
 
 TABLES = "optimizer.tables"
 
@@ -24,34 +25,31 @@ def optimizer_of(layers: Sequence[Layer], default: OptimizerConfig) -> Optimizer
     name, named_in = default.name, ""
     for source, layer in layers:
         section = layer.get("optimizer")
-        if isinstance(section, DictConfig) and "name" in section:
+        if isinstance(section, dict) and "name" in section:
             name, named_in = section["name"], source
     if name == default.name:
         return default
     return _kind_of(name, named_in)()
 
 
-def for_another_optimizer(layer: DictConfig) -> DictConfig:
+def for_another_optimizer(layer: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns a layer without what it says of its optimizer alone: rate, formula, and tables without one by name."""
     section = layer.get("optimizer")
-    kept = OmegaConf.create({key: layer._get_node(key) for key in layer if key != "optimizer"})
-    if isinstance(section, DictConfig):
-        own = {key: section[key] for key in section if key in FOR_ALL_OPTIMIZERS}
-        tables = _options_of([("", layer)])
-        named = {table: given for table, given in tables.items() if any(one.option == "name" for one in given)}
-        own["tables"] = {table: {one.option: one.value for one in given} for table, given in named.items()}
-        kept["optimizer"] = own
-    return kept
+    if not isinstance(section, dict):
+        return layer
+    tables = _options_of([("", layer)])
+    named = {table: given for table, given in tables.items() if any(one.option == "name" for one in given)}
+    own = {key: value for key, value in section.items() if key in FOR_ALL_OPTIMIZERS}
+    own["tables"] = {table: {one.option: one.value for one in given} for table, given in named.items()}
+    return {**layer, "optimizer": own}
 
 
-def without_tables(layer: DictConfig) -> DictConfig:
+def without_tables(layer: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns a layer without what it says of single tables, which `table_optimizers` reads."""
     section = layer.get("optimizer")
-    if not isinstance(section, DictConfig) or "tables" not in section:
+    if not isinstance(section, dict) or "tables" not in section:
         return layer
-    kept = OmegaConf.create({key: layer._get_node(key) for key in layer if key != "optimizer"})
-    kept["optimizer"] = {key: section[key] for key in section if key != "tables"}
-    return kept
+    return {**layer, "optimizer": {key: value for key, value in section.items() if key != "tables"}}
 
 
 def refuse_options_of_others(layer: Layer, optimizer: OptimizerConfig) -> None:
@@ -62,7 +60,7 @@ def refuse_options_of_others(layer: Layer, optimizer: OptimizerConfig) -> None:
     """
     source, content = layer
     section = content.get("optimizer")
-    for key in map(str, section if isinstance(section, DictConfig) else ()):
+    for key in section if isinstance(section, dict) else ():
         _refuse_option_of_others(source, key, optimizer, "")
 
 
@@ -94,7 +92,7 @@ def table_optimizers(
         section = OmegaConf.structured(kind(**main.row_options()) if last_name == main.name else kind())
         for given in [*earlier, *later]:
             section = _with_option(section, kind(), table, given)
-        own = OmegaConf.to_object(section)
+        own = unshield(OmegaConf.to_object(section))
         assert isinstance(own, OptimizerConfig)
         found[table] = own.row_options()
     return found
@@ -111,25 +109,17 @@ def _options_of(layers: Iterable[Layer]) -> dict[str, list[_Given]]:
     found: dict[str, list[_Given]] = {}
     for source, layer in layers:
         section = layer.get("optimizer")
-        tables = section.get("tables") if isinstance(section, DictConfig) else None
+        tables = section.get("tables") if isinstance(section, dict) else None
         if tables is None:
             continue
-        if not isinstance(tables, DictConfig):
+        if not isinstance(tables, dict):
             raise UserError(f"{source}: expected {TABLES}.TABLE.OPTION=VALUE, got {TABLES}={tables}")
-        for key, value in _leaves(tables):
+        for key, value in flatten(tables):
             table, _, option = key.rpartition(".")
             if not table:
                 raise UserError(f"{source}: expected {TABLES}.{key}.OPTION=VALUE, such as lr, got {value!r}")
             found.setdefault(table, []).append(_Given(source, option, value))
     return found
-
-
-def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key in map(str, node):
-        if isinstance(value := node[key], DictConfig):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _name_of(given: Sequence[_Given], default: tuple[Any, str]) -> tuple[Any, str]:
@@ -147,11 +137,10 @@ def _with_option(section: DictConfig, kind: OptimizerConfig, table: str, given: 
         near = difflib.get_close_matches(given.option, own, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the options of {kind.name} are {', '.join(own)}"
         raise UserError(f"{given.source}: there is no key {key}; {hint}")
-    value = OmegaConf.to_container(given.value) if OmegaConf.is_config(given.value) else given.value
     try:
-        merged = OmegaConf.merge(section, {given.option: value})
+        merged = OmegaConf.merge(section, {given.option: shield(given.value)})
     except OmegaConfBaseException as error:
-        raise UserError(f"{given.source}: {key}: {(error.msg or str(error)).splitlines()[0]}") from error
+        raise UserError(f"{given.source}: {key}: {unshield((error.msg or str(error)).splitlines()[0])}") from error
     assert isinstance(merged, DictConfig)
     return merged
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from embedtrain.config.sections import Config
+from embedtrain.config.values import dump, flatten, settings_of
 
 
 def to_yaml(config: Config) -> str:
     """Returns the resolved configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return dump(settings_of(config))
 
 
 def value_at(config: Config, key: str) -> Any:
@@ -35,24 +35,10 @@ def differing_keys(earlier_yaml: str, config: Config, may_change: tuple[str, ...
         config: the configuration; keys that begin as one of its `MAY_CHANGE` may differ.
         may_change: beginnings of further keys that may differ.
     """
-    first, second = (dict(flatten(OmegaConf.create(text))) for text in (earlier_yaml, to_yaml(config)))
+    first, second = (dict(flatten(yaml.safe_load(text))) for text in (earlier_yaml, to_yaml(config)))
     may_change = (*config.MAY_CHANGE, *may_change)
     return [
         f"{key} (was {first.get(key, 'absent')}, is {second.get(key, 'absent')})"
         for key in sorted(first.keys() | second.keys())
         if first.get(key) != second.get(key) and not key.startswith(may_change)
     ]
-
-
-def flatten(node: Any) -> Iterator[tuple[str, Any]]:
-    """Yields each full key and its value as it was written, "???" and "${...}" among them."""
-    return _flatten_plain(OmegaConf.to_container(node, resolve=False), "")
-
-
-def _flatten_plain(values: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        full_key = f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _flatten_plain(value, f"{full_key}.")
-        else:
-            yield full_key, value

@@ -230,20 +230,17 @@ def refuse_stream(path: Any, reason: str) -> None:
         )
 
 
-def require_paths(paths: Mapping[str, Any], *, may_be_none: bool = False) -> None:
-    """Checks paths by their keys: each is one or a list of them.
+def require_paths(paths: Mapping[str, str | list[str] | None], *, may_be_none: bool = False) -> None:
+    """Checks paths by their keys.
 
     Raises:
-        UserError: one is something else.
+        UserError: a path is empty, or there is none.
     """
     for key, value in paths.items():
         if value is None and may_be_none:
             continue
-        each = value if isinstance(value, list) and value else [value]
-        if not all(isinstance(path, str) and path for path in each):
-            raise UserError(
-                f"{key} must be a path or a list of paths, got {value!r}; quote a name that looks like a number"
-            )
+        if not value or not all(value):
+            raise UserError(f"{key} must be a path or a list of paths, got {value!r}")
 
 
 def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:

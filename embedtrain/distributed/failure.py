@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import socket
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch.distributed as dist
 
 from embedtrain.distributed.beacon import read_beacon
+from embedtrain.distributed.launcher import GRACE_SECONDS
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.distributed.stages import doing, whereabouts
-
-GRACE_SECONDS = 3.0
-"""How long a rank whose collective failed waits to hear from the others: they fail at about the same time."""
 
 
 def is_of_the_group(error: BaseException) -> bool:
@@ -75,26 +70,6 @@ def explain_failure(error: Exception, runtime: Runtime, timeout_seconds: float) 
         reports = _exchange(runtime, own)
     failed = [rank for rank, report in reports.items() if report.text is not None]
     return Failure(_blame(reports, runtime.world_size, doing(), timeout_seconds), runtime.rank == min(failed))
-
-
-def tell_launcher(text: str, *, is_fault: bool = True) -> None:
-    """Leaves the reason of this rank's failure where torchrun looks for it, for the summary that it ends with.
-
-    Of several ranks torchrun holds the earliest to blame, by whole seconds. So a rank that failed because of another
-    says that it failed later than any that did not.
-
-    Args:
-        text: the reason.
-        is_fault: whether that is more than another rank's absence.
-
-    Source: the file that torch.distributed.elastic.multiprocessing.errors.ErrorHandler writes.
-    """
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        when = time.time() if is_fault else time.time() + 2 * GRACE_SECONDS
-        told = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(when))}}
-        with suppress(OSError):
-            Path(path).write_text(json.dumps({"message": told}), encoding="utf-8")
 
 
 def _blame(reports: Mapping[int, Report], world_size: int, step: str, timeout_seconds: float) -> str:

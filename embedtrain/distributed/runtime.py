@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import ctypes
 import importlib
-import logging
 import os
 import secrets
 import signal
@@ -13,10 +12,8 @@ import socket
 import sys
 import time
 import weakref
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -198,21 +195,6 @@ class GroupReference:
         if group is None:
             raise RuntimeError("the process group of these tables was destroyed: they belong to a job that is over")
         return group
-
-
-def leave(status: int) -> NoReturn:
-    """Ends this process with an exit status; as a rank of a job at once, without the interpreter's teardown.
-
-    A thread of Gloo that still lets go of its last tensor would abort the process in that teardown, and the
-    launcher would take a complete run for a failed one.
-    """
-    if "RANK" not in os.environ:
-        sys.exit(status)
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(status)
 
 
 def default_group() -> dist.ProcessGroup | None:

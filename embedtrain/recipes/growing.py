@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from embedtrain import storage
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
@@ -16,6 +15,7 @@ from embedtrain.checkpoint.writer import Contents, write_checkpoint
 from embedtrain.config.optimizer import OptimizerConfig
 from embedtrain.config.resolved import differing_keys, set_value, to_yaml
 from embedtrain.config.sections import Config
+from embedtrain.config.values import settings_of
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
@@ -238,7 +238,7 @@ def _state(reader: CheckpointReader, config: Config, facts: Mapping[str, Any], r
     saved = reader.state
     dense = {"dense_optimizer": saved["dense_optimizer"]} if "dense_optimizer" in saved else {}
     return {
-        "config": OmegaConf.to_container(OmegaConf.structured(config)),
+        "config": settings_of(config),
         **facts,
         **dense,
         "init_from": saved.get("init_from", {}),

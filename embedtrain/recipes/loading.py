@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -23,11 +26,19 @@ from embedtrain.config.choice import (
     without_tables,
 )
 from embedtrain.config.optimizer import OPTIMIZERS, OptimizerConfig
-from embedtrain.config.resolved import flatten
 from embedtrain.config.sections import Config
-from embedtrain.data.stream import STANDARD_INPUT
+from embedtrain.config.values import (
+    choices_of,
+    compose,
+    flatten,
+    read,
+    read_override,
+    settings_of,
+    shield,
+    unshield,
+)
 from embedtrain.errors import UserError
-from embedtrain.recipes.registry import DEFAULT_MODEL, recipe_of, usable_models
+from embedtrain.recipes.registry import DEFAULT_MODEL, config_class, usable_models
 
 _MERGE_ERRORS = (OmegaConfBaseException, ValueError, TypeError, AttributeError, KeyError)
 """What omegaconf raises for values that do not fit; the last four slip through it."""
@@ -68,7 +79,8 @@ class Layers:
     @functools.cached_property
     def missing(self) -> list[str]:
         """The keys that must be given and are not."""
-        return [key for key, value in flatten(self.merged) if value == "???"]
+        merged: Any = OmegaConf.to_container(self.merged, resolve=False)
+        return [key for key, value in flatten(merged) if value == "???"]
 
 
 def read_layers(path: str | None, overrides: Sequence[str]) -> Layers:
@@ -77,21 +89,19 @@ def read_layers(path: str | None, overrides: Sequence[str]) -> Layers:
     Raises:
         UserError: as of `load_config`, but for what concerns missing keys and several keys together.
     """
-    from_file = [] if path is None else [(path, _read_yaml(path))]
-    from_command = [(f"{override!r}", _parse_override(override)) for override in overrides]
-    return _merge(from_file, from_command)
+    return _merge([] if path is None else [(path, _read_file(path))], overrides)
 
 
-def resolve_layers(layers: Layers) -> DictConfig:
+def resolve_layers(layers: Layers) -> dict[str, Any]:
     """Returns a configuration in full, checked; keys that must be given and are not are "???".
 
     Raises:
         UserError: a value is wrong.
     """
-    resolved = OmegaConf.structured(_to_config(_filled(layers)))
+    resolved = settings_of(_to_config(_filled(layers)))
     for key in layers.missing:
-        OmegaConf.update(resolved, key, "???")
-    assert isinstance(resolved, DictConfig)
+        *sections, name = key.split(".")
+        functools.reduce(lambda section, part: section[part], sections, resolved)[name] = "???"
     return resolved
 
 
@@ -122,33 +132,53 @@ def config_from_yaml(text: str, source: str, overrides: Sequence[str] = ()) -> C
     Raises:
         UserError: a key or value is wrong.
     """
-    created = OmegaConf.create(text)
-    assert isinstance(created, DictConfig)
-    return _to_config(
-        _merge([(source, created)], [(f"{override!r}", _parse_override(override)) for override in overrides])
-    )
+    return _to_config(_merge([(source, _document(text, source))], overrides))
 
 
-def _merge(from_file: list[Layer], from_command: list[Layer]) -> Layers:
+def _merge(files: Sequence[tuple[str, yaml.MappingNode]], overrides: Sequence[str]) -> Layers:
+    """Reads what files and the command line give, by the types of the model's keys, and joins it."""
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"expected key=value, such as optimizer.lr=0.1, got {override!r}")
+    model = _model_of(files, overrides)
+    kind = config_class(model)
+    from_file: list[Layer] = []
+    for source, document in files:
+        with _told_of(source):
+            from_file.append((source, read(document, kind)))
+    from_command: list[Layer] = []
+    for override in overrides:
+        key, _, text = override.partition("=")
+        with _told_of(repr(override)):
+            from_command.append((repr(override), read_override(key, text, kind)))
     with _explained():
-        return _merge_explained(from_file, from_command)
+        return _merge_layers(model, from_file, from_command)
 
 
-def _merge_explained(from_file: list[Layer], from_command: list[Layer]) -> Layers:
-    model = _model_of([*from_file, *from_command])
-    default = _config_of(model)().optimizer
+@contextmanager
+def _told_of(source: str) -> Iterator[None]:
+    """Names the source of a value that cannot be read."""
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source}: {' '.join(str(error).split())}") from error
+
+
+def _merge_layers(model: str, from_file: list[Layer], from_command: list[Layer]) -> Layers:
+    default = config_class(model)().optimizer
     optimizer = optimizer_of(from_file, default)
     if (chosen := optimizer_of(from_command, optimizer)).name != optimizer.name:
         # Another optimizer than the file's: what the file says of that one's formula is not meant for this one.
         from_file = [(source, for_another_optimizer(layer)) for source, layer in from_file]
     layers = [*from_file, *from_command]
-    merged = OmegaConf.structured(_config_of(model))
+    merged = OmegaConf.structured(config_class(model))
     merged.optimizer = default if chosen.name == default.name else chosen
     for source, layer in layers:
         refuse_options_of_others((source, layer), chosen)
         _refuse_unknown_keys(source, layer, model)
         try:
-            merged = OmegaConf.merge(merged, without_tables(layer))
+            merged = OmegaConf.merge(merged, shield(without_tables(layer)))
         except _MERGE_ERRORS as error:
             raise UserError(f"{source}: {_explain(error)}") from error
     assert isinstance(merged, DictConfig)
@@ -157,7 +187,7 @@ def _merge_explained(from_file: list[Layer], from_command: list[Layer]) -> Layer
 
 def _to_config(layers: Layers) -> Config:
     with _explained():
-        config: Config = OmegaConf.to_object(layers.merged)  # type: ignore[assignment]
+        config: Config = unshield(OmegaConf.to_object(layers.merged))
         config.optimizer.tables = table_optimizers(layers.from_file, layers.from_command, config.optimizer)
     config.check()
     return config
@@ -174,51 +204,44 @@ def _explained() -> Iterator[None]:
         raise UserError(_explain(error)) from error
 
 
-def _read_yaml(path: str) -> DictConfig:
+def _read_file(path: str) -> yaml.MappingNode:
     try:
-        loaded = OmegaConf.load(path)
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(f"there is no configuration file {path}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a configuration: {error}") from error
-    except Exception as error:  # yaml's own errors have no common base that omegaconf exports
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path}: expected keys and values, got a list")
-    return loaded
+    return _document(text, path)
 
 
-def _parse_override(override: str) -> DictConfig:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"expected key=value, such as optimizer.lr=0.1, got {override!r}")
-    if value == STANDARD_INPUT:
-        override = f"{key}='{value}'"  # to YAML a bare one is a list
-    try:
-        return OmegaConf.from_dotlist([override])
-    except Exception as error:
-        raise UserError(f"{override!r} is not a key and a value: {' '.join(str(error).split())}") from error
+def _document(text: str, source: str) -> yaml.MappingNode:
+    with _told_of(source):
+        node = compose(text)
+    if node is None:
+        return yaml.MappingNode("tag:yaml.org,2002:map", [])
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{source}: expected keys and values, got a {'list' if node.id == 'sequence' else 'text'}")
+    return node
 
 
-def _model_of(layers: Sequence[Layer]) -> str:
-    """Returns the name of the model that the layers ask for."""
+def _model_of(files: Sequence[tuple[str, yaml.MappingNode]], overrides: Sequence[str]) -> str:
+    """Returns the name of the model that files and command line ask for."""
     name, named_in = DEFAULT_MODEL, ""
-    for source, layer in layers:
-        if "model" in layer:
-            name, named_in = str(layer["model"]), source
+    for source, document in files:
+        for key, value in document.value:
+            if key.value == "model":
+                name, named_in = str(value.value), source
+    for override in overrides:
+        if override.startswith("model="):
+            name, named_in = override.partition("=")[2], repr(override)
     try:
-        recipe_of(name)
+        config_class(name)
     except UserError as error:
         raise UserError(f"{named_in}: {error}") from error
     return name
 
 
-def _config_of(model: str) -> type[Config]:
-    kind: type[Config] = recipe_of(model).config
-    return kind
-
-
-def _refuse_unknown_keys(source: str, layer: DictConfig, model: str) -> None:
+def _refuse_unknown_keys(source: str, layer: Mapping[str, Any], model: str) -> None:
     known = list(_known_keys(model))
     sections = list(dict.fromkeys(_beginnings(known)))
     for key, _ in flatten(layer):
@@ -226,7 +249,7 @@ def _refuse_unknown_keys(source: str, layer: DictConfig, model: str) -> None:
             continue  # the options of single tables depend on their optimizer, and are refused with it
         owners = [name for name in usable_models() if _is_among(key, _known_keys(name))]
         of_another = f" (it is one of model {' and '.join(owners)})" if owners else ""
-        meant = _config_of(model).MEANT.get(key.rpartition(".")[2])
+        meant = config_class(model).MEANT.get(key.rpartition(".")[2])
         near = [meant] if meant else difflib.get_close_matches(key, known + sections, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
         raise UserError(f"{source}: there is no key {key} for model {model}{of_another}; {hint}")
@@ -235,7 +258,7 @@ def _refuse_unknown_keys(source: str, layer: DictConfig, model: str) -> None:
 @functools.cache
 def _known_keys(model: str) -> tuple[str, ...]:
     """Returns the full keys of a model's configuration, as `_keys_of` yields them."""
-    return tuple(_keys_of(_config_of(model)))
+    return tuple(_keys_of(config_class(model)))
 
 
 def _keys_of(section: type[Any], prefix: str = "") -> Iterator[str]:
@@ -260,6 +283,13 @@ def setting_keys() -> list[str]:
     return sorted({key for name in usable_models() for key in _known_keys(name) if ".NAME." not in key})
 
 
+def setting_choices(key: str) -> list[str]:
+    """Returns the values that a key can have, of any model; none if they are not few."""
+    if key == "optimizer.name":
+        return list(OPTIMIZERS)
+    return list(dict.fromkeys(choice for model in usable_models() for choice in choices_of(key, config_class(model))))
+
+
 def _beginnings(keys: Iterable[str]) -> Iterator[str]:
     for key in keys:
         parts = key.split(".")
@@ -267,15 +297,17 @@ def _beginnings(keys: Iterable[str]) -> Iterator[str]:
 
 
 def _is_among(key: str, patterns: Iterable[str]) -> bool:
-    parts = key.split(".")
-    return any(
-        len(parts) == len(pattern) and all(p in (part, "NAME") for p, part in zip(pattern, parts, strict=True))
-        for pattern in (known.split(".") for known in patterns)
-    )
+    return any(pattern.fullmatch(key) for pattern in map(_pattern, patterns))
+
+
+@functools.cache
+def _pattern(known: str) -> re.Pattern[str]:
+    """Returns what matches a known key, in which NAME stands for any name, also one that holds dots."""
+    return re.compile(r"\.".join(".+" if part == "NAME" else re.escape(part) for part in known.split(".")), re.DOTALL)
 
 
 def _explain(error: Exception) -> str:
     """Returns the first line of omegaconf's message, with the key."""
-    first_line = (getattr(error, "msg", None) or str(error) or type(error).__name__).splitlines()[0]
+    first_line = unshield((getattr(error, "msg", None) or str(error) or type(error).__name__).splitlines()[0])
     key = getattr(error, "full_key", None)
     return f"{key}: {first_line}" if key else first_line

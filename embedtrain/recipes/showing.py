@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import yaml
-from omegaconf import OmegaConf
 
+from embedtrain.config.values import dump
 from embedtrain.recipes.loading import read_layers, resolve_layers
 
 _COLUMN = 48
@@ -26,7 +26,7 @@ def show_config(path: str | None, overrides: Sequence[str]) -> str:
     layers = read_layers(path, overrides)
     resolved = resolve_layers(layers)
     given = {repr(override) for override in overrides}
-    lines = OmegaConf.to_yaml(resolved).splitlines()
+    lines = dump(resolved).splitlines()
     for key, line in _lines_of(yaml.compose("\n".join(lines), Loader=yaml.SafeLoader)):
         source = "must be given" if key in layers.missing else layers.sources.get(key)
         if source is not None:

@@ -10,11 +10,12 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
 from embedtrain.config.resolved import differing_keys, to_yaml
 from embedtrain.config.sections import Config
+from embedtrain.config.values import settings_of
 from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.init_from import init_from
@@ -168,7 +169,7 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
         folder.checkpoints_path,
         parts.task,
         state,
-        facts={"config": _settings_of(config), **parts.facts, "init_from": started},
+        facts={"config": settings_of(config), **parts.facts, "init_from": started},
         policy=_save_policy(config),
         resume=_resume_policy(config),
         group=runtime.group,
@@ -239,7 +240,7 @@ def _check_reset(config: Config, earlier_yaml: str | None, state: TrainState) ->
     asked = config.optimizer.reset_state_from_step
     if asked is None or asked >= state.step or earlier_yaml is None:
         return
-    if OmegaConf.select(OmegaConf.create(earlier_yaml), "optimizer.reset_state_from_step") != asked:
+    if yaml.safe_load(earlier_yaml)["optimizer"].get("reset_state_from_step") != asked:
         raise UserError(
             f"optimizer.reset_state_from_step={asked}: {config.run.path} is at step {state.step} already; give that "
             "step or a later one"
@@ -263,15 +264,9 @@ def _build_sinks(config: Config, folder: RunFolder, state: TrainState, task: Tas
     if config.log.tensorboard and local_path(folder.path) is not None:
         board = TensorBoardSink(folder.join(TENSORBOARD_NAME), purge_step=state.step + 1)
         best = config.checkpoint.best_metric
-        board.log_settings(_settings_of(config), ["loss"] if best in (None, "loss") else ["loss", best])
+        board.log_settings(settings_of(config), ["loss"] if best in (None, "loss") else ["loss", best])
         sinks.append(board)
     return sinks
-
-
-def _settings_of(config: Config) -> dict[str, Any]:
-    settings = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(settings, dict)
-    return {str(name): value for name, value in settings.items()}
 
 
 def _build_observers(

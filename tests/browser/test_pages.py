@@ -41,7 +41,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     for command in (
         job.train_arguments("run", "log.tensorboard=true"),
         ["export", "run", "--format", "projector", "--output", "projector"],
-        ["report", "run", "--words", "bxa"],
+        ["report", "run", "bxa"],
     ):
         done = job.run(*command)
         assert done.returncode == 0, done.stderr

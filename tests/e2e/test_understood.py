@@ -23,7 +23,7 @@ import time
 
 from embedtrain.cli import main
 from embedtrain.data.skipgram import TextBatches
-from embedtrain.distributed.runtime import leave
+from embedtrain.distributed.launcher import leave
 
 batch = TextBatches.batch
 
@@ -74,7 +74,7 @@ ALONE = """
 import os
 
 from embedtrain.cli import main
-from embedtrain.distributed.runtime import leave
+from embedtrain.distributed.launcher import leave
 
 leave(main(["train", "missing.yaml"] if os.environ["RANK"] == "{rank}" else {arguments!r}))
 """

@@ -19,7 +19,7 @@ import psutil
 
 from embedtrain import cli
 from embedtrain.checkpoint import find_checkpoints, verify
-from embedtrain.distributed.runtime import leave
+from embedtrain.distributed.launcher import leave
 from tests.faults.points import PHASES, patch
 
 PLAN, LOG = "TEST_FAULTS_PLAN", "TEST_FAULTS_LOG"

@@ -14,9 +14,9 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from embedtrain.cli import build_parser
 from embedtrain.recipes.loading import load_config
 from tests.blocks import MADE, PAGES, ROOT, Block, blocks
+from tests.unit.commands.parsing import parse
 
 BLOCKS = [block for page in PAGES if page.name not in MADE for block in blocks(page)]
 
@@ -58,7 +58,7 @@ def test_every_public_name_and_every_setting_is_there() -> None:
     for module in (
         "embedtrain",
         "embedtrain.optim",
-        "embedtrain.recipes",
+        "embedtrain.recipes.api",
         "embedtrain.checkpoint",
         "embedtrain.export",
     ):
@@ -90,10 +90,10 @@ def check(words: list[str], *, is_run: bool) -> None:
         else:
             check(["python", parsed.training_script], is_run=is_run)
     elif program == "embedtrain":
-        options = build_parser().parse_args(arguments)
-        config = getattr(options, "config", None)
+        options = parse(arguments).params
+        config = options.get("config")
         if config is not None and (ROOT / config).exists():
-            assert load_config(str(ROOT / config), ["data.path=x", *options.overrides]).run.path
+            assert load_config(str(ROOT / config), ["data.path=x", *options["settings"]]).run.path
         elif config is not None:
             assert is_run, f"{words}: no such configuration"
     elif program == "python":

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import embedtrain as et
-from embedtrain import recipes
+from embedtrain.recipes import api as recipes
 
 
 @dataclass

@@ -43,14 +43,14 @@ class FeatureConfig:
 class ClicksConfig:
     """The click log, and what its columns mean."""
 
-    path: Any = "???"
+    path: str | list[str] = "???"
     """A file, a glob, a folder, a list of them, on any fsspec URL; or - for standard input."""
     stream: bool = False
     """Train on each line once, in order, as it comes: of a folder that files are added to, or of one file. Standard
     input is always a stream."""
     poll_seconds: float | None = None
     """Of a streamed folder: how often to look for new files after the last one; null ends the run there."""
-    valid_path: Any = None
+    valid_path: str | list[str] | None = None
     """Held-out examples, measured during training; null for none."""
     format: Literal["csv", "parquet", "criteo"] = "csv"
     """criteo is tab-separated: a label, 13 integers (I1 to I13), 26 hexadecimal tokens (C1 to C26)."""

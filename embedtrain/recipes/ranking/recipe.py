@@ -119,6 +119,7 @@ def _open_log(config: RankingConfig, runtime: Runtime) -> tuple[ClickLayout, Bat
 def _open_stream(config: RankingConfig, runtime: Runtime) -> tuple[ClickLayout, StreamedBatches, str]:
     """Returns as `_open_log`; of a stream only its columns are known, and its lines when they come."""
     data = config.data
+    assert isinstance(data.path, str), "the configuration was checked"
     options = StreamOptions(data.path, config.train.global_batch_size, data.poll_seconds, data.max_bad_lines)
     stream = ClickStream(options, click_schema(data), runtime.group)
     return stream, stream, stream.fingerprint

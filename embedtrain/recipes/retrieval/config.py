@@ -17,7 +17,9 @@ from embedtrain.config.sections import (
     require_paths,
 )
 from embedtrain.errors import UserError
-from embedtrain.recipes.retrieval.model import ITEM, USER
+
+USER, ITEM = "user", "item"
+"""The tables of the ids; the table of a feature is called "user.age", for example."""
 
 Format = Literal["auto", "lines", "csv", "tsv", "parquet"]
 
@@ -26,7 +28,7 @@ Format = Literal["auto", "lines", "csv", "tsv", "parquet"]
 class InteractionsConfig:
     """Who turned to what."""
 
-    path: Any = "???"
+    path: str | list[str] = "???"
     """A file, a glob, a folder, a list of them, on any fsspec URL."""
     format: Format = "auto"
     """auto goes by the suffix; lines (.txt) are `user item item ...`, the others a table with a row an interaction."""
@@ -48,7 +50,7 @@ class FeatureConfig:
 class SideConfig:
     """What is known of the users, or of the items, and how it becomes a vector."""
 
-    path: Any = None
+    path: str | list[str] | None = None
     """Files with a row for each; null where only ids are known."""
     format: Format = "auto"
     id_column: str = "id"
@@ -99,7 +101,7 @@ class RetrievalTrainConfig(TrainConfig):
 class RetrievalEvaluateConfig(EvaluateConfig):
     """Measuring on held-out interactions, over all items but those that the user is known to have."""
 
-    path: Any = None
+    path: str | list[str] | None = None
     """As data.path, in the same format; null for no measuring."""
     k: list[int] = field(default_factory=lambda: [20])
     """Lengths of the list of recommendations."""

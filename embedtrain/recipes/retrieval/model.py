@@ -17,14 +17,14 @@ from embedtrain.distributed.runtime import size_of
 from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection, VectorsAsked
 from embedtrain.jagged import Jagged, places_of_runs
 from embedtrain.recipes.retrieval import losses
+from embedtrain.recipes.retrieval.config import ITEM as ITEM
+from embedtrain.recipes.retrieval.config import USER as USER
 from embedtrain.spec import DEFAULT_OPTIMIZER, FeatureSpec, TableSpec
 from embedtrain.train.task import Objective
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-USER, ITEM = "user", "item"
-"""Names of the tables of the ids; those of a feature are "user.age" and the like."""
 
 Similarity = Literal["cosine", "dot"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from embedtrain.config.sections import (
     Config,
@@ -16,14 +16,16 @@ from embedtrain.config.sections import (
     require_paths,
 )
 from embedtrain.errors import UserError
-from embedtrain.recipes.word2vec.model import INPUT, OUTPUT
+
+INPUT, OUTPUT = "input", "output"
+"""The tables: "input" holds the word vectors, "output" the vectors that predict their neighbours."""
 
 
 @dataclass
 class TextConfig:
     """The text."""
 
-    path: Any = "???"
+    path: str | list[str] = "???"
     """A file, a glob, a folder, a list of them, on any fsspec URL."""
     format: Literal["text", "lines", "csv", "tsv", "parquet"] = "text"
     """text; or baskets of items, which word2vec takes for sentences (item2vec): lines of `user item item ...`, or
@@ -75,7 +77,7 @@ class TextTrainConfig(TrainConfig):
 class WordEvaluateConfig(EvaluateConfig):
     """Agreement with people's scores of word pairs during training."""
 
-    similarity: Any = None
+    similarity: str | list[str] | None = None
     """A file of `word word score` lines, or a list of them; null for none. Logged as `similarity`, their mean."""
 
 

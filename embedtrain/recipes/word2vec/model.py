@@ -17,14 +17,13 @@ from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollecti
 from embedtrain.jagged import Jagged
 from embedtrain.ops.skipgram_block import Architecture, TextBlock, count_predictions, reach_of, skipgram_block
 from embedtrain.ops.transfer import to_device
+from embedtrain.recipes.word2vec.config import INPUT as INPUT
+from embedtrain.recipes.word2vec.config import OUTPUT as OUTPUT
 from embedtrain.spec import DEFAULT_OPTIMIZER, FeatureSpec, TableSpec
 from embedtrain.train.task import Objective
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-INPUT, OUTPUT = "input", "output"
-"""Names of the tables; "input" holds the word vectors."""
 
 
 @dataclass(frozen=True)

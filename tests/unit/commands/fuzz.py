@@ -204,8 +204,6 @@ def call(arguments: Sequence[str]) -> Outcome:
     ):
         try:
             status = main(list(arguments))
-        except SystemExit as left:
-            status = left.code if isinstance(left.code, int) else None
         except BaseException as raised:
             error = raised
         output.seek(0)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from embedtrain import difference
 from embedtrain.checkpoint import ShardView, save_checkpoint
 from embedtrain.cli import main
+from embedtrain.commands import diff
 from embedtrain.commands.diff import Side, movement
 from embedtrain.sharding.layout import SpreadLayout
 from embedtrain.train.run_folder import RunFolder
@@ -52,7 +52,7 @@ def table(num_rows: int = 5, dim: int = 3) -> Tensor:
 def test_rows_that_moved_most_come_first_by_name_whatever_number_of_ranks_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
 ) -> None:
-    monkeypatch.setattr(difference, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(diff, "_BLOCK_BYTES", block_bytes)
     was = table()
     now = was.clone()
     now[3] *= -1

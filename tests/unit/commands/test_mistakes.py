@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from embedtrain.cli import main
 from embedtrain.errors import UserError
+from tests.unit.commands.parsing import parse
 
 TRAIN = ["train", "config.yaml", "data.path=corpus.txt", "data.cache_path=cache", "run.path=run"]
 
@@ -22,38 +25,55 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ([*TRAIN, "data.path=5"], ["data.path must be a path or a list of paths, got 5", "quote"]),
-        ([*TRAIN, "data.path=null"], ["data.path must be a path or a list of paths, got None"]),
+        ([*TRAIN, "data.path=null"], ["data.path must be given and cannot be null"]),
+        ([*TRAIN, "data.path=[]"], ["data.path must be a path or a list of paths, got []"]),
+        ([*TRAIN, "data.path=5"], ["5: no such file or folder"]),
         ([*TRAIN, "run.path=corpus.txt"], ["corpus.txt/config.yaml", "Not a directory", "give another path"]),
         ([*TRAIN, "run.path=corpus.txt/below"], ["corpus.txt/below/config.yaml", "give another path"]),
         ([*TRAIN, "run.path=/proc/none"], ["run.path=/proc/none: the folder cannot be made", "give a path"]),
         ([*TRAIN, "data.cache_path=/proc/none"], ["/proc/none"]),
-        ([*TRAIN, "run.path='/'"], ["run.path must name a folder, such as runs/x, got '/'"]),
+        ([*TRAIN, "run.path=/"], ["run.path must name a folder, such as runs/x, got '/'"]),
         ([*TRAIN, "run.device=cuda"], ["no GPU", "start fewer ranks a host, or use device=cpu"]),
         ([*TRAIN, "run.timeout_seconds=-1"], ["run.timeout_seconds must be more than 0", "got -1"]),
         ([*TRAIN, "optimizer.lr=.nan"], ["optimizer.lr must be a finite number", "got nan"]),
         ([*TRAIN, "seed=99999999999999999999"], ["seed must be below 2**63"]),
         ([*TRAIN, "table.dims=3"], ["there is no key table.dims", "did you mean table.dim?"]),
         ([*TRAIN, "table.dim=1000000000000"], ["GiB", "memory on", "embedtrain plan"]),
-        ([*TRAIN, "--dryrun"], ["unrecognized arguments: --dryrun; did you mean --dry-run?"]),
-        (["trian"], ["invalid choice: 'trian'", "did you mean train?"]),
+        (
+            [*TRAIN, "--dryrun"],
+            ["No such option '--dryrun'. Did you mean '--dry-run'?", "See embedtrain train --help."],
+        ),
+        ([*TRAIN, "--nothing=5"], ["No such option '--nothing'. The options are --profile, --dry-run, -h, --help."]),
+        ([*TRAIN, "--profile", "--profile"], ["Option '--profile' is given 2 times."]),
+        ([*TRAIN, "more.yaml"], ["expected one configuration file", "got 'more.yaml' too"]),
+        (["train", "seed=3"], ["expected a configuration file, such as"]),
+        (["train", "", "seed=3"], ["Invalid value for 'CONFIG': expected a value, got ''"]),
+        ([], ["Missing command. See embedtrain --help."]),
+        (["trian"], ["No such command 'trian'. Did you mean 'train'?"]),
+        (["frobnicate"], ["No such command 'frobnicate'. The commands are train, compare,"]),
+        (["config", "shwo"], ["No such command 'shwo'. Did you mean 'show'?"]),
+        (["export", "run", "--output"], ["Option '--output' requires an argument.", "See embedtrain export --help."]),
+        (["export", "run", "--output", "--overwrite"], ["'--output' requires an argument, got the option --overwrite"]),
+        (["export", "run", "--output=", "--format=npy"], ["Invalid value for '--output': expected a value, got ''"]),
+        (["export", "run", "--format", "wordvec"], ["'wordvec' is not one of 'word2vec', 'word2vec-binary', 'glove'"]),
+        (["neighbors", "run"], ["Missing argument 'QUERY...'."]),
+        (["neighbors", "run", "king", "-man"], ["No such option '-man'."]),
+        (["recommend", "run", "--top", "many", "5"], ["Invalid value for '--top': 'many' is not a valid integer."]),
+        (["grow", "run", "seed=3"], ["expected the folder of a run and the folder of the new run, got ['run']"]),
         (["plan", "config.yaml", "--rows", "1e30"], ["expected at most 1,099,511,627,776 rows in table 'input'"]),
-        (["inspect", ""], ["expected the path of a run folder, such as runs/x, got ''"]),
-        (["inspect", "config.yaml"], ["config.yaml"]),
+        (["inspect", ""], ["Invalid value for 'RUN': expected a value, got ''"]),
+        (["inspect", "config.yaml"], ["Directory 'config.yaml' is a file."]),
         (["diff", "here", "there"], ["expected a run folder with a complete checkpoint", "got 'here'"]),
     ],
-    ids=lambda value: value[-1][:30] if isinstance(value, list) else None,
+    ids=lambda value: value[-1][:30] if isinstance(value, list) and value else None,
 )
 def test_one_line_says_it_all(
     arguments: list[str], parts: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    try:
-        status = main(arguments)
-    except SystemExit as left:
-        status = int(left.code or 0)
+    status = main(arguments)
     captured = capfd.readouterr()
     assert status == 2, captured.err
-    (line,) = [line for line in captured.err.splitlines() if line.startswith("embedtrain: ")]
+    (line,) = captured.err.splitlines()
     assert line.startswith("embedtrain: error: ")
     for part in parts:
         assert part in line
@@ -79,3 +99,28 @@ def test_another_configuration_in_the_run_folder_says_which_keys_differ(capfd: p
 def test_settings_may_stand_after_options(capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*TRAIN, "--dry-run", "train.words_per_step=1000"]) == 2
     assert "train.words_per_step must be a multiple" in capfd.readouterr().err
+
+
+def test_settings_may_stand_before_the_file_too(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "train.words_per_step=1000", "--dry-run", "config.yaml", *TRAIN[2:]]) == 2
+    assert "train.words_per_step must be a multiple" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "query"),
+    [
+        (["king", "-", "man", "+", "woman", "--top", "3"], ("king", "-", "man", "+", "woman")),
+        (["--top", "3", "-5", "-", "-0.5", "+", "-.5e3"], ("-5", "-", "-0.5", "+", "-.5e3")),
+        (["--top=3", "--", "-man", "--top", "--"], ("-man", "--top", "--")),
+        (["a=b", "--top", "3"], ("a=b",)),
+    ],
+)
+def test_words_of_a_query_may_begin_with_a_dash(words: list[str], query: tuple[str, ...]) -> None:
+    params = parse(["neighbors", "run", *words]).params
+    assert (params["path"], params["query"], params["top"]) == ("run", query, 3)
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure() -> None:
+    program = f"exec {sys.executable} -m embedtrain config show data.path=x | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

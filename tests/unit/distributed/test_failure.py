@@ -19,8 +19,8 @@ from embedtrain.distributed.failure import (
     _ranges,
     explain_failure,
     is_of_the_group,
-    tell_launcher,
 )
+from embedtrain.distributed.launcher import tell_launcher
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.distributed.stages import begin, stage, whereabouts
 

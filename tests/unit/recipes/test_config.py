@@ -75,7 +75,8 @@ def test_an_unknown_key_says_what_was_meant(override: str, meant: str) -> None:
         ("train.epochs", ["expected key=value"]),
         ("=3", ["expected key=value"]),
         ("table=3", ["table"]),
-        ("data.path={", ["data.path={"]),
+        ("optimizer.betas=[1", ["'optimizer.betas=[1'", "not valid YAML"]),
+        ("data.path", ["expected key=value"]),
     ],
 )
 def test_a_wrong_value_is_one_clear_line(override: str, parts: list[str]) -> None:

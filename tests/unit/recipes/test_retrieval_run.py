@@ -260,7 +260,7 @@ def test_a_report_shows_items_near_items_under_their_raw_ids(folder: Path, capfd
     arguments = overrides(folder, "run", *towers(folder), "train.epochs=1")
     assert command(capfd, "train", str(folder / "config.yaml"), *arguments)[0] == 0
     run = str(folder / "run")
-    assert command(capfd, "report", run, "--words", "g1-i3")[0] == 0
+    assert command(capfd, "report", run, "g1-i3")[0] == 0
     page = (folder / "run" / "report.html").read_text()
     for part in ("Nearest items", "<th>g1-i3</th>", 'id="map"', "The most frequent items"):
         assert part in page
@@ -270,7 +270,7 @@ def test_a_report_shows_items_near_items_under_their_raw_ids(folder: Path, capfd
     assert command(capfd, "report", run)[0] == 0
     page = (folder / "run" / "report.html").read_text()
     assert "Nearest" not in page and "done at step" in page
-    assert "moved.csv" in refused(capfd, "report", run, "--words", "g1-i3")
+    assert "moved.csv" in refused(capfd, "report", run, "g1-i3")
 
 
 def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:

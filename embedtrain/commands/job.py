@@ -1,8 +1,7 @@
-"""The commands that train: train and compare."""
+"""Training in a job: several runs one after another, or a trial; a failure is explained to the user."""
 
 from __future__ import annotations
 
-import argparse
 import functools
 import socket
 import traceback
@@ -11,19 +10,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
-from embedtrain.commands.compare import Comparison, parse_rates
-from embedtrain.commands.console import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, Commands, add_command, say
+from embedtrain.commands.console import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, say
 from embedtrain.commands.dry_run import dry_run
-from embedtrain.config.optimizer import OPTIMIZERS
 from embedtrain.config.sections import Config
 from embedtrain.distributed.beacon import Beacon
-from embedtrain.distributed.failure import explain_failure, is_of_the_group, tell_launcher
+from embedtrain.distributed.failure import explain_failure, is_of_the_group
+from embedtrain.distributed.launcher import tell_launcher
 from embedtrain.distributed.runtime import Runtime, init_distributed, shut_down
 from embedtrain.distributed.stages import begin, whereabouts
 from embedtrain.errors import CheckpointError, NonFiniteError, UserError
 from embedtrain.planning.room import require_room
 from embedtrain.recipes.building import build_parts
-from embedtrain.recipes.loading import load_config
 from embedtrain.train.interrupt import EXIT_PREEMPTED
 from embedtrain.train.run import check_run_folder, train_run
 from embedtrain.train.run_folder import RunFolder
@@ -35,61 +32,8 @@ _SHORT_ERRORS = (NonFiniteError, CheckpointError)
 """Failures that a message explains; any other is a defect or the machine's, and its traceback is shown."""
 
 
-def add_training(commands: Commands) -> None:
-    """Declares the commands."""
-    train = add_command(
-        commands,
-        "train",
-        "train, or resume what lies in run.path",
-        "torchrun --nproc-per-node 2 -m embedtrain train configs/word2vec.yaml data.path=corpus.txt",
-    )
-    train.add_argument("config", help="YAML file, such as configs/word2vec.yaml")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
-    train.add_argument("--profile", action="store_true", help="write a Chrome trace and seconds per stage of 50 steps")
-    train.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="two steps on the head of the data, and the plan; writes nothing",
-    )
-    train.set_defaults(run=_train)
-
-    compare = add_command(
-        commands,
-        "compare",
-        "train with several optimizers and draw how they learn",
-        "embedtrain compare configs/ranking.yaml data.path=train.csv --optimizers adam,rowwise_adagrad",
-    )
-    compare.add_argument("config", help="YAML file that all runs share")
-    compare.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
-    compare.add_argument("--optimizers", required=True, metavar="A,B,...", help=f"of {', '.join(OPTIMIZERS)}")
-    compare.add_argument(
-        "--rates",
-        action="append",
-        default=[],
-        metavar="NAME=RATE,RATE",
-        help="learning rates to try; the optimizer's own times 0.1, 0.3, 1, 3 and 10 where not given. The best is "
-        "chosen by checkpoint.best_metric at the end",
-    )
-    compare.add_argument("--output", default="runs/compare", metavar="PATH", help="folder (runs/compare)")
-    compare.set_defaults(run=_compare)
-
-
-def _train(options: argparse.Namespace) -> int:
-    config = load_config(options.config, options.overrides)
-    if options.dry_run:
-        return _try(config, options)
-    return _train_each([config], options, is_profiled=options.profile)
-
-
-def _compare(options: argparse.Namespace) -> int:
-    names = [name for name in options.optimizers.split(",") if name]
-    comparison = Comparison(options.config, options.overrides, names, parse_rates(options.rates), options.output)
-    return _train_each(comparison.configs, options, may_diverge=True, finish=lambda: print(comparison.finish()))
-
-
-def _try(config: Config, options: argparse.Namespace) -> int:
-    if options.profile:
-        raise UserError("--profile writes into the run folder, and --dry-run does not: give one of them")
+def try_run(config: Config, *, is_debugged: bool) -> int:
+    """Tries a run as `dry_run` does; returns the exit status. Collective: every rank."""
     folder = check_run_folder(config)
     runtime = init_distributed(device=config.run.device, timeout_seconds=config.run.timeout_seconds)
 
@@ -97,16 +41,16 @@ def _try(config: Config, options: argparse.Namespace) -> int:
         dry_run(config, folder, runtime)
         return EXIT_DONE
 
-    status, _ = _explained(work, _Job(runtime, config.run.timeout_seconds, options.debug))
+    status, _ = _explained(work, _Job(runtime, config.run.timeout_seconds, is_debugged))
     if status == EXIT_DONE:
         shut_down()
     return status
 
 
-def _train_each(
+def train_each(
     configs: Sequence[Config],
-    options: argparse.Namespace,
     *,
+    is_debugged: bool,
     is_profiled: bool = False,
     may_diverge: bool = False,
     finish: Callable[[], None] = lambda: None,
@@ -115,7 +59,7 @@ def _train_each(
 
     Args:
         configs: of the runs.
-        options: of the command.
+        is_debugged: whether the user wants to see tracebacks.
         is_profiled: whether to write profiles.
         may_diverge: whether a run whose gradient is not finite any more is done too.
         finish: what to do in the end.
@@ -123,7 +67,7 @@ def _train_each(
     folders = [check_run_folder(config) for config in configs]
     runtime = init_distributed(device=configs[0].run.device, timeout_seconds=configs[0].run.timeout_seconds)
     for config, folder in zip(configs, folders, strict=True):
-        status, error = _train_one(config, folder, runtime, is_debugged=options.debug, is_profiled=is_profiled)
+        status, error = _train_one(config, folder, runtime, is_debugged=is_debugged, is_profiled=is_profiled)
         if may_diverge and isinstance(error, NonFiniteError):
             status = EXIT_DONE
         if status == EXIT_PREEMPTED:

@@ -1,0 +1,30 @@
+"""`embedtrain config`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from embedtrain.commands.console import EXIT_DONE, command, epilog, settings_argument, split_config
+
+_EXAMPLES = ("embedtrain config show configs/word2vec.yaml optimizer.lr=0.1", "embedtrain config show model=ranking")
+
+
+@click.group(no_args_is_help=False, epilog=epilog(*_EXAMPLES))
+def config() -> None:
+    """Shows a configuration in full, and where values were given."""
+
+
+@command(*_EXAMPLES)
+@click.argument("config", required=False, type=click.Path(), help="YAML file; without one, the defaults.")
+@settings_argument
+def show(config: str | None, settings: Sequence[str]) -> int:
+    """Shows a configuration in full, and where values were given."""
+    from embedtrain.recipes.showing import show_config
+
+    print(show_config(*split_config(config, settings)))
+    return EXIT_DONE
+
+
+config.add_command(show)

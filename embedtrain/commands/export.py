@@ -1,0 +1,31 @@
+"""`embedtrain export`."""
+
+from __future__ import annotations
+
+import click
+
+from embedtrain.commands.console import EXIT_DONE, command, run_argument, table_option
+
+FORMAT_NAMES = ("word2vec", "word2vec-binary", "glove", "npy", "safetensors", "parquet", "projector")
+"""The names of `embedtrain.export.FORMATS`, whose import takes too long for the help; a test compares them."""
+
+
+@command("embedtrain export runs/x --format word2vec --output vectors.txt")
+@run_argument
+@table_option
+@click.option("--format", "format_name", required=True, type=click.Choice(FORMAT_NAMES), help="Format of the file.")
+@click.option(
+    "--output", required=True, metavar="PATH", type=click.Path(), help="New file, or new folder for projector."
+)
+@click.option("--max-rows", type=int, metavar="N", help="Only the N most frequent words.")
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+def export(path: str, table: str | None, format_name: str, output: str, max_rows: int | None, overwrite: bool) -> int:
+    """Writes the vectors of a run for other programs."""
+    from embedtrain.distributed.runtime import init_distributed
+    from embedtrain.export import export_vectors
+    from embedtrain.recipes.trained import open_run_vectors
+
+    with open_run_vectors(path, table, init_distributed(device="cpu")) as vectors:
+        for written in export_vectors(vectors, format_name, output, overwrite=overwrite, max_rows=max_rows):
+            print(written)
+    return EXIT_DONE

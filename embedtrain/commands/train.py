@@ -1,0 +1,32 @@
+"""`embedtrain train`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from embedtrain.commands.console import command, is_debugged, require_config, settings_argument
+from embedtrain.errors import UserError
+
+
+@command(
+    "torchrun --nproc-per-node 2 -m embedtrain train configs/word2vec.yaml data.path=corpus.txt",
+    "embedtrain train configs/word2vec.yaml data.path=corpus.txt --dry-run",
+)
+@click.argument("config", type=click.Path(), help="YAML file, such as configs/word2vec.yaml.")
+@settings_argument
+@click.option("--profile", is_flag=True, help="Write a Chrome trace and seconds per stage of 50 steps.")
+@click.option("--dry-run", is_flag=True, help="Make two steps on the head of the data, print the plan, write nothing.")
+def train(config: str, settings: Sequence[str], profile: bool, dry_run: bool) -> int:
+    """Trains, or resumes the run in run.path."""
+    from embedtrain.recipes.loading import load_config
+
+    loaded = load_config(*require_config(config, settings))
+    if profile and dry_run:
+        raise UserError("--profile writes into the run folder, and --dry-run does not: give one of them")
+    from embedtrain.commands.job import train_each, try_run
+
+    if dry_run:
+        return try_run(loaded, is_debugged=is_debugged())
+    return train_each([loaded], is_debugged=is_debugged(), is_profiled=profile)

@@ -1,0 +1,246 @@
+"""Values of settings: a key of text takes what is written as it stands, any other key takes a YAML value."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+_NULL = "tag:yaml.org,2002:null"
+_MERGE = "tag:yaml.org,2002:merge"
+_QUOTED_NULL = re.compile(r"""(["'])(["']*null["']*)\1""")
+_ITEM = re.compile(r"""\s*(?:"([^"]*)"\s*(?=,|$)|'([^']*)'\s*(?=,|$)|([^,]*))(?:,|$)""")
+_NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)([eE][-+]?\d+)?")
+
+
+def compose(text: str) -> yaml.Node | None:
+    """Parses a YAML document, of which `read` returns the values; None for an empty one.
+
+    Raises:
+        ValueError: it is not valid YAML.
+    """
+    try:
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
+        raise ValueError(f"this is not valid YAML: {error.problem}{line}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"this is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def read(node: yaml.Node | None, hint: Any, key: str = "") -> Any:
+    """Returns the value of a YAML node for a key of a type.
+
+    Names, and values of keys of text, are returned as they are written: `on`, `01` and `2024-01-01` are texts.
+
+    Args:
+        node: of the value.
+        hint: the annotation of the key; None if it is not known.
+        key: its full name, for messages.
+
+    Raises:
+        ValueError: the node is no value that a setting can have.
+    """
+    if node is None:
+        return None
+    if node.tag not in yaml.SafeLoader.yaml_constructors:
+        raise ValueError(f"the YAML tag {node.tag} at {key or 'the beginning'} means nothing here; quote the text")
+    if isinstance(node, yaml.MappingNode):
+        return _read_mapping(node, hint, key)
+    if isinstance(node, yaml.SequenceNode):
+        item = next((get_args(each)[0] for each in _members(hint) if get_origin(each) is list), None)
+        if item is not str:
+            return [read(each, item, key) for each in node.value]
+        if not all(isinstance(each, yaml.ScalarNode) for each in node.value):
+            raise ValueError(f"{key}: expected a list of texts, such as [a, b], got lists or names in it")
+        return [each.value for each in node.value]
+    if node.tag == _NULL:
+        return _null(hint, key, '"null"')
+    if any(map(_is_text, _members(hint))):
+        return node.value
+    if any(get_origin(each) is list for each in _members(hint)):
+        raise ValueError(f"{key}: expected a list such as [a,b], got {node.value!r}")
+    return _construct(lambda loader: loader.construct_object(node, deep=True))
+
+
+def read_override(key: str, text: str, section: type[Any]) -> dict[str, Any]:
+    """Returns what `key=text` of a command line gives, as nested names and a value.
+
+    Raises:
+        ValueError: the text is no value of the key.
+    """
+    parts, hint = _resolve(key.split("."), section)
+    if not all(parts):
+        raise ValueError(f"the key {key!r} has an empty name")
+    value = _read_text(key, text, hint)
+    for part in reversed(parts):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]
+
+
+def _read_text(key: str, text: str, hint: Any) -> Any:
+    members = _members(hint)
+    has_lists = list[str] in members
+    if not has_lists and not any(map(_is_text, members)):
+        return read(compose(text), hint, key)
+    if text == "null":
+        return _null(hint, key, f"{key}=\"'null'\" in a shell")
+    if _QUOTED_NULL.fullmatch(text):
+        return text[1:-1]
+    if has_lists and text.startswith("[") and text.endswith("]"):
+        return _items(text[1:-1])
+    if not any(map(_is_text, members)):
+        raise ValueError(f"{key}: expected a list such as [a,b], got {text!r}")
+    return text
+
+
+def _items(text: str) -> list[str]:
+    """Returns the items of a list of texts: parted by commas, without the spaces around them, perhaps quoted."""
+    items = []
+    place = 0
+    while place < len(text):
+        found = _ITEM.match(text, place)
+        assert found is not None, "the last alternative matches any text"
+        double, single, plain = found.groups()
+        items.append(plain.strip() if plain is not None else double if double is not None else single)
+        place = found.end()
+    # As in YAML, a comma may follow the last item.
+    return items[:-1] if items and items[-1] == "" and not text.rstrip().endswith(('"', "'")) else items
+
+
+def _null(hint: Any, key: str, quoted: str) -> None:
+    members = _members(hint)
+    if str in members and NoneType not in members:
+        raise ValueError(f"{key} must be given and cannot be null; for the text null write {quoted}")
+
+
+def _read_mapping(node: yaml.MappingNode, hint: Any, key: str) -> dict[str, Any]:
+    given = [name.value for name, _ in node.value if name.tag != _MERGE]
+    if wrong := [name for name in given if not isinstance(name, str)]:
+        raise ValueError(f"expected names as keys{f' of {key}' if key else ''}, got {wrong[0]}")
+    if twice := [name for place, name in enumerate(given) if name in given[:place]]:
+        raise ValueError(f"{key}{'.' if key else ''}{twice[0]} is given twice")
+    _construct(lambda loader: loader.flatten_mapping(node))
+    return {
+        name.value: read(value, _hint_of(hint, name.value), f"{key}{'.' if key else ''}{name.value}")
+        for name, value in node.value
+    }
+
+
+def _construct(use: Callable[[yaml.SafeLoader], Any]) -> Any:
+    loader = yaml.SafeLoader("")
+    try:
+        return use(loader)
+    except (yaml.YAMLError, AttributeError, TypeError) as error:  # the last two slip through PyYAML
+        raise ValueError(f"this is not valid YAML: {' '.join(str(error).split())}") from error
+    finally:
+        loader.dispose()
+
+
+def _members(hint: Any) -> Sequence[Any]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _is_text(hint: Any) -> bool:
+    return hint is str or get_origin(hint) is Literal
+
+
+@functools.cache
+def _hints(section: type[Any]) -> Mapping[str, Any]:
+    return get_type_hints(section)
+
+
+def _hint_of(hint: Any, name: str) -> Any:
+    """Returns the annotation of what stands under a name; None if it is not known."""
+    for each in _members(hint):
+        if isinstance(each, type) and is_dataclass(each):
+            return _hints(each).get(name)
+        if get_origin(each) is dict:
+            return get_args(each)[1]
+    return None
+
+
+def _resolve(parts: list[str], section: type[Any]) -> tuple[list[str], Any]:
+    """Returns the names that a key is made of, and its annotation; the name of an entry may hold dots."""
+    names: list[str] = []
+    hint: Any = section
+    while parts:
+        length = 1
+        if get_origin(hint) is dict and isinstance(entry := get_args(hint)[1], type) and is_dataclass(entry):
+            has_field = len(parts) > 1 and parts[-1] in _hints(entry)
+            length = len(parts) - 1 if has_field else len(parts)
+        names.append(".".join(parts[:length]))
+        hint = _hint_of(hint, names[-1])
+        parts = parts[length:]
+    return names, hint
+
+
+def choices_of(key: str, section: type[Any]) -> list[str]:
+    """Returns the values that a key of a section can have, if they are few."""
+    members = _members(_resolve(key.split("."), section)[1])
+    named = [str(choice) for each in members if get_origin(each) is Literal for choice in get_args(each)]
+    switches = ["true", "false"] if bool in members else []
+    return [*named, *switches, *(["null"] if (named or switches) and NoneType in members else [])]
+
+
+def shield(value: Any) -> Any:
+    """Returns a value whose texts mean nothing to omegaconf, which reads `${...}` as a reference and `???` as missing.
+
+    The values of lists and dicts are included; `unshield` reverts it.
+    """
+    if isinstance(value, str):
+        return value.replace("%", "%25").replace("$", "%24").replace("?", "%3F")
+    if isinstance(value, list):
+        return [shield(each) for each in value]
+    if isinstance(value, dict):
+        return {name: shield(each) for name, each in value.items()}
+    return value
+
+
+def unshield(value: Any) -> Any:
+    """Returns what was given to `shield`; the fields of a section are replaced in place."""
+    if isinstance(value, str):
+        return value.replace("%3F", "?").replace("%24", "$").replace("%25", "%")
+    if isinstance(value, list):
+        return [unshield(each) for each in value]
+    if isinstance(value, dict):
+        return {name: unshield(each) for name, each in value.items()}
+    if is_dataclass(value):
+        for field in fields(value):
+            setattr(value, field.name, unshield(getattr(value, field.name)))
+    return value
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the full key of each value."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no annotations
+    """Writes texts such that other readers of YAML take none for a number, as some take 1e3."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        style = "'" if _NUMBER.fullmatch(text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
+def dump(settings: Mapping[str, Any]) -> str:
+    """Returns settings as YAML, from which `read` returns the same settings."""
+    return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True)  # type: ignore[no-any-return]
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """Returns all keys of a configuration with their values, as JSON can hold them."""
+    return asdict(config)

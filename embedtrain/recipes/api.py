@@ -1,0 +1,46 @@
+"""What a recipe is written with: a model that `embedtrain train` trains. The built-in recipes have a folder each."""
+
+from __future__ import annotations
+
+from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig
+from embedtrain.config.sections import Config, EvaluateConfig, TableConfig, TrainConfig
+from embedtrain.recipes.base import Grow, Names, Recipe, collection_options, table_spec
+from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer
+from embedtrain.recipes.workload import (
+    IdDistribution,
+    Sizes,
+    TableLoad,
+    Workload,
+    dense_sizes,
+    table_load,
+)
+from embedtrain.train.task import Batches, Evaluation, Objective, Parts, Pretrained, StreamedBatches, Task
+
+__all__ = [
+    "Batches",
+    "Config",
+    "DenseOptimizerConfig",
+    "EvaluateConfig",
+    "Evaluation",
+    "Grow",
+    "IdDistribution",
+    "Names",
+    "Objective",
+    "OptimizerConfig",
+    "Parts",
+    "Pretrained",
+    "Recipe",
+    "Sizes",
+    "StreamedBatches",
+    "TableConfig",
+    "TableLoad",
+    "Task",
+    "TrainConfig",
+    "Workload",
+    "build_dense_optimizer",
+    "build_optimizer",
+    "collection_options",
+    "dense_sizes",
+    "table_load",
+    "table_spec",
+]
