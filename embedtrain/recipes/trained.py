@@ -67,7 +67,10 @@ def require_held_out(config: Config) -> None:
     """
     key = recipe_of(config.model).held_out
     if key is not None and value_at(config, key) is None:
-        raise UserError(f"{config.run.path} was trained without {key}: there are no held-out data to measure on")
+        raise UserError(
+            f"{config.run.path} was trained without {key}: there are no held-out data to measure on; "
+            "if its rows are words, give --analogies FILE or --similarity FILE"
+        )
 
 
 def measure_run(config: Config, runtime: Runtime) -> Mapping[str, float]:

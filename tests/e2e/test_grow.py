@@ -160,7 +160,7 @@ def test_what_cannot_grow_is_one_clear_line(job: Job) -> None:
         (("old", "grown"), "expected data.path=PATH"),
         (("old", "old", f"data.path={new_text}"), "old is not empty"),
         (("old", "grown", f"data.path={new_text}", "table.dim=8"), "table.dim (was 16, is 8)"),
-        (("old", "grown", f"data.path={new_text}", "run.path=x"), "run.path=x: grow itself says"),
+        (("old", "grown", f"data.path={new_text}", "run.path=x"), "run.path=x: grow itself sets"),
         (("old", "grown", "data.path=nowhere.txt"), "nowhere.txt: no such file"),
         (("old", "grown", f"data.path={new_text}", "optimizer.lrr=1"), "did you mean optimizer.lr?"),
     ):
