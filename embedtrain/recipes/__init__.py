@@ -1,1 +1,1 @@
-"""The models that `embedtrain train` knows, a folder each, and what a recipe is; `recipes.api` has the names to write one."""
+"""The models that `embedtrain train` knows, a folder each, and what a recipe is; to write one, use `recipes.api`."""
