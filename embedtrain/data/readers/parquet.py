@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedtrain.data.readers.blocks import MAX_PARTS, Segment, open_seekable
-from embedtrain.data.readers.rows import Fault, Format, Layout, Rows, refuse_repeats
+from embedtrain.data.readers.rows import Fault, Format, Layout, Rows, plain, refuse_repeats
 from embedtrain.data.sources import CHUNK_BYTES, Source
 from embedtrain.errors import UserError
 
@@ -69,7 +69,7 @@ class Parquet(Format):
             for batch in file.iter_batches(_ROWS_PER_READ, groups, list(names), use_threads=False):
                 if batch.num_rows:
                     yield Rows(
-                        pa.RecordBatch.from_arrays([_plain(batch.column(n)) for n in names], names=list(names)), at
+                        pa.RecordBatch.from_arrays([plain(batch.column(n)) for n in names], names=list(names)), at
                     )
                 at += batch.num_rows
 
@@ -103,22 +103,3 @@ def open_parquet(source: Source) -> Iterator[pq.ParquetFile]:
                 yield parquet
         except pa.ArrowException as error:
             raise UserError(f"{source.url}: cannot be read as Parquet: {' '.join(str(error).split())}") from error
-
-
-def _plain(column: pa.Array) -> pa.Array:
-    """Returns a column without the ways to store one that mean the same: dictionaries, views, lists of a fixed size."""
-    kind = plain_type(column.type)
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    return column if kind == column.type else column.cast(kind)
-
-
-def plain_type(kind: pa.DataType) -> pa.DataType:
-    """Returns the type of a column as `Parquet.read` yields it."""
-    if pa.types.is_dictionary(kind):
-        return plain_type(kind.value_type)
-    if pa.types.is_string_view(kind) or pa.types.is_string(kind):
-        return pa.large_string()
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return pa.large_list(plain_type(kind.value_type))
-    return kind

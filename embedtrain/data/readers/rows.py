@@ -96,6 +96,25 @@ def refuse_repeats(names: Sequence[str], source: Source) -> None:
         raise UserError(f"{source.url}: the file names {', '.join(map(repr, repeated))} more than once")
 
 
+def plain(column: pa.Array) -> pa.Array:
+    """Returns a column without the ways to store one that mean the same: dictionaries, views, lists of a fixed size."""
+    kind = plain_type(column.type)
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return column if kind == column.type else column.cast(kind)
+
+
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """Returns the type of a column as `plain` returns it."""
+    if pa.types.is_dictionary(kind):
+        return plain_type(kind.value_type)
+    if pa.types.is_string_view(kind) or pa.types.is_string(kind):
+        return pa.large_string()
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return pa.large_list(plain_type(kind.value_type))
+    return kind
+
+
 @dataclass(frozen=True)
 class Parsed:
     """What became of a block of text.
