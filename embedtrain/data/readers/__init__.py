@@ -6,6 +6,7 @@ A format is one file here, and one entry of `FORMATS`.
 from __future__ import annotations
 
 from embedtrain.data.readers.csv import Csv
+from embedtrain.data.readers.jsonl import JsonLines
 from embedtrain.data.readers.lines import Lines
 from embedtrain.data.readers.parquet import Parquet
 from embedtrain.data.readers.rows import Fault, Format, Layout, Rows, TextFormat
@@ -31,6 +32,7 @@ FORMATS: dict[str, Format] = {
     "csv": Csv(),
     "tsv": Tsv(),
     "parquet": Parquet(),
+    "jsonl": JsonLines(),
 }
 
 AUTO = "auto"
