@@ -156,7 +156,7 @@ def _streamed_format(schema: ClickSchema) -> TextFormat:
     """Returns the format of a stream's lines; refuses a schema that needs to know more than a line."""
     format = FORMATS[schema.reader]
     if not isinstance(format, TextFormat):
-        raise UserError(f"a stream is of lines: data.format={schema.file_format} cannot be one; csv and criteo can")
+        raise UserError(f"a stream is of lines: data.format={schema.file_format} cannot be one")
     if schema.columns is None and format.has_header:
         raise UserError("a stream has no first line of names: give data.columns, in order")
     learnt = [column.name for column in schema.categorical if column.encoding == "vocabulary"]
