@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
 import os
 import re
@@ -276,21 +277,27 @@ def _local_info(fs: LocalFileSystem, path: str) -> dict[str, Any]:
     """Returns the facts of a file, or of the one that a symbolic link leads to."""
     try:
         return dict(fs.info(path), mtime=os.stat(path).st_mtime)
-    except FileNotFoundError as error:
-        if not os.path.islink(path):
+    except OSError as error:
+        _refuse_broken_link(path, error)
+        if isinstance(error, FileNotFoundError):
             raise UserError(f"{path}: the file has vanished while the folder was listed") from error
-        raise UserError(f"{path}: a symbolic link to {os.readlink(path)}, which does not exist") from error
+        raise
 
 
 def _info_or_none(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:
     try:
         return dict(fs.info(path))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        if isinstance(fs, LocalFileSystem) and os.path.islink(path):
-            raise UserError(f"{path}: a symbolic link to {os.readlink(path)}, which does not exist") from error
-        return None
-    except KeyError:  # What an archive's file system raises for a name that it does not hold.
-        return None
+    except OSError as error:
+        if isinstance(fs, LocalFileSystem):
+            _refuse_broken_link(path, error)
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            return None
+        raise
+
+
+def _refuse_broken_link(path: str, error: OSError) -> None:
+    if os.path.islink(path) and (isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP):
+        raise UserError(f"{path}: a symbolic link to {os.readlink(path)}, which does not exist") from error
 
 
 def _url_of(fs: fsspec.AbstractFileSystem, name: str, path: str) -> str:

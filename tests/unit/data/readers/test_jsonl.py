@@ -59,7 +59,9 @@ def test_a_click_log_is_that_of_csv(tmp_path: Path) -> None:
 
 def test_a_stream(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
-    stream = ClickStream(StreamOptions(path, lines_per_step=64), schema_of("jsonl", num_rows=100, encoding="hash"), None)
+    stream = ClickStream(
+        StreamOptions(path, lines_per_step=64), schema_of("jsonl", num_rows=100, encoding="hash"), None
+    )
     batch, _, _ = stream.next_batch({})
     assert batch is not None
     assert batch.labels.tolist() == [n % 2 for n in range(40)]
