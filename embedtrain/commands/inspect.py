@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import fsspec
-
 from embedtrain.checkpoint import CheckpointReader, find_checkpoints, verify
+from embedtrain.data.readers.blocks import read_lines
 from embedtrain.errors import CorruptCheckpointError, UserError
 from embedtrain.export import Vectors, unit_rows
 from embedtrain.metrics.analogies import evaluate_analogies
+from embedtrain.metrics.word_lookup import require_vocab
 from embedtrain.metrics.word_similarity import evaluate_similarity
 from embedtrain.train.run_folder import RunFolder
 
@@ -58,16 +58,21 @@ def print_evaluation(
     case_insensitive: bool,
 ) -> None:
     """Prints accuracy by section for each file of analogies, and correlations for each file of word pairs."""
+    require_vocab(restrict_vocab)
     restricted = vectors.first(restrict_vocab)
     unit = unit_rows(restricted.rows(0, restricted.num_rows))
     for path in analogies:
-        report = evaluate_analogies(unit, restricted.words, _lines(path), restrict_vocab, case_insensitive, source=path)
+        report = evaluate_analogies(
+            unit, restricted.words, read_lines(path), restrict_vocab, case_insensitive, source=path
+        )
         print(f"{path}: accuracy by 3CosAdd")
         for section in (*report.sections, report.total):
             print(f"  {section.accuracy:7.2%}  {section.num_correct:>6,} of {section.num_questions:<6,} {section.name}")
         print(f"  {report.num_oov:,} questions left out: a word is not in the vocabulary")
     for path in similarity:
-        pairs = evaluate_similarity(unit, restricted.words, _lines(path), restrict_vocab, case_insensitive, source=path)
+        pairs = evaluate_similarity(
+            unit, restricted.words, read_lines(path), restrict_vocab, case_insensitive, source=path
+        )
         print(
             f"{path}: Spearman {pairs.spearman:.3f}, Pearson {pairs.pearson:.3f} over {pairs.num_pairs:,} pairs; "
             f"{pairs.oov_ratio:.1%} left out, a word is not in the vocabulary"
@@ -87,13 +92,3 @@ def _verify(paths: Sequence[str]) -> None:
             faults.append(str(error))
     if faults:
         raise CorruptCheckpointError("\n".join(faults))
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        with fsspec.open(path, "rt", encoding="utf-8") as file:
-            return list(file)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error

@@ -18,7 +18,7 @@ import fsspec
 import pyarrow as pa
 
 from embedtrain.data.readers.quotes import Quoting, find_line_ends, find_spans
-from embedtrain.data.sources import CHUNK_BYTES, Source, is_web
+from embedtrain.data.sources import CHUNK_BYTES, Source, expand_sources, is_web
 from embedtrain.errors import UserError
 
 WHOLE = 1 << 62
@@ -148,6 +148,7 @@ def read_chunks(
     *,
     chunk_bytes: int = CHUNK_BYTES,
     on_read: Callable[[int], None] | None = None,
+    may_be_damaged: bool = False,
 ) -> Iterator[bytes]:
     """Reads the lines that begin in a byte range of a text.
 
@@ -157,6 +158,7 @@ def read_chunks(
         stop: end of the range. The line that `stop` falls into is read to its end.
         chunk_bytes: about how much is held at a time.
         on_read: called with the number of bytes read from storage since the last call.
+        may_be_damaged: whether what is not UTF-8 is passed on, for the caller to judge.
 
     Yields:
         UTF-8 text that ends with a line; or, in a line longer than a chunk, with a space or a tab. A bare CR ends a
@@ -166,7 +168,22 @@ def read_chunks(
         UserError: the file is not UTF-8 text, is corrupt or truncated, has vanished or may not be read.
     """
     segment = Segment(source, start, stop)
-    return _checked(segment, lambda blocks, _: _cut_at_words(_with_line_feeds(blocks)), chunk_bytes, on_read)
+    return _checked(
+        segment, lambda blocks, _: _cut_at_words(_with_line_feeds(blocks)), chunk_bytes, on_read, not may_be_damaged
+    )
+
+
+def read_lines(path: str) -> list[str]:
+    """Returns the lines of a small text, such as one of questions, without their ends; compressed or not.
+
+    Raises:
+        UserError: there is no such file, it is not UTF-8 text, or `path` means several files.
+    """
+    sources = expand_sources(path)
+    if len(sources) != 1:
+        raise UserError(f"{path}: expected one file, and this is {len(sources)}: name one of them")
+    text = b"".join(read_records(Segment(sources[0]), None)).decode()
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
 def read_records(segment: Segment, quoting: Quoting | None, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
@@ -222,6 +239,7 @@ def _checked(
     cut: Callable[[Iterator[bytes], int], Iterator[bytes]],
     chunk_bytes: int,
     on_read: Callable[[int], None] | None = None,
+    is_checked: bool = True,
 ) -> Iterator[bytes]:
     """Reads the lines of a segment as `cut` cuts them, makes sure that they are text and drops a byte-order mark."""
     source = segment.source
@@ -240,7 +258,8 @@ def _checked(
             at = len(BYTE_ORDER_MARK) if first.startswith(BYTE_ORDER_MARK) else 0
             blocks = itertools.chain([first[at:]], blocks)
         for chunk in cut(blocks, at):
-            _require_text(chunk, source, at)
+            if is_checked:
+                _require_text(chunk, source, at)
             yield chunk
             at += len(chunk)
             if on_read is not None:

@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import fsspec
 import torch
 
 from embedtrain.data.baskets import write_baskets
 from embedtrain.data.corpus import PreparedCorpus
 from embedtrain.data.prepare import CorpusOptions, prepare_corpus
 from embedtrain.data.readers import Layout
+from embedtrain.data.readers.blocks import read_lines
 from embedtrain.data.skipgram import SamplingOptions, TextBatches
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
@@ -109,10 +109,9 @@ class WordSimilarity:
         self._pairs: dict[str, list[str]] = {}
         for path in paths:
             try:
-                with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as file:
-                    self._pairs[path] = file.readlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"evaluate.similarity: {path} cannot be read: {error}") from error
+                self._pairs[path] = read_lines(path)
+            except UserError as error:
+                raise UserError(f"evaluate.similarity: {error}") from error
         asked = {word.upper() for lines in self._pairs.values() for line in lines for word in line.split()}
         # The words of the pairs alone, in their order: all of the vocabulary may be too large for one rank.
         ids = [number for number, word in enumerate(words) if word.upper() in asked]
