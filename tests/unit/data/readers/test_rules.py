@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedtrain.data.click_log import IDS
+from embedtrain.data.click_log import DENSE, IDS
 from embedtrain.data.click_schema import CategoricalColumn, ClickSchema
 from embedtrain.data.click_stream import ClickStream, StreamOptions
 from embedtrain.data.columns import read_columns
@@ -167,6 +167,41 @@ def test_ids_are_spelled_alike_in_every_type_of_column(ids: pa.Array, tmp_path: 
     schema = ClickSchema(file_format="parquet", label="y", categorical=(CategoricalColumn(name="u"),))
     log = prepared(tmp_path / "a.parquet", schema, tmp_path / "cache")
     assert log.vocabulary("u")["word"].to_pylist() == [b"7", b"8"]
+
+
+SPELLINGS = {
+    "7": 7,
+    "007": 7,
+    "+7": 7,
+    " 7 ": 7,
+    "0x1F": None,
+    "1_000": None,
+    "\uff17": None,
+    "1e2": 100.0,
+    ".5": 0.5,
+    "5.": 5.0,
+    "1d3": None,
+    "Infinity": None,
+    "nan": None,
+}
+
+
+@pytest.mark.parametrize("is_id", [True, False])
+@pytest.mark.parametrize("text", SPELLINGS)
+def test_a_number_is_read_alike_whatever_stands_beside_it(text: str, is_id: bool, tmp_path: Path) -> None:
+    expected = SPELLINGS[text] if not is_id or isinstance(SPELLINGS[text], int) else None
+    schema = ClickSchema(
+        file_format="csv",
+        label="y",
+        dense=() if is_id else ("u",),
+        categorical=(CategoricalColumn(name="u" if is_id else "c", num_rows=2000, encoding="id" if is_id else "hash"),),
+        dense_transform="none",
+    )
+    for neighbours in ("", "1,bad,c\n"):
+        path = written(tmp_path, f"y,u,c\n1,{text},c\n0,2,c\n{neighbours}")
+        log = prepared(path, schema, tmp_path / f"cache{len(neighbours)}", max_bad_lines=2)
+        found = log.read(0, log.num_examples).examples[IDS if is_id else DENSE].ravel().tolist()
+        assert found == ([2] if expected is None else [expected, 2])
 
 
 LISTS = [
