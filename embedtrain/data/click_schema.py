@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from embedtrain.data.readers import Layout, require_format
+from embedtrain.data.readers import FORMATS, Layout, require_format
 from embedtrain.errors import UserError
 
 CRITEO = "criteo"
@@ -88,6 +88,8 @@ class ClickSchema:
 
     def __post_init__(self) -> None:
         require_format(self.file_format, (CRITEO,))
+        if not FORMATS[self.reader].has_names:
+            raise UserError(f"a click log needs columns with names: format {self.file_format!r} has none")
         if self.dense_transform not in get_args(DenseTransform):
             raise UserError(f"dense_transform must be one of {get_args(DenseTransform)}, got {self.dense_transform!r}")
         if not self.categorical:

@@ -7,8 +7,8 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import fsspec
@@ -114,7 +114,7 @@ def source_at(fs: fsspec.AbstractFileSystem, name: str, path: str) -> Source:
     info = fs.info(name)
     url, size = _url_of(fs, name, path), info["size"] or 0
     can_seek = not is_web(fs) and not _is_in_archive(url)
-    return Source(url, size, "", _codec_of(fs, name, size, can_seek), can_seek)
+    return Source(url, size, "", codec_of(_head(fs, name)), can_seek)
 
 
 def refuse_changes(path: str | Sequence[str], suffixes: tuple[str, ...], identities: Collection[str]) -> None:
@@ -168,7 +168,9 @@ def _find(path: str | Sequence[str], suffixes: tuple[str, ...]) -> _Found:
 
 
 def _sources(found: _Found) -> list[Source]:
-    return [_source(fs, info, url) for url, (fs, info) in found.files.items()]
+    sources = [_source(fs, info, url) for url, (fs, info) in found.files.items()]
+    heads = _heads(found.files, sources)
+    return [replace(source, compression=codec_of(heads[source.url])) for source in sources]
 
 
 def _shown(names: Sequence[str]) -> str:
@@ -315,7 +317,7 @@ def _url_of(fs: fsspec.AbstractFileSystem, name: str, path: str) -> str:
 def _source(fs: fsspec.AbstractFileSystem, info: dict[str, Any], url: str) -> Source:
     size, identity = _identity(fs, info, url)
     can_seek = info["size"] is not None and not _is_in_archive(url) and _serves_ranges(fs, info["name"], size)
-    return Source(url, size, identity, _codec_of(fs, info["name"], size, can_seek), can_seek)
+    return Source(url, size, identity, can_seek=can_seek)
 
 
 def _identity(fs: fsspec.AbstractFileSystem, info: dict[str, Any], url: str) -> tuple[int, str]:
@@ -352,6 +354,8 @@ def is_web(fs: fsspec.AbstractFileSystem) -> bool:
 def _serves_ranges(fs: fsspec.AbstractFileSystem, path: str, size: int) -> bool:
     if not is_web(fs):
         return True
+    if size == 0:
+        return False
     try:
         with fs.open(path, "rb", block_size=1, cache_type="none", size=size) as file:
             file.seek(size - 1)
@@ -360,15 +364,32 @@ def _serves_ranges(fs: fsspec.AbstractFileSystem, path: str, size: int) -> bool:
         return False
 
 
-def _codec_of(fs: fsspec.AbstractFileSystem, path: str, size: int, can_seek: bool) -> str | None:
-    if size == 0 and not is_web(fs):
-        return None
-    if can_seek and not isinstance(fs, LocalFileSystem):
-        head = fs.cat_file(path, start=0, end=min(size, _MAGIC_BYTES))
-    else:
-        with fs.open(path, "rb", **({"block_size": 0} if is_web(fs) else {})) as file:
-            head = file.read(_MAGIC_BYTES)
-    return codec_of(head)
+def _heads(
+    files: Mapping[str, tuple[fsspec.AbstractFileSystem, dict[str, Any]]], sources: Sequence[Source]
+) -> dict[str, bytes]:
+    """Returns the first bytes of files by their URLs; object stores are asked for many at a time."""
+    heads: dict[str, bytes] = {}
+    together: dict[fsspec.AbstractFileSystem, list[Source]] = {}
+    for source in sources:
+        fs, info = files[source.url]
+        if isinstance(fs, LocalFileSystem) or is_web(fs) or not source.can_seek:
+            heads[source.url] = _head(fs, info["name"])
+        elif source.size_bytes:
+            together.setdefault(fs, []).append(source)
+        else:
+            heads[source.url] = b""
+    for fs, of_fs in together.items():
+        names = [files[source.url][1]["name"] for source in of_fs]
+        ends = [min(source.size_bytes, _MAGIC_BYTES) for source in of_fs]
+        found = fs.cat_ranges(names, [0] * len(names), ends, on_error="raise")
+        heads.update(zip((source.url for source in of_fs), found, strict=True))
+    return heads
+
+
+def _head(fs: fsspec.AbstractFileSystem, name: str) -> bytes:
+    with fs.open(name, "rb", **({"block_size": 0} if is_web(fs) else {})) as file:
+        head: bytes = file.read(_MAGIC_BYTES)
+    return head
 
 
 def codec_of(head: bytes) -> str | None:

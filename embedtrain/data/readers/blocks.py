@@ -303,7 +303,8 @@ def _with_line_feeds(blocks: Iterable[bytes]) -> Iterator[bytes]:
         if b"\r" in block:
             if block.endswith(b"\r"):
                 block, held = block[:-1], b"\r"
-            block = _BARE_RETURN.sub(b"\n", block)
+            if block.count(b"\r") != block.count(b"\r\n"):
+                block = _BARE_RETURN.sub(b"\n", block)
         yield block
     if held:
         yield b"\n"

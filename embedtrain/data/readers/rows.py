@@ -244,8 +244,9 @@ class TextFormat(Format):
         at, is_first = 0, segment.start == 0
         for block in read_records(segment, self.quoting(layout), chunk_bytes=chunk_bytes):
             if is_first:
-                block, at = self.skip_header(block, layout)
-                is_first = False
+                is_first = not block.strip()
+                block, num_skipped = self.skip_header(block, layout)
+                at += num_skipped
             if not block:
                 continue
             try:
