@@ -12,7 +12,7 @@ import fsspec
 import xxhash
 
 from embedtrain.data.readers.blocks import BYTE_ORDER_MARK, MAX_RECORD_BYTES, UTF16_MARKS, open_unpacked
-from embedtrain.data.readers.quotes import Quoting, find_spans
+from embedtrain.data.readers.quotes import Quoting, open_test
 from embedtrain.data.sources import is_hidden, source_at
 from embedtrain.errors import UserError
 
@@ -127,11 +127,12 @@ class LineStream:
             if line is None:
                 return None
             taken.texts.append(line)
-            name, first, count = taken.numbers[-1] if taken.numbers else ("", 0, 0)
-            if (name, first + count) == (self._name, self._first_line):
-                taken.numbers[-1] = (name, first, count + 1)
-            else:
-                taken.numbers.append((self._name, self._first_line, 1))
+            if taken.numbers:
+                name, first, count = taken.numbers[-1]
+                if first + count == self._first_line and name == self._name:
+                    taken.numbers[-1] = (name, first, count + 1)
+                    continue
+            taken.numbers.append((self._name, self._first_line, 1))
         self._taken = Lines([], [])
         if taken.texts:
             self.position = StreamPosition(self._name, self._line, self._digest.hexdigest())
@@ -198,54 +199,59 @@ class LineStream:
             return "standard input"
         return self._path if self._path.endswith(f"/{name}") else f"{self._path}/{name}"
 
-    def _records_of(self, lines: Iterable[bytes | None], name: str) -> Iterator[str | None]:
+    def _records_of(self, blocks: Iterable[list[bytes] | None], name: str) -> Iterator[str | None]:
         """Yields the records of a file that were not read before, and None while nothing comes."""
         before = self.position if name == self.position.name else StreamPosition()
         where = self._path_of(name)
         number, digest = 0, xxhash.xxh3_64()
         record, first = b"", 1
-        for line in lines:
-            if line is None:
+        quote = b"" if self._quoting is None else self._quoting.quote.encode()
+        is_open = bool if self._quoting is None else open_test(self._quoting)
+        for lines in blocks:
+            if lines is None:
                 yield None
                 continue
-            number += 1
-            if number == 1:
-                line = _without_mark(line, where)
-            digest.update(_without_end(line) + b"\n")
-            if number <= before.line:
+            for line in lines:
+                number += 1
+                if number == 1:
+                    line = _without_mark(line, where)
+                text = line.rstrip(b"\r\n")
+                digest.update(text + b"\n")
+                if number <= before.line:
+                    first = number + 1
+                    if number == before.line and before.digest not in ("", digest.hexdigest()):
+                        raise UserError(
+                            f"the first {number} lines of {where} are not those that were read before: give it from "
+                            "its beginning again, unchanged, or start a new run"
+                        )
+                    continue
+                if record or (quote and quote in line):
+                    record += line
+                    if is_open(record):
+                        if len(record) > MAX_RECORD_BYTES:
+                            raise _never_closed(first, where)
+                        continue
+                    text, record = record.rstrip(b"\r\n"), b""
+                self._name, self._line, self._digest, self._first_line = name, number, digest, first
+                try:
+                    decoded = text.decode()
+                except UnicodeDecodeError as error:
+                    raise UserError(f"line {first} of {where} is not UTF-8: {error}") from error
+                if "\0" in decoded:
+                    raise UserError(f"line {first} of {where} is not text: it holds NUL")
+                yield decoded
                 first = number + 1
-                if number == before.line and before.digest not in ("", digest.hexdigest()):
-                    raise UserError(
-                        f"the first {number} lines of {where} are not those that were read before: give it from its "
-                        "beginning again, unchanged, or start a new run"
-                    )
-                continue
-            record += line
-            if self._is_open(record):
-                if len(record) > MAX_RECORD_BYTES:
-                    break
-                continue
-            text = _decoded(_without_end(record), first, where)
-            self._name, self._line, self._digest, self._first_line = name, number, digest, first
-            record, first = b"", number + 1
-            yield text
         if record:
-            raise UserError(f"line {first} of {where}: a quote that is opened in the record there is never closed")
+            raise _never_closed(first, where)
         if number < before.line:
             raise UserError(
                 f"{where} ends after {number} lines, and {before.line} were read before: give it from its beginning "
                 "again"
             )
 
-    def _is_open(self, record: bytes) -> bool:
-        """Tells whether a record goes on in the next line."""
-        if self._quoting is None or self._quoting.quote.encode() not in record:
-            return False
-        return find_spans(record, self._quoting).open_at is not None
 
-
-def _split(blocks: Iterable[bytes | None]) -> Iterator[bytes | None]:
-    """Yields lines with their ends: LF, CRLF or a bare CR; passes on each None."""
+def _split(blocks: Iterable[bytes | None]) -> Iterator[list[bytes] | None]:
+    """Yields the lines of each block with their ends: LF, CRLF or a bare CR; passes on each None."""
     rest = b""
     for block in blocks:
         if block is None:
@@ -254,28 +260,19 @@ def _split(blocks: Iterable[bytes | None]) -> Iterator[bytes | None]:
         lines = (rest + block).splitlines(keepends=True)
         # Whether an LF follows a CR at the end is not known yet.
         rest = b"" if lines[-1].endswith(b"\n") else lines.pop()
-        yield from lines
+        yield lines
     if rest:
-        yield rest
+        yield [rest]
 
 
-def _without_end(line: bytes) -> bytes:
-    return line.rstrip(b"\r\n")
+def _never_closed(number: int, where: str) -> UserError:
+    return UserError(f"line {number} of {where}: a quote that is opened in the record there is never closed")
 
 
 def _without_mark(line: bytes, where: str) -> bytes:
     if line.startswith(UTF16_MARKS):
         raise UserError(f"{where}: UTF-16 text: expected UTF-8")
     return line.removeprefix(BYTE_ORDER_MARK)
-
-
-def _decoded(record: bytes, number: int, where: str) -> str:
-    if b"\0" in record:
-        raise UserError(f"line {number} of {where} is not text: it holds NUL")
-    try:
-        return record.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"line {number} of {where} is not UTF-8: {error}") from error
 
 
 def _read_descriptor(descriptor: int) -> Iterator[bytes | None]:

@@ -6,6 +6,8 @@ else is an ordinary character.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -58,6 +60,14 @@ def find_spans(text: bytes, quoting: Quoting) -> Spans:
     if ends_field[codes[before]].all() and ends_field[codes[after]].all():
         return Spans(opens, closes)
     return _walk_quotes(text, at.tolist(), bytes([ord(quoting.delimiter), _LINE_FEED, _RETURN]))
+
+
+def open_test(quoting: Quoting) -> Callable[[bytes], bool]:
+    """Returns a function that tells whether a short text ends within quotes, quicker than `find_spans` does."""
+    delimiter, quote = re.escape(quoting.delimiter.encode()), re.escape(quoting.quote.encode())
+    field = b"(?:^|(?<=[%b\r\n]))%b[^%b]*(?:%b%b[^%b]*)*(?:(%b)|\\Z)" % (delimiter, *[quote] * 6)
+    find_closing = re.compile(field).findall
+    return lambda text: b"" in find_closing(text)
 
 
 def find_line_ends(text: bytes) -> NDArray[np.int64]:

@@ -10,7 +10,7 @@ import pyarrow.csv as pa_csv
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedtrain.data.readers.quotes import Quoting, find_line_ends, find_spans
+from embedtrain.data.readers.quotes import Quoting, find_line_ends, find_spans, open_test
 
 COMMAS = Quoting(",", '"')
 TEXT = st.lists(st.sampled_from(['"', '"', ",", "\n", "\r", "\r\n", "a", 'b"', '"",', 'x"y']), max_size=30).map("".join)
@@ -42,6 +42,7 @@ def test_records_are_those_that_arrow_reads(text: str) -> None:
 def test_a_quote_is_open_at_the_end_if_more_text_is_swallowed(text: str) -> None:
     is_open = find_spans(text.encode(), COMMAS).open_at is not None
     after = list(csv.reader(io.StringIO(text + "\nq,r,s,t\n", newline=""), strict=False))
+    assert open_test(COMMAS)(text.encode()) == is_open
     assert is_open == (after[-1] != ["q", "r", "s", "t"])
 
 
