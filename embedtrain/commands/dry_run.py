@@ -18,6 +18,7 @@ from embedtrain.config.resolved import set_value, value_at
 from embedtrain.config.sections import Config
 from embedtrain.data.cache import make_cache_folder
 from embedtrain.data.head import write_head
+from embedtrain.data.readers import Layout
 from embedtrain.distributed.collectives import all_reduce_sum, run_on_first
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.planning.report import Request, print_plan
@@ -124,15 +125,15 @@ def _head_of(config: Config, runtime: Runtime) -> Iterator[tuple[Config, bool]]:
             shutil.rmtree(work_path, ignore_errors=True)
 
 
-def _write_heads(config: Config, large: Mapping[str, tuple[str, ...]], work_path: str) -> dict[str, list[str]]:
+def _write_heads(config: Config, large: Mapping[str, tuple[str, Layout]], work_path: str) -> dict[str, list[str]]:
     """Writes the heads of the data at the given keys; returns their paths by key, without data that are small."""
     heads = {}
-    for key, suffixes in large.items():
+    for key, (format, layout) in large.items():
         path = value_at(config, key)
         if path is not None:
             folder = os.path.join(work_path, key)
             os.mkdir(folder)
-            head = write_head(path, suffixes, folder, HEAD_BYTES)
+            head = write_head(path, format, folder, HEAD_BYTES, layout)
             if head is not None:
                 heads[key] = head
     return heads

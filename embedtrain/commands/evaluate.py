@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import click
 
 from embedtrain.commands.console import EXIT_DONE, command, run_argument, table_option
-from embedtrain.errors import UserError
 
 if TYPE_CHECKING:
     from embedtrain.export import Vectors
@@ -68,33 +67,28 @@ def print_evaluation(
     case_insensitive: bool,
 ) -> None:
     """Prints accuracy by section for each file of analogies, and correlations for each file of word pairs."""
+    from embedtrain.data.readers.blocks import read_lines
     from embedtrain.export import unit_rows
     from embedtrain.metrics.analogies import evaluate_analogies
+    from embedtrain.metrics.word_lookup import require_vocab
     from embedtrain.metrics.word_similarity import evaluate_similarity
 
+    require_vocab(restrict_vocab)
     restricted = vectors.first(restrict_vocab)
     unit = unit_rows(restricted.rows(0, restricted.num_rows))
     for path in analogies:
-        report = evaluate_analogies(unit, restricted.words, _lines(path), restrict_vocab, case_insensitive, source=path)
+        report = evaluate_analogies(
+            unit, restricted.words, read_lines(path), restrict_vocab, case_insensitive, source=path
+        )
         print(f"{path}: accuracy by 3CosAdd")
         for section in (*report.sections, report.total):
             print(f"  {section.accuracy:7.2%}  {section.num_correct:>6,} of {section.num_questions:<6,} {section.name}")
         print(f"  {report.num_oov:,} questions left out: a word is not in the vocabulary")
     for path in similarity:
-        pairs = evaluate_similarity(unit, restricted.words, _lines(path), restrict_vocab, case_insensitive, source=path)
+        pairs = evaluate_similarity(
+            unit, restricted.words, read_lines(path), restrict_vocab, case_insensitive, source=path
+        )
         print(
             f"{path}: Spearman {pairs.spearman:.3f}, Pearson {pairs.pearson:.3f} over {pairs.num_pairs:,} pairs; "
             f"{pairs.oov_ratio:.1%} left out, a word is not in the vocabulary"
         )
-
-
-def _lines(path: str) -> list[str]:
-    import fsspec
-
-    try:
-        with fsspec.open(path, "rt", encoding="utf-8") as file:
-            return list(file)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,13 +12,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from embedtrain.data.click_files import RawRows
 from embedtrain.data.click_schema import CategoricalColumn, ClickSchema
+from embedtrain.data.readers import Rows
 from embedtrain.errors import UserError
 
 Number = TypeVar("Number", int, float)
 
 _MAX_ID = (1 << 63) - 1
+# How a number is spelled, in ASCII; Arrow alone would take hexadecimal integers, and Python `1_000` and other digits.
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|infinity|nan)", re.IGNORECASE)
 _HEXADECIMAL = "^[0-9a-fA-F]*$"
 
 
@@ -73,7 +77,7 @@ class _Faults:
             self.add(row, reason(row))
 
 
-def parse_rows(raw: RawRows, schema: ClickSchema, where: str) -> tuple[Examples, dict[int, str]]:
+def parse_rows(raw: Rows, schema: ClickSchema, where: str) -> tuple[Examples, dict[int, str]]:
     """Returns the examples of the rows that can be used, and what is wrong with the others, by line.
 
     Args:
@@ -85,7 +89,7 @@ def parse_rows(raw: RawRows, schema: ClickSchema, where: str) -> tuple[Examples,
         UserError: a column of a Parquet file has a type that cannot be what the schema says.
     """
     found = _Faults()
-    columns = {name: _plain(raw.table[name]) for name in schema.used_columns}
+    columns = {name: raw.batch.column(name) for name in schema.used_columns}
     for name, column in columns.items():
         _require_type(name, column.type, schema, where)
     labels = _labels(columns[schema.label], schema, found)
@@ -99,12 +103,8 @@ def parse_rows(raw: RawRows, schema: ClickSchema, where: str) -> tuple[Examples,
     examples = Examples(
         labels[is_kept], matrix[is_kept], {name: values.of_rows(is_kept) for name, values in categorical.items()}
     )
-    return examples, {int(raw.lines[row]): found.reasons[row] for row in sorted(found.reasons)}
-
-
-def _plain(column: pa.ChunkedArray) -> pa.Array:
-    array = column.combine_chunks()
-    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+    lines = raw.lines
+    return examples, {int(lines[row]): found.reasons[row] for row in sorted(found.reasons)}
 
 
 def _require_type(name: str, kind: pa.DataType, schema: ClickSchema, url: str) -> None:
@@ -154,7 +154,7 @@ def _numbers(column: pa.Array, name: str, found: _Faults) -> NDArray[np.float64]
         texts = _texts(column)
         is_missing = pc.equal(texts, "").to_numpy(zero_copy_only=False)
         filled = pc.if_else(pa.array(is_missing), "0", texts)
-        numbers = _cast(filled, pa.float64(), float, name, found)
+        numbers = _cast(filled, pa.float64(), _to_float, name, found)
     else:
         is_missing = column.is_null().to_numpy(zero_copy_only=False)
         numbers = column.cast(pa.float64(), safe=False).fill_null(0.0).to_numpy(zero_copy_only=False)
@@ -208,6 +208,7 @@ def _cast(
 ) -> NDArray[np.float64]:
     """Casts a column; where that fails, goes through it value by value to find out which ones are wrong."""
     try:
+        _refuse_hexadecimal(column, kind)
         return np.asarray(column.cast(kind).to_numpy(zero_copy_only=False))
     except pa.ArrowInvalid:
         pass
@@ -220,11 +221,22 @@ def _cast(
     return converted
 
 
+def _refuse_hexadecimal(column: pa.Array, kind: pa.DataType) -> None:
+    """Raises ArrowInvalid for a column with texts such as 0x1F that are to become integers."""
+    if pa.types.is_integer(kind) and _is_text(column.type) and pc.any(pc.match_substring_regex(column, "[xX]")).as_py():
+        raise pa.ArrowInvalid("hexadecimal")
+
+
+def _to_float(text: str) -> float:
+    if not _NUMBER.fullmatch(text):
+        raise ValueError(f"could not convert string to float: {text!r}")
+    return float(text)
+
+
 def _to_id(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not an integer") from None
+    if not _INTEGER.fullmatch(text.strip()):
+        raise ValueError(f"{text!r} is not an integer")
+    number = int(text)
     if abs(number) > _MAX_ID:
         raise ValueError(f"id {number} is past 2^63 - 1, the largest there can be")
     return number

@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from embedtrain.data.sources import Source, expand_sources, explained, read_chunks
+from embedtrain.data.readers.blocks import open_unpacked, read_chunks
+from embedtrain.data.readers.parquet import open_parquet
+from embedtrain.data.readers.rows import plain
+from embedtrain.data.sources import Source, expand_sources
 from embedtrain.errors import UserError
 
 FloatRows = NDArray[np.float32]
@@ -47,9 +48,10 @@ class VectorBlock:
 def read_vectors(path: str, dim: int) -> Iterator[VectorBlock]:
     """Reads a file of named vectors, about 8 MiB at a time.
 
-    Reads word2vec's text and binary formats, fastText's `.vec`, GloVe's text (each text also `.gz`, `.bz2`, `.zst`),
-    npy and safetensors with their names beside them in `PATH.vocabulary.tsv` (a line for each row: the name, then
-    perhaps a tab and a count), and Parquet with the columns `word` and `vector`.
+    Reads word2vec's text and binary formats, fastText's `.vec`, GloVe's text, npy and safetensors with their names
+    beside them in `PATH.vocabulary.tsv` (a line for each row: the name, then perhaps a tab and a count), all of them
+    compressed or not, and Parquet with the columns `word` and `vector`. A name that word2vec cut within a letter ends
+    with U+FFFD.
 
     Args:
         path: the file, any fsspec URL.
@@ -61,16 +63,13 @@ def read_vectors(path: str, dim: int) -> Iterator[VectorBlock]:
     sources = expand_sources([path])
     if len(sources) != 1:
         raise UserError(f"{path}: expected one file of vectors, and this is {len(sources)}: name one of them")
-    with explained(sources[0]):
-        yield from _reader_of(sources[0])(sources[0], dim)
+    yield from _reader_of(sources[0])(sources[0], dim)
 
 
 def _reader_of(source: Source) -> Callable[[Source, int], Iterator[VectorBlock]]:
     """Tells the format from the first bytes."""
-    if source.compression is not None:
-        return _read_text
-    with _open(source) as file:
-        head: bytes = file.read(_HEAD_BYTES)
+    with open_unpacked(source) as file:
+        head = file.read(_HEAD_BYTES)
     if head.startswith(b"\x93NUMPY"):
         return _read_npy
     if head.startswith(b"PAR1"):
@@ -88,7 +87,7 @@ def _reader_of(source: Source) -> Callable[[Source, int], Iterator[VectorBlock]]
 def _read_text(source: Source, dim: int) -> Iterator[VectorBlock]:
     """Reads lines of a name and its values, after word2vec's header of two integers, if there is one."""
     number = 0
-    for chunk in read_chunks(source, 0, source.size_bytes):
+    for chunk in read_chunks(source, 0, source.size_bytes, may_be_damaged=True):
         lines = chunk.removesuffix(b"\n").split(b"\n")
         if number == 0:
             counts = _counts_of(lines[0])
@@ -106,8 +105,9 @@ def _read_text(source: Source, dim: int) -> Iterator[VectorBlock]:
                 )
         numbers = [number + at + 1 for at, parts in enumerate(fields) if parts]
         fields = [parts for parts in fields if parts]
+        names = _decoded([parts[0] for parts in fields], source, number)
         values = functools.partial(_values_of_lines, source, fields, numbers, dim)
-        yield VectorBlock([parts[0].decode() for parts in fields], values)
+        yield VectorBlock(names, values)
         number += len(lines)
 
 
@@ -123,7 +123,7 @@ def _values_of_lines(
 
 def _read_binary(source: Source, dim: int) -> Iterator[VectorBlock]:
     """Reads word2vec's records: the name, a space, `dim` float32 values, and perhaps a line's end."""
-    with _open(source) as file:
+    with open_unpacked(source) as file:
         num_rows, found = _counts_of(file.readline(_HEAD_BYTES)) or (0, 0)
         _require_dim(source, found, dim)
         rest, num_read = b"", 0
@@ -155,7 +155,7 @@ def _values_of_records(values: Sequence[bytes], dim: int, places: Places) -> Flo
 
 def _decoded(names: Sequence[bytes], source: Source, first: int) -> list[str]:
     try:
-        return [name.decode() for name in names]
+        return [_decode_cut(name) for name in names]
     except UnicodeDecodeError as error:
         raise UserError(
             f"{source.url}: a name among the vectors after {first:,} is not UTF-8: the file is damaged, or not one of "
@@ -163,8 +163,18 @@ def _decoded(names: Sequence[bytes], source: Source, first: int) -> list[str]:
         ) from error
 
 
+def _decode_cut(name: bytes) -> str:
+    """Decodes a name; word2vec cuts long ones at a byte, which may lie within a letter."""
+    try:
+        return name.decode()
+    except UnicodeDecodeError as error:
+        if error.reason != "unexpected end of data":
+            raise
+        return name.decode(errors="replace")
+
+
 def _read_npy(source: Source, dim: int) -> Iterator[VectorBlock]:
-    with _open(source) as file:
+    with open_unpacked(source) as file:
         try:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -184,7 +194,7 @@ def _read_safetensors(source: Source, dim: int) -> Iterator[VectorBlock]:
 
     Source: https://huggingface.co/docs/safetensors/index#format
     """
-    with _open(source) as file:
+    with open_unpacked(source) as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         try:
             tensors: dict[str, Any] = json.loads(file.read(header_bytes))
@@ -198,7 +208,8 @@ def _read_safetensors(source: Source, dim: int) -> Iterator[VectorBlock]:
             expected = f"a tensor 'vectors', or one alone, of {', '.join(_VALUES)}"
             held = ", ".join(f"{name} of {tensors[name].get('dtype')}" for name in sorted(tensors))
             raise UserError(f"{source.url}: expected {expected}; it holds {held or 'none'}")
-        file.seek(8 + header_bytes + start)
+        while start > 0:  # Compressed files cannot seek.
+            start -= len(file.read(min(start, _BLOCK_BYTES))) or start
         yield from _read_array(file, source, shape, np.dtype(_VALUES[kind]), dim)
 
 
@@ -232,14 +243,16 @@ def _values_of_array(values: NDArray[Any], places: Places) -> FloatRows:
 
 def _name_blocks(source: Source, num_rows: int, block_rows: int) -> Iterator[list[str]]:
     """Yields the names of an array's rows, at most `block_rows` at a time."""
-    path = source.url + NAMES_SUFFIX
+    name, chain, rest = source.url.partition("::")
+    path = f"{name}{NAMES_SUFFIX}{chain}{rest}"
     try:
         (of_names,) = expand_sources([path])
     except UserError as error:
         raise UserError(f"{source.url} needs the names of its rows beside it, a line for each: {error}") from error
     num_names = 0
     for chunk in read_chunks(of_names, 0, of_names.size_bytes):
-        names = [line.partition("\t")[0] for line in chunk.decode().removesuffix("\n").split("\n")]
+        lines = chunk.decode().removesuffix("\n").split("\n")
+        names = [line.removesuffix("\r").partition("\t")[0] for line in lines]
         num_names += len(names)
         if num_names > num_rows:
             break
@@ -250,21 +263,17 @@ def _name_blocks(source: Source, num_rows: int, block_rows: int) -> Iterator[lis
 
 
 def _read_parquet(source: Source, dim: int) -> Iterator[VectorBlock]:
-    with _open(source) as file:
-        try:
-            parquet = pq.ParquetFile(file)
-            held = parquet.schema_arrow.names
-            if not {"word", "vector"} <= set(held):
-                raise UserError(f"{source.url}: expected the columns word and vector; it has {', '.join(held)}")
-            for batch in parquet.iter_batches(max(1, _BLOCK_BYTES // (4 * dim)), columns=["word", "vector"]):
-                vectors = batch.column("vector")
-                for found in np.unique(np.asarray(pc.list_value_length(vectors).fill_null(0))).tolist():
-                    _require_dim(source, found, dim)
-                values = np.asarray(pc.cast(pc.list_flatten(vectors), pa.float32())).reshape(-1, dim)
-                names = batch.column("word").cast(pa.large_string()).fill_null("").to_pylist()
-                yield VectorBlock(names, functools.partial(_values_of_array, values))
-        except pa.ArrowException as error:
-            raise UserError(f"{source.url}: cannot be read as Parquet: {error}") from error
+    with open_parquet(source) as file:
+        held = file.schema_arrow.names
+        if not {"word", "vector"} <= set(held):
+            raise UserError(f"{source.url}: expected the columns word and vector; it has {', '.join(held)}")
+        for batch in file.iter_batches(max(1, _BLOCK_BYTES // (4 * dim)), columns=["word", "vector"]):
+            vectors = plain(batch.column("vector"))
+            for found in np.unique(np.asarray(pc.list_value_length(vectors).fill_null(0))).tolist():
+                _require_dim(source, found, dim)
+            values = np.asarray(pc.cast(pc.list_flatten(vectors), pa.float32())).reshape(-1, dim)
+            names = plain(batch.column("word")).cast(pa.large_string()).fill_null("").to_pylist()
+            yield VectorBlock(names, functools.partial(_values_of_array, values))
 
 
 def _counts_of(line: bytes) -> tuple[int, int] | None:
@@ -294,8 +303,3 @@ def _require_dim(source: Source, found: int, dim: int) -> None:
             f"{source.url}: expected vectors of dim {dim}, as the table's are, and found dim {found}: take another "
             f"file, or give the table dim {found}"
         )
-
-
-def _open(source: Source) -> Any:
-    fs, path = fsspec.core.url_to_fs(source.url)
-    return fs.open(path, "rb")

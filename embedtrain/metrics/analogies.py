@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedtrain.errors import UserError
-from embedtrain.metrics.word_lookup import WordLookup
+from embedtrain.metrics.word_lookup import WordLookup, require_vocab
 
 _MAX_SCORES = 1 << 24
 _CANDIDATES = 5
@@ -73,11 +73,12 @@ def evaluate_analogies(
         source: name of the questions' file in messages.
 
     Raises:
-        UserError: a line is neither, or there is no question; names file and line.
+        UserError: a line is neither, or there is no question; names file and line. Or `restrict_vocab` is below 1.
 
     Source: Mikolov et al. 2013, "Linguistic Regularities in Continuous Space Word Representations"; details
         as in `gensim.models.KeyedVectors.evaluate_word_analogies` with dummy4unknown=False.
     """
+    require_vocab(restrict_vocab)
     lookup = WordLookup(words[:restrict_vocab], case_insensitive)
     questions = _read(lines, lookup, source)
     correct = _solve(unit_vectors[:restrict_vocab], questions.rows, lookup.first_rows)

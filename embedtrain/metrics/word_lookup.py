@@ -6,6 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from embedtrain.errors import UserError
+
+
+def require_vocab(restrict_vocab: int) -> None:
+    """Raises UserError when an evaluation is restricted to no words, or to a negative number of them."""
+    if restrict_vocab < 1:
+        raise UserError(f"restrict_vocab must be at least 1, got {restrict_vocab}")
+
 
 class WordLookup:
     """The row of each word. Without case, the first of the words that differ in case alone stands for all.

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedtrain.errors import UserError
-from embedtrain.metrics.word_lookup import WordLookup
+from embedtrain.metrics.word_lookup import WordLookup, require_vocab
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,11 @@ def evaluate_similarity(
 
     Raises:
         UserError: a line cannot be read (names file and line), or fewer than two pairs are in the vocabulary.
+            Or `restrict_vocab` is below 1.
 
     Source: `gensim.models.KeyedVectors.evaluate_word_pairs` with dummy4unknown=False.
     """
+    require_vocab(restrict_vocab)
     lookup = WordLookup(words[:restrict_vocab], case_insensitive)
     pairs: list[tuple[int, int]] = []
     scores: list[float] = []

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from embedtrain.config.sections import Config, TableConfig
+from embedtrain.data.readers import Layout
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import CollectionOptions
@@ -67,7 +68,7 @@ class Recipe(Generic[ConfigT, DataT]):
             `build`, and the sizes that they give the tables.
         build: collective; builds model, optimizers and batches from a configuration and prepared data.
         workload: returns what a run asks of its machines, from a configuration and sizes; no data are read.
-        heads: returns the keys of data that may be large, each with the suffixes of its files. A dry run replaces them
+        heads: returns the keys of data that may be large, each with the format and layout of its files. A dry run replaces them
             by their first megabytes, and `data.cache_path` by a folder of its own.
         held_out: the key of held-out data, without which a run is not evaluated; None if a run needs no such key.
         grow: how a trained run gets rows for new names; None if it cannot.
@@ -81,7 +82,7 @@ class Recipe(Generic[ConfigT, DataT]):
     prepare: Callable[[ConfigT, Runtime], tuple[DataT, Sizes]]
     build: Callable[[ConfigT, Runtime, DataT], Parts]
     workload: Callable[[ConfigT, Sizes], Workload]
-    heads: Callable[[ConfigT], Mapping[str, tuple[str, ...]]] = lambda config: {}
+    heads: Callable[[ConfigT], Mapping[str, tuple[str, Layout]]] = lambda config: {}
     held_out: str | None = None
     grow: Grow[ConfigT, DataT] | None = None
     open: Callable[[ConfigT, Runtime, str | None], Vectors] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from embedtrain.data.click_schema import CRITEO_CATEGORICAL, CategoricalColumn, ClickSchema, require_columns
+from embedtrain.data.readers import FORMATS
 from embedtrain.recipes.ranking.config import ClicksConfig, FeatureConfig, NetworkConfig
 from embedtrain.recipes.ranking.model import NetworkOptions
 
@@ -29,7 +30,8 @@ def click_schema(data: ClicksConfig) -> ClickSchema:
         categorical=tuple(columns),
         positive=data.positive,
         columns=None if data.columns is None else tuple(data.columns),
-        delimiter=data.delimiter,
+        delimiter=data.delimiter or FORMATS[data.format].delimiter,
+        quote=data.quote,
         dense_transform=data.dense_transform,
     )
 

@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow as pa
 
 from embedtrain.data.click_batches import ClickBatches
-from embedtrain.data.click_files import SUFFIXES
 from embedtrain.data.click_log import ClickLayout, ClickLog
 from embedtrain.data.click_stream import ClickStream, StreamOptions
 from embedtrain.data.prepare_clicks import ClickOptions, prepare_clicks
+from embedtrain.data.readers import Layout, suffixes_of
 from embedtrain.data.sources import refuse_changes
 from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import Runtime
@@ -103,7 +103,7 @@ def _open_log(config: RankingConfig, runtime: Runtime) -> tuple[ClickLayout, Bat
     """Returns what the examples mean, their batches, and a hash of them. Collective: every rank."""
     options = _click_options(config.data, config.data.path)
     log = _prepare_log(options, config, runtime)
-    suffixes = SUFFIXES[options.schema.file_format]
+    suffixes = suffixes_of(options.schema.reader)
     check_files = functools.partial(refuse_changes, options.path, suffixes, log.source_identities)
     batches = ClickBatches(
         log,
@@ -202,10 +202,11 @@ def _write_vocabularies(layout: ClickLayout, folder: RunFolder) -> None:
             folder.write_feature(name, pa.table({"row": rows, "value": value, "count": vocabulary["count"]}))
 
 
-def _heads(config: RankingConfig) -> dict[str, tuple[str, ...]]:
+def _heads(config: RankingConfig) -> dict[str, tuple[str, Layout]]:
     # A stream has no head to copy: its first lines are those that come.
     keys = ("data.valid_path",) if config.data.is_stream else ("data.path", "data.valid_path")
-    return dict.fromkeys(keys, SUFFIXES[config.data.format])
+    schema = click_schema(config.data)
+    return dict.fromkeys(keys, (schema.reader, schema.layout))
 
 
 RECIPE = Recipe(

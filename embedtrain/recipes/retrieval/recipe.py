@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from embedtrain.data.columns import TABLE_SUFFIXES
 from embedtrain.data.interactions import InteractionOptions, Interactions, SideOptions, prepare_interactions
+from embedtrain.data.readers import Layout, suffixes_of
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
 from embedtrain.data.sources import refuse_changes
 from embedtrain.data.vocabulary import Vocabulary
@@ -125,6 +125,7 @@ def _side_options(section: SideConfig) -> SideOptions:
     return SideOptions(
         path=section.path,
         format=section.format,
+        layout=Layout(quote=section.quote),
         id_column=section.id_column,
         separators=separators,
         base_vocabulary=section.base_vocabulary,
@@ -164,7 +165,8 @@ def _build_batches(config: RetrievalConfig, runtime: Runtime, interactions: Inte
         config.retrieval.power,
         config.retrieval.in_batch,
     )
-    check_files = functools.partial(refuse_changes, config.data.path, TABLE_SUFFIXES, interactions.source_identities)
+    suffixes = suffixes_of(config.data.format)
+    check_files = functools.partial(refuse_changes, config.data.path, suffixes, interactions.source_identities)
     return RetrievalBatches(
         interactions.known,
         len(interactions.items),
@@ -190,8 +192,8 @@ def _write_ids(interactions: Interactions, folder: RunFolder) -> None:
     folder.write_vocabulary(interactions.items, _ITEMS_FILE)
 
 
-def _heads(config: RetrievalConfig) -> dict[str, tuple[str, ...]]:
-    return dict.fromkeys(("data.path", "evaluate.path"), TABLE_SUFFIXES)
+def _heads(config: RetrievalConfig) -> dict[str, tuple[str, Layout]]:
+    return dict.fromkeys(("data.path", "evaluate.path"), (config.data.format, Layout(quote=config.data.quote)))
 
 
 def _id_tables(config: RetrievalConfig, interactions: Interactions) -> list[TableSpec]:

@@ -7,15 +7,14 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import fsspec
 import torch
 
 from embedtrain.data.baskets import write_baskets
-from embedtrain.data.columns import TABLE_SUFFIXES
 from embedtrain.data.corpus import PreparedCorpus
 from embedtrain.data.prepare import CorpusOptions, prepare_corpus
+from embedtrain.data.readers import Layout
+from embedtrain.data.readers.blocks import read_lines
 from embedtrain.data.skipgram import SamplingOptions, TextBatches
-from embedtrain.data.sources import TEXT_SUFFIXES
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import UserError
@@ -116,10 +115,9 @@ class WordSimilarity:
         self._pairs: dict[str, list[str]] = {}
         for path in paths:
             try:
-                with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as file:
-                    self._pairs[path] = file.readlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"evaluate.similarity: {path} cannot be read: {error}") from error
+                self._pairs[path] = read_lines(path)
+            except UserError as error:
+                raise UserError(f"evaluate.similarity: {error}") from error
         asked = {word.upper() for lines in self._pairs.values() for line in lines for word in line.split()}
         # The words of the pairs alone, in their order: all of the vocabulary may be too large for one rank.
         ids = [number for number, word in enumerate(words) if word.upper() in asked]
@@ -139,8 +137,15 @@ def _prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
     data, cache_path = config.data, os.path.expanduser(config.data.cache_path)
     path, tokenizer = data.path, data.tokenizer
     if data.format != "text":
-        columns = data.basket_column, data.item_column
-        path, tokenizer = write_baskets(path, data.format, columns, cache_path, runtime.group), "whitespace"
+        path = write_baskets(
+            path,
+            (data.basket_column, data.item_column),
+            cache_path,
+            runtime.group,
+            format=data.format,
+            layout=Layout(quote=data.quote),
+        )
+        tokenizer = "whitespace"
     options = CorpusOptions(
         path=path,
         tokenizer=tokenizer,
@@ -193,9 +198,8 @@ def _build_batches(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCor
     )
 
 
-def _heads(config: Word2VecConfig) -> dict[str, tuple[str, ...]]:
-    suffixes = TEXT_SUFFIXES if config.data.format == "text" else TABLE_SUFFIXES
-    return {"data.path": suffixes}
+def _heads(config: Word2VecConfig) -> dict[str, tuple[str, Layout]]:
+    return {"data.path": (config.data.format, Layout(quote=config.data.quote))}
 
 
 def _tables(config: Word2VecConfig, corpus: PreparedCorpus) -> list[TableSpec]:

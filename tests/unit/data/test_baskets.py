@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from embedtrain.data.baskets import write_baskets
@@ -11,7 +13,7 @@ from embedtrain.errors import UserError
 
 
 def lines(path: Path, format: str) -> list[str]:
-    text = write_baskets(str(path), format, ("session", "item"), str(path.parent / "cache"), None)
+    text = write_baskets(str(path), ("session", "item"), str(path.parent / "cache"), None, format=format)
     return sorted(Path(text).read_text(encoding="utf-8").splitlines())
 
 
@@ -20,6 +22,20 @@ def test_baskets_of_rows_and_of_lines(tmp_path: Path) -> None:
     assert lines(tmp_path / "a.csv", "csv") == ["a c a", "é b"]
     (tmp_path / "a.txt").write_text("u1 a c a\nu2 x\n")
     assert lines(tmp_path / "a.txt", "lines") == ["a c a", "x"]
+
+
+@pytest.mark.parametrize("item", ["12\x1f1", "a\x0bb", "a\0b", "a b"])
+def test_an_item_that_would_become_several_words_is_refused(tmp_path: Path, item: str) -> None:
+    pq.write_table(pa.table({"session": [1, 1], "item": ["x", item]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="holds white space or a control character, which parts items in a text"):
+        lines(tmp_path / "a.parquet", "parquet")
+
+
+@pytest.mark.parametrize("item", ["", None])
+def test_an_empty_item_is_no_id(tmp_path: Path, item: str | None) -> None:
+    pq.write_table(pa.table({"session": [1, 1], "item": ["x", item]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet, row 1: column 'item' holds no id"):
+        lines(tmp_path / "a.parquet", "parquet")
 
 
 def test_an_item_with_a_space_is_refused(tmp_path: Path) -> None:

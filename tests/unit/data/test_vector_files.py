@@ -61,6 +61,34 @@ def test_what_gensim_writes_is_read(tmp_path: Path, binary: bool) -> None:
     np.testing.assert_array_equal(rows, VALUES)
 
 
+@pytest.mark.parametrize("format", ["word2vec-binary", "npy", "safetensors"])
+def test_binary_formats_are_read_compressed(tmp_path: Path, format: str) -> None:
+    path = Path(export_vectors(opened(), format, str(tmp_path / "vectors"))[0])
+    packed = path.with_suffix(".bin.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    names = tmp_path / f"{path.name}.vocabulary.tsv"
+    if names.exists():
+        names.rename(tmp_path / f"{packed.name}.vocabulary.tsv")
+    names_read, rows = read(packed)
+    assert names_read == WORDS
+    np.testing.assert_array_equal(rows, VALUES)
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_a_name_that_was_cut_within_a_letter_costs_no_other(tmp_path: Path, binary: bool) -> None:
+    names = [*(word.encode() for word in WORDS[:6]), ("щ" * 60).encode()[:99]]
+    data = b"7 5\n"
+    for name, row in zip(names, VALUES, strict=True):
+        data += name + b" " + (row.tobytes() if binary else " ".join(map(str, row.tolist())).encode()) + b"\n"
+    (tmp_path / "v").write_bytes(data)
+    found, rows = read(tmp_path / "v")
+    assert found == [*WORDS[:6], "щ" * 49 + "\ufffd"]
+    np.testing.assert_allclose(rows, VALUES, rtol=1e-6)
+    (tmp_path / "v").write_bytes(data.replace(WORDS[1].encode(), b"na\xefve"))
+    with pytest.raises(UserError, match="is not UTF-8: the file is damaged"):
+        read(tmp_path / "v")
+
+
 def lines(separator: str = " ", end: str = "\n") -> str:
     rows = [separator.join([word, *map(str, row)]) for word, row in zip(WORDS, VALUES.tolist(), strict=True)]
     return "".join(f"{row}{end}" for row in rows)
