@@ -32,7 +32,7 @@ from embedtrain.data.click_values import Examples, parse_rows
 from embedtrain.data.corpus import META_NAME
 from embedtrain.data.prepare import Segment
 from embedtrain.data.sources import CHUNK_BYTES, Source, expand_sources
-from embedtrain.data.vocabulary import COUNTS_SCHEMA, WordCounts
+from embedtrain.data.vocabulary import COUNTS_SCHEMA, WordCounts, ordered
 from embedtrain.distributed.collectives import all_gather_object, run_on_each, run_on_first
 from embedtrain.distributed.runtime import rank_of, size_of
 from embedtrain.errors import UserError
@@ -223,8 +223,8 @@ def _build_vocabularies(job: _Job) -> None:
             with pa.OSFile(path, "rb") as file:
                 counts.merge(pa.ipc.open_file(file).read_all())
             os.remove(path)
-        ordered = counts.table().sort_by([("count", "descending"), ("word", "ascending")])
-        kept = ordered.filter(pc.greater_equal(ordered["count"], column.min_count))
+        counted = counts.table()
+        kept = ordered(counted.filter(pc.greater_equal(counted["count"], column.min_count)))
         limit = None if column.num_rows is None else column.num_rows - 1
         _write_arrow(job.path(vocabulary_name(number)), kept.slice(0, limit))
 
