@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 
 import numpy as np
 import pyarrow as pa
@@ -63,6 +64,36 @@ def _sums(counts: pa.Table) -> pa.Table:
     return pa.table([words, pa.array(sums)], schema=COUNTS_SCHEMA)
 
 
+class WordRows:
+    """Finds the rows of words, which are their places in a list of distinct words.
+
+    Args:
+        words: the list; its first word has row 0.
+    """
+
+    def __init__(self, words: pa.LargeBinaryArray) -> None:
+        self.words = words
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def of(self, words: pa.LargeBinaryArray) -> NDArray[np.int32]:
+        """Returns the rows of [n] words, int32; -1 for a word that has none."""
+        if len(self) <= len(words):
+            rows: NDArray[np.int32] = np.asarray(pc.index_in(words, value_set=self.words).fill_null(-1))
+            return rows
+        # Each call of Arrow's index_in hashes the whole list, which a dictionary does once.
+        distinct = words.dictionary_encode()
+        values = distinct.dictionary.to_pylist()
+        rows_of_values = np.fromiter(map(self._rows.get, values, repeat(-1)), np.int32, len(values))
+        rows = rows_of_values[np.asarray(distinct.indices)]
+        return rows
+
+    @cached_property
+    def _rows(self) -> dict[bytes, int]:
+        return {word: row for row, word in enumerate(self.words.to_pylist())}
+
+
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
     """Words by descending count, ties in the order of their code points.
@@ -111,7 +142,7 @@ class Vocabulary:
         """
         if len(counts) == 0:
             raise UserError("the text holds no words")
-        words = pa.array(self.words, pa.large_string()).cast(pa.large_binary())
+        words = self.utf8_words
         is_here = pc.is_in(counts["word"], value_set=words)
         new = ordered(counts.filter(pc.and_not(pc.greater_equal(counts["count"], min_count), is_here)))
         both = WordCounts()
@@ -175,6 +206,11 @@ class Vocabulary:
     def rows(self) -> dict[str, int]:
         """The row of each word."""
         return {word: row for row, word in enumerate(self.words)}
+
+    @property
+    def utf8_words(self) -> pa.LargeBinaryArray:
+        """The words as [num_words] large_binary."""
+        return pa.array(self.words, pa.large_string()).cast(pa.large_binary())
 
     def _content(self) -> bytes:
         return "".join(map("{}\t{}\n".format, self.words, self.counts.tolist())).encode()
