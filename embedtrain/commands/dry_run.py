@@ -16,11 +16,9 @@ import torch
 from embedtrain.checkpoint import latest_checkpoint
 from embedtrain.config.sections import Config
 from embedtrain.data.cache import make_cache_folder
-from embedtrain.data.click_files import SUFFIXES
-from embedtrain.data.columns import TABLE_SUFFIXES
 from embedtrain.data.head import write_head
 from embedtrain.data.python_docs import PYTHON_DOCS
-from embedtrain.data.sources import TEXT_SUFFIXES
+from embedtrain.data.readers import Layout
 from embedtrain.distributed.collectives import all_reduce_sum, run_on_first
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.planning.report import Request, print_plan
@@ -28,6 +26,7 @@ from embedtrain.planning.room import require_room, workload_of_data
 from embedtrain.planning.sizes import format_bytes
 from embedtrain.recipes.base import Sizes
 from embedtrain.recipes.ranking.config import RankingConfig
+from embedtrain.recipes.ranking.recipe import click_schema
 from embedtrain.recipes.retrieval.config import RetrievalConfig
 from embedtrain.recipes.run import build_parts
 from embedtrain.recipes.word2vec.config import Word2VecConfig
@@ -128,26 +127,27 @@ def _head_of(config: Config, runtime: Runtime) -> Iterator[tuple[Config, bool]]:
 def _write_heads(config: Config, work_path: str) -> dict[str, list[str]]:
     """Writes the heads of all that may be large; returns them by the key that names the whole."""
     heads = {}
-    for key, suffixes in _large_data(config).items():
+    for key, (format, layout) in _large_data(config).items():
         section, _, name = key.partition(".")
         path = getattr(getattr(config, section), name)
         if path is not None:
             folder = os.path.join(work_path, key)
             os.mkdir(folder)
-            head = write_head(path, suffixes, folder, HEAD_BYTES)
+            head = write_head(path, format, folder, HEAD_BYTES, layout)
             if head is not None:
                 heads[key] = head
     return heads
 
 
-def _large_data(config: Config) -> dict[str, tuple[str, ...]]:
-    """Returns the keys of data that may be large, with what their files' names end in."""
+def _large_data(config: Config) -> dict[str, tuple[str, Layout]]:
+    """Returns the keys of data that may be large, with the format of their files."""
     if isinstance(config, Word2VecConfig):
-        suffixes = TEXT_SUFFIXES if config.data.format == "text" else TABLE_SUFFIXES
-        return {} if config.data.path == PYTHON_DOCS else {"data.path": suffixes}
+        found = config.data.format, Layout(quote=config.data.quote)
+        return {} if config.data.path == PYTHON_DOCS else {"data.path": found}
     if isinstance(config, RankingConfig):
         # A stream has no head to copy: its first lines are those that come.
         keys = ("data.valid_path",) if config.data.is_stream else ("data.path", "data.valid_path")
-        return dict.fromkeys(keys, SUFFIXES[config.data.format])
+        schema = click_schema(config.data)
+        return dict.fromkeys(keys, (schema.reader, schema.layout))
     assert isinstance(config, RetrievalConfig)
-    return dict.fromkeys(("data.path", "evaluate.path"), TABLE_SUFFIXES)
+    return dict.fromkeys(("data.path", "evaluate.path"), (config.data.format, Layout(quote=config.data.quote)))

@@ -13,18 +13,26 @@ import torch.distributed as dist
 import xxhash
 
 from embedtrain.data.cache import cached_entry
-from embedtrain.data.columns import TABLE_SUFFIXES
 from embedtrain.data.interactions import read_pairs
-from embedtrain.data.sources import expand_sources
+from embedtrain.data.readers import Layout, suffixes_of
+from embedtrain.data.sources import expand_sources, take_sources
 from embedtrain.distributed.collectives import run_on_first
 from embedtrain.errors import UserError
 
 TEXT_NAME = "baskets.txt"
 _FORMAT_VERSION = 1
+_PARTS_WORDS = "[\\x00-\\x20]"
+"""What `data.text` splits words at."""
 
 
 def write_baskets(
-    path: str | Sequence[str], format: str, names: tuple[str, str], cache_path: str, group: dist.ProcessGroup | None
+    path: str | Sequence[str],
+    names: tuple[str, str],
+    cache_path: str,
+    group: dist.ProcessGroup | None,
+    *,
+    format: str,
+    layout: Layout | None = None,
 ) -> str:
     """Writes a line for each basket to a text in the cache, unless it is there; returns the text's path.
 
@@ -35,25 +43,30 @@ def write_baskets(
 
     Args:
         path: interactions, as `expand_sources` takes them.
-        format: as in `read_columns`.
         names: the columns of the basket's id, such as a user or a session, and of the item's.
         cache_path: local folder, made if missing.
+        format, layout: as in `read_columns`.
 
     Raises:
-        UserError: on every rank; as `read_pairs`, or an item's id holds white space.
+        UserError: on every rank; as `read_pairs`, or an item's id holds white space or a control character.
     """
 
+    layout = layout or Layout()
+
     def name() -> str:
-        facts = [_FORMAT_VERSION, [source.identity for source in expand_sources(path, TABLE_SUFFIXES)], format, names]
+        sources = expand_sources(path, suffixes_of(format))
+        facts = [_FORMAT_VERSION, [source.identity for source in sources], format, names, vars(layout)]
         return f"baskets-{xxhash.xxh3_64_hexdigest(json.dumps(facts).encode())}"
 
     def write(work_path: str) -> None:
-        baskets, items = read_pairs(path, format, names)
+        sources = take_sources(path, suffixes_of(format))
+        baskets, items = read_pairs(sources, names, format, layout)
         ids = items.chunk(0).dictionary
-        spaced = np.flatnonzero(np.asarray(pc.match_substring_regex(ids, r"\s")))
-        if len(spaced):
+        parted = np.flatnonzero(np.asarray(pc.match_substring_regex(ids, _PARTS_WORDS)))
+        if len(parted):
             raise UserError(
-                f"{path}: the item id {ids[int(spaced[0])].as_py()!r} holds white space, which parts items in a text"
+                f"{path}: the item id {ids[int(parted[0])].as_py()!r} holds white space or a control character, which "
+                "parts items in a text"
             )
         basket_codes, item_codes = (
             np.concatenate([np.asarray(chunk.indices) for chunk in column.chunks]) for column in (baskets, items)

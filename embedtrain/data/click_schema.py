@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from embedtrain.data.readers import Layout, require_format
 from embedtrain.errors import UserError
 
-FileFormat = Literal["csv", "parquet", "criteo"]
+CRITEO = "criteo"
 Encoding = Literal["vocabulary", "hash", "id"]
 DenseTransform = Literal["log1p", "none"]
 
@@ -59,14 +60,15 @@ class ClickSchema:
     """The columns of a click log.
 
     Attributes:
-        file_format: "csv", "parquet", or "criteo": tab-separated lines without a header of a label, 13 integers
+        file_format: a name in `FORMATS`, or "criteo": tab-separated lines without a header of a label, 13 integers
             (`I1` to `I13`) and 26 tokens of hexadecimal digits (`C1` to `C26`), any of which may be missing.
         label: the column to predict.
         positive: the label's value that counts as 1, any other as 0; None for labels that are 0 or 1.
         dense: columns of numbers.
         categorical: columns to look up; a column may be dense too, as a person's age is both.
-        columns: names of a csv file's columns, in order; None where each file's first line holds them.
-        delimiter: of a csv file.
+        columns: names of a text's columns, in order; None if each file's first line holds them.
+        delimiter: between the fields of a text.
+        quote: around fields; see `Layout.quote`.
         dense_transform: "log1p" takes `sign(x) * log(1 + |x|)`, which is defined for negative numbers too; "none"
             takes numbers as they are. Either way they are then brought to mean 0 and variance 1.
 
@@ -74,7 +76,7 @@ class ClickSchema:
         UserError: a column is named twice or is not in `columns`, or there is no feature.
     """
 
-    file_format: FileFormat
+    file_format: str
     label: str
     dense: tuple[str, ...] = ()
     categorical: tuple[CategoricalColumn, ...] = ()
@@ -82,10 +84,10 @@ class ClickSchema:
     columns: tuple[str, ...] | None = None
     delimiter: str = ","
     dense_transform: DenseTransform = "log1p"
+    quote: str | None = field(default="auto", repr=False)
 
     def __post_init__(self) -> None:
-        if self.file_format not in get_args(FileFormat):
-            raise UserError(f"format must be one of {get_args(FileFormat)}, got {self.file_format!r}")
+        require_format(self.file_format, (CRITEO,))
         if self.dense_transform not in get_args(DenseTransform):
             raise UserError(f"dense_transform must be one of {get_args(DenseTransform)}, got {self.dense_transform!r}")
         if not self.categorical:
@@ -95,21 +97,31 @@ class ClickSchema:
         if self.columns is not None:
             _refuse_repeats("columns", self.columns)
             require_columns(self.used_columns, self.columns, "columns")
-        if len(self.delimiter) != 1:
-            raise UserError(f"the delimiter must be one character, got {self.delimiter!r}")
+        Layout(self.columns, self.delimiter, self.quote)  # Refuses characters that cannot be used.
 
     @classmethod
     def criteo(cls, categorical: Sequence[CategoricalColumn], dense_transform: DenseTransform = "log1p") -> ClickSchema:
         """Returns the schema of the Criteo layout; `categorical` are of `C1` to `C26`."""
         return cls(
-            file_format="criteo",
+            file_format=CRITEO,
             label=CRITEO_LABEL,
             dense=CRITEO_DENSE,
             categorical=tuple(categorical),
             columns=(CRITEO_LABEL, *CRITEO_DENSE, *CRITEO_CATEGORICAL),
             delimiter="\t",
+            quote=None,
             dense_transform=dense_transform,
         )
+
+    @property
+    def reader(self) -> str:
+        """The name in `FORMATS` of what reads the files."""
+        return "tsv" if self.file_format == CRITEO else self.file_format
+
+    @property
+    def layout(self) -> Layout:
+        """How the rows of a text are laid out."""
+        return Layout(self.columns, self.delimiter, self.quote)
 
     @property
     def used_columns(self) -> tuple[str, ...]:

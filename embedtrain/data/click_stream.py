@@ -12,12 +12,13 @@ import torch.distributed as dist
 import xxhash
 
 from embedtrain.data.click_batches import ClickBatch, as_batch
-from embedtrain.data.click_files import parse_text
 from embedtrain.data.click_log import BAG_LENGTHS, FIRST_VALUE, ClickLayout, Records, record_dtype
 from embedtrain.data.click_records import encode
 from embedtrain.data.click_schema import ClickSchema
 from embedtrain.data.click_values import parse_rows
 from embedtrain.data.partition import share_of_rank
+from embedtrain.data.readers import FORMATS, Rows, TextFormat
+from embedtrain.data.readers.quotes import find_line_ends
 from embedtrain.data.stream import Lines, LineStream, StreamPosition
 from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import rank_of, size_of
@@ -65,7 +66,7 @@ class ClickStream(ClickLayout):
     """
 
     def __init__(self, options: StreamOptions, schema: ClickSchema, group: dist.ProcessGroup | None) -> None:
-        _require_streamable(schema)
+        self._format = _streamed_format(schema)
         self.num_rows = {column.name: column.num_rows or 0 for column in schema.categorical}
         self.dense_names = list(schema.dense)
         self.dense_mean, self.dense_std = np.zeros(len(schema.dense)), np.ones(len(schema.dense))
@@ -115,19 +116,27 @@ class ClickStream(ClickLayout):
         if self._lines is None:
             begin = {name: value for name, value in position.items() if name != "bad_lines"}
             self._lines = LineStream(
-                self._options.path, StreamPosition(**begin), poll_seconds=self._options.poll_seconds
+                self._options.path,
+                StreamPosition(**begin),
+                poll_seconds=self._options.poll_seconds,
+                quoting=self._format.quoting(self._schema.layout),
             )
         lines = self._lines.take(self._options.lines_per_step)
         return None if lines is None else (lines, vars(self._lines.position))
 
     def _parse(self, lines: Lines) -> tuple[Records, dict[int, str]]:
         """Returns the records of the lines that can be used, and what is wrong with the others, by their place."""
-        schema = self._schema
-        assert schema.columns is not None
-        chunk = "".join(f"{text}\n" for text in lines.texts).encode()
-        raw, wrong = parse_text(chunk, schema, schema.columns, self._options.path)
-        examples, unusable = parse_rows(raw, schema, self._options.path)
-        return Records(*encode(examples, schema, {}, self._dtype, 0)), {**wrong, **unusable}
+        schema, path = self._schema, self._options.path
+        block = "".join(f"{text}\n" for text in lines.texts).encode()
+        columns = schema.columns or schema.used_columns
+        parsed = self._format.parse(block, schema.used_columns, columns, schema.layout)
+        examples, unusable = parse_rows(Rows(parsed.batch, 0, parsed.find_lines), schema, path)
+        bad = {**parsed.wrong, **unusable}
+        if bad and parsed.num_lines > len(lines.texts):
+            # A quoted line break makes several lines of one text.
+            begins = np.cumsum([0, *(len(find_line_ends(text.encode())) + 1 for text in lines.texts)])
+            bad = {int(np.searchsorted(begins, line, side="right")) - 1: reason for line, reason in bad.items()}
+        return Records(*encode(examples, schema, {}, self._dtype, 0)), bad
 
     def _judge(self, bad: Mapping[int, str], num_bad: int, lines: Lines) -> None:
         """Refuses a stream of too many bad lines; says on rank 0 which ones are left out."""
@@ -143,10 +152,12 @@ class ClickStream(ClickLayout):
             _logger.warning(f"left out, since they cannot be used, {num_bad} lines so far, such as {shown}")
 
 
-def _require_streamable(schema: ClickSchema) -> None:
-    if schema.file_format == "parquet":
-        raise UserError("a stream is of lines: data.format=parquet cannot be one; csv and criteo can")
-    if schema.columns is None:
+def _streamed_format(schema: ClickSchema) -> TextFormat:
+    """Returns the format of a stream's lines; refuses a schema that needs to know more than a line."""
+    format = FORMATS[schema.reader]
+    if not isinstance(format, TextFormat):
+        raise UserError(f"a stream is of lines: data.format={schema.file_format} cannot be one")
+    if schema.columns is None and format.has_header:
         raise UserError("a stream has no first line of names: give data.columns, in order")
     learnt = [column.name for column in schema.categorical if column.encoding == "vocabulary"]
     if learnt:
@@ -154,6 +165,7 @@ def _require_streamable(schema: ClickSchema) -> None:
             f"the values of a stream are not known in advance, so {', '.join(learnt)} cannot have a vocabulary: give "
             "data.num_rows, or data.features.NAME.num_rows, to hash them"
         )
+    return format
 
 
 def _slice(records: Records, mine: range) -> Records:

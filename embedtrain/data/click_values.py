@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from embedtrain.data.click_files import RawRows
 from embedtrain.data.click_schema import CategoricalColumn, ClickSchema
+from embedtrain.data.readers import Rows
 from embedtrain.data.token_hash import text_bytes
 from embedtrain.errors import UserError
 
@@ -76,7 +76,7 @@ class _Faults:
             self.add(row, reason(row))
 
 
-def parse_rows(raw: RawRows, schema: ClickSchema, where: str) -> tuple[Examples, dict[int, str]]:
+def parse_rows(raw: Rows, schema: ClickSchema, where: str) -> tuple[Examples, dict[int, str]]:
     """Returns the examples of the rows that can be used, and what is wrong with the others, by line.
 
     Args:
@@ -88,7 +88,7 @@ def parse_rows(raw: RawRows, schema: ClickSchema, where: str) -> tuple[Examples,
         UserError: a column of a Parquet file has a type that cannot be what the schema says.
     """
     found = _Faults()
-    columns = {name: _plain(raw.table[name]) for name in schema.used_columns}
+    columns = {name: raw.batch.column(name) for name in schema.used_columns}
     for name, column in columns.items():
         _require_type(name, column.type, schema, where)
     labels = _labels(columns[schema.label], schema, found)
@@ -102,12 +102,8 @@ def parse_rows(raw: RawRows, schema: ClickSchema, where: str) -> tuple[Examples,
     examples = Examples(
         labels[is_kept], matrix[is_kept], {name: values.of_rows(is_kept) for name, values in categorical.items()}
     )
-    return examples, {int(raw.lines[row]): found.reasons[row] for row in sorted(found.reasons)}
-
-
-def _plain(column: pa.ChunkedArray) -> pa.Array:
-    array = column.combine_chunks()
-    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+    lines = raw.lines
+    return examples, {int(lines[row]): found.reasons[row] for row in sorted(found.reasons)}
 
 
 def _require_type(name: str, kind: pa.DataType, schema: ClickSchema, url: str) -> None:

@@ -5,30 +5,31 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
+from embedtrain.data.readers import Layout, format_of, suffixes_of
+from embedtrain.data.readers.blocks import read_chunks
+from embedtrain.data.sources import CHUNK_BYTES, TEXT_SUFFIXES, Source, expand_sources, without_compression
 
-from embedtrain.data.sources import CHUNK_BYTES, Source, expand_sources, explained, read_chunks
-from embedtrain.errors import UserError
-
-_ROWS_PER_READ = 1 << 14
+TEXT = "text"
+"""Stands for files of words, which are no rows."""
 
 
-def write_head(path: str | Sequence[str], suffixes: tuple[str, ...], folder: str, max_bytes: int) -> list[str] | None:
-    """Copies the first lines or rows of the files that a path means; returns the copies, None where that is all.
+def write_head(
+    path: str | Sequence[str], format: str, folder: str, max_bytes: int, layout: Layout | None = None
+) -> list[str] | None:
+    """Copies the first lines or rows of the files that a path means; returns the copies, None if that is all.
 
     Args:
         path: as `expand_sources` takes it.
-        suffixes: of the files of a folder.
+        format: of the files: "text", a name in `FORMATS` or "auto".
         folder: a local folder that exists, to write to.
-        max_bytes: about how much text or Parquet to copy. Files that are not larger than that, all together, are
-            not copied: they are their own head.
+        max_bytes: about how much to copy. Files that are not larger than that, all together, are not copied: they are
+            their own head.
+        layout: of the lines of text.
 
     Raises:
-        UserError: as `expand_sources` and `read_chunks`, or a Parquet file cannot be read as one.
+        UserError: a path means no file, or a file cannot be read as its format says.
     """
-    sources = expand_sources(path, suffixes)
+    sources = expand_sources(path, TEXT_SUFFIXES if format == TEXT else suffixes_of(format))
     if sum(source.size_bytes for source in sources) <= max_bytes and not any(source.compression for source in sources):
         return None
     copies: list[str] = []
@@ -36,11 +37,12 @@ def write_head(path: str | Sequence[str], suffixes: tuple[str, ...], folder: str
     for number, source in enumerate(sources):
         if left <= 0:
             break
-        name = os.path.basename(source.url)
-        name = os.path.splitext(name)[0] if source.compression else name
+        name = without_compression(os.path.basename(source.url.partition("::")[0]))
         copies.append(os.path.join(folder, f"{number:05d}-{name}"))
-        copy = _copy_parquet if name.endswith(".parquet") else _copy_text
-        left -= copy(source, copies[-1], left)
+        if format == TEXT:
+            left -= _copy_text(source, copies[-1], left)
+        else:
+            left -= format_of(source, format).copy_head(source, copies[-1], layout or Layout(), left)
     return copies
 
 
@@ -53,17 +55,3 @@ def _copy_text(source: Source, path: str, max_bytes: int) -> int:
             if copied >= max_bytes:
                 break
     return copied
-
-
-def _copy_parquet(source: Source, path: str, max_bytes: int) -> int:
-    with explained(source), fsspec.open(source.url, "rb") as stored:
-        try:
-            rows = pq.ParquetFile(stored)
-            with pq.ParquetWriter(path, rows.schema_arrow) as writer:
-                for batch in rows.iter_batches(_ROWS_PER_READ):
-                    writer.write_batch(batch)
-                    if os.path.getsize(path) >= max_bytes:
-                        break
-        except pa.ArrowException as error:
-            raise UserError(f"{source.url}: cannot be read as Parquet: {error}") from error
-    return os.path.getsize(path)

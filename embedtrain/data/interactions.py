@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,11 +19,14 @@ from numpy.typing import NDArray
 
 from embedtrain.data.bags import Bags
 from embedtrain.data.cache import cached_entry
-from embedtrain.data.columns import TABLE_SUFFIXES, read_columns
-from embedtrain.data.sources import expand_sources
+from embedtrain.data.columns import read_columns
+from embedtrain.data.readers import AUTO, Layout, suffixes_of
+from embedtrain.data.sources import Source, expand_sources, take_sources
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary
 from embedtrain.distributed.collectives import run_on_first
 from embedtrain.errors import UserError
+
+_logger = logging.getLogger(__name__)
 
 META_NAME = "meta.json"
 _FORMAT_VERSION = 2
@@ -36,6 +40,7 @@ class SideOptions:
     Attributes:
         path: files with a row for each, as `expand_sources` takes them; None for no features.
         format: as in `read_columns`.
+        layout: of lines of text, as in `read_columns`.
         id_column: name of the column of ids.
         separators: by column, what parts the categories of a cell; None for one category a cell.
         base_vocabulary: a file of ids that have a row whether they are among the interactions or not, and whose counts
@@ -43,7 +48,8 @@ class SideOptions:
     """
 
     path: str | Sequence[str] | None = None
-    format: str = "auto"
+    format: str = AUTO
+    layout: Layout = field(default_factory=Layout)
     id_column: str = "id"
     separators: Mapping[str, str | None] = field(default_factory=dict)
     base_vocabulary: str | None = None
@@ -56,6 +62,7 @@ class InteractionOptions:
     Attributes:
         path: the interactions, as `expand_sources` takes them.
         format: as in `read_columns`.
+        layout: of lines of text, as in `read_columns`.
         user_column: name of the column of users; of no meaning in lines.
         item_column: name of the column of items.
         held_out_path: interactions to measure on, in the same format; None for none.
@@ -64,7 +71,8 @@ class InteractionOptions:
     """
 
     path: str | Sequence[str]
-    format: str = "auto"
+    format: str = AUTO
+    layout: Layout = field(default_factory=Layout)
     user_column: str = "user"
     item_column: str = "item"
     held_out_path: str | Sequence[str] | None = None
@@ -140,16 +148,18 @@ def prepare_interactions(options: InteractionOptions, cache_path: str, group: di
 
 
 def _entry_name(options: InteractionOptions) -> str:
-    paths = [options.path, options.held_out_path, options.users.path, options.items.path]
-    paths += [side.base_vocabulary for side in (options.users, options.items) if side.base_vocabulary is not None]
-    sources = [[s.identity for s in expand_sources(path, TABLE_SUFFIXES)] for path in paths if path is not None]
+    of_data = suffixes_of(options.format)
+    paths = [(options.path, of_data), (options.held_out_path, of_data)]
+    for side in (options.users, options.items):
+        paths += [(side.path, suffixes_of(side.format)), (side.base_vocabulary, ())]
+    sources = [[s.identity for s in expand_sources(path, suffixes)] for path, suffixes in paths if path is not None]
     facts = json.dumps([_FORMAT_VERSION, sources, asdict(options)], default=list)
     return f"interactions-{xxhash.xxh3_64_hexdigest(facts.encode())}"
 
 
 def _write(options: InteractionOptions, path: str) -> None:
-    sources = [source.identity for source in expand_sources(options.path, TABLE_SUFFIXES)]
-    pairs = read_pairs(options.path, options.format, (options.user_column, options.item_column))
+    sources = take_sources(options.path, suffixes_of(options.format))
+    pairs = read_pairs(sources, (options.user_column, options.item_column), options.format, options.layout)
     sides = ("user", options.users), ("item", options.items)
     vocabularies: list[Vocabulary] = []
     rows: list[NDArray[np.int64]] = []
@@ -185,7 +195,7 @@ def _write(options: InteractionOptions, path: str) -> None:
     meta = {
         "format_version": _FORMAT_VERSION,
         "fingerprint": xxhash.xxh3_128_hexdigest(json.dumps(parts).encode()),
-        "sources": sources,
+        "sources": [source.identity for source in sources],
         "num_interactions": len(known.values),
         "features": features,
         "left_out": left_out,
@@ -195,30 +205,31 @@ def _write(options: InteractionOptions, path: str) -> None:
         json.dump(meta, file, indent=1, default=list)
 
 
-def read_pairs(path: str | Sequence[str], format: str, names: tuple[str, str]) -> list[pa.ChunkedArray]:
+def read_pairs(sources: Sequence[Source], names: tuple[str, str], format: str, layout: Layout) -> list[pa.ChunkedArray]:
     """Reads two columns of ids whole; each comes as dictionary-encoded chunks that share one dictionary.
 
     Args:
-        path: as `expand_sources` takes it.
-        format: as in `read_columns`.
+        sources: the files.
         names: of the columns; of no meaning in lines.
+        format, layout: as in `read_columns`.
 
     Raises:
         UserError: as `read_columns`, or a row holds no id, or there is no row.
     """
     chunks: list[list[pa.Array]] = [[], []]
-    first_row = 0
-    for columns in read_columns(path, format, names):
-        for name, column, found in zip(names, columns, chunks, strict=True):
+    for rows in read_columns(sources, names, format, layout):
+        for name, column, found in zip(names, rows.columns, chunks, strict=True):
             if not pa.types.is_large_string(column.type):
-                raise UserError(f"column {name!r} of {path} holds lists: expected an id a row")
-            if column.null_count:
-                at = first_row + int(np.flatnonzero(np.asarray(column.is_null()))[0])
-                raise UserError(f"column {name!r} of {path}: row {at} (from 0) holds no id")
+                raise UserError(f"{rows.place(0)}: column {name!r} holds lists: expected one id per row")
+            is_missing = pc.equal(column, "").fill_null(True)
+            if pc.any(is_missing).as_py():
+                row = int(np.flatnonzero(np.asarray(is_missing))[0])
+                raise UserError(f"{rows.place(row)}: column {name!r} holds no id")
             found.append(column.dictionary_encode())
-        first_row += len(columns[0])
-    if first_row == 0:
-        raise UserError(f"{path}: holds no interactions")
+    num_rows = sum(map(len, chunks[0]))
+    if num_rows == 0:
+        raise UserError(f"{', '.join(source.url for source in sources)}: there are no interactions")
+    _logger.info(f"read {num_rows:,} interactions")
     return [pa.chunked_array(found).unify_dictionaries() for found in chunks]
 
 
@@ -255,7 +266,8 @@ def _held_out(options: InteractionOptions, users: Vocabulary, items: Vocabulary,
     """Returns the held-out items of each user of the training; counts what is left out."""
     if options.held_out_path is None:
         return Bags.from_rows(np.zeros(0, np.int64), np.zeros(0, np.int64), len(users))
-    pairs = read_pairs(options.held_out_path, options.format, (options.user_column, options.item_column))
+    sources = take_sources(options.held_out_path, suffixes_of(options.format))
+    pairs = read_pairs(sources, (options.user_column, options.item_column), options.format, options.layout)
     codes = [np.concatenate([np.asarray(chunk.indices) for chunk in column.chunks]) for column in pairs]
     user_rows, item_rows = (
         _rows_of(column.chunk(0).dictionary, vocabulary)[code]
@@ -277,7 +289,9 @@ def _read_features(
     if options.path is None:
         return []
     names = list(options.separators)
-    batches = list(read_columns(options.path, options.format, [options.id_column, *names]))
+    sources = take_sources(options.path, suffixes_of(options.format))
+    wanted = [options.id_column, *names]
+    batches = [rows.columns for rows in read_columns(sources, wanted, options.format, options.layout)]
     ids = [_rows_of(batch[0], vocabulary) for batch in batches]
     rows = np.concatenate(ids) if ids else np.zeros(0, np.int64)
     described, times = np.unique(rows[rows >= 0], return_counts=True)

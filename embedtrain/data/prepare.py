@@ -16,7 +16,8 @@ import xxhash
 from embedtrain.data.cache import commit_work, make_cache_folder, make_work_folder, require_visible
 from embedtrain.data.corpus import META_NAME, TOKEN_DTYPE, VOCABULARY_NAME, PreparedCorpus
 from embedtrain.data.python_docs import PYTHON_DOCS, write_python_docs
-from embedtrain.data.sources import CHUNK_BYTES, Source, expand_sources, read_chunks
+from embedtrain.data.readers.blocks import Segment, plan_parts, read_chunks
+from embedtrain.data.sources import CHUNK_BYTES, Source, take_sources
 from embedtrain.data.text import TOKENIZERS, encode, tokenize
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary, WordCounts, WordRows
 from embedtrain.distributed.collectives import all_gather_object, run_on_each, run_on_first
@@ -27,7 +28,6 @@ OnProgress = Callable[[str, float], None]
 
 PART_BYTES = 2 << 20
 _FORMAT_VERSION = 1
-_MAX_PARTS = 256  # Each is a file that is held open while it is mapped.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +66,6 @@ class CorpusOptions:
     def paths(self) -> tuple[str, ...]:
         """`path` as a tuple."""
         return (self.path,) if isinstance(self.path, str) else tuple(self.path)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """The lines of a source that begin in [start, stop)."""
-
-    source: Source
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)
@@ -133,7 +124,7 @@ def prepare_corpus(
     paths = [
         write_python_docs(cache_path, group, on_progress) if path == PYTHON_DOCS else path for path in options.paths
     ]
-    sources = run_on_first(lambda: expand_sources(paths), group)
+    sources = run_on_first(lambda: take_sources(paths), group)
     base = run_on_each(lambda: _load_base(options), group)
     entry_path = os.path.join(cache_path, _entry_name(sources, _tokenization(options, base)))
     meta_path = os.path.join(entry_path, META_NAME)
@@ -144,28 +135,6 @@ def prepare_corpus(
         _prepare(_Job(work_path, options, base, parts, group, on_progress, chunk_bytes), entry_path)
     require_visible(meta_path, group)
     return PreparedCorpus(entry_path)
-
-
-def plan_parts(sources: Sequence[Source], part_bytes: int) -> list[list[Segment]]:
-    """Divides sources into at most 256 parts of about equal size, in the order of the text.
-
-    The parts do not depend on the number of ranks. Plain files are divided, compressed ones are not.
-    """
-    total_bytes = sum(source.size_bytes for source in sources)
-    part_bytes = max(part_bytes, -(-total_bytes // _MAX_PARTS))
-    parts: list[list[Segment]] = []
-    room_bytes = 0
-    for source in sources:
-        start = 0
-        while start < source.size_bytes:
-            if room_bytes <= 0:
-                parts.append([])
-                room_bytes = part_bytes
-            stop = source.size_bytes if source.compression else min(source.size_bytes, start + room_bytes)
-            parts[-1].append(Segment(source, start, stop))
-            room_bytes -= stop - start
-            start = stop
-    return parts
 
 
 def _prepare(job: _Job, entry_path: str) -> None:

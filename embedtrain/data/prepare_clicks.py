@@ -17,7 +17,7 @@ import torch.distributed as dist
 import xxhash
 
 from embedtrain.data.cache import commit_work, make_cache_folder, make_work_folder, require_visible
-from embedtrain.data.click_files import SUFFIXES, ClickFiles, Fault, describe_fault, plan_files, read_rows
+from embedtrain.data.click_files import ClickFiles, describe_fault, plan_files, read_rows
 from embedtrain.data.click_log import (
     DENSE,
     LABEL,
@@ -30,8 +30,9 @@ from embedtrain.data.click_records import Moments, encode
 from embedtrain.data.click_schema import CategoricalColumn, ClickSchema
 from embedtrain.data.click_values import Examples, parse_rows
 from embedtrain.data.corpus import META_NAME
-from embedtrain.data.prepare import Segment
-from embedtrain.data.sources import CHUNK_BYTES, Source, expand_sources
+from embedtrain.data.readers import Fault, suffixes_of
+from embedtrain.data.readers.blocks import Segment
+from embedtrain.data.sources import CHUNK_BYTES, Source, take_sources
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, WordCounts, WordRows, ordered
 from embedtrain.distributed.collectives import all_gather_object, run_on_each, run_on_first
 from embedtrain.distributed.runtime import rank_of, size_of
@@ -132,11 +133,11 @@ def prepare_clicks(
     cache_path = run_on_first(lambda: make_cache_folder(cache_path), group)
     require_visible(cache_path, group)
     schema = options.schema
-    sources = run_on_first(lambda: expand_sources(options.path, SUFFIXES[schema.file_format]), group)
+    sources = run_on_first(lambda: take_sources(options.path, suffixes_of(schema.reader)), group)
     entry_path = os.path.join(cache_path, _entry_name(sources, schema, like))
     meta_path = os.path.join(entry_path, META_NAME)
     if not run_on_first(lambda: os.path.exists(meta_path), group):
-        files = run_on_first(lambda: plan_files(sources, schema, part_bytes), group)
+        files = plan_files(sources, schema, part_bytes, group)
         work_path = run_on_first(lambda: make_work_folder(entry_path), group)
         require_visible(work_path, group)
         _prepare(_Job(work_path, options, files, group, like, chunk_bytes), entry_path)
@@ -337,6 +338,7 @@ def _entry_name(sources: Sequence[Source], schema: ClickSchema, like: ClickLayou
         _FORMAT_VERSION,
         [source.identity for source in sources],
         repr(schema),
+        schema.quote,
         None if like is None else (like.vocabulary_fingerprint, like.dense_mean.tolist(), like.dense_std.tolist()),
     )
     return f"clicks-{xxhash.xxh3_64_hexdigest(repr(facts).encode())}"

@@ -1,74 +1,120 @@
-"""Text files on any fsspec URL: which ones a path means, and their lines, a few MiB at a time."""
+"""Which files a path means, on any fsspec URL: a file, a glob or a folder, and what of a folder is left out."""
 
 from __future__ import annotations
 
 import difflib
+import errno
+import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import IO, Any
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import fsspec
-import pyarrow as pa
+import fsspec.utils
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
 from embedtrain.errors import UserError
 
 CHUNK_BYTES = 4 << 20
-TEXT_SUFFIXES = (".txt", ".gz", ".zst", ".bz2")
-_CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_SCAN_BYTES = 1 << 16
+TEXT_SUFFIXES = (".txt", "")
+"""What the names of a folder's texts end in; "" stands for a name without a suffix."""
+
+_logger = logging.getLogger(__name__)
+
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_MAGIC = {
+    "gzip": re.compile(rb"\x1f\x8b\x08"),
+    "bz2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
+    "xz": re.compile(rb"\xfd7zXZ\0"),
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+}
+"""How a compressed file begins."""
+_MAGIC_BYTES = 10
 # What file systems call the facts that change when a file's content does.
 _TIME_KEYS = frozenset({"mtime", "modified", "lastmodified", "last_modified", "last-modified"})
-_HASH_KEYS = frozenset({"etag", "checksum", "md5", "md5hash", "content-md5", "sha"})
+_HASH_KEYS = frozenset({"etag", "checksum", "crc", "md5", "md5hash", "content-md5", "sha"})
+_NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file of text.
+    """One file.
 
     Attributes:
         url: any fsspec URL; an absolute path for a local file.
         size_bytes: as stored, before decompression.
         identity: changes when the file does: its URL, its size, and what its file system tells about the
-            version of its content (or a hash of the content, where that is nothing).
+            version of its content (or a hash of the content, if it tells nothing).
+        compression: the codec, which the file's first bytes tell; None for a plain file.
+        can_seek: whether its bytes can be read from any place on; not in an archive, nor from some web servers.
     """
 
     url: str
     size_bytes: int
     identity: str
+    compression: str | None = None
+    can_seek: bool = True
 
     @property
-    def compression(self) -> str | None:
-        """The codec that the name's suffix stands for; None for a plain file."""
-        return _CODECS.get(os.path.splitext(self.url)[1])
+    def is_divisible(self) -> bool:
+        """Whether a part of the file can be read without what comes before it."""
+        return self.compression is None and self.can_seek
+
+
+@dataclass
+class _Found:
+    """The files that paths mean, and by reason what is left out."""
+
+    files: dict[str, tuple[fsspec.AbstractFileSystem, dict[str, Any]]] = field(default_factory=dict)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    real_paths: dict[str, str] = field(default_factory=dict)
+
+    def leave_out(self, name: str, reason: str) -> None:
+        self.left_out.setdefault(reason, []).append(name)
+
+
+def take_sources(path: str | Sequence[str], suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> list[Source]:
+    """Returns what `expand_sources` does, and logs which files are read and which are left out."""
+    found = _find(path, suffixes)
+    sources = _sources(found)
+    shown = _shown([source.url for source in sources])
+    total_mb = sum(source.size_bytes for source in sources) / 1e6
+    left_out = "".join(f"; left out {reason}: {_shown(names)}" for reason, names in found.left_out.items())
+    _logger.info(f"reading {len(sources):,} files of {total_mb:,.1f} MB: {shown}{left_out}")
+    return sources
 
 
 def expand_sources(path: str | Sequence[str], suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> list[Source]:
     """Lists the files that a path means.
 
+    Hidden files are left out of folders and globs: those whose name, or that of a folder on the way, begins with
+    "." or "_", such as `_SUCCESS`. Symbolic links are followed. A file that is reached twice comes once.
+
     Args:
         path: one or several of: a file, a glob (`*.txt`, `folder/**/*.txt.gz`), or a folder, which stands
-            for the files in it and below it whose names end in one of `suffixes`. Any fsspec URL.
-        suffixes: endings of the names that are taken from a folder.
+            for the files in it and below it whose names end in one of `suffixes`. Any fsspec URL, chained ones too.
+        suffixes: endings, in either case, of the names that are taken from a folder; that of a compression may follow.
+            If "" is among them, so are names without a suffix, and compressed files whatever their names.
 
     Returns:
         The files in the order of the paths, sorted within each; a file that several match comes once.
 
     Raises:
-        UserError: a path does not exist, matches nothing, may not be read, or has an unknown protocol.
+        UserError: a path does not exist, matches nothing, may not be read, or has an unknown protocol; a symbolic link
+            leads nowhere, or to a folder that it lies in.
     """
-    paths = [path] if isinstance(path, str) else list(path)
-    if not paths:
-        raise UserError("no path was given: expected a file, a glob or a folder")
-    found: dict[str, Source] = {}
-    for one in paths:
-        for source in _expand(one, suffixes):
-            found.setdefault(source.url, source)
-    return list(found.values())
+    return _sources(_find(path, suffixes))
+
+
+def source_at(fs: fsspec.AbstractFileSystem, name: str, path: str) -> Source:
+    """Returns one file that `path` means, the one that is `name` in the file system; its identity is not found out."""
+    info = fs.info(name)
+    url, size = _url_of(fs, name, path), info["size"] or 0
+    can_seek = not is_web(fs) and not _is_in_archive(url)
+    return Source(url, size, "", _codec_of(fs, name, size, can_seek), can_seek)
 
 
 def refuse_changes(path: str | Sequence[str], suffixes: tuple[str, ...], identities: Collection[str]) -> None:
@@ -81,7 +127,8 @@ def refuse_changes(path: str | Sequence[str], suffixes: tuple[str, ...], identit
     Raises:
         UserError: a file has changed, come or gone.
     """
-    changed = {source.identity for source in expand_sources(path, suffixes)} ^ set(identities)
+    files = _find(path, suffixes).files
+    changed = {_identity(fs, info, url)[1] for url, (fs, info) in files.items()} ^ set(identities)
     if changed:
         names = sorted({identity.partition(" size=")[0] for identity in changed})
         raise UserError(
@@ -90,50 +137,46 @@ def refuse_changes(path: str | Sequence[str], suffixes: tuple[str, ...], identit
         )
 
 
-def read_chunks(
-    source: Source,
-    start: int,
-    stop: int,
-    *,
-    chunk_bytes: int = CHUNK_BYTES,
-    on_read: Callable[[int], None] | None = None,
-) -> Iterator[bytes]:
-    """Reads the lines that begin in a byte range of a source.
+def suffix_of(name: str) -> str:
+    """Returns the suffix of a file's name or URL in lower case, without that of a compression; "" if there is none.
 
-    Args:
-        start: first byte of the range; 0 for a compressed source, which can be read only as a whole.
-        stop: end of the range. The line that `stop` falls into is read to its end.
-        chunk_bytes: about how much is held at a time.
-        on_read: called with the number of bytes read from storage since the last call.
-
-    Yields:
-        UTF-8 text that ends with a line; or, in a line longer than a chunk, with a space or a tab.
-
-    Raises:
-        UserError: the file is not UTF-8 text, is corrupt or truncated, has vanished or may not be read.
+    A suffix begins with a letter: `part-00000`, `text.00` and `news.en-00001-of-00100` have none.
     """
-    with _explained_codec(source), _open(source.url) as file:
-        if source.compression is None:
-            first = _line_start(file, start, stop)
-            end = stop if stop >= source.size_bytes or first >= stop else _line_start(file, stop)
-            file.seek(first)
-            blocks = _range_blocks(file, max(0, end - first), chunk_bytes)
-        else:
-            first = 0
-            # Held in a variable, for its end of life closes `file`.
-            stream = pa.input_stream(file, compression=source.compression)
-            blocks = _stream_blocks(stream, chunk_bytes)
-        told = file.tell()
-        for chunk in _cut_at_lines(blocks):
-            _require_text(chunk, source, first)
-            yield chunk.removeprefix(_BYTE_ORDER_MARK) if first == 0 else chunk
-            first += len(chunk)
-            if on_read is not None:
-                on_read(file.tell() - told)
-                told = file.tell()
+    suffix = os.path.splitext(without_compression(os.path.basename(name.partition("::")[0]).lower()))[1]
+    return suffix if re.fullmatch(r"\.[a-z][a-z0-9]*", suffix) else ""
 
 
-def _expand(path: str, suffixes: tuple[str, ...]) -> list[Source]:
+def without_compression(name: str) -> str:
+    """Returns a file's name without the suffix of a compression."""
+    base, suffix = os.path.splitext(name)
+    return base if suffix.lower() in _COMPRESSED else name
+
+
+def is_hidden(path: str) -> bool:
+    """Tells whether a relative path is left out of folders: a name on it begins with "." or "_"."""
+    return any(name.startswith((".", "_")) for name in path.split("/"))
+
+
+def _find(path: str | Sequence[str], suffixes: tuple[str, ...]) -> _Found:
+    paths = [path] if isinstance(path, str) else list(path)
+    if not paths:
+        raise UserError("no path was given: expected a file, a glob or a folder")
+    found = _Found()
+    for one in paths:
+        _expand(one, suffixes, found)
+    return found
+
+
+def _sources(found: _Found) -> list[Source]:
+    return [_source(fs, info, url) for url, (fs, info) in found.files.items()]
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMES_SHOWN:,} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more
+
+
+def _expand(path: str, suffixes: tuple[str, ...], found: _Found) -> None:
     try:
         fs, root = fsspec.core.url_to_fs(path)
     except (ValueError, ImportError) as error:
@@ -141,41 +184,148 @@ def _expand(path: str, suffixes: tuple[str, ...]) -> list[Source]:
     try:
         info = _info_or_none(fs, root)
         if info is not None and info["type"] == "file":
-            return [_source(fs, info)]
-        if info is not None:
-            infos = fs.find(root, detail=True).values()
-            chosen = [i for i in infos if i["type"] == "file" and i["name"].endswith(suffixes)]
+            chosen = [info]
+        elif info is not None and info["type"] == "directory":
+            chosen = list(_of_folder(fs, root, suffixes, found))
             if not chosen:
-                expected = ", ".join(f"*{suffix}" for suffix in suffixes)
-                held = _contents(fs, root)
-                raise UserError(f"{path}: no file ({expected}) in this folder or below it; {held}")
+                expected = ", ".join(f"*{suffix}" if suffix else "names without a suffix" for suffix in suffixes)
+                raise UserError(f"{path}: no file ({expected}) in this folder or below it; {_contents(fs, root)}")
+        elif info is not None:
+            raise UserError(f"{path}: neither a file nor a folder, but a device, a pipe or a socket")
         elif fsspec.core.has_magic(root):
-            chosen = [i for i in fs.glob(root, detail=True).values() if i["type"] == "file"]
+            chosen = list(_of_glob(fs, root, found))
             if not chosen:
                 raise UserError(f"{path}: no file matches; {_surroundings(fs, root)}")
         else:
             raise UserError(f"{path}: no such file or folder; {_surroundings(fs, root)}")
-        return sorted((_source(fs, i) for i in chosen), key=lambda source: source.url)
+        for one in sorted(chosen, key=lambda info: str(info["name"])):
+            _add(fs, one, path, found)
     except PermissionError as error:
         raise UserError(f"{path}: permission denied: {error}") from error
+
+
+def _add(fs: fsspec.AbstractFileSystem, info: dict[str, Any], path: str, found: _Found) -> None:
+    """Takes a file, unless it was reached before by another name."""
+    url = _url_of(fs, info["name"], path)
+    if isinstance(fs, LocalFileSystem):
+        info = _local_info(fs, info["name"])
+        real = os.path.realpath(info["name"])
+        if found.real_paths.setdefault(real, url) != url:
+            found.leave_out(url, f"since it is the same file as {found.real_paths[real]}")
+            return
+    found.files.setdefault(url, (fs, info))
+
+
+def _of_folder(
+    fs: fsspec.AbstractFileSystem, root: str, suffixes: tuple[str, ...], found: _Found
+) -> Iterator[dict[str, Any]]:
+    for info in _files_below(fs, root):
+        name = info["name"].removeprefix(root).lstrip("/")
+        if is_hidden(name):
+            found.leave_out(name, "hidden files")
+        elif suffix_of(name) in suffixes or ("" in suffixes and name.lower().endswith(_COMPRESSED)):
+            yield info
+        else:
+            wanted = ", ".join(filter(None, suffixes))
+            found.leave_out(name, f"files of other suffixes than {wanted}")
+
+
+def _of_glob(fs: fsspec.AbstractFileSystem, pattern: str, found: _Found) -> Iterator[dict[str, Any]]:
+    names = pattern.split("/")
+    first_magic = next(number for number, name in enumerate(names) if fsspec.core.has_magic(name))
+    root, asked = "/".join(names[:first_magic]), "/".join(names[first_magic:])
+    if isinstance(fs, LocalFileSystem):
+        depth = None if "**" in asked else len(names) - first_magic
+        is_match = re.compile(fsspec.utils.glob_translate(pattern)).match
+        matched = [info for info in _files_below(fs, root or "/", depth) if is_match(info["name"])]
+    else:
+        matched = [info for info in fs.glob(pattern, detail=True).values() if info["type"] == "file"]
+    for info in matched:
+        # A pattern that names what is hidden means it.
+        if is_hidden(info["name"].removeprefix(root).lstrip("/")) and not is_hidden(asked):
+            found.leave_out(info["name"], "hidden files")
+        else:
+            yield info
+
+
+def _files_below(fs: fsspec.AbstractFileSystem, root: str, depth: int | None = None) -> Iterator[dict[str, Any]]:
+    """Yields a folder's files, `depth` levels deep; a local folder's symbolic links are followed."""
+    if isinstance(fs, LocalFileSystem):
+        yield from _local_files(root, depth, (os.path.realpath(root),))
+    else:
+        yield from (info for info in fs.find(root, detail=True).values() if info["type"] == "file")
+
+
+def _local_files(folder: str, depth: int | None, above: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        if not entry.is_dir():
+            # What is neither file nor link, such as a socket, holds no data; a link that leads nowhere is found later.
+            if entry.is_file() or entry.is_symlink():
+                yield {"name": entry.path, "type": "file"}
+        elif depth is None or depth > 1:
+            real = os.path.realpath(entry.path)
+            if real in above:
+                raise UserError(f"{entry.path}: a symbolic link to {real}, which is a folder that it lies in")
+            yield from _local_files(entry.path, None if depth is None else depth - 1, (*above, real))
+
+
+def _local_info(fs: LocalFileSystem, path: str) -> dict[str, Any]:
+    """Returns the facts of a file, or of the one that a symbolic link leads to."""
+    try:
+        return dict(fs.info(path), mtime=os.stat(path).st_mtime)
+    except OSError as error:
+        _refuse_broken_link(path, error)
+        if isinstance(error, FileNotFoundError):
+            raise UserError(f"{path}: the file has vanished while the folder was listed") from error
+        raise
 
 
 def _info_or_none(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:
     try:
         return dict(fs.info(path))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    except OSError as error:
+        if isinstance(fs, LocalFileSystem):
+            _refuse_broken_link(path, error)
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            return None
+        raise
 
 
-def _source(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> Source:
-    path = info["name"]
-    url = path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
+def _refuse_broken_link(path: str, error: OSError) -> None:
+    if os.path.islink(path) and (isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP):
+        raise UserError(f"{path}: a symbolic link to {os.readlink(path)}, which does not exist") from error
+
+
+def _url_of(fs: fsspec.AbstractFileSystem, name: str, path: str) -> str:
+    """Returns the URL of a file below `path`; what a chained URL such as `zip://NAME::PATH` goes on with is kept."""
+    links = path.split("::")
+    if len(links) == 1:
+        return name if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(name))
+    # The first link that names a file is what `name` stands for; links before it only say how it is read.
+    place = next((number for number, link in enumerate(links) if "://" in link), len(links) - 1)
+    protocol, separator, _ = links[place].rpartition("://")
+    links[place] = name if name.startswith(protocol + separator) else f"{protocol}{separator}{name}"
+    return "::".join(links)
+
+
+def _source(fs: fsspec.AbstractFileSystem, info: dict[str, Any], url: str) -> Source:
+    size, identity = _identity(fs, info, url)
+    can_seek = info["size"] is not None and not _is_in_archive(url) and _serves_ranges(fs, info["name"], size)
+    return Source(url, size, identity, _codec_of(fs, info["name"], size, can_seek), can_seek)
+
+
+def _identity(fs: fsspec.AbstractFileSystem, info: dict[str, Any], url: str) -> tuple[int, str]:
+    """Returns a file's size, and a text that changes when the file does."""
     told = {key.lower(): str(value) for key, value in info.items() if value is not None}
     version = {key: value for key, value in told.items() if key in _TIME_KEYS | _HASH_KEYS}
     size = info["size"]
     if size is None or not version:
-        size, version = _hashed(fs, path)
-    return Source(url, size, f"{url} size={size} {sorted(version.items())}")
+        size, version = _hashed(fs, info["name"])
+    return size, f"{url} size={size} {sorted(version.items())}"
 
 
 def _hashed(fs: fsspec.AbstractFileSystem, path: str) -> tuple[int, dict[str, str]]:
@@ -185,6 +335,45 @@ def _hashed(fs: fsspec.AbstractFileSystem, path: str) -> tuple[int, dict[str, st
             digest.update(block)
             size += len(block)
     return size, {"xxh3": digest.hexdigest()}
+
+
+def _is_in_archive(url: str) -> bool:
+    """Tells whether a chained URL names a file within another."""
+    first, _, rest = url.partition("::")
+    return bool(rest) and "://" in first
+
+
+def is_web(fs: fsspec.AbstractFileSystem) -> bool:
+    """Tells whether files come from a web server, which may not serve parts of them."""
+    protocols = [fs.protocol] if isinstance(fs.protocol, str) else fs.protocol
+    return "http" in protocols
+
+
+def _serves_ranges(fs: fsspec.AbstractFileSystem, path: str, size: int) -> bool:
+    if not is_web(fs):
+        return True
+    try:
+        with fs.open(path, "rb", block_size=1, cache_type="none", size=size) as file:
+            file.seek(size - 1)
+            return len(file.read(1)) == 1
+    except (ValueError, OSError):
+        return False
+
+
+def _codec_of(fs: fsspec.AbstractFileSystem, path: str, size: int, can_seek: bool) -> str | None:
+    if size == 0 and not is_web(fs):
+        return None
+    if can_seek and not isinstance(fs, LocalFileSystem):
+        head = fs.cat_file(path, start=0, end=min(size, _MAGIC_BYTES))
+    else:
+        with fs.open(path, "rb", **({"block_size": 0} if is_web(fs) else {})) as file:
+            head = file.read(_MAGIC_BYTES)
+    return codec_of(head)
+
+
+def codec_of(head: bytes) -> str | None:
+    """Returns the codec of a file that begins with `head`; None for a plain file."""
+    return next((codec for codec, magic in _MAGIC.items() if magic.match(head)), None)
 
 
 def _surroundings(fs: fsspec.AbstractFileSystem, path: str) -> str:
@@ -209,81 +398,3 @@ def _contents(fs: fsspec.AbstractFileSystem, folder: str) -> str:
 
 def _names(fs: fsspec.AbstractFileSystem, folder: str) -> list[str]:
     return sorted(os.path.basename(path.rstrip("/")) for path in fs.ls(folder, detail=False))
-
-
-def _open(url: str) -> IO[bytes]:
-    fs, path = fsspec.core.url_to_fs(url)
-    file: IO[bytes] = fs.open(path, "rb")
-    return file
-
-
-@contextmanager
-def explained(source: Source) -> Iterator[None]:
-    """Turns a file that may not be read, or is gone, into one line that names it: the user's to mend."""
-    try:
-        yield
-    except PermissionError as error:
-        raise UserError(f"{source.url}: permission denied: {error}") from error
-    except FileNotFoundError as error:
-        raise UserError(f"{source.url}: the file has vanished since it was listed") from error
-
-
-@contextmanager
-def _explained_codec(source: Source) -> Iterator[None]:
-    """As `explained`, for a codec's complaints too."""
-    try:
-        with explained(source):
-            yield
-    except (OSError, pa.ArrowException) as error:
-        # A codec's complaint has no errno; a failing disk or network has one, and is not the file's fault.
-        if source.compression is None or getattr(error, "errno", None) is not None:
-            raise
-        raise UserError(f"{source.url}: cannot be read as {source.compression}: {error}") from error
-
-
-def _line_start(file: IO[bytes], position: int, limit: int | None = None) -> int:
-    """Finds where the first line that begins at or after `position` begins; may stop at `limit`."""
-    if position == 0:
-        return 0
-    at = position - 1
-    file.seek(at)
-    while (limit is None or at < limit) and (block := file.read(_SCAN_BYTES)):
-        if (newline := block.find(b"\n")) >= 0:
-            return at + newline + 1
-        at += len(block)
-    return at
-
-
-def _range_blocks(file: IO[bytes], num_bytes: int, chunk_bytes: int) -> Iterator[bytes]:
-    while num_bytes > 0 and (block := file.read(min(chunk_bytes, num_bytes))):
-        num_bytes -= len(block)
-        yield block
-
-
-def _stream_blocks(stream: pa.NativeFile, chunk_bytes: int) -> Iterator[bytes]:
-    while block := stream.read(chunk_bytes):
-        yield block
-
-
-def _cut_at_lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    rest = b""
-    for block in blocks:
-        data = rest + block
-        cut = data.rfind(b"\n") + 1 or max(data.rfind(b" "), data.rfind(b"\t")) + 1
-        if cut:
-            yield data[:cut]
-        rest = data[cut:]
-    if rest:
-        yield rest
-
-
-def _require_text(chunk: bytes, source: Source, offset: int) -> None:
-    """Refuses what is not UTF-8 text; `offset` is the chunk's place in the (decompressed) file."""
-    inside = "" if source.compression is None else " of the decompressed text"
-    if (nul := chunk.find(b"\0")) >= 0:
-        raise UserError(f"{source.url}: a binary file, not text: NUL at byte {offset + nul}{inside}")
-    try:
-        chunk.decode()
-    except UnicodeDecodeError as error:
-        value, place = chunk[error.start], offset + error.start
-        raise UserError(f"{source.url}: not UTF-8 text: 0x{value:02x} at byte {place}{inside}") from error

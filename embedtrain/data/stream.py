@@ -1,4 +1,4 @@
-"""Lines of a stream, each once: standard input, a file, or a folder that files are added to."""
+"""Records of a stream, each once: standard input, a file, or a folder that files are added to."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import fsspec
 import xxhash
 
+from embedtrain.data.readers.blocks import BYTE_ORDER_MARK, MAX_RECORD_BYTES, UTF16_MARKS, open_unpacked
+from embedtrain.data.readers.quotes import Quoting, find_spans
+from embedtrain.data.sources import is_hidden, source_at
 from embedtrain.errors import UserError
 
 STANDARD_INPUT = "-"
@@ -38,11 +41,12 @@ class StreamPosition:
 
 @dataclass(frozen=True)
 class Lines:
-    """Some lines of a stream.
+    """Some records of a stream: lines, or several lines whose breaks are quoted.
 
     Attributes:
         texts: without their ends.
-        numbers: where they stand: a file, the number of a first line in it, from 1, and how many follow each other.
+        numbers: where they stand: a file, the number of a line in it, from 1, and how many records begin on that line
+            and on those that follow.
     """
 
     texts: list[str]
@@ -58,17 +62,18 @@ class Lines:
 
 
 class LineStream:
-    """Reads a stream once, and can go on from any position.
+    """Reads a stream once, record by record, and can go on from any position.
 
     Files of a folder are read in order of their names, such as times, and are whole when they appear: write them
-    under a name that begins with "." or ends with ".partial" or ".tmp", then rename. One may be removed when a later
-    one was begun. Standard input has no position of its own: to go on, give it from its beginning again, and what
-    was read is left out. What is left out is compared with what was read, by a hash.
+    under a name that begins with "." or "_", or ends with ".partial" or ".tmp", then rename. One may be removed when
+    a later one was begun. Standard input has no position of its own: to go on, give it from its beginning again, and
+    what was read is left out. What is left out is compared with what was read, by a hash.
 
     Args:
-        path: "-" for standard input; or a file, or a folder, on any fsspec URL; compressed by its suffix.
+        path: "-" for standard input; or a file, or a folder, on any fsspec URL. Compressed files are unpacked.
         position: where to go on.
         poll_seconds: how often to look for new files of a folder that was read to its end; None ends there.
+        quoting: what quotes line breaks; None if nothing does.
         standard_input: the file descriptor that "-" stands for.
         pause: waits for seconds between two looks.
 
@@ -82,15 +87,18 @@ class LineStream:
         position: StreamPosition | None = None,
         *,
         poll_seconds: float | None = None,
+        quoting: Quoting | None = None,
         standard_input: int = 0,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self.position = position or StreamPosition()
         self._path = path
         self._poll_seconds = poll_seconds
+        self._quoting = quoting
         self._standard_input = standard_input
         self._pause = pause
         self._name, self._line, self._digest = self.position.name, self.position.line, xxhash.xxh3_64()
+        self._first_line = self._line
         self._lines = self._every_line()
         self._taken = Lines([], [])
 
@@ -119,11 +127,11 @@ class LineStream:
             if line is None:
                 return None
             taken.texts.append(line)
-            if taken.numbers and taken.numbers[-1][0] == self._name:
-                name, first, count = taken.numbers[-1]
+            name, first, count = taken.numbers[-1] if taken.numbers else ("", 0, 0)
+            if (name, first + count) == (self._name, self._first_line):
                 taken.numbers[-1] = (name, first, count + 1)
             else:
-                taken.numbers.append((self._name, self._line, 1))
+                taken.numbers.append((self._name, self._first_line, 1))
         self._taken = Lines([], [])
         if taken.texts:
             self.position = StreamPosition(self._name, self._line, self._digest.hexdigest())
@@ -132,7 +140,7 @@ class LineStream:
     def _every_line(self) -> Iterator[str | None]:
         """Yields the lines from the position on, and None where none has come for a while."""
         if self._path == STANDARD_INPUT:
-            yield from self._lines_of(_lines_from(self._standard_input), STANDARD_INPUT)
+            yield from self._records_of(_split(_read_descriptor(self._standard_input)), STANDARD_INPUT)
             return
         file_system, root = fsspec.core.url_to_fs(self._path)
         file_system.invalidate_cache()
@@ -146,8 +154,8 @@ class LineStream:
                 yield None
                 continue
             try:
-                with file_system.open(f"{folder}/{name}", "rb", compression="infer") as file:
-                    yield from self._lines_of(file, name)
+                with open_unpacked(source_at(file_system, f"{folder}/{name}", self._path)) as file:
+                    yield from self._records_of(_split(iter(lambda: file.read(_READ_BYTES), b"")), name)
             except OSError as error:
                 raise UserError(f"{self._path_of(name)} cannot be read: {error}") from error
 
@@ -159,7 +167,7 @@ class LineStream:
             if not file_system.isdir(folder):
                 raise UserError(f"there is no file or folder {self._path} to stream")
             listed = {path.rsplit("/", 1)[-1] for path in file_system.ls(folder, detail=False)}
-            names = {name for name in listed if not name.startswith(".") and not name.endswith(_UNFINISHED)}
+            names = {name for name in listed if not is_hidden(name) and not name.endswith(_UNFINISHED)}
             if known is None and self._name and self._name not in names:
                 raise UserError(
                     f"{self._path}/{self._name} is gone, of which {self._line} lines were read: bring it back; a file "
@@ -190,50 +198,93 @@ class LineStream:
             return "standard input"
         return self._path if self._path.endswith(f"/{name}") else f"{self._path}/{name}"
 
-    def _lines_of(self, lines: Iterable[bytes | None], name: str) -> Iterator[str | None]:
+    def _records_of(self, lines: Iterable[bytes | None], name: str) -> Iterator[str | None]:
+        """Yields the records of a file that were not read before, and None while nothing comes."""
         before = self.position if name == self.position.name else StreamPosition()
         where = self._path_of(name)
         number, digest = 0, xxhash.xxh3_64()
+        record, first = b"", 1
         for line in lines:
             if line is None:
                 yield None
                 continue
             number += 1
-            line = line.rstrip(b"\r\n")
-            digest.update(line + b"\n")
-            if number < before.line:
-                continue
-            if number == before.line:
-                if before.digest not in ("", digest.hexdigest()):
+            if number == 1:
+                line = _without_mark(line, where)
+            digest.update(_without_end(line) + b"\n")
+            if number <= before.line:
+                first = number + 1
+                if number == before.line and before.digest not in ("", digest.hexdigest()):
                     raise UserError(
                         f"the first {number} lines of {where} are not those that were read before: give it from its "
                         "beginning again, unchanged, or start a new run"
                     )
                 continue
-            try:
-                text = line.decode()
-            except UnicodeDecodeError as error:
-                raise UserError(f"line {number} of {where} is not UTF-8: {error}") from error
-            self._name, self._line, self._digest = name, number, digest
+            record += line
+            if self._is_open(record):
+                if len(record) > MAX_RECORD_BYTES:
+                    break
+                continue
+            text = _decoded(_without_end(record), first, where)
+            self._name, self._line, self._digest, self._first_line = name, number, digest, first
+            record, first = b"", number + 1
             yield text
+        if record:
+            raise UserError(f"line {first} of {where}: a quote that is opened in the record there is never closed")
         if number < before.line:
             raise UserError(
                 f"{where} ends after {number} lines, and {before.line} were read before: give it from its beginning "
                 "again"
             )
 
+    def _is_open(self, record: bytes) -> bool:
+        """Tells whether a record goes on in the next line."""
+        if self._quoting is None or self._quoting.quote.encode() not in record:
+            return False
+        return find_spans(record, self._quoting).open_at is not None
 
-def _lines_from(descriptor: int) -> Iterator[bytes | None]:
-    """Yields the lines of a file descriptor, and None where for a while there is nothing to read."""
+
+def _split(blocks: Iterable[bytes | None]) -> Iterator[bytes | None]:
+    """Yields lines with their ends: LF, CRLF or a bare CR; passes on each None."""
     rest = b""
+    for block in blocks:
+        if block is None:
+            yield None
+            continue
+        lines = (rest + block).splitlines(keepends=True)
+        # Whether an LF follows a CR at the end is not known yet.
+        rest = b"" if lines[-1].endswith(b"\n") else lines.pop()
+        yield from lines
+    if rest:
+        yield rest
+
+
+def _without_end(line: bytes) -> bytes:
+    return line.rstrip(b"\r\n")
+
+
+def _without_mark(line: bytes, where: str) -> bytes:
+    if line.startswith(UTF16_MARKS):
+        raise UserError(f"{where}: UTF-16 text: expected UTF-8")
+    return line.removeprefix(BYTE_ORDER_MARK)
+
+
+def _decoded(record: bytes, number: int, where: str) -> str:
+    if b"\0" in record:
+        raise UserError(f"line {number} of {where} is not text: it holds NUL")
+    try:
+        return record.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"line {number} of {where} is not UTF-8: {error}") from error
+
+
+def _read_descriptor(descriptor: int) -> Iterator[bytes | None]:
+    """Yields what comes from a file descriptor, and None when for a while nothing does."""
     while True:
         if not select.select([descriptor], [], [], _TURN_SECONDS)[0]:
             yield None
             continue
         data = os.read(descriptor, _READ_BYTES)
         if not data:
-            break
-        *whole, rest = (rest + data).split(b"\n")
-        yield from whole
-    if rest:
-        yield rest
+            return
+        yield data

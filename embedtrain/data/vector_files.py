@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from embedtrain.data.sources import Source, expand_sources, explained, read_chunks
+from embedtrain.data.readers.blocks import explained, read_chunks
+from embedtrain.data.sources import Source, expand_sources
 from embedtrain.errors import UserError
 
 FloatRows = NDArray[np.float32]

@@ -16,7 +16,8 @@ from embedtrain.config.sections import (
     require_at_least_one,
     require_paths,
 )
-from embedtrain.data.click_schema import CRITEO_CATEGORICAL
+from embedtrain.data.click_schema import CRITEO, CRITEO_CATEGORICAL
+from embedtrain.data.readers import require_format
 from embedtrain.data.stream import STANDARD_INPUT
 from embedtrain.errors import UserError
 
@@ -52,11 +53,15 @@ class ClicksConfig:
     """Of a streamed folder: how often to look for new files after the last one; null ends the run there."""
     valid_path: Any = None
     """Held-out examples, measured during training; null for none."""
-    format: Literal["csv", "parquet", "criteo"] = "csv"
-    """criteo is tab-separated: a label, 13 integers (I1 to I13), 26 hexadecimal tokens (C1 to C26)."""
+    format: str = "csv"
+    """csv, tsv, jsonl or parquet; or criteo, which is tab-separated: a label, 13 integers (I1 to I13), 26 hexadecimal
+    tokens (C1 to C26)."""
     columns: list[str] | None = None
-    """Names of a csv file's columns, in order; null where each file's first line holds them."""
-    delimiter: str = ","
+    """Names of the columns of csv and tsv, in order; null if each file's first line holds them."""
+    delimiter: str | None = None
+    """Between the fields of csv; null for a comma."""
+    quote: str | None = "auto"
+    """The character that quotes fields of csv and tsv; null for none; auto: ", and none between tabs."""
     label: str = "label"
     positive: str | None = None
     """The label's value that counts as 1; null for labels of 0 and 1."""
@@ -148,6 +153,7 @@ class RankingConfig(Config):
     def check(self) -> None:
         """Checks the ranges that types cannot say."""
         super().check()
+        require_format(self.data.format, (CRITEO,))
         require_paths({"data.path": self.data.path})
         require_paths({"data.valid_path": self.data.valid_path}, may_be_none=True)
         counts = {
@@ -172,7 +178,14 @@ class RankingConfig(Config):
         if self.data.max_bad_lines < 0:
             raise UserError(f"data.max_bad_lines must be at least 0, got {self.data.max_bad_lines}")
         if self.data.format == "criteo":
-            fixed: dict[str, Any] = {"columns": None, "delimiter": ",", "label": "label", "positive": None, "dense": []}
+            fixed: dict[str, Any] = {
+                "columns": None,
+                "delimiter": None,
+                "quote": "auto",
+                "label": "label",
+                "positive": None,
+                "dense": [],
+            }
             given = [name for name, default in fixed.items() if getattr(self.data, name) != default]
             if given:
                 raise UserError(f"data.format=criteo says what data.{', data.'.join(given)} says: leave it out")

@@ -11,11 +11,11 @@ import pyarrow as pa
 import torch
 
 from embedtrain.data.click_batches import ClickBatches
-from embedtrain.data.click_files import SUFFIXES
 from embedtrain.data.click_log import ClickLayout, ClickLog
 from embedtrain.data.click_schema import CRITEO_CATEGORICAL, CategoricalColumn, ClickSchema, require_columns
 from embedtrain.data.click_stream import ClickStream, StreamOptions
 from embedtrain.data.prepare_clicks import ClickOptions, prepare_clicks
+from embedtrain.data.readers import FORMATS, suffixes_of
 from embedtrain.data.sources import refuse_changes
 from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import Runtime
@@ -76,7 +76,7 @@ def _open_log(config: RankingConfig, runtime: Runtime) -> tuple[ClickLayout, Bat
     """Returns what the examples mean, their batches, and a hash of them. Collective: every rank."""
     options = _click_options(config.data, config.data.path)
     log = _prepare(options, config, runtime)
-    suffixes = SUFFIXES[options.schema.file_format]
+    suffixes = suffixes_of(options.schema.reader)
     check_files = functools.partial(refuse_changes, options.path, suffixes, log.source_identities)
     batches = ClickBatches(
         log,
@@ -119,7 +119,8 @@ def click_schema(data: ClicksConfig) -> ClickSchema:
         categorical=tuple(columns),
         positive=data.positive,
         columns=None if data.columns is None else tuple(data.columns),
-        delimiter=data.delimiter,
+        delimiter=data.delimiter or FORMATS[data.format].delimiter,
+        quote=data.quote,
         dense_transform=data.dense_transform,
     )
 

@@ -16,10 +16,9 @@ from embedtrain.config.sections import (
     require_at_least_one,
     require_paths,
 )
+from embedtrain.data.readers import AUTO, require_format
 from embedtrain.errors import UserError
 from embedtrain.recipes.retrieval.model import ITEM, USER
-
-Format = Literal["auto", "lines", "csv", "tsv", "parquet"]
 
 
 @dataclass
@@ -28,8 +27,11 @@ class InteractionsConfig:
 
     path: Any = "???"
     """A file, a glob, a folder, a list of them, on any fsspec URL."""
-    format: Format = "auto"
-    """auto goes by the suffix; lines (.txt) are `user item item ...`, the others a table with a row an interaction."""
+    format: str = "auto"
+    """auto goes by the suffix; lines (.txt) are `user item item ...`; csv, tsv, jsonl and parquet are a table with one
+    interaction per row."""
+    quote: str | None = "auto"
+    """The character that quotes fields of csv and tsv; null for none; auto: " in csv, none in tsv."""
     user_column: str = "user"
     item_column: str = "item"
     cache_path: str = "~/.cache/embedtrain"
@@ -50,7 +52,9 @@ class SideConfig:
 
     path: Any = None
     """Files with a row for each; null where only ids are known."""
-    format: Format = "auto"
+    format: str = "auto"
+    quote: str | None = "auto"
+    """As data.quote."""
     id_column: str = "id"
     features: dict[str, FeatureConfig] = field(default_factory=dict)
     """By the name of the column."""
@@ -153,6 +157,8 @@ class RetrievalConfig(Config):
         super().check()
         refuse_stream(self.data.path, "who is known to have what is counted before it is trained on")
         require_paths({"data.path": self.data.path})
+        for section in (self.data, self.users, self.items):
+            require_format(section.format, (AUTO,))
         optional = {
             "evaluate.path": self.evaluate.path,
             "users.path": self.users.path,

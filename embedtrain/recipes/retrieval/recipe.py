@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from embedtrain.checkpoint import CheckpointReader, LoadOptions, latest_checkpoint, load_shards
-from embedtrain.data.columns import TABLE_SUFFIXES
 from embedtrain.data.interactions import InteractionOptions, Interactions, SideOptions, prepare_interactions
+from embedtrain.data.readers import Layout, suffixes_of
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
 from embedtrain.data.sources import refuse_changes
 from embedtrain.distributed.collectives import run_on_first
@@ -149,6 +149,7 @@ def _side_options(section: SideConfig) -> SideOptions:
     return SideOptions(
         path=section.path,
         format=section.format,
+        layout=Layout(quote=section.quote),
         id_column=section.id_column,
         separators=separators,
         base_vocabulary=section.base_vocabulary,
@@ -188,7 +189,8 @@ def _build_batches(config: RetrievalConfig, runtime: Runtime, interactions: Inte
         config.retrieval.power,
         config.retrieval.in_batch,
     )
-    check_files = functools.partial(refuse_changes, config.data.path, TABLE_SUFFIXES, interactions.source_identities)
+    suffixes = suffixes_of(config.data.format)
+    check_files = functools.partial(refuse_changes, config.data.path, suffixes, interactions.source_identities)
     return RetrievalBatches(
         interactions.known,
         len(interactions.items),

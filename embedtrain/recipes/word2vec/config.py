@@ -15,6 +15,7 @@ from embedtrain.config.sections import (
     require_at_least_one,
     require_paths,
 )
+from embedtrain.data.readers import AUTO, require_format
 from embedtrain.errors import UserError
 from embedtrain.recipes.word2vec.model import INPUT, OUTPUT
 
@@ -25,9 +26,11 @@ class TextConfig:
 
     path: Any = "???"
     """A file, a glob, a folder, a list of them, on any fsspec URL; or python-docs."""
-    format: Literal["text", "lines", "csv", "tsv", "parquet"] = "text"
+    format: str = "text"
     """text; or baskets of items, which word2vec takes for sentences (item2vec): lines of `user item item ...`, or
-    a table with an item a row."""
+    a table with one item per row: csv, tsv, jsonl, parquet; auto goes by the suffix."""
+    quote: str | None = "auto"
+    """The character that quotes fields of csv and tsv; null for none; auto: " in csv, none in tsv."""
     basket_column: str = "user"
     """Of a table of items: the column by which they stand together."""
     item_column: str = "item"
@@ -120,6 +123,7 @@ class Word2VecConfig(Config):
         super().check()
         refuse_stream(self.data.path, "the words of a text are counted before it is trained on")
         require_paths({"data.path": self.data.path})
+        require_format(self.data.format, ("text", AUTO))
         require_paths({"evaluate.similarity": self.evaluate.similarity}, may_be_none=True)
         counts = {
             "table.dim": self.table.dim,

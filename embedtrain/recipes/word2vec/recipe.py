@@ -13,6 +13,7 @@ import torch
 from embedtrain.data.baskets import write_baskets
 from embedtrain.data.corpus import PreparedCorpus
 from embedtrain.data.prepare import CorpusOptions, prepare_corpus
+from embedtrain.data.readers import Layout
 from embedtrain.data.skipgram import SamplingOptions, TextBatches
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
@@ -132,8 +133,15 @@ def prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
     data, cache_path = config.data, os.path.expanduser(config.data.cache_path)
     path, tokenizer = data.path, data.tokenizer
     if data.format != "text":
-        columns = data.basket_column, data.item_column
-        path, tokenizer = write_baskets(path, data.format, columns, cache_path, runtime.group), "whitespace"
+        path = write_baskets(
+            path,
+            (data.basket_column, data.item_column),
+            cache_path,
+            runtime.group,
+            format=data.format,
+            layout=Layout(quote=data.quote),
+        )
+        tokenizer = "whitespace"
     options = CorpusOptions(
         path=path,
         tokenizer=tokenizer,

@@ -11,7 +11,7 @@ from embedtrain.errors import UserError
 
 
 def lines(path: Path, format: str) -> list[str]:
-    text = write_baskets(str(path), format, ("session", "item"), str(path.parent / "cache"), None)
+    text = write_baskets(str(path), ("session", "item"), str(path.parent / "cache"), None, format=format)
     return sorted(Path(text).read_text(encoding="utf-8").splitlines())
 
 

@@ -237,11 +237,20 @@ def test_wrong_column_names_are_refused_with_those_that_exist(tmp_path: Path, ca
             prepared(tmp_path / name, schema, cache)
 
 
-def test_a_line_break_within_quotes_is_refused(tmp_path: Path, cache: Path) -> None:
-    (tmp_path / "a.csv").write_text('y,u\n1,"a\nb"\n0,c\n')
+@pytest.mark.parametrize("part_bytes", [1 << 20, 40])
+def test_quoted_line_breaks_belong_to_their_field_however_the_file_is_divided(
+    tmp_path: Path, cache: Path, part_bytes: int
+) -> None:
+    lines = ["y,u", *(f'{n % 2},"a\n{n},""b"""' if n % 3 else f"{n % 2},{n}" for n in range(40)), "9,x"]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
     schema = ClickSchema(file_format="csv", label="y", categorical=(CategoricalColumn(name="u"),))
-    with pytest.raises(UserError, match="a quoted field holds a line break"):
-        prepared(tmp_path / "a.csv", schema, cache)
+    log = prepared(tmp_path / "a.csv", schema, cache, part_bytes=part_bytes, chunk_bytes=30, max_bad_lines=1)
+    words = [b"", *log.vocabulary("u")["word"].to_pylist()]
+    values = [words[row].decode() for row in log.read(0, 40).examples[IDS][:, 0]]
+    assert values == [f'a\n{n},"b"' if n % 3 else str(n) for n in range(40)]
+    line = sum(text.count("\n") + 1 for text in lines)
+    with pytest.raises(UserError, match=rf"a\.csv:{line}: column y: expected a label of 0 or 1"):
+        prepared(tmp_path / "a.csv", schema, cache / "again", part_bytes=part_bytes, chunk_bytes=30)
 
 
 def test_a_log_without_examples_is_refused(tmp_path: Path, cache: Path) -> None:

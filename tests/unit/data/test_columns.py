@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedtrain.data.columns import read_columns
+from embedtrain.data.readers import blocks, rows, suffixes_of
+from embedtrain.data.sources import expand_sources
 from embedtrain.errors import UserError
 
 HUGE = 2**64 - 1
@@ -24,7 +27,8 @@ def write_csv(path: Path, separator: str) -> None:
 
 def pairs(path: str, format: str = "auto", names: tuple[str, str] = ("user", "item")) -> list[tuple[str, str]]:
     found = []
-    for users, items in read_columns(path, format, names):
+    for found_rows in read_columns(expand_sources(path, suffixes_of(format)), names, format):
+        users, items = found_rows.columns
         found += list(zip(users.to_pylist(), items.to_pylist(), strict=True))
     return found
 
@@ -53,12 +57,7 @@ def test_lines_of_users_and_their_items(tmp_path: Path) -> None:
 
 
 def test_a_line_longer_than_a_chunk_is_one_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from embedtrain.data import columns, sources
-
-    def small_chunks(source: sources.Source, start: int, stop: int):
-        return sources.read_chunks(source, start, stop, chunk_bytes=16)
-
-    monkeypatch.setattr(columns, "read_chunks", small_chunks)
+    monkeypatch.setattr(rows, "read_records", functools.partial(blocks.read_records, chunk_bytes=16))
     items = [f"item{i}" for i in range(50)]
     (tmp_path / "a.txt").write_text("u " + " ".join(items) + "\nv z\n")
     assert pairs(str(tmp_path / "a.txt")) == [*(("u", item) for item in items), ("v", "z")]
@@ -88,7 +87,7 @@ def test_what_cannot_be_used_is_one_clear_line(tmp_path: Path) -> None:
     assert "column 'user' holds double" in message(tmp_path / "a.parquet")
     assert "its columns are 'user', 'item'" in message(tmp_path / "a.parquet", "auto", ("user", "thing"))
     (tmp_path / "b.csv").write_text("user,item\n1,2\n3,4,5\n")
-    assert "Expected 2 columns, got 3" in message(tmp_path / "b.csv")
+    assert "b.csv:3: expected 2 fields, got 3" in message(tmp_path / "b.csv")
     (tmp_path / "c.parquet").write_bytes(b"no parquet at all")
     assert "Parquet" in message(tmp_path / "c.parquet")
     (tmp_path / "a.data").write_text("1 2")

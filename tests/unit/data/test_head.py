@@ -11,16 +11,16 @@ import pyarrow.parquet as pq
 from embedtrain.data.head import write_head
 
 
-def heads(path: object, folder: Path, max_bytes: int, suffixes: tuple[str, ...] = (".txt", ".csv")) -> list[Path]:
+def heads(path: object, folder: Path, max_bytes: int, format: str = "auto") -> list[Path]:
     folder.mkdir(exist_ok=True)
-    found = write_head(path, suffixes, str(folder), max_bytes)
+    found = write_head(path, format, str(folder), max_bytes)
     assert found is not None
     return [Path(each) for each in found]
 
 
 def test_small_data_are_their_own_head(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\n")
-    assert write_head(str(tmp_path), (".txt",), str(tmp_path), 8) is None
+    assert write_head(str(tmp_path), "text", str(tmp_path), 8) is None
 
 
 def test_a_text_keeps_whole_lines_and_its_first_one(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_several_files_are_cut_together_and_unpacked(tmp_path: Path) -> None:
 def test_parquet_keeps_columns_and_the_first_rows(tmp_path: Path) -> None:
     table = pa.table({"user": list(range(200_000)), "items": [["a", "b"]] * 200_000})
     pq.write_table(table, tmp_path / "x.parquet")
-    (head,) = heads(f"{tmp_path}/x.parquet", tmp_path / "head", 10_000, (".parquet",))
+    (head,) = heads(f"{tmp_path}/x.parquet", tmp_path / "head", 10_000)
     kept = pq.read_table(head)
     assert kept.schema.names == table.schema.names
     assert 0 < len(kept) < len(table)

@@ -195,7 +195,7 @@ def test_the_table_of_contents_says_what_was_prepared(text: Path, cache: Path) -
 
 def test_plan_covers_the_sources_in_order() -> None:
     sizes = {"a.txt": 25, "b.gz": 30, "c.txt": 0, "d.txt": 4}
-    sources = [Source(url, size, "") for url, size in sizes.items()]
+    sources = [Source(url, size, "", "gzip" if url == "b.gz" else None) for url, size in sizes.items()]
     plan = [[(s.source.url, s.start, s.stop) for s in part] for part in plan_parts(sources, 10)]
     assert plan == [
         [("a.txt", 0, 10)],

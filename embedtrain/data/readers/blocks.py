@@ -1,0 +1,375 @@
+"""Opens files on any fsspec URL and reads their text in blocks: decompressed, checked, cut between lines or records."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import itertools
+import lzma
+import re
+import tempfile
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, Any
+
+import fsspec
+import pyarrow as pa
+
+from embedtrain.data.readers.quotes import Quoting, find_line_ends, find_spans
+from embedtrain.data.sources import CHUNK_BYTES, Source, is_web
+from embedtrain.errors import UserError
+
+WHOLE = 1 << 62
+"""The end of a segment that goes to the end of its file."""
+
+MAX_PARTS = 256  # Each becomes a file that is held open while it is mapped.
+MAX_RECORD_BYTES = 256 << 20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_SCAN_BYTES = 1 << 16
+_BARE_RETURN = re.compile(rb"\r(?!\n)")
+_OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {
+    "gzip": lambda file: gzip.GzipFile(fileobj=file),
+    "bz2": bz2.BZ2File,
+    "xz": lzma.LZMAFile,
+    "zstd": lambda file: pa.input_stream(file, compression="zstd"),
+}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a source: the lines that begin in bytes [start, stop), or the row groups [start, stop) of Parquet."""
+
+    source: Source
+    start: int = 0
+    stop: int = WHOLE
+
+
+@contextmanager
+def open_stored(source: Source) -> Iterator[IO[bytes]]:
+    """Opens a file as it is stored.
+
+    Raises:
+        UserError: it may not be read or has vanished.
+    """
+    fs, path = fsspec.core.url_to_fs(source.url)
+    options = {"block_size": 0} if is_web(fs) and not source.can_seek else {}
+    with explained(source), fs.open(path, "rb", **options) as file:
+        yield file
+
+
+@contextmanager
+def open_seekable(source: Source) -> Iterator[IO[bytes]]:
+    """Opens a file whose format is read from any place on: if the file cannot be, a temporary copy of it.
+
+    Raises:
+        UserError: it may not be read or has vanished.
+    """
+    with open_stored(source) as file:
+        if source.can_seek:
+            yield file
+            return
+        with tempfile.TemporaryFile() as copy:
+            while block := file.read(CHUNK_BYTES):
+                copy.write(block)
+            copy.seek(0)
+            yield copy
+
+
+@contextmanager
+def open_unpacked(source: Source) -> Iterator[IO[bytes]]:
+    """Opens a file for reading from its beginning on, decompressed; all members of a compressed file are read.
+
+    Raises:
+        UserError: it may not be read, has vanished, or is corrupt or truncated.
+    """
+    with explained_codec(source), open_stored(source) as stored, _unpacked(source, stored) as file:
+        yield file
+
+
+@contextmanager
+def explained(source: Source) -> Iterator[None]:
+    """Turns a file that may not be read, or is gone, into one line that names it: the user's to mend."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"{source.url}: permission denied: {error}") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{source.url}: the file has vanished since it was listed") from error
+
+
+@contextmanager
+def explained_codec(source: Source) -> Iterator[None]:
+    """Names a compressed file that its codec cannot read."""
+    try:
+        yield
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException) as error:
+        # A codec's complaint has no errno; a failing disk or network has one, and is not the file's fault.
+        if source.compression is None or getattr(error, "errno", None) is not None:
+            raise
+        raise UserError(f"{source.url}: cannot be read as {source.compression}: {error}") from error
+
+
+def plan_parts(sources: Iterable[Source], part_bytes: int, undivided: Collection[str] = ()) -> list[list[Segment]]:
+    """Divides files into at most 256 parts of about equal size, in the order of the files.
+
+    The parts do not depend on the number of ranks.
+
+    Args:
+        sources: the files.
+        part_bytes: parts are at least of this size.
+        undivided: URLs of files that are not divided; nor are compressed ones.
+    """
+    sources = list(sources)
+    total_bytes = sum(source.size_bytes for source in sources)
+    part_bytes = max(part_bytes, -(-total_bytes // MAX_PARTS))
+    parts: list[list[Segment]] = []
+    room_bytes = 0
+    for source in sources:
+        is_divisible = source.is_divisible and source.url not in undivided
+        start = 0
+        while start < source.size_bytes:
+            if room_bytes <= 0:
+                parts.append([])
+                room_bytes = part_bytes
+            stop = min(source.size_bytes, start + room_bytes) if is_divisible else source.size_bytes
+            parts[-1].append(Segment(source, start, stop))
+            room_bytes -= stop - start
+            start = stop
+    return parts
+
+
+def read_chunks(
+    source: Source,
+    start: int,
+    stop: int,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+    on_read: Callable[[int], None] | None = None,
+) -> Iterator[bytes]:
+    """Reads the lines that begin in a byte range of a text.
+
+    Args:
+        source: the file.
+        start: first byte of the range; 0 for a source that is not divisible.
+        stop: end of the range. The line that `stop` falls into is read to its end.
+        chunk_bytes: about how much is held at a time.
+        on_read: called with the number of bytes read from storage since the last call.
+
+    Yields:
+        UTF-8 text that ends with a line; or, in a line longer than a chunk, with a space or a tab. A bare CR ends a
+        line, and is an LF here.
+
+    Raises:
+        UserError: the file is not UTF-8 text, is corrupt or truncated, has vanished or may not be read.
+    """
+    segment = Segment(source, start, stop)
+    return _checked(segment, lambda blocks, _: _cut_at_words(_with_line_feeds(blocks)), chunk_bytes, on_read)
+
+
+def read_records(segment: Segment, quoting: Quoting | None, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """Reads the records that begin in a part of a text; a record is a line, and goes on through quoted line breaks.
+
+    Args:
+        segment: the part; all of the file if the file is not divisible.
+        quoting: None if there are no quotes; then a bare CR, which ends a line, is an LF here.
+        chunk_bytes: about how much is held at a time.
+
+    Yields:
+        UTF-8 text that ends with a record.
+
+    Raises:
+        UserError: as `read_chunks`; or a quote that is opened is never closed.
+    """
+    source = segment.source
+    if quoting is None:
+        return _checked(segment, lambda blocks, _: _cut_at_lines(_with_line_feeds(blocks), source), chunk_bytes)
+    return _checked(segment, lambda blocks, first: _cut_at_records(blocks, first, quoting, source), chunk_bytes)
+
+
+def has_quoted_line_break(segment: Segment, quoting: Quoting) -> bool:
+    """Tells whether a line ends within quotes in a part of a text; if in none does, each part begins with a record."""
+    for chunk in _checked(segment, lambda blocks, _: _cut_at_lines(blocks, segment.source), CHUNK_BYTES):
+        spans = find_spans(chunk, quoting)
+        if len(spans.opens) and spans.are_inside(find_line_ends(chunk) - 1).any():
+            return True
+    return False
+
+
+def line_at(source: Source, offset: int) -> int:
+    """Returns the number of the line, from 1, that holds a byte of the decompressed text."""
+    number = 1
+    with open_unpacked(source) as file:
+        for block in _with_line_feeds(_blocks(file, WHOLE, CHUNK_BYTES)):
+            number += block[:offset].count(b"\n")
+            offset -= len(block)
+            if offset <= 0:
+                break
+    return number
+
+
+def first_line(segment: Segment) -> int:
+    """Returns the number, from 1, of the first line that begins in a part of a text."""
+    if segment.start == 0:
+        return 1
+    return 1 + sum(chunk.count(b"\n") for chunk in read_chunks(segment.source, 0, segment.start))
+
+
+def _checked(
+    segment: Segment,
+    cut: Callable[[Iterator[bytes], int], Iterator[bytes]],
+    chunk_bytes: int,
+    on_read: Callable[[int], None] | None = None,
+) -> Iterator[bytes]:
+    """Reads the lines of a segment as `cut` cuts them, makes sure that they are text and drops a byte-order mark."""
+    source = segment.source
+    with explained_codec(source), open_stored(source) as stored, _unpacked(source, stored) as file:
+        at, num_bytes = 0, WHOLE
+        if source.is_divisible:
+            at = _line_start(file, segment.start, segment.stop)
+            if segment.stop < source.size_bytes:
+                num_bytes = _line_start(file, segment.stop) - at if at < segment.stop else 0
+            file.seek(at)
+        told = stored.tell()
+        blocks = _blocks(file, num_bytes, max(chunk_bytes, len(BYTE_ORDER_MARK)))
+        if at == 0:
+            first = next(blocks, b"")
+            require_utf8(first, source)
+            at = len(BYTE_ORDER_MARK) if first.startswith(BYTE_ORDER_MARK) else 0
+            blocks = itertools.chain([first[at:]], blocks)
+        for chunk in cut(blocks, at):
+            _require_text(chunk, source, at)
+            yield chunk
+            at += len(chunk)
+            if on_read is not None:
+                on_read(stored.tell() - told)
+                told = stored.tell()
+
+
+@contextmanager
+def _unpacked(source: Source, stored: IO[bytes]) -> Iterator[IO[bytes]]:
+    if source.compression is None:
+        yield stored
+    else:
+        with _OPENERS[source.compression](stored) as file:
+            yield file
+
+
+def _line_start(file: IO[bytes], position: int, limit: int | None = None) -> int:
+    """Finds where the first line that begins at or after `position` begins; may stop at `limit`."""
+    if position == 0:
+        return 0
+    at = position - 1
+    file.seek(at)
+    while (limit is None or at < limit) and (block := file.read(_SCAN_BYTES)):
+        if (newline := block.find(b"\n")) >= 0:
+            return at + newline + 1
+        at += len(block)
+    return at
+
+
+def _blocks(file: IO[bytes], num_bytes: int, block_bytes: int) -> Iterator[bytes]:
+    while num_bytes > 0 and (block := file.read(min(block_bytes, num_bytes))):
+        num_bytes -= len(block)
+        yield block
+
+
+def _with_line_feeds(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Turns each CR that no LF follows into an LF."""
+    held = b""
+    for block in blocks:
+        block, held = held + block, b""
+        if b"\r" in block:
+            if block.endswith(b"\r"):
+                block, held = block[:-1], b"\r"
+            block = _BARE_RETURN.sub(b"\n", block)
+        yield block
+    if held:
+        yield b"\n"
+
+
+def _cut_at_words(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Cuts text after a line; within a line longer than a block, after a space or a tab."""
+    rest = b""
+    for block in blocks:
+        data = rest + block
+        cut = data.rfind(b"\n") + 1 or max(data.rfind(b" "), data.rfind(b"\t")) + 1
+        if cut:
+            yield data[:cut]
+        rest = data[cut:]
+    if rest:
+        yield rest
+
+
+def _cut_at_lines(blocks: Iterable[bytes], source: Source) -> Iterator[bytes]:
+    rest: list[bytes] = []
+    for block in blocks:
+        cut = block.rfind(b"\n") + 1
+        if cut:
+            yield b"".join([*rest, block[:cut]])
+            rest = [block[cut:]]
+        else:
+            rest.append(block)
+            _require_room(sum(map(len, rest)), source)
+    if any(rest):
+        yield b"".join(rest)
+
+
+def _cut_at_records(blocks: Iterable[bytes], first: int, quoting: Quoting, source: Source) -> Iterator[bytes]:
+    """Cuts text, which begins at byte `first` of the file, after the last line end that lies outside of quotes."""
+    rest = b""
+    quote = quoting.quote.encode()
+    for block in blocks:
+        data = rest + block
+        cut = data.rfind(b"\n") + 1
+        if quote in data or not cut:
+            # Whether an LF follows a CR at the end is not known yet.
+            ends = find_line_ends(data.removesuffix(b"\r"))
+            outside = ends[~find_spans(data, quoting).are_inside(ends - 1)]
+            cut = int(outside[-1]) if len(outside) else 0
+        if cut:
+            yield data[:cut]
+        rest, first = data[cut:], first + cut
+        if len(rest) > MAX_RECORD_BYTES:
+            _refuse_open_quote(rest, first, quoting, source)
+            _require_room(len(rest), source)
+    if rest:
+        _refuse_open_quote(rest, first, quoting, source)
+        yield rest
+
+
+def _refuse_open_quote(rest: bytes, first: int, quoting: Quoting, source: Source) -> None:
+    open_at = find_spans(rest, quoting).open_at
+    if open_at is not None:
+        line = line_at(source, first + open_at)
+        raise UserError(f"{source.url}:{line}: the quote that is opened on this line is never closed")
+
+
+def _require_room(num_bytes: int, source: Source) -> None:
+    if num_bytes > MAX_RECORD_BYTES:
+        raise UserError(f"{source.url}: expected lines of at most {MAX_RECORD_BYTES >> 20} MiB, found a longer one")
+
+
+def require_utf8(head: bytes, source: Source) -> None:
+    """Raises UserError when a file begins as UTF-16 does."""
+    if head.startswith(UTF16_MARKS):
+        raise UserError(f"{source.url}: UTF-16 text: expected UTF-8; convert it, such as by: iconv -f UTF-16 -t UTF-8")
+
+
+def _require_text(chunk: bytes, source: Source, offset: int) -> None:
+    """Refuses what is not UTF-8 text; `offset` is the chunk's place in the decompressed file."""
+    if (nul := chunk.find(b"\0")) >= 0:
+        raise _not_text("a binary file, not text: NUL", source, offset + nul)
+    if chunk.isascii():
+        return
+    try:
+        chunk.decode()
+    except UnicodeDecodeError as error:
+        raise _not_text(f"not UTF-8 text: 0x{chunk[error.start]:02x}", source, offset + error.start) from error
+
+
+def _not_text(fault: str, source: Source, place: int) -> UserError:
+    inside = "" if source.compression is None else " of the decompressed text"
+    return UserError(f"{source.url}:{line_at(source, place)}: {fault} at byte {place}{inside}")

@@ -1,0 +1,167 @@
+"""CSV: delimited fields, quoted if they hold delimiters or line breaks, as pandas and Arrow read them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+from numpy.typing import NDArray
+
+from embedtrain.data.readers.blocks import Segment, read_records
+from embedtrain.data.readers.quotes import Quoting, find_line_ends, find_spans
+from embedtrain.data.readers.rows import Layout, Parsed, TextFormat, refuse_repeats
+from embedtrain.data.sources import Source
+from embedtrain.errors import UserError
+
+_HEADER_BYTES = 1 << 16
+_LINE_ENDS = (10, 13)
+_BARE_RETURN = re.compile(rb"\r(?!\n)")
+
+
+class Csv(TextFormat):
+    """Lines of fields between delimiters; the first one names the columns unless the layout does."""
+
+    suffixes = (".csv",)
+    other_suffixes: tuple[str, ...] = (".tsv", ".txt", "")
+    has_header = True
+
+    def quoting(self, layout: Layout) -> Quoting | None:
+        """See `TextFormat.quoting`."""
+        return layout.quoting(self.delimiter)
+
+    def columns(self, source: Source, names: Sequence[str], layout: Layout) -> tuple[str, ...]:
+        """See `Format.columns`; spaces around a name are dropped."""
+        if layout.columns is not None:
+            return layout.columns
+        quoting = self.quoting(layout)
+        block = next(read_records(Segment(source), quoting, chunk_bytes=_HEADER_BYTES), b"")
+        if not block.strip():
+            raise UserError(f"{source.url}: the file is empty, and its first line should name the columns")
+        header = block[: len(block) - len(self.skip_header(block, layout)[0])].decode().strip("\r\n")
+        fields = csv.reader(
+            io.StringIO(header, newline=""),
+            delimiter=layout.delimiter or self.delimiter,
+            quotechar=None if quoting is None else quoting.quote,
+            quoting=csv.QUOTE_NONE if quoting is None else csv.QUOTE_MINIMAL,
+        )
+        found = tuple(name.strip() for name in next(fields))
+        refuse_repeats(found, source)
+        return found
+
+    def skip_header(self, block: bytes, layout: Layout) -> tuple[bytes, int]:
+        """See `TextFormat.skip_header`; blank lines before the names are skipped too."""
+        if layout.columns is not None:
+            return block, 0
+        ends, _ = _records(block, self.quoting(layout))
+        if len(ends) == 0:
+            return b"", len(find_line_ends(block))
+        return block[int(ends[0]) :], len(find_line_ends(block[: int(ends[0])]))
+
+    def parse(
+        self,
+        block: bytes,
+        names: Sequence[str],
+        columns: tuple[str, ...],
+        layout: Layout,
+        types: Mapping[str, pa.DataType] | None = None,
+    ) -> Parsed:
+        """See `TextFormat.parse`; blank lines are no rows."""
+        if not block.strip(b"\r\n"):
+            return Parsed(_empty(names), len(find_line_ends(block)))
+        table, wrong = self._read(block, names, columns, layout, dict(types or {}))
+        num_records, num_lines = table.num_rows + len(wrong), _count_lines(block)
+        if num_records == num_lines and not _has_bare_returns(block):
+            # The common case: no line is blank, and no quoted field goes on in the next one.
+            line_of = np.arange(num_lines)
+        else:
+            line_of = _records(block, self.quoting(layout))[1]
+            num_lines = _count_lines(_BARE_RETURN.sub(b"\n", block))
+            assert len(line_of) == num_records, f"{num_records} records were parsed, and {len(line_of)} found"
+        is_row = np.ones(num_records, np.bool_)
+        is_row[list(wrong)] = False
+        return Parsed(
+            _as_batch(table, names),
+            num_lines,
+            {int(line_of[record]): reason for record, reason in wrong.items()},
+            None if num_records == num_lines and not wrong else lambda: line_of[is_row],
+        )
+
+    def _read(
+        self,
+        block: bytes,
+        names: Sequence[str],
+        columns: tuple[str, ...],
+        layout: Layout,
+        types: dict[str, pa.DataType],
+    ) -> tuple[pa.Table, dict[int, str]]:
+        """Returns the columns, and by number of the record, from 0, what is wrong with those that are left out."""
+        wrong: dict[int, str] = {}
+
+        def leave_out(row: pa_csv.InvalidRow) -> str:
+            wrong[row.number - 1] = f"expected {row.expected_columns} fields, got {row.actual_columns}"
+            return "skip"
+
+        # Columns go by their places, since names need not be unique if nobody asks for them.
+        places = {name: str(columns.index(name)) for name in names}
+        quoting = self.quoting(layout)
+        try:
+            table = pa_csv.read_csv(
+                pa.BufferReader(block),
+                read_options=pa_csv.ReadOptions(
+                    use_threads=False,
+                    column_names=[str(place) for place in range(len(columns))],
+                    block_size=len(block) + 1,
+                ),
+                parse_options=pa_csv.ParseOptions(
+                    delimiter=layout.delimiter or self.delimiter,
+                    quote_char=False if quoting is None else quoting.quote,
+                    newlines_in_values=quoting is not None,
+                    invalid_row_handler=leave_out,
+                ),
+                convert_options=pa_csv.ConvertOptions(
+                    include_columns=list(places.values()),
+                    column_types={place: types.get(name, pa.large_string()) for name, place in places.items()},
+                    null_values=[""],
+                    check_utf8=False,
+                ),
+            )
+        except pa.ArrowInvalid:
+            if not types:
+                raise
+            return self._read(block, names, columns, layout, {})
+        return table, wrong
+
+
+def _records(block: bytes, quoting: Quoting | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Returns where each record of a block ends, and on which line, from 0, it begins; blank lines are none."""
+    ends = find_line_ends(block)
+    if len(ends) == 0 or ends[-1] < len(block):
+        ends = np.append(ends, len(block))
+    record_ends = ends
+    if quoting is not None and quoting.quote.encode() in block:
+        record_ends = ends[~find_spans(block, quoting).are_inside(ends - 1)]
+    starts = np.concatenate([[0], record_ends[:-1]])
+    is_blank = np.isin(np.frombuffer(block, np.uint8)[starts], _LINE_ENDS)
+    return record_ends[~is_blank], np.searchsorted(ends, starts[~is_blank], side="right")
+
+
+def _count_lines(block: bytes) -> int:
+    return block.count(b"\n") + (not block.endswith(b"\n"))
+
+
+def _has_bare_returns(block: bytes) -> bool:
+    return b"\r" in block and block.count(b"\r") != block.count(b"\r\n")
+
+
+def _as_batch(table: pa.Table, names: Sequence[str]) -> pa.RecordBatch:
+    batches = table.combine_chunks().to_batches()
+    return pa.RecordBatch.from_arrays(batches[0].columns, names=list(names)) if batches else _empty(names)
+
+
+def _empty(names: Sequence[str]) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([pa.array([], pa.large_string()) for _ in names], names=list(names))

@@ -1,0 +1,148 @@
+"""JSON lines: one object per line, whose keys name the columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.json as pa_json
+
+from embedtrain.data.readers.blocks import Segment, read_records
+from embedtrain.data.readers.rows import Layout, Parsed, TextFormat, plain
+from embedtrain.data.sources import Source
+from embedtrain.errors import UserError
+
+_SAMPLE_LINES = 64
+_TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.large_string()}
+
+
+class JsonLines(TextFormat):
+    """Objects of strings, numbers, booleans and lists of these; what a line lacks is missing.
+
+    Columns have the types of their values. If one has integers of more than 64 bits, or integers and strings, it is one
+    of strings, so that an id is read as it is spelled.
+    """
+
+    suffixes = (".jsonl", ".ndjson")
+    other_suffixes = (".json", ".txt", "")
+
+    def columns(self, source: Source, names: Sequence[str], layout: Layout) -> tuple[str, ...]:
+        """See `Format.columns`; they are the keys of the first block, some 4 MiB."""
+        block = next(read_records(Segment(source), None), b"")
+        found: dict[str, None] = {}
+        for line in block.split(b"\n"):
+            record = _record(line) if line.strip() else {}
+            if isinstance(record, dict):
+                found.update(dict.fromkeys(record))
+        if not found:
+            raise UserError(f"{source.url}: expected lines of JSON objects, found none")
+        return tuple(found)
+
+    def parse(
+        self,
+        block: bytes,
+        names: Sequence[str],
+        columns: tuple[str, ...],
+        layout: Layout,
+        types: Mapping[str, pa.DataType] | None = None,
+    ) -> Parsed:
+        """See `TextFormat.parse`; blank lines are no rows."""
+        num_lines = block.count(b"\n") + (not block.endswith(b"\n"))
+        sample = list(map(_record, islice(filter(bytes.strip, block.split(b"\n", _SAMPLE_LINES)), _SAMPLE_LINES)))
+        schema = [(name, _type_of([r.get(name) for r in sample if isinstance(r, dict)])) for name in names]
+        try:
+            table = pa_json.read_json(
+                pa.BufferReader(block),
+                read_options=pa_json.ReadOptions(use_threads=False, block_size=len(block) + 1),
+                parse_options=pa_json.ParseOptions(
+                    explicit_schema=pa.schema(schema), newlines_in_values=False, unexpected_field_behavior="ignore"
+                ),
+            )
+        except pa.ArrowInvalid:
+            return _parse_line_by_line(block, names, num_lines)
+        if table.num_rows != num_lines:
+            return _parse_line_by_line(block, names, num_lines)
+        return Parsed(_as_batch(names, [table[name].combine_chunks() for name in names]), num_lines)
+
+
+def _parse_line_by_line(block: bytes, names: Sequence[str], num_lines: int) -> Parsed:
+    """Parses lines among which there are blank or wrong ones, or values of several types."""
+    values: dict[str, list[Any]] = {name: [] for name in names}
+    wrong: dict[int, str] = {}
+    rows: list[int] = []
+    for number, line in enumerate(block.removesuffix(b"\n").split(b"\n")):
+        if not line.strip():
+            continue
+        record = _record(line)
+        fault = record if isinstance(record, str) else _fault_of(record, names)
+        if fault is not None:
+            wrong[number] = fault
+            continue
+        rows.append(number)
+        for name in names:
+            values[name].append(record.get(name))  # type: ignore[union-attr]
+    arrays = [_as_array(values[name]) for name in names]
+    lines = np.array(rows, np.int64)
+    return Parsed(_as_batch(names, arrays), num_lines, wrong, lambda: lines)
+
+
+def _as_batch(names: Sequence[str], arrays: Sequence[pa.Array]) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([plain(array) for array in arrays], names=list(names))
+
+
+def _record(line: bytes) -> dict[str, Any] | str:
+    """Returns the object of a line, or what is wrong with it."""
+    try:
+        record = json.loads(line, object_pairs_hook=_without_repeats)
+    except ValueError as error:
+        return f"not a JSON object: {error}"
+    return record if isinstance(record, dict) else f"expected a JSON object, got {type(record).__name__}"
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError("a key is repeated")
+    return record
+
+
+def _fault_of(record: dict[str, Any] | str, names: Sequence[str]) -> str | None:
+    assert isinstance(record, dict)
+    for name in names:
+        value = record.get(name)
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, dict | list):
+                return f"column {name}: expected a string, a number or a list of these, got {json.dumps(value)}"
+    return None
+
+
+def _type_of(values: list[Any]) -> pa.DataType:
+    """Returns the type of a column by some of its values."""
+    if any(isinstance(value, list) for value in values):
+        lists = [each for value in values if isinstance(value, list) for each in value]
+        return pa.list_(_type_of(lists))
+    kinds = {type(value) for value in values if value is not None}
+    if kinds == {int, float}:
+        return pa.float64()
+    return _TYPES.get(kinds.pop(), pa.large_string()) if len(kinds) == 1 else pa.large_string()
+
+
+def _as_array(values: list[Any]) -> pa.Array:
+    kind = _type_of(values)
+    try:
+        return pa.array(values, kind)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        is_list = pa.types.is_list(kind)
+        texts = [
+            ([_spelled(each) for each in value] if isinstance(value, list) else value) if is_list else _spelled(value)
+            for value in values
+        ]
+        return pa.array(texts, pa.list_(pa.large_string()) if is_list else pa.large_string())
+
+
+def _spelled(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value)

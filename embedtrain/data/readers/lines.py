@@ -1,0 +1,52 @@
+"""Lines of a user and the items that they turned to: `user item item ...`, between white space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from embedtrain.data.readers.rows import Layout, Parsed, TextFormat
+from embedtrain.data.sources import Source
+from embedtrain.errors import UserError
+
+
+class Lines(TextFormat):
+    """A row is a user and one item of their line."""
+
+    suffixes = (".txt",)
+    other_suffixes = ("",)
+    has_names = False
+
+    def columns(self, source: Source, names: Sequence[str], layout: Layout) -> tuple[str, ...]:
+        """See `Format.columns`; there are two, and they have the names that are asked for."""
+        if len(names) != 2:
+            raise UserError(
+                f"{source.url}: lines hold two columns, a user and their items, and {len(names)} are asked for: "
+                f"{', '.join(map(repr, names))}"
+            )
+        return tuple(names)
+
+    def parse(
+        self,
+        block: bytes,
+        names: Sequence[str],
+        columns: tuple[str, ...],
+        layout: Layout,
+        types: Mapping[str, pa.DataType] | None = None,
+    ) -> Parsed:
+        """See `TextFormat.parse`."""
+        lines = pa.array(block.removesuffix(b"\n").split(b"\n"), pa.large_binary()).cast(pa.large_string())
+        words = pc.ascii_split_whitespace(pc.ascii_trim_whitespace(lines))
+        lengths = np.asarray(pc.list_value_length(words))
+        values = words.flatten()
+        is_first = np.zeros(len(values), bool)
+        starts = np.cumsum(lengths) - lengths
+        # An empty line splits into one empty word.
+        is_first[starts] = True
+        users = values.filter(pa.array(is_first))
+        of_line = np.repeat(np.arange(len(lengths)), np.maximum(lengths - 1, 0))
+        found = [users.take(pa.array(of_line)), values.filter(pa.array(~is_first))]
+        return Parsed(pa.RecordBatch.from_arrays(found, names=list(names)), len(lines), {}, lambda: of_line)

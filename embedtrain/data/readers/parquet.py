@@ -1,0 +1,105 @@
+"""Parquet: columns with types of their own, a row group at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedtrain.data.readers.blocks import MAX_PARTS, Segment, open_seekable
+from embedtrain.data.readers.rows import Fault, Format, Layout, Rows, plain, refuse_repeats
+from embedtrain.data.sources import CHUNK_BYTES, Source
+from embedtrain.errors import UserError
+
+_ROWS_PER_READ = 1 << 15
+
+
+class Parquet(Format):
+    """Files of row groups; the lines of rows and of faults are the numbers of rows."""
+
+    suffixes = (".parquet",)
+    other_suffixes = (".pq", "")
+
+    def columns(self, source: Source, names: Sequence[str], layout: Layout) -> tuple[str, ...]:
+        """See `Format.columns`."""
+        with open_parquet(source) as file:
+            found = tuple(file.schema_arrow.names)
+        refuse_repeats(found, source)
+        return found
+
+    def plan(self, sources: Sequence[Source], part_bytes: int, undivided: Collection[str]) -> list[list[Segment]]:
+        """See `Format.plan`."""
+        groups: list[tuple[Segment, int]] = []
+        for source in sources:
+            with open_parquet(source) as file:
+                metadata = file.metadata
+                groups += [
+                    (Segment(source, group, group + 1), metadata.row_group(group).total_byte_size)
+                    for group in range(metadata.num_row_groups)
+                ]
+        part_bytes = max(part_bytes, -(-sum(size for _, size in groups) // MAX_PARTS))
+        parts: list[list[Segment]] = []
+        room_bytes = 0
+        for segment, size in groups:
+            if room_bytes <= 0:
+                parts.append([])
+                room_bytes = part_bytes
+            parts[-1].append(segment)
+            room_bytes -= size
+        return parts
+
+    def read(
+        self,
+        segment: Segment,
+        names: Sequence[str],
+        columns: tuple[str, ...],
+        layout: Layout,
+        faults: list[Fault],
+        *,
+        chunk_bytes: int = CHUNK_BYTES,
+        types: Mapping[str, pa.DataType] | None = None,
+    ) -> Iterator[Rows]:
+        """See `Format.read`."""
+        at = 0
+        with open_parquet(segment.source) as file:
+            groups = list(range(segment.start, min(segment.stop, file.metadata.num_row_groups)))
+            for batch in file.iter_batches(_ROWS_PER_READ, groups, list(names), use_threads=False):
+                if batch.num_rows:
+                    yield Rows(
+                        pa.RecordBatch.from_arrays([plain(batch.column(n)) for n in names], names=list(names)), at
+                    )
+                at += batch.num_rows
+
+    def place(self, fault: Fault) -> str:
+        """See `Format.place`."""
+        segment = fault.segment
+        with open_parquet(segment.source) as file:
+            before = sum(file.metadata.row_group(group).num_rows for group in range(segment.start))
+        return f"{segment.source.url}, row {before + fault.line}"
+
+    def copy_head(self, source: Source, path: str, layout: Layout, max_bytes: int) -> int:
+        """See `Format.copy_head`."""
+        with open_parquet(source) as file, pq.ParquetWriter(path, file.schema_arrow) as writer:
+            for batch in file.iter_batches(_ROWS_PER_READ // 2):
+                writer.write_batch(batch)
+                if os.path.getsize(path) >= max_bytes:
+                    break
+        return os.path.getsize(path)
+
+
+@contextmanager
+def open_parquet(source: Source) -> Iterator[pq.ParquetFile]:
+    """Opens a file.
+
+    Raises:
+        UserError: it is not one of Parquet, may not be read or has vanished.
+    """
+    with open_seekable(source) as file:
+        try:
+            with pq.ParquetFile(file) as parquet:
+                yield parquet
+        except pa.ArrowException as error:
+            raise UserError(f"{source.url}: cannot be read as Parquet: {' '.join(str(error).split())}") from error

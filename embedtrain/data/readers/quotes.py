@@ -1,0 +1,89 @@
+"""Where quoted fields begin and end in a delimited text, by the rules of pandas and Arrow.
+
+A quote opens a field only as its first character, two of them within a quoted field stand for one, and a quote anywhere
+else is an ordinary character.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+_LINE_FEED, _RETURN = 10, 13
+
+
+class Quoting(NamedTuple):
+    """The two characters, both ASCII, that say where the fields of a delimited text end."""
+
+    delimiter: str
+    quote: str
+
+
+class Spans(NamedTuple):
+    """The quoted parts of a text: part `i` is what lies between the quotes at `opens[i]` and `closes[i]`.
+
+    Attributes:
+        opens: [n] int64.
+        closes: [n] int64, or [n - 1] if the text ends within quotes.
+    """
+
+    opens: NDArray[np.int64]
+    closes: NDArray[np.int64]
+
+    @property
+    def open_at(self) -> int | None:
+        """Where the quote stands that is still open at the end; None if there is none."""
+        return int(self.opens[-1]) if len(self.opens) > len(self.closes) else None
+
+    def are_inside(self, places: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Tells which of [n] ascending places lie within quotes."""
+        inside: NDArray[np.bool_] = np.searchsorted(self.opens, places) > np.searchsorted(self.closes, places)
+        return inside
+
+
+def find_spans(text: bytes, quoting: Quoting) -> Spans:
+    """Finds the quoted parts of a text that begins outside of quotes."""
+    quote = ord(quoting.quote)
+    codes = np.frombuffer(text, np.uint8)
+    at = np.flatnonzero(codes == quote).astype(np.int64)
+    if len(at) == 0:
+        return Spans(at, at)
+    # The common case, without a loop: quotes come in pairs, each around a whole field or within one.
+    ends_field = np.zeros(256, np.bool_)
+    ends_field[[ord(quoting.delimiter), _LINE_FEED, _RETURN, quote]] = True
+    opens, closes = at[::2], at[1::2]
+    before, after = opens[opens > 0] - 1, closes[closes < len(text) - 1] + 1
+    if ends_field[codes[before]].all() and ends_field[codes[after]].all():
+        return Spans(opens, closes)
+    return _walk_quotes(text, at.tolist(), bytes([ord(quoting.delimiter), _LINE_FEED, _RETURN]))
+
+
+def find_line_ends(text: bytes) -> NDArray[np.int64]:
+    """Returns where each line ends, after its LF, CRLF or bare CR; a CR that is the last byte of all counts as one."""
+    codes = np.frombuffer(text, np.uint8)
+    is_end = codes == _LINE_FEED
+    if b"\r" in text:
+        is_return = codes == _RETURN
+        is_return[:-1] &= ~is_end[1:]
+        is_end = is_end | is_return
+    return np.flatnonzero(is_end).astype(np.int64) + 1
+
+
+def _walk_quotes(text: bytes, places: list[int], field_ends: bytes) -> Spans:
+    """Finds the quoted parts quote by quote."""
+    opens: list[int] = []
+    closes: list[int] = []
+    number = 0
+    while number < len(places):
+        place = places[number]
+        if len(opens) == len(closes):
+            if place == 0 or text[place - 1] in field_ends:
+                opens.append(place)
+        elif number + 1 < len(places) and places[number + 1] == place + 1:
+            number += 1
+        else:
+            closes.append(place)
+        number += 1
+    return Spans(np.array(opens, np.int64), np.array(closes, np.int64))

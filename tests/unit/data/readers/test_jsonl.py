@@ -1,0 +1,152 @@
+"""JSON lines do for every model what CSV does: the same rows, ids and categories."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedtrain.data.baskets import write_baskets
+from embedtrain.data.click_log import DENSE, IDS, LABEL
+from embedtrain.data.click_schema import CategoricalColumn, ClickSchema
+from embedtrain.data.click_stream import ClickStream, StreamOptions
+from embedtrain.data.head import write_head
+from embedtrain.data.interactions import InteractionOptions, Interactions, SideOptions, prepare_interactions
+from embedtrain.data.readers import FORMATS, Layout
+from embedtrain.errors import UserError
+from tests.unit.data.click_example import prepared
+
+CITIES = ["Rome", "Oslo", "", 'Ne"w\nYork']
+ROWS = [
+    {"label": n % 2, "age": n + 0.5, "city": CITIES[n % 4], "tags": [str(t) for t in range(n % 3)]} for n in range(40)
+]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> str:
+    def cell(value: Any) -> str:
+        text = "|".join(value) if isinstance(value, list) else str(value)
+        return '"' + text.replace('"', '""') + '"'
+
+    lines = [",".join(rows[0]), *(",".join(map(cell, row.values())) for row in rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def schema_of(format: str, **options: Any) -> ClickSchema:
+    columns = CategoricalColumn(name="city", **options), CategoricalColumn(name="tags", is_bag=True, **options)
+    return ClickSchema(file_format=format, label="label", dense=("age",), categorical=columns, dense_transform="none")
+
+
+def test_a_click_log_is_that_of_csv(tmp_path: Path) -> None:
+    logs = [
+        prepared(write(tmp_path / f"a.{format}", ROWS), schema_of(format), tmp_path / "cache", part_bytes=100)
+        for format, write in (("csv", write_csv), ("jsonl", write_jsonl))
+    ]
+    csv, jsonl = (log.read(0, 40) for log in logs)
+    for field in (LABEL, DENSE, IDS):
+        np.testing.assert_array_equal(jsonl.examples[field], csv.examples[field])
+    assert jsonl.values.tolist() == csv.values.tolist()
+    assert logs[1].vocabulary("city").equals(logs[0].vocabulary("city"))
+
+
+def test_a_stream(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    stream = ClickStream(
+        StreamOptions(path, lines_per_step=64), schema_of("jsonl", num_rows=100, encoding="hash"), None
+    )
+    batch, _, _ = stream.next_batch({})
+    assert batch is not None
+    assert batch.labels.tolist() == [n % 2 for n in range(40)]
+    assert batch.dense.flatten().tolist() == [n + 0.5 for n in range(40)]
+    assert batch.features["tags"].lengths.tolist() == [n % 3 for n in range(40)]
+
+
+def test_bad_lines_are_named_and_left_out(tmp_path: Path) -> None:
+    lines = [json.dumps(row) for row in ROWS[:3]]
+    lines[1:1] = [
+        '{"label": 1,',
+        "",
+        "[1]",
+        '{"label": 1, "label": 0}',
+        '{"label": 7, "city": "x"}',
+        '{"city": {"x": 1}}',
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(
+        UserError, match=rf"{path}:2: not a JSON object: .*; {path}:4: expected a JSON object, got list; "
+    ):
+        prepared(path, schema_of("jsonl"), tmp_path / "cache")
+    log = prepared(path, schema_of("jsonl"), tmp_path / "cache", max_bad_lines=5)
+    assert (log.num_examples, log.num_faults) == (3, 5)
+
+
+def test_interactions_features_and_held_out_data(tmp_path: Path) -> None:
+    def prepare(format: str, write: Any) -> Interactions:
+        pairs = [{"user": n % 5, "item": f"i{n % 7}"} for n in range(30)]
+        items = [{"id": f"i{n}", "genre": [f"g{n % 3}", "all"], "maker": f"m{n % 2}"} for n in range(7)]
+        options = InteractionOptions(
+            path=write(tmp_path / f"train.{format}", pairs),
+            held_out_path=write(tmp_path / f"test.{format}", [{"user": "3", "item": "i1"}, {"user": 3, "item": "new"}]),
+            items=SideOptions(
+                path=write(tmp_path / f"items.{format}", items), separators={"genre": "|", "maker": None}
+            ),
+        )
+        return prepare_interactions(options, str(tmp_path / "cache"), None)
+
+    csv, jsonl = prepare("csv", write_csv), prepare("jsonl", write_jsonl)
+    assert jsonl.fingerprint == csv.fingerprint
+    assert jsonl.users.words == csv.users.words == ["0", "1", "2", "3", "4"]
+    assert jsonl.held_out.values.tolist() == csv.held_out.values.tolist()
+
+
+def test_baskets(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"s": 1, "i": "a"}, {"s": 2, "i": "é"}, {"s": 1, "i": 7}])
+    text = write_baskets(path, ("s", "i"), str(tmp_path / "cache"), None, format="jsonl")
+    assert sorted(Path(text).read_text(encoding="utf-8").splitlines()) == ["a 7", "é"]
+
+
+def test_its_head_is_whole_lines(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "head").mkdir()
+    heads = write_head(path, "auto", str(tmp_path / "head"), 300)
+    assert heads is not None
+    kept = [json.loads(line) for line in Path(heads[0]).read_text().splitlines()]
+    assert kept == ROWS[: len(kept)]
+    assert 0 < len(kept) < 40
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1, 2], [1, 2]),
+        ([1, "x", None], ["1", "x", None]),
+        ([2**64 - 1, 1], [str(2**64 - 1), "1"]),
+        (["2020-01-01", "2020-01-02"], ["2020-01-01", "2020-01-02"]),
+        ([[1, "x"], ["y"], None], [["1", "x"], ["y"], None]),
+        ([1, 1.5], [1.0, 1.5]),
+    ],
+)
+def test_values_are_read_as_they_are_spelled(values: list[Any], expected: list[Any]) -> None:
+    block = "".join(json.dumps({"a": value, "b": {"c": [{}]}}) + "\n" for value in values).encode()
+    parsed = FORMATS["jsonl"].parse(block, ["a"], ("a",), Layout())  # type: ignore[attr-defined]
+    assert parsed.batch.column("a").to_pylist() == expected
+
+
+def test_a_column_that_is_not_there_and_a_file_of_none(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    with pytest.raises(
+        UserError, match="there is no column 'user', 'item'; its columns are 'label', 'age', 'city', 'tags'"
+    ):
+        prepare_interactions(InteractionOptions(path=path), str(tmp_path / "cache"), None)
+    (tmp_path / "b.jsonl").write_text("\n\n")
+    with pytest.raises(UserError, match=r"b.jsonl: expected lines of JSON objects, found none"):
+        prepare_interactions(InteractionOptions(path=str(tmp_path / "b.jsonl")), str(tmp_path / "cache"), None)
