@@ -137,7 +137,7 @@ def _labels(column: pa.Array, schema: ClickSchema, found: _Faults) -> NDArray[np
         return np.asarray(pc.equal(texts, schema.positive).to_numpy(zero_copy_only=False).astype(np.float32))
     numbers = _numbers(column, schema.label, found)
     found.add_where(
-        ~np.isin(numbers, (0.0, 1.0)) & ~is_missing,
+        (numbers != 0) & (numbers != 1) & ~is_missing,
         lambda row: f"column {schema.label}: expected a label of 0 or 1, got {texts[row].as_py()!r}",
     )
     return np.nan_to_num(numbers).astype(np.float32)
