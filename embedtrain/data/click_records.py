@@ -13,12 +13,13 @@ from embedtrain.data.click_log import BAG_LENGTHS, DENSE, FIRST_VALUE, IDS, LABE
 from embedtrain.data.click_schema import CategoricalColumn, ClickSchema
 from embedtrain.data.click_values import Examples
 from embedtrain.data.token_hash import hashed_rows
+from embedtrain.data.vocabulary import WordRows
 
 
 def encode(
     examples: Examples,
     schema: ClickSchema,
-    vocabularies: Mapping[str, Mapping[bytes, int]],
+    vocabularies: Mapping[str, WordRows],
     dtype: np.dtype[Any],
     num_values_before: int,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -51,18 +52,14 @@ def _lengths(examples: Examples, name: str) -> NDArray[np.int64]:
     return lengths
 
 
-def _rows_of(
-    values: pa.Array, column: CategoricalColumn, vocabularies: Mapping[str, Mapping[bytes, int]]
-) -> NDArray[np.int64]:
+def _rows_of(values: pa.Array, column: CategoricalColumn, vocabularies: Mapping[str, WordRows]) -> NDArray[np.int64]:
     if column.encoding == "id":
         return np.asarray(values.to_numpy(zero_copy_only=False))
     if column.encoding == "hash":
         assert column.num_rows is not None
         return hashed_rows(values, column.num_rows)
-    encoded = values.cast(pa.large_binary()).dictionary_encode()
-    rows = vocabularies[column.name]
-    distinct = np.array([rows.get(value, 0) for value in encoded.dictionary.to_pylist()], np.int64)
-    return np.asarray(distinct[encoded.indices.to_numpy(zero_copy_only=False)])
+    # Row 0 stands for all values that have none of their own.
+    return vocabularies[column.name].of(values.cast(pa.large_binary())).astype(np.int64) + 1
 
 
 def _transform_dense(dense: NDArray[np.float32], schema: ClickSchema) -> NDArray[np.float32]:

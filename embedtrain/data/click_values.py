@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from embedtrain.data.click_schema import CategoricalColumn, ClickSchema
 from embedtrain.data.readers import Rows
+from embedtrain.data.token_hash import text_bytes
 from embedtrain.errors import UserError
 
 Number = TypeVar("Number", int, float)
@@ -23,6 +24,8 @@ _MAX_ID = (1 << 63) - 1
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|infinity|nan)", re.IGNORECASE)
 _HEXADECIMAL = "^[0-9a-fA-F]*$"
+_HEXADECIMAL_DIGITS = b"0123456789abcdefABCDEF"
+_SPACE, _FIRST_NOT_ASCII = 32, 128
 
 
 @dataclass(frozen=True)
@@ -132,13 +135,13 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _labels(column: pa.Array, schema: ClickSchema, found: _Faults) -> NDArray[np.float32]:
     texts = _texts(column)
-    is_missing = pc.equal(texts, "").to_numpy(zero_copy_only=False)
+    is_missing = _is_empty(texts)
     found.add_where(is_missing, lambda _: f"column {schema.label}: the label is missing")
     if schema.positive is not None:
         return np.asarray(pc.equal(texts, schema.positive).to_numpy(zero_copy_only=False).astype(np.float32))
     numbers = _numbers(column, schema.label, found)
     found.add_where(
-        ~np.isin(numbers, (0.0, 1.0)) & ~is_missing,
+        (numbers != 0) & (numbers != 1) & ~is_missing,
         lambda row: f"column {schema.label}: expected a label of 0 or 1, got {texts[row].as_py()!r}",
     )
     return np.nan_to_num(numbers).astype(np.float32)
@@ -152,9 +155,8 @@ def _numbers(column: pa.Array, name: str, found: _Faults) -> NDArray[np.float64]
     """Returns the numbers of a column, NaN where one is missing; any that is not finite is a fault."""
     if _is_text(column.type):
         texts = _texts(column)
-        is_missing = pc.equal(texts, "").to_numpy(zero_copy_only=False)
-        filled = pc.if_else(pa.array(is_missing), "0", texts)
-        numbers = _cast(filled, pa.float64(), _to_float, name, found)
+        is_missing = _is_empty(texts)
+        numbers = _cast(pc.if_else(pa.array(is_missing), None, texts), pa.float64(), _to_float, name, found)
     else:
         is_missing = column.is_null().to_numpy(zero_copy_only=False)
         numbers = column.cast(pa.float64(), safe=False).fill_null(0.0).to_numpy(zero_copy_only=False)
@@ -169,8 +171,13 @@ def _numbers(column: pa.Array, name: str, found: _Faults) -> NDArray[np.float64]
 def _categorical(column: pa.Array, spec: CategoricalColumn, schema: ClickSchema, found: _Faults) -> Values:
     if not spec.is_bag:
         if schema.file_format == "criteo":
-            is_token = pc.match_substring_regex(_texts(column), _HEXADECIMAL).to_numpy(zero_copy_only=False)
-            found.add_where(~is_token, lambda row: f"column {spec.name}: {column[row].as_py()!r} is not hexadecimal")
+            texts = _texts(column)
+            # The bytes of a column tell faster than each text that all are hexadecimal.
+            if text_bytes(texts)[2].tobytes().translate(None, delete=_HEXADECIMAL_DIGITS):
+                is_token = pc.match_substring_regex(texts, _HEXADECIMAL).to_numpy(zero_copy_only=False)
+                found.add_where(
+                    ~is_token, lambda row: f"column {spec.name}: {column[row].as_py()!r} is not hexadecimal"
+                )
         return Values(_ids(column, spec, found) if spec.encoding == "id" else _texts(column))
     if _is_text(column.type):
         texts = _texts(column)
@@ -192,9 +199,8 @@ def _ids(column: pa.Array, spec: CategoricalColumn, found: _Faults) -> pa.Array:
     assert spec.num_rows is not None
     is_missing = column.is_null().to_numpy(zero_copy_only=False)
     if _is_text(column.type):
-        is_missing = pc.equal(_texts(column), "").to_numpy(zero_copy_only=False)
-    filled = pc.if_else(pa.array(is_missing), pa.scalar("0").cast(column.type), column)
-    ids = _cast(filled, pa.int64(), _to_id, spec.name, found)
+        is_missing = _is_empty(_texts(column))
+    ids = _cast(pc.if_else(pa.array(is_missing), None, column), pa.int64(), _to_id, spec.name, found)
     largest = spec.num_rows - 1
     found.add_where(is_missing, lambda _: f"column {spec.name}: the id is missing")
     found.add_where(
@@ -206,16 +212,16 @@ def _ids(column: pa.Array, spec: CategoricalColumn, found: _Faults) -> pa.Array:
 def _cast(
     column: pa.Array, kind: pa.DataType, convert: Callable[[str], Number], name: str, found: _Faults
 ) -> NDArray[np.float64]:
-    """Casts a column; where that fails, goes through it value by value to find out which ones are wrong."""
+    """Casts a column, 0 for a missing value; if that fails, goes through it to find out which values are wrong."""
     try:
         _refuse_hexadecimal(column, kind)
-        return np.asarray(column.cast(kind).to_numpy(zero_copy_only=False))
+        return np.asarray(column.cast(kind).fill_null(0))
     except pa.ArrowInvalid:
         pass
     converted = np.zeros(len(column), kind.to_pandas_dtype())
     for row, value in enumerate(column.to_pylist()):
         try:
-            converted[row] = convert(str(value))
+            converted[row] = 0 if value is None else convert(str(value))
         except ValueError as error:
             found.add(row, f"column {name}: {error}")
     return converted
@@ -245,4 +251,13 @@ def _to_id(text: str) -> int:
 def _texts(column: pa.Array) -> pa.Array:
     """Returns a column as texts without spaces around them; the empty text where a value is missing."""
     texts = column.cast(pa.large_string()).fill_null("")
-    return pc.utf8_trim_whitespace(texts) if _is_text(column.type) else texts
+    if not _is_text(column.type):
+        return texts
+    _, _, data = text_bytes(texts)
+    has_space = len(data) and (data.min() <= _SPACE or data.max() >= _FIRST_NOT_ASCII)
+    return pc.utf8_trim_whitespace(texts) if has_space else texts
+
+
+def _is_empty(texts: pa.Array) -> NDArray[np.bool_]:
+    is_empty: NDArray[np.bool_] = text_bytes(texts)[1] == 0
+    return is_empty

@@ -253,7 +253,9 @@ def _number(column: pa.ChunkedArray, name: str, base: Vocabulary | None = None) 
 
 
 def _distinct_pairs(users: NDArray[np.int64], items: NDArray[np.int64], num_users: int, num_items: int) -> Bags:
-    keys = np.unique(users * num_items + items)
+    # A sort takes a tenth of the time of np.unique, which hashes.
+    keys = np.sort(users * num_items + items)
+    keys = keys[np.diff(keys, prepend=-1) > 0]
     return Bags.from_rows(keys // num_items, keys % num_items, num_users)
 
 

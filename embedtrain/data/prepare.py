@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from embedtrain.data.corpus import META_NAME, TOKEN_DTYPE, VOCABULARY_NAME, Prep
 from embedtrain.data.readers.blocks import Segment, plan_parts, read_chunks
 from embedtrain.data.sources import CHUNK_BYTES, Source, take_sources
 from embedtrain.data.text import TOKENIZERS, encode, tokenize
-from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary, WordCounts
+from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary, WordCounts, WordRows
 from embedtrain.distributed.collectives import all_gather_object, run_on_each, run_on_first
 from embedtrain.distributed.runtime import rank_of, size_of
 from embedtrain.errors import UserError
@@ -138,7 +138,7 @@ def _prepare(job: _Job, entry_path: str) -> None:
         run_on_each(lambda: _count_words(job), job.group)
         run_on_first(lambda: _build_vocabulary(job), job.group)
         vocabulary = run_on_each(lambda: Vocabulary.load(job.path(VOCABULARY_NAME)), job.group)
-        rows = {word.encode(): row for row, word in enumerate(vocabulary.words)}
+        rows = WordRows(vocabulary.utf8_words)
         my_shards = run_on_each(lambda: _write_shards(job, rows), job.group)
         shards = [shard for theirs in all_gather_object(my_shards, job.group) for shard in theirs]
         run_on_first(lambda: _commit(job, vocabulary, shards, entry_path), job.group)
@@ -175,7 +175,7 @@ def _build_vocabulary(job: _Job) -> None:
     vocabulary.save(job.path(VOCABULARY_NAME))
 
 
-def _write_shards(job: _Job, rows: Mapping[bytes, int]) -> list[dict[str, Any]]:
+def _write_shards(job: _Job, rows: WordRows) -> list[dict[str, Any]]:
     """Writes a file of tokens for each part of this rank; returns what the table of contents says of each."""
     shards = []
     progress = _Progress("encode words", job)

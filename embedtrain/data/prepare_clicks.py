@@ -33,7 +33,7 @@ from embedtrain.data.corpus import META_NAME
 from embedtrain.data.readers import Fault, suffixes_of
 from embedtrain.data.readers.blocks import Segment
 from embedtrain.data.sources import CHUNK_BYTES, Source, take_sources
-from embedtrain.data.vocabulary import COUNTS_SCHEMA, WordCounts
+from embedtrain.data.vocabulary import COUNTS_SCHEMA, WordCounts, WordRows, ordered
 from embedtrain.distributed.collectives import all_gather_object, run_on_each, run_on_first
 from embedtrain.distributed.runtime import rank_of, size_of
 from embedtrain.errors import UserError
@@ -224,14 +224,14 @@ def _build_vocabularies(job: _Job) -> None:
             with pa.OSFile(path, "rb") as file:
                 counts.merge(pa.ipc.open_file(file).read_all())
             os.remove(path)
-        ordered = counts.table().sort_by([("count", "descending"), ("word", "ascending")])
-        kept = ordered.filter(pc.greater_equal(ordered["count"], column.min_count))
+        counted = counts.table()
+        kept = ordered(counted.filter(pc.greater_equal(counted["count"], column.min_count)))
         limit = None if column.num_rows is None else column.num_rows - 1
         _write_arrow(job.path(vocabulary_name(number)), kept.slice(0, limit))
 
 
-def _load_vocabularies(job: _Job) -> dict[str, dict[bytes, int]]:
-    """Returns the rows of the values of each column that has a vocabulary."""
+def _load_vocabularies(job: _Job) -> dict[str, WordRows]:
+    """Returns the vocabulary of each column that has one; a value's row is one more than its place in it."""
     loaded = {}
     for number, column in job.with_vocabulary.items():
         if job.like is not None:
@@ -240,17 +240,15 @@ def _load_vocabularies(job: _Job) -> dict[str, dict[bytes, int]]:
         else:
             with pa.OSFile(job.path(vocabulary_name(number)), "rb") as file:
                 table = pa.ipc.open_file(file).read_all()
-        loaded[column.name] = {value: row for row, value in enumerate(table["word"].to_pylist(), start=1)}
+        loaded[column.name] = WordRows(table["word"].combine_chunks())
     return loaded
 
 
-def _num_rows(job: _Job, vocabularies: Mapping[str, Mapping[bytes, int]]) -> dict[str, int]:
+def _num_rows(job: _Job, vocabularies: Mapping[str, WordRows]) -> dict[str, int]:
     return {column.name: column.num_rows or len(vocabularies[column.name]) + 1 for column in job.columns}
 
 
-def _write_shards(
-    job: _Job, vocabularies: Mapping[str, Mapping[bytes, int]]
-) -> tuple[list[dict[str, Any]], list[Fault]]:
+def _write_shards(job: _Job, vocabularies: Mapping[str, WordRows]) -> tuple[list[dict[str, Any]], list[Fault]]:
     """Writes the records of each part of this rank; returns what the table of contents says of each, and faults."""
     schema = job.schema
     shards: list[dict[str, Any]] = []
@@ -278,7 +276,7 @@ def _write_shards(
 
 def _commit(
     job: _Job,
-    vocabularies: Mapping[str, Mapping[bytes, int]],
+    vocabularies: Mapping[str, WordRows],
     shards: list[dict[str, Any]],
     num_faults: int,
     entry_path: str,
@@ -322,10 +320,10 @@ def _commit(
     commit_work(job.work_path, entry_path, META_NAME)
 
 
-def _fingerprint(vocabularies: Mapping[str, Mapping[bytes, int]]) -> str:
+def _fingerprint(vocabularies: Mapping[str, WordRows]) -> str:
     digest = xxhash.xxh3_128()
     for name, rows in vocabularies.items():
-        for value in (name, *rows):
+        for value in (name, *rows.words.to_pylist()):
             digest.update(repr(value).encode())
     return digest.hexdigest()
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+
+from embedtrain.data.vocabulary import WordRows
 
 # A longer line is cut into sentences of this many words, as gensim does (word2vec.c cuts at 1,000 kept
 # words): a text without line ends is still trained on whole, and a sentence has a bounded size.
@@ -19,6 +20,8 @@ MAX_SENTENCE_WORDS = 10_000
 
 _NEWLINE, _SPACE = 10, 32
 _SEPARATORS = bytes(range(_SPACE + 1))
+_SIGMA = 0x3A3
+_NOT_SEEN = 0xFFFFFFFF
 
 
 class Tokens(NamedTuple):
@@ -37,10 +40,41 @@ def _letters(text: bytes) -> bytes:
     """Lower-cases, and turns into separators what is neither a letter nor a mark on one (an accent)."""
     if text.isascii():
         return text.translate(_ascii_letters())
-    codes = np.frombuffer(text.decode().lower().encode("utf-32-le"), "<u4")
-    # A product with 0 or 1 takes a quarter of the time of np.where, and NUL separates as well as a space.
-    kept: NDArray[np.uint32] = codes * _is_kept()[codes]
-    return kept.tobytes().decode("utf-32-le").encode()
+    characters = text.decode().replace("\u0130", "\u0130".lower())  # The only letter whose lower case is longer.
+    codes = _with_lower_sigmas(characters, np.frombuffer(characters.encode("utf-32-le"), "<u4"))
+    return _lower_letters(codes).tobytes().decode("utf-32-le").encode()
+
+
+def _with_lower_sigmas(characters: str, codes: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Lower-cases the words that hold a capital sigma: its lower case alone depends on the letters around it.
+
+    Args:
+        characters: text.
+        codes: [n] its code points.
+    """
+    sigmas = np.flatnonzero(codes == _SIGMA)
+    if not len(sigmas):
+        return codes
+    # No letter beyond these separators counts as being around.
+    separators = np.flatnonzero(codes <= _SPACE)
+    edges = np.concatenate(([-1], separators, [len(codes)]))
+    words = np.unique(np.searchsorted(separators, sigmas))
+    lower = codes.copy()
+    for start, stop in zip((edges[words] + 1).tolist(), edges[words + 1].tolist(), strict=True):
+        lower[start:stop] = np.frombuffer(characters[start:stop].lower().encode("utf-32-le"), "<u4")
+    return lower
+
+
+def _lower_letters(codes: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Returns the lower case of [n] code points; 0 for one that is no letter, no mark on one and no newline."""
+    table = _letter_table()
+    letters: NDArray[np.uint32] = table[codes]
+    is_new = letters == _NOT_SEEN
+    if is_new.any():
+        new = np.unique(codes[is_new])
+        table[new] = [_lower_letter(code) for code in new.tolist()]
+        letters = table[codes]
+    return letters
 
 
 def _as_is(text: bytes) -> bytes:
@@ -73,18 +107,18 @@ def tokenize(chunks: Iterable[bytes], tokenizer: str) -> Iterator[Tokens]:
         words_in_line = len(starts) - int(line_first[-1])
 
 
-def encode(tokens: Iterable[Tokens], rows: Mapping[bytes, int]) -> Iterator[NDArray[np.int32]]:
+def encode(tokens: Iterable[Tokens], rows: WordRows) -> Iterator[NDArray[np.int32]]:
     """Turns words into ids: words that have none are dropped, the first kept one of a sentence becomes ~id.
 
     Args:
-        rows: id of each word of the vocabulary, by its UTF-8 bytes.
+        rows: the ids of the vocabulary's words.
 
     Yields:
         [kept] int32; one array per chunk. Sentences without a kept word leave no trace.
     """
     unmarked = False  # Whether the sentence that is open at the chunk's start has no kept word yet.
     for words, begins in tokens:
-        ids = _ids(words, rows)
+        ids = rows.of(words)
         sentence = np.cumsum(begins)
         kept = ids >= 0
         sentence_kept = np.concatenate(([-1 if unmarked else 0], sentence[kept]))
@@ -109,25 +143,23 @@ def _split(text: bytes) -> tuple[pa.LargeBinaryArray, NDArray[np.int64]]:
     return pa.Array.from_buffers(pa.large_binary(), len(starts), buffers), starts
 
 
-def _ids(words: pa.LargeBinaryArray, rows: Mapping[bytes, int]) -> NDArray[np.int32]:
-    """Looks up [n] words, each distinct one once; int32, -1 where there is no row."""
-    distinct = words.dictionary_encode()
-    values = distinct.dictionary.to_pylist()
-    rows_of_values = np.fromiter(map(rows.get, values, repeat(-1)), np.int32, len(values))
-    ids: NDArray[np.int32] = rows_of_values[distinct.indices.to_numpy()]
-    return ids
-
-
 @cache
 def _ascii_letters() -> bytes:
-    lower = bytes(range(128)).lower()
-    return bytes(b if chr(b).isalpha() or b == _NEWLINE else _SPACE for b in lower) + bytes(128)
+    return bytes(_lower_letter(code) for code in range(128)) + bytes(128)
 
 
 @cache
-def _is_kept() -> NDArray[np.bool_]:
-    """[code points] bool; the letters (Unicode category L), the marks that go with them (M), and newline."""
-    codes = range(sys.maxunicode + 1)
-    kept = np.fromiter((unicodedata.category(chr(code))[0] in "LM" for code in codes), np.bool_, len(codes))
-    kept[_NEWLINE] = True
-    return kept
+def _letter_table() -> NDArray[np.uint32]:
+    """[code points] uint32: what `_lower_letter` says of each code point, `_NOT_SEEN` until a text holds it.
+
+    Asking Python about each of the million code points takes two seconds, and a text holds few of them.
+    """
+    table = np.full(sys.maxunicode + 1, _NOT_SEEN, np.uint32)
+    table[:128] = [_lower_letter(code) for code in range(128)]
+    return table
+
+
+def _lower_letter(code: int) -> int:
+    """Returns the lower case of a letter (Unicode category L), a mark (M) or a newline; 0 for all else."""
+    lower = chr(code).lower()
+    return ord(lower) if code == _NEWLINE or unicodedata.category(lower)[0] in "LM" else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 
 import numpy as np
 import pyarrow as pa
@@ -32,17 +33,65 @@ class WordCounts:
         self.merge(pa.table([values, counts], schema=COUNTS_SCHEMA))
 
     def merge(self, counts: pa.Table) -> None:
-        """Adds counts of `COUNTS_SCHEMA` that were made elsewhere."""
+        """Adds counts that were made elsewhere: `COUNTS_SCHEMA`, each word once."""
         self._tables.append(counts)
         if sum(map(len, self._tables)) > 2 * self._rows_after_merge + _MERGE_ROWS:
             self._rows_after_merge = len(self.table())
 
     def table(self) -> pa.Table:
         """Returns the counts so far: `COUNTS_SCHEMA`, each word once, in no particular order."""
-        tables = pa.concat_tables([COUNTS_SCHEMA.empty_table(), *self._tables])
-        merged = tables.group_by("word", use_threads=False).aggregate([("count", "sum")])
-        self._tables = [merged.rename_columns(["word", "count"]).cast(COUNTS_SCHEMA)]
+        tables = [table for table in self._tables if len(table)]
+        if len(tables) > 1:
+            tables = [_sums(pa.concat_tables(tables))]
+        self._tables = tables or [COUNTS_SCHEMA.empty_table()]
         return self._tables[0]
+
+
+def ordered(counts: pa.Table) -> pa.Table:
+    """Sorts counts of `COUNTS_SCHEMA` by descending count, ties by word."""
+    # UTF-8 bytes sort as code points do, so the order does not depend on a locale.
+    return counts.sort_by([("count", "descending"), ("word", "ascending")])
+
+
+def _sums(counts: pa.Table) -> pa.Table:
+    """Adds up the counts of each word; there is at least one row."""
+    # Table.group_by is ten times slower: it has no fast path for large_binary keys.
+    encoded = counts["word"].dictionary_encode()
+    codes = np.concatenate([np.asarray(chunk.indices) for chunk in encoded.chunks])
+    words = encoded.chunk(0).dictionary  # All chunks share one dictionary.
+    sums = np.zeros(len(words), np.int64)
+    np.add.at(sums, codes, np.asarray(counts["count"]))
+    return pa.table([words, pa.array(sums)], schema=COUNTS_SCHEMA)
+
+
+class WordRows:
+    """Finds the rows of words, which are their places in a list of distinct words.
+
+    Args:
+        words: the list; its first word has row 0.
+    """
+
+    def __init__(self, words: pa.LargeBinaryArray) -> None:
+        self.words = words
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def of(self, words: pa.LargeBinaryArray) -> NDArray[np.int32]:
+        """Returns the rows of [n] words, int32; -1 for a word that has none."""
+        if len(self) <= len(words):
+            rows: NDArray[np.int32] = np.asarray(pc.index_in(words, value_set=self.words).fill_null(-1))
+            return rows
+        # Each call of Arrow's index_in hashes the whole list, which a dictionary does once.
+        distinct = words.dictionary_encode()
+        values = distinct.dictionary.to_pylist()
+        rows_of_values = np.fromiter(map(self._rows.get, values, repeat(-1)), np.int32, len(values))
+        rows = rows_of_values[np.asarray(distinct.indices)]
+        return rows
+
+    @cached_property
+    def _rows(self) -> dict[bytes, int]:
+        return {word: row for row, word in enumerate(self.words.to_pylist())}
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,15 +116,14 @@ class Vocabulary:
         Raises:
             UserError: no word is left.
         """
-        # UTF-8 bytes sort as code points do, so the order does not depend on a locale.
-        ordered = counts.sort_by([("count", "descending"), ("word", "ascending")])
-        kept = ordered.filter(pc.greater_equal(ordered["count"], min_count)).slice(0, max_size)
-        if len(ordered) == 0:
+        kept = ordered(counts.filter(pc.greater_equal(counts["count"], min_count))).slice(0, max_size)
+        if len(counts) == 0:
             raise UserError("the vocabulary is empty: the text holds no words")
         if len(kept) == 0:
-            word, count = ordered["word"][0].as_py().decode(), ordered["count"][0].as_py()
+            first = ordered(counts).slice(0, 1)
+            word, count = first["word"][0].as_py().decode(), first["count"][0].as_py()
             raise UserError(
-                f"the vocabulary is empty: {len(ordered)} distinct words were seen, the most frequent "
+                f"the vocabulary is empty: {len(counts)} distinct words were seen, the most frequent "
                 f"({word!r}) {count} times, and min_count is {min_count}"
             )
         words = kept["word"].cast(pa.large_string()).to_pylist()
@@ -94,10 +142,9 @@ class Vocabulary:
         """
         if len(counts) == 0:
             raise UserError("the text holds no words")
-        words = pa.array(self.words, pa.large_string()).cast(pa.large_binary())
+        words = self.utf8_words
         is_here = pc.is_in(counts["word"], value_set=words)
-        new = counts.filter(pc.and_not(pc.greater_equal(counts["count"], min_count), is_here))
-        new = new.sort_by([("count", "descending"), ("word", "ascending")])
+        new = ordered(counts.filter(pc.and_not(pc.greater_equal(counts["count"], min_count), is_here)))
         both = WordCounts()
         both.merge(pa.table([words, pa.array(self.counts, pa.int64())], schema=COUNTS_SCHEMA))
         both.merge(counts.filter(is_here))
@@ -159,6 +206,11 @@ class Vocabulary:
     def rows(self) -> dict[str, int]:
         """The row of each word."""
         return {word: row for row, word in enumerate(self.words)}
+
+    @property
+    def utf8_words(self) -> pa.LargeBinaryArray:
+        """The words as [num_words] large_binary."""
+        return pa.array(self.words, pa.large_string()).cast(pa.large_binary())
 
     def _content(self) -> bytes:
         return "".join(map("{}\t{}\n".format, self.words, self.counts.tolist())).encode()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_STEP = 0x9E3779B97F4A7C15
+_FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+GOLDEN = _STEP - (1 << 64)
 """The step of splitmix64's stream, as a signed integer: `mix64(key + counter * GOLDEN)` is its output."""
 
 
@@ -14,9 +18,20 @@ def mix64(values: Tensor) -> Tensor:
     Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators" (splitmix64).
     """
     mixed = values + GOLDEN
-    mixed = (mixed ^ _shift_right(mixed, 30)) * _signed(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ _shift_right(mixed, 27)) * _signed(0x94D049BB133111EB)
+    mixed = (mixed ^ _shift_right(mixed, 30)) * _signed(_FIRST)
+    mixed = (mixed ^ _shift_right(mixed, 27)) * _signed(_SECOND)
     return mixed ^ _shift_right(mixed, 31)
+
+
+def mix64_array(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Hashes uint64 values as `mix64` does; NumPy shifts them without clearing bits, in memory that it has."""
+    mixed = values + np.uint64(_STEP)
+    shifted = np.empty_like(mixed)
+    for bits, factor in ((30, _FIRST), (27, _SECOND)):
+        mixed ^= np.right_shift(mixed, np.uint64(bits), out=shifted)
+        mixed *= np.uint64(factor)
+    mixed ^= np.right_shift(mixed, np.uint64(31), out=shifted)
+    return mixed
 
 
 def _signed(constant: int) -> int:

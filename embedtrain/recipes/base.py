@@ -68,8 +68,8 @@ class Recipe(Generic[ConfigT, DataT]):
             `build`, and the sizes that they give the tables.
         build: collective; builds model, optimizers and batches from a configuration and prepared data.
         workload: returns what a run asks of its machines, from a configuration and sizes; no data are read.
-        heads: returns the keys of data that may be large, each with the format and layout of its files. A dry run replaces them
-            by their first megabytes, and `data.cache_path` by a folder of its own.
+        heads: returns the keys of data that may be large, each with the format and layout of its files. A dry run
+            replaces them by their first megabytes, and `data.cache_path` by a folder of its own.
         held_out: the key of held-out data, without which a run is not evaluated; None if a run needs no such key.
         grow: how a trained run gets rows for new names; None if it cannot.
         open: collective; opens the vectors of a trained run by the name of a table, None for the usual one. None if the

@@ -71,7 +71,7 @@ class Csv(TextFormat):
         types: Mapping[str, pa.DataType] | None = None,
     ) -> Parsed:
         """See `TextFormat.parse`; blank lines are no rows."""
-        if not block.strip(b"\r\n"):
+        if not block.lstrip(b"\r\n"):
             return Parsed(_empty(names), len(find_line_ends(block)))
         table, wrong = self._read(block, names, columns, layout, dict(types or {}))
         num_records, num_lines = table.num_rows + len(wrong), _count_lines(block)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedtrain.data import vocabulary as module
-from embedtrain.data.vocabulary import Vocabulary, WordCounts
+from embedtrain.data.vocabulary import Vocabulary, WordCounts, WordRows
 from embedtrain.errors import UserError
 
 
@@ -32,6 +32,14 @@ def test_counts_every_word(batches: list[list[str]]) -> None:
         for table in (counts.table(), again.table()):
             pairs = zip(table["word"].to_pylist(), table["count"].to_pylist(), strict=True)
             assert dict(pairs) == dict(expected)
+
+
+@given(st.lists(st.text("ab\u00e9", max_size=3), unique=True), st.lists(st.text("ab\u00e9", max_size=3), max_size=60))
+def test_words_have_the_rows_of_their_places(known: list[str], words: list[str]) -> None:
+    rows = WordRows(pa.array([word.encode() for word in known], pa.large_binary()))
+    found = rows.of(pa.array([word.encode() for word in words], pa.large_binary()))
+    assert found.dtype == np.int32
+    assert found.tolist() == [known.index(word) if word in known else -1 for word in words]
 
 
 def test_order_is_by_count_and_then_by_word() -> None:
