@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
-from tests.e2e.conftest import Job
+from tests import launching
+from tests.e2e.conftest import Job, Wait, ranks_of
 from tests.records import without_costs
-
-Wait = Callable[[Callable[[], object], subprocess.Popen[str]], None]
 
 HEADER = "label,x0,x1,user,shop,tags"
 
@@ -85,8 +80,7 @@ def kill_a_rank(job: Job, run: str, wait_until: Wait, ranks: int) -> None:
     launcher = job.start(*arguments(run), ranks=ranks)
     folder = job.folder / run / "checkpoints"
     wait_until(lambda: len(list(folder.glob("step-*/manifest.json"))) >= 2, launcher)
-    victims = sorted(psutil.Process(launcher.pid).children(), key=lambda process: process.pid)
-    victims[-1].send_signal(signal.SIGKILL)
+    ranks_of(launcher)[-1].send_signal(signal.SIGKILL)
     launcher.communicate(timeout=60)
 
 
@@ -167,12 +161,6 @@ def test_a_column_that_does_not_exist_is_told_in_one_line(clicks: Job) -> None:
 def test_training_comes_near_a_planted_model(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     command = [sys.executable, str(root / "benchmarks" / "planted_clicks.py"), "--examples", "200000", "--rows", "5000"]
-    done = subprocess.run(
-        [*command, "--ranks", "1", "--tolerance", "0.02", "--work", str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = launching.run([*command, "--ranks", "1", "--tolerance", "0.02", "--work", str(tmp_path)], cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "5,015 rows" in done.stdout

@@ -52,6 +52,7 @@ def test_a_run_that_is_struck_in_every_phase_ends_as_undisturbed(runs: Range) ->
     print(f"{struck.num_struck} of {len(faults)} faults survived")
 
 
+@pytest.mark.serial
 def test_a_rank_that_stands_still_is_named_in_time(runs: Range) -> None:
     process = runs.start("still", [Fault(STEP, 59, 1, "SIGSTOP")], "run.timeout_seconds=5")
     status = runs.folder / "still" / "status.json"

@@ -17,6 +17,8 @@ from embedtrain.errors import CheckpointError, UserError
 from embedtrain.train import lock as lock_module
 from embedtrain.train.lock import RunLock
 
+pytestmark = pytest.mark.serial
+
 BEAT_SECONDS = 0.05
 
 
