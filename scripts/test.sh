@@ -4,8 +4,8 @@
 # Usage: scripts/test.sh [--all] [PYTEST ARGUMENTS]
 #   --all   runs the slow tests too, and starts every process cold
 #
-# Tests run on all cores, but on four at most, a file at a time: fixtures of a file are made once. The tests marked
-# serial follow in a run of their own, so that nothing runs beside them.
+# The tests run in a worker per core, four at most. A file runs in one worker, so that its fixtures are made once; the
+# long files come first. The tests marked serial follow in a run of their own, so that nothing runs beside them.
 # All checks run; the exit status is that of the first one that failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -32,8 +32,9 @@ check mypy
 # Each worker does its arithmetic on one core.
 export OMP_NUM_THREADS=1
 nothing_collected=5
+workers=(--numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
 echo "==> pytest $*"
-.venv/bin/python -m pytest --part parallel --numprocesses logical --maxprocesses 4 --dist loadfile "$@"
+.venv/bin/python -m pytest --part parallel "${workers[@]}" "$@"
 parallel=$?
 echo "==> pytest $*: the tests that run alone"
 .venv/bin/python -m pytest --part serial "$@"

@@ -170,7 +170,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.getreports("skipped")
     names = sorted(report.nodeid for report in skipped if _NO_TIME_LEFT in str(report.longrepr))
     if names:
-        terminalreporter.section(f"NOT RUN: {len(names)} tests, {_NO_TIME_LEFT}", red=True, bold=True)
+        terminalreporter.section(f"NOT RUN, for lack of time: {len(names)} tests", red=True, bold=True)
         for name in names:
             terminalreporter.line(name)
 
