@@ -84,6 +84,13 @@ def kill_a_rank(job: Job, run: str, wait_until: Wait, ranks: int) -> None:
     launcher.communicate(timeout=60)
 
 
+def check_shops(job: Job, run: str) -> None:
+    """Asserts that a run has written which value of the column each row is."""
+    values = pq.read_table(job.folder / run / "features" / "shop.parquet").to_pydict()
+    assert sorted(values["value"]) == sorted({f"s{shop}" for shop in range(30)} & set(values["value"]))
+    assert values["row"] == list(range(1, len(values["row"]) + 1))
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit_and_on_other_ranks_by_the_same_curve(clicks: Job, wait_until: Wait) -> None:
     whole = clicks.run(*arguments("whole"), ranks=2)
@@ -91,9 +98,7 @@ def test_a_killed_run_goes_on_bit_for_bit_and_on_other_ranks_by_the_same_curve(c
     final = metrics(clicks, "whole")[-1]
     assert final["valid_auc"] > 0.75
     assert 0.8 < final["valid_calibration"] < 1.25
-    values = pq.read_table(clicks.folder / "whole" / "features" / "shop.parquet").to_pydict()
-    assert sorted(values["value"]) == sorted({f"s{shop}" for shop in range(30)} & set(values["value"]))
-    assert values["row"] == list(range(1, len(values["row"]) + 1))
+    check_shops(clicks, "whole")
 
     kill_a_rank(clicks, "killed", wait_until, ranks=2)
     resumed = clicks.run(*arguments("killed"), ranks=2)
@@ -123,6 +128,8 @@ def test_tables_have_optimizers_of_their_own_through_a_resume(clicks: Job, wait_
     expected = tensors(clicks, "whole")
     assert {name for name in expected if name.startswith("shop/")} == {"shop/weight", "shop/exp_avg", "shop/exp_avg_sq"}
     assert {name for name in expected if name.startswith("user/")} == {"user/weight", "user/accumulator"}
+    check_shops(clicks, "whole")
+    assert metrics(clicks, "whole")[-1]["valid_auc"] > 0.7
     rates = metrics(clicks, "whole")[0]
     factor = rates["learning_rate"] / 0.05
     assert rates["learning_rate/shop"] == pytest.approx(0.01 * factor)
