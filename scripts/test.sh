@@ -1,5 +1,11 @@
 #!/usr/bin/env bash
-# Makes .venv with the test extra and runs every check. Arguments go to pytest.
+# Makes .venv with the test extra and runs every check.
+#
+# Usage: scripts/test.sh [--all] [PYTEST ARGUMENTS]
+#   --all   runs the slow tests too, and starts every process cold
+#
+# The tests run in a worker per core, four at most. A file runs in one worker, so that its fixtures are made once; the
+# long files come first. The tests marked serial follow in a run of their own, so that nothing runs beside them.
 # All checks run; the exit status is that of the first one that failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -9,18 +15,32 @@ scripts/setup_env.sh test || exit
 
 status=0
 check() {
-    local code
-    echo "==> $1"
-    .venv/bin/python -m "$@" && return
-    code=$?
-    ((status != 0)) || status=$code
-    echo "==> $1 FAILED (exit status $code)"
+    echo "==> $*"
+    .venv/bin/python -m "$@"
+    note $? "$1"
+}
+note() {
+    (($1 == 0)) && return
+    ((status != 0)) || status=$1
+    echo "==> $2 FAILED (exit status $1)"
 }
 
 check ruff check --quiet
 check ruff format --check --quiet
 check mypy
-echo "==> pytest"
-.venv/bin/python -m pytest "$@"
-code=$?
-exit $((status != 0 ? status : code))
+
+# Each worker does its arithmetic on one core.
+export OMP_NUM_THREADS=1
+nothing_collected=5
+workers=(--numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
+echo "==> pytest $*"
+.venv/bin/python -m pytest --part parallel "${workers[@]}" "$@"
+parallel=$?
+echo "==> pytest $*: the tests that run alone"
+.venv/bin/python -m pytest --part serial "$@"
+serial=$?
+if ((parallel == nothing_collected)); then parallel=$serial; fi
+if ((serial == nothing_collected)); then serial=0; fi
+note $parallel "pytest"
+note $serial "pytest, the tests that run alone"
+exit $status

@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests import launching
+
 T = TypeVar("T")
 
 if not torch.cuda.is_available():
@@ -120,11 +122,60 @@ def _still_there_after_grace(leftovers: Callable[[], set[T]]) -> set[T]:
     return left
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` where there is none."""
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        # Not by its keywords: the names of folders are among them, a checkout's own too.
-        if item.get_closest_marker("gpu") is not None:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+_NO_TIME_LEFT = "no time was left to start it"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("embedtrain")
+    group.addoption("--all", action="store_true", help="run the tests marked slow too, and start every process cold")
+    group.addoption(
+        "--part",
+        choices=("parallel", "serial"),
+        help="run only the tests that may run beside others, or only those marked serial; both by default",
+    )
+    group.addoption("--start-until", type=float, metavar="UNIX_TIME", help="skip and name the tests that come later")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    launching.start_warm_by_default(not config.getoption("--all"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` if there is none; leaves out what `--all` and `--part` do not ask for."""
+    if not torch.cuda.is_available():
+        for item in items:
+            # Not by its keywords: the names of folders are among them, a checkout's own too.
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    part = config.getoption("--part")
+
+    def is_asked_for(item: pytest.Item) -> bool:
+        is_serial = item.get_closest_marker("serial") is not None
+        is_slow = item.get_closest_marker("slow") is not None
+        return (config.getoption("--all") or not is_slow) and part in (None, "serial" if is_serial else "parallel")
+
+    left_out = [item for item in items if not is_asked_for(item)]
+    items[:] = [item for item in items if is_asked_for(item)]
+    config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    until = item.config.getoption("--start-until")
+    if until is not None and time.time() > until:
+        pytest.skip(_NO_TIME_LEFT)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Names the tests that did not get their turn."""
+    skipped = terminalreporter.getreports("skipped")
+    names = sorted(report.nodeid for report in skipped if _NO_TIME_LEFT in str(report.longrepr))
+    if names:
+        terminalreporter.section(f"NOT RUN, for lack of time: {len(names)} tests", red=True, bold=True)
+        for name in names:
+            terminalreporter.line(name)
+
+
+@pytest.fixture(scope="session")
+def runs_all(request: pytest.FixtureRequest) -> bool:
+    """Whether this session was asked for everything: what is drawn at random is then drawn ten times as often."""
+    return bool(request.config.getoption("--all"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TypeVar
 
 Value = TypeVar("Value")
@@ -18,3 +20,12 @@ def without_costs(record: Mapping[str, Value]) -> dict[str, Value]:
 
 
 _COSTS = ("stage", "exchange", "memory")
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Returns a hash of every file of a folder, by its path there."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,8 +25,20 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-# Imported once by the fork server, so that no rank has to; names that cannot be imported are skipped.
-_PRELOADED_MODULES = ["torch", "torch.distributed", "pytest", "embedtrain", "embedtrain.testing.ranks"]
+# Imported once by the fork server, so that no process of it has to; names that cannot be imported are skipped.
+# torch imports its compiler when the first optimizer is made, which takes longer than most tests.
+_PRELOADED_MODULES = [
+    "torch",
+    "torch._dynamo",
+    "torch.distributed",
+    "torch.distributed.nn",
+    "torch.distributed.run",
+    "pyarrow.parquet",
+    "pytest",
+    "embedtrain",
+    "embedtrain.cli",
+    "embedtrain.testing.ranks",
+]
 
 # After the first failure, how long the other ranks have to report their own.
 _GRACE_SECONDS = 3.0
@@ -112,6 +125,13 @@ class _Rank:
         return outcome
 
 
+def fork_server() -> ForkServerContext:
+    """Returns the context of the fork server, which has imported torch and embedtrain; it starts with its first use."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED_MODULES)
+    return context
+
+
 def run_ranks(world_size: int, function: Callable[..., T], *args: Any, timeout_seconds: float = 60) -> list[T]:
     """Calls `function(group, *args)` on `world_size` ranks and returns their results in rank order.
 
@@ -150,8 +170,7 @@ def run_ranks(world_size: int, function: Callable[..., T], *args: Any, timeout_s
 
 
 def _start(rank: int, world_size: int, payload: bytes, folder: Path, deadline: float) -> _Rank:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED_MODULES)
+    context = fork_server()
     ours, theirs = context.Pipe()
     process = context.Process(
         target=_rank_main,

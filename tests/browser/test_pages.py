@@ -22,8 +22,6 @@ TAGS = ("loss", "learning_rate", "words_per_second")
 GROUPS = ("stage", "ids", "memory")
 """Of scalars, each with a heading of its own in TensorBoard."""
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def page(tmp_path: Path) -> Iterator[Page]:
@@ -77,6 +75,7 @@ def _address(process: subprocess.Popen[bytes], log: Path) -> str:
     return address
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_the_scalars_and_the_projector(job: Job, page: Page) -> None:
     with tensorboard(job.folder / "run" / "tensorboard") as address:
         page.open(f"{address}/#timeseries")

@@ -55,11 +55,14 @@ class Case:
     looks_later: bool
 
 
-def cases() -> Iterator[Case]:
+def cases(with_options: bool) -> Iterator[Case]:
+    """Yields every optimizer on every implementation, with each of its options if `with_options`."""
     assert OWN_OPTIONS.keys() == et.optim.OPTIMIZERS.keys()
     for name, own in OWN_OPTIONS.items():
         sets = {"plain": {}} | {option: {option: value} for option, value in own.items()} | COMMON_OPTIONS
         sets["everything"] = own | COMMON_OPTIONS["together"]
+        if not with_options:
+            sets = {option: sets[option] for option in ("plain", "everything")}
         for option, options in sets.items():
             # bfloat16 changes how rows are read and written, not what an option means.
             dtypes = (torch.float32, torch.bfloat16) if option in ("plain", "everything") else (torch.float32,)
@@ -104,11 +107,13 @@ def whole(tables: et.EmbeddingCollection) -> dict[str, torch.Tensor]:
     return {name: tables.gather_table(TABLE, name).clone() for name in names}
 
 
-def train_all_cases(group: dist.ProcessGroup | None) -> list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+def train_all_cases(
+    group: dist.ProcessGroup | None, with_options: bool
+) -> list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
     """Returns what each case begins and ends with; half-way everything moves to new objects through state dicts."""
     rank = dist.get_rank(group) if group else 0
     results = []
-    for case in cases():
+    for case in cases(with_options):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(dispatch.VARIABLE, case.backend)
             dispatch.cpu_backend.cache_clear()
@@ -128,10 +133,21 @@ def train_all_cases(group: dist.ProcessGroup | None) -> list[tuple[dict[str, tor
     return results
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3])
+@pytest.fixture(
+    scope="module",
+    params=[
+        (2, True),
+        (1, False),
+        (3, False),
+        pytest.param((1, True), marks=pytest.mark.slow),
+        pytest.param((3, True), marks=pytest.mark.slow),
+    ],
+    ids=["2 ranks", "1 rank, few options", "3 ranks, few options", "1 rank", "3 ranks"],
+)
 def trained(request: pytest.FixtureRequest) -> tuple[int, list[Case], list]:
-    results = run_ranks(request.param, train_all_cases, timeout_seconds=120)
-    return request.param, list(cases()), results[0]
+    world_size, with_options = request.param
+    results = run_ranks(world_size, train_all_cases, with_options, timeout_seconds=120)
+    return world_size, list(cases(with_options)), results[0]
 
 
 def test_equals_a_plain_loop(trained: tuple) -> None:

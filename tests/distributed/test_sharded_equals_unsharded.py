@@ -104,8 +104,18 @@ def all_tensors(tables: et.EmbeddingCollection | et.UnshardedEmbeddingCollection
     }
 
 
-@pytest.mark.parametrize("options", OPTIMIZERS)
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+EVERY_OPTION_AT = 2
+"""The number of ranks at which each set of options is tried; at the others the plain one stands for all."""
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [
+        pytest.param(size, name, marks=[pytest.mark.slow] if name != "plain" and size != EVERY_OPTION_AT else [])
+        for size in (1, 2, 3, 4)
+        for name in OPTIMIZERS
+    ],
+)
 def test_weights_and_accumulators_equal_the_oracle(world_size: int, options: str) -> None:
     expected = train_unsharded(world_size, torch.float32, OPTIMIZERS[options])
     for tensors in run_ranks(world_size, train_sharded, torch.float32, OPTIMIZERS[options]):

@@ -100,6 +100,7 @@ def wait_for_the_dead(group: dist.ProcessGroup) -> None:
     raise ValueError("rank 0 saw it")
 
 
+@pytest.mark.serial
 def test_a_dead_peer_is_noticed_at_once() -> None:
     with pytest.raises(Exception, match=r"rank 0 saw it|rank 1"):
         run_ranks(2, wait_for_the_dead)
@@ -117,6 +118,7 @@ def wait_for_the_late(group: dist.ProcessGroup) -> str:
     return str(caught.value)
 
 
+@pytest.mark.serial
 def test_a_late_peer_is_waited_for_as_long_as_the_group_says() -> None:
     message, _ = run_ranks(2, wait_for_the_late)
     assert "rank 0 waited 0 s for rank 1's part" in message

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TextIO
+from typing import IO, Any
 
 import numpy as np
+import psutil
 import pytest
+
+from tests import launching
+from tests.launching import Process
 
 NUM_TOPICS = 4
 
@@ -20,48 +23,42 @@ class Job:
 
     folder: Path
     environment: Mapping[str, str] = field(default_factory=dict)
+    is_warm: bool | None = None
 
     @property
     def text_path(self) -> Path:
         return self.folder / "corpus.txt"
 
     def command(self, *arguments: str, ranks: int | None = None, torchrun: tuple[str, ...] = ()) -> list[str]:
-        return self._python("-m", "embedtrain", *arguments, ranks=ranks, torchrun=torchrun)
+        return [*launching.torchrun(ranks, *torchrun), "-m", "embedtrain", *arguments]
 
-    def start(self, *arguments: str, stdin: TextIO | None = None, **options: object) -> subprocess.Popen[str]:
-        return self._start(self.command(*arguments, **options), stdin)
+    def start(
+        self,
+        *arguments: str,
+        ranks: int | None = None,
+        torchrun: tuple[str, ...] = (),
+        stdin: IO[Any] | None = None,
+        is_warm: bool | None = None,
+    ) -> Process:
+        """Starts a command of embedtrain, under torchrun if `ranks` is a number.
 
-    def run(self, *arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-        return self.finish(self.start(*arguments, **options))
+        Args:
+            torchrun: further options of torchrun.
+            stdin: what the command reads; nothing by default.
+            is_warm: see `launching.start`; None for what the job or else the session has chosen.
+        """
+        is_warm = self.is_warm if is_warm is None else is_warm
+        command = self.command(*arguments, ranks=ranks, torchrun=torchrun)
+        return launching.start(command, cwd=self.folder, environment=self.environment, stdin=stdin, is_warm=is_warm)
 
-    def run_script(self, path: str, ranks: int) -> subprocess.CompletedProcess[str]:
-        return self.finish(self._start(self._python(path, ranks=ranks)))
+    def run(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        return launching.finish(self.start(*arguments, **options))
 
-    def _python(self, *arguments: str, ranks: int | None, torchrun: tuple[str, ...] = ()) -> list[str]:
-        launcher = [sys.executable]
-        if ranks is not None:
-            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *torchrun]
-        return [*launcher, *arguments]
-
-    def _start(self, command: list[str], stdin: TextIO | None = None) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env={
-                **os.environ,
-                **self.environment,
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(Path(__file__).parents[2]),
-            },
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def finish(self, process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-        output, errors = process.communicate(timeout=120)
-        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+    def run_script(
+        self, path: str, ranks: int | None = None, is_warm: bool | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        command = [*launching.torchrun(ranks), path]
+        return launching.run(command, cwd=self.folder, environment=self.environment, is_warm=is_warm)
 
     def train_arguments(self, run: str, *overrides: str) -> list[str]:
         return [
@@ -107,14 +104,26 @@ def job(tmp_path: Path) -> Job:
 
 
 @pytest.fixture
-def wait_until() -> Callable[[Callable[[], object], subprocess.Popen[str]], None]:
-    import time
+def cold_job(job: Job) -> Job:
+    """A job whose commands start exactly as a user's do."""
+    return replace(job, is_warm=False)
 
-    def wait(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+
+Wait = Callable[[Callable[[], object], Process], None]
+
+
+@pytest.fixture
+def wait_until() -> Wait:
+    def wait(condition: Callable[[], object], process: Process) -> None:
         deadline = time.monotonic() + 60
         while not condition():
             assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline, "waited a minute for the run to get there"
+            assert time.monotonic() < deadline, f"waited a minute for the run to get there: {process.errors()}"
             time.sleep(0.01)
 
     return wait
+
+
+def ranks_of(launcher: Process) -> list[psutil.Process]:
+    """Returns the ranks of a launcher in their order, which is that in which it starts them."""
+    return sorted(psutil.Process(launcher.pid).children(), key=lambda process: process.pid)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from embedtrain.embedding.init import initial_rows
 from embedtrain.recipes.word2vec.model import word2vec_tables
 from embedtrain.sharding.layout import SpreadLayout
 from tests.e2e.conftest import Job
+from tests.records import contents
 
 DIM = 16
 
@@ -35,14 +35,6 @@ def rows_by_name(run: Path, names_file: str, table: str) -> dict[str, dict[str, 
 
 def counts_of(path: Path) -> dict[str, int]:
     return {word: int(count) for word, count in (line.split("\t") for line in path.read_text().splitlines())}
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def write_new_text(job: Job) -> Path:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable
-
-from tests.e2e.conftest import Job
+from tests.e2e.conftest import Job, Wait
 
 
-def test_a_second_job_on_a_run_folder_is_refused(
-    job: Job, wait_until: Callable[[Callable[[], object], subprocess.Popen[str]], None]
-) -> None:
+def test_a_second_job_on_a_run_folder_is_refused(job: Job, wait_until: Wait) -> None:
     command = job.train_arguments("run", "train.epochs=1000", "checkpoint.every_steps=40")
     first = job.start(*command)
     wait_until(lambda: (job.folder / "run" / "owner-00000001.json").exists(), first)

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from embedtrain.checkpoint import CheckpointReader, find_checkpoints
-from tests.e2e.conftest import Job
-
-Wait = Callable[[Callable[[], object], subprocess.Popen[str]], None]
+from tests.e2e.conftest import Job, Wait
 
 
 def records(job: Job, run: str) -> list[dict]:

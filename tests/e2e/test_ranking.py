@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
-from tests.e2e.conftest import Job
+from tests import launching
+from tests.e2e.conftest import Job, Wait, ranks_of
 from tests.records import without_costs
-
-Wait = Callable[[Callable[[], object], subprocess.Popen[str]], None]
 
 HEADER = "label,x0,x1,user,shop,tags"
 
@@ -85,9 +80,15 @@ def kill_a_rank(job: Job, run: str, wait_until: Wait, ranks: int) -> None:
     launcher = job.start(*arguments(run), ranks=ranks)
     folder = job.folder / run / "checkpoints"
     wait_until(lambda: len(list(folder.glob("step-*/manifest.json"))) >= 2, launcher)
-    victims = sorted(psutil.Process(launcher.pid).children(), key=lambda process: process.pid)
-    victims[-1].send_signal(signal.SIGKILL)
+    ranks_of(launcher)[-1].send_signal(signal.SIGKILL)
     launcher.communicate(timeout=60)
+
+
+def check_shops(job: Job, run: str) -> None:
+    """Asserts that a run has written which value of the column each row is."""
+    values = pq.read_table(job.folder / run / "features" / "shop.parquet").to_pydict()
+    assert sorted(values["value"]) == sorted({f"s{shop}" for shop in range(30)} & set(values["value"]))
+    assert values["row"] == list(range(1, len(values["row"]) + 1))
 
 
 @pytest.mark.slow
@@ -97,9 +98,7 @@ def test_a_killed_run_goes_on_bit_for_bit_and_on_other_ranks_by_the_same_curve(c
     final = metrics(clicks, "whole")[-1]
     assert final["valid_auc"] > 0.75
     assert 0.8 < final["valid_calibration"] < 1.25
-    values = pq.read_table(clicks.folder / "whole" / "features" / "shop.parquet").to_pydict()
-    assert sorted(values["value"]) == sorted({f"s{shop}" for shop in range(30)} & set(values["value"]))
-    assert values["row"] == list(range(1, len(values["row"]) + 1))
+    check_shops(clicks, "whole")
 
     kill_a_rank(clicks, "killed", wait_until, ranks=2)
     resumed = clicks.run(*arguments("killed"), ranks=2)
@@ -129,6 +128,8 @@ def test_tables_have_optimizers_of_their_own_through_a_resume(clicks: Job, wait_
     expected = tensors(clicks, "whole")
     assert {name for name in expected if name.startswith("shop/")} == {"shop/weight", "shop/exp_avg", "shop/exp_avg_sq"}
     assert {name for name in expected if name.startswith("user/")} == {"user/weight", "user/accumulator"}
+    check_shops(clicks, "whole")
+    assert metrics(clicks, "whole")[-1]["valid_auc"] > 0.7
     rates = metrics(clicks, "whole")[0]
     factor = rates["learning_rate"] / 0.05
     assert rates["learning_rate/shop"] == pytest.approx(0.01 * factor)
@@ -167,12 +168,6 @@ def test_a_column_that_does_not_exist_is_told_in_one_line(clicks: Job) -> None:
 def test_training_comes_near_a_planted_model(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     command = [sys.executable, str(root / "benchmarks" / "planted_clicks.py"), "--examples", "200000", "--rows", "5000"]
-    done = subprocess.run(
-        [*command, "--ranks", "1", "--tolerance", "0.02", "--work", str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = launching.run([*command, "--ranks", "1", "--tolerance", "0.02", "--work", str(tmp_path)], cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "5,015 rows" in done.stdout

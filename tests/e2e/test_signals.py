@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import time
-from collections.abc import Callable
 
-import psutil
 import pytest
 
-from tests.e2e.conftest import Job
+from tests.e2e.conftest import Job, Wait, ranks_of
 
-Wait = Callable[[Callable[[], object], subprocess.Popen[str]], None]
+pytestmark = pytest.mark.serial
 
 ENDLESS = ("train.epochs=2000", "checkpoint.every_steps=40", "checkpoint.keep_last=2")
 BOUND_SECONDS = 20
@@ -22,11 +19,6 @@ BOUND_SECONDS = 20
 
 def has_checkpoint(job: Job, run: str) -> bool:
     return any((job.folder / run / "checkpoints").glob("step-*/manifest.json"))
-
-
-def rank_process(launcher: subprocess.Popen[str], rank: int) -> psutil.Process:
-    children = psutil.Process(launcher.pid).children()
-    return next(child for child in children if child.environ().get("RANK") == str(rank))
 
 
 def saved_status(job: Job, run: str) -> dict:
@@ -44,7 +36,7 @@ def saved_status(job: Job, run: str) -> dict:
 def test_a_signal_to_one_rank_stops_all(job: Job, wait_until: Wait, number: signal.Signals, rank: int) -> None:
     launcher = job.start(*job.train_arguments("run", *ENDLESS), ranks=2)
     wait_until(lambda: has_checkpoint(job, "run"), launcher)
-    rank_process(launcher, rank).send_signal(number)
+    ranks_of(launcher)[rank].send_signal(number)
     began = time.monotonic()
     _, errors = launcher.communicate(timeout=60)
     assert time.monotonic() - began < BOUND_SECONDS
@@ -61,19 +53,15 @@ def test_slurms_warning_is_passed_on_by_torchrun(job: Job, wait_until: Wait) -> 
     saved_status(job, "run")
 
 
-def test_a_second_interrupt_leaves_at_once(job: Job) -> None:
-    # A step so long that the first interrupt is not heard before the second comes.
+def test_a_second_interrupt_leaves_at_once(job: Job, wait_until: Wait) -> None:
+    # Steps so long that the run is not saved before the second interrupt comes.
     slow = ("train.words_per_step=32768", "table.dim=1024", "word2vec.negatives=50")
     process = job.start(*job.train_arguments("run", *ENDLESS, *slow))
-    assert process.stderr is not None
-    assert any(line.startswith("starting") for line in process.stderr)
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    time.sleep(2.2)
-    began = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode in (128 + signal.SIGINT, 75)
-    assert time.monotonic() - began < 10
-    if process.returncode != 75:
-        assert not has_checkpoint(job, "run")
+    wait_until(lambda: "\nstarting" in process.errors(), process)
+    # Until one is heard more than two seconds after the first: when that is depends on how busy the machine is.
+    give_up = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < give_up:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    assert process.poll() == 128 + signal.SIGINT
+    assert not has_checkpoint(job, "run")

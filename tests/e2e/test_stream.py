@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from embedtrain.checkpoint import CheckpointReader, find_checkpoints, latest_checkpoint
-from tests.e2e.conftest import Job
+from tests import launching
+from tests.e2e.conftest import Job, Wait
 from tests.e2e.test_ranking import metrics, tensors, write_clicks
-
-Wait = Callable[[Callable[[], object], subprocess.Popen[str]], None]
 
 STEP_LINES, NUM_LINES = 64, 1500
 
@@ -64,7 +62,7 @@ def feed(job: Job, text: str, *command: str, ranks: int | None = None) -> subpro
         source.close()
         stream.write(text)
         stream.close()
-        return job.finish(process)
+        return launching.finish(process)
 
 
 def steps_of(job: Job, run: str) -> list[int]:

@@ -109,6 +109,7 @@ def wait_for(condition: Callable[[], bool], within_seconds: float, said: Callabl
         time.sleep(0.05)
 
 
+@pytest.mark.serial
 @pytest.mark.slow
 def test_a_cut_link_stops_every_rank_with_a_reason_and_the_run_resumes_once_it_is_back(job: Job, link: Link) -> None:
     expected = job.run(*job.train_arguments("whole"), ranks=2)

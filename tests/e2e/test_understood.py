@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Job
-from tests.unit.commands.fuzz import contents
+from tests.records import contents
 
 SCRIPT = """
 import os

@@ -24,8 +24,9 @@ from pathlib import Path
 from embedtrain.checkpoint import latest_checkpoint
 from tests.e2e.conftest import Job
 from tests.faults.damage import count_noticed
-from tests.faults.harness import ROOT, Fault, Range
+from tests.faults.harness import Fault, Range
 from tests.faults.points import DISK_PHASES, PHASES
+from tests.launching import ROOT
 
 NUM_POINTS = 40
 BATCH = 10

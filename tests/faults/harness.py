@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,11 +13,12 @@ from pathlib import Path
 import torch
 
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
+from tests import launching
 from tests.e2e.conftest import make_job
 from tests.faults.points import PHASES
 from tests.faults.worker import LOG, PLAN
+from tests.launching import Process
 
-ROOT = Path(__file__).parents[2]
 SETTINGS = ("train.epochs=2", "checkpoint.every_steps=20", "checkpoint.keep_last=2", "run.timeout_seconds=60")
 TIMEOUT_SECONDS = 240
 
@@ -74,44 +73,25 @@ class Range:
 
     def command(self, run: str, max_restarts: int, *overrides: str) -> list[str]:
         """Returns the command of a training on 2 ranks."""
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        launcher += ["--max-restarts", str(max_restarts), "--monitor-interval", "0.05"]
-        launcher += ["--shutdown-timeout", "5", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
+        options = ["--max-restarts", str(max_restarts), "--monitor-interval", "0.05"]
+        options += ["--shutdown-timeout", "5", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
         paths = [f"data.path={self.folder}/corpus.txt", f"data.cache_path={self.folder}/cache"]
         worker = ["-m", "tests.faults.worker", "train", "config.yaml", f"run.path={self.folder / run}"]
-        return [*launcher, *worker, *paths, *SETTINGS, *overrides]
+        return [*launching.torchrun(2, *options), *worker, *paths, *SETTINGS, *overrides]
 
-    def start(self, run: str, faults: Sequence[Fault], *overrides: str) -> subprocess.Popen[str]:
+    def start(self, run: str, faults: Sequence[Fault], *overrides: str) -> Process:
         """Starts a training that restarts by itself, each attempt with the next fault, the last with none."""
         plan = self.folder / f"{run}.plan.json"
         plan.write_text(json.dumps([asdict(fault) for fault in faults]))
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            PLAN: str(plan),
-            LOG: str(self.folder / f"{run}.log"),
-        }
-        return subprocess.Popen(
-            self.command(run, len(faults), *overrides),
-            cwd=self.folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
+        environment = {PLAN: str(plan), LOG: str(self.folder / f"{run}.log")}
+        return launching.start(self.command(run, len(faults), *overrides), cwd=self.folder, environment=environment)
 
     def launch(self, run: str, faults: Sequence[Fault], *overrides: str) -> subprocess.CompletedProcess[str]:
         """Starts a training and waits for its end."""
-        process = self.start(run, faults, *overrides)
         try:
-            output, errors = process.communicate(timeout=TIMEOUT_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, errors = process.communicate()
-            raise AssertionError(f"{run} did not end within {TIMEOUT_SECONDS} s: {errors}") from None
-        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+            return launching.finish(self.start(run, faults, *overrides), TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired as slow:
+            raise AssertionError(f"{run} did not end within {TIMEOUT_SECONDS} s: {slow.stderr}") from None
 
     def events(self, run: str) -> list[dict]:
         """Returns what the ranks noted of themselves."""

@@ -32,6 +32,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Range:
     return Range(tmp_path_factory.mktemp("faults"))
 
 
+def test_a_run_that_is_struck_while_it_saves_ends_as_undisturbed(runs: Range) -> None:
+    faults = [
+        Fault(WRITE, 20, 0, "SIGKILL", "both"),
+        Fault(CREATE, 4, 0, "SIGKILL", "peer"),
+        Fault(WRITE, 10, 1, "ENOSPC"),
+    ]
+    struck = runs.survive("struck-briefly", faults)
+    assert struck.num_struck == len(faults)
+    assert "rank 1: OSError: [Errno 28] No space left on device" in "".join(struck.errors)
+
+
 @pytest.mark.slow
 def test_a_run_that_is_struck_in_every_phase_ends_as_undisturbed(runs: Range) -> None:
     faults = [
@@ -52,6 +63,7 @@ def test_a_run_that_is_struck_in_every_phase_ends_as_undisturbed(runs: Range) ->
     print(f"{struck.num_struck} of {len(faults)} faults survived")
 
 
+@pytest.mark.serial
 def test_a_rank_that_stands_still_is_named_in_time(runs: Range) -> None:
     process = runs.start("still", [Fault(STEP, 59, 1, "SIGSTOP")], "run.timeout_seconds=5")
     status = runs.folder / "still" / "status.json"

@@ -67,7 +67,8 @@ def victims(victim: str, own_rank: int) -> list[int]:
         return [os.getppid()]
     peers = []
     for process in psutil.Process(os.getppid()).children():
-        if process.pid != os.getpid() and "RANK" in process.environ():
+        # Ranks lead sessions of their own, what else torchrun may have started does not.
+        if process.pid != os.getpid() and os.getsid(process.pid) == process.pid:
             peers.append(process.pid)
     return {"self": [os.getpid()], "peer": peers, "both": [*peers, os.getpid()]}[victim]
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,3 +36,19 @@ def run_on(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     dispatch.cpu_backend.cache_clear()
     yield name
     dispatch.cpu_backend.cache_clear()
+
+
+# Triton's interpreter takes seconds per test. One column, odd numbers, a full block and more than one stay in the
+# ordinary run; `--all` takes the other widths too.
+_DIMS_ONLY_WITH_ALL = (16, 32, 100, 300)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        if parameters is None or item.path.parent != Path(__file__).parent:
+            continue
+        backends = (parameters.params.get("backend"), parameters.params.get("threaded_backend"))
+        if "triton" in backends and parameters.params.get("dim") in _DIMS_ONLY_WITH_ALL:
+            item.add_marker(pytest.mark.slow)

@@ -15,9 +15,6 @@ from tests.unit.commands.fuzz import Command, call, contents, half_written, rest
 
 ROOT = Path(__file__).resolve().parents[3]
 
-NUM_COMMANDS = 200
-"""Malformed commands in all; a long search takes ten times as many."""
-
 CONFIG = (
     "model: word2vec\n"
     "data: {path: corpus.txt, cache_path: cache, min_count: 1}\n"
@@ -95,24 +92,24 @@ def check(here: Path, arguments: Sequence[str], before: dict[str, bytes]) -> Non
         restore(here / "run", here / "kept")
 
 
-@pytest.mark.parametrize(("commands", "share"), [(READING, 0.4), (CONFIGURING, 0.35), ([TRAIN], 0.1)])
-def test_malformed_command_lines(here: Path, commands: Sequence[Command], share: float) -> None:
+@pytest.mark.parametrize(("commands", "count"), [(READING, 800), (CONFIGURING, 700), ([TRAIN], 200)])
+def test_malformed_command_lines(here: Path, commands: Sequence[Command], count: int, runs_all: bool) -> None:
     generator = random.Random(len(commands))
     before = contents(here / "run")
-    for number in range(round(NUM_COMMANDS * share)):
+    for number in range(count if runs_all else count // 10):
         check(here, spoilt(commands[number % len(commands)], generator), before)
 
 
-def test_malformed_configuration_files(here: Path) -> None:
+def test_malformed_configuration_files(here: Path, runs_all: bool) -> None:
     generator = random.Random(7)
     before = contents(here / "run")
-    for number in range(round(NUM_COMMANDS * 0.15)):
+    for number in range(300 if runs_all else 30):
         (here / "config.yaml").write_bytes(spoilt_file(CONFIG, generator))
         command = ["train", "config.yaml"] if number % 4 == 0 else ["config", "show", "config.yaml"]
         check(here, command, before)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 4))])
 def test_malformed_command_lines_of_the_program_itself(here: Path, seed: int) -> None:
     arguments = spoilt(TRAIN, random.Random(seed))
     before = contents(here / "run")

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import functools
 import os
-import threading
 from pathlib import Path
 
 import fsspec
@@ -14,7 +12,6 @@ import safetensors.numpy
 
 from embedtrain.errors import UserError
 from embedtrain.export import FORMATS, Vectors, export_vectors, open_vectors
-from embedtrain.testing.ranks import run_ranks
 
 TEXT_FORMATS = ["word2vec", "word2vec-binary"]
 
@@ -199,45 +196,3 @@ def test_word2vec_refuses_words_that_readers_would_cut(format, word, make_run, t
     assert "parquet" in str(caught.value)
     (path,) = export_vectors(vectors, "parquet", str(tmp_path / "out.parquet"))
     assert pq.read_table(path)["word"].to_pylist() == ["fine", word]
-
-
-def peak_private_bytes(function) -> int:
-    """Returns the most memory of its own (no mapped files) that the process has while `function` runs."""
-
-    def private_bytes() -> int:
-        with open("/proc/self/status", encoding="ascii") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
-
-    peak = 0
-    done = threading.Event()
-
-    def sample():
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, private_bytes())
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        function()
-    finally:
-        done.set()
-        thread.join()
-    return peak
-
-
-def memory_of_few_and_all_rows(group, run_path, format, output) -> tuple[int, int]:
-    with open_vectors(run_path) as vectors:
-        export = functools.partial(export_vectors, format=format, output=output, overwrite=True)
-        few = peak_private_bytes(lambda: export(vectors, max_rows=12_000))
-        return few, peak_private_bytes(lambda: export(vectors, max_rows=vectors.num_rows))
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is measured through /proc")
-@pytest.mark.parametrize("format", [name for name in FORMATS if name != "projector"])  # shows few rows
-def test_memory_does_not_grow_with_the_table(format, make_run, tmp_path):
-    run_path = make_run({"item": np.broadcast_to(np.float32(0.123456), (100_000, 500))})
-    # In a process of its own, where no memory that other tests have freed can hide what is taken.
-    ((few, all),) = run_ranks(1, memory_of_few_and_all_rows, run_path, format, str(tmp_path / "out"))
-    table_mib, grown_mib = 100_000 * 500 * 4 / 2**20, (all - few) / 2**20
-    assert grown_mib < table_mib / 4, f"{grown_mib:.0f} MiB more memory for {table_mib:.0f} MiB of vectors"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -16,6 +14,8 @@ import pytest
 from embedtrain.errors import CheckpointError, UserError
 from embedtrain.train import lock as lock_module
 from embedtrain.train.lock import RunLock
+
+pytestmark = pytest.mark.serial
 
 BEAT_SECONDS = 0.05
 
@@ -60,12 +60,14 @@ def test_a_second_job_is_refused_while_the_first_lives(folder: str) -> None:
 
 
 def test_a_dead_process_of_this_host_loses_the_folder_at_once(folder: str, caplog: pytest.LogCaptureFixture) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    leave_behind(folder, pid=ended.pid, started="123", beat_seconds=3600.0)
+    ended = os.fork()
+    if ended == 0:
+        os._exit(0)
+    os.waitpid(ended, 0)
+    leave_behind(folder, pid=ended, started="123", beat_seconds=3600.0)
     with lock_of(folder):
         assert owner_files(folder) == ["owner-00000002.json"]
-    assert f"is taken over from process {ended.pid} on" in caplog.text
+    assert f"is taken over from process {ended} on" in caplog.text
 
 
 def test_a_later_process_of_the_same_number_is_another(folder: str) -> None:

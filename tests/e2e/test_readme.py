@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+from tests import launching
+
+EXAMPLES = re.findall(
+    r"```python\n(.*?)```", (launching.ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL
+)
 
 
 def test_there_are_examples() -> None:
@@ -22,8 +23,9 @@ def test_there_are_examples() -> None:
 def test_an_example_runs_on_one_rank_and_on_two(tmp_path: Path, example: str, ranks: int) -> None:
     path = tmp_path / "example.py"
     path.write_text(example, encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    done = subprocess.run([sys.executable, *launcher, str(path)], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    # As a reader starts it: from a file, by Python and by torchrun.
+    launcher = launching.torchrun(ranks if ranks > 1 else None)
+    done = launching.run([*launcher, str(path)], cwd=launching.ROOT, is_warm=False)
     assert done.returncode == 0, done.stderr
     losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", done.stdout)]
     assert losses[-1] < losses[0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import time
 from embedtrain.train import watchdog
@@ -19,6 +21,7 @@ with watchdog.Watchdog(0.3) as dog:
 """
 
 
+@pytest.mark.serial
 def test_it_ends_a_process_that_hangs_and_prints_its_stacks() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60)
     assert done.stdout == "left\n"

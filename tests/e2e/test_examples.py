@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "docs" / "examples"
+from tests import launching
+
+EXAMPLES = launching.ROOT / "docs" / "examples"
 
 
 def run(name: str, *arguments: str, ranks: int = 1, stdin: str = "") -> str:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    done = subprocess.run(
-        [sys.executable, *launcher, str(EXAMPLES / name), *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    launcher = launching.torchrun(ranks if ranks > 1 else None)
+    done = launching.run([*launcher, str(EXAMPLES / name), *arguments], cwd=launching.ROOT, text=stdin)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
