@@ -11,11 +11,12 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-FOLDER = Path("embedtrain/ops/native")
+OPS = Path("embedtrain/ops")
+FOLDER = OPS / "_backend"
 LIBRARY = "libembedtrain_native.so"
-SOURCES = sorted(str(path) for path in FOLDER.glob("*.cpp"))
+SOURCES = sorted(str(path) for path in OPS.glob("*/*.cpp"))
 HEADERS = sorted(str(path) for path in FOLDER.glob("*.h"))
-FLAGS = ["-O3", "-fPIC", "-shared", "-std=c++17", "-fno-math-errno", "-fopenmp-simd", "-pthread"]
+FLAGS = [f"-I{FOLDER}", "-O3", "-fPIC", "-shared", "-std=c++17", "-fno-math-errno", "-fopenmp-simd", "-pthread"]
 
 
 class BuildNativeLibrary(build_ext):
@@ -44,7 +45,7 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", platform
 
 
-native_library = Extension("embedtrain.ops.native.libembedtrain_native", SOURCES, depends=HEADERS, optional=True)
+native_library = Extension("embedtrain.ops._backend.libembedtrain_native", SOURCES, depends=HEADERS, optional=True)
 
 setup(
     ext_modules=[native_library] if SOURCES else [],

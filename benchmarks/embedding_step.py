@@ -38,8 +38,8 @@ from record import Measure, append_results
 from torch import Tensor
 
 import embedtrain as et
+from embedtrain.ops._backend.row_memory import allocate_rows
 from embedtrain.ops.row_gradient import RowGradient
-from embedtrain.ops.row_memory import allocate_rows
 from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep, rowwise_adagrad
 from embedtrain.sharding.layout import SpreadLayout
 

@@ -25,16 +25,16 @@ from torch import Tensor
 import embedtrain as et
 from embedtrain.data.skipgram import SamplingOptions, TextBatch, sampling_tables
 from embedtrain.ops.gather_rows import gather_rows
+from embedtrain.ops.gather_rows import reference as reference_gather
 from embedtrain.ops.pool_rows import Bags, pool_rows
-from embedtrain.ops.reference import gather_rows as reference_gather
-from embedtrain.ops.reference import pool_rows as reference_pool
-from embedtrain.ops.reference import row_update as reference_update
-from embedtrain.ops.reference import segment_sum as reference_sum
-from embedtrain.ops.reference import skipgram_block as reference_skipgram
+from embedtrain.ops.pool_rows import reference as reference_pool
 from embedtrain.ops.row_update import Moments, RowStep, moment_update
+from embedtrain.ops.row_update import reference as reference_update
 from embedtrain.ops.sample_text import sample_text
+from embedtrain.ops.segment_sum import reference as reference_sum
 from embedtrain.ops.segment_sum import segment_sum
 from embedtrain.ops.skipgram_block import TextBlock, skipgram_block
+from embedtrain.ops.skipgram_block import reference as reference_skipgram
 from embedtrain.ops.sort_unique import sort_unique
 from embedtrain.recipes.word2vec.model import Word2Vec
 from embedtrain.train.ahead import BatchesAhead

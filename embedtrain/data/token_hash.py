@@ -7,7 +7,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from embedtrain.ops.mix import mix64
+from embedtrain.ops._backend.mix import mix64
 
 _WORD_BYTES = 8
 

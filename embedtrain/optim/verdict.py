@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from embedtrain.ops._backend.transfer import HostCopy
 from embedtrain.ops.row_gradient import RowGradient
-from embedtrain.ops.transfer import HostCopy
 
 
 class PendingVerdict:

@@ -17,9 +17,9 @@ from embedtrain.distributed.runtime import Runtime
 from embedtrain.distributed.shared_memory import connect
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.jagged import Jagged
+from embedtrain.ops._backend.row_memory import allocate_rows
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.row_gradient import RowGradient
-from embedtrain.ops.row_memory import allocate_rows
 from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep, rowwise_adagrad
 from embedtrain.ops.segment_sum import segment_sum
 from embedtrain.ops.sort_unique import sort_unique

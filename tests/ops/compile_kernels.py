@@ -15,13 +15,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from embedtrain.ops.gather_rows import triton as gather_rows
 from embedtrain.ops.pool_rows import Bags
+from embedtrain.ops.pool_rows import triton as pool_rows
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import Moments, RowStep
+from embedtrain.ops.row_update import triton as moment_update
 from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep
+from embedtrain.ops.rowwise_adagrad import triton as rowwise_adagrad
+from embedtrain.ops.segment_sum import triton as segment_sum
 from embedtrain.ops.skipgram_block import TextBlock
+from embedtrain.ops.skipgram_block import triton as skipgram_block
 from embedtrain.ops.sort_unique import sort_unique
-from embedtrain.ops.triton import gather_rows, moment_update, pool_rows, rowwise_adagrad, segment_sum, skipgram_block
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
 

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from embedtrain.ops import dispatch
-from embedtrain.ops.native import library
+from embedtrain.ops._backend import dispatch, library
 
 
 @pytest.fixture(params=["reference", "native", "triton"])

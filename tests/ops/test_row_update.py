@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from embedtrain.ops.mix import mix64
-from embedtrain.ops.reference import row_update as reference
-from embedtrain.ops.row_update import Moments, RowStep, moment_update, row_update
+from embedtrain.ops._backend.mix import mix64
+from embedtrain.ops.row_update import Moments, RowStep, moment_update, reference, row_update
 
 STEPS = {
     "plain": RowStep(lr=0.1),
