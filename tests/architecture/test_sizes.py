@@ -21,8 +21,8 @@ _KERNEL = "a kernel takes each tensor, size and switch by itself"
 ALLOWED: dict[str, str] = {
     "embedtrain/ops/row_update/triton.py: _update_tile": _KERNEL,
     "embedtrain/ops/pool_rows/triton.py: _pool_bag": _KERNEL,
-    "embedtrain/ops/segment_sum/triton.py: _sum_chunk": _KERNEL,
-    "embedtrain/ops/segment_sum/triton.py: _add_heads": _KERNEL,
+    "embedtrain/ops/_backend/triton_runs.py: _sum_chunk": _KERNEL,
+    "embedtrain/ops/_backend/triton_runs.py: _add_heads": _KERNEL,
     "embedtrain/ops/skipgram_block/triton.py: _block_against_band": _KERNEL,
 }
 

@@ -8,7 +8,7 @@ import threading
 import torch
 from torch import Tensor
 
-from embedtrain.ops._backend import dispatch
+from embedtrain.ops._backend import dispatch, library
 
 _SMALLEST_BLOCK_BYTES = 1 << 18
 """Smaller buffers come from the allocator, which has them at hand."""
@@ -107,8 +107,6 @@ def _allocate(num_bytes: int) -> Tensor:
 
 def _advise_huge_pages(memory: Tensor) -> None:
     if dispatch.uses_native(memory):
-        from embedtrain.ops._backend import library
-
         # Before the first write: that is when pages are chosen.
         library.get().embedtrain_advise_huge_pages(memory.data_ptr(), memory.numel() * memory.element_size())
 

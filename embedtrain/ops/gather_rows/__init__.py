@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.ops._backend import dispatch
+from embedtrain.ops.gather_rows import native, reference
 
 
 def gather_rows(source: Tensor, rows: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -36,14 +37,10 @@ def gather_rows(source: Tensor, rows: Tensor, dtype: torch.dtype | None = None, 
             f"expected out [{rows.numel()}, {source.shape[1]}] {dtype}, got {tuple(out.shape)} {out.dtype}"
         )
     if dispatch.uses_native(source):
-        from embedtrain.ops.gather_rows import native
-
         return native.gather_rows(source, rows, dtype, out)
     if dispatch.uses_triton(source):
         from embedtrain.ops.gather_rows import triton
 
         return triton.gather_rows(source, rows, dtype, out)
-    from embedtrain.ops.gather_rows import reference
-
     gathered = reference.gather_rows(source, rows, dtype)
     return gathered if out is None else out.copy_(gathered)

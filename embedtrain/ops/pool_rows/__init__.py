@@ -8,29 +8,11 @@ import torch
 from torch import Tensor
 
 from embedtrain.ops._backend import dispatch
+from embedtrain.ops.pool_rows import native, reference
+from embedtrain.ops.pool_rows.types import Bags
 from embedtrain.ops.sort_unique import SortedKeys
 
-
-class Bags:
-    """How the values of one feature are pooled.
-
-    Attributes:
-        num_values: ids of all bags.
-        lengths: [num_bags] int64 contiguous, adding up to num_values; None for one value a bag.
-        weights: [num_values] float32 contiguous, or None: each value's factor.
-        is_mean: whether a bag's sum is divided by its length.
-        num_bags: number of bags, empty ones included.
-    """
-
-    __slots__ = ("is_mean", "lengths", "num_bags", "num_values", "weights")  # a step makes one for each feature
-
-    def __init__(
-        self, num_values: int, lengths: Tensor | None = None, weights: Tensor | None = None, is_mean: bool = False
-    ) -> None:
-        self.num_values, self.is_mean = num_values, is_mean
-        self.lengths = None if lengths is None else lengths.contiguous()
-        self.weights = None if weights is None else weights.contiguous()
-        self.num_bags = num_values if lengths is None else lengths.numel()
+__all__ = ["Bags", "grad_of_weights", "pool_rows", "pool_rows_backward"]
 
 
 def pool_rows(source: Tensor, index: Tensor, bags: Sequence[Bags]) -> list[Tensor]:
@@ -56,15 +38,11 @@ def pool_rows(source: Tensor, index: Tensor, bags: Sequence[Bags]) -> list[Tenso
     if source.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"expected float32 or bfloat16 rows, got {source.dtype}")
     if dispatch.uses_native(source):
-        from embedtrain.ops.pool_rows import native
-
         return native.pool_rows(source, index, bags)
     if dispatch.uses_triton(source):
         from embedtrain.ops.pool_rows import triton
 
         return triton.pool_rows(source, index, bags)
-    from embedtrain.ops.pool_rows import reference
-
     return reference.pool_rows(source, index, bags)
 
 
@@ -89,15 +67,11 @@ def pool_rows_backward(
                 f"expected a gradient [{feature.num_bags}, {dim}] float32, got {grad.dtype} {tuple(grad.shape)}"
             )
     if dispatch.uses_native(keys.order):
-        from embedtrain.ops.pool_rows import native
-
         return native.pool_rows_backward(grads, bags, keys, dim, factor)
     if dispatch.uses_triton(keys.order):
         from embedtrain.ops.pool_rows import triton
 
         return triton.pool_rows_backward(grads, bags, keys, dim, factor)
-    from embedtrain.ops.pool_rows import reference
-
     return reference.pool_rows_backward(grads, bags, keys, dim, factor)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from embedtrain.ops._backend import library
 from embedtrain.ops._backend.row_memory import empty_buffer
-from embedtrain.ops.pool_rows import Bags
+from embedtrain.ops.pool_rows.types import Bags
 from embedtrain.ops.sort_unique import SortedKeys
 
 

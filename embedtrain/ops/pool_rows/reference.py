@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from embedtrain.ops.pool_rows import Bags
+from embedtrain.ops.pool_rows.types import Bags
 from embedtrain.ops.sort_unique import SortedKeys
 
 

@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from embedtrain.ops._backend.triton_launch import num_warps, on_device_of, power_of_2
-from embedtrain.ops.pool_rows import Bags
-from embedtrain.ops.segment_sum.triton import sum_runs
+from embedtrain.ops._backend.triton_runs import sum_runs
+from embedtrain.ops.pool_rows.types import Bags
 from embedtrain.ops.sort_unique import SortedKeys
 
 _VALUES_AT_ONCE = 4

@@ -9,77 +9,20 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from embedtrain.ops._backend import dispatch
 from embedtrain.ops.pool_rows import Bags, pool_rows_backward
-from embedtrain.ops.sort_unique import OrderedKeys, SortedKeys, sort_unique
+from embedtrain.ops.pool_rows.native import describe
+from embedtrain.ops.row_gradient import native, reference
+from embedtrain.ops.row_gradient.types import Delivery, Run
+from embedtrain.ops.sort_unique import SortedKeys, sort_unique
+
+__all__ = ["Delivery", "RowGradient", "Run"]
 
 _LARGEST_FLOAT = torch.finfo(torch.float32).max
-
-
-class Run(NamedTuple):
-    """Consecutive values whose rows lie in one range; the rows of later runs are larger.
-
-    Attributes:
-        num_values: how many values.
-        first_row: where the range begins.
-        num_rows: its length.
-    """
-
-    num_values: int
-    first_row: int
-    num_rows: int
-
-
-class Delivery:
-    """Gradients of rows as one backward leaves them: not summed, and not copied.
-
-    Args:
-        rows: [n] int64; the row of each value, feature after feature.
-        bags: the features.
-        grads: per feature [num_bags, dim] float32, the gradient of its pooled vectors; None where nothing came back.
-        runs: of all values, where the caller knows them; they make the sort quicker.
-        is_unique: whether rows are distinct and ascending, with one unweighted value a bag in one feature.
-        ordered: the rows in order, where that was found out before.
-    """
-
-    def __init__(
-        self,
-        rows: Tensor,
-        bags: Sequence[Bags],
-        grads: Sequence[Tensor | None],
-        *,
-        runs: Sequence[Run] = (),
-        is_unique: bool = False,
-        ordered: OrderedKeys | None = None,
-    ) -> None:
-        self.rows, self.bags, self.grads = rows, bags, grads
-        self.runs, self.is_unique, self.ordered = runs, is_unique, ordered
-        self._versions = [0 if grad is None else grad._version for grad in grads]
-
-    def check_shapes(self, dim: int) -> None:
-        """Raises ValueError where shapes or dtypes disagree."""
-        num_values = sum(feature.num_values for feature in self.bags)
-        if self.rows.shape != (num_values,) or self.rows.dtype != torch.int64:
-            raise ValueError(f"expected rows [{num_values}] int64, got {self.rows.dtype} {tuple(self.rows.shape)}")
-        for feature, grad in zip(self.bags, self.grads, strict=True):
-            if grad is not None and (grad.shape != (feature.num_bags, dim) or grad.dtype != torch.float32):
-                raise ValueError(
-                    f"expected a gradient [{feature.num_bags}, {dim}] float32, got {grad.dtype} {tuple(grad.shape)}"
-                )
-
-    def check_unchanged(self) -> None:
-        """Raises RuntimeError where a gradient was written to since it was delivered."""
-        for grad, version in zip(self.grads, self._versions, strict=True):
-            if grad is not None and grad._version != version:
-                raise RuntimeError(
-                    "a gradient of looked-up vectors was changed in place between backward and step(), which reads it: "
-                    "change a clone of it, or change it after step()"
-                )
 
 
 class RowGradient:
@@ -149,8 +92,6 @@ class RowGradient:
     @functools.cached_property
     def native_features(self) -> tuple[array[int], list[Tensor]]:
         """The features and their gradients as the native kernels read them, and the tensors that must outlive it."""
-        from embedtrain.ops.pool_rows.native import describe
-
         return describe(self.bags, self.grads)
 
     def is_finite(self) -> bool:
@@ -180,9 +121,6 @@ class RowGradient:
     def _largest_magnitudes(self) -> tuple[float, float]:
         """Returns those of the gradients and of the weights, the latter at least 1."""
         if self.bags and dispatch.uses_native(self._deliveries[0].rows):
-            from embedtrain.ops.row_gradient import native
-
-            return native.largest_magnitudes(self)
-        from embedtrain.ops.row_gradient import reference
-
+            features, _ = self.native_features
+            return native.largest_magnitudes(features, len(self.bags), self.dim)
         return reference.largest_magnitudes(self.bags, self.grads)

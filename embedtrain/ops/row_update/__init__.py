@@ -2,87 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from embedtrain.ops._backend import dispatch
+from embedtrain.ops.row_update import native, reference
+from embedtrain.ops.row_update.types import Direction, Moments, RowStep
 
-Direction = Callable[[Tensor, Sequence[Tensor]], Tensor | tuple[Tensor, Tensor]]
-"""A formula: takes gradients [n, dim] and the rows' states, which it updates in place; returns what is taken from the
-rows times the step size, [n, dim], or its numerator and denominator."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowStep:
-    """What every formula has in common. In this order: the gradient is scaled, clipped, decayed; the row is stepped
-    and brought below its largest norm.
-
-    Attributes:
-        lr: learning rate of this step.
-        grad_factor: of every gradient; negative where the objective is maximised. A scalar float32 on the weights'
-            device where the host does not know it, NaN for a step that is to leave all rows and states as they are.
-        max_row_grad_norm: gradients of larger L2 norm are scaled down to it, each row's by itself.
-        weight_decay: L2 factor; added to the gradient as `weight_decay * row`, or, decoupled, taken from the
-            row itself as `lr * weight_decay * row`.
-        decoupled_weight_decay: which of the two.
-        max_norm: rows of larger L2 norm are scaled down to it after the step.
-        rounding_keys: [n] int64 for bfloat16 weights: a key per row and step for stochastic rounding.
-    """
-
-    lr: float
-    grad_factor: float | Tensor = 1.0
-    max_row_grad_norm: float = math.inf
-    weight_decay: float = 0.0
-    decoupled_weight_decay: bool = False
-    max_norm: float = math.inf
-    rounding_keys: Tensor | None = None
-
-    def with_known_factor(self) -> RowStep | None:
-        """Returns the step with a factor that the host knows, for which it waits; None for one that changes nothing."""
-        if not isinstance(self.grad_factor, Tensor):
-            return self
-        factor = float(self.grad_factor)
-        return None if math.isnan(factor) else replace(self, grad_factor=factor)
-
-    @property
-    def coupled_decay(self) -> float:
-        """What of a row is added to its gradient."""
-        return 0.0 if self.decoupled_weight_decay else self.weight_decay
-
-    @property
-    def row_factor(self) -> float:
-        """What of a row is left by decoupled decay."""
-        return 1.0 - self.lr * self.weight_decay if self.decoupled_weight_decay else 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Moments:
-    """The coefficients of running moments of the gradient `g`.
-
-    `first += (1 - first_decay) * (g - first)`, where it is kept, else `first = g`; `second = second_decay * second
-    + second_gain * g * g`, of every element, or of the mean over dim. Then
-    `row -= lr / first_correction * first / (sqrt(second) / second_correction + eps)`, without the divisor where no
-    second moment is kept.
-
-    Attributes:
-        first_decay: share of the first moment that is kept.
-        first_correction: of its start from zero.
-        second_decay: share of the second moment that is kept; 1 sums.
-        second_gain: of what is added to it.
-        second_correction: of the root's start from zero.
-        eps: added outside the root.
-    """
-
-    first_decay: float = 0.0
-    first_correction: float = 1.0
-    second_decay: float = 1.0
-    second_gain: float = 1.0
-    second_correction: float = 1.0
-    eps: float = 0.0
+__all__ = ["Direction", "Moments", "RowStep", "moment_update", "row_update"]
 
 
 def row_update(
@@ -101,8 +30,6 @@ def row_update(
     Raises:
         ValueError: shapes or dtypes disagree.
     """
-    from embedtrain.ops.row_update import reference
-
     _check(weight, states, rows, row_grad, step)
     known = step.with_known_factor() if rows.numel() else None
     if known is not None:
@@ -149,12 +76,8 @@ def moment_update(
     if known is None:
         return
     if dispatch.uses_native(weight):
-        from embedtrain.ops.row_update import native
-
         native.moment_update(weight, first, second, rows, row_grad, known, moments)
     else:
-        from embedtrain.ops.row_update import reference
-
         reference.moment_update(weight, first, second, rows, row_grad, known, moments)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.ops._backend import library
-from embedtrain.ops.row_update import Moments, RowStep
+from embedtrain.ops.row_update.types import Moments, RowStep
 
 _NO_SECOND, _SECOND_OF_ROW, _SECOND_OF_ELEMENT = range(3)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.ops._backend.stochastic_rounding import round_to_bfloat16
-from embedtrain.ops.row_update import Direction, Moments, RowStep
+from embedtrain.ops.row_update.types import Direction, Moments, RowStep
 
 
 def row_update(

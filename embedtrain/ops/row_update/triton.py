@@ -10,7 +10,7 @@ from torch import Tensor
 
 from embedtrain.ops._backend.triton_launch import num_warps, on_device_of, tile
 from embedtrain.ops._backend.triton_rounding import round_to_bfloat16
-from embedtrain.ops.row_update import Moments, RowStep
+from embedtrain.ops.row_update.types import Moments, RowStep
 
 _NO_SECOND, _SECOND_OF_ROW, _SECOND_OF_ELEMENT = range(3)
 

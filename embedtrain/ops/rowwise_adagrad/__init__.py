@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from embedtrain.ops._backend import dispatch
 from embedtrain.ops.row_gradient import RowGradient
+from embedtrain.ops.rowwise_adagrad import native, reference
+from embedtrain.ops.rowwise_adagrad.types import RowwiseAdagradStep
 
-
-@dataclass(frozen=True, kw_only=True)
-class RowwiseAdagradStep:
-    """The scalars of one update.
-
-    Attributes:
-        lr: learning rate of this step.
-        eps: added outside the square root.
-        weight_decay: L2 factor; added to the gradient as `weight_decay * row`, or, decoupled, taken from the
-            row itself as `lr * weight_decay * row`.
-        decoupled_weight_decay: which of the two.
-        rounding_keys: [n] int64 for bfloat16 weights: a key per row and step for stochastic rounding.
-    """
-
-    lr: float
-    eps: float
-    weight_decay: float = 0.0
-    decoupled_weight_decay: bool = False
-    rounding_keys: Tensor | None = None
+__all__ = ["RowwiseAdagradStep", "rowwise_adagrad"]
 
 
 def rowwise_adagrad(weight: Tensor, accumulator: Tensor, gradient: RowGradient, step: RowwiseAdagradStep) -> None:
@@ -52,16 +34,12 @@ def rowwise_adagrad(weight: Tensor, accumulator: Tensor, gradient: RowGradient, 
     """
     _check(weight, accumulator, gradient, step)
     if dispatch.uses_native(weight):
-        from embedtrain.ops.rowwise_adagrad import native
-
         native.rowwise_adagrad(weight, accumulator, gradient, step)
     elif dispatch.uses_triton(weight):
         from embedtrain.ops.rowwise_adagrad import triton
 
         triton.rowwise_adagrad(weight, accumulator, gradient, step)
     else:
-        from embedtrain.ops.rowwise_adagrad import reference
-
         reference.rowwise_adagrad(weight, accumulator, gradient.rows, gradient.values, step)
 
 

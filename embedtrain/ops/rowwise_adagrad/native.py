@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
+from array import array
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from embedtrain.ops._backend import library
+from embedtrain.ops._backend.row_memory import empty_buffer
 from embedtrain.ops.row_gradient import RowGradient
-from embedtrain.ops.row_gradient.native import SortedTerms, sort_terms
-from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep
+from embedtrain.ops.rowwise_adagrad.types import RowwiseAdagradStep
+
+_MAX_WORD_BITS = 64
+
+
+class SortedTerms(NamedTuple):
+    """The gradients' terms in order of row.
+
+    Attributes:
+        words: [n] int64; `row << term_bits | term`, one a value. A term is a bag, or a value where bags are weighted.
+        term_bits: how many bits a term takes.
+        features: the gradient's `native_features`.
+        num_features: how many there are.
+    """
+
+    words: Tensor
+    term_bits: int
+    features: array[int]
+    num_features: int
 
 
 def rowwise_adagrad(weight: Tensor, accumulator: Tensor, gradient: RowGradient, step: RowwiseAdagradStep) -> None:
@@ -69,3 +90,36 @@ def _update_by_terms(
         int(step.decoupled_weight_decay),
         torch.get_num_threads(),
     )
+
+
+def sort_terms(gradient: RowGradient) -> SortedTerms | None:
+    """Sorts the terms by row; None where a row and a term do not fit into a word.
+
+    Raises:
+        IndexError: a row lies outside the table.
+    """
+    bags, rows = gradient.bags, gradient.rows_of_values.contiguous()
+    num_terms = sum(feature.num_values if feature.weights is not None else feature.num_bags for feature in bags)
+    term_bits = max(num_terms - 1, 0).bit_length()
+    if gradient.num_rows.bit_length() + term_bits > _MAX_WORD_BITS:
+        return None
+    features, _ = gradient.native_features
+    runs = array("q", [*itertools.chain.from_iterable(gradient.runs)] or (rows.numel(), 0, gradient.num_rows))
+    words = empty_buffer(rows.numel(), dtype=torch.int64)
+    num_outside = ctypes.c_int64()
+    library.get().embedtrain_sort_terms(
+        rows.data_ptr(),
+        rows.numel(),
+        features.buffer_info()[0],
+        len(bags),
+        runs.buffer_info()[0],
+        len(runs) // 3,
+        gradient.num_rows,
+        term_bits,
+        torch.get_num_threads(),
+        words.data_ptr(),
+        ctypes.addressof(num_outside),
+    )
+    if num_outside.value:
+        raise IndexError(f"rows must lie in [0, {gradient.num_rows}), got {int(rows.min())} to {int(rows.max())}")
+    return SortedTerms(words, term_bits, features, len(bags))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from embedtrain.ops._backend.stochastic_rounding import round_to_bfloat16
-from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep
+from embedtrain.ops.rowwise_adagrad.types import RowwiseAdagradStep
 
 
 def rowwise_adagrad(

@@ -7,7 +7,7 @@ from torch import Tensor
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import Moments, RowStep
 from embedtrain.ops.row_update.triton import moment_update
-from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep
+from embedtrain.ops.rowwise_adagrad.types import RowwiseAdagradStep
 
 
 def rowwise_adagrad(weight: Tensor, accumulator: Tensor, gradient: RowGradient, step: RowwiseAdagradStep) -> None:

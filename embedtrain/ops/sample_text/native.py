@@ -7,7 +7,7 @@ from torch import Tensor
 
 from embedtrain.ops._backend import library
 from embedtrain.ops._backend.row_memory import empty_buffer
-from embedtrain.ops.sample_text import SamplingTables, TextSample
+from embedtrain.ops.sample_text.types import SamplingTables, TextSample
 
 
 def sample_text(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.ops._backend.mix import GOLDEN, mix64
-from embedtrain.ops.sample_text import ALIAS_BITS, KEEP_BITS, SamplingTables, TextSample
+from embedtrain.ops.sample_text.types import ALIAS_BITS, KEEP_BITS, SamplingTables, TextSample
 
 _LOW_32 = (1 << 32) - 1
 

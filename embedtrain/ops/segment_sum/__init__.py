@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.ops._backend import dispatch
+from embedtrain.ops.segment_sum import native, reference
 from embedtrain.ops.sort_unique import SortedKeys
 
 
@@ -28,13 +29,9 @@ def segment_sum(values: Tensor, keys: SortedKeys, factor: float = 1.0) -> Tensor
             f"expected values [{keys.order.numel()}, dim] float32, got {values.dtype} {tuple(values.shape)}"
         )
     if dispatch.uses_native(values):
-        from embedtrain.ops.segment_sum import native
-
         return native.segment_sum(values, keys, factor)
     if dispatch.uses_triton(values):
         from embedtrain.ops.segment_sum import triton
 
         return triton.segment_sum(values, keys, factor)
-    from embedtrain.ops.segment_sum import reference
-
     return reference.segment_sum(values, keys, factor)

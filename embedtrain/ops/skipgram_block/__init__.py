@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from embedtrain.ops._backend import dispatch
 from embedtrain.ops.sample_text import TextSample
+from embedtrain.ops.skipgram_block import native, reference
+from embedtrain.ops.skipgram_block.types import Architecture, TextBlock
 
-Architecture = Literal["skipgram", "cbow"]
-
-
-@dataclass(frozen=True)
-class TextBlock:
-    """A block of consecutive words and what is to be predicted in it; positions count within the block.
-
-    Attributes:
-        inputs: [n] int64; where each word's input vector lies among the rows.
-        targets: [n, 1 + k] int64; where each word's own output vector lies, and those of the negatives drawn for it. A
-            negative that is the word itself is left out.
-        starts: [n] int64; first position of each centre's window.
-        stops: [n] int64; one past the last; the centre itself lies inside and is no context of its own.
-        reach: no window holds a word further than this from its centre; None where nobody looked. Kernels on a GPU
-            need it, and would make the host wait to find it out.
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    starts: Tensor
-    stops: Tensor
-    reach: int | None = None
-
-    @property
-    def num_positions(self) -> int:
-        """Words of the block."""
-        return self.inputs.numel()
+__all__ = ["Architecture", "TextBlock", "count_predictions", "reach_of", "skipgram_block"]
 
 
 def skipgram_block(
@@ -71,8 +44,6 @@ def skipgram_block(
     if not grad_factor > 0:
         raise ValueError(f"grad_factor must be positive, got {grad_factor}")
     if dispatch.uses_native(vectors) and architecture == "skipgram":
-        from embedtrain.ops.skipgram_block import native
-
         result = native.skipgram_block(vectors, block, grad_factor)
         if result is not None:
             return result
@@ -84,8 +55,6 @@ def skipgram_block(
         if vectors.shape[1] <= triton.MAX_DIM:
             reach = reach_of(block.starts, block.stops) if block.reach is None else block.reach
             return triton.skipgram_block(vectors, block, grad_factor, reach)
-    from embedtrain.ops.skipgram_block import reference
-
     return reference.skipgram_block(vectors, block, architecture, grad_factor)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from embedtrain.ops._backend import library
 from embedtrain.ops._backend.row_memory import empty_buffer
-from embedtrain.ops.skipgram_block import TextBlock
+from embedtrain.ops.skipgram_block.types import TextBlock
 
 
 def skipgram_block(vectors: Tensor, block: TextBlock, grad_factor: float) -> tuple[Tensor, Tensor] | None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embedtrain.ops.skipgram_block import Architecture, TextBlock
+from embedtrain.ops.skipgram_block.types import Architecture, TextBlock
 
 _CENTRES_AT_ONCE = 512
 """Bounds the gathered context vectors: 512 centres of 10 contexts at dim 100 are 2 MB, about one L2 cache."""

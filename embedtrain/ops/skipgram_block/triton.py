@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from embedtrain.ops._backend.triton_launch import num_warps, on_device_of, power_of_2
-from embedtrain.ops.segment_sum.triton import sum_runs
-from embedtrain.ops.skipgram_block import TextBlock
+from embedtrain.ops._backend.triton_runs import sum_runs
+from embedtrain.ops.skipgram_block.types import TextBlock
 
 _CENTRES = 16
 _BAND = 32

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from embedtrain.ops._backend import library
 from embedtrain.ops._backend.row_memory import empty_buffer
-from embedtrain.ops.sort_unique import SortedKeys
+from embedtrain.ops.sort_unique.types import SortedKeys
 
 
 def sort_unique(keys: Tensor, largest: int, with_inverse: bool) -> SortedKeys:

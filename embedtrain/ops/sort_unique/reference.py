@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from embedtrain.ops.sort_unique import OrderedKeys, SortedKeys
+from embedtrain.ops.sort_unique.types import OrderedKeys, SortedKeys
 
 
 def sort_unique(keys: Tensor, with_inverse: bool) -> SortedKeys:

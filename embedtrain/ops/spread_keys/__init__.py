@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from embedtrain.ops._backend import dispatch
 from embedtrain.ops._backend.modular import DIRECT_PRODUCT_ROWS
+from embedtrain.ops.spread_keys import native, reference
+from embedtrain.ops.spread_keys.types import SpreadTable
 
-
-@dataclass(frozen=True)
-class SpreadTable:
-    """Where the rows of a table lie.
-
-    Attributes:
-        num_rows: ids are 0 to num_rows - 1.
-        multiplier: of the spread; see `embedtrain.ops._backend.modular.permute_blocks`.
-        rows_per_rank: slots of each owner.
-        first_row: where the table begins among an owner's rows.
-        block_rows: ids that stay side by side; a power of two.
-    """
-
-    num_rows: int
-    multiplier: int
-    rows_per_rank: int
-    first_row: int
-    block_rows: int
+__all__ = ["SpreadTable", "spread_keys"]
 
 
 def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_rows: int) -> tuple[Tensor, list[int]]:
@@ -44,9 +28,5 @@ def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_
     """
     is_small = all(table.num_rows <= DIRECT_PRODUCT_ROWS for table in tables)
     if ids and is_small and dispatch.uses_native(ids[0]):
-        from embedtrain.ops.spread_keys import native
-
         return native.spread_keys(ids, tables, num_local_rows)
-    from embedtrain.ops.spread_keys import reference
-
     return reference.spread_keys(ids, tables, num_local_rows)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from embedtrain.ops._backend import library
 from embedtrain.ops._backend.row_memory import empty_buffer
-from embedtrain.ops.spread_keys import SpreadTable
+from embedtrain.ops.spread_keys.types import SpreadTable
 
 _WORDS = 9  # of the kernel's `Feature`; the last one is written
 

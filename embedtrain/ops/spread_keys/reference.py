@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.ops._backend.modular import permute_blocks
-from embedtrain.ops.spread_keys import SpreadTable
+from embedtrain.ops.spread_keys.types import SpreadTable
 
 
 def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_rows: int) -> tuple[Tensor, list[int]]:
