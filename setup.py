@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ FOLDER = OPS / "_backend"
 LIBRARY = "libembedtrain_native.so"
 SOURCES = sorted(str(path) for path in OPS.glob("*/*.cpp"))
 HEADERS = sorted(str(path) for path in FOLDER.glob("*.h"))
-FLAGS = [f"-I{FOLDER}", "-O3", "-fPIC", "-shared", "-std=c++17", "-fno-math-errno", "-fopenmp-simd", "-pthread"]
+FLAGS = ["-O3", "-fPIC", "-shared", "-std=c++17", "-fno-math-errno", "-fopenmp-simd", "-pthread", f"-I{FOLDER}"]
+# A function that Python could call is declared in embedtrain.h, or the library is not built.
+FLAGS += ["-Werror=missing-declarations"]
 
 
 class BuildNativeLibrary(build_ext):
@@ -28,7 +31,9 @@ class BuildNativeLibrary(build_ext):
     def build_extension(self, ext: Extension) -> None:
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
-        command = [os.environ.get("CXX", "g++"), *FLAGS, *ext.sources, "-o", str(library)]
+        fingerprint = runpy.run_path(str(FOLDER / "header.py"))["read"]().fingerprint()
+        definition = f"-DEMBEDTRAIN_FINGERPRINT={fingerprint}u"
+        command = [os.environ.get("CXX", "g++"), *FLAGS, definition, *ext.sources, "-o", str(library)]
         try:
             subprocess.run(command, check=True)
         except (OSError, subprocess.CalledProcessError) as error:

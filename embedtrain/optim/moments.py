@@ -56,7 +56,7 @@ class MomentOptimizer(SparseOptimizer):
         """Applies the formula to the rows of a gradient times a factor; `settings` is the parameter group."""
         first, second = (None if state is None else store.state[state.name] for state in (self.first, self.second))
         step = self.row_step(store, gradient, settings, grad_factor)
-        moment_update(store.weight, first, second, gradient.rows, gradient.values, step, self.moments(settings))
+        moment_update(store.weight, first, second, gradient, step, self.moments(settings))
 
     def effective_rates(self, group: int, rows: slice) -> EffectiveRates | None:
         """See `SparseOptimizer.effective_rates`."""

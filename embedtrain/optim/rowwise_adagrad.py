@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from embedtrain.ops.row_gradient import RowGradient
-from embedtrain.ops.row_update import Moments, RowStep
-from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep, rowwise_adagrad
+from embedtrain.ops.row_update import Moments
 from embedtrain.optim.adagrad import ACCUMULATOR, decayed_rate
 from embedtrain.optim.moments import MomentOptimizer
-from embedtrain.optim.sparse import CommonOptions, HasRowGroups, RowState, RowsToUpdate, check_share
+from embedtrain.optim.sparse import CommonOptions, HasRowGroups, RowState, check_share
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -72,26 +67,3 @@ class RowwiseAdagrad(MomentOptimizer):
     def rate(self, settings: dict[str, Any]) -> float:
         """Returns `lr_t`."""
         return decayed_rate(settings)
-
-    def update(
-        self, store: RowsToUpdate, gradient: RowGradient, settings: dict[str, Any], grad_factor: float | Tensor = 1.0
-    ) -> None:
-        """Applies the formula; without the options that few runs use, by the quickest kernel."""
-        step = self.row_step(store, gradient, settings, grad_factor)
-        if settings["accumulator_decay"] is not None or not _is_plain(step):
-            super().update(store, gradient, settings, grad_factor)
-            return
-        plain = RowwiseAdagradStep(
-            lr=step.lr,
-            eps=settings["eps"],
-            weight_decay=step.weight_decay,
-            decoupled_weight_decay=step.decoupled_weight_decay,
-            rounding_keys=step.rounding_keys,
-        )
-        rowwise_adagrad(store.weight, store.state[ACCUMULATOR], gradient, plain)
-
-
-def _is_plain(step: RowStep) -> bool:
-    if isinstance(step.grad_factor, Tensor):
-        return False
-    return step.grad_factor == 1.0 and step.max_row_grad_norm == math.inf and step.max_norm == math.inf

@@ -20,7 +20,7 @@ from embedtrain.jagged import Jagged
 from embedtrain.ops._backend.row_memory import allocate_rows
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.row_gradient import RowGradient
-from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep, rowwise_adagrad
+from embedtrain.ops.row_update import Moments, RowStep, moment_update
 from embedtrain.ops.segment_sum import segment_sum
 from embedtrain.ops.sort_unique import sort_unique
 from embedtrain.planning.measure_models import arithmetic_rates, loader_rates, skipgram_rates
@@ -80,10 +80,10 @@ def _row_seconds(device: torch.device) -> dict[str, float]:
     gradients = itertools.cycle(
         [RowGradient.of_rows(rows, grad[: len(rows)], _ROWS) for rows in (next(keys).unique for _ in range(_DRAWS))]
     )
-    step = RowwiseAdagradStep(lr=1e-3, eps=1e-10)
+    step, moments = RowStep(lr=1e-3), Moments(eps=1e-10)
     return {
         "gather": median_seconds(lambda: gather_rows(table, next(ids)), device),
-        "update": median_seconds(lambda: rowwise_adagrad(table, state, next(gradients), step), device),
+        "update": median_seconds(lambda: moment_update(table, None, state, next(gradients), step, moments), device),
         "sum": median_seconds(lambda: segment_sum(grad, next(keys)), device),
         "sort": median_seconds(lambda: sort_unique(next(ids), bound=_ROWS), device),
     }

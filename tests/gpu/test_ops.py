@@ -14,7 +14,7 @@ from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.gather_rows import reference as reference_gather
 from embedtrain.ops.pool_rows import Bags, pool_rows, pool_rows_backward
 from embedtrain.ops.pool_rows import reference as reference_pool
-from embedtrain.ops.row_update import Moments, RowStep, moment_update
+from embedtrain.ops.row_update import Moments, RowStep
 from embedtrain.ops.row_update import reference as reference_update
 from embedtrain.ops.segment_sum import reference as reference_sum
 from embedtrain.ops.segment_sum import segment_sum
@@ -22,6 +22,7 @@ from embedtrain.ops.skipgram_block import TextBlock, reach_of, skipgram_block
 from embedtrain.ops.skipgram_block import reference as reference_skipgram
 from embedtrain.ops.sort_unique import sort_unique
 from tests.ops.test_skipgram_block import SHAPES, make
+from tests.ops.updates import moment_update
 
 pytestmark = pytest.mark.gpu
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from embedtrain.ops._backend.mix import mix64
-from embedtrain.ops.row_update import Moments, RowStep, moment_update, reference, row_update
+from embedtrain.ops.row_update import Moments, RowStep, reference, row_update
+from tests.ops.updates import moment_update
 
 STEPS = {
     "plain": RowStep(lr=0.1),

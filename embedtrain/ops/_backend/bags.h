@@ -5,20 +5,13 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "embedtrain.h"
 #include "parallel.h"
 #include "rows.h"
 
 namespace embedtrain {
 
-// One feature's bags, as the caller lays them out in 64-bit words.
-struct Feature {
-    const int64_t* lengths;  // [num_bags], or null: every bag holds one value
-    const float* weights;    // [num_values], or null
-    float* vectors;          // [num_bags, row_stride]: pooled vectors forward, their gradient backward; null: zeros
-    int64_t row_stride;
-    int64_t num_bags, num_values;
-    int64_t is_mean;
-};
+using Feature = EmbedtrainFeature;
 
 // A row that is to be added, and its factor.
 template <typename Stored>

@@ -28,8 +28,11 @@ def cpu_backend() -> Backend:
 
     Raises:
         ValueError: the environment asks for a backend that is unknown or is not there.
+        RuntimeError: the native library was built from other declarations than those of embedtrain.h.
     """
     asked = _asked()
+    if asked == "reference":
+        return "reference"
     built = library.find() is not None
     if asked == "native" and not built:
         raise ValueError(f"{VARIABLE}=native, but the native library was not built: {library.HOW_TO_BUILD}")
@@ -37,9 +40,9 @@ def cpu_backend() -> Backend:
         _require_triton()
         if os.environ.get(INTERPRETER_VARIABLE) == "1":
             return "triton"
-    if not built and asked != "reference":
+    if not built:
         _logger.warning("ops run on the PyTorch reference, which is slower: %s", library.HOW_TO_BUILD)
-    return "native" if built and asked != "reference" else "reference"
+    return "native" if built else "reference"
 
 
 @functools.cache

@@ -2,13 +2,13 @@
 
 #include <cstdint>
 
+#include "embedtrain.h"
+
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
-// Asks for large pages in the whole pages inside [memory, memory + bytes). Advice: it may have no effect, and never
-// changes what lies there.
-extern "C" void embedtrain_advise_huge_pages(void* memory, int64_t bytes) {
+void embedtrain_advise_huge_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uintptr_t page = 4096;
     const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;

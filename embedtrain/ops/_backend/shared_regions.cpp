@@ -6,6 +6,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "embedtrain.h"
+
 #ifdef __linux__
 #include <linux/futex.h>
 #include <sys/syscall.h>
@@ -55,18 +57,15 @@ bool has_come(const Region* region, uint32_t number) {
 
 }  // namespace
 
-// Says that this rank's part of exchange `number` is written.
-extern "C" void embedtrain_publish(void* own_region, int64_t number) {
+void embedtrain_publish(void* own_region, int64_t number) {
     Region* region = static_cast<Region*>(own_region);
     // Sequentially consistent, as the sleepers' side: either they see the count, or they are seen.
     region->published.store(static_cast<uint32_t>(number));
     if (region->waiting.load()) wake_all(&region->published);
 }
 
-// regions: [num_regions]; waits until all have published exchange `number`, `patience_ms` at most for each.
-// may_spin: whether this rank has a core to itself. first_missing: the first that has not come, or num_regions.
-extern "C" void embedtrain_await(void* const* regions, int64_t num_regions, int64_t number, int64_t patience_ms,
-                                 int may_spin, int64_t* first_missing) {
+void embedtrain_await(void* const* regions, int64_t num_regions, int64_t number, int64_t patience_ms,
+                      int may_spin, int64_t* first_missing) {
     const uint32_t wanted = static_cast<uint32_t>(number);
     for (int64_t r = 0; r < num_regions; ++r) {
         Region* region = static_cast<Region*>(regions[r]);

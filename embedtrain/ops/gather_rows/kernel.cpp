@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "embedtrain.h"
 #include "parallel.h"
 #include "rows.h"
 
@@ -66,10 +67,9 @@ EMBEDTRAIN_MULTIVERSION void gather_narrowed(const void* g, int part) {
 
 }  // namespace
 
-// source: [..., dim]; rows: [num_rows], all inside the source; target: [num_rows, dim].
-extern "C" void embedtrain_gather_rows(const void* source, int source_is_bfloat16, const int64_t* rows,
-                                       int64_t num_rows, int64_t dim, void* target, int target_is_bfloat16,
-                                       int num_threads) {
+void embedtrain_gather_rows(const void* source, int source_is_bfloat16, const int64_t* rows,
+                            int64_t num_rows, int64_t dim, void* target, int target_is_bfloat16,
+                            int num_threads) {
     const int num_parts = num_rows * dim < kSmallWork ? 1 : num_threads;
     const Gather g{source, rows, num_rows, dim, target, num_parts};
     void (*const from_float32)(const void*, int) = target_is_bfloat16 ? gather_narrowed : gather_float32;

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "bags.h"
+#include "embedtrain.h"
 
 namespace {
 
@@ -100,24 +101,20 @@ int parts_for(int64_t num_values, int64_t dim, int num_threads) {
 
 }  // namespace
 
-// source: [..., dim] float32 or bfloat16; index: [num_values], all inside the source, feature after feature;
-// features: [num_features]; their vectors are written.
-extern "C" void embedtrain_pool_rows(const void* source, int is_bfloat16, int64_t dim, const int64_t* index,
-                                     int64_t num_values, const void* features, int64_t num_features,
-                                     int num_threads) {
+void embedtrain_pool_rows(const void* source, int is_bfloat16, int64_t dim, const int64_t* index,
+                          int64_t num_values, const EmbedtrainFeature* features, int64_t num_features,
+                          int num_threads) {
     const int num_parts = parts_for(num_values, dim, num_threads);
-    const Pooling p{source, dim, index, num_values, {static_cast<const Feature*>(features), num_features}, num_parts};
+    const Pooling p{source, dim, index, num_values, {features, num_features}, num_parts};
     run_parts(num_parts, is_bfloat16 ? pool_bfloat16 : pool_float32, &p);
 }
 
-// order: [num_values] and starts: [num_distinct + 1] as embedtrain_sort_unique gives them; features: as above, their
-// vectors are read; grad: [num_distinct, dim], written: the sums times `factor`.
-extern "C" void embedtrain_pool_rows_backward(int64_t dim, const int64_t* order, const int64_t* starts,
-                                              int64_t num_distinct, int64_t num_values, const void* features,
-                                              int64_t num_features, float factor, float* grad,
-                                              int num_threads) {
+void embedtrain_pool_rows_backward(int64_t dim, const int64_t* order, const int64_t* starts,
+                                   int64_t num_distinct, int64_t num_values, const EmbedtrainFeature* features,
+                                   int64_t num_features, float factor, float* grad,
+                                   int num_threads) {
     const int num_parts = parts_for(num_values, dim, num_threads);
-    const Bags bags{static_cast<const Feature*>(features), num_features};
+    const Bags bags{features, num_features};
     const Backward b{dim,  order, starts, num_distinct, num_values, find_terms(bags, dim, true, num_parts),
                      factor, grad, num_parts};
     run_parts(num_parts, sum_gradients, &b);

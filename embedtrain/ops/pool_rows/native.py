@@ -13,6 +13,10 @@ from embedtrain.ops._backend.row_memory import empty_buffer
 from embedtrain.ops.pool_rows.types import Bags
 from embedtrain.ops.sort_unique import SortedKeys
 
+_FEATURE = library.array_code(
+    "EmbedtrainFeature", "lengths", "weights", "vectors", "row_stride", "num_bags", "num_values", "is_mean"
+)
+
 
 def pool_rows(source: Tensor, index: Tensor, bags: Sequence[Bags]) -> list[Tensor]:
     """See `embedtrain.ops.pool_rows`."""
@@ -62,7 +66,7 @@ def pool_rows_backward(
 
 
 def describe(bags: Sequence[Bags], vectors: Sequence[Tensor | None]) -> tuple[array[int], list[Tensor]]:
-    """Lays out the features as the kernels' `Feature`, and returns the vectors, which must outlive the call."""
+    """Lays out the features as `EmbedtrainFeature`s, and returns the vectors too, which must outlive the call."""
     words: list[int] = []
     kept: list[Tensor] = []
     for feature, rows in zip(bags, vectors, strict=True):
@@ -78,4 +82,4 @@ def describe(bags: Sequence[Bags], vectors: Sequence[Tensor | None]) -> tuple[ar
             kept.append(rows)
             row_address = rows.data_ptr()
         words += (lengths, weights, row_address, row_stride, feature.num_bags, feature.num_values, feature.is_mean)
-    return array("q", words), kept
+    return array(_FEATURE, words), kept

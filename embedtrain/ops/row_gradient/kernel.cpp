@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "bags.h"
+#include "embedtrain.h"
 
 namespace {
 
@@ -23,16 +24,14 @@ EMBEDTRAIN_MULTIVERSION uint32_t largest_bits(const float* values, int64_t count
 
 }  // namespace
 
-// features: [num_features]; their vectors are the gradients of the pooled ones. largest: of the gradients, and of the
-// weights, 1 where there are none; an infinity or a NaN where one is among them.
-extern "C" void embedtrain_largest_magnitude(const void* features, int64_t num_features, int64_t dim,
-                                             float* largest) {
+void embedtrain_largest_magnitude(const EmbedtrainFeature* features, int64_t num_features, int64_t dim,
+                                  float* largest) {
     uint32_t bits[2] = {0, 0};
     const float one = 1.0f;
     std::memcpy(&bits[1], &one, sizeof(one));
     // Backwards: what is read last may still be in a cache when the update, which goes forwards, reads it again.
     for (int64_t f = num_features; f-- > 0;) {
-        const Feature& feature = static_cast<const Feature*>(features)[f];
+        const Feature& feature = features[f];
         if (feature.weights) bits[1] = std::max(bits[1], largest_bits(feature.weights, feature.num_values));
         if (!feature.vectors) continue;
         if (feature.row_stride == dim) {

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "embedtrain.h"
 #include "parallel.h"
 #include "random.h"
 #include "rows.h"
@@ -13,10 +14,7 @@ namespace {
 
 using namespace embedtrain;
 
-struct Coefficients {
-    float step_size, grad_factor, max_row_grad_norm, coupled_decay, row_factor, max_norm;
-    float first_gain, second_decay, second_gain, second_correction, eps;
-};
+using Coefficients = EmbedtrainCoefficients;
 
 enum class Second : int { kNone, kOfRow, kOfElement };
 
@@ -152,13 +150,10 @@ const Work kWork[2][3][2] = {
 
 }  // namespace
 
-// first: [num_rows, dim] or null. second: none, [num_rows] or [num_rows, dim], by second_kind. rounding_keys:
-// [num_touched] for bfloat16 weights; null for float32 ones. num_outside: how many of the rows are none; where there
-// are any, nothing is updated.
-extern "C" void embedtrain_moment_update(void* weight, float* first, float* second, const int64_t* rows,
-                                         const float* row_grad, const int64_t* rounding_keys, int second_kind,
-                                         int64_t num_touched, int64_t num_rows, int64_t dim,
-                                         const Coefficients* coefficients, int num_threads, int64_t* num_outside) {
+void embedtrain_moment_update(void* weight, float* first, float* second, const int64_t* rows,
+                              const float* row_grad, const int64_t* rounding_keys, int second_kind,
+                              int64_t num_touched, int64_t num_rows, int64_t dim,
+                              const Coefficients* coefficients, int num_threads, int64_t* num_outside) {
     int64_t outside = 0;
     for (int64_t i = 0; i < num_touched; ++i) outside += rows[i] < 0 || rows[i] >= num_rows;
     *num_outside = outside;

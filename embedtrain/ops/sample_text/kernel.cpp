@@ -3,12 +3,12 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "embedtrain.h"
 #include "random.h"
 
 using namespace embedtrain;
 
-// The results have room for num_tokens words; *num_kept says how many there are.
-extern "C" EMBEDTRAIN_MULTIVERSION void embedtrain_sample_text(
+EMBEDTRAIN_MULTIVERSION void embedtrain_sample_text(
     const int32_t* tokens, const int64_t* positions, const int32_t* parts, int64_t num_tokens, const int32_t* keep,
     const uint64_t* columns, const int64_t* part_starts, int64_t window, int64_t num_negatives, int64_t signed_key,
     int64_t* words, int64_t* targets, int64_t* starts, int64_t* stops, int64_t* num_kept) {

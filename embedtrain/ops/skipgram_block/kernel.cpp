@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "embedtrain.h"
 #include "parallel.h"
 #include "rows.h"
 
@@ -354,12 +355,10 @@ EMBEDTRAIN_MULTIVERSION int64_t count_outside(const Block& block) {
 
 }  // namespace
 
-// vectors, grad: [num_vectors, dim]; the indices as TextBlock documents them; factor: of the gradient; loss: one
-// double. num_outside: how many indices and windows lie outside; where there are any, nothing is computed.
-extern "C" void embedtrain_skipgram_block(const float* vectors, int64_t num_vectors, int64_t dim,
-                                          const int64_t* inputs, const int64_t* targets, const int64_t* starts,
-                                          const int64_t* stops, int64_t num_positions, int64_t num_targets,
-                                          float factor, double* loss, float* grad, int64_t* num_outside) {
+void embedtrain_skipgram_block(const float* vectors, int64_t num_vectors, int64_t dim,
+                               const int64_t* inputs, const int64_t* targets, const int64_t* starts,
+                               const int64_t* stops, int64_t num_positions, int64_t num_targets,
+                               float factor, double* loss, float* grad, int64_t* num_outside) {
     const Block block{vectors, num_vectors, dim, inputs, targets, starts, stops, num_positions, num_targets, factor,
                       grad};
     *num_outside = count_outside(block);

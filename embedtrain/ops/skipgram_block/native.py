@@ -15,14 +15,15 @@ from embedtrain.ops.skipgram_block.types import TextBlock
 def skipgram_block(vectors: Tensor, block: TextBlock, grad_factor: float) -> tuple[Tensor, Tensor] | None:
     """See `embedtrain.ops.skipgram_block`; returns None where an index or a window lies outside."""
     vectors = vectors.contiguous()
-    indices = [tensor.contiguous() for tensor in (block.inputs, block.targets, block.starts, block.stops)]
+    inputs, targets = block.inputs.contiguous(), block.targets.contiguous()
+    starts, stops = block.starts.contiguous(), block.stops.contiguous()
     loss = torch.zeros((), dtype=torch.float64)
     grad = empty_buffer(*vectors.shape)
     num_outside = ctypes.c_int64()
     library.get().embedtrain_skipgram_block(
         vectors.data_ptr(),
         *vectors.shape,
-        *(tensor.data_ptr() for tensor in indices),
+        *(tensor.data_ptr() for tensor in (inputs, targets, starts, stops)),
         *block.targets.shape,
         grad_factor,
         loss.data_ptr(),

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "embedtrain.h"
 #include "parallel.h"
 #include "radix_sort.h"
 
@@ -92,12 +93,9 @@ void count_keys(const int64_t* keys, int64_t num_keys, int64_t num_counters, con
 
 }  // namespace
 
-// keys: [num_keys], none negative, the largest `largest`, which with the number of keys fits into 64 bits (the caller
-// has checked both). unique: [num_keys + 1]; starts: [num_keys + 1]; order: [num_keys]; inverse: [num_keys] or null;
-// num_distinct: one number, how many of `unique` were written.
-extern "C" void embedtrain_sort_unique(const int64_t* keys, int64_t num_keys, int64_t largest, int num_threads,
-                                       int64_t* unique, int64_t* starts, int64_t* order, int64_t* inverse,
-                                       int64_t* num_distinct) {
+void embedtrain_sort_unique(const int64_t* keys, int64_t num_keys, int64_t largest, int num_threads,
+                            int64_t* unique, int64_t* starts, int64_t* order, int64_t* inverse,
+                            int64_t* num_distinct) {
     if (largest < kMostCounters && largest < kCountersPerKey * num_keys) {
         const Emission emission{nullptr, num_keys, 1, 0, unique, starts, order, inverse, num_distinct};
         count_keys(keys, num_keys, largest + 1, emission);

@@ -2,21 +2,13 @@
 
 #include <cstdint>
 
+#include "embedtrain.h"
 #include "parallel.h"
 #include "simd.h"
 
 namespace {
 
 using namespace embedtrain;
-
-// Ids of one feature and the table that they are looked up in, as the caller lays them out in 64-bit words.
-struct Feature {
-    const void* ids;
-    int64_t is_int32, num_ids;
-    uint64_t num_rows, multiplier, rows_per_rank, first_row;
-    uint64_t block_bits;  // 2^block_bits ids stay side by side
-    int64_t num_outside;  // written: ids that are no rows; their keys mean nothing
-};
 
 // Division by a constant without dividing: exact for products below 2^62, after one correction.
 struct Divisor {
@@ -30,7 +22,7 @@ struct Divisor {
 };
 
 template <typename Id>
-void spread(Feature& feature, uint64_t num_local_rows, bool is_whole, int64_t* keys) {
+void spread(EmbedtrainIds& feature, uint64_t num_local_rows, bool is_whole, int64_t* keys) {
     const Id* ids = static_cast<const Id*>(feature.ids);
     const uint64_t bits = feature.block_bits, num_blocks = feature.num_rows >> bits;
     const uint64_t num_moved = num_blocks << bits;  // what follows the last whole block stays
@@ -57,17 +49,14 @@ void spread(Feature& feature, uint64_t num_local_rows, bool is_whole, int64_t* k
 
 }  // namespace
 
-// features: [num_features], of tables below 2^31 rows; is_whole: one rank holds every row; keys: the features' one
-// after the other.
-extern "C" void embedtrain_spread_keys(void* features, int64_t num_features, int64_t num_local_rows, int is_whole,
-                                       int64_t* keys) {
-    Feature* all = static_cast<Feature*>(features);
+void embedtrain_spread_keys(EmbedtrainIds* features, int64_t num_features, int64_t num_local_rows, int is_whole,
+                            int64_t* keys) {
     for (int64_t f = 0; f < num_features; ++f) {
-        if (all[f].is_int32) {
-            spread<int32_t>(all[f], static_cast<uint64_t>(num_local_rows), is_whole != 0, keys);
+        if (features[f].is_int32) {
+            spread<int32_t>(features[f], static_cast<uint64_t>(num_local_rows), is_whole != 0, keys);
         } else {
-            spread<int64_t>(all[f], static_cast<uint64_t>(num_local_rows), is_whole != 0, keys);
+            spread<int64_t>(features[f], static_cast<uint64_t>(num_local_rows), is_whole != 0, keys);
         }
-        keys += all[f].num_ids;
+        keys += features[f].num_ids;
     }
 }

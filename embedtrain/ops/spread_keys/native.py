@@ -12,7 +12,18 @@ from embedtrain.ops._backend import library
 from embedtrain.ops._backend.row_memory import empty_buffer
 from embedtrain.ops.spread_keys.types import SpreadTable
 
-_WORDS = 9  # of the kernel's `Feature`; the last one is written
+_MEMBERS = (
+    "ids",
+    "is_int32",
+    "num_ids",
+    "num_rows",
+    "multiplier",
+    "rows_per_rank",
+    "first_row",
+    "block_bits",
+    "num_outside",  # the kernel writes it
+)
+_IDS = library.array_code("EmbedtrainIds", *_MEMBERS)
 
 
 def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_rows: int) -> tuple[Tensor, list[int]]:
@@ -26,7 +37,7 @@ def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_
         words += (given.data_ptr(), given.dtype == torch.int32, num_ids)
         words += (table.num_rows, table.multiplier, table.rows_per_rank, table.first_row)
         words += (table.block_rows.bit_length() - 1, 0)
-    features = array("q", words)
+    features = array(_IDS, words)
     keys = empty_buffer(num_keys, dtype=torch.int64)
     library.get().embedtrain_spread_keys(
         features.buffer_info()[0],
@@ -35,4 +46,4 @@ def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_
         int(all(table.rows_per_rank >= table.num_rows for table in tables)),
         keys.data_ptr(),
     )
-    return keys, features[_WORDS - 1 :: _WORDS].tolist()
+    return keys, features[_MEMBERS.index("num_outside") :: len(_MEMBERS)].tolist()

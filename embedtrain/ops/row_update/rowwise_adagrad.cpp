@@ -1,9 +1,11 @@
-// Row-wise Adagrad in one pass: each touched row and its accumulator are read once and written once.
+// The update by a sum of mean squares of each row (row-wise Adagrad) in one pass: each touched row and its accumulator
+// are read once and written once. Gradients may still have to be summed.
 
 #include <cmath>
 #include <cstdint>
 
 #include "bags.h"
+#include "embedtrain.h"
 #include "random.h"
 
 namespace {
@@ -160,13 +162,11 @@ EMBEDTRAIN_MULTIVERSION void update_terms(const void* update, int part) {
 
 }  // namespace
 
-// rounding_keys: [num_touched] for bfloat16 weights; null for float32 ones. num_outside: how many of the rows are
-// none; where there are any, nothing is updated.
-extern "C" void embedtrain_rowwise_adagrad(void* weight, float* accumulator, const int64_t* rows,
-                                           const float* row_grad, int64_t num_touched, int64_t num_rows, int64_t dim,
-                                           float lr, float eps, float weight_decay, int decoupled,
-                                           const int64_t* rounding_keys, int num_threads,
-                                           int64_t* num_outside) {
+void embedtrain_rowwise_adagrad(void* weight, float* accumulator, const int64_t* rows,
+                                const float* row_grad, int64_t num_touched, int64_t num_rows, int64_t dim,
+                                float lr, float eps, float weight_decay, int decoupled,
+                                const int64_t* rounding_keys, int num_threads,
+                                int64_t* num_outside) {
     int64_t outside = 0;
     for (int64_t i = 0; i < num_touched; ++i) outside += rows[i] < 0 || rows[i] >= num_rows;
     *num_outside = outside;
@@ -177,15 +177,13 @@ extern "C" void embedtrain_rowwise_adagrad(void* weight, float* accumulator, con
     run_parts(num_parts, rounding_keys ? update_bfloat16 : update_float32, &u);
 }
 
-// Of float32 rows whose gradients are still to be summed. words: [num_values], as embedtrain_sort_terms gives them for
-// the features, whose vectors are the gradients of the pooled ones; factor: of every sum.
-extern "C" void embedtrain_rowwise_adagrad_of_terms(float* weight, float* accumulator, int64_t dim,
-                                                    const uint64_t* words, int64_t num_values, int term_bits,
-                                                    const void* features, int64_t num_features, float factor,
-                                                    float lr, float eps, float weight_decay, int decoupled,
-                                                    int num_threads) {
+void embedtrain_rowwise_adagrad_of_terms(float* weight, float* accumulator, int64_t dim,
+                                         const uint64_t* words, int64_t num_values, int term_bits,
+                                         const EmbedtrainFeature* features, int64_t num_features, float factor,
+                                         float lr, float eps, float weight_decay, int decoupled,
+                                         int num_threads) {
     const int num_parts = num_values * dim < kSmallWork ? 1 : num_threads;
-    const Bags bags{static_cast<const Feature*>(features), num_features};
+    const Bags bags{features, num_features};
     const TermsUpdate u{weight, accumulator, words, num_values, dim, find_terms(bags, dim, false, num_parts),
                         term_bits, factor, Hyperparameters{lr, eps, weight_decay, decoupled != 0}, num_parts};
     run_parts(num_parts, update_terms, &u);

@@ -4,17 +4,14 @@
 #include <cstdint>
 
 #include "bags.h"
+#include "embedtrain.h"
 #include "radix_sort.h"
 
 namespace {
 
 using namespace embedtrain;
 
-// Values whose rows lie in [first_row, first_row + num_rows); rows of later runs are larger. As the caller lays them
-// out in 64-bit words.
-struct Run {
-    int64_t num_values, first_row, num_rows;
-};
+using Run = EmbedtrainRun;
 
 struct Sorting {
     const int64_t* rows;
@@ -68,16 +65,13 @@ void sort_runs(const void* arguments, int part) {
 
 }  // namespace
 
-// rows: [num_values], feature after feature; runs: [num_runs], of all values; words: [num_values], written, into whose
-// bits a row and the number of a term fit. num_outside: how many rows are not in [0, num_rows); where there are any,
-// the words mean nothing.
-extern "C" void embedtrain_sort_terms(const int64_t* rows, int64_t num_values, const void* features,
-                                      int64_t num_features, const void* runs, int64_t num_runs, int64_t num_rows,
-                                      int term_bits, int num_threads, uint64_t* words, int64_t* num_outside) {
+void embedtrain_sort_terms(const int64_t* rows, int64_t num_values, const EmbedtrainFeature* features,
+                           int64_t num_features, const EmbedtrainRun* runs, int64_t num_runs, int64_t num_rows,
+                           int term_bits, int num_threads, uint64_t* words, int64_t* num_outside) {
     const int num_parts = num_values < 32768 ? 1 : std::min(num_threads, kMaxSortParts);
     int64_t outside[kMaxSortParts];
-    const Sorting sorting{rows,      num_values, {static_cast<const Feature*>(features), num_features},
-                          static_cast<const Run*>(runs), num_runs, term_bits, num_parts, words,
+    const Sorting sorting{rows,      num_values, {features, num_features},
+                          runs, num_runs, term_bits, num_parts, words,
                           static_cast<uint64_t*>(scratch(1, num_values * 8)), num_rows, outside};
     run_parts(num_parts, pack, &sorting);
     *num_outside = 0;
