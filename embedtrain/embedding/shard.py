@@ -23,7 +23,7 @@ from embedtrain.ops._backend.row_memory import allocate_rows
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.row_gradient import Delivery, RowGradient, Run
 from embedtrain.ops.spread_keys import SpreadTable, spread_keys
-from embedtrain.optim.sparse import RowsToUpdate
+from embedtrain.optim.optimizer import RowsToUpdate
 from embedtrain.sharding.layout import SpreadLayout
 from embedtrain.spec import TableSpec
 

@@ -3,10 +3,10 @@
 from embedtrain.optim.adagrad import Adagrad
 from embedtrain.optim.adam import Adam, RowwiseAdam
 from embedtrain.optim.combined import Combined
+from embedtrain.optim.optimizer import RowState, SparseOptimizer
 from embedtrain.optim.rmsprop import RMSprop
 from embedtrain.optim.rowwise_adagrad import RowwiseAdagrad
 from embedtrain.optim.sgd import SGD
-from embedtrain.optim.sparse import RowState, SparseOptimizer
 
 OPTIMIZERS: dict[str, type[SparseOptimizer]] = {
     "rowwise_adagrad": RowwiseAdagrad,

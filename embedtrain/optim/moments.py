@@ -9,7 +9,7 @@ from torch import Tensor
 
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import Moments, moment_update
-from embedtrain.optim.sparse import (
+from embedtrain.optim.optimizer import (
     CommonOptions,
     EffectiveRates,
     HasRowGroups,

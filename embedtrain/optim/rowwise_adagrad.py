@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from embedtrain.ops.row_update import Moments
 from embedtrain.optim.adagrad import ACCUMULATOR, decayed_rate
 from embedtrain.optim.moments import MomentOptimizer
-from embedtrain.optim.sparse import CommonOptions, HasRowGroups, RowState, check_share
+from embedtrain.optim.optimizer import CommonOptions, HasRowGroups, RowState, check_share
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

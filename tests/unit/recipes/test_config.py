@@ -9,7 +9,7 @@ import pytest
 from embedtrain import optim
 from embedtrain.config.optimizer import OPTIMIZERS
 from embedtrain.errors import UserError
-from embedtrain.optim.sparse import CommonOptions
+from embedtrain.optim.optimizer import CommonOptions
 from embedtrain.recipes.loading import differing_keys, load_config, to_yaml
 
 TEXT = "data.path=corpus.txt"

@@ -18,7 +18,7 @@ from embedtrain.distributed.shared_memory import SharedMemoryExchange
 from embedtrain.errors import NonFiniteError
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import RowStep, row_update
-from embedtrain.optim.verdict import PendingVerdict, factor_on_device, reason_of, total_on_device
+from embedtrain.optim.found_inf import PendingVerdict, factor_on_device, reason_of, total_on_device
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
