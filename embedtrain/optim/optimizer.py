@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypedDict
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,9 +19,6 @@ from embedtrain.errors import NonFiniteError
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import RowStep, row_update
 from embedtrain.optim.found_inf import PendingVerdict, factor_on_device, reason_of, total_on_device
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 NonFinitePolicy = Literal["error", "skip"]
 
@@ -55,26 +52,32 @@ class EffectiveRates(NamedTuple):
     is_untouched: Tensor
 
 
-class CommonOptions(TypedDict, total=False):
-    """What every sparse optimizer takes; see `SparseOptimizer`."""
+@dataclass(kw_only=True)
+class CommonOptions:
+    """What every sparse optimizer takes beside the options of its formula, in Python and in a configuration."""
 
-    weight_decay: float
-    decoupled_weight_decay: bool
-    maximize: bool
-    max_row_grad_norm: float | None
-    max_norm: float | None
-    max_grad_norm: float | None
-    nonfinite: NonFinitePolicy
+    weight_decay: float = 0.0
+    """L2 factor of the rows that a step touches, added to the gradient as `weight_decay * row`."""
+    decoupled_weight_decay: bool = False
+    """Take `lr * weight_decay * row` from the row instead, apart from the gradient."""
+    maximize: bool = False
+    """Go up the gradient, not down."""
+    max_row_grad_norm: float | None = None
+    """Scale the gradient of each row down to this norm. None does not clip."""
+    max_norm: float | None = None
+    """Scale each row down to this norm after a step that touches it. None leaves rows as they are."""
+    max_grad_norm: float | None = None
+    """Scale the summed gradients of all tables and ranks down to this global norm together, before
+    `max_row_grad_norm`. None does not clip."""
+    nonfinite: NonFinitePolicy = "error"
+    """What happens if a gradient is not finite on any rank: "error" raises NonFiniteError on every rank, "skip" leaves
+    the step out and counts it. Nothing is applied on any rank either way."""
 
 
-_ROW_OPTIONS: dict[str, Any] = {
-    "weight_decay": 0.0,
-    "decoupled_weight_decay": False,
-    "maximize": False,
-    "max_row_grad_norm": None,
-    "max_norm": None,
-}
-_OPTIONS = (*_ROW_OPTIONS, "max_grad_norm", "nonfinite")
+OF_A_STEP = ("max_grad_norm", "nonfinite")
+"""The common options that hold for all tables together; the others may differ from table to table."""
+
+_OPTIONS = tuple(option.name for option in fields(CommonOptions))
 
 
 class RowsToUpdate(Protocol):
@@ -143,16 +146,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         collection: the tables.
         defaults: hyperparameters of the subclass's formula; `lr` among them.
         states: what the formula keeps for each row.
-        weight_decay: L2 factor, added to the gradient as `weight_decay * row`.
-        decoupled_weight_decay: takes `lr * weight_decay * row` from the row instead, apart from the gradient.
-        maximize: goes up the gradient, not down.
-        max_row_grad_norm: gradients of rows are scaled down to this norm, each by itself. None does not clip.
-        max_norm: rows are scaled down to this norm after each step that touches them. None leaves them.
-        max_grad_norm: the largest global norm, over all tables and ranks, of the summed gradient; larger
-            gradients are scaled down to it, before `max_row_grad_norm`. None does not clip.
-        nonfinite: what to do when a gradient is not finite on any rank: "error" raises NonFiniteError on
-            every rank, "skip" leaves the step out and counts it in `num_skipped`. Nothing is applied on any
-            rank either way.
+        options: see `CommonOptions`.
 
     Attributes:
         num_skipped: steps left out.
@@ -169,7 +163,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         collection: HasRowGroups,
         defaults: dict[str, Any],
         states: Sequence[RowState] = (),
-        **options: Unpack[CommonOptions],
+        **options: Any,
     ) -> None:
         unknown = [name for name in options if name not in _OPTIONS]
         if unknown:
@@ -177,9 +171,10 @@ class SparseOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} does not take {', '.join(unknown)}; "
                 f"it takes {', '.join([*defaults, *_OPTIONS])}"
             )
-        self.max_grad_norm = options.pop("max_grad_norm", None)
-        self.nonfinite = options.pop("nonfinite", "error")
-        defaults = {**defaults, **_ROW_OPTIONS, **options}
+        common = CommonOptions(**options)
+        self.max_grad_norm, self.nonfinite = common.max_grad_norm, common.nonfinite
+        of_rows = {name: value for name, value in vars(common).items() if name not in OF_A_STEP}
+        defaults = {**defaults, **of_rows}
         _check_ranges({**defaults, "max_grad_norm": self.max_grad_norm})
         if self.nonfinite not in ("error", "skip"):
             raise ValueError(f"nonfinite must be 'error' or 'skip', got {self.nonfinite!r}")
@@ -274,7 +269,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         self._loss = loss
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Applies the gradients that wait, on all ranks or on none.
+        """Collects the gradients that wait, agrees on them with all ranks, and applies them on all ranks or on none.
 
         Collective: every rank.
 
@@ -302,14 +297,28 @@ class SparseOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _step(self) -> None:
         self.settle()
-        gradients = [store.waiting_gradient() for store in self.stores]
-        scale = self._agree_later(gradients) if self.looks_later else self._agree(gradients)
-        if scale is None:
-            return
+        gradients = self._collect_gradients()
+        factor = self._agree_on_factor(gradients)
+        if factor is not None:
+            self._apply(gradients, factor)
+
+    def _collect_gradients(self) -> list[RowGradient]:
+        """Returns the gradients that wait at the owners of their rows, one per group of tables."""
+        return [store.waiting_gradient() for store in self.stores]
+
+    def _agree_on_factor(self, gradients: Sequence[RowGradient]) -> float | Tensor | None:
+        """Returns what scales all gradients, or None to leave the step out, by finiteness and norm on all ranks.
+
+        Collective: every rank.
+        """
+        return self._agree_later(gradients) if self.looks_later else self._agree(gradients)
+
+    def _apply(self, gradients: Sequence[RowGradient], factor: float | Tensor) -> None:
+        """Updates weight and state of the touched rows in one pass."""
         for store, gradient, settings in zip(self.stores, gradients, self.param_groups, strict=True):
             settings["step"] += 1
             opened, placed = store.open_rows(gradient)
-            self.update(opened, placed, settings, scale)
+            self.update(opened, placed, settings, factor)
             store.close_rows()
 
     def settle(self) -> None:

@@ -144,7 +144,8 @@ def _merge_explained(from_file: list[Layer], from_command: list[Layer]) -> Layer
 def _to_config(layers: Layers) -> Config:
     with _explained():
         config: Config = OmegaConf.to_object(layers.merged)  # type: ignore[assignment]
-        config.optimizer.tables = table_optimizers(layers.from_file, layers.from_command, config.optimizer)
+        main, default = config.optimizer, type(config)().optimizer
+        main.tables = table_optimizers(layers.from_file, layers.from_command, main, default)
     config.check()
     return config
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig, RowwiseAdagradConfig
+from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig, section
 from embedtrain.config.sections import (
     Config,
     EvaluateConfig,
@@ -117,7 +117,7 @@ class RetrievalConfig(Config):
     retrieval: RetrievalSection = field(default_factory=RetrievalSection)
     train: RetrievalTrainConfig = field(default_factory=RetrievalTrainConfig)
     optimizer: OptimizerConfig = field(
-        default_factory=lambda: RowwiseAdagradConfig(lr=0.1, initial_accumulator_value=0.0, weight_decay=1.5e-4)
+        default_factory=lambda: section("rowwise_adagrad", lr=0.1, initial_accumulator_value=0.0, weight_decay=1.5e-4)
     )
     dense_optimizer: DenseOptimizerConfig = field(default_factory=DenseOptimizerConfig)
     evaluate: RetrievalEvaluateConfig = field(default_factory=RetrievalEvaluateConfig)
