@@ -32,8 +32,8 @@ class OptimizerConfig(optim.CommonOptions, _Chosen):
     reset_state_from_step: int | None = None
     """Start the optimizer's state anew at this step, in a run under way too."""
     tables: dict[str, Any] = field(default_factory=dict)
-    """What trains single tables, by their names: the `name` and options of an optimizer; where no name is given, this
-    one with other options. A configuration that was loaded has the name and all options of each."""
+    """What trains single tables, by their names: the `name` and options of an optimizer. Without a name it is this
+    optimizer with other options. A loaded configuration has the name and all options of each."""
 
     def of_table(self, table: str) -> OptimizerConfig:
         """Returns what trains a table, without what is for all tables together."""

@@ -18,7 +18,7 @@ class PendingVerdict:
     Args:
         total: scalar float64; see `total_on_device`, summed over the ranks.
         gradients: of the step, to say what was wrong with them.
-        veto: why this rank wanted no step; None where it did.
+        veto: why this rank wanted no step; None if it wanted one.
         loss: scalar, that was watched; None without one.
     """
 
@@ -28,7 +28,7 @@ class PendingVerdict:
         self._total = HostCopy(total)
 
     def is_finite(self) -> bool:
-        """Returns whether the step was applied; waits for the device where it has not come that far."""
+        """Returns whether the step was applied; waits for the device if it has not come that far."""
         return math.isfinite(self._total.item())
 
     def reason(self) -> str | None:
@@ -37,14 +37,14 @@ class PendingVerdict:
 
 
 def reason_of(veto: str | None, loss: Tensor | None) -> str | None:
-    """Returns what, other than its gradients, speaks against a step on this rank; None where nothing does."""
+    """Returns what, other than its gradients, speaks against a step on this rank; None if nothing does."""
     if veto is None and loss is not None and not math.isfinite(total := float(loss)):
         return f"the loss is {total}"
     return veto
 
 
 def total_on_device(gradients: Sequence[RowGradient], loss: Tensor | None, *, is_norm_wanted: bool) -> Tensor:
-    """Returns this rank's part of what the ranks sum up, scalar float64: not finite where a value of theirs is not.
+    """Returns this rank's part of what the ranks sum up, scalar float64: not finite if a value of theirs is not.
 
     Args:
         gradients: of the step.

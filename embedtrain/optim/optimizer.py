@@ -1,4 +1,4 @@
-"""What every sparse optimizer shares: the agreement of the ranks, and all that is not the formula."""
+"""The step that every sparse optimizer shares: everything except the formula."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RowState:
 
     Attributes:
         name: in a checkpoint: "item/accumulator" for the table "item".
-        per_element: one number an element, [num_rows, dim]; or one a row, [num_rows].
+        per_element: whether it has one number per element, [num_rows, dim], or one per row, [num_rows].
         fill: its first value.
     """
 
@@ -39,11 +39,11 @@ class RowState:
 
 
 class EffectiveRates(NamedTuple):
-    """How far rows would move now, for a gradient as large as their own was so far.
+    """How far rows would move now, if their gradient were as large as it was so far.
 
     Attributes:
-        rates: [n]; the learning rate over the divisor, a mean over dim where each element has one.
-        mean_states: [n]; second moments, a mean over dim likewise.
+        rates: [n]; the learning rate over the divisor, a mean over dim if each element has a divisor of its own.
+        mean_states: [n]; second moments, or their means over dim.
         is_untouched: [n] bool; whether the second moment has its first value.
     """
 
@@ -81,7 +81,7 @@ _OPTIONS = tuple(option.name for option in fields(CommonOptions))
 
 
 class RowsToUpdate(Protocol):
-    """Rows and their state, or copies of those of them that a step touched."""
+    """Rows and their state, or copies of the rows that a step touched."""
 
     weight: Tensor
     state: dict[str, Tensor]
@@ -150,8 +150,8 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     Attributes:
         num_skipped: steps left out.
-        looks_later: has `step` not wait for the device: the device leaves out what is not finite by itself, and the
-            next `step`, or `settle`, does what the policy says. False unless set.
+        looks_later: makes `step` return without waiting for the device. The device itself leaves out a step that is
+            not finite, and the next `step`, or `settle`, does what the policy says. False unless set.
 
     Raises:
         TypeError: an option that the optimizer does not have.
@@ -265,7 +265,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         self._veto = reason
 
     def watch(self, loss: Tensor) -> None:
-        """Has the coming step depend on a scalar of this rank: where it is not finite, neither is the step."""
+        """Makes the coming step depend on a scalar of this rank: if it is not finite, the step counts as not finite."""
         self._loss = loss
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -284,7 +284,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             self._step()
 
     # Torch wraps `step` of its optimizers to record each call and run hooks, unless told that this was done. The record
-    # takes a tenth of a small step even where nobody reads it, so `step` goes that way only where somebody does.
+    # takes a tenth of a small step even if nobody reads it, so `step` goes that way only if somebody does.
     step.hooked = True  # type: ignore[attr-defined]
 
     def _is_observed(self) -> bool:
@@ -322,7 +322,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             store.close_rows()
 
     def settle(self) -> None:
-        """Finds out whether the last step was applied, where `looks_later` put that off. Collective: every rank.
+        """Finds out whether the last step was applied, if `looks_later` put that off. Collective: every rank.
 
         Raises:
             NonFiniteError: it was not, and the policy is "error".
@@ -342,8 +342,8 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _agree(self, gradients: Sequence[RowGradient]) -> float | None:
         """Returns the factor for all gradients, or None to leave the step out. Collective: every rank."""
         reason, self._veto, self._loss = reason_of(self._veto, self._loss), None, None
-        # The sum of squares is not finite where any gradient is not, so one number serves both questions; where
-        # nobody asks for the norm, gradients need not be summed to know that they are finite.
+        # The sum of squares is not finite if any gradient is not, so one number answers both questions. If nobody asks
+        # for the norm, gradients need not be summed to know that they are finite.
         if reason is not None:
             total = math.nan
         elif self.max_grad_norm is not None:

@@ -17,7 +17,7 @@ _LARGEST_KEPT_BYTES = 1 << 30
 
 
 def allocate_rows(shape: tuple[int, ...], fill: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns a tensor full of `fill`; on CPU in large pages where the system has them.
+    """Returns a tensor full of `fill`; on CPU in large pages if the system has them.
 
     With small pages each random row costs a walk of the page table beside the row itself.
     """
@@ -53,7 +53,7 @@ class _Block:
 
     def lease(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         # Most steps want the shape of the step before. Making a tensor of a storage takes several times as long as
-        # copying one, above all where other work has just emptied the caches.
+        # copying one, above all if other work has just emptied the caches.
         if self._latest.shape != shape or self._latest.dtype != dtype:
             self._latest = self._make(shape, dtype)
         # `data` is no view to autograd: the caller may change it in place like any other tensor.
@@ -93,7 +93,7 @@ class _Blocks:
             return block.lease(shape, dtype)  # under the lock: from here on the block is in use
 
     def _drop_free_blocks(self, wanted_bytes: int) -> None:
-        """Makes room for another block, the longest unused first; blocks in use leave the record likewise."""
+        """Makes room for another block, the longest unused first; blocks in use leave the record too."""
         room = _LARGEST_KEPT_BYTES - wanted_bytes
         while self._blocks and sum(block.num_bytes for block in self._blocks) > room:
             del self._blocks[0]

@@ -1,4 +1,4 @@
-"""Copies between the host and a device that neither waits for."""
+"""Copies between the host and a device for which neither waits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class HostCopy:
             self._arrived.record(torch.cuda.current_stream(value.device))
 
     def item(self) -> float:
-        """Returns the number; waits for the device where it has not come that far."""
+        """Returns the number; waits for the device if it has not come that far."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._value.item()

@@ -16,13 +16,13 @@ def gather_rows(source: Tensor, rows: Tensor, dtype: torch.dtype | None = None, 
         source: [num_rows, dim] float32 or bfloat16, contiguous.
         rows: [n] int64, all in [0, num_rows): the caller's promise, since a check would cost a pass.
         dtype: of the copy, float32 or bfloat16; None means that of `out`, else the source's.
-        out: [n, dim] contiguous; where the rows are written.
+        out: [n, dim] contiguous; the rows are written into it. None for a new tensor.
 
     Returns:
-        [n, dim]; `out` where it is given.
+        [n, dim]; `out` if it is given.
 
     Raises:
-        ValueError: shapes or dtypes are others.
+        ValueError: shapes or dtypes disagree.
     """
     dtype = dtype or (source.dtype if out is None else out.dtype)
     if source.dim() != 2 or rows.dim() != 1 or rows.dtype != torch.int64:

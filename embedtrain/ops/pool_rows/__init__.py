@@ -52,11 +52,11 @@ def pool_rows_backward(
     """Sums, for each distinct row, the gradients of the bags that it is in.
 
     Args:
-        grads: per feature [num_bags, dim] float32; None where nothing came back.
+        grads: per feature [num_bags, dim] float32; None if no gradient came back.
         bags: the features, as in forward.
-        keys: the sorted rows of the values.
+        keys: the rows of the values, sorted.
         dim: of the rows.
-        factor: of every sum.
+        factor: every sum is multiplied by it.
 
     Returns:
         [num_distinct, dim] float32; duplicates are added in order of position, whatever the number of threads.

@@ -74,7 +74,7 @@ def pool_rows_backward(
 
 
 def _lengths(bags: Sequence[Bags], device: torch.device) -> Tensor | None:
-    """Returns [num_bags] int64 of all features; None where every bag holds one value."""
+    """Returns [num_bags] int64 of all features; None if every bag holds one value."""
     if all(feature.lengths is None for feature in bags):
         return None
     ones = (torch.ones(feature.num_bags, dtype=torch.int64, device=device) for feature in bags)
@@ -84,7 +84,7 @@ def _lengths(bags: Sequence[Bags], device: torch.device) -> Tensor | None:
 
 
 def _weights(bags: Sequence[Bags], device: torch.device) -> Tensor | None:
-    """Returns [num_values] float32 of all features; None where none has weights."""
+    """Returns [num_values] float32 of all features; None if no feature has weights."""
     if all(feature.weights is None for feature in bags):
         return None
     return torch.cat(
@@ -96,7 +96,7 @@ def _weights(bags: Sequence[Bags], device: torch.device) -> Tensor | None:
 
 
 def _divisors(bags: Sequence[Bags], device: torch.device) -> Tensor | None:
-    """Returns [num_bags] float32, what each bag's sum is divided by; None where it is 1 for all."""
+    """Returns [num_bags] float32, what each bag's sum is divided by; None if every divisor is 1."""
     if not any(feature.is_mean and feature.lengths is not None for feature in bags):
         return None
     return torch.cat(

@@ -10,7 +10,7 @@ class Bags:
 
     Attributes:
         num_values: ids of all bags.
-        lengths: [num_bags] int64 contiguous, adding up to num_values; None for one value a bag.
+        lengths: [num_bags] int64 contiguous, adding up to num_values; None for one value per bag.
         weights: [num_values] float32 contiguous, or None: each value's factor.
         is_mean: whether a bag's sum is divided by its length.
         num_bags: number of bags, empty ones included.

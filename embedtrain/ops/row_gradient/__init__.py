@@ -1,7 +1,7 @@
-"""The gradient of the rows that a step touched: kept as it was delivered, and summed by row when somebody asks.
+"""The gradient of the rows that a step touched: kept as backward delivered it, and summed by row on demand.
 
-An update that sums on its way over the rows, as the native row-wise Adagrad does, spares writing the sums and reading
-them again, which is more memory than the rows themselves.
+An update that sums on its way over the rows, as the native row-wise Adagrad does, neither writes the sums nor reads
+them again. They are more bytes than the rows themselves.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LARGEST_FLOAT = torch.finfo(torch.float32).max
 
 
 class RowGradient:
-    """What waits for an optimizer.
+    """Gradients of one or more backward passes that wait for an optimizer.
 
     Args:
         deliveries: of one or more backward passes.
@@ -40,7 +40,7 @@ class RowGradient:
 
     Raises:
         ValueError: shapes or dtypes disagree.
-        RuntimeError: a gradient was changed in place since it was delivered.
+        RuntimeError: a gradient was changed in place after it was delivered.
     """
 
     def __init__(self, deliveries: Sequence[Delivery], *, num_rows: int, dim: int, factor: float = 1.0) -> None:
@@ -61,7 +61,7 @@ class RowGradient:
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device of rows and gradients."""
         return self._deliveries[0].rows.device
 
     @property
@@ -95,7 +95,7 @@ class RowGradient:
         return describe(self.bags, self.grads)
 
     def is_finite(self) -> bool:
-        """Returns whether every element of `values` is finite, without summing where a quick bound says so."""
+        """Returns whether every element of `values` is finite, without summing them if a quick bound shows it."""
         num_values = sum(feature.num_values for feature in self.bags)
         grad, weight = self._largest_magnitudes()
         if grad * weight * num_values * abs(self.factor) <= _LARGEST_FLOAT:
@@ -103,7 +103,7 @@ class RowGradient:
         return bool(self.values.isfinite().all())
 
     def sum_of_squares(self) -> float:
-        """Returns the sum of squares of `values`; not finite where one of them is not."""
+        """Returns the sum of squares of `values`; not finite if an element is not."""
         flat = self.values.flatten()
         squares = float(torch.dot(flat, flat))
         if squares < _LARGEST_FLOAT:
@@ -119,7 +119,7 @@ class RowGradient:
         return sort_unique(self.rows_of_values, bound=self.num_rows, with_inverse=False)
 
     def _largest_magnitudes(self) -> tuple[float, float]:
-        """Returns those of the gradients and of the weights, the latter at least 1."""
+        """Returns the largest magnitude of the gradients, and of the weights and 1."""
         if self.bags and dispatch.uses_native(self._deliveries[0].rows):
             features, _ = self.native_features
             return native.largest_magnitudes(features, len(self.bags), self.dim)

@@ -11,7 +11,7 @@ from embedtrain.ops.pool_rows import Bags
 
 
 def largest_magnitudes(bags: Sequence[Bags], grads: Sequence[Tensor | None]) -> tuple[float, float]:
-    """Returns the largest magnitude of the gradients, and of the weights and 1; a NaN where one is among them."""
+    """Returns the largest magnitude of the gradients, and of the weights and 1; NaN if a NaN is among them."""
     weights = [feature.weights for feature in bags]
     return _largest(grads, 0.0), _largest(weights, 1.0)
 

@@ -16,9 +16,9 @@ class Run(NamedTuple):
     """Consecutive values whose rows lie in one range; the rows of later runs are larger.
 
     Attributes:
-        num_values: how many values.
-        first_row: where the range begins.
-        num_rows: its length.
+        num_values: number of values.
+        first_row: first row of the range.
+        num_rows: length of the range.
     """
 
     num_values: int
@@ -27,15 +27,15 @@ class Run(NamedTuple):
 
 
 class Delivery:
-    """Gradients of rows as one backward leaves them: not summed, and not copied.
+    """Gradients of rows as one backward pass leaves them: not summed, and not copied.
 
     Args:
         rows: [n] int64; the row of each value, feature after feature.
         bags: the features.
-        grads: per feature [num_bags, dim] float32, the gradient of its pooled vectors; None where nothing came back.
-        runs: of all values, where the caller knows them; they make the sort quicker.
-        is_unique: whether rows are distinct and ascending, with one unweighted value a bag in one feature.
-        ordered: the rows in order, where that was found out before.
+        grads: per feature [num_bags, dim] float32, the gradient of its pooled vectors; None if no gradient came back.
+        runs: all values in runs, if the caller knows them; they make the sort quicker.
+        is_unique: whether rows are distinct and ascending, with one unweighted value per bag in one feature.
+        ordered: the sorted rows, if the caller has sorted them already.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Delivery:
         self._versions = [0 if grad is None else grad._version for grad in grads]
 
     def check_shapes(self, dim: int) -> None:
-        """Raises ValueError where shapes or dtypes disagree."""
+        """Raises ValueError if shapes or dtypes disagree."""
         num_values = sum(feature.num_values for feature in self.bags)
         if self.rows.shape != (num_values,) or self.rows.dtype != torch.int64:
             raise ValueError(f"expected rows [{num_values}] int64, got {self.rows.dtype} {tuple(self.rows.shape)}")
@@ -64,7 +64,7 @@ class Delivery:
                 )
 
     def check_unchanged(self) -> None:
-        """Raises RuntimeError where a gradient was written to since it was delivered."""
+        """Raises RuntimeError if a gradient was written to after it was delivered."""
         for grad, version in zip(self.grads, self._versions, strict=True):
             if grad is not None and grad._version != version:
                 raise RuntimeError(

@@ -1,4 +1,4 @@
-"""The update of the rows that a step touched: by a formula of one's own, or by running moments of the gradient."""
+"""The update of the rows that a step touched: by any formula in PyTorch, or by running moments of the gradient."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ class RowStep:
 
     Attributes:
         lr: learning rate of this step.
-        grad_factor: of every gradient; negative where the objective is maximised. A scalar float32 on the weights'
-            device where the host does not know it, NaN for a step that is to leave all rows and states as they are.
+        grad_factor: multiplies every gradient; negative if the objective is maximised. It is a scalar float32 on the
+            weights' device if the host does not know it; NaN leaves all rows and states as they are.
         max_row_grad_norm: gradients of larger L2 norm are scaled down to it, each row's by itself.
         weight_decay: L2 factor; added to the gradient as `weight_decay * row`, or, decoupled, taken from the
             row itself as `lr * weight_decay * row`.
@@ -47,12 +47,12 @@ class RowStep:
 
     @property
     def coupled_decay(self) -> float:
-        """What of a row is added to its gradient."""
+        """The share of a row that is added to its gradient."""
         return 0.0 if self.decoupled_weight_decay else self.weight_decay
 
     @property
     def row_factor(self) -> float:
-        """What of a row is left by decoupled decay."""
+        """The share of a row that decoupled decay leaves."""
         return 1.0 - self.lr * self.weight_decay if self.decoupled_weight_decay else 1.0
 
 

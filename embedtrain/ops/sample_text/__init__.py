@@ -30,13 +30,13 @@ def sample_text(
     for a word depends on nothing but the key, its place in the text and its part.
 
     Args:
-        tokens: [n] int32; a row, or ~row where a sentence begins: windows end at sentence borders.
+        tokens: [n] int32; a row, or ~row if a sentence begins there: windows end at sentence borders.
         positions: [n] int64; the tokens' places in the whole text.
         tables: thresholds of the draws.
         window: most words to each side; widths are uniform from 1 to this.
         num_negatives: drawn for each centre, by the alias table.
         key: of the stream, any 64-bit integer.
-        parts: [n] int32; from which part of the vocabulary each token's negatives are drawn. The first where None.
+        parts: [n] int32; the part of the vocabulary that each token's negatives come from. None for the first part.
 
     Raises:
         ValueError: a token or a part is outside the tables, or shapes or dtypes disagree.

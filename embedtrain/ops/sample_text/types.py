@@ -15,7 +15,7 @@ ALIAS_BITS = 32
 
 @dataclass(frozen=True)
 class SamplingTables:
-    """What the draws are compared with.
+    """Tables that decide what a random draw means.
 
     Attributes:
         keep: [num_rows] int32; an occurrence of the row is kept with probability keep / 2**24.
@@ -23,7 +23,7 @@ class SamplingTables:
             gives the row in its second place with probability own / 2**32 and another row otherwise: own are the
             high 32 bits of its first place, without a sign, the other row the low ones. They lie together because
             every draw reads them, at random.
-        part_starts: [parts + 1] int64; where each part's columns begin, and their number.
+        part_starts: [parts + 1] int64; the first column of each part, and the number of columns.
     """
 
     keep: Tensor

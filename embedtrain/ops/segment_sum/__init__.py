@@ -14,7 +14,7 @@ def segment_sum(values: Tensor, keys: SortedKeys, factor: float = 1.0) -> Tensor
     """Adds up the rows of each distinct key.
 
     Args:
-        values: [n, dim] float32; a row per key.
+        values: [n, dim] float32; one row per key.
         keys: the sorted keys.
         factor: of every sum.
 

@@ -13,7 +13,7 @@ from embedtrain.ops.skipgram_block.types import TextBlock
 
 
 def skipgram_block(vectors: Tensor, block: TextBlock, grad_factor: float) -> tuple[Tensor, Tensor] | None:
-    """See `embedtrain.ops.skipgram_block`; returns None where an index or a window lies outside."""
+    """See `embedtrain.ops.skipgram_block`; returns None if an index or a window lies outside."""
     vectors = vectors.contiguous()
     inputs, targets = block.inputs.contiguous(), block.targets.contiguous()
     starts, stops = block.starts.contiguous(), block.stops.contiguous()

@@ -15,12 +15,12 @@ class TextBlock:
     """A block of consecutive words and what is to be predicted in it; positions count within the block.
 
     Attributes:
-        inputs: [n] int64; where each word's input vector lies among the rows.
+        inputs: [n] int64; the row of each word's input vector.
         targets: [n, 1 + k] int64; where each word's own output vector lies, and those of the negatives drawn for it. A
             negative that is the word itself is left out.
         starts: [n] int64; first position of each centre's window.
         stops: [n] int64; one past the last; the centre itself lies inside and is no context of its own.
-        reach: no window holds a word further than this from its centre; None where nobody looked. Kernels on a GPU
+        reach: no window holds a word further than this from its centre; None if unknown. Kernels on a GPU
             need it, and would make the host wait to find it out.
     """
 

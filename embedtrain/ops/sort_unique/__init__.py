@@ -1,4 +1,4 @@
-"""The distinct ones of many keys, in ascending order, and where each of them occurs."""
+"""The distinct keys among many, in ascending order, and the positions of each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def sort_unique(keys: Tensor, *, bound: int | None = None, with_inverse: bool = 
 
     Args:
         keys: [n] int64, none negative.
-        bound: all keys are below it, as the caller knows; where None, it is looked for.
+        bound: all keys are below it, by the caller's promise. None looks for the largest key.
         with_inverse: whether the inverse is wanted.
 
     Raises:

@@ -19,7 +19,7 @@ class SortedKeys:
         unique: [m] int64; the distinct keys, ascending.
         starts: [m + 1] int64; `order[starts[j] : starts[j + 1]]` are the positions of key j, ascending.
         order: [n] int64; positions of the keys in ascending order of key.
-        inverse: [n] int64; where each key lies among the distinct ones. None where it was not asked for.
+        inverse: [n] int64; the place of each key among the distinct keys. None if it was not asked for.
     """
 
     unique: Tensor
@@ -38,7 +38,7 @@ class SortedKeys:
 
 
 class OrderedKeys:
-    """Keys in order, of which the host need not know yet how many are distinct: it would wait for the device.
+    """Keys in order. The host asks how many are distinct only when it needs to, since it waits for the device then.
 
     Args:
         keys: [n] int64.

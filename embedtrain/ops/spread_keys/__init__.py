@@ -19,11 +19,11 @@ def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_
 
     Args:
         ids: per feature [n] int64 or int32.
-        tables: where each feature's ids are looked up.
+        tables: the table that each feature's ids are looked up in.
         num_local_rows: rows of each owner.
 
     Returns:
-        keys: int64, as many as there are ids. An id that is no row gets a valid key that means nothing.
+        keys: int64, one per id. An id that is not a row gets a valid but meaningless key.
         num_outside: per feature, how many ids are not rows of its table.
     """
     is_small = all(table.num_rows <= DIRECT_PRODUCT_ROWS for table in tables)

@@ -25,5 +25,5 @@ def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_
         num_outside.append(is_outside.sum())
     if not keys:
         return torch.zeros(0, dtype=torch.int64), []
-    # On a GPU the host waits once, not once a feature.
+    # On a GPU the host waits once, not once per feature.
     return torch.cat(keys), torch.stack(num_outside).tolist()
