@@ -60,17 +60,17 @@ class RowStep:
 class Moments:
     """The coefficients of running moments of the gradient `g`.
 
-    `first += (1 - first_decay) * (g - first)`, where it is kept, else `first = g`; `second = second_decay * second
-    + second_gain * g * g`, of every element, or of the mean over dim. Then
-    `row -= lr / first_correction * first / (sqrt(second) / second_correction + eps)`, without the divisor where no
-    second moment is kept.
+    `first += (1 - first_decay) * (g - first)` if a first moment is kept, else `first = g`. `second = second_decay *
+    second + second_gain * g * g`, of every element, or of the mean over dim. Then
+    `row -= lr / first_correction * first / (sqrt(second) / second_correction + eps)`, without the divisor if no second
+    moment is kept.
 
     Attributes:
         first_decay: share of the first moment that is kept.
-        first_correction: of its start from zero.
+        first_correction: corrects the first moment for its start from zero.
         second_decay: share of the second moment that is kept; 1 sums.
-        second_gain: of what is added to it.
-        second_correction: of the root's start from zero.
+        second_gain: factor of the squares that are added to the second moment.
+        second_correction: corrects the root of the second moment for its start from zero.
         eps: added outside the root.
     """
 
