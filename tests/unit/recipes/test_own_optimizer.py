@@ -15,6 +15,7 @@ import embedtrain as et
 from embedtrain.config import optimizer as sections
 from embedtrain.errors import UserError
 from embedtrain.optim.registry import ENTRY_POINTS
+from embedtrain.recipes import loading
 from embedtrain.recipes.loading import config_from_yaml, load_config, to_yaml
 from embedtrain.recipes.optimizers import build_optimizer, optimizer_names, states_of_row
 
@@ -38,6 +39,7 @@ def forget() -> None:
     """Has the optimizers of installed packages looked for again."""
     vars(et.optim.OPTIMIZERS).pop("_offered", None)
     sections._section_of.cache_clear()
+    loading._known_keys.cache_clear()
 
 
 @pytest.fixture(autouse=True)
