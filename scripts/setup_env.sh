@@ -33,7 +33,7 @@ fi
 wanted=$({
     pwd
     command -v "${CXX:-g++}" || true
-    cat pyproject.toml setup.py "$constraints" embedtrain/ops/*/*.{cpp,h}
+    cat pyproject.toml setup.py "$constraints" embedtrain/ops/*/*.{cpp,h} embedtrain/ops/_backend/header.py
 } | cksum)
 if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
     exit 0
