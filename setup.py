@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,14 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-FOLDER = Path("embedtrain/ops/native")
+OPS = Path("embedtrain/ops")
+FOLDER = OPS / "_backend"
 LIBRARY = "libembedtrain_native.so"
-SOURCES = sorted(str(path) for path in FOLDER.glob("*.cpp"))
+SOURCES = sorted(str(path) for path in OPS.glob("*/*.cpp"))
 HEADERS = sorted(str(path) for path in FOLDER.glob("*.h"))
-FLAGS = ["-O3", "-fPIC", "-shared", "-std=c++17", "-fno-math-errno", "-fopenmp-simd", "-pthread"]
+FLAGS = ["-O3", "-fPIC", "-shared", "-std=c++17", "-fno-math-errno", "-fopenmp-simd", "-pthread", f"-I{FOLDER}"]
+# A function that Python could call is declared in embedtrain.h, or the library is not built.
+FLAGS += ["-Werror=missing-declarations"]
 
 
 class BuildNativeLibrary(build_ext):
@@ -27,7 +31,9 @@ class BuildNativeLibrary(build_ext):
     def build_extension(self, ext: Extension) -> None:
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
-        command = [os.environ.get("CXX", "g++"), *FLAGS, *ext.sources, "-o", str(library)]
+        fingerprint = runpy.run_path(str(FOLDER / "header.py"))["read"]().fingerprint()
+        definition = f"-DEMBEDTRAIN_FINGERPRINT={fingerprint}u"
+        command = [os.environ.get("CXX", "g++"), *FLAGS, definition, *ext.sources, "-o", str(library)]
         try:
             subprocess.run(command, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
@@ -44,7 +50,7 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", platform
 
 
-native_library = Extension("embedtrain.ops.native.libembedtrain_native", SOURCES, depends=HEADERS, optional=True)
+native_library = Extension("embedtrain.ops._backend.libembedtrain_native", SOURCES, depends=HEADERS, optional=True)
 
 setup(
     ext_modules=[native_library] if SOURCES else [],

@@ -38,9 +38,9 @@ from record import Measure, append_results
 from torch import Tensor
 
 import embedtrain as et
+from embedtrain.ops._backend.row_memory import allocate_rows
 from embedtrain.ops.row_gradient import RowGradient
-from embedtrain.ops.row_memory import allocate_rows
-from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep, rowwise_adagrad
+from embedtrain.ops.row_update import Moments, RowStep, moment_update
 from embedtrain.sharding.layout import SpreadLayout
 
 LR, EPS = 0.01, 1e-8
@@ -335,7 +335,7 @@ def time_of_bounds(cell: Cell, batches: Sequence[Batch], probe: Probe) -> tuple[
         (own, own_grad), (alone, _), (others, other_grad) = (inputs[(number + 2 * side) % 6] for side in range(3))
         marks = [time.perf_counter()]
         gradient = RowGradient.of_rows(own, own_grad, cell.num_rows)
-        rowwise_adagrad(weight, accumulator, gradient, RowwiseAdagradStep(lr=LR, eps=EPS))
+        moment_update(weight, None, accumulator, gradient, RowStep(lr=LR), Moments(eps=EPS))
         marks.append(time.perf_counter())
         probe.rows(weight, alone)
         marks.append(time.perf_counter())

@@ -25,16 +25,17 @@ from torch import Tensor
 import embedtrain as et
 from embedtrain.data.skipgram import SamplingOptions, TextBatch, sampling_tables
 from embedtrain.ops.gather_rows import gather_rows
+from embedtrain.ops.gather_rows import reference as reference_gather
 from embedtrain.ops.pool_rows import Bags, pool_rows
-from embedtrain.ops.reference import gather_rows as reference_gather
-from embedtrain.ops.reference import pool_rows as reference_pool
-from embedtrain.ops.reference import row_update as reference_update
-from embedtrain.ops.reference import segment_sum as reference_sum
-from embedtrain.ops.reference import skipgram_block as reference_skipgram
+from embedtrain.ops.pool_rows import reference as reference_pool
+from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import Moments, RowStep, moment_update
+from embedtrain.ops.row_update import reference as reference_update
 from embedtrain.ops.sample_text import sample_text
+from embedtrain.ops.segment_sum import reference as reference_sum
 from embedtrain.ops.segment_sum import segment_sum
 from embedtrain.ops.skipgram_block import TextBlock, skipgram_block
+from embedtrain.ops.skipgram_block import reference as reference_skipgram
 from embedtrain.ops.sort_unique import sort_unique
 from embedtrain.recipes.word2vec.model import Word2Vec
 from embedtrain.train.ahead import BatchesAhead
@@ -182,17 +183,22 @@ def update_cases(weight: Tensor, ids: list[Tensor], kind: str) -> Iterator[Case]
         second = None if shape is None else torch.ones(shape, device=weight.device)
 
         def update(
-            number: int, weight: Tensor = weight, second: Tensor | None = second, op: Callable = moment_update
+            number: int, weight: Tensor = weight, second: Tensor | None = second, is_reference: bool = False
         ) -> None:
             step = RowStep(lr=LR, rounding_keys=rows[number] if is_bfloat16 else None)
-            op(weight, None, second, rows[number], grads[number], step, Moments(eps=EPS))
+            moments = Moments(eps=EPS)
+            if is_reference:
+                reference_update.moment_update(weight, None, second, rows[number], grads[number], step, moments)
+            else:
+                gradient = RowGradient.of_rows(rows[number], grads[number], num_rows)
+                moment_update(weight, None, second, gradient, step, moments)
 
         def check(update: Callable = update, second: Tensor | None = second) -> None:
             given, expected = (
                 [None if tensor is None else tensor.clone() for tensor in (weight, second)] for _ in range(2)
             )
             update(0, *given)
-            update(0, *expected, op=reference_update.moment_update)
+            update(0, *expected, is_reference=True)
             for found, wanted in zip(given, expected, strict=True):
                 if found is not None:
                     same(found[rows[0]].float(), wanted[rows[0]].float(), 2**-7 if is_bfloat16 else 1e-5)

@@ -31,7 +31,7 @@ from embedtrain.distributed.collectives import all_gather_object
 from embedtrain.distributed.runtime import init_distributed, rank_of, size_of
 from embedtrain.distributed.stages import stage
 from embedtrain.ops.sort_unique import sort_unique
-from embedtrain.optim.rowwise_adagrad import RowwiseAdagrad
+from embedtrain.optim import RowwiseAdagrad
 from embedtrain.recipes.word2vec.model import INPUT, OUTPUT, Word2Vec
 from embedtrain.train.profile import StepProfile
 from embedtrain.train.step import train_step

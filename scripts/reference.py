@@ -21,6 +21,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from embedtrain.config.optimizer import OPTIMIZERS, OptimizerConfig
 from embedtrain.config.sections import Config
+from embedtrain.optim import SparseOptimizer
 from embedtrain.recipes.registry import BUILT_IN, recipe_of
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -88,6 +89,8 @@ def _describe(module: str, name: str, value: Any) -> Iterator[str]:
         yield f"```\n{name}{_signature(value)}\n```\n"
         yield _markdown(inspect.getdoc(value) or "")
         if inspect.isclass(value):
+            if meanings := _meanings(value):
+                yield "".join(f"* `{field}`: {' '.join(meaning.split())}\n" for field, meaning in meanings.items())
             for method_name, method in vars(value).items():
                 function = getattr(method, "fget", None) or getattr(method, "__func__", method)
                 if not method_name.startswith("_") and inspect.isfunction(function) and inspect.getdoc(function):
@@ -174,7 +177,7 @@ def settings() -> str:
         model = recipe_of(name).config
         defaults = {key: default for key, default, _ in _keys(Config, Config(), "")}
         own = [each for each in _keys(model, model(), "") if each[0] not in common or defaults[each[0]] != each[1]]
-        pages += [f"## `model: {name}`\n", f"{inspect.getdoc(model)}\n", _table(own)]
+        pages += [f"## `model: {name}`\n", f"{inspect.getdoc(model)}\n", _table([*own, *_own_of_optimizer(model())])]
     pages += ["## `optimizer`\n", "`optimizer.name` chooses one; see [optimizers](optimizers.md).\n"]
     pages += ["### Every optimizer\n", _table(_keys(OptimizerConfig, OptimizerConfig(), "optimizer."))]
     shared = {field.name for field in fields(OptimizerConfig)} - {"lr"}
@@ -182,6 +185,14 @@ def settings() -> str:
         own = [each for each in _keys(kind, kind(), "optimizer.") if each[0].rpartition(".")[2] not in shared]
         pages += [f"### `optimizer.name: {name}`\n", _table(own)]
     return "\n".join(pages)
+
+
+def _own_of_optimizer(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Yields the optimizer of a model that names none, and its options that differ from the optimizer's defaults."""
+    kind = type(config.optimizer)
+    yield "optimizer.name", config.optimizer.name, "See [`optimizer`](#optimizer)."
+    defaults = {key: default for key, default, _ in _keys(kind, kind(), "optimizer.")}
+    yield from (each for each in _keys(kind, config.optimizer, "optimizer.") if each[1] != defaults[each[0]])
 
 
 def _keys(section: type[Any], value: Any, prefix: str) -> Iterator[tuple[str, str, str]]:
@@ -218,12 +229,29 @@ def _meanings(section: type[Any]) -> dict[str, str]:
     for owner in reversed(section.__mro__):
         if not is_dataclass(owner):
             continue
+        if "kind" in vars(owner):
+            found |= _meanings_of_arguments(vars(owner)["kind"])
+            continue
         (node,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
         assert isinstance(node, ast.ClassDef)
         for field, text in zip(node.body, node.body[1:], strict=False):
             is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
                 found[field.target.id] = text.value.value  # type: ignore[union-attr, attr-defined]
+    return found
+
+
+def _meanings_of_arguments(kind: type[Any]) -> dict[str, str]:
+    """Returns what an optimizer's docstring, or that of a class that it extends, says of its arguments."""
+    found: dict[str, str] = {}
+    for owner in reversed([each for each in kind.__mro__ if issubclass(each, SparseOptimizer)]):
+        _, _, text = inspect.cleandoc(owner.__doc__ or "").partition("\nArgs:\n")
+        name = ""
+        for line in textwrap.dedent(text.partition("\n\n")[0]).splitlines():
+            if item := _ITEM.fullmatch(line):
+                name, found[item[1]] = item[1], item[2][0].upper() + item[2][1:]
+            else:
+                found[name] += f" {line.strip()}"
     return found
 
 

@@ -33,7 +33,7 @@ fi
 wanted=$({
     pwd
     command -v "${CXX:-g++}" || true
-    cat pyproject.toml setup.py "$constraints" embedtrain/ops/native/*.{cpp,h}
+    cat pyproject.toml setup.py "$constraints" embedtrain/ops/*/*.{cpp,h} embedtrain/ops/_backend/header.py
 } | cksum)
 if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
     exit 0
@@ -50,7 +50,7 @@ fi
 
 say "installing embedtrain${extra:+[$extra]} with $(grep ^torch "$constraints"); the first time takes minutes"
 .venv/bin/python -m pip install -qq --disable-pip-version-check -c "$constraints" -e ".${extra:+[$extra]}"
-if [[ ! -f embedtrain/ops/native/libembedtrain_native.so ]]; then
+if [[ ! -f embedtrain/ops/_backend/libembedtrain_native.so ]]; then
     say "WARNING: no native library was built, embedtrain will be slow: install a C++ compiler (g++) and repeat"
 fi
 echo "$wanted" >"$stamp"

@@ -7,18 +7,17 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
 
 from embedtrain import storage
 from embedtrain.commands.console import command, is_debugged, require_config, settings_argument
-from embedtrain.config.optimizer import OPTIMIZERS
-from embedtrain.config.sections import Config
 from embedtrain.errors import UserError
-from embedtrain.recipes.loading import load_config
-from embedtrain.train.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from embedtrain.config.sections import Config
 
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 """Where no grid is declared: these times the optimizer's own rate, of the file or by default."""
@@ -36,7 +35,7 @@ _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
 )
 @click.argument("config", type=click.Path(), help="YAML file that all runs share.")
 @settings_argument
-@click.option("--optimizers", required=True, metavar="A,B,...", help=f"Of {', '.join(OPTIMIZERS)}.")
+@click.option("--optimizers", required=True, metavar="A,B,...", help="Names of optimizers, as optimizer.name has them.")
 @click.option(
     "--rates",
     multiple=True,
@@ -118,6 +117,8 @@ class Comparison:
     ) -> None:
         _check(overrides, names, rates)
         self._folder = folder.rstrip("/")
+        from embedtrain.recipes.loading import load_config
+
         self.configs: list[Config] = []
         for name in names:
             chosen = [*overrides, f"optimizer.name={name}"]
@@ -244,6 +245,8 @@ def parse_rates(declared: Sequence[str]) -> dict[str, list[float]]:
 
 
 def _check(overrides: Sequence[str], names: Sequence[str], rates: Mapping[str, Sequence[float]]) -> None:
+    from embedtrain.config.optimizer import OPTIMIZERS
+
     if not names:
         raise UserError("--optimizers names nothing to compare")
     unknown = [name for name in [*names, *rates] if name not in OPTIMIZERS]
@@ -263,6 +266,7 @@ def _check(overrides: Sequence[str], names: Sequence[str], rates: Mapping[str, S
 
 
 def _read(config: Config) -> Curve:
+    from embedtrain.train.run_folder import RunFolder
 
     try:
         lines = storage.read(RunFolder(config.run.path).metrics_path).decode().splitlines()

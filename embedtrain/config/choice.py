@@ -65,17 +65,18 @@ def refuse_options_of_others(layer: Layer, optimizer: OptimizerConfig) -> None:
 
 
 def table_optimizers(
-    from_file: Sequence[Layer], from_command: Sequence[Layer], main: OptimizerConfig
+    from_file: Sequence[Layer], from_command: Sequence[Layer], main: OptimizerConfig, default: OptimizerConfig
 ) -> dict[str, dict[str, Any]]:
     """Returns the name and all options of what trains single tables, by their names.
 
-    An entry that names no other optimizer than the main one has the main one's options but for those it gives; one
-    that does has that one's defaults.
+    An entry that names no other optimizer than the main one has the main one's options, except for those that it
+    gives. An entry that names another has the default values of that one.
 
     Args:
         from_file: what the file says.
         from_command: what the command line says; a name given there replaces the file's, with its options.
         main: the optimizer of all other tables.
+        default: the optimizer that the model has if nobody names one, with the model's default values.
 
     Raises:
         UserError: an entry is no options, or has one that does not exist, or is not of its type.
@@ -89,7 +90,8 @@ def table_optimizers(
         if last_name != name:
             earlier = []
         kind = _kind_of(last_name, last_named_in)
-        section = OmegaConf.structured(kind(**main.row_options()) if last_name == main.name else kind())
+        known = {one.name: one.row_options() for one in (default, main)}
+        section = OmegaConf.structured(kind(**known.get(last_name, {})))
         for given in [*earlier, *later]:
             section = _with_option(section, kind(), table, given)
         own = unshield(OmegaConf.to_object(section))

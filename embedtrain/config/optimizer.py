@@ -1,43 +1,44 @@
-"""The optimizers' sections: `optimizer.name` chooses one, and with it the options that there are."""
+"""The optimizers' sections: `optimizer.name` chooses one, and with it the options that there are.
+
+A section's options are the keyword arguments of the optimizer's class, with their types and default values: to add an
+optimizer is to write its class.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+import functools
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from embedtrain import optim
 from embedtrain.errors import UserError
+from embedtrain.optim.optimizer import OF_A_STEP
 
 
 @dataclass
-class OptimizerConfig:
-    """What every optimizer of the tables takes; see `embedtrain.optim.SparseOptimizer`."""
+class _Chosen:
+    """What stands first in a section."""
 
     name: str = "???"
     lr: float = 0.01
-    weight_decay: float = 0.0
-    """L2 factor, of the rows that a step touches."""
-    decoupled_weight_decay: bool = False
-    """Take the decay from the row itself, not through the gradient."""
-    maximize: bool = False
-    max_row_grad_norm: float | None = None
-    """Scale the gradient of each row down to this norm."""
-    max_norm: float | None = None
-    """Scale each row down to this norm after a step."""
-    max_grad_norm: float | None = None
-    """Scale the gradients of all tables and ranks down to this norm together."""
-    nonfinite: Literal["error", "skip"] = "error"
+
+
+@dataclass
+class OptimizerConfig(optim.CommonOptions, _Chosen):
+    """What every optimizer of the tables takes; `section` makes the section of a certain one."""
+
     reset_state_from_step: int | None = None
     """Start the optimizer's state anew at this step, in a run under way too."""
     tables: dict[str, Any] = field(default_factory=dict)
-    """What trains single tables, by their names: the `name` and options of an optimizer; where no name is given, this
-    one with other options. A configuration that was loaded has the name and all options of each."""
+    """What trains single tables, by their names: the `name` and options of an optimizer. Without a name it is this
+    optimizer with other options. A loaded configuration has the name and all options of each."""
 
     def of_table(self, table: str) -> OptimizerConfig:
         """Returns what trains a table, without what is for all tables together."""
         if table in self.tables:
-            options = dict(self.tables[table])
-            return OPTIMIZERS[options["name"]](**options)
+            return section(**self.tables[table])
         return type(self)(**self.row_options())
 
     def row_options(self) -> dict[str, Any]:
@@ -62,79 +63,79 @@ class OptimizerConfig:
             raise UserError(f"optimizer.reset_state_from_step must be at least 0, got {self.reset_state_from_step}")
 
 
-@dataclass
-class RowwiseAdagradConfig(OptimizerConfig):
-    """See `embedtrain.optim.RowwiseAdagrad`."""
-
-    name: str = "rowwise_adagrad"
-    lr: float = 0.6
-    eps: float = 1e-10
-    initial_accumulator_value: float = 100.0
-    lr_decay: float = 0.0
-    accumulator_decay: float | None = None
-    """Make the accumulator an average that forgets; null sums."""
-
-
-@dataclass
-class AdagradConfig(OptimizerConfig):
-    """See `embedtrain.optim.Adagrad`."""
-
-    name: str = "adagrad"
-    eps: float = 1e-10
-    initial_accumulator_value: float = 0.0
-    lr_decay: float = 0.0
-
-
-@dataclass
-class SGDConfig(OptimizerConfig):
-    """See `embedtrain.optim.SGD`."""
-
-    name: str = "sgd"
-
-
-@dataclass
-class AdamConfig(OptimizerConfig):
-    """See `embedtrain.optim.Adam`."""
-
-    name: str = "adam"
-    lr: float = 0.001
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-
-
-@dataclass
-class RowwiseAdamConfig(AdamConfig):
-    """See `embedtrain.optim.RowwiseAdam`."""
-
-    name: str = "rowwise_adam"
-
-
-@dataclass
-class RMSpropConfig(OptimizerConfig):
-    """See `embedtrain.optim.RMSprop`."""
-
-    name: str = "rmsprop"
-    alpha: float = 0.99
-    eps: float = 1e-8
-
-
-OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
-    "rowwise_adagrad": RowwiseAdagradConfig,
-    "adagrad": AdagradConfig,
-    "sgd": SGDConfig,
-    "adam": AdamConfig,
-    "rowwise_adam": RowwiseAdamConfig,
-    "rmsprop": RMSpropConfig,
-}
-"""The section of each optimizer by its name, the value of `optimizer.name`."""
-
-FOR_ALL_TABLES = ("max_grad_norm", "nonfinite", "reset_state_from_step", "tables")
+FOR_ALL_TABLES = (*OF_A_STEP, "reset_state_from_step", "tables")
 """Options of a step, which all tables take together or not at all."""
 
 FOR_ALL_OPTIMIZERS = tuple(
     field.name for field in fields(OptimizerConfig) if field.name not in ("name", "lr", "tables")
 )
 """Options that mean the same whichever the formula; a learning rate does not."""
+
+
+class _Sections(Mapping[str, type[OptimizerConfig]]):
+    def __getitem__(self, name: str) -> type[OptimizerConfig]:
+        return _section_of(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(optim.OPTIMIZERS)
+
+    def __len__(self) -> int:
+        return len(optim.OPTIMIZERS)
+
+
+OPTIMIZERS: Mapping[str, type[OptimizerConfig]] = _Sections()
+"""The section of each optimizer by its name, the value of `optimizer.name`."""
+
+
+def section(name: str, **options: Any) -> OptimizerConfig:
+    """Returns the section of an optimizer; options that are not given have the default values of its class."""
+    return OPTIMIZERS[name](**options)
+
+
+@functools.cache
+def _section_of(name: str) -> type[OptimizerConfig]:
+    """Makes the section of an optimizer from its class.
+
+    Raises:
+        UserError: the class does not take the common options, or has no learning rate.
+    """
+    kind = optim.OPTIMIZERS[name]
+    _, _, *parameters = inspect.signature(kind.__init__).parameters.values()
+    own = [each for each in parameters if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    if not any(each.kind is each.VAR_KEYWORD for each in parameters) or "lr" not in [each.name for each in own]:
+        raise UserError(f"the optimizer {name}: {kind.__name__} must take lr, and **options for its base class")
+    hints = _hints_of(kind)
+    return make_dataclass(
+        f"{kind.__name__}Config",
+        [("name", str, name), *(_field_of(each, hints) for each in own)],
+        bases=(OptimizerConfig,),
+        namespace={
+            "__doc__": f"See `{kind.__module__}.{kind.__name__}`.",
+            "kind": kind,
+            "__reduce__": _reduce,  # `pickle` cannot find the class in a module
+        },
+    )
+
+
+def _field_of(parameter: inspect.Parameter, hints: Mapping[str, Any]) -> tuple[str, Any, Any]:
+    default = "???" if parameter.default is parameter.empty else parameter.default
+    hint = hints.get(parameter.name, Any if default in ("???", None) else type(default))
+    if get_origin(hint) is not tuple:
+        return parameter.name, hint, default
+    # YAML has lists, and an override replaces a whole one.
+    element = next(iter(get_args(hint)), Any)
+    return parameter.name, list[element], field(default_factory=lambda: list(default))  # type: ignore[valid-type]
+
+
+def _hints_of(kind: type[optim.SparseOptimizer]) -> Mapping[str, Any]:
+    try:
+        return get_type_hints(kind.__init__)
+    except NameError:  # an annotation that is there for type checkers alone: the default values' types are known too
+        return {}
+
+
+def _reduce(self: OptimizerConfig) -> tuple[Any, ...]:
+    return functools.partial(section, **vars(self)), ()
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
-from embedtrain.config.optimizer import OptimizerConfig, RowwiseAdagradConfig
+from embedtrain.config.optimizer import OptimizerConfig, section
 from embedtrain.data.stream import STANDARD_INPUT
 from embedtrain.errors import UserError
 
@@ -141,7 +141,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     table: TableConfig = field(default_factory=TableConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    optimizer: OptimizerConfig = field(default_factory=RowwiseAdagradConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: section("rowwise_adagrad"))
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)

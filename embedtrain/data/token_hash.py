@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from embedtrain.ops.mix import mix64_array
+from embedtrain.ops._backend.mix import mix64_array
 
 _WORD_BYTES = 8
 _MASKS = np.array([(1 << 8 * length) - 1 for length in range(_WORD_BYTES + 1)], np.uint64)

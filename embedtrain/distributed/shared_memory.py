@@ -21,7 +21,7 @@ from torch import Tensor
 
 from embedtrain.distributed.runtime import rank_of, size_of
 from embedtrain.distributed.stages import count_sent
-from embedtrain.ops import dispatch
+from embedtrain.ops._backend import dispatch
 
 VARIABLE = "EMBEDTRAIN_SHARED_MEMORY"
 """Environment variable: 0 has ranks of one host exchange through the process group as ranks of several do."""
@@ -96,7 +96,7 @@ class SharedMemoryExchange:
 
     def send(self) -> None:
         """Hands over what the rooms hold."""
-        from embedtrain.ops.native import library
+        from embedtrain.ops._backend import library
 
         self._number += 1
         library.get().embedtrain_publish(self._own_address, self._number)
@@ -161,7 +161,7 @@ class SharedMemoryExchange:
         return self._bytes[rank][start : start + num_bytes].view(dtype).view(count, *row_shape)
 
     def _await_peers(self) -> None:
-        from embedtrain.ops.native import library
+        from embedtrain.ops._backend import library
 
         first_missing = ctypes.c_int64()
         deadline = time.monotonic() + self._timeout_seconds

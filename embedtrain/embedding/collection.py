@@ -23,8 +23,8 @@ from embedtrain.embedding.pooling import bags_of
 from embedtrain.embedding.shard import RowGroup, RowGroups, TableShard
 from embedtrain.embedding.state_dict import as_entry, key_of, mesh_of, take_entry
 from embedtrain.jagged import Jagged
+from embedtrain.ops._backend.transfer import to_device
 from embedtrain.ops.pool_rows import Bags
-from embedtrain.ops.transfer import to_device
 from embedtrain.spec import FeatureSpec, TableSpec
 
 

@@ -19,7 +19,7 @@ from embedtrain.distributed.stages import stage
 from embedtrain.embedding.owner_pooling import BagsAsked, SumRequest
 from embedtrain.embedding.shard import RowGroup
 from embedtrain.embedding.transfer import ask_through_memory, fetch_rows, send_gradients
-from embedtrain.ops import dispatch
+from embedtrain.ops._backend import dispatch
 from embedtrain.ops.pool_rows import Bags, grad_of_weights, pool_rows, pool_rows_backward
 from embedtrain.ops.row_gradient import Delivery, Run
 from embedtrain.ops.sort_unique import OrderedKeys, SortedKeys, order_keys, sort_unique

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from embedtrain.checkpoint.changes import RowChanges
+from embedtrain.ops._backend.transfer import to_device
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.row_gradient import RowGradient
-from embedtrain.ops.transfer import to_device
 
 WEIGHT = "weight"
 

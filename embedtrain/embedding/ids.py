@@ -7,7 +7,7 @@ from torch import Tensor
 
 from embedtrain.errors import BadIdError
 from embedtrain.jagged import Jagged
-from embedtrain.ops.mix import mix64
+from embedtrain.ops._backend.mix import mix64
 from embedtrain.spec import FeatureSpec
 
 

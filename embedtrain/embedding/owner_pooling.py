@@ -30,7 +30,7 @@ may decide wrongly costs about the same both ways."""
 _BAG_BITS = 10
 """However many ids they hold, of 2**10 bags or more at least 2**9 are looked at, on average."""
 _ODD = 0xBF58476D1CE4E5B9 - (1 << 64)
-"""A multiplier whose products have well-mixed high bits, as a signed integer; see `embedtrain.ops.mix`."""
+"""A multiplier whose products have well-mixed high bits, as a signed integer; see `embedtrain.ops._backend.mix`."""
 
 
 def choose_owner(

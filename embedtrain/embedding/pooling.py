@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from embedtrain.jagged import Jagged
+from embedtrain.ops._backend.transfer import to_device
 from embedtrain.ops.pool_rows import Bags
-from embedtrain.ops.transfer import to_device
 from embedtrain.spec import Pooling
 
 

@@ -18,12 +18,12 @@ from embedtrain.distributed.shared_memory import SharedMemoryExchange
 from embedtrain.embedding.host_rows import HostRows
 from embedtrain.embedding.init import initial_rows
 from embedtrain.embedding.placement import DEVICE, Placement, hot_rows
+from embedtrain.ops._backend.mix import mix64
+from embedtrain.ops._backend.row_memory import allocate_rows
 from embedtrain.ops.gather_rows import gather_rows
-from embedtrain.ops.mix import mix64
 from embedtrain.ops.row_gradient import Delivery, RowGradient, Run
-from embedtrain.ops.row_memory import allocate_rows
 from embedtrain.ops.spread_keys import SpreadTable, spread_keys
-from embedtrain.optim.sparse import RowsToUpdate
+from embedtrain.optim.optimizer import RowsToUpdate
 from embedtrain.sharding.layout import SpreadLayout
 from embedtrain.spec import TableSpec
 

@@ -11,8 +11,8 @@ from embedtrain.distributed.collectives import all_to_all_rows
 from embedtrain.distributed.shared_memory import SharedMemoryExchange
 from embedtrain.distributed.stages import stage
 from embedtrain.embedding.shard import RowGroup
+from embedtrain.ops._backend.row_memory import empty_buffer
 from embedtrain.ops.gather_rows import gather_rows
-from embedtrain.ops.row_memory import empty_buffer
 
 
 def fetch_rows(

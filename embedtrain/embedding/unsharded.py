@@ -11,7 +11,7 @@ from embedtrain.embedding.features import resolve_features
 from embedtrain.embedding.ids import valid_bags
 from embedtrain.embedding.init import initial_rows
 from embedtrain.jagged import Jagged
-from embedtrain.ops.mix import mix64
+from embedtrain.ops._backend.mix import mix64
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.sharding.layout import SpreadLayout
 from embedtrain.spec import FeatureSpec, TableSpec

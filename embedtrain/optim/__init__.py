@@ -1,21 +1,20 @@
 """Sparse optimizers: formulas over the rows that a step touched."""
 
-from embedtrain.optim.adagrad import Adagrad
-from embedtrain.optim.adam import Adam, RowwiseAdam
 from embedtrain.optim.combined import Combined
-from embedtrain.optim.rmsprop import RMSprop
-from embedtrain.optim.rowwise_adagrad import RowwiseAdagrad
-from embedtrain.optim.sgd import SGD
-from embedtrain.optim.sparse import RowState, SparseOptimizer
+from embedtrain.optim.formulas import SGD, Adagrad, Adam, RMSprop, RowwiseAdagrad, RowwiseAdam
+from embedtrain.optim.optimizer import CommonOptions, RowState, SparseOptimizer
+from embedtrain.optim.registry import Optimizers
 
-OPTIMIZERS: dict[str, type[SparseOptimizer]] = {
-    "rowwise_adagrad": RowwiseAdagrad,
-    "adagrad": Adagrad,
-    "sgd": SGD,
-    "adam": Adam,
-    "rowwise_adam": RowwiseAdam,
-    "rmsprop": RMSprop,
-}
+OPTIMIZERS = Optimizers(
+    {
+        "rowwise_adagrad": RowwiseAdagrad,
+        "adagrad": Adagrad,
+        "sgd": SGD,
+        "adam": Adam,
+        "rowwise_adam": RowwiseAdam,
+        "rmsprop": RMSprop,
+    }
+)
 """The optimizers by their names in a configuration."""
 
 __all__ = [
@@ -24,6 +23,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "Combined",
+    "CommonOptions",
     "RMSprop",
     "RowState",
     "RowwiseAdagrad",

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from embedtrain.ops.row_gradient import RowGradient
-from embedtrain.optim.sparse import EffectiveRates, NonFinitePolicy, RowStore, RowsToUpdate, SparseOptimizer
+from embedtrain.optim.optimizer import EffectiveRates, NonFinitePolicy, RowStore, RowsToUpdate, SparseOptimizer
 
 
 class _Groups:

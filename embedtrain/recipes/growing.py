@@ -21,7 +21,7 @@ from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.embedding.growth import grown_parts
 from embedtrain.errors import UserError
-from embedtrain.optim.sparse import RowState
+from embedtrain.optim.optimizer import RowState
 from embedtrain.recipes.base import Grow, Names
 from embedtrain.recipes.loading import config_from_yaml
 from embedtrain.recipes.optimizers import build_optimizer

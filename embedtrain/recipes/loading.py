@@ -38,7 +38,7 @@ from embedtrain.config.values import (
     unshield,
 )
 from embedtrain.errors import UserError
-from embedtrain.recipes.registry import DEFAULT_MODEL, config_class, usable_models
+from embedtrain.recipes.registry import DEFAULT_MODEL, recipe_of, usable_models
 
 _MERGE_ERRORS = (OmegaConfBaseException, ValueError, TypeError, AttributeError, KeyError)
 """What omegaconf raises for values that do not fit; the last four slip through it."""
@@ -142,7 +142,7 @@ def _merge(files: Sequence[tuple[str, yaml.MappingNode]], overrides: Sequence[st
         if not equals or not key:
             raise UserError(f"expected key=value, such as optimizer.lr=0.1, got {override!r}")
     model = _model_of(files, overrides)
-    kind = config_class(model)
+    kind = _config_of(model)
     from_file: list[Layer] = []
     for source, document in files:
         with _told_of(source):
@@ -166,13 +166,13 @@ def _told_of(source: str) -> Iterator[None]:
 
 
 def _merge_layers(model: str, from_file: list[Layer], from_command: list[Layer]) -> Layers:
-    default = config_class(model)().optimizer
+    default = _config_of(model)().optimizer
     optimizer = optimizer_of(from_file, default)
     if (chosen := optimizer_of(from_command, optimizer)).name != optimizer.name:
         # Another optimizer than the file's: what the file says of that one's formula is not meant for this one.
         from_file = [(source, for_another_optimizer(layer)) for source, layer in from_file]
     layers = [*from_file, *from_command]
-    merged = OmegaConf.structured(config_class(model))
+    merged = OmegaConf.structured(_config_of(model))
     merged.optimizer = default if chosen.name == default.name else chosen
     for source, layer in layers:
         refuse_options_of_others((source, layer), chosen)
@@ -188,7 +188,8 @@ def _merge_layers(model: str, from_file: list[Layer], from_command: list[Layer])
 def _to_config(layers: Layers) -> Config:
     with _explained():
         config: Config = unshield(OmegaConf.to_object(layers.merged))
-        config.optimizer.tables = table_optimizers(layers.from_file, layers.from_command, config.optimizer)
+        main, default = config.optimizer, type(config)().optimizer
+        main.tables = table_optimizers(layers.from_file, layers.from_command, main, default)
     config.check()
     return config
 
@@ -235,10 +236,15 @@ def _model_of(files: Sequence[tuple[str, yaml.MappingNode]], overrides: Sequence
         if override.startswith("model="):
             name, named_in = override.partition("=")[2], repr(override)
     try:
-        config_class(name)
+        recipe_of(name)
     except UserError as error:
         raise UserError(f"{named_in}: {error}") from error
     return name
+
+
+def _config_of(model: str) -> type[Config]:
+    kind: type[Config] = recipe_of(model).config
+    return kind
 
 
 def _refuse_unknown_keys(source: str, layer: Mapping[str, Any], model: str) -> None:
@@ -249,7 +255,7 @@ def _refuse_unknown_keys(source: str, layer: Mapping[str, Any], model: str) -> N
             continue  # the options of single tables depend on their optimizer, and are refused with it
         owners = [name for name in usable_models() if _is_among(key, _known_keys(name))]
         of_another = f" (it is one of model {' and '.join(owners)})" if owners else ""
-        meant = config_class(model).MEANT.get(key.rpartition(".")[2])
+        meant = _config_of(model).MEANT.get(key.rpartition(".")[2])
         near = [meant] if meant else difflib.get_close_matches(key, known + sections, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
         raise UserError(f"{source}: there is no key {key} for model {model}{of_another}; {hint}")
@@ -258,7 +264,7 @@ def _refuse_unknown_keys(source: str, layer: Mapping[str, Any], model: str) -> N
 @functools.cache
 def _known_keys(model: str) -> tuple[str, ...]:
     """Returns the full keys of a model's configuration, as `_keys_of` yields them."""
-    return tuple(_keys_of(config_class(model)))
+    return tuple(_keys_of(_config_of(model)))
 
 
 def _keys_of(section: type[Any], prefix: str = "") -> Iterator[str]:
@@ -287,7 +293,7 @@ def setting_choices(key: str) -> list[str]:
     """Returns the values that a key can have, of any model; none if they are not few."""
     if key == "optimizer.name":
         return list(OPTIMIZERS)
-    return list(dict.fromkeys(choice for model in usable_models() for choice in choices_of(key, config_class(model))))
+    return list(dict.fromkeys(choice for model in usable_models() for choice in choices_of(key, _config_of(model))))
 
 
 def _beginnings(keys: Iterable[str]) -> Iterator[str]:

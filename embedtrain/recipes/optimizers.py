@@ -14,7 +14,7 @@ from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.embedding.shard import RowGroup, RowGroups
 from embedtrain.errors import UserError
 from embedtrain.optim.dense import DenseOptimizer
-from embedtrain.optim.sparse import HasRowGroups
+from embedtrain.optim.optimizer import HasRowGroups
 from embedtrain.spec import DEFAULT_OPTIMIZER, TableSpec
 
 

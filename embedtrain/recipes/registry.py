@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import functools
 import logging
-from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from embedtrain.config.sections import Config
 from embedtrain.errors import UserError
-
-if TYPE_CHECKING:
-    from embedtrain.recipes.base import Recipe
+from embedtrain.recipes.base import Recipe
 
 GROUP = "embedtrain.recipes"
 
@@ -24,11 +20,11 @@ DEFAULT_MODEL = "word2vec"
 """The model if no `model` is given."""
 
 BUILT_IN = {
-    "word2vec": "Word2VecConfig",
-    "retrieval": "RetrievalConfig",
-    "ranking": "RankingConfig",
+    "word2vec": "embedtrain.recipes.word2vec.recipe:RECIPE",
+    "retrieval": "embedtrain.recipes.retrieval.recipe:RECIPE",
+    "ranking": "embedtrain.recipes.ranking.recipe:RECIPE",
 }
-"""The models of this package, each in the folder of its name, and the classes of their configurations."""
+"""The recipes of this package by the names of their models."""
 
 _logger = logging.getLogger(__name__)
 
@@ -52,8 +48,6 @@ def recipe_of(model: str) -> Recipe[Any, Any]:
     if others:
         packages = ", ".join(_package_of(entry) for entry in entries[model])
         raise UserError(f"model {model!r} is brought by several packages: {packages}; uninstall all but one of them")
-    from embedtrain.recipes.base import Recipe
-
     try:
         found = first.load()
     except Exception as error:
@@ -71,25 +65,12 @@ def recipe_of(model: str) -> Recipe[Any, Any]:
     return found
 
 
-def config_class(model: str) -> type[Config]:
-    """Returns the class of a model's configuration; for a model of this package, without importing torch.
-
-    Raises:
-        UserError: as of `recipe_of`.
-    """
-    if model in BUILT_IN:
-        found: type[Config] = getattr(import_module(f"embedtrain.recipes.{model}.config"), BUILT_IN[model])
-        return found
-    kind: type[Config] = recipe_of(model).config
-    return kind
-
-
 def usable_models() -> list[str]:
-    """Returns the names of the models whose configurations can be imported; warns of each that cannot."""
+    """Returns the names of the models whose recipes can be imported; warns of each that cannot."""
     found = []
     for model in model_names():
         try:
-            config_class(model)
+            recipe_of(model)
         except UserError as error:
             _warn_once(str(error))
         else:
@@ -100,7 +81,7 @@ def usable_models() -> list[str]:
 @functools.cache
 def _entries() -> dict[str, list[EntryPoint]]:
     """Returns the entry points by name; a model of this package keeps its name to itself."""
-    found = {name: [EntryPoint(name, f"embedtrain.recipes.{name}.recipe:RECIPE", GROUP)] for name in BUILT_IN}
+    found = {name: [EntryPoint(name, value, GROUP)] for name, value in BUILT_IN.items()}
     for entry in entry_points(group=GROUP):
         if entry.name in BUILT_IN:
             _warn_once(f"package {_package_of(entry)} brings a model {entry.name!r}, which is embedtrain's: not used")

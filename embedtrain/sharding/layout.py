@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.errors import CheckpointError
-from embedtrain.ops.modular import permute_blocks
+from embedtrain.ops._backend.modular import permute_blocks
 
 MAX_ROWS = 1 << 40
 """Larger tables would overflow the 64-bit products of `multiply_modulo`."""

@@ -13,7 +13,7 @@ from embedtrain.distributed.collectives import all_reduce_sum
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.embedding.shard import TableShard
 from embedtrain.metrics.sinks import Histogram
-from embedtrain.optim.sparse import SparseOptimizer
+from embedtrain.optim.optimizer import SparseOptimizer
 
 NUM_DECILES = 10
 _BINS_PER_DECADE = 10

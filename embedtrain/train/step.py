@@ -7,7 +7,7 @@ from typing import Any
 
 from embedtrain.distributed.stages import stage
 from embedtrain.optim.dense import DenseOptimizer
-from embedtrain.optim.sparse import SparseOptimizer
+from embedtrain.optim.optimizer import SparseOptimizer
 from embedtrain.train.task import Model, Objective
 
 

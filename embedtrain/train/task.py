@@ -10,7 +10,7 @@ from torch import Tensor
 
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.optim.dense import DenseOptimizer
-from embedtrain.optim.sparse import SparseOptimizer
+from embedtrain.optim.optimizer import SparseOptimizer
 from embedtrain.train.run_folder import RunFolder
 
 

@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 
 import embedtrain as et
-from embedtrain.ops import dispatch
-from embedtrain.ops.native import library
+from embedtrain.ops._backend import dispatch, library
 from embedtrain.testing.ranks import run_ranks
 
 ROWS, DIM, STEPS = 13, 3, 4

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import embedtrain as et
-from embedtrain.ops import dispatch
-from embedtrain.ops.native import library
+from embedtrain.ops._backend import dispatch, library
 
 PEERS: dict[str, tuple[type[torch.optim.Optimizer], dict]] = {
     "adagrad": (

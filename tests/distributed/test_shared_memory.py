@@ -13,7 +13,7 @@ import torch.distributed as dist
 import embedtrain as et
 from embedtrain.distributed.collectives import all_reduce_sum, all_to_all_rows
 from embedtrain.distributed.shared_memory import VARIABLE, connect
-from embedtrain.ops.dispatch import cpu_backend
+from embedtrain.ops._backend.dispatch import cpu_backend
 from embedtrain.testing.ranks import run_ranks
 
 # Rows from rank s to rank r in round n: none, a few, and many.

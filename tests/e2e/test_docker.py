@@ -137,9 +137,9 @@ def test_the_steps_make_a_folder_that_trains(path: Path, tmp_path: Path) -> None
     image.build(path)
     assert image.user == image.environment["USER_MADE"]
     assert "usage: embedtrain" in image.start(image.command)
-    where = "import embedtrain, embedtrain.ops.dispatch as d; print(embedtrain.__file__)"
+    where = "import embedtrain, embedtrain.ops._backend.dispatch as d; print(embedtrain.__file__)"
     assert image.start(["python", "-c", where]).startswith(str(image.app))
-    assert (image.app / "embedtrain/ops/native/libembedtrain_native.so").exists()
+    assert (image.app / "embedtrain/ops/_backend/libembedtrain_native.so").exists()
     text = tmp_path / "text.txt"
     text.write_text("a small text of a few words\n" * 200)
     (command,) = re.findall(r"^#.*(torchrun .*)$", path.read_text(), re.MULTILINE)
@@ -162,7 +162,7 @@ def test_an_image_is_pinned_small_and_without_rights(path: Path) -> None:
 
 
 def test_builds_do_not_see_what_a_checkout_gathers() -> None:
-    for name in (".venv", ".git", "runs", "embedtrain/__pycache__", "embedtrain/ops/native/libembedtrain_native.so"):
+    for name in (".venv", ".git", "runs", "embedtrain/__pycache__", "embedtrain/ops/_backend/libembedtrain_native.so"):
         assert ignored(Path(name)), name
     for name in ("pyproject.toml", "embedtrain/cli.py", "scripts/setup_env.sh", "configs/word2vec.yaml"):
         assert not ignored(Path(name)), name

@@ -8,20 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from embedtrain.ops import dispatch
+from embedtrain.ops._backend import dispatch
+from embedtrain.ops._backend.mix import mix64
 from embedtrain.ops.gather_rows import gather_rows
-from embedtrain.ops.mix import mix64
+from embedtrain.ops.gather_rows import reference as reference_gather
 from embedtrain.ops.pool_rows import Bags, pool_rows, pool_rows_backward
-from embedtrain.ops.reference import gather_rows as reference_gather
-from embedtrain.ops.reference import pool_rows as reference_pool
-from embedtrain.ops.reference import row_update as reference_update
-from embedtrain.ops.reference import segment_sum as reference_sum
-from embedtrain.ops.reference import skipgram_block as reference_skipgram
-from embedtrain.ops.row_update import Moments, RowStep, moment_update
+from embedtrain.ops.pool_rows import reference as reference_pool
+from embedtrain.ops.row_update import Moments, RowStep
+from embedtrain.ops.row_update import reference as reference_update
+from embedtrain.ops.segment_sum import reference as reference_sum
 from embedtrain.ops.segment_sum import segment_sum
 from embedtrain.ops.skipgram_block import TextBlock, reach_of, skipgram_block
+from embedtrain.ops.skipgram_block import reference as reference_skipgram
 from embedtrain.ops.sort_unique import sort_unique
 from tests.ops.test_skipgram_block import SHAPES, make
+from tests.ops.updates import moment_update
 
 pytestmark = pytest.mark.gpu
 

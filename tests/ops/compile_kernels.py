@@ -15,13 +15,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from embedtrain.ops.gather_rows import triton as gather_rows
 from embedtrain.ops.pool_rows import Bags
-from embedtrain.ops.row_gradient import RowGradient
+from embedtrain.ops.pool_rows import triton as pool_rows
 from embedtrain.ops.row_update import Moments, RowStep
-from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep
+from embedtrain.ops.row_update import triton as moment_update
+from embedtrain.ops.segment_sum import triton as segment_sum
 from embedtrain.ops.skipgram_block import TextBlock
+from embedtrain.ops.skipgram_block import triton as skipgram_block
 from embedtrain.ops.sort_unique import sort_unique
-from embedtrain.ops.triton import gather_rows, moment_update, pool_rows, rowwise_adagrad, segment_sum, skipgram_block
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
 
@@ -67,9 +69,6 @@ def launch_all(dim: int, dtype: torch.dtype, num_rows: int) -> None:
         pool_rows.pool_rows_backward([torch.zeros(feature.num_bags, dim)], [feature], keys, dim, 0.5)
     segment_sum.segment_sum(torch.zeros(5, dim), keys, 0.5)
     rounding_keys = rows if dtype == torch.bfloat16 else None
-    step = RowwiseAdagradStep(lr=0.1, eps=1e-8, rounding_keys=rounding_keys)
-    gradient = RowGradient.of_rows(rows, torch.zeros(5, dim), num_rows)
-    rowwise_adagrad.rowwise_adagrad(source, torch.zeros(num_rows), gradient, step)
     for bound in (1.0, math.inf):
         factor = 0.5 if bound == 1.0 else torch.tensor(0.5)
         row_step = RowStep(

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from embedtrain.ops import dispatch
-from embedtrain.ops.native import library
+from embedtrain.ops._backend import dispatch, library
 
 
 @pytest.fixture(params=["reference", "native", "triton"])

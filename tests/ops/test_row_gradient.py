@@ -7,7 +7,7 @@ import torch
 
 from embedtrain.ops.pool_rows import Bags
 from embedtrain.ops.row_gradient import Delivery, RowGradient, Run
-from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep, rowwise_adagrad
+from tests.ops.updates import RowwiseAdagradStep, rowwise_adagrad
 
 NUM_ROWS = 60
 MOST_INTERPRETED = 60

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from embedtrain.ops.mix import mix64
-from embedtrain.ops.reference import row_update as reference
-from embedtrain.ops.row_update import Moments, RowStep, moment_update, row_update
+from embedtrain.ops._backend.mix import mix64
+from embedtrain.ops.row_update import Moments, RowStep, reference, row_update
+from tests.ops.updates import moment_update
 
 STEPS = {
     "plain": RowStep(lr=0.1),

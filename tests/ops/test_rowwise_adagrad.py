@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from embedtrain.ops.mix import mix64
-from embedtrain.ops.reference.stochastic_rounding import round_to_bfloat16
+from embedtrain.ops._backend.mix import mix64
+from embedtrain.ops._backend.stochastic_rounding import round_to_bfloat16
 from embedtrain.ops.row_gradient import RowGradient
-from embedtrain.ops.rowwise_adagrad import RowwiseAdagradStep, rowwise_adagrad
+from tests.ops.updates import RowwiseAdagradStep, rowwise_adagrad
 
 SETTINGS = [
     {"lr": 0.1, "eps": 1e-10},

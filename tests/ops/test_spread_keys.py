@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from embedtrain.ops.row_memory import allocate_rows, empty_buffer
+from embedtrain.ops._backend.row_memory import allocate_rows, empty_buffer
 from embedtrain.ops.spread_keys import SpreadTable, spread_keys
 from embedtrain.sharding.layout import SpreadLayout
 

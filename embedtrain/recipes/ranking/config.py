@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig, RowwiseAdagradConfig
+from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig, section
 from embedtrain.config.sections import (
     Config,
     EvaluateConfig,
@@ -113,7 +113,7 @@ class RankingTrainConfig(TrainConfig):
 
 
 def _optimizer() -> OptimizerConfig:
-    return RowwiseAdagradConfig(lr=0.05, eps=1e-8, initial_accumulator_value=0.0)
+    return section("rowwise_adagrad", lr=0.05, eps=1e-8, initial_accumulator_value=0.0)
 
 
 @dataclass

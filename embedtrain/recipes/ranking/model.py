@@ -16,7 +16,7 @@ from embedtrain.distributed.runtime import size_of
 from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection, VectorsAsked
 from embedtrain.errors import UserError
 from embedtrain.metrics.classification import TRAINING_BINS, ClassificationMeter, classification_sums
-from embedtrain.ops.transfer import to_device
+from embedtrain.ops._backend.transfer import to_device
 from embedtrain.spec import FeatureSpec, TableSpec
 from embedtrain.train.task import Objective
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig, RowwiseAdagradConfig
+from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig, section
 from embedtrain.config.sections import (
     Config,
     EvaluateConfig,
@@ -123,7 +123,7 @@ class RetrievalConfig(Config):
     retrieval: RetrievalSection = field(default_factory=RetrievalSection)
     train: RetrievalTrainConfig = field(default_factory=RetrievalTrainConfig)
     optimizer: OptimizerConfig = field(
-        default_factory=lambda: RowwiseAdagradConfig(lr=0.1, initial_accumulator_value=0.0, weight_decay=1.5e-4)
+        default_factory=lambda: section("rowwise_adagrad", lr=0.1, initial_accumulator_value=0.0, weight_decay=1.5e-4)
     )
     dense_optimizer: DenseOptimizerConfig = field(default_factory=DenseOptimizerConfig)
     evaluate: RetrievalEvaluateConfig = field(default_factory=RetrievalEvaluateConfig)
@@ -159,8 +159,8 @@ class RetrievalConfig(Config):
         super().check()
         refuse_stream(self.data.path, "who is known to have what is counted before it is trained on")
         require_paths({"data.path": self.data.path})
-        for section in (self.data, self.users, self.items):
-            require_format(section.format, (AUTO,))
+        for each in (self.data, self.users, self.items):
+            require_format(each.format, (AUTO,))
         optional = {
             "evaluate.path": self.evaluate.path,
             "users.path": self.users.path,

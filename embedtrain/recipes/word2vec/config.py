@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from embedtrain.config.optimizer import OptimizerConfig, section
 from embedtrain.config.sections import (
     Config,
     EvaluateConfig,
@@ -96,6 +97,9 @@ class Word2VecConfig(Config):
     word2vec: SkipGramConfig = field(default_factory=SkipGramConfig)
     train: TextTrainConfig = field(default_factory=TextTrainConfig)
     evaluate: WordEvaluateConfig = field(default_factory=WordEvaluateConfig)
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: section("rowwise_adagrad", lr=0.6, initial_accumulator_value=100.0)
+    )
 
     MEANT: ClassVar[Mapping[str, str]] = {
         **Config.MEANT,

@@ -15,8 +15,8 @@ from embedtrain.distributed.runtime import size_of
 from embedtrain.distributed.stages import stage
 from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection, RowsAsked
 from embedtrain.jagged import Jagged
+from embedtrain.ops._backend.transfer import to_device
 from embedtrain.ops.skipgram_block import Architecture, TextBlock, count_predictions, reach_of, skipgram_block
-from embedtrain.ops.transfer import to_device
 from embedtrain.recipes.word2vec.config import INPUT as INPUT
 from embedtrain.recipes.word2vec.config import OUTPUT as OUTPUT
 from embedtrain.spec import DEFAULT_OPTIMIZER, FeatureSpec, TableSpec

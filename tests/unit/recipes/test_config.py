@@ -10,7 +10,7 @@ from embedtrain import optim
 from embedtrain.config.optimizer import OPTIMIZERS
 from embedtrain.config.resolved import differing_keys, to_yaml
 from embedtrain.errors import UserError
-from embedtrain.optim.sparse import CommonOptions
+from embedtrain.optim.optimizer import CommonOptions
 from embedtrain.recipes.loading import load_config
 
 TEXT = "data.path=corpus.txt"

@@ -34,6 +34,24 @@ def test_without_a_name_a_table_has_the_main_one_with_other_options() -> None:
     assert (own.name, own.lr, own.weight_decay) == ("rowwise_adagrad", 0.2, 0.1)
 
 
+@pytest.mark.parametrize(
+    ("model", "lr", "accumulator"),
+    [
+        (CLICKS, 0.05, 0.0),
+        (("model=retrieval", "data.path=x", "users.path=u.csv", "users.features.shop={}"), 0.1, 0.0),
+        (("model=word2vec", "data.path=x"), 0.6, 100.0),
+    ],
+    ids=["ranking", "retrieval", "word2vec"],
+)
+def test_a_table_has_the_models_own_optimizer_with_the_models_defaults(
+    model: tuple[str, ...], lr: float, accumulator: float
+) -> None:
+    table = "input" if "model=word2vec" in model else "user"
+    given = ["optimizer.name=adam", f"optimizer.tables.{table}.name=rowwise_adagrad"]
+    own = load_config(None, [*model, *given]).optimizer.of_table(table)
+    assert (own.name, own.lr, own.initial_accumulator_value) == ("rowwise_adagrad", lr, accumulator)
+
+
 def test_the_command_line_replaces_a_tables_optimizer_of_the_file(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("optimizer:\n  tables:\n    shop: {name: adam, lr: 0.3, eps: 0.5}\n    user: {lr: 0.7}\n")

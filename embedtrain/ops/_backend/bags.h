@@ -1,0 +1,120 @@
+// Bags of rows, as pooling forward and the sums of gradients backward see them.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "embedtrain.h"
+#include "parallel.h"
+#include "rows.h"
+
+namespace embedtrain {
+
+using Feature = EmbedtrainFeature;
+
+// A row that is to be added, and its factor.
+template <typename Stored>
+struct Term {
+    const Stored* row;
+    float factor;
+};
+
+// total[0 .. 16 kBlocks) = factor * sum of the terms' columns, in registers.
+template <int kBlocks, typename Terms>
+EMBEDTRAIN_INLINE void sum_blocks(Terms term, int64_t count, float factor, float* target) {
+    float16v total[kBlocks] = {};
+    for (int64_t i = 0; i < count; ++i) {
+        const auto [row, weight] = term(i);
+        for (int b = 0; b < kBlocks; ++b) {
+            float16v values;
+            load_row(values, row + 16 * b);
+            total[b] += values * weight;
+        }
+    }
+    for (int b = 0; b < kBlocks; ++b) {
+        total[b] *= factor;
+        store(target + 16 * b, total[b]);
+    }
+}
+
+// target = factor * sum over the terms of term.factor * term.row; zeros where there is none.
+template <typename Terms>
+EMBEDTRAIN_INLINE void sum_terms(Terms term, int64_t count, float factor, int64_t dim, float* target) {
+    int64_t d = 0;
+    const auto from = [&](int64_t column) {
+        return [=](int64_t i) __attribute__((always_inline)) {
+            auto one = term(i);
+            one.row += column;
+            return one;
+        };
+    };
+    for (; d + 128 <= dim; d += 128) sum_blocks<8>(from(d), count, factor, target + d);
+    if (d + 64 <= dim) sum_blocks<4>(from(d), count, factor, target + d), d += 64;
+    if (d + 32 <= dim) sum_blocks<2>(from(d), count, factor, target + d), d += 32;
+    if (d + 16 <= dim) sum_blocks<1>(from(d), count, factor, target + d), d += 16;
+    if (d == dim) return;
+    float rest[16] = {};
+    for (int64_t i = 0; i < count; ++i) {
+        const auto [row, weight] = term(i);
+        for (int64_t c = 0; c < dim - d; ++c) rest[c] += to_float(row[d + c]) * weight;
+    }
+    for (int64_t c = 0; c < dim - d; ++c) target[d + c] = rest[c] * factor;
+}
+
+// The bags of several features, one feature after the other.
+struct Bags {
+    const Feature* features;
+    int64_t num_features;
+};
+
+// How many values and terms the features before have.
+struct Before {
+    int64_t values = 0, terms = 0;
+};
+
+// The gradient that a value hands on to its row. All values of a bag without weights hand on the same one: a term is a
+// bag's there, else a value's.
+using GradientTerm = Term<float>;
+
+EMBEDTRAIN_INLINE bool has_term_per_bag(const Feature& feature) { return feature.lengths && !feature.weights; }
+
+EMBEDTRAIN_INLINE int64_t num_terms(const Feature& feature) {
+    return has_term_per_bag(feature) ? feature.num_bags : feature.num_values;
+}
+
+// Visits the bags of a part: visit(feature, before, bag, first value of the feature, number of values).
+template <typename Visit>
+EMBEDTRAIN_INLINE void visit_bags(const Bags& bags, int part, int num_parts, Visit visit) {
+    int64_t num_bags = 0;
+    for (int64_t f = 0; f < bags.num_features; ++f) num_bags += bags.features[f].num_bags;
+    const Range range = range_of_part(num_bags, part, num_parts);
+    int64_t first_bag = 0;
+    Before before;
+    for (int64_t f = 0; f < bags.num_features; ++f) {
+        const Feature& feature = bags.features[f];
+        const int64_t begin = std::clamp<int64_t>(range.begin - first_bag, 0, feature.num_bags);
+        const int64_t end = std::clamp<int64_t>(range.end - first_bag, 0, feature.num_bags);
+        if (begin < end) {
+            int64_t value = begin;
+            if (feature.lengths) {
+                value = 0;
+                for (int64_t bag = 0; bag < begin; ++bag) value += feature.lengths[bag];
+            }
+            for (int64_t bag = begin; bag < end; ++bag) {
+                const int64_t length = feature.lengths ? feature.lengths[bag] : 1;
+                visit(feature, before, bag, value, length);
+                value += length;
+            }
+        }
+        first_bag += feature.num_bags;
+        before.values += feature.num_values;
+        before.terms += num_terms(feature);
+    }
+}
+
+// The terms of all features, one feature after the other, in the calling thread's scratch 1; scratch 0 holds zeros,
+// for where no gradient came back. per_value: a term for each value even where a bag would do.
+const GradientTerm* find_terms(const Bags& bags, int64_t dim, bool per_value, int num_parts);
+
+}  // namespace embedtrain

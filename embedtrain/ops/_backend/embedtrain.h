@@ -1,0 +1,149 @@
+// The C ABI of the native library: every function that Python calls, and every struct that it lays out.
+//
+// This is the only declaration. The kernels include it, and header.py reads it, so it holds nothing else: functions
+// that return nothing, and structs whose members are all floats or all of 64 bits. Sizes in brackets are the shapes of
+// what a pointer points to. A library that was built from another version of this file is refused when it is loaded.
+
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// One feature's bags.
+struct EmbedtrainFeature {
+    const int64_t* lengths;  // [num_bags], or null: every bag holds one value
+    const float* weights;    // [num_values], or null
+    float* vectors;          // [num_bags, row_stride]: pooled vectors forward, their gradient backward; null: zeros
+    int64_t row_stride;
+    int64_t num_bags;
+    int64_t num_values;
+    int64_t is_mean;
+};
+
+// Consecutive values whose rows lie in [first_row, first_row + num_rows); rows of later runs are larger.
+struct EmbedtrainRun {
+    int64_t num_values;
+    int64_t first_row;
+    int64_t num_rows;
+};
+
+// Ids of one feature and the table that they are looked up in.
+struct EmbedtrainIds {
+    const void* ids;
+    int64_t is_int32;
+    int64_t num_ids;
+    uint64_t num_rows;
+    uint64_t multiplier;
+    uint64_t rows_per_rank;
+    uint64_t first_row;
+    uint64_t block_bits;  // 2^block_bits ids stay side by side
+    int64_t num_outside;  // written: how many ids are not rows; their keys mean nothing
+};
+
+// The numbers of a step of running moments; see RowStep and Moments in row_update/types.py.
+struct EmbedtrainCoefficients {
+    float step_size;
+    float grad_factor;
+    float max_row_grad_norm;
+    float coupled_decay;
+    float row_factor;
+    float max_norm;
+    float first_gain;
+    float second_decay;
+    float second_gain;
+    float second_correction;
+    float eps;
+};
+
+// Asks for large pages in the whole pages inside [memory, memory + bytes). This is advice: it may have no effect, and it
+// never changes what the memory holds.
+void embedtrain_advise_huge_pages(void* memory, int64_t bytes);
+
+// source: [..., dim]; rows: [num_rows], all inside the source; target: [num_rows, dim].
+void embedtrain_gather_rows(const void* source, int source_is_bfloat16, const int64_t* rows, int64_t num_rows,
+                            int64_t dim, void* target, int target_is_bfloat16, int num_threads);
+
+// source: [..., dim] float32 or bfloat16; index: [num_values], all inside the source, feature after feature;
+// features: [num_features]; their vectors are written.
+void embedtrain_pool_rows(const void* source, int is_bfloat16, int64_t dim, const int64_t* index, int64_t num_values,
+                          const struct EmbedtrainFeature* features, int64_t num_features, int num_threads);
+
+// order: [num_values] and starts: [num_distinct + 1] as embedtrain_sort_unique gives them; features: as above, their
+// vectors are read; grad: [num_distinct, dim], written: the sums times `factor`.
+void embedtrain_pool_rows_backward(int64_t dim, const int64_t* order, const int64_t* starts, int64_t num_distinct,
+                                   int64_t num_values, const struct EmbedtrainFeature* features, int64_t num_features,
+                                   float factor, float* grad, int num_threads);
+
+// features: [num_features]; their vectors are the gradients of the pooled vectors. largest: [2], written: the largest
+// magnitude of the gradients, and of the weights and 1; an infinity or a NaN if one is among them.
+void embedtrain_largest_magnitude(const struct EmbedtrainFeature* features, int64_t num_features, int64_t dim,
+                                  float* largest);
+
+// rows: [num_values], feature after feature; runs: [num_runs], of all values; words: [num_values], written:
+// `row << term_bits | term`, which must fit. num_outside: how many rows are not in [0, num_rows); if any, the words mean
+// nothing.
+void embedtrain_sort_terms(const int64_t* rows, int64_t num_values, const struct EmbedtrainFeature* features,
+                           int64_t num_features, const struct EmbedtrainRun* runs, int64_t num_runs, int64_t num_rows,
+                           int term_bits, int num_threads, uint64_t* words, int64_t* num_outside);
+
+// rounding_keys: [num_touched] for bfloat16 weights, null for float32. num_outside: how many of the rows are not in
+// [0, num_rows); if any, nothing is updated.
+void embedtrain_rowwise_adagrad(void* weight, float* accumulator, const int64_t* rows, const float* row_grad,
+                                int64_t num_touched, int64_t num_rows, int64_t dim, float lr, float eps,
+                                float weight_decay, int decoupled, const int64_t* rounding_keys, int num_threads,
+                                int64_t* num_outside);
+
+// Updates float32 rows whose gradients are still to be summed. words: [num_values], as embedtrain_sort_terms gives them
+// for the features, whose vectors are the gradients of the pooled vectors; factor: of every sum.
+void embedtrain_rowwise_adagrad_of_terms(float* weight, float* accumulator, int64_t dim, const uint64_t* words,
+                                         int64_t num_values, int term_bits, const struct EmbedtrainFeature* features,
+                                         int64_t num_features, float factor, float lr, float eps, float weight_decay,
+                                         int decoupled, int num_threads);
+
+// first: [num_rows, dim] or null. second: null, [num_rows] or [num_rows, dim] for a second_kind of 0, 1 or 2.
+// rounding_keys: [num_touched] for bfloat16 weights, null for float32. num_outside: how many of the rows are not in
+// [0, num_rows); if any, nothing is updated.
+void embedtrain_moment_update(void* weight, float* first, float* second, const int64_t* rows, const float* row_grad,
+                              const int64_t* rounding_keys, int second_kind, int64_t num_touched, int64_t num_rows,
+                              int64_t dim, const struct EmbedtrainCoefficients* coefficients, int num_threads,
+                              int64_t* num_outside);
+
+// The arguments are those of sample_text/types.py; words, targets, starts and stops have room for num_tokens words, and
+// num_kept says how many were written.
+void embedtrain_sample_text(const int32_t* tokens, const int64_t* positions, const int32_t* parts, int64_t num_tokens,
+                            const int32_t* keep, const uint64_t* columns, const int64_t* part_starts, int64_t window,
+                            int64_t num_negatives, int64_t key, int64_t* words, int64_t* targets, int64_t* starts,
+                            int64_t* stops, int64_t* num_kept);
+
+// vectors, grad: [num_vectors, dim]; the indices as TextBlock in skipgram_block/types.py documents them; factor: of the
+// gradient; loss: one double. num_outside: how many indices and windows lie outside; if any, nothing is computed.
+void embedtrain_skipgram_block(const float* vectors, int64_t num_vectors, int64_t dim, const int64_t* inputs,
+                               const int64_t* targets, const int64_t* starts, const int64_t* stops,
+                               int64_t num_positions, int64_t num_targets, float factor, double* loss, float* grad,
+                               int64_t* num_outside);
+
+// keys: [num_keys], none negative, the largest `largest`, which with the number of keys fits into 64 bits (the caller
+// has checked both). unique: [num_keys + 1]; starts: [num_keys + 1]; order: [num_keys]; inverse: [num_keys] or null;
+// num_distinct: how many of `unique` were written.
+void embedtrain_sort_unique(const int64_t* keys, int64_t num_keys, int64_t largest, int num_threads, int64_t* unique,
+                            int64_t* starts, int64_t* order, int64_t* inverse, int64_t* num_distinct);
+
+// features: [num_features], of tables below 2^31 rows; is_whole: one rank holds every row; keys: the features' one
+// after the other.
+void embedtrain_spread_keys(struct EmbedtrainIds* features, int64_t num_features, int64_t num_local_rows, int is_whole,
+                            int64_t* keys);
+
+// Says that this rank's part of exchange `number` is written.
+void embedtrain_publish(void* own_region, int64_t number);
+
+// regions: [num_regions]; waits until all have published exchange `number`, `patience_ms` at most for each. may_spin:
+// whether this rank has a core to itself. first_missing: the first region that is still missing, or num_regions.
+void embedtrain_await(void* const* regions, int64_t num_regions, int64_t number, int64_t patience_ms, int may_spin,
+                      int64_t* first_missing);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,82 @@
+"""Loading of the native library, which the installation builds if it finds a C++ compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+from embedtrain.ops._backend import header
+
+HOW_TO_BUILD = "install a C++ compiler (g++), then run pip install again"
+
+PATH = Path(__file__).with_name("libembedtrain_native.so")
+
+_TYPES: dict[str, type] = {
+    "pointer": ctypes.c_void_p,
+    "int": ctypes.c_int,
+    "int32_t": ctypes.c_int32,
+    "int64_t": ctypes.c_int64,
+    "uint64_t": ctypes.c_uint64,
+    "float": ctypes.c_float,
+    "double": ctypes.c_double,
+}
+
+
+@functools.cache
+def find() -> ctypes.CDLL | None:
+    """Returns the library with its signatures declared, or None if it was not built.
+
+    Raises:
+        RuntimeError: it was built from other declarations than those of embedtrain.h.
+    """
+    return load(PATH, declarations()) if PATH.exists() else None
+
+
+def get() -> ctypes.CDLL:
+    """Returns the library.
+
+    Raises:
+        RuntimeError: it was not built, or it was built from other declarations.
+    """
+    loaded = find()
+    if loaded is None:
+        raise RuntimeError(f"the native library was not built: {HOW_TO_BUILD}")
+    return loaded
+
+
+def load(path: Path, declared: header.Declarations) -> ctypes.CDLL:
+    """Loads a library and gives its functions the declared argument types.
+
+    Raises:
+        RuntimeError: it was built from other declarations.
+    """
+    loaded = ctypes.CDLL(str(path))
+    try:
+        fingerprint = ctypes.c_uint64.in_dll(loaded, "embedtrain_fingerprint").value
+    except ValueError:
+        fingerprint = None
+    if fingerprint != declared.fingerprint():
+        raise RuntimeError(f"{path} was built from another {header.PATH.name}: run pip install again")
+    for name, arguments in declared.functions.items():
+        function = getattr(loaded, name)
+        function.argtypes = [_TYPES[kind] for kind in arguments.values()]
+        function.restype = None
+    return loaded
+
+
+def array_code(struct: str, *members: str) -> str:
+    """Returns the type code of an `array` that holds a struct of the C ABI with the given members, in this order.
+
+    Modules call it when they are imported, so that a layout that differs from the header's stops them at once.
+
+    Raises:
+        TypeError: the header declares the struct differently.
+    """
+    return declarations().array_code(struct, members)
+
+
+@functools.cache
+def declarations() -> header.Declarations:
+    """Returns what embedtrain.h declares."""
+    return header.read()

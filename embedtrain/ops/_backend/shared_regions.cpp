@@ -1,0 +1,84 @@
+// Waiting for one another between processes of one host: a counter in each one's shared memory.
+
+#include <time.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+#include "embedtrain.h"
+
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+// What a rank's region begins with; the caller keeps the first 64 bytes. Each counter has a cache line of its own.
+struct Region {
+    alignas(64) unsigned char callers[64];
+    alignas(64) std::atomic<uint32_t> published;  // exchanges that this rank has written its part of
+    alignas(64) std::atomic<uint32_t> waiting;    // ranks that sleep until the count changes
+};
+static_assert(std::atomic<uint32_t>::is_always_lock_free, "counters are shared between processes");
+
+constexpr int kSpins = 4000;  // some 50 microseconds: about what waking a sleeper takes
+
+void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+#ifdef __linux__
+void sleep_until_changed(std::atomic<uint32_t>* counter, uint32_t seen, int64_t milliseconds) {
+    const timespec patience{milliseconds / 1000, milliseconds % 1000 * 1000000};
+    syscall(SYS_futex, counter, FUTEX_WAIT, seen, &patience, nullptr, 0);
+}
+
+void wake_all(std::atomic<uint32_t>* counter) {
+    syscall(SYS_futex, counter, FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
+}
+#else
+void sleep_until_changed(std::atomic<uint32_t>*, uint32_t, int64_t milliseconds) {
+    const timespec patience{0, std::min<int64_t>(milliseconds, 1) * 1000000};
+    nanosleep(&patience, nullptr);
+}
+
+void wake_all(std::atomic<uint32_t>*) {}
+#endif
+
+bool has_come(const Region* region, uint32_t number) {
+    // Counts wrap around; ranks are never more than one exchange apart.
+    return static_cast<int32_t>(region->published.load(std::memory_order_acquire) - number) >= 0;
+}
+
+}  // namespace
+
+void embedtrain_publish(void* own_region, int64_t number) {
+    Region* region = static_cast<Region*>(own_region);
+    // Sequentially consistent, as the sleepers' side: either they see the count, or they are seen.
+    region->published.store(static_cast<uint32_t>(number));
+    if (region->waiting.load()) wake_all(&region->published);
+}
+
+void embedtrain_await(void* const* regions, int64_t num_regions, int64_t number, int64_t patience_ms,
+                      int may_spin, int64_t* first_missing) {
+    const uint32_t wanted = static_cast<uint32_t>(number);
+    for (int64_t r = 0; r < num_regions; ++r) {
+        Region* region = static_cast<Region*>(regions[r]);
+        for (int spin = 0; may_spin && spin < kSpins && !has_come(region, wanted); ++spin) relax();
+        if (has_come(region, wanted)) continue;
+        region->waiting.fetch_add(1);
+        const uint32_t seen = region->published.load();
+        if (static_cast<int32_t>(seen - wanted) < 0) sleep_until_changed(&region->published, seen, patience_ms);
+        region->waiting.fetch_sub(1);
+        if (!has_come(region, wanted)) {
+            *first_missing = r;
+            return;
+        }
+    }
+    *first_missing = num_regions;
+}

@@ -1,0 +1,46 @@
+"""Random rows of a table, copied into a compact tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from embedtrain.ops._backend import dispatch
+from embedtrain.ops.gather_rows import native, reference
+
+
+def gather_rows(source: Tensor, rows: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
+    """Copies rows.
+
+    Args:
+        source: [num_rows, dim] float32 or bfloat16, contiguous.
+        rows: [n] int64, all in [0, num_rows): the caller's promise, since a check would cost a pass.
+        dtype: of the copy, float32 or bfloat16; None means that of `out`, else the source's.
+        out: [n, dim] contiguous; the rows are written into it. None for a new tensor.
+
+    Returns:
+        [n, dim]; `out` if it is given.
+
+    Raises:
+        ValueError: shapes or dtypes disagree.
+    """
+    dtype = dtype or (source.dtype if out is None else out.dtype)
+    if source.dim() != 2 or rows.dim() != 1 or rows.dtype != torch.int64:
+        raise ValueError(
+            f"expected source [num_rows, dim] and rows [n] int64, got {tuple(source.shape)} and "
+            f"{rows.dtype} {tuple(rows.shape)}"
+        )
+    if not {source.dtype, dtype} <= {torch.float32, torch.bfloat16}:
+        raise ValueError(f"expected rows float32 or bfloat16, copied as one of them, got {source.dtype} and {dtype}")
+    if out is not None and (out.shape != (rows.numel(), source.shape[1]) or out.dtype != dtype):
+        raise ValueError(
+            f"expected out [{rows.numel()}, {source.shape[1]}] {dtype}, got {tuple(out.shape)} {out.dtype}"
+        )
+    if dispatch.uses_native(source):
+        return native.gather_rows(source, rows, dtype, out)
+    if dispatch.uses_triton(source):
+        from embedtrain.ops.gather_rows import triton
+
+        return triton.gather_rows(source, rows, dtype, out)
+    gathered = reference.gather_rows(source, rows, dtype)
+    return gathered if out is None else out.copy_(gathered)

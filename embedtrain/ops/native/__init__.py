@@ -1,1 +1,0 @@
-"""C++ implementations for the CPU, behind a plain C ABI."""

@@ -1,0 +1,121 @@
+// Sums of random rows: bags of a batch forward, and the gradient of each distinct row backward.
+
+#include <algorithm>
+#include <cstdint>
+
+#include "bags.h"
+#include "embedtrain.h"
+
+namespace {
+
+using namespace embedtrain;
+
+struct Pooling {
+    const void* source;
+    int64_t dim;
+    const int64_t* index;
+    int64_t num_values;
+    Bags bags;
+    int num_parts;
+};
+
+// kDim: the dim where it is known to the compiler, else 0.
+template <int kDim, typename Stored>
+EMBEDTRAIN_INLINE void pool(const Pooling& p, int part) {
+    const Stored* source = static_cast<const Stored*>(p.source);
+    const int64_t dim = kDim ? kDim : p.dim, num_values = p.num_values;
+    const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(Stored));
+    const int64_t* index = p.index;
+    const int64_t ahead = rows_ahead_to_read(row_bytes);
+    visit_bags(p.bags, part, p.num_parts, [=](const Feature& feature, Before before, int64_t bag, int64_t value,
+                                              int64_t length) __attribute__((always_inline)) {
+        const int64_t first = before.values + value;
+        const auto prefetch = [=](int64_t v) __attribute__((always_inline)) {
+            if (v + ahead < num_values) prefetch_row<0>(source + index[v + ahead] * dim, row_bytes);
+        };
+        // Terms of a dim known here are visited once: then one row is asked for as another is added.
+        if (!kDim) for (int64_t v = first; v < first + length; ++v) prefetch(v);
+        const int64_t* bag_index = index + first;
+        const float* weights = feature.weights ? feature.weights + value : nullptr;
+        const float factor = feature.is_mean && length ? 1.0f / static_cast<float>(length) : 1.0f;
+        sum_terms(
+            [=](int64_t i) __attribute__((always_inline)) {
+                if (kDim) prefetch(first + i);
+                return Term<Stored>{source + bag_index[i] * dim, weights ? weights[i] : 1.0f};
+            },
+            length, factor, dim, feature.vectors + bag * feature.row_stride);
+    });
+}
+
+EMBEDTRAIN_MULTIVERSION void pool_float32(const void* pooling, int part) {
+    const Pooling& p = *static_cast<const Pooling*>(pooling);
+    switch (p.dim) {
+        case 32: return pool<32, float>(p, part);
+        case 64: return pool<64, float>(p, part);
+        case 128: return pool<128, float>(p, part);
+        default: return pool<0, float>(p, part);
+    }
+}
+
+EMBEDTRAIN_MULTIVERSION void pool_bfloat16(const void* p, int part) {
+    pool<0, uint16_t>(*static_cast<const Pooling*>(p), part);
+}
+
+struct Backward {
+    int64_t dim;
+    const int64_t *order, *starts;
+    int64_t num_distinct, num_values;
+    const GradientTerm* terms;  // [num_values]
+    float factor;
+    float* grad;
+    int num_parts;
+};
+
+EMBEDTRAIN_MULTIVERSION void sum_gradients(const void* arguments, int part) {
+    const Backward& b = *static_cast<const Backward*>(arguments);
+    const int64_t dim = b.dim, num_values = b.num_values;
+    const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(float));
+    // Parts of about equally many values, cut where a distinct row begins.
+    const Range values = range_of_part(num_values, part, b.num_parts);
+    const int64_t* end = b.starts + b.num_distinct;
+    const int64_t first = std::lower_bound(b.starts, end, values.begin) - b.starts;
+    const int64_t last = std::lower_bound(b.starts, end, values.end) - b.starts;
+    const GradientTerm* terms = b.terms;
+    const int64_t ahead = rows_ahead_to_read(row_bytes);
+    for (int64_t j = first; j < last; ++j) {
+        for (int64_t v = b.starts[j]; v < b.starts[j + 1]; ++v) {
+            if (v + 2 * ahead < num_values) {
+                __builtin_prefetch(terms + b.order[v + 2 * ahead]);
+                prefetch_row<0>(terms[b.order[v + ahead]].row, row_bytes);
+            }
+        }
+        const int64_t* order = b.order + b.starts[j];
+        sum_terms([=](int64_t i) __attribute__((always_inline)) { return terms[order[i]]; },
+                  b.starts[j + 1] - b.starts[j], b.factor, dim, b.grad + j * dim);
+    }
+}
+
+int parts_for(int64_t num_values, int64_t dim, int num_threads) {
+    return num_values * dim < kSmallWork ? 1 : num_threads;
+}
+
+}  // namespace
+
+void embedtrain_pool_rows(const void* source, int is_bfloat16, int64_t dim, const int64_t* index,
+                          int64_t num_values, const EmbedtrainFeature* features, int64_t num_features,
+                          int num_threads) {
+    const int num_parts = parts_for(num_values, dim, num_threads);
+    const Pooling p{source, dim, index, num_values, {features, num_features}, num_parts};
+    run_parts(num_parts, is_bfloat16 ? pool_bfloat16 : pool_float32, &p);
+}
+
+void embedtrain_pool_rows_backward(int64_t dim, const int64_t* order, const int64_t* starts,
+                                   int64_t num_distinct, int64_t num_values, const EmbedtrainFeature* features,
+                                   int64_t num_features, float factor, float* grad,
+                                   int num_threads) {
+    const int num_parts = parts_for(num_values, dim, num_threads);
+    const Bags bags{features, num_features};
+    const Backward b{dim,  order, starts, num_distinct, num_values, find_terms(bags, dim, true, num_parts),
+                     factor, grad, num_parts};
+    run_parts(num_parts, sum_gradients, &b);
+}

@@ -1,0 +1,85 @@
+"""Calls the native pooling kernels."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from embedtrain.ops._backend import library
+from embedtrain.ops._backend.row_memory import empty_buffer
+from embedtrain.ops.pool_rows.types import Bags
+from embedtrain.ops.sort_unique import SortedKeys
+
+_FEATURE = library.array_code(
+    "EmbedtrainFeature", "lengths", "weights", "vectors", "row_stride", "num_bags", "num_values", "is_mean"
+)
+
+
+def pool_rows(source: Tensor, index: Tensor, bags: Sequence[Bags]) -> list[Tensor]:
+    """See `embedtrain.ops.pool_rows`."""
+    source, index = source.contiguous(), index.contiguous()
+    dim = source.shape[1]
+    if len(bags) == 1:
+        pooled = [empty_buffer(bags[0].num_bags, dim)]
+    else:
+        together = empty_buffer(sum(feature.num_bags for feature in bags), dim)
+        # `data` is no view to autograd: the caller may change one feature's vectors in place.
+        pooled = [part.data for part in together.split([feature.num_bags for feature in bags])]
+    table, kept = describe(bags, pooled)
+    library.get().embedtrain_pool_rows(
+        source.data_ptr(),
+        int(source.dtype == torch.bfloat16),
+        dim,
+        index.data_ptr(),
+        index.numel(),
+        table.buffer_info()[0],
+        len(bags),
+        torch.get_num_threads(),
+    )
+    del kept
+    return pooled
+
+
+def pool_rows_backward(
+    grads: Sequence[Tensor | None], bags: Sequence[Bags], keys: SortedKeys, dim: int, factor: float = 1.0
+) -> Tensor:
+    """See `embedtrain.ops.pool_rows`."""
+    table, kept = describe(bags, grads)
+    summed = empty_buffer(keys.unique.numel(), dim)
+    library.get().embedtrain_pool_rows_backward(
+        dim,
+        keys.order.data_ptr(),
+        keys.starts.data_ptr(),
+        keys.unique.numel(),
+        keys.order.numel(),
+        table.buffer_info()[0],
+        len(bags),
+        factor,
+        summed.data_ptr(),
+        torch.get_num_threads(),
+    )
+    del kept
+    return summed
+
+
+def describe(bags: Sequence[Bags], vectors: Sequence[Tensor | None]) -> tuple[array[int], list[Tensor]]:
+    """Lays out the features as `EmbedtrainFeature`s, and returns the vectors too, which must outlive the call."""
+    words: list[int] = []
+    kept: list[Tensor] = []
+    for feature, rows in zip(bags, vectors, strict=True):
+        lengths = 0 if feature.lengths is None else feature.lengths.data_ptr()
+        weights = 0 if feature.weights is None else feature.weights.data_ptr()
+        row_address = row_stride = 0
+        if rows is not None:
+            row_stride, column_stride = rows.stride()
+            # The gradient of a sum is one number in every place: rows may lie anywhere, their columns may not.
+            if column_stride != 1 and rows.shape[1] != 1:
+                rows = rows.contiguous()
+                row_stride = rows.stride(0)
+            kept.append(rows)
+            row_address = rows.data_ptr()
+        words += (lengths, weights, row_address, row_stride, feature.num_bags, feature.num_values, feature.is_mean)
+    return array(_FEATURE, words), kept

@@ -1,0 +1,27 @@
+"""How bags of rows are pooled."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class Bags:
+    """How the values of one feature are pooled.
+
+    Attributes:
+        num_values: ids of all bags.
+        lengths: [num_bags] int64 contiguous, adding up to num_values; None for one value per bag.
+        weights: [num_values] float32 contiguous, or None: each value's factor.
+        is_mean: whether a bag's sum is divided by its length.
+        num_bags: number of bags, empty ones included.
+    """
+
+    __slots__ = ("is_mean", "lengths", "num_bags", "num_values", "weights")  # a step makes one for each feature
+
+    def __init__(
+        self, num_values: int, lengths: Tensor | None = None, weights: Tensor | None = None, is_mean: bool = False
+    ) -> None:
+        self.num_values, self.is_mean = num_values, is_mean
+        self.lengths = None if lengths is None else lengths.contiguous()
+        self.weights = None if weights is None else weights.contiguous()
+        self.num_bags = num_values if lengths is None else lengths.numel()

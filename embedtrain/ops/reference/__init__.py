@@ -1,1 +1,0 @@
-"""Plain PyTorch implementations: the definition of every op."""

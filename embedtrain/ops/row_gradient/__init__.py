@@ -1,0 +1,126 @@
+"""The gradient of the rows that a step touched: kept as backward delivered it, and summed by row on demand.
+
+An update that sums on its way over the rows, as the native row-wise Adagrad does, neither writes the sums nor reads
+them again. They are more bytes than the rows themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from embedtrain.ops._backend import dispatch
+from embedtrain.ops.pool_rows import Bags, pool_rows_backward
+from embedtrain.ops.pool_rows.native import describe
+from embedtrain.ops.row_gradient import native, reference
+from embedtrain.ops.row_gradient.types import Delivery, Run
+from embedtrain.ops.sort_unique import SortedKeys, sort_unique
+
+__all__ = ["Delivery", "RowGradient", "Run"]
+
+_LARGEST_FLOAT = torch.finfo(torch.float32).max
+
+
+class RowGradient:
+    """Gradients of one or more backward passes that wait for an optimizer.
+
+    Args:
+        deliveries: of one or more backward passes.
+        num_rows: all rows are below it.
+        dim: of the rows.
+        factor: of every sum.
+
+    Attributes:
+        bags: the features of all deliveries.
+        grads: the gradients of their pooled vectors.
+
+    Raises:
+        ValueError: shapes or dtypes disagree.
+        RuntimeError: a gradient was changed in place after it was delivered.
+    """
+
+    def __init__(self, deliveries: Sequence[Delivery], *, num_rows: int, dim: int, factor: float = 1.0) -> None:
+        for delivery in deliveries:
+            delivery.check_unchanged()
+            delivery.check_shapes(dim)
+        self._deliveries = list(deliveries)
+        self.num_rows, self.dim, self.factor = num_rows, dim, factor
+        self.bags = [feature for delivery in deliveries for feature in delivery.bags]
+        self.grads = [grad for delivery in deliveries for grad in delivery.grads]
+        self.is_summed = len(self._deliveries) == 1 and self._deliveries[0].is_unique and factor == 1.0
+
+    @classmethod
+    def of_rows(cls, rows: Tensor, values: Tensor, num_rows: int) -> RowGradient:
+        """Wraps gradients [n, dim] float32 of distinct rows [n] int64."""
+        delivery = Delivery(rows, [Bags(rows.numel())], [values], is_unique=True)
+        return cls([delivery], num_rows=num_rows, dim=values.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        """The device of rows and gradients."""
+        return self._deliveries[0].rows.device
+
+    @property
+    def rows(self) -> Tensor:
+        """[n] int64; the rows, distinct, and ascending unless `of_rows` was given them otherwise."""
+        return self._deliveries[0].rows if self.is_summed else self._keys.unique
+
+    @functools.cached_property
+    def values(self) -> Tensor:
+        """[n, dim] float32; the summed gradient of each row, duplicates added in order of delivery."""
+        if self.is_summed:
+            (grad,) = self._deliveries[0].grads
+            assert grad is not None
+            return grad
+        return pool_rows_backward(self.grads, self.bags, self._keys, self.dim, self.factor)
+
+    @functools.cached_property
+    def rows_of_values(self) -> Tensor:
+        """[num_values] int64; the row of each value, in order of delivery."""
+        rows = [delivery.rows for delivery in self._deliveries]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    @property
+    def runs(self) -> Sequence[Run]:
+        """Runs of the values; there may be none."""
+        return self._deliveries[0].runs if len(self._deliveries) == 1 else ()
+
+    @functools.cached_property
+    def native_features(self) -> tuple[array[int], list[Tensor]]:
+        """The features and their gradients as the native kernels read them, and the tensors that must outlive it."""
+        return describe(self.bags, self.grads)
+
+    def is_finite(self) -> bool:
+        """Returns whether every element of `values` is finite, without summing them if a quick bound shows it."""
+        num_values = sum(feature.num_values for feature in self.bags)
+        grad, weight = self._largest_magnitudes()
+        if grad * weight * num_values * abs(self.factor) <= _LARGEST_FLOAT:
+            return True
+        return bool(self.values.isfinite().all())
+
+    def sum_of_squares(self) -> float:
+        """Returns the sum of squares of `values`; not finite if an element is not."""
+        flat = self.values.flatten()
+        squares = float(torch.dot(flat, flat))
+        if squares < _LARGEST_FLOAT:
+            return squares
+        # Large but finite float32 values overflow the quick sum; float64 holds any of them.
+        return float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2
+
+    @functools.cached_property
+    def _keys(self) -> SortedKeys:
+        ordered = self._deliveries[0].ordered if len(self._deliveries) == 1 else None
+        if ordered is not None:
+            return ordered.sorted
+        return sort_unique(self.rows_of_values, bound=self.num_rows, with_inverse=False)
+
+    def _largest_magnitudes(self) -> tuple[float, float]:
+        """Returns the largest magnitude of the gradients, and of the weights and 1."""
+        if self.bags and dispatch.uses_native(self._deliveries[0].rows):
+            features, _ = self.native_features
+            return native.largest_magnitudes(features, len(self.bags), self.dim)
+        return reference.largest_magnitudes(self.bags, self.grads)

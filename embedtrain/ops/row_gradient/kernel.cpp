@@ -1,0 +1,46 @@
+// The largest magnitude among gradients: a quick look whether their sums can be anything but finite.
+
+#include <algorithm>
+#include <cstdint>
+
+#include "bags.h"
+#include "embedtrain.h"
+
+namespace {
+
+using namespace embedtrain;
+
+// A float's bits without the sign are in order of magnitude; infinities and NaNs are beyond all numbers.
+EMBEDTRAIN_MULTIVERSION uint32_t largest_bits(const float* values, int64_t count) {
+    uint32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, values + i, sizeof(bits));
+        largest = std::max(largest, bits & 0x7FFFFFFF);
+    }
+    return largest;
+}
+
+}  // namespace
+
+void embedtrain_largest_magnitude(const EmbedtrainFeature* features, int64_t num_features, int64_t dim,
+                                  float* largest) {
+    uint32_t bits[2] = {0, 0};
+    const float one = 1.0f;
+    std::memcpy(&bits[1], &one, sizeof(one));
+    // Backwards: what is read last may still be in a cache when the update, which goes forwards, reads it again.
+    for (int64_t f = num_features; f-- > 0;) {
+        const Feature& feature = features[f];
+        if (feature.weights) bits[1] = std::max(bits[1], largest_bits(feature.weights, feature.num_values));
+        if (!feature.vectors) continue;
+        if (feature.row_stride == dim) {
+            bits[0] = std::max(bits[0], largest_bits(feature.vectors, feature.num_bags * dim));
+            continue;
+        }
+        for (int64_t bag = 0; bag < feature.num_bags; ++bag) {
+            bits[0] = std::max(bits[0], largest_bits(feature.vectors + bag * feature.row_stride, dim));
+        }
+    }
+    std::memcpy(largest, bits, sizeof(bits));
+}

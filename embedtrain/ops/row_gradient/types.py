@@ -1,0 +1,73 @@
+"""Gradients of rows as a backward pass delivers them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from embedtrain.ops.pool_rows import Bags
+from embedtrain.ops.sort_unique import OrderedKeys
+
+
+class Run(NamedTuple):
+    """Consecutive values whose rows lie in one range; the rows of later runs are larger.
+
+    Attributes:
+        num_values: number of values.
+        first_row: first row of the range.
+        num_rows: length of the range.
+    """
+
+    num_values: int
+    first_row: int
+    num_rows: int
+
+
+class Delivery:
+    """Gradients of rows as one backward pass leaves them: not summed, and not copied.
+
+    Args:
+        rows: [n] int64; the row of each value, feature after feature.
+        bags: the features.
+        grads: per feature [num_bags, dim] float32, the gradient of its pooled vectors; None if no gradient came back.
+        runs: all values in runs, if the caller knows them; they make the sort quicker.
+        is_unique: whether rows are distinct and ascending, with one unweighted value per bag in one feature.
+        ordered: the sorted rows, if the caller has sorted them already.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        bags: Sequence[Bags],
+        grads: Sequence[Tensor | None],
+        *,
+        runs: Sequence[Run] = (),
+        is_unique: bool = False,
+        ordered: OrderedKeys | None = None,
+    ) -> None:
+        self.rows, self.bags, self.grads = rows, bags, grads
+        self.runs, self.is_unique, self.ordered = runs, is_unique, ordered
+        self._versions = [0 if grad is None else grad._version for grad in grads]
+
+    def check_shapes(self, dim: int) -> None:
+        """Raises ValueError if shapes or dtypes disagree."""
+        num_values = sum(feature.num_values for feature in self.bags)
+        if self.rows.shape != (num_values,) or self.rows.dtype != torch.int64:
+            raise ValueError(f"expected rows [{num_values}] int64, got {self.rows.dtype} {tuple(self.rows.shape)}")
+        for feature, grad in zip(self.bags, self.grads, strict=True):
+            if grad is not None and (grad.shape != (feature.num_bags, dim) or grad.dtype != torch.float32):
+                raise ValueError(
+                    f"expected a gradient [{feature.num_bags}, {dim}] float32, got {grad.dtype} {tuple(grad.shape)}"
+                )
+
+    def check_unchanged(self) -> None:
+        """Raises RuntimeError if a gradient was written to after it was delivered."""
+        for grad, version in zip(self.grads, self._versions, strict=True):
+            if grad is not None and grad._version != version:
+                raise RuntimeError(
+                    "a gradient of looked-up vectors was changed in place between backward and step(), which reads it: "
+                    "change a clone of it, or change it after step()"
+                )

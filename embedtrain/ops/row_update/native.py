@@ -1,0 +1,146 @@
+"""Calls the native kernels of updates by running moments."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from array import array
+
+import torch
+from torch import Tensor
+
+from embedtrain.ops._backend import library
+from embedtrain.ops.row_gradient import RowGradient
+from embedtrain.ops.row_update.terms import SortedTerms, sort_terms
+from embedtrain.ops.row_update.types import Moments, RowStep
+
+_NO_SECOND, _SECOND_OF_ROW, _SECOND_OF_ELEMENT = range(3)
+
+_COEFFICIENTS = library.array_code(
+    "EmbedtrainCoefficients",
+    "step_size",
+    "grad_factor",
+    "max_row_grad_norm",
+    "coupled_decay",
+    "row_factor",
+    "max_norm",
+    "first_gain",
+    "second_decay",
+    "second_gain",
+    "second_correction",
+    "eps",
+)
+
+
+def moment_update(
+    weight: Tensor,
+    first: Tensor | None,
+    second: Tensor | None,
+    gradient: RowGradient,
+    step: RowStep,
+    moments: Moments,
+) -> None:
+    """See `embedtrain.ops.row_update`.
+
+    Raises:
+        ValueError: the weight or a state is not contiguous: the kernels write them in place.
+        IndexError: a row lies outside the weight; nothing is updated then.
+    """
+    if not all(tensor is None or tensor.is_contiguous() for tensor in (weight, first, second)):
+        raise ValueError("weight and states must be contiguous")
+    if first is None and second is not None and second.dim() == 1 and _is_rowwise_adagrad(step, moments):
+        # Rounding keys are of distinct rows, which only the sums give.
+        terms = None if gradient.is_summed or step.rounding_keys is not None else sort_terms(gradient)
+        if terms is None:
+            _rowwise_adagrad(weight, second, gradient, step, moments.eps)
+        else:
+            _rowwise_adagrad_of_terms(weight, second, terms, gradient.factor, step, moments.eps)
+        return
+    kind = _NO_SECOND if second is None else (_SECOND_OF_ROW if second.dim() == 1 else _SECOND_OF_ELEMENT)
+    rows, row_grad, keys = _contiguous(gradient, step)
+    coefficients = array(
+        _COEFFICIENTS,
+        (
+            step.lr / moments.first_correction,
+            float(step.grad_factor),
+            step.max_row_grad_norm,
+            step.coupled_decay,
+            step.row_factor,
+            step.max_norm,
+            1.0 - moments.first_decay,
+            moments.second_decay,
+            moments.second_gain,
+            moments.second_correction,
+            moments.eps,
+        ),
+    )
+    num_outside = ctypes.c_int64()
+    library.get().embedtrain_moment_update(
+        *(None if tensor is None else tensor.data_ptr() for tensor in (weight, first, second, rows, row_grad, keys)),
+        kind,
+        rows.numel(),
+        *weight.shape,
+        coefficients.buffer_info()[0],
+        torch.get_num_threads(),
+        ctypes.addressof(num_outside),
+    )
+    _check_outside(num_outside.value, rows, weight)
+
+
+def _is_rowwise_adagrad(step: RowStep, moments: Moments) -> bool:
+    """Returns whether sums of mean squares of rows are all there is, for which the quickest kernel is made."""
+    return bool(
+        moments.first_correction == moments.second_decay == moments.second_gain == moments.second_correction == 1.0
+        and step.grad_factor == 1.0
+        and step.max_row_grad_norm == step.max_norm == math.inf
+    )
+
+
+def _rowwise_adagrad(weight: Tensor, accumulator: Tensor, gradient: RowGradient, step: RowStep, eps: float) -> None:
+    rows, row_grad, keys = _contiguous(gradient, step)
+    num_outside = ctypes.c_int64()
+    library.get().embedtrain_rowwise_adagrad(
+        *(tensor.data_ptr() for tensor in (weight, accumulator, rows, row_grad)),
+        rows.numel(),
+        *weight.shape,
+        step.lr,
+        eps,
+        step.weight_decay,
+        int(step.decoupled_weight_decay),
+        None if keys is None else keys.data_ptr(),
+        torch.get_num_threads(),
+        ctypes.addressof(num_outside),
+    )
+    _check_outside(num_outside.value, rows, weight)
+
+
+def _rowwise_adagrad_of_terms(
+    weight: Tensor, accumulator: Tensor, terms: SortedTerms, factor: float, step: RowStep, eps: float
+) -> None:
+    library.get().embedtrain_rowwise_adagrad_of_terms(
+        weight.data_ptr(),
+        accumulator.data_ptr(),
+        weight.shape[1],
+        terms.words.data_ptr(),
+        terms.words.numel(),
+        terms.term_bits,
+        terms.features.buffer_info()[0],
+        terms.num_features,
+        factor,
+        step.lr,
+        eps,
+        step.weight_decay,
+        int(step.decoupled_weight_decay),
+        torch.get_num_threads(),
+    )
+
+
+def _contiguous(gradient: RowGradient, step: RowStep) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns rows, their summed gradients and their rounding keys as the kernels read them."""
+    keys = step.rounding_keys
+    return gradient.rows.contiguous(), gradient.values.contiguous(), None if keys is None else keys.contiguous()
+
+
+def _check_outside(num_outside: int, rows: Tensor, weight: Tensor) -> None:
+    if num_outside:
+        raise IndexError(f"rows must lie in [0, {weight.shape[0]}), got {int(rows.min())} to {int(rows.max())}")

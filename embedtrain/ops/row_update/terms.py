@@ -1,0 +1,67 @@
+"""The gradients of rows in order of row, for native updates that sum them on their way over the rows."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from array import array
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from embedtrain.ops._backend import library
+from embedtrain.ops._backend.row_memory import empty_buffer
+from embedtrain.ops.row_gradient import RowGradient, Run
+
+_MAX_WORD_BITS = 64
+_RUN = library.array_code("EmbedtrainRun", *Run._fields)
+
+
+class SortedTerms(NamedTuple):
+    """The terms of gradients in order of row.
+
+    Attributes:
+        words: [n] int64; `row << term_bits | term`, one per value. A term is a bag, or a value if bags are weighted.
+        term_bits: how many bits a term takes.
+        features: the gradient's `native_features`.
+        num_features: how many there are.
+    """
+
+    words: Tensor
+    term_bits: int
+    features: array[int]
+    num_features: int
+
+
+def sort_terms(gradient: RowGradient) -> SortedTerms | None:
+    """Sorts the terms by row; returns None if a row and a term do not fit into a word.
+
+    Raises:
+        IndexError: a row lies outside the table.
+    """
+    bags, rows = gradient.bags, gradient.rows_of_values.contiguous()
+    num_terms = sum(feature.num_values if feature.weights is not None else feature.num_bags for feature in bags)
+    term_bits = max(num_terms - 1, 0).bit_length()
+    if gradient.num_rows.bit_length() + term_bits > _MAX_WORD_BITS:
+        return None
+    features, _ = gradient.native_features
+    runs = array(_RUN, [*itertools.chain.from_iterable(gradient.runs)] or (rows.numel(), 0, gradient.num_rows))
+    words = empty_buffer(rows.numel(), dtype=torch.int64)
+    num_outside = ctypes.c_int64()
+    library.get().embedtrain_sort_terms(
+        rows.data_ptr(),
+        rows.numel(),
+        features.buffer_info()[0],
+        len(bags),
+        runs.buffer_info()[0],
+        len(runs) // len(Run._fields),
+        gradient.num_rows,
+        term_bits,
+        torch.get_num_threads(),
+        words.data_ptr(),
+        ctypes.addressof(num_outside),
+    )
+    if num_outside.value:
+        raise IndexError(f"rows must lie in [0, {gradient.num_rows}), got {int(rows.min())} to {int(rows.max())}")
+    return SortedTerms(words, term_bits, features, len(bags))

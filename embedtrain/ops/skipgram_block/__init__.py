@@ -1,0 +1,98 @@
+"""Loss and gradient of word2vec's objective over a block of text, on the block's distinct rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from embedtrain.ops._backend import dispatch
+from embedtrain.ops.sample_text import TextSample
+from embedtrain.ops.skipgram_block import native, reference
+from embedtrain.ops.skipgram_block.types import Architecture, TextBlock
+
+__all__ = ["Architecture", "TextBlock", "count_predictions", "reach_of", "skipgram_block"]
+
+
+def skipgram_block(
+    vectors: Tensor, block: TextBlock, architecture: Architecture = "skipgram", grad_factor: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Computes the negative-sampling loss of a block and its gradient in one pass.
+
+    Skip-gram: each context word of a centre predicts the centre against the centre's negatives, which its
+    contexts share. CBOW: the mean of the context words predicts it, once a centre.
+
+    Args:
+        vectors: [num_rows, dim] float32; the distinct input and output rows of the block.
+        block: the words, windows and negatives.
+        architecture: "skipgram" or "cbow".
+        grad_factor: of the gradient, positive; cheaper here than by another pass over it.
+
+    Returns:
+        loss: scalar float64; the sum over all predictions of `-log sigmoid(u.v) - sum_k log sigmoid(-u.n_k)`.
+        grad: [num_rows, dim] float32; its gradient by `vectors`, times `grad_factor`.
+
+    Raises:
+        ValueError: shapes or dtypes disagree, the factor is not positive, or an index lies outside the rows or the
+            block. On a GPU the indices are the caller's promise: the host would have to wait for the device to look at
+            them.
+
+    Source: Mikolov et al. 2013, "Distributed representations of words and phrases and their
+    compositionality"; contexts grouped by centre as in Ji et al. 2016, "Parallelizing word2vec in shared and
+    distributed memory".
+    """
+    _check_shapes(vectors, block)
+    if not grad_factor > 0:
+        raise ValueError(f"grad_factor must be positive, got {grad_factor}")
+    if dispatch.uses_native(vectors) and architecture == "skipgram":
+        result = native.skipgram_block(vectors, block, grad_factor)
+        if result is not None:
+            return result
+    if not vectors.is_cuda:
+        _check_indices(vectors, block)
+    if dispatch.uses_triton(vectors) and architecture == "skipgram":
+        from embedtrain.ops.skipgram_block import triton
+
+        if vectors.shape[1] <= triton.MAX_DIM:
+            reach = reach_of(block.starts, block.stops) if block.reach is None else block.reach
+            return triton.skipgram_block(vectors, block, grad_factor, reach)
+    return reference.skipgram_block(vectors, block, architecture, grad_factor)
+
+
+def count_predictions(block: TextBlock | TextSample, architecture: Architecture = "skipgram") -> Tensor:
+    """Returns the number of predictions in the block, scalar int64: what a mean loss divides by."""
+    contexts = block.stops - block.starts - 1
+    return contexts.sum() if architecture == "skipgram" else (contexts > 0).sum()
+
+
+def reach_of(starts: Tensor, stops: Tensor) -> int:
+    """Returns how far the furthest word of any window is from its centre."""
+    if starts.numel() == 0:
+        return 0
+    positions = torch.arange(starts.numel(), device=starts.device)
+    return int(torch.maximum(positions - starts, stops - 1 - positions).max())
+
+
+def _check_shapes(vectors: Tensor, block: TextBlock) -> None:
+    n = block.num_positions
+    if vectors.dim() != 2 or vectors.dtype != torch.float32:
+        raise ValueError(f"expected vectors [num_rows, dim] float32, got {tuple(vectors.shape)} {vectors.dtype}")
+    if block.targets.dim() != 2 or block.targets.shape[0] != n or block.targets.shape[1] == 0:
+        raise ValueError(f"expected targets [{n}, 1 + k], got {tuple(block.targets.shape)}")
+    for name in ("inputs", "targets", "starts", "stops"):
+        tensor = getattr(block, name)
+        if tensor.dtype != torch.int64 or (name != "targets" and tensor.shape != (n,)):
+            raise ValueError(f"expected {name} int64 [{n}], got {tensor.dtype} {tuple(tensor.shape)}")
+
+
+def _check_indices(vectors: Tensor, block: TextBlock) -> None:
+    n, rows = block.num_positions, vectors.shape[0]
+    if n == 0:
+        return
+    for name in ("inputs", "targets"):
+        low, high = (int(bound) for bound in torch.aminmax(getattr(block, name)))
+        if low < 0 or high >= rows:
+            raise ValueError(f"{name} must lie in [0, {rows}), got {low} to {high}")
+    positions = torch.arange(n, device=block.starts.device)
+    inside = (block.starts >= 0) & (block.starts <= positions) & (positions < block.stops) & (block.stops <= n)
+    if not bool(inside.all()):
+        raise ValueError("each window [starts, stops) must hold its own centre and lie inside the block")

@@ -1,0 +1,33 @@
+"""Calls the native skip-gram kernel."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from embedtrain.ops._backend import library
+from embedtrain.ops._backend.row_memory import empty_buffer
+from embedtrain.ops.skipgram_block.types import TextBlock
+
+
+def skipgram_block(vectors: Tensor, block: TextBlock, grad_factor: float) -> tuple[Tensor, Tensor] | None:
+    """See `embedtrain.ops.skipgram_block`; returns None if an index or a window lies outside."""
+    vectors = vectors.contiguous()
+    inputs, targets = block.inputs.contiguous(), block.targets.contiguous()
+    starts, stops = block.starts.contiguous(), block.stops.contiguous()
+    loss = torch.zeros((), dtype=torch.float64)
+    grad = empty_buffer(*vectors.shape)
+    num_outside = ctypes.c_int64()
+    library.get().embedtrain_skipgram_block(
+        vectors.data_ptr(),
+        *vectors.shape,
+        *(tensor.data_ptr() for tensor in (inputs, targets, starts, stops)),
+        *block.targets.shape,
+        grad_factor,
+        loss.data_ptr(),
+        grad.data_ptr(),
+        ctypes.addressof(num_outside),
+    )
+    return None if num_outside.value else (loss, grad)

@@ -1,0 +1,123 @@
+// Distinct keys in ascending order: by a counter a key where few keys are possible, else by a radix sort of
+// (key, position), packed into one 64-bit word each.
+
+#include <algorithm>
+#include <cstdint>
+
+#include "embedtrain.h"
+#include "parallel.h"
+#include "radix_sort.h"
+
+namespace {
+
+using namespace embedtrain;
+
+constexpr int64_t kMostCounters = 1 << 18;  // that they stay in the cache
+constexpr int64_t kCountersPerKey = 8;     // beyond it, looking through them costs more than sorting
+
+struct Packing {
+    const int64_t* keys;
+    int64_t num_keys;
+    int num_parts, position_bits;
+    uint64_t* words;
+};
+
+void pack(const void* arguments, int part) {
+    const Packing& p = *static_cast<const Packing*>(arguments);
+    const Range range = range_of_part(p.num_keys, part, p.num_parts);
+    for (int64_t i = range.begin; i < range.end; ++i) {
+        p.words[i] = static_cast<uint64_t>(p.keys[i]) << p.position_bits | static_cast<uint64_t>(i);
+    }
+}
+
+struct Emission {
+    const uint64_t* sorted;
+    int64_t num_keys;
+    int num_parts, position_bits;
+    int64_t *unique, *starts, *order, *inverse;
+    int64_t* num_distinct;  // [num_parts]; of each part, then before each part
+};
+
+inline bool is_first(const Emission& e, int64_t i) {
+    return i == 0 || e.sorted[i] >> e.position_bits != e.sorted[i - 1] >> e.position_bits;
+}
+
+void count_distinct(const void* arguments, int part) {
+    const Emission& e = *static_cast<const Emission*>(arguments);
+    const Range range = range_of_part(e.num_keys, part, e.num_parts);
+    int64_t count = 0;
+    for (int64_t i = range.begin; i < range.end; ++i) count += is_first(e, i);
+    e.num_distinct[part] = count;
+}
+
+void emit_distinct(const void* arguments, int part) {
+    const Emission& e = *static_cast<const Emission*>(arguments);
+    const Range range = range_of_part(e.num_keys, part, e.num_parts);
+    const uint64_t mask = (1ull << e.position_bits) - 1;
+    int64_t next = e.num_distinct[part];
+    for (int64_t i = range.begin; i < range.end; ++i) {
+        if (is_first(e, i)) {
+            e.unique[next] = static_cast<int64_t>(e.sorted[i] >> e.position_bits);
+            e.starts[next++] = i;
+        }
+        const int64_t position = static_cast<int64_t>(e.sorted[i] & mask);
+        e.order[i] = position;
+        if (e.inverse) e.inverse[position] = next - 1;
+    }
+}
+
+void count_keys(const int64_t* keys, int64_t num_keys, int64_t num_counters, const Emission& e) {
+    uint32_t* places = static_cast<uint32_t*>(scratch(0, num_counters * 4));
+    uint32_t* numbers = static_cast<uint32_t*>(scratch(1, num_counters * 4));
+    std::fill_n(places, num_counters, 0u);
+    for (int64_t i = 0; i < num_keys; ++i) ++places[keys[i]];
+    int64_t next = 0;
+    uint32_t place = 0;
+    for (int64_t key = 0; key < num_counters; ++key) {
+        // Written in any case, and kept where the key occurs: a branch would be guessed wrong too often.
+        const uint32_t count = places[key];
+        e.unique[next] = key;
+        e.starts[next] = place;
+        numbers[key] = static_cast<uint32_t>(next);
+        places[key] = place;
+        next += count != 0;
+        place += count;
+    }
+    for (int64_t i = 0; i < num_keys; ++i) e.order[places[keys[i]]++] = i;
+    if (e.inverse) {
+        for (int64_t i = 0; i < num_keys; ++i) e.inverse[i] = numbers[keys[i]];
+    }
+    e.starts[next] = num_keys;
+    *e.num_distinct = next;
+}
+
+}  // namespace
+
+void embedtrain_sort_unique(const int64_t* keys, int64_t num_keys, int64_t largest, int num_threads,
+                            int64_t* unique, int64_t* starts, int64_t* order, int64_t* inverse,
+                            int64_t* num_distinct) {
+    if (largest < kMostCounters && largest < kCountersPerKey * num_keys) {
+        const Emission emission{nullptr, num_keys, 1, 0, unique, starts, order, inverse, num_distinct};
+        count_keys(keys, num_keys, largest + 1, emission);
+        return;
+    }
+    const int num_parts = num_keys < 32768 ? 1 : std::min(num_threads, kMaxSortParts);
+    const int position_bits = bits_of(static_cast<uint64_t>(std::max<int64_t>(num_keys - 1, 0)));
+    uint64_t* words = static_cast<uint64_t*>(scratch(0, num_keys * 8));
+    const Packing packing{keys, num_keys, num_parts, position_bits, words};
+    run_parts(num_parts, pack, &packing);
+    words = radix_sort(words, static_cast<uint64_t*>(scratch(1, num_keys * 8)), num_keys, 0, position_bits,
+                       bits_of(static_cast<uint64_t>(largest)), num_parts);
+    int64_t counts[kMaxSortParts];
+    Emission emission{words, num_keys, num_parts, position_bits, unique, starts, order, inverse, counts};
+    run_parts(num_parts, count_distinct, &emission);
+    int64_t total = 0;
+    for (int part = 0; part < num_parts; ++part) {
+        const int64_t count = counts[part];
+        counts[part] = total;
+        total += count;
+    }
+    run_parts(num_parts, emit_distinct, &emission);
+    starts[total] = num_keys;
+    *num_distinct = total;
+}

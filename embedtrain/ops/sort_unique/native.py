@@ -1,0 +1,35 @@
+"""Calls the native sort."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from embedtrain.ops._backend import library
+from embedtrain.ops._backend.row_memory import empty_buffer
+from embedtrain.ops.sort_unique.types import SortedKeys
+
+
+def sort_unique(keys: Tensor, largest: int, with_inverse: bool) -> SortedKeys:
+    """See `embedtrain.ops.sort_unique`."""
+    keys = keys.contiguous()
+    n = keys.numel()
+    unique, starts = empty_buffer(n + 1, dtype=torch.int64), empty_buffer(n + 1, dtype=torch.int64)
+    order = empty_buffer(n, dtype=torch.int64)
+    inverse = empty_buffer(n, dtype=torch.int64) if with_inverse else None
+    num_distinct = ctypes.c_int64()
+    library.get().embedtrain_sort_unique(
+        keys.data_ptr(),
+        n,
+        largest,
+        torch.get_num_threads(),
+        unique.data_ptr(),
+        starts.data_ptr(),
+        order.data_ptr(),
+        None if inverse is None else inverse.data_ptr(),
+        ctypes.addressof(num_distinct),
+    )
+    m = num_distinct.value
+    return SortedKeys(unique[:m], starts[: m + 1], order, inverse)

@@ -1,0 +1,69 @@
+"""Keys in order."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from embedtrain.ops._backend.transfer import HostCopy
+
+
+@dataclass(frozen=True)
+class SortedKeys:
+    """Keys in order.
+
+    Attributes:
+        unique: [m] int64; the distinct keys, ascending.
+        starts: [m + 1] int64; `order[starts[j] : starts[j + 1]]` are the positions of key j, ascending.
+        order: [n] int64; positions of the keys in ascending order of key.
+        inverse: [n] int64; the place of each key among the distinct keys. None if it was not asked for.
+    """
+
+    unique: Tensor
+    starts: Tensor
+    order: Tensor
+    inverse: Tensor | None
+
+    @property
+    def sorted(self) -> SortedKeys:
+        """The keys themselves."""
+        return self
+
+    def num_below(self, bounds: Tensor) -> Tensor:
+        """Returns how many distinct keys are below each of the bounds, [n] int64."""
+        return torch.searchsorted(self.unique, bounds)
+
+
+class OrderedKeys:
+    """Keys in order. The host asks how many are distinct only when it needs to, since it waits for the device then.
+
+    Args:
+        keys: [n] int64.
+    """
+
+    def __init__(self, keys: Tensor) -> None:
+        self._ascending, self._order = torch.sort(keys, stable=True)
+        is_new = self._ascending[1:] != self._ascending[:-1]
+        # Where each key lies among the distinct ones, in ascending order of key.
+        self._place = torch.nn.functional.pad(is_new.cumsum(0), (min(keys.numel(), 1), 0))
+        self._last_place = HostCopy(self._place[-1:]) if keys.numel() else None
+
+    @functools.cached_property
+    def inverse(self) -> Tensor:
+        """See `SortedKeys`."""
+        return torch.empty_like(self._order).index_copy_(0, self._order, self._place)
+
+    def num_below(self, bounds: Tensor) -> Tensor:
+        """See `SortedKeys.num_below`."""
+        counts = torch.nn.functional.pad(self._place + 1, (1, 0))
+        return counts[torch.searchsorted(self._ascending, bounds)]
+
+    @functools.cached_property
+    def sorted(self) -> SortedKeys:
+        """The keys sorted, without the inverse; waits for what the device has not done yet."""
+        num_distinct = int(self._last_place.item()) + 1 if self._last_place else 0
+        starts = torch.searchsorted(self._place, torch.arange(num_distinct + 1, device=self._place.device))
+        return SortedKeys(self._ascending[starts[:-1]], starts, self._order, None)

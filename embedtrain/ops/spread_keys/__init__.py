@@ -1,0 +1,32 @@
+"""From the ids of several features to keys of their rows, with the check that they are rows at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from embedtrain.ops._backend import dispatch
+from embedtrain.ops._backend.modular import DIRECT_PRODUCT_ROWS
+from embedtrain.ops.spread_keys import native, reference
+from embedtrain.ops.spread_keys.types import SpreadTable
+
+__all__ = ["SpreadTable", "spread_keys"]
+
+
+def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_rows: int) -> tuple[Tensor, list[int]]:
+    """Returns a key per id, `owner * num_local_rows + local row`, feature after feature.
+
+    Args:
+        ids: per feature [n] int64 or int32.
+        tables: the table that each feature's ids are looked up in.
+        num_local_rows: rows of each owner.
+
+    Returns:
+        keys: int64, one per id. An id that is not a row gets a valid but meaningless key.
+        num_outside: per feature, how many ids are not rows of its table.
+    """
+    is_small = all(table.num_rows <= DIRECT_PRODUCT_ROWS for table in tables)
+    if ids and is_small and dispatch.uses_native(ids[0]):
+        return native.spread_keys(ids, tables, num_local_rows)
+    return reference.spread_keys(ids, tables, num_local_rows)

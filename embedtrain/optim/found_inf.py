@@ -1,0 +1,72 @@
+"""Whether a step may be applied, decided on the device, so that the host need not wait for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from embedtrain.ops._backend.transfer import HostCopy
+from embedtrain.ops.row_gradient import RowGradient
+
+
+class PendingVerdict:
+    """What the ranks agreed on for a step, on its way to the host while the device goes on.
+
+    Args:
+        total: scalar float64; see `total_on_device`, summed over the ranks.
+        gradients: of the step, to say what was wrong with them.
+        veto: why this rank wanted no step; None if it wanted one.
+        loss: scalar, that was watched; None without one.
+    """
+
+    def __init__(self, total: Tensor, gradients: Sequence[RowGradient], veto: str | None, loss: Tensor | None) -> None:
+        self.gradients = gradients
+        self._veto, self._loss = veto, loss
+        self._total = HostCopy(total)
+
+    def is_finite(self) -> bool:
+        """Returns whether the step was applied; waits for the device if it has not come that far."""
+        return math.isfinite(self._total.item())
+
+    def reason(self) -> str | None:
+        """See `reason_of`."""
+        return reason_of(self._veto, self._loss)
+
+
+def reason_of(veto: str | None, loss: Tensor | None) -> str | None:
+    """Returns what, other than its gradients, speaks against a step on this rank; None if nothing does."""
+    if veto is None and loss is not None and not math.isfinite(total := float(loss)):
+        return f"the loss is {total}"
+    return veto
+
+
+def total_on_device(gradients: Sequence[RowGradient], loss: Tensor | None, *, is_norm_wanted: bool) -> Tensor:
+    """Returns this rank's part of what the ranks sum up, scalar float64: not finite if a value of theirs is not.
+
+    Args:
+        gradients: of the step.
+        loss: scalar; None without one.
+        is_norm_wanted: whether it is the sum of squares of the gradients, or zero.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
+    for gradient in gradients:
+        if gradient.values.numel():
+            # Float64 holds the square of any finite float32.
+            part = torch.linalg.vector_norm(
+                gradient.values, ord=2 if is_norm_wanted else math.inf, dtype=torch.float64 if is_norm_wanted else None
+            ).double()
+            total += part.square()
+    if loss is not None:
+        total += loss.detach().to(total) * 0.0
+    return total if is_norm_wanted else total * 0.0
+
+
+def factor_on_device(total: Tensor, max_grad_norm: float | None) -> Tensor:
+    """Returns the factor for all gradients, scalar float32; NaN, which leaves the step out, for a total not finite."""
+    factor = total * 0.0 + 1.0  # of infinity too, NaN
+    if max_grad_norm is not None:
+        factor = factor * (max_grad_norm / total.sqrt()).clamp(max=1.0)
+    return factor.float()

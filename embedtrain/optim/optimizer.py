@@ -1,0 +1,419 @@
+"""The step that every sparse optimizer shares: everything except the formula."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from embedtrain.distributed.collectives import all_gather_object, all_reduce_sum
+from embedtrain.distributed.runtime import rank_of
+from embedtrain.distributed.shared_memory import SharedMemoryExchange
+from embedtrain.errors import NonFiniteError
+from embedtrain.ops.row_gradient import RowGradient
+from embedtrain.ops.row_update import RowStep, row_update
+from embedtrain.optim.found_inf import PendingVerdict, factor_on_device, reason_of, total_on_device
+
+NonFinitePolicy = Literal["error", "skip"]
+
+
+@dataclass(frozen=True)
+class RowState:
+    """A tensor of optimizer state, float32, that lies beside the rows and is saved with them.
+
+    Attributes:
+        name: in a checkpoint: "item/accumulator" for the table "item".
+        per_element: whether it has one number per element, [num_rows, dim], or one per row, [num_rows].
+        fill: its first value.
+    """
+
+    name: str
+    per_element: bool = False
+    fill: float = 0.0
+
+
+class EffectiveRates(NamedTuple):
+    """How far rows would move now, if their gradient were as large as it was so far.
+
+    Attributes:
+        rates: [n]; the learning rate over the divisor, a mean over dim if each element has a divisor of its own.
+        mean_states: [n]; second moments, or their means over dim.
+        is_untouched: [n] bool; whether the second moment has its first value.
+    """
+
+    rates: Tensor
+    mean_states: Tensor
+    is_untouched: Tensor
+
+
+@dataclass(kw_only=True)
+class CommonOptions:
+    """What every sparse optimizer takes beside the options of its formula, in Python and in a configuration."""
+
+    weight_decay: float = 0.0
+    """L2 factor of the rows that a step touches, added to the gradient as `weight_decay * row`."""
+    decoupled_weight_decay: bool = False
+    """Take `lr * weight_decay * row` from the row instead, apart from the gradient."""
+    maximize: bool = False
+    """Go up the gradient, not down."""
+    max_row_grad_norm: float | None = None
+    """Scale the gradient of each row down to this norm. None does not clip."""
+    max_norm: float | None = None
+    """Scale each row down to this norm after a step that touches it. None leaves rows as they are."""
+    max_grad_norm: float | None = None
+    """Scale the summed gradients of all tables and ranks down to this global norm together, before
+    `max_row_grad_norm`. None does not clip."""
+    nonfinite: NonFinitePolicy = "error"
+    """What happens if a gradient is not finite on any rank: "error" raises NonFiniteError on every rank, "skip" leaves
+    the step out and counts it. Nothing is applied on any rank either way."""
+
+
+OF_A_STEP = ("max_grad_norm", "nonfinite")
+"""The common options that hold for all tables together; the others may differ from table to table."""
+
+_OPTIONS = tuple(option.name for option in fields(CommonOptions))
+
+
+class RowsToUpdate(Protocol):
+    """Rows and their state, or copies of the rows that a step touched."""
+
+    weight: Tensor
+    state: dict[str, Tensor]
+
+    def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
+        """Returns keys of the gradient's rows for stochastic rounding, or None for float32 rows."""
+
+
+class RowStore(RowsToUpdate, Protocol):
+    """Rows with their state and the gradients that wait for them: an optimizer's view of a group of tables."""
+
+    shared: SharedMemoryExchange | None
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share the rows; None for one process."""
+
+    @property
+    def table_names(self) -> list[str]:
+        """The tables, in order."""
+
+    def allocate_state(self, name: str, fill: float, per_element: bool) -> Tensor:
+        """Gives every row, or every element of it, one float32 of state."""
+
+    def fill_state(self, name: str, value: float) -> None:
+        """Sets a state of all rows."""
+
+    def waiting_gradient(self) -> RowGradient:
+        """Returns the gradient of the touched rows."""
+
+    def open_rows(self, gradient: RowGradient) -> tuple[RowsToUpdate, RowGradient]:
+        """Returns what holds the gradient's rows for an update, and the gradient by their places in it."""
+
+    def close_rows(self) -> None:
+        """Ends the update."""
+
+    def clear_gradient(self) -> None:
+        """Forgets the gradients."""
+
+    def describe(self, row: int) -> str:
+        """Names the table and the id of a row."""
+
+
+class HasRowGroups(Protocol):
+    """A collection of tables, or some of its groups."""
+
+    @property
+    def row_groups(self) -> Sequence[RowStore]:
+        """The groups of tables, in the same order on every rank."""
+
+
+class SparseOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers of a collection; a subclass gives the formula, in `direction`.
+
+    One parameter group per group of tables, so that torch's learning-rate schedulers work; its `tables` names
+    them. `step` counts and hyperparameters live in `param_groups`, which `state_dict` returns; the rows' state
+    lies beside the rows in the collection and is saved with them.
+
+    Only rows that a step touched change, weight decay and moments included.
+
+    Args:
+        collection: the tables.
+        defaults: hyperparameters of the subclass's formula; `lr` among them.
+        states: what the formula keeps for each row.
+        options: see `CommonOptions`.
+
+    Attributes:
+        num_skipped: steps left out.
+        looks_later: makes `step` return without waiting for the device. The device itself leaves out a step that is
+            not finite, and the next `step`, or `settle`, does what the policy says. False unless set.
+
+    Raises:
+        TypeError: an option that the optimizer does not have.
+        ValueError: a hyperparameter is out of range.
+    """
+
+    def __init__(
+        self,
+        collection: HasRowGroups,
+        defaults: dict[str, Any],
+        states: Sequence[RowState] = (),
+        **options: Any,
+    ) -> None:
+        unknown = [name for name in options if name not in _OPTIONS]
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} does not take {', '.join(unknown)}; "
+                f"it takes {', '.join([*defaults, *_OPTIONS])}"
+            )
+        common = CommonOptions(**options)
+        self.max_grad_norm, self.nonfinite = common.max_grad_norm, common.nonfinite
+        of_rows = {name: value for name, value in vars(common).items() if name not in OF_A_STEP}
+        defaults = {**defaults, **of_rows}
+        _check_ranges({**defaults, "max_grad_norm": self.max_grad_norm})
+        if self.nonfinite not in ("error", "skip"):
+            raise ValueError(f"nonfinite must be 'error' or 'skip', got {self.nonfinite!r}")
+        self.states = tuple(states)
+        self.stores = list(collection.row_groups)
+        self._veto: str | None = None
+        self._loss: Tensor | None = None
+        self._pending: PendingVerdict | None = None
+        self.looks_later = False
+        self.num_skipped = 0
+        groups = [{"params": [store.weight], "step": 0, "tables": store.table_names} for store in self.stores]
+        super().__init__(groups, defaults)
+        for store in self.stores:
+            for state in self.states:
+                store.allocate_state(state.name, state.fill, state.per_element)
+
+    @property
+    def name(self) -> str:
+        """The name in a checkpoint."""
+        return type(self).__name__
+
+    def direction(
+        self, grad: Tensor, states: Mapping[str, Tensor], settings: dict[str, Any]
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Returns what is taken, times the rate, from each touched row, and updates the rows' states in place.
+
+        Everything else is done for it: rows are read and written, in bfloat16 too, and the options of
+        `SparseOptimizer` applied.
+
+        Args:
+            grad: [n, dim] float32; summed over duplicates and ranks, scaled, clipped and decayed.
+            states: by name [n] or [n, dim] float32; the touched rows' parts of `states`.
+            settings: the parameter group; `step` counts this one.
+
+        Returns:
+            [n, dim], or its numerator and denominator, which divides last as in `torch.optim`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} gives no formula: define direction(grad, states, settings)")
+
+    def rate(self, settings: dict[str, Any]) -> float:
+        """Returns the learning rate of a step."""
+        return float(settings["lr"])
+
+    def update(
+        self, store: RowsToUpdate, gradient: RowGradient, settings: dict[str, Any], grad_factor: float | Tensor = 1.0
+    ) -> None:
+        """Applies the formula to the rows of a gradient times a factor; `settings` is the parameter group."""
+        names = [state.name for state in self.states]
+
+        def direction(grad: Tensor, touched: Sequence[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+            return self.direction(grad, dict(zip(names, touched, strict=True)), settings)
+
+        step = self.row_step(store, gradient, settings, grad_factor)
+        states = [store.state[name] for name in names]
+        row_update(store.weight, states, gradient.rows, gradient.values, step, direction)
+
+    def row_step(
+        self, store: RowsToUpdate, gradient: RowGradient, settings: dict[str, Any], grad_factor: float | Tensor
+    ) -> RowStep:
+        """Returns what the options make of a step."""
+        return RowStep(
+            lr=self.rate(settings),
+            grad_factor=-grad_factor if settings["maximize"] else grad_factor,
+            max_row_grad_norm=_or_infinity(settings["max_row_grad_norm"]),
+            weight_decay=settings["weight_decay"],
+            decoupled_weight_decay=settings["decoupled_weight_decay"],
+            max_norm=_or_infinity(settings["max_norm"]),
+            rounding_keys=store.rounding_keys(gradient, settings["step"]),
+        )
+
+    def effective_rates(self, group: int, rows: slice) -> EffectiveRates | None:
+        """Returns what is left of the learning rate for local rows of a group of tables; None without a divisor."""
+        return None
+
+    def reset_state(self) -> None:
+        """Sets the states of all rows to their first values, and the count of steps to zero, as if just made.
+
+        Collective: every rank.
+        """
+        self.settle()
+        for store, settings in zip(self.stores, self.param_groups, strict=True):
+            settings["step"] = 0
+            for state in self.states:
+                store.fill_state(state.name, state.fill)
+
+    def veto(self, reason: str) -> None:
+        """Marks the coming step as not finite on this rank, for instance because its loss is not."""
+        self._veto = reason
+
+    def watch(self, loss: Tensor) -> None:
+        """Makes the coming step depend on a scalar of this rank: if it is not finite, the step counts as not finite."""
+        self._loss = loss
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Collects the gradients that wait, agrees on them with all ranks, and applies them on all ranks or on none.
+
+        Collective: every rank.
+
+        Raises:
+            NonFiniteError: a gradient is not finite, or a rank vetoed, and the policy is "error".
+        """
+        if closure is not None:
+            raise ValueError("sparse optimizers take no closure: run backward, then step()")
+        if self._is_observed():
+            _observed_step(self)
+        else:
+            self._step()
+
+    # Torch wraps `step` of its optimizers to record each call and run hooks, unless told that this was done. The record
+    # takes a tenth of a small step even if nobody reads it, so `step` goes that way only if somebody does.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _is_observed(self) -> bool:
+        return (
+            torch.autograd._profiler_enabled()
+            or bool(self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks)
+            or bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+        )
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        self.settle()
+        gradients = self._collect_gradients()
+        factor = self._agree_on_factor(gradients)
+        if factor is not None:
+            self._apply(gradients, factor)
+
+    def _collect_gradients(self) -> list[RowGradient]:
+        """Returns the gradients that wait at the owners of their rows, one per group of tables."""
+        return [store.waiting_gradient() for store in self.stores]
+
+    def _agree_on_factor(self, gradients: Sequence[RowGradient]) -> float | Tensor | None:
+        """Returns what scales all gradients, or None to leave the step out, by finiteness and norm on all ranks.
+
+        Collective: every rank.
+        """
+        return self._agree_later(gradients) if self.looks_later else self._agree(gradients)
+
+    def _apply(self, gradients: Sequence[RowGradient], factor: float | Tensor) -> None:
+        """Updates weight and state of the touched rows in one pass."""
+        for store, gradient, settings in zip(self.stores, gradients, self.param_groups, strict=True):
+            settings["step"] += 1
+            opened, placed = store.open_rows(gradient)
+            self.update(opened, placed, settings, factor)
+            store.close_rows()
+
+    def settle(self) -> None:
+        """Finds out whether the last step was applied, if `looks_later` put that off. Collective: every rank.
+
+        Raises:
+            NonFiniteError: it was not, and the policy is "error".
+        """
+        pending, self._pending = self._pending, None
+        if pending is None or pending.is_finite():
+            return
+        for settings in self.param_groups:
+            settings["step"] -= 1
+        self._handle_nonfinite(pending.gradients, pending.reason())
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients that wait."""
+        for store in self.stores:
+            store.clear_gradient()
+
+    def _agree(self, gradients: Sequence[RowGradient]) -> float | None:
+        """Returns the factor for all gradients, or None to leave the step out. Collective: every rank."""
+        reason, self._veto, self._loss = reason_of(self._veto, self._loss), None, None
+        # The sum of squares is not finite if any gradient is not, so one number answers both questions. If nobody asks
+        # for the norm, gradients need not be summed to know that they are finite.
+        if reason is not None:
+            total = math.nan
+        elif self.max_grad_norm is not None:
+            total = sum(gradient.sum_of_squares() for gradient in gradients)
+        else:
+            total = 0.0 if all(gradient.is_finite() for gradient in gradients) else math.nan
+        process_group = self.stores[0].process_group
+        if process_group is not None:
+            squares = torch.tensor(total, dtype=torch.float64, device=gradients[0].device)
+            total = float(all_reduce_sum(squares, process_group, self.stores[0].shared))
+        if not math.isfinite(total):
+            self._handle_nonfinite(gradients, reason)
+            return None
+        norm = math.sqrt(total)
+        if self.max_grad_norm is None or norm <= self.max_grad_norm:
+            return 1.0
+        return self.max_grad_norm / norm
+
+    def _agree_later(self, gradients: Sequence[RowGradient]) -> Tensor:
+        """Returns the factor for all gradients, which is on the device. Collective: every rank."""
+        veto, loss, self._veto, self._loss = self._veto, self._loss, None, None
+        total = total_on_device(gradients, loss, is_norm_wanted=self.max_grad_norm is not None)
+        if veto is not None:
+            total.fill_(math.nan)
+        all_reduce_sum(total, self.stores[0].process_group, self.stores[0].shared)
+        self._pending = PendingVerdict(total, gradients, veto, loss)
+        return factor_on_device(total, self.max_grad_norm)
+
+    def _handle_nonfinite(self, gradients: Sequence[RowGradient], reason: str | None) -> None:
+        self.num_skipped += 1
+        if self.nonfinite == "skip":
+            return
+        found = reason or self._first_nonfinite(gradients)
+        if found is not None:
+            found = f"{found}, on rank {rank_of(self.stores[0].process_group)}"
+        reasons = [reason for reason in all_gather_object(found, self.stores[0].process_group) if reason is not None]
+        step = self.param_groups[0]["step"] + 1
+        raise NonFiniteError(
+            f"step {step}: {reasons[0]}; nothing of this step was applied on any rank. "
+            "Lower the learning rate, clip gradients (max_grad_norm), or leave such steps out (nonfinite=skip)."
+        )
+
+    def _first_nonfinite(self, gradients: Sequence[RowGradient]) -> str | None:
+        for store, gradient in zip(self.stores, gradients, strict=True):
+            bad = (~gradient.values.isfinite()).any(dim=1).nonzero()
+            if bad.numel():
+                return f"the gradient of {store.describe(int(gradient.rows[bad[0, 0]]))} is not finite"
+        return None
+
+
+_observed_step = torch.optim.Optimizer.profile_hook_step(SparseOptimizer._step)
+
+
+def _or_infinity(bound: float | None) -> float:
+    return math.inf if bound is None else bound
+
+
+_BOUNDS = ("max_row_grad_norm", "max_norm", "max_grad_norm")
+
+
+def _check_ranges(settings: Mapping[str, Any]) -> None:
+    for name, value in settings.items():
+        if name in _BOUNDS:
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive, got {value}")
+        elif isinstance(value, float | int) and not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raises ValueError unless a decay lies in [0, 1)."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value}")
