@@ -18,6 +18,10 @@ _ITEM = re.compile(r"""\s*(?:"([^"]*)"\s*(?=,|$)|'([^']*)'\s*(?=,|$)|([^,]*))(?:
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)([eE][-+]?\d+)?")
 
 
+class Unset(str):
+    """A plain `???` of a YAML file: the key has to be given elsewhere. A quoted one is a text."""
+
+
 def compose(text: str) -> yaml.Node | None:
     """Parses a YAML document, of which `read` returns the values; None for an empty one.
 
@@ -61,6 +65,8 @@ def read(node: yaml.Node | None, hint: Any, key: str = "") -> Any:
         return [each.value for each in node.value]
     if node.tag == _NULL:
         return _null(hint, key, '"null"')
+    if node.value == "???" and node.style is None:
+        return Unset(node.value)
     if any(map(_is_text, _members(hint))):
         return node.value
     if any(get_origin(each) is list for each in _members(hint)):
@@ -87,7 +93,8 @@ def _read_text(key: str, text: str, hint: Any) -> Any:
     members = _members(hint)
     has_lists = list[str] in members
     if not has_lists and not any(map(_is_text, members)):
-        return read(compose(text), hint, key)
+        value = read(compose(text), hint, key)
+        return str(value) if isinstance(value, Unset) else value
     if text == "null":
         return _null(hint, key, f"{key}=\"'null'\" in a shell")
     if _QUOTED_NULL.fullmatch(text):
@@ -193,6 +200,8 @@ def shield(value: Any) -> Any:
 
     The values of lists and dicts are included; `unshield` reverts it.
     """
+    if isinstance(value, Unset):
+        return str(value)
     if isinstance(value, str):
         return value.replace("%", "%25").replace("$", "%24").replace("?", "%3F")
     if isinstance(value, list):
@@ -229,11 +238,13 @@ class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no annotatio
     """Writes texts such that other readers of YAML take none for a number, as some take 1e3."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        style = "'" if _NUMBER.fullmatch(text) else None
+        is_read_otherwise = _NUMBER.fullmatch(text) or (text == "???" and not isinstance(text, Unset))
+        style = "'" if is_read_otherwise else None
         return self.represent_scalar("tag:yaml.org,2002:str", text, style)
 
 
 _Dumper.add_representer(str, _Dumper.represent_text)
+_Dumper.add_representer(Unset, _Dumper.represent_text)
 
 
 def dump(settings: Mapping[str, Any]) -> str:

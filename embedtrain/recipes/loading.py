@@ -28,6 +28,7 @@ from embedtrain.config.choice import (
 from embedtrain.config.optimizer import OPTIMIZERS, OptimizerConfig
 from embedtrain.config.sections import Config
 from embedtrain.config.values import (
+    Unset,
     choices_of,
     compose,
     flatten,
@@ -101,7 +102,7 @@ def resolve_layers(layers: Layers) -> dict[str, Any]:
     resolved = settings_of(_to_config(_filled(layers)))
     for key in layers.missing:
         *sections, name = key.split(".")
-        functools.reduce(lambda section, part: section[part], sections, resolved)[name] = "???"
+        functools.reduce(lambda section, part: section[part], sections, resolved)[name] = Unset("???")
     return resolved
 
 
@@ -186,6 +187,8 @@ def _merge_layers(model: str, from_file: list[Layer], from_command: list[Layer])
 
 
 def _to_config(layers: Layers) -> Config:
+    if layers.missing:
+        raise UserError(f"{layers.missing[0]} must be given, such as {layers.missing[0]}=VALUE on the command line")
     with _explained():
         config: Config = unshield(OmegaConf.to_object(layers.merged))
         main, default = config.optimizer, type(config)().optimizer

@@ -231,3 +231,22 @@ def test_run_folders_hold_the_same_bytes_as_before(name: str) -> None:
 def test_what_is_shown_says_where_a_text_was_given() -> None:
     shown = show_config(None, ["data.path=a: b.txt", "run.path=??? ${x}"])
     assert "path: 'a: b.txt'" in shown and "path: ??? ${x}" in shown
+
+
+def test_a_plain_question_in_a_file_has_to_be_answered(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("data:\n  path: ???\nseed: ???\n")
+    with pytest.raises(UserError, match=r"^data\.path must be given, such as data\.path=VALUE"):
+        load_config(str(path), ["seed=1"])
+    # A key that has a default is not asked for.
+    assert load_config(str(path), ["data.path=x"]).seed == 1
+    assert load_config(str(path), ["data.path=x", "seed=3"]).seed == 3
+    path.write_text("data: {path: '???'}\n")
+    assert load_config(str(path), []).data.path == "???"
+
+
+@pytest.mark.parametrize("name", ["word2vec", "retrieval", "ranking", "ranking_criteo"])
+def test_a_shipped_configuration_needs_its_data(name: str) -> None:
+    path = Path(__file__).parents[3] / "configs" / f"{name}.yaml"
+    with pytest.raises(UserError, match=r"^data\.path must be given"):
+        load_config(str(path), [])
