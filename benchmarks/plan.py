@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from record import Measure, append_results
 
 from embedtrain.config.sections import Config
-from embedtrain.distributed.collectives import broadcast_object
 from embedtrain.distributed.runtime import Runtime, init_distributed, shut_down
 from embedtrain.planning.measure import measure_machine
 from embedtrain.planning.workload import Assumptions, workload_of
@@ -107,7 +106,7 @@ def run_rank(models: list[str]) -> int:
         folder = tempfile.mkdtemp()
         for model in models:
             WRITERS[model](Path(folder))
-    folder = broadcast_object(folder, runtime.group)  # the others wait: nobody works while another measures
+    folder = runtime.ranks.broadcast_object(folder)  # the others wait: nobody works while another measures
     cells = [build_cell(model, settings, folder, runtime) for model in models for settings in CELLS[model]]
     for _ in range(ROUNDS):  # in turns, since a machine is not always as fast
         machine = measure_machine(runtime)

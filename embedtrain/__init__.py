@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from embedtrain import optim
-from embedtrain.distributed.lockstep import lockstep
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.runtime import Runtime, init_distributed, shut_down
+from embedtrain.distributed.shared_memory import ranks_of
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.embedding.init_from import InitCounts, init_from
 from embedtrain.embedding.unsharded import UnshardedEmbeddingCollection
@@ -29,13 +30,14 @@ __all__ = [
     "InitCounts",
     "Jagged",
     "NonFiniteError",
+    "Ranks",
     "Runtime",
     "TableSpec",
     "UnshardedEmbeddingCollection",
     "UserError",
     "init_distributed",
     "init_from",
-    "lockstep",
     "optim",
+    "ranks_of",
     "shut_down",
 ]

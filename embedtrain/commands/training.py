@@ -145,7 +145,7 @@ def _train_one(
     """Trains a run; returns its exit status, and what it failed with, which the user was told. Collective: all."""
 
     def work() -> int:
-        with RunLock(folder.path, runtime.group) as lock:
+        with RunLock(folder.path, runtime.ranks) as lock:
             run = build_run(config, runtime, folder, functools.partial(require_room, config, runtime))
             return _run(run, config, runtime, lock, is_profiled=is_profiled)
 

@@ -9,23 +9,20 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch.distributed as dist
 import xxhash
 
 from embedtrain.data.cache import cached_entry
 from embedtrain.data.columns import TABLE_SUFFIXES
 from embedtrain.data.interactions import read_pairs
 from embedtrain.data.sources import expand_sources
-from embedtrain.distributed.collectives import run_on_first
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import UserError
 
 TEXT_NAME = "baskets.txt"
 _FORMAT_VERSION = 1
 
 
-def write_baskets(
-    path: str | Sequence[str], format: str, names: tuple[str, str], cache_path: str, group: dist.ProcessGroup | None
-) -> str:
+def write_baskets(path: str | Sequence[str], format: str, names: tuple[str, str], cache_path: str, ranks: Ranks) -> str:
     """Writes a line for each basket to a text in the cache, unless it is there; returns the text's path.
 
     The items of a basket stand in the order in which the files have them, whether their rows follow each other
@@ -67,5 +64,5 @@ def write_baskets(
                 file.write(" ".join(words[start:end]) + "\n")
                 start = end
 
-    entry = cached_entry(cache_path, run_on_first(name, group), TEXT_NAME, write, group)
+    entry = cached_entry(cache_path, ranks.run_on_first(name), TEXT_NAME, write, ranks)
     return os.path.join(entry, TEXT_NAME)

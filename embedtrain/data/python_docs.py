@@ -18,11 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 
-import torch.distributed as dist
 import xxhash
 
-from embedtrain.distributed.collectives import all_gather_object, run_on_each, run_on_first
-from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.distributed.ranks import Ranks
 
 PYTHON_DOCS = "python-docs"
 
@@ -47,7 +45,7 @@ _BLANK_LINES = re.compile(r"\n\s*\n")
 
 def write_python_docs(
     cache_path: str,
-    group: dist.ProcessGroup | None,
+    ranks: Ranks,
     on_progress: Callable[[str, float], None] | None = None,
 ) -> str:
     """Writes the documentation of this Python installation into a text file, unless it is there already.
@@ -64,11 +62,11 @@ def write_python_docs(
     Returns:
         The path of the text.
     """
-    path = os.path.join(cache_path, f"{PYTHON_DOCS}-{run_on_first(_installation_hash, group)}.txt")
-    if run_on_first(lambda: os.path.exists(path), group):
+    path = os.path.join(cache_path, f"{PYTHON_DOCS}-{ranks.run_on_first(_installation_hash)}.txt")
+    if ranks.run_on_first(lambda: os.path.exists(path)):
         return path
-    modules: list[str] = run_on_first(lambda: list(python_modules(_roots())), group)
-    rank, size = rank_of(group), size_of(group)
+    modules: list[str] = ranks.run_on_first(lambda: list(python_modules(_roots())))
+    rank, size = ranks.rank, ranks.size
 
     def read_share() -> list[list[str]]:
         mine: list[list[str]] = []
@@ -79,9 +77,9 @@ def write_python_docs(
                     on_progress("read docstrings", done * size / len(modules))
         return mine
 
-    shares = all_gather_object(run_on_each(read_share, group), group)
+    shares = ranks.all_gather(ranks.run_on_each(read_share))
     found = [shares[number % size][number // size] for number in range(len(modules))]
-    run_on_first(lambda: _write_text(found, path), group)
+    ranks.run_on_first(lambda: _write_text(found, path))
     return path
 
 

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from embedtrain.checkpoint.view import ShardView
-from embedtrain.distributed.collectives import all_to_all_rows
-from embedtrain.distributed.runtime import GroupReference, default_group, rank_of, size_of
-from embedtrain.distributed.shared_memory import connect
+from embedtrain.distributed.ranks import Ranks
+from embedtrain.distributed.runtime import job_ranks
 from embedtrain.embedding.exchange import Lookup, RowRequest, exchange_ids, exchange_vectors, look_up_bags
 from embedtrain.embedding.features import Route, Routes, resolve_features
 from embedtrain.embedding.ids import valid_bags
@@ -21,7 +19,7 @@ from embedtrain.embedding.owner_pooling import BagsAsked, choose_owner
 from embedtrain.embedding.placement import PlacementChoice, place_rows
 from embedtrain.embedding.pooling import bags_of
 from embedtrain.embedding.shard import RowGroup, RowGroups, TableShard
-from embedtrain.embedding.state_dict import as_entry, key_of, mesh_of, take_entry
+from embedtrain.embedding.state_dict import as_entry, key_of, take_entry
 from embedtrain.jagged import Jagged
 from embedtrain.ops.pool_rows import Bags
 from embedtrain.ops.transfer import to_device
@@ -32,7 +30,7 @@ class CollectionOptions(TypedDict, total=False):
     """What a model passes on to its collection; see `EmbeddingCollection`."""
 
     device: torch.device | str | None
-    process_group: dist.ProcessGroup | None
+    ranks: Ranks | None
     seed: int
     wire_dtype: torch.dtype | None
     placement: PlacementChoice
@@ -70,19 +68,19 @@ class VectorsAsked:
 
 
 class EmbeddingCollection(nn.Module):
-    """Embedding tables sharded by row over the ranks of a process group.
+    """Embedding tables sharded by row over the ranks of a job.
 
     Tables of one dim, dtype and optimizer form a group: a step costs one id, one vector and one gradient exchange per
     group, whatever the number of features. The rows are not parameters of the module: their gradients wait
     at the rank that owns them for a sparse optimizer of `embedtrain.optim`.
 
-    Collective: every rank of the process group makes the collection.
+    Collective: every rank makes the collection.
 
     Args:
         tables: at least one, of unique names.
         features: what `forward` accepts; where None, one unpooled feature per table, of its name.
         device: of this rank's rows; the CPU where None.
-        process_group: the ranks that share the tables; where None, the job's, or one process without a job.
+        ranks: those that share the tables; if None, the job's. `embedtrain.ranks_of` makes them of a process group.
         seed: of the first values.
         wire_dtype: in which vectors and gradients travel between ranks, float32 or bfloat16; where None, vectors as
             they are stored and gradients as float32.
@@ -92,7 +90,7 @@ class EmbeddingCollection(nn.Module):
             half of what is free. Which rows are copied changes no result.
 
     Attributes:
-        shared: the ranks' shared memory, where they have it.
+        ranks: those that share the tables.
         looked_up: per group [n] int64, a key for each id of this rank's last batch; those of no group none.
 
     Raises:
@@ -105,7 +103,7 @@ class EmbeddingCollection(nn.Module):
         features: Sequence[FeatureSpec] | None = None,
         *,
         device: torch.device | str | None = None,
-        process_group: dist.ProcessGroup | None = None,
+        ranks: Ranks | None = None,
         seed: int = 0,
         wire_dtype: torch.dtype | None = None,
         placement: PlacementChoice = "device",
@@ -115,23 +113,19 @@ class EmbeddingCollection(nn.Module):
         if wire_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"wire_dtype must be torch.float32, torch.bfloat16 or None, got {wire_dtype}")
         self.features = resolve_features(tables, features)
-        process_group = process_group if process_group is not None else default_group()
-        self._process_group = GroupReference(process_group)
-        self._ids_group: GroupReference | None = None
+        self.ranks = ranks if ranks is not None else job_ranks()
         self.device = torch.device("cpu" if device is None else device)
         members: dict[tuple[int, torch.dtype, str], list[TableSpec]] = {}
         for table in tables:
             members.setdefault(table.group, []).append(table)
-        self.shared = connect(self.process_group, self.device)
-        where = place_rows(placement, cache_bytes, list(members.values()), size_of(process_group), self.device)
+        where = place_rows(placement, cache_bytes, list(members.values()), self.ranks.size, self.device)
         self.row_groups = [
             RowGroup(
                 specs,
                 seed=seed,
                 device=self.device,
-                process_group=process_group,
+                ranks=self.ranks,
                 wire_dtype=wire_dtype,
-                shared=self.shared,
                 placement=where,
             )
             for specs in members.values()
@@ -144,11 +138,6 @@ class EmbeddingCollection(nn.Module):
         self._no_lookup = Lookup(torch.zeros(0, dtype=torch.int64, device=self.device))
         self._routes = Routes(self.features, places)
         self.looked_up: list[Tensor] = [self._no_lookup.keys] * len(self.row_groups)
-
-    @property
-    def process_group(self) -> dist.ProcessGroup | None:
-        """The ranks that share the tables; None for one process."""
-        return self._process_group.get()
 
     @property
     def shards(self) -> dict[str, TableShard]:
@@ -197,7 +186,7 @@ class EmbeddingCollection(nn.Module):
             is_ahead: whether another step is under way. On GPUs the ids then travel apart from its rows.
         """
         asked, bags = dict(batch), dict[str, Bags]()
-        routes, requests = self._exchange_ids(asked, self._group_for_ids(is_ahead), bags)
+        routes, requests = self._exchange_ids(asked, self.ranks.beside() if is_ahead else self.ranks, bags)
         if is_ahead:
             for route in routes:
                 requests[route.number].sort_ahead()
@@ -246,7 +235,7 @@ class EmbeddingCollection(nn.Module):
         if len({self.row_groups[number].weight.shape[1] for number in numbers}) > 1:
             raise ValueError(f"distinct_rows needs tables of one dim; those of the features {list(batch)} differ")
         batch = dict(batch)
-        routes, requests = self._exchange_ids(batch, self._group_for_ids(is_ahead), None)
+        routes, requests = self._exchange_ids(batch, self.ranks.beside() if is_ahead else self.ranks, None)
         inverse: dict[str, Tensor] = {}
         num_before = 0
         for route in routes:
@@ -277,10 +266,10 @@ class EmbeddingCollection(nn.Module):
         """
         shard = self.shards[name]
         local = shard.weight if state == "weight" else shard.state[state]
-        ranks = range(size_of(self.process_group))
+        ranks = range(self.ranks.size)
         sizes = [stop - start for start, stop in map(shard.layout.shard_range, ranks)]
         copies = local.repeat(len(ranks), *[1] * (local.dim() - 1))
-        slots = all_to_all_rows(copies, [local.shape[0]] * len(ranks), sizes, self.process_group)
+        slots = self.ranks.all_to_all(copies, [local.shape[0]] * len(ranks), sizes)
         return slots[shard.layout.slot_of(torch.arange(shard.spec.num_rows, device=slots.device))]
 
     def shard_views(self) -> list[ShardView]:
@@ -293,7 +282,7 @@ class EmbeddingCollection(nn.Module):
         They are DTensors in order of slots that share memory with the tables, so that torch's own distributed
         checkpoint saves them, and loads them in place.
         """
-        mesh = mesh_of(self.process_group, self.row_groups[0].weight.device)
+        mesh = self.ranks.device_mesh(self.row_groups[0].weight.device.type)
         for view in self.shard_views():
             destination[prefix + key_of(view)] = as_entry(view, mesh)
 
@@ -317,18 +306,8 @@ class EmbeddingCollection(nn.Module):
         faults = [take_entry(view, state_dict[key]) for key, view in views.items() if key in state_dict]
         error_msgs += [fault for fault in faults if fault is not None]
 
-    def _group_for_ids(self, is_ahead: bool) -> dist.ProcessGroup | None:
-        """Returns the ranks; ahead, on GPUs, as another group: NCCL runs the collectives of a group one by one."""
-        group = self.process_group
-        if not is_ahead:
-            return group
-        if self._ids_group is None and group is not None and self.device.type == "cuda":
-            ranks = dist.get_process_group_ranks(group)
-            self._ids_group = GroupReference(dist.new_group(ranks, use_local_synchronization=True))
-        return group if self._ids_group is None else self._ids_group.get()
-
     def _exchange_ids(
-        self, batch: dict[str, Jagged], process_group: dist.ProcessGroup | None, bags: dict[str, Bags] | None
+        self, batch: dict[str, Jagged], ranks: Ranks, bags: dict[str, Bags] | None
     ) -> tuple[Sequence[Route], list[RowRequest]]:
         """Returns where the features are looked up, and a request per group.
 
@@ -349,7 +328,7 @@ class EmbeddingCollection(nn.Module):
         except ValueError as raised:
             error = raised
         # A rank whose input is wrong may not know which groups the others look up: the request is of all.
-        return routes, exchange_ids(self.row_groups, lookups, error, process_group)
+        return routes, exchange_ids(self.row_groups, lookups, error, ranks)
 
     def _lookup(self, route: Route, batch: Mapping[str, Jagged], bags: dict[str, Bags], keys: Tensor) -> Lookup:
         """Parts the features of a group into those whose rows travel here and those that owners pool.
@@ -363,7 +342,7 @@ class EmbeddingCollection(nn.Module):
             for name, feature in zip(route.names, route.features, strict=True)
         ]
         bags.update(zip(route.names, own, strict=True))
-        if size_of(self.process_group) == 1:
+        if self.ranks.size == 1:
             return Lookup(keys, runs=group.runs_of(route.tables, [feature.num_values for feature in own]))
         weights = [batch[name].weights for name in route.names]
         at_owner = choose_owner(group, route.features, own, weights, keys)
@@ -382,7 +361,7 @@ class EmbeddingCollection(nn.Module):
         keys, num_outside = group.keys_of(route.tables, [batch[name].values for name in route.names])
         if not any(num_outside):
             return keys
-        rank = rank_of(self.process_group)
+        rank = self.ranks.rank
         for name, table, feature in zip(route.names, route.tables, route.features, strict=True):
             batch[name] = valid_bags(batch[name], feature, group.shards[table].spec.num_rows, rank)
         return group.keys_of(route.tables, [batch[name].values for name in route.names])[0]

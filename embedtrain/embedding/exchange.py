@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from embedtrain.distributed.collectives import all_to_all_rows, raise_together
-from embedtrain.distributed.runtime import size_of
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.stages import stage
 from embedtrain.embedding.owner_pooling import BagsAsked, SumRequest
 from embedtrain.embedding.shard import RowGroup
-from embedtrain.embedding.transfer import ask_through_memory, fetch_rows, send_gradients
 from embedtrain.ops import dispatch
 from embedtrain.ops.pool_rows import Bags, grad_of_weights, pool_rows, pool_rows_backward
 from embedtrain.ops.row_gradient import Delivery, Run
@@ -118,72 +113,64 @@ class RowRequest:
             self.ordered_rows = OrderedKeys(self._rows)
 
 
-_ROWS, _IDS_OF_BAGS, _SUMS, _WAYS = range(4)
-"""Columns of the counts that a rank tells another, for each group; word of an error follows the last group's."""
-_FETCHES_ROWS, _POOLS_AT_OWNERS, _WEIGHS_AT_OWNERS = 1, 2, 4
-"""Bits of `_WAYS`, alike for all owners: so every rank knows which exchanges take place."""
+_ROWS, _ANY_ROWS, _IDS_OF_BAGS, _SUMS, _ANY_BAGS, _ANY_WEIGHTS = range(6)
+"""What a rank tells another for each group; word of an error follows the last group. See `Ranks.ask` of the first two.
+The three that say whether there is any are told to every rank alike, so that all know which exchanges take place."""
 
 
 def exchange_ids(
     groups: Sequence[RowGroup],
     lookups: Sequence[Lookup],
     error: Exception | None,
-    process_group: dist.ProcessGroup | None,
+    ranks: Ranks,
 ) -> list[RowRequest]:
     """Tells every owner which of its rows this rank needs; each distinct row is asked for once.
 
     A rank that found its input wrong passes the error instead of keys: word of it travels with the counts,
     and every rank raises before any row moves.
 
-    Collective: every rank of `process_group`, with the same groups.
+    Collective: every rank, with the same groups.
 
     Args:
         groups: the groups of tables looked up.
         lookups: what this rank looks up in each. Ignored where there is an error.
         error: what was wrong with this rank's input, or None.
+        ranks: by which the ids travel.
     """
-    world_size = size_of(process_group)
-    if world_size == 1:
+    if ranks.size == 1:
         if error is not None:
             raise error
         return [RowRequest(lookup, group.num_local_rows) for group, lookup in zip(groups, lookups, strict=True)]
     device = groups[0].device
-    ordered: list[OrderedKeys | SortedKeys] = []
-    counts = torch.zeros(world_size, len(groups) + 1, 4, dtype=torch.int64, device=device)
-    if error is None:
-        for place, (group, lookup) in enumerate(zip(groups, lookups, strict=True)):
-            with stage("unique"):
-                ordered.append(order_keys(lookup.keys, bound=world_size * group.num_local_rows))
-            _count(counts[:, place], group, lookup, ordered[-1])
-    else:
+    counts = torch.zeros(ranks.size, len(groups) + 1, 6, dtype=torch.int64, device=device)
+    if error is not None:
         counts[:, -1] = 1
-    shared = groups[0].shared
-    rows: list[Tensor] | None = None
-    if shared is None:
-        owed = all_to_all_rows(counts, [1] * world_size, [1] * world_size, process_group)
-    else:
-        keys = [each.sorted.unique for each in ordered]
-        owed, rows = ask_through_memory(shared, counts, keys, [group.num_local_rows for group in groups], _ROWS)
-    # By group, kind and rank; the step's one wait for the device.
-    ask, owe = torch.stack([counts, owed]).permute(0, 2, 3, 1).tolist()
-    if any(any(row) for row in owe[-1]):
-        raise_together(error, process_group)
+        lookups = [Lookup(torch.zeros(0, dtype=torch.int64, device=device))] * len(groups)
+    ordered: list[OrderedKeys | SortedKeys] = []
+    for place, (group, lookup) in enumerate(zip(groups, lookups, strict=True)):
+        with stage("unique"):
+            ordered.append(order_keys(lookup.keys, bound=ranks.size * group.num_local_rows))
+        _count(counts[:, place], group, lookup, ordered[-1])
+    distinct = [each.sorted.unique for each in ordered]
+    (ask, owe), rows = ranks.ask(counts, distinct, [group.num_local_rows for group in groups])
+    if any(owe[-1][_ROWS]):
+        ranks.fail_together(error)
     return [
-        _settle(group, lookup, keys, (ask[place], owe[place]), None if rows is None else rows[place], process_group)
+        _settle(group, lookup, keys, (ask[place], owe[place]), rows[place], ranks)
         for place, (group, lookup, keys) in enumerate(zip(groups, lookups, ordered, strict=True))
     ]
 
 
 def _count(counts: Tensor, group: RowGroup, lookup: Lookup, ordered: OrderedKeys | SortedKeys) -> None:
-    """Fills in what this rank asks of each rank for one group; counts: [world_size, 4]."""
-    ranks = torch.arange(counts.shape[0] + 1, device=counts.device)
-    counts[:, _ROWS] = ordered.num_below(ranks * group.num_local_rows).diff()
-    ways = _FETCHES_ROWS if lookup.keys.numel() else 0
+    """Fills in what this rank asks of each rank for one group; counts: [world_size, 6]."""
+    firsts = torch.arange(counts.shape[0] + 1, device=counts.device) * group.num_local_rows
+    counts[:, _ROWS] = ordered.num_below(firsts).diff()
+    counts[:, _ANY_ROWS] = int(lookup.keys.numel() > 0)
     if lookup.bags is not None:
         counts[:, _IDS_OF_BAGS] = lookup.bags.id_counts
         counts[:, _SUMS] = lookup.bags.sum_counts
-        ways |= _POOLS_AT_OWNERS | (_WEIGHS_AT_OWNERS if lookup.bags.is_weighted else 0)
-    counts[:, _WAYS] = ways
+        counts[:, _ANY_BAGS] = 1
+        counts[:, _ANY_WEIGHTS] = int(lookup.bags.is_weighted)
 
 
 def _settle(
@@ -191,45 +178,35 @@ def _settle(
     lookup: Lookup,
     ordered: OrderedKeys | SortedKeys,
     counts: tuple[list[list[int]], list[list[int]]],
-    rows: Tensor | None,
-    process_group: dist.ProcessGroup | None,
+    rows: Tensor,
+    ranks: Ranks,
 ) -> RowRequest:
-    """Makes one group's request.
-
-    An exchange takes place where any rank needs it.
+    """Makes one group's request; the ids of bags travel if any rank has bags.
 
     Args:
         counts: of what is asked of each rank, and owed to it.
-        rows: the local rows asked of this rank; None where they have yet to travel.
+        rows: the local rows asked of this rank.
     """
     ask, owe = counts
-    ways = functools.reduce(operator.or_, owe[_WAYS])
-    if rows is None:
-        rows = lookup.keys.new_zeros(0)
-        if ways & _FETCHES_ROWS:
-            # Half the bytes, where local rows fit.
-            wire_type = torch.int32 if group.num_local_rows < 1 << 31 else torch.int64
-            wanted = (ordered.sorted.unique % group.num_local_rows).to(wire_type)
-            rows = all_to_all_rows(wanted, ask[_ROWS], owe[_ROWS], process_group).long()
     sums = None
-    if ways & _POOLS_AT_OWNERS:
+    if any(owe[_ANY_BAGS]):
         sums = SumRequest(
             group,
             lookup.bags or BagsAsked(group, [], lookup.keys.new_zeros(0)),
             (ask[_IDS_OF_BAGS], owe[_IDS_OF_BAGS]),
             (ask[_SUMS], owe[_SUMS]),
-            is_weighted=bool(ways & _WEIGHS_AT_OWNERS),
-            process_group=process_group,
+            is_weighted=any(owe[_ANY_WEIGHTS]),
+            ranks=ranks,
         )
     return RowRequest(
         lookup,
-        len(ask[_ROWS]) * group.num_local_rows,
+        ranks.size * group.num_local_rows,
         ordered,
         ask[_ROWS],
         owe[_ROWS],
         rows,
         sums=sums,
-        has_rows=bool(ways & _FETCHES_ROWS),
+        has_rows=any(owe[_ANY_ROWS]),
     )
 
 
@@ -274,13 +251,20 @@ def _fetch(group: RowGroup, request: RowRequest, dtype: torch.dtype | None = Non
         return group.read(request.rows, dtype)
     if not request.has_rows:
         return torch.zeros(0, group.weight.shape[1], dtype=dtype or group.weight.dtype, device=group.device)
-    return fetch_rows(group, request.rows, request.owe_counts, request.ask_counts, dtype)
+    weight, places = group.rows_to_pool(request.rows)
+    wire_dtype = group.vector_wire_dtype
+    return group.ranks.all_to_all_gather(
+        weight, places, request.owe_counts, request.ask_counts, wire_dtype, dtype or wire_dtype
+    )
 
 
 def _send_home(group: RowGroup, request: RowRequest, grad: Tensor) -> None:
     if not request.has_rows:
         return
-    grads = [grad] if request.is_local else send_gradients(group, grad, request.ask_counts, request.owe_counts)
+    grads = [grad]
+    if not request.is_local:
+        wired = grad.to(group.gradient_wire_dtype)
+        grads = group.ranks.all_to_all_split(wired, request.ask_counts, request.owe_counts, torch.float32)
     # Rows of one rank are distinct; several ranks may ask for the same.
     bags = [Bags(len(part)) for part in grads]
     group.deliver(Delivery(request.rows, bags, grads, is_unique=request.is_local, ordered=request.ordered_rows))

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from embedtrain.distributed.collectives import run_on_each
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.embedding.shard import TableShard
 from embedtrain.errors import UserError
@@ -49,7 +48,7 @@ def init_from(tables: EmbeddingCollection, table: str, path: str, rows: Mapping[
             table or values that are not finite, or it has none of the names.
     """
     shard = tables.shards[table]
-    return run_on_each(lambda: _copy(shard, path, rows), tables.process_group)
+    return tables.ranks.run_on_each(lambda: _copy(shard, path, rows))
 
 
 def _copy(shard: TableShard, path: str, rows: Mapping[str, int]) -> InitCounts:

@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from embedtrain.distributed.collectives import all_to_all_rows
-from embedtrain.distributed.runtime import size_of
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.stages import stage
 from embedtrain.embedding.shard import RowGroup
 from embedtrain.jagged import places_of_runs
@@ -55,7 +53,7 @@ def choose_owner(
         ValueError: pooling at the owner is forced where weights want a gradient, which needs the rows.
     """
     chosen = [False] * len(features)
-    if size_of(group.process_group) == 1:
+    if group.ranks.size == 1:
         return chosen
     undecided = []
     for number, (feature, batch, weight) in enumerate(zip(features, bags, weights, strict=True)):
@@ -87,7 +85,7 @@ def _moves_less(group: RowGroup, bags: Sequence[Bags], keys: Tensor) -> list[boo
     whose number has it.
     """
     with stage("unique"):
-        bound = size_of(group.process_group) * group.num_local_rows
+        bound = group.ranks.size * group.num_local_rows
         num_rows = count_rows(keys, [feature.num_values for feature in bags], bound)
         num_sums = count_sums(keys, [_lengths_of(feature, keys.device) for feature in bags], group.num_local_rows)
     dim = group.weight.shape[1]
@@ -174,9 +172,9 @@ class BagsAsked:
             lengths = torch.cat([keys.new_zeros(0), *(_lengths_of(feature, keys.device) for feature in bags)])
             owner, pairs = _owner_and_bag(keys, lengths, group.num_local_rows)
             self._rows = torch.sub(keys, owner, alpha=group.num_local_rows)
-            bound = size_of(group.process_group) * max(self.num_bags, 1)
+            bound = group.ranks.size * max(self.num_bags, 1)
             self._by_owner = sort_unique(pairs, bound=bound, with_inverse=False)
-        ranks = torch.arange(size_of(group.process_group) + 1, device=keys.device)
+        ranks = torch.arange(group.ranks.size + 1, device=keys.device)
         ends = torch.searchsorted(self._by_owner.unique, ranks * self.num_bags)
         self.sum_counts = ends.diff()
         self.id_counts = self._by_owner.starts[ends].diff()
@@ -252,7 +250,7 @@ class SumRequest:
         id_counts: ids for each rank, and from each.
         sum_counts: sums from each rank, and for each.
         is_weighted: whether the ids of any rank have factors.
-        process_group: by which the ids travel.
+        ranks: by which the ids travel.
 
     Attributes:
         rows: [n] int64; the local rows that this rank adds up.
@@ -265,12 +263,12 @@ class SumRequest:
         id_counts: tuple[list[int], list[int]],
         sum_counts: tuple[list[int], list[int]],
         is_weighted: bool,
-        process_group: dist.ProcessGroup | None,
+        ranks: Ranks,
     ) -> None:
         self._asked, self._group = asked, group
         self._ask_counts, self._owe_counts = sum_counts
         payload = asked.payload(_id_type(group), is_weighted)
-        received = all_to_all_rows(payload, *id_counts, process_group, group.shared)
+        received = ranks.all_to_all(payload, *id_counts)
         signed = (received[:, 0] if is_weighted else received).long()
         weights = received[:, 1].to(torch.int32).view(torch.float32) if is_weighted else None
         is_first = signed < 0
@@ -285,14 +283,14 @@ class SumRequest:
         (sums,) = pool_rows(*group.rows_to_pool(self.rows), [self._owed])
         # Sums have no storage to be exact to: they travel as gradients do, in float32 unless chosen otherwise.
         sums = sums.to(group.gradient_wire_dtype)
-        received = all_to_all_rows(sums, self._owe_counts, self._ask_counts, group.process_group, group.shared)
+        received = group.ranks.all_to_all(sums, self._owe_counts, self._ask_counts)
         return self._asked.add_up(received)
 
     def send_home(self, grads: Sequence[Tensor | None]) -> None:
         """Sends the gradients of the pooled vectors to the owners, where those of the rows wait for an optimizer."""
         group = self._group
         shared = self._asked.share_out(grads, group.weight.shape[1]).to(group.gradient_wire_dtype)
-        received = all_to_all_rows(shared, self._ask_counts, self._owe_counts, group.process_group, group.shared)
+        received = group.ranks.all_to_all(shared, self._ask_counts, self._owe_counts)
         group.deliver(Delivery(self.rows, [self._owed], [received.float()]))
 
 

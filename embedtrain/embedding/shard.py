@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from embedtrain.checkpoint.changes import RowChanges
 from embedtrain.checkpoint.view import ShardView
-from embedtrain.distributed.runtime import GroupReference, rank_of, size_of
-from embedtrain.distributed.shared_memory import SharedMemoryExchange
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.embedding.host_rows import HostRows
 from embedtrain.embedding.init import initial_rows
 from embedtrain.embedding.placement import DEVICE, Placement, hot_rows
@@ -84,7 +82,7 @@ class RowGroup:
         shards: the tables, in order.
         changes: told by the optimizer which rows it updates; a save in the background relies on it.
         num_local_rows: rows reserved on each rank.
-        shared: the ranks' shared memory, where they have it.
+        ranks: the ranks that share the tables.
         vector_wire_dtype: in which vectors travel between ranks: the storage's unless chosen.
         gradient_wire_dtype: in which gradients do: float32 unless chosen.
         anchor: an empty leaf that look-ups hang on to.
@@ -96,18 +94,16 @@ class RowGroup:
         *,
         seed: int,
         device: torch.device,
-        process_group: dist.ProcessGroup | None,
+        ranks: Ranks,
         wire_dtype: torch.dtype | None = None,
-        shared: SharedMemoryExchange | None = None,
         placement: Placement = DEVICE,
     ) -> None:
         self.device = device
-        self._process_group = GroupReference(process_group)
-        self.shared = shared
+        self.ranks = ranks
         self.vector_wire_dtype = wire_dtype or specs[0].dtype
         self.gradient_wire_dtype = wire_dtype or torch.float32
         self.state: dict[str, Tensor] = {}
-        layouts = [SpreadLayout(spec.num_rows, size_of(process_group)) for spec in specs]
+        layouts = [SpreadLayout(spec.num_rows, ranks.size) for spec in specs]
         self.num_local_rows = sum(layout.rows_per_rank for layout in layouts)
         self._home = torch.device("cpu") if placement.is_host else device
         self.weight = self._allocate((self.num_local_rows, specs[0].dim), 0.0, specs[0].dtype)
@@ -120,7 +116,7 @@ class RowGroup:
         self._waiting: RowGradient | None = None
         first_row = 0
         for spec, layout in zip(specs, layouts, strict=True):
-            start, stop = layout.shard_range(rank_of(process_group))
+            start, stop = layout.shard_range(ranks.rank)
             weight = self.weight[first_row : first_row + stop - start]
             weight.copy_(initial_rows(spec, start, stop, seed))
             self.shards.append(TableShard(spec, layout, (start, stop), first_row, weight, {}, self.changes))
@@ -131,13 +127,8 @@ class RowGroup:
         starts = [[shard.first_row for shard in self.shards], [shard.slots[0] for shard in self.shards]]
         self._starts = torch.tensor(starts, device=device)  # where tables begin among the local rows and the slots
         pieces = [(shard.layout, shard.slots, shard.first_row) for shard in self.shards]
-        choose = functools.partial(hot_rows, pieces, placement.cache_bytes, size_of(process_group))
+        choose = functools.partial(hot_rows, pieces, placement.cache_bytes, ranks.size)
         self._host = HostRows(self.changes, device, choose, self._rounding_keys) if placement.is_host else None
-
-    @property
-    def process_group(self) -> dist.ProcessGroup | None:
-        """The ranks that share the tables; None for one process."""
-        return self._process_group.get()
 
     def keys_of(self, tables: Sequence[int], ids: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         """Returns a key per id of several features, `owner * num_local_rows + local row`, feature after feature.
@@ -197,7 +188,7 @@ class RowGroup:
         if self._waiting is None:
             dim, device = self.weight.shape[1], self.device
             if self._deliveries:
-                factor = 1.0 / size_of(self.process_group)
+                factor = 1.0 / self.ranks.size
                 self._waiting = RowGradient(self._deliveries, num_rows=self.num_local_rows, dim=dim, factor=factor)
             else:
                 no_rows = torch.zeros(0, dtype=torch.int64, device=device)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
 from embedtrain.embedding.features import resolve_features
 from embedtrain.embedding.ids import valid_bags
 from embedtrain.embedding.init import initial_rows
@@ -27,8 +28,7 @@ class UnshardedTable:
 
     def __init__(self, spec: TableSpec, position: int, seed: int) -> None:
         self.spec = spec
-        self.process_group = None
-        self.shared = None
+        self.ranks: Ranks = ONE_PROCESS
         self.state: dict[str, Tensor] = {}
         self.layout = SpreadLayout(spec.num_rows)
         in_slot_order = initial_rows(spec, 0, spec.num_rows, seed)

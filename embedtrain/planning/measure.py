@@ -9,12 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from embedtrain import optim
-from embedtrain.distributed.collectives import all_gather_object, all_to_all_rows
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.runtime import Runtime
-from embedtrain.distributed.shared_memory import connect
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.jagged import Jagged
 from embedtrain.ops.gather_rows import gather_rows
@@ -40,7 +38,7 @@ def measure_machine(runtime: Runtime) -> Machine:
     Random places are those of a table of 256 MiB a rank, of rows of 256 bytes.
     """
     torch.manual_seed(runtime.rank)
-    group, device = runtime.group, runtime.device
+    ranks, device = runtime.ranks, runtime.device
     seconds = _row_seconds(device)
     rates = {
         "gather_bytes_per_second": _TOUCHED * _DIM * 4 / seconds["gather"],
@@ -49,16 +47,16 @@ def measure_machine(runtime: Runtime) -> Machine:
         "sort_ids_per_second": _TOUCHED / seconds["sort"],
         **skipgram_rates(device),
         **loader_rates(),
-        **_exchange_rates(group, device),
+        **_exchange_rates(ranks, device),
     }
     arithmetic = arithmetic_rates(device)
-    waits = {"op_seconds": arithmetic.pop("op_seconds"), "collective_seconds": _collective_seconds(group, device)}
-    slowest = {name: min(of_ranks) for name, of_ranks in _gathered({**rates, **arithmetic}, group).items()}
+    waits = {"op_seconds": arithmetic.pop("op_seconds"), "collective_seconds": _collective_seconds(ranks, device)}
+    slowest = {name: min(of_ranks) for name, of_ranks in _gathered({**rates, **arithmetic}, ranks).items()}
     one, many = (_step_seconds(runtime, num_features) for num_features in (1, 9))
     # A step's five collectives are counted apart.
     waits["step_seconds"] = max(one - 5 * waits["collective_seconds"] * (runtime.world_size > 1), 1e-6)
     waits["feature_seconds"] = max((many - one) / 8, 1e-9)
-    longest = {name: max(of_ranks) for name, of_ranks in _gathered(waits, group).items()}
+    longest = {name: max(of_ranks) for name, of_ranks in _gathered(waits, ranks).items()}
     machine = Machine(
         name=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         num_ranks=runtime.world_size,
@@ -66,7 +64,7 @@ def measure_machine(runtime: Runtime) -> Machine:
         **slowest,
         **longest,
     )
-    factors = _gathered({"factor": _reference_factor(runtime, machine)}, group)
+    factors = _gathered({"factor": _reference_factor(runtime, machine)}, ranks)
     return replace(machine, seconds_per_predicted_second=max(factors["factor"]))
 
 
@@ -89,26 +87,24 @@ def _row_seconds(device: torch.device) -> dict[str, float]:
     }
 
 
-def _exchange_rates(group: dist.ProcessGroup | None, device: torch.device) -> dict[str, float]:
-    if group is None or dist.get_world_size(group) == 1:
+def _exchange_rates(ranks: Ranks, device: torch.device) -> dict[str, float]:
+    if ranks.size == 1:
         # One rank exchanges nothing: any rate will do.
         return {"exchange_bytes_per_second": 1e12}
-    world_size = dist.get_world_size(group)
+    world_size = ranks.size
     counts = [max(32768 // world_size, 1)] * world_size  # rows of 256 bytes: 8 MiB in all
     rows = torch.ones(sum(counts), _DIM, device=device)
-    shared = connect(group, device)
-    seconds = median_seconds(lambda: all_to_all_rows(rows, counts, counts, group, shared), device)
+    seconds = median_seconds(lambda: ranks.all_to_all(rows, counts, counts), device)
     return {"exchange_bytes_per_second": rows.nbytes * (world_size - 1) / world_size / seconds}
 
 
-def _collective_seconds(group: dist.ProcessGroup | None, device: torch.device) -> float:
-    if group is None or dist.get_world_size(group) == 1:
+def _collective_seconds(ranks: Ranks, device: torch.device) -> float:
+    if ranks.size == 1:
         return 1e-9
-    world_size = dist.get_world_size(group)
+    world_size = ranks.size
     ones = [1] * world_size
     counts = torch.ones(world_size, 1, device=device)
-    shared = connect(group, device)
-    seconds = median_seconds(lambda: all_to_all_rows(counts, ones, ones, group, shared), device, inner=20)
+    seconds = median_seconds(lambda: ranks.all_to_all(counts, ones, ones), device, inner=20)
     return seconds / (world_size - 1)
 
 
@@ -118,7 +114,7 @@ def _step_seconds(runtime: Runtime, num_features: int) -> float:
         [TableSpec("row", 1000, 8)],
         [FeatureSpec(f"row{number}", "row") for number in range(num_features)],
         device=runtime.device,
-        process_group=runtime.group,
+        ranks=runtime.ranks,
     )
     optimizer = optim.RowwiseAdagrad(tables)
     batch = {name: Jagged.from_ids(torch.arange(4, device=runtime.device)) for name in tables.features}
@@ -135,7 +131,7 @@ def _step_seconds(runtime: Runtime, num_features: int) -> float:
 def _reference_factor(runtime: Runtime, machine: Machine) -> float:
     """Returns the time that rows take in a step over what its parts add up to. Collective: every rank."""
     num_ids, num_rows = _TOUCHED // 4, _ROWS // 4
-    tables = EmbeddingCollection([TableSpec("row", num_rows, _DIM)], device=runtime.device, process_group=runtime.group)
+    tables = EmbeddingCollection([TableSpec("row", num_rows, _DIM)], device=runtime.device, ranks=runtime.ranks)
     optimizer = optim.RowwiseAdagrad(tables)
     drawn = [torch.randint(num_rows, (num_ids,), device=runtime.device) for _ in range(_DRAWS)]
     batches = itertools.cycle([{"row": Jagged.from_ids(ids)} for ids in drawn])
@@ -153,8 +149,8 @@ def _reference_factor(runtime: Runtime, machine: Machine) -> float:
     return max(median_seconds(step, runtime.device) - parts["rest"], 0.1 * of_rows) / of_rows
 
 
-def _gathered(values: dict[str, float], group: dist.ProcessGroup | None) -> dict[str, list[float]]:
-    of_ranks = all_gather_object(values, group)
+def _gathered(values: dict[str, float], ranks: Ranks) -> dict[str, list[float]]:
+    of_ranks = ranks.all_gather(values)
     return {name: [of_rank[name] for of_rank in of_ranks] for name in values}
 
 

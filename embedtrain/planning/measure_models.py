@@ -18,6 +18,7 @@ from embedtrain.data.click_batches import ClickBatches
 from embedtrain.data.click_schema import CategoricalColumn, ClickSchema
 from embedtrain.data.prepare_clicks import ClickOptions, prepare_clicks
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.ops.sample_text import KEEP_BITS, SamplingTables, TextSample, sample_text
 from embedtrain.ops.skipgram_block import TextBlock, count_predictions, skipgram_block
 from embedtrain.planning.counting import count
@@ -162,7 +163,7 @@ def _record_seconds(num_columns: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clicks.parquet"
         pq.write_table(pa.table(columns), path)
-        log = prepare_clicks(ClickOptions(path=str(path), schema=schema), folder, None)
+        log = prepare_clicks(ClickOptions(path=str(path), schema=schema), folder, ONE_PROCESS)
         batches = ClickBatches(log, _EXAMPLES, seed=0)
         steps = itertools.cycle(range(batches.steps_per_epoch))
         return median_seconds(lambda: batches.batch(0, next(steps))) / _EXAMPLES

@@ -16,6 +16,7 @@ from embedtrain.config.sections import CheckpointConfig, Config, TableConfig
 from embedtrain.data.negatives import NUM_COMMON_WORDS, num_parts_of
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
 from embedtrain.data.skipgram import keep_shares
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.errors import UserError
 from embedtrain.metrics.classification import TRAINING_BINS, classification_sums
 from embedtrain.optim.dense import DenseOptimizer
@@ -213,7 +214,7 @@ def _ranking(config: Any, assumptions: Assumptions) -> Workload:
 
 
 def _network_arithmetic(config: RankingConfig, network: nn.Module, dims: Sequence[int], examples: float) -> Arithmetic:
-    optimizer = DenseOptimizer(network, name=config.dense_optimizer.name, process_group=None)
+    optimizer = DenseOptimizer(network, name=config.dense_optimizer.name, ranks=ONE_PROCESS)
     num_dense = len(click_schema(config.data).dense)
 
     def step(num: int) -> None:
@@ -277,7 +278,7 @@ def _retrieval(config: Any, assumptions: Assumptions) -> Workload:
 
 
 def _perceptron_arithmetic(config: RetrievalConfig, network: nn.Sequential, num_vectors: float) -> Arithmetic:
-    optimizer = DenseOptimizer(network, name=config.dense_optimizer.name, process_group=None)
+    optimizer = DenseOptimizer(network, name=config.dense_optimizer.name, ranks=ONE_PROCESS)
     first = network[0]
     assert isinstance(first, nn.Linear)
     width = first.in_features

@@ -72,7 +72,7 @@ def collection_options(table: TableConfig, runtime: Runtime, seed: int) -> Colle
     """Returns what every model passes on to its tables."""
     return CollectionOptions(
         device=runtime.device,
-        process_group=runtime.group,
+        ranks=runtime.ranks,
         seed=seed,
         wire_dtype=None if table.wire_dtype is None else getattr(torch, table.wire_dtype),
         placement=table.placement,

@@ -16,6 +16,7 @@ from embedtrain.checkpoint.writer import Contents, write_checkpoint
 from embedtrain.config.optimizer import OptimizerConfig
 from embedtrain.config.sections import Config
 from embedtrain.data.vocabulary import Vocabulary
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.embedding.growth import grown_parts
@@ -131,7 +132,7 @@ def _write(
     ]
     folder.write_config(to_yaml(config))
     state = _state(reader, config, facts, old_folder.path)
-    write_checkpoint(folder.checkpoints_path, Contents(_STEP, parts, state, reader.replicated()), None)
+    write_checkpoint(folder.checkpoints_path, Contents(_STEP, parts, state, reader.replicated()), ONE_PROCESS)
     return [
         GrownTable(spec.name, len(each.old), len(each.new) - len(each.old)) for each in grown for spec in each.tables
     ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from embedtrain import optim
 from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.embedding.shard import RowGroup, RowGroups
 from embedtrain.errors import UserError
@@ -56,7 +57,7 @@ def states_of_row(section: OptimizerConfig, dtype: torch.dtype) -> list[Tensor]:
     Raises:
         UserError: a hyperparameter is out of range.
     """
-    group = RowGroup([TableSpec("probe", 1, 1, dtype=dtype)], seed=0, device=torch.device("cpu"), process_group=None)
+    group = RowGroup([TableSpec("probe", 1, 1, dtype=dtype)], seed=0, device=torch.device("cpu"), ranks=ONE_PROCESS)
     _make(section, RowGroups([group]), "optimizer", {})
     return list(group.state.values())
 
@@ -81,6 +82,6 @@ def build_dense_optimizer(
         UserError: a hyperparameter is out of range.
     """
     try:
-        return DenseOptimizer(module, process_group=tables.process_group, shared=tables.shared, **vars(section))
+        return DenseOptimizer(module, ranks=tables.ranks, **vars(section))
     except ValueError as error:
         raise UserError(f"dense_optimizer: {error}") from error

@@ -10,7 +10,7 @@ CHUNK_BYTES = 4096
 """A file is written in runs of so many bytes: a fault can strike in the midst of it."""
 
 PHASES: dict[str, tuple[str, ...]] = {
-    "step": ("embedtrain.train.trainer:train_step", "embedtrain.embedding.exchange:all_to_all_rows"),
+    "step": ("embedtrain.train.trainer:train_step", "embedtrain.distributed.ranks:Ranks.all_to_all_split"),
     "staging": (
         "embedtrain.embedding.collection:EmbeddingCollection.shard_views",
         "embedtrain.checkpoint.changes:RowChanges.snapshot",

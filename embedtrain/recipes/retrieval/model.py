@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from embedtrain.data.bags import Bags
 from embedtrain.data.retrieval_batches import RetrievalBatch
-from embedtrain.distributed.collectives import all_gather_rows
-from embedtrain.distributed.runtime import size_of
 from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection, VectorsAsked
 from embedtrain.jagged import Jagged, places_of_runs
 from embedtrain.recipes.retrieval import losses
@@ -145,11 +143,11 @@ class Retrieval(nn.Module):
         encoded = self._encode((USER, ITEM), prepared.vectors)
         users, items = encoded[USER], encoded[ITEM]
         own = items if batch.in_batch else items[num_positives:]
-        candidates = all_gather_rows(own, batch.candidate_counts, self.tables.process_group, self.tables.shared)
+        candidates = self.tables.ranks.all_gather_rows(own, batch.candidate_counts)
         per_pair = pair_losses(batch, self.scoring, users, items[:num_positives], candidates)
         total = per_pair.sum()
         # A mean over the global batch, whatever share of it this rank has: the exchange averages over the ranks.
-        loss = total * (size_of(self.tables.process_group) / max(1, batch.num_global_positives))
+        loss = total * (self.tables.ranks.size / max(1, batch.num_global_positives))
         return Objective(loss, total.detach().double(), num_positives)
 
     def encode(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:

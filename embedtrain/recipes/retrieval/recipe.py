@@ -15,7 +15,6 @@ from embedtrain.data.columns import TABLE_SUFFIXES
 from embedtrain.data.interactions import InteractionOptions, Interactions, SideOptions, prepare_interactions
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
 from embedtrain.data.sources import refuse_changes
-from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.recipes.base import Check, Parts, Pretrained, Sizes, collection_options, no_check
@@ -132,7 +131,7 @@ def prepare_data(config: RetrievalConfig, runtime: Runtime) -> Interactions:
         users=_side_options(config.users),
         items=_side_options(config.items),
     )
-    interactions = prepare_interactions(options, os.path.expanduser(config.data.cache_path), runtime.group)
+    interactions = prepare_interactions(options, os.path.expanduser(config.data.cache_path), runtime.ranks)
     if runtime.rank == 0:
         _logger.info(
             f"{interactions.num_interactions:,} interactions of {len(interactions.users):,} users with "
@@ -196,7 +195,7 @@ def _build_batches(config: RetrievalConfig, runtime: Runtime, interactions: Inte
         seed=config.seed,
         rank=runtime.rank,
         world_size=runtime.world_size,
-        on_epoch=lambda: run_on_first(check_files, runtime.group),
+        on_epoch=lambda: runtime.ranks.run_on_first(check_files),
     )
 
 

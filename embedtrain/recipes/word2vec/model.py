@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from embedtrain.data.skipgram import TextBatch
-from embedtrain.distributed.runtime import size_of
 from embedtrain.distributed.stages import stage
 from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection, RowsAsked
 from embedtrain.jagged import Jagged
@@ -92,7 +91,7 @@ class Word2Vec(nn.Module):
             batch = self._ask(batch, is_ahead=False)
         vectors = self.tables.fetch_rows(batch.rows)
         # The exchange averages over the ranks; word2vec's step is a sum.
-        num_ranks = size_of(self.tables.process_group)
+        num_ranks = self.tables.ranks.size
         loss: Tensor = _SkipGramLoss.apply(vectors, batch.block, self._architecture, num_ranks)  # type: ignore[no-untyped-call]
         return Objective(loss=loss, total=loss.detach() / num_ranks, num_predictions=batch.num_predictions)
 

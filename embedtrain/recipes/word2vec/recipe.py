@@ -133,7 +133,7 @@ def prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
     path, tokenizer = data.path, data.tokenizer
     if data.format != "text":
         columns = data.basket_column, data.item_column
-        path, tokenizer = write_baskets(path, data.format, columns, cache_path, runtime.group), "whitespace"
+        path, tokenizer = write_baskets(path, data.format, columns, cache_path, runtime.ranks), "whitespace"
     options = CorpusOptions(
         path=path,
         tokenizer=tokenizer,
@@ -141,7 +141,7 @@ def prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
         max_vocab_size=data.max_vocab_size,
         base_vocabulary=data.base_vocabulary,
     )
-    corpus = prepare_corpus(options, cache_path, runtime.group, on_progress=_StageLog() if runtime.rank == 0 else None)
+    corpus = prepare_corpus(options, cache_path, runtime.ranks, on_progress=_StageLog() if runtime.rank == 0 else None)
     if runtime.rank == 0:
         _logger.info(
             f"text: {corpus.num_tokens:,} words of a vocabulary of {len(corpus.vocabulary):,}, in {corpus.path}"

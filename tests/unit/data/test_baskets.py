@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from embedtrain.data.baskets import write_baskets
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.errors import UserError
 
 
 def lines(path: Path, format: str) -> list[str]:
-    text = write_baskets(str(path), format, ("session", "item"), str(path.parent / "cache"), None)
+    text = write_baskets(str(path), format, ("session", "item"), str(path.parent / "cache"), ONE_PROCESS)
     return sorted(Path(text).read_text(encoding="utf-8").splitlines())
 
 

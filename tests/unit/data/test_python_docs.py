@@ -9,6 +9,7 @@ import pytest
 
 from embedtrain.data import python_docs
 from embedtrain.data.python_docs import docstrings, paragraphs, python_modules, write_python_docs
+from embedtrain.distributed.ranks import ONE_PROCESS
 
 MODULE = '''"""Reads files."""
 
@@ -66,7 +67,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_text_of_an_installation(site: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        path = Path(write_python_docs(str(site / "cache"), None))
+        path = Path(write_python_docs(str(site / "cache"), ONE_PROCESS))
     assert path.read_text(encoding="utf-8").split("\n") == [
         "The if statement.",
         "if x:",
@@ -86,18 +87,18 @@ def test_the_text_of_an_installation(site: Path) -> None:
 
 def test_is_written_once_per_set_of_distributions(site: Path) -> None:
     cache = str(site / "cache")
-    first = write_python_docs(cache, None)
+    first = write_python_docs(cache, ONE_PROCESS)
     Path(first).write_text("kept\n")
-    assert write_python_docs(cache, None) == first
+    assert write_python_docs(cache, ONE_PROCESS) == first
     assert Path(first).read_text() == "kept\n"
     metadata = site / "site" / "fake_pack-1.0.dist-info" / "METADATA"
     metadata.write_text(metadata.read_text().replace("1.0", "1.1"))
-    assert write_python_docs(cache, None) != first
+    assert write_python_docs(cache, ONE_PROCESS) != first
 
 
 def test_progress_is_told(site: Path) -> None:
     told: list[tuple[str, float]] = []
-    write_python_docs(str(site / "cache"), None, lambda *progress: told.append(progress))
+    write_python_docs(str(site / "cache"), ONE_PROCESS, lambda *progress: told.append(progress))
     assert told[0] == ("read docstrings", 0.0)
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import embedtrain as et
 from embedtrain.checkpoint import CheckpointReader, CheckpointSaver, SaveOptions, latest_checkpoint, load_shards
-from embedtrain.testing.ranks import run_ranks
+from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
+from embedtrain.testing.threads import run_threads
 
 FEATURES = [et.FeatureSpec("word", pooling="mean"), et.FeatureSpec("item"), et.FeatureSpec("other", "item", "sum")]
 OPTIMIZERS = {
@@ -88,7 +88,7 @@ def test_values_put_into_the_tables_are_read() -> None:
 def test_saves_in_the_background_hold_the_rows_as_they_were(cache_bytes: int, tmp_path: Path) -> None:
     tables, expected = make("host", cache_bytes), make("device")
     optimizers = [OPTIMIZERS["RowwiseAdagrad"](each) for each in (tables, expected)]
-    saver = CheckpointSaver(str(tmp_path), None, None, SaveOptions(full_every=3))
+    saver = CheckpointSaver(str(tmp_path), ONE_PROCESS, ONE_PROCESS, SaveOptions(full_every=3))
     for save in range(5):
         steps = range(3 * save, 3 * save + 3)
         for each, optimizer in zip((tables, expected), optimizers, strict=True):
@@ -110,19 +110,19 @@ def test_saves_in_the_background_hold_the_rows_as_they_were(cache_bytes: int, tm
             load_shards(reader, tables.shard_views())
 
 
-def train_on_ranks(group: dist.ProcessGroup, cache_bytes: int) -> None:
+def train_on_ranks(ranks: Ranks, cache_bytes: int) -> None:
     on_device, on_host = (
-        make(placement, bytes_of_cache, process_group=group)
+        make(placement, bytes_of_cache, ranks=ranks)
         for placement, bytes_of_cache in (("device", None), ("host", cache_bytes))
     )
     for tables in (on_device, on_host):
-        train(tables, OPTIMIZERS["RowwiseAdagrad"](tables), range(5), dist.get_rank(group))
+        train(tables, OPTIMIZERS["RowwiseAdagrad"](tables), range(5), ranks.rank)
     assert_equal(on_device, on_host)
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 300])
 def test_ranks_agree_with_tables_on_the_device(cache_bytes: int) -> None:
-    run_ranks(3, train_on_ranks, cache_bytes)
+    run_threads(3, train_on_ranks, cache_bytes)
 
 
 def test_auto_takes_the_device_where_that_is_the_host() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.planning import measure, measure_models, timing
 from embedtrain.sharding.machine import Machine
@@ -18,7 +19,7 @@ def test_every_rate_is_a_positive_number(monkeypatch: pytest.MonkeyPatch) -> Non
     }.items():
         for name, size in sizes.items():
             monkeypatch.setattr(module, name, size)
-    machine = measure.measure_machine(Runtime(0, 0, 1, torch.device("cpu")))
+    machine = measure.measure_machine(Runtime(ONE_PROCESS, 0, torch.device("cpu")))
     assert Machine.from_json(machine.to_json(), "machine.json") == machine
     assert all(getattr(machine, name) > 0 for name in Machine.rates() if name != "network_bytes_per_second")
     assert machine.num_ranks == 1
