@@ -14,13 +14,13 @@ from torch import Tensor
 
 from embedtrain import storage
 from embedtrain.checkpoint.agreement import on_every_rank
-from embedtrain.checkpoint.changes import MemoryBudget
 from embedtrain.checkpoint.manifest import Parent
 from embedtrain.checkpoint.parts import StagedParts
 from embedtrain.checkpoint.retention import Retention, retain
-from embedtrain.checkpoint.view import ShardView
 from embedtrain.checkpoint.writer import Contents, SavedCheckpoint, write_checkpoint
 from embedtrain.distributed.ranks import Ranks
+from embedtrain.embedding.row_changes import MemoryBudget
+from embedtrain.embedding.shard_view import ShardView
 from embedtrain.errors import CheckpointError, UserError
 
 _logger = logging.getLogger(__name__)

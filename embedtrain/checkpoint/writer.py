@@ -34,8 +34,8 @@ from embedtrain.checkpoint.manifest import (
     temporary_manifest_name,
 )
 from embedtrain.checkpoint.parts import TensorPart, whole_parts
-from embedtrain.checkpoint.view import ShardView
 from embedtrain.distributed.ranks import Ranks
+from embedtrain.embedding.shard_view import ShardView
 from embedtrain.errors import CheckpointError, UserError
 
 _Source = tuple[Tensor, Callable[[], Iterable[Tensor]]]

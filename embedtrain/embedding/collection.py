@@ -9,7 +9,6 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from embedtrain.checkpoint.view import ShardView
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.runtime import job_ranks
 from embedtrain.embedding.exchange import Lookup, RowRequest, exchange_ids, exchange_vectors, look_up_bags
@@ -18,8 +17,9 @@ from embedtrain.embedding.ids import valid_bags
 from embedtrain.embedding.owner_pooling import BagsAsked, choose_owner
 from embedtrain.embedding.placement import PlacementChoice, place_rows
 from embedtrain.embedding.pooling import bags_of
-from embedtrain.embedding.shard import RowGroup, RowGroups, TableShard
+from embedtrain.embedding.shard_view import ShardView
 from embedtrain.embedding.state_dict import as_entry, key_of, take_entry
+from embedtrain.embedding.table_group import TableGroup, TableGroups, TableShard
 from embedtrain.jagged import Jagged
 from embedtrain.ops.pool_rows import Bags
 from embedtrain.ops.transfer import to_device
@@ -120,7 +120,7 @@ class EmbeddingCollection(nn.Module):
             members.setdefault(table.group, []).append(table)
         where = place_rows(placement, cache_bytes, list(members.values()), self.ranks.size, self.device)
         self.row_groups = [
-            RowGroup(
+            TableGroup(
                 specs,
                 seed=seed,
                 device=self.device,
@@ -146,18 +146,18 @@ class EmbeddingCollection(nn.Module):
             group.write_back()
         return {shard.spec.name: shard for group in self.row_groups for shard in group.shards}
 
-    def trained_by(self, optimizer: str) -> RowGroups:
+    def trained_by(self, optimizer: str) -> TableGroups:
         """Returns the tables whose `TableSpec.optimizer` has this name, to make their optimizer of.
 
         Raises:
             ValueError: there are none.
         """
-        named: dict[str, list[RowGroup]] = {}
+        named: dict[str, list[TableGroup]] = {}
         for group in self.row_groups:
             named.setdefault(group.shards[0].spec.optimizer, []).append(group)
         if optimizer not in named:
             raise ValueError(f"no table is trained by {optimizer!r}; the names are {', '.join(map(repr, named))}")
-        return RowGroups(named[optimizer])
+        return TableGroups(named[optimizer])
 
     def forward(self, batch: Mapping[str, Jagged]) -> dict[str, Tensor]:
         """Looks up the features of this rank's batch.

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.stages import stage
 from embedtrain.embedding.owner_pooling import BagsAsked, SumRequest
-from embedtrain.embedding.shard import RowGroup
+from embedtrain.embedding.table_group import TableGroup
 from embedtrain.ops import dispatch
 from embedtrain.ops.pool_rows import Bags, grad_of_weights, pool_rows, pool_rows_backward
 from embedtrain.ops.row_gradient import Delivery, Run
@@ -25,7 +25,7 @@ class Lookup:
     """What this rank looks up in one group of tables.
 
     Attributes:
-        keys: [num_keys] int64; see `RowGroup.keys_of`. Of the rows that travel here.
+        keys: [num_keys] int64; see `TableGroup.keys_of`. Of the rows that travel here.
         bags: the bags that the owners of their rows pool; None where there are none.
         at_owner: per feature of the batch, whether it is among `bags`.
         runs: of the keys, where one rank has all rows.
@@ -119,7 +119,7 @@ The three that say whether there is any are told to every rank alike, so that al
 
 
 def exchange_ids(
-    groups: Sequence[RowGroup],
+    groups: Sequence[TableGroup],
     lookups: Sequence[Lookup],
     error: Exception | None,
     ranks: Ranks,
@@ -161,7 +161,7 @@ def exchange_ids(
     ]
 
 
-def _count(counts: Tensor, group: RowGroup, lookup: Lookup, ordered: OrderedKeys | SortedKeys) -> None:
+def _count(counts: Tensor, group: TableGroup, lookup: Lookup, ordered: OrderedKeys | SortedKeys) -> None:
     """Fills in what this rank asks of each rank for one group; counts: [world_size, 6]."""
     firsts = torch.arange(counts.shape[0] + 1, device=counts.device) * group.num_local_rows
     counts[:, _ROWS] = ordered.num_below(firsts).diff()
@@ -174,7 +174,7 @@ def _count(counts: Tensor, group: RowGroup, lookup: Lookup, ordered: OrderedKeys
 
 
 def _settle(
-    group: RowGroup,
+    group: TableGroup,
     lookup: Lookup,
     ordered: OrderedKeys | SortedKeys,
     counts: tuple[list[list[int]], list[list[int]]],
@@ -210,7 +210,7 @@ def _settle(
     )
 
 
-def exchange_vectors(group: RowGroup, request: RowRequest) -> Tensor:
+def exchange_vectors(group: TableGroup, request: RowRequest) -> Tensor:
     """Fetches the distinct rows that this rank asked for, as float32; [num_distinct, dim].
 
     In backward, the gradient of each row travels to its owner and waits there.
@@ -222,7 +222,7 @@ def exchange_vectors(group: RowGroup, request: RowRequest) -> Tensor:
 
 
 def look_up_bags(
-    group: RowGroup, request: RowRequest, bags: Sequence[Bags], weights: Sequence[Tensor | None]
+    group: TableGroup, request: RowRequest, bags: Sequence[Bags], weights: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
     """Fetches rows and pools them, for all features of a group at once.
 
@@ -245,7 +245,7 @@ def look_up_bags(
     return pooled
 
 
-def _fetch(group: RowGroup, request: RowRequest, dtype: torch.dtype | None = None) -> Tensor:
+def _fetch(group: TableGroup, request: RowRequest, dtype: torch.dtype | None = None) -> Tensor:
     """Returns the distinct rows; `dtype` is None for what traveled."""
     if request.is_local:
         return group.read(request.rows, dtype)
@@ -258,7 +258,7 @@ def _fetch(group: RowGroup, request: RowRequest, dtype: torch.dtype | None = Non
     )
 
 
-def _send_home(group: RowGroup, request: RowRequest, grad: Tensor) -> None:
+def _send_home(group: TableGroup, request: RowRequest, grad: Tensor) -> None:
     if not request.has_rows:
         return
     grads = [grad]
@@ -272,7 +272,7 @@ def _send_home(group: RowGroup, request: RowRequest, grad: Tensor) -> None:
 
 class _ExchangeVectors(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, group: RowGroup, request: RowRequest) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, group: TableGroup, request: RowRequest) -> Tensor:
         ctx.group, ctx.request = group, request
         return _fetch(group, request, torch.float32)
 
@@ -288,7 +288,7 @@ class _LookUpBags(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, group: RowGroup, request: RowRequest, bags: Sequence[Bags], *weights: Tensor | None
+        ctx: Any, anchor: Tensor, group: TableGroup, request: RowRequest, bags: Sequence[Bags], *weights: Tensor | None
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.group, ctx.request, ctx.bags = group, request, bags

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from embedtrain.embedding.collection import EmbeddingCollection
-from embedtrain.embedding.shard import TableShard
+from embedtrain.embedding.table_group import TableShard
 from embedtrain.errors import UserError
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.stages import stage
-from embedtrain.embedding.shard import RowGroup
+from embedtrain.embedding.table_group import TableGroup
 from embedtrain.jagged import places_of_runs
 from embedtrain.ops.pool_rows import Bags, pool_rows
 from embedtrain.ops.row_gradient import Delivery
@@ -32,7 +32,7 @@ _ODD = 0xBF58476D1CE4E5B9 - (1 << 64)
 
 
 def choose_owner(
-    group: RowGroup,
+    group: TableGroup,
     features: Sequence[FeatureSpec],
     bags: Sequence[Bags],
     weights: Sequence[Tensor | None],
@@ -47,7 +47,7 @@ def choose_owner(
         features: their declarations.
         bags: their batches.
         weights: the weights as the caller gave them.
-        keys: [n] int64; see `RowGroup.keys_of`.
+        keys: [n] int64; see `TableGroup.keys_of`.
 
     Raises:
         ValueError: pooling at the owner is forced where weights want a gradient, which needs the rows.
@@ -78,7 +78,7 @@ def choose_owner(
     return chosen
 
 
-def _moves_less(group: RowGroup, bags: Sequence[Bags], keys: Tensor) -> list[bool]:
+def _moves_less(group: TableGroup, bags: Sequence[Bags], keys: Tensor) -> list[bool]:
     """Returns for each feature by itself whether sums cost fewer bytes than its distinct rows.
 
     Both are counted, in large batches by a sample: distinct rows of all keys with a certain hash, sums of all bags
@@ -164,7 +164,7 @@ class BagsAsked:
         is_weighted: whether ids have factors.
     """
 
-    def __init__(self, group: RowGroup, bags: Sequence[Bags], keys: Tensor) -> None:
+    def __init__(self, group: TableGroup, bags: Sequence[Bags], keys: Tensor) -> None:
         self.bags = bags
         self.num_bags = sum(feature.num_bags for feature in bags)
         self.is_weighted = any(feature.weights is not None for feature in bags)
@@ -258,7 +258,7 @@ class SumRequest:
 
     def __init__(
         self,
-        group: RowGroup,
+        group: TableGroup,
         asked: BagsAsked,
         id_counts: tuple[list[int], list[int]],
         sum_counts: tuple[list[int], list[int]],
@@ -308,6 +308,6 @@ def _lengths_of(feature: Bags, device: torch.device) -> Tensor:
     return feature.lengths
 
 
-def _id_type(group: RowGroup) -> torch.dtype:
+def _id_type(group: TableGroup) -> torch.dtype:
     """Returns in which type local rows travel: half the bytes, where they fit."""
     return torch.int32 if group.num_local_rows < 1 << 31 else torch.int64

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from embedtrain.checkpoint.view import ShardView
+from embedtrain.embedding.shard_view import ShardView
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -19,7 +19,7 @@ from embedtrain.spec import FeatureSpec, TableSpec
 
 
 class UnshardedTable:
-    """One table as a dense parameter; stands where a `RowGroup` stands for an optimizer.
+    """One table as a dense parameter; stands where a `TableGroup` stands for an optimizer.
 
     Attributes:
         weight: [num_rows, dim], in order of id.
@@ -82,7 +82,7 @@ class UnshardedTable:
         return f"table {self.spec.name!r}, row {row}"
 
     def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
-        """Returns the keys for stochastic rounding that `RowGroup.rounding_keys` gives the same rows."""
+        """Returns the keys for stochastic rounding that `TableGroup.rounding_keys` gives the same rows."""
         if self.weight.dtype != torch.bfloat16:
             return None
         rows = gradient.rows

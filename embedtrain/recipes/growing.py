@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from embedtrain import storage
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
+from embedtrain.checkpoint.growth import grown_parts
 from embedtrain.checkpoint.writer import Contents, write_checkpoint
 from embedtrain.config.optimizer import OptimizerConfig
 from embedtrain.config.sections import Config
@@ -19,7 +20,6 @@ from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
-from embedtrain.embedding.growth import grown_parts
 from embedtrain.errors import UserError
 from embedtrain.optim.sparse import RowState
 from embedtrain.recipes.loading import config_from_yaml, differing_keys, to_yaml

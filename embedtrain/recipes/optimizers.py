@@ -12,7 +12,7 @@ from embedtrain import optim
 from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig
 from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.embedding.collection import EmbeddingCollection
-from embedtrain.embedding.shard import RowGroup, RowGroups
+from embedtrain.embedding.table_group import TableGroup, TableGroups
 from embedtrain.errors import UserError
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.optim.sparse import HasRowGroups
@@ -57,8 +57,8 @@ def states_of_row(section: OptimizerConfig, dtype: torch.dtype) -> list[Tensor]:
     Raises:
         UserError: a hyperparameter is out of range.
     """
-    group = RowGroup([TableSpec("probe", 1, 1, dtype=dtype)], seed=0, device=torch.device("cpu"), ranks=ONE_PROCESS)
-    _make(section, RowGroups([group]), "optimizer", {})
+    group = TableGroup([TableSpec("probe", 1, 1, dtype=dtype)], seed=0, device=torch.device("cpu"), ranks=ONE_PROCESS)
+    _make(section, TableGroups([group]), "optimizer", {})
     return list(group.state.values())
 
 

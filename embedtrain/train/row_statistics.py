@@ -10,7 +10,7 @@ from torch import Tensor
 
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.embedding.collection import EmbeddingCollection
-from embedtrain.embedding.shard import TableShard
+from embedtrain.embedding.table_group import TableShard
 from embedtrain.metrics.sinks import Histogram
 from embedtrain.optim.sparse import SparseOptimizer
 

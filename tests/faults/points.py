@@ -13,14 +13,14 @@ PHASES: dict[str, tuple[str, ...]] = {
     "step": ("embedtrain.train.trainer:train_step", "embedtrain.distributed.ranks:Ranks.all_to_all_split"),
     "staging": (
         "embedtrain.embedding.collection:EmbeddingCollection.shard_views",
-        "embedtrain.checkpoint.changes:RowChanges.snapshot",
-        "embedtrain.checkpoint.changes:RowSnapshot.preserve",
+        "embedtrain.embedding.row_changes:RowChanges.snapshot",
+        "embedtrain.embedding.row_changes:RowSnapshot.preserve",
         "embedtrain.checkpoint.writer:encode_header",
     ),
     "writing": (
         "embedtrain.storage:write",
         "embedtrain.storage:make_folder",
-        "embedtrain.checkpoint.changes:RowSnapshot.finish",
+        "embedtrain.embedding.row_changes:RowSnapshot.finish",
         "os:fsync",
     ),
     "committing": (

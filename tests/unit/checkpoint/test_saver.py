@@ -80,8 +80,8 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Semaphore]:
         write(url, one_by_one())
 
     monkeypatch.setattr(storage, "write", slowly)
-    monkeypatch.setattr("embedtrain.checkpoint.changes._BLOCK_BYTES", 4096)
-    monkeypatch.setattr("embedtrain.checkpoint.changes._CHUNK_BYTES", 2048)
+    monkeypatch.setattr("embedtrain.embedding.row_changes._BLOCK_BYTES", 4096)
+    monkeypatch.setattr("embedtrain.embedding.row_changes._CHUNK_BYTES", 2048)
     yield permits
     permits.release(10**6)
 

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from embedtrain.checkpoint.changes import RowChanges
-from embedtrain.checkpoint.view import ShardView
 from embedtrain.distributed.ranks import Ranks
-from embedtrain.embedding.host_rows import HostRows
+from embedtrain.embedding.cache import RowCache
 from embedtrain.embedding.init import initial_rows
 from embedtrain.embedding.placement import DEVICE, Placement, hot_rows
+from embedtrain.embedding.row_changes import RowChanges
+from embedtrain.embedding.shard_view import ShardView
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.mix import mix64
 from embedtrain.ops.row_gradient import Delivery, RowGradient, Run
@@ -64,13 +64,13 @@ class TableShard:
         ]
 
 
-class RowGroups(NamedTuple):
+class TableGroups(NamedTuple):
     """Some of the groups of a collection, to be trained by one optimizer."""
 
-    row_groups: list[RowGroup]
+    row_groups: list[TableGroup]
 
 
-class RowGroup:
+class TableGroup:
     """Tables of one dim, dtype and optimizer, whose local rows lie one table after the other in one tensor.
 
     Every rank reserves `rows_per_rank` rows a table, so a row's place is the same arithmetic for every owner;
@@ -128,7 +128,7 @@ class RowGroup:
         self._starts = torch.tensor(starts, device=device)  # where tables begin among the local rows and the slots
         pieces = [(shard.layout, shard.slots, shard.first_row) for shard in self.shards]
         choose = functools.partial(hot_rows, pieces, placement.cache_bytes, ranks.size)
-        self._host = HostRows(self.changes, device, choose, self._rounding_keys) if placement.is_host else None
+        self._host = RowCache(self.changes, device, choose, self._rounding_keys) if placement.is_host else None
 
     def keys_of(self, tables: Sequence[int], ids: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         """Returns a key per id of several features, `owner * num_local_rows + local row`, feature after feature.

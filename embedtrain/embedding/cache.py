@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embedtrain.checkpoint.changes import RowChanges
+from embedtrain.embedding.row_changes import RowChanges
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.transfer import to_device
@@ -24,7 +24,7 @@ class TouchedRows:
         rows: [n] int64, ascending; the local rows.
         weight: [n, dim].
         state: name -> [n] or [n, dim] float32.
-        keys_of: local rows and step -> keys for stochastic rounding; see `RowGroup.rounding_keys`.
+        keys_of: local rows and step -> keys for stochastic rounding; see `TableGroup.rounding_keys`.
     """
 
     rows: Tensor
@@ -42,7 +42,7 @@ class TouchedRows:
         return self.keys_of(self.rows[gradient.rows], step) if self.weight.dtype == torch.bfloat16 else None
 
 
-class HostRows:
+class RowCache:
     """Reads and writes of rows in host memory, by way of a cache of hot rows on the device.
 
     While there is a cache, it holds the truth of its rows, and the host's copies are old: `write_back` brings them up
