@@ -47,6 +47,7 @@ def init_from(tables: EmbeddingCollection, table: str, path: str, rows: Mapping[
         UserError: on every rank; there is no such file, it cannot be read, its vectors have another dim than the
             table or values that are not finite, or it has none of the names.
     """
+    tables.write_back()
     shard = tables.shards[table]
     return tables.ranks.run_on_each(lambda: _copy(shard, path, rows))
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.stages import stage
 from embedtrain.embedding.table_group import TableGroup
 from embedtrain.jagged import places_of_runs
@@ -53,8 +52,6 @@ def choose_owner(
         ValueError: pooling at the owner is forced where weights want a gradient, which needs the rows.
     """
     chosen = [False] * len(features)
-    if group.ranks.size == 1:
-        return chosen
     undecided = []
     for number, (feature, batch, weight) in enumerate(zip(features, bags, weights, strict=True)):
         needs_rows = weight is not None and weight.requires_grad and torch.is_grad_enabled()
@@ -90,7 +87,7 @@ def _moves_less(group: TableGroup, bags: Sequence[Bags], keys: Tensor) -> list[b
         num_sums = count_sums(keys, [_lengths_of(feature, keys.device) for feature in bags], group.num_local_rows)
     dim = group.weight.shape[1]
     wire = Wire(
-        id_bytes=_id_type(group).itemsize,
+        id_bytes=id_type(group).itemsize,
         vector_bytes=group.vector_wire_dtype.itemsize,
         gradient_bytes=group.gradient_wire_dtype.itemsize,
         has_gradients=torch.is_grad_enabled(),
@@ -239,18 +236,15 @@ class BagsAsked:
         return torch.cat(parts)
 
 
-class SumRequest:
-    """What one id exchange settled for the bags of a group that the owners of their rows pool.
-
-    Collective: every rank makes it, and calls its methods, together.
+class BagsOwed:
+    """What the ranks settled for the bags of a group that the owners of their rows pool.
 
     Args:
         group: the tables.
         asked: this rank's bags.
-        id_counts: ids for each rank, and from each.
-        sum_counts: sums from each rank, and for each.
-        is_weighted: whether the ids of any rank have factors.
-        ranks: by which the ids travel.
+        counts: of sums, from each rank and for each.
+        owed: the ids of other ranks' bags, as `BagsAsked.payload` of every rank sent them to this one.
+        is_weighted: whether ids have factors.
 
     Attributes:
         rows: [n] int64; the local rows that this rank adds up.
@@ -260,38 +254,44 @@ class SumRequest:
         self,
         group: TableGroup,
         asked: BagsAsked,
-        id_counts: tuple[list[int], list[int]],
-        sum_counts: tuple[list[int], list[int]],
+        counts: tuple[Sequence[int], Sequence[int]],
+        owed: Tensor,
+        *,
         is_weighted: bool,
-        ranks: Ranks,
     ) -> None:
         self._asked, self._group = asked, group
-        self._ask_counts, self._owe_counts = sum_counts
-        payload = asked.payload(_id_type(group), is_weighted)
-        received = ranks.all_to_all(payload, *id_counts)
-        signed = (received[:, 0] if is_weighted else received).long()
-        weights = received[:, 1].to(torch.int32).view(torch.float32) if is_weighted else None
+        self._ask_counts, self._owe_counts = counts
+        signed = (owed[:, 0] if is_weighted else owed).long()
+        weights = owed[:, 1].to(torch.int32).view(torch.float32) if is_weighted else None
         is_first = signed < 0
         self.rows = torch.where(is_first, ~signed, signed)
         starts = is_first.nonzero().flatten()
         lengths = torch.cat([starts, starts.new_tensor([signed.numel()])]).diff()
         self._owed = Bags(signed.numel(), lengths, weights)
 
-    def fetch(self) -> list[Tensor]:
-        """Returns this rank's bags, pooled: per feature [num_bags, dim] float32."""
-        group = self._group
-        (sums,) = pool_rows(*group.rows_to_pool(self.rows), [self._owed])
+    def pool(self) -> Tensor:
+        """Returns the sums that this rank owes, [num_sums, dim], as they travel."""
+        (sums,) = pool_rows(*self._group.access.look_up(self.rows), [self._owed])
         # Sums have no storage to be exact to: they travel as gradients do, in float32 unless chosen otherwise.
-        sums = sums.to(group.gradient_wire_dtype)
-        received = group.ranks.all_to_all(sums, self._owe_counts, self._ask_counts)
-        return self._asked.add_up(received)
+        return sums.to(self._group.gradient_wire_dtype)
+
+    def fetch(self, sums: Tensor) -> list[Tensor]:
+        """Returns this rank's bags, pooled: per feature [num_bags, dim] float32. Collective: every rank.
+
+        Args:
+            sums: what `pool` returned.
+        """
+        return self._asked.add_up(self._group.ranks.all_to_all(sums, self._owe_counts, self._ask_counts))
 
     def send_home(self, grads: Sequence[Tensor | None]) -> None:
-        """Sends the gradients of the pooled vectors to the owners, where those of the rows wait for an optimizer."""
+        """Sends the gradients of the pooled vectors to the owners, where those of the rows wait for an optimizer.
+
+        Collective: every rank.
+        """
         group = self._group
-        shared = self._asked.share_out(grads, group.weight.shape[1]).to(group.gradient_wire_dtype)
-        received = group.ranks.all_to_all(shared, self._ask_counts, self._owe_counts)
-        group.deliver(Delivery(self.rows, [self._owed], [received.float()]))
+        shares = self._asked.share_out(grads, group.weight.shape[1]).to(group.gradient_wire_dtype)
+        received = group.ranks.all_to_all(shares, self._ask_counts, self._owe_counts)
+        group.gradients.deliver(Delivery(self.rows, [self._owed], [received.float()]))
 
 
 def _owner_and_bag(keys: Tensor, lengths: Tensor, num_local_rows: int) -> tuple[Tensor, Tensor]:
@@ -308,6 +308,6 @@ def _lengths_of(feature: Bags, device: torch.device) -> Tensor:
     return feature.lengths
 
 
-def _id_type(group: TableGroup) -> torch.dtype:
+def id_type(group: TableGroup) -> torch.dtype:
     """Returns in which type local rows travel: half the bytes, where they fit."""
     return torch.int32 if group.num_local_rows < 1 << 31 else torch.int64

@@ -137,7 +137,7 @@ def _reference_factor(runtime: Runtime, machine: Machine) -> float:
     batches = itertools.cycle([{"row": Jagged.from_ids(ids)} for ids in drawn])
 
     def step() -> None:
-        vectors, _ = tables.distinct_rows(next(batches))
+        vectors = tables.distinct_rows(tables.ask(next(batches)))
         vectors.backward(vectors.detach())  # any gradient will do
         optimizer.step()
         optimizer.zero_grad()

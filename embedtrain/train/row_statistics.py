@@ -68,6 +68,7 @@ class RowStatistics:
         Collective: every rank.
         """
         found = {}
+        self._tables.write_back()
         shards = self._tables.shards
         # The optimizer's groups of tables, in its order, which is not the collection's where it combines several.
         for number, settings in enumerate(self._optimizer.param_groups):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -29,6 +30,8 @@ class StepStatistics:
     def __init__(self, tables: EmbeddingCollection, ranks: Ranks) -> None:
         self._tables = tables
         self._ranks = ranks
+        self._keys: Sequence[torch.Tensor] = ()  # of the last batch
+        tables.watch(self._note)
         self._seen = self._costs()
 
     def measure(self, num_steps: int) -> dict[str, float]:
@@ -68,6 +71,9 @@ class StepStatistics:
         on_host, on_device = memory.max(dim=0).values.tolist()
         return {**found, "memory/host_bytes": on_host, **({"memory/device_bytes": on_device} if on_device else {})}
 
+    def _note(self, keys: Sequence[torch.Tensor]) -> None:
+        self._keys = keys
+
     def _costs(self) -> torch.Tensor:
         """Returns [stages + 1] float64: seconds in each stage and bytes sent, since this process began."""
         seconds = seconds_by_stage()
@@ -77,7 +83,7 @@ class StepStatistics:
     def _ids(self) -> torch.Tensor:
         """Returns [3] float64: ids of the last batch, distinct ones, and how often the hottest of those occur."""
         found = torch.zeros(3, dtype=torch.float64)
-        for keys in self._tables.looked_up:
+        for keys in self._keys:
             counts = sort_unique(keys, with_inverse=False).starts.diff()
             hottest = counts.sort(descending=True).values[: -(-len(counts) // _HOTTEST)]
             found += torch.tensor([len(keys), len(counts), int(hottest.sum())], dtype=torch.float64)

@@ -10,7 +10,6 @@ import torch
 
 import embedtrain as et
 from embedtrain.distributed.ranks import Ranks
-from embedtrain.embedding import exchange
 from embedtrain.testing.threads import run_threads
 
 STEPS = 4
@@ -152,20 +151,7 @@ def chosen_ways(ranks: Ranks) -> list[list[bool]]:
         "hot": et.Jagged(ids % 20, torch.full((60,), 100)),
         "one": et.Jagged(ids, torch.ones(6000, dtype=torch.int64)),
     }
-    lookups = []
-    original = exchange.exchange_ids
-    from embedtrain.embedding import collection
-
-    def noted(groups: Any, asked: Any, *rest: Any) -> Any:
-        lookups.extend(asked)
-        return original(groups, asked, *rest)
-
-    collection.exchange_ids = noted
-    try:
-        tables(batch)
-    finally:
-        collection.exchange_ids = original
-    return [list(lookup.at_owner) for lookup in lookups]
+    return [list(part.at_owner) for part in tables.ask(batch).parts]
 
 
 def test_long_bags_of_distinct_ids_are_pooled_at_the_owner_and_hot_ones_at_the_example() -> None:

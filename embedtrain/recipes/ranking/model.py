@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embedtrain.data.click_batches import ClickBatch, ClickBatches
-from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection, VectorsAsked
+from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection
+from embedtrain.embedding.input_dist import Asked
 from embedtrain.errors import UserError
 from embedtrain.metrics.classification import TRAINING_BINS, ClassificationMeter, classification_sums
 from embedtrain.ops.transfer import to_device
@@ -146,7 +147,7 @@ class PreparedClicks:
 
     labels: Tensor
     dense: Tensor
-    vectors: VectorsAsked
+    vectors: Asked
     num_global: int
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from embedtrain.data.bags import Bags
 from embedtrain.data.retrieval_batches import RetrievalBatch
-from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection, VectorsAsked
+from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection
+from embedtrain.embedding.input_dist import Asked
 from embedtrain.jagged import Jagged, places_of_runs
 from embedtrain.recipes.retrieval import losses
 from embedtrain.spec import DEFAULT_OPTIMIZER, FeatureSpec, TableSpec
@@ -83,7 +84,7 @@ class PreparedPairs:
     """
 
     batch: RetrievalBatch
-    vectors: VectorsAsked
+    vectors: Asked
 
 
 class Retrieval(nn.Module):
@@ -166,7 +167,7 @@ class Retrieval(nn.Module):
         """Copies rows of a step that live in host memory to the device."""
         self.tables.bring_rows(prepared.vectors)
 
-    def _ask(self, rows: Mapping[str, Tensor], *, is_ahead: bool) -> VectorsAsked:
+    def _ask(self, rows: Mapping[str, Tensor], *, is_ahead: bool) -> Asked:
         asked: dict[str, Jagged] = {}
         for name, ids in rows.items():
             asked[name] = Jagged.from_ids(ids)
@@ -175,7 +176,7 @@ class Retrieval(nn.Module):
                 asked[f"{name}.{feature}"] = Jagged(torch.from_numpy(values), torch.from_numpy(lengths))
         return self.tables.ask(asked, is_ahead=is_ahead)
 
-    def _encode(self, sides: Iterable[str], asked: VectorsAsked) -> dict[str, Tensor]:
+    def _encode(self, sides: Iterable[str], asked: Asked) -> dict[str, Tensor]:
         vectors = self.tables.look_up(asked)
         return {name: self._join(name, vectors) for name in sides}
 
