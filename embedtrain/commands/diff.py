@@ -13,7 +13,7 @@ from torch import Tensor
 from embedtrain.checkpoint import CheckpointReader, TensorInfo, latest_checkpoint
 from embedtrain.checkpoint.manifest import step_of
 from embedtrain.errors import UserError
-from embedtrain.sharding.layout import SpreadLayout
+from embedtrain.sharding.layout import read_layout
 from embedtrain.train.run_folder import CHECKPOINTS_NAME, RunFolder
 
 _WEIGHT = "/weight"
@@ -179,7 +179,7 @@ def _blocks(
     """Yields ids of the first side, and the rows of both; in the order of the files where both have the same."""
     tensor = name + _WEIGHT
     infos = first.tables[name], second.tables[name]
-    layouts = [SpreadLayout.read(info.layout, info.shape[0], name) for info in infos]
+    layouts = [read_layout(info.layout, info.shape[0], name) for info in infos]
     is_same_order = pairs.ids is None and infos[0].shape[0] == infos[1].shape[0]
     for start in range(0, num_rows, block):
         stop = min(start + block, num_rows)

@@ -81,7 +81,7 @@ class EmbeddingCollection(nn.Module):
         self.features = resolve_features(tables, features)
         self.ranks = ranks if ranks is not None else job_ranks()
         self.device = torch.device("cpu" if device is None else device)
-        members: dict[tuple[int, torch.dtype, str], list[TableSpec]] = {}
+        members: dict[tuple[int, torch.dtype, str, str], list[TableSpec]] = {}
         for table in tables:
             members.setdefault(table.group, []).append(table)
         where = place_rows(placement, cache_bytes, list(members.values()), self.ranks.size, self.device)

@@ -20,9 +20,8 @@ from embedtrain.embedding.shard_view import ShardView
 from embedtrain.ops.mix import mix64
 from embedtrain.ops.row_gradient import RowGradient, Run
 from embedtrain.ops.row_memory import allocate_rows
-from embedtrain.ops.spread_keys import SpreadTable, spread_keys
 from embedtrain.optim.sparse import RowsToUpdate
-from embedtrain.sharding.layout import SpreadLayout
+from embedtrain.sharding.layout import Layout, layout_of
 from embedtrain.spec import TableSpec
 
 
@@ -41,7 +40,7 @@ class TableShard:
     """
 
     spec: TableSpec
-    layout: SpreadLayout
+    layout: Layout
     slots: tuple[int, int]
     first_row: int
     weight: Tensor
@@ -104,13 +103,12 @@ class TableGroup:
         self.vector_wire_dtype = wire_dtype or specs[0].dtype
         self.gradient_wire_dtype = wire_dtype or torch.float32
         self.state: dict[str, Tensor] = {}
-        layouts = [SpreadLayout(spec.num_rows, ranks.size) for spec in specs]
+        layouts = [layout_of(spec.num_rows, ranks.size, spec.layout) for spec in specs]
         self.num_local_rows = sum(layout.rows_per_rank for layout in layouts)
         self._home = torch.device("cpu") if placement.is_host else device
         self.weight = self._allocate((self.num_local_rows, specs[0].dim), 0.0, specs[0].dtype)
         self.changes = RowChanges({"weight": self.weight})
         self.shards: list[TableShard] = []
-        self._spread: list[SpreadTable] = []
         self.gradients = GradientMailbox(self.num_local_rows, specs[0].dim, device, ranks.size)
         first_row = 0
         for spec, layout in zip(specs, layouts, strict=True):
@@ -118,10 +116,9 @@ class TableGroup:
             weight = self.weight[first_row : first_row + stop - start]
             weight.copy_(initial_rows(spec, start, stop, seed))
             self.shards.append(TableShard(spec, layout, (start, stop), first_row, weight, {}, self.changes))
-            self._spread.append(
-                SpreadTable(spec.num_rows, layout.multiplier, layout.rows_per_rank, first_row, layout.block_rows)
-            )
             first_row += layout.rows_per_rank
+        first_rows = [shard.first_row for shard in self.shards]
+        self._key_map = layouts[0].key_map(layouts, first_rows, self.num_local_rows)
         starts = [[shard.first_row for shard in self.shards], [shard.slots[0] for shard in self.shards]]
         self._keys_of = _RoundingKeys(torch.tensor(starts, device=device))
         self.access: RowAccess = RowsOnDevice(self.changes, self.state, self._keys_of)
@@ -142,15 +139,15 @@ class TableGroup:
         Returns:
             The keys, and per feature how many ids are not rows of its table; keys of those mean nothing.
         """
-        return spread_keys(ids, [self._spread[table] for table in tables], self.num_local_rows)
+        return self._key_map(tables, ids)
 
     def runs_of(self, tables: Sequence[int], num_values: Sequence[int]) -> list[Run]:
         """Returns where the local rows of features lie, whose tables, one a feature, are in ascending order."""
         of_table: dict[int, int] = {}
         for table, count in zip(tables, num_values, strict=True):
             of_table[table] = of_table.get(table, 0) + count
-        places = ((self._spread[table], count) for table, count in of_table.items())
-        return [Run(count, place.first_row, place.rows_per_rank) for place, count in places]
+        places = ((self.shards[table], count) for table, count in of_table.items())
+        return [Run(count, shard.first_row, shard.layout.rows_per_rank) for shard, count in places]
 
     @property
     def table_names(self) -> list[str]:

@@ -14,7 +14,7 @@ from embedtrain.embedding.init import initial_rows
 from embedtrain.jagged import Jagged
 from embedtrain.ops.mix import mix64
 from embedtrain.ops.row_gradient import RowGradient
-from embedtrain.sharding.layout import SpreadLayout
+from embedtrain.sharding.layout import layout_of
 from embedtrain.spec import FeatureSpec, TableSpec
 
 
@@ -30,7 +30,7 @@ class UnshardedTable:
         self.spec = spec
         self.ranks: Ranks = ONE_PROCESS
         self.state: dict[str, Tensor] = {}
-        self.layout = SpreadLayout(spec.num_rows)
+        self.layout = layout_of(spec.num_rows, kind=spec.layout)
         in_slot_order = initial_rows(spec, 0, spec.num_rows, seed)
         self.weight = in_slot_order[self.layout.slot_of(torch.arange(spec.num_rows))]
         self.leaf = self.weight.float().clone().requires_grad_()
@@ -98,7 +98,7 @@ class UnshardedEmbeddingCollection(nn.Module):
     ) -> None:
         super().__init__()
         self.features = resolve_features(tables, features)
-        kinds: dict[tuple[int, torch.dtype, str], int] = {}
+        kinds: dict[tuple[int, torch.dtype, str, str], int] = {}
         self.tables: dict[str, UnshardedTable] = {}
         for spec in tables:
             position = kinds.setdefault(spec.group, 0)

@@ -7,6 +7,8 @@ import torch
 
 import embedtrain as et
 from embedtrain.distributed.ranks import Ranks
+from embedtrain.distributed.shared_memory import VARIABLE
+from embedtrain.testing.ranks import run_ranks
 from embedtrain.testing.threads import run_threads
 
 STEPS = 6
@@ -104,14 +106,30 @@ def all_tensors(tables: et.EmbeddingCollection | et.UnshardedEmbeddingCollection
     }
 
 
-@pytest.mark.parametrize("options", OPTIMIZERS)
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_weights_and_accumulators_equal_the_oracle(world_size: int, options: str) -> None:
-    expected = train_unsharded(world_size, torch.float32, OPTIMIZERS[options])
-    for tensors in run_threads(world_size, train_sharded, torch.float32, OPTIMIZERS[options]):
+def assert_equal_the_oracle(ranks: list[dict[str, torch.Tensor]], options: str) -> None:
+    expected = train_unsharded(len(ranks), torch.float32, OPTIMIZERS[options])
+    for tensors in ranks:
         for name, tensor in tensors.items():
             # Sums in another order: a few float32 roundings a step, relative to the largest entry of a row.
             torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("options", OPTIMIZERS)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_weights_and_accumulators_equal_the_oracle(world_size: int, options: str) -> None:
+    assert_equal_the_oracle(run_threads(world_size, train_sharded, torch.float32, OPTIMIZERS[options]), options)
+
+
+@pytest.mark.parametrize("through_memory", ["", "0"])
+@pytest.mark.parametrize(("world_size", "options"), [(2, "options"), (3, "plain"), (4, "plain")])
+def test_processes_do_what_threads_do_to_the_last_bit(
+    world_size: int, options: str, through_memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, through_memory)
+    expected = run_threads(world_size, train_sharded, torch.float32, OPTIMIZERS[options])
+    found = run_ranks(world_size, train_sharded, torch.float32, OPTIMIZERS[options])
+    for of_threads, of_processes in zip(expected, found, strict=True):
+        assert all(torch.equal(of_threads[name], of_processes[name]) for name in of_threads)
 
 
 def test_bfloat16_rows_stay_near_the_oracle() -> None:
