@@ -120,8 +120,10 @@ def test_weights_and_accumulators_equal_the_oracle(world_size: int, options: str
     assert_equal_the_oracle(run_threads(world_size, train_sharded, torch.float32, OPTIMIZERS[options]), options)
 
 
-@pytest.mark.parametrize("through_memory", ["", "0"])
-@pytest.mark.parametrize(("world_size", "options"), [(2, "options"), (3, "plain"), (4, "plain")])
+@pytest.mark.parametrize(
+    ("world_size", "options", "through_memory"),
+    [(2, "options", ""), (2, "options", "0"), (3, "plain", "0"), (4, "plain", "")],
+)
 def test_processes_do_what_threads_do_to_the_last_bit(
     world_size: int, options: str, through_memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
