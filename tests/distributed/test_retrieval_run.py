@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from embedtrain import cli
-from embedtrain.distributed.runtime import Runtime, default_group, rank_of, size_of
+from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
+from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.recipes.building import build_parts
 from embedtrain.recipes.loading import load_config
@@ -85,12 +86,11 @@ class KilledError(Exception):
     pass
 
 
-def run_parts(_: object, arguments: list[str], kill_at: int | None) -> dict[str, torch.Tensor]:
+def run_parts(ranks: Ranks, arguments: list[str], kill_at: int | None) -> dict[str, torch.Tensor]:
     """Trains as the command does; returns all that was trained, whole."""
     torch.set_num_threads(1)
     config = load_config(None, arguments)
-    group = default_group()
-    runtime = Runtime(rank_of(group), rank_of(group), size_of(group), torch.device("cpu"))
+    runtime = Runtime(ranks, ranks.rank, torch.device("cpu"))
     run = build_run(config, runtime, check_run_folder(config), build_parts(config, runtime))
 
     def strike() -> None:
@@ -308,7 +308,7 @@ def test_a_file_that_changes_is_noticed_when_the_run_goes_on(folder: Path, capfd
 
 def test_a_file_that_changes_between_epochs_ends_the_run(folder: Path) -> None:
     config = load_config(None, overrides(folder, "run", "train.epochs=2"))
-    runtime = Runtime(0, 0, 1, torch.device("cpu"))
+    runtime = Runtime(ONE_PROCESS, 0, torch.device("cpu"))
     run = build_run(config, runtime, check_run_folder(config), build_parts(config, runtime))
 
     def change() -> None:

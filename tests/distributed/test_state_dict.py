@@ -18,9 +18,9 @@ Group = dist.ProcessGroup | None
 TABLES = [et.TableSpec("item", 101, 8), et.TableSpec("user", 3, 8), et.TableSpec("word", 20, 4, dtype=torch.bfloat16)]
 
 
-def make(group: Group, seed: int) -> tuple[nn.Module, et.EmbeddingCollection]:
+def make(ranks: Group, seed: int) -> tuple[nn.Module, et.EmbeddingCollection]:
     torch.manual_seed(0)
-    tables = et.EmbeddingCollection(TABLES, process_group=group, seed=seed)
+    tables = et.EmbeddingCollection(TABLES, ranks=ranks, seed=seed)
     optimizer = et.optim.RowwiseAdagrad(tables, lr=0.1)
     model = nn.ModuleDict({"tables": tables, "dense": nn.Linear(2, 2)})
     if seed:
@@ -36,20 +36,20 @@ def whole(tables: et.EmbeddingCollection) -> dict[str, Tensor]:
     return {f"tables.{table}.{kind}": tables.gather_table(table, kind).clone() for table, kind in names}
 
 
-def _save(group: Group, path: str) -> dict[str, Tensor]:
-    model, tables = make(group, seed=1)
+def _save(ranks: Group, path: str) -> dict[str, Tensor]:
+    model, tables = make(ranks, seed=1)
     state_dict = model.state_dict()
-    if group is not None:
+    if ranks is not None:
         assert isinstance(state_dict["tables.item.weight"], DTensor)
         assert state_dict["tables.item.weight"].shape == (101, 8)
-    dcp.save(state_dict, checkpoint_id=path, no_dist=group is None)
+    dcp.save(state_dict, checkpoint_id=path, no_dist=ranks is None)
     return whole(tables)
 
 
-def _load(group: Group, path: str) -> dict[str, Tensor]:
-    model, tables = make(group, seed=0)
+def _load(ranks: Group, path: str) -> dict[str, Tensor]:
+    model, tables = make(ranks, seed=0)
     state_dict = model.state_dict()
-    dcp.load(state_dict, checkpoint_id=path, no_dist=group is None)
+    dcp.load(state_dict, checkpoint_id=path, no_dist=ranks is None)
     model.load_state_dict(state_dict)
     return whole(tables)
 
