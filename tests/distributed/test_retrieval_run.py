@@ -125,7 +125,7 @@ def test_a_killed_run_goes_on_to_the_last_bit_and_on_another_number_of_ranks(fol
 
     moved = overrides(folder, "moved", *more)
     run_ranks(2, run_parts, moved, 60)
-    for name, tensor in run_parts(None, moved, None).items():
+    for name, tensor in run_parts(ONE_PROCESS, moved, None).items():
         torch.testing.assert_close(tensor, whole[name], rtol=0.05, atol=0.02)
     lines = [[json.loads(line) for line in (folder / run / "metrics.jsonl").open()] for run in ("whole", "killed")]
     for first, second in zip(*lines, strict=True):
@@ -138,8 +138,8 @@ ON_HOST = ("table.placement=host", "table.cache_bytes=500")
 
 
 def test_where_rows_live_changes_no_result(folder: Path) -> None:
-    expected = run_parts(None, overrides(folder, "device"), None)
-    found = run_parts(None, overrides(folder, "host", *ON_HOST), None)
+    expected = run_parts(ONE_PROCESS, overrides(folder, "device"), None)
+    found = run_parts(ONE_PROCESS, overrides(folder, "host", *ON_HOST), None)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
