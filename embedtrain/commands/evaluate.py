@@ -30,7 +30,7 @@ def evaluate(
     restrict_vocab: int,
     case_sensitive: bool,
 ) -> int:
-    """Measures a run on its held-out data, or its vectors on files of analogies and word pairs."""
+    """Measures a run on held-out data, or its words on word tests."""
     if not analogies and not similarity:
         return _measure(path)
     from embedtrain.distributed.runtime import init_distributed

@@ -41,7 +41,7 @@ EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
 )
 @click.option("--probe", is_flag=True, help="Measure both bandwidths here: on torchrun's ranks, or on 2 of its own.")
 def plan(**options: Any) -> int:
-    """Tells what a run needs on each rank, and how long a step takes at least."""
+    """Tells what a run needs on each rank, and bounds a step's time."""
     options["config"], options["overrides"] = split_config(options["config"], options.pop("settings"))
     return run_plan(SimpleNamespace(**options))
 

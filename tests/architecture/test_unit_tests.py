@@ -12,6 +12,9 @@ STARTING = {"subprocess", "embedtrain.testing.ranks", "tests.launching", "tests.
 ALLOWED = {
     "commands/test_completion.py": "asks bash for its completions",
     "commands/test_fuzz.py": "gives the program itself a few of the command lines",
+    "commands/test_help.py": "asks a fresh interpreter what the help imports",
+    "commands/test_mistakes.py": "pipes the program's output into one that stops reading",
+    "recipes/test_registry.py": "asks a fresh interpreter what the registry imports",
 }
 
 

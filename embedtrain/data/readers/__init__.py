@@ -66,7 +66,8 @@ def suffixes_of(name: str) -> tuple[str, ...]:
     return FORMATS[name].suffixes + FORMATS[name].other_suffixes
 
 
-def require_format(name: str, others: tuple[str, ...] = ()) -> None:
-    """Raises UserError when there is no format of this name, nor is it among `others`."""
+def require_format(name: str, others: tuple[str, ...] = (), key: str = "") -> None:
+    """Raises UserError, with the key of the setting, if there is no format of this name, nor is it among `others`."""
     if name not in FORMATS and name not in others:
-        raise UserError(f"expected a format of {', '.join([*others, *FORMATS])}, got {name!r}")
+        where = f"{key}: " if key else ""
+        raise UserError(f"{where}expected a format of {', '.join([*others, *FORMATS])}, got {name!r}")

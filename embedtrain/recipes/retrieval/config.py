@@ -159,8 +159,8 @@ class RetrievalConfig(Config):
         super().check()
         refuse_stream(self.data.path, "who is known to have what is counted before it is trained on")
         require_paths({"data.path": self.data.path})
-        for each in (self.data, self.users, self.items):
-            require_format(each.format, (AUTO,))
+        for name, part in (("data", self.data), ("users", self.users), ("items", self.items)):
+            require_format(part.format, (AUTO,), f"{name}.format")
         optional = {
             "evaluate.path": self.evaluate.path,
             "users.path": self.users.path,

@@ -129,7 +129,7 @@ class Word2VecConfig(Config):
         super().check()
         refuse_stream(self.data.path, "the words of a text are counted before it is trained on")
         require_paths({"data.path": self.data.path})
-        require_format(self.data.format, ("text", AUTO))
+        require_format(self.data.format, ("text", AUTO), "data.format")
         require_paths({"evaluate.similarity": self.evaluate.similarity}, may_be_none=True)
         counts = {
             "table.dim": self.table.dim,

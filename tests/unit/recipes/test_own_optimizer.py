@@ -13,10 +13,11 @@ import torch
 
 import embedtrain as et
 from embedtrain.config import optimizer as sections
+from embedtrain.config.resolved import to_yaml
 from embedtrain.errors import UserError
 from embedtrain.optim.registry import ENTRY_POINTS
 from embedtrain.recipes import loading
-from embedtrain.recipes.loading import config_from_yaml, load_config, to_yaml
+from embedtrain.recipes.loading import config_from_yaml, load_config
 from embedtrain.recipes.optimizers import build_optimizer, optimizer_names, states_of_row
 
 DOCS = Path(__file__).parents[3] / "docs"

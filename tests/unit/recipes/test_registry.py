@@ -19,7 +19,7 @@ Install = Callable[..., None]
 
 RECIPE = """
 from dataclasses import dataclass, field
-from embedtrain import recipes
+from embedtrain.recipes import api as recipes
 
 @dataclass
 class Data:
@@ -87,7 +87,7 @@ def test_a_model_that_does_not_exist_is_named_with_those_that_do(install: Instal
         ("import no_such_module", "RECIPE", "importing broken_shop:RECIPE failed: ModuleNotFoundError: No module"),
         ("raise RuntimeError('out of stock')", "RECIPE", "failed: RuntimeError: out of stock"),
         ("", "RECIPE", "failed: AttributeError"),
-        ("RECIPE = dict", "RECIPE", "expected broken_shop:RECIPE to be an embedtrain.recipes.Recipe, got type"),
+        ("RECIPE = dict", "RECIPE", "expected broken_shop:RECIPE to be an embedtrain.recipes.api.Recipe, got type"),
     ],
 )
 def test_a_broken_package_is_named_and_breaks_nothing_else(
