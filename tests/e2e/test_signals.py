@@ -59,7 +59,7 @@ def test_a_second_interrupt_leaves_at_once(job: Job, wait_until: Wait) -> None:
     process = job.start(*job.train_arguments("run", *ENDLESS, *slow))
     wait_until(lambda: "\nstarting" in process.errors(), process)
     # Until one is heard more than two seconds after the first: when that is depends on how busy the machine is.
-    give_up = time.monotonic() + 60
+    give_up = time.monotonic() + 30
     while process.poll() is None and time.monotonic() < give_up:
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)
