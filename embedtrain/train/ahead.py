@@ -110,4 +110,5 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
         for each in fields(value):
             yield from tensors_of(getattr(value, each.name))
     elif type(value).__module__.startswith("embedtrain."):
-        yield from tensors_of(vars(value))
+        names = [*getattr(value, "__dict__", ()), *getattr(type(value), "__slots__", ())]
+        yield from tensors_of([getattr(value, name) for name in names])

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from embedtrain import storage
 from embedtrain.checkpoint import (
@@ -22,18 +21,17 @@ from embedtrain.checkpoint import (
     save_checkpoint,
     verify,
 )
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import CheckpointError
 from embedtrain.testing.ranks import RankError, run_ranks
 from tests.unit.checkpoint.example import example_tables, views_of
 
-Group = dist.ProcessGroup | None
 
-
-def _save(ranks: Group, root: str, step: int) -> str:
+def _save(ranks: Ranks, root: str, step: int) -> str:
     return save_checkpoint(root, step, views_of(example_tables(), ranks.rank, ranks.size), {"step": step}, ranks)
 
 
-def _load(ranks: Group, root: str) -> list[torch.Tensor]:
+def _load(ranks: Ranks, root: str) -> list[torch.Tensor]:
     path = agree_on_latest(root, ranks)
     assert path is not None
     views = [
@@ -54,7 +52,7 @@ def test_saved_on_m_ranks_loads_on_another_number(saved_on: int, tmp_path: Path)
         assert torch.equal(torch.cat([tensors[index] for tensors in loaded]), table)
 
 
-def _save_with_a_full_disk(ranks: Group, root: str) -> str:
+def _save_with_a_full_disk(ranks: Ranks, root: str) -> str:
     if ranks.rank == 1:
 
         def full(url: str, chunks: Any) -> None:
@@ -76,7 +74,7 @@ def test_a_full_disk_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
 
 
-def _die_while_saving(ranks: Group, root: str, dying_rank: int, function: str) -> None:
+def _die_while_saving(ranks: Ranks, root: str, dying_rank: int, function: str) -> None:
     if ranks.rank == dying_rank:
 
         def die(*args: Any) -> None:
@@ -107,7 +105,7 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _measure(ranks: Group, root: str) -> tuple[int, int]:
+def _measure(ranks: Ranks, root: str) -> tuple[int, int]:
     """Returns how much the peak of memory grew by saving and by loading a table of `_TABLE_BYTES`."""
     table = torch.ones(_TABLE_BYTES // 512, 128)
     shard = ShardView("t/weight", tuple(table.shape), 0, table)

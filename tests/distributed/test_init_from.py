@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import embedtrain as et
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.testing.threads import outcomes_on_threads, run_threads
 
-Group = dist.ProcessGroup | None
 WORDS = [f"w{number}" for number in range(101)]
 ROWS = {word: row for row, word in enumerate(WORDS)}
 DIM = 8
@@ -30,7 +29,7 @@ def write_vectors(path: Path) -> dict[str, list[float]]:
     return vectors
 
 
-def _start(ranks: Group, path: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, et.InitCounts]:
+def _start(ranks: Ranks, path: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, et.InitCounts]:
     tables = et.EmbeddingCollection(
         [et.TableSpec("other", 7, DIM, dtype=dtype), et.TableSpec("word", len(WORDS), DIM, dtype=dtype)],
         ranks=ranks,

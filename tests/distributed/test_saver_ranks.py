@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import embedtrain as et
 from embedtrain import storage
@@ -17,14 +16,14 @@ from embedtrain.checkpoint import (
     find_checkpoints,
     load_shards,
 )
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import CheckpointError
 from embedtrain.testing.ranks import run_ranks
 
-Group = dist.ProcessGroup | None
 TABLES = [et.TableSpec("item", 1001, 8), et.TableSpec("user", 3, 8), et.TableSpec("word", 200, 4, dtype=torch.bfloat16)]
 
 
-def _train(tables: et.EmbeddingCollection, optimizer: et.optim.SparseOptimizer, step: int, ranks: Group) -> None:
+def _train(tables: et.EmbeddingCollection, optimizer: et.optim.SparseOptimizer, step: int, ranks: Ranks) -> None:
     generator = torch.Generator().manual_seed(100 * step + ranks.rank)
     batch = {
         spec.name: et.Jagged.from_ids(torch.randint(0, spec.num_rows, (40,), generator=generator)) for spec in TABLES
@@ -39,7 +38,7 @@ def _whole(tables: et.EmbeddingCollection) -> list[torch.Tensor]:
     return [tables.gather_table(table, name).clone() for table, name in names]
 
 
-def _save_while_training(ranks: Group, root: str, optimizer_name: str) -> list[list[torch.Tensor]]:
+def _save_while_training(ranks: Ranks, root: str, optimizer_name: str) -> list[list[torch.Tensor]]:
     tables = et.EmbeddingCollection(TABLES, ranks=ranks)
     optimizer = et.optim.OPTIMIZERS[optimizer_name](tables, lr=0.1)
     saver = CheckpointSaver(root, ranks, ranks.for_thread(60.0), SaveOptions(full_every=4))
@@ -52,7 +51,7 @@ def _save_while_training(ranks: Group, root: str, optimizer_name: str) -> list[l
     return expected
 
 
-def _load(ranks: Group, path: str, optimizer_name: str) -> list[torch.Tensor]:
+def _load(ranks: Ranks, path: str, optimizer_name: str) -> list[torch.Tensor]:
     tables = et.EmbeddingCollection(TABLES, ranks=ranks)
     et.optim.OPTIMIZERS[optimizer_name](tables)
     with CheckpointReader(path) as reader:
@@ -74,7 +73,7 @@ def test_chains_saved_on_m_ranks_load_on_n(saved_on: int, loaded_on: int, optimi
             assert torch.equal(tensor, other)
 
 
-def _fail_on_one_rank(ranks: Group, root: str) -> tuple[int, str]:
+def _fail_on_one_rank(ranks: Ranks, root: str) -> tuple[int, str]:
     if ranks.rank == 1:
 
         def full(url: str, chunks: object) -> None:
