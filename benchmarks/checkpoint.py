@@ -35,8 +35,8 @@ import torch.multiprocessing as mp
 import embedtrain as et
 from embedtrain.checkpoint import CheckpointReader, CheckpointSaver, SaveOptions, load_shards, save_checkpoint
 from embedtrain.checkpoint.header import row_blocks
-from embedtrain.distributed.collectives import all_gather_object
-from embedtrain.distributed.runtime import background_group, rank_of
+from embedtrain.distributed.ranks import Ranks
+from embedtrain.distributed.runtime import job_ranks
 
 DIM = 64
 ROW_BYTES = 4 * (DIM + 1)
@@ -65,22 +65,22 @@ class Settings:
 class Bench:
     """One rank of a measurement."""
 
-    def __init__(self, settings: Settings, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, settings: Settings, ranks: Ranks) -> None:
         self.settings = settings
-        self.group = group
-        self.rank = rank_of(group)
+        self.ranks = ranks
+        self.rank = ranks.rank
         self.num_rows = settings.num_bytes // ROW_BYTES
-        self.tables = et.EmbeddingCollection([et.TableSpec("item", self.num_rows, DIM)], process_group=group)
+        self.tables = et.EmbeddingCollection([et.TableSpec("item", self.num_rows, DIM)], ranks=ranks)
         self.optimizer = et.optim.RowwiseAdagrad(self.tables, lr=0.01)
         self.views = self.tables.shard_views()
         self.generator = torch.Generator().manual_seed(self.rank)
 
     def seconds(self, action: Callable[[], object]) -> float:
         """Returns how long the slowest rank takes, all starting together."""
-        all_gather_object(None, self.group)
+        self.ranks.all_gather(None)
         start = time.perf_counter()
         action()
-        return max(all_gather_object(time.perf_counter() - start, self.group))
+        return max(self.ranks.all_gather(time.perf_counter() - start))
 
     def measure_files(self) -> dict[str, list[float]]:
         """Returns the seconds of each way to write and to read, a value a repeat."""
@@ -106,7 +106,7 @@ class Bench:
                         shutil.rmtree(last)
                     found.setdefault(f"{kind} {name}", []).append(self.seconds(ways[name][index]))
                     last = folder
-        all_gather_object(None, self.group)
+        self.ranks.all_gather(None)
         if self.rank == 0:
             shutil.rmtree(self.settings.path)
         return found
@@ -128,7 +128,7 @@ class Bench:
 
     def save(self, folder: Path) -> None:
         """Saves as embedtrain does."""
-        save_checkpoint(str(folder), 1, self.views, {}, self.group)
+        save_checkpoint(str(folder), 1, self.views, {}, self.ranks)
 
     def load(self, folder: Path) -> None:
         """Loads as embedtrain does."""
@@ -140,14 +140,13 @@ class Bench:
         dcp.save(
             self.tables.state_dict(),
             storage_writer=dcp.FileSystemWriter(str(folder / "dcp")),
-            process_group=self.group,
-            no_dist=self.group is None,
+            no_dist=self.ranks.size == 1,
         )
 
     def load_by_dcp(self, folder: Path) -> None:
         """Loads by torch's file reader."""
         reader = dcp.FileSystemReader(str(folder / "dcp"))
-        dcp.load(self.tables.state_dict(), storage_reader=reader, process_group=self.group, no_dist=self.group is None)
+        dcp.load(self.tables.state_dict(), storage_reader=reader, no_dist=self.ranks.size == 1)
 
     def drop_from_page_cache(self, folder: Path) -> None:
         """Has the next reads come from the disk."""
@@ -172,7 +171,7 @@ class Bench:
     def measure_training(self) -> dict[str, float]:
         """Returns what saving in the background costs, and how large a delta is."""
         folder = Path(self.settings.path) / "training"
-        saver = CheckpointSaver(str(folder), self.group, background_group(self.group, 600.0), SaveOptions(full_every=2))
+        saver = CheckpointSaver(str(folder), self.ranks, self.ranks.for_thread(600.0), SaveOptions(full_every=2))
         quiet = [self.train_once() for _ in range(self.settings.steps)][5:]
         found = {"median step, no save": statistics.median(quiet), "longest step, no save": max(quiet)}
         sizes: list[int] = []
@@ -183,7 +182,7 @@ class Bench:
             found[f"call of save, {kind}"] = time.perf_counter() - start
             steps = []
             # Steps are collective: the ranks go on until the last one has written its part.
-            while any(all_gather_object(not saver.is_idle, self.group)):
+            while any(self.ranks.all_gather(not saver.is_idle)):
                 steps.append(self.train_once())
                 peak = max(peak, resident_bytes())
             found[f"until durable, {kind}"] = time.perf_counter() - start
@@ -198,7 +197,7 @@ class Bench:
                     self.train_once()
                 found["steps before the delta"] = max(len(steps), self.settings.steps)
         found["bytes, delta / full"] = sizes[1] / sizes[0]
-        all_gather_object(None, self.group)
+        self.ranks.all_gather(None)
         found["copy of all rows to a reused buffer"] = self.copy_seconds()
         if self.rank == 0:
             shutil.rmtree(folder)
@@ -224,18 +223,17 @@ def resident_bytes() -> int:
 def run_rank(rank: int, world_size: int, store_path: str, results_path: str, settings: Settings) -> None:
     """Measures as one of the ranks; rank 0 keeps what all found."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
-    group = None
     if world_size > 1:
         store = dist.FileStore(store_path, world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=10))
-        group = dist.group.WORLD
-    bench = Bench(settings, group)
+    ranks = job_ranks()
+    bench = Bench(settings, ranks)
     files = bench.measure_files()
-    training = all_gather_object(bench.measure_training(), group)
+    training = ranks.all_gather(bench.measure_training())
     if rank == 0:
         slowest = {name: max(found[name] for found in training) for name in training[0]}
         Path(results_path).write_text(json.dumps({"files": files, "training": slowest}))
-    if group is not None:
+    if world_size > 1:
         dist.destroy_process_group()
 
 

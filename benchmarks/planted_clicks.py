@@ -27,6 +27,7 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.metrics.classification import ClassificationMeter, ClassificationReport
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,7 +134,7 @@ def write_log(planted: Planted, path: Path, num_examples: int, seed: int) -> Cla
         columns = {"label": labels.astype(np.int8), **dict(zip(DENSE, dense.T, strict=True))}
         columns |= dict(zip(FIELDS, ids, strict=True))
         pq.write_table(pa.table(columns), path / f"part-{number:03d}.parquet", row_group_size=1 << 16)
-    return meter.report(None)
+    return meter.report(ONE_PROCESS)
 
 
 def train(planted: Planted, path: Path, options: argparse.Namespace) -> dict[str, float]:

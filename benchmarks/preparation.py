@@ -213,41 +213,46 @@ def _letters(number: int) -> str:
 def prepare_letters(path: str, folder: str) -> None:
     """Prepares words of letters."""
     from embedtrain.data.prepare import CorpusOptions, prepare_corpus
+    from embedtrain.distributed.ranks import ONE_PROCESS
 
-    prepare_corpus(CorpusOptions(path=path), folder, None)
+    prepare_corpus(CorpusOptions(path=path), folder, ONE_PROCESS)
 
 
 def prepare_whitespace(path: str, folder: str) -> None:
     """Prepares words between white space."""
     from embedtrain.data.prepare import CorpusOptions, prepare_corpus
+    from embedtrain.distributed.ranks import ONE_PROCESS
 
-    prepare_corpus(CorpusOptions(path=path, tokenizer="whitespace"), folder, None)
+    prepare_corpus(CorpusOptions(path=path, tokenizer="whitespace"), folder, ONE_PROCESS)
 
 
 def prepare_census(path: str, folder: str) -> None:
     """Prepares clicks with vocabularies."""
     from embedtrain.data.click_schema import CategoricalColumn, ClickSchema
     from embedtrain.data.prepare_clicks import ClickOptions, prepare_clicks
+    from embedtrain.distributed.ranks import ONE_PROCESS
 
     columns = tuple(CategoricalColumn(name=name) for name in CENSUS_TEXTS)
     schema = ClickSchema(file_format="csv", label="label", dense=CENSUS_NUMBERS, categorical=columns)
-    prepare_clicks(ClickOptions(path=path, schema=schema), folder, None)
+    prepare_clicks(ClickOptions(path=path, schema=schema), folder, ONE_PROCESS)
 
 
 def prepare_criteo(path: str, folder: str) -> None:
     """Prepares clicks by hashing."""
     from embedtrain.data.click_schema import CRITEO_CATEGORICAL, CategoricalColumn, ClickSchema
     from embedtrain.data.prepare_clicks import ClickOptions, prepare_clicks
+    from embedtrain.distributed.ranks import ONE_PROCESS
 
     columns = [CategoricalColumn(name=name, encoding="hash", num_rows=HASH_ROWS) for name in CRITEO_CATEGORICAL]
-    prepare_clicks(ClickOptions(path=path, schema=ClickSchema.criteo(columns)), folder, None)
+    prepare_clicks(ClickOptions(path=path, schema=ClickSchema.criteo(columns)), folder, ONE_PROCESS)
 
 
 def prepare_pairs(path: str, folder: str) -> None:
     """Prepares interactions."""
     from embedtrain.data.interactions import InteractionOptions, prepare_interactions
+    from embedtrain.distributed.ranks import ONE_PROCESS
 
-    prepare_interactions(InteractionOptions(path=path), folder, None)
+    prepare_interactions(InteractionOptions(path=path), folder, ONE_PROCESS)
 
 
 def prepare_with_polars(path: str, folder: str) -> None:

@@ -27,8 +27,7 @@ from record import Measure, append_results
 import embedtrain as et
 from embedtrain.data.prepare import CorpusOptions, prepare_corpus
 from embedtrain.data.skipgram import SamplingOptions, TextBatch, TextBatches
-from embedtrain.distributed.collectives import all_gather_object
-from embedtrain.distributed.runtime import init_distributed, rank_of, size_of
+from embedtrain.distributed.runtime import init_distributed
 from embedtrain.distributed.stages import stage
 from embedtrain.ops.sort_unique import sort_unique
 from embedtrain.optim import RowwiseAdagrad
@@ -87,17 +86,17 @@ def start(options: argparse.Namespace, ranks: int, is_weak: bool) -> dict[str, A
 def run_rank(options: argparse.Namespace) -> None:
     """Trains as one rank, first by the clock, then under the profiler."""
     runtime = init_distributed(device="cpu")
-    group = runtime.group
-    corpus = prepare_corpus(CorpusOptions(path=str(options.text)), options.cache, group)
-    words_per_step = WORDS_PER_STEP * (size_of(group) if options.weak else 1)
+    ranks = runtime.ranks
+    corpus = prepare_corpus(CorpusOptions(path=str(options.text)), options.cache, ranks)
+    words_per_step = WORDS_PER_STEP * (ranks.size if options.weak else 1)
     batches = TextBatches(
         corpus,
         SamplingOptions(negative_parts=4),
         block_words=BLOCK_WORDS,
         blocks_per_step=words_per_step // BLOCK_WORDS,
         seed=1,
-        rank=rank_of(group),
-        world_size=size_of(group),
+        rank=ranks.rank,
+        world_size=ranks.size,
     )
     model = Word2Vec(len(corpus.vocabulary), DIM, seed=1)
     optimizer = RowwiseAdagrad(model.tables, lr=0.6, initial_accumulator_value=100.0)
@@ -124,7 +123,7 @@ def run_rank(options: argparse.Namespace) -> None:
             profile.step()
     batch = batches.batch(0, 0)
     own = {"words": words, "bytes_per_word": bytes_between_ranks(model, batch) / batch.num_examples}
-    of_ranks = all_gather_object(own, group)
+    of_ranks = ranks.all_gather(own)
     if runtime.rank == 0:
         result = {
             "words_per_second": sum(each["words"] for each in of_ranks) / seconds,
@@ -138,11 +137,11 @@ def run_rank(options: argparse.Namespace) -> None:
 def bytes_between_ranks(model: Word2Vec, batch: TextBatch) -> int:
     """Returns the bytes that a step moves for this rank: ids and gradients to other ranks, vectors from them."""
     (rows,) = model.tables.row_groups
-    size = size_of(rows.process_group)
+    size = rows.ranks.size
     tables = [[shard.spec.name for shard in rows.shards].index(name) for name in (INPUT, OUTPUT)]
     keys, _ = rows.keys_of(tables, [batch.sample.words, batch.sample.targets.flatten()])
     owners = sort_unique(keys, bound=size * rows.num_local_rows).unique // rows.num_local_rows
-    num_foreign = int((owners != rank_of(rows.process_group)).sum())
+    num_foreign = int((owners != rows.ranks.rank).sum())
     return num_foreign * (_ID_BYTES + 2 * DIM * _VALUE_BYTES)
 
 

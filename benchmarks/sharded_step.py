@@ -165,7 +165,6 @@ def ours(cell: Cell, batches: list[Batch]) -> Step:
     tables = et.EmbeddingCollection(
         [et.TableSpec(name, cell.num_rows, cell.dim) for name in cell.names],
         [et.FeatureSpec(name, pooling="sum") for name in cell.names],
-        process_group=dist.group.WORLD,
     )
     optimizer = et.optim.RowwiseAdagrad(tables, lr=LR, eps=EPS)
     lengths = torch.full((BATCH_SIZE,), cell.bag_size)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from embedtrain import optim
-    from embedtrain.distributed.lockstep import lockstep
+    from embedtrain.distributed.ranks import Ranks
     from embedtrain.distributed.runtime import Runtime, init_distributed, shut_down
+    from embedtrain.distributed.shared_memory import ranks_of
     from embedtrain.embedding.collection import EmbeddingCollection
     from embedtrain.embedding.init_from import InitCounts, init_from
     from embedtrain.embedding.unsharded import UnshardedEmbeddingCollection
@@ -33,20 +34,22 @@ __all__ = [
     "InitCounts",
     "Jagged",
     "NonFiniteError",
+    "Ranks",
     "Runtime",
     "TableSpec",
     "UnshardedEmbeddingCollection",
     "UserError",
     "init_distributed",
     "init_from",
-    "lockstep",
     "optim",
+    "ranks_of",
     "shut_down",
 ]
 
 _HOMES = {
-    "distributed.lockstep": ("lockstep",),
+    "distributed.ranks": ("Ranks",),
     "distributed.runtime": ("Runtime", "init_distributed", "shut_down"),
+    "distributed.shared_memory": ("ranks_of",),
     "embedding.collection": ("EmbeddingCollection",),
     "embedding.init_from": ("InitCounts", "init_from"),
     "embedding.unsharded": ("UnshardedEmbeddingCollection",),

@@ -15,6 +15,8 @@ Init = Literal["uniform", "normal", "zeros"]
 
 DEFAULT_OPTIMIZER = "default"
 """What trains a table whose spec does not name it."""
+DEFAULT_LAYOUT = "spread"
+"""The layout of tables that name none."""
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -33,6 +35,7 @@ class TableSpec:
         init_scale: half-width of "uniform", standard deviation of "normal"; `1 / sqrt(dim)` where None.
         optimizer: a name of your choice for what trains the table, where tables of one collection have different
             optimizers; see `EmbeddingCollection.trained_by`.
+        layout: where the rows lie: a name in `embedtrain.sharding.layout.LAYOUTS`.
     """
 
     name: str
@@ -42,11 +45,12 @@ class TableSpec:
     init: Init = "uniform"
     init_scale: float | None = None
     optimizer: str = DEFAULT_OPTIMIZER
+    layout: str = DEFAULT_LAYOUT
 
     @property
-    def group(self) -> tuple[int, torch.dtype, str]:
+    def group(self) -> tuple[int, torch.dtype, str, str]:
         """Tables of equal groups share their exchange."""
-        return self.dim, self.dtype, self.optimizer
+        return self.dim, self.dtype, self.optimizer, self.layout
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name:

@@ -18,13 +18,10 @@ import argparse
 import zlib
 
 import torch
-import torch.distributed as dist
 
 import embedtrain as et
 from embedtrain.checkpoint import CheckpointReader, CheckpointSaver, SaveOptions, agree_on_latest, load_shards
 from embedtrain.data.stream import LineStream, StreamPosition
-from embedtrain.distributed.collectives import run_on_first
-from embedtrain.distributed.runtime import background_group
 
 ROWS = 1 << 20
 
@@ -50,18 +47,16 @@ class ClickModel(torch.nn.Module):
 def train(options: argparse.Namespace, runtime: et.Runtime) -> None:
     model = ClickModel(runtime)
     optimizer = et.optim.RowwiseAdagrad(model.tables, lr=options.lr, accumulator_decay=options.accumulator_decay)
-    saver = CheckpointSaver(
-        options.run, runtime.group, background_group(runtime.group, 60.0), SaveOptions(full_every=10)
-    )
+    saver = CheckpointSaver(options.run, runtime.ranks, runtime.ranks.for_thread(60.0), SaveOptions(full_every=10))
     state = {"step": 0, "examples": 0, "loss": 0.0, "position": vars(StreamPosition())}
-    if (newest := agree_on_latest(options.run, runtime.group)) is not None:
+    if (newest := agree_on_latest(options.run, runtime.ranks)) is not None:
         with CheckpointReader(newest) as reader:
             load_shards(reader, model.tables.shard_views())
             state = reader.state["stream"]
             optimizer.load_state_dict(reader.state["optimizer"])
     # Rank 0 reads for all: a stream has one reader, and its position one home.
     stream = LineStream(options.data, StreamPosition(**state["position"]), poll_seconds=options.poll_seconds)
-    while lines := run_on_first(lambda: stream.read(options.batch), runtime.group):
+    while lines := runtime.ranks.run_on_first(lambda: stream.read(options.batch)):
         logits, labels = model(lines[runtime.rank :: runtime.world_size])
         # A mean over the ranks of sums over their examples, whose number differs: divided to be the batch's mean.
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
@@ -69,12 +64,11 @@ def train(options: argparse.Namespace, runtime: et.Runtime) -> None:
         optimizer.step()
         optimizer.zero_grad()
         total = loss.detach().double()
-        if runtime.group is not None:
-            dist.all_reduce(total, group=runtime.group)
+        runtime.ranks.all_reduce(total)
         state["step"] += 1
         state["examples"] += len(lines)
         state["loss"] += float(total)
-        state["position"] = run_on_first(lambda: vars(stream.position), runtime.group)
+        state["position"] = runtime.ranks.run_on_first(lambda: vars(stream.position))
         if state["step"] % options.save_every == 0:
             save(saver, model, optimizer, state)
         if state["step"] == options.stop_after:

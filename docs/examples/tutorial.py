@@ -13,7 +13,6 @@ import argparse
 import statistics
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import embedtrain as et
@@ -85,9 +84,8 @@ def accuracy(name: str, seed: int, epochs: int, runtime: et.Runtime) -> float:
             loss = nn.functional.binary_cross_entropy_with_logits(network(samples[mine]), labels[mine])
             loss.backward()
             for parameter in network.parameters():  # rows are summed where they live; the rest is averaged here
-                if runtime.group is not None:
-                    dist.all_reduce(parameter.grad, dist.ReduceOp.SUM, group=runtime.group)
-                    parameter.grad /= runtime.world_size
+                runtime.ranks.all_reduce(parameter.grad)
+                parameter.grad /= runtime.world_size
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()

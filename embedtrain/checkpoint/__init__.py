@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from embedtrain.checkpoint.changes import RowChanges
 from embedtrain.checkpoint.compaction import compact
 from embedtrain.checkpoint.loading import LoadOptions, load_shards
 from embedtrain.checkpoint.manifest import Manifest, TensorInfo
@@ -19,8 +18,9 @@ from embedtrain.checkpoint.retention import (
     sweep_leftovers,
 )
 from embedtrain.checkpoint.saver import CheckpointSaver, SaveOptions
-from embedtrain.checkpoint.view import ShardView
 from embedtrain.checkpoint.writer import save_checkpoint
+from embedtrain.embedding.row_changes import RowChanges
+from embedtrain.embedding.shard_view import ShardView
 
 __all__ = [
     "CheckpointInfo",

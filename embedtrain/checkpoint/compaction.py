@@ -11,6 +11,7 @@ from embedtrain.checkpoint.manifest import TensorInfo
 from embedtrain.checkpoint.parts import TensorPart
 from embedtrain.checkpoint.reader import CheckpointReader
 from embedtrain.checkpoint.writer import Contents, write_checkpoint
+from embedtrain.distributed.ranks import ONE_PROCESS
 
 _BLOCK_BYTES = 64 * 2**20
 
@@ -46,7 +47,7 @@ def compact(path: str, checkpoints_path: str) -> str:
             for name, info in reader.tensors.items()
         ]
         contents = Contents(reader.step, parts, reader.state, reader.replicated())
-        return write_checkpoint(checkpoints_path, contents, None).path
+        return write_checkpoint(checkpoints_path, contents, ONE_PROCESS).path
 
 
 def _blocks(reader: CheckpointReader, name: str, info: TensorInfo) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from embedtrain.checkpoint.manifest import TensorInfo, canonical_json
 from embedtrain.checkpoint.reader import CONVERTIBLE, CheckpointReader
-from embedtrain.checkpoint.view import ShardView
+from embedtrain.embedding.shard_view import ShardView
 from embedtrain.errors import CheckpointError, UserError
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embedtrain.checkpoint.changes import MemoryBudget, RowChanges, RowSnapshot
 from embedtrain.checkpoint.header import row_blocks, selected_blocks
-from embedtrain.checkpoint.view import ShardView
+from embedtrain.embedding.row_changes import MemoryBudget, RowChanges, RowSnapshot
+from embedtrain.embedding.shard_view import ShardView
 
 _Table = tuple[int, int]
 

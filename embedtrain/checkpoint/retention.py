@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch.distributed as dist
-
 from embedtrain import storage
 from embedtrain.checkpoint.agreement import on_first_rank
 from embedtrain.checkpoint.chain import read_manifest
 from embedtrain.checkpoint.manifest import MANIFEST_NAME, Manifest, is_attempt_file, step_of
 from embedtrain.checkpoint.reader import verify
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import CheckpointError, CorruptCheckpointError, UserError
 
 
@@ -58,13 +57,13 @@ def newest_whole(checkpoints_path: str, before: str) -> str | None:
     return None
 
 
-def agree_on_latest(checkpoints_path: str, group: dist.ProcessGroup | None, *, before: str | None = None) -> str | None:
+def agree_on_latest(checkpoints_path: str, ranks: Ranks, *, before: str | None = None) -> str | None:
     """Returns what rank 0 finds by `latest_checkpoint`, on every rank.
 
-    Collective: every rank of `group`. Ranks that each looked for themselves could see different ones.
+    Collective: every rank. Ranks that each looked for themselves could see different ones.
     """
     return on_first_rank(
-        f"no checkpoint was chosen in {checkpoints_path}", lambda: latest_checkpoint(checkpoints_path, before), group
+        f"no checkpoint was chosen in {checkpoints_path}", lambda: latest_checkpoint(checkpoints_path, before), ranks
     )
 
 
@@ -93,14 +92,14 @@ class Retention:
                 raise UserError(f"{name} must be at least 1, or none to leave it out, got {value}")
 
 
-def retain(checkpoints_path: str, retention: Retention, group: dist.ProcessGroup | None) -> list[str]:
+def retain(checkpoints_path: str, retention: Retention, ranks: Ranks) -> list[str]:
     """Deletes complete checkpoints that nothing keeps.
 
     The newest whose files are all there, each as long as it was written, is always kept, and so are the
     checkpoints that a kept delta holds changes to. A manifest goes first, so that a checkpoint half deleted is
     one that does not exist.
 
-    Collective: every rank of `group`.
+    Collective: every rank.
 
     Returns:
         The paths of the deleted checkpoints.
@@ -118,7 +117,7 @@ def retain(checkpoints_path: str, retention: Retention, group: dist.ProcessGroup
             remove_checkpoint(checkpoint.path)
         return [checkpoint.path for checkpoint in reversed(old)]
 
-    return on_first_rank(f"old checkpoints in {checkpoints_path} were not deleted", delete_old, group)
+    return on_first_rank(f"old checkpoints in {checkpoints_path} were not deleted", delete_old, ranks)
 
 
 def remove_checkpoint(path: str) -> None:
@@ -171,10 +170,10 @@ def _sound_manifests(found: list[CheckpointInfo]) -> dict[int, Manifest]:
     return sound
 
 
-def sweep_leftovers(checkpoints_path: str, group: dist.ProcessGroup | None) -> list[str]:
+def sweep_leftovers(checkpoints_path: str, ranks: Ranks) -> list[str]:
     """Removes the files of saves that were never completed: those that no manifest lists.
 
-    Collective: every rank of `group`. Only the job that owns the folder may call it, and not while it
+    Collective: every rank. Only the job that owns the folder may call it, and not while it
     saves: an attempt under way looks like one that was killed.
 
     Returns:
@@ -194,7 +193,7 @@ def sweep_leftovers(checkpoints_path: str, group: dist.ProcessGroup | None) -> l
                 continue
         return removed
 
-    return on_first_rank(f"leftovers in {checkpoints_path} were not removed", sweep, group)
+    return on_first_rank(f"leftovers in {checkpoints_path} were not removed", sweep, ranks)
 
 
 def _step_folders(checkpoints_path: str) -> list[CheckpointInfo]:

@@ -10,18 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch.distributed as dist
 from torch import Tensor
 
 from embedtrain import storage
 from embedtrain.checkpoint.agreement import on_every_rank
-from embedtrain.checkpoint.changes import MemoryBudget
 from embedtrain.checkpoint.manifest import Parent
 from embedtrain.checkpoint.parts import StagedParts
 from embedtrain.checkpoint.retention import Retention, retain
-from embedtrain.checkpoint.view import ShardView
 from embedtrain.checkpoint.writer import Contents, SavedCheckpoint, write_checkpoint
-from embedtrain.distributed.runtime import rank_of
+from embedtrain.distributed.ranks import Ranks
+from embedtrain.embedding.row_changes import MemoryBudget
+from embedtrain.embedding.shard_view import ShardView
 from embedtrain.errors import CheckpointError, UserError
 
 _logger = logging.getLogger(__name__)
@@ -55,8 +54,8 @@ class CheckpointSaver:
 
     Args:
         checkpoints_path: folder of the run's checkpoints.
-        group: the ranks of the run.
-        background_group: the same ranks, for the background thread alone; None without ranks, or to save
+        ranks: those of the run.
+        background_ranks: the same ranks, for the background thread alone; None to save
             in the foreground.
         options: how to save.
     """
@@ -64,18 +63,17 @@ class CheckpointSaver:
     def __init__(
         self,
         checkpoints_path: str,
-        group: dist.ProcessGroup | None,
-        background_group: dist.ProcessGroup | None,
+        ranks: Ranks,
+        background_ranks: Ranks | None,
         options: SaveOptions,
     ) -> None:
         self._path = checkpoints_path
-        self._group = group
-        self._background_group = background_group
+        self._ranks = ranks
+        self._background_ranks = background_ranks or ranks
         self._options = options
         # A write to a remote store may be tried again, and reads the rows again: by then training has changed them.
         is_written_once = storage.local_path(checkpoints_path) is not None
-        has_groups = (group is None) == (background_group is None)
-        self._is_async = options.mode == "async" and is_written_once and has_groups
+        self._is_async = options.mode == "async" and is_written_once and background_ranks is not None
         self._task: _Task | None = None
         self._parent: Parent | None = None
         self._num_deltas = 0
@@ -135,7 +133,7 @@ class CheckpointSaver:
             return
         tensors = {name: tensor.detach().clone() for name, tensor in contents.replicated.items()}
         contents = Contents(step, staged.parts, copy.deepcopy(dict(state)), tensors, contents.parent)
-        self._task = _Task(functools.partial(self._write, contents, self._background_group), staged, budget)
+        self._task = _Task(functools.partial(self._write, contents, self._background_ranks), staged, budget)
         self._task.start()
 
     def settle(self) -> None:
@@ -151,7 +149,7 @@ class CheckpointSaver:
         if task is None:
             return
         task.join()
-        outcomes = on_every_rank("saving in the background", task.outcome, self._group)
+        outcomes = on_every_rank("saving in the background", task.outcome, self._ranks)
         if any(exceeded for _, _, exceeded in outcomes) and not self._has_warned_of_memory:
             self._has_warned_of_memory = True
             _logger.warning(
@@ -168,18 +166,18 @@ class CheckpointSaver:
 
     def _save_now(self, contents: Contents, max_failures: int) -> None:
         try:
-            saved = self._write(contents, self._group)
+            saved = self._write(contents, self._ranks)
         except (CheckpointError, UserError) as error:
             self._count_failure(isinstance(error, UserError), str(error), error, max_failures)
         else:
             self._count_success(saved)
 
-    def _write(self, contents: Contents, group: dist.ProcessGroup | None) -> SavedCheckpoint:
-        saved = write_checkpoint(self._path, contents, group)
+    def _write(self, contents: Contents, ranks: Ranks) -> SavedCheckpoint:
+        saved = write_checkpoint(self._path, contents, ranks)
         try:
-            retain(self._path, self._options.retention, group)
+            retain(self._path, self._options.retention, ranks)
         except CheckpointError as error:
-            if rank_of(group) == 0:
+            if ranks.rank == 0:
                 _logger.warning(f"{error}; the checkpoint of step {contents.step} was saved")
         return saved
 

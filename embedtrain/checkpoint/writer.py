@@ -12,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from embedtrain import storage
@@ -35,8 +34,8 @@ from embedtrain.checkpoint.manifest import (
     temporary_manifest_name,
 )
 from embedtrain.checkpoint.parts import TensorPart, whole_parts
-from embedtrain.checkpoint.view import ShardView
-from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.distributed.ranks import Ranks
+from embedtrain.embedding.shard_view import ShardView
 from embedtrain.errors import CheckpointError, UserError
 
 _Source = tuple[Tensor, Callable[[], Iterable[Tensor]]]
@@ -89,12 +88,12 @@ def save_checkpoint(
     step: int,
     shards: Sequence[ShardView],
     state: Mapping[str, Any],
-    group: dist.ProcessGroup | None,
+    ranks: Ranks,
     replicated: Mapping[str, Tensor] | None = None,
 ) -> str:
     """Saves a checkpoint, which exists as a whole on return and not at all before its last act.
 
-    Collective: every rank of `group`. The files are durable and checked for their size before the
+    Collective: every rank. The files are durable and checked for their size before the
     manifest is created. A failed attempt removes what it wrote where it can.
 
     Args:
@@ -113,19 +112,19 @@ def save_checkpoint(
             tensors, the state is not JSON, the disk is too full, or a rank could not write.
     """
     contents = Contents(step, whole_parts(shards), state, replicated or {})
-    return write_checkpoint(checkpoints_path, contents, group).path
+    return write_checkpoint(checkpoints_path, contents, ranks).path
 
 
-def write_checkpoint(checkpoints_path: str, contents: Contents, group: dist.ProcessGroup | None) -> SavedCheckpoint:
+def write_checkpoint(checkpoints_path: str, contents: Contents, ranks: Ranks) -> SavedCheckpoint:
     """Writes a checkpoint; `save_checkpoint` says what that promises.
 
-    Collective: every rank of `group`.
+    Collective: every rank.
     """
     path = storage.join(checkpoints_path, step_folder_name(contents.step))
     doing = f"step {contents.step} was not saved to {path}"
-    rank, world_size = rank_of(group), size_of(group)
-    num_bytes = sum(on_every_rank(doing, lambda: contents.num_bytes, group))
-    attempt = on_first_rank(doing, lambda: _begin(path, contents.state, num_bytes), group)
+    rank, world_size = ranks.rank, ranks.size
+    num_bytes = sum(on_every_rank(doing, lambda: contents.num_bytes, ranks))
+    attempt = on_first_rank(doing, lambda: _begin(path, contents.state, num_bytes), ranks)
     shard_file = shard_file_name(attempt, rank, world_size)
     replicated_file = replicated_file_name(attempt) if contents.replicated and rank == 0 else None
 
@@ -137,7 +136,7 @@ def write_checkpoint(checkpoints_path: str, contents: Contents, group: dist.Proc
         return part
 
     try:
-        written = on_every_rank(doing, write_part, group)
+        written = on_every_rank(doing, write_part, ranks)
     except (CheckpointError, UserError):
         # All ranks know of this failure. After any other, rank 0 may have gone on to commit this file.
         _discard(path, [name for name in (shard_file, replicated_file) if name])
@@ -156,7 +155,7 @@ def write_checkpoint(checkpoints_path: str, contents: Contents, group: dist.Proc
         identity = Parent(manifest.step, manifest.checksum)
         return SavedCheckpoint(path, identity, sum(entry.bytes for entry in files.values()))
 
-    return on_first_rank(doing, commit, group)
+    return on_first_rank(doing, commit, ranks)
 
 
 @dataclass(frozen=True)

@@ -201,11 +201,11 @@ def _blocks(
     """Yields ids of the first side, and the rows of both; in the order of the files where both have the same."""
     import torch
 
-    from embedtrain.sharding.layout import SpreadLayout
+    from embedtrain.sharding.layout import read_layout
 
     tensor = name + _WEIGHT
     infos = first.tables[name], second.tables[name]
-    layouts = [SpreadLayout.read(info.layout, info.shape[0], name) for info in infos]
+    layouts = [read_layout(info.layout, info.shape[0], name) for info in infos]
     is_same_order = pairs.ids is None and infos[0].shape[0] == infos[1].shape[0]
     for start in range(0, num_rows, block):
         stop = min(start + block, num_rows)

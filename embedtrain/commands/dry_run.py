@@ -19,7 +19,6 @@ from embedtrain.config.sections import Config
 from embedtrain.data.cache import make_cache_folder
 from embedtrain.data.head import write_head
 from embedtrain.data.readers import Layout
-from embedtrain.distributed.collectives import all_reduce_sum, run_on_first
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.planning.report import Request, print_plan
 from embedtrain.planning.room import require_room
@@ -88,7 +87,7 @@ def _try_step(task: Task, batch: Any, runtime: Runtime) -> tuple[float, float]:
     began = time.perf_counter()
     objective = train_step(task.model, task.optimizer, batch, task.dense)
     counted = torch.tensor([float(objective.total), objective.num_predictions], dtype=torch.float64)
-    sums = all_reduce_sum(counted, runtime.group)
+    sums = runtime.ranks.all_reduce(counted)
     return float(sums[0] / sums[1].clamp(min=1)), time.perf_counter() - began
 
 
@@ -113,7 +112,7 @@ def _head_of(config: Config, runtime: Runtime) -> Iterator[tuple[Config, bool]]:
             shutil.rmtree(work_path)
             raise
 
-    work_path, heads = run_on_first(write, runtime.group)
+    work_path, heads = runtime.ranks.run_on_first(write)
     try:
         for key, paths in heads.items():
             set_value(tried, key, paths)

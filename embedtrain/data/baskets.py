@@ -9,14 +9,13 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch.distributed as dist
 import xxhash
 
 from embedtrain.data.cache import cached_entry
 from embedtrain.data.interactions import read_pairs
 from embedtrain.data.readers import Layout, suffixes_of
 from embedtrain.data.sources import expand_sources, take_sources
-from embedtrain.distributed.collectives import run_on_first
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import UserError
 
 TEXT_NAME = "baskets.txt"
@@ -29,7 +28,7 @@ def write_baskets(
     path: str | Sequence[str],
     names: tuple[str, str],
     cache_path: str,
-    group: dist.ProcessGroup | None,
+    ranks: Ranks,
     *,
     format: str,
     layout: Layout | None = None,
@@ -80,5 +79,5 @@ def write_baskets(
                 file.write(" ".join(words[start:end]) + "\n")
                 start = end
 
-    entry = cached_entry(cache_path, run_on_first(name, group), TEXT_NAME, write, group)
+    entry = cached_entry(cache_path, ranks.run_on_first(name), TEXT_NAME, write, ranks)
     return os.path.join(entry, TEXT_NAME)

@@ -13,20 +13,16 @@ from typing import Any
 
 import fsspec
 import numpy as np
-import torch.distributed as dist
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from embedtrain.distributed.collectives import raise_together, run_on_first
-from embedtrain.distributed.runtime import rank_of
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import UserError
 
 _ABANDONED_SECONDS = 24 * 3600
 
 
-def cached_entry(
-    cache_path: str, name: str, complete_name: str, write: Callable[[str], None], group: dist.ProcessGroup | None
-) -> str:
+def cached_entry(cache_path: str, name: str, complete_name: str, write: Callable[[str], None], ranks: Ranks) -> str:
     """Returns the path of an entry of the cache, which rank 0 writes unless it is there.
 
     It is written under another name and renamed when it is complete: one that was killed is done again.
@@ -43,7 +39,7 @@ def cached_entry(
         UserError: on every rank; what `write` raises, or a cache folder that is not local or may not be written.
         RuntimeError: a rank does not see the cache folder of the others.
     """
-    cache_path = run_on_first(lambda: make_cache_folder(cache_path), group)
+    cache_path = ranks.run_on_first(lambda: make_cache_folder(cache_path))
     entry_path = os.path.join(cache_path, name)
 
     def make() -> None:
@@ -57,8 +53,8 @@ def cached_entry(
             shutil.rmtree(work_path, ignore_errors=True)
             raise
 
-    run_on_first(make, group)
-    require_visible(os.path.join(entry_path, complete_name), group)
+    ranks.run_on_first(make)
+    require_visible(os.path.join(entry_path, complete_name), ranks)
     return entry_path
 
 
@@ -108,15 +104,15 @@ def commit_work(work_path: str, entry_path: str, complete_name: str) -> None:
         shutil.rmtree(work_path, ignore_errors=True)
 
 
-def require_visible(path: str, group: dist.ProcessGroup | None) -> None:
+def require_visible(path: str, ranks: Ranks) -> None:
     """Collective: raises on every rank when one does not see what rank 0 made."""
     error = None
     if not os.path.exists(path):
         error = RuntimeError(
-            f"rank {rank_of(group)} on {socket.gethostname()} does not see {path}, which rank 0 made: the "
+            f"rank {ranks.rank} on {socket.gethostname()} does not see {path}, which rank 0 made: the "
             "cache folder must be on a file system that all ranks share"
         )
-    raise_together(error, group)
+    ranks.fail_together(error)
 
 
 def read_contents(path: str, name: str, what: str) -> dict[str, Any]:

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from embedtrain.data.click_log import BAG_LENGTHS, DENSE, IDS, LABEL, ClickLayout, ClickLog, Records
 from embedtrain.data.partition import block_order, num_steps, share_of_rank
-from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
 from embedtrain.errors import UserError
 from embedtrain.jagged import Jagged
 
@@ -51,7 +50,7 @@ class ClickBatches:
         examples_per_step: over all ranks.
         block_examples: of a block; fewer mix better, more read faster from a disk.
         seed: of the order; None keeps the log's own, as for an evaluation.
-        group: the ranks that share a step.
+        ranks: those that share a step.
         on_epoch: called on every rank before an epoch's first batch is read, and when a run is resumed within one.
 
     Raises:
@@ -65,7 +64,7 @@ class ClickBatches:
         *,
         block_examples: int = 32,
         seed: int | None = None,
-        group: dist.ProcessGroup | None = None,
+        ranks: Ranks = ONE_PROCESS,
         on_epoch: Callable[[], None] | None = None,
     ) -> None:
         self._log = log
@@ -78,7 +77,7 @@ class ClickBatches:
         self._blocks_per_step = examples_per_step // block_examples
         self._num_blocks = -(-log.num_examples // self._block_examples)
         self._seed = seed
-        self._rank, self._world_size = rank_of(group), size_of(group)
+        self._rank, self._world_size = ranks.rank, ranks.size
         self._on_epoch = on_epoch
         self._epoch = -1
         self._order = np.zeros(0, np.int64)

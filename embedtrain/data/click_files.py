@@ -6,15 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
-import torch.distributed as dist
 
 from embedtrain.data.click_schema import ClickSchema, require_columns
 from embedtrain.data.readers import FORMATS, Fault, Rows
 from embedtrain.data.readers.blocks import Segment, has_quoted_line_break
 from embedtrain.data.readers.rows import TextFormat
 from embedtrain.data.sources import CHUNK_BYTES, Source
-from embedtrain.distributed.collectives import all_gather_object, run_on_each, run_on_first
-from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.distributed.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -30,9 +28,7 @@ class ClickFiles:
     columns: dict[str, tuple[str, ...]]
 
 
-def plan_files(
-    sources: Sequence[Source], schema: ClickSchema, part_bytes: int, group: dist.ProcessGroup | None
-) -> ClickFiles:
+def plan_files(sources: Sequence[Source], schema: ClickSchema, part_bytes: int, ranks: Ranks) -> ClickFiles:
     """Divides files into parts and makes sure that each holds the schema's columns.
 
     A text file is divided at its line ends, and not at all if a quoted field holds one: to know, the ranks look through
@@ -51,13 +47,13 @@ def plan_files(
             require_columns(names, existing, url)
         return ClickFiles(format.plan(sources, part_bytes, undivided), columns)
 
-    files = run_on_first(plan, group)
+    files = ranks.run_on_first(plan)
     if not isinstance(format, TextFormat) or format.quoting(schema.layout) is None:
         return files
-    mine = files.parts[rank_of(group) :: size_of(group)]
-    found = run_on_each(lambda: _with_quoted_line_breaks(mine, format, schema), group)
-    undivided = sorted({url for urls in all_gather_object(found, group) for url in urls})
-    return run_on_first(lambda: plan(undivided), group) if undivided else files
+    mine = files.parts[ranks.rank :: ranks.size]
+    found = ranks.run_on_each(lambda: _with_quoted_line_breaks(mine, format, schema))
+    undivided = sorted({url for urls in ranks.all_gather(found) for url in urls})
+    return ranks.run_on_first(lambda: plan(undivided)) if undivided else files
 
 
 def read_rows(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 import xxhash
 
 from embedtrain.data.click_batches import ClickBatch, as_batch
@@ -20,8 +19,7 @@ from embedtrain.data.partition import share_of_rank
 from embedtrain.data.readers import FORMATS, Rows, TextFormat
 from embedtrain.data.readers.quotes import find_line_ends
 from embedtrain.data.stream import Lines, LineStream, StreamPosition
-from embedtrain.distributed.collectives import run_on_first
-from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -59,13 +57,13 @@ class ClickStream(ClickLayout):
     Args:
         options: what to read.
         schema: its columns, of text.
-        group: the ranks that share a step.
+        ranks: those that share a step.
 
     Raises:
         UserError: the schema needs to know the data in advance.
     """
 
-    def __init__(self, options: StreamOptions, schema: ClickSchema, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, options: StreamOptions, schema: ClickSchema, ranks: Ranks) -> None:
         self._format = _streamed_format(schema)
         self.num_rows = {column.name: column.num_rows or 0 for column in schema.categorical}
         self.dense_names = list(schema.dense)
@@ -76,7 +74,7 @@ class ClickStream(ClickLayout):
         self.fingerprint = xxhash.xxh3_128_hexdigest(f"stream {schema!r}".encode())
         self._options = options
         self._schema = schema
-        self._group = group
+        self._ranks = ranks
         self._dtype = record_dtype(len(schema.dense), len(schema.single), len(schema.bags), is_wide=True)
         self._lines: LineStream | None = None
         self._num_bad = 0
@@ -96,7 +94,7 @@ class ClickStream(ClickLayout):
         Raises:
             UserError: on every rank: the stream cannot be read, or has too many lines that cannot be used.
         """
-        found = run_on_first(lambda: self._read(position), self._group)
+        found = self._ranks.run_on_first(lambda: self._read(position))
         if found is None:
             return None, position, False
         lines, reached = found
@@ -107,7 +105,7 @@ class ClickStream(ClickLayout):
         num_bad = int(position.get("bad_lines", 0)) + len(bad)
         self._judge(bad, num_bad, lines)
         num_global = len(records.examples)
-        mine = share_of_rank(num_global, rank_of(self._group), size_of(self._group))
+        mine = share_of_rank(num_global, self._ranks.rank, self._ranks.size)
         batch = as_batch(_slice(records, mine), self, num_global)
         return batch, {**reached, "bad_lines": num_bad}, False
 
@@ -148,7 +146,7 @@ class ClickStream(ClickLayout):
                 f"{shown}. {num_bad} such lines were found so far, and data.max_bad_lines is "
                 f"{self._options.max_bad_lines}: correct them, or raise it to leave them out"
             )
-        if rank_of(self._group) == 0:
+        if self._ranks.rank == 0:
             _logger.warning(f"left out, since they cannot be used, {num_bad} lines so far, such as {shown}")
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch.distributed as dist
 import xxhash
 from numpy.typing import NDArray
 
@@ -23,7 +22,7 @@ from embedtrain.data.columns import read_columns
 from embedtrain.data.readers import AUTO, Layout, suffixes_of
 from embedtrain.data.sources import Source, expand_sources, take_sources
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary
-from embedtrain.distributed.collectives import run_on_first
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -132,7 +131,7 @@ class Interactions:
         }
 
 
-def prepare_interactions(options: InteractionOptions, cache_path: str, group: dist.ProcessGroup | None) -> Interactions:
+def prepare_interactions(options: InteractionOptions, cache_path: str, ranks: Ranks) -> Interactions:
     """Returns the prepared form of interactions, which rank 0 makes unless the cache holds it.
 
     The interactions pass through rank 0's memory: about 20 bytes each, and the ids.
@@ -142,8 +141,8 @@ def prepare_interactions(options: InteractionOptions, cache_path: str, group: di
     Raises:
         UserError: on every rank; a file or column is missing or unreadable, holds no id, or nothing at all.
     """
-    name = run_on_first(lambda: _entry_name(options), group)
-    path = cached_entry(cache_path, name, META_NAME, lambda work_path: _write(options, work_path), group)
+    name = ranks.run_on_first(lambda: _entry_name(options))
+    path = cached_entry(cache_path, name, META_NAME, lambda work_path: _write(options, work_path), ranks)
     return Interactions(path)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from embedtrain.sharding.layout import SpreadLayout
+from embedtrain.sharding.layout import layout_of
 
 NUM_COMMON_WORDS = 1000
 """The words drawn most, which every part has: few rows, and half of all draws. Apart, they would be far too frequent in
@@ -52,7 +52,7 @@ def part_vocabulary(weights: NDArray[np.float64], num_parts: int) -> list[Vocabu
     num_parts = num_parts_of(num_rows, num_parts)
     if num_parts == 1:
         return [VocabularyPart(np.arange(num_rows), weights)]
-    in_slots = SpreadLayout(num_rows).id_of(torch.arange(num_rows)).numpy()
+    in_slots = layout_of(num_rows).id_of(torch.arange(num_rows)).numpy()
     rows, common = in_slots[in_slots >= NUM_COMMON_WORDS], np.arange(NUM_COMMON_WORDS)
     middles = weights[rows].cumsum() - weights[rows] / 2
     bounds = weights[rows].sum() * np.arange(1, num_parts) / num_parts

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
-import torch.distributed as dist
 import xxhash
 
 from embedtrain.data.cache import commit_work, make_cache_folder, make_work_folder, require_visible
@@ -19,8 +18,7 @@ from embedtrain.data.readers.blocks import Segment, plan_parts, read_chunks
 from embedtrain.data.sources import CHUNK_BYTES, Source, take_sources
 from embedtrain.data.text import TOKENIZERS, encode, tokenize
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary, WordCounts, WordRows
-from embedtrain.distributed.collectives import all_gather_object, run_on_each, run_on_first
-from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import UserError
 
 OnProgress = Callable[[str, float], None]
@@ -74,14 +72,14 @@ class _Job:
     options: CorpusOptions
     base: Vocabulary | None
     parts: Sequence[Sequence[Segment]]
-    group: dist.ProcessGroup | None
+    ranks: Ranks
     on_progress: OnProgress | None
     chunk_bytes: int
 
     @property
     def my_parts(self) -> dict[int, Sequence[Segment]]:
         """The parts of this rank, by their number; every `world_size`-th, so that all kinds of file mix."""
-        rank, size = rank_of(self.group), size_of(self.group)
+        rank, size = self.ranks.rank, self.ranks.size
         return {number: self.parts[number] for number in range(rank, len(self.parts), size)}
 
     def path(self, name: str) -> str:
@@ -91,7 +89,7 @@ class _Job:
 def prepare_corpus(
     options: CorpusOptions,
     cache_path: str,
-    group: dist.ProcessGroup | None,
+    ranks: Ranks,
     *,
     on_progress: OnProgress | None = None,
     part_bytes: int = PART_BYTES,
@@ -103,7 +101,7 @@ def prepare_corpus(
     changed makes a new one. It is written under another name and renamed when it is complete: a preparation
     that was killed is done again. The tokens are the same for every number of ranks.
 
-    Collective: every rank of `group` calls, with the same arguments.
+    Collective: every rank calls, with the same arguments.
 
     Args:
         cache_path: local folder, made if missing. All ranks must see the same one: on several hosts it must
@@ -117,33 +115,33 @@ def prepare_corpus(
             vocabulary, a cache folder that is not local or may not be written.
         RuntimeError: a rank does not see the cache folder of the others.
     """
-    cache_path = run_on_first(lambda: make_cache_folder(cache_path), group)
-    require_visible(cache_path, group)
-    sources = run_on_first(lambda: take_sources(options.paths), group)
-    base = run_on_each(lambda: _load_base(options), group)
+    cache_path = ranks.run_on_first(lambda: make_cache_folder(cache_path))
+    require_visible(cache_path, ranks)
+    sources = ranks.run_on_first(lambda: take_sources(options.paths))
+    base = ranks.run_on_each(lambda: _load_base(options))
     entry_path = os.path.join(cache_path, _entry_name(sources, _tokenization(options, base)))
     meta_path = os.path.join(entry_path, META_NAME)
-    if not run_on_first(lambda: os.path.exists(meta_path), group):
-        work_path = run_on_first(lambda: make_work_folder(entry_path), group)
-        require_visible(work_path, group)
+    if not ranks.run_on_first(lambda: os.path.exists(meta_path)):
+        work_path = ranks.run_on_first(lambda: make_work_folder(entry_path))
+        require_visible(work_path, ranks)
         parts = plan_parts(sources, part_bytes)
-        _prepare(_Job(work_path, options, base, parts, group, on_progress, chunk_bytes), entry_path)
-    require_visible(meta_path, group)
+        _prepare(_Job(work_path, options, base, parts, ranks, on_progress, chunk_bytes), entry_path)
+    require_visible(meta_path, ranks)
     return PreparedCorpus(entry_path)
 
 
 def _prepare(job: _Job, entry_path: str) -> None:
     """Collective: counts, agrees on the vocabulary, encodes, and commits the entry."""
     try:
-        run_on_each(lambda: _count_words(job), job.group)
-        run_on_first(lambda: _build_vocabulary(job), job.group)
-        vocabulary = run_on_each(lambda: Vocabulary.load(job.path(VOCABULARY_NAME)), job.group)
+        job.ranks.run_on_each(lambda: _count_words(job))
+        job.ranks.run_on_first(lambda: _build_vocabulary(job))
+        vocabulary = job.ranks.run_on_each(lambda: Vocabulary.load(job.path(VOCABULARY_NAME)))
         rows = WordRows(vocabulary.utf8_words)
-        my_shards = run_on_each(lambda: _write_shards(job, rows), job.group)
-        shards = [shard for theirs in all_gather_object(my_shards, job.group) for shard in theirs]
-        run_on_first(lambda: _commit(job, vocabulary, shards, entry_path), job.group)
+        my_shards = job.ranks.run_on_each(lambda: _write_shards(job, rows))
+        shards = [shard for theirs in job.ranks.all_gather(my_shards) for shard in theirs]
+        job.ranks.run_on_first(lambda: _commit(job, vocabulary, shards, entry_path))
     except BaseException:
-        if rank_of(job.group) == 0:
+        if job.ranks.rank == 0:
             shutil.rmtree(job.work_path, ignore_errors=True)
         raise
 
@@ -154,7 +152,7 @@ def _count_words(job: _Job) -> None:
     for part in job.my_parts.values():
         for tokens in tokenize(_chunks(part, job, progress), job.options.tokenizer):
             counts.add(tokens.words)
-    path = job.path(_counts_name(rank_of(job.group)))
+    path = job.path(_counts_name(job.ranks.rank))
     with pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, COUNTS_SCHEMA) as writer:
         writer.write_table(counts.table())
 
@@ -162,7 +160,7 @@ def _count_words(job: _Job) -> None:
 def _build_vocabulary(job: _Job) -> None:
     """Adds up the ranks' counts, saves the vocabulary, and removes the counts."""
     counts = WordCounts()
-    for rank in range(size_of(job.group)):
+    for rank in range(job.ranks.size):
         with pa.OSFile(job.path(_counts_name(rank)), "rb") as file:
             counts.merge(pa.ipc.open_file(file).read_all())
         os.remove(job.path(_counts_name(rank)))

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch.distributed as dist
 import xxhash
 
 from embedtrain.data.cache import commit_work, make_cache_folder, make_work_folder, require_visible
@@ -34,8 +33,7 @@ from embedtrain.data.readers import Fault, suffixes_of
 from embedtrain.data.readers.blocks import Segment
 from embedtrain.data.sources import CHUNK_BYTES, Source, take_sources
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, WordCounts, WordRows, ordered
-from embedtrain.distributed.collectives import all_gather_object, run_on_each, run_on_first
-from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -75,7 +73,7 @@ class _Job:
     work_path: str
     options: ClickOptions
     files: ClickFiles
-    group: dist.ProcessGroup | None
+    ranks: Ranks
     like: ClickLayout | None
     chunk_bytes: int
 
@@ -96,7 +94,7 @@ class _Job:
     @property
     def my_parts(self) -> dict[int, list[Segment]]:
         """The parts of this rank, by their number."""
-        rank, size = rank_of(self.group), size_of(self.group)
+        rank, size = self.ranks.rank, self.ranks.size
         return {number: self.files.parts[number] for number in range(rank, len(self.files.parts), size)}
 
     def path(self, name: str) -> str:
@@ -106,7 +104,7 @@ class _Job:
 def prepare_clicks(
     options: ClickOptions,
     cache_path: str,
-    group: dist.ProcessGroup | None,
+    ranks: Ranks,
     *,
     like: ClickLayout | None = None,
     part_bytes: int = PART_BYTES,
@@ -117,7 +115,7 @@ def prepare_clicks(
     An entry of the cache is named by a hash of the files' identities and of the schema, so a file that changed makes
     a new one. The examples are the same, in the same order, for every number of ranks.
 
-    Collective: every rank of `group` calls, with the same arguments.
+    Collective: every rank calls, with the same arguments.
 
     Args:
         cache_path: local folder that all ranks see, made if missing.
@@ -130,18 +128,18 @@ def prepare_clicks(
             exist, more lines than `max_bad_lines` that cannot be used.
         RuntimeError: a rank does not see the cache folder of the others.
     """
-    cache_path = run_on_first(lambda: make_cache_folder(cache_path), group)
-    require_visible(cache_path, group)
+    cache_path = ranks.run_on_first(lambda: make_cache_folder(cache_path))
+    require_visible(cache_path, ranks)
     schema = options.schema
-    sources = run_on_first(lambda: take_sources(options.path, suffixes_of(schema.reader)), group)
+    sources = ranks.run_on_first(lambda: take_sources(options.path, suffixes_of(schema.reader)))
     entry_path = os.path.join(cache_path, _entry_name(sources, schema, like))
     meta_path = os.path.join(entry_path, META_NAME)
-    if not run_on_first(lambda: os.path.exists(meta_path), group):
-        files = plan_files(sources, schema, part_bytes, group)
-        work_path = run_on_first(lambda: make_work_folder(entry_path), group)
-        require_visible(work_path, group)
-        _prepare(_Job(work_path, options, files, group, like, chunk_bytes), entry_path)
-    require_visible(meta_path, group)
+    if not ranks.run_on_first(lambda: os.path.exists(meta_path)):
+        files = plan_files(sources, schema, part_bytes, ranks)
+        work_path = ranks.run_on_first(lambda: make_work_folder(entry_path))
+        require_visible(work_path, ranks)
+        _prepare(_Job(work_path, options, files, ranks, like, chunk_bytes), entry_path)
+    require_visible(meta_path, ranks)
     log = ClickLog(entry_path)
     if log.num_faults > options.max_bad_lines:
         # It was prepared when more of them were allowed.
@@ -155,17 +153,17 @@ def _prepare(job: _Job, entry_path: str) -> None:
     """Collective: counts where there are vocabularies, encodes, and commits the entry."""
     try:
         if job.with_vocabulary and job.like is None:
-            run_on_each(lambda: _count_values(job), job.group)
-            run_on_first(lambda: _build_vocabularies(job), job.group)
-        vocabularies = run_on_each(lambda: _load_vocabularies(job), job.group)
-        shards, faults = run_on_each(lambda: _write_shards(job, vocabularies), job.group)
+            job.ranks.run_on_each(lambda: _count_values(job))
+            job.ranks.run_on_first(lambda: _build_vocabularies(job))
+        vocabularies = job.ranks.run_on_each(lambda: _load_vocabularies(job))
+        shards, faults = job.ranks.run_on_each(lambda: _write_shards(job, vocabularies))
         _check_faults(job, faults)
-        gathered = all_gather_object((shards, len(faults)), job.group)
+        gathered = job.ranks.all_gather((shards, len(faults)))
         all_shards = [shard for theirs, _ in gathered for shard in theirs]
         num_faults = sum(number for _, number in gathered)
-        run_on_first(lambda: _commit(job, vocabularies, all_shards, num_faults, entry_path), job.group)
+        job.ranks.run_on_first(lambda: _commit(job, vocabularies, all_shards, num_faults, entry_path))
     except BaseException:
-        if rank_of(job.group) == 0:
+        if job.ranks.rank == 0:
             shutil.rmtree(job.work_path, ignore_errors=True)
         raise
 
@@ -191,7 +189,7 @@ def _refusal(faults: Sequence[Fault], job: _Job, at_least: str = "") -> str:
 
 def _check_faults(job: _Job, faults: list[Fault]) -> None:
     """Collective: refuses the log where the ranks together found too many faults, else says how many there are."""
-    found = [fault for theirs in all_gather_object(faults, job.group) for fault in theirs]
+    found = [fault for theirs in job.ranks.all_gather(faults) for fault in theirs]
 
     def check() -> None:
         if len(found) > job.options.max_bad_lines:
@@ -200,7 +198,7 @@ def _check_faults(job: _Job, faults: list[Fault]) -> None:
             shown = "; ".join(describe_fault(fault, job.schema) for fault in found[:_FAULTS_SHOWN])
             _logger.warning(f"{len(found)} lines cannot be used and are left out, such as {shown}")
 
-    run_on_first(check, job.group)
+    job.ranks.run_on_first(check)
 
 
 def _count_values(job: _Job) -> None:
@@ -212,14 +210,14 @@ def _count_values(job: _Job) -> None:
             for number, column in job.with_vocabulary.items():
                 counts[number].add(examples.categorical[column.name].values.cast(pa.large_binary()))
     for number, counted in counts.items():
-        _write_arrow(job.path(_counts_name(number, rank_of(job.group))), counted.table())
+        _write_arrow(job.path(_counts_name(number, job.ranks.rank)), counted.table())
 
 
 def _build_vocabularies(job: _Job) -> None:
     """Adds up the ranks' counts, saves the vocabularies, and removes the counts."""
     for number, column in job.with_vocabulary.items():
         counts = WordCounts()
-        for rank in range(size_of(job.group)):
+        for rank in range(job.ranks.size):
             path = job.path(_counts_name(number, rank))
             with pa.OSFile(path, "rb") as file:
                 counts.merge(pa.ipc.open_file(file).read_all())

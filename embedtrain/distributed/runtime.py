@@ -11,13 +11,14 @@ import signal
 import socket
 import sys
 import time
-import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from embedtrain.distributed.ranks import OneProcess, Ranks
+from embedtrain.distributed.shared_memory import ranks_of
 from embedtrain.errors import JobError, UserError
 
 DEFAULT_TIMEOUT_SECONDS = 600.0
@@ -28,23 +29,26 @@ class Runtime:
     """What a process knows of its job.
 
     Attributes:
-        rank: position among all processes of the job, 0 without torchrun.
+        ranks: the processes of the job; they can be counted after `shut_down` too, but not communicate.
         local_rank: position among the processes of this host.
-        world_size: number of processes of the job.
         device: where this rank's shards and computation live.
         store: the job's key-value store, which outlives a failed collective; None without torchrun.
     """
 
-    rank: int
+    ranks: Ranks
     local_rank: int
-    world_size: int
     device: torch.device
     store: dist.Store | None = None
 
     @property
-    def group(self) -> dist.ProcessGroup | None:
-        """The job's process group; None for a job of one process without torchrun, and after `shut_down`."""
-        return default_group()
+    def rank(self) -> int:
+        """Position among all processes of the job, 0 without torchrun."""
+        return self.ranks.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes of the job."""
+        return self.ranks.size
 
 
 def init_distributed(*, device: str = "auto", timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> Runtime:
@@ -64,12 +68,12 @@ def init_distributed(*, device: str = "auto", timeout_seconds: float = DEFAULT_T
     local_rank = _check_environment()
     chosen = _choose_device(device, local_rank)
     if "RANK" not in os.environ:
-        return Runtime(0, 0, 1, chosen)
+        return Runtime(OneProcess(), 0, chosen)
     _die_with_launcher()
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     # Its functions have the job's group as a default argument, bound when it is imported, which torch's optimizers do:
-    # imported any later it would keep the group alive to the end of the process (see GroupReference).
+    # imported any later it would keep the group alive to the end of the process (see `GroupRanks`).
     importlib.import_module("torch.distributed.nn")
     timeout = timedelta(seconds=timeout_seconds)
     store, rank, world_size = _rendezvous(timeout)
@@ -84,13 +88,14 @@ def init_distributed(*, device: str = "auto", timeout_seconds: float = DEFAULT_T
             world_size=world_size,
             timeout=timeout,
         )
+        ranks = job_ranks()
     except (RuntimeError, TimeoutError) as error:
         raise JobError(
             f"rank {rank} on {socket.gethostname()} did not find the other ranks of {world_size}: "
             f"{' '.join(str(error).split())}"
         ) from error
     atexit.register(shut_down)
-    return Runtime(rank, local_rank, world_size, chosen, dist.PrefixStore(attempt, store))
+    return Runtime(ranks, local_rank, chosen, dist.PrefixStore(attempt, store))
 
 
 def _check_environment() -> int:
@@ -173,55 +178,9 @@ def shut_down() -> None:
         dist.destroy_process_group()
 
 
-class GroupReference:
-    """A reference to a process group that does not keep it alive.
-
-    Gloo's threads end with the last reference to their group. Where a table or an optimizer of the user's kept one
-    until Python itself ends, a thread that is still letting go of a tensor would abort the process.
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._reference = None if group is None else weakref.ref(group)
-
-    def get(self) -> dist.ProcessGroup | None:
-        """Returns the group, or None for one process.
-
-        Raises:
-            RuntimeError: the group was destroyed.
-        """
-        if self._reference is None:
-            return None
-        group = self._reference()
-        if group is None:
-            raise RuntimeError("the process group of these tables was destroyed: they belong to a job that is over")
-        return group
-
-
-def default_group() -> dist.ProcessGroup | None:
-    """Returns the process group of the job, or None in a process that joined none."""
-    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-
-
-def background_group(group: dist.ProcessGroup | None, timeout_seconds: float) -> dist.ProcessGroup | None:
-    """Returns a Gloo group of the ranks of `group` for one background thread, which must not share the main one's.
-
-    Collective: every rank of the job.
-    """
-    if group is None:
-        return None
-    ranks = dist.get_process_group_ranks(group)
-    new_group: dist.ProcessGroup = dist.new_group(ranks, timeout=timedelta(seconds=timeout_seconds), backend="gloo")
-    return new_group
-
-
-def rank_of(group: dist.ProcessGroup | None) -> int:
-    """Returns this process's rank in `group`; 0 where there is no group."""
-    return 0 if group is None else dist.get_rank(group)
-
-
-def size_of(group: dist.ProcessGroup | None) -> int:
-    """Returns the number of ranks in `group`; 1 where there is no group."""
-    return 1 if group is None else dist.get_world_size(group)
+def job_ranks() -> Ranks:
+    """Returns the ranks of the job, or one process if this process joined none. Collective: every rank of the job."""
+    return ranks_of(dist.group.WORLD if dist.is_available() and dist.is_initialized() else None)
 
 
 def _choose_device(device: str, local_rank: int) -> torch.device:

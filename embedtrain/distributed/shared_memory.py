@@ -1,4 +1,4 @@
-"""Rows between ranks of one host through shared memory: written once by the sender, read where they lie."""
+"""The ranks of one host, whose rows travel through shared memory: written once by the sender, read where they lie."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from embedtrain.distributed.runtime import rank_of, size_of
-from embedtrain.distributed.stages import count_sent
+from embedtrain.distributed.ranks import GroupRanks, OneProcess, Ranks, by_kind
+from embedtrain.distributed.stages import count_sent, stage
 from embedtrain.ops._backend import dispatch
+from embedtrain.ops._backend.row_memory import empty_buffer
+from embedtrain.ops.gather_rows import gather_rows
 
 VARIABLE = "EMBEDTRAIN_SHARED_MEMORY"
 """Environment variable: 0 has ranks of one host exchange through the process group as ranks of several do."""
@@ -46,8 +48,8 @@ class _Address(NamedTuple):
     token: bytes
 
 
-class SharedMemoryExchange:
-    """A region a rank, which it writes and all ranks read. Made by `connect`, which knows whether they share a host.
+class Inbox:
+    """One region of memory per rank, which that rank writes and all ranks read.
 
     An exchange is `rooms`, which the caller fills, `send`, and `receive`; `exchange` does all of it for what lies
     elsewhere. A region has two slots that take turns: a rank comes to write a slot again after all ranks have sent the
@@ -56,9 +58,11 @@ class SharedMemoryExchange:
     What was received is valid until this rank's next `send`.
     """
 
-    def __init__(self, group: dist.ProcessGroup, regions: Sequence[mmap.mmap], peers: Sequence[int]) -> None:
-        self.rank, self.size = rank_of(group), size_of(group)
-        self._timeout_seconds = _timeout_seconds(group)
+    def __init__(
+        self, rank: int, regions: Sequence[mmap.mmap], peers: Sequence[int], *, timeout_seconds: float
+    ) -> None:
+        self.rank, self.size = rank, len(regions)
+        self._timeout_seconds = timeout_seconds
         self._peers = dict(zip([r for r in range(self.size) if r != self.rank], peers, strict=True))
         self._bytes = [torch.frombuffer(region, dtype=torch.uint8) for region in regions]
         self._tables = [memoryview(region)[_TABLE_START : _header_bytes(self.size)].cast("q") for region in regions]
@@ -137,22 +141,6 @@ class SharedMemoryExchange:
         arrived[self.rank] = parts[self.rank]
         return arrived
 
-    def all_to_all(self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
-        """See `collectives.all_to_all_rows`."""
-        received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
-        arrived = self.exchange(rows.split(list(send_counts)))
-        for target, part in zip(received.split(list(receive_counts)), arrived, strict=True):
-            target.copy_(part)
-        return received
-
-    def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Sums `values` over the ranks, in place and in order of rank."""
-        arrived = self.exchange([values.clone()[None]] * self.size)
-        values.zero_()
-        for part in arrived:
-            values += part[0]
-        return values
-
     def _without_own(self, counts: Sequence[int]) -> list[int]:
         return [0 if rank == self.rank else count for rank, count in enumerate(counts)]
 
@@ -199,36 +187,136 @@ class SharedMemoryExchange:
                 os.close(file)
 
 
-def connect(group: dist.ProcessGroup | None, device: torch.device) -> SharedMemoryExchange | None:
-    """Returns an exchange through shared memory, or None where any two ranks cannot share memory or are not to.
+class SharedMemoryRanks(GroupRanks):
+    """The ranks of a process group that share a host. Tensors of a GPU, and objects, travel through the group.
 
-    The memory has no name in any file system: nothing is left of it when the ranks have ended, however they did.
+    Args:
+        group: the process group.
+        inbox: the memory that they share.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, inbox: Inbox) -> None:
+        super().__init__(group)
+        self._inbox = inbox
+
+    def all_to_all(self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
+        """See `Ranks`."""
+        if rows.is_cuda:
+            return super().all_to_all(rows, send_counts, receive_counts)
+        with stage("exchange"):
+            received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
+            arrived = self._inbox.exchange(rows.split(list(send_counts)))
+            for target, part in zip(received.split(list(receive_counts)), arrived, strict=True):
+                target.copy_(part)
+        return received
+
+    def all_to_all_split(
+        self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], dtype: torch.dtype
+    ) -> list[Tensor]:
+        """See `Ranks`."""
+        if rows.is_cuda:
+            return super().all_to_all_split(rows, send_counts, receive_counts, dtype)
+        with stage("exchange"):
+            return [
+                # The memory is the sender's, which writes to it again soon.
+                part.to(dtype) if rank == self.rank else empty_buffer(*part.shape, dtype=dtype).copy_(part)
+                for rank, part in enumerate(self._inbox.exchange(rows.split(list(send_counts))))
+            ]
+
+    def all_to_all_gather(
+        self,
+        source: Tensor,
+        rows: Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        wire_dtype: torch.dtype,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Gathers into memory that the others read, and this rank's own rows where they are wanted."""
+        if source.is_cuda:
+            return super().all_to_all_gather(source, rows, send_counts, receive_counts, wire_dtype, dtype)
+        row_shape, sent = source.shape[1:], rows.split(list(send_counts))
+        with stage("exchange"):
+            for rank, room in enumerate(self._inbox.rooms(send_counts, row_shape, wire_dtype)):
+                if rank != self.rank:
+                    gather_rows(source, sent[rank], out=room)
+            self._inbox.send()
+            received = empty_buffer(sum(receive_counts), *row_shape, dtype=dtype)
+            targets = received.split(list(receive_counts))
+            if wire_dtype == source.dtype:
+                gather_rows(source, sent[self.rank], out=targets[self.rank])
+            else:  # rounded as the others' rows are
+                targets[self.rank].copy_(gather_rows(source, sent[self.rank], wire_dtype))
+            for rank, arrived in enumerate(self._inbox.receive(row_shape, wire_dtype)):
+                if rank != self.rank:
+                    targets[rank].copy_(arrived)
+        return received
+
+    def ask(
+        self, counts: Tensor, keys: Sequence[Tensor], rows_per_rank: Sequence[int]
+    ) -> tuple[list[list[list[list[int]]]], list[Tensor]]:
+        """Sends counts and rows in one letter to each rank."""
+        if counts.is_cuda:
+            return super().ask(counts, keys, rows_per_rank)
+        head = counts[0].numel()
+        parts = [own.split(counts[:, number, 0].tolist()) for number, own in enumerate(keys)]
+        letters = []
+        for rank, told_to_rank in enumerate(counts):
+            rows = [part[rank] - rank * num_rows for part, num_rows in zip(parts, rows_per_rank, strict=True)]
+            letters.append(torch.cat([told_to_rank.flatten(), *rows]))
+        with stage("exchange"):
+            arrived = self._inbox.exchange(letters)
+            both = by_kind(counts, torch.stack([letter[:head].view_as(counts[0]) for letter in arrived]))
+            sizes = [both[1][number][0] for number in range(len(keys))]
+            wanted = [letter[head:].split([of_key[rank] for of_key in sizes]) for rank, letter in enumerate(arrived)]
+            return both, [torch.cat(of_key) for of_key in zip(*wanted, strict=True)]
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Sums in order of rank."""
+        if values.is_cuda:
+            return super().all_reduce(values)
+        arrived = self._inbox.exchange([values.clone()[None]] * self.size)
+        values.zero_()
+        for part in arrived:
+            values += part[0]
+        return values
+
+
+def ranks_of(group: dist.ProcessGroup | None) -> Ranks:
+    """Returns the ranks of a process group of torch, or one process if there is no group or it has one rank.
+
+    Ranks that share memory use it: the memory has no name in any file system, and nothing is left of it when the ranks
+    have ended, however they did.
 
     Collective: every rank of `group`.
     """
-    if group is None or size_of(group) == 1:
-        return None
+    if group is None or dist.get_world_size(group) == 1:
+        return OneProcess()
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
     own: tuple[mmap.mmap, _Address] | None = None
-    if device.type == "cpu" and os.environ.get(VARIABLE) != "0" and dispatch.cpu_backend() == "native":
-        with contextlib.suppress(OSError, AttributeError):  # a system without it
-            own = _create(_region_bytes(size_of(group)))
-    addresses: list[_Address | None] = [None] * size_of(group)
-    dist.all_gather_object(addresses, None if own is None else own[1], group=group)
-    exchange, reason = None, "a rank has none"
+    timeout_seconds = 0.0
+    if os.environ.get(VARIABLE) != "0" and dispatch.cpu_backend() == "native":
+        # A system without such memory, or a group for GPUs alone.
+        with contextlib.suppress(OSError, AttributeError, RuntimeError):
+            timeout_seconds = _timeout_seconds(group)
+            own = _create(_region_bytes(size))
+    through_group = GroupRanks(group)
+    addresses = through_group.all_gather(None if own is None else own[1])
+    inbox, reason = None, "a rank has none"
     if own is not None and None not in addresses:
         try:
-            exchange = _open_all(group, own[0], [address for address in addresses if address is not None])
+            regions, peers = _open_all(rank, own[0], [address for address in addresses if address is not None])
+            inbox = Inbox(rank, regions, peers, timeout_seconds=timeout_seconds)
         except (OSError, AttributeError) as error:
             reason = str(error)
-    agreed: list[bool] = [False] * size_of(group)
-    dist.all_gather_object(agreed, exchange is not None, group=group)
+    agreed = through_group.all_gather(inbox is not None)
     if own is not None:
         os.close(own[1].file)
-    if all(agreed):
-        return exchange
-    if rank_of(group) == 0 and device.type == "cpu":
+    if inbox is not None and all(agreed):
+        return SharedMemoryRanks(group, inbox)
+    if rank == 0:
         _logger.info("rows travel through the process group, not through shared memory: %s", reason)
-    return None
+    return through_group
 
 
 def _create(num_bytes: int) -> tuple[mmap.mmap, _Address]:
@@ -244,25 +332,25 @@ def _create(num_bytes: int) -> tuple[mmap.mmap, _Address]:
     return region, _Address(os.getpid(), file, token)
 
 
-def _open_all(group: dist.ProcessGroup, own: mmap.mmap, addresses: Sequence[_Address]) -> SharedMemoryExchange:
-    """Maps every rank's region, and takes hold of every other rank's process to see it die.
+def _open_all(rank: int, own: mmap.mmap, addresses: Sequence[_Address]) -> tuple[list[mmap.mmap], list[int]]:
+    """Maps every rank's region, and opens every other rank's process, to see it die.
 
     Raises:
         OSError: a rank's region is not there to be opened: it is on another host or in another container.
     """
     regions, peers = [], []
     try:
-        for rank, address in enumerate(addresses):
-            if rank == rank_of(group):
+        for sender, address in enumerate(addresses):
+            if sender == rank:
                 regions.append(own)
             else:
                 peers.append(os.pidfd_open(address.pid))
-                regions.append(_open(address, _region_bytes(size_of(group))))
+                regions.append(_open(address, _region_bytes(len(addresses))))
     except OSError:
         for file in peers:
             os.close(file)
         raise
-    return SharedMemoryExchange(group, regions, peers)
+    return regions, peers
 
 
 def _open(address: _Address, num_bytes: int) -> mmap.mmap:

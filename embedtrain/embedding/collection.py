@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from embedtrain.checkpoint.view import ShardView
-from embedtrain.distributed.collectives import all_to_all_rows
-from embedtrain.distributed.runtime import GroupReference, default_group, rank_of, size_of
-from embedtrain.distributed.shared_memory import connect
-from embedtrain.embedding.exchange import Lookup, RowRequest, exchange_ids, exchange_vectors, look_up_bags
-from embedtrain.embedding.features import Route, Routes, resolve_features
-from embedtrain.embedding.ids import valid_bags
-from embedtrain.embedding.owner_pooling import BagsAsked, choose_owner
+from embedtrain.distributed.ranks import Ranks
+from embedtrain.distributed.runtime import job_ranks
+from embedtrain.embedding.features import Routes, resolve_features
+from embedtrain.embedding.input_dist import Asked, input_dist_of
+from embedtrain.embedding.lookup import lookup
+from embedtrain.embedding.output_dist import fetch_distinct, output_dist
 from embedtrain.embedding.placement import PlacementChoice, place_rows
-from embedtrain.embedding.pooling import bags_of
-from embedtrain.embedding.shard import RowGroup, RowGroups, TableShard
-from embedtrain.embedding.state_dict import as_entry, key_of, mesh_of, take_entry
+from embedtrain.embedding.shard_view import ShardView
+from embedtrain.embedding.state_dict import as_entry, key_of, take_entry
+from embedtrain.embedding.table_group import TableGroup, TableGroups, TableShard
 from embedtrain.jagged import Jagged
-from embedtrain.ops._backend.transfer import to_device
-from embedtrain.ops.pool_rows import Bags
 from embedtrain.spec import FeatureSpec, TableSpec
 
 
@@ -32,57 +26,27 @@ class CollectionOptions(TypedDict, total=False):
     """What a model passes on to its collection; see `EmbeddingCollection`."""
 
     device: torch.device | str | None
-    process_group: dist.ProcessGroup | None
+    ranks: Ranks | None
     seed: int
     wire_dtype: torch.dtype | None
     placement: PlacementChoice
     cache_bytes: int | None
 
 
-@dataclass(frozen=True)
-class RowsAsked:
-    """Distinct rows that `EmbeddingCollection.ask_for_rows` asked for.
-
-    Attributes:
-        requests: by the position of their group, what the ranks settled; the rows come in this order.
-        inverse: per feature [num_values] int64; the place of each value's row among those that will come.
-    """
-
-    requests: dict[int, RowRequest]
-    inverse: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class VectorsAsked:
-    """Vectors of features that `EmbeddingCollection.ask` asked for.
-
-    Attributes:
-        requests: by the position of their group, what the ranks settled.
-        features: per group its features, in order.
-        bags: per feature how its vectors are pooled.
-        weights: per feature the weights as the caller gave them, for their own gradient.
-    """
-
-    requests: dict[int, RowRequest]
-    features: dict[int, list[str]]
-    bags: dict[str, Bags]
-    weights: dict[str, Tensor | None]
-
-
 class EmbeddingCollection(nn.Module):
-    """Embedding tables sharded by row over the ranks of a process group.
+    """Embedding tables sharded by row over the ranks of a job.
 
     Tables of one dim, dtype and optimizer form a group: a step costs one id, one vector and one gradient exchange per
     group, whatever the number of features. The rows are not parameters of the module: their gradients wait
     at the rank that owns them for a sparse optimizer of `embedtrain.optim`.
 
-    Collective: every rank of the process group makes the collection.
+    Collective: every rank makes the collection.
 
     Args:
         tables: at least one, of unique names.
         features: what `forward` accepts; where None, one unpooled feature per table, of its name.
         device: of this rank's rows; the CPU where None.
-        process_group: the ranks that share the tables; where None, the job's, or one process without a job.
+        ranks: those that share the tables; if None, the job's. `embedtrain.ranks_of` makes them of a process group.
         seed: of the first values.
         wire_dtype: in which vectors and gradients travel between ranks, float32 or bfloat16; where None, vectors as
             they are stored and gradients as float32.
@@ -92,8 +56,8 @@ class EmbeddingCollection(nn.Module):
             half of what is free. Which rows are copied changes no result.
 
     Attributes:
-        shared: the ranks' shared memory, where they have it.
-        looked_up: per group [n] int64, a key for each id of this rank's last batch; those of no group none.
+        ranks: those that share the tables.
+        row_groups: the groups of tables; every optimizer updates some of them.
 
     Raises:
         ValueError: names repeat, a feature names a table that does not exist, or an option is none of those above.
@@ -105,7 +69,7 @@ class EmbeddingCollection(nn.Module):
         features: Sequence[FeatureSpec] | None = None,
         *,
         device: torch.device | str | None = None,
-        process_group: dist.ProcessGroup | None = None,
+        ranks: Ranks | None = None,
         seed: int = 0,
         wire_dtype: torch.dtype | None = None,
         placement: PlacementChoice = "device",
@@ -115,23 +79,19 @@ class EmbeddingCollection(nn.Module):
         if wire_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"wire_dtype must be torch.float32, torch.bfloat16 or None, got {wire_dtype}")
         self.features = resolve_features(tables, features)
-        process_group = process_group if process_group is not None else default_group()
-        self._process_group = GroupReference(process_group)
-        self._ids_group: GroupReference | None = None
+        self.ranks = ranks if ranks is not None else job_ranks()
         self.device = torch.device("cpu" if device is None else device)
-        members: dict[tuple[int, torch.dtype, str], list[TableSpec]] = {}
+        members: dict[tuple[int, torch.dtype, str, str], list[TableSpec]] = {}
         for table in tables:
             members.setdefault(table.group, []).append(table)
-        self.shared = connect(self.process_group, self.device)
-        where = place_rows(placement, cache_bytes, list(members.values()), size_of(process_group), self.device)
+        where = place_rows(placement, cache_bytes, list(members.values()), self.ranks.size, self.device)
         self.row_groups = [
-            RowGroup(
+            TableGroup(
                 specs,
                 seed=seed,
                 device=self.device,
-                process_group=process_group,
+                ranks=self.ranks,
                 wire_dtype=wire_dtype,
-                shared=self.shared,
                 placement=where,
             )
             for specs in members.values()
@@ -141,34 +101,35 @@ class EmbeddingCollection(nn.Module):
             for number, group in enumerate(self.row_groups)
             for position, shard in enumerate(group.shards)
         }
-        self._no_lookup = Lookup(torch.zeros(0, dtype=torch.int64, device=self.device))
-        self._routes = Routes(self.features, places)
-        self.looked_up: list[Tensor] = [self._no_lookup.keys] * len(self.row_groups)
-
-    @property
-    def process_group(self) -> dist.ProcessGroup | None:
-        """The ranks that share the tables; None for one process."""
-        return self._process_group.get()
+        self._input_dist = input_dist_of(self.row_groups, Routes(self.features, places), self.ranks)
+        self._watchers: list[Callable[[Sequence[Tensor]], None]] = []
 
     @property
     def shards(self) -> dict[str, TableShard]:
-        """This rank's part of each table, by name; as it is now, which rows on the host are after being asked for."""
-        for group in self.row_groups:
-            group.write_back()
+        """This rank's part of each table, by name. See `write_back` of rows in host memory."""
         return {shard.spec.name: shard for group in self.row_groups for shard in group.shards}
 
-    def trained_by(self, optimizer: str) -> RowGroups:
+    def write_back(self) -> None:
+        """Brings rows in host memory up to date with their copies on the device, to be read or written by others."""
+        for group in self.row_groups:
+            group.access.write_back()
+
+    def watch(self, watcher: Callable[[Sequence[Tensor]], None]) -> None:
+        """Has a function called with the keys that this rank's batches look up, [n] int64 per group looked up."""
+        self._watchers.append(watcher)
+
+    def trained_by(self, optimizer: str) -> TableGroups:
         """Returns the tables whose `TableSpec.optimizer` has this name, to make their optimizer of.
 
         Raises:
             ValueError: there are none.
         """
-        named: dict[str, list[RowGroup]] = {}
+        named: dict[str, list[TableGroup]] = {}
         for group in self.row_groups:
             named.setdefault(group.shards[0].spec.optimizer, []).append(group)
         if optimizer not in named:
             raise ValueError(f"no table is trained by {optimizer!r}; the names are {', '.join(map(repr, named))}")
-        return RowGroups(named[optimizer])
+        return TableGroups(named[optimizer])
 
     def forward(self, batch: Mapping[str, Jagged]) -> dict[str, Tensor]:
         """Looks up the features of this rank's batch.
@@ -184,107 +145,69 @@ class EmbeddingCollection(nn.Module):
                 every rank before any row moves.
             ValueError: the batch names a feature that does not exist, on any rank; raised likewise.
         """
-        return self.look_up(self.ask(batch))
+        asked = self.ask(batch)
+        found = lookup(asked)
+        return output_dist(asked, found)
 
-    def ask(self, batch: Mapping[str, Jagged], *, is_ahead: bool = False) -> VectorsAsked:
-        """Exchanges the ids of a batch, which needs no row, for `look_up` later.
+    def ask(self, batch: Mapping[str, Jagged], *, is_ahead: bool = False) -> Asked:
+        """Exchanges the ids of a batch, which needs no row, for `look_up` or `distinct_rows` later.
 
         Collective: as `forward`, whose exceptions it raises too.
 
         Args:
-            batch: as for `forward`. It may be in host memory, where it takes no waiting for the device to know that the
-                ids are rows.
+            batch: as for `forward`. It may be in host memory, where ids can be range-checked without a device sync.
             is_ahead: whether another step is under way. On GPUs the ids then travel apart from its rows.
         """
-        asked, bags = dict(batch), dict[str, Bags]()
-        routes, requests = self._exchange_ids(asked, self._group_for_ids(is_ahead), bags)
-        if is_ahead:
-            for route in routes:
-                requests[route.number].sort_ahead()
-        return VectorsAsked(
-            {route.number: requests[route.number] for route in routes},
-            {route.number: route.names for route in routes},
-            bags,
-            {name: values.weights for name, values in asked.items()},
-        )
+        asked, keys = self._input_dist.ask(batch, is_ahead=is_ahead)
+        for watcher in self._watchers:
+            watcher(keys)
+        return asked
 
-    def look_up(self, asked: VectorsAsked) -> dict[str, Tensor]:
+    def look_up(self, asked: Asked) -> dict[str, Tensor]:
         """Looks up what was asked for; as `forward`. Collective: every rank, in the order in which they asked."""
-        vectors: dict[str, Tensor] = {}
-        for number, names in asked.features.items():
-            bags, weights = [asked.bags[name] for name in names], [asked.weights[name] for name in names]
-            pooled = look_up_bags(self.row_groups[number], asked.requests[number], bags, weights)
-            vectors.update(zip(names, pooled, strict=True))
-        return {name: vectors[name] for name in asked.weights}
+        return output_dist(asked, lookup(asked))
 
-    def distinct_rows(self, batch: Mapping[str, Jagged]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Fetches each distinct row of the batch once, for models that work on compact rows.
+    def distinct_rows(self, asked: Asked) -> Tensor:
+        """Fetches each distinct row that was asked for once, for models that work on compact rows.
 
-        Collective: as `forward`.
+        Collective: every rank, in the order in which they asked.
 
         Returns:
-            vectors: [num_distinct, dim] float32.
-            inverse: per feature [num_values] int64; the place among `vectors` of each value's row.
+            [num_distinct, dim] float32; `Asked.places` says where each value's row lies.
 
         Raises:
-            ValueError: the features' tables differ in dim, or as `forward`.
+            ValueError: the features' tables differ in dim, or features are pooled.
         """
-        asked = self.ask_for_rows(batch)
-        return self.fetch_rows(asked), asked.inverse
+        if len({part.group.weight.shape[1] for part in asked.parts}) > 1:
+            raise ValueError(f"distinct_rows needs tables of one dim; those of the features {list(asked.names)} differ")
+        pooled = [name for name in asked.names if self.features[name].pooling != "none"]
+        if pooled:
+            raise ValueError(f"distinct_rows needs features that are not pooled; {', '.join(pooled)} are")
+        return fetch_distinct(asked)
 
-    def ask_for_rows(self, batch: Mapping[str, Jagged], *, is_ahead: bool = False) -> RowsAsked:
-        """Exchanges the ids of a batch, which needs no row, for `fetch_rows` later.
-
-        Collective: as `forward`, whose exceptions it raises too.
-
-        Args:
-            batch: as for `distinct_rows`. The ids may be in host memory, where it takes no waiting for the device to
-                know that they are rows.
-            is_ahead: whether another step is under way. On GPUs the ids then travel apart from its rows.
-        """
-        numbers = {self._routes.group_of(name) for name in batch if name in self.features}
-        if len({self.row_groups[number].weight.shape[1] for number in numbers}) > 1:
-            raise ValueError(f"distinct_rows needs tables of one dim; those of the features {list(batch)} differ")
-        batch = dict(batch)
-        routes, requests = self._exchange_ids(batch, self._group_for_ids(is_ahead), None)
-        inverse: dict[str, Tensor] = {}
-        num_before = 0
-        for route in routes:
-            request = requests[route.number]
-            if is_ahead:
-                request.sort_ahead()
-            sizes = [batch[name].values.numel() for name in route.names]
-            places = request.inverse + num_before if num_before else request.inverse
-            inverse.update(zip(route.names, places.split(sizes), strict=True))
-            if len(routes) > 1:  # the host waits for this, where keys are sorted on a device
-                num_before += request.distinct.unique.numel()
-        return RowsAsked({route.number: requests[route.number] for route in routes}, inverse)
-
-    def fetch_rows(self, asked: RowsAsked) -> Tensor:
-        """Fetches the rows that were asked for; [num_distinct, dim] float32. Collective: every rank, in order."""
-        parts = [exchange_vectors(self.row_groups[number], request) for number, request in asked.requests.items()]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def bring_rows(self, asked: RowsAsked | VectorsAsked) -> None:
+    def bring_rows(self, asked: Asked) -> None:
         """Copies those of the rows asked of this rank that live in host memory to the device, before their step."""
-        for number, request in asked.requests.items():
-            self.row_groups[number].bring_ahead(request.rows_read)
+        for part in asked.parts:
+            rows = part.rows.rows
+            part.group.access.bring_ahead(rows if part.sums is None else torch.cat([rows, part.sums.rows]))
 
     def gather_table(self, name: str, state: str = "weight") -> Tensor:
         """Returns a whole table, or an optimizer's state of it, in order of id, on every rank.
 
         Collective: every rank. For tables that fit on one.
         """
+        self.write_back()
         shard = self.shards[name]
         local = shard.weight if state == "weight" else shard.state[state]
-        ranks = range(size_of(self.process_group))
+        ranks = range(self.ranks.size)
         sizes = [stop - start for start, stop in map(shard.layout.shard_range, ranks)]
         copies = local.repeat(len(ranks), *[1] * (local.dim() - 1))
-        slots = all_to_all_rows(copies, [local.shape[0]] * len(ranks), sizes, self.process_group)
+        slots = self.ranks.all_to_all(copies, [local.shape[0]] * len(ranks), sizes)
         return slots[shard.layout.slot_of(torch.arange(shard.spec.num_rows, device=slots.device))]
 
     def shard_views(self) -> list[ShardView]:
         """Returns this rank's weights and optimizer state, as a checkpoint saves and loads them."""
+        self.write_back()
         return [view for shard in self.shards.values() for view in shard.views()]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -293,7 +216,7 @@ class EmbeddingCollection(nn.Module):
         They are DTensors in order of slots that share memory with the tables, so that torch's own distributed
         checkpoint saves them, and loads them in place.
         """
-        mesh = mesh_of(self.process_group, self.row_groups[0].weight.device)
+        mesh = self.ranks.device_mesh(self.row_groups[0].weight.device.type)
         for view in self.shard_views():
             destination[prefix + key_of(view)] = as_entry(view, mesh)
 
@@ -316,73 +239,3 @@ class EmbeddingCollection(nn.Module):
             group.changes.before_update_of_all()
         faults = [take_entry(view, state_dict[key]) for key, view in views.items() if key in state_dict]
         error_msgs += [fault for fault in faults if fault is not None]
-
-    def _group_for_ids(self, is_ahead: bool) -> dist.ProcessGroup | None:
-        """Returns the ranks; ahead, on GPUs, as another group: NCCL runs the collectives of a group one by one."""
-        group = self.process_group
-        if not is_ahead:
-            return group
-        if self._ids_group is None and group is not None and self.device.type == "cuda":
-            ranks = dist.get_process_group_ranks(group)
-            self._ids_group = GroupReference(dist.new_group(ranks, use_local_synchronization=True))
-        return group if self._ids_group is None else self._ids_group.get()
-
-    def _exchange_ids(
-        self, batch: dict[str, Jagged], process_group: dist.ProcessGroup | None, bags: dict[str, Bags] | None
-    ) -> tuple[Sequence[Route], list[RowRequest]]:
-        """Returns where the features are looked up, and a request per group.
-
-        Features of `batch` with bad ids are replaced by what their policy makes of them.
-
-        Args:
-            bags: takes how each feature is pooled, which owners may do then; None where all rows must travel here.
-        """
-        routes: Sequence[Route] = ()
-        lookups = [self._no_lookup] * len(self.row_groups)
-        self.looked_up[:] = [self._no_lookup.keys] * len(self.row_groups)
-        error: Exception | None = None
-        try:
-            routes = self._routes.of(tuple(batch))
-            for route in routes:
-                keys = self.looked_up[route.number] = to_device(self._keys_of(route, batch), self.device)
-                lookups[route.number] = Lookup(keys) if bags is None else self._lookup(route, batch, bags, keys)
-        except ValueError as raised:
-            error = raised
-        # A rank whose input is wrong may not know which groups the others look up: the request is of all.
-        return routes, exchange_ids(self.row_groups, lookups, error, process_group)
-
-    def _lookup(self, route: Route, batch: Mapping[str, Jagged], bags: dict[str, Bags], keys: Tensor) -> Lookup:
-        """Parts the features of a group into those whose rows travel here and those that owners pool.
-
-        Args:
-            bags: takes how each feature is pooled.
-        """
-        group = self.row_groups[route.number]
-        own = [
-            bags_of(batch[name], feature.pooling, self.device)
-            for name, feature in zip(route.names, route.features, strict=True)
-        ]
-        bags.update(zip(route.names, own, strict=True))
-        if size_of(self.process_group) == 1:
-            return Lookup(keys, runs=group.runs_of(route.tables, [feature.num_values for feature in own]))
-        weights = [batch[name].weights for name in route.names]
-        at_owner = choose_owner(group, route.features, own, weights, keys)
-        if not any(at_owner):
-            return Lookup(keys)
-        parts = keys.split([feature.num_values for feature in own])
-        here, there = (
-            torch.cat([keys[:0], *(part for part, is_there in zip(parts, at_owner, strict=True) if is_there == side)])
-            for side in (False, True)
-        )
-        asked = [feature for feature, is_there in zip(own, at_owner, strict=True) if is_there]
-        return Lookup(here, BagsAsked(group, asked, there), at_owner)
-
-    def _keys_of(self, route: Route, batch: dict[str, Jagged]) -> Tensor:
-        group = self.row_groups[route.number]
-        keys, num_outside = group.keys_of(route.tables, [batch[name].values for name in route.names])
-        if not any(num_outside):
-            return keys
-        rank = rank_of(self.process_group)
-        for name, table, feature in zip(route.names, route.tables, route.features, strict=True):
-            batch[name] = valid_bags(batch[name], feature, group.shards[table].spec.num_rows, rank)
-        return group.keys_of(route.tables, [batch[name].values for name in route.names])[0]

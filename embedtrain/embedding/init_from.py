@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from embedtrain.distributed.collectives import run_on_each
 from embedtrain.embedding.collection import EmbeddingCollection
-from embedtrain.embedding.shard import TableShard
+from embedtrain.embedding.table_group import TableShard
 from embedtrain.errors import UserError
 
 
@@ -48,8 +47,9 @@ def init_from(tables: EmbeddingCollection, table: str, path: str, rows: Mapping[
         UserError: on every rank; there is no such file, it cannot be read, its vectors have another dim than the
             table or values that are not finite, or it has none of the names.
     """
+    tables.write_back()
     shard = tables.shards[table]
-    return run_on_each(lambda: _copy(shard, path, rows), tables.process_group)
+    return tables.ranks.run_on_each(lambda: _copy(shard, path, rows))
 
 
 def _copy(shard: TableShard, path: str, rows: Mapping[str, int]) -> InitCounts:

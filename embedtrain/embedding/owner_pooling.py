@@ -10,13 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from embedtrain.distributed.collectives import all_to_all_rows
-from embedtrain.distributed.runtime import size_of
 from embedtrain.distributed.stages import stage
-from embedtrain.embedding.shard import RowGroup
+from embedtrain.embedding.table_group import TableGroup
 from embedtrain.jagged import places_of_runs
 from embedtrain.ops.pool_rows import Bags, pool_rows
 from embedtrain.ops.row_gradient import Delivery
@@ -34,7 +31,7 @@ _ODD = 0xBF58476D1CE4E5B9 - (1 << 64)
 
 
 def choose_owner(
-    group: RowGroup,
+    group: TableGroup,
     features: Sequence[FeatureSpec],
     bags: Sequence[Bags],
     weights: Sequence[Tensor | None],
@@ -49,14 +46,12 @@ def choose_owner(
         features: their declarations.
         bags: their batches.
         weights: the weights as the caller gave them.
-        keys: [n] int64; see `RowGroup.keys_of`.
+        keys: [n] int64; see `TableGroup.keys_of`.
 
     Raises:
         ValueError: pooling at the owner is forced where weights want a gradient, which needs the rows.
     """
     chosen = [False] * len(features)
-    if size_of(group.process_group) == 1:
-        return chosen
     undecided = []
     for number, (feature, batch, weight) in enumerate(zip(features, bags, weights, strict=True)):
         needs_rows = weight is not None and weight.requires_grad and torch.is_grad_enabled()
@@ -80,19 +75,19 @@ def choose_owner(
     return chosen
 
 
-def _moves_less(group: RowGroup, bags: Sequence[Bags], keys: Tensor) -> list[bool]:
+def _moves_less(group: TableGroup, bags: Sequence[Bags], keys: Tensor) -> list[bool]:
     """Returns for each feature by itself whether sums cost fewer bytes than its distinct rows.
 
     Both are counted, in large batches by a sample: distinct rows of all keys with a certain hash, sums of all bags
     whose number has it.
     """
     with stage("unique"):
-        bound = size_of(group.process_group) * group.num_local_rows
+        bound = group.ranks.size * group.num_local_rows
         num_rows = count_rows(keys, [feature.num_values for feature in bags], bound)
         num_sums = count_sums(keys, [_lengths_of(feature, keys.device) for feature in bags], group.num_local_rows)
     dim = group.weight.shape[1]
     wire = Wire(
-        id_bytes=_id_type(group).itemsize,
+        id_bytes=id_type(group).itemsize,
         vector_bytes=group.vector_wire_dtype.itemsize,
         gradient_bytes=group.gradient_wire_dtype.itemsize,
         has_gradients=torch.is_grad_enabled(),
@@ -166,7 +161,7 @@ class BagsAsked:
         is_weighted: whether ids have factors.
     """
 
-    def __init__(self, group: RowGroup, bags: Sequence[Bags], keys: Tensor) -> None:
+    def __init__(self, group: TableGroup, bags: Sequence[Bags], keys: Tensor) -> None:
         self.bags = bags
         self.num_bags = sum(feature.num_bags for feature in bags)
         self.is_weighted = any(feature.weights is not None for feature in bags)
@@ -174,9 +169,9 @@ class BagsAsked:
             lengths = torch.cat([keys.new_zeros(0), *(_lengths_of(feature, keys.device) for feature in bags)])
             owner, pairs = _owner_and_bag(keys, lengths, group.num_local_rows)
             self._rows = torch.sub(keys, owner, alpha=group.num_local_rows)
-            bound = size_of(group.process_group) * max(self.num_bags, 1)
+            bound = group.ranks.size * max(self.num_bags, 1)
             self._by_owner = sort_unique(pairs, bound=bound, with_inverse=False)
-        ranks = torch.arange(size_of(group.process_group) + 1, device=keys.device)
+        ranks = torch.arange(group.ranks.size + 1, device=keys.device)
         ends = torch.searchsorted(self._by_owner.unique, ranks * self.num_bags)
         self.sum_counts = ends.diff()
         self.id_counts = self._by_owner.starts[ends].diff()
@@ -241,18 +236,15 @@ class BagsAsked:
         return torch.cat(parts)
 
 
-class SumRequest:
-    """What one id exchange settled for the bags of a group that the owners of their rows pool.
-
-    Collective: every rank makes it, and calls its methods, together.
+class BagsOwed:
+    """What the ranks settled for the bags of a group that the owners of their rows pool.
 
     Args:
         group: the tables.
         asked: this rank's bags.
-        id_counts: ids for each rank, and from each.
-        sum_counts: sums from each rank, and for each.
-        is_weighted: whether the ids of any rank have factors.
-        process_group: by which the ids travel.
+        counts: of sums, from each rank and for each.
+        owed: the ids of other ranks' bags, as `BagsAsked.payload` of every rank sent them to this one.
+        is_weighted: whether ids have factors.
 
     Attributes:
         rows: [n] int64; the local rows that this rank adds up.
@@ -260,40 +252,46 @@ class SumRequest:
 
     def __init__(
         self,
-        group: RowGroup,
+        group: TableGroup,
         asked: BagsAsked,
-        id_counts: tuple[list[int], list[int]],
-        sum_counts: tuple[list[int], list[int]],
+        counts: tuple[Sequence[int], Sequence[int]],
+        owed: Tensor,
+        *,
         is_weighted: bool,
-        process_group: dist.ProcessGroup | None,
     ) -> None:
         self._asked, self._group = asked, group
-        self._ask_counts, self._owe_counts = sum_counts
-        payload = asked.payload(_id_type(group), is_weighted)
-        received = all_to_all_rows(payload, *id_counts, process_group, group.shared)
-        signed = (received[:, 0] if is_weighted else received).long()
-        weights = received[:, 1].to(torch.int32).view(torch.float32) if is_weighted else None
+        self._ask_counts, self._owe_counts = counts
+        signed = (owed[:, 0] if is_weighted else owed).long()
+        weights = owed[:, 1].to(torch.int32).view(torch.float32) if is_weighted else None
         is_first = signed < 0
         self.rows = torch.where(is_first, ~signed, signed)
         starts = is_first.nonzero().flatten()
         lengths = torch.cat([starts, starts.new_tensor([signed.numel()])]).diff()
         self._owed = Bags(signed.numel(), lengths, weights)
 
-    def fetch(self) -> list[Tensor]:
-        """Returns this rank's bags, pooled: per feature [num_bags, dim] float32."""
-        group = self._group
-        (sums,) = pool_rows(*group.rows_to_pool(self.rows), [self._owed])
+    def pool(self) -> Tensor:
+        """Returns the sums that this rank owes, [num_sums, dim], as they travel."""
+        (sums,) = pool_rows(*self._group.access.look_up(self.rows), [self._owed])
         # Sums have no storage to be exact to: they travel as gradients do, in float32 unless chosen otherwise.
-        sums = sums.to(group.gradient_wire_dtype)
-        received = all_to_all_rows(sums, self._owe_counts, self._ask_counts, group.process_group, group.shared)
-        return self._asked.add_up(received)
+        return sums.to(self._group.gradient_wire_dtype)
+
+    def fetch(self, sums: Tensor) -> list[Tensor]:
+        """Returns this rank's bags, pooled: per feature [num_bags, dim] float32. Collective: every rank.
+
+        Args:
+            sums: what `pool` returned.
+        """
+        return self._asked.add_up(self._group.ranks.all_to_all(sums, self._owe_counts, self._ask_counts))
 
     def send_home(self, grads: Sequence[Tensor | None]) -> None:
-        """Sends the gradients of the pooled vectors to the owners, where those of the rows wait for an optimizer."""
+        """Sends the gradients of the pooled vectors to the owners, where those of the rows wait for an optimizer.
+
+        Collective: every rank.
+        """
         group = self._group
-        shared = self._asked.share_out(grads, group.weight.shape[1]).to(group.gradient_wire_dtype)
-        received = all_to_all_rows(shared, self._ask_counts, self._owe_counts, group.process_group, group.shared)
-        group.deliver(Delivery(self.rows, [self._owed], [received.float()]))
+        shares = self._asked.share_out(grads, group.weight.shape[1]).to(group.gradient_wire_dtype)
+        received = group.ranks.all_to_all(shares, self._ask_counts, self._owe_counts)
+        group.gradients.deliver(Delivery(self.rows, [self._owed], [received.float()]))
 
 
 def _owner_and_bag(keys: Tensor, lengths: Tensor, num_local_rows: int) -> tuple[Tensor, Tensor]:
@@ -310,6 +308,6 @@ def _lengths_of(feature: Bags, device: torch.device) -> Tensor:
     return feature.lengths
 
 
-def _id_type(group: RowGroup) -> torch.dtype:
+def id_type(group: TableGroup) -> torch.dtype:
     """Returns in which type local rows travel: half the bytes, where they fit."""
     return torch.int32 if group.num_local_rows < 1 << 31 else torch.int64

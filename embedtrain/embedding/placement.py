@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from embedtrain.sharding.layout import SpreadLayout
+from embedtrain.sharding.layout import Layout, layout_of
 from embedtrain.spec import TableSpec
 
 PlacementChoice = Literal["device", "host", "auto"]
@@ -58,7 +58,7 @@ def place_rows(
         return DEVICE
     free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     weight_bytes = sum(
-        SpreadLayout(spec.num_rows, world_size).rows_per_rank * spec.dim * spec.dtype.itemsize
+        layout_of(spec.num_rows, world_size, spec.layout).rows_per_rank * spec.dim * spec.dtype.itemsize
         for specs in groups
         for spec in specs
     )
@@ -73,7 +73,7 @@ def place_rows(
 
 
 def hot_rows(
-    pieces: Sequence[tuple[SpreadLayout, tuple[int, int], int]], cache_bytes: int, world_size: int, row_bytes: int
+    pieces: Sequence[tuple[Layout, tuple[int, int], int]], cache_bytes: int, world_size: int, row_bytes: int
 ) -> Tensor:
     """Returns the local rows to keep on the device, ascending: those of low ids, by as many of each table as fit.
 

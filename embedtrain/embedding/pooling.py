@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from embedtrain.jagged import Jagged
 from embedtrain.ops._backend.transfer import to_device
@@ -14,9 +15,18 @@ def bags_of(batch: Jagged, pooling: Pooling, device: torch.device) -> Bags:
     """Returns how the values of a feature are pooled, on a device; the batch may be in host memory.
 
     "none" weighs and keeps each vector; "sum" adds them by bag; "mean" divides the weighted sum by the bag's length.
+    If gradients are enabled, what backward and the step need is copied: the caller may write to the batch at once.
     """
-    weights = None if batch.weights is None else to_device(batch.weights.detach().float(), device)
+    weights = None
+    if batch.weights is not None:
+        weights = _kept(to_device(batch.weights.detach().float(), device), batch.weights)
     if pooling == "none":
         return Bags(batch.values.numel(), None, weights)
-    lengths = to_device(batch.lengths.long(), device)
+    lengths = _kept(to_device(batch.lengths.long(), device), batch.lengths)
     return Bags(batch.values.numel(), lengths, weights, is_mean=pooling == "mean")
+
+
+def _kept(converted: Tensor, given: Tensor) -> Tensor:
+    """Returns a copy of a tensor that shares memory with the caller's, if it is kept beyond this call."""
+    is_shared = torch.is_grad_enabled() and converted.data_ptr() == given.data_ptr()
+    return converted.clone() if is_shared else converted

@@ -9,22 +9,12 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from embedtrain.checkpoint.view import ShardView
+from embedtrain.embedding.shard_view import ShardView
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-
-def mesh_of(group: dist.ProcessGroup | None, device: torch.device) -> DeviceMesh | None:
-    """Returns the one-dimensional mesh of the ranks of a group; None where there is no group."""
-    if group is None:
-        return None
-    from torch.distributed.device_mesh import DeviceMesh
-
-    return DeviceMesh.from_group(group, device.type)
 
 
 def key_of(view: ShardView) -> str:

@@ -7,18 +7,19 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
 from embedtrain.embedding.features import resolve_features
 from embedtrain.embedding.ids import valid_bags
 from embedtrain.embedding.init import initial_rows
 from embedtrain.jagged import Jagged
 from embedtrain.ops._backend.mix import mix64
 from embedtrain.ops.row_gradient import RowGradient
-from embedtrain.sharding.layout import SpreadLayout
+from embedtrain.sharding.layout import layout_of
 from embedtrain.spec import FeatureSpec, TableSpec
 
 
 class UnshardedTable:
-    """One table as a dense parameter; stands where a `RowGroup` stands for an optimizer.
+    """One table as a dense parameter; stands where a `TableGroup` stands for an optimizer.
 
     Attributes:
         weight: [num_rows, dim], in order of id.
@@ -27,10 +28,9 @@ class UnshardedTable:
 
     def __init__(self, spec: TableSpec, position: int, seed: int) -> None:
         self.spec = spec
-        self.process_group = None
-        self.shared = None
+        self.ranks: Ranks = ONE_PROCESS
         self.state: dict[str, Tensor] = {}
-        self.layout = SpreadLayout(spec.num_rows)
+        self.layout = layout_of(spec.num_rows, kind=spec.layout)
         in_slot_order = initial_rows(spec, 0, spec.num_rows, seed)
         self.weight = in_slot_order[self.layout.slot_of(torch.arange(spec.num_rows))]
         self.leaf = self.weight.float().clone().requires_grad_()
@@ -82,7 +82,7 @@ class UnshardedTable:
         return f"table {self.spec.name!r}, row {row}"
 
     def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
-        """Returns the keys for stochastic rounding that `RowGroup.rounding_keys` gives the same rows."""
+        """Returns the keys for stochastic rounding that `TableGroup.rounding_keys` gives the same rows."""
         if self.weight.dtype != torch.bfloat16:
             return None
         rows = gradient.rows
@@ -98,7 +98,7 @@ class UnshardedEmbeddingCollection(nn.Module):
     ) -> None:
         super().__init__()
         self.features = resolve_features(tables, features)
-        kinds: dict[tuple[int, torch.dtype, str], int] = {}
+        kinds: dict[tuple[int, torch.dtype, str, str], int] = {}
         self.tables: dict[str, UnshardedTable] = {}
         for spec in tables:
             position = kinds.setdefault(spec.group, 0)

@@ -18,7 +18,7 @@ from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.errors import UserError
 from embedtrain.export.storage import file_system_of
-from embedtrain.sharding.layout import SpreadLayout
+from embedtrain.sharding.layout import read_layout
 
 FloatRows = npt.NDArray[np.float32]
 
@@ -173,7 +173,7 @@ def _open_table(reader: CheckpointReader, run_path: str, table: str | None) -> V
     table = _choose_table(table, export_table, tables, run_path)
     info = reader.tensors[table + _WEIGHT]
     num_rows, dim = info.shape
-    layout = SpreadLayout.read(info.layout, num_rows, table)
+    layout = read_layout(info.layout, num_rows, table)
     words: Sequence[str] = RowNumbers(range(num_rows))
     counts = None
     vocabulary = _read_vocabulary(f"{run_path}/vocabulary.tsv")

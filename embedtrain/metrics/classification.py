@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from embedtrain.distributed.collectives import all_gather_object, all_reduce_sum
+from embedtrain.distributed.ranks import Ranks
 
 EXACT_EXAMPLES = 1 << 20
 NUM_BINS = 1 << 16
@@ -86,12 +85,12 @@ class ClassificationMeter:
         else:
             self._kept = []
 
-    def report(self, group: dist.ProcessGroup | None) -> ClassificationReport:
-        """Returns the measures over all ranks. Collective: every rank of `group`."""
-        sums = all_reduce_sum(self._sums.clone(), group)
+    def report(self, ranks: Ranks) -> ClassificationReport:
+        """Returns the measures over all ranks. Collective: every rank."""
+        sums = ranks.all_reduce(self._sums.clone())
         if sums[_EXAMPLES] > self._exact_examples:
             return report_of(sums)
-        kept = [pair for theirs in all_gather_object(self._kept, group) for pair in theirs]
+        kept = [pair for theirs in ranks.all_gather(self._kept) for pair in theirs]
         return report_of(sums, _counts_by_logit(kept))
 
 

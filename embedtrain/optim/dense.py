@@ -6,12 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from embedtrain.distributed.collectives import all_reduce_sum
-from embedtrain.distributed.runtime import GroupReference, size_of
-from embedtrain.distributed.shared_memory import SharedMemoryExchange
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import CheckpointError
 
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -37,10 +34,9 @@ class DenseOptimizer:
     Args:
         module: its parameters and buffers; it holds no rows of tables.
         name: "adam", "adamw", "adagrad" or "sgd".
-        process_group: the ranks; None for one process.
+        ranks: those of the job.
         lr: learning rate.
         weight_decay: as the optimizer of torch has it.
-        shared: the ranks' shared memory, where they have it: the way that gradients take then.
 
     Raises:
         ValueError: the name is unknown, a value is out of range, or the module has no parameters.
@@ -51,23 +47,20 @@ class DenseOptimizer:
         module: nn.Module,
         *,
         name: str = "adam",
-        process_group: dist.ProcessGroup | None,
+        ranks: Ranks,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
-        shared: SharedMemoryExchange | None = None,
     ) -> None:
         if name not in _OPTIMIZERS:
             raise ValueError(f"there is no dense optimizer {name!r}; there are {', '.join(_OPTIMIZERS)}")
         self._module = module
         self._parameters = dict(module.named_parameters())
-        self._group = GroupReference(process_group)
+        self._ranks = ranks
         self._lr = lr
-        self._shared = shared
         make: Any = _OPTIMIZERS[name]  # the base class does not know the hyperparameters
         self._optimizer: torch.optim.Optimizer = make(self._parameters.values(), lr=lr, weight_decay=weight_decay)
-        if process_group is not None:
-            for tensor in self._module.state_dict().values():
-                dist.broadcast(tensor, group_src=0, group=process_group)
+        for tensor in self._module.state_dict().values():
+            ranks.broadcast(tensor)
 
     @property
     def name(self) -> str:
@@ -81,13 +74,12 @@ class DenseOptimizer:
 
         Collective: every rank; the answer is the same on all.
         """
-        group = self._group.get()
         for parameter in self._parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         grads = {name: parameter.grad for name, parameter in self._parameters.items() if parameter.grad is not None}
-        flat = all_reduce_sum(torch.cat([grad.flatten() for grad in grads.values()]), group, self._shared)
-        flat /= size_of(group)
+        flat = self._ranks.all_reduce(torch.cat([grad.flatten() for grad in grads.values()]))
+        flat /= self._ranks.size
         for grad, averaged in zip(grads.values(), flat.split([g.numel() for g in grads.values()]), strict=True):
             grad.copy_(averaged.view_as(grad))
         if bool(flat.isfinite().all()):

@@ -8,13 +8,10 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from embedtrain.distributed.collectives import all_gather_object, all_reduce_sum
-from embedtrain.distributed.runtime import rank_of
-from embedtrain.distributed.shared_memory import SharedMemoryExchange
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import NonFiniteError
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import RowStep, row_update
@@ -93,11 +90,7 @@ class RowsToUpdate(Protocol):
 class RowStore(RowsToUpdate, Protocol):
     """Rows with their state and the gradients that wait for them: an optimizer's view of a group of tables."""
 
-    shared: SharedMemoryExchange | None
-
-    @property
-    def process_group(self) -> dist.ProcessGroup | None:
-        """The ranks that share the rows; None for one process."""
+    ranks: Ranks
 
     @property
     def table_names(self) -> list[str]:
@@ -350,10 +343,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             total = sum(gradient.sum_of_squares() for gradient in gradients)
         else:
             total = 0.0 if all(gradient.is_finite() for gradient in gradients) else math.nan
-        process_group = self.stores[0].process_group
-        if process_group is not None:
-            squares = torch.tensor(total, dtype=torch.float64, device=gradients[0].device)
-            total = float(all_reduce_sum(squares, process_group, self.stores[0].shared))
+        total = self.stores[0].ranks.sum(total, gradients[0].device)
         if not math.isfinite(total):
             self._handle_nonfinite(gradients, reason)
             return None
@@ -368,7 +358,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         total = total_on_device(gradients, loss, is_norm_wanted=self.max_grad_norm is not None)
         if veto is not None:
             total.fill_(math.nan)
-        all_reduce_sum(total, self.stores[0].process_group, self.stores[0].shared)
+        self.stores[0].ranks.all_reduce(total)
         self._pending = PendingVerdict(total, gradients, veto, loss)
         return factor_on_device(total, self.max_grad_norm)
 
@@ -378,8 +368,8 @@ class SparseOptimizer(torch.optim.Optimizer):
             return
         found = reason or self._first_nonfinite(gradients)
         if found is not None:
-            found = f"{found}, on rank {rank_of(self.stores[0].process_group)}"
-        reasons = [reason for reason in all_gather_object(found, self.stores[0].process_group) if reason is not None]
+            found = f"{found}, on rank {self.stores[0].ranks.rank}"
+        reasons = [reason for reason in self.stores[0].ranks.all_gather(found) if reason is not None]
         step = self.param_groups[0]["step"] + 1
         raise NonFiniteError(
             f"step {step}: {reasons[0]}; nothing of this step was applied on any rank. "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from embedtrain.recipes.workload import TableLoad, Workload
 from embedtrain.sharding.cost import Wire, bytes_of_rows, bytes_of_sums
-from embedtrain.sharding.layout import SpreadLayout
+from embedtrain.sharding.layout import layout_of
 
 _ID_BUFFERS_BYTES = 64
 """A step's scratch per id: the key, its sorted copies and their positions, eight words of 64 bits."""
@@ -111,7 +111,7 @@ class Bandwidths:
 
 def memory_of(workload: Workload, world_size: int) -> Memory:
     """Returns what the rank with the most rows needs."""
-    rows = [(table, SpreadLayout(table.num_rows, world_size).rows_per_rank) for table in workload.tables]
+    rows = [(table, layout_of(table.num_rows, world_size).rows_per_rank) for table in workload.tables]
     weights = sum(count * table.weight_bytes for table, count in rows)
     state = sum(count * table.state_bytes for table, count in rows)
     save = weights + state if workload.save_bytes is None else min(workload.save_bytes, weights + state)
@@ -210,7 +210,7 @@ def _steps(workload: Workload, world_size: int) -> list[_Step]:
 
 
 def _step_of(table: TableLoad, world_size: int) -> _Step:
-    rows_per_rank = SpreadLayout(table.num_rows, world_size).rows_per_rank
+    rows_per_rank = layout_of(table.num_rows, world_size).rows_per_rank
     wire = Wire(
         id_bytes=4 if rows_per_rank < 1 << 31 else 8,
         vector_bytes=table.wire_bytes or table.value_bytes,

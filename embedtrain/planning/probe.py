@@ -14,11 +14,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
-import torch.distributed as dist
 
-from embedtrain.distributed.collectives import all_gather_object, all_to_all_rows
 from embedtrain.distributed.runtime import Runtime, init_distributed, shut_down
-from embedtrain.distributed.shared_memory import connect
 from embedtrain.errors import JobError
 from embedtrain.planning.plan import Bandwidths
 
@@ -42,9 +39,8 @@ def probe(runtime: Runtime) -> Bandwidths:
         return Bandwidths(memory)
     counts = [EXCHANGE_BYTES // (4 * _DIM) // runtime.world_size] * runtime.world_size
     rows = torch.ones(sum(counts), _DIM, device=runtime.device)
-    shared = connect(runtime.group, runtime.device)
     sent_bytes = rows.nbytes - rows.nbytes // runtime.world_size
-    seconds = _least_seconds(lambda: all_to_all_rows(rows, counts, counts, runtime.group, shared), runtime)
+    seconds = _least_seconds(lambda: runtime.ranks.all_to_all(rows, counts, counts), runtime)
     return Bandwidths(memory, sent_bytes / seconds)
 
 
@@ -52,15 +48,14 @@ def _least_seconds(run: Callable[[], object], runtime: Runtime) -> float:
     """Returns the least time of some runs that all ranks begin together, on the slowest rank. Collective."""
     found = []
     for _ in range(_REPEATS + 2):
-        if runtime.group is not None:
-            dist.barrier(runtime.group)
+        runtime.ranks.all_reduce(torch.zeros(1))  # no rank returns before all have called
         started_at = time.perf_counter()
         run()
         if runtime.device.type == "cuda":
             torch.cuda.synchronize(runtime.device)
         found.append(time.perf_counter() - started_at)
     # The first runs map memory, one for each of two buffers.
-    return max(all_gather_object(min(found[2:]), runtime.group))
+    return max(runtime.ranks.all_gather(min(found[2:])))
 
 
 def probe_own_ranks(num_ranks: int, device: str) -> Bandwidths:

@@ -15,7 +15,7 @@ from embedtrain.planning.plan import (
 )
 from embedtrain.planning.sizes import format_bytes
 from embedtrain.recipes.workload import Workload
-from embedtrain.sharding.layout import SpreadLayout
+from embedtrain.sharding.layout import layout_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _print_tables(workload: Workload, world_size: int) -> None:
         f"{'distinct rows':>16}"
     )
     for table in workload.tables:
-        rows = SpreadLayout(table.num_rows, world_size).rows_per_rank
+        rows = layout_of(table.num_rows, world_size).rows_per_rank
         print(
             f"{table.name:<16} {table.num_rows:>16,} {table.dim:>5} {rows:>14,} "
             f"{format_bytes(rows * table.weight_bytes):>11} {format_bytes(rows * table.state_bytes):>11} "

@@ -125,7 +125,7 @@ def collection_options(table: TableConfig, runtime: Runtime, seed: int) -> Colle
     """Returns the options of an `EmbeddingCollection` that the section `table` gives."""
     return CollectionOptions(
         device=runtime.device,
-        process_group=runtime.group,
+        ranks=runtime.ranks,
         seed=seed,
         wire_dtype=None if table.wire_dtype is None else getattr(torch, table.wire_dtype),
         placement=table.placement,

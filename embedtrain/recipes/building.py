@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from embedtrain.config.sections import Config
-from embedtrain.distributed.collectives import run_on_each
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.recipes.registry import recipe_of
 from embedtrain.recipes.workload import Sizes, Workload
@@ -29,7 +28,7 @@ def build_parts(config: Config, runtime: Runtime, check: Check = no_check) -> Pa
     """
     recipe = recipe_of(config.model)
     data, sizes = recipe.prepare(config, runtime)
-    run_on_each(functools.partial(check, sizes), runtime.group)
+    runtime.ranks.run_on_each(functools.partial(check, sizes))
     return recipe.build(config, runtime, data)
 
 

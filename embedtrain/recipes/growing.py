@@ -11,15 +11,16 @@ import torch
 
 from embedtrain import storage
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
+from embedtrain.checkpoint.growth import grown_parts
 from embedtrain.checkpoint.writer import Contents, write_checkpoint
 from embedtrain.config.optimizer import OptimizerConfig
 from embedtrain.config.resolved import differing_keys, set_value, to_yaml
 from embedtrain.config.sections import Config
 from embedtrain.config.values import settings_of
 from embedtrain.data.vocabulary import Vocabulary
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
-from embedtrain.embedding.growth import grown_parts
 from embedtrain.errors import UserError
 from embedtrain.optim.optimizer import RowState
 from embedtrain.recipes.base import Grow, Names
@@ -132,7 +133,7 @@ def _write(
     folder = RunFolder(config.run.path)
     folder.write_config(to_yaml(config))
     state = _state(reader, config, facts, old_folder.path)
-    write_checkpoint(folder.checkpoints_path, Contents(_STEP, parts, state, reader.replicated()), None)
+    write_checkpoint(folder.checkpoints_path, Contents(_STEP, parts, state, reader.replicated()), ONE_PROCESS)
     return [
         GrownTable(spec.name, len(each.old), len(each.new) - len(each.old)) for each in grown for spec in each.tables
     ]

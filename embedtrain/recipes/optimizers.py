@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from embedtrain import optim
 from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.embedding.collection import EmbeddingCollection
-from embedtrain.embedding.shard import RowGroup, RowGroups
+from embedtrain.embedding.table_group import TableGroup, TableGroups
 from embedtrain.errors import UserError
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.optim.optimizer import HasRowGroups
@@ -63,8 +64,8 @@ def states_of_row(section: OptimizerConfig, dtype: torch.dtype) -> list[Tensor]:
     Raises:
         UserError: a hyperparameter is out of range.
     """
-    group = RowGroup([TableSpec("probe", 1, 1, dtype=dtype)], seed=0, device=torch.device("cpu"), process_group=None)
-    _make(section, RowGroups([group]), "optimizer", {})
+    group = TableGroup([TableSpec("probe", 1, 1, dtype=dtype)], seed=0, device=torch.device("cpu"), ranks=ONE_PROCESS)
+    _make(section, TableGroups([group]), "optimizer", {})
     return list(group.state.values())
 
 
@@ -88,6 +89,6 @@ def build_dense_optimizer(
         UserError: a hyperparameter is out of range.
     """
     try:
-        return DenseOptimizer(module, process_group=tables.process_group, shared=tables.shared, **vars(section))
+        return DenseOptimizer(module, ranks=tables.ranks, **vars(section))
     except ValueError as error:
         raise UserError(f"dense_optimizer: {error}") from error

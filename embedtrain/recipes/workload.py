@@ -14,6 +14,7 @@ from torch import nn
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
 from embedtrain.config.optimizer import DenseOptimizerConfig
 from embedtrain.config.sections import Config
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.errors import UserError
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.recipes.optimizers import states_of_row
@@ -295,7 +296,7 @@ def dense_sizes(modules: list[nn.Module], section: DenseOptimizerConfig) -> tupl
 def _states_of_value(name: str) -> int:
     """Returns how many numbers a dense optimizer keeps for each value of a parameter, by a step of one value."""
     probe = nn.Linear(1, 1, bias=False)
-    optimizer = DenseOptimizer(probe, name=name, process_group=None)
+    optimizer = DenseOptimizer(probe, name=name, ranks=ONE_PROCESS)
     probe.weight.grad = torch.ones_like(probe.weight)
     optimizer.step(1.0)
     # A count of steps has no dimension, and each parameter has one.

@@ -1,4 +1,6 @@
-"""The one layout of every table: spread the ids over the slots, then cut the slots into ranges.
+"""Where rows lie: `Layout` is what the package knows, and `SpreadLayout` is what tables use.
+
+It spreads the ids over the slots, then cuts the slots into ranges.
 
 Row `id` of a table of `num_rows` rows lies at slot `(multiplier * id) mod num_rows`; each rank owns a
 contiguous range of slots. Low ids are the hot ones (vocabularies are sorted by frequency), and a multiplier
@@ -14,15 +16,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from embedtrain.errors import CheckpointError
 from embedtrain.ops._backend.modular import permute_blocks
+from embedtrain.ops.spread_keys import SpreadTable, spread_keys
+from embedtrain.spec import DEFAULT_LAYOUT
 
 MAX_ROWS = 1 << 40
 """Larger tables would overflow the 64-bit products of `multiply_modulo`."""
@@ -32,6 +36,50 @@ _BLOCK_ROWS = 16
 """More would be quicker still, and too many hot rows in one place: 16 cost the busiest of 16 ranks 13 % more rows than
 the mean in steps of 4,096 ids a rank by Zipf's law, and 1 % in steps of 65,536; of 256 ranks 171 and 17 %."""
 _MIN_ROWS_TO_BLOCK = 1 << 17
+
+
+KeyMap = Callable[[Sequence[int], Sequence[Tensor]], tuple[Tensor, list[int]]]
+"""Takes features: the position of the table of each, and its ids [n] int64 or int32. Returns a key per id, `owner *
+rows of an owner + local row`, feature after feature, and per feature how many ids are no rows, whose keys mean nothing.
+"""
+
+
+class Layout(Protocol):
+    """Maps the ids of a table to slots and slots to ranks, and back. The slots do not depend on the world size.
+
+    A new kind of table is a class that has these, made of the number of rows and of ranks, under a name in `LAYOUTS`.
+    """
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the table."""
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint's table of contents says of it: JSON; "kind" is the name in `LAYOUTS`."""
+
+    @property
+    def rows_per_rank(self) -> int:
+        """Slots of every rank but the last ones, which may own fewer or none."""
+
+    def slot_of(self, ids: Tensor) -> Tensor:
+        """Returns the slots of `ids`, int64, each in `[0, num_rows)`; same shape."""
+
+    def id_of(self, slots: Tensor) -> Tensor:
+        """Returns the ids that lie at `slots`; the inverse of `slot_of`."""
+
+    def shard_range(self, rank: int) -> tuple[int, int]:
+        """Returns the half-open range of slots that `rank` owns; empty if the ranks outnumber the rows."""
+
+    @classmethod
+    def key_map(cls, layouts: Sequence[Any], first_rows: Sequence[int], num_local_rows: int) -> KeyMap:
+        """Returns what maps ids of a group of tables of this kind to keys.
+
+        Args:
+            layouts: of the tables.
+            first_rows: where each table begins among an owner's rows.
+            num_local_rows: rows of an owner.
+        """
 
 
 @dataclass(frozen=True)
@@ -52,20 +100,6 @@ class SpreadLayout:
         if self.world_size < 1:
             raise ValueError(f"world_size must be at least 1, got {self.world_size}")
 
-    @classmethod
-    def read(cls, saved: Mapping[str, Any], num_rows: int, table: str) -> SpreadLayout:
-        """Returns the layout that a checkpoint's table of contents describes.
-
-        Raises:
-            CheckpointError: it is of another kind: rows would come out under each other's names.
-        """
-        layout = cls(num_rows)
-        if dict(saved) != layout.description:
-            raise CheckpointError(
-                f"table {table!r}: expected rows laid out by {layout.description}, found {dict(saved)}"
-            )
-        return layout
-
     @property
     def description(self) -> dict[str, Any]:
         """What a checkpoint's table of contents says of it; "block_rows" where that is more than 1."""
@@ -85,6 +119,19 @@ class SpreadLayout:
     @property
     def _num_blocks(self) -> int:
         return self.num_rows // self.block_rows
+
+    @classmethod
+    def key_map(cls, layouts: Sequence[SpreadLayout], first_rows: Sequence[int], num_local_rows: int) -> KeyMap:
+        """See `Layout`."""
+        tables = [
+            SpreadTable(each.num_rows, each.multiplier, each.rows_per_rank, first_row, each.block_rows)
+            for each, first_row in zip(layouts, first_rows, strict=True)
+        ]
+
+        def keys_of(numbers: Sequence[int], ids: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+            return spread_keys(ids, [tables[number] for number in numbers], num_local_rows)
+
+        return keys_of
 
     @property
     def rows_per_rank(self) -> int:
@@ -114,6 +161,34 @@ def overlap(first: tuple[int, int], second: tuple[int, int]) -> tuple[int, int] 
     """Returns the rows that two half-open intervals `[start, stop)` share, or None: what resharding is made of."""
     start, stop = max(first[0], second[0]), min(first[1], second[1])
     return (start, stop) if start < stop else None
+
+
+LAYOUTS: dict[str, Callable[[int, int], Layout]] = {"spread": SpreadLayout}
+"""Kinds of layouts by the name in `TableSpec.layout` and in checkpoints."""
+
+
+def layout_of(num_rows: int, world_size: int = 1, kind: str = DEFAULT_LAYOUT) -> Layout:
+    """Returns the layout of a table.
+
+    Raises:
+        ValueError: there is no such kind, or a size is out of range.
+    """
+    if kind not in LAYOUTS:
+        raise ValueError(f"expected a layout named {' or '.join(LAYOUTS)}, got {kind!r}")
+    return LAYOUTS[kind](num_rows, world_size)
+
+
+def read_layout(saved: Mapping[str, Any], num_rows: int, table: str) -> Layout:
+    """Returns the layout that a checkpoint's table of contents describes.
+
+    Raises:
+        CheckpointError: it is of another kind: rows would come out under each other's names.
+    """
+    kind = str(saved.get("kind", ""))
+    layout = layout_of(num_rows, kind=kind if kind in LAYOUTS else DEFAULT_LAYOUT)
+    if dict(saved) != layout.description:
+        raise CheckpointError(f"table {table!r}: expected rows laid out by {layout.description}, found {dict(saved)}")
+    return layout
 
 
 @functools.lru_cache(maxsize=4096)

@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from embedtrain.distributed.runtime import job_ranks
+
 T = TypeVar("T")
 
 # Imported once by the fork server, so that no process of it has to; names that cannot be imported are skipped.
@@ -133,15 +135,15 @@ def fork_server() -> ForkServerContext:
 
 
 def run_ranks(world_size: int, function: Callable[..., T], *args: Any, timeout_seconds: float = 60) -> list[T]:
-    """Calls `function(group, *args)` on `world_size` ranks and returns their results in rank order.
+    """Calls `function(ranks, *args)` on `world_size` ranks and returns their results in rank order.
 
     Every rank is a process of its own with one torch thread and this process's environment variables.
     Arguments and results are copied by pickle, tensors too. A rank that has returned or raised stays
     connected until all have reported, so that no rank fails merely because another one was faster.
 
     Args:
-        function: importable by name (not a closure or lambda). Its first argument is the Gloo process
-            group of all ranks, or None where `world_size` is 1.
+        function: importable by name (not a closure or lambda). Its first argument is the `Ranks` of a Gloo process
+            group, which share memory unless the environment says otherwise.
         timeout_seconds: for everything, the start of the processes included.
 
     Raises:
@@ -263,9 +265,10 @@ def _rank_main(
         seconds_left = max(0.1, deadline - time.monotonic())
         faulthandler.dump_traceback_later(seconds_left, file=stack_file)
         try:
-            group = _init_group(rank, world_size, folder, seconds_left) if world_size > 1 else None
+            if world_size > 1:
+                _init_group(rank, world_size, folder, seconds_left)
             function, args = pickle.loads(payload)
-            report = pickle.dumps(_Returned(function(group, *args)))
+            report = pickle.dumps(_Returned(function(job_ranks(), *args)))
         except BaseException as error:
             report = pickle.dumps(_Raised(type(error).__name__, str(error), traceback.format_exc()))
         connection.send_bytes(report)
@@ -276,7 +279,7 @@ def _rank_main(
         faulthandler.cancel_dump_traceback_later()
 
 
-def _init_group(rank: int, world_size: int, folder: Path, seconds_left: float) -> dist.ProcessGroup | None:
+def _init_group(rank: int, world_size: int, folder: Path, seconds_left: float) -> None:
     # Longer than the parent waits: a hang is for the parent to report, with the stacks of all ranks.
     timeout = timedelta(seconds=2 * seconds_left)
     dist.init_process_group(
@@ -286,4 +289,3 @@ def _init_group(rank: int, world_size: int, folder: Path, seconds_left: float) -
         world_size=world_size,
         timeout=timeout,
     )
-    return dist.group.WORLD

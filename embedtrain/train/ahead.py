@@ -54,7 +54,7 @@ class BatchesAhead:
         assert not isinstance(task.batches, StreamedBatches)
         self._batches: Batches = task.batches
         tables = task.tables
-        pays = tables.device.type == "cuda" or any(group.is_on_host for group in tables.row_groups)
+        pays = tables.device.type == "cuda" or any(group.access.is_on_host for group in tables.row_groups)
         self._model = task.model if pays and isinstance(task.model, PreparesBatches) else None
         self._stream = torch.cuda.Stream(tables.device) if tables.device.type == "cuda" else None
         self._next: tuple[tuple[int, int], Prepared] | None = None
@@ -110,4 +110,5 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
         for each in fields(value):
             yield from tensors_of(getattr(value, each.name))
     elif type(value).__module__.startswith("embedtrain."):
-        yield from tensors_of(vars(value))
+        names = [*getattr(value, "__dict__", ()), *getattr(type(value), "__slots__", ())]
+        yield from tensors_of([getattr(value, name) for name in names])

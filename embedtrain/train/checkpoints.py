@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch.distributed as dist
-
 from embedtrain.checkpoint import (
     CheckpointReader,
     CheckpointSaver,
@@ -24,8 +22,8 @@ from embedtrain.checkpoint import (
     sweep_leftovers,
 )
 from embedtrain.checkpoint.agreement import on_first_rank
-from embedtrain.distributed.collectives import all_gather_object, raise_together
-from embedtrain.distributed.runtime import DEFAULT_TIMEOUT_SECONDS, background_group, rank_of
+from embedtrain.distributed.ranks import Ranks
+from embedtrain.distributed.runtime import DEFAULT_TIMEOUT_SECONDS
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import CorruptCheckpointError, UserError
 from embedtrain.optim.dense import DenseOptimizer
@@ -86,7 +84,7 @@ class Checkpoints:
         facts: what else belongs in each checkpoint, as JSON: the configuration, the data's fingerprint.
         policy: when to save, and how.
         resume: how to come back.
-        group: the ranks of the run.
+        ranks: those of the run.
 
     Attributes:
         metrics: the newest record of the metrics, saved with each checkpoint.
@@ -100,7 +98,7 @@ class Checkpoints:
         *,
         facts: Mapping[str, Any],
         policy: SavePolicy,
-        group: dist.ProcessGroup | None,
+        ranks: Ranks,
         resume: ResumePolicy | None = None,
     ) -> None:
         self.policy = policy
@@ -111,11 +109,11 @@ class Checkpoints:
         self._dense = task.dense
         self._state = state
         self._facts = facts
-        self._group = group
+        self._ranks = ranks
         self._resume = resume or ResumePolicy()
         is_async = policy.options.mode == "async"
-        in_background = background_group(group, policy.timeout_seconds) if is_async else None
-        self._saver = CheckpointSaver(path, group, in_background, policy.options)
+        in_background = ranks.for_thread(policy.timeout_seconds) if is_async else None
+        self._saver = CheckpointSaver(path, ranks, in_background, policy.options)
         self._saved_at_seconds = time.monotonic()
 
     @property
@@ -174,15 +172,15 @@ class Checkpoints:
             CheckpointError: its tensors are not those of the tables.
         """
         damaged: list[str] = []
-        while (chosen := agree_on_latest(self._path, self._group, before=damaged[-1] if damaged else None)) is not None:
+        while (chosen := agree_on_latest(self._path, self._ranks, before=damaged[-1] if damaged else None)) is not None:
             error = self._try(chosen)
-            faults = [fault for fault in all_gather_object(_corruption(error), self._group) if fault is not None]
+            faults = [fault for fault in self._ranks.all_gather(_corruption(error)) if fault is not None]
             if not faults:
-                raise_together(error, self._group)
+                self._ranks.fail_together(error)
                 break
             if self._resume.on_corrupt == "error":
                 raise CorruptCheckpointError(f"{faults[0]}. {self._hint(chosen)}") from error
-            if rank_of(self._group) == 0:
+            if self._ranks.rank == 0:
                 _logger.warning(f"{faults[0]}. {chosen} is damaged and is deleted; taking an older one")
             damaged.append(chosen)
         if chosen is None and damaged:
@@ -190,8 +188,8 @@ class Checkpoints:
         if chosen is None:
             return False
         # Training comes past their steps again, and a complete checkpoint is never overwritten.
-        on_first_rank("damaged checkpoints were not deleted", lambda: _remove(damaged), self._group)
-        sweep_leftovers(self._path, self._group)
+        on_first_rank("damaged checkpoints were not deleted", lambda: _remove(damaged), self._ranks)
+        sweep_leftovers(self._path, self._ranks)
         self._saver.step = self._state.step
         return True
 
@@ -204,7 +202,7 @@ class Checkpoints:
         return None
 
     def _hint(self, path: str) -> str:
-        older = on_first_rank("looking for an older checkpoint", lambda: newest_whole(self._path, path), self._group)
+        older = on_first_rank("looking for an older checkpoint", lambda: newest_whole(self._path, path), self._ranks)
         if older is None:
             return "No older checkpoint is whole either."
         return f"{older} is the newest that is whole: resume.on_corrupt=fallback resumes from it."
@@ -230,7 +228,7 @@ class Checkpoints:
         left_out = load_shards(reader, self._tables.shard_views(), load)
         if self._dense is not None:
             self._dense.load_tensors(reader.replicated(), with_state=not is_reset)
-        if left_out and rank_of(self._group) == 0:
+        if left_out and self._ranks.rank == 0:
             _logger.warning(f"not taken from {path}, as asked, but started anew: {', '.join(left_out)}")
         kept = {key: {**saved[key], **self._facts.get(key, {})} for key in _OF_THE_BEGINNING if key in saved}
         self._facts = {**self._facts, **kept}

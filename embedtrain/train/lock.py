@@ -17,11 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch.distributed as dist
-
 from embedtrain import storage
-from embedtrain.distributed.collectives import run_on_first
-from embedtrain.distributed.runtime import rank_of
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import CheckpointError, UserError
 
 BEAT_SECONDS = 5.0
@@ -76,13 +73,13 @@ class RunLock:
 
     Args:
         path: run folder, any fsspec URL.
-        group: the ranks of the run.
+        ranks: those of the run.
         beat_seconds: how often to beat.
     """
 
-    def __init__(self, path: str, group: dist.ProcessGroup | None, *, beat_seconds: float = BEAT_SECONDS) -> None:
+    def __init__(self, path: str, ranks: Ranks, *, beat_seconds: float = BEAT_SECONDS) -> None:
         self._path = path
-        self._group = group
+        self._ranks = ranks
         self._number = 0
         self._own = _this_process(beat_seconds)
         self._watched: tuple[str, int] | None = None
@@ -96,9 +93,9 @@ class RunLock:
         Raises:
             UserError: another job is at work on it.
         """
-        while not run_on_first(self._try_to_take, self._group):
+        while not self._ranks.run_on_first(self._try_to_take):
             pass
-        if rank_of(self._group) == 0:
+        if self._ranks.rank == 0:
             self._thread = threading.Thread(target=self._keep_beating, name="embedtrain-run-lock", daemon=True)
             self._thread.start()
         return self
@@ -119,7 +116,7 @@ class RunLock:
         Raises:
             CheckpointError: another job has taken it over.
         """
-        run_on_first(self._check, self._group)
+        self._ranks.run_on_first(self._check)
 
     def _check(self) -> None:
         newest = max(self._numbers(), default=0)

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from embedtrain.distributed.collectives import all_reduce_sum
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.embedding.collection import EmbeddingCollection
-from embedtrain.embedding.shard import TableShard
+from embedtrain.embedding.table_group import TableShard
 from embedtrain.metrics.sinks import Histogram
 from embedtrain.optim.optimizer import SparseOptimizer
 
@@ -45,7 +44,7 @@ class RowStatistics:
         tables: the collection.
         optimizer: of the tables.
         frequencies: by table [num_rows], how often each id occurs in the data; of the tables where that is known.
-        group: the ranks that share the tables.
+        ranks: those that share the tables.
     """
 
     def __init__(
@@ -53,11 +52,11 @@ class RowStatistics:
         tables: EmbeddingCollection,
         optimizer: SparseOptimizer,
         frequencies: Mapping[str, Tensor],
-        group: dist.ProcessGroup | None,
+        ranks: Ranks,
     ) -> None:
         self._tables = tables
         self._optimizer = optimizer
-        self._group = group
+        self._ranks = ranks
         self._deciles = {
             name: _deciles(shard, frequencies[name]) if name in frequencies else None
             for name, shard in tables.shards.items()
@@ -69,6 +68,7 @@ class RowStatistics:
         Collective: every rank.
         """
         found = {}
+        self._tables.write_back()
         shards = self._tables.shards
         # The optimizer's groups of tables, in its order, which is not the collection's where it combines several.
         for number, settings in enumerate(self._optimizer.param_groups):
@@ -96,7 +96,7 @@ class RowStatistics:
             counts += torch.bincount(bins, minlength=len(counts)).double().cpu()
             sums = [float(len(bins)), float(read.mean_states.double().sum()), float(read.is_untouched.sum())]
             totals += torch.tensor(sums, dtype=torch.float64)
-        summed = all_reduce_sum(torch.cat([totals, counts]), self._group)
+        summed = self._ranks.all_reduce(torch.cat([totals, counts]))
         num_rows, states, untouched = summed[:3].tolist()
         edges = [10 ** (_SMALLEST + bin / _BINS_PER_DECADE) for bin in range(num_bins + 1)]
         histograms = [Histogram(edges, part.tolist()) for part in summed[3:].view(num_parts, num_bins)]

@@ -16,7 +16,6 @@ from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_ch
 from embedtrain.config.resolved import differing_keys, to_yaml
 from embedtrain.config.sections import Config
 from embedtrain.config.values import settings_of
-from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.init_from import init_from
 from embedtrain.errors import UserError
@@ -91,7 +90,7 @@ def train_run(
     Raises:
         UserError: another job is at work on the folder, the data cannot be used, or the checkpoint is of other data.
     """
-    with RunLock(folder.path, runtime.group) as lock:
+    with RunLock(folder.path, runtime.ranks) as lock:
         run = build_run(config, runtime, folder, make_parts())
         return _train(run, config, runtime, lock, is_profiled=is_profiled)
 
@@ -172,11 +171,11 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
         facts={"config": settings_of(config), **parts.facts, "init_from": started},
         policy=_save_policy(config),
         resume=_resume_policy(config),
-        group=runtime.group,
+        ranks=runtime.ranks,
     )
     is_resumed = checkpoints.restore()
     _check_reset(config, earlier, state)
-    run_on_first(functools.partial(_write_folder, folder, config, parts), runtime.group)
+    runtime.ranks.run_on_first(functools.partial(_write_folder, folder, config, parts))
     trainer = Trainer(
         parts.task,
         state,
@@ -184,7 +183,7 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
         schedule=functools.partial(_schedule_factor, config),
         checkpoints=checkpoints,
         reset_state_from_step=config.optimizer.reset_state_from_step,
-        group=runtime.group,
+        ranks=runtime.ranks,
     )
     sinks = _build_sinks(config, folder, state, parts.task) if runtime.rank == 0 else []
     return Run(trainer, folder, sinks, is_resumed, _build_observers(config, folder, state, parts.task, sinks, runtime))
@@ -192,7 +191,7 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
 
 def _start_tables(parts: Parts, config: Config, folder: RunFolder, runtime: Runtime) -> dict[str, Any]:
     """Starts tables from files where no checkpoint will replace them; returns what became of them, to be kept."""
-    is_new = run_on_first(lambda: latest_checkpoint(folder.checkpoints_path) is None, runtime.group)
+    is_new = runtime.ranks.run_on_first(lambda: latest_checkpoint(folder.checkpoints_path) is None)
     loaded = config.resume.tables
     started: dict[str, Any] = {}
     for table, source in parts.pretrained.items():
@@ -280,7 +279,7 @@ def _build_observers(
     every = config.log.rows_every_steps
     if every is None or not config.log.tensorboard or local_path(folder.path) is None:
         return []
-    statistics = RowStatistics(task.tables, task.optimizer, task.frequencies, runtime.group)
+    statistics = RowStatistics(task.tables, task.optimizer, task.frequencies, runtime.ranks)
     boards = [sink for sink in sinks if isinstance(sink, TensorBoardSink)]
 
     def observe() -> None:

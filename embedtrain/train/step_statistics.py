@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 
-from embedtrain.distributed.collectives import all_reduce_sum
-from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.stages import bytes_sent, seconds_by_stage
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.ops.sort_unique import sort_unique
@@ -25,12 +24,14 @@ class StepStatistics:
 
     Args:
         tables: of the model.
-        group: the ranks of the run.
+        ranks: those of the run.
     """
 
-    def __init__(self, tables: EmbeddingCollection, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, tables: EmbeddingCollection, ranks: Ranks) -> None:
         self._tables = tables
-        self._group = group
+        self._ranks = ranks
+        self._keys: Sequence[torch.Tensor] = ()  # of the last batch
+        tables.watch(self._note)
         self._seen = self._costs()
 
     def measure(self, num_steps: int) -> dict[str, float]:
@@ -53,13 +54,13 @@ class StepStatistics:
         spent, self._seen = costs - self._seen, costs
         own = torch.cat([spent / max(num_steps, 1), self._ids(), _memory(self._tables.device)])
         # Each rank fills in its row of the same tensor: the sum has all of them.
-        by_rank = torch.zeros(size_of(self._group), len(own), dtype=torch.float64)
-        by_rank[rank_of(self._group)] = own
-        by_rank = all_reduce_sum(by_rank, self._group, self._tables.shared)
+        by_rank = torch.zeros(self._ranks.size, len(own), dtype=torch.float64)
+        by_rank[self._ranks.rank] = own
+        by_rank = self._ranks.all_reduce(by_rank)
         seconds, sent, ids, memory = by_rank.split([len(_STAGES), 1, 3, 2], dim=1)
         means = dict(zip(_STAGES, seconds.mean(dim=0).tolist(), strict=True))
         found = {f"stage/{name}": mean for name, mean in means.items() if mean > 0}
-        if self._group is not None:
+        if self._ranks.size > 1:
             work = seconds[:, : len(_OUTER_STAGES)].sum(dim=1) - seconds[:, _STAGES.index("exchange")]
             found["stage/busiest_rank"] = float(work.max() / work.mean().clamp(min=1e-12))
             found["exchange/bytes"] = float(sent.sum())
@@ -70,6 +71,9 @@ class StepStatistics:
         on_host, on_device = memory.max(dim=0).values.tolist()
         return {**found, "memory/host_bytes": on_host, **({"memory/device_bytes": on_device} if on_device else {})}
 
+    def _note(self, keys: Sequence[torch.Tensor]) -> None:
+        self._keys = keys
+
     def _costs(self) -> torch.Tensor:
         """Returns [stages + 1] float64: seconds in each stage and bytes sent, since this process began."""
         seconds = seconds_by_stage()
@@ -79,7 +83,7 @@ class StepStatistics:
     def _ids(self) -> torch.Tensor:
         """Returns [3] float64: ids of the last batch, distinct ones, and how often the hottest of those occur."""
         found = torch.zeros(3, dtype=torch.float64)
-        for keys in self._tables.looked_up:
+        for keys in self._keys:
             counts = sort_unique(keys, with_inverse=False).starts.diff()
             hottest = counts.sort(descending=True).values[: -(-len(counts) // _HOTTEST)]
             found += torch.tensor([len(keys), len(counts), int(hottest.sum())], dtype=torch.float64)

@@ -7,11 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from embedtrain.distributed.collectives import all_reduce_sum
-from embedtrain.distributed.runtime import rank_of
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.stages import begin, stage
 from embedtrain.errors import NonFiniteError
 from embedtrain.metrics.sinks import MetricSink
@@ -41,7 +39,7 @@ class Trainer:
         schedule: factor of every base learning rate by the share of the run that is done.
         checkpoints: when and how to save.
         reset_state_from_step: when this many steps are done, the tables' optimizer starts its state anew.
-        group: the ranks of the run.
+        ranks: those of the run.
     """
 
     def __init__(
@@ -52,7 +50,7 @@ class Trainer:
         epochs: int,
         schedule: Callable[[float], float],
         checkpoints: Checkpoints,
-        group: dist.ProcessGroup | None,
+        ranks: Ranks,
         reset_state_from_step: int | None = None,
     ) -> None:
         self.state = state
@@ -67,9 +65,9 @@ class Trainer:
         self._schedule = schedule
         self._checkpoints = checkpoints
         self._reset_state_from_step = reset_state_from_step
-        self._group = group
+        self._ranks = ranks
         self._window = _Window()
-        self._statistics = StepStatistics(task.tables, group)
+        self._statistics = StepStatistics(task.tables, ranks)
         self._is_drained = False
         self._logged_step = self._measured_step = state.step
 
@@ -185,11 +183,11 @@ class Trainer:
 
     def _agree(self, is_asked_to_stop: bool) -> tuple[bool, bool, bool]:
         """Sums up what the ranks did since they last agreed; whether any wants to stop or save, or failed to save."""
-        is_overdue = rank_of(self._group) == 0 and self._checkpoints.is_overdue()
+        is_overdue = self._ranks.rank == 0 and self._checkpoints.is_overdue()
         flags = [float(is_asked_to_stop), float(is_overdue), float(self._checkpoints.has_failed)]
         local = torch.cat([torch.tensor(flags, dtype=torch.float64), self._window.local])
         with stage("agree"):
-            sums = all_reduce_sum(local, self._group, self._task.tables.shared)
+            sums = self._ranks.all_reduce(local)
         self.state.examples += int(sums[len(flags) + _EXAMPLES])
         self.state.seconds += self._window.close(sums[len(flags) :])
         is_stopped, is_overdue, has_failed = (sums[: len(flags)] > 0).tolist()

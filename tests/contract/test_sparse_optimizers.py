@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import embedtrain as et
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.ops._backend import dispatch, library
 from embedtrain.testing.ranks import run_ranks
 
@@ -83,9 +83,9 @@ def factors_of(step: int, rank: int) -> list[list[float]]:
     ]
 
 
-def make(case: Case, group: dist.ProcessGroup | None) -> tuple[et.EmbeddingCollection, et.optim.SparseOptimizer]:
+def make(case: Case, ranks: Ranks) -> tuple[et.EmbeddingCollection, et.optim.SparseOptimizer]:
     spec = et.TableSpec(TABLE, ROWS, DIM, dtype=case.dtype, init="normal", init_scale=0.7)
-    tables = et.EmbeddingCollection([spec], process_group=group, seed=3)
+    tables = et.EmbeddingCollection([spec], ranks=ranks, seed=3)
     optimizer = et.optim.OPTIMIZERS[case.optimizer](tables, **dict(case.options))
     optimizer.looks_later = case.looks_later
     return tables, optimizer
@@ -106,20 +106,18 @@ def whole(tables: et.EmbeddingCollection) -> dict[str, torch.Tensor]:
     return {name: tables.gather_table(TABLE, name).clone() for name in names}
 
 
-def train_all_cases(
-    group: dist.ProcessGroup | None, with_options: bool
-) -> list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+def train_all_cases(ranks: Ranks, with_options: bool) -> list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
     """Returns what each case begins and ends with; half-way everything moves to new objects through state dicts."""
-    rank = dist.get_rank(group) if group else 0
+    rank = ranks.rank
     results = []
     for case in cases(with_options):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(dispatch.VARIABLE, case.backend)
             dispatch.cpu_backend.cache_clear()
-            tables, optimizer = make(case, group)
+            tables, optimizer = make(case, ranks)
             before = whole(tables)
             train(tables, optimizer, rank, 0, STEPS // 2)
-            moved_tables, moved = make(case, group)
+            moved_tables, moved = make(case, ranks)
             moved_tables.load_state_dict(tables.state_dict())
             moved.load_state_dict(optimizer.state_dict())
             train(tables, optimizer, rank, STEPS // 2, STEPS)

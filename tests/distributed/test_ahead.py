@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import embedtrain as et
 from embedtrain.data.click_batches import ClickBatch
 from embedtrain.data.skipgram import TextBatch
-from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.ops.sample_text import TextSample
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.recipes.ranking.model import NetworkOptions, Ranking
@@ -44,19 +43,19 @@ class Batches:
         return TextBatch(sample, 30)
 
 
-def train(folder: str, group: dist.ProcessGroup | None, placement: str, cache_bytes: int | None) -> Task:
-    model = Word2Vec(NUM_WORDS, 8, process_group=group, seed=1, placement=placement, cache_bytes=cache_bytes)
+def train(folder: str, ranks: Ranks, placement: str, cache_bytes: int | None) -> Task:
+    model = Word2Vec(NUM_WORDS, 8, ranks=ranks, seed=1, placement=placement, cache_bytes=cache_bytes)
     optimizer = et.optim.RowwiseAdagrad(model.tables, lr=0.3, initial_accumulator_value=0.1)
-    task = Task(model, model.tables, optimizer, Batches(rank_of(group)))
+    task = Task(model, model.tables, optimizer, Batches(ranks.rank))
     state = TrainState()
-    checkpoints = Checkpoints(f"{folder}/{placement}", task, state, facts={}, policy=SavePolicy(3, None), group=group)
-    trainer = Trainer(task, state, epochs=2, schedule=lambda done: 1.0, checkpoints=checkpoints, group=group)
+    checkpoints = Checkpoints(f"{folder}/{placement}", task, state, facts={}, policy=SavePolicy(3, None), ranks=ranks)
+    trainer = Trainer(task, state, epochs=2, schedule=lambda done: 1.0, checkpoints=checkpoints, ranks=ranks)
     assert trainer.run([], log_every_steps=5)
     return task
 
 
-def both_ways(group: dist.ProcessGroup | None, folder: str, cache_bytes: int) -> None:
-    ahead, plain = train(folder, group, "host", cache_bytes), train(folder, group, "device", None)
+def both_ways(ranks: Ranks, folder: str, cache_bytes: int) -> None:
+    ahead, plain = train(folder, ranks, "host", cache_bytes), train(folder, ranks, "device", None)
     assert ahead.batches.made == plain.batches.made == [(epoch, step) for epoch in range(2) for step in range(4)]
     for ours, theirs in zip(ahead.tables.shard_views(), plain.tables.shard_views(), strict=True):
         assert torch.equal(ours.tensor, theirs.tensor), ours.name
@@ -74,8 +73,8 @@ class Clicks:
     steps_per_epoch = 4
     examples_per_epoch = 80
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._rank, self._num_global = rank_of(group), 20 * size_of(group)
+    def __init__(self, ranks: Ranks) -> None:
+        self._rank, self._num_global = ranks.rank, 20 * ranks.size
 
     def batch(self, epoch: int, step: int) -> ClickBatch:
         generator = torch.Generator().manual_seed(100 * epoch + 10 * step + self._rank)
@@ -90,26 +89,26 @@ class Clicks:
         return ClickBatch(labels, torch.randn(20, 2, generator=generator), features, self._num_global)
 
 
-def rank(folder: str, group: dist.ProcessGroup | None, placement: str, cache_bytes: int | None) -> Task:
+def rank(folder: str, ranks: Ranks, placement: str, cache_bytes: int | None) -> Task:
     tables = [et.TableSpec("site", NUM_WORDS, 8), et.TableSpec("tag", NUM_WORDS, 8)]
     features = [
         et.FeatureSpec("site", pooling="sum"),
         et.FeatureSpec("tags", table="tag", pooling="mean", pool_at="owner"),
         et.FeatureSpec("seen", table="tag", pooling="sum"),
     ]
-    options = {"process_group": group, "seed": 1, "placement": placement, "cache_bytes": cache_bytes}
+    options = {"ranks": ranks, "seed": 1, "placement": placement, "cache_bytes": cache_bytes}
     model = Ranking(tables, features, 2, NetworkOptions(top=(8,)), **options)
-    dense = DenseOptimizer(model.network, process_group=group, lr=0.05)
-    task = Task(model, model.tables, et.optim.RowwiseAdagrad(model.tables, lr=0.3), Clicks(group), dense=dense)
+    dense = DenseOptimizer(model.network, ranks=ranks, lr=0.05)
+    task = Task(model, model.tables, et.optim.RowwiseAdagrad(model.tables, lr=0.3), Clicks(ranks), dense=dense)
     state = TrainState()
-    checkpoints = Checkpoints(f"{folder}/{placement}", task, state, facts={}, policy=SavePolicy(3, None), group=group)
-    trainer = Trainer(task, state, epochs=2, schedule=lambda done: 1.0, checkpoints=checkpoints, group=group)
+    checkpoints = Checkpoints(f"{folder}/{placement}", task, state, facts={}, policy=SavePolicy(3, None), ranks=ranks)
+    trainer = Trainer(task, state, epochs=2, schedule=lambda done: 1.0, checkpoints=checkpoints, ranks=ranks)
     assert trainer.run([], log_every_steps=5)
     return task
 
 
-def rank_both_ways(group: dist.ProcessGroup | None, folder: str) -> None:
-    ahead, plain = rank(folder, group, "host", 500), rank(folder, group, "device", None)
+def rank_both_ways(ranks: Ranks, folder: str) -> None:
+    ahead, plain = rank(folder, ranks, "host", 500), rank(folder, ranks, "device", None)
     assert isinstance(ahead.model, PreparesBatches)
     for ours, theirs in zip(ahead.tables.shard_views(), plain.tables.shard_views(), strict=True):
         assert torch.equal(ours.tensor, theirs.tensor), ours.name

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from embedtrain import storage
 from embedtrain.checkpoint import (
@@ -22,26 +21,22 @@ from embedtrain.checkpoint import (
     save_checkpoint,
     verify,
 )
-from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import CheckpointError
 from embedtrain.testing.ranks import RankError, run_ranks
 from tests.unit.checkpoint.example import example_tables, views_of
 
-Group = dist.ProcessGroup | None
+
+def _save(ranks: Ranks, root: str, step: int) -> str:
+    return save_checkpoint(root, step, views_of(example_tables(), ranks.rank, ranks.size), {"step": step}, ranks)
 
 
-def _save(group: Group, root: str, step: int) -> str:
-    return save_checkpoint(
-        root, step, views_of(example_tables(), rank_of(group), size_of(group)), {"step": step}, group
-    )
-
-
-def _load(group: Group, root: str) -> list[torch.Tensor]:
-    path = agree_on_latest(root, group)
+def _load(ranks: Ranks, root: str) -> list[torch.Tensor]:
+    path = agree_on_latest(root, ranks)
     assert path is not None
     views = [
         ShardView(view.name, view.global_shape, view.offset, torch.zeros_like(view.tensor), view.layout)
-        for view in views_of(example_tables(), rank_of(group), size_of(group))
+        for view in views_of(example_tables(), ranks.rank, ranks.size)
     ]
     with CheckpointReader(path) as reader:
         load_shards(reader, views)
@@ -57,15 +52,15 @@ def test_saved_on_m_ranks_loads_on_another_number(saved_on: int, tmp_path: Path)
         assert torch.equal(torch.cat([tensors[index] for tensors in loaded]), table)
 
 
-def _save_with_a_full_disk(group: Group, root: str) -> str:
-    if rank_of(group) == 1:
+def _save_with_a_full_disk(ranks: Ranks, root: str) -> str:
+    if ranks.rank == 1:
 
         def full(url: str, chunks: Any) -> None:
             raise OSError(28, "No space left on device")
 
         storage.write = full
     try:
-        _save(group, root, 2)
+        _save(ranks, root, 2)
     except CheckpointError as error:
         return str(error)
     return "saved"
@@ -79,14 +74,14 @@ def test_a_full_disk_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
 
 
-def _die_while_saving(group: Group, root: str, dying_rank: int, function: str) -> None:
-    if rank_of(group) == dying_rank:
+def _die_while_saving(ranks: Ranks, root: str, dying_rank: int, function: str) -> None:
+    if ranks.rank == dying_rank:
 
         def die(*args: Any) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
         setattr(storage, function, die)
-    _save(group, root, 2)
+    _save(ranks, root, 2)
 
 
 @pytest.mark.parametrize(("dying_rank", "function"), [(0, "write"), (1, "write"), (0, "create")])
@@ -110,12 +105,12 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _measure(group: Group, root: str) -> tuple[int, int]:
+def _measure(ranks: Ranks, root: str) -> tuple[int, int]:
     """Returns how much the peak of memory grew by saving and by loading a table of `_TABLE_BYTES`."""
     table = torch.ones(_TABLE_BYTES // 512, 128)
     shard = ShardView("t/weight", tuple(table.shape), 0, table)
     before = _peak_bytes()
-    path = save_checkpoint(root, 1, [shard], {}, group)
+    path = save_checkpoint(root, 1, [shard], {}, ranks)
     saved = _peak_bytes()
     table.zero_()
     with CheckpointReader(path) as reader:

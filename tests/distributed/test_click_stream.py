@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from embedtrain.data.click_batches import ClickBatch
 from embedtrain.data.click_schema import CategoricalColumn, ClickSchema
 from embedtrain.data.click_stream import ClickStream, StreamOptions
+from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
 from embedtrain.errors import UserError
-from embedtrain.testing.ranks import run_ranks
+from embedtrain.testing.threads import run_threads
 
 SCHEMA = ClickSchema(
     file_format="csv",
@@ -28,8 +28,8 @@ SCHEMA = ClickSchema(
 LINES = [f"{n % 2},{n}.5,{n},{'|'.join(str(t) for t in range(n % 4))}" for n in range(11)]
 
 
-def stream_of(path: Path, group: dist.ProcessGroup | None = None, **options: Any) -> ClickStream:
-    return ClickStream(StreamOptions(str(path), lines_per_step=4, **options), SCHEMA, group)
+def stream_of(path: Path, ranks: Ranks = ONE_PROCESS, **options: Any) -> ClickStream:
+    return ClickStream(StreamOptions(str(path), lines_per_step=4, **options), SCHEMA, ranks)
 
 
 def write(folder: Path, name: str, lines: list[str]) -> None:
@@ -72,18 +72,18 @@ def test_it_goes_on_from_any_step(tmp_path: Path) -> None:
         assert users_of(rest) == users_of([batch for batch, _ in whole[number + 1 :]])
 
 
-def parts_of(group: dist.ProcessGroup | None, path: Path) -> list[tuple[list[int], list[int], int]]:
+def parts_of(ranks: Ranks, path: Path) -> list[tuple[list[int], list[int], int]]:
     return [
         (users_of([batch]), batch.features["tags"].values.tolist(), batch.num_global)
-        for batch, _ in steps_of(stream_of(path, group))
+        for batch, _ in steps_of(stream_of(path, ranks))
     ]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_share_the_lines_of_a_step(tmp_path: Path, world_size: int) -> None:
     write(tmp_path, "a", LINES)
-    alone = parts_of(None, tmp_path)
-    shared = list(zip(*run_ranks(world_size, parts_of, tmp_path), strict=True))
+    alone = parts_of(ONE_PROCESS, tmp_path)
+    shared = list(zip(*run_threads(world_size, parts_of, tmp_path), strict=True))
     assert len(alone) == len(shared) == 3
     for (users, tags, num_global), parts in zip(alone, shared, strict=True):
         assert [user for part, _, _ in parts for user in part] == users
@@ -124,4 +124,4 @@ def test_blank_lines_are_no_examples(tmp_path: Path) -> None:
 def test_what_must_know_the_data_in_advance_is_refused(tmp_path: Path, schema: dict, message: str) -> None:
     options = {**vars(SCHEMA), **schema}
     with pytest.raises(UserError, match=message):
-        ClickStream(StreamOptions(str(tmp_path), lines_per_step=4), ClickSchema(**options), None)
+        ClickStream(StreamOptions(str(tmp_path), lines_per_step=4), ClickSchema(**options), ONE_PROCESS)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import embedtrain as et
-from embedtrain.distributed.collectives import raise_together, run_on_first
-from embedtrain.distributed.lockstep import lockstep
-from embedtrain.testing.ranks import run_ranks
+from embedtrain.distributed.ranks import Ranks
+from embedtrain.testing.threads import run_threads
 
 
 def catch(function: object) -> tuple[str, str]:
@@ -20,10 +18,10 @@ def catch(function: object) -> tuple[str, str]:
     return "", ""
 
 
-def look_up_bad_id(group: dist.ProcessGroup | None) -> tuple[tuple[str, str], bool]:
-    rank = dist.get_rank(group)
+def look_up_bad_id(ranks: Ranks) -> tuple[tuple[str, str], bool]:
+    rank = ranks.rank
     features = [et.FeatureSpec("clicked", "item"), et.FeatureSpec("user")]
-    tables = et.EmbeddingCollection([et.TableSpec("item", 10, 4), et.TableSpec("user", 5, 3)], features)
+    tables = et.EmbeddingCollection([et.TableSpec("item", 10, 4), et.TableSpec("user", 5, 3)], features, ranks=ranks)
     before = tables.gather_table("item").clone()
     batch = {
         "user": et.Jagged.from_lists([[1], [2]]),
@@ -38,27 +36,27 @@ def look_up_bad_id(group: dist.ProcessGroup | None) -> tuple[tuple[str, str], bo
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_bad_id_on_one_rank(world_size: int) -> None:
-    for (kind, message), is_intact in run_ranks(world_size, look_up_bad_id):
+    for (kind, message), is_intact in run_threads(world_size, look_up_bad_id):
         assert kind == "BadIdError"
         for part in ("feature 'clicked'", "table 'item'", "id 17", "position 1", "rank 1", "0 to 9"):
             assert part in message
         assert is_intact
 
 
-def look_up_unknown_feature(group: dist.ProcessGroup | None) -> tuple[str, str]:
-    tables = et.EmbeddingCollection([et.TableSpec("item", 10, 4)])
-    name = "itme" if dist.get_rank(group) == 0 else "item"
+def look_up_unknown_feature(ranks: Ranks) -> tuple[str, str]:
+    tables = et.EmbeddingCollection([et.TableSpec("item", 10, 4)], ranks=ranks)
+    name = "itme" if ranks.rank == 0 else "item"
     return catch(lambda: tables({name: et.Jagged.from_lists([[3]])}))
 
 
 def test_an_unknown_feature_on_one_rank() -> None:
-    for _, message in run_ranks(2, look_up_unknown_feature):
+    for _, message in run_threads(2, look_up_unknown_feature):
         assert "['item'], got ['itme']" in message
 
 
-def train_on_nan(group: dist.ProcessGroup | None, nonfinite: str, where: str, looks_later: bool) -> tuple:
-    rank = dist.get_rank(group)
-    tables = et.EmbeddingCollection([et.TableSpec("item", 10, 4)], seed=1)
+def train_on_nan(ranks: Ranks, nonfinite: str, where: str, looks_later: bool) -> tuple:
+    rank = ranks.rank
+    tables = et.EmbeddingCollection([et.TableSpec("item", 10, 4)], seed=1, ranks=ranks)
     optimizer = et.optim.RowwiseAdagrad(tables, lr=0.1, nonfinite=nonfinite)
     optimizer.looks_later = looks_later
     before = tables.gather_table("item").clone()
@@ -82,7 +80,7 @@ def train_on_nan(group: dist.ProcessGroup | None, nonfinite: str, where: str, lo
 @pytest.mark.parametrize("looks_later", [False, True])
 @pytest.mark.parametrize("where", ["gradient", "loss"])
 def test_a_step_that_is_not_finite_on_one_rank_is_refused_on_all(where: str, looks_later: bool) -> None:
-    for (kind, message), unchanged, _, trains_on in run_ranks(2, train_on_nan, "error", where, looks_later):
+    for (kind, message), unchanged, _, trains_on in run_threads(2, train_on_nan, "error", where, looks_later):
         assert kind == "NonFiniteError"
         assert message.startswith("step 1: ")
         named = "table 'item', row 3" if where == "gradient" else "the loss is nan, on rank 1"
@@ -93,16 +91,16 @@ def test_a_step_that_is_not_finite_on_one_rank_is_refused_on_all(where: str, loo
 @pytest.mark.parametrize("looks_later", [False, True])
 @pytest.mark.parametrize("where", ["gradient", "loss"])
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(where: str, looks_later: bool) -> None:
-    for (kind, _), unchanged, num_skipped, trains_on in run_ranks(2, train_on_nan, "skip", where, looks_later):
+    for (kind, _), unchanged, num_skipped, trains_on in run_threads(2, train_on_nan, "skip", where, looks_later):
         assert (kind, unchanged, num_skipped, trains_on) == ("", True, 1, True)
 
 
-def train_on_uneven_data(group: dist.ProcessGroup | None) -> tuple[list[bool], float]:
-    rank = dist.get_rank(group)
-    tables = et.EmbeddingCollection([et.TableSpec("item", 10, 4)], seed=1)
+def train_on_uneven_data(ranks: Ranks) -> tuple[list[bool], float]:
+    rank = ranks.rank
+    tables = et.EmbeddingCollection([et.TableSpec("item", 10, 4)], seed=1, ranks=ranks)
     optimizer = et.optim.RowwiseAdagrad(tables, lr=0.1)
     had_data = []
-    for ids in lockstep([[1, 2]] * (2 + 3 * rank), group):
+    for ids in ranks.lockstep([[1, 2]] * (2 + 3 * rank)):
         had_data.append(ids is not None)
         batch = {"item": et.Jagged.from_lists([ids] if ids is not None else [])}
         tables(batch)["item"].sum().backward()
@@ -112,41 +110,41 @@ def train_on_uneven_data(group: dist.ProcessGroup | None) -> tuple[list[bool], f
 
 
 def test_ranks_whose_data_end_at_different_times_stop_together() -> None:
-    (first, first_sum), (second, second_sum) = run_ranks(2, train_on_uneven_data)
+    (first, first_sum), (second, second_sum) = run_threads(2, train_on_uneven_data)
     assert first == [True] * 2 + [False] * 3
     assert second == [True] * 5
     assert first_sum == second_sum
 
 
-def raise_on_rank_1(group: dist.ProcessGroup | None, error: Exception) -> tuple[str, str]:
-    return catch(lambda: raise_together(error if dist.get_rank(group) == 1 else None, group))
+def raise_on_rank_1(ranks: Ranks, error: Exception) -> tuple[str, str]:
+    return catch(lambda: ranks.fail_together(error if ranks.rank == 1 else None))
 
 
 def test_an_error_of_the_users_has_the_same_words_on_every_rank() -> None:
-    assert run_ranks(2, raise_on_rank_1, et.UserError("no such file")) == [("UserError", "no such file")] * 2
+    assert run_threads(2, raise_on_rank_1, et.UserError("no such file")) == [("UserError", "no such file")] * 2
 
 
 def test_any_other_error_names_its_rank_and_keeps_its_traceback() -> None:
-    (kind, message), own = run_ranks(2, raise_on_rank_1, KeyError("lost"))
+    (kind, message), own = run_threads(2, raise_on_rank_1, KeyError("lost"))
     assert kind == "RuntimeError"
     assert "rank 1 failed" in message and "KeyError: 'lost'" in message
     assert own == ("KeyError", "'lost'")
 
 
-def fail_on_first(group: dist.ProcessGroup | None) -> tuple[str, str]:
+def fail_on_first(ranks: Ranks) -> tuple[str, str]:
     def refuse() -> None:
         raise et.UserError("not here")
 
-    return catch(lambda: run_on_first(refuse, group))
+    return catch(lambda: ranks.run_on_first(refuse))
 
 
 def test_run_on_first_raises_everywhere() -> None:
-    assert run_ranks(2, fail_on_first) == [("UserError", "not here")] * 2
+    assert run_threads(2, fail_on_first) == [("UserError", "not here")] * 2
 
 
-def share_result(group: dist.ProcessGroup | None) -> int:
-    return run_on_first(lambda: 10 + dist.get_rank(group), group)
+def share_result(ranks: Ranks) -> int:
+    return ranks.run_on_first(lambda: 10 + ranks.rank)
 
 
 def test_run_on_first_returns_rank_0s_result_everywhere() -> None:
-    assert run_ranks(2, share_result) == [10, 10]
+    assert run_threads(2, share_result) == [10, 10]

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import embedtrain as et
 from embedtrain import storage
 from embedtrain.checkpoint import SaveOptions, find_checkpoints
-from embedtrain.distributed.runtime import rank_of
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import CheckpointError
 from embedtrain.testing.ranks import run_ranks
 from embedtrain.train.checkpoints import Checkpoints, SavePolicy
@@ -76,24 +75,24 @@ def _break(faults: Faults) -> None:
     setattr(storage, faults.function, failing)
 
 
-def _train(group: dist.ProcessGroup | None, path: Path, max_failures: int, faults: Faults) -> End:
-    if rank_of(group) == faults.rank:
+def _train(ranks: Ranks, path: Path, max_failures: int, faults: Faults) -> End:
+    if ranks.rank == faults.rank:
         _break(faults)
     end = End()
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: end.warnings.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("embedtrain").addHandler(handler)
-    tables = et.EmbeddingCollection([et.TableSpec("t", NUM_ROWS, 4)], process_group=group)
+    tables = et.EmbeddingCollection([et.TableSpec("t", NUM_ROWS, 4)], ranks=ranks)
 
     def model(batch: Batch) -> Objective:
         loss = tables({"t": et.Jagged.from_ids(batch.ids)})["t"].square().sum()
         return Objective(loss, loss.detach().double(), len(batch.ids))
 
-    task = Task(model, tables, et.optim.RowwiseAdagrad(tables, lr=0.1), Batches(rank_of(group)))
+    task = Task(model, tables, et.optim.RowwiseAdagrad(tables, lr=0.1), Batches(ranks.rank))
     state = TrainState()
     policy = SavePolicy(EVERY, None, SaveOptions("async", max_failures=max_failures, full_every=3), 60.0)
-    checkpoints = Checkpoints(str(path), task, state, facts={"data_fingerprint": "x"}, policy=policy, group=group)
-    trainer = Trainer(task, state, epochs=1, schedule=lambda done: 1.0, checkpoints=checkpoints, group=group)
+    checkpoints = Checkpoints(str(path), task, state, facts={"data_fingerprint": "x"}, policy=policy, ranks=ranks)
+    trainer = Trainer(task, state, epochs=1, schedule=lambda done: 1.0, checkpoints=checkpoints, ranks=ranks)
     try:
         trainer.run([], NUM_STEPS)
     except CheckpointError as error:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import embedtrain as et
 from embedtrain.checkpoint import CheckpointReader, CheckpointSaver, SaveOptions, latest_checkpoint, load_shards
-from embedtrain.testing.ranks import run_ranks
+from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
+from embedtrain.testing.threads import run_threads
 
 FEATURES = [et.FeatureSpec("word", pooling="mean"), et.FeatureSpec("item"), et.FeatureSpec("other", "item", "sum")]
 OPTIMIZERS = {
@@ -39,7 +39,7 @@ def train(tables, optimizer, steps: range, rank: int = 0, brings_ahead: bool = F
         if brings_ahead:
             ids = batch_of(step + 1, rank)
             keys, _ = tables.row_groups[0].keys_of([0, 1], [ids["word"].values, ids["item"].values])
-            tables.row_groups[0].bring_ahead(keys)
+            tables.row_groups[0].access.bring_ahead(keys)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -56,7 +56,7 @@ def assert_equal(first, second) -> None:
 @pytest.mark.parametrize("cache_bytes", CACHES)
 def test_steps_are_the_devices(cache_bytes: int, optimizer: str, dtype: torch.dtype, brings_ahead: bool) -> None:
     on_device, on_host = make("device", dtype=dtype), make("host", cache_bytes, dtype)
-    assert on_host.row_groups[0].is_on_host and not on_device.row_groups[0].is_on_host
+    assert on_host.row_groups[0].access.is_on_host and not on_device.row_groups[0].access.is_on_host
     train(on_device, OPTIMIZERS[optimizer](on_device), range(8))
     train(on_host, OPTIMIZERS[optimizer](on_host), range(8), brings_ahead=brings_ahead)
     for name in ("word", "item"):
@@ -64,12 +64,13 @@ def test_steps_are_the_devices(cache_bytes: int, optimizer: str, dtype: torch.dt
     assert_equal(on_device, on_host)
 
 
-def test_hot_rows_stay_on_the_device_until_they_are_asked_for() -> None:
+def test_hot_rows_stay_on_the_device_until_they_are_written_back() -> None:
     tables = make("host", 10**9)
     optimizer = OPTIMIZERS["RowwiseAdagrad"](tables)
     before = tables.row_groups[0].weight.clone()
     train(tables, optimizer, range(2))
     assert torch.equal(tables.row_groups[0].weight, before)
+    tables.write_back()
     assert not torch.equal(tables.shards["word"].weight, before[:60])
     cold = make("host", 0)
     train(cold, OPTIMIZERS["RowwiseAdagrad"](cold), range(2))
@@ -88,7 +89,7 @@ def test_values_put_into_the_tables_are_read() -> None:
 def test_saves_in_the_background_hold_the_rows_as_they_were(cache_bytes: int, tmp_path: Path) -> None:
     tables, expected = make("host", cache_bytes), make("device")
     optimizers = [OPTIMIZERS["RowwiseAdagrad"](each) for each in (tables, expected)]
-    saver = CheckpointSaver(str(tmp_path), None, None, SaveOptions(full_every=3))
+    saver = CheckpointSaver(str(tmp_path), ONE_PROCESS, ONE_PROCESS, SaveOptions(full_every=3))
     for save in range(5):
         steps = range(3 * save, 3 * save + 3)
         for each, optimizer in zip((tables, expected), optimizers, strict=True):
@@ -110,23 +111,23 @@ def test_saves_in_the_background_hold_the_rows_as_they_were(cache_bytes: int, tm
             load_shards(reader, tables.shard_views())
 
 
-def train_on_ranks(group: dist.ProcessGroup, cache_bytes: int) -> None:
+def train_on_ranks(ranks: Ranks, cache_bytes: int) -> None:
     on_device, on_host = (
-        make(placement, bytes_of_cache, process_group=group)
+        make(placement, bytes_of_cache, ranks=ranks)
         for placement, bytes_of_cache in (("device", None), ("host", cache_bytes))
     )
     for tables in (on_device, on_host):
-        train(tables, OPTIMIZERS["RowwiseAdagrad"](tables), range(5), dist.get_rank(group))
+        train(tables, OPTIMIZERS["RowwiseAdagrad"](tables), range(5), ranks.rank)
     assert_equal(on_device, on_host)
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 300])
 def test_ranks_agree_with_tables_on_the_device(cache_bytes: int) -> None:
-    run_ranks(3, train_on_ranks, cache_bytes)
+    run_threads(3, train_on_ranks, cache_bytes)
 
 
 def test_auto_takes_the_device_where_that_is_the_host() -> None:
-    assert not make("auto", 100).row_groups[0].is_on_host
+    assert not make("auto", 100).row_groups[0].access.is_on_host
 
 
 @pytest.mark.parametrize(("placement", "cache_bytes"), [("gpu", None), ("host", -1), ("device", 5)])

@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import embedtrain as et
-from embedtrain.testing.ranks import RankError, run_ranks
+from embedtrain.distributed.ranks import Ranks
+from embedtrain.testing.threads import outcomes_on_threads, run_threads
 
-Group = dist.ProcessGroup | None
 WORDS = [f"w{number}" for number in range(101)]
 ROWS = {word: row for row, word in enumerate(WORDS)}
 DIM = 8
@@ -30,10 +29,10 @@ def write_vectors(path: Path) -> dict[str, list[float]]:
     return vectors
 
 
-def _start(group: Group, path: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, et.InitCounts]:
+def _start(ranks: Ranks, path: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, et.InitCounts]:
     tables = et.EmbeddingCollection(
         [et.TableSpec("other", 7, DIM, dtype=dtype), et.TableSpec("word", len(WORDS), DIM, dtype=dtype)],
-        process_group=group,
+        ranks=ranks,
         seed=3,
     )
     et.optim.RowwiseAdagrad(tables, lr=0.1, initial_accumulator_value=0.5)
@@ -49,7 +48,7 @@ def test_known_words_are_copied_and_others_begin_as_usual_on_any_number_of_ranks
     path = tmp_path / "vectors.txt"
     vectors = write_vectors(path)
     for ranks in (1, 2, 3):
-        for fresh, started, accumulator, counts in run_ranks(ranks, _start, str(path), dtype):
+        for fresh, started, accumulator, counts in run_threads(ranks, _start, str(path), dtype):
             for word, row in ROWS.items():
                 expected = torch.tensor(vectors[word]).to(dtype) if word in vectors else fresh[row]
                 assert torch.equal(started[row], expected), word
@@ -68,7 +67,6 @@ def test_known_words_are_copied_and_others_begin_as_usual_on_any_number_of_ranks
 def test_a_file_of_no_use_is_refused_on_every_rank(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "vectors.txt"
     path.write_text(content)
-    with pytest.raises(RankError) as caught:
-        run_ranks(2, _start, str(path), torch.float32)
-    assert [kind for kind, _ in caught.value.errors.values()] == ["UserError"] * 2
-    assert all(message in text for _, text in caught.value.errors.values())
+    for outcome in outcomes_on_threads(2, _start, str(path), torch.float32):
+        assert isinstance(outcome, et.UserError)
+        assert message in str(outcome)

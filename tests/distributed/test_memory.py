@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import embedtrain as et
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.testing.ranks import run_ranks
 
 NUM_ROWS, DIM, NUM_IDS = 2_000_000, 64, 20_000
@@ -20,9 +20,9 @@ def memory_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def train(group: dist.ProcessGroup | None) -> tuple[int, int]:
+def train(ranks: Ranks) -> tuple[int, int]:
     """Returns by how many bytes training raised the peak, and how many the tables and their state have."""
-    rank = 0 if group is None else dist.get_rank(group)
+    rank = 0 if ranks is None else ranks.rank
     take_steps(*make(num_rows=10), 10, rank)  # code is mapped as it first runs
     tables, optimizer = make(NUM_ROWS)
     (rows,) = tables.row_groups

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import embedtrain as et
-from embedtrain.distributed.shared_memory import VARIABLE
-from embedtrain.embedding import exchange, owner_pooling, transfer
-from embedtrain.testing.ranks import run_ranks
+from embedtrain.distributed.ranks import Ranks
+from embedtrain.testing.threads import run_threads
 
 STEPS = 4
 TABLES = [
@@ -56,9 +53,9 @@ def make_batch(step: int, rank: int, names: list[str]) -> dict[str, et.Jagged]:
     return batch
 
 
-def train(group: dist.ProcessGroup | None, specs: list[et.FeatureSpec]) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    rank = dist.get_rank(group) if group else 0
-    tables = et.EmbeddingCollection(TABLES, specs, process_group=group, seed=11)
+def train(ranks: Ranks, specs: list[et.FeatureSpec]) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    rank = ranks.rank
+    tables = et.EmbeddingCollection(TABLES, specs, ranks=ranks, seed=11)
     optimizer = et.optim.RowwiseAdagrad(tables, lr=0.1)
     pooled = []
     for step in range(STEPS):
@@ -73,9 +70,9 @@ def train(group: dist.ProcessGroup | None, specs: list[et.FeatureSpec]) -> tuple
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_vectors_weights_and_accumulators_are_the_same_both_ways(world_size: int) -> None:
-    expected = run_ranks(world_size, train, features("example"))
+    expected = run_threads(world_size, train, features("example"))
     for pool_at in ("owner", "auto"):
-        for found, reference in zip(run_ranks(world_size, train, features(pool_at)), expected, strict=True):
+        for found, reference in zip(run_threads(world_size, train, features(pool_at)), expected, strict=True):
             # Sums in another order: a few float32 roundings a step.
             torch.testing.assert_close(found, reference, rtol=2e-6, atol=2e-6)
 
@@ -83,53 +80,45 @@ def test_vectors_weights_and_accumulators_are_the_same_both_ways(world_size: int
 def test_features_of_one_group_may_be_pooled_in_different_places() -> None:
     specs = mixed("")
     expected = [et.FeatureSpec(f.name, f.table, f.pooling, f.invalid_ids, pool_at="example") for f in specs]
-    for found, reference in zip(run_ranks(3, train, specs), run_ranks(3, train, expected), strict=True):
+    for found, reference in zip(run_threads(3, train, specs), run_threads(3, train, expected), strict=True):
         torch.testing.assert_close(found, reference, rtol=2e-6, atol=2e-6)
 
 
 def test_the_same_run_twice_is_bit_for_bit_the_same() -> None:
-    first, second = (run_ranks(3, train, features("auto")) for _ in range(2))
+    first, second = (run_threads(3, train, features("auto")) for _ in range(2))
     for (_, of_first), (_, of_second) in zip(first, second, strict=True):
         assert all(torch.equal(of_first[name], of_second[name]) for name in of_first)
 
 
 def test_rows_in_bfloat16_are_added_up_in_float32() -> None:
-    found, expected = (run_ranks(2, pool_bfloat16, pool_at) for pool_at in ("owner", "example"))
+    found, expected = (run_threads(2, pool_bfloat16, pool_at) for pool_at in ("owner", "example"))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def pool_bfloat16(group: dist.ProcessGroup | None, pool_at: str) -> torch.Tensor:
+def pool_bfloat16(ranks: Ranks, pool_at: str) -> torch.Tensor:
     table = et.TableSpec("word", 101, 8, dtype=torch.bfloat16)
-    tables = et.EmbeddingCollection([table], [et.FeatureSpec("word", pooling="sum", pool_at=pool_at)])
-    return tables({"word": make_batch(0, dist.get_rank(group), ["word"])["word"]})["word"].detach()
+    tables = et.EmbeddingCollection([table], [et.FeatureSpec("word", pooling="sum", pool_at=pool_at)], ranks=ranks)
+    return tables({"word": make_batch(0, ranks.rank, ["word"])["word"]})["word"].detach()
 
 
-def count_collectives(group: dist.ProcessGroup | None, ways: list[str], length: int) -> list[int]:
+def count_collectives(ranks: Ranks, ways: list[str], length: int) -> list[int]:
     """Returns how many all-to-alls a look-up of 26 features and its backward take, one of them of counts."""
-    os.environ[VARIABLE] = "0"  # through memory the same rows travel by other calls
     specs = [et.FeatureSpec(f"f{i}", f"t{i % 5}", pooling="sum", pool_at=ways[i % len(ways)]) for i in range(26)]
-    tables = et.EmbeddingCollection([et.TableSpec(f"t{i}", 50 + i, 8) for i in range(5)], specs, process_group=group)
+    tables = et.EmbeddingCollection([et.TableSpec(f"t{i}", 50 + i, 8) for i in range(5)], specs, ranks=ranks)
     calls: Counter[str] = Counter()
-    modules = (exchange, owner_pooling, transfer)
+    original = ranks.all_to_all
 
-    def counted(phase: str) -> Any:
-        def exchanged(*arguments: Any) -> torch.Tensor:
-            calls[phase] += 1
-            return original(*arguments)
+    def counted(*arguments: Any) -> torch.Tensor:
+        calls[phase] += 1
+        return original(*arguments)
 
-        return exchanged
-
-    original = exchange.all_to_all_rows
+    ranks.all_to_all = counted
     bags = et.Jagged(torch.arange(4 * length) % 50, torch.full((4,), length))
     for phase in ("forward", "backward"):
-        for module in modules:
-            module.all_to_all_rows = counted(phase)
         if phase == "forward":
             vectors = tables({spec.name: bags for spec in specs})
         else:
             sum(each.sum() for each in vectors.values()).backward()
-    for module in modules:
-        module.all_to_all_rows = original
     return [calls["forward"], calls["backward"]]
 
 
@@ -145,15 +134,16 @@ def count_collectives(group: dist.ProcessGroup | None, ways: list[str], length: 
     ],
 )
 def test_26_features_cost_one_exchange_of_each_kind(ways: list[str], length: int, expected: list[int]) -> None:
-    assert run_ranks(2, count_collectives, ways, length) == [expected] * 2
+    # Through memory the same rows travel by other calls.
+    assert run_threads(2, count_collectives, ways, length) == [expected] * 2
 
 
-def chosen_ways(group: dist.ProcessGroup | None) -> list[list[bool]]:
+def chosen_ways(ranks: Ranks) -> list[list[bool]]:
     """Two features at once: few long bags of many distinct ids, and bags of few distinct ones."""
     tables = et.EmbeddingCollection(
         [et.TableSpec("word", 100_000, 16)],
         [et.FeatureSpec("long", "word", "sum"), et.FeatureSpec("hot", "word", "sum"), et.FeatureSpec("one", "word")],
-        process_group=group,
+        ranks=ranks,
     )
     ids = torch.arange(6000) * 7919 % 100_000
     batch = {
@@ -161,32 +151,19 @@ def chosen_ways(group: dist.ProcessGroup | None) -> list[list[bool]]:
         "hot": et.Jagged(ids % 20, torch.full((60,), 100)),
         "one": et.Jagged(ids, torch.ones(6000, dtype=torch.int64)),
     }
-    lookups = []
-    original = exchange.exchange_ids
-    from embedtrain.embedding import collection
-
-    def noted(groups: Any, asked: Any, *rest: Any) -> Any:
-        lookups.extend(asked)
-        return original(groups, asked, *rest)
-
-    collection.exchange_ids = noted
-    try:
-        tables(batch)
-    finally:
-        collection.exchange_ids = original
-    return [list(lookup.at_owner) for lookup in lookups]
+    return [list(part.at_owner) for part in tables.ask(batch).parts]
 
 
 def test_long_bags_of_distinct_ids_are_pooled_at_the_owner_and_hot_ones_at_the_example() -> None:
-    assert run_ranks(2, chosen_ways) == [[[True, False, False]]] * 2
+    assert run_threads(2, chosen_ways) == [[[True, False, False]]] * 2
 
 
-def weigh_by_a_parameter(group: dist.ProcessGroup | None, pool_at: str) -> torch.Tensor | str:
+def weigh_by_a_parameter(ranks: Ranks, pool_at: str) -> torch.Tensor | str:
     tables = et.EmbeddingCollection(
-        [et.TableSpec("word", 500, 4)], [et.FeatureSpec("word", pooling="sum", pool_at=pool_at)], process_group=group
+        [et.TableSpec("word", 500, 4)], [et.FeatureSpec("word", pooling="sum", pool_at=pool_at)], ranks=ranks
     )
     # Rank 1 alone has weights that learn.
-    learns = dist.get_rank(group) == 1
+    learns = ranks.rank == 1
     weights = torch.ones(400, requires_grad=learns)
     bags = et.Jagged(torch.arange(400), torch.tensor([400]), weights)
     try:
@@ -197,7 +174,7 @@ def weigh_by_a_parameter(group: dist.ProcessGroup | None, pool_at: str) -> torch
 
 
 def test_weights_that_learn_are_pooled_where_their_rows_can_come_to() -> None:
-    expected = run_ranks(2, weigh_by_a_parameter, "example")
-    torch.testing.assert_close(run_ranks(2, weigh_by_a_parameter, "auto"), expected)
-    for text in run_ranks(2, weigh_by_a_parameter, "owner"):
+    expected = run_threads(2, weigh_by_a_parameter, "example")
+    torch.testing.assert_close(run_threads(2, weigh_by_a_parameter, "auto"), expected)
+    for text in run_threads(2, weigh_by_a_parameter, "owner"):
         assert "feature 'word': the gradient of its weights needs the rows" in text

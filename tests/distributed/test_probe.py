@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.planning import probe
 from embedtrain.planning.plan import Bandwidths
 from embedtrain.testing.ranks import run_ranks
 
 
-def probe_on(group: dist.ProcessGroup) -> Bandwidths:
+def probe_on(ranks: Ranks) -> Bandwidths:
     probe.COPY_BYTES = probe.EXCHANGE_BYTES = 1 << 16
-    return probe.probe(Runtime(dist.get_rank(group), 0, dist.get_world_size(group), torch.device("cpu")))
+    return probe.probe(Runtime(ranks, 0, torch.device("cpu")))
 
 
 def test_ranks_agree_on_both_bandwidths() -> None:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 import embedtrain as et
 from embedtrain.data.click_batches import ClickBatch
 from embedtrain.data.partition import share_of_rank
-from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.distributed.ranks import Ranks
+from embedtrain.distributed.runtime import job_ranks
 from embedtrain.distributed.shared_memory import VARIABLE
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.recipes.ranking.model import NetworkOptions, Ranking, build_network
 from embedtrain.testing.ranks import run_ranks
+from embedtrain.testing.threads import run_threads
 from embedtrain.train.step import train_step
 
 STEPS, BATCH, NUM_DENSE = 6, 25, 3
@@ -56,18 +58,17 @@ def part_of(batch: ClickBatch, rank: int, world_size: int) -> ClickBatch:
     return ClickBatch(batch.labels[mine.start : mine.stop], batch.dense[mine.start : mine.stop], features, BATCH)
 
 
-def train_sharded(group: dist.ProcessGroup | None, kind: str, options: NetworkOptions) -> list[dict[str, Tensor]]:
+def train_sharded(ranks: Ranks, kind: str, options: NetworkOptions) -> list[dict[str, Tensor]]:
     """Returns weights and loss after each step."""
-    model = Ranking(TABLES, FEATURES, NUM_DENSE, options, process_group=group, seed=5)
+    model = Ranking(TABLES, FEATURES, NUM_DENSE, options, ranks=ranks, seed=5)
     optimizer = getattr(et.optim, kind)(model.tables, lr=0.1, eps=1e-8, initial_accumulator_value=START)
-    dense = DenseOptimizer(model.network, process_group=group, name="adam", lr=0.01)
+    dense = DenseOptimizer(model.network, ranks=ranks, name="adam", lr=0.01)
     history = []
     for step in range(STEPS):
-        batch = part_of(global_batch(step), rank_of(group), size_of(group))
+        batch = part_of(global_batch(step), ranks.rank, ranks.size)
         objective = train_step(model, optimizer, batch, dense)
         total = objective.total.clone()
-        if group is not None:
-            dist.all_reduce(total, group=group)
+        ranks.all_reduce(total)
         history.append(
             {
                 "loss": total / BATCH,
@@ -161,33 +162,34 @@ def assert_same_at_each_step(found: list[dict[str, Tensor]], expected: list[dict
             )
 
 
-def train_all(group: dist.ProcessGroup | None) -> dict[tuple[str, str], list[dict[str, Tensor]]]:
+def train_all(ranks: Ranks) -> dict[tuple[str, str], list[dict[str, Tensor]]]:
     kinds = ("Adagrad", "RowwiseAdagrad")
-    return {(name, kind): train_sharded(group, kind, options) for name, options in OPTIONS.items() for kind in kinds}
+    return {(name, kind): train_sharded(ranks, kind, options) for name, options in OPTIONS.items() for kind in kinds}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranking_equals_plain_torch_and_the_oracle_step_by_step(world_size: int) -> None:
-    ranks = run_ranks(world_size, train_all)
+    ranks = run_threads(world_size, train_all)
     for name, options in OPTIONS.items():
         for kind, expected in (("Adagrad", train_plain(options)), ("RowwiseAdagrad", train_oracle(options))):
             for histories in ranks:
                 assert_same_at_each_step(histories[name, kind], expected)
 
 
-def count_collectives(group: dist.ProcessGroup) -> dict[str, int]:
+def count_collectives(ranks: Ranks) -> dict[str, int]:
     """Counts what a step of 26 features of one dim sends, the way that ranks of several hosts take."""
     os.environ[VARIABLE] = "0"
+    ranks = job_ranks()
     names = [f"C{i}" for i in range(26)]
     model = Ranking(
         [et.TableSpec(name, 50, 4) for name in names],
         [et.FeatureSpec(name) for name in names],
         NUM_DENSE,
         OPTIONS["dlrm"],
-        process_group=group,
+        ranks=ranks,
     )
     optimizer = et.optim.RowwiseAdagrad(model.tables, lr=0.1)
-    dense = DenseOptimizer(model.network, process_group=group)
+    dense = DenseOptimizer(model.network, ranks=ranks)
     ids = torch.arange(8)
     batch = ClickBatch(
         torch.ones(8), torch.zeros(8, NUM_DENSE), {name: et.Jagged.from_ids(ids) for name in names}, num_global=16

@@ -5,20 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 import embedtrain as et
 from embedtrain.data.bags import Bags
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
-from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
 from embedtrain.metrics.ranking import hits_of, list_measures, mean_measures
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.recipes.retrieval import recommendation
 from embedtrain.recipes.retrieval.model import Retrieval, Scoring, Side
 from embedtrain.recipes.retrieval.recommendation import Catalogue, all_vectors, evaluate_retrieval
-from embedtrain.testing.ranks import run_ranks
+from embedtrain.testing.threads import run_threads
 from embedtrain.train.step import train_step
 
 NUM_USERS, NUM_ITEMS, DIM = 33, 50, 6
@@ -33,18 +32,18 @@ KNOWN = random_bags(NUM_USERS, NUM_ITEMS, 300, seed=1)
 HELD_OUT = random_bags(NUM_USERS, NUM_ITEMS, 60, seed=2)
 
 
-def make(scoring: Scoring, towers: bool = False, group: dist.ProcessGroup | None = None) -> Retrieval:
+def make(scoring: Scoring, towers: bool = False, ranks: Ranks = ONE_PROCESS) -> Retrieval:
     users, items = Side(NUM_USERS), Side(NUM_ITEMS)
     if towers:
         users = Side(NUM_USERS, {"age": (random_bags(NUM_USERS, 4, 30, seed=3), 4)}, hidden=[8])
         genres = random_bags(NUM_ITEMS, 5, 90, seed=4)
         items = Side(NUM_ITEMS, {"genre": (genres, 5), "maker": (random_bags(NUM_ITEMS, 9, 40, seed=5), 9)})
-    return Retrieval(users, items, DIM, scoring, process_group=group, seed=7)
+    return Retrieval(users, items, DIM, scoring, ranks=ranks, seed=7)
 
 
-def batches_of(group: dist.ProcessGroup | None = None, **options: object) -> RetrievalBatches:
+def batches_of(ranks: Ranks = ONE_PROCESS, **options: object) -> RetrievalBatches:
     draw = DrawOptions(**{"global_batch_size": 11, "items_per_example": 4, "num_negatives": 13, **options})
-    return RetrievalBatches(KNOWN, NUM_ITEMS, draw, seed=3, rank=rank_of(group), world_size=size_of(group))
+    return RetrievalBatches(KNOWN, NUM_ITEMS, draw, seed=3, rank=ranks.rank, world_size=ranks.size)
 
 
 @pytest.mark.parametrize("in_batch", [False, True])
@@ -70,11 +69,11 @@ def test_the_loss_is_the_corrected_softmax_over_the_candidates(in_batch: bool) -
     assert float(objective.loss.detach()) == pytest.approx(expected / batch.num_examples, rel=1e-5)
 
 
-def train(group: dist.ProcessGroup | None, scoring: Scoring, towers: bool, in_batch: bool) -> dict[str, Tensor]:
-    model = make(scoring, towers, group)
+def train(ranks: Ranks, scoring: Scoring, towers: bool, in_batch: bool) -> dict[str, Tensor]:
+    model = make(scoring, towers, ranks)
     optimizer = et.optim.RowwiseAdagrad(model.tables, lr=0.1)
-    dense = DenseOptimizer(model.dense, process_group=group, lr=0.01) if towers else None
-    batches = batches_of(group, in_batch=in_batch)
+    dense = DenseOptimizer(model.dense, ranks=ranks, lr=0.01) if towers else None
+    batches = batches_of(ranks, in_batch=in_batch)
     for step in range(batches.steps_per_epoch):
         train_step(model, optimizer, batches.batch(0, step), dense)
     tables = {name: model.tables.gather_table(name) for name in model.tables.shards}
@@ -94,8 +93,8 @@ def train(group: dist.ProcessGroup | None, scoring: Scoring, towers: bool, in_ba
     ],
 )
 def test_ranks_train_and_measure_as_one_process(scoring: Scoring, towers: bool, in_batch: bool) -> None:
-    expected = train(None, scoring, towers, in_batch)
-    for found in run_ranks(3, train, scoring, towers, in_batch):
+    expected = train(ONE_PROCESS, scoring, towers, in_batch)
+    for found in run_threads(3, train, scoring, towers, in_batch):
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")

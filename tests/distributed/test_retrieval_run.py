@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from embedtrain import cli
-from embedtrain.distributed.runtime import Runtime, default_group, rank_of, size_of
+from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
+from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.recipes.building import build_parts
 from embedtrain.recipes.loading import load_config
@@ -85,12 +86,11 @@ class KilledError(Exception):
     pass
 
 
-def run_parts(_: object, arguments: list[str], kill_at: int | None) -> dict[str, torch.Tensor]:
+def run_parts(ranks: Ranks, arguments: list[str], kill_at: int | None) -> dict[str, torch.Tensor]:
     """Trains as the command does; returns all that was trained, whole."""
     torch.set_num_threads(1)
     config = load_config(None, arguments)
-    group = default_group()
-    runtime = Runtime(rank_of(group), rank_of(group), size_of(group), torch.device("cpu"))
+    runtime = Runtime(ranks, ranks.rank, torch.device("cpu"))
     run = build_run(config, runtime, check_run_folder(config), build_parts(config, runtime))
 
     def strike() -> None:
@@ -125,7 +125,7 @@ def test_a_killed_run_goes_on_to_the_last_bit_and_on_another_number_of_ranks(fol
 
     moved = overrides(folder, "moved", *more)
     run_ranks(2, run_parts, moved, 60)
-    for name, tensor in run_parts(None, moved, None).items():
+    for name, tensor in run_parts(ONE_PROCESS, moved, None).items():
         torch.testing.assert_close(tensor, whole[name], rtol=0.05, atol=0.02)
     lines = [[json.loads(line) for line in (folder / run / "metrics.jsonl").open()] for run in ("whole", "killed")]
     for first, second in zip(*lines, strict=True):
@@ -138,8 +138,8 @@ ON_HOST = ("table.placement=host", "table.cache_bytes=500")
 
 
 def test_where_rows_live_changes_no_result(folder: Path) -> None:
-    expected = run_parts(None, overrides(folder, "device"), None)
-    found = run_parts(None, overrides(folder, "host", *ON_HOST), None)
+    expected = run_parts(ONE_PROCESS, overrides(folder, "device"), None)
+    found = run_parts(ONE_PROCESS, overrides(folder, "host", *ON_HOST), None)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
@@ -308,7 +308,7 @@ def test_a_file_that_changes_is_noticed_when_the_run_goes_on(folder: Path, capfd
 
 def test_a_file_that_changes_between_epochs_ends_the_run(folder: Path) -> None:
     config = load_config(None, overrides(folder, "run", "train.epochs=2"))
-    runtime = Runtime(0, 0, 1, torch.device("cpu"))
+    runtime = Runtime(ONE_PROCESS, 0, torch.device("cpu"))
     run = build_run(config, runtime, check_run_folder(config), build_parts(config, runtime))
 
     def change() -> None:

@@ -4,27 +4,26 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import embedtrain as et
-from embedtrain.distributed.runtime import rank_of
+from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
 from embedtrain.metrics.sinks import Histogram, TensorBoardSink
-from embedtrain.testing.ranks import run_ranks
+from embedtrain.testing.threads import run_threads
 from embedtrain.train.row_statistics import RowStatistics, TableStatistics
 
 ROWS = 40
 
 
-def measure(group: dist.ProcessGroup | None) -> TableStatistics:
+def measure(ranks: Ranks) -> TableStatistics:
     """Trains id 0 for 20 steps and ids 1 to 9 once, of 40, whose frequencies fall with the id."""
-    tables = et.EmbeddingCollection([et.TableSpec("t", ROWS, 4)], process_group=group)
+    tables = et.EmbeddingCollection([et.TableSpec("t", ROWS, 4)], ranks=ranks)
     optimizer = et.optim.Adagrad(tables, lr=0.1, initial_accumulator_value=1.0)
     for step in range(20):
-        ids = [0, *(range(1, 10) if step == 0 and rank_of(group) == 0 else ())]
+        ids = [0, *(range(1, 10) if step == 0 and ranks.rank == 0 else ())]
         tables({"t": et.Jagged.from_ids(torch.tensor(ids))})["t"].sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return RowStatistics(tables, optimizer, {"t": torch.arange(ROWS, 0, -1)}, group).measure()["t"]
+    return RowStatistics(tables, optimizer, {"t": torch.arange(ROWS, 0, -1)}, ranks).measure()["t"]
 
 
 def filled(histogram: Histogram) -> list[tuple[float, float]]:
@@ -34,7 +33,7 @@ def filled(histogram: Histogram) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_hot_rows_have_smaller_rates_than_rare_ones(world_size: int) -> None:
-    for found in run_ranks(world_size, measure):
+    for found in run_threads(world_size, measure):
         assert found.never_touched == 30 / 40
         assert len(found.rates) == 10
         assert [sum(histogram.counts) for histogram in found.rates] == [4] * 10
@@ -47,14 +46,14 @@ def test_hot_rows_have_smaller_rates_than_rare_ones(world_size: int) -> None:
 def test_tables_without_frequencies_have_one_histogram() -> None:
     tables = et.EmbeddingCollection([et.TableSpec("t", ROWS, 4)])
     optimizer = et.optim.Adam(tables, lr=0.1)
-    found = RowStatistics(tables, optimizer, {}, None).measure()["t"]
+    found = RowStatistics(tables, optimizer, {}, ONE_PROCESS).measure()["t"]
     assert [sum(histogram.counts) for histogram in found.rates] == [ROWS]
     assert found.never_touched == 1.0
 
 
 def test_an_optimizer_without_a_divisor_has_no_statistics() -> None:
     tables = et.EmbeddingCollection([et.TableSpec("t", ROWS, 4)])
-    assert RowStatistics(tables, et.optim.SGD(tables), {}, None).measure() == {}
+    assert RowStatistics(tables, et.optim.SGD(tables), {}, ONE_PROCESS).measure() == {}
 
 
 def test_tensorboard_reads_the_histograms(tmp_path: Path) -> None:

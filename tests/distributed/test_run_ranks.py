@@ -11,54 +11,55 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from embedtrain.distributed.ranks import OneProcess, Ranks
 from embedtrain.testing.ranks import RankError, run_ranks
 
 
-def _sum_of_ranks(group: dist.ProcessGroup, offset: int) -> tuple[int, int, int]:
-    value = torch.tensor([dist.get_rank(group) + offset])
-    dist.all_reduce(value, group=group)
-    return dist.get_rank(group), int(value), torch.get_num_threads()
+def _sum_of_ranks(ranks: Ranks, offset: int) -> tuple[int, int, int]:
+    value = torch.tensor([ranks.rank + offset])
+    dist.all_reduce(value)
+    return ranks.rank, int(value), torch.get_num_threads()
 
 
-def _describe_one_process(group: dist.ProcessGroup | None) -> tuple[bool, bool, int]:
-    return group is None, dist.is_initialized(), os.getpid()
+def _describe_one_process(ranks: Ranks) -> tuple[bool, bool, int]:
+    return isinstance(ranks, OneProcess), dist.is_initialized(), os.getpid()
 
 
-def _add_one_in_place(group: dist.ProcessGroup | None, tensor: torch.Tensor) -> torch.Tensor:
+def _add_one_in_place(ranks: Ranks, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.add_(1)
 
 
-def _environment_variable(group: dist.ProcessGroup | None, name: str) -> str | None:
+def _environment_variable(ranks: Ranks, name: str) -> str | None:
     return os.environ.get(name)
 
 
-def _raise_on_rank_1_while_others_wait(group: dist.ProcessGroup) -> None:
-    if dist.get_rank(group) == 1:
+def _raise_on_rank_1_while_others_wait(ranks: Ranks) -> None:
+    if ranks.rank == 1:
         raise KeyError("lost on rank 1")
-    dist.barrier(group)
+    dist.barrier()
 
 
-def _raise_everywhere(group: dist.ProcessGroup) -> None:
-    dist.barrier(group)
-    raise ValueError(f"refused on rank {dist.get_rank(group)}")
+def _raise_everywhere(ranks: Ranks) -> None:
+    dist.barrier()
+    raise ValueError(f"refused on rank {ranks.rank}")
 
 
-def _kill_rank_1(group: dist.ProcessGroup) -> None:
-    if dist.get_rank(group) == 1:
+def _kill_rank_1(ranks: Ranks) -> None:
+    if ranks.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    dist.barrier(group)
+    dist.barrier()
 
 
-def _hang_on_rank_0(group: dist.ProcessGroup) -> None:
-    if dist.get_rank(group) == 0:
+def _hang_on_rank_0(ranks: Ranks) -> None:
+    if ranks.rank == 0:
         time.sleep(60)
 
 
-def _die_after_returning(group: dist.ProcessGroup | None) -> None:
+def _die_after_returning(ranks: Ranks) -> None:
     multiprocessing.util.Finalize(None, os._exit, args=(7,), exitpriority=1)
 
 
-def _return_a_lambda(group: dist.ProcessGroup | None) -> object:
+def _return_a_lambda(ranks: Ranks) -> object:
     return lambda: None
 
 
@@ -69,8 +70,8 @@ def test_results_come_back_in_rank_order(world_size: int) -> None:
 
 
 def test_one_rank_is_a_process_without_a_group() -> None:
-    [(group_is_none, is_initialized, process_id)] = run_ranks(1, _describe_one_process)
-    assert group_is_none
+    [(is_one, is_initialized, process_id)] = run_ranks(1, _describe_one_process)
+    assert is_one
     assert not is_initialized
     assert process_id != os.getpid()
 

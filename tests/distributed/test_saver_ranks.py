@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import embedtrain as et
 from embedtrain import storage
@@ -17,16 +16,15 @@ from embedtrain.checkpoint import (
     find_checkpoints,
     load_shards,
 )
-from embedtrain.distributed.runtime import background_group, rank_of
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import CheckpointError
 from embedtrain.testing.ranks import run_ranks
 
-Group = dist.ProcessGroup | None
 TABLES = [et.TableSpec("item", 1001, 8), et.TableSpec("user", 3, 8), et.TableSpec("word", 200, 4, dtype=torch.bfloat16)]
 
 
-def _train(tables: et.EmbeddingCollection, optimizer: et.optim.SparseOptimizer, step: int, group: Group) -> None:
-    generator = torch.Generator().manual_seed(100 * step + rank_of(group))
+def _train(tables: et.EmbeddingCollection, optimizer: et.optim.SparseOptimizer, step: int, ranks: Ranks) -> None:
+    generator = torch.Generator().manual_seed(100 * step + ranks.rank)
     batch = {
         spec.name: et.Jagged.from_ids(torch.randint(0, spec.num_rows, (40,), generator=generator)) for spec in TABLES
     }
@@ -40,21 +38,21 @@ def _whole(tables: et.EmbeddingCollection) -> list[torch.Tensor]:
     return [tables.gather_table(table, name).clone() for table, name in names]
 
 
-def _save_while_training(group: Group, root: str, optimizer_name: str) -> list[list[torch.Tensor]]:
-    tables = et.EmbeddingCollection(TABLES, process_group=group)
+def _save_while_training(ranks: Ranks, root: str, optimizer_name: str) -> list[list[torch.Tensor]]:
+    tables = et.EmbeddingCollection(TABLES, ranks=ranks)
     optimizer = et.optim.OPTIMIZERS[optimizer_name](tables, lr=0.1)
-    saver = CheckpointSaver(root, group, background_group(group, 60.0), SaveOptions(full_every=4))
+    saver = CheckpointSaver(root, ranks, ranks.for_thread(60.0), SaveOptions(full_every=4))
     expected = []
     for step in range(1, 25):
-        _train(tables, optimizer, step, group)
+        _train(tables, optimizer, step, ranks)
         if step % 4 == 0:
             expected.append(_whole(tables))
             saver.save(step, tables.shard_views(), {}, is_last=step == 24)
     return expected
 
 
-def _load(group: Group, path: str, optimizer_name: str) -> list[torch.Tensor]:
-    tables = et.EmbeddingCollection(TABLES, process_group=group)
+def _load(ranks: Ranks, path: str, optimizer_name: str) -> list[torch.Tensor]:
+    tables = et.EmbeddingCollection(TABLES, ranks=ranks)
     et.optim.OPTIMIZERS[optimizer_name](tables)
     with CheckpointReader(path) as reader:
         load_shards(reader, tables.shard_views())
@@ -75,18 +73,18 @@ def test_chains_saved_on_m_ranks_load_on_n(saved_on: int, loaded_on: int, optimi
             assert torch.equal(tensor, other)
 
 
-def _fail_on_one_rank(group: Group, root: str) -> tuple[int, str]:
-    if rank_of(group) == 1:
+def _fail_on_one_rank(ranks: Ranks, root: str) -> tuple[int, str]:
+    if ranks.rank == 1:
 
         def full(url: str, chunks: object) -> None:
             raise OSError(28, "No space left on device")
 
         storage.write = full
-    tables = et.EmbeddingCollection(TABLES, process_group=group)
+    tables = et.EmbeddingCollection(TABLES, ranks=ranks)
     optimizer = et.optim.RowwiseAdagrad(tables, lr=0.1)
-    saver = CheckpointSaver(root, group, background_group(group, 60.0), SaveOptions(max_failures=1))
+    saver = CheckpointSaver(root, ranks, ranks.for_thread(60.0), SaveOptions(max_failures=1))
     for step in range(1, 10):
-        _train(tables, optimizer, step, group)
+        _train(tables, optimizer, step, ranks)
         try:
             saver.save(step, tables.shard_views(), {})
         except CheckpointError as error:

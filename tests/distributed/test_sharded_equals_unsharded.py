@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import embedtrain as et
+from embedtrain.distributed.ranks import Ranks
+from embedtrain.distributed.shared_memory import VARIABLE
 from embedtrain.testing.ranks import run_ranks
+from embedtrain.testing.threads import run_threads
 
 STEPS = 6
 
@@ -70,9 +72,9 @@ def loss_of(vectors: dict[str, torch.Tensor]) -> torch.Tensor:
     return sum(((v - 0.1 * i) ** 2).sum() + v.sin().sum() for i, v in enumerate(vectors.values(), start=1))
 
 
-def train_sharded(group: dist.ProcessGroup | None, dtype: torch.dtype, options: dict) -> dict[str, torch.Tensor]:
-    rank = dist.get_rank(group) if group else 0
-    tables = et.EmbeddingCollection(with_dtype(dtype), FEATURES, process_group=group, seed=11)
+def train_sharded(ranks: Ranks, dtype: torch.dtype, options: dict) -> dict[str, torch.Tensor]:
+    rank = ranks.rank
+    tables = et.EmbeddingCollection(with_dtype(dtype), FEATURES, ranks=ranks, seed=11)
     optimizer = et.optim.RowwiseAdagrad(tables, **options)
     for step in range(STEPS):
         loss_of(tables(make_batch(step, rank))).backward()
@@ -104,45 +106,53 @@ def all_tensors(tables: et.EmbeddingCollection | et.UnshardedEmbeddingCollection
     }
 
 
-EVERY_OPTION_AT = 2
-"""The number of ranks at which each set of options is tried; at the others the plain one stands for all."""
-
-
-@pytest.mark.parametrize(
-    ("world_size", "options"),
-    [
-        pytest.param(size, name, marks=[pytest.mark.slow] if name != "plain" and size != EVERY_OPTION_AT else [])
-        for size in (1, 2, 3, 4)
-        for name in OPTIMIZERS
-    ],
-)
-def test_weights_and_accumulators_equal_the_oracle(world_size: int, options: str) -> None:
-    expected = train_unsharded(world_size, torch.float32, OPTIMIZERS[options])
-    for tensors in run_ranks(world_size, train_sharded, torch.float32, OPTIMIZERS[options]):
+def assert_equal_the_oracle(ranks: list[dict[str, torch.Tensor]], options: str) -> None:
+    expected = train_unsharded(len(ranks), torch.float32, OPTIMIZERS[options])
+    for tensors in ranks:
         for name, tensor in tensors.items():
             # Sums in another order: a few float32 roundings a step, relative to the largest entry of a row.
             torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("options", OPTIMIZERS)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_weights_and_accumulators_equal_the_oracle(world_size: int, options: str) -> None:
+    assert_equal_the_oracle(run_threads(world_size, train_sharded, torch.float32, OPTIMIZERS[options]), options)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options", "through_memory"),
+    [(2, "options", ""), (2, "options", "0"), (3, "plain", "0"), (4, "plain", "")],
+)
+def test_processes_do_what_threads_do_to_the_last_bit(
+    world_size: int, options: str, through_memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, through_memory)
+    expected = run_threads(world_size, train_sharded, torch.float32, OPTIMIZERS[options])
+    found = run_ranks(world_size, train_sharded, torch.float32, OPTIMIZERS[options])
+    for of_threads, of_processes in zip(expected, found, strict=True):
+        assert all(torch.equal(of_threads[name], of_processes[name]) for name in of_threads)
+
+
 def test_bfloat16_rows_stay_near_the_oracle() -> None:
     """A rounding that falls the other way changes a value by one bfloat16 step, so equality is of most values."""
     expected = train_unsharded(2, torch.bfloat16, OPTIMIZERS["plain"])
-    (tensors, _) = run_ranks(2, train_sharded, torch.bfloat16, OPTIMIZERS["plain"])
+    (tensors, _) = run_threads(2, train_sharded, torch.bfloat16, OPTIMIZERS["plain"])
     for name, tensor in tensors.items():
         torch.testing.assert_close(tensor.float(), expected[name].float(), rtol=2e-2, atol=2e-2)
         assert (tensor == expected[name]).float().mean() > 0.5, name
 
 
 def test_the_same_world_size_twice_is_bit_for_bit_the_same() -> None:
-    first, second = (run_ranks(3, train_sharded, torch.float32, OPTIMIZERS["options"]) for _ in range(2))
+    first, second = (run_threads(3, train_sharded, torch.float32, OPTIMIZERS["options"]) for _ in range(2))
     for rank in range(3):
         for name in first[rank]:
             assert torch.equal(first[rank][name], second[rank][name]), name
 
 
-def train_on_wire(group: dist.ProcessGroup | None, wire_dtype: torch.dtype | None) -> torch.Tensor:
-    rank = dist.get_rank(group) if group else 0
-    tables = et.EmbeddingCollection(TABLES[:1], [FEATURES[0]], process_group=group, wire_dtype=wire_dtype)
+def train_on_wire(ranks: Ranks, wire_dtype: torch.dtype | None) -> torch.Tensor:
+    rank = ranks.rank
+    tables = et.EmbeddingCollection(TABLES[:1], [FEATURES[0]], ranks=ranks, wire_dtype=wire_dtype)
     optimizer = et.optim.RowwiseAdagrad(tables, lr=0.1)
     for step in range(2):
         loss_of(tables({"word": make_batch(step, rank)["word"]})).backward()
@@ -152,17 +162,17 @@ def train_on_wire(group: dist.ProcessGroup | None, wire_dtype: torch.dtype | Non
 
 
 def test_bfloat16_on_the_wire_is_near_float32_in_the_tables() -> None:
-    exact = run_ranks(2, train_on_wire, None)[0]
-    narrow = run_ranks(2, train_on_wire, torch.bfloat16)[0]
+    exact = run_threads(2, train_on_wire, None)[0]
+    narrow = run_threads(2, train_on_wire, torch.bfloat16)[0]
     assert narrow.dtype == torch.float32
     assert not torch.equal(narrow, exact)
     # A bfloat16 has 8 bits; Adagrad's steps are of the size of the rate, 0.1.
     torch.testing.assert_close(narrow, exact, rtol=2e-2, atol=5e-3)
 
 
-def accumulate_micro_batches(group: dist.ProcessGroup | None, together: bool) -> torch.Tensor:
-    rank = dist.get_rank(group) if group else 0
-    tables = et.EmbeddingCollection(TABLES[:1], [FEATURES[0]], process_group=group)
+def accumulate_micro_batches(ranks: Ranks, together: bool) -> torch.Tensor:
+    rank = ranks.rank
+    tables = et.EmbeddingCollection(TABLES[:1], [FEATURES[0]], ranks=ranks)
     optimizer = et.optim.RowwiseAdagrad(tables, lr=0.1)
     batches = [{"word": make_batch(step, rank)["word"]} for step in (0, 1)]
     if together:
@@ -176,6 +186,6 @@ def accumulate_micro_batches(group: dist.ProcessGroup | None, together: bool) ->
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_micro_batches_accumulate_until_the_step(world_size: int) -> None:
-    apart = run_ranks(world_size, accumulate_micro_batches, False)[0]
-    together = run_ranks(world_size, accumulate_micro_batches, True)[0]
+    apart = run_threads(world_size, accumulate_micro_batches, False)[0]
+    together = run_threads(world_size, accumulate_micro_batches, True)[0]
     torch.testing.assert_close(apart, together, rtol=1e-6, atol=1e-7)

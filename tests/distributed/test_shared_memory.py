@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 import embedtrain as et
-from embedtrain.distributed.collectives import all_reduce_sum, all_to_all_rows
-from embedtrain.distributed.shared_memory import VARIABLE, connect
+from embedtrain.distributed.ranks import GroupRanks, Ranks
+from embedtrain.distributed.runtime import job_ranks
+from embedtrain.distributed.shared_memory import VARIABLE, SharedMemoryRanks
 from embedtrain.ops._backend.dispatch import cpu_backend
 from embedtrain.testing.ranks import run_ranks
 
@@ -30,19 +31,19 @@ def rows_between(sender: int, receiver: int, number: int) -> torch.Tensor:
     return torch.randint(-99, 99, (count, 37), generator=generator).to(dtype)
 
 
-def exchange_rounds(group: dist.ProcessGroup) -> None:
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    shared = connect(group, torch.device("cpu"))
-    assert shared is not None
+def exchange_rounds(ranks: Ranks) -> None:
+    rank, size = ranks.rank, ranks.size
+    assert isinstance(ranks, SharedMemoryRanks)
+    ways = (ranks, GroupRanks(ranks.group))
     for number in range(8):
         outgoing = [rows_between(rank, receiver, number) for receiver in range(size)]
         expected = [rows_between(sender, rank, number) for sender in range(size)]
         counts = [[len(rows) for rows in side] for side in (outgoing, expected)]
-        for way in (shared, None):
-            received = all_to_all_rows(torch.cat(outgoing), counts[0], counts[1], group, way)
+        for way in ways:
+            received = way.all_to_all(torch.cat(outgoing), counts[0], counts[1])
             assert torch.equal(received, torch.cat(expected))
-        for way in (shared, None):
-            assert float(all_reduce_sum(torch.tensor(0.5 + rank, dtype=torch.float64), group, way)) == size**2 / 2
+        for way in ways:
+            assert float(way.all_reduce(torch.tensor(0.5 + rank, dtype=torch.float64))) == size**2 / 2
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -50,14 +51,16 @@ def test_rows_arrive_as_through_the_process_group(world_size: int) -> None:
     run_ranks(world_size, exchange_rounds)
 
 
-def train(group: dist.ProcessGroup, variable: str, wire_dtype: torch.dtype | None) -> tuple[bool, list[torch.Tensor]]:
+def train(ranks: Ranks, variable: str, wire_dtype: torch.dtype | None) -> tuple[bool, list[torch.Tensor]]:
     os.environ[VARIABLE] = variable
-    rank = dist.get_rank(group)
+    ranks = job_ranks()
     features = [et.FeatureSpec("item"), et.FeatureSpec("history", "item", pooling="mean")]
-    tables = et.EmbeddingCollection([et.TableSpec("item", 90, 12)], features, seed=3, wire_dtype=wire_dtype)
+    tables = et.EmbeddingCollection(
+        [et.TableSpec("item", 90, 12)], features, ranks=ranks, seed=3, wire_dtype=wire_dtype
+    )
     optimizer = et.optim.RowwiseAdagrad(tables, lr=0.3, max_grad_norm=0.5)
     for step in range(6):
-        generator = torch.Generator().manual_seed(10 * step + rank)
+        generator = torch.Generator().manual_seed(10 * step + ranks.rank)
         for _ in range(1 + step % 2):  # some steps are of several batches
             bags = [torch.randint(0, 90, (n,), generator=generator).tolist() for n in (5, 0, 9)]
             out = tables({"item": et.Jagged.from_lists(bags), "history": et.Jagged.from_lists(bags)})
@@ -65,7 +68,7 @@ def train(group: dist.ProcessGroup, variable: str, wire_dtype: torch.dtype | Non
         optimizer.step()
         optimizer.zero_grad()
     found = [tables.gather_table("item"), tables.gather_table("item", "accumulator")]
-    return tables.row_groups[0].shared is not None, found
+    return isinstance(ranks, SharedMemoryRanks), found
 
 
 @pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16])
@@ -79,23 +82,22 @@ def test_training_is_the_same_to_the_last_bit(world_size: int, wire_dtype: torch
             assert torch.equal(tensor, other)
 
 
-def connect_where_one_does_not_want(group: dist.ProcessGroup) -> bool:
-    os.environ[VARIABLE] = "01"[dist.get_rank(group)]
-    return connect(group, torch.device("cpu")) is None
+def connect_where_one_does_not_want(ranks: Ranks) -> bool:
+    os.environ[VARIABLE] = "01"[ranks.rank]
+    return not isinstance(job_ranks(), SharedMemoryRanks)
 
 
 def test_one_unwilling_rank_leaves_all_with_the_process_group() -> None:
     assert all(run_ranks(2, connect_where_one_does_not_want))
 
 
-def wait_for_the_dead(group: dist.ProcessGroup) -> None:
-    shared = connect(group, torch.device("cpu"))
-    assert shared is not None
-    if dist.get_rank(group) == 1:
+def wait_for_the_dead(ranks: Ranks) -> None:
+    assert isinstance(ranks, SharedMemoryRanks)
+    if ranks.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     started = time.monotonic()
     with pytest.raises(dist.DistError, match="rank 1 is gone: rank 0 waited"):
-        shared.all_to_all(torch.ones(4, 2), [2, 2], [2, 2])
+        ranks.all_to_all(torch.ones(4, 2), [2, 2], [2, 2])
     assert time.monotonic() - started < 10
     raise ValueError("rank 0 saw it")
 
@@ -106,15 +108,14 @@ def test_a_dead_peer_is_noticed_at_once() -> None:
         run_ranks(2, wait_for_the_dead)
 
 
-def wait_for_the_late(group: dist.ProcessGroup) -> str:
-    shared = connect(group, torch.device("cpu"))
-    assert shared is not None
-    shared._timeout_seconds = 0.3
-    if dist.get_rank(group) == 1:
+def wait_for_the_late(ranks: Ranks) -> str:
+    assert isinstance(ranks, SharedMemoryRanks)
+    ranks._inbox._timeout_seconds = 0.3
+    if ranks.rank == 1:
         time.sleep(1.5)
         return ""
     with pytest.raises(dist.DistError) as caught:
-        shared.all_to_all(torch.ones(4, 2), [2, 2], [2, 2])
+        ranks.all_to_all(torch.ones(4, 2), [2, 2], [2, 2])
     return str(caught.value)
 
 

@@ -6,21 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import embedtrain as et
+from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
 from embedtrain.testing.ranks import run_ranks
 
-Group = dist.ProcessGroup | None
 TABLES = [et.TableSpec("item", 101, 8), et.TableSpec("user", 3, 8), et.TableSpec("word", 20, 4, dtype=torch.bfloat16)]
 
 
-def make(group: Group, seed: int) -> tuple[nn.Module, et.EmbeddingCollection]:
+def make(ranks: Ranks, seed: int) -> tuple[nn.Module, et.EmbeddingCollection]:
     torch.manual_seed(0)
-    tables = et.EmbeddingCollection(TABLES, process_group=group, seed=seed)
+    tables = et.EmbeddingCollection(TABLES, ranks=ranks, seed=seed)
     optimizer = et.optim.RowwiseAdagrad(tables, lr=0.1)
     model = nn.ModuleDict({"tables": tables, "dense": nn.Linear(2, 2)})
     if seed:
@@ -36,20 +35,19 @@ def whole(tables: et.EmbeddingCollection) -> dict[str, Tensor]:
     return {f"tables.{table}.{kind}": tables.gather_table(table, kind).clone() for table, kind in names}
 
 
-def _save(group: Group, path: str) -> dict[str, Tensor]:
-    model, tables = make(group, seed=1)
+def _save(ranks: Ranks, path: str) -> dict[str, Tensor]:
+    model, tables = make(ranks, seed=1)
     state_dict = model.state_dict()
-    if group is not None:
-        assert isinstance(state_dict["tables.item.weight"], DTensor)
-        assert state_dict["tables.item.weight"].shape == (101, 8)
-    dcp.save(state_dict, checkpoint_id=path, no_dist=group is None)
+    assert isinstance(state_dict["tables.item.weight"], DTensor) == (ranks.size > 1)
+    assert state_dict["tables.item.weight"].shape == (101, 8)
+    dcp.save(state_dict, checkpoint_id=path)
     return whole(tables)
 
 
-def _load(group: Group, path: str) -> dict[str, Tensor]:
-    model, tables = make(group, seed=0)
+def _load(ranks: Ranks, path: str) -> dict[str, Tensor]:
+    model, tables = make(ranks, seed=0)
     state_dict = model.state_dict()
-    dcp.load(state_dict, checkpoint_id=path, no_dist=group is None)
+    dcp.load(state_dict, checkpoint_id=path)
     model.load_state_dict(state_dict)
     return whole(tables)
 
@@ -64,8 +62,8 @@ def test_torchs_own_checkpoint_saves_and_loads(saved_on: int, loaded_on: int, tm
 
 
 def test_load_state_dict_takes_copies_and_tells_what_differs() -> None:
-    model, tables = make(None, seed=1)
-    other, other_tables = make(None, seed=0)
+    model, tables = make(ONE_PROCESS, seed=1)
+    other, other_tables = make(ONE_PROCESS, seed=0)
     other.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
     for name, tensor in whole(tables).items():
         assert torch.equal(whole(other_tables)[name], tensor), name

@@ -6,10 +6,9 @@ import time
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import embedtrain as et
-from embedtrain.distributed.runtime import rank_of
+from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
 from embedtrain.distributed.stages import stage
 from embedtrain.testing.ranks import run_ranks
 from embedtrain.train.step_statistics import StepStatistics
@@ -17,24 +16,24 @@ from embedtrain.train.step_statistics import StepStatistics
 NUM_ROWS, DIM = 1000, 8
 
 
-def measured(group: dist.ProcessGroup | None, own: list[int], seconds: float) -> dict[str, float]:
+def measured(ranks: Ranks, own: list[int], seconds: float) -> dict[str, float]:
     """A step that looks ids up and takes its time, of two that are counted."""
-    tables = et.EmbeddingCollection([et.TableSpec("t", NUM_ROWS, DIM)], process_group=group)
-    statistics = StepStatistics(tables, group)
+    tables = et.EmbeddingCollection([et.TableSpec("t", NUM_ROWS, DIM)], ranks=ranks)
+    statistics = StepStatistics(tables, ranks)
     with stage("forward"):
         tables({"t": et.Jagged.from_ids(torch.tensor(own))})["t"].sum().backward()
         time.sleep(seconds)
     return statistics.measure(2)
 
 
-def on_rank(group: dist.ProcessGroup | None) -> dict[str, float]:
-    is_busy = rank_of(group) == 0
-    return measured(group, [1, 1, 2, 3] if is_busy else [2], 1.0 if is_busy else 0.0)
+def on_rank(ranks: Ranks) -> dict[str, float]:
+    is_busy = ranks.rank == 0
+    return measured(ranks, [1, 1, 2, 3] if is_busy else [2], 1.0 if is_busy else 0.0)
 
 
 def test_one_process_has_stages_and_ids_and_sends_nothing() -> None:
     ids = [7] * 50 + list(range(200))
-    found = measured(None, ids, 0.02)
+    found = measured(ONE_PROCESS, ids, 0.02)
     assert 0.01 <= found["stage/forward"] < 0.5
     assert "stage/backward" not in found
     # The hottest two of 200 distinct ids: 7, and one that occurs once.
@@ -48,7 +47,7 @@ def test_only_what_came_since_is_counted() -> None:
     tables = et.EmbeddingCollection([et.TableSpec("t", NUM_ROWS, DIM)])
     with stage("evaluate"):
         time.sleep(0.02)
-    statistics = StepStatistics(tables, None)
+    statistics = StepStatistics(tables, ONE_PROCESS)
     with stage("kernel"):
         time.sleep(0.02)
     found = statistics.measure(1)

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import embedtrain as et
 from embedtrain.checkpoint import SaveOptions, find_checkpoints
-from embedtrain.distributed.runtime import rank_of, size_of
+from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
 from embedtrain.errors import NonFiniteError, UserError
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.testing.ranks import run_ranks
@@ -40,9 +39,9 @@ class Batches:
     steps_per_epoch = STEPS_PER_EPOCH
     examples_per_epoch = STEPS_PER_EPOCH * GLOBAL_BATCH
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        share = GLOBAL_BATCH // size_of(group)
-        self._part = slice(rank_of(group) * share, (rank_of(group) + 1) * share)
+    def __init__(self, ranks: Ranks) -> None:
+        share = GLOBAL_BATCH // ranks.size
+        self._part = slice(ranks.rank * share, (ranks.rank + 1) * share)
 
     def batch(self, epoch: int, step: int) -> Batch:
         generator = torch.Generator().manual_seed(1000 * epoch + step)
@@ -53,9 +52,9 @@ class Batches:
 class Model(nn.Module):
     """Parity of an id, by a linear layer on its row."""
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         super().__init__()
-        self.tables = et.EmbeddingCollection([et.TableSpec("t", NUM_ROWS, DIM)], process_group=group)
+        self.tables = et.EmbeddingCollection([et.TableSpec("t", NUM_ROWS, DIM)], ranks=ranks)
         torch.manual_seed(3)
         self.dense = nn.Linear(DIM, 1)
 
@@ -86,10 +85,10 @@ def calibration(sums: Tensor) -> dict[str, float]:
 
 
 def run_of(
-    path: Path, group: dist.ProcessGroup | None = None, dense_lr: float = 0.05, **options: object
+    path: Path, ranks: Ranks = ONE_PROCESS, dense_lr: float = 0.05, **options: object
 ) -> tuple[Trainer, Model, DenseOptimizer]:
-    model = Model(group)
-    dense = DenseOptimizer(model.dense, process_group=group, lr=dense_lr, name=str(options.pop("dense", "adam")))
+    model = Model(ranks)
+    dense = DenseOptimizer(model.dense, ranks=ranks, lr=dense_lr, name=str(options.pop("dense", "adam")))
 
     def measure(alive: Callable[[], None]) -> dict[str, float]:
         alive()
@@ -100,7 +99,7 @@ def run_of(
         model,
         model.tables,
         et.optim.RowwiseAdagrad(model.tables, lr=0.1, nonfinite=nonfinite),
-        Batches(group),
+        Batches(ranks),
         dense=dense,
         evaluation=Evaluation(measure, every_epochs=1),
         summarize=calibration,
@@ -109,10 +108,10 @@ def run_of(
     policy = SavePolicy(every_steps=5, every_seconds=None, options=SaveOptions("sync"))
     facts = {"data_fingerprint": "x"}
     checkpoints = Checkpoints(
-        str(path), task, state, facts=facts, policy=policy, group=group, resume=ResumePolicy(**options)
+        str(path), task, state, facts=facts, policy=policy, ranks=ranks, resume=ResumePolicy(**options)
     )
     checkpoints.restore()
-    trainer = Trainer(task, state, epochs=EPOCHS, schedule=lambda done: 1 - done, checkpoints=checkpoints, group=group)
+    trainer = Trainer(task, state, epochs=EPOCHS, schedule=lambda done: 1 - done, checkpoints=checkpoints, ranks=ranks)
     return trainer, model, dense
 
 
@@ -125,15 +124,15 @@ class KilledError(Exception):
     pass
 
 
-def whole_run(group: dist.ProcessGroup | None, path: Path) -> tuple[dict[str, Tensor], list[dict]]:
-    trainer, model, dense = run_of(path, group)
+def whole_run(ranks: Ranks, path: Path) -> tuple[dict[str, Tensor], list[dict]]:
+    trainer, model, dense = run_of(path, ranks)
     sink = Records()
     assert trainer.run([sink], 4)
     return result(model, dense), sink.records
 
 
-def killed_run(group: dist.ProcessGroup | None, path: Path, at: int) -> None:
-    trainer, _, _ = run_of(path, group)
+def killed_run(ranks: Ranks, path: Path, at: int) -> None:
+    trainer, _, _ = run_of(path, ranks)
 
     def strike() -> None:
         if trainer.state.step == at:
@@ -143,16 +142,16 @@ def killed_run(group: dist.ProcessGroup | None, path: Path, at: int) -> None:
         trainer.run([], 4, on_step=strike)
 
 
-def killed_and_whole(group: dist.ProcessGroup | None, path: Path) -> tuple[dict[str, Tensor], list[dict]]:
-    killed_run(group, path, at=13)
-    return whole_run(group, path)
+def killed_and_whole(ranks: Ranks, path: Path) -> tuple[dict[str, Tensor], list[dict]]:
+    killed_run(ranks, path, at=13)
+    return whole_run(ranks, path)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_a_killed_run_ends_where_it_would_have(tmp_path: Path, ranks: int) -> None:
     if ranks == 1:
-        whole = [whole_run(None, tmp_path / "whole")]
-        resumed = [killed_and_whole(None, tmp_path / "killed")]
+        whole = [whole_run(ONE_PROCESS, tmp_path / "whole")]
+        resumed = [killed_and_whole(ONE_PROCESS, tmp_path / "killed")]
     else:
         whole = run_ranks(ranks, whole_run, tmp_path / "whole")
         resumed = run_ranks(ranks, killed_and_whole, tmp_path / "killed")
@@ -166,15 +165,15 @@ def test_a_killed_run_ends_where_it_would_have(tmp_path: Path, ranks: int) -> No
 
 
 def test_another_number_of_ranks_goes_on(tmp_path: Path) -> None:
-    killed_run(None, tmp_path / "moved", at=13)
-    expected, _ = whole_run(None, tmp_path / "whole")
+    killed_run(ONE_PROCESS, tmp_path / "moved", at=13)
+    expected, _ = whole_run(ONE_PROCESS, tmp_path / "whole")
     for found, _ in run_ranks(3, whole_run, tmp_path / "moved"):
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_losses_measures_and_counters_are_logged(tmp_path: Path) -> None:
-    _, records = whole_run(None, tmp_path)
+    _, records = whole_run(ONE_PROCESS, tmp_path)
     logged = [record for record in records if "loss" in record]
     measured = [record for record in records if "weight" in record]
     assert [record["step"] for record in logged] == [4, 8, 12, 16, 20, 21]
@@ -195,7 +194,7 @@ def test_the_newest_measures_are_saved_for_the_choice_of_the_best(tmp_path: Path
 
 
 def test_another_dense_optimizer_is_refused_unless_its_state_starts_anew(tmp_path: Path) -> None:
-    killed_run(None, tmp_path, at=6)
+    killed_run(ONE_PROCESS, tmp_path, at=6)
     with pytest.raises(UserError, match="holds the state of Adam, and this run's dense optimizer is Adagrad"):
         run_of(tmp_path, dense="adagrad")
     from embedtrain.checkpoint import LoadOptions

@@ -10,17 +10,17 @@ CHUNK_BYTES = 4096
 """A file is written in runs of so many bytes: a fault can strike in the midst of it."""
 
 PHASES: dict[str, tuple[str, ...]] = {
-    "step": ("embedtrain.train.trainer:train_step", "embedtrain.embedding.exchange:all_to_all_rows"),
+    "step": ("embedtrain.train.trainer:train_step", "embedtrain.distributed.ranks:Ranks.all_to_all_split"),
     "staging": (
         "embedtrain.embedding.collection:EmbeddingCollection.shard_views",
-        "embedtrain.checkpoint.changes:RowChanges.snapshot",
-        "embedtrain.checkpoint.changes:RowSnapshot.preserve",
+        "embedtrain.embedding.row_changes:RowChanges.snapshot",
+        "embedtrain.embedding.row_changes:RowSnapshot.preserve",
         "embedtrain.checkpoint.writer:encode_header",
     ),
     "writing": (
         "embedtrain.storage:write",
         "embedtrain.storage:make_folder",
-        "embedtrain.checkpoint.changes:RowSnapshot.finish",
+        "embedtrain.embedding.row_changes:RowSnapshot.finish",
         "os:fsync",
     ),
     "committing": (

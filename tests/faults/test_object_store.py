@@ -25,6 +25,7 @@ from embedtrain.checkpoint import (  # noqa: E402
     sweep_leftovers,
     verify,
 )
+from embedtrain.distributed.ranks import ONE_PROCESS  # noqa: E402
 from embedtrain.errors import CheckpointError  # noqa: E402
 from embedtrain.train.lock import RunLock  # noqa: E402
 from tests.e2e.conftest import make_job  # noqa: E402
@@ -73,9 +74,9 @@ def test_checkpoints_are_saved_found_read_and_deleted(path: str) -> None:
     storage.write(f"{path}/step-000000004/shard-{'a' * 16}-00000-of-00001.safetensors", [b"left by a killed save"])
     assert [found.step for found in find_checkpoints(path)] == [1, 2, 3]
     assert holds(latest_checkpoint(path) or "", tables)
-    assert len(retain(path, Retention(keep_last=1), None)) == 2
+    assert len(retain(path, Retention(keep_last=1), ONE_PROCESS)) == 2
     assert [found.step for found in find_checkpoints(path)] == [3]
-    assert len(sweep_leftovers(path, None)) == 1
+    assert len(sweep_leftovers(path, ONE_PROCESS)) == 1
     assert storage.list_folders(path) == ["step-000000003"]
 
 
@@ -176,8 +177,8 @@ def test_a_run_on_s3_is_trained_resumed_and_exported(path: str, store: ObjectSto
 
 
 def test_a_run_folder_on_s3_has_one_job(path: str) -> None:
-    with RunLock(path, None, beat_seconds=0.2), pytest.raises(ValueError, match="is in use"):
-        RunLock(path, None, beat_seconds=0.2).__enter__()
-    with RunLock(path, None, beat_seconds=0.2):
+    with RunLock(path, ONE_PROCESS, beat_seconds=0.2), pytest.raises(ValueError, match="is in use"):
+        RunLock(path, ONE_PROCESS, beat_seconds=0.2).__enter__()
+    with RunLock(path, ONE_PROCESS, beat_seconds=0.2):
         pass
     assert storage.list_files(path) == {}

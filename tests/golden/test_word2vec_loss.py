@@ -9,6 +9,7 @@ import pytest
 
 from embedtrain.data.prepare import CorpusOptions, prepare_corpus
 from embedtrain.data.skipgram import SamplingOptions, TextBatches
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.ops.skipgram_block import Architecture
 from embedtrain.optim import RowwiseAdagrad
 from embedtrain.recipes.word2vec.model import Word2Vec
@@ -58,7 +59,7 @@ def write_text(path: Path) -> None:
 @pytest.mark.parametrize("architecture", GOLDEN)
 def test_losses_are_those_recorded(tmp_path: Path, architecture: Architecture) -> None:
     write_text(tmp_path / "text.txt")
-    corpus = prepare_corpus(CorpusOptions(path=str(tmp_path / "text.txt")), str(tmp_path / "cache"), None)
+    corpus = prepare_corpus(CorpusOptions(path=str(tmp_path / "text.txt")), str(tmp_path / "cache"), ONE_PROCESS)
     batches = TextBatches(corpus, SamplingOptions(sample=0.02), block_words=64, blocks_per_step=4, seed=5)
     model = Word2Vec(len(corpus.vocabulary), 12, architecture=architecture, seed=5)
     optimizer = RowwiseAdagrad(model.tables, lr=0.1, initial_accumulator_value=10.0)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import embedtrain as et
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint, load_shards, save_checkpoint
 from embedtrain.data.skipgram import TextBatch
+from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
 from embedtrain.ops.sample_text import TextSample
 from embedtrain.recipes.word2vec.model import Word2Vec
 from embedtrain.testing.ranks import run_ranks
@@ -150,7 +151,7 @@ def test_checkpoints_move_between_devices(device: torch.device, saved_on_gpu: bo
     saved, loaded = (et.EmbeddingCollection(TABLES, FEATURES, device=place, seed=s) for s, place in enumerate(places))
     train(saved)
     et.optim.RowwiseAdagrad(loaded, lr=0.1)
-    save_checkpoint(str(tmp_path), 3, saved.shard_views(), {}, None)
+    save_checkpoint(str(tmp_path), 3, saved.shard_views(), {}, ONE_PROCESS)
     path = latest_checkpoint(str(tmp_path))
     assert path is not None
     with CheckpointReader(path) as reader:
@@ -178,12 +179,12 @@ def test_nccl_on_one_rank(device: torch.device, tmp_path: Path) -> None:
         torch.testing.assert_close(tables.shards[name].weight.cpu(), alone.shards[name].weight, rtol=1e-4, atol=1e-5)
 
 
-def share_one_device(group: dist.ProcessGroup, device: torch.device) -> None:
+def share_one_device(ranks: Ranks, device: torch.device) -> None:
     on_gpu, on_cpu = (
-        et.EmbeddingCollection(TABLES, FEATURES, device=place, process_group=group, seed=3) for place in (device, "cpu")
+        et.EmbeddingCollection(TABLES, FEATURES, device=place, ranks=ranks, seed=3) for place in (device, "cpu")
     )
     for tables in (on_gpu, on_cpu):
-        train(tables, dist.get_rank(group))
+        train(tables, ranks.rank)
     assert_same_rows(on_gpu, on_cpu)
 
 

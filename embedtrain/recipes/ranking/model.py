@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embedtrain.data.click_batches import ClickBatch, ClickBatches
-from embedtrain.distributed.runtime import size_of
-from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection, VectorsAsked
+from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection
+from embedtrain.embedding.input_dist import Asked
 from embedtrain.errors import UserError
 from embedtrain.metrics.classification import TRAINING_BINS, ClassificationMeter, classification_sums
 from embedtrain.ops._backend.transfer import to_device
@@ -147,7 +147,7 @@ class PreparedClicks:
 
     labels: Tensor
     dense: Tensor
-    vectors: VectorsAsked
+    vectors: Asked
     num_global: int
 
 
@@ -195,7 +195,7 @@ class Ranking(nn.Module):
         logits = self.predict(batch)
         losses = F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
         # Both the tables and the network average gradients over the ranks, whose shares may differ by an example.
-        scale = size_of(self.tables.process_group) / max(batch.num_global, 1)
+        scale = self.tables.ranks.size / max(batch.num_global, 1)
         return Objective(
             loss=losses.sum() * scale,
             total=losses.detach().double().sum(),
@@ -232,7 +232,7 @@ def measure_ranking(model: Ranking, batches: ClickBatches, alive: Callable[[], N
             batch = model.prepare(batches.batch(0, step), is_ahead=False)
             meter.add(model.predict(batch), batch.labels)
             alive()
-    return meter.report(model.tables.process_group).as_record("valid_")
+    return meter.report(model.tables.ranks).as_record("valid_")
 
 
 def _mlp(sizes: Sequence[int]) -> nn.Sequential:

@@ -16,7 +16,6 @@ from embedtrain.data.click_stream import ClickStream, StreamOptions
 from embedtrain.data.prepare_clicks import ClickOptions, prepare_clicks
 from embedtrain.data.readers import Layout, suffixes_of
 from embedtrain.data.sources import refuse_changes
-from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.metrics.classification import training_measures
@@ -110,8 +109,8 @@ def _open_log(config: RankingConfig, runtime: Runtime) -> tuple[ClickLayout, Bat
         config.train.global_batch_size,
         block_examples=config.data.block_examples,
         seed=config.seed,
-        group=runtime.group,
-        on_epoch=lambda: run_on_first(check_files, runtime.group),
+        ranks=runtime.ranks,
+        on_epoch=lambda: runtime.ranks.run_on_first(check_files),
     )
     return log, batches, log.fingerprint
 
@@ -121,7 +120,7 @@ def _open_stream(config: RankingConfig, runtime: Runtime) -> tuple[ClickLayout, 
     data = config.data
     assert isinstance(data.path, str), "the configuration was checked"
     options = StreamOptions(data.path, config.train.global_batch_size, data.poll_seconds, data.max_bad_lines)
-    stream = ClickStream(options, click_schema(data), runtime.group)
+    stream = ClickStream(options, click_schema(data), runtime.ranks)
     return stream, stream, stream.fingerprint
 
 
@@ -133,7 +132,7 @@ def _prepare_log(
     options: ClickOptions, config: RankingConfig, runtime: Runtime, like: ClickLayout | None = None
 ) -> ClickLog:
     cache_path = os.path.expanduser(config.data.cache_path)
-    log = prepare_clicks(options, cache_path, runtime.group, like=like)
+    log = prepare_clicks(options, cache_path, runtime.ranks, like=like)
     if runtime.rank == 0:
         rows = sum(log.num_rows.values())
         _logger.info(
@@ -164,7 +163,7 @@ def _build_evaluation(
     if held_out is None:
         return None
     batches = ClickBatches(
-        held_out, config.train.global_batch_size, block_examples=config.data.block_examples, group=runtime.group
+        held_out, config.train.global_batch_size, block_examples=config.data.block_examples, ranks=runtime.ranks
     )
     return Evaluation(
         functools.partial(measure_ranking, model, batches),

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from embedtrain.data.bags import Bags
 from embedtrain.data.retrieval_batches import RetrievalBatch
-from embedtrain.distributed.collectives import all_gather_rows
-from embedtrain.distributed.runtime import size_of
-from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection, VectorsAsked
+from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection
+from embedtrain.embedding.input_dist import Asked
 from embedtrain.jagged import Jagged, places_of_runs
 from embedtrain.recipes.retrieval import losses
 from embedtrain.recipes.retrieval.config import ITEM as ITEM
@@ -85,7 +84,7 @@ class PreparedPairs:
     """
 
     batch: RetrievalBatch
-    vectors: VectorsAsked
+    vectors: Asked
 
 
 class Retrieval(nn.Module):
@@ -145,11 +144,11 @@ class Retrieval(nn.Module):
         encoded = self._encode((USER, ITEM), prepared.vectors)
         users, items = encoded[USER], encoded[ITEM]
         own = items if batch.in_batch else items[num_positives:]
-        candidates = all_gather_rows(own, batch.candidate_counts, self.tables.process_group, self.tables.shared)
+        candidates = self.tables.ranks.all_gather_rows(own, batch.candidate_counts)
         per_pair = pair_losses(batch, self.scoring, users, items[:num_positives], candidates)
         total = per_pair.sum()
         # A mean over the global batch, whatever share of it this rank has: the exchange averages over the ranks.
-        loss = total * (size_of(self.tables.process_group) / max(1, batch.num_global_positives))
+        loss = total * (self.tables.ranks.size / max(1, batch.num_global_positives))
         return Objective(loss, total.detach().double(), num_positives)
 
     def encode(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -168,7 +167,7 @@ class Retrieval(nn.Module):
         """Copies rows of a step that live in host memory to the device."""
         self.tables.bring_rows(prepared.vectors)
 
-    def _ask(self, rows: Mapping[str, Tensor], *, is_ahead: bool) -> VectorsAsked:
+    def _ask(self, rows: Mapping[str, Tensor], *, is_ahead: bool) -> Asked:
         asked: dict[str, Jagged] = {}
         for name, ids in rows.items():
             asked[name] = Jagged.from_ids(ids)
@@ -177,7 +176,7 @@ class Retrieval(nn.Module):
                 asked[f"{name}.{feature}"] = Jagged(torch.from_numpy(values), torch.from_numpy(lengths))
         return self.tables.ask(asked, is_ahead=is_ahead)
 
-    def _encode(self, sides: Iterable[str], asked: VectorsAsked) -> dict[str, Tensor]:
+    def _encode(self, sides: Iterable[str], asked: Asked) -> dict[str, Tensor]:
         vectors = self.tables.look_up(asked)
         return {name: self._join(name, vectors) for name in sides}
 

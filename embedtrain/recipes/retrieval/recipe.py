@@ -16,7 +16,6 @@ from embedtrain.data.readers import Layout, suffixes_of
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
 from embedtrain.data.sources import refuse_changes
 from embedtrain.data.vocabulary import Vocabulary
-from embedtrain.distributed.collectives import run_on_first
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.export.recommendations import Recommendation
@@ -57,7 +56,7 @@ def prepare(config: RetrievalConfig, runtime: Runtime) -> tuple[Interactions, Si
         users=_side_options(config.users),
         items=_side_options(config.items),
     )
-    interactions = prepare_interactions(options, os.path.expanduser(config.data.cache_path), runtime.group)
+    interactions = prepare_interactions(options, os.path.expanduser(config.data.cache_path), runtime.ranks)
     if runtime.rank == 0:
         _logger.info(
             f"{interactions.num_interactions:,} interactions of {len(interactions.users):,} users with "
@@ -174,7 +173,7 @@ def _build_batches(config: RetrievalConfig, runtime: Runtime, interactions: Inte
         seed=config.seed,
         rank=runtime.rank,
         world_size=runtime.world_size,
-        on_epoch=lambda: run_on_first(check_files, runtime.group),
+        on_epoch=lambda: runtime.ranks.run_on_first(check_files),
     )
 
 

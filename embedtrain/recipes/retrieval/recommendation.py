@@ -11,8 +11,6 @@ from torch import Tensor
 
 from embedtrain.data.bags import Bags
 from embedtrain.data.partition import share_of_rank
-from embedtrain.distributed.collectives import all_gather_rows
-from embedtrain.distributed.runtime import rank_of, size_of
 from embedtrain.metrics.ranking import hits_of, list_measures, mean_measures, name_at
 from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval
 
@@ -31,16 +29,16 @@ class Catalogue:
 
     def __init__(self, model: Retrieval) -> None:
         self._model = model
-        self._group = model.tables.process_group
+        self._ranks = model.tables.ranks
         self.num_items = model.sides[ITEM].num_rows
-        mine = share_of_rank(self.num_items, rank_of(self._group), size_of(self._group))
+        mine = share_of_rank(self.num_items, self._ranks.rank, self._ranks.size)
         self._first = mine.start
         self._vectors = torch.cat(list(self._encoded(mine)))
 
     @torch.no_grad()
     def _encoded(self, mine: range) -> Iterator[Tensor]:
         # As many look-ups on every rank as the one with the most rows needs.
-        for start in range(0, -(-self.num_items // size_of(self._group)) or 1, _ITEMS_AT_ONCE):
+        for start in range(0, -(-self.num_items // self._ranks.size) or 1, _ITEMS_AT_ONCE):
             part = mine[start : start + _ITEMS_AT_ONCE]
             yield self._model.encode({ITEM: torch.arange(part.start, part.stop)})[ITEM]
 
@@ -69,10 +67,10 @@ class Catalogue:
             scores = torch.cat([scores, best.values], dim=1)
             items = torch.cat([items, best.indices + self._first + start], dim=1)
             scores, items = _first(scores, items, k)
-        counts = [len(users)] * size_of(self._group)
+        counts = [len(users)] * self._ranks.size
         # Rank by rank below each other; then beside each other, to choose among.
         scores, items = (
-            all_gather_rows(part, counts, self._group).view(len(counts), len(users), k).transpose(0, 1).flatten(1)
+            self._ranks.all_gather_rows(part, counts).view(len(counts), len(users), k).transpose(0, 1).flatten(1)
             for part in (scores, items)
         )
         scores, items = _first(scores, items, k)
@@ -80,11 +78,11 @@ class Catalogue:
 
     def _queries(self, users: NDArray[np.int64]) -> Tensor:
         """Returns the vectors of the users, each encoded by one rank."""
-        ranks = range(size_of(self._group))
+        ranks = range(self._ranks.size)
         shares = [share_of_rank(len(users), rank, len(ranks)) for rank in ranks]
-        mine = shares[rank_of(self._group)]
+        mine = shares[self._ranks.rank]
         own = self._model.encode({USER: torch.from_numpy(users[mine.start : mine.stop])})[USER]
-        return all_gather_rows(own, [len(share) for share in shares], self._group)
+        return self._ranks.all_gather_rows(own, [len(share) for share in shares])
 
 
 @torch.no_grad()

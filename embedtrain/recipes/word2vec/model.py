@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from embedtrain.data.skipgram import TextBatch
-from embedtrain.distributed.runtime import size_of
 from embedtrain.distributed.stages import stage
-from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection, RowsAsked
+from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection
+from embedtrain.embedding.input_dist import Asked
 from embedtrain.jagged import Jagged
 from embedtrain.ops._backend.transfer import to_device
 from embedtrain.ops.skipgram_block import Architecture, TextBlock, count_predictions, reach_of, skipgram_block
@@ -36,7 +36,7 @@ class PreparedText:
         num_predictions: see `Objective`.
     """
 
-    rows: RowsAsked
+    rows: Asked
     block: TextBlock
     num_predictions: int
 
@@ -89,9 +89,9 @@ class Word2Vec(nn.Module):
         """Returns the loss of this rank's batch. Collective: every rank, and its backward too."""
         if isinstance(batch, TextBatch):
             batch = self._ask(batch, is_ahead=False)
-        vectors = self.tables.fetch_rows(batch.rows)
+        vectors = self.tables.distinct_rows(batch.rows)
         # The exchange averages over the ranks; word2vec's step is a sum.
-        num_ranks = size_of(self.tables.process_group)
+        num_ranks = self.tables.ranks.size
         loss: Tensor = _SkipGramLoss.apply(vectors, batch.block, self._architecture, num_ranks)  # type: ignore[no-untyped-call]
         return Objective(loss=loss, total=loss.detach() / num_ranks, num_predictions=batch.num_predictions)
 
@@ -107,10 +107,11 @@ class Word2Vec(nn.Module):
         """Asks for the block's distinct rows and points the block at their places."""
         sample, device = batch.sample, self.tables.device
         ids = {INPUT: Jagged.from_ids(sample.words), OUTPUT: Jagged.from_ids(sample.targets.flatten())}
-        rows = self.tables.ask_for_rows(ids, is_ahead=is_ahead)
+        rows = self.tables.ask(ids, is_ahead=is_ahead)
+        places = rows.places()
         block = TextBlock(
-            inputs=rows.inverse[INPUT],
-            targets=rows.inverse[OUTPUT].view_as(sample.targets),
+            inputs=places[INPUT],
+            targets=places[OUTPUT].view_as(sample.targets),
             starts=to_device(sample.starts, device),
             stops=to_device(sample.stops, device),
             # Found here, where the sample is in host memory.

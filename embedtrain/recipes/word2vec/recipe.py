@@ -141,7 +141,7 @@ def _prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
             path,
             (data.basket_column, data.item_column),
             cache_path,
-            runtime.group,
+            runtime.ranks,
             format=data.format,
             layout=Layout(quote=data.quote),
         )
@@ -153,7 +153,7 @@ def _prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
         max_vocab_size=data.max_vocab_size,
         base_vocabulary=data.base_vocabulary,
     )
-    corpus = prepare_corpus(options, cache_path, runtime.group, on_progress=_StageLog() if runtime.rank == 0 else None)
+    corpus = prepare_corpus(options, cache_path, runtime.ranks, on_progress=_StageLog() if runtime.rank == 0 else None)
     if runtime.rank == 0:
         _logger.info(
             f"text: {corpus.num_tokens:,} words of a vocabulary of {len(corpus.vocabulary):,}, in {corpus.path}"

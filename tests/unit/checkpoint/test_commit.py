@@ -23,6 +23,7 @@ from embedtrain.checkpoint import (
     sweep_leftovers,
     verify,
 )
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.errors import CheckpointError, UserError
 from tests.unit.checkpoint.example import example_tables, run_threads, save, views_of
 
@@ -75,13 +76,13 @@ def test_failing_at_any_call_leaves_the_previous_checkpoint(
                 fault.before(os, _SYSTEM_CALLS)
             fault.calls_left = survived + 1
             with contextlib.suppress(Killed, CheckpointError):
-                save_checkpoint(root, 2, views_of(example_tables()), {}, None)
+                save_checkpoint(root, 2, views_of(example_tables()), {}, ONE_PROCESS)
         latest = latest_checkpoint(root)
         assert latest is not None
         verify(latest)
         if latest != before:
             break
-        sweep_leftovers(root, None)
+        sweep_leftovers(root, ONE_PROCESS)
         assert storage.list_files(storage.join(root, "step-000000002")) == {}
         survived += 1
     assert survived >= (7 if base == "local" else 4)
@@ -101,7 +102,7 @@ def test_a_rank_that_cannot_write_fails_the_save_on_every_rank(tmp_path: Path) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "write", full_disk)
         outcomes = run_threads(
-            3, lambda group, rank: save_checkpoint(str(tmp_path), 2, views_of(tables, rank, 3), {}, group)
+            3, lambda ranks, rank: save_checkpoint(str(tmp_path), 2, views_of(tables, rank, 3), {}, ranks)
         )
     assert {type(outcome) for outcome in outcomes} == {CheckpointError}
     assert len({str(outcome) for outcome in outcomes}) == 1
@@ -123,7 +124,7 @@ def test_a_rank_that_dies_takes_no_committed_file_with_it(tmp_path: Path) -> Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "create", commit_and_die)
         outcomes = run_threads(
-            2, lambda group, rank: save_checkpoint(str(tmp_path), 2, views_of(tables, rank, 2), {}, group)
+            2, lambda ranks, rank: save_checkpoint(str(tmp_path), 2, views_of(tables, rank, 2), {}, ranks)
         )
     assert isinstance(outcomes[0], Killed)
     assert isinstance(outcomes[1], ConnectionError)
@@ -137,7 +138,7 @@ def test_a_complete_step_is_never_overwritten(tmp_path: Path) -> None:
     path = save(tmp_path, 1, tables, 2)
     contents = {file.name: file.read_bytes() for file in Path(path).iterdir()}
     outcomes = run_threads(
-        2, lambda group, rank: save_checkpoint(str(tmp_path), 1, views_of(tables, rank, 2), {}, group)
+        2, lambda ranks, rank: save_checkpoint(str(tmp_path), 1, views_of(tables, rank, 2), {}, ranks)
     )
     for outcome in outcomes:
         assert isinstance(outcome, CheckpointError)
@@ -160,7 +161,7 @@ def test_of_two_jobs_that_save_one_step_one_succeeds(base: str, tmp_path: Path) 
     def job(index: int) -> None:
         try:
             tables = example_tables(seed=index)
-            outcomes[index] = save_checkpoint(root, 1, views_of(tables), {"job": index}, None)
+            outcomes[index] = save_checkpoint(root, 1, views_of(tables), {"job": index}, ONE_PROCESS)
         except CheckpointError as error:
             outcomes[index] = error
 
@@ -192,10 +193,10 @@ def test_of_two_jobs_that_save_one_step_one_succeeds(base: str, tmp_path: Path) 
 def test_shards_that_do_not_tile_are_refused(ranges: list[tuple[int, int]], message: str, tmp_path: Path) -> None:
     table = torch.randn(10, 2)
 
-    def save_range(group: Any, rank: int) -> str:
+    def save_range(ranks: Any, rank: int) -> str:
         start, stop = ranges[rank]
         shard = ShardView("t/weight", (10, 2), start, table[start:stop])
-        return save_checkpoint(str(tmp_path), 1, [shard], {}, group)
+        return save_checkpoint(str(tmp_path), 1, [shard], {}, ranks)
 
     for outcome in run_threads(2, save_range):
         with pytest.raises(CheckpointError, match=message):
@@ -205,9 +206,9 @@ def test_shards_that_do_not_tile_are_refused(ranges: list[tuple[int, int]], mess
 
 
 def test_ranks_that_disagree_are_refused(tmp_path: Path) -> None:
-    def save_rank(group: Any, rank: int) -> str:
+    def save_rank(ranks: Any, rank: int) -> str:
         rows = torch.zeros(5, 2, dtype=[torch.float32, torch.float64][rank])
-        return save_checkpoint(str(tmp_path), 1, [ShardView("t/weight", (10, 2), 5 * rank, rows)], {}, group)
+        return save_checkpoint(str(tmp_path), 1, [ShardView("t/weight", (10, 2), 5 * rank, rows)], {}, ranks)
 
     for outcome in run_threads(2, save_rank):
         with pytest.raises(CheckpointError, match=r"disagree on t/weight: torch.float32 .* torch.float64"):
@@ -217,32 +218,32 @@ def test_ranks_that_disagree_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("state", [{"a": object()}, {"a": float("nan")}, {"a": {1, 2}}])
 def test_a_state_that_is_not_json_is_refused_before_anything_is_written(state: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="JSON"):
-        save_checkpoint(str(tmp_path), 1, views_of(example_tables()), state, None)
+        save_checkpoint(str(tmp_path), 1, views_of(example_tables()), state, ONE_PROCESS)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_layout_that_is_not_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="JSON"):
         shard = ShardView("t", (2,), 0, torch.zeros(2), {"kind": object()})
-        save_checkpoint(str(tmp_path), 1, [shard], {}, None)
+        save_checkpoint(str(tmp_path), 1, [shard], {}, ONE_PROCESS)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_negative_step_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="step must be at least 0, got -1"):
-        save_checkpoint(str(tmp_path), -1, [], {}, None)
+        save_checkpoint(str(tmp_path), -1, [], {}, ONE_PROCESS)
 
 
 def test_names_and_dtypes_that_safetensors_cannot_hold_are_refused(tmp_path: Path) -> None:
     for name, dtype in (("__metadata__", torch.float32), ("t", torch.complex64)):
         with pytest.raises(CheckpointError, match=f"named '{name}' of {dtype} cannot be saved"):
             shard = ShardView(name, (2,), 0, torch.zeros(2, dtype=dtype))
-            save_checkpoint(str(tmp_path), 1, [shard], {}, None)
+            save_checkpoint(str(tmp_path), 1, [shard], {}, ONE_PROCESS)
     twice = ShardView("t", (2,), 0, torch.zeros(2))
     with pytest.raises(CheckpointError, match="two shards of one rank share a name"):
-        save_checkpoint(str(tmp_path), 1, [twice, twice], {}, None)
+        save_checkpoint(str(tmp_path), 1, [twice, twice], {}, ONE_PROCESS)
 
 
 def test_an_unknown_kind_of_path_is_the_users_mistake() -> None:
     with pytest.raises(UserError, match="'nosuch://x/step-000000001' is not a path that can be opened"):
-        save_checkpoint("nosuch://x", 1, [], {}, None)
+        save_checkpoint("nosuch://x", 1, [], {}, ONE_PROCESS)

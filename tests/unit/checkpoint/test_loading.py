@@ -10,6 +10,7 @@ import torch
 
 import embedtrain as et
 from embedtrain.checkpoint import CheckpointReader, LoadOptions, ShardView, load_shards, save_checkpoint
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.errors import CheckpointError, CorruptCheckpointError, UserError
 from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
 from embedtrain.train.state import TrainState
@@ -20,7 +21,7 @@ from tests.unit.checkpoint.example import LAYOUT, example_tables, save, views_of
 @pytest.mark.parametrize(("saved_as", "loaded_as"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 def test_dtypes_are_converted_when_asked_for(saved_as: torch.dtype, loaded_as: torch.dtype, tmp_path: Path) -> None:
     values = torch.randn(50, 3).to(saved_as)
-    path = save_checkpoint(str(tmp_path), 1, [ShardView("t/weight", (50, 3), 0, values, LAYOUT)], {}, None)
+    path = save_checkpoint(str(tmp_path), 1, [ShardView("t/weight", (50, 3), 0, values, LAYOUT)], {}, ONE_PROCESS)
     shard = ShardView("t/weight", (50, 3), 10, torch.zeros(20, 3, dtype=loaded_as), LAYOUT)
     with CheckpointReader(path) as reader:
         with pytest.raises(CheckpointError, match=f"{saved_as} in the checkpoint, {loaded_as} in the model"):
@@ -68,7 +69,7 @@ def run_of(path: Path, **resume: object) -> tuple[Checkpoints, et.EmbeddingColle
         facts={"data_fingerprint": "x"},
         policy=SavePolicy(),
         resume=ResumePolicy(**resume),
-        group=None,
+        ranks=ONE_PROCESS,
     )
     return checkpoints, tables, state
 

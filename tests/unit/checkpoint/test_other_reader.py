@@ -52,12 +52,12 @@ def test_every_row_is_right(num_rows: int, world_size: int, tmp_path: Path) -> N
     ids = layout.id_of(torch.arange(num_rows))
     tables = {"word/weight": by_id[ids], "word/accumulator": states[ids]}
 
-    def save_rank(group: Any, rank: int) -> str:
+    def save_rank(ranks: Any, rank: int) -> str:
         views = [
             ShardView(view.name, view.global_shape, view.offset, view.tensor, layout.description)
             for view in views_of(tables, rank, world_size)
         ]
-        return save_checkpoint(str(tmp_path / "checkpoints"), 12, views, {}, group)
+        return save_checkpoint(str(tmp_path / "checkpoints"), 12, views, {}, ranks)
 
     (path, *_) = run_threads(world_size, save_rank)
     assert isinstance(path, str), path

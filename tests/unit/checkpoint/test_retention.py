@@ -17,6 +17,7 @@ from embedtrain.checkpoint import (
     sweep_leftovers,
     verify,
 )
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.errors import CheckpointError, UserError
 from tests.unit.checkpoint.example import example_tables, run_threads, save
 
@@ -47,11 +48,11 @@ def test_complete_ones_are_found_in_order_of_steps(tmp_path: Path) -> None:
 
 def test_all_ranks_take_what_rank_0_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (path,) = save_steps(tmp_path, 3)
-    assert agree_on_latest(str(tmp_path), None) == path
+    assert agree_on_latest(str(tmp_path), ONE_PROCESS) == path
     roots = [str(tmp_path), str(tmp_path / "not-seen-by-rank-1")]
-    assert run_threads(2, lambda group, rank: agree_on_latest(roots[rank], group)) == [path, path]
+    assert run_threads(2, lambda ranks, rank: agree_on_latest(roots[rank], ranks)) == [path, path]
     monkeypatch.setattr(storage, "list_folders", lambda url: 1 / 0)
-    for outcome in run_threads(2, lambda group, rank: agree_on_latest(roots[rank], group)):
+    for outcome in run_threads(2, lambda ranks, rank: agree_on_latest(roots[rank], ranks)):
         assert isinstance(outcome, CheckpointError)
         assert "no checkpoint was chosen" in str(outcome)
 
@@ -64,7 +65,7 @@ def test_all_ranks_take_what_rank_0_finds(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_newest_are_kept(base: str, keep_last: int | None, kept: list[int], tmp_path: Path) -> None:
     root = str(tmp_path) if base == "local" else f"memory://{tmp_path.name}-{keep_last}"
     paths = save_steps(root, 1, 2, 3, 4)
-    deleted = retain(root, Retention(keep_last), None)
+    deleted = retain(root, Retention(keep_last), ONE_PROCESS)
     assert [found.step for found in find_checkpoints(root)] == kept
     assert deleted == paths[: 4 - len(kept)]
     assert sorted(storage.list_folders(root)) == [storage.base_name(path) for path in paths[4 - len(kept) :]]
@@ -72,7 +73,7 @@ def test_the_newest_are_kept(base: str, keep_last: int | None, kept: list[int], 
 
 def test_a_negative_count_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"keep_last must be at least 1, .* got -1"):
-        retain(str(tmp_path), Retention(-1), None)
+        retain(str(tmp_path), Retention(-1), ONE_PROCESS)
 
 
 def test_deletion_that_stops_half_way_leaves_nothing_that_counts(
@@ -92,13 +93,13 @@ def test_deletion_that_stops_half_way_leaves_nothing_that_counts(
 
         monkeypatch.setattr(storage, "remove", remove_some)
         with pytest.raises(CheckpointError, match="were not deleted: PermissionError: not allowed"):
-            retain(root, Retention(1), None)
+            retain(root, Retention(1), ONE_PROCESS)
         for found in find_checkpoints(root):
             verify(found.path)
     monkeypatch.setattr(storage, "remove", remove)
-    retain(root, Retention(1), None)
+    retain(root, Retention(1), ONE_PROCESS)
     assert latest_checkpoint(root) == paths[2]
-    assert len(sweep_leftovers(root, None)) > 0
+    assert len(sweep_leftovers(root, ONE_PROCESS)) > 0
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000003"]
 
 
@@ -122,9 +123,9 @@ def test_files_that_no_manifest_lists_are_swept(base: str, tmp_path: Path) -> No
         storage.make_folder(url.rpartition("/")[0])
         storage.write(url, [b"x"])
     assert [found.path for found in find_checkpoints(root)] == paths
-    assert set(sweep_leftovers(root, None)) == leftovers
+    assert set(sweep_leftovers(root, ONE_PROCESS)) == leftovers
     assert names_in(root) == complete | {"notes.txt"}
-    assert sweep_leftovers(root, None) == []
+    assert sweep_leftovers(root, ONE_PROCESS) == []
     for path in paths:
         verify(path)
 
@@ -133,7 +134,7 @@ def test_nothing_is_swept_beside_a_manifest_that_cannot_be_read(tmp_path: Path) 
     (path,) = save_steps(tmp_path, 1)
     (Path(path) / "manifest.json").write_text("{}")
     before = names_in(str(tmp_path))
-    assert sweep_leftovers(str(tmp_path), None) == []
+    assert sweep_leftovers(str(tmp_path), ONE_PROCESS) == []
     assert names_in(str(tmp_path)) == before
 
 
@@ -148,7 +149,7 @@ def test_a_listing_that_fails_is_not_taken_for_a_missing_manifest(
     with monkeypatch.context() as patch:
         patch.setattr(storage, "list_files", fail)
         with pytest.raises(CheckpointError, match="no route to host"):
-            sweep_leftovers(str(tmp_path), None)
+            sweep_leftovers(str(tmp_path), ONE_PROCESS)
         with pytest.raises(CheckpointError, match="no route to host"):
             save_steps(tmp_path, 1)
     verify(path)

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from embedtrain.checkpoint import CheckpointReader, ShardView, load_shards, save_checkpoint, verify
 from embedtrain.checkpoint import manifest as manifest_module
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.errors import CheckpointError
 from tests.unit.checkpoint.example import LAYOUT, example_tables, run_threads, save, views_of
 
@@ -89,7 +90,7 @@ def test_the_rest_comes_back_too(checkpoints_path: str) -> None:
 def test_every_dtype_and_a_tensor_that_is_not_contiguous(tmp_path: Path, dtype: torch.dtype) -> None:
     table = (torch.randn(6, 8) * 10).to(dtype)[:, ::2]
     assert not table.is_contiguous()
-    path = save_checkpoint(str(tmp_path), 1, [ShardView("t/weight", (6, 4), 0, table)], {}, None)
+    path = save_checkpoint(str(tmp_path), 1, [ShardView("t/weight", (6, 4), 0, table)], {}, ONE_PROCESS)
     loaded = torch.zeros(6, 8, dtype=dtype)[:, ::2]
     with CheckpointReader(path) as reader:
         load_shards(reader, [ShardView("t/weight", (6, 4), 0, loaded)])
@@ -98,7 +99,7 @@ def test_every_dtype_and_a_tensor_that_is_not_contiguous(tmp_path: Path, dtype: 
 
 def test_tables_without_rows_and_ranks_without_tables(tmp_path: Path) -> None:
     empty = ShardView("t/weight", (0, 4), 0, torch.empty(0, 4))
-    outcomes = run_threads(2, lambda group, rank: save_checkpoint(str(tmp_path), 1, [empty][rank:], {}, group))
+    outcomes = run_threads(2, lambda ranks, rank: save_checkpoint(str(tmp_path), 1, [empty][rank:], {}, ranks))
     with CheckpointReader(str(outcomes[0])) as reader:
         load_shards(reader, [empty])
         assert reader.gather("t/weight", torch.empty(0, dtype=torch.int64)).shape == (0, 4)

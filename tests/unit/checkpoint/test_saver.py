@@ -25,6 +25,7 @@ from embedtrain.checkpoint import (
     retain,
     verify,
 )
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.errors import CheckpointError, CorruptCheckpointError, UserError
 
 NUM_ROWS = 2000
@@ -79,14 +80,14 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Semaphore]:
         write(url, one_by_one())
 
     monkeypatch.setattr(storage, "write", slowly)
-    monkeypatch.setattr("embedtrain.checkpoint.changes._BLOCK_BYTES", 4096)
-    monkeypatch.setattr("embedtrain.checkpoint.changes._CHUNK_BYTES", 2048)
+    monkeypatch.setattr("embedtrain.embedding.row_changes._BLOCK_BYTES", 4096)
+    monkeypatch.setattr("embedtrain.embedding.row_changes._CHUNK_BYTES", 2048)
     yield permits
     permits.release(10**6)
 
 
 def saver_of(root: object, **options: Any) -> CheckpointSaver:
-    return CheckpointSaver(str(root), None, None, SaveOptions(**options))
+    return CheckpointSaver(str(root), ONE_PROCESS, ONE_PROCESS, SaveOptions(**options))
 
 
 def saved(path: str) -> dict[str, Tensor]:
@@ -339,7 +340,7 @@ def test_what_a_kept_delta_changes_is_kept(
     retention: Retention, kept: list[int], chain: tuple[str, dict[int, dict[str, Tensor]]]
 ) -> None:
     root, expected = chain
-    retain(root, retention, None)
+    retain(root, retention, ONE_PROCESS)
     assert [found.step for found in find_checkpoints(root)] == kept
     for found in find_checkpoints(root):
         verify(found.path)
@@ -353,10 +354,10 @@ def test_a_damaged_newest_one_does_not_cost_the_last_whole_one(
     newest = Path(find_checkpoints(root)[-1].path)
     shard = next(newest.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:100])
-    retain(root, Retention(keep_last=1), None)
+    retain(root, Retention(keep_last=1), ONE_PROCESS)
     assert [found.step for found in find_checkpoints(root)] == [4, 5, 6]
     (newest / "manifest.json").write_text("{}")
-    retain(root, Retention(keep_last=1), None)
+    retain(root, Retention(keep_last=1), ONE_PROCESS)
     verify(find_checkpoints(root)[1].path)
 
 

@@ -15,6 +15,7 @@ from embedtrain.checkpoint import ShardView, save_checkpoint
 from embedtrain.cli import main
 from embedtrain.commands import diff
 from embedtrain.commands.diff import Side, movement
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.sharding.layout import SpreadLayout
 from embedtrain.train.run_folder import RunFolder
 from tests.unit.checkpoint.example import run_threads
@@ -27,7 +28,7 @@ def save(
 ) -> str:
     """Saves tables, given in the order of their ids, as so many ranks do; returns the run folder."""
 
-    def save_rank(group: object, rank: int) -> str:
+    def save_rank(ranks: Ranks, rank: int) -> str:
         shards = []
         for name, rows in tables.items():
             layout = SpreadLayout(len(rows), world_size)
@@ -35,7 +36,7 @@ def save(
             start, stop = layout.shard_range(rank)
             kind = layout.description
             shards.append(ShardView(f"{name}/weight", tuple(rows.shape), start, rows[slots][start:stop], kind))
-        return save_checkpoint(f"{path}/checkpoints", step, shards, {}, group)
+        return save_checkpoint(f"{path}/checkpoints", step, shards, {}, ranks)
 
     for outcome in run_threads(world_size, save_rank):
         assert isinstance(outcome, str), outcome

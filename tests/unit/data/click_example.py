@@ -11,6 +11,7 @@ from embedtrain.data.click_batches import ClickBatch
 from embedtrain.data.click_log import ClickLog
 from embedtrain.data.click_schema import CRITEO_CATEGORICAL, CategoricalColumn, ClickSchema
 from embedtrain.data.prepare_clicks import ClickOptions, prepare_clicks
+from embedtrain.distributed.ranks import ONE_PROCESS
 
 
 def criteo_line(label: object = 1, dense: Sequence[object] = (), tokens: Sequence[str] = ()) -> str:
@@ -43,7 +44,7 @@ def write_criteo(path: Path, num_lines: int, seed: int = 0) -> Path:
 def prepared(path: Path | str | list[str], schema: ClickSchema, cache: Path, **options: object) -> ClickLog:
     settings = {name: options.pop(name) for name in ("max_bad_lines",) if name in options}
     given = path if isinstance(path, list) else str(path)
-    return prepare_clicks(ClickOptions(path=given, schema=schema, **settings), str(cache), None, **options)  # type: ignore[arg-type]
+    return prepare_clicks(ClickOptions(path=given, schema=schema, **settings), str(cache), ONE_PROCESS, **options)  # type: ignore[arg-type]
 
 
 def examples_of(batch: ClickBatch) -> list[tuple[object, ...]]:

@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedtrain.data.baskets import write_baskets
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.errors import UserError
 
 
 def lines(path: Path, format: str) -> list[str]:
-    text = write_baskets(str(path), ("session", "item"), str(path.parent / "cache"), None, format=format)
+    text = write_baskets(str(path), ("session", "item"), str(path.parent / "cache"), ONE_PROCESS, format=format)
     return sorted(Path(text).read_text(encoding="utf-8").splitlines())
 
 

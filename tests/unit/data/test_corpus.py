@@ -8,6 +8,7 @@ import pytest
 
 from embedtrain.data.corpus import PreparedCorpus
 from embedtrain.data.prepare import CorpusOptions, prepare_corpus
+from embedtrain.distributed.ranks import ONE_PROCESS
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def corpus(tmp_path: Path) -> PreparedCorpus:
     text = tmp_path / "a.txt"
     text.write_text("a b a\nb a\n" * 3 + "x y z q r s\nu v w k l\n" + "b b\na\n" * 3)
     options = CorpusOptions(path=str(text), min_count=2)
-    return prepare_corpus(options, str(tmp_path / "cache"), None, part_bytes=10)
+    return prepare_corpus(options, str(tmp_path / "cache"), ONE_PROCESS, part_bytes=10)
 
 
 EXPECTED = [~0, 1, 0, ~1, 0] * 3 + [~1, 1, ~0] * 3

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from embedtrain.data.interactions import InteractionOptions, Interactions, SideOptions, prepare_interactions
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.errors import UserError
 
 TRAIN = "u1 a b c\nu2 b\nu3 b c\nu2 b\n"
@@ -16,7 +17,7 @@ TRAIN = "u1 a b c\nu2 b\nu3 b c\nu2 b\n"
 def prepare(tmp_path: Path, train: str = TRAIN, **options: object) -> Interactions:
     (tmp_path / "train.txt").write_text(train)
     options = {"path": str(tmp_path / "train.txt"), **options}
-    return prepare_interactions(InteractionOptions(**options), str(tmp_path / "cache"), None)
+    return prepare_interactions(InteractionOptions(**options), str(tmp_path / "cache"), ONE_PROCESS)
 
 
 def test_rows_go_by_the_number_of_interactions(tmp_path: Path) -> None:
@@ -58,7 +59,9 @@ def test_features_are_bags_of_categories(tmp_path: Path) -> None:
 def test_the_cache_is_used_until_a_file_changes(tmp_path: Path) -> None:
     first = prepare(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in Path(first.path).iterdir()}
-    same = prepare_interactions(InteractionOptions(path=str(tmp_path / "train.txt")), str(tmp_path / "cache"), None)
+    same = prepare_interactions(
+        InteractionOptions(path=str(tmp_path / "train.txt")), str(tmp_path / "cache"), ONE_PROCESS
+    )
     assert {path: path.stat().st_mtime_ns for path in Path(same.path).iterdir()} == before
     changed = prepare(tmp_path, TRAIN + "u9 z\n")
     assert changed.path != first.path

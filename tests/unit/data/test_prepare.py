@@ -17,6 +17,7 @@ from embedtrain.data import prepare
 from embedtrain.data.corpus import PreparedCorpus
 from embedtrain.data.prepare import CorpusOptions, plan_parts, prepare_corpus
 from embedtrain.data.sources import Source
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.errors import UserError
 
 WIKI = Path(__file__).parents[4] / "shared" / "data" / "text-en-wiki" / "wiki_a.txt"
@@ -25,7 +26,7 @@ CONTENT = "The cat sat.\nA dog, a cat!\n\nÉté: the dog\n" * 40
 
 def prepared(cache: Path, path: str | list[str], min_count: int = 1, **options: object) -> PreparedCorpus:
     given = CorpusOptions(path=path, min_count=min_count, **options)  # type: ignore[arg-type]
-    return prepare_corpus(given, str(cache), None)
+    return prepare_corpus(given, str(cache), ONE_PROCESS)
 
 
 def decoded(corpus: PreparedCorpus) -> list[list[str]]:
@@ -69,7 +70,9 @@ def test_parts_and_chunks_do_not_change_the_tokens(text: Path, cache: Path) -> N
     whole = prepared(cache, str(text))
     options = CorpusOptions(path=str(text), min_count=1)
     for number, (part_bytes, chunk_bytes) in enumerate([(7, 1000), (100, 5), (1000, 64)]):
-        corpus = prepare_corpus(options, str(cache / str(number)), None, part_bytes=part_bytes, chunk_bytes=chunk_bytes)
+        corpus = prepare_corpus(
+            options, str(cache / str(number)), ONE_PROCESS, part_bytes=part_bytes, chunk_bytes=chunk_bytes
+        )
         assert decoded(corpus) == decoded(whole)
         assert corpus.vocabulary.fingerprint == whole.vocabulary.fingerprint
 
@@ -173,7 +176,7 @@ def test_of_two_jobs_the_first_to_finish_counts(text: Path, cache: Path, monkeyp
 def test_progress_goes_to_the_end_of_each_stage(text: Path, cache: Path) -> None:
     told: list[tuple[str, float]] = []
     options = CorpusOptions(path=str(text), min_count=1)
-    prepare_corpus(options, str(cache), None, on_progress=lambda *p: told.append(p), chunk_bytes=100)
+    prepare_corpus(options, str(cache), ONE_PROCESS, on_progress=lambda *p: told.append(p), chunk_bytes=100)
     stages = list(dict.fromkeys(stage for stage, _ in told))
     assert stages == ["count words", "encode words"]
     for stage in stages:
@@ -226,12 +229,12 @@ def test_an_empty_vocabulary_names_the_text(text: Path, cache: Path) -> None:
 
 def test_a_cache_folder_that_cannot_be_used_is_refused(text: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
-        prepare_corpus(CorpusOptions(path=str(text)), "memory://cache", None)
+        prepare_corpus(CorpusOptions(path=str(text)), "memory://cache", ONE_PROCESS)
     assert str(error.value) == (
         "cache path memory://cache: expected a local folder, whose files can be memory-mapped, got one on memory"
     )
     with pytest.raises(UserError, match=f"cache path {text}/x: the folder cannot be made: .*Not a directory"):
-        prepare_corpus(CorpusOptions(path=str(text)), f"{text}/x", None)
+        prepare_corpus(CorpusOptions(path=str(text)), f"{text}/x", ONE_PROCESS)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from embedtrain.data.skipgram import (
     TextBatches,
     keep_probabilities,
 )
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.sharding.layout import SpreadLayout
 
 
@@ -26,7 +27,9 @@ def corpus(tmp_path: Path) -> PreparedCorpus:
         " ".join(vocabulary[int(i)] for i in 48 * generator.random(generator.integers(1, 12)) ** 2) for _ in range(200)
     ]
     (tmp_path / "text.txt").write_text("\n".join(lines))
-    return prepare_corpus(CorpusOptions(path=str(tmp_path / "text.txt"), min_count=1), str(tmp_path / "cache"), None)
+    return prepare_corpus(
+        CorpusOptions(path=str(tmp_path / "text.txt"), min_count=1), str(tmp_path / "cache"), ONE_PROCESS
+    )
 
 
 def batches(corpus: PreparedCorpus, rank: int = 0, world_size: int = 1, **options) -> TextBatches:
@@ -142,7 +145,7 @@ def large_corpus(tmp_path: Path) -> PreparedCorpus:
     lines = [" ".join(words[at : at + 20]) for at in range(0, len(words), 20)]
     (tmp_path / "large.txt").write_text("\n".join(lines))
     options = CorpusOptions(path=str(tmp_path / "large.txt"), min_count=1, tokenizer="whitespace")
-    return prepare_corpus(options, str(tmp_path / "cache"), None)
+    return prepare_corpus(options, str(tmp_path / "cache"), ONE_PROCESS)
 
 
 def parted(corpus: PreparedCorpus, rank: int = 0, world_size: int = 1) -> TextBatches:

@@ -21,8 +21,10 @@ from embedtrain.distributed.failure import (
     is_of_the_group,
 )
 from embedtrain.distributed.launcher import tell_launcher
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.distributed.stages import begin, stage, whereabouts
+from embedtrain.testing.threads import thread_ranks
 
 GONE = "RuntimeError: [gloo/transport/tcp/pair.cc:534] Connection closed by peer"
 WAITED = Report("a", "step 7, forward > exchange", GONE)
@@ -74,7 +76,7 @@ def test_an_error_of_the_group_is_told_from_the_ranks_own() -> None:
 
 
 def test_one_process_blames_itself() -> None:
-    runtime = Runtime(0, 0, 1, torch.device("cpu"), None)
+    runtime = Runtime(ONE_PROCESS, 0, torch.device("cpu"))
     begin("step 3")
     with suppress(OSError), stage("forward"), stage("exchange"):
         raise OSError("disk")
@@ -87,7 +89,7 @@ def test_one_process_blames_itself() -> None:
 
 def test_a_silent_rank_is_read_from_what_it_posted() -> None:
     store = dist.HashStore()
-    runtimes = [Runtime(rank, rank, 2, torch.device("cpu"), store) for rank in range(2)]
+    runtimes = [Runtime(ranks, ranks.rank, torch.device("cpu"), store) for ranks in thread_ranks(2)]
     begin("step 9")
     with stage("sample"), Beacon(runtimes[1]):
         deadline = time.monotonic() + 10

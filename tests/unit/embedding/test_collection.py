@@ -63,7 +63,7 @@ def test_vectors_may_be_changed_in_place(num_ids: int) -> None:
     ids = et.Jagged.from_ids(torch.arange(num_ids) % 20)
     out = tables({"word": ids, "other": ids})
     (out["word"].mul_(2.0).sum() + out["other"].sum()).backward()
-    rows, grad = tables.row_groups[0].gradient()
+    rows, grad = tables.row_groups[0].gradients.rows_and_values()
     counts = torch.bincount(tables.row_groups[0].keys_of([0], [ids.values])[0])
     torch.testing.assert_close(grad, 3.0 * counts[rows].unsqueeze(1).expand(-1, 4).float())
 
@@ -73,39 +73,48 @@ def test_rows_have_no_gradient_without_backward_and_under_no_grad() -> None:
     with torch.no_grad():
         out = tables({"word": et.Jagged.from_lists([[1]])})["word"]
     assert not out.requires_grad
-    assert tables.row_groups[0].gradient()[0].numel() == 0
+    assert tables.row_groups[0].gradients.rows_and_values()[0].numel() == 0
 
 
 def test_each_row_is_fetched_and_delivered_once() -> None:
-    features = [et.FeatureSpec("word"), et.FeatureSpec("history", "word", "sum")]
+    features = [et.FeatureSpec("word"), et.FeatureSpec("history", "word")]
     tables = et.EmbeddingCollection(TABLES, features)
-    vectors, inverse = tables.distinct_rows(
-        {"word": et.Jagged.from_lists([[3], [3]]), "history": et.Jagged.from_lists([[5, 3]])}
-    )
+    asked = tables.ask({"word": et.Jagged.from_lists([[3], [3]]), "history": et.Jagged.from_lists([[5, 3]])})
+    vectors, inverse = tables.distinct_rows(asked), asked.places()
     assert vectors.shape == (2, 4)
     assert inverse["word"][0] == inverse["word"][1] == inverse["history"][1]
     vectors.sum().backward()
-    rows, grad = tables.row_groups[0].gradient()
+    rows, grad = tables.row_groups[0].gradients.rows_and_values()
     assert rows.numel() == 2
     torch.testing.assert_close(grad, torch.ones(2, 4))
 
 
 def test_distinct_rows_of_tables_of_two_optimizers_find_their_way() -> None:
     tables = et.EmbeddingCollection([et.TableSpec("a", 9, 4), et.TableSpec("b", 7, 4, optimizer="other")])
-    vectors, inverse = tables.distinct_rows({"b": et.Jagged.from_lists([[6, 2, 6]]), "a": et.Jagged.from_lists([[6]])})
+    asked = tables.ask({"b": et.Jagged.from_lists([[6, 2, 6]]), "a": et.Jagged.from_lists([[6]])})
+    vectors, inverse = tables.distinct_rows(asked), asked.places()
     assert vectors.shape == (3, 4)
     torch.testing.assert_close(vectors[inverse["b"]], tables.gather_table("b")[[6, 2, 6]])
     torch.testing.assert_close(vectors[inverse["a"]], tables.gather_table("a")[[6]])
     (vectors * torch.tensor([[1.0], [2.0], [3.0]])).sum().backward()
-    delivered = {group.table_names[0]: group.gradient()[1][:, 0].tolist() for group in tables.row_groups}
+    delivered = {
+        group.table_names[0]: group.gradients.rows_and_values()[1][:, 0].tolist() for group in tables.row_groups
+    }
     assert delivered == {"a": [3.0], "b": [1.0, 2.0]}
 
 
+def test_distinct_rows_of_features_that_are_pooled_are_refused() -> None:
+    tables = et.EmbeddingCollection(TABLES, [et.FeatureSpec("word", pooling="sum")])
+    asked = tables.ask({"word": et.Jagged.from_lists([[1]])})
+    with pytest.raises(ValueError, match="features that are not pooled; word are"):
+        tables.distinct_rows(asked)
+
+
 def test_distinct_rows_of_tables_of_two_sizes_are_refused() -> None:
+    tables = et.EmbeddingCollection(TABLES)
+    asked = tables.ask({"word": et.Jagged.from_lists([[1]]), "item": et.Jagged.from_lists([[1]])})
     with pytest.raises(ValueError, match="tables of one dim"):
-        et.EmbeddingCollection(TABLES).distinct_rows(
-            {"word": et.Jagged.from_lists([[1]]), "item": et.Jagged.from_lists([[1]])}
-        )
+        tables.distinct_rows(asked)
 
 
 def test_an_unknown_feature_names_those_that_exist() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from embedtrain.checkpoint import ShardView, save_checkpoint
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.export import Vectors, open_vectors
 from embedtrain.sharding.layout import SpreadLayout
 
@@ -40,7 +41,7 @@ def make_run(tmp_path: Path) -> MakeRun:
             for tensor_name, tensor in (("weight", weight), ("accumulator", torch.zeros(len(values)))):
                 kind = layout.description
                 shards.append(ShardView(f"{table}/{tensor_name}", tuple(tensor.shape), 0, tensor, kind))
-        save_checkpoint(f"{run_path}/checkpoints", step, shards, state or {}, None)
+        save_checkpoint(f"{run_path}/checkpoints", step, shards, state or {}, ONE_PROCESS)
         if words is not None:
             lines = [f"{word}\t{1000 - row}\n" for row, word in enumerate(words)]
             (run_path / "vocabulary.tsv").write_text("".join(lines), encoding="utf-8", newline="\n")

@@ -14,9 +14,10 @@ from embedtrain.planning import room
 from embedtrain.planning.room import available_memory_bytes, require_room
 from embedtrain.recipes.loading import load_config
 from embedtrain.recipes.workload import Sizes
+from embedtrain.testing.threads import thread_ranks
 
 SIZES = Sizes({"input": 1_000_000, "output": 1_000_000})
-RUNTIME = Runtime(0, 0, 2, torch.device("cpu"))
+RUNTIME, OTHER_RUNTIME = (Runtime(ranks, ranks.rank, torch.device("cpu")) for ranks in thread_ranks(2))
 GIB = 2**30
 
 
@@ -59,7 +60,7 @@ def test_disk_holds_all_checkpoints_that_may_lie_there(
     with pytest.raises(UserError, match=r"expected 3.\d+ GiB of free space .* for 4 checkpoints .* got 3.00 GiB"):
         require_room(config, RUNTIME, SIZES)
     # Another rank says nothing: one is enough. What lies there already is not needed again.
-    require_room(config, Runtime(1, 1, 2, torch.device("cpu")), SIZES)
+    require_room(config, OTHER_RUNTIME, SIZES)
     step = tmp_path / "deep" / "run" / "checkpoints" / "step-000000001"
     step.mkdir(parents=True)
     with (step / "shard").open("wb") as file:

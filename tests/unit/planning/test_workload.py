@@ -9,6 +9,7 @@ from torch import nn
 
 from embedtrain.config.optimizer import DenseOptimizerConfig
 from embedtrain.data.click_batches import ClickBatch
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.jagged import Jagged
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.recipes.building import workload_of
@@ -26,7 +27,7 @@ def test_a_tables_own_optimizer_decides_what_its_rows_take() -> None:
 @pytest.mark.parametrize("name", ["adam", "adamw", "adagrad", "sgd"])
 def test_the_dense_part_is_its_parameters_and_their_state(name: str) -> None:
     module = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 1))
-    optimizer = DenseOptimizer(module, name=name, process_group=None)
+    optimizer = DenseOptimizer(module, name=name, ranks=ONE_PROCESS)
     module(torch.ones(3, 5)).sum().backward()
     optimizer.step(1.0)
     # Counts of steps are no part of the sizes.

@@ -4,6 +4,7 @@ import pytest
 
 from embedtrain.data.click_schema import CRITEO_DENSE
 from embedtrain.data.click_stream import ClickStream, StreamOptions
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.errors import UserError
 from embedtrain.recipes.loading import load_config
 from embedtrain.recipes.ranking.config import RankingConfig
@@ -51,7 +52,7 @@ def test_a_shipped_configuration_learns_from_standard_input() -> None:
     config = load_config("configs/ranking_criteo.yaml", ["schedule.name=constant", "data.path=-"])
     assert isinstance(config, RankingConfig)
     assert config.data.is_stream
-    ClickStream(StreamOptions(config.data.path, config.train.global_batch_size), click_schema(config.data), None)
+    ClickStream(StreamOptions(config.data.path, config.train.global_batch_size), click_schema(config.data), ONE_PROCESS)
 
 
 @pytest.mark.parametrize(

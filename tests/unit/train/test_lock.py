@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.errors import CheckpointError, UserError
 from embedtrain.train import lock as lock_module
 from embedtrain.train.lock import RunLock
@@ -36,7 +37,7 @@ def owner_files(path: str) -> list[str]:
 
 
 def lock_of(path: str) -> RunLock:
-    return RunLock(path, None, beat_seconds=BEAT_SECONDS)
+    return RunLock(path, ONE_PROCESS, beat_seconds=BEAT_SECONDS)
 
 
 def leave_behind(path: str, **changes: object) -> None:

@@ -16,6 +16,7 @@ from embedtrain.data.click_stream import ClickStream, StreamOptions
 from embedtrain.data.head import write_head
 from embedtrain.data.interactions import InteractionOptions, Interactions, SideOptions, prepare_interactions
 from embedtrain.data.readers import FORMATS, Layout
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.errors import UserError
 from tests.unit.data.click_example import prepared
 
@@ -60,7 +61,7 @@ def test_a_click_log_is_that_of_csv(tmp_path: Path) -> None:
 def test_a_stream(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
     stream = ClickStream(
-        StreamOptions(path, lines_per_step=64), schema_of("jsonl", num_rows=100, encoding="hash"), None
+        StreamOptions(path, lines_per_step=64), schema_of("jsonl", num_rows=100, encoding="hash"), ONE_PROCESS
     )
     batch, _, _ = stream.next_batch({})
     assert batch is not None
@@ -100,7 +101,7 @@ def test_interactions_features_and_held_out_data(tmp_path: Path) -> None:
                 path=write(tmp_path / f"items.{format}", items), separators={"genre": "|", "maker": None}
             ),
         )
-        return prepare_interactions(options, str(tmp_path / "cache"), None)
+        return prepare_interactions(options, str(tmp_path / "cache"), ONE_PROCESS)
 
     csv, jsonl = prepare("csv", write_csv), prepare("jsonl", write_jsonl)
     assert jsonl.fingerprint == csv.fingerprint
@@ -110,7 +111,7 @@ def test_interactions_features_and_held_out_data(tmp_path: Path) -> None:
 
 def test_baskets(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"s": 1, "i": "a"}, {"s": 2, "i": "é"}, {"s": 1, "i": 7}])
-    text = write_baskets(path, ("s", "i"), str(tmp_path / "cache"), None, format="jsonl")
+    text = write_baskets(path, ("s", "i"), str(tmp_path / "cache"), ONE_PROCESS, format="jsonl")
     assert sorted(Path(text).read_text(encoding="utf-8").splitlines()) == ["a 7", "é"]
 
 
@@ -146,7 +147,7 @@ def test_a_column_that_is_not_there_and_a_file_of_none(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="there is no column 'user', 'item'; its columns are 'label', 'age', 'city', 'tags'"
     ):
-        prepare_interactions(InteractionOptions(path=path), str(tmp_path / "cache"), None)
+        prepare_interactions(InteractionOptions(path=path), str(tmp_path / "cache"), ONE_PROCESS)
     (tmp_path / "b.jsonl").write_text("\n\n")
     with pytest.raises(UserError, match=r"b.jsonl: expected lines of JSON objects, found none"):
-        prepare_interactions(InteractionOptions(path=str(tmp_path / "b.jsonl")), str(tmp_path / "cache"), None)
+        prepare_interactions(InteractionOptions(path=str(tmp_path / "b.jsonl")), str(tmp_path / "cache"), ONE_PROCESS)

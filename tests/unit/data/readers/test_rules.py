@@ -21,6 +21,7 @@ from embedtrain.data.click_stream import ClickStream, StreamOptions
 from embedtrain.data.columns import read_columns
 from embedtrain.data.readers import Layout, suffixes_of
 from embedtrain.data.sources import expand_sources
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.errors import UserError
 from tests.unit.data.click_example import prepared
 
@@ -238,7 +239,7 @@ def test_row_groups_and_files_of_no_rows(tmp_path: Path) -> None:
 def stream_of(path: Path, max_bad_lines: int = 0) -> list[float]:
     column = CategoricalColumn(name="u", num_rows=100, encoding="hash")
     schema = ClickSchema(file_format="csv", label="y", columns=("y", "u"), categorical=(column,))
-    stream = ClickStream(StreamOptions(str(path), 7, max_bad_lines=max_bad_lines), schema, None)
+    stream = ClickStream(StreamOptions(str(path), 7, max_bad_lines=max_bad_lines), schema, ONE_PROCESS)
     labels: list[float] = []
     position: dict[str, object] = {}
     while True:

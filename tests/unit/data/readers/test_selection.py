@@ -21,6 +21,7 @@ from embedtrain.data.columns import read_columns
 from embedtrain.data.prepare import CorpusOptions, prepare_corpus
 from embedtrain.data.readers import suffixes_of
 from embedtrain.data.sources import expand_sources, refuse_changes, take_sources
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.errors import UserError
 from tests.unit.data.click_example import prepared
 
@@ -33,7 +34,7 @@ def below(path: object, suffixes: tuple[str, ...] = (".txt", "")) -> list[str]:
 
 def num_words(path: object, tmp_path: Path) -> int:
     options = CorpusOptions(path=str(path), tokenizer="whitespace", min_count=1)
-    return prepare_corpus(options, str(tmp_path / "cache"), None, part_bytes=1000).num_tokens
+    return prepare_corpus(options, str(tmp_path / "cache"), ONE_PROCESS, part_bytes=1000).num_tokens
 
 
 @pytest.fixture

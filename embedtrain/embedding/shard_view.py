@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from embedtrain.checkpoint.changes import RowChanges
+from embedtrain.embedding.row_changes import RowChanges
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from embedtrain.checkpoint.changes import RowChanges
+from embedtrain.embedding.row_changes import RowChanges
 from embedtrain.ops._backend.transfer import to_device
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.row_gradient import RowGradient
+from embedtrain.optim.optimizer import RowsToUpdate
 
 WEIGHT = "weight"
 
@@ -24,7 +26,7 @@ class TouchedRows:
         rows: [n] int64, ascending; the local rows.
         weight: [n, dim].
         state: name -> [n] or [n, dim] float32.
-        keys_of: local rows and step -> keys for stochastic rounding; see `RowGroup.rounding_keys`.
+        keys_of: local rows and step -> keys for stochastic rounding; see `TableGroup.rounding_keys`.
     """
 
     rows: Tensor
@@ -42,7 +44,74 @@ class TouchedRows:
         return self.keys_of(self.rows[gradient.rows], step) if self.weight.dtype == torch.bfloat16 else None
 
 
-class HostRows:
+class RowAccess(Protocol):
+    """How a step reads and updates the rows of a group of tables, wherever they live.
+
+    Attributes:
+        is_on_host: whether the rows live in host memory, though the device computes on them.
+    """
+
+    is_on_host: bool
+
+    def look_up(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns weights on the device that hold the local rows [n], and the rows' places in them; rows may repeat."""
+
+    def bring_ahead(self, rows: Tensor) -> None:
+        """Copies rows that the next step reads to the device, if they are not there anyway; rows may repeat."""
+
+    def open(self, gradient: RowGradient) -> tuple[RowsToUpdate, RowGradient]:
+        """Returns what holds the gradient's rows for an update, and the gradient by their places in it.
+
+        `close` follows the update.
+        """
+
+    def close(self) -> None:
+        """Ends an update of rows that were opened."""
+
+    def write_back(self) -> None:
+        """Brings the rows where they live up to date with the device's copies, which it lets go of."""
+
+
+class RowsOnDevice:
+    """Rows that live where they are computed on: nothing is copied.
+
+    Args:
+        changes: the tensors, the optimizer's states as they are added, and who wants to know of changes.
+        state: name -> [num_rows] or [num_rows, dim] float32; the same as in `changes`, without the weight.
+        keys_of: see `TouchedRows`.
+    """
+
+    is_on_host = False
+
+    def __init__(self, changes: RowChanges, state: dict[str, Tensor], keys_of: Callable[[Tensor, int], Tensor]) -> None:
+        self.weight, self.state = changes.tensors[WEIGHT], state
+        self._changes, self._keys_of = changes, keys_of
+
+    def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
+        """Returns the keys of the gradient's rows; None for float32 rows."""
+        return self._keys_of(gradient.rows, step) if self.weight.dtype == torch.bfloat16 else None
+
+    def look_up(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """See `RowAccess`."""
+        return self.weight, rows
+
+    def bring_ahead(self, rows: Tensor) -> None:
+        """Does nothing."""
+
+    def open(self, gradient: RowGradient) -> tuple[RowsToUpdate, RowGradient]:
+        """See `RowAccess`."""
+        if self._changes.is_watched:
+            self._changes.before_update(gradient.rows)
+        return self, gradient
+
+    def close(self) -> None:
+        """Does nothing."""
+
+    def write_back(self) -> None:
+        """Does nothing."""
+
+
+class RowCache:
     """Reads and writes of rows in host memory, by way of a cache of hot rows on the device.
 
     While there is a cache, it holds the truth of its rows, and the host's copies are old: `write_back` brings them up
@@ -54,6 +123,8 @@ class HostRows:
         hot_rows: returns the local rows to keep on the device, ascending, given the bytes of a row with its state.
         keys_of: see `TouchedRows`.
     """
+
+    is_on_host = True
 
     def __init__(
         self,
@@ -72,11 +143,6 @@ class HostRows:
         self._copies: list[TouchedRows] = []  # of this step's rows and the next one's
         self._open: TouchedRows | None = None
 
-    def read(self, rows: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """Returns the weights [n, dim] of local rows [n], on the device; rows may repeat."""
-        weight, places = self.look_up(rows)
-        return gather_rows(weight, places, dtype)
-
     def look_up(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Returns weights on the device that hold the local rows [n], and the rows' places in them."""
         for copies in self._copies:
@@ -90,11 +156,13 @@ class HostRows:
         """Copies rows that the next step reads to the device; rows may repeat."""
         self._keep(self._fetch(torch.unique(rows)))
 
-    def open(self, rows: Tensor) -> TouchedRows:
-        """Returns copies of rows, ascending and unique, to be updated; `close` takes them back."""
+    def open(self, gradient: RowGradient) -> tuple[RowsToUpdate, RowGradient]:
+        """Returns copies of the gradient's rows, which are ascending and unique, and the gradient by their places."""
+        rows = gradient.rows
         there = [copies for copies in self._copies if torch.equal(copies.rows, rows)]
         self._open = there[0] if there else self._fetch(rows)
-        return self._open
+        places = torch.arange(rows.numel(), device=rows.device)
+        return self._open, RowGradient.of_rows(places, gradient.values, rows.numel())
 
     def close(self) -> None:
         """Writes the rows that were opened to where they live."""

@@ -13,7 +13,7 @@ from embedtrain.checkpoint.reader import CheckpointReader
 from embedtrain.embedding.init import initial_rows
 from embedtrain.errors import CheckpointError
 from embedtrain.optim.optimizer import RowState
-from embedtrain.sharding.layout import SpreadLayout
+from embedtrain.sharding.layout import Layout, layout_of
 from embedtrain.spec import TableSpec
 
 _BLOCK_BYTES = 16 << 20
@@ -43,24 +43,28 @@ def grown_parts(
     for state in states:
         shape: tuple[int, ...] = (spec.dim,) if state.per_element else ()
         tensors.append((state.name, shape, torch.float32, functools.partial(_fill, shape, state.fill)))
-    layout = SpreadLayout(spec.num_rows).description
+    new = layout_of(spec.num_rows, kind=spec.layout)
     parts = []
     for name, row_shape, dtype, fresh in tensors:
         full_name = f"{spec.name}/{name}"
-        _check(reader, full_name, row_shape, dtype)
-        blocks = functools.partial(_blocks, reader, full_name, old_ids, fresh)
+        old = layout_of(_rows_of(reader, full_name), kind=spec.layout)
+        _check(reader, full_name, row_shape, dtype, old)
+        blocks = functools.partial(_blocks, reader, full_name, (old, new), old_ids, fresh)
         global_shape = (spec.num_rows, *row_shape)
-        parts.append(TensorPart(full_name, global_shape, dtype, layout, 0, spec.num_rows, None, blocks))
+        parts.append(TensorPart(full_name, global_shape, dtype, new.description, 0, spec.num_rows, None, blocks))
     return parts
 
 
 def _blocks(
-    reader: CheckpointReader, name: str, old_ids: Tensor, fresh: Callable[[int, int], Tensor]
+    reader: CheckpointReader,
+    name: str,
+    layouts: tuple[Layout, Layout],
+    old_ids: Tensor,
+    fresh: Callable[[int, int], Tensor],
 ) -> Iterator[Tensor]:
     """Yields the rows of the larger tensor in order of slots."""
-    info = reader.tensors[name]
-    old, new = SpreadLayout(info.shape[0]), SpreadLayout(len(old_ids))
-    block_rows = max(1, _BLOCK_BYTES // info.row_bytes)
+    old, new = layouts
+    block_rows = max(1, _BLOCK_BYTES // reader.tensors[name].row_bytes)
     for start in range(0, len(old_ids), block_rows):
         stop = min(start + block_rows, len(old_ids))
         rows = fresh(start, stop)
@@ -78,12 +82,16 @@ def _fill(shape: tuple[int, ...], value: float, start: int, stop: int) -> Tensor
     return torch.full((stop - start, *shape), value)
 
 
-def _check(reader: CheckpointReader, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def _rows_of(reader: CheckpointReader, name: str) -> int:
     info = reader.tensors.get(name)
     if info is None:
         raise CheckpointError(f"{reader.path} has no tensor {name!r}, but {', '.join(sorted(reader.tensors))}")
-    layout = SpreadLayout(info.shape[0]).description
-    found, expected = (info.shape[1:], info.dtype, dict(info.layout)), (shape, dtype, layout)
+    return info.shape[0]
+
+
+def _check(reader: CheckpointReader, name: str, shape: tuple[int, ...], dtype: torch.dtype, layout: Layout) -> None:
+    info = reader.tensors[name]
+    found, expected = (info.shape[1:], info.dtype, dict(info.layout)), (shape, dtype, layout.description)
     if found != expected:
         raise CheckpointError(
             f"{reader.path}: expected {name} with rows of shape, dtype and layout {expected}, found {found}"

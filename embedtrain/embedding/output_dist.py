@@ -1,0 +1,92 @@
+"""Vectors to the examples that asked for them and, in backward, gradients to the owners of the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from embedtrain.embedding.input_dist import Asked, GroupAsked
+from embedtrain.embedding.lookup import Found
+from embedtrain.ops.pool_rows import grad_of_weights, pool_rows
+
+
+def output_dist(asked: Asked, found: Sequence[Found]) -> dict[str, Tensor]:
+    """Returns per feature, in the caller's order, its vectors [num_bags, dim] float32.
+
+    In backward, the gradients of all features of a group are summed by row, travel to the rows' owners and wait there.
+
+    Collective: every rank, and its backward too.
+    """
+    vectors: dict[str, Tensor] = {}
+    for part, own in zip(asked.parts, found, strict=True):
+        # Autograd takes its time over each argument, and most features have no weights.
+        is_learned = any(weight is not None and weight.requires_grad for weight in part.weights)
+        learned = part.weights if is_learned else ()
+        pooled = _OutputDist.apply(part.group.gradients.anchor, part, own, *learned)  # type: ignore[no-untyped-call]
+        vectors.update(zip(part.route.names, pooled, strict=True))
+    return {name: vectors[name] for name in asked.names}
+
+
+def fetch_distinct(asked: Asked) -> Tensor:
+    """Returns each distinct row once, [num_distinct, dim] float32; see `Asked.places`.
+
+    Collective: every rank, and its backward too.
+    """
+    parts = [_DistinctRows.apply(part.group.gradients.anchor, part) for part in asked.parts]  # type: ignore[no-untyped-call]
+    rows: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return rows
+
+
+class _DistinctRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, part: GroupAsked) -> Tensor:
+        ctx.part = part
+        return part.rows.fetch_distinct()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        ctx.part.rows.send_distinct_home(grad)
+        return None, None
+
+
+class _OutputDist(torch.autograd.Function):
+    """One function for both ways to pool, so that every rank runs the same collectives in the same order."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, part: GroupAsked, found: Found, *weights: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.part = part
+        own = [bags for bags, is_there in zip(part.bags, part.at_owner, strict=True) if not is_there]
+        vectors = part.rows.fetch(found.rows)
+        ctx.vectors = vectors if any(ctx.needs_input_grad[3:]) else None
+        here = pool_rows(*vectors, own) if own else []
+        if part.sums is None or found.sums is None:
+            return tuple(here)
+        there = part.sums.fetch(found.sums)
+        from_here, from_there = iter(here), iter(there)
+        return tuple(next(from_there if is_there else from_here) for is_there in part.at_owner)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        part: GroupAsked = ctx.part
+        here = [number for number, is_there in enumerate(part.at_owner) if not is_there]
+        part.rows.send_home([grads[number] for number in here], [part.bags[number] for number in here])
+        if part.sums is not None:
+            part.sums.send_home([grad for grad, is_there in zip(grads, part.at_owner, strict=True) if is_there])
+        of_weights: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
+        if ctx.vectors is not None:
+            source, all_places = ctx.vectors
+            values = all_places.split([part.bags[number].num_values for number in here])
+            for number, places in zip(here, values, strict=True):
+                grad = grads[number]
+                if ctx.needs_input_grad[3 + number] and grad is not None:
+                    of_weights[number] = grad_of_weights(source, places, part.bags[number], grad)
+        return None, None, None, *of_weights
