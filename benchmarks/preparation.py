@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -210,49 +210,53 @@ def _letters(number: int) -> str:
     return "".join(chr(ord("a") + int(digit)) for digit in str(number))
 
 
+def _alone() -> Any:
+    """Returns what stands for one process: None in a tree from before `Ranks`."""
+    try:
+        from embedtrain.distributed.ranks import ONE_PROCESS
+    except ImportError:
+        return None
+    return ONE_PROCESS
+
+
 def prepare_letters(path: str, folder: str) -> None:
     """Prepares words of letters."""
     from embedtrain.data.prepare import CorpusOptions, prepare_corpus
-    from embedtrain.distributed.ranks import ONE_PROCESS
 
-    prepare_corpus(CorpusOptions(path=path), folder, ONE_PROCESS)
+    prepare_corpus(CorpusOptions(path=path), folder, _alone())
 
 
 def prepare_whitespace(path: str, folder: str) -> None:
     """Prepares words between white space."""
     from embedtrain.data.prepare import CorpusOptions, prepare_corpus
-    from embedtrain.distributed.ranks import ONE_PROCESS
 
-    prepare_corpus(CorpusOptions(path=path, tokenizer="whitespace"), folder, ONE_PROCESS)
+    prepare_corpus(CorpusOptions(path=path, tokenizer="whitespace"), folder, _alone())
 
 
 def prepare_census(path: str, folder: str) -> None:
     """Prepares clicks with vocabularies."""
     from embedtrain.data.click_schema import CategoricalColumn, ClickSchema
     from embedtrain.data.prepare_clicks import ClickOptions, prepare_clicks
-    from embedtrain.distributed.ranks import ONE_PROCESS
 
     columns = tuple(CategoricalColumn(name=name) for name in CENSUS_TEXTS)
     schema = ClickSchema(file_format="csv", label="label", dense=CENSUS_NUMBERS, categorical=columns)
-    prepare_clicks(ClickOptions(path=path, schema=schema), folder, ONE_PROCESS)
+    prepare_clicks(ClickOptions(path=path, schema=schema), folder, _alone())
 
 
 def prepare_criteo(path: str, folder: str) -> None:
     """Prepares clicks by hashing."""
     from embedtrain.data.click_schema import CRITEO_CATEGORICAL, CategoricalColumn, ClickSchema
     from embedtrain.data.prepare_clicks import ClickOptions, prepare_clicks
-    from embedtrain.distributed.ranks import ONE_PROCESS
 
     columns = [CategoricalColumn(name=name, encoding="hash", num_rows=HASH_ROWS) for name in CRITEO_CATEGORICAL]
-    prepare_clicks(ClickOptions(path=path, schema=ClickSchema.criteo(columns)), folder, ONE_PROCESS)
+    prepare_clicks(ClickOptions(path=path, schema=ClickSchema.criteo(columns)), folder, _alone())
 
 
 def prepare_pairs(path: str, folder: str) -> None:
     """Prepares interactions."""
     from embedtrain.data.interactions import InteractionOptions, prepare_interactions
-    from embedtrain.distributed.ranks import ONE_PROCESS
 
-    prepare_interactions(InteractionOptions(path=path), folder, ONE_PROCESS)
+    prepare_interactions(InteractionOptions(path=path), folder, _alone())
 
 
 def prepare_with_polars(path: str, folder: str) -> None:
