@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -232,15 +233,19 @@ def parse_rates(declared: Sequence[str]) -> dict[str, list[float]]:
     """Returns learning rates by optimizer from "adam=0.001,0.01" each.
 
     Raises:
-        UserError: a text is not of this form.
+        UserError: a text is not of this form, or an optimizer or a rate is named twice.
     """
-    rates = {}
+    rates: dict[str, list[float]] = {}
     for text in declared:
         name, _, values = text.partition("=")
+        if name in rates:
+            raise UserError(f"--rates {name}=... is given twice: give all its rates in one list")
         try:
             rates[name] = [float(value) for value in values.split(",")]
         except ValueError as error:
             raise UserError(f"expected --rates NAME=RATE,RATE such as adam=0.001,0.01, got {text!r}") from error
+        if len(set(rates[name])) < len(rates[name]):
+            raise UserError(f"--rates {text} names a rate twice")
     return rates
 
 
@@ -249,6 +254,8 @@ def _check(overrides: Sequence[str], names: Sequence[str], rates: Mapping[str, S
 
     if not names:
         raise UserError("--optimizers names nothing to compare")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"--optimizers names {', '.join(twice)} twice")
     unknown = [name for name in [*names, *rates] if name not in OPTIMIZERS]
     if unknown:
         raise UserError(f"there is no optimizer {', '.join(unknown)}; there are {', '.join(OPTIMIZERS)}")

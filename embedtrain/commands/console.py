@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from embedtrain.distributed.launcher import tell_launcher
@@ -172,6 +173,13 @@ def require_config(config: str | None, settings: Sequence[str]) -> tuple[str, li
     if path is None:
         raise UserError("expected a configuration file, such as configs/word2vec.yaml")
     return path, overrides
+
+
+def given_options(*names: str) -> list[str]:
+    """Returns which of some parameters of the current command are given on its command line, as options."""
+    context = click.get_current_context()
+    given = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    return [param.opts[0] for param in context.command.params if param.name in given]
 
 
 def is_debugged() -> bool:

@@ -25,7 +25,9 @@ def export(path: str, table: str | None, format_name: str, output: str, max_rows
     from embedtrain.export import export_vectors
     from embedtrain.recipes.trained import open_run_vectors
 
-    with open_run_vectors(path, table, init_distributed(device="cpu")) as vectors:
-        for written in export_vectors(vectors, format_name, output, overwrite=overwrite, max_rows=max_rows):
-            print(written)
+    runtime = init_distributed(device="cpu")
+    with open_run_vectors(path, table, runtime) as vectors:
+        if runtime.rank == 0:
+            for written in export_vectors(vectors, format_name, output, overwrite=overwrite, max_rows=max_rows):
+                print(written)
     return EXIT_DONE
