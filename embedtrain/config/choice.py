@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from embedtrain.config.optimizer import FOR_ALL_OPTIMIZERS, FOR_ALL_TABLES, OPTIMIZERS, OptimizerConfig
 from embedtrain.config.values import flatten, shield, unshield
 from embedtrain.errors import UserError
+from embedtrain.optim.registry import usable
 
 Layer = tuple[str, Mapping[str, Any]]
 """Where keys and values come from, for messages; and they themselves, as nested dicts."""
@@ -149,8 +150,10 @@ def _with_option(section: DictConfig, kind: OptimizerConfig, table: str, given: 
 
 def _refuse_option_of_others(source: str, key: str, optimizer: OptimizerConfig, where: str) -> None:
     own = [field.name for field in fields(optimizer)]
-    owners = [name for name, kind in OPTIMIZERS.items() if key in [field.name for field in fields(kind)]]
-    if key not in own and owners:
+    if key in own:
+        return
+    owners = [name for name, kind in usable(OPTIMIZERS).items() if key in [field.name for field in fields(kind)]]
+    if owners:
         raise UserError(
             f"{source}: {where}the optimizer {optimizer.name} has no option {key}, {' and '.join(owners)} "
             f"{'has' if len(owners) == 1 else 'have'}; its own are {', '.join(own)}"
