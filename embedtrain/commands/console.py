@@ -124,6 +124,15 @@ class Setting(click.ParamType[str]):
         return [CompletionItem(f"{key}={each}") for each in choices if each.startswith(text)]
 
 
+class ConfigFile(click.Path):
+    """The path of a configuration file; a setting may stand in its place, and is completed as one."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Returns the settings that begin so, if the word names a section or a key; else any file."""
+        settings = Setting().shell_complete(ctx, param, incomplete) if re.search("[.=]", incomplete) else []
+        return settings or super().shell_complete(ctx, param, incomplete)
+
+
 def run_argument(function: Function) -> Function:
     """Declares the run folder."""
     return click.argument("path", metavar="RUN", type=click.Path(file_okay=False), help="Run folder.")(function)
