@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from embedtrain.commands.console import command, settings_argument, split_config
+from embedtrain.commands.console import ConfigFile, command, settings_argument, split_config
 from embedtrain.errors import UserError
 from embedtrain.planning.sizes import parse_bandwidth, parse_bytes, parse_count
 
@@ -24,7 +24,7 @@ EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
 
 
 @command("embedtrain plan configs/word2vec.yaml --rows 10e6 --world-size 8 --memory 16GiB")
-@click.argument("config", required=False, type=click.Path(), help="YAML file, such as configs/word2vec.yaml.")
+@click.argument("config", required=False, type=ConfigFile(), help="YAML file, such as configs/word2vec.yaml.")
 @settings_argument
 @click.option("--world-size", type=int, default=1, show_default=True, metavar="N", help="Number of ranks.")
 @click.option("--hosts", type=int, default=1, show_default=True, metavar="H", help="Number of hosts.")

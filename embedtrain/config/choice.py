@@ -34,7 +34,10 @@ def optimizer_of(layers: Sequence[Layer], default: OptimizerConfig) -> Optimizer
 
 
 def for_another_optimizer(layer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a layer without what it says of its optimizer alone: rate, formula, and tables without one by name."""
+    """Returns a layer without the settings that belong to its optimizer alone.
+
+    These are the learning rate, the options of the formula, and the tables whose optimizer is not named.
+    """
     section = layer.get("optimizer")
     if not isinstance(section, dict):
         return layer
@@ -68,7 +71,7 @@ def refuse_options_of_others(layer: Layer, optimizer: OptimizerConfig) -> None:
 def table_optimizers(
     from_file: Sequence[Layer], from_command: Sequence[Layer], main: OptimizerConfig, default: OptimizerConfig
 ) -> dict[str, dict[str, Any]]:
-    """Returns the name and all options of what trains single tables, by their names.
+    """Returns the name and all options of the optimizer of each single table, by the table's name.
 
     An entry that names no other optimizer than the main one has the main one's options, except for those that it
     gives. An entry that names another has the default values of that one.

@@ -19,7 +19,7 @@ from embedtrain.optim.optimizer import OF_A_STEP
 
 @dataclass
 class _Chosen:
-    """What stands first in a section."""
+    """The first keys of a section: the name of the optimizer and its learning rate."""
 
     name: str = "???"
     lr: float = 0.01
@@ -36,7 +36,7 @@ class OptimizerConfig(optim.CommonOptions, _Chosen):
     optimizer with other options. A loaded configuration has the name and all options of each."""
 
     def of_table(self, table: str) -> OptimizerConfig:
-        """Returns what trains a table, without what is for all tables together."""
+        """Returns the optimizer of a table, without the options for all tables together."""
         if table in self.tables:
             return section(**self.tables[table])
         return type(self)(**self.row_options())

@@ -175,7 +175,7 @@ def _hints(section: type[Any]) -> Mapping[str, Any]:
 
 
 def _hint_of(hint: Any, name: str) -> Any:
-    """Returns the annotation of what stands under a name; None if it is not known."""
+    """Returns the annotation of the value under a name; None if it is not known."""
     for each in _members(hint):
         if isinstance(each, type) and is_dataclass(each):
             return _hints(each).get(name)

@@ -63,9 +63,10 @@ class Layers:
     """A configuration before it is checked as a whole.
 
     Attributes:
-        merged: all keys with their values but for single tables' optimizers; "???" where one must be given and is not.
-        from_file: what was given in files; of options of the optimizer, those of the one that was chosen.
-        from_command: what was given after it, and replaces it.
+        merged: all keys with their values, without the optimizers of single tables. The value is "???" if a key must be
+            given and is not.
+        from_file: the keys and values of files, without the options of an optimizer that the command line replaces.
+        from_command: the keys and values of the command line, which replace those of files.
     """
 
     merged: DictConfig
@@ -74,7 +75,7 @@ class Layers:
 
     @functools.cached_property
     def sources(self) -> Mapping[str, str]:
-        """Where the value of each key was given that is not the default."""
+        """The source of the value of each key that was given."""
         return {key: source for source, layer in [*self.from_file, *self.from_command] for key, _ in flatten(layer)}
 
     @functools.cached_property
@@ -85,10 +86,10 @@ class Layers:
 
 
 def read_layers(path: str | None, overrides: Sequence[str]) -> Layers:
-    """Reads a configuration as `load_config` does, of which keys that must be given may be missing.
+    """Reads a configuration that is not checked as a whole yet; keys that must be given may be missing.
 
     Raises:
-        UserError: as of `load_config`, but for what concerns missing keys and several keys together.
+        UserError: as `load_config`; missing keys are allowed, and keys are not compared with each other.
     """
     return _merge([] if path is None else [(path, _read_file(path))], overrides)
 
@@ -110,7 +111,7 @@ def load_without_data(path: str | None, overrides: Sequence[str]) -> Config:
     """Reads and checks a configuration as `load_config` does; keys that must be given and are not are "none".
 
     Raises:
-        UserError: as of `load_config`, but for missing keys.
+        UserError: as `load_config`; missing keys are allowed.
     """
     return _to_config(_filled(read_layers(path, overrides)))
 
@@ -127,7 +128,7 @@ def config_from_yaml(text: str, source: str, overrides: Sequence[str] = ()) -> C
 
     Args:
         text: YAML.
-        source: where it comes from, for messages.
+        source: the file that it was read from, for messages.
         overrides: `key=value` each.
 
     Raises:
