@@ -22,7 +22,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from embedtrain.config.optimizer import OPTIMIZERS, OptimizerConfig
 from embedtrain.config.sections import Config
 from embedtrain.optim import SparseOptimizer
-from embedtrain.recipes.registry import BUILT_IN, recipe_of
+from embedtrain.recipes.registry import BUILT_IN, DEFAULT_MODEL, recipe_of
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 MODULES = (
@@ -170,7 +170,7 @@ def settings() -> str:
         "Each key can stand in a run's YAML file, or anywhere after a command as `key=value`. `???` has to be given.\n",
         VALUES,
         "## Every model\n",
-        _table(_keys(Config, Config(), "")),
+        _table(_keys(Config, Config(model=DEFAULT_MODEL), "")),
     ]
     common = {key for key, _, _ in _keys(Config, Config(), "")}
     for name in BUILT_IN:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,14 +14,14 @@ import click
 import numpy as np
 
 from embedtrain import storage
-from embedtrain.commands.console import command, is_debugged, require_config, settings_argument
+from embedtrain.commands.console import ConfigFile, command, is_debugged, require_config, settings_argument
 from embedtrain.errors import UserError
 
 if TYPE_CHECKING:
     from embedtrain.config.sections import Config
 
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
-"""Where no grid is declared: these times the optimizer's own rate, of the file or by default."""
+"""Without --rates, the optimizer's own rate (from the file or by default) is multiplied by these."""
 
 TABLE_NAME, CSV_NAME, PLOT_NAME = "comparison.md", "comparison.csv", "comparison.png"
 
@@ -33,7 +34,7 @@ _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
 @command(
     "embedtrain compare configs/ranking.yaml data.path=train.csv --optimizers adam,rowwise_adagrad",
 )
-@click.argument("config", type=click.Path(), help="YAML file that all runs share.")
+@click.argument("config", type=ConfigFile(), help="YAML file that all runs share.")
 @settings_argument
 @click.option("--optimizers", required=True, metavar="A,B,...", help="Names of optimizers, as optimizer.name has them.")
 @click.option(
@@ -85,7 +86,7 @@ class Curve:
         return [a for a, _ in found], [b for _, b in found]
 
     def last(self, name: str) -> float | None:
-        """Returns the last value of a metric; None where it was never logged."""
+        """Returns the last value of a metric; None if it was never logged."""
         values = self.points("step", name)[1]
         return values[-1] if values else None
 
@@ -98,7 +99,7 @@ class Comparison:
         overrides: `key=value` each, of all.
         names: the optimizers.
         rates: learning rates to try, by optimizer; see `FACTORS` for the others.
-        folder: where runs and results go, any fsspec URL; the same command resumes what lies there.
+        folder: the folder of runs and results, any fsspec URL; the same command resumes the runs in it.
 
     Attributes:
         configs: of the runs, in the order to train them in.
@@ -200,7 +201,7 @@ class Comparison:
             for axis, (x, title) in zip(row, titles.items(), strict=True):
                 for number, curve in enumerate(best):
                     look = {"color": _COLORS[number % len(_COLORS)], "linestyle": _STYLES[number % len(_STYLES)]}
-                    # Few points, as of a measure by epoch, are marked: a line alone would hide where they are.
+                    # Few points, as of a measure by epoch, are marked: a line alone would hide them.
                     marker = "o" if len(curve.points(x, measure)[0]) <= 20 else None
                     axis.plot(
                         *curve.points(x, measure), label=f"{curve.optimizer}, rate {curve.lr:g}", marker=marker, **look
@@ -232,15 +233,19 @@ def parse_rates(declared: Sequence[str]) -> dict[str, list[float]]:
     """Returns learning rates by optimizer from "adam=0.001,0.01" each.
 
     Raises:
-        UserError: a text is not of this form.
+        UserError: a text is not of this form, or an optimizer or a rate is named twice.
     """
-    rates = {}
+    rates: dict[str, list[float]] = {}
     for text in declared:
         name, _, values = text.partition("=")
+        if name in rates:
+            raise UserError(f"--rates {name}=... is given twice: give all its rates in one list")
         try:
             rates[name] = [float(value) for value in values.split(",")]
         except ValueError as error:
             raise UserError(f"expected --rates NAME=RATE,RATE such as adam=0.001,0.01, got {text!r}") from error
+        if len(set(rates[name])) < len(rates[name]):
+            raise UserError(f"--rates {text} names a rate twice")
     return rates
 
 
@@ -249,6 +254,8 @@ def _check(overrides: Sequence[str], names: Sequence[str], rates: Mapping[str, S
 
     if not names:
         raise UserError("--optimizers names nothing to compare")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"--optimizers names {', '.join(twice)} twice")
     unknown = [name for name in [*names, *rates] if name not in OPTIMIZERS]
     if unknown:
         raise UserError(f"there is no optimizer {', '.join(unknown)}; there are {', '.join(OPTIMIZERS)}")

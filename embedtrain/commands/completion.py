@@ -15,12 +15,21 @@ from click.shell_completion import (
 from embedtrain.commands.console import EXIT_DONE, command
 
 
+def _edited(script: str, *edits: tuple[str, str]) -> str:
+    """Returns a script of click with parts replaced; another version of click may have other scripts."""
+    for old, new in edits:
+        assert old in script, f"expected {old!r} in click's script for the completion"
+        script = script.replace(old, new)
+    return script
+
+
 @add_completion_class
 class SettingsInBash(BashComplete):
     """Click's completion in bash, for words such as key=value, which bash takes for three words."""
 
-    source_template = BashComplete.source_template.replace(
-        "COMPREPLY+=($value)", "COMPREPLY+=($value); [[ $value == *= ]] && compopt -o nospace"
+    source_template = _edited(
+        BashComplete.source_template,
+        ("COMPREPLY+=($value)", "COMPREPLY+=($value); [[ $value == *= ]] && compopt -o nospace"),
     )
 
     def get_completion_args(self) -> tuple[list[str], str]:
@@ -42,19 +51,24 @@ class SettingsInBash(BashComplete):
 class SettingsInZsh(ZshComplete):
     """Click's completion in zsh, with the name of a file after `key=`, and without a space after it."""
 
-    source_template = ZshComplete.source_template.replace(
-        "            _path_files -f", "            [[ -prefix *= ]] && compset -P '*='\n            _path_files -f"
-    ).replace("compadd -U -V unsorted -a completions", "compadd -U -V unsorted -S '' -a completions")
+    source_template = _edited(
+        ZshComplete.source_template,
+        ("            _path_files -f", "            [[ -prefix *= ]] && compset -P '*='\n            _path_files -f"),
+        ("compadd -U -V unsorted -a completions", "compadd -U -V unsorted -S '' -a completions"),
+    )
 
 
 @add_completion_class
 class SettingsInFish(FishComplete):
     """Click's completion in fish, with the name of a file after `key=`."""
 
-    source_template = FishComplete.source_template.replace(
-        "__fish_complete_path $metadata[2];",
-        "set -l key (string match -r '^[^/=]+=' -- $metadata[2]);\n            printf '%%s\\n' "
-        "\"$key\"(__fish_complete_path (string replace -r '^[^/=]+=' '' -- $metadata[2]));",
+    source_template = _edited(
+        FishComplete.source_template,
+        (
+            "__fish_complete_path $metadata[2];",
+            "set -l key (string match -r '^[^/=]+=' -- $metadata[2]);\n            printf '%%s\\n' "
+            "\"$key\"(__fish_complete_path (string replace -r '^[^/=]+=' '' -- $metadata[2]));",
+        ),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import click
 
-from embedtrain.commands.console import EXIT_DONE, command, epilog, settings_argument, split_config
+from embedtrain.commands.console import EXIT_DONE, ConfigFile, command, epilog, settings_argument, split_config
 
 _EXAMPLES = ("embedtrain config show configs/word2vec.yaml optimizer.lr=0.1", "embedtrain config show model=ranking")
 
@@ -17,7 +17,7 @@ def config() -> None:
 
 
 @command(*_EXAMPLES)
-@click.argument("config", required=False, type=click.Path(), help="YAML file; without one, the defaults.")
+@click.argument("config", required=False, type=ConfigFile(), help="YAML file; without one, the defaults.")
 @settings_argument
 def show(config: str | None, settings: Sequence[str]) -> int:
     """Shows a configuration in full, and where values were given."""

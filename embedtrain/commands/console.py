@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from embedtrain.distributed.launcher import tell_launcher
@@ -123,6 +124,15 @@ class Setting(click.ParamType[str]):
         return [CompletionItem(f"{key}={each}") for each in choices if each.startswith(text)]
 
 
+class ConfigFile(click.Path):
+    """The path of a configuration file; a setting may stand in its place, and is completed as one."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Returns the settings that begin so, if the word names a section or a key; else any file."""
+        settings = Setting().shell_complete(ctx, param, incomplete) if re.search("[.=]", incomplete) else []
+        return settings or super().shell_complete(ctx, param, incomplete)
+
+
 def run_argument(function: Function) -> Function:
     """Declares the run folder."""
     return click.argument("path", metavar="RUN", type=click.Path(file_okay=False), help="Run folder.")(function)
@@ -172,6 +182,13 @@ def require_config(config: str | None, settings: Sequence[str]) -> tuple[str, li
     if path is None:
         raise UserError("expected a configuration file, such as configs/word2vec.yaml")
     return path, overrides
+
+
+def given_options(*names: str) -> list[str]:
+    """Returns which of some parameters of the current command are given on its command line, as options."""
+    context = click.get_current_context()
+    given = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    return [param.opts[0] for param in context.command.params if param.name in given]
 
 
 def is_debugged() -> bool:

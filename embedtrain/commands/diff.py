@@ -1,4 +1,4 @@
-"""`embedtrain diff`: which rows moved between two checkpoints, read in blocks, whatever numbers of ranks saved them."""
+"""`embedtrain diff`: which rows moved between two checkpoints, saved by any numbers of ranks and read in blocks."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Movement:
         mean: Euclidean distance on average, of the rows that are finite.
         names: of the rows that moved most, the furthest first.
         distances: of these.
-        cosines: between where these were and where they are; 0 where a row was or is zero.
+        cosines: between these rows before and after; 0 if one of the two is zero.
     """
 
     num_rows: int
@@ -108,11 +108,11 @@ class Movement:
 def print_difference(first_path: str, second_path: str, table: str | None, top: int) -> None:
     """Prints which rows of each table moved most from one checkpoint to another.
 
-    Rows are the same where their names are (words, raw ids, values); where there are no names, where their ids are.
+    Rows are compared by their names (words, raw ids, values), or by their ids if they have no names.
 
     Args:
         first_path: a run folder or the folder of a checkpoint, any fsspec URL.
-        second_path: likewise.
+        second_path: a run folder or the folder of a checkpoint, any fsspec URL.
         table: only this one; None for all.
         top: how many rows of each table to name.
 
@@ -136,8 +136,8 @@ def movement(name: str, first: Side, second: Side, top: int) -> tuple[Movement, 
 
     Args:
         name: a table of the same dim on both sides.
-        first: where its rows were.
-        second: where they are.
+        first: the side with the rows before.
+        second: the side with the rows after.
         top: how many rows to name.
 
     Raises:
@@ -173,8 +173,8 @@ class _Pairs:
     """Which row of one side is which of the other.
 
     Attributes:
-        names: of the first side's rows; None where rows have numbers alone.
-        ids: [n] of each side, pair by pair; None where each row has the same id on both.
+        names: of the first side's rows; None if rows have only numbers.
+        ids: [n] of each side, pair by pair; None if each row has the same id on both.
     """
 
     names: Sequence[str] | None
@@ -198,7 +198,7 @@ class _Pairs:
 def _blocks(
     name: str, first: Side, second: Side, pairs: _Pairs, num_rows: int, block: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yields ids of the first side, and the rows of both; in the order of the files where both have the same."""
+    """Yields ids of the first side, and the rows of both; in the order of the files if both have the same order."""
     import torch
 
     from embedtrain.sharding.layout import read_layout

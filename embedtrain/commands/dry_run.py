@@ -32,7 +32,6 @@ from embedtrain.train.task import Batches, StreamedBatches, Task
 
 HEAD_BYTES = 4 << 20
 _NUM_STEPS = 2
-_CACHE_KEY = "data.cache_path"
 
 
 def dry_run(config: Config, folder: RunFolder, runtime: Runtime) -> None:
@@ -97,12 +96,13 @@ def _head_of(config: Config, runtime: Runtime) -> Iterator[tuple[Config, bool]]:
 
     Collective: every rank, also as it is left.
     """
-    large = recipe_of(config.model).heads(config)
+    recipe = recipe_of(config.model)
+    large = recipe.heads(config)
     if not large:
         yield config, True
         return
     tried = copy.deepcopy(config)
-    cache_path = os.path.expanduser(value_at(config, _CACHE_KEY))
+    cache_path = os.path.expanduser(value_at(config, recipe.cache_key))
 
     def write() -> tuple[str, Mapping[str, list[str]]]:
         work_path = tempfile.mkdtemp(prefix="dry-run-", dir=make_cache_folder(cache_path))
@@ -117,7 +117,7 @@ def _head_of(config: Config, runtime: Runtime) -> Iterator[tuple[Config, bool]]:
         for key, paths in heads.items():
             set_value(tried, key, paths)
         if heads:
-            set_value(tried, _CACHE_KEY, work_path)
+            set_value(tried, recipe.cache_key, work_path)
         yield tried, not heads
     finally:
         if runtime.rank == 0:

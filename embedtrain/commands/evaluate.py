@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from embedtrain.commands.console import EXIT_DONE, command, run_argument, table_option
+from embedtrain.commands.console import EXIT_DONE, command, given_options, run_argument, table_option
+from embedtrain.errors import UserError
 
 if TYPE_CHECKING:
     from embedtrain.export import Vectors
@@ -32,14 +33,18 @@ def evaluate(
 ) -> int:
     """Measures a run on held-out data, or its words on word tests."""
     if not analogies and not similarity:
+        if unused := given_options("table", "restrict_vocab", "case_sensitive"):
+            raise UserError(f"{', '.join(unused)}: only for word tests, so give --analogies FILE or --similarity FILE")
         return _measure(path)
     from embedtrain.distributed.runtime import init_distributed
     from embedtrain.recipes.trained import open_run_vectors
 
-    with open_run_vectors(path, table, init_distributed(device="cpu")) as vectors:
-        print_evaluation(
-            vectors, analogies, similarity, restrict_vocab=restrict_vocab, case_insensitive=not case_sensitive
-        )
+    runtime = init_distributed(device="cpu")
+    with open_run_vectors(path, table, runtime) as vectors:
+        if runtime.rank == 0:
+            print_evaluation(
+                vectors, analogies, similarity, restrict_vocab=restrict_vocab, case_insensitive=not case_sensitive
+            )
     return EXIT_DONE
 
 

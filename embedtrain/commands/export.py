@@ -18,14 +18,16 @@ FORMAT_NAMES = ("word2vec", "word2vec-binary", "glove", "npy", "safetensors", "p
     "--output", required=True, metavar="PATH", type=click.Path(), help="New file, or new folder for projector."
 )
 @click.option("--max-rows", type=int, metavar="N", help="Only the N most frequent words.")
-@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file or folder.")
 def export(path: str, table: str | None, format_name: str, output: str, max_rows: int | None, overwrite: bool) -> int:
     """Writes the vectors of a run for other programs."""
     from embedtrain.distributed.runtime import init_distributed
     from embedtrain.export import export_vectors
     from embedtrain.recipes.trained import open_run_vectors
 
-    with open_run_vectors(path, table, init_distributed(device="cpu")) as vectors:
-        for written in export_vectors(vectors, format_name, output, overwrite=overwrite, max_rows=max_rows):
-            print(written)
+    runtime = init_distributed(device="cpu")
+    with open_run_vectors(path, table, runtime) as vectors:
+        if runtime.rank == 0:
+            for written in export_vectors(vectors, format_name, output, overwrite=overwrite, max_rows=max_rows):
+                print(written)
     return EXIT_DONE

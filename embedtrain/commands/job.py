@@ -55,7 +55,7 @@ def train_each(
     may_diverge: bool = False,
     finish: Callable[[], None] = lambda: None,
 ) -> int:
-    """Trains one run after another, and where all are done, rank 0 calls `finish`.
+    """Trains one run after another, and rank 0 calls `finish` when all are done.
 
     Args:
         configs: of the runs.
@@ -95,13 +95,13 @@ def _train_one(
 
 @dataclass(frozen=True)
 class _Job:
-    """What it takes to explain a failure.
+    """Holds what the explanation of a failure needs.
 
     Attributes:
         runtime: of this process.
         timeout_seconds: how long collectives wait.
         is_debugged: whether the user wants to see tracebacks.
-        folder: keeps why the run failed; None where nothing is to be written.
+        folder: the run folder, which keeps the reason of the failure; None to write nothing.
     """
 
     runtime: Runtime
@@ -110,14 +110,14 @@ class _Job:
     folder: RunFolder | None = None
 
     def note(self, text: str) -> None:
-        """Keeps why the run failed, where the folder can still be written to: the failure itself is the one to tell."""
+        """Writes the reason of the failure to the run folder; an error of writing must not hide the failure itself."""
         if self.folder is not None:
             with suppress(Exception):
                 self.folder.write_status("failed", EXIT_FAILED, error=text)
 
 
 def _explained(work: Callable[[], int], job: _Job) -> tuple[int, Exception | None]:
-    """Does the work of a job; where it fails, the user is told why, by the rank to blame. Collective: every rank."""
+    """Does the work of a job; if it fails, the rank to blame tells the user why. Collective: every rank."""
     runtime = job.runtime
     begin("the preparation")
     with Beacon(runtime):

@@ -20,9 +20,11 @@ def neighbors(path: str, query: Sequence[str], table: str | None, top: int) -> i
     from embedtrain.distributed.runtime import init_distributed
     from embedtrain.recipes.trained import open_run_vectors
 
-    with open_run_vectors(path, table, init_distributed(device="cpu")) as vectors:
-        text = " ".join(query)
-        print(text)
-        for word, cosine in export.neighbors(vectors, text, top):
-            print(f"  {cosine:.3f}  {word}")
+    runtime = init_distributed(device="cpu")
+    with open_run_vectors(path, table, runtime) as vectors:
+        if runtime.rank == 0:
+            text = " ".join(query)
+            print(text)
+            for word, cosine in export.neighbors(vectors, text, top):
+                print(f"  {cosine:.3f}  {word}")
     return EXIT_DONE

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import replace
-from types import SimpleNamespace
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from embedtrain.commands.console import command, settings_argument, split_config
+from embedtrain.commands.console import ConfigFile, command, settings_argument, split_config
 from embedtrain.errors import UserError
 from embedtrain.planning.sizes import parse_bandwidth, parse_bytes, parse_count
 
 if TYPE_CHECKING:
+    from embedtrain.config.sections import Config
     from embedtrain.planning.plan import Bandwidths
+    from embedtrain.recipes.workload import Workload
 
 EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
 
 
 @command("embedtrain plan configs/word2vec.yaml --rows 10e6 --world-size 8 --memory 16GiB")
-@click.argument("config", required=False, type=click.Path(), help="YAML file, such as configs/word2vec.yaml.")
+@click.argument("config", required=False, type=ConfigFile(), help="YAML file, such as configs/word2vec.yaml.")
 @settings_argument
 @click.option("--world-size", type=int, default=1, show_default=True, metavar="N", help="Number of ranks.")
 @click.option("--hosts", type=int, default=1, show_default=True, metavar="H", help="Number of hosts.")
@@ -42,47 +45,79 @@ EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
 @click.option("--probe", is_flag=True, help="Measure both bandwidths here: on torchrun's ranks, or on 2 of its own.")
 def plan(**options: Any) -> int:
     """Tells what a run needs on each rank, and bounds a step's time."""
-    options["config"], options["overrides"] = split_config(options["config"], options.pop("settings"))
-    return run_plan(SimpleNamespace(**options))
+    return run_plan(PlanOptions(**options))
 
 
-def run_plan(options: SimpleNamespace) -> int:
+@dataclass(frozen=True)
+class PlanOptions:
+    """The arguments and options of the command, as they are on the command line; None if not given."""
+
+    config: str | None
+    settings: Sequence[str]
+    world_size: int
+    hosts: int
+    memory: str | None
+    rows: Sequence[str]
+    skew: float
+    bag_length: float | None
+    memory_bandwidth: str | None
+    exchange_bandwidth: str | None
+    probe: bool
+
+    def check(self) -> None:
+        """Checks the ranges, and which options go together.
+
+        Raises:
+            UserError: an option is out of range, or would have no effect.
+        """
+        if self.world_size < 1 or self.hosts < 1 or self.world_size % self.hosts:
+            raise UserError(
+                f"expected --world-size a multiple of --hosts, both at least 1, got {self.world_size} and {self.hosts}"
+            )
+        if not 0 <= self.skew <= 10:
+            raise UserError(f"expected --skew between 0 (uniform) and 10, got {self.skew}")
+        if self.bag_length is not None and not 0 < self.bag_length < math.inf:
+            raise UserError(f"expected --bag-length above 0, got {self.bag_length}")
+        if self.probe and (self.memory_bandwidth is not None or self.exchange_bandwidth is not None):
+            raise UserError("--probe measures the bandwidths: leave out --memory-bandwidth and --exchange-bandwidth")
+        if self.exchange_bandwidth is not None and self.world_size == 1:
+            raise UserError("one rank exchanges nothing: leave out --exchange-bandwidth, or give --world-size")
+
+    def read_rows(self) -> tuple[dict[str, int], int | None]:
+        """Returns the rows by table, and the rows of all other tables.
+
+        Raises:
+            UserError: a text is no count, or something is given twice.
+        """
+        named: dict[str, int] = {}
+        others = []
+        for text in self.rows:
+            table, equals, count = text.rpartition("=")
+            if not equals:
+                others.append(parse_count(text))
+                continue
+            if not table:
+                raise UserError(f"expected --rows TABLE=N, got {text!r}")
+            if table in named:
+                raise UserError(f"--rows {table}=... is given twice")
+            named[table] = parse_count(count)
+        if len(others) > 1:
+            raise UserError(f"expected one --rows without a table's name, got {len(others)}")
+        return named, others[0] if others else None
+
+
+def run_plan(options: PlanOptions) -> int:
     """Runs the command; returns 0 if the plan fits, and 1 if it does not.
 
     Raises:
-        UserError: an argument is wrong, or something that the plan needs is unknown.
+        UserError: an argument is wrong or has no effect, or something that the plan needs is unknown.
     """
-    if options.world_size < 1 or options.hosts < 1 or options.world_size % options.hosts:
-        raise UserError(
-            "expected --world-size a multiple of --hosts, both at least 1, "
-            f"got {options.world_size} and {options.hosts}"
-        )
-    if not 0 <= options.skew <= 10:
-        raise UserError(f"expected --skew between 0 (uniform) and 10, got {options.skew}")
-    if options.bag_length is not None and not 0 < options.bag_length < math.inf:
-        raise UserError(f"expected --bag-length above 0, got {options.bag_length}")
-    if options.probe and (options.memory_bandwidth is not None or options.exchange_bandwidth is not None):
-        raise UserError("--probe measures the bandwidths: leave out --memory-bandwidth and --exchange-bandwidth")
-    if options.exchange_bandwidth is not None and options.world_size == 1:
-        raise UserError("one rank exchanges nothing: leave out --exchange-bandwidth, or give --world-size")
+    options.check()
     from embedtrain.planning.report import Request, print_plan
-    from embedtrain.recipes.building import workload_of
     from embedtrain.recipes.loading import load_without_data
-    from embedtrain.recipes.workload import Sizes
 
-    config = load_without_data(options.config, options.overrides)
-    named = dict(_named(rows, "rows") for rows in options.rows if "=" in rows)
-    others = [parse_count(rows) for rows in options.rows if "=" not in rows]
-    if len(others) > 1:
-        raise UserError(f"expected one --rows without a table's name, got {len(others)}")
-    sizes = Sizes(
-        {table: parse_count(count) for table, count in named.items()},
-        default_num_rows=others[0] if others else None,
-        default_bag_length=options.bag_length,
-        run_path=config.run.path,
-        exponent=options.skew,
-    )
-    workload = workload_of(config, sizes)
+    config = load_without_data(*split_config(options.config, options.settings))
+    workload = _workload(options, config)
     if options.bag_length is not None and all(table.num_bags is None for table in workload.tables):
         raise UserError("no table of this model has bags: leave out --bag-length")
     memory_bytes = None if options.memory is None else parse_bytes(options.memory)
@@ -93,7 +128,52 @@ def run_plan(options: SimpleNamespace) -> int:
     return EXIT_FITS if fits else EXIT_DOES_NOT_FIT
 
 
-def _bandwidths(options: SimpleNamespace, device: str) -> Bandwidths | None:
+def _workload(options: PlanOptions, config: Config) -> Workload:
+    """Returns what the run asks of its machines, from the sizes that are given or that its newest checkpoint has."""
+    from embedtrain.recipes.building import workload_of
+    from embedtrain.recipes.workload import Sizes, UnknownBagLengthError, UnknownRowsError
+
+    named, others = options.read_rows()
+    sizes = Sizes(
+        named,
+        default_num_rows=others,
+        default_bag_length=options.bag_length,
+        rows_of_run=_rows_of_run(config.run.path) if others is None else {},
+        exponent=options.skew,
+    )
+    try:
+        workload = workload_of(config, sizes)
+        if others is not None:
+            with suppress(UnknownRowsError):
+                workload_of(config, replace(sizes, default_num_rows=None))
+                raise UserError(f"the rows of every table are known without --rows {others}: leave it out")
+    except UnknownRowsError as error:
+        raise UserError(
+            f"{error}: give --rows {error.table}=N (or --rows N for all tables), or a run.path with a checkpoint of "
+            f"this model ({config.run.path!r} has none with this table)"
+        ) from error
+    except UnknownBagLengthError as error:
+        raise UserError(f"{error}: give --bag-length L") from error
+    return workload
+
+
+def _rows_of_run(run_path: str) -> dict[str, int]:
+    """Returns the rows of each table in a run's newest checkpoint; empty if there is none."""
+    from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
+    from embedtrain.train.run_folder import RunFolder
+
+    path = latest_checkpoint(RunFolder(run_path).checkpoints_path)
+    if path is None:
+        return {}
+    with CheckpointReader(path) as reader:
+        return {
+            name.removesuffix("/weight"): info.shape[0]
+            for name, info in reader.tensors.items()
+            if name.endswith("/weight")
+        }
+
+
+def _bandwidths(options: PlanOptions, device: str) -> Bandwidths | None:
     """Returns the bandwidths that are given or probed; None on the ranks of torchrun that have nothing to print."""
     from embedtrain.planning.plan import Bandwidths
 
@@ -114,10 +194,3 @@ def _bandwidths(options: SimpleNamespace, device: str) -> Bandwidths | None:
     if runtime.rank != 0:
         return None
     return found if options.world_size > 1 else replace(found, exchange=None)
-
-
-def _named(text: str, option: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise UserError(f"expected --{option} NAME=VALUE, got {text!r}")
-    return name, value

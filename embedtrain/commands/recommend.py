@@ -17,7 +17,7 @@ from embedtrain.errors import UserError
 @click.option("--top", type=int, default=10, show_default=True, metavar="N", help="How many items each.")
 @click.option("--include-known", is_flag=True, help="Also items that the user has already.")
 @click.option("--output", metavar="PATH", type=click.Path(), help="A new Parquet file, instead of printing.")
-@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@click.option("--overwrite", is_flag=True, help="Replace the file of --output if it exists.")
 def recommend(
     path: str,
     users: Sequence[str],
@@ -28,6 +28,8 @@ def recommend(
     overwrite: bool,
 ) -> int:
     """Prints or writes the best items of users of a retrieval run."""
+    if users and all_users:
+        raise UserError(f"expected the ids of users or --all, got --all and {', '.join(users)}")
     recommend_items(
         path,
         None if all_users else users,
@@ -69,6 +71,8 @@ def recommend_items(
         raise UserError("expected the ids of users, or --all with --output FILE")
     if users is None and output is None:
         raise UserError("--all needs --output FILE")
+    if overwrite and output is None:
+        raise UserError("--overwrite replaces the file of --output: give --output FILE too")
     from embedtrain.distributed.runtime import init_distributed
     from embedtrain.export.recommendations import write_recommendations
     from embedtrain.recipes.registry import recipe_of

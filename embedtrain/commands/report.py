@@ -18,5 +18,8 @@ def report(path: str, words: Sequence[str], output: str | None) -> int:
     from embedtrain.distributed.runtime import init_distributed
     from embedtrain.report import write_report
 
-    print(write_report(path, output, list(words), init_distributed(device="cpu")))
+    runtime = init_distributed(device="cpu")
+    written = write_report(path, output, list(words), runtime)
+    if runtime.rank == 0:
+        print(written)
     return EXIT_DONE

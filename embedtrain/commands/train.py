@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import click
 
-from embedtrain.commands.console import command, is_debugged, require_config, settings_argument
+from embedtrain.commands.console import ConfigFile, command, is_debugged, require_config, settings_argument
 from embedtrain.errors import UserError
 
 
@@ -14,7 +14,7 @@ from embedtrain.errors import UserError
     "torchrun --nproc-per-node 2 -m embedtrain train configs/word2vec.yaml data.path=corpus.txt",
     "embedtrain train configs/word2vec.yaml data.path=corpus.txt --dry-run",
 )
-@click.argument("config", type=click.Path(), help="YAML file, such as configs/word2vec.yaml.")
+@click.argument("config", type=ConfigFile(), help="YAML file, such as configs/word2vec.yaml.")
 @settings_argument
 @click.option("--profile", is_flag=True, help="Write a Chrome trace and seconds per stage of 50 steps.")
 @click.option("--dry-run", is_flag=True, help="Make two steps on the head of the data, print the plan, write nothing.")

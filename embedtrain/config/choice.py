@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from embedtrain.config.optimizer import FOR_ALL_OPTIMIZERS, FOR_ALL_TABLES, OPTIMIZERS, OptimizerConfig
 from embedtrain.config.values import flatten, shield, unshield
 from embedtrain.errors import UserError
+from embedtrain.optim.registry import usable
 
 Layer = tuple[str, Mapping[str, Any]]
 """Where keys and values come from, for messages; and they themselves, as nested dicts."""
@@ -33,7 +34,10 @@ def optimizer_of(layers: Sequence[Layer], default: OptimizerConfig) -> Optimizer
 
 
 def for_another_optimizer(layer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a layer without what it says of its optimizer alone: rate, formula, and tables without one by name."""
+    """Returns a layer without the settings that belong to its optimizer alone.
+
+    These are the learning rate, the options of the formula, and the tables whose optimizer is not named.
+    """
     section = layer.get("optimizer")
     if not isinstance(section, dict):
         return layer
@@ -67,7 +71,7 @@ def refuse_options_of_others(layer: Layer, optimizer: OptimizerConfig) -> None:
 def table_optimizers(
     from_file: Sequence[Layer], from_command: Sequence[Layer], main: OptimizerConfig, default: OptimizerConfig
 ) -> dict[str, dict[str, Any]]:
-    """Returns the name and all options of what trains single tables, by their names.
+    """Returns the name and all options of the optimizer of each single table, by the table's name.
 
     An entry that names no other optimizer than the main one has the main one's options, except for those that it
     gives. An entry that names another has the default values of that one.
@@ -149,8 +153,10 @@ def _with_option(section: DictConfig, kind: OptimizerConfig, table: str, given: 
 
 def _refuse_option_of_others(source: str, key: str, optimizer: OptimizerConfig, where: str) -> None:
     own = [field.name for field in fields(optimizer)]
-    owners = [name for name, kind in OPTIMIZERS.items() if key in [field.name for field in fields(kind)]]
-    if key not in own and owners:
+    if key in own:
+        return
+    owners = [name for name, kind in usable(OPTIMIZERS).items() if key in [field.name for field in fields(kind)]]
+    if owners:
         raise UserError(
             f"{source}: {where}the optimizer {optimizer.name} has no option {key}, {' and '.join(owners)} "
             f"{'has' if len(owners) == 1 else 'have'}; its own are {', '.join(own)}"

@@ -19,7 +19,7 @@ from embedtrain.optim.optimizer import OF_A_STEP
 
 @dataclass
 class _Chosen:
-    """What stands first in a section."""
+    """The first keys of a section: the name of the optimizer and its learning rate."""
 
     name: str = "???"
     lr: float = 0.01
@@ -36,7 +36,7 @@ class OptimizerConfig(optim.CommonOptions, _Chosen):
     optimizer with other options. A loaded configuration has the name and all options of each."""
 
     def of_table(self, table: str) -> OptimizerConfig:
-        """Returns what trains a table, without what is for all tables together."""
+        """Returns the optimizer of a table, without the options for all tables together."""
         if table in self.tables:
             return section(**self.tables[table])
         return type(self)(**self.row_options())
@@ -76,6 +76,9 @@ class _Sections(Mapping[str, type[OptimizerConfig]]):
     def __getitem__(self, name: str) -> type[OptimizerConfig]:
         return _section_of(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in optim.OPTIMIZERS
+
     def __iter__(self) -> Iterator[str]:
         return iter(optim.OPTIMIZERS)
 
@@ -97,9 +100,21 @@ def _section_of(name: str) -> type[OptimizerConfig]:
     """Makes the section of an optimizer from its class.
 
     Raises:
-        UserError: the class does not take the common options, or has no learning rate.
+        UserError: the class does not take the common options, has no learning rate, or cannot be a section.
     """
     kind = optim.OPTIMIZERS[name]
+    try:
+        return _make_section(name, kind)
+    except UserError:
+        raise
+    except Exception as error:  # a foreign class may have arguments, annotations and defaults of any kind
+        raise UserError(
+            f"the optimizer {name}: the arguments of {kind.__name__} cannot be settings: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _make_section(name: str, kind: type[optim.SparseOptimizer]) -> type[OptimizerConfig]:
     _, _, *parameters = inspect.signature(kind.__init__).parameters.values()
     own = [each for each in parameters if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)]
     if not any(each.kind is each.VAR_KEYWORD for each in parameters) or "lr" not in [each.name for each in own]:

@@ -28,7 +28,7 @@ def set_value(config: Config, key: str, value: Any) -> None:
 
 
 def differing_keys(earlier_yaml: str, config: Config, may_change: tuple[str, ...] = ()) -> list[str]:
-    """Returns the keys whose values differ and define what is trained, each with both values.
+    """Returns the keys that define the result of a run and differ, each with both values.
 
     Args:
         earlier_yaml: the resolved configuration to compare with.

@@ -22,7 +22,7 @@ class RunConfig:
     path: str = "runs/default"
     """Folder of the run, any fsspec URL; the same command resumes what lies there."""
     device: str = "auto"
-    """auto (a GPU a rank where there are any), cpu or cuda."""
+    """auto (one GPU per rank if the host has GPUs, else cpu), cpu or cuda."""
     timeout_seconds: float = 600.0
     """How long a collective waits for a rank before the run fails."""
 
@@ -38,7 +38,7 @@ class TableConfig:
     wire_dtype: Literal["float32", "bfloat16"] | None = None
     """In which vectors and gradients travel between ranks; null: as stored, and float32."""
     placement: Literal["device", "host", "auto"] = "device"
-    """Where rows and optimizer state live; auto takes host memory where the GPU's does not suffice."""
+    """Where rows and optimizer state live; auto takes host memory if the GPU's does not suffice."""
     cache_bytes: int | None = None
     """Of the GPU's memory, for copies of hot rows that live on the host; null for half of what is free."""
 
@@ -91,9 +91,9 @@ class CheckpointConfig:
     max_failures: int = 3
     """Failed saves in a row that are only warned of."""
     full_every: int = 1
-    """Each so manieth save holds all rows, those between only the rows touched since the last; 1 for all rows."""
+    """Every `full_every`-th save is full; the others hold only changed rows."""
     keep_last: int | None = 3
-    """How many of the newest stay. Where keep_last, keep_every and keep_best are null, all stay."""
+    """How many of the newest stay. If keep_last, keep_every and keep_best are null, all stay."""
     keep_every: int | None = None
     """Checkpoints stay whose step is a multiple of this."""
     keep_best: int | None = None
@@ -123,7 +123,7 @@ class LogConfig:
 
     every_steps: int = 50
     tensorboard: bool = True
-    """Also write scalars for TensorBoard into the run folder, where that is local."""
+    """Also write scalars for TensorBoard into the run folder, if that is local."""
     rows_every_steps: int | None = 1000
     """How often TensorBoard gets the rows' effective learning rates and the growth of the optimizer's state."""
 

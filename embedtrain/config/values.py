@@ -22,19 +22,38 @@ class Unset(str):
     """A plain `???` of a YAML file: the key has to be given elsewhere. A quoted one is a text."""
 
 
+_MAX_NODES = 100_000
+"""Values in a document, with each alias counted as the values that it stands for."""
+
+
 def compose(text: str) -> yaml.Node | None:
     """Parses a YAML document, of which `read` returns the values; None for an empty one.
 
     Raises:
-        ValueError: it is not valid YAML.
+        ValueError: it is not valid YAML, or its aliases stand for too many values.
     """
     try:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        # Aliases of lists of aliases stand for exponentially many values ("billion laughs").
+        if node is not None and "*" in text and _count(node, {}) > _MAX_NODES:
+            raise ValueError(f"this YAML stands for more than {_MAX_NODES:,} values, because of its aliases (*name)")
+        return node
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
         raise ValueError(f"this is not valid YAML: {error.problem}{line}") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"this is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """Returns the number of values that a node stands for; an alias is the node that it names."""
+    if id(node) not in known:
+        # An alias of a collection within itself counts as none here: `read` refuses it.
+        known[id(node)] = 0
+        below = [each for pair in node.value for each in pair] if isinstance(node, yaml.MappingNode) else node.value
+        is_collection = isinstance(node, yaml.CollectionNode)
+        known[id(node)] = 1 + (sum(_count(each, known) for each in below) if is_collection else 0)
+    return known[id(node)]
 
 
 def read(node: yaml.Node | None, hint: Any, key: str = "") -> Any:
@@ -163,7 +182,7 @@ def _hints(section: type[Any]) -> Mapping[str, Any]:
 
 
 def _hint_of(hint: Any, name: str) -> Any:
-    """Returns the annotation of what stands under a name; None if it is not known."""
+    """Returns the annotation of the value under a name; None if it is not known."""
     for each in _members(hint):
         if isinstance(each, type) and is_dataclass(each):
             return _hints(each).get(name)

@@ -1,19 +1,31 @@
 """Sparse optimizers: formulas over the rows that a step touched."""
 
+from typing import Any
+
 from embedtrain.optim.combined import Combined
 from embedtrain.optim.formulas import SGD, Adagrad, Adam, RMSprop, RowwiseAdagrad, RowwiseAdam
 from embedtrain.optim.optimizer import CommonOptions, RowState, SparseOptimizer
-from embedtrain.optim.registry import Optimizers
+from embedtrain.optim.registry import Registry
 
-OPTIMIZERS = Optimizers(
+
+def _check(found: Any) -> type[SparseOptimizer]:
+    if not (isinstance(found, type) and issubclass(found, SparseOptimizer)):
+        raise TypeError("a subclass of embedtrain.optim.SparseOptimizer")
+    return found
+
+
+OPTIMIZERS = Registry(
+    "optimizer",
+    "embedtrain.optimizers",
     {
-        "rowwise_adagrad": RowwiseAdagrad,
-        "adagrad": Adagrad,
-        "sgd": SGD,
-        "adam": Adam,
-        "rowwise_adam": RowwiseAdam,
-        "rmsprop": RMSprop,
-    }
+        "rowwise_adagrad": "embedtrain.optim.formulas:RowwiseAdagrad",
+        "adagrad": "embedtrain.optim.formulas:Adagrad",
+        "sgd": "embedtrain.optim.formulas:SGD",
+        "adam": "embedtrain.optim.formulas:Adam",
+        "rowwise_adam": "embedtrain.optim.formulas:RowwiseAdam",
+        "rmsprop": "embedtrain.optim.formulas:RMSprop",
+    },
+    _check,
 )
 """The optimizers by their names in a configuration."""
 

@@ -37,7 +37,7 @@ class PendingVerdict:
 
 
 def reason_of(veto: str | None, loss: Tensor | None) -> str | None:
-    """Returns what, other than its gradients, speaks against a step on this rank; None if nothing does."""
+    """Returns why this rank refuses a step whatever its gradients: a veto or a loss that is not finite; else None."""
     if veto is None and loss is not None and not math.isfinite(total := float(loss)):
         return f"the loss is {total}"
     return veto

@@ -1,63 +1,108 @@
-"""The optimizers by their names in a configuration."""
+"""What a configuration chooses by name: the choices of this package, and those that installed packages offer."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
 
 from embedtrain.errors import UserError
-from embedtrain.optim.optimizer import SparseOptimizer
 
-ENTRY_POINTS = "embedtrain.optimizers"
-"""The group of entry points by which an installed package offers optimizers of its own."""
+T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
 
 
-class Optimizers(Mapping[str, type[SparseOptimizer]]):
-    """The optimizers of this package, and those that installed packages offer.
+class Registry(Mapping[str, T]):
+    """Objects of one kind by name, those of this package first.
+
+    An installed package offers its own by an entry point. The names are known without an import. An object is imported
+    when it is asked for by its name, so a broken package disturbs nobody who does not use it.
 
     Args:
-        own: the optimizers of this package by their names.
-
-    Raises:
-        UserError: an installed package offers a name that is taken, or something that is no optimizer.
+        noun: what an object is, for messages.
+        group: the group of entry points by which installed packages offer objects.
+        own: the objects of this package by name, each as "module:attribute".
+        check: returns an object of an installed package; raises TypeError with what was expected if it is wrong.
     """
 
-    def __init__(self, own: Mapping[str, type[SparseOptimizer]]) -> None:
-        self._own = dict(own)
+    def __init__(self, noun: str, group: str, own: Mapping[str, str], check: Callable[[Any], T]) -> None:
+        self._noun, self._group, self._own, self._check = noun, group, own, check
+        self._loaded: dict[str, T] = {}
 
-    def __getitem__(self, name: str) -> type[SparseOptimizer]:
-        return self._own[name] if name in self._own else _load(self._offered[name])
+    def __getitem__(self, name: str) -> T:
+        """Returns the object of a name.
+
+        Raises:
+            KeyError: there is no such name.
+            UserError: several packages offer it, or its package is broken.
+        """
+        if name not in self._loaded:
+            self._loaded[name] = self._load(name, self._entries[name])
+        return self._loaded[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._own
-        yield from self._offered
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._own) + len(self._offered)
+        return len(self._entries)
 
     # Looking through what is installed takes some 30 ms: `import embedtrain` does not wait for it.
     @functools.cached_property
-    def _offered(self) -> dict[str, EntryPoint]:
-        found: dict[str, EntryPoint] = {}
-        for point in entry_points(group=ENTRY_POINTS):
-            if point.name in self._own or (point.name in found and found[point.name] != point):
-                raise UserError(
-                    f"{_origin(point)} offers an optimizer {point.name!r}, and there is another of that name"
+    def _entries(self) -> dict[str, list[EntryPoint]]:
+        found = {name: [EntryPoint(name, value, self._group)] for name, value in self._own.items()}
+        for entry in entry_points(group=self._group):
+            if entry.name in self._own:
+                warn_once(
+                    f"package {_package_of(entry)} offers the {self._noun} {entry.name!r}, "
+                    "which embedtrain has itself: it is not used"
                 )
-            found[point.name] = point
+            elif entry not in (others := found.setdefault(entry.name, [])):
+                others.append(entry)
         return found
 
+    def _load(self, name: str, entries: list[EntryPoint]) -> T:
+        first, *others = entries
+        if others:
+            packages = ", ".join(map(_package_of, entries))
+            raise UserError(
+                f"the {self._noun} {name!r} is offered by several packages: {packages}; uninstall all but one of them"
+            )
+        if name in self._own:
+            own: T = first.load()
+            return own
+        offer = f"package {_package_of(first)} offers the {self._noun} {name!r}"
+        try:
+            found = first.load()
+        except Exception as error:  # a foreign module may raise anything when it is imported
+            raise UserError(f"{offer}, and importing {first.value} failed: {type(error).__name__}: {error}") from error
+        try:
+            return self._check(found)
+        except TypeError as error:
+            raise UserError(f"{offer}: expected {first.value} to be {error}, got {type(found).__name__}") from error
 
-def _load(point: EntryPoint) -> type[SparseOptimizer]:
-    try:
-        kind = point.load()
-    except Exception as error:  # a foreign module may raise anything when it is imported
-        raise UserError(f"the optimizer {point.name} of {_origin(point)} cannot be loaded: {error}") from error
-    if not (isinstance(kind, type) and issubclass(kind, SparseOptimizer)):
-        raise UserError(f"{_origin(point)} offers {point.value} as the optimizer {point.name}, not a SparseOptimizer")
-    return kind
+
+def usable(registry: Mapping[str, T]) -> dict[str, T]:
+    """Returns all entries that can be loaded, by name; warns once of each that cannot."""
+    found = {}
+    for name in registry:
+        try:
+            found[name] = registry[name]
+        except UserError as error:
+            warn_once(str(error))
+    return found
 
 
-def _origin(point: EntryPoint) -> str:
-    return f"the package {point.dist.name}" if point.dist is not None else "an installed package"
+@functools.cache
+def warn_once(message: str) -> None:
+    """Logs a warning, unless it was logged before."""
+    _logger.warning(message)
+
+
+def _package_of(entry: EntryPoint) -> str:
+    return entry.value if entry.dist is None else entry.dist.name

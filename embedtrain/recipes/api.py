@@ -1,4 +1,4 @@
-"""What a recipe is written with: a model that `embedtrain train` trains. The built-in recipes have a folder each."""
+"""The names that a recipe imports. A recipe describes a model that `embedtrain train` can train."""
 
 from __future__ import annotations
 

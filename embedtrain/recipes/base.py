@@ -50,12 +50,14 @@ class Grow(Generic[ConfigT, DataT]):
         vocabularies: returns the names that prepared data have, in the order of `names`.
         tables: returns the tables for prepared data.
         facts: returns the facts of prepared data, as `Parts.facts`.
+        data_key: the key of the data, which must be given anew.
     """
 
     names: Sequence[Names]
     vocabularies: Callable[[DataT], Sequence[Vocabulary]]
     tables: Callable[[ConfigT, DataT], Sequence[TableSpec]]
     facts: Callable[[DataT], Mapping[str, Any]]
+    data_key: str = "data.path"
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Recipe(Generic[ConfigT, DataT]):
         build: collective; builds model, optimizers and batches from a configuration and prepared data.
         workload: returns what a run asks of its machines, from a configuration and sizes; no data are read.
         heads: returns the keys of data that may be large, each with the format and layout of its files. A dry run
-            replaces them by their first megabytes, and `data.cache_path` by a folder of its own.
+            replaces them by their first megabytes.
+        cache_key: the key of the folder of prepared data; a dry run gives it a folder of its own. Needed with `heads`.
         held_out: the key of held-out data, without which a run is not evaluated; None if a run needs no such key.
         grow: how a trained run gets rows for new names; None if it cannot.
         open: collective; opens the vectors of a trained run by the name of a table, None for the usual one. None if the
@@ -83,6 +86,7 @@ class Recipe(Generic[ConfigT, DataT]):
     build: Callable[[ConfigT, Runtime, DataT], Parts]
     workload: Callable[[ConfigT, Sizes], Workload]
     heads: Callable[[ConfigT], Mapping[str, tuple[str, Layout]]] = lambda config: {}
+    cache_key: str = "data.cache_path"
     held_out: str | None = None
     grow: Grow[ConfigT, DataT] | None = None
     open: Callable[[ConfigT, Runtime, str | None], Vectors] | None = None

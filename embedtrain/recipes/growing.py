@@ -78,7 +78,7 @@ def grow_run(run_path: str, new_path: str, overrides: Sequence[str], runtime: Ru
     Args:
         run_path: folder of a run whose model can grow and whose tables all have names.
         new_path: folder of the new run.
-        overrides: `key=value` each, settings that replace those of the old run; `data.path` among them.
+        overrides: `key=value` each, settings that replace those of the old run; `Grow.data_key` among them.
         runtime: of this process, which must be alone.
 
     Raises:
@@ -98,7 +98,7 @@ def grow_run(run_path: str, new_path: str, overrides: Sequence[str], runtime: Ru
         raise UserError(f"{old_folder.path} has no {CONFIG_NAME}: it is not the folder of a run")
     source = old_folder.join(CONFIG_NAME)
     grow = _grow_of(config_from_yaml(text, source), old_folder.path)
-    _refuse_own_keys(grow.names, overrides)
+    _refuse_own_keys(grow, overrides)
     config = config_from_yaml(text, source, overrides)
     _refuse_changes(text, config)
     _grow_of(config, old_folder.path)
@@ -167,10 +167,10 @@ def _grow_of(config: Config, run_path: str) -> Grow[Any, Any]:
     return grow
 
 
-def _refuse_own_keys(names: Sequence[Names], overrides: Sequence[str]) -> None:
-    if not any(override.startswith("data.path=") for override in overrides):
-        raise UserError("expected data.path=PATH, the data with what is new")
-    own_keys = ["run.path", *(key for each in names for key in (each.base_key, each.init_key))]
+def _refuse_own_keys(grow: Grow[Any, Any], overrides: Sequence[str]) -> None:
+    if not any(override.startswith(f"{grow.data_key}=") for override in overrides):
+        raise UserError(f"expected {grow.data_key}=PATH, the data with what is new")
+    own_keys = ["run.path", *(key for each in grow.names for key in (each.base_key, each.init_key))]
     own = [override for override in overrides if override.partition("=")[0] in own_keys]
     if own:
         raise UserError(f"{', '.join(own)}: grow itself sets this for the new run; leave it out")
@@ -203,7 +203,7 @@ def _prepare(
 
 
 def _keep_names(old_folder: RunFolder, folder: RunFolder, name: str) -> tuple[Vocabulary, str]:
-    """Copies a file of names to the new run; returns them and where they are now."""
+    """Copies a file of names to the new run; returns the names and the path of the copy."""
     try:
         names = Vocabulary.load(old_folder.join(name))
     except FileNotFoundError as error:

@@ -39,7 +39,8 @@ from embedtrain.config.values import (
     unshield,
 )
 from embedtrain.errors import UserError
-from embedtrain.recipes.registry import DEFAULT_MODEL, recipe_of, usable_models
+from embedtrain.optim.registry import usable
+from embedtrain.recipes.registry import DEFAULT_MODEL, RECIPES, recipe_of
 
 _MERGE_ERRORS = (OmegaConfBaseException, ValueError, TypeError, AttributeError, KeyError)
 """What omegaconf raises for values that do not fit; the last four slip through it."""
@@ -63,9 +64,10 @@ class Layers:
     """A configuration before it is checked as a whole.
 
     Attributes:
-        merged: all keys with their values but for single tables' optimizers; "???" where one must be given and is not.
-        from_file: what was given in files; of options of the optimizer, those of the one that was chosen.
-        from_command: what was given after it, and replaces it.
+        merged: all keys with their values, without the optimizers of single tables. The value is "???" if a key must be
+            given and is not.
+        from_file: the keys and values of files, without the options of an optimizer that the command line replaces.
+        from_command: the keys and values of the command line, which replace those of files.
     """
 
     merged: DictConfig
@@ -74,7 +76,7 @@ class Layers:
 
     @functools.cached_property
     def sources(self) -> Mapping[str, str]:
-        """Where the value of each key was given that is not the default."""
+        """The source of the value of each key that was given."""
         return {key: source for source, layer in [*self.from_file, *self.from_command] for key, _ in flatten(layer)}
 
     @functools.cached_property
@@ -85,10 +87,10 @@ class Layers:
 
 
 def read_layers(path: str | None, overrides: Sequence[str]) -> Layers:
-    """Reads a configuration as `load_config` does, of which keys that must be given may be missing.
+    """Reads a configuration that is not checked as a whole yet; keys that must be given may be missing.
 
     Raises:
-        UserError: as of `load_config`, but for what concerns missing keys and several keys together.
+        UserError: as `load_config`; missing keys are allowed, and keys are not compared with each other.
     """
     return _merge([] if path is None else [(path, _read_file(path))], overrides)
 
@@ -110,7 +112,7 @@ def load_without_data(path: str | None, overrides: Sequence[str]) -> Config:
     """Reads and checks a configuration as `load_config` does; keys that must be given and are not are "none".
 
     Raises:
-        UserError: as of `load_config`, but for missing keys.
+        UserError: as `load_config`; missing keys are allowed.
     """
     return _to_config(_filled(read_layers(path, overrides)))
 
@@ -127,7 +129,7 @@ def config_from_yaml(text: str, source: str, overrides: Sequence[str] = ()) -> C
 
     Args:
         text: YAML.
-        source: where it comes from, for messages.
+        source: the file that it was read from, for messages.
         overrides: `key=value` each.
 
     Raises:
@@ -177,7 +179,7 @@ def _merge_layers(model: str, from_file: list[Layer], from_command: list[Layer])
     merged.optimizer = default if chosen.name == default.name else chosen
     for source, layer in layers:
         refuse_options_of_others((source, layer), chosen)
-        _refuse_unknown_keys(source, layer, model)
+        _refuse_unknown_keys(source, layer, model, chosen.name)
         try:
             merged = OmegaConf.merge(merged, shield(without_tables(layer)))
         except _MERGE_ERRORS as error:
@@ -250,13 +252,15 @@ def _config_of(model: str) -> type[Config]:
     return kind
 
 
-def _refuse_unknown_keys(source: str, layer: Mapping[str, Any], model: str) -> None:
-    known = list(_known_keys(model))
-    sections = list(dict.fromkeys(_beginnings(known)))
+def _refuse_unknown_keys(source: str, layer: Mapping[str, Any], model: str, optimizer: str) -> None:
+    # The keys of other optimizers are for the message alone: they take an import of every package that offers one.
+    own = _known_keys(model, optimizer)
     for key, _ in flatten(layer):
-        if key.startswith(f"{TABLES}.") or _is_among(key, [*known, *sections]):
+        if key.startswith(f"{TABLES}.") or _is_among(key, [*own, *_beginnings(own)]):
             continue  # the options of single tables depend on their optimizer, and are refused with it
-        owners = [name for name in usable_models() if _is_among(key, _known_keys(name))]
+        known = list(_known_keys(model))
+        sections = list(dict.fromkeys(_beginnings(known)))
+        owners = [name for name in usable(RECIPES) if _is_among(key, _known_keys(name))]
         of_another = f" (it is one of model {' and '.join(owners)})" if owners else ""
         meant = _config_of(model).MEANT.get(key.rpartition(".")[2])
         near = [meant] if meant else difflib.get_close_matches(key, known + sections, n=1, cutoff=0.5)
@@ -265,38 +269,45 @@ def _refuse_unknown_keys(source: str, layer: Mapping[str, Any], model: str) -> N
 
 
 @functools.cache
-def _known_keys(model: str) -> tuple[str, ...]:
-    """Returns the full keys of a model's configuration, as `_keys_of` yields them."""
-    return tuple(_keys_of(_config_of(model)))
+def _known_keys(model: str, optimizer: str | None = None) -> tuple[str, ...]:
+    """Returns the full keys of a model's configuration with an optimizer of a name; None for all optimizers."""
+    kinds = usable(OPTIMIZERS).values() if optimizer is None else [OPTIMIZERS[optimizer]]
+    options = tuple(dict.fromkeys(option.name for kind in kinds for option in fields(kind)))
+    return tuple(_keys_of(_config_of(model), options))
 
 
-def _keys_of(section: type[Any], prefix: str = "") -> Iterator[str]:
-    """Yields the full keys of a section; NAME stands for what the user calls each entry of a dict of sections."""
+def _keys_of(section: type[Any], options: Sequence[str], prefix: str = "") -> Iterator[str]:
+    """Yields the full keys of a section; NAME stands for what the user calls each entry of a dict of sections.
+
+    Args:
+        section: the class of the section.
+        options: the options of optimizers.
+        prefix: what stands before the section's own keys.
+    """
     hints = get_type_hints(section)
     for field in fields(section):
         hint = hints[field.name]
         key = f"{prefix}{field.name}"
         if hint is OptimizerConfig:
-            names = {option.name: None for kind in OPTIMIZERS.values() for option in fields(kind)}
-            yield from (f"{key}.{name}" for name in names)
+            yield from (f"{key}.{name}" for name in options)
         elif is_dataclass(hint) and isinstance(hint, type):
-            yield from _keys_of(hint, f"{key}.")
+            yield from _keys_of(hint, options, f"{key}.")
         elif get_origin(hint) is dict and is_dataclass(get_args(hint)[1]):
-            yield from _keys_of(get_args(hint)[1], f"{key}.NAME.")
+            yield from _keys_of(get_args(hint)[1], options, f"{key}.NAME.")
         else:
             yield key
 
 
 def setting_keys() -> list[str]:
     """Returns the keys of all models, in order; of the entries of a dict of sections none."""
-    return sorted({key for name in usable_models() for key in _known_keys(name) if ".NAME." not in key})
+    return sorted({key for name in usable(RECIPES) for key in _known_keys(name) if ".NAME." not in key})
 
 
 def setting_choices(key: str) -> list[str]:
     """Returns the values that a key can have, of any model; none if they are not few."""
     if key == "optimizer.name":
         return list(OPTIMIZERS)
-    return list(dict.fromkeys(choice for model in usable_models() for choice in choices_of(key, _config_of(model))))
+    return list(dict.fromkeys(choice for model in usable(RECIPES) for choice in choices_of(key, _config_of(model))))
 
 
 def _beginnings(keys: Iterable[str]) -> Iterator[str]:

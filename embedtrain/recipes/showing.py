@@ -1,4 +1,4 @@
-"""A configuration in full, each value with where it comes from."""
+"""Shows a configuration in full, with the source of each value."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _COLUMN = 48
 
 
 def show_config(path: str | None, overrides: Sequence[str]) -> str:
-    """Returns the resolved configuration as YAML with a remark at each value: where it was given, if it was.
+    """Returns the resolved configuration as YAML with a remark at each value that was given: its source.
 
     Args:
         path: a YAML file; None for the defaults.
         overrides: `key=value` each.
 
     Raises:
-        UserError: as of `embedtrain.config.load_config`, but for keys that must be given: a remark says so.
+        UserError: as `load_config`; missing keys are allowed, and a remark says that they must be given.
     """
     layers = read_layers(path, overrides)
     resolved = resolve_layers(layers)

@@ -1,4 +1,4 @@
-"""What a run asks of its machines: its tables, what a step looks up in them, and what comes beside them."""
+"""Describes what a run needs of its machines: tables, the look-ups of a step, the dense part and checkpoints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
 from embedtrain.config.optimizer import DenseOptimizerConfig
 from embedtrain.config.sections import Config
 from embedtrain.distributed.ranks import ONE_PROCESS
@@ -19,7 +18,6 @@ from embedtrain.errors import UserError
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.recipes.optimizers import states_of_row
 from embedtrain.sharding.layout import MAX_ROWS
-from embedtrain.train.run_folder import RunFolder
 
 _EXACT_RANKS = 1000
 _BLOCK_RATIO = 1.02
@@ -145,12 +143,12 @@ class TableLoad:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run asks of its machines.
+    """Describes what a run needs of its machines.
 
     Attributes:
         tables: the sharded tables.
         dense_bytes: parameters and optimizer state that every rank holds whole.
-        reduced_bytes: what all ranks have a copy of and add up in a step, such as the dense part's gradients.
+        reduced_bytes: size of the tensors that all ranks sum in a step, such as the gradients of the dense part.
         batch_bytes: the batch of a step, over all ranks.
         save_bytes: the most memory that a background save takes on a rank; None for no limit.
         num_checkpoints: the most checkpoints that lie in the run folder at once, the one being written included.
@@ -164,16 +162,32 @@ class Workload:
     num_checkpoints: int = 1
 
 
+class UnknownRowsError(UserError):
+    """The number of rows of a table depends on data that nobody has read yet."""
+
+    def __init__(self, table: str) -> None:
+        super().__init__(f"the rows of table {table!r} come from the data")
+        self.table = table
+
+
+class UnknownBagLengthError(UserError):
+    """The mean number of ids per bag depends on data that nobody has read yet."""
+
+    def __init__(self, table: str) -> None:
+        super().__init__(f"the number of ids in a bag of {table!r} comes from the data")
+        self.table = table
+
+
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of tables that data decide: known from data or from a run, or assumed.
+    """The sizes of tables that depend on the data: known from the data or from a run, or assumed.
 
     Attributes:
-        num_rows: rows of each table that they are known of.
-        bag_lengths: for tables that bags are looked up in, the mean number of ids per bag.
+        num_rows: rows by table, of the tables whose rows are known.
+        bag_lengths: mean number of ids per bag, by table.
         default_num_rows: rows of every other table; None if unknown.
         default_bag_length: mean ids per bag of every other table; None if unknown.
-        run_path: run folder whose newest checkpoint knows the rows of its tables.
+        rows_of_run: rows by table, from a checkpoint; used if `num_rows` and `default_num_rows` do not say.
         exponent: ids follow Zipf's law with this exponent; 0 is uniform.
     """
 
@@ -181,32 +195,29 @@ class Sizes:
     bag_lengths: Mapping[str, float] = field(default_factory=dict)
     default_num_rows: int | None = None
     default_bag_length: float | None = None
-    run_path: str | None = None
+    rows_of_run: Mapping[str, int] = field(default_factory=dict)
     exponent: float = 1.0
 
     def rows_of(self, table: str) -> int:
         """Returns the number of rows of a table.
 
         Raises:
-            UserError: it is unknown.
+            UnknownRowsError: it is unknown.
+            UserError: it is too large.
         """
         if table in self.num_rows:
             return _at_most_all(self.num_rows[table], table)
         if self.default_num_rows is not None:
             return _at_most_all(self.default_num_rows, table)
-        rows = self._rows_of_run()
-        if table not in rows:
-            raise UserError(
-                f"the rows of table {table!r} come from the data: give --rows {table}=N (or --rows N for all tables), "
-                f"or a run.path with a checkpoint of this model ({self.run_path!r} has none with this table)"
-            )
-        return rows[table]
+        if table not in self.rows_of_run:
+            raise UnknownRowsError(table)
+        return self.rows_of_run[table]
 
     def ids_of(self, table: str) -> IdDistribution:
         """Returns the distribution of the ids that are looked up in a table.
 
         Raises:
-            UserError: the number of rows is unknown.
+            UnknownRowsError: the number of rows is unknown.
         """
         return IdDistribution.zipf(self.rows_of(table), self.exponent)
 
@@ -214,12 +225,12 @@ class Sizes:
         """Returns the mean number of ids per bag of a table.
 
         Raises:
-            UserError: it is unknown.
+            UnknownBagLengthError: it is unknown.
         """
         if table in self.bag_lengths:
             return self.bag_lengths[table]
         if self.default_bag_length is None:
-            raise UserError(f"how many ids a bag of {table!r} holds comes from the data: give --bag-length L")
+            raise UnknownBagLengthError(table)
         return self.default_bag_length
 
     def require_known(self, tables: Sequence[str]) -> None:
@@ -230,18 +241,7 @@ class Sizes:
         """
         unknown = sorted(self.num_rows.keys() - set(tables))
         if unknown:
-            raise UserError(f"--rows names {', '.join(unknown)}; the tables are {', '.join(tables)}")
-
-    def _rows_of_run(self) -> dict[str, int]:
-        path = None if self.run_path is None else latest_checkpoint(RunFolder(self.run_path).checkpoints_path)
-        if path is None:
-            return {}
-        with CheckpointReader(path) as reader:
-            return {
-                name.removesuffix("/weight"): info.shape[0]
-                for name, info in reader.tensors.items()
-                if name.endswith("/weight")
-            }
+            raise UserError(f"there is no table {', '.join(unknown)}; the tables are {', '.join(tables)}")
 
 
 def _at_most_all(num_rows: int, table: str) -> int:

@@ -16,10 +16,12 @@ from embedtrain.report.plots import curve_svgs, map_svg
 def write_report(run_path: str, output: str | None, words: Sequence[str], runtime: Runtime) -> str:
     """Writes a page of HTML about a run, which needs no other file, and returns its path.
 
+    Collective: every rank; rank 0 writes the page.
+
     Args:
         run_path: the run folder, any fsspec URL.
-        output: the page; `report.html` in the run folder where None. Replaced where it is there.
-        words: whose neighbours to show; some frequent ones where there are none.
+        output: the page, which replaces an earlier one; None for `report.html` in the run folder.
+        words: the words whose neighbours to show; some frequent words if there are none.
         runtime: of this process.
 
     Raises:
@@ -28,7 +30,8 @@ def write_report(run_path: str, output: str | None, words: Sequence[str], runtim
     facts = read_facts(run_path, words, runtime)
     page = render(facts, map_svg(facts.frequent_rows, facts.frequent_words) if facts.frequent_words else "")
     path = output or f"{run_path.rstrip('/')}/report.html"
-    storage.replace(path, page.encode(), f"{path}.tmp")
+    if runtime.rank == 0:
+        storage.replace(path, page.encode(), f"{path}.tmp")
     return path
 
 

@@ -41,9 +41,9 @@ class Run:
     """A run that is ready to train.
 
     Attributes:
-        trainer: the loop, its state restored from the newest checkpoint where there is one.
+        trainer: the loop, its state restored from the newest checkpoint if there is one.
         folder: the run folder.
-        sinks: where rank 0 logs; none on other ranks.
+        sinks: receive the records of rank 0; empty on other ranks.
         is_resumed: whether a checkpoint was found.
         observers: called on every rank after each step.
     """
@@ -190,7 +190,7 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
 
 
 def _start_tables(parts: Parts, config: Config, folder: RunFolder, runtime: Runtime) -> dict[str, Any]:
-    """Starts tables from files where no checkpoint will replace them; returns what became of them, to be kept."""
+    """Starts tables from files unless a checkpoint will replace them; returns how many rows each file gave."""
     is_new = runtime.ranks.run_on_first(lambda: latest_checkpoint(folder.checkpoints_path) is None)
     loaded = config.resume.tables
     started: dict[str, Any] = {}

@@ -72,9 +72,9 @@ class ClicksConfig:
     categorical: list[str] = field(default_factory=list)
     """Columns to look up in tables; may repeat dense ones. Of the criteo format, all 26."""
     num_rows: int | None = None
-    """Rows of each table; null gives each value that is seen a row."""
+    """Rows of each table; null gives each distinct value a row."""
     encoding: Literal["vocabulary", "hash", "id"] | None = None
-    """How a value becomes a row; null hashes where num_rows is given, and makes a vocabulary where it is not."""
+    """How a value becomes a row; null hashes if num_rows is given, and else makes a vocabulary."""
     min_count: int = 1
     """Of a vocabulary: values seen less often share a row."""
     features: dict[str, FeatureConfig] = field(default_factory=dict)

@@ -163,7 +163,7 @@ class Ranking(nn.Module):
             one value only.
         num_dense: dense features.
         options: of the network.
-        collection: see `EmbeddingCollection`; the network lives where its rows are computed on, and begins by its seed.
+        collection: see `EmbeddingCollection`; the network lives on its device and starts from its seed.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class Ranking(nn.Module):
         self.network.to(self.tables.device)
 
     def predict(self, batch: PreparedClicks) -> Tensor:
-        """Returns logits [n]. Collective: every rank, and its backward too where gradients are enabled."""
+        """Returns logits [n]. Collective: every rank, and its backward too if gradients are enabled."""
         vectors = self.tables.look_up(batch.vectors)
         logits: Tensor = self.network(batch.dense, [vectors[name] for name in self._features])
         return logits

@@ -18,7 +18,9 @@ def workload(config: RankingConfig, sizes: Sizes) -> Workload:
     tables = []
     for column in schema.categorical:
         if column.num_rows is not None and sizes.num_rows.get(column.name, 0) not in (0, column.num_rows):
-            raise UserError(f"the configuration gives {column.name!r} {column.num_rows:,} rows: leave out its --rows")
+            raise UserError(
+                f"the configuration gives {column.name!r} {column.num_rows:,} rows, not {sizes.num_rows[column.name]:,}"
+            )
         num_rows = sizes.rows_of(column.name) if column.num_rows is None else column.num_rows
         num_ids = examples * sizes.bag_length_of(column.name) if column.is_bag else examples
         draws = ((num_ids, IdDistribution.zipf(num_rows, sizes.exponent)),)

@@ -53,7 +53,7 @@ class SideConfig:
     """What is known of the users, or of the items, and how it becomes a vector."""
 
     path: str | list[str] | None = None
-    """Files with a row for each; null where only ids are known."""
+    """Files with a row for each; null if only ids are known."""
     format: str = "auto"
     quote: str | None = "auto"
     """As data.quote."""
@@ -81,7 +81,7 @@ class RetrievalSection:
     power: float = 0.0
     """Negatives are drawn by count ** power: 0 is uniform, 1 by popularity."""
     in_batch: bool = True
-    """Whether the other users' items of the step, those of all ranks, are negatives too."""
+    """Whether the other users' items of the step, over all ranks, are negatives too."""
     logq: bool = True
     """Whether softmax corrects for how often each item comes up as a negative."""
     margin: float = 0.5

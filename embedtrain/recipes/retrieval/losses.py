@@ -1,4 +1,4 @@
-"""Losses of retrieval: the score of what a user turned to, against the scores of items that stand for all others.
+"""Losses of retrieval: the score of an item that a user chose, against the scores of sampled items.
 
 Each takes the same scores and returns a loss for each pair of a user and an item:
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NOT_A_NEGATIVE = -1e30
-"""Finite, so that the gradient is where a user has no negative at all."""
+"""Finite, so that the gradient is finite if a user has no negative at all."""
 
 
 def softmax_loss(positive: Tensor, example: Tensor, negative: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class Retrieval(nn.Module):
         options: see `EmbeddingCollection`; the seed is also that of the dense part.
 
     Attributes:
-        dense: the perceptrons; without parameters where no side has hidden layers.
+        dense: the perceptrons; without parameters if no side has hidden layers.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Retrieval(nn.Module):
         return Objective(loss, total.detach().double(), num_positives)
 
     def encode(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the vectors of rows [n] of each side, [n, dim], of length 1 where the similarity is a cosine.
+        """Returns the vectors of rows [n] of each side, [n, dim], of length 1 if the similarity is a cosine.
 
         Collective: every rank, with the same sides.
         """
@@ -199,7 +199,7 @@ def pair_losses(
         scoring: similarity and loss.
         users: [n, dim]; the vectors of the batch's users, and so on.
         positives: [m, dim].
-        candidates: [c, dim]; those of all ranks.
+        candidates: [c, dim]; the candidates of all ranks.
     """
     device = users.device
     example = batch.example.to(device)

@@ -19,7 +19,7 @@ _ITEMS_AT_ONCE = 16384
 
 
 class Catalogue:
-    """The vectors of all items as they are now, each rank holding those of its part of the rows.
+    """The vectors of all items as they are now; each rank holds the vectors of its part of the rows.
 
     Collective: every rank makes one, and calls its methods with the same arguments.
 
@@ -48,11 +48,11 @@ class Catalogue:
 
         Args:
             users: [n] rows, the same on every rank.
-            k: how many; fewer where there are no more items.
+            k: how many; fewer if there are no more items.
             known: the items of each user, which are left out; None to leave out none.
 
         Returns:
-            [n, k] int64 rows of items, -1 where a user has no more, and their scores [n, k], on the CPU.
+            [n, k] int64 rows of items, -1 if a user has no more, and their scores [n, k], on the CPU.
         """
         queries = self._queries(users)
         k = min(k, self.num_items)

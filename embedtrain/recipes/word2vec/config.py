@@ -51,7 +51,7 @@ class TextConfig:
 
 @dataclass
 class SkipGramConfig:
-    """word2vec's own settings; its names where it has them."""
+    """word2vec's own settings; its own names if it has them."""
 
     architecture: Literal["skipgram", "cbow"] = "skipgram"
     window: int = 5
@@ -121,7 +121,7 @@ class Word2VecConfig(Config):
     )
 
     def table_names(self) -> list[str]:
-        """Returns the table of the words' vectors and that of what predicts their neighbours."""
+        """Returns the table of the words' vectors, and the table of the vectors that predict their neighbours."""
         return [INPUT, OUTPUT]
 
     def check(self) -> None:

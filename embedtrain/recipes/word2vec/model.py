@@ -32,7 +32,7 @@ class PreparedText:
 
     Attributes:
         rows: the distinct rows of the block, asked for.
-        block: what is predicted from what, by place among the rows.
+        block: the predictions of the step, by position among the rows.
         num_predictions: see `Objective`.
     """
 
@@ -44,7 +44,7 @@ class PreparedText:
 def word2vec_tables(
     num_words: int, dim: int, dtype: torch.dtype, optimizers: Mapping[str, str] | None = None
 ) -> list[TableSpec]:
-    """Returns the tables of the model; `optimizers` names what trains a table, where it is not the default."""
+    """Returns the tables of the model; `optimizers` names the optimizer of each table that has its own."""
     trained_by = {INPUT: DEFAULT_OPTIMIZER, OUTPUT: DEFAULT_OPTIMIZER, **(optimizers or {})}
     return [
         TableSpec(INPUT, num_words, dim, dtype, "uniform", 0.5 / dim, trained_by[INPUT]),
@@ -114,7 +114,7 @@ class Word2Vec(nn.Module):
             targets=places[OUTPUT].view_as(sample.targets),
             starts=to_device(sample.starts, device),
             stops=to_device(sample.stops, device),
-            # Found here, where the sample is in host memory.
+            # Found here, because the sample is in host memory here.
             reach=reach_of(sample.starts, sample.stops) if device.type == "cuda" else None,
         )
         return PreparedText(rows, block, int(count_predictions(sample, self._architecture)))
@@ -134,7 +134,7 @@ class _SkipGramLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_of_loss: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
-        # A pass over the gradient for nothing, where the loss is what backward was called on.
+        # If backward was called on the loss itself, this would be a pass over the gradient for nothing.
         # On a GPU the host would have to wait to know.
         is_one = not grad.is_cuda and float(grad_of_loss) == 1.0
         scaled = grad if is_one else grad * grad_of_loss.to(grad.dtype)

@@ -17,7 +17,10 @@ def workload(config: Word2VecConfig, sizes: Sizes) -> Workload:
     settings = config.word2vec
     num_rows = sizes.rows_of(INPUT)
     if sizes.rows_of(OUTPUT) != num_rows:
-        raise UserError("both tables of word2vec have one row per word: give the same --rows for both, or --rows N")
+        raise UserError(
+            f"both tables of word2vec have one row per word: expected the same number of rows, got {num_rows:,} for "
+            f"{INPUT} and {sizes.rows_of(OUTPUT):,} for {OUTPUT}"
+        )
     text = sizes.ids_of(INPUT)
     kept, share_kept = text.thinned(lambda shares: keep_shares(shares, settings.sample))
     num_words = config.train.words_per_step * share_kept

@@ -12,6 +12,7 @@ import click
 import pytest
 
 from embedtrain.cli import main
+from embedtrain.commands import completion
 from embedtrain.commands.completion import SettingsInBash, SettingsInFish, SettingsInZsh
 from embedtrain.commands.console import Setting
 from embedtrain.recipes.loading import setting_keys
@@ -23,6 +24,8 @@ CASES = [
     ("train --pro", {"--profile"}),
     ("train con", {"config.yaml"}),
     ("train config.yaml optimizer.initial", {"optimizer.initial_accumulator_value="}),
+    ("train optimizer.initial", {"optimizer.initial_accumulator_value="}),
+    ("train schedule.name=inv", {"schedule.name=inverse_sqrt"}),
     ("train --dry-run config.yaml schedule.name=inv", {"schedule.name=inverse_sqrt"}),
     ("train config.yaml data.path=cor", {"data.path=corpus.txt"}),
     ("export run --format word2vec-", {"word2vec-binary"}),
@@ -116,6 +119,18 @@ def test_values_complete_if_they_are_few(typed: str, expected: list[str]) -> Non
     key = typed.partition("=")[0]
     assert [each.value for each in Setting().shell_complete(context, param, typed)] == [f"{key}={v}" for v in expected]
     assert isinstance(param, click.Argument)
+
+
+@pytest.mark.parametrize("typed", ["con", "config.y", "./config.y", "data", "runs/a=b.c"])
+def test_a_file_completes_where_no_setting_is_meant(typed: str) -> None:
+    context = parse(["train", "config.yaml"])
+    param = context.command.params[0]
+    assert [each.type for each in param.type.shell_complete(context, param, typed)] == ["file"]
+
+
+def test_a_script_that_click_has_changed_is_noticed() -> None:
+    with pytest.raises(AssertionError, match="expected 'old' in click's script"):
+        completion._edited("something else", ("old", "new"))
 
 
 def test_every_key_completes() -> None:

@@ -36,6 +36,9 @@ def test_two_steps_and_the_plan_and_nothing_written(
 
     assert main(arguments) == 0
     before = contents(tmp_path)
+    capfd.readouterr()
+    assert main(["plan", *arguments[1:]]) == 0
+    assert ["input", "99", "8"] in [line.split()[:3] for line in capfd.readouterr().out.splitlines()]
     assert main([*arguments, "--dry-run"]) == 0
     assert "would resume" in capfd.readouterr().out
     assert contents(tmp_path) == before

@@ -59,7 +59,7 @@ def test_each_feature_of_a_ranking_model_is_a_table(tmp_path: Path, capsys: pyte
     assert tables[2][:2] == ["C3", "5,000,000"]
     assert any("dense gradients" in line for line in lines)
     assert main(["plan", config, *overrides, *sizes, "--rows", "C6=5"]) == 2
-    assert "the configuration gives 'C6' 1,000 rows" in capsys.readouterr().err
+    assert "the configuration gives 'C6' 1,000 rows, not 5" in capsys.readouterr().err
 
 
 def test_users_items_and_their_features_are_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +84,7 @@ def test_bags_need_their_length(tmp_path: Path, capsys: pytest.CaptureFixture[st
     settings = [f"run.path={tmp_path}/run", "data.features.country.bag=true", "train.global_batch_size=4096"]
     given = ["plan", config, *settings, "--rows", "1e6", "--world-size", "2", "--skew", "0"]
     assert main(given) == 2
-    assert "a bag of 'country' holds comes from the data" in capsys.readouterr().err
+    assert "the number of ids in a bag of 'country' comes from the data: give --bag-length L" in capsys.readouterr().err
     assert main([*given, "--bag-length", "50"]) == 0
     assert "pooled by the owners of their rows: country" in capsys.readouterr().out
 
@@ -92,11 +92,13 @@ def test_bags_need_their_length(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the rows of table 'input' come from the data"),
-        (["--rows", "items=5"], "--rows names items; the tables are input, output"),
+        ([], "the rows of table 'input' come from the data: give --rows input=N (or --rows N for all tables)"),
+        (["--rows", "input=5", "--rows", "output=5", "--rows", "5"], "every table are known without --rows 5"),
+        (["--rows", "=5"], "expected --rows TABLE=N, got '=5'"),
+        (["--rows", "items=5"], "there is no table items; the tables are input, output"),
         (["--rows", "many"], "expected a number such as"),
         (["--rows", "5", "--rows", "6"], "without a table's name"),
-        (["--rows", "input=5", "--rows", "output=6"], "the same --rows for both"),
+        (["--rows", "input=5", "--rows", "output=6"], "the same number of rows, got 5 for input and 6 for output"),
         (["--rows", "5", "--memory", "much"], "a size such as 80GiB"),
         (["--rows", "5", "--world-size", "3", "--hosts", "2"], "a multiple of --hosts"),
         (["--rows", "5", "--memory-bandwidth", "20GB"], "expected a bandwidth such as 20GB/s, got '20GB'"),

@@ -15,9 +15,9 @@ import embedtrain as et
 from embedtrain.config import optimizer as sections
 from embedtrain.config.resolved import to_yaml
 from embedtrain.errors import UserError
-from embedtrain.optim.registry import ENTRY_POINTS
+from embedtrain.optim.registry import warn_once
 from embedtrain.recipes import loading
-from embedtrain.recipes.loading import config_from_yaml, load_config
+from embedtrain.recipes.loading import config_from_yaml, load_config, setting_keys
 from embedtrain.recipes.optimizers import build_optimizer, optimizer_names, states_of_row
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -30,7 +30,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, module: str, text: st
     information.mkdir()
     (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
     points = "\n".join(f"{name} = {module}:{value}" for name, value in offers.items())
-    (information / "entry_points.txt").write_text(f"[{ENTRY_POINTS}]\n{points}\n")
+    (information / "entry_points.txt").write_text(f"[embedtrain.optimizers]\n{points}\n")
     sys.modules.pop(module, None)
     monkeypatch.syspath_prepend(str(folder))
     forget()
@@ -38,7 +38,9 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, module: str, text: st
 
 def forget() -> None:
     """Has the optimizers of installed packages looked for again."""
-    vars(et.optim.OPTIMIZERS).pop("_offered", None)
+    vars(et.optim.OPTIMIZERS).pop("_entries", None)
+    et.optim.OPTIMIZERS._loaded.clear()
+    warn_once.cache_clear()
     sections._section_of.cache_clear()
     loading._known_keys.cache_clear()
 
@@ -93,9 +95,18 @@ def test_it_trains_the_tables_that_it_is_chosen_for() -> None:
 @pytest.mark.parametrize(
     ("text", "offers", "message"),
     [
-        ("import a_module_that_is_missing", {"mine": "Mine"}, "the optimizer mine of the package odd cannot be loaded"),
-        ("Mine = dict", {"mine": "Mine"}, "not a SparseOptimizer"),
-        ("Mine = dict", {"adam": "Mine"}, "the package odd offers an optimizer 'adam'"),
+        (
+            "import a_module_that_is_missing",
+            {"mine": "Mine"},
+            "package odd offers the optimizer 'mine', and importing odd:Mine failed",
+        ),
+        ("Mine = dict", {"mine": "Mine"}, "expected odd:Mine to be a subclass of embedtrain.optim.SparseOptimizer"),
+        (
+            "from embedtrain.optim import SGD\n"
+            "class Mine(SGD):\n    def __init__(self, tables, *, lr=0.1, odd=set(), **options): ...",
+            {"mine": "Mine"},
+            "the arguments of Mine cannot be settings: ValueError: mutable default",
+        ),
         (
             "from embedtrain.optim import SGD\nclass Mine(SGD):\n    def __init__(self, tables, *, lr=0.1): ...",
             {"mine": "Mine"},
@@ -103,9 +114,35 @@ def test_it_trains_the_tables_that_it_is_chosen_for() -> None:
         ),
     ],
 )
-def test_what_is_no_optimizer_is_refused_with_its_package(
-    text: str, offers: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_is_no_optimizer_is_refused_with_its_package_if_it_is_asked_for(
+    text: str,
+    offers: dict[str, str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     install(tmp_path, monkeypatch, "odd", text, offers)
     with pytest.raises(UserError, match=message):
+        load_config(None, [*CLICKS, "optimizer.name=mine"])
+    # Nobody else needs it: only the options of all optimizers do, and leave it out.
+    caplog.clear()
+    assert load_config(None, [*CLICKS, "optimizer.name=adam", "optimizer.lr=0.5"]).optimizer.lr == 0.5
+    assert not caplog.records
+    assert "optimizer.eps" in setting_keys()
+    with pytest.raises(UserError, match="the optimizer sgd has no option eps, rowwise_adagrad and"):
+        load_config(None, [*CLICKS, "optimizer.name=sgd", "optimizer.eps=1"])
+    (record,) = caplog.records
+    assert re.search(message, record.getMessage())
+
+
+def test_a_name_belongs_to_one_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "from embedtrain.optim import SGD\nclass Mine(SGD): ..."
+    for package in ("odd", "even"):
+        install(tmp_path, monkeypatch, package, text, {"mine": "Mine", "adam": "Mine"})
+    assert load_config(None, [*CLICKS, "optimizer.name=adam"]).optimizer.kind is et.optim.Adam
+    assert "package odd offers the optimizer 'adam', which embedtrain has itself: it is not used" in caplog.text
+    with pytest.raises(UserError, match=r"'mine' is offered by several packages: .*; uninstall all but one of them"):
         load_config(None, [*CLICKS, "optimizer.name=mine"])

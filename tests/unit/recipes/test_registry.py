@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from embedtrain.errors import UserError
-from embedtrain.recipes import loading, registry
+from embedtrain.optim.registry import warn_once
+from embedtrain.recipes import loading
 from embedtrain.recipes.loading import load_config, setting_keys
-from embedtrain.recipes.registry import model_names, recipe_of
+from embedtrain.recipes.registry import RECIPES, recipe_of
 
 Install = Callable[..., None]
 
@@ -38,7 +39,9 @@ RECIPE = recipes.Recipe(BooksConfig, None, None, None)
 
 
 def forget() -> None:
-    for cached in (registry.recipe_of, registry._entries, registry._warn_once, loading._known_keys):
+    vars(RECIPES).pop("_entries", None)
+    RECIPES._loaded.clear()
+    for cached in (warn_once, loading._known_keys):
         cached.cache_clear()
 
 
@@ -67,7 +70,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 
 def test_a_packages_model_has_its_own_keys(install: Install) -> None:
     install("book-shop", "books", RECIPE)
-    assert model_names()[-1] == "books"
+    assert list(RECIPES)[-1] == "books"
     config = load_config(None, ["model=books", "data.path=x", "data.shelf=low", "table.dim=9"])
     assert (config.model, config.data.shelf, config.table.dim) == ("books", "low", 9)
     assert "data.shelf" in setting_keys()
@@ -96,7 +99,7 @@ def test_a_broken_package_is_named_and_breaks_nothing_else(
     install("broken-shop", "broken", source, value)
     with pytest.raises(UserError) as raised:
         load_config(None, ["model=broken", "data.path=x"])
-    assert "package broken-shop brings model 'broken'" in str(raised.value)
+    assert "package broken-shop offers the model 'broken'" in str(raised.value)
     assert said in str(raised.value)
     # Other models do not need it, unless all keys of all models are asked for: then it is left out, and said once.
     with caplog.at_level(logging.WARNING):
@@ -116,7 +119,7 @@ def test_a_name_belongs_to_one_package(install: Install, caplog: pytest.LogCaptu
     assert "other-shop" in str(raised.value)
     install("word-shop", "word2vec", RECIPE)
     assert recipe_of("word2vec").config.__name__ == "Word2VecConfig"
-    assert "package word-shop brings a model 'word2vec', which is embedtrain's" in caplog.text
+    assert "package word-shop offers the model 'word2vec', which embedtrain has itself" in caplog.text
 
 
 def test_only_the_model_that_is_asked_for_is_imported() -> None:

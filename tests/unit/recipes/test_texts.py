@@ -18,6 +18,7 @@ from embedtrain.recipes.loading import config_from_yaml, load_config
 from embedtrain.recipes.ranking.config import FeatureConfig, RankingConfig
 from embedtrain.recipes.showing import show_config
 
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 64))
 CLICKS = ("model=ranking", "data.path=x", "data.num_rows=9")
 
 
@@ -132,6 +133,7 @@ optimizer: {tables: {on: {lr: 1e-3}, 01: {name: adam}}}
         ("run: {path: a, path: b}", ["run.path is given twice"]),
         ("run: {[a]: b}", ["expected names as keys of run"]),
         ("a: &a {b: *a}", ["config.yaml"]),
+        (LAUGHS, ["config.yaml: this YAML stands for more than 100,000 values, because of its aliases (*name)"]),
         ("data: {categorical: user}", ["data.categorical", "user"]),
         ("data: {path: {a: b}}", ["no key data.path.a", "did you mean data.path?"]),
         ("data: {path: [[a]]}", ["data.path: expected a list of texts"]),
