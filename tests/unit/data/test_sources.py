@@ -111,6 +111,37 @@ def test_zeros_after_a_gzip_are_padding(tmp_path: Path) -> None:
     assert content_of(expand_sources(str(path))[0]) == b"one\ntwo"
 
 
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_what_follows_a_member_and_is_none_is_refused(tmp_path: Path, suffix: str) -> None:
+    path, compress = tmp_path / f"a.txt{suffix}", COMPRESS[suffix]
+    member = compress(b"one\ntwo\n")
+    for after in (b"garbage", b"g", bytes([member[0] ^ 1]) + member[1:], bytes(4) + b"garbage"):
+        path.write_bytes(member + after)
+        with pytest.raises(UserError, match=f"^{path}: cannot be read as "):
+            content_of(expand_sources(str(path))[0])
+
+
+def test_zeros_after_a_member_of_xz_are_padding_in_fours(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.xz"
+    one, two = lzma.compress(b"one\n"), lzma.compress(b"two\n")
+    for num_zeros in (4, 1 << 16, (1 << 17) + 8):
+        path.write_bytes(one + bytes(num_zeros) + two + bytes(num_zeros))
+        assert content_of(expand_sources(str(path))[0]) == b"one\ntwo\n"
+    for damaged in (one + bytes(3), one + bytes(5) + two):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"^{path}: cannot be read as xz: . zeros after a member"):
+            content_of(expand_sources(str(path))[0])
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_many_members_and_blocks(tmp_path: Path, suffix: str) -> None:
+    path, compress = tmp_path / f"a.txt{suffix}", COMPRESS[suffix]
+    text = b"".join(b"%d\n" % number for number in range(100_000))
+    cuts = [0, 1, 70_000, 70_000, 300_000, len(text)]
+    path.write_bytes(b"".join(compress(text[start:stop]) for start, stop in itertools.pairwise(cuts)))
+    assert content_of(expand_sources(str(path))[0], 1 << 20) == text
+
+
 TEXT = st.lists(st.sampled_from([b"a", b"bc ", b"\n", "é".encode(), b"\t", b"long-word"]), max_size=40)
 
 
