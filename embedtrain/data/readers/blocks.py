@@ -15,11 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
-import fsspec
 import pyarrow as pa
 
 from embedtrain.data.readers.quotes import Quoting, find_line_ends, find_spans
-from embedtrain.data.sources import CHUNK_BYTES, Source, expand_sources, is_web
+from embedtrain.data.sources import CHUNK_BYTES, Source, expand_sources, file_system_of, is_web
 from embedtrain.errors import UserError
 
 WHOLE = 1 << 62
@@ -125,7 +124,7 @@ def open_stored(source: Source) -> Iterator[IO[bytes]]:
     Raises:
         UserError: it may not be read or has vanished.
     """
-    fs, path = fsspec.core.url_to_fs(source.url)
+    fs, path = file_system_of(source.url)
     options = {"block_size": 0} if is_web(fs) and not source.can_seek else {}
     with explained(source), fs.open(path, "rb", **options) as file:
         yield file
