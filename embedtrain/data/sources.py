@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import errno
+import glob
 import logging
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -91,7 +93,8 @@ def expand_sources(path: str | Sequence[str], suffixes: tuple[str, ...] = TEXT_S
     """Lists the files that a path means.
 
     Hidden files are left out of folders and globs: those whose name, or that of a folder on the way, begins with
-    "." or "_", such as `_SUCCESS`. Symbolic links are followed. A file that is reached twice comes once.
+    "." or "_", such as `_SUCCESS`; so are empty files, pipes and devices. Symbolic links are followed. A file that is
+    reached twice comes once.
 
     Args:
         path: one or several of: a file, a glob (`*.txt`, `folder/**/*.txt.gz`), or a folder, which stands
@@ -103,10 +106,21 @@ def expand_sources(path: str | Sequence[str], suffixes: tuple[str, ...] = TEXT_S
         The files in the order of the paths, sorted within each; a file that several match comes once.
 
     Raises:
-        UserError: a path does not exist, matches nothing, may not be read, or has an unknown protocol; a symbolic link
-            leads nowhere, or to a folder that it lies in.
+        UserError: a path does not exist, matches nothing or only empty files, may not be read, or has an unknown
+            protocol; a symbolic link leads nowhere, in a circle, or to a folder that it lies in.
     """
     return _sources(_find(path, suffixes))
+
+
+def file_system_of(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Returns the file system of a path or URL, and its name there.
+
+    `::` chains file systems, unless a local file or folder has this very name, or a glob matches one.
+    """
+    if "::" in path and (os.path.lexists(path) or (glob.has_magic(path) and any(glob.iglob(path, recursive=True)))):
+        return LocalFileSystem(), os.path.abspath(path)
+    fs, root = fsspec.core.url_to_fs(path)
+    return fs, str(root)
 
 
 def source_at(fs: fsspec.AbstractFileSystem, name: str, path: str) -> Source:
@@ -142,7 +156,8 @@ def suffix_of(name: str) -> str:
 
     A suffix begins with a letter: `part-00000`, `text.00` and `news.en-00001-of-00100` have none.
     """
-    suffix = os.path.splitext(without_compression(os.path.basename(name.partition("::")[0]).lower()))[1]
+    links = name.split("::")
+    suffix = os.path.splitext(without_compression(os.path.basename(links[_place_of_name(links)]).lower()))[1]
     return suffix if re.fullmatch(r"\.[a-z][a-z0-9]*", suffix) else ""
 
 
@@ -173,44 +188,78 @@ def _sources(found: _Found) -> list[Source]:
     return [replace(source, compression=codec_of(heads[source.url])) for source in sources]
 
 
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Turns what a file system raises about a path into one line that names the path.
+
+    File systems answer a path that they cannot use by exceptions of any type: a damaged archive, a URL without a host,
+    a missing login.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except PermissionError as error:
+        raise UserError(f"{path}: permission denied: {error}") from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.EIO:
+            raise  # A failing disk is not the user's to mend.
+        is_clear = isinstance(error, OSError | ValueError | ImportError) and str(error)
+        reason = " ".join(str(error).split()) if is_clear else repr(error)
+        raise UserError(f"{path}: {reason}") from error
+
+
 def _shown(names: Sequence[str]) -> str:
     more = f" and {len(names) - _NAMES_SHOWN:,} more" if len(names) > _NAMES_SHOWN else ""
     return ", ".join(names[:_NAMES_SHOWN]) + more
 
 
 def _expand(path: str, suffixes: tuple[str, ...], found: _Found) -> None:
-    try:
-        fs, root = fsspec.core.url_to_fs(path)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{path}: {error}") from error
-    try:
+    with _explained(path):
+        fs, root = file_system_of(path)
         info = _info_or_none(fs, root)
         if info is not None and info["type"] == "file":
-            chosen = [info]
+            chosen = [_facts(fs, info)]
         elif info is not None and info["type"] == "directory":
             chosen = list(_of_folder(fs, root, suffixes, found))
             if not chosen:
                 expected = ", ".join(f"*{suffix}" if suffix else "names without a suffix" for suffix in suffixes)
                 raise UserError(f"{path}: no file ({expected}) in this folder or below it; {_contents(fs, root)}")
+            chosen = _with_content(fs, chosen, path, found)
         elif info is not None:
             raise UserError(f"{path}: neither a file nor a folder, but a device, a pipe or a socket")
         elif fsspec.core.has_magic(root):
             chosen = list(_of_glob(fs, root, found))
             if not chosen:
                 raise UserError(f"{path}: no file matches; {_surroundings(fs, root)}")
+            chosen = _with_content(fs, chosen, path, found)
         else:
             raise UserError(f"{path}: no such file or folder; {_surroundings(fs, root)}")
         for one in sorted(chosen, key=lambda info: str(info["name"])):
             _add(fs, one, path, found)
-    except PermissionError as error:
-        raise UserError(f"{path}: permission denied: {error}") from error
+
+
+def _with_content(
+    fs: fsspec.AbstractFileSystem, chosen: Sequence[dict[str, Any]], path: str, found: _Found
+) -> list[dict[str, Any]]:
+    """Leaves out of a folder or a glob what has no rows, or may never end or keep its reader waiting."""
+    full = []
+    for info in chosen:
+        if info["type"] != "file":
+            found.leave_out(info["name"], "devices, pipes and sockets")
+        elif (facts := _facts(fs, info))["size"] == 0:
+            found.leave_out(info["name"], "empty files")
+        else:
+            full.append(facts)
+    if not full:
+        raise UserError(f"{path}: no file with any content; left out {_shown([info['name'] for info in chosen])}")
+    return full
 
 
 def _add(fs: fsspec.AbstractFileSystem, info: dict[str, Any], path: str, found: _Found) -> None:
     """Takes a file, unless it was reached before by another name."""
     url = _url_of(fs, info["name"], path)
     if isinstance(fs, LocalFileSystem):
-        info = _local_info(fs, info["name"])
         real = os.path.realpath(info["name"])
         if found.real_paths.setdefault(real, url) != url:
             found.leave_out(url, f"since it is the same file as {found.real_paths[real]}")
@@ -251,7 +300,10 @@ def _of_glob(fs: fsspec.AbstractFileSystem, pattern: str, found: _Found) -> Iter
 
 
 def _files_below(fs: fsspec.AbstractFileSystem, root: str, depth: int | None = None) -> Iterator[dict[str, Any]]:
-    """Yields a folder's files, `depth` levels deep; a local folder's symbolic links are followed."""
+    """Yields a folder's files, `depth` levels deep; a local folder's symbolic links are followed.
+
+    What is neither file nor folder in a local one is of the type "other".
+    """
     if isinstance(fs, LocalFileSystem):
         yield from _local_files(root, depth, (os.path.realpath(root),))
     else:
@@ -264,10 +316,9 @@ def _local_files(folder: str, depth: int | None, above: tuple[str, ...]) -> Iter
     except FileNotFoundError:
         return
     for entry in entries:
-        if not entry.is_dir():
-            # What is neither file nor link, such as a socket, holds no data; a link that leads nowhere is found later.
-            if entry.is_file() or entry.is_symlink():
-                yield {"name": entry.path, "type": "file"}
+        kind = _kind(entry)
+        if kind != "directory":
+            yield {"name": entry.path, "type": kind}
         elif depth is None or depth > 1:
             real = os.path.realpath(entry.path)
             if real in above:
@@ -275,8 +326,22 @@ def _local_files(folder: str, depth: int | None, above: tuple[str, ...]) -> Iter
             yield from _local_files(entry.path, None if depth is None else depth - 1, (*above, real))
 
 
-def _local_info(fs: LocalFileSystem, path: str) -> dict[str, Any]:
-    """Returns the facts of a file, or of the one that a symbolic link leads to."""
+def _kind(entry: os.DirEntry[str]) -> str:
+    """Returns what is there after all links: "file", "directory" or "other"."""
+    try:
+        if entry.is_dir():
+            return "directory"
+        # A link that leads nowhere, or in a circle, counts as a file: it is refused once it is known to be meant.
+        return "file" if entry.is_file() or not os.path.exists(entry.path) else "other"
+    except OSError:
+        return "file"
+
+
+def _facts(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> dict[str, Any]:
+    """Returns the facts of a file that was listed; of a local symbolic link, those of the file that it leads to."""
+    if not isinstance(fs, LocalFileSystem):
+        return info
+    path = info["name"]
     try:
         return dict(fs.info(path), mtime=os.stat(path).st_mtime)
     except OSError as error:
@@ -298,20 +363,30 @@ def _info_or_none(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | 
 
 
 def _refuse_broken_link(path: str, error: OSError) -> None:
-    if os.path.islink(path) and (isinstance(error, FileNotFoundError) or error.errno == errno.ELOOP):
+    if not os.path.islink(path):
+        return
+    if error.errno == errno.ELOOP:
+        raise UserError(f"{path}: a symbolic link to {os.readlink(path)}, which leads back to the link") from error
+    if isinstance(error, FileNotFoundError):
         raise UserError(f"{path}: a symbolic link to {os.readlink(path)}, which does not exist") from error
 
 
 def _url_of(fs: fsspec.AbstractFileSystem, name: str, path: str) -> str:
     """Returns the URL of a file below `path`; what a chained URL such as `zip://NAME::PATH` goes on with is kept."""
+    if isinstance(fs, LocalFileSystem):
+        return name
     links = path.split("::")
     if len(links) == 1:
-        return name if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(name))
-    # The first link that names a file is what `name` stands for; links before it only say how it is read.
-    place = next((number for number, link in enumerate(links) if "://" in link), len(links) - 1)
+        return str(fs.unstrip_protocol(name))
+    place = _place_of_name(links)
     protocol, separator, _ = links[place].rpartition("://")
     links[place] = name if name.startswith(protocol + separator) else f"{protocol}{separator}{name}"
     return "::".join(links)
+
+
+def _place_of_name(links: Sequence[str]) -> int:
+    """Returns which link of a chained URL names the file; links before it only say how it is read."""
+    return next((number for number, link in enumerate(links) if "://" in link), len(links) - 1)
 
 
 def _source(fs: fsspec.AbstractFileSystem, info: dict[str, Any], url: str) -> Source:
@@ -326,7 +401,8 @@ def _identity(fs: fsspec.AbstractFileSystem, info: dict[str, Any], url: str) -> 
     version = {key: value for key, value in told.items() if key in _TIME_KEYS | _HASH_KEYS}
     size = info["size"]
     if size is None or not version:
-        size, version = _hashed(fs, info["name"])
+        with _explained(url):
+            size, version = _hashed(fs, info["name"])
     return size, f"{url} size={size} {sorted(version.items())}"
 
 
@@ -373,7 +449,8 @@ def _heads(
     for source in sources:
         fs, info = files[source.url]
         if isinstance(fs, LocalFileSystem) or is_web(fs) or not source.can_seek:
-            heads[source.url] = _head(fs, info["name"])
+            with _explained(source.url):
+                heads[source.url] = _head(fs, info["name"])
         elif source.size_bytes:
             together.setdefault(fs, []).append(source)
         else:
@@ -381,7 +458,8 @@ def _heads(
     for fs, of_fs in together.items():
         names = [files[source.url][1]["name"] for source in of_fs]
         ends = [min(source.size_bytes, _MAGIC_BYTES) for source in of_fs]
-        found = fs.cat_ranges(names, [0] * len(names), ends, on_error="raise")
+        with _explained(_shown([source.url for source in of_fs])):
+            found = fs.cat_ranges(names, [0] * len(names), ends, on_error="raise")
         heads.update(zip((source.url for source in of_fs), found, strict=True))
     return heads
 

@@ -6,7 +6,9 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedtrain.data.readers.blocks import MAX_PARTS, Segment, open_seekable
@@ -67,10 +69,14 @@ class Parquet(Format):
         with open_parquet(segment.source) as file:
             groups = list(range(segment.start, min(segment.stop, file.metadata.num_row_groups)))
             for batch in file.iter_batches(_ROWS_PER_READ, groups, list(names), use_threads=False):
+                arrays = [_typed(plain(batch.column(name))) for name in names]
+                for name, array in zip(names, arrays, strict=True):
+                    if (wrong := _wrong_text(array)) is not None:
+                        row, reason = wrong
+                        place = self.place(Fault(segment, at + row, reason))
+                        raise UserError(f"{place}: column {name!r} holds {reason}")
                 if batch.num_rows:
-                    yield Rows(
-                        pa.RecordBatch.from_arrays([plain(batch.column(n)) for n in names], names=list(names)), at
-                    )
+                    yield Rows(pa.RecordBatch.from_arrays(arrays, names=list(names)), at)
                 at += batch.num_rows
 
     def place(self, fault: Fault) -> str:
@@ -90,16 +96,57 @@ class Parquet(Format):
         return os.path.getsize(path)
 
 
+def _typed(column: pa.Array) -> pa.Array:
+    """Returns a column; one of no type, as a column without any value is written, as one of missing texts."""
+    if pa.types.is_null(column.type):
+        return column.cast(pa.large_string())
+    if pa.types.is_large_list(column.type) and pa.types.is_null(column.type.value_type):
+        return column.cast(pa.large_list(pa.large_string()))
+    return column
+
+
+def _wrong_text(column: pa.Array) -> tuple[int, str] | None:
+    """Returns the first row of a plain column whose text is not UTF-8 or holds NUL, and what it holds."""
+    texts = pc.list_flatten(column) if pa.types.is_large_list(column.type) else column
+    if not pa.types.is_large_string(texts.type) or not len(texts):
+        return None
+    if not _is_valid(texts):
+        at = next(number for number in range(len(texts)) if not _is_valid(texts.slice(number, 1)))
+        reason = "bytes that are not UTF-8 text"
+    else:
+        _, offsets, content = texts.buffers()
+        bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+        # Some bytes are looked at much quicker than each text; those behind a missing value do not count.
+        if bounds[0] == bounds[-1] or np.frombuffer(content, np.uint8)[bounds[0] : bounds[-1]].min():
+            return None
+        holding = np.flatnonzero(pc.match_substring(texts, "\0").fill_null(False))
+        if not len(holding):
+            return None
+        at, reason = int(holding[0]), "NUL, which no text may"
+    return (at if texts is column else pc.list_parent_indices(column)[at].as_py()), reason
+
+
+def _is_valid(texts: pa.Array) -> bool:
+    try:
+        texts.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
 @contextmanager
 def open_parquet(source: Source) -> Iterator[pq.ParquetFile]:
     """Opens a file.
 
     Raises:
-        UserError: it is not one of Parquet, may not be read or has vanished.
+        UserError: it is not one of Parquet, is damaged, may not be read or has vanished.
     """
     with open_seekable(source) as file:
         try:
             with pq.ParquetFile(file) as parquet:
                 yield parquet
-        except pa.ArrowException as error:
+        except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+            # A damaged page is an OSError without a number; a failing disk or network has one, or a type of its own.
+            if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+                raise
             raise UserError(f"{source.url}: cannot be read as Parquet: {' '.join(str(error).split())}") from error

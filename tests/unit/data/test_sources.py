@@ -4,9 +4,11 @@ import bz2
 import gzip
 import io
 import itertools
+import logging
 import lzma
 import os
 import uuid
+import zipfile
 from pathlib import Path
 
 import fsspec
@@ -17,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedtrain.data.readers.blocks import read_chunks
-from embedtrain.data.sources import Source, expand_sources
+from embedtrain.data.sources import Source, expand_sources, suffix_of, take_sources
 from embedtrain.errors import UserError
 
 
@@ -109,6 +111,37 @@ def test_zeros_after_a_gzip_are_padding(tmp_path: Path) -> None:
     path = tmp_path / "a.txt.gz"
     path.write_bytes(gzip.compress(b"one\ntwo") + bytes(512))
     assert content_of(expand_sources(str(path))[0]) == b"one\ntwo"
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_what_follows_a_member_and_is_none_is_refused(tmp_path: Path, suffix: str) -> None:
+    path, compress = tmp_path / f"a.txt{suffix}", COMPRESS[suffix]
+    member = compress(b"one\ntwo\n")
+    for after in (b"garbage", b"g", bytes([member[0] ^ 1]) + member[1:], bytes(4) + b"garbage"):
+        path.write_bytes(member + after)
+        with pytest.raises(UserError, match=f"^{path}: cannot be read as "):
+            content_of(expand_sources(str(path))[0])
+
+
+def test_zeros_after_a_member_of_xz_are_padding_in_fours(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.xz"
+    one, two = lzma.compress(b"one\n"), lzma.compress(b"two\n")
+    for num_zeros in (4, 1 << 16, (1 << 17) + 8):
+        path.write_bytes(one + bytes(num_zeros) + two + bytes(num_zeros))
+        assert content_of(expand_sources(str(path))[0]) == b"one\ntwo\n"
+    for damaged in (one + bytes(3), one + bytes(5) + two):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"^{path}: cannot be read as xz: . zeros after a member"):
+            content_of(expand_sources(str(path))[0])
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_many_members_and_blocks(tmp_path: Path, suffix: str) -> None:
+    path, compress = tmp_path / f"a.txt{suffix}", COMPRESS[suffix]
+    text = b"".join(b"%d\n" % number for number in range(100_000))
+    cuts = [0, 1, 70_000, 70_000, 300_000, len(text)]
+    path.write_bytes(b"".join(compress(text[start:stop]) for start, stop in itertools.pairwise(cuts)))
+    assert content_of(expand_sources(str(path))[0], 1 << 20) == text
 
 
 TEXT = st.lists(st.sampled_from([b"a", b"bc ", b"\n", "é".encode(), b"\t", b"long-word"]), max_size=40)
@@ -275,3 +308,94 @@ def test_a_failing_disk_is_not_the_users_mistake(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(LocalFileSystem, "_open", fail)
     with pytest.raises(OSError, match="Input/output error"):
         content_of(source)
+
+
+@pytest.mark.parametrize("path", ["", "*.txt"])
+def test_links_to_pipes_and_devices_are_left_out_and_named(
+    folder: Path, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.mkfifo(folder / "pipe")
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "linked.txt").symlink_to(folder / "pipe")
+    (folder / "zeros.txt").symlink_to("/dev/zero")
+    with caplog.at_level(logging.INFO):
+        sources = take_sources(os.path.join(folder, path))
+    assert names(sources)[:2] == ["a.txt", "b.txt"]
+    assert "left out devices, pipes and sockets: " in caplog.text
+    assert f"{folder}/linked.txt" in caplog.text
+    for name in ("linked.txt", "zeros.txt"):
+        with pytest.raises(UserError, match=f"{name}: neither a file nor a folder, but a device, a pipe or a socket"):
+            expand_sources(str(folder / name))
+
+
+def test_links_in_a_circle_are_refused(folder: Path) -> None:
+    (folder / "x.txt").symlink_to("y.txt")
+    (folder / "y.txt").symlink_to("x.txt")
+    for path in (folder, folder / "*.txt", folder / "x.txt"):
+        with pytest.raises(UserError, match=r"/x\.txt: a symbolic link to y\.txt, which leads back to the link"):
+            expand_sources(str(path))
+    with pytest.raises(UserError, match=r"x\.txt/below\.txt: .*Too many levels of symbolic links"):
+        expand_sources(str(folder / "x.txt" / "below.txt"))
+    for name in ("x.txt", "y.txt"):
+        (folder / name).rename(folder / f"_{name}")
+    assert names(expand_sources(str(folder / "*.txt"))) == ["a.txt", "b.txt"]  # Hidden ones disturb nobody.
+
+
+def test_a_url_that_no_file_system_can_use_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("plain.csv").write_text("user,item\n")
+    with zipfile.ZipFile("x.zip", "w") as archive:
+        archive.writestr("a.csv", "user,item\n" * 1000)
+    for url in (
+        "zip://a.csv::nosuch.zip",
+        "zip://a.csv::plain.csv",
+        "zip://b.csv::x.zip",
+        "tar://a.csv::x.zip",
+        "gzip://a.csv::x.zip",
+        "blockcache::zip://a.csv::x.zip",
+        "data:text/csv,user",
+        f"{tmp_path}/{'n' * 300}",
+        f"{tmp_path}/a\0b",
+    ):
+        with pytest.raises(UserError) as error:
+            expand_sources(url)
+        assert str(error.value).startswith(f"{url}: ")
+        assert "\n" not in str(error.value)
+
+
+def test_a_damaged_member_of_an_archive_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.csv", "user,item\n" * 1000)
+    path.write_bytes(path.read_bytes().replace(b"PK\x03\x04", b"PK\x03\x05", 1))
+    with pytest.raises(UserError, match=r"^zip://a\.csv::.*x\.zip: "):
+        expand_sources(f"zip://a.csv::{path}")
+
+
+def test_a_local_name_with_colons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a::b.csv").write_text("text\n")
+    Path("c::d").mkdir()
+    Path("c::d", "e.csv").write_text("below\n")
+    for path in ("a::b.csv", "a::*.csv", str(tmp_path / "a::b.csv"), "a*.csv"):
+        (source,) = expand_sources(path)
+        assert source.url == str(tmp_path / "a::b.csv")
+        assert content_of(source) == b"text\n"
+    assert [content_of(source) for source in expand_sources(str(tmp_path), (".csv",))] == [b"text\n", b"below\n"]
+    assert names(expand_sources("c::d", (".csv",))) == ["e.csv"]
+    assert [suffix_of(name) for name in ("/x/a::b.csv", "zip://a.csv::b.zip", "simplecache::s3://x/a.csv")] == [
+        ".csv"
+    ] * 3
+
+
+@pytest.mark.parametrize("path", ["", "*.csv"])
+def test_empty_parts_are_left_out_and_named(tmp_path: Path, path: str, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("part-0.csv", "part-1.csv"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"^{tmp_path}/?.*: no file with any content; left out {tmp_path}/part-0.csv"):
+        expand_sources(os.path.join(tmp_path, path), (".csv",))
+    (tmp_path / "part-1.csv").write_text("user,item\n")
+    with caplog.at_level(logging.INFO):
+        assert names(take_sources(os.path.join(tmp_path, path), (".csv",))) == ["part-1.csv"]
+    assert f"left out empty files: {tmp_path}/part-0.csv" in caplog.text
+    assert names(expand_sources(str(tmp_path / "part-0.csv"))) == ["part-0.csv"]
