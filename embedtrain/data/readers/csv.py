@@ -138,13 +138,18 @@ class Csv(TextFormat):
 
 
 def _records(block: bytes, quoting: Quoting | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns where each record of a block ends, and on which line, from 0, it begins; blank lines are none."""
+    """Returns where each record ends, and on which line, from 0, it begins; blank lines are none.
+
+    The block holds whole records, so its end is that of a record, with or without a line end there.
+    """
     ends = find_line_ends(block)
     if len(ends) == 0 or ends[-1] < len(block):
         ends = np.append(ends, len(block))
     record_ends = ends
     if quoting is not None and quoting.quote.encode() in block:
-        record_ends = ends[~find_spans(block, quoting).are_inside(ends - 1)]
+        is_record_end = ~find_spans(block, quoting).are_inside(ends - 1)
+        is_record_end[-1] = True
+        record_ends = ends[is_record_end]
     starts = np.concatenate([[0], record_ends[:-1]])
     is_blank = np.isin(np.frombuffer(block, np.uint8)[starts], _LINE_ENDS)
     return record_ends[~is_blank], np.searchsorted(ends, starts[~is_blank], side="right")
