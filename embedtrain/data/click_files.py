@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import pyarrow as pa
 import torch.distributed as dist
 
 from embedtrain.data.click_schema import ClickSchema, require_columns
@@ -73,10 +72,8 @@ def read_rows(
         UserError: the file cannot be read as what it should be.
     """
     format = FORMATS[schema.reader]
-    as_text = {schema.label, *(column.name for column in schema.categorical)}
-    types = {name: pa.float64() for name in schema.dense if name not in as_text}
     return format.read(
-        segment, schema.used_columns, columns, schema.layout, faults, chunk_bytes=chunk_bytes, types=types
+        segment, schema.used_columns, columns, schema.layout, faults, chunk_bytes=chunk_bytes, uses=schema.uses
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from embedtrain.data.readers import FORMATS, Layout, require_format
+from embedtrain.data.readers.rows import Uses
 from embedtrain.errors import UserError
 
 CRITEO = "criteo"
@@ -124,6 +125,14 @@ class ClickSchema:
     def layout(self) -> Layout:
         """How the rows of a text are laid out."""
         return Layout(self.columns, self.delimiter, self.quote)
+
+    @property
+    def uses(self) -> Uses:
+        """What the reader of the files needs to know of the columns."""
+        looked_up = {column.name for column in self.categorical}
+        parsed = frozenset(self.dense) - looked_up
+        label = {self.label} if self.positive is None else set()
+        return Uses(parsed | label, parsed, {column.name: column.separator for column in self.bags})
 
     @property
     def used_columns(self) -> tuple[str, ...]:

@@ -129,7 +129,7 @@ class ClickStream(ClickLayout):
         schema, path = self._schema, self._options.path
         block = "".join(f"{text}\n" for text in lines.texts).encode()
         columns = schema.columns or schema.used_columns
-        parsed = self._format.parse(block, schema.used_columns, columns, schema.layout)
+        parsed = self._format.parse(block, schema.used_columns, columns, schema.layout, schema.uses)
         examples, unusable = parse_rows(Rows(parsed.batch, 0, parsed.find_lines), schema, path)
         bad = {**parsed.wrong, **unusable}
         if bad and parsed.num_lines > len(lines.texts):

@@ -293,7 +293,9 @@ def _read_features(
     names = list(options.separators)
     sources = take_sources(options.path, suffixes_of(options.format))
     wanted = [options.id_column, *names]
-    batches = [rows.columns for rows in read_columns(sources, wanted, options.format, options.layout)]
+    batches = [
+        rows.columns for rows in read_columns(sources, wanted, options.format, options.layout, options.separators)
+    ]
     ids = [_rows_of(batch[0], vocabulary) for batch in batches]
     rows = np.concatenate(ids) if ids else np.zeros(0, np.int64)
     described, times = np.unique(rows[rows >= 0], return_counts=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from embedtrain.data.readers.blocks import Segment, read_records
 from embedtrain.data.readers.quotes import Quoting, find_line_ends, find_spans
-from embedtrain.data.readers.rows import Layout, Parsed, TextFormat, refuse_repeats
+from embedtrain.data.readers.rows import Layout, Parsed, TextFormat, Uses, refuse_repeats
 from embedtrain.data.sources import Source
 from embedtrain.errors import UserError
 
@@ -68,12 +68,12 @@ class Csv(TextFormat):
         names: Sequence[str],
         columns: tuple[str, ...],
         layout: Layout,
-        types: Mapping[str, pa.DataType] | None = None,
+        uses: Uses,
     ) -> Parsed:
         """See `TextFormat.parse`; blank lines are no rows."""
         if not block.lstrip(b"\r\n"):
             return Parsed(_empty(names), len(find_line_ends(block)))
-        table, wrong = self._read(block, names, columns, layout, dict(types or {}))
+        table, wrong = self._read(block, names, columns, layout, dict.fromkeys(uses.parsed, pa.float64()))
         num_records, num_lines = table.num_rows + len(wrong), _count_lines(block)
         if num_records == num_lines and not _has_bare_returns(block):
             # The common case: no line is blank, and no quoted field goes on in the next one.

@@ -47,6 +47,24 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Uses:
+    """What columns are used for, as far as a reader needs to know; by default for single ids and texts.
+
+    Attributes:
+        numbers: columns of numbers, which may have a fraction. A floating-point number anywhere else is no id, and a
+            line of JSON with one is a fault.
+        parsed: columns that delimited text is parsed to float64 while it is read, a missing value to null; a block
+            with a value that is no number comes as texts all the same.
+        separators: of the columns that may hold bags, what parts the values of a text; None if a text is one value. A
+            line of JSON with a list anywhere else is a fault.
+    """
+
+    numbers: frozenset[str] = frozenset()
+    parsed: frozenset[str] = frozenset()
+    separators: Mapping[str, str | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Fault:
     """A line that cannot be used.
 
@@ -176,7 +194,7 @@ class Format(ABC):
         faults: list[Fault],
         *,
         chunk_bytes: int = CHUNK_BYTES,
-        types: Mapping[str, pa.DataType] | None = None,
+        uses: Uses,
     ) -> Iterator[Rows]:
         """Reads columns of a segment, a few MiB at a time.
 
@@ -187,8 +205,7 @@ class Format(ABC):
             layout: how the lines of text are laid out.
             faults: takes the lines that cannot be parsed.
             chunk_bytes: about how much is held at a time.
-            types: of columns that delimited text is parsed to while it is read, a missing value to null; a block with
-                a value that is not of its column's type comes as texts all the same.
+            uses: what the columns are used for.
 
         Raises:
             UserError: the file cannot be read as what it should be; the message names file and line.
@@ -213,7 +230,7 @@ class TextFormat(Format):
         names: Sequence[str],
         columns: tuple[str, ...],
         layout: Layout,
-        types: Mapping[str, pa.DataType] | None = None,
+        uses: Uses,
     ) -> Parsed:
         """Parses whole records of checked UTF-8 text; the arguments are those of `Format.read`."""
 
@@ -238,7 +255,7 @@ class TextFormat(Format):
         faults: list[Fault],
         *,
         chunk_bytes: int = CHUNK_BYTES,
-        types: Mapping[str, pa.DataType] | None = None,
+        uses: Uses,
     ) -> Iterator[Rows]:
         """See `Format.read`."""
         at, is_first = 0, segment.start == 0
@@ -250,7 +267,7 @@ class TextFormat(Format):
             if not block:
                 continue
             try:
-                parsed = self.parse(block, names, columns, layout, types)
+                parsed = self.parse(block, names, columns, layout, uses)
             except pa.ArrowException as error:
                 raise UserError(f"{segment.source.url}: {' '.join(str(error).split())}") from error
             faults += [Fault(segment, at + line, reason) for line, reason in parsed.wrong.items()]

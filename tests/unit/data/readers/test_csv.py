@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from embedtrain.data.columns import read_columns
 from embedtrain.data.readers import FORMATS, Layout
 from embedtrain.data.readers.quotes import Quoting, find_spans
-from embedtrain.data.readers.rows import Rows, TextFormat
+from embedtrain.data.readers.rows import Rows, TextFormat, Uses
 from embedtrain.data.sources import expand_sources
 
 PIECES = st.sampled_from(['"', '"', '""', ",", ",", "\n", "\n", "\r\n", "\r", "a", "b c", 'x"y', ",1\n", '"2\n",3\n'])
@@ -42,7 +42,7 @@ def test_rows_and_their_lines_are_those_of_python(text: str, end: str) -> None:
         elif row:
             expected_wrong[line] = f"expected 2 fields, got {len(row)}"
         line = reader.line_num
-    parsed = format.parse(text.encode(), ["n", "c"], ("n", "c"), Layout())
+    parsed = format.parse(text.encode(), ["n", "c"], ("n", "c"), Layout(), Uses())
     rows = Rows(parsed.batch, 0, parsed.find_lines)
     found = [list(row.values()) for row in parsed.batch.to_pylist()]
     assert dict(zip(rows.lines.tolist(), found, strict=True)) == expected
