@@ -339,25 +339,45 @@ def _cut_at_lines(blocks: Iterable[bytes], source: Source) -> Iterator[bytes]:
 
 def _cut_at_records(blocks: Iterable[bytes], first: int, quoting: Quoting, source: Source) -> Iterator[bytes]:
     """Cuts text, which begins at byte `first` of the file, after the last line end that lies outside of quotes."""
+    delimiter = quoting.delimiter.encode()
+    # The beginning of a record, each byte of which is scanned once, and what follows it.
+    scanned: list[bytes] = []
+    is_open = False
     rest = b""
-    quote = quoting.quote.encode()
     for block in blocks:
-        data = rest + block
-        cut = data.rfind(b"\n") + 1
-        if quote in data or not cut:
-            # Whether an LF follows a CR at the end is not known yet.
-            ends = find_line_ends(data.removesuffix(b"\r"))
-            outside = ends[~find_spans(data, quoting).are_inside(ends - 1)]
-            cut = int(outside[-1]) if len(outside) else 0
-        if cut:
-            yield data[:cut]
-        rest, first = data[cut:], first + cut
-        if len(rest) > MAX_RECORD_BYTES:
-            _refuse_open_quote(rest, first, quoting, source)
-            _require_room(len(rest), source)
-    if rest:
+        rest += block
+        # After a line end or a delimiter it is certain whether the text is within quotes. Two characters are not
+        # certain at the end of a block: a CR, which an LF may follow, and a quote, which another may follow.
+        end = 1 + max(rest.rfind(b"\n"), rest.rfind(delimiter), rest.rfind(b"\r", 0, max(len(rest) - 1, 0)))
+        if end:
+            cut, is_open = _scan_records(rest[:end], quoting, is_open)
+            if cut:
+                record = b"".join([*scanned, rest[:cut]])
+                scanned, first = [], first + len(record)
+                yield record
+            scanned.append(rest[cut:end])
+            rest = rest[end:]
+        if (num_bytes := sum(map(len, scanned)) + len(rest)) > MAX_RECORD_BYTES:
+            _refuse_open_quote(b"".join([*scanned, rest]), first, quoting, source)
+            _require_room(num_bytes, source)
+    if rest := b"".join([*scanned, rest]):
         _refuse_open_quote(rest, first, quoting, source)
         yield rest
+
+
+def _scan_records(text: bytes, quoting: Quoting, is_open: bool) -> tuple[int, bool]:
+    """Returns where the last record of a text ends, 0 if none does, and whether the text ends within quotes.
+
+    Args:
+        text: begins at the start of a field or, if `is_open`, within quotes.
+    """
+    quote = quoting.quote.encode()
+    if quote not in text:
+        return 0 if is_open else max(text.rfind(b"\n"), text.rfind(b"\r")) + 1, is_open
+    spans = find_spans(quote + text if is_open else text, quoting)
+    ends = find_line_ends(text)
+    outside = ends[~spans.are_inside(ends - 1 + is_open)]
+    return int(outside[-1]) if len(outside) else 0, spans.open_at is not None
 
 
 def _refuse_open_quote(rest: bytes, first: int, quoting: Quoting, source: Source) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any
@@ -19,6 +20,9 @@ from embedtrain.errors import UserError
 
 _SAMPLE_LINES = 64
 _ESCAPED_NUL = rb"\u0000"
+_SECOND_VALUE = re.compile(rb"\}[ \t\r]*[{n]")
+"""Where a line may hold another object, or null, after an object."""
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.large_string()}
 
 
@@ -34,16 +38,19 @@ class JsonLines(TextFormat):
     other_suffixes = (".json", ".txt", "")
 
     def columns(self, source: Source, names: Sequence[str], layout: Layout) -> tuple[str, ...]:
-        """See `Format.columns`; they are the keys of the first block, some 4 MiB."""
-        block = next(read_records(Segment(source), None), b"")
+        """See `Format.columns`; they are the keys of the first block, some 4 MiB, and of more if `names` has others."""
         found: dict[str, None] = {}
-        wrong = ""
-        for number, line in enumerate(block.split(b"\n"), start=1):
-            record = _record(line) if line.strip() else {}
-            if isinstance(record, dict):
-                found.update(dict.fromkeys(record))
-            else:
-                wrong = wrong or f":{number}: {record}"
+        wrong, number = "", 0
+        for block in read_records(Segment(source), None):
+            for line in block.removesuffix(b"\n").split(b"\n"):
+                number += 1
+                record = _record(line) if line.strip() else {}
+                if isinstance(record, dict):
+                    found.update(dict.fromkeys(record))
+                else:
+                    wrong = wrong or f":{number}: {record}"
+            if found.keys() >= set(names):
+                break
         if not found:
             raise UserError(f"{source.url}{wrong or ': expected lines of JSON objects, found none'}")
         return tuple(found)
@@ -58,10 +65,21 @@ class JsonLines(TextFormat):
     ) -> Parsed:
         """See `TextFormat.parse`; blank lines are no rows."""
         num_lines = block.count(b"\n") + (not block.endswith(b"\n"))
-        arrays = None if _ESCAPED_NUL in block else _parse_at_once(block, names, uses)
+        may_be_whole = _has_one_object_per_line(block, num_lines) and _ESCAPED_NUL not in block
+        arrays = _parse_at_once(block, names, uses) if may_be_whole else None
         if arrays is None or len(arrays[0]) != num_lines:
             return _parse_line_by_line(block, names, num_lines, uses)
         return Parsed(_as_batch(names, arrays), num_lines)
+
+
+def _has_one_object_per_line(block: bytes, num_lines: int) -> bool:
+    """Tells whether each line holds one whole object if Arrow finds as many objects as there are lines.
+
+    Arrow ignores line ends, and pyarrow 26 crashes if a block begins with null. Here every line begins with an object,
+    and no line has a second value after one: as many objects as lines means that each line is one object.
+    """
+    num_objects = block.count(b"\n{") + block.startswith(b"{")
+    return num_objects == num_lines and _SECOND_VALUE.search(block) is None
 
 
 def _parse_at_once(block: bytes, names: Sequence[str], uses: Uses) -> list[pa.Array] | None:
@@ -123,22 +141,40 @@ def _as_batch(names: Sequence[str], arrays: Sequence[pa.Array]) -> pa.RecordBatc
 def _record(line: bytes) -> dict[str, Any] | str:
     """Returns the object of a line, or what is wrong with it."""
     try:
-        record = json.loads(line, object_pairs_hook=_without_repeats)
+        record = json.loads(line, object_pairs_hook=_object)
+        if _SURROGATE.search(line):
+            json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "not a JSON object: half of a surrogate pair stands alone"
     except ValueError as error:
         return f"not a JSON object: {error}"
+    except RecursionError:
+        return "not a JSON object that can be read: it is nested too deeply"
     return record if isinstance(record, dict) else f"expected a JSON object, got {type(record).__name__}"
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+class _Object(dict[str, Any]):
+    """An object some of whose keys are repeated."""
+
+    repeated: frozenset[str] = frozenset()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
-    if len(record) < len(pairs):
-        raise ValueError("a key is repeated")
-    return record
+    if len(record) == len(pairs):
+        return record
+    repeating = _Object(record)
+    keys = [key for key, _ in pairs]
+    repeating.repeated = frozenset(key for key in record if keys.count(key) > 1)
+    return repeating
 
 
 def _fault_of(record: dict[str, Any] | str, names: Sequence[str], uses: Uses) -> str | None:
     assert isinstance(record, dict)
+    repeated = record.repeated if isinstance(record, _Object) else frozenset[str]()
     for name in names:
+        if name in repeated:
+            return f"column {name}: the key is repeated"
         value = record.get(name)
         if isinstance(value, list) and name not in uses.separators:
             return f"column {name}: expected one value, since the column is no bag, got {json.dumps(value)}"
@@ -174,7 +210,11 @@ def _type_of(values: list[Any]) -> pa.DataType:
     """Returns the type of a column by some of its values."""
     if any(isinstance(value, list) for value in values):
         lists = [each for value in values if isinstance(value, list) for each in value]
-        return pa.list_(_type_of(lists))
+        return pa.list_(_type_of_single(lists))
+    return _type_of_single(values)
+
+
+def _type_of_single(values: list[Any]) -> pa.DataType:
     kinds = {type(value) for value in values if value is not None}
     if kinds == {int, float}:
         return pa.float64()

@@ -27,7 +27,7 @@ class Layout:
             and for no quotes between tabs.
 
     Raises:
-        UserError: the delimiter or the quote is not one ASCII character.
+        UserError: the delimiter or the quote is not one ASCII character, is a line end, or they are the same.
     """
 
     columns: tuple[str, ...] | None = None
@@ -35,14 +35,25 @@ class Layout:
     quote: str | None = "auto"
 
     def __post_init__(self) -> None:
-        for name, value in (("delimiter", self.delimiter), ("quote", self.quote)):
-            if value is not None and value != "auto" and (len(value) != 1 or not value.isascii()):
-                raise UserError(f"the {name} must be one ASCII character, got {value!r}")
+        for name, value in (("delimiter", self.delimiter), ("quote", None if self.quote == "auto" else self.quote)):
+            if value is not None and (len(value) != 1 or not value.isascii() or value in "\r\n"):
+                raise UserError(f"{name}: expected one ASCII character that is no line end, got {value!r}")
+        if self.delimiter is not None:
+            self.quoting(self.delimiter)
 
     def quoting(self, delimiter: str) -> Quoting | None:
-        """Returns what a text is split by whose format has this delimiter; None if nothing is quoted."""
+        """Returns the delimiter and the quote of a text; None if nothing is quoted.
+
+        Args:
+            delimiter: that of the format; the layout's own takes precedence.
+
+        Raises:
+            UserError: delimiter and quote are the same character.
+        """
         delimiter = self.delimiter or delimiter
         quote = (None if delimiter == "\t" else '"') if self.quote == "auto" else self.quote
+        if quote == delimiter:
+            raise UserError(f"quote: expected another character than the delimiter, got {quote!r} for both")
         return None if quote is None else Quoting(delimiter, quote)
 
 
@@ -115,7 +126,7 @@ def refuse_repeats(names: Sequence[str], source: Source) -> None:
 
 
 def plain(column: pa.Array) -> pa.Array:
-    """Returns a column without the ways to store one that mean the same: dictionaries, views, lists of a fixed size."""
+    """Decodes dictionaries, string views and fixed-size lists to plain arrays."""
     kind = plain_type(column.type)
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
@@ -154,10 +165,10 @@ class Format(ABC):
     """A format of files that hold rows.
 
     Attributes:
-        suffixes: of the files that are in this format whatever they are asked for.
-        other_suffixes: of files that are in this format if the user says so.
+        suffixes: endings that `auto` recognises.
+        other_suffixes: further endings that are read if the user names the format.
         has_names: whether columns have names.
-        has_header: whether it takes a first line to name them, unless the layout does.
+        has_header: whether the first line names the columns if the layout gives no names.
         delimiter: between the fields of a delimited text, unless the layout gives another.
     """
 

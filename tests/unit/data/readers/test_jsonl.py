@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -17,8 +18,8 @@ from embedtrain.data.click_stream import ClickStream, StreamOptions
 from embedtrain.data.columns import read_columns
 from embedtrain.data.head import write_head
 from embedtrain.data.interactions import InteractionOptions, Interactions, SideOptions, prepare_interactions
-from embedtrain.data.readers import FORMATS, Layout
-from embedtrain.data.readers.rows import Uses
+from embedtrain.data.readers import FORMATS, Layout, jsonl
+from embedtrain.data.readers.rows import Parsed, Uses
 from embedtrain.data.sources import expand_sources
 from embedtrain.errors import UserError
 from tests.unit.data.click_example import prepared
@@ -219,6 +220,54 @@ def test_numbers_and_labels_may_have_fractions(tmp_path: Path) -> None:
     log = prepared(path, schema_of("jsonl"), tmp_path / "cache")
     assert log.read(0, 2).examples[DENSE].ravel().tolist() == [1.5, 2.5]
     assert log.read(0, 2).examples[LABEL].tolist() == [1, 0]
+
+
+def parsed_of(block: str) -> Parsed:
+    return FORMATS["jsonl"].parse(block.encode(), ["a"], ("a",), Layout(), Uses())  # type: ignore[attr-defined,no-any-return]
+
+
+GOOD = '{"a": 1}\n'
+DEEP = "[" * 100_000 + "]" * 100_000
+BAD_LINES = {
+    "two_objects_and_a_blank_line": (GOOD + GOOD[:-1] + GOOD + "\n" + GOOD, [0, 3], [1]),
+    "an_object_over_two_lines": (GOOD + '{"a":\n2}' + GOOD + GOOD, [0, 3], [1, 2]),
+    "an_object_over_two_lines_of_braces": ('{"b": {"a": 1}\n} {"a": 1}\n' + GOOD, [2], [0, 1]),
+    "null": (GOOD + "null\n" + GOOD, [0, 2], [1]),
+    "null_first": ("null\n" + GOOD, [1], [0]),
+    "null_after_an_object": (GOOD[:-1] + " null\n\n" + GOOD, [2], [0]),
+    "repeated": ('{"a": 1, "a": 2}\n' + GOOD, [1], [0]),
+    "repeated_but_not_read": ('{"a": 1, "b": 2, "b": {"c": 1, "c": 2}}\n' + GOOD, [0, 1], []),
+    "repeated_but_not_read_and_blank": ('\n{"a": 1, "b": 2, "b": 3}\n' + GOOD, [1, 2], []),
+    "surrogate": ('{"a": "\\uD800"}\n' + GOOD, [1], [0]),
+    "surrogate_not_read": ('{"a": 1, "b": "\\udfff"}\n' + GOOD, [1], [0]),
+    "surrogate_pair": ('\n{"a": "\\ud800\\udc00"}\n' + GOOD, [1, 2], []),
+    "deep": (f'{{"a": {DEEP}}}\n' + GOOD, [1], [0]),
+    "lists_of_lists": ('{"a": [[1]]}\n', [], [0]),
+}
+
+
+@pytest.mark.parametrize(("block", "lines", "wrong"), BAD_LINES.values(), ids=BAD_LINES)
+def test_a_line_is_judged_alone_and_by_its_own_number(block: str, lines: list[int], wrong: list[int]) -> None:
+    # A blank line sends the block through the other path.
+    for more in ("", "\n"):
+        parsed = parsed_of(block + more)
+        found = range(parsed.batch.num_rows) if parsed.find_lines is None else parsed.find_lines().tolist()
+        assert list(found) == lines
+        assert list(parsed.wrong) == wrong
+
+
+def test_a_deep_line_of_a_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"user": 1, "item": 2}}\n{{"user": {DEEP}, "item": 2}}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl:2: not a JSON object that can be read: it is nested too deeply"):
+        prepare_interactions(InteractionOptions(path=str(path)), str(tmp_path / "cache"), None)
+
+
+def test_a_key_that_comes_late_is_a_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "read_records", functools.partial(jsonl.read_records, chunk_bytes=100))
+    path = write_jsonl(tmp_path / "a.jsonl", [*[{"user": 1, "item": 2}] * 100, {"user": 1, "item": 2, "late": "x"}])
+    rows = read_columns(expand_sources(path, (".jsonl",)), ["user", "late"])
+    assert [value for each in rows for value in each.columns[1].to_pylist() if value] == ["x"]
 
 
 def test_a_column_that_is_not_there_and_a_file_of_none(tmp_path: Path) -> None:
