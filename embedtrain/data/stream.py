@@ -13,7 +13,7 @@ from typing import NamedTuple
 import fsspec
 import xxhash
 
-from embedtrain.data.readers.blocks import BYTE_ORDER_MARK, MAX_RECORD_BYTES, UTF16_MARKS, open_unpacked
+from embedtrain.data.readers.blocks import BYTE_ORDER_MARK, MARK_WITHIN, MAX_RECORD_BYTES, UTF16_MARKS, open_unpacked
 from embedtrain.data.readers.quotes import Quoting, open_test
 from embedtrain.data.sources import is_hidden, source_at
 from embedtrain.errors import UserError
@@ -265,6 +265,8 @@ class LineStream:
             raise UserError(f"line {record.first} of {where} is not UTF-8: {error}") from error
         if "\0" in text:
             raise UserError(f"line {record.first} of {where} is not text: it holds NUL")
+        if any(line.startswith(BYTE_ORDER_MARK) for line in record.lines):
+            raise UserError(f"line {record.first} of {where}: {MARK_WITHIN}")
         return text
 
 

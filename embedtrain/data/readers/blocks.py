@@ -28,8 +28,10 @@ MAX_PARTS = 256  # Each becomes a file that is held open while it is mapped.
 MAX_RECORD_BYTES = 256 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+MARK_WITHIN = "the line begins with a byte-order mark, as if files had been joined: remove the mark"
 _SCAN_BYTES = 1 << 16
 _BARE_RETURN = re.compile(rb"\r(?!\n)")
+_MARK_IN_FILE = re.compile(rb"(?:\A|[\r\n])" + BYTE_ORDER_MARK)
 _OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {
     "gzip": lambda file: gzip.GzipFile(fileobj=file),
     "bz2": bz2.BZ2File,
@@ -198,12 +200,17 @@ def read_records(segment: Segment, quoting: Quoting | None, *, chunk_bytes: int 
         UTF-8 text that ends with a record.
 
     Raises:
-        UserError: as `read_chunks`; or a quote that is opened is never closed.
+        UserError: as `read_chunks`; or a quote that is opened is never closed, or a later line than the first begins
+            with a byte-order mark.
     """
     source = segment.source
-    if quoting is None:
-        return _checked(segment, lambda blocks, _: _cut_at_lines(_with_line_feeds(blocks), source), chunk_bytes)
-    return _checked(segment, lambda blocks, first: _cut_at_records(blocks, first, quoting, source), chunk_bytes)
+
+    def cut(blocks: Iterator[bytes], first: int) -> Iterator[bytes]:
+        if quoting is None:
+            return _cut_at_lines(_with_line_feeds(blocks), source)
+        return _cut_at_records(blocks, first, quoting, source)
+
+    return _checked(segment, cut, chunk_bytes, is_of_records=True)
 
 
 def has_quoted_line_break(segment: Segment, quoting: Quoting) -> bool:
@@ -240,6 +247,7 @@ def _checked(
     chunk_bytes: int,
     on_read: Callable[[int], None] | None = None,
     is_checked: bool = True,
+    is_of_records: bool = False,
 ) -> Iterator[bytes]:
     """Reads the lines of a segment as `cut` cuts them, makes sure that they are text and drops a byte-order mark."""
     source = segment.source
@@ -260,6 +268,8 @@ def _checked(
         for chunk in cut(blocks, at):
             if is_checked:
                 _require_text(chunk, source, at)
+            if is_of_records:
+                _refuse_mark(chunk, source, at)
             yield chunk
             at += len(chunk)
             if on_read is not None:
@@ -408,6 +418,13 @@ def _require_text(chunk: bytes, source: Source, offset: int) -> None:
         chunk.decode()
     except UnicodeDecodeError as error:
         raise _not_text(f"not UTF-8 text: 0x{chunk[error.start]:02x}", source, offset + error.start) from error
+
+
+def _refuse_mark(chunk: bytes, source: Source, offset: int) -> None:
+    """Refuses a line that begins with a byte-order mark, which would become a part of its first value."""
+    if BYTE_ORDER_MARK in chunk and (found := _MARK_IN_FILE.search(chunk)):
+        line = line_at(source, offset + found.end() - len(BYTE_ORDER_MARK))
+        raise UserError(f"{source.url}:{line}: {MARK_WITHIN}")
 
 
 def _not_text(fault: str, source: Source, place: int) -> UserError:

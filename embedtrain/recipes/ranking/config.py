@@ -182,6 +182,8 @@ class RankingConfig(Config):
                 "train.global_batch_size must be a multiple of data.block_examples, got "
                 f"{self.train.global_batch_size} and {self.data.block_examples}"
             )
+        if self.data.positive == "":
+            raise UserError("data.positive must not be empty: a label that is missing makes a bad line")
         if self.data.max_bad_lines < 0:
             raise UserError(f"data.max_bad_lines must be at least 0, got {self.data.max_bad_lines}")
         if self.data.format == "criteo":

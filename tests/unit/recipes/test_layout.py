@@ -98,3 +98,17 @@ def test_characters_that_cannot_be_used_are_refused_with_their_key(model: str, o
     format = [f"{override.split('.')[0]}.format=csv"]
     with pytest.raises(UserError, match=message):
         load_config(None, [f"model={model}", "data.path=x", *of_ranking, *format, override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.positive=", "data.positive must not be empty"),
+        ("data.delimiter=", "data.delimiter: expected one ASCII character"),
+        ("data.quote=','", "data.quote: expected another character than the delimiter"),
+    ],
+)
+def test_ranking_refuses_what_no_text_can_be_split_or_labelled_by(override: str, message: str) -> None:
+    overrides = ["model=ranking", "data.path=a.csv", "data.format=csv", "data.categorical=[u]", override]
+    with pytest.raises(UserError, match=message):
+        load_config(None, overrides)

@@ -262,6 +262,32 @@ def test_a_stream_follows_the_same_rules(name: str, tmp_path: Path) -> None:
     assert stream_of(tmp_path / "s", max_bad_lines=1) == [n % 2 for n in range(20)]
 
 
+MARK = b"\xef\xbb\xbf"
+JOINED = {
+    "csv": (MARK + b"y,u\n1,a\n" + MARK + b"y,u\n1,b\n", None),
+    "tsv": (b"y\tu\n1\ta\n" + MARK + b"1\tb", None),
+    "lines": (b"1 a\n1 b\n" + MARK + b"1 c\n", "lines"),
+    "jsonl": (MARK + b'{"y": 1, "u": 2}\n{"y": 1, "u": 2}\r' + MARK + b'{"y": 1, "u": 2}\n', "jsonl"),
+    "quoted": (b'y,u\n1,"\n' + MARK + b'b"\n', None),
+    "csv_crlf": (MARK + b"y,u\r\n1,a\r\n" + MARK + b"y,u\r\n1,b\r\n", None),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_a_byte_order_mark_within_a_file_is_refused_in_every_format(name: str, tmp_path: Path) -> None:
+    content, format = JOINED[name]
+    format = format or ("tsv" if name == "tsv" else "csv")
+    path = written(tmp_path, content, f"a.{'txt' if format == 'lines' else format}")
+    with pytest.raises(UserError, match=rf"{path}:3: the line begins with a byte-order mark"):
+        list(read_columns(expand_sources(str(path)), ["y", "u"], format))
+
+
+def test_a_byte_order_mark_within_a_stream_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, MARK + b"1,a\n" + MARK + b"1,b\n")
+    with pytest.raises(UserError, match=r"line 2 of .*a\.csv: the line begins with a byte-order mark"):
+        stream_of(path)
+
+
 def test_records_of_a_stream_go_on_through_quoted_line_breaks(tmp_path: Path) -> None:
     path = written(tmp_path, '0,a\n1,"b\n\r\nc"\n0,d\n9,"x\ny"\n1,z')
     assert stream_of(path, max_bad_lines=1) == [0, 1, 0, 1]
