@@ -263,7 +263,8 @@ class TextFormat(Format):
             try:
                 parsed = self.parse(block, names, columns, layout, types)
             except pa.ArrowException as error:
-                raise UserError(f"{segment.source.url}: {' '.join(str(error).split())}") from error
+                place = self.place(Fault(segment, at, ""))
+                raise UserError(f"{place} and the lines after it: {' '.join(str(error).split())}") from error
             faults += [Fault(segment, at + line, reason) for line, reason in parsed.wrong.items()]
             if parsed.batch.num_rows:
                 yield Rows(parsed.batch, at, parsed.find_lines)
