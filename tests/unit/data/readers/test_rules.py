@@ -300,6 +300,8 @@ def test_records_of_a_stream_go_on_through_quoted_line_breaks(tmp_path: Path) ->
     path = written(tmp_path, '0,a\n1,"b\nc\n0,d\n')
     with pytest.raises(UserError, match=r"a\.csv:2: a quote .* never closed"):
         stream_of(path)
+    # The second line of the record that is given up is a line of its own, with too few fields.
+    assert stream_of(path, max_bad_lines=2) == [0, 0]
     path = written(tmp_path, "0,a\n1,b\0\n")
     with pytest.raises(UserError, match=r"line 2 of .*a\.csv is not text: it holds NUL"):
         stream_of(path)
