@@ -34,8 +34,8 @@ def plan_files(
 ) -> ClickFiles:
     """Divides files into parts and makes sure that each holds the schema's columns.
 
-    A text file is divided at its line ends, and not at all if a quoted field holds one: to know, the ranks look through
-    the files that have quotes once more.
+    A text file is divided at its line ends, but not if a quoted field holds a line end. To find this out, the ranks
+    read every divided file of a layout with quotes once more, whether it has quotes or not.
 
     Collective: every rank.
 

@@ -74,7 +74,7 @@ class ClickStream(ClickLayout):
         self.single_names = [column.name for column in schema.single]
         self.bag_names = [column.name for column in schema.bags]
         self.vocabulary_fingerprint = ""
-        self.fingerprint = xxhash.xxh3_128_hexdigest(f"stream {schema!r}".encode())
+        self.fingerprint = xxhash.xxh3_128_hexdigest(f"stream {schema.facts}".encode())
         self._options = options
         self._schema = schema
         self._group = group

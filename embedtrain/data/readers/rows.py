@@ -115,10 +115,10 @@ class Rows:
 
 
 def refuse_repeats(names: Sequence[str], source: Source) -> None:
-    """Makes sure that each name of a column is there once.
+    """Refuses a file that names a column more than once.
 
     Raises:
-        UserError: one is not.
+        UserError: it does.
     """
     repeated = sorted({name for name in names if name and names.count(name) > 1})
     if repeated:
@@ -151,7 +151,7 @@ class Parsed:
     Attributes:
         batch: the rows that could be parsed.
         num_lines: lines of the block, blank ones included.
-        wrong: by line, from 0 in the block, what is wrong with those that could not be parsed.
+        wrong: what is wrong with each line that could not be parsed, by its number from 0 in the block.
         find_lines: as in `Rows`.
     """
 
@@ -280,7 +280,8 @@ class TextFormat(Format):
             try:
                 parsed = self.parse(block, names, columns, layout, uses)
             except pa.ArrowException as error:
-                raise UserError(f"{segment.source.url}: {' '.join(str(error).split())}") from error
+                place = self.place(Fault(segment, at, ""))
+                raise UserError(f"{place} and the lines after it: {' '.join(str(error).split())}") from error
             faults += [Fault(segment, at + line, reason) for line, reason in parsed.wrong.items()]
             if parsed.batch.num_rows:
                 yield Rows(parsed.batch, at, parsed.find_lines)

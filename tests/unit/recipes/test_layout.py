@@ -105,7 +105,7 @@ def test_characters_that_cannot_be_used_are_refused_with_their_key(model: str, o
     [
         ("data.positive=", "data.positive must not be empty"),
         ("data.delimiter=", "data.delimiter: expected one ASCII character"),
-        ("data.quote=','", "data.quote: expected another character than the delimiter"),
+        ("data.quote=,", "data.quote: expected another character than the delimiter"),
     ],
 )
 def test_ranking_refuses_what_no_text_can_be_split_or_labelled_by(override: str, message: str) -> None:
