@@ -14,7 +14,7 @@ import xxhash
 from embedtrain.data.cache import cached_entry
 from embedtrain.data.interactions import read_pairs
 from embedtrain.data.readers import Layout, suffixes_of
-from embedtrain.data.sources import expand_sources, take_sources
+from embedtrain.data.sources import Source, take_sources
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import UserError
 
@@ -52,13 +52,15 @@ def write_baskets(
 
     layout = layout or Layout()
 
+    # Listed once, by rank 0, which alone reads them: the entry is named by the files that are read.
+    sources: list[Source] = []
+
     def name() -> str:
-        sources = expand_sources(path, suffixes_of(format))
+        sources.extend(take_sources(path, suffixes_of(format)))
         facts = [_FORMAT_VERSION, [source.identity for source in sources], format, names, vars(layout)]
         return f"baskets-{xxhash.xxh3_64_hexdigest(json.dumps(facts).encode())}"
 
     def write(work_path: str) -> None:
-        sources = take_sources(path, suffixes_of(format))
         baskets, items = read_pairs(sources, names, format, layout)
         ids = items.chunk(0).dictionary
         parted = np.flatnonzero(np.asarray(pc.match_substring_regex(ids, _PARTS_WORDS)))

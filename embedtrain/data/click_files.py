@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import pyarrow as pa
-
 from embedtrain.data.click_schema import ClickSchema, require_columns
 from embedtrain.data.readers import FORMATS, Fault, Rows
 from embedtrain.data.readers.blocks import Segment, has_quoted_line_break
@@ -31,8 +29,8 @@ class ClickFiles:
 def plan_files(sources: Sequence[Source], schema: ClickSchema, part_bytes: int, ranks: Ranks) -> ClickFiles:
     """Divides files into parts and makes sure that each holds the schema's columns.
 
-    A text file is divided at its line ends, and not at all if a quoted field holds one: to know, the ranks look through
-    the files that have quotes once more.
+    A text file is divided at its line ends, but not if a quoted field holds a line end. To find this out, the ranks
+    read every divided file of a layout with quotes once more, whether it has quotes or not.
 
     Collective: every rank.
 
@@ -69,10 +67,8 @@ def read_rows(
         UserError: the file cannot be read as what it should be.
     """
     format = FORMATS[schema.reader]
-    as_text = {schema.label, *(column.name for column in schema.categorical)}
-    types = {name: pa.float64() for name in schema.dense if name not in as_text}
     return format.read(
-        segment, schema.used_columns, columns, schema.layout, faults, chunk_bytes=chunk_bytes, types=types
+        segment, schema.used_columns, columns, schema.layout, faults, chunk_bytes=chunk_bytes, uses=schema.uses
     )
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from embedtrain.data.readers import FORMATS, Layout, require_format
+from embedtrain.data.readers.rows import Uses
 from embedtrain.errors import UserError
 
 CRITEO = "criteo"
 Encoding = Literal["vocabulary", "hash", "id"]
 DenseTransform = Literal["log1p", "none"]
+
+_COLUMN_FACTS = ("name", "num_rows", "encoding", "min_count", "is_bag", "separator")
+_SCHEMA_FACTS = ("file_format", "label", "dense", "categorical", "positive", "columns", "delimiter", "dense_transform")
 
 CRITEO_LABEL = "label"
 CRITEO_DENSE = tuple(f"I{i}" for i in range(1, 14))
@@ -83,8 +87,8 @@ class ClickSchema:
     positive: str | None = None
     columns: tuple[str, ...] | None = None
     delimiter: str = ","
+    quote: str | None = "auto"
     dense_transform: DenseTransform = "log1p"
-    quote: str | None = field(default="auto", repr=False)
 
     def __post_init__(self) -> None:
         require_format(self.file_format, (CRITEO,))
@@ -126,6 +130,25 @@ class ClickSchema:
         return Layout(self.columns, self.delimiter, self.quote)
 
     @property
+    def uses(self) -> Uses:
+        """What the reader of the files needs to know of the columns."""
+        looked_up = {column.name for column in self.categorical}
+        parsed = frozenset(self.dense) - looked_up
+        label = {self.label} if self.positive is None else set()
+        return Uses(parsed | label, parsed, {column.name: column.separator for column in self.bags})
+
+    @property
+    def facts(self) -> str:
+        """A text that is the same for schemas that mean the same, to be hashed into fingerprints.
+
+        Its form is kept, for checkpoints hold such hashes: a new field is part of it only if it is not at its default.
+        """
+        columns = [_facts_of(column, _COLUMN_FACTS) for column in self.categorical]
+        categorical = f"({', '.join(columns)}{',' if len(columns) == 1 else ''})"
+        quote = "" if self.quote == "auto" or self.file_format == CRITEO else f" quote={self.quote!r}"
+        return _facts_of(self, _SCHEMA_FACTS, {"categorical": categorical}) + quote
+
+    @property
     def used_columns(self) -> tuple[str, ...]:
         """The label, the dense and the categorical columns, in this order, each once."""
         return tuple(dict.fromkeys((self.label, *self.dense, *(column.name for column in self.categorical))))
@@ -139,6 +162,11 @@ class ClickSchema:
     def bags(self) -> tuple[CategoricalColumn, ...]:
         """The categorical columns of any number of values an example."""
         return tuple(column for column in self.categorical if column.is_bag)
+
+
+def _facts_of(whole: object, names: Sequence[str], spelled: Mapping[str, str] | None = None) -> str:
+    facts = {name: repr(getattr(whole, name)) for name in names} | dict(spelled or {})
+    return f"{type(whole).__name__}({', '.join(f'{name}={value}' for name, value in facts.items())})"
 
 
 def require_columns(wanted: Sequence[str], existing: Sequence[str], where: str) -> None:

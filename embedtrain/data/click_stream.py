@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import xxhash
 
 from embedtrain.data.click_batches import ClickBatch, as_batch
@@ -71,7 +72,7 @@ class ClickStream(ClickLayout):
         self.single_names = [column.name for column in schema.single]
         self.bag_names = [column.name for column in schema.bags]
         self.vocabulary_fingerprint = ""
-        self.fingerprint = xxhash.xxh3_128_hexdigest(f"stream {schema!r}".encode())
+        self.fingerprint = xxhash.xxh3_128_hexdigest(f"stream {schema.facts}".encode())
         self._options = options
         self._schema = schema
         self._ranks = ranks
@@ -127,14 +128,18 @@ class ClickStream(ClickLayout):
         schema, path = self._schema, self._options.path
         block = "".join(f"{text}\n" for text in lines.texts).encode()
         columns = schema.columns or schema.used_columns
-        parsed = self._format.parse(block, schema.used_columns, columns, schema.layout)
+        try:
+            parsed = self._format.parse(block, schema.used_columns, columns, schema.layout, schema.uses)
+        except pa.ArrowException as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{lines.place(0)} and the {len(lines.texts) - 1} lines after it: {reason}") from error
         examples, unusable = parse_rows(Rows(parsed.batch, 0, parsed.find_lines), schema, path)
         bad = {**parsed.wrong, **unusable}
         if bad and parsed.num_lines > len(lines.texts):
             # A quoted line break makes several lines of one text.
             begins = np.cumsum([0, *(len(find_line_ends(text.encode())) + 1 for text in lines.texts)])
             bad = {int(np.searchsorted(begins, line, side="right")) - 1: reason for line, reason in bad.items()}
-        return Records(*encode(examples, schema, {}, self._dtype, 0)), bad
+        return Records(*encode(examples, schema, {}, self._dtype, 0)), {**bad, **lines.wrong}
 
     def _judge(self, bad: Mapping[int, str], num_bad: int, lines: Lines) -> None:
         """Refuses a stream of too many bad lines; says on rank 0 which ones are left out."""

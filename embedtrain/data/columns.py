@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 
 from embedtrain.data.readers import AUTO, Fault, Format, Layout, Rows, format_of
 from embedtrain.data.readers.blocks import Segment
+from embedtrain.data.readers.rows import Uses
 from embedtrain.data.sources import Source
 from embedtrain.errors import UserError
 
@@ -27,7 +28,11 @@ class TextRows:
 
 
 def read_columns(
-    sources: Sequence[Source], names: Sequence[str], format: str = AUTO, layout: Layout | None = None
+    sources: Sequence[Source],
+    names: Sequence[str],
+    format: str = AUTO,
+    layout: Layout | None = None,
+    separators: Mapping[str, str | None] | None = None,
 ) -> Iterator[TextRows]:
     """Reads columns of files, some rows at a time.
 
@@ -39,6 +44,7 @@ def read_columns(
         names: of the columns; in "lines" the first names the users and the second the items.
         format: a name in `FORMATS`, or "auto" to go by each file's suffix.
         layout: how the lines of text are laid out.
+        separators: as in `Uses`; None if no column may hold bags.
 
     Yields:
         Rows; a column holds lists only if it does in the file.
@@ -48,12 +54,13 @@ def read_columns(
             names the file, and what was there instead.
     """
     layout = layout or Layout()
+    uses = Uses(separators=separators or {})
     for source in sources:
         reader, segment = format_of(source, format), Segment(source)
         existing = reader.columns(source, names, layout)
         _require_columns(source, names, existing)
         faults: list[Fault] = []
-        for rows in reader.read(segment, list(dict.fromkeys(names)), existing, layout, faults):
+        for rows in reader.read(segment, list(dict.fromkeys(names)), existing, layout, faults, uses=uses):
             _refuse_faults(faults, reader)
             yield TextRows(
                 [_as_text(source, name, rows.batch.column(name)) for name in names], _places(rows, segment, reader)

@@ -20,7 +20,7 @@ from embedtrain.data.bags import Bags
 from embedtrain.data.cache import cached_entry
 from embedtrain.data.columns import read_columns
 from embedtrain.data.readers import AUTO, Layout, suffixes_of
-from embedtrain.data.sources import Source, expand_sources, take_sources
+from embedtrain.data.sources import Source, take_sources
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import UserError
@@ -141,30 +141,54 @@ def prepare_interactions(options: InteractionOptions, cache_path: str, ranks: Ra
     Raises:
         UserError: on every rank; a file or column is missing or unreadable, holds no id, or nothing at all.
     """
-    name = ranks.run_on_first(lambda: _entry_name(options))
-    path = cached_entry(cache_path, name, META_NAME, lambda work_path: _write(options, work_path), ranks)
+    # Each path is listed once, so that the entry is named by the files that are read. Only rank 0 reads them.
+    listed: list[_Listed] = []
+
+    def list_and_name() -> str:
+        listed.append(_list_files(options))
+        return _entry_name(options, listed[0])
+
+    name = ranks.run_on_first(list_and_name)
+    path = cached_entry(cache_path, name, META_NAME, lambda work_path: _write(options, listed[0], work_path), ranks)
     return Interactions(path)
 
 
-def _entry_name(options: InteractionOptions) -> str:
+@dataclass(frozen=True)
+class _Listed:
+    """The files of each path of `InteractionOptions`, none if the path is None."""
+
+    interactions: list[Source]
+    held_out: list[Source]
+    users: list[Source]
+    users_base: list[Source]
+    items: list[Source]
+    items_base: list[Source]
+
+
+def _list_files(options: InteractionOptions) -> _Listed:
     of_data = suffixes_of(options.format)
     paths = [(options.path, of_data), (options.held_out_path, of_data)]
     for side in (options.users, options.items):
         paths += [(side.path, suffixes_of(side.format)), (side.base_vocabulary, ())]
-    sources = [[s.identity for s in expand_sources(path, suffixes)] for path, suffixes in paths if path is not None]
+    return _Listed(*([] if path is None else take_sources(path, suffixes) for path, suffixes in paths))
+
+
+def _entry_name(options: InteractionOptions, listed: _Listed) -> str:
+    sources = [[source.identity for source in files] for files in vars(listed).values() if files]
     facts = json.dumps([_FORMAT_VERSION, sources, asdict(options)], default=list)
     return f"interactions-{xxhash.xxh3_64_hexdigest(facts.encode())}"
 
 
-def _write(options: InteractionOptions, path: str) -> None:
-    sources = take_sources(options.path, suffixes_of(options.format))
+def _write(options: InteractionOptions, listed: _Listed, path: str) -> None:
+    sources = listed.interactions
     pairs = read_pairs(sources, (options.user_column, options.item_column), options.format, options.layout)
     sides = ("user", options.users), ("item", options.items)
     vocabularies: list[Vocabulary] = []
     rows: list[NDArray[np.int64]] = []
     bases = [None if side.base_vocabulary is None else Vocabulary.load_base(side.base_vocabulary) for _, side in sides]
     for (name, _), base, column in zip(sides, bases, pairs, strict=True):
-        vocabulary, column_rows = _number(column, name, base)
+        _refuse_line_ends(column, name)
+        vocabulary, column_rows = _number(column, base)
         vocabularies.append(vocabulary)
         rows.append(column_rows)
     users, items = vocabularies
@@ -178,16 +202,20 @@ def _write(options: InteractionOptions, path: str) -> None:
     vocabularies = [Vocabulary(v.words, count) for v, count in zip(vocabularies, counted, strict=True)]
     left_out = {"repeated_interactions": num_repeated}
     users, items = vocabularies
-    held_out = _held_out(options, users, items, left_out)
+    held_out = _held_out(options, listed.held_out, users, items, left_out)
     known.save(os.path.join(path, "known"))
     held_out.save(os.path.join(path, "held-out"))
     users.save(os.path.join(path, "users.tsv"))
     items.save(os.path.join(path, "items.tsv"))
     parts = [known.fingerprint, users.fingerprint, items.fingerprint]
     features: dict[str, dict[str, int]] = {}
-    for side, side_options, vocabulary in (("users", options.users, users), ("items", options.items, items)):
+    for side, side_options, files, vocabulary in (
+        ("users", options.users, listed.users, users),
+        ("items", options.items, listed.items, items),
+    ):
         features[side] = {}
-        for number, (name, bags, categories) in enumerate(_read_features(side_options, vocabulary, left_out, side)):
+        found = _read_features(side_options, files, vocabulary, left_out, side)
+        for number, (name, bags, categories) in enumerate(found):
             bags.save(os.path.join(path, f"{side}-{number}"))
             features[side][name] = categories
             parts += [name, bags.fingerprint]
@@ -232,16 +260,21 @@ def read_pairs(sources: Sequence[Source], names: tuple[str, str], format: str, l
     return [pa.chunked_array(found).unify_dictionaries() for found in chunks]
 
 
-def _number(column: pa.ChunkedArray, name: str, base: Vocabulary | None = None) -> tuple[Vocabulary, NDArray[np.int64]]:
-    """Gives each distinct id a row, the most frequent first; returns the ids by row, and the column in rows.
-
-    The ids of `base` have a row too, and count as often as it says besides.
-    """
+def _refuse_line_ends(column: pa.ChunkedArray, name: str) -> None:
+    """Refuses ids that a line of a vocabulary's file cannot hold."""
     ids = column.chunk(0).dictionary
     for forbidden in _FORBIDDEN:
         found = np.flatnonzero(np.asarray(pc.match_substring(ids, forbidden)))
         if len(found):
             raise UserError(f"the {name} id {ids[int(found[0])].as_py()!r} holds a tab or a line end, which none may")
+
+
+def _number(column: pa.ChunkedArray, base: Vocabulary | None = None) -> tuple[Vocabulary, NDArray[np.int64]]:
+    """Gives each distinct id a row, the most frequent first; returns the ids by row, and the column in rows.
+
+    The ids of `base` have a row too, and count as often as it says besides.
+    """
+    ids = column.chunk(0).dictionary
     codes = np.concatenate([np.asarray(chunk.indices) for chunk in column.chunks])
     counts = np.bincount(codes, minlength=len(ids))
     table = pa.table([ids.cast(pa.large_binary()), pa.array(counts, pa.int64())], schema=COUNTS_SCHEMA)
@@ -263,11 +296,12 @@ def _rows_of(column: pa.Array | pa.ChunkedArray, vocabulary: Vocabulary) -> NDAr
     return np.asarray(rows).astype(np.int64)
 
 
-def _held_out(options: InteractionOptions, users: Vocabulary, items: Vocabulary, left_out: dict[str, int]) -> Bags:
+def _held_out(
+    options: InteractionOptions, sources: list[Source], users: Vocabulary, items: Vocabulary, left_out: dict[str, int]
+) -> Bags:
     """Returns the held-out items of each user of the training; counts what is left out."""
     if options.held_out_path is None:
         return Bags.from_rows(np.zeros(0, np.int64), np.zeros(0, np.int64), len(users))
-    sources = take_sources(options.held_out_path, suffixes_of(options.format))
     pairs = read_pairs(sources, (options.user_column, options.item_column), options.format, options.layout)
     codes = [np.concatenate([np.asarray(chunk.indices) for chunk in column.chunks]) for column in pairs]
     user_rows, item_rows = (
@@ -284,17 +318,20 @@ def _held_out(options: InteractionOptions, users: Vocabulary, items: Vocabulary,
 
 
 def _read_features(
-    options: SideOptions, vocabulary: Vocabulary, left_out: dict[str, int], side: str
+    options: SideOptions, sources: list[Source], vocabulary: Vocabulary, left_out: dict[str, int], side: str
 ) -> list[tuple[str, Bags, int]]:
     """Returns name, categories of each row, and number of categories, for each feature."""
     if options.path is None:
         return []
     names = list(options.separators)
-    sources = take_sources(options.path, suffixes_of(options.format))
     wanted = [options.id_column, *names]
-    batches = [rows.columns for rows in read_columns(sources, wanted, options.format, options.layout)]
-    ids = [_rows_of(batch[0], vocabulary) for batch in batches]
-    rows = np.concatenate(ids) if ids else np.zeros(0, np.int64)
+    batches = [
+        rows.columns for rows in read_columns(sources, wanted, options.format, options.layout, options.separators)
+    ]
+    urls = ", ".join(source.url for source in sources)
+    if not batches:
+        raise UserError(f"{urls}: there are no rows: expected one for each of the {side}, or leave out {side}.path")
+    rows = np.concatenate([_rows_of(batch[0], vocabulary) for batch in batches])
     described, times = np.unique(rows[rows >= 0], return_counts=True)
     if len(times) and times.max() > 1:
         repeated = vocabulary.words[described[times.argmax()]]
@@ -304,8 +341,10 @@ def _read_features(
     for place, name in enumerate(names, start=1):
         cells = [_categories(batch[place], options.separators[name]) for batch in batches]
         lengths = np.concatenate([lengths for lengths, _ in cells])
+        if not lengths.any():
+            raise UserError(f"{urls}: no row has a value in column {name!r}: leave out {side}.features.{name}")
         values = pa.chunked_array([values.dictionary_encode() for _, values in cells]).unify_dictionaries()
-        categories, category_rows = _number(values, name)
+        categories, category_rows = _number(values)
         of_row = np.repeat(rows, lengths)
         is_known = of_row >= 0
         order = np.argsort(of_row[is_known], kind="stable")
@@ -317,7 +356,10 @@ def _read_features(
 def _categories(column: pa.Array, separator: str | None) -> tuple[NDArray[np.int64], pa.Array]:
     """Returns how many categories each cell has, and all of them; an empty cell has none."""
     if pa.types.is_large_string(column.type):
-        column = pc.split_pattern(column, separator if separator is not None else "\n")
+        if separator is None:
+            is_given = pc.not_equal(column, "").fill_null(False)
+            return np.asarray(is_given).astype(np.int64), column.filter(is_given)
+        column = pc.split_pattern(column, separator)
     lengths = np.asarray(pc.list_value_length(column).fill_null(0)).astype(np.int64)
     values = pc.list_flatten(column)
     is_empty = np.asarray(pc.equal(values, "").fill_null(True))

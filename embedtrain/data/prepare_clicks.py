@@ -335,8 +335,7 @@ def _entry_name(sources: Sequence[Source], schema: ClickSchema, like: ClickLayou
     facts = (
         _FORMAT_VERSION,
         [source.identity for source in sources],
-        repr(schema),
-        schema.quote,
+        schema.facts,
         None if like is None else (like.vocabulary_fingerprint, like.dense_mean.tolist(), like.dense_std.tolist()),
     )
     return f"clicks-{xxhash.xxh3_64_hexdigest(repr(facts).encode())}"

@@ -5,23 +5,30 @@ from __future__ import annotations
 import os
 import select
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import fsspec
 import xxhash
 
-from embedtrain.data.readers.blocks import BYTE_ORDER_MARK, MAX_RECORD_BYTES, UTF16_MARKS, open_unpacked
+from embedtrain.data.readers.blocks import BYTE_ORDER_MARK, MARK_WITHIN, MAX_RECORD_BYTES, UTF16_MARKS, open_unpacked
 from embedtrain.data.readers.quotes import Quoting, open_test
 from embedtrain.data.sources import is_hidden, source_at
 from embedtrain.errors import UserError
 
 STANDARD_INPUT = "-"
 
+MAX_OPEN_BYTES = 1 << 20
+"""A record of a stream whose quote is still open after so many bytes is bad: without a limit, one stray quote would
+swallow all that comes after it."""
+
 _UNFINISHED = (".partial", ".tmp")
 _TURN_SECONDS = 1.0
-"""How long a reader that may not wait is kept where nothing has come."""
+"""Poll timeout of the non-blocking reader, in seconds."""
 _READ_BYTES = 1 << 16
+_NEVER_CLOSED = "a quote that is opened on this line is never closed"
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,12 @@ class Lines:
         texts: without their ends.
         numbers: where they stand: a file, the number of a line in it, from 1, and how many records begin on that line
             and on those that follow.
+        wrong: by place in `texts`, what is wrong with those that cannot be used, whose text is empty.
     """
 
     texts: list[str]
     numbers: list[tuple[str, int, int]]
+    wrong: dict[int, str] = field(default_factory=dict)
 
     def place(self, index: int) -> str:
         """Names the file and the line of a text, as an editor counts them."""
@@ -106,15 +115,17 @@ class LineStream:
         """Returns the next lines without their ends, fewer only at the end of the stream.
 
         Raises:
-            UserError: there is no such file, a line is not UTF-8, what was read before is not there any more, or a
-                file appeared whose name sorts before the one being read, and which would never be read.
+            UserError: there is no such file, a line is not UTF-8 or cannot be used, what was read before is not there
+                any more, or a file appeared whose name sorts before the one being read, and which would never be read.
         """
         while (lines := self.take(num_lines)) is None:
             pass
+        for index, reason in lines.wrong.items():
+            raise UserError(f"{lines.place(index)}: {reason}")
         return lines.texts
 
     def take(self, num_lines: int) -> Lines | None:
-        """Returns lines as `read` does, or None where after about a second they have not all come.
+        """Returns lines as `read` does, with those that cannot be used; None if they have not all come in a second.
 
         Those that have come are kept for the next call.
         """
@@ -126,6 +137,9 @@ class LineStream:
                 break
             if line is None:
                 return None
+            if isinstance(line, _Wrong):
+                taken.wrong[len(taken.texts)] = line.reason
+                line = ""
             taken.texts.append(line)
             if taken.numbers:
                 name, first, count = taken.numbers[-1]
@@ -138,10 +152,12 @@ class LineStream:
             self.position = StreamPosition(self._name, self._line, self._digest.hexdigest())
         return taken
 
-    def _every_line(self) -> Iterator[str | None]:
+    def _every_line(self) -> Iterator[str | _Wrong | None]:
         """Yields the lines from the position on, and None where none has come for a while."""
         if self._path == STANDARD_INPUT:
-            yield from self._records_of(_split(_read_descriptor(self._standard_input)), STANDARD_INPUT)
+            yield from self._records_of(
+                _split(_read_descriptor(self._standard_input), self._path_of(STANDARD_INPUT)), STANDARD_INPUT
+            )
             return
         file_system, root = fsspec.core.url_to_fs(self._path)
         file_system.invalidate_cache()
@@ -156,7 +172,9 @@ class LineStream:
                 continue
             try:
                 with open_unpacked(source_at(file_system, f"{folder}/{name}", self._path)) as file:
-                    yield from self._records_of(_split(iter(lambda: file.read(_READ_BYTES), b"")), name)
+                    yield from self._records_of(
+                        _split(iter(lambda: file.read(_READ_BYTES), b""), self._path_of(name)), name
+                    )
             except OSError as error:
                 raise UserError(f"{self._path_of(name)} cannot be read: {error}") from error
 
@@ -199,14 +217,13 @@ class LineStream:
             return "standard input"
         return self._path if self._path.endswith(f"/{name}") else f"{self._path}/{name}"
 
-    def _records_of(self, blocks: Iterable[list[bytes] | None], name: str) -> Iterator[str | None]:
+    def _records_of(self, blocks: Iterable[list[bytes] | None], name: str) -> Iterator[str | _Wrong | None]:
         """Yields the records of a file that were not read before, and None while nothing comes."""
         before = self.position if name == self.position.name else StreamPosition()
         where = self._path_of(name)
-        number, digest = 0, xxhash.xxh3_64()
-        record, first = b"", 1
-        quote = b"" if self._quoting is None else self._quoting.quote.encode()
-        is_open = bool if self._quoting is None else open_test(self._quoting)
+        digest = xxhash.xxh3_64()
+        records = _Records(self._quoting, before.line + 1)
+        number = 0
         for lines in blocks:
             if lines is None:
                 yield None
@@ -215,58 +232,140 @@ class LineStream:
                 number += 1
                 if number == 1:
                     line = _without_mark(line, where)
-                text = line.rstrip(b"\r\n")
-                digest.update(text + b"\n")
-                if number <= before.line:
-                    first = number + 1
-                    if number == before.line and before.digest not in ("", digest.hexdigest()):
-                        raise UserError(
-                            f"the first {number} lines of {where} are not those that were read before: give it from "
-                            "its beginning again, unchanged, or start a new run"
-                        )
+                if number > before.line:
+                    for record in records.add(line):
+                        yield self._taken_up(record, name, digest)
                     continue
-                if record or (quote and quote in line):
-                    record += line
-                    if is_open(record):
-                        if len(record) > MAX_RECORD_BYTES:
-                            raise _never_closed(first, where)
-                        continue
-                    text, record = record.rstrip(b"\r\n"), b""
-                self._name, self._line, self._digest, self._first_line = name, number, digest, first
-                try:
-                    decoded = text.decode()
-                except UnicodeDecodeError as error:
-                    raise UserError(f"line {first} of {where} is not UTF-8: {error}") from error
-                if "\0" in decoded:
-                    raise UserError(f"line {first} of {where} is not text: it holds NUL")
-                yield decoded
-                first = number + 1
-        if record:
-            raise _never_closed(first, where)
+                digest.update(line.rstrip(b"\r\n") + b"\n")
+                if number == before.line and before.digest not in ("", digest.hexdigest()):
+                    raise UserError(
+                        f"the first {number} lines of {where} are not those that were read before: give it from "
+                        "its beginning again, unchanged, or start a new run"
+                    )
+        for record in records.end():
+            yield self._taken_up(record, name, digest)
         if number < before.line:
             raise UserError(
                 f"{where} ends after {number} lines, and {before.line} were read before: give it from its beginning "
                 "again"
             )
 
+    def _taken_up(self, record: _Record, name: str, digest: xxhash.xxh3_64) -> str | _Wrong:
+        """Moves on to the end of a record and returns its text without the line end, or what is wrong with it."""
+        for line in record.lines:
+            digest.update(line.rstrip(b"\r\n") + b"\n")
+        self._name, self._line, self._digest = name, record.first + len(record.lines) - 1, digest
+        self._first_line = record.first
+        if record.reason:
+            return _Wrong(record.reason)
+        where = self._path_of(name)
+        try:
+            text = b"".join(record.lines).rstrip(b"\r\n").decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"line {record.first} of {where} is not UTF-8: {error}") from error
+        if "\0" in text:
+            raise UserError(f"line {record.first} of {where} is not text: it holds NUL")
+        if any(line.startswith(BYTE_ORDER_MARK) for line in record.lines):
+            raise UserError(f"line {record.first} of {where}: {MARK_WITHIN}")
+        return text
 
-def _split(blocks: Iterable[bytes | None]) -> Iterator[list[bytes] | None]:
-    """Yields the lines of each block with their ends: LF, CRLF or a bare CR; passes on each None."""
-    rest = b""
+
+class _Wrong(NamedTuple):
+    """Stands for a record that cannot be used."""
+
+    reason: str
+
+
+class _Record(NamedTuple):
+    """Lines with their ends, and the number of the first one; `reason` says why they cannot be used, if they cannot."""
+
+    lines: list[bytes]
+    first: int
+    reason: str = ""
+
+
+class _Records:
+    """Joins lines whose breaks are quoted; scans each line once.
+
+    If a quote is still open after `MAX_OPEN_BYTES`, or at the end, then the line that opens it is bad, and the lines
+    that follow are records of their own.
+    """
+
+    def __init__(self, quoting: Quoting | None, first: int) -> None:
+        self._quote = None if quoting is None else quoting.quote.encode()
+        self._is_open_after = None if quoting is None else open_test(quoting)
+        self._first = first
+        self._open: list[bytes] = []
+        self._num_bytes = 0
+
+    def add(self, line: bytes) -> list[_Record]:
+        """Takes the next line; returns the records that end with it."""
+        if not self._open and (self._quote is None or self._quote not in line):
+            return [self._record([line])]
+        return self._scan(deque([line]), MAX_OPEN_BYTES, f" within {MAX_OPEN_BYTES >> 20} MiB")
+
+    def end(self) -> list[_Record]:
+        """Returns the records that are left if no more lines come."""
+        found: list[_Record] = []
+        while self._open:
+            found.append(self._record([self._open[0]], _NEVER_CLOSED))
+            others, self._open, self._num_bytes = deque(self._open[1:]), [], 0
+            found += self._scan(others, MAX_RECORD_BYTES, "")
+        return found
+
+    def _scan(self, lines: deque[bytes], max_bytes: int, within: str) -> list[_Record]:
+        assert self._is_open_after is not None
+        found = []
+        while lines:
+            line = lines.popleft()
+            is_open = self._is_open_after(line, bool(self._open))
+            self._open.append(line)
+            self._num_bytes += len(line)
+            if is_open and self._num_bytes <= max_bytes:
+                continue
+            if is_open:
+                found.append(self._record([self._open[0]], _NEVER_CLOSED + within))
+                lines.extendleft(reversed(self._open[1:]))
+            else:
+                found.append(self._record(self._open))
+            self._open, self._num_bytes = [], 0
+        return found
+
+    def _record(self, lines: list[bytes], reason: str = "") -> _Record:
+        record = _Record(lines, self._first, reason)
+        self._first += len(lines)
+        return record
+
+
+def _split(blocks: Iterable[bytes | None], where: str) -> Iterator[list[bytes] | None]:
+    """Yields the lines of each block with their ends: LF, CRLF or a bare CR; passes on each None.
+
+    Raises:
+        UserError: a line is too long.
+    """
+    # The beginning of a line that has not ended yet. Whether an LF follows a CR at the end is not known yet.
+    rest: list[bytes] = []
+    num_bytes = 0
     for block in blocks:
         if block is None:
             yield None
             continue
-        lines = (rest + block).splitlines(keepends=True)
-        # Whether an LF follows a CR at the end is not known yet.
-        rest = b"" if lines[-1].endswith(b"\n") else lines.pop()
+        lines = block.splitlines(keepends=True)
+        if rest and rest[-1].endswith(b"\r") and not block.startswith(b"\n"):
+            lines.insert(0, b"".join(rest))
+            rest = []
+        if len(lines) == 1 and not block.endswith(b"\n"):
+            rest.append(block)
+            num_bytes += len(block)
+            if num_bytes > MAX_RECORD_BYTES:
+                raise UserError(f"{where}: expected lines of at most {MAX_RECORD_BYTES >> 20} MiB, found a longer one")
+            continue
+        lines[0] = b"".join([*rest, lines[0]])
+        rest = [] if lines[-1].endswith(b"\n") else [lines.pop()]
+        num_bytes = sum(map(len, rest))
         yield lines
     if rest:
-        yield [rest]
-
-
-def _never_closed(number: int, where: str) -> UserError:
-    return UserError(f"line {number} of {where}: a quote that is opened in the record there is never closed")
+        yield [b"".join(rest)]
 
 
 def _without_mark(line: bytes, where: str) -> bytes:

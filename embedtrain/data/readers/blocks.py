@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import io
 import itertools
 import lzma
 import re
@@ -13,10 +10,11 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO
 
 import pyarrow as pa
 
+from embedtrain.data.readers.compression import OPENERS
 from embedtrain.data.readers.quotes import Quoting, find_line_ends, find_spans
 from embedtrain.data.sources import CHUNK_BYTES, Source, expand_sources, file_system_of, is_web
 from embedtrain.errors import UserError
@@ -28,84 +26,12 @@ MAX_PARTS = 256  # Each becomes a file that is held open while it is mapped.
 MAX_RECORD_BYTES = 256 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+MARK_WITHIN = "the line begins with a byte-order mark, as if files had been joined: remove the mark"
 _SCAN_BYTES = 1 << 16
 _BARE_RETURN = re.compile(rb"\r(?!\n)")
-_XZ_PADDING_BYTES = 4
 
 
-class _Members(io.RawIOBase):
-    """The content of compressed members that follow one another in a file.
-
-    `bz2.BZ2File` and `lzma.LZMAFile` end at the first bytes after a member that do not begin another, without a word.
-    Here they are an error.
-    """
-
-    def __init__(
-        self,
-        file: IO[bytes],
-        new_decompressor: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor],
-        padding_bytes: int | None = None,
-    ) -> None:
-        """Reads a file from where it is; multiples of `padding_bytes` zeros may follow a member."""
-        self._file = file
-        self._new_decompressor = new_decompressor
-        self._padding_bytes = padding_bytes
-        self._decompressor = new_decompressor()
-        self._stored = b""
-
-    def readable(self) -> bool:
-        """See `io.IOBase.readable`."""
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        """See `io.RawIOBase.readinto`."""
-        with memoryview(buffer).cast("B") as target:
-            while True:
-                if self._decompressor.eof:
-                    self._stored = self._after_member()
-                    if not self._stored:
-                        return 0
-                    self._decompressor = self._new_decompressor()
-                elif self._decompressor.needs_input:
-                    self._stored = self._file.read(_SCAN_BYTES)
-                    if not self._stored:
-                        raise EOFError("the file ends within a compressed member")
-                content = self._decompressor.decompress(self._stored, len(target))
-                self._stored = b""
-                if content:
-                    target[: len(content)] = content
-                    return len(content)
-
-    def _after_member(self) -> bytes:
-        """Returns bytes that follow a member and its padding; none at the end of the file."""
-        stored, num_zeros = self._decompressor.unused_data or self._file.read(_SCAN_BYTES), 0
-        if self._padding_bytes is not None:
-            while stored and not (rest := stored.lstrip(b"\0")):
-                num_zeros += len(stored)
-                stored = self._file.read(_SCAN_BYTES)
-            if stored:
-                num_zeros += len(stored) - len(rest)
-                stored = rest
-            if num_zeros % self._padding_bytes:
-                raise OSError(f"{num_zeros} zeros after a member: expected a multiple of {self._padding_bytes}")
-        return stored
-
-
-def _open_bz2(file: IO[bytes]) -> io.BufferedReader:
-    return io.BufferedReader(_Members(file, bz2.BZ2Decompressor), _SCAN_BYTES)
-
-
-def _open_xz(file: IO[bytes]) -> io.BufferedReader:
-    members = _Members(file, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), _XZ_PADDING_BYTES)
-    return io.BufferedReader(members, _SCAN_BYTES)
-
-
-_OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {
-    "gzip": lambda file: gzip.GzipFile(fileobj=file),
-    "bz2": _open_bz2,
-    "xz": _open_xz,
-    "zstd": lambda file: pa.input_stream(file, compression="zstd"),
-}
+_MARK_IN_FILE = re.compile(rb"(?:\A|[\r\n])" + BYTE_ORDER_MARK)
 
 
 @dataclass(frozen=True)
@@ -268,12 +194,17 @@ def read_records(segment: Segment, quoting: Quoting | None, *, chunk_bytes: int 
         UTF-8 text that ends with a record.
 
     Raises:
-        UserError: as `read_chunks`; or a quote that is opened is never closed.
+        UserError: as `read_chunks`; or a quote that is opened is never closed, or a later line than the first begins
+            with a byte-order mark.
     """
     source = segment.source
-    if quoting is None:
-        return _checked(segment, lambda blocks, _: _cut_at_lines(_with_line_feeds(blocks), source), chunk_bytes)
-    return _checked(segment, lambda blocks, first: _cut_at_records(blocks, first, quoting, source), chunk_bytes)
+
+    def cut(blocks: Iterator[bytes], first: int) -> Iterator[bytes]:
+        if quoting is None:
+            return _cut_at_lines(_with_line_feeds(blocks), source)
+        return _cut_at_records(blocks, first, quoting, source)
+
+    return _checked(segment, cut, chunk_bytes, is_of_records=True)
 
 
 def has_quoted_line_break(segment: Segment, quoting: Quoting) -> bool:
@@ -310,6 +241,7 @@ def _checked(
     chunk_bytes: int,
     on_read: Callable[[int], None] | None = None,
     is_checked: bool = True,
+    is_of_records: bool = False,
 ) -> Iterator[bytes]:
     """Reads the lines of a segment as `cut` cuts them, makes sure that they are text and drops a byte-order mark."""
     source = segment.source
@@ -330,6 +262,8 @@ def _checked(
         for chunk in cut(blocks, at):
             if is_checked:
                 _require_text(chunk, source, at)
+            if is_of_records:
+                _refuse_mark(chunk, source, at)
             yield chunk
             at += len(chunk)
             if on_read is not None:
@@ -342,7 +276,7 @@ def _unpacked(source: Source, stored: IO[bytes]) -> Iterator[IO[bytes]]:
     if source.compression is None:
         yield stored
     else:
-        with _OPENERS[source.compression](stored) as file:
+        with OPENERS[source.compression](stored) as file:
             yield file
 
 
@@ -409,25 +343,45 @@ def _cut_at_lines(blocks: Iterable[bytes], source: Source) -> Iterator[bytes]:
 
 def _cut_at_records(blocks: Iterable[bytes], first: int, quoting: Quoting, source: Source) -> Iterator[bytes]:
     """Cuts text, which begins at byte `first` of the file, after the last line end that lies outside of quotes."""
+    delimiter = quoting.delimiter.encode()
+    # The beginning of a record, each byte of which is scanned once, and what follows it.
+    scanned: list[bytes] = []
+    is_open = False
     rest = b""
-    quote = quoting.quote.encode()
     for block in blocks:
-        data = rest + block
-        cut = data.rfind(b"\n") + 1
-        if quote in data or not cut:
-            # Whether an LF follows a CR at the end is not known yet.
-            ends = find_line_ends(data.removesuffix(b"\r"))
-            outside = ends[~find_spans(data, quoting).are_inside(ends - 1)]
-            cut = int(outside[-1]) if len(outside) else 0
-        if cut:
-            yield data[:cut]
-        rest, first = data[cut:], first + cut
-        if len(rest) > MAX_RECORD_BYTES:
-            _refuse_open_quote(rest, first, quoting, source)
-            _require_room(len(rest), source)
-    if rest:
+        rest += block
+        # After a line end or a delimiter it is certain whether the text is within quotes. Two characters are not
+        # certain at the end of a block: a CR, which an LF may follow, and a quote, which another may follow.
+        end = 1 + max(rest.rfind(b"\n"), rest.rfind(delimiter), rest.rfind(b"\r", 0, max(len(rest) - 1, 0)))
+        if end:
+            cut, is_open = _scan_records(rest[:end], quoting, is_open)
+            if cut:
+                record = b"".join([*scanned, rest[:cut]])
+                scanned, first = [], first + len(record)
+                yield record
+            scanned.append(rest[cut:end])
+            rest = rest[end:]
+        if (num_bytes := sum(map(len, scanned)) + len(rest)) > MAX_RECORD_BYTES:
+            _refuse_open_quote(b"".join([*scanned, rest]), first, quoting, source)
+            _require_room(num_bytes, source)
+    if rest := b"".join([*scanned, rest]):
         _refuse_open_quote(rest, first, quoting, source)
         yield rest
+
+
+def _scan_records(text: bytes, quoting: Quoting, is_open: bool) -> tuple[int, bool]:
+    """Returns where the last record of a text ends, 0 if none does, and whether the text ends within quotes.
+
+    Args:
+        text: begins at the start of a field or, if `is_open`, within quotes.
+    """
+    quote = quoting.quote.encode()
+    if quote not in text:
+        return 0 if is_open else max(text.rfind(b"\n"), text.rfind(b"\r")) + 1, is_open
+    spans = find_spans(quote + text if is_open else text, quoting)
+    ends = find_line_ends(text)
+    outside = ends[~spans.are_inside(ends - 1 + is_open)]
+    return int(outside[-1]) if len(outside) else 0, spans.open_at is not None
 
 
 def _refuse_open_quote(rest: bytes, first: int, quoting: Quoting, source: Source) -> None:
@@ -458,6 +412,13 @@ def _require_text(chunk: bytes, source: Source, offset: int) -> None:
         chunk.decode()
     except UnicodeDecodeError as error:
         raise _not_text(f"not UTF-8 text: 0x{chunk[error.start]:02x}", source, offset + error.start) from error
+
+
+def _refuse_mark(chunk: bytes, source: Source, offset: int) -> None:
+    """Refuses a line that begins with a byte-order mark, which would become a part of its first value."""
+    if BYTE_ORDER_MARK in chunk and (found := _MARK_IN_FILE.search(chunk)):
+        line = line_at(source, offset + found.end() - len(BYTE_ORDER_MARK))
+        raise UserError(f"{source.url}:{line}: {MARK_WITHIN}")
 
 
 def _not_text(fault: str, source: Source, place: int) -> UserError:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from embedtrain.data.readers.blocks import Segment, read_records
 from embedtrain.data.readers.quotes import Quoting, find_line_ends, find_spans
-from embedtrain.data.readers.rows import Layout, Parsed, TextFormat, refuse_repeats
+from embedtrain.data.readers.rows import Layout, Parsed, TextFormat, Uses, refuse_repeats
 from embedtrain.data.sources import Source
 from embedtrain.errors import UserError
 
@@ -38,20 +37,34 @@ class Csv(TextFormat):
         """See `Format.columns`; spaces around a name are dropped."""
         if layout.columns is not None:
             return layout.columns
-        quoting = self.quoting(layout)
-        block = next(read_records(Segment(source), quoting, chunk_bytes=_HEADER_BYTES), b"")
-        if not block.strip():
+        blocks = read_records(Segment(source), self.quoting(layout), chunk_bytes=_HEADER_BYTES)
+        block = next((block for block in blocks if block.strip()), b"")
+        if not block:
             raise UserError(f"{source.url}: the file is empty, and its first line should name the columns")
-        header = block[: len(block) - len(self.skip_header(block, layout)[0])].decode().strip("\r\n")
-        fields = csv.reader(
-            io.StringIO(header, newline=""),
-            delimiter=layout.delimiter or self.delimiter,
-            quotechar=None if quoting is None else quoting.quote,
-            quoting=csv.QUOTE_NONE if quoting is None else csv.QUOTE_MINIMAL,
-        )
-        found = tuple(name.strip() for name in next(fields))
+        header = block[: len(block) - len(self.skip_header(block, layout)[0])]
+        found = tuple(name.strip() for name in self._fields(header, layout))
         refuse_repeats(found, source)
         return found
+
+    def _fields(self, record: bytes, layout: Layout) -> list[str]:
+        """Returns the fields of one record, split as those of rows are."""
+        if not record.endswith((b"\n", b"\r")):
+            record += b"\n"  # Without it, Arrow may find no record.
+        reading = pa_csv.ReadOptions(use_threads=False, autogenerate_column_names=True, block_size=len(record) + 1)
+        parsing = self._parse_options(layout)
+        names = pa_csv.read_csv(pa.BufferReader(record), reading, parsing).column_names
+        as_text = pa_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
+        table = pa_csv.read_csv(pa.BufferReader(record), reading, parsing, as_text)
+        return [str(column[0]) for column in table.columns]
+
+    def _parse_options(self, layout: Layout, **options: Any) -> pa_csv.ParseOptions:
+        quoting = self.quoting(layout)
+        return pa_csv.ParseOptions(
+            delimiter=layout.delimiter or self.delimiter,
+            quote_char=False if quoting is None else quoting.quote,
+            newlines_in_values=quoting is not None,
+            **options,
+        )
 
     def skip_header(self, block: bytes, layout: Layout) -> tuple[bytes, int]:
         """See `TextFormat.skip_header`; blank lines before the names are skipped too."""
@@ -68,12 +81,12 @@ class Csv(TextFormat):
         names: Sequence[str],
         columns: tuple[str, ...],
         layout: Layout,
-        types: Mapping[str, pa.DataType] | None = None,
+        uses: Uses,
     ) -> Parsed:
         """See `TextFormat.parse`; blank lines are no rows."""
         if not block.lstrip(b"\r\n"):
             return Parsed(_empty(names), len(find_line_ends(block)))
-        table, wrong = self._read(block, names, columns, layout, dict(types or {}))
+        table, wrong = self._read(block, names, columns, layout, dict.fromkeys(uses.parsed, pa.float64()))
         num_records, num_lines = table.num_rows + len(wrong), _count_lines(block)
         if num_records == num_lines and not _has_bare_returns(block):
             # The common case: no line is blank, and no quoted field goes on in the next one.
@@ -81,7 +94,8 @@ class Csv(TextFormat):
         else:
             line_of = _records(block, self.quoting(layout))[1]
             num_lines = _count_lines(_BARE_RETURN.sub(b"\n", block))
-            assert len(line_of) == num_records, f"{num_records} records were parsed, and {len(line_of)} found"
+            if len(line_of) != num_records:
+                raise pa.ArrowInvalid(f"the text has {len(line_of)} records, of which {num_records} could be parsed")
         is_row = np.ones(num_records, np.bool_)
         is_row[list(wrong)] = False
         return Parsed(
@@ -108,7 +122,6 @@ class Csv(TextFormat):
 
         # Columns go by their places, since names need not be unique if nobody asks for them.
         places = {name: str(columns.index(name)) for name in names}
-        quoting = self.quoting(layout)
         try:
             table = pa_csv.read_csv(
                 pa.BufferReader(block),
@@ -117,12 +130,7 @@ class Csv(TextFormat):
                     column_names=[str(place) for place in range(len(columns))],
                     block_size=len(block) + 1,
                 ),
-                parse_options=pa_csv.ParseOptions(
-                    delimiter=layout.delimiter or self.delimiter,
-                    quote_char=False if quoting is None else quoting.quote,
-                    newlines_in_values=quoting is not None,
-                    invalid_row_handler=leave_out,
-                ),
+                parse_options=self._parse_options(layout, invalid_row_handler=leave_out),
                 convert_options=pa_csv.ConvertOptions(
                     include_columns=list(places.values()),
                     column_types={place: types.get(name, pa.large_string()) for name, place in places.items()},
@@ -138,13 +146,18 @@ class Csv(TextFormat):
 
 
 def _records(block: bytes, quoting: Quoting | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns where each record of a block ends, and on which line, from 0, it begins; blank lines are none."""
+    """Returns where each record ends, and on which line, from 0, it begins; blank lines are none.
+
+    The block holds whole records, so its end is that of a record, with or without a line end there.
+    """
     ends = find_line_ends(block)
     if len(ends) == 0 or ends[-1] < len(block):
         ends = np.append(ends, len(block))
     record_ends = ends
     if quoting is not None and quoting.quote.encode() in block:
-        record_ends = ends[~find_spans(block, quoting).are_inside(ends - 1)]
+        is_record_end = ~find_spans(block, quoting).are_inside(ends - 1)
+        is_record_end[-1] = True
+        record_ends = ends[is_record_end]
     starts = np.concatenate([[0], record_ends[:-1]])
     is_blank = np.isin(np.frombuffer(block, np.uint8)[starts], _LINE_ENDS)
     return record_ends[~is_blank], np.searchsorted(ends, starts[~is_blank], side="right")

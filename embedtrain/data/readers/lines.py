@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedtrain.data.readers.rows import Layout, Parsed, TextFormat
+from embedtrain.data.readers.rows import Layout, Parsed, TextFormat, Uses
 from embedtrain.data.sources import Source
 from embedtrain.errors import UserError
 
@@ -35,7 +35,7 @@ class Lines(TextFormat):
         names: Sequence[str],
         columns: tuple[str, ...],
         layout: Layout,
-        types: Mapping[str, pa.DataType] | None = None,
+        uses: Uses,
     ) -> Parsed:
         """See `TextFormat.parse`."""
         lines = pa.array(block.removesuffix(b"\n").split(b"\n"), pa.large_binary()).cast(pa.large_string())

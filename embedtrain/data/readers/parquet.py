@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedtrain.data.readers.blocks import MAX_PARTS, Segment, open_seekable
-from embedtrain.data.readers.rows import Fault, Format, Layout, Rows, plain, refuse_repeats
+from embedtrain.data.readers.rows import Fault, Format, Layout, Rows, Uses, plain, refuse_repeats
 from embedtrain.data.sources import CHUNK_BYTES, Source
 from embedtrain.errors import UserError
 
@@ -62,7 +62,7 @@ class Parquet(Format):
         faults: list[Fault],
         *,
         chunk_bytes: int = CHUNK_BYTES,
-        types: Mapping[str, pa.DataType] | None = None,
+        uses: Uses,
     ) -> Iterator[Rows]:
         """See `Format.read`."""
         at = 0

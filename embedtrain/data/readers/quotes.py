@@ -62,12 +62,16 @@ def find_spans(text: bytes, quoting: Quoting) -> Spans:
     return _walk_quotes(text, at.tolist(), bytes([ord(quoting.delimiter), _LINE_FEED, _RETURN]))
 
 
-def open_test(quoting: Quoting) -> Callable[[bytes], bool]:
-    """Returns a function that tells whether a short text ends within quotes, quicker than `find_spans` does."""
+def open_test(quoting: Quoting) -> Callable[[bytes, bool], bool]:
+    """Returns a function of a line, and whether it begins within quotes, that tells whether it ends within quotes.
+
+    For short texts it is quicker than `find_spans`.
+    """
+    opening = quoting.quote.encode()
     delimiter, quote = re.escape(quoting.delimiter.encode()), re.escape(quoting.quote.encode())
     field = b"(?:^|(?<=[%b\r\n]))%b[^%b]*(?:%b%b[^%b]*)*(?:(%b)|\\Z)" % (delimiter, *[quote] * 6)
     find_closing = re.compile(field).findall
-    return lambda text: b"" in find_closing(text)
+    return lambda line, is_open: b"" in find_closing(opening + line if is_open else line)
 
 
 def find_line_ends(text: bytes) -> NDArray[np.int64]:

@@ -27,7 +27,7 @@ class Layout:
             and for no quotes between tabs.
 
     Raises:
-        UserError: the delimiter or the quote is not one ASCII character.
+        UserError: the delimiter or the quote is not one ASCII character, is a line end, or they are the same.
     """
 
     columns: tuple[str, ...] | None = None
@@ -35,15 +35,44 @@ class Layout:
     quote: str | None = "auto"
 
     def __post_init__(self) -> None:
-        for name, value in (("delimiter", self.delimiter), ("quote", self.quote)):
-            if value is not None and value != "auto" and (len(value) != 1 or not value.isascii()):
-                raise UserError(f"the {name} must be one ASCII character, got {value!r}")
+        for name, value in (("delimiter", self.delimiter), ("quote", None if self.quote == "auto" else self.quote)):
+            if value is not None and (len(value) != 1 or not value.isascii() or value in "\r\n"):
+                raise UserError(f"{name}: expected one ASCII character that is no line end, got {value!r}")
+        if self.delimiter is not None:
+            self.quoting(self.delimiter)
 
     def quoting(self, delimiter: str) -> Quoting | None:
-        """Returns what a text is split by whose format has this delimiter; None if nothing is quoted."""
+        """Returns the delimiter and the quote of a text; None if nothing is quoted.
+
+        Args:
+            delimiter: that of the format; the layout's own takes precedence.
+
+        Raises:
+            UserError: delimiter and quote are the same character.
+        """
         delimiter = self.delimiter or delimiter
         quote = (None if delimiter == "\t" else '"') if self.quote == "auto" else self.quote
+        if quote == delimiter:
+            raise UserError(f"quote: expected another character than the delimiter, got {quote!r} for both")
         return None if quote is None else Quoting(delimiter, quote)
+
+
+@dataclass(frozen=True)
+class Uses:
+    """What columns are used for, as far as a reader needs to know; by default for single ids and texts.
+
+    Attributes:
+        numbers: columns of numbers, which may have a fraction. A floating-point number anywhere else is no id, and a
+            line of JSON with one is a fault.
+        parsed: columns that delimited text is parsed to float64 while it is read, a missing value to null; a block
+            with a value that is no number comes as texts all the same.
+        separators: of the columns that may hold bags, what parts the values of a text; None if a text is one value. A
+            line of JSON with a list anywhere else is a fault.
+    """
+
+    numbers: frozenset[str] = frozenset()
+    parsed: frozenset[str] = frozenset()
+    separators: Mapping[str, str | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,10 +115,10 @@ class Rows:
 
 
 def refuse_repeats(names: Sequence[str], source: Source) -> None:
-    """Makes sure that each name of a column is there once.
+    """Refuses a file that names a column more than once.
 
     Raises:
-        UserError: one is not.
+        UserError: it does.
     """
     repeated = sorted({name for name in names if name and names.count(name) > 1})
     if repeated:
@@ -97,7 +126,7 @@ def refuse_repeats(names: Sequence[str], source: Source) -> None:
 
 
 def plain(column: pa.Array) -> pa.Array:
-    """Returns a column without the ways to store one that mean the same: dictionaries, views, lists of a fixed size."""
+    """Decodes dictionaries, string views and fixed-size lists to plain arrays."""
     kind = plain_type(column.type)
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
@@ -122,7 +151,7 @@ class Parsed:
     Attributes:
         batch: the rows that could be parsed.
         num_lines: lines of the block, blank ones included.
-        wrong: by line, from 0 in the block, what is wrong with those that could not be parsed.
+        wrong: what is wrong with each line that could not be parsed, by its number from 0 in the block.
         find_lines: as in `Rows`.
     """
 
@@ -136,10 +165,10 @@ class Format(ABC):
     """A format of files that hold rows.
 
     Attributes:
-        suffixes: of the files that are in this format whatever they are asked for.
-        other_suffixes: of files that are in this format if the user says so.
+        suffixes: endings that `auto` recognises.
+        other_suffixes: further endings that are read if the user names the format.
         has_names: whether columns have names.
-        has_header: whether it takes a first line to name them, unless the layout does.
+        has_header: whether the first line names the columns if the layout gives no names.
         delimiter: between the fields of a delimited text, unless the layout gives another.
     """
 
@@ -176,7 +205,7 @@ class Format(ABC):
         faults: list[Fault],
         *,
         chunk_bytes: int = CHUNK_BYTES,
-        types: Mapping[str, pa.DataType] | None = None,
+        uses: Uses,
     ) -> Iterator[Rows]:
         """Reads columns of a segment, a few MiB at a time.
 
@@ -187,8 +216,7 @@ class Format(ABC):
             layout: how the lines of text are laid out.
             faults: takes the lines that cannot be parsed.
             chunk_bytes: about how much is held at a time.
-            types: of columns that delimited text is parsed to while it is read, a missing value to null; a block with
-                a value that is not of its column's type comes as texts all the same.
+            uses: what the columns are used for.
 
         Raises:
             UserError: the file cannot be read as what it should be; the message names file and line.
@@ -213,7 +241,7 @@ class TextFormat(Format):
         names: Sequence[str],
         columns: tuple[str, ...],
         layout: Layout,
-        types: Mapping[str, pa.DataType] | None = None,
+        uses: Uses,
     ) -> Parsed:
         """Parses whole records of checked UTF-8 text; the arguments are those of `Format.read`."""
 
@@ -238,7 +266,7 @@ class TextFormat(Format):
         faults: list[Fault],
         *,
         chunk_bytes: int = CHUNK_BYTES,
-        types: Mapping[str, pa.DataType] | None = None,
+        uses: Uses,
     ) -> Iterator[Rows]:
         """See `Format.read`."""
         at, is_first = 0, segment.start == 0
@@ -250,9 +278,10 @@ class TextFormat(Format):
             if not block:
                 continue
             try:
-                parsed = self.parse(block, names, columns, layout, types)
+                parsed = self.parse(block, names, columns, layout, uses)
             except pa.ArrowException as error:
-                raise UserError(f"{segment.source.url}: {' '.join(str(error).split())}") from error
+                place = self.place(Fault(segment, at, ""))
+                raise UserError(f"{place} and the lines after it: {' '.join(str(error).split())}") from error
             faults += [Fault(segment, at + line, reason) for line, reason in parsed.wrong.items()]
             if parsed.batch.num_rows:
                 yield Rows(parsed.batch, at, parsed.find_lines)

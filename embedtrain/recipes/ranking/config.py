@@ -20,6 +20,7 @@ from embedtrain.data.click_schema import CRITEO, CRITEO_CATEGORICAL
 from embedtrain.data.readers import require_format
 from embedtrain.data.stream import STANDARD_INPUT
 from embedtrain.errors import UserError
+from embedtrain.recipes.layout import layout_of
 
 
 @dataclass
@@ -159,6 +160,7 @@ class RankingConfig(Config):
         """Checks the ranges that types cannot say."""
         super().check()
         require_format(self.data.format, (CRITEO,), "data.format")
+        layout_of(self.data, "data")
         require_paths({"data.path": self.data.path})
         require_paths({"data.valid_path": self.data.valid_path}, may_be_none=True)
         counts = {
@@ -180,6 +182,8 @@ class RankingConfig(Config):
                 "train.global_batch_size must be a multiple of data.block_examples, got "
                 f"{self.train.global_batch_size} and {self.data.block_examples}"
             )
+        if self.data.positive == "":
+            raise UserError("data.positive must not be empty: a label that is missing makes a bad line")
         if self.data.max_bad_lines < 0:
             raise UserError(f"data.max_bad_lines must be at least 0, got {self.data.max_bad_lines}")
         if self.data.format == "criteo":

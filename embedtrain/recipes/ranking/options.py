@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from embedtrain.data.click_schema import CRITEO_CATEGORICAL, CategoricalColumn, ClickSchema, require_columns
 from embedtrain.data.readers import FORMATS
+from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.ranking.config import ClicksConfig, FeatureConfig, NetworkConfig
 from embedtrain.recipes.ranking.model import NetworkOptions
 
@@ -23,15 +24,16 @@ def click_schema(data: ClicksConfig) -> ClickSchema:
     columns = [_column(name, data.features.get(name, FeatureConfig()), data) for name in names]
     if data.format == "criteo":
         return ClickSchema.criteo(columns, data.dense_transform)
+    layout = layout_of(data, "data")
     return ClickSchema(
         file_format=data.format,
         label=data.label,
         dense=tuple(data.dense),
         categorical=tuple(columns),
         positive=data.positive,
-        columns=None if data.columns is None else tuple(data.columns),
-        delimiter=data.delimiter or FORMATS[data.format].delimiter,
-        quote=data.quote,
+        columns=layout.columns,
+        delimiter=layout.delimiter or FORMATS[data.format].delimiter,
+        quote=layout.quote,
         dense_transform=data.dense_transform,
     )
 

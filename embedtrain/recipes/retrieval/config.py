@@ -18,6 +18,7 @@ from embedtrain.config.sections import (
 )
 from embedtrain.data.readers import AUTO, require_format
 from embedtrain.errors import UserError
+from embedtrain.recipes.layout import layout_of
 
 USER, ITEM = "user", "item"
 """The tables of the ids; the table of a feature is called "user.age", for example."""
@@ -161,6 +162,7 @@ class RetrievalConfig(Config):
         require_paths({"data.path": self.data.path})
         for name, part in (("data", self.data), ("users", self.users), ("items", self.items)):
             require_format(part.format, (AUTO,), f"{name}.format")
+            layout_of(part, name)
         optional = {
             "evaluate.path": self.evaluate.path,
             "users.path": self.users.path,

@@ -22,6 +22,7 @@ from embedtrain.export.recommendations import Recommendation
 from embedtrain.export.vectors import FloatRows, Vectors
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.recipes.base import Grow, Names, Recipe, collection_options
+from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
 from embedtrain.recipes.retrieval.config import RetrievalConfig, SideConfig
 from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval, Scoring, Side, retrieval_table
@@ -50,11 +51,12 @@ def prepare(config: RetrievalConfig, runtime: Runtime) -> tuple[Interactions, Si
     options = InteractionOptions(
         path=config.data.path,
         format=config.data.format,
+        layout=layout_of(config.data, "data"),
         user_column=config.data.user_column,
         item_column=config.data.item_column,
         held_out_path=config.evaluate.path,
-        users=_side_options(config.users),
-        items=_side_options(config.items),
+        users=_side_options(config.users, "users"),
+        items=_side_options(config.items, "items"),
     )
     interactions = prepare_interactions(options, os.path.expanduser(config.data.cache_path), runtime.ranks)
     if runtime.rank == 0:
@@ -119,12 +121,12 @@ def _build_dense_optimizer(config: RetrievalConfig, model: Retrieval) -> DenseOp
     return build_dense_optimizer(config.dense_optimizer, model.dense, model.tables)
 
 
-def _side_options(section: SideConfig) -> SideOptions:
+def _side_options(section: SideConfig, key: str) -> SideOptions:
     separators = {name: feature.separator for name, feature in section.features.items()}
     return SideOptions(
         path=section.path,
         format=section.format,
-        layout=Layout(quote=section.quote),
+        layout=layout_of(section, key),
         id_column=section.id_column,
         separators=separators,
         base_vocabulary=section.base_vocabulary,
@@ -192,7 +194,7 @@ def _write_ids(interactions: Interactions, folder: RunFolder) -> None:
 
 
 def _heads(config: RetrievalConfig) -> dict[str, tuple[str, Layout]]:
-    return dict.fromkeys(("data.path", "evaluate.path"), (config.data.format, Layout(quote=config.data.quote)))
+    return dict.fromkeys(("data.path", "evaluate.path"), (config.data.format, layout_of(config.data, "data")))
 
 
 def _id_tables(config: RetrievalConfig, interactions: Interactions) -> list[TableSpec]:

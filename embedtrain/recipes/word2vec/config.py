@@ -18,6 +18,7 @@ from embedtrain.config.sections import (
 )
 from embedtrain.data.readers import AUTO, require_format
 from embedtrain.errors import UserError
+from embedtrain.recipes.layout import layout_of
 
 INPUT, OUTPUT = "input", "output"
 """The tables: "input" holds the word vectors, "output" the vectors that predict their neighbours."""
@@ -130,6 +131,7 @@ class Word2VecConfig(Config):
         refuse_stream(self.data.path, "the words of a text are counted before it is trained on")
         require_paths({"data.path": self.data.path})
         require_format(self.data.format, ("text", AUTO), "data.format")
+        layout_of(self.data, "data")
         require_paths({"evaluate.similarity": self.evaluate.similarity}, may_be_none=True)
         counts = {
             "table.dim": self.table.dim,

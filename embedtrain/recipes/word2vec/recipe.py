@@ -21,6 +21,7 @@ from embedtrain.errors import UserError
 from embedtrain.jagged import Jagged
 from embedtrain.metrics.word_similarity import evaluate_similarity
 from embedtrain.recipes.base import Grow, Names, Recipe, collection_options
+from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.optimizers import build_optimizer, optimizer_names
 from embedtrain.recipes.word2vec.config import Word2VecConfig
 from embedtrain.recipes.word2vec.model import INPUT, OUTPUT, Word2Vec, word2vec_tables
@@ -143,7 +144,7 @@ def _prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
             cache_path,
             runtime.ranks,
             format=data.format,
-            layout=Layout(quote=data.quote),
+            layout=layout_of(data, "data"),
         )
         tokenizer = "whitespace"
     options = CorpusOptions(
@@ -199,7 +200,7 @@ def _build_batches(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCor
 
 
 def _heads(config: Word2VecConfig) -> dict[str, tuple[str, Layout]]:
-    return {"data.path": (config.data.format, Layout(quote=config.data.quote))}
+    return {"data.path": (config.data.format, layout_of(config.data, "data"))}
 
 
 def _tables(config: Word2VecConfig, corpus: PreparedCorpus) -> list[TableSpec]:

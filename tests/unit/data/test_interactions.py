@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from embedtrain.data import sources
+from embedtrain.data.baskets import write_baskets
 from embedtrain.data.interactions import InteractionOptions, Interactions, SideOptions, prepare_interactions
 from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.errors import UserError
@@ -84,6 +86,44 @@ def test_a_row_without_an_id_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("user,item\n1,2\n,4\n")
     with pytest.raises(UserError, match=r"a\.csv:3: column 'user' holds no id"):
         prepare(tmp_path, path=str(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize("side", ["users", "items"])
+def test_features_without_rows_are_refused(tmp_path: Path, side: str) -> None:
+    (tmp_path / "a.csv").write_text("id,age\n")
+    options = SideOptions(path=str(tmp_path / "a.csv"), separators={"age": None})
+    with pytest.raises(UserError, match=rf"a\.csv: there are no rows: .* leave out {side}\.path"):
+        prepare(tmp_path, **{side: options})
+
+
+def test_a_feature_of_which_no_value_is_given_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,age,tags\nu1,,\n")
+    options = SideOptions(path=str(tmp_path / "a.csv"), separators={"age": None, "tags": "|"})
+    with pytest.raises(UserError, match=r"a\.csv: no row has a value in column 'age': leave out users\.features\.age"):
+        prepare(tmp_path, users=options)
+
+
+def test_without_a_separator_a_line_break_belongs_to_the_category(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id,genre\na,"one\nline"\nb,"one\nline"\nc,one\n')
+    options = SideOptions(path=str(tmp_path / "a.csv"), separators={"genre": None})
+    ((genres, number),) = prepare(tmp_path, items=options).features("items").values()
+    assert number == 2
+    assert genres.lengths(np.arange(3)).tolist() == [1, 1, 1]
+
+
+def test_a_path_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[object] = []
+    find = sources._find
+
+    def count(path: str, suffixes: tuple[str, ...]) -> object:
+        listed.append(path)
+        return find(path, suffixes)
+
+    monkeypatch.setattr(sources, "_find", count)
+    prepare(tmp_path)
+    assert listed == [str(tmp_path / "train.txt")]
+    write_baskets(str(tmp_path / "train.txt"), ("user", "item"), str(tmp_path / "cache"), None, format="lines")
+    assert listed == [str(tmp_path / "train.txt")] * 2
 
 
 def test_an_id_with_two_rows_of_features_is_refused(tmp_path: Path) -> None:

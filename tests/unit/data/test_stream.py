@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from embedtrain.data import stream as stream_module
+from embedtrain.data.readers.quotes import Quoting, open_test
 from embedtrain.data.stream import LineStream, StreamPosition
 from embedtrain.errors import UserError
 
@@ -148,3 +150,56 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"fine\n\xff\n")
     with pytest.raises(UserError, match=r"line 2 of .*/a is not UTF-8"):
         LineStream(str(tmp_path)).read(2)
+
+
+def test_a_stray_quote_costs_one_line_and_each_line_is_scanned_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_module, "MAX_OPEN_BYTES", 1 << 12)
+    num_scanned = 0
+
+    def counting(quoting: Quoting) -> Callable[[bytes, bool], bool]:
+        is_open_after = open_test(quoting)
+
+        def count(line: bytes, is_open: bool) -> bool:
+            nonlocal num_scanned
+            num_scanned += len(line)
+            return is_open_after(line, is_open)
+
+        return count
+
+    monkeypatch.setattr(stream_module, "open_test", counting)
+    lines = ["0,a", '1,"b', *["2,c"] * 50_000, '3,"d\ne"', '4,"f', "5,g"]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    stream = LineStream(str(tmp_path), quoting=Quoting(",", '"'))
+    taken = stream.take(10)
+    assert taken is not None
+    assert taken.texts == ["0,a", "", *["2,c"] * 8]
+    assert list(taken.wrong) == [1]
+    assert taken.place(1).endswith("a.csv:2")
+    assert stream.position.line == 10
+    assert num_scanned < 3 << 12
+    # It goes on from a position amid the lines that were held back.
+    rest = LineStream(str(tmp_path), StreamPosition(**vars(stream.position)), quoting=Quoting(",", '"')).take(10**6)
+    assert rest is not None
+    assert rest.texts == [*["2,c"] * 49_992, '3,"d\ne"', "", "5,g"]
+    assert list(rest.wrong) == [49_993]
+    with pytest.raises(UserError, match=r"a\.csv:2: a quote that is opened on this line is never closed"):
+        LineStream(str(tmp_path), quoting=Quoting(",", '"')).read(10)
+
+
+@pytest.mark.parametrize("quoting", [None, Quoting(",", '"')])
+def test_a_line_may_not_be_longer_than_one_of_a_file(
+    quoting: Quoting | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_module, "MAX_RECORD_BYTES", 1 << 20)
+    (tmp_path / "a.csv").write_bytes(b"a\n" + bytes([120]) * (3 << 20))
+    with pytest.raises(UserError, match=r"a\.csv: expected lines of at most 1 MiB"):
+        LineStream(str(tmp_path), quoting=quoting).read(2)
+
+
+def test_line_ends_that_fall_between_two_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_bytes(b"a\r\nbc\rd\n\r\n\re\r")
+    for size in range(1, 9):
+        monkeypatch.setattr(stream_module, "_READ_BYTES", size)
+        assert LineStream(str(tmp_path)).read(9) == ["a", "bc", "d", "", "", "e"]

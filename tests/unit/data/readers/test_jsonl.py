@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,12 @@ from embedtrain.data.baskets import write_baskets
 from embedtrain.data.click_log import DENSE, IDS, LABEL
 from embedtrain.data.click_schema import CategoricalColumn, ClickSchema
 from embedtrain.data.click_stream import ClickStream, StreamOptions
+from embedtrain.data.columns import read_columns
 from embedtrain.data.head import write_head
 from embedtrain.data.interactions import InteractionOptions, Interactions, SideOptions, prepare_interactions
-from embedtrain.data.readers import FORMATS, Layout
+from embedtrain.data.readers import FORMATS, Layout, jsonl
+from embedtrain.data.readers.rows import Parsed, Uses
+from embedtrain.data.sources import expand_sources
 from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.errors import UserError
 from tests.unit.data.click_example import prepared
@@ -138,8 +143,132 @@ def test_its_head_is_whole_lines(tmp_path: Path) -> None:
 )
 def test_values_are_read_as_they_are_spelled(values: list[Any], expected: list[Any]) -> None:
     block = "".join(json.dumps({"a": value, "b": {"c": [{}]}}) + "\n" for value in values).encode()
-    parsed = FORMATS["jsonl"].parse(block, ["a"], ("a",), Layout())  # type: ignore[attr-defined]
+    uses = Uses(
+        numbers=frozenset({"a"}) if 1.5 in values else frozenset(),
+        separators={"a": "|"} if list in map(type, values) else {},
+    )
+    parsed = FORMATS["jsonl"].parse(block, ["a"], ("a",), Layout(), uses)  # type: ignore[attr-defined]
     assert parsed.batch.column("a").to_pylist() == expected
+
+
+BAGS = {
+    '"ab"': ["ab"],
+    '"a|b"': ["a", "b"],
+    '["a|b", "c"]': ["a|b", "c"],
+    "7": ["7"],
+    "[7, 8]": ["7", "8"],
+    "true": ["true"],
+    '""': [],
+    '" "': [],
+    "[]": [],
+    "null": [],
+}
+NEIGHBOURS = ["", '"x"', '["x"]', "9", "[9]", "null", "1.5", '{"a": 1}']
+
+
+def parsed_values(value: str, neighbour: str, uses: Uses) -> tuple[Any, dict[int, str]]:
+    lines = [f'{{"a": {each}}}' for each in (value, neighbour) if each]
+    parsed = FORMATS["jsonl"].parse("\n".join(lines).encode(), ["a"], ("a",), Layout(), uses)  # type: ignore[attr-defined]
+    found = parsed.batch.column("a").to_pylist()
+    return found[0] if found else None, parsed.wrong
+
+
+@pytest.mark.parametrize("neighbour", NEIGHBOURS)
+@pytest.mark.parametrize("value", BAGS)
+def test_a_bag_is_that_of_csv_whatever_stands_beside_it(value: str, neighbour: str) -> None:
+    bag, wrong = parsed_values(value, neighbour, Uses(separators={"a": "|"}))
+    assert [str(each) for each in bag or []] == BAGS[value]
+    assert 0 not in wrong
+    whole, _ = parsed_values(value, neighbour, Uses(separators={"a": None}))
+    assert [str(each) for each in whole or []] == (["a|b"] if value == '"a|b"' else BAGS[value])
+
+
+REFUSED = {
+    "1.50": "column a: expected integers or strings, got the floating-point number 1.5",
+    "1.0": "column a: expected integers or strings, got the floating-point number 1.0",
+    '["x"]': r"column a: expected one value, since the column is no bag, got \[\"x\"\]",
+    "[]": r"column a: expected one value, since the column is no bag, got \[\]",
+    '"x\\u0000"': "column a: the text .* holds NUL",
+}
+
+
+@pytest.mark.parametrize("neighbour", NEIGHBOURS)
+@pytest.mark.parametrize("value", REFUSED)
+def test_what_is_no_id_is_refused_whatever_stands_beside_it(value: str, neighbour: str, tmp_path: Path) -> None:
+    _, wrong = parsed_values(value, neighbour, Uses())
+    assert re.fullmatch(REFUSED[value], wrong[0])
+    neighbour = neighbour or '"x"'
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"a": "x", "y": 1}}\n{{"a": {value}, "y": 0}}\n{{"a": {neighbour}, "y": 1}}\n')
+    with pytest.raises(UserError, match=f"a.jsonl:2: {REFUSED[value]}"):
+        list(read_columns(expand_sources(str(path)), ["y", "a"]))
+    schema = ClickSchema(file_format="jsonl", label="y", categorical=(CategoricalColumn(name="a"),))
+    log = prepared(path, schema, tmp_path / "cache", max_bad_lines=2)
+    assert log.num_examples + log.num_faults == 3
+    assert log.num_faults == 1 + (neighbour in ('["x"]', "[9]", "1.5", '{"a": 1}'))
+
+
+def test_in_bags_too_floats_and_nul_are_refused() -> None:
+    for value in ("1.5", "[1.5]", '[1, "x", 2.0]', '["\\u0000"]', '"\\u0000"'):
+        for neighbour in NEIGHBOURS:
+            assert 0 in parsed_values(value, neighbour, Uses(separators={"a": "|"}))[1]
+
+
+def test_numbers_and_labels_may_have_fractions(tmp_path: Path) -> None:
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [{"label": 1.0, "age": 1.5, "city": "x", "tags": "a"}, {"label": 0, "age": "2.5"}]
+    )
+    log = prepared(path, schema_of("jsonl"), tmp_path / "cache")
+    assert log.read(0, 2).examples[DENSE].ravel().tolist() == [1.5, 2.5]
+    assert log.read(0, 2).examples[LABEL].tolist() == [1, 0]
+
+
+def parsed_of(block: str) -> Parsed:
+    return FORMATS["jsonl"].parse(block.encode(), ["a"], ("a",), Layout(), Uses())  # type: ignore[attr-defined,no-any-return]
+
+
+GOOD = '{"a": 1}\n'
+DEEP = "[" * 100_000 + "]" * 100_000
+BAD_LINES = {
+    "two_objects_and_a_blank_line": (GOOD + GOOD[:-1] + GOOD + "\n" + GOOD, [0, 3], [1]),
+    "an_object_over_two_lines": (GOOD + '{"a":\n2}' + GOOD + GOOD, [0, 3], [1, 2]),
+    "an_object_over_two_lines_of_braces": ('{"b": {"a": 1}\n} {"a": 1}\n' + GOOD, [2], [0, 1]),
+    "null": (GOOD + "null\n" + GOOD, [0, 2], [1]),
+    "null_first": ("null\n" + GOOD, [1], [0]),
+    "null_after_an_object": (GOOD[:-1] + " null\n\n" + GOOD, [2], [0]),
+    "repeated": ('{"a": 1, "a": 2}\n' + GOOD, [1], [0]),
+    "repeated_but_not_read": ('{"a": 1, "b": 2, "b": {"c": 1, "c": 2}}\n' + GOOD, [0, 1], []),
+    "repeated_but_not_read_and_blank": ('\n{"a": 1, "b": 2, "b": 3}\n' + GOOD, [1, 2], []),
+    "surrogate": ('{"a": "\\uD800"}\n' + GOOD, [1], [0]),
+    "surrogate_not_read": ('{"a": 1, "b": "\\udfff"}\n' + GOOD, [1], [0]),
+    "surrogate_pair": ('\n{"a": "\\ud800\\udc00"}\n' + GOOD, [1, 2], []),
+    "deep": (f'{{"a": {DEEP}}}\n' + GOOD, [1], [0]),
+    "lists_of_lists": ('{"a": [[1]]}\n', [], [0]),
+}
+
+
+@pytest.mark.parametrize(("block", "lines", "wrong"), BAD_LINES.values(), ids=BAD_LINES)
+def test_a_line_is_judged_alone_and_by_its_own_number(block: str, lines: list[int], wrong: list[int]) -> None:
+    # A blank line sends the block through the other path.
+    for more in ("", "\n"):
+        parsed = parsed_of(block + more)
+        found = range(parsed.batch.num_rows) if parsed.find_lines is None else parsed.find_lines().tolist()
+        assert list(found) == lines
+        assert list(parsed.wrong) == wrong
+
+
+def test_a_deep_line_of_a_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"user": 1, "item": 2}}\n{{"user": {DEEP}, "item": 2}}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl:2: not a JSON object that can be read: it is nested too deeply"):
+        prepare_interactions(InteractionOptions(path=str(path)), str(tmp_path / "cache"), ONE_PROCESS)
+
+
+def test_a_key_that_comes_late_is_a_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "read_records", functools.partial(jsonl.read_records, chunk_bytes=100))
+    path = write_jsonl(tmp_path / "a.jsonl", [*[{"user": 1, "item": 2}] * 100, {"user": 1, "item": 2, "late": "x"}])
+    rows = read_columns(expand_sources(path, (".jsonl",)), ["user", "late"])
+    assert [value for each in rows for value in each.columns[1].to_pylist() if value] == ["x"]
 
 
 def test_a_column_that_is_not_there_and_a_file_of_none(tmp_path: Path) -> None:
@@ -151,3 +280,6 @@ def test_a_column_that_is_not_there_and_a_file_of_none(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text("\n\n")
     with pytest.raises(UserError, match=r"b.jsonl: expected lines of JSON objects, found none"):
         prepare_interactions(InteractionOptions(path=str(tmp_path / "b.jsonl")), str(tmp_path / "cache"), ONE_PROCESS)
+    (tmp_path / "c.jsonl").write_text('\n[1]\n{"user": 1,\n')
+    with pytest.raises(UserError, match=r"c.jsonl:2: expected a JSON object, got list"):
+        prepare_interactions(InteractionOptions(path=str(tmp_path / "c.jsonl")), str(tmp_path / "cache"), ONE_PROCESS)

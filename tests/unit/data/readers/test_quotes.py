@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+import unittest.mock
 
 import numpy as np
 import pyarrow.csv as pa_csv
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedtrain.data.readers.quotes import Quoting, find_line_ends, find_spans, open_test
+from embedtrain.data.readers import blocks
+from embedtrain.data.readers.quotes import Quoting, Spans, find_line_ends, find_spans, open_test
+from embedtrain.data.sources import Source
 
 COMMAS = Quoting(",", '"')
 TEXT = st.lists(st.sampled_from(['"', '"', ",", "\n", "\r", "\r\n", "a", 'b"', '"",', 'x"y']), max_size=30).map("".join)
@@ -42,8 +46,44 @@ def test_records_are_those_that_arrow_reads(text: str) -> None:
 def test_a_quote_is_open_at_the_end_if_more_text_is_swallowed(text: str) -> None:
     is_open = find_spans(text.encode(), COMMAS).open_at is not None
     after = list(csv.reader(io.StringIO(text + "\nq,r,s,t\n", newline=""), strict=False))
-    assert open_test(COMMAS)(text.encode()) == is_open
+    assert open_test(COMMAS)(text.encode(), False) == is_open
     assert is_open == (after[-1] != ["q", "r", "s", "t"])
+
+
+@given(TEXT, st.integers(1, 9))
+def test_blocks_are_cut_between_records_whatever_their_size(text: str, size: int) -> None:
+    data = text.encode()
+    given = (data[start : start + size] for start in range(0, len(data), size))
+    # A quote that is open at the end is refused, which takes a file to name the line of.
+    with unittest.mock.patch.object(blocks, "_refuse_open_quote"):
+        pieces = list(blocks._cut_at_records(given, 0, COMMAS, Source("a.csv", len(data), "")))
+    assert b"".join(pieces) == data
+    assert [record for piece in pieces for record in records(piece)] == records(data)
+
+
+def test_a_long_record_is_scanned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_scanned = 0
+
+    def count(text: bytes, quoting: Quoting) -> Spans:
+        nonlocal num_scanned
+        num_scanned += len(text)
+        return find_spans(text, quoting)
+
+    monkeypatch.setattr(blocks, "find_spans", count)
+    data = [b'a,"', *[b'x ""y"",\n'] * 1000, b'"\nb,c\n']
+    found = list(blocks._cut_at_records(data, 0, COMMAS, Source("a.csv", 1, "")))
+    assert b"".join(found) == b"".join(data)
+    assert len(found) == 1
+    assert num_scanned < 2 * len(found[0])
+
+
+@given(TEXT)
+def test_a_line_that_begins_within_quotes_ends_as_the_whole_text_does(text: str) -> None:
+    is_open = False
+    data = text.encode()
+    for line in data.splitlines(keepends=True):
+        is_open = open_test(COMMAS)(line, is_open)
+    assert is_open == (find_spans(data, COMMAS).open_at is not None)
 
 
 def test_line_ends() -> None:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +20,9 @@ from embedtrain.data.click_log import DENSE, IDS
 from embedtrain.data.click_schema import CategoricalColumn, ClickSchema
 from embedtrain.data.click_stream import ClickStream, StreamOptions
 from embedtrain.data.columns import read_columns
-from embedtrain.data.readers import Layout, suffixes_of
+from embedtrain.data.readers import FORMATS, Layout, suffixes_of
+from embedtrain.data.readers import csv as csv_reader
+from embedtrain.data.readers.csv import Csv
 from embedtrain.data.sources import expand_sources
 from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.errors import UserError
@@ -236,6 +239,33 @@ def test_row_groups_and_files_of_no_rows(tmp_path: Path) -> None:
     assert prepared(tmp_path, schema, tmp_path / "cache").num_examples == 3
 
 
+def test_a_first_line_may_be_long(tmp_path: Path) -> None:
+    name = "u" * (1 << 18)
+    path = written(tmp_path, f'\n\n y,"{name}\n,""x""",,007\n1,a,,\n')
+    source = expand_sources(str(path), (".csv",))[0]
+    assert FORMATS["csv"].columns(source, [], Layout()) == ("y", f'{name}\n,"x"', "", "007")
+
+
+def test_what_no_rule_foresees_is_refused_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise pa.ArrowInvalid("no rule\nforesees it")
+
+    path = written(tmp_path, "0,a\n1,b\n")
+    monkeypatch.setattr(Csv, "parse", fail)
+    with pytest.raises(UserError, match=r"a\.csv:1 and the 1 lines after it: no rule foresees it"):
+        stream_of(path)
+    with pytest.raises(UserError, match=r"a\.csv:1 and the lines after it: no rule foresees it"):
+        list(read_columns(expand_sources(str(path)), ["u"], "csv", Layout(columns=("y", "u"))))
+
+
+def test_records_that_are_counted_otherwise_than_parsed_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(csv_reader, "_records", lambda block, quoting: (np.zeros(0, np.int64), np.zeros(0, np.int64)))
+    with pytest.raises(UserError, match=r"a\.csv:1 and the .*: the text has 0 records, of which 2 could be parsed"):
+        stream_of(written(tmp_path, "0,a\n\n1,b\n"))
+
+
 def stream_of(path: Path, max_bad_lines: int = 0) -> list[float]:
     column = CategoricalColumn(name="u", num_rows=100, encoding="hash")
     schema = ClickSchema(file_format="csv", label="y", columns=("y", "u"), categorical=(column,))
@@ -263,14 +293,42 @@ def test_a_stream_follows_the_same_rules(name: str, tmp_path: Path) -> None:
     assert stream_of(tmp_path / "s", max_bad_lines=1) == [n % 2 for n in range(20)]
 
 
+MARK = b"\xef\xbb\xbf"
+JOINED = {
+    "csv": (MARK + b"y,u\n1,a\n" + MARK + b"y,u\n1,b\n", None),
+    "tsv": (b"y\tu\n1\ta\n" + MARK + b"1\tb", None),
+    "lines": (b"1 a\n1 b\n" + MARK + b"1 c\n", "lines"),
+    "jsonl": (MARK + b'{"y": 1, "u": 2}\n{"y": 1, "u": 2}\r' + MARK + b'{"y": 1, "u": 2}\n', "jsonl"),
+    "quoted": (b'y,u\n1,"\n' + MARK + b'b"\n', None),
+    "csv_crlf": (MARK + b"y,u\r\n1,a\r\n" + MARK + b"y,u\r\n1,b\r\n", None),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_a_byte_order_mark_within_a_file_is_refused_in_every_format(name: str, tmp_path: Path) -> None:
+    content, format = JOINED[name]
+    format = format or ("tsv" if name == "tsv" else "csv")
+    path = written(tmp_path, content, f"a.{'txt' if format == 'lines' else format}")
+    with pytest.raises(UserError, match=rf"{path}:3: the line begins with a byte-order mark"):
+        list(read_columns(expand_sources(str(path)), ["y", "u"], format))
+
+
+def test_a_byte_order_mark_within_a_stream_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, MARK + b"1,a\n" + MARK + b"1,b\n")
+    with pytest.raises(UserError, match=r"line 2 of .*a\.csv: the line begins with a byte-order mark"):
+        stream_of(path)
+
+
 def test_records_of_a_stream_go_on_through_quoted_line_breaks(tmp_path: Path) -> None:
     path = written(tmp_path, '0,a\n1,"b\n\r\nc"\n0,d\n9,"x\ny"\n1,z')
     assert stream_of(path, max_bad_lines=1) == [0, 1, 0, 1]
     with pytest.raises(UserError, match=r"a\.csv:6: column y: expected a label of 0 or 1, got '9'"):
         stream_of(path)
     path = written(tmp_path, '0,a\n1,"b\nc\n0,d\n')
-    with pytest.raises(UserError, match=r"line 2 of .*a\.csv: a quote .* never closed"):
+    with pytest.raises(UserError, match=r"a\.csv:2: a quote .* never closed"):
         stream_of(path)
+    # The second line of the record that is given up is a line of its own, with too few fields.
+    assert stream_of(path, max_bad_lines=2) == [0, 0]
     path = written(tmp_path, "0,a\n1,b\0\n")
     with pytest.raises(UserError, match=r"line 2 of .*a\.csv is not text: it holds NUL"):
         stream_of(path)

@@ -1,0 +1,40 @@
+"""Turns the settings of a section into the layout of a text's rows; every recipe takes its layouts from here."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from embedtrain.data.readers import FORMATS, Layout
+from embedtrain.errors import UserError
+
+
+class RowsSection(Protocol):
+    """A section of a configuration that names files of rows; it may have `columns` and `delimiter` too."""
+
+    format: str
+    quote: str | None
+
+
+def layout_of(section: RowsSection, key: str) -> Layout:
+    """Returns the layout that a section describes.
+
+    Args:
+        section: the section.
+        key: its name in the configuration, such as "data".
+
+    Raises:
+        UserError: a setting cannot be used; the message names its key.
+    """
+    columns = getattr(section, "columns", None)
+    try:
+        layout = Layout(
+            columns=None if columns is None else tuple(columns),
+            delimiter=getattr(section, "delimiter", None),
+            quote=section.quote,
+        )
+        format = FORMATS.get(section.format)
+        if format is not None and format.has_header:
+            layout.quoting(format.delimiter)  # Refuses a quote that is the delimiter of the format.
+    except UserError as error:
+        raise UserError(f"{key}.{error}") from error
+    return layout
