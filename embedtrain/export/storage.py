@@ -57,7 +57,7 @@ def _vacant_place(path: str, overwrite: bool) -> tuple[Any, str]:
     if file_system.isdir(place):
         raise UserError(f"expected the path of a new file, but {path} is a folder")
     if not overwrite and file_system.exists(place):
-        raise UserError(f"{path} is already there; allow overwriting, or choose another output")
+        raise UserError(f"{path} is already there; choose another output, or replace it by --overwrite")
     return file_system, place
 
 

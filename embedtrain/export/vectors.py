@@ -203,7 +203,7 @@ def _check_vocabulary(vocabulary: Vocabulary, reader: CheckpointReader, run_path
 
 def _choose_table(table: str | None, export_table: str | None, tables: list[str], run_path: str) -> str:
     if table is None and export_table is None and len(tables) != 1:
-        raise UserError(f"name one of the tables of {run_path!r}: {', '.join(tables) or 'it has none'}")
+        raise UserError(f"name a table of {run_path!r} by --table NAME: {', '.join(tables) or 'it has none'}")
     chosen = table or export_table or tables[0]
     if chosen not in tables:
         raise UserError(f"no table {chosen!r} in {run_path!r}; it has: {', '.join(tables) or 'none'}")

@@ -139,6 +139,11 @@ def _prepare_log(
             f"click log: {log.num_examples:,} examples, {log.num_positives / log.num_examples:.1%} positive, "
             f"{len(log.num_rows)} tables of {rows:,} rows, in {log.path}"
         )
+        if log.num_positives in (0, log.num_examples):
+            which = "no example" if log.num_positives == 0 else "every example"
+            label, positive = config.data.label, config.data.positive
+            meaning = "1" if positive is None else repr(positive)
+            _logger.warning(f"{which} is positive: is {meaning} what column {label!r} holds for a positive?")
     return log
 
 

@@ -122,7 +122,7 @@ def test_a_path_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sources, "_find", count)
     prepare(tmp_path)
     assert listed == [str(tmp_path / "train.txt")]
-    write_baskets(str(tmp_path / "train.txt"), ("user", "item"), str(tmp_path / "cache"), None, format="lines")
+    write_baskets(str(tmp_path / "train.txt"), ("user", "item"), str(tmp_path / "cache"), ONE_PROCESS, format="lines")
     assert listed == [str(tmp_path / "train.txt")] * 2
 
 

@@ -118,7 +118,7 @@ def test_unknown_table_lists_the_tables(make_run):
     run_path = make_run({"user": random_table(3), "item": random_table(4)})
     with pytest.raises(UserError, match=r"no table 'itme' in .*; it has: item, user"):
         open_vectors(run_path, "itme")
-    with pytest.raises(UserError, match=r"name one of the tables of .*: item, user"):
+    with pytest.raises(UserError, match=r"name a table of .* by --table NAME: item, user"):
         open_vectors(run_path)
 
 

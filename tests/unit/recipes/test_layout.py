@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.recipes.loading import load_config
@@ -14,7 +15,7 @@ from embedtrain.recipes.ranking.recipe import prepare as prepare_ranking
 from embedtrain.recipes.retrieval.recipe import prepare as prepare_retrieval
 from embedtrain.recipes.word2vec.recipe import prepare as prepare_word2vec
 
-RUNTIME = Runtime(0, 0, 1, torch.device("cpu"))
+RUNTIME = Runtime(ONE_PROCESS, 0, torch.device("cpu"))
 
 
 def written(tmp_path: Path, name: str, text: str) -> Path:

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 
 from embedtrain.data.click_schema import CRITEO_DENSE
 from embedtrain.data.click_stream import ClickStream, StreamOptions
 from embedtrain.distributed.ranks import ONE_PROCESS
+from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.recipes.loading import load_config
 from embedtrain.recipes.ranking.config import RankingConfig
 from embedtrain.recipes.ranking.options import click_schema
+from embedtrain.recipes.ranking.recipe import prepare
 
 CSV = ("model=ranking", "data.path=a.csv", "data.categorical=[user,shop]")
 
@@ -77,3 +82,11 @@ def test_a_shipped_configuration_learns_from_standard_input() -> None:
 def test_mistakes_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         click_schema(config_of(*CSV, *overrides).data)
+
+
+def test_labels_that_are_all_alike_are_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.csv").write_text("label,c\n>50K.,a\n<=50K.,b\n")
+    data = [f"data.path={tmp_path / 'a.csv'}", f"data.cache_path={tmp_path / 'cache'}", "data.categorical=[c]"]
+    settings = ["model=ranking", *data, "train.global_batch_size=32", "data.positive=>50K"]
+    prepare(load_config(None, settings), Runtime(ONE_PROCESS, 0, torch.device("cpu")))
+    assert "no example is positive: is '>50K' what column 'label' holds for a positive?" in caplog.text

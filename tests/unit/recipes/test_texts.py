@@ -52,7 +52,6 @@ def value_of(config: Any, key: str) -> Any:
         ("data.path", "'null'", "null"),
         ("data.positive", "yes", "yes"),
         ("data.positive", ">50K", ">50K"),
-        ("data.positive", "", ""),
         ("data.positive", "~", "~"),
         ("data.positive", "null", None),
         ("data.positive", "'null'", "null"),
@@ -105,14 +104,14 @@ data:
   features:
     on: &small {num_rows: 0x10, separator: 1}
     01: {<<: *small, bag: on}
-  delimiter: \'null\'
+  delimiter: \';\'
   num_rows: 1_000
 optimizer: {tables: {on: {lr: 1e-3}, 01: {name: adam}}}
 """.replace("\\", "")
     )
     data = load_config(str(path), []).data
     assert data.path == ["2024-01-01", "010", "a #b", "null"]
-    assert (data.positive, data.label, data.delimiter, data.valid_path) == ("yes", "1e3", "null", None)
+    assert (data.positive, data.label, data.delimiter, data.valid_path) == ("yes", "1e3", ";", None)
     assert data.columns == ["on", "01", "1e3", "null", "label"]
     assert data.categorical == data.dense == ["on", "01"]
     assert data.features == {

@@ -15,6 +15,7 @@ from embedtrain.data.click_values import parse_rows
 from embedtrain.data.columns import read_columns
 from embedtrain.data.readers import FORMATS, Fault, Layout
 from embedtrain.data.readers.blocks import Segment
+from embedtrain.data.readers.rows import Uses
 from embedtrain.data.sources import expand_sources
 from embedtrain.data.vector_files import read_vectors
 from embedtrain.errors import UserError
@@ -91,7 +92,7 @@ def test_a_column_without_a_type_holds_missing_values(tmp_path: Path) -> None:
     assert values(path, "user", "none", "lists") == [["a", "b"], [None, None], [[None], []]]
     (source,) = expand_sources(str(path))
     faults: list[Fault] = []
-    (rows,) = FORMATS["parquet"].read(Segment(source), ["none"], ("none",), Layout(), faults)
+    (rows,) = FORMATS["parquet"].read(Segment(source), ["none"], ("none",), Layout(), faults, uses=Uses())
     assert rows.batch.column("none").type == pa.large_string()
     assert not faults
 
@@ -106,7 +107,7 @@ def test_a_column_without_a_type_gives_the_examples_of_a_csv(tmp_path: Path) -> 
     for name in ("parquet", "csv"):
         (source,) = expand_sources(str(tmp_path / f"a.{name}"))
         columns = ("y", "x", "user")
-        (rows,) = FORMATS[name].read(Segment(source), columns, columns, Layout(), [])
+        (rows,) = FORMATS[name].read(Segment(source), columns, columns, Layout(), [], uses=schema.uses)
         found.append(parse_rows(rows, dataclasses.replace(schema, file_format=name), source.url))
     (first, first_wrong), (second, second_wrong) = found
     assert first_wrong == second_wrong == {}
