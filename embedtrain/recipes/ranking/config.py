@@ -141,6 +141,8 @@ class RankingConfig(Config):
         *Config.MAY_CHANGE,
         "evaluate.",
         "data.path",
+        "data.delimiter",
+        "data.quote",
         "data.valid_path",
         "data.cache_path",
         "data.max_bad_lines",

@@ -142,10 +142,13 @@ class RetrievalConfig(Config):
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
         *Config.MAY_CHANGE,
         "data.path",
+        "data.quote",
         "data.cache_path",
         "users.path",
+        "users.quote",
         "users.base_vocabulary",
         "items.path",
+        "items.quote",
         "items.base_vocabulary",
         "evaluate.",
     )

@@ -116,6 +116,7 @@ class Word2VecConfig(Config):
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
         *Config.MAY_CHANGE,
         "data.path",
+        "data.quote",
         "data.base_vocabulary",
         "data.cache_path",
         "evaluate.",

@@ -191,3 +191,12 @@ def test_but_keeps_what_means_the_same_for_all(tmp_path: Path) -> None:
 def test_when_the_state_is_reset_may_change() -> None:
     first, second = (load_config(None, [TEXT, *more]) for more in ([], ["optimizer.reset_state_from_step=9"]))
     assert differing_keys(to_yaml(first), second) == []
+
+
+@pytest.mark.parametrize("model", ["word2vec", "retrieval", "ranking"])
+def test_a_run_from_before_the_quotes_of_files_were_settings_goes_on(model: str) -> None:
+    config = load_config(None, [f"model={model}", "data.path=x"])
+    earlier = [line for line in to_yaml(config).splitlines() if "quote:" not in line]
+    # The delimiter of CSV was a value then, and follows from the format now.
+    earlier = [line.replace("delimiter: null", "delimiter: ','") for line in earlier]
+    assert differing_keys("\n".join(earlier), config) == []
