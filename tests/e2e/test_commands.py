@@ -34,7 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return job
 
 
-@pytest.mark.parametrize("ranks", [None, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(None, marks=pytest.mark.slow), 2])
 def test_from_raw_text_to_neighbours(job: Job, ranks: int | None) -> None:
     # On two ranks as a user starts it, torchrun and all.
     is_warm = None if ranks is None else False

@@ -52,7 +52,7 @@ def write_new_text(job: Job) -> Path:
     "options",
     [
         ("optimizer.initial_accumulator_value=3.0", "optimizer.tables.output.name=adam"),
-        ("optimizer.name=adam", "table.dtype=bfloat16"),
+        pytest.param(("optimizer.name=adam", "table.dtype=bfloat16"), marks=pytest.mark.slow),
     ],
     ids=["rowwise_adagrad and adam", "adam in bfloat16"],
 )

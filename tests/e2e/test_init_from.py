@@ -29,7 +29,7 @@ def rows_of(job: Job, run: str, table: str) -> np.ndarray:
     return np.load(output)
 
 
-@pytest.mark.parametrize("ranks", [None, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(None, marks=pytest.mark.slow), 2])
 def test_words_start_from_a_file_and_a_resumed_run_does_not_read_it_again(job: Job, ranks: int | None) -> None:
     vectors = write_glove(job)
     command = job.train_arguments("run", *NO_STEPS, "init_from=glove.txt")

@@ -31,6 +31,7 @@ def test_another_optimizer_trains_is_saved_and_resumed_by_the_same_command(job: 
     assert "optimizer.name (was adam, is rmsprop)" in other.stderr
 
 
+@pytest.mark.slow
 def test_word_tables_of_two_optimizers_train_as_those_of_one(job: Job) -> None:
     # A bound that no row comes near parts the tables and changes nothing else.
     apart = job.run(*job.train_arguments("apart", "optimizer.tables.output.max_norm=1.0e+6"), ranks=2)
@@ -52,6 +53,7 @@ def test_the_state_starts_anew_at_a_step_and_not_at_one_that_is_past(job: Job) -
     assert (job.vectors("plain") != job.vectors("reset")).any()
 
 
+@pytest.mark.slow
 def test_the_state_starts_anew_in_a_run_under_way(job: Job, wait_until: Wait) -> None:
     arguments = job.train_arguments("run", "train.epochs=40", "checkpoint.every_steps=10", "checkpoint.keep_last=null")
     started = job.start(*arguments)

@@ -18,7 +18,7 @@ def test_there_are_examples() -> None:
     assert EXAMPLES
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_an_example_runs_on_one_rank_and_on_two(tmp_path: Path, example: str, ranks: int) -> None:
     path = tmp_path / "example.py"
