@@ -38,7 +38,7 @@ class SaveOptions:
         max_extra_memory_bytes: bound on each rank's copies of rows that training changes during a save in the
             background; where it does not suffice, training waits until all rows were read. None for no bound.
         max_failures: failed saves in a row that are only warned of; one more fails the run.
-        full_every: each so manieth save holds all rows, those between only the rows touched since the last.
+        full_every: every `full_every`-th save is full; the others hold only rows that changed since the save before.
         retention: which checkpoints stay.
     """
 

@@ -16,14 +16,12 @@ _MERGE = "tag:yaml.org,2002:merge"
 _QUOTED_NULL = re.compile(r"""(["'])(["']*null["']*)\1""")
 _ITEM = re.compile(r"""\s*(?:"([^"]*)"\s*(?=,|$)|'([^']*)'\s*(?=,|$)|([^,]*))(?:,|$)""")
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)([eE][-+]?\d+)?")
+_MAX_NODES = 100_000
+"""Values in a document, with each alias counted as the values that it stands for."""
 
 
 class Unset(str):
     """A plain `???` of a YAML file: the key has to be given elsewhere. A quoted one is a text."""
-
-
-_MAX_NODES = 100_000
-"""Values in a document, with each alias counted as the values that it stands for."""
 
 
 def compose(text: str) -> yaml.Node | None:

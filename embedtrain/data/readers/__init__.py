@@ -59,7 +59,7 @@ def format_of(source: Source, name: str) -> Format:
 
 
 def suffixes_of(name: str) -> tuple[str, ...]:
-    """Returns what the names of a folder's files end in that are taken for a format; see `expand_sources`."""
+    """Returns the file name endings by which a folder's files are taken for a format; see `expand_sources`."""
     if name == AUTO:
         return tuple(suffix for format in FORMATS.values() for suffix in format.suffixes)
     require_format(name)

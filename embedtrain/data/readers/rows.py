@@ -98,8 +98,8 @@ class Rows:
         batch: the columns that were asked for, by their names. Columns of text formats are large_string, and empty if
             a value is missing; else columns have the types of the file, and null if a value is missing.
         first: number of the line, from 0 in the segment, that the block of the rows begins with.
-        find_lines: returns [num_rows] int64, on which line from `first` on each row begins; None if row `i` is on the
-            i-th.
+        find_lines: returns [num_rows] int64, on which line from `first` on each row begins; None if row `i` is on
+            line `first + i`.
     """
 
     batch: pa.RecordBatch
