@@ -16,6 +16,7 @@ from embedtrain.commands.console import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
+    HELP_OPTIONS,
     MAX_COLUMNS,
     is_debugged,
     is_first_rank,
@@ -123,7 +124,7 @@ class Program(click.Group):
 @click.group(
     cls=Program,
     no_args_is_help=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": MAX_COLUMNS},
+    context_settings={"help_option_names": HELP_OPTIONS, "max_content_width": MAX_COLUMNS},
 )
 @click.option("--debug", is_flag=True, help="Show tracebacks of your mistakes too.")
 @click.version_option(package_name="embedtrain", message="%(package)s %(version)s")

@@ -25,6 +25,8 @@ EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 MAX_COLUMNS = 100
 """Width of the help on a terminal that is as wide."""
 
+HELP_OPTIONS = ["-h", "--help"]
+
 _NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _SETTING = re.compile(r"[^=/\\]+=.*", re.DOTALL)
 
@@ -41,6 +43,13 @@ class Command(click.Command):
         super().__init__(*arguments, **options)
         # Unknown options reach `parse_args` among the words, where negative numbers are told from them.
         self.context_settings = {**self.context_settings, "ignore_unknown_options": True}
+
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        """Returns the names of the help option, which are the same in every context.
+
+        click makes a command's help option once, with the names of the context that asked first.
+        """
+        return list(HELP_OPTIONS)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parses the words of the command line after the command's name."""

@@ -10,6 +10,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from embedtrain import storage
 from embedtrain.commands.console import EXIT_DONE, command
 from embedtrain.errors import UserError
 
@@ -54,21 +55,23 @@ class Side:
             UserError: there is none.
         """
         from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
-        from embedtrain.checkpoint.manifest import step_of
+        from embedtrain.checkpoint.manifest import MANIFEST_NAME, step_of
         from embedtrain.train.run_folder import CHECKPOINTS_NAME, RunFolder
 
         path = path.rstrip("/")
         parent, _, name = path.rpartition("/")
         if step_of(name) is not None:
-            return cls(CheckpointReader(path), RunFolder(parent.removesuffix(CHECKPOINTS_NAME) or "."))
-        folder = RunFolder(path)
-        newest = latest_checkpoint(folder.checkpoints_path)
-        if newest is None:
+            checkpoint: str | None = path if MANIFEST_NAME in storage.list_files(path) else None
+            folder = RunFolder(parent.removesuffix(CHECKPOINTS_NAME) or ".")
+        else:
+            folder = RunFolder(path)
+            checkpoint = latest_checkpoint(folder.checkpoints_path)
+        if checkpoint is None:
             raise UserError(
                 f"expected a run folder with a complete checkpoint, or a checkpoint's own folder such as "
                 f"runs/x/checkpoints/step-000001000, got {path!r}"
             )
-        return cls(CheckpointReader(newest), folder)
+        return cls(CheckpointReader(checkpoint), folder)
 
     @property
     def tables(self) -> dict[str, TensorInfo]:

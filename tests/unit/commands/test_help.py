@@ -11,6 +11,7 @@ import pytest
 
 from embedtrain import __version__
 from embedtrain.cli import COMMANDS, main, program
+from embedtrain.commands.console import Command
 from embedtrain.commands.export import FORMAT_NAMES
 from embedtrain.export import FORMATS
 from tests.unit.commands.parsing import parse
@@ -76,3 +77,8 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_the_formats_of_export_are_those_there_are() -> None:
     assert tuple(FORMATS) == FORMAT_NAMES
+
+
+def test_the_help_option_has_both_names_in_every_context() -> None:
+    fresh = Command("fresh")
+    assert fresh.get_params(click.Context(fresh))[-1].opts == ["-h", "--help"]

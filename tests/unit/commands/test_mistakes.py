@@ -78,6 +78,10 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["inspect", ""], ["Invalid value for 'RUN': expected a value, got ''"]),
         (["inspect", "config.yaml"], ["Directory 'config.yaml' is a file."]),
         (["diff", "here", "there"], ["expected a run folder with a complete checkpoint", "got 'here'"]),
+        (
+            ["diff", "run/checkpoints/step-000000005", "there"],
+            ["expected a run folder with a complete checkpoint", "got 'run/checkpoints/step-000000005'"],
+        ),
     ],
     ids=lambda value: value[-1][:30] if isinstance(value, list) and value else None,
 )
