@@ -32,6 +32,7 @@ COMMANDS = (
     "plan",
     "evaluate",
     "report",
+    "predict",
     "recommend",
     "neighbors",
     "export",

@@ -193,6 +193,26 @@ def require_config(config: str | None, settings: Sequence[str]) -> tuple[str, li
     return path, overrides
 
 
+def require_run(path: str, settings: Sequence[str]) -> tuple[str, list[str]]:
+    """Returns the run folder and the settings of a line that names both.
+
+    Raises:
+        UserError: there is no folder, or there are several.
+    """
+    paths, overrides = split_words(path, settings)
+    if len(paths) != 1:
+        raise UserError(f"expected the folder of one run and settings such as data.format=csv, got {paths or 'none'}")
+    return paths[0], overrides
+
+
+def split_names(text: str | None) -> list[str]:
+    """Returns the names between the commas of an option's value."""
+    names = [] if text is None else [name.strip() for name in text.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise UserError(f"expected different names between commas, got {text!r}")
+    return names
+
+
 def given_options(*names: str) -> list[str]:
     """Returns which of some parameters of the current command are given on its command line, as options."""
     context = click.get_current_context()

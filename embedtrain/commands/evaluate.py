@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from embedtrain.commands.console import EXIT_DONE, command, given_options, run_argument, table_option
+from embedtrain.commands.console import (
+    EXIT_DONE,
+    command,
+    given_options,
+    require_run,
+    run_argument,
+    settings_argument,
+    table_option,
+)
 from embedtrain.errors import UserError
 
 if TYPE_CHECKING:
     from embedtrain.export import Vectors
 
+_GROUPS_SHOWN = 10
 
-@command("embedtrain evaluate runs/x --analogies questions-words.txt --similarity wordsim.tsv")
+
+@command(
+    "embedtrain evaluate runs/x --analogies questions-words.txt --similarity wordsim.tsv",
+    "embedtrain evaluate runs/r --data tomorrow.csv --by user",
+)
 @run_argument
+@settings_argument
 @table_option
+@click.option("--data", metavar="PATH", type=click.Path(), help="Held-out data, in place of those of the training.")
+@click.option("--by", metavar="COLUMN", help="Of a ranking run with --data: also the AUC within groups of rows.")
 @click.option("--analogies", multiple=True, metavar="FILE", type=click.Path(), help="`: section` and `a b c d` lines.")
 @click.option("--similarity", multiple=True, metavar="FILE", type=click.Path(), help="`word word score` lines.")
 @click.option(
@@ -24,27 +40,54 @@ if TYPE_CHECKING:
 )
 @click.option("--case-sensitive", is_flag=True, help="Compare words as they are written.")
 def evaluate(
-    path: str,
-    table: str | None,
-    analogies: Sequence[str],
-    similarity: Sequence[str],
-    restrict_vocab: int,
-    case_sensitive: bool,
+    path: str, settings: Sequence[str], table: str | None, data: str | None, by: str | None, **word_tests: Any
 ) -> int:
     """Measures a run on held-out data, or its words on word tests."""
-    if not analogies and not similarity:
+    run_path, overrides = require_run(path, settings)
+    if data is None and (by is not None or overrides):
+        raise UserError(f"{'--by' if by is not None else overrides[0]} is for other data: give --data FILE too")
+    if not word_tests["analogies"] and not word_tests["similarity"]:
         if unused := given_options("table", "restrict_vocab", "case_sensitive"):
             raise UserError(f"{', '.join(unused)}: only for word tests, so give --analogies FILE or --similarity FILE")
-        return _measure(path)
+        return _measure(run_path) if data is None else _measure_file(run_path, data, overrides, by)
+    if data is not None:
+        raise UserError("--data is for ranking and retrieval, --analogies and --similarity for words: give one of them")
     from embedtrain.distributed.runtime import init_distributed
     from embedtrain.recipes.trained import open_run_vectors
 
     runtime = init_distributed(device="cpu")
-    with open_run_vectors(path, table, runtime) as vectors:
+    with open_run_vectors(run_path, table, runtime) as vectors:
         if runtime.rank == 0:
             print_evaluation(
-                vectors, analogies, similarity, restrict_vocab=restrict_vocab, case_insensitive=not case_sensitive
+                vectors,
+                word_tests["analogies"],
+                word_tests["similarity"],
+                restrict_vocab=word_tests["restrict_vocab"],
+                case_insensitive=not word_tests["case_sensitive"],
             )
+    return EXIT_DONE
+
+
+def _measure_file(run_path: str, data: str, overrides: Sequence[str], by: str | None) -> int:
+    """Prints the measures of a ranking run on any file. Collective: every rank."""
+    from embedtrain.distributed.runtime import init_distributed
+    from embedtrain.serve.measuring import measure_scores
+    from embedtrain.serve.opening import config_for_files, open_scorer, score_options
+    from embedtrain.serve.scoring import score_rows
+
+    config = config_for_files(run_path, overrides)
+    runtime = init_distributed(device=config.run.device, timeout_seconds=config.run.timeout_seconds)
+    keep = [] if by is None else [by]
+    scored = score_rows(open_scorer(config, runtime), score_options(config, data, overrides, keep=keep, has_label=True))
+    measures = measure_scores(scored, by)
+    if runtime.rank == 0:
+        for name, value in measures.values.items():
+            print(f"{value:.9f}  {name}")
+        print(f"{measures.num_rows:,} rows of {data}")
+        for group in measures.groups[:_GROUPS_SHOWN]:
+            print(f"  {group.auc:.4f}  {by} {group.name}, {group.num_rows:,} rows")
+        if len(measures.groups) > _GROUPS_SHOWN:
+            print(f"  and {len(measures.groups) - _GROUPS_SHOWN:,} smaller groups")
     return EXIT_DONE
 
 

@@ -9,11 +9,31 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from embedtrain.data.click_log import BAG_LENGTHS, DENSE, FIRST_VALUE, IDS, LABEL
+from embedtrain.data.click_log import BAG_LENGTHS, DENSE, FIRST_VALUE, IDS, LABEL, Records, record_dtype
 from embedtrain.data.click_schema import CategoricalColumn, ClickSchema
-from embedtrain.data.click_values import Examples
+from embedtrain.data.click_values import Examples, parse_rows
+from embedtrain.data.readers import Rows
 from embedtrain.data.token_hash import hashed_rows
 from embedtrain.data.vocabulary import WordRows
+
+
+def encode_rows(
+    rows: Rows, schema: ClickSchema, vocabularies: Mapping[str, WordRows], where: str
+) -> tuple[Records, dict[int, str]]:
+    """Returns the records of the rows that can be used, and what is wrong with the others, by line.
+
+    Args:
+        rows: some rows of a file or a stream.
+        schema: what their columns mean.
+        vocabularies: of the columns that have one.
+        where: what the rows are of, for messages.
+
+    Raises:
+        UserError: a column of a Parquet file has a type that cannot be what the schema says.
+    """
+    examples, wrong = parse_rows(rows, schema, where)
+    dtype = record_dtype(len(schema.dense), len(schema.single), len(schema.bags), is_wide=True)
+    return Records(*encode(examples, schema, vocabularies, dtype, 0)), wrong
 
 
 def encode(

@@ -66,7 +66,7 @@ class ClickSchema:
     Attributes:
         file_format: a name in `FORMATS`, or "criteo": tab-separated lines without a header of a label, 13 integers
             (`I1` to `I13`) and 26 tokens of hexadecimal digits (`C1` to `C26`), any of which may be missing.
-        label: the column to predict.
+        label: the column to predict; None if the rows have none, as those that are to be scored.
         positive: the label's value that counts as 1, any other as 0; None for labels that are 0 or 1.
         dense: columns of numbers.
         categorical: columns to look up; a column may be dense too, as a person's age is both.
@@ -81,7 +81,7 @@ class ClickSchema:
     """
 
     file_format: str
-    label: str
+    label: str | None
     dense: tuple[str, ...] = ()
     categorical: tuple[CategoricalColumn, ...] = ()
     positive: str | None = None
@@ -98,8 +98,8 @@ class ClickSchema:
             raise UserError(f"dense_transform must be one of {get_args(DenseTransform)}, got {self.dense_transform!r}")
         if not self.categorical:
             raise UserError("a click log needs at least one categorical column: that is what the tables are for")
-        _refuse_repeats("the label and the dense columns", (self.label, *self.dense))
-        _refuse_repeats("the label and the categorical columns", (self.label, *(c.name for c in self.categorical)))
+        _refuse_repeats("the label and the dense columns", (*self._labels, *self.dense))
+        _refuse_repeats("the label and the categorical columns", (*self._labels, *(c.name for c in self.categorical)))
         if self.columns is not None:
             _refuse_repeats("columns", self.columns)
             require_columns(self.used_columns, self.columns, "columns")
@@ -134,7 +134,7 @@ class ClickSchema:
         """What the reader of the files needs to know of the columns."""
         looked_up = {column.name for column in self.categorical}
         parsed = frozenset(self.dense) - looked_up
-        label = {self.label} if self.positive is None else set()
+        label = set(self._labels) if self.positive is None else set()
         return Uses(parsed | label, parsed, {column.name: column.separator for column in self.bags})
 
     @property
@@ -151,7 +151,11 @@ class ClickSchema:
     @property
     def used_columns(self) -> tuple[str, ...]:
         """The label, the dense and the categorical columns, in this order, each once."""
-        return tuple(dict.fromkeys((self.label, *self.dense, *(column.name for column in self.categorical))))
+        return tuple(dict.fromkeys((*self._labels, *self.dense, *(column.name for column in self.categorical))))
+
+    @property
+    def _labels(self) -> tuple[str, ...]:
+        return () if self.label is None else (self.label,)
 
     @property
     def single(self) -> tuple[CategoricalColumn, ...]:

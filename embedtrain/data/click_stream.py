@@ -12,10 +12,9 @@ import pyarrow as pa
 import xxhash
 
 from embedtrain.data.click_batches import ClickBatch, as_batch
-from embedtrain.data.click_log import BAG_LENGTHS, FIRST_VALUE, ClickLayout, Records, record_dtype
-from embedtrain.data.click_records import encode
+from embedtrain.data.click_log import BAG_LENGTHS, FIRST_VALUE, ClickLayout, Records
+from embedtrain.data.click_records import encode_rows
 from embedtrain.data.click_schema import ClickSchema
-from embedtrain.data.click_values import parse_rows
 from embedtrain.data.partition import share_of_rank
 from embedtrain.data.readers import FORMATS, Rows, TextFormat
 from embedtrain.data.readers.quotes import find_line_ends
@@ -76,7 +75,6 @@ class ClickStream(ClickLayout):
         self._options = options
         self._schema = schema
         self._ranks = ranks
-        self._dtype = record_dtype(len(schema.dense), len(schema.single), len(schema.bags), is_wide=True)
         self._lines: LineStream | None = None
         self._num_bad = 0
 
@@ -133,13 +131,13 @@ class ClickStream(ClickLayout):
         except pa.ArrowException as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{lines.place(0)} and the {len(lines.texts) - 1} lines after it: {reason}") from error
-        examples, unusable = parse_rows(Rows(parsed.batch, 0, parsed.find_lines), schema, path)
+        records, unusable = encode_rows(Rows(parsed.batch, 0, parsed.find_lines), schema, {}, path)
         bad = {**parsed.wrong, **unusable}
         if bad and parsed.num_lines > len(lines.texts):
             # A quoted line break makes several lines of one text.
             begins = np.cumsum([0, *(len(find_line_ends(text.encode())) + 1 for text in lines.texts)])
             bad = {int(np.searchsorted(begins, line, side="right")) - 1: reason for line, reason in bad.items()}
-        return Records(*encode(examples, schema, {}, self._dtype, 0)), {**bad, **lines.wrong}
+        return records, {**bad, **lines.wrong}
 
     def _judge(self, bad: Mapping[int, str], num_bad: int, lines: Lines) -> None:
         """Refuses a stream of too many bad lines; says on rank 0 which ones are left out."""

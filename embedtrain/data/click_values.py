@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -53,7 +53,7 @@ class Examples:
     """Examples as a file gives them.
 
     Attributes:
-        labels: [n] float32, 0 or 1.
+        labels: [n] float32, 0 or 1; 0 if the schema has no label.
         dense: [n, num_dense] float32, as they stand in the file; NaN where one is missing.
         categorical: by column.
     """
@@ -95,7 +95,7 @@ def parse_rows(raw: Rows, schema: ClickSchema, where: str) -> tuple[Examples, di
     columns = {name: raw.batch.column(name) for name in schema.used_columns}
     for name, column in columns.items():
         _require_type(name, column.type, schema, where)
-    labels = _labels(columns[schema.label], schema, found)
+    labels = _labels(columns, schema, found) if schema.label else np.zeros(raw.batch.num_rows, np.float32)
     dense = [_dense(columns[name], name, found) for name in schema.dense]
     categorical = {spec.name: _categorical(columns[spec.name], spec, schema, found) for spec in schema.categorical}
     matrix = np.stack(dense, axis=1) if dense else np.zeros((len(labels), 0), np.float32)
@@ -133,7 +133,9 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def _labels(column: pa.Array, schema: ClickSchema, found: _Faults) -> NDArray[np.float32]:
+def _labels(columns: Mapping[str, pa.Array], schema: ClickSchema, found: _Faults) -> NDArray[np.float32]:
+    assert schema.label is not None
+    column = columns[schema.label]
     texts = _texts(column)
     is_missing = _is_empty(texts)
     found.add_where(is_missing, lambda _: f"column {schema.label}: the label is missing")

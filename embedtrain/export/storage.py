@@ -35,7 +35,7 @@ def new_files(paths: Sequence[str], overwrite: bool) -> Iterator[list[BinaryIO]]
     Raises:
         UserError: a path exists and `overwrite` is false, is a folder, or cannot be written.
     """
-    places = [_vacant_place(path, overwrite) for path in paths]
+    places = [vacant_place(path, overwrite=overwrite) for path in paths]
     partial = [f"{place}.partial-{os.getpid()}" for _, place in places]
     try:
         with ExitStack() as stack:
@@ -52,7 +52,12 @@ def new_files(paths: Sequence[str], overwrite: bool) -> Iterator[list[BinaryIO]]
         raise
 
 
-def _vacant_place(path: str, overwrite: bool) -> tuple[Any, str]:
+def vacant_place(path: str, *, overwrite: bool) -> tuple[Any, str]:
+    """Returns the fsspec file system of the path of a new file, and the path inside it.
+
+    Raises:
+        UserError: the path exists and `overwrite` is false, or is a folder.
+    """
     file_system, place = file_system_of(path)
     if file_system.isdir(place):
         raise UserError(f"expected the path of a new file, but {path} is a folder")

@@ -75,13 +75,20 @@ class ClassificationMeter:
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._num_kept = 0
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Takes predictions: logits [n] of any device, labels [n] of 0 and 1."""
+    def add(self, logits: Tensor, labels: Tensor, *, scores: Tensor | None = None) -> None:
+        """Takes predictions.
+
+        Args:
+            logits: [n], of any device.
+            labels: [n], 0 or 1.
+            scores: [n], by which examples are put in order for an exact area under the curve; the logits by default.
+                Probabilities tie more often: two logits may round to one.
+        """
         logits, labels = logits.detach().float().cpu(), labels.detach().float().cpu()
         self._sums += classification_sums(logits, labels, self._num_bins)
         self._num_kept += labels.numel()
         if self._num_kept <= self._exact_examples:
-            self._kept.append((logits, labels > _BETWEEN))
+            self._kept.append((logits if scores is None else scores.detach().float().cpu(), labels > _BETWEEN))
         else:
             self._kept = []
 

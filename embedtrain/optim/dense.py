@@ -22,6 +22,24 @@ _WEIGHTS, _STATE = "dense/", "dense_optimizer/"
 """Beginnings of the names in a checkpoint: "dense/layer.weight", "dense_optimizer/layer.weight/exp_avg"."""
 
 
+def load_module(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Gives a module the parameters and buffers that `DenseOptimizer.tensors` returned.
+
+    Raises:
+        CheckpointError: a parameter or buffer is missing, is too many, or has another shape; names all.
+    """
+    weights = {n.removeprefix(_WEIGHTS): t for n, t in saved.items() if n.startswith(_WEIGHTS)}
+    expected = module.state_dict()
+    differing = [
+        f"{name} ({_shape(weights.get(name))} in the checkpoint, {_shape(expected.get(name))} in the model)"
+        for name in sorted(weights.keys() | expected.keys())
+        if _shape(weights.get(name)) != _shape(expected.get(name))
+    ]
+    if differing:
+        raise CheckpointError(f"the dense part does not fit the model: {', '.join(differing)}")
+    module.load_state_dict(weights)
+
+
 class DenseOptimizer:
     """Trains a module's parameters alike on every rank, with an optimizer of torch.
 
@@ -117,16 +135,7 @@ class DenseOptimizer:
         Raises:
             CheckpointError: a parameter or buffer is missing, is too many, or has another shape; names all.
         """
-        weights = {n.removeprefix(_WEIGHTS): t for n, t in saved.items() if n.startswith(_WEIGHTS)}
-        expected = self._module.state_dict()
-        differing = [
-            f"{name} ({_shape(weights.get(name))} in the checkpoint, {_shape(expected.get(name))} in the model)"
-            for name in sorted(weights.keys() | expected.keys())
-            if _shape(weights.get(name)) != _shape(expected.get(name))
-        ]
-        if differing:
-            raise CheckpointError(f"the dense part does not fit the model: {', '.join(differing)}")
-        self._module.load_state_dict(weights)
+        load_module(self._module, saved)
         if not with_state:
             return
         state: dict[int, dict[str, Tensor]] = {}

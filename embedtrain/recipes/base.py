@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from embedtrain.config.sections import Config, TableConfig
-from embedtrain.data.readers import Layout
+from embedtrain.data.click_batches import ClickBatch
+from embedtrain.data.click_schema import ClickSchema
+from embedtrain.data.readers import Layout, Rows
 from embedtrain.data.vocabulary import Vocabulary
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import CollectionOptions
 from embedtrain.export.recommendations import Recommendation
@@ -60,6 +64,27 @@ class Grow(Generic[ConfigT, DataT]):
     data_key: str = "data.path"
 
 
+class RowScorer(Protocol):
+    """A trained model that gives each row of a file a probability; see `ClickScorer`.
+
+    Attributes:
+        schema: what the columns mean.
+        ranks: those that share the tables.
+    """
+
+    schema: ClickSchema
+    ranks: Ranks
+
+    def encode(self, rows: Rows, schema: ClickSchema, where: str) -> tuple[ClickBatch, dict[int, str]]:
+        """Returns the rows that can be used, as a batch, and what is wrong with the others, by line."""
+
+    def nothing(self) -> ClickBatch:
+        """Returns a batch of no rows."""
+
+    def logits(self, batch: ClickBatch) -> Tensor:
+        """Returns the logits of a batch, on the CPU. Collective: every rank."""
+
+
 @dataclass(frozen=True)
 class Recipe(Generic[ConfigT, DataT]):
     """All that embedtrain has to know of a model.
@@ -79,6 +104,8 @@ class Recipe(Generic[ConfigT, DataT]):
             vectors are rows of its tables.
         recommend: collective; yields the best items of users given by raw ids, None for all of them: how many, and
             whether to leave out what they have already. None if the model does not recommend.
+        score: collective; opens a checkpoint, given by its path, to score rows of files. The section `data` of the
+            configuration describes these files. None if the model does not score rows.
     """
 
     config: type[ConfigT]
@@ -93,6 +120,7 @@ class Recipe(Generic[ConfigT, DataT]):
     recommend: Callable[[ConfigT, Runtime, Sequence[str] | None, int, bool], Iterator[list[Recommendation]]] | None = (
         None
     )
+    score: Callable[[ConfigT, Runtime, str], RowScorer] | None = None
 
 
 def table_spec(

@@ -30,6 +30,7 @@ LEVELS = {
     "recipes": 8,
     "planning": 9,
     "report": 9,
+    "serve": 9,
     "commands": 10,
     "cli": 11,
     "__main__": 12,

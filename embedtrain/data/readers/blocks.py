@@ -35,6 +35,18 @@ _MARK_IN_FILE = re.compile(rb"(?:\A|[\r\n])" + BYTE_ORDER_MARK)
 
 
 @dataclass(frozen=True)
+class OpenSource(Source):
+    """A source that is on no file system, such as standard input: its file is open, and is read once.
+
+    Attributes:
+        file: the open file.
+    """
+
+    file: IO[bytes] | None = None
+    can_seek: bool = False
+
+
+@dataclass(frozen=True)
 class Segment:
     """A part of a source: the lines that begin in bytes [start, stop), or the row groups [start, stop) of Parquet."""
 
@@ -50,6 +62,10 @@ def open_stored(source: Source) -> Iterator[IO[bytes]]:
     Raises:
         UserError: it may not be read or has vanished.
     """
+    if isinstance(source, OpenSource):
+        assert source.file is not None
+        yield source.file
+        return
     fs, path = file_system_of(source.url)
     options = {"block_size": 0} if is_web(fs) and not source.can_seek else {}
     with explained(source), fs.open(path, "rb", **options) as file:
@@ -252,7 +268,7 @@ def _checked(
             if segment.stop < source.size_bytes:
                 num_bytes = _line_start(file, segment.stop) - at if at < segment.stop else 0
             file.seek(at)
-        told = stored.tell()
+        told = 0 if on_read is None else stored.tell()
         blocks = _blocks(file, num_bytes, max(chunk_bytes, len(BYTE_ORDER_MARK)))
         if at == 0:
             first = next(blocks, b"")
@@ -417,10 +433,14 @@ def _require_text(chunk: bytes, source: Source, offset: int) -> None:
 def _refuse_mark(chunk: bytes, source: Source, offset: int) -> None:
     """Refuses a line that begins with a byte-order mark, which would become a part of its first value."""
     if BYTE_ORDER_MARK in chunk and (found := _MARK_IN_FILE.search(chunk)):
-        line = line_at(source, offset + found.end() - len(BYTE_ORDER_MARK))
-        raise UserError(f"{source.url}:{line}: {MARK_WITHIN}")
+        raise UserError(f"{_place_of(source, offset + found.end() - len(BYTE_ORDER_MARK))}: {MARK_WITHIN}")
 
 
 def _not_text(fault: str, source: Source, place: int) -> UserError:
     inside = "" if source.compression is None else " of the decompressed text"
-    return UserError(f"{source.url}:{line_at(source, place)}: {fault} at byte {place}{inside}")
+    return UserError(f"{_place_of(source, place)}: {fault} at byte {place}{inside}")
+
+
+def _place_of(source: Source, offset: int) -> str:
+    """Names a source and the line that holds a byte; what comes once cannot be read again to count its lines."""
+    return source.url if isinstance(source, OpenSource) else f"{source.url}:{line_at(source, offset)}"

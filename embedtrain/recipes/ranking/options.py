@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from embedtrain.data.click_log import ClickLayout
 from embedtrain.data.click_schema import CRITEO_CATEGORICAL, CategoricalColumn, ClickSchema, require_columns
 from embedtrain.data.readers import FORMATS
+from embedtrain.recipes.base import table_spec
 from embedtrain.recipes.layout import layout_of
-from embedtrain.recipes.ranking.config import ClicksConfig, FeatureConfig, NetworkConfig
+from embedtrain.recipes.ranking.config import ClicksConfig, FeatureConfig, NetworkConfig, RankingConfig
 from embedtrain.recipes.ranking.model import NetworkOptions
+from embedtrain.spec import TableSpec
 
 
 def click_schema(data: ClicksConfig) -> ClickSchema:
@@ -64,3 +67,23 @@ def network_options(section: NetworkConfig) -> NetworkOptions:
         num_cross_layers=section.num_cross_layers,
         low_rank=section.low_rank,
     )
+
+
+def feature_options(config: RankingConfig, name: str) -> FeatureConfig:
+    """Returns what a categorical column has of its own."""
+    return config.data.features.get(name, FeatureConfig())
+
+
+def ranking_tables(config: RankingConfig, layout: ClickLayout) -> list[TableSpec]:
+    """Returns the table of each categorical column, in the order of `ClickLayout.feature_names`."""
+    return [
+        # As DLRM begins: most rows of a large table are rarely seen. They begin near zero and add no noise.
+        table_spec(
+            config,
+            name,
+            layout.num_rows[name],
+            dim=feature_options(config, name).dim,
+            init_scale=layout.num_rows[name] ** -0.5,
+        )
+        for name in layout.feature_names
+    ]

@@ -19,11 +19,12 @@ from embedtrain.data.sources import refuse_changes
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.metrics.classification import training_measures
-from embedtrain.recipes.base import Recipe, collection_options, table_spec
+from embedtrain.recipes.base import Recipe, collection_options
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer
-from embedtrain.recipes.ranking.config import ClicksConfig, FeatureConfig, RankingConfig
+from embedtrain.recipes.ranking.config import ClicksConfig, RankingConfig
 from embedtrain.recipes.ranking.model import Ranking, measure_ranking
-from embedtrain.recipes.ranking.options import click_schema, network_options
+from embedtrain.recipes.ranking.options import click_schema, feature_options, network_options, ranking_tables
+from embedtrain.recipes.ranking.scoring import ClickScorer
 from embedtrain.recipes.ranking.workload import workload
 from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import FeatureSpec
@@ -148,13 +149,9 @@ def _prepare_log(
 
 
 def _build_model(config: RankingConfig, runtime: Runtime, layout: ClickLayout) -> Ranking:
-    features = {name: config.data.features.get(name, FeatureConfig()) for name in layout.feature_names}
+    features = {name: feature_options(config, name) for name in layout.feature_names}
     return Ranking(
-        [
-            # As DLRM begins: most rows of a large table are rarely seen. They begin near zero and add no noise.
-            table_spec(config, name, layout.num_rows[name], dim=feature.dim, init_scale=layout.num_rows[name] ** -0.5)
-            for name, feature in features.items()
-        ],
+        ranking_tables(config, layout),
         [FeatureSpec(name, pooling=feature.pooling if feature.bag else "none") for name, feature in features.items()],
         len(layout.dense_names),
         network_options(config.ranking),
@@ -214,5 +211,11 @@ def _heads(config: RankingConfig) -> dict[str, tuple[str, Layout]]:
 
 
 RECIPE = Recipe(
-    config=RankingConfig, prepare=prepare, build=build, workload=workload, heads=_heads, held_out="data.valid_path"
+    config=RankingConfig,
+    prepare=prepare,
+    build=build,
+    workload=workload,
+    heads=_heads,
+    held_out="data.valid_path",
+    score=ClickScorer,
 )

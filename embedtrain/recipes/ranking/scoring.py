@@ -1,0 +1,148 @@
+"""Scores raw rows by a checkpoint of a ranking run, with what the run folder and the checkpoint say alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from embedtrain import storage
+from embedtrain.checkpoint import CheckpointReader, LoadOptions, load_shards
+from embedtrain.data.click_batches import ClickBatch, as_batch
+from embedtrain.data.click_log import ClickLayout
+from embedtrain.data.click_records import encode_rows
+from embedtrain.data.click_schema import ClickSchema
+from embedtrain.data.readers import Rows
+from embedtrain.data.vocabulary import WordRows
+from embedtrain.distributed.runtime import Runtime
+from embedtrain.embedding.collection import EmbeddingCollection
+from embedtrain.errors import UserError
+from embedtrain.jagged import Jagged
+from embedtrain.ops._backend.transfer import to_device
+from embedtrain.optim.dense import load_module
+from embedtrain.recipes.base import collection_options
+from embedtrain.recipes.ranking.config import RankingConfig
+from embedtrain.recipes.ranking.model import build_network
+from embedtrain.recipes.ranking.options import click_schema, feature_options, network_options, ranking_tables
+from embedtrain.spec import FeatureSpec
+from embedtrain.train.run_folder import FEATURES_NAME
+
+
+class SavedLayout(ClickLayout):
+    """What the rows of a trained run mean, without its data.
+
+    Args:
+        schema: the columns.
+        state: of a checkpoint.
+    """
+
+    def __init__(self, schema: ClickSchema, state: Mapping[str, Any]) -> None:
+        self.num_rows = state["features"]
+        self.dense_names = state["dense"]["columns"]
+        self.dense_mean = np.array(state["dense"]["mean"], np.float64)
+        self.dense_std = np.array(state["dense"]["std"], np.float64)
+        self.single_names = [column.name for column in schema.single]
+        self.bag_names = [column.name for column in schema.bags]
+
+
+def read_vocabularies(run_path: str, schema: ClickSchema) -> dict[str, WordRows]:
+    """Returns the values of each column that has a vocabulary, as the run folder has them.
+
+    Raises:
+        UserError: the run folder lacks one.
+    """
+    found = {}
+    for column in schema.categorical:
+        if column.encoding != "vocabulary":
+            continue
+        url = storage.join(run_path, f"{FEATURES_NAME}/{column.name}.parquet")
+        try:
+            values = pq.read_table(pa.BufferReader(storage.read(url)))["value"]
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{url} is missing, which says what the rows of {column.name} stand for: bring it back, or give the "
+                "training command again, which writes it anew"
+            ) from error
+        found[column.name] = WordRows(values.cast(pa.large_binary()).combine_chunks())
+    return found
+
+
+class ClickScorer:
+    """A ranking model of a checkpoint, its tables sharded over the ranks.
+
+    The vectors of a bag are pooled where they are used: a row of the data has the same score on any number of ranks.
+
+    Collective: every rank makes one.
+
+    Args:
+        config: of the run; its section `data` may describe other files than those of the training.
+        runtime: of this process.
+        checkpoint: its path.
+
+    Attributes:
+        schema: what the columns mean.
+        ranks: those that share the tables.
+
+    Raises:
+        UserError: the run folder lacks a vocabulary.
+        CheckpointError: the checkpoint does not hold what the configuration says.
+    """
+
+    def __init__(self, config: RankingConfig, runtime: Runtime, checkpoint: str) -> None:
+        self.schema = click_schema(config.data)
+        self.ranks = runtime.ranks
+        with CheckpointReader(checkpoint) as reader:
+            self._layout = SavedLayout(self.schema, reader.state)
+            names = self._layout.feature_names
+            self._vocabularies = self.ranks.run_on_each(lambda: read_vocabularies(config.run.path, self.schema))
+            tables = ranking_tables(config, self._layout)
+            options = collection_options(config.table, runtime, config.seed)
+            options["wire_dtype"] = None
+            self._tables = EmbeddingCollection(tables, [FeatureSpec(name) for name in names], **options)
+            load_shards(reader, self._tables.shard_views(), LoadOptions(optimizer_state="reset"))
+            dims = [table.dim for table in tables]
+            network = build_network(len(self.schema.dense), dims, network_options(config.ranking), config.seed)
+            load_module(network, reader.replicated())
+        self._network = network.to(runtime.device)
+        self._pooling = {name: feature_options(config, name).pooling for name in self._layout.bag_names}
+
+    def encode(self, rows: Rows, schema: ClickSchema, where: str) -> tuple[ClickBatch, dict[int, str]]:
+        """Returns the rows that can be used, as a batch, and what is wrong with the others, by line.
+
+        Args:
+            rows: some rows of a file.
+            schema: what their columns mean; they may be without a label.
+            where: what the rows are of, for messages.
+        """
+        records, wrong = encode_rows(rows, schema, self._vocabularies, where)
+        return as_batch(records, self._layout, len(records.examples)), wrong
+
+    def nothing(self) -> ClickBatch:
+        """Returns a batch of no rows, for a rank that has none in a round."""
+        no_ids = torch.zeros(0, dtype=torch.int64)
+        features = {name: Jagged(no_ids, no_ids) for name in self._layout.feature_names}
+        return ClickBatch(torch.zeros(0), torch.zeros(0, len(self.schema.dense)), features, 0)
+
+    @torch.no_grad()
+    def logits(self, batch: ClickBatch) -> Tensor:
+        """Returns the logits [n] of a batch, on the CPU. Collective: every rank."""
+        vectors = self._tables(batch.features)
+        for name, pooling in self._pooling.items():
+            vectors[name] = _pool(vectors[name], batch.features[name].lengths, is_mean=pooling == "mean")
+        dense = to_device(batch.dense, self._tables.device)
+        logits: Tensor = self._network(dense, [vectors[name] for name in self._layout.feature_names])
+        return logits.cpu()
+
+
+def _pool(vectors: Tensor, lengths: Tensor, *, is_mean: bool) -> Tensor:
+    """Returns sum or mean of each bag's vectors; zeros for an empty bag."""
+    if len(lengths) == 0:
+        return vectors
+    lengths = to_device(lengths, vectors.device)
+    sums = torch.segment_reduce(vectors, "sum", lengths=lengths, unsafe=True, initial=0)
+    return sums / lengths.clamp(min=1).unsqueeze(1) if is_mean else sums

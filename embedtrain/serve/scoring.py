@@ -1,0 +1,139 @@
+"""Scores the rows of files by a trained model, in the order of the files, on any number of ranks."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from embedtrain.data.click_batches import ClickBatch
+from embedtrain.data.click_schema import ClickSchema
+from embedtrain.errors import UserError
+from embedtrain.recipes.base import RowScorer
+from embedtrain.serve.reading import Round, RowFiles, Unit, schema_of_file
+
+_SHOWN = 3
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What to score.
+
+    Attributes:
+        path: of the files, as `expand_sources` takes it; or "-" for standard input.
+        keep: columns of the files that are handed on.
+        has_label: whether the label is read too.
+        max_bad_lines: how many lines that cannot be used are left out; one more is an error.
+        is_format_given: whether the user named the format of the files; else their names may tell another one.
+    """
+
+    path: str | Sequence[str]
+    keep: Sequence[str] = ()
+    has_label: bool = False
+    max_bad_lines: int = 0
+    is_format_given: bool = False
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Consecutive rows of the files, without those that cannot be used.
+
+    Attributes:
+        probabilities: [n] float32.
+        logits: [n] float32.
+        labels: [n] float32; zeros if labels are not read.
+        kept: the columns that are handed on.
+    """
+
+    probabilities: NDArray[np.float32]
+    logits: NDArray[np.float32]
+    labels: NDArray[np.float32]
+    kept: pa.RecordBatch
+
+
+def score_rows(scorer: RowScorer, options: ScoreOptions) -> Iterator[Scored]:
+    """Yields the rows with their scores on rank 0, in the order of the files; nothing on the other ranks.
+
+    Rank 0 reads. The ranks score some thousand rows each at a time, and hold no more than these.
+
+    Collective: every rank, to the end.
+
+    Raises:
+        UserError: on every rank: a file cannot be read, lacks a column, or has too many lines that cannot be used.
+    """
+    ranks = scorer.ranks
+    schema = _schema_of(scorer, options)
+    files = ranks.run_on_each(lambda: RowFiles(options.path, schema, options.keep) if ranks.rank == 0 else None)
+    rounds = iter(()) if files is None else files.rounds(ranks.size)
+    bad = _BadLines(options.max_bad_lines, files)
+    while (found := ranks.run_on_first(lambda: next(rounds, None))) is not None:
+        unit = found.units[ranks.rank] if ranks.rank < len(found.units) else None
+        batch, own_wrong = ranks.run_on_each(functools.partial(_encode, scorer, schema, unit))
+        logits = scorer.logits(batch)
+        # Of a whole unit at once, on the rank that has it: the ranks' shares must not change a digit.
+        results = ranks.all_gather((logits.sigmoid().numpy(), logits.numpy(), batch.labels.numpy(), own_wrong))
+        wrong = [each for *_, each in results]
+        if found.num_bad or any(wrong):
+            ranks.run_on_first(functools.partial(bad.add, found, wrong))
+        if files is not None:
+            for each, (probabilities, of_unit, labels, left_out) in zip(found.units, results, strict=False):
+                yield Scored(probabilities, of_unit, labels, _kept(each, options.keep, left_out))
+    bad.tell()
+
+
+def _schema_of(scorer: RowScorer, options: ScoreOptions) -> ClickSchema:
+    schema = schema_of_file(scorer.schema, path=options.path, is_given=options.is_format_given)
+    return schema if options.has_label else replace(schema, label=None, positive=None)
+
+
+def _encode(scorer: RowScorer, schema: ClickSchema, unit: Unit | None) -> tuple[ClickBatch, dict[int, str]]:
+    return (scorer.nothing(), {}) if unit is None else scorer.encode(unit.rows, schema, unit.where)
+
+
+def _kept(unit: Unit, names: Sequence[str], wrong: Mapping[int, str]) -> pa.RecordBatch:
+    """Returns the columns that are handed on, of the rows that can be used."""
+    kept = unit.batch.select(list(names))
+    return kept.filter(pa.array(~np.isin(unit.lines, list(wrong)))) if wrong else kept
+
+
+class _BadLines:
+    """Counts the lines that cannot be used, on rank 0."""
+
+    def __init__(self, max_bad_lines: int, files: RowFiles | None) -> None:
+        self._max_bad_lines = max_bad_lines
+        self._files = files
+        self._num_bad = 0
+        self._shown: list[str] = []
+
+    def add(self, found: Round, wrong: Sequence[Mapping[int, str]]) -> None:
+        """Counts the bad lines of a round.
+
+        Raises:
+            UserError: there are too many by now.
+        """
+        assert self._files is not None
+        self._num_bad += found.num_bad + sum(map(len, wrong))
+        self._shown += found.shown
+        for unit, of_unit in zip(found.units, wrong, strict=False):
+            for line, reason in islice(of_unit.items(), _SHOWN):
+                self._shown.append(f"{self._files.place(unit, line)}: {reason}")
+        del self._shown[_SHOWN:]
+        if self._num_bad > self._max_bad_lines:
+            raise UserError(
+                f"{'; '.join(self._shown)}. At least {self._num_bad} such lines were found, and data.max_bad_lines is "
+                f"{self._max_bad_lines}: correct them, or raise it to leave them out"
+            )
+
+    def tell(self) -> None:
+        """Says how many lines are left out."""
+        if self._num_bad:
+            shown = "; ".join(self._shown)
+            _logger.warning(f"{self._num_bad} lines cannot be used and are left out, such as {shown}")

@@ -1,0 +1,148 @@
+"""Writes scores: a Parquet, CSV or JSON-lines file, or lines of standard output."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from embedtrain.errors import UserError
+from embedtrain.export.storage import new_files, vacant_place
+from embedtrain.serve.scoring import Scored
+
+SCORE = "probability"
+"""The name of the column of the scores, which no other column can have."""
+
+_Write = Callable[[pa.Table], None]
+
+
+def require_output(output: str, *, overwrite: bool) -> None:
+    """Refuses a name under which scores cannot be written, before any work is done.
+
+    Raises:
+        UserError: the name ends otherwise than in `.parquet`, `.csv` or `.jsonl`, or is taken.
+    """
+    if _suffix(output) not in _WRITERS:
+        raise UserError(f"--output {output}: expected a name that ends in {', '.join(_WRITERS)}, or - for lines")
+    vacant_place(output, overwrite=overwrite)
+
+
+def write_scores(scored: Iterable[Scored], output: str, *, overwrite: bool = False) -> int:
+    """Writes a row for each that was scored: the columns that were kept, and `probability`, float32.
+
+    Args:
+        scored: the rows.
+        output: path or fsspec URL of the new file, which appears when it is complete; as `require_output` has it.
+        overwrite: whether a file that is there already is replaced.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        UserError: the output is there already or cannot be written, or a column cannot be written in this format.
+    """
+    num_rows = 0
+    with new_files([output], overwrite) as (file,), _WRITERS[_suffix(output)](file) as write:
+        for table in _tables(scored):
+            write(table)
+            num_rows += len(table)
+        if num_rows == 0:
+            write(pa.table({SCORE: pa.array([], pa.float32())}))
+    return num_rows
+
+
+def write_lines(scored: Iterable[Scored], file: BinaryIO, *, as_json: bool) -> None:
+    """Writes a line for each row that was scored, as soon as it was: as JSON, or as CSV without a header."""
+    for part in scored:
+        table = _table_of(part)
+        if as_json:
+            file.write(_json_lines(table))
+        else:
+            _write_csv(table, file, has_header=False)
+        file.flush()
+
+
+def _suffix(output: str) -> str:
+    return os.path.splitext(output)[1].lower()
+
+
+def _tables(scored: Iterable[Scored]) -> Iterator[pa.Table]:
+    """Yields tables of one schema: that of the first."""
+    schema: pa.Schema | None = None
+    for part in scored:
+        table = _table_of(part)
+        try:
+            table = table if schema is None else table.cast(schema)
+        except pa.ArrowException as error:
+            raise UserError(f"the files hold a kept column in types that differ: {error}") from error
+        schema = table.schema
+        yield table
+
+
+def _table_of(part: Scored) -> pa.Table:
+    columns = {name: part.kept.column(name) for name in part.kept.schema.names}
+    return pa.table({**columns, SCORE: pa.array(part.probabilities, pa.float32())})
+
+
+@contextmanager
+def _parquet(file: BinaryIO) -> Iterator[_Write]:
+    writer: list[pq.ParquetWriter] = []
+
+    def write(table: pa.Table) -> None:
+        if not writer:
+            writer.append(pq.ParquetWriter(file, table.schema))
+        writer[0].write_table(table)
+
+    try:
+        yield write
+    finally:
+        for each in writer:
+            each.close()
+
+
+@contextmanager
+def _csv(file: BinaryIO) -> Iterator[_Write]:
+    has_header = True
+
+    def write(table: pa.Table) -> None:
+        nonlocal has_header
+        _write_csv(table, file, has_header=has_header)
+        has_header = False
+
+    yield write
+
+
+@contextmanager
+def _jsonl(file: BinaryIO) -> Iterator[_Write]:
+    yield lambda table: _discard(file.write(_json_lines(table)))
+
+
+def _discard(_: Any) -> None:
+    pass
+
+
+_WRITERS = {".parquet": _parquet, ".csv": _csv, ".jsonl": _jsonl}
+
+
+def _write_csv(table: pa.Table, file: BinaryIO, *, has_header: bool) -> None:
+    nested = [field.name for field in table.schema if pa.types.is_nested(field.type)]
+    if nested:
+        raise UserError(f"a line of CSV cannot hold the lists of {', '.join(nested)}: write .parquet or .jsonl")
+    # Arrow quotes all texts or none, and refuses to leave out quotes that one of them needs.
+    for quoting in ("none", "needed"):
+        buffer = io.BytesIO()
+        with suppress(pa.ArrowInvalid):
+            pa_csv.write_csv(table, buffer, pa_csv.WriteOptions(include_header=has_header, quoting_style=quoting))
+            break
+    file.write(buffer.getbuffer())
+
+
+def _json_lines(table: pa.Table) -> bytes:
+    return "".join(f"{json.dumps(row, ensure_ascii=False, default=str)}\n" for row in table.to_pylist()).encode()
