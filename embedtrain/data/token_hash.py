@@ -13,7 +13,12 @@ _MASKS = np.array([(1 << 8 * length) - 1 for length in range(_WORD_BYTES + 1)], 
 
 
 def hashed_rows(values: pa.Array, num_rows: int) -> NDArray[np.int64]:
-    """Returns a row for each of [n] texts: a hash of its bytes modulo `num_rows`; a missing text counts as empty.
+    """Returns a row for each of [n] texts: a hash of its bytes modulo `num_rows`; a missing text counts as empty."""
+    return np.remainder(text_hashes(values), np.uint64(num_rows)).view(np.int64)
+
+
+def text_hashes(values: pa.Array) -> NDArray[np.uint64]:
+    """Returns a hash of the bytes of each of [n] texts; a missing text counts as empty.
 
     The hash takes eight bytes at a time, the last ones filled up with zeros, and begins with the length. It is part
     of what a trained table means, and must stay as it is.
@@ -27,7 +32,7 @@ def hashed_rows(values: pa.Array, num_rows: int) -> NDArray[np.int64]:
         has_more = np.flatnonzero(lengths > start)
         masks = _MASKS[np.minimum(lengths[has_more] - start, _WORD_BYTES)]
         hashes[has_more] = mix64_array(hashes[has_more] ^ words[starts[has_more] + start] & masks)
-    return np.remainder(hashes, np.uint64(num_rows)).view(np.int64)
+    return hashes
 
 
 def text_bytes(texts: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]:

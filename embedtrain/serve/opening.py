@@ -11,7 +11,10 @@ from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.recipes.base import RowScorer
 from embedtrain.recipes.loading import config_from_yaml
+from embedtrain.recipes.ranking.config import RankingConfig
 from embedtrain.recipes.registry import recipe_of
+from embedtrain.recipes.trained import require_config
+from embedtrain.serve.package import TableDtype, write_package
 from embedtrain.serve.scoring import ScoreOptions
 from embedtrain.train.run_folder import CONFIG_NAME, RunFolder
 
@@ -59,10 +62,7 @@ def open_scorer(config: Config, runtime: Runtime) -> RowScorer:
     Raises:
         UserError: there is no checkpoint, or the run folder lacks what the rows of a table stand for.
     """
-    folder = RunFolder(config.run.path)
-    path = latest_checkpoint(folder.checkpoints_path)
-    if path is None:
-        raise UserError(f"no complete checkpoint yet in {folder.path!r}; train until the first one is saved")
+    path = _checkpoint_of(config)
     score = recipe_of(config.model).score
     assert score is not None, "the configuration was made for files"
     return score(config, runtime, path)
@@ -82,3 +82,23 @@ def score_options(
     """
     is_given = any(override.startswith("data.format=") for override in overrides)
     return ScoreOptions(data, keep, has_label, value_at(config, "data.max_bad_lines"), is_given)
+
+
+def pack_run(run_path: str, output: str, *, dtype: TableDtype, overwrite: bool) -> list[str]:
+    """Writes the model of a run as a package; returns the paths written. For one process.
+
+    Raises:
+        UserError: there is no such run or checkpoint, its model cannot be packed, or the output cannot be written.
+    """
+    config = require_config(run_path)
+    if not isinstance(config, RankingConfig):
+        raise UserError(f"{run_path!r} is a run of {config.model}, and a package is of a ranking model")
+    return write_package(config, _checkpoint_of(config), output, dtype=dtype, overwrite=overwrite)
+
+
+def _checkpoint_of(config: Config) -> str:
+    folder = RunFolder(config.run.path)
+    path = latest_checkpoint(folder.checkpoints_path)
+    if path is None:
+        raise UserError(f"no complete checkpoint yet in {folder.path!r}; train until the first one is saved")
+    return path

@@ -26,7 +26,7 @@ from embedtrain.jagged import Jagged
 from embedtrain.ops._backend.transfer import to_device
 from embedtrain.optim.dense import load_module
 from embedtrain.recipes.base import collection_options
-from embedtrain.recipes.ranking.config import RankingConfig
+from embedtrain.recipes.ranking.config import FeatureConfig, RankingConfig
 from embedtrain.recipes.ranking.model import build_network
 from embedtrain.recipes.ranking.options import click_schema, feature_options, network_options, ranking_tables
 from embedtrain.spec import FeatureSpec
@@ -75,7 +75,7 @@ def read_vocabularies(run_path: str, schema: ClickSchema) -> dict[str, WordRows]
 class ClickScorer:
     """A ranking model of a checkpoint, its tables sharded over the ranks.
 
-    The vectors of a bag are pooled where they are used: a row of the data has the same score on any number of ranks.
+    Bags are pooled at the rank of their example: a row of the data has the same score on any number of ranks.
 
     Collective: every rank makes one.
 
@@ -98,18 +98,17 @@ class ClickScorer:
         self.ranks = runtime.ranks
         with CheckpointReader(checkpoint) as reader:
             self._layout = SavedLayout(self.schema, reader.state)
-            names = self._layout.feature_names
             self._vocabularies = self.ranks.run_on_each(lambda: read_vocabularies(config.run.path, self.schema))
             tables = ranking_tables(config, self._layout)
             options = collection_options(config.table, runtime, config.seed)
             options["wire_dtype"] = None
-            self._tables = EmbeddingCollection(tables, [FeatureSpec(name) for name in names], **options)
+            features = [_feature(name, feature_options(config, name)) for name in self._layout.feature_names]
+            self._tables = EmbeddingCollection(tables, features, **options)
             load_shards(reader, self._tables.shard_views(), LoadOptions(optimizer_state="reset"))
             dims = [table.dim for table in tables]
             network = build_network(len(self.schema.dense), dims, network_options(config.ranking), config.seed)
             load_module(network, reader.replicated())
         self._network = network.to(runtime.device)
-        self._pooling = {name: feature_options(config, name).pooling for name in self._layout.bag_names}
 
     def encode(self, rows: Rows, schema: ClickSchema, where: str) -> tuple[ClickBatch, dict[int, str]]:
         """Returns the rows that can be used, as a batch, and what is wrong with the others, by line.
@@ -132,17 +131,10 @@ class ClickScorer:
     def logits(self, batch: ClickBatch) -> Tensor:
         """Returns the logits [n] of a batch, on the CPU. Collective: every rank."""
         vectors = self._tables(batch.features)
-        for name, pooling in self._pooling.items():
-            vectors[name] = _pool(vectors[name], batch.features[name].lengths, is_mean=pooling == "mean")
         dense = to_device(batch.dense, self._tables.device)
         logits: Tensor = self._network(dense, [vectors[name] for name in self._layout.feature_names])
         return logits.cpu()
 
 
-def _pool(vectors: Tensor, lengths: Tensor, *, is_mean: bool) -> Tensor:
-    """Returns sum or mean of each bag's vectors; zeros for an empty bag."""
-    if len(lengths) == 0:
-        return vectors
-    lengths = to_device(lengths, vectors.device)
-    sums = torch.segment_reduce(vectors, "sum", lengths=lengths, unsafe=True, initial=0)
-    return sums / lengths.clamp(min=1).unsqueeze(1) if is_mean else sums
+def _feature(name: str, options: FeatureConfig) -> FeatureSpec:
+    return FeatureSpec(name, pooling=options.pooling if options.bag else "none", pool_at="example")
