@@ -1,0 +1,222 @@
+"""A trained ranking run scores raw rows, alone and packed; both prepare them as the training did."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from embedtrain import cli
+from embedtrain.serve import scorer
+from tests import launching, odd_rows
+
+ALONE = """
+import runpy, sys
+sys.modules["embedtrain"] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("serving")
+    odd_rows.train_run(path)
+    # Neither the data nor their preparation are needed any more.
+    shutil.rmtree(path / "cache")
+    (path / "train.csv").unlink()
+    for dtype in ("float32", "bfloat16", "int8"):
+        output = str(path / dtype)
+        assert cli.main(["export", str(path / "run"), "--format", "package", "--dtype", dtype, "--output", output]) == 0
+    return path
+
+
+def predict(folder: Path, data: Path, *more: str) -> dict[str, float]:
+    """Returns the scores of a file by the column `id`, as the command writes them."""
+    output = folder / f"{data.name}.parquet"
+    arguments = ["predict", str(folder / "run"), "--data", str(data), "--output", str(output), "--keep", "id", *more]
+    assert cli.main([*arguments, "--overwrite", "data.max_bad_lines=1000000"]) == 0
+    table = pq.read_table(output)
+    return dict(zip(map(str, table["id"].to_pylist()), table["probability"].to_pylist(), strict=True))
+
+
+def predict_alone(folder: Path, data: Path, package: str = "float32") -> dict[str, float]:
+    """Returns the same by the scorer of a package, in a process that cannot import embedtrain."""
+    script = folder / "alone.py"
+    script.write_text(ALONE)
+    arguments = [str(folder / package / "scorer.py"), "--data", str(data), "--keep", "id", "--max-bad-lines", "1000000"]
+    done = launching.run([sys.executable, str(script), *arguments], cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return {row["id"]: float(row["probability"]) for row in csv.DictReader(done.stdout.splitlines())}
+
+
+def assert_alike(expected: dict[str, float], found: dict[str, float]) -> None:
+    assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())[:9]
+    ids = list(expected)
+    np.testing.assert_allclose([found[i] for i in ids], [expected[i] for i in ids], rtol=0, atol=1e-6)
+
+
+def test_a_package_prepares_odd_lines_of_csv_as_the_training_does(folder: Path) -> None:
+    data = folder / "odd.csv"
+    odd_rows.write_csv(data, 10_000, seed=3, odd_share=0.5)
+    expected = predict(folder, data)
+    assert 5_000 < len(expected) < 9_900, "most lines can be used, and many cannot"
+    assert_alike(expected, predict_alone(folder, data))
+
+
+def test_a_package_prepares_odd_json_and_parquet_as_the_training_does(folder: Path) -> None:
+    rows = odd_rows.json_rows(2000, seed=4)
+    odd_rows.write_json(folder / "odd.jsonl", rows)
+    expected = predict(folder, folder / "odd.jsonl")
+    assert 500 < len(expected) < 1900
+    assert_alike(expected, predict_alone(folder, folder / "odd.jsonl"))
+
+    columns = {
+        "id": pa.array(range(4)),
+        "x0": pa.array([1, None, 3, 4], pa.int32()),
+        "x1": pa.array([1.5, float("nan"), None, 2.5]),
+        "shop": pa.array(["s1", " s2", None, "new"]).dictionary_encode(),
+        "user": pa.array([2**63 - 1, 1, None, -5]),
+        "place": pa.array([1, 2, 3, 60], pa.int8()),
+        "tags": pa.array([["a", None], [], None, ["b"]]),
+        "words": pa.array([[1], [], None, [2, 3]]),
+    }
+    pq.write_table(pa.table(columns), folder / "odd.parquet")
+    expected = predict(folder, folder / "odd.parquet")
+    assert expected.keys() == {"0", "2"}
+    assert_alike(expected, predict_alone(folder, folder / "odd.parquet"))
+
+
+def test_smaller_tables_score_nearly_alike(folder: Path) -> None:
+    data = folder / "usual.csv"
+    odd_rows.write_csv(data, 3000, seed=5)
+    expected = predict(folder, data)
+    labels = {line.split(",")[0]: int(line.split(",")[1]) for line in data.read_text().splitlines()[1:] if line}
+    wanted = list(expected)
+    area = roc_auc_score([labels[i] for i in wanted], [expected[i] for i in wanted])
+    for dtype, tolerance in (("bfloat16", 0.002), ("int8", 0.0002)):
+        found = predict_alone(folder, data, dtype)
+        assert found != expected
+        assert roc_auc_score([labels[i] for i in wanted], [found[i] for i in wanted]) == pytest.approx(
+            area, abs=tolerance
+        )
+
+
+def test_a_scorer_takes_rows_as_python_has_them(folder: Path) -> None:
+    packed = scorer.Scorer(str(folder / "float32"))
+    faults: dict[int, str] = {}
+    row = {"x0": 1, "x1": "2.5", "shop": "s1", "user": "u1", "place": 3, "tags": ["a", "b"], "words": "a;b"}
+    rows = [row, row | {"place": 50}, row | {"x0": np.int64(1), "place": "3", "tags": "a|b"}, {"place": 1}]
+    scores = packed.score(rows, faults)
+    assert scores[0] == scores[2]
+    assert np.isnan(scores[1]) and not np.isnan(scores[[0, 3]]).any()
+    assert faults == {1: "column place: id 50 is outside 0 to 49"}
+    assert packed.score(rows[:1])[0] == pytest.approx(scores[0], abs=1e-6)
+    assert packed.score([]).shape == (0,)
+
+
+def test_a_scorer_names_no_module_but_torch_and_numpy() -> None:
+    tree = ast.parse(Path(scorer.__file__).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {
+        name.partition(".")[0]
+        for node in imports
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names])
+    }
+    assert names - set(sys.stdlib_module_names) == {"numpy", "torch", "pyarrow"}
+
+
+def test_measures_of_a_file_are_those_of_its_scores(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = folder / "held-out.csv"
+    odd_rows.write_csv(data, 2000, seed=6)
+    assert cli.main(["evaluate", str(folder / "run"), "--data", str(data), "--by", "shop"]) == 0
+    printed = dict(reversed(line.split()) for line in capsys.readouterr().out.splitlines()[:5])
+    output = folder / "held-out.parquet"
+    arguments = ["predict", str(folder / "run"), "--data", str(data), "--output", str(output), "--keep", "shop,label"]
+    assert cli.main(arguments) == 0
+    table = pq.read_table(output)
+    labels, scores = np.array(table["label"].to_pylist(), int), table["probability"].to_numpy()
+    assert float(printed["auc"]) == pytest.approx(roc_auc_score(labels, scores), abs=1e-9)
+    shops = np.array(table["shop"].to_pylist())
+    areas, weights = [], []
+    for shop in set(shops.tolist()):
+        rows = shops == shop
+        if len(set(labels[rows].tolist())) == 2:
+            areas.append(roc_auc_score(labels[rows], scores[rows]))
+            weights.append(rows.sum())
+    assert float(printed["gauc"]) == pytest.approx(np.average(areas, weights=weights), abs=1e-9)
+
+
+def test_lines_come_in_and_scores_go_out(folder: Path) -> None:
+    text = f"{odd_rows.HEADER}\n" + "\n".join(odd_rows.lines(50, 7, 0.0)) + "\n"
+    (folder / "few.csv").write_text(text)
+    expected = predict(folder, folder / "few.csv")
+    command = [sys.executable, "-m", "embedtrain", "predict", str(folder / "run"), "--data", "-", "--keep", "id"]
+    done = launching.run(command, cwd=folder, text=text)
+    assert done.returncode == 0, done.stderr
+    found = dict(line.split(",") for line in done.stdout.splitlines())
+    assert {name: np.float32(score) for name, score in found.items()} == expected
+    row = json.dumps({"id": 5, "x0": 1, "place": 3})
+    done = launching.run([*command, "data.format=jsonl"], cwd=folder, text=f"{row}\n")
+    assert json.loads(done.stdout)["id"] == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["predict", "RUN", "--data", "bare.csv", "--output", "x.parquet"], "no column x1, which data.dense names"),
+        (
+            ["predict", "RUN", "--data", "some.csv", "--output", "x.parquet", "--keep", "ts"],
+            "no column ts, which --keep",
+        ),
+        (["evaluate", "RUN", "--data", "bare.csv"], "no column label, which data.label names"),
+        (["predict", "RUN", "--data", "some.csv", "--output", "taken.parquet"], "already there; choose another output"),
+        (["predict", "RUN", "--data", "some.csv", "--output", "x.txt"], "a name that ends in .parquet, .csv, .jsonl"),
+        (["predict", "RUN", "--data", "some.csv"], "expected --output FILE"),
+        (["predict", "RUN", "--data", "some.csv", "--output", "x.csv", "table.dim=3"], "'table.dim=3' cannot be set"),
+        (["predict", "RUN", "--data", "bad.csv", "--output", "x.csv", "data.max_bad_lines=1"], "bad.csv:2: expected 9"),
+        (["predict", "RUN", "--data", "some.csv", "--output", "x.csv", "--keep", "probability"], "what the scores are"),
+        (["predict", "nothing", "--data", "some.csv", "--output", "x.csv"], "no run folder at 'nothing'"),
+        (["export", "RUN", "--format", "package", "--output", "float32"], "float32 is already there; choose"),
+        (["export", "RUN", "--format", "package", "--output", "cache2"], "is there already and is no package"),
+        (["export", "RUN", "--format", "package", "--output", "x", "--table", "shop"], "holds the whole model"),
+        (["export", "RUN", "--format", "npy", "--output", "x", "--dtype", "int8"], "--dtype is for the tables of a"),
+        (["evaluate", "RUN", "--by", "shop"], "--by is for other data: give --data FILE too"),
+    ],
+)
+def test_mistakes_are_named(
+    arguments: list[str],
+    expected: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(folder)
+    Path("bare.csv").write_text("id,x0,shop\n1,2,3\n")
+    Path("some.csv").write_text(f"{odd_rows.HEADER}\n1,0,1,2,s1,u1,3,a,b\n")
+    Path("bad.csv").write_text(f"{odd_rows.HEADER}\n1\n2\n")
+    Path("taken.parquet").write_text("")
+    os.makedirs("cache2/more", exist_ok=True)
+    assert cli.main([each.replace("RUN", "run") for each in arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert expected in lines[-1]
+    assert not Path("x.parquet").exists() and not Path("x.csv").exists()
+
+
+def test_a_newer_package_is_refused(folder: Path, tmp_path: Path) -> None:
+    manifest = json.loads((folder / "float32" / scorer.MANIFEST_NAME).read_text())
+    (tmp_path / scorer.MANIFEST_NAME).write_text(json.dumps(manifest | {"version": scorer.VERSION + 1}))
+    with pytest.raises(ValueError, match=r"version 2, and this scorer reads versions up to 1: use the scorer\.py"):
+        scorer.Scorer(str(tmp_path))
+    with pytest.raises(ValueError, match=r"not a package: there is no manifest\.json in it"):
+        scorer.Scorer(str(folder))
