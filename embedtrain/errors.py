@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class UserError(ValueError):
     """Something the user gave is wrong: the command line prints its message alone and exits with 2."""
@@ -25,3 +27,16 @@ class CheckpointError(RuntimeError):
 
 class CorruptCheckpointError(CheckpointError):
     """A checkpoint's bytes are not those that were written; the message names file, tensor and rows."""
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun: "1 rank", "2,000 ranks"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+_UNSHOWABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def shown(text: str) -> str:
+    """Returns a text for a terminal or a log: characters that would steer it are escaped, as `repr` escapes them."""
+    return _UNSHOWABLE.sub(lambda found: repr(found[0])[1:-1], text)

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -276,7 +277,7 @@ def _short(value: float | int | str) -> str:
 
 def _append(path: str, data: bytes) -> None:
     """Appends to a file, all of `data` or nothing."""
-    with open(path, "ab", buffering=0) as file:
+    with open(path, "ab", buffering=0, opener=_without_following) as file:
         size = file.tell()
         try:
             while data:
@@ -284,6 +285,11 @@ def _append(path: str, data: bytes) -> None:
         except OSError:
             file.truncate(size)
             raise
+
+
+def _without_following(path: str, flags: int) -> int:
+    """Opens a file, and no other that a link in its place leads to."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _finite(value: float | int | str) -> float | int | str | None:

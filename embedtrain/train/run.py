@@ -62,6 +62,7 @@ def check_run_folder(config: Config) -> RunFolder:
         UserError: the folder holds checkpoints of a run with other settings.
     """
     folder = RunFolder(config.run.path)
+    folder.require_writable_names()
     earlier = folder.read_config()
     if earlier is not None and latest_checkpoint(folder.checkpoints_path) is not None:
         differing = differing_keys(earlier, config, _allowed_to_change(config))
