@@ -74,17 +74,22 @@ def local_path(url: str) -> str | None:
     return path if isinstance(filesystem, LocalFileSystem) else None
 
 
-def make_folder(url: str) -> None:
-    """Makes a folder and its missing parents, durably; nothing where it exists."""
+def make_folder(url: str) -> list[str]:
+    """Makes a folder and its missing parents, durably; nothing where it exists.
+
+    Returns:
+        The local folders that were made, the innermost first.
+    """
     filesystem, path = _locate(url)
     if not isinstance(filesystem, LocalFileSystem):
         _retry(filesystem, f"{url} could not be made", lambda: filesystem.makedirs(path, exist_ok=True))
-        return
+        return []
     folder = Path(path)
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for each in missing:
         _sync_folder(each.parent)
+    return list(map(str, missing))
 
 
 def list_files(url: str) -> dict[str, int]:

@@ -299,6 +299,8 @@ def _finite(value: float | int | str) -> float | int | str | None:
 def _is_up_to(step: int, line: bytes) -> bool:
     """Tells whether a line of JSON is whole and of no later step than `step`."""
     try:
-        return line.endswith(b"\n") and bool(json.loads(line).get("step", 0) <= step)
-    except ValueError:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
         return False
+    logged = record.get("step", 0) if isinstance(record, dict) else None
+    return line.endswith(b"\n") and isinstance(logged, int) and logged <= step

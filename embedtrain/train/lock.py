@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -88,6 +89,7 @@ class RunLock:
         self._ranks = ranks
         self._number = 0
         self._own = _this_process(beat_seconds)
+        self._made: list[str] = []
         self._watched: tuple[str, int] | None = None
         self._watched_since = 0.0
         self._is_leaving = threading.Event()
@@ -115,6 +117,9 @@ class RunLock:
             self._thread.join()
             with suppress(Exception):
                 self._remove_up_to(self._number)
+            # A start that was refused leaves nothing behind.
+            for folder in self._made:
+                storage.remove_empty_folder(folder)
 
     def check(self) -> None:
         """Makes sure that the folder is still this job's. Collective: every rank.
@@ -135,8 +140,10 @@ class RunLock:
     def _try_to_take(self) -> bool:
         """Takes the folder where nobody holds it or its owner is gone; sleeps a while where that is open yet."""
         try:
-            storage.make_folder(self._path)
-        except (PermissionError, FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+            self._made += storage.make_folder(self._path)
+        except OSError as error:
+            if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+                raise  # The disk's fault, not the user's.
             raise UserError(
                 f"run.path={self._path}: the folder cannot be made: {error.strerror}: {error.filename}; give a path "
                 "that this user may write to"

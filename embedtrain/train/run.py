@@ -18,7 +18,7 @@ from embedtrain.config.sections import Config
 from embedtrain.config.values import settings_of
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.init_from import init_from
-from embedtrain.errors import UserError
+from embedtrain.errors import UserError, counted
 from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, TensorBoardSink
 from embedtrain.optim.schedule import schedule_factor
 from embedtrain.storage import local_path
@@ -45,6 +45,7 @@ class Run:
         folder: the run folder.
         sinks: receive the records of rank 0; empty on other ranks.
         is_resumed: whether a checkpoint was found.
+        is_begun: whether an earlier job has begun to train it.
         observers: called on every rank after each step.
     """
 
@@ -52,6 +53,7 @@ class Run:
     folder: RunFolder
     sinks: list[MetricSink]
     is_resumed: bool
+    is_begun: bool
     observers: list[Callable[[], None]]
 
 
@@ -99,9 +101,14 @@ def train_run(
 def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_profiled: bool) -> int:
     state = run.trainer.state
     if runtime.rank == 0:
-        done = f"resuming at step {state.step:,}" if run.is_resumed else "starting"
-        of_all = "" if run.trainer.total_steps is None else f" of {run.trainer.total_steps:,}"
-        _say(f"{done}{of_all}, {runtime.world_size} ranks, {runtime.device.type}")
+        if run.is_begun and not run.is_resumed:
+            _say(f"{run.folder.path} holds a run that ended before its first checkpoint: it starts anew")
+        total, where = run.trainer.total_steps, f"{counted(runtime.world_size, 'rank')}, {runtime.device.type}"
+        if run.is_resumed:
+            _say(f"resuming at step {state.step:,}{'' if total is None else f' of {total:,}'}, {where}")
+        else:
+            of_all = "" if total is None else f": {counted(total, 'step')}"
+            _say(f"starting{of_all}, {where}")
 
     def before_save() -> None:
         # A run that is killed resumes from this checkpoint, and does not log again what came before it.
@@ -187,7 +194,8 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
         ranks=runtime.ranks,
     )
     sinks = _build_sinks(config, folder, state, parts.task) if runtime.rank == 0 else []
-    return Run(trainer, folder, sinks, is_resumed, _build_observers(config, folder, state, parts.task, sinks, runtime))
+    observers = _build_observers(config, folder, state, parts.task, sinks, runtime)
+    return Run(trainer, folder, sinks, is_resumed, earlier is not None, observers)
 
 
 def _start_tables(parts: Parts, config: Config, folder: RunFolder, runtime: Runtime) -> dict[str, Any]:

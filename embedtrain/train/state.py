@@ -15,6 +15,23 @@ from embedtrain.errors import CorruptCheckpointError
 from embedtrain.schema import Amount, Count, Number, SchemaError, parse
 
 
+@dataclass(frozen=True)
+class LogWindow:
+    """What is trained and not yet logged, so that a resumed run logs the lines of one that never stopped.
+
+    Attributes:
+        logged_step: the step of the last record of the training.
+        measured_step: the step of the last measurement on held-out data.
+        sums: over the steps since the last record and over all ranks; None for a sum that is not finite.
+        seconds: spent on these steps.
+    """
+
+    logged_step: Count = 0
+    measured_step: Count = 0
+    sums: tuple[Number | None, ...] = ()
+    seconds: Amount = 0.0
+
+
 @dataclass
 class TrainState:
     """Counters of a run. Every draw of the data is a function of (seed, epoch, step): no generator is saved.
@@ -26,6 +43,7 @@ class TrainState:
         examples: examples that all ranks have trained on; words of the text for word vectors, before subsampling.
         seconds: wall time spent in training, and in waiting for a stream.
         stream: of a run over a stream, where its next step begins; see `StreamedBatches`.
+        window: what is not yet logged.
     """
 
     step: Count = 0
@@ -34,6 +52,7 @@ class TrainState:
     examples: Count = 0
     seconds: Amount = 0.0
     stream: Mapping[str, Any] = field(default_factory=dict)
+    window: LogWindow | None = None
 
     def advance(self, steps_per_epoch: int) -> None:
         """Counts a step of an epoch."""
