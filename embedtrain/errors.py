@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 
 
@@ -27,6 +28,29 @@ class CheckpointError(RuntimeError):
 
 class CorruptCheckpointError(CheckpointError):
     """A checkpoint's bytes are not those that were written; the message names file, tensor and rows."""
+
+
+_WRONG_PATH = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EINVAL,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
+
+
+def is_wrong_path(error: OSError) -> bool:
+    """Tells whether the path cannot be used, which the user can mend; other errors, as ENOSPC and EIO, blame the disk.
+
+    Remote file systems raise the classes without a number.
+    """
+    kinds = (PermissionError, FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+    return error.errno in _WRONG_PATH or isinstance(error, kinds)
 
 
 def counted(number: int, noun: str) -> str:

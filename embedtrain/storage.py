@@ -335,7 +335,8 @@ def _entries(url: str) -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         return {}
     except NotADirectoryError as error:
-        raise UserError(f"{url} is a file, not a folder") from error
+        what = "is" if os.path.lexists(path) else "lies below"
+        raise UserError(f"{url} {what} a file, not a folder; give another path") from error
     # An object store can list the folder itself, as an empty object that marks it.
     return {base_name(entry["name"]): entry for entry in entries if entry["name"].rstrip("/") != path.rstrip("/")}
 

@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from embedtrain.distributed.ranks import Ranks
-from embedtrain.errors import UserError
+from embedtrain.errors import UserError, is_wrong_path
 
 _ABANDONED_SECONDS = 24 * 3600
 
@@ -64,6 +64,8 @@ def make_cache_folder(cache_path: str) -> str:
     Raises:
         UserError: it is not local, or cannot be made.
     """
+    if "::" in cache_path:
+        raise UserError(f"cache path {cache_path}: `::` chains file systems that are only read; give a local folder")
     fs, path = fsspec.core.url_to_fs(cache_path)
     if not isinstance(fs, LocalFileSystem):
         raise UserError(
@@ -72,7 +74,9 @@ def make_cache_folder(cache_path: str) -> str:
         )
     try:
         os.makedirs(path, exist_ok=True)
-    except (PermissionError, FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+    except OSError as error:
+        if not is_wrong_path(error):
+            raise
         raise UserError(f"cache path {cache_path}: the folder cannot be made: {error}") from error
     return str(path)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from pydantic import Field
 
 from embedtrain import storage
 from embedtrain.distributed.ranks import Ranks
-from embedtrain.errors import CheckpointError, UserError, shown
+from embedtrain.errors import CheckpointError, UserError, is_wrong_path, shown
 from embedtrain.schema import Count, parse
 
 BEAT_SECONDS = 5.0
@@ -142,8 +141,8 @@ class RunLock:
         try:
             self._made += storage.make_folder(self._path)
         except OSError as error:
-            if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
-                raise  # The disk's fault, not the user's.
+            if not is_wrong_path(error):
+                raise
             raise UserError(
                 f"run.path={self._path}: the folder cannot be made: {error.strerror}: {error.filename}; give a path "
                 "that this user may write to"

@@ -50,13 +50,15 @@ class RunFolder:
         path: any fsspec URL; the folder is made by the first file that is written.
 
     Raises:
-        UserError: the path is empty, or the root of a disk.
+        UserError: the path is empty, the root of a disk, or a chain of file systems.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path.rstrip("/")
         if not self.path:
             raise UserError(f"expected the path of a run folder, such as runs/x, got {path!r}")
+        if "::" in path:
+            raise UserError(f"a run folder cannot lie at {path!r}: `::` chains file systems that are only read")
 
     def join(self, name: str) -> str:
         """Returns the URL of a file of the folder."""
