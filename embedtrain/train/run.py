@@ -47,6 +47,7 @@ class Run:
         is_resumed: whether a checkpoint was found.
         is_begun: whether an earlier job has begun to train it.
         observers: called on every rank after each step.
+        check_data: see `Parts`.
     """
 
     trainer: Trainer
@@ -55,6 +56,7 @@ class Run:
     is_resumed: bool
     is_begun: bool
     observers: list[Callable[[], None]]
+    check_data: Callable[[], None]
 
 
 def check_run_folder(config: Config) -> RunFolder:
@@ -115,6 +117,7 @@ def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_prof
         for sink in run.sinks:
             sink.flush()
         lock.check()
+        runtime.ranks.run_on_first(run.check_data)
 
     with ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
@@ -195,7 +198,7 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
     )
     sinks = _build_sinks(config, folder, state, parts.task) if runtime.rank == 0 else []
     observers = _build_observers(config, folder, state, parts.task, sinks, runtime)
-    return Run(trainer, folder, sinks, is_resumed, earlier is not None, observers)
+    return Run(trainer, folder, sinks, is_resumed, earlier is not None, observers, parts.check_data)
 
 
 def _start_tables(parts: Parts, config: Config, folder: RunFolder, runtime: Runtime) -> dict[str, Any]:
