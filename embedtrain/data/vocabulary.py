@@ -167,7 +167,7 @@ class Vocabulary:
         try:
             pairs = [line.split("\t") for line in lines]
             return cls([word for word, _ in pairs], np.array([int(count) for _, count in pairs], np.int64))
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise UserError(f"{path}: not a vocabulary: expected lines of word, tab, count") from error
 
     @classmethod

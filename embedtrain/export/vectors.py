@@ -15,9 +15,11 @@ import numpy.typing as npt
 import torch
 
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
+from embedtrain.checkpoint.manifest import MANIFEST_NAME
 from embedtrain.data.vocabulary import Vocabulary
-from embedtrain.errors import UserError
+from embedtrain.errors import CorruptCheckpointError, UserError
 from embedtrain.export.storage import file_system_of
+from embedtrain.schema import SchemaError, parse
 from embedtrain.sharding.layout import read_layout
 
 FloatRows = npt.NDArray[np.float32]
@@ -167,18 +169,34 @@ def open_vectors(run_path: str, table: str | None = None) -> Vectors:
         raise
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """What a checkpoint's state says of its tables, if it says anything."""
+
+    export_table: str | None = None
+    vocabulary_fingerprint: str | None = None
+
+
+def _read_facts(reader: CheckpointReader) -> _Facts:
+    try:
+        return parse(_Facts, dict(reader.state))
+    except SchemaError as error:
+        raise CorruptCheckpointError(f"{reader.path}: the state in {MANIFEST_NAME}: {error}") from error
+
+
 def _open_table(reader: CheckpointReader, run_path: str, table: str | None) -> Vectors:
     tables = sorted(name.removesuffix(_WEIGHT) for name in reader.tensors if name.endswith(_WEIGHT))
-    export_table = reader.state.get("export_table")
+    facts = _read_facts(reader)
+    export_table = facts.export_table
     table = _choose_table(table, export_table, tables, run_path)
-    info = reader.tensors[table + _WEIGHT]
+    info = reader.table(table)
     num_rows, dim = info.shape
     layout = read_layout(info.layout, num_rows, table)
     words: Sequence[str] = RowNumbers(range(num_rows))
     counts = None
     vocabulary = _read_vocabulary(f"{run_path}/vocabulary.tsv")
     if vocabulary is not None and len(vocabulary) == num_rows:
-        _check_vocabulary(vocabulary, reader, run_path)
+        _check_vocabulary(vocabulary, facts.vocabulary_fingerprint, reader.path, run_path)
         words, counts = vocabulary.words, vocabulary.counts
     elif table == export_table:
         found = "there is none" if vocabulary is None else f"it has {len(vocabulary):,} words"
@@ -192,11 +210,11 @@ def _open_table(reader: CheckpointReader, run_path: str, table: str | None) -> V
     return Vectors(table, reader.step, num_rows, dim, words, counts, read, reader.close)
 
 
-def _check_vocabulary(vocabulary: Vocabulary, reader: CheckpointReader, run_path: str) -> None:
+def _check_vocabulary(vocabulary: Vocabulary, fingerprint: str | None, path: str, run_path: str) -> None:
     """Refuses the words of another run, which would give its vectors to the wrong ones."""
-    if reader.state.get("vocabulary_fingerprint", vocabulary.fingerprint) != vocabulary.fingerprint:
+    if fingerprint not in (None, vocabulary.fingerprint):
         raise UserError(
-            f"{run_path}/vocabulary.tsv is not the vocabulary that {reader.path} was trained with: its words or counts "
+            f"{run_path}/vocabulary.tsv is not the vocabulary that {path} was trained with: its words or counts "
             "differ. Bring back the file of this run, or give the training command again, which writes it anew."
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +96,14 @@ def build(config: RankingConfig, runtime: Runtime, data: ClicksOfRun) -> Parts:
             "std": layout.dense_std.tolist(),
         },
     }
-    return Parts(task, facts, functools.partial(_write_vocabularies, layout), _pretrained(config.data, layout))
+    write_files, pretrained = functools.partial(_write_vocabularies, layout), _pretrained(config.data, layout)
+    checks = [log.check for log in (layout, data.held_out) if isinstance(log, ClickLog)]
+    return Parts(task, facts, write_files, pretrained, functools.partial(_check_all, checks))
+
+
+def _check_all(checks: Sequence[Callable[[], None]]) -> None:
+    for check in checks:
+        check()
 
 
 def _open_log(config: RankingConfig, runtime: Runtime) -> tuple[ClickLayout, Batches, str]:
