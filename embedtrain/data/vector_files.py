@@ -203,10 +203,10 @@ def _values_of_lines(
 def _read_binary(source: Source, dim: int) -> Iterator[VectorBlock]:
     """Reads word2vec's records: the name, a space, `dim` float32 values, and perhaps a line's end."""
     with open_unpacked(source) as file:
-        header = file.readline(_HEAD_BYTES)
+        header, _, rest = file.read(max(_BLOCK_BYTES, 8 * dim)).partition(b"\n")
         num_rows, found = _counts_of(header) or (0, 0)
         _require_dim(source, found, dim)
-        rest, num_read, offset = b"", 0, len(header)
+        num_read, offset = 0, len(header) + 1
         while num_read < num_rows:
             block = file.read(max(_BLOCK_BYTES, 8 * dim))
             data, at = rest + block, 0
