@@ -17,7 +17,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -148,6 +148,7 @@ class Manifest:
         files: by name, every file but the manifest.
         state: what else the caller saved, as JSON.
         parent: of a delta, the checkpoint whose rows it changes; None where all rows are here.
+        table_steps: the steps that each table's optimizer did; see `ShardView.steps`.
     """
 
     step: int
@@ -159,6 +160,7 @@ class Manifest:
     files: Mapping[str, FileEntry]
     state: Mapping[str, Any]
     parent: Parent | None = None
+    table_steps: Mapping[str, int] = field(default_factory=dict)
 
     @functools.cached_property
     def checksum(self) -> str:
@@ -264,6 +266,7 @@ def decode(data: bytes, url: str) -> Manifest:
             files={name: _decode_file(entry) for name, entry in document["files"].items()},
             state=document["state"],
             parent=_decode_parent(document),
+            table_steps={str(name): int(count) for name, count in document.get("table_steps", {}).items()},
         )
         _check(manifest)
     except (LookupError, TypeError, ValueError, AttributeError, CheckpointError) as error:
@@ -287,6 +290,8 @@ def _document(manifest: Manifest) -> dict[str, Any]:
     }
     if manifest.parent is not None:
         document["parent"] = asdict(manifest.parent)
+    if manifest.table_steps:  # which checkpoints of earlier versions do not have
+        document["table_steps"] = dict(manifest.table_steps)
     return document
 
 
@@ -346,6 +351,9 @@ def _check(manifest: Manifest) -> None:
                     raise ValueError(f"{name}: the row numbers of {piece} do not lie in its file")
                 if manifest.parent is None or not 0 <= piece.rows <= piece.stop - piece.offset:
                     raise ValueError(f"{name}: {piece} does not belong here")
+    for name, count in manifest.table_steps.items():
+        if count < 0:
+            raise ValueError(f"table {name!r}: {count} steps")
     if manifest.parent is not None and not 0 <= manifest.parent.step < manifest.step:
         raise ValueError(f"step {manifest.step} changes step {manifest.parent.step}")
     if manifest.replicated is not None and manifest.replicated not in manifest.files:
