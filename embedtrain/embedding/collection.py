@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -297,7 +298,8 @@ class EmbeddingCollection(nn.Module):
         """
         super()._save_to_state_dict(destination, prefix, keep_vars)
         mesh = self.ranks.device_mesh(self.row_groups[0].weight.device.type)
-        add_entries(destination, prefix, self.shard_views(), mesh)
+        taken = {name for name, _ in itertools.chain(self.named_parameters(), self.named_buffers())}
+        add_entries(destination, prefix, self.shard_views(), mesh, taken)
 
     def _load_from_state_dict(
         self,

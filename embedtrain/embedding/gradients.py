@@ -67,7 +67,7 @@ class GradientMailbox:
                 self._waiting = RowGradient(self._deliveries, num_rows=self._num_rows, dim=self._dim, factor=factor)
             else:
                 no_rows = torch.zeros(0, dtype=torch.int64, device=self.anchor.device)
-                no_values = torch.zeros(0, self._dim, device=self.anchor.device)
+                no_values = torch.zeros(0, self._dim, dtype=torch.float32, device=self.anchor.device)
                 self._waiting = RowGradient.of_rows(no_rows, no_values, self._num_rows)
         return self._waiting
 

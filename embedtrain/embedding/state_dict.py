@@ -6,7 +6,7 @@ torch's module of DTensors takes long to import, and is imported when it is firs
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +20,29 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def add_entries(destination: dict[str, Any], prefix: str, views: Sequence[ShardView], mesh: DeviceMesh | None) -> None:
+def add_entries(
+    destination: dict[str, Any],
+    prefix: str,
+    views: Sequence[ShardView],
+    mesh: DeviceMesh | None,
+    taken: Collection[str],
+) -> None:
     """Adds weights and states as DTensors, "item.weight", and the count of each table's steps, "item.step".
 
+    Args:
+        destination: gets the entries.
+        prefix: of their names there.
+        views: the shards.
+        mesh: the ranks; None of one process.
+        taken: names of the module's parameters and buffers.
+
     Raises:
-        ValueError: something else has such a name, as a module of a subclass that is called as a table.
+        ValueError: one of them has the name of an entry, as a module of a subclass that is called as a table.
     """
     added = {_key_of(view): as_entry(view, mesh) for view in views}
     added |= {f"{table}.{STEP}": torch.tensor(steps.value) for table, steps in _counts(views).items()}
     for key, entry in added.items():
-        if prefix + key in destination:
+        if key in taken:
             raise ValueError(f"a table and another part of the module both have the entry {key!r}: rename one")
         destination[prefix + key] = entry
 
