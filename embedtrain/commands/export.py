@@ -31,7 +31,7 @@ TABLE_DTYPES = ("float32", "bfloat16", "int8")
     required=True,
     metavar="PATH",
     type=click.Path(),
-    help="New file, or new folder for projector and package.",
+    help="New file; for projector and package a folder.",
 )
 @click.option("--dtype", type=click.Choice(TABLE_DTYPES), help="Of a package's tables.  [default: float32]")
 @click.option("--max-rows", type=int, metavar="N", help="Only the N most frequent words.")

@@ -84,7 +84,7 @@ class _Packed:
         self.columns = (*self.schema.single, *self.schema.bags)
         self.tables = ranking_tables(config, self.layout)
         self.dims = [spec.dim for spec in self.tables]
-        self.vocabularies = read_vocabularies(config.run.path, self.schema)
+        self.vocabularies = read_vocabularies(config.run.path, self.schema, reader.state, self.layout.num_rows)
         self.pooling = {column.name: feature_options(config, column.name).pooling for column in self.columns}
         self.network = build_network(len(self.schema.dense), self.dims, network_options(config.ranking), config.seed)
         load_module(self.network, reader.replicated())

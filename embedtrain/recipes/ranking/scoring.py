@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from embedtrain import storage
 from embedtrain.checkpoint import CheckpointReader, LoadOptions, load_shards
 from embedtrain.data.click_batches import ClickBatch, as_batch
 from embedtrain.data.click_log import ClickLayout
 from embedtrain.data.click_records import encode_rows
 from embedtrain.data.click_schema import ClickSchema
 from embedtrain.data.readers import Rows
+from embedtrain.data.row_names import read_row_names
 from embedtrain.data.vocabulary import WordRows
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
@@ -30,7 +30,6 @@ from embedtrain.recipes.ranking.config import FeatureConfig, RankingConfig
 from embedtrain.recipes.ranking.model import build_network
 from embedtrain.recipes.ranking.options import click_schema, feature_options, network_options, ranking_tables
 from embedtrain.spec import FeatureSpec
-from embedtrain.train.run_folder import FEATURES_NAME
 
 
 class SavedLayout(ClickLayout):
@@ -50,25 +49,29 @@ class SavedLayout(ClickLayout):
         self.bag_names = [column.name for column in schema.bags]
 
 
-def read_vocabularies(run_path: str, schema: ClickSchema) -> dict[str, WordRows]:
+def read_vocabularies(
+    run_path: str, schema: ClickSchema, state: Mapping[str, Any], num_rows: Mapping[str, int]
+) -> dict[str, WordRows]:
     """Returns the values of each column that has a vocabulary, as the run folder has them.
 
+    Args:
+        run_path: the run folder.
+        schema: the columns.
+        state: of the checkpoint.
+        num_rows: rows of each column's table.
+
     Raises:
-        UserError: the run folder lacks one.
+        UserError: the run folder lacks a vocabulary, or has another one than that of the training.
     """
     found = {}
     for column in schema.categorical:
-        if column.encoding != "vocabulary":
-            continue
-        url = storage.join(run_path, f"{FEATURES_NAME}/{column.name}.parquet")
-        try:
-            values = pq.read_table(pa.BufferReader(storage.read(url)))["value"]
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{url} is missing, which says what the rows of {column.name} stand for: bring it back, or give the "
-                "training command again, which writes it anew"
-            ) from error
-        found[column.name] = WordRows(values.cast(pa.large_binary()).combine_chunks())
+        if column.encoding == "vocabulary":
+            names = read_row_names(run_path, state, column.name, num_rows[column.name])
+            if names.noun == "row":
+                raise UserError(f"{run_path}: its checkpoints do not say what the rows of {column.name} stand for")
+            # Row 0 stands for all values that have none of their own.
+            values = pa.array(names.words[1:], pa.large_string())
+            found[column.name] = WordRows(values.cast(pa.large_binary()))
     return found
 
 
@@ -98,7 +101,10 @@ class ClickScorer:
         self.ranks = runtime.ranks
         with CheckpointReader(checkpoint) as reader:
             self._layout = SavedLayout(self.schema, reader.state)
-            self._vocabularies = self.ranks.run_on_each(lambda: read_vocabularies(config.run.path, self.schema))
+            read = functools.partial(
+                read_vocabularies, config.run.path, self.schema, reader.state, self._layout.num_rows
+            )
+            self._vocabularies = self.ranks.run_on_each(read)
             tables = ranking_tables(config, self._layout)
             options = collection_options(config.table, runtime, config.seed)
             options["wire_dtype"] = None
