@@ -68,7 +68,6 @@ def _export_package(path: str, output: str, dtype: TableDtype, *, overwrite: boo
     from embedtrain.distributed.runtime import init_distributed
     from embedtrain.serve.opening import pack_run
 
-    if init_distributed(device="cpu").rank == 0:
-        pack_run(path, output, dtype=dtype, overwrite=overwrite)
-        print(output)
+    pack_run(path, output, init_distributed(device="cpu"), dtype=dtype, overwrite=overwrite)
+    print(output)
     return EXIT_DONE

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from embedtrain.checkpoint import CheckpointReader
 from embedtrain.config.sections import Config, TableConfig
 from embedtrain.data.click_batches import ClickBatch
 from embedtrain.data.click_schema import ClickSchema
@@ -21,8 +24,11 @@ from embedtrain.export.recommendations import Recommendation
 from embedtrain.export.vectors import Vectors
 from embedtrain.recipes.optimizers import optimizer_names
 from embedtrain.recipes.workload import Sizes, Workload
+from embedtrain.sharding.layout import read_layout
 from embedtrain.spec import DEFAULT_OPTIMIZER, Init, TableSpec
 from embedtrain.train.task import Parts
+
+_BLOCK_BYTES = 8 << 20
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 DataT = TypeVar("DataT")
@@ -86,6 +92,48 @@ class RowScorer(Protocol):
 
 
 @dataclass(frozen=True)
+class PackedTable:
+    """A table of a package.
+
+    Attributes:
+        num_rows: rows.
+        dim: columns.
+        blocks: yields the rows in order, [n, dim] on the CPU, some MiB at a time.
+    """
+
+    num_rows: int
+    dim: int
+    blocks: Callable[[], Iterable[Tensor]]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What a package consists of, beside the scorer.
+
+    Attributes:
+        model: the kind of the package.
+        step: of the checkpoint.
+        facts: JSON; what the scorer has to know of the files, and of how rows become ids and numbers.
+        tables: by file name.
+        texts: by file name, [n] large_binary; different texts, whose place in the list is wanted.
+        network: takes numbers [n, width] and a list of vectors [n, dim], and returns [n]; None without one.
+        network_widths: of the numbers, and of each of the vectors.
+    """
+
+    model: str
+    step: int
+    facts: Mapping[str, Any]
+    tables: Mapping[str, PackedTable]
+    texts: Mapping[str, pa.LargeBinaryArray]
+    network: nn.Module | None = None
+    network_widths: tuple[int, Sequence[int]] = (0, ())
+
+
+NETWORK_NAME = "network.pt2"
+"""The file of the network in a package."""
+
+
+@dataclass(frozen=True)
 class Recipe(Generic[ConfigT, DataT]):
     """All that embedtrain has to know of a model.
 
@@ -106,6 +154,8 @@ class Recipe(Generic[ConfigT, DataT]):
             whether to leave out what they have already. None if the model does not recommend.
         score: collective; opens a checkpoint, given by its path, to score rows of files. The section `data` of the
             configuration describes these files. None if the model does not score rows.
+        pack: opens a checkpoint, given by its path, to write a package; for one process. None if the model cannot be
+            packed.
     """
 
     config: type[ConfigT]
@@ -121,6 +171,7 @@ class Recipe(Generic[ConfigT, DataT]):
         None
     )
     score: Callable[[ConfigT, Runtime, str], RowScorer] | None = None
+    pack: Callable[[ConfigT, Runtime, str], AbstractContextManager[Packed]] | None = None
 
 
 def table_spec(
@@ -163,3 +214,13 @@ def collection_options(table: TableConfig, runtime: Runtime, seed: int) -> Colle
         placement=table.placement,
         cache_bytes=table.cache_bytes,
     )
+
+
+def table_blocks(reader: CheckpointReader, spec: TableSpec) -> Iterator[Tensor]:
+    """Yields the rows of a table of a checkpoint in the order of the ids, some MiB at a time."""
+    name = f"{spec.name}/weight"
+    layout = read_layout(reader.tensors[name].layout, spec.num_rows, spec.name)
+    at_once = max(1, _BLOCK_BYTES // (4 * spec.dim))
+    for start in range(0, spec.num_rows, at_once):
+        ids = torch.arange(start, min(start + at_once, spec.num_rows))
+        yield reader.gather(name, layout.slot_of(ids))

@@ -11,7 +11,6 @@ from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.recipes.base import RowScorer
 from embedtrain.recipes.loading import config_from_yaml
-from embedtrain.recipes.ranking.config import RankingConfig
 from embedtrain.recipes.registry import recipe_of
 from embedtrain.recipes.trained import require_config
 from embedtrain.serve.package import TableDtype, write_package
@@ -84,16 +83,21 @@ def score_options(
     return ScoreOptions(data, keep, has_label, value_at(config, "data.max_bad_lines"), is_given)
 
 
-def pack_run(run_path: str, output: str, *, dtype: TableDtype, overwrite: bool) -> list[str]:
-    """Writes the model of a run as a package; returns the paths written. For one process.
+def pack_run(run_path: str, output: str, runtime: Runtime, *, dtype: TableDtype, overwrite: bool) -> None:
+    """Writes the model of a run as a package.
 
     Raises:
-        UserError: there is no such run or checkpoint, its model cannot be packed, or the output cannot be written.
+        UserError: there is no such run or checkpoint, its model cannot be packed, there are several processes, or the
+            output cannot be written.
     """
     config = require_config(run_path)
-    if not isinstance(config, RankingConfig):
-        raise UserError(f"{run_path!r} is a run of {config.model}, and a package is of a ranking model")
-    return write_package(config, _checkpoint_of(config), output, dtype=dtype, overwrite=overwrite)
+    pack = recipe_of(config.model).pack
+    if pack is None:
+        raise UserError(f"{run_path!r} is a run of {config.model}, which cannot be packed")
+    if runtime.world_size != 1:
+        raise UserError(f"expected one process, and this is one of {runtime.world_size}: write it without torchrun")
+    with pack(config, runtime, _checkpoint_of(config)) as packed:
+        write_package(packed, output, dtype=dtype, overwrite=overwrite)
 
 
 def _checkpoint_of(config: Config) -> str:

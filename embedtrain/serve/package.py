@@ -4,135 +4,65 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from embedtrain import storage
-from embedtrain.checkpoint import CheckpointReader
-from embedtrain.data.click_schema import CRITEO
 from embedtrain.data.token_hash import text_bytes, text_hashes
-from embedtrain.data.vocabulary import WordRows
 from embedtrain.errors import UserError
 from embedtrain.export.storage import file_system_of, new_files
-from embedtrain.optim.dense import load_module
-from embedtrain.recipes.ranking.config import RankingConfig
-from embedtrain.recipes.ranking.model import build_network
-from embedtrain.recipes.ranking.options import click_schema, feature_options, network_options, ranking_tables
-from embedtrain.recipes.ranking.scoring import SavedLayout, read_vocabularies
+from embedtrain.recipes.base import NETWORK_NAME, Packed, PackedTable
 from embedtrain.serve import scorer
-from embedtrain.sharding.layout import read_layout
-from embedtrain.spec import TableSpec
 
 TableDtype = Literal["float32", "bfloat16", "int8"]
-NETWORK_NAME, SCORER_NAME = "network.pt2", "scorer.py"
+SCORER_NAME = "scorer.py"
 
-_BLOCK_BYTES = 8 << 20
 _LEVELS = 255
 _LOWEST = -128
 _NAMES = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
 _SIZES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
-def write_package(
-    config: RankingConfig, checkpoint: str, output: str, *, dtype: TableDtype = "float32", overwrite: bool = False
-) -> list[str]:
-    """Writes a folder that `scorer.py`, which is part of it, scores rows with.
-
-    Tables are read and written some MiB at a time.
+def write_package(packed: Packed, output: str, *, dtype: TableDtype = "float32", overwrite: bool = False) -> None:
+    """Writes a folder that `scorer.py`, which is part of it, answers from; tables some MiB at a time.
 
     Args:
-        config: of the run.
-        checkpoint: its path.
-        output: path or fsspec URL of the new folder.
+        packed: the model.
+        output: path or fsspec URL of the new folder; the last file to appear in it is the manifest.
         dtype: of the tables; "int8" keeps a scale and a bias, float32, beside each row.
         overwrite: whether a package that is there already is replaced.
 
-    Returns:
-        The paths written; the last one, the manifest, appears when all others are there.
-
     Raises:
-        UserError: the output is there already or cannot be written, or the run folder lacks a vocabulary.
+        UserError: the output is there already or cannot be written.
     """
-    assert dtype in get_args(TableDtype)
-    with CheckpointReader(checkpoint) as reader:
-        packed = _Packed(config, reader)
-        manifest = {**packed.facts(), "step": reader.step, "table_dtype": dtype}
-        with _new_package(output, packed.file_names, overwrite) as files:
-            for column, spec, facts in zip(packed.columns, packed.tables, manifest["features"], strict=True):
-                write_table(files[facts["table"]], spec, table_blocks(reader, spec), dtype)
-                if facts["vocabulary"] is not None:
-                    write_vocabulary(files[facts["vocabulary"]], packed.vocabularies[column.name])
-            files[NETWORK_NAME].write(export_network(packed.network, len(packed.schema.dense), packed.dims))
-            files[SCORER_NAME].write(Path(scorer.__file__).read_bytes())
-            files[scorer.MANIFEST_NAME].write(json.dumps(manifest, indent=1).encode())
-        return [storage.join(output, name) for name in packed.file_names]
-
-
-class _Packed:
-    """What a package of a ranking model consists of."""
-
-    def __init__(self, config: RankingConfig, reader: CheckpointReader) -> None:
-        self.schema = click_schema(config.data)
-        self.layout = SavedLayout(self.schema, reader.state)
-        self.columns = (*self.schema.single, *self.schema.bags)
-        self.tables = ranking_tables(config, self.layout)
-        self.dims = [spec.dim for spec in self.tables]
-        self.vocabularies = read_vocabularies(config.run.path, self.schema, reader.state, self.layout.num_rows)
-        self.pooling = {column.name: feature_options(config, column.name).pooling for column in self.columns}
-        self.network = build_network(len(self.schema.dense), self.dims, network_options(config.ranking), config.seed)
-        load_module(self.network, reader.replicated())
-
-    @property
-    def file_names(self) -> list[str]:
-        """The files; the manifest comes last."""
-        tables = [facts[key] for facts in self.features() for key in ("table", "vocabulary") if facts[key] is not None]
-        return [*tables, NETWORK_NAME, SCORER_NAME, scorer.MANIFEST_NAME]
-
-    def features(self) -> list[dict[str, Any]]:
-        """Returns what the manifest says of each looked-up column, in the order of the network's arguments."""
-        return [
-            {
-                "name": column.name,
-                "table": f"table-{number:03d}.safetensors",
-                "vocabulary": f"vocabulary-{number:03d}.safetensors" if column.encoding == "vocabulary" else None,
-                "encoding": column.encoding,
-                "num_rows": spec.num_rows,
-                "bag": column.is_bag,
-                "separator": column.separator,
-                "pooling": self.pooling[column.name],
-                "hexadecimal": self.schema.file_format == CRITEO and not column.is_bag,
-            }
-            for number, (column, spec) in enumerate(zip(self.columns, self.tables, strict=True))
-        ]
-
-    def facts(self) -> dict[str, Any]:
-        """Returns what the manifest says, beside the checkpoint's step and the tables' dtype."""
-        schema, layout = self.schema, self.layout
-        quoting = schema.layout.quoting(schema.delimiter)
-        return {
-            "format": scorer.FORMAT,
-            "version": scorer.VERSION,
-            "model": "ranking",
-            "network": NETWORK_NAME,
-            "lines": {
-                "format": schema.reader,
-                "columns": schema.columns,
-                "delimiter": schema.delimiter,
-                "quote": None if quoting is None else quoting.quote,
-            },
-            "dense": schema.dense,
-            "dense_transform": schema.dense_transform,
-            "dense_mean": layout.dense_mean.tolist(),
-            "dense_std": layout.dense_std.tolist(),
-            "features": self.features(),
-        }
+    if dtype not in get_args(TableDtype):
+        raise UserError(f"the tables of a package are of {', '.join(get_args(TableDtype))}, not of {dtype!r}")
+    manifest = {
+        "format": scorer.FORMAT,
+        "version": scorer.VERSION,
+        "model": packed.model,
+        "step": packed.step,
+        "table_dtype": dtype,
+        **packed.facts,
+    }
+    contents = [*packed.tables, *packed.texts, *([] if packed.network is None else [NETWORK_NAME]), SCORER_NAME]
+    with _new_package(output, [*contents, scorer.MANIFEST_NAME], overwrite) as files:
+        for name, table in packed.tables.items():
+            write_table(files[name], table, dtype)
+        for name, texts in packed.texts.items():
+            write_texts(files[name], texts)
+        if packed.network is not None:
+            files[NETWORK_NAME].write(export_network(packed.network, packed.network_widths))
+        files[SCORER_NAME].write(Path(scorer.__file__).read_bytes())
+        files[scorer.MANIFEST_NAME].write(json.dumps(manifest, indent=1).encode())
 
 
 @contextmanager
@@ -159,26 +89,9 @@ def _new_package(output: str, names: Sequence[str], overwrite: bool) -> Iterator
             file_system.rm_file(f"{place}/{scorer.MANIFEST_NAME}")
 
 
-def table_blocks(reader: CheckpointReader, spec: TableSpec) -> Iterator[Tensor]:
-    """Yields the rows of a table in the order of the ids, some MiB at a time."""
-    name = f"{spec.name}/weight"
-    layout = read_layout(reader.tensors[name].layout, spec.num_rows, spec.name)
-    at_once = max(1, _BLOCK_BYTES // (4 * spec.dim))
-    for start in range(0, spec.num_rows, at_once):
-        ids = torch.arange(start, min(start + at_once, spec.num_rows))
-        yield reader.gather(name, layout.slot_of(ids))
-
-
-def write_table(file: BinaryIO, spec: TableSpec, blocks: Iterable[Tensor], dtype: TableDtype) -> None:
-    """Writes a table as a safetensors file: `weight`, and of int8 `scale` and `bias` per row.
-
-    Args:
-        file: the new file.
-        spec: of the table.
-        blocks: its rows in order.
-        dtype: of the weight.
-    """
-    num_rows, dim = spec.num_rows, spec.dim
+def write_table(file: BinaryIO, table: PackedTable, dtype: TableDtype) -> None:
+    """Writes a table as a safetensors file: `weight`, and of int8 `scale` and `bias` per row."""
+    num_rows, dim = table.num_rows, table.dim
     tensors: dict[str, tuple[str, tuple[int, ...], int]] = {
         "weight": (_NAMES[dtype], (num_rows, dim), num_rows * dim * _SIZES[dtype])
     }
@@ -186,7 +99,7 @@ def write_table(file: BinaryIO, spec: TableSpec, blocks: Iterable[Tensor], dtype
         tensors["scale"] = tensors["bias"] = ("F32", (num_rows,), 4 * num_rows)
     file.write(_header(tensors))
     scales, biases = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
-    for block in blocks:
+    for block in table.blocks():
         if dtype != "int8":
             rows = block.to(getattr(torch, dtype))
             file.write((rows.view(torch.int16) if dtype == "bfloat16" else rows).numpy().data)
@@ -212,11 +125,11 @@ def quantised(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return levels.to(torch.int8), scale, least - _LOWEST * scale
 
 
-def write_vocabulary(file: BinaryIO, values: WordRows) -> None:
-    """Writes the values of a column so that a memory map finds them: their hashes in order, and their texts by row."""
-    hashes = text_hashes(values.words)
+def write_texts(file: BinaryIO, values: pa.LargeBinaryArray) -> None:
+    """Writes different texts so that a memory map finds them: their hashes in order, and the texts by place."""
+    hashes = text_hashes(values)
     order = np.argsort(hashes, kind="stable")
-    starts, lengths, texts = text_bytes(values.words)
+    starts, lengths, texts = text_bytes(values)
     offsets = np.append(starts, lengths.sum()).astype(np.int64)
     arrays: dict[str, NDArray[Any]] = {
         "hashes": hashes[order],
@@ -241,12 +154,14 @@ def _header(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def export_network(network: nn.Module, num_dense: int, dims: Sequence[int]) -> bytes:
+def export_network(network: nn.Module, widths: tuple[int, Sequence[int]]) -> bytes:
     """Returns the network as a program of `torch.export`, for any number of rows from two on.
 
-    It takes the dense features [n, num_dense] and a list of one vector [n, dim] per looked-up feature, and returns
-    logits [n].
+    Args:
+        network: takes numbers [n, width] and a list of vectors [n, dim].
+        widths: of the numbers, and of each of the vectors.
     """
+    num_dense, dims = widths
     rows = torch.export.Dim("rows", min=2)
     arguments = torch.zeros(3, num_dense), [torch.zeros(3, dim) for dim in dims]
     with torch.no_grad():

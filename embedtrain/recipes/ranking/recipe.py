@@ -34,6 +34,7 @@ from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer
 from embedtrain.recipes.ranking.config import ClicksConfig, RankingConfig
 from embedtrain.recipes.ranking.model import Ranking, measure_ranking
 from embedtrain.recipes.ranking.options import click_schema, feature_options, network_options, ranking_tables
+from embedtrain.recipes.ranking.packing import pack
 from embedtrain.recipes.ranking.scoring import ClickScorer
 from embedtrain.recipes.ranking.workload import workload
 from embedtrain.recipes.workload import Sizes
@@ -251,4 +252,5 @@ RECIPE = Recipe(
     heads=_heads,
     held_out="data.valid_path",
     score=ClickScorer,
+    pack=pack,
 )
