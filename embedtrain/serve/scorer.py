@@ -1,10 +1,12 @@
-"""Scores rows with a packed model: this file, torch and NumPy are all it takes; pyarrow only to read Parquet.
+"""Answers from a packed model: this file, torch and NumPy are all it takes; pyarrow only to read Parquet.
 
     python PACKAGE/scorer.py --data rows.csv --keep id > scores.csv
 
     from scorer import Scorer
     scorer = Scorer("PACKAGE")
     probabilities = scorer.score([{"age": 39, "country": "Peru"}, {"age": "40", "country": None}])
+
+A package of a retrieval model is opened by `Retriever`, which gives users' vectors and the best items of a vector.
 
 Rows become ids and numbers exactly as in the training. A row that the training would have counted as a bad line has the
 score NaN; `score` says why if it is given a dict for that.
@@ -34,6 +36,7 @@ CHUNK_ROWS = 8192
 _MAX_ID = (1 << 63) - 1
 _MAX_FLOAT = float(np.finfo(np.float32).max)
 _MAX_MEMO = 1 << 17
+_ITEMS_AT_ONCE = 1 << 15
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|infinity|nan)", re.IGNORECASE)
 _HEXADECIMAL = re.compile(r"[0-9a-fA-F]*")
@@ -100,6 +103,43 @@ class Scorer:
         scores = self._network(dense, vectors).sigmoid().numpy()[: len(rows)].copy()
         scores[list(faults)] = np.nan
         return scores  # type: ignore[no-any-return]
+
+
+class Retriever:
+    """A packed retrieval model: the vectors of users and items, memory-mapped; see `Scorer`."""
+
+    def __init__(self, path: str) -> None:
+        self.manifest = read_manifest(path, "retrieval")
+        users, items = (self.manifest["sides"][side] for side in ("user", "item"))
+        self._users, self._user_names = Table(path, users["table"]), Vocabulary(path, users["names"])
+        self._items, self._item_names = Table(path, items["table"]), Vocabulary(path, items["names"])
+
+    def user_vectors(self, users: Sequence[str]) -> Tensor:
+        """Returns the vectors [n, dim] of users by their raw ids, as the training data spell them.
+
+        Raises:
+            ValueError: a user is unknown.
+        """
+        rows = self._user_names.rows([user.encode() for user in users]) - 1
+        if len(rows) and rows.min() < 0:
+            raise ValueError(f"unknown user {users[int(rows.argmin())]!r}: not among the users of the training data")
+        return self._users.rows(rows)
+
+    @torch.no_grad()
+    def top(self, vectors: Tensor, k: int = 10) -> list[list[tuple[str, float]]]:
+        """Returns the best items of each of [n, dim] vectors with their scores, the best first."""
+        scores, items = vectors.new_zeros(len(vectors), 0), torch.zeros(len(vectors), 0, dtype=torch.int64)
+        for start in range(0, self._items.num_rows, _ITEMS_AT_ONCE):
+            ids = np.arange(start, min(start + _ITEMS_AT_ONCE, self._items.num_rows))
+            both = torch.cat([scores, vectors @ self._items.rows(ids).T], dim=1)
+            names = torch.cat([items, torch.from_numpy(ids).expand(len(vectors), -1)], dim=1)
+            # Stable: of equal scores the item that comes first wins.
+            order = both.argsort(dim=1, descending=True, stable=True)[:, :k]
+            scores, items = both.gather(1, order), names.gather(1, order)
+        return [
+            [(self._item_names.text(item).decode(), score) for item, score in zip(own_items, own_scores, strict=True)]
+            for own_items, own_scores in zip(items.tolist(), scores.tolist(), strict=True)
+        ]
 
 
 class _Feature:
@@ -257,9 +297,6 @@ class Vocabulary:
         self._hashes, self._places = arrays["hashes"], arrays["places"]
         self._offsets, self._texts = arrays["offsets"], arrays["texts"]
 
-    def __len__(self) -> int:
-        return len(self._places)
-
     def rows(self, texts: Sequence[bytes]) -> NDArray[np.int64]:
         """Returns the row of each text: one more than its place in the list."""
         hashes = hashes_of(texts)
@@ -407,14 +444,20 @@ def _require_columns(path: str, wanted: Sequence[str], existing: Sequence[str]) 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Scores a file: prints CSV of the kept columns and the probability; lines that cannot be used are left out."""
-    parser = argparse.ArgumentParser(description="Scores the rows of a file with a packed model.")
+    """Prints CSV: the kept columns and the probability of rows, without bad lines; or the best items of users."""
+    parser = argparse.ArgumentParser(description="Scores the rows of a file, or recommends items, with a packed model.")
     parser.add_argument("--package", default=str(Path(__file__).resolve().parent), help="the folder of the package")
-    parser.add_argument("--data", required=True, help="a file as the training read it, .jsonl or .parquet; - for input")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--data", help="a file as the training read it, .jsonl or .parquet; - for standard input")
+    asked.add_argument("--users", nargs="+", help="raw ids of users, for a package of a retrieval model")
+    parser.add_argument("--top", type=int, default=10, help="how many items per user")
     parser.add_argument("--keep", default="", help="columns that are handed on, such as id,ts")
     parser.add_argument("--max-bad-lines", type=int, default=0, help="how many lines may be left out")
     given = parser.parse_args(arguments)
     try:
+        if given.users is not None:
+            _print_items(Retriever(given.package), given.users, given.top)
+            return 0
         scorer = Scorer(given.package)
         keep = [name for name in given.keep.split(",") if name]
         num_bad = _print_scores(scorer, given.data, keep, given.max_bad_lines)
@@ -442,6 +485,13 @@ def _print_scores(scorer: Scorer, path: str, keep: Sequence[str], max_bad_lines:
                 continue
             writer.writerow([*(row.get(name) for name in keep), f"{score:.9g}"])
     return num_bad
+
+
+def _print_items(retriever: Retriever, users: Sequence[str], top: int) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["user", "item", "score"])
+    for user, items in zip(users, retriever.top(retriever.user_vectors(users), top), strict=True):
+        writer.writerows([user, item, f"{score:.9g}"] for item, score in items)
 
 
 if __name__ == "__main__":

@@ -213,6 +213,35 @@ def test_mistakes_are_named(
     assert not Path("x.parquet").exists() and not Path("x.csv").exists()
 
 
+def test_a_package_of_retrieval_recommends_as_the_run_does(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    generator = np.random.default_rng(0)
+    lines = [
+        f"u{user} " + " ".join(f"i{(user % 4) * 9 + item}" for item in generator.permutation(9)[:6])
+        for user in range(40)
+    ]
+    (tmp_path / "train.txt").write_text("\n".join(lines) + "\n")
+    settings = [f"data.path={tmp_path}/train.txt", f"data.cache_path={tmp_path}/cache", f"run.path={tmp_path}/run"]
+    small = ["table.dim=8", "train.epochs=4", "train.global_batch_size=16", "log.tensorboard=false", "run.device=cpu"]
+    (tmp_path / "config.yaml").write_text("model: retrieval")
+    assert cli.main(["train", str(tmp_path / "config.yaml"), *settings, *small]) == 0
+    package = tmp_path / "package"
+    assert cli.main(["export", str(tmp_path / "run"), "--format", "package", "--output", str(package)]) == 0
+    capfd.readouterr()
+    assert cli.main(["recommend", str(tmp_path / "run"), "u3", "u14", "--top", "5", "--include-known"]) == 0
+    expected = [line.split() for line in capfd.readouterr().out.splitlines() if line.startswith(" ")]
+
+    retriever = scorer.Retriever(str(package))
+    vectors = retriever.user_vectors(["u3", "u14"])
+    found = [[f"{score:.3f}", item] for items in retriever.top(vectors, 5) for item, score in items]
+    assert found == expected
+    assert scorer.main(["--package", str(package), "--users", "u3", "--top", "2"]) == 0
+    assert [line.split(",")[1] for line in capfd.readouterr().out.splitlines()] == ["item", *(i for _, i in found[:2])]
+    assert scorer.main(["--package", str(package), "--users", "u3", "nobody"]) == 2
+    assert "unknown user 'nobody'" in capfd.readouterr().err
+    assert scorer.main(["--package", str(package), "--data", "x.csv"]) == 2
+    assert "a package of a retrieval model, not of a ranking model" in capfd.readouterr().err
+
+
 def test_a_newer_package_is_refused(folder: Path, tmp_path: Path) -> None:
     manifest = json.loads((folder / "float32" / scorer.MANIFEST_NAME).read_text())
     (tmp_path / scorer.MANIFEST_NAME).write_text(json.dumps(manifest | {"version": scorer.VERSION + 1}))

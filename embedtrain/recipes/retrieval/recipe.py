@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,12 @@ from embedtrain.errors import UserError
 from embedtrain.export.recommendations import Recommendation
 from embedtrain.export.vectors import FloatRows, Vectors, open_vectors
 from embedtrain.optim.dense import DenseOptimizer
-from embedtrain.recipes.base import Grow, Names, Recipe, collection_options
+from embedtrain.recipes.base import Grow, Names, Packed, Recipe, collection_options
 from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
 from embedtrain.recipes.retrieval.config import RetrievalConfig, SideConfig
 from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval, Scoring, Side, retrieval_table
+from embedtrain.recipes.retrieval.packing import packed_sides
 from embedtrain.recipes.retrieval.recommendation import Catalogue, all_vectors, evaluate_retrieval
 from embedtrain.recipes.retrieval.workload import workload
 from embedtrain.recipes.workload import Sizes
@@ -274,6 +276,13 @@ def open_sides(config: RetrievalConfig, runtime: Runtime, table: str | None) -> 
     )
 
 
+@contextmanager
+def pack(config: RetrievalConfig, runtime: Runtime, checkpoint: str) -> Iterator[Packed]:
+    """Yields the vectors of a checkpoint and the raw ids that they belong to; see `Recipe.pack`."""
+    model, interactions, step = _restore(config, runtime)
+    yield packed_sides(model, interactions, step)
+
+
 def recommend(
     config: RetrievalConfig, runtime: Runtime, users: Sequence[str] | None, top: int, leave_out_known: bool
 ) -> Iterator[list[Recommendation]]:
@@ -332,4 +341,5 @@ RECIPE = Recipe(
     ),
     open=open_sides,
     recommend=recommend,
+    pack=pack,
 )
