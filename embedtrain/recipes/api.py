@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig
 from embedtrain.config.sections import Config, EvaluateConfig, TableConfig, TrainConfig
-from embedtrain.recipes.base import Grow, Names, Recipe, collection_options, table_spec
+from embedtrain.recipes.base import (
+    Grow,
+    Names,
+    Packed,
+    PackedTable,
+    Recipe,
+    RowScorer,
+    collection_options,
+    table_blocks,
+    table_spec,
+)
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer
 from embedtrain.recipes.workload import (
     IdDistribution,
@@ -27,9 +37,12 @@ __all__ = [
     "Names",
     "Objective",
     "OptimizerConfig",
+    "Packed",
+    "PackedTable",
     "Parts",
     "Pretrained",
     "Recipe",
+    "RowScorer",
     "Sizes",
     "StreamedBatches",
     "TableConfig",
@@ -41,6 +54,7 @@ __all__ = [
     "build_optimizer",
     "collection_options",
     "dense_sizes",
+    "table_blocks",
     "table_load",
     "table_spec",
 ]
