@@ -62,6 +62,7 @@ class Scorer:
         self._dense: list[str] = facts["dense"]
         self._mean, self._std = np.array(facts["dense_mean"]), np.array(facts["dense_std"])
         self._features = [_Feature(path, each) for each in facts["features"]]
+        self._memo: dict[str, float] = {}
         self._network = torch.export.load(str(Path(path, facts["network"]))).module()
 
     @property
@@ -89,9 +90,10 @@ class Scorer:
 
     @torch.no_grad()
     def _score(self, rows: Sequence[Row], faults: Faults) -> NDArray[np.float32]:
+        self._memo = {} if len(self._memo) > _MAX_MEMO else self._memo
         numbers = np.zeros((len(rows), len(self._dense)), np.float32)
         for place, name in enumerate(self._dense):
-            numbers[:, place] = _numbers([row.get(name) for row in rows], name, faults)
+            numbers[:, place] = _numbers([row.get(name) for row in rows], name, faults, self._memo)
         ids = [feature.ids([row.get(feature.name) for row in rows], faults) for feature in self._features]
         vectors = [feature.vectors(*each) for feature, each in zip(self._features, ids, strict=True)]
         if self.manifest["dense_transform"] == "log1p":
@@ -115,11 +117,7 @@ class Retriever:
         self._items, self._item_names = Table(path, items["table"]), Vocabulary(path, items["names"])
 
     def user_vectors(self, users: Sequence[str]) -> Tensor:
-        """Returns the vectors [n, dim] of users by their raw ids, as the training data spell them.
-
-        Raises:
-            ValueError: a user is unknown.
-        """
+        """Returns the vectors [n, dim] of users by their raw ids; refuses a user who is unknown."""
         rows = self._user_names.rows([user.encode() for user in users]) - 1
         if len(rows) and rows.min() < 0:
             raise ValueError(f"unknown user {users[int(rows.argmin())]!r}: not among the users of the training data")
@@ -177,31 +175,38 @@ class _Feature:
         return text.split(self._facts["separator"]) if text else []
 
     def _rows(self, values: Sequence[Any], places: NDArray[np.int64], faults: Faults) -> NDArray[np.int64]:
-        if self._facts["encoding"] == "id":
-            found = [_id_of(v, self._facts, p, faults) for v, p in zip(values, places.tolist(), strict=True)]
-            return np.array(found, np.int64)
-        texts = [
-            _text_of(value, self.name, place, faults) for value, place in zip(values, places.tolist(), strict=True)
-        ]
-        if self._facts["hexadecimal"]:
-            for text, place in zip(texts, places.tolist(), strict=True):
-                if not _HEXADECIMAL.fullmatch(text):
-                    faults.setdefault(place, f"column {self.name}: {text!r} is not hexadecimal")
-        if len(self._memo) > _MAX_MEMO:
-            self._memo.clear()
-        memo = self._memo
-        new = list({text for text in texts if text not in memo})
-        memo.update(zip(new, self._new_rows(new), strict=True))
-        return np.array([memo[text] for text in texts], np.int64)
+        memo = self._memo = {} if len(self._memo) > _MAX_MEMO else self._memo
+        rows = _remembered(values, memo)
+        new = [at for at, row in enumerate(rows) if row is None] if None in rows else []
+        for at, row in zip(new, self._new_rows([values[at] for at in new], places[new].tolist(), faults), strict=True):
+            rows[at] = row
+            if values[at].__class__ is str and places[at] not in faults:
+                memo[values[at]] = row
+        return np.array(rows, np.int64)
 
-    def _new_rows(self, texts: list[str]) -> list[int]:
-        encoded = [text.encode() for text in texts]
+    def _new_rows(self, values: Sequence[Any], places: Sequence[int], faults: Faults) -> list[int]:
+        pairs = list(zip(values, places, strict=True))
+        if self._facts["encoding"] == "id":
+            return [_id_of(value, self._facts, place, faults) for value, place in pairs]
+        texts = [_text_of(value, self.name, place, faults) for value, place in pairs]
+        for text, place in zip(texts, places, strict=True):
+            if self._facts["hexadecimal"] and not _HEXADECIMAL.fullmatch(text):
+                faults.setdefault(place, f"column {self.name}: {text!r} is not hexadecimal")
+        distinct = list(dict.fromkeys(texts))
+        encoded = [text.encode() for text in distinct]
         if self._vocabulary is not None:
             found = self._vocabulary.rows(encoded)
         else:
             found = (hashes_of(encoded) % np.uint64(self._facts["num_rows"])).astype(np.int64)
-        rows: list[int] = found.tolist()
-        return rows
+        row_of = dict(zip(distinct, found.tolist(), strict=True))
+        return [row_of[text] for text in texts]
+
+
+def _remembered(values: Sequence[Any], memo: Mapping[str, Any]) -> list[Any]:
+    """Returns what is known of texts, as they are spelled; None of others: 1 and True would be one key of a dict."""
+    if set(map(type, values)) <= {str}:
+        return list(map(memo.get, values))
+    return [memo.get(value) if value.__class__ is str else None for value in values]
 
 
 def _text_of(value: Any, name: str, place: int, faults: Faults) -> str:
@@ -247,26 +252,32 @@ def _id_of(value: Any, facts: Mapping[str, Any], place: int, faults: Faults) -> 
     return number
 
 
-def _numbers(values: Sequence[Any], name: str, faults: Faults) -> NDArray[np.float32]:
+def _numbers(values: Sequence[Any], name: str, faults: Faults, memo: dict[str, float]) -> NDArray[np.float32]:
     """Returns the numbers of a column; NaN for one that is missing."""
-    found = np.empty(len(values), np.float64)
-    for place, value in enumerate(values):
-        text = value.strip() if isinstance(value, str) else value
-        if text is None or text == "":
-            found[place] = np.nan
-            continue
-        try:
-            if isinstance(text, str) and not _NUMBER.fullmatch(text):
-                raise ValueError(f"{text!r} is not a number")
-            number = float(text)
-        except (TypeError, ValueError, OverflowError) as error:
-            faults.setdefault(place, f"column {name}: {error}")
-            continue
+    numbers = _remembered(values, memo)
+    for place, number in enumerate(numbers) if None in numbers else ():
+        if number is None:
+            value = values[place]
+            numbers[place] = _number(value, name, place, faults)
+            if value.__class__ is str and place not in faults:
+                memo[value] = numbers[place]
+    return np.array(numbers, np.float64).astype(np.float32)
+
+
+def _number(value: Any, name: str, place: int, faults: Faults) -> float:
+    text = value.strip() if isinstance(value, str) else value
+    if text is None or text == "":
+        return np.nan
+    try:
+        if isinstance(text, str) and not _NUMBER.fullmatch(text):
+            raise ValueError(f"{text!r} is not a number")
+        number = float(text)
         if not abs(number) <= _MAX_FLOAT:
-            faults.setdefault(place, f"column {name}: {number} is not a finite number")
-            number = np.nan
-        found[place] = number
-    return found.astype(np.float32)
+            raise ValueError(f"{number} is not a finite number")
+    except (TypeError, ValueError, OverflowError) as error:
+        faults.setdefault(place, f"column {name}: {error}")
+        return np.nan
+    return number
 
 
 class Table:
@@ -340,11 +351,7 @@ def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def read_manifest(path: str, model: str) -> dict[str, Any]:
-    """Returns what a package says of itself.
-
-    Raises:
-        ValueError: the folder is no package, one of a newer format, or one of another kind of model.
-    """
+    """Returns what a package of a kind of model says of itself; refuses a newer format."""
     file = Path(path, MANIFEST_NAME)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -384,13 +391,7 @@ def map_arrays(path: Path) -> dict[str, NDArray[Any]]:
 def read_rows(path: str, lines: Mapping[str, Any], columns: Sequence[str]) -> Iterator[tuple[int, Row | str]]:
     """Yields the rows of a file with the numbers of their lines, or what is wrong with a line.
 
-    Args:
-        path: a file that ends in .parquet or .jsonl, or else one as the training read it; "-" for standard input.
-        lines: how the rows of the training were laid out.
-        columns: those that must be there.
-
-    Raises:
-        ValueError: the file lacks a column.
+    The file ends in .parquet or .jsonl, or is laid out as `lines` says; `columns` must be there.
     """
     suffix = Path(path).suffix
     if suffix == ".parquet":
