@@ -39,7 +39,7 @@ class Job:
         return self.rows.param_groups[0]["step"]
 
     def everything(self) -> dict:
-        # The model has the rows' accumulators and the count of steps too; the optimizer of the rows has its learning rate.
+        # The model has the accumulators and the count of steps too; the optimizer of the rows has its learning rate.
         return {
             "model": get_model_state_dict(self.model),
             "rows": get_optimizer_state_dict(self.model, self.rows),
