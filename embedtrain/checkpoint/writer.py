@@ -26,6 +26,7 @@ from embedtrain.checkpoint.manifest import (
     Piece,
     TensorInfo,
     canonical_json,
+    decode,
     encode,
     merge_pieces,
     replicated_file_name,
@@ -150,6 +151,8 @@ def write_checkpoint(checkpoints_path: str, contents: Contents, ranks: Ranks) ->
             _check_sizes(path, files)
             manifest = _assemble(written, files, contents, replicated_file)
             encoded = encode(manifest)
+            # What no reader would take must not be committed.
+            decode(encoded, storage.join(path, MANIFEST_NAME))
         except Exception:
             _discard(path, files)
             raise

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from embedtrain.commands.console import EXIT_DONE, command, run_argument
-from embedtrain.errors import CorruptCheckpointError, UserError
+from embedtrain.errors import CorruptCheckpointError, UserError, counted, shown
+
+if TYPE_CHECKING:
+    from embedtrain.train.state import RunState
 
 
 @command("embedtrain inspect runs/x --verify")
@@ -23,6 +27,7 @@ def print_run(run_path: str, *, verify: bool) -> None:
     """Prints step, epoch, tables with shapes and dtypes, optimizer and configuration of a run."""
     from embedtrain.checkpoint import CheckpointReader, find_checkpoints
     from embedtrain.train.run_folder import RunFolder
+    from embedtrain.train.state import read_run_state
 
     folder = RunFolder(run_path)
     found = find_checkpoints(folder.checkpoints_path)
@@ -30,45 +35,54 @@ def print_run(run_path: str, *, verify: bool) -> None:
         raise UserError(f"there is no complete checkpoint in {run_path!r}")
     newest = found[-1]
     with CheckpointReader(newest.path) as reader:
-        state, manifest = reader.state, reader.manifest
-        train, optimizer = state["train"], state["optimizer"]
-        print(f"run          {folder.path}")
-        print(f"checkpoints  {', '.join(str(info.step) for info in found)}")
-        print(f"newest       {newest.path}, saved {manifest.created} by {manifest.world_size} ranks")
-        print(f"step         {train['step']:,}")
-        print(f"epoch        {train['epoch']}, {train['step_in_epoch']:,} steps into it")
-        print(f"examples     {train['examples']:,} in {train['seconds']:,.0f} seconds of training")
+        state, manifest = read_run_state(reader.manifest, newest.path), reader.manifest
+        saved_by = counted(manifest.world_size, "rank")
+        print(f"run          {shown(folder.path)}")
+        print(f"checkpoints  of step {', '.join(f'{info.step:,}' for info in found)}")
+        print(f"newest       {shown(newest.path)}, saved {shown(manifest.created)} by {saved_by}")
+        _print_state(state)
         print("tensors")
         for name, info in sorted(reader.tensors.items()):
             shape = " x ".join(f"{size:,}" for size in info.shape)
-            print(f"  {name:<24} {str(info.dtype).removeprefix('torch.'):<9} {shape}, in {len(info.pieces)} pieces")
-        settings = {k: v for k, v in optimizer["param_groups"][0].items() if k != "params"}
-        print(f"optimizer    {optimizer['name']}: {', '.join(f'{k} {v}' for k, v in settings.items())}")
-        for table, start in state.get("init_from", {}).items():
-            print(f"init_from    {start['num_copied']:,} of {start['num_rows']:,} rows of {table}, of {start['path']}")
-        if "grown_from" in state:
-            print(f"grown from   {state['grown_from']['path']}, step {state['grown_from']['step']:,}")
-        if optimizer["num_skipped"]:
-            print(f"skipped      {optimizer['num_skipped']:,} steps whose gradient was not finite")
+            dtype, pieces = str(info.dtype).removeprefix("torch."), counted(len(info.pieces), "piece")
+            print(f"  {shown(name):<24} {dtype:<9} {shape}, in {pieces}")
     print("configuration")
     for line in (folder.read_config() or "").splitlines():
-        print(f"  {line}")
+        print(f"  {shown(line)}")
     if verify:
         _verify([info.path for info in found])
+
+
+def _print_state(state: RunState) -> None:
+    train, optimizer = state.train, state.optimizer
+    print(f"step         {train.step:,}")
+    print(f"epoch        {train.epoch:,}, {counted(train.step_in_epoch, 'step')} into it")
+    print(f"examples     {train.examples:,} in {train.seconds:,.0f} seconds of training")
+    settings = ", ".join(f"{name} {value}" for name, value in optimizer.param_groups[0].items() if name != "params")
+    print(f"optimizer    {shown(f'{optimizer.name}: {settings}')}")
+    for table, start in state.init_from.items():
+        print(f"init_from    {start.num_copied:,} of {start.num_rows:,} rows of {shown(f'{table}, of {start.path}')}")
+    if state.grown_from is not None:
+        print(f"grown from   {shown(state.grown_from.path)}, step {state.grown_from.step:,}")
+    if optimizer.num_skipped:
+        print(f"skipped      {counted(optimizer.num_skipped, 'step')} whose gradient was not finite")
 
 
 def _verify(paths: Sequence[str]) -> None:
     """Checks every byte of every checkpoint, and says of each how it is, before any that is damaged is raised for."""
     from embedtrain.checkpoint import verify
+    from embedtrain.checkpoint.chain import read_manifest
+    from embedtrain.train.state import read_run_state
 
     known: set[str] = set()
     faults = []
     for path in paths:
         try:
             verify(path, known)
-            print(f"verified     {path}")
+            read_run_state(read_manifest(path), path)
+            print(f"verified     {shown(path)}")
         except CorruptCheckpointError as error:
-            print(f"damaged      {path}")
+            print(f"damaged      {shown(path)}")
             faults.append(str(error))
     if faults:
         raise CorruptCheckpointError("\n".join(faults))

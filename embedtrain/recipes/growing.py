@@ -17,6 +17,7 @@ from embedtrain.config.optimizer import OptimizerConfig
 from embedtrain.config.resolved import differing_keys, set_value, to_yaml
 from embedtrain.config.sections import Config
 from embedtrain.config.values import settings_of
+from embedtrain.data.row_names import STATE_KEY
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.distributed.runtime import Runtime
@@ -163,7 +164,8 @@ def _grow_of(config: Config, run_path: str) -> Grow[Any, Any]:
     nameless = set(config.table_names()) - {table for names in grow.names for table in names.tables}
     if nameless:
         raise UserError(
-            f"{run_path} cannot grow: it has no names for the rows of its tables {', '.join(sorted(nameless))}"
+            f"{run_path} cannot grow: new rows are for words, users and items alone, not for its tables "
+            f"{', '.join(sorted(nameless))}"
         )
     return grow
 
@@ -215,8 +217,8 @@ def _keep_names(old_folder: RunFolder, folder: RunFolder, name: str) -> tuple[Vo
 
 
 def _check_rows(grown: _Grown, reader: CheckpointReader, run_path: str) -> None:
-    known = reader.state.get("vocabulary_fingerprint", grown.old.fingerprint)
     for spec in grown.tables:
+        known = reader.state.get(STATE_KEY, {}).get(spec.name, {}).get("fingerprint", grown.old.fingerprint)
         info = reader.tensors.get(f"{spec.name}/weight")
         if info is None or info.shape[0] != len(grown.old) or known != grown.old.fingerprint:
             raise UserError(

@@ -1,4 +1,4 @@
-"""The functions of torch.distributed.checkpoint take models with tables, and FSDP and DDP leave rows alone."""
+"""torch.distributed.checkpoint.state_dict takes models with tables; FSDP and DDP leave rows alone."""
 
 from __future__ import annotations
 
