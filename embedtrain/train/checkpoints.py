@@ -222,8 +222,8 @@ class Checkpoints:
                 )
         if saved.data_fingerprint != self._facts["data_fingerprint"]:
             raise UserError(
-                f"{path} was trained on other data than data.path holds now: start a new run.path, or bring back "
-                "the data and the options under `data` that the run began with"
+                f"{path} was trained on other data than data.path holds now: start anew with another run.path, or "
+                "bring back the data and the options under `data` that the run began with"
             )
         groups = saved.optimizer.param_groups
         if len(groups) != len(self._optimizer.param_groups) and not is_reset:
