@@ -94,5 +94,6 @@ def test_a_user_of_very_many_items_costs_a_step_no_more_than_its_scores(monkeypa
     candidates = set(whole.candidates.tolist())
     assert len(whole.known.values) > 50_000
     assert len(bounded.known.values) < 64 * len(candidates)
-    for before, after in zip(*(each.known.values.split(each.known.lengths.tolist()) for each in (whole, bounded))):
+    bags = (each.known.values.split(each.known.lengths.tolist()) for each in (whole, bounded))
+    for before, after in zip(*bags, strict=True):
         assert after.tolist() == [item for item in before.tolist() if item in candidates]
