@@ -12,7 +12,7 @@ from embedtrain.checkpoint.parts import TensorPart
 from embedtrain.checkpoint.reader import CheckpointReader
 from embedtrain.embedding.init import initial_rows
 from embedtrain.errors import CheckpointError
-from embedtrain.optim.optimizer import RowState
+from embedtrain.optim.stores import RowState
 from embedtrain.sharding.layout import Layout, layout_of
 from embedtrain.spec import TableSpec
 

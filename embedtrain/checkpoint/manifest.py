@@ -17,7 +17,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -176,6 +176,7 @@ class Manifest:
         files: by name, every file but the manifest.
         state: what else the caller saved, as JSON.
         parent: of a delta, the checkpoint whose rows it changes; None where all rows are here.
+        table_steps: the steps that each table's optimizer did; see `ShardView.steps`.
     """
 
     step: Count
@@ -187,6 +188,7 @@ class Manifest:
     files: Mapping[str, FileEntry]
     state: Mapping[str, Any]
     parent: Parent | None = None
+    table_steps: Mapping[str, Count] = field(default_factory=dict)
 
     @functools.cached_property
     def checksum(self) -> str:
@@ -305,6 +307,8 @@ def _document(manifest: Manifest) -> dict[str, Any]:
     }
     if manifest.parent is not None:
         document["parent"] = asdict(manifest.parent)
+    if manifest.table_steps:  # which checkpoints of earlier versions do not have
+        document["table_steps"] = dict(manifest.table_steps)
     return document
 
 

@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
@@ -27,7 +28,7 @@ from embedtrain.schema import Count
 
 _logger = logging.getLogger(__name__)
 
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 _FORBIDDEN = ("\t", "\n", "\r")
 
 
@@ -145,6 +146,13 @@ class Interactions:
             for number, (name, num_categories) in enumerate(self._meta.features[side].items())
         }
 
+    def categories(self, side: str) -> dict[str, pa.Table]:
+        """Returns, by name, the categories of "users" or "items" in the order of their rows, with their counts."""
+        return {
+            name: pq.read_table(os.path.join(self.path, f"{side}-{number}.parquet"))
+            for number, name in enumerate(self._meta.features[side])
+        }
+
 
 def prepare_interactions(options: InteractionOptions, cache_path: str, ranks: Ranks) -> Interactions:
     """Returns the prepared form of interactions, which rank 0 makes unless the cache holds it.
@@ -237,7 +245,8 @@ def _write(options: InteractionOptions, listed: _Listed, path: str) -> None:
         found = _read_features(side_options, files, vocabulary, left_out, side)
         for number, (name, bags, categories) in enumerate(found):
             bags.save(os.path.join(path, f"{side}-{number}"))
-            features[side][name] = categories
+            pq.write_table(categories.as_table(), os.path.join(path, f"{side}-{number}.parquet"))
+            features[side][name] = len(categories)
             parts += [name, bags.fingerprint]
     meta = {
         "format_version": _FORMAT_VERSION,
@@ -339,8 +348,8 @@ def _held_out(
 
 def _read_features(
     options: SideOptions, sources: list[Source], vocabulary: Vocabulary, left_out: dict[str, int], side: str
-) -> list[tuple[str, Bags, int]]:
-    """Returns name, categories of each row, and number of categories, for each feature."""
+) -> list[tuple[str, Bags, Vocabulary]]:
+    """Returns name, categories of each row, and the categories themselves, for each feature."""
     if options.path is None:
         return []
     names = list(options.separators)
@@ -369,7 +378,7 @@ def _read_features(
         is_known = of_row >= 0
         order = np.argsort(of_row[is_known], kind="stable")
         bags = Bags.from_rows(of_row[is_known][order], category_rows[is_known][order], len(vocabulary))
-        found.append((name, bags, len(categories)))
+        found.append((name, bags, categories))
     return found
 
 

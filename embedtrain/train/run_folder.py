@@ -6,14 +6,12 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from embedtrain import storage
+from embedtrain.data.row_names import FEATURES_NAME, VOCABULARY_NAME
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.errors import UserError
 from embedtrain.schema import Count, parse
@@ -21,8 +19,6 @@ from embedtrain.schema import Count, parse
 CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.jsonl"
 STATUS_NAME = "status.json"
-VOCABULARY_NAME = "vocabulary.tsv"
-FEATURES_NAME = "features"
 CHECKPOINTS_NAME = "checkpoints"
 TENSORBOARD_NAME = "tensorboard"
 PROFILE_NAME = "profile"
@@ -137,39 +133,6 @@ class RunFolder:
         """Keeps the words or raw ids of a table's rows: without them nobody knows whose vectors they are."""
         storage.make_folder(self.path)
         vocabulary.save(self.join(name))
-
-    def read_names(self, table: str, num_rows: int) -> Sequence[str] | None:
-        """Returns what the rows of a table stand for: words, raw ids or values; None where nobody kept that.
-
-        Args:
-            table: its name.
-            num_rows: its rows; the words of another number of rows are not its own.
-
-        Raises:
-            UserError: a file of words or ids cannot be read as one.
-        """
-        for name in (f"{table}s.tsv", VOCABULARY_NAME):
-            try:
-                words = Vocabulary.load(self.join(name)).words
-            except FileNotFoundError:
-                continue
-            if len(words) == num_rows:
-                return words
-        try:
-            data = storage.read(self.join(f"{FEATURES_NAME}/{table}.parquet"))
-        except FileNotFoundError:
-            return None
-        # The first row is that of all values that have none of their own.
-        values = ["(any other value)", *pq.read_table(pa.BufferReader(data))["value"].to_pylist()]
-        return values if len(values) == num_rows else None
-
-    def write_feature(self, name: str, values: pa.Table) -> None:
-        """Keeps which value of a categorical feature each row of its table stands for, as a Parquet file."""
-        storage.make_folder(self.join(FEATURES_NAME))
-        buffer = pa.BufferOutputStream()
-        pq.write_table(values, buffer)
-        path = self.join(f"{FEATURES_NAME}/{name}.parquet")
-        storage.replace(path, buffer.getvalue().to_pybytes(), f"{path}.tmp")
 
     def write_status(self, state: str, exit_status: int, **details: Any) -> None:
         """Keeps how the run ended, which torchrun's own exit status hides."""

@@ -141,7 +141,7 @@ class RunState:
         init_from: by table, how it began from a file.
         grown_from: None if the run was not grown from another.
         export_table: the table that holds the vectors; None if no table is the one.
-        vocabulary_fingerprint: of the words that the rows stand for.
+        row_names: by table, where the names of its rows are; see `embedtrain.data.row_names`.
     """
 
     train: TrainState
@@ -152,7 +152,7 @@ class RunState:
     init_from: Mapping[str, Started] = field(default_factory=dict)
     grown_from: GrownFrom | None = None
     export_table: str | None = None
-    vocabulary_fingerprint: str | None = None
+    row_names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def read_run_state(manifest: Manifest, path: str) -> RunState:

@@ -9,17 +9,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from embedtrain.data.interactions import InteractionOptions, Interactions, SideOptions, prepare_interactions
 from embedtrain.data.readers import Layout, suffixes_of
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
+from embedtrain.data.row_names import STATE_KEY, values_source, vocabulary_source, write_values
 from embedtrain.data.sources import refuse_changes
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError, shown
 from embedtrain.export.recommendations import Recommendation
-from embedtrain.export.vectors import FloatRows, Vectors
+from embedtrain.export.vectors import FloatRows, Vectors, open_vectors
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.recipes.base import Grow, Names, Recipe, collection_options
 from embedtrain.recipes.layout import layout_of
@@ -124,7 +126,19 @@ def build(config: RetrievalConfig, runtime: Runtime, interactions: Interactions)
 
 
 def _facts(interactions: Interactions) -> dict[str, Any]:
-    return {"data_fingerprint": interactions.fingerprint}
+    names = {
+        USER: vocabulary_source(_USERS_FILE, interactions.users, USER),
+        ITEM: vocabulary_source(_ITEMS_FILE, interactions.items, ITEM),
+    }
+    names.update({table: values_source(table, values) for table, values in _categories(interactions)})
+    return {"data_fingerprint": interactions.fingerprint, STATE_KEY: names}
+
+
+def _categories(interactions: Interactions) -> Iterator[tuple[str, pa.Table]]:
+    """Yields the table of each feature and the categories of its rows."""
+    for side in (USER, ITEM):
+        for name, values in interactions.categories(f"{side}s").items():
+            yield f"{side}.{name}", values
 
 
 def _build_dense_optimizer(config: RetrievalConfig, model: Retrieval) -> DenseOptimizer | None:
@@ -203,6 +217,8 @@ def _pretrained(config: RetrievalConfig, interactions: Interactions) -> dict[str
 def _write_ids(interactions: Interactions, folder: RunFolder) -> None:
     folder.write_vocabulary(interactions.users, _USERS_FILE)
     folder.write_vocabulary(interactions.items, _ITEMS_FILE)
+    for table, values in _categories(interactions):
+        write_values(folder.path, table, values, has_others=False)
 
 
 def _heads(config: RetrievalConfig) -> dict[str, tuple[str, Layout]]:
@@ -243,14 +259,14 @@ def open_sides(config: RetrievalConfig, runtime: Runtime, table: str | None) -> 
     Args:
         config: of the run.
         runtime: of this process.
-        table: "item", which None stands for, or "user".
+        table: "item", which None stands for, or "user"; the table of a feature is opened as it is.
 
     Raises:
         UserError: there is no such table or no checkpoint, or the data are not those that it was trained on.
     """
     side = table or ITEM
     if side not in (USER, ITEM):
-        raise UserError(f"no table {side!r} in {config.run.path!r}; it has: {USER}, {ITEM}")
+        return open_vectors(config.run.path, side)
     model, interactions, step = _restore(config, runtime)
     names = interactions.items if side == ITEM else interactions.users
     rows: FloatRows = all_vectors(model, side).numpy()

@@ -14,6 +14,7 @@ from embedtrain.data.corpus import PreparedCorpus
 from embedtrain.data.prepare import CorpusOptions, prepare_corpus
 from embedtrain.data.readers import Layout
 from embedtrain.data.readers.blocks import read_lines
+from embedtrain.data.row_names import STATE_KEY, VOCABULARY_NAME, vocabulary_source
 from embedtrain.data.skipgram import SamplingOptions, TextBatches
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
@@ -28,7 +29,6 @@ from embedtrain.recipes.word2vec.model import INPUT, OUTPUT, Word2Vec, word2vec_
 from embedtrain.recipes.word2vec.workload import workload
 from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import TableSpec
-from embedtrain.train.run_folder import VOCABULARY_NAME
 from embedtrain.train.task import Evaluation, Parts, Pretrained, Task
 
 _logger = logging.getLogger(__name__)
@@ -88,8 +88,8 @@ def build(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCorpus) -> P
 def _facts(corpus: PreparedCorpus) -> dict[str, Any]:
     return {
         "data_fingerprint": corpus.fingerprint,
-        "vocabulary_fingerprint": corpus.vocabulary.fingerprint,
         "export_table": INPUT,
+        STATE_KEY: dict.fromkeys((INPUT, OUTPUT), vocabulary_source(VOCABULARY_NAME, corpus.vocabulary)),
     }
 
 
