@@ -42,6 +42,56 @@ STRANGE: list[Any] = [
 
 RUBBISH = [b"", b"}{", b"[]", b"null", b"0", b'"x"', b"{}", b"\xff\xfe", b"[" * 100_000, b'{"a":NaN}', b"\0" * 64]
 
+COMMON = (
+    "table: {dim: 4}\n"
+    "optimizer: {name: rowwise_adagrad, lr: 0.1}\n"
+    "log: {every_steps: 3, tensorboard: false}\n"
+    "checkpoint: {mode: sync, every_steps: 5, keep_last: null}\n"
+)
+CONFIGS = {
+    "words": (
+        "model: word2vec\n"
+        "data: {path: corpus.txt, cache_path: cache, min_count: 1}\n"
+        "train: {epochs: 1, words_per_step: 64, block_words: 32}\n"
+        "run: {path: words, device: cpu}\n"
+    ),
+    "pairs": (
+        "model: retrieval\n"
+        "data: {path: pairs.csv, format: csv, cache_path: cache}\n"
+        "evaluate: {path: held.csv, k: [2]}\n"
+        "train: {epochs: 1, global_batch_size: 8}\n"
+        "run: {path: pairs, device: cpu}\n"
+    ),
+    "clicks": (
+        "model: ranking\n"
+        "data: {path: clicks.csv, format: csv, label: y, dense: [d], categorical: [a], valid_path: valid.csv,\n"
+        "       cache_path: cache, block_examples: 16}\n"
+        "train: {epochs: 1, global_batch_size: 16}\n"
+        "run: {path: clicks, device: cpu}\n"
+    ),
+}
+"""By name a configuration of each model, over the data of `write_data`."""
+
+
+def write_data(folder: Path) -> None:
+    """Writes small data of each model, and the configurations."""
+    generator = random.Random(1)
+    words = [f"{letter}{letter}" for letter in "abcdefghij"]
+    lines = [" ".join(generator.choices(words, k=8)) for _ in range(60)]
+    (folder / "corpus.txt").write_text("\n".join(lines) + "\n")
+    (folder / "more.txt").write_text("\n".join(lines) + "\nnew words\n")
+    (folder / "similar.tsv").write_text("aa\tbb\t3\ncc\tdd\t1\naa\tee\t2\n")
+    (folder / "analogies.txt").write_text(": pairs\naa bb cc dd\nbb cc dd ee\n")
+    pairs = [f"u{user},i{item}" for user in range(12) for item in generator.sample(range(9), 4)]
+    (folder / "pairs.csv").write_text("\n".join(["user,item", *pairs]) + "\n")
+    (folder / "held.csv").write_text("user,item\nu1,i1\nu2,i3\n")
+    clicks = [f"{generator.randrange(2)},{generator.random():.3f},v{generator.randrange(6)}" for _ in range(160)]
+    (folder / "clicks.csv").write_text("\n".join(["y,d,a", *clicks]) + "\n")
+    (folder / "valid.csv").write_text("\n".join(["y,d,a", *clicks[:40]]) + "\n")
+    (folder / "secret").write_text("secret\n")
+    for name, text in CONFIGS.items():
+        (folder / f"{name}.yaml").write_text(text + COMMON)
+
 
 def mutated(document: Any, generator: random.Random) -> Any:
     """Returns a JSON document with one to three faults: values replaced, removed, repeated or renamed."""
