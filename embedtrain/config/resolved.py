@@ -9,7 +9,7 @@ import yaml
 
 from embedtrain.config.sections import Config
 from embedtrain.config.values import dump, flatten, settings_of
-from embedtrain.errors import UserError, shown
+from embedtrain.errors import UserError, printable
 
 
 def to_yaml(config: Config) -> str:
@@ -37,7 +37,7 @@ def settings_in(text: str) -> dict[str, Any]:
     try:
         document = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = shown(" ".join(str(error).split()))
+        reason = printable(" ".join(str(error).split()))
         raise UserError(f"the config.yaml of the run folder is not a configuration: {reason}") from error
     if not isinstance(document, dict):
         raise UserError("the config.yaml of the run folder is not a configuration: expected keys and values")

@@ -19,7 +19,7 @@ from embedtrain.data.row_names import STATE_KEY, values_source, vocabulary_sourc
 from embedtrain.data.sources import refuse_changes
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.runtime import Runtime
-from embedtrain.errors import UserError, shown
+from embedtrain.errors import UserError, printable
 from embedtrain.export.recommendations import Recommendation
 from embedtrain.export.vectors import FloatRows, Vectors, open_vectors
 from embedtrain.optim.dense import DenseOptimizer
@@ -71,7 +71,7 @@ def prepare(config: RetrievalConfig, runtime: Runtime) -> tuple[Interactions, Si
         row = int(interactions.users.counts.argmax())
         if (most := int(interactions.users.counts[row])) > _MANY_ITEMS:
             _logger.warning(
-                f"user {shown(interactions.users.words[row])!r} has {most:,} items, and takes that share of every "
+                f"user {printable(interactions.users.words[row])!r} has {most:,} items, and takes that share of every "
                 "epoch: leave such users out of the data if they are programs"
             )
         for what, number in interactions.left_out.items():
