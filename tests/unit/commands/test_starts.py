@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from embedtrain.checkpoint import manifest
 from tests.unit.commands.fuzz import call
 
 CONFIG = (
@@ -65,3 +67,19 @@ def test_a_path_that_cannot_be_used_is_answered_in_a_line(path: str, said: str) 
         assert "Traceback" not in outcome.printed
         if arguments[0] == "train":
             assert said in outcome.printed
+
+
+def test_inspect_verifies_what_a_checkpoint_says_of_its_run_too(tmp_path: Path) -> None:
+    assert call(["train", "config.yaml", "checkpoint.every_steps=2"]).status == 0
+    path = tmp_path / "runs/x/checkpoints/step-000000002/manifest.json"
+    document = json.loads(path.read_text())
+    document["state"]["optimizer"]["num_skipped"] = "\x1b[2J"
+    del document["checksum"]
+    path.write_bytes(manifest.canonical_json({**document, "checksum": manifest._checksum(document)}))
+    assert call(["inspect", "runs/x"]).status == 0
+    outcome = call(["inspect", "runs/x", "--verify"])
+    assert outcome.status == 1
+    assert "damaged      runs/x/checkpoints/step-000000002\n" in outcome.printed
+    assert "verified     runs/x/checkpoints/step-000000003\n" in outcome.printed
+    assert r"optimizer.num_skipped: expected a valid integer, found '\x1b[2J'" in outcome.printed
+    assert "\x1b" not in outcome.printed
