@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from embedtrain.commands.console import EXIT_DONE, command, run_argument
-from embedtrain.errors import CorruptCheckpointError, UserError, counted, shown
+from embedtrain.errors import CorruptCheckpointError, UserError, counted, printable
 
 if TYPE_CHECKING:
     from embedtrain.train.state import RunState
@@ -37,18 +37,18 @@ def print_run(run_path: str, *, verify: bool) -> None:
     with CheckpointReader(newest.path) as reader:
         state, manifest = read_run_state(reader.manifest, newest.path), reader.manifest
         saved_by = counted(manifest.world_size, "rank")
-        print(f"run          {shown(folder.path)}")
+        print(f"run          {printable(folder.path)}")
         print(f"checkpoints  of step {', '.join(f'{info.step:,}' for info in found)}")
-        print(f"newest       {shown(newest.path)}, saved {shown(manifest.created)} by {saved_by}")
+        print(f"newest       {printable(newest.path)}, saved {printable(manifest.created)} by {saved_by}")
         _print_state(state)
         print("tensors")
         for name, info in sorted(reader.tensors.items()):
             shape = " x ".join(f"{size:,}" for size in info.shape)
             dtype, pieces = str(info.dtype).removeprefix("torch."), counted(len(info.pieces), "piece")
-            print(f"  {shown(name):<24} {dtype:<9} {shape}, in {pieces}")
+            print(f"  {printable(name):<24} {dtype:<9} {shape}, in {pieces}")
     print("configuration")
     for line in (folder.read_config() or "").splitlines():
-        print(f"  {shown(line)}")
+        print(f"  {printable(line)}")
     if verify:
         _verify([info.path for info in found])
 
@@ -59,11 +59,13 @@ def _print_state(state: RunState) -> None:
     print(f"epoch        {train.epoch:,}, {counted(train.step_in_epoch, 'step')} into it")
     print(f"examples     {train.examples:,} in {train.seconds:,.0f} seconds of training")
     settings = ", ".join(f"{name} {value}" for name, value in optimizer.param_groups[0].items() if name != "params")
-    print(f"optimizer    {shown(f'{optimizer.name}: {settings}')}")
+    print(f"optimizer    {printable(f'{optimizer.name}: {settings}')}")
     for table, start in state.init_from.items():
-        print(f"init_from    {start.num_copied:,} of {start.num_rows:,} rows of {shown(f'{table}, of {start.path}')}")
+        print(
+            f"init_from    {start.num_copied:,} of {start.num_rows:,} rows of {printable(f'{table}, of {start.path}')}"
+        )
     if state.grown_from is not None:
-        print(f"grown from   {shown(state.grown_from.path)}, step {state.grown_from.step:,}")
+        print(f"grown from   {printable(state.grown_from.path)}, step {state.grown_from.step:,}")
     if optimizer.num_skipped:
         print(f"skipped      {counted(optimizer.num_skipped, 'step')} whose gradient was not finite")
 
@@ -80,9 +82,9 @@ def _verify(paths: Sequence[str]) -> None:
         try:
             verify(path, known)
             read_run_state(read_manifest(path), path)
-            print(f"verified     {shown(path)}")
+            print(f"verified     {printable(path)}")
         except CorruptCheckpointError as error:
-            print(f"damaged      {shown(path)}")
+            print(f"damaged      {printable(path)}")
             faults.append(str(error))
     if faults:
         raise CorruptCheckpointError("\n".join(faults))

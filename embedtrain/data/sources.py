@@ -148,7 +148,7 @@ def refuse_changes(path: str | Sequence[str], suffixes: tuple[str, ...], identit
         names = sorted({identity.partition(" size=")[0] for identity in changed})
         raise UserError(
             f"{', '.join(names)}: changed while the run trained on it. The run can be resumed where the examples are "
-            "still the same; else bring the file back, or start a new run.path"
+            "still the same; else bring the file back, or start anew with another run.path"
         )
 
 

@@ -17,6 +17,7 @@ from embedtrain.data.readers.blocks import BYTE_ORDER_MARK, MARK_WITHIN, MAX_REC
 from embedtrain.data.readers.quotes import Quoting, open_test
 from embedtrain.data.sources import is_hidden, source_at
 from embedtrain.errors import UserError
+from embedtrain.schema import Count
 
 STANDARD_INPUT = "-"
 
@@ -42,7 +43,7 @@ class StreamPosition:
     """
 
     name: str = ""
-    line: int = 0
+    line: Count = 0
     digest: str = ""
 
 

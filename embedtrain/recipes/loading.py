@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import logging
+import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -41,6 +44,8 @@ from embedtrain.config.values import (
 from embedtrain.errors import UserError
 from embedtrain.optim.registry import usable
 from embedtrain.recipes.registry import DEFAULT_MODEL, RECIPES, recipe_of
+
+_logger = logging.getLogger(__name__)
 
 _MERGE_ERRORS = (OmegaConfBaseException, ValueError, TypeError, AttributeError, KeyError)
 """What omegaconf raises for values that do not fit; the last four slip through it."""
@@ -211,6 +216,8 @@ def _explained() -> Iterator[None]:
 
 
 def _read_file(path: str) -> yaml.MappingNode:
+    if stat.S_ISFIFO(_mode_of(path)):
+        _logger.info(f"reading the configuration from the pipe {path} until it is closed")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -218,6 +225,13 @@ def _read_file(path: str) -> yaml.MappingNode:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a configuration: {error}") from error
     return _document(text, path)
+
+
+def _mode_of(path: str) -> int:
+    try:
+        return os.stat(path).st_mode
+    except OSError:
+        return 0
 
 
 def _document(text: str, source: str) -> yaml.MappingNode:

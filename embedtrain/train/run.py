@@ -10,10 +10,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import yaml
-
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
-from embedtrain.config.resolved import differing_keys, to_yaml
+from embedtrain.config.resolved import differing_keys, settings_in, to_yaml
 from embedtrain.config.sections import Config
 from embedtrain.config.values import settings_of
 from embedtrain.distributed.runtime import Runtime
@@ -251,7 +249,7 @@ def _check_reset(config: Config, earlier_yaml: str | None, state: TrainState) ->
     asked = config.optimizer.reset_state_from_step
     if asked is None or asked >= state.step or earlier_yaml is None:
         return
-    if yaml.safe_load(earlier_yaml)["optimizer"].get("reset_state_from_step") != asked:
+    if settings_in(earlier_yaml).get("optimizer.reset_state_from_step") != asked:
         raise UserError(
             f"optimizer.reset_state_from_step={asked}: {config.run.path} is at step {state.step} already; give that "
             "step or a later one"

@@ -20,7 +20,7 @@ from embedtrain.data.row_names import STATE_KEY, values_source, vocabulary_sourc
 from embedtrain.data.sources import refuse_changes
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.runtime import Runtime
-from embedtrain.errors import UserError
+from embedtrain.errors import UserError, printable
 from embedtrain.export.recommendations import Recommendation
 from embedtrain.export.vectors import FloatRows, Vectors, open_vectors
 from embedtrain.optim.dense import DenseOptimizer
@@ -45,6 +45,8 @@ _USERS_AT_ONCE = 1024
 
 _logger = logging.getLogger(__name__)
 
+_MANY_ITEMS = 100_000
+
 
 def prepare(config: RetrievalConfig, runtime: Runtime) -> tuple[Interactions, Sizes]:
     """Prepares the interactions of a configuration, or finds them in the cache. Collective: every rank.
@@ -68,6 +70,12 @@ def prepare(config: RetrievalConfig, runtime: Runtime) -> tuple[Interactions, Si
             f"{interactions.num_interactions:,} interactions of {len(interactions.users):,} users with "
             f"{len(interactions.items):,} items, in {interactions.path}"
         )
+        row = int(interactions.users.counts.argmax())
+        if (most := int(interactions.users.counts[row])) > _MANY_ITEMS:
+            _logger.warning(
+                f"user {printable(interactions.users.words[row])!r} has {most:,} items, and takes that share of every "
+                "epoch: leave such users out of the data if they are programs"
+            )
         for what, number in interactions.left_out.items():
             if number:
                 _logger.warning(f"{number:,} {what.replace('_', ' ')}")
