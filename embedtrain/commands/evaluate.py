@@ -49,7 +49,13 @@ def evaluate(
     if not word_tests["analogies"] and not word_tests["similarity"]:
         if unused := given_options("table", "restrict_vocab", "case_sensitive"):
             raise UserError(f"{', '.join(unused)}: only for word tests, so give --analogies FILE or --similarity FILE")
-        return _measure(run_path) if data is None else _measure_file(run_path, data, overrides, by)
+        if data is None or not _scores_rows(run_path):
+            if by is not None or overrides:
+                raise UserError(
+                    f"{by or overrides[0]}: --by and settings are for runs that score rows, those of ranking"
+                )
+            return _measure(run_path, data)
+        return _measure_file(run_path, data, overrides, by)
     if data is not None:
         raise UserError("--data is for ranking and retrieval, --analogies and --similarity for words: give one of them")
     from embedtrain.distributed.runtime import init_distributed
@@ -66,6 +72,13 @@ def evaluate(
                 case_insensitive=not word_tests["case_sensitive"],
             )
     return EXIT_DONE
+
+
+def _scores_rows(run_path: str) -> bool:
+    from embedtrain.recipes.registry import recipe_of
+    from embedtrain.recipes.trained import require_config
+
+    return recipe_of(require_config(run_path).model).score is not None
 
 
 def _measure_file(run_path: str, data: str, overrides: Sequence[str], by: str | None) -> int:
@@ -91,12 +104,13 @@ def _measure_file(run_path: str, data: str, overrides: Sequence[str], by: str | 
     return EXIT_DONE
 
 
-def _measure(run_path: str) -> int:
-    """Prints the measures of a run on its held-out data. Collective: every rank."""
+def _measure(run_path: str, data: str | None) -> int:
+    """Prints the measures of a run on its held-out data, or on others. Collective: every rank."""
     from embedtrain.distributed.runtime import init_distributed
-    from embedtrain.recipes.trained import measure_run, require_config, require_held_out
+    from embedtrain.recipes.trained import measure_run, require_config, require_held_out, with_held_out
 
     config = require_config(run_path)
+    config = config if data is None else with_held_out(config, data)
     require_held_out(config)
     runtime = init_distributed(device=config.run.device, timeout_seconds=config.run.timeout_seconds)
     measures = measure_run(config, runtime)

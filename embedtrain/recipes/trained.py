@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
-from embedtrain.config.resolved import value_at
+from embedtrain.config.resolved import set_value, value_at
 from embedtrain.config.sections import Config
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
@@ -71,6 +72,22 @@ def require_held_out(config: Config) -> None:
             f"{config.run.path} was trained without {key}: there are no held-out data to measure on; "
             "if its rows are words, give --analogies FILE or --similarity FILE"
         )
+
+
+def with_held_out(config: Config, data: str) -> Config:
+    """Returns the configuration of a run with other held-out data.
+
+    Raises:
+        UserError: the model has none.
+    """
+    key = recipe_of(config.model).held_out
+    if key is None:
+        raise UserError(
+            f"{config.run.path!r} is a run of {config.model}, which is not measured on data: leave --data out"
+        )
+    config = copy.deepcopy(config)
+    set_value(config, key, data)
+    return config
 
 
 def measure_run(config: Config, runtime: Runtime) -> Mapping[str, float]:

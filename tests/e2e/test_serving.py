@@ -234,6 +234,14 @@ def test_a_package_of_retrieval_recommends_as_the_run_does(tmp_path: Path, capfd
     small = ["table.dim=8", "train.epochs=4", "train.global_batch_size=16", "log.tensorboard=false", "run.device=cpu"]
     (tmp_path / "config.yaml").write_text("model: retrieval")
     assert cli.main(["train", str(tmp_path / "config.yaml"), *settings, *small]) == 0
+    (tmp_path / "test.txt").write_text("u0 i8 i7 i6\nu1 i17 i16\nnobody i1\n")
+    capfd.readouterr()
+    assert cli.main(["evaluate", str(tmp_path / "run"), "--data", str(tmp_path / "test.txt")]) == 0
+    measures = dict(reversed(line.split()) for line in capfd.readouterr().out.splitlines())
+    assert 0 < float(measures["recall@20"]) <= 1
+    assert cli.main(["evaluate", str(tmp_path / "run"), "--data", str(tmp_path / "test.txt"), "--by", "user"]) == 2
+    assert "those of ranking" in capfd.readouterr().err
+
     package = tmp_path / "package"
     assert cli.main(["export", str(tmp_path / "run"), "--format", "package", "--output", str(package)]) == 0
     capfd.readouterr()
