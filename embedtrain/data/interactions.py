@@ -189,11 +189,14 @@ def _entry_name(options: InteractionOptions, listed: _Listed) -> str:
 
 def _write(options: InteractionOptions, listed: _Listed, path: str) -> None:
     sources = listed.interactions
+    bases = [
+        None if side.base_vocabulary is None else Vocabulary.load_base(side.base_vocabulary, f"{name}.base_vocabulary")
+        for name, side in (("users", options.users), ("items", options.items))
+    ]
     pairs = read_pairs(sources, (options.user_column, options.item_column), options.format, options.layout)
     sides = ("user", options.users), ("item", options.items)
     vocabularies: list[Vocabulary] = []
     rows: list[NDArray[np.int64]] = []
-    bases = [None if side.base_vocabulary is None else Vocabulary.load_base(side.base_vocabulary) for _, side in sides]
     for (name, _), base, column in zip(sides, bases, pairs, strict=True):
         _refuse_line_ends(column, name)
         vocabulary, column_rows = _number(column, base)

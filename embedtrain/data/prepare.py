@@ -195,6 +195,11 @@ def _write_shards(job: _Job, rows: WordRows) -> list[dict[str, Any]]:
 
 def _commit(job: _Job, vocabulary: Vocabulary, shards: list[dict[str, Any]], entry_path: str) -> None:
     """Writes the table of contents and gives the folder its final name."""
+    if not sum(shard["num_tokens"] for shard in shards):
+        raise UserError(
+            f"{', '.join(job.options.paths)}: none of its words is in the vocabulary: no known word, and no new one "
+            f"that stands there data.min_count={job.options.min_count} times"
+        )
     shards = sorted(shards, key=lambda shard: str(shard["name"]))
     content = [shard["xxh3"] for shard in shards], vocabulary.fingerprint, _tokenization(job.options, job.base)
     meta = {

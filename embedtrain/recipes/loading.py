@@ -40,6 +40,7 @@ from embedtrain.config.values import (
 )
 from embedtrain.errors import UserError
 from embedtrain.optim.registry import usable
+from embedtrain.recipes.optimizers import check_optimizers
 from embedtrain.recipes.registry import DEFAULT_MODEL, RECIPES, recipe_of
 
 _MERGE_ERRORS = (OmegaConfBaseException, ValueError, TypeError, AttributeError, KeyError)
@@ -196,6 +197,7 @@ def _to_config(layers: Layers) -> Config:
         main, default = config.optimizer, type(config)().optimizer
         main.tables = table_optimizers(layers.from_file, layers.from_command, main, default)
     config.check()
+    check_optimizers(config.optimizer)
     return config
 
 
