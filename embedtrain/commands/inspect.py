@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import click
 
-from embedtrain.commands.console import EXIT_DONE, command, run_argument
+from embedtrain.commands.console import EXIT_DONE, command, run_argument, tell
 from embedtrain.errors import CorruptCheckpointError, UserError
 
 
@@ -32,27 +32,27 @@ def print_run(run_path: str, *, verify: bool) -> None:
     with CheckpointReader(newest.path) as reader:
         state, manifest = reader.state, reader.manifest
         train, optimizer = state["train"], state["optimizer"]
-        print(f"run          {folder.path}")
-        print(f"checkpoints  {', '.join(str(info.step) for info in found)}")
-        print(f"newest       {newest.path}, saved {manifest.created} by {manifest.world_size} ranks")
-        print(f"step         {train['step']:,}")
-        print(f"epoch        {train['epoch']}, {train['step_in_epoch']:,} steps into it")
-        print(f"examples     {train['examples']:,} in {train['seconds']:,.0f} seconds of training")
-        print("tensors")
+        tell(f"run          {folder.path}")
+        tell(f"checkpoints  {', '.join(str(info.step) for info in found)}")
+        tell(f"newest       {newest.path}, saved {manifest.created} by {manifest.world_size} ranks")
+        tell(f"step         {train['step']:,}")
+        tell(f"epoch        {train['epoch']}, {train['step_in_epoch']:,} steps into it")
+        tell(f"examples     {train['examples']:,} in {train['seconds']:,.0f} seconds of training")
+        tell("tensors")
         for name, info in sorted(reader.tensors.items()):
             shape = " x ".join(f"{size:,}" for size in info.shape)
-            print(f"  {name:<24} {str(info.dtype).removeprefix('torch.'):<9} {shape}, in {len(info.pieces)} pieces")
+            tell(f"  {name:<24} {str(info.dtype).removeprefix('torch.'):<9} {shape}, in {len(info.pieces)} pieces")
         settings = {k: v for k, v in optimizer["param_groups"][0].items() if k != "params"}
-        print(f"optimizer    {optimizer['name']}: {', '.join(f'{k} {v}' for k, v in settings.items())}")
+        tell(f"optimizer    {optimizer['name']}: {', '.join(f'{k} {v}' for k, v in settings.items())}")
         for table, start in state.get("init_from", {}).items():
-            print(f"init_from    {start['num_copied']:,} of {start['num_rows']:,} rows of {table}, of {start['path']}")
+            tell(f"init_from    {start['num_copied']:,} of {start['num_rows']:,} rows of {table}, of {start['path']}")
         if "grown_from" in state:
-            print(f"grown from   {state['grown_from']['path']}, step {state['grown_from']['step']:,}")
+            tell(f"grown from   {state['grown_from']['path']}, step {state['grown_from']['step']:,}")
         if optimizer["num_skipped"]:
-            print(f"skipped      {optimizer['num_skipped']:,} steps whose gradient was not finite")
-    print("configuration")
-    for line in (folder.read_config() or "").splitlines():
-        print(f"  {line}")
+            tell(f"skipped      {optimizer['num_skipped']:,} steps whose gradient was not finite")
+    tell("configuration")
+    for line in (folder.read_config() or "").removesuffix("\n").split("\n"):
+        tell(f"  {line}")
     if verify:
         _verify([info.path for info in found])
 
@@ -66,9 +66,9 @@ def _verify(paths: Sequence[str]) -> None:
     for path in paths:
         try:
             verify(path, known)
-            print(f"verified     {path}")
+            tell(f"verified     {path}")
         except CorruptCheckpointError as error:
-            print(f"damaged      {path}")
+            tell(f"damaged      {path}")
             faults.append(str(error))
     if faults:
         raise CorruptCheckpointError("\n".join(faults))
