@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +15,15 @@ import xxhash
 
 from embedtrain.data.cache import commit_work, make_cache_folder, make_work_folder, require_visible
 from embedtrain.data.corpus import META_NAME, TOKEN_DTYPE, VOCABULARY_NAME, PreparedCorpus
+from embedtrain.data.readers import FORMATS
 from embedtrain.data.readers.blocks import Segment, plan_parts, read_chunks
-from embedtrain.data.sources import CHUNK_BYTES, Source, take_sources
+from embedtrain.data.sources import CHUNK_BYTES, Source, suffix_of, take_sources
 from embedtrain.data.text import TOKENIZERS, encode, tokenize
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary, WordCounts, WordRows
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import UserError
+
+_logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[str, float], None]
 
@@ -117,7 +121,7 @@ def prepare_corpus(
     """
     cache_path = ranks.run_on_first(lambda: make_cache_folder(cache_path))
     require_visible(cache_path, ranks)
-    sources = ranks.run_on_first(lambda: take_sources(options.paths))
+    sources = ranks.run_on_first(lambda: _take_texts(options))
     base = ranks.run_on_each(lambda: _load_base(options))
     entry_path = os.path.join(cache_path, _entry_name(sources, _tokenization(options, base)))
     meta_path = os.path.join(entry_path, META_NAME)
@@ -128,6 +132,19 @@ def prepare_corpus(
         _prepare(_Job(work_path, options, base, parts, ranks, on_progress, chunk_bytes), entry_path)
     require_visible(meta_path, ranks)
     return PreparedCorpus(entry_path)
+
+
+def _take_texts(options: CorpusOptions) -> list[Source]:
+    """Returns the files, and warns of those whose names are those of rows: their column names would become words."""
+    sources = take_sources(options.paths)
+    for name in ("csv", "tsv", "jsonl"):
+        rows = [source.url for source in sources if suffix_of(source.url) in FORMATS[name].suffixes]
+        if rows:
+            _logger.warning(
+                f"{', '.join(rows[:3])}: read as text, names of columns and all, although the name is one of {name}: "
+                f"for sentences of items give data.format={name}, with data.basket_column and data.item_column"
+            )
+    return sources
 
 
 def _prepare(job: _Job, entry_path: str) -> None:

@@ -164,7 +164,7 @@ class RankingConfig(Config):
     def check(self) -> None:
         """Checks the ranges that types cannot say."""
         super().check()
-        require_format(self.data.format, (CRITEO,), "data.format")
+        require_format(self.data.format, (CRITEO,), "data.format", with_names=True)
         layout_of(self.data, "data")
         require_paths({"data.path": self.data.path})
         require_paths({"data.valid_path": self.data.valid_path}, may_be_none=True)
