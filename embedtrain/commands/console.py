@@ -17,7 +17,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from embedtrain.distributed.launcher import tell_launcher
-from embedtrain.errors import UserError, printable
+from embedtrain.errors import UserError, shown
 
 _PATIENCE_SECONDS = 5.0
 
@@ -215,12 +215,12 @@ def is_first_rank() -> bool:
 def tell(*lines: object) -> None:
     """Prints lines of a command's result; characters that a terminal obeys or that end a line are shown escaped."""
     for line in lines:
-        print(printable(line))
+        print(shown(line))
 
 
 def say(text: str) -> None:
     """Prints lines for the user; characters that a terminal obeys are shown escaped."""
-    print(printable(text, keep="\n"), file=sys.stderr, flush=True)
+    print(shown(text, keep="\n"), file=sys.stderr, flush=True)
 
 
 class PlainFormatter(logging.Formatter):
@@ -228,7 +228,7 @@ class PlainFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Returns the text of a record."""
-        return printable(super().format(record), keep="\n")
+        return shown(super().format(record), keep="\n")
 
 
 def say_once(line: str) -> None:

@@ -77,8 +77,8 @@ class Side:
     @property
     def tables(self) -> dict[str, TensorInfo]:
         """The tables by name."""
-        named = self.reader.tensors.items()
-        return {name.removesuffix(_WEIGHT): info for name, info in sorted(named) if name.endswith(_WEIGHT)}
+        names = sorted(name.removesuffix(_WEIGHT) for name in self.reader.tensors if name.endswith(_WEIGHT))
+        return {name: self.reader.table(name) for name in names}
 
     def names(self, table: str) -> RowNames:
         """Returns the names of a table's rows."""

@@ -17,8 +17,8 @@ from embedtrain.checkpoint import latest_checkpoint
 from embedtrain.commands.console import tell
 from embedtrain.config.resolved import set_value, value_at
 from embedtrain.config.sections import Config
-from embedtrain.data.cache import make_cache_folder
 from embedtrain.data.head import write_head
+from embedtrain.data.prepared import make_cache_folder
 from embedtrain.data.readers import Layout
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.planning.report import Request, print_plan

@@ -24,6 +24,7 @@ from embedtrain.errors import UserError
 
 STATE_KEY = "row_names"
 VOCABULARY_NAME = "vocabulary.tsv"
+FEATURES_NAME = "features"
 
 Source = Mapping[str, str]
 """Where the names of a table's rows are, as JSON."""
@@ -35,7 +36,7 @@ HASHES: Source = {"encoding": "hash", "noun": "value"}
 """The row is the hash of a value."""
 
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,18}")
-_FILE = re.compile(r"[^/]+\.tsv|features/[^/]+\.parquet")
+_FILE = re.compile(rf"[^/]+\.tsv|{FEATURES_NAME}/[^/]+\.parquet")
 
 
 class Numbered(Sequence[str]):
@@ -268,7 +269,7 @@ def _read_values(url: str, noun: str) -> tuple[RowNames, str]:
 
 def _values_file(table: str) -> str:
     # The name of a column may hold a slash.
-    return f"features/{table.replace('%', '%25').replace('/', '%2F')}.parquet"
+    return f"{FEATURES_NAME}/{table.replace('%', '%25').replace('/', '%2F')}.parquet"
 
 
 def _fingerprint(words: pa.ChunkedArray) -> str:

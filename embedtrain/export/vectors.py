@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from types import TracebackType
 
@@ -13,9 +13,11 @@ import numpy.typing as npt
 import torch
 
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
+from embedtrain.checkpoint.manifest import MANIFEST_NAME
 from embedtrain.data.row_names import read_row_names
-from embedtrain.errors import UserError
+from embedtrain.errors import CorruptCheckpointError, UserError
 from embedtrain.export.storage import file_system_of
+from embedtrain.schema import SchemaError, parse
 from embedtrain.sharding.layout import read_layout
 
 FloatRows = npt.NDArray[np.float32]
@@ -141,11 +143,27 @@ def open_vectors(run_path: str, table: str | None = None) -> Vectors:
         raise
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """What a checkpoint's state says of its tables, if it says anything."""
+
+    export_table: str | None = None
+    row_names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+def _read_facts(reader: CheckpointReader) -> _Facts:
+    try:
+        return parse(_Facts, dict(reader.state))
+    except SchemaError as error:
+        raise CorruptCheckpointError(f"{reader.path}: the state in {MANIFEST_NAME}: {error}") from error
+
+
 def _open_table(reader: CheckpointReader, run_path: str, table: str | None) -> Vectors:
     tables = sorted(name.removesuffix(_WEIGHT) for name in reader.tensors if name.endswith(_WEIGHT))
-    export_table = reader.state.get("export_table")
+    facts = _read_facts(reader)
+    export_table = facts.export_table
     table = _choose_table(table, export_table, tables, run_path)
-    info = reader.tensors[table + _WEIGHT]
+    info = reader.table(table)
     num_rows, dim = info.shape
     layout = read_layout(info.layout, num_rows, table)
     names = read_row_names(run_path, reader.state, table, num_rows)

@@ -23,7 +23,7 @@ from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import UserError
-from embedtrain.optim.optimizer import RowState
+from embedtrain.optim.stores import RowState
 from embedtrain.recipes.base import Grow, Names
 from embedtrain.recipes.loading import config_from_yaml
 from embedtrain.recipes.optimizers import build_optimizer
@@ -134,7 +134,8 @@ def _write(
     folder = RunFolder(config.run.path)
     folder.write_config(to_yaml(config))
     state = _state(reader, config, facts, old_folder.path)
-    write_checkpoint(folder.checkpoints_path, Contents(_STEP, parts, state, reader.replicated()), ONE_PROCESS)
+    contents = Contents(_STEP, parts, state, reader.replicated(), table_steps=reader.manifest.table_steps)
+    write_checkpoint(folder.checkpoints_path, contents, ONE_PROCESS)
     return [
         GrownTable(spec.name, len(each.old), len(each.new) - len(each.old)) for each in grown for spec in each.tables
     ]

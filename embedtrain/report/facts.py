@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import statistics
@@ -20,7 +19,8 @@ from embedtrain.errors import UserError
 from embedtrain.export import Vectors, neighbors
 from embedtrain.export.vectors import FloatRows
 from embedtrain.recipes.trained import open_run_vectors
-from embedtrain.train.run_folder import PROFILE_NAME, STATUS_NAME, RunFolder
+from embedtrain.train.run_folder import PROFILE_NAME, RunFolder
+from embedtrain.train.state import RunState, read_run_state
 
 STAGE, MEMORY = "stage/", "memory/"
 BUSIEST_RANK = f"{STAGE}busiest_rank"
@@ -114,17 +114,17 @@ def read_facts(run_path: str, words: Sequence[str], runtime: Runtime, num_neighb
     if path is None:
         raise UserError(f"there is no complete checkpoint in {run_path!r}; a report needs one")
     with CheckpointReader(path) as reader:
-        state, world_size = reader.state, reader.manifest.world_size
-        tables = _tables(reader)
+        state, world_size = read_run_state(reader.manifest, path), reader.manifest.world_size
+        tables = _tables(reader, state)
     near, frequent_words, frequent_rows, noun = _vectors(run_path, words, runtime, num_neighbors)
     return RunFacts(
         path=folder.path,
         config=folder.read_config() or "",
-        status=_json(folder, STATUS_NAME),
-        step=state["train"]["step"],
+        status=folder.read_status(),
+        step=state.train.step,
         world_size=world_size,
-        seconds=float(state["train"]["seconds"]),
-        num_skipped=state["optimizer"]["num_skipped"],
+        seconds=state.train.seconds,
+        num_skipped=state.optimizer.num_skipped,
         curves=read_curves(folder),
         tables=tables,
         neighbors=near,
@@ -138,8 +138,7 @@ def read_facts(run_path: str, words: Sequence[str], runtime: Runtime, num_neighb
 def read_curves(folder: RunFolder) -> dict[str, tuple[list[int], list[float]]]:
     """Returns the steps and values of each number in metrics.jsonl; nulls and texts are left out."""
     curves: dict[str, tuple[list[int], list[float]]] = {}
-    for line in _lines(folder):
-        record = json.loads(line)
+    for record in folder.read_metrics():
         for name, value in record.items():
             if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                 steps, values = curves.setdefault(name, ([], []))
@@ -183,19 +182,15 @@ def advice(facts: RunFacts) -> list[str]:
     return found
 
 
-def _tables(reader: CheckpointReader) -> list[TableFacts]:
-    groups = reader.state["optimizer"]["param_groups"]
-    starts = {group.get("initial_accumulator_value") for group in groups}
+def _tables(reader: CheckpointReader, state: RunState) -> list[TableFacts]:
+    starts = {group.get("initial_accumulator_value") for group in state.optimizer.param_groups}
     start = starts.pop() if len(starts) == 1 else None
     found = []
-    for name, info in sorted(reader.tensors.items()):
-        if not name.endswith("/weight"):
-            continue
-        table = name.removesuffix("/weight")
-        num_rows, dim = info.shape
+    for table in sorted(name.removesuffix("/weight") for name in reader.tensors if name.endswith("/weight")):
+        num_rows, dim = reader.table(table).shape
         accumulator = reader.tensors.get(table + _ACCUMULATOR)
         num_untouched = None
-        if start is not None and accumulator is not None and len(accumulator.shape) == 1:
+        if start is not None and accumulator is not None and accumulator.shape == (num_rows,):
             num_untouched = _count_equal(reader, table + _ACCUMULATOR, num_rows, start)
         found.append(TableFacts(table, num_rows, dim, num_untouched))
     return found
@@ -239,22 +234,9 @@ def _profile(folder: RunFolder) -> dict[str, str]:
     found = {}
     for rank in range(64):
         try:
-            found[f"rank {rank}"] = storage.read(folder.join(f"{PROFILE_NAME}/rank-{rank}.txt")).decode()
+            found[f"rank {rank}"] = storage.read(folder.join(f"{PROFILE_NAME}/rank-{rank}.txt")).decode(
+                errors="replace"
+            )
         except FileNotFoundError:
             break
     return found
-
-
-def _lines(folder: RunFolder) -> list[str]:
-    try:
-        return storage.read(folder.metrics_path).decode().splitlines()
-    except FileNotFoundError:
-        return []
-
-
-def _json(folder: RunFolder, name: str) -> dict[str, Any]:
-    try:
-        loaded: dict[str, Any] = json.loads(storage.read(folder.join(name)))
-    except FileNotFoundError:
-        return {}
-    return loaded

@@ -10,7 +10,7 @@ import jinja2
 
 from embedtrain import storage
 from embedtrain.distributed.runtime import Runtime
-from embedtrain.errors import printable
+from embedtrain.errors import shown
 from embedtrain.export.storage import refuse_packed_name
 from embedtrain.report.facts import STAGE, RunFacts, advice, read_facts
 from embedtrain.report.plots import curve_svgs, map_svg
@@ -55,4 +55,4 @@ def render(facts: RunFacts, row_map: str) -> str:
 
 def _printable(value: Any) -> Any:
     """Shows control characters of names and paths as escapes; HTML cannot hold them."""
-    return printable(value, keep="\n") if type(value) is str else value
+    return shown(value, keep="\n") if type(value) is str else value

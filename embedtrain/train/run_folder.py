@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from embedtrain import storage
-from embedtrain.data.row_names import VOCABULARY_NAME
+from embedtrain.data.row_names import FEATURES_NAME, VOCABULARY_NAME
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.errors import UserError
+from embedtrain.schema import Count, parse
 
 CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.jsonl"
@@ -18,6 +24,21 @@ TENSORBOARD_NAME = "tensorboard"
 PROFILE_NAME = "profile"
 
 
+_FILE = re.compile(
+    rf"({re.escape(CONFIG_NAME)}|{re.escape(METRICS_NAME)}|{re.escape(STATUS_NAME)}|\w+\.tsv)(\.tmp|\.partial)?"
+)
+_FOLDERS = (CHECKPOINTS_NAME, FEATURES_NAME, TENSORBOARD_NAME, PROFILE_NAME)
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What every line of `metrics.jsonl` has."""
+
+    step: Count
+
+
 class RunFolder:
     """A run's folder on any file system; other programs rely on the names in it.
 
@@ -25,13 +46,15 @@ class RunFolder:
         path: any fsspec URL; the folder is made by the first file that is written.
 
     Raises:
-        UserError: the path is empty, or the root of a disk.
+        UserError: the path is empty, the root of a disk, or a chain of file systems.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path.rstrip("/")
         if not self.path:
             raise UserError(f"expected the path of a run folder, such as runs/x, got {path!r}")
+        if "::" in path:
+            raise UserError(f"a run folder cannot lie at {path!r}: `::` chains file systems that are only read")
 
     def join(self, name: str) -> str:
         """Returns the URL of a file of the folder."""
@@ -47,12 +70,60 @@ class RunFolder:
         """One JSON object a line."""
         return self.join(METRICS_NAME)
 
+    def require_writable_names(self) -> None:
+        """Refuses a folder where something else lies under the names of files and folders that a run writes.
+
+        Raises:
+            UserError: a file's name is a folder, a pipe or a link, through which a run would write elsewhere; or a
+                folder's name is a file.
+        """
+        for name in storage.list_names(self.path):
+            what = storage.oddity(self.join(name))
+            if _FILE.fullmatch(name) and what is not None:
+                raise UserError(f"{self.join(name)} is {what}, and a run writes a file of that name: move it away")
+            path = storage.local_path(self.join(name))
+            if name in _FOLDERS and path is not None and not os.path.isdir(path):
+                raise UserError(
+                    f"{self.join(name)} is {what or 'a file'}, and a run keeps a folder of that name: move it away"
+                )
+
     def read_config(self) -> str | None:
         """Returns the configuration that the run was started with, as YAML; None where there is no run."""
         try:
             return storage.read(self.join(CONFIG_NAME)).decode()
         except FileNotFoundError:
             return None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.join(CONFIG_NAME)} is not UTF-8: {error}") from error
+
+    def read_metrics(self) -> list[Mapping[str, Any]]:
+        """Returns the records of `metrics.jsonl`, each with its step; lines that hold none are left out and told of."""
+        try:
+            lines = storage.read(self.metrics_path).splitlines()
+        except FileNotFoundError:
+            return []
+        records, bad = [], []
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+                parse(_Record, record)
+                records.append(record)
+            except (ValueError, RecursionError):
+                bad.append(number)
+        if bad:
+            _logger.warning(f"{self.metrics_path}: {len(bad):,} lines hold no record, such as line {bad[0]}: left out")
+        return records
+
+    def read_status(self) -> Mapping[str, Any]:
+        """Returns how the run ended; empty while it is going on, after it was killed, or if that cannot be read."""
+        try:
+            status = json.loads(storage.read(self.join(STATUS_NAME)))
+        except FileNotFoundError:
+            return {}
+        except (ValueError, RecursionError) as error:
+            _logger.warning(f"{self.join(STATUS_NAME)} says nothing of the run: {error}")
+            return {}
+        return status if isinstance(status, dict) else {}
 
     def write_config(self, text: str) -> None:
         """Keeps the configuration, as YAML."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +106,14 @@ def build(config: RankingConfig, runtime: Runtime, data: ClicksOfRun) -> Parts:
             "std": layout.dense_std.tolist(),
         },
     }
-    return Parts(task, facts, functools.partial(_write_vocabularies, layout), _pretrained(config, layout))
+    write_files, pretrained = functools.partial(_write_vocabularies, layout), _pretrained(config, layout)
+    checks = [log.check for log in (layout, data.held_out) if isinstance(log, ClickLog)]
+    return Parts(task, facts, write_files, pretrained, functools.partial(_check_all, checks))
+
+
+def _check_all(checks: Sequence[Callable[[], None]]) -> None:
+    for check in checks:
+        check()
 
 
 def _open_log(config: RankingConfig, runtime: Runtime) -> tuple[ClickLayout, Batches, str]:

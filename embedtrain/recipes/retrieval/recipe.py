@@ -113,7 +113,11 @@ def build(config: RetrievalConfig, runtime: Runtime, interactions: Interactions)
         },
     )
     return Parts(
-        task, _facts(interactions), functools.partial(_write_ids, interactions), _pretrained(config, interactions)
+        task,
+        _facts(interactions),
+        functools.partial(_write_ids, interactions),
+        _pretrained(config, interactions),
+        interactions.check,
     )
 
 

@@ -80,7 +80,9 @@ def build(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCorpus) -> P
     pretrained = {}
     if config.init_from is not None:
         pretrained[INPUT] = Pretrained(config.init_from, lambda: corpus.vocabulary.rows)
-    return Parts(task, _facts(corpus), lambda folder: folder.write_vocabulary(corpus.vocabulary), pretrained)
+    return Parts(
+        task, _facts(corpus), lambda folder: folder.write_vocabulary(corpus.vocabulary), pretrained, corpus.check
+    )
 
 
 def _facts(corpus: PreparedCorpus) -> dict[str, Any]:

@@ -13,14 +13,14 @@ import embedtrain
 from embedtrain.cli import main
 from embedtrain.commands.console import PlainFormatter
 from embedtrain.distributed.launcher import tell_launcher
-from embedtrain.errors import printable
+from embedtrain.errors import shown
 from tests.unit.commands.test_diff import save
 
 ESCAPE = "\x1b[2J"
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "expected"),
     [
         ("a b\u00a0\u00e9\u65e5", "a b\u00a0\u00e9\u65e5"),
         ("\x1b]0;title\x07", "\\x1b]0;title\\x07"),
@@ -30,9 +30,9 @@ ESCAPE = "\x1b[2J"
         ("caf\udce9", "caf\\udce9"),
     ],
 )
-def test_only_what_a_terminal_obeys_is_escaped(text: str, shown: str) -> None:
-    assert printable(text) == shown
-    assert printable("a\nb\x1b", keep="\n") == "a\nb\\x1b"
+def test_only_what_a_terminal_obeys_is_escaped(text: str, expected: str) -> None:
+    assert shown(text) == expected
+    assert shown("a\nb\x1b", keep="\n") == "a\nb\\x1b"
 
 
 def test_words_and_paths_are_shown_escaped_by_every_command(
@@ -59,9 +59,9 @@ def test_words_and_paths_are_shown_escaped_by_every_command(
     ]
     for command in commands:
         main(command)
-        shown = "".join(capfd.readouterr())
-        assert "\\x1b" in shown or "a\\nb" in shown or "\\e[2J" in shown, command
-        assert "\x1b" not in shown and "\u202e" not in shown, command
+        said = "".join(capfd.readouterr())
+        assert "\\x1b" in said or "a\\nb" in said or "\\e[2J" in said, command
+        assert "\x1b" not in said and "\u202e" not in said, command
     assert Path(f"out{ESCAPE}.vocabulary.tsv").read_text().splitlines()[1] == f"que{ESCAPE}en\t8"
 
 
