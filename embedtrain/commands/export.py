@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from embedtrain.commands.console import EXIT_DONE, command, run_argument, table_option
+from embedtrain.commands.console import EXIT_DONE, command, run_argument, table_option, tell
 
 FORMAT_NAMES = ("word2vec", "word2vec-binary", "glove", "npy", "safetensors", "parquet", "projector")
 """The names of `embedtrain.export.FORMATS`, whose import takes too long for the help; a test compares them."""
@@ -33,5 +33,5 @@ def export(path: str, table: str | None, format_name: str, output: str, max_rows
     with open_run_vectors(path, table, runtime) as vectors:
         if runtime.rank == 0:
             for written in export_vectors(vectors, format_name, output, overwrite=overwrite, max_rows=max_rows):
-                print(written)
+                tell(written)
     return EXIT_DONE

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from embedtrain.commands.console import EXIT_DONE, command, run_argument
-from embedtrain.errors import CorruptCheckpointError, UserError, counted, printable
+from embedtrain.commands.console import EXIT_DONE, command, run_argument, tell
+from embedtrain.errors import CorruptCheckpointError, UserError, counted
 
 if TYPE_CHECKING:
     from embedtrain.train.state import RunState
@@ -37,37 +37,35 @@ def print_run(run_path: str, *, verify: bool) -> None:
     with CheckpointReader(newest.path) as reader:
         state, manifest = read_run_state(reader.manifest, newest.path), reader.manifest
         saved_by = counted(manifest.world_size, "rank")
-        print(f"run          {printable(folder.path)}")
-        print(f"checkpoints  of step {', '.join(f'{info.step:,}' for info in found)}")
-        print(f"newest       {printable(newest.path)}, saved {printable(manifest.created)} by {saved_by}")
+        tell(f"run          {folder.path}")
+        tell(f"checkpoints  of step {', '.join(f'{info.step:,}' for info in found)}")
+        tell(f"newest       {newest.path}, saved {manifest.created} by {saved_by}")
         _print_state(state)
-        print("tensors")
+        tell("tensors")
         for name, info in sorted(reader.tensors.items()):
             shape = " x ".join(f"{size:,}" for size in info.shape)
             dtype, pieces = str(info.dtype).removeprefix("torch."), counted(len(info.pieces), "piece")
-            print(f"  {printable(name):<24} {dtype:<9} {shape}, in {pieces}")
-    print("configuration")
-    for line in (folder.read_config() or "").splitlines():
-        print(f"  {printable(line)}")
+            tell(f"  {name:<24} {dtype:<9} {shape}, in {pieces}")
+    tell("configuration")
+    for line in (folder.read_config() or "").removesuffix("\n").split("\n"):
+        tell(f"  {line}")
     if verify:
         _verify([info.path for info in found])
 
 
 def _print_state(state: RunState) -> None:
     train, optimizer = state.train, state.optimizer
-    print(f"step         {train.step:,}")
-    print(f"epoch        {train.epoch:,}, {counted(train.step_in_epoch, 'step')} into it")
-    print(f"examples     {train.examples:,} in {train.seconds:,.0f} seconds of training")
+    tell(f"step         {train.step:,}")
+    tell(f"epoch        {train.epoch:,}, {counted(train.step_in_epoch, 'step')} into it")
+    tell(f"examples     {train.examples:,} in {train.seconds:,.0f} seconds of training")
     settings = ", ".join(f"{name} {value}" for name, value in optimizer.param_groups[0].items() if name != "params")
-    print(f"optimizer    {printable(f'{optimizer.name}: {settings}')}")
+    tell(f"optimizer    {optimizer.name}: {settings}")
     for table, start in state.init_from.items():
-        print(
-            f"init_from    {start.num_copied:,} of {start.num_rows:,} rows of {printable(f'{table}, of {start.path}')}"
-        )
+        tell(f"init_from    {start.num_copied:,} of {start.num_rows:,} rows of {table}, of {start.path}")
     if state.grown_from is not None:
-        print(f"grown from   {printable(state.grown_from.path)}, step {state.grown_from.step:,}")
+        tell(f"grown from   {state.grown_from.path}, step {state.grown_from.step:,}")
     if optimizer.num_skipped:
-        print(f"skipped      {counted(optimizer.num_skipped, 'step')} whose gradient was not finite")
+        tell(f"skipped      {counted(optimizer.num_skipped, 'step')} whose gradient was not finite")
 
 
 def _verify(paths: Sequence[str]) -> None:
@@ -82,9 +80,9 @@ def _verify(paths: Sequence[str]) -> None:
         try:
             verify(path, known)
             read_run_state(read_manifest(path), path)
-            print(f"verified     {printable(path)}")
+            tell(f"verified     {path}")
         except CorruptCheckpointError as error:
-            print(f"damaged      {printable(path)}")
+            tell(f"damaged      {path}")
             faults.append(str(error))
     if faults:
         raise CorruptCheckpointError("\n".join(faults))

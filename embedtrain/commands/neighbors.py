@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import click
 
-from embedtrain.commands.console import EXIT_DONE, command, run_argument, table_option
+from embedtrain.commands.console import EXIT_DONE, command, run_argument, table_option, tell
 
 
 @command("embedtrain neighbors runs/x king - man + woman --top 5")
@@ -24,7 +24,7 @@ def neighbors(path: str, query: Sequence[str], table: str | None, top: int) -> i
     with open_run_vectors(path, table, runtime) as vectors:
         if runtime.rank == 0:
             text = " ".join(query)
-            print(text)
+            tell(text)
             for word, cosine in export.neighbors(vectors, text, top):
-                print(f"  {cosine:.3f}  {word}")
+                tell(f"  {cosine:.3f}  {word}")
     return EXIT_DONE

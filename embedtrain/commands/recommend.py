@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import click
 
-from embedtrain.commands.console import EXIT_DONE, command, run_argument
+from embedtrain.commands.console import EXIT_DONE, command, run_argument, tell
 from embedtrain.errors import UserError
 
 
@@ -89,9 +89,9 @@ def recommend_items(
             pass
     elif output is not None:
         write_recommendations(batches, output, overwrite=overwrite)
-        print(output)
+        tell(output)
     else:
         for user, items, scores in (each for batch in batches for each in batch):
-            print(user)
+            tell(user)
             for item, score in zip(items, scores, strict=True):
-                print(f"  {score:.3f}  {item}")
+                tell(f"  {score:.3f}  {item}")

@@ -161,3 +161,13 @@ class DenseOptimizerConfig:
     lr: float = 1e-3
     """Falls with the same schedule as the tables'."""
     weight_decay: float = 0.0
+
+    def check(self) -> None:
+        """Checks what types cannot say.
+
+        Raises:
+            UserError: a value is out of range.
+        """
+        for name in ("lr", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"dense_optimizer.{name} must be at least 0, got {getattr(self, name)}")

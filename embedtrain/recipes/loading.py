@@ -43,6 +43,7 @@ from embedtrain.config.values import (
 )
 from embedtrain.errors import UserError
 from embedtrain.optim.registry import usable
+from embedtrain.recipes.optimizers import check_optimizers
 from embedtrain.recipes.registry import DEFAULT_MODEL, RECIPES, recipe_of
 
 _logger = logging.getLogger(__name__)
@@ -201,6 +202,7 @@ def _to_config(layers: Layers) -> Config:
         main, default = config.optimizer, type(config)().optimizer
         main.tables = table_optimizers(layers.from_file, layers.from_command, main, default)
     config.check()
+    check_optimizers(config.optimizer)
     return config
 
 

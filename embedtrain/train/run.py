@@ -16,7 +16,7 @@ from embedtrain.config.sections import Config
 from embedtrain.config.values import settings_of
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.init_from import init_from
-from embedtrain.errors import UserError, counted
+from embedtrain.errors import UserError, counted, printable
 from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, TensorBoardSink
 from embedtrain.optim.schedule import schedule_factor
 from embedtrain.storage import local_path
@@ -153,7 +153,7 @@ def _profile(folder: RunFolder, rank: int) -> StepProfile:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line, keep="\n"), file=sys.stderr, flush=True)
 
 
 def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts) -> Run:

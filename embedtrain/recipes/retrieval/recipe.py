@@ -77,6 +77,10 @@ def prepare(config: RetrievalConfig, runtime: Runtime) -> tuple[Interactions, Si
         for what, number in interactions.left_out.items():
             if number:
                 _logger.warning(f"{number:,} {what.replace('_', ' ')}")
+        if config.evaluate.path is not None and not len(interactions.held_out.values):
+            _logger.warning(
+                f"evaluate.path={config.evaluate.path} has no user of the training data: all measures of it will be 0"
+            )
     return interactions, _sizes(interactions)
 
 

@@ -280,3 +280,11 @@ def test_real_text(tmp_path: Path, cache: Path) -> None:
     assert len(kept ^ set(corpus.vocabulary.words)) < 0.001 * len(kept)
     expected = sum(word in kept for sentence in sentences for word in sentence)
     assert corpus.num_tokens == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_text_without_any_word_of_the_vocabulary_is_refused(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "base.tsv").write_text("known\t5\n")
+    (tmp_path / "new.txt").write_text("neue kleine welt\n")
+    with pytest.raises(UserError, match=r"new\.txt: none of its words is in the vocabulary.*data\.min_count=5 times"):
+        prepared(cache, str(tmp_path / "new.txt"), min_count=5, base_vocabulary=str(tmp_path / "base.tsv"))
+    assert not [path for path in cache.iterdir() if path.name.startswith("corpus-")]
