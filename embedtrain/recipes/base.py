@@ -72,6 +72,8 @@ class Recipe(Generic[ConfigT, DataT]):
         workload: returns what a run asks of its machines, from a configuration and sizes; no data are read.
         heads: returns the keys of data that may be large, each with the format and layout of its files. A dry run
             replaces them by their first megabytes.
+        check: opens and parses the small files that a run reads later, such as questions; called on rank 0 before the
+            data are prepared, and raises UserError with the key of what cannot be used.
         cache_key: the key of the folder of prepared data; a dry run gives it a folder of its own. Needed with `heads`.
         held_out: the key of held-out data, without which a run is not evaluated; None if a run needs no such key.
         grow: how a trained run gets rows for new names; None if it cannot.
@@ -86,6 +88,7 @@ class Recipe(Generic[ConfigT, DataT]):
     build: Callable[[ConfigT, Runtime, DataT], Parts]
     workload: Callable[[ConfigT, Sizes], Workload]
     heads: Callable[[ConfigT], Mapping[str, tuple[str, Layout]]] = lambda config: {}
+    check: Callable[[ConfigT], None] = lambda config: None
     cache_key: str = "data.cache_path"
     held_out: str | None = None
     grow: Grow[ConfigT, DataT] | None = None

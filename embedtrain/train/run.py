@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +16,9 @@ from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_ch
 from embedtrain.config.resolved import differing_keys, to_yaml
 from embedtrain.config.sections import Config
 from embedtrain.config.values import settings_of
+from embedtrain.distributed.failure import is_shared
 from embedtrain.distributed.runtime import Runtime
+from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.embedding.init_from import init_from
 from embedtrain.errors import UserError
 from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, TensorBoardSink
@@ -29,7 +31,7 @@ from embedtrain.train.profile import StepProfile
 from embedtrain.train.row_statistics import RowStatistics, TableStatistics
 from embedtrain.train.run_folder import PROFILE_NAME, TENSORBOARD_NAME, RunFolder
 from embedtrain.train.state import TrainState
-from embedtrain.train.task import Parts, StreamedBatches, Task
+from embedtrain.train.task import Parts, Pretrained, StreamedBatches, Task
 from embedtrain.train.trainer import Trainer
 from embedtrain.train.watchdog import Watchdog
 
@@ -184,6 +186,7 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
         checkpoints=checkpoints,
         reset_state_from_step=config.optimizer.reset_state_from_step,
         ranks=runtime.ranks,
+        is_shared=functools.partial(is_shared, runtime=runtime),
     )
     sinks = _build_sinks(config, folder, state, parts.task) if runtime.rank == 0 else []
     return Run(trainer, folder, sinks, is_resumed, _build_observers(config, folder, state, parts.task, sinks, runtime))
@@ -193,11 +196,21 @@ def _start_tables(parts: Parts, config: Config, folder: RunFolder, runtime: Runt
     """Starts tables from files unless a checkpoint will replace them; returns how many rows each file gave."""
     is_new = runtime.ranks.run_on_first(lambda: latest_checkpoint(folder.checkpoints_path) is None)
     loaded = config.resume.tables
+    sources = {
+        table: source for table, source in parts.pretrained.items() if is_new or not (loaded is None or table in loaded)
+    }
+    return start_tables(parts.task.tables, sources, runtime)
+
+
+def start_tables(tables: EmbeddingCollection, sources: Mapping[str, Pretrained], runtime: Runtime) -> dict[str, Any]:
+    """Starts tables from files; returns how many rows each file gave, as JSON. Collective: every rank.
+
+    Raises:
+        UserError: a file cannot be used.
+    """
     started: dict[str, Any] = {}
-    for table, source in parts.pretrained.items():
-        if not is_new and (loaded is None or table in loaded):
-            continue
-        counts = init_from(parts.task.tables, table, source.path, source.rows())
+    for table, source in sources.items():
+        counts = init_from(tables, table, source.path, source.rows())
         started[table] = {"path": source.path, **asdict(counts)}
         if runtime.rank == 0:
             _logger.info(

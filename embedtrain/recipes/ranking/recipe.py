@@ -16,6 +16,7 @@ from embedtrain.data.click_stream import ClickStream, StreamOptions
 from embedtrain.data.prepare_clicks import ClickOptions, prepare_clicks
 from embedtrain.data.readers import Layout, suffixes_of
 from embedtrain.data.sources import refuse_changes
+from embedtrain.data.vector_files import check_vectors
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.metrics.classification import training_measures
@@ -48,6 +49,17 @@ class ClicksOfRun:
     batches: Batches | StreamedBatches
     fingerprint: str
     held_out: ClickLog | None
+
+
+def check(config: RankingConfig) -> None:
+    """Opens the files that a run reads beside its click logs.
+
+    Raises:
+        UserError: one is missing or cannot be read.
+    """
+    for name, feature in config.data.features.items():
+        if feature.init_from is not None:
+            check_vectors(feature.init_from, feature.dim or config.table.dim, f"data.features.{name}.init_from")
 
 
 def prepare(config: RankingConfig, runtime: Runtime) -> tuple[ClicksOfRun, Sizes]:
@@ -214,5 +226,11 @@ def _heads(config: RankingConfig) -> dict[str, tuple[str, Layout]]:
 
 
 RECIPE = Recipe(
-    config=RankingConfig, prepare=prepare, build=build, workload=workload, heads=_heads, held_out="data.valid_path"
+    config=RankingConfig,
+    prepare=prepare,
+    build=build,
+    workload=workload,
+    heads=_heads,
+    check=check,
+    held_out="data.valid_path",
 )

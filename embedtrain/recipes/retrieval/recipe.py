@@ -15,6 +15,7 @@ from embedtrain.data.interactions import InteractionOptions, Interactions, SideO
 from embedtrain.data.readers import Layout, suffixes_of
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
 from embedtrain.data.sources import refuse_changes
+from embedtrain.data.vector_files import check_vectors
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
@@ -40,6 +41,17 @@ _USERS_FILE, _ITEMS_FILE = f"{USER}s.tsv", f"{ITEM}s.tsv"
 _USERS_AT_ONCE = 1024
 
 _logger = logging.getLogger(__name__)
+
+
+def check(config: RetrievalConfig) -> None:
+    """Opens the files that a run reads beside its interactions and features.
+
+    Raises:
+        UserError: one is missing or cannot be read.
+    """
+    for name, side in (("users", config.users), ("items", config.items)):
+        if side.init_from is not None:
+            check_vectors(side.init_from, config.table.dim, f"{name}.init_from")
 
 
 def prepare(config: RetrievalConfig, runtime: Runtime) -> tuple[Interactions, Sizes]:
@@ -300,6 +312,7 @@ RECIPE = Recipe(
     build=build,
     workload=workload,
     heads=_heads,
+    check=check,
     held_out="evaluate.path",
     grow=Grow(
         names=[

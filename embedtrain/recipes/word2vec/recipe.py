@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,13 @@ from embedtrain.data.prepare import CorpusOptions, prepare_corpus
 from embedtrain.data.readers import Layout
 from embedtrain.data.readers.blocks import read_lines
 from embedtrain.data.skipgram import SamplingOptions, TextBatches
+from embedtrain.data.vector_files import check_vectors
+from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import UserError
 from embedtrain.jagged import Jagged
-from embedtrain.metrics.word_similarity import evaluate_similarity
+from embedtrain.metrics.word_similarity import check_pairs, evaluate_similarity
 from embedtrain.recipes.base import Grow, Names, Recipe, collection_options
 from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.optimizers import build_optimizer, optimizer_names
@@ -35,6 +37,20 @@ _logger = logging.getLogger(__name__)
 
 _FEW_STEPS = 200
 """A text of 40,000 words had all cosines near 1 after 30 steps of 8,192 words, and sensible neighbours after 300."""
+
+
+def check(config: Word2VecConfig) -> None:
+    """Opens the files that a run reads beside its text.
+
+    Raises:
+        UserError: one is missing or cannot be read.
+    """
+    for path in _similarity_paths(config):
+        _read_pairs(path)
+    if config.init_from is not None:
+        check_vectors(config.init_from, config.table.dim, "init_from")
+    if config.data.base_vocabulary is not None:
+        Vocabulary.load_base(config.data.base_vocabulary)
 
 
 def prepare(config: Word2VecConfig, runtime: Runtime) -> tuple[PreparedCorpus, Sizes]:
@@ -92,10 +108,10 @@ def _facts(corpus: PreparedCorpus) -> dict[str, Any]:
 
 
 def _build_evaluation(config: Word2VecConfig, model: Word2Vec, corpus: PreparedCorpus) -> Evaluation | None:
-    paths = config.evaluate.similarity
+    paths = _similarity_paths(config)
     if not paths:
         return None
-    measure = WordSimilarity(model.tables, corpus.vocabulary.words, [paths] if isinstance(paths, str) else paths)
+    measure = WordSimilarity(model.tables, corpus.vocabulary.words, {path: _read_pairs(path) for path in paths})
     return Evaluation(measure, config.evaluate.every_steps, config.evaluate.every_epochs)
 
 
@@ -105,20 +121,12 @@ class WordSimilarity:
     Args:
         tables: the model's.
         words: the vocabulary, in order of id.
-        paths: files of pairs, on any fsspec URL.
-
-    Raises:
-        UserError: a file cannot be read.
+        pairs: the lines of each file of pairs, by its path.
     """
 
-    def __init__(self, tables: EmbeddingCollection, words: Sequence[str], paths: Sequence[str]) -> None:
+    def __init__(self, tables: EmbeddingCollection, words: Sequence[str], pairs: Mapping[str, Sequence[str]]) -> None:
         self._tables = tables
-        self._pairs: dict[str, list[str]] = {}
-        for path in paths:
-            try:
-                self._pairs[path] = read_lines(path)
-            except UserError as error:
-                raise UserError(f"evaluate.similarity: {error}") from error
+        self._pairs = pairs
         asked = {word.upper() for lines in self._pairs.values() for line in lines for word in line.split()}
         # The words of the pairs alone, in their order: all of the vocabulary may be too large for one rank.
         ids = [number for number, word in enumerate(words) if word.upper() in asked]
@@ -132,6 +140,20 @@ class WordSimilarity:
         found = [evaluate_similarity(unit, self._words, lines, source=path) for path, lines in self._pairs.items()]
         alive()
         return {"similarity": sum(report.spearman for report in found) / len(found)}
+
+
+def _similarity_paths(config: Word2VecConfig) -> list[str]:
+    paths = config.evaluate.similarity or []
+    return [paths] if isinstance(paths, str) else paths
+
+
+def _read_pairs(path: str) -> list[str]:
+    try:
+        lines = read_lines(path)
+        check_pairs(lines, path)
+    except UserError as error:
+        raise UserError(f"evaluate.similarity: {error}") from error
+    return lines
 
 
 def _prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
@@ -214,6 +236,7 @@ RECIPE = Recipe(
     build=build,
     workload=workload,
     heads=_heads,
+    check=check,
     held_out="evaluate.similarity",
     grow=Grow(
         names=[Names(VOCABULARY_NAME, (INPUT, OUTPUT), base_key="data.base_vocabulary", init_key="init_from")],
