@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from embedtrain.checkpoint.choice import Step, choose_checkpoint
 from embedtrain.checkpoint.compaction import compact
 from embedtrain.checkpoint.loading import LoadOptions, load_shards
 from embedtrain.checkpoint.manifest import Manifest, TensorInfo
@@ -32,8 +33,10 @@ __all__ = [
     "RowChanges",
     "SaveOptions",
     "ShardView",
+    "Step",
     "TensorInfo",
     "agree_on_latest",
+    "choose_checkpoint",
     "compact",
     "find_checkpoints",
     "latest_checkpoint",

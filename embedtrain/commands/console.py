@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import click
 from click.core import ParameterSource
@@ -150,6 +150,30 @@ def run_argument(function: Function) -> Function:
 def table_option(function: Function) -> Function:
     """Declares which table of the run."""
     return click.option("--table", metavar="NAME", help="A table other than the one that holds the vectors.")(function)
+
+
+class StepType(click.ParamType["int | Literal['best']"]):
+    """The step of a checkpoint, or "best"."""
+
+    name = "step"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["best"]:
+        """Returns a number, or "best"."""
+        if value == "best":
+            return "best"
+        if not re.fullmatch("[0-9]{1,18}", value):
+            self.fail(f"expected the step of a checkpoint, or best, got {value!r}.", param, ctx)
+        return int(value)
+
+
+def step_option(function: Function) -> Function:
+    """Declares which checkpoint of the run."""
+    return click.option(
+        "--step",
+        type=StepType(),
+        metavar="N|best",
+        help="The checkpoint of this step, or the best by checkpoint.best_metric.  [default: the newest]",
+    )(function)
 
 
 def settings_argument(function: Function) -> Function:

@@ -56,7 +56,7 @@ class TrainConfig:
     """The loop."""
 
     epochs: int = 5
-    """Passes over the data."""
+    """Passes over the data. A run that is resumed with more goes on, at the rates of a schedule of them all."""
 
 
 @dataclass
@@ -160,10 +160,12 @@ class Config:
         "resume.",
         "log.",
         "optimizer.reset_state_from_step",
+        "train.epochs",
         "table.placement",
         "table.cache_bytes",
     )
-    """Beginnings of the keys that a resumed run may give anew: where rows live changes no result."""
+    """Beginnings of the keys that a resumed run may give anew: where rows live changes no result, and further epochs
+    follow those that are done."""
 
     def check(self) -> None:
         """Checks the ranges that types cannot say; a model's configuration checks its own too.

@@ -18,6 +18,7 @@ from embedtrain.export.vectors import Vectors
 from embedtrain.recipes.optimizers import optimizer_names
 from embedtrain.recipes.workload import Sizes, Workload
 from embedtrain.spec import DEFAULT_OPTIMIZER, Init, TableSpec
+from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.task import Parts
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -50,6 +51,8 @@ class Grow(Generic[ConfigT, DataT]):
         vocabularies: returns the names that prepared data have, in the order of `names`.
         tables: returns the tables for prepared data.
         facts: returns the facts of prepared data, as `Parts.facts`.
+        write_files: called on rank 0; writes to the run folder what of prepared data the answers of a run need, beside
+            the names.
         data_key: the key of the data, which must be given anew.
     """
 
@@ -58,6 +61,22 @@ class Grow(Generic[ConfigT, DataT]):
     tables: Callable[[ConfigT, DataT], Sequence[TableSpec]]
     facts: Callable[[DataT], Mapping[str, Any]]
     data_key: str = "data.path"
+    write_files: Callable[[DataT, RunFolder], None] = lambda data, folder: None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which recommendations are asked for.
+
+    Attributes:
+        users: raw ids; None for all users.
+        top: how many items each.
+        leaves_out_known: whether to leave out the items that a user has in the training data.
+    """
+
+    users: Sequence[str] | None
+    top: int
+    leaves_out_known: bool
 
 
 @dataclass(frozen=True)
@@ -77,10 +96,11 @@ class Recipe(Generic[ConfigT, DataT]):
         cache_key: the key of the folder of prepared data; a dry run gives it a folder of its own. Needed with `heads`.
         held_out: the key of held-out data, without which a run is not evaluated; None if a run needs no such key.
         grow: how a trained run gets rows for new names; None if it cannot.
-        open: collective; opens the vectors of a trained run by the name of a table, None for the usual one. None if the
+        measure: collective; returns the measures of a checkpoint, given by its path, from what lies in the run folder.
+            None if the data of the run have to be prepared for that.
+        open: collective; opens the vectors of a checkpoint by the name of a table, None for the usual one. None if the
             vectors are rows of its tables.
-        recommend: collective; yields the best items of users given by raw ids, None for all of them: how many, and
-            whether to leave out what they have already. None if the model does not recommend.
+        recommend: collective; yields the best items of users by a checkpoint. None if the model does not recommend.
     """
 
     config: type[ConfigT]
@@ -92,10 +112,9 @@ class Recipe(Generic[ConfigT, DataT]):
     cache_key: str = "data.cache_path"
     held_out: str | None = None
     grow: Grow[ConfigT, DataT] | None = None
-    open: Callable[[ConfigT, Runtime, str | None], Vectors] | None = None
-    recommend: Callable[[ConfigT, Runtime, Sequence[str] | None, int, bool], Iterator[list[Recommendation]]] | None = (
-        None
-    )
+    measure: Callable[[ConfigT, Runtime, str], Mapping[str, float]] | None = None
+    open: Callable[[ConfigT, Runtime, str, str | None], Vectors] | None = None
+    recommend: Callable[[ConfigT, Runtime, str, Wanted], Iterator[list[Recommendation]]] | None = None
 
 
 def table_spec(

@@ -188,6 +188,7 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
         ranks=runtime.ranks,
         is_shared=functools.partial(is_shared, runtime=runtime),
     )
+    _check_epochs(config, earlier, trainer, runtime)
     sinks = _build_sinks(config, folder, state, parts.task) if runtime.rank == 0 else []
     return Run(trainer, folder, sinks, is_resumed, _build_observers(config, folder, state, parts.task, sinks, runtime))
 
@@ -256,6 +257,25 @@ def _check_reset(config: Config, earlier_yaml: str | None, state: TrainState) ->
         raise UserError(
             f"optimizer.reset_state_from_step={asked}: {config.run.path} is at step {state.step} already; give that "
             "step or a later one"
+        )
+
+
+def _check_epochs(config: Config, earlier_yaml: str | None, trainer: Trainer, runtime: Runtime) -> None:
+    """Refuses fewer epochs than are done, and says how the learning rate goes on with another number of them."""
+    step, total = trainer.state.step, trainer.total_steps
+    if total is None or step == 0 or earlier_yaml is None:
+        return
+    if step > total:
+        raise UserError(
+            f"train.epochs={config.train.epochs} ends at step {total:,}, and {config.run.path} is at step {step:,} "
+            "already: give more epochs, or another run.path"
+        )
+    earlier = yaml.safe_load(earlier_yaml)["train"].get("epochs")
+    if earlier != config.train.epochs and step < total and runtime.rank == 0:
+        factor = _schedule_factor(config, step / total)
+        _logger.info(
+            f"train.epochs was {earlier} and is {config.train.epochs}: the learning rate goes on at {factor:.3g} of "
+            f"its base, as the schedule {config.schedule.name} of {config.train.epochs} epochs has it"
         )
 
 

@@ -28,8 +28,12 @@ from embedtrain.recipes.ranking.options import click_schema, network_options
 from embedtrain.recipes.ranking.workload import workload
 from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import FeatureSpec
+from embedtrain.train.checkpoints import load_weights
 from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.task import Batches, Evaluation, Parts, Pretrained, StreamedBatches, Task
+
+_MAX_KEPT_BYTES = 256 << 20
+"""The most held-out examples, prepared, that are copied to the run folder."""
 
 _logger = logging.getLogger(__name__)
 
@@ -107,7 +111,28 @@ def build(config: RankingConfig, runtime: Runtime, data: ClicksOfRun) -> Parts:
             "std": layout.dense_std.tolist(),
         },
     }
-    return Parts(task, facts, functools.partial(_write_vocabularies, layout), _pretrained(config.data, layout))
+    return Parts(task, facts, functools.partial(_write_files, data), _pretrained(config.data, layout))
+
+
+def measure(config: RankingConfig, runtime: Runtime, checkpoint: str) -> dict[str, float]:
+    """Measures a checkpoint on the held-out examples: those that the run folder has, or else the log's.
+
+    Collective: every rank.
+
+    Raises:
+        UserError: the examples cannot be used, or are not in the rows that the checkpoint was trained with.
+    """
+    with RunFolder(config.run.path).open_data() as kept:
+        if kept is None:
+            data, _ = prepare(config, runtime)
+            held_out, fingerprint = data.held_out, data.fingerprint
+        else:
+            held_out, fingerprint = ClickLog(kept.path), kept.facts["data_fingerprint"]
+        assert held_out is not None, "the configuration names held-out data"
+        model = _build_model(config, runtime, held_out)
+        dense = build_dense_optimizer(config.dense_optimizer, model.network, model.tables)
+        load_weights(checkpoint, model.tables, dense, fingerprint)
+        return measure_ranking(model, _held_out_batches(config, runtime, held_out), lambda: None)
 
 
 def _open_log(config: RankingConfig, runtime: Runtime) -> tuple[ClickLayout, Batches, str]:
@@ -179,13 +204,16 @@ def _build_evaluation(
 ) -> Evaluation | None:
     if held_out is None:
         return None
-    batches = ClickBatches(
-        held_out, config.train.global_batch_size, block_examples=config.data.block_examples, ranks=runtime.ranks
-    )
     return Evaluation(
-        functools.partial(measure_ranking, model, batches),
+        functools.partial(measure_ranking, model, _held_out_batches(config, runtime, held_out)),
         every_steps=config.evaluate.every_steps,
         every_epochs=config.evaluate.every_epochs,
+    )
+
+
+def _held_out_batches(config: RankingConfig, runtime: Runtime, held_out: ClickLog) -> ClickBatches:
+    return ClickBatches(
+        held_out, config.train.global_batch_size, block_examples=config.data.block_examples, ranks=runtime.ranks
     )
 
 
@@ -208,6 +236,16 @@ def _rows_of_values(layout: ClickLayout, name: str) -> dict[str, int]:
     assert vocabulary is not None
     values = vocabulary["word"].cast(pa.large_string()).to_pylist()
     return {value: row for row, value in enumerate(values, start=1)}
+
+
+def _write_files(data: ClicksOfRun, folder: RunFolder) -> None:
+    """Writes to the run folder the values of the features' rows, and the held-out examples if they are not too many."""
+    _write_vocabularies(data.layout, folder)
+    entry_path = None if data.held_out is None else data.held_out.path
+    if entry_path is None or sum(entry.stat().st_size for entry in os.scandir(entry_path)) > _MAX_KEPT_BYTES:
+        folder.keep_data({})
+    else:
+        folder.keep_data({"data_fingerprint": data.fingerprint}, entry_path)
 
 
 def _write_vocabularies(layout: ClickLayout, folder: RunFolder) -> None:
@@ -233,4 +271,5 @@ RECIPE = Recipe(
     heads=_heads,
     check=check,
     held_out="data.valid_path",
+    measure=measure,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from embedtrain.checkpoint import CheckpointReader
 from embedtrain.data.baskets import write_baskets
 from embedtrain.data.corpus import PreparedCorpus
 from embedtrain.data.prepare import CorpusOptions, prepare_corpus
@@ -30,10 +32,14 @@ from embedtrain.recipes.word2vec.model import INPUT, OUTPUT, Word2Vec, word2vec_
 from embedtrain.recipes.word2vec.workload import workload
 from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import TableSpec
-from embedtrain.train.run_folder import VOCABULARY_NAME
+from embedtrain.train.checkpoints import load_weights
+from embedtrain.train.run_folder import DATA_NAME, VOCABULARY_NAME, RunFolder
 from embedtrain.train.task import Evaluation, Parts, Pretrained, Task
 
 _logger = logging.getLogger(__name__)
+
+_PAIRS = "word_pairs"
+"""Name of the word pairs of the evaluation among what the run folder keeps: the lines of each file, by its path."""
 
 _FEW_STEPS = 200
 """A text of 40,000 words had all cosines near 1 after 30 steps of 8,192 words, and sensible neighbours after 300."""
@@ -69,14 +75,7 @@ def build(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCorpus) -> P
     Raises:
         UserError: a step is too small for the ranks, or a file of the evaluation cannot be read.
     """
-    model = Word2Vec(
-        len(corpus.vocabulary),
-        config.table.dim,
-        architecture=config.word2vec.architecture,
-        dtype=getattr(torch, config.table.dtype),
-        optimizers=optimizer_names(config.optimizer),
-        **collection_options(config.table, runtime, config.seed),
-    )
+    model = _build_model(config, runtime, len(corpus.vocabulary))
     batches = _build_batches(config, runtime, corpus)
     num_steps = config.train.epochs * batches.steps_per_epoch
     if num_steps < _FEW_STEPS and runtime.rank == 0:
@@ -96,7 +95,47 @@ def build(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCorpus) -> P
     pretrained = {}
     if config.init_from is not None:
         pretrained[INPUT] = Pretrained(config.init_from, lambda: corpus.vocabulary.rows)
-    return Parts(task, _facts(corpus), lambda folder: folder.write_vocabulary(corpus.vocabulary), pretrained)
+    return Parts(task, _facts(corpus), functools.partial(_write_files, config, corpus), pretrained)
+
+
+def _write_files(config: Word2VecConfig, corpus: PreparedCorpus, folder: RunFolder) -> None:
+    """Writes to the run folder the words, and the pairs of the evaluation."""
+    folder.write_vocabulary(corpus.vocabulary)
+    paths = _similarity_paths(config)
+    folder.keep_data({_PAIRS: {path: _read_pairs(path) for path in paths}} if paths else {})
+
+
+def measure(config: Word2VecConfig, runtime: Runtime, checkpoint: str) -> dict[str, float]:
+    """Measures a checkpoint on the word pairs that the run folder has. Collective: every rank.
+
+    Raises:
+        UserError: the run folder lacks words or pairs, or they are not those of the run.
+    """
+    folder = RunFolder(config.run.path)
+    with folder.open_data() as kept, CheckpointReader(checkpoint) as reader:
+        if kept is None:
+            raise UserError(
+                f"{folder.join(DATA_NAME)} is missing, which holds the word pairs of evaluate.similarity: bring it "
+                "back, or give the training command again, which writes it anew"
+            )
+        fingerprint = reader.state["data_fingerprint"]
+    words = folder.read_names(INPUT, reader.tensors[f"{INPUT}/weight"].shape[0])
+    if words is None:
+        raise UserError(f"{folder.join(VOCABULARY_NAME)} is missing, or is not the vocabulary of {checkpoint}")
+    model = _build_model(config, runtime, len(words))
+    load_weights(checkpoint, model.tables, None, fingerprint)
+    return WordSimilarity(model.tables, words, kept.facts[_PAIRS])(lambda: None)
+
+
+def _build_model(config: Word2VecConfig, runtime: Runtime, num_words: int) -> Word2Vec:
+    return Word2Vec(
+        num_words,
+        config.table.dim,
+        architecture=config.word2vec.architecture,
+        dtype=getattr(torch, config.table.dtype),
+        optimizers=optimizer_names(config.optimizer),
+        **collection_options(config.table, runtime, config.seed),
+    )
 
 
 def _facts(corpus: PreparedCorpus) -> dict[str, Any]:
@@ -244,4 +283,5 @@ RECIPE = Recipe(
         tables=_tables,
         facts=_facts,
     ),
+    measure=measure,
 )
