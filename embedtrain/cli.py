@@ -26,6 +26,7 @@ from embedtrain.commands.console import (
 from embedtrain.errors import CheckpointError, JobError, UserError
 
 COMMANDS = (
+    "init",
     "train",
     "compare",
     "grow",

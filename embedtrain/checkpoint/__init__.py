@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from embedtrain.checkpoint.choice import Step, choose_checkpoint
+from embedtrain.checkpoint.choice import choose_checkpoint
 from embedtrain.checkpoint.compaction import compact
 from embedtrain.checkpoint.loading import LoadOptions, load_shards
 from embedtrain.checkpoint.manifest import Manifest, TensorInfo
@@ -33,7 +33,6 @@ __all__ = [
     "RowChanges",
     "SaveOptions",
     "ShardView",
-    "Step",
     "TensorInfo",
     "agree_on_latest",
     "choose_checkpoint",

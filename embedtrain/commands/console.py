@@ -134,12 +134,15 @@ class Setting(click.ParamType[str]):
 
 
 class ConfigFile(click.Path):
-    """The path of a configuration file; a setting may stand in its place, and is completed as one."""
+    """A configuration file, or the name of one that embedtrain brings; a setting in its place is completed as one."""
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Returns the settings that begin so, if the word names a section or a key; else any file."""
+        """Returns the settings that begin so, if the word names a section or a key; else names and any file."""
+        from embedtrain.recipes.loading import shipped_names
+
         settings = Setting().shell_complete(ctx, param, incomplete) if re.search("[.=]", incomplete) else []
-        return settings or super().shell_complete(ctx, param, incomplete)
+        names = [CompletionItem(name) for name in shipped_names() if incomplete and name.startswith(incomplete)]
+        return settings or [*names, *super().shell_complete(ctx, param, incomplete)]
 
 
 def run_argument(function: Function) -> Function:
@@ -213,7 +216,7 @@ def require_config(config: str | None, settings: Sequence[str]) -> tuple[str, li
     """
     path, overrides = split_config(config, settings)
     if path is None:
-        raise UserError("expected a configuration file, such as configs/word2vec.yaml")
+        raise UserError("expected a configuration, such as word2vec or a YAML file")
     return path, overrides
 
 

@@ -11,7 +11,7 @@ from embedtrain.commands.console import EXIT_DONE, command, given_options, run_a
 from embedtrain.errors import UserError
 
 if TYPE_CHECKING:
-    from embedtrain.checkpoint import Step
+    from embedtrain.checkpoint.choice import Step
     from embedtrain.export import Vectors
 
 

@@ -9,7 +9,7 @@ import click
 from embedtrain.commands.console import EXIT_DONE, command, run_argument, step_option, table_option
 
 if TYPE_CHECKING:
-    from embedtrain.checkpoint import Step
+    from embedtrain.checkpoint.choice import Step
 
 FORMAT_NAMES = ("word2vec", "word2vec-binary", "glove", "npy", "safetensors", "parquet", "projector")
 """The names of `embedtrain.export.FORMATS`, whose import takes too long for the help; a test compares them."""

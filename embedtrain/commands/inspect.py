@@ -11,7 +11,7 @@ from embedtrain.commands.console import EXIT_DONE, command, run_argument, step_o
 from embedtrain.errors import CorruptCheckpointError, UserError
 
 if TYPE_CHECKING:
-    from embedtrain.checkpoint import Step
+    from embedtrain.checkpoint.choice import Step
     from embedtrain.train.run_folder import RunFolder
 
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @step_option
 @click.option("--verify", is_flag=True, help="Read every byte and compare its checksum.")
 def inspect(path: str, step: Step, verify: bool) -> int:
-    """Shows a checkpoint of a run and the run's configuration, or a checkpoint that the library saved."""
+    """Shows a checkpoint, and the configuration of its run."""
     print_run(path, step, verify=verify)
     return EXIT_DONE
 

@@ -10,7 +10,7 @@ import click
 from embedtrain.commands.console import EXIT_DONE, command, run_argument, step_option, table_option
 
 if TYPE_CHECKING:
-    from embedtrain.checkpoint import Step
+    from embedtrain.checkpoint.choice import Step
 
 
 @command("embedtrain neighbors runs/x king - man + woman --top 5")

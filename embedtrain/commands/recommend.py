@@ -11,7 +11,7 @@ from embedtrain.commands.console import EXIT_DONE, command, run_argument, step_o
 from embedtrain.errors import UserError
 
 if TYPE_CHECKING:
-    from embedtrain.checkpoint import Step
+    from embedtrain.checkpoint.choice import Step
 
 
 @command("embedtrain recommend runs/m 4711 --top 10", "embedtrain recommend runs/m --all --output top.parquet")

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from embedtrain.checkpoint import CheckpointReader, Step, choose_checkpoint
+from embedtrain.checkpoint import CheckpointReader, choose_checkpoint
+from embedtrain.checkpoint.choice import Step
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.errors import UserError
 from embedtrain.export.storage import file_system_of

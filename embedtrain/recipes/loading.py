@@ -42,6 +42,8 @@ from embedtrain.errors import UserError
 from embedtrain.optim.registry import usable
 from embedtrain.recipes.registry import DEFAULT_MODEL, RECIPES, recipe_of
 
+_SHIPPED = Path(__file__).resolve().parents[1] / "configs"
+
 _MERGE_ERRORS = (OmegaConfBaseException, ValueError, TypeError, AttributeError, KeyError)
 """What omegaconf raises for values that do not fit; the last four slip through it."""
 
@@ -210,11 +212,31 @@ def _explained() -> Iterator[None]:
         raise UserError(_explain(error)) from error
 
 
+def shipped_names() -> list[str]:
+    """Returns the names of the configurations that embedtrain brings: each stands for a file, wherever one is named."""
+    return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
+
+
+def read_shipped(name: str) -> str:
+    """Returns a configuration that embedtrain brings, with its comments.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    if name not in shipped_names():
+        raise UserError(f"embedtrain brings no configuration {name!r}; it brings {', '.join(shipped_names())}")
+    return (_SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
+
+
 def _read_file(path: str) -> yaml.MappingNode:
+    if path in shipped_names() and not Path(path).is_file():
+        return _document(read_shipped(path), path)
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UserError(f"there is no configuration file {path}") from error
+        raise UserError(
+            f"there is no configuration file {path}; embedtrain brings {', '.join(shipped_names())}, by these names"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a configuration: {error}") from error
     return _document(text, path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from embedtrain.checkpoint import Step, choose_checkpoint
+from embedtrain.checkpoint.choice import Step, choose_checkpoint
 from embedtrain.config.resolved import value_at
 from embedtrain.config.sections import Config
 from embedtrain.distributed.runtime import Runtime
