@@ -17,7 +17,7 @@ from embedtrain.errors import UserError
 @click.option("--from", "path", metavar="FILE", help="csv, tsv, jsonl or parquet whose columns to look at.")
 @click.option("--label", metavar="COLUMN", help="What ranking predicts, of --from.  [default: guessed]")
 def init(name: str | None, path: str | None, label: str | None) -> int:
-    """Prints a configuration to begin with, such as of a file's columns."""
+    """Prints a configuration to begin with, of a file's columns."""
     if path is None:
         if label is not None:
             raise UserError("--label names a column of the file of --from: give --from FILE too")

@@ -9,7 +9,8 @@ import jinja2
 
 from embedtrain import storage
 from embedtrain.distributed.runtime import Runtime
-from embedtrain.report.facts import STAGE, RunFacts, advice, read_facts
+from embedtrain.report.advice import advice
+from embedtrain.report.facts import STAGE, RunFacts, read_facts
 from embedtrain.report.plots import curve_svgs, map_svg
 
 

@@ -80,8 +80,9 @@ def build(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCorpus) -> P
     num_steps = config.train.epochs * batches.steps_per_epoch
     if num_steps < _FEW_STEPS and runtime.rank == 0:
         _logger.warning(
-            f"{num_steps} steps in all are too few for words to find their places: raise train.epochs (to "
-            f"{-(-_FEW_STEPS // batches.steps_per_epoch):,} or more), or lower train.words_per_step"
+            f"{num_steps} steps in all are too few for words to find their places: raise train.epochs to "
+            f"{-(-_FEW_STEPS // batches.steps_per_epoch):,} or more, with which this run goes on, or lower "
+            "train.words_per_step with another run.path"
         )
     task = Task(
         model,
