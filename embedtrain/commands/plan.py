@@ -29,7 +29,7 @@ EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
 @click.option("--world-size", type=int, default=1, show_default=True, metavar="N", help="Number of ranks.")
 @click.option("--hosts", type=int, default=1, show_default=True, metavar="H", help="Number of hosts.")
 @click.option("--memory", metavar="SIZE", help="Memory of each rank, such as 80GiB.")
-@click.option("--rows", multiple=True, metavar="[TABLE=]N", help="Rows of a table, or of all other tables.")
+@click.option("--rows", multiple=True, metavar="[TABLE=]N", help="Rows of a table, or of all others: 5M.")
 @click.option("--skew", type=float, default=1.0, show_default=True, metavar="S", help="Zipf's exponent of the ids.")
 @click.option("--bag-length", type=float, metavar="L", help="Mean number of ids per bag.")
 @click.option(

@@ -11,7 +11,7 @@ from embedtrain.errors import UserError
 
 
 @command(
-    "torchrun --nproc-per-node 2 -m embedtrain train word2vec data.path=corpus.txt",
+    "torchrun --standalone --nproc-per-node 2 -m embedtrain train word2vec data.path=corpus.txt",
     "embedtrain train word2vec data.path=corpus.txt --dry-run",
 )
 @click.argument("config", type=ConfigFile(), help="A name, such as word2vec, or a YAML file.")

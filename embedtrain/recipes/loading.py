@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -40,7 +42,9 @@ from embedtrain.config.values import (
 )
 from embedtrain.errors import UserError
 from embedtrain.optim.registry import usable
-from embedtrain.recipes.registry import DEFAULT_MODEL, RECIPES, recipe_of
+from embedtrain.recipes.registry import BUILT_IN, DEFAULT_MODEL, RECIPES, recipe_of
+
+_logger = logging.getLogger(__name__)
 
 _SHIPPED = Path(__file__).resolve().parents[1] / "configs"
 
@@ -146,6 +150,7 @@ def _merge(files: Sequence[tuple[str, yaml.MappingNode]], overrides: Sequence[st
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise UserError(f"expected key=value, such as optimizer.lr=0.1, got {override!r}")
+    _warn_of_repeats(overrides)
     model = _model_of(files, overrides)
     kind = _config_of(model)
     from_file: list[Layer] = []
@@ -159,6 +164,14 @@ def _merge(files: Sequence[tuple[str, yaml.MappingNode]], overrides: Sequence[st
             from_command.append((repr(override), read_override(key, text, kind)))
     with _explained():
         return _merge_layers(model, from_file, from_command)
+
+
+def _warn_of_repeats(overrides: Sequence[str]) -> None:
+    """Says which of several values for a key counts."""
+    last = {override.partition("=")[0]: override for override in overrides}
+    for key, count in Counter(override.partition("=")[0] for override in overrides).items():
+        if count > 1:
+            _logger.warning(f"{key} is given {count} times; the last counts: {last[key]}")
 
 
 @contextmanager
@@ -275,14 +288,14 @@ def _config_of(model: str) -> type[Config]:
 
 
 def _refuse_unknown_keys(source: str, layer: Mapping[str, Any], model: str, optimizer: str) -> None:
-    # The keys of other optimizers are for the message alone: they take an import of every package that offers one.
     own = _known_keys(model, optimizer)
     for key, _ in flatten(layer):
         if key.startswith(f"{TABLES}.") or _is_among(key, [*own, *_beginnings(own)]):
             continue  # the options of single tables depend on their optimizer, and are refused with it
-        known = list(_known_keys(model))
+        known = list(own)
         sections = list(dict.fromkeys(_beginnings(known)))
-        owners = [name for name in usable(RECIPES) if _is_among(key, _known_keys(name))]
+        # The models of other packages are not asked: that would import them all.
+        owners = [name for name in BUILT_IN if name != model and _is_among(key, _known_keys(name, optimizer))]
         of_another = f" (it is one of model {' and '.join(owners)})" if owners else ""
         meant = _config_of(model).MEANT.get(key.rpartition(".")[2])
         near = [meant] if meant else difflib.get_close_matches(key, known + sections, n=1, cutoff=0.5)
