@@ -33,6 +33,8 @@ _FEW_VALUES = 50
 """Integers with at most so many values are looked up in a table."""
 _BOTH_VALUES = 1000
 """Integers with at most so many values are numbers and looked up too."""
+_ROWS_OF_A_SHORT_RUN = 200_000
+"""How many rows small files are passed over for, all epochs together."""
 _PLAIN = re.compile(r"[A-Za-z_/][\w./-]*")
 _COLUMN = 34
 """Where the comments stand, if a line is not longer."""
@@ -105,7 +107,8 @@ def _ranking(path: str, found: Survey, label: Column | None) -> Iterator[str]:
     yield f"  dim: {8 if is_small else 16}"
     yield ""
     yield "train:"
-    yield _commented(f"  epochs: {5 if is_small else 1}", "passes over the data")
+    epochs = min(30, max(3, _ROWS_OF_A_SHORT_RUN // found.num_rows)) if is_small else 1
+    yield _commented(f"  epochs: {epochs}", "passes over the data; more can follow in the same run")
     yield _commented(f"  global_batch_size: {256 if is_small else 4096}", "examples of a step, over all ranks")
 
 
