@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import logging
 import os
@@ -23,7 +22,7 @@ from embedtrain.commands.console import (
     say,
     say_once,
 )
-from embedtrain.errors import CheckpointError, JobError, UserError
+from embedtrain.errors import CheckpointError, JobError, UserError, is_wrong_path
 
 COMMANDS = (
     "init",
@@ -45,20 +44,6 @@ COMMANDS = (
 
 _COMPLETE = "_EMBEDTRAIN_COMPLETE"
 """The variable by which the scripts of `embedtrain completion` ask for completions."""
-
-_WRONG_PATH = {
-    errno.EACCES,
-    errno.EEXIST,
-    errno.EINVAL,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EPERM,
-    errno.EROFS,
-}
-"""Errors of the system that mean that a path cannot be used; others, such as ENOSPC and EIO, blame the disk."""
 
 
 class Program(click.Group):
@@ -156,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _tell_of_file(error: OSError) -> int:
     """Says what the system refused to do with a file; returns the exit status."""
     what = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
-    if error.errno in _WRONG_PATH:
+    if is_wrong_path(error):
         say_once(f"embedtrain: error: {what}; give another path")
         return EXIT_USER_ERROR
     say_once(f"embedtrain: failed: {what}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import re
+
 
 class UserError(ValueError):
     """Something the user gave is wrong: the command line prints its message alone and exits with 2."""
@@ -25,3 +28,39 @@ class CheckpointError(RuntimeError):
 
 class CorruptCheckpointError(CheckpointError):
     """A checkpoint's bytes are not those that were written; the message names file, tensor and rows."""
+
+
+_WRONG_PATH = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EINVAL,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
+
+
+def is_wrong_path(error: OSError) -> bool:
+    """Tells whether the path cannot be used, which the user can mend; other errors, as ENOSPC and EIO, blame the disk.
+
+    Remote file systems raise the classes without a number.
+    """
+    kinds = (PermissionError, FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+    return error.errno in _WRONG_PATH or isinstance(error, kinds)
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun: "1 rank", "2,000 ranks"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+_UNSHOWABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def shown(text: str) -> str:
+    """Returns a text for a terminal or a log: characters that would steer it are escaped, as `repr` escapes them."""
+    return _UNSHOWABLE.sub(lambda found: repr(found[0])[1:-1], text)

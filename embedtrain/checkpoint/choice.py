@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from embedtrain.checkpoint.chain import read_manifest
+from embedtrain.checkpoint.manifest import MANIFEST_NAME
 from embedtrain.checkpoint.retention import CheckpointInfo, find_checkpoints
-from embedtrain.errors import UserError
+from embedtrain.errors import CorruptCheckpointError, UserError
+from embedtrain.schema import SchemaError, parse
 
 Step = int | Literal["best"] | None
 """A step, "best", or None for the newest checkpoint."""
@@ -38,14 +41,41 @@ def choose_checkpoint(checkpoints_path: str, step: Step, run_path: str) -> str:
     raise UserError(f"{run_path!r} has no complete checkpoint of step {step}; it has those of {steps}")
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """What a run's configuration says of its best checkpoint."""
+
+    best_metric: str = "loss"
+    best_mode: Literal["min", "max"] = "min"
+
+
+@dataclass(frozen=True)
+class _Config:
+    checkpoint: _Settings = field(default_factory=_Settings)
+
+
+@dataclass(frozen=True)
+class _State:
+    """What of a checkpoint's state the choice goes by."""
+
+    config: _Config = field(default_factory=_Config)
+    metrics: Mapping[str, float | int | str] = field(default_factory=dict)
+
+
+def _read_state(path: str) -> _State:
+    try:
+        return parse(_State, dict(read_manifest(path).state))
+    except SchemaError as error:
+        raise CorruptCheckpointError(f"{path}: the state in {MANIFEST_NAME}: {error}") from error
+
+
 def _best(found: Sequence[CheckpointInfo], run_path: str) -> str:
-    states = [read_manifest(checkpoint.path).state for checkpoint in found]
-    settings = states[-1].get("config", {}).get("checkpoint", {})
-    metric, mode = settings.get("best_metric", "loss"), settings.get("best_mode", "min")
+    states = [_read_state(checkpoint.path) for checkpoint in found]
+    metric, mode = states[-1].config.checkpoint.best_metric, states[-1].config.checkpoint.best_mode
     measured = [
         (value if mode == "min" else -value, checkpoint.step, checkpoint.path)
         for state, checkpoint in zip(states, found, strict=True)
-        if isinstance(value := state.get("metrics", {}).get(metric), int | float)
+        if isinstance(value := state.metrics.get(metric), int | float)
     ]
     if not measured:
         raise UserError(

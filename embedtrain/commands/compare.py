@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -275,8 +274,5 @@ def _check(overrides: Sequence[str], names: Sequence[str], rates: Mapping[str, S
 def _read(config: Config) -> Curve:
     from embedtrain.train.run_folder import RunFolder
 
-    try:
-        lines = storage.read(RunFolder(config.run.path).metrics_path).decode().splitlines()
-    except FileNotFoundError:
-        lines = []  # it diverged before it logged anything
-    return Curve(config.optimizer.name, config.optimizer.lr, [json.loads(line) for line in lines])
+    # There are none if it diverged before it logged anything.
+    return Curve(config.optimizer.name, config.optimizer.lr, RunFolder(config.run.path).read_metrics())

@@ -16,8 +16,8 @@ import torch
 from embedtrain.checkpoint import latest_checkpoint
 from embedtrain.config.resolved import set_value, value_at
 from embedtrain.config.sections import Config
-from embedtrain.data.cache import make_cache_folder
 from embedtrain.data.head import write_head
+from embedtrain.data.prepared import make_cache_folder
 from embedtrain.data.readers import Layout
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.planning.report import Request, print_plan

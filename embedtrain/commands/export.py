@@ -21,7 +21,11 @@ FORMAT_NAMES = ("word2vec", "word2vec-binary", "glove", "npy", "safetensors", "p
 @step_option
 @click.option("--format", "format_name", required=True, type=click.Choice(FORMAT_NAMES), help="Format of the file.")
 @click.option(
-    "--output", required=True, metavar="PATH", type=click.Path(), help="New file, or new folder for projector."
+    "--output",
+    required=True,
+    metavar="PATH",
+    type=click.Path(),
+    help="New file; for projector a folder.",
 )
 @click.option("--max-rows", type=int, metavar="N", help="Only the N most frequent words.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing file or folder.")

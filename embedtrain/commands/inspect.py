@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from embedtrain.commands.console import EXIT_DONE, command, run_argument, step_option
-from embedtrain.errors import CorruptCheckpointError, UserError
+from embedtrain.errors import CorruptCheckpointError, UserError, counted, shown
 
 if TYPE_CHECKING:
     from embedtrain.checkpoint.choice import Step
     from embedtrain.train.run_folder import RunFolder
+    from embedtrain.train.state import RunState
 
 
 @command("embedtrain inspect runs/x --verify")
@@ -35,6 +36,7 @@ def print_run(path: str, step: Step, *, verify: bool) -> None:
     """
     from embedtrain.checkpoint import CheckpointReader, choose_checkpoint, find_checkpoints
     from embedtrain.train.run_folder import RunFolder
+    from embedtrain.train.state import read_run_state
 
     folder = RunFolder(path)
     checkpoints_path = _checkpoints_path(folder)
@@ -48,28 +50,29 @@ def print_run(path: str, step: Step, *, verify: bool) -> None:
             raise UserError(f"there is no complete checkpoint in {path!r}")
         steps, chosen = [info.step for info in found], choose_checkpoint(checkpoints_path, step, path)
         all_paths = [info.path for info in found] if step is None else [chosen]
+    config = folder.read_config()
     with CheckpointReader(chosen) as reader:
-        state, manifest = reader.state, reader.manifest
-        config = folder.read_config()
+        manifest = reader.manifest
         if config is not None:
-            print(f"run          {folder.path}")
+            print(f"run          {shown(folder.path)}")
         if steps:
-            print(f"checkpoints  {', '.join(map(str, steps))}")
-        name = "newest" if step is None and steps else "checkpoint"
-        print(f"{name:<11}  {chosen}, saved {manifest.created} by {manifest.world_size} ranks")
-        print(f"step         {reader.step:,}")
-        _print_progress(state)
+            print(f"checkpoints  of step {', '.join(f'{each:,}' for each in steps)}")
+        name, saved_by = "newest" if step is None and steps else "checkpoint", counted(manifest.world_size, "rank")
+        print(f"{name:<11}  {shown(chosen)}, saved {shown(manifest.created)} by {saved_by}")
+        print(f"step         {manifest.step:,}")
+        if is_of_run := config is not None or "train" in manifest.state:
+            _print_state(read_run_state(manifest, chosen))
         print("tensors")
         for tensor, info in sorted(reader.tensors.items()):
             shape = " x ".join(f"{size:,}" for size in info.shape)
-            print(f"  {tensor:<24} {str(info.dtype).removeprefix('torch.'):<9} {shape}, in {len(info.pieces)} pieces")
-        _print_origin(state)
+            dtype, pieces = str(info.dtype).removeprefix("torch."), counted(len(info.pieces), "piece")
+            print(f"  {shown(tensor):<24} {dtype:<9} {shape}, in {pieces}")
     if config is not None:
         print("configuration")
         for line in config.splitlines():
-            print(f"  {line}")
+            print(f"  {shown(line)}")
     if verify:
-        _verify(all_paths)
+        _verify(all_paths, is_of_run=is_of_run)
 
 
 def _checkpoints_path(folder: RunFolder) -> str | None:
@@ -83,40 +86,39 @@ def _checkpoints_path(folder: RunFolder) -> str | None:
     return folder.path if find_checkpoints(folder.path) else folder.checkpoints_path
 
 
-def _print_progress(state: Mapping[str, Any]) -> None:
-    """Prints how far a run has come; a checkpoint of the library says it in its own words, if at all."""
-    if "train" in state:
-        train = state["train"]
-        print(f"epoch        {train['epoch']}, {train['step_in_epoch']:,} steps into it")
-        print(f"examples     {train['examples']:,} in {train['seconds']:,.0f} seconds of training")
+def _print_state(state: RunState) -> None:
+    train, optimizer = state.train, state.optimizer
+    print(f"epoch        {train.epoch:,}, {counted(train.step_in_epoch, 'step')} into it")
+    print(f"examples     {train.examples:,} in {train.seconds:,.0f} seconds of training")
+    settings = ", ".join(f"{name} {value}" for name, value in optimizer.param_groups[0].items() if name != "params")
+    print(f"optimizer    {shown(f'{optimizer.name}: {settings}')}")
+    for table, start in state.init_from.items():
+        print(f"init_from    {start.num_copied:,} of {start.num_rows:,} rows of {shown(f'{table}, of {start.path}')}")
+    if state.grown_from is not None:
+        print(f"grown from   {shown(state.grown_from.path)}, step {state.grown_from.step:,}")
+    if optimizer.num_skipped:
+        print(f"skipped      {counted(optimizer.num_skipped, 'step')} whose gradient was not finite")
 
 
-def _print_origin(state: Mapping[str, Any]) -> None:
-    """Prints the optimizer, and what the tables began with."""
-    if "optimizer" in state:
-        optimizer = state["optimizer"]
-        settings = {k: v for k, v in optimizer["param_groups"][0].items() if k != "params"}
-        print(f"optimizer    {optimizer['name']}: {', '.join(f'{k} {v}' for k, v in settings.items())}")
-        if optimizer["num_skipped"]:
-            print(f"skipped      {optimizer['num_skipped']:,} steps whose gradient was not finite")
-    for table, start in state.get("init_from", {}).items():
-        print(f"init_from    {start['num_copied']:,} of {start['num_rows']:,} rows of {table}, of {start['path']}")
-    if "grown_from" in state:
-        print(f"grown from   {state['grown_from']['path']}, step {state['grown_from']['step']:,}")
+def _verify(paths: Sequence[str], *, is_of_run: bool) -> None:
+    """Checks every byte of every checkpoint, and says of each how it is, before any that is damaged is raised for.
 
-
-def _verify(paths: Sequence[str]) -> None:
-    """Checks every byte of every checkpoint, and says of each how it is, before any that is damaged is raised for."""
+    What the library saves beside the tensors is its caller's: it is not checked if the checkpoints are of no run.
+    """
     from embedtrain.checkpoint import verify
+    from embedtrain.checkpoint.chain import read_manifest
+    from embedtrain.train.state import read_run_state
 
     known: set[str] = set()
     faults = []
     for path in paths:
         try:
             verify(path, known)
-            print(f"verified     {path}")
+            if is_of_run:
+                read_run_state(read_manifest(path), path)
+            print(f"verified     {shown(path)}")
         except CorruptCheckpointError as error:
-            print(f"damaged      {path}")
+            print(f"damaged      {shown(path)}")
             faults.append(str(error))
     if faults:
         raise CorruptCheckpointError("\n".join(faults))

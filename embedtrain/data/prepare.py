@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
-from embedtrain.data.cache import commit_work, make_cache_folder, make_work_folder, require_visible
-from embedtrain.data.corpus import META_NAME, TOKEN_DTYPE, VOCABULARY_NAME, PreparedCorpus
+from embedtrain.data.corpus import TOKEN_DTYPE, VOCABULARY_NAME, PreparedCorpus
+from embedtrain.data.prepared import META_NAME, prepared_entry
 from embedtrain.data.readers.blocks import Segment, plan_parts, read_chunks
 from embedtrain.data.sources import CHUNK_BYTES, Source, take_sources
 from embedtrain.data.text import TOKENIZERS, encode, lost_words, tokenize
@@ -121,36 +120,29 @@ def prepare_corpus(
             vocabulary, a cache folder that is not local or may not be written.
         RuntimeError: a rank does not see the cache folder of the others.
     """
-    cache_path = ranks.run_on_first(lambda: make_cache_folder(cache_path))
-    require_visible(cache_path, ranks)
     sources = ranks.run_on_first(lambda: take_sources(options.paths))
     base = ranks.run_on_each(lambda: _load_base(options))
-    entry_path = os.path.join(cache_path, _entry_name(sources, _tokenization(options, base)))
-    meta_path = os.path.join(entry_path, META_NAME)
-    if not ranks.run_on_first(lambda: os.path.exists(meta_path)):
+
+    def prepare(work_path: str) -> None:
         ranks.run_on_first(lambda: _warn_of_lost_words(sources, options))
-        work_path = ranks.run_on_first(lambda: make_work_folder(entry_path))
-        require_visible(work_path, ranks)
         parts = plan_parts(sources, part_bytes)
-        _prepare(_Job(work_path, options, base, parts, ranks, on_progress, chunk_bytes), entry_path)
-    require_visible(meta_path, ranks)
-    return PreparedCorpus(entry_path)
+        _prepare(_Job(work_path, options, base, parts, ranks, on_progress, chunk_bytes))
+
+    name = _entry_name(sources, _tokenization(options, base))
+    corpus, corpus_check = prepared_entry(cache_path, name, PreparedCorpus, prepare, ranks)
+    corpus.check = corpus_check
+    return corpus
 
 
-def _prepare(job: _Job, entry_path: str) -> None:
-    """Collective: counts, agrees on the vocabulary, encodes, and commits the entry."""
-    try:
-        job.ranks.run_on_each(lambda: _count_words(job))
-        job.ranks.run_on_first(lambda: _build_vocabulary(job))
-        vocabulary = job.ranks.run_on_each(lambda: Vocabulary.load(job.path(VOCABULARY_NAME)))
-        rows = WordRows(vocabulary.utf8_words)
-        my_shards = job.ranks.run_on_each(lambda: _write_shards(job, rows))
-        shards = [shard for theirs in job.ranks.all_gather(my_shards) for shard in theirs]
-        job.ranks.run_on_first(lambda: _commit(job, vocabulary, shards, entry_path))
-    except BaseException:
-        if job.ranks.rank == 0:
-            shutil.rmtree(job.work_path, ignore_errors=True)
-        raise
+def _prepare(job: _Job) -> None:
+    """Collective: counts, agrees on the vocabulary, and encodes."""
+    job.ranks.run_on_each(lambda: _count_words(job))
+    job.ranks.run_on_first(lambda: _build_vocabulary(job))
+    vocabulary = job.ranks.run_on_each(lambda: Vocabulary.load(job.path(VOCABULARY_NAME)))
+    rows = WordRows(vocabulary.utf8_words)
+    my_shards = job.ranks.run_on_each(lambda: _write_shards(job, rows))
+    shards = [shard for theirs in job.ranks.all_gather(my_shards) for shard in theirs]
+    job.ranks.run_on_first(lambda: _write_contents(job, vocabulary, shards))
 
 
 def _count_words(job: _Job) -> None:
@@ -200,8 +192,7 @@ def _write_shards(job: _Job, rows: WordRows) -> list[dict[str, Any]]:
     return shards
 
 
-def _commit(job: _Job, vocabulary: Vocabulary, shards: list[dict[str, Any]], entry_path: str) -> None:
-    """Writes the table of contents and gives the folder its final name."""
+def _write_contents(job: _Job, vocabulary: Vocabulary, shards: list[dict[str, Any]]) -> None:
     shards = sorted(shards, key=lambda shard: str(shard["name"]))
     content = [shard["xxh3"] for shard in shards], vocabulary.fingerprint, _tokenization(job.options, job.base)
     meta = {
@@ -213,9 +204,6 @@ def _commit(job: _Job, vocabulary: Vocabulary, shards: list[dict[str, Any]], ent
     }
     with open(job.path(META_NAME), "w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    commit_work(job.work_path, entry_path, META_NAME)
 
 
 def _chunks(part: Sequence[Segment], job: _Job, progress: _Progress) -> Iterator[bytes]:

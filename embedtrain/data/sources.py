@@ -26,7 +26,8 @@ TEXT_SUFFIXES = (".txt", "")
 
 _logger = logging.getLogger(__name__)
 
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_CODECS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+_COMPRESSED = tuple(_CODECS)
 _MAGIC = {
     "gzip": re.compile(rb"\x1f\x8b\x08"),
     "bz2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
@@ -159,6 +160,11 @@ def suffix_of(name: str) -> str:
     links = name.split("::")
     suffix = os.path.splitext(without_compression(os.path.basename(links[_place_of_name(links)]).lower()))[1]
     return suffix if re.fullmatch(r"\.[a-z][a-z0-9]*", suffix) else ""
+
+
+def codec_of_name(name: str) -> str | None:
+    """Returns the codec that the suffix of a file's name or URL stands for; None if it stands for none."""
+    return _CODECS.get(os.path.splitext(name)[1].lower())
 
 
 def without_compression(name: str) -> str:

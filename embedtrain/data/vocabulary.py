@@ -146,7 +146,7 @@ class Vocabulary:
         is_here = pc.is_in(counts["word"], value_set=words)
         new = ordered(counts.filter(pc.and_not(pc.greater_equal(counts["count"], min_count), is_here)))
         both = WordCounts()
-        both.merge(pa.table([words, pa.array(self.counts, pa.int64())], schema=COUNTS_SCHEMA))
+        both.merge(self.as_table())
         both.merge(counts.filter(is_here))
         both.merge(new.slice(0, None if max_size is None else max(0, max_size - len(self))))
         return Vocabulary.build(both.table(), 0, None)
@@ -167,7 +167,7 @@ class Vocabulary:
         try:
             pairs = [line.split("\t") for line in lines]
             return cls([word for word, _ in pairs], np.array([int(count) for _, count in pairs], np.int64))
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise UserError(f"{path}: not a vocabulary: expected lines of word, tab, count") from error
 
     @classmethod
@@ -211,6 +211,10 @@ class Vocabulary:
     def utf8_words(self) -> pa.LargeBinaryArray:
         """The words as [num_words] large_binary."""
         return pa.array(self.words, pa.large_string()).cast(pa.large_binary())
+
+    def as_table(self) -> pa.Table:
+        """Returns words and counts in the order of the rows: `COUNTS_SCHEMA`."""
+        return pa.table([self.utf8_words, pa.array(self.counts, pa.int64())], schema=COUNTS_SCHEMA)
 
     def _content(self) -> bytes:
         return "".join(map("{}\t{}\n".format, self.words, self.counts.tolist())).encode()

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.stages import stage
-from embedtrain.embedding.features import Route, Routes
+from embedtrain.embedding.features import Route, Routes, as_bags
 from embedtrain.embedding.ids import valid_bags
 from embedtrain.embedding.owner_pooling import BagsAsked, BagsOwed, choose_owner, id_type
 from embedtrain.embedding.pooling import bags_of
@@ -99,15 +99,16 @@ class InputDist(ABC):
         self._no_keys = torch.zeros(0, dtype=torch.int64, device=groups[0].device)
 
     @abstractmethod
-    def ask(self, batch: Mapping[str, Jagged], *, is_ahead: bool) -> tuple[Asked, list[Tensor]]:
+    def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool) -> tuple[Asked, list[Tensor]]:
         """Returns what was settled, and per group looked up the keys of all ids. See `EmbeddingCollection.ask`."""
 
-    def _plans(self, batch: Mapping[str, Jagged]) -> list[_Plan]:
+    def _plans(self, given: Mapping[str, Jagged | Tensor]) -> list[_Plan]:
         """Returns what this rank looks up.
 
         Raises:
             ValueError: a feature does not exist, or an id is refused.
         """
+        batch = as_bags(given)
         return [self._plan(route, batch) for route in self._routes.of(tuple(batch))]
 
     def _plan(self, route: Route, batch: Mapping[str, Jagged]) -> _Plan:
@@ -130,7 +131,7 @@ class InputDist(ABC):
 class LocalInputDist(InputDist):
     """Of one process: it has all rows."""
 
-    def ask(self, batch: Mapping[str, Jagged], *, is_ahead: bool) -> tuple[Asked, list[Tensor]]:
+    def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool) -> tuple[Asked, list[Tensor]]:
         """See `InputDist`."""
         parts, keys = [], []
         for plan in self._plans(batch):
@@ -144,14 +145,17 @@ class LocalInputDist(InputDist):
 
 
 _ROWS, _ANY_ROWS, _IDS_OF_BAGS, _SUMS, _ANY_BAGS, _ANY_WEIGHTS = range(6)
-"""What a rank tells another for each group; word of an error follows the last group. See `Ranks.ask` of the first two.
-The three that say whether there is any are told to every rank alike, so that all know which exchanges take place."""
+"""What a rank tells another for each group. See `Ranks.ask` of the first two. The three that say whether there is any
+are told to every rank alike, so that all know which exchanges take place."""
+_FEATURES = _ANY_ROWS
+"""After the last group a rank tells, in the place of `_ROWS`, whether it found an error, and here which features it
+looks up."""
 
 
 class SharedInputDist(InputDist):
     """Of several ranks: each distinct row is asked for once, of its owner."""
 
-    def ask(self, batch: Mapping[str, Jagged], *, is_ahead: bool) -> tuple[Asked, list[Tensor]]:
+    def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool) -> tuple[Asked, list[Tensor]]:
         """See `InputDist`.
 
         A rank that found its input wrong tells so instead of what it wants, and every rank raises.
@@ -168,7 +172,8 @@ class SharedInputDist(InputDist):
             error = raised
             wanted = [_Wanted(self._no_keys, None, ()) for _ in self._groups]
         ranks = self._ranks.beside() if is_ahead else self._ranks
-        settled = self._exchange(wanted, error, ranks)
+        names = tuple(batch) if isinstance(batch, Mapping) else ()
+        settled = self._exchange(wanted, error, names, ranks)
         parts = []
         for plan in plans:
             number = plan.route.number
@@ -177,7 +182,7 @@ class SharedInputDist(InputDist):
                 rows.sort_ahead()
             at_owner = wanted[number].at_owner
             parts.append(GroupAsked(self._groups[number], plan.route, plan.bags, plan.weights, at_owner, rows, sums))
-        return Asked(tuple(batch), parts), [plan.keys for plan in plans]
+        return Asked(names, parts), [plan.keys for plan in plans]
 
     def _wanted(self, plan: _Plan) -> _Wanted:
         """Parts the features of a group into those whose rows travel here and those that owners pool."""
@@ -194,14 +199,15 @@ class SharedInputDist(InputDist):
         return _Wanted(here, BagsAsked(group, asked, there), at_owner)
 
     def _exchange(
-        self, wanted: Sequence[_Wanted], error: Exception | None, ranks: Ranks
+        self, wanted: Sequence[_Wanted], error: Exception | None, names: tuple[str, ...], ranks: Ranks
     ) -> list[tuple[RowRequest, BagsOwed | None]]:
         """Tells every owner which of its rows this rank wants; returns what is settled by group.
 
         Collective: every rank.
         """
         counts = torch.zeros(ranks.size, len(self._groups) + 1, 6, dtype=torch.int64, device=self._no_keys.device)
-        counts[:, -1] = int(error is not None)
+        counts[:, -1, _ROWS] = int(error is not None)
+        counts[:, -1, _FEATURES] = self._routes.checksum_of(names)
         ordered: list[OrderedKeys | SortedKeys] = []
         for number, (group, own) in enumerate(zip(self._groups, wanted, strict=True)):
             with stage("unique"):
@@ -211,6 +217,8 @@ class SharedInputDist(InputDist):
         (ask, owe), rows = ranks.ask(counts, distinct, [group.num_local_rows for group in self._groups])
         if any(owe[-1][_ROWS]):
             ranks.fail_together(error)
+        if len(set(owe[-1][_FEATURES])) > 1:
+            _refuse_features(ranks.all_gather(sorted(names)))
         return [
             (
                 RemoteRows(group, ordered[number], ask[number][_ROWS], owe[number][_ROWS], rows[number])
@@ -234,6 +242,21 @@ class _Wanted(NamedTuple):
     keys: Tensor
     bags: BagsAsked | None
     at_owner: Sequence[bool]
+
+
+def _refuse_features(names: Sequence[Sequence[str]]) -> NoReturn:
+    """Raises, on every rank, which features each rank looks up."""
+    ranks_of: dict[tuple[str, ...], list[int]] = {}
+    for rank, own in enumerate(names):
+        ranks_of.setdefault(tuple(own), []).append(rank)
+    found = "; ".join(
+        f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {', '.join(own)}"
+        for own, ranks in ranks_of.items()
+    )
+    raise ValueError(
+        f"the ranks look up different features ({found}). Every rank looks up the same ones in a step: give a feature "
+        "that a rank has no ids of an empty tensor"
+    )
 
 
 def _count(counts: Tensor, group: TableGroup, wanted: _Wanted, ordered: OrderedKeys | SortedKeys) -> None:

@@ -169,7 +169,7 @@ class RemoteRows:
     def send_home(self, grads: Sequence[Tensor | None], bags: Sequence[Bags]) -> None:
         """See `RowRequest`; gradients are summed by row before they travel."""
         dim = self._group.weight.shape[1]
-        no_rows = torch.zeros(0, dim, device=self._group.device)
+        no_rows = torch.zeros(0, dim, dtype=torch.float32, device=self._group.device)
         self.send_distinct_home(pool_rows_backward(grads, bags, self.distinct, dim) if bags else no_rows)
 
     def send_distinct_home(self, grad: Tensor) -> None:
@@ -216,7 +216,7 @@ class NoRows:
 
     def fetch_distinct(self) -> Tensor:
         """Returns no rows."""
-        return torch.zeros(0, self._group.weight.shape[1], device=self._group.device)
+        return torch.zeros(0, self._group.weight.shape[1], dtype=torch.float32, device=self._group.device)
 
     def send_home(self, grads: Sequence[Tensor | None], bags: Sequence[Bags]) -> None:
         """Delivers nothing."""

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -298,7 +299,7 @@ def _short(value: float | int | str) -> str:
 
 def _append(path: str, data: bytes) -> None:
     """Appends to a file, all of `data` or nothing."""
-    with open(path, "ab", buffering=0) as file:
+    with open(path, "ab", buffering=0, opener=_without_following) as file:
         size = file.tell()
         try:
             while data:
@@ -308,6 +309,11 @@ def _append(path: str, data: bytes) -> None:
             raise
 
 
+def _without_following(path: str, flags: int) -> int:
+    """Opens a file, and no other that a link in its place leads to."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def _finite(value: float | int | str) -> float | int | str | None:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -315,6 +321,8 @@ def _finite(value: float | int | str) -> float | int | str | None:
 def _is_up_to(step: int, line: bytes) -> bool:
     """Tells whether a line of JSON is whole and of no later step than `step`."""
     try:
-        return line.endswith(b"\n") and bool(json.loads(line).get("step", 0) <= step)
-    except ValueError:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
         return False
+    logged = record.get("step", 0) if isinstance(record, dict) else None
+    return line.endswith(b"\n") and isinstance(logged, int) and logged <= step

@@ -15,7 +15,7 @@ from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.embedding.table_group import TableGroup, TableGroups
 from embedtrain.errors import UserError
 from embedtrain.optim.dense import DenseOptimizer
-from embedtrain.optim.optimizer import HasRowGroups
+from embedtrain.optim.stores import HasRowGroups
 from embedtrain.spec import DEFAULT_OPTIMIZER, TableSpec
 
 

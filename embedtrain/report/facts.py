@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,8 @@ from embedtrain.export import Vectors, neighbors
 from embedtrain.export.vectors import FloatRows
 from embedtrain.recipes.trained import open_run_vectors
 from embedtrain.sharding.layout import read_layout
-from embedtrain.train.run_folder import FEATURES_NAME, PROFILE_NAME, STATUS_NAME, RunFolder
+from embedtrain.train.run_folder import PROFILE_NAME, RunFolder
+from embedtrain.train.state import RunState, read_run_state
 
 STAGE, MEMORY = "stage/", "memory/"
 BUSIEST_RANK = f"{STAGE}busiest_rank"
@@ -119,18 +119,18 @@ def read_facts(run_path: str, words: Sequence[str], runtime: Runtime, num_neighb
     if path is None:
         raise UserError(f"there is no complete checkpoint in {run_path!r}; a report needs one")
     with CheckpointReader(path) as reader:
-        state, world_size = reader.state, reader.manifest.world_size
-        tables = _tables(reader, folder)
+        state, world_size = read_run_state(reader.manifest, path), reader.manifest.world_size
+        tables = _tables(reader, state)
     near, frequent_words, frequent_rows, noun = _vectors(run_path, words, runtime, num_neighbors)
     return RunFacts(
         path=folder.path,
         config=folder.read_config() or "",
-        status=_json(folder, STATUS_NAME),
-        step=state["train"]["step"],
+        status=folder.read_status(),
+        step=state.train.step,
         world_size=world_size,
-        seconds=float(state["train"]["seconds"]),
-        epochs=math.inf if state["train"]["stream"] else float(state["train"]["epoch"]),
-        num_skipped=state["optimizer"]["num_skipped"],
+        seconds=state.train.seconds,
+        epochs=math.inf if state.train.stream else float(state.train.epoch),
+        num_skipped=state.optimizer.num_skipped,
         curves=read_curves(folder),
         tables=tables,
         neighbors=near,
@@ -144,8 +144,7 @@ def read_facts(run_path: str, words: Sequence[str], runtime: Runtime, num_neighb
 def read_curves(folder: RunFolder) -> dict[str, tuple[list[int], list[float]]]:
     """Returns the steps and values of each number in metrics.jsonl; nulls and texts are left out."""
     curves: dict[str, tuple[list[int], list[float]]] = {}
-    for line in _lines(folder):
-        record = json.loads(line)
+    for record in folder.read_metrics():
         for name, value in record.items():
             if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                 steps, values = curves.setdefault(name, ([], []))
@@ -154,28 +153,25 @@ def read_curves(folder: RunFolder) -> dict[str, tuple[list[int], list[float]]]:
     return curves
 
 
-def _tables(reader: CheckpointReader, folder: RunFolder) -> list[TableFacts]:
-    with_values = storage.list_files(folder.join(FEATURES_NAME))
-    features = reader.state.get("features", {})
-    groups = reader.state["optimizer"]["param_groups"]
-    starts = {group.get("initial_accumulator_value") for group in groups}
+def _tables(reader: CheckpointReader, state: RunState) -> list[TableFacts]:
+    # Of a click log's columns: there row 0 stands for all values without a row of their own.
+    columns = reader.state.get("features", {})
+    starts = {group.get("initial_accumulator_value") for group in state.optimizer.param_groups}
     start = starts.pop() if len(starts) == 1 else None
     found = []
-    for name, info in sorted(reader.tensors.items()):
-        if not name.endswith("/weight"):
-            continue
-        table = name.removesuffix("/weight")
-        num_rows, dim = info.shape
+    for table in sorted(name.removesuffix("/weight") for name in reader.tensors if name.endswith("/weight")):
+        num_rows, dim = reader.table(table).shape
         accumulator = reader.tensors.get(table + _ACCUMULATOR)
         num_untouched = None
-        has_shared_row = f"{table}.parquet" in with_values
-        if start is not None and accumulator is not None and len(accumulator.shape) == 1:
+        names = state.row_names.get(table, {})
+        has_shared_row = isinstance(columns, Mapping) and table in columns and "file" in names
+        if start is not None and accumulator is not None and accumulator.shape == (num_rows,):
             num_untouched = _count_equal(reader, table + _ACCUMULATOR, num_rows, start)
             if has_shared_row:
                 # Values that are rare or unknown share row 0: without any in training it keeps its first values.
-                slot = read_layout(info.layout, num_rows, table).slot_of(torch.tensor([0]))
+                slot = read_layout(reader.table(table).layout, num_rows, table).slot_of(torch.tensor([0]))
                 num_untouched -= int((reader.gather(table + _ACCUMULATOR, slot) == start).sum())
-        is_hashed = table in features and not has_shared_row
+        is_hashed = names.get("encoding") == "hash"
         found.append(TableFacts(table, num_rows, dim, num_untouched, has_shared_row, is_hashed))
     return found
 
@@ -218,22 +214,9 @@ def _profile(folder: RunFolder) -> dict[str, str]:
     found = {}
     for rank in range(64):
         try:
-            found[f"rank {rank}"] = storage.read(folder.join(f"{PROFILE_NAME}/rank-{rank}.txt")).decode()
+            found[f"rank {rank}"] = storage.read(folder.join(f"{PROFILE_NAME}/rank-{rank}.txt")).decode(
+                errors="replace"
+            )
         except FileNotFoundError:
             break
     return found
-
-
-def _lines(folder: RunFolder) -> list[str]:
-    try:
-        return storage.read(folder.metrics_path).decode().splitlines()
-    except FileNotFoundError:
-        return []
-
-
-def _json(folder: RunFolder, name: str) -> dict[str, Any]:
-    try:
-        loaded: dict[str, Any] = json.loads(storage.read(folder.join(name)))
-    except FileNotFoundError:
-        return {}
-    return loaded

@@ -9,6 +9,7 @@ import jinja2
 
 from embedtrain import storage
 from embedtrain.distributed.runtime import Runtime
+from embedtrain.export.storage import refuse_packed_name
 from embedtrain.report.advice import advice
 from embedtrain.report.facts import STAGE, RunFacts, read_facts
 from embedtrain.report.plots import curve_svgs, map_svg
@@ -28,6 +29,8 @@ def write_report(run_path: str, output: str | None, words: Sequence[str], runtim
     Raises:
         UserError: there is no run, no complete checkpoint, no such word, or no matplotlib.
     """
+    if output is not None:
+        refuse_packed_name(output, "HTML")
     facts = read_facts(run_path, words, runtime)
     page = render(facts, map_svg(facts.frequent_rows, facts.frequent_words) if facts.frequent_words else "")
     path = output or f"{run_path.rstrip('/')}/report.html"

@@ -24,9 +24,9 @@ from embedtrain.checkpoint.agreement import on_first_rank
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.runtime import DEFAULT_TIMEOUT_SECONDS
 from embedtrain.embedding.collection import EmbeddingCollection
-from embedtrain.errors import CorruptCheckpointError, UserError
+from embedtrain.errors import CorruptCheckpointError, UserError, shown
 from embedtrain.optim.dense import DenseOptimizer
-from embedtrain.train.state import TrainState
+from embedtrain.train.state import TrainState, read_run_state
 from embedtrain.train.task import Task
 
 _logger = logging.getLogger(__name__)
@@ -206,38 +206,44 @@ class Checkpoints:
         return f"{older} is the newest that is whole: resume.on_corrupt=fallback resumes from it."
 
     def _take_over(self, reader: CheckpointReader, path: str) -> None:
-        saved, load = reader.state, self._resume.load
+        saved, load = read_run_state(reader.manifest, path), self._resume.load
         is_reset = load.optimizer_state == "reset"
-        expected = {"optimizer": self._optimizer.name}
+        expected = {"optimizer": (saved.optimizer.name, self._optimizer.name)}
         if self._dense is not None:
-            expected["dense_optimizer"] = self._dense.name
-        for role, name in expected.items():
-            was = saved.get(role, {}).get("name", "no such optimizer")
+            was = "no such optimizer" if saved.dense_optimizer is None else saved.dense_optimizer.name
+            expected["dense optimizer"] = (was, self._dense.name)
+        for role, (was, name) in expected.items():
             if was != name and not is_reset:
                 raise UserError(
-                    f"{path} holds the state of {was}, and this run's {role.replace('_', ' ')} is {name}: "
+                    f"{path} holds the state of {shown(was)}, and this run's {role} is {name}: "
                     "resume.optimizer_state=reset starts its state anew"
                 )
-        if saved["data_fingerprint"] != self._facts["data_fingerprint"]:
+        if saved.data_fingerprint != self._facts["data_fingerprint"]:
             raise UserError(
                 f"{path} was trained on other data than data.path holds now: start a new run.path, or bring back "
                 "the data and the options under `data` that the run began with"
+            )
+        groups = saved.optimizer.param_groups
+        if len(groups) != len(self._optimizer.param_groups) and not is_reset:
+            raise CorruptCheckpointError(
+                f"{path}: optimizer.param_groups: expected {len(self._optimizer.param_groups)}, found {len(groups)}"
             )
         left_out = load_shards(reader, self._tables.shard_views(), load)
         if self._dense is not None:
             self._dense.load_tensors(reader.replicated(), with_state=not is_reset)
         if left_out and self._ranks.rank == 0:
             _logger.warning(f"not taken from {path}, as asked, but started anew: {', '.join(left_out)}")
-        kept = {key: {**saved[key], **self._facts.get(key, {})} for key in _OF_THE_BEGINNING if key in saved}
+        begun = {key: reader.state[key] for key in _OF_THE_BEGINNING if reader.state.get(key)}
+        kept = {key: {**facts, **self._facts.get(key, {})} for key, facts in begun.items()}
         self._facts = {**self._facts, **kept}
-        self._state.restore(saved["train"])
-        self.metrics = saved.get("metrics", {})
-        self._optimizer.num_skipped = saved["optimizer"]["num_skipped"]
+        self._state.restore(saved.train)
+        self.metrics = saved.metrics
+        self._optimizer.num_skipped = saved.optimizer.num_skipped
         if is_reset:
             return
-        for settings, was in zip(self._optimizer.param_groups, saved["optimizer"]["param_groups"], strict=True):
+        for settings, group in zip(self._optimizer.param_groups, groups, strict=True):
             # The rest is this run's configuration, which the caller has compared with the saved one.
-            settings["step"] = was["step"]
+            settings["step"] = group["step"]
 
 
 def load_weights(path: str, tables: EmbeddingCollection, dense: DenseOptimizer | None, data_fingerprint: str) -> int:
@@ -259,7 +265,7 @@ def load_weights(path: str, tables: EmbeddingCollection, dense: DenseOptimizer |
         CheckpointError: its tensors are not those of the tables.
     """
     with CheckpointReader(path) as reader:
-        if reader.state["data_fingerprint"] != data_fingerprint:
+        if read_run_state(reader.manifest, path).data_fingerprint != data_fingerprint:
             raise UserError(
                 f"{path} was trained on other data than those that the run has now: the rows of its tables do not "
                 "belong to these data"

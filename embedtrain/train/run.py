@@ -20,7 +20,7 @@ from embedtrain.distributed.failure import is_shared
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.embedding.init_from import init_from
-from embedtrain.errors import UserError
+from embedtrain.errors import UserError, counted
 from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, TensorBoardSink
 from embedtrain.optim.schedule import schedule_factor
 from embedtrain.storage import local_path
@@ -47,14 +47,18 @@ class Run:
         folder: the run folder.
         sinks: receive the records of rank 0; empty on other ranks.
         is_resumed: whether a checkpoint was found.
+        is_begun: whether an earlier job has begun to train it.
         observers: called on every rank after each step.
+        check_data: see `Parts`.
     """
 
     trainer: Trainer
     folder: RunFolder
     sinks: list[MetricSink]
     is_resumed: bool
+    is_begun: bool
     observers: list[Callable[[], None]]
+    check_data: Callable[[], None]
 
 
 def check_run_folder(config: Config) -> RunFolder:
@@ -64,6 +68,7 @@ def check_run_folder(config: Config) -> RunFolder:
         UserError: the folder holds checkpoints of a run with other settings.
     """
     folder = RunFolder(config.run.path)
+    folder.require_writable_names()
     earlier = folder.read_config()
     if earlier is not None and latest_checkpoint(folder.checkpoints_path) is not None:
         differing = differing_keys(earlier, config, _allowed_to_change(config))
@@ -100,15 +105,21 @@ def train_run(
 def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_profiled: bool) -> int:
     state = run.trainer.state
     if runtime.rank == 0:
-        done = f"resuming at step {state.step:,}" if run.is_resumed else "starting"
-        of_all = "" if run.trainer.total_steps is None else f" of {run.trainer.total_steps:,}"
-        _say(f"{done}{of_all}, {runtime.world_size} ranks, {runtime.device.type}")
+        if run.is_begun and not run.is_resumed:
+            _say(f"{run.folder.path} holds a run that ended before its first checkpoint: it starts anew")
+        total, where = run.trainer.total_steps, f"{counted(runtime.world_size, 'rank')}, {runtime.device.type}"
+        if run.is_resumed:
+            _say(f"resuming at step {state.step:,}{'' if total is None else f' of {total:,}'}, {where}")
+        else:
+            of_all = "" if total is None else f": {counted(total, 'step')}"
+            _say(f"starting{of_all}, {where}")
 
     def before_save() -> None:
         # A run that is killed resumes from this checkpoint, and does not log again what came before it.
         for sink in run.sinks:
             sink.flush()
         lock.check()
+        runtime.ranks.run_on_first(run.check_data)
 
     with ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
@@ -190,7 +201,8 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
     )
     _check_epochs(config, earlier, trainer, runtime)
     sinks = _build_sinks(config, folder, state, parts.task) if runtime.rank == 0 else []
-    return Run(trainer, folder, sinks, is_resumed, _build_observers(config, folder, state, parts.task, sinks, runtime))
+    observers = _build_observers(config, folder, state, parts.task, sinks, runtime)
+    return Run(trainer, folder, sinks, is_resumed, earlier is not None, observers, parts.check_data)
 
 
 def _start_tables(parts: Parts, config: Config, folder: RunFolder, runtime: Runtime) -> dict[str, Any]:

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from embedtrain import storage
+from embedtrain.data.row_names import FEATURES_NAME, VOCABULARY_NAME
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.errors import UserError
+from embedtrain.schema import Count, parse
 
 CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.jsonl"
 STATUS_NAME = "status.json"
-VOCABULARY_NAME = "vocabulary.tsv"
-FEATURES_NAME = "features"
 CHECKPOINTS_NAME = "checkpoints"
 TENSORBOARD_NAME = "tensorboard"
 PROFILE_NAME = "profile"
@@ -44,6 +43,21 @@ class KeptData:
     facts: Mapping[str, Any]
 
 
+_FILE = re.compile(
+    rf"({re.escape(CONFIG_NAME)}|{re.escape(METRICS_NAME)}|{re.escape(STATUS_NAME)}|\w+\.tsv)(\.tmp|\.partial)?"
+)
+_FOLDERS = (CHECKPOINTS_NAME, DATA_NAME, FEATURES_NAME, TENSORBOARD_NAME, PROFILE_NAME)
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What every line of `metrics.jsonl` has."""
+
+    step: Count
+
+
 class RunFolder:
     """A run's folder on any file system; other programs rely on the names in it.
 
@@ -51,13 +65,15 @@ class RunFolder:
         path: any fsspec URL; the folder is made by the first file that is written.
 
     Raises:
-        UserError: the path is empty, or the root of a disk.
+        UserError: the path is empty, the root of a disk, or a chain of file systems.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path.rstrip("/")
         if not self.path:
             raise UserError(f"expected the path of a run folder, such as runs/x, got {path!r}")
+        if "::" in path:
+            raise UserError(f"a run folder cannot lie at {path!r}: `::` chains file systems that are only read")
 
     def join(self, name: str) -> str:
         """Returns the URL of a file of the folder."""
@@ -73,12 +89,60 @@ class RunFolder:
         """One JSON object a line."""
         return self.join(METRICS_NAME)
 
+    def require_writable_names(self) -> None:
+        """Refuses a folder where something else lies under the names of files and folders that a run writes.
+
+        Raises:
+            UserError: a file's name is a folder, a pipe or a link, through which a run would write elsewhere; or a
+                folder's name is a file.
+        """
+        for name in storage.list_names(self.path):
+            what = storage.oddity(self.join(name))
+            if _FILE.fullmatch(name) and what is not None:
+                raise UserError(f"{self.join(name)} is {what}, and a run writes a file of that name: move it away")
+            path = storage.local_path(self.join(name))
+            if name in _FOLDERS and path is not None and not os.path.isdir(path):
+                raise UserError(
+                    f"{self.join(name)} is {what or 'a file'}, and a run keeps a folder of that name: move it away"
+                )
+
     def read_config(self) -> str | None:
         """Returns the configuration that the run was started with, as YAML; None where there is no run."""
         try:
             return storage.read(self.join(CONFIG_NAME)).decode()
         except FileNotFoundError:
             return None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.join(CONFIG_NAME)} is not UTF-8: {error}") from error
+
+    def read_metrics(self) -> list[Mapping[str, Any]]:
+        """Returns the records of `metrics.jsonl`, each with its step; lines that hold none are left out and told of."""
+        try:
+            lines = storage.read(self.metrics_path).splitlines()
+        except FileNotFoundError:
+            return []
+        records, bad = [], []
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+                parse(_Record, record)
+                records.append(record)
+            except (ValueError, RecursionError):
+                bad.append(number)
+        if bad:
+            _logger.warning(f"{self.metrics_path}: {len(bad):,} lines hold no record, such as line {bad[0]}: left out")
+        return records
+
+    def read_status(self) -> Mapping[str, Any]:
+        """Returns how the run ended; empty while it is going on, after it was killed, or if that cannot be read."""
+        try:
+            status = json.loads(storage.read(self.join(STATUS_NAME)))
+        except FileNotFoundError:
+            return {}
+        except (ValueError, RecursionError) as error:
+            _logger.warning(f"{self.join(STATUS_NAME)} says nothing of the run: {error}")
+            return {}
+        return status if isinstance(status, dict) else {}
 
     def write_config(self, text: str) -> None:
         """Keeps the configuration, as YAML."""
@@ -88,39 +152,6 @@ class RunFolder:
         """Keeps the words or raw ids of a table's rows: without them nobody knows whose vectors they are."""
         storage.make_folder(self.path)
         vocabulary.save(self.join(name))
-
-    def read_names(self, table: str, num_rows: int) -> Sequence[str] | None:
-        """Returns what the rows of a table stand for: words, raw ids or values; None where nobody kept that.
-
-        Args:
-            table: its name.
-            num_rows: its rows; the words of another number of rows are not its own.
-
-        Raises:
-            UserError: a file of words or ids cannot be read as one.
-        """
-        for name in (f"{table}s.tsv", VOCABULARY_NAME):
-            try:
-                words = Vocabulary.load(self.join(name)).words
-            except FileNotFoundError:
-                continue
-            if len(words) == num_rows:
-                return words
-        try:
-            data = storage.read(self.join(f"{FEATURES_NAME}/{table}.parquet"))
-        except FileNotFoundError:
-            return None
-        # The first row is that of all values that have none of their own.
-        values = ["(any other value)", *pq.read_table(pa.BufferReader(data))["value"].to_pylist()]
-        return values if len(values) == num_rows else None
-
-    def write_feature(self, name: str, values: pa.Table) -> None:
-        """Keeps which value of a categorical feature each row of its table stands for, as a Parquet file."""
-        storage.make_folder(self.join(FEATURES_NAME))
-        buffer = pa.BufferOutputStream()
-        pq.write_table(values, buffer)
-        path = self.join(f"{FEATURES_NAME}/{name}.parquet")
-        storage.replace(path, buffer.getvalue().to_pybytes(), f"{path}.tmp")
 
     def keep_data(self, facts: Mapping[str, Any], entry_path: str | None = None) -> None:
         """Keeps what of its data the answers of a run need, in place of what was kept before.

@@ -142,9 +142,11 @@ class Parts:
             readers of the vectors need, such as `export_table`.
         write_files: called on rank 0; writes to the run folder what readers of the vectors need, such as a vocabulary.
         pretrained: by table, the vectors that it starts from in a new run.
+        check_data: called on rank 0 before each save; raises CheckpointError if the prepared data were found damaged.
     """
 
     task: Task
     facts: Mapping[str, Any]
     write_files: Callable[[RunFolder], None] = lambda folder: None
     pretrained: Mapping[str, Pretrained] = field(default_factory=dict)
+    check_data: Callable[[], None] = lambda: None

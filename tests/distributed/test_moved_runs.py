@@ -218,7 +218,7 @@ def test_a_checkpoint_of_the_library_can_be_inspected(answer: Answer, capfd: pyt
         assert "step         7" in shown
         assert "t/weight                 float32   5 x 2" in shown
         assert f"verified     {path}" in shown
-    assert "checkpoints  7" in answer("inspect", "own", "--step", "7")
+    assert "checkpoints  of step 7" in answer("inspect", "own", "--step", "7")
     assert main(["inspect", path, "--step", "7"]) == 2
     assert "--step chooses a checkpoint of a run" in capfd.readouterr().err
     assert main(["inspect", "own", "--step", "best"]) == 2

@@ -158,10 +158,8 @@ def test_a_killed_run_ends_where_it_would_have(tmp_path: Path, ranks: int) -> No
     for (expected, records), (found, later_records) in zip(whole, resumed, strict=True):
         for name, tensor in expected.items():
             assert torch.equal(tensor, found[name]), name
-        by_step = {(r["step"], "loss" in r): r for r in records}
-        assert later_records[-2:] == records[-2:]
-        for record in later_records[1:]:  # the first covers steps since the checkpoint alone
-            assert record == by_step[record["step"], "loss" in record]
+        # The steps since the last record before the kill are in the first record after it.
+        assert later_records == [record for record in records if record["step"] > 10]
 
 
 def test_another_number_of_ranks_goes_on(tmp_path: Path) -> None:

@@ -20,21 +20,25 @@ struct Term {
     float factor;
 };
 
-// total[0 .. 16 kBlocks) = factor * sum of the terms' columns, in registers.
+// target[0 .. 8 kBlocks) = factor * sum of the terms' columns, in registers.
 template <int kBlocks, typename Terms>
 EMBEDTRAIN_INLINE void sum_blocks(Terms term, int64_t count, float factor, float* target) {
-    float16v total[kBlocks] = {};
+    float8v total[kBlocks];
+    EMBEDTRAIN_UNROLL
+    for (int b = 0; b < kBlocks; ++b) total[b] = float8v{};
     for (int64_t i = 0; i < count; ++i) {
         const auto [row, weight] = term(i);
+        EMBEDTRAIN_UNROLL
         for (int b = 0; b < kBlocks; ++b) {
-            float16v values;
-            load_row(values, row + 16 * b);
+            float8v values;
+            load_row(values, row + 8 * b);
             total[b] += values * weight;
         }
     }
+    EMBEDTRAIN_UNROLL
     for (int b = 0; b < kBlocks; ++b) {
         total[b] *= factor;
-        store(target + 16 * b, total[b]);
+        store(target + 8 * b, total[b]);
     }
 }
 
@@ -49,10 +53,10 @@ EMBEDTRAIN_INLINE void sum_terms(Terms term, int64_t count, float factor, int64_
             return one;
         };
     };
-    for (; d + 128 <= dim; d += 128) sum_blocks<8>(from(d), count, factor, target + d);
-    if (d + 64 <= dim) sum_blocks<4>(from(d), count, factor, target + d), d += 64;
-    if (d + 32 <= dim) sum_blocks<2>(from(d), count, factor, target + d), d += 32;
-    if (d + 16 <= dim) sum_blocks<1>(from(d), count, factor, target + d), d += 16;
+    for (; d + 128 <= dim; d += 128) sum_blocks<16>(from(d), count, factor, target + d);
+    if (d + 64 <= dim) sum_blocks<8>(from(d), count, factor, target + d), d += 64;
+    if (d + 32 <= dim) sum_blocks<4>(from(d), count, factor, target + d), d += 32;
+    if (d + 16 <= dim) sum_blocks<2>(from(d), count, factor, target + d), d += 16;
     if (d == dim) return;
     float rest[16] = {};
     for (int64_t i = 0; i < count; ++i) {

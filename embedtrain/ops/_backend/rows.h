@@ -13,8 +13,8 @@ namespace embedtrain {
 constexpr int64_t kPrefetchAhead = 12;  // rows; random rows are far apart, and the hardware cannot guess them
 constexpr int64_t kSmallWork = 1 << 17;  // values; below it, waking a thread costs more than it saves
 
-typedef uint16_t uint16x16 __attribute__((vector_size(32)));
-typedef uint32_t uint32x16 __attribute__((vector_size(64)));
+typedef uint16_t uint16x8 __attribute__((vector_size(16)));
+typedef uint32_t uint32x8 __attribute__((vector_size(32)));
 
 EMBEDTRAIN_INLINE float to_float(float value) { return value; }
 
@@ -25,12 +25,12 @@ EMBEDTRAIN_INLINE float to_float(uint16_t bits) {
     return value;
 }
 
-EMBEDTRAIN_INLINE void load_row(float16v& vector, const float* source) { load(vector, source); }
+EMBEDTRAIN_INLINE void load_row(float8v& vector, const float* source) { load(vector, source); }
 
-EMBEDTRAIN_INLINE void load_row(float16v& vector, const uint16_t* source) {
-    uint16x16 bits;
+EMBEDTRAIN_INLINE void load_row(float8v& vector, const uint16_t* source) {
+    uint16x8 bits;
     std::memcpy(&bits, source, sizeof(bits));
-    const uint32x16 wide = __builtin_convertvector(bits, uint32x16) << 16;
+    const uint32x8 wide = __builtin_convertvector(bits, uint32x8) << 16;
     std::memcpy(&vector, &wide, sizeof(wide));
 }
 

@@ -23,6 +23,7 @@
 namespace embedtrain {
 
 typedef float float16v __attribute__((vector_size(64)));
+typedef float float8v __attribute__((vector_size(32)));  // what AVX2 has: wider ones would lie in memory there
 typedef float float4v __attribute__((vector_size(16)));
 
 template <typename Vector>

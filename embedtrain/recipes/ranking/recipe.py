@@ -5,16 +5,26 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-
 from embedtrain.data.click_batches import ClickBatches
 from embedtrain.data.click_log import ClickLayout, ClickLog
+from embedtrain.data.click_schema import Encoding
 from embedtrain.data.click_stream import ClickStream, StreamOptions
 from embedtrain.data.prepare_clicks import ClickOptions, prepare_clicks
 from embedtrain.data.readers import Layout, suffixes_of
+from embedtrain.data.row_names import (
+    HASHES,
+    IDS,
+    STATE_KEY,
+    Source,
+    of_ids,
+    of_values,
+    values_source,
+    write_values,
+)
 from embedtrain.data.sources import refuse_changes
 from embedtrain.data.vector_files import check_vectors
 from embedtrain.distributed.runtime import Runtime
@@ -103,6 +113,7 @@ def build(config: RankingConfig, runtime: Runtime, data: ClicksOfRun) -> Parts:
     )
     facts = {
         "data_fingerprint": data.fingerprint,
+        STATE_KEY: _names_facts(config, layout),
         "features": {name: layout.num_rows[name] for name in layout.feature_names},
         "dense": {
             "columns": layout.dense_names,
@@ -111,7 +122,14 @@ def build(config: RankingConfig, runtime: Runtime, data: ClicksOfRun) -> Parts:
             "std": layout.dense_std.tolist(),
         },
     }
-    return Parts(task, facts, functools.partial(_write_files, data), _pretrained(config.data, layout))
+    write_files, pretrained = functools.partial(_write_files, data), _pretrained(config, layout)
+    checks = [log.check for log in (layout, data.held_out) if isinstance(log, ClickLog)]
+    return Parts(task, facts, write_files, pretrained, functools.partial(_check_all, checks))
+
+
+def _check_all(checks: Sequence[Callable[[], None]]) -> None:
+    for check in checks:
+        check()
 
 
 def measure(config: RankingConfig, runtime: Runtime, checkpoint: str) -> dict[str, float]:
@@ -217,25 +235,42 @@ def _held_out_batches(config: RankingConfig, runtime: Runtime, held_out: ClickLo
     )
 
 
-def _pretrained(data: ClicksConfig, layout: ClickLayout) -> dict[str, Pretrained]:
+def _pretrained(config: RankingConfig, layout: ClickLayout) -> dict[str, Pretrained]:
     found = {}
-    for name, feature in data.features.items():
+    for name, feature in config.data.features.items():
         if feature.init_from is None:
             continue
-        if layout.vocabulary(name) is None:
+        if _encodings(config)[name] == "hash":
             raise UserError(
-                f"data.features.{name}.init_from needs rows that have names: give {name} encoding: vocabulary, and no "
-                "num_rows"
+                f"data.features.{name}.init_from needs rows that have names, and a row of {name} is the hash of many "
+                f"values: give {name} encoding: vocabulary, and no num_rows"
             )
-        found[name] = Pretrained(feature.init_from, functools.partial(_rows_of_values, layout, name))
+        found[name] = Pretrained(feature.init_from, functools.partial(_rows_of_names, layout, name))
     return found
 
 
-def _rows_of_values(layout: ClickLayout, name: str) -> dict[str, int]:
+def _encodings(config: RankingConfig) -> dict[str, Encoding]:
+    return {column.name: column.encoding for column in click_schema(config.data).categorical}
+
+
+def _rows_of_names(layout: ClickLayout, name: str) -> Mapping[str, int]:
+    """Returns the rows of the values of a column that is not hashed."""
     vocabulary = layout.vocabulary(name)
-    assert vocabulary is not None
-    values = vocabulary["word"].cast(pa.large_string()).to_pylist()
-    return {value: row for row, value in enumerate(values, start=1)}
+    names = of_ids(layout.num_rows[name]) if vocabulary is None else of_values(vocabulary, has_others=True)
+    return names.rows
+
+
+def _names_facts(config: RankingConfig, layout: ClickLayout) -> dict[str, Source]:
+    """Returns where the names of each table's rows are."""
+    found = {}
+    for name, encoding in _encodings(config).items():
+        if encoding == "vocabulary":
+            vocabulary = layout.vocabulary(name)
+            assert vocabulary is not None
+            found[name] = values_source(name, vocabulary)
+        else:
+            found[name] = HASHES if encoding == "hash" else IDS
+    return found
 
 
 def _write_files(data: ClicksOfRun, folder: RunFolder) -> None:
@@ -251,9 +286,7 @@ def _write_files(data: ClicksOfRun, folder: RunFolder) -> None:
 def _write_vocabularies(layout: ClickLayout, folder: RunFolder) -> None:
     for name in layout.feature_names:
         if (vocabulary := layout.vocabulary(name)) is not None:
-            rows = pa.array(range(1, len(vocabulary) + 1), pa.int64())
-            value = vocabulary["word"].cast(pa.large_string())
-            folder.write_feature(name, pa.table({"row": rows, "value": value, "count": vocabulary["count"]}))
+            write_values(folder.path, name, vocabulary, has_others=True)
 
 
 def _heads(config: RankingConfig) -> dict[str, tuple[str, Layout]]:

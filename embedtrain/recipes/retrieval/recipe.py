@@ -10,18 +10,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
+from embedtrain.checkpoint.manifest import step_of
 from embedtrain.data.interactions import InteractionOptions, Interactions, SideOptions, prepare_interactions
 from embedtrain.data.readers import Layout, suffixes_of
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
+from embedtrain.data.row_names import STATE_KEY, values_source, vocabulary_source, write_values
 from embedtrain.data.sources import refuse_changes
 from embedtrain.data.vector_files import check_vectors
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.export.recommendations import Recommendation
-from embedtrain.export.vectors import FloatRows, Vectors
+from embedtrain.export.vectors import FloatRows, Vectors, open_vectors
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.recipes.base import Grow, Names, Recipe, Wanted, collection_options
 from embedtrain.recipes.layout import layout_of
@@ -32,6 +35,7 @@ from embedtrain.recipes.retrieval.recommendation import Catalogue, all_vectors, 
 from embedtrain.recipes.retrieval.workload import workload
 from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import DEFAULT_OPTIMIZER, TableSpec
+from embedtrain.storage import base_name
 from embedtrain.train.checkpoints import load_weights
 from embedtrain.train.run_folder import DATA_NAME, RunFolder
 from embedtrain.train.task import Evaluation, Parts, Pretrained, Task
@@ -120,12 +124,28 @@ def build(config: RetrievalConfig, runtime: Runtime, interactions: Interactions)
         },
     )
     return Parts(
-        task, _facts(interactions), functools.partial(_write_files, interactions), _pretrained(config, interactions)
+        task,
+        _facts(interactions),
+        functools.partial(_write_files, interactions),
+        _pretrained(config, interactions),
+        interactions.check,
     )
 
 
 def _facts(interactions: Interactions) -> dict[str, Any]:
-    return {"data_fingerprint": interactions.fingerprint}
+    names = {
+        USER: vocabulary_source(_USERS_FILE, interactions.users, USER),
+        ITEM: vocabulary_source(_ITEMS_FILE, interactions.items, ITEM),
+    }
+    names.update({table: values_source(table, values) for table, values in _categories(interactions)})
+    return {"data_fingerprint": interactions.fingerprint, STATE_KEY: names}
+
+
+def _categories(interactions: Interactions) -> Iterator[tuple[str, pa.Table]]:
+    """Yields the table of each feature and the categories of its rows."""
+    for side in (USER, ITEM):
+        for name, values in interactions.categories(f"{side}s").items():
+            yield f"{side}.{name}", values
 
 
 def _build_dense_optimizer(config: RetrievalConfig, model: Retrieval) -> DenseOptimizer | None:
@@ -204,6 +224,8 @@ def _pretrained(config: RetrievalConfig, interactions: Interactions) -> dict[str
 def _write_files(interactions: Interactions, folder: RunFolder) -> None:
     folder.write_vocabulary(interactions.users, _USERS_FILE)
     folder.write_vocabulary(interactions.items, _ITEMS_FILE)
+    for table, values in _categories(interactions):
+        write_values(folder.path, table, values, has_others=False)
     _keep_data(interactions, folder)
 
 
@@ -271,14 +293,14 @@ def open_sides(config: RetrievalConfig, runtime: Runtime, checkpoint: str, table
         config: of the run.
         runtime: of this process.
         checkpoint: its path.
-        table: "item", which None stands for, or "user".
+        table: "item", which None stands for, or "user"; the table of a feature is opened as it is.
 
     Raises:
         UserError: there is no such table, or the run folder lacks the data that the checkpoint was trained on.
     """
     side = table or ITEM
     if side not in (USER, ITEM):
-        raise UserError(f"no table {side!r} in {config.run.path!r}; it has: {USER}, {ITEM}")
+        return open_vectors(config.run.path, side, step_of(base_name(checkpoint)))
     with _restored(config, runtime, checkpoint) as (model, interactions, step):
         names = interactions.items if side == ITEM else interactions.users
         rows: FloatRows = all_vectors(model, side).numpy()

@@ -16,6 +16,7 @@ from embedtrain.data.corpus import PreparedCorpus
 from embedtrain.data.prepare import CorpusOptions, prepare_corpus
 from embedtrain.data.readers import Layout
 from embedtrain.data.readers.blocks import read_lines
+from embedtrain.data.row_names import STATE_KEY, VOCABULARY_NAME, read_row_names, vocabulary_source
 from embedtrain.data.skipgram import SamplingOptions, TextBatches
 from embedtrain.data.vector_files import check_vectors
 from embedtrain.data.vocabulary import Vocabulary
@@ -33,7 +34,8 @@ from embedtrain.recipes.word2vec.workload import workload
 from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import TableSpec
 from embedtrain.train.checkpoints import load_weights
-from embedtrain.train.run_folder import DATA_NAME, VOCABULARY_NAME, RunFolder
+from embedtrain.train.run_folder import DATA_NAME, RunFolder
+from embedtrain.train.state import read_run_state
 from embedtrain.train.task import Evaluation, Parts, Pretrained, Task
 
 _logger = logging.getLogger(__name__)
@@ -96,7 +98,8 @@ def build(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCorpus) -> P
     pretrained = {}
     if config.init_from is not None:
         pretrained[INPUT] = Pretrained(config.init_from, lambda: corpus.vocabulary.rows)
-    return Parts(task, _facts(corpus), functools.partial(_write_files, config, corpus), pretrained)
+    write_files = functools.partial(_write_files, config, corpus)
+    return Parts(task, _facts(corpus), write_files, pretrained, corpus.check)
 
 
 def _write_files(config: Word2VecConfig, corpus: PreparedCorpus, folder: RunFolder) -> None:
@@ -119,10 +122,8 @@ def measure(config: Word2VecConfig, runtime: Runtime, checkpoint: str) -> dict[s
                 f"{folder.join(DATA_NAME)} is missing, which holds the word pairs of evaluate.similarity: bring it "
                 "back, or give the training command again, which writes it anew"
             )
-        fingerprint = reader.state["data_fingerprint"]
-    words = folder.read_names(INPUT, reader.tensors[f"{INPUT}/weight"].shape[0])
-    if words is None:
-        raise UserError(f"{folder.join(VOCABULARY_NAME)} is missing, or is not the vocabulary of {checkpoint}")
+        fingerprint = read_run_state(reader.manifest, checkpoint).data_fingerprint
+        words = read_row_names(folder.path, reader.state, INPUT, reader.table(INPUT).shape[0]).words
     model = _build_model(config, runtime, len(words))
     load_weights(checkpoint, model.tables, None, fingerprint)
     return WordSimilarity(model.tables, words, kept.facts[_PAIRS])(lambda: None)
@@ -142,8 +143,8 @@ def _build_model(config: Word2VecConfig, runtime: Runtime, num_words: int) -> Wo
 def _facts(corpus: PreparedCorpus) -> dict[str, Any]:
     return {
         "data_fingerprint": corpus.fingerprint,
-        "vocabulary_fingerprint": corpus.vocabulary.fingerprint,
         "export_table": INPUT,
+        STATE_KEY: dict.fromkeys((INPUT, OUTPUT), vocabulary_source(VOCABULARY_NAME, corpus.vocabulary)),
     }
 
 

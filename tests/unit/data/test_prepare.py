@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import time
 import uuid
 from collections import Counter
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pytest
 
 from embedtrain.data import prepare
+from embedtrain.data import prepared as prepared_data
 from embedtrain.data.corpus import PreparedCorpus
 from embedtrain.data.prepare import CorpusOptions, plan_parts, prepare_corpus
 from embedtrain.data.sources import Source
@@ -116,7 +118,7 @@ def test_the_fingerprint_is_of_the_content(text: Path, cache: Path) -> None:
     assert first.fingerprint == second.fingerprint
 
 
-@pytest.mark.parametrize("stage", ["_count_words", "_build_vocabulary", "_write_shards", "_commit"])
+@pytest.mark.parametrize("stage", ["_count_words", "_build_vocabulary", "_write_shards", "_write_contents"])
 def test_a_preparation_that_was_killed_is_done_again(
     text: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
@@ -127,7 +129,7 @@ def test_a_preparation_that_was_killed_is_done_again(
 
         patch.setattr(prepare, stage, die)
         # A killed process tidies nothing.
-        patch.setattr(prepare.shutil, "rmtree", lambda *args, **kwargs: None)
+        patch.setattr(prepared_data.shutil, "rmtree", lambda *args, **kwargs: None)
         with pytest.raises(SystemExit):
             prepared(cache, str(text))
     (leftover,) = os.listdir(cache)
@@ -151,7 +153,7 @@ def test_a_failed_preparation_leaves_nothing(tmp_path: Path, cache: Path) -> Non
 
 def test_old_leftovers_are_removed(text: Path, cache: Path) -> None:
     entry = prepared(cache, str(text)).path
-    os.remove(os.path.join(entry, "meta.json"))
+    shutil.rmtree(entry)
     for name, age_seconds in (("old", 2 * 24 * 3600), ("new", 60)):
         os.mkdir(f"{entry}.{name}.tmp")
         os.utime(f"{entry}.{name}.tmp", (time.time() - age_seconds,) * 2)
@@ -160,14 +162,14 @@ def test_old_leftovers_are_removed(text: Path, cache: Path) -> None:
 
 
 def test_of_two_jobs_the_first_to_finish_counts(text: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commit = prepare._commit
+    commit = prepared_data._commit
 
     def overtaken(*args: object) -> None:
-        monkeypatch.setattr(prepare, "_commit", commit)
+        monkeypatch.setattr(prepared_data, "_commit", commit)
         prepared(cache, str(text))
         commit(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(prepare, "_commit", overtaken)
+    monkeypatch.setattr(prepared_data, "_commit", overtaken)
     corpus = prepared(cache, str(text))
     assert len(decoded(corpus)) == 120
     assert os.listdir(cache) == [os.path.basename(corpus.path)]

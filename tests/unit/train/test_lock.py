@@ -65,14 +65,14 @@ def test_a_dead_process_of_this_host_loses_the_folder_at_once(folder: str, caplo
     if ended == 0:
         os._exit(0)
     os.waitpid(ended, 0)
-    leave_behind(folder, pid=ended, started="123", beat_seconds=3600.0)
+    leave_behind(folder, pid=ended, started="123", beat_seconds=60.0)
     with lock_of(folder):
         assert owner_files(folder) == ["owner-00000002.json"]
     assert f"is taken over from process {ended} on" in caplog.text
 
 
 def test_a_later_process_of_the_same_number_is_another(folder: str) -> None:
-    leave_behind(folder, started="123", beat_seconds=3600.0)
+    leave_behind(folder, started="123", beat_seconds=60.0)
     with lock_of(folder):
         pass
 
