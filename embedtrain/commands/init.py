@@ -27,11 +27,7 @@ def init(name: str | None, path: str | None, label: str | None) -> int:
             raise UserError(f"expected --from FILE, or the name of a configuration: {', '.join(shipped_names())}")
         print(read_shipped(name), end="")
         return EXIT_DONE
-    from embedtrain.recipes.draft import MODELS, draft
+    from embedtrain.recipes.drafting import draft
 
-    if name is not None and name not in MODELS:
-        raise UserError(f"--from drafts configurations of {' and '.join(MODELS)}, not of {name!r}; leave out --from")
-    if label is not None and name == "retrieval":
-        raise UserError("--label is for ranking: retrieval predicts which items come next")
     print(draft(path, name, label), end="")
     return EXIT_DONE

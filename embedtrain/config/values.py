@@ -283,6 +283,19 @@ def unshield(value: Any) -> Any:
     return value
 
 
+def in_plain_words(message: str) -> str:
+    """Returns the first line of a message of omegaconf as this package says it."""
+    message = unshield(message.splitlines()[0])
+    if found := re.fullmatch(r"Value '(.*)' of type '.*' could not be converted to (\w+)", message):
+        kinds = {"Float": "a number", "Integer": "an integer", "Boolean": "true or false"}
+        return f"expected {kinds.get(found[2], found[2])}, got {found[1]!r}"
+    if found := re.fullmatch(r"Invalid value '(.*)', expected one of \[(.*)\]", message):
+        return f"expected one of {found[2].replace(chr(39), '')}, got {found[1]!r}"
+    if re.fullmatch("Incompatible value 'None' for field of type .*", message):
+        return "expected a value, got null"
+    return message
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields the full key of each value."""
     for key, value in values.items():

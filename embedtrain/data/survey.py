@@ -102,6 +102,8 @@ def survey(path: str | Sequence[str]) -> Survey:
         values = pa.concat_arrays([plain(batch.column(name)) for batch in batches])
         if isinstance(reader, JsonLines) and pa.types.is_large_list(values.type):
             values = _unwrapped(values)
+        elif isinstance(reader, Csv):
+            values = pc.utf8_trim_whitespace(values)  # as the values of a click log are read
         columns.append(_column(name, values))
     format = next(key for key, value in FORMATS.items() if value is reader)
     return Survey(format, layout, has_names, num_rows, is_all, columns)

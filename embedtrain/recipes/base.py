@@ -10,6 +10,7 @@ import torch
 
 from embedtrain.config.sections import Config, TableConfig
 from embedtrain.data.readers import Layout
+from embedtrain.data.survey import Survey
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import CollectionOptions
@@ -93,6 +94,9 @@ class Recipe(Generic[ConfigT, DataT]):
             replaces them by their first megabytes.
         check: opens and parses the small files that a run reads later, such as questions; called on rank 0 before the
             data are prepared, and raises UserError with the key of what cannot be used.
+        draft: yields the lines of a first configuration, from the path of files of rows, what their columns hold, and
+            the column to predict, None to guess it; raises UserError if it cannot use the columns. None if the model
+            reads no rows.
         cache_key: the key of the folder of prepared data; a dry run gives it a folder of its own. Needed with `heads`.
         held_out: the key of held-out data, without which a run is not evaluated; None if a run needs no such key.
         grow: how a trained run gets rows for new names; None if it cannot.
@@ -109,6 +113,7 @@ class Recipe(Generic[ConfigT, DataT]):
     workload: Callable[[ConfigT, Sizes], Workload]
     heads: Callable[[ConfigT], Mapping[str, tuple[str, Layout]]] = lambda config: {}
     check: Callable[[ConfigT], None] = lambda config: None
+    draft: Callable[[str, Survey, str | None], Iterator[str]] | None = None
     cache_key: str = "data.cache_path"
     held_out: str | None = None
     grow: Grow[ConfigT, DataT] | None = None

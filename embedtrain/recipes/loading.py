@@ -34,6 +34,7 @@ from embedtrain.config.values import (
     choices_of,
     compose,
     flatten,
+    in_plain_words,
     read,
     read_override,
     settings_of,
@@ -363,6 +364,6 @@ def _pattern(known: str) -> re.Pattern[str]:
 
 def _explain(error: Exception) -> str:
     """Returns the first line of omegaconf's message, with the key."""
-    first_line = unshield((getattr(error, "msg", None) or str(error) or type(error).__name__).splitlines()[0])
+    first_line = in_plain_words(getattr(error, "msg", None) or str(error) or type(error).__name__)
     key = getattr(error, "full_key", None)
     return f"{key}: {first_line}" if key else first_line

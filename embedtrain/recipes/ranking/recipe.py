@@ -33,6 +33,7 @@ from embedtrain.metrics.classification import training_measures
 from embedtrain.recipes.base import Recipe, collection_options, table_spec
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer
 from embedtrain.recipes.ranking.config import ClicksConfig, FeatureConfig, RankingConfig
+from embedtrain.recipes.ranking.draft import draft
 from embedtrain.recipes.ranking.model import Ranking, measure_ranking
 from embedtrain.recipes.ranking.options import click_schema, network_options
 from embedtrain.recipes.ranking.workload import workload
@@ -303,6 +304,7 @@ RECIPE = Recipe(
     workload=workload,
     heads=_heads,
     check=check,
+    draft=draft,
     held_out="data.valid_path",
     measure=measure,
 )

@@ -30,6 +30,7 @@ from embedtrain.recipes.base import Grow, Names, Recipe, Wanted, collection_opti
 from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
 from embedtrain.recipes.retrieval.config import RetrievalConfig, SideConfig
+from embedtrain.recipes.retrieval.draft import draft
 from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval, Scoring, Side, retrieval_table
 from embedtrain.recipes.retrieval.recommendation import Catalogue, all_vectors, evaluate_retrieval
 from embedtrain.recipes.retrieval.workload import workload
@@ -363,6 +364,7 @@ RECIPE = Recipe(
     workload=workload,
     heads=_heads,
     check=check,
+    draft=draft,
     held_out="evaluate.path",
     grow=Grow(
         names=[

@@ -15,7 +15,7 @@ import pytest
 from embedtrain.cli import main
 from embedtrain.config.resolved import to_yaml
 from embedtrain.config.values import settings_of
-from embedtrain.recipes.draft import draft
+from embedtrain.recipes.drafting import draft
 from embedtrain.recipes.loading import load_config, shipped_names
 
 NAMES = ["user_id", "shop", "price", "qty", "tags", "note", "fixed", "clicked"]
@@ -86,7 +86,8 @@ def test_what_was_guessed_is_said() -> None:
 
 
 def test_a_file_without_names_gets_some_and_a_label_of_texts_its_positive() -> None:
-    write_csv("train.csv", [[*row[:-1], [">50K", "<=50K: no"][row[-1] == 0]] for row in rows()], names=None)
+    # With spaces after the commas, which are no part of the values.
+    write_csv("train.csv", [[*row[:-1], [" >50K", " <=50K: no"][row[-1] == 0]] for row in rows()], names=None)
     text = draft("train.csv")
     assert "The first line holds values, not names of columns" in text
     data = data_of(text)
@@ -142,7 +143,7 @@ def test_what_is_drafted_trains(model: str, capfd: pytest.CaptureFixture[str]) -
         (["--from", "numbers.csv"], "no column has two values, as a label has; its columns are a (3 values), b (3"),
         (["--from", "empty.csv"], "there are no rows in it"),
         (["word2vec", "--from", "numbers.csv"], "--from drafts configurations of ranking and retrieval, not of"),
-        (["retrieval", "--from", "numbers.csv", "--label", "a"], "--label is for ranking"),
+        (["retrieval", "--from", "numbers.csv", "--label", "a"], "--label is for models that predict a column"),
         (["ranking", "--label", "a"], "--label names a column of the file of --from"),
         (["retrieval", "--from", "numbers.csv"], "expected a column of users and one of items, got the columns a, b"),
     ],
