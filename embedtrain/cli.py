@@ -26,6 +26,7 @@ from embedtrain.commands.console import (
 from embedtrain.errors import CheckpointError, JobError, UserError, is_wrong_path, printable
 
 COMMANDS = (
+    "init",
     "train",
     "compare",
     "grow",

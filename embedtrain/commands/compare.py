@@ -31,7 +31,7 @@ _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
 
 
 @command(
-    "embedtrain compare configs/ranking.yaml data.path=train.csv --optimizers adam,rowwise_adagrad",
+    "embedtrain compare ranking data.path=train.csv --optimizers adam,rowwise_adagrad",
 )
 @click.argument("config", type=ConfigFile(), help="YAML file that all runs share.")
 @settings_argument

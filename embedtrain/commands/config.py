@@ -8,7 +8,7 @@ import click
 
 from embedtrain.commands.console import EXIT_DONE, ConfigFile, command, epilog, settings_argument, split_config, tell
 
-_EXAMPLES = ("embedtrain config show configs/word2vec.yaml optimizer.lr=0.1", "embedtrain config show model=ranking")
+_EXAMPLES = ("embedtrain config show word2vec optimizer.lr=0.1", "embedtrain config show model=ranking")
 
 
 @click.group(no_args_is_help=False, epilog=epilog(*_EXAMPLES))

@@ -27,6 +27,7 @@ from embedtrain.planning.sizes import format_bytes
 from embedtrain.recipes.building import build_parts, workload_of
 from embedtrain.recipes.registry import recipe_of
 from embedtrain.recipes.workload import Sizes
+from embedtrain.train.run import start_tables
 from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.step import train_step
 from embedtrain.train.task import Batches, StreamedBatches, Task
@@ -53,7 +54,9 @@ def dry_run(config: Config, folder: RunFolder, runtime: Runtime) -> None:
         require_room(config, runtime, sizes)
 
     with _head_of(config, runtime) as (tried, is_all):
-        task = build_parts(tried, runtime, check).task
+        parts = build_parts(tried, runtime, check)
+        start_tables(parts.task.tables, parts.pretrained, runtime)
+        task = parts.task
         if runtime.rank == 0:
             newest = latest_checkpoint(folder.checkpoints_path)
             tell(f"dry run      nothing is written to {folder.path}" + (f"; would resume {newest}" if newest else ""))

@@ -12,7 +12,7 @@ from embedtrain.errors import UserError
 
 @command(
     "embedtrain grow runs/x runs/larger data.path=new.txt train.epochs=2",
-    "torchrun --nproc-per-node 2 -m embedtrain train runs/larger/config.yaml",
+    "torchrun --standalone --nproc-per-node 2 -m embedtrain train runs/larger/config.yaml",
 )
 @run_argument
 @click.argument("new_path", metavar="NEW_RUN", type=click.Path(file_okay=False), help="Folder of the new run.")

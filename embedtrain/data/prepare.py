@@ -17,7 +17,7 @@ from embedtrain.data.prepared import META_NAME, prepared_entry
 from embedtrain.data.readers import FORMATS
 from embedtrain.data.readers.blocks import Segment, plan_parts, read_chunks
 from embedtrain.data.sources import CHUNK_BYTES, Source, suffix_of, take_sources
-from embedtrain.data.text import TOKENIZERS, encode, tokenize
+from embedtrain.data.text import TOKENIZERS, encode, lost_words, tokenize
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary, WordCounts, WordRows
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import UserError
@@ -28,6 +28,9 @@ OnProgress = Callable[[str, float], None]
 
 PART_BYTES = 2 << 20
 _FORMAT_VERSION = 1
+_HEAD_BYTES = 1 << 16
+_MANY_LOST = 0.2
+"""Share of the words of an ordinary text that hold digits or underscores, with room to spare: 2 to 5 % of articles'."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +125,7 @@ def prepare_corpus(
     base = ranks.run_on_each(lambda: _load_base(options))
 
     def prepare(work_path: str) -> None:
+        ranks.run_on_first(lambda: _warn_of_lost_words(sources, options))
         parts = plan_parts(sources, part_bytes)
         _prepare(_Job(work_path, options, base, parts, ranks, on_progress, chunk_bytes))
 
@@ -178,7 +182,7 @@ def _build_vocabulary(job: _Job) -> None:
         build = Vocabulary.build if job.base is None else job.base.extended
         vocabulary = build(counts.table(), options.min_count, options.max_vocab_size)
     except UserError as error:
-        raise UserError(f"{', '.join(options.paths)}: {error}") from error
+        raise UserError(f"{', '.join(options.paths)}: {error}{_hint(counts.table(), options)}") from error
     vocabulary.save(job.path(VOCABULARY_NAME))
 
 
@@ -246,6 +250,27 @@ class _Progress:
         self._done_bytes += num_bytes
         if self._on_progress is not None:
             self._on_progress(self._stage, min(1.0, self._done_bytes / self._total_bytes))
+
+
+def _hint(counts: pa.Table, options: CorpusOptions) -> str:
+    """Returns what to do about a text without words."""
+    if len(counts) > 0 or options.tokenizer != "letters":
+        return ""
+    return " of letters; data.tokenizer=whitespace takes what stands between spaces, such as numbers"
+
+
+def _warn_of_lost_words(sources: Sequence[Source], options: CorpusOptions) -> None:
+    """Warns of a text whose words are ids: the tokenizer `letters` cuts or drops them."""
+    if options.tokenizer != "letters":
+        return
+    source = sources[0]
+    head = next(iter(read_chunks(source, 0, source.size_bytes, chunk_bytes=_HEAD_BYTES)), b"")
+    share, example = lost_words(head[:_HEAD_BYTES])
+    if share > _MANY_LOST:
+        _logger.warning(
+            f"{source.url}: {share:.0%} of its first words are like {example!r}, of which data.tokenizer=letters keeps "
+            "the letters alone, lower-cased, and nothing of a number: data.tokenizer=whitespace keeps them as they are"
+        )
 
 
 def _load_base(options: CorpusOptions) -> Vocabulary | None:

@@ -84,6 +84,17 @@ def evaluate_similarity(
     )
 
 
+def check_pairs(lines: Iterable[str], source: str) -> None:
+    """Refuses lines that `evaluate_similarity` cannot use, whatever the vocabulary.
+
+    Raises:
+        UserError: a line cannot be read, or there are fewer than two pairs.
+    """
+    num_pairs = sum(1 for _ in read_pairs(lines, source))
+    if num_pairs < 2:
+        raise UserError(f"{source}: expected at least two lines of two words and a score, found {num_pairs}")
+
+
 def read_pairs(lines: Iterable[str], source: str) -> Iterator[tuple[str, str, float]]:
     """Yields two words and people's score of each line, from what is published as text, TSV or CSV.
 

@@ -12,7 +12,8 @@ from embedtrain import storage
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import printable
 from embedtrain.export.storage import refuse_packed_name
-from embedtrain.report.facts import STAGE, RunFacts, advice, read_facts
+from embedtrain.report.advice import advice
+from embedtrain.report.facts import STAGE, RunFacts, read_facts
 from embedtrain.report.plots import curve_svgs, map_svg
 
 

@@ -12,6 +12,7 @@ from embedtrain.config.sections import (
     MAX_WIDTH,
     Config,
     EvaluateConfig,
+    RowFilesConfig,
     TableConfig,
     TrainConfig,
     refuse_stream,
@@ -27,7 +28,7 @@ USER, ITEM = "user", "item"
 
 
 @dataclass
-class InteractionsConfig:
+class InteractionsConfig(RowFilesConfig):
     """Who turned to what."""
 
     path: str | list[str] = "???"
@@ -35,10 +36,10 @@ class InteractionsConfig:
     format: str = "auto"
     """auto goes by the suffix; lines (.txt) are `user item item ...`; csv, tsv, jsonl and parquet are a table with one
     interaction per row."""
-    quote: str | None = "auto"
-    """The character that quotes fields of csv and tsv; null for none; auto: " in csv, none in tsv."""
     user_column: str = "user"
+    """Of a table: the column of the users' raw ids."""
     item_column: str = "item"
+    """Of a table: the column of the items' raw ids."""
     cache_path: str = "~/.cache/embedtrain"
     """Local folder for the prepared data."""
 
@@ -52,15 +53,13 @@ class FeatureConfig:
 
 
 @dataclass
-class SideConfig:
+class SideConfig(RowFilesConfig):
     """What is known of the users, or of the items, and how it becomes a vector."""
 
     path: str | list[str] | None = None
     """Files with a row for each; null if only ids are known."""
-    format: str = "auto"
-    quote: str | None = "auto"
-    """As data.quote."""
     id_column: str = "id"
+    """The column of the raw ids."""
     features: dict[str, FeatureConfig] = field(default_factory=dict)
     """By the name of the column."""
     hidden: list[int] = field(default_factory=list)
@@ -76,7 +75,9 @@ class RetrievalSection:
     """The model's own settings."""
 
     loss: Literal["softmax", "bpr", "margin"] = "softmax"
+    """What training makes small: softmax over the negatives, BPR over pairs, or a margin."""
     similarity: Literal["cosine", "dot"] = "dot"
+    """How a user's vector and an item's are compared."""
     temperature: float = 1.0
     """The scores are divided by it in the loss."""
     negatives: int = 512
@@ -144,12 +145,18 @@ class RetrievalConfig(Config):
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
         *Config.MAY_CHANGE,
         "data.path",
+        "data.columns",
+        "data.delimiter",
         "data.quote",
         "data.cache_path",
         "users.path",
+        "users.columns",
+        "users.delimiter",
         "users.quote",
         "users.base_vocabulary",
         "items.path",
+        "items.columns",
+        "items.delimiter",
         "items.quote",
         "items.base_vocabulary",
         "evaluate.",

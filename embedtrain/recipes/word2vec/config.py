@@ -11,6 +11,7 @@ from embedtrain.config.sections import (
     MAX_WIDTH,
     Config,
     EvaluateConfig,
+    RowFilesConfig,
     TableConfig,
     TrainConfig,
     refuse_stream,
@@ -29,7 +30,7 @@ INPUT, OUTPUT = "input", "output"
 
 
 @dataclass
-class TextConfig:
+class TextConfig(RowFilesConfig):
     """The text."""
 
     path: str | list[str] = "???"
@@ -37,13 +38,13 @@ class TextConfig:
     format: str = "text"
     """text; or baskets of items, which word2vec takes for sentences (item2vec): lines of `user item item ...`, or
     a table with one item per row: csv, tsv, jsonl, parquet; auto goes by the suffix."""
-    quote: str | None = "auto"
-    """The character that quotes fields of csv and tsv; null for none; auto: " in csv, none in tsv."""
     basket_column: str = "user"
     """Of a table of items: the column by which they stand together."""
     item_column: str = "item"
+    """Of a table of items: the column of the items' raw ids."""
     tokenizer: str = "letters"
-    """letters (lower-cased words of letters) or whitespace (as it stands)."""
+    """letters: lower-cased words of letters, so that node_12 becomes node, and numbers are dropped; whitespace: what
+    stands between spaces, as it is, such as the ids of walks."""
     min_count: int = 5
     """Words seen less often are left out."""
     max_vocab_size: int | None = None
@@ -59,6 +60,7 @@ class SkipGramConfig:
     """word2vec's own settings; its own names if it has them."""
 
     architecture: Literal["skipgram", "cbow"] = "skipgram"
+    """skipgram predicts each neighbour from the centre; cbow predicts the centre from the mean of its neighbours."""
     window: int = 5
     """Most words to each side; each centre draws its own width."""
     negatives: int = 5
@@ -120,6 +122,8 @@ class Word2VecConfig(Config):
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
         *Config.MAY_CHANGE,
         "data.path",
+        "data.columns",
+        "data.delimiter",
         "data.quote",
         "data.base_vocabulary",
         "data.cache_path",
