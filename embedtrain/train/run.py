@@ -10,6 +10,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import yaml
+
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
 from embedtrain.config.resolved import differing_keys, settings_in, to_yaml
 from embedtrain.config.sections import Config
