@@ -13,7 +13,7 @@ import click
 import numpy as np
 
 from embedtrain import storage
-from embedtrain.commands.console import ConfigFile, command, is_debugged, require_config, settings_argument
+from embedtrain.commands.console import ConfigFile, command, is_debugged, require_config, settings_argument, tell
 from embedtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
 
 
 @command(
-    "embedtrain compare configs/ranking.yaml data.path=train.csv --optimizers adam,rowwise_adagrad",
+    "embedtrain compare ranking data.path=train.csv --optimizers adam,rowwise_adagrad",
 )
 @click.argument("config", type=ConfigFile(), help="YAML file that all runs share.")
 @settings_argument
@@ -61,7 +61,7 @@ def compare(config: str, settings: Sequence[str], optimizers: str, rates: Sequen
         comparison.configs,
         is_debugged=is_debugged(),
         may_diverge=True,
-        finish=lambda: print(comparison.finish()),
+        finish=lambda: tell(*comparison.finish().split("\n")),
     )
 
 

@@ -14,11 +14,14 @@ from embedtrain.commands.console import (
     require_run,
     run_argument,
     settings_argument,
+    step_option,
     table_option,
+    tell,
 )
 from embedtrain.errors import UserError
 
 if TYPE_CHECKING:
+    from embedtrain.checkpoint.choice import Step
     from embedtrain.export import Vectors
 
 _GROUPS_SHOWN = 10
@@ -33,6 +36,7 @@ _GROUPS_SHOWN = 10
 @table_option
 @click.option("--data", metavar="PATH", type=click.Path(), help="Held-out data, in place of those of the training.")
 @click.option("--by", metavar="COLUMN", help="Of a ranking run with --data: also the AUC within groups of rows.")
+@step_option
 @click.option("--analogies", multiple=True, metavar="FILE", type=click.Path(), help="`: section` and `a b c d` lines.")
 @click.option("--similarity", multiple=True, metavar="FILE", type=click.Path(), help="`word word score` lines.")
 @click.option(
@@ -40,7 +44,13 @@ _GROUPS_SHOWN = 10
 )
 @click.option("--case-sensitive", is_flag=True, help="Compare words as they are written.")
 def evaluate(
-    path: str, settings: Sequence[str], table: str | None, data: str | None, by: str | None, **word_tests: Any
+    path: str,
+    settings: Sequence[str],
+    table: str | None,
+    step: Step,
+    data: str | None,
+    by: str | None,
+    **word_tests: Any,
 ) -> int:
     """Measures a run on held-out data, or its words on word tests."""
     run_path, overrides = require_run(path, settings)
@@ -54,15 +64,15 @@ def evaluate(
                 raise UserError(
                     f"{by or overrides[0]}: --by and settings are for runs that score rows, those of ranking"
                 )
-            return _measure(run_path, data)
-        return _measure_file(run_path, data, overrides, by)
+            return _measure(run_path, step, data)
+        return _measure_file(run_path, step, data, overrides, by)
     if data is not None:
         raise UserError("--data is for ranking and retrieval, --analogies and --similarity for words: give one of them")
     from embedtrain.distributed.runtime import init_distributed
     from embedtrain.recipes.trained import open_run_vectors
 
     runtime = init_distributed(device="cpu")
-    with open_run_vectors(run_path, table, runtime) as vectors:
+    with open_run_vectors(run_path, table, runtime, step) as vectors:
         if runtime.rank == 0:
             print_evaluation(
                 vectors,
@@ -81,7 +91,7 @@ def _scores_rows(run_path: str) -> bool:
     return recipe_of(require_config(run_path).model).score is not None
 
 
-def _measure_file(run_path: str, data: str, overrides: Sequence[str], by: str | None) -> int:
+def _measure_file(run_path: str, step: Step, data: str, overrides: Sequence[str], by: str | None) -> int:
     """Prints the measures of a ranking run on any file. Collective: every rank."""
     from embedtrain.distributed.runtime import init_distributed
     from embedtrain.serve.measuring import measure_scores
@@ -91,32 +101,34 @@ def _measure_file(run_path: str, data: str, overrides: Sequence[str], by: str | 
     config = config_for_files(run_path, overrides)
     runtime = init_distributed(device=config.run.device, timeout_seconds=config.run.timeout_seconds)
     keep = [] if by is None else [by]
-    scored = score_rows(open_scorer(config, runtime), score_options(config, data, overrides, keep=keep, has_label=True))
+    scored = score_rows(
+        open_scorer(config, runtime, step), score_options(config, data, overrides, keep=keep, has_label=True)
+    )
     measures = measure_scores(scored, by)
     if runtime.rank == 0:
         for name, value in measures.values.items():
-            print(f"{value:.9f}  {name}")
-        print(f"{measures.num_rows:,} rows of {data}")
+            tell(f"{value:.9f}  {name}")
+        tell(f"{measures.num_rows:,} rows of {data}")
         for group in measures.groups[:_GROUPS_SHOWN]:
-            print(f"  {group.auc:.4f}  {by} {group.name}, {group.num_rows:,} rows")
+            tell(f"  {group.auc:.4f}  {by} {group.name}, {group.num_rows:,} rows")
         if len(measures.groups) > _GROUPS_SHOWN:
-            print(f"  and {len(measures.groups) - _GROUPS_SHOWN:,} smaller groups")
+            tell(f"  and {len(measures.groups) - _GROUPS_SHOWN:,} smaller groups")
     return EXIT_DONE
 
 
-def _measure(run_path: str, data: str | None) -> int:
+def _measure(run_path: str, step: Step, data: str | None) -> int:
     """Prints the measures of a run on its held-out data, or on others. Collective: every rank."""
     from embedtrain.distributed.runtime import init_distributed
-    from embedtrain.recipes.trained import measure_run, require_config, require_held_out, with_held_out
+    from embedtrain.recipes.trained import measure_run, require_config, require_held_out
 
     config = require_config(run_path)
-    config = config if data is None else with_held_out(config, data)
-    require_held_out(config)
+    if data is None:
+        require_held_out(config)
     runtime = init_distributed(device=config.run.device, timeout_seconds=config.run.timeout_seconds)
-    measures = measure_run(config, runtime)
+    measures = measure_run(config, runtime, step, data)
     if runtime.rank == 0:
         for name, value in measures.items():
-            print(f"{value:.4f}  {name}")
+            tell(f"{value:.4f}  {name}")
     return EXIT_DONE
 
 
@@ -142,15 +154,15 @@ def print_evaluation(
         report = evaluate_analogies(
             unit, restricted.words, read_lines(path), restrict_vocab, case_insensitive, source=path
         )
-        print(f"{path}: accuracy by 3CosAdd")
+        tell(f"{path}: accuracy by 3CosAdd")
         for section in (*report.sections, report.total):
-            print(f"  {section.accuracy:7.2%}  {section.num_correct:>6,} of {section.num_questions:<6,} {section.name}")
-        print(f"  {report.num_oov:,} questions left out: a word is not in the vocabulary")
+            tell(f"  {section.accuracy:7.2%}  {section.num_correct:>6,} of {section.num_questions:<6,} {section.name}")
+        tell(f"  {report.num_oov:,} questions left out: a word is not in the vocabulary")
     for path in similarity:
         pairs = evaluate_similarity(
             unit, restricted.words, read_lines(path), restrict_vocab, case_insensitive, source=path
         )
-        print(
+        tell(
             f"{path}: Spearman {pairs.spearman:.3f}, Pearson {pairs.pearson:.3f} over {pairs.num_pairs:,} pairs; "
             f"{pairs.oov_ratio:.1%} left out, a word is not in the vocabulary"
         )

@@ -6,10 +6,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from embedtrain.commands.console import EXIT_DONE, command, given_options, run_argument, table_option
+from embedtrain.commands.console import (
+    EXIT_DONE,
+    command,
+    given_options,
+    run_argument,
+    step_option,
+    table_option,
+    tell,
+)
 from embedtrain.errors import UserError
 
 if TYPE_CHECKING:
+    from embedtrain.checkpoint.choice import Step
     from embedtrain.serve.package import TableDtype
 
 PACKAGE = "package"
@@ -25,6 +34,7 @@ TABLE_DTYPES = ("float32", "bfloat16", "int8")
 )
 @run_argument
 @table_option
+@step_option
 @click.option("--format", "format_name", required=True, type=click.Choice(FORMAT_NAMES), help="Format of the file.")
 @click.option(
     "--output",
@@ -39,6 +49,7 @@ TABLE_DTYPES = ("float32", "bfloat16", "int8")
 def export(
     path: str,
     table: str | None,
+    step: Step,
     format_name: str,
     output: str,
     dtype: TableDtype | None,
@@ -49,7 +60,7 @@ def export(
     if format_name == PACKAGE:
         if unused := given_options("table", "max_rows"):
             raise UserError(f"{', '.join(unused)}: a package holds the whole model")
-        return _export_package(path, output, dtype or "float32", overwrite=overwrite)
+        return _export_package(path, step, output, dtype or "float32", overwrite=overwrite)
     if dtype is not None:
         raise UserError(f"--dtype is for the tables of a package: give --format {PACKAGE} too")
     from embedtrain.distributed.runtime import init_distributed
@@ -57,17 +68,17 @@ def export(
     from embedtrain.recipes.trained import open_run_vectors
 
     runtime = init_distributed(device="cpu")
-    with open_run_vectors(path, table, runtime) as vectors:
+    with open_run_vectors(path, table, runtime, step) as vectors:
         if runtime.rank == 0:
             for written in export_vectors(vectors, format_name, output, overwrite=overwrite, max_rows=max_rows):
-                print(written)
+                tell(written)
     return EXIT_DONE
 
 
-def _export_package(path: str, output: str, dtype: TableDtype, *, overwrite: bool) -> int:
+def _export_package(path: str, step: Step, output: str, dtype: TableDtype, *, overwrite: bool) -> int:
     from embedtrain.distributed.runtime import init_distributed
     from embedtrain.serve.opening import pack_run
 
-    pack_run(path, output, init_distributed(device="cpu"), dtype=dtype, overwrite=overwrite)
-    print(output)
+    pack_run(path, step, output, init_distributed(device="cpu"), dtype=dtype, overwrite=overwrite)
+    tell(output)
     return EXIT_DONE

@@ -7,71 +7,104 @@ from typing import TYPE_CHECKING
 
 import click
 
-from embedtrain.commands.console import EXIT_DONE, command, run_argument
-from embedtrain.errors import CorruptCheckpointError, UserError, counted, printable
+from embedtrain.commands.console import EXIT_DONE, command, run_argument, step_option, tell
+from embedtrain.errors import CorruptCheckpointError, UserError, counted
 
 if TYPE_CHECKING:
+    from embedtrain.checkpoint.choice import Step
+    from embedtrain.train.run_folder import RunFolder
     from embedtrain.train.state import RunState
 
 
 @command("embedtrain inspect runs/x --verify")
 @run_argument
+@step_option
 @click.option("--verify", is_flag=True, help="Read every byte and compare its checksum.")
-def inspect(path: str, verify: bool) -> int:
-    """Shows the newest checkpoint of a run, and its configuration."""
-    print_run(path, verify=verify)
+def inspect(path: str, step: Step, verify: bool) -> int:
+    """Shows a checkpoint, and the configuration of its run."""
+    print_run(path, step, verify=verify)
     return EXIT_DONE
 
 
-def print_run(run_path: str, *, verify: bool) -> None:
-    """Prints step, epoch, tables with shapes and dtypes, optimizer and configuration of a run."""
-    from embedtrain.checkpoint import CheckpointReader, find_checkpoints
+def print_run(path: str, step: Step, *, verify: bool) -> None:
+    """Prints step, epoch, tables with shapes and dtypes, optimizer and configuration of a run.
+
+    Args:
+        path: the run folder, a folder of checkpoints, or a single checkpoint.
+        step: which checkpoint; None for the newest.
+        verify: whether to check every byte of it, or of all checkpoints without a `step`.
+    """
+    from embedtrain.checkpoint import CheckpointReader, choose_checkpoint, find_checkpoints
     from embedtrain.train.run_folder import RunFolder
     from embedtrain.train.state import read_run_state
 
-    folder = RunFolder(run_path)
-    found = find_checkpoints(folder.checkpoints_path)
-    if not found:
-        raise UserError(f"there is no complete checkpoint in {run_path!r}")
-    newest = found[-1]
-    with CheckpointReader(newest.path) as reader:
-        state, manifest = read_run_state(reader.manifest, newest.path), reader.manifest
-        saved_by = counted(manifest.world_size, "rank")
-        print(f"run          {printable(folder.path)}")
-        print(f"checkpoints  of step {', '.join(f'{info.step:,}' for info in found)}")
-        print(f"newest       {printable(newest.path)}, saved {printable(manifest.created)} by {saved_by}")
-        _print_state(state)
-        print("tensors")
-        for name, info in sorted(reader.tensors.items()):
+    folder = RunFolder(path)
+    checkpoints_path = _checkpoints_path(folder)
+    if checkpoints_path is None:
+        if step is not None:
+            raise UserError(f"--step chooses a checkpoint of a run, and {path!r} is one checkpoint")
+        steps, chosen, all_paths = [], folder.path, [folder.path]
+    else:
+        found = find_checkpoints(checkpoints_path)
+        if not found:
+            raise UserError(f"there is no complete checkpoint in {path!r}")
+        steps, chosen = [info.step for info in found], choose_checkpoint(checkpoints_path, step, path)
+        all_paths = [info.path for info in found] if step is None else [chosen]
+    config = folder.read_config()
+    with CheckpointReader(chosen) as reader:
+        manifest = reader.manifest
+        if config is not None:
+            tell(f"run          {folder.path}")
+        if steps:
+            tell(f"checkpoints  of step {', '.join(f'{each:,}' for each in steps)}")
+        name, saved_by = "newest" if step is None and steps else "checkpoint", counted(manifest.world_size, "rank")
+        tell(f"{name:<11}  {chosen}, saved {manifest.created} by {saved_by}")
+        tell(f"step         {manifest.step:,}")
+        if is_of_run := config is not None or "train" in manifest.state:
+            _print_state(read_run_state(manifest, chosen))
+        tell("tensors")
+        for tensor, info in sorted(reader.tensors.items()):
             shape = " x ".join(f"{size:,}" for size in info.shape)
             dtype, pieces = str(info.dtype).removeprefix("torch."), counted(len(info.pieces), "piece")
-            print(f"  {printable(name):<24} {dtype:<9} {shape}, in {pieces}")
-    print("configuration")
-    for line in (folder.read_config() or "").splitlines():
-        print(f"  {printable(line)}")
+            tell(f"  {tensor:<24} {dtype:<9} {shape}, in {pieces}")
+    if config is not None:
+        tell("configuration")
+        for line in config.removesuffix("\n").split("\n"):
+            tell(f"  {line}")
     if verify:
-        _verify([info.path for info in found])
+        _verify(all_paths, is_of_run=is_of_run)
+
+
+def _checkpoints_path(folder: RunFolder) -> str | None:
+    """Returns where the checkpoints of a run, or of the library, lie; None if the folder is itself a checkpoint."""
+    from embedtrain import storage
+    from embedtrain.checkpoint import find_checkpoints
+    from embedtrain.checkpoint.manifest import MANIFEST_NAME
+
+    if MANIFEST_NAME in storage.list_files(folder.path):
+        return None
+    return folder.path if find_checkpoints(folder.path) else folder.checkpoints_path
 
 
 def _print_state(state: RunState) -> None:
     train, optimizer = state.train, state.optimizer
-    print(f"step         {train.step:,}")
-    print(f"epoch        {train.epoch:,}, {counted(train.step_in_epoch, 'step')} into it")
-    print(f"examples     {train.examples:,} in {train.seconds:,.0f} seconds of training")
+    tell(f"epoch        {train.epoch:,}, {counted(train.step_in_epoch, 'step')} into it")
+    tell(f"examples     {train.examples:,} in {train.seconds:,.0f} seconds of training")
     settings = ", ".join(f"{name} {value}" for name, value in optimizer.param_groups[0].items() if name != "params")
-    print(f"optimizer    {printable(f'{optimizer.name}: {settings}')}")
+    tell(f"optimizer    {optimizer.name}: {settings}")
     for table, start in state.init_from.items():
-        print(
-            f"init_from    {start.num_copied:,} of {start.num_rows:,} rows of {printable(f'{table}, of {start.path}')}"
-        )
+        tell(f"init_from    {start.num_copied:,} of {start.num_rows:,} rows of {table}, of {start.path}")
     if state.grown_from is not None:
-        print(f"grown from   {printable(state.grown_from.path)}, step {state.grown_from.step:,}")
+        tell(f"grown from   {state.grown_from.path}, step {state.grown_from.step:,}")
     if optimizer.num_skipped:
-        print(f"skipped      {counted(optimizer.num_skipped, 'step')} whose gradient was not finite")
+        tell(f"skipped      {counted(optimizer.num_skipped, 'step')} whose gradient was not finite")
 
 
-def _verify(paths: Sequence[str]) -> None:
-    """Checks every byte of every checkpoint, and says of each how it is, before any that is damaged is raised for."""
+def _verify(paths: Sequence[str], *, is_of_run: bool) -> None:
+    """Checks every byte of every checkpoint, and says of each how it is, before any that is damaged is raised for.
+
+    What the library saves beside the tensors is its caller's: it is not checked if the checkpoints are of no run.
+    """
     from embedtrain.checkpoint import verify
     from embedtrain.checkpoint.chain import read_manifest
     from embedtrain.train.state import read_run_state
@@ -81,10 +114,11 @@ def _verify(paths: Sequence[str]) -> None:
     for path in paths:
         try:
             verify(path, known)
-            read_run_state(read_manifest(path), path)
-            print(f"verified     {printable(path)}")
+            if is_of_run:
+                read_run_state(read_manifest(path), path)
+            tell(f"verified     {path}")
         except CorruptCheckpointError as error:
-            print(f"damaged      {printable(path)}")
+            tell(f"damaged      {path}")
             faults.append(str(error))
     if faults:
         raise CorruptCheckpointError("\n".join(faults))

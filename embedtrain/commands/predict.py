@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,8 +16,12 @@ from embedtrain.commands.console import (
     say,
     settings_argument,
     split_names,
+    step_option,
 )
 from embedtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from embedtrain.checkpoint.choice import Step
 
 
 @command(
@@ -28,9 +33,16 @@ from embedtrain.errors import UserError
 @click.option("--data", required=True, metavar="PATH", type=click.Path(), help="Rows; - for lines of standard input.")
 @click.option("--output", metavar="PATH", type=click.Path(), help="New .parquet, .csv or .jsonl file; - for lines.")
 @click.option("--keep", metavar="COLUMNS", help="Columns of the data that are handed on, such as id,ts.")
+@step_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 def predict(
-    path: str, settings: Sequence[str], data: str, output: str | None, keep: str | None, overwrite: bool
+    path: str,
+    settings: Sequence[str],
+    data: str,
+    output: str | None,
+    keep: str | None,
+    step: Step,
+    overwrite: bool,
 ) -> int:
     """Scores rows by a ranking run: the probability of each."""
     run_path, overrides = require_run(path, settings)
@@ -51,7 +63,7 @@ def predict(
     if output != "-":
         require_output(output, overwrite=overwrite)
     runtime = init_distributed(device=config.run.device, timeout_seconds=config.run.timeout_seconds)
-    scorer = open_scorer(config, runtime)
+    scorer = open_scorer(config, runtime, step)
     scored = score_rows(scorer, score_options(config, data, overrides, keep=kept))
     if runtime.rank != 0:
         for _ in scored:

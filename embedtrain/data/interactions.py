@@ -209,11 +209,14 @@ def _entry_name(options: InteractionOptions, listed: _Listed) -> str:
 
 def _write(options: InteractionOptions, listed: _Listed, path: str) -> None:
     sources = listed.interactions
+    bases = [
+        None if side.base_vocabulary is None else Vocabulary.load_base(side.base_vocabulary, f"{name}.base_vocabulary")
+        for name, side in (("users", options.users), ("items", options.items))
+    ]
     pairs = read_pairs(sources, (options.user_column, options.item_column), options.format, options.layout)
     sides = ("user", options.users), ("item", options.items)
     vocabularies: list[Vocabulary] = []
     rows: list[NDArray[np.int64]] = []
-    bases = [None if side.base_vocabulary is None else Vocabulary.load_base(side.base_vocabulary) for _, side in sides]
     for (name, _), base, column in zip(sides, bases, pairs, strict=True):
         _refuse_line_ends(column, name)
         vocabulary, column_rows = _number(column, base)
@@ -261,19 +264,26 @@ def _write(options: InteractionOptions, listed: _Listed, path: str) -> None:
         json.dump(meta, file, indent=1, default=list)
 
 
-def read_pairs(sources: Sequence[Source], names: tuple[str, str], format: str, layout: Layout) -> list[pa.ChunkedArray]:
+def read_pairs(
+    sources: Sequence[Source],
+    names: tuple[str, str],
+    format: str,
+    layout: Layout,
+    keys: tuple[str, str] = ("data.user_column", "data.item_column"),
+) -> list[pa.ChunkedArray]:
     """Reads two columns of ids whole; each comes as dictionary-encoded chunks that share one dictionary.
 
     Args:
         sources: the files.
         names: of the columns; of no meaning in lines.
         format, layout: as in `read_columns`.
+        keys: the settings that name the columns.
 
     Raises:
         UserError: as `read_columns`, or a row holds no id, or there is no row.
     """
     chunks: list[list[pa.Array]] = [[], []]
-    for rows in read_columns(sources, names, format, layout):
+    for rows in read_columns(sources, names, format, layout, keys=dict(zip(names, keys, strict=True))):
         for name, column, found in zip(names, rows.columns, chunks, strict=True):
             if not pa.types.is_large_string(column.type):
                 raise UserError(f"{rows.place(0)}: column {name!r} holds lists: expected one id per row")
@@ -320,6 +330,29 @@ def _distinct_pairs(users: NDArray[np.int64], items: NDArray[np.int64], num_user
     return Bags.from_rows(keys // num_items, keys % num_items, num_users)
 
 
+def read_held_out(options: InteractionOptions, interactions: Interactions) -> Bags:
+    """Returns the items of each user of prepared interactions in other files, and logs what of them cannot be used.
+
+    Args:
+        options: `held_out_path` names the files; the other paths are not read.
+        interactions: those of the training.
+
+    Raises:
+        UserError: a file cannot be used, or has no user of the training.
+    """
+    assert options.held_out_path is not None
+    sources, left_out = take_sources(options.held_out_path, suffixes_of(options.format)), dict[str, int]()
+    found = _held_out(options, sources, interactions.users, interactions.items, left_out)
+    for what, number in left_out.items():
+        if number:
+            _logger.warning(f"{number:,} {what.replace('_', ' ')}")
+    if not len(found.values):
+        raise UserError(
+            f"{options.held_out_path}: there is no user of the training data in it: nothing can be measured"
+        )
+    return found
+
+
 def _rows_of(column: pa.Array | pa.ChunkedArray, vocabulary: Vocabulary) -> NDArray[np.int64]:
     rows = pc.index_in(column, value_set=pa.array(vocabulary.words, pa.large_string())).fill_null(-1)
     return np.asarray(rows).astype(np.int64)
@@ -354,8 +387,9 @@ def _read_features(
         return []
     names = list(options.separators)
     wanted = [options.id_column, *names]
+    keys = {**dict.fromkeys(names, f"{side}.features"), options.id_column: f"{side}.id_column"}
     batches = [
-        rows.columns for rows in read_columns(sources, wanted, options.format, options.layout, options.separators)
+        rows.columns for rows in read_columns(sources, wanted, options.format, options.layout, options.separators, keys)
     ]
     urls = ", ".join(source.url for source in sources)
     if not batches:

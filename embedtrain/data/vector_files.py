@@ -79,6 +79,18 @@ def read_vectors(path: str, dim: int) -> Iterator[VectorBlock]:
     yield from _reader_of(sources[0], dim)(sources[0], dim)
 
 
+def check_vectors(path: str, dim: int, key: str) -> None:
+    """Opens a file of vectors and reads the first of them.
+
+    Raises:
+        UserError: as `read_vectors`; the message names the key.
+    """
+    try:
+        next(iter(read_vectors(path, dim)), None)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
 def _reader_of(source: Source, expected_dim: int) -> Callable[[Source, int], Iterator[VectorBlock]]:
     """Tells the format from the first bytes.
 

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
+from embedtrain.checkpoint import CheckpointReader, choose_checkpoint
+from embedtrain.checkpoint.choice import Step
 from embedtrain.checkpoint.manifest import MANIFEST_NAME
 from embedtrain.data.row_names import read_row_names
 from embedtrain.errors import CorruptCheckpointError, UserError
@@ -114,14 +115,15 @@ def unit_rows(rows: FloatRows) -> FloatRows:
     return unit
 
 
-def open_vectors(run_path: str, table: str | None = None) -> Vectors:
-    """Opens a table of the newest complete checkpoint in a run folder.
+def open_vectors(run_path: str, table: str | None = None, step: Step = None) -> Vectors:
+    """Opens a table of a complete checkpoint in a run folder.
 
     The rows have the names that `embedtrain.data.row_names` knows of; rows without a name are left out.
 
     Args:
         run_path: the run folder, any fsspec URL.
         table: which table; None for the `export_table` that the checkpoint names, or the only one.
+        step: of the checkpoint; "best" for the best by the run's metric, None for the newest.
 
     Raises:
         UserError: no such folder, no complete checkpoint in it, no such table, or a file of names that is missing,
@@ -132,10 +134,7 @@ def open_vectors(run_path: str, table: str | None = None) -> Vectors:
     file_system, path = file_system_of(run_path)
     if not file_system.isdir(path):
         raise UserError(f"no run folder at {run_path!r}; expected the run.path that a training wrote to")
-    checkpoint_path = latest_checkpoint(f"{run_path}/checkpoints")
-    if checkpoint_path is None:
-        raise UserError(f"no complete checkpoint yet in {run_path!r}; train until the first one is saved")
-    reader = CheckpointReader(checkpoint_path)
+    reader = CheckpointReader(choose_checkpoint(f"{run_path}/checkpoints", step, run_path))
     try:
         return _open_table(reader, run_path, table)
     except BaseException:

@@ -201,6 +201,7 @@ def _prepare(
     for each, words, vocabulary in zip(grow.names, old, grow.vocabularies(data), strict=True):
         folder.write_vocabulary(vocabulary, each.file_name)
         grown.append(_Grown(words, vocabulary, [spec for spec in tables if spec.name in each.tables]))
+    grow.write_files(data, folder)
     return grown, grow.facts(data)
 
 

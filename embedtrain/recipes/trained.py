@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 
+from embedtrain.checkpoint.choice import Step, choose_checkpoint
 from embedtrain.config.resolved import set_value, value_at
 from embedtrain.config.sections import Config
 from embedtrain.distributed.runtime import Runtime
@@ -40,8 +41,18 @@ def require_config(run_path: str) -> Config:
     return config
 
 
-def open_run_vectors(run_path: str, table: str | None, runtime: Runtime) -> Vectors:
-    """Opens the vectors of a run's newest checkpoint, as they are compared with each other.
+def checkpoint_of(run_path: str, step: Step) -> str:
+    """Returns the path of the newest checkpoint of a run, the one of a step, or the best.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = RunFolder(run_path)
+    return choose_checkpoint(folder.checkpoints_path, step, folder.path)
+
+
+def open_run_vectors(run_path: str, table: str | None, runtime: Runtime, step: Step = None) -> Vectors:
+    """Opens the vectors of a run's checkpoint, as they are compared with each other.
 
     They are rows of a table, or what the model computes from rows: `Recipe.open`.
 
@@ -49,6 +60,7 @@ def open_run_vectors(run_path: str, table: str | None, runtime: Runtime) -> Vect
         run_path: the run folder, any fsspec URL.
         table: its name; None for the usual one.
         runtime: of this process.
+        step: which checkpoint.
 
     Raises:
         UserError: there is nothing to open, or no such table.
@@ -56,8 +68,8 @@ def open_run_vectors(run_path: str, table: str | None, runtime: Runtime) -> Vect
     config = read_config(run_path)
     recipe = None if config is None else recipe_of(config.model)
     if recipe is None or recipe.open is None:
-        return open_vectors(run_path, table)
-    return recipe.open(config, runtime, table)
+        return open_vectors(run_path, table, step)
+    return recipe.open(config, runtime, checkpoint_of(run_path, step), table)
 
 
 def require_held_out(config: Config) -> None:
@@ -74,34 +86,39 @@ def require_held_out(config: Config) -> None:
         )
 
 
-def with_held_out(config: Config, data: str) -> Config:
-    """Returns the configuration of a run with other held-out data.
-
-    Raises:
-        UserError: the model has none.
-    """
-    key = recipe_of(config.model).held_out
-    if key is None:
-        raise UserError(
-            f"{config.run.path!r} is a run of {config.model}, which is not measured on data: leave --data out"
-        )
-    config = copy.deepcopy(config)
-    set_value(config, key, data)
-    return config
-
-
-def measure_run(config: Config, runtime: Runtime) -> Mapping[str, float]:
-    """Returns the measures of a run's newest checkpoint, those of its evaluation in training.
+def measure_run(
+    config: Config, runtime: Runtime, step: Step = None, held_out: str | None = None
+) -> Mapping[str, float]:
+    """Returns the measures of a run's checkpoint, those of its evaluation in training.
 
     Collective: every rank.
+
+    Args:
+        config: of the run.
+        runtime: of this process.
+        step: which checkpoint.
+        held_out: path of other held-out data than those of the configuration; None for these.
 
     Raises:
         UserError: the run has no evaluation or no checkpoint, or its data are others than in training.
     """
-    require_held_out(config)
+    recipe = recipe_of(config.model)
+    if held_out is not None and recipe.held_out is None:
+        raise UserError(
+            f"{config.run.path} is a run of {config.model}, which is not measured on data: leave --data out"
+        )
+    if held_out is None:
+        require_held_out(config)
+    path = checkpoint_of(config.run.path, step)
+    if recipe.measure is not None:
+        measures: Mapping[str, float] = recipe.measure(config, runtime, path, held_out)
+        return measures
+    if held_out is not None:
+        config = copy.deepcopy(config)
+        set_value(config, str(recipe.held_out), held_out)
     parts = build_parts(config, runtime)
     evaluation = parts.task.evaluation
     if evaluation is None:
         raise UserError(f"{config.run.path} is a run of {config.model}, which has no evaluation")
-    load_weights(config.run.path, parts.task.tables, parts.task.dense, parts.facts["data_fingerprint"])
+    load_weights(path, parts.task.tables, parts.task.dense, parts.facts["data_fingerprint"])
     return evaluation.measure(lambda: None)

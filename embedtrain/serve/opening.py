@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from embedtrain.checkpoint import latest_checkpoint
+from embedtrain.checkpoint.choice import Step
 from embedtrain.config.resolved import value_at
 from embedtrain.config.sections import Config
 from embedtrain.distributed.runtime import Runtime
@@ -12,7 +12,7 @@ from embedtrain.errors import UserError
 from embedtrain.recipes.base import RowScorer
 from embedtrain.recipes.loading import config_from_yaml
 from embedtrain.recipes.registry import recipe_of
-from embedtrain.recipes.trained import require_config
+from embedtrain.recipes.trained import checkpoint_of, require_config
 from embedtrain.serve.package import TableDtype, write_package
 from embedtrain.serve.scoring import ScoreOptions
 from embedtrain.train.run_folder import CONFIG_NAME, RunFolder
@@ -55,13 +55,13 @@ def config_for_files(run_path: str, overrides: Sequence[str]) -> Config:
     return config
 
 
-def open_scorer(config: Config, runtime: Runtime) -> RowScorer:
+def open_scorer(config: Config, runtime: Runtime, step: Step = None) -> RowScorer:
     """Opens a checkpoint of a run. Collective: every rank.
 
     Raises:
         UserError: there is no checkpoint, or the run folder lacks what the rows of a table stand for.
     """
-    path = _checkpoint_of(config)
+    path = checkpoint_of(config.run.path, step)
     score = recipe_of(config.model).score
     assert score is not None, "the configuration was made for files"
     return score(config, runtime, path)
@@ -83,7 +83,7 @@ def score_options(
     return ScoreOptions(data, keep, has_label, value_at(config, "data.max_bad_lines"), is_given)
 
 
-def pack_run(run_path: str, output: str, runtime: Runtime, *, dtype: TableDtype, overwrite: bool) -> None:
+def pack_run(run_path: str, step: Step, output: str, runtime: Runtime, *, dtype: TableDtype, overwrite: bool) -> None:
     """Writes the model of a run as a package.
 
     Raises:
@@ -96,13 +96,5 @@ def pack_run(run_path: str, output: str, runtime: Runtime, *, dtype: TableDtype,
         raise UserError(f"{run_path!r} is a run of {config.model}, which cannot be packed")
     if runtime.world_size != 1:
         raise UserError(f"expected one process, and this is one of {runtime.world_size}: write it without torchrun")
-    with pack(config, runtime, _checkpoint_of(config)) as packed:
+    with pack(config, runtime, checkpoint_of(run_path, step)) as packed:
         write_package(packed, output, dtype=dtype, overwrite=overwrite)
-
-
-def _checkpoint_of(config: Config) -> str:
-    folder = RunFolder(config.run.path)
-    path = latest_checkpoint(folder.checkpoints_path)
-    if path is None:
-        raise UserError(f"no complete checkpoint yet in {folder.path!r}; train until the first one is saved")
-    return path

@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from embedtrain.data.click_schema import ClickSchema
-from embedtrain.data.readers import FORMATS, Fault, Rows, TextFormat, suffixes_of
+from embedtrain.data.readers import FORMATS, Fault, Rows, TextFormat, require_columns, suffixes_of
 from embedtrain.data.readers.blocks import OpenSource, Segment
 from embedtrain.data.readers.jsonl import JsonLines
 from embedtrain.data.sources import Source, suffix_of, take_sources
@@ -153,21 +153,9 @@ class RowFiles:
         if isinstance(source, OpenSource):
             assert isinstance(source.file, StandardInput)
             source.file.begin_again()
-        for name in self._names:
-            if name not in columns:
-                raise UserError(
-                    f"{source.url}: there is no column {name}, which {self._reason(name)} names; there are "
-                    f"{', '.join(columns)}"
-                )
+        keys = {**dict.fromkeys(self._keep, "--keep or --by"), **self.schema.keys}
+        require_columns(source, self._names, columns, self.schema.reader, keys)
         return columns
-
-    def _reason(self, name: str) -> str:
-        schema = self.schema
-        if name == schema.label:
-            return "data.label"
-        if name in schema.dense:
-            return "data.dense"
-        return "--keep or --by" if name not in schema.used_columns else "data.categorical"
 
 
 class StandardInput(io.RawIOBase):

@@ -15,7 +15,6 @@ from embedtrain.checkpoint import (
     LoadOptions,
     SaveOptions,
     agree_on_latest,
-    latest_checkpoint,
     load_shards,
     newest_whole,
     remove_checkpoint,
@@ -27,7 +26,6 @@ from embedtrain.distributed.runtime import DEFAULT_TIMEOUT_SECONDS
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import CorruptCheckpointError, UserError, printable
 from embedtrain.optim.dense import DenseOptimizer
-from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.state import TrainState, read_run_state
 from embedtrain.train.task import Task
 
@@ -248,34 +246,28 @@ class Checkpoints:
             settings["step"] = group["step"]
 
 
-def load_weights(
-    run_path: str, tables: EmbeddingCollection, dense: DenseOptimizer | None, data_fingerprint: str
-) -> int:
-    """Loads tables and dense parameters of a run's newest checkpoint, to be used and not trained.
+def load_weights(path: str, tables: EmbeddingCollection, dense: DenseOptimizer | None, data_fingerprint: str) -> int:
+    """Loads tables and dense parameters of a checkpoint, to be used and not trained.
 
     Collective: every rank.
 
     Args:
-        run_path: the run folder.
+        path: the checkpoint.
         tables: take the rows; their optimizer's state is left as it is.
         dense: takes the dense parameters; None if the model has none.
-        data_fingerprint: of the data that are there now.
+        data_fingerprint: of the data that its rows are used with.
 
     Returns:
         The step of the checkpoint.
 
     Raises:
-        UserError: there is no checkpoint, or it was trained on other data.
+        UserError: it was trained on other data.
         CheckpointError: its tensors are not those of the tables.
     """
-    folder = RunFolder(run_path)
-    path = latest_checkpoint(folder.checkpoints_path)
-    if path is None:
-        raise UserError(f"no complete checkpoint yet in {folder.path!r}; train until the first one is saved")
     with CheckpointReader(path) as reader:
         if read_run_state(reader.manifest, path).data_fingerprint != data_fingerprint:
             raise UserError(
-                f"{path} was trained on other data than its configuration names now: the rows of its tables do not "
+                f"{path} was trained on other data than those that the run has now: the rows of its tables do not "
                 "belong to these data"
             )
         load_shards(reader, tables.shard_views(), LoadOptions(optimizer_state="reset"))

@@ -5,18 +5,22 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import yaml
 
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
 from embedtrain.config.resolved import differing_keys, settings_in, to_yaml
 from embedtrain.config.sections import Config
 from embedtrain.config.values import settings_of
+from embedtrain.distributed.failure import is_shared
 from embedtrain.distributed.runtime import Runtime
+from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.embedding.init_from import init_from
-from embedtrain.errors import UserError, counted
+from embedtrain.errors import UserError, counted, printable
 from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, TensorBoardSink
 from embedtrain.optim.schedule import schedule_factor
 from embedtrain.storage import local_path
@@ -27,7 +31,7 @@ from embedtrain.train.profile import StepProfile
 from embedtrain.train.row_statistics import RowStatistics, TableStatistics
 from embedtrain.train.run_folder import PROFILE_NAME, TENSORBOARD_NAME, RunFolder
 from embedtrain.train.state import TrainState
-from embedtrain.train.task import Parts, StreamedBatches, Task
+from embedtrain.train.task import Parts, Pretrained, StreamedBatches, Task
 from embedtrain.train.trainer import Trainer
 from embedtrain.train.watchdog import Watchdog
 
@@ -153,7 +157,7 @@ def _profile(folder: RunFolder, rank: int) -> StepProfile:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line, keep="\n"), file=sys.stderr, flush=True)
 
 
 def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts) -> Run:
@@ -193,7 +197,9 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
         checkpoints=checkpoints,
         reset_state_from_step=config.optimizer.reset_state_from_step,
         ranks=runtime.ranks,
+        is_shared=functools.partial(is_shared, runtime=runtime),
     )
+    _check_epochs(config, earlier, trainer, runtime)
     sinks = _build_sinks(config, folder, state, parts.task) if runtime.rank == 0 else []
     observers = _build_observers(config, folder, state, parts.task, sinks, runtime)
     return Run(trainer, folder, sinks, is_resumed, earlier is not None, observers, parts.check_data)
@@ -203,11 +209,21 @@ def _start_tables(parts: Parts, config: Config, folder: RunFolder, runtime: Runt
     """Starts tables from files unless a checkpoint will replace them; returns how many rows each file gave."""
     is_new = runtime.ranks.run_on_first(lambda: latest_checkpoint(folder.checkpoints_path) is None)
     loaded = config.resume.tables
+    sources = {
+        table: source for table, source in parts.pretrained.items() if is_new or not (loaded is None or table in loaded)
+    }
+    return start_tables(parts.task.tables, sources, runtime)
+
+
+def start_tables(tables: EmbeddingCollection, sources: Mapping[str, Pretrained], runtime: Runtime) -> dict[str, Any]:
+    """Starts tables from files; returns how many rows each file gave, as JSON. Collective: every rank.
+
+    Raises:
+        UserError: a file cannot be used.
+    """
     started: dict[str, Any] = {}
-    for table, source in parts.pretrained.items():
-        if not is_new and (loaded is None or table in loaded):
-            continue
-        counts = init_from(parts.task.tables, table, source.path, source.rows())
+    for table, source in sources.items():
+        counts = init_from(tables, table, source.path, source.rows())
         started[table] = {"path": source.path, **asdict(counts)}
         if runtime.rank == 0:
             _logger.info(
@@ -253,6 +269,25 @@ def _check_reset(config: Config, earlier_yaml: str | None, state: TrainState) ->
         raise UserError(
             f"optimizer.reset_state_from_step={asked}: {config.run.path} is at step {state.step} already; give that "
             "step or a later one"
+        )
+
+
+def _check_epochs(config: Config, earlier_yaml: str | None, trainer: Trainer, runtime: Runtime) -> None:
+    """Refuses fewer epochs than are done, and says how the learning rate goes on with another number of them."""
+    step, total = trainer.state.step, trainer.total_steps
+    if total is None or step == 0 or earlier_yaml is None:
+        return
+    if step > total:
+        raise UserError(
+            f"train.epochs={config.train.epochs} ends at step {total:,}, and {config.run.path} is at step {step:,} "
+            "already: give more epochs, or another run.path"
+        )
+    earlier = yaml.safe_load(earlier_yaml)["train"].get("epochs")
+    if earlier != config.train.epochs and step < total and runtime.rank == 0:
+        factor = _schedule_factor(config, step / total)
+        _logger.info(
+            f"train.epochs was {earlier} and is {config.train.epochs}: the learning rate goes on at {factor:.3g} of "
+            f"its base, as the schedule {config.schedule.name} of {config.train.epochs} epochs has it"
         )
 
 

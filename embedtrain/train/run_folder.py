@@ -6,8 +6,11 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from embedtrain import storage
@@ -22,12 +25,28 @@ STATUS_NAME = "status.json"
 CHECKPOINTS_NAME = "checkpoints"
 TENSORBOARD_NAME = "tensorboard"
 PROFILE_NAME = "profile"
+DATA_NAME = "data"
+"""What of its data the answers of a run need: `recommend`, `evaluate` and the like read nothing else."""
+_KEPT_NAME = "kept.json"
+
+
+@dataclass(frozen=True)
+class KeptData:
+    """What of its data a run has in its folder.
+
+    Attributes:
+        path: a local folder with the files of prepared data.
+        facts: JSON.
+    """
+
+    path: str
+    facts: Mapping[str, Any]
 
 
 _FILE = re.compile(
     rf"({re.escape(CONFIG_NAME)}|{re.escape(METRICS_NAME)}|{re.escape(STATUS_NAME)}|\w+\.tsv)(\.tmp|\.partial)?"
 )
-_FOLDERS = (CHECKPOINTS_NAME, FEATURES_NAME, TENSORBOARD_NAME, PROFILE_NAME)
+_FOLDERS = (CHECKPOINTS_NAME, DATA_NAME, FEATURES_NAME, TENSORBOARD_NAME, PROFILE_NAME)
 
 _logger = logging.getLogger(__name__)
 
@@ -134,6 +153,48 @@ class RunFolder:
         storage.make_folder(self.path)
         vocabulary.save(self.join(name))
 
+    def keep_data(self, facts: Mapping[str, Any], entry_path: str | None = None) -> None:
+        """Keeps what of its data the answers of a run need, in place of what was kept before.
+
+        Args:
+            facts: JSON; nothing is kept if they are empty.
+            entry_path: local folder of prepared data, whose files are copied; its name says which data they are.
+        """
+        folder = self.join(DATA_NAME)
+        files = {} if entry_path is None else {entry.name: entry.path for entry in os.scandir(entry_path)}
+        entry = "" if entry_path is None else os.path.basename(entry_path)
+        content = json.dumps({"entry": entry, "files": sorted(files), **facts}, ensure_ascii=False).encode()
+        kept = storage.list_files(folder)
+        if facts and _KEPT_NAME in kept and storage.read(f"{folder}/{_KEPT_NAME}") == content:
+            return
+        # What says that all is there goes first and comes last.
+        for name in sorted(kept, key=lambda name: name != _KEPT_NAME):
+            storage.remove(f"{folder}/{name}")
+        if facts:
+            storage.make_folder(folder)
+            for name, path in files.items():
+                storage.write(f"{folder}/{name}", _Chunks(path))
+            storage.replace(f"{folder}/{_KEPT_NAME}", content, f"{folder}/{_KEPT_NAME}.tmp")
+
+    @contextmanager
+    def open_data(self) -> Iterator[KeptData | None]:
+        """Yields what `keep_data` kept; None if that is nothing.
+
+        The files of a run folder that is not local are copied to a temporary folder, which is removed in the end.
+        """
+        folder = self.join(DATA_NAME)
+        if _KEPT_NAME not in storage.list_files(folder):
+            yield None
+            return
+        facts = json.loads(storage.read(f"{folder}/{_KEPT_NAME}"))
+        if (local := storage.local_path(folder)) is not None:
+            yield KeptData(local, facts)
+            return
+        with tempfile.TemporaryDirectory(prefix="embedtrain-") as copy:
+            for name in facts["files"]:
+                Path(copy, name).write_bytes(storage.read(f"{folder}/{name}"))
+            yield KeptData(copy, facts)
+
     def write_status(self, state: str, exit_status: int, **details: Any) -> None:
         """Keeps how the run ended, which torchrun's own exit status hides."""
         self._write(STATUS_NAME, json.dumps({"state": state, "exit_status": exit_status, **details}) + "\n")
@@ -148,3 +209,15 @@ class RunFolder:
     def _write(self, name: str, text: str) -> None:
         storage.make_folder(self.path)
         storage.replace(self.join(name), text.encode(), self.join(f"{name}.tmp"))
+
+
+class _Chunks(Iterable[bytes]):
+    """The content of a local file, a few MiB at a time, as often as it is asked for."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __iter__(self) -> Iterator[bytes]:
+        with open(self._path, "rb") as file:
+            while chunk := file.read(4 << 20):
+                yield chunk

@@ -74,7 +74,8 @@ class Evaluation:
 
     Attributes:
         measure: collective; returns the measures, alike on every rank. It is given a function to call now and
-            then, which says that this rank is getting on. It changes nothing that training depends on.
+            then, which says that this rank is getting on. It changes nothing that training depends on. If it raises, on
+            every rank alike, the run is saved and goes on.
         every_steps: steps between two; None leaves it to the epochs.
         every_epochs: epochs between two; None leaves it to the steps. The end of the run is always measured.
     """

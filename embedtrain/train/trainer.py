@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.stages import begin, stage
-from embedtrain.errors import CorruptCheckpointError, NonFiniteError
+from embedtrain.errors import CorruptCheckpointError, NonFiniteError, UserError
 from embedtrain.metrics.sinks import MetricSink
 from embedtrain.train.ahead import BatchesAhead, Prepared
 from embedtrain.train.checkpoints import Checkpoints
@@ -23,6 +24,8 @@ from embedtrain.train.step_statistics import StepStatistics
 from embedtrain.train.task import Objective, StreamedBatches, Task
 
 T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
 
 _STEPS_BETWEEN_AGREEMENTS = 8
 """A signal is heard after at most so many steps; agreeing at each would cost a small collective a step."""
@@ -41,6 +44,8 @@ class Trainer:
         checkpoints: when and how to save.
         reset_state_from_step: when this many steps are done, the tables' optimizer starts its state anew.
         ranks: those of the run.
+        is_shared: no collective; returns whether all ranks failed as this one did, with an error of their own; None
+            if only one process can tell.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class Trainer:
         checkpoints: Checkpoints,
         ranks: Ranks,
         reset_state_from_step: int | None = None,
+        is_shared: Callable[[Exception], bool] | None = None,
     ) -> None:
         self.state = state
         self._steps_per_epoch = None if isinstance(task.batches, StreamedBatches) else task.batches.steps_per_epoch
@@ -67,6 +73,7 @@ class Trainer:
         self._checkpoints = checkpoints
         self._reset_state_from_step = reset_state_from_step
         self._ranks = ranks
+        self._is_shared = is_shared or (lambda error: ranks.size == 1)
         self._check_counters()
         # Checkpoints of earlier versions hold no window: their records begin anew.
         window = state.window or LogWindow(state.step, state.step)
@@ -114,7 +121,7 @@ class Trainer:
                     if is_logged:
                         self._log(sinks)
                     if is_measured:
-                        self._measure(sinks, alive)
+                        is_due |= not self._measure(sinks, alive)
                     if is_due or is_overdue or is_stopped:
                         self._save(before_save, is_last=is_stopped)
                     if is_stopped and not self._is_over():
@@ -233,14 +240,30 @@ class Trainer:
         self._take(record, sinks)
         self._logged_step = self.state.step
 
-    def _measure(self, sinks: Sequence[MetricSink], alive: Callable[[], None] | None) -> None:
-        """Measures on held-out data. Collective: every rank."""
+    def _measure(self, sinks: Sequence[MetricSink], alive: Callable[[], None] | None) -> bool:
+        """Measures on held-out data; returns False if that failed, which is no reason to lose what was trained.
+
+        Collective: every rank.
+        """
         assert self._task.evaluation is not None
+        error: Exception | None = None
         with stage("evaluate"):
-            measures = self._task.evaluation.measure(alive or _do_nothing)
-        self._take({**self._when(), **measures}, sinks)
+            try:
+                measures = self._task.evaluation.measure(alive or _do_nothing)
+            except Exception as caught:
+                if not self._is_shared(caught):
+                    raise
+                error = caught
+        if error is None:
+            self._take({**self._when(), **measures}, sinks)
+        elif self._ranks.rank == 0:
+            _logger.warning(
+                f"the evaluation at step {self.state.step:,} failed, and training goes on without its measures: "
+                f"{error if isinstance(error, UserError) else f'{type(error).__name__}: {error}'}"
+            )
         self._measured_step = self.state.step
         self._window.leave_out_time()
+        return error is None
 
     def _take(self, record: Mapping[str, float | int | str], sinks: Sequence[MetricSink]) -> None:
         self._checkpoints.metrics = {**self._checkpoints.metrics, **record}

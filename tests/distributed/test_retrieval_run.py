@@ -282,12 +282,12 @@ def test_a_report_shows_items_near_items_under_their_raw_ids(folder: Path, capfd
     for part in ("Nearest items", "<th>g1-i3</th>", 'id="map"', "The most frequent items"):
         assert part in page
 
-    # Without its data a run has no names: the rest is still told.
-    (folder / "train.csv").rename(folder / "moved.csv")
+    # Without what it keeps of its data a run has no vectors of towers: the rest is still told.
+    (folder / "run" / "data").rename(folder / "kept")
     assert command(capfd, "report", run)[0] == 0
     page = (folder / "run" / "report.html").read_text()
     assert "Nearest" not in page and "done at step" in page
-    assert "moved.csv" in refused(capfd, "report", run, "g1-i3")
+    assert "run/data is missing" in refused(capfd, "report", run, "g1-i3")
 
 
 def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -326,9 +326,7 @@ def test_a_file_that_changes_is_noticed_when_the_run_goes_on(folder: Path, capfd
     with (folder / "train.csv").open("a") as file:
         file.write(f"{OFFSET},g3-i0\n")
     assert "was trained on other data than data.path holds now" in refused(capfd, *train)
-    assert "was trained on other data than its configuration names now" in refused(
-        capfd, "recommend", str(folder / "run"), str(OFFSET)
-    )
+    assert command(capfd, "recommend", str(folder / "run"), str(OFFSET))[0] == 0, "the run has its data itself"
 
 
 def test_a_file_that_changes_between_epochs_ends_the_run(folder: Path) -> None:

@@ -26,12 +26,14 @@ from embedtrain.data.row_names import (
     write_values,
 )
 from embedtrain.data.sources import refuse_changes
+from embedtrain.data.vector_files import check_vectors
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.metrics.classification import training_measures
 from embedtrain.recipes.base import Recipe, collection_options
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer
 from embedtrain.recipes.ranking.config import ClicksConfig, RankingConfig
+from embedtrain.recipes.ranking.draft import draft
 from embedtrain.recipes.ranking.model import Ranking, measure_ranking
 from embedtrain.recipes.ranking.options import click_schema, feature_options, network_options, ranking_tables
 from embedtrain.recipes.ranking.packing import pack
@@ -39,8 +41,12 @@ from embedtrain.recipes.ranking.scoring import ClickScorer
 from embedtrain.recipes.ranking.workload import workload
 from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import FeatureSpec
+from embedtrain.train.checkpoints import load_weights
 from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.task import Batches, Evaluation, Parts, Pretrained, StreamedBatches, Task
+
+_MAX_KEPT_BYTES = 256 << 20
+"""The most held-out examples, prepared, that are copied to the run folder."""
 
 _logger = logging.getLogger(__name__)
 
@@ -60,6 +66,17 @@ class ClicksOfRun:
     batches: Batches | StreamedBatches
     fingerprint: str
     held_out: ClickLog | None
+
+
+def check(config: RankingConfig) -> None:
+    """Opens the files that a run reads beside its click logs.
+
+    Raises:
+        UserError: one is missing or cannot be read.
+    """
+    for name, feature in config.data.features.items():
+        if feature.init_from is not None:
+            check_vectors(feature.init_from, feature.dim or config.table.dim, f"data.features.{name}.init_from")
 
 
 def prepare(config: RankingConfig, runtime: Runtime) -> tuple[ClicksOfRun, Sizes]:
@@ -108,7 +125,7 @@ def build(config: RankingConfig, runtime: Runtime, data: ClicksOfRun) -> Parts:
             "std": layout.dense_std.tolist(),
         },
     }
-    write_files, pretrained = functools.partial(_write_vocabularies, layout), _pretrained(config, layout)
+    write_files, pretrained = functools.partial(_write_files, data), _pretrained(config, layout)
     checks = [log.check for log in (layout, data.held_out) if isinstance(log, ClickLog)]
     return Parts(task, facts, write_files, pretrained, functools.partial(_check_all, checks))
 
@@ -116,6 +133,30 @@ def build(config: RankingConfig, runtime: Runtime, data: ClicksOfRun) -> Parts:
 def _check_all(checks: Sequence[Callable[[], None]]) -> None:
     for check in checks:
         check()
+
+
+def measure(
+    config: RankingConfig, runtime: Runtime, checkpoint: str, held_out_path: str | None = None
+) -> dict[str, float]:
+    """Measures a checkpoint on the held-out examples: those that the run folder has, or else the log's.
+
+    Collective: every rank.
+
+    Raises:
+        UserError: the examples cannot be used, or are not in the rows that the checkpoint was trained with.
+    """
+    assert held_out_path is None, "rows of other files are measured by their scores"
+    with RunFolder(config.run.path).open_data() as kept:
+        if kept is None:
+            data, _ = prepare(config, runtime)
+            held_out, fingerprint = data.held_out, data.fingerprint
+        else:
+            held_out, fingerprint = ClickLog(kept.path), kept.facts["data_fingerprint"]
+        assert held_out is not None, "the configuration names held-out data"
+        model = _build_model(config, runtime, held_out)
+        dense = build_dense_optimizer(config.dense_optimizer, model.network, model.tables)
+        load_weights(checkpoint, model.tables, dense, fingerprint)
+        return measure_ranking(model, _held_out_batches(config, runtime, held_out), lambda: None)
 
 
 def _open_log(config: RankingConfig, runtime: Runtime) -> tuple[ClickLayout, Batches, str]:
@@ -183,13 +224,16 @@ def _build_evaluation(
 ) -> Evaluation | None:
     if held_out is None:
         return None
-    batches = ClickBatches(
-        held_out, config.train.global_batch_size, block_examples=config.data.block_examples, ranks=runtime.ranks
-    )
     return Evaluation(
-        functools.partial(measure_ranking, model, batches),
+        functools.partial(measure_ranking, model, _held_out_batches(config, runtime, held_out)),
         every_steps=config.evaluate.every_steps,
         every_epochs=config.evaluate.every_epochs,
+    )
+
+
+def _held_out_batches(config: RankingConfig, runtime: Runtime, held_out: ClickLog) -> ClickBatches:
+    return ClickBatches(
+        held_out, config.train.global_batch_size, block_examples=config.data.block_examples, ranks=runtime.ranks
     )
 
 
@@ -231,6 +275,16 @@ def _names_facts(config: RankingConfig, layout: ClickLayout) -> dict[str, Source
     return found
 
 
+def _write_files(data: ClicksOfRun, folder: RunFolder) -> None:
+    """Writes to the run folder the values of the features' rows, and the held-out examples if they are not too many."""
+    _write_vocabularies(data.layout, folder)
+    entry_path = None if data.held_out is None else data.held_out.path
+    if entry_path is None or sum(entry.stat().st_size for entry in os.scandir(entry_path)) > _MAX_KEPT_BYTES:
+        folder.keep_data({})
+    else:
+        folder.keep_data({"data_fingerprint": data.fingerprint}, entry_path)
+
+
 def _write_vocabularies(layout: ClickLayout, folder: RunFolder) -> None:
     for name in layout.feature_names:
         if (vocabulary := layout.vocabulary(name)) is not None:
@@ -250,7 +304,10 @@ RECIPE = Recipe(
     build=build,
     workload=workload,
     heads=_heads,
+    check=check,
+    draft=draft,
     held_out="data.valid_path",
+    measure=measure,
     score=ClickScorer,
     pack=pack,
 )

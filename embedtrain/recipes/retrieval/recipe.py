@@ -7,35 +7,46 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from embedtrain.data.interactions import InteractionOptions, Interactions, SideOptions, prepare_interactions
+from embedtrain.checkpoint.manifest import step_of
+from embedtrain.data.interactions import (
+    InteractionOptions,
+    Interactions,
+    SideOptions,
+    prepare_interactions,
+    read_held_out,
+)
 from embedtrain.data.readers import Layout, suffixes_of
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
 from embedtrain.data.row_names import STATE_KEY, values_source, vocabulary_source, write_values
 from embedtrain.data.sources import refuse_changes
+from embedtrain.data.vector_files import check_vectors
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError, printable
 from embedtrain.export.recommendations import Recommendation
 from embedtrain.export.vectors import FloatRows, Vectors, open_vectors
 from embedtrain.optim.dense import DenseOptimizer
-from embedtrain.recipes.base import Grow, Names, Packed, Recipe, collection_options
+from embedtrain.recipes.base import Grow, Names, Packed, Recipe, Wanted, collection_options
 from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
 from embedtrain.recipes.retrieval.config import RetrievalConfig, SideConfig
+from embedtrain.recipes.retrieval.draft import draft
 from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval, Scoring, Side, retrieval_table
 from embedtrain.recipes.retrieval.packing import packed_sides
 from embedtrain.recipes.retrieval.recommendation import Catalogue, all_vectors, evaluate_retrieval
 from embedtrain.recipes.retrieval.workload import workload
 from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import DEFAULT_OPTIMIZER, TableSpec
+from embedtrain.storage import base_name
 from embedtrain.train.checkpoints import load_weights
-from embedtrain.train.run_folder import RunFolder
+from embedtrain.train.run_folder import DATA_NAME, RunFolder
 from embedtrain.train.task import Evaluation, Parts, Pretrained, Task
 
 _USERS_FILE, _ITEMS_FILE = f"{USER}s.tsv", f"{ITEM}s.tsv"
@@ -48,23 +59,26 @@ _logger = logging.getLogger(__name__)
 _MANY_ITEMS = 100_000
 
 
+def check(config: RetrievalConfig) -> None:
+    """Opens the files that a run reads beside its interactions and features.
+
+    Raises:
+        UserError: one is missing or cannot be read.
+    """
+    for name, side in (("users", config.users), ("items", config.items)):
+        if side.init_from is not None:
+            check_vectors(side.init_from, config.table.dim, f"{name}.init_from")
+
+
 def prepare(config: RetrievalConfig, runtime: Runtime) -> tuple[Interactions, Sizes]:
     """Prepares the interactions of a configuration, or finds them in the cache. Collective: every rank.
 
     Raises:
         UserError: the data cannot be used.
     """
-    options = InteractionOptions(
-        path=config.data.path,
-        format=config.data.format,
-        layout=layout_of(config.data, "data"),
-        user_column=config.data.user_column,
-        item_column=config.data.item_column,
-        held_out_path=config.evaluate.path,
-        users=_side_options(config.users, "users"),
-        items=_side_options(config.items, "items"),
+    interactions = prepare_interactions(
+        _interaction_options(config), os.path.expanduser(config.data.cache_path), runtime.ranks
     )
-    interactions = prepare_interactions(options, os.path.expanduser(config.data.cache_path), runtime.ranks)
     if runtime.rank == 0:
         _logger.info(
             f"{interactions.num_interactions:,} interactions of {len(interactions.users):,} users with "
@@ -79,7 +93,24 @@ def prepare(config: RetrievalConfig, runtime: Runtime) -> tuple[Interactions, Si
         for what, number in interactions.left_out.items():
             if number:
                 _logger.warning(f"{number:,} {what.replace('_', ' ')}")
+        if config.evaluate.path is not None and not len(interactions.held_out.values):
+            _logger.warning(
+                f"evaluate.path={config.evaluate.path} has no user of the training data: all measures of it will be 0"
+            )
     return interactions, _sizes(interactions)
+
+
+def _interaction_options(config: RetrievalConfig) -> InteractionOptions:
+    return InteractionOptions(
+        path=config.data.path,
+        format=config.data.format,
+        layout=layout_of(config.data, "data"),
+        user_column=config.data.user_column,
+        item_column=config.data.item_column,
+        held_out_path=config.evaluate.path,
+        users=_side_options(config.users, "users"),
+        items=_side_options(config.items, "items"),
+    )
 
 
 def _sizes(interactions: Interactions) -> Sizes:
@@ -121,7 +152,7 @@ def build(config: RetrievalConfig, runtime: Runtime, interactions: Interactions)
     return Parts(
         task,
         _facts(interactions),
-        functools.partial(_write_ids, interactions),
+        functools.partial(_write_files, interactions),
         _pretrained(config, interactions),
         interactions.check,
     )
@@ -216,11 +247,16 @@ def _pretrained(config: RetrievalConfig, interactions: Interactions) -> dict[str
     return found
 
 
-def _write_ids(interactions: Interactions, folder: RunFolder) -> None:
+def _write_files(interactions: Interactions, folder: RunFolder) -> None:
     folder.write_vocabulary(interactions.users, _USERS_FILE)
     folder.write_vocabulary(interactions.items, _ITEMS_FILE)
     for table, values in _categories(interactions):
         write_values(folder.path, table, values, has_others=False)
+    _keep_data(interactions, folder)
+
+
+def _keep_data(interactions: Interactions, folder: RunFolder) -> None:
+    folder.keep_data(_facts(interactions), interactions.path)
 
 
 def _heads(config: RetrievalConfig) -> dict[str, tuple[str, Layout]]:
@@ -242,36 +278,65 @@ def _id_tables(config: RetrievalConfig, interactions: Interactions) -> list[Tabl
     ]
 
 
-def _restore(config: RetrievalConfig, runtime: Runtime) -> tuple[Retrieval, Interactions, int]:
-    """Returns the model of the newest checkpoint, its data and its step. Collective: every rank.
+@contextmanager
+def _restored(
+    config: RetrievalConfig, runtime: Runtime, checkpoint: str
+) -> Iterator[tuple[Retrieval, Interactions, int]]:
+    """Yields the model of a checkpoint, its data as the run folder has them, and its step. Collective: every rank.
 
     Raises:
-        UserError: there is no checkpoint, or the data are not those that it was trained on.
+        UserError: the run folder lacks the data, or they are not those that the checkpoint was trained on.
     """
-    interactions, _ = prepare(config, runtime)
-    model = _build_model(config, runtime, interactions)
-    dense = _build_dense_optimizer(config, model)
-    step = load_weights(config.run.path, model.tables, dense, interactions.fingerprint)
-    return model, interactions, step
+    folder = RunFolder(config.run.path)
+    with folder.open_data() as kept:
+        if kept is None:
+            raise UserError(
+                f"{folder.join(DATA_NAME)} is missing, which says who had what in training: bring it back, or give the "
+                "training command again, which writes it anew"
+            )
+        interactions = Interactions(kept.path)
+        model = _build_model(config, runtime, interactions)
+        dense = _build_dense_optimizer(config, model)
+        yield model, interactions, load_weights(checkpoint, model.tables, dense, interactions.fingerprint)
 
 
-def open_sides(config: RetrievalConfig, runtime: Runtime, table: str | None) -> Vectors:
+def measure(
+    config: RetrievalConfig, runtime: Runtime, checkpoint: str, held_out: str | None = None
+) -> dict[str, float]:
+    """Measures a checkpoint on the held-out interactions that the run folder has, or on those of other files.
+
+    Collective: every rank.
+
+    Raises:
+        UserError: the run folder lacks the data, or they are not those that the checkpoint was trained on; or the files
+            cannot be used.
+    """
+    with _restored(config, runtime, checkpoint) as (model, interactions, _):
+        bags = interactions.held_out
+        if held_out is not None:
+            options = replace(_interaction_options(config), held_out_path=held_out)
+            bags = runtime.ranks.run_on_first(lambda: read_held_out(options, interactions))
+        return evaluate_retrieval(model, interactions.known, bags, config.evaluate.k, alive=lambda: None)
+
+
+def open_sides(config: RetrievalConfig, runtime: Runtime, checkpoint: str, table: str | None) -> Vectors:
     """Opens what the towers make of ids and features, under the raw ids.
 
     Args:
         config: of the run.
         runtime: of this process.
+        checkpoint: its path.
         table: "item", which None stands for, or "user"; the table of a feature is opened as it is.
 
     Raises:
-        UserError: there is no such table or no checkpoint, or the data are not those that it was trained on.
+        UserError: there is no such table, or the run folder lacks the data that the checkpoint was trained on.
     """
     side = table or ITEM
     if side not in (USER, ITEM):
-        return open_vectors(config.run.path, side)
-    model, interactions, step = _restore(config, runtime)
-    names = interactions.items if side == ITEM else interactions.users
-    rows: FloatRows = all_vectors(model, side).numpy()
+        return open_vectors(config.run.path, side, step_of(base_name(checkpoint)))
+    with _restored(config, runtime, checkpoint) as (model, interactions, step):
+        names = interactions.items if side == ITEM else interactions.users
+        rows: FloatRows = all_vectors(model, side).numpy()
     return Vectors(
         side,
         step,
@@ -287,37 +352,37 @@ def open_sides(config: RetrievalConfig, runtime: Runtime, table: str | None) -> 
 @contextmanager
 def pack(config: RetrievalConfig, runtime: Runtime, checkpoint: str) -> Iterator[Packed]:
     """Yields the vectors of a checkpoint and the raw ids that they belong to; see `Recipe.pack`."""
-    model, interactions, step = _restore(config, runtime)
-    yield packed_sides(model, interactions, step)
+    with _restored(config, runtime, checkpoint) as (model, interactions, step):
+        yield packed_sides(model, interactions, step)
 
 
 def recommend(
-    config: RetrievalConfig, runtime: Runtime, users: Sequence[str] | None, top: int, leave_out_known: bool
+    config: RetrievalConfig, runtime: Runtime, checkpoint: str, wanted: Wanted
 ) -> Iterator[list[Recommendation]]:
     """Yields the best items of users. Collective: every rank.
 
     Args:
         config: of the run.
         runtime: of this process.
-        users: raw ids; None for all users.
-        top: how many items per user.
-        leave_out_known: whether to leave out the items that a user has in the training data.
+        checkpoint: its path.
+        wanted: which users, and how many items.
 
     Raises:
-        UserError: a user is unknown, there is no checkpoint, or the data are not those that it was trained on.
+        UserError: a user is unknown, or the run folder lacks the data that the checkpoint was trained on.
     """
-    model, interactions, _ = _restore(config, runtime)
-    rows = np.arange(len(interactions.users)) if users is None else _rows_of(users, interactions.users)
-    catalogue = Catalogue(model)
-    user_ids, item_ids = interactions.users.words, interactions.items.words
-    known = interactions.known if leave_out_known else None
-    for start in range(0, len(rows), _USERS_AT_ONCE):
-        part = rows[start : start + _USERS_AT_ONCE]
-        best, scores = catalogue.best(part, top, known)
-        yield [
-            (user_ids[row], [item_ids[i] for i in chosen if i >= 0], worth[: sum(i >= 0 for i in chosen)])
-            for row, chosen, worth in zip(part.tolist(), best.tolist(), scores.tolist(), strict=True)
-        ]
+    with _restored(config, runtime, checkpoint) as (model, interactions, _):
+        num_users = len(interactions.users)
+        rows = np.arange(num_users) if wanted.users is None else _rows_of(wanted.users, interactions.users)
+        catalogue = Catalogue(model)
+        user_ids, item_ids = interactions.users.words, interactions.items.words
+        known = interactions.known if wanted.leaves_out_known else None
+        for start in range(0, len(rows), _USERS_AT_ONCE):
+            part = rows[start : start + _USERS_AT_ONCE]
+            best, scores = catalogue.best(part, wanted.top, known)
+            yield [
+                (user_ids[row], [item_ids[i] for i in chosen if i >= 0], worth[: sum(i >= 0 for i in chosen)])
+                for row, chosen, worth in zip(part.tolist(), best.tolist(), scores.tolist(), strict=True)
+            ]
 
 
 def _rows_of(users: Sequence[str], names: Vocabulary) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -337,6 +402,8 @@ RECIPE = Recipe(
     build=build,
     workload=workload,
     heads=_heads,
+    check=check,
+    draft=draft,
     held_out="evaluate.path",
     grow=Grow(
         names=[
@@ -346,7 +413,9 @@ RECIPE = Recipe(
         vocabularies=lambda interactions: [interactions.users, interactions.items],
         tables=_id_tables,
         facts=_facts,
+        write_files=_keep_data,
     ),
+    measure=measure,
     open=open_sides,
     recommend=recommend,
     pack=pack,

@@ -223,7 +223,7 @@ def test_an_empty_vocabulary_names_the_text(text: Path, cache: Path) -> None:
     text.write_text("\n12 - 34\n")
     with pytest.raises(UserError) as error:
         prepared(cache, str(text))
-    assert str(error.value) == f"{text}: the vocabulary is empty: the text holds no words"
+    assert str(error.value).startswith(f"{text}: the vocabulary is empty: the text holds no words of letters; ")
     text.write_text("")
     with pytest.raises(UserError, match="the text holds no words"):
         prepared(cache, str(text))
@@ -280,3 +280,39 @@ def test_real_text(tmp_path: Path, cache: Path) -> None:
     assert len(kept ^ set(corpus.vocabulary.words)) < 0.001 * len(kept)
     expected = sum(word in kept for sentence in sentences for word in sentence)
     assert corpus.num_tokens == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_text_without_any_word_of_the_vocabulary_is_refused(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "base.tsv").write_text("known\t5\n")
+    (tmp_path / "new.txt").write_text("neue kleine welt\n")
+    with pytest.raises(UserError, match=r"new\.txt: none of its words is in the vocabulary.*data\.min_count=5 times"):
+        prepared(cache, str(tmp_path / "new.txt"), min_count=5, base_vocabulary=str(tmp_path / "base.tsv"))
+    assert not [path for path in cache.iterdir() if path.name.startswith("corpus-")]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("node_1 node_2\nnode_2 node_3\n", "100% of its first words are like 'node_1'"),
+        ("u17 bought i4 and i9\n", "60% of its first words are like 'u17'"),
+        ("In 1984, the 2nd edition (1st: 1949) of a well-known book was e-mailed to us.\n", ""),
+    ],
+)
+def test_words_that_letters_would_lose_are_told_with_the_setting_that_keeps_them(
+    text: str, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "walks.txt").write_text(text * 50)
+    for tokenizer in ("letters", "whitespace"):
+        caplog.clear()
+        options = CorpusOptions(path=str(tmp_path / "walks.txt"), tokenizer=tokenizer, min_count=1)
+        prepare_corpus(options, str(tmp_path / "cache"), ONE_PROCESS)
+        is_told = "data.tokenizer=whitespace keeps them as they are" in caplog.text
+        assert is_told == (bool(said) and tokenizer == "letters")
+        assert not is_told or said in caplog.text
+
+
+def test_walks_of_numbers_hold_no_words_of_letters(tmp_path: Path) -> None:
+    (tmp_path / "walks.txt").write_text("12 7 9\n7 9 12\n")
+    options = CorpusOptions(path=str(tmp_path / "walks.txt"), min_count=1)
+    with pytest.raises(UserError, match=r"holds no words of letters; data\.tokenizer=whitespace takes"):
+        prepare_corpus(options, str(tmp_path / "cache"), ONE_PROCESS)
