@@ -184,12 +184,15 @@ def test_lines_come_in_and_scores_go_out(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["predict", "RUN", "--data", "bare.csv", "--output", "x.parquet"], "no column x1, which data.dense names"),
+        (
+            ["predict", "RUN", "--data", "bare.csv", "--output", "x.parquet"],
+            "no column 'x1', 'user', 'place', 'tags', 'words'; its columns are 'id', 'x0', 'shop'; data.dense, data",
+        ),
         (
             ["predict", "RUN", "--data", "some.csv", "--output", "x.parquet", "--keep", "ts"],
-            "no column ts, which --keep",
+            "; --keep or --by says which to read",
         ),
-        (["evaluate", "RUN", "--data", "bare.csv"], "no column label, which data.label names"),
+        (["evaluate", "RUN", "--data", "bare.csv"], "data.label, data.dense, data.categorical say which to read"),
         (["predict", "RUN", "--data", "some.csv", "--output", "taken.parquet"], "already there; choose another output"),
         (["predict", "RUN", "--data", "some.csv", "--output", "x.txt"], "a name that ends in .parquet, .csv, .jsonl"),
         (["predict", "RUN", "--data", "some.csv"], "expected --output FILE"),

@@ -115,7 +115,8 @@ def measure(config: Word2VecConfig, runtime: Runtime, checkpoint: str, held_out:
     Raises:
         UserError: the run folder lacks words or pairs, or they are not those of the run.
     """
-    assert held_out is None, "words are measured on the files of the configuration, or on word tests"
+    if held_out is not None:
+        raise UserError(f"words are measured on word tests: give --similarity {held_out} or --analogies {held_out}")
     folder = RunFolder(config.run.path)
     with folder.open_data() as kept, CheckpointReader(checkpoint) as reader:
         if kept is None:

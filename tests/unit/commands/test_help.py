@@ -12,7 +12,7 @@ import pytest
 from embedtrain import __version__
 from embedtrain.cli import COMMANDS, main, program
 from embedtrain.commands.console import Command
-from embedtrain.commands.export import FORMAT_NAMES
+from embedtrain.commands.export import FORMAT_NAMES, PACKAGE
 from embedtrain.export import FORMATS
 from tests.unit.commands.parsing import parse
 
@@ -76,7 +76,7 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_formats_of_export_are_those_there_are() -> None:
-    assert tuple(FORMATS) == FORMAT_NAMES
+    assert (*FORMATS, PACKAGE) == FORMAT_NAMES
 
 
 def test_the_help_option_has_both_names_in_every_context() -> None:
