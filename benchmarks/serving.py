@@ -40,7 +40,7 @@ def measure_rows(run: str, data: str) -> dict[str, float]:
     num_rows = sum(len(part.labels) for part in score_rows(scorer, score_options(config, data, [])))
     found = {"rows": num_rows, "run_rows_per_second": num_rows / (time.perf_counter() - start)}
     with tempfile.TemporaryDirectory() as folder:
-        pack_run(run, f"{folder}/package", RUNTIME, dtype="float32", overwrite=False)
+        pack_run(run, None, f"{folder}/package", RUNTIME, dtype="float32", overwrite=False)
         packed = Scorer(f"{folder}/package")
         start = time.perf_counter()
         rows = [row for _, row in read_rows(data, packed.manifest["lines"], packed.columns) if not isinstance(row, str)]

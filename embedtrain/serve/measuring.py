@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from embedtrain.distributed.ranks import ONE_PROCESS
+from embedtrain.errors import UserError
 from embedtrain.metrics.classification import ClassificationMeter
 from embedtrain.serve.scoring import Scored
 
@@ -84,6 +85,8 @@ class _Groups:
         self._parts: list[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]] = []
 
     def add(self, column: pa.Array, scores: NDArray[np.float32], labels: NDArray[np.float32]) -> None:
+        if pa.types.is_nested(column.type):
+            raise UserError(f"--by: rows are grouped by texts and numbers, and the column holds {column.type}")
         values = column.cast(pa.large_string()).fill_null("").dictionary_encode()
         codes = [self._codes.setdefault(value, len(self._codes)) for value in values.dictionary.to_pylist()]
         self._parts.append((np.array(codes, np.int64)[np.asarray(values.indices)], scores, labels > 0))

@@ -6,7 +6,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -19,6 +19,8 @@ from embedtrain.serve.scoring import Scored
 
 SCORE = "probability"
 """The name of the column of the scores, which no other column can have."""
+
+_ROWS_PER_GROUP = 1 << 17
 
 _Write = Callable[[pa.Table], None]
 
@@ -93,18 +95,24 @@ def _table_of(part: Scored) -> pa.Table:
 
 @contextmanager
 def _parquet(file: BinaryIO) -> Iterator[_Write]:
-    writer: list[pq.ParquetWriter] = []
+    held: list[pa.Table] = []
+    with ExitStack() as stack:
+        writers: list[pq.ParquetWriter] = []
 
-    def write(table: pa.Table) -> None:
-        if not writer:
-            writer.append(pq.ParquetWriter(file, table.schema))
-        writer[0].write_table(table)
+        def flush() -> None:
+            if held and not writers:
+                writers.append(stack.enter_context(pq.ParquetWriter(file, held[0].schema)))
+            if held:
+                writers[0].write_table(pa.concat_tables(held))
+            held.clear()
 
-    try:
+        def write(table: pa.Table) -> None:
+            held.append(table)
+            if sum(map(len, held)) >= _ROWS_PER_GROUP:
+                flush()
+
         yield write
-    finally:
-        for each in writer:
-            each.close()
+        flush()
 
 
 @contextmanager
@@ -132,16 +140,21 @@ _WRITERS = {".parquet": _parquet, ".csv": _csv, ".jsonl": _jsonl}
 
 
 def _write_csv(table: pa.Table, file: BinaryIO, *, has_header: bool) -> None:
-    nested = [field.name for field in table.schema if pa.types.is_nested(field.type)]
-    if nested:
-        raise UserError(f"a line of CSV cannot hold the lists of {', '.join(nested)}: write .parquet or .jsonl")
+    odd = [field.name for field in table.schema if pa.types.is_nested(field.type) or pa.types.is_decimal(field.type)]
+    if odd:
+        raise UserError(f"CSV cannot hold the values of {', '.join(odd)}: write .parquet or .jsonl, or keep less")
     # Arrow quotes all texts or none, and refuses to leave out quotes that one of them needs.
-    for quoting in ("none", "needed"):
-        buffer = io.BytesIO()
-        with suppress(pa.ArrowInvalid):
-            pa_csv.write_csv(table, buffer, pa_csv.WriteOptions(include_header=has_header, quoting_style=quoting))
-            break
-    file.write(buffer.getbuffer())
+    try:
+        content = _as_csv(table, has_header, "none")
+    except pa.ArrowInvalid:
+        content = _as_csv(table, has_header, "needed")
+    file.write(content)
+
+
+def _as_csv(table: pa.Table, has_header: bool, quoting: str) -> memoryview:
+    buffer = io.BytesIO()
+    pa_csv.write_csv(table, buffer, pa_csv.WriteOptions(include_header=has_header, quoting_style=quoting))
+    return buffer.getbuffer()
 
 
 def _json_lines(table: pa.Table) -> bytes:
