@@ -17,12 +17,13 @@ from embedtrain.commands.console import (
     EXIT_USER_ERROR,
     HELP_OPTIONS,
     MAX_COLUMNS,
+    PlainFormatter,
     is_debugged,
     is_first_rank,
     say,
     say_once,
 )
-from embedtrain.errors import CheckpointError, JobError, UserError, is_wrong_path
+from embedtrain.errors import CheckpointError, JobError, UserError, is_wrong_path, printable
 
 COMMANDS = (
     "init",
@@ -82,7 +83,7 @@ class Program(click.Group):
         except UserError as error:
             if is_shown:
                 raise
-            say_once(f"embedtrain: error: {error}")
+            say_once(printable(f"embedtrain: error: {error}"))
             status = EXIT_USER_ERROR
         except CheckpointError as error:
             if is_shown:
@@ -116,7 +117,9 @@ class Program(click.Group):
 @click.version_option(package_name="embedtrain", message="%(package)s %(version)s")
 def program(debug: bool) -> None:
     """Trains embedding tables sharded over the ranks of a torchrun job."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PlainFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("embedtrain").setLevel(logging.INFO if is_first_rank() else logging.ERROR)
 
 
@@ -142,7 +145,7 @@ def _tell_of_file(error: OSError) -> int:
     """Says what the system refused to do with a file; returns the exit status."""
     what = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
     if is_wrong_path(error):
-        say_once(f"embedtrain: error: {what}; give another path")
+        say_once(printable(f"embedtrain: error: {what}; give another path"))
         return EXIT_USER_ERROR
     say_once(f"embedtrain: failed: {what}")
     return EXIT_FAILED

@@ -1,9 +1,29 @@
-"""The errors that a caller can catch."""
+"""The errors that a caller can catch, and texts as they are shown to a user."""
 
 from __future__ import annotations
 
 import errno
 import re
+
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object, keep: str = "") -> str:
+    """Returns a text in which a terminal finds no commands: control characters are written as escapes, such as \\x1b.
+
+    So are line breaks of any kind, marks that turn the direction of text, and halves of surrogate pairs, which stand
+    for bytes of paths that are no text.
+
+    Args:
+        text: any text that came from data, a path or a file.
+        keep: characters that are left as they are, such as line feeds between lines.
+    """
+
+    def escaped(found: re.Match[str]) -> str:
+        character = found.group()
+        return character if character in keep else character.encode("unicode_escape", "surrogatepass").decode()
+
+    return _UNPRINTABLE.sub(escaped, str(text))
 
 
 class UserError(ValueError):
@@ -56,11 +76,3 @@ def is_wrong_path(error: OSError) -> bool:
 def counted(number: int, noun: str) -> str:
     """Returns a number with its noun: "1 rank", "2,000 ranks"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-_UNSHOWABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def shown(text: str) -> str:
-    """Returns a text for a terminal or a log: characters that would steer it are escaped, as `repr` escapes them."""
-    return _UNSHOWABLE.sub(lambda found: repr(found[0])[1:-1], text)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
-from embedtrain.errors import UserError, shown
+from embedtrain.errors import UserError, printable
 
 T = TypeVar("T")
 
@@ -66,4 +66,4 @@ def _told(fault: Any) -> str:
     found = repr(fault["input"])
     if len(found) > _FOUND_LETTERS:
         found = f"{found[:_FOUND_LETTERS]}..."
-    return shown(f"{where}: expected {expected[:1].lower()}{expected[1:]}, found {found}")
+    return printable(f"{where}: expected {expected[:1].lower()}{expected[1:]}, found {found}")

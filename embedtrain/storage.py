@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from embedtrain.errors import UserError, shown
+from embedtrain.errors import UserError, printable
 
 T = TypeVar("T")
 
@@ -119,7 +119,7 @@ def oddity(url: str) -> str | None:
         mode = None
     if path is None or mode is None or stat.S_ISREG(mode):
         return None
-    return f"a link to {shown(os.readlink(path))}" if stat.S_ISLNK(mode) else _kind(mode)
+    return f"a link to {printable(os.readlink(path))}" if stat.S_ISLNK(mode) else _kind(mode)
 
 
 def _kind(mode: int) -> str:

@@ -13,7 +13,7 @@ import click
 import numpy as np
 
 from embedtrain import storage
-from embedtrain.commands.console import ConfigFile, command, is_debugged, require_config, settings_argument
+from embedtrain.commands.console import ConfigFile, command, is_debugged, require_config, settings_argument, tell
 from embedtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def compare(config: str, settings: Sequence[str], optimizers: str, rates: Sequen
         comparison.configs,
         is_debugged=is_debugged(),
         may_diverge=True,
-        finish=lambda: print(comparison.finish()),
+        finish=lambda: tell(*comparison.finish().split("\n")),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
@@ -16,7 +17,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from embedtrain.distributed.launcher import tell_launcher
-from embedtrain.errors import UserError
+from embedtrain.errors import UserError, printable
 
 _PATIENCE_SECONDS = 5.0
 
@@ -238,9 +239,23 @@ def is_first_rank() -> bool:
     return rank == "0" or not rank.isdecimal()
 
 
-def say(line: str) -> None:
-    """Prints a line for the user."""
-    print(line, file=sys.stderr, flush=True)
+def tell(*lines: object) -> None:
+    """Prints lines of a command's result; characters that a terminal obeys or that end a line are shown escaped."""
+    for line in lines:
+        print(printable(line))
+
+
+def say(text: str) -> None:
+    """Prints lines for the user; characters that a terminal obeys are shown escaped."""
+    print(printable(text, keep="\n"), file=sys.stderr, flush=True)
+
+
+class PlainFormatter(logging.Formatter):
+    """Formats log records as `say` shows texts."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the text of a record."""
+        return printable(super().format(record), keep="\n")
 
 
 def say_once(line: str) -> None:

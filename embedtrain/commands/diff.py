@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedtrain import storage
-from embedtrain.commands.console import EXIT_DONE, command
+from embedtrain.commands.console import EXIT_DONE, command, tell
 from embedtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def print_difference(first_path: str, second_path: str, table: str | None, top: 
         raise UserError(f"expected --top of at least 0 rows, got {top}")
     first, second = Side.open(first_path), Side.open(second_path)
     with first.reader, second.reader:
-        print(f"from  {first.words()}\nto    {second.words()}")
+        tell(f"from  {first.words()}", f"to    {second.words()}")
         names = sorted(first.tables.keys() | second.tables.keys())
         if table is not None and table not in names:
             raise UserError(f"expected --table to name one of {', '.join(names)}, got {table!r}")
@@ -262,23 +262,24 @@ def _print_table(name: str, first: Side, second: Side, top: int) -> None:
     before, after = infos
     if before is None or after is None:
         side, shape = (second, shapes[1]) if before is None else (first, shapes[0])
-        print(f"\ntable {name}: only in {side.reader.path}, {shape}")
+        tell("", f"table {name}: only in {side.reader.path}, {shape}")
         return
     if before.shape[1:] != after.shape[1:]:
-        print(f"\ntable {name}: {shapes[0]} and {shapes[1]}, which cannot be compared: the columns differ")
+        tell("", f"table {name}: {shapes[0]} and {shapes[1]}, which cannot be compared: the columns differ")
         return
     moved, num_gone, num_new = movement(name, first, second, top)
-    print(
-        f"\ntable {name}: {shapes[1]}; of {moved.num_rows:,} rows that both have {moved.num_moved:,} moved, "
-        f"by {moved.mean:.4g} on average"
+    tell(
+        "",
+        f"table {name}: {shapes[1]}; of {moved.num_rows:,} rows that both have {moved.num_moved:,} moved, "
+        f"by {moved.mean:.4g} on average",
     )
     for number, path in ((num_gone, first.reader.path), (num_new, second.reader.path)):
         if number:
-            print(f"  {number:,} rows are only in {path}")
+            tell(f"  {number:,} rows are only in {path}")
     if moved.num_not_finite:
-        print(f"  {moved.num_not_finite:,} rows are not finite: they hold a NaN or an infinity")
+        tell(f"  {moved.num_not_finite:,} rows are not finite: they hold a NaN or an infinity")
     shown = [row for row in zip(moved.names, moved.distances, moved.cosines, strict=True) if row[1] > 0]
     if shown:
-        print("  distance   cosine  row")
+        tell("  distance   cosine  row")
     for row, distance, cosine in shown:
-        print(f"  {distance:8.4g}  {cosine:7.3f}  {row}")
+        tell(f"  {distance:8.4g}  {cosine:7.3f}  {row}")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from embedtrain.checkpoint import latest_checkpoint
+from embedtrain.commands.console import tell
 from embedtrain.config.resolved import set_value, value_at
 from embedtrain.config.sections import Config
 from embedtrain.data.head import write_head
@@ -58,16 +59,16 @@ def dry_run(config: Config, folder: RunFolder, runtime: Runtime) -> None:
         task = parts.task
         if runtime.rank == 0:
             newest = latest_checkpoint(folder.checkpoints_path)
-            print(f"dry run      nothing is written to {folder.path}" + (f"; would resume {newest}" if newest else ""))
-            print(f"data         {'all' if is_all else f'the first {format_bytes(HEAD_BYTES)}; rows are of these'}")
+            tell(f"dry run      nothing is written to {folder.path}" + (f"; would resume {newest}" if newest else ""))
+            tell(f"data         {'all' if is_all else f'the first {format_bytes(HEAD_BYTES)}; rows are of these'}")
             print_plan(workload_of(tried, found[0]), Request(runtime.world_size))
             if not isinstance(task.batches, StreamedBatches):
                 of_these = "" if is_all else " of these"
-                print(f"epochs       {config.train.epochs} of {task.batches.steps_per_epoch:,} steps{of_these}")
+                tell(f"epochs       {config.train.epochs} of {task.batches.steps_per_epoch:,} steps{of_these}")
         for number, batch in enumerate(_first_batches(task.batches), start=1):
             loss, seconds = _try_step(task, batch, runtime)
             if runtime.rank == 0:
-                print(f"step {number}       loss {loss:.4f}, {seconds:.3f} seconds")
+                tell(f"step {number}       loss {loss:.4f}, {seconds:.3f} seconds")
 
 
 def _first_batches(batches: Batches | StreamedBatches) -> Iterator[Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from embedtrain.commands.console import EXIT_DONE, command, given_options, run_argument, step_option, table_option
+from embedtrain.commands.console import EXIT_DONE, command, given_options, run_argument, step_option, table_option, tell
 from embedtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _measure(run_path: str, step: Step) -> int:
     measures = measure_run(config, runtime, step)
     if runtime.rank == 0:
         for name, value in measures.items():
-            print(f"{value:.4f}  {name}")
+            tell(f"{value:.4f}  {name}")
     return EXIT_DONE
 
 
@@ -88,15 +88,15 @@ def print_evaluation(
         report = evaluate_analogies(
             unit, restricted.words, read_lines(path), restrict_vocab, case_insensitive, source=path
         )
-        print(f"{path}: accuracy by 3CosAdd")
+        tell(f"{path}: accuracy by 3CosAdd")
         for section in (*report.sections, report.total):
-            print(f"  {section.accuracy:7.2%}  {section.num_correct:>6,} of {section.num_questions:<6,} {section.name}")
-        print(f"  {report.num_oov:,} questions left out: a word is not in the vocabulary")
+            tell(f"  {section.accuracy:7.2%}  {section.num_correct:>6,} of {section.num_questions:<6,} {section.name}")
+        tell(f"  {report.num_oov:,} questions left out: a word is not in the vocabulary")
     for path in similarity:
         pairs = evaluate_similarity(
             unit, restricted.words, read_lines(path), restrict_vocab, case_insensitive, source=path
         )
-        print(
+        tell(
             f"{path}: Spearman {pairs.spearman:.3f}, Pearson {pairs.pearson:.3f} over {pairs.num_pairs:,} pairs; "
             f"{pairs.oov_ratio:.1%} left out, a word is not in the vocabulary"
         )

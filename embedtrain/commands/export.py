@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from embedtrain.commands.console import EXIT_DONE, command, run_argument, step_option, table_option
+from embedtrain.commands.console import EXIT_DONE, command, run_argument, step_option, table_option, tell
 
 if TYPE_CHECKING:
     from embedtrain.checkpoint.choice import Step
@@ -41,5 +41,5 @@ def export(
     with open_run_vectors(path, table, runtime, step) as vectors:
         if runtime.rank == 0:
             for written in export_vectors(vectors, format_name, output, overwrite=overwrite, max_rows=max_rows):
-                print(written)
+                tell(written)
     return EXIT_DONE

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from embedtrain.commands.console import EXIT_DONE, command, run_argument, step_option
-from embedtrain.errors import CorruptCheckpointError, UserError, counted, shown
+from embedtrain.commands.console import EXIT_DONE, command, run_argument, step_option, tell
+from embedtrain.errors import CorruptCheckpointError, UserError, counted
 
 if TYPE_CHECKING:
     from embedtrain.checkpoint.choice import Step
@@ -54,23 +54,23 @@ def print_run(path: str, step: Step, *, verify: bool) -> None:
     with CheckpointReader(chosen) as reader:
         manifest = reader.manifest
         if config is not None:
-            print(f"run          {shown(folder.path)}")
+            tell(f"run          {folder.path}")
         if steps:
-            print(f"checkpoints  of step {', '.join(f'{each:,}' for each in steps)}")
+            tell(f"checkpoints  of step {', '.join(f'{each:,}' for each in steps)}")
         name, saved_by = "newest" if step is None and steps else "checkpoint", counted(manifest.world_size, "rank")
-        print(f"{name:<11}  {shown(chosen)}, saved {shown(manifest.created)} by {saved_by}")
-        print(f"step         {manifest.step:,}")
+        tell(f"{name:<11}  {chosen}, saved {manifest.created} by {saved_by}")
+        tell(f"step         {manifest.step:,}")
         if is_of_run := config is not None or "train" in manifest.state:
             _print_state(read_run_state(manifest, chosen))
-        print("tensors")
+        tell("tensors")
         for tensor, info in sorted(reader.tensors.items()):
             shape = " x ".join(f"{size:,}" for size in info.shape)
             dtype, pieces = str(info.dtype).removeprefix("torch."), counted(len(info.pieces), "piece")
-            print(f"  {shown(tensor):<24} {dtype:<9} {shape}, in {pieces}")
+            tell(f"  {tensor:<24} {dtype:<9} {shape}, in {pieces}")
     if config is not None:
-        print("configuration")
+        tell("configuration")
         for line in config.splitlines():
-            print(f"  {shown(line)}")
+            tell(f"  {line}")
     if verify:
         _verify(all_paths, is_of_run=is_of_run)
 
@@ -88,16 +88,16 @@ def _checkpoints_path(folder: RunFolder) -> str | None:
 
 def _print_state(state: RunState) -> None:
     train, optimizer = state.train, state.optimizer
-    print(f"epoch        {train.epoch:,}, {counted(train.step_in_epoch, 'step')} into it")
-    print(f"examples     {train.examples:,} in {train.seconds:,.0f} seconds of training")
+    tell(f"epoch        {train.epoch:,}, {counted(train.step_in_epoch, 'step')} into it")
+    tell(f"examples     {train.examples:,} in {train.seconds:,.0f} seconds of training")
     settings = ", ".join(f"{name} {value}" for name, value in optimizer.param_groups[0].items() if name != "params")
-    print(f"optimizer    {shown(f'{optimizer.name}: {settings}')}")
+    tell(f"optimizer    {optimizer.name}: {settings}")
     for table, start in state.init_from.items():
-        print(f"init_from    {start.num_copied:,} of {start.num_rows:,} rows of {shown(f'{table}, of {start.path}')}")
+        tell(f"init_from    {start.num_copied:,} of {start.num_rows:,} rows of {table}, of {start.path}")
     if state.grown_from is not None:
-        print(f"grown from   {shown(state.grown_from.path)}, step {state.grown_from.step:,}")
+        tell(f"grown from   {state.grown_from.path}, step {state.grown_from.step:,}")
     if optimizer.num_skipped:
-        print(f"skipped      {counted(optimizer.num_skipped, 'step')} whose gradient was not finite")
+        tell(f"skipped      {counted(optimizer.num_skipped, 'step')} whose gradient was not finite")
 
 
 def _verify(paths: Sequence[str], *, is_of_run: bool) -> None:
@@ -116,9 +116,9 @@ def _verify(paths: Sequence[str], *, is_of_run: bool) -> None:
             verify(path, known)
             if is_of_run:
                 read_run_state(read_manifest(path), path)
-            print(f"verified     {shown(path)}")
+            tell(f"verified     {path}")
         except CorruptCheckpointError as error:
-            print(f"damaged      {shown(path)}")
+            tell(f"damaged      {path}")
             faults.append(str(error))
     if faults:
         raise CorruptCheckpointError("\n".join(faults))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from embedtrain.commands.console import EXIT_DONE, command, run_argument, step_option, table_option
+from embedtrain.commands.console import EXIT_DONE, command, run_argument, step_option, table_option, tell
 
 if TYPE_CHECKING:
     from embedtrain.checkpoint.choice import Step
@@ -29,7 +29,7 @@ def neighbors(path: str, query: Sequence[str], table: str | None, step: Step, to
     with open_run_vectors(path, table, runtime, step) as vectors:
         if runtime.rank == 0:
             text = " ".join(query)
-            print(text)
+            tell(text)
             for word, cosine in export.neighbors(vectors, text, top):
-                print(f"  {cosine:.3f}  {word}")
+                tell(f"  {cosine:.3f}  {word}")
     return EXIT_DONE

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from embedtrain.commands.console import EXIT_DONE, command, run_argument, step_option
+from embedtrain.commands.console import EXIT_DONE, command, run_argument, step_option, tell
 from embedtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,10 +64,10 @@ def recommend(
             pass
     elif output is not None:
         write_recommendations(batches, output, overwrite=overwrite)
-        print(output)
+        tell(output)
     else:
         for user, items, scores in (each for batch in batches for each in batch):
-            print(user)
+            tell(user)
             for item, score in zip(items, scores, strict=True):
-                print(f"  {score:.3f}  {item}")
+                tell(f"  {score:.3f}  {item}")
     return EXIT_DONE

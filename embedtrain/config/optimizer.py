@@ -159,3 +159,13 @@ def _reduce(self: OptimizerConfig) -> tuple[Any, ...]:
 @dataclass
 class DenseOptimizerConfig(DenseOptions):
     """torch's optimizer of the parameters that are not rows of tables."""
+
+    def check(self) -> None:
+        """Checks what types cannot say.
+
+        Raises:
+            UserError: a value is out of range.
+        """
+        for name in ("lr", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"dense_optimizer.{name} must be at least 0, got {getattr(self, name)}")

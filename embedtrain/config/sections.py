@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
-from embedtrain.config.optimizer import OptimizerConfig, section
+from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig, section
 from embedtrain.data.stream import STANDARD_INPUT
 from embedtrain.errors import UserError
 
 _MAX_SECONDS = 1e8
 """Three years."""
+
+MAX_COUNT = 1 << 40
+"""The largest number of steps, rows or examples that a setting may ask for; tables have no more rows."""
+
+MAX_WIDTH = 1 << 20
+"""The largest size of a layer, window or list."""
+
+_MAX_FLOAT = 3.4e38
+"""What is larger is infinite in 32 bits."""
 
 
 @dataclass
@@ -193,8 +201,8 @@ class Config:
             UserError: a value is out of range.
         """
         for key, value in _numbers(self):
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{key} must be a finite number, got {value}")
+            if isinstance(value, float) and not abs(value) <= _MAX_FLOAT:
+                raise UserError(f"{key} must be a finite number of 32 bits, got {value}")
             if isinstance(value, int) and not -(2**63) <= value < 2**63:
                 raise UserError(f"{key} must be below 2**63, got {value}")
         require_at_least_one(self._counts())
@@ -215,6 +223,9 @@ class Config:
         if not 0 <= self.schedule.min_factor <= 1:
             raise UserError(f"schedule.min_factor must be in [0, 1], got {self.schedule.min_factor}")
         self.optimizer.check(self.table_names())
+        for each in vars(self).values():
+            if isinstance(each, DenseOptimizerConfig):
+                each.check()
         if self.run.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"run.device must be auto, cpu or cuda, got {self.run.device!r}")
 
@@ -276,12 +287,14 @@ def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
             yield from _numbers(value, f"{prefix}.{name}" if prefix else str(name))
 
 
-def require_at_least_one(counts: Iterator[tuple[str, Any]]) -> None:
+def require_at_least_one(counts: Iterator[tuple[str, Any]], *, at_most: int = MAX_COUNT) -> None:
     """Checks counts by their keys; None stands for no limit.
 
     Raises:
-        UserError: one is less than 1.
+        UserError: one is less than 1, or more than `at_most`.
     """
     for key, value in counts:
         if value is not None and not (isinstance(value, float | int) and value >= 1):
             raise UserError(f"{key} must be at least 1, got {value}")
+        if value is not None and value > at_most:
+            raise UserError(f"{key} must be at most {at_most:,}, got {value:,}")

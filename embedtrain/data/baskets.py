@@ -61,7 +61,7 @@ def write_baskets(
         return f"baskets-{xxhash.xxh3_64_hexdigest(json.dumps(facts).encode())}"
 
     def write(work_path: str) -> None:
-        baskets, items = read_pairs(sources, names, format, layout)
+        baskets, items = read_pairs(sources, names, format, layout, ("data.basket_column", "data.item_column"))
         ids = items.chunk(0).dictionary
         parted = np.flatnonzero(np.asarray(pc.match_substring_regex(ids, _PARTS_WORDS)))
         if len(parted):

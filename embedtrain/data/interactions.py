@@ -209,11 +209,14 @@ def _entry_name(options: InteractionOptions, listed: _Listed) -> str:
 
 def _write(options: InteractionOptions, listed: _Listed, path: str) -> None:
     sources = listed.interactions
+    bases = [
+        None if side.base_vocabulary is None else Vocabulary.load_base(side.base_vocabulary, f"{name}.base_vocabulary")
+        for name, side in (("users", options.users), ("items", options.items))
+    ]
     pairs = read_pairs(sources, (options.user_column, options.item_column), options.format, options.layout)
     sides = ("user", options.users), ("item", options.items)
     vocabularies: list[Vocabulary] = []
     rows: list[NDArray[np.int64]] = []
-    bases = [None if side.base_vocabulary is None else Vocabulary.load_base(side.base_vocabulary) for _, side in sides]
     for (name, _), base, column in zip(sides, bases, pairs, strict=True):
         _refuse_line_ends(column, name)
         vocabulary, column_rows = _number(column, base)
@@ -261,19 +264,26 @@ def _write(options: InteractionOptions, listed: _Listed, path: str) -> None:
         json.dump(meta, file, indent=1, default=list)
 
 
-def read_pairs(sources: Sequence[Source], names: tuple[str, str], format: str, layout: Layout) -> list[pa.ChunkedArray]:
+def read_pairs(
+    sources: Sequence[Source],
+    names: tuple[str, str],
+    format: str,
+    layout: Layout,
+    keys: tuple[str, str] = ("data.user_column", "data.item_column"),
+) -> list[pa.ChunkedArray]:
     """Reads two columns of ids whole; each comes as dictionary-encoded chunks that share one dictionary.
 
     Args:
         sources: the files.
         names: of the columns; of no meaning in lines.
         format, layout: as in `read_columns`.
+        keys: the settings that name the columns.
 
     Raises:
         UserError: as `read_columns`, or a row holds no id, or there is no row.
     """
     chunks: list[list[pa.Array]] = [[], []]
-    for rows in read_columns(sources, names, format, layout):
+    for rows in read_columns(sources, names, format, layout, keys=dict(zip(names, keys, strict=True))):
         for name, column, found in zip(names, rows.columns, chunks, strict=True):
             if not pa.types.is_large_string(column.type):
                 raise UserError(f"{rows.place(0)}: column {name!r} holds lists: expected one id per row")
@@ -354,8 +364,9 @@ def _read_features(
         return []
     names = list(options.separators)
     wanted = [options.id_column, *names]
+    keys = {**dict.fromkeys(names, f"{side}.features"), options.id_column: f"{side}.id_column"}
     batches = [
-        rows.columns for rows in read_columns(sources, wanted, options.format, options.layout, options.separators)
+        rows.columns for rows in read_columns(sources, wanted, options.format, options.layout, options.separators, keys)
     ]
     urls = ", ".join(source.url for source in sources)
     if not batches:

@@ -14,8 +14,9 @@ import xxhash
 
 from embedtrain.data.corpus import TOKEN_DTYPE, VOCABULARY_NAME, PreparedCorpus
 from embedtrain.data.prepared import META_NAME, prepared_entry
+from embedtrain.data.readers import FORMATS
 from embedtrain.data.readers.blocks import Segment, plan_parts, read_chunks
-from embedtrain.data.sources import CHUNK_BYTES, Source, take_sources
+from embedtrain.data.sources import CHUNK_BYTES, Source, suffix_of, take_sources
 from embedtrain.data.text import TOKENIZERS, encode, lost_words, tokenize
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary, WordCounts, WordRows
 from embedtrain.distributed.ranks import Ranks
@@ -120,7 +121,7 @@ def prepare_corpus(
             vocabulary, a cache folder that is not local or may not be written.
         RuntimeError: a rank does not see the cache folder of the others.
     """
-    sources = ranks.run_on_first(lambda: take_sources(options.paths))
+    sources = ranks.run_on_first(lambda: _take_texts(options))
     base = ranks.run_on_each(lambda: _load_base(options))
 
     def prepare(work_path: str) -> None:
@@ -132,6 +133,19 @@ def prepare_corpus(
     corpus, corpus_check = prepared_entry(cache_path, name, PreparedCorpus, prepare, ranks)
     corpus.check = corpus_check
     return corpus
+
+
+def _take_texts(options: CorpusOptions) -> list[Source]:
+    """Returns the files, and warns of those whose names are those of rows: their column names would become words."""
+    sources = take_sources(options.paths)
+    for name in ("csv", "tsv", "jsonl"):
+        rows = [source.url for source in sources if suffix_of(source.url) in FORMATS[name].suffixes]
+        if rows:
+            _logger.warning(
+                f"{', '.join(rows[:3])}: read as text, names of columns and all, although the name is one of {name}: "
+                f"for sentences of items give data.format={name}, with data.basket_column and data.item_column"
+            )
+    return sources
 
 
 def _prepare(job: _Job) -> None:
@@ -193,6 +207,11 @@ def _write_shards(job: _Job, rows: WordRows) -> list[dict[str, Any]]:
 
 
 def _write_contents(job: _Job, vocabulary: Vocabulary, shards: list[dict[str, Any]]) -> None:
+    if not sum(shard["num_tokens"] for shard in shards):
+        raise UserError(
+            f"{', '.join(job.options.paths)}: none of its words is in the vocabulary: no known word, and no new one "
+            f"that stands there data.min_count={job.options.min_count} times"
+        )
     shards = sorted(shards, key=lambda shard: str(shard["name"]))
     content = [shard["xxh3"] for shard in shards], vocabulary.fingerprint, _tokenization(job.options, job.base)
     meta = {

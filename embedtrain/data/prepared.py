@@ -29,7 +29,7 @@ from pydantic import Field
 
 from embedtrain import storage
 from embedtrain.distributed.ranks import Ranks
-from embedtrain.errors import CheckpointError, UserError, is_wrong_path, shown
+from embedtrain.errors import CheckpointError, UserError, is_wrong_path, printable
 from embedtrain.schema import Count, parse
 
 T = TypeVar("T")
@@ -126,7 +126,7 @@ def _is_sound(entry_path: str, open_entry: Callable[[str], object]) -> bool:
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, RecursionError) as error:
         fault = str(error) or type(error).__name__
         aside = _set_aside(entry_path)
-        _logger.warning(f"{shown(fault)}: the prepared data are set aside in {aside}, and prepared anew")
+        _logger.warning(f"{printable(fault)}: the prepared data are set aside in {aside}, and prepared anew")
         return False
     if changed:
         # It was copied, and need not be read again at the next start.
@@ -228,7 +228,7 @@ class _Verification:
         except FileNotFoundError:
             return  # Another job has set it aside; what this one has open stays.
         except (OSError, ValueError) as error:
-            self._fault = shown(str(error))
+            self._fault = printable(str(error))
             with suppress(OSError):
                 os.remove(os.path.join(self._path, SEAL_NAME))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import numpy as np
@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from embedtrain import storage
 from embedtrain.data.token_hash import hashed_rows, text_bytes
 from embedtrain.data.vocabulary import Vocabulary
-from embedtrain.errors import UserError
+from embedtrain.errors import CorruptCheckpointError, UserError
+from embedtrain.schema import SchemaError, parse
 
 STATE_KEY = "row_names"
 VOCABULARY_NAME = "vocabulary.tsv"
@@ -198,6 +199,14 @@ def write_values(run_path: str, table: str, values: pa.Table, *, has_others: boo
     storage.replace(url, buffer.getvalue().to_pybytes(), f"{url}.tmp")
 
 
+@dataclass(frozen=True)
+class _Said:
+    """What a checkpoint's state says of names, if it says anything."""
+
+    row_names: Mapping[str, Source] = field(default_factory=dict)
+    export_table: str | None = None
+
+
 def read_row_names(run_path: str, state: Mapping[str, Any], table: str, num_rows: int) -> RowNames:
     """Returns the names of a table's rows.
 
@@ -209,10 +218,15 @@ def read_row_names(run_path: str, state: Mapping[str, Any], table: str, num_rows
 
     Raises:
         UserError: the file of names is missing, cannot be read, or is not the one that the run was trained with.
+        CorruptCheckpointError: the state is not one that says where names are.
     """
-    source = state.get(STATE_KEY, {}).get(table)
+    try:
+        said = parse(_Said, dict(state))
+    except SchemaError as error:
+        raise CorruptCheckpointError(f"{run_path}: the state in its checkpoint: {error}") from error
+    source = said.row_names.get(table)
     if source is None:
-        return _of_other_runs(run_path, state, table, num_rows)
+        return _of_other_runs(run_path, said.export_table, table, num_rows)
     encoding, name, noun = source.get("encoding"), source.get("file"), source.get("noun", "word")
     if encoding == "id":
         return of_ids(num_rows)
@@ -234,7 +248,7 @@ def read_row_names(run_path: str, state: Mapping[str, Any], table: str, num_rows
     return names
 
 
-def _of_other_runs(run_path: str, state: Mapping[str, Any], table: str, num_rows: int) -> RowNames:
+def _of_other_runs(run_path: str, export_table: str | None, table: str, num_rows: int) -> RowNames:
     """Returns the names of a table of which the checkpoint says nothing, such as that of a model of the user's own.
 
     `vocabulary.tsv` names the rows of the table that the checkpoint exports, and those of tables as long as it.
@@ -246,7 +260,7 @@ def _of_other_runs(run_path: str, state: Mapping[str, Any], table: str, num_rows
         names = None
     if names is not None and len(names.words) == num_rows:
         return names
-    if table == state.get("export_table"):
+    if table == export_table:
         found = "there is none" if names is None else f"it has {len(names.words):,} words"
         raise UserError(f"table {table!r} needs {num_rows:,} words in {url}, but {found}")
     return RowNames(Numbered(range(num_rows)), None, "row")

@@ -159,6 +159,12 @@ class EmbeddingCollection(nn.Module):
             group.freeze(group.frozen - named if requires_grad else group.frozen | (named & set(group.table_names)))
         return self if tables is not None else super().requires_grad_(requires_grad)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients of the rows that wait, and those of the module's own parameters."""
+        for group in self.row_groups:
+            group.clear_gradient()
+        super().zero_grad(set_to_none)
+
     def extra_repr(self) -> str:
         """Returns a line per table."""
         lines = []

@@ -48,7 +48,10 @@ def as_bags(batch: object) -> Mapping[str, Jagged]:
         raise ValueError(
             f"expected a batch that has ids per feature, such as {{'item': ids}}, got {type(batch).__name__}"
         )
-    if all(isinstance(bags, Jagged) for bags in batch.values()):
+    for bags in batch.values():
+        if type(bags) is not Jagged:
+            break
+    else:
         return batch
     for name, ids in batch.items():
         if not isinstance(ids, Jagged | Tensor):
@@ -65,7 +68,7 @@ def shaped(
 ) -> dict[str, Tensor]:
     """Returns vectors without pooling in the shape of their ids: [n, k, dim] if a tensor [n, k] was looked up."""
     for name, ids in batch.items():
-        if isinstance(ids, Tensor) and ids.dim() == 2 and features[name].pooling == "none":
+        if type(ids) is not Jagged and isinstance(ids, Tensor) and ids.dim() == 2 and features[name].pooling == "none":
             vectors[name] = vectors[name].unflatten(0, ids.shape)
     return vectors
 

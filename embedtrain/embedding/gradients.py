@@ -30,12 +30,14 @@ class GradientMailbox:
             which delivers their gradients. It requires no gradient if all rows are frozen.
         frozen: half-open ranges of local rows whose gradients are dropped, while other rows are trained.
         optimizer: refers to the optimizer that takes the gradients; None if none was made.
+        was_applied: whether a step has applied what waits.
     """
 
     def __init__(
         self, num_rows: int, dim: int, device: torch.device, num_ranks: int, table_names: Sequence[str]
     ) -> None:
         self.optimizer: weakref.ref[object] | None = None
+        self.was_applied = False
         self._table_names = table_names
         self.anchor = torch.empty(0, device=device, requires_grad=True)
         self.frozen: Sequence[tuple[int, int]] = ()
@@ -48,6 +50,13 @@ class GradientMailbox:
         """Adds the gradients that one backward left; they are not summed yet."""
         if self.frozen:
             delivery = self._without_frozen(delivery)
+        if self.was_applied:
+            self.was_applied = False
+            warn_once(
+                f"the gradients of an earlier step of the tables {', '.join(self._table_names)} are still there, and "
+                "the next step applies them again: call optimizer.zero_grad() after each step. The zero_grad() of a "
+                "module around the tables does not reach rows"
+            )
         self._deliveries.append(delivery)
         self._waiting = None
         self._num_new += delivery.rows.numel()
@@ -76,6 +85,7 @@ class GradientMailbox:
         self._deliveries = []
         self._num_summed, self._num_new = 0, 0
         self._waiting = None
+        self.was_applied = False
 
     def rows_and_values(self) -> tuple[Tensor, Tensor]:
         """Returns the touched rows [n] int64, unique and ascending, and [n, dim] float32, the gradient of each."""

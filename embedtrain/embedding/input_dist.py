@@ -206,7 +206,8 @@ class SharedInputDist(InputDist):
         Collective: every rank.
         """
         counts = torch.zeros(ranks.size, len(self._groups) + 1, 6, dtype=torch.int64, device=self._no_keys.device)
-        counts[:, -1, _ROWS] = int(error is not None)
+        if error is not None:
+            counts[:, -1, _ROWS] = 1
         counts[:, -1, _FEATURES] = self._routes.checksum_of(names)
         ordered: list[OrderedKeys | SortedKeys] = []
         for number, (group, own) in enumerate(zip(self._groups, wanted, strict=True)):

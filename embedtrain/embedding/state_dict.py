@@ -101,13 +101,16 @@ def _counts(views: Sequence[ShardView]) -> dict[str, StepCount]:
 
 def as_entry(view: ShardView, mesh: DeviceMesh | None) -> Tensor:
     """Returns the whole tensor as a DTensor that shares memory with this rank's rows; plain without ranks."""
+    # A storage of its own, in the same memory: torch's asynchronous save stumbles over tables that share one, and
+    # `torch.save` writes the whole of a storage.
+    rows = torch.from_dlpack(view.tensor)
     if mesh is None:
-        return view.tensor
+        return rows
     from torch.distributed.tensor import DTensor, Shard
 
     stride = tuple(math.prod(view.global_shape[dim + 1 :]) for dim in range(len(view.global_shape)))
     shape = torch.Size(view.global_shape)
-    return DTensor.from_local(view.tensor, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
 def _take_entry(view: ShardView, entry: Tensor) -> list[str]:

@@ -250,6 +250,7 @@ class TableGroup:
     def close_rows(self) -> None:
         """Ends an update of rows that were opened."""
         self.access.close()
+        self.gradients.was_applied = True
 
     def _allocate(self, shape: tuple[int, ...], fill: float, dtype: torch.dtype) -> Tensor:
         if self.placement.is_host and self.device.type != "cpu":

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import fsspec
 
-from embedtrain.data.sources import codec_of_name, without_compression
+from embedtrain.data.codecs import codec_of_name, without_compression
 from embedtrain.errors import UserError
 
 

@@ -17,7 +17,6 @@ from embedtrain.config.optimizer import OptimizerConfig
 from embedtrain.config.resolved import differing_keys, set_value, to_yaml
 from embedtrain.config.sections import Config
 from embedtrain.config.values import settings_of
-from embedtrain.data.row_names import STATE_KEY
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.distributed.runtime import Runtime
@@ -30,7 +29,7 @@ from embedtrain.recipes.optimizers import build_optimizer
 from embedtrain.recipes.registry import recipe_of
 from embedtrain.spec import TableSpec
 from embedtrain.train.run_folder import CONFIG_NAME, RunFolder
-from embedtrain.train.state import TrainState
+from embedtrain.train.state import TrainState, read_run_state
 
 _BASE = "base-"
 """Beginning of the name under which a grown run keeps the old names."""
@@ -218,8 +217,9 @@ def _keep_names(old_folder: RunFolder, folder: RunFolder, name: str) -> tuple[Vo
 
 
 def _check_rows(grown: _Grown, reader: CheckpointReader, run_path: str) -> None:
+    state = read_run_state(reader.manifest, reader.path)
     for spec in grown.tables:
-        known = reader.state.get(STATE_KEY, {}).get(spec.name, {}).get("fingerprint", grown.old.fingerprint)
+        known = state.row_names.get(spec.name, {}).get("fingerprint", grown.old.fingerprint)
         info = reader.tensors.get(f"{spec.name}/weight")
         if info is None or info.shape[0] != len(grown.old) or known != grown.old.fingerprint:
             raise UserError(

@@ -6,7 +6,9 @@ import copy
 import difflib
 import functools
 import logging
+import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,11 +45,12 @@ from embedtrain.config.values import (
 )
 from embedtrain.errors import UserError
 from embedtrain.optim.registry import usable
+from embedtrain.recipes.optimizers import check_optimizers
 from embedtrain.recipes.registry import BUILT_IN, DEFAULT_MODEL, RECIPES, recipe_of
 
-_logger = logging.getLogger(__name__)
-
 _SHIPPED = Path(__file__).resolve().parents[1] / "configs"
+
+_logger = logging.getLogger(__name__)
 
 _MERGE_ERRORS = (OmegaConfBaseException, ValueError, TypeError, AttributeError, KeyError)
 """What omegaconf raises for values that do not fit; the last four slip through it."""
@@ -212,6 +215,7 @@ def _to_config(layers: Layers) -> Config:
         main, default = config.optimizer, type(config)().optimizer
         main.tables = table_optimizers(layers.from_file, layers.from_command, main, default)
     config.check()
+    check_optimizers(config.optimizer)
     return config
 
 
@@ -245,6 +249,8 @@ def read_shipped(name: str) -> str:
 def _read_file(path: str) -> yaml.MappingNode:
     if path in shipped_names() and not Path(path).is_file():
         return _document(read_shipped(path), path)
+    if stat.S_ISFIFO(_mode_of(path)):
+        _logger.info(f"reading the configuration from the pipe {path} until it is closed")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -254,6 +260,13 @@ def _read_file(path: str) -> yaml.MappingNode:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a configuration: {error}") from error
     return _document(text, path)
+
+
+def _mode_of(path: str) -> int:
+    try:
+        return os.stat(path).st_mode
+    except OSError:
+        return 0
 
 
 def _document(text: str, source: str) -> yaml.MappingNode:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.resources
 from collections.abc import Sequence
+from typing import Any
 
 import jinja2
 
 from embedtrain import storage
 from embedtrain.distributed.runtime import Runtime
+from embedtrain.errors import printable
 from embedtrain.export.storage import refuse_packed_name
 from embedtrain.report.advice import advice
 from embedtrain.report.facts import STAGE, RunFacts, read_facts
@@ -42,7 +44,7 @@ def write_report(run_path: str, output: str | None, words: Sequence[str], runtim
 def render(facts: RunFacts, row_map: str) -> str:
     """Returns the page; `row_map` is SVG, or empty."""
     source = importlib.resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_printable)
     return environment.from_string(source).render(
         facts=facts,
         curves=curve_svgs(facts.curves),
@@ -50,3 +52,8 @@ def render(facts: RunFacts, row_map: str) -> str:
         row_map=row_map,
         advice=advice(facts),
     )
+
+
+def _printable(value: Any) -> Any:
+    """Shows control characters of names and paths as escapes; HTML cannot hold them."""
+    return printable(value, keep="\n") if type(value) is str else value

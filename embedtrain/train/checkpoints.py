@@ -24,7 +24,7 @@ from embedtrain.checkpoint.agreement import on_first_rank
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.runtime import DEFAULT_TIMEOUT_SECONDS
 from embedtrain.embedding.collection import EmbeddingCollection
-from embedtrain.errors import CorruptCheckpointError, UserError, shown
+from embedtrain.errors import CorruptCheckpointError, UserError, printable
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.train.state import TrainState, read_run_state
 from embedtrain.train.task import Task
@@ -215,13 +215,13 @@ class Checkpoints:
         for role, (was, name) in expected.items():
             if was != name and not is_reset:
                 raise UserError(
-                    f"{path} holds the state of {shown(was)}, and this run's {role} is {name}: "
+                    f"{path} holds the state of {printable(was)}, and this run's {role} is {name}: "
                     "resume.optimizer_state=reset starts its state anew"
                 )
         if saved.data_fingerprint != self._facts["data_fingerprint"]:
             raise UserError(
-                f"{path} was trained on other data than data.path holds now: start a new run.path, or bring back "
-                "the data and the options under `data` that the run began with"
+                f"{path} was trained on other data than data.path holds now: start anew with another run.path, or "
+                "bring back the data and the options under `data` that the run began with"
             )
         groups = saved.optimizer.param_groups
         if len(groups) != len(self._optimizer.param_groups) and not is_reset:

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from embedtrain import storage
 from embedtrain.distributed.ranks import Ranks
-from embedtrain.errors import CheckpointError, UserError, is_wrong_path, shown
+from embedtrain.errors import CheckpointError, UserError, is_wrong_path, printable
 from embedtrain.schema import Count, parse
 
 BEAT_SECONDS = 5.0
@@ -65,7 +65,7 @@ class Owner:
     def words(self) -> str:
         """Returns the owner for a message."""
         job = f", torchrun job {self.job}" if self.job else ""
-        return shown(f"process {self.pid} on {self.host.partition('/')[0]}{job}, since {self.since}")
+        return printable(f"process {self.pid} on {self.host.partition('/')[0]}{job}, since {self.since}")
 
 
 class RunLock:

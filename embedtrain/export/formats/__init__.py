@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from embedtrain.data.codecs import codec_of_name
 from embedtrain.data.readers.compression import PACKERS
-from embedtrain.data.sources import codec_of_name
 from embedtrain.errors import UserError
 from embedtrain.export.formats.arrays import write_npy, write_safetensors
 from embedtrain.export.formats.parquet import write_parquet

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig, section
 from embedtrain.config.sections import (
+    MAX_WIDTH,
     Config,
     EvaluateConfig,
     RowFilesConfig,
@@ -22,6 +23,8 @@ from embedtrain.data.readers import require_format
 from embedtrain.data.stream import STANDARD_INPUT
 from embedtrain.errors import UserError
 from embedtrain.recipes.layout import layout_of
+
+_MAX_LAYERS = 1000
 
 
 @dataclass
@@ -166,7 +169,7 @@ class RankingConfig(Config):
     def check(self) -> None:
         """Checks the ranges that types cannot say."""
         super().check()
-        require_format(self.data.format, (CRITEO,), "data.format")
+        require_format(self.data.format, (CRITEO,), "data.format", with_names=True)
         layout_of(self.data, "data")
         require_paths({"data.path": self.data.path})
         require_paths({"data.valid_path": self.data.valid_path}, may_be_none=True)
@@ -177,8 +180,15 @@ class RankingConfig(Config):
             "evaluate.every_epochs": self.evaluate.every_epochs,
             "evaluate.every_steps": self.evaluate.every_steps,
         }
-        counts.update({f"data.features.{name}.dim": feature.dim for name, feature in self.data.features.items()})
+        counts.update({"data.num_rows": self.data.num_rows, "data.min_count": self.data.min_count})
+        for name, feature in self.data.features.items():
+            own = {"dim": feature.dim, "num_rows": feature.num_rows, "min_count": feature.min_count}
+            counts.update({f"data.features.{name}.{key}": value for key, value in own.items()})
         require_at_least_one(iter(counts.items()))
+        network = self.ranking
+        widths = [("ranking.bottom", size) for size in network.bottom] + [("ranking.top", size) for size in network.top]
+        require_at_least_one(iter([*widths, ("ranking.low_rank", network.low_rank)]), at_most=MAX_WIDTH)
+        require_at_least_one(iter([("ranking.num_cross_layers", network.num_cross_layers)]), at_most=_MAX_LAYERS)
         if self.data.is_stream:
             self._check_stream()
         elif self.data.poll_seconds is not None:

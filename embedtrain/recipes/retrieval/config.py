@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Literal
 
 from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig, section
 from embedtrain.config.sections import (
+    MAX_COUNT,
+    MAX_WIDTH,
     Config,
     EvaluateConfig,
     RowFilesConfig,
@@ -180,9 +182,11 @@ class RetrievalConfig(Config):
         }
         require_paths(optional, may_be_none=True)
         require_at_least_one(self._own_counts())
+        for name, side in (("users", self.users), ("items", self.items)):
+            require_at_least_one(((f"{name}.hidden", size) for size in side.hidden), at_most=MAX_WIDTH)
         settings = self.retrieval
-        if settings.negatives < 0:
-            raise UserError(f"retrieval.negatives must be at least 0, got {settings.negatives}")
+        if not 0 <= settings.negatives <= MAX_COUNT:
+            raise UserError(f"retrieval.negatives must be in [0, {MAX_COUNT:,}], got {settings.negatives:,}")
         if settings.negatives == 0 and not settings.in_batch:
             raise UserError("retrieval.negatives=0 leaves no negatives: give some, or retrieval.in_batch=true")
         for key in ("temperature", "negative_weight"):
@@ -205,5 +209,3 @@ class RetrievalConfig(Config):
         yield "evaluate.every_steps", self.evaluate.every_steps
         yield "evaluate.every_epochs", self.evaluate.every_epochs
         yield from (("evaluate.k", k) for k in self.evaluate.k)
-        for name, side in (("users", self.users), ("items", self.items)):
-            yield from ((f"{name}.hidden", size) for size in side.hidden)

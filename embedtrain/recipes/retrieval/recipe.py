@@ -22,7 +22,7 @@ from embedtrain.data.sources import refuse_changes
 from embedtrain.data.vector_files import check_vectors
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.runtime import Runtime
-from embedtrain.errors import UserError
+from embedtrain.errors import UserError, printable
 from embedtrain.export.recommendations import Recommendation
 from embedtrain.export.vectors import FloatRows, Vectors, open_vectors
 from embedtrain.optim.dense import DenseOptimizer
@@ -47,6 +47,8 @@ _USERS_FILE, _ITEMS_FILE = f"{USER}s.tsv", f"{ITEM}s.tsv"
 _USERS_AT_ONCE = 1024
 
 _logger = logging.getLogger(__name__)
+
+_MANY_ITEMS = 100_000
 
 
 def check(config: RetrievalConfig) -> None:
@@ -82,9 +84,19 @@ def prepare(config: RetrievalConfig, runtime: Runtime) -> tuple[Interactions, Si
             f"{interactions.num_interactions:,} interactions of {len(interactions.users):,} users with "
             f"{len(interactions.items):,} items, in {interactions.path}"
         )
+        row = int(interactions.users.counts.argmax())
+        if (most := int(interactions.users.counts[row])) > _MANY_ITEMS:
+            _logger.warning(
+                f"user {printable(interactions.users.words[row])!r} has {most:,} items, and takes that share of every "
+                "epoch: leave such users out of the data if they are programs"
+            )
         for what, number in interactions.left_out.items():
             if number:
                 _logger.warning(f"{number:,} {what.replace('_', ' ')}")
+        if config.evaluate.path is not None and not len(interactions.held_out.values):
+            _logger.warning(
+                f"evaluate.path={config.evaluate.path} has no user of the training data: all measures of it will be 0"
+            )
     return interactions, _sizes(interactions)
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from embedtrain.config.optimizer import OptimizerConfig, section
 from embedtrain.config.sections import (
+    MAX_WIDTH,
     Config,
     EvaluateConfig,
     RowFilesConfig,
@@ -20,6 +21,9 @@ from embedtrain.config.sections import (
 from embedtrain.data.readers import AUTO, require_format
 from embedtrain.errors import UserError
 from embedtrain.recipes.layout import layout_of
+
+_MAX_POWER = 2
+"""A count of a billion to a power much larger is past what a floating-point number holds to the unit."""
 
 INPUT, OUTPUT = "input", "output"
 """The tables: "input" holds the word vectors, "output" the vectors that predict their neighbours."""
@@ -142,13 +146,17 @@ class Word2VecConfig(Config):
             "table.dim": self.table.dim,
             "train.words_per_step": self.train.words_per_step,
             "train.block_words": self.train.block_words,
-            "word2vec.window": self.word2vec.window,
-            "word2vec.negatives": self.word2vec.negatives,
+            "data.min_count": self.data.min_count,
+            "data.max_vocab_size": self.data.max_vocab_size,
             "word2vec.negative_parts": self.word2vec.negative_parts,
             "evaluate.every_epochs": self.evaluate.every_epochs,
             "evaluate.every_steps": self.evaluate.every_steps,
         }
         require_at_least_one(iter(counts.items()))
+        widths = {"word2vec.window": self.word2vec.window, "word2vec.negatives": self.word2vec.negatives}
+        require_at_least_one(iter(widths.items()), at_most=MAX_WIDTH)
+        if not -_MAX_POWER <= self.word2vec.power <= _MAX_POWER:
+            raise UserError(f"word2vec.power must be in [{-_MAX_POWER}, {_MAX_POWER}], got {self.word2vec.power}")
         if not 0 <= self.word2vec.sample < 1:
             raise UserError(f"word2vec.sample must be a share in [0, 1), got {self.word2vec.sample}")
         if self.train.words_per_step % self.train.block_words:

@@ -24,7 +24,7 @@ from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import UserError
 from embedtrain.jagged import Jagged
-from embedtrain.metrics.word_similarity import check_pairs, evaluate_similarity
+from embedtrain.metrics.word_similarity import check_pairs, evaluate_similarity, read_pairs
 from embedtrain.recipes.base import Grow, Names, Recipe, collection_options
 from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.optimizers import build_optimizer, optimizer_names
@@ -168,7 +168,12 @@ class WordSimilarity:
     def __init__(self, tables: EmbeddingCollection, words: Sequence[str], pairs: Mapping[str, Sequence[str]]) -> None:
         self._tables = tables
         self._pairs = pairs
-        asked = {word.upper() for lines in self._pairs.values() for line in lines for word in line.split()}
+        asked = {
+            word.upper()
+            for path, lines in self._pairs.items()
+            for first, second, _ in read_pairs(lines, path)
+            for word in (first, second)
+        }
         # The words of the pairs alone, in their order: all of the vocabulary may be too large for one rank.
         ids = [number for number, word in enumerate(words) if word.upper() in asked]
         self._ids, self._words = torch.tensor(ids, dtype=torch.int64, device=tables.device), [words[i] for i in ids]

@@ -308,3 +308,11 @@ def test_walks_of_numbers_hold_no_words_of_letters(tmp_path: Path) -> None:
     options = CorpusOptions(path=str(tmp_path / "walks.txt"), min_count=1)
     with pytest.raises(UserError, match=r"holds no words of letters; data\.tokenizer=whitespace takes"):
         prepare_corpus(options, str(tmp_path / "cache"), ONE_PROCESS)
+
+
+def test_a_text_without_any_word_of_the_vocabulary_is_refused(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "base.tsv").write_text("known\t5\n")
+    (tmp_path / "new.txt").write_text("neue kleine welt\n")
+    with pytest.raises(UserError, match=r"new\.txt: none of its words is in the vocabulary.*data\.min_count=5 times"):
+        prepared(cache, str(tmp_path / "new.txt"), min_count=5, base_vocabulary=str(tmp_path / "base.tsv"))
+    assert not [path for path in cache.iterdir() if path.name.startswith("corpus-")]

@@ -22,7 +22,7 @@ from embedtrain.data.row_names import (
 )
 from embedtrain.data.token_hash import hashed_rows
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary
-from embedtrain.errors import UserError
+from embedtrain.errors import CorruptCheckpointError, UserError
 
 
 def values(*words: str) -> pa.Table:
@@ -67,9 +67,12 @@ def test_words_and_values_come_back_from_the_run_folder_and_no_others(tmp_path: 
     (tmp_path / "features/user.age.parquet").write_text("nonsense")
     with pytest.raises(UserError, match=r"user\.age\.parquet cannot be read as the names of rows"):
         read_row_names(run, state, "user.age", 2)
-    for wrong in ({"file": "../../x.tsv"}, {"file": 3}, {}):
+    for wrong in ({"file": "../../x.tsv"}, {}):
         with pytest.raises(UserError, match="names none"):
             read_row_names(run, {STATE_KEY: {"x": wrong}}, "x", 2)
+    for broken in ({"x": {"file": 3}}, {"x": []}, [], 7):
+        with pytest.raises(CorruptCheckpointError, match=r"row_names.*: expected a valid"):
+            read_row_names(run, {STATE_KEY: broken}, "x", 2)
 
 
 def test_a_value_that_is_called_as_the_row_of_all_others_keeps_its_row() -> None:

@@ -200,6 +200,14 @@ def test_vectors_that_nobody_wants_are_not_parsed(tmp_path: Path) -> None:
         block.rows(np.array([0, 1]))
 
 
+@pytest.mark.parametrize("tail", ["", "\t7"])
+def test_names_beside_an_array_may_come_from_windows(tmp_path: Path, tail: str) -> None:
+    np.save(tmp_path / "a.npy", VALUES)
+    lines = "".join(f"{word}{tail}\r\n" for word in WORDS)
+    (tmp_path / "a.npy.vocabulary.tsv").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert read(tmp_path / "a.npy")[0] == WORDS
+
+
 def text(content: str) -> Callable[[Path], None]:
     return lambda path: path.write_text(content)
 

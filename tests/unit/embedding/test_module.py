@@ -53,6 +53,14 @@ def test_a_module_that_is_called_as_a_table_is_refused_when_it_is_saved() -> Non
         nn.ModuleDict({"tables": model}).state_dict()
 
 
+def test_an_entry_of_a_state_dict_shares_memory_with_its_rows_and_with_nothing_else() -> None:
+    tables = et.EmbeddingCollection([et.TableSpec("small", 5, 4), et.TableSpec("large", 1000, 4)])
+    entry = tables.state_dict()["small.weight"]
+    assert entry.untyped_storage().nbytes() == 5 * 4 * 4
+    entry.fill_(7.0)
+    assert (tables.gather_table("small") == 7).all()
+
+
 def test_counts_of_steps_that_contradict_each_other_are_refused() -> None:
     tables = et.EmbeddingCollection([et.TableSpec("a", 3, 2), et.TableSpec("b", 3, 2)])
     optimizer = et.optim.SGD(tables)

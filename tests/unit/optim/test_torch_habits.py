@@ -42,6 +42,24 @@ def test_a_closure_runs_forward_and_backward_and_its_loss_is_returned() -> None:
     assert optimizer.step() is None
 
 
+def test_gradients_that_are_applied_twice_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """As by calling zero_grad of the model, which reaches parameters alone."""
+    tables = et.EmbeddingCollection([et.TableSpec("twice", 10, 4)])
+    model = nn.Sequential(tables)
+    optimizer = et.optim.SGD(tables, lr=1.0)
+    for zero_grad, expected in ((optimizer.zero_grad, 0), (tables.zero_grad, 0), (model.zero_grad, 1)):
+        for _ in range(3):
+            tables({"twice": torch.tensor([1])})["twice"].sum().backward()
+            optimizer.step()
+            zero_grad()
+        texts = [record.message for record in caplog.records]
+        assert len(texts) == expected
+    assert (
+        "of the tables twice are still there, and the next step applies them again: call optimizer.zero_grad()"
+        in (texts[0])
+    )
+
+
 def test_no_parameter_group_is_added() -> None:
     _, optimizer = make(et.optim.Adam)
     with pytest.raises(ValueError, match=r"Adam takes no further parameter group.*an optimizer of torch\.optim"):
