@@ -15,6 +15,7 @@ from embedtrain.embedding.input_dist import Asked, input_dist_of
 from embedtrain.embedding.lookup import lookup
 from embedtrain.embedding.output_dist import fetch_distinct, output_dist
 from embedtrain.embedding.placement import PlacementChoice, place_rows
+from embedtrain.embedding.pooling_choice import PoolingChoice, PoolingChoices
 from embedtrain.embedding.shard_view import ShardView
 from embedtrain.embedding.state_dict import as_entry, key_of, take_entry
 from embedtrain.embedding.table_group import TableGroup, TableGroups, TableShard
@@ -57,7 +58,7 @@ class EmbeddingCollection(nn.Module):
 
     Attributes:
         ranks: those that share the tables.
-        row_groups: the groups of tables; every optimizer updates some of them.
+        table_groups: the groups of tables; every optimizer updates some of them.
 
     Raises:
         ValueError: names repeat, a feature names a table that does not exist, or an option is none of those above.
@@ -85,7 +86,7 @@ class EmbeddingCollection(nn.Module):
         for table in tables:
             members.setdefault(table.group, []).append(table)
         where = place_rows(placement, cache_bytes, list(members.values()), self.ranks.size, self.device)
-        self.row_groups = [
+        self.table_groups = [
             TableGroup(
                 specs,
                 seed=seed,
@@ -98,20 +99,21 @@ class EmbeddingCollection(nn.Module):
         ]
         places = {
             shard.spec.name: (number, position)
-            for number, group in enumerate(self.row_groups)
+            for number, group in enumerate(self.table_groups)
             for position, shard in enumerate(group.shards)
         }
-        self._input_dist = input_dist_of(self.row_groups, Routes(self.features, places), self.ranks)
+        self._input_dist = input_dist_of(self.table_groups, Routes(self.features, places), self.ranks)
+        self._choices: PoolingChoices = {}
         self._watchers: list[Callable[[Sequence[Tensor]], None]] = []
 
     @property
     def shards(self) -> dict[str, TableShard]:
         """This rank's part of each table, by name. See `write_back` of rows in host memory."""
-        return {shard.spec.name: shard for group in self.row_groups for shard in group.shards}
+        return {shard.spec.name: shard for group in self.table_groups for shard in group.shards}
 
     def write_back(self) -> None:
         """Brings rows in host memory up to date with their copies on the device, to be read or written by others."""
-        for group in self.row_groups:
+        for group in self.table_groups:
             group.access.write_back()
 
     def watch(self, watcher: Callable[[Sequence[Tensor]], None]) -> None:
@@ -125,7 +127,7 @@ class EmbeddingCollection(nn.Module):
             ValueError: there are none.
         """
         named: dict[str, list[TableGroup]] = {}
-        for group in self.row_groups:
+        for group in self.table_groups:
             named.setdefault(group.shards[0].spec.optimizer, []).append(group)
         if optimizer not in named:
             raise ValueError(f"no table is trained by {optimizer!r}; the names are {', '.join(map(repr, named))}")
@@ -159,13 +161,37 @@ class EmbeddingCollection(nn.Module):
             is_ahead: whether another step is under way. On GPUs the ids then travel apart from its rows.
         """
         asked, keys = self._input_dist.ask(batch, is_ahead=is_ahead)
+        if not is_ahead:
+            self._take_choices(asked)
         for watcher in self._watchers:
             watcher(keys)
         return asked
 
     def look_up(self, asked: Asked) -> dict[str, Tensor]:
         """Looks up what was asked for; as `forward`. Collective: every rank, in the order in which they asked."""
+        self._take_choices(asked)
         return output_dist(asked, lookup(asked))
+
+    @property
+    def pooling_choices(self) -> dict[str, Any]:
+        """Where the ranks pool the bags of features that say `pool_at="auto"`, as JSON.
+
+        They are decided from the first batch, and again when bags become twice as long or short. A decision changes the
+        rounding of sums: a run that sets the choices it had goes on with the same bits, and one that does not decides
+        anew. Choices of another number of ranks are not taken over.
+        """
+        return {"num_ranks": self.ranks.size, "features": {name: [*choice] for name, choice in self._choices.items()}}
+
+    @pooling_choices.setter
+    def pooling_choices(self, saved: Mapping[str, Any]) -> None:
+        choices = saved["features"] if saved["num_ranks"] == self.ranks.size else {}
+        self._choices = {name: PoolingChoice(*choices[name]) for name in choices if name in self.features}
+        self._input_dist.choices = self._choices
+
+    def _take_choices(self, asked: Asked) -> None:
+        """Takes the choices that hold after a batch, in the order of the steps even if another batch is asked ahead."""
+        if torch.is_grad_enabled():
+            self._choices = asked.choices
 
     def distinct_rows(self, asked: Asked) -> Tensor:
         """Fetches each distinct row that was asked for once, for models that work on compact rows.
@@ -188,8 +214,8 @@ class EmbeddingCollection(nn.Module):
     def bring_rows(self, asked: Asked) -> None:
         """Copies those of the rows asked of this rank that live in host memory to the device, before their step."""
         for part in asked.parts:
-            rows = part.rows.rows
-            part.group.access.bring_ahead(rows if part.sums is None else torch.cat([rows, part.sums.rows]))
+            rows = part.rows if part.sums is None else torch.cat([part.rows, part.sums.rows])
+            part.group.access.bring_ahead(rows)
 
     def gather_table(self, name: str, state: str = "weight") -> Tensor:
         """Returns a whole table, or an optimizer's state of it, in order of id, on every rank.
@@ -216,7 +242,7 @@ class EmbeddingCollection(nn.Module):
         They are DTensors in order of slots that share memory with the tables, so that torch's own distributed
         checkpoint saves them, and loads them in place.
         """
-        mesh = self.ranks.device_mesh(self.row_groups[0].weight.device.type)
+        mesh = self.ranks.device_mesh(self.table_groups[0].weight.device.type)
         for view in self.shard_views():
             destination[prefix + key_of(view)] = as_entry(view, mesh)
 
@@ -235,7 +261,7 @@ class EmbeddingCollection(nn.Module):
         missing_keys += [key for key in views if key not in state_dict]
         if strict:
             unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key not in views]
-        for group in self.row_groups:
+        for group in self.table_groups:
             group.changes.before_update_of_all()
         faults = [take_entry(view, state_dict[key]) for key, view in views.items() if key in state_dict]
         error_msgs += [fault for fault in faults if fault is not None]

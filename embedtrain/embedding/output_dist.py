@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from embedtrain.embedding.input_dist import Asked, GroupAsked
-from embedtrain.embedding.lookup import Found
+from embedtrain.embedding.input_dist import Asked
+from embedtrain.embedding.requests import Found, GroupRequest
 from embedtrain.ops.pool_rows import grad_of_weights, pool_rows
 
 
@@ -43,14 +43,14 @@ def fetch_distinct(asked: Asked) -> Tensor:
 
 class _DistinctRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, part: GroupAsked) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, part: GroupRequest) -> Tensor:
         ctx.part = part
-        return part.rows.fetch_distinct()
+        return part.fetch_distinct()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        ctx.part.rows.send_distinct_home(grad)
+        ctx.part.send_distinct_home(grad)
         return None, None
 
 
@@ -59,12 +59,12 @@ class _OutputDist(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, part: GroupAsked, found: Found, *weights: Tensor | None
+        ctx: Any, anchor: Tensor, part: GroupRequest, found: Found, *weights: Tensor | None
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.part = part
         own = [bags for bags, is_there in zip(part.bags, part.at_owner, strict=True) if not is_there]
-        vectors = part.rows.fetch(found.rows)
+        vectors = part.fetch(found)
         ctx.vectors = vectors if any(ctx.needs_input_grad[3:]) else None
         here = pool_rows(*vectors, own) if own else []
         if part.sums is None or found.sums is None:
@@ -76,9 +76,9 @@ class _OutputDist(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        part: GroupAsked = ctx.part
+        part: GroupRequest = ctx.part
         here = [number for number, is_there in enumerate(part.at_owner) if not is_there]
-        part.rows.send_home([grads[number] for number in here], [part.bags[number] for number in here])
+        part.send_home([grads[number] for number in here], [part.bags[number] for number in here])
         if part.sums is not None:
             part.sums.send_home([grad for grad, is_there in zip(grads, part.at_owner, strict=True) if is_there])
         of_weights: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)

@@ -11,8 +11,8 @@ from embedtrain.optim.optimizer import EffectiveRates, NonFinitePolicy, RowStore
 
 
 class _Groups:
-    def __init__(self, row_groups: list[RowStore]) -> None:
-        self.row_groups = row_groups
+    def __init__(self, table_groups: list[RowStore]) -> None:
+        self.table_groups = table_groups
 
 
 class Combined(SparseOptimizer):

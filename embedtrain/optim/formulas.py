@@ -16,7 +16,7 @@ from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import Moments, moment_update
 from embedtrain.optim.optimizer import (
     EffectiveRates,
-    HasRowGroups,
+    HasTableGroups,
     RowState,
     RowsToUpdate,
     SparseOptimizer,
@@ -44,7 +44,7 @@ class MomentOptimizer(SparseOptimizer):
 
     def __init__(
         self,
-        collection: HasRowGroups,
+        collection: HasTableGroups,
         defaults: dict[str, Any],
         *,
         first: RowState | None = None,
@@ -94,7 +94,7 @@ class SGD(MomentOptimizer):
         ValueError: a hyperparameter is out of range.
     """
 
-    def __init__(self, collection: HasRowGroups, *, lr: float = 0.01, **options: Any) -> None:
+    def __init__(self, collection: HasTableGroups, *, lr: float = 0.01, **options: Any) -> None:
         super().__init__(collection, {"lr": lr}, **options)
 
     def moments(self, settings: dict[str, Any]) -> Moments:
@@ -123,7 +123,7 @@ class Adagrad(MomentOptimizer):
 
     def __init__(
         self,
-        collection: HasRowGroups,
+        collection: HasTableGroups,
         *,
         lr: float = 0.01,
         eps: float = 1e-10,
@@ -173,7 +173,7 @@ class RowwiseAdagrad(MomentOptimizer):
 
     def __init__(
         self,
-        collection: HasRowGroups,
+        collection: HasTableGroups,
         *,
         lr: float = 0.01,
         eps: float = 1e-10,
@@ -229,7 +229,7 @@ class Adam(MomentOptimizer):
 
     def __init__(
         self,
-        collection: HasRowGroups,
+        collection: HasTableGroups,
         *,
         lr: float = 0.001,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -291,7 +291,7 @@ class RMSprop(MomentOptimizer):
 
     def __init__(
         self,
-        collection: HasRowGroups,
+        collection: HasTableGroups,
         *,
         lr: float = 0.01,
         alpha: float = 0.99,

@@ -118,11 +118,11 @@ class RowStore(RowsToUpdate, Protocol):
         """Names the table and the id of a row."""
 
 
-class HasRowGroups(Protocol):
+class HasTableGroups(Protocol):
     """A collection of tables, or some of its groups."""
 
     @property
-    def row_groups(self) -> Sequence[RowStore]:
+    def table_groups(self) -> Sequence[RowStore]:
         """The groups of tables, in the same order on every rank."""
 
 
@@ -153,7 +153,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        collection: HasRowGroups,
+        collection: HasTableGroups,
         defaults: dict[str, Any],
         states: Sequence[RowState] = (),
         **options: Any,
@@ -172,7 +172,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         if self.nonfinite not in ("error", "skip"):
             raise ValueError(f"nonfinite must be 'error' or 'skip', got {self.nonfinite!r}")
         self.states = tuple(states)
-        self.stores = list(collection.row_groups)
+        self.stores = list(collection.table_groups)
         self._veto: str | None = None
         self._loss: Tensor | None = None
         self._pending: PendingVerdict | None = None

@@ -15,7 +15,7 @@ from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.embedding.table_group import TableGroup, TableGroups
 from embedtrain.errors import UserError
 from embedtrain.optim.dense import DenseOptimizer
-from embedtrain.optim.optimizer import HasRowGroups
+from embedtrain.optim.optimizer import HasTableGroups
 from embedtrain.spec import DEFAULT_OPTIMIZER, TableSpec
 
 
@@ -70,7 +70,7 @@ def states_of_row(section: OptimizerConfig, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _make(
-    section: OptimizerConfig, tables: HasRowGroups, where: str, together: Mapping[str, Any]
+    section: OptimizerConfig, tables: HasTableGroups, where: str, together: Mapping[str, Any]
 ) -> optim.SparseOptimizer:
     options = section.row_options()
     kind = optim.OPTIMIZERS[options.pop("name")]

@@ -149,6 +149,7 @@ class Checkpoints:
                 "param_groups": self._optimizer.state_dict()["param_groups"],
                 "num_skipped": self._optimizer.num_skipped,
             },
+            "pooling": self._tables.pooling_choices,
         }
         replicated = {}
         if self._dense is not None:
@@ -234,6 +235,8 @@ class Checkpoints:
         self._facts = {**self._facts, **kept}
         self._state.restore(saved["train"])
         self.metrics = saved.get("metrics", {})
+        if "pooling" in saved:
+            self._tables.pooling_choices = saved["pooling"]
         self._optimizer.num_skipped = saved["optimizer"]["num_skipped"]
         if is_reset:
             return
