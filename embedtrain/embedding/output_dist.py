@@ -65,7 +65,10 @@ class _OutputDist(torch.autograd.Function):
         ctx.part = part
         own = [bags for bags, is_there in zip(part.bags, part.at_owner, strict=True) if not is_there]
         vectors = part.fetch(found)
-        ctx.vectors = vectors if any(ctx.needs_input_grad[3:]) else None
+        ctx.is_learned = any(ctx.needs_input_grad[3:])
+        if ctx.is_learned:
+            # One rank pools straight from the table: backward raises if its rows have changed.
+            ctx.save_for_backward(*vectors)
         here = pool_rows(*vectors, own) if own else []
         if part.sums is None or found.sums is None:
             return tuple(here)
@@ -82,8 +85,8 @@ class _OutputDist(torch.autograd.Function):
         if part.sums is not None:
             part.sums.send_home([grad for grad, is_there in zip(grads, part.at_owner, strict=True) if is_there])
         of_weights: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
-        if ctx.vectors is not None:
-            source, all_places = ctx.vectors
+        if ctx.is_learned:
+            source, all_places = ctx.saved_tensors
             values = all_places.split([part.bags[number].num_values for number in here])
             for number, places in zip(here, values, strict=True):
                 grad = grads[number]

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from embedtrain.distributed.ranks import Ranks
@@ -312,6 +313,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             settings["step"] += 1
             opened, placed = store.open_rows(gradient)
             self.update(opened, placed, settings, factor)
+            increment_version(opened.weight)  # kernels write behind torch's back, which checks what backward reads
             store.close_rows()
 
     def settle(self) -> None:
