@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import logging
 import os
@@ -18,14 +17,16 @@ from embedtrain.commands.console import (
     EXIT_USER_ERROR,
     HELP_OPTIONS,
     MAX_COLUMNS,
+    PlainFormatter,
     is_debugged,
     is_first_rank,
     say,
     say_once,
 )
-from embedtrain.errors import CheckpointError, JobError, UserError
+from embedtrain.errors import CheckpointError, JobError, UserError, is_wrong_path, printable
 
 COMMANDS = (
+    "init",
     "train",
     "compare",
     "grow",
@@ -44,20 +45,6 @@ COMMANDS = (
 
 _COMPLETE = "_EMBEDTRAIN_COMPLETE"
 """The variable by which the scripts of `embedtrain completion` ask for completions."""
-
-_WRONG_PATH = {
-    errno.EACCES,
-    errno.EEXIST,
-    errno.EINVAL,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EPERM,
-    errno.EROFS,
-}
-"""Errors of the system that mean that a path cannot be used; others, such as ENOSPC and EIO, blame the disk."""
 
 
 class Program(click.Group):
@@ -96,7 +83,7 @@ class Program(click.Group):
         except UserError as error:
             if is_shown:
                 raise
-            say_once(f"embedtrain: error: {error}")
+            say_once(printable(f"embedtrain: error: {error}"))
             status = EXIT_USER_ERROR
         except CheckpointError as error:
             if is_shown:
@@ -130,7 +117,9 @@ class Program(click.Group):
 @click.version_option(package_name="embedtrain", message="%(package)s %(version)s")
 def program(debug: bool) -> None:
     """Trains embedding tables sharded over the ranks of a torchrun job."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PlainFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("embedtrain").setLevel(logging.INFO if is_first_rank() else logging.ERROR)
 
 
@@ -155,8 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _tell_of_file(error: OSError) -> int:
     """Says what the system refused to do with a file; returns the exit status."""
     what = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
-    if error.errno in _WRONG_PATH:
-        say_once(f"embedtrain: error: {what}; give another path")
+    if is_wrong_path(error):
+        say_once(printable(f"embedtrain: error: {what}; give another path"))
         return EXIT_USER_ERROR
     say_once(f"embedtrain: failed: {what}")
     return EXIT_FAILED

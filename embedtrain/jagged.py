@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,10 +42,46 @@ class Jagged:
             raise ValueError(f"lengths must add up to the {self.values.numel()} values, got {int(self.lengths.sum())}")
 
     @classmethod
-    def from_ids(cls, ids: Tensor) -> Jagged:
-        """Wraps ids [n] as n bags of one id each."""
+    def from_ids(cls, ids: Tensor, weights: Tensor | None = None) -> Jagged:
+        """Wraps ids [n] as n bags of one id each, or ids [n, k] as n bags of k, with weights of the same shape.
+
+        Raises:
+            ValueError: the ids have more dimensions, or none.
+        """
+        if ids.dim() not in (1, 2):
+            raise ValueError(f"ids must be [n] or [n, k], got {tuple(ids.shape)}")
+        if weights is not None and weights.shape != ids.shape:
+            raise ValueError(f"weights must have the shape of ids, {tuple(ids.shape)}, got {tuple(weights.shape)}")
+        num_bags, length = ids.shape[0], ids.shape[1:].numel()
         # One number that all bags share: writing it for each took longer than many a look-up.
-        return cls(ids, torch.ones((), dtype=torch.int64, device=ids.device).expand(ids.numel()))
+        lengths = torch.full((), length, dtype=torch.int64, device=ids.device).expand(num_bags)
+        return cls(ids.reshape(-1), lengths, None if weights is None else weights.reshape(-1))
+
+    @classmethod
+    def from_offsets(
+        cls, values: Tensor, offsets: Tensor, weights: Tensor | None = None, *, include_last_offset: bool = False
+    ) -> Jagged:
+        """Wraps ids and where each bag of them begins, as `torch.nn.EmbeddingBag` takes them.
+
+        Args:
+            values: [num_values] int64 or int32.
+            offsets: [num_bags]; ascending, from 0.
+            weights: [num_values]; see `Jagged`.
+            include_last_offset: whether offsets are [num_bags + 1] and end with the number of values.
+
+        Raises:
+            ValueError: offsets are not as above.
+        """
+        if offsets.dim() != 1 or (include_last_offset and not offsets.numel()):
+            raise ValueError(f"offsets must be [num_bags], or [num_bags + 1] with the last, got {tuple(offsets.shape)}")
+        starts = offsets.long()
+        if not include_last_offset:
+            starts = torch.cat([starts, starts.new_tensor([values.numel()])])
+        if int(starts[0]) != 0 or int(starts[-1]) != values.numel():
+            raise ValueError(
+                f"offsets must go from 0 to the {values.numel()} values, got {int(starts[0])} to {int(starts[-1])}"
+            )
+        return cls(values, starts.diff(), weights)
 
     @classmethod
     def from_lists(cls, bags: Sequence[Sequence[int]], *, device: torch.device | str = "cpu") -> Jagged:
@@ -58,6 +94,25 @@ class Jagged:
     def num_bags(self) -> int:
         """Number of bags, empty ones included."""
         return self.lengths.numel()
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Jagged:
+        """Returns the batch on a device."""
+        return self._with_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Jagged:
+        """Returns the batch in page-locked memory, as `DataLoader(pin_memory=True)` asks for."""
+        return self._with_each(lambda tensor: tensor.pin_memory())
+
+    def _with_each(self, function: Callable[[Tensor], Tensor]) -> Jagged:
+        weights = None if self.weights is None else function(self.weights)
+        moved = object.__new__(Jagged)  # what was checked is not checked again, which would wait for the device
+        for name, tensor in (
+            ("values", function(self.values)),
+            ("lengths", function(self.lengths)),
+            ("weights", weights),
+        ):
+            object.__setattr__(moved, name, tensor)
+        return moved
 
     def bag_of_values(self) -> Tensor:
         """Returns, for each value, the position of its bag; [num_values] int64."""

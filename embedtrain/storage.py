@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -25,7 +26,7 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from embedtrain.errors import UserError
+from embedtrain.errors import UserError, printable
 
 T = TypeVar("T")
 
@@ -73,17 +74,22 @@ def local_path(url: str) -> str | None:
     return path if isinstance(filesystem, LocalFileSystem) else None
 
 
-def make_folder(url: str) -> None:
-    """Makes a folder and its missing parents, durably; nothing where it exists."""
+def make_folder(url: str) -> list[str]:
+    """Makes a folder and its missing parents, durably; nothing where it exists.
+
+    Returns:
+        The local folders that were made, the innermost first.
+    """
     filesystem, path = _locate(url)
     if not isinstance(filesystem, LocalFileSystem):
         _retry(filesystem, f"{url} could not be made", lambda: filesystem.makedirs(path, exist_ok=True))
-        return
+        return []
     folder = Path(path)
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for each in missing:
         _sync_folder(each.parent)
+    return list(map(str, missing))
 
 
 def list_files(url: str) -> dict[str, int]:
@@ -94,6 +100,32 @@ def list_files(url: str) -> dict[str, int]:
 def list_folders(url: str) -> list[str]:
     """Returns the names of the folders in a folder; empty where it is missing."""
     return [name for name, entry in _entries(url).items() if entry["type"] == "directory"]
+
+
+def list_names(url: str) -> list[str]:
+    """Returns the names of all that is in a folder, of whatever kind; empty where it is missing."""
+    return list(_entries(url))
+
+
+def oddity(url: str) -> str | None:
+    """Says what lies at a local path if it is not a plain file: "a folder", "a link to X", "a pipe" and the like.
+
+    None for a plain file, for nothing, and on file systems that have only files.
+    """
+    path = local_path(url)
+    try:
+        mode = None if path is None else os.lstat(path).st_mode
+    except OSError:
+        mode = None
+    if path is None or mode is None or stat.S_ISREG(mode):
+        return None
+    return f"a link to {printable(os.readlink(path))}" if stat.S_ISLNK(mode) else _kind(mode)
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISDIR(mode):
+        return "a folder"
+    return "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
 
 
 def free_bytes(url: str) -> int | None:
@@ -171,8 +203,12 @@ def replace(url: str, data: bytes, temporary_url: str) -> None:
         _retry(filesystem, f"{url} could not be written", lambda: filesystem.pipe_file(path, data))
         return
     temporary_path = _locate(temporary_url)[1]
+    # Of a killed process; or a link, which would lead the bytes elsewhere.
+    with suppress(FileNotFoundError):
+        os.unlink(temporary_path)
     try:
-        Path(temporary_path).write_bytes(data)
+        with open(temporary_path, "xb") as file:
+            file.write(data)
         os.replace(temporary_path, path)
     finally:
         with suppress(OSError):
@@ -180,8 +216,14 @@ def replace(url: str, data: bytes, temporary_url: str) -> None:
 
 
 def read(url: str) -> bytes:
-    """Returns a whole file; FileNotFoundError where it is missing."""
+    """Returns a whole file; FileNotFoundError where it is missing.
+
+    Raises:
+        UserError: it is a local folder, pipe, socket or device, which might never end.
+    """
     filesystem, path = _locate(url)
+    if isinstance(filesystem, LocalFileSystem) and not stat.S_ISREG(mode := os.stat(path).st_mode):
+        raise UserError(f"{url} is {_kind(mode)}, not a file")
     return bytes(_retry(filesystem, f"{url} could not be read", lambda: filesystem.cat_file(path)))
 
 
@@ -293,7 +335,8 @@ def _entries(url: str) -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         return {}
     except NotADirectoryError as error:
-        raise UserError(f"{url} is a file, not a folder") from error
+        what = "is" if os.path.lexists(path) else "lies below"
+        raise UserError(f"{url} {what} a file, not a folder; give another path") from error
     # An object store can list the folder itself, as an empty object that marks it.
     return {base_name(entry["name"]): entry for entry in entries if entry["name"].rstrip("/") != path.rstrip("/")}
 

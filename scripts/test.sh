@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Makes .venv with the test extra and runs every check.
 #
-# Usage: scripts/test.sh [--all] [PYTEST ARGUMENTS]
-#   --all   runs the slow tests too, and starts every process cold
+# Usage: scripts/test.sh [--no-lint] [--all] [PYTEST ARGUMENTS]
+#   --no-lint   runs the tests alone, not the linter and the type checker
+#   --all       runs the slow tests too, and starts every process cold
 #
 # The tests run in a worker per core, four at most. A file runs in one worker, so that its fixtures are made once; the
 # long files come first. The tests marked serial follow in a run of their own, so that nothing runs beside them.
@@ -10,6 +11,12 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 unset PYTHONPATH PYTHONHOME
+
+lints=true
+if [[ ${1-} == --no-lint ]]; then
+    lints=false
+    shift
+fi
 
 scripts/setup_env.sh test || exit
 
@@ -25,9 +32,11 @@ note() {
     echo "==> $2 FAILED (exit status $1)"
 }
 
-check ruff check --quiet
-check ruff format --check --quiet
-check mypy
+if $lints; then
+    check ruff check --quiet
+    check ruff format --check --quiet
+    check mypy
+fi
 
 # Each worker does its arithmetic on one core.
 export OMP_NUM_THREADS=1

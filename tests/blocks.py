@@ -46,6 +46,11 @@ class Block:
         return [shlex.split(part, comments=True) for line in lines for part in line.split(" | ")]
 
 
+def redirected(words: list[str]) -> tuple[list[str], str | None]:
+    """Returns the words of a command without `> FILE` at their end, and the file's name; None without one."""
+    return (words[:-2], words[-1]) if ">" in words[-2:-1] else (words, None)
+
+
 def blocks(page: Path) -> Iterator[Block]:
     """Yields the blocks of a page, in order."""
     text = page.read_text(encoding="utf-8")

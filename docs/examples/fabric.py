@@ -36,8 +36,7 @@ def train() -> None:
 
     for epoch in range(EPOCHS):
         for baskets, label in loader:
-            lengths = torch.full((len(baskets),), baskets.shape[1], device=fabric.device)
-            vectors = tables({"basket": et.Jagged(baskets.flatten(), lengths)})["basket"]
+            vectors = tables({"basket": baskets})["basket"]
             loss = nn.functional.binary_cross_entropy_with_logits(network(vectors).squeeze(1), label)
             fabric.backward(loss)
             for optimizer in (rows, dense):

@@ -22,11 +22,11 @@ class Clicks(nn.Module):
         specs = [et.TableSpec("user", USERS, DIM), et.TableSpec("item", ITEMS, DIM)]
         self.tables = et.EmbeddingCollection(specs, device=runtime.device)
         dense = nn.Sequential(nn.Linear(2 * DIM, 32), nn.ReLU(), nn.Linear(32, 1)).to(runtime.device)
-        # The rows stay out of it: a rank has its own part of them, and each row's gradient goes to its owner.
+        # Rows are no parameters: a rank has its own part of them, and each row's gradient goes to its owner.
         self.dense = DistributedDataParallel(dense) if runtime.world_size > 1 else dense
 
     def forward(self, users: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-        vectors = self.tables({"user": et.Jagged.from_ids(users), "item": et.Jagged.from_ids(items)})
+        vectors = self.tables({"user": users, "item": items})
         return self.dense(torch.cat([vectors["user"], vectors["item"]], dim=1)).squeeze(1)
 
 

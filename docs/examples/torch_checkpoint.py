@@ -12,7 +12,12 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 import embedtrain as et
 
@@ -26,7 +31,7 @@ class Job:
         self.tables = et.EmbeddingCollection([et.TableSpec("item", 1001, 8)], device=runtime.device)
         self.linear = nn.Linear(8, 1, device=runtime.device)
         self.model = nn.ModuleDict({"tables": self.tables, "linear": self.linear})
-        self.rows = et.optim.RowwiseAdagrad(self.tables, lr=0.1)  # its accumulators are in the model's state dict too
+        self.rows = et.optim.RowwiseAdagrad(self.tables, lr=0.1)
         self.dense = torch.optim.Adam(self.linear.parameters(), lr=0.01)
 
     @property
@@ -34,8 +39,12 @@ class Job:
         return self.rows.param_groups[0]["step"]
 
     def everything(self) -> dict:
-        dense = get_optimizer_state_dict(self.linear, self.dense)
-        return {"model": self.model.state_dict(), "dense": dense, "step": self.step}
+        # The model has the accumulators and the count of steps too; the optimizer of the rows has its learning rate.
+        return {
+            "model": get_model_state_dict(self.model),
+            "rows": get_optimizer_state_dict(self.model, self.rows),
+            "dense": get_optimizer_state_dict(self.linear, self.dense),
+        }
 
     def save(self) -> None:
         # A folder for each step, and never one that is there already: a save that is cut off harms no older one.
@@ -47,9 +56,9 @@ class Job:
             return
         saved = self.everything()
         dcp.load(saved, checkpoint_id=complete[-1].parent, no_dist=self.is_alone)
-        self.model.load_state_dict(saved["model"])
+        set_model_state_dict(self.model, saved["model"])
+        set_optimizer_state_dict(self.model, self.rows, saved["rows"])
         set_optimizer_state_dict(self.linear, self.dense, saved["dense"])
-        self.rows.param_groups[0]["step"] = saved["step"]
 
 
 def train(job: Job, runtime: et.Runtime, num_steps: int) -> None:

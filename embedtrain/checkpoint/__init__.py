@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from embedtrain.checkpoint.choice import choose_checkpoint
 from embedtrain.checkpoint.compaction import compact
 from embedtrain.checkpoint.loading import LoadOptions, load_shards
 from embedtrain.checkpoint.manifest import Manifest, TensorInfo
@@ -34,6 +35,7 @@ __all__ = [
     "ShardView",
     "TensorInfo",
     "agree_on_latest",
+    "choose_checkpoint",
     "compact",
     "find_checkpoints",
     "latest_checkpoint",

@@ -46,7 +46,8 @@ def compact(path: str, checkpoints_path: str) -> str:
             )
             for name, info in reader.tensors.items()
         ]
-        contents = Contents(reader.step, parts, reader.state, reader.replicated())
+        steps = reader.manifest.table_steps
+        contents = Contents(reader.step, parts, reader.state, reader.replicated(), table_steps=steps)
         return write_checkpoint(checkpoints_path, contents, ONE_PROCESS).path
 
 

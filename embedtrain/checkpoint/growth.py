@@ -12,7 +12,7 @@ from embedtrain.checkpoint.parts import TensorPart
 from embedtrain.checkpoint.reader import CheckpointReader
 from embedtrain.embedding.init import initial_rows
 from embedtrain.errors import CheckpointError
-from embedtrain.optim.optimizer import RowState
+from embedtrain.optim.stores import RowState
 from embedtrain.sharding.layout import Layout, layout_of
 from embedtrain.spec import TableSpec
 
@@ -47,7 +47,7 @@ def grown_parts(
     parts = []
     for name, row_shape, dtype, fresh in tensors:
         full_name = f"{spec.name}/{name}"
-        old = layout_of(_rows_of(reader, full_name), kind=spec.layout)
+        old = layout_of(reader.table(spec.name).shape[0], kind=spec.layout)
         _check(reader, full_name, row_shape, dtype, old)
         blocks = functools.partial(_blocks, reader, full_name, (old, new), old_ids, fresh)
         global_shape = (spec.num_rows, *row_shape)

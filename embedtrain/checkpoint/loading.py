@@ -8,7 +8,7 @@ from typing import Literal
 
 from embedtrain.checkpoint.manifest import TensorInfo, canonical_json
 from embedtrain.checkpoint.reader import CONVERTIBLE, CheckpointReader
-from embedtrain.embedding.shard_view import ShardView
+from embedtrain.embedding.shard_view import ShardView, StepCount
 from embedtrain.errors import CheckpointError, UserError
 
 
@@ -34,7 +34,7 @@ class LoadOptions:
 
 
 def load_shards(reader: CheckpointReader, shards: Sequence[ShardView], options: LoadOptions | None = None) -> list[str]:
-    """Fills the shards' tensors in place, whatever number of ranks saved the checkpoint.
+    """Fills the shards' tensors in place, and their tables' counts of steps, on any number of ranks.
 
     No collective; the shards of a rank name every tensor of the checkpoint, with zero rows where the rank
     holds none. Nothing is loaded where anything differs that the options do not allow for.
@@ -51,14 +51,28 @@ def load_shards(reader: CheckpointReader, shards: Sequence[ShardView], options: 
     _check_tables(reader, shards, options)
     wanted = [view for view in shards if options.selects(view.name)]
     saved = {name: info for name, info in reader.tensors.items() if options.selects(name)}
-    differences = list(_differences(saved, wanted, options.convert_dtype))
+    steps = reader.manifest.table_steps if options.optimizer_state == "require" else {}
+    differences = [*_differences(saved, wanted, options.convert_dtype), *_differing_steps(steps, wanted)]
     if differences:
         raise CheckpointError(f"{reader.path} does not fit the model:\n  " + "\n  ".join(differences))
     for view in wanted:
         if view.changes is not None:
             view.changes.before_update_of_all()
         reader.read_into(view.name, view.offset, view.tensor)
+        if view.steps is not None and view.table in steps:
+            view.steps.restore(steps[view.table])
     return [view.name for view in shards if not options.selects(view.name)]
+
+
+def _differing_steps(steps: Mapping[str, int], shards: Sequence[ShardView]) -> Iterator[str]:
+    """Yields the tables that have a count of steps in common in the model, and not in the checkpoint."""
+    counts: dict[StepCount, dict[str, int]] = {}
+    for view in shards:
+        if view.steps is not None and view.table in steps:
+            counts.setdefault(view.steps, {})[view.table] = steps[view.table]
+    for found in counts.values():
+        if len(set(found.values())) > 1:
+            yield f"the optimizer of {', '.join(found)} did {', '.join(map(str, found.values()))} steps on each of them"
 
 
 def _check_tables(reader: CheckpointReader, shards: Sequence[ShardView], options: LoadOptions) -> None:

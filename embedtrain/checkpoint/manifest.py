@@ -17,15 +17,17 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any, Literal
 
 import torch
 import xxhash
+from pydantic import Field, PlainValidator
 
 from embedtrain.checkpoint.header import DTYPES
 from embedtrain.errors import CheckpointError, CorruptCheckpointError
-from embedtrain.sharding.layout import overlap
+from embedtrain.schema import LARGEST, Count, Positive, declared, parse
+from embedtrain.sharding.layout import MAX_ROWS, overlap
 
 FORMAT = "embedtrain-checkpoint"
 VERSION = 1
@@ -33,6 +35,11 @@ DELTA_VERSION = 2
 """Version of a delta's manifest: a reader that knows whole checkpoints only must not take it for one."""
 MANIFEST_NAME = "manifest.json"
 BLOCK_BYTES = 4 * 2**20
+MAX_DIMENSIONS = 64
+"""Of a tensor; torch has no more."""
+
+_MAX_BLOCK_BYTES = 2**30
+"""A reader holds a block in memory."""
 
 _STEP_FOLDER = re.compile(r"step-(\d{9,})")
 _TENSOR_FILE = re.compile(
@@ -74,6 +81,17 @@ def is_attempt_file(name: str) -> bool:
     return bool(_TENSOR_FILE.fullmatch(name) or _TEMPORARY_FILE.fullmatch(name))
 
 
+def _dtype(name: object) -> torch.dtype:
+    if not isinstance(name, str) or name not in DTYPES:
+        raise ValueError(f"one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+Checksum = Annotated[str, Field(strict=True, pattern="^[0-9a-f]{32}$")]
+Size = Annotated[int, Field(strict=True, ge=0, le=MAX_ROWS)]
+Factor = Annotated[int, Field(strict=True, ge=1, le=MAX_ROWS)]
+
+
 @dataclass(frozen=True)
 class Piece:
     """Rows of a tensor, whose bytes begin at byte `start_byte` of `file`.
@@ -83,11 +101,11 @@ class Piece:
     """
 
     file: str
-    offset: int
-    rows: int
-    start_byte: int
-    span: int | None = None
-    slots_byte: int | None = None
+    offset: Count
+    rows: Count
+    start_byte: Count
+    span: Count | None = None
+    slots_byte: Count | None = None
 
     @property
     def stop(self) -> int:
@@ -99,10 +117,20 @@ class Piece:
 class Parent:
     """The checkpoint that a delta changes: the step that names its folder, and the checksum of its manifest."""
 
-    step: int
-    checksum: str
+    step: Count
+    checksum: Checksum
 
 
+@dataclass(frozen=True)
+class _SpreadLayout:
+    """What a manifest says of a `SpreadLayout`."""
+
+    kind: Literal["spread"]
+    multiplier: Factor
+    block_rows: Factor = 1
+
+
+@declared
 @dataclass(frozen=True)
 class TensorInfo:
     """A tensor of a checkpoint.
@@ -114,8 +142,8 @@ class TensorInfo:
         pieces: where its rows lie, in the order of rows, none empty.
     """
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    shape: Annotated[tuple[Size, ...], Field(min_length=1, max_length=MAX_DIMENSIONS)]
+    dtype: Annotated[torch.dtype, PlainValidator(_dtype)]
     layout: Mapping[str, Any]
     pieces: tuple[Piece, ...]
 
@@ -129,14 +157,14 @@ class TensorInfo:
 class FileEntry:
     """A file's length, and the xxh3_128 of each block of `block_bytes` from its first byte on, in hex."""
 
-    bytes: int
-    block_bytes: int
-    checksums: tuple[str, ...]
+    bytes: Count
+    block_bytes: Annotated[int, Field(strict=True, ge=1, le=_MAX_BLOCK_BYTES)]
+    checksums: tuple[Checksum, ...]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds.
+    """What a checkpoint holds. The annotations are the schema that a `manifest.json` is checked against.
 
     Attributes:
         step: the number of optimizer steps done.
@@ -148,17 +176,19 @@ class Manifest:
         files: by name, every file but the manifest.
         state: what else the caller saved, as JSON.
         parent: of a delta, the checkpoint whose rows it changes; None where all rows are here.
+        table_steps: the steps that each table's optimizer did; see `ShardView.steps`.
     """
 
-    step: int
+    step: Count
     created: str
     versions: Mapping[str, str]
-    world_size: int
+    world_size: Positive
     tensors: Mapping[str, TensorInfo]
     replicated: str | None
     files: Mapping[str, FileEntry]
     state: Mapping[str, Any]
     parent: Parent | None = None
+    table_steps: Mapping[str, Count] = field(default_factory=dict)
 
     @functools.cached_property
     def checksum(self) -> str:
@@ -254,19 +284,9 @@ def decode(data: bytes, url: str) -> Manifest:
             f"{DELTA_VERSION}: use the embedtrain that wrote it, or a newer one"
         )
     try:
-        manifest = Manifest(
-            step=int(document["step"]),
-            created=str(document["created"]),
-            versions=document["versions"],
-            world_size=int(document["world_size"]),
-            tensors={name: _decode_tensor(entry) for name, entry in document["tensors"].items()},
-            replicated=document["replicated"],
-            files={name: _decode_file(entry) for name, entry in document["files"].items()},
-            state=document["state"],
-            parent=_decode_parent(document),
-        )
-        _check(manifest)
-    except (LookupError, TypeError, ValueError, AttributeError, CheckpointError) as error:
+        manifest = parse(Manifest, document)
+        _check(manifest, document["version"])
+    except (ValueError, CheckpointError) as error:
         raise CorruptCheckpointError(f"{url} contradicts itself: {error}") from error
     return manifest
 
@@ -287,13 +307,9 @@ def _document(manifest: Manifest) -> dict[str, Any]:
     }
     if manifest.parent is not None:
         document["parent"] = asdict(manifest.parent)
+    if manifest.table_steps:  # which checkpoints of earlier versions do not have
+        document["table_steps"] = dict(manifest.table_steps)
     return document
-
-
-def _decode_parent(document: Mapping[str, Any]) -> Parent | None:
-    if document["version"] == VERSION:
-        return None
-    return Parent(int(document["parent"]["step"]), str(document["parent"]["checksum"]))
 
 
 def _encode_tensor(info: TensorInfo) -> dict[str, Any]:
@@ -305,51 +321,56 @@ def _encode_tensor(info: TensorInfo) -> dict[str, Any]:
     }
 
 
-def _decode_tensor(entry: Mapping[str, Any]) -> TensorInfo:
-    return TensorInfo(
-        shape=tuple(int(size) for size in entry["shape"]),
-        dtype=DTYPES[entry["dtype"]],
-        layout=entry["layout"],
-        pieces=tuple(_decode_piece(piece) for piece in entry["pieces"]),
-    )
+def _check(manifest: Manifest, version: int) -> None:
+    """Refuses what no type says: files outside the folder, bytes outside their files, rows held twice.
 
-
-def _decode_piece(entry: Mapping[str, Any]) -> Piece:
-    piece = Piece(entry["file"], int(entry["offset"]), int(entry["rows"]), int(entry["start_byte"]))
-    if "slots_byte" not in entry:
-        return piece
-    return replace(piece, span=int(entry["span"]), slots_byte=int(entry["slots_byte"]))
-
-
-def _decode_file(entry: Mapping[str, Any]) -> FileEntry:
-    return FileEntry(int(entry["bytes"]), int(entry["block_bytes"]), tuple(entry["checksums"]))
-
-
-def _check(manifest: Manifest) -> None:
-    """Refuses a manifest that names files outside its folder, or bytes outside its files."""
+    Raises:
+        ValueError, CheckpointError: names the file or the tensor.
+    """
     for name, entry in manifest.files.items():
         if not _TENSOR_FILE.fullmatch(name):
             raise ValueError(f"{name!r} is not the name of a checkpoint's file")
-        if entry.block_bytes <= 0 or len(entry.checksums) != -(-entry.bytes // entry.block_bytes):
-            raise ValueError(f"{name}: {len(entry.checksums)} checksums for {entry.bytes} bytes")
+        if len(entry.checksums) != -(-entry.bytes // entry.block_bytes):
+            raise ValueError(
+                f"{name}: {len(entry.checksums)} checksums for {entry.bytes} bytes in blocks of {entry.block_bytes}"
+            )
     for name, info in manifest.tensors.items():
-        if not info.shape or min(info.shape) < 0:
-            raise ValueError(f"{name}: shape {info.shape}")
+        _check_shape(name, info)
         _check_tiling(name, info)
         for piece in info.pieces:
-            stop_byte = piece.start_byte + piece.rows * info.row_bytes
-            if not 0 <= piece.start_byte <= stop_byte <= manifest.files[piece.file].bytes:
-                raise ValueError(f"{name}: {piece} does not lie in its file")
-            if piece.slots_byte is not None:
-                stop_byte = piece.slots_byte + piece.rows * 8
-                if not 0 <= piece.slots_byte <= stop_byte <= manifest.files[piece.file].bytes:
-                    raise ValueError(f"{name}: the row numbers of {piece} do not lie in its file")
-                if manifest.parent is None or not 0 <= piece.rows <= piece.stop - piece.offset:
-                    raise ValueError(f"{name}: {piece} does not belong here")
-    if manifest.parent is not None and not 0 <= manifest.parent.step < manifest.step:
+            _check_piece(name, info.row_bytes, piece, manifest)
+    if (manifest.parent is not None) != (version == DELTA_VERSION):
+        raise ValueError(f"version {version} does not go with parent {manifest.parent}")
+    if manifest.parent is not None and manifest.parent.step >= manifest.step:
         raise ValueError(f"step {manifest.step} changes step {manifest.parent.step}")
     if manifest.replicated is not None and manifest.replicated not in manifest.files:
-        raise ValueError(f"{manifest.replicated} has no checksums")
+        raise ValueError(f"{manifest.replicated!r} has no checksums")
+
+
+def _check_shape(name: str, info: TensorInfo) -> None:
+    if 0 in info.shape[1:] or math.prod(info.shape) * info.dtype.itemsize > LARGEST:
+        sizes = " x ".join(map(str, info.shape))
+        raise ValueError(f"{name!r}: expected rows of at least 1 number, 2**63 bytes in all at most, found {sizes}")
+    if info.layout.get("kind") == "spread":
+        try:
+            parse(_SpreadLayout, dict(info.layout))
+        except ValueError as error:
+            raise ValueError(f"{name!r}: layout: {error}") from error
+
+
+def _check_piece(name: str, row_bytes: int, piece: Piece, manifest: Manifest) -> None:
+    if piece.file not in manifest.files:
+        raise ValueError(f"{name!r}: {piece.file!r} has no checksums")
+    num_bytes = manifest.files[piece.file].bytes
+    if piece.start_byte + piece.rows * row_bytes > num_bytes:
+        raise ValueError(f"{name!r}: {piece} does not lie in its file of {num_bytes} bytes")
+    if (piece.span is None) != (piece.slots_byte is None):
+        raise ValueError(f"{name!r}: {piece} has only one of span and slots_byte")
+    if piece.slots_byte is not None:
+        if piece.slots_byte + piece.rows * 8 > num_bytes:
+            raise ValueError(f"{name!r}: the row numbers of {piece} do not lie in its file of {num_bytes} bytes")
+        if manifest.parent is None or piece.rows > piece.stop - piece.offset:
+            raise ValueError(f"{name!r}: {piece} does not belong here")
 
 
 def _check_tiling(name: str, info: TensorInfo) -> None:

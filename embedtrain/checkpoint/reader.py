@@ -59,6 +59,17 @@ class CheckpointReader:
         """Returns shape, dtype and layout of each tensor that was cut over the ranks, by name."""
         return self.manifest.tensors
 
+    def table(self, name: str) -> TensorInfo:
+        """Returns the rows of a table, the tensor [rows, dim] "name/weight".
+
+        Raises:
+            CheckpointError: there is none, or it has no rows or another number of dimensions.
+        """
+        info = self._info(f"{name}/weight")
+        if len(info.shape) != 2 or info.shape[0] == 0:
+            raise CheckpointError(f"{self.path}: table {name!r}: expected rows and columns, found shape {info.shape}")
+        return info
+
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Returns rows `[start, stop)` of a tensor, on the CPU."""
         info = self._info(name)

@@ -7,7 +7,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -20,7 +20,7 @@ from embedtrain.checkpoint.retention import Retention, retain
 from embedtrain.checkpoint.writer import Contents, SavedCheckpoint, write_checkpoint
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.embedding.row_changes import MemoryBudget
-from embedtrain.embedding.shard_view import ShardView
+from embedtrain.embedding.shard_view import ShardView, table_steps
 from embedtrain.errors import CheckpointError, UserError
 
 _logger = logging.getLogger(__name__)
@@ -126,13 +126,14 @@ class CheckpointSaver:
         is_background = self._is_async and not is_last
         budget = MemoryBudget(self._options.max_extra_memory_bytes) if is_background else None
         staged = StagedParts(shards, is_delta=is_delta, budget=budget)
-        contents = Contents(step, staged.parts, state, replicated or {}, self._parent if is_delta else None)
+        parent = self._parent if is_delta else None
+        contents = Contents(step, staged.parts, state, replicated or {}, parent, table_steps(shards))
         self.step = step
         if budget is None:
             self._save_now(contents, 0 if is_last else self._options.max_failures)
             return
         tensors = {name: tensor.detach().clone() for name, tensor in contents.replicated.items()}
-        contents = Contents(step, staged.parts, copy.deepcopy(dict(state)), tensors, contents.parent)
+        contents = replace(contents, state=copy.deepcopy(dict(state)), replicated=tensors)
         self._task = _Task(functools.partial(self._write, contents, self._background_ranks), staged, budget)
         self._task.start()
 

@@ -26,6 +26,7 @@ from embedtrain.checkpoint.manifest import (
     Piece,
     TensorInfo,
     canonical_json,
+    decode,
     encode,
     merge_pieces,
     replicated_file_name,
@@ -35,7 +36,7 @@ from embedtrain.checkpoint.manifest import (
 )
 from embedtrain.checkpoint.parts import TensorPart, whole_parts
 from embedtrain.distributed.ranks import Ranks
-from embedtrain.embedding.shard_view import ShardView
+from embedtrain.embedding.shard_view import ShardView, table_steps
 from embedtrain.errors import CheckpointError, UserError
 
 _Source = tuple[Tensor, Callable[[], Iterable[Tensor]]]
@@ -52,6 +53,7 @@ class Contents:
         state: JSON; rank 0's is saved.
         replicated: tensors that all ranks share; rank 0's are saved.
         parent: of a delta, the checkpoint that it changes.
+        table_steps: the steps that each table's optimizer did; see `ShardView.steps`.
     """
 
     step: int
@@ -59,6 +61,7 @@ class Contents:
     state: Mapping[str, Any]
     replicated: Mapping[str, Tensor] = field(default_factory=dict)
     parent: Parent | None = None
+    table_steps: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
@@ -111,7 +114,7 @@ def save_checkpoint(
         CheckpointError: on every rank alike. The step is complete already, the shards do not tile their
             tensors, the state is not JSON, the disk is too full, or a rank could not write.
     """
-    contents = Contents(step, whole_parts(shards), state, replicated or {})
+    contents = Contents(step, whole_parts(shards), state, replicated or {}, table_steps=table_steps(shards))
     return write_checkpoint(checkpoints_path, contents, ranks).path
 
 
@@ -148,6 +151,8 @@ def write_checkpoint(checkpoints_path: str, contents: Contents, ranks: Ranks) ->
             _check_sizes(path, files)
             manifest = _assemble(written, files, contents, replicated_file)
             encoded = encode(manifest)
+            # What no reader would take must not be committed.
+            decode(encoded, storage.join(path, MANIFEST_NAME))
         except Exception:
             _discard(path, files)
             raise
@@ -241,6 +246,7 @@ def _assemble(
         files=files,
         state=contents.state,
         parent=contents.parent,
+        table_steps=contents.table_steps,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import click
 import numpy as np
 
 from embedtrain import storage
-from embedtrain.commands.console import ConfigFile, command, is_debugged, require_config, settings_argument
+from embedtrain.commands.console import ConfigFile, command, is_debugged, require_config, settings_argument, tell
 from embedtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
 
 
 @command(
-    "embedtrain compare configs/ranking.yaml data.path=train.csv --optimizers adam,rowwise_adagrad",
+    "embedtrain compare ranking data.path=train.csv --optimizers adam,rowwise_adagrad",
 )
 @click.argument("config", type=ConfigFile(), help="YAML file that all runs share.")
 @settings_argument
@@ -62,7 +61,7 @@ def compare(config: str, settings: Sequence[str], optimizers: str, rates: Sequen
         comparison.configs,
         is_debugged=is_debugged(),
         may_diverge=True,
-        finish=lambda: print(comparison.finish()),
+        finish=lambda: tell(*comparison.finish().split("\n")),
     )
 
 
@@ -275,8 +274,5 @@ def _check(overrides: Sequence[str], names: Sequence[str], rates: Mapping[str, S
 def _read(config: Config) -> Curve:
     from embedtrain.train.run_folder import RunFolder
 
-    try:
-        lines = storage.read(RunFolder(config.run.path).metrics_path).decode().splitlines()
-    except FileNotFoundError:
-        lines = []  # it diverged before it logged anything
-    return Curve(config.optimizer.name, config.optimizer.lr, [json.loads(line) for line in lines])
+    # There are none if it diverged before it logged anything.
+    return Curve(config.optimizer.name, config.optimizer.lr, RunFolder(config.run.path).read_metrics())

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import click
 
-from embedtrain.commands.console import EXIT_DONE, ConfigFile, command, epilog, settings_argument, split_config
+from embedtrain.commands.console import EXIT_DONE, ConfigFile, command, epilog, settings_argument, split_config, tell
 
-_EXAMPLES = ("embedtrain config show configs/word2vec.yaml optimizer.lr=0.1", "embedtrain config show model=ranking")
+_EXAMPLES = ("embedtrain config show word2vec optimizer.lr=0.1", "embedtrain config show model=ranking")
 
 
 @click.group(no_args_is_help=False, epilog=epilog(*_EXAMPLES))
@@ -23,7 +23,7 @@ def show(config: str | None, settings: Sequence[str]) -> int:
     """Shows a configuration in full, and where values were given."""
     from embedtrain.recipes.showing import show_config
 
-    print(show_config(*split_config(config, settings)))
+    tell(*show_config(*split_config(config, settings)).split("\n"))
     return EXIT_DONE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
@@ -9,14 +10,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from embedtrain.distributed.launcher import tell_launcher
-from embedtrain.errors import UserError
+from embedtrain.errors import UserError, printable
 
 _PATIENCE_SECONDS = 5.0
 
@@ -134,12 +135,15 @@ class Setting(click.ParamType[str]):
 
 
 class ConfigFile(click.Path):
-    """The path of a configuration file; a setting may stand in its place, and is completed as one."""
+    """A configuration file, or the name of one that embedtrain brings; a setting in its place is completed as one."""
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Returns the settings that begin so, if the word names a section or a key; else any file."""
+        """Returns the settings that begin so, if the word names a section or a key; else names and any file."""
+        from embedtrain.recipes.loading import shipped_names
+
         settings = Setting().shell_complete(ctx, param, incomplete) if re.search("[.=]", incomplete) else []
-        return settings or super().shell_complete(ctx, param, incomplete)
+        names = [CompletionItem(name) for name in shipped_names() if incomplete and name.startswith(incomplete)]
+        return settings or [*names, *super().shell_complete(ctx, param, incomplete)]
 
 
 def run_argument(function: Function) -> Function:
@@ -150,6 +154,30 @@ def run_argument(function: Function) -> Function:
 def table_option(function: Function) -> Function:
     """Declares which table of the run."""
     return click.option("--table", metavar="NAME", help="A table other than the one that holds the vectors.")(function)
+
+
+class StepType(click.ParamType["int | Literal['best']"]):
+    """The step of a checkpoint, or "best"."""
+
+    name = "step"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["best"]:
+        """Returns a number, or "best"."""
+        if value == "best":
+            return "best"
+        if not re.fullmatch("[0-9]{1,18}", value):
+            self.fail(f"expected the step of a checkpoint, or best, got {value!r}.", param, ctx)
+        return int(value)
+
+
+def step_option(function: Function) -> Function:
+    """Declares which checkpoint of the run."""
+    return click.option(
+        "--step",
+        type=StepType(),
+        metavar="N|best",
+        help="The checkpoint of this step, or the best by checkpoint.best_metric.  [default: the newest]",
+    )(function)
 
 
 def settings_argument(function: Function) -> Function:
@@ -189,7 +217,7 @@ def require_config(config: str | None, settings: Sequence[str]) -> tuple[str, li
     """
     path, overrides = split_config(config, settings)
     if path is None:
-        raise UserError("expected a configuration file, such as configs/word2vec.yaml")
+        raise UserError("expected a configuration, such as word2vec or a YAML file")
     return path, overrides
 
 
@@ -211,9 +239,23 @@ def is_first_rank() -> bool:
     return rank == "0" or not rank.isdecimal()
 
 
-def say(line: str) -> None:
-    """Prints a line for the user."""
-    print(line, file=sys.stderr, flush=True)
+def tell(*lines: object) -> None:
+    """Prints lines of a command's result; characters that a terminal obeys or that end a line are shown escaped."""
+    for line in lines:
+        print(printable(line))
+
+
+def say(text: str) -> None:
+    """Prints lines for the user; characters that a terminal obeys are shown escaped."""
+    print(printable(text, keep="\n"), file=sys.stderr, flush=True)
+
+
+class PlainFormatter(logging.Formatter):
+    """Formats log records as `say` shows texts."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the text of a record."""
+        return printable(super().format(record), keep="\n")
 
 
 def say_once(line: str) -> None:

@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedtrain import storage
-from embedtrain.commands.console import EXIT_DONE, command
+from embedtrain.commands.console import EXIT_DONE, command, tell
 from embedtrain.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from embedtrain.checkpoint import CheckpointReader, TensorInfo
+    from embedtrain.data.row_names import RowNames
     from embedtrain.train.run_folder import RunFolder
 
 _WEIGHT = "/weight"
@@ -76,8 +77,14 @@ class Side:
     @property
     def tables(self) -> dict[str, TensorInfo]:
         """The tables by name."""
-        named = self.reader.tensors.items()
-        return {name.removesuffix(_WEIGHT): info for name, info in sorted(named) if name.endswith(_WEIGHT)}
+        names = sorted(name.removesuffix(_WEIGHT) for name in self.reader.tensors if name.endswith(_WEIGHT))
+        return {name: self.reader.table(name) for name in names}
+
+    def names(self, table: str) -> RowNames:
+        """Returns the names of a table's rows."""
+        from embedtrain.data.row_names import read_row_names
+
+        return read_row_names(self.folder.path, self.reader.state, table, self.tables[table].shape[0])
 
     def words(self) -> str:
         """Returns what it is, for a message."""
@@ -126,7 +133,7 @@ def print_difference(first_path: str, second_path: str, table: str | None, top: 
         raise UserError(f"expected --top of at least 0 rows, got {top}")
     first, second = Side.open(first_path), Side.open(second_path)
     with first.reader, second.reader:
-        print(f"from  {first.words()}\nto    {second.words()}")
+        tell(f"from  {first.words()}", f"to    {second.words()}")
         names = sorted(first.tables.keys() | second.tables.keys())
         if table is not None and table not in names:
             raise UserError(f"expected --table to name one of {', '.join(names)}, got {table!r}")
@@ -149,7 +156,7 @@ def movement(name: str, first: Side, second: Side, top: int) -> tuple[Movement, 
     import torch
 
     before, after = first.tables[name], second.tables[name]
-    pairs = _Pairs.of(first.folder.read_names(name, before.shape[0]), second.folder.read_names(name, after.shape[0]))
+    pairs = _Pairs.of(first.names(name).words, second.names(name).words)
     num_rows = min(before.shape[0], after.shape[0]) if pairs.ids is None else len(pairs.ids[0])
     largest = _Largest(top)
     num_moved, num_not_finite, total = 0, 0, 0.0
@@ -176,26 +183,32 @@ class _Pairs:
     """Which row of one side is which of the other.
 
     Attributes:
-        names: of the first side's rows; None if rows have only numbers.
+        names: of the first side's rows.
         ids: [n] of each side, pair by pair; None if each row has the same id on both.
     """
 
-    names: Sequence[str] | None
+    names: Sequence[str]
     ids: tuple[Tensor, Tensor] | None
 
     @classmethod
-    def of(cls, first: Sequence[str] | None, second: Sequence[str] | None) -> _Pairs:
-        if first is None or second is None or first == second:
-            return cls(second if first is None else first, None)
+    def of(cls, first: Sequence[str], second: Sequence[str]) -> _Pairs:
         import torch
 
+        from embedtrain.data.row_names import Numbered
+
+        are_numbered = isinstance(first, Numbered) and isinstance(second, Numbered)
+        if first == second or (are_numbered and first[:1] == second[:1]):
+            return cls(first, None)
+        if are_numbered:  # hashes of other sizes: no row of one is a row of the other
+            return cls(first, (torch.empty(0, dtype=torch.int64),) * 2)
         places = {name: row for row, name in enumerate(second)}
         found = [(row, places[name]) for row, name in enumerate(first) if name in places]
         pairs = torch.tensor(found, dtype=torch.int64).reshape(-1, 2)
         return cls(first, (pairs[:, 0].contiguous(), pairs[:, 1].contiguous()))
 
     def name_of(self, row: int) -> str:
-        return str(row) if self.names is None else self.names[row]
+        # Rows after the last name are never looked up.
+        return self.names[row] if row < len(self.names) else str(row)
 
 
 def _blocks(
@@ -249,23 +262,24 @@ def _print_table(name: str, first: Side, second: Side, top: int) -> None:
     before, after = infos
     if before is None or after is None:
         side, shape = (second, shapes[1]) if before is None else (first, shapes[0])
-        print(f"\ntable {name}: only in {side.reader.path}, {shape}")
+        tell("", f"table {name}: only in {side.reader.path}, {shape}")
         return
     if before.shape[1:] != after.shape[1:]:
-        print(f"\ntable {name}: {shapes[0]} and {shapes[1]}, which cannot be compared: the columns differ")
+        tell("", f"table {name}: {shapes[0]} and {shapes[1]}, which cannot be compared: the columns differ")
         return
     moved, num_gone, num_new = movement(name, first, second, top)
-    print(
-        f"\ntable {name}: {shapes[1]}; of {moved.num_rows:,} rows that both have {moved.num_moved:,} moved, "
-        f"by {moved.mean:.4g} on average"
+    tell(
+        "",
+        f"table {name}: {shapes[1]}; of {moved.num_rows:,} rows that both have {moved.num_moved:,} moved, "
+        f"by {moved.mean:.4g} on average",
     )
     for number, path in ((num_gone, first.reader.path), (num_new, second.reader.path)):
         if number:
-            print(f"  {number:,} rows are only in {path}")
+            tell(f"  {number:,} rows are only in {path}")
     if moved.num_not_finite:
-        print(f"  {moved.num_not_finite:,} rows are not finite: they hold a NaN or an infinity")
+        tell(f"  {moved.num_not_finite:,} rows are not finite: they hold a NaN or an infinity")
     shown = [row for row in zip(moved.names, moved.distances, moved.cosines, strict=True) if row[1] > 0]
     if shown:
-        print("  distance   cosine  row")
+        tell("  distance   cosine  row")
     for row, distance, cosine in shown:
-        print(f"  {distance:8.4g}  {cosine:7.3f}  {row}")
+        tell(f"  {distance:8.4g}  {cosine:7.3f}  {row}")

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from embedtrain.checkpoint import latest_checkpoint
+from embedtrain.commands.console import tell
 from embedtrain.config.resolved import set_value, value_at
 from embedtrain.config.sections import Config
-from embedtrain.data.cache import make_cache_folder
 from embedtrain.data.head import write_head
+from embedtrain.data.prepared import make_cache_folder
 from embedtrain.data.readers import Layout
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.planning.report import Request, print_plan
@@ -26,6 +27,7 @@ from embedtrain.planning.sizes import format_bytes
 from embedtrain.recipes.building import build_parts, workload_of
 from embedtrain.recipes.registry import recipe_of
 from embedtrain.recipes.workload import Sizes
+from embedtrain.train.run import start_tables
 from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.step import train_step
 from embedtrain.train.task import Batches, StreamedBatches, Task
@@ -52,19 +54,21 @@ def dry_run(config: Config, folder: RunFolder, runtime: Runtime) -> None:
         require_room(config, runtime, sizes)
 
     with _head_of(config, runtime) as (tried, is_all):
-        task = build_parts(tried, runtime, check).task
+        parts = build_parts(tried, runtime, check)
+        start_tables(parts.task.tables, parts.pretrained, runtime)
+        task = parts.task
         if runtime.rank == 0:
             newest = latest_checkpoint(folder.checkpoints_path)
-            print(f"dry run      nothing is written to {folder.path}" + (f"; would resume {newest}" if newest else ""))
-            print(f"data         {'all' if is_all else f'the first {format_bytes(HEAD_BYTES)}; rows are of these'}")
+            tell(f"dry run      nothing is written to {folder.path}" + (f"; would resume {newest}" if newest else ""))
+            tell(f"data         {'all' if is_all else f'the first {format_bytes(HEAD_BYTES)}; rows are of these'}")
             print_plan(workload_of(tried, found[0]), Request(runtime.world_size))
             if not isinstance(task.batches, StreamedBatches):
                 of_these = "" if is_all else " of these"
-                print(f"epochs       {config.train.epochs} of {task.batches.steps_per_epoch:,} steps{of_these}")
+                tell(f"epochs       {config.train.epochs} of {task.batches.steps_per_epoch:,} steps{of_these}")
         for number, batch in enumerate(_first_batches(task.batches), start=1):
             loss, seconds = _try_step(task, batch, runtime)
             if runtime.rank == 0:
-                print(f"step {number}       loss {loss:.4f}, {seconds:.3f} seconds")
+                tell(f"step {number}       loss {loss:.4f}, {seconds:.3f} seconds")
 
 
 def _first_batches(batches: Batches | StreamedBatches) -> Iterator[Any]:

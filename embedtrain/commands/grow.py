@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import click
 
-from embedtrain.commands.console import EXIT_DONE, command, run_argument, settings_argument, split_words
+from embedtrain.commands.console import EXIT_DONE, command, run_argument, settings_argument, split_words, tell
 from embedtrain.errors import UserError
 
 
 @command(
     "embedtrain grow runs/x runs/larger data.path=new.txt train.epochs=2",
-    "torchrun --nproc-per-node 2 -m embedtrain train runs/larger/config.yaml",
+    "torchrun --standalone --nproc-per-node 2 -m embedtrain train runs/larger/config.yaml",
 )
 @run_argument
 @click.argument("new_path", metavar="NEW_RUN", type=click.Path(file_okay=False), help="Folder of the new run.")
@@ -27,6 +27,6 @@ def grow(path: str, new_path: str, settings: Sequence[str]) -> int:
 
     old_path, new_path = paths
     for table in grow_run(old_path, new_path, overrides, init_distributed(device="cpu")):
-        print(f"table {table.name}: {table.num_kept:,} rows kept, {table.num_new:,} new")
-    print(f"train it on with: embedtrain train {new_path.rstrip('/')}/config.yaml")
+        tell(f"table {table.name}: {table.num_kept:,} rows kept, {table.num_new:,} new")
+    tell(f"train it on with: embedtrain train {new_path.rstrip('/')}/config.yaml")
     return EXIT_DONE

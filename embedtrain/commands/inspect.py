@@ -3,72 +3,122 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
-from embedtrain.commands.console import EXIT_DONE, command, run_argument
-from embedtrain.errors import CorruptCheckpointError, UserError
+from embedtrain.commands.console import EXIT_DONE, command, run_argument, step_option, tell
+from embedtrain.errors import CorruptCheckpointError, UserError, counted
+
+if TYPE_CHECKING:
+    from embedtrain.checkpoint.choice import Step
+    from embedtrain.train.run_folder import RunFolder
+    from embedtrain.train.state import RunState
 
 
 @command("embedtrain inspect runs/x --verify")
 @run_argument
+@step_option
 @click.option("--verify", is_flag=True, help="Read every byte and compare its checksum.")
-def inspect(path: str, verify: bool) -> int:
-    """Shows the newest checkpoint of a run, and its configuration."""
-    print_run(path, verify=verify)
+def inspect(path: str, step: Step, verify: bool) -> int:
+    """Shows a checkpoint, and the configuration of its run."""
+    print_run(path, step, verify=verify)
     return EXIT_DONE
 
 
-def print_run(run_path: str, *, verify: bool) -> None:
-    """Prints step, epoch, tables with shapes and dtypes, optimizer and configuration of a run."""
-    from embedtrain.checkpoint import CheckpointReader, find_checkpoints
+def print_run(path: str, step: Step, *, verify: bool) -> None:
+    """Prints step, epoch, tables with shapes and dtypes, optimizer and configuration of a run.
+
+    Args:
+        path: the run folder, a folder of checkpoints, or a single checkpoint.
+        step: which checkpoint; None for the newest.
+        verify: whether to check every byte of it, or of all checkpoints without a `step`.
+    """
+    from embedtrain.checkpoint import CheckpointReader, choose_checkpoint, find_checkpoints
     from embedtrain.train.run_folder import RunFolder
+    from embedtrain.train.state import read_run_state
 
-    folder = RunFolder(run_path)
-    found = find_checkpoints(folder.checkpoints_path)
-    if not found:
-        raise UserError(f"there is no complete checkpoint in {run_path!r}")
-    newest = found[-1]
-    with CheckpointReader(newest.path) as reader:
-        state, manifest = reader.state, reader.manifest
-        train, optimizer = state["train"], state["optimizer"]
-        print(f"run          {folder.path}")
-        print(f"checkpoints  {', '.join(str(info.step) for info in found)}")
-        print(f"newest       {newest.path}, saved {manifest.created} by {manifest.world_size} ranks")
-        print(f"step         {train['step']:,}")
-        print(f"epoch        {train['epoch']}, {train['step_in_epoch']:,} steps into it")
-        print(f"examples     {train['examples']:,} in {train['seconds']:,.0f} seconds of training")
-        print("tensors")
-        for name, info in sorted(reader.tensors.items()):
+    folder = RunFolder(path)
+    checkpoints_path = _checkpoints_path(folder)
+    if checkpoints_path is None:
+        if step is not None:
+            raise UserError(f"--step chooses a checkpoint of a run, and {path!r} is one checkpoint")
+        steps, chosen, all_paths = [], folder.path, [folder.path]
+    else:
+        found = find_checkpoints(checkpoints_path)
+        if not found:
+            raise UserError(f"there is no complete checkpoint in {path!r}")
+        steps, chosen = [info.step for info in found], choose_checkpoint(checkpoints_path, step, path)
+        all_paths = [info.path for info in found] if step is None else [chosen]
+    config = folder.read_config()
+    with CheckpointReader(chosen) as reader:
+        manifest = reader.manifest
+        if config is not None:
+            tell(f"run          {folder.path}")
+        if steps:
+            tell(f"checkpoints  of step {', '.join(f'{each:,}' for each in steps)}")
+        name, saved_by = "newest" if step is None and steps else "checkpoint", counted(manifest.world_size, "rank")
+        tell(f"{name:<11}  {chosen}, saved {manifest.created} by {saved_by}")
+        tell(f"step         {manifest.step:,}")
+        if is_of_run := config is not None or "train" in manifest.state:
+            _print_state(read_run_state(manifest, chosen))
+        tell("tensors")
+        for tensor, info in sorted(reader.tensors.items()):
             shape = " x ".join(f"{size:,}" for size in info.shape)
-            print(f"  {name:<24} {str(info.dtype).removeprefix('torch.'):<9} {shape}, in {len(info.pieces)} pieces")
-        settings = {k: v for k, v in optimizer["param_groups"][0].items() if k != "params"}
-        print(f"optimizer    {optimizer['name']}: {', '.join(f'{k} {v}' for k, v in settings.items())}")
-        for table, start in state.get("init_from", {}).items():
-            print(f"init_from    {start['num_copied']:,} of {start['num_rows']:,} rows of {table}, of {start['path']}")
-        if "grown_from" in state:
-            print(f"grown from   {state['grown_from']['path']}, step {state['grown_from']['step']:,}")
-        if optimizer["num_skipped"]:
-            print(f"skipped      {optimizer['num_skipped']:,} steps whose gradient was not finite")
-    print("configuration")
-    for line in (folder.read_config() or "").splitlines():
-        print(f"  {line}")
+            dtype, pieces = str(info.dtype).removeprefix("torch."), counted(len(info.pieces), "piece")
+            tell(f"  {tensor:<24} {dtype:<9} {shape}, in {pieces}")
+    if config is not None:
+        tell("configuration")
+        for line in config.removesuffix("\n").split("\n"):
+            tell(f"  {line}")
     if verify:
-        _verify([info.path for info in found])
+        _verify(all_paths, is_of_run=is_of_run)
 
 
-def _verify(paths: Sequence[str]) -> None:
-    """Checks every byte of every checkpoint, and says of each how it is, before any that is damaged is raised for."""
+def _checkpoints_path(folder: RunFolder) -> str | None:
+    """Returns where the checkpoints of a run, or of the library, lie; None if the folder is itself a checkpoint."""
+    from embedtrain import storage
+    from embedtrain.checkpoint import find_checkpoints
+    from embedtrain.checkpoint.manifest import MANIFEST_NAME
+
+    if MANIFEST_NAME in storage.list_files(folder.path):
+        return None
+    return folder.path if find_checkpoints(folder.path) else folder.checkpoints_path
+
+
+def _print_state(state: RunState) -> None:
+    train, optimizer = state.train, state.optimizer
+    tell(f"epoch        {train.epoch:,}, {counted(train.step_in_epoch, 'step')} into it")
+    tell(f"examples     {train.examples:,} in {train.seconds:,.0f} seconds of training")
+    settings = ", ".join(f"{name} {value}" for name, value in optimizer.param_groups[0].items() if name != "params")
+    tell(f"optimizer    {optimizer.name}: {settings}")
+    for table, start in state.init_from.items():
+        tell(f"init_from    {start.num_copied:,} of {start.num_rows:,} rows of {table}, of {start.path}")
+    if state.grown_from is not None:
+        tell(f"grown from   {state.grown_from.path}, step {state.grown_from.step:,}")
+    if optimizer.num_skipped:
+        tell(f"skipped      {counted(optimizer.num_skipped, 'step')} whose gradient was not finite")
+
+
+def _verify(paths: Sequence[str], *, is_of_run: bool) -> None:
+    """Checks every byte of every checkpoint, and says of each how it is, before any that is damaged is raised for.
+
+    What the library saves beside the tensors is its caller's: it is not checked if the checkpoints are of no run.
+    """
     from embedtrain.checkpoint import verify
+    from embedtrain.checkpoint.chain import read_manifest
+    from embedtrain.train.state import read_run_state
 
     known: set[str] = set()
     faults = []
     for path in paths:
         try:
             verify(path, known)
-            print(f"verified     {path}")
+            if is_of_run:
+                read_run_state(read_manifest(path), path)
+            tell(f"verified     {path}")
         except CorruptCheckpointError as error:
-            print(f"damaged      {path}")
+            tell(f"damaged      {path}")
             faults.append(str(error))
     if faults:
         raise CorruptCheckpointError("\n".join(faults))

@@ -18,7 +18,7 @@ from embedtrain.distributed.failure import explain_failure, is_of_the_group
 from embedtrain.distributed.launcher import tell_launcher
 from embedtrain.distributed.runtime import Runtime, init_distributed, shut_down
 from embedtrain.distributed.stages import begin, whereabouts
-from embedtrain.errors import CheckpointError, NonFiniteError, UserError
+from embedtrain.errors import CheckpointError, NonFiniteError, UserError, printable
 from embedtrain.planning.room import require_room
 from embedtrain.recipes.building import build_parts
 from embedtrain.train.interrupt import EXIT_PREEMPTED
@@ -127,7 +127,7 @@ def _explained(work: Callable[[], int], job: _Job) -> tuple[int, Exception | Non
             if job.is_debugged:
                 raise
             tell_launcher(str(error))
-            _tell_once(f"embedtrain: error: {error}", runtime)
+            _tell_once(printable(f"embedtrain: error: {error}"), runtime)
             return EXIT_USER_ERROR, error
         except _SHORT_ERRORS as error:
             # Raised alike on every rank.

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
-from embedtrain.commands.console import EXIT_DONE, command, run_argument, table_option
+from embedtrain.commands.console import EXIT_DONE, command, run_argument, step_option, table_option, tell
+
+if TYPE_CHECKING:
+    from embedtrain.checkpoint.choice import Step
 
 
 @command("embedtrain neighbors runs/x king - man + woman --top 5")
 @run_argument
 @click.argument("query", nargs=-1, required=True, metavar="QUERY...", help="king, or king - man + woman, or an id.")
 @table_option
+@step_option
 @click.option("--top", type=int, default=10, show_default=True, metavar="N", help="How many neighbours.")
-def neighbors(path: str, query: Sequence[str], table: str | None, top: int) -> int:
+def neighbors(path: str, query: Sequence[str], table: str | None, step: Step, top: int) -> int:
     """Prints what is nearest to a word, an item, a user or a sum."""
     from embedtrain import export
     from embedtrain.distributed.runtime import init_distributed
     from embedtrain.recipes.trained import open_run_vectors
 
     runtime = init_distributed(device="cpu")
-    with open_run_vectors(path, table, runtime) as vectors:
+    with open_run_vectors(path, table, runtime, step) as vectors:
         if runtime.rank == 0:
             text = " ".join(query)
-            print(text)
+            tell(text)
             for word, cosine in export.neighbors(vectors, text, top):
-                print(f"  {cosine:.3f}  {word}")
+                tell(f"  {cosine:.3f}  {word}")
     return EXIT_DONE

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
 
 
-@command("embedtrain plan configs/word2vec.yaml --rows 10e6 --world-size 8 --memory 16GiB")
-@click.argument("config", required=False, type=ConfigFile(), help="YAML file, such as configs/word2vec.yaml.")
+@command("embedtrain plan word2vec --rows 10e6 --world-size 8 --memory 16GiB")
+@click.argument("config", required=False, type=ConfigFile(), help="A name, such as word2vec, or a YAML file.")
 @settings_argument
 @click.option("--world-size", type=int, default=1, show_default=True, metavar="N", help="Number of ranks.")
 @click.option("--hosts", type=int, default=1, show_default=True, metavar="H", help="Number of hosts.")
 @click.option("--memory", metavar="SIZE", help="Memory of each rank, such as 80GiB.")
-@click.option("--rows", multiple=True, metavar="[TABLE=]N", help="Rows of a table, or of all other tables.")
+@click.option("--rows", multiple=True, metavar="[TABLE=]N", help="Rows of a table, or of all others: 5M.")
 @click.option("--skew", type=float, default=1.0, show_default=True, metavar="S", help="Zipf's exponent of the ids.")
 @click.option("--bag-length", type=float, metavar="L", help="Mean number of ids per bag.")
 @click.option(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import click
 
-from embedtrain.commands.console import EXIT_DONE, command, run_argument
+from embedtrain.commands.console import EXIT_DONE, command, run_argument, tell
 
 
 @command("embedtrain report runs/x king river")
@@ -21,5 +21,5 @@ def report(path: str, words: Sequence[str], output: str | None) -> int:
     runtime = init_distributed(device="cpu")
     written = write_report(path, output, list(words), runtime)
     if runtime.rank == 0:
-        print(written)
+        tell(written)
     return EXIT_DONE

@@ -11,10 +11,10 @@ from embedtrain.errors import UserError
 
 
 @command(
-    "torchrun --nproc-per-node 2 -m embedtrain train configs/word2vec.yaml data.path=corpus.txt",
-    "embedtrain train configs/word2vec.yaml data.path=corpus.txt --dry-run",
+    "torchrun --standalone --nproc-per-node 2 -m embedtrain train word2vec data.path=corpus.txt",
+    "embedtrain train word2vec data.path=corpus.txt --dry-run",
 )
-@click.argument("config", type=ConfigFile(), help="YAML file, such as configs/word2vec.yaml.")
+@click.argument("config", type=ConfigFile(), help="A name, such as word2vec, or a YAML file.")
 @settings_argument
 @click.option("--profile", is_flag=True, help="Write a Chrome trace and seconds per stage of 50 steps.")
 @click.option("--dry-run", is_flag=True, help="Make two steps on the head of the data, print the plan, write nothing.")

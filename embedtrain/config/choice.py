@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from embedtrain.config.optimizer import FOR_ALL_OPTIMIZERS, FOR_ALL_TABLES, OPTIMIZERS, OptimizerConfig
-from embedtrain.config.values import flatten, shield, unshield
+from embedtrain.config.values import flatten, in_plain_words, shield, unshield
 from embedtrain.errors import UserError
 from embedtrain.optim.registry import usable
 
@@ -146,7 +146,7 @@ def _with_option(section: DictConfig, kind: OptimizerConfig, table: str, given: 
     try:
         merged = OmegaConf.merge(section, {given.option: shield(given.value)})
     except OmegaConfBaseException as error:
-        raise UserError(f"{given.source}: {key}: {unshield((error.msg or str(error)).splitlines()[0])}") from error
+        raise UserError(f"{given.source}: {key}: {in_plain_words(error.msg or str(error))}") from error
     assert isinstance(merged, DictConfig)
     return merged
 

@@ -10,10 +10,11 @@ import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from embedtrain import optim
 from embedtrain.errors import UserError
+from embedtrain.optim.dense import DenseOptions
 from embedtrain.optim.optimizer import OF_A_STEP
 
 
@@ -22,7 +23,9 @@ class _Chosen:
     """The first keys of a section: the name of the optimizer and its learning rate."""
 
     name: str = "???"
+    """Which optimizer."""
     lr: float = 0.01
+    """Base of the learning rate; each optimizer has a default of its own."""
 
 
 @dataclass
@@ -154,10 +157,15 @@ def _reduce(self: OptimizerConfig) -> tuple[Any, ...]:
 
 
 @dataclass
-class DenseOptimizerConfig:
+class DenseOptimizerConfig(DenseOptions):
     """torch's optimizer of the parameters that are not rows of tables."""
 
-    name: Literal["adam", "adamw", "adagrad", "sgd"] = "adam"
-    lr: float = 1e-3
-    """Falls with the same schedule as the tables'."""
-    weight_decay: float = 0.0
+    def check(self) -> None:
+        """Checks what types cannot say.
+
+        Raises:
+            UserError: a value is out of range.
+        """
+        for name in ("lr", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"dense_optimizer.{name} must be at least 0, got {getattr(self, name)}")

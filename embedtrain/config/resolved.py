@@ -9,6 +9,7 @@ import yaml
 
 from embedtrain.config.sections import Config
 from embedtrain.config.values import dump, flatten, settings_of
+from embedtrain.errors import UserError, printable
 
 
 def to_yaml(config: Config) -> str:
@@ -27,6 +28,22 @@ def set_value(config: Config, key: str, value: Any) -> None:
     setattr(value_at(config, section) if section else config, name, value)
 
 
+def settings_in(text: str) -> dict[str, Any]:
+    """Returns the values by full key of a configuration that `to_yaml` wrote and a run folder kept.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        document = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = printable(" ".join(str(error).split()))
+        raise UserError(f"the config.yaml of the run folder is not a configuration: {reason}") from error
+    if not isinstance(document, dict):
+        raise UserError("the config.yaml of the run folder is not a configuration: expected keys and values")
+    return dict(flatten(document))
+
+
 def differing_keys(earlier_yaml: str, config: Config, may_change: tuple[str, ...] = ()) -> list[str]:
     """Returns the keys that define the result of a run and differ, each with both values.
 
@@ -34,8 +51,11 @@ def differing_keys(earlier_yaml: str, config: Config, may_change: tuple[str, ...
         earlier_yaml: the resolved configuration to compare with.
         config: the configuration; keys that begin as one of its `MAY_CHANGE` may differ.
         may_change: beginnings of further keys that may differ.
+
+    Raises:
+        UserError: the earlier text is no configuration.
     """
-    first, second = (dict(flatten(yaml.safe_load(text))) for text in (earlier_yaml, to_yaml(config)))
+    first, second = (settings_in(text) for text in (earlier_yaml, to_yaml(config)))
     may_change = (*config.MAY_CHANGE, *may_change)
     return [
         f"{key} (was {first.get(key, 'absent')}, is {second.get(key, 'absent')})"

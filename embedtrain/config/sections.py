@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
-from embedtrain.config.optimizer import OptimizerConfig, section
+from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig, section
 from embedtrain.data.stream import STANDARD_INPUT
 from embedtrain.errors import UserError
 
 _MAX_SECONDS = 1e8
 """Three years."""
+
+MAX_COUNT = 1 << 40
+"""The largest number of steps, rows or examples that a setting may ask for; tables have no more rows."""
+
+MAX_WIDTH = 1 << 20
+"""The largest size of a layer, window or list."""
+
+_MAX_FLOAT = 3.4e38
+"""What is larger is infinite in 32 bits."""
 
 
 @dataclass
@@ -52,11 +60,25 @@ class TableConfig:
 
 
 @dataclass
+class RowFilesConfig:
+    """How files of rows are read."""
+
+    format: str = "auto"
+    """auto goes by the suffix of each file; or csv, tsv, jsonl or parquet, which have columns; or lines."""
+    columns: list[str] | None = None
+    """Names of the columns of csv and tsv, in order; null if each file's first line holds them."""
+    delimiter: str | None = None
+    """Between the fields of csv; null for a comma."""
+    quote: str | None = "auto"
+    """The character that quotes fields of csv and tsv; null for none; auto: " in csv, none in tsv."""
+
+
+@dataclass
 class TrainConfig:
     """The loop."""
 
     epochs: int = 5
-    """Passes over the data."""
+    """Passes over the data. A run that is resumed with more goes on, at the rates of a schedule of them all."""
 
 
 @dataclass
@@ -64,6 +86,7 @@ class ScheduleConfig:
     """The learning rate over the run."""
 
     name: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "linear"
+    """How the rate falls: not at all, in a line to zero, along half a cosine, or with the root of the steps."""
     warmup: float = 0.0
     """Share of the run over which the rate first rises to its base."""
     min_factor: float = 1e-4
@@ -75,7 +98,9 @@ class EvaluateConfig:
     """When to measure on held-out data during training; the end of the run is always measured."""
 
     every_epochs: int | None = 1
+    """Epochs between two measurements; null leaves it to the steps."""
     every_steps: int | None = None
+    """Steps between two measurements; null leaves it to the epochs."""
 
 
 @dataclass
@@ -83,7 +108,9 @@ class CheckpointConfig:
     """When to save; the end of the run is always saved."""
 
     every_steps: int | None = None
+    """Steps between two saves; null leaves it to the clock."""
     every_seconds: float | None = 600.0
+    """Seconds between two saves, by rank 0's clock; null leaves it to the steps."""
     mode: Literal["async", "sync"] = "async"
     """async writes in the background while training goes on; sync writes before it goes on."""
     max_extra_memory_bytes: int | None = 2**30
@@ -101,6 +128,7 @@ class CheckpointConfig:
     best_metric: str = "loss"
     """A name in metrics.jsonl; its newest value when the checkpoint is saved counts."""
     best_mode: Literal["min", "max"] = "min"
+    """Whether the smallest or the largest values of best_metric are the best."""
 
 
 @dataclass
@@ -122,6 +150,7 @@ class LogConfig:
     """What is shown and kept."""
 
     every_steps: int = 50
+    """Steps between two records of the loss, the speed and the like."""
     tensorboard: bool = True
     """Also write scalars for TensorBoard into the run folder, if that is local."""
     rows_every_steps: int | None = 1000
@@ -130,14 +159,12 @@ class LogConfig:
 
 @dataclass
 class Config:
-    """What defines a run of any model; each model's own configuration adds its sections.
-
-    Attributes:
-        model: which model; see `embedtrain.recipes.registry`.
-    """
+    """What defines a run of any model; each model's own configuration adds its sections."""
 
     model: str = "???"
+    """word2vec, retrieval, ranking, or a model that an installed package brings."""
     seed: int = 1
+    """Of all random draws: first values, the order of the data, negatives."""
     run: RunConfig = field(default_factory=RunConfig)
     table: TableConfig = field(default_factory=TableConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -160,10 +187,12 @@ class Config:
         "resume.",
         "log.",
         "optimizer.reset_state_from_step",
+        "train.epochs",
         "table.placement",
         "table.cache_bytes",
     )
-    """Beginnings of the keys that a resumed run may give anew: where rows live changes no result."""
+    """Beginnings of the keys that a resumed run may give anew: where rows live changes no result, and further epochs
+    follow those that are done."""
 
     def check(self) -> None:
         """Checks the ranges that types cannot say; a model's configuration checks its own too.
@@ -172,8 +201,8 @@ class Config:
             UserError: a value is out of range.
         """
         for key, value in _numbers(self):
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{key} must be a finite number, got {value}")
+            if isinstance(value, float) and not abs(value) <= _MAX_FLOAT:
+                raise UserError(f"{key} must be a finite number of 32 bits, got {value}")
             if isinstance(value, int) and not -(2**63) <= value < 2**63:
                 raise UserError(f"{key} must be below 2**63, got {value}")
         require_at_least_one(self._counts())
@@ -194,6 +223,9 @@ class Config:
         if not 0 <= self.schedule.min_factor <= 1:
             raise UserError(f"schedule.min_factor must be in [0, 1], got {self.schedule.min_factor}")
         self.optimizer.check(self.table_names())
+        for each in vars(self).values():
+            if isinstance(each, DenseOptimizerConfig):
+                each.check()
         if self.run.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"run.device must be auto, cpu or cuda, got {self.run.device!r}")
 
@@ -255,12 +287,14 @@ def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
             yield from _numbers(value, f"{prefix}.{name}" if prefix else str(name))
 
 
-def require_at_least_one(counts: Iterator[tuple[str, Any]]) -> None:
+def require_at_least_one(counts: Iterator[tuple[str, Any]], *, at_most: int = MAX_COUNT) -> None:
     """Checks counts by their keys; None stands for no limit.
 
     Raises:
-        UserError: one is less than 1.
+        UserError: one is less than 1, or more than `at_most`.
     """
     for key, value in counts:
         if value is not None and not (isinstance(value, float | int) and value >= 1):
             raise UserError(f"{key} must be at least 1, got {value}")
+        if value is not None and value > at_most:
+            raise UserError(f"{key} must be at most {at_most:,}, got {value:,}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -15,6 +16,8 @@ _NULL = "tag:yaml.org,2002:null"
 _MERGE = "tag:yaml.org,2002:merge"
 _QUOTED_NULL = re.compile(r"""(["'])(["']*null["']*)\1""")
 _ITEM = re.compile(r"""\s*(?:"([^"]*)"\s*(?=,|$)|'([^']*)'\s*(?=,|$)|([^,]*))(?:,|$)""")
+_MISREAD = re.compile(r"[-+]?0[0-7_]+|.*:.*")
+"""Integers of YAML that look like others: octal ones, and sexagesimal ones such as 1:30."""
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)([eE][-+]?\d+)?")
 _MAX_NODES = 100_000
 """Values in a document, with each alias counted as the values that it stands for."""
@@ -73,6 +76,8 @@ def read(node: yaml.Node | None, hint: Any, key: str = "") -> Any:
         raise ValueError(f"the YAML tag {node.tag} at {key or 'the beginning'} means nothing here; quote the text")
     if isinstance(node, yaml.MappingNode):
         return _read_mapping(node, hint, key)
+    if _section_of(hint) is not None and node.tag != _NULL:
+        raise ValueError(f"{key} is a section: expected keys and values in it, got {_shown(node)}")
     if isinstance(node, yaml.SequenceNode):
         item = next((get_args(each)[0] for each in _members(hint) if get_origin(each) is list), None)
         if item is not str:
@@ -87,8 +92,42 @@ def read(node: yaml.Node | None, hint: Any, key: str = "") -> Any:
     if any(map(_is_text, _members(hint))):
         return node.value
     if any(get_origin(each) is list for each in _members(hint)):
-        raise ValueError(f"{key}: expected a list such as [a,b], got {node.value!r}")
-    return _construct(lambda loader: loader.construct_object(node, deep=True))
+        raise ValueError(f"{key}: expected a list such as [{node.value or 'a,b'}], got {node.value!r}")
+    value = _construct(lambda loader: loader.construct_object(node, deep=True))
+    _require_kind(value, node, hint, key)
+    return value
+
+
+def _require_kind(value: Any, node: yaml.ScalarNode, hint: Any, key: str) -> None:
+    """Refuses what is no number for a key of numbers, and neither true nor false for a switch.
+
+    Raises:
+        ValueError: it is none, or an integer that YAML reads otherwise than it looks.
+    """
+    kinds = {bool: "true or false", int: "an integer", float: "a number"}
+    wanted = [kind for kind in kinds if kind in _members(hint)]
+    if not wanted:
+        return
+    if isinstance(value, int) and not isinstance(value, bool) and _MISREAD.fullmatch(node.value):
+        raise ValueError(f"{key}: YAML reads {node.value} as {value}: write the number without a leading 0 or a colon")
+    if type(value) in wanted or (type(value) is int and float in wanted):
+        return
+    if isinstance(value, str) and wanted != [bool]:
+        # YAML takes 1e-3, without a point, for a text.
+        with suppress(ValueError):
+            float(value) if float in wanted else int(value)
+            return
+    or_null = " or null" if NoneType in _members(hint) else ""
+    raise ValueError(f"{key}: expected {' or '.join(kinds[kind] for kind in wanted)}{or_null}, got {node.value!r}")
+
+
+def _section_of(hint: Any) -> type[Any] | None:
+    """Returns the class of the section that a key stands for; None if it stands for a value."""
+    return next((each for each in _members(hint) if isinstance(each, type) and is_dataclass(each)), None)
+
+
+def _shown(node: yaml.Node) -> str:
+    return "a list" if isinstance(node, yaml.SequenceNode) else repr(node.value)
 
 
 def read_override(key: str, text: str, section: type[Any]) -> dict[str, Any]:
@@ -139,6 +178,8 @@ def _items(text: str) -> list[str]:
 
 def _null(hint: Any, key: str, quoted: str) -> None:
     members = _members(hint)
+    if _section_of(hint) is not None:
+        raise ValueError(f"{key} is a section: expected keys and values in it, got null")
     if str in members and NoneType not in members:
         raise ValueError(f"{key} must be given and cannot be null; for the text null write {quoted}")
 
@@ -240,6 +281,19 @@ def unshield(value: Any) -> Any:
         for field in fields(value):
             setattr(value, field.name, unshield(getattr(value, field.name)))
     return value
+
+
+def in_plain_words(message: str) -> str:
+    """Returns the first line of a message of omegaconf as this package says it."""
+    message = unshield(message.splitlines()[0])
+    if found := re.fullmatch(r"Value '(.*)' of type '.*' could not be converted to (\w+)", message):
+        kinds = {"Float": "a number", "Integer": "an integer", "Boolean": "true or false"}
+        return f"expected {kinds.get(found[2], found[2])}, got {found[1]!r}"
+    if found := re.fullmatch(r"Invalid value '(.*)', expected one of \[(.*)\]", message):
+        return f"expected one of {found[2].replace(chr(39), '')}, got {found[1]!r}"
+    if re.fullmatch("Incompatible value 'None' for field of type .*", message):
+        return "expected a value, got null"
+    return message
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

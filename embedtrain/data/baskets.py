@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from embedtrain.data.cache import cached_entry
 from embedtrain.data.interactions import read_pairs
+from embedtrain.data.prepared import prepared_entry
 from embedtrain.data.readers import Layout, suffixes_of
 from embedtrain.data.sources import Source, take_sources
 from embedtrain.distributed.ranks import Ranks
@@ -61,7 +61,7 @@ def write_baskets(
         return f"baskets-{xxhash.xxh3_64_hexdigest(json.dumps(facts).encode())}"
 
     def write(work_path: str) -> None:
-        baskets, items = read_pairs(sources, names, format, layout)
+        baskets, items = read_pairs(sources, names, format, layout, ("data.basket_column", "data.item_column"))
         ids = items.chunk(0).dictionary
         parted = np.flatnonzero(np.asarray(pc.match_substring_regex(ids, _PARTS_WORDS)))
         if len(parted):
@@ -81,5 +81,12 @@ def write_baskets(
                 file.write(" ".join(words[start:end]) + "\n")
                 start = end
 
-    entry = cached_entry(cache_path, ranks.run_on_first(name), TEXT_NAME, write, ranks)
-    return os.path.join(entry, TEXT_NAME)
+    def prepare(work_path: str) -> None:
+        ranks.run_on_first(lambda: write(work_path))
+
+    text, _ = prepared_entry(cache_path, ranks.run_on_first(name), _text_of, prepare, ranks)
+    return text
+
+
+def _text_of(entry_path: str) -> str:
+    return os.path.join(entry_path, TEXT_NAME)

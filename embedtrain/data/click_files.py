@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from embedtrain.data.click_schema import ClickSchema, require_columns
-from embedtrain.data.readers import FORMATS, Fault, Rows
+from embedtrain.data.click_schema import ClickSchema
+from embedtrain.data.readers import FORMATS, Fault, Rows, require_columns
 from embedtrain.data.readers.blocks import Segment, has_quoted_line_break
 from embedtrain.data.readers.rows import TextFormat
 from embedtrain.data.sources import CHUNK_BYTES, Source
@@ -41,8 +41,8 @@ def plan_files(sources: Sequence[Source], schema: ClickSchema, part_bytes: int, 
 
     def plan(undivided: Sequence[str] = ()) -> ClickFiles:
         columns = {source.url: format.columns(source, names, schema.layout) for source in sources}
-        for url, existing in columns.items():
-            require_columns(names, existing, url)
+        for source in sources:
+            require_columns(source, names, columns[source.url], schema.reader, schema.keys)
         return ClickFiles(format.plan(sources, part_bytes, undivided), columns)
 
     files = ranks.run_on_first(plan)

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from embedtrain.data.cache import map_values, read_contents
-from embedtrain.data.corpus import META_NAME
+from embedtrain.data.prepared import Check, FileName, map_values, nothing_found, read_contents
+from embedtrain.schema import Count, Number, Positive
 
 LABEL, DENSE, IDS, BAG_LENGTHS, FIRST_VALUE = "label", "dense", "ids", "bag_lengths", "first_value"
 """The fields of a record."""
@@ -90,6 +90,33 @@ class ClickLayout:
         return None
 
 
+@dataclass(frozen=True)
+class _Shard:
+    examples: FileName
+    values: FileName
+    num_examples: Count
+    num_positives: Count
+    num_values: Count
+
+
+@dataclass(frozen=True)
+class _Meta:
+    """What `prepare_clicks` says of an entry in its table of contents."""
+
+    fingerprint: str
+    vocabulary_fingerprint: str
+    sources: list[str]
+    num_faults: Count
+    num_rows: dict[str, Positive]
+    dense: list[str]
+    dense_mean: list[Number]
+    dense_std: list[Number]
+    single: list[str]
+    bags: list[str]
+    is_wide: bool
+    shards: tuple[_Shard, ...]
+
+
 class ClickLog(ClickLayout):
     """The examples of a click log, in its order; opened from the folder that `prepare_clicks` made.
 
@@ -102,30 +129,34 @@ class ClickLog(ClickLayout):
         num_positives: of them, those of label 1.
         num_faults: lines that could not be used.
         source_identities: of the files it was made from; see `Source.identity`.
+        check: see `prepared_entry`.
 
     Raises:
-        RuntimeError: the folder is not complete, or a file in it does not have the size it was written with.
+        ValueError: the table of contents is not one.
+        RuntimeError: a file does not have the size that it was written with.
     """
+
+    check: Check = staticmethod(nothing_found)
 
     def __init__(self, path: str) -> None:
         self.path = path
-        meta = read_contents(path, META_NAME, "click log")
-        self.fingerprint: str = meta["fingerprint"]
-        self.vocabulary_fingerprint = meta["vocabulary_fingerprint"]
-        self.source_identities: list[str] = meta["sources"]
-        self.num_faults: int = meta["num_faults"]
-        self.num_positives: int = sum(shard["num_positives"] for shard in meta["shards"])
-        self.num_rows = meta["num_rows"]
-        self.dense_names = meta["dense"]
+        meta = read_contents(path, _Meta)
+        self.fingerprint = meta.fingerprint
+        self.vocabulary_fingerprint = meta.vocabulary_fingerprint
+        self.source_identities = meta.sources
+        self.num_faults = meta.num_faults
+        self.num_positives = sum(shard.num_positives for shard in meta.shards)
+        self.num_rows = meta.num_rows
+        self.dense_names = meta.dense
         # The mean of what is not missing; the deviation is 1 where a column does not vary.
-        self.dense_mean = np.array(meta["dense_mean"])
-        self.dense_std = np.array(meta["dense_std"])
-        self.single_names = meta["single"]
-        self.bag_names = meta["bags"]
-        self._is_wide: bool = meta["is_wide"]
+        self.dense_mean = np.array(meta.dense_mean)
+        self.dense_std = np.array(meta.dense_std)
+        self.single_names = meta.single
+        self.bag_names = meta.bags
+        self._is_wide = meta.is_wide
         # Files of no bytes cannot be mapped, and hold nothing to read.
-        self._parts: list[dict[str, Any]] = [shard for shard in meta["shards"] if shard["num_examples"]]
-        self._starts = np.cumsum([0, *(shard["num_examples"] for shard in self._parts)])
+        self._parts = [shard for shard in meta.shards if shard.num_examples]
+        self._starts = np.cumsum([0, *(shard.num_examples for shard in self._parts)])
         self.num_examples = int(self._starts[-1])
 
     @property
@@ -159,7 +190,7 @@ class ClickLog(ClickLayout):
     def mean_bag_length(self) -> float:
         """Values of a bag on average, over all columns that are bags; 0 where there are none."""
         num_bags = self.num_examples * len(self.bag_names)
-        return sum(part["num_values"] for part in self._parts) / num_bags if num_bags else 0.0
+        return sum(part.num_values for part in self._parts) / num_bags if num_bags else 0.0
 
     def vocabulary(self, name: str) -> pa.Table | None:
         """See `ClickLayout.vocabulary`."""
@@ -174,11 +205,11 @@ class ClickLog(ClickLayout):
 
     @cached_property
     def _examples(self) -> list[NDArray[Any]]:
-        return [self._map(part["examples"], self.dtype, part["num_examples"]) for part in self._parts]
+        return [self._map(part.examples, self.dtype, part.num_examples) for part in self._parts]
 
     @cached_property
     def _values(self) -> list[NDArray[Any]]:
-        return [self._map(part["values"], row_dtype(self._is_wide), part["num_values"]) for part in self._parts]
+        return [self._map(part.values, row_dtype(self._is_wide), part.num_values) for part in self._parts]
 
     def _map(self, name: str, dtype: np.dtype[Any], num: int) -> NDArray[Any]:
         return map_values(os.path.join(self.path, name), dtype, num)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from embedtrain.data.readers import FORMATS, Layout, require_format
+from embedtrain.data.readers import Layout, require_format
 from embedtrain.data.readers.rows import Uses
 from embedtrain.errors import UserError
 
@@ -91,9 +91,7 @@ class ClickSchema:
     dense_transform: DenseTransform = "log1p"
 
     def __post_init__(self) -> None:
-        require_format(self.file_format, (CRITEO,))
-        if not FORMATS[self.reader].has_names:
-            raise UserError(f"a click log needs columns with names: format {self.file_format!r} has none")
+        require_format(self.file_format, (CRITEO,), "data.format", with_names=True)
         if self.dense_transform not in get_args(DenseTransform):
             raise UserError(f"dense_transform must be one of {get_args(DenseTransform)}, got {self.dense_transform!r}")
         if not self.categorical:
@@ -102,7 +100,7 @@ class ClickSchema:
         _refuse_repeats("the label and the categorical columns", (self.label, *(c.name for c in self.categorical)))
         if self.columns is not None:
             _refuse_repeats("columns", self.columns)
-            require_columns(self.used_columns, self.columns, "columns")
+            require_columns(self.used_columns, self.columns, "data.columns")
         Layout(self.columns, self.delimiter, self.quote)  # Refuses characters that cannot be used.
 
     @classmethod
@@ -123,6 +121,12 @@ class ClickSchema:
     def reader(self) -> str:
         """The name in `FORMATS` of what reads the files."""
         return "tsv" if self.file_format == CRITEO else self.file_format
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """The setting that names each used column."""
+        looked_up = {column.name: "data.categorical" for column in self.categorical}
+        return {**looked_up, **dict.fromkeys(self.dense, "data.dense"), self.label: "data.label"}
 
     @property
     def layout(self) -> Layout:

@@ -22,6 +22,7 @@ from embedtrain.data.readers.quotes import find_line_ends
 from embedtrain.data.stream import Lines, LineStream, StreamPosition
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import UserError
+from embedtrain.schema import Count, parse
 
 _logger = logging.getLogger(__name__)
 
@@ -44,6 +45,13 @@ class StreamOptions:
     lines_per_step: int
     poll_seconds: float | None = None
     max_bad_lines: int = 0
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """What a position says beside that of its `StreamPosition`."""
+
+    bad_lines: Count = 0
 
 
 class ClickStream(ClickLayout):
@@ -103,7 +111,7 @@ class ClickStream(ClickLayout):
             return None, position, True
         records, bad = self._parse(lines)
         # Each rank finds the same lines bad, and counts them alike.
-        num_bad = int(position.get("bad_lines", 0)) + len(bad)
+        num_bad = parse(_Counted, dict(position)).bad_lines + len(bad)
         self._judge(bad, num_bad, lines)
         num_global = len(records.examples)
         mine = share_of_rank(num_global, self._ranks.rank, self._ranks.size)
@@ -113,10 +121,9 @@ class ClickStream(ClickLayout):
     def _read(self, position: Mapping[str, Any]) -> tuple[Lines, dict[str, Any]] | None:
         """Returns the lines of a step, and the position after them; rank 0 only."""
         if self._lines is None:
-            begin = {name: value for name, value in position.items() if name != "bad_lines"}
             self._lines = LineStream(
                 self._options.path,
-                StreamPosition(**begin),
+                parse(StreamPosition, dict(position)),
                 poll_seconds=self._options.poll_seconds,
                 quoting=self._format.quoting(self._schema.layout),
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from embedtrain.data.readers import AUTO, Fault, Format, Layout, Rows, format_of
+from embedtrain.data.readers import AUTO, Fault, Format, Layout, Rows, format_of, require_columns
 from embedtrain.data.readers.blocks import Segment
 from embedtrain.data.readers.rows import Uses
 from embedtrain.data.sources import Source
@@ -33,6 +33,7 @@ def read_columns(
     format: str = AUTO,
     layout: Layout | None = None,
     separators: Mapping[str, str | None] | None = None,
+    keys: Mapping[str, str] | None = None,
 ) -> Iterator[TextRows]:
     """Reads columns of files, some rows at a time.
 
@@ -45,6 +46,7 @@ def read_columns(
         format: a name in `FORMATS`, or "auto" to go by each file's suffix.
         layout: how the lines of text are laid out.
         separators: as in `Uses`; None if no column may hold bags.
+        keys: the settings that name the columns, for messages.
 
     Yields:
         Rows; a column holds lists only if it does in the file.
@@ -58,7 +60,7 @@ def read_columns(
     for source in sources:
         reader, segment = format_of(source, format), Segment(source)
         existing = reader.columns(source, names, layout)
-        _require_columns(source, names, existing)
+        require_columns(source, names, existing, format, keys or {})
         faults: list[Fault] = []
         for rows in reader.read(segment, list(dict.fromkeys(names)), existing, layout, faults, uses=uses):
             _refuse_faults(faults, reader)
@@ -90,12 +92,3 @@ def _text_type(source: Source, name: str, found: pa.DataType) -> pa.DataType:
             + (", since a floating-point number cannot hold every 64-bit id" if pa.types.is_floating(found) else "")
         )
     return pa.large_string()
-
-
-def _require_columns(source: Source, names: Sequence[str], found: Sequence[str]) -> None:
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise UserError(
-            f"{source.url}: there is no column {', '.join(map(repr, missing))}; its columns are "
-            f"{', '.join(map(repr, found))}"
-        )

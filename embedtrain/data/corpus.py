@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embedtrain.data.cache import map_values, read_contents
+from embedtrain.data.prepared import Check, FileName, map_values, nothing_found, read_contents
 from embedtrain.data.vocabulary import Vocabulary
+from embedtrain.schema import Count
 
-META_NAME = "meta.json"
 VOCABULARY_NAME = "vocabulary.tsv"
 TOKEN_DTYPE = np.dtype("<i4")
+
+
+@dataclass(frozen=True)
+class _Shard:
+    name: FileName
+    num_tokens: Count
+    num_sentences: Count
+
+
+@dataclass(frozen=True)
+class _Meta:
+    """What `prepare_corpus` says of an entry in its table of contents."""
+
+    fingerprint: str
+    shards: tuple[_Shard, ...]
 
 
 class PreparedCorpus:
@@ -25,19 +41,25 @@ class PreparedCorpus:
     Args:
         path: the folder, on a local file system.
 
+    Attributes:
+        check: see `prepared_entry`.
+
     Raises:
-        RuntimeError: the folder is not complete, or a file in it does not have the size it was written with.
+        ValueError: the table of contents is not one.
+        RuntimeError: a file does not have the size that it was written with.
     """
+
+    check: Check = staticmethod(nothing_found)
 
     def __init__(self, path: str) -> None:
         self.path = path
-        meta = read_contents(path, META_NAME, "corpus")
-        self.fingerprint: str = meta["fingerprint"]
-        self.num_sentences: int = sum(shard["num_sentences"] for shard in meta["shards"])
+        meta = read_contents(path, _Meta)
+        self.fingerprint = meta.fingerprint
+        self.num_sentences = sum(shard.num_sentences for shard in meta.shards)
         # Files of no bytes cannot be mapped, and hold nothing to read.
-        shards = [shard for shard in meta["shards"] if shard["num_tokens"]]
-        self._shard_paths = [os.path.join(path, shard["name"]) for shard in shards]
-        self._shard_starts = np.cumsum([0, *(shard["num_tokens"] for shard in shards)])
+        shards = [shard for shard in meta.shards if shard.num_tokens]
+        self._shard_paths = [os.path.join(path, shard.name) for shard in shards]
+        self._shard_starts = np.cumsum([0, *(shard.num_tokens for shard in shards)])
         self.num_tokens = int(self._shard_starts[-1])
 
     @cached_property

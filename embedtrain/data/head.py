@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from embedtrain.data.codecs import without_compression
 from embedtrain.data.readers import Layout, format_of, suffixes_of
 from embedtrain.data.readers.blocks import read_chunks
-from embedtrain.data.sources import CHUNK_BYTES, TEXT_SUFFIXES, Source, expand_sources, without_compression
+from embedtrain.data.sources import CHUNK_BYTES, TEXT_SUFFIXES, Source, expand_sources
 
 TEXT = "text"
 """Stands for files of words, which are no rows."""

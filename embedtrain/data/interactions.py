@@ -8,27 +8,27 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
 from embedtrain.data.bags import Bags
-from embedtrain.data.cache import cached_entry
 from embedtrain.data.columns import read_columns
+from embedtrain.data.prepared import META_NAME, Check, nothing_found, prepared_entry, read_contents
 from embedtrain.data.readers import AUTO, Layout, suffixes_of
 from embedtrain.data.sources import Source, take_sources
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import UserError
+from embedtrain.schema import Count
 
 _logger = logging.getLogger(__name__)
 
-META_NAME = "meta.json"
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 _FORBIDDEN = ("\t", "\n", "\r")
 
 
@@ -79,6 +79,17 @@ class InteractionOptions:
     items: SideOptions = field(default_factory=SideOptions)
 
 
+@dataclass(frozen=True)
+class _Meta:
+    """What `prepare_interactions` says of an entry in its table of contents."""
+
+    fingerprint: str
+    num_interactions: Count
+    sources: list[str]
+    left_out: dict[str, int]
+    features: dict[str, dict[str, Count]]
+
+
 class Interactions:
     """Prepared interactions; opened from the folder that `prepare_interactions` made.
 
@@ -92,16 +103,21 @@ class Interactions:
         fingerprint: a hash of the pairs, of the ids and of the features.
         source_identities: of the files with the interactions; see `Source.identity`.
         left_out: what of the held-out data and features cannot be used, in numbers: see `meta.json`.
+        check: see `prepared_entry`.
+
+    Raises:
+        ValueError: the table of contents is not one.
     """
+
+    check: Check = staticmethod(nothing_found)
 
     def __init__(self, path: str) -> None:
         self.path = path
-        with open(os.path.join(path, META_NAME), encoding="utf-8") as file:
-            self._meta: dict[str, Any] = json.load(file)
-        self.fingerprint: str = self._meta["fingerprint"]
-        self.num_interactions: int = self._meta["num_interactions"]
-        self.source_identities: list[str] = self._meta["sources"]
-        self.left_out: dict[str, int] = self._meta["left_out"]
+        self._meta = read_contents(path, _Meta)
+        self.fingerprint = self._meta.fingerprint
+        self.num_interactions = self._meta.num_interactions
+        self.source_identities = self._meta.sources
+        self.left_out = self._meta.left_out
 
     @cached_property
     def users(self) -> Vocabulary:
@@ -127,7 +143,14 @@ class Interactions:
         """Returns, by name, the categories of each row of "users" or "items", and how many categories there are."""
         return {
             name: (Bags.load(os.path.join(self.path, f"{side}-{number}")), num_categories)
-            for number, (name, num_categories) in enumerate(self._meta["features"][side].items())
+            for number, (name, num_categories) in enumerate(self._meta.features[side].items())
+        }
+
+    def categories(self, side: str) -> dict[str, pa.Table]:
+        """Returns, by name, the categories of "users" or "items" in the order of their rows, with their counts."""
+        return {
+            name: pq.read_table(os.path.join(self.path, f"{side}-{number}.parquet"))
+            for number, name in enumerate(self._meta.features[side])
         }
 
 
@@ -149,8 +172,13 @@ def prepare_interactions(options: InteractionOptions, cache_path: str, ranks: Ra
         return _entry_name(options, listed[0])
 
     name = ranks.run_on_first(list_and_name)
-    path = cached_entry(cache_path, name, META_NAME, lambda work_path: _write(options, listed[0], work_path), ranks)
-    return Interactions(path)
+
+    def prepare(work_path: str) -> None:
+        ranks.run_on_first(lambda: _write(options, listed[0], work_path))
+
+    interactions, interactions_check = prepared_entry(cache_path, name, Interactions, prepare, ranks)
+    interactions.check = interactions_check
+    return interactions
 
 
 @dataclass(frozen=True)
@@ -181,11 +209,14 @@ def _entry_name(options: InteractionOptions, listed: _Listed) -> str:
 
 def _write(options: InteractionOptions, listed: _Listed, path: str) -> None:
     sources = listed.interactions
+    bases = [
+        None if side.base_vocabulary is None else Vocabulary.load_base(side.base_vocabulary, f"{name}.base_vocabulary")
+        for name, side in (("users", options.users), ("items", options.items))
+    ]
     pairs = read_pairs(sources, (options.user_column, options.item_column), options.format, options.layout)
     sides = ("user", options.users), ("item", options.items)
     vocabularies: list[Vocabulary] = []
     rows: list[NDArray[np.int64]] = []
-    bases = [None if side.base_vocabulary is None else Vocabulary.load_base(side.base_vocabulary) for _, side in sides]
     for (name, _), base, column in zip(sides, bases, pairs, strict=True):
         _refuse_line_ends(column, name)
         vocabulary, column_rows = _number(column, base)
@@ -217,7 +248,8 @@ def _write(options: InteractionOptions, listed: _Listed, path: str) -> None:
         found = _read_features(side_options, files, vocabulary, left_out, side)
         for number, (name, bags, categories) in enumerate(found):
             bags.save(os.path.join(path, f"{side}-{number}"))
-            features[side][name] = categories
+            pq.write_table(categories.as_table(), os.path.join(path, f"{side}-{number}.parquet"))
+            features[side][name] = len(categories)
             parts += [name, bags.fingerprint]
     meta = {
         "format_version": _FORMAT_VERSION,
@@ -232,19 +264,26 @@ def _write(options: InteractionOptions, listed: _Listed, path: str) -> None:
         json.dump(meta, file, indent=1, default=list)
 
 
-def read_pairs(sources: Sequence[Source], names: tuple[str, str], format: str, layout: Layout) -> list[pa.ChunkedArray]:
+def read_pairs(
+    sources: Sequence[Source],
+    names: tuple[str, str],
+    format: str,
+    layout: Layout,
+    keys: tuple[str, str] = ("data.user_column", "data.item_column"),
+) -> list[pa.ChunkedArray]:
     """Reads two columns of ids whole; each comes as dictionary-encoded chunks that share one dictionary.
 
     Args:
         sources: the files.
         names: of the columns; of no meaning in lines.
         format, layout: as in `read_columns`.
+        keys: the settings that name the columns.
 
     Raises:
         UserError: as `read_columns`, or a row holds no id, or there is no row.
     """
     chunks: list[list[pa.Array]] = [[], []]
-    for rows in read_columns(sources, names, format, layout):
+    for rows in read_columns(sources, names, format, layout, keys=dict(zip(names, keys, strict=True))):
         for name, column, found in zip(names, rows.columns, chunks, strict=True):
             if not pa.types.is_large_string(column.type):
                 raise UserError(f"{rows.place(0)}: column {name!r} holds lists: expected one id per row")
@@ -319,14 +358,15 @@ def _held_out(
 
 def _read_features(
     options: SideOptions, sources: list[Source], vocabulary: Vocabulary, left_out: dict[str, int], side: str
-) -> list[tuple[str, Bags, int]]:
-    """Returns name, categories of each row, and number of categories, for each feature."""
+) -> list[tuple[str, Bags, Vocabulary]]:
+    """Returns name, categories of each row, and the categories themselves, for each feature."""
     if options.path is None:
         return []
     names = list(options.separators)
     wanted = [options.id_column, *names]
+    keys = {**dict.fromkeys(names, f"{side}.features"), options.id_column: f"{side}.id_column"}
     batches = [
-        rows.columns for rows in read_columns(sources, wanted, options.format, options.layout, options.separators)
+        rows.columns for rows in read_columns(sources, wanted, options.format, options.layout, options.separators, keys)
     ]
     urls = ", ".join(source.url for source in sources)
     if not batches:
@@ -349,7 +389,7 @@ def _read_features(
         is_known = of_row >= 0
         order = np.argsort(of_row[is_known], kind="stable")
         bags = Bags.from_rows(of_row[is_known][order], category_rows[is_known][order], len(vocabulary))
-        found.append((name, bags, len(categories)))
+        found.append((name, bags, categories))
     return found
 
 

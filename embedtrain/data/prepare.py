@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,19 +12,25 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
-from embedtrain.data.cache import commit_work, make_cache_folder, make_work_folder, require_visible
-from embedtrain.data.corpus import META_NAME, TOKEN_DTYPE, VOCABULARY_NAME, PreparedCorpus
+from embedtrain.data.corpus import TOKEN_DTYPE, VOCABULARY_NAME, PreparedCorpus
+from embedtrain.data.prepared import META_NAME, prepared_entry
+from embedtrain.data.readers import FORMATS
 from embedtrain.data.readers.blocks import Segment, plan_parts, read_chunks
-from embedtrain.data.sources import CHUNK_BYTES, Source, take_sources
-from embedtrain.data.text import TOKENIZERS, encode, tokenize
+from embedtrain.data.sources import CHUNK_BYTES, Source, suffix_of, take_sources
+from embedtrain.data.text import TOKENIZERS, encode, lost_words, tokenize
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary, WordCounts, WordRows
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import UserError
+
+_logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[str, float], None]
 
 PART_BYTES = 2 << 20
 _FORMAT_VERSION = 1
+_HEAD_BYTES = 1 << 16
+_MANY_LOST = 0.2
+"""Share of the words of an ordinary text that hold digits or underscores, with room to spare: 2 to 5 % of articles'."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,35 +121,42 @@ def prepare_corpus(
             vocabulary, a cache folder that is not local or may not be written.
         RuntimeError: a rank does not see the cache folder of the others.
     """
-    cache_path = ranks.run_on_first(lambda: make_cache_folder(cache_path))
-    require_visible(cache_path, ranks)
-    sources = ranks.run_on_first(lambda: take_sources(options.paths))
+    sources = ranks.run_on_first(lambda: _take_texts(options))
     base = ranks.run_on_each(lambda: _load_base(options))
-    entry_path = os.path.join(cache_path, _entry_name(sources, _tokenization(options, base)))
-    meta_path = os.path.join(entry_path, META_NAME)
-    if not ranks.run_on_first(lambda: os.path.exists(meta_path)):
-        work_path = ranks.run_on_first(lambda: make_work_folder(entry_path))
-        require_visible(work_path, ranks)
+
+    def prepare(work_path: str) -> None:
+        ranks.run_on_first(lambda: _warn_of_lost_words(sources, options))
         parts = plan_parts(sources, part_bytes)
-        _prepare(_Job(work_path, options, base, parts, ranks, on_progress, chunk_bytes), entry_path)
-    require_visible(meta_path, ranks)
-    return PreparedCorpus(entry_path)
+        _prepare(_Job(work_path, options, base, parts, ranks, on_progress, chunk_bytes))
+
+    name = _entry_name(sources, _tokenization(options, base))
+    corpus, corpus_check = prepared_entry(cache_path, name, PreparedCorpus, prepare, ranks)
+    corpus.check = corpus_check
+    return corpus
 
 
-def _prepare(job: _Job, entry_path: str) -> None:
-    """Collective: counts, agrees on the vocabulary, encodes, and commits the entry."""
-    try:
-        job.ranks.run_on_each(lambda: _count_words(job))
-        job.ranks.run_on_first(lambda: _build_vocabulary(job))
-        vocabulary = job.ranks.run_on_each(lambda: Vocabulary.load(job.path(VOCABULARY_NAME)))
-        rows = WordRows(vocabulary.utf8_words)
-        my_shards = job.ranks.run_on_each(lambda: _write_shards(job, rows))
-        shards = [shard for theirs in job.ranks.all_gather(my_shards) for shard in theirs]
-        job.ranks.run_on_first(lambda: _commit(job, vocabulary, shards, entry_path))
-    except BaseException:
-        if job.ranks.rank == 0:
-            shutil.rmtree(job.work_path, ignore_errors=True)
-        raise
+def _take_texts(options: CorpusOptions) -> list[Source]:
+    """Returns the files, and warns of those whose names are those of rows: their column names would become words."""
+    sources = take_sources(options.paths)
+    for name in ("csv", "tsv", "jsonl"):
+        rows = [source.url for source in sources if suffix_of(source.url) in FORMATS[name].suffixes]
+        if rows:
+            _logger.warning(
+                f"{', '.join(rows[:3])}: read as text, names of columns and all, although the name is one of {name}: "
+                f"for sentences of items give data.format={name}, with data.basket_column and data.item_column"
+            )
+    return sources
+
+
+def _prepare(job: _Job) -> None:
+    """Collective: counts, agrees on the vocabulary, and encodes."""
+    job.ranks.run_on_each(lambda: _count_words(job))
+    job.ranks.run_on_first(lambda: _build_vocabulary(job))
+    vocabulary = job.ranks.run_on_each(lambda: Vocabulary.load(job.path(VOCABULARY_NAME)))
+    rows = WordRows(vocabulary.utf8_words)
+    my_shards = job.ranks.run_on_each(lambda: _write_shards(job, rows))
+    shards = [shard for theirs in job.ranks.all_gather(my_shards) for shard in theirs]
+    job.ranks.run_on_first(lambda: _write_contents(job, vocabulary, shards))
 
 
 def _count_words(job: _Job) -> None:
@@ -169,7 +182,7 @@ def _build_vocabulary(job: _Job) -> None:
         build = Vocabulary.build if job.base is None else job.base.extended
         vocabulary = build(counts.table(), options.min_count, options.max_vocab_size)
     except UserError as error:
-        raise UserError(f"{', '.join(options.paths)}: {error}") from error
+        raise UserError(f"{', '.join(options.paths)}: {error}{_hint(counts.table(), options)}") from error
     vocabulary.save(job.path(VOCABULARY_NAME))
 
 
@@ -193,8 +206,12 @@ def _write_shards(job: _Job, rows: WordRows) -> list[dict[str, Any]]:
     return shards
 
 
-def _commit(job: _Job, vocabulary: Vocabulary, shards: list[dict[str, Any]], entry_path: str) -> None:
-    """Writes the table of contents and gives the folder its final name."""
+def _write_contents(job: _Job, vocabulary: Vocabulary, shards: list[dict[str, Any]]) -> None:
+    if not sum(shard["num_tokens"] for shard in shards):
+        raise UserError(
+            f"{', '.join(job.options.paths)}: none of its words is in the vocabulary: no known word, and no new one "
+            f"that stands there data.min_count={job.options.min_count} times"
+        )
     shards = sorted(shards, key=lambda shard: str(shard["name"]))
     content = [shard["xxh3"] for shard in shards], vocabulary.fingerprint, _tokenization(job.options, job.base)
     meta = {
@@ -206,9 +223,6 @@ def _commit(job: _Job, vocabulary: Vocabulary, shards: list[dict[str, Any]], ent
     }
     with open(job.path(META_NAME), "w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    commit_work(job.work_path, entry_path, META_NAME)
 
 
 def _chunks(part: Sequence[Segment], job: _Job, progress: _Progress) -> Iterator[bytes]:
@@ -236,6 +250,27 @@ class _Progress:
         self._done_bytes += num_bytes
         if self._on_progress is not None:
             self._on_progress(self._stage, min(1.0, self._done_bytes / self._total_bytes))
+
+
+def _hint(counts: pa.Table, options: CorpusOptions) -> str:
+    """Returns what to do about a text without words."""
+    if len(counts) > 0 or options.tokenizer != "letters":
+        return ""
+    return " of letters; data.tokenizer=whitespace takes what stands between spaces, such as numbers"
+
+
+def _warn_of_lost_words(sources: Sequence[Source], options: CorpusOptions) -> None:
+    """Warns of a text whose words are ids: the tokenizer `letters` cuts or drops them."""
+    if options.tokenizer != "letters":
+        return
+    source = sources[0]
+    head = next(iter(read_chunks(source, 0, source.size_bytes, chunk_bytes=_HEAD_BYTES)), b"")
+    share, example = lost_words(head[:_HEAD_BYTES])
+    if share > _MANY_LOST:
+        _logger.warning(
+            f"{source.url}: {share:.0%} of its first words are like {example!r}, of which data.tokenizer=letters keeps "
+            "the letters alone, lower-cased, and nothing of a number: data.tokenizer=whitespace keeps them as they are"
+        )
 
 
 def _load_base(options: CorpusOptions) -> Vocabulary | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from embedtrain.data.cache import commit_work, make_cache_folder, make_work_folder, require_visible
 from embedtrain.data.click_files import ClickFiles, describe_fault, plan_files, read_rows
 from embedtrain.data.click_log import (
     DENSE,
@@ -28,7 +26,7 @@ from embedtrain.data.click_log import (
 from embedtrain.data.click_records import Moments, encode
 from embedtrain.data.click_schema import CategoricalColumn, ClickSchema
 from embedtrain.data.click_values import Examples, parse_rows
-from embedtrain.data.corpus import META_NAME
+from embedtrain.data.prepared import META_NAME, prepared_entry
 from embedtrain.data.readers import Fault, suffixes_of
 from embedtrain.data.readers.blocks import Segment
 from embedtrain.data.sources import CHUNK_BYTES, Source, take_sources
@@ -128,19 +126,15 @@ def prepare_clicks(
             exist, more lines than `max_bad_lines` that cannot be used.
         RuntimeError: a rank does not see the cache folder of the others.
     """
-    cache_path = ranks.run_on_first(lambda: make_cache_folder(cache_path))
-    require_visible(cache_path, ranks)
     schema = options.schema
     sources = ranks.run_on_first(lambda: take_sources(options.path, suffixes_of(schema.reader)))
-    entry_path = os.path.join(cache_path, _entry_name(sources, schema, like))
-    meta_path = os.path.join(entry_path, META_NAME)
-    if not ranks.run_on_first(lambda: os.path.exists(meta_path)):
+
+    def prepare(work_path: str) -> None:
         files = plan_files(sources, schema, part_bytes, ranks)
-        work_path = ranks.run_on_first(lambda: make_work_folder(entry_path))
-        require_visible(work_path, ranks)
-        _prepare(_Job(work_path, options, files, ranks, like, chunk_bytes), entry_path)
-    require_visible(meta_path, ranks)
-    log = ClickLog(entry_path)
+        _prepare(_Job(work_path, options, files, ranks, like, chunk_bytes))
+
+    log, log_check = prepared_entry(cache_path, _entry_name(sources, schema, like), ClickLog, prepare, ranks)
+    log.check = log_check
     if log.num_faults > options.max_bad_lines:
         # It was prepared when more of them were allowed.
         raise UserError(
@@ -149,23 +143,18 @@ def prepare_clicks(
     return log
 
 
-def _prepare(job: _Job, entry_path: str) -> None:
-    """Collective: counts where there are vocabularies, encodes, and commits the entry."""
-    try:
-        if job.with_vocabulary and job.like is None:
-            job.ranks.run_on_each(lambda: _count_values(job))
-            job.ranks.run_on_first(lambda: _build_vocabularies(job))
-        vocabularies = job.ranks.run_on_each(lambda: _load_vocabularies(job))
-        shards, faults = job.ranks.run_on_each(lambda: _write_shards(job, vocabularies))
-        _check_faults(job, faults)
-        gathered = job.ranks.all_gather((shards, len(faults)))
-        all_shards = [shard for theirs, _ in gathered for shard in theirs]
-        num_faults = sum(number for _, number in gathered)
-        job.ranks.run_on_first(lambda: _commit(job, vocabularies, all_shards, num_faults, entry_path))
-    except BaseException:
-        if job.ranks.rank == 0:
-            shutil.rmtree(job.work_path, ignore_errors=True)
-        raise
+def _prepare(job: _Job) -> None:
+    """Collective: counts where there are vocabularies, and encodes."""
+    if job.with_vocabulary and job.like is None:
+        job.ranks.run_on_each(lambda: _count_values(job))
+        job.ranks.run_on_first(lambda: _build_vocabularies(job))
+    vocabularies = job.ranks.run_on_each(lambda: _load_vocabularies(job))
+    shards, faults = job.ranks.run_on_each(lambda: _write_shards(job, vocabularies))
+    _check_faults(job, faults)
+    gathered = job.ranks.all_gather((shards, len(faults)))
+    all_shards = [shard for theirs, _ in gathered for shard in theirs]
+    num_faults = sum(number for _, number in gathered)
+    job.ranks.run_on_first(lambda: _write_contents(job, vocabularies, all_shards, num_faults))
 
 
 def _read_part(part: list[Segment], job: _Job, faults: list[Fault]) -> Iterator[Examples]:
@@ -272,14 +261,9 @@ def _write_shards(job: _Job, vocabularies: Mapping[str, WordRows]) -> tuple[list
     return shards, faults
 
 
-def _commit(
-    job: _Job,
-    vocabularies: Mapping[str, WordRows],
-    shards: list[dict[str, Any]],
-    num_faults: int,
-    entry_path: str,
+def _write_contents(
+    job: _Job, vocabularies: Mapping[str, WordRows], shards: list[dict[str, Any]], num_faults: int
 ) -> None:
-    """Writes the table of contents and completes the entry."""
     shards = sorted(shards, key=lambda shard: str(shard["examples"]))
     moments = Moments(len(job.schema.dense))
     for shard in shards:
@@ -313,9 +297,6 @@ def _commit(
     }
     with open(job.path(META_NAME), "w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    commit_work(job.work_path, entry_path, META_NAME)
 
 
 def _fingerprint(vocabularies: Mapping[str, WordRows]) -> str:

@@ -15,6 +15,9 @@ from embedtrain.data.negatives import alias_table
 from embedtrain.data.partition import block_order, num_steps, random_generator, share_of_rank
 from embedtrain.jagged import Jagged
 
+MANY_KNOWN = 1 << 21
+"""With more items of its users than this, a step looks for its candidates among them first: 16 MiB."""
+
 
 @dataclass(frozen=True)
 class RetrievalBatch:
@@ -25,7 +28,7 @@ class RetrievalBatch:
         positives: [m] int64 rows of items, those of the first user first.
         example: [m] int64; the place among `users` of each positive's user.
         negatives: [k] int64; this rank's share of the items drawn.
-        known: the items of each of `users`, which are no negatives for them.
+        known: the items of each of `users`, which are no negatives for them; of very many, the candidates alone.
         candidates: [c] int64; what is scored as negatives: the items drawn, rank by rank, with `in_batch` each
             rank's positives before them.
         candidate_counts: for each rank how many of the candidates are its own.
@@ -140,13 +143,12 @@ class RetrievalBatches:
         own = [[positives[p], negatives[k]] if self._options.in_batch else [negatives[k]] for _, p, k in shares]
         candidates = np.concatenate([part for parts in own for part in parts])
         mine, my_positives, my_negatives = shares[self._rank]
-        known, known_lengths = self._known.of(users[mine])
         return RetrievalBatch(
             users=torch.from_numpy(users[mine]),
             positives=torch.from_numpy(positives[my_positives]),
             example=torch.from_numpy(np.repeat(np.arange(len(users[mine])), lengths[mine])),
             negatives=torch.from_numpy(negatives[my_negatives]),
-            known=Jagged(torch.from_numpy(known), torch.from_numpy(known_lengths)),
+            known=self._known_of(users[mine], candidates),
             candidates=torch.from_numpy(candidates),
             candidate_counts=[sum(map(len, parts)) for parts in own],
             expected=(
@@ -156,6 +158,21 @@ class RetrievalBatches:
             in_batch=self._options.in_batch,
             num_global_positives=len(positives),
         )
+
+    def _known_of(self, users: NDArray[np.int64], candidates: NDArray[np.int64]) -> Jagged:
+        """Returns the items of each user; if they are very many, only those among the candidates.
+
+        A user of 200,000 items is in thousands of examples, of which a step may hold hundreds.
+        """
+        known = self._known
+        if int(self._degrees[users].sum()) > MANY_KNOWN:
+            distinct, users = np.unique(users, return_inverse=True)
+            wanted = np.unique(candidates)
+            found = [_common(wanted, known.values[known.starts[user] : known.starts[user + 1]]) for user in distinct]
+            starts = np.cumsum([0, *map(len, found)])
+            known = Bags(starts, np.concatenate(found))
+        values, lengths = known.of(users)
+        return Jagged(torch.from_numpy(values), torch.from_numpy(lengths))
 
     def _begin_epoch(self, epoch: int) -> None:
         if self._on_epoch is not None:
@@ -194,3 +211,12 @@ class RetrievalBatches:
         first = int(lengths[: mine.start].sum())
         positives = slice(first, first + int(lengths[mine.start : mine.stop].sum()))
         return slice(mine.start, mine.stop), positives, slice(drawn.start, drawn.stop)
+
+
+def _common(wanted: NDArray[np.int64], known: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Returns the wanted items that are known; both ascend, and nothing is done for each known item."""
+    if not len(known):
+        return wanted[:0]
+    places = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+    common: NDArray[np.int64] = wanted[known[places] == wanted]
+    return common

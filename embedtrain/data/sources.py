@@ -18,6 +18,7 @@ import fsspec.utils
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
+from embedtrain.data.codecs import COMPRESSED, MAGIC_BYTES, codec_of, without_compression
 from embedtrain.errors import UserError
 
 CHUNK_BYTES = 4 << 20
@@ -26,15 +27,6 @@ TEXT_SUFFIXES = (".txt", "")
 
 _logger = logging.getLogger(__name__)
 
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_MAGIC = {
-    "gzip": re.compile(rb"\x1f\x8b\x08"),
-    "bz2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
-    "xz": re.compile(rb"\xfd7zXZ\0"),
-    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
-}
-"""How a compressed file begins."""
-_MAGIC_BYTES = 10
 # What file systems call the facts that change when a file's content does.
 _TIME_KEYS = frozenset({"mtime", "modified", "lastmodified", "last_modified", "last-modified"})
 _HASH_KEYS = frozenset({"etag", "checksum", "crc", "md5", "md5hash", "content-md5", "sha"})
@@ -147,7 +139,7 @@ def refuse_changes(path: str | Sequence[str], suffixes: tuple[str, ...], identit
         names = sorted({identity.partition(" size=")[0] for identity in changed})
         raise UserError(
             f"{', '.join(names)}: changed while the run trained on it. The run can be resumed where the examples are "
-            "still the same; else bring the file back, or start a new run.path"
+            "still the same; else bring the file back, or start anew with another run.path"
         )
 
 
@@ -159,12 +151,6 @@ def suffix_of(name: str) -> str:
     links = name.split("::")
     suffix = os.path.splitext(without_compression(os.path.basename(links[_place_of_name(links)]).lower()))[1]
     return suffix if re.fullmatch(r"\.[a-z][a-z0-9]*", suffix) else ""
-
-
-def without_compression(name: str) -> str:
-    """Returns a file's name without the suffix of a compression."""
-    base, suffix = os.path.splitext(name)
-    return base if suffix.lower() in _COMPRESSED else name
 
 
 def is_hidden(path: str) -> bool:
@@ -189,7 +175,7 @@ def _sources(found: _Found) -> list[Source]:
 
 
 @contextmanager
-def _explained(path: str) -> Iterator[None]:
+def explained_path(path: str) -> Iterator[None]:
     """Turns what a file system raises about a path into one line that names the path.
 
     File systems answer a path that they cannot use by exceptions of any type: a damaged archive, a URL without a host,
@@ -215,7 +201,7 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def _expand(path: str, suffixes: tuple[str, ...], found: _Found) -> None:
-    with _explained(path):
+    with explained_path(path):
         fs, root = file_system_of(path)
         info = _info_or_none(fs, root)
         if info is not None and info["type"] == "file":
@@ -274,7 +260,7 @@ def _of_folder(
         name = info["name"].removeprefix(root).lstrip("/")
         if is_hidden(name):
             found.leave_out(name, "hidden files")
-        elif suffix_of(name) in suffixes or ("" in suffixes and name.lower().endswith(_COMPRESSED)):
+        elif suffix_of(name) in suffixes or ("" in suffixes and name.lower().endswith(COMPRESSED)):
             yield info
         else:
             wanted = ", ".join(filter(None, suffixes))
@@ -401,7 +387,7 @@ def _identity(fs: fsspec.AbstractFileSystem, info: dict[str, Any], url: str) -> 
     version = {key: value for key, value in told.items() if key in _TIME_KEYS | _HASH_KEYS}
     size = info["size"]
     if size is None or not version:
-        with _explained(url):
+        with explained_path(url):
             size, version = _hashed(fs, info["name"])
     return size, f"{url} size={size} {sorted(version.items())}"
 
@@ -449,7 +435,7 @@ def _heads(
     for source in sources:
         fs, info = files[source.url]
         if isinstance(fs, LocalFileSystem) or is_web(fs) or not source.can_seek:
-            with _explained(source.url):
+            with explained_path(source.url):
                 heads[source.url] = _head(fs, info["name"])
         elif source.size_bytes:
             together.setdefault(fs, []).append(source)
@@ -457,8 +443,8 @@ def _heads(
             heads[source.url] = b""
     for fs, of_fs in together.items():
         names = [files[source.url][1]["name"] for source in of_fs]
-        ends = [min(source.size_bytes, _MAGIC_BYTES) for source in of_fs]
-        with _explained(_shown([source.url for source in of_fs])):
+        ends = [min(source.size_bytes, MAGIC_BYTES) for source in of_fs]
+        with explained_path(_shown([source.url for source in of_fs])):
             found = fs.cat_ranges(names, [0] * len(names), ends, on_error="raise")
         heads.update(zip((source.url for source in of_fs), found, strict=True))
     return heads
@@ -466,13 +452,8 @@ def _heads(
 
 def _head(fs: fsspec.AbstractFileSystem, name: str) -> bytes:
     with fs.open(name, "rb", **({"block_size": 0} if is_web(fs) else {})) as file:
-        head: bytes = file.read(_MAGIC_BYTES)
+        head: bytes = file.read(MAGIC_BYTES)
     return head
-
-
-def codec_of(head: bytes) -> str | None:
-    """Returns the codec of a file that begins with `head`; None for a plain file."""
-    return next((codec for codec, magic in _MAGIC.items() if magic.match(head)), None)
 
 
 def _surroundings(fs: fsspec.AbstractFileSystem, path: str) -> str:

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import fsspec
 import xxhash
+from fsspec import AbstractFileSystem
 
 from embedtrain.data.readers.blocks import BYTE_ORDER_MARK, MARK_WITHIN, MAX_RECORD_BYTES, UTF16_MARKS, open_unpacked
-from embedtrain.data.readers.quotes import Quoting, open_test
-from embedtrain.data.sources import is_hidden, source_at
+from embedtrain.data.readers.quotes import Quoting, find_line_ends, find_spans, open_test
+from embedtrain.data.sources import explained_path, file_system_of, is_hidden, source_at
 from embedtrain.errors import UserError
+from embedtrain.schema import Count
 
 STANDARD_INPUT = "-"
 
@@ -28,6 +29,8 @@ _UNFINISHED = (".partial", ".tmp")
 _TURN_SECONDS = 1.0
 """Poll timeout of the non-blocking reader, in seconds."""
 _READ_BYTES = 1 << 16
+_ODD = (b"\r", b"\0", BYTE_ORDER_MARK)
+"""What lines must not hold to be records as they stand."""
 _NEVER_CLOSED = "a quote that is opened on this line is never closed"
 
 
@@ -42,7 +45,7 @@ class StreamPosition:
     """
 
     name: str = ""
-    line: int = 0
+    line: Count = 0
     digest: str = ""
 
 
@@ -60,6 +63,15 @@ class Lines:
     texts: list[str]
     numbers: list[tuple[str, int, int]]
     wrong: dict[int, str] = field(default_factory=dict)
+
+    def count(self, name: str, first: int, num_lines: int) -> None:
+        """Notes where the lines stand that were just added."""
+        if self.numbers:
+            last_name, last_first, last_count = self.numbers[-1]
+            if last_first + last_count == first and last_name == name:
+                self.numbers[-1] = (name, last_first, last_count + num_lines)
+                return
+        self.numbers.append((name, first, num_lines))
 
     def place(self, index: int) -> str:
         """Names the file and the line of a text, as an editor counts them."""
@@ -109,6 +121,7 @@ class LineStream:
         self._name, self._line, self._digest = self.position.name, self.position.line, xxhash.xxh3_64()
         self._first_line = self._line
         self._lines = self._every_line()
+        self._run: _Run | None = None
         self._taken = Lines([], [])
 
     def read(self, num_lines: int) -> list[str]:
@@ -130,36 +143,52 @@ class LineStream:
         Those that have come are kept for the next call.
         """
         taken = self._taken
-        while len(taken.texts) < num_lines:
+        while (num_missing := num_lines - len(taken.texts)) > 0:
+            if self._run is not None:
+                self._take_of_run(self._run, num_missing, taken)
+                continue
             try:
                 line = next(self._lines)
             except StopIteration:
                 break
             if line is None:
                 return None
+            if isinstance(line, _Run):
+                self._run = line
+                continue
             if isinstance(line, _Wrong):
                 taken.wrong[len(taken.texts)] = line.reason
                 line = ""
             taken.texts.append(line)
-            if taken.numbers:
-                name, first, count = taken.numbers[-1]
-                if first + count == self._first_line and name == self._name:
-                    taken.numbers[-1] = (name, first, count + 1)
-                    continue
-            taken.numbers.append((self._name, self._first_line, 1))
+            taken.count(self._name, self._first_line, 1)
         self._taken = Lines([], [])
         if taken.texts:
             self.position = StreamPosition(self._name, self._line, self._digest.hexdigest())
         return taken
 
-    def _every_line(self) -> Iterator[str | _Wrong | None]:
-        """Yields the lines from the position on, and None where none has come for a while."""
+    def _take_of_run(self, run: _Run, num_lines: int, taken: Lines) -> None:
+        """Takes the next lines of a run, and moves on to their end."""
+        texts = run.texts[run.num_taken : run.num_taken + num_lines]
+        self._name, self._digest = run.name, run.digest
+        is_whole = len(texts) == len(run.texts)
+        self._digest.update(run.content if is_whole else "".join(map("{}\n".format, texts)).encode())
+        first = run.first + run.num_taken
+        taken.texts.extend(texts)
+        taken.count(run.name, first, len(texts))
+        run.num_taken += len(texts)
+        self._first_line, self._line = first + len(texts) - 1, first + len(texts) - 1
+        if run.num_taken == len(run.texts):
+            self._run = None
+
+    def _every_line(self) -> Iterator[str | _Wrong | _Run | None]:
+        """Yields the records from the position on, plain lines together, and None if none has come for a while."""
         if self._path == STANDARD_INPUT:
             yield from self._records_of(
                 _split(_read_descriptor(self._standard_input), self._path_of(STANDARD_INPUT)), STANDARD_INPUT
             )
             return
-        file_system, root = fsspec.core.url_to_fs(self._path)
+        with explained_path(self._path):
+            file_system, root = file_system_of(self._path)
         file_system.invalidate_cache()
         if file_system.isfile(root):
             folder, _, only = root.rpartition("/")
@@ -178,7 +207,7 @@ class LineStream:
             except OSError as error:
                 raise UserError(f"{self._path_of(name)} cannot be read: {error}") from error
 
-    def _names(self, file_system: fsspec.AbstractFileSystem, folder: str) -> Iterator[str | None]:
+    def _names(self, file_system: AbstractFileSystem, folder: str) -> Iterator[str | None]:
         """Yields the names of a folder's files from the position on, and None while it waits for more."""
         known: set[str] | None = None
         while True:
@@ -217,7 +246,7 @@ class LineStream:
             return "standard input"
         return self._path if self._path.endswith(f"/{name}") else f"{self._path}/{name}"
 
-    def _records_of(self, blocks: Iterable[list[bytes] | None], name: str) -> Iterator[str | _Wrong | None]:
+    def _records_of(self, blocks: Iterable[list[bytes] | None], name: str) -> Iterator[str | _Wrong | _Run | None]:
         """Yields the records of a file that were not read before, and None while nothing comes."""
         before = self.position if name == self.position.name else StreamPosition()
         where = self._path_of(name)
@@ -227,6 +256,10 @@ class LineStream:
         for lines in blocks:
             if lines is None:
                 yield None
+                continue
+            if number >= max(1, before.line) and (run := records.run_of(lines, name, digest)) is not None:
+                number += len(lines)
+                yield run
                 continue
             for line in lines:
                 number += 1
@@ -270,6 +303,27 @@ class LineStream:
         return text
 
 
+@dataclass
+class _Run:
+    """Lines of a file that are records as they stand.
+
+    Attributes:
+        texts: without their ends.
+        content: their bytes, each line with an LF.
+        name: of the file.
+        first: number of the first line.
+        digest: of the file's lines before these, to be updated with those that are taken.
+        num_taken: how many were taken.
+    """
+
+    texts: list[str]
+    content: bytes
+    name: str
+    first: int
+    digest: xxhash.xxh3_64
+    num_taken: int = 0
+
+
 class _Wrong(NamedTuple):
     """Stands for a record that cannot be used."""
 
@@ -294,9 +348,31 @@ class _Records:
     def __init__(self, quoting: Quoting | None, first: int) -> None:
         self._quote = None if quoting is None else quoting.quote.encode()
         self._is_open_after = None if quoting is None else open_test(quoting)
+        self._quoting = quoting
         self._first = first
         self._open: list[bytes] = []
         self._num_bytes = 0
+
+    def run_of(self, lines: list[bytes], name: str, digest: xxhash.xxh3_64) -> _Run | None:
+        """Takes the next lines if all of them are records as they stand; None if they must be looked at one by one.
+
+        That is so if no line before them is open, no line ends within quotes, and they hold no CR and nothing wrong.
+        """
+        content = b"".join(lines)
+        if self._open or not content.endswith(b"\n") or any(each in content for each in _ODD):
+            return None
+        if self._quoting is not None and self._quoting.quote.encode() in content:
+            spans = find_spans(content, self._quoting)
+            if spans.open_at is not None or spans.are_inside(find_line_ends(content) - 1).any():
+                return None
+        try:
+            texts = content.decode().split("\n")
+        except UnicodeDecodeError:
+            return None
+        texts.pop()
+        run = _Run(texts, content, name, self._first, digest)
+        self._first += len(lines)
+        return run
 
     def add(self, line: bytes) -> list[_Record]:
         """Takes the next line; returns the records that end with it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,9 @@ from embedtrain.data.vocabulary import WordRows
 # A longer line is cut into sentences of this many words, as gensim does (word2vec.c cuts at 1,000 kept
 # words): a text without line ends is still trained on whole, and a sentence has a bounded size.
 MAX_SENTENCE_WORDS = 10_000
+
+_CUT = re.compile(rb"[A-Za-z][_:/#.@-]?[0-9]|[0-9][_:/#@-]?[A-Za-z]|[A-Za-z0-9]_[A-Za-z0-9]")
+_NUMBER = re.compile(rb"[0-9]+")
 
 _NEWLINE, _SPACE = 10, 32
 _SEPARATORS = bytes(range(_SPACE + 1))
@@ -105,6 +109,17 @@ def tokenize(chunks: Iterable[bytes], tokenizer: str) -> Iterator[Tokens]:
         place_in_line = np.arange(len(starts)) - np.repeat(line_first, line_sizes)
         yield Tokens(words, place_in_line % MAX_SENTENCE_WORDS == 0)
         words_in_line = len(starts) - int(line_first[-1])
+
+
+def lost_words(text: bytes) -> tuple[float, str]:
+    """Returns the share of a text's words that the tokenizer `letters` cuts or drops, and an example; 0 without any.
+
+    Words that a reader writes with a digit or an underscore within, such as node_12, lose that part; numbers are
+    dropped. Punctuation around words is no loss.
+    """
+    words = text.split()
+    lost = [word for word in words if _CUT.search(word) or _NUMBER.fullmatch(word)]
+    return len(lost) / max(len(words), 1), lost[0].decode(errors="replace") if lost else ""
 
 
 def encode(tokens: Iterable[Tokens], rows: WordRows) -> Iterator[NDArray[np.int32]]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import operator
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
@@ -13,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from embedtrain.data.readers.blocks import open_unpacked, read_chunks
+from embedtrain.data.readers.blocks import BYTE_ORDER_MARK, open_unpacked, read_chunks
 from embedtrain.data.readers.parquet import open_parquet
 from embedtrain.data.readers.rows import plain
 from embedtrain.data.sources import Source, expand_sources
@@ -27,6 +30,15 @@ NAMES_SUFFIX = ".vocabulary.tsv"
 
 _HEAD_BYTES = 1 << 20
 _BLOCK_BYTES = 8 << 20
+_NO_TEXT = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")
+"""Bytes that text has only in odd names; four of ten random bytes are one of these or no UTF-8."""
+_BORDER = re.compile(rb"[\t\n\v\f\r ]")
+_FOREIGN = {
+    b"PK\x03\x04": "a zip archive, such as npz",
+    b"\x80": "a Python pickle",
+    b"\xba\x16\x4f\x2f": "fastText's model (.bin)",
+}
+"""What else files of vectors begin with, and what they are."""
 _MAX_HEADER_BYTES = 100 << 20
 _VALUES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 """How numpy reads the values of a safetensors file; those of BF16 are the upper halves of float32 values."""
@@ -50,8 +62,9 @@ def read_vectors(path: str, dim: int) -> Iterator[VectorBlock]:
 
     Reads word2vec's text and binary formats, fastText's `.vec`, GloVe's text, npy and safetensors with their names
     beside them in `PATH.vocabulary.tsv` (a line for each row: the name, then perhaps a tab and a count), all of them
-    compressed or not, and Parquet with the columns `word` and `vector`. A name that word2vec cut within a letter ends
-    with U+FFFD.
+    compressed or not, and Parquet with the columns `word` and `vector`. The format is told by the content: what is
+    none of these is refused, and so is a file that does not hold as many vectors as it says. A name that word2vec cut
+    within a letter ends with U+FFFD.
 
     Args:
         path: the file, any fsspec URL.
@@ -63,40 +76,98 @@ def read_vectors(path: str, dim: int) -> Iterator[VectorBlock]:
     sources = expand_sources([path])
     if len(sources) != 1:
         raise UserError(f"{path}: expected one file of vectors, and this is {len(sources)}: name one of them")
-    yield from _reader_of(sources[0])(sources[0], dim)
+    yield from _reader_of(sources[0], dim)(sources[0], dim)
 
 
-def _reader_of(source: Source) -> Callable[[Source, int], Iterator[VectorBlock]]:
-    """Tells the format from the first bytes."""
+def check_vectors(path: str, dim: int, key: str) -> None:
+    """Opens a file of vectors and reads the first of them.
+
+    Raises:
+        UserError: as `read_vectors`; the message names the key.
+    """
+    try:
+        next(iter(read_vectors(path, dim)), None)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
+def _reader_of(source: Source, expected_dim: int) -> Callable[[Source, int], Iterator[VectorBlock]]:
+    """Tells the format from the first bytes.
+
+    Raises:
+        UserError: they are of no format.
+    """
     with open_unpacked(source) as file:
-        head = file.read(_HEAD_BYTES)
+        head = file.read(max(_HEAD_BYTES, 64 * expected_dim))
     if head.startswith(b"\x93NUMPY"):
         return _read_npy
     if head.startswith(b"PAR1"):
         return _read_parquet
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < _MAX_HEADER_BYTES:
         return _read_safetensors
-    header, _, rest = head.partition(b"\n")
-    counts = _counts_of(header)
-    if counts is None or not rest:
+    for begin, what in _FOREIGN.items():
+        if head.startswith(begin):
+            raise UserError(f"{source.url}: {what} is no format of vectors that is read: export them as one of these")
+    header, _, rest = head.removeprefix(BYTE_ORDER_MARK).partition(b"\n")
+    counts = _header_of(header, rest)
+    number, line = _first_line(rest, 2) if counts is not None else _first_line(header + b"\n" + rest, 1)
+    dim = len(line.split()) - 1 if counts is None else counts[1]
+    if (not line and counts is not None) or _parsed([line.rsplit(maxsplit=dim)[-dim:]], dim) is not None:
         return _read_text
-    first = rest.partition(b"\n")[0].rsplit(maxsplit=counts[1])
-    return _read_binary if _parsed([first[1:]], counts[1]) is None else _read_text
+    if counts is not None and _is_binary(rest):
+        return _read_binary
+    raise UserError(
+        f"{source.url}: line {number}: expected a name and {dim if counts else 'some'} numbers, got "
+        f"{_shortened(line)}: the file is damaged, or not one of vectors"
+    )
+
+
+def _header_of(first: bytes, rest: bytes) -> tuple[int, int] | None:
+    """Returns the rows and the dim that word2vec's first line gives; None if the line is not such a header."""
+    counts = _counts_of(first)
+    # In GloVe's format, with vectors of one value, a name may be a number too.
+    fields = _first_line(rest, 2)[1].split()
+    if counts is not None and counts[1] != 1 and len(fields) == 2 and _parsed([fields[1:]], 1) is not None:
+        return None
+    return counts
+
+
+def _first_line(text: bytes, number: int) -> tuple[int, bytes]:
+    """Returns the number and the content of the first line that is not blank; an empty one if there is none."""
+    for at, line in enumerate(text.split(b"\n"), start=number):
+        if line.strip():
+            return at, line
+    return number, b""
+
+
+def _is_binary(data: bytes) -> bool:
+    """Tells whether bytes cannot be lines of text."""
+    if _NO_TEXT.search(data):
+        return True
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return error.reason != "unexpected end of data"
+    return False
+
+
+def _shortened(line: bytes) -> str:
+    return repr(line[:60].decode(errors="replace")) + ("..." if len(line) > 60 else "")
 
 
 def _read_text(source: Source, dim: int) -> Iterator[VectorBlock]:
     """Reads lines of a name and its values, after word2vec's header of two integers, if there is one."""
-    number = 0
+    number, num_read = 0, 0
+    counts: tuple[int, int] | None = None
     for chunk in read_chunks(source, 0, source.size_bytes, may_be_damaged=True):
         lines = chunk.removesuffix(b"\n").split(b"\n")
         if number == 0:
-            counts = _counts_of(lines[0])
-            _require_dim(source, len(lines[0].split()) - 1 if counts is None else counts[1], dim)
+            counts = _header_of(lines[0], b"\n".join(lines[1:]))
+            _require_dim(source, len(_first_line(chunk, 1)[1].split()) - 1 if counts is None else counts[1], dim)
             if counts is not None:
                 number = 1
                 del lines[0]
-        # A name may hold spaces, as a few of GloVe's do. A line of white space names nothing.
-        fields = [line.rsplit(maxsplit=dim) for line in lines]
+        fields = [_fields_of(line, dim) for line in lines]
         for at, parts in enumerate(fields):
             if 0 < len(parts) <= dim:
                 raise UserError(
@@ -105,10 +176,30 @@ def _read_text(source: Source, dim: int) -> Iterator[VectorBlock]:
                 )
         numbers = [number + at + 1 for at, parts in enumerate(fields) if parts]
         fields = [parts for parts in fields if parts]
-        names = _decoded([parts[0] for parts in fields], source, number)
+        if counts is not None and num_read + len(fields) > counts[0]:
+            raise UserError(
+                f"{source.url}: line {numbers[counts[0] - num_read]}: expected no more than {counts[0]:,} vectors, as "
+                "its first line says: the file is damaged, or two were joined"
+            )
+        names = _decoded([parts[0] for parts in fields], source, numbers)
         values = functools.partial(_values_of_lines, source, fields, numbers, dim)
         yield VectorBlock(names, values)
         number += len(lines)
+        num_read += len(fields)
+    if counts is not None and num_read != counts[0]:
+        raise UserError(
+            f"{source.url}: expected {counts[0]:,} vectors, as its first line says, and it ends after {num_read:,} of "
+            f"them, in line {number}: the file is cut off"
+        )
+
+
+def _fields_of(line: bytes, dim: int) -> list[bytes]:
+    """Returns the name and the values of a line; nothing for a line of white space, which names nothing.
+
+    A name may hold spaces, as a few of GloVe's do, or be empty, if the line begins with the space after it.
+    """
+    fields = line.rsplit(maxsplit=dim)
+    return [b"", *fields] if len(fields) == dim and line[:1] in (b" ", b"\t") else fields
 
 
 def _values_of_lines(
@@ -124,13 +215,15 @@ def _values_of_lines(
 def _read_binary(source: Source, dim: int) -> Iterator[VectorBlock]:
     """Reads word2vec's records: the name, a space, `dim` float32 values, and perhaps a line's end."""
     with open_unpacked(source) as file:
-        num_rows, found = _counts_of(file.readline(_HEAD_BYTES)) or (0, 0)
+        header, _, rest = file.read(max(_BLOCK_BYTES, 8 * dim)).partition(b"\n")
+        num_rows, found = _counts_of(header) or (0, 0)
         _require_dim(source, found, dim)
-        rest, num_read = b"", 0
+        num_read, offset = 0, len(header) + 1
         while num_read < num_rows:
             block = file.read(max(_BLOCK_BYTES, 8 * dim))
             data, at = rest + block, 0
             names: list[bytes] = []
+            places: list[int] = []
             values: list[bytes] = []
             while num_read + len(names) < num_rows:
                 space = data.find(b" ", at)
@@ -138,29 +231,47 @@ def _read_binary(source: Source, dim: int) -> Iterator[VectorBlock]:
                 if space < 0 or stop > len(data):
                     break
                 names.append(data[at:space].lstrip(b"\n"))
+                places.append(offset + at)
                 values.append(data[space + 1 : stop])
                 at = stop
             if not names:
                 raise UserError(
                     f"{source.url}: expected {num_rows:,} vectors of dim {dim}, as its first line says, and cannot "
-                    f"read those after {num_read:,}: the file is cut off or damaged, or not one of vectors"
+                    f"read those after {num_read:,}, from byte {offset} on: the file is cut off or damaged, or not one "
+                    "of vectors"
                 )
-            yield VectorBlock(_decoded(names, source, num_read), functools.partial(_values_of_records, values, dim))
-            rest, num_read = data[at:], num_read + len(names)
+            for name, place in zip(names, places, strict=True):
+                if _BORDER.search(name):
+                    raise UserError(
+                        f"{source.url}: byte {place}: expected a name and a space, got {_shortened(name)}: the file is "
+                        "damaged, or its vectors have another dim than its first line says"
+                    )
+            yield VectorBlock(
+                _decoded(names, source, places, "byte"), functools.partial(_values_of_records, values, dim)
+            )
+            rest, num_read, offset = data[at:], num_read + len(names), offset + at
+        if (rest + file.read(_HEAD_BYTES)).strip():
+            raise UserError(
+                f"{source.url}: expected it to end after {num_rows:,} vectors, as its first line says, and it goes on "
+                f"from byte {offset}: the file is damaged, or two were joined"
+            )
 
 
 def _values_of_records(values: Sequence[bytes], dim: int, places: Places) -> FloatRows:
     return np.frombuffer(b"".join(values[place] for place in places.tolist()), "<f4").reshape(-1, dim)
 
 
-def _decoded(names: Sequence[bytes], source: Source, first: int) -> list[str]:
-    try:
-        return [_decode_cut(name) for name in names]
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{source.url}: a name among the vectors after {first:,} is not UTF-8: the file is damaged, or not one of "
-            "vectors"
-        ) from error
+def _decoded(names: Sequence[bytes], source: Source, places: Sequence[int], unit: str = "line") -> list[str]:
+    found = []
+    for name, place in zip(names, places, strict=True):
+        try:
+            found.append(_decode_cut(name))
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{source.url}: {unit} {place}: the name {_shortened(name)} is not UTF-8: the file is damaged, or not "
+                "one of vectors"
+            ) from error
+    return found
 
 
 def _decode_cut(name: bytes) -> str:
@@ -201,20 +312,30 @@ def _read_safetensors(source: Source, dim: int) -> Iterator[VectorBlock]:
             tensors.pop("__metadata__", None)
             name = next(iter(tensors)) if len(tensors) == 1 else "vectors"
             found = tensors.get(name)
-            shape, kind, start = ([], "", 0) if found is None else (found["shape"], found["dtype"], _start_of(found))
+            shape, kind, start, stop = ([], "", 0, 0) if found is None else _place_of(found)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{source.url}: cannot be read as safetensors: {error!r}") from error
         if kind not in _VALUES:
             expected = f"a tensor 'vectors', or one alone, of {', '.join(_VALUES)}"
             held = ", ".join(f"{name} of {tensors[name].get('dtype')}" for name in sorted(tensors))
             raise UserError(f"{source.url}: expected {expected}; it holds {held or 'none'}")
+        if stop - start != math.prod(shape) * np.dtype(_VALUES[kind]).itemsize:
+            raise UserError(
+                f"{source.url}: its first bytes say that the values {shape} of {kind} take {stop - start:,} bytes: the "
+                "file is damaged"
+            )
         while start > 0:  # Compressed files cannot seek.
             start -= len(file.read(min(start, _BLOCK_BYTES))) or start
         yield from _read_array(file, source, shape, np.dtype(_VALUES[kind]), dim)
 
 
-def _start_of(tensor: dict[str, Any]) -> int:
-    return int(tensor["data_offsets"][0])
+def _place_of(tensor: dict[str, Any]) -> tuple[list[int], str, int, int]:
+    """Returns the shape and the dtype of a tensor, and where its values begin and end."""
+    shape = [operator.index(size) for size in tensor["shape"]]
+    start, stop = map(operator.index, tensor["data_offsets"])
+    if min([start, *shape]) < 0:
+        raise ValueError(f"shape {shape} from {start} on")
+    return shape, str(tensor["dtype"]), start, stop
 
 
 def _read_array(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,9 @@ from embedtrain.errors import UserError
 
 COUNTS_SCHEMA = pa.schema([("word", pa.large_binary()), ("count", pa.int64())])
 _MERGE_ROWS = 1 << 20
+_COUNT = re.compile(r"[+-]?[0-9]{1,40}")
+_MAX_TOTAL = 1 << 62
+"""Counts of a text are added to those of a base vocabulary, in 64 bits."""
 
 
 class WordCounts:
@@ -146,7 +150,7 @@ class Vocabulary:
         is_here = pc.is_in(counts["word"], value_set=words)
         new = ordered(counts.filter(pc.and_not(pc.greater_equal(counts["count"], min_count), is_here)))
         both = WordCounts()
-        both.merge(pa.table([words, pa.array(self.counts, pa.int64())], schema=COUNTS_SCHEMA))
+        both.merge(self.as_table())
         both.merge(counts.filter(is_here))
         both.merge(new.slice(0, None if max_size is None else max(0, max_size - len(self))))
         return Vocabulary.build(both.table(), 0, None)
@@ -167,20 +171,43 @@ class Vocabulary:
         try:
             pairs = [line.split("\t") for line in lines]
             return cls([word for word, _ in pairs], np.array([int(count) for _, count in pairs], np.int64))
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise UserError(f"{path}: not a vocabulary: expected lines of word, tab, count") from error
 
     @classmethod
-    def load_base(cls, path: str) -> Vocabulary:
-        """Reads a vocabulary that a configuration names.
+    def load_base(cls, path: str, key: str = "data.base_vocabulary") -> Vocabulary:
+        """Reads a vocabulary that a configuration names: any program may have written it.
+
+        Args:
+            path: the file; a byte-order mark at its beginning and CR at the ends of lines are no part of words.
+            key: of the configuration.
 
         Raises:
-            UserError: there is no such file, or it is not one.
+            UserError: there is no such file, or it is not one: a line is not a word and a count, the count is no
+                whole number from 1 on, all counts together are past 2^62, or a word comes twice.
         """
         try:
-            return cls.load(path)
+            text = storage.read(path).decode("utf-8-sig")
         except FileNotFoundError as error:
-            raise UserError(f"there is no base_vocabulary {path}: expected lines of word, tab, count") from error
+            raise UserError(f"{key}: there is no file {path}: expected lines of word, tab, count") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{key}: {path} cannot be read as a vocabulary: {error}") from error
+        counts: dict[str, int] = {}
+        total = 0
+        for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
+            word, tab, count = line.removesuffix("\r").rpartition("\t")
+            where = f"{key}: {path}, line {number}"
+            if not word or not tab or not _COUNT.fullmatch(count) or "\t" in word:
+                raise UserError(f"{where}: expected a word, a tab and a count, got {line[:80]!r}")
+            total += int(count)
+            if int(count) < 1 or total > _MAX_TOTAL:
+                raise UserError(
+                    f"{where}: expected a count from 1 on, and all counts together at most {_MAX_TOTAL:,}, got {count}"
+                )
+            if word in counts:
+                raise UserError(f"{where}: the word {word!r} stands on an earlier line too")
+            counts[word] = int(count)
+        return cls(list(counts), np.array(list(counts.values()), np.int64))
 
     def save(self, path: str) -> None:
         """Writes `word<TAB>count` lines, UTF-8, in the order of the rows, to any fsspec URL, whole or not at all."""
@@ -211,6 +238,10 @@ class Vocabulary:
     def utf8_words(self) -> pa.LargeBinaryArray:
         """The words as [num_words] large_binary."""
         return pa.array(self.words, pa.large_string()).cast(pa.large_binary())
+
+    def as_table(self) -> pa.Table:
+        """Returns words and counts in the order of the rows: `COUNTS_SCHEMA`."""
+        return pa.table([self.utf8_words, pa.array(self.counts, pa.int64())], schema=COUNTS_SCHEMA)
 
     def _content(self) -> bytes:
         return "".join(map("{}\t{}\n".format, self.words, self.counts.tolist())).encode()

@@ -72,6 +72,28 @@ def explain_failure(error: Exception, runtime: Runtime, timeout_seconds: float) 
     return Failure(_blame(reports, runtime.world_size, doing(), timeout_seconds), runtime.rank == min(failed))
 
 
+def is_shared(error: Exception, runtime: Runtime) -> bool:
+    """Returns whether every rank failed by itself, within a time of grace, in what this rank is doing.
+
+    Then no rank waits for another, and all can go on together. No collective: every rank that fails calls.
+
+    Args:
+        error: what this rank raised.
+        runtime: of the job.
+    """
+    if is_of_the_group(error):
+        return False
+    if runtime.store is None:
+        return True
+    store = dist.PrefixStore(f"shared/{doing()}", runtime.store)
+    store.set(str(runtime.rank), "")
+    try:
+        store.wait([str(rank) for rank in range(runtime.world_size)], timedelta(seconds=GRACE_SECONDS))
+    except RuntimeError:
+        return False
+    return True
+
+
 def _blame(reports: Mapping[int, Report], world_size: int, step: str, timeout_seconds: float) -> str:
     culprits = {rank: report for rank, report in sorted(reports.items()) if report.is_fault}
     if culprits:

@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from embedtrain.errors import printable
+
 GRACE_SECONDS = 3.0
 """How long a rank whose collective failed waits to hear from the others: they fail at about the same time."""
 
@@ -29,6 +31,7 @@ def tell_launcher(text: str, *, is_fault: bool = True) -> None:
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
+        text = printable(text, keep="\n")
         when = time.time() if is_fault else time.time() + 2 * GRACE_SECONDS
         told = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(when))}}
         with suppress(OSError):

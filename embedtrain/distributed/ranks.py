@@ -43,6 +43,10 @@ class Ranks(ABC):
     rank: int
     size: int
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        """Returns itself: a copy of tables belongs to the same job."""
+        return self
+
     @abstractmethod
     def all_to_all(self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
         """Sends consecutive runs of rows to the ranks in order, and returns what they sent, by rank.

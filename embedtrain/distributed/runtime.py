@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copyreg
 import ctypes
 import importlib
 import os
@@ -11,14 +12,15 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from embedtrain.distributed.ranks import OneProcess, Ranks
-from embedtrain.distributed.shared_memory import ranks_of
+from embedtrain.distributed.ranks import GroupRanks, OneProcess, Ranks
+from embedtrain.distributed.shared_memory import SharedMemoryRanks, ranks_of
 from embedtrain.errors import JobError, UserError
 
 DEFAULT_TIMEOUT_SECONDS = 600.0
@@ -181,6 +183,25 @@ def shut_down() -> None:
 def job_ranks() -> Ranks:
     """Returns the ranks of the job, or one process if this process joined none. Collective: every rank of the job."""
     return ranks_of(dist.group.WORLD if dist.is_available() and dist.is_initialized() else None)
+
+
+def _rejoin(rank: int, size: int) -> Ranks:
+    ranks = job_ranks()
+    if (ranks.rank, ranks.size) != (rank, size):
+        raise RuntimeError(
+            f"these tables are the part of rank {rank} of {size}, and this is rank {ranks.rank} of {ranks.size}: a "
+            "pickle holds one rank's rows. A checkpoint loads on any number of ranks"
+        )
+    return ranks
+
+
+def _reduce(ranks: GroupRanks) -> tuple[Callable[[int, int], Ranks], tuple[int, int]]:
+    return _rejoin, (ranks.rank, ranks.size)
+
+
+# What is unpickled belongs to the job that is there then.
+copyreg.pickle(GroupRanks, _reduce)  # type: ignore[arg-type]
+copyreg.pickle(SharedMemoryRanks, _reduce)  # type: ignore[arg-type]
 
 
 def _choose_device(device: str, local_rank: int) -> torch.device:

@@ -13,7 +13,7 @@ from embedtrain.embedding.row_changes import RowChanges
 from embedtrain.ops._backend.transfer import to_device
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.row_gradient import RowGradient
-from embedtrain.optim.optimizer import RowsToUpdate
+from embedtrain.optim.stores import RowsToUpdate
 
 WEIGHT = "weight"
 

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.runtime import job_ranks
-from embedtrain.embedding.features import Routes, resolve_features
+from embedtrain.embedding.features import Routes, resolve_features, shaped
 from embedtrain.embedding.input_dist import Asked, input_dist_of
 from embedtrain.embedding.lookup import lookup
 from embedtrain.embedding.output_dist import fetch_distinct, output_dist
 from embedtrain.embedding.placement import PlacementChoice, place_rows
 from embedtrain.embedding.pooling_choice import PoolingChoice, PoolingChoices
 from embedtrain.embedding.shard_view import ShardView
-from embedtrain.embedding.state_dict import as_entry, key_of, take_entry
+from embedtrain.embedding.state_dict import add_entries, as_attributes, take_entries
 from embedtrain.embedding.table_group import TableGroup, TableGroups, TableShard
 from embedtrain.jagged import Jagged
 from embedtrain.spec import FeatureSpec, TableSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class CollectionOptions(TypedDict, total=False):
@@ -97,13 +102,17 @@ class EmbeddingCollection(nn.Module):
             )
             for specs in members.values()
         ]
+        self._choices: PoolingChoices = {}
+        self._begin()
+
+    def _begin(self) -> None:
         places = {
             shard.spec.name: (number, position)
             for number, group in enumerate(self.table_groups)
             for position, shard in enumerate(group.shards)
         }
         self._input_dist = input_dist_of(self.table_groups, Routes(self.features, places), self.ranks)
-        self._choices: PoolingChoices = {}
+        self._input_dist.choices = self._choices
         self._watchers: list[Callable[[Sequence[Tensor]], None]] = []
 
     @property
@@ -133,14 +142,58 @@ class EmbeddingCollection(nn.Module):
             raise ValueError(f"no table is trained by {optimizer!r}; the names are {', '.join(map(repr, named))}")
         return TableGroups(named[optimizer])
 
-    def forward(self, batch: Mapping[str, Jagged]) -> dict[str, Tensor]:
+    def requires_grad_(self, requires_grad: bool = True, *, tables: Sequence[str] | None = None) -> Self:
+        """Freezes the rows, which backward then leaves out, or has them trained again.
+
+        Collective: every rank alike.
+
+        Args:
+            requires_grad: whether the rows are trained, and the module's own parameters if it has any.
+            tables: names of tables, if it is about these alone.
+
+        Raises:
+            ValueError: there is no such table.
+        """
+        unknown = sorted(set(tables or ()) - self.shards.keys())
+        if unknown:
+            raise ValueError(f"there is no table {', '.join(unknown)}; the tables are {', '.join(self.shards)}")
+        for group in self.table_groups:
+            named = set(group.table_names if tables is None else tables)
+            group.freeze(group.frozen - named if requires_grad else group.frozen | (named & set(group.table_names)))
+        return self if tables is not None else super().requires_grad_(requires_grad)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients of the rows that wait, and those of the module's own parameters."""
+        for group in self.table_groups:
+            group.clear_gradient()
+        super().zero_grad(set_to_none)
+
+    def extra_repr(self) -> str:
+        """Returns a line per table."""
+        lines = []
+        for group in self.table_groups:
+            for spec in group.specs:
+                frozen = ", frozen" if spec.name in group.frozen else ""
+                dtype = str(spec.dtype).removeprefix("torch.")
+                names = [name for name, feature in self.features.items() if feature.table_name == spec.name]
+                lines.append(
+                    f"({spec.name}): {spec.num_rows:,} rows of {spec.dim} {dtype}, trained by {spec.optimizer!r}"
+                    f"{frozen}, features {', '.join(names) or 'none'}"
+                )
+        return "\n".join([f"rank {self.ranks.rank} of {self.ranks.size}, device {self.device}", *lines])
+
+    def forward(self, batch: Mapping[str, Jagged | Tensor]) -> dict[str, Tensor]:
         """Looks up the features of this rank's batch.
 
         Collective: every rank, with the same features; batches may differ in size and may be empty. Where
         gradients are enabled every rank must also run backward.
 
+        Args:
+            batch: bags per feature, or a tensor of ids: [n], a bag of one id each, or [n, k], n bags of k ids.
+
         Returns:
-            Per feature float32 vectors: [num_values, dim] without pooling, else [num_bags, dim].
+            Per feature float32 vectors: [num_bags, dim] with pooling. Without pooling [num_values, dim], and
+            [n, k, dim] for ids [n, k].
 
         Raises:
             BadIdError: an id of any rank is outside its table and its feature's policy is "error"; raised on
@@ -149,9 +202,9 @@ class EmbeddingCollection(nn.Module):
         """
         asked = self.ask(batch)
         found = lookup(asked)
-        return output_dist(asked, found)
+        return shaped(batch, self.features, output_dist(asked, found))
 
-    def ask(self, batch: Mapping[str, Jagged], *, is_ahead: bool = False) -> Asked:
+    def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool = False) -> Asked:
         """Exchanges the ids of a batch, which needs no row, for `look_up` or `distinct_rows` later.
 
         Collective: as `forward`, whose exceptions it raises too.
@@ -236,15 +289,50 @@ class EmbeddingCollection(nn.Module):
         self.write_back()
         return [view for shard in self.shards.values() for view in shard.views()]
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Adds weights and optimizer state, "item.weight" and "item.accumulator", as `torch.nn.Module` asks for.
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a copy is made of: all but who watches, and what is made of the tables anyway."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_input_dist", "_watchers")}
 
-        They are DTensors in order of slots that share memory with the tables, so that torch's own distributed
-        checkpoint saves them, and loads them in place.
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._begin()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves the rows, as `to` asks for, with the module's own parameters; refuses another dtype.
+
+        Raises:
+            ValueError: rows would be stored in another dtype, or on a device without memory.
         """
+        for group in self.table_groups:
+            made = fn(torch.empty(0, dtype=group.weight.dtype, device=self.device))
+            if made.dtype != group.weight.dtype:
+                raise ValueError(
+                    f"the rows of {', '.join(group.table_names)} are stored as {group.weight.dtype} and looked up as "
+                    f"torch.float32; they do not become {made.dtype}. Convert the other modules alone, or make the "
+                    "tables with TableSpec(dtype=torch.bfloat16)"
+                )
+            if made.device.type == "meta":
+                raise ValueError("tables cannot live on the meta device: their rows are drawn when they are made")
+        if made.device != self.device:
+            self.device = made.device
+            watchers = self._watchers
+            for group in self.table_groups:
+                group.move(made.device)
+            self._begin()
+            self._watchers = watchers
+        applied: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return applied
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Adds weights, optimizer state and counts of steps: "item.weight", "item.accumulator", "item.step".
+
+        Rows are DTensors in order of slots that share memory with the tables, so that torch's own distributed
+        checkpoint saves them, and loads them in place. A count of steps is a copy, which `load_state_dict` takes over.
+        """
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         mesh = self.ranks.device_mesh(self.table_groups[0].weight.device.type)
-        for view in self.shard_views():
-            destination[prefix + key_of(view)] = as_entry(view, mesh)
+        taken = {name for name, _ in itertools.chain(self.named_parameters(), self.named_buffers())}
+        add_entries(destination, prefix, self.shard_views(), mesh, taken)
 
     def _load_from_state_dict(
         self,
@@ -257,11 +345,16 @@ class EmbeddingCollection(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Takes over what `_save_to_state_dict` gave, or whole tensors in order of slots."""
-        views = {prefix + key_of(view): view for view in self.shard_views()}
-        missing_keys += [key for key in views if key not in state_dict]
-        if strict:
-            unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key not in views]
         for group in self.table_groups:
             group.changes.before_update_of_all()
-        faults = [take_entry(view, state_dict[key]) for key, view in views.items() if key in state_dict]
-        error_msgs += [fault for fault in faults if fault is not None]
+        views = self.shard_views()
+        rest = take_entries(state_dict, prefix, views, missing_keys, error_msgs)
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Tells torch's distributed checkpoint that tables, which are no attributes, are those of `_entries`."""
+        return dict.fromkeys(vars(self._entries), "_entries")
+
+    @property
+    def _entries(self) -> SimpleNamespace:
+        return as_attributes(self.shard_views())

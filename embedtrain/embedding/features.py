@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+from xxhash import xxh3_64_intdigest
+
+from embedtrain.jagged import Jagged
 from embedtrain.spec import FeatureSpec, TableSpec
 
 
@@ -30,6 +36,41 @@ def resolve_features(tables: Sequence[TableSpec], features: Sequence[FeatureSpec
                 f"which does not exist; the tables are {', '.join(known)}"
             )
     return {feature.name: feature for feature in features}
+
+
+def as_bags(batch: object) -> Mapping[str, Jagged]:
+    """Returns the bags of a batch, of which tensors of ids are made too.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"expected a batch that has ids per feature, such as {{'item': ids}}, got {type(batch).__name__}"
+        )
+    for bags in batch.values():
+        if type(bags) is not Jagged:
+            break
+    else:
+        return batch
+    for name, ids in batch.items():
+        if not isinstance(ids, Jagged | Tensor):
+            raise ValueError(f"feature {name!r}: expected a Jagged or a tensor of ids, got {type(ids).__name__}")
+        if isinstance(ids, Tensor) and (ids.dim() not in (1, 2) or ids.dtype not in (torch.int64, torch.int32)):
+            raise ValueError(
+                f"feature {name!r}: expected ids [n] or [n, k], int64 or int32, got {ids.dtype} {tuple(ids.shape)}"
+            )
+    return {name: ids if isinstance(ids, Jagged) else Jagged.from_ids(ids) for name, ids in batch.items()}
+
+
+def shaped(
+    batch: Mapping[str, Jagged | Tensor], features: Mapping[str, FeatureSpec], vectors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Returns vectors without pooling in the shape of their ids: [n, k, dim] if a tensor [n, k] was looked up."""
+    for name, ids in batch.items():
+        if type(ids) is not Jagged and isinstance(ids, Tensor) and ids.dim() == 2 and features[name].pooling == "none":
+            vectors[name] = vectors[name].unflatten(0, ids.shape)
+    return vectors
 
 
 class Route(NamedTuple):
@@ -60,6 +101,7 @@ class Routes:
         self.features = features
         self._place = {name: places[feature.table_name] for name, feature in features.items()}
         self._found: dict[tuple[str, ...], list[Route]] = {}
+        self._checksums: dict[tuple[str, ...], int] = {}
 
     def group_of(self, name: str) -> int:
         """Returns the number of a feature's group."""
@@ -75,6 +117,13 @@ class Routes:
             self._found[names] = self._find(names)
         return self._found[names]
 
+    def checksum_of(self, names: tuple[str, ...]) -> int:
+        """Returns a number, the same in every process, by which sets of features are told apart; int64."""
+        if names not in self._checksums:
+            text = json.dumps(sorted(map(str, names))).encode()
+            self._checksums[names] = xxh3_64_intdigest(text) - (1 << 63)
+        return self._checksums[names]
+
     def _find(self, names: tuple[str, ...]) -> list[Route]:
         unknown = [name for name in names if name not in self.features]
         if unknown or not names:
@@ -83,7 +132,8 @@ class Routes:
         for name in names:
             members.setdefault(self.group_of(name), []).append(name)
         routes = []
-        for number, own in members.items():
+        # In order of the groups, not of the batch: ranks may name their features in different orders.
+        for number, own in sorted(members.items()):
             own.sort(key=lambda name: self._place[name][1])
             tables = [self._place[name][1] for name in own]
             routes.append(Route(number, own, tables, [self.features[name] for name in own]))

@@ -33,7 +33,7 @@ def initial_rows(spec: TableSpec, start: int, stop: int, seed: int) -> Tensor:
 def _draw_block(spec: TableSpec, start: int, stop: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(xxh3_64_intdigest(f"{seed}/{spec.name}/{start}".encode()))
     scale = 1.0 / math.sqrt(spec.dim) if spec.init_scale is None else spec.init_scale
-    block = torch.empty(stop - start, spec.dim)
+    block = torch.empty(stop - start, spec.dim, dtype=torch.float32)
     if spec.init == "normal":
         return block.normal_(0.0, scale, generator=generator)
     return block.uniform_(-scale, scale, generator=generator)

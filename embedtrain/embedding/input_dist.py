@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.stages import stage
-from embedtrain.embedding.features import Route, Routes
+from embedtrain.embedding.features import Route, Routes, as_bags
 from embedtrain.embedding.ids import valid_bags
 from embedtrain.embedding.owner_pooling import PooledAtOwners
 from embedtrain.embedding.pooling import bags_of
@@ -70,7 +70,7 @@ class InputDist(ABC):
         self._no_keys = torch.zeros(0, dtype=torch.int64, device=groups[0].device)
 
     @abstractmethod
-    def ask(self, batch: Mapping[str, Jagged], *, is_ahead: bool) -> tuple[Asked, list[Tensor]]:
+    def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool) -> tuple[Asked, list[Tensor]]:
         """Returns what was settled, and per group looked up the keys of all ids. See `EmbeddingCollection.ask`."""
 
     def _plan(self, route: Route, batch: Mapping[str, Jagged]) -> tuple[list[Bags], list[Tensor | None], Tensor]:
@@ -98,20 +98,23 @@ class InputDist(ABC):
 class LocalInputDist(InputDist):
     """Of one process: it has all rows."""
 
-    def ask(self, batch: Mapping[str, Jagged], *, is_ahead: bool) -> tuple[Asked, list[Tensor]]:
+    def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool) -> tuple[Asked, list[Tensor]]:
         """See `InputDist`."""
-        names = tuple(batch)
+        bags = as_bags(batch)
+        names = tuple(bags)
         parts = [
-            LocalRequest(self._groups[route.number], route, *self._plan(route, batch))
+            LocalRequest(self._groups[route.number], route, *self._plan(route, bags))
             for route in self._routes.of(names)
         ]
         return Asked(names, parts, {}), [part.rows for part in parts]
 
 
 _ROWS, _ANY_ROWS, _IDS_OF_BAGS, _SUMS, _ANY_BAGS, _ANY_WEIGHTS = range(6)
-"""What a rank tells another for each group; see `Ranks.ask` of the first two. The three that say whether there is any
-are told to every rank alike, so that all know which exchanges take place. Word of an error follows the groups, and then
-what each rank measured of each feature whose bags may be pooled on either side; see `measure`."""
+"""What a rank tells another for each group. See `Ranks.ask` of the first two. The three that say whether there is any
+are told to every rank alike, so that all know which exchanges take place."""
+_FEATURES = _ANY_ROWS
+"""After the last group a rank tells, in the place of `_ROWS`, whether it found an error, and here which features it
+looks up. What it measured of each feature whose bags may be pooled on either side follows; see `measure`."""
 
 
 class SharedInputDist(InputDist):
@@ -122,12 +125,11 @@ class SharedInputDist(InputDist):
         self._open = [name for name, feature in routes.features.items() if is_open(feature)]
         self._choices_of_evaluation: PoolingChoices = {}
 
-    def ask(self, batch: Mapping[str, Jagged], *, is_ahead: bool) -> tuple[Asked, list[Tensor]]:
+    def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool) -> tuple[Asked, list[Tensor]]:
         """See `InputDist`.
 
         A rank that found its input wrong tells so instead of what it wants, and every rank raises.
         """
-        names = tuple(batch)
         measured: dict[str, Measured] = {}
         # A rank whose input is wrong may not know which groups the others look up: all groups are settled.
         nothing: list[Wanted | None] = [None] * len(self._groups)
@@ -136,12 +138,14 @@ class SharedInputDist(InputDist):
         is_training = torch.is_grad_enabled()
         choices = self.choices if is_training else self._choices_of_evaluation
         try:
-            for route in self._routes.of(names):
-                wanted[route.number] = self._wanted(route, batch, choices, measured)
+            bags = as_bags(batch)
+            for route in self._routes.of(tuple(bags)):
+                wanted[route.number] = self._wanted(route, bags, choices, measured)
         except ValueError as raised:
             wanted, error = nothing, raised
         ranks = self._ranks.beside() if is_ahead else self._ranks
-        requests, heard = self._exchange(wanted, error, measured, ranks)
+        names = tuple(batch) if isinstance(batch, Mapping) else ()
+        requests, heard = self._exchange(wanted, error, names, measured, ranks)
         choices = agree(choices, heard)
         self._choices_of_evaluation = {} if is_training else choices
         if is_training:
@@ -170,6 +174,7 @@ class SharedInputDist(InputDist):
         self,
         wanted: Sequence[Wanted | None],
         error: Exception | None,
+        names: tuple[str, ...],
         measured: Mapping[str, Measured],
         ranks: Ranks,
     ) -> tuple[list[GroupRequest], dict[str, Measured]]:
@@ -183,7 +188,9 @@ class SharedInputDist(InputDist):
         num_groups = len(self._groups)
         shape = (ranks.size, num_groups + 1 + len(self._open), 6)
         counts = torch.zeros(shape, dtype=torch.int64, device=self._no_keys.device)
-        counts[:, num_groups] = int(error is not None)
+        if error is not None:
+            counts[:, num_groups, _ROWS] = 1
+        counts[:, num_groups, _FEATURES] = self._routes.checksum_of(names)
         ordered: list[OrderedKeys | SortedKeys] = []
         pooled: list[PooledAtOwners | None] = []
         for number, (group, own) in enumerate(zip(self._groups, wanted, strict=True)):
@@ -199,6 +206,8 @@ class SharedInputDist(InputDist):
         (ask, owe), rows_owed = ranks.ask(counts, distinct, [group.num_local_rows for group in self._groups])
         if any(owe[num_groups][_ROWS]):
             ranks.fail_together(error)
+        if len(set(owe[num_groups][_FEATURES])) > 1:
+            _refuse_features(ranks.all_gather(sorted(names)))
         requests: list[GroupRequest] = []
         for number, (group, own) in enumerate(zip(self._groups, wanted, strict=True)):
             sums = _exchange_bags(group, pooled[number], ask[number], owe[number])
@@ -211,6 +220,21 @@ class SharedInputDist(InputDist):
             for name, told in zip(self._open, owe[num_groups + 1 :], strict=True)
         }
         return requests, heard
+
+
+def _refuse_features(names: Sequence[Sequence[str]]) -> NoReturn:
+    """Raises, on every rank, which features each rank looks up."""
+    ranks_of: dict[tuple[str, ...], list[int]] = {}
+    for rank, own in enumerate(names):
+        ranks_of.setdefault(tuple(own), []).append(rank)
+    found = "; ".join(
+        f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {', '.join(own)}"
+        for own, ranks in ranks_of.items()
+    )
+    raise ValueError(
+        f"the ranks look up different features ({found}). Every rank looks up the same ones in a step: give a feature "
+        "that a rank has no ids of an empty tensor"
+    )
 
 
 def _count(

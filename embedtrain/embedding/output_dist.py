@@ -81,9 +81,11 @@ class _OutputDist(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         part: GroupRequest = ctx.part
         here = [number for number, is_there in enumerate(part.at_owner) if not is_there]
-        part.send_home([grads[number] for number in here], [part.bags[number] for number in here])
-        if part.sums is not None:
-            part.sums.send_home([grad for grad, is_there in zip(grads, part.at_owner, strict=True) if is_there])
+        if ctx.needs_input_grad[0]:  # unless all rows are frozen, and only weights of ids are learned
+            to_rows = _of_trained(part, grads)
+            part.send_home([to_rows[number] for number in here], [part.bags[number] for number in here])
+            if part.sums is not None:
+                part.sums.send_home([grad for grad, is_there in zip(to_rows, part.at_owner, strict=True) if is_there])
         of_weights: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
         if ctx.is_learned:
             source, all_places = ctx.saved_tensors
@@ -93,3 +95,12 @@ class _OutputDist(torch.autograd.Function):
                 if ctx.needs_input_grad[3 + number] and grad is not None:
                     of_weights[number] = grad_of_weights(source, places, part.bags[number], grad)
         return None, None, None, *of_weights
+
+
+def _of_trained(part: GroupRequest, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Returns the gradients, without those of features whose tables are frozen."""
+    if not (frozen := part.group.frozen):
+        return grads
+    return [
+        None if feature.table_name in frozen else grad for feature, grad in zip(part.route.features, grads, strict=True)
+    ]

@@ -233,7 +233,7 @@ class RemoteRequest(GroupRequest):
     def send_home(self, grads: Sequence[Tensor | None], bags: Sequence[Bags]) -> None:
         """See `GroupRequest`; gradients are summed by row before they travel."""
         dim = self.group.weight.shape[1]
-        no_rows = torch.zeros(0, dim, device=self.group.device)
+        no_rows = torch.zeros(0, dim, dtype=torch.float32, device=self.group.device)
         self.send_distinct_home(pool_rows_backward(grads, bags, self.distinct, dim) if bags else no_rows)
 
     def send_distinct_home(self, grad: Tensor) -> None:
@@ -248,7 +248,7 @@ class RemoteRequest(GroupRequest):
 
     def _fetch(self, source: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
         if self._counts is None:
-            return torch.zeros(0, source.shape[1], device=source.device)
+            return torch.zeros(0, source.shape[1], dtype=torch.float32, device=source.device)
         ask_counts, owe_counts = self._counts
         wire_dtype = self.group.vector_wire_dtype
         return self.group.ranks.all_to_all_gather(source, places, owe_counts, ask_counts, wire_dtype, dtype)

@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from embedtrain.embedding.row_changes import RowChanges
+from embedtrain.optim.stores import STEP
+
+
+@dataclass(eq=False)
+class StepCount:
+    """How many steps the optimizer of some tables did: Adam's next step depends on it, and the rounding of bfloat16.
+
+    Attributes:
+        settings: the optimizer's parameter group, whose `step` it is; None before there is an optimizer.
+    """
+
+    settings: dict[str, Any] | None = None
+
+    @property
+    def value(self) -> int | None:
+        """The count; None before there is an optimizer."""
+        return None if self.settings is None else int(self.settings[STEP])
+
+    def restore(self, value: int) -> None:
+        """Sets the count, if there is an optimizer."""
+        if self.settings is not None:
+            self.settings[STEP] = value
+
+
+def table_steps(views: Iterable[ShardView]) -> dict[str, int]:
+    """Returns, by table, the steps that its optimizer did; nothing of tables without an optimizer."""
+    found = {view.table: view.steps.value for view in views if view.steps is not None}
+    return {table: value for table, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -25,6 +53,7 @@ class ShardView:
         changes: what an optimizer reports its updates to; None where nobody does. `tensor` is then rows of
             the tensor that `changes` knows by the last part of `name`.
         first_row: the row among those of `changes` that is row 0 of `tensor`.
+        steps: the steps that the table's optimizer did, saved and loaded with it; None of what no optimizer trains.
 
     Raises:
         ValueError: the rows do not lie inside the global tensor, or their shape is not its.
@@ -37,6 +66,7 @@ class ShardView:
     layout: Mapping[str, Any] = field(default_factory=dict)
     changes: RowChanges | None = None
     first_row: int = 0
+    steps: StepCount | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "global_shape", tuple(self.global_shape))
@@ -54,6 +84,11 @@ class ShardView:
             raise ValueError(
                 f"{self.name}: rows [{self.offset}, {self.stop}) do not lie in a tensor of {self.global_shape[0]} rows"
             )
+
+    @property
+    def table(self) -> str:
+        """Returns the name of the table."""
+        return self.name.rpartition("/")[0]
 
     @property
     def stop(self) -> int:

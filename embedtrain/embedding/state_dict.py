@@ -6,35 +6,115 @@ torch's module of DTensors takes long to import, and is imported when it is firs
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from embedtrain.embedding.shard_view import ShardView
+from embedtrain.embedding.shard_view import ShardView, StepCount
+from embedtrain.optim.stores import STEP
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def key_of(view: ShardView) -> str:
-    """Returns the name of a tensor in a state dict: "item.weight" for "item/weight"."""
+def add_entries(
+    destination: dict[str, Any],
+    prefix: str,
+    views: Sequence[ShardView],
+    mesh: DeviceMesh | None,
+    taken: Collection[str],
+) -> None:
+    """Adds weights and states as DTensors, "item.weight", and the count of each table's steps, "item.step".
+
+    Args:
+        destination: gets the entries.
+        prefix: of their names there.
+        views: the shards.
+        mesh: the ranks; None of one process.
+        taken: names of the module's parameters and buffers.
+
+    Raises:
+        ValueError: one of them has the name of an entry, as a module of a subclass that is called as a table.
+    """
+    added = {_key_of(view): as_entry(view, mesh) for view in views}
+    added |= {f"{table}.{STEP}": torch.tensor(steps.value) for table, steps in _counts(views).items()}
+    for key, entry in added.items():
+        if key in taken:
+            raise ValueError(f"a table and another part of the module both have the entry {key!r}: rename one")
+        destination[prefix + key] = entry
+
+
+def take_entries(
+    state_dict: Mapping[str, Any], prefix: str, views: Sequence[ShardView], missing: list[str], faults: list[str]
+) -> dict[str, Any]:
+    """Copies what `add_entries` added, or whole tensors, into the shards; returns the other entries.
+
+    Args:
+        state_dict: the entries.
+        prefix: of their names.
+        views: the shards.
+        missing: gets the names that there are not.
+        faults: gets what is wrong with entries.
+    """
+    rest = dict(state_dict)
+    for view in views:
+        if (key := prefix + _key_of(view)) in rest:
+            faults += _take_entry(view, rest.pop(key))
+        else:
+            missing.append(key)
+    found: dict[StepCount, int] = {}
+    for table, steps in _counts(views).items():
+        if (key := f"{prefix}{table}.{STEP}") not in rest:
+            missing.append(key)
+            continue
+        value = int(rest.pop(key))
+        if found.setdefault(steps, value) != value:
+            faults.append(f"{key}: {value} steps, and {found[steps]} of another table with the same optimizer")
+        steps.restore(value)
+    return rest
+
+
+def as_attributes(views: Sequence[ShardView]) -> SimpleNamespace:
+    """Returns an object that has each entry as an attribute of an attribute, by the parts of its name."""
+    root = SimpleNamespace()
+    keys = [*map(_key_of, views), *(f"{table}.{STEP}" for table in _counts(views))]
+    for key in keys:
+        *parents, last = key.split(".")
+        node = root
+        for name in parents:
+            node = vars(node).setdefault(name, SimpleNamespace())
+        setattr(node, last, None)
+    return root
+
+
+def _key_of(view: ShardView) -> str:
     return view.name.replace("/", ".")
+
+
+def _counts(views: Sequence[ShardView]) -> dict[str, StepCount]:
+    """Returns the counts by table; none of tables without an optimizer."""
+    return {view.table: view.steps for view in views if view.steps is not None and view.steps.value is not None}
 
 
 def as_entry(view: ShardView, mesh: DeviceMesh | None) -> Tensor:
     """Returns the whole tensor as a DTensor that shares memory with this rank's rows; plain without ranks."""
+    # A storage of its own, in the same memory: torch's asynchronous save stumbles over tables that share one, and
+    # `torch.save` writes the whole of a storage.
+    rows = torch.from_dlpack(view.tensor)
     if mesh is None:
-        return view.tensor
+        return rows
     from torch.distributed.tensor import DTensor, Shard
 
     stride = tuple(math.prod(view.global_shape[dim + 1 :]) for dim in range(len(view.global_shape)))
     shape = torch.Size(view.global_shape)
-    return DTensor.from_local(view.tensor, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
-def take_entry(view: ShardView, entry: Tensor) -> str | None:
-    """Copies this rank's rows of an entry into the shard; returns what is wrong with it, if anything is.
+def _take_entry(view: ShardView, entry: Tensor) -> list[str]:
+    """Copies this rank's rows of an entry into the shard; returns what is wrong with it.
 
     Args:
         view: the shard.
@@ -43,12 +123,12 @@ def take_entry(view: ShardView, entry: Tensor) -> str | None:
     from torch.distributed.tensor import DTensor
 
     if tuple(entry.shape) != view.global_shape:
-        return f"{key_of(view)}: shape {tuple(entry.shape)} in the state dict, {view.global_shape} in the model"
+        return [f"{_key_of(view)}: shape {tuple(entry.shape)} in the state dict, {view.global_shape} in the model"]
     if isinstance(entry, DTensor):
         rows = entry.to_local()
         if rows.shape != view.tensor.shape:
-            return f"{key_of(view)}: its DTensor is not cut over the ranks as the model's: expected Shard(0)"
+            return [f"{_key_of(view)}: its DTensor is not cut over the ranks as the model's: expected Shard(0)"]
     else:
         rows = entry[view.offset : view.stop]
     view.tensor.copy_(rows)
-    return None
+    return []

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import weakref
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from embedtrain.distributed.ranks import Ranks
-from embedtrain.embedding.cache import RowAccess, RowCache, RowsOnDevice
+from embedtrain.embedding.cache import WEIGHT, RowAccess, RowCache, RowsOnDevice
 from embedtrain.embedding.gradients import GradientMailbox
 from embedtrain.embedding.init import initial_rows
 from embedtrain.embedding.placement import DEVICE, Placement, hot_rows
 from embedtrain.embedding.row_changes import RowChanges
-from embedtrain.embedding.shard_view import ShardView
+from embedtrain.embedding.shard_view import ShardView, StepCount
 from embedtrain.ops._backend.mix import mix64
 from embedtrain.ops._backend.row_memory import allocate_rows
 from embedtrain.ops.row_gradient import RowGradient, Run
-from embedtrain.optim.optimizer import RowsToUpdate
+from embedtrain.optim.stores import RowsToUpdate
 from embedtrain.sharding.layout import Layout, layout_of
 from embedtrain.spec import TableSpec
 
@@ -37,6 +38,7 @@ class TableShard:
         weight: [slots, dim], a view of the group's.
         state: name -> [slots, ...], views of the group's.
         changes: the group's, which the optimizer tells of its updates.
+        steps: the group's count of the steps that its optimizer did.
     """
 
     spec: TableSpec
@@ -46,6 +48,7 @@ class TableShard:
     weight: Tensor
     state: dict[str, Tensor]
     changes: RowChanges
+    steps: StepCount
 
     def views(self) -> list[ShardView]:
         """Returns the weight and the states under their names in a checkpoint."""
@@ -58,6 +61,7 @@ class TableShard:
                 layout=self.layout.description,
                 changes=self.changes,
                 first_row=self.first_row,
+                steps=self.steps,
             )
             for name, tensor in (("weight", self.weight), *self.state.items())
         ]
@@ -86,6 +90,8 @@ class TableGroup:
         gradient_wire_dtype: in which gradients do: float32 unless chosen.
         gradients: those that wait for an optimizer.
         access: reads and updates the rows, wherever they live.
+        steps: how many steps the optimizer did.
+        frozen: names of the tables whose rows no gradient reaches.
     """
 
     def __init__(
@@ -98,34 +104,69 @@ class TableGroup:
         wire_dtype: torch.dtype | None = None,
         placement: Placement = DEVICE,
     ) -> None:
+        self.specs = specs
         self.device = device
         self.ranks = ranks
         self.vector_wire_dtype = wire_dtype or specs[0].dtype
         self.gradient_wire_dtype = wire_dtype or torch.float32
-        self.state: dict[str, Tensor] = {}
-        layouts = [layout_of(spec.num_rows, ranks.size, spec.layout) for spec in specs]
+        self.placement = placement
+        self.steps = StepCount()
+        self.frozen: frozenset[str] = frozenset()
+        layouts = self._layouts()
         self.num_local_rows = sum(layout.rows_per_rank for layout in layouts)
-        self._home = torch.device("cpu") if placement.is_host else device
-        self.weight = self._allocate((self.num_local_rows, specs[0].dim), 0.0, specs[0].dtype)
-        self.changes = RowChanges({"weight": self.weight})
+        self._hold(self._allocate((self.num_local_rows, specs[0].dim), 0.0, specs[0].dtype), {})
+        for shard in self.shards:
+            shard.weight.copy_(initial_rows(shard.spec, *shard.slots, seed))
+
+    def _layouts(self) -> list[Layout]:
+        return [layout_of(spec.num_rows, self.ranks.size, spec.layout) for spec in self.specs]
+
+    def _hold(self, weight: Tensor, state: dict[str, Tensor]) -> None:
+        """Takes weights and state for its own, and makes everything that refers to them."""
+        self.weight, self.state = weight, state
+        self.changes = RowChanges({WEIGHT: weight, **state})
+        num_rows, dim = weight.shape
+        self.gradients = GradientMailbox(num_rows, dim, self.device, self.ranks.size, self.table_names)
         self.shards: list[TableShard] = []
-        self.gradients = GradientMailbox(self.num_local_rows, specs[0].dim, device, ranks.size)
-        first_row = 0
-        for spec, layout in zip(specs, layouts, strict=True):
-            start, stop = layout.shard_range(ranks.rank)
-            weight = self.weight[first_row : first_row + stop - start]
-            weight.copy_(initial_rows(spec, start, stop, seed))
-            self.shards.append(TableShard(spec, layout, (start, stop), first_row, weight, {}, self.changes))
+        layouts, first_row = self._layouts(), 0
+        for spec, layout in zip(self.specs, layouts, strict=True):
+            start, stop = layout.shard_range(self.ranks.rank)
+            rows = slice(first_row, first_row + stop - start)
+            views = {name: tensor[rows] for name, tensor in state.items()}
+            shard = TableShard(spec, layout, (start, stop), first_row, weight[rows], views, self.changes, self.steps)
+            self.shards.append(shard)
             first_row += layout.rows_per_rank
         first_rows = [shard.first_row for shard in self.shards]
         self._key_map = layouts[0].key_map(layouts, first_rows, self.num_local_rows)
-        starts = [[shard.first_row for shard in self.shards], [shard.slots[0] for shard in self.shards]]
-        self._keys_of = _RoundingKeys(torch.tensor(starts, device=device))
-        self.access: RowAccess = RowsOnDevice(self.changes, self.state, self._keys_of)
-        if placement.is_host:
+        starts = [first_rows, [shard.slots[0] for shard in self.shards]]
+        keys_of = _RoundingKeys(torch.tensor(starts, device=self.device))
+        self._keys_of = keys_of
+        self.access: RowAccess = RowsOnDevice(self.changes, state, keys_of)
+        if self.placement.is_host:
             pieces = [(shard.layout, shard.slots, shard.first_row) for shard in self.shards]
-            choose = functools.partial(hot_rows, pieces, placement.cache_bytes, ranks.size)
-            self.access = RowCache(self.changes, device, choose, self._keys_of)
+            choose = functools.partial(hot_rows, pieces, self.placement.cache_bytes, self.ranks.size)
+            self.access = RowCache(self.changes, self.device, choose, keys_of)
+
+    def move(self, device: torch.device) -> None:
+        """Moves the rows and their state; gradients that wait are lost."""
+        optimizer = self.gradients.optimizer
+        self.__setstate__({**self.__getstate__(), "device": device})
+        self.gradients.optimizer = optimizer
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a copy is made of. It has no gradients that wait, and no optimizer until one takes it."""
+        self.access.write_back()
+        names = ("specs", "device", "ranks", "vector_wire_dtype", "gradient_wire_dtype", "placement", "num_local_rows")
+        return {name: getattr(self, name) for name in (*names, "steps", "frozen", "weight", "state")}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        self.__dict__.update({name: value for name, value in saved.items() if name not in ("weight", "state")})
+        self._hold(self._own(saved["weight"]), {name: self._own(tensor) for name, tensor in saved["state"].items()})
+        self.freeze(self.frozen)
+
+    def _own(self, rows: Tensor) -> Tensor:
+        """Returns a copy of rows in memory of the kind that this group's rows have."""
+        return self._allocate(tuple(rows.shape), 0.0, rows.dtype).copy_(rows)
 
     def keys_of(self, tables: Sequence[int], ids: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         """Returns a key per id of several features, `owner * num_local_rows + local row`, feature after feature.
@@ -152,12 +193,35 @@ class TableGroup:
     @property
     def table_names(self) -> list[str]:
         """The tables, in order."""
-        return [shard.spec.name for shard in self.shards]
+        return [spec.name for spec in self.specs]
+
+    @property
+    def optimizer(self) -> object | None:
+        """The optimizer that takes the gradients; None if there is none, or none any more."""
+        return None if self.gradients.optimizer is None else self.gradients.optimizer()
+
+    def take(self, optimizer: object, settings: dict[str, Any]) -> None:
+        """See `RowStore`."""
+        self.gradients.optimizer = weakref.ref(optimizer)
+        self.steps.settings = settings
+
+    def freeze(self, names: Collection[str]) -> None:
+        """Has no gradient reach the rows of some of the tables, and those of the others again."""
+        self.frozen = frozenset(names)
+        ranges = [(shard.first_row, shard.first_row + len(shard.weight)) for shard in self.shards]
+        is_frozen = [name in self.frozen for name in self.table_names]
+        self.gradients.anchor.requires_grad_(not all(is_frozen))
+        self.gradients.frozen = [rows for rows, is_own in zip(ranges, is_frozen, strict=True) if is_own]
+
+    def forget_state(self) -> None:
+        """See `RowStore`."""
+        for state in (self.state, *(shard.state for shard in self.shards)):
+            state.clear()
+        self.changes.tensors = {WEIGHT: self.weight}
 
     def allocate_state(self, name: str, fill: float, per_element: bool = False) -> Tensor:
         """Gives every row, or every element of it, one float32 of optimizer state, where the weights are."""
-        if name in self.state:
-            raise ValueError(f"the tables hold state {name!r} already: one optimizer at a time may own it")
+        assert name not in self.state, f"two states are called {name!r}"
         shape = self.weight.shape if per_element else self.weight.shape[:1]
         whole = self._allocate(tuple(shape), fill, torch.float32)
         self.state[name] = self.changes.tensors[name] = whole
@@ -186,9 +250,10 @@ class TableGroup:
     def close_rows(self) -> None:
         """Ends an update of rows that were opened."""
         self.access.close()
+        self.gradients.was_applied = True
 
     def _allocate(self, shape: tuple[int, ...], fill: float, dtype: torch.dtype) -> Tensor:
-        if self._home != self.device:
+        if self.placement.is_host and self.device.type != "cpu":
             return torch.full(shape, fill, dtype=dtype, pin_memory=True)
         return allocate_rows(shape, fill, dtype, self.device)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,7 @@ class UnshardedTable:
         self.leaf = self.weight.float().clone().requires_grad_()
         self.touched = torch.zeros(spec.num_rows, dtype=torch.bool)
         self._position = position
+        self._optimizer: weakref.ref[object] | None = None
 
     def look_up(self, ids: Tensor) -> Tensor:
         """Returns the rows of `ids` as float32, and remembers that they were touched."""
@@ -49,6 +52,19 @@ class UnshardedTable:
     def table_names(self) -> list[str]:
         """Its own name."""
         return [self.spec.name]
+
+    @property
+    def optimizer(self) -> object | None:
+        """What was given to `take`."""
+        return None if self._optimizer is None else self._optimizer()
+
+    def take(self, optimizer: object, settings: dict[str, Any]) -> None:
+        """Notes the optimizer."""
+        self._optimizer = weakref.ref(optimizer)
+
+    def forget_state(self) -> None:
+        """Lets go of all state."""
+        self.state.clear()
 
     def allocate_state(self, name: str, fill: float, per_element: bool = False) -> Tensor:
         """Gives every row, or every element of it, one float32 of state."""

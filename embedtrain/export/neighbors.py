@@ -52,12 +52,16 @@ def _nearest(
 def _parse(query: str, vectors: Vectors) -> list[tuple[int, str]]:
     """Returns the words of a query with their signs."""
     tokens = query.split()
-    if query in vectors.words or len(tokens) < 2:  # a word may itself hold a space, or be a sign
+    if query in vectors.words:  # a word may itself hold a space, or be a sign
+        return [(1, query)]
+    if len(tokens) < 2:
         return [(1, query.strip())]
     if tokens[0] not in _SIGNS:
         tokens.insert(0, "+")
     signs, words = tokens[0::2], tokens[1::2]
     if len(signs) != len(words) or not set(signs) <= _SIGNS.keys():
+        if vectors.find is not None:  # any text has a row
+            return [(1, query)]
         raise UserError(
             f"cannot read the query {query!r}: expected a word, or words with a + or - between each two, "
             f"spaces around it, such as 'king - man + woman'"

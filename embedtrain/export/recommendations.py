@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedtrain.export.storage import new_files
+from embedtrain.export.storage import new_files, refuse_packed_name
 
 Recommendation = tuple[str, Sequence[str], Sequence[float]]
 """The raw id of a user, the raw ids of the items, the best first, and their scores."""
@@ -28,6 +28,7 @@ def write_recommendations(batches: Iterable[Sequence[Recommendation]], output: s
     Raises:
         UserError: the output is there already or cannot be written.
     """
+    refuse_packed_name(output, "parquet")
     with new_files([output], overwrite) as (file,), pq.ParquetWriter(file, _SCHEMA) as writer:
         for batch in batches:
             users, items, scores = ([row[column] for row in batch] for column in range(3))

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 import fsspec
 
+from embedtrain.data.codecs import codec_of_name, without_compression
 from embedtrain.errors import UserError
 
 
@@ -23,6 +24,19 @@ def file_system_of(path: str) -> tuple[Any, str]:
     except (ValueError, ImportError) as error:
         raise UserError(f"cannot open {path!r}: {error}") from error
     return file_system, inner_path
+
+
+def refuse_packed_name(path: str, format: str) -> None:
+    """Refuses the name of a compressed file for a format whose readers expect none.
+
+    Raises:
+        UserError: the name ends in the suffix of a compression.
+    """
+    if (codec := codec_of_name(path)) is not None:
+        raise UserError(
+            f"{path}: a file of the format {format} is not compressed, and its readers do not expect {codec}: give "
+            f"{without_compression(path)}, or another name"
+        )
 
 
 @contextmanager

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from types import TracebackType
-from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
-from embedtrain.data.vocabulary import Vocabulary
-from embedtrain.errors import UserError
+from embedtrain.checkpoint import CheckpointReader, choose_checkpoint
+from embedtrain.checkpoint.choice import Step
+from embedtrain.checkpoint.manifest import MANIFEST_NAME
+from embedtrain.data.row_names import read_row_names
+from embedtrain.errors import CorruptCheckpointError, UserError
 from embedtrain.export.storage import file_system_of
+from embedtrain.schema import SchemaError, parse
 from embedtrain.sharding.layout import read_layout
 
 FloatRows = npt.NDArray[np.float32]
@@ -25,33 +26,6 @@ FloatRows = npt.NDArray[np.float32]
 _WEIGHT = "/weight"
 _BLOCK_BYTES = 8 << 20
 _SUGGESTION_WORDS = 50_000
-_NUMBER = re.compile(r"0|[1-9][0-9]{0,18}")
-
-
-class RowNumbers(Sequence[str]):
-    """The words of a table without a vocabulary: "0", "1", ..., made when they are asked for."""
-
-    def __init__(self, rows: range) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> RowNumbers: ...
-    def __getitem__(self, index: int | slice) -> str | RowNumbers:
-        return RowNumbers(self._rows[index]) if isinstance(index, slice) else str(self._rows[index])
-
-    def __contains__(self, word: object) -> bool:
-        return isinstance(word, str) and bool(_NUMBER.fullmatch(word)) and int(word) in self._rows
-
-    def index(self, word: str, start: int = 0, stop: int | None = None) -> int:
-        """Returns the row called `word`, without a search."""
-        if word not in self:
-            raise ValueError(f"no row {word!r}")
-        return self._rows.index(int(word))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -63,11 +37,12 @@ class Vectors:
         step: the optimizer step at which the checkpoint was saved.
         num_rows: number of rows, one for each of `words`.
         dim: length of a vector.
-        words: the word of each row; row numbers where the table has no vocabulary.
-        counts: [num_rows] int64, how often the word occurs in the text; None without a vocabulary.
+        words: the word of each row; row numbers if the rows have no names.
+        counts: [num_rows] int64, how often the word occurs in the data; None if nobody counted.
         read: returns the vectors of the ids from its first argument up to its second.
         on_close: gives back what `read` holds open.
         noun: what a row stands for: a word, a user, an item.
+        find: returns the row of a text that need not be among `words`, by its hash; None if only these have rows.
     """
 
     table: str
@@ -79,6 +54,7 @@ class Vectors:
     read: Callable[[int, int], FloatRows]
     on_close: Callable[[], None] = lambda: None
     noun: str = "word"
+    find: Callable[[str], int] | None = None
 
     def __enter__(self) -> Vectors:
         return self
@@ -113,11 +89,13 @@ class Vectors:
         return replace(self, num_rows=len(words), words=words, counts=counts)
 
     def row_of(self, word: str) -> int:
-        """Returns the id of `word`, by a search through the words.
+        """Returns the id of `word`, by a search through the words or by `find`.
 
         Raises:
             UserError: there is no such word; names the closest of the frequent ones.
         """
+        if self.find is not None:
+            return self.find(word)
         try:
             return self.words.index(word)
         except ValueError:
@@ -137,29 +115,26 @@ def unit_rows(rows: FloatRows) -> FloatRows:
     return unit
 
 
-def open_vectors(run_path: str, table: str | None = None) -> Vectors:
-    """Opens a table of the newest complete checkpoint in a run folder.
+def open_vectors(run_path: str, table: str | None = None, step: Step = None) -> Vectors:
+    """Opens a table of a complete checkpoint in a run folder.
 
-    `vocabulary.tsv` in the run folder holds the words of the checkpoint's `export_table`, and of every other
-    table that has as many rows. The rows of other tables are called by their numbers.
+    The rows have the names that `embedtrain.data.row_names` knows of; rows without a name are left out.
 
     Args:
         run_path: the run folder, any fsspec URL.
         table: which table; None for the `export_table` that the checkpoint names, or the only one.
+        step: of the checkpoint; "best" for the best by the run's metric, None for the newest.
 
     Raises:
-        UserError: no such folder, no complete checkpoint in it, no such table, or a vocabulary that is
-            missing, unreadable, of another length than the table, or not the one it was trained with.
+        UserError: no such folder, no complete checkpoint in it, no such table, or a file of names that is missing,
+            unreadable, or not the one that the table was trained with.
         CheckpointError: the table's rows lie in an order that this version does not know.
     """
     run_path = run_path.rstrip("/")
     file_system, path = file_system_of(run_path)
     if not file_system.isdir(path):
         raise UserError(f"no run folder at {run_path!r}; expected the run.path that a training wrote to")
-    checkpoint_path = latest_checkpoint(f"{run_path}/checkpoints")
-    if checkpoint_path is None:
-        raise UserError(f"no complete checkpoint yet in {run_path!r}; train until the first one is saved")
-    reader = CheckpointReader(checkpoint_path)
+    reader = CheckpointReader(choose_checkpoint(f"{run_path}/checkpoints", step, run_path))
     try:
         return _open_table(reader, run_path, table)
     except BaseException:
@@ -167,38 +142,48 @@ def open_vectors(run_path: str, table: str | None = None) -> Vectors:
         raise
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """What a checkpoint's state says of its tables, if it says anything."""
+
+    export_table: str | None = None
+    row_names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+def _read_facts(reader: CheckpointReader) -> _Facts:
+    try:
+        return parse(_Facts, dict(reader.state))
+    except SchemaError as error:
+        raise CorruptCheckpointError(f"{reader.path}: the state in {MANIFEST_NAME}: {error}") from error
+
+
 def _open_table(reader: CheckpointReader, run_path: str, table: str | None) -> Vectors:
     tables = sorted(name.removesuffix(_WEIGHT) for name in reader.tensors if name.endswith(_WEIGHT))
-    export_table = reader.state.get("export_table")
+    facts = _read_facts(reader)
+    export_table = facts.export_table
     table = _choose_table(table, export_table, tables, run_path)
-    info = reader.tensors[table + _WEIGHT]
+    info = reader.table(table)
     num_rows, dim = info.shape
     layout = read_layout(info.layout, num_rows, table)
-    words: Sequence[str] = RowNumbers(range(num_rows))
-    counts = None
-    vocabulary = _read_vocabulary(f"{run_path}/vocabulary.tsv")
-    if vocabulary is not None and len(vocabulary) == num_rows:
-        _check_vocabulary(vocabulary, reader, run_path)
-        words, counts = vocabulary.words, vocabulary.counts
-    elif table == export_table:
-        found = "there is none" if vocabulary is None else f"it has {len(vocabulary):,} words"
-        raise UserError(f"table {table!r} needs {num_rows:,} words in {run_path}/vocabulary.tsv, but {found}")
+    names = read_row_names(run_path, reader.state, table, num_rows)
 
     def read(start: int, stop: int) -> FloatRows:
         slots = layout.slot_of(torch.arange(start, stop))
         rows: FloatRows = reader.gather(table + _WEIGHT, slots).float().numpy()
         return rows
 
-    return Vectors(table, reader.step, num_rows, dim, words, counts, read, reader.close)
-
-
-def _check_vocabulary(vocabulary: Vocabulary, reader: CheckpointReader, run_path: str) -> None:
-    """Refuses the words of another run, which would give its vectors to the wrong ones."""
-    if reader.state.get("vocabulary_fingerprint", vocabulary.fingerprint) != vocabulary.fingerprint:
-        raise UserError(
-            f"{run_path}/vocabulary.tsv is not the vocabulary that {reader.path} was trained with: its words or counts "
-            "differ. Bring back the file of this run, or give the training command again, which writes it anew."
-        )
+    return Vectors(
+        table,
+        reader.step,
+        len(names.words),
+        dim,
+        names.words,
+        names.counts,
+        read,
+        reader.close,
+        names.noun,
+        names.find,
+    )
 
 
 def _choose_table(table: str | None, export_table: str | None, tables: list[str], run_path: str) -> str:
@@ -208,10 +193,3 @@ def _choose_table(table: str | None, export_table: str | None, tables: list[str]
     if chosen not in tables:
         raise UserError(f"no table {chosen!r} in {run_path!r}; it has: {', '.join(tables) or 'none'}")
     return chosen
-
-
-def _read_vocabulary(path: str) -> Vocabulary | None:
-    try:
-        return Vocabulary.load(path)
-    except FileNotFoundError:
-        return None

@@ -96,8 +96,10 @@ def _read(lines: Iterable[str], lookup: WordLookup, source: str) -> _Questions:
     sections: list[int] = []
     num_oov = 0
     for number, line in enumerate(lines, start=1):
+        if number == 1:
+            line = line.removeprefix("\ufeff")
         words = line.split()
-        if line.startswith(": "):
+        if line.startswith(": ") or (line.startswith(":") and len(words) != 4):
             names.append(line.lstrip(": ").strip())
         elif words and (len(words) != 4 or not names):
             expected = "four words" if names else "a line ': SECTION' before the first question"

@@ -22,7 +22,8 @@ def list_measures(hits: Tensor, num_relevant: Tensor, k: int) -> Tensor:
     * mrr: 1 / r of the first hit, 0 without one
 
     Args:
-        hits: [num_users, at least k] bool; whether each recommendation, the best first, is relevant.
+        hits: [num_users, k or more, or as many as there are items] bool; whether each recommendation, the best first,
+            is relevant.
         num_relevant: [num_users] int64, each at least 1.
         k: length of the list.
 
@@ -33,9 +34,13 @@ def list_measures(hits: Tensor, num_relevant: Tensor, k: int) -> Tensor:
     recommendation algorithms", and its documentation of the metrics.
     """
     found = hits[:, :k].double()
-    places = torch.arange(1, found.shape[1] + 1, dtype=torch.float64, device=hits.device)
+    # A user may have more relevant items than there are to recommend: some were never seen in training.
+    num_ideal = num_relevant.clamp(max=k)
+    num_places = max([found.shape[1], *num_ideal.amax(dim=0, keepdim=True).tolist()])
+    places = torch.arange(1, num_places + 1, dtype=torch.float64, device=hits.device)
     gains = 1.0 / torch.log2(places + 1)
-    ideal = gains.cumsum(0)[num_relevant.clamp(max=found.shape[1]) - 1]
+    ideal = gains.cumsum(0)[num_ideal - 1]
+    places, gains = places[: found.shape[1]], gains[: found.shape[1]]
     is_first = (found.cumsum(1) == 1) & (found == 1)
     return torch.stack(
         [

@@ -6,16 +6,21 @@ import itertools
 import json
 import logging
 import math
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from tqdm import tqdm
 
 from embedtrain import storage
 from embedtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 _logger = logging.getLogger(__name__)
 
@@ -129,18 +134,33 @@ class TensorBoardSink:
             raise UserError(f"TensorBoard's files are appended to and need a local folder, got {folder!r}")
         from torch.utils.tensorboard import SummaryWriter  # takes a second, and few runs want it
 
-        self._writer = SummaryWriter(path, purge_step=purge_step)
+        self._writer: SummaryWriter | None = SummaryWriter(path, purge_step=purge_step)
+
+    def _write(self, use: Callable[[SummaryWriter], None]) -> None:
+        """Calls `use` unless an earlier call failed: a disk that is full is no reason to stop training."""
+        if self._writer is None:
+            return
+        try:
+            use(self._writer)
+        except Exception as error:  # the writer's thread passes on whatever it failed with
+            _logger.warning(f"TensorBoard gets no more of this run: {type(error).__name__}: {error}")
+            with suppress(Exception):
+                self._writer.close()
+            self._writer = None
 
     def log(self, record: Record) -> None:
         """Writes the record's numbers at its step."""
-        step = record["step"]
-        for name, value in record.items():
-            if name != "step" and not isinstance(value, str):
-                self._writer.add_scalar(name, value, step)
+
+        def use(writer: SummaryWriter) -> None:
+            for name, value in record.items():
+                if name != "step" and not isinstance(value, str):
+                    writer.add_scalar(name, value, record["step"])
+
+        self._write(use)
 
     def flush(self) -> None:
         """Writes the events that are held back."""
-        self._writer.flush()
+        self._write(lambda writer: writer.flush())
 
     def log_settings(self, settings: Mapping[str, Any], measures: Sequence[str]) -> None:
         """Shows the run among others in TensorBoard's table of hyperparameters.
@@ -151,10 +171,11 @@ class TensorBoardSink:
         """
         from torch.utils.tensorboard.summary import hparams
 
-        parts = hparams(dict(_flat(settings)), dict.fromkeys(measures, 0.0))
-        writer = self._writer._get_file_writer()
-        for part in parts:
-            writer.add_summary(part)
+        def use(writer: SummaryWriter) -> None:
+            for part in hparams(dict(_flat(settings)), dict.fromkeys(measures, 0.0)):
+                writer._get_file_writer().add_summary(part)
+
+        self._write(use)
 
     def log_histogram(self, name: str, histogram: Histogram, step: int) -> None:
         """Writes a histogram; nothing where it has no values."""
@@ -165,21 +186,23 @@ class TensorBoardSink:
         first, last = filled[0], filled[-1] + 1
         counts, edges = histogram.counts[first:last], histogram.edges[first : last + 1]
         middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
-        self._writer.add_histogram_raw(
-            name,
-            min=edges[0],
-            max=edges[-1],
-            num=int(sum(counts)),
-            sum=sum(count * middle for count, middle in zip(counts, middles, strict=True)),
-            sum_squares=sum(count * middle**2 for count, middle in zip(counts, middles, strict=True)),
-            bucket_limits=list(edges[1:]),
-            bucket_counts=list(counts),
-            global_step=step,
+        self._write(
+            lambda writer: writer.add_histogram_raw(
+                name,
+                min=edges[0],
+                max=edges[-1],
+                num=int(sum(counts)),
+                sum=sum(count * middle for count, middle in zip(counts, middles, strict=True)),
+                sum_squares=sum(count * middle**2 for count, middle in zip(counts, middles, strict=True)),
+                bucket_limits=list(edges[1:]),
+                bucket_counts=list(counts),
+                global_step=step,
+            )
         )
 
     def close(self) -> None:
         """Writes the events that are held back."""
-        self._writer.close()
+        self._write(lambda writer: writer.close())
 
 
 class ConsoleSink:
@@ -276,7 +299,7 @@ def _short(value: float | int | str) -> str:
 
 def _append(path: str, data: bytes) -> None:
     """Appends to a file, all of `data` or nothing."""
-    with open(path, "ab", buffering=0) as file:
+    with open(path, "ab", buffering=0, opener=_without_following) as file:
         size = file.tell()
         try:
             while data:
@@ -286,6 +309,11 @@ def _append(path: str, data: bytes) -> None:
             raise
 
 
+def _without_following(path: str, flags: int) -> int:
+    """Opens a file, and no other that a link in its place leads to."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def _finite(value: float | int | str) -> float | int | str | None:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -293,6 +321,8 @@ def _finite(value: float | int | str) -> float | int | str | None:
 def _is_up_to(step: int, line: bytes) -> bool:
     """Tells whether a line of JSON is whole and of no later step than `step`."""
     try:
-        return line.endswith(b"\n") and bool(json.loads(line).get("step", 0) <= step)
-    except ValueError:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
         return False
+    logged = record.get("step", 0) if isinstance(record, dict) else None
+    return line.endswith(b"\n") and isinstance(logged, int) and logged <= step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -43,8 +44,7 @@ def evaluate_similarity(
     Args:
         unit_vectors: [n, dim] vectors of length 1, the most frequent word first.
         words: [n] words.
-        lines: two words and a score, separated by tabs where the first pair is, else by white space; a line
-            that begins with `#` is a comment.
+        lines: of two words and a score, as `read_pairs` reads them.
         restrict_vocab: only the first so many words are looked up.
         case_insensitive: whether words are compared in upper case.
         source: name of the pairs' file in messages.
@@ -60,7 +60,7 @@ def evaluate_similarity(
     pairs: list[tuple[int, int]] = []
     scores: list[float] = []
     num_oov = 0
-    for first, second, score in _read(lines, source):
+    for first, second, score in read_pairs(lines, source):
         first_row, second_row = lookup.row_of(first), lookup.row_of(second)
         if first_row is None or second_row is None:
             num_oov += 1
@@ -84,22 +84,89 @@ def evaluate_similarity(
     )
 
 
-def _read(lines: Iterable[str], source: str) -> Iterator[tuple[str, str, float]]:
-    delimiter: str | None = None
-    seen_pair = False
+def check_pairs(lines: Iterable[str], source: str) -> None:
+    """Refuses lines that `evaluate_similarity` cannot use, whatever the vocabulary.
+
+    Raises:
+        UserError: a line cannot be read, or there are fewer than two pairs.
+    """
+    num_pairs = sum(1 for _ in read_pairs(lines, source))
+    if num_pairs < 2:
+        raise UserError(f"{source}: expected at least two lines of two words and a score, found {num_pairs}")
+
+
+def read_pairs(lines: Iterable[str], source: str) -> Iterator[tuple[str, str, float]]:
+    """Yields two words and people's score of each line, from what is published as text, TSV or CSV.
+
+    Lines that begin with `#` are comments. A first line without a score names the columns. The first column of numbers
+    after two words holds the scores: SimLex-999 has the part of speech before it, other files further columns after it.
+
+    Raises:
+        UserError: a line cannot be read; the message names file and line.
+    """
+    shape: _Columns | None = None
+    may_be_header = True
     for number, line in enumerate(lines, start=1):
+        if number == 1:
+            line = line.removeprefix("\ufeff")
         if line.startswith("#") or not line.strip():
             continue
-        if not seen_pair:
-            delimiter, seen_pair = ("\t" if "\t" in line else None), True
-        try:
-            first, second, text = line.split(delimiter)
-            score = float(text)
-        except ValueError:
-            score = math.nan
+        delimiter = _delimiter_of(line) if shape is None else shape.delimiter
+        fields = _fields(line, delimiter)
+        found = _columns_of(fields, delimiter) if shape is None else shape
+        if found is None and may_be_header and len(fields) > 2 and not any(map(_is_number, fields)):
+            may_be_header = False
+            continue
+        score = math.nan
+        if found is not None and len(fields) == found.num_fields and all(fields[:2]):
+            shape = found
+            score = _number(fields[shape.score])
         if not math.isfinite(score):
             raise UserError(
-                f"{source}, line {number}: expected two words and a score, separated by "
-                f"{'tabs' if delimiter else 'spaces'}, got {line.rstrip()!r}; a comment begins with #"
+                f"{source}, line {number}: expected two words and a score, separated by {_NAMES[delimiter]}, got "
+                f"{line.rstrip()!r}; a comment begins with #"
             )
-        yield first, second, score
+        yield fields[0], fields[1], score
+
+
+_NAMES = {"\t": "tabs", ",": "commas", None: "spaces"}
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """How the lines of a file are divided: by which delimiter, into how many fields, and which one is the score."""
+
+    delimiter: str | None
+    num_fields: int
+    score: int
+
+
+def _delimiter_of(line: str) -> str | None:
+    if "\t" in line:
+        return "\t"
+    return "," if len(_fields(line, ",")) > 2 else None
+
+
+def _fields(line: str, delimiter: str | None) -> list[str]:
+    if delimiter != ",":
+        return [field.strip() for field in line.split(delimiter)]
+    return [field.strip() for field in next(csv.reader([line.strip()], skipinitialspace=True), [])]
+
+
+def _columns_of(fields: Sequence[str], delimiter: str | None) -> _Columns | None:
+    """Returns the columns of a first line of words and a score; None if it is none."""
+    score = next((place for place, field in enumerate(fields) if place > 1 and _is_number(field)), None)
+    if score is None or (delimiter is None and len(fields) != 3):  # a word with a space makes two fields
+        return None
+    return _Columns(delimiter, len(fields), score)
+
+
+def _is_number(text: str) -> bool:
+    return math.isfinite(_number(text))
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -4,8 +4,9 @@ from typing import Any
 
 from embedtrain.optim.combined import Combined
 from embedtrain.optim.formulas import SGD, Adagrad, Adam, RMSprop, RowwiseAdagrad, RowwiseAdam
-from embedtrain.optim.optimizer import CommonOptions, RowState, SparseOptimizer
+from embedtrain.optim.optimizer import CommonOptions, SparseOptimizer
 from embedtrain.optim.registry import Registry
+from embedtrain.optim.stores import RowState
 
 
 def _check(found: Any) -> type[SparseOptimizer]:

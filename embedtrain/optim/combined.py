@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from embedtrain.ops.row_gradient import RowGradient
-from embedtrain.optim.optimizer import EffectiveRates, NonFinitePolicy, RowStore, RowsToUpdate, SparseOptimizer
+from embedtrain.optim.optimizer import EffectiveRates, NonFinitePolicy, SparseOptimizer
+from embedtrain.optim.stores import RowStore, RowsToUpdate
 
 
 class _Groups:
@@ -28,6 +29,8 @@ class Combined(SparseOptimizer):
     Raises:
         ValueError: two optimizers have tables in common, or one has `max_grad_norm` or `nonfinite` of its own.
     """
+
+    takes_over = True
 
     def __init__(
         self,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,18 @@ _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 
 _WEIGHTS, _STATE = "dense/", "dense_optimizer/"
 """Beginnings of the names in a checkpoint: "dense/layer.weight", "dense_optimizer/layer.weight/exp_avg"."""
+
+
+@dataclass
+class DenseOptions:
+    """The choices that there are for a `DenseOptimizer`, with their defaults."""
+
+    name: Literal["adam", "adamw", "adagrad", "sgd"] = "adam"
+    """Which optimizer of torch."""
+    lr: float = 1e-3
+    """Base of the learning rate, which falls with the same schedule as the tables'."""
+    weight_decay: float = 0.0
+    """As the optimizer of torch has it."""
 
 
 class DenseOptimizer:
@@ -46,10 +59,10 @@ class DenseOptimizer:
         self,
         module: nn.Module,
         *,
-        name: str = "adam",
+        name: str = DenseOptions.name,
         ranks: Ranks,
-        lr: float = 1e-3,
-        weight_decay: float = 0.0,
+        lr: float = DenseOptions.lr,
+        weight_decay: float = DenseOptions.weight_decay,
     ) -> None:
         if name not in _OPTIMIZERS:
             raise ValueError(f"there is no dense optimizer {name!r}; there are {', '.join(_OPTIMIZERS)}")

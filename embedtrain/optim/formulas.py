@@ -14,14 +14,8 @@ from torch import Tensor
 
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import Moments, moment_update
-from embedtrain.optim.optimizer import (
-    EffectiveRates,
-    HasTableGroups,
-    RowState,
-    RowsToUpdate,
-    SparseOptimizer,
-    check_share,
-)
+from embedtrain.optim.optimizer import EffectiveRates, SparseOptimizer, check_share
+from embedtrain.optim.stores import HasTableGroups, RowState, RowsToUpdate
 
 ACCUMULATOR = "accumulator"
 """Name of Adagrad's state in a checkpoint."""
@@ -206,11 +200,12 @@ class RowwiseAdagrad(MomentOptimizer):
 
 
 class Adam(MomentOptimizer):
-    """Adam whose moments change in the steps that touch their row, as in `torch.optim.SparseAdam`.
+    """Adam whose moments change in the steps that touch their row, as those of `torch.optim.SparseAdam` do.
 
     `first += (1 - beta1) * (g - first)`, `second = beta2 * second + (1 - beta2) * g * g`, then
     `row -= lr / (1 - beta1^t) * first / (sqrt(second) / sqrt(1 - beta2^t) + eps)`, with t the count of steps.
-    With `decoupled_weight_decay` it is AdamW.
+    With `decoupled_weight_decay` it is AdamW. `eps` stands where `torch.optim.Adam` has it. SparseAdam adds it to the
+    root before that is corrected, so its first steps are shorter where gradients are as small as `eps`.
 
     Args:
         collection: the tables.

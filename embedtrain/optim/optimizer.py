@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import NonFiniteError
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import RowStep, row_update
 from embedtrain.optim.found_inf import PendingVerdict, factor_on_device, reason_of, total_on_device
+from embedtrain.optim.stores import STEP, HasTableGroups, RowState, RowsToUpdate, StoreOptimizer
 
 NonFinitePolicy = Literal["error", "skip"]
-
-
-@dataclass(frozen=True)
-class RowState:
-    """A tensor of optimizer state, float32, that lies beside the rows and is saved with them.
-
-    Attributes:
-        name: in a checkpoint: "item/accumulator" for the table "item".
-        per_element: whether it has one number per element, [num_rows, dim], or one per row, [num_rows].
-        fill: its first value.
-    """
-
-    name: str
-    per_element: bool = False
-    fill: float = 0.0
 
 
 class EffectiveRates(NamedTuple):
@@ -78,56 +63,7 @@ OF_A_STEP = ("max_grad_norm", "nonfinite")
 _OPTIONS = tuple(option.name for option in fields(CommonOptions))
 
 
-class RowsToUpdate(Protocol):
-    """Rows and their state, or copies of the rows that a step touched."""
-
-    weight: Tensor
-    state: dict[str, Tensor]
-
-    def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
-        """Returns keys of the gradient's rows for stochastic rounding, or None for float32 rows."""
-
-
-class RowStore(RowsToUpdate, Protocol):
-    """Rows with their state and the gradients that wait for them: an optimizer's view of a group of tables."""
-
-    ranks: Ranks
-
-    @property
-    def table_names(self) -> list[str]:
-        """The tables, in order."""
-
-    def allocate_state(self, name: str, fill: float, per_element: bool) -> Tensor:
-        """Gives every row, or every element of it, one float32 of state."""
-
-    def fill_state(self, name: str, value: float) -> None:
-        """Sets a state of all rows."""
-
-    def waiting_gradient(self) -> RowGradient:
-        """Returns the gradient of the touched rows."""
-
-    def open_rows(self, gradient: RowGradient) -> tuple[RowsToUpdate, RowGradient]:
-        """Returns what holds the gradient's rows for an update, and the gradient by their places in it."""
-
-    def close_rows(self) -> None:
-        """Ends the update."""
-
-    def clear_gradient(self) -> None:
-        """Forgets the gradients."""
-
-    def describe(self, row: int) -> str:
-        """Names the table and the id of a row."""
-
-
-class HasTableGroups(Protocol):
-    """A collection of tables, or some of its groups."""
-
-    @property
-    def table_groups(self) -> Sequence[RowStore]:
-        """The groups of tables, in the same order on every rank."""
-
-
-class SparseOptimizer(torch.optim.Optimizer):
+class SparseOptimizer(StoreOptimizer):
     """Base of the optimizers of a collection; a subclass gives the formula, in `direction`.
 
     One parameter group per group of tables, so that torch's learning-rate schedulers work; its `tables` names
@@ -172,18 +108,12 @@ class SparseOptimizer(torch.optim.Optimizer):
         _check_ranges({**defaults, "max_grad_norm": self.max_grad_norm})
         if self.nonfinite not in ("error", "skip"):
             raise ValueError(f"nonfinite must be 'error' or 'skip', got {self.nonfinite!r}")
-        self.states = tuple(states)
-        self.stores = list(collection.table_groups)
         self._veto: str | None = None
         self._loss: Tensor | None = None
         self._pending: PendingVerdict | None = None
         self.looks_later = False
         self.num_skipped = 0
-        groups = [{"params": [store.weight], "step": 0, "tables": store.table_names} for store in self.stores]
-        super().__init__(groups, defaults)
-        for store in self.stores:
-            for state in self.states:
-                store.allocate_state(state.name, state.fill, state.per_element)
+        super().__init__(collection, defaults, states)
 
     @property
     def name(self) -> str:
@@ -236,7 +166,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             weight_decay=settings["weight_decay"],
             decoupled_weight_decay=settings["decoupled_weight_decay"],
             max_norm=_or_infinity(settings["max_norm"]),
-            rounding_keys=store.rounding_keys(gradient, settings["step"]),
+            rounding_keys=store.rounding_keys(gradient, settings[STEP]),
         )
 
     def effective_rates(self, group: int, rows: slice) -> EffectiveRates | None:
@@ -250,7 +180,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         """
         self.settle()
         for store, settings in zip(self.stores, self.param_groups, strict=True):
-            settings["step"] = 0
+            settings[STEP] = 0
             for state in self.states:
                 store.fill_state(state.name, state.fill)
 
@@ -262,20 +192,35 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Makes the coming step depend on a scalar of this rank: if it is not finite, the step counts as not finite."""
         self._loss = loss
 
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Collects the gradients that wait, agrees on them with all ranks, and applies them on all ranks or on none.
 
         Collective: every rank.
 
+        Args:
+            closure: called first; runs forward and backward and returns the loss, as torch's optimizers take it.
+
+        Returns:
+            What the closure returned; None without one.
+
         Raises:
             NonFiniteError: a gradient is not finite, or a rank vetoed, and the policy is "error".
+            ValueError: a GradScaler called it.
         """
+        if hasattr(self, "grad_scale"):
+            raise ValueError(_NO_SCALER)
+        loss = None
         if closure is not None:
-            raise ValueError("sparse optimizers take no closure: run backward, then step()")
+            with torch.enable_grad():
+                loss = closure()
         if self._is_observed():
             _observed_step(self)
         else:
             self._step()
+        return loss
+
+    # Has a GradScaler call `step` at once, after it has set `grad_scale`, so that `step` can refuse it.
+    _step_supports_amp_scaling = True
 
     # Torch wraps `step` of its optimizers to record each call and run hooks, unless told that this was done. The record
     # takes a tenth of a small step even if nobody reads it, so `step` goes that way only if somebody does.
@@ -310,7 +255,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _apply(self, gradients: Sequence[RowGradient], factor: float | Tensor) -> None:
         """Updates weight and state of the touched rows in one pass."""
         for store, gradient, settings in zip(self.stores, gradients, self.param_groups, strict=True):
-            settings["step"] += 1
+            settings[STEP] += 1
             opened, placed = store.open_rows(gradient)
             self.update(opened, placed, settings, factor)
             increment_version(opened.weight)  # kernels write behind torch's back, which checks what backward reads
@@ -326,8 +271,13 @@ class SparseOptimizer(torch.optim.Optimizer):
         if pending is None or pending.is_finite():
             return
         for settings in self.param_groups:
-            settings["step"] -= 1
+            settings[STEP] -= 1
         self._handle_nonfinite(pending.gradients, pending.reason())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a copy is made of, which has no gradients that wait and no step to settle."""
+        self.settle()
+        return {**super().__getstate__(), "_loss": None, "_veto": None}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients that wait."""
@@ -372,7 +322,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         if found is not None:
             found = f"{found}, on rank {self.stores[0].ranks.rank}"
         reasons = [reason for reason in self.stores[0].ranks.all_gather(found) if reason is not None]
-        step = self.param_groups[0]["step"] + 1
+        step = self.param_groups[0][STEP] + 1
         raise NonFiniteError(
             f"step {step}: {reasons[0]}; nothing of this step was applied on any rank. "
             "Lower the learning rate, clip gradients (max_grad_norm), or leave such steps out (nonfinite=skip)."
@@ -385,6 +335,12 @@ class SparseOptimizer(torch.optim.Optimizer):
                 return f"the gradient of {store.describe(int(gradient.rows[bad[0, 0]]))} is not finite"
         return None
 
+
+_NO_SCALER = (
+    "an optimizer of tables takes no GradScaler, which scales and checks the gradients of parameters. Use autocast "
+    "with bfloat16, which needs none. With float16, have the gradient divided on its way to the rows, "
+    "vectors.register_hook(lambda grad: grad / scaler.get_scale()), set nonfinite='skip', and call optimizer.step()"
+)
 
 _observed_step = torch.optim.Optimizer.profile_hook_step(SparseOptimizer._step)
 

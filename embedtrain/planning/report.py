@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from embedtrain.errors import printable
 from embedtrain.planning.plan import (
     Bandwidths,
     checkpoint_bytes,
@@ -53,7 +54,7 @@ def print_plan(workload: Workload, request: Request) -> bool:
         + (f", dense gradients {format_bytes(exchange.dense)}" if exchange.dense else "")
     )
     if exchange.at_owner:
-        print(f"             bags are pooled by the owners of their rows: {', '.join(exchange.at_owner)}")
+        print(f"             bags are pooled by the owners of their rows: {printable(', '.join(exchange.at_owner))}")
     _print_least_time(workload, request, exchange.total)
     return fits
 
@@ -66,7 +67,7 @@ def _print_tables(workload: Workload, world_size: int) -> None:
     for table in workload.tables:
         rows = layout_of(table.num_rows, world_size).rows_per_rank
         print(
-            f"{table.name:<16} {table.num_rows:>16,} {table.dim:>5} {rows:>14,} "
+            f"{printable(table.name):<16} {table.num_rows:>16,} {table.dim:>5} {rows:>14,} "
             f"{format_bytes(rows * table.weight_bytes):>11} {format_bytes(rows * table.state_bytes):>11} "
             f"{table.distinct_of_rank(world_size)[0]:>16,.0f}"
         )

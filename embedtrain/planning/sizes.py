@@ -11,6 +11,8 @@ _UNITS = {"": 1, "B": 1}
 _UNITS.update({f"{letter}iB": 1 << 10 * power for power, letter in enumerate("KMGTP", start=1)})
 _UNITS.update({f"{letter}B": 10 ** (3 * power) for power, letter in enumerate("KMGTP", start=1)})
 
+_FACTORS = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+
 
 def parse_bytes(text: str) -> int:
     """Returns the bytes of "80GiB", "80 GB" or "1000".
@@ -42,17 +44,20 @@ def parse_bandwidth(text: str) -> float:
 
 
 def parse_count(text: str) -> int:
-    """Returns the number of "1000", "1_000_000" or "10e9".
+    """Returns the number of "1000", "1_000_000", "10e9", "5M" or "1.5B".
 
     Raises:
         UserError: `text` is no whole number of at least 1.
     """
+    number, factor = text.replace(",", "").replace("_", "").strip(), 1
+    if number[-1:].lower() in _FACTORS:
+        number, factor = number[:-1], _FACTORS[number[-1].lower()]
     try:
-        value = float(text.replace(",", "").replace("_", ""))
+        value = float(number) * factor
     except ValueError:
         value = math.nan
     if not (1 <= value < math.inf) or value != int(value):
-        raise UserError(f"expected a number such as 1000000 or 10e9, got {text!r}")
+        raise UserError(f"expected a number such as 1000000, 10e9 or 5M, got {text!r}")
     return int(value)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig
 from embedtrain.config.sections import Config, EvaluateConfig, TableConfig, TrainConfig
-from embedtrain.recipes.base import Grow, Names, Recipe, collection_options, table_spec
+from embedtrain.recipes.base import Grow, Names, Recipe, Wanted, collection_options, table_spec
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer
 from embedtrain.recipes.workload import (
     IdDistribution,
@@ -36,6 +36,7 @@ __all__ = [
     "TableLoad",
     "Task",
     "TrainConfig",
+    "Wanted",
     "Workload",
     "build_dense_optimizer",
     "build_optimizer",

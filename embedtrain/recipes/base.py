@@ -10,6 +10,7 @@ import torch
 
 from embedtrain.config.sections import Config, TableConfig
 from embedtrain.data.readers import Layout
+from embedtrain.data.survey import Survey
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import CollectionOptions
@@ -18,6 +19,7 @@ from embedtrain.export.vectors import Vectors
 from embedtrain.recipes.optimizers import optimizer_names
 from embedtrain.recipes.workload import Sizes, Workload
 from embedtrain.spec import DEFAULT_OPTIMIZER, Init, TableSpec
+from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.task import Parts
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -50,6 +52,8 @@ class Grow(Generic[ConfigT, DataT]):
         vocabularies: returns the names that prepared data have, in the order of `names`.
         tables: returns the tables for prepared data.
         facts: returns the facts of prepared data, as `Parts.facts`.
+        write_files: called on rank 0; writes to the run folder what of prepared data the answers of a run need, beside
+            the names.
         data_key: the key of the data, which must be given anew.
     """
 
@@ -58,6 +62,22 @@ class Grow(Generic[ConfigT, DataT]):
     tables: Callable[[ConfigT, DataT], Sequence[TableSpec]]
     facts: Callable[[DataT], Mapping[str, Any]]
     data_key: str = "data.path"
+    write_files: Callable[[DataT, RunFolder], None] = lambda data, folder: None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which recommendations are asked for.
+
+    Attributes:
+        users: raw ids; None for all users.
+        top: how many items each.
+        leaves_out_known: whether to leave out the items that a user has in the training data.
+    """
+
+    users: Sequence[str] | None
+    top: int
+    leaves_out_known: bool
 
 
 @dataclass(frozen=True)
@@ -72,13 +92,19 @@ class Recipe(Generic[ConfigT, DataT]):
         workload: returns what a run asks of its machines, from a configuration and sizes; no data are read.
         heads: returns the keys of data that may be large, each with the format and layout of its files. A dry run
             replaces them by their first megabytes.
+        check: opens and parses the small files that a run reads later, such as questions; called on rank 0 before the
+            data are prepared, and raises UserError with the key of what cannot be used.
+        draft: yields the lines of a first configuration, from the path of files of rows, what their columns hold, and
+            the column to predict, None to guess it; raises UserError if it cannot use the columns. None if the model
+            reads no rows.
         cache_key: the key of the folder of prepared data; a dry run gives it a folder of its own. Needed with `heads`.
         held_out: the key of held-out data, without which a run is not evaluated; None if a run needs no such key.
         grow: how a trained run gets rows for new names; None if it cannot.
-        open: collective; opens the vectors of a trained run by the name of a table, None for the usual one. None if the
+        measure: collective; returns the measures of a checkpoint, given by its path, from what lies in the run folder.
+            None if the data of the run have to be prepared for that.
+        open: collective; opens the vectors of a checkpoint by the name of a table, None for the usual one. None if the
             vectors are rows of its tables.
-        recommend: collective; yields the best items of users given by raw ids, None for all of them: how many, and
-            whether to leave out what they have already. None if the model does not recommend.
+        recommend: collective; yields the best items of users by a checkpoint. None if the model does not recommend.
     """
 
     config: type[ConfigT]
@@ -86,13 +112,14 @@ class Recipe(Generic[ConfigT, DataT]):
     build: Callable[[ConfigT, Runtime, DataT], Parts]
     workload: Callable[[ConfigT, Sizes], Workload]
     heads: Callable[[ConfigT], Mapping[str, tuple[str, Layout]]] = lambda config: {}
+    check: Callable[[ConfigT], None] = lambda config: None
+    draft: Callable[[str, Survey, str | None], Iterator[str]] | None = None
     cache_key: str = "data.cache_path"
     held_out: str | None = None
     grow: Grow[ConfigT, DataT] | None = None
-    open: Callable[[ConfigT, Runtime, str | None], Vectors] | None = None
-    recommend: Callable[[ConfigT, Runtime, Sequence[str] | None, int, bool], Iterator[list[Recommendation]]] | None = (
-        None
-    )
+    measure: Callable[[ConfigT, Runtime, str], Mapping[str, float]] | None = None
+    open: Callable[[ConfigT, Runtime, str, str | None], Vectors] | None = None
+    recommend: Callable[[ConfigT, Runtime, str, Wanted], Iterator[list[Recommendation]]] | None = None
 
 
 def table_spec(

@@ -27,6 +27,7 @@ def build_parts(config: Config, runtime: Runtime, check: Check = no_check) -> Pa
         UserError: on every rank alike; the data cannot be used, or `check` raised it on any.
     """
     recipe = recipe_of(config.model)
+    runtime.ranks.run_on_first(lambda: recipe.check(config))
     data, sizes = recipe.prepare(config, runtime)
     runtime.ranks.run_on_each(functools.partial(check, sizes))
     return recipe.build(config, runtime, data)

@@ -22,14 +22,14 @@ from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import UserError
-from embedtrain.optim.optimizer import RowState
+from embedtrain.optim.stores import RowState
 from embedtrain.recipes.base import Grow, Names
 from embedtrain.recipes.loading import config_from_yaml
 from embedtrain.recipes.optimizers import build_optimizer
 from embedtrain.recipes.registry import recipe_of
 from embedtrain.spec import TableSpec
 from embedtrain.train.run_folder import CONFIG_NAME, RunFolder
-from embedtrain.train.state import TrainState
+from embedtrain.train.state import TrainState, read_run_state
 
 _BASE = "base-"
 """Beginning of the name under which a grown run keeps the old names."""
@@ -133,7 +133,8 @@ def _write(
     folder = RunFolder(config.run.path)
     folder.write_config(to_yaml(config))
     state = _state(reader, config, facts, old_folder.path)
-    write_checkpoint(folder.checkpoints_path, Contents(_STEP, parts, state, reader.replicated()), ONE_PROCESS)
+    contents = Contents(_STEP, parts, state, reader.replicated(), table_steps=reader.manifest.table_steps)
+    write_checkpoint(folder.checkpoints_path, contents, ONE_PROCESS)
     return [
         GrownTable(spec.name, len(each.old), len(each.new) - len(each.old)) for each in grown for spec in each.tables
     ]
@@ -162,7 +163,8 @@ def _grow_of(config: Config, run_path: str) -> Grow[Any, Any]:
     nameless = set(config.table_names()) - {table for names in grow.names for table in names.tables}
     if nameless:
         raise UserError(
-            f"{run_path} cannot grow: it has no names for the rows of its tables {', '.join(sorted(nameless))}"
+            f"{run_path} cannot grow: new rows are for words, users and items alone, not for its tables "
+            f"{', '.join(sorted(nameless))}"
         )
     return grow
 
@@ -199,6 +201,7 @@ def _prepare(
     for each, words, vocabulary in zip(grow.names, old, grow.vocabularies(data), strict=True):
         folder.write_vocabulary(vocabulary, each.file_name)
         grown.append(_Grown(words, vocabulary, [spec for spec in tables if spec.name in each.tables]))
+    grow.write_files(data, folder)
     return grown, grow.facts(data)
 
 
@@ -214,8 +217,9 @@ def _keep_names(old_folder: RunFolder, folder: RunFolder, name: str) -> tuple[Vo
 
 
 def _check_rows(grown: _Grown, reader: CheckpointReader, run_path: str) -> None:
-    known = reader.state.get("vocabulary_fingerprint", grown.old.fingerprint)
+    state = read_run_state(reader.manifest, reader.path)
     for spec in grown.tables:
+        known = state.row_names.get(spec.name, {}).get("fingerprint", grown.old.fingerprint)
         info = reader.tensors.get(f"{spec.name}/weight")
         if info is None or info.shape[0] != len(grown.old) or known != grown.old.fingerprint:
             raise UserError(

@@ -5,7 +5,11 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import logging
+import os
 import re
+import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -32,6 +36,7 @@ from embedtrain.config.values import (
     choices_of,
     compose,
     flatten,
+    in_plain_words,
     read,
     read_override,
     settings_of,
@@ -40,7 +45,12 @@ from embedtrain.config.values import (
 )
 from embedtrain.errors import UserError
 from embedtrain.optim.registry import usable
-from embedtrain.recipes.registry import DEFAULT_MODEL, RECIPES, recipe_of
+from embedtrain.recipes.optimizers import check_optimizers
+from embedtrain.recipes.registry import BUILT_IN, DEFAULT_MODEL, RECIPES, recipe_of
+
+_logger = logging.getLogger(__name__)
+
+_SHIPPED = Path(__file__).resolve().parents[1] / "configs"
 
 _MERGE_ERRORS = (OmegaConfBaseException, ValueError, TypeError, AttributeError, KeyError)
 """What omegaconf raises for values that do not fit; the last four slip through it."""
@@ -144,6 +154,7 @@ def _merge(files: Sequence[tuple[str, yaml.MappingNode]], overrides: Sequence[st
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise UserError(f"expected key=value, such as optimizer.lr=0.1, got {override!r}")
+    _warn_of_repeats(overrides)
     model = _model_of(files, overrides)
     kind = _config_of(model)
     from_file: list[Layer] = []
@@ -157,6 +168,14 @@ def _merge(files: Sequence[tuple[str, yaml.MappingNode]], overrides: Sequence[st
             from_command.append((repr(override), read_override(key, text, kind)))
     with _explained():
         return _merge_layers(model, from_file, from_command)
+
+
+def _warn_of_repeats(overrides: Sequence[str]) -> None:
+    """Says which of several values for a key counts."""
+    last = {override.partition("=")[0]: override for override in overrides}
+    for key, count in Counter(override.partition("=")[0] for override in overrides).items():
+        if count > 1:
+            _logger.warning(f"{key} is given {count} times; the last counts: {last[key]}")
 
 
 @contextmanager
@@ -196,6 +215,7 @@ def _to_config(layers: Layers) -> Config:
         main, default = config.optimizer, type(config)().optimizer
         main.tables = table_optimizers(layers.from_file, layers.from_command, main, default)
     config.check()
+    check_optimizers(config.optimizer)
     return config
 
 
@@ -210,14 +230,43 @@ def _explained() -> Iterator[None]:
         raise UserError(_explain(error)) from error
 
 
+def shipped_names() -> list[str]:
+    """Returns the names of the configurations that embedtrain brings: each stands for a file, wherever one is named."""
+    return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
+
+
+def read_shipped(name: str) -> str:
+    """Returns a configuration that embedtrain brings, with its comments.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    if name not in shipped_names():
+        raise UserError(f"embedtrain brings no configuration {name!r}; it brings {', '.join(shipped_names())}")
+    return (_SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
+
+
 def _read_file(path: str) -> yaml.MappingNode:
+    if stat.S_ISFIFO(_mode_of(path)):
+        _logger.info(f"reading the configuration from the pipe {path} until it is closed")
+    if path in shipped_names() and not Path(path).is_file():
+        return _document(read_shipped(path), path)
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UserError(f"there is no configuration file {path}") from error
+        raise UserError(
+            f"there is no configuration file {path}; embedtrain brings {', '.join(shipped_names())}, by these names"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a configuration: {error}") from error
     return _document(text, path)
+
+
+def _mode_of(path: str) -> int:
+    try:
+        return os.stat(path).st_mode
+    except OSError:
+        return 0
 
 
 def _document(text: str, source: str) -> yaml.MappingNode:
@@ -253,14 +302,14 @@ def _config_of(model: str) -> type[Config]:
 
 
 def _refuse_unknown_keys(source: str, layer: Mapping[str, Any], model: str, optimizer: str) -> None:
-    # The keys of other optimizers are for the message alone: they take an import of every package that offers one.
     own = _known_keys(model, optimizer)
     for key, _ in flatten(layer):
         if key.startswith(f"{TABLES}.") or _is_among(key, [*own, *_beginnings(own)]):
             continue  # the options of single tables depend on their optimizer, and are refused with it
-        known = list(_known_keys(model))
+        known = list(own)
         sections = list(dict.fromkeys(_beginnings(known)))
-        owners = [name for name in usable(RECIPES) if _is_among(key, _known_keys(name))]
+        # The models of other packages are not asked: that would import them all.
+        owners = [name for name in BUILT_IN if name != model and _is_among(key, _known_keys(name, optimizer))]
         of_another = f" (it is one of model {' and '.join(owners)})" if owners else ""
         meant = _config_of(model).MEANT.get(key.rpartition(".")[2])
         near = [meant] if meant else difflib.get_close_matches(key, known + sections, n=1, cutoff=0.5)
@@ -328,6 +377,6 @@ def _pattern(known: str) -> re.Pattern[str]:
 
 def _explain(error: Exception) -> str:
     """Returns the first line of omegaconf's message, with the key."""
-    first_line = unshield((getattr(error, "msg", None) or str(error) or type(error).__name__).splitlines()[0])
+    first_line = in_plain_words(getattr(error, "msg", None) or str(error) or type(error).__name__)
     key = getattr(error, "full_key", None)
     return f"{key}: {first_line}" if key else first_line

@@ -15,7 +15,7 @@ from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.embedding.table_group import TableGroup, TableGroups
 from embedtrain.errors import UserError
 from embedtrain.optim.dense import DenseOptimizer
-from embedtrain.optim.optimizer import HasTableGroups
+from embedtrain.optim.stores import HasTableGroups
 from embedtrain.spec import DEFAULT_OPTIMIZER, TableSpec
 
 
@@ -64,9 +64,25 @@ def states_of_row(section: OptimizerConfig, dtype: torch.dtype) -> list[Tensor]:
     Raises:
         UserError: a hyperparameter is out of range.
     """
+    return list(_probe(section, dtype, "optimizer", {}).state.values())
+
+
+def check_optimizers(section: OptimizerConfig) -> None:
+    """Makes the optimizers that a section asks for, of a table of one row, to find out whether they can be made.
+
+    Raises:
+        UserError: a hyperparameter is out of range; the message names its key.
+    """
+    together = {"max_grad_norm": section.max_grad_norm, "nonfinite": section.nonfinite}
+    _probe(section, torch.float32, "optimizer", together)
+    for table in section.tables:
+        _probe(section.of_table(table), torch.float32, f"optimizer.tables.{table}", {})
+
+
+def _probe(section: OptimizerConfig, dtype: torch.dtype, where: str, together: Mapping[str, Any]) -> TableGroup:
     group = TableGroup([TableSpec("probe", 1, 1, dtype=dtype)], seed=0, device=torch.device("cpu"), ranks=ONE_PROCESS)
-    _make(section, TableGroups([group]), "optimizer", {})
-    return list(group.state.values())
+    _make(section, TableGroups([group]), where, together)
+    return group
 
 
 def _make(
@@ -77,7 +93,9 @@ def _make(
     try:
         return kind(tables, **options, **together)
     except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
+        # Most messages begin with the option, whose full key is then at the beginning.
+        is_of_option = str(error).partition(" ")[0] in {**options, **together}
+        raise UserError(f"{where}{'.' if is_of_option else ': '}{error}") from error
 
 
 def build_dense_optimizer(

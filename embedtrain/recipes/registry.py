@@ -2,7 +2,7 @@
 
 A package brings its own model by an entry point of the group `embedtrain.recipes`: the name is the value of the key
 `model`, the value a `Recipe`. A recipe is imported when its model is asked for. All recipes are imported only to
-complete the keys of settings, and to say which model has a key that the chosen model lacks.
+complete the keys of settings.
 """
 
 from __future__ import annotations
@@ -41,5 +41,8 @@ def recipe_of(model: str) -> Recipe[Any, Any]:
         UserError: there is no such model, several packages offer it, or its package is broken.
     """
     if model not in RECIPES:
-        raise UserError(f"there is no model {model!r}; there are {', '.join(RECIPES)}")
+        raise UserError(
+            f"there is no model {model!r}; there are {', '.join(RECIPES)}. If a package brings it, install the package "
+            "in this environment"
+        )
     return RECIPES[model]

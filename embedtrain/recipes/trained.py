@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from embedtrain.checkpoint.choice import Step, choose_checkpoint
 from embedtrain.config.resolved import value_at
 from embedtrain.config.sections import Config
 from embedtrain.distributed.runtime import Runtime
@@ -39,8 +40,18 @@ def require_config(run_path: str) -> Config:
     return config
 
 
-def open_run_vectors(run_path: str, table: str | None, runtime: Runtime) -> Vectors:
-    """Opens the vectors of a run's newest checkpoint, as they are compared with each other.
+def checkpoint_of(run_path: str, step: Step) -> str:
+    """Returns the path of the newest checkpoint of a run, the one of a step, or the best.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = RunFolder(run_path)
+    return choose_checkpoint(folder.checkpoints_path, step, folder.path)
+
+
+def open_run_vectors(run_path: str, table: str | None, runtime: Runtime, step: Step = None) -> Vectors:
+    """Opens the vectors of a run's checkpoint, as they are compared with each other.
 
     They are rows of a table, or what the model computes from rows: `Recipe.open`.
 
@@ -48,6 +59,7 @@ def open_run_vectors(run_path: str, table: str | None, runtime: Runtime) -> Vect
         run_path: the run folder, any fsspec URL.
         table: its name; None for the usual one.
         runtime: of this process.
+        step: which checkpoint.
 
     Raises:
         UserError: there is nothing to open, or no such table.
@@ -55,8 +67,8 @@ def open_run_vectors(run_path: str, table: str | None, runtime: Runtime) -> Vect
     config = read_config(run_path)
     recipe = None if config is None else recipe_of(config.model)
     if recipe is None or recipe.open is None:
-        return open_vectors(run_path, table)
-    return recipe.open(config, runtime, table)
+        return open_vectors(run_path, table, step)
+    return recipe.open(config, runtime, checkpoint_of(run_path, step), table)
 
 
 def require_held_out(config: Config) -> None:
@@ -73,8 +85,8 @@ def require_held_out(config: Config) -> None:
         )
 
 
-def measure_run(config: Config, runtime: Runtime) -> Mapping[str, float]:
-    """Returns the measures of a run's newest checkpoint, those of its evaluation in training.
+def measure_run(config: Config, runtime: Runtime, step: Step = None) -> Mapping[str, float]:
+    """Returns the measures of a run's checkpoint, those of its evaluation in training.
 
     Collective: every rank.
 
@@ -82,9 +94,14 @@ def measure_run(config: Config, runtime: Runtime) -> Mapping[str, float]:
         UserError: the run has no evaluation or no checkpoint, or its data are others than in training.
     """
     require_held_out(config)
+    path = checkpoint_of(config.run.path, step)
+    measure = recipe_of(config.model).measure
+    if measure is not None:
+        measures: Mapping[str, float] = measure(config, runtime, path)
+        return measures
     parts = build_parts(config, runtime)
     evaluation = parts.task.evaluation
     if evaluation is None:
         raise UserError(f"{config.run.path} is a run of {config.model}, which has no evaluation")
-    load_weights(config.run.path, parts.task.tables, parts.task.dense, parts.facts["data_fingerprint"])
+    load_weights(path, parts.task.tables, parts.task.dense, parts.facts["data_fingerprint"])
     return evaluation.measure(lambda: None)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,11 +18,12 @@ from embedtrain.errors import UserError
 from embedtrain.export import Vectors, neighbors
 from embedtrain.export.vectors import FloatRows
 from embedtrain.recipes.trained import open_run_vectors
-from embedtrain.train.run_folder import PROFILE_NAME, STATUS_NAME, RunFolder
+from embedtrain.sharding.layout import read_layout
+from embedtrain.train.run_folder import PROFILE_NAME, RunFolder
+from embedtrain.train.state import RunState, read_run_state
 
 STAGE, MEMORY = "stage/", "memory/"
 BUSIEST_RANK = f"{STAGE}busiest_rank"
-_UNEVEN = 1.25
 
 _ACCUMULATOR = "/accumulator"
 _BLOCK_ROWS = 1 << 20
@@ -42,12 +41,16 @@ class TableFacts:
         num_rows: its rows.
         dim: its columns.
         num_untouched: rows whose accumulator is still at its first value; None where that cannot be told.
+        has_shared_row: whether row 0 stands for all values without a row of their own; it counts as touched.
+        is_hashed: whether values share rows by their hash.
     """
 
     name: str
     num_rows: int
     dim: int
     num_untouched: int | None
+    has_shared_row: bool = False
+    is_hashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class RunFacts:
         step: of the newest checkpoint.
         world_size: ranks that saved it.
         seconds: spent in training.
+        epochs: passes over the data that are done; of a stream infinity.
         num_skipped: steps left out because a gradient was not finite.
         curves: per number that was logged, its steps and values.
         tables: in order of name.
@@ -77,6 +81,7 @@ class RunFacts:
     step: int
     world_size: int
     seconds: float
+    epochs: float
     num_skipped: int
     curves: Mapping[str, tuple[list[int], list[float]]]
     tables: Sequence[TableFacts]
@@ -114,17 +119,18 @@ def read_facts(run_path: str, words: Sequence[str], runtime: Runtime, num_neighb
     if path is None:
         raise UserError(f"there is no complete checkpoint in {run_path!r}; a report needs one")
     with CheckpointReader(path) as reader:
-        state, world_size = reader.state, reader.manifest.world_size
-        tables = _tables(reader)
+        state, world_size = read_run_state(reader.manifest, path), reader.manifest.world_size
+        tables = _tables(reader, state)
     near, frequent_words, frequent_rows, noun = _vectors(run_path, words, runtime, num_neighbors)
     return RunFacts(
         path=folder.path,
         config=folder.read_config() or "",
-        status=_json(folder, STATUS_NAME),
-        step=state["train"]["step"],
+        status=folder.read_status(),
+        step=state.train.step,
         world_size=world_size,
-        seconds=float(state["train"]["seconds"]),
-        num_skipped=state["optimizer"]["num_skipped"],
+        seconds=state.train.seconds,
+        epochs=math.inf if state.train.stream else float(state.train.epoch),
+        num_skipped=state.optimizer.num_skipped,
         curves=read_curves(folder),
         tables=tables,
         neighbors=near,
@@ -138,8 +144,7 @@ def read_facts(run_path: str, words: Sequence[str], runtime: Runtime, num_neighb
 def read_curves(folder: RunFolder) -> dict[str, tuple[list[int], list[float]]]:
     """Returns the steps and values of each number in metrics.jsonl; nulls and texts are left out."""
     curves: dict[str, tuple[list[int], list[float]]] = {}
-    for line in _lines(folder):
-        record = json.loads(line)
+    for record in folder.read_metrics():
         for name, value in record.items():
             if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                 steps, values = curves.setdefault(name, ([], []))
@@ -148,56 +153,26 @@ def read_curves(folder: RunFolder) -> dict[str, tuple[list[int], list[float]]]:
     return curves
 
 
-def advice(facts: RunFacts) -> list[str]:
-    """Returns what to try next where something looks wrong; empty where nothing does."""
-    found = []
-    _, losses = facts.curves.get("loss", ([], []))
-    if facts.num_skipped:
-        found.append(
-            f"{facts.num_skipped:,} steps were left out because a gradient was not finite: lower optimizer.lr, "
-            "or clip with optimizer.max_grad_norm."
-        )
-    if len(losses) >= 8:
-        quarter = len(losses) // 4
-        first, last = (sum(part) / quarter for part in (losses[:quarter], losses[-quarter:]))
-        if last > first:
-            found.append(f"The loss rose, from {first:.4g} to {last:.4g}: lower optimizer.lr.")
-        elif last > 0.98 * first:
-            found.append(
-                f"The loss is flat, {first:.4g} in the first quarter and {last:.4g} in the last: raise optimizer.lr or "
-                "train.epochs, or lower optimizer.initial_accumulator_value."
-            )
-    _, busiest = facts.curves.get(BUSIEST_RANK, ([], []))
-    if len(busiest) >= 4 and (typical := statistics.median(busiest)) > _UNEVEN:
-        found.append(
-            f"The ranks are uneven: the busiest works {typical:.2f} times as long as they do on average, and the "
-            "others wait. Look there for another program, fewer cores than ranks, or longer examples."
-        )
-    for table in facts.tables:
-        if table.num_untouched is not None and table.num_untouched > table.num_rows / 10:
-            share = table.num_untouched / table.num_rows
-            found.append(
-                f"{share:.0%} of the rows of table {table.name} were never trained: raise the smallest count that an "
-                "id needs, or train on more data."
-            )
-    return found
-
-
-def _tables(reader: CheckpointReader) -> list[TableFacts]:
-    groups = reader.state["optimizer"]["param_groups"]
-    starts = {group.get("initial_accumulator_value") for group in groups}
+def _tables(reader: CheckpointReader, state: RunState) -> list[TableFacts]:
+    # Of a click log's columns: there row 0 stands for all values without a row of their own.
+    columns = reader.state.get("features", {})
+    starts = {group.get("initial_accumulator_value") for group in state.optimizer.param_groups}
     start = starts.pop() if len(starts) == 1 else None
     found = []
-    for name, info in sorted(reader.tensors.items()):
-        if not name.endswith("/weight"):
-            continue
-        table = name.removesuffix("/weight")
-        num_rows, dim = info.shape
+    for table in sorted(name.removesuffix("/weight") for name in reader.tensors if name.endswith("/weight")):
+        num_rows, dim = reader.table(table).shape
         accumulator = reader.tensors.get(table + _ACCUMULATOR)
         num_untouched = None
-        if start is not None and accumulator is not None and len(accumulator.shape) == 1:
+        names = state.row_names.get(table, {})
+        has_shared_row = isinstance(columns, Mapping) and table in columns and "file" in names
+        if start is not None and accumulator is not None and accumulator.shape == (num_rows,):
             num_untouched = _count_equal(reader, table + _ACCUMULATOR, num_rows, start)
-        found.append(TableFacts(table, num_rows, dim, num_untouched))
+            if has_shared_row:
+                # Values that are rare or unknown share row 0: without any in training it keeps its first values.
+                slot = read_layout(reader.table(table).layout, num_rows, table).slot_of(torch.tensor([0]))
+                num_untouched -= int((reader.gather(table + _ACCUMULATOR, slot) == start).sum())
+        is_hashed = names.get("encoding") == "hash"
+        found.append(TableFacts(table, num_rows, dim, num_untouched, has_shared_row, is_hashed))
     return found
 
 
@@ -239,22 +214,9 @@ def _profile(folder: RunFolder) -> dict[str, str]:
     found = {}
     for rank in range(64):
         try:
-            found[f"rank {rank}"] = storage.read(folder.join(f"{PROFILE_NAME}/rank-{rank}.txt")).decode()
+            found[f"rank {rank}"] = storage.read(folder.join(f"{PROFILE_NAME}/rank-{rank}.txt")).decode(
+                errors="replace"
+            )
         except FileNotFoundError:
             break
     return found
-
-
-def _lines(folder: RunFolder) -> list[str]:
-    try:
-        return storage.read(folder.metrics_path).decode().splitlines()
-    except FileNotFoundError:
-        return []
-
-
-def _json(folder: RunFolder, name: str) -> dict[str, Any]:
-    try:
-        loaded: dict[str, Any] = json.loads(storage.read(folder.join(name)))
-    except FileNotFoundError:
-        return {}
-    return loaded

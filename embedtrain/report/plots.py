@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from embedtrain.errors import UserError
+from embedtrain.errors import UserError, printable
 from embedtrain.export import unit_rows
 from embedtrain.export.vectors import FloatRows
 from embedtrain.report.facts import MEMORY, STAGE
@@ -48,7 +48,7 @@ def map_svg(rows: FloatRows, words: Sequence[str]) -> str:
     axes.scatter(points[:, 0], points[:, 1], s=4, alpha=0.4)
     for (x, y), word in zip(points, words, strict=True):
         # A word is no formula, whatever dollar signs are in it.
-        axes.annotate(word, (x, y), fontsize=6, parse_math=False)
+        axes.annotate(printable(word), (x, y), fontsize=6, parse_math=False)
     axes.set_xlabel("first principal component")
     axes.set_ylabel("second principal component")
     return _svg(figure)

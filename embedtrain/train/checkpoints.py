@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from embedtrain.checkpoint import (
@@ -15,7 +15,6 @@ from embedtrain.checkpoint import (
     LoadOptions,
     SaveOptions,
     agree_on_latest,
-    latest_checkpoint,
     load_shards,
     newest_whole,
     remove_checkpoint,
@@ -25,10 +24,9 @@ from embedtrain.checkpoint.agreement import on_first_rank
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.runtime import DEFAULT_TIMEOUT_SECONDS
 from embedtrain.embedding.collection import EmbeddingCollection
-from embedtrain.errors import CorruptCheckpointError, UserError
+from embedtrain.errors import CorruptCheckpointError, UserError, printable
 from embedtrain.optim.dense import DenseOptimizer
-from embedtrain.train.run_folder import RunFolder
-from embedtrain.train.state import TrainState
+from embedtrain.train.state import TrainState, read_run_state
 from embedtrain.train.task import Task
 
 _logger = logging.getLogger(__name__)
@@ -209,70 +207,70 @@ class Checkpoints:
         return f"{older} is the newest that is whole: resume.on_corrupt=fallback resumes from it."
 
     def _take_over(self, reader: CheckpointReader, path: str) -> None:
-        saved, load = reader.state, self._resume.load
+        saved, load = read_run_state(reader.manifest, path), self._resume.load
         is_reset = load.optimizer_state == "reset"
-        expected = {"optimizer": self._optimizer.name}
+        expected = {"optimizer": (saved.optimizer.name, self._optimizer.name)}
         if self._dense is not None:
-            expected["dense_optimizer"] = self._dense.name
-        for role, name in expected.items():
-            was = saved.get(role, {}).get("name", "no such optimizer")
+            was = "no such optimizer" if saved.dense_optimizer is None else saved.dense_optimizer.name
+            expected["dense optimizer"] = (was, self._dense.name)
+        for role, (was, name) in expected.items():
             if was != name and not is_reset:
                 raise UserError(
-                    f"{path} holds the state of {was}, and this run's {role.replace('_', ' ')} is {name}: "
+                    f"{path} holds the state of {printable(was)}, and this run's {role} is {name}: "
                     "resume.optimizer_state=reset starts its state anew"
                 )
-        if saved["data_fingerprint"] != self._facts["data_fingerprint"]:
+        if saved.data_fingerprint != self._facts["data_fingerprint"]:
             raise UserError(
-                f"{path} was trained on other data than data.path holds now: start a new run.path, or bring back "
-                "the data and the options under `data` that the run began with"
+                f"{path} was trained on other data than data.path holds now: start anew with another run.path, or "
+                "bring back the data and the options under `data` that the run began with"
+            )
+        groups = saved.optimizer.param_groups
+        if len(groups) != len(self._optimizer.param_groups) and not is_reset:
+            raise CorruptCheckpointError(
+                f"{path}: optimizer.param_groups: expected {len(self._optimizer.param_groups)}, found {len(groups)}"
             )
         left_out = load_shards(reader, self._tables.shard_views(), load)
         if self._dense is not None:
             self._dense.load_tensors(reader.replicated(), with_state=not is_reset)
         if left_out and self._ranks.rank == 0:
             _logger.warning(f"not taken from {path}, as asked, but started anew: {', '.join(left_out)}")
-        kept = {key: {**saved[key], **self._facts.get(key, {})} for key in _OF_THE_BEGINNING if key in saved}
+        begun = {key: reader.state[key] for key in _OF_THE_BEGINNING if reader.state.get(key)}
+        kept = {key: {**facts, **self._facts.get(key, {})} for key, facts in begun.items()}
         self._facts = {**self._facts, **kept}
-        self._state.restore(saved["train"])
-        self.metrics = saved.get("metrics", {})
-        if "pooling" in saved:
-            self._tables.pooling_choices = saved["pooling"]
-        self._optimizer.num_skipped = saved["optimizer"]["num_skipped"]
+        self._state.restore(saved.train)
+        self.metrics = saved.metrics
+        if saved.pooling is not None:
+            self._tables.pooling_choices = asdict(saved.pooling)
+        self._optimizer.num_skipped = saved.optimizer.num_skipped
         if is_reset:
             return
-        for settings, was in zip(self._optimizer.param_groups, saved["optimizer"]["param_groups"], strict=True):
+        for settings, group in zip(self._optimizer.param_groups, groups, strict=True):
             # The rest is this run's configuration, which the caller has compared with the saved one.
-            settings["step"] = was["step"]
+            settings["step"] = group["step"]
 
 
-def load_weights(
-    run_path: str, tables: EmbeddingCollection, dense: DenseOptimizer | None, data_fingerprint: str
-) -> int:
-    """Loads tables and dense parameters of a run's newest checkpoint, to be used and not trained.
+def load_weights(path: str, tables: EmbeddingCollection, dense: DenseOptimizer | None, data_fingerprint: str) -> int:
+    """Loads tables and dense parameters of a checkpoint, to be used and not trained.
 
     Collective: every rank.
 
     Args:
-        run_path: the run folder.
+        path: the checkpoint.
         tables: take the rows; their optimizer's state is left as it is.
         dense: takes the dense parameters; None if the model has none.
-        data_fingerprint: of the data that are there now.
+        data_fingerprint: of the data that its rows are used with.
 
     Returns:
         The step of the checkpoint.
 
     Raises:
-        UserError: there is no checkpoint, or it was trained on other data.
+        UserError: it was trained on other data.
         CheckpointError: its tensors are not those of the tables.
     """
-    folder = RunFolder(run_path)
-    path = latest_checkpoint(folder.checkpoints_path)
-    if path is None:
-        raise UserError(f"no complete checkpoint yet in {folder.path!r}; train until the first one is saved")
     with CheckpointReader(path) as reader:
-        if reader.state["data_fingerprint"] != data_fingerprint:
+        if read_run_state(reader.manifest, path).data_fingerprint != data_fingerprint:
             raise UserError(
-                f"{path} was trained on other data than its configuration names now: the rows of its tables do not "
+                f"{path} was trained on other data than those that the run has now: the rows of its tables do not "
                 "belong to these data"
             )
         load_shards(reader, tables.shard_views(), LoadOptions(optimizer_state="reset"))

@@ -15,14 +15,20 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from embedtrain import storage
 from embedtrain.distributed.ranks import Ranks
-from embedtrain.errors import CheckpointError, UserError
+from embedtrain.errors import CheckpointError, UserError, is_wrong_path, printable
+from embedtrain.schema import Count, parse
 
 BEAT_SECONDS = 5.0
 """How often an owner shows that it lives."""
+
+MAX_BEAT_SECONDS = 60.0
+"""An owner file that promises fewer beats is not one: who finds it would watch for hours."""
 
 STALE_BEATS = 12
 """An owner that misses so many beats while another job watches has lost the folder: a minute."""
@@ -34,7 +40,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Owner:
-    """What an owner file says.
+    """What an owner file says. The annotations are the schema that it is checked against.
 
     Attributes:
         host: name of the owner's host, and the boot of it that the process belongs to.
@@ -48,18 +54,18 @@ class Owner:
     """
 
     host: str
-    pid: int
+    pid: Annotated[int, Field(strict=True, ge=1, le=2**31)]
     started: str
     job: str
     since: str
-    beat_seconds: float
-    beat: int
+    beat_seconds: Annotated[float, Field(strict=True, gt=0, le=MAX_BEAT_SECONDS, allow_inf_nan=False)]
+    beat: Count
     token: str
 
     def words(self) -> str:
         """Returns the owner for a message."""
         job = f", torchrun job {self.job}" if self.job else ""
-        return f"process {self.pid} on {self.host.partition('/')[0]}{job}, since {self.since}"
+        return printable(f"process {self.pid} on {self.host.partition('/')[0]}{job}, since {self.since}")
 
 
 class RunLock:
@@ -82,6 +88,7 @@ class RunLock:
         self._ranks = ranks
         self._number = 0
         self._own = _this_process(beat_seconds)
+        self._made: list[str] = []
         self._watched: tuple[str, int] | None = None
         self._watched_since = 0.0
         self._is_leaving = threading.Event()
@@ -109,6 +116,9 @@ class RunLock:
             self._thread.join()
             with suppress(Exception):
                 self._remove_up_to(self._number)
+            # A start that was refused leaves nothing behind.
+            for folder in self._made:
+                storage.remove_empty_folder(folder)
 
     def check(self) -> None:
         """Makes sure that the folder is still this job's. Collective: every rank.
@@ -129,8 +139,10 @@ class RunLock:
     def _try_to_take(self) -> bool:
         """Takes the folder where nobody holds it or its owner is gone; sleeps a while where that is open yet."""
         try:
-            storage.make_folder(self._path)
-        except (PermissionError, FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+            self._made += storage.make_folder(self._path)
+        except OSError as error:
+            if not is_wrong_path(error):
+                raise
             raise UserError(
                 f"run.path={self._path}: the folder cannot be made: {error.strerror}: {error.filename}; give a path "
                 "that this user may write to"
@@ -187,7 +199,7 @@ class RunLock:
         return storage.join(self._path, f"owner-{number:08d}.json")
 
     def _numbers(self) -> list[int]:
-        matches = [_OWNER_FILE.fullmatch(name) for name in storage.list_files(self._path)]
+        matches = [_OWNER_FILE.fullmatch(name) for name in storage.list_names(self._path)]
         return [int(match[1]) for match in matches if match and not match[2]]
 
     def _remove_up_to(self, last: int) -> None:
@@ -199,10 +211,11 @@ class RunLock:
 
 
 def _read(url: str) -> Owner:
-    data = storage.read(url)
     try:
-        return Owner(**json.loads(data))
-    except (ValueError, TypeError) as error:
+        if (what := storage.oddity(url)) is not None:
+            raise ValueError(f"it is {what}")
+        return parse(Owner, json.loads(storage.read(url)))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{url} is not an owner file: {error}. Remove it if no job is at work there.") from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,12 +13,14 @@ from typing import Any
 import yaml
 
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
-from embedtrain.config.resolved import differing_keys, to_yaml
+from embedtrain.config.resolved import differing_keys, settings_in, to_yaml
 from embedtrain.config.sections import Config
 from embedtrain.config.values import settings_of
+from embedtrain.distributed.failure import is_shared
 from embedtrain.distributed.runtime import Runtime
+from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.embedding.init_from import init_from
-from embedtrain.errors import UserError
+from embedtrain.errors import UserError, counted, printable
 from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, TensorBoardSink
 from embedtrain.optim.schedule import schedule_factor
 from embedtrain.storage import local_path
@@ -29,7 +31,7 @@ from embedtrain.train.profile import StepProfile
 from embedtrain.train.row_statistics import RowStatistics, TableStatistics
 from embedtrain.train.run_folder import PROFILE_NAME, TENSORBOARD_NAME, RunFolder
 from embedtrain.train.state import TrainState
-from embedtrain.train.task import Parts, StreamedBatches, Task
+from embedtrain.train.task import Parts, Pretrained, StreamedBatches, Task
 from embedtrain.train.trainer import Trainer
 from embedtrain.train.watchdog import Watchdog
 
@@ -45,14 +47,18 @@ class Run:
         folder: the run folder.
         sinks: receive the records of rank 0; empty on other ranks.
         is_resumed: whether a checkpoint was found.
+        is_begun: whether an earlier job has begun to train it.
         observers: called on every rank after each step.
+        check_data: see `Parts`.
     """
 
     trainer: Trainer
     folder: RunFolder
     sinks: list[MetricSink]
     is_resumed: bool
+    is_begun: bool
     observers: list[Callable[[], None]]
+    check_data: Callable[[], None]
 
 
 def check_run_folder(config: Config) -> RunFolder:
@@ -62,6 +68,7 @@ def check_run_folder(config: Config) -> RunFolder:
         UserError: the folder holds checkpoints of a run with other settings.
     """
     folder = RunFolder(config.run.path)
+    folder.require_writable_names()
     earlier = folder.read_config()
     if earlier is not None and latest_checkpoint(folder.checkpoints_path) is not None:
         differing = differing_keys(earlier, config, _allowed_to_change(config))
@@ -98,15 +105,21 @@ def train_run(
 def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_profiled: bool) -> int:
     state = run.trainer.state
     if runtime.rank == 0:
-        done = f"resuming at step {state.step:,}" if run.is_resumed else "starting"
-        of_all = "" if run.trainer.total_steps is None else f" of {run.trainer.total_steps:,}"
-        _say(f"{done}{of_all}, {runtime.world_size} ranks, {runtime.device.type}")
+        if run.is_begun and not run.is_resumed:
+            _say(f"{run.folder.path} holds a run that ended before its first checkpoint: it starts anew")
+        total, where = run.trainer.total_steps, f"{counted(runtime.world_size, 'rank')}, {runtime.device.type}"
+        if run.is_resumed:
+            _say(f"resuming at step {state.step:,}{'' if total is None else f' of {total:,}'}, {where}")
+        else:
+            of_all = "" if total is None else f": {counted(total, 'step')}"
+            _say(f"starting{of_all}, {where}")
 
     def before_save() -> None:
         # A run that is killed resumes from this checkpoint, and does not log again what came before it.
         for sink in run.sinks:
             sink.flush()
         lock.check()
+        runtime.ranks.run_on_first(run.check_data)
 
     with ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
@@ -144,7 +157,7 @@ def _profile(folder: RunFolder, rank: int) -> StepProfile:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line, keep="\n"), file=sys.stderr, flush=True)
 
 
 def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts) -> Run:
@@ -184,20 +197,33 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
         checkpoints=checkpoints,
         reset_state_from_step=config.optimizer.reset_state_from_step,
         ranks=runtime.ranks,
+        is_shared=functools.partial(is_shared, runtime=runtime),
     )
+    _check_epochs(config, earlier, trainer, runtime)
     sinks = _build_sinks(config, folder, state, parts.task) if runtime.rank == 0 else []
-    return Run(trainer, folder, sinks, is_resumed, _build_observers(config, folder, state, parts.task, sinks, runtime))
+    observers = _build_observers(config, folder, state, parts.task, sinks, runtime)
+    return Run(trainer, folder, sinks, is_resumed, earlier is not None, observers, parts.check_data)
 
 
 def _start_tables(parts: Parts, config: Config, folder: RunFolder, runtime: Runtime) -> dict[str, Any]:
     """Starts tables from files unless a checkpoint will replace them; returns how many rows each file gave."""
     is_new = runtime.ranks.run_on_first(lambda: latest_checkpoint(folder.checkpoints_path) is None)
     loaded = config.resume.tables
+    sources = {
+        table: source for table, source in parts.pretrained.items() if is_new or not (loaded is None or table in loaded)
+    }
+    return start_tables(parts.task.tables, sources, runtime)
+
+
+def start_tables(tables: EmbeddingCollection, sources: Mapping[str, Pretrained], runtime: Runtime) -> dict[str, Any]:
+    """Starts tables from files; returns how many rows each file gave, as JSON. Collective: every rank.
+
+    Raises:
+        UserError: a file cannot be used.
+    """
     started: dict[str, Any] = {}
-    for table, source in parts.pretrained.items():
-        if not is_new and (loaded is None or table in loaded):
-            continue
-        counts = init_from(parts.task.tables, table, source.path, source.rows())
+    for table, source in sources.items():
+        counts = init_from(tables, table, source.path, source.rows())
         started[table] = {"path": source.path, **asdict(counts)}
         if runtime.rank == 0:
             _logger.info(
@@ -239,10 +265,29 @@ def _check_reset(config: Config, earlier_yaml: str | None, state: TrainState) ->
     asked = config.optimizer.reset_state_from_step
     if asked is None or asked >= state.step or earlier_yaml is None:
         return
-    if yaml.safe_load(earlier_yaml)["optimizer"].get("reset_state_from_step") != asked:
+    if settings_in(earlier_yaml).get("optimizer.reset_state_from_step") != asked:
         raise UserError(
             f"optimizer.reset_state_from_step={asked}: {config.run.path} is at step {state.step} already; give that "
             "step or a later one"
+        )
+
+
+def _check_epochs(config: Config, earlier_yaml: str | None, trainer: Trainer, runtime: Runtime) -> None:
+    """Refuses fewer epochs than are done, and says how the learning rate goes on with another number of them."""
+    step, total = trainer.state.step, trainer.total_steps
+    if total is None or step == 0 or earlier_yaml is None:
+        return
+    if step > total:
+        raise UserError(
+            f"train.epochs={config.train.epochs} ends at step {total:,}, and {config.run.path} is at step {step:,} "
+            "already: give more epochs, or another run.path"
+        )
+    earlier = yaml.safe_load(earlier_yaml)["train"].get("epochs")
+    if earlier != config.train.epochs and step < total and runtime.rank == 0:
+        factor = _schedule_factor(config, step / total)
+        _logger.info(
+            f"train.epochs was {earlier} and is {config.train.epochs}: the learning rate goes on at {factor:.3g} of "
+            f"its base, as the schedule {config.schedule.name} of {config.train.epochs} epochs has it"
         )
 
 

@@ -1,10 +1,35 @@
-"""Where a run is: all that a resumed run needs beside its tensors."""
+"""Where a run is, and all else that its checkpoints hold beside the tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+
+from embedtrain import storage
+from embedtrain.checkpoint import Manifest
+from embedtrain.checkpoint.manifest import MANIFEST_NAME
+from embedtrain.errors import CorruptCheckpointError
+from embedtrain.schema import Amount, Count, Number, SchemaError, parse
+
+
+@dataclass(frozen=True)
+class LogWindow:
+    """What is trained and not yet logged, so that a resumed run logs the lines of one that never stopped.
+
+    Attributes:
+        logged_step: the step of the last record of the training.
+        measured_step: the step of the last measurement on held-out data.
+        sums: over the steps since the last record and over all ranks; None for a sum that is not finite.
+        seconds: spent on these steps.
+    """
+
+    logged_step: Count = 0
+    measured_step: Count = 0
+    sums: tuple[Number | None, ...] = ()
+    seconds: Amount = 0.0
 
 
 @dataclass
@@ -18,14 +43,16 @@ class TrainState:
         examples: examples that all ranks have trained on; words of the text for word vectors, before subsampling.
         seconds: wall time spent in training, and in waiting for a stream.
         stream: of a run over a stream, where its next step begins; see `StreamedBatches`.
+        window: what is not yet logged.
     """
 
-    step: int = 0
-    epoch: int = 0
-    step_in_epoch: int = 0
-    examples: int = 0
-    seconds: float = 0.0
+    step: Count = 0
+    epoch: Count = 0
+    step_in_epoch: Count = 0
+    examples: Count = 0
+    seconds: Amount = 0.0
     stream: Mapping[str, Any] = field(default_factory=dict)
+    window: LogWindow | None = None
 
     def advance(self, steps_per_epoch: int) -> None:
         """Counts a step of an epoch."""
@@ -44,7 +71,111 @@ class TrainState:
         """Returns the counters by name."""
         return asdict(self)
 
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Takes over the counters that `as_json` returned."""
+    def restore(self, saved: TrainState) -> None:
+        """Takes over the counters of a checkpoint."""
         for own in fields(self):
-            setattr(self, own.name, saved[own.name])
+            setattr(self, own.name, getattr(saved, own.name))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The settings of a group of tables on which anything depends; an optimizer may save more."""
+
+    step: Count
+    tables: tuple[str, ...] = ()
+    lr: Number | None = None
+    initial_accumulator_value: Number | None = None
+
+
+def _checked_group(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    parse(_Group, dict(settings))
+    return settings
+
+
+Group = Annotated[Mapping[str, Any], AfterValidator(_checked_group)]
+
+
+@dataclass(frozen=True)
+class SavedOptimizer:
+    """The optimizer of the tables: the settings of each group of tables, the steps left out."""
+
+    name: str
+    param_groups: Annotated[tuple[Group, ...], Field(min_length=1)]
+    num_skipped: Count
+
+
+@dataclass(frozen=True)
+class SavedDense:
+    """The optimizer of the dense parameters."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class SavedPooling:
+    """Where the ranks pool the bags of each feature; see `EmbeddingCollection.pooling_choices`."""
+
+    num_ranks: Count
+    features: Mapping[str, tuple[bool, Amount]]
+
+
+@dataclass(frozen=True)
+class Started:
+    """How a table began from a file of vectors."""
+
+    path: str
+    num_copied: Count
+    num_rows: Count
+
+
+@dataclass(frozen=True)
+class GrownFrom:
+    """The run and the step that a run was grown from."""
+
+    path: str
+    step: Count
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What the trainer saves beside the tensors; the annotations are the schema that a checkpoint is checked against.
+
+    Attributes:
+        train: the counters.
+        optimizer: of the tables.
+        data_fingerprint: by which a resumed run recognises its data.
+        dense_optimizer: of the dense parameters; None if the model has none.
+        pooling: where bags are pooled; None in checkpoints of before it was decided once: the run decides anew.
+        metrics: the newest value of each measure.
+        init_from: by table, how it began from a file.
+        grown_from: None if the run was not grown from another.
+        export_table: the table that holds the vectors; None if no table is the one.
+        row_names: by table, where the names of its rows are; see `embedtrain.data.row_names`.
+    """
+
+    train: TrainState
+    optimizer: SavedOptimizer
+    data_fingerprint: str
+    dense_optimizer: SavedDense | None = None
+    pooling: SavedPooling | None = None
+    metrics: Mapping[str, float | int | str] = field(default_factory=dict)
+    init_from: Mapping[str, Started] = field(default_factory=dict)
+    grown_from: GrownFrom | None = None
+    export_table: str | None = None
+    row_names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+def read_run_state(manifest: Manifest, path: str) -> RunState:
+    """Returns the state in the manifest of a run's checkpoint at `path`.
+
+    Raises:
+        CorruptCheckpointError: it is not what the trainer saves; names the key, what it holds and what is allowed.
+    """
+    url = storage.join(path, MANIFEST_NAME)
+    try:
+        state = parse(RunState, dict(manifest.state))
+    except SchemaError as error:
+        raise CorruptCheckpointError(f"{url}: the state is not that of a run: {error}") from error
+    if state.train.step != manifest.step:
+        raise CorruptCheckpointError(f"{url}: step {manifest.step} holds the counters of step {state.train.step}")
+    return state

@@ -74,7 +74,8 @@ class Evaluation:
 
     Attributes:
         measure: collective; returns the measures, alike on every rank. It is given a function to call now and
-            then, which says that this rank is getting on. It changes nothing that training depends on.
+            then, which says that this rank is getting on. It changes nothing that training depends on. If it raises, on
+            every rank alike, the run is saved and goes on.
         every_steps: steps between two; None leaves it to the epochs.
         every_epochs: epochs between two; None leaves it to the steps. The end of the run is always measured.
     """
@@ -141,9 +142,11 @@ class Parts:
             readers of the vectors need, such as `export_table`.
         write_files: called on rank 0; writes to the run folder what readers of the vectors need, such as a vocabulary.
         pretrained: by table, the vectors that it starts from in a new run.
+        check_data: called on rank 0 before each save; raises CheckpointError if the prepared data were found damaged.
     """
 
     task: Task
     facts: Mapping[str, Any]
     write_files: Callable[[RunFolder], None] = lambda folder: None
     pretrained: Mapping[str, Pretrained] = field(default_factory=dict)
+    check_data: Callable[[], None] = lambda: None

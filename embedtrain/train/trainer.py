@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
@@ -11,17 +13,19 @@ from torch import Tensor
 
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.stages import begin, stage
-from embedtrain.errors import NonFiniteError
+from embedtrain.errors import CorruptCheckpointError, NonFiniteError, UserError
 from embedtrain.metrics.sinks import MetricSink
 from embedtrain.train.ahead import BatchesAhead, Prepared
 from embedtrain.train.checkpoints import Checkpoints
 from embedtrain.train.interrupt import Interrupt
-from embedtrain.train.state import TrainState
+from embedtrain.train.state import LogWindow, TrainState
 from embedtrain.train.step import train_step
 from embedtrain.train.step_statistics import StepStatistics
 from embedtrain.train.task import Objective, StreamedBatches, Task
 
 T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
 
 _STEPS_BETWEEN_AGREEMENTS = 8
 """A signal is heard after at most so many steps; agreeing at each would cost a small collective a step."""
@@ -40,6 +44,8 @@ class Trainer:
         checkpoints: when and how to save.
         reset_state_from_step: when this many steps are done, the tables' optimizer starts its state anew.
         ranks: those of the run.
+        is_shared: no collective; returns whether all ranks failed as this one did, with an error of their own; None
+            if only one process can tell.
     """
 
     def __init__(
@@ -52,6 +58,7 @@ class Trainer:
         checkpoints: Checkpoints,
         ranks: Ranks,
         reset_state_from_step: int | None = None,
+        is_shared: Callable[[Exception], bool] | None = None,
     ) -> None:
         self.state = state
         self._steps_per_epoch = None if isinstance(task.batches, StreamedBatches) else task.batches.steps_per_epoch
@@ -66,10 +73,14 @@ class Trainer:
         self._checkpoints = checkpoints
         self._reset_state_from_step = reset_state_from_step
         self._ranks = ranks
-        self._window = _Window()
+        self._is_shared = is_shared or (lambda error: ranks.size == 1)
+        self._check_counters()
+        # Checkpoints of earlier versions hold no window: their records begin anew.
+        window = state.window or LogWindow(state.step, state.step)
+        self._window = _Window(window.sums, window.seconds)
         self._statistics = StepStatistics(task.tables, ranks)
         self._is_drained = False
-        self._logged_step = self._measured_step = state.step
+        self._logged_step, self._measured_step = window.logged_step, window.measured_step
 
     def run(
         self,
@@ -110,7 +121,7 @@ class Trainer:
                     if is_logged:
                         self._log(sinks)
                     if is_measured:
-                        self._measure(sinks, alive)
+                        is_due |= not self._measure(sinks, alive)
                     if is_due or is_overdue or is_stopped:
                         self._save(before_save, is_last=is_stopped)
                     if is_stopped and not self._is_over():
@@ -125,11 +136,24 @@ class Trainer:
     def _save(self, before_save: Callable[[], None] | None, is_last: bool) -> None:
         if before_save is not None:
             before_save()
+        sums, seconds = self._window.open_sums()
+        self.state.window = LogWindow(self._logged_step, self._measured_step, sums, seconds)
         with stage("save"):
             self._checkpoints.save(is_last=is_last)
 
+    def _check_counters(self) -> None:
+        """Refuses counters that no run over these data comes to: a run that is past its end would never end."""
+        state, steps = self.state, self._steps_per_epoch
+        if steps is None:
+            return
+        if not (state.step == state.epoch * steps + state.step_in_epoch and state.step_in_epoch < steps):
+            raise CorruptCheckpointError(
+                f"the checkpoint's counters say step {state.step}, {state.epoch} epochs and {state.step_in_epoch} "
+                f"steps, which does not add up with {steps} steps per epoch"
+            )
+
     def _is_over(self) -> bool:
-        return self._is_drained or self.state.step == self.total_steps
+        return self._is_drained or (self.total_steps is not None and self.state.step >= self.total_steps)
 
     def _or_settle(self, function: Callable[[], T]) -> T:
         try:
@@ -216,14 +240,30 @@ class Trainer:
         self._take(record, sinks)
         self._logged_step = self.state.step
 
-    def _measure(self, sinks: Sequence[MetricSink], alive: Callable[[], None] | None) -> None:
-        """Measures on held-out data. Collective: every rank."""
+    def _measure(self, sinks: Sequence[MetricSink], alive: Callable[[], None] | None) -> bool:
+        """Measures on held-out data; returns False if that failed, which is no reason to lose what was trained.
+
+        Collective: every rank.
+        """
         assert self._task.evaluation is not None
+        error: Exception | None = None
         with stage("evaluate"):
-            measures = self._task.evaluation.measure(alive or _do_nothing)
-        self._take({**self._when(), **measures}, sinks)
+            try:
+                measures = self._task.evaluation.measure(alive or _do_nothing)
+            except Exception as caught:
+                if not self._is_shared(caught):
+                    raise
+                error = caught
+        if error is None:
+            self._take({**self._when(), **measures}, sinks)
+        elif self._ranks.rank == 0:
+            _logger.warning(
+                f"the evaluation at step {self.state.step:,} failed, and training goes on without its measures: "
+                f"{error if isinstance(error, UserError) else f'{type(error).__name__}: {error}'}"
+            )
         self._measured_step = self.state.step
         self._window.leave_out_time()
+        return error is None
 
     def _take(self, record: Mapping[str, float | int | str], sinks: Sequence[MetricSink]) -> None:
         self._checkpoints.metrics = {**self._checkpoints.metrics, **record}
@@ -246,13 +286,19 @@ class _Window:
     """Sums over steps: this rank's since the last agreement, all ranks' since the last log.
 
     What a model returns is added up where it is, so that the host need not wait for it at every step.
+
+    Args:
+        sums: those that a resumed run begins with; None for one that is not finite.
+        seconds: spent on them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sums: Sequence[float | None] = (), seconds: float = 0.0) -> None:
         self._objectives = torch.zeros(1, dtype=torch.float64)
         self._counts = torch.zeros(2, dtype=torch.float64)
-        self._agreed = torch.zeros(3, dtype=torch.float64)
-        self._agreed_at = self._reported_at = time.perf_counter()
+        begun = [math.nan if value is None else value for value in sums]
+        self._agreed = torch.tensor(begun or [0.0] * 3, dtype=torch.float64)
+        self._agreed_at = time.perf_counter()
+        self._reported_at = self._agreed_at - seconds
 
     @property
     def local(self) -> Tensor:
@@ -274,6 +320,11 @@ class _Window:
         now = time.perf_counter()
         seconds, self._agreed_at = now - self._agreed_at, now
         return seconds
+
+    def open_sums(self) -> tuple[tuple[float | None, ...], float]:
+        """Returns the sums over the ranks that were not reported, as `__init__` takes them, and their seconds."""
+        sums = tuple(value if math.isfinite(value) else None for value in self._agreed.tolist())
+        return sums, max(self._agreed_at - self._reported_at, 0.0)
 
     def leave_out_time(self) -> None:
         """Has the time since the last agreement count for nothing: it was not spent in training."""

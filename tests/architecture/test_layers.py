@@ -14,6 +14,7 @@ PACKAGE = ROOT / "embedtrain"
 LEVELS = {
     "errors": 0,
     "jagged": 0,
+    "schema": 1,
     "spec": 0,
     "storage": 1,
     "ops": 1,

@@ -35,7 +35,7 @@ def test_equals_torch_all_options_one_by_one_and_together(
     name: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if backend == "native" and library.find() is None:
-        pytest.skip(library.HOW_TO_BUILD)
+        pytest.skip(library.how_to_build())
     monkeypatch.setenv(dispatch.VARIABLE, backend)
     dispatch.cpu_backend.cache_clear()
     peer, options = PEERS[name]

@@ -136,7 +136,7 @@ def test_the_steps_make_a_folder_that_trains(path: Path, tmp_path: Path) -> None
     make_environment(image.app)
     image.build(path)
     assert image.user == image.environment["USER_MADE"]
-    assert "usage: embedtrain" in image.start(image.command)
+    assert "Usage: embedtrain" in image.start(image.command)
     where = "import embedtrain, embedtrain.ops._backend.dispatch as d; print(embedtrain.__file__)"
     assert image.start(["python", "-c", where]).startswith(str(image.app))
     assert (image.app / "embedtrain/ops/_backend/libembedtrain_native.so").exists()

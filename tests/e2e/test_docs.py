@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 
 from tests import launching
-from tests.blocks import PAGES, ROOT, Block, blocks
+from tests.blocks import PAGES, ROOT, Block, blocks, redirected
 
 FAMILY = ["king", "queen", "man", "woman", "boy", "girl", "uncle", "aunt"]
 SMALLER = {
-    "configs/ranking_criteo.yaml": ["data.num_rows=100", "data.features={}", "train.global_batch_size=64"],
-    "configs/retrieval.yaml": ["train.epochs=2"],
+    "ranking_criteo": ["data.num_rows=100", "data.features={}", "train.global_batch_size=64"],
+    "retrieval": ["train.epochs=2"],
 }
 """Settings that make a command quick, by the configuration that it names."""
 
 BEFORE = {
     "checkpoints.md": "torchrun --standalone --nproc-per-node 2 -m embedtrain "
-    "train configs/word2vec.yaml data.path=corpus.txt run.path=runs/x"
+    "train word2vec data.path=corpus.txt run.path=runs/x"
 }
 """What a page takes for granted."""
 
@@ -51,7 +51,7 @@ def write_words(folder: Path) -> None:
 
 
 def write_clicks(folder: Path) -> None:
-    """Census-like rows for configs/ranking.yaml, and days of clicks in the Criteo layout."""
+    """Census-like rows for the configuration `ranking`, and days of clicks in the Criteo layout."""
     generator = np.random.default_rng(1)
     for name, num_rows in (("train.csv", 1024), ("valid.csv", 256)):
         rows = []
@@ -112,8 +112,11 @@ def start(words: list[str], folder: Path) -> None:
     if "train" in arguments:
         config = arguments[arguments.index("train") + 1]
         arguments += [f"data.cache_path={folder}/cache", "run.device=cpu", *SMALLER.get(config, [])]
+    arguments, output = redirected(arguments)
     done = launching.run([sys.executable, *module, *arguments], cwd=folder)
     assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+    if output is not None:
+        (folder / output).write_text(done.stdout, encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=lambda page: page.name)

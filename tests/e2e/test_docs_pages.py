@@ -14,8 +14,8 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from embedtrain.recipes.loading import load_config
-from tests.blocks import MADE, PAGES, ROOT, Block, blocks
+from embedtrain.recipes.loading import load_config, shipped_names
+from tests.blocks import MADE, PAGES, ROOT, Block, blocks, redirected
 from tests.unit.commands.parsing import parse
 
 BLOCKS = [block for page in PAGES if page.name not in MADE for block in blocks(page)]
@@ -82,7 +82,7 @@ def test_a_block_is_run_or_checked(block: Block) -> None:
 
 def check(words: list[str], *, is_run: bool) -> None:
     """Checks a command without running it: its programs read it, and the files that it names are there."""
-    program, *arguments = words
+    program, *arguments = redirected(words)[0]
     if program == "torchrun":
         parsed = get_args_parser().parse_args(arguments)
         if parsed.module:
@@ -92,8 +92,9 @@ def check(words: list[str], *, is_run: bool) -> None:
     elif program == "embedtrain":
         options = parse(arguments).params
         config = options.get("config")
-        if config is not None and (ROOT / config).exists():
-            assert load_config(str(ROOT / config), ["data.path=x", *options["settings"]]).run.path
+        if config in shipped_names() or (config is not None and (ROOT / config).exists()):
+            path = config if config in shipped_names() else str(ROOT / config)
+            assert load_config(path, ["data.path=x", *options["settings"]]).run.path
         elif config is not None:
             assert is_run, f"{words}: no such configuration"
     elif program == "python":
@@ -105,3 +106,10 @@ def check(words: list[str], *, is_run: bool) -> None:
                 assert (ROOT / name).exists(), words
             if name.endswith(".sh"):
                 subprocess.run(["bash", "-n", str(ROOT / name)], check=True)
+
+
+def test_every_setting_has_a_meaning() -> None:
+    rows = [line.split(" | ") for line in (ROOT / "docs/settings.md").read_text().splitlines() if line[:3] == "| `"]
+    assert len(rows) > 150
+    # What stands in brackets at the end are the choices.
+    assert not [row[0] for row in rows if not re.sub(r"\(`.*`\)|\|", "", row[-1]).strip()]

@@ -75,7 +75,7 @@ def test_a_slurm_job_whose_time_is_over_is_queued_again(tmp_path: Path, state: s
         program.write_text(f"#!/usr/bin/env bash\n{body}\n")
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
     done = subprocess.run(
-        ["bash", str(ROOT / "scripts/launch/slurm.sbatch"), str(run), "configs/word2vec.yaml", "data.path=x.txt"],
+        ["bash", str(ROOT / "scripts/launch/slurm.sbatch"), str(run), "word2vec", "data.path=x.txt"],
         env={
             **os.environ,
             "PATH": f"{tmp_path}:{os.environ['PATH']}",
@@ -92,5 +92,5 @@ def test_a_slurm_job_whose_time_is_over_is_queued_again(tmp_path: Path, state: s
     assert (parsed.nnodes, parsed.rdzv_endpoint, parsed.rdzv_id) == ("2", "node7:29500", "42")
     assert "SIGUSR1" in parsed.signals_to_handle
     assert 30 < int((tmp_path / "timeout").read_text()) < 120, "time to save, and less than the warning's"
-    assert parsed.training_script_args == ["train", "configs/word2vec.yaml", "data.path=x.txt", f"run.path={run}"]
+    assert parsed.training_script_args == ["train", "word2vec", "data.path=x.txt", f"run.path={run}"]
     assert requeued == (["scontrol requeue 42"] if state == "preempted" else [])

@@ -83,7 +83,7 @@ def ratings(tmp_path_factory: pytest.TempPathFactory) -> Ratings:
     (folder / "config.yaml").write_text(CONFIG)
     found = Ratings(folder, site)
     printed = found.train()
-    assert "starting of" in printed
+    assert "starting: " in printed
     return found
 
 

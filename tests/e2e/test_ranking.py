@@ -161,7 +161,7 @@ def test_a_column_that_does_not_exist_is_told_in_one_line(clicks: Job) -> None:
     assert refused.returncode == 1  # torchrun's own
     lines = [line for line in refused.stderr.splitlines() if line.startswith("embedtrain: error")]
     (line,) = lines
-    assert "train.csv: there is no column y1; there are label, x0, x1, user, shop, tags" in line
+    assert "train.csv: there is no column 'y1'; its columns are 'label', 'x0', 'x1', 'user', 'shop', 'tags'" in line
 
 
 @pytest.mark.slow

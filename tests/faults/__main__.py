@@ -130,7 +130,7 @@ def elastic(runs: Range) -> Counter[str]:
     ends = [host.communicate(timeout=300)[1] for host in hosts]
     assert hosts[0].returncode == 0, ends[0]
     assert any("2 ranks" in errors for errors in ends)
-    assert "1 ranks" in ends[0] and "resuming at step" in ends[0], ends[0]
+    assert "1 rank," in ends[0] and "resuming at step" in ends[0], ends[0]
     assert '"done"' in (runs.folder / "elastic" / "status.json").read_text()
     return Counter({"host lost": 1})
 

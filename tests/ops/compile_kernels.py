@@ -1,12 +1,23 @@
-"""Compiles every Triton kernel, as the ops launch it, for GPUs that need not be there. A program of its own.
+"""Compiles every Triton kernel, as the ops launch it, for GPUs that need not be there, and measures the machine code.
+
+    python tests/ops/compile_kernels.py --dims 32,64,100,128,256 --update     # after a kernel has changed
 
 Triton's interpreter accepts what its compiler does not. Each op is called on small CPU tensors while launches are
-caught, and what would have been launched is compiled to machine code instead.
+caught, and what would have been launched is compiled instead, with the launch's constants and numbers of warps. What
+the machine code takes is held against `kernel_budget.json`.
 """
 
 from __future__ import annotations
 
-import math
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,82 +32,193 @@ from embedtrain.ops.pool_rows import triton as pool_rows
 from embedtrain.ops.row_update import Moments, RowStep
 from embedtrain.ops.row_update import triton as moment_update
 from embedtrain.ops.segment_sum import triton as segment_sum
-from embedtrain.ops.skipgram_block import TextBlock
+from embedtrain.ops.skipgram_block import Architecture, TextBlock
 from embedtrain.ops.skipgram_block import triton as skipgram_block
 from embedtrain.ops.sort_unique import sort_unique
 
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
+BUDGET = Path(__file__).with_name("kernel_budget.json")
+_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_N, _NUM_ROWS = 997, 503
+"""Sizes of the tensors: no multiples of 16, which is what most steps launch."""
+_SPARE_REGISTERS = 8
+"""What the next version of the compiler may take more."""
 
-ARCHITECTURE = 90
 
-compiled: dict[Any, int] = {}
-"""What was compiled, and the bytes of shared memory that it takes."""
+@dataclass(frozen=True)
+class Code:
+    """What the machine code of a kernel takes.
+
+    Attributes:
+        registers: of a thread.
+        spilled_bytes: of a thread, which did not fit into its registers.
+        shared_bytes: of a program.
+        row_bytes: the widest access of a thread to float32 or bfloat16 values.
+        num_products: instructions that multiply matrices.
+        num_atomics: instructions that change memory atomically.
+    """
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    row_bytes: int
+    num_products: int
+    num_atomics: int
 
 
-def compile_launch(kernel: JITFunction, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
-    """Stands in for `JITFunction.run`."""
-    values = dict(zip([parameter.name for parameter in kernel.params], args, strict=False))
-    values |= {name: options.pop(name) for name in kernel.arg_names if name in options}
-    signature, constants, attributes = {}, {}, {}
-    for position, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
-        # The compiler too takes an integer that is 1 for a constant.
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
-            attributes[(position,)] = [["tt.divisibility", 16]]
-        else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32" if value < 1 << 31 else "i64"
-    key = (kernel.__name__, *signature.items(), *sorted(constants.items()))
-    if key not in compiled:
+class Compiler:
+    """Compiles what is launched while it stands in for `JITFunction.run`.
+
+    Attributes:
+        architecture: of the GPUs, such as 90.
+        label: of the launches that follow.
+        codes: by kernel, label of the first launch that needed it, and architecture.
+    """
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+        self.label = ""
+        self.codes: dict[str, Code] = {}
+        self._seen: set[tuple[str, ...]] = set()
+
+    def run(self, kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
+        """Compiles a launch."""
+        values = dict(zip([parameter.name for parameter in kernel.params], args, strict=False))
+        values |= {name: options.pop(name) for name in kernel.arg_names if name in options}
+        signature, constants, attributes = {}, {}, {}
+        for position, parameter in enumerate(kernel.params):
+            value = values[parameter.name]
+            is_special = isinstance(value, int) and not parameter.do_not_specialize
+            if parameter.is_constexpr or (is_special and value == 1):
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[parameter.name] = _POINTERS[value.dtype]
+                attributes[(position,)] = [["tt.divisibility", 16]]
+            else:
+                signature[parameter.name] = "fp32" if isinstance(value, float) else "i32" if value < 1 << 31 else "i64"
+                if is_special and value % 16 == 0:
+                    attributes[(position,)] = [["tt.divisibility", 16]]
+        launch = (kernel.__name__, *map(str, (signature, constants, attributes, options)))
+        if launch in self._seen:
+            return
+        self._seen.add(launch)
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-        binary = triton.compile(source, target=GPUTarget("cuda", ARCHITECTURE, 32), options=options)
-        assert binary.asm["ptx"]
-        compiled[key] = binary.metadata.shared
+        target = GPUTarget("cuda", self.architecture, 32)
+        name = f"{kernel.__name__} {self.label} sm_{self.architecture}"
+        assert name not in self.codes, name
+        self.codes[name] = _measure(triton.compile(source, target=target, options=options))
 
 
-def launch_all(dim: int, dtype: torch.dtype, num_rows: int) -> None:
+def _measure(binary: Any) -> Code:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage, listing = (
+            subprocess.run([_TOOLS / tool, option, file.name], check=True, capture_output=True, text=True).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "--print-code"))
+        )
+    taken = {name: int(size) for name, size in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    accesses = re.findall(r"\b(?:ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bf](16|32)\b", binary.asm["ptx"])
+    return Code(
+        registers=taken["REG"],
+        spilled_bytes=taken["STACK"] + taken["LOCAL"],
+        shared_bytes=binary.metadata.shared,
+        row_bytes=max((int(vector or 1) * int(bits) // 8 for vector, bits in accesses), default=0),
+        num_products=len(re.findall(r"\b(?:HMMA|HGMMA|QGMMA)\.", listing)),
+        num_atomics=len(re.findall(r"\b(?:ATOM|ATOMG|ATOMS|RED|REDG)\b", listing)),
+    )
+
+
+def launch_all(compiler: Compiler, dim: int, dtype: torch.dtype, num_rows: int = _NUM_ROWS) -> None:
     """Calls every op, with and without each of its options."""
+
+    def label(variant: str) -> None:
+        compiler.label = f"{variant}, dim {dim} {str(dtype).removeprefix('torch.')}"
+
     source = torch.zeros(num_rows, dim, dtype=dtype)
-    rows = torch.arange(5) % num_rows
+    rows = torch.arange(_N) * 7 % num_rows
     for wanted in (torch.float32, torch.bfloat16):
+        label(f"to {str(wanted).removeprefix('torch.')}")
         gather_rows.gather_rows(source, rows, wanted)
-    lengths, weights = torch.tensor([2, 0, 3]), torch.ones(5)
+    lengths, weights = torch.full((_N,), 1), torch.ones(_N)
     keys = sort_unique(rows)
-    for feature in (Bags(5), Bags(5, lengths), Bags(5, lengths, weights, is_mean=True), Bags(5, weights=weights)):
+    for variant, feature in (
+        ("values", Bags(_N)),
+        ("bags", Bags(_N, lengths)),
+        ("weighted means", Bags(_N, lengths, weights, is_mean=True)),
+    ):
+        label(variant)
         pool_rows.pool_rows(source, rows, [feature])
         pool_rows.pool_rows_backward([torch.zeros(feature.num_bags, dim)], [feature], keys, dim, 0.5)
-    segment_sum.segment_sum(torch.zeros(5, dim), keys, 0.5)
     rounding_keys = rows if dtype == torch.bfloat16 else None
-    for bound in (1.0, math.inf):
-        factor = 0.5 if bound == 1.0 else torch.tensor(0.5)
-        row_step = RowStep(
-            lr=0.1, grad_factor=factor, max_row_grad_norm=bound, max_norm=bound, rounding_keys=rounding_keys
+    for variant, bound, factor in (("plain", float("inf"), torch.tensor(0.5)), ("bounded", 1.0, 0.5)):
+        step = RowStep(lr=0.1, grad_factor=factor, max_row_grad_norm=bound, max_norm=bound, rounding_keys=rounding_keys)
+        for name, first, second in (
+            ("sgd", None, None),
+            ("rowwise_adagrad", None, torch.zeros(num_rows)),
+            ("adagrad", None, torch.zeros(num_rows, dim)),
+            ("adam", torch.zeros(num_rows, dim), torch.zeros(num_rows, dim)),
+            ("rowwise_adam", torch.zeros(num_rows, dim), torch.zeros(num_rows)),
+        ):
+            label(f"{name} {variant}")
+            moment_update.moment_update(source, first, second, rows, torch.zeros(_N, dim), step, Moments())
+    if dtype == torch.float32:
+        label("values")
+        segment_sum.segment_sum(torch.zeros(_N, dim), keys, 0.5)
+        _launch_words(label, dim, num_rows)
+
+
+def _launch_words(label: Callable[[str], None], dim: int, num_rows: int) -> None:
+    places = torch.arange(_N)
+    targets = ((places.view(_N, 1) + torch.arange(6)) * 3) % num_rows
+    architectures: tuple[Architecture, ...] = ("skipgram", "cbow")
+    for architecture in architectures:
+        for reach in (5, 40):
+            block = TextBlock(places % num_rows, targets, (places - reach).clamp(min=0), places + 1)
+            label(f"reach {reach}")
+            skipgram_block.skipgram_block(torch.zeros(num_rows, dim), block, architecture, 1.0, reach)
+
+
+def excesses(name: str, code: Code, budget: dict[str, Any]) -> list[str]:
+    """Returns what a kernel takes more than its budget allows."""
+    least = ("row_bytes", "num_products")
+    found = [
+        f"{name}: {key} {value}, {'at least' if key in least else 'at most'} {budget[key]} expected"
+        for key, value in asdict(code).items()
+        if (value < budget[key] if key in least else value > budget[key])
+    ]
+    return found
+
+
+def main() -> int:
+    """Compiles, and compares with the budget or writes it anew; returns 1 if the budget is exceeded."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architectures", default="80,90")
+    parser.add_argument("--dims", default="100")
+    parser.add_argument("--update", action="store_true", help="write the budget anew, from what was compiled")
+    options = parser.parse_args()
+    codes: dict[str, Code] = {}
+    for architecture in map(int, options.architectures.split(",")):
+        compiler = Compiler(architecture)
+        JITFunction.run = lambda kernel, *args, compiler=compiler, **given: compiler.run(kernel, *args, **given)
+        for dim in map(int, options.dims.split(",")):
+            for dtype in (torch.float32, torch.bfloat16):
+                launch_all(compiler, dim, dtype)
+        codes |= compiler.codes
+    names = sorted({name.partition(" ")[0] for name in codes})
+    print(f"Triton {triton.__version__}: {len(codes)} binaries of {len(names)} kernels: {', '.join(names)}")
+    if options.update:
+        lines = (
+            f"{json.dumps(name)}: {json.dumps(asdict(code) | {'registers': code.registers + _SPARE_REGISTERS})}"
+            for name, code in sorted(codes.items())
         )
-        for first in (None, torch.zeros(num_rows, dim)):
-            for second in (None, torch.zeros(num_rows), torch.zeros(num_rows, dim)):
-                moment_update.moment_update(source, first, second, rows, torch.zeros(5, dim), row_step, Moments())
-    launch_skipgram(dim, num_rows)
-
-
-def launch_skipgram(dim: int, num_rows: int) -> None:
-    """Calls it with windows that fit into one band, and with wider ones."""
-    places = torch.arange(20)
-    targets = (places % num_rows).view(20, 1).repeat(1, 4)
-    block = TextBlock(places % num_rows, targets, (places - 2).clamp(min=0), places + 1)
-    for reach in (1, 40):
-        skipgram_block.skipgram_block(torch.zeros(num_rows, dim), block, 1.0, reach)
+        BUDGET.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        return 0
+    budget = json.loads(BUDGET.read_text())
+    found = [line for name, code in codes.items() for line in excesses(name, code, budget[name])]
+    print("\n".join(found), file=sys.stderr)
+    return int(bool(found))
 
 
 if __name__ == "__main__":
-    JITFunction.run = compile_launch
-    launch_all(100, torch.float32, 9)
-    launch_all(1, torch.bfloat16, 1)
-    narrow = dict(compiled)
-    launch_skipgram(skipgram_block.MAX_DIM, 9)
-    names = sorted({key[0] for key in compiled})
-    print(f"Triton {triton.__version__}: {len(compiled)} binaries of {len(names)} kernels: {', '.join(names)}")
-    # A program has at most 227 KiB on an H100, 99 KiB on smaller cards.
-    assert max(narrow.values()) <= 99 << 10
-    assert max(compiled.values()) <= 227 << 10
+    sys.exit(main())

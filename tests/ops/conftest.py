@@ -26,7 +26,7 @@ def threaded_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
 def run_on(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if name == "native" and library.find() is None:
-        pytest.skip(f"the native library was not built: {library.HOW_TO_BUILD}")
+        pytest.skip(f"the native library was not built: {library.how_to_build()}")
     if name == "triton":
         if torch.cuda.is_available():
             pytest.skip("there is a GPU: tests/gpu runs the kernels themselves, and a process can do one of the two")

@@ -88,7 +88,7 @@ def test_a_struct_that_python_lays_out_otherwise_is_refused() -> None:
 
 def test_a_library_built_from_other_declarations_is_refused() -> None:
     if library.find() is None:
-        pytest.skip(library.HOW_TO_BUILD)
+        pytest.skip(library.how_to_build())
     assert library.load(library.PATH, library.declarations())
     text = header.PATH.read_text(encoding="utf-8")
     swapped = text.replace("int64_t num_touched, int64_t num_rows", "int64_t num_rows, int64_t num_touched")

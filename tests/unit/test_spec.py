@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import embedtrain as et
 from embedtrain import FeatureSpec, Jagged, TableSpec
 from embedtrain.embedding.features import resolve_features
 
@@ -71,6 +72,70 @@ def test_without_features_each_table_is_one() -> None:
 def test_inconsistent_bags_are_refused(values: list, lengths: list, weights: list | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Jagged(torch.tensor(values), torch.tensor(lengths), None if weights is None else torch.tensor(weights))
+
+
+def test_bags_from_tensors() -> None:
+    one_each = et.Jagged.from_ids(torch.tensor([3, 4]))
+    assert one_each.lengths.tolist() == [1, 1]
+    ids, weights = torch.tensor([[3, 4, 5], [6, 7, 8]]), torch.arange(6.0).view(2, 3)
+    bags = et.Jagged.from_ids(ids, weights)
+    assert (bags.values.tolist(), bags.lengths.tolist()) == ([3, 4, 5, 6, 7, 8], [3, 3])
+    assert bags.weights.tolist() == [0, 1, 2, 3, 4, 5]
+    empty = et.Jagged.from_ids(torch.zeros(2, 0, dtype=torch.int64))
+    assert empty.lengths.tolist() == [0, 0]
+    for bad in (torch.tensor(3), torch.zeros(1, 1, 1, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"ids must be \[n\] or \[n, k\]"):
+            et.Jagged.from_ids(bad)
+    with pytest.raises(ValueError, match=r"weights must have the shape of ids, \(2, 3\), got \(6,\)"):
+        et.Jagged.from_ids(ids, weights.flatten())
+
+
+def test_bags_from_offsets_are_those_of_torchs_embedding_bag() -> None:
+    values, table = torch.tensor([3, 4, 5, 1]), torch.randn(6, 2)
+    features = [et.FeatureSpec("x", pooling="sum")]
+    tables = et.EmbeddingCollection([et.TableSpec("x", 6, 2)], features)
+    et.init_from(tables, "x", table)
+    for offsets, is_last in (([0, 0, 3], False), ([0, 0, 3, 4], True), ([0, 0, 3, 4], False)):
+        peer = torch.nn.EmbeddingBag.from_pretrained(table, mode="sum", include_last_offset=is_last)
+        starts = torch.tensor(offsets, dtype=torch.int32)
+        bags = et.Jagged.from_offsets(values.int(), starts, include_last_offset=is_last)
+        torch.testing.assert_close(tables({"x": bags})["x"], peer(values, starts.long()))
+    assert et.Jagged.from_offsets(values[:0], torch.zeros(0, dtype=torch.int64)).num_bags == 0
+
+
+@pytest.mark.parametrize(
+    ("offsets", "is_last", "message"),
+    [
+        ([1, 2], False, "offsets must go from 0 to the 4 values, got 1 to 4"),
+        ([0, 2], True, "offsets must go from 0 to the 4 values, got 0 to 2"),
+        ([0, 3, 1], False, "lengths must not be negative"),
+        ([], True, r"offsets must be \[num_bags\]"),
+        ([[0, 1]], False, r"offsets must be \[num_bags\]"),
+    ],
+)
+def test_offsets_that_are_none_are_refused(offsets: list, is_last: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        et.Jagged.from_offsets(torch.arange(4), torch.tensor(offsets, dtype=torch.int64), include_last_offset=is_last)
+
+
+def test_bags_move_as_one() -> None:
+    bags = et.Jagged.from_ids(torch.tensor([[3, 4]]), torch.ones(1, 2))
+    moved = bags.to("meta")
+    assert {part.device.type for part in (moved.values, moved.lengths, moved.weights)} == {"meta"}
+    assert bags.to("cpu", non_blocking=True).values is bags.values
+    assert et.Jagged.from_ids(torch.tensor([1])).to("meta").weights is None
+
+
+def test_all_of_a_batch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:  # which torch refuses on a machine without a GPU
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    bags = et.Jagged.from_ids(torch.tensor([[3, 4]]), torch.ones(1, 2)).pin_memory()
+    assert {id(part) for part in (bags.values, bags.lengths, bags.weights)} == set(map(id, pinned))
 
 
 def test_bags_from_lists() -> None:

@@ -5,6 +5,8 @@ A format is one file here, and one entry of `FORMATS`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from embedtrain.data.readers.csv import Csv
 from embedtrain.data.readers.jsonl import JsonLines
 from embedtrain.data.readers.lines import Lines
@@ -23,6 +25,7 @@ __all__ = [
     "Rows",
     "TextFormat",
     "format_of",
+    "require_columns",
     "require_format",
     "suffixes_of",
 ]
@@ -66,8 +69,46 @@ def suffixes_of(name: str) -> tuple[str, ...]:
     return FORMATS[name].suffixes + FORMATS[name].other_suffixes
 
 
-def require_format(name: str, others: tuple[str, ...] = (), key: str = "") -> None:
-    """Raises UserError, with the key of the setting, if there is no format of this name, nor is it among `others`."""
-    if name not in FORMATS and name not in others:
+def require_format(name: str, others: tuple[str, ...] = (), key: str = "", *, with_names: bool = False) -> None:
+    """Raises UserError if there is no format of this name, nor is it among `others`.
+
+    Args:
+        name: of the format.
+        others: further names that are allowed.
+        key: of the setting, for the message.
+        with_names: whether the columns of the format must have names.
+    """
+    allowed = [*others, *(each for each, format in FORMATS.items() if format.has_names or not with_names)]
+    if name not in allowed:
         where = f"{key}: " if key else ""
-        raise UserError(f"{where}expected a format of {', '.join([*others, *FORMATS])}, got {name!r}")
+        raise UserError(f"{where}expected a format of {', '.join(allowed)}, got {name!r}")
+
+
+def require_columns(
+    source: Source, wanted: Sequence[str], existing: Sequence[str], format: str, keys: Mapping[str, str]
+) -> None:
+    """Makes sure that a file has columns.
+
+    Args:
+        source: the file.
+        wanted: the columns to read.
+        existing: its columns.
+        format: the format that it was read in, or "auto".
+        keys: the setting that names each wanted column, such as "data.label".
+
+    Raises:
+        UserError: it lacks some; the message names the file, its columns and the settings.
+    """
+    missing = [name for name in wanted if name not in existing]
+    if not missing:
+        return
+    message = f"{source.url}: there is no column {', '.join(map(repr, missing))}; its columns are " + (
+        f"{', '.join(map(repr, existing))}"
+    )
+    if settings := list(dict.fromkeys(keys[name] for name in missing if name in keys)):
+        message += f"; {', '.join(settings)} {'says' if len(settings) == 1 else 'say'} which to read"
+        told = next((name for name, each in FORMATS.items() if suffix_of(source.url) in each.suffixes), format)
+        if told not in (format, AUTO) and format != AUTO:
+            message += f"; the file was read as {format}, and its name is one of {told}: give "
+            message += f"{settings[0].partition('.')[0]}.format={told}"
+    raise UserError(message)

@@ -1,4 +1,4 @@
-"""Compressed files: what each codec is opened with."""
+"""Compressed files: what each codec is read and written with."""
 
 from __future__ import annotations
 
@@ -89,3 +89,12 @@ OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {
     "zstd": lambda file: pa.input_stream(file, compression="zstd"),
 }
 """By the name of a codec, a function that returns the content of an open file."""
+
+PACKERS: dict[str, Callable[[IO[bytes]], Any]] = {
+    # Without the time, the same content makes the same file.
+    "gzip": lambda file: gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0),
+    "bz2": lambda file: bz2.BZ2File(file, "wb"),
+    "xz": lambda file: lzma.LZMAFile(file, "wb"),  # noqa: SIM115, the caller closes it
+    "zstd": lambda file: pa.CompressedOutputStream(pa.PythonFile(file, "w"), "zstd"),
+}
+"""By the name of a codec, a function that returns a file whose content it writes compressed to an open one."""

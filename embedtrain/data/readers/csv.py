@@ -37,14 +37,22 @@ class Csv(TextFormat):
         """See `Format.columns`; spaces around a name are dropped."""
         if layout.columns is not None:
             return layout.columns
+        found = tuple(self.first_fields(source, layout))
+        refuse_repeats(found, source)
+        return found
+
+    def first_fields(self, source: Source, layout: Layout) -> list[str]:
+        """Returns the fields of a file's first line, without the spaces around them.
+
+        Raises:
+            UserError: the file cannot be read, or is empty.
+        """
         blocks = read_records(Segment(source), self.quoting(layout), chunk_bytes=_HEADER_BYTES)
         block = next((block for block in blocks if block.strip()), b"")
         if not block:
             raise UserError(f"{source.url}: the file is empty, and its first line should name the columns")
         header = block[: len(block) - len(self.skip_header(block, layout)[0])]
-        found = tuple(name.strip() for name in self._fields(header, layout))
-        refuse_repeats(found, source)
-        return found
+        return [name.strip() for name in self._fields(header, layout)]
 
     def _fields(self, record: bytes, layout: Layout) -> list[str]:
         """Returns the fields of one record, split as those of rows are."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from embedtrain.data.codecs import codec_of_name
+from embedtrain.data.readers.compression import PACKERS
 from embedtrain.errors import UserError
 from embedtrain.export.formats.arrays import write_npy, write_safetensors
 from embedtrain.export.formats.parquet import write_parquet
 from embedtrain.export.formats.projector import FILE_NAMES, write_projector
 from embedtrain.export.formats.word2vec import write_binary, write_glove, write_text
-from embedtrain.export.storage import new_files
+from embedtrain.export.storage import new_files, refuse_packed_name
 from embedtrain.export.vectors import Vectors
 
 _logger = logging.getLogger(__name__)
@@ -26,11 +29,13 @@ class Format:
         paths: returns the files of an export to `output`.
         write: fills those files, in that order, block by block.
         max_rows: rows that are exported when nobody says how many; None for all.
+        may_be_packed: whether its readers unpack a file that is compressed, as its name says.
     """
 
     paths: Callable[[str], list[str]]
     write: Callable[[Vectors, Sequence[BinaryIO]], None]
     max_rows: int | None = None
+    may_be_packed: bool = False
 
 
 def _one_file(output: str) -> list[str]:
@@ -46,9 +51,9 @@ def _projector_files(output: str) -> list[str]:
 
 
 FORMATS: Mapping[str, Format] = {
-    "word2vec": Format(_one_file, write_text),
-    "word2vec-binary": Format(_one_file, write_binary),
-    "glove": Format(_one_file, write_glove),
+    "word2vec": Format(_one_file, write_text, may_be_packed=True),
+    "word2vec-binary": Format(_one_file, write_binary, may_be_packed=True),
+    "glove": Format(_one_file, write_glove, may_be_packed=True),
     "npy": Format(_with_vocabulary, write_npy),
     "safetensors": Format(_with_vocabulary, write_safetensors),
     "parquet": Format(_one_file, write_parquet),
@@ -65,7 +70,8 @@ def export_vectors(
     Args:
         vectors: what to export.
         format: one of `FORMATS`.
-        output: path or fsspec URL of the new file; of a folder for `projector`.
+        output: path or fsspec URL of the new file; of a folder for `projector`. If it ends in .gz, .bz2, .xz or .zst,
+            the file of a format of word2vec or GloVe is compressed, and other formats are refused.
         overwrite: whether files that are there already are replaced.
         max_rows: exports only the first rows, the most frequent words; None for the format's own limit.
 
@@ -88,7 +94,12 @@ def export_vectors(
             f"{format}: exporting the first {limit:,} of {vectors.num_rows:,} rows, as many as it can show; "
             f"set max_rows for another number"
         )
+    if not chosen.may_be_packed:
+        refuse_packed_name(output, format)
     paths = chosen.paths(output)
-    with new_files(paths, overwrite) as files:
+    codec = codec_of_name(output)
+    with new_files(paths, overwrite) as files, ExitStack() as stack:
+        if codec is not None:
+            files = [stack.enter_context(PACKERS[codec](file)) for file in files]
         chosen.write(vectors.first(limit), files)
     return paths

@@ -13,7 +13,7 @@ import pyarrow as pa
 from embedtrain.export.formats.text import joined_columns, refuse_words
 from embedtrain.export.vectors import Vectors
 
-_BORDER = re.compile(r"[\t\n\r]")
+_BORDER = re.compile(r"[\t\n\r]|^\ufeff")
 _WORDS_AT_ONCE = 1 << 16
 
 

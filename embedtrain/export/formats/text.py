@@ -36,6 +36,7 @@ def refuse_words(words: Sequence[str], pattern: re.Pattern[str], format_name: st
     for word in words:
         if pattern.search(word):
             raise UserError(
-                f"the format {format_name} cannot hold the word {word!r}: readers end a word at white space; "
-                f"use the format parquet, which holds any word"
+                f"the format {format_name} cannot hold the word {word!r}: its readers need words that are not empty, "
+                "and end them at ASCII white space; "
+                "use the format parquet, which holds any word"
             )

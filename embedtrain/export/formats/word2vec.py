@@ -11,26 +11,30 @@ import pyarrow as pa
 from embedtrain.export.formats.text import joined_columns, joined_rows, refuse_words
 from embedtrain.export.vectors import Vectors
 
-_BORDER = re.compile(r"\s|^$")
+_BORDER = re.compile(r"[\t\n\v\f\r ]|^$")
+"""gensim and the programs of word2vec and GloVe end a word at these, and not at other spaces, such as U+00A0."""
+
+_BORDER_WITHOUT_HEADER = re.compile(rf"{_BORDER.pattern}|^\ufeff")
+"""At the beginning of a file U+FEFF is no letter, but a byte-order mark."""
 
 
 def write_text(vectors: Vectors, files: Sequence[BinaryIO]) -> None:
     """Writes `rows dim`, then a line for each row: the word and its values, separated by one space."""
     (file,) = files
     file.write(_header(vectors))
-    _write_lines(vectors, file, "word2vec")
+    _write_lines(vectors, file, "word2vec", _BORDER)
 
 
 def write_glove(vectors: Vectors, files: Sequence[BinaryIO]) -> None:
     """Writes a line for each row, as `write_text` does, without a first line that counts them."""
     (file,) = files
-    _write_lines(vectors, file, "glove")
+    _write_lines(vectors, file, "glove", _BORDER_WITHOUT_HEADER)
 
 
-def _write_lines(vectors: Vectors, file: BinaryIO, format_name: str) -> None:
+def _write_lines(vectors: Vectors, file: BinaryIO, format_name: str, border: re.Pattern[str]) -> None:
     for start, rows in vectors.blocks():
         words = vectors.words[start : start + len(rows)]
-        refuse_words(words, _BORDER, format_name)
+        refuse_words(words, border, format_name)
         file.write(joined_columns([pa.array(words, pa.string()), joined_rows(rows, " ")], " "))
 
 

@@ -84,10 +84,13 @@ using Outside = std::atomic<int64_t>;
 
 // Whether all of the indices lie in [0, bound).
 EMBEDTRAIN_INLINE bool all_inside(const int64_t* indices, int64_t count, int64_t bound) {
-    bool inside = true;
-    // A negative index is a large unsigned number.
-    for (int64_t i = 0; i < count; ++i) inside &= static_cast<uint64_t>(indices[i]) < static_cast<uint64_t>(bound);
-    return inside;
+    // The sign of either is set if an index lies outside; to compare would take vectors of 64 bits several steps.
+    uint64_t signs = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const uint64_t index = static_cast<uint64_t>(indices[i]);
+        signs |= index | (static_cast<uint64_t>(bound) - 1 - index);
+    }
+    return !(signs >> 63);
 }
 
 // How many values and terms the features before have.

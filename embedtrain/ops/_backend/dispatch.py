@@ -35,13 +35,13 @@ def cpu_backend() -> Backend:
         return "reference"
     built = library.find() is not None
     if asked == "native" and not built:
-        raise ValueError(f"{VARIABLE}=native, but the native library was not built: {library.HOW_TO_BUILD}")
+        raise ValueError(f"{VARIABLE}=native, but the native library was not built: {library.how_to_build()}")
     if asked == "triton":
         _require_triton()
         if os.environ.get(INTERPRETER_VARIABLE) == "1":
             return "triton"
     if not built:
-        _logger.warning("ops run on the PyTorch reference, which is slower: %s", library.HOW_TO_BUILD)
+        _logger.warning("ops run on the PyTorch reference, up to ten times slower: %s", library.how_to_build())
     return "native" if built else "reference"
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 from pathlib import Path
 
 from embedtrain.ops._backend import header
 
-HOW_TO_BUILD = "install a C++ compiler (g++), then run pip install again"
-
 PATH = Path(__file__).with_name("libembedtrain_native.so")
+
+_PACKAGE = Path(__file__).resolve().parents[2]
 
 _TYPES: dict[str, type] = {
     "pointer": ctypes.c_void_p,
@@ -33,6 +34,27 @@ def find() -> ctypes.CDLL | None:
     return load(PATH, declarations()) if PATH.exists() else None
 
 
+def how_to_build() -> str:
+    """Returns what to do about a library that was not built."""
+    installed = _installed_elsewhere()
+    if installed is None:
+        return "install a C++ compiler (g++), then run pip install again"
+    return (
+        f"{_PACKAGE.parent} is a source tree without it, which Python takes before the embedtrain that is installed in "
+        f"{installed} and has it: start from another folder, or run pip install -e . in this one"
+    )
+
+
+def _installed_elsewhere() -> str | None:
+    """Returns the folder of another embedtrain with a library, which this source tree hides; None without one."""
+    own = _PACKAGE.parent
+    for entry in sys.path:
+        folder = Path(entry or ".").resolve()
+        if folder != own and (folder / PATH.relative_to(_PACKAGE.parent)).exists():
+            return str(folder)
+    return None
+
+
 def get() -> ctypes.CDLL:
     """Returns the library.
 
@@ -41,7 +63,7 @@ def get() -> ctypes.CDLL:
     """
     loaded = find()
     if loaded is None:
-        raise RuntimeError(f"the native library was not built: {HOW_TO_BUILD}")
+        raise RuntimeError(f"the native library was not built: {how_to_build()}")
     return loaded
 
 

@@ -62,8 +62,8 @@ def sum_runs(
             heads,
             n,
             m,
-            dim,
             factor,
+            DIM=dim,
             HAS_WEIGHTS=weights is not None,
             CHUNK=_CHUNK,
             COLUMNS=columns,
@@ -76,8 +76,8 @@ def sum_runs(
             heads,
             num_chunks,
             m,
-            dim,
             factor,
+            DIM=dim,
             CHUNK=_CHUNK,
             HEADS=_HEADS_AT_ONCE,
             COLUMNS=columns,
@@ -86,7 +86,7 @@ def sum_runs(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m"])
 def _sum_chunk(
     values,
     index,
@@ -97,8 +97,8 @@ def _sum_chunk(
     heads,
     n,
     m,
-    dim,
     factor,
+    DIM: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -107,37 +107,42 @@ def _sum_chunk(
     first = chunk * CHUNK
     last = tl.minimum(first + CHUNK, n)
     column = tl.arange(0, COLUMNS)
-    inside = column < dim
+    inside = column < DIM
     run = tl.load(runs + chunk)
     if run < m:
         begin = tl.load(starts + run)
         end = tl.load(starts + run + 1)
         total = tl.zeros([COLUMNS], dtype=tl.float32)
+        # The next row is asked for before this one is added, and its place one row earlier still.
+        place = tl.load(index + first)
+        row = tl.load(values + place * DIM + column, mask=inside, other=0.0)
+        place = tl.load(index + tl.minimum(first + 1, last - 1))
         for position in range(first, last):
+            next_row = tl.load(values + place * DIM + column, mask=inside, other=0.0)
+            place = tl.load(index + tl.minimum(position + 2, last - 1))
             if (position == end) & (run < m):
                 if begin < first:
-                    tl.store(heads + chunk * dim + column, total, mask=inside)
+                    tl.store(heads + chunk * DIM + column, total, mask=inside)
                 else:
-                    tl.store(sums + run * dim + column, total * factor, mask=inside)
+                    tl.store(sums + run * DIM + column, total * factor, mask=inside)
                 total = tl.zeros([COLUMNS], dtype=tl.float32)
                 begin = end
                 while (end == begin) & (run < m):  # over runs of no position
                     run += 1
                     end = tl.load(starts + run + 1, mask=run < m, other=0)
             if run < m:
-                place = tl.load(index + position)
-                row = tl.load(values + place * dim + column, mask=inside, other=0.0)
                 if HAS_WEIGHTS:
                     row *= tl.load(weights + position)
                 total += row
+            row = next_row
         if run < m:
             if begin < first:
-                tl.store(heads + chunk * dim + column, total, mask=inside)
+                tl.store(heads + chunk * DIM + column, total, mask=inside)
             else:
-                tl.store(sums + run * dim + column, total * factor, mask=inside)
+                tl.store(sums + run * DIM + column, total * factor, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks", "m"])
 def _add_heads(
     starts,
     runs,
@@ -145,8 +150,8 @@ def _add_heads(
     heads,
     num_chunks,
     m,
-    dim,
     factor,
+    DIM: tl.constexpr,
     CHUNK: tl.constexpr,
     HEADS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -159,13 +164,13 @@ def _add_heads(
         first = begin // CHUNK + 1
         if (begin < chunk * CHUNK) & (chunk == first):
             column = tl.arange(0, COLUMNS)
-            inside = column < dim
+            inside = column < DIM
             last = (tl.load(starts + run + 1) - 1) // CHUNK + 1
             total = tl.zeros([COLUMNS], dtype=tl.float32)
             for some in range(first, last, HEADS):
                 place = some + tl.arange(0, HEADS)
                 mask = (place < last)[:, None] & inside[None, :]
-                rows = tl.load(heads + place[:, None] * dim + column[None, :], mask=mask, other=0.0)
+                rows = tl.load(heads + place[:, None] * DIM + column[None, :], mask=mask, other=0.0)
                 total += tl.sum(rows, axis=0)
-            place = sums + run * dim + column
+            place = sums + run * DIM + column
             tl.store(place, tl.load(place, mask=inside, other=0.0) + total * factor, mask=inside)

@@ -24,7 +24,7 @@ def gather_rows(source: Tensor, rows: Tensor, dtype: torch.dtype, out: Tensor | 
                 rows,
                 gathered,
                 n,
-                dim,
+                DIM=dim,
                 ROUNDS=source.dtype == torch.float32 and dtype == torch.bfloat16,
                 TILE_ROWS=tile_rows,
                 TILE_COLUMNS=tile_columns,
@@ -33,16 +33,23 @@ def gather_rows(source: Tensor, rows: Tensor, dtype: torch.dtype, out: Tensor | 
     return gathered
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _copy_tile(
-    source, rows, gathered, n, dim, ROUNDS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr
+    source,
+    rows,
+    gathered,
+    n,
+    DIM: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     column = tl.arange(0, TILE_COLUMNS)
     row = tl.load(rows + place, mask=place < n, other=0)
-    inside = (place < n)[:, None] & (column < dim)[None, :]
-    values = tl.load(source + row[:, None] * dim + column[None, :], mask=inside, other=0.0)
-    at = gathered + place[:, None] * dim + column[None, :]
+    inside = (place < n)[:, None] & (column < DIM)[None, :]
+    values = tl.load(source + row[:, None] * DIM + column[None, :], mask=inside, other=0.0)
+    at = gathered + place[:, None] * DIM + column[None, :]
     if ROUNDS:
         tl.store(at, nearest_bfloat16(values), mask=inside)
     else:

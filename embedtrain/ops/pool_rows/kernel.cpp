@@ -29,16 +29,9 @@ EMBEDTRAIN_INLINE void pool(const Pooling& p, int part) {
     const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(Stored));
     const int64_t* index = p.index;
     const int64_t ahead = rows_ahead_to_read(row_bytes);
-    const int64_t num_rows = p.num_rows;
-    Outside* outside = p.outside;
-    visit_bags(p.bags, part, p.num_parts, outside, [=](const Feature& feature, Before before, int64_t bag, int64_t value,
+    visit_bags(p.bags, part, p.num_parts, p.outside, [=](const Feature& feature, Before before, int64_t bag, int64_t value,
                                               int64_t length) __attribute__((always_inline)) {
         const int64_t first = before.values + value;
-        // Just before they are used: the indices are in the nearest cache.
-        if (!all_inside(index + first, length, num_rows)) {
-            ++*outside;
-            return;
-        }
         const auto prefetch = [=](int64_t v) __attribute__((always_inline)) {
             if (v + ahead < num_values) prefetch_row<0>(source + index[v + ahead] * dim, row_bytes);
         };
@@ -54,6 +47,13 @@ EMBEDTRAIN_INLINE void pool(const Pooling& p, int part) {
             },
             length, factor, dim, feature.vectors + bag * feature.row_stride);
     });
+}
+
+// A pass of its own: bag by bag the same look takes four times as long.
+EMBEDTRAIN_MULTIVERSION void check_index(const void* pooling, int part) {
+    const Pooling& p = *static_cast<const Pooling*>(pooling);
+    const Range values = range_of_part(p.num_values, part, p.num_parts);
+    if (!all_inside(p.index + values.begin, values.end - values.begin, p.num_rows)) ++*p.outside;
 }
 
 EMBEDTRAIN_MULTIVERSION void pool_float32(const void* pooling, int part) {
@@ -128,6 +128,7 @@ void embedtrain_pool_rows(const void* source, int64_t num_rows, int is_bfloat16,
     const Bags bags{features, num_features};
     Outside outside{bags.num_values() != num_values};
     const Pooling p{source, dim, num_rows, index, num_values, bags, num_parts, &outside};
+    if (!outside) run_parts(num_parts, check_index, &p);
     if (!outside) run_parts(num_parts, is_bfloat16 ? pool_bfloat16 : pool_float32, &p);
     *num_outside = outside;
 }

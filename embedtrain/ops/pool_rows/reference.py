@@ -30,12 +30,14 @@ def pool_rows_backward(
 ) -> Tensor:
     """See `embedtrain.ops.pool_rows`."""
     per_value = [
-        torch.zeros(feature.num_values, dim, device=keys.order.device) if grad is None else _of_values(grad, feature)
+        torch.zeros(feature.num_values, dim, dtype=torch.float32, device=keys.order.device)
+        if grad is None
+        else _of_values(grad, feature)
         for grad, feature in zip(grads, bags, strict=True)
     ]
     counts = keys.starts.diff()
     distinct = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
-    summed = torch.zeros(counts.numel(), dim, device=counts.device)
+    summed = torch.zeros(counts.numel(), dim, dtype=torch.float32, device=counts.device)
     summed.index_add_(0, distinct, torch.cat(per_value)[keys.order])
     return summed if factor == 1.0 else summed.mul_(factor)
 

@@ -36,7 +36,7 @@ def pool_rows(source: Tensor, index: Tensor, bags: Sequence[Bags]) -> list[Tenso
                 pooled if weights is None else weights,
                 pooled if divisors is None else divisors,
                 pooled,
-                dim,
+                DIM=dim,
                 HAS_LENGTHS=lengths is not None,
                 HAS_WEIGHTS=weights is not None,
                 HAS_DIVISORS=divisors is not None,
@@ -117,7 +117,7 @@ def _pool_bag(
     weights,
     divisors,
     pooled,
-    dim,
+    DIM: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     HAS_DIVISORS: tl.constexpr,
@@ -126,7 +126,7 @@ def _pool_bag(
 ):
     bag = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
-    inside = column < dim
+    inside = column < DIM
     total = tl.zeros([COLUMNS], dtype=tl.float32)
     first = bag
     last = bag + 1
@@ -137,10 +137,10 @@ def _pool_bag(
         value = some + tl.arange(0, VALUES)
         row = tl.load(index + value, mask=value < last, other=0)
         mask = (value < last)[:, None] & inside[None, :]
-        vectors = tl.load(source + row[:, None] * dim + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        vectors = tl.load(source + row[:, None] * DIM + column[None, :], mask=mask, other=0.0).to(tl.float32)
         if HAS_WEIGHTS:
             vectors *= tl.load(weights + value, mask=value < last, other=0.0)[:, None]
         total += tl.sum(vectors, axis=0)
     if HAS_DIVISORS:
         total = tl.div_rn(total, tl.load(divisors + bag))
-    tl.store(pooled + bag * dim + column, total, mask=inside)
+    tl.store(pooled + bag * DIM + column, total, mask=inside)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.ops._backend import dispatch
-from embedtrain.ops.pool_rows import Bags, pool_rows_backward
+from embedtrain.ops.pool_rows import pool_rows_backward
 from embedtrain.ops.pool_rows.native import describe
 from embedtrain.ops.row_gradient import native, reference
 from embedtrain.ops.row_gradient.types import Delivery, Run
@@ -56,8 +56,7 @@ class RowGradient:
     @classmethod
     def of_rows(cls, rows: Tensor, values: Tensor, num_rows: int) -> RowGradient:
         """Wraps gradients [n, dim] float32 of distinct rows [n] int64."""
-        delivery = Delivery(rows, [Bags(rows.numel())], [values], is_unique=True)
-        return cls([delivery], num_rows=num_rows, dim=values.shape[1])
+        return cls([Delivery.of_rows(rows, values)], num_rows=num_rows, dim=values.shape[1])
 
     @property
     def device(self) -> torch.device:

@@ -52,6 +52,11 @@ class Delivery:
         self.runs, self.is_unique, self.ordered = runs, is_unique, ordered
         self._versions = [0 if grad is None else grad._version for grad in grads]
 
+    @classmethod
+    def of_rows(cls, rows: Tensor, values: Tensor) -> Delivery:
+        """Wraps gradients [n, dim] float32 of distinct rows [n] int64."""
+        return cls(rows, [Bags(rows.numel())], [values], is_unique=True)
+
     def check_shapes(self, dim: int) -> None:
         """Raises ValueError if shapes or dtypes disagree."""
         num_values = sum(feature.num_values for feature in self.bags)

@@ -48,7 +48,6 @@ def moment_update(
             rows if step.rounding_keys is None else step.rounding_keys.contiguous(),
             rows.numel(),
             num_rows,
-            dim,
             float(step.lr / moments.first_correction),
             step.grad_factor if is_factor_on_device else float(step.grad_factor),
             float(step.max_row_grad_norm),
@@ -60,6 +59,7 @@ def moment_update(
             float(moments.second_gain),
             float(moments.second_correction),
             float(moments.eps),
+            DIM=dim,
             LOADS_FACTOR=is_factor_on_device,
             HAS_FIRST=first is not None,
             SECOND=kind,
@@ -78,7 +78,7 @@ def _factor_to(max_norm, values):
     return tl.div_rn(max_norm, tl.maximum(tl.sqrt_rn(tl.sum(values * values, axis=1)), max_norm))[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "num_rows"])
 def _update_tile(
     weight,
     first,
@@ -88,7 +88,6 @@ def _update_tile(
     keys,
     n,
     num_rows,
-    dim,
     step_size,
     grad_factor,
     max_row_grad_norm,
@@ -100,6 +99,7 @@ def _update_tile(
     second_gain,
     second_correction,
     eps,
+    DIM: tl.constexpr,
     LOADS_FACTOR: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     SECOND: tl.constexpr,
@@ -119,10 +119,10 @@ def _update_tile(
         is_row = is_row & (factor == factor)  # NaN leaves all rows as they are
     else:
         factor = tl.zeros([TILE_ROWS], dtype=tl.float32) + grad_factor
-    inside = is_row[:, None] & (column < dim)[None, :]
-    at = row[:, None] * dim + column[None, :]
+    inside = is_row[:, None] & (column < DIM)[None, :]
+    at = row[:, None] * DIM + column[None, :]
     old = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(row_grad + place[:, None] * dim + column[None, :], mask=inside, other=0.0)
+    grad = tl.load(row_grad + place[:, None] * DIM + column[None, :], mask=inside, other=0.0)
     grad *= factor[:, None]
     if CLIPS:
         grad *= _factor_to(max_row_grad_norm, grad)
@@ -133,7 +133,7 @@ def _update_tile(
         taken = before + first_gain * (grad - before)
         tl.store(first + at, taken, mask=inside)
     if SECOND == 1:
-        mean = tl.sum(grad * grad, axis=1) / dim
+        mean = tl.div_rn(tl.sum(grad * grad, axis=1), tl.full([TILE_ROWS], DIM, tl.float32))
         state = second_decay * tl.load(second + row, mask=is_row, other=1.0) + second_gain * mean
         tl.store(second + row, state, mask=is_row)
         taken *= tl.div_rn(step_size, tl.div_rn(tl.sqrt_rn(state), second_correction) + eps)[:, None]

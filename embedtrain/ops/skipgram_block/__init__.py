@@ -49,12 +49,11 @@ def skipgram_block(
             return result
     if not vectors.is_cuda:
         _check_indices(vectors, block)
-    if dispatch.uses_triton(vectors) and architecture == "skipgram":
+    if dispatch.uses_triton(vectors):
         from embedtrain.ops.skipgram_block import triton
 
-        if vectors.shape[1] <= triton.MAX_DIM:
-            reach = reach_of(block.starts, block.stops) if block.reach is None else block.reach
-            return triton.skipgram_block(vectors, block, grad_factor, reach)
+        reach = reach_of(block.starts, block.stops) if block.reach is None else block.reach
+        return triton.skipgram_block(vectors, block, architecture, grad_factor, reach)
     return reference.skipgram_block(vectors, block, architecture, grad_factor)
 
 

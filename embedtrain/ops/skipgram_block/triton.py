@@ -1,77 +1,134 @@
-"""Skip-gram as dense products: a block of centres against the band of words around it.
+"""Word2vec's objective as dense products: a block of centres against the band of words around it.
 
-The contexts of neighbouring centres are nearly the same words. So a program takes 16 consecutive centres, the 32 words
-that their windows lie in, and one product of matrices gives every logit of a context and a target; those outside a
-centre's window are masked. For a window of 5 that is three times the arithmetic and a sixth of the reads of taking
-each centre's window apart, and matrix units do the arithmetic. The gradient of each use of a row is written down, and
-the uses of a row are then summed in a fixed order.
+The contexts of neighbouring centres are nearly the same words. So a program takes 16 consecutive centres and the 32
+words that their windows lie in. For skip-gram one product of matrices gives every logit of a context and a target;
+those outside a centre's window are masked. For a window of 5 that is three times the arithmetic and a sixth of the
+reads of taking each centre's window apart, and matrix units do the arithmetic. For CBOW the products are of the
+windows' 0 and 1 with the words, which gives the sums of the windows. The gradient of each use of a row is written
+down, and the uses of a row are then summed in a fixed order.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from embedtrain.ops._backend.triton_launch import num_warps, on_device_of, power_of_2
+from embedtrain.ops._backend.triton_launch import on_device_of, power_of_2
 from embedtrain.ops._backend.triton_runs import sum_runs
-from embedtrain.ops.skipgram_block.types import TextBlock
+from embedtrain.ops.skipgram_block.types import Architecture, TextBlock
 
 _CENTRES = 16
 _BAND = 32
 _LEAST_SIDE = 16
 """Of the matrices that matrix units multiply."""
-MAX_DIM = 256
-"""Wider rows of a band and of a block of centres do not fit into a program's memory."""
+_MOST_COLUMNS, _COLUMNS_OF_PARTS = 128, 64
+"""Wider rows of a band do not fit into the registers of a skip-gram program, which then takes parts of them."""
 
 
-def skipgram_block(vectors: Tensor, block: TextBlock, grad_factor: float, reach: int) -> tuple[Tensor, Tensor]:
+class _Uses(NamedTuple):
+    """The gradient of each use of a row.
+
+    Attributes:
+        context_grad: [num_blocks, num_bands, _BAND, dim]; of the words of each band.
+        target_grad: [num_bands or 1, 1 + k, num_positions, dim]; of the targets.
+        loss: any shape; its sum is the loss.
+    """
+
+    context_grad: Tensor
+    target_grad: Tensor
+    loss: Tensor
+
+
+def skipgram_block(
+    vectors: Tensor, block: TextBlock, architecture: Architecture, grad_factor: float, reach: int
+) -> tuple[Tensor, Tensor]:
     """See `embedtrain.ops.skipgram_block`.
 
     Args:
         vectors: as there.
         block: as there.
+        architecture: as there.
         grad_factor: as there.
         reach: no window holds a word further than this from its centre.
     """
     vectors = vectors.contiguous()
-    n, dim = block.num_positions, vectors.shape[1]
-    if n == 0:
+    if block.num_positions == 0:
         return torch.zeros((), dtype=torch.float64, device=vectors.device), torch.zeros_like(vectors)
     own, negatives = block.targets[:, :1], block.targets[:, 1:]
     # [1 + k, n]; -1 is none
     targets = torch.cat([own, negatives.masked_fill(negatives == own, -1)], dim=1).T.contiguous()
+    uses = (_skipgram if architecture == "skipgram" else _cbow)(vectors, block, targets, reach)
+    num_blocks, num_bands = uses.context_grad.shape[:2]
+    rows = [_rows_of_bands(block, num_blocks, num_bands, reach, vectors.shape[0])]
+    rows += [targets.flatten()] * len(uses.target_grad)
+    return uses.loss.sum(dtype=torch.float64), _sum_by_row(vectors, torch.cat(rows), uses, grad_factor)
+
+
+def _skipgram(vectors: Tensor, block: TextBlock, targets: Tensor, reach: int) -> _Uses:
+    n, dim, device = block.num_positions, vectors.shape[1], vectors.device
     num_blocks, num_bands = triton.cdiv(n, _CENTRES), triton.cdiv(_CENTRES + 2 * reach, _BAND)
-    context_grad = torch.empty(num_blocks, num_bands, _BAND, dim, device=vectors.device)
-    target_grad = torch.empty(num_bands, *targets.shape, dim, device=vectors.device)
-    loss = torch.empty(num_blocks, num_bands, device=vectors.device)
-    columns = max(_LEAST_SIDE, power_of_2(dim))
+    columns = max(_LEAST_SIDE, power_of_2(dim)) if dim <= _MOST_COLUMNS else _COLUMNS_OF_PARTS
+    num_parts = triton.cdiv(dim, columns)
+    uses = _Uses(
+        torch.empty(num_blocks, num_bands, _BAND, dim, device=device),
+        torch.empty(num_bands, *targets.shape, dim, device=device),
+        torch.empty(num_blocks, num_bands, device=device),
+    )
     with on_device_of(vectors):
-        _block_against_band[(num_blocks, num_bands)](
+        _block_against_band[(num_blocks, num_bands, num_parts)](
             vectors,
             block.inputs.contiguous(),
             targets,
             block.starts.contiguous(),
             block.stops.contiguous(),
-            context_grad,
-            target_grad,
-            loss,
+            *uses,
             n,
-            dim,
             targets.shape[0],
             reach,
+            DIM=dim,
             CENTRES=_CENTRES,
             BAND=_BAND,
             COLUMNS=columns,
-            num_warps=max(4, num_warps(_BAND * columns)),
-            # Loads ahead of their products take shared memory, which wide rows need for themselves.
-            num_stages=2 if columns <= 128 else 1,
+            PARTS=num_parts,
+            num_warps=4,
+            num_stages=2 if num_parts == 1 else 1,
         )
-    used = torch.cat([_rows_of_bands(block, num_blocks, num_bands, reach, vectors.shape[0]), targets.flatten()])
-    if num_bands > 1:
-        used = torch.cat([used, targets.flatten().repeat(num_bands - 1)])
-    return loss.sum(dtype=torch.float64), _sum_by_row(vectors, used, (context_grad, target_grad), grad_factor)
+    return uses
+
+
+def _cbow(vectors: Tensor, block: TextBlock, targets: Tensor, reach: int) -> _Uses:
+    n, dim, device = block.num_positions, vectors.shape[1], vectors.device
+    num_blocks, num_bands = triton.cdiv(n, _CENTRES), triton.cdiv(_CENTRES + 2 * reach, _BAND)
+    columns = max(_LEAST_SIDE, power_of_2(dim))
+    uses = _Uses(
+        torch.empty(num_blocks, num_bands, _BAND, dim, device=device),
+        torch.empty(1, *targets.shape, dim, device=device),
+        torch.empty(num_blocks, device=device),
+    )
+    with on_device_of(vectors):
+        _block_of_means[(num_blocks,)](
+            vectors,
+            block.inputs.contiguous(),
+            targets,
+            block.starts.contiguous(),
+            block.stops.contiguous(),
+            *uses,
+            n,
+            targets.shape[0],
+            reach,
+            num_bands,
+            DIM=dim,
+            CENTRES=_CENTRES,
+            BAND=_BAND,
+            COLUMNS=columns,
+            num_warps=max(4, min(32, columns // 64)),
+            num_stages=1,
+        )
+    return uses
 
 
 def _rows_of_bands(block: TextBlock, num_blocks: int, num_bands: int, reach: int, nowhere: int) -> Tensor:
@@ -84,17 +141,41 @@ def _rows_of_bands(block: TextBlock, num_blocks: int, num_bands: int, reach: int
     return rows.masked_fill(~inside, nowhere)
 
 
-def _sum_by_row(vectors: Tensor, used: Tensor, grads: tuple[Tensor, Tensor], grad_factor: float) -> Tensor:
+def _sum_by_row(vectors: Tensor, used: Tensor, uses: _Uses, grad_factor: float) -> Tensor:
     num_rows, dim = vectors.shape
     # Uses that are none, -1 among the negatives and places outside the text, come last and into no sum.
     rows, order = torch.sort(used.masked_fill(used < 0, num_rows).int(), stable=True)
     bounds = torch.arange(num_rows + 1, device=vectors.device, dtype=torch.int32)
     starts = torch.searchsorted(rows, bounds)
-    of_uses = torch.cat([grad.view(-1, dim) for grad in grads])
+    of_uses = torch.cat([uses.context_grad.view(-1, dim), uses.target_grad.view(-1, dim)])
     return sum_runs(of_uses, order, starts, factor=grad_factor, has_empty_runs=True)
 
 
 @triton.jit
+def _rows_at(vectors, row, is_row, first_column, DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """Loads columns of rows, [rows, COLUMNS]; zeros where there is no row or no column."""
+    column = first_column + tl.arange(0, COLUMNS)
+    mask = is_row[:, None] & (column < DIM)[None, :]
+    return tl.load(vectors + row[:, None] * DIM + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _pairs(context, centre, start, stop):
+    """Returns which words are in which window, [contexts, centres]; a centre is not in its own."""
+    inside = (context[:, None] >= start[None, :]) & (context[:, None] < stop[None, :])
+    return inside & (context[:, None] != centre[None, :])
+
+
+@triton.jit
+def _loss_and_slope(logit, is_own):
+    """Returns the negative-sampling loss of logits and its derivative; the label is 1 for the centre itself."""
+    signed = tl.where(is_own, -logit, logit)
+    decay = tl.exp(-tl.abs(signed))
+    probability = tl.where(signed < 0, decay, 1.0) / (1.0 + decay)
+    return tl.maximum(signed, 0.0) + tl.log(1.0 + decay), tl.where(is_own, -probability, probability)
+
+
+@triton.jit(do_not_specialize=["n"])
 def _block_against_band(
     vectors,
     inputs,
@@ -105,29 +186,30 @@ def _block_against_band(
     target_grad,
     loss,
     n,
-    dim,
     num_targets,
     reach,
+    DIM: tl.constexpr,
     CENTRES: tl.constexpr,
     BAND: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
+    """Skip-gram. Every part computes all logits, in the same order, and the gradients of its own columns."""
     block = tl.program_id(0).to(tl.int64)
     band = tl.program_id(1)
+    part = tl.program_id(2)
     centre = block * CENTRES + tl.arange(0, CENTRES)
     context = block * CENTRES - reach + band * BAND + tl.arange(0, BAND)
-    column = tl.arange(0, COLUMNS)
-    inside = (column < dim)[None, :]
+    column = part * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (column < DIM)[None, :]
     is_centre = centre < n
     is_word = (context >= 0) & (context < n)
-
     start = tl.load(starts + centre, mask=is_centre, other=0)
     stop = tl.load(stops + centre, mask=is_centre, other=0)
-    is_pair = (context[:, None] >= start[None, :]) & (context[:, None] < stop[None, :])
-    is_pair = is_pair & (context[:, None] != centre[None, :])
+    is_pair = _pairs(context, centre, start, stop)
 
     word = tl.load(inputs + context, mask=is_word, other=0)
-    x = tl.load(vectors + word[:, None] * dim + column[None, :], mask=is_word[:, None] & inside, other=0.0)
+    x = _rows_at(vectors, word, is_word, part * COLUMNS, DIM, COLUMNS)
     x_grad = tl.zeros([BAND, COLUMNS], dtype=tl.float32)
     losses = tl.zeros([BAND, CENTRES], dtype=tl.float32)
     place = centre
@@ -135,21 +217,92 @@ def _block_against_band(
     for target in range(0, num_targets):
         row = tl.load(targets + place, mask=is_centre, other=-1)
         is_target = row >= 0
-        y = tl.load(vectors + row[:, None] * dim + column[None, :], mask=is_target[:, None] & inside, other=0.0)
+        y = _rows_at(vectors, row, is_target, part * COLUMNS, DIM, COLUMNS)
+        if PARTS == 1:
+            logit = tl.dot(x, tl.trans(y), input_precision="tf32x3")
+        else:
+            logit = tl.zeros([BAND, CENTRES], dtype=tl.float32)
+            for each in range(0, PARTS):
+                some_x = _rows_at(vectors, word, is_word, each * COLUMNS, DIM, COLUMNS)
+                some_y = _rows_at(vectors, row, is_target, each * COLUMNS, DIM, COLUMNS)
+                logit += tl.dot(some_x, tl.trans(some_y), input_precision="tf32x3")
         is_counted = is_pair & is_target[None, :]
-        logit = tl.dot(x, tl.trans(y), input_precision="tf32x3")
-        # The first target is the centre itself, whose label is 1: there the loss is of the logit's negative.
-        signed = tl.where(target == 0, -logit, logit)
-        decay = tl.exp(-tl.abs(signed))
-        losses += tl.where(is_counted, tl.maximum(signed, 0.0) + tl.log(1.0 + decay), 0.0)
-        probability = tl.where(signed < 0, decay, 1.0) / (1.0 + decay)
-        slope = tl.where(is_counted, tl.where(target == 0, -probability, probability), 0.0)
+        losses_now, slope = _loss_and_slope(logit, target == 0)
+        losses += tl.where(is_counted, losses_now, 0.0)
+        slope = tl.where(is_counted, slope, 0.0)
         x_grad += tl.dot(slope, y, input_precision="tf32x3")
         y_grad = tl.dot(tl.trans(slope), x, input_precision="tf32x3")
-        at = written[:, None] * dim + column[None, :]
-        tl.store(target_grad + at, y_grad, mask=is_centre[:, None] & inside)
+        tl.store(target_grad + written[:, None] * DIM + column[None, :], y_grad, mask=is_centre[:, None] & inside)
         place += n
         written += n
-    at = ((block * tl.num_programs(1) + band) * BAND + tl.arange(0, BAND))[:, None] * dim + column[None, :]
+    at = ((block * tl.num_programs(1) + band) * BAND + tl.arange(0, BAND))[:, None] * DIM + column[None, :]
     tl.store(context_grad + at, x_grad, mask=inside)
-    tl.store(loss + block * tl.num_programs(1) + band, tl.sum(tl.sum(losses, axis=1), axis=0))
+    if part == 0:
+        tl.store(loss + block * tl.num_programs(1) + band, tl.sum(tl.sum(losses, axis=1), axis=0))
+
+
+@triton.jit(do_not_specialize=["n"])
+def _block_of_means(
+    vectors,
+    inputs,
+    targets,
+    starts,
+    stops,
+    context_grad,
+    target_grad,
+    loss,
+    n,
+    num_targets,
+    reach,
+    num_bands,
+    DIM: tl.constexpr,
+    CENTRES: tl.constexpr,
+    BAND: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """CBOW: the mean of each window against the targets of its centre."""
+    block = tl.program_id(0).to(tl.int64)
+    centre = block * CENTRES + tl.arange(0, CENTRES)
+    column = tl.arange(0, COLUMNS)
+    inside = (column < DIM)[None, :]
+    is_centre = centre < n
+    start = tl.load(starts + centre, mask=is_centre, other=0)
+    stop = tl.load(stops + centre, mask=is_centre, other=0)
+
+    num_contexts = tl.zeros([CENTRES], dtype=tl.float32)
+    mean = tl.zeros([CENTRES, COLUMNS], dtype=tl.float32)
+    for band in range(0, num_bands):
+        context = block * CENTRES - reach + band * BAND + tl.arange(0, BAND)
+        is_word = (context >= 0) & (context < n)
+        word = tl.load(inputs + context, mask=is_word, other=0)
+        is_pair = _pairs(context, centre, start, stop).to(tl.float32)
+        x = _rows_at(vectors, word, is_word, 0, DIM, COLUMNS)
+        mean += tl.dot(tl.trans(is_pair), x, input_precision="tf32x3")
+        num_contexts += tl.sum(is_pair, axis=0)
+    has_contexts = num_contexts > 0.0
+    num_contexts = tl.maximum(num_contexts, 1.0)
+    mean = tl.div_rn(mean, tl.broadcast_to(num_contexts[:, None], [CENTRES, COLUMNS]))
+
+    mean_grad = tl.zeros([CENTRES, COLUMNS], dtype=tl.float32)
+    losses = tl.zeros([CENTRES], dtype=tl.float32)
+    place = centre
+    for target in range(0, num_targets):
+        row = tl.load(targets + place, mask=is_centre, other=-1)
+        is_counted = (row >= 0) & has_contexts
+        y = _rows_at(vectors, row, is_counted, 0, DIM, COLUMNS)
+        losses_now, slope = _loss_and_slope(tl.sum(mean * y, axis=1), target == 0)
+        losses += tl.where(is_counted, losses_now, 0.0)
+        slope = tl.where(is_counted, slope, 0.0)
+        mean_grad += slope[:, None] * y
+        at = place[:, None] * DIM + column[None, :]
+        tl.store(target_grad + at, slope[:, None] * mean, mask=is_centre[:, None] & inside)
+        place += n
+    mean_grad = tl.div_rn(mean_grad, tl.broadcast_to(num_contexts[:, None], [CENTRES, COLUMNS]))
+
+    for band in range(0, num_bands):
+        context = block * CENTRES - reach + band * BAND + tl.arange(0, BAND)
+        is_pair = _pairs(context, centre, start, stop).to(tl.float32)
+        x_grad = tl.dot(is_pair, mean_grad, input_precision="tf32x3")
+        at = ((block * num_bands + band) * BAND + tl.arange(0, BAND))[:, None] * DIM + column[None, :]
+        tl.store(context_grad + at, x_grad, mask=inside)
+    tl.store(loss + block, tl.sum(losses, axis=0))

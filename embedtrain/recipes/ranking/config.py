@@ -9,8 +9,10 @@ from typing import Any, ClassVar, Literal
 
 from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig, section
 from embedtrain.config.sections import (
+    MAX_WIDTH,
     Config,
     EvaluateConfig,
+    RowFilesConfig,
     TableConfig,
     TrainConfig,
     require_at_least_one,
@@ -22,19 +24,25 @@ from embedtrain.data.stream import STANDARD_INPUT
 from embedtrain.errors import UserError
 from embedtrain.recipes.layout import layout_of
 
+_MAX_LAYERS = 1000
+
 
 @dataclass
 class FeatureConfig:
     """What one categorical column has of its own; null takes what `data` and `table` say for all."""
 
     num_rows: int | None = None
+    """Rows of its table; null takes data.num_rows."""
     encoding: Literal["vocabulary", "hash", "id"] | None = None
+    """How a value becomes a row; null takes data.encoding."""
     min_count: int | None = None
+    """Of a vocabulary: values seen less often share a row; null takes data.min_count."""
     dim: int | None = None
     """Columns of its table."""
     bag: bool = False
     """Whether an example has any number of values: a list in Parquet, text between separators in other files."""
     separator: str = "|"
+    """Between the values of a bag in a text."""
     pooling: Literal["sum", "mean"] = "mean"
     """How the vectors of a bag become one."""
     init_from: str | None = None
@@ -42,7 +50,7 @@ class FeatureConfig:
 
 
 @dataclass
-class ClicksConfig:
+class ClicksConfig(RowFilesConfig):
     """The click log, and what its columns mean."""
 
     path: str | list[str] = "???"
@@ -57,13 +65,8 @@ class ClicksConfig:
     format: str = "csv"
     """csv, tsv, jsonl or parquet; or criteo, which is tab-separated: a label, 13 integers (I1 to I13), 26 hexadecimal
     tokens (C1 to C26)."""
-    columns: list[str] | None = None
-    """Names of the columns of csv and tsv, in order; null if each file's first line holds them."""
-    delimiter: str | None = None
-    """Between the fields of csv; null for a comma."""
-    quote: str | None = "auto"
-    """The character that quotes fields of csv and tsv; null for none; auto: ", and none between tabs."""
     label: str = "label"
+    """The column to predict."""
     positive: str | None = None
     """The label's value that counts as 1; null for labels of 0 and 1."""
     dense: list[str] = field(default_factory=list)
@@ -98,10 +101,15 @@ class NetworkConfig:
     """The dense part; see `embedtrain.recipes.ranking.model.NetworkOptions`."""
 
     architecture: Literal["dlrm", "dcn_v2"] = "dcn_v2"
+    """dlrm multiplies the vectors of all features by each other; dcn_v2 crosses them layer by layer."""
     bottom: list[int] = field(default_factory=lambda: [64])
+    """Of dlrm: hidden layers over the dense features, before a layer of table.dim."""
     top: list[int] = field(default_factory=lambda: [128, 64])
+    """Hidden layers before the prediction."""
     num_cross_layers: int = 3
+    """Of dcn_v2: how often features are crossed."""
     low_rank: int | None = None
+    """Of dcn_v2: rank of the matrices of the cross layers; null for full matrices."""
 
 
 @dataclass
@@ -161,7 +169,7 @@ class RankingConfig(Config):
     def check(self) -> None:
         """Checks the ranges that types cannot say."""
         super().check()
-        require_format(self.data.format, (CRITEO,), "data.format")
+        require_format(self.data.format, (CRITEO,), "data.format", with_names=True)
         layout_of(self.data, "data")
         require_paths({"data.path": self.data.path})
         require_paths({"data.valid_path": self.data.valid_path}, may_be_none=True)
@@ -172,8 +180,15 @@ class RankingConfig(Config):
             "evaluate.every_epochs": self.evaluate.every_epochs,
             "evaluate.every_steps": self.evaluate.every_steps,
         }
-        counts.update({f"data.features.{name}.dim": feature.dim for name, feature in self.data.features.items()})
+        counts.update({"data.num_rows": self.data.num_rows, "data.min_count": self.data.min_count})
+        for name, feature in self.data.features.items():
+            own = {"dim": feature.dim, "num_rows": feature.num_rows, "min_count": feature.min_count}
+            counts.update({f"data.features.{name}.{key}": value for key, value in own.items()})
         require_at_least_one(iter(counts.items()))
+        network = self.ranking
+        widths = [("ranking.bottom", size) for size in network.bottom] + [("ranking.top", size) for size in network.top]
+        require_at_least_one(iter([*widths, ("ranking.low_rank", network.low_rank)]), at_most=MAX_WIDTH)
+        require_at_least_one(iter([("ranking.num_cross_layers", network.num_cross_layers)]), at_most=_MAX_LAYERS)
         if self.data.is_stream:
             self._check_stream()
         elif self.data.poll_seconds is not None:

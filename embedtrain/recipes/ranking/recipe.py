@@ -5,30 +5,46 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-
 from embedtrain.data.click_batches import ClickBatches
 from embedtrain.data.click_log import ClickLayout, ClickLog
+from embedtrain.data.click_schema import Encoding
 from embedtrain.data.click_stream import ClickStream, StreamOptions
 from embedtrain.data.prepare_clicks import ClickOptions, prepare_clicks
 from embedtrain.data.readers import Layout, suffixes_of
+from embedtrain.data.row_names import (
+    HASHES,
+    IDS,
+    STATE_KEY,
+    Source,
+    of_ids,
+    of_values,
+    values_source,
+    write_values,
+)
 from embedtrain.data.sources import refuse_changes
+from embedtrain.data.vector_files import check_vectors
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.metrics.classification import training_measures
 from embedtrain.recipes.base import Recipe, collection_options, table_spec
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer
 from embedtrain.recipes.ranking.config import ClicksConfig, FeatureConfig, RankingConfig
+from embedtrain.recipes.ranking.draft import draft
 from embedtrain.recipes.ranking.model import Ranking, measure_ranking
 from embedtrain.recipes.ranking.options import click_schema, network_options
 from embedtrain.recipes.ranking.workload import workload
 from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import FeatureSpec
+from embedtrain.train.checkpoints import load_weights
 from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.task import Batches, Evaluation, Parts, Pretrained, StreamedBatches, Task
+
+_MAX_KEPT_BYTES = 256 << 20
+"""The most held-out examples, prepared, that are copied to the run folder."""
 
 _logger = logging.getLogger(__name__)
 
@@ -48,6 +64,17 @@ class ClicksOfRun:
     batches: Batches | StreamedBatches
     fingerprint: str
     held_out: ClickLog | None
+
+
+def check(config: RankingConfig) -> None:
+    """Opens the files that a run reads beside its click logs.
+
+    Raises:
+        UserError: one is missing or cannot be read.
+    """
+    for name, feature in config.data.features.items():
+        if feature.init_from is not None:
+            check_vectors(feature.init_from, feature.dim or config.table.dim, f"data.features.{name}.init_from")
 
 
 def prepare(config: RankingConfig, runtime: Runtime) -> tuple[ClicksOfRun, Sizes]:
@@ -87,6 +114,7 @@ def build(config: RankingConfig, runtime: Runtime, data: ClicksOfRun) -> Parts:
     )
     facts = {
         "data_fingerprint": data.fingerprint,
+        STATE_KEY: _names_facts(config, layout),
         "features": {name: layout.num_rows[name] for name in layout.feature_names},
         "dense": {
             "columns": layout.dense_names,
@@ -95,7 +123,35 @@ def build(config: RankingConfig, runtime: Runtime, data: ClicksOfRun) -> Parts:
             "std": layout.dense_std.tolist(),
         },
     }
-    return Parts(task, facts, functools.partial(_write_vocabularies, layout), _pretrained(config.data, layout))
+    write_files, pretrained = functools.partial(_write_files, data), _pretrained(config, layout)
+    checks = [log.check for log in (layout, data.held_out) if isinstance(log, ClickLog)]
+    return Parts(task, facts, write_files, pretrained, functools.partial(_check_all, checks))
+
+
+def _check_all(checks: Sequence[Callable[[], None]]) -> None:
+    for check in checks:
+        check()
+
+
+def measure(config: RankingConfig, runtime: Runtime, checkpoint: str) -> dict[str, float]:
+    """Measures a checkpoint on the held-out examples: those that the run folder has, or else the log's.
+
+    Collective: every rank.
+
+    Raises:
+        UserError: the examples cannot be used, or are not in the rows that the checkpoint was trained with.
+    """
+    with RunFolder(config.run.path).open_data() as kept:
+        if kept is None:
+            data, _ = prepare(config, runtime)
+            held_out, fingerprint = data.held_out, data.fingerprint
+        else:
+            held_out, fingerprint = ClickLog(kept.path), kept.facts["data_fingerprint"]
+        assert held_out is not None, "the configuration names held-out data"
+        model = _build_model(config, runtime, held_out)
+        dense = build_dense_optimizer(config.dense_optimizer, model.network, model.tables)
+        load_weights(checkpoint, model.tables, dense, fingerprint)
+        return measure_ranking(model, _held_out_batches(config, runtime, held_out), lambda: None)
 
 
 def _open_log(config: RankingConfig, runtime: Runtime) -> tuple[ClickLayout, Batches, str]:
@@ -167,43 +223,71 @@ def _build_evaluation(
 ) -> Evaluation | None:
     if held_out is None:
         return None
-    batches = ClickBatches(
-        held_out, config.train.global_batch_size, block_examples=config.data.block_examples, ranks=runtime.ranks
-    )
     return Evaluation(
-        functools.partial(measure_ranking, model, batches),
+        functools.partial(measure_ranking, model, _held_out_batches(config, runtime, held_out)),
         every_steps=config.evaluate.every_steps,
         every_epochs=config.evaluate.every_epochs,
     )
 
 
-def _pretrained(data: ClicksConfig, layout: ClickLayout) -> dict[str, Pretrained]:
+def _held_out_batches(config: RankingConfig, runtime: Runtime, held_out: ClickLog) -> ClickBatches:
+    return ClickBatches(
+        held_out, config.train.global_batch_size, block_examples=config.data.block_examples, ranks=runtime.ranks
+    )
+
+
+def _pretrained(config: RankingConfig, layout: ClickLayout) -> dict[str, Pretrained]:
     found = {}
-    for name, feature in data.features.items():
+    for name, feature in config.data.features.items():
         if feature.init_from is None:
             continue
-        if layout.vocabulary(name) is None:
+        if _encodings(config)[name] == "hash":
             raise UserError(
-                f"data.features.{name}.init_from needs rows that have names: give {name} encoding: vocabulary, and no "
-                "num_rows"
+                f"data.features.{name}.init_from needs rows that have names, and a row of {name} is the hash of many "
+                f"values: give {name} encoding: vocabulary, and no num_rows"
             )
-        found[name] = Pretrained(feature.init_from, functools.partial(_rows_of_values, layout, name))
+        found[name] = Pretrained(feature.init_from, functools.partial(_rows_of_names, layout, name))
     return found
 
 
-def _rows_of_values(layout: ClickLayout, name: str) -> dict[str, int]:
+def _encodings(config: RankingConfig) -> dict[str, Encoding]:
+    return {column.name: column.encoding for column in click_schema(config.data).categorical}
+
+
+def _rows_of_names(layout: ClickLayout, name: str) -> Mapping[str, int]:
+    """Returns the rows of the values of a column that is not hashed."""
     vocabulary = layout.vocabulary(name)
-    assert vocabulary is not None
-    values = vocabulary["word"].cast(pa.large_string()).to_pylist()
-    return {value: row for row, value in enumerate(values, start=1)}
+    names = of_ids(layout.num_rows[name]) if vocabulary is None else of_values(vocabulary, has_others=True)
+    return names.rows
+
+
+def _names_facts(config: RankingConfig, layout: ClickLayout) -> dict[str, Source]:
+    """Returns where the names of each table's rows are."""
+    found = {}
+    for name, encoding in _encodings(config).items():
+        if encoding == "vocabulary":
+            vocabulary = layout.vocabulary(name)
+            assert vocabulary is not None
+            found[name] = values_source(name, vocabulary)
+        else:
+            found[name] = HASHES if encoding == "hash" else IDS
+    return found
+
+
+def _write_files(data: ClicksOfRun, folder: RunFolder) -> None:
+    """Writes to the run folder the values of the features' rows, and the held-out examples if they are not too many."""
+    _write_vocabularies(data.layout, folder)
+    entry_path = None if data.held_out is None else data.held_out.path
+    if entry_path is None or sum(entry.stat().st_size for entry in os.scandir(entry_path)) > _MAX_KEPT_BYTES:
+        folder.keep_data({})
+    else:
+        folder.keep_data({"data_fingerprint": data.fingerprint}, entry_path)
 
 
 def _write_vocabularies(layout: ClickLayout, folder: RunFolder) -> None:
     for name in layout.feature_names:
         if (vocabulary := layout.vocabulary(name)) is not None:
-            rows = pa.array(range(1, len(vocabulary) + 1), pa.int64())
-            value = vocabulary["word"].cast(pa.large_string())
-            folder.write_feature(name, pa.table({"row": rows, "value": value, "count": vocabulary["count"]}))
+            write_values(folder.path, name, vocabulary, has_others=True)
 
 
 def _heads(config: RankingConfig) -> dict[str, tuple[str, Layout]]:
@@ -214,5 +298,13 @@ def _heads(config: RankingConfig) -> dict[str, tuple[str, Layout]]:
 
 
 RECIPE = Recipe(
-    config=RankingConfig, prepare=prepare, build=build, workload=workload, heads=_heads, held_out="data.valid_path"
+    config=RankingConfig,
+    prepare=prepare,
+    build=build,
+    workload=workload,
+    heads=_heads,
+    check=check,
+    draft=draft,
+    held_out="data.valid_path",
+    measure=measure,
 )

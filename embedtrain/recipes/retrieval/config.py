@@ -8,8 +8,11 @@ from typing import Any, ClassVar, Literal
 
 from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig, section
 from embedtrain.config.sections import (
+    MAX_COUNT,
+    MAX_WIDTH,
     Config,
     EvaluateConfig,
+    RowFilesConfig,
     TableConfig,
     TrainConfig,
     refuse_stream,
@@ -25,7 +28,7 @@ USER, ITEM = "user", "item"
 
 
 @dataclass
-class InteractionsConfig:
+class InteractionsConfig(RowFilesConfig):
     """Who turned to what."""
 
     path: str | list[str] = "???"
@@ -33,10 +36,10 @@ class InteractionsConfig:
     format: str = "auto"
     """auto goes by the suffix; lines (.txt) are `user item item ...`; csv, tsv, jsonl and parquet are a table with one
     interaction per row."""
-    quote: str | None = "auto"
-    """The character that quotes fields of csv and tsv; null for none; auto: " in csv, none in tsv."""
     user_column: str = "user"
+    """Of a table: the column of the users' raw ids."""
     item_column: str = "item"
+    """Of a table: the column of the items' raw ids."""
     cache_path: str = "~/.cache/embedtrain"
     """Local folder for the prepared data."""
 
@@ -50,15 +53,13 @@ class FeatureConfig:
 
 
 @dataclass
-class SideConfig:
+class SideConfig(RowFilesConfig):
     """What is known of the users, or of the items, and how it becomes a vector."""
 
     path: str | list[str] | None = None
     """Files with a row for each; null if only ids are known."""
-    format: str = "auto"
-    quote: str | None = "auto"
-    """As data.quote."""
     id_column: str = "id"
+    """The column of the raw ids."""
     features: dict[str, FeatureConfig] = field(default_factory=dict)
     """By the name of the column."""
     hidden: list[int] = field(default_factory=list)
@@ -74,7 +75,9 @@ class RetrievalSection:
     """The model's own settings."""
 
     loss: Literal["softmax", "bpr", "margin"] = "softmax"
+    """What training makes small: softmax over the negatives, BPR over pairs, or a margin."""
     similarity: Literal["cosine", "dot"] = "dot"
+    """How a user's vector and an item's are compared."""
     temperature: float = 1.0
     """The scores are divided by it in the loss."""
     negatives: int = 512
@@ -142,12 +145,18 @@ class RetrievalConfig(Config):
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
         *Config.MAY_CHANGE,
         "data.path",
+        "data.columns",
+        "data.delimiter",
         "data.quote",
         "data.cache_path",
         "users.path",
+        "users.columns",
+        "users.delimiter",
         "users.quote",
         "users.base_vocabulary",
         "items.path",
+        "items.columns",
+        "items.delimiter",
         "items.quote",
         "items.base_vocabulary",
         "evaluate.",
@@ -173,9 +182,11 @@ class RetrievalConfig(Config):
         }
         require_paths(optional, may_be_none=True)
         require_at_least_one(self._own_counts())
+        for name, side in (("users", self.users), ("items", self.items)):
+            require_at_least_one(((f"{name}.hidden", size) for size in side.hidden), at_most=MAX_WIDTH)
         settings = self.retrieval
-        if settings.negatives < 0:
-            raise UserError(f"retrieval.negatives must be at least 0, got {settings.negatives}")
+        if not 0 <= settings.negatives <= MAX_COUNT:
+            raise UserError(f"retrieval.negatives must be in [0, {MAX_COUNT:,}], got {settings.negatives:,}")
         if settings.negatives == 0 and not settings.in_batch:
             raise UserError("retrieval.negatives=0 leaves no negatives: give some, or retrieval.in_batch=true")
         for key in ("temperature", "negative_weight"):
@@ -198,5 +209,3 @@ class RetrievalConfig(Config):
         yield "evaluate.every_steps", self.evaluate.every_steps
         yield "evaluate.every_epochs", self.evaluate.every_epochs
         yield from (("evaluate.k", k) for k in self.evaluate.k)
-        for name, side in (("users", self.users), ("items", self.items)):
-            yield from ((f"{name}.hidden", size) for size in side.hidden)

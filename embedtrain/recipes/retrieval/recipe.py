@@ -6,32 +6,39 @@ import functools
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
+from embedtrain.checkpoint.manifest import step_of
 from embedtrain.data.interactions import InteractionOptions, Interactions, SideOptions, prepare_interactions
 from embedtrain.data.readers import Layout, suffixes_of
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
+from embedtrain.data.row_names import STATE_KEY, values_source, vocabulary_source, write_values
 from embedtrain.data.sources import refuse_changes
+from embedtrain.data.vector_files import check_vectors
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.runtime import Runtime
-from embedtrain.errors import UserError
+from embedtrain.errors import UserError, printable
 from embedtrain.export.recommendations import Recommendation
-from embedtrain.export.vectors import FloatRows, Vectors
+from embedtrain.export.vectors import FloatRows, Vectors, open_vectors
 from embedtrain.optim.dense import DenseOptimizer
-from embedtrain.recipes.base import Grow, Names, Recipe, collection_options
+from embedtrain.recipes.base import Grow, Names, Recipe, Wanted, collection_options
 from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
 from embedtrain.recipes.retrieval.config import RetrievalConfig, SideConfig
+from embedtrain.recipes.retrieval.draft import draft
 from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval, Scoring, Side, retrieval_table
 from embedtrain.recipes.retrieval.recommendation import Catalogue, all_vectors, evaluate_retrieval
 from embedtrain.recipes.retrieval.workload import workload
 from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import DEFAULT_OPTIMIZER, TableSpec
+from embedtrain.storage import base_name
 from embedtrain.train.checkpoints import load_weights
-from embedtrain.train.run_folder import RunFolder
+from embedtrain.train.run_folder import DATA_NAME, RunFolder
 from embedtrain.train.task import Evaluation, Parts, Pretrained, Task
 
 _USERS_FILE, _ITEMS_FILE = f"{USER}s.tsv", f"{ITEM}s.tsv"
@@ -40,6 +47,19 @@ _USERS_FILE, _ITEMS_FILE = f"{USER}s.tsv", f"{ITEM}s.tsv"
 _USERS_AT_ONCE = 1024
 
 _logger = logging.getLogger(__name__)
+
+_MANY_ITEMS = 100_000
+
+
+def check(config: RetrievalConfig) -> None:
+    """Opens the files that a run reads beside its interactions and features.
+
+    Raises:
+        UserError: one is missing or cannot be read.
+    """
+    for name, side in (("users", config.users), ("items", config.items)):
+        if side.init_from is not None:
+            check_vectors(side.init_from, config.table.dim, f"{name}.init_from")
 
 
 def prepare(config: RetrievalConfig, runtime: Runtime) -> tuple[Interactions, Sizes]:
@@ -64,9 +84,19 @@ def prepare(config: RetrievalConfig, runtime: Runtime) -> tuple[Interactions, Si
             f"{interactions.num_interactions:,} interactions of {len(interactions.users):,} users with "
             f"{len(interactions.items):,} items, in {interactions.path}"
         )
+        row = int(interactions.users.counts.argmax())
+        if (most := int(interactions.users.counts[row])) > _MANY_ITEMS:
+            _logger.warning(
+                f"user {printable(interactions.users.words[row])!r} has {most:,} items, and takes that share of every "
+                "epoch: leave such users out of the data if they are programs"
+            )
         for what, number in interactions.left_out.items():
             if number:
                 _logger.warning(f"{number:,} {what.replace('_', ' ')}")
+        if config.evaluate.path is not None and not len(interactions.held_out.values):
+            _logger.warning(
+                f"evaluate.path={config.evaluate.path} has no user of the training data: all measures of it will be 0"
+            )
     return interactions, _sizes(interactions)
 
 
@@ -107,12 +137,28 @@ def build(config: RetrievalConfig, runtime: Runtime, interactions: Interactions)
         },
     )
     return Parts(
-        task, _facts(interactions), functools.partial(_write_ids, interactions), _pretrained(config, interactions)
+        task,
+        _facts(interactions),
+        functools.partial(_write_files, interactions),
+        _pretrained(config, interactions),
+        interactions.check,
     )
 
 
 def _facts(interactions: Interactions) -> dict[str, Any]:
-    return {"data_fingerprint": interactions.fingerprint}
+    names = {
+        USER: vocabulary_source(_USERS_FILE, interactions.users, USER),
+        ITEM: vocabulary_source(_ITEMS_FILE, interactions.items, ITEM),
+    }
+    names.update({table: values_source(table, values) for table, values in _categories(interactions)})
+    return {"data_fingerprint": interactions.fingerprint, STATE_KEY: names}
+
+
+def _categories(interactions: Interactions) -> Iterator[tuple[str, pa.Table]]:
+    """Yields the table of each feature and the categories of its rows."""
+    for side in (USER, ITEM):
+        for name, values in interactions.categories(f"{side}s").items():
+            yield f"{side}.{name}", values
 
 
 def _build_dense_optimizer(config: RetrievalConfig, model: Retrieval) -> DenseOptimizer | None:
@@ -188,9 +234,16 @@ def _pretrained(config: RetrievalConfig, interactions: Interactions) -> dict[str
     return found
 
 
-def _write_ids(interactions: Interactions, folder: RunFolder) -> None:
+def _write_files(interactions: Interactions, folder: RunFolder) -> None:
     folder.write_vocabulary(interactions.users, _USERS_FILE)
     folder.write_vocabulary(interactions.items, _ITEMS_FILE)
+    for table, values in _categories(interactions):
+        write_values(folder.path, table, values, has_others=False)
+    _keep_data(interactions, folder)
+
+
+def _keep_data(interactions: Interactions, folder: RunFolder) -> None:
+    folder.keep_data(_facts(interactions), interactions.path)
 
 
 def _heads(config: RetrievalConfig) -> dict[str, tuple[str, Layout]]:
@@ -212,36 +265,58 @@ def _id_tables(config: RetrievalConfig, interactions: Interactions) -> list[Tabl
     ]
 
 
-def _restore(config: RetrievalConfig, runtime: Runtime) -> tuple[Retrieval, Interactions, int]:
-    """Returns the model of the newest checkpoint, its data and its step. Collective: every rank.
+@contextmanager
+def _restored(
+    config: RetrievalConfig, runtime: Runtime, checkpoint: str
+) -> Iterator[tuple[Retrieval, Interactions, int]]:
+    """Yields the model of a checkpoint, its data as the run folder has them, and its step. Collective: every rank.
 
     Raises:
-        UserError: there is no checkpoint, or the data are not those that it was trained on.
+        UserError: the run folder lacks the data, or they are not those that the checkpoint was trained on.
     """
-    interactions, _ = prepare(config, runtime)
-    model = _build_model(config, runtime, interactions)
-    dense = _build_dense_optimizer(config, model)
-    step = load_weights(config.run.path, model.tables, dense, interactions.fingerprint)
-    return model, interactions, step
+    folder = RunFolder(config.run.path)
+    with folder.open_data() as kept:
+        if kept is None:
+            raise UserError(
+                f"{folder.join(DATA_NAME)} is missing, which says who had what in training: bring it back, or give the "
+                "training command again, which writes it anew"
+            )
+        interactions = Interactions(kept.path)
+        model = _build_model(config, runtime, interactions)
+        dense = _build_dense_optimizer(config, model)
+        yield model, interactions, load_weights(checkpoint, model.tables, dense, interactions.fingerprint)
 
 
-def open_sides(config: RetrievalConfig, runtime: Runtime, table: str | None) -> Vectors:
+def measure(config: RetrievalConfig, runtime: Runtime, checkpoint: str) -> dict[str, float]:
+    """Measures a checkpoint on the held-out interactions that the run folder has. Collective: every rank.
+
+    Raises:
+        UserError: the run folder lacks the data, or they are not those that the checkpoint was trained on.
+    """
+    with _restored(config, runtime, checkpoint) as (model, interactions, _):
+        return evaluate_retrieval(
+            model, interactions.known, interactions.held_out, config.evaluate.k, alive=lambda: None
+        )
+
+
+def open_sides(config: RetrievalConfig, runtime: Runtime, checkpoint: str, table: str | None) -> Vectors:
     """Opens what the towers make of ids and features, under the raw ids.
 
     Args:
         config: of the run.
         runtime: of this process.
-        table: "item", which None stands for, or "user".
+        checkpoint: its path.
+        table: "item", which None stands for, or "user"; the table of a feature is opened as it is.
 
     Raises:
-        UserError: there is no such table or no checkpoint, or the data are not those that it was trained on.
+        UserError: there is no such table, or the run folder lacks the data that the checkpoint was trained on.
     """
     side = table or ITEM
     if side not in (USER, ITEM):
-        raise UserError(f"no table {side!r} in {config.run.path!r}; it has: {USER}, {ITEM}")
-    model, interactions, step = _restore(config, runtime)
-    names = interactions.items if side == ITEM else interactions.users
-    rows: FloatRows = all_vectors(model, side).numpy()
+        return open_vectors(config.run.path, side, step_of(base_name(checkpoint)))
+    with _restored(config, runtime, checkpoint) as (model, interactions, step):
+        names = interactions.items if side == ITEM else interactions.users
+        rows: FloatRows = all_vectors(model, side).numpy()
     return Vectors(
         side,
         step,
@@ -255,32 +330,32 @@ def open_sides(config: RetrievalConfig, runtime: Runtime, table: str | None) -> 
 
 
 def recommend(
-    config: RetrievalConfig, runtime: Runtime, users: Sequence[str] | None, top: int, leave_out_known: bool
+    config: RetrievalConfig, runtime: Runtime, checkpoint: str, wanted: Wanted
 ) -> Iterator[list[Recommendation]]:
     """Yields the best items of users. Collective: every rank.
 
     Args:
         config: of the run.
         runtime: of this process.
-        users: raw ids; None for all users.
-        top: how many items per user.
-        leave_out_known: whether to leave out the items that a user has in the training data.
+        checkpoint: its path.
+        wanted: which users, and how many items.
 
     Raises:
-        UserError: a user is unknown, there is no checkpoint, or the data are not those that it was trained on.
+        UserError: a user is unknown, or the run folder lacks the data that the checkpoint was trained on.
     """
-    model, interactions, _ = _restore(config, runtime)
-    rows = np.arange(len(interactions.users)) if users is None else _rows_of(users, interactions.users)
-    catalogue = Catalogue(model)
-    user_ids, item_ids = interactions.users.words, interactions.items.words
-    known = interactions.known if leave_out_known else None
-    for start in range(0, len(rows), _USERS_AT_ONCE):
-        part = rows[start : start + _USERS_AT_ONCE]
-        best, scores = catalogue.best(part, top, known)
-        yield [
-            (user_ids[row], [item_ids[i] for i in chosen if i >= 0], worth[: sum(i >= 0 for i in chosen)])
-            for row, chosen, worth in zip(part.tolist(), best.tolist(), scores.tolist(), strict=True)
-        ]
+    with _restored(config, runtime, checkpoint) as (model, interactions, _):
+        num_users = len(interactions.users)
+        rows = np.arange(num_users) if wanted.users is None else _rows_of(wanted.users, interactions.users)
+        catalogue = Catalogue(model)
+        user_ids, item_ids = interactions.users.words, interactions.items.words
+        known = interactions.known if wanted.leaves_out_known else None
+        for start in range(0, len(rows), _USERS_AT_ONCE):
+            part = rows[start : start + _USERS_AT_ONCE]
+            best, scores = catalogue.best(part, wanted.top, known)
+            yield [
+                (user_ids[row], [item_ids[i] for i in chosen if i >= 0], worth[: sum(i >= 0 for i in chosen)])
+                for row, chosen, worth in zip(part.tolist(), best.tolist(), scores.tolist(), strict=True)
+            ]
 
 
 def _rows_of(users: Sequence[str], names: Vocabulary) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -300,6 +375,8 @@ RECIPE = Recipe(
     build=build,
     workload=workload,
     heads=_heads,
+    check=check,
+    draft=draft,
     held_out="evaluate.path",
     grow=Grow(
         names=[
@@ -309,7 +386,9 @@ RECIPE = Recipe(
         vocabularies=lambda interactions: [interactions.users, interactions.items],
         tables=_id_tables,
         facts=_facts,
+        write_files=_keep_data,
     ),
+    measure=measure,
     open=open_sides,
     recommend=recommend,
 )

@@ -8,8 +8,10 @@ from typing import ClassVar, Literal
 
 from embedtrain.config.optimizer import OptimizerConfig, section
 from embedtrain.config.sections import (
+    MAX_WIDTH,
     Config,
     EvaluateConfig,
+    RowFilesConfig,
     TableConfig,
     TrainConfig,
     refuse_stream,
@@ -20,12 +22,15 @@ from embedtrain.data.readers import AUTO, require_format
 from embedtrain.errors import UserError
 from embedtrain.recipes.layout import layout_of
 
+_MAX_POWER = 2
+"""A count of a billion to a power much larger is past what a floating-point number holds to the unit."""
+
 INPUT, OUTPUT = "input", "output"
 """The tables: "input" holds the word vectors, "output" the vectors that predict their neighbours."""
 
 
 @dataclass
-class TextConfig:
+class TextConfig(RowFilesConfig):
     """The text."""
 
     path: str | list[str] = "???"
@@ -33,13 +38,13 @@ class TextConfig:
     format: str = "text"
     """text; or baskets of items, which word2vec takes for sentences (item2vec): lines of `user item item ...`, or
     a table with one item per row: csv, tsv, jsonl, parquet; auto goes by the suffix."""
-    quote: str | None = "auto"
-    """The character that quotes fields of csv and tsv; null for none; auto: " in csv, none in tsv."""
     basket_column: str = "user"
     """Of a table of items: the column by which they stand together."""
     item_column: str = "item"
+    """Of a table of items: the column of the items' raw ids."""
     tokenizer: str = "letters"
-    """letters (lower-cased words of letters) or whitespace (as it stands)."""
+    """letters: lower-cased words of letters, so that node_12 becomes node, and numbers are dropped; whitespace: what
+    stands between spaces, as it is, such as the ids of walks."""
     min_count: int = 5
     """Words seen less often are left out."""
     max_vocab_size: int | None = None
@@ -55,6 +60,7 @@ class SkipGramConfig:
     """word2vec's own settings; its own names if it has them."""
 
     architecture: Literal["skipgram", "cbow"] = "skipgram"
+    """skipgram predicts each neighbour from the centre; cbow predicts the centre from the mean of its neighbours."""
     window: int = 5
     """Most words to each side; each centre draws its own width."""
     negatives: int = 5
@@ -116,6 +122,8 @@ class Word2VecConfig(Config):
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
         *Config.MAY_CHANGE,
         "data.path",
+        "data.columns",
+        "data.delimiter",
         "data.quote",
         "data.base_vocabulary",
         "data.cache_path",
@@ -138,13 +146,17 @@ class Word2VecConfig(Config):
             "table.dim": self.table.dim,
             "train.words_per_step": self.train.words_per_step,
             "train.block_words": self.train.block_words,
-            "word2vec.window": self.word2vec.window,
-            "word2vec.negatives": self.word2vec.negatives,
+            "data.min_count": self.data.min_count,
+            "data.max_vocab_size": self.data.max_vocab_size,
             "word2vec.negative_parts": self.word2vec.negative_parts,
             "evaluate.every_epochs": self.evaluate.every_epochs,
             "evaluate.every_steps": self.evaluate.every_steps,
         }
         require_at_least_one(iter(counts.items()))
+        widths = {"word2vec.window": self.word2vec.window, "word2vec.negatives": self.word2vec.negatives}
+        require_at_least_one(iter(widths.items()), at_most=MAX_WIDTH)
+        if not -_MAX_POWER <= self.word2vec.power <= _MAX_POWER:
+            raise UserError(f"word2vec.power must be in [{-_MAX_POWER}, {_MAX_POWER}], got {self.word2vec.power}")
         if not 0 <= self.word2vec.sample < 1:
             raise UserError(f"word2vec.sample must be a share in [0, 1), got {self.word2vec.sample}")
         if self.train.words_per_step % self.train.block_words:

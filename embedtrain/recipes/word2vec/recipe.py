@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from embedtrain.checkpoint import CheckpointReader
 from embedtrain.data.baskets import write_baskets
 from embedtrain.data.corpus import PreparedCorpus
 from embedtrain.data.prepare import CorpusOptions, prepare_corpus
 from embedtrain.data.readers import Layout
 from embedtrain.data.readers.blocks import read_lines
+from embedtrain.data.row_names import STATE_KEY, VOCABULARY_NAME, read_row_names, vocabulary_source
 from embedtrain.data.skipgram import SamplingOptions, TextBatches
+from embedtrain.data.vector_files import check_vectors
+from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import UserError
 from embedtrain.jagged import Jagged
-from embedtrain.metrics.word_similarity import evaluate_similarity
+from embedtrain.metrics.word_similarity import check_pairs, evaluate_similarity, read_pairs
 from embedtrain.recipes.base import Grow, Names, Recipe, collection_options
 from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.optimizers import build_optimizer, optimizer_names
@@ -28,13 +33,32 @@ from embedtrain.recipes.word2vec.model import INPUT, OUTPUT, Word2Vec, word2vec_
 from embedtrain.recipes.word2vec.workload import workload
 from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import TableSpec
-from embedtrain.train.run_folder import VOCABULARY_NAME
+from embedtrain.train.checkpoints import load_weights
+from embedtrain.train.run_folder import DATA_NAME, RunFolder
+from embedtrain.train.state import read_run_state
 from embedtrain.train.task import Evaluation, Parts, Pretrained, Task
 
 _logger = logging.getLogger(__name__)
 
+_PAIRS = "word_pairs"
+"""Name of the word pairs of the evaluation among what the run folder keeps: the lines of each file, by its path."""
+
 _FEW_STEPS = 200
 """A text of 40,000 words had all cosines near 1 after 30 steps of 8,192 words, and sensible neighbours after 300."""
+
+
+def check(config: Word2VecConfig) -> None:
+    """Opens the files that a run reads beside its text.
+
+    Raises:
+        UserError: one is missing or cannot be read.
+    """
+    for path in _similarity_paths(config):
+        _read_pairs(path)
+    if config.init_from is not None:
+        check_vectors(config.init_from, config.table.dim, "init_from")
+    if config.data.base_vocabulary is not None:
+        Vocabulary.load_base(config.data.base_vocabulary)
 
 
 def prepare(config: Word2VecConfig, runtime: Runtime) -> tuple[PreparedCorpus, Sizes]:
@@ -53,20 +77,14 @@ def build(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCorpus) -> P
     Raises:
         UserError: a step is too small for the ranks, or a file of the evaluation cannot be read.
     """
-    model = Word2Vec(
-        len(corpus.vocabulary),
-        config.table.dim,
-        architecture=config.word2vec.architecture,
-        dtype=getattr(torch, config.table.dtype),
-        optimizers=optimizer_names(config.optimizer),
-        **collection_options(config.table, runtime, config.seed),
-    )
+    model = _build_model(config, runtime, len(corpus.vocabulary))
     batches = _build_batches(config, runtime, corpus)
     num_steps = config.train.epochs * batches.steps_per_epoch
     if num_steps < _FEW_STEPS and runtime.rank == 0:
         _logger.warning(
-            f"{num_steps} steps in all are too few for words to find their places: raise train.epochs (to "
-            f"{-(-_FEW_STEPS // batches.steps_per_epoch):,} or more), or lower train.words_per_step"
+            f"{num_steps} steps in all are too few for words to find their places: raise train.epochs to "
+            f"{-(-_FEW_STEPS // batches.steps_per_epoch):,} or more, with which this run goes on, or lower "
+            "train.words_per_step with another run.path"
         )
     task = Task(
         model,
@@ -80,22 +98,61 @@ def build(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCorpus) -> P
     pretrained = {}
     if config.init_from is not None:
         pretrained[INPUT] = Pretrained(config.init_from, lambda: corpus.vocabulary.rows)
-    return Parts(task, _facts(corpus), lambda folder: folder.write_vocabulary(corpus.vocabulary), pretrained)
+    write_files = functools.partial(_write_files, config, corpus)
+    return Parts(task, _facts(corpus), write_files, pretrained, corpus.check)
+
+
+def _write_files(config: Word2VecConfig, corpus: PreparedCorpus, folder: RunFolder) -> None:
+    """Writes to the run folder the words, and the pairs of the evaluation."""
+    folder.write_vocabulary(corpus.vocabulary)
+    paths = _similarity_paths(config)
+    folder.keep_data({_PAIRS: {path: _read_pairs(path) for path in paths}} if paths else {})
+
+
+def measure(config: Word2VecConfig, runtime: Runtime, checkpoint: str) -> dict[str, float]:
+    """Measures a checkpoint on the word pairs that the run folder has. Collective: every rank.
+
+    Raises:
+        UserError: the run folder lacks words or pairs, or they are not those of the run.
+    """
+    folder = RunFolder(config.run.path)
+    with folder.open_data() as kept, CheckpointReader(checkpoint) as reader:
+        if kept is None:
+            raise UserError(
+                f"{folder.join(DATA_NAME)} is missing, which holds the word pairs of evaluate.similarity: bring it "
+                "back, or give the training command again, which writes it anew"
+            )
+        fingerprint = read_run_state(reader.manifest, checkpoint).data_fingerprint
+        words = read_row_names(folder.path, reader.state, INPUT, reader.table(INPUT).shape[0]).words
+    model = _build_model(config, runtime, len(words))
+    load_weights(checkpoint, model.tables, None, fingerprint)
+    return WordSimilarity(model.tables, words, kept.facts[_PAIRS])(lambda: None)
+
+
+def _build_model(config: Word2VecConfig, runtime: Runtime, num_words: int) -> Word2Vec:
+    return Word2Vec(
+        num_words,
+        config.table.dim,
+        architecture=config.word2vec.architecture,
+        dtype=getattr(torch, config.table.dtype),
+        optimizers=optimizer_names(config.optimizer),
+        **collection_options(config.table, runtime, config.seed),
+    )
 
 
 def _facts(corpus: PreparedCorpus) -> dict[str, Any]:
     return {
         "data_fingerprint": corpus.fingerprint,
-        "vocabulary_fingerprint": corpus.vocabulary.fingerprint,
         "export_table": INPUT,
+        STATE_KEY: dict.fromkeys((INPUT, OUTPUT), vocabulary_source(VOCABULARY_NAME, corpus.vocabulary)),
     }
 
 
 def _build_evaluation(config: Word2VecConfig, model: Word2Vec, corpus: PreparedCorpus) -> Evaluation | None:
-    paths = config.evaluate.similarity
+    paths = _similarity_paths(config)
     if not paths:
         return None
-    measure = WordSimilarity(model.tables, corpus.vocabulary.words, [paths] if isinstance(paths, str) else paths)
+    measure = WordSimilarity(model.tables, corpus.vocabulary.words, {path: _read_pairs(path) for path in paths})
     return Evaluation(measure, config.evaluate.every_steps, config.evaluate.every_epochs)
 
 
@@ -105,21 +162,18 @@ class WordSimilarity:
     Args:
         tables: the model's.
         words: the vocabulary, in order of id.
-        paths: files of pairs, on any fsspec URL.
-
-    Raises:
-        UserError: a file cannot be read.
+        pairs: the lines of each file of pairs, by its path.
     """
 
-    def __init__(self, tables: EmbeddingCollection, words: Sequence[str], paths: Sequence[str]) -> None:
+    def __init__(self, tables: EmbeddingCollection, words: Sequence[str], pairs: Mapping[str, Sequence[str]]) -> None:
         self._tables = tables
-        self._pairs: dict[str, list[str]] = {}
-        for path in paths:
-            try:
-                self._pairs[path] = read_lines(path)
-            except UserError as error:
-                raise UserError(f"evaluate.similarity: {error}") from error
-        asked = {word.upper() for lines in self._pairs.values() for line in lines for word in line.split()}
+        self._pairs = pairs
+        asked = {
+            word.upper()
+            for path, lines in self._pairs.items()
+            for first, second, _ in read_pairs(lines, path)
+            for word in (first, second)
+        }
         # The words of the pairs alone, in their order: all of the vocabulary may be too large for one rank.
         ids = [number for number, word in enumerate(words) if word.upper() in asked]
         self._ids, self._words = torch.tensor(ids, dtype=torch.int64, device=tables.device), [words[i] for i in ids]
@@ -132,6 +186,20 @@ class WordSimilarity:
         found = [evaluate_similarity(unit, self._words, lines, source=path) for path, lines in self._pairs.items()]
         alive()
         return {"similarity": sum(report.spearman for report in found) / len(found)}
+
+
+def _similarity_paths(config: Word2VecConfig) -> list[str]:
+    paths = config.evaluate.similarity or []
+    return [paths] if isinstance(paths, str) else paths
+
+
+def _read_pairs(path: str) -> list[str]:
+    try:
+        lines = read_lines(path)
+        check_pairs(lines, path)
+    except UserError as error:
+        raise UserError(f"evaluate.similarity: {error}") from error
+    return lines
 
 
 def _prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
@@ -214,6 +282,7 @@ RECIPE = Recipe(
     build=build,
     workload=workload,
     heads=_heads,
+    check=check,
     held_out="evaluate.similarity",
     grow=Grow(
         names=[Names(VOCABULARY_NAME, (INPUT, OUTPUT), base_key="data.base_vocabulary", init_key="init_from")],
@@ -221,4 +290,5 @@ RECIPE = Recipe(
         tables=_tables,
         facts=_facts,
     ),
+    measure=measure,
 )

@@ -184,8 +184,13 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     (folder / "manifest.json").write_bytes(manifest_module.canonical_json(document))
 
 
+def weight(document: dict[str, Any]) -> dict[str, Any]:
+    entry: dict[str, Any] = document["tensors"]["item/weight"]
+    return entry
+
+
 def pieces_in(document: dict[str, Any]) -> list[dict[str, Any]]:
-    pieces: list[dict[str, Any]] = document["tensors"]["item/weight"]["pieces"]
+    pieces: list[dict[str, Any]] = weight(document)["pieces"]
     return pieces
 
 
@@ -201,18 +206,40 @@ def test_another_format_version_is_told_from_damage(folder: Path) -> None:
     [
         (lambda d: d["files"].update({"../../secret": {}}), "bytes"),
         (
-            lambda d: d["files"].update({"../s": {"bytes": 1, "block_bytes": 1, "checksums": [""]}}),
+            lambda d: d["files"].update({"../s": {"bytes": 1, "block_bytes": 1, "checksums": ["0" * 32]}}),
             "'../s' is not the name of a checkpoint's file",
         ),
         (lambda d: pieces_in(d).pop(), "item/weight: its pieces end at row 26 of 37"),
         (lambda d: pieces_in(d)[0].update(start_byte=10**9), "does not lie in its file"),
-        (lambda d: pieces_in(d)[0].update(start_byte=-8), "does not lie in its file"),
+        (lambda d: pieces_in(d)[0].update(start_byte=-8), r"'item/weight'\].pieces\[0\].start_byte: .*, found -8"),
         (lambda d: pieces_in(d)[0].update(file="x"), "'x'"),
         (lambda d: d["tensors"]["item/weight"].update(dtype="object"), "object"),
         (lambda d: d["tensors"]["item/weight"].update(shape=[]), "shape"),
         (lambda d: d["files"].popitem(), "safetensors"),
-        (lambda d: d.update(tensors=[]), "items"),
-        (lambda d: d.pop("state"), "state"),
+        (lambda d: d.update(tensors=[]), "tensors: expected a valid dictionary, found"),
+        (lambda d: d.pop("state"), "state is missing"),
+        (lambda d: d.update(step="1"), "step: expected a valid integer, found '1'"),
+        (lambda d: d.update(world_size=0), "world_size: expected greater than or equal to 1, found 0"),
+        (lambda d: d.update(versions=None), "versions: expected a valid dictionary, found None"),
+        (
+            lambda d: weight(d).update(shape=[2**62, 0]),
+            r"'item/weight'\].shape\[0\]: expected less than .*found 4611",
+        ),
+        (lambda d: weight(d).update(shape=[37, 0]), "'item/weight': expected rows of at least 1 number"),
+        (lambda d: weight(d).update(shape=[37, 2**40, 2**40]), "'item/weight': expected .* found 37 x 1099511627776"),
+        (lambda d: weight(d).update(shape=[37] + [1] * 69), r"shape: expected tuple should have at most 64 items"),
+        (lambda d: weight(d).update(layout=[]), r"'item/weight'\].layout: expected a valid dictionary, found \[\]"),
+        (lambda d: weight(d)["layout"].update(block_rows=-1), "'item/weight': layout: block_rows: .*, found -1"),
+        (lambda d: weight(d)["layout"].update(block_rows=2**70), "'item/weight': layout: block_rows: expected"),
+        (lambda d: weight(d)["layout"].update(multiplier=0), "'item/weight': layout: multiplier: .*, found 0"),
+        (lambda d: weight(d)["layout"].update(multiplier=2**80), "'item/weight': layout: multiplier: expected"),
+        (lambda d: weight(d)["layout"].pop("multiplier"), "'item/weight': layout: multiplier is missing"),
+        (lambda d: next(iter(d["files"].values())).update(block_bytes=2**62), r"block_bytes: .* to 1073741824, found"),
+        (lambda d: next(iter(d["files"].values())).update(bytes=True), r"bytes: expected a valid integer, found True"),
+        (lambda d: pieces_in(d)[0].update(span=13), "has only one of span and slots_byte"),
+        (lambda d: d.update(replicated="../x"), "'../x' has no checksums"),
+        (lambda d: d.update(parent={"step": 0, "checksum": "0" * 32}), "version 1 does not go with parent"),
+        (lambda d: d.update(version=2), "version 2 does not go with parent None"),
         (lambda d: d.update(format="other"), "is not the manifest of a checkpoint of embedtrain"),
     ],
 )

@@ -53,7 +53,7 @@ class Group:
                 (stop - first, *tensor.shape[1:]),
                 0,
                 tensor[first:stop],
-                {"kind": "spread"},
+                {"kind": "spread", "multiplier": 1},
                 self.changes,
                 first,
             )

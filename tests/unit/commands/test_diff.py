@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from embedtrain.commands import diff
 from embedtrain.commands.diff import Side, movement
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.sharding.layout import SpreadLayout
-from embedtrain.train.run_folder import RunFolder
 from tests.unit.checkpoint.example import run_threads
 
 WORDS = ["the", "king", "queen", "man", "woman"]
@@ -88,18 +86,6 @@ def test_rows_without_names_are_the_same_by_number_and_nan_is_counted(tmp_path: 
     found, num_gone, num_new = movement("x", first, second, 1)
     assert (found.num_rows, found.num_moved, found.num_not_finite, num_gone, num_new) == (6, 2, 1, 0, 3)
     assert list(found.names) == ["2"]
-
-
-def test_names_of_rows_are_words_raw_ids_or_values(tmp_path: Path) -> None:
-    folder = RunFolder(str(tmp_path))
-    assert folder.read_names("item", 2) is None
-    (tmp_path / "items.tsv").write_text("4711\t3\n12\t1\n")
-    (tmp_path / "vocabulary.tsv").write_text("a\t2\nb\t2\n")
-    folder.write_feature("color", pa.table({"row": [1, 2], "value": ["red", "blue"], "count": [5, 2]}))
-    assert folder.read_names("item", 2) == ["4711", "12"]
-    assert folder.read_names("output", 2) == ["a", "b"]
-    assert folder.read_names("color", 3) == ["(any other value)", "red", "blue"]
-    assert folder.read_names("color", 100) is None
 
 
 def test_the_command_names_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ([*TRAIN, "data.path=[]"], ["data.path must be a path or a list of paths, got []"]),
         ([*TRAIN, "data.path=5"], ["5: no such file or folder"]),
         ([*TRAIN, "run.path=corpus.txt"], ["corpus.txt/config.yaml", "Not a directory", "give another path"]),
-        ([*TRAIN, "run.path=corpus.txt/below"], ["corpus.txt/below/config.yaml", "give another path"]),
+        ([*TRAIN, "run.path=corpus.txt/below"], ["corpus.txt/below lies below a file", "give another path"]),
         ([*TRAIN, "run.path=/proc/none"], ["run.path=/proc/none: the folder cannot be made", "give a path"]),
         ([*TRAIN, "data.cache_path=/proc/none"], ["/proc/none"]),
         ([*TRAIN, "run.path=/"], ["run.path must name a folder, such as runs/x, got '/'"]),
@@ -37,6 +37,20 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ([*TRAIN, "run.timeout_seconds=-1"], ["run.timeout_seconds must be more than 0", "got -1"]),
         ([*TRAIN, "optimizer.lr=.nan"], ["optimizer.lr must be a finite number", "got nan"]),
         ([*TRAIN, "seed=99999999999999999999"], ["seed must be below 2**63"]),
+        ([*TRAIN, "optimizer.lr=abc"], ["optimizer.lr: expected a number, got 'abc'"]),
+        ([*TRAIN, "optimizer.eps=abc"], ["optimizer.eps: expected a number, got 'abc'"]),
+        ([*TRAIN, "optimizer.tables.input.eps=abc"], ["optimizer.tables.input.eps: expected a number, got 'abc'"]),
+        ([*TRAIN, "schedule.name=lin"], ["schedule.name: expected one of constant, linear, cosine, inverse_sqrt, got"]),
+        ([*TRAIN, "data.min_count=null"], ["data.min_count: expected a value, got null"]),
+        ([*TRAIN, "table.dim=2.5"], ["table.dim: expected an integer, got '2.5'"]),
+        ([*TRAIN, "table.cache_bytes=x"], ["table.cache_bytes: expected an integer or null, got 'x'"]),
+        ([*TRAIN, "log.tensorboard=maybe"], ["log.tensorboard: expected true or false, got 'maybe'"]),
+        ([*TRAIN, "seed=010"], ["seed: YAML reads 010 as 8: write the number without a leading 0"]),
+        ([*TRAIN, "seed=1:30"], ["seed: YAML reads 1:30 as 90"]),
+        ([*TRAIN, "table=8"], ["table is a section: expected keys and values in it, got '8'"]),
+        ([*TRAIN, "table=null"], ["table is a section: expected keys and values in it, got null"]),
+        ([*TRAIN, "model=retrieval", "evaluate.k=20"], ["evaluate.k: expected a list such as [20], got '20'"]),
+        ([*TRAIN, "model=films"], ["there is no model 'films'", "install the package in this environment"]),
         ([*TRAIN, "table.dims=3"], ["there is no key table.dims", "did you mean table.dim?"]),
         ([*TRAIN, "table.dim=1000000000000"], ["GiB", "memory on", "embedtrain plan"]),
         (
@@ -46,11 +60,11 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ([*TRAIN, "--nothing=5"], ["No such option '--nothing'. The options are --profile, --dry-run, -h, --help."]),
         ([*TRAIN, "--profile", "--profile"], ["Option '--profile' is given 2 times."]),
         ([*TRAIN, "more.yaml"], ["expected one configuration file", "got 'more.yaml' too"]),
-        (["train", "seed=3"], ["expected a configuration file, such as"]),
+        (["train", "seed=3"], ["expected a configuration, such as word2vec"]),
         (["train", "", "seed=3"], ["Invalid value for 'CONFIG': expected a value, got ''"]),
         ([], ["Missing command. See embedtrain --help."]),
         (["trian"], ["No such command 'trian'. Did you mean 'train'?"]),
-        (["frobnicate"], ["No such command 'frobnicate'. The commands are train, compare,"]),
+        (["frobnicate"], ["No such command 'frobnicate'. The commands are init, train,"]),
         (["config", "shwo"], ["No such command 'shwo'. Did you mean 'show'?"]),
         (["export", "run", "--output"], ["Option '--output' requires an argument.", "See embedtrain export --help."]),
         (["export", "run", "--output", "--overwrite"], ["'--output' requires an argument, got the option --overwrite"]),
@@ -142,3 +156,11 @@ def test_a_reader_that_has_seen_enough_is_no_failure() -> None:
     program = f"exec {sys.executable} -m embedtrain config show data.path=x | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_of_a_key_that_is_given_twice_the_last_counts_and_that_is_said(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main(["config", "show", "data.path=x", "seed=3", "seed=4"]) == 0
+    assert "seed: 4" in capfd.readouterr().out
+    assert "seed is given 2 times; the last counts: seed=4" in caplog.text

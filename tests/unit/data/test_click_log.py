@@ -233,7 +233,8 @@ def test_wrong_column_names_are_refused_with_those_that_exist(tmp_path: Path, ca
     pq.write_table(pa.table({"y": [1], "usr": [3]}), tmp_path / "a.parquet")
     for name, file_format in (("a.csv", "csv"), ("a.parquet", "parquet")):
         schema = ClickSchema(file_format=file_format, label="y", categorical=(CategoricalColumn(name="user"),))
-        with pytest.raises(UserError, match=f"{name}: there is no column user; there are y, usr"):
+        message = f"{name}: there is no column 'user'; its columns are 'y', 'usr'; data.categorical says which to read"
+        with pytest.raises(UserError, match=message):
             prepared(tmp_path / name, schema, cache)
 
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import time
 import uuid
 from collections import Counter
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pytest
 
 from embedtrain.data import prepare
+from embedtrain.data import prepared as prepared_data
 from embedtrain.data.corpus import PreparedCorpus
 from embedtrain.data.prepare import CorpusOptions, plan_parts, prepare_corpus
 from embedtrain.data.sources import Source
@@ -116,7 +118,7 @@ def test_the_fingerprint_is_of_the_content(text: Path, cache: Path) -> None:
     assert first.fingerprint == second.fingerprint
 
 
-@pytest.mark.parametrize("stage", ["_count_words", "_build_vocabulary", "_write_shards", "_commit"])
+@pytest.mark.parametrize("stage", ["_count_words", "_build_vocabulary", "_write_shards", "_write_contents"])
 def test_a_preparation_that_was_killed_is_done_again(
     text: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
@@ -127,7 +129,7 @@ def test_a_preparation_that_was_killed_is_done_again(
 
         patch.setattr(prepare, stage, die)
         # A killed process tidies nothing.
-        patch.setattr(prepare.shutil, "rmtree", lambda *args, **kwargs: None)
+        patch.setattr(prepared_data.shutil, "rmtree", lambda *args, **kwargs: None)
         with pytest.raises(SystemExit):
             prepared(cache, str(text))
     (leftover,) = os.listdir(cache)
@@ -151,7 +153,7 @@ def test_a_failed_preparation_leaves_nothing(tmp_path: Path, cache: Path) -> Non
 
 def test_old_leftovers_are_removed(text: Path, cache: Path) -> None:
     entry = prepared(cache, str(text)).path
-    os.remove(os.path.join(entry, "meta.json"))
+    shutil.rmtree(entry)
     for name, age_seconds in (("old", 2 * 24 * 3600), ("new", 60)):
         os.mkdir(f"{entry}.{name}.tmp")
         os.utime(f"{entry}.{name}.tmp", (time.time() - age_seconds,) * 2)
@@ -160,14 +162,14 @@ def test_old_leftovers_are_removed(text: Path, cache: Path) -> None:
 
 
 def test_of_two_jobs_the_first_to_finish_counts(text: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commit = prepare._commit
+    commit = prepared_data._commit
 
     def overtaken(*args: object) -> None:
-        monkeypatch.setattr(prepare, "_commit", commit)
+        monkeypatch.setattr(prepared_data, "_commit", commit)
         prepared(cache, str(text))
         commit(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(prepare, "_commit", overtaken)
+    monkeypatch.setattr(prepared_data, "_commit", overtaken)
     corpus = prepared(cache, str(text))
     assert len(decoded(corpus)) == 120
     assert os.listdir(cache) == [os.path.basename(corpus.path)]
@@ -221,7 +223,7 @@ def test_an_empty_vocabulary_names_the_text(text: Path, cache: Path) -> None:
     text.write_text("\n12 - 34\n")
     with pytest.raises(UserError) as error:
         prepared(cache, str(text))
-    assert str(error.value) == f"{text}: the vocabulary is empty: the text holds no words"
+    assert str(error.value).startswith(f"{text}: the vocabulary is empty: the text holds no words of letters; ")
     text.write_text("")
     with pytest.raises(UserError, match="the text holds no words"):
         prepared(cache, str(text))
@@ -278,3 +280,39 @@ def test_real_text(tmp_path: Path, cache: Path) -> None:
     assert len(kept ^ set(corpus.vocabulary.words)) < 0.001 * len(kept)
     expected = sum(word in kept for sentence in sentences for word in sentence)
     assert corpus.num_tokens == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_text_without_any_word_of_the_vocabulary_is_refused(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "base.tsv").write_text("known\t5\n")
+    (tmp_path / "new.txt").write_text("neue kleine welt\n")
+    with pytest.raises(UserError, match=r"new\.txt: none of its words is in the vocabulary.*data\.min_count=5 times"):
+        prepared(cache, str(tmp_path / "new.txt"), min_count=5, base_vocabulary=str(tmp_path / "base.tsv"))
+    assert not [path for path in cache.iterdir() if path.name.startswith("corpus-")]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("node_1 node_2\nnode_2 node_3\n", "100% of its first words are like 'node_1'"),
+        ("u17 bought i4 and i9\n", "60% of its first words are like 'u17'"),
+        ("In 1984, the 2nd edition (1st: 1949) of a well-known book was e-mailed to us.\n", ""),
+    ],
+)
+def test_words_that_letters_would_lose_are_told_with_the_setting_that_keeps_them(
+    text: str, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "walks.txt").write_text(text * 50)
+    for tokenizer in ("letters", "whitespace"):
+        caplog.clear()
+        options = CorpusOptions(path=str(tmp_path / "walks.txt"), tokenizer=tokenizer, min_count=1)
+        prepare_corpus(options, str(tmp_path / "cache"), ONE_PROCESS)
+        is_told = "data.tokenizer=whitespace keeps them as they are" in caplog.text
+        assert is_told == (bool(said) and tokenizer == "letters")
+        assert not is_told or said in caplog.text
+
+
+def test_walks_of_numbers_hold_no_words_of_letters(tmp_path: Path) -> None:
+    (tmp_path / "walks.txt").write_text("12 7 9\n7 9 12\n")
+    options = CorpusOptions(path=str(tmp_path / "walks.txt"), min_count=1)
+    with pytest.raises(UserError, match=r"holds no words of letters; data\.tokenizer=whitespace takes"):
+        prepare_corpus(options, str(tmp_path / "cache"), ONE_PROCESS)

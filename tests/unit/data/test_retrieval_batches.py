@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from embedtrain.data.bags import Bags
-from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
+from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatch, RetrievalBatches
 
 NUM_USERS, NUM_ITEMS = 40, 25
 
@@ -77,3 +77,23 @@ def test_a_batch_is_a_function_of_epoch_and_step(known: Bags) -> None:
     first, second = one.batch(1, 2), other.batch(1, 2)
     for name in ("users", "positives", "negatives", "candidates"):
         assert getattr(first, name).tolist() == getattr(second, name).tolist()
+
+
+def test_a_user_of_very_many_items_costs_a_step_no_more_than_its_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_items = 3000
+    many = np.arange(0, num_items, 2)
+    known = Bags.from_rows(np.repeat([0, 1, 2], [len(many), 3, 1]), np.concatenate([many, [1, 5, 2999], [7]]), 3)
+    draw = DrawOptions(global_batch_size=64, items_per_example=2, num_negatives=50, in_batch=True)
+
+    def step() -> RetrievalBatch:
+        return RetrievalBatches(known, num_items, draw, seed=5).batch(0, 3)
+
+    whole = step()
+    monkeypatch.setattr("embedtrain.data.retrieval_batches.MANY_KNOWN", 1000)
+    bounded = step()
+    candidates = set(whole.candidates.tolist())
+    assert len(whole.known.values) > 50_000
+    assert len(bounded.known.values) < 64 * len(candidates)
+    bags = (each.known.values.split(each.known.lengths.tolist()) for each in (whole, bounded))
+    for before, after in zip(*bags, strict=True):
+        assert after.tolist() == [item for item in before.tolist() if item in candidates]

@@ -203,3 +203,36 @@ def test_line_ends_that_fall_between_two_reads(tmp_path: Path, monkeypatch: pyte
     for size in range(1, 9):
         monkeypatch.setattr(stream_module, "_READ_BYTES", size)
         assert LineStream(str(tmp_path)).read(9) == ["a", "bc", "d", "", "", "e"]
+
+
+LINES = ["a,b", "", 'c,"d', 'e",f', "g", "ä,\u2028", 'h,"i"', "j\r", "k"]
+
+
+@pytest.mark.parametrize("read_bytes", [1 << 16, 11, 3])
+@pytest.mark.parametrize("num_lines", [1, 2, 3, 100])
+def test_lines_that_are_taken_together_are_those_that_are_taken_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int, num_lines: int
+) -> None:
+    monkeypatch.setattr(stream_module, "_READ_BYTES", read_bytes)
+    text = "\n".join([*(f"plain {number},ü" for number in range(40)), *LINES, *("x" * 20, "y" * 7) * 9])
+    (tmp_path / "a.csv").write_bytes(text.encode())
+    (tmp_path / "b.csv").write_bytes(f"{text}\n".encode())
+    for quoting in (None, Quoting(",", '"')):
+
+        def read(position: StreamPosition | None = None) -> Iterator[tuple[list[str], list[str], StreamPosition]]:
+            stream = LineStream(str(tmp_path), position, quoting=quoting)  # noqa: B023, called in this round alone
+            while (lines := stream.take(num_lines)) is not None and lines.texts:
+                yield lines.texts, [lines.place(index) for index in range(len(lines.texts))], stream.position
+
+        quick = list(read())
+        with monkeypatch.context() as one_by_one:
+            one_by_one.setattr(stream_module._Records, "run_of", lambda *_: None)
+            slow = list(read())
+        assert quick == slow
+        for number in (0, len(quick) // 2, len(quick) - 1):
+            assert list(read(quick[number][2])) == quick[number + 1 :]
+
+
+def test_a_url_that_cannot_be_used_is_named() -> None:
+    with pytest.raises(UserError, match="nosuch://x"):
+        LineStream("nosuch://x").read(1)

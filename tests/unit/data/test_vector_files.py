@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -85,13 +88,73 @@ def test_a_name_that_was_cut_within_a_letter_costs_no_other(tmp_path: Path, bina
     assert found == [*WORDS[:6], "щ" * 49 + "\ufffd"]
     np.testing.assert_allclose(rows, VALUES, rtol=1e-6)
     (tmp_path / "v").write_bytes(data.replace(WORDS[1].encode(), b"na\xefve"))
-    with pytest.raises(UserError, match="is not UTF-8: the file is damaged"):
+    with pytest.raises(UserError, match=r"(line 3|byte \d+): the name 'na.*' is not UTF-8: the file is damaged"):
         read(tmp_path / "v")
+
+
+@pytest.mark.parametrize("codec", [gzip, bz2, lzma], ids=lambda codec: codec.__name__)
+@pytest.mark.parametrize("binary", [True, False])
+def test_names_are_read_as_gensim_reads_them(tmp_path: Path, binary: bool, codec: Any) -> None:
+    names = ["prix", "5\u00a0000", "a\u2028b", "x\u3000", "\u0085y", "", "\ufeffz"]
+    data = b"7 5\n"
+    for name, row in zip(names, VALUES, strict=True):
+        data += name.encode() + b" " + (row.tobytes() if binary else " ".join(map(str, row.tolist())).encode()) + b"\n"
+    (tmp_path / "v").write_bytes(codec.compress(data))
+    found, rows = read(tmp_path / "v")
+    assert found == names
+    np.testing.assert_allclose(rows, VALUES, rtol=1e-6)
+    models = pytest.importorskip("gensim.models", reason="gensim is not installed")
+    (tmp_path / "plain").write_bytes(data)
+    assert models.KeyedVectors.load_word2vec_format(str(tmp_path / "plain"), binary=binary).index_to_key == names
 
 
 def lines(separator: str = " ", end: str = "\n") -> str:
     rows = [separator.join([word, *map(str, row)]) for word, row in zip(WORDS, VALUES.tolist(), strict=True)]
     return "".join(f"{row}{end}" for row in rows)
+
+
+def damaged(change: Callable[[list[str]], Sequence[str]], header: str = "7 5") -> str:
+    return "\n".join([header, *change(lines().splitlines())]) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (damaged(lambda rows: [rows[0].rsplit(" ", 1)[0], *rows[1:]]), r"line 2: expected a name and 5 numbers"),
+        (damaged(lambda rows: ["", *rows], "7 6"), r"line 3: expected a name and 6 numbers"),
+        (damaged(lambda rows: [row.replace(".", ",") for row in rows]), r"line 2: expected a name and 5 numbers"),
+        (damaged(lambda rows: [row.replace(" ", ", ") for row in rows]), r"line 2: expected a name and 5 numbers"),
+        (
+            damaged(lambda rows: rows[:4]),
+            r"expected 7 vectors, .* ends after 4 .*, in line 5: the file is cut off",
+        ),
+        (damaged(lambda rows: [*rows, rows[0]]), r"line 9: expected no more than 7 vectors"),
+        (damaged(lambda rows: []), r"expected 7 vectors, .* ends after 0"),
+        ("a line of prose\nand another\n", r"line 1: expected a name and some numbers, got 'a line of prose'"),
+        ("\n", r"line 1: expected a name and some numbers, got ''"),
+        (b"PK\x03\x04....", r"a zip archive, such as npz is no format of vectors that is read"),
+        (b"\x80\x04\x95....", r"a Python pickle is no format"),
+        (b"7 5\n\xff\x00\x01 tail", r"cannot read those after 0, from byte 4 on"),
+        (b"1 1\nab\tc 1\x002\x003\x004\x00", r"byte 4: expected a name and a space, got 'ab\\tc'"),
+        (b"1 5\na " + VALUES[0].tobytes() + b"\nb " + VALUES[1].tobytes(), r"end after 1 vectors.* on from byte 26"),
+    ],
+    ids=lambda value: value[:24] if isinstance(value, str) else None,
+)
+def test_what_is_no_file_of_vectors_or_not_a_whole_one_is_refused_with_the_place(
+    tmp_path: Path, content: str | bytes, message: str
+) -> None:
+    (tmp_path / "v").write_bytes(content if isinstance(content, bytes) else content.encode())
+    dim = 6 if "7 6" in str(content)[:6] else 1 if "1 1" in str(content)[:6] else 5
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "v", dim)
+
+
+def test_blank_lines_and_numbers_as_names_are_no_header(tmp_path: Path) -> None:
+    (tmp_path / "v").write_text("\n" + damaged(lambda rows: ["", *rows, ""]).removeprefix("7 5\n"))
+    assert read(tmp_path / "v")[0] == WORDS
+    (tmp_path / "v").write_text("7 5\n8 -1.5\n")
+    names, rows = read(tmp_path / "v", 1)
+    assert (names, rows.tolist()) == (["7", "8"], [[5], [-1.5]])
 
 
 @pytest.mark.parametrize(
@@ -137,6 +200,14 @@ def test_vectors_that_nobody_wants_are_not_parsed(tmp_path: Path) -> None:
         block.rows(np.array([0, 1]))
 
 
+@pytest.mark.parametrize("tail", ["", "\t7"])
+def test_names_beside_an_array_may_come_from_windows(tmp_path: Path, tail: str) -> None:
+    np.save(tmp_path / "a.npy", VALUES)
+    lines = "".join(f"{word}{tail}\r\n" for word in WORDS)
+    (tmp_path / "a.npy.vocabulary.tsv").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert read(tmp_path / "a.npy")[0] == WORDS
+
+
 def text(content: str) -> Callable[[Path], None]:
     return lambda path: path.write_text(content)
 
@@ -168,6 +239,11 @@ def safetensors_of_two(path: Path) -> None:
     safetensors.numpy.save_file({"a": VALUES, "b": VALUES}, path)
 
 
+def safetensors_of_a_wrong_size(path: Path) -> None:
+    export_vectors(opened(), "safetensors", str(path))
+    path.write_bytes(path.read_bytes().replace(b"[7, 5]", b"[8, 5]"))
+
+
 def parquet_of_other_columns(path: Path) -> None:
     pq.write_table(pa.table({"name": ["a"], "embedding": [[1.0]]}), path)
 
@@ -189,6 +265,7 @@ def parquet_cut(path: Path) -> None:
         (npy_with_few_names, r"has 7 rows, and .* 2 names"),
         (npy_of_integers, r"expected floating-point values.*int64"),
         (npy_cut, r"ends before row 7 of 7"),
+        (safetensors_of_a_wrong_size, r"say that the values \[8, 5\] of F32 take 140 bytes"),
         (safetensors_of_two, r"expected a tensor 'vectors'.*holds a of F32, b of F32"),
         (parquet_of_other_columns, r"expected the columns word and vector; it has name, embedding"),
         (parquet_cut, r"cannot be read as Parquet"),

@@ -110,5 +110,32 @@ def test_a_vocabulary_grows_by_new_words_and_keeps_its_own() -> None:
 
 
 def test_a_base_vocabulary_that_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no base_vocabulary .*nowhere\.tsv"):
+    with pytest.raises(UserError, match=r"data\.base_vocabulary: there is no file .*nowhere\.tsv"):
         Vocabulary.load_base(str(tmp_path / "nowhere.tsv"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a\t5\nb\t9223372036854775807\n", r"line 2: expected a count from 1 on, .*got 9223372036854775807"),
+        ("a\t92233720368547758070\n", r"line 1: expected a count from 1 on"),
+        (f"a\t{1 << 61}\nb\t{1 << 61}\nc\t1\n", r"line 3: .*all counts together"),
+        ("a\t-7\n", r"line 1: expected a count from 1 on, .*got -7"),
+        ("a\t0\n", r"line 1: expected a count from 1 on, .*got 0"),
+        ("a\t5\na\t1\n", r"line 2: the word 'a' stands on an earlier line too"),
+        ("a\t5\nb 1\n", r"line 2: expected a word, a tab and a count, got 'b 1'"),
+        ("a\t5\n\t1\n", r"line 2: expected a word, a tab and a count"),
+        ("a\t1_000\n", r"line 1: expected a word, a tab and a count"),
+        ("", r"line 1: expected a word, a tab and a count, got ''"),
+    ],
+)
+def test_a_base_vocabulary_is_checked_line_by_line(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "base.tsv").write_text(content)
+    with pytest.raises(UserError, match=rf"users\.base_vocabulary: .*base\.tsv, {message}"):
+        Vocabulary.load_base(str(tmp_path / "base.tsv"), "users.base_vocabulary")
+
+
+def test_a_base_vocabulary_of_another_program_has_no_mark_and_no_returns_in_words(tmp_path: Path) -> None:
+    (tmp_path / "base.tsv").write_bytes(b"\xef\xbb\xbfa\t5\r\nb\t1\r\n")
+    base = Vocabulary.load_base(str(tmp_path / "base.tsv"))
+    assert (base.words, base.counts.tolist()) == (["a", "b"], [5, 1])

@@ -100,7 +100,7 @@ def test_distinct_rows_of_tables_of_two_optimizers_find_their_way() -> None:
     delivered = {
         group.table_names[0]: group.gradients.rows_and_values()[1][:, 0].tolist() for group in tables.table_groups
     }
-    assert delivered == {"a": [3.0], "b": [1.0, 2.0]}
+    assert delivered == {"a": [1.0], "b": [2.0, 3.0]}
 
 
 def test_distinct_rows_of_features_that_are_pooled_are_refused() -> None:
@@ -179,11 +179,16 @@ def test_state_lies_beside_the_rows() -> None:
         assert shard.state["accumulator"].unique().tolist() == [0.5]
 
 
-def test_a_second_optimizer_may_not_take_over_the_state() -> None:
+def test_a_table_has_one_optimizer_at_a_time() -> None:
     tables = et.EmbeddingCollection(TABLES)
-    et.optim.RowwiseAdagrad(tables)
-    with pytest.raises(ValueError, match="one optimizer at a time"):
-        et.optim.RowwiseAdagrad(tables)
+    first = et.optim.RowwiseAdagrad(tables)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(first, 0.5)
+    for kind in (et.optim.RowwiseAdagrad, et.optim.SGD):
+        with pytest.raises(ValueError, match=r"word, user have an optimizer already, RowwiseAdagrad.*scheduler, first"):
+            kind(tables)
+    del first, scheduler
+    et.optim.Adam(tables)
+    assert set(tables.shards["word"].state) == {"exp_avg", "exp_avg_sq"}
 
 
 @pytest.mark.parametrize("init", ["uniform", "normal", "zeros"])

@@ -10,8 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 
+from embedtrain.data.vector_files import read_vectors
 from embedtrain.errors import UserError
 from embedtrain.export import FORMATS, Vectors, export_vectors, open_vectors
+from embedtrain.export.recommendations import write_recommendations
+from embedtrain.report import write_report
 
 TEXT_FORMATS = ["word2vec", "word2vec-binary"]
 
@@ -187,7 +190,7 @@ def test_a_failed_export_leaves_nothing(format, vectors, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("format", TEXT_FORMATS)
-@pytest.mark.parametrize("word", ["New York", "a\u00a0b", ""])
+@pytest.mark.parametrize("word", ["New York", "a\vb", ""])
 def test_word2vec_refuses_words_that_readers_would_cut(format, word, make_run, tmp_path):
     vectors = open_vectors(make_run({"word": np.ones((2, 2), np.float32)}, ["fine", word]))
     with pytest.raises(UserError) as caught:
@@ -196,3 +199,44 @@ def test_word2vec_refuses_words_that_readers_would_cut(format, word, make_run, t
     assert "parquet" in str(caught.value)
     (path,) = export_vectors(vectors, "parquet", str(tmp_path / "out.parquet"))
     assert pq.read_table(path)["word"].to_pylist() == ["fine", word]
+
+
+ODD = ["5\u00a0000", "a\u2028b", "x\u3000", "\u0085y", "esc\x1b[31m", "\x1f"]
+"""Words with spaces that are none in ASCII, and with control characters."""
+
+
+@pytest.mark.parametrize("format", [*TEXT_FORMATS, "glove", "npy", "parquet"])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz", ".zst"])
+def test_odd_words_and_compressed_files_come_back(format, suffix, make_run, tmp_path):
+    values = np.random.default_rng(1).normal(size=(len(ODD), 4)).astype(np.float32)
+    vectors = open_vectors(make_run({"word": values}, ODD))
+    output = str(tmp_path / f"out{suffix}")
+    if suffix and format in ("npy", "parquet"):
+        with pytest.raises(UserError, match=rf"a file of the format {format} is not compressed.*give .*out, or"):
+            export_vectors(vectors, format, output)
+        return
+    path = export_vectors(vectors, format, output)[0]
+    (block,) = read_vectors(path, 4)
+    assert list(block.names) == ODD
+    assert same_bits(block.rows(np.arange(len(ODD))), values)
+    assert not suffix or Path(path).read_bytes()[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")
+    if format != "npy" and format != "parquet" and suffix in ("", ".gz", ".bz2", ".xz"):
+        keyedvectors = pytest.importorskip("gensim.models", reason="gensim is not installed").KeyedVectors
+        loaded = keyedvectors.load_word2vec_format(
+            path, binary=format == "word2vec-binary", no_header=format == "glove"
+        )
+        assert loaded.index_to_key == ODD
+
+
+@pytest.mark.parametrize("format", ["glove", "npy"])
+def test_a_word_that_begins_as_a_byte_order_mark_is_refused(format, make_run, tmp_path):
+    vectors = open_vectors(make_run({"word": np.ones((1, 2), np.float32)}, ["\ufeffa"]))
+    with pytest.raises(UserError, match="cannot hold the word"):
+        export_vectors(vectors, format, str(tmp_path / "out"))
+
+
+def test_recommendations_and_reports_are_not_compressed(tmp_path):
+    with pytest.raises(UserError, match="format parquet is not compressed"):
+        write_recommendations([], str(tmp_path / "top.parquet.gz"))
+    with pytest.raises(UserError, match="format HTML is not compressed"):
+        write_report(str(tmp_path), "page.html.zst", [], None)

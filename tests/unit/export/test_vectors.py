@@ -77,7 +77,7 @@ def test_a_table_without_a_vocabulary_has_row_numbers_for_words(make_run):
         assert "3" in vectors.words
         for word in ("12", "-1", "03", "x", "²", "9" * 5000):
             assert word not in vectors.words
-            with pytest.raises(UserError, match="unknown word"):
+            with pytest.raises(UserError, match="unknown row"):
                 vectors.row_of(word)
 
 

@@ -108,3 +108,9 @@ def test_all_words_unknown_is_a_result():
 def test_malformed_files(lines, message):
     with pytest.raises(UserError, match=message):
         evaluate_analogies(unit(np.eye(4)), list("abcd"), lines, source="q.txt")
+
+
+def test_a_byte_order_mark_tabs_and_a_section_without_a_space():
+    lines = ["\ufeff: s", "a\tb\tc\td", ":t", "a b c d"]
+    report = evaluate_analogies(unit(np.eye(4)), list("abcd"), lines)
+    assert [(section.name, section.num_questions) for section in report.sections] == [("s", 1), ("t", 1)]

@@ -34,6 +34,14 @@ def test_measures_at_five_and_at_one() -> None:
     assert measures["recall@1"] == measures["ndcg@1"] == measures["hit@1"] == pytest.approx(1 / 3)
 
 
+def test_a_user_may_have_more_relevant_items_than_there_are() -> None:
+    measures = mean_measures(list_measures(HITS[:, :3], torch.tensor([7, 1, 1]), 5).unsqueeze(0), 3, [5])
+    dcg = 1 / math.log2(3) + 1 / math.log2(4)
+    ideal = sum(1 / math.log2(place + 1) for place in (1, 2, 3, 4, 5))
+    assert measures["ndcg@5"] == pytest.approx((dcg / ideal + 0 + 1) / 3)
+    assert measures["recall@5"] == pytest.approx((2 / 7 + 0 + 1) / 3)
+
+
 def test_hits_are_found_user_by_user() -> None:
     recommended = torch.tensor([[4, 0, 2], [9, -1, -1]])
     starts, relevant = torch.tensor([0, 3, 4]), torch.tensor([2, 9, -1, 4])

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from embedtrain.data.readers.blocks import read_lines
 from embedtrain.errors import UserError
 from embedtrain.metrics import evaluate_similarity
+from embedtrain.metrics.word_similarity import read_pairs
 
 EVAL_WORDS = Path(__file__).parents[4] / "shared/data/eval-words"
 
@@ -66,6 +69,42 @@ def test_words_with_spaces_need_tabs():
     lines = ["new york\tcity\t3", "city\tnew york\t2", "city\tcity\t9"]
     report = evaluate_similarity(np.array([[1, 0], [0.6, 0.8]], np.float32), ["New York", "city"], lines)
     assert report.num_pairs == 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeffa\tb\t8.5\nb\tc\t7\n",
+        "Word 1\tWord 2\tHuman (mean)\na\tb\t8.5\nb\tc\t7\n",
+        "# SimLex\nword1\tword2\tPOS\tSimLex999\tconc(w1)\na\tb\tA\t8.5\t2\nb\tc\tN\t7\t3\n",
+        "Word 1,Word 2,Human (mean)\na,b,8.5\nb,c,7\n",
+        '"a", "b", 8.5\r\n"b","c",7\r\n',
+        "a\tb\t8.5\t9\t8\nb\tc\t7\t6\t\n",
+        "a b 8.5\nb c 7\n",
+        "word1 word2 score\na b 8.5\nb c 7",
+    ],
+    ids=["mark", "header", "SimLex", "CSV", "quoted", "further columns", "spaces", "header of spaces"],
+)
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_published_layouts(tmp_path, text, suffix):
+    path = tmp_path / f"pairs{suffix}"
+    path.write_bytes(gzip.compress(text.encode()) if suffix else text.encode())
+    assert list(read_pairs(read_lines(str(path)), "pairs")) == [("a", "b", 8.5), ("b", "c", 7.0)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["a\tb", "a\tb\t1"], "line 1: expected two words and a score, separated by tabs"),
+        (["a\tb\tscore", "c\td\tscore"], "line 2: .* separated by tabs"),
+        (["a,b,1", "a b 1"], "line 2: .* separated by commas, got 'a b 1'"),
+        (["new york city 3"], "line 1: .* separated by spaces"),
+        (["a\tb\t1", "a\t\t2"], "line 2"),
+    ],
+)
+def test_what_is_no_header_and_no_pair_is_refused_with_its_line(lines, message):
+    with pytest.raises(UserError, match=message):
+        list(read_pairs(lines, "pairs"))
 
 
 @pytest.mark.parametrize(

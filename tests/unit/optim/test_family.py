@@ -139,7 +139,8 @@ def test_what_is_for_all_tables_is_given_to_combined(options: dict) -> None:
 def test_a_table_has_one_optimizer() -> None:
     tables = two_kinds()
     with pytest.raises(ValueError, match="more than one optimizer has the tables u, v"):
-        et.optim.Combined(et.optim.SGD(tables), et.optim.SGD(tables.trained_by("default")))
+        same = et.optim.SGD(tables.trained_by("default"))
+        et.optim.Combined(same, same)
     with pytest.raises(ValueError, match="no table is trained by 'fast'; the names are 'slow', 'default'"):
         tables.trained_by("fast")
 

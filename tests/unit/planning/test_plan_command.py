@@ -159,5 +159,6 @@ def test_sizes_are_read(text: str, size: int) -> None:
 
 def test_counts_sizes_and_bandwidths_as_people_write_them() -> None:
     assert [parse_count(text) for text in ("10e9", "1_000", "2,000")] == [10**10, 1000, 2000]
+    assert [parse_count(text) for text in ("5M", "1.5B", "2k", "3g", "1T")] == [5e6, 1.5e9, 2000, 3e9, 1e12]
     assert [format_bytes(size) for size in (12, 1536, 80 << 30)] == ["12 B", "1.50 KiB", "80.00 GiB"]
     assert [parse_bandwidth(text) for text in ("20GB/s", "1.5 KiB/s")] == [2e10, 1536.0]

@@ -74,8 +74,15 @@ def test_a_packages_model_has_its_own_keys(install: Install) -> None:
     config = load_config(None, ["model=books", "data.path=x", "data.shelf=low", "table.dim=9"])
     assert (config.model, config.data.shelf, config.table.dim) == ("books", "low", 9)
     assert "data.shelf" in setting_keys()
-    with pytest.raises(UserError, match=r"no key data.shelf for model word2vec \(it is one of model books\)"):
+    with pytest.raises(UserError, match=r"no key word2vec.window for model books \(it is one of model word2vec\)"):
+        load_config(None, ["model=books", "data.path=x", "word2vec.window=3"])
+
+
+def test_an_unknown_key_imports_no_package(install: Install, caplog: pytest.LogCaptureFixture) -> None:
+    install("broken-shop", "broken", "raise RuntimeError('out of stock')")
+    with pytest.raises(UserError, match=r"no key data.shelf for model word2vec; did you mean|no key data.shelf"):
         load_config(None, ["data.path=x", "data.shelf=low"])
+    assert "out of stock" not in caplog.text
 
 
 def test_a_model_that_does_not_exist_is_named_with_those_that_do(install: Install) -> None:

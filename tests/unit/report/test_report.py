@@ -3,13 +3,20 @@ from __future__ import annotations
 import dataclasses
 import re
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("matplotlib", reason="pictures need the extra plots")
 
-from embedtrain.report.facts import RunFacts, TableFacts, advice
+from embedtrain.cli import main
+from embedtrain.distributed.ranks import ONE_PROCESS
+from embedtrain.distributed.runtime import Runtime
+from embedtrain.report.advice import advice
+from embedtrain.report.facts import RunFacts, TableFacts, read_facts
 from embedtrain.report.page import render
 from embedtrain.report.plots import map_svg, project
 
@@ -22,6 +29,7 @@ def facts(losses: list[float], **changes: object) -> RunFacts:
         step=1200,
         world_size=2,
         seconds=3.0,
+        epochs=2.0,
         num_skipped=0,
         curves={"loss": (list(range(len(losses))), losses), "learning_rate": ([1], [0.5])},
         tables=[TableFacts("word", 1000, 8, 3), TableFacts("other", 10, 8, None)],
@@ -67,12 +75,13 @@ def test_nothing_is_advised_where_nothing_looks_wrong() -> None:
             "The ranks are uneven: the busiest works 1.55 times",
         ),
         ({"num_skipped": 3}, "3 steps were left out"),
-        ({"tables": [TableFacts("word", 100, 8, 40)]}, "40% of the rows of table word were never trained"),
+        ({"tables": [TableFacts("word", 100, 8, 40)]}, "40% of the rows of table word were never trained: their names"),
     ],
 )
 def test_what_looks_wrong_is_told(changes: dict[str, object], told: str) -> None:
-    (line,) = advice(facts(falling(), **changes))
+    line, *rest = advice(facts(falling(), **changes))
     assert told in line
+    assert not rest or "another run.path" in rest[0]
 
 
 def test_the_page_shows_the_run_and_escapes_what_it_shows() -> None:
@@ -116,3 +125,57 @@ def test_the_map_keeps_the_largest_differences_and_its_signs() -> None:
     np.testing.assert_allclose(np.linalg.norm(points - points.mean(0), axis=0), spread[:2], rtol=1e-4)
     np.testing.assert_array_equal(points, project(rows.copy()))
     assert project(np.ones((3, 1), np.float32)).shape == (3, 2)
+
+
+GOOD: list[str] = []
+RANKING = ["data.categorical=[c]", "data.path=train.csv", "data.valid_path=valid.csv", "train.global_batch_size=32"]
+
+
+def ranking_rows(seed: int, count: int, num_values: int, noise: float) -> str:
+    """Labels that go by a value's parity, but for noise."""
+    generator = np.random.default_rng(seed)
+    values = generator.integers(num_values, size=count)
+    labels = np.where(generator.random(count) < noise, generator.integers(2, size=count), values % 2)
+    return "c,label\n" + "".join(f"v{value},{label}\n" for value, label in zip(values, labels, strict=True))
+
+
+def advice_of(folder: Path, *settings: str, num_values: int = 3, noise: float = 0.2, rows: int = 640) -> list[str]:
+    """Trains a ranking model and returns what the report of the run advises."""
+    (folder / "train.csv").write_text(ranking_rows(1, rows, num_values, noise))
+    (folder / "valid.csv").write_text(ranking_rows(2, rows, num_values, noise))
+    log = "log={every_steps: 5, tensorboard: false}"
+    run = ["data.cache_path=cache", "run.path=run", "table.dim=4", "ranking.top=[8]", log, "train.epochs=4"]
+    assert main(["train", "ranking.yaml", *RANKING, *run, *settings]) == 0
+    return advice(read_facts("run", [], Runtime(ONE_PROCESS, 0, torch.device("cpu"))))
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "told"),
+    [
+        (["optimizer.lr=0.1", "dense_optimizer.lr=0.01"], {}, GOOD),
+        (["train.epochs=1"], {"rows": 64}, ["The run is short: 2 steps with 1 records of the loss"]),
+        (["optimizer.lr=1e-7", "dense_optimizer.lr=1e-7"], {}, ["The loss is flat"]),
+        (
+            ["optimizer.lr=0.2", "dense_optimizer.lr=0.02", "train.epochs=20", "schedule.name=constant"],
+            {"num_values": 300, "noise": 0.9},
+            ["The model learns the training data by heart: the loss falls, and valid_log_loss was best at step"],
+        ),
+        (
+            ["data.num_rows=100", "optimizer.lr=0.1", "dense_optimizer.lr=0.01"],
+            {},
+            ["97% of the rows of table c were never trained: its values need fewer rows"],
+        ),
+    ],
+    ids=["good", "short", "flat", "overfit", "sparse"],
+)
+def test_a_run_that_has_a_fault_is_told_so_and_no_other(
+    settings: list[str], options: dict[str, Any], told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("ranking.yaml").write_text("model: ranking\n")
+    found = advice_of(tmp_path, *settings, **options)
+    if told:
+        assert "another run.path" in found.pop()
+    assert len(found) == len(told), found
+    for line, beginning in zip(found, told, strict=True):
+        assert line.startswith(beginning)

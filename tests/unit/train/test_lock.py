@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -65,14 +65,14 @@ def test_a_dead_process_of_this_host_loses_the_folder_at_once(folder: str, caplo
     if ended == 0:
         os._exit(0)
     os.waitpid(ended, 0)
-    leave_behind(folder, pid=ended, started="123", beat_seconds=3600.0)
+    leave_behind(folder, pid=ended, started="123", beat_seconds=60.0)
     with lock_of(folder):
         assert owner_files(folder) == ["owner-00000002.json"]
     assert f"is taken over from process {ended} on" in caplog.text
 
 
 def test_a_later_process_of_the_same_number_is_another(folder: str) -> None:
-    leave_behind(folder, started="123", beat_seconds=3600.0)
+    leave_behind(folder, started="123", beat_seconds=60.0)
     with lock_of(folder):
         pass
 
@@ -120,13 +120,55 @@ def test_of_many_that_take_over_one_does(folder: str) -> None:
     assert (len(owners), len(refused)) == (1, 3)
 
 
-def test_an_owner_file_that_is_not_one_is_shown(tmp_path: Path) -> None:
-    (tmp_path / "owner-00000007.json").write_text("{")
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"beat_seconds": float("nan")}, "beat_seconds: expected a finite number, found nan"),
+        ({"beat_seconds": 1e9}, "beat_seconds: expected less than or equal to 60, found 1000000000.0"),
+        ({"beat_seconds": None}, "beat_seconds: expected a valid number, found None"),
+        ({"beat_seconds": 0}, "beat_seconds: expected greater than 0, found 0"),
+        ({"pid": "../1"}, "pid: expected a valid integer, found '../1'"),
+        ({"beat": -1}, "beat: expected greater than or equal to 0, found -1"),
+        ({"host": ["x"]}, r"host: expected a valid string, found \['x'\]"),
+    ],
+)
+def test_an_owner_file_that_no_job_wrote_is_refused(tmp_path: Path, changes: dict[str, object], fault: str) -> None:
+    owner = {**asdict(lock_of(str(tmp_path))._own), **changes}
+    (tmp_path / "owner-00000007.json").write_text(json.dumps(owner))
     with (
-        pytest.raises(UserError, match=r"owner-00000007\.json is not an owner file.*Remove it"),
+        pytest.raises(UserError, match=rf"owner-00000007\.json is not an owner file: {fault}.*Remove it"),
         lock_of(str(tmp_path)),
     ):
         pass
+
+
+def test_what_is_no_file_is_no_owner_file(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_text("mine")
+    owner = tmp_path / "run" / "owner-00000001.json"
+    owner.parent.mkdir()
+    puts: list[tuple[Callable[[], object], str]] = [
+        (lambda: owner.write_text("{"), "is not an owner file"),
+        (lambda: owner.mkdir(), "it is a folder"),
+        (lambda: os.mkfifo(owner), "it is a pipe"),
+        (lambda: owner.symlink_to("nowhere"), "it is a link to nowhere"),
+        (lambda: owner.symlink_to(tmp_path / "elsewhere"), "it is a link to .*elsewhere"),
+    ]
+    for put, fault in puts:
+        put()
+        with pytest.raises(UserError, match=fault), lock_of(str(owner.parent)):
+            pass
+        owner.rmdir() if owner.is_dir() else owner.unlink()
+    assert (tmp_path / "elsewhere").read_text() == "mine"
+
+
+def test_folders_that_were_made_for_a_refused_start_are_removed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the data"), lock_of(str(tmp_path / "runs" / "x")):
+        raise UserError("the data cannot be used")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with lock_of(str(tmp_path / "mine")):
+        pass
+    assert (tmp_path / "mine").is_dir()
 
 
 def test_what_an_owner_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

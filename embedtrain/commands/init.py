@@ -1,0 +1,33 @@
+"""`embedtrain init`."""
+
+from __future__ import annotations
+
+import click
+
+from embedtrain.commands.console import EXIT_DONE, ConfigFile, command
+from embedtrain.errors import UserError
+
+
+@command(
+    "embedtrain init --from train.csv > my.yaml",
+    "embedtrain init retrieval --from ratings.parquet > my.yaml",
+    "embedtrain init word2vec > my.yaml",
+)
+@click.argument("name", required=False, metavar="[NAME]", type=ConfigFile(), help="Model, or configuration to print.")
+@click.option("--from", "path", metavar="FILE", help="csv, tsv, jsonl or parquet whose columns to look at.")
+@click.option("--label", metavar="COLUMN", help="What ranking predicts, of --from.  [default: guessed]")
+def init(name: str | None, path: str | None, label: str | None) -> int:
+    """Prints a configuration to begin with, of a file's columns."""
+    if path is None:
+        if label is not None:
+            raise UserError("--label names a column of the file of --from: give --from FILE too")
+        from embedtrain.recipes.loading import read_shipped, shipped_names
+
+        if name is None:
+            raise UserError(f"expected --from FILE, or the name of a configuration: {', '.join(shipped_names())}")
+        print(read_shipped(name), end="")
+        return EXIT_DONE
+    from embedtrain.recipes.drafting import draft
+
+    print(draft(path, name, label), end="")
+    return EXIT_DONE

@@ -1,0 +1,185 @@
+"""What the columns of files of rows hold, as far as their first rows tell."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from embedtrain.data.readers import AUTO, FORMATS, Fault, Format, Layout, format_of, suffixes_of
+from embedtrain.data.readers.csv import Csv
+from embedtrain.data.readers.jsonl import JsonLines
+from embedtrain.data.readers.rows import Uses, plain
+from embedtrain.data.sources import Source, expand_sources
+from embedtrain.errors import UserError
+
+MAX_ROWS = 100_000
+_PART_BYTES = 4 << 20
+_OTHER_DELIMITERS = ";\t|"
+_BAG_SEPARATORS = "|;"
+_BAG_SHARE = 0.2
+"""Of a column's texts, the share with a separator from which on the column is taken for one of bags."""
+_NUMBER = r"\s*[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?\s*"
+_INTEGER = r"\s*[-+]?\d+\s*"
+
+
+@dataclass(frozen=True)
+class Column:
+    """What the first rows have in a column.
+
+    Attributes:
+        name: of the column.
+        kind: "list" for columns of lists; "number" and "integer" if every value can be read as one.
+        num_missing: rows without a value.
+        counts: how often each value occurs, the most frequent first; of a list, each of its values.
+        least, greatest: of numbers.
+        separator: what parts most texts into several values; None if nothing does.
+    """
+
+    name: str
+    kind: Literal["integer", "number", "text", "list"]
+    num_missing: int
+    counts: Sequence[tuple[str, int]]
+    least: float = 0.0
+    greatest: float = 0.0
+    separator: str | None = None
+
+    @property
+    def num_values(self) -> int:
+        """How many distinct values there are."""
+        return len(self.counts)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the first rows of files hold.
+
+    Attributes:
+        format: name of the format.
+        layout: of the lines of a text.
+        has_names: whether the first line names the columns; else they are called c1, c2 and so on.
+        num_rows: rows that were looked at.
+        is_all: whether these are all rows of the files.
+        columns: in their order.
+    """
+
+    format: str
+    layout: Layout
+    has_names: bool
+    num_rows: int
+    is_all: bool
+    columns: Sequence[Column]
+
+
+def survey(path: str | Sequence[str]) -> Survey:
+    """Looks at the first rows of the first of some files, at most about `MAX_ROWS`.
+
+    Raises:
+        UserError: there is no such file, its suffix tells no format, or its rows have no columns.
+    """
+    sources = expand_sources(path, suffixes_of(AUTO))
+    reader = format_of(sources[0], AUTO)
+    if not reader.has_names:
+        raise UserError(f"{sources[0].url}: lines of `user item item ...` have no columns with names")
+    layout, has_names = _layout_of(reader, sources[0]) if isinstance(reader, Csv) else (Layout(), True)
+    names = reader.columns(sources[0], (), layout)
+    batches: list[pa.RecordBatch] = []
+    num_rows, is_all = 0, len(sources) == 1
+    for batch in _batches(reader, sources[0], names, layout):
+        if num_rows >= MAX_ROWS:
+            is_all = False
+            break
+        batches.append(batch)
+        num_rows += batch.num_rows
+    if not num_rows:
+        raise UserError(f"{sources[0].url}: there are no rows in it")
+    columns = []
+    for name in names:
+        values = pa.concat_arrays([plain(batch.column(name)) for batch in batches])
+        if isinstance(reader, JsonLines) and pa.types.is_large_list(values.type):
+            values = _unwrapped(values)
+        elif isinstance(reader, Csv):
+            values = pc.utf8_trim_whitespace(values)  # as the values of a click log are read
+        columns.append(_column(name, values))
+    format = next(key for key, value in FORMATS.items() if value is reader)
+    return Survey(format, layout, has_names, num_rows, is_all, columns)
+
+
+def _batches(reader: Format, source: Source, names: Sequence[str], layout: Layout) -> Iterator[pa.RecordBatch]:
+    """Yields the rows of a file; lines that cannot be parsed are left out."""
+    # Which columns are numbers and which are bags is yet to be found out.
+    uses = Uses(numbers=frozenset(names), separators=dict.fromkeys(names))
+    faults: list[Fault] = []
+    for segment in (segment for part in reader.plan([source], _PART_BYTES, ()) for segment in part):
+        for rows in reader.read(segment, list(names), tuple(names), layout, faults, uses=uses):
+            yield rows.batch
+
+
+def _unwrapped(values: pa.Array) -> pa.Array:
+    """Returns the values of lists of at most one value each, as the reader of JSON lines gives any value of a bag."""
+    lengths = pc.fill_null(pc.list_value_length(values), 0)
+    if (pc.max(lengths).as_py() or 0) > 1:
+        return values
+    places = pc.if_else(pc.equal(lengths, 1), pc.subtract(pc.cumulative_sum(lengths), 1), pa.scalar(None, pa.int64()))
+    return pc.list_flatten(values).take(places)
+
+
+def _layout_of(reader: Csv, source: Source) -> tuple[Layout, bool]:
+    """Returns how the lines of a delimited text are laid out, and whether the first one names the columns."""
+    layout = Layout()
+    fields = reader.first_fields(source, layout)
+    for delimiter in _OTHER_DELIMITERS if len(fields) == 1 else ():
+        other = reader.first_fields(source, Layout(delimiter=delimiter))
+        if len(other) > len(fields):
+            layout, fields = Layout(delimiter=delimiter), other
+    # A number, a repeated field and an empty one are no names.
+    if len(set(fields)) == len(fields) and all(fields) and not any(re.fullmatch(_NUMBER, field) for field in fields):
+        return layout, True
+    return replace(layout, columns=tuple(f"c{place}" for place in range(1, len(fields) + 1))), False
+
+
+def _column(name: str, values: pa.Array) -> Column:
+    """Returns what a column holds; its values are texts as the reader of a run takes them."""
+    if pa.types.is_large_list(values.type):
+        return Column(name, "list", int(pc.sum(_is_empty_list(values)).as_py() or 0), _counts(_texts(values.flatten())))
+    texts = _texts(values)
+    given = texts.filter(pc.and_(pc.is_valid(texts), pc.not_equal(texts, "")))
+    num_missing = len(texts) - len(given)
+    counts = _counts(given)
+    if len(given) and pc.all(pc.match_substring_regex(given, f"^(?:{_NUMBER})$")).as_py():
+        numbers = pc.cast(pc.ascii_trim_whitespace(given), pa.float64())
+        least, greatest = pc.min_max(numbers).as_py().values()
+        is_integer = pc.all(pc.match_substring_regex(given, f"^(?:{_INTEGER})$")).as_py()
+        # A floating-point number in Parquet or JSON is no id, whatever its value.
+        is_integer = is_integer and not pa.types.is_floating(values.type)
+        return Column(name, "integer" if is_integer else "number", num_missing, counts, least, greatest)
+    separator = next((each for each in _BAG_SEPARATORS if _share_with(given, each) > _BAG_SHARE), None)
+    return Column(name, "text", num_missing, counts, separator=separator)
+
+
+def _is_empty_list(values: pa.Array) -> pa.Array:
+    return pc.equal(pc.fill_null(pc.list_value_length(values), 0), 0)
+
+
+def _texts(values: pa.Array) -> pa.Array:
+    return (
+        values.cast(pa.large_string())
+        if not pa.types.is_nested(values.type)
+        else pa.nulls(len(values), pa.large_string())
+    )
+
+
+def _counts(values: pa.Array) -> list[tuple[str, int]]:
+    counted = sorted(
+        ((entry["values"], entry["counts"]) for entry in pc.value_counts(values).to_pylist()),
+        key=lambda entry: (-entry[1], entry[0] or ""),
+    )
+    return [(value, count) for value, count in counted if value is not None]
+
+
+def _share_with(values: pa.Array, separator: str) -> float:
+    return float(pc.mean(pc.match_substring(values, separator)).as_py() or 0.0) if len(values) else 0.0

@@ -1,0 +1,72 @@
+"""What recipes share to draft a configuration: what columns are is guessed, and said in comments."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+
+from embedtrain.data.survey import Column, Survey
+
+_IDS = re.compile(r"(^|[_\W])(id|code|zip|zipcode|postcode|key|hash|uuid|no)$|Id$|ID$", re.IGNORECASE)
+_PLAIN = re.compile(r"[A-Za-z_/][\w./-]*")
+_COLUMN = 34
+"""Where the comments stand, if a line is not longer."""
+
+
+def head(model: str, path: str, found: Survey) -> Iterator[str]:
+    """Yields the first lines of a configuration."""
+    seen = f"all {found.num_rows:,} rows" if found.is_all else f"the first {found.num_rows:,} rows"
+    yield f"# Drafted by `embedtrain init` from {seen} of {in_comment(path)}: read what was guessed, and correct it."
+    yield "# docs/settings.md and `embedtrain config show FILE` have all settings."
+    yield ""
+    yield f"model: {model}"
+    yield ""
+
+
+def layout(found: Survey) -> Iterator[str]:
+    """Yields the keys that say how files of rows are read."""
+    yield f"  format: {found.format}"
+    if found.layout.delimiter is not None:
+        yield f"  delimiter: {scalar(found.layout.delimiter, quoted=True)}"
+    if not found.has_names:
+        names = ", ".join(found.layout.columns or ())
+        yield "  # The first line holds values, not names of columns: give them better ones here."
+        yield f"  columns: [{names}]"
+
+
+def is_id(column: Column) -> bool:
+    """Returns whether a column of integers is called like one of ids."""
+    return column.kind == "integer" and _IDS.search(column.name) is not None
+
+
+def of_numbers(column: Column) -> str:
+    """Returns a remark on a column of numbers."""
+    missing = f", {column.num_missing:,} missing" if column.num_missing else ""
+    return f"numbers from {column.least:g} to {column.greatest:g}{missing}"
+
+
+def of_values(column: Column, found: Survey) -> str:
+    """Returns a remark on the values of a column."""
+    example = f", such as {in_comment(column.counts[0][0])}" if column.counts else ""
+    missing = f", {column.num_missing:,} missing" if column.num_missing else ""
+    where = "" if found.is_all else f" in {found.num_rows:,} rows"
+    return f"{column.num_values:,} values{where}{example}{missing}"
+
+
+def commented(line: str, comment: str) -> str:
+    """Returns a line with a comment behind it."""
+    return f"{line:<{_COLUMN}} # {comment}"
+
+
+def in_comment(text: str) -> str:
+    """Returns a text as it can stand on one line of a comment."""
+    shown = text if text.isprintable() and text else json.dumps(text)
+    return shown if len(shown) <= 40 else f"{shown[:37]}..."
+
+
+def scalar(text: str, *, quoted: bool = False) -> str:
+    """Returns a text as YAML."""
+    if not quoted and _PLAIN.fullmatch(text) and text != "null":
+        return text
+    return json.dumps(text, ensure_ascii=not text.isprintable())

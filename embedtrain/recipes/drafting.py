@@ -1,0 +1,33 @@
+"""A first configuration for files of rows, by the first model that can use their columns."""
+
+from __future__ import annotations
+
+from embedtrain.data.survey import survey
+from embedtrain.errors import UserError
+from embedtrain.recipes.registry import BUILT_IN, recipe_of
+
+
+def draft(path: str, model: str | None = None, label: str | None = None) -> str:
+    """Returns a configuration as YAML for files of rows.
+
+    Args:
+        path: a file, a glob or a folder of csv, tsv, jsonl or parquet.
+        model: whose; None for the first model that can use the columns, those that predict a column before the others.
+        label: the column that the model predicts; None to guess it.
+
+    Raises:
+        UserError: the files cannot be read, or have no columns that the model could use.
+    """
+    names = [name for name in reversed(BUILT_IN) if recipe_of(name).draft is not None]
+    if model is not None and model not in names:
+        raise UserError(f"--from drafts configurations of {' and '.join(names)}, not of {model!r}; leave out --from")
+    found = survey(path)
+    errors: list[UserError] = []
+    for name in names if model is None else [model]:
+        make = recipe_of(name).draft
+        assert make is not None
+        try:
+            return "\n".join(make(path, found, label)) + "\n"
+        except UserError as error:
+            errors.append(error)
+    raise errors[0]

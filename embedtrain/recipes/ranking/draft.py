@@ -1,0 +1,133 @@
+"""A first configuration of ranking for files of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from embedtrain.data.survey import Column, Survey
+from embedtrain.errors import UserError
+from embedtrain.recipes.draft import commented, head, in_comment, is_id, layout, of_numbers, of_values, scalar
+
+_LABELS = (
+    "label",
+    "target",
+    "click",
+    "clicked",
+    "is_click",
+    "y",
+    "class",
+    "outcome",
+    "converted",
+    "income",
+    "response",
+)
+_POSITIVES = ("1", "true", "yes", "y", "t", "positive", "click")
+_FEW_VALUES = 50
+"""Integers with at most so many values are looked up in a table."""
+_BOTH_VALUES = 1000
+"""Integers with at most so many values are numbers and looked up too."""
+_ROWS_OF_A_SHORT_RUN = 200_000
+"""How many rows small files are passed over for, all epochs together."""
+
+
+def draft(path: str, found: Survey, label: str | None) -> Iterator[str]:
+    """Yields the lines of a configuration; see `Recipe.draft`."""
+    return _ranking(path, found, _label_of(found.columns, label))
+
+
+def _ranking(path: str, found: Survey, label: Column | None) -> Iterator[str]:
+    if label is None:
+        names = ", ".join(f"{column.name} ({column.num_values:,} values)" for column in found.columns)
+        raise UserError(
+            f"{path}: no column has two values, as a label has; its columns are {names}. Add a column of 0 and 1, or "
+            "draft a configuration of retrieval: embedtrain init retrieval --from FILE"
+        )
+    features = [column for column in found.columns if column is not label]
+    dense = [column for column in features if column.kind in ("integer", "number")]
+    dense = [column for column in dense if not is_id(column) and column.num_values > 2]
+    looked_up = [column for column in features if _is_looked_up(column, found.num_rows)]
+    dense = [column for column in dense if column not in looked_up or column.num_values > _FEW_VALUES]
+    left_out = [column for column in features if column not in dense and column not in looked_up]
+    if not looked_up:
+        raise UserError(
+            f"{path}: no column looks like one to look up in a table; columns of numbers alone need no tables"
+        )
+    yield from head("ranking", path, found)
+    yield "data:"
+    yield f"  path: {scalar(path)}"
+    yield commented("  valid_path: null", "held-out examples of the same columns, measured after each epoch")
+    yield from layout(found)
+    yield commented(f"  label: {scalar(label.name)}", f"guessed: it has two values, {_shares(label)}")
+    values = [value for value, _ in label.counts]
+    if set(values) <= {"0", "1"}:
+        yield commented("  positive: null", "labels are 0 and 1")
+    else:
+        yield commented(f"  positive: {scalar(_positive(label), quoted=True)}", "guessed: the value that counts as 1")
+    yield "  dense:" if dense else "  dense: []"
+    yield from (commented(f"  - {scalar(column.name)}", of_numbers(column)) for column in dense)
+    yield "  categorical:"
+    for column in looked_up:
+        both = "; a number above too" if column in dense else ""
+        yield commented(f"  - {scalar(column.name)}", f"{of_values(column, found)}{both}")
+    bags = [column for column in looked_up if column.kind == "list" or column.separator is not None]
+    if bags:
+        yield "  features:"
+        for column in bags:
+            separator = "" if column.separator is None else f', separator: "{column.separator}"'
+            yield f"    {scalar(column.name)}: {{bag: true{separator}, pooling: mean}}"
+    for column in left_out:
+        yield f"  # left out: {in_comment(column.name)}, {_why_left_out(column, found)}"
+    is_small = found.is_all
+    yield ""
+    yield "table:"
+    yield f"  dim: {8 if is_small else 16}"
+    yield ""
+    yield "train:"
+    epochs = min(30, max(3, _ROWS_OF_A_SHORT_RUN // found.num_rows)) if is_small else 1
+    yield commented(f"  epochs: {epochs}", "passes over the data; more can follow in the same run")
+    yield commented(f"  global_batch_size: {256 if is_small else 4096}", "examples of a step, over all ranks")
+
+
+def _label_of(columns: Sequence[Column], name: str | None) -> Column | None:
+    """Returns the column to predict: a column of two values, by its name, or else the last of them."""
+    if name is not None:
+        for column in columns:
+            if column.name == name:
+                if column.num_values != 2:
+                    raise UserError(f"--label {name}: expected a column of two values, got {column.num_values:,}")
+                return column
+        raise UserError(f"--label {name}: there is no such column; there are {', '.join(c.name for c in columns)}")
+    binary = [column for column in columns if column.num_values == 2 and column.kind != "list"]
+    by_name = {column.name.lower(): column for column in binary}
+    named = [by_name[each] for each in _LABELS if each in by_name]
+    zero_one = [column for column in binary if {value for value, _ in column.counts} == {"0", "1"}]
+    return next(iter([*named, *zero_one[-1:], *binary[-1:]]), None)
+
+
+def _is_looked_up(column: Column, num_rows: int) -> bool:
+    """Returns whether a column's values are looked up: they come again, and there is more than one."""
+    if column.num_values < 2 or column.kind == "number":
+        return False
+    if column.kind != "list" and column.num_values >= num_rows - column.num_missing > 2:
+        return False
+    return column.kind != "integer" or is_id(column) or column.num_values <= _BOTH_VALUES
+
+
+def _why_left_out(column: Column, found: Survey) -> str:
+    if column.num_values == 0:
+        return "which has no value"
+    if column.num_values == 1:
+        return "which is the same in every row"
+    return f"of which nearly every row has another value, such as {in_comment(column.counts[0][0])}"
+
+
+def _positive(label: Column) -> str:
+    """Returns the value that means yes, or else the rarer one."""
+    values = [value for value, _ in label.counts]
+    meant = [value for value in values if value.strip().lower() in _POSITIVES]
+    return meant[0] if len(meant) == 1 else values[-1]
+
+
+def _shares(column: Column) -> str:
+    total = sum(count for _, count in column.counts)
+    return " and ".join(f"{in_comment(value)} ({count / total:.1%})" for value, count in column.counts)

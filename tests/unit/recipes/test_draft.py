@@ -1,0 +1,174 @@
+"""`embedtrain init`: a configuration of a file's columns, and of what embedtrain brings, by name."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedtrain.cli import main
+from embedtrain.config.resolved import to_yaml
+from embedtrain.config.values import settings_of
+from embedtrain.recipes.drafting import draft
+from embedtrain.recipes.loading import load_config, shipped_names
+
+NAMES = ["user_id", "shop", "price", "qty", "tags", "note", "fixed", "clicked"]
+
+
+def rows(count: int = 400) -> list[list[Any]]:
+    generator = random.Random(1)
+    return [
+        [
+            generator.randrange(40) + 1000,
+            f"shop {generator.randrange(9)}",
+            round(generator.random() * 50, 2),
+            generator.randrange(6),
+            "|".join(generator.sample("abcd", 2)),
+            f"note {number}",
+            "x",
+            int(generator.random() < 0.2),
+        ]
+        for number in range(count)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write_csv(path: str, found: Sequence[Sequence[Any]], names: Sequence[str] | None = NAMES, comma: str = ",") -> None:
+    lines = [] if names is None else [comma.join(names)]
+    Path(path).write_text("\n".join([*lines, *(comma.join(map(str, row)) for row in found)]) + "\n")
+
+
+def data_of(text: str) -> dict[str, Any]:
+    Path("my.yaml").write_text(text)
+    data: dict[str, Any] = settings_of(load_config("my.yaml", []))["data"]
+    return data
+
+
+@pytest.mark.parametrize("kind", ["csv", "semicolons", "tsv", "jsonl", "parquet"])
+def test_columns_are_what_they_look_like_in_every_format(kind: str) -> None:
+    path = {"semicolons": "train.csv"}.get(kind, f"train.{kind}")
+    if kind in ("csv", "semicolons", "tsv"):
+        write_csv(path, rows(), comma={"csv": ",", "semicolons": ";", "tsv": "\t"}[kind])
+    elif kind == "jsonl":
+        Path(path).write_text("\n".join(json.dumps(dict(zip(NAMES, row, strict=True))) for row in rows()) + "\n")
+    else:
+        pq.write_table(pa.Table.from_pylist([dict(zip(NAMES, row, strict=True)) for row in rows()]), path)
+    data = data_of(draft(path))
+    assert (data["path"], data["label"], data["positive"]) == (path, "clicked", None)
+    assert data["dense"] == ["price"]
+    assert data["categorical"] == ["user_id", "shop", "qty", "tags"]
+    assert data["features"]["tags"]["bag"] and data["features"]["tags"]["separator"] == "|"
+    assert data["delimiter"] == (";" if kind == "semicolons" else None)
+
+
+def test_what_was_guessed_is_said() -> None:
+    write_csv("train.csv", rows())
+    text = draft("train.csv")
+    for part in (
+        "from all 400 rows of train.csv",
+        "guessed: it has two values, 0 (",
+        "# 40 values, such as 10",
+        "# numbers from 0.",
+        "# left out: note, of which nearly every row has another value, such as note 0",
+        "# left out: fixed, which is the same in every row",
+    ):
+        assert part in text
+
+
+def test_a_file_without_names_gets_some_and_a_label_of_texts_its_positive() -> None:
+    # With spaces after the commas, which are no part of the values.
+    write_csv("train.csv", [[*row[:-1], [" >50K", " <=50K: no"][row[-1] == 0]] for row in rows()], names=None)
+    text = draft("train.csv")
+    assert "The first line holds values, not names of columns" in text
+    data = data_of(text)
+    assert data["columns"] == [f"c{place}" for place in range(1, 9)]
+    assert (data["label"], data["positive"]) == ("c8", ">50K")
+
+
+def test_the_label_can_be_named(capfd: pytest.CaptureFixture[str]) -> None:
+    write_csv("train.csv", [[*row, row[0] % 2] for row in rows()], names=[*NAMES, "odd"])
+    assert data_of(draft("train.csv", label="odd"))["label"] == "odd"
+    assert data_of(draft("train.csv"))["label"] == "clicked"
+    for label, said in (("shop", "expected a column of two values, got 9"), ("none", "there is no such column")):
+        assert main(["init", "--from", "train.csv", "--label", label]) == 2
+        assert said in capfd.readouterr().err
+
+
+def test_names_and_values_of_any_characters_are_quoted() -> None:
+    names = ["a: b", "on", "null", "c #d", "ä'\"", "é", "f,g", "yes"]
+    write_csv("train.csv", rows(), names=[])
+    lines = Path("train.csv").read_text().splitlines()[1:]
+    Path("train.csv").write_text("\n".join([",".join(f'"{n.replace(chr(34), chr(34) * 2)}"' for n in names), *lines]))
+    data = data_of(draft("train.csv"))
+    assert data["categorical"] == ["a: b", "on", "c #d", "ä'\""]
+    assert data["dense"] == ["null"] and data["label"] == "yes"
+
+
+def test_users_and_items_are_found_by_their_names(capfd: pytest.CaptureFixture[str]) -> None:
+    found = [[f"m{row[0]}", row[1], row[3]] for row in rows()]
+    write_csv("ratings.csv", found, names=["movie", "customer_no", "stars"])
+    assert main(["init", "--from", "ratings.csv"]) == 0
+    text = capfd.readouterr().out
+    data = data_of(text)
+    assert (data["user_column"], data["item_column"]) == ("customer_no", "movie")
+    assert "model: retrieval" in text and "# not used: stars" in text
+
+
+@pytest.mark.parametrize("model", ["ranking", "retrieval"])
+def test_what_is_drafted_trains(model: str, capfd: pytest.CaptureFixture[str]) -> None:
+    write_csv("train.csv", rows(), comma=";")
+    assert main(["init", model, "--from", "train.csv"]) == 0
+    Path("my.yaml").write_text(capfd.readouterr().out)
+    assert main(["train", "my.yaml", "--dry-run", "data.cache_path=cache", "run.path=run"]) == 0
+    assert "step 2" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "expected --from FILE, or the name of a configuration: quickstart, ranking"),
+        (["nothing"], "embedtrain brings no configuration 'nothing'; it brings quickstart"),
+        (["--from", "none.csv"], "none.csv: no such file"),
+        (["--from", "text.txt"], "lines of `user item item ...` have no columns with names"),
+        (["--from", "numbers.csv"], "no column has two values, as a label has; its columns are a (3 values), b (3"),
+        (["--from", "empty.csv"], "there are no rows in it"),
+        (["word2vec", "--from", "numbers.csv"], "--from drafts configurations of ranking and retrieval, not of"),
+        (["retrieval", "--from", "numbers.csv", "--label", "a"], "--label is for models that predict a column"),
+        (["ranking", "--label", "a"], "--label names a column of the file of --from"),
+        (["retrieval", "--from", "numbers.csv"], "expected a column of users and one of items, got the columns a, b"),
+    ],
+)
+def test_mistakes_are_refused(arguments: list[str], said: str, capfd: pytest.CaptureFixture[str]) -> None:
+    Path("text.txt").write_text("a b c\n")
+    Path("numbers.csv").write_text("a,b\n1.5,1.25\n2.5,2.25\n3.5,3.25\n")
+    Path("empty.csv").write_text("a,b\n")
+    assert main(["init", *arguments]) == 2
+    assert said in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_a_configuration_is_found_by_its_name_and_printed_as_it_is(
+    name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    by_name = to_yaml(load_config(name, ["data.path=x"]))
+    assert main(["init", name]) == 0
+    Path("copy.yaml").write_text(capfd.readouterr().out)
+    assert to_yaml(load_config("copy.yaml", ["data.path=x"])) == by_name
+    Path(name).write_text("seed: 7\n")
+    assert load_config(name, ["data.path=x"]).seed == 7, "a file of the user's own comes first"
+
+
+def test_a_name_that_is_none_says_which_there_are(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "word2vek", "data.path=x"]) == 2
+    said = capfd.readouterr().err
+    assert "there is no configuration file word2vek; embedtrain brings quickstart, ranking" in said
