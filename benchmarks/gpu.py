@@ -238,7 +238,7 @@ def our_step(num_rows: int, ids: list[Tensor], grad: Tensor, kind: str) -> Case:
         return vectors.detach()
 
     def check() -> None:
-        group = tables.row_groups[0]
+        group = tables.table_groups[0]
         rows = group.keys_of([0], [ids[0]])[0]
         check_first_step(step, group.weight, rows, grad, Moments(eps=EPS), is_rowwise=True)
 
@@ -376,7 +376,7 @@ def step_of_word_vectors(text: Text, device: torch.device) -> Case:
 
     def check() -> None:
         sample = text.batch(0, 0).sample
-        group = model.tables.row_groups[0]
+        group = model.tables.table_groups[0]
         ids = [sample.words.to(device), sample.targets.flatten().to(device)]
         rows, places = group.keys_of([0, 1], ids)[0].unique(return_inverse=True)
         inputs, targets = places.split([some.numel() for some in ids])

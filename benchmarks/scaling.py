@@ -136,7 +136,7 @@ def run_rank(options: argparse.Namespace) -> None:
 
 def bytes_between_ranks(model: Word2Vec, batch: TextBatch) -> int:
     """Returns the bytes that a step moves for this rank: ids and gradients to other ranks, vectors from them."""
-    (rows,) = model.tables.row_groups
+    (rows,) = model.tables.table_groups
     size = rows.ranks.size
     tables = [[shard.spec.name for shard in rows.shards].index(name) for name in (INPUT, OUTPUT)]
     keys, _ = rows.keys_of(tables, [batch.sample.words, batch.sample.targets.flatten()])

@@ -78,7 +78,7 @@ class FeatureSpec:
         invalid_ids: what to do with an id that is negative or past the table: "error" on every rank,
             "hash" into the table, or "drop" it, as if its bag did not hold it.
         pool_at: where several ranks pool bags: at the "example", to which each distinct row travels; at the "owner"
-            of the rows, which sends a sum per bag; "auto" takes, step by step, what moves fewer bytes.
+            of the rows, which sends a sum per bag; "auto" takes what moves fewer bytes.
     """
 
     name: str

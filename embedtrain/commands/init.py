@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from embedtrain.commands.console import EXIT_DONE, ConfigFile, command
+from embedtrain.commands.console import EXIT_DONE, ConfigFile, command, tell
 from embedtrain.errors import UserError
 
 
@@ -25,9 +25,9 @@ def init(name: str | None, path: str | None, label: str | None) -> int:
 
         if name is None:
             raise UserError(f"expected --from FILE, or the name of a configuration: {', '.join(shipped_names())}")
-        print(read_shipped(name), end="")
+        tell(*read_shipped(name).removesuffix("\n").split("\n"))
         return EXIT_DONE
     from embedtrain.recipes.drafting import draft
 
-    print(draft(path, name, label), end="")
+    tell(*draft(path, name, label).removesuffix("\n").split("\n"))
     return EXIT_DONE

@@ -17,6 +17,7 @@ from embedtrain.embedding.input_dist import Asked, input_dist_of
 from embedtrain.embedding.lookup import lookup
 from embedtrain.embedding.output_dist import fetch_distinct, output_dist
 from embedtrain.embedding.placement import PlacementChoice, place_rows
+from embedtrain.embedding.pooling_choice import PoolingChoice, PoolingChoices
 from embedtrain.embedding.shard_view import ShardView
 from embedtrain.embedding.state_dict import add_entries, as_attributes, take_entries
 from embedtrain.embedding.table_group import TableGroup, TableGroups, TableShard
@@ -62,7 +63,7 @@ class EmbeddingCollection(nn.Module):
 
     Attributes:
         ranks: those that share the tables.
-        row_groups: the groups of tables; every optimizer updates some of them.
+        table_groups: the groups of tables; every optimizer updates some of them.
 
     Raises:
         ValueError: names repeat, a feature names a table that does not exist, or an option is none of those above.
@@ -90,7 +91,7 @@ class EmbeddingCollection(nn.Module):
         for table in tables:
             members.setdefault(table.group, []).append(table)
         where = place_rows(placement, cache_bytes, list(members.values()), self.ranks.size, self.device)
-        self.row_groups = [
+        self.table_groups = [
             TableGroup(
                 specs,
                 seed=seed,
@@ -101,25 +102,27 @@ class EmbeddingCollection(nn.Module):
             )
             for specs in members.values()
         ]
+        self._choices: PoolingChoices = {}
         self._begin()
 
     def _begin(self) -> None:
         places = {
             shard.spec.name: (number, position)
-            for number, group in enumerate(self.row_groups)
+            for number, group in enumerate(self.table_groups)
             for position, shard in enumerate(group.shards)
         }
-        self._input_dist = input_dist_of(self.row_groups, Routes(self.features, places), self.ranks)
+        self._input_dist = input_dist_of(self.table_groups, Routes(self.features, places), self.ranks)
+        self._input_dist.choices = self._choices
         self._watchers: list[Callable[[Sequence[Tensor]], None]] = []
 
     @property
     def shards(self) -> dict[str, TableShard]:
         """This rank's part of each table, by name. See `write_back` of rows in host memory."""
-        return {shard.spec.name: shard for group in self.row_groups for shard in group.shards}
+        return {shard.spec.name: shard for group in self.table_groups for shard in group.shards}
 
     def write_back(self) -> None:
         """Brings rows in host memory up to date with their copies on the device, to be read or written by others."""
-        for group in self.row_groups:
+        for group in self.table_groups:
             group.access.write_back()
 
     def watch(self, watcher: Callable[[Sequence[Tensor]], None]) -> None:
@@ -133,7 +136,7 @@ class EmbeddingCollection(nn.Module):
             ValueError: there are none.
         """
         named: dict[str, list[TableGroup]] = {}
-        for group in self.row_groups:
+        for group in self.table_groups:
             named.setdefault(group.shards[0].spec.optimizer, []).append(group)
         if optimizer not in named:
             raise ValueError(f"no table is trained by {optimizer!r}; the names are {', '.join(map(repr, named))}")
@@ -154,21 +157,21 @@ class EmbeddingCollection(nn.Module):
         unknown = sorted(set(tables or ()) - self.shards.keys())
         if unknown:
             raise ValueError(f"there is no table {', '.join(unknown)}; the tables are {', '.join(self.shards)}")
-        for group in self.row_groups:
+        for group in self.table_groups:
             named = set(group.table_names if tables is None else tables)
             group.freeze(group.frozen - named if requires_grad else group.frozen | (named & set(group.table_names)))
         return self if tables is not None else super().requires_grad_(requires_grad)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients of the rows that wait, and those of the module's own parameters."""
-        for group in self.row_groups:
+        for group in self.table_groups:
             group.clear_gradient()
         super().zero_grad(set_to_none)
 
     def extra_repr(self) -> str:
         """Returns a line per table."""
         lines = []
-        for group in self.row_groups:
+        for group in self.table_groups:
             for spec in group.specs:
                 frozen = ", frozen" if spec.name in group.frozen else ""
                 dtype = str(spec.dtype).removeprefix("torch.")
@@ -211,13 +214,37 @@ class EmbeddingCollection(nn.Module):
             is_ahead: whether another step is under way. On GPUs the ids then travel apart from its rows.
         """
         asked, keys = self._input_dist.ask(batch, is_ahead=is_ahead)
+        if not is_ahead:
+            self._take_choices(asked)
         for watcher in self._watchers:
             watcher(keys)
         return asked
 
     def look_up(self, asked: Asked) -> dict[str, Tensor]:
         """Looks up what was asked for; as `forward`. Collective: every rank, in the order in which they asked."""
+        self._take_choices(asked)
         return output_dist(asked, lookup(asked))
+
+    @property
+    def pooling_choices(self) -> dict[str, Any]:
+        """Where the ranks pool the bags of features that say `pool_at="auto"`, as JSON.
+
+        They are decided from the first batch, and again when bags become twice as long or short. A decision changes the
+        rounding of sums: a run that sets the choices it had goes on with the same bits, and one that does not decides
+        anew. Choices of another number of ranks are not taken over.
+        """
+        return {"num_ranks": self.ranks.size, "features": {name: [*choice] for name, choice in self._choices.items()}}
+
+    @pooling_choices.setter
+    def pooling_choices(self, saved: Mapping[str, Any]) -> None:
+        choices = saved["features"] if saved["num_ranks"] == self.ranks.size else {}
+        self._choices = {name: PoolingChoice(*choices[name]) for name in choices if name in self.features}
+        self._input_dist.choices = self._choices
+
+    def _take_choices(self, asked: Asked) -> None:
+        """Takes the choices that hold after a batch, in the order of the steps even if another batch is asked ahead."""
+        if torch.is_grad_enabled():
+            self._choices = asked.choices
 
     def distinct_rows(self, asked: Asked) -> Tensor:
         """Fetches each distinct row that was asked for once, for models that work on compact rows.
@@ -240,8 +267,8 @@ class EmbeddingCollection(nn.Module):
     def bring_rows(self, asked: Asked) -> None:
         """Copies those of the rows asked of this rank that live in host memory to the device, before their step."""
         for part in asked.parts:
-            rows = part.rows.rows
-            part.group.access.bring_ahead(rows if part.sums is None else torch.cat([rows, part.sums.rows]))
+            rows = part.rows if part.sums is None else torch.cat([part.rows, part.sums.rows])
+            part.group.access.bring_ahead(rows)
 
     def gather_table(self, name: str, state: str = "weight") -> Tensor:
         """Returns a whole table, or an optimizer's state of it, in order of id, on every rank.
@@ -276,7 +303,7 @@ class EmbeddingCollection(nn.Module):
         Raises:
             ValueError: rows would be stored in another dtype, or on a device without memory.
         """
-        for group in self.row_groups:
+        for group in self.table_groups:
             made = fn(torch.empty(0, dtype=group.weight.dtype, device=self.device))
             if made.dtype != group.weight.dtype:
                 raise ValueError(
@@ -289,7 +316,7 @@ class EmbeddingCollection(nn.Module):
         if made.device != self.device:
             self.device = made.device
             watchers = self._watchers
-            for group in self.row_groups:
+            for group in self.table_groups:
                 group.move(made.device)
             self._begin()
             self._watchers = watchers
@@ -303,7 +330,7 @@ class EmbeddingCollection(nn.Module):
         checkpoint saves them, and loads them in place. A count of steps is a copy, which `load_state_dict` takes over.
         """
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        mesh = self.ranks.device_mesh(self.row_groups[0].weight.device.type)
+        mesh = self.ranks.device_mesh(self.table_groups[0].weight.device.type)
         taken = {name for name, _ in itertools.chain(self.named_parameters(), self.named_buffers())}
         add_entries(destination, prefix, self.shard_views(), mesh, taken)
 
@@ -318,7 +345,7 @@ class EmbeddingCollection(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Takes over what `_save_to_state_dict` gave, or whole tensors in order of slots."""
-        for group in self.row_groups:
+        for group in self.table_groups:
             group.changes.before_update_of_all()
         views = self.shard_views()
         rest = take_entries(state_dict, prefix, views, missing_keys, error_msgs)

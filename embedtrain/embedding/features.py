@@ -98,7 +98,7 @@ class Routes:
     """
 
     def __init__(self, features: Mapping[str, FeatureSpec], places: Mapping[str, tuple[int, int]]) -> None:
-        self._features = features
+        self.features = features
         self._place = {name: places[feature.table_name] for name, feature in features.items()}
         self._found: dict[tuple[str, ...], list[Route]] = {}
         self._checksums: dict[tuple[str, ...], int] = {}
@@ -125,9 +125,9 @@ class Routes:
         return self._checksums[names]
 
     def _find(self, names: tuple[str, ...]) -> list[Route]:
-        unknown = [name for name in names if name not in self._features]
+        unknown = [name for name in names if name not in self.features]
         if unknown or not names:
-            raise ValueError(f"expected a batch of the features {list(self._features)}, got {list(names)}")
+            raise ValueError(f"expected a batch of the features {list(self.features)}, got {list(names)}")
         members: dict[int, list[str]] = {}
         for name in names:
             members.setdefault(self.group_of(name), []).append(name)
@@ -136,5 +136,5 @@ class Routes:
         for number, own in sorted(members.items()):
             own.sort(key=lambda name: self._place[name][1])
             tables = [self._place[name][1] for name in own]
-            routes.append(Route(number, own, tables, [self._features[name] for name in own]))
+            routes.append(Route(number, own, tables, [self.features[name] for name in own]))
         return routes

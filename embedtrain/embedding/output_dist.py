@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from embedtrain.embedding.input_dist import Asked, GroupAsked
-from embedtrain.embedding.lookup import Found
+from embedtrain.embedding.input_dist import Asked
+from embedtrain.embedding.requests import Found, GroupRequest
 from embedtrain.ops.pool_rows import grad_of_weights, pool_rows
 
 
@@ -43,14 +43,14 @@ def fetch_distinct(asked: Asked) -> Tensor:
 
 class _DistinctRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, part: GroupAsked) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, part: GroupRequest) -> Tensor:
         ctx.part = part
-        return part.rows.fetch_distinct()
+        return part.fetch_distinct()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        ctx.part.rows.send_distinct_home(grad)
+        ctx.part.send_distinct_home(grad)
         return None, None
 
 
@@ -59,13 +59,16 @@ class _OutputDist(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, part: GroupAsked, found: Found, *weights: Tensor | None
+        ctx: Any, anchor: Tensor, part: GroupRequest, found: Found, *weights: Tensor | None
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.part = part
         own = [bags for bags, is_there in zip(part.bags, part.at_owner, strict=True) if not is_there]
-        vectors = part.rows.fetch(found.rows)
-        ctx.vectors = vectors if any(ctx.needs_input_grad[3:]) else None
+        vectors = part.fetch(found)
+        ctx.is_learned = any(ctx.needs_input_grad[3:])
+        if ctx.is_learned:
+            # One rank pools straight from the table: backward raises if its rows have changed.
+            ctx.save_for_backward(*vectors)
         here = pool_rows(*vectors, own) if own else []
         if part.sums is None or found.sums is None:
             return tuple(here)
@@ -76,16 +79,16 @@ class _OutputDist(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        part: GroupAsked = ctx.part
+        part: GroupRequest = ctx.part
         here = [number for number, is_there in enumerate(part.at_owner) if not is_there]
         if ctx.needs_input_grad[0]:  # unless all rows are frozen, and only weights of ids are learned
             to_rows = _of_trained(part, grads)
-            part.rows.send_home([to_rows[number] for number in here], [part.bags[number] for number in here])
+            part.send_home([to_rows[number] for number in here], [part.bags[number] for number in here])
             if part.sums is not None:
                 part.sums.send_home([grad for grad, is_there in zip(to_rows, part.at_owner, strict=True) if is_there])
         of_weights: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
-        if ctx.vectors is not None:
-            source, all_places = ctx.vectors
+        if ctx.is_learned:
+            source, all_places = ctx.saved_tensors
             values = all_places.split([part.bags[number].num_values for number in here])
             for number, places in zip(here, values, strict=True):
                 grad = grads[number]
@@ -94,7 +97,7 @@ class _OutputDist(torch.autograd.Function):
         return None, None, None, *of_weights
 
 
-def _of_trained(part: GroupAsked, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+def _of_trained(part: GroupRequest, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """Returns the gradients, without those of features whose tables are frozen."""
     if not (frozen := part.group.frozen):
         return grads

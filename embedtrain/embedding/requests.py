@@ -1,225 +1,254 @@
-"""Rows that travel to the examples: which ones one look-up wants of one group of tables, and how they come and go."""
+"""What a batch looks up in one table group: which rows or sums it wants, and how they come and gradients go."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from embedtrain.distributed.stages import stage
+from embedtrain.embedding.features import Route
+from embedtrain.embedding.owner_pooling import PooledAtOwners
 from embedtrain.embedding.table_group import TableGroup
 from embedtrain.ops._backend import dispatch
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.pool_rows import Bags, pool_rows_backward
-from embedtrain.ops.row_gradient import Delivery, Run
+from embedtrain.ops.row_gradient import Delivery
 from embedtrain.ops.sort_unique import OrderedKeys, SortedKeys, order_keys, sort_unique
 
 
-class Vectors(NamedTuple):
-    """Rows where they can be pooled.
+class Found(NamedTuple):
+    """What a rank owes others of one table group.
 
     Attributes:
-        source: [n, dim]; tables, or copies of rows.
-        places: [num_values] int64; the place of each value's row.
+        source: [n, dim]; what holds the rows asked for: they are copied when they travel, once.
+        places: [num_rows] int64; the place of each row asked for.
+        sums: [num_sums, dim] of the bags that this rank pools; None if no rank wants any.
     """
 
     source: Tensor
     places: Tensor
+    sums: Tensor | None
 
 
-class RowRequest(Protocol):
-    """What one rank wants and owes of one group's rows.
+class GroupRequest(ABC):
+    """What a batch looks up in one table group, and what the ranks settled about it.
 
     Attributes:
-        rows: [n] int64; the local rows that this rank reads, if vectors are pooled; they may repeat.
+        group: the tables.
+        route: the features, in order of their tables.
+        bags: per feature how its vectors are pooled.
+        weights: per feature the weights as the caller gave them, for their own gradient.
+        at_owner: per feature whether the owners of its rows pool its bags.
+        sums: those that owners make; None if no rank wants any.
+        rows: [n] int64; the local rows that this rank reads and that travel to the examples, if vectors are pooled;
+            they may repeat.
     """
 
+    group: TableGroup
+    route: Route
+    bags: Sequence[Bags]
+    weights: Sequence[Tensor | None]
+    at_owner: Sequence[bool]
+    sums: PooledAtOwners | None
     rows: Tensor
 
     @property
+    @abstractmethod
     def distinct(self) -> SortedKeys:
         """The distinct keys of the rows that this rank wants; sorted by the first call."""
 
     @property
+    @abstractmethod
     def inverse(self) -> Tensor:
         """[num_values] int64; where each value's row lies among the distinct ones."""
 
+    @abstractmethod
     def sort_ahead(self) -> None:
         """Sorts what the update will need, if that is not part of the update."""
 
-    def fetch(self, found: Vectors) -> Vectors:
-        """Returns the rows wanted, for pooling. Collective: every rank.
+    @abstractmethod
+    def fetch(self, found: Found) -> tuple[Tensor, Tensor]:
+        """Returns rows, and the place of each value's row in them, for pooling. Collective: every rank.
 
         Args:
             found: `rows` as this rank, who owns them, reads them.
         """
 
+    @abstractmethod
     def fetch_distinct(self) -> Tensor:
         """Returns the distinct rows wanted, [num_distinct, dim] float32. Collective: every rank."""
 
+    @abstractmethod
     def send_home(self, grads: Sequence[Tensor | None], bags: Sequence[Bags]) -> None:
         """Delivers the gradients of pooled vectors, per feature, to the rows' owners. Collective: every rank."""
 
+    @abstractmethod
     def send_distinct_home(self, grad: Tensor) -> None:
         """Delivers the gradient of the distinct rows to their owners. Collective: every rank."""
 
 
-class LocalRows:
-    """Rows of a process that has all of them: a key is the local row, and nothing travels.
+class LocalRequest(GroupRequest):
+    """The request of a process that has all rows: a key is the local row, and nothing travels.
 
     Args:
-        group: the tables.
-        keys: [num_values] int64.
-        runs: of the keys.
+        group, route, bags, weights: see `GroupRequest`.
+        keys: [num_values] int64; see `TableGroup.keys_of`.
     """
 
-    def __init__(self, group: TableGroup, keys: Tensor, runs: Sequence[Run]) -> None:
-        self.rows = keys
-        self._group, self._runs = group, runs
+    sums = None
+
+    def __init__(
+        self, group: TableGroup, route: Route, bags: Sequence[Bags], weights: Sequence[Tensor | None], keys: Tensor
+    ) -> None:
+        self.group, self.route, self.bags, self.weights, self.rows = group, route, bags, weights, keys
+        self.at_owner = [False] * len(bags)
         self._ordered: OrderedKeys | SortedKeys | None = None
 
     @property
     def distinct(self) -> SortedKeys:
-        """See `RowRequest`; a pooled look-up never asks for it."""
+        """See `GroupRequest`; a pooled look-up never asks for it."""
         if self._ordered is None:
             with stage("unique"):
-                self._ordered = sort_unique(self.rows, bound=self._group.num_local_rows, with_inverse=False)
+                self._ordered = sort_unique(self.rows, bound=self.group.num_local_rows, with_inverse=False)
         return self._ordered.sorted
 
     @property
     def inverse(self) -> Tensor:
-        """See `RowRequest`."""
+        """See `GroupRequest`."""
         if self._ordered is None or self._ordered.inverse is None:
             with stage("unique"):
-                self._ordered = order_keys(self.rows, bound=self._group.num_local_rows)
+                self._ordered = order_keys(self.rows, bound=self.group.num_local_rows)
         assert self._ordered.inverse is not None
         return self._ordered.inverse
 
     def sort_ahead(self) -> None:
         """Does nothing: the update sorts by runs."""
 
-    def fetch(self, found: Vectors) -> Vectors:
+    def fetch(self, found: Found) -> tuple[Tensor, Tensor]:
         """Returns what was found: one rank pools straight from the table."""
-        return found
+        return found.source, found.places
 
     def fetch_distinct(self) -> Tensor:
-        """See `RowRequest`."""
-        return gather_rows(*self._group.access.look_up(self.distinct.unique), torch.float32)
+        """See `GroupRequest`."""
+        return gather_rows(*self.group.access.look_up(self.distinct.unique), torch.float32)
 
     def send_home(self, grads: Sequence[Tensor | None], bags: Sequence[Bags]) -> None:
-        """See `RowRequest`."""
-        self._group.gradients.deliver(Delivery(self.rows, bags, grads, runs=self._runs))
+        """See `GroupRequest`."""
+        runs = self.group.runs_of(self.route.tables, [feature.num_values for feature in bags])
+        self.group.gradients.deliver(Delivery(self.rows, bags, grads, runs=runs))
 
     def send_distinct_home(self, grad: Tensor) -> None:
-        """See `RowRequest`."""
+        """See `GroupRequest`."""
         rows = self.distinct.unique
-        self._group.gradients.deliver(Delivery(rows, [Bags(len(rows))], [grad], is_unique=True))
+        self.group.gradients.deliver(Delivery(rows, [Bags(len(rows))], [grad], is_unique=True))
 
 
-class RemoteRows:
-    """Rows of several ranks, each distinct one asked for once.
+class Wanted(NamedTuple):
+    """What one of several ranks looks up in a table group, before the ranks know of each other.
+
+    Attributes:
+        route, bags, weights, at_owner: see `GroupRequest`.
+        keys: [num_values] int64; see `TableGroup.keys_of`.
+    """
+
+    route: Route
+    bags: Sequence[Bags]
+    weights: Sequence[Tensor | None]
+    at_owner: Sequence[bool]
+    keys: Tensor
+
+    def keys_pooled(self, *, at_owner: bool) -> Tensor:
+        """Returns the keys of the features that are pooled on one side, feature after feature."""
+        if self.at_owner.count(at_owner) == len(self.bags):
+            return self.keys
+        parts = self.keys.split([feature.num_values for feature in self.bags])
+        chosen = [part for part, is_there in zip(parts, self.at_owner, strict=True) if is_there == at_owner]
+        return torch.cat([self.keys.new_zeros(0), *chosen])
+
+    def pooled_at_owners(self, group: TableGroup) -> PooledAtOwners | None:
+        """Returns the bags whose rows their owners add up; None if there is none."""
+        if not any(self.at_owner):
+            return None
+        bags = [feature for feature, is_there in zip(self.bags, self.at_owner, strict=True) if is_there]
+        return PooledAtOwners(group, bags, self.keys_pooled(at_owner=True))
+
+
+class RemoteRequest(GroupRequest):
+    """The request of one of several ranks: each distinct row is asked for once.
 
     Args:
         group: the tables.
-        ordered: the keys of this rank, in order.
-        ask_counts: distinct rows that this rank wants of each rank.
-        owe_counts: rows that each rank wants of this one.
-        rows: [sum(owe_counts)] int64; these local rows, by asking rank.
+        wanted: what this rank looks up.
+        ordered: the keys of the rows that travel here, in order.
+        counts: distinct rows that this rank wants of each rank, and that each rank wants of this one. None if no rank
+            wants any, as if owners pool all bags: then no row and no gradient of one travels.
+        rows: [n] int64; the local rows that the ranks want of this one, by asking rank.
+        sums: see `GroupRequest`.
     """
 
     def __init__(
         self,
         group: TableGroup,
+        wanted: Wanted,
         ordered: OrderedKeys | SortedKeys,
-        ask_counts: Sequence[int],
-        owe_counts: Sequence[int],
+        counts: tuple[Sequence[int], Sequence[int]] | None,
         rows: Tensor,
+        sums: PooledAtOwners | None,
     ) -> None:
-        self.rows = rows
-        self._group, self._ordered = group, ordered
-        self._ask_counts, self._owe_counts = ask_counts, owe_counts
+        self.group, self.rows, self.sums = group, rows, sums
+        self.route, self.bags, self.weights, self.at_owner, _ = wanted
+        self._ordered, self._counts = ordered, counts
         self._ordered_rows: OrderedKeys | None = None
 
     @property
     def distinct(self) -> SortedKeys:
-        """See `RowRequest`."""
+        """See `GroupRequest`."""
         return self._ordered.sorted
 
     @property
     def inverse(self) -> Tensor:
-        """See `RowRequest`."""
+        """See `GroupRequest`."""
+        if self._counts is None:
+            return self.rows
         assert self._ordered.inverse is not None
         return self._ordered.inverse
 
     def sort_ahead(self) -> None:
-        """See `RowRequest`."""
-        if not dispatch.uses_native(self.rows):
+        """See `GroupRequest`."""
+        if self._counts is not None and not dispatch.uses_native(self.rows):
             self._ordered_rows = OrderedKeys(self.rows)
 
-    def fetch(self, found: Vectors) -> Vectors:
-        """See `RowRequest`."""
-        return Vectors(self._fetch(found, self._group.vector_wire_dtype), self.inverse)
+    def fetch(self, found: Found) -> tuple[Tensor, Tensor]:
+        """See `GroupRequest`."""
+        return self._fetch(found.source, found.places, self.group.vector_wire_dtype), self.inverse
 
     def fetch_distinct(self) -> Tensor:
-        """See `RowRequest`."""
-        return self._fetch(Vectors(*self._group.access.look_up(self.rows)), torch.float32)
+        """See `GroupRequest`."""
+        return self._fetch(*self.group.access.look_up(self.rows), torch.float32)
 
     def send_home(self, grads: Sequence[Tensor | None], bags: Sequence[Bags]) -> None:
-        """See `RowRequest`; gradients are summed by row before they travel."""
-        dim = self._group.weight.shape[1]
-        no_rows = torch.zeros(0, dim, dtype=torch.float32, device=self._group.device)
+        """See `GroupRequest`; gradients are summed by row before they travel."""
+        dim = self.group.weight.shape[1]
+        no_rows = torch.zeros(0, dim, dtype=torch.float32, device=self.group.device)
         self.send_distinct_home(pool_rows_backward(grads, bags, self.distinct, dim) if bags else no_rows)
 
     def send_distinct_home(self, grad: Tensor) -> None:
-        """See `RowRequest`."""
-        wired = grad.to(self._group.gradient_wire_dtype)
-        grads = self._group.ranks.all_to_all_split(wired, self._ask_counts, self._owe_counts, torch.float32)
+        """See `GroupRequest`."""
+        if self._counts is None:
+            return
+        wired = grad.to(self.group.gradient_wire_dtype)
+        grads = self.group.ranks.all_to_all_split(wired, *self._counts, torch.float32)
         # Rows of one rank are distinct; several ranks may ask for the same.
         bags = [Bags(len(part)) for part in grads]
-        self._group.gradients.deliver(Delivery(self.rows, bags, grads, ordered=self._ordered_rows))
+        self.group.gradients.deliver(Delivery(self.rows, bags, grads, ordered=self._ordered_rows))
 
-    def _fetch(self, found: Vectors, dtype: torch.dtype) -> Tensor:
-        wire_dtype = self._group.vector_wire_dtype
-        return self._group.ranks.all_to_all_gather(*found, self._owe_counts, self._ask_counts, wire_dtype, dtype)
-
-
-class NoRows:
-    """Of several ranks none of which wants a row, as when owners pool all bags: nothing travels.
-
-    Args:
-        group: the tables.
-        ordered: the keys, of which there are none.
-    """
-
-    def __init__(self, group: TableGroup, ordered: OrderedKeys | SortedKeys) -> None:
-        self.rows = ordered.sorted.unique
-        self._group, self._ordered = group, ordered
-
-    @property
-    def distinct(self) -> SortedKeys:
-        """See `RowRequest`."""
-        return self._ordered.sorted
-
-    @property
-    def inverse(self) -> Tensor:
-        """See `RowRequest`."""
-        return self.rows
-
-    def sort_ahead(self) -> None:
-        """Does nothing."""
-
-    def fetch(self, found: Vectors) -> Vectors:
-        """Returns no vectors."""
-        return Vectors(self.fetch_distinct(), self.rows)
-
-    def fetch_distinct(self) -> Tensor:
-        """Returns no rows."""
-        return torch.zeros(0, self._group.weight.shape[1], dtype=torch.float32, device=self._group.device)
-
-    def send_home(self, grads: Sequence[Tensor | None], bags: Sequence[Bags]) -> None:
-        """Delivers nothing."""
-
-    def send_distinct_home(self, grad: Tensor) -> None:
-        """Delivers nothing."""
+    def _fetch(self, source: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
+        if self._counts is None:
+            return torch.zeros(0, source.shape[1], dtype=torch.float32, device=source.device)
+        ask_counts, owe_counts = self._counts
+        wire_dtype = self.group.vector_wire_dtype
+        return self.group.ranks.all_to_all_gather(source, places, owe_counts, ask_counts, wire_dtype, dtype)

@@ -70,7 +70,7 @@ class TableShard:
 class TableGroups(NamedTuple):
     """Some of the groups of a collection, to be trained by one optimizer."""
 
-    row_groups: list[TableGroup]
+    table_groups: list[TableGroup]
 
 
 class TableGroup:

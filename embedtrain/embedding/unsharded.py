@@ -122,7 +122,7 @@ class UnshardedEmbeddingCollection(nn.Module):
             self.tables[spec.name] = UnshardedTable(spec, position, seed)
 
     @property
-    def row_groups(self) -> list[UnshardedTable]:
+    def table_groups(self) -> list[UnshardedTable]:
         """What an optimizer updates."""
         return list(self.tables.values())
 

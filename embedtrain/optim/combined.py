@@ -12,8 +12,8 @@ from embedtrain.optim.stores import RowStore, RowsToUpdate
 
 
 class _Groups:
-    def __init__(self, row_groups: list[RowStore]) -> None:
-        self.row_groups = row_groups
+    def __init__(self, table_groups: list[RowStore]) -> None:
+        self.table_groups = table_groups
 
 
 class Combined(SparseOptimizer):

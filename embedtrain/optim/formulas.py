@@ -15,7 +15,7 @@ from torch import Tensor
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import Moments, moment_update
 from embedtrain.optim.optimizer import EffectiveRates, SparseOptimizer, check_share
-from embedtrain.optim.stores import HasRowGroups, RowState, RowsToUpdate
+from embedtrain.optim.stores import HasTableGroups, RowState, RowsToUpdate
 
 ACCUMULATOR = "accumulator"
 """Name of Adagrad's state in a checkpoint."""
@@ -38,7 +38,7 @@ class MomentOptimizer(SparseOptimizer):
 
     def __init__(
         self,
-        collection: HasRowGroups,
+        collection: HasTableGroups,
         defaults: dict[str, Any],
         *,
         first: RowState | None = None,
@@ -88,7 +88,7 @@ class SGD(MomentOptimizer):
         ValueError: a hyperparameter is out of range.
     """
 
-    def __init__(self, collection: HasRowGroups, *, lr: float = 0.01, **options: Any) -> None:
+    def __init__(self, collection: HasTableGroups, *, lr: float = 0.01, **options: Any) -> None:
         super().__init__(collection, {"lr": lr}, **options)
 
     def moments(self, settings: dict[str, Any]) -> Moments:
@@ -117,7 +117,7 @@ class Adagrad(MomentOptimizer):
 
     def __init__(
         self,
-        collection: HasRowGroups,
+        collection: HasTableGroups,
         *,
         lr: float = 0.01,
         eps: float = 1e-10,
@@ -167,7 +167,7 @@ class RowwiseAdagrad(MomentOptimizer):
 
     def __init__(
         self,
-        collection: HasRowGroups,
+        collection: HasTableGroups,
         *,
         lr: float = 0.01,
         eps: float = 1e-10,
@@ -224,7 +224,7 @@ class Adam(MomentOptimizer):
 
     def __init__(
         self,
-        collection: HasRowGroups,
+        collection: HasTableGroups,
         *,
         lr: float = 0.001,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -286,7 +286,7 @@ class RMSprop(MomentOptimizer):
 
     def __init__(
         self,
-        collection: HasRowGroups,
+        collection: HasTableGroups,
         *,
         lr: float = 0.01,
         alpha: float = 0.99,

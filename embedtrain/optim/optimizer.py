@@ -9,13 +9,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from embedtrain.errors import NonFiniteError
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import RowStep, row_update
 from embedtrain.optim.found_inf import PendingVerdict, factor_on_device, reason_of, total_on_device
-from embedtrain.optim.stores import STEP, HasRowGroups, RowState, RowsToUpdate, StoreOptimizer
+from embedtrain.optim.stores import STEP, HasTableGroups, RowState, RowsToUpdate, StoreOptimizer
 
 NonFinitePolicy = Literal["error", "skip"]
 
@@ -89,7 +90,7 @@ class SparseOptimizer(StoreOptimizer):
 
     def __init__(
         self,
-        collection: HasRowGroups,
+        collection: HasTableGroups,
         defaults: dict[str, Any],
         states: Sequence[RowState] = (),
         **options: Any,
@@ -257,6 +258,7 @@ class SparseOptimizer(StoreOptimizer):
             settings[STEP] += 1
             opened, placed = store.open_rows(gradient)
             self.update(opened, placed, settings, factor)
+            increment_version(opened.weight)  # kernels write behind torch's back, which checks what backward reads
             store.close_rows()
 
     def settle(self) -> None:

@@ -89,11 +89,11 @@ class RowStore(RowsToUpdate, Protocol):
         """Names the table and the id of a row."""
 
 
-class HasRowGroups(Protocol):
+class HasTableGroups(Protocol):
     """A collection of tables, or some of its groups."""
 
     @property
-    def row_groups(self) -> Sequence[RowStore]:
+    def table_groups(self) -> Sequence[RowStore]:
         """The groups of tables, in the same order on every rank."""
 
 
@@ -120,10 +120,10 @@ class StoreOptimizer(torch.optim.Optimizer):
 
     takes_over = False
 
-    def __init__(self, collection: HasRowGroups, defaults: dict[str, Any], states: Sequence[RowState] = ()) -> None:
+    def __init__(self, collection: HasTableGroups, defaults: dict[str, Any], states: Sequence[RowState] = ()) -> None:
         _check_tables(type(self).__name__, collection)
         self.states = tuple(states)
-        self.stores = list(collection.row_groups)
+        self.stores = list(collection.table_groups)
         self._is_made = False
         super().__init__([{"params": [], STEP: 0, "tables": store.table_names} for store in self.stores], defaults)
         self._is_made = True
@@ -191,11 +191,11 @@ class StoreOptimizer(torch.optim.Optimizer):
 
 
 def _check_tables(name: str, collection: object) -> None:
-    if hasattr(collection, "row_groups"):
+    if hasattr(collection, "table_groups"):
         return
     written, inner = type(collection).__name__, ""
     if isinstance(collection, nn.Module):
-        found = [path for path, module in collection.named_modules() if hasattr(module, "row_groups")]
+        found = [path for path, module in collection.named_modules() if hasattr(module, "table_groups")]
         inner = f": this {written} has {' and '.join(f'.{path}' for path in found)}" if found else ""
     elif inspect.isgenerator(collection) or isinstance(collection, Sequence | Mapping):
         written = "parameters"

@@ -48,9 +48,9 @@ from embedtrain.optim.registry import usable
 from embedtrain.recipes.optimizers import check_optimizers
 from embedtrain.recipes.registry import BUILT_IN, DEFAULT_MODEL, RECIPES, recipe_of
 
-_logger = logging.getLogger(__name__)
-
 _SHIPPED = Path(__file__).resolve().parents[1] / "configs"
+
+_logger = logging.getLogger(__name__)
 
 _MERGE_ERRORS = (OmegaConfBaseException, ValueError, TypeError, AttributeError, KeyError)
 """What omegaconf raises for values that do not fit; the last four slip through it."""

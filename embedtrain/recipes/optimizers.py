@@ -15,7 +15,7 @@ from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.embedding.table_group import TableGroup, TableGroups
 from embedtrain.errors import UserError
 from embedtrain.optim.dense import DenseOptimizer
-from embedtrain.optim.stores import HasRowGroups
+from embedtrain.optim.stores import HasTableGroups
 from embedtrain.spec import DEFAULT_OPTIMIZER, TableSpec
 
 
@@ -86,7 +86,7 @@ def _probe(section: OptimizerConfig, dtype: torch.dtype, where: str, together: M
 
 
 def _make(
-    section: OptimizerConfig, tables: HasRowGroups, where: str, together: Mapping[str, Any]
+    section: OptimizerConfig, tables: HasTableGroups, where: str, together: Mapping[str, Any]
 ) -> optim.SparseOptimizer:
     options = section.row_options()
     kind = optim.OPTIMIZERS[options.pop("name")]

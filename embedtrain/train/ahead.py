@@ -54,7 +54,7 @@ class BatchesAhead:
         assert not isinstance(task.batches, StreamedBatches)
         self._batches: Batches = task.batches
         tables = task.tables
-        pays = tables.device.type == "cuda" or any(group.access.is_on_host for group in tables.row_groups)
+        pays = tables.device.type == "cuda" or any(group.access.is_on_host for group in tables.table_groups)
         self._model = task.model if pays and isinstance(task.model, PreparesBatches) else None
         self._stream = torch.cuda.Stream(tables.device) if tables.device.type == "cuda" else None
         self._next: tuple[tuple[int, int], Prepared] | None = None

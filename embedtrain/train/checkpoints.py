@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from embedtrain.checkpoint import (
@@ -147,6 +147,7 @@ class Checkpoints:
                 "param_groups": self._optimizer.state_dict()["param_groups"],
                 "num_skipped": self._optimizer.num_skipped,
             },
+            "pooling": self._tables.pooling_choices,
         }
         replicated = {}
         if self._dense is not None:
@@ -238,6 +239,8 @@ class Checkpoints:
         self._facts = {**self._facts, **kept}
         self._state.restore(saved.train)
         self.metrics = saved.metrics
+        if saved.pooling is not None:
+            self._tables.pooling_choices = asdict(saved.pooling)
         self._optimizer.num_skipped = saved.optimizer.num_skipped
         if is_reset:
             return

@@ -10,8 +10,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import yaml
-
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
 from embedtrain.config.resolved import differing_keys, settings_in, to_yaml
 from embedtrain.config.sections import Config
@@ -188,7 +186,6 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
     )
     is_resumed = checkpoints.restore()
     _check_reset(config, earlier, state)
-    runtime.ranks.run_on_first(functools.partial(_write_folder, folder, config, parts))
     trainer = Trainer(
         parts.task,
         state,
@@ -200,6 +197,7 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
         is_shared=functools.partial(is_shared, runtime=runtime),
     )
     _check_epochs(config, earlier, trainer, runtime)
+    runtime.ranks.run_on_first(functools.partial(_write_folder, folder, config, parts))
     sinks = _build_sinks(config, folder, state, parts.task) if runtime.rank == 0 else []
     observers = _build_observers(config, folder, state, parts.task, sinks, runtime)
     return Run(trainer, folder, sinks, is_resumed, earlier is not None, observers, parts.check_data)
@@ -282,7 +280,7 @@ def _check_epochs(config: Config, earlier_yaml: str | None, trainer: Trainer, ru
             f"train.epochs={config.train.epochs} ends at step {total:,}, and {config.run.path} is at step {step:,} "
             "already: give more epochs, or another run.path"
         )
-    earlier = yaml.safe_load(earlier_yaml)["train"].get("epochs")
+    earlier = settings_in(earlier_yaml).get("train.epochs")
     if earlier != config.train.epochs and step < total and runtime.rank == 0:
         factor = _schedule_factor(config, step / total)
         _logger.info(

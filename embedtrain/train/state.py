@@ -112,6 +112,14 @@ class SavedDense:
 
 
 @dataclass(frozen=True)
+class SavedPooling:
+    """Where the ranks pool the bags of each feature; see `EmbeddingCollection.pooling_choices`."""
+
+    num_ranks: Count
+    features: Mapping[str, tuple[bool, Amount]]
+
+
+@dataclass(frozen=True)
 class Started:
     """How a table began from a file of vectors."""
 
@@ -137,6 +145,7 @@ class RunState:
         optimizer: of the tables.
         data_fingerprint: by which a resumed run recognises its data.
         dense_optimizer: of the dense parameters; None if the model has none.
+        pooling: where bags are pooled; None in checkpoints of before it was decided once: the run decides anew.
         metrics: the newest value of each measure.
         init_from: by table, how it began from a file.
         grown_from: None if the run was not grown from another.
@@ -148,6 +157,7 @@ class RunState:
     optimizer: SavedOptimizer
     data_fingerprint: str
     dense_optimizer: SavedDense | None = None
+    pooling: SavedPooling | None = None
     metrics: Mapping[str, float | int | str] = field(default_factory=dict)
     init_from: Mapping[str, Started] = field(default_factory=dict)
     grown_from: GrownFrom | None = None

@@ -24,6 +24,7 @@ ALLOWED: dict[str, str] = {
     "embedtrain/ops/_backend/triton_runs.py: _sum_chunk": _KERNEL,
     "embedtrain/ops/_backend/triton_runs.py: _add_heads": _KERNEL,
     "embedtrain/ops/skipgram_block/triton.py: _block_against_band": _KERNEL,
+    "embedtrain/ops/skipgram_block/triton.py: _block_of_means": _KERNEL,
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -38,8 +38,8 @@ def train(tables, optimizer, steps: range, rank: int = 0, brings_ahead: bool = F
         sum(vectors.square().sum() for vectors in tables(batch_of(step, rank)).values()).backward()
         if brings_ahead:
             ids = batch_of(step + 1, rank)
-            keys, _ = tables.row_groups[0].keys_of([0, 1], [ids["word"].values, ids["item"].values])
-            tables.row_groups[0].access.bring_ahead(keys)
+            keys, _ = tables.table_groups[0].keys_of([0, 1], [ids["word"].values, ids["item"].values])
+            tables.table_groups[0].access.bring_ahead(keys)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -56,7 +56,7 @@ def assert_equal(first, second) -> None:
 @pytest.mark.parametrize("cache_bytes", CACHES)
 def test_steps_are_the_devices(cache_bytes: int, optimizer: str, dtype: torch.dtype, brings_ahead: bool) -> None:
     on_device, on_host = make("device", dtype=dtype), make("host", cache_bytes, dtype)
-    assert on_host.row_groups[0].access.is_on_host and not on_device.row_groups[0].access.is_on_host
+    assert on_host.table_groups[0].access.is_on_host and not on_device.table_groups[0].access.is_on_host
     train(on_device, OPTIMIZERS[optimizer](on_device), range(8))
     train(on_host, OPTIMIZERS[optimizer](on_host), range(8), brings_ahead=brings_ahead)
     for name in ("word", "item"):
@@ -67,14 +67,14 @@ def test_steps_are_the_devices(cache_bytes: int, optimizer: str, dtype: torch.dt
 def test_hot_rows_stay_on_the_device_until_they_are_written_back() -> None:
     tables = make("host", 10**9)
     optimizer = OPTIMIZERS["RowwiseAdagrad"](tables)
-    before = tables.row_groups[0].weight.clone()
+    before = tables.table_groups[0].weight.clone()
     train(tables, optimizer, range(2))
-    assert torch.equal(tables.row_groups[0].weight, before)
+    assert torch.equal(tables.table_groups[0].weight, before)
     tables.write_back()
     assert not torch.equal(tables.shards["word"].weight, before[:60])
     cold = make("host", 0)
     train(cold, OPTIMIZERS["RowwiseAdagrad"](cold), range(2))
-    assert torch.equal(cold.row_groups[0].weight, tables.row_groups[0].weight)
+    assert torch.equal(cold.table_groups[0].weight, tables.table_groups[0].weight)
 
 
 def test_values_put_into_the_tables_are_read() -> None:
@@ -106,7 +106,7 @@ def test_saves_in_the_background_hold_the_rows_as_they_were(cache_bytes: int, tm
             load_shards(reader, loaded.shard_views())
         assert_equal(loaded, expected)
         with CheckpointReader(path) as reader:
-            for group in tables.row_groups:
+            for group in tables.table_groups:
                 group.changes.before_update_of_all()
             load_shards(reader, tables.shard_views())
 
@@ -127,7 +127,7 @@ def test_ranks_agree_with_tables_on_the_device(cache_bytes: int) -> None:
 
 
 def test_auto_takes_the_device_where_that_is_the_host() -> None:
-    assert not make("auto", 100).row_groups[0].access.is_on_host
+    assert not make("auto", 100).table_groups[0].access.is_on_host
 
 
 @pytest.mark.parametrize(("placement", "cache_bytes"), [("gpu", None), ("host", -1), ("device", 5)])

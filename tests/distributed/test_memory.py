@@ -25,7 +25,7 @@ def train(ranks: Ranks) -> tuple[int, int]:
     rank = 0 if ranks is None else ranks.rank
     take_steps(*make(num_rows=10), 10, rank)  # code is mapped as it first runs
     tables, optimizer = make(NUM_ROWS)
-    (rows,) = tables.row_groups
+    (rows,) = tables.table_groups
     held_bytes = sum(tensor.nbytes for tensor in (rows.weight, *rows.state.values()))
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = memory_bytes("VmRSS")

@@ -10,11 +10,12 @@ struct Terms {
     bool per_value;
     int num_parts;
     GradientTerm* terms;
+    Outside* outside;
 };
 
 void write_terms(const void* arguments, int part) {
     const Terms& t = *static_cast<const Terms*>(arguments);
-    visit_bags(t.bags, part, t.num_parts,
+    visit_bags(t.bags, part, t.num_parts, t.outside,
                [&t](const Feature& feature, Before before, int64_t bag, int64_t value, int64_t length) {
                    const float* row = feature.vectors ? feature.vectors + bag * feature.row_stride : t.zeros;
                    const float factor = feature.is_mean && length ? 1.0f / static_cast<float>(length) : 1.0f;
@@ -31,7 +32,7 @@ void write_terms(const void* arguments, int part) {
 
 }  // namespace
 
-const GradientTerm* find_terms(const Bags& bags, int64_t dim, bool per_value, int num_parts) {
+const GradientTerm* find_terms(const Bags& bags, int64_t dim, bool per_value, int num_parts, Outside* outside) {
     int64_t total = 0;
     for (int64_t f = 0; f < bags.num_features; ++f) {
         total += per_value ? bags.features[f].num_values : num_terms(bags.features[f]);
@@ -39,7 +40,7 @@ const GradientTerm* find_terms(const Bags& bags, int64_t dim, bool per_value, in
     float* zeros = static_cast<float*>(scratch(0, dim * 4));
     std::fill_n(zeros, dim, 0.0f);
     GradientTerm* terms = static_cast<GradientTerm*>(scratch(1, total * static_cast<int64_t>(sizeof(GradientTerm))));
-    const Terms work{bags, zeros, per_value, num_parts, terms};
+    const Terms work{bags, zeros, per_value, num_parts, terms, outside};
     run_parts(num_parts, write_terms, &work);
     return terms;
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #include "embedtrain.h"
@@ -70,7 +71,27 @@ EMBEDTRAIN_INLINE void sum_terms(Terms term, int64_t count, float factor, int64_
 struct Bags {
     const Feature* features;
     int64_t num_features;
+
+    int64_t num_values() const {
+        int64_t total = 0;
+        for (int64_t f = 0; f < num_features; ++f) total += features[f].num_values;
+        return total;
+    }
 };
+
+// How many indices and lengths of a call lie outside what they index. Results of a call that has any are of no use.
+using Outside = std::atomic<int64_t>;
+
+// Whether all of the indices lie in [0, bound).
+EMBEDTRAIN_INLINE bool all_inside(const int64_t* indices, int64_t count, int64_t bound) {
+    // The sign of either is set if an index lies outside; to compare would take vectors of 64 bits several steps.
+    uint64_t signs = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const uint64_t index = static_cast<uint64_t>(indices[i]);
+        signs |= index | (static_cast<uint64_t>(bound) - 1 - index);
+    }
+    return !(signs >> 63);
+}
 
 // How many values and terms the features before have.
 struct Before {
@@ -87,9 +108,10 @@ EMBEDTRAIN_INLINE int64_t num_terms(const Feature& feature) {
     return has_term_per_bag(feature) ? feature.num_bags : feature.num_values;
 }
 
-// Visits the bags of a part: visit(feature, before, bag, first value of the feature, number of values).
+// Visits the bags of a part: visit(feature, before, bag, first value of the feature, number of values). Bags whose values
+// are not the feature's are counted and left out: the caller may have written to the lengths since they were checked.
 template <typename Visit>
-EMBEDTRAIN_INLINE void visit_bags(const Bags& bags, int part, int num_parts, Visit visit) {
+EMBEDTRAIN_INLINE void visit_bags(const Bags& bags, int part, int num_parts, Outside* outside, Visit visit) {
     int64_t num_bags = 0;
     for (int64_t f = 0; f < bags.num_features; ++f) num_bags += bags.features[f].num_bags;
     const Range range = range_of_part(num_bags, part, num_parts);
@@ -107,10 +129,16 @@ EMBEDTRAIN_INLINE void visit_bags(const Bags& bags, int part, int num_parts, Vis
             }
             for (int64_t bag = begin; bag < end; ++bag) {
                 const int64_t length = feature.lengths ? feature.lengths[bag] : 1;
+                if (length < 0 || value < 0 || value > feature.num_values || length > feature.num_values - value) {
+                    ++*outside;
+                    break;
+                }
                 visit(feature, before, bag, value, length);
                 value += length;
             }
+            if (end == feature.num_bags && value != feature.num_values) ++*outside;
         }
+        if (part == 0 && feature.num_bags == 0 && feature.num_values) ++*outside;
         first_bag += feature.num_bags;
         before.values += feature.num_values;
         before.terms += num_terms(feature);
@@ -118,7 +146,8 @@ EMBEDTRAIN_INLINE void visit_bags(const Bags& bags, int part, int num_parts, Vis
 }
 
 // The terms of all features, one feature after the other, in the calling thread's scratch 1; scratch 0 holds zeros,
-// for where no gradient came back. per_value: a term for each value even where a bag would do.
-const GradientTerm* find_terms(const Bags& bags, int64_t dim, bool per_value, int num_parts);
+// for where no gradient came back. per_value: a term for each value even where a bag would do. If any length is counted
+// as outside, terms are missing.
+const GradientTerm* find_terms(const Bags& bags, int64_t dim, bool per_value, int num_parts, Outside* outside);
 
 }  // namespace embedtrain

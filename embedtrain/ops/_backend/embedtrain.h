@@ -62,20 +62,25 @@ struct EmbedtrainCoefficients {
 // never changes what the memory holds.
 void embedtrain_advise_huge_pages(void* memory, int64_t bytes);
 
-// source: [..., dim]; rows: [num_rows], all inside the source; target: [num_rows, dim].
-void embedtrain_gather_rows(const void* source, int source_is_bfloat16, const int64_t* rows, int64_t num_rows,
-                            int64_t dim, void* target, int target_is_bfloat16, int num_threads);
+// source: [num_source_rows, dim]; rows: [num_rows]; target: [num_rows, dim]. num_outside: whether rows lie outside the
+// source; those are not copied.
+void embedtrain_gather_rows(const void* source, int64_t num_source_rows, int source_is_bfloat16, const int64_t* rows,
+                            int64_t num_rows, int64_t dim, void* target, int target_is_bfloat16, int num_threads,
+                            int64_t* num_outside);
 
-// source: [..., dim] float32 or bfloat16; index: [num_values], all inside the source, feature after feature;
-// features: [num_features]; their vectors are written.
-void embedtrain_pool_rows(const void* source, int is_bfloat16, int64_t dim, const int64_t* index, int64_t num_values,
-                          const struct EmbedtrainFeature* features, int64_t num_features, int num_threads);
+// source: [num_rows, dim] float32 or bfloat16; index: [num_values], feature after feature; features: [num_features];
+// their vectors are written. num_outside: whether indices lie outside the source or bags outside the values; the vectors
+// mean nothing then.
+void embedtrain_pool_rows(const void* source, int64_t num_rows, int is_bfloat16, int64_t dim, const int64_t* index,
+                          int64_t num_values, const struct EmbedtrainFeature* features, int64_t num_features,
+                          int num_threads, int64_t* num_outside);
 
 // order: [num_values] and starts: [num_distinct + 1] as embedtrain_sort_unique gives them; features: as above, their
-// vectors are read; grad: [num_distinct, dim], written: the sums times `factor`.
+// vectors are read; grad: [num_distinct, dim], written: the sums times `factor`. num_outside: whether positions or bags
+// lie outside the values; the sums mean nothing then.
 void embedtrain_pool_rows_backward(int64_t dim, const int64_t* order, const int64_t* starts, int64_t num_distinct,
                                    int64_t num_values, const struct EmbedtrainFeature* features, int64_t num_features,
-                                   float factor, float* grad, int num_threads);
+                                   float factor, float* grad, int num_threads, int64_t* num_outside);
 
 // features: [num_features]; their vectors are the gradients of the pooled vectors. largest: [2], written: the largest
 // magnitude of the gradients, and of the weights and 1; an infinity or a NaN if one is among them.
@@ -83,8 +88,8 @@ void embedtrain_largest_magnitude(const struct EmbedtrainFeature* features, int6
                                   float* largest);
 
 // rows: [num_values], feature after feature; runs: [num_runs], of all values; words: [num_values], written:
-// `row << term_bits | term`, which must fit. num_outside: how many rows are not in [0, num_rows); if any, the words mean
-// nothing.
+// `row << term_bits | term`, which must fit. num_outside: whether rows are not in [0, num_rows), or bags or runs lie
+// outside the values; the words mean nothing then.
 void embedtrain_sort_terms(const int64_t* rows, int64_t num_values, const struct EmbedtrainFeature* features,
                            int64_t num_features, const struct EmbedtrainRun* runs, int64_t num_runs, int64_t num_rows,
                            int term_bits, int num_threads, uint64_t* words, int64_t* num_outside);
@@ -97,11 +102,12 @@ void embedtrain_rowwise_adagrad(void* weight, float* accumulator, const int64_t*
                                 int64_t* num_outside);
 
 // Updates float32 rows whose gradients are still to be summed. words: [num_values], as embedtrain_sort_terms gives them
-// for the features, whose vectors are the gradients of the pooled vectors; factor: of every sum.
+// for the features, whose vectors are the gradients of the pooled vectors; factor: of every sum. num_outside: whether
+// bags lie outside the values; nothing is updated then.
 void embedtrain_rowwise_adagrad_of_terms(float* weight, float* accumulator, int64_t dim, const uint64_t* words,
                                          int64_t num_values, int term_bits, const struct EmbedtrainFeature* features,
                                          int64_t num_features, float factor, float lr, float eps, float weight_decay,
-                                         int decoupled, int num_threads);
+                                         int decoupled, int num_threads, int64_t* num_outside);
 
 // first: [num_rows, dim] or null. second: null, [num_rows] or [num_rows, dim] for a second_kind of 0, 1 or 2.
 // rounding_keys: [num_touched] for bfloat16 weights, null for float32. num_outside: how many of the rows are not in
@@ -125,11 +131,12 @@ void embedtrain_skipgram_block(const float* vectors, int64_t num_vectors, int64_
                                int64_t num_positions, int64_t num_targets, float factor, double* loss, float* grad,
                                int64_t* num_outside);
 
-// keys: [num_keys], none negative, the largest `largest`, which with the number of keys fits into 64 bits (the caller
-// has checked both). unique: [num_keys + 1]; starts: [num_keys + 1]; order: [num_keys]; inverse: [num_keys] or null;
-// num_distinct: how many of `unique` were written.
+// keys: [num_keys], from 0 to `largest`, which with the number of keys fits into 64 bits (the caller has checked that).
+// unique: [num_keys + 1]; starts: [num_keys + 1]; order: [num_keys]; inverse: [num_keys] or null; num_distinct: how many
+// of `unique` were written. num_outside: whether keys lie outside; the rest means nothing then.
 void embedtrain_sort_unique(const int64_t* keys, int64_t num_keys, int64_t largest, int num_threads, int64_t* unique,
-                            int64_t* starts, int64_t* order, int64_t* inverse, int64_t* num_distinct);
+                            int64_t* starts, int64_t* order, int64_t* inverse, int64_t* num_distinct,
+                            int64_t* num_outside);
 
 // features: [num_features], of tables below 2^31 rows; is_whole: one rank holds every row; keys: the features' one
 // after the other.

@@ -14,7 +14,7 @@ def gather_rows(source: Tensor, rows: Tensor, dtype: torch.dtype | None = None, 
 
     Args:
         source: [num_rows, dim] float32 or bfloat16, contiguous.
-        rows: [n] int64, all in [0, num_rows): the caller's promise, since a check would cost a pass.
+        rows: [n] int64, all in [0, num_rows).
         dtype: of the copy, float32 or bfloat16; None means that of `out`, else the source's.
         out: [n, dim] contiguous; the rows are written into it. None for a new tensor.
 
@@ -23,6 +23,8 @@ def gather_rows(source: Tensor, rows: Tensor, dtype: torch.dtype | None = None, 
 
     Raises:
         ValueError: shapes or dtypes disagree.
+        IndexError: a row lies outside the source. Triton's kernels rely on the caller: the host would wait for the
+            device.
     """
     dtype = dtype or (source.dtype if out is None else out.dtype)
     if source.dim() != 2 or rows.dim() != 1 or rows.dtype != torch.int64:

@@ -1,6 +1,7 @@
 // Copies random rows into a compact buffer.
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #include "embedtrain.h"
@@ -13,10 +14,12 @@ using namespace embedtrain;
 
 struct Gather {
     const void* source;
+    int64_t num_source_rows;
     const int64_t* rows;
     int64_t num_rows, dim;
     void* target;
     int num_parts;
+    std::atomic<int64_t>* outside;
 };
 
 EMBEDTRAIN_INLINE float converted(float value, float) { return value; }
@@ -39,6 +42,11 @@ EMBEDTRAIN_INLINE void gather(const Gather& g, int part) {
     for (int64_t i = range.begin; i < range.end; ++i) {
         if (i + ahead < range.end) {
             prefetch_row<0>(source + g.rows[i + ahead] * g.dim, row_bytes);
+        }
+        // A negative row is a large unsigned number.
+        if (static_cast<uint64_t>(g.rows[i]) >= static_cast<uint64_t>(g.num_source_rows)) {
+            ++*g.outside;
+            continue;
         }
         const Stored* row = source + g.rows[i] * g.dim;
         if (sizeof(Stored) == sizeof(Wanted)) {
@@ -67,12 +75,14 @@ EMBEDTRAIN_MULTIVERSION void gather_narrowed(const void* g, int part) {
 
 }  // namespace
 
-void embedtrain_gather_rows(const void* source, int source_is_bfloat16, const int64_t* rows,
-                            int64_t num_rows, int64_t dim, void* target, int target_is_bfloat16,
-                            int num_threads) {
+void embedtrain_gather_rows(const void* source, int64_t num_source_rows, int source_is_bfloat16, const int64_t* rows,
+                            int64_t num_rows, int64_t dim, void* target, int target_is_bfloat16, int num_threads,
+                            int64_t* num_outside) {
     const int num_parts = num_rows * dim < kSmallWork ? 1 : num_threads;
-    const Gather g{source, rows, num_rows, dim, target, num_parts};
+    std::atomic<int64_t> outside{0};
+    const Gather g{source, num_source_rows, rows, num_rows, dim, target, num_parts, &outside};
     void (*const from_float32)(const void*, int) = target_is_bfloat16 ? gather_narrowed : gather_float32;
     void (*const from_bfloat16)(const void*, int) = target_is_bfloat16 ? gather_bfloat16 : gather_widened;
     run_parts(num_parts, source_is_bfloat16 ? from_bfloat16 : from_float32, &g);
+    *num_outside = outside;
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -15,13 +17,18 @@ def gather_rows(source: Tensor, rows: Tensor, dtype: torch.dtype, out: Tensor | 
     if out is not None and not out.is_contiguous():
         raise ValueError("out must be contiguous")
     gathered = empty_buffer(rows.numel(), source.shape[1], dtype=dtype) if out is None else out
+    num_outside = ctypes.c_int64()
     library.get().embedtrain_gather_rows(
         source.data_ptr(),
+        source.shape[0],
         int(source.dtype == torch.bfloat16),
         rows.data_ptr(),
         *gathered.shape,
         gathered.data_ptr(),
         int(dtype == torch.bfloat16),
         torch.get_num_threads(),
+        ctypes.addressof(num_outside),
     )
+    if num_outside.value:
+        raise IndexError(f"rows must lie in [0, {source.shape[0]}), got {int(rows.min())} to {int(rows.max())}")
     return gathered

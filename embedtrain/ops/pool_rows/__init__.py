@@ -20,14 +20,16 @@ def pool_rows(source: Tensor, index: Tensor, bags: Sequence[Bags]) -> list[Tenso
 
     Args:
         source: [num_rows, dim] float32 or bfloat16.
-        index: [n] int64, all in [0, num_rows) (the caller's promise); the row of each value.
+        index: [n] int64, all in [0, num_rows); the row of each value.
         bags: the features; their values are n together.
 
     Returns:
         Per feature [num_bags, dim] float32; zeros for an empty bag.
 
     Raises:
-        ValueError: shapes or dtypes disagree.
+        ValueError: shapes or dtypes disagree, or the lengths of a feature do not add up to its values.
+        IndexError: an index lies outside the source. Triton's kernels rely on the caller: the host would wait for the
+            device.
     """
     num_values = sum(feature.num_values for feature in bags)
     if source.dim() != 2 or index.shape != (num_values,) or index.dtype != torch.int64:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from array import array
 from collections.abc import Sequence
 
@@ -29,8 +30,10 @@ def pool_rows(source: Tensor, index: Tensor, bags: Sequence[Bags]) -> list[Tenso
         # `data` is no view to autograd: the caller may change one feature's vectors in place.
         pooled = [part.data for part in together.split([feature.num_bags for feature in bags])]
     table, kept = describe(bags, pooled)
+    num_outside = ctypes.c_int64()
     library.get().embedtrain_pool_rows(
         source.data_ptr(),
+        source.shape[0],
         int(source.dtype == torch.bfloat16),
         dim,
         index.data_ptr(),
@@ -38,8 +41,12 @@ def pool_rows(source: Tensor, index: Tensor, bags: Sequence[Bags]) -> list[Tenso
         table.buffer_info()[0],
         len(bags),
         torch.get_num_threads(),
+        ctypes.addressof(num_outside),
     )
     del kept
+    if num_outside.value:
+        check_lengths(bags)
+        raise IndexError(f"rows must lie in [0, {source.shape[0]}), got {int(index.min())} to {int(index.max())}")
     return pooled
 
 
@@ -49,6 +56,7 @@ def pool_rows_backward(
     """See `embedtrain.ops.pool_rows`."""
     table, kept = describe(bags, grads)
     summed = empty_buffer(keys.unique.numel(), dim)
+    num_outside = ctypes.c_int64()
     library.get().embedtrain_pool_rows_backward(
         dim,
         keys.order.data_ptr(),
@@ -60,9 +68,26 @@ def pool_rows_backward(
         factor,
         summed.data_ptr(),
         torch.get_num_threads(),
+        ctypes.addressof(num_outside),
     )
     del kept
+    if num_outside.value:
+        check_lengths(bags)
+        num_values = sum(feature.num_values for feature in bags)
+        raise IndexError(f"expected the sorted keys of {num_values} values, got those of {keys.order.numel()}")
     return summed
+
+
+def check_lengths(bags: Sequence[Bags]) -> None:
+    """Raises ValueError if the lengths of a feature do not add up to its values, as when they were overwritten."""
+    for number, feature in enumerate(bags):
+        lengths = feature.lengths
+        if lengths is not None and (int(lengths.sum()) != feature.num_values or bool((lengths < 0).any())):
+            raise ValueError(
+                f"expected lengths of bags that are not negative and add up to {feature.num_values}, got "
+                f"{int(lengths.sum())} together and {int(lengths.min()) if len(lengths) else 0} at least, for feature "
+                f"{number}"
+            )
 
 
 def describe(bags: Sequence[Bags], vectors: Sequence[Tensor | None]) -> tuple[array[int], list[Tensor]]:

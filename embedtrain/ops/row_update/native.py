@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.ops._backend import library
+from embedtrain.ops.pool_rows.native import check_lengths
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update.terms import SortedTerms, sort_terms
 from embedtrain.ops.row_update.types import Moments, RowStep
@@ -54,7 +55,7 @@ def moment_update(
         if terms is None:
             _rowwise_adagrad(weight, second, gradient, step, moments.eps)
         else:
-            _rowwise_adagrad_of_terms(weight, second, terms, gradient.factor, step, moments.eps)
+            _rowwise_adagrad_of_terms(weight, second, terms, gradient, step, moments.eps)
         return
     kind = _NO_SECOND if second is None else (_SECOND_OF_ROW if second.dim() == 1 else _SECOND_OF_ELEMENT)
     rows, row_grad, keys = _contiguous(gradient, step)
@@ -115,8 +116,9 @@ def _rowwise_adagrad(weight: Tensor, accumulator: Tensor, gradient: RowGradient,
 
 
 def _rowwise_adagrad_of_terms(
-    weight: Tensor, accumulator: Tensor, terms: SortedTerms, factor: float, step: RowStep, eps: float
+    weight: Tensor, accumulator: Tensor, terms: SortedTerms, gradient: RowGradient, step: RowStep, eps: float
 ) -> None:
+    num_outside = ctypes.c_int64()
     library.get().embedtrain_rowwise_adagrad_of_terms(
         weight.data_ptr(),
         accumulator.data_ptr(),
@@ -126,18 +128,23 @@ def _rowwise_adagrad_of_terms(
         terms.term_bits,
         terms.features.buffer_info()[0],
         terms.num_features,
-        factor,
+        gradient.factor,
         step.lr,
         eps,
         step.weight_decay,
         int(step.decoupled_weight_decay),
         torch.get_num_threads(),
+        ctypes.addressof(num_outside),
     )
+    if num_outside.value:
+        check_lengths(gradient.bags)
 
 
 def _contiguous(gradient: RowGradient, step: RowStep) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns rows, their summed gradients and their rounding keys as the kernels read them."""
     keys = step.rounding_keys
+    if keys is not None and keys.shape != gradient.rows.shape:
+        raise ValueError(f"expected a rounding key for each of {gradient.rows.numel()} rows, got {tuple(keys.shape)}")
     return gradient.rows.contiguous(), gradient.values.contiguous(), None if keys is None else keys.contiguous()
 
 

@@ -181,10 +181,12 @@ void embedtrain_rowwise_adagrad_of_terms(float* weight, float* accumulator, int6
                                          const uint64_t* words, int64_t num_values, int term_bits,
                                          const EmbedtrainFeature* features, int64_t num_features, float factor,
                                          float lr, float eps, float weight_decay, int decoupled,
-                                         int num_threads) {
+                                         int num_threads, int64_t* num_outside) {
     const int num_parts = num_values * dim < kSmallWork ? 1 : num_threads;
     const Bags bags{features, num_features};
-    const TermsUpdate u{weight, accumulator, words, num_values, dim, find_terms(bags, dim, false, num_parts),
-                        term_bits, factor, Hyperparameters{lr, eps, weight_decay, decoupled != 0}, num_parts};
-    run_parts(num_parts, update_terms, &u);
+    Outside outside{0};
+    const TermsUpdate u{weight, accumulator, words, num_values, dim,
+                        find_terms(bags, dim, false, num_parts, &outside), term_bits, factor, Hyperparameters{lr, eps, weight_decay, decoupled != 0}, num_parts};
+    *num_outside = outside;
+    if (!outside) run_parts(num_parts, update_terms, &u);
 }

@@ -22,13 +22,13 @@ struct Sorting {
     int term_bits, num_parts;
     uint64_t *words, *spare;
     int64_t num_rows;
-    int64_t* num_outside;  // [num_parts]
+    Outside* outside;
 };
 
 void pack(const void* arguments, int part) {
     const Sorting& s = *static_cast<const Sorting*>(arguments);
     int64_t outside = 0;
-    visit_bags(s.bags, part, s.num_parts,
+    visit_bags(s.bags, part, s.num_parts, s.outside,
                [&s, &outside](const Feature& feature, Before before, int64_t bag, int64_t value, int64_t length) {
                    const bool is_of_bag = has_term_per_bag(feature);
                    const uint64_t term = static_cast<uint64_t>(before.terms + (is_of_bag ? bag : value));
@@ -41,7 +41,7 @@ void pack(const void* arguments, int part) {
                        words[v] = static_cast<uint64_t>(rows[v]) << s.term_bits | own;
                    }
                });
-    s.num_outside[part] = outside;
+    *s.outside += outside;
 }
 
 void sort_run(const Sorting& s, const Run& run, int64_t begin, int num_parts) {
@@ -69,13 +69,15 @@ void embedtrain_sort_terms(const int64_t* rows, int64_t num_values, const Embedt
                            int64_t num_features, const EmbedtrainRun* runs, int64_t num_runs, int64_t num_rows,
                            int term_bits, int num_threads, uint64_t* words, int64_t* num_outside) {
     const int num_parts = num_values < 32768 ? 1 : std::min(num_threads, kMaxSortParts);
-    int64_t outside[kMaxSortParts];
-    const Sorting sorting{rows,      num_values, {features, num_features},
+    const Bags bags{features, num_features};
+    int64_t num_in_runs = 0;
+    for (int64_t r = 0; r < num_runs; ++r) num_in_runs += runs[r].num_values;
+    Outside outside{bags.num_values() != num_values || num_in_runs != num_values};
+    const Sorting sorting{rows,      num_values, bags,
                           runs, num_runs, term_bits, num_parts, words,
-                          static_cast<uint64_t*>(scratch(1, num_values * 8)), num_rows, outside};
-    run_parts(num_parts, pack, &sorting);
-    *num_outside = 0;
-    for (int part = 0; part < num_parts; ++part) *num_outside += outside[part];
+                          static_cast<uint64_t*>(scratch(1, num_values * 8)), num_rows, &outside};
+    if (!outside) run_parts(num_parts, pack, &sorting);
+    *num_outside = outside;
     if (*num_outside) return;
     if (num_runs >= 4 * num_parts) {
         run_parts(num_parts, sort_runs, &sorting);

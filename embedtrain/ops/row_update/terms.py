@@ -12,6 +12,7 @@ from torch import Tensor
 
 from embedtrain.ops._backend import library
 from embedtrain.ops._backend.row_memory import empty_buffer
+from embedtrain.ops.pool_rows.native import check_lengths
 from embedtrain.ops.row_gradient import RowGradient, Run
 
 _MAX_WORD_BITS = 64
@@ -39,6 +40,7 @@ def sort_terms(gradient: RowGradient) -> SortedTerms | None:
 
     Raises:
         IndexError: a row lies outside the table.
+        ValueError: the lengths of a feature do not add up to its values, or runs do not.
     """
     bags, rows = gradient.bags, gradient.rows_of_values.contiguous()
     num_terms = sum(feature.num_values if feature.weights is not None else feature.num_bags for feature in bags)
@@ -63,5 +65,8 @@ def sort_terms(gradient: RowGradient) -> SortedTerms | None:
         ctypes.addressof(num_outside),
     )
     if num_outside.value:
+        check_lengths(bags)
+        if sum(run.num_values for run in gradient.runs or ()) not in (0, rows.numel()):
+            raise ValueError(f"expected runs of {rows.numel()} values, got {list(gradient.runs)}")
         raise IndexError(f"rows must lie in [0, {gradient.num_rows}), got {int(rows.min())} to {int(rows.max())}")
     return SortedTerms(words, term_bits, features, len(bags))

@@ -17,11 +17,12 @@ def sort_unique(keys: Tensor, *, bound: int | None = None, with_inverse: bool = 
 
     Args:
         keys: [n] int64, none negative.
-        bound: all keys are below it, by the caller's promise. None looks for the largest key.
+        bound: all keys are below it. None looks for the largest key.
         with_inverse: whether the inverse is wanted.
 
     Raises:
         ValueError: the keys are not a vector of int64.
+        IndexError: a key is negative or not below the bound. Sorts that compare whole keys do not look.
 
     The native sort packs a key and its position into 64 bits; keys too large for that (from 2**40 for 2**24 of them)
     are sorted by the reference.

@@ -2,6 +2,7 @@
 // (key, position), packed into one 64-bit word each.
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #include "embedtrain.h"
@@ -20,14 +21,19 @@ struct Packing {
     int64_t num_keys;
     int num_parts, position_bits;
     uint64_t* words;
+    uint64_t largest;
+    std::atomic<int64_t>* outside;
 };
 
 void pack(const void* arguments, int part) {
     const Packing& p = *static_cast<const Packing*>(arguments);
     const Range range = range_of_part(p.num_keys, part, p.num_parts);
+    bool inside = true;
     for (int64_t i = range.begin; i < range.end; ++i) {
+        inside &= static_cast<uint64_t>(p.keys[i]) <= p.largest;
         p.words[i] = static_cast<uint64_t>(p.keys[i]) << p.position_bits | static_cast<uint64_t>(i);
     }
+    if (!inside) ++*p.outside;
 }
 
 struct Emission {
@@ -66,11 +72,15 @@ void emit_distinct(const void* arguments, int part) {
     }
 }
 
-void count_keys(const int64_t* keys, int64_t num_keys, int64_t num_counters, const Emission& e) {
+// Returns whether all keys have a counter; nothing is written if not.
+bool count_keys(const int64_t* keys, int64_t num_keys, int64_t num_counters, const Emission& e) {
     uint32_t* places = static_cast<uint32_t*>(scratch(0, num_counters * 4));
     uint32_t* numbers = static_cast<uint32_t*>(scratch(1, num_counters * 4));
     std::fill_n(places, num_counters, 0u);
-    for (int64_t i = 0; i < num_keys; ++i) ++places[keys[i]];
+    for (int64_t i = 0; i < num_keys; ++i) {
+        if (static_cast<uint64_t>(keys[i]) >= static_cast<uint64_t>(num_counters)) return false;
+        ++places[keys[i]];
+    }
     int64_t next = 0;
     uint32_t place = 0;
     for (int64_t key = 0; key < num_counters; ++key) {
@@ -89,23 +99,28 @@ void count_keys(const int64_t* keys, int64_t num_keys, int64_t num_counters, con
     }
     e.starts[next] = num_keys;
     *e.num_distinct = next;
+    return true;
 }
 
 }  // namespace
 
 void embedtrain_sort_unique(const int64_t* keys, int64_t num_keys, int64_t largest, int num_threads,
                             int64_t* unique, int64_t* starts, int64_t* order, int64_t* inverse,
-                            int64_t* num_distinct) {
+                            int64_t* num_distinct, int64_t* num_outside) {
+    *num_outside = 0;
     if (largest < kMostCounters && largest < kCountersPerKey * num_keys) {
         const Emission emission{nullptr, num_keys, 1, 0, unique, starts, order, inverse, num_distinct};
-        count_keys(keys, num_keys, largest + 1, emission);
+        *num_outside = !count_keys(keys, num_keys, largest + 1, emission);
         return;
     }
     const int num_parts = num_keys < 32768 ? 1 : std::min(num_threads, kMaxSortParts);
     const int position_bits = bits_of(static_cast<uint64_t>(std::max<int64_t>(num_keys - 1, 0)));
     uint64_t* words = static_cast<uint64_t*>(scratch(0, num_keys * 8));
-    const Packing packing{keys, num_keys, num_parts, position_bits, words};
+    std::atomic<int64_t> outside{0};
+    const Packing packing{keys, num_keys, num_parts, position_bits, words, static_cast<uint64_t>(largest), &outside};
     run_parts(num_parts, pack, &packing);
+    *num_outside = outside;
+    if (outside) return;
     words = radix_sort(words, static_cast<uint64_t*>(scratch(1, num_keys * 8)), num_keys, 0, position_bits,
                        bits_of(static_cast<uint64_t>(largest)), num_parts);
     int64_t counts[kMaxSortParts];

@@ -19,7 +19,7 @@ def sort_unique(keys: Tensor, largest: int, with_inverse: bool) -> SortedKeys:
     unique, starts = empty_buffer(n + 1, dtype=torch.int64), empty_buffer(n + 1, dtype=torch.int64)
     order = empty_buffer(n, dtype=torch.int64)
     inverse = empty_buffer(n, dtype=torch.int64) if with_inverse else None
-    num_distinct = ctypes.c_int64()
+    num_distinct, num_outside = ctypes.c_int64(), ctypes.c_int64()
     library.get().embedtrain_sort_unique(
         keys.data_ptr(),
         n,
@@ -30,6 +30,9 @@ def sort_unique(keys: Tensor, largest: int, with_inverse: bool) -> SortedKeys:
         order.data_ptr(),
         None if inverse is None else inverse.data_ptr(),
         ctypes.addressof(num_distinct),
+        ctypes.addressof(num_outside),
     )
+    if num_outside.value:
+        raise IndexError(f"keys must lie in [0, {largest + 1}), got {int(keys.min())} to {int(keys.max())}")
     m = num_distinct.value
     return SortedKeys(unique[:m], starts[: m + 1], order, inverse)

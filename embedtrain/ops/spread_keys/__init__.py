@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from embedtrain.ops._backend import dispatch
@@ -25,7 +26,13 @@ def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_
     Returns:
         keys: int64, one per id. An id that is not a row gets a valid but meaningless key.
         num_outside: per feature, how many ids are not rows of its table.
+
+    Raises:
+        ValueError: ids are of another dtype.
     """
+    for given in ids:
+        if given.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"expected ids int64 or int32, got {given.dtype}")
     is_small = all(table.num_rows <= DIRECT_PRODUCT_ROWS for table in tables)
     if ids and is_small and dispatch.uses_native(ids[0]):
         return native.spread_keys(ids, tables, num_local_rows)

@@ -63,8 +63,8 @@ def test_vectors_may_be_changed_in_place(num_ids: int) -> None:
     ids = et.Jagged.from_ids(torch.arange(num_ids) % 20)
     out = tables({"word": ids, "other": ids})
     (out["word"].mul_(2.0).sum() + out["other"].sum()).backward()
-    rows, grad = tables.row_groups[0].gradients.rows_and_values()
-    counts = torch.bincount(tables.row_groups[0].keys_of([0], [ids.values])[0])
+    rows, grad = tables.table_groups[0].gradients.rows_and_values()
+    counts = torch.bincount(tables.table_groups[0].keys_of([0], [ids.values])[0])
     torch.testing.assert_close(grad, 3.0 * counts[rows].unsqueeze(1).expand(-1, 4).float())
 
 
@@ -73,7 +73,7 @@ def test_rows_have_no_gradient_without_backward_and_under_no_grad() -> None:
     with torch.no_grad():
         out = tables({"word": et.Jagged.from_lists([[1]])})["word"]
     assert not out.requires_grad
-    assert tables.row_groups[0].gradients.rows_and_values()[0].numel() == 0
+    assert tables.table_groups[0].gradients.rows_and_values()[0].numel() == 0
 
 
 def test_each_row_is_fetched_and_delivered_once() -> None:
@@ -84,7 +84,7 @@ def test_each_row_is_fetched_and_delivered_once() -> None:
     assert vectors.shape == (2, 4)
     assert inverse["word"][0] == inverse["word"][1] == inverse["history"][1]
     vectors.sum().backward()
-    rows, grad = tables.row_groups[0].gradients.rows_and_values()
+    rows, grad = tables.table_groups[0].gradients.rows_and_values()
     assert rows.numel() == 2
     torch.testing.assert_close(grad, torch.ones(2, 4))
 
@@ -98,7 +98,7 @@ def test_distinct_rows_of_tables_of_two_optimizers_find_their_way() -> None:
     torch.testing.assert_close(vectors[inverse["a"]], tables.gather_table("a")[[6]])
     (vectors * torch.tensor([[1.0], [2.0], [3.0]])).sum().backward()
     delivered = {
-        group.table_names[0]: group.gradients.rows_and_values()[1][:, 0].tolist() for group in tables.row_groups
+        group.table_names[0]: group.gradients.rows_and_values()[1][:, 0].tolist() for group in tables.table_groups
     }
     assert delivered == {"a": [1.0], "b": [2.0, 3.0]}
 
@@ -162,10 +162,10 @@ def test_bad_ids_can_be_dropped_from_their_bags() -> None:
 
 def test_tables_of_one_dim_share_a_local_tensor_and_each_is_a_slice_of_it() -> None:
     tables = et.EmbeddingCollection(TABLES)
-    assert [len(group.shards) for group in tables.row_groups] == [2, 1]
-    word, user = tables.row_groups[0].shards
+    assert [len(group.shards) for group in tables.table_groups] == [2, 1]
+    word, user = tables.table_groups[0].shards
     user.weight.fill_(7)
-    assert (tables.row_groups[0].weight == 7).all(dim=1).sum() == 6
+    assert (tables.table_groups[0].weight == 7).all(dim=1).sum() == 6
     assert not (word.weight == 7).any()
 
 

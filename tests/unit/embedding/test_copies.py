@@ -89,7 +89,7 @@ def test_a_copied_pair_goes_on_as_the_original_and_leaves_it_alone(way: str, kin
     assert equal(whole(tables), before)
     step(tables, optimizer)
     assert equal(whole(copied), whole(tables))
-    assert [group["step"] for group in copied_optimizer.param_groups] == [2] * len(tables.row_groups)
+    assert [group["step"] for group in copied_optimizer.param_groups] == [2] * len(tables.table_groups)
     # What it saves and loads is what it trains.
     assert equal(state_of(copied), state_of(tables))
     save_checkpoint(str(tmp_path), 2, copied.shard_views(), {}, ONE_PROCESS)
@@ -100,7 +100,7 @@ def test_a_copied_pair_goes_on_as_the_original_and_leaves_it_alone(way: str, kin
     assert loaded_optimizer.param_groups[0]["step"] == 2
     copied.load_state_dict({name: torch.ones_like(entry) for name, entry in copied.state_dict().items()})
     assert (copied({"user": IDS})["user"] == 1).all()
-    for group in copied.row_groups:
+    for group in copied.table_groups:
         for shard in group.shards:
             assert shard.weight.untyped_storage().data_ptr() == group.weight.untyped_storage().data_ptr()
 
@@ -128,8 +128,8 @@ def test_a_copy_has_no_gradients_that_wait_and_stays_frozen() -> None:
     tables.requires_grad_(False, tables=["user"])
     tables({"item": IDS})["item"].sum().backward()
     copied = copy.deepcopy(tables)
-    assert copied.row_groups[0].gradients.rows_and_values()[0].numel() == 0
-    assert copied.row_groups[0].frozen == {"user"}
+    assert copied.table_groups[0].gradients.rows_and_values()[0].numel() == 0
+    assert copied.table_groups[0].frozen == {"user"}
 
 
 def copy_on(ranks: Ranks) -> tuple[bool, bool]:

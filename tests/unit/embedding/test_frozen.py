@@ -91,7 +91,7 @@ def test_weights_of_ids_are_learned_though_all_rows_are_frozen() -> None:
     weights = torch.ones(4, requires_grad=True)
     tables({"user": et.Jagged(IDS, torch.tensor([4]), weights)})["user"].sum().backward()
     torch.testing.assert_close(weights.grad, tables.gather_table("user")[IDS].sum(dim=1))
-    assert tables.row_groups[0].gradients.rows_and_values()[0].numel() == 0
+    assert tables.table_groups[0].gradients.rows_and_values()[0].numel() == 0
 
 
 def test_an_unknown_table_is_not_frozen() -> None:
@@ -104,7 +104,7 @@ def test_gradients_that_no_optimizer_takes_do_not_pile_up(caplog: pytest.LogCapt
     with caplog.at_level(logging.WARNING):
         for number in range(400):
             tables({"nobodys": torch.arange(20) + number % 30})["nobodys"].sum().backward()
-            mailbox = tables.row_groups[0].gradients
+            mailbox = tables.table_groups[0].gradients
             assert sum(delivery.rows.numel() for delivery in mailbox._deliveries) <= 17 * 20 + 49
     (record,) = caplog.records
     assert "the tables nobodys get gradients that no optimizer takes: make an optimizer of them, or" in record.message
@@ -126,7 +126,7 @@ def test_many_accumulated_gradients_have_the_sum_of_all_at_once(backend: str, mo
     for own, factor in zip(ids, factors, strict=True):
         (in_parts({"x": own})["x"] * factor).sum().backward()
     (at_once({"x": ids.flatten()})["x"] * factors.flatten(0, 1)).sum().backward()
-    found, expected = (tables.row_groups[0].gradients.rows_and_values() for tables in (in_parts, at_once))
+    found, expected = (tables.table_groups[0].gradients.rows_and_values() for tables in (in_parts, at_once))
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
     dispatch.cpu_backend.cache_clear()

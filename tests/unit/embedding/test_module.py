@@ -90,7 +90,7 @@ def test_rows_that_move_keep_their_optimizer() -> None:
     """As to another device, of which there is none here."""
     moved, stayed = (et.EmbeddingCollection([et.TableSpec("item", 10, 4)], seed=1) for _ in range(2))
     optimizers = [trained(moved), trained(stayed)]
-    moved.row_groups[0].move(torch.device("cpu"))
+    moved.table_groups[0].move(torch.device("cpu"))
     for tables, optimizer in zip((moved, stayed), optimizers, strict=True):
         optimizer.zero_grad()
         tables({"item": torch.tensor([1, 2])})["item"].square().sum().backward()

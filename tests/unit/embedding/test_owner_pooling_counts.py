@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from embedtrain.embedding.owner_pooling import count_rows, count_sums
+from embedtrain.embedding.pooling_choice import count_rows, count_sums
 from embedtrain.sharding.layout import SpreadLayout
 
 

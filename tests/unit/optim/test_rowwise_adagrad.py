@@ -180,7 +180,7 @@ def test_torch_schedulers_set_the_rate() -> None:
     moved = []
     for _ in range(2):
         before = tables.gather_table("t")[1].clone()
-        for group in tables.row_groups:
+        for group in tables.table_groups:
             group.state["accumulator"].zero_()
         look_up(tables, [1]).sum().backward()
         optimizer.step()

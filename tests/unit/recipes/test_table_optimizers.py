@@ -139,7 +139,7 @@ def test_tables_of_the_same_optimizer_share_their_exchange() -> None:
         "optimizer.tables.shop.name=adam", "optimizer.tables.user.name=adam", "optimizer.tables.tag={}"
     )
     tables = collection_of(section)
-    assert [group.table_names for group in tables.row_groups] == [["user", "shop"], ["tag"]]
+    assert [group.table_names for group in tables.table_groups] == [["user", "shop"], ["tag"]]
     assert build_optimizer(section, tables).name == "RowwiseAdagrad+Adam"
 
 
