@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -72,7 +73,8 @@ def measure_load(num_rows: int, dtype: str) -> dict[str, float]:
         with open(f"{folder}/table", "wb") as file:
             write_table(file, PackedTable(num_rows, DIM, blocks), dtype)  # type: ignore[arg-type]
         with open(f"{folder}/texts", "wb") as file:
-            write_texts(file, pa.array(np.char.add("value-", np.arange(num_rows).astype(str))).cast(pa.large_binary()))
+            numbers = pa.array(np.arange(num_rows)).cast(pa.large_string())
+            write_texts(file, pc.binary_join_element_wise("value", numbers, "-").cast(pa.large_binary()))
         num_bytes = os.path.getsize(f"{folder}/table")
         found: dict[str, float] = {"table_bytes": num_bytes, "texts_bytes": os.path.getsize(f"{folder}/texts")}
         pid = os.fork()
