@@ -62,25 +62,40 @@ EMBEDTRAIN_INLINE float16v half_sums(const float16v* products) {
     return sums_of_quarters(first, second);
 }
 
+// Sums of the products of contexts and targets, lane by lane of 16. AVX2 has half of the lanes in a register, and too
+// few registers for all sums at once: with `float8v` the lower lanes come first, then the upper ones.
+template <typename Vector, int kContexts>
+EMBEDTRAIN_INLINE void lane_products(const float* const* contexts, const float* targets, int64_t width,
+                                     float16v* products) {
+    constexpr int kStep = sizeof(Vector) / sizeof(float);
+    EMBEDTRAIN_UNROLL
+    for (int half = 0; half < kLanes; half += kStep) {
+        Vector sums[kContexts * kTargets];
+        EMBEDTRAIN_UNROLL
+        for (int i = 0; i < kContexts * kTargets; ++i) sums[i] = Vector{};
+        for (int64_t d = half; d < width; d += kLanes) {
+            Vector x[kContexts];
+            EMBEDTRAIN_UNROLL
+            for (int c = 0; c < kContexts; ++c) load(x[c], contexts[c] + d);
+            EMBEDTRAIN_UNROLL
+            for (int t = 0; t < kTargets; ++t) {
+                Vector y;
+                load(y, targets + t * width + d);
+                EMBEDTRAIN_UNROLL
+                for (int c = 0; c < kContexts; ++c) sums[c * kTargets + t] += x[c] * y;
+            }
+        }
+        EMBEDTRAIN_UNROLL
+        for (int i = 0; i < kContexts * kTargets; ++i) store(reinterpret_cast<float*>(products + i) + half, sums[i]);
+    }
+}
+
 // logits[c][t] = contexts[c] . targets[t]; written for pairs of contexts.
-template <int kContexts>
+template <typename Vector, int kContexts>
 EMBEDTRAIN_INLINE void dot_products(const float* const* contexts, const float* targets, int64_t width,
                                     float* logits) {
     float16v products[kContexts * kTargets];
-    EMBEDTRAIN_UNROLL
-    for (int i = 0; i < kContexts * kTargets; ++i) products[i] = float16v{};
-    for (int64_t d = 0; d < width; d += kLanes) {
-        float16v x[kContexts];
-        EMBEDTRAIN_UNROLL
-        for (int c = 0; c < kContexts; ++c) load(x[c], contexts[c] + d);
-        EMBEDTRAIN_UNROLL
-        for (int t = 0; t < kTargets; ++t) {
-            float16v y;
-            load(y, targets + t * width + d);
-            EMBEDTRAIN_UNROLL
-            for (int c = 0; c < kContexts; ++c) products[c * kTargets + t] += x[c] * y;
-        }
-    }
+    lane_products<Vector, kContexts>(contexts, targets, width, products);
     EMBEDTRAIN_UNROLL
     for (int c = 0; c < kContexts; c += 2) {
         const float16v other = c + 1 < kContexts ? half_sums(products + (c + 1) * kTargets) : float16v{};
@@ -127,17 +142,18 @@ EMBEDTRAIN_INLINE void slopes_in_place(float* logits, const float* factors, Loss
 }
 
 // sums[a] += sum over b of factors[a * a_stride + b * b_stride] * rows[b], for kSums rows, kBlocks vectors at a time.
-template <int kSums, int kBlocks, typename Add>
+template <typename Vector, int kSums, int kBlocks, typename Add>
 EMBEDTRAIN_INLINE int64_t add_combinations(const float* factors, int a_stride, int b_stride, const float* const* rows,
                                            int num_rows, int64_t d, int64_t width, Add add) {
-    for (; d + kBlocks * kLanes <= width; d += kBlocks * kLanes) {
-        float16v total[kSums * kBlocks];
+    constexpr int kStep = sizeof(Vector) / sizeof(float);
+    for (; d + kBlocks * kStep <= width; d += kBlocks * kStep) {
+        Vector total[kSums * kBlocks];
         EMBEDTRAIN_UNROLL
-        for (int i = 0; i < kSums * kBlocks; ++i) total[i] = float16v{};
+        for (int i = 0; i < kSums * kBlocks; ++i) total[i] = Vector{};
         for (int b = 0; b < num_rows; ++b) {
-            float16v row[kBlocks];
+            Vector row[kBlocks];
             EMBEDTRAIN_UNROLL
-            for (int k = 0; k < kBlocks; ++k) load(row[k], rows[b] + d + k * kLanes);
+            for (int k = 0; k < kBlocks; ++k) load(row[k], rows[b] + d + k * kStep);
             EMBEDTRAIN_UNROLL
             for (int a = 0; a < kSums; ++a) {
                 const float factor = factors[a * a_stride + b * b_stride];
@@ -146,7 +162,7 @@ EMBEDTRAIN_INLINE int64_t add_combinations(const float* factors, int a_stride, i
             }
         }
         EMBEDTRAIN_UNROLL
-        for (int i = 0; i < kSums * kBlocks; ++i) add(i / kBlocks, d + i % kBlocks * kLanes, total[i]);
+        for (int i = 0; i < kSums * kBlocks; ++i) add(i / kBlocks, d + i % kBlocks * kStep, total[i]);
     }
     return d;
 }
@@ -163,13 +179,15 @@ EMBEDTRAIN_INLINE void add_columns(float* target, const float* source, int64_t c
 }
 
 // Adds a vector to the columns of a row that it covers, fewer than its lanes at the row's end.
-EMBEDTRAIN_INLINE void add_vector(float* row, int64_t d, int64_t dim, const float16v& values) {
-    if (d + kLanes <= dim) {
-        float16v old;
+template <typename Vector>
+EMBEDTRAIN_INLINE void add_vector(float* row, int64_t d, int64_t dim, const Vector& values) {
+    constexpr int kStep = sizeof(Vector) / sizeof(float);
+    if (d + kStep <= dim) {
+        Vector old;
         load(old, row + d);
         store(row + d, old + values);
-    } else {
-        float copy[kLanes];
+    } else if (d < dim) {
+        float copy[kStep];
         store(copy, values);
         add_columns(row + d, copy, dim - d);
     }
@@ -233,21 +251,22 @@ EMBEDTRAIN_INLINE void prefetch_pair(const Block& block, int64_t row) {
 }
 
 // Adds the targets' part to the gradients of contexts `first` and following.
-template <int kContexts, int kBlocks>
+template <typename Vector, int kContexts, int kBlocks>
 EMBEDTRAIN_INLINE void add_to_contexts(const Workspace& work, int first, const float* const* targets) {
     const float* slopes = work.logits + first * kSlots;
     float* const* grads = work.grads + first;
-    const auto add = [=](int a, int64_t d, const float16v& values) __attribute__((always_inline)) {
-        float16v old;
+    const auto add = [=](int a, int64_t d, const Vector& values) __attribute__((always_inline)) {
+        Vector old;
         load(old, grads[a] + d);
         store(grads[a] + d, old + values);
     };
-    const int64_t d = add_combinations<kContexts, kBlocks>(slopes, kSlots, 1, targets, kTargets, 0, work.width, add);
-    add_combinations<kContexts, 1>(slopes, kSlots, 1, targets, kTargets, d, work.width, add);
+    const int64_t d = add_combinations<Vector, kContexts, kBlocks>(slopes, kSlots, 1, targets, kTargets, 0, work.width,
+                                                                   add);
+    add_combinations<Vector, kContexts, 1>(slopes, kSlots, 1, targets, kTargets, d, work.width, add);
 }
 
 // Loss and gradients of a centre's contexts against up to kTargets of its targets, the first of number `first`.
-template <int kAtOnce, int kBlocks>
+template <typename Vector, int kAtOnce, int kBlocks>
 EMBEDTRAIN_INLINE void add_group(const Block& block, const Workspace& work, int64_t centre, int64_t first,
                                  int num_contexts, Loss& loss) {
     const int64_t dim = block.dim, width = work.width;
@@ -272,27 +291,29 @@ EMBEDTRAIN_INLINE void add_group(const Block& block, const Workspace& work, int6
     }
     int c = 0;
     for (; c + kAtOnce <= num_contexts; c += kAtOnce) {
-        dot_products<kAtOnce>(work.rows + c, work.targets, width, work.logits + c * kSlots);
+        dot_products<Vector, kAtOnce>(work.rows + c, work.targets, width, work.logits + c * kSlots);
     }
-    for (; c + 2 <= num_contexts; c += 2) dot_products<2>(work.rows + c, work.targets, width, work.logits + c * kSlots);
-    if (c < num_contexts) dot_products<1>(work.rows + c, work.targets, width, work.logits + c * kSlots);
+    for (; c + 2 <= num_contexts; c += 2) {
+        dot_products<Vector, 2>(work.rows + c, work.targets, width, work.logits + c * kSlots);
+    }
+    if (c < num_contexts) dot_products<Vector, 1>(work.rows + c, work.targets, width, work.logits + c * kSlots);
     for (c = 0; c < num_contexts; c += 2) {
         slopes_in_place(work.logits + c * kSlots, c + 1 < num_contexts ? factors : last_factors, loss);
     }
 
-    for (c = 0; c + kAtOnce <= num_contexts; c += kAtOnce) add_to_contexts<kAtOnce, kBlocks>(work, c, targets);
-    for (; c + 2 <= num_contexts; c += 2) add_to_contexts<2, kBlocks>(work, c, targets);
-    if (c < num_contexts) add_to_contexts<1, kBlocks>(work, c, targets);
+    for (c = 0; c + kAtOnce <= num_contexts; c += kAtOnce) add_to_contexts<Vector, kAtOnce, kBlocks>(work, c, targets);
+    for (; c + 2 <= num_contexts; c += 2) add_to_contexts<Vector, 2, kBlocks>(work, c, targets);
+    if (c < num_contexts) add_to_contexts<Vector, 1, kBlocks>(work, c, targets);
     // One target after the other: a row drawn twice takes both sums.
-    const auto to_target = [&](int a, int64_t d, const float16v& values) __attribute__((always_inline)) {
+    const auto to_target = [&](int a, int64_t d, const Vector& values) __attribute__((always_inline)) {
         add_vector(homes[a], d, dim, values);
     };
-    const int64_t d = add_combinations<kTargets, kBlocks>(work.logits, 1, kSlots, work.rows, num_contexts, 0, width,
-                                                          to_target);
-    add_combinations<kTargets, 1>(work.logits, 1, kSlots, work.rows, num_contexts, d, width, to_target);
+    const int64_t d = add_combinations<Vector, kTargets, kBlocks>(work.logits, 1, kSlots, work.rows, num_contexts, 0,
+                                                                  width, to_target);
+    add_combinations<Vector, kTargets, 1>(work.logits, 1, kSlots, work.rows, num_contexts, d, width, to_target);
 }
 
-template <int kAtOnce, int kBlocks>
+template <typename Vector, int kAtOnce, int kBlocks>
 EMBEDTRAIN_INLINE double add_block(const Block& block) {
     const int64_t dim = block.dim, n = block.num_positions;
     const Workspace work(block);
@@ -322,7 +343,7 @@ EMBEDTRAIN_INLINE double add_block(const Block& block) {
         }
         if (num_contexts == 0) continue;
         for (int64_t first = 0; first < block.num_targets; first += kTargets) {
-            add_group<kAtOnce, kBlocks>(block, work, centre, first, num_contexts, loss);
+            add_group<Vector, kAtOnce, kBlocks>(block, work, centre, first, num_contexts, loss);
         }
     }
     loss.settle();
@@ -332,11 +353,13 @@ EMBEDTRAIN_INLINE double add_block(const Block& block) {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 // As many sums at once as there are registers for.
 __attribute__((target("arch=x86-64-v4"))) double add_block_in_wide_registers(const Block& block) {
-    return add_block<4, 2>(block);
+    return add_block<float16v, 4, 2>(block);
 }
 #endif
 
-EMBEDTRAIN_MULTIVERSION double add_block_in_any_registers(const Block& block) { return add_block<2, 1>(block); }
+EMBEDTRAIN_MULTIVERSION double add_block_in_any_registers(const Block& block) {
+    return add_block<float8v, 2, 2>(block);
+}
 
 // Counts indices and windows that lie outside.
 EMBEDTRAIN_MULTIVERSION int64_t count_outside(const Block& block) {
