@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from embedtrain.data.bags import Bags
 from embedtrain.data.columns import read_columns
-from embedtrain.data.prepared import META_NAME, Check, nothing_found, prepared_entry, read_contents
+from embedtrain.data.prepared import META_NAME, prepared_entry, read_contents
 from embedtrain.data.readers import AUTO, Layout, suffixes_of
+from embedtrain.data.seal import Unverified
 from embedtrain.data.sources import Source, take_sources
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary
 from embedtrain.distributed.ranks import Ranks
@@ -97,22 +98,21 @@ class Interactions:
 
     Args:
         path: the folder, on a local file system.
+        unverified: see `prepared_entry`.
 
     Attributes:
         num_interactions: distinct pairs of user and item.
         fingerprint: a hash of the pairs, of the ids and of the features.
         source_identities: of the files with the interactions; see `Source.identity`.
         left_out: what of the held-out data and features cannot be used, in numbers: see `meta.json`.
-        check: see `prepared_entry`.
 
     Raises:
         ValueError: the table of contents is not one.
     """
 
-    check: Check = staticmethod(nothing_found)
-
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, unverified: Unverified = ()) -> None:
         self.path = path
+        self.unverified = unverified
         self._meta = read_contents(path, _Meta)
         self.fingerprint = self._meta.fingerprint
         self.num_interactions = self._meta.num_interactions
@@ -176,9 +176,7 @@ def prepare_interactions(options: InteractionOptions, cache_path: str, ranks: Ra
     def prepare(work_path: str) -> None:
         ranks.run_on_first(lambda: _write(options, listed[0], work_path))
 
-    interactions, interactions_check = prepared_entry(cache_path, name, Interactions, prepare, ranks)
-    interactions.check = interactions_check
-    return interactions
+    return prepared_entry(cache_path, name, Interactions, prepare, ranks)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_ch
 from embedtrain.config.resolved import differing_keys, settings_in, to_yaml
 from embedtrain.config.sections import Config
 from embedtrain.config.values import settings_of
+from embedtrain.data.seal import Unverified, Verification
 from embedtrain.distributed.failure import is_shared
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
@@ -35,6 +36,9 @@ from embedtrain.train.watchdog import Watchdog
 
 _logger = logging.getLogger(__name__)
 
+_VERIFICATION_SECONDS = 60.0
+"""How long a run waits before its last save until its prepared data are compared with their checksums."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -47,7 +51,7 @@ class Run:
         is_resumed: whether a checkpoint was found.
         is_begun: whether an earlier job has begun to train it.
         observers: called on every rank after each step.
-        check_data: see `Parts`.
+        unverified: see `Parts`.
     """
 
     trainer: Trainer
@@ -56,7 +60,7 @@ class Run:
     is_resumed: bool
     is_begun: bool
     observers: list[Callable[[], None]]
-    check_data: Callable[[], None]
+    unverified: Unverified
 
 
 def check_run_folder(config: Config) -> RunFolder:
@@ -112,12 +116,22 @@ def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_prof
             of_all = "" if total is None else f": {counted(total, 'step')}"
             _say(f"starting{of_all}, {where}")
 
+    patience = min(_VERIFICATION_SECONDS, config.run.timeout_seconds / 2)
+    verification = runtime.ranks.run_on_each(
+        lambda: Verification(run.unverified, patience) if runtime.rank == 0 and run.unverified else None
+    )
+
+    def require_sound_data() -> None:
+        if verification is not None:
+            # A run that was asked to stop has no time, and goes on later.
+            verification.require_sound(is_last=run.trainer.is_over())
+
     def before_save() -> None:
         # A run that is killed resumes from this checkpoint, and does not log again what came before it.
         for sink in run.sinks:
             sink.flush()
         lock.check()
-        runtime.ranks.run_on_first(run.check_data)
+        runtime.ranks.run_on_each(require_sound_data)
 
     with ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
@@ -200,7 +214,7 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
     runtime.ranks.run_on_first(functools.partial(_write_folder, folder, config, parts))
     sinks = _build_sinks(config, folder, state, parts.task) if runtime.rank == 0 else []
     observers = _build_observers(config, folder, state, parts.task, sinks, runtime)
-    return Run(trainer, folder, sinks, is_resumed, earlier is not None, observers, parts.check_data)
+    return Run(trainer, folder, sinks, is_resumed, earlier is not None, observers, parts.unverified)
 
 
 def _start_tables(parts: Parts, config: Config, folder: RunFolder, runtime: Runtime) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,13 +126,8 @@ def build(config: RankingConfig, runtime: Runtime, data: ClicksOfRun) -> Parts:
         },
     }
     write_files, pretrained = functools.partial(_write_files, data), _pretrained(config, layout)
-    checks = [log.check for log in (layout, data.held_out) if isinstance(log, ClickLog)]
-    return Parts(task, facts, write_files, pretrained, functools.partial(_check_all, checks))
-
-
-def _check_all(checks: Sequence[Callable[[], None]]) -> None:
-    for check in checks:
-        check()
+    logs = [log for log in (layout, data.held_out) if isinstance(log, ClickLog)]
+    return Parts(task, facts, write_files, pretrained, tuple(entry for log in logs for entry in log.unverified))
 
 
 def measure(

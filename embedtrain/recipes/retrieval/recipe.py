@@ -154,7 +154,7 @@ def build(config: RetrievalConfig, runtime: Runtime, interactions: Interactions)
         _facts(interactions),
         functools.partial(_write_files, interactions),
         _pretrained(config, interactions),
-        interactions.check,
+        interactions.unverified,
     )
 
 

@@ -17,6 +17,7 @@ from embedtrain.data.prepare import CorpusOptions, prepare_corpus
 from embedtrain.data.readers import Layout
 from embedtrain.data.readers.blocks import read_lines
 from embedtrain.data.row_names import STATE_KEY, VOCABULARY_NAME, read_row_names, vocabulary_source
+from embedtrain.data.seal import Unverified
 from embedtrain.data.skipgram import SamplingOptions, TextBatches
 from embedtrain.data.vector_files import check_vectors
 from embedtrain.data.vocabulary import Vocabulary
@@ -99,7 +100,7 @@ def build(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCorpus) -> P
     if config.init_from is not None:
         pretrained[INPUT] = Pretrained(config.init_from, lambda: corpus.vocabulary.rows)
     write_files = functools.partial(_write_files, config, corpus)
-    return Parts(task, _facts(corpus), write_files, pretrained, corpus.check)
+    return Parts(task, _facts(corpus), write_files, pretrained, corpus.unverified)
 
 
 def _write_files(config: Word2VecConfig, corpus: PreparedCorpus, folder: RunFolder) -> None:
@@ -207,8 +208,9 @@ def _read_pairs(path: str) -> list[str]:
 def _prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
     data, cache_path = config.data, os.path.expanduser(config.data.cache_path)
     path, tokenizer = data.path, data.tokenizer
+    unverified: Unverified = ()
     if data.format != "text":
-        path = write_baskets(
+        baskets = write_baskets(
             path,
             (data.basket_column, data.item_column),
             cache_path,
@@ -216,7 +218,7 @@ def _prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
             format=data.format,
             layout=layout_of(data, "data"),
         )
-        tokenizer = "whitespace"
+        path, unverified, tokenizer = baskets.text_path, baskets.unverified, "whitespace"
     options = CorpusOptions(
         path=path,
         tokenizer=tokenizer,
@@ -224,7 +226,13 @@ def _prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
         max_vocab_size=data.max_vocab_size,
         base_vocabulary=data.base_vocabulary,
     )
-    corpus = prepare_corpus(options, cache_path, runtime.ranks, on_progress=_StageLog() if runtime.rank == 0 else None)
+    corpus = prepare_corpus(
+        options,
+        cache_path,
+        runtime.ranks,
+        unverified_sources=unverified,
+        on_progress=_StageLog() if runtime.rank == 0 else None,
+    )
     if runtime.rank == 0:
         _logger.info(
             f"text: {corpus.num_tokens:,} words of a vocabulary of {len(corpus.vocabulary):,}, in {corpus.path}"

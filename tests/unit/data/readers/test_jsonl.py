@@ -116,7 +116,7 @@ def test_interactions_features_and_held_out_data(tmp_path: Path) -> None:
 
 def test_baskets(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"s": 1, "i": "a"}, {"s": 2, "i": "é"}, {"s": 1, "i": 7}])
-    text = write_baskets(path, ("s", "i"), str(tmp_path / "cache"), ONE_PROCESS, format="jsonl")
+    text = write_baskets(path, ("s", "i"), str(tmp_path / "cache"), ONE_PROCESS, format="jsonl").text_path
     assert sorted(Path(text).read_text(encoding="utf-8").splitlines()) == ["a 7", "é"]
 
 
