@@ -37,7 +37,7 @@ from embedtrain.errors import UserError
 _logger = logging.getLogger(__name__)
 
 PART_BYTES = 8 << 20
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _FAULTS_SHOWN = 3
 _LARGEST_NARROW = 1 << 31
 
