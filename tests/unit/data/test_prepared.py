@@ -320,11 +320,14 @@ def test_all_ranks_know_what_is_not_verified(tmp_path: Path) -> None:
     assert [entry.path for entry in first] == [str(tmp_path / "e")]
 
 
-def test_preparing_alone_starts_no_thread(tmp_path: Path) -> None:
-    text(tmp_path)
-    before = threading.active_count()
-    text(tmp_path)
-    assert threading.active_count() == before
+def test_finding_an_entry_starts_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_letters(tmp_path)
+
+    def fail(thread: threading.Thread) -> None:
+        raise AssertionError(f"thread {thread.name} is started")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    assert len(of_letters(tmp_path)) == 1
 
 
 def test_a_text_of_baskets_is_verified_with_the_baskets_it_was_made_of(tmp_path: Path) -> None:
