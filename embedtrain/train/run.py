@@ -17,6 +17,7 @@ from embedtrain.config.sections import Config
 from embedtrain.config.values import settings_of
 from embedtrain.data.seal import Unverified, Verification
 from embedtrain.distributed.failure import is_shared
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.embedding.init_from import init_from
@@ -117,10 +118,7 @@ def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_prof
             of_all = "" if total is None else f": {counted(total, 'step')}"
             _say(f"starting{of_all}, {where}")
 
-    patience = min(_VERIFICATION_SECONDS, config.run.timeout_seconds / 2)
-    verification = runtime.ranks.run_on_each(
-        lambda: Verification(run.unverified, patience) if runtime.rank == 0 and run.unverified else None
-    )
+    verification = begin_verification(run.unverified, config.run.timeout_seconds, runtime.ranks)
 
     def require_sound_data() -> None:
         if verification is not None:
@@ -158,6 +156,20 @@ def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_prof
         run.folder.write_status("done" if is_complete else "preempted", status, step=state.step)
         _say(f"{'done' if is_complete else 'stopped and saved'} at step {state.step:,}: {run.folder.path}")
     return status
+
+
+def begin_verification(unverified: Unverified, timeout_seconds: float, ranks: Ranks) -> Verification | None:
+    """Begins to compare prepared data with their checksums, on rank 0; None on others, and if there are none.
+
+    Collective: every rank. If rank 0 can start no thread, all ranks raise.
+
+    Args:
+        unverified: what to compare.
+        timeout_seconds: how long the others wait for a rank; the comparison is waited for no longer than half of it.
+        ranks: those of the run.
+    """
+    patience = min(_VERIFICATION_SECONDS, timeout_seconds / 2)
+    return ranks.run_on_each(lambda: Verification(unverified, patience) if ranks.rank == 0 and unverified else None)
 
 
 def _profile(folder: RunFolder, rank: int) -> StepProfile:

@@ -24,7 +24,8 @@ from embedtrain.data.prepared import prepared_entry
 from embedtrain.data.seal import SEAL_NAME, Unverified, Verification, seal_file
 from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
 from embedtrain.errors import CheckpointError, UserError
-from embedtrain.testing.threads import run_threads
+from embedtrain.testing.threads import outcomes_on_threads, run_threads
+from embedtrain.train.run import begin_verification
 from tests.unit.data import click_example
 
 Prepare = Callable[[Path], tuple[str, str]]
@@ -318,6 +319,22 @@ def test_all_ranks_know_what_is_not_verified(tmp_path: Path) -> None:
     first, second = run_threads(2, lambda ranks: of_letters(tmp_path, ranks))
     assert first == second
     assert [entry.path for entry in first] == [str(tmp_path / "e")]
+
+
+def test_all_ranks_fail_together_if_one_can_start_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_letters(tmp_path)
+    unverified = of_letters(tmp_path)
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "embedtrain-prepared-data":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    own, told = outcomes_on_threads(2, lambda ranks: begin_verification(unverified, 60.0, ranks))
+    assert "can't start new thread" in str(own)
+    assert "rank 0 failed" in str(told)
 
 
 def test_finding_an_entry_starts_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
