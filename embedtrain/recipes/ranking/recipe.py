@@ -25,7 +25,7 @@ from embedtrain.data.row_names import (
     values_source,
     write_values,
 )
-from embedtrain.data.sources import refuse_changes
+from embedtrain.data.sources import expand_sources, refuse_changes
 from embedtrain.data.vector_files import check_vectors
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
@@ -73,11 +73,14 @@ class ClicksOfRun:
 
 
 def check(config: RankingConfig) -> None:
-    """Opens the files that a run reads beside its click logs.
+    """Opens the files that a run reads beside its click logs, and lists those of the held-out one.
 
     Raises:
         UserError: one is missing or cannot be read.
     """
+    if config.data.valid_path is not None:
+        # The log that is trained on is prepared first, which may take hours.
+        expand_sources(config.data.valid_path, suffixes_of(click_schema(config.data).reader))
     for name, feature in config.data.features.items():
         if feature.init_from is not None:
             check_vectors(feature.init_from, feature.dim or config.table.dim, f"data.features.{name}.init_from")
