@@ -97,7 +97,8 @@ def _untouched(table: TableFacts, facts: RunFacts) -> str | None:
         return None
     share = f"{table.num_untouched / num_rows:.0%} of the rows of table {table.name} were never trained: "
     if facts.epochs < 1:
-        return f"{share}the run has not come through its data yet ({facts.epochs:.0%} of an epoch)."
+        done = f" ({facts.epochs:.2%} of an epoch)" if facts.epochs else ""
+        return f"{share}the run has not come through its data yet{done}."
     if table.is_hashed:
         return f"{share}its values need fewer rows: lower their number, data.num_rows or that of the feature."
     return (

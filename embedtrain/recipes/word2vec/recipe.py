@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -35,17 +36,21 @@ from embedtrain.recipes.word2vec.workload import workload
 from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import TableSpec
 from embedtrain.train.checkpoints import load_weights
-from embedtrain.train.run_folder import DATA_NAME, RunFolder
+from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.state import read_run_state
 from embedtrain.train.task import Evaluation, Parts, Pretrained, Task
 
 _logger = logging.getLogger(__name__)
 
-_PAIRS = "word_pairs"
-"""Name of the word pairs of the evaluation among what the run folder keeps: the lines of each file, by its path."""
-
 _FEW_STEPS = 200
 """A text of 40,000 words had all cosines near 1 after 30 steps of 8,192 words, and sensible neighbours after 300."""
+
+
+@dataclass(frozen=True)
+class _KeptFacts:
+    """What the run folder keeps of the data: the lines of each file of word pairs, by its path."""
+
+    word_pairs: dict[str, list[str]]
 
 
 def check(config: Word2VecConfig) -> None:
@@ -107,7 +112,7 @@ def _write_files(config: Word2VecConfig, corpus: PreparedCorpus, folder: RunFold
     """Writes to the run folder the words, and the pairs of the evaluation."""
     folder.write_vocabulary(corpus.vocabulary)
     paths = _similarity_paths(config)
-    folder.keep_data({_PAIRS: {path: _read_pairs(path) for path in paths}} if paths else {})
+    folder.keep_data(asdict(_KeptFacts({path: _read_pairs(path) for path in paths})) if paths else {})
 
 
 def measure(config: Word2VecConfig, runtime: Runtime, checkpoint: str, held_out: str | None = None) -> dict[str, float]:
@@ -119,17 +124,17 @@ def measure(config: Word2VecConfig, runtime: Runtime, checkpoint: str, held_out:
     if held_out is not None:
         raise UserError(f"words are measured on word tests: give --similarity {held_out} or --analogies {held_out}")
     folder = RunFolder(config.run.path)
-    with folder.open_data() as kept, CheckpointReader(checkpoint) as reader:
+    with folder.open_data(_KeptFacts) as kept, CheckpointReader(checkpoint) as reader:
         if kept is None:
             raise UserError(
-                f"{folder.join(DATA_NAME)} is missing, which holds the word pairs of evaluate.similarity: bring it "
+                f"{folder.kept_data_path} is missing, which holds the word pairs of evaluate.similarity: bring it "
                 "back, or give the training command again, which writes it anew"
             )
         fingerprint = read_run_state(reader.manifest, checkpoint).data_fingerprint
         words = read_row_names(folder.path, reader.state, INPUT, reader.table(INPUT).shape[0]).words
     model = _build_model(config, runtime, len(words))
     load_weights(checkpoint, model.tables, None, fingerprint)
-    return WordSimilarity(model.tables, words, kept.facts[_PAIRS])(lambda: None)
+    return WordSimilarity(model.tables, words, kept.facts.word_pairs)(lambda: None)
 
 
 def _build_model(config: Word2VecConfig, runtime: Runtime, num_words: int) -> Word2Vec:
