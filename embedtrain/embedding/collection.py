@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.runtime import job_ranks
-from embedtrain.embedding.features import Routes, resolve_features, shaped
+from embedtrain.embedding.features import Routes, resolve_features
 from embedtrain.embedding.input_dist import Asked, input_dist_of
 from embedtrain.embedding.lookup import lookup
 from embedtrain.embedding.output_dist import fetch_distinct, output_dist
@@ -201,8 +201,7 @@ class EmbeddingCollection(nn.Module):
             ValueError: the batch names a feature that does not exist, on any rank; raised likewise.
         """
         asked = self.ask(batch)
-        found = lookup(asked)
-        return shaped(batch, self.features, output_dist(asked, found))
+        return output_dist(asked, lookup(asked))
 
     def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool = False) -> Asked:
         """Exchanges the ids of a batch, which needs no row, for `look_up` or `distinct_rows` later.

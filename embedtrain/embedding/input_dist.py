@@ -14,7 +14,7 @@ from torch import Tensor
 
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.stages import stage
-from embedtrain.embedding.features import Route, Routes, as_bags
+from embedtrain.embedding.features import Route, Routes, as_bags, shapes_of
 from embedtrain.embedding.ids import valid_bags
 from embedtrain.embedding.owner_pooling import PooledAtOwners
 from embedtrain.embedding.pooling import bags_of
@@ -34,11 +34,13 @@ class Asked(NamedTuple):
         names: the features, in the caller's order.
         parts: per table group that is looked up.
         choices: where the ranks pool the bags of the batches that follow; see `EmbeddingCollection.pooling_choices`.
+        shapes: of the ids of features without pooling that are tensors [n, k].
     """
 
     names: tuple[str, ...]
     parts: Sequence[GroupRequest]
     choices: PoolingChoices
+    shapes: Mapping[str, torch.Size]
 
     def places(self) -> dict[str, Tensor]:
         """Returns per feature [num_values] int64; each value's row among those of `distinct_rows`. Sorts the ids."""
@@ -106,7 +108,7 @@ class LocalInputDist(InputDist):
             LocalRequest(self._groups[route.number], route, *self._plan(route, bags))
             for route in self._routes.of(names)
         ]
-        return Asked(names, parts, {}), [part.rows for part in parts]
+        return Asked(names, parts, {}, shapes_of(batch, self._routes.features)), [part.rows for part in parts]
 
 
 _ROWS, _ANY_ROWS, _IDS_OF_BAGS, _SUMS, _ANY_BAGS, _ANY_WEIGHTS = range(6)
@@ -154,7 +156,7 @@ class SharedInputDist(InputDist):
             for request in requests:
                 request.sort_ahead()
         keys = [each.keys for each in wanted if each is not None]
-        return Asked(names, requests, self.choices), keys
+        return Asked(names, requests, self.choices, shapes_of(batch, self._routes.features)), keys
 
     def _wanted(
         self, route: Route, batch: Mapping[str, Jagged], choices: PoolingChoices, measured: dict[str, Measured]

@@ -117,6 +117,7 @@ def test_tensors_of_ids_are_looked_up() -> None:
     out = tables({"item": ids, "bag": ids})
     assert torch.equal(out["item"], table[ids.long()])
     torch.testing.assert_close(out["bag"], table[ids.long()].sum(dim=1))
+    assert torch.equal(tables.look_up(tables.ask({"item": ids}))["item"], out["item"]), "as forward"
     flat = tables({"item": ids[0], "bag": et.Jagged.from_ids(ids)})
     assert torch.equal(flat["item"], table[ids[0].long()])
     assert torch.equal(flat["bag"], out["bag"])
