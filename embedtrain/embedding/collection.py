@@ -86,7 +86,8 @@ class EmbeddingCollection(nn.Module):
             raise ValueError(f"wire_dtype must be torch.float32, torch.bfloat16 or None, got {wire_dtype}")
         self.features = resolve_features(tables, features)
         self.ranks = ranks if ranks is not None else job_ranks()
-        self.device = torch.device("cpu" if device is None else device)
+        # "cuda" becomes "cuda:0", so that `to` can tell whether rows are there already.
+        self.device = torch.empty(0, device="cpu" if device is None else device).device
         members: dict[tuple[int, torch.dtype, str, str], list[TableSpec]] = {}
         for table in tables:
             members.setdefault(table.group, []).append(table)
