@@ -245,6 +245,8 @@ class EmbeddingCollection(nn.Module):
         """Takes the choices that hold after a batch, in the order of the steps even if another batch is asked ahead."""
         if torch.is_grad_enabled():
             self._choices = asked.choices
+            # The next batch without gradients begins an evaluation, even if a step was asked ahead before the last one.
+            self._input_dist.choices_of_evaluation = {}
 
     def distinct_rows(self, asked: Asked) -> Tensor:
         """Fetches each distinct row that was asked for once, for models that work on compact rows.

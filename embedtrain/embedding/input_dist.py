@@ -64,10 +64,12 @@ class InputDist(ABC):
 
     Attributes:
         choices: where the next batch's bags are pooled.
+        choices_of_evaluation: where those of the next batch without gradients are; empty where an evaluation begins.
     """
 
     def __init__(self, groups: Sequence[TableGroup], routes: Routes, ranks: Ranks) -> None:
         self.choices: PoolingChoices = {}
+        self.choices_of_evaluation: PoolingChoices = {}
         self._groups, self._routes, self._ranks = groups, routes, ranks
         self._no_keys = torch.zeros(0, dtype=torch.int64, device=groups[0].device)
 
@@ -114,9 +116,9 @@ class LocalInputDist(InputDist):
 _ROWS, _ANY_ROWS, _IDS_OF_BAGS, _SUMS, _ANY_BAGS, _ANY_WEIGHTS = range(6)
 """What a rank tells another for each group. See `Ranks.ask` of the first two. The three that say whether there is any
 are told to every rank alike, so that all know which exchanges take place."""
-_FEATURES = _ANY_ROWS
-"""After the last group a rank tells, in the place of `_ROWS`, whether it found an error, and here which features it
-looks up. What it measured of each feature whose bags may be pooled on either side follows; see `measure`."""
+_IS_WRONG, _FEATURES = range(2)
+"""What it tells after the last group: whether its input is wrong, and a checksum of the features that it looks up. What
+it measured of each feature whose bags may be pooled on either side follows; see `measure`."""
 
 
 class SharedInputDist(InputDist):
@@ -125,7 +127,6 @@ class SharedInputDist(InputDist):
     def __init__(self, groups: Sequence[TableGroup], routes: Routes, ranks: Ranks) -> None:
         super().__init__(groups, routes, ranks)
         self._open = [name for name, feature in routes.features.items() if is_open(feature)]
-        self._choices_of_evaluation: PoolingChoices = {}
 
     def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool) -> tuple[Asked, list[Tensor]]:
         """See `InputDist`.
@@ -138,7 +139,7 @@ class SharedInputDist(InputDist):
         wanted, error = list(nothing), None
         # An evaluation chooses anew: its choices are of its own batches, and a run that resumes makes the same ones.
         is_training = torch.is_grad_enabled()
-        choices = self.choices if is_training else self._choices_of_evaluation
+        choices = self.choices if is_training else self.choices_of_evaluation
         try:
             bags = as_bags(batch)
             for route in self._routes.of(tuple(bags)):
@@ -149,9 +150,10 @@ class SharedInputDist(InputDist):
         names = tuple(batch) if isinstance(batch, Mapping) else ()
         requests, heard = self._exchange(wanted, error, names, measured, ranks)
         choices = agree(choices, heard)
-        self._choices_of_evaluation = {} if is_training else choices
         if is_training:
             self.choices = choices
+        else:
+            self.choices_of_evaluation = choices
         if is_ahead:
             for request in requests:
                 request.sort_ahead()
@@ -191,7 +193,7 @@ class SharedInputDist(InputDist):
         shape = (ranks.size, num_groups + 1 + len(self._open), 6)
         counts = torch.zeros(shape, dtype=torch.int64, device=self._no_keys.device)
         if error is not None:
-            counts[:, num_groups, _ROWS] = 1
+            counts[:, num_groups, _IS_WRONG] = 1
         counts[:, num_groups, _FEATURES] = self._routes.checksum_of(names)
         ordered: list[OrderedKeys | SortedKeys] = []
         pooled: list[PooledAtOwners | None] = []
@@ -206,7 +208,7 @@ class SharedInputDist(InputDist):
             counts[:, num_groups + 1 :, : len(Measured._fields)] = torch.tensor(rows, device=counts.device)
         distinct = [each.sorted.unique for each in ordered]
         (ask, owe), rows_owed = ranks.ask(counts, distinct, [group.num_local_rows for group in self._groups])
-        if any(owe[num_groups][_ROWS]):
+        if any(owe[num_groups][_IS_WRONG]):
             ranks.fail_together(error)
         if len(set(owe[num_groups][_FEATURES])) > 1:
             _refuse_features(ranks.all_gather(sorted(names)))
