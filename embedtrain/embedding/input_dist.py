@@ -64,7 +64,7 @@ class InputDist(ABC):
 
     Attributes:
         choices: where the next batch's bags are pooled.
-        choices_of_evaluation: where those of the next batch without gradients are; empty where an evaluation begins.
+        choices_of_evaluation: where those of the next batch without gradients are; empty when an evaluation begins.
     """
 
     def __init__(self, groups: Sequence[TableGroup], routes: Routes, ranks: Ranks) -> None:
