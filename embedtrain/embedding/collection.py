@@ -292,7 +292,7 @@ class EmbeddingCollection(nn.Module):
         return [view for shard in self.shards.values() for view in shard.views()]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns what a copy is made of: all but who watches, and what is made of the tables anyway."""
+        """Returns what a copy is made of: all but the watchers, and what `_begin` makes of the tables anew."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_input_dist", "_watchers")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -354,7 +354,7 @@ class EmbeddingCollection(nn.Module):
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _fqn_modifiers(self) -> dict[str, str]:
-        """Tells torch's distributed checkpoint that tables, which are no attributes, are those of `_entries`."""
+        """Tells torch's distributed checkpoint to find the tables, which are not attributes, under `_entries`."""
         return dict.fromkeys(vars(self._entries), "_entries")
 
     @property

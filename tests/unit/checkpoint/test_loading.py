@@ -162,3 +162,16 @@ def test_a_checkpoint_of_before_tables_had_counts_of_their_own_brings_that_of_it
     checkpoints, tables, _ = run_of(tmp_path)
     assert checkpoints.restore()
     assert [group.steps.value for group in tables.table_groups] == [7, 7]
+
+
+def test_counts_of_steps_of_tables_that_share_an_optimizer_do_not_differ(tmp_path: Path) -> None:
+    apart = et.EmbeddingCollection([et.TableSpec("a", 9, 4), et.TableSpec("b", 9, 4, optimizer="other")])
+    optimizers = [et.optim.SGD(apart.trained_by(name)) for name in ("default", "other")]
+    for group, steps in zip(apart.table_groups, (3, 5), strict=True):
+        group.steps.restore(steps)
+    path = save_checkpoint(str(tmp_path), 1, apart.shard_views(), {}, ONE_PROCESS)
+    together = et.EmbeddingCollection([et.TableSpec("a", 9, 4), et.TableSpec("b", 9, 4)])
+    optimizers.append(et.optim.SGD(together))
+    message = "a and b share an optimizer, and the checkpoint has 3 steps for a and 5 steps for b"
+    with CheckpointReader(path) as reader, pytest.raises(CheckpointError, match=message):
+        load_shards(reader, together.shard_views())
