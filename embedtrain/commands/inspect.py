@@ -88,7 +88,7 @@ def _checkpoints_path(folder: RunFolder) -> str | None:
 
 def _print_state(state: RunState) -> None:
     train, optimizer = state.train, state.optimizer
-    tell(f"epoch        {train.epoch:,}, {counted(train.step_in_epoch, 'step')} into it")
+    tell(f"epochs       {train.epoch:,} done, and {counted(train.step_in_epoch, 'step')} of the next")
     tell(f"examples     {train.examples:,} in {train.seconds:,.0f} seconds of training")
     settings = ", ".join(f"{name} {value}" for name, value in optimizer.param_groups[0].items() if name != "params")
     tell(f"optimizer    {optimizer.name}: {settings}")

@@ -155,6 +155,7 @@ class EmbeddingCollection(nn.Module):
         Raises:
             ValueError: there is no such table.
         """
+        tables = [tables] if isinstance(tables, str) else tables
         unknown = sorted(set(tables or ()) - self.shards.keys())
         if unknown:
             raise ValueError(f"there is no table {', '.join(unknown)}; the tables are {', '.join(self.shards)}")

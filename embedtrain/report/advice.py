@@ -80,12 +80,12 @@ def _overfitting(facts: RunFacts) -> Iterator[str]:
         best = max(range(len(values)), key=lambda place: sign * values[place])
         behind = sign * (values[best] - values[-1])
         if behind > (_WORSE if sign < 0 else _MUCH_WORSE) * abs(values[best]):
-            mode = "max" if sign > 0 else "min"
             yield (
                 f"The model learns the training data by heart: the loss falls, and {name} was best at step "
                 f"{steps[best]:,}, {values[best]:.4g}, and is {values[-1]:.4g} now. Train for fewer epochs, raise "
-                "optimizer.weight_decay or lower table.dim. checkpoint.keep_best=1 with checkpoint.best_metric="
-                f"{name} and checkpoint.best_mode={mode} keeps the best for --step best."
+                "optimizer.weight_decay or lower table.dim. checkpoint.keep_best=1, "
+                f"checkpoint.best_metric={name} and a checkpoint.every_steps of an epoch or less keep the best for "
+                "--step best. Such settings make another run: give them with another run.path."
             )
             return
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
+from embedtrain.checkpoint.retention import mode_of_best
 from embedtrain.config.resolved import differing_keys, settings_in, to_yaml
 from embedtrain.config.sections import Config
 from embedtrain.config.values import settings_of
@@ -229,9 +230,8 @@ def start_new_tables(parts: Parts, config: Config, folder: RunFolder, runtime: R
 
 def _save_policy(config: Config) -> SavePolicy:
     settings = config.checkpoint
-    retention = Retention(
-        settings.keep_last, settings.keep_every, settings.keep_best, settings.best_metric, settings.best_mode
-    )
+    best_mode = mode_of_best(settings.best_metric, settings.best_mode)
+    retention = Retention(settings.keep_last, settings.keep_every, settings.keep_best, settings.best_metric, best_mode)
     options = SaveOptions(
         settings.mode, settings.max_extra_memory_bytes, settings.max_failures, settings.full_every, retention
     )
