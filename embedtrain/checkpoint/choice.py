@@ -8,7 +8,7 @@ from typing import Literal
 
 from embedtrain.checkpoint.chain import read_manifest
 from embedtrain.checkpoint.manifest import MANIFEST_NAME
-from embedtrain.checkpoint.retention import CheckpointInfo, find_checkpoints, mode_of_best
+from embedtrain.checkpoint.retention import CheckpointInfo, Retention, find_checkpoints, mode_of_best
 from embedtrain.errors import CorruptCheckpointError, UserError
 from embedtrain.schema import SchemaError, parse
 
@@ -45,7 +45,7 @@ def choose_checkpoint(checkpoints_path: str, step: Step, run_path: str) -> str:
 class _Settings:
     """What a run's configuration says of its best checkpoint."""
 
-    best_metric: str = "loss"
+    best_metric: str = Retention.best_metric
     best_mode: Literal["auto", "min", "max"] = "auto"
 
 

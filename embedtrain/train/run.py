@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,7 +19,6 @@ from embedtrain.data.seal import Unverified, Verification
 from embedtrain.distributed.failure import is_shared
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.runtime import Runtime
-from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.embedding.init_from import init_from
 from embedtrain.errors import UserError, counted, printable
 from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, TensorBoardSink
@@ -32,7 +31,7 @@ from embedtrain.train.profile import StepProfile
 from embedtrain.train.row_statistics import RowStatistics, TableStatistics
 from embedtrain.train.run_folder import PROFILE_NAME, TENSORBOARD_NAME, RunFolder
 from embedtrain.train.state import TrainState
-from embedtrain.train.task import Parts, Pretrained, StreamedBatches, Task
+from embedtrain.train.task import Parts, StreamedBatches, Task
 from embedtrain.train.trainer import Trainer
 from embedtrain.train.watchdog import Watchdog
 
@@ -200,7 +199,7 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
         UserError: the checkpoint is of other data or of another optimizer.
     """
     earlier = folder.read_config()
-    started = _start_tables(parts, config, folder, runtime)
+    started = start_new_tables(parts, config, folder, runtime)
     state = TrainState()
     checkpoints = Checkpoints(
         folder.checkpoints_path,
@@ -230,25 +229,22 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
     return Run(trainer, folder, sinks, is_resumed, earlier is not None, observers, parts.unverified)
 
 
-def _start_tables(parts: Parts, config: Config, folder: RunFolder, runtime: Runtime) -> dict[str, Any]:
-    """Starts tables from files unless a checkpoint will replace them; returns how many rows each file gave."""
+def start_new_tables(parts: Parts, config: Config, folder: RunFolder, runtime: Runtime) -> dict[str, Any]:
+    """Starts tables from files unless a checkpoint will replace them; returns how many rows each file gave, as JSON.
+
+    Collective: every rank.
+
+    Raises:
+        UserError: a file cannot be used.
+    """
     is_new = runtime.ranks.run_on_first(lambda: latest_checkpoint(folder.checkpoints_path) is None)
     loaded = config.resume.tables
     sources = {
         table: source for table, source in parts.pretrained.items() if is_new or not (loaded is None or table in loaded)
     }
-    return start_tables(parts.task.tables, sources, runtime)
-
-
-def start_tables(tables: EmbeddingCollection, sources: Mapping[str, Pretrained], runtime: Runtime) -> dict[str, Any]:
-    """Starts tables from files; returns how many rows each file gave, as JSON. Collective: every rank.
-
-    Raises:
-        UserError: a file cannot be used.
-    """
     started: dict[str, Any] = {}
     for table, source in sources.items():
-        counts = init_from(tables, table, source.path, source.rows())
+        counts = init_from(parts.task.tables, table, source.path, source.rows())
         started[table] = {"path": source.path, **asdict(counts)}
         if runtime.rank == 0:
             _logger.info(

@@ -66,7 +66,7 @@ class Trainer:
         self._task = task
         self._stream = task.batches if isinstance(task.batches, StreamedBatches) else None
         self._ahead = None if isinstance(task.batches, StreamedBatches) else BatchesAhead(task)
-        # Dense parameters are updated by the host's leave, hence need to know at once.
+        # The host decides whether dense parameters step, so it must know at once whether the gradients are finite.
         task.optimizer.looks_later = task.tables.device.type == "cuda" and task.dense is None
         self._rates = [float(settings["lr"]) for settings in task.optimizer.param_groups]
         self._schedule = schedule
@@ -112,7 +112,7 @@ class Trainer:
                 is_logged = has_trained and (step % log_every_steps == 0 or step == self.total_steps)
                 is_due = has_trained and self._checkpoints.policy.is_due(step)
                 is_measured = has_trained and self._is_measured(step)
-                # Whoever waits for a stream has time to agree.
+                # While a stream brings no batch, an agreement delays nothing.
                 if is_logged or is_due or is_measured or not has_trained or step % _STEPS_BETWEEN_AGREEMENTS == 0:
                     self._or_settle(self._task.optimizer.settle)
                     is_stopped, is_overdue, has_failed = self._agree(interrupt.is_asked)
@@ -341,7 +341,7 @@ class _Window:
 
 
 def _sum(total: Tensor, added: Tensor) -> Tensor:
-    """Adds sums; before the first step nobody knows how many there are."""
-    if len(total) == len(added):
-        return total + added
-    return added + torch.nn.functional.pad(total, (0, len(added) - len(total)))
+    """Adds sums, of which either may be the longer: before the first step nobody knows how many there are."""
+    length = max(len(total), len(added))
+    padded = [torch.nn.functional.pad(sums, (0, length - len(sums))) for sums in (total, added)]
+    return padded[0] + padded[1]

@@ -288,3 +288,16 @@ def test_a_checkpoint_of_the_library_can_be_inspected(answer: Answer, capfd: pyt
     assert "--step chooses a checkpoint of a run" in capfd.readouterr().err
     assert main(["inspect", "own", "--step", "best"]) == 2
     assert "has the metric 'loss'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "key", "name"),
+    [("word2vec", "init_from", "w3"), pytest.param("retrieval", "items.init_from", "i3", marks=pytest.mark.slow)],
+)
+def test_vectors_that_a_run_began_with_are_not_missed_later(model: str, key: str, name: str, answer: Answer) -> None:
+    Path("vectors.txt").write_text(f"{name} 1 2 3 4\n")
+    command = [*train(model), f"{key}=vectors.txt"]
+    answer(*command)
+    Path("vectors.txt").unlink()
+    answer(*command, "--dry-run")
+    answer(*command, "train.epochs=3")

@@ -72,8 +72,12 @@ class ClicksOfRun:
     held_out: ClickLog | None
 
 
-def check(config: RankingConfig) -> None:
+def check(config: RankingConfig, is_new: bool) -> None:
     """Opens the files that a run reads beside its click logs, and lists those of the held-out one.
+
+    Args:
+        config: of the run.
+        is_new: whether the run has no checkpoint: the vectors that its tables start from are read then alone.
 
     Raises:
         UserError: one is missing or cannot be read.
@@ -82,7 +86,7 @@ def check(config: RankingConfig) -> None:
         # The log that is trained on is prepared first, which may take hours.
         expand_sources(config.data.valid_path, suffixes_of(click_schema(config.data).reader))
     for name, feature in config.data.features.items():
-        if feature.init_from is not None:
+        if feature.init_from is not None and is_new:
             check_vectors(feature.init_from, feature.dim or config.table.dim, f"data.features.{name}.init_from")
 
 

@@ -66,14 +66,18 @@ class _KeptFacts:
     items: str
 
 
-def check(config: RetrievalConfig) -> None:
+def check(config: RetrievalConfig, is_new: bool) -> None:
     """Opens the files that a run reads beside its interactions and features.
+
+    Args:
+        config: of the run.
+        is_new: whether the run has no checkpoint: the vectors that its tables start from are read then alone.
 
     Raises:
         UserError: one is missing or cannot be read.
     """
     for name, side in (("users", config.users), ("items", config.items)):
-        if side.init_from is not None:
+        if side.init_from is not None and is_new:
             check_vectors(side.init_from, config.table.dim, f"{name}.init_from")
 
 

@@ -53,15 +53,19 @@ class _KeptFacts:
     word_pairs: dict[str, list[str]]
 
 
-def check(config: Word2VecConfig) -> None:
+def check(config: Word2VecConfig, is_new: bool) -> None:
     """Opens the files that a run reads beside its text.
+
+    Args:
+        config: of the run.
+        is_new: whether the run has no checkpoint: the vectors that its tables start from are read then alone.
 
     Raises:
         UserError: one is missing or cannot be read.
     """
     for path in _similarity_paths(config):
         _read_pairs(path)
-    if config.init_from is not None:
+    if config.init_from is not None and is_new:
         check_vectors(config.init_from, config.table.dim, "init_from")
     if config.data.base_vocabulary is not None:
         Vocabulary.load_base(config.data.base_vocabulary)

@@ -110,10 +110,7 @@ def test_tensorboard_that_cannot_be_written_is_warned_of(
     assert caplog.text.count("TensorBoard gets no more of this run") == 1
 
 
-@pytest.mark.parametrize("failing", [[0, 1], [1]])
-def test_ranks_tell_a_failure_of_all_from_a_failure_of_one(failing: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedtrain.distributed.failure.GRACE_SECONDS", 0.3)
-    store = dist.HashStore()
+def find_shared(failing: list[int], store: dist.Store) -> dict[int, bool]:
     found: dict[int, bool] = {}
 
     def rank(number: int) -> None:
@@ -125,7 +122,22 @@ def test_ranks_tell_a_failure_of_all_from_a_failure_of_one(failing: list[int], m
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == dict.fromkeys(failing, len(failing) == 2)
+    return found
+
+
+@pytest.mark.parametrize("failing", [[0, 1], [1]])
+def test_ranks_tell_a_failure_of_all_from_a_failure_of_one(failing: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedtrain.distributed.failure.GRACE_SECONDS", 0.3)
+    assert find_shared(failing, dist.HashStore()) == dict.fromkeys(failing, len(failing) == 2)
+
+
+def test_a_failure_of_all_in_an_earlier_run_of_the_job_is_not_taken_for_one_of_now(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("embedtrain.distributed.failure.GRACE_SECONDS", 0.3)
+    store = dist.HashStore()
+    assert find_shared([0, 1], store) == {0: True, 1: True}
+    assert find_shared([1], store) == {1: False}
 
 
 def test_a_failure_of_the_group_is_not_shared() -> None:
