@@ -31,6 +31,8 @@ PROFILE_NAME = "profile"
 _FILE = re.compile(
     rf"({re.escape(CONFIG_NAME)}|{re.escape(METRICS_NAME)}|{re.escape(STATUS_NAME)}|\w+\.tsv)(\.tmp|\.partial)?"
 )
+_TRACE = re.compile(rf"{METRICS_NAME}|{STATUS_NAME}|{CHECKPOINTS_NAME}|owner-")
+"""Begins the name of what any start of a run leaves beside its configuration."""
 _FOLDERS = (CHECKPOINTS_NAME, KEPT_DATA_NAME, FEATURES_NAME, TENSORBOARD_NAME, PROFILE_NAME)
 
 _logger = logging.getLogger(__name__)
@@ -84,9 +86,11 @@ class RunFolder:
 
         Raises:
             UserError: a file's name is a folder, a pipe or a link, through which a run would write elsewhere; or a
-                folder's name is a file; or the folder of kept data holds files of the user's.
+                folder's name is a file; or the folder of kept data holds files of the user's; or there is a
+                configuration and nothing else of a run.
         """
-        for name in storage.list_names(self.path):
+        names = storage.list_names(self.path)
+        for name in names:
             what = storage.oddity(self.join(name))
             if _FILE.fullmatch(name) and what is not None:
                 raise UserError(f"{self.join(name)} is {what}, and a run writes a file of that name: move it away")
@@ -95,6 +99,11 @@ class RunFolder:
                 raise UserError(
                     f"{self.join(name)} is {what or 'a file'}, and a run keeps a folder of that name: move it away"
                 )
+        if CONFIG_NAME in names and not any(_TRACE.match(name) for name in names):
+            raise UserError(
+                f"{self.join(CONFIG_NAME)} is there and nothing else of a run: a run would write its own configuration "
+                "over it. Give run.path a folder of its own"
+            )
         kept_data.require_own(self.kept_data_path)
 
     def read_config(self) -> str | None:

@@ -34,6 +34,14 @@ def test_what_is_no_file_is_refused_before_the_run_begins(
         RunFolder(str(tmp_path)).require_writable_names()
 
 
+def test_a_configuration_of_the_users_own_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: word2vec\n")
+    with pytest.raises(UserError, match=r"config\.yaml is there and nothing else of a run.*a folder of its own"):
+        RunFolder(str(tmp_path)).require_writable_names()
+    (tmp_path / "owner-00000001.json").write_text("{}")
+    RunFolder(str(tmp_path)).require_writable_names()
+
+
 def test_a_file_in_the_place_of_a_folder_is_refused_and_a_link_to_a_folder_is_not(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "checkpoints").symlink_to("disk")
