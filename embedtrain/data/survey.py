@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 from embedtrain.data.readers import AUTO, FORMATS, Fault, Format, Layout, format_of, suffixes_of
 from embedtrain.data.readers.csv import Csv
 from embedtrain.data.readers.jsonl import JsonLines
-from embedtrain.data.readers.rows import Uses, plain
+from embedtrain.data.readers.parquet import Parquet, open_parquet
+from embedtrain.data.readers.rows import Uses, plain, plain_type
 from embedtrain.data.sources import Source, expand_sources
 from embedtrain.errors import UserError
 
@@ -25,6 +26,8 @@ _BAG_SHARE = 0.2
 """Of a column's texts, the share with a separator from which on the column is taken for one of bags."""
 _NUMBER = r"\s*[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?\s*"
 _INTEGER = r"\s*[-+]?\d+\s*"
+_MISSING = ("", "na", "n/a", "nan", "null", "none", "nil", "?", "-", ".", "\\n", "missing", "unknown")
+"""What stands for no value in files of many makers, in lower case."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Survey:
         num_rows: rows that were looked at.
         is_all: whether these are all rows of the files.
         columns: in their order.
+        num_bad: lines among these rows that cannot be read; they are not counted.
+        remarks: on the columns and the lines that are left out, each a line of text.
     """
 
     format: str
@@ -73,6 +78,8 @@ class Survey:
     num_rows: int
     is_all: bool
     columns: Sequence[Column]
+    num_bad: int = 0
+    remarks: Sequence[str] = ()
 
 
 def survey(path: str | Sequence[str]) -> Survey:
@@ -86,17 +93,25 @@ def survey(path: str | Sequence[str]) -> Survey:
     if not reader.has_names:
         raise UserError(f"{sources[0].url}: lines of `user item item ...` have no columns with names")
     layout, has_names = _layout_of(reader, sources[0]) if isinstance(reader, Csv) else (Layout(), True)
-    names = reader.columns(sources[0], (), layout)
+    existing = reader.columns(sources[0], (), layout)
+    left_out = _left_out(reader, sources[0], existing)
+    names = [name for name in existing if name and name not in left_out]
     batches: list[pa.RecordBatch] = []
+    faults: list[Fault] = []
     num_rows, is_all = 0, len(sources) == 1
-    for batch in _batches(reader, sources[0], names, layout):
+    for batch in _batches(reader, sources[0], names, existing, layout, faults) if names else ():
         if num_rows >= MAX_ROWS:
             is_all = False
             break
         batches.append(batch)
         num_rows += batch.num_rows
+    remarks = [f"left out: {name}, which holds objects" for name in left_out]
+    remarks += [f"left out: column {place}, which has no name" for place, name in enumerate(existing, 1) if not name]
+    if faults:
+        lines = "1 line that cannot be read" if len(faults) == 1 else f"{len(faults):,} lines that cannot be read"
+        remarks.append(f"left out: {lines}; {reader.place(faults[0])}: {faults[0].reason}")
     if not num_rows:
-        raise UserError(f"{sources[0].url}: there are no rows in it")
+        raise UserError("; ".join([f"{sources[0].url}: there are no rows in it that can be used", *remarks]))
     columns = []
     for name in names:
         values = pa.concat_arrays([plain(batch.column(name)) for batch in batches])
@@ -104,18 +119,41 @@ def survey(path: str | Sequence[str]) -> Survey:
             values = _unwrapped(values)
         elif isinstance(reader, Csv):
             values = pc.utf8_trim_whitespace(values)  # as the values of a click log are read
-        columns.append(_column(name, values))
+        found = _column(name, values)
+        # A bag in Parquet is a list: its texts are not parted.
+        columns.append(replace(found, separator=None) if isinstance(reader, Parquet) else found)
     format = next(key for key, value in FORMATS.items() if value is reader)
-    return Survey(format, layout, has_names, num_rows, is_all, columns)
+    return Survey(format, layout, has_names, num_rows, is_all, columns, len(faults), remarks)
 
 
-def _batches(reader: Format, source: Source, names: Sequence[str], layout: Layout) -> Iterator[pa.RecordBatch]:
-    """Yields the rows of a file; lines that cannot be parsed are left out."""
+def _left_out(reader: Format, source: Source, names: Sequence[str]) -> Sequence[str]:
+    """Returns the columns of objects, or of lists of objects or lists, which no model can use."""
+    if isinstance(reader, JsonLines):
+        found = reader.nested_columns(source, MAX_ROWS)
+        return [name for name in names if name in found]
+    if isinstance(reader, Parquet):
+        with open_parquet(source) as file:
+            return [field.name for field in file.schema_arrow if _is_nested(plain_type(field.type))]
+    return ()
+
+
+def _is_nested(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_nested(kind.value_type if pa.types.is_large_list(kind) else kind))
+
+
+def _batches(
+    reader: Format,
+    source: Source,
+    names: Sequence[str],
+    existing: tuple[str, ...],
+    layout: Layout,
+    faults: list[Fault],
+) -> Iterator[pa.RecordBatch]:
+    """Yields the rows of a file; `faults` takes the lines that cannot be parsed."""
     # Which columns are numbers and which are bags is yet to be found out.
     uses = Uses(numbers=frozenset(names), separators=dict.fromkeys(names))
-    faults: list[Fault] = []
     for segment in (segment for part in reader.plan([source], _PART_BYTES, ()) for segment in part):
-        for rows in reader.read(segment, list(names), tuple(names), layout, faults, uses=uses):
+        for rows in reader.read(segment, list(names), existing, layout, faults, uses=uses):
             yield rows.batch
 
 
@@ -136,10 +174,37 @@ def _layout_of(reader: Csv, source: Source) -> tuple[Layout, bool]:
         other = reader.first_fields(source, Layout(delimiter=delimiter))
         if len(other) > len(fields):
             layout, fields = Layout(delimiter=delimiter), other
-    # A number, a repeated field and an empty one are no names.
-    if len(set(fields)) == len(fields) and all(fields) and not any(re.fullmatch(_NUMBER, field) for field in fields):
-        return layout, True
-    return replace(layout, columns=tuple(f"c{place}" for place in range(1, len(fields) + 1))), False
+    without = replace(layout, columns=tuple(f"c{place}" for place in range(1, len(fields) + 1)))
+    return (layout, True) if _are_names(reader, source, fields, without) else (without, False)
+
+
+def _are_names(reader: Csv, source: Source, fields: Sequence[str], layout: Layout) -> bool:
+    """Returns whether the fields of a first line name the columns; the layout takes that line for values."""
+    if len(set(fields)) == len(fields) and all(fields) and not any(_is_number(field) for field in fields):
+        return True
+    names = layout.columns or ()
+    batch = next(_batches(reader, source, names, names, layout, []), None)
+    if batch is None or batch.num_rows < 2:
+        return not any(_is_number(field) for field in fields) and any(fields)
+    below = [pc.utf8_trim_whitespace(plain(batch.column(name))).slice(1) for name in names]
+    is_text = [not _is_number(field) and field.lower() not in _MISSING for field in fields]
+    # A text above nothing but numbers can only be their name; it decides whatever names stand beside it.
+    if any(text and _are_numbers(values) for text, values in zip(is_text, below, strict=True)):
+        return True
+    comes_again = (
+        field and pc.any(pc.equal(values, field)).as_py() for field, values in zip(fields, below, strict=True)
+    )
+    return any(fields) and not any(_is_number(field) for field in fields) and not any(comes_again)
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(_NUMBER, text) is not None
+
+
+def _are_numbers(values: pa.Array) -> bool:
+    """Returns whether there are values and all of them are numbers."""
+    given = values.filter(pc.not_equal(values, ""))
+    return len(given) > 0 and bool(pc.all(pc.match_substring_regex(given, f"^(?:{_NUMBER})$")).as_py())
 
 
 def _column(name: str, values: pa.Array) -> Column:

@@ -19,6 +19,7 @@ def head(model: str, path: str, found: Survey) -> Iterator[str]:
     seen = f"all {found.num_rows:,} rows" if found.is_all else f"the first {found.num_rows:,} rows"
     yield f"# Drafted by `embedtrain init` from {seen} of {in_comment(path)}: read what was guessed, and correct it."
     yield "# docs/settings.md and `embedtrain config show FILE` have all settings."
+    yield from (f"# {on_one_line(remark)}" for remark in found.remarks)
     yield ""
     yield f"model: {model}"
     yield ""
@@ -63,6 +64,11 @@ def in_comment(text: str) -> str:
     """Returns a text as it can stand on one line of a comment."""
     shown = text if text.isprintable() and text else json.dumps(text)
     return shown if len(shown) <= 40 else f"{shown[:37]}..."
+
+
+def on_one_line(text: str) -> str:
+    """Returns a text of any length as it can stand on one line of a comment."""
+    return text if text.isprintable() else json.dumps(text)[1:-1]
 
 
 def scalar(text: str, *, quoted: bool = False) -> str:

@@ -63,6 +63,10 @@ def _ranking(path: str, found: Survey, label: Column | None) -> Iterator[str]:
         yield commented("  positive: null", "labels are 0 and 1")
     else:
         yield commented(f"  positive: {scalar(_positive(label), quoted=True)}", "guessed: the value that counts as 1")
+    if found.num_bad:
+        yield commented(
+            "  max_bad_lines: 0", f"a run refuses the lines that cannot be read; {found.num_bad} leaves out so many"
+        )
     yield "  dense:" if dense else "  dense: []"
     yield from (commented(f"  - {scalar(column.name)}", of_numbers(column)) for column in dense)
     yield "  categorical:"

@@ -67,7 +67,10 @@ def test_columns_are_what_they_look_like_in_every_format(kind: str) -> None:
     assert (data["path"], data["label"], data["positive"]) == (path, "clicked", None)
     assert data["dense"] == ["price"]
     assert data["categorical"] == ["user_id", "shop", "qty", "tags"]
-    assert data["features"]["tags"]["bag"] and data["features"]["tags"]["separator"] == "|"
+    if kind == "parquet":  # It has lists for that, and its texts are not parted.
+        assert not data["features"]
+    else:
+        assert data["features"]["tags"]["bag"] and data["features"]["tags"]["separator"] == "|"
     assert data["delimiter"] == (";" if kind == "semicolons" else None)
 
 
@@ -172,3 +175,63 @@ def test_a_name_that_is_none_says_which_there_are(capfd: pytest.CaptureFixture[s
     assert main(["train", "word2vek", "data.path=x"]) == 2
     said = capfd.readouterr().err
     assert "there is no configuration file word2vek; embedtrain brings quickstart, ranking" in said
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("style", [{"color": "red"}, [{"color": "red"}, {"color": "blue"}], [["a"], ["b"]]])
+def test_columns_of_objects_are_left_out_and_all_rows_are_counted(kind: str, style: Any) -> None:
+    found = [dict(zip(NAMES, row, strict=True), style=style if at % 2 else None) for at, row in enumerate(rows())]
+    if kind == "jsonl":
+        Path("train.jsonl").write_text("\n".join(map(json.dumps, found)) + "\n")
+    else:
+        pq.write_table(pa.Table.from_pylist(found), "train.parquet")
+    text = draft(f"train.{kind}")
+    assert "from all 400 rows" in text and "# left out: style, which holds objects" in text
+    data = data_of(text)
+    assert (data["label"], data["dense"]) == ("clicked", ["price"])
+    assert data["categorical"] == ["user_id", "shop", "qty", "tags"]
+    if isinstance(style, dict):
+        assert main(["train", "my.yaml", "--dry-run", "data.cache_path=cache", "run.path=run"]) == 0
+
+
+def test_lines_that_cannot_be_read_are_counted_and_the_first_is_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    write_csv("train.csv", rows())
+    lines = Path("train.csv").read_text().splitlines()
+    Path("train.csv").write_text("\n".join([*lines[:5], "1,2", *lines[5:], "3"]) + "\n")
+    text = draft("train.csv")
+    assert "from all 400 rows" in text
+    assert "# left out: 2 lines that cannot be read; " in text
+    assert "/train.csv:6: expected 8 fields, got 2" in text
+    assert "max_bad_lines: 0" in text and "2 leaves out" in text
+    assert data_of(text)["max_bad_lines"] == 0
+    Path("bad.jsonl").write_text("{\n" * 3 + '{"a": {}}\n')
+    assert main(["init", "--from", "bad.jsonl"]) == 2
+    assert "there are no rows in it that can be used; left out: a, which holds objects" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("extra", ["", "2019"])
+def test_a_header_with_an_empty_name_or_a_number_names_the_columns(extra: str) -> None:
+    # As pandas writes a table with its index.
+    write_csv("train.csv", [[number, *row] for number, row in enumerate(rows())], names=[extra, *NAMES])
+    text = draft("train.csv")
+    data = data_of(text)
+    assert data["columns"] is None and data["label"] == "clicked"
+    assert data["dense"] == [*([extra] if extra else []), "price"]
+    assert ("# left out: column 1, which has no name" in text) == (not extra)
+    assert "from all 400 rows" in text
+    if not extra:
+        assert main(["train", "my.yaml", "--dry-run", "data.cache_path=cache", "run.path=run"]) == 0
+
+
+def test_a_header_that_repeats_a_name_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    write_csv("train.csv", rows(), names=[*NAMES[:3], "price", *NAMES[4:]])
+    assert main(["init", "--from", "train.csv"]) == 2
+    assert "train.csv: the file names 'price' more than once" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "first", [["1001", "shop 1", "?", "1", "a|b", "", "x", "0"], ["", "NA", "", "", "a|b", "", "x", "1"]]
+)
+def test_a_first_line_of_values_some_of_which_are_missing_is_no_header(first: list[str]) -> None:
+    write_csv("train.csv", [first, *rows()], names=None)
+    assert data_of(draft("train.csv"))["columns"] == [f"c{place}" for place in range(1, 9)]
