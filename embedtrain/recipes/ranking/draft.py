@@ -45,12 +45,13 @@ def _ranking(path: str, found: Survey, label: Column | None) -> Iterator[str]:
     features = [column for column in found.columns if column is not label]
     dense = [column for column in features if column.kind in ("integer", "number")]
     dense = [column for column in dense if not is_id(column) and column.num_values > 2]
-    looked_up = [column for column in features if _is_looked_up(column, found.num_rows)]
+    looked_up = [column for column in features if _is_looked_up(column, found.num_rows) and "/" not in column.name]
     dense = [column for column in dense if column not in looked_up or column.num_values > _FEW_VALUES]
     left_out = [column for column in features if column not in dense and column not in looked_up]
     if not looked_up:
+        why = "".join(f"; {column.name}, {_why_left_out(column, found)}" for column in left_out)
         raise UserError(
-            f"{path}: no column looks like one to look up in a table; columns of numbers alone need no tables"
+            f"{path}: no column looks like one to look up in a table; columns of numbers alone need no tables{why}"
         )
     yield from head("ranking", path, found)
     yield "data:"
@@ -118,6 +119,8 @@ def _is_looked_up(column: Column, num_rows: int) -> bool:
 
 
 def _why_left_out(column: Column, found: Survey) -> str:
+    if _is_looked_up(column, found.num_rows):
+        return "whose name holds '/', which that of a table may not: rename it to look it up"
     if column.num_values == 0:
         return "which has no value"
     if column.num_values == 1:

@@ -235,3 +235,15 @@ def test_a_header_that_repeats_a_name_is_refused(capfd: pytest.CaptureFixture[st
 def test_a_first_line_of_values_some_of_which_are_missing_is_no_header(first: list[str]) -> None:
     write_csv("train.csv", [first, *rows()], names=None)
     assert data_of(draft("train.csv"))["columns"] == [f"c{place}" for place in range(1, 9)]
+
+
+def test_a_name_that_no_table_may_have_is_left_out_and_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    write_csv("train.csv", rows(), names=["user/id", *NAMES[1:]])
+    text = draft("train.csv")
+    assert "# left out: user/id, whose name holds '/', which that of a table may not: rename it to look it up" in text
+    assert data_of(text)["categorical"] == ["shop", "qty", "tags"]
+    assert main(["train", "my.yaml", "data.categorical=[shop,user/id]", "run.path=run"]) == 2
+    assert "'user/id' cannot name a table, whose name is that of its column" in capfd.readouterr().err
+    write_csv("one.csv", [[row[0], row[-1]] for row in rows()], names=["user/id", "clicked"])
+    assert main(["init", "ranking", "--from", "one.csv"]) == 2
+    assert "; user/id, whose name holds '/'" in capfd.readouterr().err
