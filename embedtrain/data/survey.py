@@ -24,6 +24,8 @@ _OTHER_DELIMITERS = ";\t|"
 _BAG_SEPARATORS = "|;"
 _BAG_SHARE = 0.2
 """Of a column's texts, the share with a separator from which on the column is taken for one of bags."""
+_FEW_OTHERS = 3
+"""So many distinct texts may stand among numbers for a column to look like one of numbers."""
 _NUMBER = r"\s*[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?\s*"
 _INTEGER = r"\s*[-+]?\d+\s*"
 _MISSING = ("", "na", "n/a", "nan", "null", "none", "nil", "?", "-", ".", "\\n", "missing", "unknown")
@@ -38,9 +40,10 @@ class Column:
         name: of the column.
         kind: "list" for columns of lists; "number" and "integer" if every value can be read as one.
         num_missing: rows without a value.
-        counts: how often each value occurs, the most frequent first; of a list, each of its values.
+        counts: how often each value occurs, the most frequent first; of a bag, each of its values.
         least, greatest: of numbers.
-        separator: what parts most texts into several values; None if nothing does.
+        separator: what parts many texts into several values; None if nothing does.
+        strange: of texts most of which are numbers, the few others, and how often each occurs; else empty.
     """
 
     name: str
@@ -50,6 +53,12 @@ class Column:
     least: float = 0.0
     greatest: float = 0.0
     separator: str | None = None
+    strange: Sequence[tuple[str, int]] = ()
+
+    @property
+    def is_bag(self) -> bool:
+        """Whether a row has any number of values."""
+        return self.kind == "list" or self.separator is not None
 
     @property
     def num_values(self) -> int:
@@ -119,9 +128,8 @@ def survey(path: str | Sequence[str]) -> Survey:
             values = _unwrapped(values)
         elif isinstance(reader, Csv):
             values = pc.utf8_trim_whitespace(values)  # as the values of a click log are read
-        found = _column(name, values)
         # A bag in Parquet is a list: its texts are not parted.
-        columns.append(replace(found, separator=None) if isinstance(reader, Parquet) else found)
+        columns.append(_column(name, values, "" if isinstance(reader, Parquet) else _BAG_SEPARATORS))
     format = next(key for key, value in FORMATS.items() if value is reader)
     return Survey(format, layout, has_names, num_rows, is_all, columns, len(faults), remarks)
 
@@ -207,8 +215,14 @@ def _are_numbers(values: pa.Array) -> bool:
     return len(given) > 0 and bool(pc.all(pc.match_substring_regex(given, f"^(?:{_NUMBER})$")).as_py())
 
 
-def _column(name: str, values: pa.Array) -> Column:
-    """Returns what a column holds; its values are texts as the reader of a run takes them."""
+def _column(name: str, values: pa.Array, separators: str) -> Column:
+    """Returns what a column holds; its values are texts as the reader of a run takes them.
+
+    Args:
+        name: of the column.
+        values: one of each row.
+        separators: the characters that may part a text into values.
+    """
     if pa.types.is_large_list(values.type):
         return Column(name, "list", int(pc.sum(_is_empty_list(values)).as_py() or 0), _counts(_texts(values.flatten())))
     texts = _texts(values)
@@ -222,8 +236,13 @@ def _column(name: str, values: pa.Array) -> Column:
         # A floating-point number in Parquet or JSON is no id, whatever its value.
         is_integer = is_integer and not pa.types.is_floating(values.type)
         return Column(name, "integer" if is_integer else "number", num_missing, counts, least, greatest)
-    separator = next((each for each in _BAG_SEPARATORS if _share_with(given, each) > _BAG_SHARE), None)
-    return Column(name, "text", num_missing, counts, separator=separator)
+    separator = next((each for each in separators if _share_with(given, each) > _BAG_SHARE), None)
+    if separator is not None and len(counts) > 2:
+        parts = pc.utf8_trim_whitespace(pc.list_flatten(pc.split_pattern(given, separator)))
+        return Column(name, "text", num_missing, _counts(parts.filter(pc.not_equal(parts, ""))), separator=separator)
+    others = [(text, count) for text, count in counts if not _is_number(text)]
+    is_strange = len(others) <= _FEW_OTHERS and 2 * sum(count for _, count in others) < len(given)
+    return Column(name, "text", num_missing, counts, strange=others if is_strange else ())
 
 
 def _is_empty_list(values: pa.Array) -> pa.Array:

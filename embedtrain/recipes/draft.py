@@ -50,9 +50,15 @@ def of_numbers(column: Column) -> str:
 def of_values(column: Column, found: Survey) -> str:
     """Returns a remark on the values of a column."""
     example = f", such as {in_comment(column.counts[0][0])}" if column.counts else ""
-    missing = f", {column.num_missing:,} missing" if column.num_missing else ""
+    missing = f", {column.num_missing:,} {'empty' if column.is_bag else 'missing'}" if column.num_missing else ""
     where = "" if found.is_all else f" in {found.num_rows:,} rows"
-    return f"{column.num_values:,} values{where}{example}{missing}"
+    strange = ""
+    if column.strange:
+        texts = " and ".join(
+            f"{in_comment(text)} ({count:,} {'row' if count == 1 else 'rows'})" for text, count in column.strange
+        )
+        strange = f"; these look like numbers but for {texts}"
+    return f"{column.num_values:,} values{where}{example}{missing}{strange}"
 
 
 def commented(line: str, comment: str) -> str:

@@ -82,7 +82,7 @@ def test_what_was_guessed_is_said() -> None:
         "guessed: it has two values, 0 (",
         "# 40 values, such as 10",
         "# numbers from 0.",
-        "# left out: note, of which nearly every row has another value, such as note 0",
+        "# left out: note, of which nearly every row has another value: 400 values, such as note 0",
         "# left out: fixed, which is the same in every row",
     ):
         assert part in text
@@ -102,7 +102,11 @@ def test_the_label_can_be_named(capfd: pytest.CaptureFixture[str]) -> None:
     write_csv("train.csv", [[*row, row[0] % 2] for row in rows()], names=[*NAMES, "odd"])
     assert data_of(draft("train.csv", label="odd"))["label"] == "odd"
     assert data_of(draft("train.csv"))["label"] == "clicked"
-    for label, said in (("shop", "expected a column of two values, got 9"), ("none", "there is no such column")):
+    for label, said in (
+        ("shop", "two values, got 9"),
+        ("tags", "two values, got one of bags"),
+        ("none", "there is no such column"),
+    ):
         assert main(["init", "--from", "train.csv", "--label", label]) == 2
         assert said in capfd.readouterr().err
 
@@ -247,3 +251,44 @@ def test_a_name_that_no_table_may_have_is_left_out_and_refused(capfd: pytest.Cap
     write_csv("one.csv", [[row[0], row[-1]] for row in rows()], names=["user/id", "clicked"])
     assert main(["init", "ranking", "--from", "one.csv"]) == 2
     assert "; user/id, whose name holds '/'" in capfd.readouterr().err
+
+
+def test_why_a_model_was_passed_over_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    found = [[row[0], row[1], ["0", "1", "maybe"][at % 3]] for at, row in enumerate(rows())]
+    write_csv("train.csv", found, names=["user", "item", "label"])
+    text = draft("train.csv")
+    assert "model: retrieval" in text
+    said = "no column has two values, as a label has; label has 3 values: 0, 1, maybe"
+    assert f"# no configuration of ranking: {said}\n" in text
+    assert main(["init", "ranking", "--from", "train.csv"]) == 2
+    assert f"train.csv: {said}" in capfd.readouterr().err
+    write_csv("train.csv", [[row[0], "", row[2]] for row in found], names=["user", "item", "label"])
+    assert main(["init", "--from", "train.csv"]) == 2
+    assert "; no configuration of retrieval: the column item, which should hold items, has no value" in (
+        capfd.readouterr().err
+    )
+
+
+def test_missing_labels_and_numbers_with_a_few_texts_are_told() -> None:
+    found = rows()
+    found[3][-1] = found[7][-1] = ""
+    found[5][2] = "NA"
+    write_csv("train.csv", found)
+    text = draft("train.csv")
+    assert "; 2 rows have none" in text and "have no label; 2 leaves out so many" in text
+    assert "these look like numbers but for NA (1 row)" in text
+    assert data_of(text)["label"] == "clicked"
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_the_values_of_bags_are_counted_and_empty_ones_are_not_missing(kind: str) -> None:
+    generator = random.Random(2)
+    found = [[generator.sample("abcdef", at % 4), at % 7 == 0] for at in range(100)]
+    if kind == "csv":
+        write_csv("train.csv", [["|".join(bag), int(label)] for bag, label in found], names=["interests", "label"])
+    else:
+        records = [{"interests": bag, "label": int(label)} for bag, label in found]
+        Path("train.jsonl").write_text("\n".join(map(json.dumps, records)))
+        pq.write_table(pa.Table.from_pylist(records), "train.parquet")
+    text = draft(f"train.{kind}")
+    assert "# 6 values, such as " in text and ", 25 empty" in text and "missing" not in text
