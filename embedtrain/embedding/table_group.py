@@ -148,10 +148,10 @@ class TableGroup:
             self.access = RowCache(self.changes, self.device, choose, keys_of)
 
     def move(self, device: torch.device) -> None:
-        """Moves the rows and their state; gradients that wait are lost."""
-        optimizer = self.gradients.optimizer
+        """Moves the rows, their state and the gradients that wait."""
+        earlier = self.gradients
         self.__setstate__({**self.__getstate__(), "device": device})
-        self.gradients.optimizer = optimizer
+        self.gradients.take_over(earlier)
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what a copy is made of. It has no gradients that wait, and no optimizer until one takes it."""
