@@ -114,7 +114,7 @@ def survey(path: str | Sequence[str]) -> Survey:
             break
         batches.append(batch)
         num_rows += batch.num_rows
-    remarks = [f"left out: {name}, which holds objects" for name in left_out]
+    remarks = [f"left out: {name}, which holds {what}" for name, what in left_out.items()]
     remarks += [f"left out: column {place}, which has no name" for place, name in enumerate(existing, 1) if not name]
     if faults:
         lines = "1 line that cannot be read" if len(faults) == 1 else f"{len(faults):,} lines that cannot be read"
@@ -128,25 +128,38 @@ def survey(path: str | Sequence[str]) -> Survey:
             values = _unwrapped(values)
         elif isinstance(reader, Csv):
             values = pc.utf8_trim_whitespace(values)  # as the values of a click log are read
+        if pa.types.is_large_list(values.type) and _has_fraction(values.type.value_type):
+            remarks.append(f"left out: {name}, which holds lists of numbers with fractions")
+            continue
         # A bag in Parquet is a list: its texts are not parted.
         columns.append(_column(name, values, "" if isinstance(reader, Parquet) else _BAG_SEPARATORS))
     format = next(key for key, value in FORMATS.items() if value is reader)
     return Survey(format, layout, has_names, num_rows, is_all, columns, len(faults), remarks)
 
 
-def _left_out(reader: Format, source: Source, names: Sequence[str]) -> Sequence[str]:
-    """Returns the columns of objects, or of lists of objects or lists, which no model can use."""
+def _left_out(reader: Format, source: Source, names: Sequence[str]) -> dict[str, str]:
+    """Returns the columns of values that no model can use, and what they hold."""
     if isinstance(reader, JsonLines):
         found = reader.nested_columns(source, MAX_ROWS)
-        return [name for name in names if name in found]
+        return {name: "objects" for name in names if name in found}
     if isinstance(reader, Parquet):
         with open_parquet(source) as file:
-            return [field.name for field in file.schema_arrow if _is_nested(plain_type(field.type))]
-    return ()
+            held = {field.name: _unusable(plain_type(field.type)) for field in file.schema_arrow}
+        return {name: what for name, what in held.items() if what is not None}
+    return {}
 
 
-def _is_nested(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_nested(kind.value_type if pa.types.is_large_list(kind) else kind))
+def _unusable(kind: pa.DataType) -> str | None:
+    """Returns what a column of Parquet holds if it is neither texts, numbers nor lists of these; else None."""
+    value = kind.value_type if pa.types.is_large_list(kind) else kind
+    if pa.types.is_nested(value):
+        return "objects"
+    tests = (pa.types.is_null, pa.types.is_boolean, pa.types.is_integer, pa.types.is_large_string, _has_fraction)
+    return None if any(test(value) for test in tests) else f"values of type {value}: cast them to texts to use them"
+
+
+def _has_fraction(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_decimal(kind))
 
 
 def _batches(
@@ -233,8 +246,8 @@ def _column(name: str, values: pa.Array, separators: str) -> Column:
         numbers = pc.cast(pc.ascii_trim_whitespace(given), pa.float64())
         least, greatest = pc.min_max(numbers).as_py().values()
         is_integer = pc.all(pc.match_substring_regex(given, f"^(?:{_INTEGER})$")).as_py()
-        # A floating-point number in Parquet or JSON is no id, whatever its value.
-        is_integer = is_integer and not pa.types.is_floating(values.type)
+        # A floating-point number or a decimal in Parquet or JSON is no id, whatever its value.
+        is_integer = is_integer and not _has_fraction(values.type)
         return Column(name, "integer" if is_integer else "number", num_missing, counts, least, greatest)
     separator = next((each for each in separators if _share_with(given, each) > _BAG_SHARE), None)
     if separator is not None and len(counts) > 2:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -292,3 +294,19 @@ def test_the_values_of_bags_are_counted_and_empty_ones_are_not_missing(kind: str
         pq.write_table(pa.Table.from_pylist(records), "train.parquet")
     text = draft(f"train.{kind}")
     assert "# 6 values, such as " in text and ", 25 empty" in text and "missing" not in text
+
+
+def test_types_of_parquet_that_no_model_can_use_are_left_out() -> None:
+    odd = {"image": b"\xff\xfe", "day": date(2024, 1, 1), "vector": [0.5, 1.0], "cost": Decimal(3)}
+    found = [{**dict(zip(NAMES, row, strict=True)), **odd, "cost": Decimal(at % 9)} for at, row in enumerate(rows())]
+    pq.write_table(pa.Table.from_pylist(found), "train.parquet")
+    text = draft("train.parquet")
+    for said in (
+        "image, which holds values of type binary",
+        "day, which holds values of type date32[day]",
+        "vector, which holds lists of numbers with fractions",
+    ):
+        assert f"# left out: {said}" in text
+    data = data_of(text)
+    assert (data["dense"], data["categorical"]) == (["price", "cost"], ["user_id", "shop", "qty", "tags"])
+    assert main(["train", "my.yaml", "--dry-run", "data.cache_path=cache", "run.path=run"]) == 0
