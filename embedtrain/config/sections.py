@@ -222,6 +222,11 @@ class Config:
             raise UserError("schedule.name=inverse_sqrt falls from the end of its warm-up: give schedule.warmup too")
         if not 0 <= self.schedule.min_factor <= 1:
             raise UserError(f"schedule.min_factor must be in [0, 1], got {self.schedule.min_factor}")
+        if wrong := [name for name in self.table_names() if not name or "/" in name]:
+            raise UserError(
+                f"{wrong[0]!r} cannot name a table, whose name is that of its column: it may not be empty or hold '/'. "
+                "Rename the column in the files, or with data.columns if their first line does not name the columns"
+            )
         self.optimizer.check(self.table_names())
         for each in vars(self).values():
             if isinstance(each, DenseOptimizerConfig):

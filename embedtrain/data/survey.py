@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 from embedtrain.data.readers import AUTO, FORMATS, Fault, Format, Layout, format_of, suffixes_of
 from embedtrain.data.readers.csv import Csv
 from embedtrain.data.readers.jsonl import JsonLines
-from embedtrain.data.readers.rows import Uses, plain
+from embedtrain.data.readers.parquet import Parquet, open_parquet
+from embedtrain.data.readers.rows import Uses, plain, plain_type
 from embedtrain.data.sources import Source, expand_sources
 from embedtrain.errors import UserError
 
@@ -23,8 +24,12 @@ _OTHER_DELIMITERS = ";\t|"
 _BAG_SEPARATORS = "|;"
 _BAG_SHARE = 0.2
 """Of a column's texts, the share with a separator from which on the column is taken for one of bags."""
+_FEW_OTHERS = 3
+"""So many distinct texts may stand among numbers for a column to look like one of numbers."""
 _NUMBER = r"\s*[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?\s*"
 _INTEGER = r"\s*[-+]?\d+\s*"
+_MISSING = ("", "na", "n/a", "nan", "null", "none", "nil", "?", "-", ".", "\\n", "missing", "unknown")
+"""What stands for no value in files of many makers, in lower case."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +40,10 @@ class Column:
         name: of the column.
         kind: "list" for columns of lists; "number" and "integer" if every value can be read as one.
         num_missing: rows without a value.
-        counts: how often each value occurs, the most frequent first; of a list, each of its values.
+        counts: how often each value occurs, the most frequent first; of a bag, each of its values.
         least, greatest: of numbers.
-        separator: what parts most texts into several values; None if nothing does.
+        separator: what parts many texts into several values; None if nothing does.
+        strange: of texts most of which are numbers, the few others, and how often each occurs; else empty.
     """
 
     name: str
@@ -47,6 +53,12 @@ class Column:
     least: float = 0.0
     greatest: float = 0.0
     separator: str | None = None
+    strange: Sequence[tuple[str, int]] = ()
+
+    @property
+    def is_bag(self) -> bool:
+        """Whether a row has any number of values."""
+        return self.kind == "list" or self.separator is not None
 
     @property
     def num_values(self) -> int:
@@ -65,6 +77,8 @@ class Survey:
         num_rows: rows that were looked at.
         is_all: whether these are all rows of the files.
         columns: in their order.
+        num_bad: lines among these rows that cannot be read; they are not counted.
+        remarks: on the columns and the lines that are left out, each a line of text.
     """
 
     format: str
@@ -73,6 +87,8 @@ class Survey:
     num_rows: int
     is_all: bool
     columns: Sequence[Column]
+    num_bad: int = 0
+    remarks: Sequence[str] = ()
 
 
 def survey(path: str | Sequence[str]) -> Survey:
@@ -86,17 +102,25 @@ def survey(path: str | Sequence[str]) -> Survey:
     if not reader.has_names:
         raise UserError(f"{sources[0].url}: lines of `user item item ...` have no columns with names")
     layout, has_names = _layout_of(reader, sources[0]) if isinstance(reader, Csv) else (Layout(), True)
-    names = reader.columns(sources[0], (), layout)
+    existing = reader.columns(sources[0], (), layout)
+    left_out = _left_out(reader, sources[0], existing)
+    names = [name for name in existing if name and name not in left_out]
     batches: list[pa.RecordBatch] = []
+    faults: list[Fault] = []
     num_rows, is_all = 0, len(sources) == 1
-    for batch in _batches(reader, sources[0], names, layout):
+    for batch in _batches(reader, sources[0], names, existing, layout, faults) if names else ():
         if num_rows >= MAX_ROWS:
             is_all = False
             break
         batches.append(batch)
         num_rows += batch.num_rows
+    remarks = [f"left out: {name}, which holds {what}" for name, what in left_out.items()]
+    remarks += [f"left out: column {place}, which has no name" for place, name in enumerate(existing, 1) if not name]
+    if faults:
+        lines = "1 line that cannot be read" if len(faults) == 1 else f"{len(faults):,} lines that cannot be read"
+        remarks.append(f"left out: {lines}; {reader.place(faults[0])}: {faults[0].reason}")
     if not num_rows:
-        raise UserError(f"{sources[0].url}: there are no rows in it")
+        raise UserError("; ".join([f"{sources[0].url}: there are no rows in it that can be used", *remarks]))
     columns = []
     for name in names:
         values = pa.concat_arrays([plain(batch.column(name)) for batch in batches])
@@ -104,18 +128,53 @@ def survey(path: str | Sequence[str]) -> Survey:
             values = _unwrapped(values)
         elif isinstance(reader, Csv):
             values = pc.utf8_trim_whitespace(values)  # as the values of a click log are read
-        columns.append(_column(name, values))
+        if pa.types.is_large_list(values.type) and _has_fraction(values.type.value_type):
+            remarks.append(f"left out: {name}, which holds lists of numbers with fractions")
+            continue
+        # A bag in Parquet is a list: its texts are not parted.
+        columns.append(_column(name, values, "" if isinstance(reader, Parquet) else _BAG_SEPARATORS))
     format = next(key for key, value in FORMATS.items() if value is reader)
-    return Survey(format, layout, has_names, num_rows, is_all, columns)
+    return Survey(format, layout, has_names, num_rows, is_all, columns, len(faults), remarks)
 
 
-def _batches(reader: Format, source: Source, names: Sequence[str], layout: Layout) -> Iterator[pa.RecordBatch]:
-    """Yields the rows of a file; lines that cannot be parsed are left out."""
+def _left_out(reader: Format, source: Source, names: Sequence[str]) -> dict[str, str]:
+    """Returns the columns of values that no model can use, and what they hold."""
+    if isinstance(reader, JsonLines):
+        found = reader.nested_columns(source, MAX_ROWS)
+        return {name: "objects" for name in names if name in found}
+    if isinstance(reader, Parquet):
+        with open_parquet(source) as file:
+            held = {field.name: _unusable(plain_type(field.type)) for field in file.schema_arrow}
+        return {name: what for name, what in held.items() if what is not None}
+    return {}
+
+
+def _unusable(kind: pa.DataType) -> str | None:
+    """Returns what a column of Parquet holds if it is neither texts, numbers nor lists of these; else None."""
+    value = kind.value_type if pa.types.is_large_list(kind) else kind
+    if pa.types.is_nested(value):
+        return "objects"
+    tests = (pa.types.is_null, pa.types.is_boolean, pa.types.is_integer, pa.types.is_large_string, _has_fraction)
+    return None if any(test(value) for test in tests) else f"values of type {value}: cast them to texts to use them"
+
+
+def _has_fraction(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_decimal(kind))
+
+
+def _batches(
+    reader: Format,
+    source: Source,
+    names: Sequence[str],
+    existing: tuple[str, ...],
+    layout: Layout,
+    faults: list[Fault],
+) -> Iterator[pa.RecordBatch]:
+    """Yields the rows of a file; `faults` takes the lines that cannot be parsed."""
     # Which columns are numbers and which are bags is yet to be found out.
     uses = Uses(numbers=frozenset(names), separators=dict.fromkeys(names))
-    faults: list[Fault] = []
     for segment in (segment for part in reader.plan([source], _PART_BYTES, ()) for segment in part):
-        for rows in reader.read(segment, list(names), tuple(names), layout, faults, uses=uses):
+        for rows in reader.read(segment, list(names), existing, layout, faults, uses=uses):
             yield rows.batch
 
 
@@ -136,14 +195,47 @@ def _layout_of(reader: Csv, source: Source) -> tuple[Layout, bool]:
         other = reader.first_fields(source, Layout(delimiter=delimiter))
         if len(other) > len(fields):
             layout, fields = Layout(delimiter=delimiter), other
-    # A number, a repeated field and an empty one are no names.
-    if len(set(fields)) == len(fields) and all(fields) and not any(re.fullmatch(_NUMBER, field) for field in fields):
-        return layout, True
-    return replace(layout, columns=tuple(f"c{place}" for place in range(1, len(fields) + 1))), False
+    without = replace(layout, columns=tuple(f"c{place}" for place in range(1, len(fields) + 1)))
+    return (layout, True) if _are_names(reader, source, fields, without) else (without, False)
 
 
-def _column(name: str, values: pa.Array) -> Column:
-    """Returns what a column holds; its values are texts as the reader of a run takes them."""
+def _are_names(reader: Csv, source: Source, fields: Sequence[str], layout: Layout) -> bool:
+    """Returns whether the fields of a first line name the columns; the layout takes that line for values."""
+    if len(set(fields)) == len(fields) and all(fields) and not any(_is_number(field) for field in fields):
+        return True
+    names = layout.columns or ()
+    batch = next(_batches(reader, source, names, names, layout, []), None)
+    if batch is None or batch.num_rows < 2:
+        return not any(_is_number(field) for field in fields) and any(fields)
+    below = [pc.utf8_trim_whitespace(plain(batch.column(name))).slice(1) for name in names]
+    is_text = [not _is_number(field) and field.lower() not in _MISSING for field in fields]
+    # A text above nothing but numbers can only be their name; it decides whatever names stand beside it.
+    if any(text and _are_numbers(values) for text, values in zip(is_text, below, strict=True)):
+        return True
+    comes_again = (
+        field and pc.any(pc.equal(values, field)).as_py() for field, values in zip(fields, below, strict=True)
+    )
+    return any(fields) and not any(_is_number(field) for field in fields) and not any(comes_again)
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(_NUMBER, text) is not None
+
+
+def _are_numbers(values: pa.Array) -> bool:
+    """Returns whether there are values and all of them are numbers."""
+    given = values.filter(pc.not_equal(values, ""))
+    return len(given) > 0 and bool(pc.all(pc.match_substring_regex(given, f"^(?:{_NUMBER})$")).as_py())
+
+
+def _column(name: str, values: pa.Array, separators: str) -> Column:
+    """Returns what a column holds; its values are texts as the reader of a run takes them.
+
+    Args:
+        name: of the column.
+        values: one of each row.
+        separators: the characters that may part a text into values.
+    """
     if pa.types.is_large_list(values.type):
         return Column(name, "list", int(pc.sum(_is_empty_list(values)).as_py() or 0), _counts(_texts(values.flatten())))
     texts = _texts(values)
@@ -154,11 +246,16 @@ def _column(name: str, values: pa.Array) -> Column:
         numbers = pc.cast(pc.ascii_trim_whitespace(given), pa.float64())
         least, greatest = pc.min_max(numbers).as_py().values()
         is_integer = pc.all(pc.match_substring_regex(given, f"^(?:{_INTEGER})$")).as_py()
-        # A floating-point number in Parquet or JSON is no id, whatever its value.
-        is_integer = is_integer and not pa.types.is_floating(values.type)
+        # A floating-point number or a decimal in Parquet or JSON is no id, whatever its value.
+        is_integer = is_integer and not _has_fraction(values.type)
         return Column(name, "integer" if is_integer else "number", num_missing, counts, least, greatest)
-    separator = next((each for each in _BAG_SEPARATORS if _share_with(given, each) > _BAG_SHARE), None)
-    return Column(name, "text", num_missing, counts, separator=separator)
+    separator = next((each for each in separators if _share_with(given, each) > _BAG_SHARE), None)
+    if separator is not None and len(counts) > 2:
+        parts = pc.utf8_trim_whitespace(pc.list_flatten(pc.split_pattern(given, separator)))
+        return Column(name, "text", num_missing, _counts(parts.filter(pc.not_equal(parts, ""))), separator=separator)
+    others = [(text, count) for text, count in counts if not _is_number(text)]
+    is_strange = len(others) <= _FEW_OTHERS and 2 * sum(count for _, count in others) < len(given)
+    return Column(name, "text", num_missing, counts, strange=others if is_strange else ())
 
 
 def _is_empty_list(values: pa.Array) -> pa.Array:

@@ -19,6 +19,7 @@ def head(model: str, path: str, found: Survey) -> Iterator[str]:
     seen = f"all {found.num_rows:,} rows" if found.is_all else f"the first {found.num_rows:,} rows"
     yield f"# Drafted by `embedtrain init` from {seen} of {in_comment(path)}: read what was guessed, and correct it."
     yield "# docs/settings.md and `embedtrain config show FILE` have all settings."
+    yield from (f"# {on_one_line(remark)}" for remark in found.remarks)
     yield ""
     yield f"model: {model}"
     yield ""
@@ -49,9 +50,15 @@ def of_numbers(column: Column) -> str:
 def of_values(column: Column, found: Survey) -> str:
     """Returns a remark on the values of a column."""
     example = f", such as {in_comment(column.counts[0][0])}" if column.counts else ""
-    missing = f", {column.num_missing:,} missing" if column.num_missing else ""
+    missing = f", {column.num_missing:,} {'empty' if column.is_bag else 'missing'}" if column.num_missing else ""
     where = "" if found.is_all else f" in {found.num_rows:,} rows"
-    return f"{column.num_values:,} values{where}{example}{missing}"
+    strange = ""
+    if column.strange:
+        texts = " and ".join(
+            f"{in_comment(text)} ({count:,} {'row' if count == 1 else 'rows'})" for text, count in column.strange
+        )
+        strange = f"; these look like numbers but for {texts}"
+    return f"{column.num_values:,} values{where}{example}{missing}{strange}"
 
 
 def commented(line: str, comment: str) -> str:
@@ -63,6 +70,11 @@ def in_comment(text: str) -> str:
     """Returns a text as it can stand on one line of a comment."""
     shown = text if text.isprintable() and text else json.dumps(text)
     return shown if len(shown) <= 40 else f"{shown[:37]}..."
+
+
+def on_one_line(text: str) -> str:
+    """Returns a text of any length as it can stand on one line of a comment."""
+    return text if text.isprintable() else json.dumps(text)[1:-1]
 
 
 def scalar(text: str, *, quoted: bool = False) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from embedtrain.data.survey import survey
 from embedtrain.errors import UserError
 from embedtrain.recipes.registry import BUILT_IN, recipe_of
@@ -22,12 +24,15 @@ def draft(path: str, model: str | None = None, label: str | None = None) -> str:
     if model is not None and model not in names:
         raise UserError(f"--from drafts configurations of {' and '.join(names)}, not of {model!r}; leave out --from")
     found = survey(path)
+    reasons: list[str] = []
     errors: list[UserError] = []
     for name in names if model is None else [model]:
         make = recipe_of(name).draft
         assert make is not None
         try:
-            return "\n".join(make(path, found, label)) + "\n"
+            return "\n".join(make(path, replace(found, remarks=[*found.remarks, *reasons]), label)) + "\n"
         except UserError as error:
             errors.append(error)
-    raise errors[0]
+            reasons.append(f"no configuration of {name}: {str(error).removeprefix(f'{path}: ')}")
+    # A label is for the first of the models alone.
+    raise errors[0] if len(errors) == 1 or label is not None else UserError(f"{path}: {'; '.join(reasons)}")

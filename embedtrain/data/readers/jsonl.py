@@ -55,6 +55,20 @@ class JsonLines(TextFormat):
             raise UserError(f"{source.url}{wrong or ': expected lines of JSON objects, found none'}")
         return tuple(found)
 
+    def nested_columns(self, source: Source, max_lines: int) -> set[str]:
+        """Returns the keys whose values are objects, or lists of objects or lists, in about the first lines."""
+        found: set[str] = set()
+        num_lines = 0
+        for block in read_records(Segment(source), None):
+            for line in block.split(b"\n"):
+                record = _record(line) if line.strip() else ""
+                if isinstance(record, dict):
+                    found.update(name for name, value in record.items() if _is_nested(value))
+            num_lines += block.count(b"\n")
+            if num_lines >= max_lines:
+                break
+        return found
+
     def parse(
         self,
         block: bytes,
@@ -184,14 +198,19 @@ def _fault_of(record: dict[str, Any] | str, names: Sequence[str], uses: Uses) ->
         value = record.get(name)
         if isinstance(value, list) and name not in uses.separators:
             return f"column {name}: expected one value, since the column is no bag, got {json.dumps(value)}"
+        if _is_nested(value):
+            return f"column {name}: expected a string, a number or a list of these, got {json.dumps(value)}"
         for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, dict | list):
-                return f"column {name}: expected a string, a number or a list of these, got {json.dumps(value)}"
             if isinstance(each, float) and name not in uses.numbers:
                 return f"column {name}: expected integers or strings, got the floating-point number {json.dumps(each)}"
             if isinstance(each, str) and "\0" in each:
                 return f"column {name}: the text {json.dumps(each)} holds NUL"
     return None
+
+
+def _is_nested(value: Any) -> bool:
+    """Returns whether a value is an object, or a list of objects or lists."""
+    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(each, dict | list) for each in value))
 
 
 def _parted(column: pa.Array, separator: str | None) -> pa.Array:

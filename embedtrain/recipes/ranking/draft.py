@@ -26,6 +26,7 @@ _FEW_VALUES = 50
 """Integers with at most so many values are looked up in a table."""
 _BOTH_VALUES = 1000
 """Integers with at most so many values are numbers and looked up too."""
+_SHOWN_VALUES = 5
 _ROWS_OF_A_SHORT_RUN = 200_000
 """How many rows small files are passed over for, all epochs together."""
 
@@ -37,39 +38,39 @@ def draft(path: str, found: Survey, label: str | None) -> Iterator[str]:
 
 def _ranking(path: str, found: Survey, label: Column | None) -> Iterator[str]:
     if label is None:
-        names = ", ".join(f"{column.name} ({column.num_values:,} values)" for column in found.columns)
-        raise UserError(
-            f"{path}: no column has two values, as a label has; its columns are {names}. Add a column of 0 and 1, or "
-            "draft a configuration of retrieval: embedtrain init retrieval --from FILE"
-        )
+        raise UserError(f"{path}: {_why_no_label(found.columns)}")
     features = [column for column in found.columns if column is not label]
     dense = [column for column in features if column.kind in ("integer", "number")]
     dense = [column for column in dense if not is_id(column) and column.num_values > 2]
-    looked_up = [column for column in features if _is_looked_up(column, found.num_rows)]
+    looked_up = [column for column in features if _is_looked_up(column, found.num_rows) and "/" not in column.name]
     dense = [column for column in dense if column not in looked_up or column.num_values > _FEW_VALUES]
     left_out = [column for column in features if column not in dense and column not in looked_up]
     if not looked_up:
+        why = "".join(f"; {column.name}, {_why_left_out(column, found)}" for column in left_out)
         raise UserError(
-            f"{path}: no column looks like one to look up in a table; columns of numbers alone need no tables"
+            f"{path}: no column looks like one to look up in a table; columns of numbers alone need no tables{why}"
         )
     yield from head("ranking", path, found)
     yield "data:"
     yield f"  path: {scalar(path)}"
     yield commented("  valid_path: null", "held-out examples of the same columns, measured after each epoch")
     yield from layout(found)
-    yield commented(f"  label: {scalar(label.name)}", f"guessed: it has two values, {_shares(label)}")
+    yield commented(f"  label: {scalar(label.name)}", f"guessed: it has two values, {_shares(label)}{_missing(label)}")
     values = [value for value, _ in label.counts]
     if set(values) <= {"0", "1"}:
         yield commented("  positive: null", "labels are 0 and 1")
     else:
         yield commented(f"  positive: {scalar(_positive(label), quoted=True)}", "guessed: the value that counts as 1")
+    if num_bad := found.num_bad + label.num_missing:
+        why = "a run refuses lines that cannot be read or have no label"
+        yield commented("  max_bad_lines: 0", f"{why}; {num_bad} leaves out so many")
     yield "  dense:" if dense else "  dense: []"
     yield from (commented(f"  - {scalar(column.name)}", of_numbers(column)) for column in dense)
     yield "  categorical:"
     for column in looked_up:
         both = "; a number above too" if column in dense else ""
         yield commented(f"  - {scalar(column.name)}", f"{of_values(column, found)}{both}")
-    bags = [column for column in looked_up if column.kind == "list" or column.separator is not None]
+    bags = [column for column in looked_up if column.is_bag]
     if bags:
         yield "  features:"
         for column in bags:
@@ -93,32 +94,49 @@ def _label_of(columns: Sequence[Column], name: str | None) -> Column | None:
     if name is not None:
         for column in columns:
             if column.name == name:
-                if column.num_values != 2:
-                    raise UserError(f"--label {name}: expected a column of two values, got {column.num_values:,}")
+                if column.num_values != 2 or column.is_bag:
+                    got = "one of bags" if column.is_bag else f"{column.num_values:,}"
+                    raise UserError(f"--label {name}: expected a column of two values, got {got}")
                 return column
         raise UserError(f"--label {name}: there is no such column; there are {', '.join(c.name for c in columns)}")
-    binary = [column for column in columns if column.num_values == 2 and column.kind != "list"]
+    binary = [column for column in columns if column.num_values == 2 and not column.is_bag]
     by_name = {column.name.lower(): column for column in binary}
     named = [by_name[each] for each in _LABELS if each in by_name]
     zero_one = [column for column in binary if {value for value, _ in column.counts} == {"0", "1"}]
     return next(iter([*named, *zero_one[-1:], *binary[-1:]]), None)
 
 
+def _why_no_label(columns: Sequence[Column]) -> str:
+    named = [column for column in columns if column.name.lower() in _LABELS]
+    if not named:
+        listed = ", ".join(f"{column.name} ({column.num_values:,} values)" for column in columns)
+        return f"no column has two values, as a label has; its columns are {listed}"
+    said = []
+    for column in named:
+        shown = ", ".join(in_comment(value) for value, _ in column.counts[:_SHOWN_VALUES])
+        rest = ", ..." if column.num_values > _SHOWN_VALUES else ""
+        number = "1 value" if column.num_values == 1 else f"{column.num_values:,} values"
+        said.append(f"{column.name} has {number}: {shown}{rest}" if shown else f"{column.name} has no value")
+    return f"no column has two values, as a label has; {'; '.join(said)}"
+
+
 def _is_looked_up(column: Column, num_rows: int) -> bool:
     """Returns whether a column's values are looked up: they come again, and there is more than one."""
     if column.num_values < 2 or column.kind == "number":
         return False
-    if column.kind != "list" and column.num_values >= num_rows - column.num_missing > 2:
+    if not column.is_bag and column.num_values >= num_rows - column.num_missing > 2:
         return False
     return column.kind != "integer" or is_id(column) or column.num_values <= _BOTH_VALUES
 
 
 def _why_left_out(column: Column, found: Survey) -> str:
+    if _is_looked_up(column, found.num_rows):
+        return "whose name holds '/', which that of a table may not: rename it to look it up"
     if column.num_values == 0:
         return "which has no value"
     if column.num_values == 1:
         return "which is the same in every row"
-    return f"of which nearly every row has another value, such as {in_comment(column.counts[0][0])}"
+    return f"of which nearly every row has another value: {of_values(column, found)}"
 
 
 def _positive(label: Column) -> str:
@@ -126,6 +144,14 @@ def _positive(label: Column) -> str:
     values = [value for value, _ in label.counts]
     meant = [value for value in values if value.strip().lower() in _POSITIVES]
     return meant[0] if len(meant) == 1 else values[-1]
+
+
+def _missing(label: Column) -> str:
+    return (
+        f"; {label.num_missing:,} {'row has' if label.num_missing == 1 else 'rows have'} none"
+        if label.num_missing
+        else ""
+    )
 
 
 def _shares(column: Column) -> str:

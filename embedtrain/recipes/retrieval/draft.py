@@ -25,6 +25,9 @@ def _retrieval(path: str, found: Survey) -> Iterator[str]:
         names = ", ".join(column.name for column in found.columns)
         raise UserError(f"{path}: expected a column of users and one of items, got the columns {names}")
     user, item = sides
+    for column, held in ((user, "users"), (item, "items")):
+        if not column.num_values:
+            raise UserError(f"{path}: the column {column.name}, which should hold {held}, has no value")
     yield from head("retrieval", path, found)
     yield "data:"
     yield f"  path: {scalar(path)}"
@@ -54,7 +57,7 @@ def _sides_of(columns: Sequence[Column]) -> tuple[Column, Column] | None:
         return next((column for word in words for column in ids if word in column.name.lower()), None)
 
     user, item = named(_USERS), named(_ITEMS)
-    rest = [column for column in ids if column not in (user, item)]
+    rest = [column for column in ids if column not in (user, item) and column.num_values]
     rest.sort(key=lambda column: not is_id(column))
     user = user or (rest.pop(0) if rest else None)
     item = item or (rest.pop(0) if rest else None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,10 @@ def test_columns_are_what_they_look_like_in_every_format(kind: str) -> None:
     assert (data["path"], data["label"], data["positive"]) == (path, "clicked", None)
     assert data["dense"] == ["price"]
     assert data["categorical"] == ["user_id", "shop", "qty", "tags"]
-    assert data["features"]["tags"]["bag"] and data["features"]["tags"]["separator"] == "|"
+    if kind == "parquet":  # It has lists for that, and its texts are not parted.
+        assert not data["features"]
+    else:
+        assert data["features"]["tags"]["bag"] and data["features"]["tags"]["separator"] == "|"
     assert data["delimiter"] == (";" if kind == "semicolons" else None)
 
 
@@ -79,7 +84,7 @@ def test_what_was_guessed_is_said() -> None:
         "guessed: it has two values, 0 (",
         "# 40 values, such as 10",
         "# numbers from 0.",
-        "# left out: note, of which nearly every row has another value, such as note 0",
+        "# left out: note, of which nearly every row has another value: 400 values, such as note 0",
         "# left out: fixed, which is the same in every row",
     ):
         assert part in text
@@ -99,7 +104,11 @@ def test_the_label_can_be_named(capfd: pytest.CaptureFixture[str]) -> None:
     write_csv("train.csv", [[*row, row[0] % 2] for row in rows()], names=[*NAMES, "odd"])
     assert data_of(draft("train.csv", label="odd"))["label"] == "odd"
     assert data_of(draft("train.csv"))["label"] == "clicked"
-    for label, said in (("shop", "expected a column of two values, got 9"), ("none", "there is no such column")):
+    for label, said in (
+        ("shop", "two values, got 9"),
+        ("tags", "two values, got one of bags"),
+        ("none", "there is no such column"),
+    ):
         assert main(["init", "--from", "train.csv", "--label", label]) == 2
         assert said in capfd.readouterr().err
 
@@ -172,3 +181,132 @@ def test_a_name_that_is_none_says_which_there_are(capfd: pytest.CaptureFixture[s
     assert main(["train", "word2vek", "data.path=x"]) == 2
     said = capfd.readouterr().err
     assert "there is no configuration file word2vek; embedtrain brings quickstart, ranking" in said
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("style", [{"color": "red"}, [{"color": "red"}, {"color": "blue"}], [["a"], ["b"]]])
+def test_columns_of_objects_are_left_out_and_all_rows_are_counted(kind: str, style: Any) -> None:
+    found = [dict(zip(NAMES, row, strict=True), style=style if at % 2 else None) for at, row in enumerate(rows())]
+    if kind == "jsonl":
+        Path("train.jsonl").write_text("\n".join(map(json.dumps, found)) + "\n")
+    else:
+        pq.write_table(pa.Table.from_pylist(found), "train.parquet")
+    text = draft(f"train.{kind}")
+    assert "from all 400 rows" in text and "# left out: style, which holds objects" in text
+    data = data_of(text)
+    assert (data["label"], data["dense"]) == ("clicked", ["price"])
+    assert data["categorical"] == ["user_id", "shop", "qty", "tags"]
+    if isinstance(style, dict):
+        assert main(["train", "my.yaml", "--dry-run", "data.cache_path=cache", "run.path=run"]) == 0
+
+
+def test_lines_that_cannot_be_read_are_counted_and_the_first_is_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    write_csv("train.csv", rows())
+    lines = Path("train.csv").read_text().splitlines()
+    Path("train.csv").write_text("\n".join([*lines[:5], "1,2", *lines[5:], "3"]) + "\n")
+    text = draft("train.csv")
+    assert "from all 400 rows" in text
+    assert "# left out: 2 lines that cannot be read; " in text
+    assert "/train.csv:6: expected 8 fields, got 2" in text
+    assert "max_bad_lines: 0" in text and "2 leaves out" in text
+    assert data_of(text)["max_bad_lines"] == 0
+    Path("bad.jsonl").write_text("{\n" * 3 + '{"a": {}}\n')
+    assert main(["init", "--from", "bad.jsonl"]) == 2
+    assert "there are no rows in it that can be used; left out: a, which holds objects" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("extra", ["", "2019"])
+def test_a_header_with_an_empty_name_or_a_number_names_the_columns(extra: str) -> None:
+    # As pandas writes a table with its index.
+    write_csv("train.csv", [[number, *row] for number, row in enumerate(rows())], names=[extra, *NAMES])
+    text = draft("train.csv")
+    data = data_of(text)
+    assert data["columns"] is None and data["label"] == "clicked"
+    assert data["dense"] == [*([extra] if extra else []), "price"]
+    assert ("# left out: column 1, which has no name" in text) == (not extra)
+    assert "from all 400 rows" in text
+    if not extra:
+        assert main(["train", "my.yaml", "--dry-run", "data.cache_path=cache", "run.path=run"]) == 0
+
+
+def test_a_header_that_repeats_a_name_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    write_csv("train.csv", rows(), names=[*NAMES[:3], "price", *NAMES[4:]])
+    assert main(["init", "--from", "train.csv"]) == 2
+    assert "train.csv: the file names 'price' more than once" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "first", [["1001", "shop 1", "?", "1", "a|b", "", "x", "0"], ["", "NA", "", "", "a|b", "", "x", "1"]]
+)
+def test_a_first_line_of_values_some_of_which_are_missing_is_no_header(first: list[str]) -> None:
+    write_csv("train.csv", [first, *rows()], names=None)
+    assert data_of(draft("train.csv"))["columns"] == [f"c{place}" for place in range(1, 9)]
+
+
+def test_a_name_that_no_table_may_have_is_left_out_and_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    write_csv("train.csv", rows(), names=["user/id", *NAMES[1:]])
+    text = draft("train.csv")
+    assert "# left out: user/id, whose name holds '/', which that of a table may not: rename it to look it up" in text
+    assert data_of(text)["categorical"] == ["shop", "qty", "tags"]
+    assert main(["train", "my.yaml", "data.categorical=[shop,user/id]", "run.path=run"]) == 2
+    assert "'user/id' cannot name a table, whose name is that of its column" in capfd.readouterr().err
+    write_csv("one.csv", [[row[0], row[-1]] for row in rows()], names=["user/id", "clicked"])
+    assert main(["init", "ranking", "--from", "one.csv"]) == 2
+    assert "; user/id, whose name holds '/'" in capfd.readouterr().err
+
+
+def test_why_a_model_was_passed_over_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    found = [[row[0], row[1], ["0", "1", "maybe"][at % 3]] for at, row in enumerate(rows())]
+    write_csv("train.csv", found, names=["user", "item", "label"])
+    text = draft("train.csv")
+    assert "model: retrieval" in text
+    said = "no column has two values, as a label has; label has 3 values: 0, 1, maybe"
+    assert f"# no configuration of ranking: {said}\n" in text
+    assert main(["init", "ranking", "--from", "train.csv"]) == 2
+    assert f"train.csv: {said}" in capfd.readouterr().err
+    write_csv("train.csv", [[row[0], "", row[2]] for row in found], names=["user", "item", "label"])
+    assert main(["init", "--from", "train.csv"]) == 2
+    assert "; no configuration of retrieval: the column item, which should hold items, has no value" in (
+        capfd.readouterr().err
+    )
+
+
+def test_missing_labels_and_numbers_with_a_few_texts_are_told() -> None:
+    found = rows()
+    found[3][-1] = found[7][-1] = ""
+    found[5][2] = "NA"
+    write_csv("train.csv", found)
+    text = draft("train.csv")
+    assert "; 2 rows have none" in text and "have no label; 2 leaves out so many" in text
+    assert "these look like numbers but for NA (1 row)" in text
+    assert data_of(text)["label"] == "clicked"
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_the_values_of_bags_are_counted_and_empty_ones_are_not_missing(kind: str) -> None:
+    generator = random.Random(2)
+    found = [[generator.sample("abcdef", at % 4), at % 7 == 0] for at in range(100)]
+    if kind == "csv":
+        write_csv("train.csv", [["|".join(bag), int(label)] for bag, label in found], names=["interests", "label"])
+    else:
+        records = [{"interests": bag, "label": int(label)} for bag, label in found]
+        Path("train.jsonl").write_text("\n".join(map(json.dumps, records)))
+        pq.write_table(pa.Table.from_pylist(records), "train.parquet")
+    text = draft(f"train.{kind}")
+    assert "# 6 values, such as " in text and ", 25 empty" in text and "missing" not in text
+
+
+def test_types_of_parquet_that_no_model_can_use_are_left_out() -> None:
+    odd = {"image": b"\xff\xfe", "day": date(2024, 1, 1), "vector": [0.5, 1.0], "cost": Decimal(3)}
+    found = [{**dict(zip(NAMES, row, strict=True)), **odd, "cost": Decimal(at % 9)} for at, row in enumerate(rows())]
+    pq.write_table(pa.Table.from_pylist(found), "train.parquet")
+    text = draft("train.parquet")
+    for said in (
+        "image, which holds values of type binary",
+        "day, which holds values of type date32[day]",
+        "vector, which holds lists of numbers with fractions",
+    ):
+        assert f"# left out: {said}" in text
+    data = data_of(text)
+    assert (data["dense"], data["categorical"]) == (["price", "cost"], ["user_id", "shop", "qty", "tags"])
+    assert main(["train", "my.yaml", "--dry-run", "data.cache_path=cache", "run.path=run"]) == 0
