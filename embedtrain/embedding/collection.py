@@ -285,7 +285,15 @@ class EmbeddingCollection(nn.Module):
         return slots[shard.layout.slot_of(torch.arange(shard.spec.num_rows, device=slots.device))]
 
     def shard_views(self) -> list[ShardView]:
-        """Returns this rank's weights and optimizer state, as a checkpoint saves and loads them."""
+        """Returns this rank's weights and optimizer state, as a checkpoint saves and loads them.
+
+        Collective: every rank, if the optimizer's `looks_later` put off finding out whether its last step was applied.
+
+        Raises:
+            NonFiniteError: it was not, and the optimizer's policy is "error".
+        """
+        for group in self.table_groups:
+            group.settle()
         self.write_back()
         return [view for shard in self.shards.values() for view in shard.views()]
 
