@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ def init_from(
     tables: EmbeddingCollection,
     table: str,
     source: str | Tensor | NDArray[Any],
-    rows: Mapping[str, int] | Tensor | None = None,
+    rows: Mapping[str, int] | Tensor | NDArray[Any] | None = None,
 ) -> InitCounts:
     """Copies the vectors of a file or an array into rows of a table; all other rows stay as they are.
 
@@ -52,11 +52,13 @@ def init_from(
         table: name of the table to start.
         source: the file, any fsspec URL; `embedtrain.data.vector_files.read_vectors` says in which formats. Or an
             array [n, dim], of torch or NumPy, which may be a memory map.
-        rows: of a file, the row of each name. Of an array, [n] int64, distinct; if None, it has all rows in order.
+        rows: of a file, the row of each name. Of an array, [n] int64, distinct, of torch or NumPy; if None, it has all
+            rows in order.
 
     Raises:
         UserError: on every rank; there is no such table or file, it cannot be read, its vectors have another dim than
-            the table or values that are not finite, or it has none of the names; or `rows` does not fit the source.
+            the table or values that are not finite, or it has none of the names; or `rows` does not fit the source. An
+            array that is refused has changed no row; a file may have, with the parts that come before its fault.
     """
     tables.write_back()
     shard = tables.shards.get(table)
@@ -68,7 +70,7 @@ def init_from(
             return _copy(shard, source, rows)
         if isinstance(source, str) or isinstance(rows, Mapping):
             raise UserError("rows must be the row of each name for a file, and a tensor of rows or None for an array")
-        return _copy_array(shard, source, rows)
+        return _copy_array(shard, source, None if rows is None else torch.as_tensor(rows))
 
     return tables.ranks.run_on_each(copy)
 
@@ -107,22 +109,28 @@ def _copy_array(shard: TableShard, source: Tensor | NDArray[Any], rows: Tensor |
         raise UserError(f"table {spec.name!r}: expected an array {wanted}, got {list(source.shape)}")
     if rows is not None:
         _check_rows(spec, rows, source.shape[0])
-    shard.changes.before_update_of_all()
-    block_rows = max(1, _BLOCK_BYTES // (4 * spec.dim))
-    for first in range(0, source.shape[0], block_rows):
-        block = torch.as_tensor(source[first : first + block_rows]).detach()
-        last = first + len(block)
-        ids = torch.arange(first, last) if rows is None else rows[first:last].cpu()
+    for first, block in _blocks(source, spec.dim):
         is_finite = block.isfinite().all(dim=1)
         if not bool(is_finite.all()):
             bad = first + int((~is_finite).nonzero()[0])
             raise UserError(f"table {spec.name!r}: vector {bad} of the array has a value that is not finite")
+    shard.changes.before_update_of_all()
+    for first, block in _blocks(source, spec.dim):
+        last = first + len(block)
+        ids = torch.arange(first, last) if rows is None else rows[first:last].cpu()
         slots = shard.layout.slot_of(ids)
         is_own = (slots >= start) & (slots < stop)
         weight = shard.weight
         copied = block[is_own.to(block.device)].to(weight)
         weight.index_copy_(0, (slots[is_own] - start).to(weight.device), copied)
     return InitCounts(source.shape[0], spec.num_rows, source.shape[0])
+
+
+def _blocks(source: Tensor | NDArray[Any], dim: int) -> Iterator[tuple[int, Tensor]]:
+    """Yields an array in parts of about 8 MiB, each with the place of its first vector."""
+    block_rows = max(1, _BLOCK_BYTES // (4 * dim))
+    for first in range(0, source.shape[0], block_rows):
+        yield first, torch.as_tensor(source[first : first + block_rows]).detach()
 
 
 def _check_rows(spec: TableSpec, rows: Tensor, num_vectors: int) -> None:

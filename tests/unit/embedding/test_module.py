@@ -144,15 +144,15 @@ def test_what_is_no_batch_is_named_on_every_rank(batch: object, message: str, wo
     run_threads(world_size, look_up)
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_rows_start_from_an_array(world_size: int) -> None:
+@pytest.mark.parametrize(("world_size", "rows"), [(1, np.array([7, 3])), (3, torch.tensor([7, 3]))])
+def test_rows_start_from_an_array(world_size: int, rows: torch.Tensor | np.ndarray) -> None:
     values = np.arange(44, dtype=np.float64).reshape(11, 4)
 
     def start(ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor, list[et.InitCounts]]:
         tables = et.EmbeddingCollection([et.TableSpec("item", 11, 4), et.TableSpec("word", 11, 4)], ranks=ranks)
         counts = [
             et.init_from(tables, "item", values),
-            et.init_from(tables, "word", torch.from_numpy(values[:2]).float(), torch.tensor([7, 3])),
+            et.init_from(tables, "word", torch.from_numpy(values[:2]).float(), rows),
         ]
         return tables.gather_table("item"), tables.gather_table("word"), counts
 
@@ -183,6 +183,17 @@ def test_an_array_that_does_not_fit_is_refused(table: str, source: object, rows:
     tables = et.EmbeddingCollection([et.TableSpec("item", 10, 4)])
     with pytest.raises(et.UserError, match=message):
         et.init_from(tables, table, source, rows)
+
+
+def test_an_array_that_is_refused_changes_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedtrain.embedding.init_from._BLOCK_BYTES", 16)
+    tables = et.EmbeddingCollection([et.TableSpec("item", 3, 4)])
+    before = tables.gather_table("item").clone()
+    values = np.ones((3, 4))
+    values[2, 1] = np.inf
+    with pytest.raises(et.UserError, match="vector 2 of the array has a value that is not finite"):
+        et.init_from(tables, "item", values)
+    assert torch.equal(tables.gather_table("item"), before)
 
 
 def test_first_values_and_steps_do_not_depend_on_the_default_dtype() -> None:
