@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -136,6 +137,22 @@ def test_all_of_a_batch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     bags = et.Jagged.from_ids(torch.tensor([[3, 4]]), torch.ones(1, 2)).pin_memory()
     assert {id(part) for part in (bags.values, bags.lengths, bags.weights)} == set(map(id, pinned))
+
+
+@pytest.mark.parametrize(
+    "bags",
+    [[[1.9]], [[1], [2.0]], [[True]], [["1"]], [[None]], [[2**70]], [1, 2], [[[1], [2]]], [[1j]]],
+)
+def test_bags_of_what_is_no_integer_are_refused(bags: list) -> None:
+    with pytest.raises(ValueError, match="expected a sequence of integers per bag"):
+        Jagged.from_lists(bags)
+
+
+def test_bags_of_any_integers() -> None:
+    bags = Jagged.from_lists([np.array([1, 2], np.int32), torch.tensor([3]), (4,), range(5, 6)])
+    assert bags.values.tolist() == [1, 2, 3, 4, 5]
+    assert bags.values.dtype == torch.int64
+    assert Jagged.from_lists([[], []]).values.dtype == torch.int64
 
 
 def test_bags_from_lists() -> None:

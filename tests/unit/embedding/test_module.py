@@ -224,9 +224,7 @@ def test_an_array_may_be_lists_or_lie_in_memory_as_it_likes(convert: Callable[[A
 def test_values_too_large_for_bfloat16_are_refused() -> None:
     tables = et.EmbeddingCollection([et.TableSpec("item", 2, 1, dtype=torch.bfloat16)])
     before = tables.gather_table("item").clone()
-    with pytest.raises(
-        et.UserError, match="vector 1 of the array has a value that is not finite in the table's bfloat16"
-    ):
+    with pytest.raises(et.UserError, match=r"vector 1 of the array .* is not finite in the table's bfloat16"):
         et.init_from(tables, "item", np.array([[1.0], [3.4e38]], np.float32))
     assert torch.equal(tables.gather_table("item"), before)
 
