@@ -19,7 +19,7 @@ from embedtrain.embedding.output_dist import fetch_distinct, output_dist
 from embedtrain.embedding.placement import PlacementChoice, place_rows
 from embedtrain.embedding.pooling_choice import PoolingChoice, PoolingChoices
 from embedtrain.embedding.shard_view import ShardView
-from embedtrain.embedding.state_dict import add_entries, as_attributes, take_entries
+from embedtrain.embedding.state_dict import add_entries, as_attributes, refuse_clashes, take_entries
 from embedtrain.embedding.table_group import TableGroup, TableGroups, TableShard
 from embedtrain.jagged import Jagged
 from embedtrain.spec import FeatureSpec, TableSpec
@@ -66,7 +66,8 @@ class EmbeddingCollection(nn.Module):
         table_groups: the groups of tables; every optimizer updates some of them.
 
     Raises:
-        ValueError: names repeat, a feature names a table that does not exist, or an option is none of those above.
+        ValueError: names repeat, a table is called as an entry of another one in state dicts, a feature names a table
+            that does not exist, or an option is none of those above.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class EmbeddingCollection(nn.Module):
         if wire_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"wire_dtype must be torch.float32, torch.bfloat16 or None, got {wire_dtype}")
         self.features = resolve_features(tables, features)
+        refuse_clashes([table.name for table in tables])
         self.ranks = ranks if ranks is not None else job_ranks()
         self.device = torch.device("cpu" if device is None else device)
         members: dict[tuple[int, torch.dtype, str, str], list[TableSpec]] = {}
