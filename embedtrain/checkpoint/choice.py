@@ -8,7 +8,7 @@ from typing import Literal
 
 from embedtrain.checkpoint.chain import read_manifest
 from embedtrain.checkpoint.manifest import MANIFEST_NAME
-from embedtrain.checkpoint.retention import CheckpointInfo, find_checkpoints
+from embedtrain.checkpoint.retention import CheckpointInfo, Retention, find_checkpoints, mode_of_best
 from embedtrain.errors import CorruptCheckpointError, UserError
 from embedtrain.schema import SchemaError, parse
 
@@ -45,8 +45,8 @@ def choose_checkpoint(checkpoints_path: str, step: Step, run_path: str) -> str:
 class _Settings:
     """What a run's configuration says of its best checkpoint."""
 
-    best_metric: str = "loss"
-    best_mode: Literal["min", "max"] = "min"
+    best_metric: str = Retention.best_metric
+    best_mode: Literal["auto", "min", "max"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def _read_state(path: str) -> _State:
 
 def _best(found: Sequence[CheckpointInfo], run_path: str) -> str:
     states = [_read_state(checkpoint.path) for checkpoint in found]
-    metric, mode = states[-1].config.checkpoint.best_metric, states[-1].config.checkpoint.best_mode
+    settings = states[-1].config.checkpoint
+    metric, mode = settings.best_metric, mode_of_best(settings.best_metric, settings.best_mode)
     measured = [
         (value if mode == "min" else -value, checkpoint.step, checkpoint.path)
         for state, checkpoint in zip(states, found, strict=True)
@@ -80,6 +81,6 @@ def _best(found: Sequence[CheckpointInfo], run_path: str) -> str:
     if not measured:
         raise UserError(
             f"no checkpoint in {run_path!r} has the metric {metric!r}, by which the best is chosen "
-            "(checkpoint.best_metric): name a step"
+            "(checkpoint.best_metric): give a step by --step N"
         )
     return min(measured)[2]

@@ -72,7 +72,12 @@ def _differing_steps(steps: Mapping[str, int], shards: Sequence[ShardView]) -> I
             counts.setdefault(view.steps, {})[view.table] = steps[view.table]
     for found in counts.values():
         if len(set(found.values())) > 1:
-            yield f"the optimizer of {', '.join(found)} did {', '.join(map(str, found.values()))} steps on each of them"
+            told = [f"{steps} steps for {table}" for table, steps in found.items()]
+            yield f"{_and(list(found))} share an optimizer, and the checkpoint has {_and(told)}"
+
+
+def _and(texts: Sequence[str]) -> str:
+    return " and ".join([", ".join(texts[:-1]), texts[-1]])
 
 
 def _check_tables(reader: CheckpointReader, shards: Sequence[ShardView], options: LoadOptions) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,6 +65,34 @@ def agree_on_latest(checkpoints_path: str, ranks: Ranks, *, before: str | None =
     """
     return on_first_rank(
         f"no checkpoint was chosen in {checkpoints_path}", lambda: latest_checkpoint(checkpoints_path, before), ranks
+    )
+
+
+_SMALLEST = re.compile(r"(.*_)?(loss|entropy)")
+_LARGEST = re.compile(
+    r"(.*_)?(auc|recall|ndcg|hit|hits|hit_rate|mrr|map|precision|similarity|accuracy|coverage)(@\d+)?"
+)
+
+
+def mode_of_best(metric: str, mode: Literal["auto", "min", "max"]) -> Literal["min", "max"]:
+    """Returns whether the smallest or the largest values of a metric are the best.
+
+    Args:
+        metric: its name.
+        mode: what the configuration says; "auto" goes by the name.
+
+    Raises:
+        UserError: the mode is "auto", and the name is none of embedtrain's measures.
+    """
+    if mode != "auto":
+        return mode
+    if _SMALLEST.fullmatch(metric):
+        return "min"
+    if _LARGEST.fullmatch(metric):
+        return "max"
+    raise UserError(
+        f"are the smallest or the largest values of checkpoint.best_metric={metric} the best? Give "
+        "checkpoint.best_mode=min or checkpoint.best_mode=max"
     )
 
 

@@ -117,6 +117,7 @@ class Comparison:
     ) -> None:
         _check(overrides, names, rates)
         self._folder = folder.rstrip("/")
+        from embedtrain.checkpoint.retention import mode_of_best
         from embedtrain.recipes.loading import load_config
 
         self.configs: list[Config] = []
@@ -131,7 +132,8 @@ class Comparison:
                 "compare trains on the same data many times, and data.path=- comes once: write it to a file"
             )
         first = self.configs[0].checkpoint
-        self._measure, self._is_largest_best = first.best_metric, first.best_mode == "max"
+        self._measure = first.best_metric
+        self._is_largest_best = mode_of_best(first.best_metric, first.best_mode) == "max"
 
     def finish(self) -> str:
         """Writes table, CSV and plot from the finished runs; returns the table."""

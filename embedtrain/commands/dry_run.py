@@ -27,7 +27,7 @@ from embedtrain.planning.sizes import format_bytes
 from embedtrain.recipes.building import build_parts, workload_of
 from embedtrain.recipes.registry import recipe_of
 from embedtrain.recipes.workload import Sizes
-from embedtrain.train.run import start_tables
+from embedtrain.train.run import start_new_tables
 from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.step import train_step
 from embedtrain.train.task import Batches, StreamedBatches, Task
@@ -55,7 +55,7 @@ def dry_run(config: Config, folder: RunFolder, runtime: Runtime) -> None:
 
     with _head_of(config, runtime) as (tried, is_all):
         parts = build_parts(tried, runtime, check)
-        start_tables(parts.task.tables, parts.pretrained, runtime)
+        start_new_tables(parts, config, folder, runtime)
         task = parts.task
         if runtime.rank == 0:
             newest = latest_checkpoint(folder.checkpoints_path)

@@ -72,7 +72,7 @@ def print_run(path: str, step: Step, *, verify: bool) -> None:
         for line in config.removesuffix("\n").split("\n"):
             tell(f"  {line}")
     if verify:
-        _verify(all_paths, is_of_run=is_of_run)
+        _verify(all_paths, folder if config is not None else None, is_of_run=is_of_run)
 
 
 def _checkpoints_path(folder: RunFolder) -> str | None:
@@ -88,7 +88,7 @@ def _checkpoints_path(folder: RunFolder) -> str | None:
 
 def _print_state(state: RunState) -> None:
     train, optimizer = state.train, state.optimizer
-    tell(f"epoch        {train.epoch:,}, {counted(train.step_in_epoch, 'step')} into it")
+    tell(f"epochs       {train.epoch:,} done, and {counted(train.step_in_epoch, 'step')} of the next")
     tell(f"examples     {train.examples:,} in {train.seconds:,.0f} seconds of training")
     settings = ", ".join(f"{name} {value}" for name, value in optimizer.param_groups[0].items() if name != "params")
     tell(f"optimizer    {optimizer.name}: {settings}")
@@ -100,8 +100,10 @@ def _print_state(state: RunState) -> None:
         tell(f"skipped      {counted(optimizer.num_skipped, 'step')} whose gradient was not finite")
 
 
-def _verify(paths: Sequence[str], *, is_of_run: bool) -> None:
-    """Checks every byte of every checkpoint, and says of each how it is, before any that is damaged is raised for.
+def _verify(paths: Sequence[str], folder: RunFolder | None, *, is_of_run: bool) -> None:
+    """Checks every byte of every checkpoint and of the data that the run keeps, and says of each how it is.
+
+    What is damaged is raised for in the end.
 
     What the library saves beside the tensors is its caller's: it is not checked if the checkpoints are of no run.
     """
@@ -119,6 +121,13 @@ def _verify(paths: Sequence[str], *, is_of_run: bool) -> None:
             tell(f"verified     {path}")
         except CorruptCheckpointError as error:
             tell(f"damaged      {path}")
+            faults.append(str(error))
+    if folder is not None:
+        try:
+            if folder.verify_data():
+                tell(f"verified     {folder.kept_data_path}")
+        except (CorruptCheckpointError, UserError) as error:
+            tell(f"damaged      {folder.kept_data_path}")
             faults.append(str(error))
     if faults:
         raise CorruptCheckpointError("\n".join(faults))

@@ -127,8 +127,8 @@ class CheckpointConfig:
     """How many of the best by best_metric stay."""
     best_metric: str = "loss"
     """A name in metrics.jsonl; its newest value when the checkpoint is saved counts."""
-    best_mode: Literal["min", "max"] = "min"
-    """Whether the smallest or the largest values of best_metric are the best."""
+    best_mode: Literal["auto", "min", "max"] = "auto"
+    """Whether the smallest or the largest values of best_metric are the best; auto knows embedtrain's own measures."""
 
 
 @dataclass

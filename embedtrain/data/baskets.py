@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ import xxhash
 from embedtrain.data.interactions import read_pairs
 from embedtrain.data.prepared import prepared_entry
 from embedtrain.data.readers import Layout, suffixes_of
+from embedtrain.data.seal import Unverified
 from embedtrain.data.sources import Source, take_sources
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import UserError
@@ -24,6 +26,19 @@ _PARTS_WORDS = "[\\x00-\\x20]"
 """What `data.text` splits words at."""
 
 
+@dataclass(frozen=True)
+class Baskets:
+    """A text of baskets.
+
+    Attributes:
+        text_path: the text.
+        unverified: see `prepared_entry`.
+    """
+
+    text_path: str
+    unverified: Unverified
+
+
 def write_baskets(
     path: str | Sequence[str],
     names: tuple[str, str],
@@ -32,8 +47,8 @@ def write_baskets(
     *,
     format: str,
     layout: Layout | None = None,
-) -> str:
-    """Writes a line for each basket to a text in the cache, unless it is there; returns the text's path.
+) -> Baskets:
+    """Writes a line for each basket to a text in the cache, unless it is there.
 
     The items of a basket stand in the order in which the files have them, whether their rows follow each other
     or not. They pass through rank 0's memory.
@@ -84,9 +99,7 @@ def write_baskets(
     def prepare(work_path: str) -> None:
         ranks.run_on_first(lambda: write(work_path))
 
-    text, _ = prepared_entry(cache_path, ranks.run_on_first(name), _text_of, prepare, ranks)
-    return text
+    def open_entry(path: str, unverified: Unverified) -> Baskets:
+        return Baskets(os.path.join(path, TEXT_NAME), unverified)
 
-
-def _text_of(entry_path: str) -> str:
-    return os.path.join(entry_path, TEXT_NAME)
+    return prepared_entry(cache_path, ranks.run_on_first(name), open_entry, prepare, ranks)

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from embedtrain.data.prepared import Check, FileName, map_values, nothing_found, read_contents
+from embedtrain.data.prepared import map_values, read_contents
+from embedtrain.data.seal import FileName, Unverified
 from embedtrain.schema import Count, Number, Positive
 
 LABEL, DENSE, IDS, BAG_LENGTHS, FIRST_VALUE = "label", "dense", "ids", "bag_lengths", "first_value"
@@ -122,6 +123,7 @@ class ClickLog(ClickLayout):
 
     Args:
         path: the folder, on a local file system.
+        unverified: see `prepared_entry`.
 
     Attributes:
         fingerprint: a hash of the examples and of what their rows mean.
@@ -129,17 +131,15 @@ class ClickLog(ClickLayout):
         num_positives: of them, those of label 1.
         num_faults: lines that could not be used.
         source_identities: of the files it was made from; see `Source.identity`.
-        check: see `prepared_entry`.
 
     Raises:
         ValueError: the table of contents is not one.
         RuntimeError: a file does not have the size that it was written with.
     """
 
-    check: Check = staticmethod(nothing_found)
-
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, unverified: Unverified = ()) -> None:
         self.path = path
+        self.unverified = unverified
         meta = read_contents(path, _Meta)
         self.fingerprint = meta.fingerprint
         self.vocabulary_fingerprint = meta.vocabulary_fingerprint

@@ -140,7 +140,9 @@ class ClickSchema:
         looked_up = {column.name for column in self.categorical}
         parsed = frozenset(self.dense) - looked_up
         label = set(self._labels) if self.positive is None else set()
-        return Uses(parsed | label, parsed, {column.name: column.separator for column in self.bags})
+        numbers = parsed | label
+        ids = {column.name for column in self.categorical if column.encoding == "id"}
+        return Uses(numbers, parsed, {column.name: column.separator for column in self.bags}, numbers | ids)
 
     @property
     def facts(self) -> str:

@@ -9,7 +9,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from embedtrain.data.prepared import Check, FileName, map_values, nothing_found, read_contents
+from embedtrain.data.prepared import map_values, read_contents
+from embedtrain.data.seal import FileName, Unverified
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.schema import Count
 
@@ -40,19 +41,16 @@ class PreparedCorpus:
 
     Args:
         path: the folder, on a local file system.
-
-    Attributes:
-        check: see `prepared_entry`.
+        unverified: see `prepared_entry`; with that of the files that the text was made of.
 
     Raises:
         ValueError: the table of contents is not one.
         RuntimeError: a file does not have the size that it was written with.
     """
 
-    check: Check = staticmethod(nothing_found)
-
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, unverified: Unverified = ()) -> None:
         self.path = path
+        self.unverified = unverified
         meta = read_contents(path, _Meta)
         self.fingerprint = meta.fingerprint
         self.num_sentences = sum(shard.num_sentences for shard in meta.shards)

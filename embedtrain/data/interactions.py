@@ -16,10 +16,12 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
+from embedtrain import storage
 from embedtrain.data.bags import Bags
 from embedtrain.data.columns import read_columns
-from embedtrain.data.prepared import META_NAME, Check, nothing_found, prepared_entry, read_contents
+from embedtrain.data.prepared import META_NAME, prepared_entry, read_contents
 from embedtrain.data.readers import AUTO, Layout, suffixes_of
+from embedtrain.data.seal import Unverified
 from embedtrain.data.sources import Source, take_sources
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary
 from embedtrain.distributed.ranks import Ranks
@@ -27,6 +29,9 @@ from embedtrain.errors import UserError
 from embedtrain.schema import Count
 
 _logger = logging.getLogger(__name__)
+
+USERS_NAME, ITEMS_NAME = "users.tsv", "items.tsv"
+"""Files of the raw ids by row."""
 
 _FORMAT_VERSION = 3
 _FORBIDDEN = ("\t", "\n", "\r")
@@ -97,22 +102,23 @@ class Interactions:
 
     Args:
         path: the folder, on a local file system.
+        unverified: see `prepared_entry`.
+        names_path: of the folder with the raw ids, on any file system; None if they lie with the rest.
 
     Attributes:
         num_interactions: distinct pairs of user and item.
         fingerprint: a hash of the pairs, of the ids and of the features.
         source_identities: of the files with the interactions; see `Source.identity`.
         left_out: what of the held-out data and features cannot be used, in numbers: see `meta.json`.
-        check: see `prepared_entry`.
 
     Raises:
         ValueError: the table of contents is not one.
     """
 
-    check: Check = staticmethod(nothing_found)
-
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, unverified: Unverified = (), names_path: str | None = None) -> None:
         self.path = path
+        self.unverified = unverified
+        self._names_path = names_path or path
         self._meta = read_contents(path, _Meta)
         self.fingerprint = self._meta.fingerprint
         self.num_interactions = self._meta.num_interactions
@@ -122,12 +128,12 @@ class Interactions:
     @cached_property
     def users(self) -> Vocabulary:
         """The raw id and the number of interactions of each user's row."""
-        return Vocabulary.load(os.path.join(self.path, "users.tsv"))
+        return Vocabulary.load(storage.join(self._names_path, USERS_NAME))
 
     @cached_property
     def items(self) -> Vocabulary:
         """The raw id and the number of interactions of each item's row."""
-        return Vocabulary.load(os.path.join(self.path, "items.tsv"))
+        return Vocabulary.load(storage.join(self._names_path, ITEMS_NAME))
 
     @cached_property
     def known(self) -> Bags:
@@ -176,9 +182,7 @@ def prepare_interactions(options: InteractionOptions, cache_path: str, ranks: Ra
     def prepare(work_path: str) -> None:
         ranks.run_on_first(lambda: _write(options, listed[0], work_path))
 
-    interactions, interactions_check = prepared_entry(cache_path, name, Interactions, prepare, ranks)
-    interactions.check = interactions_check
-    return interactions
+    return prepared_entry(cache_path, name, Interactions, prepare, ranks)
 
 
 @dataclass(frozen=True)
@@ -236,8 +240,8 @@ def _write(options: InteractionOptions, listed: _Listed, path: str) -> None:
     held_out = _held_out(options, listed.held_out, users, items, left_out)
     known.save(os.path.join(path, "known"))
     held_out.save(os.path.join(path, "held-out"))
-    users.save(os.path.join(path, "users.tsv"))
-    items.save(os.path.join(path, "items.tsv"))
+    users.save(os.path.join(path, USERS_NAME))
+    items.save(os.path.join(path, ITEMS_NAME))
     parts = [known.fingerprint, users.fingerprint, items.fingerprint]
     features: dict[str, dict[str, int]] = {}
     for side, side_options, files, vocabulary in (

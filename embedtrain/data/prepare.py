@@ -16,6 +16,7 @@ from embedtrain.data.corpus import TOKEN_DTYPE, VOCABULARY_NAME, PreparedCorpus
 from embedtrain.data.prepared import META_NAME, prepared_entry
 from embedtrain.data.readers import FORMATS
 from embedtrain.data.readers.blocks import Segment, plan_parts, read_chunks
+from embedtrain.data.seal import Unverified
 from embedtrain.data.sources import CHUNK_BYTES, Source, suffix_of, take_sources
 from embedtrain.data.text import TOKENIZERS, encode, lost_words, tokenize
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary, WordCounts, WordRows
@@ -97,6 +98,7 @@ def prepare_corpus(
     cache_path: str,
     ranks: Ranks,
     *,
+    unverified_sources: Unverified = (),
     on_progress: OnProgress | None = None,
     part_bytes: int = PART_BYTES,
     chunk_bytes: int = CHUNK_BYTES,
@@ -112,6 +114,7 @@ def prepare_corpus(
     Args:
         cache_path: local folder, made if missing. All ranks must see the same one: on several hosts it must
             be on a file system that they share.
+        unverified_sources: what of the sources was prepared itself, and is not verified; see `Baskets`.
         on_progress: called with what is done and the fraction of this rank's share that is.
         part_bytes: ranks take the text in parts of at least this size; a compressed file is never divided.
         chunk_bytes: about how much text a rank holds at a time.
@@ -130,9 +133,11 @@ def prepare_corpus(
         _prepare(_Job(work_path, options, base, parts, ranks, on_progress, chunk_bytes))
 
     name = _entry_name(sources, _tokenization(options, base))
-    corpus, corpus_check = prepared_entry(cache_path, name, PreparedCorpus, prepare, ranks)
-    corpus.check = corpus_check
-    return corpus
+
+    def open_entry(path: str, unverified: Unverified) -> PreparedCorpus:
+        return PreparedCorpus(path, (*unverified_sources, *unverified))
+
+    return prepared_entry(cache_path, name, open_entry, prepare, ranks)
 
 
 def _take_texts(options: CorpusOptions) -> list[Source]:

@@ -37,7 +37,7 @@ from embedtrain.errors import UserError
 _logger = logging.getLogger(__name__)
 
 PART_BYTES = 8 << 20
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _FAULTS_SHOWN = 3
 _LARGEST_NARROW = 1 << 31
 
@@ -133,8 +133,7 @@ def prepare_clicks(
         files = plan_files(sources, schema, part_bytes, ranks)
         _prepare(_Job(work_path, options, files, ranks, like, chunk_bytes))
 
-    log, log_check = prepared_entry(cache_path, _entry_name(sources, schema, like), ClickLog, prepare, ranks)
-    log.check = log_check
+    log = prepared_entry(cache_path, _entry_name(sources, schema, like), ClickLog, prepare, ranks)
     if log.num_faults > options.max_bad_lines:
         # It was prepared when more of them were allowed.
         raise UserError(

@@ -12,225 +12,209 @@ import os
 import shutil
 import socket
 import stat
-import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
 
 import fsspec
 import numpy as np
-import xxhash
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
-from pydantic import Field
 
 from embedtrain import storage
+from embedtrain.data.seal import (
+    SEAL_NAME,
+    Seal,
+    SealedEntry,
+    UnsealedError,
+    Unverified,
+    compare,
+    read_seal,
+    seal_file,
+    time_of_change,
+)
 from embedtrain.distributed.ranks import Ranks
-from embedtrain.errors import CheckpointError, UserError, is_wrong_path, printable
-from embedtrain.schema import Count, parse
+from embedtrain.errors import UserError, is_wrong_path, printable
+from embedtrain.schema import parse
 
 T = TypeVar("T")
 
-SEAL_NAME = "seal.json"
 META_NAME = "meta.json"
 
 _ABANDONED_SECONDS = 24 * 3600
-_BLOCK_BYTES = 4 << 20
 
 _logger = logging.getLogger(__name__)
 
-Check = Callable[[], None]
-"""Raises CheckpointError if prepared data were found damaged while a run trains on them."""
-
-FileName = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-"""Of a file in an entry's folder, and nowhere else."""
-
-
-@dataclass(frozen=True)
-class _SealedFile:
-    """A file as it was written; xxh3_128 in hex."""
-
-    bytes: Count
-    mtime_ns: Annotated[int, Field(strict=True)]
-    xxh3: Annotated[str, Field(strict=True, pattern="^[0-9a-f]{32}$")]
-
-
-@dataclass(frozen=True)
-class _Seal:
-    files: dict[FileName, _SealedFile]
+_FAULTS_OF_CONTENT = (ValueError, LookupError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""What is raised of an entry that is not what was written; any other error is the disk's or the machine's."""
 
 
 def prepared_entry(
-    cache_path: str, name: str, open_entry: Callable[[str], T], prepare: Callable[[str], None], ranks: Ranks
-) -> tuple[T, Check]:
+    cache_path: str,
+    name: str,
+    open_entry: Callable[[str, Unverified], T],
+    prepare: Callable[[str], None],
+    ranks: Ranks,
+) -> T:
     """Returns an entry of the cache, which is prepared unless it is there and sound.
 
-    At every start sizes and times of change are compared with the seal, and files that changed are read again. All
-    of the contents are compared on a thread of rank 0 while the run goes on. An entry that is not sound is set aside
-    and prepared anew, and a line says so. It is prepared under another name and renamed when it is complete: a
-    preparation that was killed is done again.
+    At every start sizes and times of change are compared with the seal, and files that changed are read again. Who
+    trains on an entry compares all of its contents meanwhile: see `Verification`. An entry that is not sound is set
+    aside for a day, or deleted if it has no seal, and prepared anew; a line says so. It is prepared under another name
+    and renamed when it is complete: a preparation that was killed is done again.
 
     Collective: every rank.
 
     Args:
         cache_path: local folder, made if missing; all ranks must see the same one.
         name: of the entry; says of which data it is, so that other data make another.
-        open_entry: opens the folder of an entry; what it raises of an unsealed or forged one is a fault of the entry.
+        open_entry: opens the folder of an entry, given what of it is not verified: nothing of one that was prepared a
+            moment ago. What it raises of a forged one is a fault of the entry.
         prepare: collective; fills the folder that it is given, which every rank sees.
         ranks: those of the run.
 
     Returns:
-        What `open_entry` made of the folder; and what rank 0 calls to learn what the thread has found.
+        What `open_entry` made of the folder.
 
     Raises:
-        UserError: on every rank; what `prepare` raises, or a cache folder that is not local or may not be written.
+        UserError: on every rank; what `prepare` raises, or a cache folder that is not local or may not be used.
         RuntimeError: a rank does not see the cache folder of the others.
     """
     cache_path = ranks.run_on_first(lambda: make_cache_folder(cache_path))
     require_visible(cache_path, ranks)
     entry_path = os.path.join(cache_path, name)
-    is_old = ranks.run_on_first(lambda: _is_sound(entry_path, open_entry))
-    if not is_old:
+    found = _sound_entry(entry_path, open_entry, ranks)
+    if found is None:
         work_path = ranks.run_on_first(lambda: _make_work_folder(entry_path))
         require_visible(work_path, ranks)
         try:
             prepare(work_path)
-            ranks.run_on_first(lambda: _commit(work_path, entry_path))
+            _commit(work_path, entry_path, ranks)
         except BaseException:
             if ranks.rank == 0:
                 shutil.rmtree(work_path, ignore_errors=True)
             raise
     require_visible(os.path.join(entry_path, SEAL_NAME), ranks)
-    opened = ranks.run_on_each(lambda: open_entry(entry_path))
-    # What was written a moment ago is not read again.
-    return opened, _Verification(entry_path).check if is_old and ranks.rank == 0 else nothing_found
+    return ranks.run_on_each(lambda: open_entry(entry_path, () if found is None else (found,)))
 
 
-def nothing_found() -> None:
-    """Finds nothing wrong."""
+def _sound_entry(entry_path: str, open_entry: Callable[[str, Unverified], object], ranks: Ranks) -> SealedEntry | None:
+    """Collective: returns an entry if it is there and as it was written; sets aside what is not.
 
-
-def _is_sound(entry_path: str, open_entry: Callable[[str], object]) -> bool:
-    """Tells whether an entry is there and as it was written; sets aside what is not."""
-    if not os.path.lexists(entry_path):
-        return False
-    try:
-        seal = _read_seal(entry_path)
-        changed = [name for name, sealed in seal.files.items() if not _has_its_time(entry_path, name, sealed)]
-        for name in changed:
-            _compare(entry_path, name, seal.files[name])
-        open_entry(entry_path)
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, RecursionError) as error:
-        fault = str(error) or type(error).__name__
-        aside = _set_aside(entry_path)
-        _logger.warning(f"{printable(fault)}: the prepared data are set aside in {aside}, and prepared anew")
-        return False
-    if changed:
-        # It was copied, and need not be read again at the next start.
-        _write_seal(entry_path, _Seal({**seal.files, **{name: _sealed(entry_path, name) for name in changed}}))
-    return True
-
-
-def _read_seal(entry_path: str) -> _Seal:
-    path = os.path.join(entry_path, SEAL_NAME)
-    if not os.path.isdir(entry_path):
-        raise ValueError(f"{entry_path} is no folder")
-    if not os.path.lexists(path):
-        raise ValueError(f"{entry_path} has no {SEAL_NAME}")
-    try:
-        return parse(_Seal, json.loads(storage.read(path)))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no seal: {error}") from error
-
-
-def _has_its_time(entry_path: str, name: str, sealed: _SealedFile) -> bool:
-    """Tells whether a file was not changed since it was sealed.
-
-    Raises:
-        ValueError: it has another size, or is no file.
+    The files whose times changed, all those of a cache that was copied, are read by all ranks, each its share.
     """
-    path = os.path.join(entry_path, name)
-    found = os.lstat(path)
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{path} is {storage.oddity(path)}")
-    if found.st_size != sealed.bytes:
-        raise ValueError(f"{path} has {found.st_size:,} bytes, and {sealed.bytes:,} were written")
-    return found.st_mtime_ns == sealed.mtime_ns
+    found = ranks.run_on_first(lambda: _look(entry_path, open_entry))
+    if found is None:
+        return None
+    entry, changed = found
+    if not changed:
+        return entry
+    require_visible(os.path.join(entry_path, SEAL_NAME), ranks)
+    own_fault = ranks.run_on_each(lambda: _first_fault(entry, sorted(changed)[ranks.rank :: ranks.size]))
+    faults = [fault for fault in ranks.all_gather(own_fault) if fault is not None]
+    return ranks.run_on_first(lambda: _seal_again(entry, changed, faults))
 
 
-def _compare(entry_path: str, name: str, sealed: _SealedFile) -> None:
-    path = os.path.join(entry_path, name)
-    if _checksum(path) != sealed.xxh3:
-        raise ValueError(f"{path} does not hold what was written: its checksum differs")
-
-
-def _checksum(path: str) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sealed(entry_path: str, name: str) -> _SealedFile:
-    path = os.path.join(entry_path, name)
-    found = os.stat(path)
-    return _SealedFile(found.st_size, found.st_mtime_ns, _checksum(path))
-
-
-def _write_seal(entry_path: str, seal: _Seal) -> None:
+def _look(
+    entry_path: str, open_entry: Callable[[str, Unverified], object]
+) -> tuple[SealedEntry, dict[str, int]] | None:
+    """Returns the entry, and when its files changed that did since it was sealed, in ns; None without a sound one."""
     try:
-        path = os.path.join(entry_path, SEAL_NAME)
+        _remove_abandoned(entry_path)
+        os.lstat(entry_path)
+    except FileNotFoundError:
+        return None
+    with _access_to(entry_path):
+        try:
+            if not stat.S_ISDIR(os.stat(entry_path).st_mode):
+                raise ValueError(f"{entry_path} is no folder")
+            seal = read_seal(entry_path)
+            times = {name: time_of_change(entry_path, name, sealed) for name, sealed in seal.files.items()}
+            open_entry(entry_path, ())
+        except _FAULTS_OF_CONTENT as error:
+            _put_away(entry_path, error)
+            return None
+    changed = {name: time for name, time in times.items() if time != seal.files[name].mtime_ns}
+    return SealedEntry(entry_path, seal), changed
+
+
+def _first_fault(entry: SealedEntry, names: Sequence[str]) -> str | None:
+    """Reads files of an entry; says what is wrong with the first that is not what was written."""
+    with _access_to(entry.path):
+        try:
+            for name in names:
+                compare(entry.path, name, entry.seal.files[name])
+        except _FAULTS_OF_CONTENT as error:
+            return str(error)
+    return None
+
+
+@contextmanager
+def _access_to(entry_path: str) -> Iterator[None]:
+    """Tells the user of a path that cannot be used; a disk that fails is no user's mistake."""
+    try:
+        yield
+    except OSError as error:
+        if not is_wrong_path(error):
+            raise
+        raise UserError(f"the prepared data in {entry_path} cannot be read: {error}") from error
+
+
+def _seal_again(entry: SealedEntry, changed: Mapping[str, int], faults: Sequence[str]) -> SealedEntry | None:
+    """Seals files with their new times, so that the next start need not read them; sets the entry aside if it must."""
+    if faults:
+        _put_away(entry.path, ValueError(faults[0]))
+        return None
+    files = entry.seal.files
+    seal = Seal({**files, **{name: replace(files[name], mtime_ns=time) for name, time in changed.items()}})
+    try:
+        path = os.path.join(entry.path, SEAL_NAME)
         storage.replace(path, json.dumps(asdict(seal), indent=1).encode(), f"{path}.tmp")
     except OSError as error:
-        _logger.warning(f"{entry_path} could not be sealed again, and is read at every start: {error}")
+        _logger.warning(f"{entry.path} could not be sealed again, and is read at every start: {error}")
+    return SealedEntry(entry.path, seal)
 
 
-def _set_aside(entry_path: str) -> str:
-    """Renames what lies in the place of an entry, whatever it is; returns its new name."""
+def _put_away(entry_path: str, fault: Exception) -> None:
+    """Renames what lies in the place of an entry, whatever it is, and deletes a folder without a seal."""
     aside = f"{entry_path}.{uuid.uuid4().hex[:8]}.damaged"
     try:
+        # It is kept for a day from now on.
+        with suppress(OSError):
+            os.utime(entry_path, follow_symlinks=False)
         os.rename(entry_path, aside)
     except OSError as error:
         if not is_wrong_path(error):
             raise
         raise UserError(f"{entry_path} is damaged and cannot be set aside: {error}; remove it") from error
-    return aside
+    becomes = f"set aside in {aside} for a day"
+    if isinstance(fault, UnsealedError):
+        # Nothing tells whether it is whole, and a copy of all prepared data is too much to keep for nothing.
+        _remove(aside)
+        becomes = "deleted"
+    said = printable(str(fault) or type(fault).__name__)
+    _logger.warning(f"{said}: the prepared data are {becomes}, and prepared anew")
 
 
-class _Verification:
-    """Reads all of an entry on a thread, and says so when asked if it is not what was written.
+def _remove_abandoned(entry_path: str) -> None:
+    """Removes what others left beside an entry: attempts at it, and what was set aside, each once it is a day old."""
+    cache_path, name = os.path.split(entry_path)
+    for other in os.listdir(cache_path):
+        if other.startswith(f"{name}."):
+            path = os.path.join(cache_path, other)
+            with suppress(OSError):  # Another job removes it too, or it belongs to another user.
+                if time.time() - os.lstat(path).st_mtime > _ABANDONED_SECONDS:
+                    _remove(path)
 
-    A damaged entry loses its seal at once, so that the next start prepares it anew.
-    """
 
-    def __init__(self, entry_path: str) -> None:
-        self._path = entry_path
-        self._seal = _read_seal(entry_path)
-        self._fault: str | None = None
-        threading.Thread(target=self._verify, name="embedtrain-prepared-data", daemon=True).start()
-
-    def check(self) -> None:
-        """Raises CheckpointError if the entry was found damaged."""
-        if self._fault is not None:
-            raise CheckpointError(
-                f"{self._fault}. The prepared data were damaged on the disk, and what was trained on them since the "
-                "last checkpoint is not saved: start again, and they are prepared anew"
-            )
-
-    def _verify(self) -> None:
-        try:
-            for name, sealed in self._seal.files.items():
-                _compare(self._path, name, sealed)
-        except FileNotFoundError:
-            return  # Another job has set it aside; what this one has open stays.
-        except (OSError, ValueError) as error:
-            self._fault = printable(str(error))
-            with suppress(OSError):
-                os.remove(os.path.join(self._path, SEAL_NAME))
+def _remove(path: str) -> None:
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        os.remove(path)
 
 
 def make_cache_folder(cache_path: str) -> str:
@@ -257,26 +241,26 @@ def make_cache_folder(cache_path: str) -> str:
 
 
 def _make_work_folder(entry_path: str) -> str:
-    """Makes the folder of this attempt at an entry, and removes those that others abandoned."""
-    cache_path, name = os.path.split(entry_path)
-    for other in os.listdir(cache_path):
-        path = os.path.join(cache_path, other)
-        if other.startswith(f"{name}.") and time.time() - os.lstat(path).st_mtime > _ABANDONED_SECONDS:
-            if os.path.isdir(path) and not os.path.islink(path):
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                os.remove(path)
+    """Makes the folder of this attempt at an entry."""
     work_path = f"{entry_path}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         os.mkdir(work_path)
     except PermissionError as error:
-        raise UserError(f"cache path {cache_path}: permission denied: {error}") from error
+        raise UserError(f"cache path {os.path.dirname(entry_path)}: permission denied: {error}") from error
     return work_path
 
 
-def _commit(work_path: str, entry_path: str) -> None:
-    """Seals the folder of an attempt and gives it the entry's name; another job may have been first."""
-    seal = _Seal({name: _sealed(work_path, name) for name in sorted(os.listdir(work_path))})
+def _commit(work_path: str, entry_path: str, ranks: Ranks) -> None:
+    """Collective: seals the folder of an attempt, each rank its share of the files, and gives it the entry's name."""
+    names = ranks.run_on_first(lambda: sorted(os.listdir(work_path)))
+    mine = names[ranks.rank :: ranks.size]
+    own_files = ranks.run_on_each(lambda: {name: seal_file(work_path, name) for name in mine})
+    sealed = {name: file for files in ranks.all_gather(own_files) for name, file in files.items()}
+    ranks.run_on_first(lambda: _finish(work_path, entry_path, Seal({name: sealed[name] for name in names})))
+
+
+def _finish(work_path: str, entry_path: str, seal: Seal) -> None:
+    """Writes the seal and renames the folder; another job may have been first."""
     with open(os.path.join(work_path, SEAL_NAME), "w", encoding="utf-8") as file:
         json.dump(asdict(seal), file, indent=1)
         file.flush()

@@ -200,11 +200,32 @@ def write_values(run_path: str, table: str, values: pa.Table, *, has_others: boo
 
 
 @dataclass(frozen=True)
-class _Said:
-    """What a checkpoint's state says of names, if it says anything."""
+class TableFacts:
+    """What a checkpoint's state says of its tables, if it says anything.
 
-    row_names: Mapping[str, Source] = field(default_factory=dict)
+    Attributes:
+        export_table: the table that holds the vectors; None if no table is the one.
+        row_names: by table, where the names of its rows are.
+    """
+
     export_table: str | None = None
+    row_names: Mapping[str, Source] = field(default_factory=dict)
+
+
+def read_table_facts(state: Mapping[str, Any], where: str) -> TableFacts:
+    """Returns what the state of a checkpoint says of its tables.
+
+    Args:
+        state: of the checkpoint.
+        where: the checkpoint or its run, for messages.
+
+    Raises:
+        CorruptCheckpointError: it says something else.
+    """
+    try:
+        return parse(TableFacts, dict(state))
+    except SchemaError as error:
+        raise CorruptCheckpointError(f"{where}: the state in its checkpoint: {error}") from error
 
 
 def read_row_names(run_path: str, state: Mapping[str, Any], table: str, num_rows: int) -> RowNames:
@@ -220,10 +241,7 @@ def read_row_names(run_path: str, state: Mapping[str, Any], table: str, num_rows
         UserError: the file of names is missing, cannot be read, or is not the one that the run was trained with.
         CorruptCheckpointError: the state is not one that says where names are.
     """
-    try:
-        said = parse(_Said, dict(state))
-    except SchemaError as error:
-        raise CorruptCheckpointError(f"{run_path}: the state in its checkpoint: {error}") from error
+    said = read_table_facts(state, run_path)
     source = said.row_names.get(table)
     if source is None:
         return _of_other_runs(run_path, said.export_table, table, num_rows)

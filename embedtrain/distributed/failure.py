@@ -85,7 +85,9 @@ def is_shared(error: Exception, runtime: Runtime) -> bool:
         return False
     if runtime.store is None:
         return True
-    store = dist.PrefixStore(f"shared/{doing()}", runtime.store)
+    # A job trains several runs, one after another, which do the same things.
+    number = runtime.store.add(f"shared/calls of {runtime.rank}", 1)
+    store = dist.PrefixStore(f"shared/{number}/{doing()}", runtime.store)
     store.set(str(runtime.rank), "")
     try:
         store.wait([str(rank) for rank in range(runtime.world_size)], timedelta(seconds=GRACE_SECONDS))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.runtime import job_ranks
-from embedtrain.embedding.features import Routes, resolve_features, shaped
+from embedtrain.embedding.features import Routes, resolve_features
 from embedtrain.embedding.input_dist import Asked, input_dist_of
 from embedtrain.embedding.lookup import lookup
 from embedtrain.embedding.output_dist import fetch_distinct, output_dist
@@ -88,7 +88,8 @@ class EmbeddingCollection(nn.Module):
         self.features = resolve_features(tables, features)
         refuse_clashes([table.name for table in tables])
         self.ranks = ranks if ranks is not None else job_ranks()
-        self.device = torch.device("cpu" if device is None else device)
+        # "cuda" becomes "cuda:0", so that `to` can tell whether rows are there already.
+        self.device = torch.empty(0, device="cpu" if device is None else device).device
         members: dict[tuple[int, torch.dtype, str, str], list[TableSpec]] = {}
         for table in tables:
             members.setdefault(table.group, []).append(table)
@@ -156,6 +157,7 @@ class EmbeddingCollection(nn.Module):
         Raises:
             ValueError: there is no such table.
         """
+        tables = [tables] if isinstance(tables, str) else tables
         unknown = sorted(set(tables or ()) - self.shards.keys())
         if unknown:
             raise ValueError(f"there is no table {', '.join(unknown)}; the tables are {', '.join(self.shards)}")
@@ -203,8 +205,7 @@ class EmbeddingCollection(nn.Module):
             ValueError: the batch names a feature that does not exist, on any rank; raised likewise.
         """
         asked = self.ask(batch)
-        found = lookup(asked)
-        return shaped(batch, self.features, output_dist(asked, found))
+        return output_dist(asked, lookup(asked))
 
     def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool = False) -> Asked:
         """Exchanges the ids of a batch, which needs no row, for `look_up` or `distinct_rows` later.
@@ -247,6 +248,8 @@ class EmbeddingCollection(nn.Module):
         """Takes the choices that hold after a batch, in the order of the steps even if another batch is asked ahead."""
         if torch.is_grad_enabled():
             self._choices = asked.choices
+            # The next batch without gradients begins an evaluation, even if a step was asked ahead before the last one.
+            self._input_dist.choices_of_evaluation = {}
 
     def distinct_rows(self, asked: Asked) -> Tensor:
         """Fetches each distinct row that was asked for once, for models that work on compact rows.
@@ -289,18 +292,13 @@ class EmbeddingCollection(nn.Module):
     def shard_views(self) -> list[ShardView]:
         """Returns this rank's weights and optimizer state, as a checkpoint saves and loads them.
 
-        Collective: every rank, if the optimizer's `looks_later` put off finding out whether its last step was applied.
-
-        Raises:
-            NonFiniteError: it was not, and the optimizer's policy is "error".
+        Collective: every rank, as the optimizer's `settle`, which it calls and whose exception it raises.
         """
-        for group in self.table_groups:
-            group.settle()
         self.write_back()
-        return [view for shard in self.shards.values() for view in shard.views()]
+        return [view for group in self.table_groups for view in group.views()]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns what a copy is made of: all but who watches, and what is made of the tables anyway."""
+        """Returns what a copy is made of: all but the watchers, and what `_begin` makes of the tables anew."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_input_dist", "_watchers")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -362,7 +360,7 @@ class EmbeddingCollection(nn.Module):
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _fqn_modifiers(self) -> dict[str, str]:
-        """Tells torch's distributed checkpoint that tables, which are no attributes, are those of `_entries`."""
+        """Tells torch's distributed checkpoint to find the tables, which are not attributes, under `_entries`."""
         return dict.fromkeys(vars(self._entries), "_entries")
 
     @property

@@ -63,14 +63,13 @@ def as_bags(batch: object) -> Mapping[str, Jagged]:
     return {name: ids if isinstance(ids, Jagged) else Jagged.from_ids(ids) for name, ids in batch.items()}
 
 
-def shaped(
-    batch: Mapping[str, Jagged | Tensor], features: Mapping[str, FeatureSpec], vectors: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Returns vectors without pooling in the shape of their ids: [n, k, dim] if a tensor [n, k] was looked up."""
-    for name, ids in batch.items():
-        if type(ids) is not Jagged and isinstance(ids, Tensor) and ids.dim() == 2 and features[name].pooling == "none":
-            vectors[name] = vectors[name].unflatten(0, ids.shape)
-    return vectors
+def shapes_of(batch: Mapping[str, Jagged | Tensor], features: Mapping[str, FeatureSpec]) -> dict[str, torch.Size]:
+    """Returns the shapes of the tensors [n, k] of ids that features without pooling look up."""
+    return {
+        name: ids.shape
+        for name, ids in batch.items()
+        if type(ids) is not Jagged and isinstance(ids, Tensor) and ids.dim() == 2 and features[name].pooling == "none"
+    }
 
 
 class Route(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.stages import stage
-from embedtrain.embedding.features import Route, Routes, as_bags
+from embedtrain.embedding.features import Route, Routes, as_bags, shapes_of
 from embedtrain.embedding.ids import valid_bags
 from embedtrain.embedding.owner_pooling import PooledAtOwners
 from embedtrain.embedding.pooling import bags_of
@@ -34,11 +34,13 @@ class Asked(NamedTuple):
         names: the features, in the caller's order.
         parts: per table group that is looked up.
         choices: where the ranks pool the bags of the batches that follow; see `EmbeddingCollection.pooling_choices`.
+        shapes: of the ids of features without pooling that are tensors [n, k].
     """
 
     names: tuple[str, ...]
     parts: Sequence[GroupRequest]
     choices: PoolingChoices
+    shapes: Mapping[str, torch.Size]
 
     def places(self) -> dict[str, Tensor]:
         """Returns per feature [num_values] int64; each value's row among those of `distinct_rows`. Sorts the ids."""
@@ -62,10 +64,12 @@ class InputDist(ABC):
 
     Attributes:
         choices: where the next batch's bags are pooled.
+        choices_of_evaluation: where those of the next batch without gradients are; empty when an evaluation begins.
     """
 
     def __init__(self, groups: Sequence[TableGroup], routes: Routes, ranks: Ranks) -> None:
         self.choices: PoolingChoices = {}
+        self.choices_of_evaluation: PoolingChoices = {}
         self._groups, self._routes, self._ranks = groups, routes, ranks
         self._no_keys = torch.zeros(0, dtype=torch.int64, device=groups[0].device)
 
@@ -106,15 +110,15 @@ class LocalInputDist(InputDist):
             LocalRequest(self._groups[route.number], route, *self._plan(route, bags))
             for route in self._routes.of(names)
         ]
-        return Asked(names, parts, {}), [part.rows for part in parts]
+        return Asked(names, parts, {}, shapes_of(batch, self._routes.features)), [part.rows for part in parts]
 
 
 _ROWS, _ANY_ROWS, _IDS_OF_BAGS, _SUMS, _ANY_BAGS, _ANY_WEIGHTS = range(6)
 """What a rank tells another for each group. See `Ranks.ask` of the first two. The three that say whether there is any
 are told to every rank alike, so that all know which exchanges take place."""
-_FEATURES = _ANY_ROWS
-"""After the last group a rank tells, in the place of `_ROWS`, whether it found an error, and here which features it
-looks up. What it measured of each feature whose bags may be pooled on either side follows; see `measure`."""
+_IS_WRONG, _FEATURES = range(2)
+"""What it tells after the last group: whether its input is wrong, and a checksum of the features that it looks up. What
+it measured of each feature whose bags may be pooled on either side follows; see `measure`."""
 
 
 class SharedInputDist(InputDist):
@@ -123,7 +127,6 @@ class SharedInputDist(InputDist):
     def __init__(self, groups: Sequence[TableGroup], routes: Routes, ranks: Ranks) -> None:
         super().__init__(groups, routes, ranks)
         self._open = [name for name, feature in routes.features.items() if is_open(feature)]
-        self._choices_of_evaluation: PoolingChoices = {}
 
     def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool) -> tuple[Asked, list[Tensor]]:
         """See `InputDist`.
@@ -136,7 +139,7 @@ class SharedInputDist(InputDist):
         wanted, error = list(nothing), None
         # An evaluation chooses anew: its choices are of its own batches, and a run that resumes makes the same ones.
         is_training = torch.is_grad_enabled()
-        choices = self.choices if is_training else self._choices_of_evaluation
+        choices = self.choices if is_training else self.choices_of_evaluation
         try:
             bags = as_bags(batch)
             for route in self._routes.of(tuple(bags)):
@@ -147,14 +150,15 @@ class SharedInputDist(InputDist):
         names = tuple(batch) if isinstance(batch, Mapping) else ()
         requests, heard = self._exchange(wanted, error, names, measured, ranks)
         choices = agree(choices, heard)
-        self._choices_of_evaluation = {} if is_training else choices
         if is_training:
             self.choices = choices
+        else:
+            self.choices_of_evaluation = choices
         if is_ahead:
             for request in requests:
                 request.sort_ahead()
         keys = [each.keys for each in wanted if each is not None]
-        return Asked(names, requests, self.choices), keys
+        return Asked(names, requests, self.choices, shapes_of(batch, self._routes.features)), keys
 
     def _wanted(
         self, route: Route, batch: Mapping[str, Jagged], choices: PoolingChoices, measured: dict[str, Measured]
@@ -189,7 +193,7 @@ class SharedInputDist(InputDist):
         shape = (ranks.size, num_groups + 1 + len(self._open), 6)
         counts = torch.zeros(shape, dtype=torch.int64, device=self._no_keys.device)
         if error is not None:
-            counts[:, num_groups, _ROWS] = 1
+            counts[:, num_groups, _IS_WRONG] = 1
         counts[:, num_groups, _FEATURES] = self._routes.checksum_of(names)
         ordered: list[OrderedKeys | SortedKeys] = []
         pooled: list[PooledAtOwners | None] = []
@@ -204,7 +208,7 @@ class SharedInputDist(InputDist):
             counts[:, num_groups + 1 :, : len(Measured._fields)] = torch.tensor(rows, device=counts.device)
         distinct = [each.sorted.unique for each in ordered]
         (ask, owe), rows_owed = ranks.ask(counts, distinct, [group.num_local_rows for group in self._groups])
-        if any(owe[num_groups][_ROWS]):
+        if any(owe[num_groups][_IS_WRONG]):
             ranks.fail_together(error)
         if len(set(owe[num_groups][_FEATURES])) > 1:
             _refuse_features(ranks.all_gather(sorted(names)))

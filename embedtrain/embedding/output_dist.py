@@ -15,7 +15,7 @@ from embedtrain.ops.pool_rows import grad_of_weights, pool_rows
 
 
 def output_dist(asked: Asked, found: Sequence[Found]) -> dict[str, Tensor]:
-    """Returns per feature, in the caller's order, its vectors [num_bags, dim] float32.
+    """Returns per feature, in the caller's order, its vectors float32, in the shapes that `EmbeddingCollection` says.
 
     In backward, the gradients of all features of a group are summed by row, travel to the rows' owners and wait there.
 
@@ -28,6 +28,8 @@ def output_dist(asked: Asked, found: Sequence[Found]) -> dict[str, Tensor]:
         learned = part.weights if is_learned else ()
         pooled = _OutputDist.apply(part.group.gradients.anchor, part, own, *learned)  # type: ignore[no-untyped-call]
         vectors.update(zip(part.route.names, pooled, strict=True))
+    for name, shape in asked.shapes.items():
+        vectors[name] = vectors[name].unflatten(0, shape)
     return {name: vectors[name] for name in asked.names}
 
 

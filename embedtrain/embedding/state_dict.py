@@ -57,7 +57,7 @@ def take_entries(
         state_dict: the entries.
         prefix: of their names.
         views: the shards.
-        missing: gets the names that there are not.
+        missing: gets the names of tensors that `state_dict` lacks.
         faults: gets what is wrong with entries.
     """
     rest = dict(state_dict)

@@ -149,10 +149,10 @@ class TableGroup:
             self.access = RowCache(self.changes, self.device, choose, keys_of)
 
     def move(self, device: torch.device) -> None:
-        """Moves the rows and their state; gradients that wait are lost."""
-        optimizer = self.gradients.optimizer
+        """Moves the rows, their state and the gradients that wait."""
+        earlier = self.gradients
         self.__setstate__({**self.__getstate__(), "device": device})
-        self.gradients.optimizer = optimizer
+        self.gradients.take_over(earlier)
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what a copy is made of. It has no gradients that wait, and no optimizer until one takes it."""
@@ -206,6 +206,11 @@ class TableGroup:
         """See `RowStore`."""
         self.gradients.optimizer = weakref.ref(optimizer)
         self.steps.settings = settings
+
+    def views(self) -> list[ShardView]:
+        """Returns the shards' weights and states, whose steps are settled; see `settle`."""
+        self.settle()
+        return [view for shard in self.shards for view in shard.views()]
 
     def settle(self) -> None:
         """Has the optimizer find out whether its last step was applied, so that `steps` is right. See its `settle`."""

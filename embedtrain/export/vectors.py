@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from types import TracebackType
 
@@ -14,11 +14,9 @@ import torch
 
 from embedtrain.checkpoint import CheckpointReader, choose_checkpoint
 from embedtrain.checkpoint.choice import Step
-from embedtrain.checkpoint.manifest import MANIFEST_NAME
-from embedtrain.data.row_names import read_row_names
-from embedtrain.errors import CorruptCheckpointError, UserError
+from embedtrain.data.row_names import read_row_names, read_table_facts
+from embedtrain.errors import UserError
 from embedtrain.export.storage import file_system_of
-from embedtrain.schema import SchemaError, parse
 from embedtrain.sharding.layout import read_layout
 
 FloatRows = npt.NDArray[np.float32]
@@ -142,26 +140,9 @@ def open_vectors(run_path: str, table: str | None = None, step: Step = None) -> 
         raise
 
 
-@dataclass(frozen=True)
-class _Facts:
-    """What a checkpoint's state says of its tables, if it says anything."""
-
-    export_table: str | None = None
-    row_names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-
-
-def _read_facts(reader: CheckpointReader) -> _Facts:
-    try:
-        return parse(_Facts, dict(reader.state))
-    except SchemaError as error:
-        raise CorruptCheckpointError(f"{reader.path}: the state in {MANIFEST_NAME}: {error}") from error
-
-
 def _open_table(reader: CheckpointReader, run_path: str, table: str | None) -> Vectors:
     tables = sorted(name.removesuffix(_WEIGHT) for name in reader.tensors if name.endswith(_WEIGHT))
-    facts = _read_facts(reader)
-    export_table = facts.export_table
-    table = _choose_table(table, export_table, tables, run_path)
+    table = _choose_table(table, read_table_facts(reader.state, run_path).export_table, tables, run_path)
     info = reader.table(table)
     num_rows, dim = info.shape
     layout = read_layout(info.layout, num_rows, table)

@@ -285,7 +285,10 @@ class SparseOptimizer(StoreOptimizer):
         super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns what a copy is made of, which has no gradients that wait and no step to settle."""
+        """Returns what a copy is made of, which has no gradients that wait and no step to settle.
+
+        Collective if a step is to settle, as `settle` is: every rank copies or pickles its optimizer then.
+        """
         self.settle()
         return {**super().__getstate__(), "_loss": None, "_veto": None}
 

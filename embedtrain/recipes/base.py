@@ -166,7 +166,8 @@ class Recipe(Generic[ConfigT, DataT]):
         heads: returns the keys of data that may be large, each with the format and layout of its files. A dry run
             replaces them by their first megabytes.
         check: opens and parses the small files that a run reads later, such as questions; called on rank 0 before the
-            data are prepared, and raises UserError with the key of what cannot be used.
+            data are prepared, and raises UserError with the key of what cannot be used. Its second argument says
+            whether the run is new: vectors that tables start from are not read again if there is a checkpoint.
         draft: yields the lines of a first configuration, from the path of files of rows, what their columns hold, and
             the column to predict, None to guess it; raises UserError if it cannot use the columns. None if the model
             reads no rows.
@@ -190,7 +191,7 @@ class Recipe(Generic[ConfigT, DataT]):
     build: Callable[[ConfigT, Runtime, DataT], Parts]
     workload: Callable[[ConfigT, Sizes], Workload]
     heads: Callable[[ConfigT], Mapping[str, tuple[str, Layout]]] = lambda config: {}
-    check: Callable[[ConfigT], None] = lambda config: None
+    check: Callable[[ConfigT, bool], None] = lambda config, is_new: None
     draft: Callable[[str, Survey, str | None], Iterator[str]] | None = None
     cache_key: str = "data.cache_path"
     held_out: str | None = None

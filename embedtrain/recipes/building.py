@@ -6,30 +6,33 @@ import functools
 from collections.abc import Callable
 from dataclasses import replace
 
+from embedtrain.checkpoint import latest_checkpoint
 from embedtrain.config.sections import Config
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.recipes.registry import recipe_of
 from embedtrain.recipes.workload import Sizes, Workload
+from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.task import Parts
 
 Check = Callable[[Sizes], None]
 """Called on every rank before any table is made; raises UserError if there is no room for the tables."""
 
 
-def no_check(sizes: Sizes) -> None:
-    """Finds nothing wrong."""
-
-
-def build_parts(config: Config, runtime: Runtime, check: Check = no_check) -> Parts:
+def build_parts(config: Config, runtime: Runtime, check: Check | None = None) -> Parts:
     """Prepares the data and builds model, optimizers and batches. Collective: every rank.
 
     Raises:
         UserError: on every rank alike; the data cannot be used, or `check` raised it on any.
     """
     recipe = recipe_of(config.model)
-    runtime.ranks.run_on_first(lambda: recipe.check(config))
+
+    def check_files() -> None:
+        recipe.check(config, latest_checkpoint(RunFolder(config.run.path).checkpoints_path) is None)
+
+    runtime.ranks.run_on_first(check_files)
     data, sizes = recipe.prepare(config, runtime)
-    runtime.ranks.run_on_each(functools.partial(check, sizes))
+    if check is not None:
+        runtime.ranks.run_on_each(functools.partial(check, sizes))
     return recipe.build(config, runtime, data)
 
 

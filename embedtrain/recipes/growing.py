@@ -146,6 +146,8 @@ def _discard(folder: RunFolder, names: Sequence[Names]) -> None:
     for name in (*files, *(f"{_BASE}{name}" for name in files), CONFIG_NAME):
         with suppress(Exception):
             storage.remove(folder.join(name))
+    with suppress(Exception):
+        folder.keep_data({})
     for path in (folder.checkpoints_path, folder.path):
         with suppress(Exception):
             storage.remove_empty_folder(path)

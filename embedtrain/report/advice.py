@@ -80,12 +80,12 @@ def _overfitting(facts: RunFacts) -> Iterator[str]:
         best = max(range(len(values)), key=lambda place: sign * values[place])
         behind = sign * (values[best] - values[-1])
         if behind > (_WORSE if sign < 0 else _MUCH_WORSE) * abs(values[best]):
-            mode = "max" if sign > 0 else "min"
             yield (
                 f"The model learns the training data by heart: the loss falls, and {name} was best at step "
                 f"{steps[best]:,}, {values[best]:.4g}, and is {values[-1]:.4g} now. Train for fewer epochs, raise "
-                "optimizer.weight_decay or lower table.dim. checkpoint.keep_best=1 with checkpoint.best_metric="
-                f"{name} and checkpoint.best_mode={mode} keeps the best for --step best."
+                "optimizer.weight_decay or lower table.dim. checkpoint.keep_best=1, "
+                f"checkpoint.best_metric={name} and a checkpoint.every_steps of an epoch or less keep the best for "
+                "--step best. Such settings make another run: give them with another run.path."
             )
             return
 
@@ -97,7 +97,8 @@ def _untouched(table: TableFacts, facts: RunFacts) -> str | None:
         return None
     share = f"{table.num_untouched / num_rows:.0%} of the rows of table {table.name} were never trained: "
     if facts.epochs < 1:
-        return f"{share}the run has not come through its data yet ({facts.epochs:.0%} of an epoch)."
+        done = f" ({facts.epochs:.2%} of an epoch)" if facts.epochs else ""
+        return f"{share}the run has not come through its data yet{done}."
     if table.is_hashed:
         return f"{share}its values need fewer rows: lower their number, data.num_rows or that of the feature."
     return (

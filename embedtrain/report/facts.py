@@ -20,7 +20,7 @@ from embedtrain.export.vectors import FloatRows
 from embedtrain.recipes.trained import open_run_vectors
 from embedtrain.sharding.layout import read_layout
 from embedtrain.train.run_folder import PROFILE_NAME, RunFolder
-from embedtrain.train.state import RunState, read_run_state
+from embedtrain.train.state import RunState, TrainState, read_run_state
 
 STAGE, MEMORY = "stage/", "memory/"
 BUSIEST_RANK = f"{STAGE}busiest_rank"
@@ -64,7 +64,7 @@ class RunFacts:
         step: of the newest checkpoint.
         world_size: ranks that saved it.
         seconds: spent in training.
-        epochs: passes over the data that are done; of a stream infinity.
+        epochs: passes over the data that are done, as `epochs_done` counts them.
         num_skipped: steps left out because a gradient was not finite.
         curves: per number that was logged, its steps and values.
         tables: in order of name.
@@ -122,6 +122,7 @@ def read_facts(run_path: str, words: Sequence[str], runtime: Runtime, num_neighb
         state, world_size = read_run_state(reader.manifest, path), reader.manifest.world_size
         tables = _tables(reader, state)
     near, frequent_words, frequent_rows, noun = _vectors(run_path, words, runtime, num_neighbors)
+    curves = read_curves(folder)
     return RunFacts(
         path=folder.path,
         config=folder.read_config() or "",
@@ -129,9 +130,9 @@ def read_facts(run_path: str, words: Sequence[str], runtime: Runtime, num_neighb
         step=state.train.step,
         world_size=world_size,
         seconds=state.train.seconds,
-        epochs=math.inf if state.train.stream else float(state.train.epoch),
+        epochs=epochs_done(state.train, curves),
         num_skipped=state.optimizer.num_skipped,
-        curves=read_curves(folder),
+        curves=curves,
         tables=tables,
         neighbors=near,
         frequent_words=frequent_words,
@@ -151,6 +152,20 @@ def read_curves(folder: RunFolder) -> dict[str, tuple[list[int], list[float]]]:
                 steps.append(record["step"])
                 values.append(float(value))
     return curves
+
+
+def epochs_done(state: TrainState, curves: Mapping[str, tuple[list[int], list[float]]]) -> float:
+    """Returns how many passes over its data a run has done; of a stream infinity.
+
+    What is done of the last pass is known from the length of an epoch, which the records of `metrics.jsonl` tell;
+    without records only whole passes count.
+    """
+    if state.stream:
+        return math.inf
+    steps, epochs = curves.get("epoch", ([], []))
+    if not state.step_in_epoch or not steps or not steps[-1]:
+        return float(state.epoch)
+    return state.epoch + state.step_in_epoch * epochs[-1] / steps[-1]
 
 
 def _tables(reader: CheckpointReader, state: RunState) -> list[TableFacts]:

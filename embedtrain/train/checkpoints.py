@@ -26,7 +26,8 @@ from embedtrain.distributed.runtime import DEFAULT_TIMEOUT_SECONDS
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import CorruptCheckpointError, UserError, printable
 from embedtrain.optim.dense import DenseOptimizer
-from embedtrain.train.state import TrainState, read_run_state
+from embedtrain.schema import SchemaError, parse
+from embedtrain.train.state import RunState, TrainState, read_run_state
 from embedtrain.train.task import Task
 
 _logger = logging.getLogger(__name__)
@@ -86,6 +87,9 @@ class Checkpoints:
 
     Attributes:
         metrics: the newest record of the metrics, saved with each checkpoint.
+
+    Raises:
+        UserError: on every rank alike; the facts are not what `RunState` declares.
     """
 
     def __init__(
@@ -113,6 +117,8 @@ class Checkpoints:
         in_background = ranks.for_thread(policy.timeout_seconds) if is_async else None
         self._saver = CheckpointSaver(path, ranks, in_background, policy.options)
         self._saved_at_seconds = time.monotonic()
+        # A run could not resume from checkpoints with other facts, and would find that out after it was trained.
+        ranks.run_on_each(self._check_facts)
 
     @property
     def has_failed(self) -> bool:
@@ -138,7 +144,13 @@ class Checkpoints:
         if self._saver.step == self._state.step:
             return
         self._saved_at_seconds = time.monotonic()
-        saved = {
+        saved = self._saved_state()
+        replicated = {} if self._dense is None else self._dense.tensors()
+        self._saver.save(self._state.step, self._tables.shard_views(), saved, replicated, is_last=is_last)
+
+    def _saved_state(self) -> dict[str, Any]:
+        """Returns what a checkpoint holds beside tensors, as JSON; `RunState` declares it."""
+        saved: dict[str, Any] = {
             **self._facts,
             "train": self._state.as_json(),
             "metrics": {name: value for name, value in self.metrics.items() if _is_json(value)},
@@ -149,11 +161,15 @@ class Checkpoints:
             },
             "pooling": self._tables.pooling_choices,
         }
-        replicated = {}
         if self._dense is not None:
             saved["dense_optimizer"] = {"name": self._dense.name}
-            replicated = self._dense.tensors()
-        self._saver.save(self._state.step, self._tables.shard_views(), saved, replicated, is_last=is_last)
+        return saved
+
+    def _check_facts(self) -> None:
+        try:
+            parse(RunState, self._saved_state())
+        except SchemaError as error:
+            raise UserError(f"no checkpoint can hold the facts of this run, see Parts.facts: {error}") from error
 
     def settle(self) -> None:
         """Waits for a save in the background and raises what it failed with, if it fails the run.
@@ -244,9 +260,11 @@ class Checkpoints:
         self._optimizer.num_skipped = saved.optimizer.num_skipped
         if is_reset:
             return
-        for settings, group in zip(self._optimizer.param_groups, groups, strict=True):
-            # The rest is this run's configuration, which the caller has compared with the saved one.
-            settings["step"] = group["step"]
+        if not reader.manifest.table_steps:
+            # A checkpoint of an earlier version. The rest of the settings is this run's configuration, which the caller
+            # has compared with the saved one.
+            for settings, group in zip(self._optimizer.param_groups, groups, strict=True):
+                settings["step"] = group["step"]
 
 
 def load_weights(path: str, tables: EmbeddingCollection, dense: DenseOptimizer | None, data_fingerprint: str) -> int:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
+from embedtrain.checkpoint.retention import mode_of_best
 from embedtrain.config.resolved import differing_keys, settings_in, to_yaml
 from embedtrain.config.sections import Config
 from embedtrain.config.values import settings_of
+from embedtrain.data.seal import Unverified, Verification
 from embedtrain.distributed.failure import is_shared
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.runtime import Runtime
-from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.embedding.init_from import init_from
 from embedtrain.errors import UserError, counted, printable
 from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, TensorBoardSink
@@ -29,11 +31,14 @@ from embedtrain.train.profile import StepProfile
 from embedtrain.train.row_statistics import RowStatistics, TableStatistics
 from embedtrain.train.run_folder import PROFILE_NAME, TENSORBOARD_NAME, RunFolder
 from embedtrain.train.state import TrainState
-from embedtrain.train.task import Parts, Pretrained, StreamedBatches, Task
+from embedtrain.train.task import Parts, StreamedBatches, Task
 from embedtrain.train.trainer import Trainer
 from embedtrain.train.watchdog import Watchdog
 
 _logger = logging.getLogger(__name__)
+
+_VERIFICATION_SECONDS = 60.0
+"""How long a run waits before its last save until its prepared data are compared with their checksums."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Run:
         is_resumed: whether a checkpoint was found.
         is_begun: whether an earlier job has begun to train it.
         observers: called on every rank after each step.
-        check_data: see `Parts`.
+        unverified: see `Parts`.
     """
 
     trainer: Trainer
@@ -56,7 +61,7 @@ class Run:
     is_resumed: bool
     is_begun: bool
     observers: list[Callable[[], None]]
-    check_data: Callable[[], None]
+    unverified: Unverified
 
 
 def check_run_folder(config: Config) -> RunFolder:
@@ -112,12 +117,19 @@ def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_prof
             of_all = "" if total is None else f": {counted(total, 'step')}"
             _say(f"starting{of_all}, {where}")
 
+    verification = begin_verification(run.unverified, config.run.timeout_seconds, runtime.ranks)
+
+    def require_sound_data() -> None:
+        if verification is not None:
+            # A run that was asked to stop has no time, and goes on later.
+            verification.require_sound(is_last=run.trainer.is_over())
+
     def before_save() -> None:
         # A run that is killed resumes from this checkpoint, and does not log again what came before it.
         for sink in run.sinks:
             sink.flush()
         lock.check()
-        runtime.ranks.run_on_first(run.check_data)
+        runtime.ranks.run_on_each(require_sound_data)
 
     with ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
@@ -143,6 +155,20 @@ def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_prof
         run.folder.write_status("done" if is_complete else "preempted", status, step=state.step)
         _say(f"{'done' if is_complete else 'stopped and saved'} at step {state.step:,}: {run.folder.path}")
     return status
+
+
+def begin_verification(unverified: Unverified, timeout_seconds: float, ranks: Ranks) -> Verification | None:
+    """Begins to compare prepared data with their checksums, on rank 0; None on others, and if there are none.
+
+    Collective: every rank. If rank 0 can start no thread, all ranks raise.
+
+    Args:
+        unverified: what to compare.
+        timeout_seconds: how long the others wait for a rank; the comparison is waited for no longer than half of it.
+        ranks: those of the run.
+    """
+    patience = min(_VERIFICATION_SECONDS, timeout_seconds / 2)
+    return ranks.run_on_each(lambda: Verification(unverified, patience) if ranks.rank == 0 and unverified else None)
 
 
 def _profile(folder: RunFolder, rank: int) -> StepProfile:
@@ -173,7 +199,7 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
         UserError: the checkpoint is of other data or of another optimizer.
     """
     earlier = folder.read_config()
-    started = _start_tables(parts, config, folder, runtime)
+    started = start_new_tables(parts, config, folder, runtime)
     state = TrainState()
     checkpoints = Checkpoints(
         folder.checkpoints_path,
@@ -200,28 +226,25 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
     runtime.ranks.run_on_first(functools.partial(_write_folder, folder, config, parts))
     sinks = _build_sinks(config, folder, state, parts.task) if runtime.rank == 0 else []
     observers = _build_observers(config, folder, state, parts.task, sinks, runtime)
-    return Run(trainer, folder, sinks, is_resumed, earlier is not None, observers, parts.check_data)
+    return Run(trainer, folder, sinks, is_resumed, earlier is not None, observers, parts.unverified)
 
 
-def _start_tables(parts: Parts, config: Config, folder: RunFolder, runtime: Runtime) -> dict[str, Any]:
-    """Starts tables from files unless a checkpoint will replace them; returns how many rows each file gave."""
+def start_new_tables(parts: Parts, config: Config, folder: RunFolder, runtime: Runtime) -> dict[str, Any]:
+    """Starts tables from files unless a checkpoint will replace them; returns how many rows each file gave, as JSON.
+
+    Collective: every rank.
+
+    Raises:
+        UserError: a file cannot be used.
+    """
     is_new = runtime.ranks.run_on_first(lambda: latest_checkpoint(folder.checkpoints_path) is None)
     loaded = config.resume.tables
     sources = {
         table: source for table, source in parts.pretrained.items() if is_new or not (loaded is None or table in loaded)
     }
-    return start_tables(parts.task.tables, sources, runtime)
-
-
-def start_tables(tables: EmbeddingCollection, sources: Mapping[str, Pretrained], runtime: Runtime) -> dict[str, Any]:
-    """Starts tables from files; returns how many rows each file gave, as JSON. Collective: every rank.
-
-    Raises:
-        UserError: a file cannot be used.
-    """
     started: dict[str, Any] = {}
     for table, source in sources.items():
-        counts = init_from(tables, table, source.path, source.rows())
+        counts = init_from(parts.task.tables, table, source.path, source.rows())
         started[table] = {"path": source.path, **asdict(counts)}
         if runtime.rank == 0:
             _logger.info(
@@ -233,9 +256,8 @@ def start_tables(tables: EmbeddingCollection, sources: Mapping[str, Pretrained],
 
 def _save_policy(config: Config) -> SavePolicy:
     settings = config.checkpoint
-    retention = Retention(
-        settings.keep_last, settings.keep_every, settings.keep_best, settings.best_metric, settings.best_mode
-    )
+    best_mode = mode_of_best(settings.best_metric, settings.best_mode)
+    retention = Retention(settings.keep_last, settings.keep_every, settings.keep_best, settings.best_metric, best_mode)
     options = SaveOptions(
         settings.mode, settings.max_extra_memory_bytes, settings.max_failures, settings.full_every, retention
     )

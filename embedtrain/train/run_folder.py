@@ -6,18 +6,20 @@ import json
 import logging
 import os
 import re
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from embedtrain import storage
 from embedtrain.data.row_names import FEATURES_NAME, VOCABULARY_NAME
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.errors import UserError
 from embedtrain.schema import Count, parse
+from embedtrain.train import kept_data
+from embedtrain.train.kept_data import KEPT_DATA_NAME, KeptData
+
+T = TypeVar("T")
 
 CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.jsonl"
@@ -25,28 +27,11 @@ STATUS_NAME = "status.json"
 CHECKPOINTS_NAME = "checkpoints"
 TENSORBOARD_NAME = "tensorboard"
 PROFILE_NAME = "profile"
-DATA_NAME = "data"
-"""What of its data the answers of a run need: `recommend`, `evaluate` and the like read nothing else."""
-_KEPT_NAME = "kept.json"
-
-
-@dataclass(frozen=True)
-class KeptData:
-    """What of its data a run has in its folder.
-
-    Attributes:
-        path: a local folder with the files of prepared data.
-        facts: JSON.
-    """
-
-    path: str
-    facts: Mapping[str, Any]
-
 
 _FILE = re.compile(
     rf"({re.escape(CONFIG_NAME)}|{re.escape(METRICS_NAME)}|{re.escape(STATUS_NAME)}|\w+\.tsv)(\.tmp|\.partial)?"
 )
-_FOLDERS = (CHECKPOINTS_NAME, DATA_NAME, FEATURES_NAME, TENSORBOARD_NAME, PROFILE_NAME)
+_FOLDERS = (CHECKPOINTS_NAME, KEPT_DATA_NAME, FEATURES_NAME, TENSORBOARD_NAME, PROFILE_NAME)
 
 _logger = logging.getLogger(__name__)
 
@@ -85,6 +70,11 @@ class RunFolder:
         return self.join(CHECKPOINTS_NAME)
 
     @property
+    def kept_data_path(self) -> str:
+        """Where that of the data lies which the answers of the run need."""
+        return self.join(KEPT_DATA_NAME)
+
+    @property
     def metrics_path(self) -> str:
         """One JSON object a line."""
         return self.join(METRICS_NAME)
@@ -94,7 +84,7 @@ class RunFolder:
 
         Raises:
             UserError: a file's name is a folder, a pipe or a link, through which a run would write elsewhere; or a
-                folder's name is a file.
+                folder's name is a file; or the folder of kept data holds files of the user's.
         """
         for name in storage.list_names(self.path):
             what = storage.oddity(self.join(name))
@@ -105,6 +95,7 @@ class RunFolder:
                 raise UserError(
                     f"{self.join(name)} is {what or 'a file'}, and a run keeps a folder of that name: move it away"
                 )
+        kept_data.require_own(self.kept_data_path)
 
     def read_config(self) -> str | None:
         """Returns the configuration that the run was started with, as YAML; None where there is no run."""
@@ -153,47 +144,46 @@ class RunFolder:
         storage.make_folder(self.path)
         vocabulary.save(self.join(name))
 
-    def keep_data(self, facts: Mapping[str, Any], entry_path: str | None = None) -> None:
+    def keep_data(
+        self, facts: Mapping[str, Any], entry_path: str | None = None, leave_out: frozenset[str] = frozenset()
+    ) -> None:
         """Keeps what of its data the answers of a run need, in place of what was kept before.
 
-        Args:
-            facts: JSON; nothing is kept if they are empty.
-            entry_path: local folder of prepared data, whose files are copied; its name says which data they are.
-        """
-        folder = self.join(DATA_NAME)
-        files = {} if entry_path is None else {entry.name: entry.path for entry in os.scandir(entry_path)}
-        entry = "" if entry_path is None else os.path.basename(entry_path)
-        content = json.dumps({"entry": entry, "files": sorted(files), **facts}, ensure_ascii=False).encode()
-        kept = storage.list_files(folder)
-        if facts and _KEPT_NAME in kept and storage.read(f"{folder}/{_KEPT_NAME}") == content:
-            return
-        # What says that all is there goes first and comes last.
-        for name in sorted(kept, key=lambda name: name != _KEPT_NAME):
-            storage.remove(f"{folder}/{name}")
-        if facts:
-            storage.make_folder(folder)
-            for name, path in files.items():
-                storage.write(f"{folder}/{name}", _Chunks(path))
-            storage.replace(f"{folder}/{_KEPT_NAME}", content, f"{folder}/{_KEPT_NAME}.tmp")
+        Files that are as they should be are not written again. Nothing is kept if there is neither a fact nor a file,
+        or if the files take more than `MAX_KEPT_BYTES`.
 
-    @contextmanager
-    def open_data(self) -> Iterator[KeptData | None]:
-        """Yields what `keep_data` kept; None if that is nothing.
+        Args:
+            facts: JSON.
+            entry_path: local folder of prepared data, whose files are copied.
+            leave_out: names of files that the run folder has elsewhere.
+
+        Raises:
+            UserError: files that no run has written lie where they would be kept.
+        """
+        kept_data.keep(self.kept_data_path, facts, entry_path, leave_out)
+
+    def open_data(self, kind: type[T]) -> AbstractContextManager[KeptData[T] | None]:
+        """Yields what `keep_data` kept, each file checked; None if that is nothing.
 
         The files of a run folder that is not local are copied to a temporary folder, which is removed in the end.
+
+        Args:
+            kind: dataclass that declares the facts.
+
+        Raises:
+            UserError: the facts are not those.
+            CorruptCheckpointError: a file is missing or is not as it was written.
         """
-        folder = self.join(DATA_NAME)
-        if _KEPT_NAME not in storage.list_files(folder):
-            yield None
-            return
-        facts = json.loads(storage.read(f"{folder}/{_KEPT_NAME}"))
-        if (local := storage.local_path(folder)) is not None:
-            yield KeptData(local, facts)
-            return
-        with tempfile.TemporaryDirectory(prefix="embedtrain-") as copy:
-            for name in facts["files"]:
-                Path(copy, name).write_bytes(storage.read(f"{folder}/{name}"))
-            yield KeptData(copy, facts)
+        return kept_data.open_kept(self.kept_data_path, kind)
+
+    def verify_data(self) -> bool:
+        """Checks every byte of what `keep_data` kept; returns whether there is any.
+
+        Raises:
+            UserError: its table of contents is damaged.
+            CorruptCheckpointError: a file is missing or is not as it was written.
+        """
+        return kept_data.verify(self.kept_data_path)
 
     def write_status(self, state: str, exit_status: int, **details: Any) -> None:
         """Keeps how the run ended, which torchrun's own exit status hides."""
@@ -209,15 +199,3 @@ class RunFolder:
     def _write(self, name: str, text: str) -> None:
         storage.make_folder(self.path)
         storage.replace(self.join(name), text.encode(), self.join(f"{name}.tmp"))
-
-
-class _Chunks(Iterable[bytes]):
-    """The content of a local file, a few MiB at a time, as often as it is asked for."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __iter__(self) -> Iterator[bytes]:
-        with open(self._path, "rb") as file:
-            while chunk := file.read(4 << 20):
-                yield chunk

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field
 from embedtrain import storage
 from embedtrain.checkpoint import Manifest
 from embedtrain.checkpoint.manifest import MANIFEST_NAME
+from embedtrain.data.row_names import TableFacts
 from embedtrain.errors import CorruptCheckpointError
 from embedtrain.schema import Amount, Count, Number, SchemaError, parse
 
@@ -136,8 +137,8 @@ class GrownFrom:
     step: Count
 
 
-@dataclass(frozen=True)
-class RunState:
+@dataclass(frozen=True, kw_only=True)
+class RunState(TableFacts):
     """What the trainer saves beside the tensors; the annotations are the schema that a checkpoint is checked against.
 
     Attributes:
@@ -149,8 +150,6 @@ class RunState:
         metrics: the newest value of each measure.
         init_from: by table, how it began from a file.
         grown_from: None if the run was not grown from another.
-        export_table: the table that holds the vectors; None if no table is the one.
-        row_names: by table, where the names of its rows are; see `embedtrain.data.row_names`.
     """
 
     train: TrainState
@@ -161,8 +160,6 @@ class RunState:
     metrics: Mapping[str, float | int | str] = field(default_factory=dict)
     init_from: Mapping[str, Started] = field(default_factory=dict)
     grown_from: GrownFrom | None = None
-    export_table: str | None = None
-    row_names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def read_run_state(manifest: Manifest, path: str) -> RunState:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from embedtrain.data.seal import Unverified
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.optim.optimizer import SparseOptimizer
@@ -142,11 +143,11 @@ class Parts:
             readers of the vectors need, such as `export_table`.
         write_files: called on rank 0; writes to the run folder what readers of the vectors need, such as a vocabulary.
         pretrained: by table, the vectors that it starts from in a new run.
-        check_data: called on rank 0 before each save; raises CheckpointError if the prepared data were found damaged.
+        unverified: the prepared data that were not compared with their checksums; the run does so while it trains.
     """
 
     task: Task
     facts: Mapping[str, Any]
     write_files: Callable[[RunFolder], None] = lambda folder: None
     pretrained: Mapping[str, Pretrained] = field(default_factory=dict)
-    check_data: Callable[[], None] = lambda: None
+    unverified: Unverified = ()

@@ -66,7 +66,7 @@ class Trainer:
         self._task = task
         self._stream = task.batches if isinstance(task.batches, StreamedBatches) else None
         self._ahead = None if isinstance(task.batches, StreamedBatches) else BatchesAhead(task)
-        # Dense parameters are updated by the host's leave, hence need to know at once.
+        # The host decides whether dense parameters step, so it must know at once whether the gradients are finite.
         task.optimizer.looks_later = task.tables.device.type == "cuda" and task.dense is None
         self._rates = [float(settings["lr"]) for settings in task.optimizer.param_groups]
         self._schedule = schedule
@@ -103,7 +103,7 @@ class Trainer:
             on_step: called after each step.
         """
         with Interrupt() as interrupt:
-            while not self._is_over():
+            while not self.is_over():
                 has_trained = self._or_settle(self._train_once)
                 for observe in (alive, on_step if has_trained else None):
                     if observe is not None:
@@ -112,7 +112,7 @@ class Trainer:
                 is_logged = has_trained and (step % log_every_steps == 0 or step == self.total_steps)
                 is_due = has_trained and self._checkpoints.policy.is_due(step)
                 is_measured = has_trained and self._is_measured(step)
-                # Whoever waits for a stream has time to agree.
+                # While a stream brings no batch, an agreement delays nothing.
                 if is_logged or is_due or is_measured or not has_trained or step % _STEPS_BETWEEN_AGREEMENTS == 0:
                     self._or_settle(self._task.optimizer.settle)
                     is_stopped, is_overdue, has_failed = self._agree(interrupt.is_asked)
@@ -124,7 +124,7 @@ class Trainer:
                         is_due |= not self._measure(sinks, alive)
                     if is_due or is_overdue or is_stopped:
                         self._save(before_save, is_last=is_stopped)
-                    if is_stopped and not self._is_over():
+                    if is_stopped and not self.is_over():
                         return False
             if self._is_drained and self.state.step > self._logged_step:
                 self._log(sinks)
@@ -132,6 +132,10 @@ class Trainer:
                 self._measure(sinks, alive)
             self._save(before_save, is_last=True)
         return True
+
+    def is_over(self) -> bool:
+        """Tells whether the last epoch, or the stream, is trained to its end."""
+        return self._is_drained or (self.total_steps is not None and self.state.step >= self.total_steps)
 
     def _save(self, before_save: Callable[[], None] | None, is_last: bool) -> None:
         if before_save is not None:
@@ -151,9 +155,6 @@ class Trainer:
                 f"the checkpoint's counters say step {state.step}, {state.epoch} epochs and {state.step_in_epoch} "
                 f"steps, which does not add up with {steps} steps per epoch"
             )
-
-    def _is_over(self) -> bool:
-        return self._is_drained or (self.total_steps is not None and self.state.step >= self.total_steps)
 
     def _or_settle(self, function: Callable[[], T]) -> T:
         try:
@@ -249,7 +250,7 @@ class Trainer:
         error: Exception | None = None
         with stage("evaluate"):
             try:
-                measures = self._task.evaluation.measure(alive or _do_nothing)
+                measures = self._task.evaluation.measure(alive or (lambda: None))
             except Exception as caught:
                 if not self._is_shared(caught):
                     raise
@@ -340,11 +341,7 @@ class _Window:
 
 
 def _sum(total: Tensor, added: Tensor) -> Tensor:
-    """Adds sums; before the first step nobody knows how many there are."""
-    if len(total) == len(added):
-        return total + added
-    return added + torch.nn.functional.pad(total, (0, len(added) - len(total)))
-
-
-def _do_nothing() -> None:
-    pass
+    """Adds sums, of which either may be the longer: before the first step nobody knows how many there are."""
+    length = max(len(total), len(added))
+    padded = [torch.nn.functional.pad(sums, (0, length - len(sums))) for sums in (total, added)]
+    return padded[0] + padded[1]

@@ -23,6 +23,8 @@ from embedtrain.train.task import Task
 from embedtrain.train.trainer import Trainer
 
 NUM_WORDS = 40
+FACTS = {"data_fingerprint": "x"}
+POLICY = SavePolicy(3, None)
 
 
 class Batches:
@@ -48,7 +50,7 @@ def train(folder: str, ranks: Ranks, placement: str, cache_bytes: int | None) ->
     optimizer = et.optim.RowwiseAdagrad(model.tables, lr=0.3, initial_accumulator_value=0.1)
     task = Task(model, model.tables, optimizer, Batches(ranks.rank))
     state = TrainState()
-    checkpoints = Checkpoints(f"{folder}/{placement}", task, state, facts={}, policy=SavePolicy(3, None), ranks=ranks)
+    checkpoints = Checkpoints(f"{folder}/{placement}", task, state, facts=FACTS, policy=POLICY, ranks=ranks)
     trainer = Trainer(task, state, epochs=2, schedule=lambda done: 1.0, checkpoints=checkpoints, ranks=ranks)
     assert trainer.run([], log_every_steps=5)
     return task
@@ -101,7 +103,7 @@ def rank(folder: str, ranks: Ranks, placement: str, cache_bytes: int | None) -> 
     dense = DenseOptimizer(model.network, ranks=ranks, lr=0.05)
     task = Task(model, model.tables, et.optim.RowwiseAdagrad(model.tables, lr=0.3), Clicks(ranks), dense=dense)
     state = TrainState()
-    checkpoints = Checkpoints(f"{folder}/{placement}", task, state, facts={}, policy=SavePolicy(3, None), ranks=ranks)
+    checkpoints = Checkpoints(f"{folder}/{placement}", task, state, facts=FACTS, policy=POLICY, ranks=ranks)
     trainer = Trainer(task, state, epochs=2, schedule=lambda done: 1.0, checkpoints=checkpoints, ranks=ranks)
     assert trainer.run([], log_every_steps=5)
     return task

@@ -120,9 +120,9 @@ def test_a_run_on_another_file_system_has_its_data_there(model: str, memory_run:
 def test_other_held_out_data_take_the_place_of_the_earlier(answer: Answer) -> None:
     answer(*train("retrieval"))
     before = answer("evaluate", "run")
-    kept = contents(Path("run/data"))
+    kept = contents(Path("run/kept_data"))
     answer(*train("retrieval"))
-    assert contents(Path("run/data")) == kept
+    assert contents(Path("run/kept_data")) == kept
     Path("data/test.csv").write_text("user,item,label,price\nu1,i5,1,0\n")
     answer(*train("retrieval"))
     assert answer("evaluate", "run") != before
@@ -130,22 +130,87 @@ def test_other_held_out_data_take_the_place_of_the_earlier(answer: Answer) -> No
 
 def test_data_that_are_missing_are_named(answer: Answer, capfd: pytest.CaptureFixture[str]) -> None:
     answer(*train("retrieval"))
-    shutil.rmtree("run/data")
+    expected = answer("recommend", "run", "u3")
+    shutil.rmtree("run/kept_data")
+    assert answer("recommend", "run", "u3") == expected, "the data are prepared again"
+    Path("data/train.csv").unlink()
     assert main(["recommend", "run", "u3"]) == 2
-    assert "run/data is missing, which says who had what" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "run/kept_data is missing, which says who had what in training, and the data cannot be read again" in said
+    assert "data/train.csv: no such file" in said
 
 
-def test_held_out_examples_that_are_too_many_stay_where_they_are(
-    answer: Answer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("model", ["retrieval", "ranking"])
+def test_data_that_are_too_many_stay_where_they_are(
+    model: str, answer: Answer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr("embedtrain.recipes.ranking.recipe._MAX_KEPT_BYTES", 100)
-        answer(*train("ranking"))
-        assert not Path("run/data").exists()
+        patched.setattr("embedtrain.train.kept_data.MAX_KEPT_BYTES", 100)
+        answer(*train(model))
+        assert not Path("run/kept_data").exists()
         found = answer("evaluate", "run")
-    answer(*train("ranking"))
-    assert Path("run/data").exists()
+    answer(*train(model))
+    assert Path("run/kept_data").exists()
     assert answer("evaluate", "run") == found
+
+
+def test_raw_ids_have_one_home_and_are_those_of_the_run(answer: Answer, capfd: pytest.CaptureFixture[str]) -> None:
+    answer(*train("retrieval"))
+    names = Path("run/users.tsv")
+    assert not (Path("run/kept_data") / names.name).exists()
+    whole = names.read_text()
+    names.write_text("".join(reversed(whole.splitlines(keepends=True))))
+    assert main(["recommend", "run", "u3"]) == 2
+    assert "run/users.tsv does not hold the raw ids of this run: bring it back" in capfd.readouterr().err
+    names.unlink()
+    assert main(["recommend", "run", "u3"]) == 2
+    assert "run/users.tsv is missing: bring it back" in capfd.readouterr().err
+
+
+def test_damage_of_kept_data_is_told_and_mended_by_training(answer: Answer, capfd: pytest.CaptureFixture[str]) -> None:
+    answer(*train("retrieval"))
+    expected = answer("evaluate", "run")
+    assert "verified     run/kept_data" in answer("inspect", "run", "--verify")
+    damaged = max(Path("run/kept_data").glob("held-out*"), key=lambda path: path.stat().st_size)
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert main(["inspect", "run", "--verify"]) != 0
+    captured = capfd.readouterr()
+    assert "damaged      run/kept_data" in captured.out
+    assert f"{damaged} is damaged" in captured.err
+    assert main(["evaluate", "run"]) != 0
+    assert f"{damaged} is damaged" in capfd.readouterr().err
+    answer(*train("retrieval"))
+    assert answer("evaluate", "run") == expected
+
+
+def test_the_users_own_files_are_refused_before_the_start(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("data").rename("kept_data")
+    settings = [each.replace("data/", "kept_data/") for each in train("word2vec", run=".")]
+    before = contents(Path("kept_data"))
+    for without in ([], ["evaluate.similarity=null"]):
+        assert main([*settings, *without]) == 2
+        assert "./kept_data holds files that no run has written, such as items.csv" in capfd.readouterr().err
+        assert contents(Path("kept_data")) == before
+    assert not Path("checkpoints").exists()
+
+
+def test_a_folder_of_data_in_the_run_folder_is_left_alone(answer: Answer) -> None:
+    shutil.copytree("data", "project/data")
+    before = contents(Path("project/data"))
+    answer(*train("word2vec", "evaluate.similarity=null", "data.path=project/data/text.txt", run="project"))
+    assert contents(Path("project/data")) == before
+
+
+def test_a_run_that_did_not_grow_leaves_nothing_behind(answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        assert Path("grown/kept_data/kept.json").exists()
+        raise OSError("the disk is full")
+
+    answer(*(each for each in train("retrieval") if not each.startswith("items=")))
+    monkeypatch.setattr("embedtrain.recipes.growing.write_checkpoint", fail)
+    assert main(["grow", "run", "grown", "data.path=data/test.csv"]) == 1
+    assert not Path("grown").exists()
 
 
 def records_of(run: str) -> list[dict[str, Any]]:
@@ -196,7 +261,7 @@ def test_an_earlier_step_or_the_best_answers(model: str, answer: Answer, capfd: 
     steps = [info.step for info in find_checkpoints("run/checkpoints")]
     newest = answers(model, "run", answer)
     first = answers(model, "run", answer, "--step", str(steps[0]))
-    assert all(one != other for one, other in zip(first[-1:], newest[-1:], strict=True))
+    assert first[-1] != newest[-1], "the vectors of another step"
     records = records_of("run")
     at_first = next(record for record in records if record["step"] == steps[0] and best in record)
     measured = dict(reversed(line.split()) for line in first[0].splitlines())
@@ -223,3 +288,16 @@ def test_a_checkpoint_of_the_library_can_be_inspected(answer: Answer, capfd: pyt
     assert "--step chooses a checkpoint of a run" in capfd.readouterr().err
     assert main(["inspect", "own", "--step", "best"]) == 2
     assert "has the metric 'loss'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "key", "name"),
+    [("word2vec", "init_from", "w3"), pytest.param("retrieval", "items.init_from", "i3", marks=pytest.mark.slow)],
+)
+def test_vectors_that_a_run_began_with_are_not_missed_later(model: str, key: str, name: str, answer: Answer) -> None:
+    Path("vectors.txt").write_text(f"{name} 1 2 3 4\n")
+    command = [*train(model), f"{key}=vectors.txt"]
+    answer(*command)
+    Path("vectors.txt").unlink()
+    answer(*command, "--dry-run")
+    answer(*command, "train.epochs=3")

@@ -110,6 +110,29 @@ def test_neither_a_batch_asked_ahead_nor_an_evaluation_is_part_of_what_a_run_sav
         assert after["features"] == {"x": [True, 0.0]}
 
 
+def test_an_evaluation_of_a_resumed_run_decides_as_that_of_one_that_never_stopped() -> None:
+    """Though the step between two evaluations was asked before the first of them."""
+
+    def evaluate(tables: et.EmbeddingCollection, bag_size: int) -> list[bool]:
+        with torch.no_grad():
+            asked = [tables.ask(make_batch(seed, bag_size)) for seed in range(3)]
+        return [each.parts[0].at_owner[0] for each in asked]
+
+    def train(ranks: Ranks) -> tuple[list[bool], list[bool], list[bool]]:
+        tables, resumed = make_tables(ranks), make_tables(ranks)
+        ways(tables, [make_batch(0, 50)])
+        resumed.pooling_choices = tables.pooling_choices
+        ahead = tables.ask(make_batch(1, 50), is_ahead=True)
+        first = evaluate(tables, 50)
+        tables.look_up(ahead)["x"].sum().backward()
+        ways(resumed, [make_batch(1, 50)])
+        return first, evaluate(tables, 2), evaluate(resumed, 2)
+
+    for first, straight, anew in run_threads(2, train):
+        assert first == [True, True, True]
+        assert straight == anew == [False, False, False]
+
+
 def test_a_checkpoint_holds_the_choices(tmp_path: Path) -> None:
     def train(ranks: Ranks) -> tuple[dict[str, Any], dict[str, Any]]:
         found = []

@@ -283,11 +283,12 @@ def test_a_report_shows_items_near_items_under_their_raw_ids(folder: Path, capfd
         assert part in page
 
     # Without what it keeps of its data a run has no vectors of towers: the rest is still told.
-    (folder / "run" / "data").rename(folder / "kept")
+    (folder / "run" / "kept_data").rename(folder / "kept")
+    (folder / "train.csv").rename(folder / "away.csv")
     assert command(capfd, "report", run)[0] == 0
     page = (folder / "run" / "report.html").read_text()
     assert "Nearest" not in page and "done at step" in page
-    assert "run/data is missing" in refused(capfd, "report", run, "g1-i3")
+    assert "run/kept_data is missing" in refused(capfd, "report", run, "g1-i3")
 
 
 def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -30,8 +30,8 @@ class JsonLines(TextFormat):
     """Objects of strings, numbers, booleans and lists of these; what a line lacks is missing.
 
     Columns have the types of their values. If one has integers of more than 64 bits, or integers and strings, it is one
-    of strings, so that an id is read as it is spelled. A column of bags is one of lists: a value that is no list is
-    parted as the text of a CSV field is.
+    of strings, so that an id is read as it is spelled. Booleans are numbers in the columns of `Uses.counted`, whatever
+    stands beside them. A column of bags is one of lists: a value that is no list is parted as a CSV field is.
     """
 
     suffixes = (".jsonl", ".ndjson")
@@ -99,6 +99,10 @@ def _parse_at_once(block: bytes, names: Sequence[str], uses: Uses) -> list[pa.Ar
     except pa.ArrowInvalid:
         return None
     arrays = [table[name].combine_chunks() for name in names]
+    arrays = [
+        array.cast(pa.int64()) if pa.types.is_boolean(array.type) and name in uses.counted else array
+        for name, array in zip(names, arrays, strict=True)
+    ]
     return [
         _parted(array, uses.separators[name]) if name in uses.separators and not pa.types.is_list(array.type) else array
         for name, array in zip(names, arrays, strict=True)
@@ -127,6 +131,8 @@ def _parse_line_by_line(block: bytes, names: Sequence[str], num_lines: int, uses
         rows.append(number)
         for name in names:
             value = record.get(name)  # type: ignore[union-attr]
+            if name in uses.counted:
+                value = _counted(value)
             is_whole = name not in uses.separators or value is None or isinstance(value, list)
             values[name].append(value if is_whole else _part(value, uses.separators[name]))
     arrays = [_as_array(values[name]) for name in names]
@@ -196,6 +202,13 @@ def _parted(column: pa.Array, separator: str | None) -> pa.Array:
         return pc.split_pattern(pc.if_else(is_value, texts, None), separator)
     ends = np.cumsum(is_value.to_numpy(zero_copy_only=False))
     return pa.LargeListArray.from_arrays(pa.array(np.append(0, ends), pa.int64()), texts.filter(is_value))
+
+
+def _counted(value: Any) -> Any:
+    """Returns a value or a list with 1 in the place of true, and 0 in that of false."""
+    if isinstance(value, list):
+        return [_counted(each) for each in value]
+    return int(value) if isinstance(value, bool) else value
 
 
 def _part(value: Any, separator: str | None) -> list[str]:

@@ -66,6 +66,7 @@ class Uses:
             line of JSON with one is a fault.
         parsed: columns that delimited text is parsed to float64 while it is read, a missing value to null; a block
             with a value that is no number comes as texts all the same.
+        counted: columns in which the true and the false of JSON are 1 and 0; elsewhere they are texts.
         separators: of the columns that may hold bags, what parts the values of a text; None if a text is one value. A
             line of JSON with a list anywhere else is a fault.
     """
@@ -73,6 +74,7 @@ class Uses:
     numbers: frozenset[str] = frozenset()
     parsed: frozenset[str] = frozenset()
     separators: Mapping[str, str | None] = field(default_factory=dict)
+    counted: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

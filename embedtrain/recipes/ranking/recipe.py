@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from embedtrain.data.click_batches import ClickBatches
@@ -25,7 +25,7 @@ from embedtrain.data.row_names import (
     values_source,
     write_values,
 )
-from embedtrain.data.sources import refuse_changes
+from embedtrain.data.sources import expand_sources, refuse_changes
 from embedtrain.data.vector_files import check_vectors
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
@@ -45,10 +45,14 @@ from embedtrain.train.checkpoints import load_weights
 from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.task import Batches, Evaluation, Parts, Pretrained, StreamedBatches, Task
 
-_MAX_KEPT_BYTES = 256 << 20
-"""The most held-out examples, prepared, that are copied to the run folder."""
-
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _KeptFacts:
+    """What the run folder keeps beside the held-out examples: a hash of the examples that the run trains on."""
+
+    data_fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -68,14 +72,21 @@ class ClicksOfRun:
     held_out: ClickLog | None
 
 
-def check(config: RankingConfig) -> None:
-    """Opens the files that a run reads beside its click logs.
+def check(config: RankingConfig, is_new: bool) -> None:
+    """Opens the files that a run reads beside its click logs, and lists those of the held-out one.
+
+    Args:
+        config: of the run.
+        is_new: whether the run has no checkpoint: the vectors that its tables start from are read then alone.
 
     Raises:
         UserError: one is missing or cannot be read.
     """
+    if config.data.valid_path is not None:
+        # The log that is trained on is prepared first, which may take hours.
+        expand_sources(config.data.valid_path, suffixes_of(click_schema(config.data).reader))
     for name, feature in config.data.features.items():
-        if feature.init_from is not None:
+        if feature.init_from is not None and is_new:
             check_vectors(feature.init_from, feature.dim or config.table.dim, f"data.features.{name}.init_from")
 
 
@@ -126,13 +137,8 @@ def build(config: RankingConfig, runtime: Runtime, data: ClicksOfRun) -> Parts:
         },
     }
     write_files, pretrained = functools.partial(_write_files, data), _pretrained(config, layout)
-    checks = [log.check for log in (layout, data.held_out) if isinstance(log, ClickLog)]
-    return Parts(task, facts, write_files, pretrained, functools.partial(_check_all, checks))
-
-
-def _check_all(checks: Sequence[Callable[[], None]]) -> None:
-    for check in checks:
-        check()
+    logs = [log for log in (layout, data.held_out) if isinstance(log, ClickLog)]
+    return Parts(task, facts, write_files, pretrained, tuple(entry for log in logs for entry in log.unverified))
 
 
 def measure(
@@ -146,12 +152,12 @@ def measure(
         UserError: the examples cannot be used, or are not in the rows that the checkpoint was trained with.
     """
     assert held_out_path is None, "rows of other files are measured by their scores"
-    with RunFolder(config.run.path).open_data() as kept:
+    with RunFolder(config.run.path).open_data(_KeptFacts) as kept:
         if kept is None:
             data, _ = prepare(config, runtime)
             held_out, fingerprint = data.held_out, data.fingerprint
         else:
-            held_out, fingerprint = ClickLog(kept.path), kept.facts["data_fingerprint"]
+            held_out, fingerprint = ClickLog(kept.path), kept.facts.data_fingerprint
         assert held_out is not None, "the configuration names held-out data"
         model = _build_model(config, runtime, held_out)
         dense = build_dense_optimizer(config.dense_optimizer, model.network, model.tables)
@@ -278,11 +284,10 @@ def _names_facts(config: RankingConfig, layout: ClickLayout) -> dict[str, Source
 def _write_files(data: ClicksOfRun, folder: RunFolder) -> None:
     """Writes to the run folder the values of the features' rows, and the held-out examples if they are not too many."""
     _write_vocabularies(data.layout, folder)
-    entry_path = None if data.held_out is None else data.held_out.path
-    if entry_path is None or sum(entry.stat().st_size for entry in os.scandir(entry_path)) > _MAX_KEPT_BYTES:
+    if data.held_out is None:
         folder.keep_data({})
     else:
-        folder.keep_data({"data_fingerprint": data.fingerprint}, entry_path)
+        folder.keep_data(asdict(_KeptFacts(data.fingerprint)), data.held_out.path)
 
 
 def _write_vocabularies(layout: ClickLayout, folder: RunFolder) -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ import torch
 
 from embedtrain.checkpoint.manifest import step_of
 from embedtrain.data.interactions import (
+    ITEMS_NAME,
+    USERS_NAME,
     InteractionOptions,
     Interactions,
     SideOptions,
@@ -46,11 +48,8 @@ from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import DEFAULT_OPTIMIZER, TableSpec
 from embedtrain.storage import base_name
 from embedtrain.train.checkpoints import load_weights
-from embedtrain.train.run_folder import DATA_NAME, RunFolder
+from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.task import Evaluation, Parts, Pretrained, Task
-
-_USERS_FILE, _ITEMS_FILE = f"{USER}s.tsv", f"{ITEM}s.tsv"
-"""Files of the raw ids in the run folder."""
 
 _USERS_AT_ONCE = 1024
 
@@ -59,14 +58,26 @@ _logger = logging.getLogger(__name__)
 _MANY_ITEMS = 100_000
 
 
-def check(config: RetrievalConfig) -> None:
+@dataclass(frozen=True)
+class _KeptFacts:
+    """What the run folder keeps beside the interactions: hashes of the raw ids, which lie in files of their own."""
+
+    users: str
+    items: str
+
+
+def check(config: RetrievalConfig, is_new: bool) -> None:
     """Opens the files that a run reads beside its interactions and features.
+
+    Args:
+        config: of the run.
+        is_new: whether the run has no checkpoint: the vectors that its tables start from are read then alone.
 
     Raises:
         UserError: one is missing or cannot be read.
     """
     for name, side in (("users", config.users), ("items", config.items)):
-        if side.init_from is not None:
+        if side.init_from is not None and is_new:
             check_vectors(side.init_from, config.table.dim, f"{name}.init_from")
 
 
@@ -154,14 +165,14 @@ def build(config: RetrievalConfig, runtime: Runtime, interactions: Interactions)
         _facts(interactions),
         functools.partial(_write_files, interactions),
         _pretrained(config, interactions),
-        interactions.check,
+        interactions.unverified,
     )
 
 
 def _facts(interactions: Interactions) -> dict[str, Any]:
     names = {
-        USER: vocabulary_source(_USERS_FILE, interactions.users, USER),
-        ITEM: vocabulary_source(_ITEMS_FILE, interactions.items, ITEM),
+        USER: vocabulary_source(USERS_NAME, interactions.users, USER),
+        ITEM: vocabulary_source(ITEMS_NAME, interactions.items, ITEM),
     }
     names.update({table: values_source(table, values) for table, values in _categories(interactions)})
     return {"data_fingerprint": interactions.fingerprint, STATE_KEY: names}
@@ -248,15 +259,17 @@ def _pretrained(config: RetrievalConfig, interactions: Interactions) -> dict[str
 
 
 def _write_files(interactions: Interactions, folder: RunFolder) -> None:
-    folder.write_vocabulary(interactions.users, _USERS_FILE)
-    folder.write_vocabulary(interactions.items, _ITEMS_FILE)
+    folder.write_vocabulary(interactions.users, USERS_NAME)
+    folder.write_vocabulary(interactions.items, ITEMS_NAME)
     for table, values in _categories(interactions):
         write_values(folder.path, table, values, has_others=False)
     _keep_data(interactions, folder)
 
 
 def _keep_data(interactions: Interactions, folder: RunFolder) -> None:
-    folder.keep_data(_facts(interactions), interactions.path)
+    # The run folder has the raw ids anyway.
+    facts = _KeptFacts(interactions.users.fingerprint, interactions.items.fingerprint)
+    folder.keep_data(asdict(facts), interactions.path, leave_out=frozenset((USERS_NAME, ITEMS_NAME)))
 
 
 def _heads(config: RetrievalConfig) -> dict[str, tuple[str, Layout]]:
@@ -282,22 +295,44 @@ def _id_tables(config: RetrievalConfig, interactions: Interactions) -> list[Tabl
 def _restored(
     config: RetrievalConfig, runtime: Runtime, checkpoint: str
 ) -> Iterator[tuple[Retrieval, Interactions, int]]:
-    """Yields the model of a checkpoint, its data as the run folder has them, and its step. Collective: every rank.
+    """Yields the model of a checkpoint, its data and its step. Collective: every rank.
+
+    The data are those that the run folder has; if it has none, they are prepared from `data.path` again.
 
     Raises:
-        UserError: the run folder lacks the data, or they are not those that the checkpoint was trained on.
+        UserError: the data cannot be used, or they are not those that the checkpoint was trained on.
+        CorruptCheckpointError: what the run folder has of the data is damaged.
     """
     folder = RunFolder(config.run.path)
-    with folder.open_data() as kept:
+    with folder.open_data(_KeptFacts) as kept:
         if kept is None:
-            raise UserError(
-                f"{folder.join(DATA_NAME)} is missing, which says who had what in training: bring it back, or give the "
-                "training command again, which writes it anew"
-            )
-        interactions = Interactions(kept.path)
+            try:
+                interactions, _ = prepare(config, runtime)
+            except UserError as error:
+                raise UserError(
+                    f"{folder.kept_data_path} is missing, which says who had what in training, and the data cannot be "
+                    f"read again: {error}"
+                ) from error
+        else:
+            interactions = Interactions(kept.path, names_path=folder.path)
+            _check_names(folder, interactions, kept.facts)
         model = _build_model(config, runtime, interactions)
         dense = _build_dense_optimizer(config, model)
         yield model, interactions, load_weights(checkpoint, model.tables, dense, interactions.fingerprint)
+
+
+def _check_names(folder: RunFolder, interactions: Interactions, facts: _KeptFacts) -> None:
+    """Refuses raw ids of the run folder that are not those of its interactions."""
+    for name, fingerprint in ((USERS_NAME, facts.users), (ITEMS_NAME, facts.items)):
+        try:
+            names = interactions.users if name == USERS_NAME else interactions.items
+            fault = None if names.fingerprint == fingerprint else "does not hold the raw ids of this run"
+        except FileNotFoundError:
+            fault = "is missing"
+        if fault is not None:
+            raise UserError(
+                f"{folder.join(name)} {fault}: bring it back, or give the training command again, which writes it anew"
+            )
 
 
 def measure(
@@ -407,8 +442,8 @@ RECIPE = Recipe(
     held_out="evaluate.path",
     grow=Grow(
         names=[
-            Names(_USERS_FILE, (USER,), base_key="users.base_vocabulary", init_key="users.init_from"),
-            Names(_ITEMS_FILE, (ITEM,), base_key="items.base_vocabulary", init_key="items.init_from"),
+            Names(USERS_NAME, (USER,), base_key="users.base_vocabulary", init_key="users.init_from"),
+            Names(ITEMS_NAME, (ITEM,), base_key="items.base_vocabulary", init_key="items.init_from"),
         ],
         vocabularies=lambda interactions: [interactions.users, interactions.items],
         tables=_id_tables,

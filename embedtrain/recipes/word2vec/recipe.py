@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from embedtrain.data.prepare import CorpusOptions, prepare_corpus
 from embedtrain.data.readers import Layout
 from embedtrain.data.readers.blocks import read_lines
 from embedtrain.data.row_names import STATE_KEY, VOCABULARY_NAME, read_row_names, vocabulary_source
+from embedtrain.data.seal import Unverified
 from embedtrain.data.skipgram import SamplingOptions, TextBatches
 from embedtrain.data.vector_files import check_vectors
 from embedtrain.data.vocabulary import Vocabulary
@@ -34,28 +36,36 @@ from embedtrain.recipes.word2vec.workload import workload
 from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import TableSpec
 from embedtrain.train.checkpoints import load_weights
-from embedtrain.train.run_folder import DATA_NAME, RunFolder
+from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.state import read_run_state
 from embedtrain.train.task import Evaluation, Parts, Pretrained, Task
 
 _logger = logging.getLogger(__name__)
 
-_PAIRS = "word_pairs"
-"""Name of the word pairs of the evaluation among what the run folder keeps: the lines of each file, by its path."""
-
 _FEW_STEPS = 200
 """A text of 40,000 words had all cosines near 1 after 30 steps of 8,192 words, and sensible neighbours after 300."""
 
 
-def check(config: Word2VecConfig) -> None:
+@dataclass(frozen=True)
+class _KeptFacts:
+    """What the run folder keeps of the data: the lines of each file of word pairs, by its path."""
+
+    word_pairs: dict[str, list[str]]
+
+
+def check(config: Word2VecConfig, is_new: bool) -> None:
     """Opens the files that a run reads beside its text.
+
+    Args:
+        config: of the run.
+        is_new: whether the run has no checkpoint: the vectors that its tables start from are read then alone.
 
     Raises:
         UserError: one is missing or cannot be read.
     """
     for path in _similarity_paths(config):
         _read_pairs(path)
-    if config.init_from is not None:
+    if config.init_from is not None and is_new:
         check_vectors(config.init_from, config.table.dim, "init_from")
     if config.data.base_vocabulary is not None:
         Vocabulary.load_base(config.data.base_vocabulary)
@@ -99,14 +109,14 @@ def build(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCorpus) -> P
     if config.init_from is not None:
         pretrained[INPUT] = Pretrained(config.init_from, lambda: corpus.vocabulary.rows)
     write_files = functools.partial(_write_files, config, corpus)
-    return Parts(task, _facts(corpus), write_files, pretrained, corpus.check)
+    return Parts(task, _facts(corpus), write_files, pretrained, corpus.unverified)
 
 
 def _write_files(config: Word2VecConfig, corpus: PreparedCorpus, folder: RunFolder) -> None:
     """Writes to the run folder the words, and the pairs of the evaluation."""
     folder.write_vocabulary(corpus.vocabulary)
     paths = _similarity_paths(config)
-    folder.keep_data({_PAIRS: {path: _read_pairs(path) for path in paths}} if paths else {})
+    folder.keep_data(asdict(_KeptFacts({path: _read_pairs(path) for path in paths})) if paths else {})
 
 
 def measure(config: Word2VecConfig, runtime: Runtime, checkpoint: str, held_out: str | None = None) -> dict[str, float]:
@@ -118,17 +128,17 @@ def measure(config: Word2VecConfig, runtime: Runtime, checkpoint: str, held_out:
     if held_out is not None:
         raise UserError(f"words are measured on word tests: give --similarity {held_out} or --analogies {held_out}")
     folder = RunFolder(config.run.path)
-    with folder.open_data() as kept, CheckpointReader(checkpoint) as reader:
+    with folder.open_data(_KeptFacts) as kept, CheckpointReader(checkpoint) as reader:
         if kept is None:
             raise UserError(
-                f"{folder.join(DATA_NAME)} is missing, which holds the word pairs of evaluate.similarity: bring it "
+                f"{folder.kept_data_path} is missing, which holds the word pairs of evaluate.similarity: bring it "
                 "back, or give the training command again, which writes it anew"
             )
         fingerprint = read_run_state(reader.manifest, checkpoint).data_fingerprint
         words = read_row_names(folder.path, reader.state, INPUT, reader.table(INPUT).shape[0]).words
     model = _build_model(config, runtime, len(words))
     load_weights(checkpoint, model.tables, None, fingerprint)
-    return WordSimilarity(model.tables, words, kept.facts[_PAIRS])(lambda: None)
+    return WordSimilarity(model.tables, words, kept.facts.word_pairs)(lambda: None)
 
 
 def _build_model(config: Word2VecConfig, runtime: Runtime, num_words: int) -> Word2Vec:
@@ -207,8 +217,9 @@ def _read_pairs(path: str) -> list[str]:
 def _prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
     data, cache_path = config.data, os.path.expanduser(config.data.cache_path)
     path, tokenizer = data.path, data.tokenizer
+    unverified: Unverified = ()
     if data.format != "text":
-        path = write_baskets(
+        baskets = write_baskets(
             path,
             (data.basket_column, data.item_column),
             cache_path,
@@ -216,7 +227,7 @@ def _prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
             format=data.format,
             layout=layout_of(data, "data"),
         )
-        tokenizer = "whitespace"
+        path, unverified, tokenizer = baskets.text_path, baskets.unverified, "whitespace"
     options = CorpusOptions(
         path=path,
         tokenizer=tokenizer,
@@ -224,7 +235,13 @@ def _prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
         max_vocab_size=data.max_vocab_size,
         base_vocabulary=data.base_vocabulary,
     )
-    corpus = prepare_corpus(options, cache_path, runtime.ranks, on_progress=_StageLog() if runtime.rank == 0 else None)
+    corpus = prepare_corpus(
+        options,
+        cache_path,
+        runtime.ranks,
+        unverified_sources=unverified,
+        on_progress=_StageLog() if runtime.rank == 0 else None,
+    )
     if runtime.rank == 0:
         _logger.info(
             f"text: {corpus.num_tokens:,} words of a vocabulary of {len(corpus.vocabulary):,}, in {corpus.path}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,15 +59,17 @@ def test_tables_are_loaded_by_name(tmp_path: Path) -> None:
     assert not tables["word/weight"].any()
 
 
-def run_of(path: Path, **resume: object) -> tuple[Checkpoints, et.EmbeddingCollection, TrainState]:
-    tables = et.EmbeddingCollection([et.TableSpec("t", 20, 4)])
+def run_of(
+    path: Path, facts: dict[str, Any] | None = None, **resume: object
+) -> tuple[Checkpoints, et.EmbeddingCollection, TrainState]:
+    tables = et.EmbeddingCollection([et.TableSpec("t", 20, 4), et.TableSpec("other", 20, 8)])
     optimizer = et.optim.RowwiseAdagrad(tables)
     state = TrainState()
     checkpoints = Checkpoints(
         str(path),
         Task(model=None, tables=tables, optimizer=optimizer, batches=None),
         state,
-        facts={"data_fingerprint": "x"},
+        facts={"data_fingerprint": "x"} if facts is None else facts,
         policy=SavePolicy(),
         resume=ResumePolicy(**resume),
         ranks=ONE_PROCESS,
@@ -120,3 +123,55 @@ def test_without_a_whole_checkpoint_nothing_is_deleted(damaged: Path) -> None:
     with pytest.raises(CorruptCheckpointError, match=r"none of the checkpoints .* is whole"):
         run_of(damaged, on_corrupt="fallback")[0].restore()
     assert len(list(damaged.iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("facts", "fault"),
+    [
+        ({}, "data_fingerprint is missing"),
+        ({"data_fingerprint": "x", "row_names": {"t": {"encoding": 1}}}, "row_names.t.encoding: expected a valid str"),
+    ],
+)
+def test_facts_that_no_run_could_resume_from_are_refused_before_it_is_trained(
+    facts: dict[str, Any], fault: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=f"no checkpoint can hold the facts of this run.*{fault}"):
+        run_of(tmp_path, facts)
+
+
+def test_a_table_that_starts_anew_counts_its_steps_anew(tmp_path: Path) -> None:
+    checkpoints, tables, state = run_of(tmp_path)
+    for group in tables.table_groups:
+        group.steps.restore(7)
+    state.step = 7
+    checkpoints.save(is_last=True)
+    checkpoints, tables, state = run_of(tmp_path, load=LoadOptions(tables=["t"]))
+    assert checkpoints.restore()
+    assert [group.steps.value for group in tables.table_groups] == [7, 0]
+
+
+def test_a_checkpoint_of_before_tables_had_counts_of_their_own_brings_that_of_its_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, tables, state = run_of(tmp_path)
+    for group in tables.table_groups:
+        group.steps.restore(7)
+    state.step = 7
+    monkeypatch.setattr("embedtrain.checkpoint.saver.table_steps", lambda shards: {})
+    checkpoints.save(is_last=True)
+    checkpoints, tables, _ = run_of(tmp_path)
+    assert checkpoints.restore()
+    assert [group.steps.value for group in tables.table_groups] == [7, 7]
+
+
+def test_counts_of_steps_of_tables_that_share_an_optimizer_do_not_differ(tmp_path: Path) -> None:
+    apart = et.EmbeddingCollection([et.TableSpec("a", 9, 4), et.TableSpec("b", 9, 4, optimizer="other")])
+    optimizers = [et.optim.SGD(apart.trained_by(name)) for name in ("default", "other")]
+    for group, steps in zip(apart.table_groups, (3, 5), strict=True):
+        group.steps.restore(steps)
+    path = save_checkpoint(str(tmp_path), 1, apart.shard_views(), {}, ONE_PROCESS)
+    together = et.EmbeddingCollection([et.TableSpec("a", 9, 4), et.TableSpec("b", 9, 4)])
+    optimizers.append(et.optim.SGD(together))
+    message = "a and b share an optimizer, and the checkpoint has 3 steps for a and 5 steps for b"
+    with CheckpointReader(path) as reader, pytest.raises(CheckpointError, match=message):
+        load_shards(reader, together.shard_views())

@@ -25,6 +25,7 @@ from embedtrain.checkpoint import (
     retain,
     verify,
 )
+from embedtrain.checkpoint.retention import mode_of_best
 from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.errors import CheckpointError, CorruptCheckpointError, UserError
 
@@ -368,3 +369,17 @@ def test_a_disk_that_is_too_full_fails_the_save_before_it_writes(
     with pytest.raises(CheckpointError, match=r"it takes 136,000 bytes and the disk has 1,000 left"):
         saver_of(tmp_path).save(1, Group().views(), {}, is_last=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode"),
+    [("loss", "min"), ("valid_log_loss", "min"), ("valid_auc", "max"), ("recall@20", "max"), ("similarity", "max")],
+)
+def test_it_is_known_which_values_of_a_measure_are_the_best(metric: str, mode: str) -> None:
+    assert mode_of_best(metric, "auto") == mode
+    assert mode_of_best(metric, "min") == "min"
+
+
+def test_the_best_of_another_measure_must_be_said() -> None:
+    with pytest.raises(UserError, match=r"best_metric=words_per_second the best\? Give checkpoint\.best_mode=min or"):
+        mode_of_best("words_per_second", "auto")

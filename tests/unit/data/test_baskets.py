@@ -14,7 +14,9 @@ from embedtrain.errors import UserError
 
 
 def lines(path: Path, format: str) -> list[str]:
-    text = write_baskets(str(path), ("session", "item"), str(path.parent / "cache"), ONE_PROCESS, format=format)
+    text = write_baskets(
+        str(path), ("session", "item"), str(path.parent / "cache"), ONE_PROCESS, format=format
+    ).text_path
     return sorted(Path(text).read_text(encoding="utf-8").splitlines())
 
 

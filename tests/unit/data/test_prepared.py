@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from embedtrain.data import prepared as prepared_data
+from embedtrain.data import seal as seal_module
 from embedtrain.data.baskets import write_baskets
 from embedtrain.data.interactions import InteractionOptions, prepare_interactions
 from embedtrain.data.prepare import CorpusOptions, prepare_corpus
-from embedtrain.data.prepared import SEAL_NAME, prepared_entry
-from embedtrain.distributed.ranks import ONE_PROCESS
-from embedtrain.errors import CheckpointError
+from embedtrain.data.prepared import prepared_entry
+from embedtrain.data.seal import SEAL_NAME, Unverified, Verification, seal_file
+from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
+from embedtrain.errors import CheckpointError, UserError
+from embedtrain.testing.threads import outcomes_on_threads, run_threads
+from embedtrain.train.run import begin_verification
 from tests.unit.data import click_example
 
 Prepare = Callable[[Path], tuple[str, str]]
@@ -54,7 +60,8 @@ def clicks(folder: Path) -> tuple[str, str]:
 
 def baskets(folder: Path) -> tuple[str, str]:
     write_once(folder / "a.csv", "session,item\n1,a\n1,b\n2,c\n")
-    path = write_baskets(str(folder / "a.csv"), ("session", "item"), str(folder / "cache"), ONE_PROCESS, format="csv")
+    found = write_baskets(str(folder / "a.csv"), ("session", "item"), str(folder / "cache"), ONE_PROCESS, format="csv")
+    path = found.text_path
     return os.path.dirname(path), Path(path).read_text()
 
 
@@ -142,7 +149,7 @@ def test_a_forged_table_of_contents_names_no_file_elsewhere(tmp_path: Path, capl
     meta = json.loads(Path(path, "meta.json").read_text())
     meta["shards"][0]["name"] = "../../x"
     Path(path, "meta.json").write_text(json.dumps(meta))
-    seal = {name: vars(prepared_data._sealed(path, name)) for name in os.listdir(path) if name != SEAL_NAME}
+    seal = {name: vars(seal_file(path, name)) for name in os.listdir(path) if name != SEAL_NAME}
     Path(path, SEAL_NAME).write_text(json.dumps({"files": seal}))
     assert text(tmp_path) == (path, expected)
     assert "shards[0].name: expected string should match pattern" in caplog.text
@@ -158,28 +165,195 @@ def test_a_copied_entry_is_read_once_and_kept(tmp_path: Path, caplog: pytest.Log
     assert "anew" not in caplog.text
 
 
-def wait_for_verification() -> None:
-    for thread in threading.enumerate():
-        if thread.name == "embedtrain-prepared-data":
-            thread.join()
+def prepare_letters(work_path: str) -> None:
+    for letter in "abcd":
+        Path(work_path, f"{letter}.bin").write_bytes(letter.encode() * 3)
+
+
+def of_letters(cache: Path, ranks: Ranks = ONE_PROCESS) -> Unverified:
+    """Prepares an entry "e" of four files, or finds it; returns what of it is not verified."""
+    return prepared_entry(str(cache), "e", lambda path, unverified: unverified, prepare_letters, ranks)
+
+
+def damage_without_a_trace(file: Path) -> None:
+    before = os.stat(file)
+    file.write_bytes(b"?" * before.st_size)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def test_what_changed_without_a_trace_is_found_while_the_run_goes_on(tmp_path: Path) -> None:
-    def prepare(work_path: str) -> None:
-        Path(work_path, "x.bin").write_bytes(b"abc")
+    assert of_letters(tmp_path) == ()
+    Verification(of_letters(tmp_path), 60.0).require_sound(is_last=True)
+    damage_without_a_trace(tmp_path / "e" / "a.bin")
+    verification = Verification(of_letters(tmp_path), 60.0)
+    with pytest.raises(CheckpointError, match=r"a\.bin does not hold what was written.*start again"):
+        verification.require_sound(is_last=True)
+    assert of_letters(tmp_path) == ()
+    assert (tmp_path / "e" / "a.bin").read_bytes() == b"aaa"
 
-    def again() -> prepared_data.Check:
-        return prepared_entry(str(tmp_path), "e", lambda path: path, prepare, ONE_PROCESS)[1]
 
-    again()
-    again()()
-    wait_for_verification()
-    before = os.stat(tmp_path / "e" / "x.bin")
-    (tmp_path / "e" / "x.bin").write_bytes(b"abd")
-    os.utime(tmp_path / "e" / "x.bin", ns=(before.st_atime_ns, before.st_mtime_ns))
-    check = again()
-    wait_for_verification()
-    with pytest.raises(CheckpointError, match=r"x\.bin does not hold what was written.*start again"):
-        check()
-    again()
-    assert (tmp_path / "e" / "x.bin").read_bytes() == b"abc"
+def test_a_run_that_ends_first_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    of_letters(tmp_path)
+    goes_on = threading.Event()
+    monkeypatch.setattr(seal_module, "compare", lambda *_: goes_on.wait(60))
+    verification = Verification(of_letters(tmp_path), 0.01)
+    verification.require_sound(is_last=False)
+    assert not caplog.records
+    for _ in range(2):
+        verification.require_sound(is_last=True)
+    goes_on.set()
+    assert [record.message for record in caplog.records if "not all of its prepared data" in record.message] == [
+        caplog.records[-1].message
+    ]
+
+
+def test_a_disk_that_fails_while_data_are_compared_condemns_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    of_letters(tmp_path)
+    monkeypatch.setattr(seal_module, "compare", raise_of_the_machine)
+    Verification(of_letters(tmp_path), 60.0).require_sound(is_last=True)
+    assert "too many open files" in caplog.text
+    assert (tmp_path / "e" / SEAL_NAME).exists()
+
+
+def raise_of_the_machine(*_: object) -> None:
+    raise OSError(errno.EMFILE, "too many open files")
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO])
+def test_an_entry_is_not_set_aside_for_what_the_machine_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    of_letters(tmp_path)
+
+    def fail(path: str) -> None:
+        raise OSError(number, "not the entry's fault")
+
+    monkeypatch.setattr(prepared_data, "read_seal", fail)
+    with pytest.raises(OSError, match="not the entry's fault"):
+        of_letters(tmp_path)
+    assert os.listdir(tmp_path) == ["e"]
+
+
+def test_an_entry_that_may_not_be_read_is_left_and_the_user_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_letters(tmp_path)
+
+    def refuse(path: str) -> None:
+        raise PermissionError(errno.EACCES, "permission denied")
+
+    monkeypatch.setattr(prepared_data, "read_seal", refuse)
+    with pytest.raises(UserError, match=r"prepared data in .* cannot be read: .*permission denied"):
+        of_letters(tmp_path)
+    assert os.listdir(tmp_path) == ["e"]
+
+
+def test_what_was_set_aside_is_removed_after_a_day(tmp_path: Path) -> None:
+    of_letters(tmp_path)
+    cut(tmp_path / "e" / "a.bin")
+    two_days_ago = time.time() - 2 * 24 * 3600
+    os.utime(tmp_path / "e", (two_days_ago, two_days_ago))
+    of_letters(tmp_path)
+    of_letters(tmp_path)
+    (aside,) = tmp_path.glob("e.*.damaged")  # Since now, whenever the entry was made.
+    os.utime(aside, (two_days_ago, two_days_ago))
+    of_letters(tmp_path)
+    assert os.listdir(tmp_path) == ["e"]
+
+
+def test_no_copy_is_kept_of_an_entry_without_a_seal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    of_letters(tmp_path)
+    os.remove(tmp_path / "e" / SEAL_NAME)
+    of_letters(tmp_path)
+    assert os.listdir(tmp_path) == ["e"]
+    assert f"has no {SEAL_NAME}: the prepared data are deleted, and prepared anew" in caplog.text
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """The ident of the thread and the name of the file of each checksum that is computed."""
+    found: list[tuple[int, str]] = []
+    checksum = seal_module._checksum
+
+    def count(path: str) -> str:
+        found.append((threading.get_ident(), os.path.basename(path)))
+        return checksum(path)
+
+    monkeypatch.setattr(seal_module, "_checksum", count)
+    return found
+
+
+def test_each_rank_reads_its_share_of_what_is_sealed_or_was_copied(
+    tmp_path: Path, reads: list[tuple[int, str]]
+) -> None:
+    def job(ranks: Ranks) -> Unverified:
+        return of_letters(tmp_path, ranks)
+
+    seals = []
+    for num_unverified in (0, 1):
+        assert [len(unverified) for unverified in run_threads(2, job)] == [num_unverified] * 2
+        by_thread: dict[int, list[str]] = {}
+        for ident, name in reads:
+            by_thread.setdefault(ident, []).append(name)
+        assert sorted(by_thread.values()) == [["a.bin", "c.bin"], ["b.bin", "d.bin"]]
+        reads.clear()
+        for name in os.listdir(tmp_path / "e"):
+            os.utime(tmp_path / "e" / name)
+        seals.append(json.loads((tmp_path / "e" / SEAL_NAME).read_text())["files"])
+    assert [file["xxh3"] for file in seals[0].values()] == [file["xxh3"] for file in seals[1].values()]
+
+
+def test_a_copied_file_that_another_rank_finds_damaged_is_prepared_anew_by_all(tmp_path: Path) -> None:
+    of_letters(tmp_path)
+    (tmp_path / "e" / "b.bin").write_bytes(b"???")
+    assert run_threads(2, lambda ranks: of_letters(tmp_path, ranks)) == [(), ()]
+    assert (tmp_path / "e" / "b.bin").read_bytes() == b"bbb"
+
+
+def test_all_ranks_know_what_is_not_verified(tmp_path: Path) -> None:
+    of_letters(tmp_path)
+    first, second = run_threads(2, lambda ranks: of_letters(tmp_path, ranks))
+    assert first == second
+    assert [entry.path for entry in first] == [str(tmp_path / "e")]
+
+
+def test_all_ranks_fail_together_if_one_can_start_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_letters(tmp_path)
+    unverified = of_letters(tmp_path)
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "embedtrain-prepared-data":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    own, told = outcomes_on_threads(2, lambda ranks: begin_verification(unverified, 60.0, ranks))
+    assert "can't start new thread" in str(own)
+    assert "rank 0 failed" in str(told)
+
+
+def test_finding_an_entry_starts_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_letters(tmp_path)
+
+    def fail(thread: threading.Thread) -> None:
+        raise AssertionError(f"thread {thread.name} is started")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    assert len(of_letters(tmp_path)) == 1
+
+
+def test_a_text_of_baskets_is_verified_with_the_baskets_it_was_made_of(tmp_path: Path) -> None:
+    path, _ = baskets(tmp_path)
+    found = write_baskets(
+        str(tmp_path / "a.csv"), ("session", "item"), str(tmp_path / "cache"), ONE_PROCESS, format="csv"
+    )
+    options = CorpusOptions(path=found.text_path, min_count=1)
+    for num_entries in (1, 2):
+        corpus = prepare_corpus(options, str(tmp_path / "cache"), ONE_PROCESS, unverified_sources=found.unverified)
+        paths = [entry.path for entry in corpus.unverified]
+        assert paths == [path, corpus.path][:num_entries]

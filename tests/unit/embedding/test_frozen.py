@@ -149,3 +149,26 @@ def test_many_accumulated_gradients_have_the_sum_of_all_at_once(backend: str, mo
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
     dispatch.cpu_backend.cache_clear()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_forty_micro_batches_round_alike_whether_sums_are_made_in_between(
+    world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(ranks: Ranks) -> tuple[torch.Tensor, int]:
+        generator = torch.Generator().manual_seed(ranks.rank)
+        tables = et.EmbeddingCollection([et.TableSpec("x", 20, 4)], ranks=ranks)
+        optimizer = et.optim.RowwiseAdagrad(tables, lr=0.1)
+        for _ in range(40):
+            ids, factors = torch.randint(0, 20, (30,), generator=generator), torch.randn(30, 4, generator=generator)
+            (tables({"x": ids})["x"] * factors).sum().backward()
+        num_deliveries = len(tables.table_groups[0].gradients._deliveries)
+        optimizer.step()
+        return tables.gather_table("x"), num_deliveries
+
+    summed_up = run_threads(world_size, train)
+    monkeypatch.setattr("embedtrain.embedding.gradients._MOST_DELIVERIES", 40)
+    as_delivered = run_threads(world_size, train)
+    for (found, fewer), (expected, all_of_them) in zip(summed_up, as_delivered, strict=True):
+        assert fewer < all_of_them == 40
+        assert torch.equal(found, expected)

@@ -89,7 +89,13 @@ def test_to_moves_what_it_can_and_refuses_another_dtype() -> None:
     assert small.bfloat16().gather_table("item").dtype == torch.bfloat16
 
 
-def test_rows_that_move_keep_their_optimizer() -> None:
+def test_rows_that_are_there_do_not_move() -> None:
+    tables = et.EmbeddingCollection([et.TableSpec("item", 10, 4)], device="cpu:0")
+    weight = tables.table_groups[0].weight
+    assert tables.to("cpu").table_groups[0].weight is weight
+
+
+def test_rows_that_move_keep_their_optimizer_and_their_gradients() -> None:
     """As to another device, of which there is none here."""
     moved, stayed = (et.EmbeddingCollection([et.TableSpec("item", 10, 4)], seed=1) for _ in range(2))
     optimizers = [trained(moved), trained(stayed)]
@@ -97,6 +103,8 @@ def test_rows_that_move_keep_their_optimizer() -> None:
     for tables, optimizer in zip((moved, stayed), optimizers, strict=True):
         optimizer.zero_grad()
         tables({"item": torch.tensor([1, 2])})["item"].square().sum().backward()
+        if tables is moved:
+            moved.table_groups[0].move(torch.device("cpu"))  # between backward and step
         optimizer.step()
     for kind in ("weight", "accumulator"):
         assert torch.equal(moved.gather_table("item", kind), stayed.gather_table("item", kind))
@@ -120,6 +128,7 @@ def test_tensors_of_ids_are_looked_up() -> None:
     out = tables({"item": ids, "bag": ids})
     assert torch.equal(out["item"], table[ids.long()])
     torch.testing.assert_close(out["bag"], table[ids.long()].sum(dim=1))
+    assert torch.equal(tables.look_up(tables.ask({"item": ids}))["item"], out["item"]), "as forward"
     flat = tables({"item": ids[0], "bag": et.Jagged.from_ids(ids)})
     assert torch.equal(flat["item"], table[ids[0].long()])
     assert torch.equal(flat["bag"], out["bag"])

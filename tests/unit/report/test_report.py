@@ -16,9 +16,10 @@ from embedtrain.cli import main
 from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.report.advice import advice
-from embedtrain.report.facts import RunFacts, TableFacts, read_facts
+from embedtrain.report.facts import RunFacts, TableFacts, epochs_done, read_facts
 from embedtrain.report.page import render
 from embedtrain.report.plots import map_svg, project
+from embedtrain.train.state import TrainState
 
 
 def facts(losses: list[float], **changes: object) -> RunFacts:
@@ -65,23 +66,59 @@ def test_nothing_is_advised_where_nothing_looks_wrong() -> None:
     assert advice(facts(falling())) == []
 
 
+ANEW = "Other settings than train.epochs make another run"
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"curves": {"loss": (list(range(16)), [2.0] * 16)}}, "The loss is flat, 2 in the first quarter"),
-        ({"curves": {"loss": (list(range(16)), falling()[::-1])}}, "The loss rose"),
+        (
+            {"curves": {"loss": (list(range(16)), [2.0] * 16)}},
+            ["The loss is flat, 2 in the first quarter", ANEW],
+        ),
+        ({"curves": {"loss": (list(range(16)), falling()[::-1])}}, ["The loss rose", ANEW]),
         (
             {"curves": {"stage/busiest_rank": ([1, 2, 3, 4], [1.1, 1.6, 1.5, 1.7])}},
-            "The ranks are uneven: the busiest works 1.55 times",
+            ["The ranks are uneven: the busiest works 1.55 times"],
         ),
-        ({"num_skipped": 3}, "3 steps were left out"),
-        ({"tables": [TableFacts("word", 100, 8, 40)]}, "40% of the rows of table word were never trained: their names"),
+        ({"num_skipped": 3}, ["3 steps were left out", ANEW]),
+        (
+            {"tables": [TableFacts("word", 100, 8, 40)]},
+            ["40% of the rows of table word were never trained: their names", ANEW],
+        ),
+        (
+            {"tables": [TableFacts("word", 100, 8, 40)], "epochs": 0.357},
+            [
+                "40% of the rows of table word were never trained: the run has not come through its data yet "
+                "(35.70% of an epoch).",
+                ANEW,
+            ],
+        ),
     ],
 )
-def test_what_looks_wrong_is_told(changes: dict[str, object], told: str) -> None:
-    line, *rest = advice(facts(falling(), **changes))
-    assert told in line
-    assert not rest or "another run.path" in rest[0]
+def test_what_looks_wrong_is_told(changes: dict[str, object], told: list[str]) -> None:
+    lines = advice(facts(falling(), **changes))
+    assert len(lines) == len(told), lines
+    for line, beginning in zip(lines, told, strict=True):
+        assert line.startswith(beginning)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "step_in_epoch", "logged", "expected"),
+    [
+        (0, 25, ([10, 20], [0.1, 0.2]), 0.25),
+        (0, 25, ([10, 20, 30], [0.1, 0.2, 0.3]), 0.25),
+        (2, 50, ([240], [2.4]), 2.5),
+        (3, 0, ([7], [0.07]), 3.0),
+        (0, 25, ([], []), 0.0),
+        (0, 25, ([0], [0.0]), 0.0),
+    ],
+)
+def test_epochs_that_are_done_are_counted_with_their_fraction(
+    epoch: int, step_in_epoch: int, logged: tuple[list[int], list[float]], expected: float
+) -> None:
+    state = TrainState(step=epoch * 100 + step_in_epoch, epoch=epoch, step_in_epoch=step_in_epoch)
+    assert epochs_done(state, {"epoch": logged}) == pytest.approx(expected)
 
 
 def test_the_page_shows_the_run_and_escapes_what_it_shows() -> None:

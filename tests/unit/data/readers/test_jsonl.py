@@ -116,7 +116,7 @@ def test_interactions_features_and_held_out_data(tmp_path: Path) -> None:
 
 def test_baskets(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"s": 1, "i": "a"}, {"s": 2, "i": "é"}, {"s": 1, "i": 7}])
-    text = write_baskets(path, ("s", "i"), str(tmp_path / "cache"), ONE_PROCESS, format="jsonl")
+    text = write_baskets(path, ("s", "i"), str(tmp_path / "cache"), ONE_PROCESS, format="jsonl").text_path
     assert sorted(Path(text).read_text(encoding="utf-8").splitlines()) == ["a 7", "é"]
 
 
@@ -212,6 +212,31 @@ def test_in_bags_too_floats_and_nul_are_refused() -> None:
     for value in ("1.5", "[1.5]", '[1, "x", 2.0]', '["\\u0000"]', '"\\u0000"'):
         for neighbour in NEIGHBOURS:
             assert 0 in parsed_values(value, neighbour, Uses(separators={"a": "|"}))[1]
+
+
+@pytest.mark.parametrize("neighbour", ["true", "1", '"1"', "null", "1.0", '"x"', '["x"]'])
+def test_a_boolean_is_a_number_whatever_stands_beside_it(neighbour: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [f'{{"y": {y}, "n": {y}, "id": {y}, "bag": {bag}}}' for y, bag in (("true", "true"), ("false", "[false]"))]
+    last = f'{{"y": {neighbour}, "n": {neighbour}, "id": {neighbour}, "bag": {neighbour}}}'
+    path.write_text("\n".join([*rows, last]) + "\n")
+    columns = (
+        CategoricalColumn(name="id", encoding="id", num_rows=2),
+        CategoricalColumn(name="bag", encoding="id", num_rows=2, is_bag=True),
+    )
+    schema = ClickSchema(file_format="jsonl", label="y", dense=("n",), categorical=columns, dense_transform="none")
+    log = prepared(path, schema, tmp_path / "cache", max_bad_lines=1)
+    records = log.read(0, 2)
+    assert records.examples[LABEL].tolist() == [1, 0]
+    assert records.examples[DENSE].tolist() == [[1], [0]]
+    assert records.examples[IDS].tolist() == [[1], [0]]
+    assert records.values[:2].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("neighbour", ["true", "1", '"x"', "null"])
+def test_a_boolean_among_texts_is_a_text_whatever_stands_beside_it(neighbour: str) -> None:
+    value, wrong = parsed_values("true", neighbour, Uses())
+    assert (str(value).lower(), wrong) == ("true", {})
 
 
 def test_numbers_and_labels_may_have_fractions(tmp_path: Path) -> None:
