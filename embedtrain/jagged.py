@@ -85,8 +85,19 @@ class Jagged:
 
     @classmethod
     def from_lists(cls, bags: Sequence[Sequence[int]], *, device: torch.device | str = "cpu") -> Jagged:
-        """Builds a batch from one sequence of ids a bag."""
-        values = torch.tensor([i for bag in bags for i in bag], dtype=torch.int64, device=device)
+        """Builds a batch from one sequence of ids per bag.
+
+        Raises:
+            ValueError: an id is no integer, or none of 64 bits, or a bag no sequence.
+        """
+        try:
+            ids = [i for bag in bags for i in bag]
+            values = torch.tensor(ids) if ids else torch.empty(0, dtype=torch.int64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"expected a sequence of integers per bag: {error}") from error
+        if values.dim() != 1 or values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
+            raise ValueError(f"expected a sequence of integers per bag, got {values.dtype} {list(values.shape)}")
+        values = values.to(device, torch.int64)
         lengths = torch.tensor([len(bag) for bag in bags], dtype=torch.int64, device=device)
         return cls(values, lengths)
 

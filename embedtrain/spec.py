@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, SupportsIndex, get_args
 
 import torch
 
@@ -53,8 +53,11 @@ class TableSpec:
         return self.dim, self.dtype, self.optimizer, self.layout
 
     def __post_init__(self) -> None:
-        if not self.name or "/" in self.name:
+        if not isinstance(self.name, str) or not self.name or "/" in self.name:
             raise ValueError(f"a table's name must be a non-empty string without '/', got {self.name!r}")
+        for name in ("num_rows", "dim"):
+            if not isinstance(value := getattr(self, name), SupportsIndex):
+                raise ValueError(f"table {self.name!r}: {name} must be an integer, got {value!r}")
         if self.num_rows < 1 or self.dim < 1:
             raise ValueError(
                 f"table {self.name!r}: num_rows and dim must be at least 1, got {self.num_rows} and {self.dim}"
@@ -88,6 +91,8 @@ class FeatureSpec:
     pool_at: PoolAt = "auto"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ValueError(f"a feature's name must be a string, got {self.name!r}")
         for name, choices in (("pooling", Pooling), ("invalid_ids", InvalidIds), ("pool_at", PoolAt)):
             if (value := getattr(self, name)) not in get_args(choices):
                 raise ValueError(f"feature {self.name!r}: {name} must be one of {get_args(choices)}, got {value!r}")

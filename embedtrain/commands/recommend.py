@@ -45,11 +45,13 @@ def recommend(
     if overwrite and output is None:
         raise UserError("--overwrite replaces the file of --output: give --output FILE too")
     from embedtrain.distributed.runtime import init_distributed
-    from embedtrain.export.recommendations import write_recommendations
+    from embedtrain.export.recommendations import refuse_other_name, write_recommendations
     from embedtrain.recipes.base import Wanted
     from embedtrain.recipes.registry import recipe_of
     from embedtrain.recipes.trained import checkpoint_of, require_config
 
+    if output is not None:
+        refuse_other_name(output)
     config = require_config(path)
     best_of = recipe_of(config.model).recommend
     if best_of is None:

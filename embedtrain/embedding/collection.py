@@ -19,7 +19,7 @@ from embedtrain.embedding.output_dist import fetch_distinct, output_dist
 from embedtrain.embedding.placement import PlacementChoice, place_rows
 from embedtrain.embedding.pooling_choice import PoolingChoice, PoolingChoices
 from embedtrain.embedding.shard_view import ShardView
-from embedtrain.embedding.state_dict import add_entries, as_attributes, take_entries
+from embedtrain.embedding.state_dict import add_entries, as_attributes, refuse_clashes, take_entries
 from embedtrain.embedding.table_group import TableGroup, TableGroups, TableShard
 from embedtrain.jagged import Jagged
 from embedtrain.spec import FeatureSpec, TableSpec
@@ -66,7 +66,8 @@ class EmbeddingCollection(nn.Module):
         table_groups: the groups of tables; every optimizer updates some of them.
 
     Raises:
-        ValueError: names repeat, a feature names a table that does not exist, or an option is none of those above.
+        ValueError: names repeat, a table is called as an entry of another one in state dicts, a feature names a table
+            that does not exist, or an option is none of those above.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class EmbeddingCollection(nn.Module):
         if wire_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"wire_dtype must be torch.float32, torch.bfloat16 or None, got {wire_dtype}")
         self.features = resolve_features(tables, features)
+        refuse_clashes([table.name for table in tables])
         self.ranks = ranks if ranks is not None else job_ranks()
         # "cuda" becomes "cuda:0", so that `to` can tell whether rows are there already.
         self.device = torch.empty(0, device="cpu" if device is None else device).device
@@ -288,9 +290,12 @@ class EmbeddingCollection(nn.Module):
         return slots[shard.layout.slot_of(torch.arange(shard.spec.num_rows, device=slots.device))]
 
     def shard_views(self) -> list[ShardView]:
-        """Returns this rank's weights and optimizer state, as a checkpoint saves and loads them."""
+        """Returns this rank's weights and optimizer state, as a checkpoint saves and loads them.
+
+        Collective: every rank, as the optimizer's `settle`, which it calls and whose exception it raises.
+        """
         self.write_back()
-        return [view for shard in self.shards.values() for view in shard.views()]
+        return [view for group in self.table_groups for view in group.views()]
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what a copy is made of: all but the watchers, and what `_begin` makes of the tables anew."""

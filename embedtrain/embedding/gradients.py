@@ -48,6 +48,7 @@ class GradientMailbox:
         self._num_rows, self._dim, self._num_ranks = num_rows, dim, num_ranks
         self._deliveries: list[Delivery] = []
         self._num_summed, self._num_new = 0, 0
+        self._has_delivered = False
         self._waiting: RowGradient | None = None
 
     def deliver(self, delivery: Delivery) -> None:
@@ -61,6 +62,14 @@ class GradientMailbox:
                 "the next step applies them again: call optimizer.zero_grad() after each step. The zero_grad() of a "
                 "module around the tables does not reach rows"
             )
+        # One backward may come before there is an optimizer.
+        if self._has_delivered and (self.optimizer is None or self.optimizer() is None):
+            warn_once(
+                f"the tables {', '.join(self._table_names)} get gradients that no optimizer takes: make an optimizer "
+                "of them, or freeze them by requires_grad_(False), which saves the work. A copy of tables is not "
+                "trained by the optimizer of the original: copy both, copy.deepcopy((tables, optimizer))"
+            )
+        self._has_delivered = True
         self._deliveries.append(delivery)
         self._waiting = None
         self._num_new += delivery.rows.numel()
@@ -106,11 +115,6 @@ class GradientMailbox:
         return waiting.rows, waiting.values
 
     def _sum_up(self) -> None:
-        if self.optimizer is None or self.optimizer() is None:
-            warn_once(
-                f"the tables {', '.join(self._table_names)} get gradients that no optimizer takes: make an optimizer "
-                "of them, or freeze them by requires_grad_(False), which saves the work"
-            )
         summed = RowGradient(self._deliveries, num_rows=self._num_rows, dim=self._dim)
         self._deliveries = [Delivery.of_rows(summed.rows, summed.values)]
         self._num_summed, self._num_new = summed.rows.numel(), 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from embedtrain.embedding.collection import EmbeddingCollection
@@ -17,6 +18,7 @@ from embedtrain.errors import UserError
 from embedtrain.spec import TableSpec
 
 _BLOCK_BYTES = 8 << 20
+_NO_NUMBERS = (torch.bool, torch.complex32, torch.complex64, torch.complex128)
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class InitCounts:
 def init_from(
     tables: EmbeddingCollection,
     table: str,
-    source: str | Tensor | NDArray[Any],
-    rows: Mapping[str, int] | Tensor | NDArray[Any] | None = None,
+    source: str | os.PathLike[str] | ArrayLike | Tensor,
+    rows: Mapping[str, int] | ArrayLike | Tensor | None = None,
 ) -> InitCounts:
     """Copies the vectors of a file or an array into rows of a table; all other rows stay as they are.
 
@@ -51,26 +53,29 @@ def init_from(
         tables: the collection.
         table: name of the table to start.
         source: the file, any fsspec URL; `embedtrain.data.vector_files.read_vectors` says in which formats. Or an
-            array [n, dim], of torch or NumPy, which may be a memory map.
-        rows: of a file, the row of each name. Of an array, [n] int64, distinct, of torch or NumPy; if None, it has all
-            rows in order.
+            array [n, dim] of real numbers, of torch or NumPy or lists, which may be a memory map.
+        rows: of a file, the row of each name. Of an array, [n] int64, distinct, of torch or NumPy or a list; if None,
+            it has all rows in order.
 
     Raises:
         UserError: on every rank; there is no such table or file, it cannot be read, its vectors have another dim than
-            the table or values that are not finite, or it has none of the names; or `rows` does not fit the source. An
-            array that is refused has changed no row; a file may have, with the parts that come before its fault.
+            the table or values that are not finite in its dtype, or it has none of the names; or `rows` does not fit
+            the source. An array that is refused has changed no row; a file may have, with the parts that come before
+            its fault.
     """
     tables.write_back()
-    shard = tables.shards.get(table)
+    shard = tables.shards.get(table) if isinstance(table, str) else None
 
     def copy() -> InitCounts:
         if shard is None:
             raise UserError(f"there is no table {table!r}; the tables are {', '.join(tables.shards)}")
-        if isinstance(source, str) and isinstance(rows, Mapping):
-            return _copy(shard, source, rows)
-        if isinstance(source, str) or isinstance(rows, Mapping):
+        is_file = isinstance(source, str | os.PathLike)
+        if is_file != isinstance(rows, Mapping):
             raise UserError("rows must be the row of each name for a file, and a tensor of rows or None for an array")
-        return _copy_array(shard, source, None if rows is None else torch.as_tensor(rows))
+        if isinstance(source, str | os.PathLike) and isinstance(rows, Mapping):
+            return _copy(shard, os.fspath(source), rows)
+        array = _as_array(source, "the array")
+        return _copy_array(shard, array, None if rows is None else _as_tensor(_as_array(rows, "rows"), "rows"))
 
     return tables.ranks.run_on_each(copy)
 
@@ -86,12 +91,12 @@ def _copy(shard: TableShard, path: str, rows: Mapping[str, int]) -> InitCounts:
         example = example or next(iter(block.names), "")
         num_in_file += len(block.names)
         places, local_rows = _own_places(shard, block.names, rows, seen)
-        values = block.rows(places)
-        bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
-        if len(bad):
-            raise UserError(f"{path}: the vector of {block.names[places[bad[0]]]!r} has a value that is not finite")
         weight = shard.weight
-        copied = torch.tensor(values, dtype=weight.dtype, device=weight.device)
+        with np.errstate(over="ignore"):  # what is too large for float32 is refused below
+            copied = torch.tensor(block.rows(places), dtype=weight.dtype, device=weight.device)
+        if (bad := _first_bad(copied)) is not None:
+            name = block.names[places[bad]]
+            raise UserError(f"{path}: the vector of {name!r} has a value that is not finite{_in(weight.dtype)}")
         weight.index_copy_(0, local_rows.to(weight.device), copied)
     if not seen.any():
         raise UserError(
@@ -110,10 +115,9 @@ def _copy_array(shard: TableShard, source: Tensor | NDArray[Any], rows: Tensor |
     if rows is not None:
         _check_rows(spec, rows, source.shape[0])
     for first, block in _blocks(source, spec.dim):
-        is_finite = block.isfinite().all(dim=1)
-        if not bool(is_finite.all()):
-            bad = first + int((~is_finite).nonzero()[0])
-            raise UserError(f"table {spec.name!r}: vector {bad} of the array has a value that is not finite")
+        if (bad := _first_bad(block.to(spec.dtype))) is not None:
+            what = f"vector {first + bad} of the array has a value that is not finite{_in(spec.dtype)}"
+            raise UserError(f"table {spec.name!r}: {what}")
     shard.changes.before_update_of_all()
     for first, block in _blocks(source, spec.dim):
         last = first + len(block)
@@ -130,7 +134,44 @@ def _blocks(source: Tensor | NDArray[Any], dim: int) -> Iterator[tuple[int, Tens
     """Yields an array in parts of about 8 MiB, each with the place of its first vector."""
     block_rows = max(1, _BLOCK_BYTES // (4 * dim))
     for first in range(0, source.shape[0], block_rows):
-        yield first, torch.as_tensor(source[first : first + block_rows]).detach()
+        yield first, _as_tensor(source[first : first + block_rows], "the array")
+
+
+def _as_array(values: object, name: str) -> Tensor | NDArray[Any]:
+    """Returns a tensor as it is, and anything else as NumPy takes it, without a copy of what is an array."""
+    if isinstance(values, Tensor):
+        if values.layout != torch.strided:
+            raise UserError(f"{name} must be dense, got a tensor of layout {values.layout}")
+        return values
+    try:
+        return np.asarray(values)
+    except (ValueError, TypeError, RuntimeError) as error:  # such as lists of unequal lengths
+        raise UserError(f"{name} must be an array of numbers: {error}") from error
+
+
+def _as_tensor(values: Tensor | NDArray[Any], name: str) -> Tensor:
+    """Returns numbers of any byte order and stride as a tensor of their type.
+
+    Raises:
+        UserError: they are text, objects, truth values or complex.
+    """
+    is_real = values.dtype.kind in "fiu" if isinstance(values, np.ndarray) else values.dtype not in _NO_NUMBERS
+    if not is_real:
+        raise UserError(f"{name} must have real numbers, got {values.dtype}")
+    if isinstance(values, Tensor):
+        return values.detach()
+    dtype = values.dtype.newbyteorder("=")
+    return torch.from_numpy(np.array(values, np.float64 if dtype.kind == "f" and dtype.itemsize > 8 else dtype))
+
+
+def _first_bad(vectors: Tensor) -> int | None:
+    """Returns the first of vectors [n, dim] that has a value that is not finite."""
+    is_finite = vectors.isfinite().all(dim=1)
+    return None if bool(is_finite.all()) else int((~is_finite).nonzero()[0])
+
+
+def _in(dtype: torch.dtype) -> str:
+    return f" in the table's {str(dtype).removeprefix('torch.')}"
 
 
 def _check_rows(spec: TableSpec, rows: Tensor, num_vectors: int) -> None:
@@ -148,10 +189,17 @@ def _own_places(
     shard: TableShard, names: Sequence[str], rows: Mapping[str, int], seen: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int64], Tensor]:
     """Returns the places of the names whose rows this rank holds, and these rows; marks all rows found in `seen`."""
-    ids = np.array([rows.get(name, -1) for name in names], np.int64)
-    found, first = np.unique(ids, return_index=True)
-    is_new = (found >= 0) & ~seen[found]
-    found, places = found[is_new], first[is_new].astype(np.int64)
+    named = [(place, row) for place, row in enumerate(map(rows.get, names)) if row is not None]
+    for place, row in named:
+        if not isinstance(row, int | np.integer) or not 0 <= row < len(seen):
+            raise UserError(
+                f"rows of table {shard.spec.name!r} are integers from 0 to {len(seen) - 1}, and that of "
+                f"{names[place]!r} is {row!r}"
+            )
+    found, first = np.unique(np.array([row for _, row in named], np.int64), return_index=True)
+    is_new = ~seen[found]
+    found = found[is_new]
+    places = np.array([place for place, _ in named], np.int64)[first[is_new]]
     seen[found] = True
     slots = shard.layout.slot_of(torch.from_numpy(found))
     start, stop = shard.slots

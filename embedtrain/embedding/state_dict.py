@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.embedding.shard_view import ShardView, StepCount
+from embedtrain.errors import UserError
 from embedtrain.optim.stores import STEP
 
 if TYPE_CHECKING:
@@ -77,8 +78,30 @@ def take_entries(
     return rest
 
 
+def refuse_clashes(tables: Sequence[str]) -> None:
+    """Refuses names of tables that are entries of another table, as "item.weight" is of "item".
+
+    Raises:
+        UserError: there are two such tables.
+    """
+    known = set(tables)
+    for name in tables:
+        parts = name.split(".")
+        for number in range(1, len(parts)):
+            table = ".".join(parts[:number])
+            if table in known and parts[number] in ("weight", STEP):
+                raise UserError(
+                    f"the name of the table {name!r} lies within {table}.{parts[number]}, an entry of the table "
+                    f"{table!r} in state dicts: rename one of them"
+                )
+
+
 def as_attributes(views: Sequence[ShardView]) -> SimpleNamespace:
-    """Returns an object that has each entry as an attribute of an attribute, by the parts of its name."""
+    """Returns an object that has each entry as an attribute of an attribute, by the parts of its name.
+
+    Raises:
+        ValueError: a table is called as an entry of another table.
+    """
     root = SimpleNamespace()
     keys = [*map(_key_of, views), *(f"{table}.{STEP}" for table in _counts(views))]
     for key in keys:
@@ -86,7 +109,10 @@ def as_attributes(views: Sequence[ShardView]) -> SimpleNamespace:
         node = root
         for name in parents:
             node = vars(node).setdefault(name, SimpleNamespace())
-        setattr(node, last, None)
+            if node is None:
+                raise ValueError(f"the entry {key!r} lies within an entry of another table: rename one of the tables")
+        if vars(node).setdefault(last, None) is not None:
+            raise ValueError(f"other tables' entries lie within the entry {key!r}: rename one of the tables")
     return root
 
 

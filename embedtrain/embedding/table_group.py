@@ -21,6 +21,7 @@ from embedtrain.embedding.shard_view import ShardView, StepCount
 from embedtrain.ops._backend.mix import mix64
 from embedtrain.ops._backend.row_memory import allocate_rows
 from embedtrain.ops.row_gradient import RowGradient, Run
+from embedtrain.optim.optimizer import SparseOptimizer
 from embedtrain.optim.stores import RowsToUpdate
 from embedtrain.sharding.layout import Layout, layout_of
 from embedtrain.spec import TableSpec
@@ -155,6 +156,7 @@ class TableGroup:
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what a copy is made of. It has no gradients that wait, and no optimizer until one takes it."""
+        self.settle()
         self.access.write_back()
         names = ("specs", "device", "ranks", "vector_wire_dtype", "gradient_wire_dtype", "placement", "num_local_rows")
         return {name: getattr(self, name) for name in (*names, "steps", "frozen", "weight", "state")}
@@ -204,6 +206,17 @@ class TableGroup:
         """See `RowStore`."""
         self.gradients.optimizer = weakref.ref(optimizer)
         self.steps.settings = settings
+
+    def views(self) -> list[ShardView]:
+        """Returns the shards' weights and states, whose steps are settled; see `settle`."""
+        self.settle()
+        return [view for shard in self.shards for view in shard.views()]
+
+    def settle(self) -> None:
+        """Has the optimizer find out whether its last step was applied, so that `steps` is right. See its `settle`."""
+        optimizer = self.optimizer
+        if isinstance(optimizer, SparseOptimizer):
+            optimizer.settle()
 
     def freeze(self, names: Collection[str]) -> None:
         """Has no gradient reach the rows of some of the tables, and those of the others again."""

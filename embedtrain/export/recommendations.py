@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from embedtrain.errors import UserError
 from embedtrain.export.storage import new_files, refuse_packed_name
 
 Recommendation = tuple[str, Sequence[str], Sequence[float]]
@@ -15,6 +16,20 @@ Recommendation = tuple[str, Sequence[str], Sequence[float]]
 _SCHEMA = pa.schema(
     [("user", pa.large_string()), ("items", pa.list_(pa.large_string())), ("scores", pa.list_(pa.float32()))]
 )
+
+
+_OTHER_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson")
+
+
+def refuse_other_name(output: str) -> None:
+    """Refuses the name of a file of another format than Parquet.
+
+    Raises:
+        UserError: the name ends in the suffix of a text format or of a compression.
+    """
+    if output.lower().endswith(_OTHER_SUFFIXES):
+        raise UserError(f"{output}: recommendations are written as Parquet: give a name that ends in .parquet")
+    refuse_packed_name(output, "parquet")
 
 
 def write_recommendations(batches: Iterable[Sequence[Recommendation]], output: str, *, overwrite: bool = False) -> None:
@@ -26,9 +41,9 @@ def write_recommendations(batches: Iterable[Sequence[Recommendation]], output: s
         overwrite: whether a file that is there already is replaced.
 
     Raises:
-        UserError: the output is there already or cannot be written.
+        UserError: the output is there already, cannot be written, or has the name of a file of another format.
     """
-    refuse_packed_name(output, "parquet")
+    refuse_other_name(output)
     with new_files([output], overwrite) as (file,), pq.ParquetWriter(file, _SCHEMA) as writer:
         for batch in batches:
             users, items, scores = ([row[column] for row in batch] for column in range(3))

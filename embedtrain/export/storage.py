@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, BinaryIO
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from embedtrain.data.codecs import codec_of_name, without_compression
 from embedtrain.errors import UserError
@@ -43,13 +44,14 @@ def refuse_packed_name(path: str, format: str) -> None:
 def new_files(paths: Sequence[str], overwrite: bool) -> Iterator[list[BinaryIO]]:
     """Opens files that appear under their names when the block ends, and not at all when it fails.
 
-    Until then they have temporary names beside their places. Missing folders are made. On object stores,
-    which cannot rename, the end is a copy within the store.
+    Until then they have temporary names beside their places. Missing folders are made, and go again if it fails.
+    On object stores, which cannot rename, the end is a copy within the store.
 
     Raises:
         UserError: a path exists and `overwrite` is false, is a folder, or cannot be written.
     """
     places = [vacant_place(path, overwrite=overwrite) for path in paths]
+    missing = sorted({folder for file_system, place in places for folder in _missing_folders(file_system, place)})
     partial = [f"{place}.partial-{os.getpid()}" for _, place in places]
     try:
         with ExitStack() as stack:
@@ -63,7 +65,18 @@ def new_files(paths: Sequence[str], overwrite: bool) -> Iterator[list[BinaryIO]]
         for (file_system, _), temporary in zip(places, partial, strict=True):
             if file_system.exists(temporary):
                 file_system.rm_file(temporary)
+        for folder in reversed(missing):  # the deepest first
+            with suppress(OSError):  # it was not made, or others have put something in it
+                os.rmdir(folder)
         raise
+
+
+def _missing_folders(file_system: Any, place: str) -> Iterator[str]:
+    """Yields the folders above a new local file that are not there; other file systems need not have empty ones."""
+    folder = os.path.dirname(place)
+    while isinstance(file_system, LocalFileSystem) and folder and not os.path.lexists(folder):
+        yield folder
+        folder = os.path.dirname(folder)
 
 
 def vacant_place(path: str, *, overwrite: bool) -> tuple[Any, str]:

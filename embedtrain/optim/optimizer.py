@@ -274,6 +274,16 @@ class SparseOptimizer(StoreOptimizer):
             settings[STEP] -= 1
         self._handle_nonfinite(pending.gradients, pending.reason())
 
+    def state_dict(self) -> dict[str, Any]:
+        """See `StoreOptimizer.state_dict`. Settles the last step first."""
+        self.settle()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `StoreOptimizer.load_state_dict`. Settles the last step first, which else were counted down later."""
+        self.settle()
+        super().load_state_dict(state_dict)
+
     def __getstate__(self) -> dict[str, Any]:
         """Returns what a copy is made of, which has no gradients that wait and no step to settle.
 

@@ -70,3 +70,32 @@ def test_a_file_of_no_use_is_refused_on_every_rank(tmp_path: Path, content: str,
     for outcome in outcomes_on_threads(2, _start, str(path), torch.float32):
         assert isinstance(outcome, et.UserError)
         assert message in str(outcome)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [("1e300", torch.float32), ("3.4e38", torch.bfloat16), ("-3.4e38", torch.bfloat16)]
+)
+@pytest.mark.parametrize("suffix", ["txt", "npy"])
+def test_a_value_of_a_file_too_large_for_the_table_is_refused(
+    tmp_path: Path, value: str, dtype: torch.dtype, suffix: str
+) -> None:
+    path = tmp_path / f"vectors.{suffix}"
+    if suffix == "txt":
+        path.write_text(f"x {value}\n")
+    else:
+        np.save(path, np.array([[float(value)]]))
+        (tmp_path / "vectors.npy.vocabulary.tsv").write_text("x\n")
+    tables = et.EmbeddingCollection([et.TableSpec("word", 4, 1, dtype=dtype)])
+    before = tables.gather_table("word").clone()
+    with pytest.raises(et.UserError, match="the vector of 'x' has a value that is not finite in the table's"):
+        et.init_from(tables, "word", path, {"x": 0})
+    assert torch.equal(tables.gather_table("word"), before)
+
+
+@pytest.mark.parametrize("row", [4, -1, 1.0, "1", 2**70])
+def test_a_row_that_the_table_does_not_have_is_refused(tmp_path: Path, row: object) -> None:
+    path = tmp_path / "vectors.txt"
+    path.write_text("y 1\nx 1\n")
+    tables = et.EmbeddingCollection([et.TableSpec("word", 4, 1)])
+    with pytest.raises(et.UserError, match="rows of table 'word' are integers from 0 to 3, and that of 'x' is"):
+        et.init_from(tables, "word", str(path), {"x": row, "y": 2})

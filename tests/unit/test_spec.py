@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 import embedtrain as et
 from embedtrain import FeatureSpec, Jagged, TableSpec
@@ -13,6 +15,10 @@ from embedtrain.embedding.features import resolve_features
     [
         ({"name": ""}, "non-empty"),
         ({"name": "a/b"}, "without '/'"),
+        ({"name": 5}, "a table's name must be a non-empty string without '/', got 5"),
+        ({"num_rows": "3"}, "num_rows must be an integer, got '3'"),
+        ({"dim": 2.5}, "dim must be an integer, got 2.5"),
+        ({"dim": None}, "dim must be an integer, got None"),
         ({"num_rows": 0}, "at least 1"),
         ({"dim": 0}, "at least 1"),
         ({"dtype": torch.float16}, "float32 or bfloat16"),
@@ -42,6 +48,26 @@ def test_a_feature_of_a_table_that_does_not_exist_names_those_that_do() -> None:
     tables = [TableSpec("user", 3, 2), TableSpec("item", 3, 2)]
     with pytest.raises(ValueError, match=r"'clicked'.*'itme'.*user, item"):
         resolve_features(tables, [FeatureSpec("clicked", "itme")])
+
+
+def test_a_feature_whose_name_is_no_string_is_refused() -> None:
+    with pytest.raises(ValueError, match="a feature's name must be a string, got 5"):
+        FeatureSpec(5)
+
+
+@pytest.mark.parametrize("other", ["a.weight", "a.step", "a.weight.b"])
+def test_a_table_called_as_an_entry_of_another_is_refused(other: str) -> None:
+    with pytest.raises(ValueError, match=f"'{other}' lies within a.*, an entry of the table 'a' in state dicts"):
+        et.EmbeddingCollection([TableSpec(other, 3, 2), TableSpec("a", 3, 2)])
+
+
+def test_a_table_called_as_the_state_of_another_is_refused_in_state_dicts() -> None:
+    for names in (["a", "a.accumulator"], ["a.accumulator", "a"]):
+        tables = et.EmbeddingCollection([TableSpec(name, 3, 2) for name in names])
+        assert get_model_state_dict(tables).keys() == tables.state_dict().keys()
+        et.optim.RowwiseAdagrad(tables, lr=0.1)
+        with pytest.raises(ValueError, match=r"rename one of the tables"):
+            get_model_state_dict(tables)
 
 
 @pytest.mark.parametrize("kind", ["table", "feature"])
@@ -136,6 +162,22 @@ def test_all_of_a_batch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     bags = et.Jagged.from_ids(torch.tensor([[3, 4]]), torch.ones(1, 2)).pin_memory()
     assert {id(part) for part in (bags.values, bags.lengths, bags.weights)} == set(map(id, pinned))
+
+
+@pytest.mark.parametrize(
+    "bags",
+    [[[1.9]], [[1], [2.0]], [[True]], [["1"]], [[None]], [[2**70]], [1, 2], [[[1], [2]]], [[1j]]],
+)
+def test_bags_of_what_is_no_integer_are_refused(bags: list) -> None:
+    with pytest.raises(ValueError, match="expected a sequence of integers per bag"):
+        Jagged.from_lists(bags)
+
+
+def test_bags_of_any_integers() -> None:
+    bags = Jagged.from_lists([np.array([1, 2], np.int32), torch.tensor([3]), (4,), range(5, 6)])
+    assert bags.values.tolist() == [1, 2, 3, 4, 5]
+    assert bags.values.dtype == torch.int64
+    assert Jagged.from_lists([[], []]).values.dtype == torch.int64
 
 
 def test_bags_from_lists() -> None:

@@ -14,6 +14,7 @@ from embedtrain.export.formats.text import joined_columns, refuse_words
 from embedtrain.export.vectors import Vectors
 
 _BORDER = re.compile(r"[\t\n\r]|^\ufeff")
+_REASON = "its words are lines of a file, which end at tabs and line breaks and do not begin with U+FEFF"
 _WORDS_AT_ONCE = 1 << 16
 
 
@@ -45,7 +46,7 @@ def write_vocabulary(vectors: Vectors, file: BinaryIO, format_name: str) -> None
     """Writes a line for each row: the word and, where it is known, a tab and the count."""
     for start in range(0, vectors.num_rows, _WORDS_AT_ONCE):
         words = vectors.words[start : start + _WORDS_AT_ONCE]
-        refuse_words(words, _BORDER, format_name)
+        refuse_words(words, _BORDER, format_name, _REASON)
         columns = [pa.array(words, pa.string())]
         if vectors.counts is not None:
             columns.append(pa.array(vectors.counts[start : start + _WORDS_AT_ONCE]).cast(pa.string()))

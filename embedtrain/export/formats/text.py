@@ -31,12 +31,11 @@ def joined_columns(columns: Sequence[pa.StringArray], separator: str) -> memoryv
     return memoryview(text)[:end]
 
 
-def refuse_words(words: Sequence[str], pattern: re.Pattern[str], format_name: str) -> None:
-    """Raises a UserError for the first word with a character that readers of the format take for a border."""
+def refuse_words(words: Sequence[str], pattern: re.Pattern[str], format_name: str, reason: str) -> None:
+    """Raises a UserError for the first word that readers of the format do not read as it is; `reason` says why."""
     for word in words:
         if pattern.search(word):
             raise UserError(
-                f"the format {format_name} cannot hold the word {word!r}: its readers need words that are not empty, "
-                "and end them at ASCII white space; "
-                "use the format parquet, which holds any word"
+                f"the format {format_name} cannot hold the word {word!r}: {reason}; use the format parquet, which "
+                "holds any word"
             )

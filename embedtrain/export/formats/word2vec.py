@@ -17,6 +17,11 @@ _BORDER = re.compile(r"[\t\n\v\f\r ]|^$")
 _BORDER_WITHOUT_HEADER = re.compile(rf"{_BORDER.pattern}|^\ufeff")
 """At the beginning of a file U+FEFF is no letter, but a byte-order mark."""
 
+_REASON = (
+    "its readers need words that are not empty, end them at ASCII white space, and take U+FEFF at the beginning of a "
+    "file for a byte-order mark"
+)
+
 
 def write_text(vectors: Vectors, files: Sequence[BinaryIO]) -> None:
     """Writes `rows dim`, then a line for each row: the word and its values, separated by one space."""
@@ -34,7 +39,7 @@ def write_glove(vectors: Vectors, files: Sequence[BinaryIO]) -> None:
 def _write_lines(vectors: Vectors, file: BinaryIO, format_name: str, border: re.Pattern[str]) -> None:
     for start, rows in vectors.blocks():
         words = vectors.words[start : start + len(rows)]
-        refuse_words(words, border, format_name)
+        refuse_words(words, border, format_name, _REASON)
         file.write(joined_columns([pa.array(words, pa.string()), joined_rows(rows, " ")], " "))
 
 
@@ -44,7 +49,7 @@ def write_binary(vectors: Vectors, files: Sequence[BinaryIO]) -> None:
     file.write(_header(vectors))
     for start, rows in vectors.blocks():
         words = vectors.words[start : start + len(rows)]
-        refuse_words(words, _BORDER, "word2vec-binary")
+        refuse_words(words, _BORDER, "word2vec-binary", _REASON)
         values = rows.astype("<f4", copy=False)
         file.write(
             b"".join(b"%b %b\n" % (word.encode(), row.tobytes()) for word, row in zip(words, values, strict=True))

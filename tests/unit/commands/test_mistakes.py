@@ -82,6 +82,11 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (["evaluate", "run", "--restrict-vocab", "300000"], ["--restrict-vocab: only for word tests"]),
         (["recommend", "run", "4711", "--all", "--output", "top"], ["ids of users or --all, got --all and 4711"]),
+        (
+            ["recommend", "run", "--all", "--output", "top.CSV"],
+            ["top.CSV: recommendations are written as Parquet"],
+        ),
+        (["recommend", "run", "7", "--output", "a.parquet.gz"], ["a.parquet.gz: a file of the format parquet is not"]),
         (["recommend", "run", "4711", "--overwrite"], ["--overwrite replaces the file of --output: give --output"]),
         (["compare", "config.yaml", "--optimizers", "sgd,adam,sgd"], ["--optimizers names sgd twice"]),
         (

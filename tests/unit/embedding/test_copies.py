@@ -15,6 +15,7 @@ import torch
 import embedtrain as et
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint, load_shards, save_checkpoint
 from embedtrain.distributed.ranks import ONE_PROCESS, GroupRanks, Ranks
+from embedtrain.embedding.shard_view import table_steps
 from embedtrain.testing.threads import run_threads
 
 SPECS = [
@@ -130,6 +131,42 @@ def test_a_copy_has_no_gradients_that_wait_and_stays_frozen() -> None:
     copied = copy.deepcopy(tables)
     assert copied.table_groups[0].gradients.rows_and_values()[0].numel() == 0
     assert copied.table_groups[0].frozen == {"user"}
+
+
+DOORS: dict[str, Callable[[et.EmbeddingCollection, et.optim.SparseOptimizer], int]] = {
+    "pair": lambda tables, optimizer: copy.deepcopy((tables, optimizer))[1].param_groups[0]["step"],
+    "optimizer": lambda tables, optimizer: optimizer.state_dict()["param_groups"][0]["step"],
+    "tables": lambda tables, optimizer: int(tables.state_dict()["item.step"]),
+    "views": lambda tables, optimizer: table_steps(tables.shard_views())["item"],
+}
+
+
+@pytest.mark.parametrize("kind", ["adam", "combined"])
+@pytest.mark.parametrize("door", DOORS)
+def test_a_step_left_out_that_nobody_looked_at_yet_is_not_counted(door: str, kind: str) -> None:
+    tables, optimizer = make(kind)
+    optimizer.nonfinite, optimizer.looks_later = "skip", True
+    step(tables, optimizer)
+    (tables({"item": IDS})["item"] * float("nan")).sum().backward()
+    optimizer.step()
+    assert DOORS[door](tables, optimizer) == 1
+    assert optimizer.num_skipped == 1
+
+
+def test_a_step_left_out_does_not_count_down_what_is_loaded() -> None:
+    for load in (
+        lambda tables, optimizer, saved: optimizer.load_state_dict(saved[1]),
+        lambda tables, optimizer, saved: tables.load_state_dict(saved[0]),
+    ):
+        tables, optimizer = make()
+        optimizer.nonfinite, optimizer.looks_later = "skip", True
+        step(tables, optimizer)
+        saved = tables.state_dict(), optimizer.state_dict()
+        (tables({"item": IDS})["item"] * float("nan")).sum().backward()
+        optimizer.step()
+        load(tables, optimizer, saved)
+        optimizer.settle()
+        assert optimizer.param_groups[0]["step"] == 1
 
 
 def copy_on(ranks: Ranks) -> tuple[bool, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -111,6 +112,24 @@ def test_gradients_that_no_optimizer_takes_do_not_pile_up(caplog: pytest.LogCapt
     touched, sums = mailbox.rows_and_values()
     assert touched.numel() == 49
     assert sums.sum() == 400 * 20 * 4
+
+
+def test_a_copy_that_the_old_optimizer_does_not_train_is_named_at_the_second_backward(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tables = et.EmbeddingCollection([et.TableSpec("copied alone", 5, 4)])
+    optimizer = et.optim.SGD(tables, lr=0.1)
+    copied = copy.deepcopy(tables)
+    for trained in (tables, tables, copied):
+        trained({"copied alone": torch.arange(3)})["copied alone"].sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        trained.zero_grad()
+    assert not caplog.records
+    copied({"copied alone": torch.arange(3)})["copied alone"].sum().backward()
+    (record,) = caplog.records
+    assert "the tables copied alone get gradients that no optimizer takes" in record.message
+    assert "copy.deepcopy((tables, optimizer))" in record.message
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -181,6 +184,18 @@ def test_rows_start_from_an_array(world_size: int, rows: torch.Tensor | np.ndarr
         ("item", np.zeros((9, 4)), None, r"expected an array \[10, 4\], got \[9, 4\]"),
         ("item", np.zeros((2, 5)), torch.tensor([1, 2]), r"expected an array \[n, 4\], got \[2, 5\]"),
         ("item", np.full((10, 4), np.nan), None, "vector 0 of the array has a value that is not finite"),
+        ("item", np.full((10, 4), 1e300), None, "vector 0 of the array has a value that is not finite in .* float32"),
+        ("item", torch.full((10, 4), -1e300, dtype=torch.float64), None, "not finite in the table's float32"),
+        ("item", np.zeros((10, 4), np.complex64), None, "the array must have real numbers, got complex64"),
+        ("item", torch.zeros(10, 4, dtype=torch.complex64), None, "the array must have real numbers, got torch.compl"),
+        ("item", np.zeros((10, 4), bool), None, "the array must have real numbers, got bool"),
+        ("item", np.full((10, 4), "1"), None, "the array must have real numbers, got <U1"),
+        ("item", [[1.0] * 4, [1.0] * 3], [1, 2], "the array must be an array of numbers"),
+        ("item", None, None, r"expected an array \[10, 4\], got \[\]"),
+        ("item", torch.zeros(10, 4).to_sparse(), None, "the array must be dense"),
+        ("item", np.zeros((2, 4)), ["1", "2"], "rows must have real numbers"),
+        ("item", np.zeros((2, 4)), [1.0, 2.0], r"rows must be \[2\] int64"),
+        (["item"], np.zeros((10, 4)), None, "there is no table"),
         ("item", np.zeros((2, 4)), torch.tensor([1, 10]), "rows of table 'item' are 0 to 9, got 1 to 10"),
         ("item", np.zeros((2, 4)), torch.tensor([1, 1]), "rows must be distinct"),
         ("item", np.zeros((2, 4)), torch.tensor([1]), r"rows must be \[2\] int64, one per vector"),
@@ -192,6 +207,35 @@ def test_an_array_that_does_not_fit_is_refused(table: str, source: object, rows:
     tables = et.EmbeddingCollection([et.TableSpec("item", 10, 4)])
     with pytest.raises(et.UserError, match=message):
         et.init_from(tables, table, source, rows)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda values: values.tolist(),
+        lambda values: values.astype(">f4"),
+        lambda values: values.astype(">i2"),
+        lambda values: values.astype(np.longdouble),
+        lambda values: values.astype(np.float16),
+        lambda values: values[::-1].copy()[::-1],
+        lambda values: np.asfortranarray(values),
+        lambda values: torch.from_numpy(values).T.contiguous().T.requires_grad_(),
+    ],
+)
+@pytest.mark.parametrize("rows", [[7, 3], np.array([7, 3], ">i8"), np.array([3, 7])[::-1]])
+def test_an_array_may_be_lists_or_lie_in_memory_as_it_likes(convert: Callable[[Any], Any], rows: Any) -> None:
+    values = np.arange(8, dtype=np.float64).reshape(2, 4)
+    tables = et.EmbeddingCollection([et.TableSpec("item", 11, 4)])
+    et.init_from(tables, "item", convert(values), rows)
+    assert torch.equal(tables.gather_table("item")[[7, 3]], torch.from_numpy(values).float())
+
+
+def test_values_too_large_for_bfloat16_are_refused() -> None:
+    tables = et.EmbeddingCollection([et.TableSpec("item", 2, 1, dtype=torch.bfloat16)])
+    before = tables.gather_table("item").clone()
+    with pytest.raises(et.UserError, match=r"vector 1 of the array .* is not finite in the table's bfloat16"):
+        et.init_from(tables, "item", np.array([[1.0], [3.4e38]], np.float32))
+    assert torch.equal(tables.gather_table("item"), before)
 
 
 def test_an_array_that_is_refused_changes_no_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,7 +186,25 @@ def test_a_failed_export_leaves_nothing(format, vectors, tmp_path, monkeypatch):
     folder = tmp_path / "exports"
     with pytest.raises(OSError, match="disk gone"):
         export_vectors(vectors, format, str(folder / "out"))
-    assert [path for path in folder.rglob("*") if path.is_file()] == []
+    assert not folder.exists()
+
+
+def test_a_refused_export_leaves_folders_that_were_there(make_run, tmp_path):
+    vectors = open_vectors(make_run({"word": np.ones((1, 2), np.float32)}, ["\ufeffa"]))
+    there = tmp_path / "there"
+    there.mkdir()
+    for output in (there, there / "new" / "deep"):
+        with pytest.raises(UserError, match="cannot hold the word"):
+            export_vectors(vectors, "projector", str(output))
+        assert list(tmp_path.glob("there/**/*")) == []
+        assert there.is_dir()
+
+
+@pytest.mark.parametrize("format", ["npy", "safetensors", "projector"])
+def test_a_vocabulary_refuses_words_for_its_own_reason(format, make_run, tmp_path):
+    vectors = open_vectors(make_run({"word": np.ones((1, 2), np.float32)}, ["\ufeffa"]))
+    with pytest.raises(UserError, match=r"its words are lines of a file, which end at tabs and line breaks .*parquet"):
+        export_vectors(vectors, format, str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("format", TEXT_FORMATS)
