@@ -99,12 +99,12 @@ class RunFolder:
                 raise UserError(
                     f"{self.join(name)} is {what or 'a file'}, and a run keeps a folder of that name: move it away"
                 )
+        kept_data.require_own(self.kept_data_path)
         if CONFIG_NAME in names and not any(_TRACE.match(name) for name in names):
             raise UserError(
                 f"{self.join(CONFIG_NAME)} is there and nothing else of a run: a run would write its own configuration "
                 "over it. Give run.path a folder of its own"
             )
-        kept_data.require_own(self.kept_data_path)
 
     def read_config(self) -> str | None:
         """Returns the configuration that the run was started with, as YAML; None where there is no run."""

@@ -66,7 +66,7 @@ def test_from_raw_text_to_neighbours(job: Job, ranks: int | None) -> None:
     shown = job.run("inspect", "run", "--verify", is_warm=is_warm).stdout
     for part in (
         "step",
-        "epoch        8",
+        "epochs       8 done",
         "input/weight",
         "output/accumulator",
         "float32",

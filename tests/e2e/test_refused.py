@@ -32,7 +32,7 @@ def test_a_run_that_is_not_what_it_was_is_refused(job: Job) -> None:
     lines = vocabulary.read_text().splitlines(keepends=True)
     vocabulary.write_text("".join([lines[1], lines[0], *lines[2:]]))
     said = last_line(job, "neighbors", "run", "bxa", status=2)
-    assert "vocabulary.tsv is not the vocabulary that" in said
+    assert "vocabulary.tsv does not hold the names that table 'input' was trained with" in said
     vocabulary.write_text("".join(lines))
 
     manifest = newest_manifest(job)

@@ -20,7 +20,7 @@ from tests.unit.commands.parsing import parse
 
 PROGRAMS = Path(sys.executable).parent
 CASES = [
-    ("in", {"inspect"}),
+    ("ins", {"inspect"}),
     ("train --pro", {"--profile"}),
     ("train con", {"config.yaml"}),
     ("train config.yaml optimizer.initial", {"optimizer.initial_accumulator_value="}),
