@@ -80,8 +80,8 @@ printf "%s\\n" "${{COMPREPLY[@]}}"
         assert shown == {completed.rpartition("=")[2]}
 
 
-# Each case starts a process that imports torch. What is completed is shared by the shells: one case of a setting and one
-# of an option show that fish asks for it.
+# Each case starts a process that imports torch. What is completed is shared by the shells: one case of a setting and
+# one of an option show that fish asks for it.
 @pytest.mark.parametrize("script", ["fish"], indirect=True)
 @pytest.mark.parametrize(
     ("typed", "expected"),
