@@ -85,9 +85,9 @@ class RunFolder:
         """Refuses a folder where something else lies under the names of files and folders that a run writes.
 
         Raises:
-            UserError: a file's name is a folder, a pipe or a link, through which a run would write elsewhere; or a
-                folder's name is a file; or the folder of kept data holds files of the user's; or there is a
-                configuration and nothing else of a run.
+            UserError: a folder, a pipe or a link has the name of a file that the run writes; or a file has the name of
+                one of its folders; or the folder of kept data holds files of the user's; or the only file of a run that
+                is there is a configuration, which may be the user's own.
         """
         names = storage.list_names(self.path)
         for name in names:

@@ -58,7 +58,7 @@ def check(config: Word2VecConfig, is_new: bool) -> None:
 
     Args:
         config: of the run.
-        is_new: whether the run has no checkpoint: the vectors that its tables start from are read then alone.
+        is_new: whether the run has no checkpoint; only then are the files of `init_from` read.
 
     Raises:
         UserError: one is missing or cannot be read.
