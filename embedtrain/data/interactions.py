@@ -335,7 +335,7 @@ def _distinct_pairs(users: NDArray[np.int64], items: NDArray[np.int64], num_user
 
 
 def read_held_out(options: InteractionOptions, interactions: Interactions) -> Bags:
-    """Returns the items of each user of prepared interactions in other files, and logs what of them cannot be used.
+    """Returns the items that other files hold of each known user, and logs what is left out, and how often.
 
     Args:
         options: `held_out_path` names the files; the other paths are not read.

@@ -199,7 +199,7 @@ class TableGroup:
 
     @property
     def optimizer(self) -> object | None:
-        """The optimizer that takes the gradients; None if there is none, or none any more."""
+        """The optimizer that takes the gradients; None if there is none or it was deleted."""
         return None if self.gradients.optimizer is None else self.gradients.optimizer()
 
     def take(self, optimizer: object, settings: dict[str, Any]) -> None:

@@ -59,7 +59,7 @@ class RowStore(RowsToUpdate, Protocol):
 
     @property
     def optimizer(self) -> object | None:
-        """The optimizer that takes the gradients; None if there is none, or none any more."""
+        """The optimizer that takes the gradients; None if there is none or it was deleted."""
 
     def take(self, optimizer: object, settings: dict[str, Any]) -> None:
         """Notes which optimizer takes the gradients, and its parameter group, whose `step` is saved with the rows."""

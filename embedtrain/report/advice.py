@@ -19,8 +19,8 @@ _MUCH_WORSE = 0.05
 """The same of ranks, such as recall, which are not as smooth."""
 _FALLS = ("valid_log_loss",)
 _RISES = ("similarity", "recall@", "ndcg@", "hit@", "mrr@")
-"""Held-out measures that fall and that rise as a model gets better; names, or beginnings of names. The AUC is none: of
-few distinct predictions it jumps."""
+"""Held-out measures that fall and that rise as a model gets better; names, or beginnings of names. The AUC is left
+out: with few distinct predictions it jumps."""
 
 _ANEW = (
     "Other settings than train.epochs make another run: give them with another run.path. With a larger train.epochs "

@@ -156,7 +156,7 @@ class RunFolder:
     def keep_data(
         self, facts: Mapping[str, Any], entry_path: str | None = None, leave_out: frozenset[str] = frozenset()
     ) -> None:
-        """Keeps what of its data the answers of a run need, in place of what was kept before.
+        """Keeps the prepared data that the answers of a run need, in place of what was kept before.
 
         Files that are as they should be are not written again. Nothing is kept if there is neither a fact nor a file,
         or if the files take more than `MAX_KEPT_BYTES`.
