@@ -49,6 +49,7 @@ _PRELOADED_MODULES = [
     "embedtrain.commands.evaluate",
     "embedtrain.commands.export",
     "embedtrain.commands.predict",
+    "embedtrain.recipes.loading",
     "embedtrain.recipes.word2vec.recipe",
     "embedtrain.recipes.retrieval.recipe",
     "embedtrain.recipes.ranking.recipe",
