@@ -48,6 +48,27 @@ class TextBatch:
     sample: TextSample
     num_examples: int
 
+    def split(self, num_parts: int) -> list[TextBatch]:
+        """Returns the words as so many batches of the same step, cut where no window lies on both sides."""
+        sample, num_words = self.sample, self.sample.words.numel()
+        places = torch.arange(1, max(num_words, 1))
+        is_border = (sample.stops.cummax(0).values[:-1] <= places) & (
+            sample.starts.flip(0).cummin(0).values.flip(0)[1:] >= places
+        )
+        borders = torch.cat([torch.zeros(1, dtype=torch.int64), places[is_border], torch.tensor([num_words])])
+        wanted = torch.tensor([num_words * part // num_parts for part in range(num_parts + 1)])
+        cuts = borders[torch.searchsorted(borders, wanted)].tolist()
+        parts = []
+        for number, (start, stop) in enumerate(itertools.pairwise(cuts)):
+            piece = TextSample(
+                sample.words[start:stop],
+                sample.targets[start:stop],
+                sample.starts[start:stop] - start,
+                sample.stops[start:stop] - start,
+            )
+            parts.append(TextBatch(piece, len(share_of_rank(self.num_examples, number, num_parts))))
+        return parts
+
 
 class TextBatches:
     """The batches of a rank, each a function of (seed, epoch, step): nothing to save, nothing to restore.
