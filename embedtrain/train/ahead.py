@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -81,7 +82,7 @@ class BatchesAhead:
         self._next = ((epoch, step), prepared)
 
     def _prepare(self, epoch: int, step: int) -> Prepared:
-        with stage("sample"):
+        with stage("sample"), self._apart():
             batch = self._batches.batch(epoch, step)
             first, *others = micro_batches(batch, self._accumulate_steps)
         return Prepared(self._ready(first), batch.num_examples, map(self._ready_with_rows, others))
@@ -99,11 +100,17 @@ class BatchesAhead:
             self._model.bring_rows(ready)
         return ready
 
+    def _apart(self) -> AbstractContextManager[object]:
+        """Returns the context in which preparation runs; batches may be made on the device too."""
+        if self._stream is None or self._model is None:
+            return nullcontext()
+        return torch.cuda.stream(self._stream)
+
     def _on_stream(self, model: PreparesBatches, batch: Any) -> Any:
         if self._stream is None:
             return model.prepare(batch)
         main = torch.cuda.current_stream(self._stream.device)
-        with torch.cuda.stream(self._stream):
+        with self._apart():
             prepared = model.prepare(batch)
         main.wait_stream(self._stream)
         for tensor in tensors_of(prepared):

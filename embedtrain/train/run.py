@@ -31,7 +31,7 @@ from embedtrain.train.profile import StepProfile
 from embedtrain.train.row_statistics import RowStatistics, TableStatistics
 from embedtrain.train.run_folder import PROFILE_NAME, TENSORBOARD_NAME, RunFolder
 from embedtrain.train.state import TrainState
-from embedtrain.train.step import StepOptions, step_options
+from embedtrain.train.step import StepOptions, has_bfloat16, step_options
 from embedtrain.train.task import Parts, StreamedBatches, Task
 from embedtrain.train.trainer import Trainer
 from embedtrain.train.watchdog import Watchdog
@@ -225,6 +225,11 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
         is_shared=functools.partial(is_shared, runtime=runtime),
     )
     _check_epochs(config, earlier, trainer, runtime)
+    if config.train.precision == "bfloat16" and runtime.rank == 0 and not has_bfloat16(runtime.device):
+        _logger.warning(
+            "train.precision=bfloat16: this processor has no instructions for bfloat16 (AMX or AVX-512 BF16), and "
+            "multiplies several times slower in it than in float32"
+        )
     runtime.ranks.run_on_first(functools.partial(_write_folder, folder, config, parts))
     sinks = _build_sinks(config, folder, state, parts.task) if runtime.rank == 0 else []
     observers = _build_observers(config, folder, state, parts.task, sinks, runtime)

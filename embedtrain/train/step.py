@@ -78,6 +78,16 @@ def step_options(
     )
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Returns whether a device has instructions that multiply in bfloat16; a processor without them is slower with it.
+
+    GPUs that have none are refused by `step_options`.
+    """
+    if device.type != "cpu":
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 @contextmanager
 def _products_in_tf32() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()

@@ -26,7 +26,7 @@ from embedtrain.testing.ranks import run_ranks
 from embedtrain.testing.threads import run_threads
 from embedtrain.train.checkpoints import Checkpoints, SavePolicy
 from embedtrain.train.state import TrainState
-from embedtrain.train.step import StepOptions, micro_batches, step_options, train_step
+from embedtrain.train.step import StepOptions, has_bfloat16, micro_batches, step_options, train_step
 from embedtrain.train.task import Objective, Task
 from embedtrain.train.trainer import Trainer
 from tests.distributed.test_ranking_ranks import (
@@ -332,5 +332,9 @@ def test_what_the_device_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -
         step_options(section, torch.device("cuda", 0))
     with pytest.raises(UserError, match=r"train\.precision=bfloat16 .* Tesla T4 is not"):
         step_options(replace(section, tf32=False, precision="bfloat16"), torch.device("cuda", 0))
+    for has_amx in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_amx=has_amx: has_amx)
+        assert has_bfloat16(torch.device("cpu")) == has_amx
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert step_options(section, torch.device("cuda", 0)).tf32
