@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
+from embedtrain.checkpoint.retention import Retention, num_best
 from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig, section
 from embedtrain.data.stream import STANDARD_INPUT
 from embedtrain.errors import UserError
@@ -74,11 +75,23 @@ class RowFilesConfig:
 
 
 @dataclass
+class EarlyStopConfig:
+    """Ending before the last epoch, when checkpoint.best_metric gets no better."""
+
+    patience: int | None = None
+    """After so many measurements in a row that are no improvement training ends, and the best checkpoint is kept; null
+    trains to the end."""
+    min_delta: float = 0.0
+    """By how much a measurement must be better than the last improvement to be one."""
+
+
+@dataclass
 class TrainConfig:
     """The loop."""
 
     epochs: int = 5
     """Passes over the data. A run that is resumed with more goes on, at the rates of a schedule of them all."""
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
 
 
 @dataclass
@@ -124,10 +137,10 @@ class CheckpointConfig:
     keep_every: int | None = None
     """Checkpoints stay whose step is a multiple of this."""
     keep_best: int | None = None
-    """How many of the best by best_metric stay."""
-    best_metric: str = "loss"
+    """How many of the best by best_metric stay. Held-out measurements that would be among them are saved."""
+    best_metric: str = Retention.best_metric
     """A name in metrics.jsonl; its newest value when the checkpoint is saved counts."""
-    best_mode: Literal["auto", "min", "max"] = "auto"
+    best_mode: Literal["auto", "min", "max"] = Retention.best_mode
     """Whether the smallest or the largest values of best_metric are the best; auto knows embedtrain's own measures."""
 
 
@@ -188,6 +201,7 @@ class Config:
         "log.",
         "optimizer.reset_state_from_step",
         "train.epochs",
+        "train.early_stop.",
         "table.placement",
         "table.cache_bytes",
     )
@@ -216,6 +230,8 @@ class Config:
             setting = getattr(self.checkpoint, name)
             if setting is not None and setting < 0:
                 raise UserError(f"checkpoint.{name} must be at least 0, got {setting}")
+        if self.train.early_stop.min_delta < 0:
+            raise UserError(f"train.early_stop.min_delta must be at least 0, got {self.train.early_stop.min_delta}")
         if not 0 <= self.schedule.warmup < 1:
             raise UserError(f"schedule.warmup must be a share of the run in [0, 1), got {self.schedule.warmup}")
         if self.schedule.name == "inverse_sqrt" and self.schedule.warmup == 0:
@@ -234,6 +250,11 @@ class Config:
         if self.run.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"run.device must be auto, cpu or cuda, got {self.run.device!r}")
 
+    @property
+    def num_best(self) -> int | None:
+        """How many of the best checkpoints the run keeps; None for none."""
+        return num_best(self.checkpoint.keep_best, self.train.early_stop.patience)
+
     def table_names(self) -> list[str]:
         """Returns the names of the model's tables."""
         raise NotImplementedError(f"{type(self).__name__} does not name its tables")
@@ -249,6 +270,7 @@ class Config:
 
     def _counts(self) -> Iterator[tuple[str, Any]]:
         yield "train.epochs", self.train.epochs
+        yield "train.early_stop.patience", self.train.early_stop.patience
         yield "log.every_steps", self.log.every_steps
         yield "log.rows_every_steps", self.log.rows_every_steps
         for name in ("every_steps", "keep_last", "keep_every", "keep_best", "full_every"):

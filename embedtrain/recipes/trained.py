@@ -42,7 +42,7 @@ def require_config(run_path: str) -> Config:
 
 
 def checkpoint_of(run_path: str, step: Step) -> str:
-    """Returns the path of the newest checkpoint of a run, the one of a step, or the best.
+    """Returns the path of a checkpoint of a run, and logs which it is; see `Step`.
 
     Raises:
         UserError: there is none.

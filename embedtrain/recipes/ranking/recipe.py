@@ -29,12 +29,12 @@ from embedtrain.data.sources import expand_sources, refuse_changes
 from embedtrain.data.vector_files import check_vectors
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
-from embedtrain.metrics.classification import training_measures
+from embedtrain.metrics.classification import RECORDED, TRAINED, training_measures
 from embedtrain.recipes.base import Recipe, collection_options
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer
 from embedtrain.recipes.ranking.config import ClicksConfig, RankingConfig
 from embedtrain.recipes.ranking.draft import draft
-from embedtrain.recipes.ranking.model import Ranking, measure_ranking
+from embedtrain.recipes.ranking.model import HELD_OUT, Ranking, measure_ranking
 from embedtrain.recipes.ranking.options import click_schema, feature_options, network_options, ranking_tables
 from embedtrain.recipes.ranking.packing import pack
 from embedtrain.recipes.ranking.scoring import ClickScorer
@@ -124,6 +124,7 @@ def build(config: RankingConfig, runtime: Runtime, data: ClicksOfRun) -> Parts:
         dense=build_dense_optimizer(config.dense_optimizer, model.network, model.tables),
         evaluation=_build_evaluation(config, runtime, model, data.held_out),
         summarize=training_measures,
+        measures=[*TRAINED, *(HELD_OUT + name for name in RECORDED if data.held_out is not None)],
     )
     facts = {
         "data_fingerprint": data.fingerprint,

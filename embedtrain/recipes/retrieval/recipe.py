@@ -34,6 +34,7 @@ from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError, printable
 from embedtrain.export.recommendations import Recommendation
 from embedtrain.export.vectors import FloatRows, Vectors, open_vectors
+from embedtrain.metrics.ranking import measure_names
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.recipes.base import Grow, Names, Packed, Recipe, Wanted, collection_options
 from embedtrain.recipes.layout import layout_of
@@ -155,6 +156,7 @@ def build(config: RetrievalConfig, runtime: Runtime, interactions: Interactions)
         dense=_build_dense_optimizer(config, model),
         evaluation=evaluation,
         unit="interactions",
+        measures=[] if evaluation is None else measure_names(config.evaluate.k),
         frequencies={
             USER: torch.from_numpy(interactions.users.counts),
             ITEM: torch.from_numpy(interactions.items.counts),

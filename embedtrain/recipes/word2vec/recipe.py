@@ -103,6 +103,7 @@ def build(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCorpus) -> P
         batches,
         evaluation=_build_evaluation(config, model, corpus),
         unit="words",
+        measures=[SIMILARITY] if _similarity_paths(config) else [],
         frequencies=dict.fromkeys((INPUT, OUTPUT), torch.from_numpy(corpus.vocabulary.counts)),
     )
     pretrained = {}
@@ -168,6 +169,10 @@ def _build_evaluation(config: Word2VecConfig, model: Word2Vec, corpus: PreparedC
     return Evaluation(measure, config.evaluate.every_steps, config.evaluate.every_epochs)
 
 
+SIMILARITY = "similarity"
+"""The measure of word vectors."""
+
+
 class WordSimilarity:
     """Measures how well the word vectors agree with people's scores of word pairs.
 
@@ -197,7 +202,7 @@ class WordSimilarity:
         unit = torch.nn.functional.normalize(vectors).cpu().numpy()
         found = [evaluate_similarity(unit, self._words, lines, source=path) for path, lines in self._pairs.items()]
         alive()
-        return {"similarity": sum(report.spearman for report in found) / len(found)}
+        return {SIMILARITY: sum(report.spearman for report in found) / len(found)}
 
 
 def _similarity_paths(config: Word2VecConfig) -> list[str]:
