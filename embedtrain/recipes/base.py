@@ -82,12 +82,16 @@ class Wanted:
     Attributes:
         users: raw ids; None for all users.
         top: how many items each.
-        leaves_out_known: whether to leave out the items that a user has in the training data.
+        leaves_out_known: whether to leave out the items that a user has: in the training data, or else as given here.
+        items: raw ids of items that a user has who was not in the training, in place of `users`.
+        history_path: files of users and their items, in place of `users`, in the format of the training data.
     """
 
     users: Sequence[str] | None
     top: int
     leaves_out_known: bool
+    items: Sequence[str] | None = None
+    history_path: str | None = None
 
 
 class RowScorer(Protocol):
@@ -177,6 +181,9 @@ class Recipe(Generic[ConfigT, DataT]):
         measure: collective; returns the measures of a checkpoint, given by its path, from what lies in the run folder;
             on the held-out data of a path if one is given, which none is if the model scores rows. None if the data of
             the run have to be prepared for that.
+        measure_new_users: collective; returns the measures of a checkpoint, given by its path, on users who were not in
+            the training: those of the files of a path, each known by a fraction of their items. None if the model
+            cannot.
         open: collective; opens the vectors of a checkpoint by the name of a table, None for the usual one. None if the
             vectors are rows of its tables.
         recommend: collective; yields the best items of users by a checkpoint. None if the model does not recommend.
@@ -197,6 +204,7 @@ class Recipe(Generic[ConfigT, DataT]):
     held_out: str | None = None
     grow: Grow[ConfigT, DataT] | None = None
     measure: Callable[[ConfigT, Runtime, str, str | None], Mapping[str, float]] | None = None
+    measure_new_users: Callable[[ConfigT, Runtime, str, str, float], Mapping[str, float]] | None = None
     open: Callable[[ConfigT, Runtime, str, str | None], Vectors] | None = None
     recommend: Callable[[ConfigT, Runtime, str, Wanted], Iterator[list[Recommendation]]] | None = None
     score: Callable[[ConfigT, Runtime, str], RowScorer] | None = None

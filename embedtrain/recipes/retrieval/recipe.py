@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 
@@ -29,7 +28,6 @@ from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
 from embedtrain.data.row_names import STATE_KEY, values_source, vocabulary_source, write_values
 from embedtrain.data.sources import refuse_changes
 from embedtrain.data.vector_files import check_vectors
-from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError, printable
 from embedtrain.export.recommendations import Recommendation
@@ -39,11 +37,12 @@ from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.recipes.base import Grow, Names, Packed, Recipe, Wanted, collection_options
 from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
+from embedtrain.recipes.retrieval.asking import best_items, measure_unseen
 from embedtrain.recipes.retrieval.config import RetrievalConfig, SideConfig
 from embedtrain.recipes.retrieval.draft import draft
 from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval, Scoring, Side, retrieval_table
 from embedtrain.recipes.retrieval.packing import packed_sides
-from embedtrain.recipes.retrieval.recommendation import Catalogue, all_vectors, evaluate_retrieval
+from embedtrain.recipes.retrieval.recommendation import all_vectors, evaluate_retrieval
 from embedtrain.recipes.retrieval.workload import workload
 from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import DEFAULT_OPTIMIZER, TableSpec
@@ -51,8 +50,6 @@ from embedtrain.storage import base_name
 from embedtrain.train.checkpoints import load_weights
 from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.task import Evaluation, Parts, Pretrained, Task
-
-_USERS_AT_ONCE = 1024
 
 _logger = logging.getLogger(__name__)
 
@@ -405,32 +402,19 @@ def recommend(
         wanted: which users, and how many items.
 
     Raises:
-        UserError: a user is unknown, or the run folder lacks the data that the checkpoint was trained on.
+        UserError: a user or an item is unknown, or the run folder lacks the data that the checkpoint was trained on.
     """
     with _restored(config, runtime, checkpoint) as (model, interactions, _):
-        num_users = len(interactions.users)
-        rows = np.arange(num_users) if wanted.users is None else _rows_of(wanted.users, interactions.users)
-        catalogue = Catalogue(model)
-        user_ids, item_ids = interactions.users.words, interactions.items.words
-        known = interactions.known if wanted.leaves_out_known else None
-        for start in range(0, len(rows), _USERS_AT_ONCE):
-            part = rows[start : start + _USERS_AT_ONCE]
-            best, scores = catalogue.best(part, wanted.top, known)
-            yield [
-                (user_ids[row], [item_ids[i] for i in chosen if i >= 0], worth[: sum(i >= 0 for i in chosen)])
-                for row, chosen, worth in zip(part.tolist(), best.tolist(), scores.tolist(), strict=True)
-            ]
+        yield from best_items(model, interactions, _interaction_options(config), wanted)
 
 
-def _rows_of(users: Sequence[str], names: Vocabulary) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    rows = names.rows_of(users)
-    unknown = [user for user, row in zip(users, rows.tolist(), strict=True) if row < 0]
-    if unknown:
-        raise UserError(
-            f"unknown user {unknown[0]!r}: not among the {len(names):,} users of the training data, such as "
-            f"{', '.join(map(repr, names.words[:3]))}"
-        )
-    return rows
+def measure_new_users(
+    config: RetrievalConfig, runtime: Runtime, checkpoint: str, path: str, fraction: float
+) -> dict[str, float]:
+    """Measures a checkpoint on users who were not in the training; see `measure_unseen`. Collective: every rank."""
+    options = replace(_interaction_options(config), held_out_path=path)
+    with _restored(config, runtime, checkpoint) as (model, interactions, _):
+        return measure_unseen(config, model, interactions, options, fraction)
 
 
 RECIPE = Recipe(
@@ -453,6 +437,7 @@ RECIPE = Recipe(
         write_files=_keep_data,
     ),
     measure=measure,
+    measure_new_users=measure_new_users,
     open=open_sides,
     recommend=recommend,
     pack=pack,
