@@ -178,6 +178,10 @@ class Config:
     """word2vec, retrieval, ranking, or a model that an installed package brings."""
     seed: int = 1
     """Of all random draws: first values, the order of the data, negatives."""
+    start_from: str | None = None
+    """Folder of a trained run whose rows, optimizer state and dense part this one begins with; null begins anew."""
+    start_from_grow: bool = False
+    """With start_from: whether what is new in the data gets rows; otherwise it counts as unknown."""
     run: RunConfig = field(default_factory=RunConfig)
     table: TableConfig = field(default_factory=TableConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -220,6 +224,13 @@ class Config:
             if isinstance(value, int) and not -(2**63) <= value < 2**63:
                 raise UserError(f"{key} must be below 2**63, got {value}")
         require_at_least_one(self._counts())
+        if self.start_from is None and self.start_from_grow:
+            raise UserError("start_from_grow=true gives rows to what another run did not know: give start_from too")
+        if self.start_from is not None and self.start_from.rstrip("/") in ("", self.run.path.rstrip("/")):
+            raise UserError(
+                f"start_from={self.start_from} must be the folder of another run, and run.path a new one, got "
+                f"run.path={self.run.path}"
+            )
         self.table.check()
         if not self.run.path.strip("/"):
             raise UserError(f"run.path must name a folder, such as runs/x, got {self.run.path!r}")

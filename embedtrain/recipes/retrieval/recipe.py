@@ -25,7 +25,7 @@ from embedtrain.data.interactions import (
 )
 from embedtrain.data.readers import Layout, suffixes_of
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
-from embedtrain.data.row_names import STATE_KEY, values_source, vocabulary_source, write_values
+from embedtrain.data.row_names import STATE_KEY, values_file, values_source, vocabulary_source, write_values
 from embedtrain.data.sources import refuse_changes
 from embedtrain.data.vector_files import check_vectors
 from embedtrain.distributed.runtime import Runtime
@@ -34,7 +34,7 @@ from embedtrain.export.recommendations import Recommendation
 from embedtrain.export.vectors import FloatRows, Vectors, open_vectors
 from embedtrain.metrics.ranking import measure_names
 from embedtrain.optim.dense import DenseOptimizer
-from embedtrain.recipes.base import Grow, Names, Packed, Recipe, Wanted, collection_options
+from embedtrain.recipes.base import Grow, Packed, Recipe, Wanted, base_file, collection_options, takes_new_names
 from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
 from embedtrain.recipes.retrieval.asking import best_items, measure_unseen
@@ -117,8 +117,9 @@ def _interaction_options(config: RetrievalConfig) -> InteractionOptions:
         user_column=config.data.user_column,
         item_column=config.data.item_column,
         held_out_path=config.evaluate.path,
-        users=_side_options(config.users, "users"),
-        items=_side_options(config.items, "items"),
+        users=_side_options(config, config.users, "users"),
+        items=_side_options(config, config.items, "items"),
+        takes_new=takes_new_names(config),
     )
 
 
@@ -190,7 +191,7 @@ def _build_dense_optimizer(config: RetrievalConfig, model: Retrieval) -> DenseOp
     return build_dense_optimizer(config.dense_optimizer, model.dense, model.tables)
 
 
-def _side_options(section: SideConfig, key: str) -> SideOptions:
+def _side_options(config: RetrievalConfig, section: SideConfig, key: str) -> SideOptions:
     separators = {name: feature.separator for name, feature in section.features.items()}
     return SideOptions(
         path=section.path,
@@ -198,8 +199,13 @@ def _side_options(section: SideConfig, key: str) -> SideOptions:
         layout=layout_of(section, key),
         id_column=section.id_column,
         separators=separators,
-        base_vocabulary=section.base_vocabulary,
+        base_vocabulary=base_file(config, f"{key}.tsv") or section.base_vocabulary,
+        base_categories={name: url for name in separators if (url := _base_values(config, f"{key[:-1]}.{name}"))},
     )
+
+
+def _base_values(config: RetrievalConfig, table: str) -> str | None:
+    return base_file(config, values_file(table))
 
 
 def _build_model(config: RetrievalConfig, runtime: Runtime, interactions: Interactions) -> Retrieval:
@@ -275,19 +281,17 @@ def _heads(config: RetrievalConfig) -> dict[str, tuple[str, Layout]]:
     return dict.fromkeys(("data.path", "evaluate.path"), (config.data.format, layout_of(config.data, "data")))
 
 
-def _id_tables(config: RetrievalConfig, interactions: Interactions) -> list[TableSpec]:
+def _tables(config: RetrievalConfig, interactions: Interactions) -> list[TableSpec]:
     dtype, optimizers = getattr(torch, config.table.dtype), optimizer_names(config.optimizer)
+    similarity, sizes = config.retrieval.similarity, _sizes(interactions).num_rows
     return [
-        retrieval_table(
-            name,
-            len(names),
-            config.table.dim,
-            dtype,
-            config.retrieval.similarity,
-            optimizers.get(name, DEFAULT_OPTIMIZER),
-        )
-        for name, names in ((USER, interactions.users), (ITEM, interactions.items))
+        retrieval_table(name, rows, config.table.dim, dtype, similarity, optimizers.get(name, DEFAULT_OPTIMIZER))
+        for name, rows in sizes.items()
     ]
+
+
+def _feature_tables(config: RetrievalConfig) -> list[str]:
+    return [table for table in config.table_names() if table not in (USER, ITEM)]
 
 
 @contextmanager
@@ -427,14 +431,11 @@ RECIPE = Recipe(
     draft=draft,
     held_out="evaluate.path",
     grow=Grow(
-        names=[
-            Names(USERS_NAME, (USER,), base_key="users.base_vocabulary", init_key="users.init_from"),
-            Names(ITEMS_NAME, (ITEM,), base_key="items.base_vocabulary", init_key="items.init_from"),
-        ],
-        vocabularies=lambda interactions: [interactions.users, interactions.items],
-        tables=_id_tables,
-        facts=_facts,
-        write_files=_keep_data,
+        base_files=lambda config: [USERS_NAME, ITEMS_NAME, *map(values_file, _feature_tables(config))],
+        tables=_tables,
+        facts=lambda config, interactions: _facts(interactions),
+        write_files=lambda config, interactions, folder: _write_files(interactions, folder),
+        lasting=("users.hidden ", "items.hidden ", "users.features", "items.features", "retrieval.similarity "),
     ),
     measure=measure,
     measure_new_users=measure_new_users,
