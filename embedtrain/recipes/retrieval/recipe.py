@@ -295,7 +295,7 @@ def _feature_tables(config: RetrievalConfig) -> list[str]:
 
 
 @contextmanager
-def _restored(
+def restored(
     config: RetrievalConfig, runtime: Runtime, checkpoint: str
 ) -> Iterator[tuple[Retrieval, Interactions, int]]:
     """Yields the model of a checkpoint, its data and its step. Collective: every rank.
@@ -349,7 +349,7 @@ def measure(
         UserError: the run folder lacks the data, or they are not those that the checkpoint was trained on; or the files
             cannot be used.
     """
-    with _restored(config, runtime, checkpoint) as (model, interactions, _):
+    with restored(config, runtime, checkpoint) as (model, interactions, _):
         bags = interactions.held_out
         if held_out is not None:
             options = replace(_interaction_options(config), held_out_path=held_out)
@@ -372,7 +372,7 @@ def open_sides(config: RetrievalConfig, runtime: Runtime, checkpoint: str, table
     side = table or ITEM
     if side not in (USER, ITEM):
         return open_vectors(config.run.path, side, step_of(base_name(checkpoint)))
-    with _restored(config, runtime, checkpoint) as (model, interactions, step):
+    with restored(config, runtime, checkpoint) as (model, interactions, step):
         names = interactions.items if side == ITEM else interactions.users
         rows: FloatRows = all_vectors(model, side).numpy()
     return Vectors(
@@ -390,7 +390,7 @@ def open_sides(config: RetrievalConfig, runtime: Runtime, checkpoint: str, table
 @contextmanager
 def pack(config: RetrievalConfig, runtime: Runtime, checkpoint: str) -> Iterator[Packed]:
     """Yields the vectors of a checkpoint and the raw ids that they belong to; see `Recipe.pack`."""
-    with _restored(config, runtime, checkpoint) as (model, interactions, step):
+    with restored(config, runtime, checkpoint) as (model, interactions, step):
         yield packed_sides(model, interactions, step)
 
 
@@ -408,7 +408,7 @@ def recommend(
     Raises:
         UserError: a user or an item is unknown, or the run folder lacks the data that the checkpoint was trained on.
     """
-    with _restored(config, runtime, checkpoint) as (model, interactions, _):
+    with restored(config, runtime, checkpoint) as (model, interactions, _):
         yield from best_items(model, interactions, _interaction_options(config), wanted)
 
 
@@ -417,7 +417,7 @@ def measure_new_users(
 ) -> dict[str, float]:
     """Measures a checkpoint on users who were not in the training; see `measure_unseen`. Collective: every rank."""
     options = replace(_interaction_options(config), held_out_path=path)
-    with _restored(config, runtime, checkpoint) as (model, interactions, _):
+    with restored(config, runtime, checkpoint) as (model, interactions, _):
         return measure_unseen(config, model, interactions, options, fraction)
 
 
