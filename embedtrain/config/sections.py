@@ -158,6 +158,16 @@ class LogConfig:
 
 
 @dataclass
+class PublishConfig:
+    """Publication while the run trains."""
+
+    to: str | None = None
+    """URL of a folder or of Redis that gets what changed, as `embedtrain publish --to` has it; null for none."""
+    every_seconds: float = 600.0
+    """Seconds between two publications of the newest checkpoint; the end of a run is published too."""
+
+
+@dataclass
 class Config:
     """What defines a run of any model; each model's own configuration adds its sections."""
 
@@ -173,6 +183,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
 
     MEANT: ClassVar[Mapping[str, str]] = {
         "learning_rate": "optimizer.lr",
@@ -186,6 +197,7 @@ class Config:
         "checkpoint.",
         "resume.",
         "log.",
+        "publish.",
         "optimizer.reset_state_from_step",
         "train.epochs",
         "table.placement",
@@ -246,6 +258,7 @@ class Config:
     def _seconds(self) -> Iterator[tuple[str, float | None]]:
         yield "run.timeout_seconds", self.run.timeout_seconds
         yield "checkpoint.every_seconds", self.checkpoint.every_seconds
+        yield "publish.every_seconds", self.publish.every_seconds
 
     def _counts(self) -> Iterator[tuple[str, Any]]:
         yield "train.epochs", self.train.epochs

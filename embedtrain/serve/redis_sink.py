@@ -105,6 +105,7 @@ class RedisSink:
         self._head: Mapping[str, Any] | None = None
         self._number = 0
         self._num_files = 0
+        self._has_locked = False
 
     def newest(self) -> Mapping[str, Any] | None:
         """See `Sink`."""
@@ -194,8 +195,9 @@ class RedisSink:
 
     def close(self) -> None:
         """See `Sink`."""
-        with suppress(self._error):
-            self._scripts["unlock"](keys=[self._key("lock")], args=[self._token])
+        if self._has_locked:
+            with suppress(self._error):
+                self._scripts["unlock"](keys=[self._key("lock")], args=[self._token])
         self._redis.close()
 
     def _key(self, name: str) -> str:
@@ -210,6 +212,7 @@ class RedisSink:
 
     def _lock(self) -> None:
         """Waits until no other publisher is at work, for as long as a killed one is taken for alive."""
+        self._has_locked = True
         until = time.monotonic() + LOCK_SECONDS + 1
         while not self._redis.set(self._key("lock"), self._token, nx=True, px=round(1000 * LOCK_SECONDS)):
             if time.monotonic() > until:

@@ -28,6 +28,7 @@ from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
 from embedtrain.train.interrupt import EXIT_PREEMPTED
 from embedtrain.train.lock import RunLock
 from embedtrain.train.profile import StepProfile
+from embedtrain.train.publisher import Publisher
 from embedtrain.train.row_statistics import RowStatistics, TableStatistics
 from embedtrain.train.run_folder import PROFILE_NAME, TENSORBOARD_NAME, RunFolder
 from embedtrain.train.state import TrainState
@@ -134,6 +135,9 @@ def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_prof
     with ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
         observers = list(run.observers)
+        publisher = _publisher(config, run.folder) if runtime.rank == 0 else None
+        if publisher is not None:
+            observers.append(publisher.step)
         if is_profiled:
             observers.append(stack.enter_context(_profile(run.folder, runtime.rank)).step)
 
@@ -150,6 +154,8 @@ def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_prof
         )
     for sink in run.sinks:
         sink.close()
+    if publisher is not None and is_complete:
+        publisher.finish()
     status = 0 if is_complete else EXIT_PREEMPTED
     if runtime.rank == 0:
         run.folder.write_status("done" if is_complete else "preempted", status, step=state.step)
@@ -169,6 +175,11 @@ def begin_verification(unverified: Unverified, timeout_seconds: float, ranks: Ra
     """
     patience = min(_VERIFICATION_SECONDS, timeout_seconds / 2)
     return ranks.run_on_each(lambda: Verification(unverified, patience) if ranks.rank == 0 and unverified else None)
+
+
+def _publisher(config: Config, folder: RunFolder) -> Publisher | None:
+    settings = config.publish
+    return None if settings.to is None else Publisher(folder.path, settings.to, settings.every_seconds)
 
 
 def _profile(folder: RunFolder, rank: int) -> StepProfile:
