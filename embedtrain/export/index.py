@@ -27,7 +27,8 @@ _NUM_VISITED = 96
 _LIST_ROWS = 40
 _SEARCHED_SHARE = 64
 _BITS = 8
-_TRAINED_ROWS = 1 << 18
+_TRAINED_ROWS = 1 << 17
+_ROUNDS = 10
 _QUERIES = 256
 _K = 20
 _MORE = 4
@@ -221,11 +222,12 @@ def _empty_index(faiss: Any, kind: IndexKind, num_rows: int, sample: FloatRows) 
         graph = faiss.IndexHNSWFlat(dim, _NUM_LINKS, faiss.METRIC_INNER_PRODUCT)
         graph.hnsw.efConstruction, graph.hnsw.efSearch = _NUM_BUILT_FROM, _NUM_VISITED
         return graph
-    num_lists = max(1, min(int(4 * num_rows**0.5), len(sample) // _LIST_ROWS))
+    num_lists = max(1, min(int(2 * num_rows**0.5), len(sample) // _LIST_ROWS))
     num_parts = dim // 2 if dim % 2 == 0 else dim
     lists = faiss.IndexFlatIP(dim)
     index = faiss.IndexIVFPQ(lists, dim, num_lists, num_parts, _BITS, faiss.METRIC_INNER_PRODUCT)
     index.cp.spherical = True
+    index.cp.niter = index.pq.cp.niter = _ROUNDS
     # Few vectors are no mistake, which faiss warns of.
     index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1
     # It wants as many vectors as a code has values; fewer ones are given several times.
