@@ -153,6 +153,10 @@ class LogConfig:
     """Steps between two records of the loss, the speed and the like."""
     tensorboard: bool = True
     """Also write scalars for TensorBoard into the run folder, if that is local."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the same numbers; null for none."""
+    mlflow: str | None = None
+    """Experiment of MLflow that gets them; null for none."""
     rows_every_steps: int | None = 1000
     """How often TensorBoard gets the rows' effective learning rates and the growth of the optimizer's state."""
 

@@ -22,6 +22,7 @@ from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.init_from import init_from
 from embedtrain.errors import UserError, counted, printable
 from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, TensorBoardSink
+from embedtrain.metrics.trackers import MlflowSink, WandbSink, require_tracker
 from embedtrain.optim.schedule import schedule_factor
 from embedtrain.storage import local_path
 from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
@@ -69,8 +70,11 @@ def check_run_folder(config: Config) -> RunFolder:
     """Returns the run folder, after making sure that what lies in it belongs to this configuration.
 
     Raises:
-        UserError: the folder holds checkpoints of a run with other settings.
+        UserError: the folder holds checkpoints of a run with other settings, or a tracker is not installed.
     """
+    for package in ("wandb", "mlflow"):
+        if getattr(config.log, package) is not None:
+            require_tracker(f"log.{package}", package)
     folder = RunFolder(config.run.path)
     folder.require_writable_names()
     earlier = folder.read_config()
@@ -341,6 +345,11 @@ def _build_sinks(config: Config, folder: RunFolder, state: TrainState, task: Tas
         best = config.checkpoint.best_metric
         board.log_settings(settings_of(config), ["loss"] if best in (None, "loss") else ["loss", best])
         sinks.append(board)
+    path = local_path(folder.path) or folder.path
+    if config.log.wandb is not None:
+        sinks.append(WandbSink(config.log.wandb, path, settings_of(config)))
+    if config.log.mlflow is not None:
+        sinks.append(MlflowSink(config.log.mlflow, path, settings_of(config)))
     return sinks
 
 
