@@ -32,6 +32,7 @@ INDEX_KINDS = ("flat", "ivfpq", "hnsw")
 SIMILARITIES = ("cosine", "dot")
 _OPTIONS = {
     "dtype": (PACKAGE, "the tables of a package"),
+    "onnx": (PACKAGE, "the network of a package"),
     "kind": (INDEX, "an index"),
     "similarity": (INDEX, "an index"),
 }
@@ -54,6 +55,7 @@ _OPTIONS = {
     help="New file; for projector and package a folder.",
 )
 @click.option("--dtype", type=click.Choice(TABLE_DTYPES), help="Of a package's tables.  [default: float32]")
+@click.option("--onnx", is_flag=True, default=None, help="Write a package's network as ONNX too.")
 @click.option("--kind", type=click.Choice(INDEX_KINDS), help="Of a faiss index.  [default: hnsw]")
 @click.option("--similarity", type=click.Choice(SIMILARITIES), help="Of a faiss index.  [default: cosine]")
 @click.option("--max-rows", type=int, metavar="N", help="Only the N most frequent words.")
@@ -74,7 +76,7 @@ def export(
     if format_name == PACKAGE:
         if unused := given_options("table", "max_rows"):
             raise UserError(f"{', '.join(unused)}: a package holds the whole model")
-        return _export_package(path, step, output, options["dtype"] or "float32", overwrite=overwrite)
+        return _export_package(path, step, output, options["dtype"], bool(options["onnx"]), overwrite=overwrite)
     from embedtrain.distributed.runtime import init_distributed
     from embedtrain.export import export_vectors
     from embedtrain.recipes.trained import open_run_vectors
@@ -102,10 +104,13 @@ def _export_index(vectors: Vectors, output: str, kind: IndexKind, similarity: Si
     return EXIT_DONE
 
 
-def _export_package(path: str, step: Step, output: str, dtype: TableDtype, *, overwrite: bool) -> int:
+def _export_package(
+    path: str, step: Step, output: str, dtype: TableDtype | None, has_onnx: bool, *, overwrite: bool
+) -> int:
     from embedtrain.distributed.runtime import init_distributed
     from embedtrain.serve.opening import pack_run
 
-    pack_run(path, step, output, init_distributed(device="cpu"), dtype=dtype, overwrite=overwrite)
+    runtime = init_distributed(device="cpu")
+    pack_run(path, step, output, runtime, dtype=dtype or "float32", has_onnx=has_onnx, overwrite=overwrite)
     tell(output)
     return EXIT_DONE
