@@ -108,10 +108,14 @@ def file_system_of(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Returns the file system of a path or URL, and its name there.
 
     `::` chains file systems, unless a local file or folder has this very name, or a glob matches one.
+
+    Raises:
+        UserError: the URL's protocol is unknown, or its package is not installed.
     """
     if "::" in path and (os.path.lexists(path) or (glob.has_magic(path) and any(glob.iglob(path, recursive=True)))):
         return LocalFileSystem(), os.path.abspath(path)
-    fs, root = fsspec.core.url_to_fs(path)
+    with explained_path(path):
+        fs, root = fsspec.core.url_to_fs(path)
     return fs, str(root)
 
 

@@ -15,7 +15,7 @@ from fsspec import AbstractFileSystem
 
 from embedtrain.data.readers.blocks import BYTE_ORDER_MARK, MARK_WITHIN, MAX_RECORD_BYTES, UTF16_MARKS, open_unpacked
 from embedtrain.data.readers.quotes import Quoting, find_line_ends, find_spans, open_test
-from embedtrain.data.sources import explained_path, file_system_of, is_hidden, source_at
+from embedtrain.data.sources import file_system_of, is_hidden, source_at
 from embedtrain.errors import UserError
 from embedtrain.schema import Count
 
@@ -187,8 +187,7 @@ class LineStream:
                 _split(_read_descriptor(self._standard_input), self._path_of(STANDARD_INPUT)), STANDARD_INPUT
             )
             return
-        with explained_path(self._path):
-            file_system, root = file_system_of(self._path)
+        file_system, root = file_system_of(self._path)
         file_system.invalidate_cache()
         if file_system.isfile(root):
             folder, _, only = root.rpartition("/")

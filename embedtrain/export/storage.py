@@ -7,24 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, BinaryIO
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from embedtrain.data.codecs import codec_of_name, without_compression
+from embedtrain.data.sources import file_system_of
 from embedtrain.errors import UserError
-
-
-def file_system_of(path: str) -> tuple[Any, str]:
-    """Returns the fsspec file system of a path or URL, and the path inside it.
-
-    Raises:
-        UserError: the URL's protocol is unknown, or its package is not installed.
-    """
-    try:
-        file_system, inner_path = fsspec.core.url_to_fs(path)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"cannot open {path!r}: {error}") from error
-    return file_system, inner_path
 
 
 def refuse_packed_name(path: str, format: str) -> None:

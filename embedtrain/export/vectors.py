@@ -15,8 +15,8 @@ import torch
 from embedtrain.checkpoint import CheckpointReader, choose_checkpoint
 from embedtrain.checkpoint.choice import Step
 from embedtrain.data.row_names import read_row_names, read_table_facts
+from embedtrain.data.sources import file_system_of
 from embedtrain.errors import UserError
-from embedtrain.export.storage import file_system_of
 from embedtrain.sharding.layout import read_layout
 
 FloatRows = npt.NDArray[np.float32]

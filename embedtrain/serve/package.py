@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from embedtrain import storage
+from embedtrain.data.sources import file_system_of
 from embedtrain.data.token_hash import text_bytes, text_hashes
 from embedtrain.errors import UserError
-from embedtrain.export.storage import file_system_of, new_files
+from embedtrain.export.storage import new_files
 from embedtrain.recipes.base import NETWORK_NAME, Packed, PackedTable
 from embedtrain.serve import scorer
 

@@ -37,8 +37,22 @@ _PRELOADED_MODULES = [
     "torch.distributed.run",
     "pyarrow.parquet",
     "pytest",
+    "torch.distributed.tensor",
+    "torch.utils.tensorboard.summary",
     "embedtrain",
     "embedtrain.cli",
+    # The command line imports a command when it runs it, and the registry a recipe.
+    "embedtrain.commands.job",
+    "embedtrain.commands.dry_run",
+    "embedtrain.commands.train",
+    "embedtrain.train.run",
+    "embedtrain.commands.evaluate",
+    "embedtrain.commands.export",
+    "embedtrain.commands.predict",
+    "embedtrain.recipes.loading",
+    "embedtrain.recipes.word2vec.recipe",
+    "embedtrain.recipes.retrieval.recipe",
+    "embedtrain.recipes.ranking.recipe",
     "embedtrain.testing.ranks",
 ]
 

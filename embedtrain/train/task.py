@@ -36,6 +36,14 @@ class Objective:
 Model = Callable[[Any], Objective]
 
 
+@runtime_checkable
+class DivisibleBatch(Protocol):
+    """A batch that can be trained on in parts, one after the other, as `train.accumulate_steps` asks for."""
+
+    def split(self, num_parts: int) -> Sequence[Any]:
+        """Returns so many batches, of which some may be empty. Their losses add up to the loss of the whole batch."""
+
+
 class Batches(Protocol):
     """Batches as functions of epoch and step: nothing to save, nothing to restore."""
 

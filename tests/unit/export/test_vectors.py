@@ -105,7 +105,7 @@ def test_missing_run_folder(tmp_path: Path):
 
 
 def test_unknown_protocol():
-    with pytest.raises(UserError, match="cannot open 'nosuch://bucket/run'"):
+    with pytest.raises(UserError, match="nosuch://bucket/run: Protocol not known"):
         open_vectors("nosuch://bucket/run")
 
 
