@@ -91,8 +91,10 @@ def recommend(
 def _require_one(users: Sequence[str], all_users: bool, asked: Mapping[str, Any]) -> None:
     """Refuses a line that does not say in one way who is meant."""
     options = {f"--{name}": asked[name] is not None for name in ("items", "history", "features")}
-    given = [way for way, is_given in {", ".join(users): users, "--all": all_users, **options}.items() if is_given]
+    given = [way for way, is_given in {"--all": all_users, **options, ", ".join(users): users}.items() if is_given]
     if len(given) > 1:
-        raise UserError(f"expected the ids of users, {', '.join(options)} or --all, got {' and '.join(given)}")
+        raise UserError(
+            f"expected the ids of users or --all, or one of {', '.join(options)}, got {' and '.join(given)}"
+        )
     if not given:
         raise UserError("expected the ids of users, --items IDS, --history FILE, or --all with --output FILE")

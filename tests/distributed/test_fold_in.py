@@ -105,7 +105,7 @@ def test_strong_generalisation_is_measured(
         (["recommend", "RUN", "--items", "i00,x9"], "unknown item 'x9': not among the 24 items of the training data"),
         (["recommend", "RUN", "--items", "i00,i00"], "expected different names between commas"),
         (["recommend", "RUN", "--history", "unknown.txt"], "none of its items is among the 24 items of the training"),
-        (["recommend", "RUN", "u1", "--items", "i00"], "--items, --history, --features or --all, got u1 and --items"),
+        (["recommend", "RUN", "u1", "--items", "i00"], "or one of --items, --history, --features, got --items and u1"),
         (
             ["recommend", "RUN", "--features", "x.csv"],
             "the users of this run have no features: give --items or --history",
