@@ -242,9 +242,7 @@ def _write(options: InteractionOptions, listed: _Listed, path: str) -> None:
         vocabularies.append(vocabulary)
         rows.append(column_rows)
     users, items = vocabularies
-    has_rows = (rows[0] >= 0) & (rows[1] >= 0)
-    if not has_rows.any():
-        raise UserError(f"{options.path}: no interaction is of a user and an item that have rows already")
+    has_rows = _have_rows(rows[0], rows[1], options)
     known = _distinct_pairs(rows[0][has_rows], rows[1][has_rows], len(users), len(items))
     num_repeated = int(has_rows.sum()) - len(known.values)
     counted = [np.bincount(known.rows(), minlength=len(users)), np.bincount(known.values, minlength=len(items))]
@@ -286,6 +284,14 @@ def _write(options: InteractionOptions, listed: _Listed, path: str) -> None:
     }
     with open(os.path.join(path, META_NAME), "w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1, default=list)
+
+
+def _have_rows(users: NDArray[np.int64], items: NDArray[np.int64], options: InteractionOptions) -> NDArray[np.bool_]:
+    """Returns which interactions are of a user and an item with a row: all, unless new ones get none."""
+    has_rows: NDArray[np.bool_] = (users >= 0) & (items >= 0)
+    if not has_rows.any():
+        raise UserError(f"{options.path}: no interaction is of a user and an item that have rows already")
+    return has_rows
 
 
 def read_pairs(
@@ -445,7 +451,7 @@ def _read_features(
     left_out[f"{side}_without_features"] = len(vocabulary) - len(described)
     found = []
     for place, name in enumerate(names, start=1):
-        cells = [_categories(batch[place], options.separators[name]) for batch in batches]
+        cells = [split_categories(batch[place], options.separators[name]) for batch in batches]
         lengths = np.concatenate([lengths for lengths, _ in cells])
         if not lengths.any():
             raise UserError(f"{urls}: no row has a value in column {name!r}: leave out {side}.features.{name}")
@@ -466,7 +472,7 @@ def _base_of(path: str | None) -> Vocabulary | None:
     return Vocabulary(values["value"].to_pylist(), np.asarray(values["count"], np.int64))
 
 
-def _categories(column: pa.Array, separator: str | None) -> tuple[NDArray[np.int64], pa.Array]:
+def split_categories(column: pa.Array, separator: str | None) -> tuple[NDArray[np.int64], pa.Array]:
     """Returns how many categories each cell has, and all of them; an empty cell has none."""
     if pa.types.is_large_string(column.type):
         if separator is None:
