@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,14 @@ from embedtrain.data.prepare import CorpusOptions, prepare_corpus
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
 from embedtrain.data.skipgram import SamplingOptions, TextBatches
 from embedtrain.distributed.ranks import ONE_PROCESS
+from embedtrain.metrics.sinks import MetricSink
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.recipes.ranking.model import NetworkOptions, Ranking
 from embedtrain.recipes.retrieval.model import Retrieval, Scoring, Side
 from embedtrain.recipes.word2vec.model import Word2Vec
-from embedtrain.train.ahead import BatchesAhead
 from embedtrain.train.checkpoints import Checkpoints, SavePolicy
 from embedtrain.train.state import TrainState
-from embedtrain.train.step import DEFAULT_OPTIONS, StepOptions, train_step
+from embedtrain.train.step import DEFAULT_OPTIONS, StepOptions
 from embedtrain.train.task import Task
 from embedtrain.train.trainer import Trainer
 
@@ -141,25 +141,75 @@ def _task(
     return Task(model, model.tables, optimizer, batches, dense=dense_optimizer)
 
 
-def stepper(task: Task, options: StepOptions = DEFAULT_OPTIONS) -> Callable[[], Tensor]:
-    """Returns what makes the next step as `train` does, with the step after it prepared, and returns the loss."""
-    ahead, number = BatchesAhead(task), iter(range(1 << 40))
-    task.optimizer.looks_later = task.tables.device.type == "cuda" and task.dense is None
-    steps = task.batches.steps_per_epoch  # type: ignore[union-attr]
+class Stopped(Exception):
+    """Ends a run in its middle."""
 
-    def step() -> Tensor:
-        now = next(number)
-        prepared = ahead.take(*divmod(now, steps))
 
-        def meanwhile() -> None:
-            ahead.prepare_next(*divmod(now + 1, steps))
+class Losses:
+    """A sink of metrics that keeps the losses."""
 
-        objective = train_step(
-            task.model, task.optimizer, prepared.batch, task.dense, meanwhile=meanwhile, options=options
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def log(self, record: Mapping[str, float | int | str]) -> None:
+        """Keeps the loss of a record."""
+        self.values.append(float(record["loss"]))
+
+    def flush(self) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+class Run:
+    """A run as `train` makes it, a number of steps at a time.
+
+    Args:
+        task: what to train.
+        path: folder of its checkpoints; it goes on where the newest one is.
+        options: of the steps.
+        save_every: steps between two saves, in the background; None for no save.
+    """
+
+    def __init__(
+        self, task: Task, path: str, options: StepOptions = DEFAULT_OPTIONS, save_every: int | None = None
+    ) -> None:
+        self._task, self._state = task, TrainState()
+        policy, facts = SavePolicy(save_every, None, SaveOptions("async")), {"data_fingerprint": "generated"}
+        self._checkpoints = Checkpoints(path, task, self._state, facts=facts, policy=policy, ranks=ONE_PROCESS)
+        self._checkpoints.restore()
+        self._trainer = Trainer(
+            task,
+            self._state,
+            epochs=1 << 20,
+            schedule=lambda done: 1.0,
+            checkpoints=self._checkpoints,
+            ranks=ONE_PROCESS,
+            options=options,
         )
-        return objective.total / max(objective.num_predictions, 1)
 
-    return step
+    def train_to(self, last: int, sinks: Sequence[MetricSink] = ()) -> float:
+        """Makes the steps up to a number; returns the seconds of the longest one.
+
+        If there are sinks, each of these steps is logged, which is done when the one after it begins: one more is made.
+        """
+        ended = [time.perf_counter()]
+
+        def stop() -> None:
+            ended.append(time.perf_counter())
+            if self._state.step == last + bool(sinks):
+                raise Stopped
+
+        try:
+            self._trainer.run(sinks, 1 if sinks else 1 << 30, on_step=stop)
+        except Stopped:
+            self._checkpoints.settle()
+        return float(np.diff(ended)[1:].max(initial=0.0))
+
+    def train(self, count: int) -> None:
+        """Makes so many further steps."""
+        self.train_to(self._state.step + count)
 
 
 def results(task: Task) -> dict[str, Tensor]:
@@ -175,9 +225,9 @@ def steps(device: torch.device, size: Size, folder: str) -> None:
     for model in MODELS:
         losses, trained = [], []
         for place in (device, torch.device("cpu")):
-            task = make_task(model, size, place, folder)
-            step = stepper(task)
-            losses.append(torch.stack([step().cpu().double() for _ in range(3)]))
+            task, sink = make_task(model, size, place, folder), Losses()
+            Run(task, tempfile.mkdtemp(dir=folder)).train_to(3, [sink])
+            losses.append(torch.tensor(sink.values))
             trained.append(results(task))
         apart = max(float((trained[0][name] - value).abs().max()) for name, value in trained[1].items())
         print(
@@ -197,13 +247,11 @@ def loop(device: torch.device, size: Size, folder: str) -> None:
     runs = [(model, "", StepOptions()) for model in MODELS]
     runs += [(model, f" in {name}", options) for model in MODELS[3:] for name, options in faster.items()]
     for model, how, options in runs:
-        task = make_task(model, size, device, folder)
-        step = stepper(task, options)
-        for _ in range(min(10, size.steps)):
-            step()
-        waits = count_waits(step, device)
-        idle = idle_share(step, device)
-        seconds = time_steps(step, size.steps, device)
+        run = Run(make_task(model, size, device, folder), tempfile.mkdtemp(dir=folder), options)
+        run.train(min(10, size.steps))
+        waits = count_waits(run, device)
+        idle = idle_share(run, device)
+        seconds = time_steps(run, size.steps, device)
         of_step = size.words if model in ("word2vec", "cbow") else size.examples
         memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0
         print(
@@ -212,12 +260,11 @@ def loop(device: torch.device, size: Size, folder: str) -> None:
         )
 
 
-def time_steps(step: Callable[[], Tensor], count: int, device: torch.device) -> float:
+def time_steps(run: Run, count: int, device: torch.device) -> float:
     """Returns the seconds of a step, the mean over several that follow each other as in training."""
     synchronize(device)
     began = time.perf_counter()
-    for _ in range(count):
-        step()
+    run.train(count)
     synchronize(device)
     return (time.perf_counter() - began) / count
 
@@ -228,7 +275,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def count_waits(step: Callable[[], Tensor], device: torch.device, count: int = 5) -> str:
+def count_waits(run: Run, device: torch.device, count: int = 8) -> str:
     """Returns how often the host waits for the device in a step: by torch's own warnings, and by waits for events."""
     if device.type != "cuda":
         return "-"
@@ -243,8 +290,7 @@ def count_waits(step: Callable[[], Tensor], device: torch.device, count: int = 5
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            for _ in range(count):
-                step()
+            run.train(count)
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.Event.synchronize = wait  # type: ignore[method-assign]
@@ -252,13 +298,12 @@ def count_waits(step: Callable[[], Tensor], device: torch.device, count: int = 5
     return f"{synchronizing / count:.1f}, and {events[0] / count:.1f} for events"
 
 
-def idle_share(step: Callable[[], Tensor], device: torch.device, count: int = 20) -> str:
+def idle_share(run: Run, device: torch.device, count: int = 24) -> str:
     """Returns the share of the time of some steps in which no kernel and no copy ran."""
     if device.type != "cuda":
         return "-"
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(count):
-            step()
+        run.train(count)
         synchronize(device)
     spans = sorted(
         (event.time_range.start, event.time_range.end)
@@ -378,45 +423,17 @@ def resume(device: torch.device, size: Size, folder: str) -> None:
         ("word2vec", "host"),
     ):
         work = tempfile.mkdtemp(dir=folder)
-        whole, slowest = train_to(8, make_task(model, size, device, work, placement), f"{work}/whole")
-        train_to(5, make_task(model, size, device, work, placement), f"{work}/stopped")
-        resumed, _ = train_to(8, make_task(model, size, device, work, placement), f"{work}/stopped")
+        trained = []
+        # Saves follow steps 3 and 6: the second run is stopped after one, and the third goes on from there.
+        for name, last in (("whole", 8), ("stopped", 5), ("stopped", 8)):
+            task = make_task(model, size, device, work, placement)
+            longest = Run(task, f"{work}/{name}", save_every=3).train_to(last)
+            trained.append(results(task))
+        whole, _, resumed = trained
         differing = [name for name, value in whole.items() if not torch.equal(value, resumed[name])]
         same = "no" if differing else "yes"
-        print(f"| {model} | {placement} | {same} | {slowest * 1e3:.1f} |", flush=True)
+        print(f"| {model} | {placement} | {same} | {longest * 1e3:.1f} |", flush=True)
         assert not differing, f"{model}, rows on the {placement}: {differing} differ after a resume"
-
-
-class Stopped(Exception):
-    """Ends a run in its middle."""
-
-
-def train_to(last: int, task: Task, path: str) -> tuple[dict[str, Tensor], float]:
-    """Trains to a step, or goes on to it, and saves every third; returns what was trained, and the longest step."""
-    state, policy = TrainState(), SavePolicy(3, None, SaveOptions("async"))
-    facts = {"data_fingerprint": "generated"}
-    checkpoints = Checkpoints(path, task, state, facts=facts, policy=policy, ranks=ONE_PROCESS)
-    checkpoints.restore()
-    trainer = Trainer(
-        task,
-        state,
-        epochs=1 << 20,
-        schedule=lambda done: 1.0,
-        checkpoints=checkpoints,
-        ranks=ONE_PROCESS,
-    )
-    ended = [time.perf_counter()]
-
-    def stop() -> None:
-        ended.append(time.perf_counter())
-        if state.step == last:
-            raise Stopped
-
-    try:
-        trainer.run([], 1 << 30, on_step=stop)
-    except Stopped:
-        checkpoints.settle()
-    return results(task), float(np.diff(ended[1:]).max()) if len(ended) > 2 else 0.0
 
 
 def words(device: torch.device, size: Size, folder: str) -> None:
@@ -424,10 +441,10 @@ def words(device: torch.device, size: Size, folder: str) -> None:
     print("| dim | words/s | step, ms |\n| --- | --- | --- |")
     for dim in (100, 128) if device.type == "cuda" else (size.dim,):
         sized = Size(**{**vars(size), "dim": dim})
-        step = stepper(make_task("word2vec", sized, device, tempfile.mkdtemp(dir=folder)))
-        for _ in range(10):
-            step()
-        seconds = time_steps(step, sized.steps, device)
+        task = make_task("word2vec", sized, device, tempfile.mkdtemp(dir=folder))
+        run = Run(task, tempfile.mkdtemp(dir=folder))
+        run.train(10)
+        seconds = time_steps(run, sized.steps, device)
         print(f"| {dim} | {sized.words / seconds:,.0f} | {seconds * 1e3:.2f} |", flush=True)
 
 
