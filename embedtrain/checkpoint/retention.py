@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -113,8 +114,9 @@ class Retention:
     Attributes:
         keep_last: so many of the newest.
         keep_every: those whose step is a multiple of this.
-        keep_best: so many of the best by a metric.
-        best_metric: the metric: a name among `state["metrics"]` of a checkpoint.
+        keep_best: so many of the best by a metric. Of checkpoints that hold the same measurement, the first counts.
+        best_metric: the metric: a name among `state["metrics"]` of a checkpoint. `state["measured_at"]` says at which
+            step it was measured; if it does not, the checkpoint's own step counts.
         best_mode: whether the smallest or the largest values are the best; see `mode_of_best`.
 
     Raises:
@@ -183,18 +185,25 @@ def _kept(found: list[CheckpointInfo], retention: Retention) -> set[int]:
     if retention.keep_every:
         kept.update(step for step in steps if step % retention.keep_every == 0)
     if retention.keep_best:
-        mode = mode_of_best(retention.best_metric, retention.best_mode)
-        values = [
-            (value if mode == "min" else -value, step)
-            for step, manifest in sound.items()
-            if (value := manifest.state.get("metrics", {}).get(retention.best_metric)) is not None
-        ]
-        kept.update(step for _, step in sorted(values)[: retention.keep_best])
+        kept.update(_best_steps(sound, retention))
     for step in reversed(steps):
         parent = sound[step].parent
         if step in kept and parent is not None:
             kept.add(parent.step)
     return kept
+
+
+def _best_steps(sound: Mapping[int, Manifest], retention: Retention) -> list[int]:
+    """Returns the steps of the checkpoints with the best measurements, one step per measurement."""
+    metric, sign = retention.best_metric, 1 if mode_of_best(retention.best_metric, retention.best_mode) == "min" else -1
+    # Checkpoints between two measurements hold the older one.
+    first_of: dict[int, tuple[float, int]] = {}
+    for step in sorted(sound):
+        state = sound[step].state
+        value = state.get("metrics", {}).get(metric)
+        if value is not None:
+            first_of.setdefault(state.get("measured_at", {}).get(metric, step), (sign * value, step))
+    return [step for _, step in sorted(first_of.values())[: retention.keep_best]]
 
 
 def _sound_manifests(found: list[CheckpointInfo]) -> dict[int, Manifest]:

@@ -30,6 +30,7 @@ from embedtrain.data.click_values import Examples, parse_rows
 from embedtrain.data.prepared import META_NAME, prepared_entry
 from embedtrain.data.readers import Fault, suffixes_of
 from embedtrain.data.readers.blocks import Segment
+from embedtrain.data.row_names import fingerprint_of
 from embedtrain.data.sources import CHUNK_BYTES, Source, take_sources
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, WordCounts, WordRows, ordered
 from embedtrain.distributed.ranks import Ranks
@@ -86,8 +87,8 @@ class ClickBase:
         """What decides on the prepared examples."""
         digest = xxhash.xxh3_128()
         for name, values in self.vocabularies.items():
-            for text in (name, *values["word"].to_pylist(), *values["count"].to_pylist()):
-                digest.update(repr(text).encode())
+            digest.update(f"{name!r} {fingerprint_of(values['word'])}".encode())
+            digest.update(np.asarray(values["count"], np.int64).tobytes())
         return self.dense_mean.tolist(), self.dense_std.tolist(), self.takes_new, digest.hexdigest()
 
 
@@ -157,6 +158,8 @@ def prepare_clicks(
         RuntimeError: a rank does not see the cache folder of the others.
     """
     schema = options.schema
+    if base is not None:
+        _require_room(base, schema)
     sources = ranks.run_on_first(lambda: take_sources(options.path, suffixes_of(schema.reader)))
 
     def prepare(work_path: str) -> None:
@@ -170,6 +173,18 @@ def prepare_clicks(
             f"{options.path}: {log.num_faults} lines cannot be used, and max_bad_lines is {options.max_bad_lines}"
         )
     return log
+
+
+def _require_room(base: ClickBase, schema: ClickSchema) -> None:
+    """Refuses fewer rows than the values of the other run have."""
+    for column in schema.categorical:
+        if column.name in base.vocabularies and column.num_rows is not None:
+            num_old = len(base.vocabularies[column.name]) + 1
+            if column.num_rows < num_old:
+                raise UserError(
+                    f"column {column.name!r} has num_rows={column.num_rows}, and the run that this one starts from has "
+                    f"{num_old:,} rows of it, which are all kept: give as many or more"
+                )
 
 
 def _prepare(job: _Job) -> None:
@@ -246,7 +261,8 @@ def _build_vocabularies(job: _Job) -> None:
         if old is not None:
             is_old = pc.is_in(counted["word"], value_set=old["word"].combine_chunks())
             old, counted = _added_up(old, counted.filter(is_old)), counted.filter(pc.invert(is_old))
-            limit = len(old) if job.base is not None and not job.base.takes_new else limit
+        if job.base is not None and not job.base.takes_new:
+            counted = counted.slice(0, 0)
         kept = ordered(counted.filter(pc.greater_equal(counted["count"], column.min_count)))
         if old is not None:
             kept = pa.concat_tables([old, kept])

@@ -195,7 +195,7 @@ def vocabulary_source(name: str, vocabulary: Vocabulary, noun: str = "word") -> 
 
 def values_source(table: str, values: pa.Table, noun: str = "value") -> Source:
     """Returns what a checkpoint says of names in a file of the run folder that `write_values` writes."""
-    return {"file": values_file(table), "noun": noun, "fingerprint": _fingerprint(values["word"])}
+    return {"file": values_file(table), "noun": noun, "fingerprint": fingerprint_of(values["word"])}
 
 
 def write_values(run_path: str, table: str, values: pa.Table, *, has_others: bool) -> None:
@@ -312,12 +312,12 @@ def _read_values(url: str, noun: str) -> tuple[RowNames, str]:
         found = pq.read_table(pa.BufferReader(storage.read(url)), columns=["row", "value", "count"])
         first = found["row"][0].as_py() if len(found) else 1
         values = pa.table([found["value"], found["count"]], names=["word", "count"])
-        return of_values(values, has_others=first == 1, noun=noun), _fingerprint(found["value"])
+        return of_values(values, has_others=first == 1, noun=noun), fingerprint_of(found["value"])
     except (pa.ArrowException, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{url} cannot be read as the names of rows: {' '.join(str(error).split())}") from error
 
 
-def _fingerprint(words: pa.ChunkedArray) -> str:
+def fingerprint_of(words: pa.ChunkedArray) -> str:
     """Returns a hash of texts and of where each ends."""
     parts = [text_bytes(chunk) for chunk in words.cast(pa.large_binary()).chunks]
     digest = xxhash.xxh3_128()

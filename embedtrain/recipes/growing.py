@@ -27,7 +27,7 @@ from embedtrain.data.row_names import FEATURES_NAME, RowNames, read_row_names
 from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
-from embedtrain.errors import UserError
+from embedtrain.errors import UserError, counted
 from embedtrain.optim.stores import RowState
 from embedtrain.recipes.base import BASE, Grow, base_file
 from embedtrain.recipes.loading import config_from_yaml
@@ -270,13 +270,21 @@ def _old_ids(reader: CheckpointReader, facts: Mapping[str, Any], paths: tuple[st
     old = read_row_names(paths[0], reader.state, spec.name, num_old)
     new = read_row_names(paths[1], facts, spec.name, spec.num_rows)
     if old.is_numbered or new.is_numbered:
-        if old.is_numbered != new.is_numbered or num_old != spec.num_rows:
+        if (old.noun, old.words) != (new.noun, new.words):
             raise UserError(
-                f"table {spec.name} of {paths[0]} has {num_old:,} rows without names of their own, and would have "
-                f"{spec.num_rows:,}: only tables whose rows have names can grow"
+                f"table {spec.name} of {paths[0]} has {_described(old, num_old)}, and would have "
+                f"{_described(new, spec.num_rows)}: only rows with names of their own can be matched"
             )
         return torch.arange(num_old)
     return _rows_by_name(old, new, spec.num_rows)
+
+
+def _described(names: RowNames, num_rows: int) -> str:
+    rows = counted(num_rows, "row")
+    if not names.is_numbered:
+        return f"{rows} with a name each"
+    meanings = {"id": f"{rows} for ids", "value": f"{rows} for hashes of values"}
+    return meanings.get(names.noun, f"{rows} without names")
 
 
 def _rows_by_name(old: RowNames, new: RowNames, num_rows: int) -> Tensor:
@@ -296,8 +304,8 @@ def _check_facts(grow: Grow[Any, Any], reader: CheckpointReader, facts: Mapping[
     for key in grow.same_facts:
         if facts.get(key) != reader.state.get(key):
             raise UserError(
-                f"start_from={run_path}: its {key} are others than those of this run, and the network was trained on "
-                f"these: {reader.state.get(key)}"
+                f"start_from={run_path}: its {key} differs from that of this run, and the network was trained with "
+                f"{reader.state.get(key)}"
             )
 
 

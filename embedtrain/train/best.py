@@ -94,14 +94,19 @@ class BestWatch:
             if seen is not None:
                 seen.num_since += 1
             return False
-        is_best = seen is None or score < self._sign * seen.value
+        num_kept = self._policy.num_kept or 1
+        # Checkpoints of earlier versions hold no list.
+        best = () if seen is None else seen.kept or (seen.value,)
+        is_kept = len(best) < num_kept or score < self._sign * best[num_kept - 1]
+        kept = tuple(sorted((*best, value), key=lambda each: self._sign * each)[:num_kept])
         if seen is None or score < self._sign * seen.mark - self._policy.min_delta:
-            self._state.best = BestSoFar(self._policy.metric, value, self._state.step, value)
+            self._state.best = BestSoFar(self._policy.metric, value, self._state.step, value, kept=kept)
         else:
             seen.num_since += 1
-            if is_best:
+            seen.kept = kept
+            if score < self._sign * seen.value:
                 seen.value, seen.step = value, self._state.step
-        return self._policy.num_kept is not None and (is_best or self._policy.num_kept > 1)
+        return self._policy.num_kept is not None and is_kept
 
     def explain(self) -> None:
         """Logs why training has ended early."""

@@ -89,7 +89,8 @@ class Checkpoints:
         ranks: those of the run.
 
     Attributes:
-        metrics: the newest record of the metrics, saved with each checkpoint.
+        metrics: the newest value of each measure, saved with each checkpoint.
+        measured_at: by measure, the step of this value.
 
     Raises:
         UserError: on every rank alike; the facts are not what `RunState` declares.
@@ -108,6 +109,7 @@ class Checkpoints:
     ) -> None:
         self.policy = policy
         self.metrics: Mapping[str, Any] = {}
+        self.measured_at: Mapping[str, int] = {}
         self._path = path
         self._tables = task.tables
         self._optimizer = task.optimizer
@@ -127,6 +129,11 @@ class Checkpoints:
     def has_failed(self) -> bool:
         """Returns whether this rank knows of a save in the background that failed; then all ranks `settle`."""
         return self._saver.has_failed
+
+    def take_metrics(self, record: Mapping[str, Any]) -> None:
+        """Takes a record of now, for the checkpoints from now on."""
+        self.metrics = {**self.metrics, **record}
+        self.measured_at = {**self.measured_at, **dict.fromkeys(record, self._state.step)}
 
     def is_overdue(self) -> bool:
         """Returns whether this rank's clock asks for a checkpoint."""
@@ -153,10 +160,12 @@ class Checkpoints:
 
     def _saved_state(self) -> dict[str, Any]:
         """Returns what a checkpoint holds beside tensors, as JSON; `RunState` declares it."""
+        metrics = {name: value for name, value in self.metrics.items() if _is_json(value)}
         saved: dict[str, Any] = {
             **self._facts,
             "train": self._state.as_json(),
-            "metrics": {name: value for name, value in self.metrics.items() if _is_json(value)},
+            "metrics": metrics,
+            "measured_at": {name: self.measured_at[name] for name in metrics},
             "optimizer": {
                 "name": self._optimizer.name,
                 "param_groups": self._optimizer.state_dict()["param_groups"],
@@ -258,6 +267,7 @@ class Checkpoints:
         self._facts = {**self._facts, **kept}
         self._state.restore(saved.train)
         self.metrics = saved.metrics
+        self.measured_at = {**dict.fromkeys(saved.metrics, reader.step), **saved.measured_at}
         if saved.pooling is not None:
             self._tables.pooling_choices = asdict(saved.pooling)
         self._optimizer.num_skipped = saved.optimizer.num_skipped

@@ -43,6 +43,7 @@ class BestSoFar:
         step: when it was measured.
         mark: the value of the last improvement that counted; see `BestPolicy.min_delta`.
         num_since: measurements since then.
+        kept: the best values so far, the best first: as many as the run keeps checkpoints of, or one if it keeps none.
     """
 
     metric: str
@@ -50,6 +51,7 @@ class BestSoFar:
     step: Count
     mark: Number
     num_since: Count = 0
+    kept: tuple[Number, ...] = ()
 
 
 @dataclass
@@ -170,6 +172,7 @@ class RunState(TableFacts):
         dense_optimizer: of the dense parameters; None if the model has none.
         pooling: where bags are pooled; None in checkpoints of before it was decided once: the run decides anew.
         metrics: the newest value of each measure.
+        measured_at: by measure, the step of this value; empty in checkpoints of earlier versions.
         init_from: by table, how it began from a file.
         grown_from: None if the run was not grown from another.
     """
@@ -180,6 +183,7 @@ class RunState(TableFacts):
     dense_optimizer: SavedDense | None = None
     pooling: SavedPooling | None = None
     metrics: Mapping[str, float | int | str] = field(default_factory=dict)
+    measured_at: Mapping[str, Count] = field(default_factory=dict)
     init_from: Mapping[str, Started] = field(default_factory=dict)
     grown_from: GrownFrom | None = None
 

@@ -291,7 +291,7 @@ class Trainer:
         """Hands a record on; returns whether a checkpoint of now would be kept for it. Collective: every rank."""
         self._names |= record.keys()
         self._kinds.add("loss" in record)
-        self._checkpoints.metrics = {**self._checkpoints.metrics, **record}
+        self._checkpoints.take_metrics(record)
         for sink in sinks:
             sink.log(record)
         if len(self._kinds) == (1 if self._task.evaluation is None else 2):

@@ -16,7 +16,7 @@ from embedtrain.cli import main
 from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
 from embedtrain.errors import UserError
 from embedtrain.testing.threads import run_threads
-from embedtrain.train.best import BestPolicy
+from embedtrain.train.best import BestPolicy, BestWatch
 from embedtrain.train.checkpoints import Checkpoints, SavePolicy
 from embedtrain.train.state import TrainState
 from embedtrain.train.task import Evaluation, Objective, Task
@@ -77,7 +77,8 @@ def trainer_of(path: Path, ranks: Ranks, policy: BestPolicy) -> Trainer:
         evaluation=Evaluation(measure, every_steps=2, every_epochs=None),
     )
     retention = Retention(keep_last=1, keep_best=policy.num_kept, best_metric=policy.metric, best_mode=policy.mode)
-    saves = SavePolicy(every_seconds=None, options=SaveOptions("sync", retention=retention), best=policy)
+    every_steps = 3 if (policy.num_kept or 1) > 1 else None
+    saves = SavePolicy(every_steps, every_seconds=None, options=SaveOptions("sync", retention=retention), best=policy)
     section = {"best_metric": policy.metric, "keep_best": policy.num_kept}
     facts = {"data_fingerprint": "x", "config": {"checkpoint": section}}
     checkpoints = Checkpoints(str(path / "checkpoints"), task, state, facts=facts, policy=saves, ranks=ranks)
@@ -119,6 +120,27 @@ def train(ranks: Ranks, path: Path, policy: BestPolicy, kills: tuple[int, ...] =
     trainer = trainer_of(path, ranks, policy)
     assert trainer.run([], 4)
     return trainer.state.step, trainer._task.tables.gather_table("t").clone()
+
+
+@pytest.mark.parametrize("kills", [(), (3, 9, 15)])
+def test_each_of_the_best_measurements_keeps_one_checkpoint(kills: tuple[int, ...], tmp_path: Path) -> None:
+    # Those of steps 8, 18 and 20. Of every third step a checkpoint is saved too: that of step 9 holds the value of 8.
+    policy = BestPolicy("valid_auc", num_kept=3)
+    train(ONE_PROCESS, tmp_path, policy, kills)
+    found = find_checkpoints(str(tmp_path / "checkpoints"))
+    assert [info.step for info in found] == [8, 18, 20]
+
+
+def test_only_a_measurement_among_the_best_is_saved(tmp_path: Path) -> None:
+    watch = BestWatch(BestPolicy("valid_auc", num_kept=2), state := TrainState(), ONE_PROCESS)
+    judged = []
+    for value in VALUES:
+        state.step += 2
+        judged.append(watch.judge({"valid_auc": value}))
+    # 0.3, 0.5 | 0.4 takes the place of 0.3, 0.7 and 0.65 that of less, 0.6 too; 0.69 is better than 0.65, 0.1 is not.
+    assert judged == [True, True, True, True, True, True, True, False, True, True]
+    assert state.best is not None and state.best.kept == (1.0, 0.9)
+    assert not watch.judge({"valid_auc": 0.9}), "of equal ones the first stays"
 
 
 PATIENT = BestPolicy("valid_auc", num_kept=1, patience=3)

@@ -46,7 +46,7 @@ def write_rows(name: str, users: range, items: range, price: float) -> None:
     lines = ["user,item,label,price,place,code"]
     for n in range(64):
         user, item = users[n % len(users)], items[int(generator.integers(len(items)))]
-        lines.append(f"u{user},i{item},{(user + item) % 2},{price * (n % 7)},p{n % 5},{n % 50}")
+        lines.append(f"u{user},i{item},{(user + item) % 2},{price * (n % 7)},{n % 5},{n % 50}")
     Path(name).write_text("\n".join(lines) + "\n")
 
 
@@ -205,18 +205,30 @@ def test_grow_takes_ranking_runs_and_towers_with_features(trained: Path, capfd: 
         (["start_from=day1", "optimizer.name=adam"], "optimizer.name (was rowwise_adagrad, is adam)"),
         (["start_from=day1", "items.init_from=x.txt"], "items.init_from: start_from=day1 gives the tables their names"),
         (["start_from=other"], "start_from=other: these settings cannot change: model (was ranking, is retrieval)"),
+        (
+            ["start_from=rank", "data.features.place.encoding=id"],
+            "table place of rank has 8 rows for hashes of values, and would have 8 rows for ids: only rows with names",
+        ),
+        (
+            ["start_from=rank", "data.features.item={num_rows: 9, encoding: vocabulary}"],
+            "column 'item' has num_rows=9, and the run that this one starts from has 18 rows of it, which are all kept",
+        ),
     ],
 )
 def test_what_cannot_be_gone_on_with_is_one_sentence(
     settings: list[str], told: str, trained: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    if "start_from=other" in settings:
+    model = "ranking" if "start_from=rank" in settings else "retrieval"
+    if model == "ranking":
+        begin("ranking", trained)
+        shutil.move("day1", "rank")
+    elif "start_from=other" in settings:
         begin("ranking", trained)
         shutil.move("day1", "other")
     elif "start_from=day1" in settings:
         begin("retrieval", trained)
     capfd.readouterr()
-    assert main(command("retrieval", "day2", *settings)) == 2
+    assert main(command(model, "day2", *settings)) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("embedtrain: error")]
     assert told in line
     assert not Path("day2/checkpoints").exists()

@@ -348,6 +348,32 @@ def test_what_a_kept_delta_changes_is_kept(
         assert_equal(saved(found.path), expected[found.step])
 
 
+@pytest.mark.parametrize(
+    ("retention", "kept"),
+    [
+        (Retention(keep_last=1, keep_best=1, best_metric="auc"), [200, 400]),
+        (Retention(keep_last=1, keep_best=2, best_metric="auc"), [100, 200, 400]),
+        (Retention(keep_last=1, keep_best=3, best_metric="auc"), [100, 200, 400]),
+        (Retention(keep_last=1, keep_best=2, best_metric="auc", best_mode="min"), [100, 400]),
+    ],
+)
+def test_checkpoints_that_hold_the_same_measurement_count_once(
+    retention: Retention, kept: list[int], tmp_path: Path
+) -> None:
+    saver = saver_of(tmp_path)
+    for step, value, measured_at in [
+        (100, 0.7, 100),
+        (200, 0.8, 200),
+        (250, 0.8, 200),
+        (300, 0.8, 200),
+        (400, 0.6, 400),
+    ]:
+        state = {"metrics": {"auc": value}, "measured_at": {"auc": measured_at}}
+        saver.save(step, Group().views(), state, is_last=True)
+    retain(str(tmp_path), retention, ONE_PROCESS)
+    assert [found.step for found in find_checkpoints(str(tmp_path))] == kept
+
+
 def test_a_damaged_newest_one_does_not_cost_the_last_whole_one(
     chain: tuple[str, dict[int, dict[str, Tensor]]],
 ) -> None:
