@@ -362,7 +362,9 @@ def _number(
     counts = np.bincount(codes, minlength=len(ids))
     table = pa.table([ids.cast(pa.large_binary()), pa.array(counts, pa.int64())], schema=COUNTS_SCHEMA)
     # A dictionary may hold words that no row has.
-    vocabulary = Vocabulary.build(table, 1, None) if base is None else base.extended(table, 1, None if takes_new else 0)
+    vocabulary = (
+        Vocabulary.build(table, 1, None) if base is None else base.extended(table, 1, None, takes_new=takes_new)
+    )
     row_of_code = np.asarray(pc.index_in(ids, pa.array(vocabulary.words, pa.large_string())).fill_null(-1))
     return vocabulary, row_of_code.astype(np.int64)[codes]
 

@@ -31,10 +31,10 @@ OnProgress = Callable[[str, float], None]
 PART_BYTES = 2 << 20
 _FORMAT_VERSION = 1
 _HEAD_BYTES = 1 << 16
-_MANY_LOST = 0.2
 _LONG_WORD_BYTES = 10_000
 _SHOWN_BYTES = 40
-"""Share of the words of an ordinary text that hold digits or underscores, with room to spare: 2 to 5 % of articles'."""
+_MANY_LOST = 0.2
+"""An ordinary text has a smaller share of words with digits or underscores: 2 to 5 % in articles."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,7 @@ class CorpusOptions:
         max_vocab_size: at most so many words are kept, the most frequent ones; None for all.
         base_vocabulary: a file of words that are kept however seldom they are in the text, and whose counts are added
             to the text's; None for none.
+        takes_new: whether words that are not among the base words are kept.
 
     Raises:
         UserError: an option is out of range.
@@ -58,6 +59,7 @@ class CorpusOptions:
     min_count: int = 5
     max_vocab_size: int | None = None
     base_vocabulary: str | None = None
+    takes_new: bool = True
 
     def __post_init__(self) -> None:
         if self.tokenizer not in TOKENIZERS:
@@ -188,8 +190,9 @@ def _build_vocabulary(job: _Job) -> None:
     options = job.options
     _warn_of_long_words(counts.table())
     try:
-        build = Vocabulary.build if job.base is None else job.base.extended
-        vocabulary = build(counts.table(), options.min_count, options.max_vocab_size)
+        kept = counts.table(), options.min_count, options.max_vocab_size
+        base, takes_new = job.base, options.takes_new
+        vocabulary = Vocabulary.build(*kept) if base is None else base.extended(*kept, takes_new=takes_new)
     except UserError as error:
         raise UserError(f"{', '.join(options.paths)}: {error}{_hint(counts.table(), options)}") from error
     vocabulary.save(job.path(VOCABULARY_NAME))
@@ -310,7 +313,9 @@ def _entry_name(sources: Sequence[Source], tokenization: tuple[Any, ...]) -> str
 
 def _tokenization(options: CorpusOptions, base: Vocabulary | None) -> tuple[Any, ...]:
     own = options.tokenizer, options.min_count, options.max_vocab_size
-    return own if base is None else (*own, base.fingerprint)
+    if base is None:
+        return own
+    return (*own, base.fingerprint) if options.takes_new else (*own, base.fingerprint, options.takes_new)
 
 
 def _counts_name(rank: int) -> str:

@@ -133,13 +133,16 @@ class Vocabulary:
         words = kept["word"].cast(pa.large_string()).to_pylist()
         return cls(words, kept["count"].to_numpy())
 
-    def extended(self, counts: pa.Table, min_count: int, max_size: int | None) -> Vocabulary:
+    def extended(
+        self, counts: pa.Table, min_count: int, max_size: int | None, *, takes_new: bool = True
+    ) -> Vocabulary:
         """Returns all these words, and new ones as `build` keeps them, with the counts of both, in a new order.
 
         Args:
             counts: as in `build`; of words that are here they are added, however small.
             min_count: of new words.
             max_size: new words come in as long as there are fewer words than this.
+            takes_new: whether any new words come in.
 
         Raises:
             UserError: `counts` is empty.
@@ -152,7 +155,8 @@ class Vocabulary:
         both = WordCounts()
         both.merge(self.as_table())
         both.merge(counts.filter(is_here))
-        both.merge(new.slice(0, None if max_size is None else max(0, max_size - len(self))))
+        if takes_new:
+            both.merge(new.slice(0, None if max_size is None else max(0, max_size - len(self))))
         return Vocabulary.build(both.table(), 0, None)
 
     @classmethod

@@ -116,7 +116,7 @@ class EmbeddingCollection(nn.Module):
         }
         self._input_dist = input_dist_of(self.table_groups, Routes(self.features, places), self.ranks)
         self._input_dist.choices = self._choices
-        self._watchers: list[Callable[[Sequence[Tensor]], None]] = []
+        self._watchers: list[Callable[[Mapping[int, Tensor]], None]] = []
 
     @property
     def shards(self) -> dict[str, TableShard]:
@@ -128,8 +128,8 @@ class EmbeddingCollection(nn.Module):
         for group in self.table_groups:
             group.access.write_back()
 
-    def watch(self, watcher: Callable[[Sequence[Tensor]], None]) -> None:
-        """Has a function called with the keys that this rank's batches look up, [n] int64 per group looked up."""
+    def watch(self, watcher: Callable[[Mapping[int, Tensor]], None]) -> None:
+        """Has a function called with the keys that this rank's batches look up, [n] int64 by number of the group."""
         self._watchers.append(watcher)
 
     def trained_by(self, optimizer: str) -> TableGroups:

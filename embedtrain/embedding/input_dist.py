@@ -74,8 +74,8 @@ class InputDist(ABC):
         self._no_keys = torch.zeros(0, dtype=torch.int64, device=groups[0].device)
 
     @abstractmethod
-    def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool) -> tuple[Asked, list[Tensor]]:
-        """Returns what was settled, and per group looked up the keys of all ids. See `EmbeddingCollection.ask`."""
+    def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool) -> tuple[Asked, dict[int, Tensor]]:
+        """Returns what was settled, and by number of each group looked up the keys of all ids. See `EmbeddingCollection.ask`."""
 
     def _plan(self, route: Route, batch: Mapping[str, Jagged]) -> tuple[list[Bags], list[Tensor | None], Tensor]:
         """Returns per feature its bags and its weights as the caller gave them, and the keys of all values.
@@ -102,7 +102,7 @@ class InputDist(ABC):
 class LocalInputDist(InputDist):
     """Of one process: it has all rows."""
 
-    def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool) -> tuple[Asked, list[Tensor]]:
+    def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool) -> tuple[Asked, dict[int, Tensor]]:
         """See `InputDist`."""
         bags = as_bags(batch)
         names = tuple(bags)
@@ -110,7 +110,8 @@ class LocalInputDist(InputDist):
             LocalRequest(self._groups[route.number], route, *self._plan(route, bags))
             for route in self._routes.of(names)
         ]
-        return Asked(names, parts, self.choices, shapes_of(batch, self._routes.features)), [part.rows for part in parts]
+        keys = {part.route.number: part.rows for part in parts}
+        return Asked(names, parts, self.choices, shapes_of(batch, self._routes.features)), keys
 
 
 _ROWS, _ANY_ROWS, _IDS_OF_BAGS, _SUMS, _ANY_BAGS, _ANY_WEIGHTS = range(6)
@@ -128,7 +129,7 @@ class SharedInputDist(InputDist):
         super().__init__(groups, routes, ranks)
         self._open = [name for name, feature in routes.features.items() if is_open(feature)]
 
-    def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool) -> tuple[Asked, list[Tensor]]:
+    def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool) -> tuple[Asked, dict[int, Tensor]]:
         """See `InputDist`.
 
         A rank that found its input wrong tells so instead of what it wants, and every rank raises.
@@ -157,7 +158,7 @@ class SharedInputDist(InputDist):
         if is_ahead:
             for request in requests:
                 request.sort_ahead()
-        keys = [each.keys for each in wanted if each is not None]
+        keys = {number: each.keys for number, each in enumerate(wanted) if each is not None}
         return Asked(names, requests, self.choices, shapes_of(batch, self._routes.features)), keys
 
     def _wanted(

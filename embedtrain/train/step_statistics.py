@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -26,15 +26,29 @@ class StepStatistics:
     Args:
         tables: of the model.
         ranks: those of the run.
-        accumulate_steps: micro-batches of a step.
     """
 
-    def __init__(self, tables: EmbeddingCollection, ranks: Ranks, accumulate_steps: int = 1) -> None:
+    def __init__(self, tables: EmbeddingCollection, ranks: Ranks) -> None:
         self._tables = tables
         self._ranks = ranks
-        self._keys: deque[Sequence[torch.Tensor]] = deque(maxlen=accumulate_steps)  # of the last micro-batches
+        # The keys of each look-up of the last step, by group; and those of the next step so far.
+        self._keys: list[Mapping[int, torch.Tensor]] = []
+        self._keys_ahead: list[Mapping[int, torch.Tensor]] = []
         tables.watch(self._note)
         self._seen = self._costs()
+
+    def begin_step(self) -> None:
+        """Has the look-ups from now on, and those made ahead for this step, count as those of the last step."""
+        self._keys, self._keys_ahead = self._keys_ahead, []
+
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """Has the look-ups in this context count as those of the next step."""
+        self._keys, self._keys_ahead = self._keys_ahead, self._keys
+        try:
+            yield
+        finally:
+            self._keys, self._keys_ahead = self._keys_ahead, self._keys
 
     def measure(self, num_steps: int) -> dict[str, float]:
         """Returns the statistics of the steps since the last call, and of the ids of the last of them.
@@ -73,8 +87,10 @@ class StepStatistics:
         on_host, on_device = memory.max(dim=0).values.tolist()
         return {**found, "memory/host_bytes": on_host, **({"memory/device_bytes": on_device} if on_device else {})}
 
-    def _note(self, keys: Sequence[torch.Tensor]) -> None:
-        self._keys.append(keys)
+    def _note(self, keys: Mapping[int, torch.Tensor]) -> None:
+        # Evaluations look up without gradients.
+        if torch.is_grad_enabled():
+            self._keys.append(keys)
 
     def _costs(self) -> torch.Tensor:
         """Returns [stages + 1] float64: seconds in each stage and bytes sent, since this process began."""
@@ -85,11 +101,11 @@ class StepStatistics:
     def _ids(self) -> torch.Tensor:
         """Returns [3] float64: ids of the last step, distinct ones, and how often the hottest of those occur."""
         found = torch.zeros(3, dtype=torch.float64)
-        for of_group in zip(*self._keys, strict=True):
-            keys = torch.cat(of_group)
-            counts = sort_unique(keys, with_inverse=False).starts.diff()
+        for group in sorted({group for keys in self._keys for group in keys}):
+            looked_up = torch.cat([keys[group] for keys in self._keys if group in keys])
+            counts = sort_unique(looked_up, with_inverse=False).starts.diff()
             hottest = counts.sort(descending=True).values[: -(-len(counts) // _HOTTEST)]
-            found += torch.tensor([len(keys), len(counts), int(hottest.sum())], dtype=torch.float64)
+            found += torch.tensor([len(looked_up), len(counts), int(hottest.sum())], dtype=torch.float64)
         return found
 
 

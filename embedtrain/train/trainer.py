@@ -84,7 +84,7 @@ class Trainer:
         # Checkpoints of earlier versions hold no window: their records begin anew.
         window = state.window or LogWindow(state.step, state.step)
         self._window = _Window(window.sums, window.seconds)
-        self._statistics = StepStatistics(task.tables, ranks, options.accumulate_steps)
+        self._statistics = StepStatistics(task.tables, ranks)
         self._is_drained = False
         self._logged_step, self._measured_step = window.logged_step, window.measured_step
 
@@ -188,12 +188,14 @@ class Trainer:
                 batch, position, self._is_drained = self._stream.next_batch(self.state.stream)
             if batch is None:
                 return False
+            self._statistics.begin_step()
             first, *further = micro_batches(batch, self._options.accumulate_steps)
             self._train_on(Prepared(first, batch.num_examples, further))
             self.state.advance_stream(position)
         else:
             assert self._ahead is not None
             assert self._steps_per_epoch is not None
+            self._statistics.begin_step()
             self._train_on(self._ahead.take(self.state.epoch, self.state.step_in_epoch))
             self.state.advance(self._steps_per_epoch)
         return True
@@ -216,7 +218,8 @@ class Trainer:
     def _prepare_next(self) -> None:
         steps = self._steps_per_epoch
         if self._ahead is not None and steps is not None and self.state.step + 1 != self.total_steps:
-            self._ahead.prepare_next(*divmod(self.state.epoch * steps + self.state.step_in_epoch + 1, steps))
+            with self._statistics.ahead():
+                self._ahead.prepare_next(*divmod(self.state.epoch * steps + self.state.step_in_epoch + 1, steps))
 
     def _is_measured(self, step: int) -> bool:
         evaluation = self._task.evaluation

@@ -56,6 +56,30 @@ def test_only_what_came_since_is_counted() -> None:
     assert "ids/hottest_share" not in found, "nothing was looked up"
 
 
+def ids_of(statistics: StepStatistics) -> tuple[float, float]:
+    found = statistics.measure(1)
+    return found["ids/looked_up"], found["ids/distinct"]
+
+
+def test_the_ids_are_those_of_the_last_step_alone() -> None:
+    tables = et.EmbeddingCollection([et.TableSpec("a", NUM_ROWS, 4), et.TableSpec("b", NUM_ROWS, 8)])
+    statistics = StepStatistics(tables, ONE_PROCESS)
+    few, many = et.Jagged.from_ids(torch.tensor([1, 1])), et.Jagged.from_ids(torch.arange(5))
+    for _ in range(2):
+        statistics.begin_step()
+        tables({"a": few, "b": few})  # micro-batches; the tables are two groups
+        tables({"a": few, "b": many})
+        with statistics.ahead():
+            tables({"a": many, "b": many})
+        with torch.no_grad():  # an evaluation of some of the tables
+            tables({"b": many})
+    assert ids_of(statistics) == (11 + 10, 5 + 5), "both micro-batches, and what was looked up ahead"
+    statistics.begin_step()
+    assert ids_of(statistics) == (10, 10)
+    statistics.begin_step()
+    assert ids_of(statistics) == (0, 0)
+
+
 @pytest.mark.parametrize("through_memory", ["0", "1"])
 def test_ranks_are_summed_and_the_busiest_is_told(through_memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDTRAIN_SHARED_MEMORY", through_memory)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from embedtrain.ops._backend import dispatch
 from embedtrain.ops.owner_bags import native, reference
-from embedtrain.ops.owner_bags.types import SplitBags
+from embedtrain.ops.owner_bags.types import SplitBags, lengths_of, owner_and_bag
 from embedtrain.ops.pool_rows import Bags
 
-__all__ = ["SplitBags", "add_sums", "join_bags", "share_out", "split_bags"]
+__all__ = ["SplitBags", "add_sums", "join_bags", "lengths_of", "owner_and_bag", "share_out", "split_bags"]
 
 
 def split_bags(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from embedtrain.ops.owner_bags.types import SplitBags
+from embedtrain.ops.owner_bags.types import SplitBags, lengths_of, owner_and_bag
 from embedtrain.ops.pool_rows import Bags, pool_rows
 from embedtrain.ops.sort_unique import sort_unique
 
@@ -77,21 +77,6 @@ def share_out(grads: Sequence[Tensor | None], bags: Sequence[Bags], bag_of_sum: 
     (shared,) = pool_rows(of_bags, bag_of_sum, [Bags(bag_of_sum.numel(), None, weights)])
     for part, own in zip(out, shared.split([len(part) for part in out]), strict=True):
         part.copy_(own)
-
-
-def owner_and_bag(keys: Tensor, lengths: Tensor, num_local_rows: int) -> tuple[Tensor, Tensor]:
-    """Returns the owner of each value's row, and `owner * number of bags + bag`; bags are numbered through."""
-    owner = torch.div(keys, num_local_rows, rounding_mode="floor")
-    # In place: fresh memory of this size costs more than the arithmetic.
-    bag = torch.repeat_interleave(lengths, output_size=keys.numel())
-    return owner, bag.add_(owner, alpha=max(lengths.numel(), 1))
-
-
-def lengths_of(feature: Bags, device: torch.device) -> Tensor:
-    """Returns the lengths of a feature's bags, [num_bags] int64."""
-    if feature.lengths is None:
-        return torch.ones(feature.num_values, dtype=torch.int64, device=device)
-    return feature.lengths
 
 
 def _factors(bags: Sequence[Bags], device: torch.device) -> Tensor | None:

@@ -1,10 +1,13 @@
-"""Bags whose rows lie at several owners."""
+"""Bags whose rows lie at several owners, and their numbers."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from embedtrain.ops.pool_rows import Bags
 
 
 class SplitBags(NamedTuple):
@@ -26,3 +29,18 @@ class SplitBags(NamedTuple):
     bag_of_sum: Tensor
     id_counts: Tensor
     sum_counts: Tensor
+
+
+def owner_and_bag(keys: Tensor, lengths: Tensor, num_local_rows: int) -> tuple[Tensor, Tensor]:
+    """Returns the owner of each value's row, and `owner * number of bags + bag`; bags are numbered through."""
+    owner = torch.div(keys, num_local_rows, rounding_mode="floor")
+    # In place: fresh memory of this size costs more than the arithmetic.
+    bag = torch.repeat_interleave(lengths, output_size=keys.numel())
+    return owner, bag.add_(owner, alpha=max(lengths.numel(), 1))
+
+
+def lengths_of(feature: Bags, device: torch.device) -> Tensor:
+    """Returns the lengths of a feature's bags, [num_bags] int64."""
+    if feature.lengths is None:
+        return torch.ones(feature.num_values, dtype=torch.int64, device=device)
+    return feature.lengths

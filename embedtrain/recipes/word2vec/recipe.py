@@ -237,9 +237,9 @@ def _prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
         path=path,
         tokenizer=tokenizer,
         min_count=data.min_count,
-        # Words come in as long as there are fewer: with base words, one lets none in.
-        max_vocab_size=data.max_vocab_size if takes_new_names(config) else 1,
+        max_vocab_size=data.max_vocab_size,
         base_vocabulary=base_file(config, VOCABULARY_NAME) or data.base_vocabulary,
+        takes_new=takes_new_names(config),
     )
     corpus = prepare_corpus(
         options,
