@@ -235,11 +235,15 @@ def require_run(path: str, settings: Sequence[str]) -> tuple[str, list[str]]:
     return paths[0], overrides
 
 
-def split_names(text: str | None) -> list[str]:
-    """Returns the names between the commas of an option's value."""
+def split_names(text: str | None, option: str) -> list[str]:
+    """Returns the names between the commas of an option's value.
+
+    Raises:
+        UserError: a name is empty, or two are the same.
+    """
     names = [] if text is None else [name.strip() for name in text.split(",")]
     if not all(names) or len(set(names)) < len(names):
-        raise UserError(f"expected different names between commas, got {text!r}")
+        raise UserError(f"{option} {text}: expected different names between commas")
     return names
 
 

@@ -108,9 +108,8 @@ def _train_one(
     """Trains a run; returns its exit status, and what it failed with, which the user was told. Collective: all."""
 
     def make_parts() -> Parts:
-        if config.start_from is not None:
-            begin_unless_begun(config, runtime)
-        return build_parts(config, runtime, functools.partial(require_room, config, runtime))
+        prepared = None if config.start_from is None else begin_unless_begun(config, runtime)
+        return build_parts(config, runtime, functools.partial(require_room, config, runtime), prepared)
 
     def work() -> int:
         return train_run(config, runtime, folder, make_parts, is_profiled=is_profiled)

@@ -56,7 +56,7 @@ def predict(
     from embedtrain.serve.scoring import score_rows
     from embedtrain.serve.writing import SCORE, require_output, write_lines, write_scores
 
-    kept = split_names(keep)
+    kept = split_names(keep, "--keep")
     if SCORE in kept:
         raise UserError(f"--keep {SCORE}: that is what the scores are called, so no column of the name can be kept")
     config = config_for_files(run_path, overrides)

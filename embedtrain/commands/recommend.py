@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @run_argument
 @click.argument("users", nargs=-1, metavar="[USER]...", help="Raw ids, as in the data; --all for all users.")
 @click.option("--all", "all_users", is_flag=True, help="All users, into the file of --output.")
-@click.option("--items", metavar="IDS", help="Of a user who was not in the training: items that they have, as 17,42.")
+@click.option("--items", metavar="IDS", help="Items of one new user, such as 17,42.")
 @click.option("--history", metavar="PATH", type=click.Path(), help="Users and their items, in files as data.path.")
 @click.option("--features", metavar="PATH", type=click.Path(), help="Users by their features, in files as users.path.")
 @click.option("--top", type=int, default=10, show_default=True, metavar="N", help="How many items each.")
@@ -41,6 +41,7 @@ def recommend(
     **asked: Any,
 ) -> int:
     """Prints or writes the best items of users of a retrieval run."""
+    items = split_names(asked["items"], "--items")
     _require_one(users, all_users, asked)
     if top < 1:
         raise UserError(f"the number of items must be at least 1, got {top}")
@@ -66,7 +67,7 @@ def recommend(
         users or None,
         top,
         leaves_out_known=not asked["include_known"],
-        items=split_names(asked["items"]) or None,
+        items=items or None,
         history_path=asked["history"],
         features_path=asked["features"],
     )

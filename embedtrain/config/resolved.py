@@ -56,7 +56,7 @@ def differing_keys(earlier_yaml: str, config: Config, may_change: tuple[str, ...
         UserError: the earlier text is no configuration.
     """
     first, second = (settings_in(text) for text in (earlier_yaml, to_yaml(config)))
-    # What a run of an earlier version had no key for, it did by what is the default now.
+    # A key that an earlier version did not have counts as its default.
     defaults = settings_in(to_yaml(type(config)()))
     may_change = (*config.MAY_CHANGE, *may_change)
     return [

@@ -79,8 +79,8 @@ class EarlyStopConfig:
     """Ending before the last epoch, when checkpoint.best_metric gets no better."""
 
     patience: int | None = None
-    """After so many measurements in a row that are no improvement training ends, and the best checkpoint is kept; null
-    trains to the end."""
+    """Training ends after this many measurements in a row without an improvement; null trains to the end. The best
+    checkpoint is kept."""
     min_delta: float = 0.0
     """By how much a measurement must be better than the last improvement to be one."""
 
@@ -98,7 +98,8 @@ class TrainConfig:
     """Whether GPUs multiply the float32 matrices of dense layers and of the scores of retrieval in TF32."""
     accumulate_steps: int = 1
     """Micro-batches of a step: each rank trains on its part of a step in so many pieces, and then updates once. The
-    result is that of one piece but for the rounding of sums; the memory for vectors and activations is that of one."""
+    result equals that of the undivided step, up to rounding. Only one micro-batch's vectors and activations are in
+    memory at a time."""
     early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
 
 

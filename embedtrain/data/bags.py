@@ -65,3 +65,12 @@ def spans(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.i
     before = np.cumsum(lengths) - lengths
     positions: NDArray[np.int64] = np.arange(lengths.sum()) + np.repeat(starts - before, lengths)
     return positions
+
+
+def distinct(*columns: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Returns the different rows of columns [n], ascending by the first column, then by the second and so on."""
+    order = np.lexsort(columns[::-1])
+    ordered = [column[order] for column in columns]
+    is_first = np.ones(len(order), bool)
+    is_first[1:] = np.any([column[1:] != column[:-1] for column in ordered], axis=0)
+    return [column[is_first] for column in ordered]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import xxhash
+from numpy.typing import NDArray
 
 from embedtrain.data.click_batches import ClickBatch, as_batch
 from embedtrain.data.click_log import BAG_LENGTHS, FIRST_VALUE, ClickLayout, Records
@@ -60,26 +61,34 @@ class ClickStream(ClickLayout):
     of them. A step is made of the next lines in their order, so the same lines are a step's on any number of ranks.
 
     Nothing is known of the stream in advance: there are no vocabularies, and numbers are transformed but not brought
-    to mean 0 and variance 1.
+    to mean 0 and variance 1, unless the run was started from another that knew their means.
 
     Args:
         options: what to read.
         schema: its columns, of text.
         ranks: those that share a step.
+        moments: mean and standard deviation of each column of numbers, [num_dense] float64 each; None for 0 and 1.
 
     Raises:
         UserError: the schema needs to know the data in advance.
     """
 
-    def __init__(self, options: StreamOptions, schema: ClickSchema, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        options: StreamOptions,
+        schema: ClickSchema,
+        ranks: Ranks,
+        moments: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None,
+    ) -> None:
         self._format = _streamed_format(schema)
         self.num_rows = {column.name: column.num_rows or 0 for column in schema.categorical}
         self.dense_names = list(schema.dense)
-        self.dense_mean, self.dense_std = np.zeros(len(schema.dense)), np.ones(len(schema.dense))
+        self.dense_mean, self.dense_std = moments or (np.zeros(len(schema.dense)), np.ones(len(schema.dense)))
         self.single_names = [column.name for column in schema.single]
         self.bag_names = [column.name for column in schema.bags]
         self.vocabulary_fingerprint = ""
-        self.fingerprint = xxhash.xxh3_128_hexdigest(f"stream {schema.facts}".encode())
+        given = "" if moments is None else f" {[numbers.tolist() for numbers in moments]}"
+        self.fingerprint = xxhash.xxh3_128_hexdigest(f"stream {schema.facts}{given}".encode())
         self._options = options
         self._schema = schema
         self._ranks = ranks

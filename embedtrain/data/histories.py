@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from embedtrain.data.bags import Bags
+from embedtrain.data.bags import Bags, distinct
 from embedtrain.data.columns import read_columns
-from embedtrain.data.interactions import InteractionOptions, SideOptions, read_pairs, split_categories
+from embedtrain.data.interactions import InteractionOptions, Interactions, SideOptions, read_pairs, split_categories
 from embedtrain.data.readers import suffixes_of
+from embedtrain.data.row_names import rows_among
 from embedtrain.data.sources import take_sources
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.errors import UserError, counted
@@ -52,12 +52,11 @@ def read_histories(options: InteractionOptions, path: str, items: Vocabulary) ->
         np.concatenate([np.asarray(chunk.indices) for chunk in column.chunks]).astype(np.int64)
         for column in (users, values)
     )
-    found = pc.index_in(values.chunk(0).dictionary, value_set=pa.array(items.words, pa.large_string())).fill_null(-1)
-    rows = np.asarray(found).astype(np.int64)
+    rows = rows_among(values.chunk(0).dictionary, items.words)
     # Unknown items that differ are still different items, which someone may have asked for: they count as missed.
-    triples = np.unique(np.stack([user_codes, rows[item_codes], item_codes], axis=1), axis=0)
+    found_users, found_items, _ = distinct(user_codes, rows[item_codes], item_codes)
     names = users.chunk(0).dictionary.to_pylist()
-    return Histories(names, Bags.from_rows(triples[:, 0], triples[:, 1], len(names)))
+    return Histories(names, Bags.from_rows(found_users, found_items, len(names)))
 
 
 def read_described(
@@ -86,27 +85,43 @@ def read_described(
         cells = [split_categories(batch[place], options.separators[name]) for batch in batches]
         rows = np.repeat(np.arange(len(ids)), np.concatenate([lengths for lengths, _ in cells]))
         values = pa.chunked_array([values for _, values in cells], pa.large_string())
-        found = pc.index_in(values, value_set=pa.array(categories[name], pa.large_string())).fill_null(-1)
-        category = np.asarray(found).astype(np.int64)
+        category = rows_among(values, categories[name])
         bags[name] = Bags.from_rows(rows[category >= 0], category[category >= 0], len(ids))
     return ids, bags
 
 
-def known_part(found: Histories, where: str, num_items: int) -> Histories:
-    """Returns the users who have an item of the training, with these items; logs what is left out.
+def known_part(found: Histories, where: str, interactions: Interactions) -> tuple[Histories, NDArray[np.int64]]:
+    """Returns the users who can be answered, with those of their items that were in the training; logs the others.
+
+    Args:
+        found: the users of a file.
+        where: the file, for messages.
+        interactions: those of the training.
+
+    Returns:
+        The users who were in the training or have an item of it, and the row of each in the training, -1 if none.
 
     Raises:
         UserError: there are none.
     """
     is_known = found.items.values >= 0
     rows, values = found.items.rows()[is_known], found.items.values[is_known]
-    kept = np.unique(rows)
+    trained = rows_among(found.users, interactions.users.words)
+    kept = np.flatnonzero((np.bincount(rows, minlength=len(found.users)) > 0) | (trained >= 0))
     if not len(kept):
+        num_items = len(interactions.items)
         raise UserError(f"{where}: none of its items is among the {num_items:,} items of the training data")
+    if num_unknown := int((~is_known).sum()):
+        _logger.warning(f"{where}: {counted(num_unknown, 'interaction')} left out, with items not in the training data")
     if left_out := len(found.users) - len(kept):
-        _logger.warning(f"{counted(left_out, 'user')} of {where} left out, without an item of the training data")
+        _logger.warning(f"{where}: {counted(left_out, 'user')} left out, without an item of the training data")
+    if num_trained := int((trained >= 0).sum()):
+        _logger.warning(
+            f"{where}: {counted(num_trained, 'user')} of the training data: their trained vectors are taken, and their "
+            "items here are only left out of the answers"
+        )
     bags = Bags.from_rows(np.searchsorted(kept, rows), values, len(kept))
-    return Histories([found.users[user] for user in kept.tolist()], bags)
+    return Histories([found.users[user] for user in kept.tolist()], bags), trained[kept]
 
 
 def split_histories(found: Histories, fraction: float, users: Vocabulary, seed: int, where: str) -> tuple[Bags, Bags]:
@@ -125,7 +140,7 @@ def split_histories(found: Histories, fraction: float, users: Vocabulary, seed: 
     Raises:
         UserError: no user is left.
     """
-    is_seen = users.rows_of(found.users) >= 0
+    is_seen = rows_among(found.users, users.words) >= 0
     lengths = found.items.lengths(np.arange(len(found.users)))
     rows = found.items.rows()
     order = np.lexsort((np.random.default_rng(seed).random(len(rows)), rows))

@@ -17,10 +17,11 @@ import xxhash
 from numpy.typing import NDArray
 
 from embedtrain import storage
-from embedtrain.data.bags import Bags
+from embedtrain.data.bags import Bags, distinct
 from embedtrain.data.columns import read_columns
 from embedtrain.data.prepared import META_NAME, prepared_entry, read_contents
 from embedtrain.data.readers import AUTO, Layout, suffixes_of
+from embedtrain.data.row_names import rows_among
 from embedtrain.data.seal import Unverified
 from embedtrain.data.sources import Source, take_sources
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary
@@ -249,7 +250,7 @@ def _write(options: InteractionOptions, listed: _Listed, path: str) -> None:
     # Rows stand in the order of all occurrences; the counts that are kept are those of distinct pairs.
     for place, base in enumerate(bases):
         if base is not None:
-            counted[place][vocabularies[place].rows_of(base.words)] += base.counts
+            counted[place][rows_among(base.words, vocabularies[place].words)] += base.counts
     vocabularies = [Vocabulary(v.words, count) for v, count in zip(vocabularies, counted, strict=True)]
     left_out = {"repeated_interactions": num_repeated}
     if not options.takes_new:
@@ -365,8 +366,7 @@ def _number(
     vocabulary = (
         Vocabulary.build(table, 1, None) if base is None else base.extended(table, 1, None, takes_new=takes_new)
     )
-    row_of_code = np.asarray(pc.index_in(ids, pa.array(vocabulary.words, pa.large_string())).fill_null(-1))
-    return vocabulary, row_of_code.astype(np.int64)[codes]
+    return vocabulary, rows_among(ids, vocabulary.words)[codes]
 
 
 def _distinct_pairs(users: NDArray[np.int64], items: NDArray[np.int64], num_users: int, num_items: int) -> Bags:
@@ -399,11 +399,6 @@ def read_held_out(options: InteractionOptions, interactions: Interactions) -> Ba
     return found
 
 
-def _rows_of(column: pa.Array | pa.ChunkedArray, vocabulary: Vocabulary) -> NDArray[np.int64]:
-    rows = pc.index_in(column, value_set=pa.array(vocabulary.words, pa.large_string())).fill_null(-1)
-    return np.asarray(rows).astype(np.int64)
-
-
 def _held_out(
     options: InteractionOptions, sources: list[Source], users: Vocabulary, items: Vocabulary, left_out: dict[str, int]
 ) -> Bags:
@@ -413,16 +408,16 @@ def _held_out(
     pairs = read_pairs(sources, (options.user_column, options.item_column), options.format, options.layout)
     codes = [np.concatenate([np.asarray(chunk.indices) for chunk in column.chunks]) for column in pairs]
     user_rows, item_rows = (
-        _rows_of(column.chunk(0).dictionary, vocabulary)[code]
+        rows_among(column.chunk(0).dictionary, vocabulary.words)[code]
         for column, vocabulary, code in zip(pairs, (users, items), codes, strict=True)
     )
     # Items of no row still count as what should have been found: by their code, for they may be repeated.
     told = codes[1].astype(np.int64)
     is_known = user_rows >= 0
     left_out["held_out_interactions_of_unknown_users"] = int((~is_known).sum())
-    triples = np.unique(np.stack([user_rows, told, item_rows], axis=1)[is_known], axis=0)
-    left_out["held_out_interactions_with_unknown_items"] = int((triples[:, 2] < 0).sum())
-    return Bags.from_rows(triples[:, 0], triples[:, 2], len(users))
+    found_users, _, found_items = distinct(user_rows[is_known], told[is_known], item_rows[is_known])
+    left_out["held_out_interactions_with_unknown_items"] = int((found_items < 0).sum())
+    return Bags.from_rows(found_users, found_items, len(users))
 
 
 def _read_features(
@@ -445,7 +440,7 @@ def _read_features(
     urls = ", ".join(source.url for source in sources)
     if not batches:
         raise UserError(f"{urls}: there are no rows: expected one for each of the {side}, or leave out {side}.path")
-    rows = np.concatenate([_rows_of(batch[0], vocabulary) for batch in batches])
+    rows = np.concatenate([rows_among(batch[0], vocabulary.words) for batch in batches])
     described, times = np.unique(rows[rows >= 0], return_counts=True)
     if len(times) and times.max() > 1:
         repeated = vocabulary.words[described[times.argmax()]]

@@ -13,6 +13,7 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
@@ -139,6 +140,13 @@ class RowNames:
         if isinstance(self.words, Numbered):
             return RowsByNumber(self.words)
         return {name: row for row, name in enumerate(self.words)}
+
+
+def rows_among(names: Sequence[str] | pa.Array | pa.ChunkedArray, others: Sequence[str]) -> NDArray[np.int64]:
+    """Returns the place of each of [n] names among different others, [n] int64; -1 for a name that is not there."""
+    asked = names if isinstance(names, pa.Array | pa.ChunkedArray) else pa.array(names, pa.large_string())
+    found = pc.index_in(asked, value_set=pa.array(others, pa.large_string())).fill_null(-1)
+    return np.asarray(found).astype(np.int64)
 
 
 def of_values(values: pa.Table, *, has_others: bool, noun: str = "value") -> RowNames:

@@ -133,9 +133,7 @@ class Vocabulary:
         words = kept["word"].cast(pa.large_string()).to_pylist()
         return cls(words, kept["count"].to_numpy())
 
-    def extended(
-        self, counts: pa.Table, min_count: int, max_size: int | None, *, takes_new: bool = True
-    ) -> Vocabulary:
+    def extended(self, counts: pa.Table, min_count: int, max_size: int | None, *, takes_new: bool = True) -> Vocabulary:
         """Returns all these words, and new ones as `build` keeps them, with the counts of both, in a new order.
 
         Args:

@@ -75,7 +75,7 @@ class InputDist(ABC):
 
     @abstractmethod
     def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool) -> tuple[Asked, dict[int, Tensor]]:
-        """Returns what was settled, and by number of each group looked up the keys of all ids. See `EmbeddingCollection.ask`."""
+        """Returns what was settled, and by group number the keys of all ids. See `EmbeddingCollection.ask`."""
 
     def _plan(self, route: Route, batch: Mapping[str, Jagged]) -> tuple[list[Bags], list[Tensor | None], Tensor]:
         """Returns per feature its bags and its weights as the caller gave them, and the keys of all values.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from embedtrain.checkpoint import latest_checkpoint
 from embedtrain.config.sections import Config
@@ -18,8 +19,16 @@ Check = Callable[[Sizes], None]
 """Called on every rank before any table is made; raises UserError if there is no room for the tables."""
 
 
-def build_parts(config: Config, runtime: Runtime, check: Check | None = None) -> Parts:
+def build_parts(
+    config: Config, runtime: Runtime, check: Check | None = None, prepared: tuple[Any, Sizes] | None = None
+) -> Parts:
     """Prepares the data and builds model, optimizers and batches. Collective: every rank.
+
+    Args:
+        config: of the run.
+        runtime: of this process.
+        check: called with the sizes of the tables.
+        prepared: what `Recipe.prepare` returned for this run, if it was called already.
 
     Raises:
         UserError: on every rank alike; the data cannot be used, or `check` raised it on any.
@@ -30,7 +39,7 @@ def build_parts(config: Config, runtime: Runtime, check: Check | None = None) ->
         recipe.check(config, latest_checkpoint(RunFolder(config.run.path).checkpoints_path) is None)
 
     runtime.ranks.run_on_first(check_files)
-    data, sizes = recipe.prepare(config, runtime)
+    data, sizes = recipe.prepare(config, runtime) if prepared is None else prepared
     if check is not None:
         runtime.ranks.run_on_each(functools.partial(check, sizes))
     return recipe.build(config, runtime, data)

@@ -23,7 +23,7 @@ from embedtrain.config.resolved import differing_keys, to_yaml
 from embedtrain.config.sections import Config
 from embedtrain.config.values import flatten, settings_of
 from embedtrain.data.partition import share_of_rank
-from embedtrain.data.row_names import FEATURES_NAME, RowNames, read_row_names
+from embedtrain.data.row_names import FEATURES_NAME, RowNames, read_row_names, rows_among
 from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
@@ -34,6 +34,7 @@ from embedtrain.recipes.loading import config_from_yaml
 from embedtrain.recipes.optimizers import build_optimizer
 from embedtrain.recipes.registry import recipe_of
 from embedtrain.recipes.trained import checkpoint_of
+from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import TableSpec
 from embedtrain.train.run_folder import CHECKPOINTS_NAME, CONFIG_NAME, RunFolder
 from embedtrain.train.state import TrainState, read_run_state
@@ -63,6 +64,19 @@ class GrownTable:
     name: str
     num_kept: int
     num_new: int
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run that was started from another.
+
+    Attributes:
+        tables: what became of each.
+        prepared: what `Recipe.prepare` returned for the run.
+    """
+
+    tables: list[GrownTable]
+    prepared: tuple[Any, Sizes]
 
 
 def grow_run(run_path: str, new_path: str, overrides: Sequence[str], runtime: Runtime) -> list[GrownTable]:
@@ -95,7 +109,7 @@ def grow_run(run_path: str, new_path: str, overrides: Sequence[str], runtime: Ru
     start = [f"start_from={old_folder.path}", "start_from_grow=true", f"run.path={folder.path}"]
     config = config_from_yaml(text, source, [*own, *start, *overrides])
     try:
-        grown = begin_from(config, runtime)
+        grown = begin_from(config, runtime).tables
         folder.write_config(to_yaml(config))
     except BaseException:
         _discard(folder)
@@ -103,8 +117,10 @@ def grow_run(run_path: str, new_path: str, overrides: Sequence[str], runtime: Ru
     return grown
 
 
-def begin_unless_begun(config: Config, runtime: Runtime) -> None:
-    """Writes the first checkpoint of a run that is started from another, unless it has one.
+def begin_unless_begun(config: Config, runtime: Runtime) -> tuple[Any, Sizes] | None:
+    """Writes the first checkpoint of a run that is started from another; returns what `Recipe.prepare` returned.
+
+    If the run has a checkpoint, nothing is done, and None is returned.
 
     Collective: every rank.
 
@@ -113,12 +129,14 @@ def begin_unless_begun(config: Config, runtime: Runtime) -> None:
     """
     folder = RunFolder(config.run.path)
     if runtime.ranks.run_on_first(lambda: latest_checkpoint(folder.checkpoints_path)) is not None:
-        return
-    for table in begin_from(config, runtime):
+        return None
+    begun = begin_from(config, runtime)
+    for table in begun.tables:
         _logger.info(f"table {table.name}: {table.num_kept:,} rows kept, {table.num_new:,} new")
+    return begun.prepared
 
 
-def begin_from(config: Config, runtime: Runtime) -> list[GrownTable]:
+def begin_from(config: Config, runtime: Runtime) -> Begun:
     """Writes the first checkpoint of a run that is started from another.
 
     Rows, optimizer state, dense parameters and theirs are those of the checkpoint that answers for the other run, bit
@@ -147,7 +165,7 @@ def begin_from(config: Config, runtime: Runtime) -> list[GrownTable]:
         return path
 
     path = ranks.run_on_first(choose)
-    data, _ = recipe_of(config.model).prepare(config, runtime)
+    data, sizes = recipe_of(config.model).prepare(config, runtime)
     facts = grow.facts(config, data)
     tables = grow.tables(config, data)
     ranks.run_on_first(lambda: grow.write_files(config, data, folder))
@@ -159,7 +177,8 @@ def begin_from(config: Config, runtime: Runtime) -> list[GrownTable]:
         state = _state(reader, config, facts, old_folder.path)
         contents = Contents(_STEP, parts, state, reader.replicated(), table_steps=reader.manifest.table_steps)
         write_checkpoint(folder.checkpoints_path, contents, ranks)
-    return [GrownTable(name, int((ids >= 0).sum()), int((ids < 0).sum())) for name, ids in old_ids.items()]
+    grown = [GrownTable(name, int((ids >= 0).sum()), int((ids < 0).sum())) for name, ids in old_ids.items()]
+    return Begun(grown, (data, sizes))
 
 
 def _parts(
@@ -288,14 +307,12 @@ def _described(names: RowNames, num_rows: int) -> str:
 
 
 def _rows_by_name(old: RowNames, new: RowNames, num_rows: int) -> Tensor:
-    rows = dict(old.rows)
-    first = int(new.has_others)
-    if old.has_others:
-        # Whatever it is called, row 0 is that of all other values.
-        rows.pop(old.words[0])
+    # Whatever it is called, row 0 is that of all other values.
+    first, old_first = int(new.has_others), int(old.has_others)
     found = np.full(num_rows, -1, np.int64)
     found[:first] = 0 if old.has_others else -1
-    found[first : len(new.words)] = [rows.get(word, -1) for word in new.words[first:]]
+    rows = rows_among(new.words[first:], old.words[old_first:])
+    found[first : len(new.words)] = np.where(rows >= 0, rows + old_first, -1)
     return torch.from_numpy(found)
 
 

@@ -76,6 +76,22 @@ def test_users_of_a_file_are_answered_in_its_order(run: Path, capfd: pytest.Capt
     assert printed(capfd, "recommend", f"{run}/run", "--history", f"{run}/odd.txt", "--top", "1")[0] == "n1"
 
 
+def test_users_of_the_training_keep_their_vector_and_get_nothing_they_have(
+    run: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    # Items that nobody has and that are listed twice are one each; u1 and u2 are of the training, u2 with an item more.
+    (left,) = set(items_of(2, 5)) - set(items_of(2, 4))
+    (run / "mixed.txt").write_text(f"n1 i00 i01 nobodys nobodys\nu1 nobodys\nn2 others\nu2 {left}\n")
+    found = printed(capfd, "recommend", f"{run}/run", "--history", f"{run}/mixed.txt", "--top", "2")
+    assert found[::3] == ["n1", "u1", "u2"]
+    alone = printed(capfd, "recommend", f"{run}/run", "u1", "u2", "--top", "3")
+    assert found[4:6] == alone[1:3]
+    assert found[7:9] == [line for line in alone[5:8] if line.split()[1] != left][:2]
+    assert "mixed.txt: 3 interactions left out, with items not in the training data" in caplog.text
+    assert "mixed.txt: 1 user left out, without an item of the training data" in caplog.text
+    assert "mixed.txt: 2 users of the training data: their trained vectors are taken" in caplog.text
+
+
 def test_a_user_who_has_every_item_is_told_so(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     said = printed(capfd, "recommend", f"{run}/run", "all")
     assert said == [
@@ -103,7 +119,7 @@ def test_strong_generalisation_is_measured(
     ("arguments", "told"),
     [
         (["recommend", "RUN", "--items", "i00,x9"], "unknown item 'x9': not among the 24 items of the training data"),
-        (["recommend", "RUN", "--items", "i00,i00"], "expected different names between commas"),
+        (["recommend", "nowhere", "--items", "i00,i00"], "--items i00,i00: expected different names between commas"),
         (["recommend", "RUN", "--history", "unknown.txt"], "none of its items is among the 24 items of the training"),
         (["recommend", "RUN", "u1", "--items", "i00"], "or one of --items, --history, --features, got --items and u1"),
         (

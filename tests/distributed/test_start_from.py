@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -146,7 +147,7 @@ def test_old_rows_states_and_dense_part_are_those_of_the_other_run(model: str, g
 
 def begun(ranks: Ranks, settings: list[str]) -> list[tuple[str, int, int]]:
     runtime = Runtime(ranks, ranks.rank, torch.device("cpu"))
-    grown = begin_from(load_config("config.yaml", settings), runtime)
+    grown = begin_from(load_config("config.yaml", settings), runtime).tables
     return [(table.name, table.num_kept, table.num_new) for table in grown]
 
 
@@ -167,15 +168,42 @@ def test_any_number_of_ranks_begins_with_the_same_rows(model: str, trained: Path
             assert all(torch.equal(rows[table][name], row) for name, row in expected.items()), (size, table)
 
 
-def test_a_ranking_run_keeps_the_means_that_its_network_was_trained_with(trained: Path) -> None:
+def dense_of(run: str) -> dict[str, object]:
+    """What a checkpoint says of the columns of numbers."""
+    with CheckpointReader(find_checkpoints(f"{run}/checkpoints")[-1].path) as reader:
+        return dict(reader.state["dense"])
+
+
+def test_a_ranking_run_keeps_the_means_that_its_network_was_trained_with(
+    trained: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     begin("ranking", trained)
+    caplog.clear()
+    caplog.set_level(logging.INFO, logger="embedtrain")
     assert main(command("ranking", "day2", "start_from=day1", "start_from_grow=true")) == 0
-    dense = []
-    for run in ("day1", "day2"):
-        with CheckpointReader(find_checkpoints(f"{run}/checkpoints")[-1].path) as reader:
-            dense.append(reader.state["dense"])
-    assert dense[0] == dense[1]
+    logs = [record.message for record in caplog.records if record.message.startswith("click log:")]
+    assert len(logs) == 2, "the log and the held-out one are prepared once each"
+    assert dense_of("day1") == dense_of("day2")
     assert main(["predict", "day2", "--data", "day2.csv", "--output", "scores.csv"]) == 0
+
+
+def test_a_stream_goes_on_from_a_run_of_logs(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    hashed = ["data.num_rows=16", "data.valid_path=null"]
+    assert main(command("ranking", "day1", *hashed)) == 0
+    before, dense = rows_of("day1")
+    Path("day2.csv").write_text(Path("day2.csv").read_text().partition("\n")[2])
+    streamed = ["data.stream=true", "data.columns=[user,item,label,price,place,code]", "schedule.name=constant"]
+    assert main(command("ranking", "day2", "start_from=day1", *hashed, *streamed, "checkpoint.keep_last=9")) == 0
+    assert dense_of("day1") == dense_of("day2")
+    after, dense_after = rows_of("day2", step=0)
+    assert all(torch.equal(after[table][name], row) for table, rows in before.items() for name, row in rows.items())
+    assert all(torch.equal(dense_after[name], tensor) for name, tensor in dense.items())
+    shutil.rmtree("day1")
+    shutil.rmtree("day2")
+    begin("ranking", trained)
+    assert main(command("ranking", "day2", "start_from=day1", *hashed, *streamed)) == 2
+    told = "table user of day1 has 13 rows with a name each, and would have 16 rows for hashes of values"
+    assert told in capfd.readouterr().err
 
 
 def test_grow_takes_ranking_runs_and_towers_with_features(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -180,7 +180,9 @@ def _open_stream(config: RankingConfig, runtime: Runtime) -> tuple[ClickLayout, 
     data = config.data
     assert isinstance(data.path, str), "the configuration was checked"
     options = StreamOptions(data.path, config.train.global_batch_size, data.poll_seconds, data.max_bad_lines)
-    stream = ClickStream(options, click_schema(data), runtime.ranks)
+    base = runtime.ranks.run_on_each(lambda: read_base(config))
+    moments = None if base is None else (base.dense_mean, base.dense_std)
+    stream = ClickStream(options, click_schema(data), runtime.ranks, moments)
     return stream, stream, stream.fingerprint
 
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embedtrain.data.bags import Bags
+from embedtrain.data.bags import Bags, distinct
 from embedtrain.data.histories import Histories, known_part, read_described, read_histories, split_histories
 from embedtrain.data.interactions import InteractionOptions, Interactions
 from embedtrain.data.vocabulary import Vocabulary
@@ -21,7 +22,7 @@ from embedtrain.recipes.base import Wanted
 from embedtrain.recipes.retrieval.config import RetrievalConfig
 from embedtrain.recipes.retrieval.folding import FoldIn, FromFeatures
 from embedtrain.recipes.retrieval.model import Retrieval
-from embedtrain.recipes.retrieval.recommendation import Catalogue, measure_lists
+from embedtrain.recipes.retrieval.recommendation import Catalogue, measure_lists, user_vectors
 
 _USERS_AT_ONCE = 1024
 
@@ -108,9 +109,26 @@ def measure_unseen(
 
 def _folded_in(model: Retrieval, interactions: Interactions, options: InteractionOptions, wanted: Wanted) -> _Asked:
     """Returns users who are known by their items. Collective: every rank."""
-    found = model.tables.ranks.run_on_first(lambda: _histories(wanted, interactions.items, options))
+    found, trained = model.tables.ranks.run_on_first(lambda: _histories(wanted, interactions, options))
     fold_in = FoldIn(model, interactions.known)
-    return _Asked(found.users, found.items, lambda users: fold_in.vectors(users, found.items))
+
+    def vectors(users: NDArray[np.int64]) -> Tensor:
+        is_trained = trained[users] >= 0
+        of_new = fold_in.vectors(users[~is_trained], found.items)
+        of_trained = user_vectors(model, trained[users[is_trained]])
+        both, order = torch.cat([of_new, of_trained]), np.argsort(is_trained, kind="stable")
+        return both[torch.from_numpy(np.argsort(order)).to(both.device)]
+
+    return _Asked(found.users, _with_known(found.items, interactions.known, trained), vectors)
+
+
+def _with_known(given: Bags, known: Bags, trained: NDArray[np.int64]) -> Bags:
+    """Returns the items of each user: those given, and those of the training if the user was there."""
+    rows = np.flatnonzero(trained >= 0)
+    items, lengths = known.of(trained[rows])
+    users, values = np.concatenate([given.rows(), np.repeat(rows, lengths)]), np.concatenate([given.values, items])
+    users, values = distinct(users, values)
+    return Bags.from_rows(users, values, len(given))
 
 
 def _described(model: Retrieval, interactions: Interactions, options: InteractionOptions, path: str) -> _Asked:
@@ -124,13 +142,17 @@ def _described(model: Retrieval, interactions: Interactions, options: Interactio
     return _Asked(names, nothing, FromFeatures(model, features).vectors)
 
 
-def _histories(wanted: Wanted, items: Vocabulary, options: InteractionOptions) -> Histories:
+def _histories(
+    wanted: Wanted, interactions: Interactions, options: InteractionOptions
+) -> tuple[Histories, NDArray[np.int64]]:
+    """Returns the users with their items, and the row of each in the training, -1 for a user who was not there."""
     if wanted.history_path is not None:
-        found = read_histories(options, wanted.history_path, items)
-        return known_part(found, wanted.history_path, len(items))
+        found = read_histories(options, wanted.history_path, interactions.items)
+        return known_part(found, wanted.history_path, interactions)
     assert wanted.items is not None
-    rows = np.unique(_rows_of(wanted.items, items, "item"))
-    return Histories([",".join(wanted.items)], Bags.from_rows(np.zeros(len(rows), np.int64), rows, 1))
+    rows = np.unique(_rows_of(wanted.items, interactions.items, "item"))
+    bags = Bags.from_rows(np.zeros(len(rows), np.int64), rows, 1)
+    return Histories([",".join(wanted.items)], bags), np.array([-1])
 
 
 def _rows_of(names: Sequence[str], vocabulary: Vocabulary, noun: str) -> NDArray[np.int64]:

@@ -32,7 +32,7 @@ class FoldIn:
     shrunk towards the multiple of the identity that fits best, so that few users are enough. Vectors are as the model
     compares them, those of towers too. Neither held-out items nor new users have a say.
 
-    A ridge solve for each user against all items, as iALS does, finds less: it assumes the squares that iALS trains.
+    An iALS solve per user recalls less: it assumes a squared loss, which these models are not trained with.
 
     Collective: every rank makes one, and calls its methods with the same arguments.
 

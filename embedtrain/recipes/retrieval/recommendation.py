@@ -62,7 +62,7 @@ class Catalogue:
             [n, k] int64 rows of items, -1 if a user has no more, and their scores [n, k], on the CPU.
         """
         if queries is None:
-            queries = self._queries(users)
+            queries = user_vectors(self.model, users)
         k = min(k, self.num_items)
         excluded = None if known is None else known.of(users)
         scores = queries.new_full((len(users), k), -torch.inf)
@@ -84,13 +84,20 @@ class Catalogue:
         scores, items = _first(scores, items, k)
         return items.masked_fill(scores == -torch.inf, -1).cpu(), scores.cpu()
 
-    def _queries(self, users: NDArray[np.int64]) -> Tensor:
-        """Returns the vectors of the users, each encoded by one rank."""
-        ranks = range(self._ranks.size)
-        shares = [share_of_rank(len(users), rank, len(ranks)) for rank in ranks]
-        mine = shares[self._ranks.rank]
-        own = self.model.encode({USER: torch.from_numpy(users[mine.start : mine.stop])})[USER]
-        return self._ranks.all_gather_rows(own, [len(share) for share in shares])
+
+@torch.no_grad()
+def user_vectors(model: Retrieval, users: NDArray[np.int64]) -> Tensor:
+    """Returns the vectors [n, dim] of users of the training, each encoded by one rank. Collective: every rank.
+
+    Args:
+        model: the model.
+        users: [n] rows, the same on every rank.
+    """
+    ranks = model.tables.ranks
+    shares = [share_of_rank(len(users), rank, ranks.size) for rank in range(ranks.size)]
+    mine = shares[ranks.rank]
+    own = model.encode({USER: torch.from_numpy(users[mine.start : mine.stop])})[USER]
+    return ranks.all_gather_rows(own, [len(share) for share in shares])
 
 
 @torch.no_grad()
