@@ -67,6 +67,8 @@ def trainer_of(path: Path, ranks: Ranks, policy: BestPolicy) -> Trainer:
     model, state = Model(ranks), TrainState()
 
     def measure(alive: Callable[[], None]) -> dict[str, float]:
+        with torch.no_grad():
+            model.tables({"t": et.Jagged.from_ids(torch.arange(4))})
         return {"valid_auc": VALUES[state.step // 2 - 1]}
 
     task = Task(
@@ -180,6 +182,8 @@ def test_patience_and_min_delta_decide_when(policy: BestPolicy, last: int, tmp_p
     for name in ("loss", "valid_auc"):
         steps = [record["step"] for record in records.records if name in record]
         assert steps[-1] == last, "the last step is logged and measured, as the end of any run"
+    looked_up = {record["ids/looked_up"] for record in records.records if "loss" in record}
+    assert looked_up == {2}, "what the measurement before looked up does not count"
 
 
 def test_a_value_that_is_not_finite_is_no_improvement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,10 @@ import pytest
 from embedtrain.data.click_batches import ClickBatches
 from embedtrain.data.click_log import DENSE, IDS, LABEL
 from embedtrain.data.click_schema import CategoricalColumn, ClickSchema
+from embedtrain.data.prepare_clicks import ClickBase
 from embedtrain.data.sources import refuse_changes
 from embedtrain.data.token_hash import hashed_rows
+from embedtrain.data.vocabulary import COUNTS_SCHEMA
 from embedtrain.errors import UserError
 from tests.unit.data.click_example import criteo_line, criteo_schema, examples_of, prepared, write_criteo
 
@@ -309,3 +311,13 @@ def test_schemas_are_checked() -> None:
         ClickSchema(file_format="csv", label="y", categorical=(column,), columns=("y", "v"))
     with pytest.raises(UserError, match="at least one categorical column"):
         ClickSchema(file_format="csv", label="y", dense=("x",))
+
+
+def test_what_another_run_knew_decides_on_the_prepared_examples() -> None:
+    def facts(words: list[bytes], counts: list[int], mean: float = 0.0) -> tuple[object, ...]:
+        values = pa.table([pa.array(words, pa.large_binary()), pa.array(counts, pa.int64())], schema=COUNTS_SCHEMA)
+        return ClickBase({"city": values}, np.array([mean]), np.ones(1), takes_new=True).facts
+
+    assert facts([b"ab", b"c"], [2, 1]) == facts([b"ab", b"c"], [2, 1])
+    others = [facts([b"a", b"bc"], [2, 1]), facts([b"ab", b"c"], [2, 2]), facts([b"ab", b"c"], [2, 1], mean=0.5)]
+    assert facts([b"ab", b"c"], [2, 1]) not in others

@@ -16,6 +16,7 @@ from embedtrain.data.row_names import (
     of_ids,
     of_values,
     read_row_names,
+    rows_among,
     values_source,
     vocabulary_source,
     write_values,
@@ -89,3 +90,9 @@ def test_any_text_has_a_row_in_a_hashed_table_and_ids_have_their_own() -> None:
     assert names.find("hash:7/999") == hashed_rows(pa.array(["hash:7/999"]), 1000)[0]
     rows = of_ids(12).rows
     assert (rows.get("11"), rows.get("12"), rows.get("03"), rows.get("x"), len(rows)) == (11, None, None, None, 12)
+
+
+def test_names_are_found_among_others() -> None:
+    assert rows_among(["b", "", "Ö", "a"], ["a", "b", "Ö"]).tolist() == [1, -1, 2, 0]
+    assert rows_among(pa.chunked_array([["b"], ["c"]], pa.large_string()), ["a", "b"]).tolist() == [1, -1]
+    assert rows_among([], ["a"]).tolist() == rows_among([], []).tolist() == []

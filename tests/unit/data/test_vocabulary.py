@@ -105,6 +105,8 @@ def test_a_vocabulary_grows_by_new_words_and_keeps_its_own() -> None:
     assert list(zip(grown.words, grown.counts.tolist(), strict=True)) == [("b", 12), ("a", 10), ("d", 6), ("c", 5)]
     assert old.extended(counts, min_count=1, max_size=4).words == ["b", "a", "d", "c"]
     assert sorted(old.extended(counts, min_count=1, max_size=2).words) == ["a", "b", "c"]
+    same = old.extended(counts, min_count=1, max_size=None, takes_new=False)
+    assert list(zip(same.words, same.counts.tolist(), strict=True)) == [("b", 12), ("a", 10), ("c", 5)]
     with pytest.raises(UserError, match="holds no words"):
         old.extended(counted([]), min_count=1, max_size=None)
 
