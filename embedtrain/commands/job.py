@@ -24,6 +24,7 @@ from embedtrain.errors import CheckpointError, NonFiniteError, UserError, printa
 from embedtrain.planning.room import require_room
 from embedtrain.recipes.building import build_parts
 from embedtrain.recipes.growing import begin_unless_begun
+from embedtrain.serve.publication import open_sink
 from embedtrain.train.interrupt import EXIT_PREEMPTED
 from embedtrain.train.run import check_run_folder, train_run
 from embedtrain.train.run_folder import RunFolder
@@ -39,6 +40,7 @@ _SHORT_ERRORS = (NonFiniteError, CheckpointError)
 def try_run(config: Config, *, is_debugged: bool) -> int:
     """Tries a run as `dry_run` does; returns the exit status. Collective: every rank."""
     folder = check_run_folder(config)
+    _check_publication(config)
     runtime = init_distributed(device=config.run.device, timeout_seconds=config.run.timeout_seconds)
 
     tried = config
@@ -76,6 +78,8 @@ def train_each(
         finish: what to do in the end.
     """
     folders = [check_run_folder(config) for config in configs]
+    for config in configs:
+        _check_publication(config)
     runtime = init_distributed(device=configs[0].run.device, timeout_seconds=configs[0].run.timeout_seconds)
     for config, folder in zip(configs, folders, strict=True):
         status, error = _train_one(config, folder, runtime, is_debugged=is_debugged, is_profiled=is_profiled)
@@ -90,6 +94,12 @@ def train_each(
             finish()
     shut_down()
     return status
+
+
+def _check_publication(config: Config) -> None:
+    """Refuses a place that no run can be published to."""
+    if config.publish.to is not None:
+        open_sink(config.publish.to).close()
 
 
 def _train_one(

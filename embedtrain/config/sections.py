@@ -174,8 +174,22 @@ class LogConfig:
     """Steps between two records of the loss, the speed and the like."""
     tensorboard: bool = True
     """Also write scalars for TensorBoard into the run folder, if that is local."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the same numbers; null for none."""
+    mlflow: str | None = None
+    """Experiment of MLflow that gets them; null for none."""
     rows_every_steps: int | None = 1000
     """How often TensorBoard gets the rows' effective learning rates and the growth of the optimizer's state."""
+
+
+@dataclass
+class PublishConfig:
+    """Publication while the run trains."""
+
+    to: str | None = None
+    """URL of a folder or of Redis that gets what changed, as `embedtrain publish --to` has it; null for none."""
+    every_seconds: float = 600.0
+    """Seconds between two publications of the newest checkpoint; the end of a run is published too."""
 
 
 @dataclass
@@ -198,12 +212,17 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
 
     MEANT: ClassVar[Mapping[str, str]] = {
         "learning_rate": "optimizer.lr",
         "alpha": "optimizer.lr",
         "iter": "train.epochs",
         "output": "run.path",
+        "accumulate_grad_batches": "train.accumulate_steps",
+        "gradient_accumulation_steps": "train.accumulate_steps",
+        "mixed_precision": "train.precision",
+        "allow_tf32": "train.tf32",
     }
     """Names that other programs have for our keys, too far from them for a search by spelling."""
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
@@ -211,6 +230,7 @@ class Config:
         "checkpoint.",
         "resume.",
         "log.",
+        "publish.",
         "optimizer.reset_state_from_step",
         "train.epochs",
         "train.precision",
@@ -293,6 +313,7 @@ class Config:
     def _seconds(self) -> Iterator[tuple[str, float | None]]:
         yield "run.timeout_seconds", self.run.timeout_seconds
         yield "checkpoint.every_seconds", self.checkpoint.every_seconds
+        yield "publish.every_seconds", self.publish.every_seconds
 
     def _counts(self) -> Iterator[tuple[str, Any]]:
         yield "train.epochs", self.train.epochs

@@ -52,6 +52,11 @@ class Numbered(Sequence[str]):
     def __init__(self, rows: range, begin: str = "", end: str = "") -> None:
         self._rows, self._begin, self._end = rows, begin, end
 
+    @property
+    def affixes(self) -> tuple[str, str]:
+        """What stands before each number, and after it."""
+        return self._begin, self._end
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -83,8 +83,17 @@ def score_options(
     return ScoreOptions(data, keep, has_label, value_at(config, "data.max_bad_lines"), is_given)
 
 
-def pack_run(run_path: str, step: Step, output: str, runtime: Runtime, *, dtype: TableDtype, overwrite: bool) -> None:
-    """Writes the model of a run as a package.
+def pack_run(
+    run_path: str,
+    step: Step,
+    output: str,
+    runtime: Runtime,
+    *,
+    dtype: TableDtype,
+    has_onnx: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Writes the model of a run as a package; `write_package` says more.
 
     Raises:
         UserError: there is no such run or checkpoint, its model cannot be packed, there are several processes, or the
@@ -97,4 +106,4 @@ def pack_run(run_path: str, step: Step, output: str, runtime: Runtime, *, dtype:
     if runtime.world_size != 1:
         raise UserError(f"expected one process, and this is one of {runtime.world_size}: write it without torchrun")
     with pack(config, runtime, checkpoint_of(run_path, step)) as packed:
-        write_package(packed, output, dtype=dtype, overwrite=overwrite)
+        write_package(packed, output, dtype=dtype, has_onnx=has_onnx, overwrite=overwrite)

@@ -21,6 +21,7 @@ from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.init_from import init_from
 from embedtrain.errors import UserError, counted, printable
 from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, TensorBoardSink
+from embedtrain.metrics.trackers import MlflowSink, WandbSink, require_tracker
 from embedtrain.optim.schedule import schedule_factor
 from embedtrain.storage import local_path
 from embedtrain.train.best import BestPolicy, check_metric
@@ -28,6 +29,7 @@ from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
 from embedtrain.train.interrupt import EXIT_PREEMPTED
 from embedtrain.train.lock import RunLock
 from embedtrain.train.profile import StepProfile
+from embedtrain.train.publisher import Publisher
 from embedtrain.train.row_statistics import RowStatistics, TableStatistics
 from embedtrain.train.run_folder import PROFILE_NAME, TENSORBOARD_NAME, RunFolder
 from embedtrain.train.state import TrainState
@@ -69,8 +71,11 @@ def check_run_folder(config: Config) -> RunFolder:
     """Returns the run folder, after making sure that what lies in it belongs to this configuration.
 
     Raises:
-        UserError: the folder holds checkpoints of a run with other settings.
+        UserError: the folder holds checkpoints of a run with other settings, or a tracker is not installed.
     """
+    for package in ("wandb", "mlflow"):
+        if getattr(config.log, package) is not None:
+            require_tracker(f"log.{package}", package)
     folder = RunFolder(config.run.path)
     folder.require_writable_names()
     earlier = folder.read_config()
@@ -136,6 +141,9 @@ def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_prof
     with ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
         observers = list(run.observers)
+        publisher = _publisher(config, run.folder) if runtime.rank == 0 else None
+        if publisher is not None:
+            observers.append(publisher.step)
         if is_profiled:
             observers.append(stack.enter_context(_profile(run.folder, runtime.rank)).step)
 
@@ -152,6 +160,8 @@ def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_prof
         )
     for sink in run.sinks:
         sink.close()
+    if publisher is not None and is_complete:
+        publisher.finish()
     status = 0 if is_complete else EXIT_PREEMPTED
     if runtime.rank == 0:
         run.folder.write_status("done" if is_complete else "preempted", status, step=state.step)
@@ -171,6 +181,11 @@ def begin_verification(unverified: Unverified, timeout_seconds: float, ranks: Ra
     """
     patience = min(_VERIFICATION_SECONDS, timeout_seconds / 2)
     return ranks.run_on_each(lambda: Verification(unverified, patience) if ranks.rank == 0 and unverified else None)
+
+
+def _publisher(config: Config, folder: RunFolder) -> Publisher | None:
+    settings = config.publish
+    return None if settings.to is None else Publisher(folder.path, settings.to, settings.every_seconds)
 
 
 def _profile(folder: RunFolder, rank: int) -> StepProfile:
@@ -345,6 +360,11 @@ def _build_sinks(config: Config, folder: RunFolder, state: TrainState, task: Tas
         board = TensorBoardSink(folder.join(TENSORBOARD_NAME), purge_step=state.step + 1)
         board.log_settings(settings_of(config), list(dict.fromkeys(["loss", config.checkpoint.best_metric])))
         sinks.append(board)
+    path = local_path(folder.path) or folder.path
+    if config.log.wandb is not None:
+        sinks.append(WandbSink(config.log.wandb, path, settings_of(config)))
+    if config.log.mlflow is not None:
+        sinks.append(MlflowSink(config.log.mlflow, path, settings_of(config)))
     return sinks
 
 
