@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
-from embedtrain.checkpoint.retention import mode_of_best
 from embedtrain.config.resolved import differing_keys, settings_in, to_yaml
 from embedtrain.config.sections import Config
 from embedtrain.config.values import settings_of
@@ -22,15 +21,19 @@ from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.init_from import init_from
 from embedtrain.errors import UserError, counted, printable
 from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, TensorBoardSink
+from embedtrain.metrics.trackers import MlflowSink, WandbSink, require_tracker
 from embedtrain.optim.schedule import schedule_factor
 from embedtrain.storage import local_path
+from embedtrain.train.best import BestPolicy, check_metric
 from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
 from embedtrain.train.interrupt import EXIT_PREEMPTED
 from embedtrain.train.lock import RunLock
 from embedtrain.train.profile import StepProfile
+from embedtrain.train.publisher import Publisher
 from embedtrain.train.row_statistics import RowStatistics, TableStatistics
 from embedtrain.train.run_folder import PROFILE_NAME, TENSORBOARD_NAME, RunFolder
 from embedtrain.train.state import TrainState
+from embedtrain.train.step import StepOptions, has_bfloat16, step_options
 from embedtrain.train.task import Parts, StreamedBatches, Task
 from embedtrain.train.trainer import Trainer
 from embedtrain.train.watchdog import Watchdog
@@ -68,8 +71,11 @@ def check_run_folder(config: Config) -> RunFolder:
     """Returns the run folder, after making sure that what lies in it belongs to this configuration.
 
     Raises:
-        UserError: the folder holds checkpoints of a run with other settings.
+        UserError: the folder holds checkpoints of a run with other settings, or a tracker is not installed.
     """
+    for package in ("wandb", "mlflow"):
+        if getattr(config.log, package) is not None:
+            require_tracker(f"log.{package}", package)
     folder = RunFolder(config.run.path)
     folder.require_writable_names()
     earlier = folder.read_config()
@@ -100,6 +106,7 @@ def train_run(
     Raises:
         UserError: another job is at work on the folder, the data cannot be used, or the checkpoint is of other data.
     """
+    _step_options(config, runtime)  # what the device cannot do is refused before the data are prepared
     with RunLock(folder.path, runtime.ranks) as lock:
         run = build_run(config, runtime, folder, make_parts())
         return _train(run, config, runtime, lock, is_profiled=is_profiled)
@@ -134,6 +141,9 @@ def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_prof
     with ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
         observers = list(run.observers)
+        publisher = _publisher(config, run.folder) if runtime.rank == 0 else None
+        if publisher is not None:
+            observers.append(publisher.step)
         if is_profiled:
             observers.append(stack.enter_context(_profile(run.folder, runtime.rank)).step)
 
@@ -150,6 +160,8 @@ def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_prof
         )
     for sink in run.sinks:
         sink.close()
+    if publisher is not None and is_complete:
+        publisher.finish()
     status = 0 if is_complete else EXIT_PREEMPTED
     if runtime.rank == 0:
         run.folder.write_status("done" if is_complete else "preempted", status, step=state.step)
@@ -169,6 +181,11 @@ def begin_verification(unverified: Unverified, timeout_seconds: float, ranks: Ra
     """
     patience = min(_VERIFICATION_SECONDS, timeout_seconds / 2)
     return ranks.run_on_each(lambda: Verification(unverified, patience) if ranks.rank == 0 and unverified else None)
+
+
+def _publisher(config: Config, folder: RunFolder) -> Publisher | None:
+    settings = config.publish
+    return None if settings.to is None else Publisher(folder.path, settings.to, settings.every_seconds)
 
 
 def _profile(folder: RunFolder, rank: int) -> StepProfile:
@@ -196,8 +213,9 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
         parts: what to train.
 
     Raises:
-        UserError: the checkpoint is of other data or of another optimizer.
+        UserError: the checkpoint is of other data or of another optimizer, or the run has no such metric.
     """
+    check_metric(config.checkpoint.best_metric, parts.task)
     earlier = folder.read_config()
     started = start_new_tables(parts, config, folder, runtime)
     state = TrainState()
@@ -218,15 +236,25 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
         epochs=config.train.epochs,
         schedule=functools.partial(_schedule_factor, config),
         checkpoints=checkpoints,
-        reset_state_from_step=config.optimizer.reset_state_from_step,
         ranks=runtime.ranks,
+        options=_step_options(config, runtime),
         is_shared=functools.partial(is_shared, runtime=runtime),
     )
     _check_epochs(config, earlier, trainer, runtime)
+    if config.train.precision == "bfloat16" and runtime.rank == 0 and not has_bfloat16(runtime.device):
+        _logger.warning(
+            "train.precision=bfloat16: this processor has no instructions for bfloat16 (AMX or AVX-512 BF16), and "
+            "multiplies several times slower in it than in float32"
+        )
     runtime.ranks.run_on_first(functools.partial(_write_folder, folder, config, parts))
     sinks = _build_sinks(config, folder, state, parts.task) if runtime.rank == 0 else []
     observers = _build_observers(config, folder, state, parts.task, sinks, runtime)
     return Run(trainer, folder, sinks, is_resumed, earlier is not None, observers, parts.unverified)
+
+
+def _step_options(config: Config, runtime: Runtime) -> StepOptions:
+    reset_at = config.optimizer.reset_state_from_step
+    return step_options(config.train, runtime.device, reset_state_from_step=reset_at)
 
 
 def start_new_tables(parts: Parts, config: Config, folder: RunFolder, runtime: Runtime) -> dict[str, Any]:
@@ -256,12 +284,15 @@ def start_new_tables(parts: Parts, config: Config, folder: RunFolder, runtime: R
 
 def _save_policy(config: Config) -> SavePolicy:
     settings = config.checkpoint
-    best_mode = mode_of_best(settings.best_metric, settings.best_mode)
-    retention = Retention(settings.keep_last, settings.keep_every, settings.keep_best, settings.best_metric, best_mode)
+    retention = Retention(
+        settings.keep_last, settings.keep_every, config.num_best, settings.best_metric, settings.best_mode
+    )
     options = SaveOptions(
         settings.mode, settings.max_extra_memory_bytes, settings.max_failures, settings.full_every, retention
     )
-    return SavePolicy(settings.every_steps, settings.every_seconds, options, config.run.timeout_seconds)
+    stop = config.train.early_stop
+    best = BestPolicy(settings.best_metric, settings.best_mode, config.num_best, stop.patience, stop.min_delta)
+    return SavePolicy(settings.every_steps, settings.every_seconds, options, config.run.timeout_seconds, best)
 
 
 def _resume_policy(config: Config) -> ResumePolicy:
@@ -327,9 +358,13 @@ def _build_sinks(config: Config, folder: RunFolder, state: TrainState, task: Tas
     sinks: list[MetricSink] = [ConsoleSink(sys.stderr, total, task.unit), metrics]
     if config.log.tensorboard and local_path(folder.path) is not None:
         board = TensorBoardSink(folder.join(TENSORBOARD_NAME), purge_step=state.step + 1)
-        best = config.checkpoint.best_metric
-        board.log_settings(settings_of(config), ["loss"] if best in (None, "loss") else ["loss", best])
+        board.log_settings(settings_of(config), list(dict.fromkeys(["loss", config.checkpoint.best_metric])))
         sinks.append(board)
+    path = local_path(folder.path) or folder.path
+    if config.log.wandb is not None:
+        sinks.append(WandbSink(config.log.wandb, path, settings_of(config)))
+    if config.log.mlflow is not None:
+        sinks.append(MlflowSink(config.log.mlflow, path, settings_of(config)))
     return sinks
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -34,6 +34,14 @@ class Objective:
 
 
 Model = Callable[[Any], Objective]
+
+
+@runtime_checkable
+class DivisibleBatch(Protocol):
+    """A batch that can be trained on in parts, one after the other, as `train.accumulate_steps` asks for."""
+
+    def split(self, num_parts: int) -> Sequence[Any]:
+        """Returns so many batches, of which some may be empty. Their losses add up to the loss of the whole batch."""
 
 
 class Batches(Protocol):
@@ -107,6 +115,7 @@ class Task:
         summarize: turns the sums of `Objective.sums` over steps and ranks into measures; None where there are none.
         unit: what the batches count, in the plural: names the counters among the metrics.
         frequencies: by table [num_rows], how often each id occurs in the data, where that is known.
+        measures: the names of what `summarize` and `evaluation` return; None if that is known only when they have.
     """
 
     model: Model
@@ -118,6 +127,7 @@ class Task:
     summarize: Callable[[Tensor], Mapping[str, float]] | None = None
     unit: str = "examples"
     frequencies: Mapping[str, Tensor] = field(default_factory=dict)
+    measures: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)

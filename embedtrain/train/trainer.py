@@ -16,10 +16,11 @@ from embedtrain.distributed.stages import begin, stage
 from embedtrain.errors import CorruptCheckpointError, NonFiniteError, UserError
 from embedtrain.metrics.sinks import MetricSink
 from embedtrain.train.ahead import BatchesAhead, Prepared
+from embedtrain.train.best import BestWatch, require_metric
 from embedtrain.train.checkpoints import Checkpoints
 from embedtrain.train.interrupt import Interrupt
 from embedtrain.train.state import LogWindow, TrainState
-from embedtrain.train.step import train_step
+from embedtrain.train.step import DEFAULT_OPTIONS, StepOptions, micro_batches, train_step
 from embedtrain.train.step_statistics import StepStatistics
 from embedtrain.train.task import Objective, StreamedBatches, Task
 
@@ -42,8 +43,8 @@ class Trainer:
         epochs: passes over the data; a stream is read once.
         schedule: factor of every base learning rate by the share of the run that is done.
         checkpoints: when and how to save.
-        reset_state_from_step: when this many steps are done, the tables' optimizer starts its state anew.
         ranks: those of the run.
+        options: how the steps are computed.
         is_shared: no collective; returns whether all ranks failed as this one did, with an error of their own; None
             if only one process can tell.
     """
@@ -57,7 +58,7 @@ class Trainer:
         schedule: Callable[[float], float],
         checkpoints: Checkpoints,
         ranks: Ranks,
-        reset_state_from_step: int | None = None,
+        options: StepOptions = DEFAULT_OPTIONS,
         is_shared: Callable[[Exception], bool] | None = None,
     ) -> None:
         self.state = state
@@ -65,20 +66,25 @@ class Trainer:
         self.total_steps = None if self._steps_per_epoch is None else epochs * self._steps_per_epoch
         self._task = task
         self._stream = task.batches if isinstance(task.batches, StreamedBatches) else None
-        self._ahead = None if isinstance(task.batches, StreamedBatches) else BatchesAhead(task)
+        self._ahead = (
+            None if isinstance(task.batches, StreamedBatches) else BatchesAhead(task, options.accumulate_steps)
+        )
         # The host decides whether dense parameters step, so it must know at once whether the gradients are finite.
         task.optimizer.looks_later = task.tables.device.type == "cuda" and task.dense is None
         self._rates = [float(settings["lr"]) for settings in task.optimizer.param_groups]
         self._schedule = schedule
         self._checkpoints = checkpoints
-        self._reset_state_from_step = reset_state_from_step
+        self._options = options
         self._ranks = ranks
         self._is_shared = is_shared or (lambda error: ranks.size == 1)
+        self._best = BestWatch(checkpoints.policy.best, state, ranks)
+        self._names: frozenset[str] = frozenset()
+        self._kinds: set[bool] = set()  # Of the records so far: those of the training and those of held-out data.
         self._check_counters()
         # Checkpoints of earlier versions hold no window: their records begin anew.
         window = state.window or LogWindow(state.step, state.step)
         self._window = _Window(window.sums, window.seconds)
-        self._statistics = StepStatistics(task.tables, ranks)
+        self._statistics = StepStatistics(task.tables, ranks, options.accumulate_steps)
         self._is_drained = False
         self._logged_step, self._measured_step = window.logged_step, window.measured_step
 
@@ -121,21 +127,31 @@ class Trainer:
                     if is_logged:
                         self._log(sinks)
                     if is_measured:
-                        is_due |= not self._measure(sinks, alive)
+                        is_due |= self._measure(sinks, alive)
+                    if self._best.is_over:
+                        self._finish_records(sinks, alive)
                     if is_due or is_overdue or is_stopped:
                         self._save(before_save, is_last=is_stopped)
                     if is_stopped and not self.is_over():
                         return False
-            if self._is_drained and self.state.step > self._logged_step:
-                self._log(sinks)
-            if self._is_drained and self.state.step > self._measured_step and self._task.evaluation is not None:
-                self._measure(sinks, alive)
+            if self._is_drained:
+                self._finish_records(sinks, alive)
+            if self._best.is_over and self._ranks.rank == 0:
+                self._best.explain()
             self._save(before_save, is_last=True)
         return True
 
     def is_over(self) -> bool:
-        """Tells whether the last epoch, or the stream, is trained to its end."""
-        return self._is_drained or (self.total_steps is not None and self.state.step >= self.total_steps)
+        """Tells whether the last epoch, or the stream, is trained to its end, or no improvement is waited for."""
+        is_at_end = self.total_steps is not None and self.state.step >= self.total_steps
+        return self._is_drained or is_at_end or self._best.is_over
+
+    def _finish_records(self, sinks: Sequence[MetricSink], alive: Callable[[], None] | None) -> None:
+        """Logs and measures at a step that nobody knew to be the last. Collective: every rank."""
+        if self.state.step > self._logged_step:
+            self._log(sinks)
+        if self.state.step > self._measured_step and self._task.evaluation is not None:
+            self._measure(sinks, alive)
 
     def _save(self, before_save: Callable[[], None] | None, is_last: bool) -> None:
         if before_save is not None:
@@ -172,7 +188,8 @@ class Trainer:
                 batch, position, self._is_drained = self._stream.next_batch(self.state.stream)
             if batch is None:
                 return False
-            self._train_on(Prepared(batch, batch.num_examples))
+            first, *further = micro_batches(batch, self._options.accumulate_steps)
+            self._train_on(Prepared(first, batch.num_examples, further))
             self.state.advance_stream(position)
         else:
             assert self._ahead is not None
@@ -182,13 +199,14 @@ class Trainer:
         return True
 
     def _train_on(self, prepared: Prepared) -> None:
-        task = self._task
-        if self.state.step == self._reset_state_from_step:
+        task, options = self._task, self._options
+        if self.state.step == options.reset_state_from_step:
             task.optimizer.reset_state()
         factor = self._factor_at(self.state.step)
         for settings, rate in zip(task.optimizer.param_groups, self._rates, strict=True):
             settings["lr"] = rate * factor
-        objective = train_step(task.model, task.optimizer, prepared.batch, task.dense, factor, self._prepare_next)
+        batch, further, meanwhile = prepared.batch, prepared.further, self._prepare_next
+        objective = train_step(task.model, task.optimizer, batch, task.dense, factor, meanwhile, further, options)
         self._window.add(objective, prepared.num_examples)
 
     def _factor_at(self, step: int) -> float:
@@ -242,7 +260,9 @@ class Trainer:
         self._logged_step = self.state.step
 
     def _measure(self, sinks: Sequence[MetricSink], alive: Callable[[], None] | None) -> bool:
-        """Measures on held-out data; returns False if that failed, which is no reason to lose what was trained.
+        """Measures on held-out data; returns whether to save now.
+
+        It is saved if the measure is one to keep, and if the measurement failed, which must not lose what was trained.
 
         Collective: every rank.
         """
@@ -255,8 +275,9 @@ class Trainer:
                 if not self._is_shared(caught):
                     raise
                 error = caught
+        is_kept = False
         if error is None:
-            self._take({**self._when(), **measures}, sinks)
+            is_kept = self._take({**self._when(), **measures}, sinks)
         elif self._ranks.rank == 0:
             _logger.warning(
                 f"the evaluation at step {self.state.step:,} failed, and training goes on without its measures: "
@@ -264,12 +285,18 @@ class Trainer:
             )
         self._measured_step = self.state.step
         self._window.leave_out_time()
-        return error is None
+        return is_kept or error is not None
 
-    def _take(self, record: Mapping[str, float | int | str], sinks: Sequence[MetricSink]) -> None:
+    def _take(self, record: Mapping[str, float | int | str], sinks: Sequence[MetricSink]) -> bool:
+        """Hands a record on; returns whether a checkpoint of now would be kept for it. Collective: every rank."""
+        self._names |= record.keys()
+        self._kinds.add("loss" in record)
         self._checkpoints.metrics = {**self._checkpoints.metrics, **record}
         for sink in sinks:
             sink.log(record)
+        if len(self._kinds) == (1 if self._task.evaluation is None else 2):
+            require_metric(self._best.metric, self._names)
+        return self._best.judge(record)
 
     def _when(self) -> dict[str, float | int | str]:
         """Returns where the run is, as records say it; a stream has no epochs."""

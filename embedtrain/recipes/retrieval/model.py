@@ -158,6 +158,18 @@ class Retrieval(nn.Module):
         """
         return self._encode(rows, self._ask(rows, is_ahead=False))
 
+    def encode_described(self, name: str, id_vector: Tensor, features: Mapping[str, Jagged], num_rows: int) -> Tensor:
+        """Returns the vectors [num_rows, dim] of users or items that have features and no row. Collective: every rank.
+
+        Args:
+            name: the side.
+            id_vector: [dim], what stands for the vector of their ids.
+            features: by name, the categories of each.
+            num_rows: how many there are.
+        """
+        vectors = self.tables.look_up(self.tables.ask({f"{name}.{key}": bags for key, bags in features.items()}))
+        return self._join(name, {**vectors, name: id_vector.expand(num_rows, -1)})
+
     def prepare(self, batch: RetrievalBatch, *, is_ahead: bool = True) -> PreparedPairs:
         """Exchanges the ids of a step, for `forward` later. Collective: every rank, in order of steps."""
         rows = {USER: batch.users, ITEM: torch.cat([batch.positives, batch.negatives])}
@@ -183,10 +195,14 @@ class Retrieval(nn.Module):
     def _join(self, name: str, vectors: Mapping[str, Tensor]) -> Tensor:
         parts = [vectors[table] for table in (name, *(f"{name}.{f}" for f in self.sides[name].features))]
         if name in self.dense:
-            joined: Tensor = self.dense[name](torch.cat(parts, dim=1))
+            joined: Tensor = self.dense[name](torch.cat(parts, dim=1)).float()
         else:
             joined = torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
-        return F.normalize(joined, dim=1) if self.scoring.similarity == "cosine" else joined
+        return self.as_compared(joined)
+
+    def as_compared(self, vectors: Tensor) -> Tensor:
+        """Returns vectors [n, dim] as their dot products compare them: of length 1 if the similarity is a cosine."""
+        return F.normalize(vectors, dim=1) if self.scoring.similarity == "cosine" else vectors
 
 
 def pair_losses(
@@ -209,12 +225,21 @@ def pair_losses(
     if scoring.loss == "softmax" and scoring.logq:
         of_positives, of_candidates = (expected.to(device).log() for expected in batch.expected)
         positive, correction = positive - of_positives, -of_candidates
-    negative = _without_known(F.linear(users, candidates, correction), batch.known, batch.candidates)
+    negative = _without_known(_scores(users, candidates, correction), batch.known, batch.candidates)
     if scoring.loss == "softmax":
         return losses.softmax_loss(positive, example, negative)
     if scoring.loss == "bpr":
         return losses.bpr_loss(positive, example, negative)
     return losses.margin_loss(positive, example, negative, margin=scoring.margin, weight=scoring.negative_weight)
+
+
+def _scores(users: Tensor, candidates: Tensor, correction: Tensor | None) -> Tensor:
+    """Returns the scores of users [n, dim] for candidates [c, dim], [n, c] float32, plus a correction [c]."""
+    if not torch.is_autocast_enabled(users.device.type):
+        return F.linear(users, candidates, correction)
+    # The product takes the correction in its own dtype, which would round away more of it than of the product.
+    scores = F.linear(users, candidates).float()
+    return scores if correction is None else scores.add_(correction)
 
 
 def _without_known(scores: Tensor, known: Jagged, candidates: Tensor) -> Tensor:

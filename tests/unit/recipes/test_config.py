@@ -49,6 +49,7 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path:
         ("train.epoch=3", "train.epochs"),
         ("seeds=3", "seed"),
         ("vector_size=3", "table.dim"),
+        ("gradient_accumulation_steps=4", "train.accumulate_steps"),
         ("optimiser={lr: 3}", "optimizer.lr"),
     ],
 )
@@ -138,6 +139,13 @@ def test_an_unknown_model_is_named() -> None:
     assert "there is no model" in message_of(None, "model=[word2vec]")
 
 
+@pytest.mark.parametrize("override", ["train.precision=bfloat16", "train.tf32=true"])
+def test_a_model_without_dense_layers_refuses_their_precision(override: str) -> None:
+    assert "for dense layers, and model=word2vec has none: leave them out" in message_of(None, TEXT, override)
+    ranking = load_config(None, ["model=ranking", "data.path=x", "data.categorical=[a]", override])
+    assert (ranking.train.precision, ranking.train.tf32) in (("bfloat16", False), ("float32", True))
+
+
 def test_the_optimizers_name_chooses_its_options() -> None:
     config = load_config(None, [TEXT, "optimizer.name=adam", "optimizer.betas=[0.8,0.99]", "optimizer.max_norm=2"])
     assert (config.optimizer.name, config.optimizer.lr, config.optimizer.betas) == ("adam", 0.001, [0.8, 0.99])
@@ -200,3 +208,12 @@ def test_a_run_from_before_the_quotes_of_files_were_settings_goes_on(model: str)
     # The delimiter of CSV was a value then, and follows from the format now.
     earlier = [line.replace("delimiter: null", "delimiter: ','") for line in earlier]
     assert differing_keys("\n".join(earlier), config) == []
+
+
+def test_a_run_of_before_there_was_a_setting_has_its_default() -> None:
+    config = load_config(None, ["data.path=x"])
+    earlier = "\n".join(line for line in to_yaml(config).splitlines() if not line.startswith("start_from"))
+    assert "start_from" not in earlier
+    assert differing_keys(earlier, config) == []
+    config.start_from_grow = True
+    assert differing_keys(earlier, config) == ["start_from_grow (was absent, is True)"]
