@@ -16,7 +16,7 @@ from embedtrain.distributed.stages import stage
 from embedtrain.embedding.table_group import TableGroup
 from embedtrain.ops.pool_rows import Bags, pool_rows
 from embedtrain.ops.row_gradient import Delivery
-from embedtrain.ops.sort_unique import sort_unique
+from embedtrain.ops.sort_unique import order_keys
 
 
 class PooledAtOwners:
@@ -45,11 +45,10 @@ class PooledAtOwners:
             owner, pairs = owner_and_bag(keys, lengths, group.num_local_rows)
             self._own_rows = torch.sub(keys, owner, alpha=group.num_local_rows)
             bound = group.ranks.size * max(self._num_bags, 1)
-            self._by_owner = sort_unique(pairs, bound=bound, with_inverse=False)
-        ranks = torch.arange(group.ranks.size + 1, device=keys.device)
-        ends = torch.searchsorted(self._by_owner.unique, ranks * self._num_bags)
-        self.sum_counts = ends.diff()
-        self.id_counts = self._by_owner.starts[ends].diff()
+            self._by_owner = order_keys(pairs, bound=bound, with_inverse=False)
+        firsts = torch.arange(group.ranks.size + 1, device=keys.device) * self._num_bags
+        self.sum_counts = self._by_owner.num_below(firsts).diff()
+        self.id_counts = self._by_owner.num_keys_below(firsts).diff()
 
     def exchange(
         self,
@@ -65,14 +64,16 @@ class PooledAtOwners:
             is_weighted: whether ids of any rank have factors.
         """
         self._sum_counts = of_sums
+        # In order of owner; bags are numbered through all features.
+        self._bag_of_sum = self._by_owner.sorted.unique % max(self._num_bags, 1)
+        self._sums_of_bags = self._add_up_later()
         payload = self._payload(id_type(self._group), is_weighted)
         owed = self._group.ranks.all_to_all(payload, *of_ids)
         signed = (owed[:, 0] if is_weighted else owed).long()
         weights = owed[:, 1].to(torch.int32).view(torch.float32) if is_weighted else None
         is_first = signed < 0
         self.rows = torch.where(is_first, ~signed, signed)
-        starts = is_first.nonzero().flatten()
-        lengths = torch.cat([starts, starts.new_tensor([signed.numel()])]).diff()
+        lengths = _occurrences(is_first.cumsum(0) - 1, sum(of_sums[1]))
         self._owed = Bags(signed.numel(), lengths, weights)
 
     def pool(self) -> Tensor:
@@ -89,15 +90,15 @@ class PooledAtOwners:
         """
         return self._add_up(self._group.ranks.all_to_all(sums, *reversed(self._sum_counts)))
 
-    def send_home(self, grads: Sequence[Tensor | None]) -> None:
-        """Sends the gradients of the pooled vectors to the owners, where those of the rows wait for an optimizer.
+    def send_home(self, grads: Sequence[Tensor | None]) -> Delivery:
+        """Sends the gradients of the pooled vectors to the owners; returns those of this rank's rows.
 
         Collective: every rank.
         """
         group = self._group
         shares = self._share_out(grads, group.weight.shape[1]).to(group.gradient_wire_dtype)
         received = group.ranks.all_to_all(shares, *self._sum_counts)
-        group.gradients.deliver(Delivery(self.rows, [self._owed], [received.float()]))
+        return Delivery(self.rows, [self._owed], [received.float()])
 
     def _payload(self, dtype: torch.dtype, is_weighted: bool) -> Tensor:
         """Returns what travels to the owners: [n] rows, or [n, 2] rows and the bits of their weights.
@@ -105,7 +106,7 @@ class PooledAtOwners:
         The first row of each bag is stored as its complement, a negative number, so that lengths need not travel.
         """
         rows = self._own_rows[self._by_owner.order]
-        firsts = self._by_owner.starts[:-1]
+        firsts = self._by_owner.sorted.starts[:-1]
         rows[firsts] = ~rows[firsts]
         if not is_weighted:
             return rows.to(dtype)
@@ -118,14 +119,18 @@ class PooledAtOwners:
         )
         return torch.stack([rows.to(dtype), weights[self._by_owner.order].view(torch.int32).to(dtype)], dim=1)
 
+    def _add_up_later(self) -> tuple[Tensor, Bags]:
+        """Returns the places of the sums that come, bag after bag and in order of rank, and how they are added."""
+        order = order_keys(self._bag_of_sum, bound=max(self._num_bags, 1), with_inverse=False).order
+        num_owners = _occurrences(self._bag_of_sum, self._num_bags)
+        factors = self._factors()
+        weights = None if factors is None else factors[self._bag_of_sum[order]]
+        return order, Bags(order.numel(), num_owners, weights)
+
     def _add_up(self, sums: Tensor) -> list[Tensor]:
         """Returns per feature [num_bags, dim]: the owners' sums added in order of rank, means divided."""
-        by_bag = sort_unique(self._bag_of_sum, bound=max(self._num_bags, 1), with_inverse=False)
-        num_owners = torch.zeros(self._num_bags, dtype=torch.int64, device=sums.device)
-        num_owners[by_bag.unique] = by_bag.starts.diff()
-        factors = self._factors()
-        weights = None if factors is None else factors[self._bag_of_sum[by_bag.order]]
-        (pooled,) = pool_rows(sums, by_bag.order, [Bags(sums.shape[0], num_owners, weights)])
+        order, bags = self._sums_of_bags
+        (pooled,) = pool_rows(sums, order, [bags])
         # `data` is no view to autograd: the caller may change one feature's vectors in place.
         return [part.data for part in pooled.split([feature.num_bags for feature in self._bags])]
 
@@ -142,11 +147,6 @@ class PooledAtOwners:
         weights = None if factors is None else factors[self._bag_of_sum]
         (shared,) = pool_rows(of_bags, self._bag_of_sum, [Bags(self._bag_of_sum.numel(), None, weights)])
         return shared
-
-    @property
-    def _bag_of_sum(self) -> Tensor:
-        """[num_sums] int64, in order of owner; bags are numbered through all features."""
-        return self._by_owner.unique % max(self._num_bags, 1)
 
     def _factors(self) -> Tensor | None:
         """Returns [num_bags] float32, what a bag's sum is multiplied by; None where it is 1 for all."""
@@ -172,6 +172,12 @@ def lengths_of(feature: Bags, device: torch.device) -> Tensor:
     if feature.lengths is None:
         return torch.ones(feature.num_values, dtype=torch.int64, device=device)
     return feature.lengths
+
+
+def _occurrences(numbers: Tensor, num_numbers: int) -> Tensor:
+    """Returns how often each of the numbers from 0 occurs, [num_numbers] int64; a device is not waited for."""
+    counts = torch.zeros(num_numbers, dtype=torch.int64, device=numbers.device)
+    return counts.scatter_add_(0, numbers, torch.ones_like(numbers))
 
 
 def id_type(group: TableGroup) -> torch.dtype:

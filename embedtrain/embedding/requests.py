@@ -55,6 +55,8 @@ class GroupRequest(ABC):
     at_owner: Sequence[bool]
     sums: PooledAtOwners | None
     rows: Tensor
+    _home: tuple[Tensor, OrderedKeys] | None = None
+    """The local rows of all gradients that one backward brings, and the same in order, if they were sorted ahead."""
 
     @property
     @abstractmethod
@@ -68,7 +70,7 @@ class GroupRequest(ABC):
 
     @abstractmethod
     def sort_ahead(self) -> None:
-        """Sorts what the update will need, if that is not part of the update."""
+        """Sorts the rows that the update will need. Native updates sort for themselves, and quicker."""
 
     @abstractmethod
     def fetch(self, found: Found) -> tuple[Tensor, Tensor]:
@@ -83,12 +85,29 @@ class GroupRequest(ABC):
         """Returns the distinct rows wanted, [num_distinct, dim] float32. Collective: every rank."""
 
     @abstractmethod
-    def send_home(self, grads: Sequence[Tensor | None], bags: Sequence[Bags]) -> None:
-        """Delivers the gradients of pooled vectors, per feature, to the rows' owners. Collective: every rank."""
+    def send_home(self, grads: Sequence[Tensor | None], bags: Sequence[Bags]) -> Delivery | None:
+        """Sends the gradients of pooled vectors, per feature, to the rows' owners; returns those of this rank's rows.
+
+        Collective: every rank.
+
+        Returns:
+            None if no rank has any.
+        """
 
     @abstractmethod
-    def send_distinct_home(self, grad: Tensor) -> None:
-        """Delivers the gradient of the distinct rows to their owners. Collective: every rank."""
+    def send_distinct_home(self, grad: Tensor) -> Delivery | None:
+        """Sends the gradient of the distinct rows to their owners; as `send_home`. Collective: every rank."""
+
+    def deliver(self, *deliveries: Delivery | None) -> None:
+        """Has gradients of this rank's rows wait for the optimizer: all that one backward brings, in order."""
+        there = [delivery for delivery in deliveries if delivery is not None]
+        if self._home is not None and not any(delivery.is_unique for delivery in there):
+            rows, ordered = self._home
+            bags = [feature for delivery in there for feature in delivery.bags]
+            grads = [grad for delivery in there for grad in delivery.grads]
+            there = [Delivery(rows, bags, grads, ordered=ordered)]
+        for delivery in there:
+            self.group.gradients.deliver(delivery)
 
 
 class LocalRequest(GroupRequest):
@@ -126,7 +145,10 @@ class LocalRequest(GroupRequest):
         return self._ordered.inverse
 
     def sort_ahead(self) -> None:
-        """Does nothing: the update sorts by runs."""
+        """See `GroupRequest`."""
+        if not dispatch.uses_native(self.rows):
+            ordered = self._ordered if isinstance(self._ordered, OrderedKeys) else OrderedKeys(self.rows)
+            self._ordered, self._home = ordered, (self.rows, ordered)
 
     def fetch(self, found: Found) -> tuple[Tensor, Tensor]:
         """Returns what was found: one rank pools straight from the table."""
@@ -136,15 +158,15 @@ class LocalRequest(GroupRequest):
         """See `GroupRequest`."""
         return gather_rows(*self.group.access.look_up(self.distinct.unique), torch.float32)
 
-    def send_home(self, grads: Sequence[Tensor | None], bags: Sequence[Bags]) -> None:
+    def send_home(self, grads: Sequence[Tensor | None], bags: Sequence[Bags]) -> Delivery:
         """See `GroupRequest`."""
         runs = self.group.runs_of(self.route.tables, [feature.num_values for feature in bags])
-        self.group.gradients.deliver(Delivery(self.rows, bags, grads, runs=runs))
+        return Delivery(self.rows, bags, grads, runs=runs)
 
-    def send_distinct_home(self, grad: Tensor) -> None:
+    def send_distinct_home(self, grad: Tensor) -> Delivery:
         """See `GroupRequest`."""
         rows = self.distinct.unique
-        self.group.gradients.deliver(Delivery(rows, [Bags(len(rows))], [grad], is_unique=True))
+        return Delivery(rows, [Bags(len(rows))], [grad], is_unique=True)
 
 
 class Wanted(NamedTuple):
@@ -202,7 +224,6 @@ class RemoteRequest(GroupRequest):
         self.group, self.rows, self.sums = group, rows, sums
         self.route, self.bags, self.weights, self.at_owner, _ = wanted
         self._ordered, self._counts = ordered, counts
-        self._ordered_rows: OrderedKeys | None = None
 
     @property
     def distinct(self) -> SortedKeys:
@@ -219,8 +240,9 @@ class RemoteRequest(GroupRequest):
 
     def sort_ahead(self) -> None:
         """See `GroupRequest`."""
-        if self._counts is not None and not dispatch.uses_native(self.rows):
-            self._ordered_rows = OrderedKeys(self.rows)
+        if not dispatch.uses_native(self.rows):
+            rows = self.rows if self.sums is None else torch.cat([self.rows, self.sums.rows])
+            self._home = rows, OrderedKeys(rows)
 
     def fetch(self, found: Found) -> tuple[Tensor, Tensor]:
         """See `GroupRequest`."""
@@ -230,21 +252,21 @@ class RemoteRequest(GroupRequest):
         """See `GroupRequest`."""
         return self._fetch(*self.group.access.look_up(self.rows), torch.float32)
 
-    def send_home(self, grads: Sequence[Tensor | None], bags: Sequence[Bags]) -> None:
+    def send_home(self, grads: Sequence[Tensor | None], bags: Sequence[Bags]) -> Delivery | None:
         """See `GroupRequest`; gradients are summed by row before they travel."""
         dim = self.group.weight.shape[1]
         no_rows = torch.zeros(0, dim, dtype=torch.float32, device=self.group.device)
-        self.send_distinct_home(pool_rows_backward(grads, bags, self.distinct, dim) if bags else no_rows)
+        return self.send_distinct_home(pool_rows_backward(grads, bags, self.distinct, dim) if bags else no_rows)
 
-    def send_distinct_home(self, grad: Tensor) -> None:
+    def send_distinct_home(self, grad: Tensor) -> Delivery | None:
         """See `GroupRequest`."""
         if self._counts is None:
-            return
+            return None
         wired = grad.to(self.group.gradient_wire_dtype)
         grads = self.group.ranks.all_to_all_split(wired, *self._counts, torch.float32)
         # Rows of one rank are distinct; several ranks may ask for the same.
         bags = [Bags(len(part)) for part in grads]
-        self.group.gradients.deliver(Delivery(self.rows, bags, grads, ordered=self._ordered_rows))
+        return Delivery(self.rows, bags, grads)
 
     def _fetch(self, source: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
         if self._counts is None:

@@ -170,7 +170,7 @@ class TableGroup:
         """Returns a copy of rows in memory of the kind that this group's rows have."""
         return self._allocate(tuple(rows.shape), 0.0, rows.dtype).copy_(rows)
 
-    def keys_of(self, tables: Sequence[int], ids: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    def keys_of(self, tables: Sequence[int], ids: Sequence[Tensor]) -> tuple[Tensor, list[int] | Tensor]:
         """Returns a key per id of several features, `owner * num_local_rows + local row`, feature after feature.
 
         Sorted keys are in order of owner; equal keys are the same row.
@@ -180,7 +180,8 @@ class TableGroup:
             ids: per feature [n] int64 or int32.
 
         Returns:
-            The keys, and per feature how many ids are not rows of its table; keys of those mean nothing.
+            The keys, and per feature how many ids are not rows of its table; keys of those mean nothing. The numbers
+            are on the device for ids of a GPU.
         """
         return self._key_map(tables, ids)
 

@@ -129,12 +129,12 @@ def test_a_step_is_prepared_while_the_one_before_runs() -> None:
     batches = Batches(0)
     ahead = BatchesAhead(Task(model, model.tables, et.optim.RowwiseAdagrad(model.tables), batches))
     ahead.take(0, 0)
-    ahead.prepare_next(0, 1)
+    ahead.prepare([(0, 1)])
     assert batches.made == [(0, 0), (0, 1)]
     prepared = ahead.take(0, 1)
     assert batches.made == [(0, 0), (0, 1)]
     # Of the request, the inverse and the block, whose memory a GPU's streams must agree on.
     assert len(list(tensors_of(prepared.batch))) >= 10
-    ahead.prepare_next(0, 2)
+    ahead.prepare([(0, 2)])
     ahead.take(1, 0)  # another than was expected, as after a resumed run
     assert batches.made[-2:] == [(0, 2), (1, 0)]

@@ -31,7 +31,18 @@ _WAITING = {
     "is_nonzero",
 }
 """Operations whose results, or their sizes, the host must know."""
-_MAY_MIX = {"copy_", "to", "view_as", "type_as", "set_", "set_data", "__get__", "__set__", "backward", "_has_compatible_shallow_copy_type"}
+_MAY_MIX = {
+    "copy_",
+    "to",
+    "view_as",
+    "type_as",
+    "set_",
+    "set_data",
+    "__get__",
+    "__set__",
+    "backward",
+    "_has_compatible_shallow_copy_type",
+}
 """Functions that take tensors of both memories. Of indexing, an index may lie on the host."""
 _INDEXING = {"__setitem__", "__getitem__", "index_put_", "index_put"}
 _WRITTEN = {"gathered", "pooled", "sums", "heads", "weight", "first", "second", "context_grad", "target_grad", "loss"}
@@ -272,6 +283,10 @@ class Event:
         device.wait_if_unknown("synchronize of an event", self._clock)
 
     def query(self) -> bool:
+        """Says yes, as it does in the end; whoever asks waits for that."""
+        device = current()
+        assert device is not None
+        device.wait_if_unknown("polling of an event", self._clock)
         return True
 
 
@@ -304,6 +319,18 @@ def _backward(self: Tensor, gradient: Any = None, retain_graph: Any = None, crea
     _engine_run_backward(
         (self,), (seed,), bool(retain_graph), create_graph, (), allow_unreachable=True, accumulate_grad=True
     )
+
+
+_group_by_device = torch.optim.Optimizer._group_tensors_by_device_and_dtype
+
+
+def _grouped(tensors: Any, with_indices: bool = False) -> Any:
+    """Torch's optimizers see where tensors really are, and would move what else they take there."""
+    device = current()
+    groups = _group_by_device(tensors, with_indices)
+    if device is None or not any(map(device.holds, tensors[0])):
+        return groups
+    return {(CUDA, dtype): group for (_, dtype), group in groups.items()}
 
 
 _run_interpreted = interpreter.GridExecutor.__call__
@@ -349,6 +376,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "is_cuda", property(is_cuda), raising=False)
     monkeypatch.setattr(Tensor, "backward", _backward)
     monkeypatch.setattr(Tensor, "record_stream", _record_stream)
+    monkeypatch.setattr(torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(_grouped))
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", _run_kernel)
     replaced = {
         "Stream": Stream,
@@ -357,6 +385,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         "current_stream": _current_stream,
         "device": lambda device: contextlib.nullcontext(),
         "synchronize": _synchronize,
+        "current_device": lambda: 0,
         "mem_get_info": lambda device=None: (64 << 20, 64 << 20),
         "max_memory_reserved": lambda device=None: 0,
     }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Sequence
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -14,10 +16,13 @@ from torch import Tensor
 from embedtrain.distributed import ranks as ranks_module
 from embedtrain.distributed.ranks import ONE_PROCESS, GroupRanks, Ranks
 from embedtrain.testing.threads import ThreadRanks, run_threads
-from tests.fake_cuda.device import FakeDevice, current, paused
+from tests.fake_cuda.device import CUDA, FakeDevice, current, paused
 from tests.fake_cuda.modes import install, running_on
 
 T = TypeVar("T")
+
+
+TIMEOUT = timedelta(seconds=77)
 
 
 class _Group:
@@ -26,6 +31,11 @@ class _Group:
     def __init__(self, through: ThreadRanks, name: str, device: FakeDevice) -> None:
         self.through, self.name, self.device = through, name, device
         self.made: list[_Group] = []
+        self.options = SimpleNamespace(_timeout=TIMEOUT)
+
+    def _get_backend(self, device: torch.device) -> SimpleNamespace:
+        assert device.type == "cuda"
+        return SimpleNamespace(options=self.options)
 
 
 class _Dist:
@@ -49,6 +59,7 @@ class _Dist:
     def new_group(self, ranks: Sequence[int], **options: Any) -> _Group:
         device = current()
         assert device is not None
+        assert options["timeout"] == TIMEOUT and options["device_id"] == CUDA, "a group of its own defaults"
         device.num_groups += 1
         group = _Group(_through(device), f"group {device.num_groups}", device)
         _jobs[id(device)].made.append(group)

@@ -76,7 +76,9 @@ class _Clicks:
 
 def features_of(n: int, generator: torch.Generator, num_single: int) -> dict[str, et.Jagged]:
     """Returns features of one id each, and one of bags."""
-    ids = {f"c{i}": et.Jagged.from_ids(torch.randint(0, NUM_ROWS, (n,), generator=generator)) for i in range(num_single)}
+    ids = {
+        f"c{i}": et.Jagged.from_ids(torch.randint(0, NUM_ROWS, (n,), generator=generator)) for i in range(num_single)
+    }
     lengths = torch.randint(0, 3, (n,), generator=generator)
     return {**ids, "tags": et.Jagged(torch.randint(0, NUM_ROWS, (int(lengths.sum()),), generator=generator), lengths)}
 
@@ -133,7 +135,7 @@ def train_recipe(name: str, device: FakeDevice | None, ranks: Ranks, **options: 
         if device is not None and step == NUM_STEPS - 1:
             device.forget_step()
         prepared = ahead.take(0, step)
-        meanwhile = functools.partial(ahead.prepare_next, 0, step + 1)
+        meanwhile = functools.partial(ahead.prepare, [(0, later) for later in range(step + 1, step + 1 + ahead.depth)])
         objective = train_step(task.model, task.optimizer, prepared.batch, task.dense, 1.0, meanwhile)
         window.add(objective, prepared.num_examples)
         totals.append(objective.total)
