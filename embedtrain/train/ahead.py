@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.distributed.stages import stage
+from embedtrain.embedding.table_group import TableGroup
 from embedtrain.train.task import Batches, StreamedBatches, Task
 
 
@@ -112,9 +113,11 @@ class BatchesAhead:
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Yields the tensors in mappings, sequences, dataclasses and objects of this package."""
+    """Yields the tensors in mappings, sequences, dataclasses and objects of this package, but not those of tables."""
     if isinstance(value, Tensor):
         yield value
+    elif isinstance(value, TableGroup):
+        return
     elif isinstance(value, Mapping):
         for part in value.values():
             yield from tensors_of(part)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import sys
 import threading
-import traceback
+import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -91,6 +92,10 @@ def key_of(tensor: Tensor) -> int:
 class FakeDevice:
     """One rank's device.
 
+    Args:
+        runs_kernels: whether Triton's kernels compute, in its interpreter, which takes most of the time. Else what they
+            write stays as it is, and all that depends on values alone means nothing.
+
     Attributes:
         waits: of the host.
         hazards: what a real device may do wrong, in words.
@@ -98,7 +103,8 @@ class FakeDevice:
         collectives: in order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, runs_kernels: bool = True) -> None:
+        self.runs_kernels = runs_kernels
         self.memory: dict[int, Memory] = {}
         self.pinned: dict[int, Pinned] = {}
         self.current = MAIN
@@ -275,10 +281,11 @@ def paused() -> Iterator[None]:
 
 def _place() -> str:
     """Returns the innermost lines of the package on the stack."""
-    found = []
-    for frame in reversed(traceback.extract_stack(limit=80)):
-        if "/embedtrain/" in frame.filename and "/testing/" not in frame.filename:
-            found.append(f"{frame.filename[frame.filename.rindex('embedtrain/') :]}:{frame.lineno}")
-            if len(found) == 3:
-                break
+    found: list[str] = []
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and len(found) < 3:
+        name = frame.f_code.co_filename
+        if "/embedtrain/" in name and "/testing/" not in name:
+            found.append(f"{name[name.rindex('embedtrain/') :]}:{frame.f_lineno}")
+        frame = frame.f_back
     return " < ".join(found)

@@ -104,14 +104,14 @@ def _through(device: FakeDevice) -> ThreadRanks:
 
 
 def run_on_devices(
-    world_size: int, monkeypatch: pytest.MonkeyPatch, function: Callable[[FakeDevice, Ranks], T]
+    world_size: int, monkeypatch: pytest.MonkeyPatch, function: Callable[[FakeDevice, Ranks], T], **options: Any
 ) -> list[T]:
-    """Calls `function(device, ranks)` on each rank, and returns the results in rank order."""
+    """Calls `function(device, ranks)` on each rank, and returns the results in rank order; options are the devices'."""
     install(monkeypatch)
     monkeypatch.setattr(ranks_module, "dist", _Dist())
 
     def run(through: Ranks) -> T:
-        device = FakeDevice()
+        device = FakeDevice(**options)
         with running_on(device):
             if through is ONE_PROCESS:
                 return function(device, through)
