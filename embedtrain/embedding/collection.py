@@ -126,7 +126,7 @@ class EmbeddingCollection(nn.Module):
     def write_back(self) -> None:
         """Brings rows in host memory up to date with their copies on the device, to be read or written by others."""
         for group in self.table_groups:
-            group.access.write_back()
+            group.access.let_go()
 
     def watch(self, watcher: Callable[[Sequence[Tensor]], None]) -> None:
         """Has a function called with the keys that this rank's batches look up, [n] int64 per group looked up."""
@@ -272,15 +272,15 @@ class EmbeddingCollection(nn.Module):
     def bring_rows(self, asked: Asked) -> None:
         """Copies those of the rows asked of this rank that live in host memory to the device, before their step."""
         for part in asked.parts:
-            rows = part.rows if part.sums is None else torch.cat([part.rows, part.sums.rows])
-            part.group.access.bring_ahead(rows)
+            part.bring_rows()
 
     def gather_table(self, name: str, state: str = "weight") -> Tensor:
         """Returns a whole table, or an optimizer's state of it, in order of id, on every rank.
 
         Collective: every rank. For tables that fit on one.
         """
-        self.write_back()
+        for group in self.table_groups:
+            group.access.write_back()
         shard = self.shards[name]
         local = shard.weight if state == "weight" else shard.state[state]
         ranks = range(self.ranks.size)
@@ -294,7 +294,8 @@ class EmbeddingCollection(nn.Module):
 
         Collective: every rank, as the optimizer's `settle`, which it calls and whose exception it raises.
         """
-        self.write_back()
+        for group in self.table_groups:
+            group.access.write_back()
         return [view for group in self.table_groups for view in group.views()]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from embedtrain.embedding.features import Route
 from embedtrain.embedding.owner_pooling import PooledAtOwners
 from embedtrain.embedding.table_group import TableGroup
 from embedtrain.ops._backend import dispatch
+from embedtrain.ops._backend.transfer import HostCopy
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.pool_rows import Bags, pool_rows_backward
 from embedtrain.ops.row_gradient import Delivery
@@ -55,6 +56,7 @@ class GroupRequest(ABC):
     at_owner: Sequence[bool]
     sums: PooledAtOwners | None
     rows: Tensor
+    _rows_on_host: tuple[Tensor, HostCopy] | None = None
     _home: tuple[Tensor, OrderedKeys] | None = None
     """The local rows of all gradients that one backward brings, and the same in order, if they were sorted ahead."""
 
@@ -97,6 +99,21 @@ class GroupRequest(ABC):
     @abstractmethod
     def send_distinct_home(self, grad: Tensor) -> Delivery | None:
         """Sends the gradient of the distinct rows to their owners; as `send_home`. Collective: every rank."""
+
+    def bring_rows(self) -> None:
+        """Copies the rows that this rank reads and updates to the device, if they live in host memory."""
+        if not self.group.access.is_on_host:
+            return
+        rows, on_host = self._rows_on_host or self._rows_to_host()
+        self.group.access.bring_ahead(rows, on_host, [self.rows, *([] if self.sums is None else [self.sums.rows])])
+
+    def _rows_to_host(self) -> tuple[Tensor, HostCopy]:
+        """Begins to copy the rows that gradients will have, in order of delivery, to the host."""
+        if self._home is not None:
+            rows = self._home[0]
+        else:
+            rows = self.rows if self.sums is None else torch.cat([self.rows, self.sums.rows])
+        return rows, HostCopy(rows)
 
     def deliver(self, *deliveries: Delivery | None) -> None:
         """Has gradients of this rank's rows wait for the optimizer: all that one backward brings, in order."""
@@ -149,6 +166,8 @@ class LocalRequest(GroupRequest):
         if not dispatch.uses_native(self.rows):
             ordered = self._ordered if isinstance(self._ordered, OrderedKeys) else OrderedKeys(self.rows)
             self._ordered, self._home = ordered, (self.rows, ordered)
+        if self.group.access.is_on_host:
+            self._rows_on_host = self._rows_to_host()
 
     def fetch(self, found: Found) -> tuple[Tensor, Tensor]:
         """Returns what was found: one rank pools straight from the table."""
@@ -243,6 +262,8 @@ class RemoteRequest(GroupRequest):
         if not dispatch.uses_native(self.rows):
             rows = self.rows if self.sums is None else torch.cat([self.rows, self.sums.rows])
             self._home = rows, OrderedKeys(rows)
+        if self.group.access.is_on_host:
+            self._rows_on_host = self._rows_to_host()
 
     def fetch(self, found: Found) -> tuple[Tensor, Tensor]:
         """See `GroupRequest`."""

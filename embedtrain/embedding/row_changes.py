@@ -44,10 +44,12 @@ class RowChanges:
 
     Attributes:
         tensors: name -> [num_rows, ...], the weights and the optimizer state whose rows change together.
+        num_overwritten: how often any row may have been given another value, as by loading.
     """
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
+        self.num_overwritten = 0
         self._touched: Tensor | None = None
         self._snapshot: RowSnapshot | None = None
 
@@ -80,6 +82,7 @@ class RowChanges:
 
     def before_update_of_all(self) -> None:
         """Takes note that any row may change, as by loading values."""
+        self.num_overwritten += 1
         if self._touched is not None:
             self._touched.fill_(True)
         if self._snapshot is not None:

@@ -267,9 +267,8 @@ class TableGroup:
         self.gradients.was_applied = True
 
     def _allocate(self, shape: tuple[int, ...], fill: float, dtype: torch.dtype) -> Tensor:
-        if self.placement.is_host and self.device.type != "cpu":
-            return torch.full(shape, fill, dtype=dtype, pin_memory=True)
-        return allocate_rows(shape, fill, dtype, self.device)
+        # Rows in host memory travel through buffers of their own: to pin a table would take twice its memory.
+        return allocate_rows(shape, fill, dtype, torch.device("cpu") if self.placement.is_host else self.device)
 
     def describe(self, row: int) -> str:
         """Names the table and the id of a local row, for messages."""
