@@ -58,13 +58,16 @@ class RowAccess(Protocol):
     def look_up(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Returns weights on the device that hold the local rows [n], and the rows' places in them; rows may repeat."""
 
-    def bring_ahead(self, rows: Tensor, on_host: HostCopy, parts: Sequence[Tensor]) -> None:
+    def bring_ahead(
+        self, rows: Tensor, on_host: HostCopy, parts: Sequence[Tensor], distinct: Tensor | None = None
+    ) -> None:
         """Copies rows that a coming step reads and updates to the device, if they are not there anyway.
 
         Args:
             rows: [n] int64; they may repeat. A gradient of just these finds the copies.
             on_host: the same.
             parts: what `look_up` will be given, which is together the rows.
+            distinct: the distinct rows, ascending, if `look_up` may be given these instead.
         """
 
     def open(self, gradient: RowGradient) -> tuple[RowsToUpdate, RowGradient]:
@@ -75,6 +78,12 @@ class RowAccess(Protocol):
 
     def close(self) -> None:
         """Ends an update of rows that were opened."""
+
+    def join_copies(self) -> None:
+        """Has the device's current stream wait for rows on their way to the host.
+
+        Whoever then waits for the stream knows that they have come.
+        """
 
     def write_back(self) -> None:
         """Brings the rows where they live up to date with the device's copies, to be read by others."""
@@ -106,7 +115,9 @@ class RowsOnDevice:
         """See `RowAccess`."""
         return self.weight, rows
 
-    def bring_ahead(self, rows: Tensor, on_host: HostCopy, parts: Sequence[Tensor]) -> None:
+    def bring_ahead(
+        self, rows: Tensor, on_host: HostCopy, parts: Sequence[Tensor], distinct: Tensor | None = None
+    ) -> None:
         """Does nothing."""
 
     def open(self, gradient: RowGradient) -> tuple[RowsToUpdate, RowGradient]:
@@ -116,6 +127,9 @@ class RowsOnDevice:
         return self, gradient
 
     def close(self) -> None:
+        """Does nothing."""
+
+    def join_copies(self) -> None:
         """Does nothing."""
 
     def write_back(self) -> None:
@@ -151,13 +165,13 @@ class _Copies:
         touched: the copies.
         split: where the rows live.
         asked: the rows as `look_up` is given them, each with the places among the copies.
-        home: the rows as the gradient will have them.
+        homes: the rows as the gradient may have them.
     """
 
     touched: TouchedRows
     split: _Split
     asked: list[tuple[Tensor, Tensor]]
-    home: Tensor | None
+    homes: list[Tensor]
 
 
 class _Put(NamedTuple):
@@ -178,8 +192,8 @@ class RowCache:
     While there is a cache, it holds the truth of its rows, and the host's copies are old: `write_back` brings them up
     to date. Rows brought ahead of their step are kept up to date with the updates in between.
 
-    The host decides which rows are hot, and copies of cold ones have a stream of their own. So a step waits once for
-    the device, until the rows that the step before it updated have come.
+    The host decides which rows are hot, and copies of cold ones have a stream of their own. What a step updates need
+    not have come when the next one's rows are fetched: until then they are taken from the device's copies.
 
     Args:
         changes: the tensors in host memory, the optimizer's states as they are added, and who wants to know of changes.
@@ -220,10 +234,15 @@ class RowCache:
         copies = self._bring(rows, HostCopy(rows), [rows])
         return copies.touched.weight, copies.asked[0][1]
 
-    def bring_ahead(self, rows: Tensor, on_host: HostCopy, parts: Sequence[Tensor]) -> None:
+    def bring_ahead(
+        self, rows: Tensor, on_host: HostCopy, parts: Sequence[Tensor], distinct: Tensor | None = None
+    ) -> None:
         """Copies rows that a coming step reads to the device; see `RowAccess`."""
         self._check_overwritten()
-        self._bring(rows, on_host, parts)
+        copies = self._bring(rows, on_host, parts)
+        if distinct is not None:
+            copies.asked.append((distinct, torch.arange(distinct.numel(), device=self._device)))
+            copies.homes.append(distinct)
 
     def open(self, gradient: RowGradient) -> tuple[RowsToUpdate, RowGradient]:
         """Returns copies of the gradient's rows, which are ascending and unique, and the gradient by their places."""
@@ -250,6 +269,10 @@ class RowCache:
         self._puts.append(_Put(opened, values))
         if self._device.type == "cpu":
             self._settle_puts()
+
+    def join_copies(self) -> None:
+        """See `RowAccess`."""
+        self._stream.join()
 
     def write_back(self) -> None:
         """Brings the rows in host memory up to date, in chunks; the cache stays."""
@@ -295,19 +318,19 @@ class RowCache:
         distinct = torch.unique(host)
         places = torch.searchsorted(distinct, host).split([part.numel() for part in parts])
         asked = [(part, to_device(place, self._device)) for part, place in zip(parts, places, strict=True)]
-        copies = self._fetch(distinct, asked, rows)
+        copies = self._fetch(distinct, asked, [rows])
         self._copies = [*self._copies[-1:], copies]
         return copies
 
     def _copies_of(self, gradient: RowGradient) -> _Copies:
         for copies in self._copies:
-            if copies.home is gradient.rows_of_values:
+            if any(each is gradient.rows_of_values for each in copies.homes):
                 return copies
         rows = HostCopy(gradient.rows).values()
         there = [copies for copies in self._copies if torch.equal(copies.split.rows, rows)]
-        return there[0] if there else self._fetch(rows, [], None)
+        return there[0] if there else self._fetch(rows, [], [])
 
-    def _fetch(self, rows: Tensor, asked: list[tuple[Tensor, Tensor]], home: Tensor | None) -> _Copies:
+    def _fetch(self, rows: Tensor, asked: list[tuple[Tensor, Tensor]], homes: list[Tensor]) -> _Copies:
         cache = self._filled_cache()
         split = self._split(rows)
         fetched: dict[str, Tensor] = {}
@@ -319,7 +342,7 @@ class RowCache:
                 values.index_copy_(0, split.cold, self._stream.gather(host, split.cold_rows))
             fetched[name] = values
         touched = TouchedRows(to_device(rows, self._device), fetched.pop(WEIGHT), fetched, self._keys_of)
-        copies = _Copies(touched, split, asked, home)
+        copies = _Copies(touched, split, asked, homes)
         for put in self._puts:
             self._overwrite(copies, put.copies)
         return copies

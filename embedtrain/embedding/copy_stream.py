@@ -54,6 +54,11 @@ class CopyStream:
         values.record_stream(self._stream)
         return copy
 
+    def join(self) -> None:
+        """Has the current stream wait for all copies so far."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
     def gather_chunks(self, host: Tensor, rows: Tensor) -> Tensor:
         """Returns what `gather` does, for more rows than may lie in pinned memory at once."""
         if self._stream is None:

@@ -105,7 +105,12 @@ class GroupRequest(ABC):
         if not self.group.access.is_on_host:
             return
         rows, on_host = self._rows_on_host or self._rows_to_host()
-        self.group.access.bring_ahead(rows, on_host, [self.rows, *([] if self.sums is None else [self.sums.rows])])
+        parts = [self.rows, *([] if self.sums is None else [self.sums.rows])]
+        self.group.access.bring_ahead(rows, on_host, parts, self._distinct_rows())
+
+    def _distinct_rows(self) -> Tensor | None:
+        """Returns the distinct rows, ascending, if they may be looked up instead of all; they are sorted by then."""
+        return None
 
     def _rows_to_host(self) -> tuple[Tensor, HostCopy]:
         """Begins to copy the rows that gradients will have, in order of delivery, to the host."""
@@ -168,6 +173,10 @@ class LocalRequest(GroupRequest):
             self._ordered, self._home = ordered, (self.rows, ordered)
         if self.group.access.is_on_host:
             self._rows_on_host = self._rows_to_host()
+
+    def _distinct_rows(self) -> Tensor | None:
+        """See `GroupRequest`."""
+        return None if self._ordered is None else self.distinct.unique
 
     def fetch(self, found: Found) -> tuple[Tensor, Tensor]:
         """Returns what was found: one rank pools straight from the table."""

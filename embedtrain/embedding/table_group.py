@@ -251,6 +251,7 @@ class TableGroup:
 
     def waiting_gradient(self) -> RowGradient:
         """See `GradientMailbox.waiting`."""
+        self.access.join_copies()  # the step's verdict, which the host waits for, is computed after this
         return self.gradients.waiting()
 
     def clear_gradient(self) -> None:

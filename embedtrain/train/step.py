@@ -43,6 +43,7 @@ def train_step(
     # nothing, and has what it prepared known to the host by the wait for the step before.
     is_before = not optimizer.looks_later or optimizer.stores[0].ranks.size == 1
     if meanwhile is not None and is_before:
+        optimizer.settle()
         meanwhile()
     if dense is not None:
         averaged = dense.average_gradients()

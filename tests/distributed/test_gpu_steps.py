@@ -118,7 +118,7 @@ def _reachable(value: Any) -> set[int]:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_tensor_of_a_prepared_batch_is_found(name: str) -> None:
-    task = RECIPES[name](ONE_PROCESS, torch.device("cpu"), placement="host")
+    task = RECIPES[name](ONE_PROCESS, torch.device("cpu"), **{} if "host" in name else {"placement": "host"})
     ahead = BatchesAhead(task)
     assert isinstance(task.model, PreparesBatches)
     ahead.prepare([(0, 0)])

@@ -123,6 +123,11 @@ RECIPES: dict[str, Callable[..., Task]] = {
     "two towers": functools.partial(_retrieval, hidden=(8,)),
     "ranking": functools.partial(_ranking, pool_at="auto"),
     "ranking, owners pool": functools.partial(_ranking, pool_at="owner"),
+    # Some rows are hot and some are cold.
+    "skip-gram, rows on the host": functools.partial(
+        _word2vec, architecture="skipgram", placement="host", cache_bytes=1500
+    ),
+    "ranking, rows on the host": functools.partial(_ranking, pool_at="auto", placement="host", cache_bytes=3000),
 }
 
 
