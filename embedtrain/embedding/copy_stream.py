@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -84,6 +85,28 @@ class CopyStream:
 
     def _entered(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def host_blocks(blocks: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Yields blocks of a device in host memory; each is valid until the next.
+
+    A block travels while the one before it is used, beside the stream that computes, which has made it.
+
+    Args:
+        blocks: each a tensor of its own if they are on a GPU.
+        device: of the blocks.
+    """
+    if device.type == "cpu":
+        yield from blocks
+        return
+    stream = CopyStream(device)
+    under_way: list[HostCopy] = []
+    for block in blocks:
+        under_way.append(stream.to_host(block))
+        if len(under_way) > 1:
+            yield under_way.pop(0).values()
+    for copy in under_way:
+        yield copy.values()
 
 
 def _gathered(host: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:

@@ -101,6 +101,7 @@ class FakeDevice:
         hazards: what a real device may do wrong, in words.
         launches: names of kernels and copies.
         collectives: in order.
+        copies_to_host: the stream of each, and whether the host went on meanwhile.
     """
 
     def __init__(self, *, runs_kernels: bool = True) -> None:
@@ -118,6 +119,7 @@ class FakeDevice:
         self.hazards: list[str] = []
         self.launches: list[str] = []
         self.collectives: list[Collective] = []
+        self.copies_to_host: list[tuple[str, bool]] = []
 
     def forget_step(self) -> None:
         """Begins the record of a step; hazards, and what is known of memory and of order, stay."""
@@ -171,7 +173,9 @@ class FakeDevice:
     def copy_to_host(self, source: Tensor, target: Tensor, *, is_async: bool) -> None:
         """Queues a copy to the host, which waits unless it may go on and the memory is pinned."""
         self.launch("copy to host", [source], [])
-        if is_async and self.is_pinned(target):
+        is_async = is_async and self.is_pinned(target)
+        self.copies_to_host.append((self.current, is_async))
+        if is_async:
             self.pinned[key_of(target)].writes[self.current] = self._clocks[self.current][self.current]
         else:
             self.wait("copy to the host", self._clocks[self.current])
