@@ -12,19 +12,26 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+import embedtrain as et
+from embedtrain.distributed.failure import is_of_the_group
 from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
 from embedtrain.embedding.table_group import TableGroup
+from embedtrain.ops._backend.transfer import to_device
+from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.train.ahead import BatchesAhead, PreparesBatches, tensors_of
+from embedtrain.train.step import train_step
+from embedtrain.train.task import Objective
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if torch.cuda.is_available():
     pytest.skip("there is a GPU: tests/gpu takes the steps on it", allow_module_level=True)
 
-from tests.fake_cuda.device import FakeDevice
+from tests.fake_cuda.device import CUDA, FakeDevice
 from tests.fake_cuda.modes import Event, Stream
-from tests.fake_cuda.ranks import run_on_devices
+from tests.fake_cuda.ranks import TIMEOUT, run_on_devices
 from tests.fake_cuda.steps import RECIPES, Record, train_library, train_recipe
 
 SLOW = pytest.mark.slow
@@ -124,3 +131,97 @@ def test_every_tensor_of_a_prepared_batch_is_found(name: str) -> None:
     ahead.prepare([(0, 0)])
     prepared = ahead.take(0, 0).batch
     assert {id(tensor) for tensor in tensors_of(prepared)} == _reachable(prepared) != set()
+
+
+def _look_up(device: FakeDevice, ranks: Ranks, batch_of: Callable[[int], dict[str, Any]]) -> tuple[str, bool]:
+    """Returns what a look-up of wrong ids raises, and whether a right one works after it."""
+    tables = et.EmbeddingCollection([et.TableSpec("item", 10, 4)], device="cuda", ranks=ranks)
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        tables(batch_of(ranks.rank))
+    rows = tables({"item": to_device(torch.tensor([3]), tables.device)})["item"]
+    return str(raised.value), rows.shape == (1, 4)
+
+
+WRONG = {
+    "an id": (
+        lambda rank: {"item": to_device(torch.tensor([1, 10 if rank == 0 else 2]), CUDA)},
+        "id 10 at position 1 of the batch (bag 1) on rank 0 is outside the table's range 0 to 9",
+    ),
+    "lengths": (
+        lambda rank: {
+            "item": et.Jagged(to_device(torch.arange(3), CUDA), to_device(torch.tensor([1, 2 if rank else 1]), CUDA))
+        },
+        "feature 'item': lengths must not be negative and must add up to the 3 values, got a sum of 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_ids_on_a_gpu_are_refused_on_every_rank(
+    what: str, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_of, text = WRONG[what]
+    found = run_on_devices(
+        world_size, monkeypatch, lambda device, ranks: _look_up(device, ranks, batch_of), runs_kernels=False
+    )
+    for message, goes_on in found:
+        assert text in message
+        assert goes_on
+
+
+def _skip_a_step(device: FakeDevice | None, ranks: Ranks, name: str, at: int | None) -> dict[str, Tensor]:
+    """Trains a dense layer beside a table for three steps, one of which is not finite; returns what was trained."""
+    where = torch.device("cpu" if device is None else "cuda")
+    tables = et.EmbeddingCollection([et.TableSpec("item", 10, 4)], device=where, ranks=ranks)
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 1).to(where)
+    dense = DenseOptimizer(layer, name=name, ranks=ranks, lr=0.1)
+    optimizer = et.optim.Adam(tables, lr=0.1, nonfinite="skip")
+    optimizer.looks_later = dense.takes_found_inf
+
+    def model(batch: Any) -> Objective:
+        loss = layer(tables({"item": batch})["item"]).square().sum()
+        if step == at:
+            loss = loss * torch.full((), torch.inf, device=where)
+        return Objective(loss, loss.detach().double(), 1)
+
+    for step in range(3):
+        train_step(model, optimizer, to_device(torch.arange(3 + step), where), dense)
+    optimizer.settle()
+    assert optimizer.num_skipped == (at is not None)
+    tensors = {"rows": tables.gather_table("item"), **dense.tensors()}
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("name", ["adam", pytest.param("sgd", marks=SLOW), pytest.param("adamw", marks=SLOW)])
+def test_a_step_that_is_not_finite_leaves_dense_parameters_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = _skip_a_step(None, ONE_PROCESS, name, at=1)
+    (found,) = run_on_devices(1, monkeypatch, lambda device, ranks: _skip_a_step(device, ranks, name, at=1))
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.allclose(found[key], value, rtol=1e-4, atol=1e-6), key
+
+
+def test_a_rank_that_is_gone_is_named_and_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel of NCCL whose peer died never ends: the host must not block in the driver."""
+
+    def ask(device: FakeDevice, ranks: Ranks) -> BaseException:
+        ranks.timeout_seconds = 0.05
+        monkeypatch.setattr(Event, "query", lambda self: False)
+        tables = et.EmbeddingCollection([et.TableSpec("item", 10, 4)], device="cuda", ranks=ranks)
+        with pytest.raises(dist.DistError) as raised:
+            tables({"item": torch.tensor([3])})
+        return raised.value
+
+    for error in run_on_devices(2, monkeypatch, ask, runs_kernels=False):
+        assert is_of_the_group(error), "so that the ranks tell each other which one is to blame"
+        assert "another rank did not take part in a collective" in str(error)
+
+
+def test_groups_wait_as_long_as_the_job_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timeouts(device: FakeDevice, ranks: Ranks) -> list[float | None]:
+        return [ranks.timeout_seconds, ranks.beside().timeout_seconds]
+
+    expected = TIMEOUT.total_seconds()
+    assert run_on_devices(2, monkeypatch, timeouts) == [[expected, expected]] * 2
