@@ -139,6 +139,13 @@ class Jagged:
         """Returns whether the lengths are negative or do not add up to the values; scalar bool, where they are."""
         return (self.lengths < 0).any() | (self.lengths.sum() != self.values.numel())
 
+    def part(self, start: int, stop: int) -> Jagged:
+        """Returns the bags from `start` to `stop`, which share memory with these."""
+        ends = self.lengths[:stop].cumsum(0)
+        first, last = (int(ends[place - 1]) if place else 0 for place in (start, stop))
+        weights = None if self.weights is None else self.weights[first:last]
+        return Jagged(self.values[first:last], self.lengths[start:stop], weights)
+
     def bag_of_values(self) -> Tensor:
         """Returns, for each value, the position of its bag; [num_values] int64."""
         bags = torch.arange(self.num_bags, device=self.lengths.device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from embedtrain.distributed.stages import stage
 from embedtrain.embedding.table_group import TableGroup
+from embedtrain.train.step import micro_batches
 from embedtrain.train.task import Batches, StreamedBatches, Task
 
 
@@ -33,12 +35,14 @@ class Prepared:
     """A step's input.
 
     Attributes:
-        batch: what the model takes.
-        num_examples: of the batch.
+        batch: what the model takes: this rank's batch, or its first micro-batch.
+        num_examples: of this rank's batch, all micro-batches together.
+        further: the other micro-batches, each prepared when it is asked for.
     """
 
     batch: Any
     num_examples: int
+    further: Iterable[Any] = ()
 
 
 class BatchesAhead:
@@ -49,12 +53,14 @@ class BatchesAhead:
 
     Args:
         task: the model, its tables and batches, which are no stream.
+        accumulate_steps: micro-batches of a step. The first one is prepared while the step before is under way, each
+            other one during the micro-batch before it.
 
     Attributes:
         depth: how many steps after the present one are prepared.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, accumulate_steps: int = 1) -> None:
         assert not isinstance(task.batches, StreamedBatches)
         self._batches: Batches = task.batches
         self._optimizer = task.optimizer
@@ -65,6 +71,7 @@ class BatchesAhead:
         self._stream = torch.cuda.Stream(tables.device) if is_on_gpu else None
         self.depth = 2 if is_on_gpu else 1
         self._prepared: dict[tuple[int, int], Prepared] = {}
+        self._accumulate_steps = accumulate_steps
 
     def take(self, epoch: int, step: int) -> Prepared:
         """Returns the input of a step, from what was prepared ahead or made now. Collective: every rank."""
@@ -74,26 +81,49 @@ class BatchesAhead:
         self._prepared = {}
         return self._prepare(epoch, step)
 
-    def prepare(self, steps: Sequence[tuple[int, int]]) -> None:
-        """Prepares steps to come, while the device works on this one. Collective: every rank.
+    def prepare_next(self, epoch: int, step: int, num_left: int | None = None) -> None:
+        """Prepares the next steps, while the device works on this one. Collective: every rank.
 
         Args:
-            steps: epoch and step of the next ones, at most `depth`.
+            epoch: of the first of them.
+            step: of the first of them.
+            num_left: how many steps the run has from that one on; None for at least `depth`.
         """
-        if self._model is None or not steps:
+        if self._model is None or num_left == 0:
             return
-        for place in steps:
+        num_steps = self._batches.steps_per_epoch
+        number = epoch * num_steps + step
+        depth = self.depth if num_left is None else min(self.depth, num_left)
+        places = [divmod(later, num_steps) for later in range(number, number + depth)]
+        for place in places:
             if place not in self._prepared:
                 self._prepared[place] = self._prepare(*place)
-        self._model.bring_rows(self._prepared[steps[0]].batch)
+        self._model.bring_rows(self._prepared[places[0]].batch)
 
     def _prepare(self, epoch: int, step: int) -> Prepared:
-        with stage("sample"):
+        with stage("sample"), self._apart():
             batch = self._batches.batch(epoch, step)
+            first, *others = micro_batches(batch, self._accumulate_steps)
+        return Prepared(self._ready(first), batch.num_examples, map(self._ready_with_rows, others))
+
+    def _ready(self, batch: Any) -> Any:
+        """Returns what the model takes for a batch."""
         if self._model is None:
-            return Prepared(batch, batch.num_examples)
+            return batch
         with stage("prepare"):
-            return Prepared(self._on_stream(self._model, batch), batch.num_examples)
+            return self._on_stream(self._model, batch)
+
+    def _ready_with_rows(self, batch: Any) -> Any:
+        ready = self._ready(batch)
+        if self._model is not None:
+            self._model.bring_rows(ready)
+        return ready
+
+    def _apart(self) -> AbstractContextManager[object]:
+        """Returns the context in which preparation runs; batches may be made on the device too."""
+        if self._stream is None or self._model is None:
+            return nullcontext()
+        return torch.cuda.stream(self._stream)
 
     def _on_stream(self, model: PreparesBatches, batch: Any) -> Any:
         if self._stream is None:
@@ -102,7 +132,7 @@ class BatchesAhead:
         if self._optimizer.decided is not None:
             # Whoever waits for this stream then knows whether the last step was applied.
             self._stream.wait_event(self._optimizer.decided)
-        with torch.cuda.stream(self._stream):
+        with self._apart():
             prepared = model.prepare(batch)
         main.wait_stream(self._stream)
         for tensor in tensors_of(prepared):

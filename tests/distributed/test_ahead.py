@@ -129,10 +129,10 @@ def test_a_step_is_prepared_while_the_one_before_runs() -> None:
     batches = Batches(0)
     ahead = BatchesAhead(Task(model, model.tables, et.optim.RowwiseAdagrad(model.tables), batches))
     ahead.take(0, 0)
-    ahead.prepare([(0, 1)])
+    ahead.prepare_next(0, 1)
     assert batches.made == [(0, 0), (0, 1)]
     ahead.take(0, 1)
     assert batches.made == [(0, 0), (0, 1)]
-    ahead.prepare([(0, 2)])
+    ahead.prepare_next(0, 2)
     ahead.take(1, 0)  # another than was expected, as after a resumed run
     assert batches.made[-2:] == [(0, 2), (1, 0)]

@@ -128,7 +128,7 @@ def test_every_tensor_of_a_prepared_batch_is_found(name: str) -> None:
     task = RECIPES[name](ONE_PROCESS, torch.device("cpu"), **{} if "host" in name else {"placement": "host"})
     ahead = BatchesAhead(task)
     assert isinstance(task.model, PreparesBatches)
-    ahead.prepare([(0, 0)])
+    ahead.prepare_next(0, 0)
     prepared = ahead.take(0, 0).batch
     assert {id(tensor) for tensor in tensors_of(prepared)} == _reachable(prepared) != set()
 

@@ -141,7 +141,7 @@ def train_recipe(name: str, device: FakeDevice | None, ranks: Ranks, **options: 
         if device is not None and step == NUM_STEPS - 1:
             device.forget_step()
         prepared = ahead.take(0, step)
-        meanwhile = functools.partial(ahead.prepare, [(0, later) for later in range(step + 1, step + 1 + ahead.depth)])
+        meanwhile = functools.partial(ahead.prepare_next, 0, step + 1)
         objective = train_step(task.model, task.optimizer, prepared.batch, task.dense, 1.0, meanwhile)
         window.add(objective, prepared.num_examples)
         totals.append(objective.total)

@@ -203,7 +203,7 @@ class Retrieval(nn.Module):
     def _join(self, name: str, vectors: Mapping[str, Tensor]) -> Tensor:
         parts = [vectors[table] for table in (name, *(f"{name}.{f}" for f in self.sides[name].features))]
         if name in self.dense:
-            joined: Tensor = self.dense[name](torch.cat(parts, dim=1))
+            joined: Tensor = self.dense[name](torch.cat(parts, dim=1)).float()
         else:
             joined = torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
         return F.normalize(joined, dim=1) if self.scoring.similarity == "cosine" else joined
@@ -236,7 +236,7 @@ def pair_losses(pairs: Pairs, scoring: Scoring, users: Tensor, positives: Tensor
     if pairs.corrections is not None:
         of_positives, of_candidates = pairs.corrections
         positive, correction = positive - of_positives, -of_candidates
-    scores = F.linear(users, candidates, correction)
+    scores = _scores(users, candidates, correction)
     # The number is made on the device: for a copy of one the host would wait.
     negative = scores.index_put_(pairs.known, torch.full((), losses.NOT_A_NEGATIVE, device=scores.device))
     if scoring.loss == "softmax":
@@ -244,6 +244,15 @@ def pair_losses(pairs: Pairs, scoring: Scoring, users: Tensor, positives: Tensor
     if scoring.loss == "bpr":
         return losses.bpr_loss(positive, example, negative)
     return losses.margin_loss(positive, example, negative, margin=scoring.margin, weight=scoring.negative_weight)
+
+
+def _scores(users: Tensor, candidates: Tensor, correction: Tensor | None) -> Tensor:
+    """Returns the scores of users [n, dim] for candidates [c, dim], [n, c] float32, plus a correction [c]."""
+    if not torch.is_autocast_enabled(users.device.type):
+        return F.linear(users, candidates, correction)
+    # The product takes the correction in its own dtype, which would round away more of it than of the product.
+    scores = F.linear(users, candidates).float()
+    return scores if correction is None else scores.add_(correction)
 
 
 def _known_among(known: Jagged, candidates: Tensor) -> tuple[Tensor, Tensor]:
