@@ -27,6 +27,36 @@ from embedtrain.ops.pool_rows import Bags
 from embedtrain.ops.sort_unique import OrderedKeys, SortedKeys, order_keys
 
 
+class Fault(NamedTuple):
+    """What may be wrong with ids on a device.
+
+    Attributes:
+        num_wrong: scalar int64 on the device; positive if something is.
+        explain: raises what it is.
+    """
+
+    num_wrong: Tensor
+    explain: Callable[[], object]
+
+
+class Check(NamedTuple):
+    """Whether ids on a device are rows, on its way to the host.
+
+    Attributes:
+        faults: what may be wrong.
+        counts: how much is, of each.
+    """
+
+    faults: Sequence[Fault]
+    counts: HostCopy
+
+    def run(self) -> None:
+        """Raises what is wrong, if anything is; waits for the device if it has not come that far."""
+        for fault, count in zip(self.faults, self.counts.values().tolist(), strict=True):
+            if count:
+                fault.explain()
+
+
 class Asked(NamedTuple):
     """What one input dist settled, for `EmbeddingCollection.look_up` or `distinct_rows`.
 
@@ -35,12 +65,19 @@ class Asked(NamedTuple):
         parts: per table group that is looked up.
         choices: where the ranks pool the bags of the batches that follow; see `EmbeddingCollection.pooling_choices`.
         shapes: of the ids of features without pooling that are tensors [n, k].
+        check: of ids on a device that nobody has looked at yet; before rows are read.
     """
 
     names: tuple[str, ...]
     parts: Sequence[GroupRequest]
     choices: PoolingChoices
     shapes: Mapping[str, torch.Size]
+    check: Check | None = None
+
+    def refuse_wrong_ids(self) -> None:
+        """Raises if ids that nobody has looked at are no rows."""
+        if self.check is not None:
+            self.check.run()
 
     def places(self) -> dict[str, Tensor]:
         """Returns per feature [num_values] int64; each value's row among those of `distinct_rows`. Sorts the ids."""
@@ -66,18 +103,6 @@ class Planned(NamedTuple):
     bags: list[Bags]
     weights: list[Tensor | None]
     keys: Tensor
-
-
-class Fault(NamedTuple):
-    """What may be wrong with ids on a device.
-
-    Attributes:
-        num_wrong: scalar int64 on the device; positive if something is.
-        explain: raises what it is.
-    """
-
-    num_wrong: Tensor
-    explain: Callable[[], object]
 
 
 class InputDist(ABC):
@@ -153,12 +178,11 @@ class LocalInputDist(InputDist):
         if torch.is_grad_enabled():
             for part in parts:
                 part.sort_ahead()
-        if faults:  # the one wait for the device, which also brings the numbers of distinct rows
-            counts = HostCopy(torch.stack([fault.num_wrong for fault in faults])).values().tolist()
-            for fault, count in zip(faults, counts, strict=True):
-                if count:
-                    fault.explain()
-        return Asked(names, parts, {}, shapes_of(batch, self._routes.features)), [part.rows for part in parts]
+        check = Check(faults, HostCopy(torch.stack([fault.num_wrong for fault in faults]))) if faults else None
+        if check is not None and not is_ahead:
+            check.run()  # the one wait for the device, which also brings the numbers of distinct rows
+        shapes = shapes_of(batch, self._routes.features)
+        return Asked(names, parts, {}, shapes, check if is_ahead else None), [part.rows for part in parts]
 
 
 _ROWS, _ANY_ROWS, _IDS_OF_BAGS, _SUMS, _ANY_BAGS, _ANY_WEIGHTS = range(6)

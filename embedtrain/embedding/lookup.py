@@ -8,6 +8,7 @@ from embedtrain.embedding.requests import Found
 
 def lookup(asked: Asked) -> list[Found]:
     """Returns what this rank has for the ranks that asked, per table group."""
+    asked.refuse_wrong_ids()
     return [
         Found(*part.group.access.look_up(part.rows), None if part.sums is None else part.sums.pool())
         for part in asked.parts

@@ -101,6 +101,7 @@ class FakeDevice:
         hazards: what a real device may do wrong, in words.
         launches: names of kernels and copies.
         collectives: in order.
+        unordered_sums: operations of torch that add floats by atomics on a GPU, in another order each time.
         copies_to_host: the stream of each, and whether the host went on meanwhile.
     """
 
@@ -120,6 +121,7 @@ class FakeDevice:
         self.launches: list[str] = []
         self.collectives: list[Collective] = []
         self.copies_to_host: list[tuple[str, bool]] = []
+        self.unordered_sums: list[str] = []
 
     def forget_step(self) -> None:
         """Begins the record of a step; hazards, and what is known of memory and of order, stay."""
@@ -245,6 +247,10 @@ class FakeDevice:
     def found(self, hazard: str) -> None:
         """Takes note of something that a real device would refuse or do wrong."""
         self._fault(hazard)
+
+    def add_in_no_order(self, name: str) -> None:
+        """Takes note of an operation whose result a GPU rounds otherwise each time."""
+        self.unordered_sums.append(f"{name} @ {_place()}")
 
     def _fault(self, hazard: str) -> None:
         self.hazards.append(f"{hazard} @ {_place()}")

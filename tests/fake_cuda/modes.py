@@ -31,6 +31,8 @@ _WAITING = {
     "is_nonzero",
 }
 """Operations whose results, or their sizes, the host must know."""
+_ADDING_IN_NO_ORDER = {"index_add", "index_add_", "scatter_add", "scatter_add_", "scatter_reduce", "put_", "cumsum"}
+"""Operations that add by atomics on a GPU; of integers, the order changes nothing. (`index_put_` sorts.)"""
 _MAY_MIX = {
     "copy_",
     "to",
@@ -47,6 +49,9 @@ _MAY_MIX = {
 _INDEXING = {"__setitem__", "__getitem__", "index_put_", "index_put"}
 _WRITTEN = {"gathered", "pooled", "sums", "heads", "weight", "first", "second", "context_grad", "target_grad", "loss"}
 """Parameters of the package's kernels that they write to."""
+
+_WRITTEN_BY = {"_draw_widths": {"widths"}, "_write_kept": {"words", "targets", "sentences", "width_of_word"}}
+"""Further ones, of single kernels."""
 
 _real_device = torch.Tensor.device
 _real_is_cuda = torch.Tensor.is_cuda
@@ -77,6 +82,8 @@ class _Operations(TorchDispatchMode):
             self._copy(device, args, kwargs)
             return out
         _note_wait(device, name, args, kwargs)
+        if name in _ADDING_IN_NO_ORDER and any(each.is_floating_point() for each in results):
+            device.add_in_no_order(name)
         is_view = not func._schema.is_mutable and results and all(key_of(each) in keys for each in results)
         if name == "_local_scalar_dense" or is_view:
             return out
@@ -342,6 +349,7 @@ def _run_kernel(executor: interpreter.GridExecutor, *args: Any, **kwargs: Any) -
     if device is None:
         _run_interpreted(executor, *args, **kwargs)
         return
+    written = _WRITTEN | _WRITTEN_BY.get(executor.fn.__name__, set())
     names = [*inspect.signature(executor.fn).parameters]
     tensors = {
         name: value
@@ -352,8 +360,8 @@ def _run_kernel(executor: interpreter.GridExecutor, *args: Any, **kwargs: Any) -
         if not device.holds(tensor):
             device.found(f"the kernel {executor.fn.__name__} is given {name} in the host's memory")
     with paused():
-        before = {name: tensor.clone() for name, tensor in tensors.items() if name not in _WRITTEN}
-        shared = {key_of(tensor) for name, tensor in tensors.items() if name in _WRITTEN}
+        before = {name: tensor.clone() for name, tensor in tensors.items() if name not in written}
+        shared = {key_of(tensor) for name, tensor in tensors.items() if name in written}
         if device.runs_kernels:
             _run_interpreted(executor, *args, **kwargs)
         for name, values in before.items():
@@ -361,7 +369,7 @@ def _run_kernel(executor: interpreter.GridExecutor, *args: Any, **kwargs: Any) -
             assert key_of(tensors[name]) in shared or torch.equal(values.nan_to_num(), tensors[name].nan_to_num()), (
                 f"{name} is written to"
             )
-    device.launch(executor.fn.__name__, tensors.values(), [t for name, t in tensors.items() if name in _WRITTEN])
+    device.launch(executor.fn.__name__, tensors.values(), [t for name, t in tensors.items() if name in written])
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:

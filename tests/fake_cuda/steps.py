@@ -14,7 +14,7 @@ import embedtrain as et
 from embedtrain.data.bags import Bags
 from embedtrain.data.click_batches import ClickBatch
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
-from embedtrain.data.skipgram import TextBatch
+from embedtrain.data.skipgram import SamplingOptions, TextBatch, TextSampler, sampling_tables
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.ops._backend.transfer import to_device
 from embedtrain.ops.sample_text import TextSample
@@ -40,6 +40,7 @@ class Record:
     waits: list[Wait]
     launches: list[str]
     collectives: list[Collective]
+    unordered_sums: list[str] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
 
@@ -58,6 +59,23 @@ class _Text:
         targets = torch.cat([words.view(n, 1), torch.randint(0, NUM_ROWS, (n, 2), generator=generator)], dim=1)
         positions = torch.arange(n)
         return TextBatch(TextSample(words, targets, (positions - 2).clamp(min=0), (positions + 3).clamp(max=n)), n)
+
+
+class _DrawnText:
+    """Blocks of text whose negatives are drawn where the model is."""
+
+    steps_per_epoch = 100
+    examples_per_epoch = 2000
+
+    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+        options = SamplingOptions(window=2, negatives=2, sample=0.0)
+        self._sampler = TextSampler(sampling_tables(np.arange(NUM_ROWS, 0, -1), options), options, device)
+        self._rank = ranks.rank
+
+    def batch(self, epoch: int, step: int) -> TextBatch:
+        n = 12 - 4 * self._rank if step != 2 or self._rank == 0 else 0
+        tokens = (torch.arange(n) * (step + 3) + self._rank) % NUM_ROWS
+        return self._sampler(tokens.int(), torch.arange(n), key=step)
 
 
 class _Clicks:
@@ -84,10 +102,10 @@ def features_of(n: int, generator: torch.Generator, num_single: int) -> dict[str
     return {**ids, "tags": et.Jagged(torch.randint(0, NUM_ROWS, (int(lengths.sum()),), generator=generator), lengths)}
 
 
-def _word2vec(ranks: Ranks, device: torch.device, architecture: Any, **options: Any) -> Task:
+def _word2vec(ranks: Ranks, device: torch.device, architecture: Any, is_drawn: bool = False, **options: Any) -> Task:
     model = Word2Vec(NUM_ROWS, 8, architecture=architecture, device=device, ranks=ranks, **options)
     optimizer = et.optim.RowwiseAdagrad(model.tables, lr=0.1, initial_accumulator_value=0.1)
-    return Task(model, model.tables, optimizer, _Text(ranks))
+    return Task(model, model.tables, optimizer, _DrawnText(ranks, device) if is_drawn else _Text(ranks))
 
 
 def _retrieval(ranks: Ranks, device: torch.device, hidden: tuple[int, ...], **options: Any) -> Task:
@@ -118,6 +136,7 @@ def _ranking(ranks: Ranks, device: torch.device, pool_at: Any, **options: Any) -
 
 RECIPES: dict[str, Callable[..., Task]] = {
     "skip-gram": functools.partial(_word2vec, architecture="skipgram"),
+    "skip-gram, drawn on the device": functools.partial(_word2vec, architecture="skipgram", is_drawn=True),
     "CBOW": functools.partial(_word2vec, architecture="cbow"),
     "retrieval": functools.partial(_retrieval, hidden=()),
     "two towers": functools.partial(_retrieval, hidden=(8,)),
@@ -154,7 +173,9 @@ def record_of(device: FakeDevice | None) -> Record:
     """Returns what a device saw so far."""
     if device is None:
         return Record([], [], [], [])
-    return Record([*device.hazards], [*device.waits], [*device.launches], [*device.collectives])
+    record = Record([*device.hazards], [*device.waits], [*device.launches], [*device.collectives])
+    record.unordered_sums = [*device.unordered_sums]
+    return record
 
 
 def train_library(device: FakeDevice | None, ranks: Ranks, num_steps: int = 3) -> Record:
