@@ -37,6 +37,7 @@ COMMANDS = (
     "recommend",
     "neighbors",
     "export",
+    "publish",
     "inspect",
     "diff",
     "config",

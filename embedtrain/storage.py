@@ -17,11 +17,11 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -170,6 +170,23 @@ def write(url: str, chunks: Iterable[bytes | memoryview]) -> None:
         write_once()
     else:
         _retry(filesystem, f"{url} could not be written", write_once)
+    if is_local:
+        _sync_folder(Path(path).parent)
+
+
+@contextmanager
+def new_file(url: str) -> Iterator[BinaryIO]:
+    """Opens a file to be written; on a local disk it is durable, its name included, when the block ends.
+
+    As in `write`, a failure can leave a part of the file behind.
+    """
+    filesystem, path = _locate(url)
+    is_local = isinstance(filesystem, LocalFileSystem)
+    with filesystem.open(path, "wb") as file:
+        yield file
+        if is_local:
+            file.flush()
+            os.fsync(file.fileno())
     if is_local:
         _sync_folder(Path(path).parent)
 

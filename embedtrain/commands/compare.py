@@ -127,6 +127,8 @@ class Comparison:
             for lr in sorted(rates.get(name, [float(f"{base * factor:.6g}") for factor in FACTORS])):
                 path = f"{self._folder}/{name}-lr-{lr:g}"
                 self.configs.append(load_config(config_path, [*chosen, f"optimizer.lr={lr}", f"run.path={path}"]))
+        if self.configs[0].publish.to is not None:
+            raise UserError("compare trains many runs, and publish.to is for one: leave it out, and publish the best")
         if self.configs[0].reads_standard_input:
             raise UserError(
                 "compare trains on the same data many times, and data.path=- comes once: write it to a file"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,13 +19,24 @@ from embedtrain.errors import UserError
 
 if TYPE_CHECKING:
     from embedtrain.checkpoint.choice import Step
+    from embedtrain.export.index import IndexKind, Similarity
+    from embedtrain.export.vectors import Vectors
     from embedtrain.serve.package import TableDtype
 
-PACKAGE = "package"
-FORMAT_NAMES = ("word2vec", "word2vec-binary", "glove", "npy", "safetensors", "parquet", "projector", PACKAGE)
-"""The names of `embedtrain.export.FORMATS`, whose import takes too long for the help; a test compares them. A package
-is the whole model."""
+PACKAGE, INDEX = "package", "faiss"
+FORMAT_NAMES = ("word2vec", "word2vec-binary", "glove", "npy", "safetensors", "parquet", "projector", INDEX, PACKAGE)
+"""The names of `embedtrain.export.FORMATS`, whose import takes too long for the help; a test compares them. An index
+finds vectors, and a package is the whole model."""
 TABLE_DTYPES = ("float32", "bfloat16", "int8")
+INDEX_KINDS = ("flat", "ivfpq", "hnsw")
+SIMILARITIES = ("cosine", "dot")
+_OPTIONS = {
+    "dtype": (PACKAGE, "the tables of a package"),
+    "onnx": (PACKAGE, "the network of a package"),
+    "kind": (INDEX, "an index"),
+    "similarity": (INDEX, "an index"),
+}
+"""Options of one format: its name, and what they are for."""
 
 
 @command(
@@ -44,6 +55,9 @@ TABLE_DTYPES = ("float32", "bfloat16", "int8")
     help="New file; for projector and package a folder.",
 )
 @click.option("--dtype", type=click.Choice(TABLE_DTYPES), help="Of a package's tables.  [default: float32]")
+@click.option("--onnx", is_flag=True, default=None, help="Write a package's network as ONNX too.")
+@click.option("--kind", type=click.Choice(INDEX_KINDS), help="Of a faiss index.  [default: hnsw]")
+@click.option("--similarity", type=click.Choice(SIMILARITIES), help="Of a faiss index.  [default: cosine]")
 @click.option("--max-rows", type=int, metavar="N", help="Only the N most frequent words.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing file or folder.")
 def export(
@@ -52,33 +66,51 @@ def export(
     step: Step,
     format_name: str,
     output: str,
-    dtype: TableDtype | None,
-    max_rows: int | None,
     overwrite: bool,
+    **options: Any,
 ) -> int:
     """Writes the vectors of a run, or its model, for other programs."""
+    for name, (format_of, what) in _OPTIONS.items():
+        if format_name != format_of and options[name] is not None:
+            raise UserError(f"--{name} is for {what}: give --format {format_of} too")
     if format_name == PACKAGE:
         if unused := given_options("table", "max_rows"):
             raise UserError(f"{', '.join(unused)}: a package holds the whole model")
-        return _export_package(path, step, output, dtype or "float32", overwrite=overwrite)
-    if dtype is not None:
-        raise UserError(f"--dtype is for the tables of a package: give --format {PACKAGE} too")
+        return _export_package(path, step, output, options["dtype"], bool(options["onnx"]), overwrite=overwrite)
     from embedtrain.distributed.runtime import init_distributed
     from embedtrain.export import export_vectors
     from embedtrain.recipes.trained import open_run_vectors
 
     runtime = init_distributed(device="cpu")
     with open_run_vectors(path, table, runtime, step) as vectors:
-        if runtime.rank == 0:
-            for written in export_vectors(vectors, format_name, output, overwrite=overwrite, max_rows=max_rows):
-                tell(written)
+        if runtime.rank != 0:
+            return EXIT_DONE
+        if format_name == INDEX:
+            if options["max_rows"] is not None:
+                raise UserError("--max-rows: an index is asked for the rows of a whole table")
+            return _export_index(vectors, output, options["kind"], options["similarity"], overwrite=overwrite)
+        for written in export_vectors(vectors, format_name, output, overwrite=overwrite, max_rows=options["max_rows"]):
+            tell(written)
     return EXIT_DONE
 
 
-def _export_package(path: str, step: Step, output: str, dtype: TableDtype, *, overwrite: bool) -> int:
+def _export_index(vectors: Vectors, output: str, kind: IndexKind, similarity: Similarity, *, overwrite: bool) -> int:
+    from embedtrain.export.index import export_index
+
+    paths, facts = export_index(vectors, output, kind or "hnsw", similarity or "cosine", overwrite=overwrite)
+    tell(*paths)
+    zeros = f"; {facts.num_zero:,} zero vectors are left out" if facts.num_zero else ""
+    tell(f"{facts.kind}, {facts.similarity}: recall@20 {facts.recall:.4f} of the exact answer{zeros}")
+    return EXIT_DONE
+
+
+def _export_package(
+    path: str, step: Step, output: str, dtype: TableDtype | None, has_onnx: bool, *, overwrite: bool
+) -> int:
     from embedtrain.distributed.runtime import init_distributed
     from embedtrain.serve.opening import pack_run
 
-    pack_run(path, step, output, init_distributed(device="cpu"), dtype=dtype, overwrite=overwrite)
+    runtime = init_distributed(device="cpu")
+    pack_run(path, step, output, runtime, dtype=dtype or "float32", has_onnx=has_onnx, overwrite=overwrite)
     tell(output)
     return EXIT_DONE

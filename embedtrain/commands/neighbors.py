@@ -19,17 +19,22 @@ if TYPE_CHECKING:
 @table_option
 @step_option
 @click.option("--top", type=int, default=10, show_default=True, metavar="N", help="How many neighbours.")
-def neighbors(path: str, query: Sequence[str], table: str | None, step: Step, top: int) -> int:
+@click.option("--index", "index_path", metavar="PATH", type=click.Path(), help="Of export --format faiss; quicker.")
+def neighbors(path: str, query: Sequence[str], table: str | None, step: Step, top: int, index_path: str | None) -> int:
     """Prints what is nearest to a word, an item, a user or a sum."""
     from embedtrain import export
     from embedtrain.distributed.runtime import init_distributed
+    from embedtrain.export.index import open_index, require_index_of
     from embedtrain.recipes.trained import open_run_vectors
 
     runtime = init_distributed(device="cpu")
     with open_run_vectors(path, table, runtime, step) as vectors:
         if runtime.rank == 0:
+            index = None if index_path is None else open_index(index_path)
+            if index is not None and index_path is not None:
+                require_index_of(index, vectors, index_path)
             text = " ".join(query)
             tell(text)
-            for word, cosine in export.neighbors(vectors, text, top):
+            for word, cosine in export.neighbors(vectors, text, top, index):
                 tell(f"  {cosine:.3f}  {word}")
     return EXIT_DONE

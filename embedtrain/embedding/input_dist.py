@@ -182,7 +182,7 @@ class LocalInputDist(InputDist):
         if check is not None and not is_ahead:
             check.run()  # the one wait for the device, which also brings the numbers of distinct rows
         shapes = shapes_of(batch, self._routes.features)
-        return Asked(names, parts, {}, shapes, check if is_ahead else None), [part.rows for part in parts]
+        return Asked(names, parts, self.choices, shapes, check if is_ahead else None), [part.rows for part in parts]
 
 
 _ROWS, _ANY_ROWS, _IDS_OF_BAGS, _SUMS, _ANY_BAGS, _ANY_WEIGHTS = range(6)

@@ -22,7 +22,7 @@ def bags_of(batch: Jagged, pooling: Pooling, device: torch.device) -> Bags:
         weights = _kept(to_device(batch.weights.detach().float(), device), batch.weights)
     if pooling == "none":
         return Bags(batch.values.numel(), None, weights)
-    given = batch.lengths.long()
+    given = batch.lengths if batch.lengths.dtype == torch.int64 else batch.lengths.long()
     # What is refused later must not have kernels write outside their memory before that.
     safe = given if batch.is_checked else _adding_up_to(given, batch.values.numel())
     lengths = _kept(to_device(safe, device), batch.lengths)

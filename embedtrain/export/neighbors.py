@@ -6,12 +6,13 @@ import numpy as np
 import numpy.typing as npt
 
 from embedtrain.errors import UserError
+from embedtrain.export.index import Index
 from embedtrain.export.vectors import FloatRows, Vectors, unit_rows
 
 _SIGNS = {"+": 1, "-": -1}
 
 
-def neighbors(vectors: Vectors, query: str, top: int = 10) -> list[tuple[str, float]]:
+def neighbors(vectors: Vectors, query: str, top: int = 10, index: Index | None = None) -> list[tuple[str, float]]:
     """Returns the words nearest to the query with their cosines, nearest first; never the query's own words.
 
     Args:
@@ -19,6 +20,7 @@ def neighbors(vectors: Vectors, query: str, top: int = 10) -> list[tuple[str, fl
         query: `king`, or words with a sign between each two: `king - man + woman`. The vectors are scaled to
             length 1 before they are added or subtracted.
         top: how many words.
+        index: finds them without reading all rows, and may miss some; it must be of these vectors, for cosines.
 
     Raises:
         UserError: a word is unknown, the query cannot be read, or its vectors cancel out.
@@ -30,7 +32,13 @@ def neighbors(vectors: Vectors, query: str, top: int = 10) -> list[tuple[str, fl
     length = np.linalg.norm(target)
     if length < 1e-6:
         raise UserError(f"the vectors of the query {query!r} add up to zero, which has no neighbours")
-    rows, cosines = _nearest(vectors, target / length, [row for _, row in terms], top)
+    excluded = [row for _, row in terms]
+    if index is None:
+        rows, cosines = _nearest(vectors, target / length, excluded, top)
+    else:
+        rows, cosines = index.best(vectors, (target / length).astype(np.float32), top + len(excluded))
+        is_wanted = ~np.isin(rows, excluded)
+        rows, cosines = rows[is_wanted][:top], cosines[is_wanted][:top]
     return [(vectors.words[row], float(cosine)) for row, cosine in zip(rows.tolist(), cosines, strict=True)]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 Record = Mapping[str, float | int | str]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,44 @@ class JsonlSink:
             return b""
 
 
+class Guarded(Generic[T]):
+    """What a tracker writes with, until it fails: a disk that is full, or a server that is away, must not stop a run.
+
+    Args:
+        tracker: what the user calls it.
+        make: makes the writer.
+        close: ends it.
+    """
+
+    def __init__(self, tracker: str, make: Callable[[], T], close: Callable[[T], None]) -> None:
+        self._tracker, self._close = tracker, close
+        self._writer: T | None = None
+        try:
+            self._writer = make()
+        except Exception as error:
+            self._warn(error)
+
+    def use(self, use: Callable[[T], None]) -> None:
+        """Calls `use` unless an earlier call failed."""
+        if self._writer is None:
+            return
+        try:
+            use(self._writer)
+        except Exception as error:  # the writer's thread passes on whatever it failed with
+            self._warn(error)
+            writer, self._writer = self._writer, None
+            with suppress(Exception):
+                self._close(writer)
+
+    def close(self) -> None:
+        """Ends the writer."""
+        self.use(self._close)
+
+    def _warn(self, error: Exception) -> None:
+        text = " ".join(str(error).split())
+        _logger.warning(f"{self._tracker} gets no more of this run: {type(error).__name__}: {text}")
+
+
 class TensorBoardSink:
     """Writes each number of a record as a scalar of its step for TensorBoard; texts are left out.
 
@@ -134,19 +173,9 @@ class TensorBoardSink:
             raise UserError(f"TensorBoard's files are appended to and need a local folder, got {folder!r}")
         from torch.utils.tensorboard import SummaryWriter  # takes a second, and few runs want it
 
-        self._writer: SummaryWriter | None = SummaryWriter(path, purge_step=purge_step)
-
-    def _write(self, use: Callable[[SummaryWriter], None]) -> None:
-        """Calls `use` unless an earlier call failed: a disk that is full is no reason to stop training."""
-        if self._writer is None:
-            return
-        try:
-            use(self._writer)
-        except Exception as error:  # the writer's thread passes on whatever it failed with
-            _logger.warning(f"TensorBoard gets no more of this run: {type(error).__name__}: {error}")
-            with suppress(Exception):
-                self._writer.close()
-            self._writer = None
+        self._writer = Guarded(
+            "TensorBoard", lambda: SummaryWriter(path, purge_step=purge_step), lambda writer: writer.close()
+        )
 
     def log(self, record: Record) -> None:
         """Writes the record's numbers at its step."""
@@ -156,11 +185,11 @@ class TensorBoardSink:
                 if name != "step" and not isinstance(value, str):
                     writer.add_scalar(name, value, record["step"])
 
-        self._write(use)
+        self._writer.use(use)
 
     def flush(self) -> None:
         """Writes the events that are held back."""
-        self._write(lambda writer: writer.flush())
+        self._writer.use(lambda writer: writer.flush())
 
     def log_settings(self, settings: Mapping[str, Any], measures: Sequence[str]) -> None:
         """Shows the run among others in TensorBoard's table of hyperparameters.
@@ -172,10 +201,10 @@ class TensorBoardSink:
         from torch.utils.tensorboard.summary import hparams
 
         def use(writer: SummaryWriter) -> None:
-            for part in hparams(dict(_flat(settings)), dict.fromkeys(measures, 0.0)):
+            for part in hparams(dict(flat(settings)), dict.fromkeys(measures, 0.0)):
                 writer._get_file_writer().add_summary(part)
 
-        self._write(use)
+        self._writer.use(use)
 
     def log_histogram(self, name: str, histogram: Histogram, step: int) -> None:
         """Writes a histogram; nothing where it has no values."""
@@ -186,7 +215,7 @@ class TensorBoardSink:
         first, last = filled[0], filled[-1] + 1
         counts, edges = histogram.counts[first:last], histogram.edges[first : last + 1]
         middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
-        self._write(
+        self._writer.use(
             lambda writer: writer.add_histogram_raw(
                 name,
                 min=edges[0],
@@ -202,7 +231,7 @@ class TensorBoardSink:
 
     def close(self) -> None:
         """Writes the events that are held back."""
-        self._write(lambda writer: writer.close())
+        self._writer.close()
 
 
 class ConsoleSink:
@@ -284,10 +313,11 @@ def _progress(record: Record, total: int | None, unit: str) -> str:
     return f"{share}  {rate:,.0f} {unit}/s  loss {loss:.4f}  lr {lr:.3g}{left}"
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | str]]:
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | str]]:
+    """Yields settings by names with dots: numbers, and texts of everything else; those that are None are left out."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         elif value is not None:
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             yield prefix + name, value if is_number else str(value)

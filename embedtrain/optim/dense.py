@@ -35,13 +35,18 @@ class DenseOptions:
     """As the optimizer of torch has it."""
 
 
+def weights_in(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the parameters and buffers, by name, among what `DenseOptimizer.tensors` returned."""
+    return {name.removeprefix(_WEIGHTS): tensor for name, tensor in saved.items() if name.startswith(_WEIGHTS)}
+
+
 def load_module(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Gives a module the parameters and buffers that `DenseOptimizer.tensors` returned.
 
     Raises:
         CheckpointError: a parameter or buffer is missing, is too many, or has another shape; names all.
     """
-    weights = {n.removeprefix(_WEIGHTS): t for n, t in saved.items() if n.startswith(_WEIGHTS)}
+    weights = weights_in(saved)
     expected = module.state_dict()
     differing = [
         f"{name} ({_shape(weights.get(name))} in the checkpoint, {_shape(expected.get(name))} in the model)"

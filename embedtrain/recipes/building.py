@@ -49,6 +49,6 @@ def workload_of(config: Config, sizes: Sizes) -> Workload:
     return replace(
         asked,
         save_bytes=save_bytes_of(section),
-        num_checkpoints=1 + (section.keep_last or 1) + (section.keep_best or 0),
+        num_checkpoints=1 + (section.keep_last or 1) + (config.num_best or 0),
         accumulate_steps=config.train.accumulate_steps,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 from embedtrain.checkpoint.choice import Step
@@ -17,8 +16,6 @@ from embedtrain.recipes.trained import checkpoint_of, require_config
 from embedtrain.serve.package import TableDtype, write_package
 from embedtrain.serve.scoring import ScoreOptions
 from embedtrain.train.run_folder import CONFIG_NAME, RunFolder
-
-_logger = logging.getLogger(__name__)
 
 FILE_SETTINGS = (
     "data.format",
@@ -67,8 +64,6 @@ def open_scorer(config: Config, runtime: Runtime, step: Step = None) -> RowScore
     path = checkpoint_of(config.run.path, step)
     score = recipe_of(config.model).score
     assert score is not None, "the configuration was made for files"
-    if runtime.rank == 0:
-        _logger.info(f"scoring by {path}")
     return score(config, runtime, path)
 
 
@@ -88,8 +83,17 @@ def score_options(
     return ScoreOptions(data, keep, has_label, value_at(config, "data.max_bad_lines"), is_given)
 
 
-def pack_run(run_path: str, step: Step, output: str, runtime: Runtime, *, dtype: TableDtype, overwrite: bool) -> None:
-    """Writes the model of a run as a package.
+def pack_run(
+    run_path: str,
+    step: Step,
+    output: str,
+    runtime: Runtime,
+    *,
+    dtype: TableDtype,
+    has_onnx: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Writes the model of a run as a package; `write_package` says more.
 
     Raises:
         UserError: there is no such run or checkpoint, its model cannot be packed, there are several processes, or the
@@ -102,4 +106,4 @@ def pack_run(run_path: str, step: Step, output: str, runtime: Runtime, *, dtype:
     if runtime.world_size != 1:
         raise UserError(f"expected one process, and this is one of {runtime.world_size}: write it without torchrun")
     with pack(config, runtime, checkpoint_of(run_path, step)) as packed:
-        write_package(packed, output, dtype=dtype, overwrite=overwrite)
+        write_package(packed, output, dtype=dtype, has_onnx=has_onnx, overwrite=overwrite)

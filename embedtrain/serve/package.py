@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,8 @@ from embedtrain.serve import scorer
 
 TableDtype = Literal["float32", "bfloat16", "int8"]
 SCORER_NAME = "scorer.py"
+ONNX_NAME = "network.onnx"
+"""Takes `numbers` [n, width] and for each looked-up column NAME the vectors `vectors.NAME` [n, dim]; gives `logits`."""
 
 _LEVELS = 255
 _LOWEST = -128
@@ -32,17 +36,21 @@ _NAMES = {"float32": "F32", "bfloat16": "BF16", "int8": "I8"}
 _SIZES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
-def write_package(packed: Packed, output: str, *, dtype: TableDtype = "float32", overwrite: bool = False) -> None:
+def write_package(
+    packed: Packed, output: str, *, dtype: TableDtype = "float32", has_onnx: bool = False, overwrite: bool = False
+) -> None:
     """Writes a folder that `scorer.py`, which is part of it, answers from; tables some MiB at a time.
 
     Args:
         packed: the model.
         output: path or fsspec URL of the new folder; the last file to appear in it is the manifest.
         dtype: of the tables; "int8" keeps a scale and a bias, float32, beside each row.
+        has_onnx: whether the network is written as ONNX too.
         overwrite: whether a package that is there already is replaced.
 
     Raises:
-        UserError: the output is there already or cannot be written.
+        UserError: the output is there already or cannot be written, or ONNX is asked for of a model without a network
+            or without its packages.
     """
     if dtype not in get_args(TableDtype):
         raise UserError(f"the tables of a package are of {', '.join(get_args(TableDtype))}, not of {dtype!r}")
@@ -54,7 +62,10 @@ def write_package(packed: Packed, output: str, *, dtype: TableDtype = "float32",
         "table_dtype": dtype,
         **packed.facts,
     }
-    contents = [*packed.tables, *packed.texts, *([] if packed.network is None else [NETWORK_NAME]), SCORER_NAME]
+    onnx = _onnx_network(packed) if has_onnx else None
+    networks = [NETWORK_NAME] if packed.network is not None else []
+    networks += [ONNX_NAME] if onnx is not None else []
+    contents = [*packed.tables, *packed.texts, *networks, SCORER_NAME]
     with _new_package(output, [*contents, scorer.MANIFEST_NAME], overwrite) as files:
         for name, table in packed.tables.items():
             write_table(files[name], table, dtype)
@@ -62,6 +73,8 @@ def write_package(packed: Packed, output: str, *, dtype: TableDtype = "float32",
             write_texts(files[name], texts)
         if packed.network is not None:
             files[NETWORK_NAME].write(export_network(packed.network, packed.network_widths))
+        if onnx is not None:
+            files[ONNX_NAME].write(onnx)
         files[SCORER_NAME].write(Path(scorer.__file__).read_bytes())
         files[scorer.MANIFEST_NAME].write(json.dumps(manifest, indent=1).encode())
 
@@ -162,11 +175,49 @@ def export_network(network: nn.Module, widths: tuple[int, Sequence[int]]) -> byt
         network: takes numbers [n, width] and a list of vectors [n, dim].
         widths: of the numbers, and of each of the vectors.
     """
-    num_dense, dims = widths
-    rows = torch.export.Dim("rows", min=2)
-    arguments = torch.zeros(3, num_dense), [torch.zeros(3, dim) for dim in dims]
+    arguments, shapes = _example(widths)
     with torch.no_grad():
-        program = torch.export.export(network.eval(), arguments, dynamic_shapes=({0: rows}, [{0: rows} for _ in dims]))
+        program = torch.export.export(network.eval(), arguments, dynamic_shapes=shapes)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     return buffer.getvalue()
+
+
+def _onnx_network(packed: Packed) -> bytes:
+    """Returns the network as ONNX, for any number of rows."""
+    if packed.network is None:
+        raise UserError(f"--onnx: a package of a {packed.model} model holds vectors, and no network")
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError("--onnx needs the packages onnx and onnxscript: pip install 'embedtrain[onnx]'") from error
+    arguments, shapes = _example(packed.network_widths)
+    names = ["numbers", *(f"vectors.{feature['name']}" for feature in packed.facts["features"])]
+    # It warns of packages that the network does not need.
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                packed.network.eval(),
+                arguments,
+                dynamo=True,
+                dynamic_shapes=shapes,
+                input_names=names,
+                output_names=["logits"],
+                verbose=False,
+            )
+    finally:
+        logger.setLevel(level)
+    assert program is not None, "dynamo=True returns a program"
+    return bytes(program.model_proto.SerializeToString())
+
+
+def _example(widths: tuple[int, Sequence[int]]) -> tuple[tuple[Tensor, list[Tensor]], Any]:
+    """Returns arguments of a network, and that their number of rows is any from two on."""
+    num_dense, dims = widths
+    rows = torch.export.Dim("rows", min=2)
+    return (torch.zeros(3, num_dense), [torch.zeros(3, dim) for dim in dims]), ({0: rows}, [{0: rows} for _ in dims])

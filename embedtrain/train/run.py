@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
-from embedtrain.checkpoint.retention import mode_of_best
 from embedtrain.config.resolved import differing_keys, settings_in, to_yaml
 from embedtrain.config.sections import Config
 from embedtrain.config.values import settings_of
@@ -22,12 +21,15 @@ from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.init_from import init_from
 from embedtrain.errors import UserError, counted, printable
 from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, TensorBoardSink
+from embedtrain.metrics.trackers import MlflowSink, WandbSink, require_tracker
 from embedtrain.optim.schedule import schedule_factor
 from embedtrain.storage import local_path
+from embedtrain.train.best import BestPolicy, check_metric
 from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
 from embedtrain.train.interrupt import EXIT_PREEMPTED
 from embedtrain.train.lock import RunLock
 from embedtrain.train.profile import StepProfile
+from embedtrain.train.publisher import Publisher
 from embedtrain.train.row_statistics import RowStatistics, TableStatistics
 from embedtrain.train.run_folder import PROFILE_NAME, TENSORBOARD_NAME, RunFolder
 from embedtrain.train.state import TrainState
@@ -69,8 +71,11 @@ def check_run_folder(config: Config) -> RunFolder:
     """Returns the run folder, after making sure that what lies in it belongs to this configuration.
 
     Raises:
-        UserError: the folder holds checkpoints of a run with other settings.
+        UserError: the folder holds checkpoints of a run with other settings, or a tracker is not installed.
     """
+    for package in ("wandb", "mlflow"):
+        if getattr(config.log, package) is not None:
+            require_tracker(f"log.{package}", package)
     folder = RunFolder(config.run.path)
     folder.require_writable_names()
     earlier = folder.read_config()
@@ -136,6 +141,9 @@ def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_prof
     with ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
         observers = list(run.observers)
+        publisher = _publisher(config, run.folder) if runtime.rank == 0 else None
+        if publisher is not None:
+            observers.append(publisher.step)
         if is_profiled:
             observers.append(stack.enter_context(_profile(run.folder, runtime.rank)).step)
 
@@ -152,6 +160,8 @@ def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_prof
         )
     for sink in run.sinks:
         sink.close()
+    if publisher is not None and is_complete:
+        publisher.finish()
     status = 0 if is_complete else EXIT_PREEMPTED
     if runtime.rank == 0:
         run.folder.write_status("done" if is_complete else "preempted", status, step=state.step)
@@ -171,6 +181,11 @@ def begin_verification(unverified: Unverified, timeout_seconds: float, ranks: Ra
     """
     patience = min(_VERIFICATION_SECONDS, timeout_seconds / 2)
     return ranks.run_on_each(lambda: Verification(unverified, patience) if ranks.rank == 0 and unverified else None)
+
+
+def _publisher(config: Config, folder: RunFolder) -> Publisher | None:
+    settings = config.publish
+    return None if settings.to is None else Publisher(folder.path, settings.to, settings.every_seconds)
 
 
 def _profile(folder: RunFolder, rank: int) -> StepProfile:
@@ -198,8 +213,9 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
         parts: what to train.
 
     Raises:
-        UserError: the checkpoint is of other data or of another optimizer.
+        UserError: the checkpoint is of other data or of another optimizer, or the run has no such metric.
     """
+    check_metric(config.checkpoint.best_metric, parts.task)
     earlier = folder.read_config()
     started = start_new_tables(parts, config, folder, runtime)
     state = TrainState()
@@ -268,12 +284,15 @@ def start_new_tables(parts: Parts, config: Config, folder: RunFolder, runtime: R
 
 def _save_policy(config: Config) -> SavePolicy:
     settings = config.checkpoint
-    best_mode = mode_of_best(settings.best_metric, settings.best_mode)
-    retention = Retention(settings.keep_last, settings.keep_every, settings.keep_best, settings.best_metric, best_mode)
+    retention = Retention(
+        settings.keep_last, settings.keep_every, config.num_best, settings.best_metric, settings.best_mode
+    )
     options = SaveOptions(
         settings.mode, settings.max_extra_memory_bytes, settings.max_failures, settings.full_every, retention
     )
-    return SavePolicy(settings.every_steps, settings.every_seconds, options, config.run.timeout_seconds)
+    stop = config.train.early_stop
+    best = BestPolicy(settings.best_metric, settings.best_mode, config.num_best, stop.patience, stop.min_delta)
+    return SavePolicy(settings.every_steps, settings.every_seconds, options, config.run.timeout_seconds, best)
 
 
 def _resume_policy(config: Config) -> ResumePolicy:
@@ -339,9 +358,13 @@ def _build_sinks(config: Config, folder: RunFolder, state: TrainState, task: Tas
     sinks: list[MetricSink] = [ConsoleSink(sys.stderr, total, task.unit), metrics]
     if config.log.tensorboard and local_path(folder.path) is not None:
         board = TensorBoardSink(folder.join(TENSORBOARD_NAME), purge_step=state.step + 1)
-        best = config.checkpoint.best_metric
-        board.log_settings(settings_of(config), ["loss"] if best in (None, "loss") else ["loss", best])
+        board.log_settings(settings_of(config), list(dict.fromkeys(["loss", config.checkpoint.best_metric])))
         sinks.append(board)
+    path = local_path(folder.path) or folder.path
+    if config.log.wandb is not None:
+        sinks.append(WandbSink(config.log.wandb, path, settings_of(config)))
+    if config.log.mlflow is not None:
+        sinks.append(MlflowSink(config.log.mlflow, path, settings_of(config)))
     return sinks
 
 

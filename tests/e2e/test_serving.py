@@ -16,11 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
 from embedtrain import cli
+from embedtrain.errors import UserError
+from embedtrain.recipes.base import Packed
 from embedtrain.serve import scorer
-from embedtrain.serve.package import SCORER_NAME
+from embedtrain.serve.package import ONNX_NAME, SCORER_NAME, write_package
 from tests import launching, odd_rows
 
 DTYPES = ("float32", "bfloat16", "int8")
@@ -204,6 +207,7 @@ def test_lines_come_in_and_scores_go_out(folder: Path) -> None:
         (["export", "RUN", "--format", "package", "--output", "cache2"], "is there already and is no package"),
         (["export", "RUN", "--format", "package", "--output", "x", "--table", "shop"], "holds the whole model"),
         (["export", "RUN", "--format", "npy", "--output", "x", "--dtype", "int8"], "--dtype is for the tables of a"),
+        (["export", "RUN", "--format", "npy", "--output", "x", "--onnx"], "--onnx is for the network of a package"),
         (["evaluate", "RUN", "--by", "shop"], "--by is for other data: give --data FILE too"),
     ],
 )
@@ -262,6 +266,47 @@ def test_a_package_of_retrieval_recommends_as_the_run_does(tmp_path: Path, capfd
     assert "unknown user 'nobody'" in capfd.readouterr().err
     assert scorer.main(["--package", str(package), "--data", "x.csv"]) == 2
     assert "a package of a retrieval model, not of a ranking model" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_network_of_a_package_is_onnx_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The exporter shows bars, whose thread would be left behind.
+    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'embedtrain[onnx]'")
+    from onnx.reference import ReferenceEvaluator
+
+    output = str(folder / "with-onnx")
+    assert cli.main(["export", str(folder / "run"), "--format", "package", "--onnx", "--output", output]) == 0
+    model = onnx.load(f"{output}/{ONNX_NAME}")
+    onnx.checker.check_model(model)
+    packed = scorer.Scorer(output)
+    generator = torch.Generator().manual_seed(0)
+    for num_rows in (1, 2, 7):
+        numbers = torch.randn(num_rows, 2, generator=generator)
+        vectors = {
+            f"vectors.{feature['name']}": torch.randn(
+                num_rows, 4 if feature["name"] == "user" else 8, generator=generator
+            )
+            for feature in packed.manifest["features"]
+        }
+        given = {"numbers": numbers.numpy(), **{name: each.numpy() for name, each in vectors.items()}}
+        (found,) = ReferenceEvaluator(model).run(["logits"], given)
+        # The program of torch.export was made for two rows or more.
+        doubled = [torch.cat([each, each]) for each in (numbers, *vectors.values())]
+        expected = packed._network(doubled[0], doubled[1:])[:num_rows]
+        np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_onnx_is_refused_without_its_packages_and_without_a_network(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    arguments = ["export", str(folder / "run"), "--format", "package", "--onnx", "--output", str(folder / "none")]
+    assert cli.main(arguments) == 2
+    assert "--onnx needs the packages onnx and onnxscript: pip install 'embedtrain[onnx]'" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--onnx: a package of a retrieval model holds vectors, and no network"):
+        write_package(Packed("retrieval", 1, {}, {}, {}), str(folder / "none"), has_onnx=True)
+    assert not (folder / "none").exists()
 
 
 def test_a_newer_package_is_refused(folder: Path, tmp_path: Path) -> None:

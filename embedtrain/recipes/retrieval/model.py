@@ -177,6 +177,18 @@ class Retrieval(nn.Module):
         """
         return self._encode(rows, self._ask(rows, is_ahead=False))
 
+    def encode_described(self, name: str, id_vector: Tensor, features: Mapping[str, Jagged], num_rows: int) -> Tensor:
+        """Returns the vectors [num_rows, dim] of users or items that have features and no row. Collective: every rank.
+
+        Args:
+            name: the side.
+            id_vector: [dim], what stands for the vector of their ids.
+            features: by name, the categories of each.
+            num_rows: how many there are.
+        """
+        vectors = self.tables.look_up(self.tables.ask({f"{name}.{key}": bags for key, bags in features.items()}))
+        return self._join(name, {**vectors, name: id_vector.expand(num_rows, -1)})
+
     def prepare(self, batch: RetrievalBatch, *, is_ahead: bool = True) -> PreparedPairs:
         """Exchanges the ids of a step, for `forward` later. Collective: every rank, in order of steps."""
         rows = {USER: batch.users, ITEM: torch.cat([batch.positives, batch.negatives])}
@@ -206,7 +218,11 @@ class Retrieval(nn.Module):
             joined: Tensor = self.dense[name](torch.cat(parts, dim=1)).float()
         else:
             joined = torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
-        return F.normalize(joined, dim=1) if self.scoring.similarity == "cosine" else joined
+        return self.as_compared(joined)
+
+    def as_compared(self, vectors: Tensor) -> Tensor:
+        """Returns vectors [n, dim] as their dot products compare them: of length 1 if the similarity is a cosine."""
+        return F.normalize(vectors, dim=1) if self.scoring.similarity == "cosine" else vectors
 
 
 def pairs_of(batch: RetrievalBatch, scoring: Scoring, device: torch.device) -> Pairs:

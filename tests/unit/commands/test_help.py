@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from typing import get_args
 
 import click
 import pytest
@@ -12,8 +13,9 @@ import pytest
 from embedtrain import __version__
 from embedtrain.cli import COMMANDS, main, program
 from embedtrain.commands.console import Command
-from embedtrain.commands.export import FORMAT_NAMES, PACKAGE
+from embedtrain.commands.export import FORMAT_NAMES, INDEX, INDEX_KINDS, PACKAGE, SIMILARITIES
 from embedtrain.export import FORMATS
+from embedtrain.export.index import IndexKind, Similarity
 from tests.unit.commands.parsing import parse
 
 MAX_LINES, MAX_COLUMNS = 40, 100
@@ -76,7 +78,8 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_formats_of_export_are_those_there_are() -> None:
-    assert (*FORMATS, PACKAGE) == FORMAT_NAMES
+    assert (*FORMATS, INDEX, PACKAGE) == FORMAT_NAMES
+    assert (get_args(IndexKind), get_args(Similarity)) == (INDEX_KINDS, SIMILARITIES)
 
 
 def test_the_help_option_has_both_names_in_every_context() -> None:

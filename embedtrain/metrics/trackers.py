@@ -1,0 +1,131 @@
+"""Trackers of experiments beside TensorBoard: Weights & Biases and MLflow. Their own variables say where they are."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import xxhash
+
+from embedtrain.errors import UserError
+from embedtrain.metrics.sinks import Guarded, Record, flat
+
+_NOT_OF_MLFLOW = re.compile(r"[^\w\-. :/]", re.ASCII)
+_PATH_TAG = "embedtrain.run_path"
+_PARAMS_AT_ONCE = 100
+_MAX_PARAM = 500
+
+
+def require_tracker(key: str, package: str) -> None:
+    """Refuses a tracker whose package is not installed.
+
+    Raises:
+        UserError: it is not; names the setting that asks for it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{key} needs the package {package}: pip install 'embedtrain[{package}]'")
+
+
+class WandbSink:
+    """Sends each number of a record to Weights & Biases, at its step; texts are left out.
+
+    A run that is resumed goes on as the same run there.
+
+    Args:
+        project: its name.
+        run_path: the run folder, which names the run.
+        settings: of the run.
+    """
+
+    def __init__(self, project: str, run_path: str, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        def start() -> Any:
+            return wandb.init(
+                project=project,
+                name=run_path,
+                id=xxhash.xxh3_64_hexdigest(run_path.encode()),
+                resume="allow",
+                config=dict(settings),
+                settings=wandb.Settings(console="off", silent=True),
+            )
+
+        self._run = Guarded("Weights & Biases", start, lambda run: run.finish())
+
+    def log(self, record: Record) -> None:
+        """Sends the record's numbers."""
+        self._run.use(lambda run: run.log(_numbers(record), step=record["step"]))
+
+    def flush(self) -> None:
+        """Does nothing: a process of its own sends what was logged."""
+
+    def close(self) -> None:
+        """Waits until all was sent."""
+        self._run.close()
+
+
+class MlflowSink:
+    """Sends each number of a record to MLflow, at its step; texts are left out.
+
+    A run that is resumed goes on as the same run there. MLflow knows no `@` in names: `recall@20` is `recall_at_20`.
+
+    Args:
+        experiment: its name.
+        run_path: the run folder, which names the run.
+        settings: of the run.
+    """
+
+    def __init__(self, experiment: str, run_path: str, settings: Mapping[str, Any]) -> None:
+        from mlflow.tracking import MlflowClient
+
+        def start() -> tuple[Any, str]:
+            client = MlflowClient()
+            found = client.get_experiment_by_name(experiment)
+            number = client.create_experiment(experiment) if found is None else found.experiment_id
+            runs = client.search_runs([number], f"tags.`{_PATH_TAG}` = {_quoted(run_path)}", max_results=1)
+            if runs:
+                client.update_run(runs[0].info.run_id, "RUNNING")
+                return client, runs[0].info.run_id
+            created = client.create_run(number, run_name=run_path, tags={_PATH_TAG: run_path}).info.run_id
+            _log_settings(client, created, settings)
+            return client, created
+
+        self._run = Guarded("MLflow", start, lambda run: run[0].set_terminated(run[1]))
+
+    def log(self, record: Record) -> None:
+        """Sends the record's numbers."""
+        from mlflow.entities import Metric
+
+        now, step = round(1000 * time.time()), int(record["step"])
+        metrics = [Metric(_name(name), float(value), now, step) for name, value in _numbers(record).items()]
+        self._run.use(lambda run: run[0].log_batch(run[1], metrics=metrics))
+
+    def flush(self) -> None:
+        """Does nothing: each record is sent at once."""
+
+    def close(self) -> None:
+        """Says that the run has ended."""
+        self._run.close()
+
+
+def _numbers(record: Record) -> dict[str, float | int]:
+    return {name: value for name, value in record.items() if name != "step" and not isinstance(value, str)}
+
+
+def _name(name: str) -> str:
+    return _NOT_OF_MLFLOW.sub("_", name.replace("@", "_at_"))
+
+
+def _quoted(text: str) -> str:
+    return f"'{text}'" if "'" not in text else f'"{text}"'
+
+
+def _log_settings(client: Any, run_id: str, settings: Mapping[str, Any]) -> None:
+    from mlflow.entities import Param
+
+    params = [Param(_name(name), str(value)[:_MAX_PARAM]) for name, value in flat(settings)]
+    for start in range(0, len(params), _PARAMS_AT_ONCE):
+        client.log_batch(run_id, params=params[start : start + _PARAMS_AT_ONCE])

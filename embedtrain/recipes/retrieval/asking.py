@@ -1,0 +1,144 @@
+"""What a retrieval model answers: the best items of users of the training, and of users who were not there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from torch import Tensor
+
+from embedtrain.data.bags import Bags
+from embedtrain.data.histories import Histories, known_part, read_described, read_histories, split_histories
+from embedtrain.data.interactions import InteractionOptions, Interactions
+from embedtrain.data.vocabulary import Vocabulary
+from embedtrain.errors import UserError
+from embedtrain.export.recommendations import Recommendation
+from embedtrain.recipes.base import Wanted
+from embedtrain.recipes.retrieval.config import RetrievalConfig
+from embedtrain.recipes.retrieval.folding import FoldIn, FromFeatures
+from embedtrain.recipes.retrieval.model import Retrieval
+from embedtrain.recipes.retrieval.recommendation import Catalogue, measure_lists
+
+_USERS_AT_ONCE = 1024
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The users who may be asked for.
+
+    Attributes:
+        names: their raw ids.
+        known: the items that each has.
+        vectors: returns the vectors of some of them; None for those that the model has.
+    """
+
+    names: Sequence[str]
+    known: Bags
+    vectors: Callable[[NDArray[np.int64]], Tensor | None]
+
+
+def best_items(
+    model: Retrieval, interactions: Interactions, options: InteractionOptions, wanted: Wanted
+) -> Iterator[list[Recommendation]]:
+    """Yields the best items of users. Collective: every rank.
+
+    Args:
+        model: the model.
+        interactions: those of the training.
+        options: how files of interactions are read.
+        wanted: which users, and how many items.
+
+    Raises:
+        UserError: a user or item is unknown, or a file cannot be used.
+    """
+    if wanted.features_path is not None:
+        asked = _described(model, interactions, options, wanted.features_path)
+    elif wanted.items is not None or wanted.history_path is not None:
+        asked = _folded_in(model, interactions, options, wanted)
+    else:
+        asked = _Asked(interactions.users.words, interactions.known, lambda users: None)
+    rows = np.arange(len(asked.names))
+    if wanted.users is not None:
+        rows = _rows_of(wanted.users, interactions.users, "user")
+    catalogue, item_ids = Catalogue(model), interactions.items.words
+    excluded = asked.known if wanted.leaves_out_known else None
+    for start in range(0, len(rows), _USERS_AT_ONCE):
+        part = rows[start : start + _USERS_AT_ONCE]
+        best, scores = catalogue.best(part, wanted.top, excluded, asked.vectors(part))
+        yield [
+            (asked.names[row], [item_ids[i] for i in chosen if i >= 0], worth[: sum(i >= 0 for i in chosen)])
+            for row, chosen, worth in zip(part.tolist(), best.tolist(), scores.tolist(), strict=True)
+        ]
+
+
+def measure_unseen(
+    config: RetrievalConfig, model: Retrieval, interactions: Interactions, options: InteractionOptions, fraction: float
+) -> dict[str, float]:
+    """Measures the recommendations for users who were not in the training, folded in from a part of their items.
+
+    Collective: every rank.
+
+    Args:
+        config: of the run.
+        model: the model.
+        interactions: those of the training.
+        options: `held_out_path` names the files of the users.
+        fraction: of a user's items that they are folded in from; the others are to be found.
+
+    Raises:
+        UserError: the files cannot be used, or have no such user.
+    """
+    path = str(options.held_out_path)
+
+    def read() -> tuple[Bags, Bags]:
+        found = read_histories(options, path, interactions.items)
+        return split_histories(found, fraction, interactions.users, config.seed, path)
+
+    known, wanted = model.tables.ranks.run_on_first(read)
+    fold_in = FoldIn(model, interactions.known)
+    queries: Callable[[NDArray[np.int64]], Tensor] = lambda users: fold_in.vectors(users, known)  # noqa: E731
+    return measure_lists(Catalogue(model), queries, known, wanted, config.evaluate.k, alive=lambda: None)
+
+
+def _folded_in(model: Retrieval, interactions: Interactions, options: InteractionOptions, wanted: Wanted) -> _Asked:
+    """Returns users who are known by their items. Collective: every rank."""
+    found = model.tables.ranks.run_on_first(lambda: _histories(wanted, interactions.items, options))
+    fold_in = FoldIn(model, interactions.known)
+    return _Asked(found.users, found.items, lambda users: fold_in.vectors(users, found.items))
+
+
+def _described(model: Retrieval, interactions: Interactions, options: InteractionOptions, path: str) -> _Asked:
+    """Returns users who are known by their features. Collective: every rank."""
+    tables = interactions.categories("users")
+    if not tables:
+        raise UserError(f"--features {path}: the users of this run have no features: give --items or --history")
+    values = {name: table["word"].cast(pa.large_string()).to_pylist() for name, table in tables.items()}
+    names, features = model.tables.ranks.run_on_first(lambda: read_described(options.users, path, values))
+    nothing = Bags(np.zeros(len(names) + 1, np.int64), np.zeros(0, np.int64))
+    return _Asked(names, nothing, FromFeatures(model, features).vectors)
+
+
+def _histories(wanted: Wanted, items: Vocabulary, options: InteractionOptions) -> Histories:
+    if wanted.history_path is not None:
+        found = read_histories(options, wanted.history_path, items)
+        return known_part(found, wanted.history_path, len(items))
+    assert wanted.items is not None
+    rows = np.unique(_rows_of(wanted.items, items, "item"))
+    return Histories([",".join(wanted.items)], Bags.from_rows(np.zeros(len(rows), np.int64), rows, 1))
+
+
+def _rows_of(names: Sequence[str], vocabulary: Vocabulary, noun: str) -> NDArray[np.int64]:
+    rows = vocabulary.rows_of(names)
+    unknown = [name for name, row in zip(names, rows.tolist(), strict=True) if row < 0]
+    if unknown:
+        raise UserError(
+            f"unknown {noun} {unknown[0]!r}: not among the {len(vocabulary):,} {noun}s of the training data, such as "
+            f"{', '.join(map(repr, vocabulary.words[:3]))}"
+        )
+    return rows

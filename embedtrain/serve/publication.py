@@ -1,0 +1,259 @@
+"""Publishes a run: writes to a consumer what changed since the version that it has, by name.
+
+A consumer is a URL, and its cursor lies there: the newest version says which rows it has, by a hash of each row. What
+changed is found by comparing these hashes with the rows of a checkpoint, whatever happened in between: deltas and full
+checkpoints, deleted ones, a run that was resumed or grown, or another run.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.numpy
+import xxhash
+
+from embedtrain.checkpoint import CheckpointReader, choose_checkpoint
+from embedtrain.checkpoint.choice import Step
+from embedtrain.errors import CheckpointError, UserError
+from embedtrain.serve.changes import Table, TableChanges, compare, dense_of, names_facts, names_from, texts_of
+from embedtrain.serve.publication_sinks import FolderSink, Sink
+from embedtrain.serve.published import FORMAT, VERSION, Vectors
+from embedtrain.train.run_folder import RunFolder
+
+_REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
+_TRIES = 3
+
+
+@dataclass(frozen=True)
+class TableCounts:
+    """How many rows of a table were published."""
+
+    added: int
+    changed: int
+    deleted: int
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a publication did.
+
+    Attributes:
+        number: of the newest version.
+        step: of the checkpoint.
+        is_new: whether it was written now; if not, nothing has changed.
+        tables: by name, what changed.
+        has_dense: whether the network's parameters changed.
+    """
+
+    number: int
+    step: int
+    is_new: bool
+    tables: Mapping[str, TableCounts]
+    has_dense: bool
+
+
+def open_sink(url: str) -> Sink:
+    """Returns the place that a URL names; nothing is written yet.
+
+    Raises:
+        UserError: the URL is of no known kind, or needs a package that is not installed.
+        OSError: Redis does not answer.
+    """
+    if url.startswith(_REDIS_SCHEMES):
+        from embedtrain.serve.redis_sink import RedisSink
+
+        return RedisSink(url)
+    return FolderSink(url)
+
+
+def publish(run_path: str, url: str, *, step: Step = None, tables: Sequence[str] | None = None) -> Published:
+    """Writes what changed between a consumer's newest version and a checkpoint, as the next version.
+
+    The version appears as a whole, and readers of the version before are not disturbed meanwhile. A publisher that is
+    killed leaves the version before.
+
+    Args:
+        run_path: the run folder, any fsspec URL.
+        url: of the consumer: a folder on any fsspec URL, or `redis://HOST:PORT/DATABASE?prefix=NAME`.
+        step: which checkpoint; None for the newest.
+        tables: which tables; None for those that were published before, at first for all.
+
+    Raises:
+        UserError: there is no checkpoint or no such table, the URL is of no known kind, or it holds something else.
+        CheckpointError: the checkpoint is damaged.
+        OSError: the consumer cannot be reached.
+    """
+    folder = RunFolder(run_path)
+    sink = open_sink(url)
+    try:
+        for last in range(_TRIES):
+            path = choose_checkpoint(folder.checkpoints_path, step, folder.path)
+            try:
+                return _publish_checkpoint(path, folder.path, sink, tables)
+            except (CheckpointError, FileNotFoundError):
+                # The run may have deleted the checkpoint meanwhile, when it saved a newer one.
+                is_deleted = path != choose_checkpoint(folder.checkpoints_path, step, folder.path)
+                if last == _TRIES - 1 or not is_deleted:
+                    raise
+    finally:
+        sink.close()
+    raise AssertionError("the last try returns or raises")
+
+
+def _publish_checkpoint(path: str, run_path: str, sink: Sink, wanted: Sequence[str] | None) -> Published:
+    old = sink.newest()
+    with CheckpointReader(path) as reader:
+        checkpoint = {"step": reader.step, "checksum": reader.manifest.checksum}
+        selected = wanted if wanted is not None else old.get("selected") if old else None
+        if old is not None and (checkpoint, selected) == (old["checkpoint"], old["selected"]):
+            return Published(old["number"], old["step"], False, {}, False)
+        tables = [Table(reader, run_path, name) for name in _chosen(reader, selected)]
+        comparison = _Comparison(tables, dense_of(reader), old, sink)
+        if old is not None and comparison.is_none:
+            return Published(old["number"], reader.step, False, {}, False)
+        with _writing(sink, old) as number:
+            manifest = {
+                "format": FORMAT,
+                "format_version": VERSION,
+                "id": secrets.token_hex(8) if old is None else old["id"],
+                "number": number,
+                "step": reader.step,
+                "run": run_path,
+                "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "checkpoint": checkpoint,
+                "selected": None if selected is None else list(selected),
+                **comparison.write(sink),
+            }
+            sink.commit(manifest)
+        return Published(number, reader.step, True, comparison.counts, comparison.has_other_dense)
+
+
+@contextmanager
+def _writing(sink: Sink, old: Mapping[str, Any] | None) -> Iterator[int]:
+    number = 1 if old is None else old["number"] + 1
+    sink.begin(number)
+    try:
+        yield number
+    except Exception as error:
+        sink.abandon()
+        newest = sink.newest()
+        if newest is not None and newest["number"] >= number:
+            # It has also removed what was written here.
+            raise UserError(f"another publisher wrote version {number} meanwhile: publish again") from error
+        raise
+
+
+def _chosen(reader: CheckpointReader, selected: Sequence[str] | None) -> list[str]:
+    there = sorted(name.removesuffix("/weight") for name in reader.tensors if name.endswith("/weight"))
+    if wrong := [name for name in selected or [] if name not in there]:
+        raise UserError(f"there is no table {wrong[0]!r} in {reader.path}; it has {', '.join(there)}")
+    return there if selected is None else list(selected)
+
+
+class _Comparison:
+    """A checkpoint beside the newest version of a consumer."""
+
+    def __init__(
+        self, tables: Sequence[Table], dense: Mapping[str, Vectors], old: Mapping[str, Any] | None, sink: Sink
+    ) -> None:
+        self._tables, self._dense = tables, dense
+        self._old: Mapping[str, Any] = old or {"tables": {}, "cursor": {}, "dense": None}
+        digest = _digest_of(dense)
+        self._dense_digest = digest
+        self.has_other_dense = digest != (self._old["dense"] or {}).get("digest")
+        self._old_names = {name: _read_names(sink, facts) for name, facts in self._old["cursor"].items()}
+        self._changes = {table.name: self._compare(table, sink) for table in tables}
+        self._gone = [name for name in self._old["tables"] if name not in self._changes]
+
+    @property
+    def is_none(self) -> bool:
+        """Whether the consumer has all of it."""
+        return all(each.is_none for each in self._changes.values()) and not self._gone and not self.has_other_dense
+
+    @property
+    def counts(self) -> dict[str, TableCounts]:
+        return {
+            name: TableCounts(each.num_added, len(each.changed) - each.num_added, len(each.deleted))
+            for name, each in self._changes.items()
+        }
+
+    def write(self, sink: Sink) -> dict[str, Any]:
+        """Writes what changed; returns what the manifest says of tables, network and cursor."""
+        facts, cursor = {}, {}
+        for name in self._gone:
+            sink.delete_table(name, self._old_names[name])
+        for table in self._tables:
+            changes = self._changes[table.name]
+            facts[table.name] = self._write_table(sink, table, changes)
+            cursor[table.name] = self._write_cursor(sink, table, changes)
+        dense = self._old["dense"]
+        if self.has_other_dense:
+            data = safetensors.numpy.save({name: np.ascontiguousarray(each) for name, each in self._dense.items()})
+            file = sink.write_file("dense.safetensors", data, is_read=True) if self._dense else None
+            dense = None if file is None else {"file": file, "digest": self._dense_digest}
+        return {"tables": facts, "dense": dense, "cursor": cursor}
+
+    def _compare(self, table: Table, sink: Sink) -> TableChanges:
+        facts = self._old["cursor"].get(table.name)
+        digests = table.digests()
+        if facts is None:
+            return compare(table.names, digests, [], np.empty(0, np.uint64))
+        old_digests = np.frombuffer(sink.read(facts["digests"]), "<u8").astype(np.uint64)
+        found = compare(table.names, digests, self._old_names[table.name], old_digests)
+        if facts["dim"] != table.dim:
+            return TableChanges(np.arange(len(digests)), found.num_added, found.deleted, digests, found.has_same_names)
+        return found
+
+    def _write_table(self, sink: Sink, table: Table, changes: TableChanges) -> Mapping[str, Any]:
+        old = self._old["tables"].get(table.name)
+        is_whole = old is None or old["dim"] != table.dim or sink.wants_whole(old, len(changes.changed))
+        places = np.arange(len(table.names)) if is_whole else changes.changed
+        with sink.open_table(table.name, table.dim, is_whole=is_whole) as writer:
+            for names, rows in table.blocks(places):
+                writer.put(names, rows)
+            writer.delete(changes.deleted)
+        facts = {"dim": table.dim, "num_rows": len(table.names)}
+        return {**facts, **writer.facts(old)}
+
+    def _write_cursor(self, sink: Sink, table: Table, changes: TableChanges) -> Mapping[str, Any]:
+        old: Mapping[str, Any] | None = self._old["cursor"].get(table.name)
+        if old is not None and changes.is_none:
+            return old
+        digests = sink.write_file("digests", changes.digests.astype("<u8").tobytes())
+        return {"dim": table.dim, "digests": digests, "names": self._write_names(sink, table, changes)}
+
+    def _write_names(self, sink: Sink, table: Table, changes: TableChanges) -> Mapping[str, Any]:
+        if (facts := names_facts(table.names)) is not None:
+            return facts
+        old: Mapping[str, Any] | None = self._old["cursor"].get(table.name, {}).get("names")
+        if old is not None and "file" in old and changes.has_same_names:
+            return old
+        buffer = pa.BufferOutputStream()
+        pq.write_table(pa.table({"name": texts_of(table.names)}), buffer, compression="zstd")
+        return {"file": sink.write_file("names.parquet", buffer.getvalue())}
+
+
+def _read_names(sink: Sink, cursor: Mapping[str, Any]) -> Sequence[str]:
+    facts = cursor["names"]
+    if "file" not in facts:
+        return names_from(facts)
+    names: list[str] = pq.read_table(pa.BufferReader(sink.read(facts["file"])))["name"].to_pylist()
+    return names
+
+
+def _digest_of(dense: Mapping[str, Vectors]) -> str | None:
+    if not dense:
+        return None
+    digest = xxhash.xxh3_128()
+    for name, values in sorted(dense.items()):
+        digest.update(f"{name} {values.shape}".encode())
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,288 @@
+"""Where a publication goes to: what each place must do, and folders of Parquet files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedtrain import storage
+from embedtrain.errors import UserError
+from embedtrain.serve import published
+from embedtrain.serve.published import Vectors
+
+READER_NAME = "published.py"
+KEPT_VERSIONS = 3
+"""How many of a folder's newest versions can be opened: a reader may be at work on an older one than the newest."""
+
+_MAX_PARTS = 50
+_ROWS_PER_GROUP = 1 << 16
+
+_logger = logging.getLogger(__name__)
+
+
+class TableWriter(Protocol):
+    """Takes the changes of a table."""
+
+    def put(self, names: Sequence[str], rows: Vectors) -> None:
+        """Takes rows that are new or have other values."""
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Takes the names of rows that are gone; called once, after all `put`."""
+
+    def facts(self, old: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        """Returns what the manifest says of the table, given what the version before says of it; after the last row."""
+
+
+class Sink(Protocol):
+    """A place that takes versions, one after another."""
+
+    def newest(self) -> Mapping[str, Any] | None:
+        """Returns the manifest of the newest version; None if there is none.
+
+        Raises:
+            UserError: something else lies there, or a version of a newer format.
+        """
+
+    def read(self, file: str) -> bytes:
+        """Returns what `write_file` wrote."""
+
+    def begin(self, number: int) -> None:
+        """Begins a version.
+
+        Raises:
+            UserError: another publisher is at work.
+        """
+
+    def wants_whole(self, old: Mapping[str, Any], num_changed: int) -> bool:
+        """Says whether all rows of a table are wanted, given the facts of the version before."""
+
+    def open_table(self, table: str, dim: int, *, is_whole: bool) -> AbstractContextManager[TableWriter]:
+        """Opens a table for its changes, or for all its rows."""
+
+    def delete_table(self, table: str, names: Sequence[str]) -> None:
+        """Takes the names of all rows of a table that is gone."""
+
+    def write_file(self, name: str, data: bytes, *, is_read: bool = False) -> str:
+        """Keeps bytes beside the version; returns what `read` finds them by.
+
+        Args:
+            name: what they are.
+            data: the bytes.
+            is_read: whether consumers read them, and not only the next publication.
+        """
+
+    def commit(self, manifest: dict[str, Any]) -> None:
+        """Makes the version the newest, in one act, and removes what nobody needs any longer.
+
+        Raises:
+            OSError: it could not, or another publisher has made such a version.
+        """
+
+    def abandon(self) -> None:
+        """Removes what was written since `begin`, as far as that works."""
+
+    def close(self) -> None:
+        """Ends connections."""
+
+
+class FolderSink:
+    """A folder on any fsspec URL: a file of JSON for each version, and Parquet files that versions share.
+
+    Raises:
+        UserError: no file system has such URLs.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+        self.number = 0
+        self._part = ""
+        self._files: dict[str, int] = {}
+        storage.local_path(self._url)
+
+    def newest(self) -> Mapping[str, Any] | None:
+        """See `Sink`."""
+        names = storage.list_names(self._url)
+        numbers = published.version_numbers(names)
+        if not numbers:
+            if odd := [name for name in names if name != READER_NAME and not name.startswith("part-")]:
+                raise UserError(f"{self._url} holds {odd[0]!r} and no publication: give another folder")
+            return None
+        return self._manifest(numbers[-1])
+
+    def read(self, file: str) -> bytes:
+        """See `Sink`."""
+        return storage.read(storage.join(self._url, file))
+
+    def begin(self, number: int) -> None:
+        """See `Sink`."""
+        self.number, self._files = number, {}
+        self._part = f"part-{number:09d}-{secrets.token_hex(8)}"
+        storage.make_folder(storage.join(self._url, self._part))
+        if number == 1:
+            storage.write(storage.join(self._url, READER_NAME), [Path(published.__file__).read_bytes()])
+
+    def wants_whole(self, old: Mapping[str, Any], num_changed: int) -> bool:
+        """See `Sink`: all rows are written again when changes would outgrow them."""
+        whole, *changes = old["parts"]
+        num_rows = num_changed + sum(part["num_rows"] for part in changes)
+        return num_rows > whole["num_rows"] or len(changes) + 1 >= _MAX_PARTS
+
+    @contextmanager
+    def open_table(self, table: str, dim: int, *, is_whole: bool) -> Iterator[_FolderTable]:
+        """See `Sink`."""
+        writer = _FolderTable(self, f"{len(self._files):04d}", dim, is_whole)
+        yield writer
+        writer.close()
+
+    def delete_table(self, table: str, names: Sequence[str]) -> None:
+        """See `Sink`: a table is gone that the manifest does not name."""
+
+    def write_file(self, name: str, data: bytes, *, is_read: bool = False) -> str:
+        """See `Sink`."""
+        file = f"{self._part}/{len(self._files):04d}-{name}"
+        storage.write(storage.join(self._url, file), [data])
+        self.note(file, len(data), is_read=is_read)
+        return file
+
+    def new_file(self, name: str) -> tuple[str, AbstractContextManager[Any]]:
+        """Returns the name of a file of this version, and the file to be written."""
+        file = f"{self._part}/{name}"
+        return file, storage.new_file(storage.join(self._url, file))
+
+    def note(self, file: str, num_bytes: int, *, is_read: bool = True) -> None:
+        """Takes note of a file that was written; its size is in the manifest if consumers read it."""
+        self._files[file] = num_bytes if is_read else -1
+
+    def commit(self, manifest: dict[str, Any]) -> None:
+        """See `Sink`."""
+        parts = [part for facts in manifest["tables"].values() for part in facts["parts"]]
+        needed = {part[kind] for part in parts for kind in ("rows", "deleted")}
+        needed |= {manifest["dense"]["file"]} if manifest["dense"] else set()
+        earlier = {} if self.number == 1 else self._manifest(self.number - 1)["files"]
+        sizes = {**earlier, **self._files}
+        manifest["files"] = {file: sizes[file] for file in sorted(needed - {None})}
+        name = published.manifest_name(self.number)
+        data, temporary_url = json.dumps(manifest, indent=1).encode(), storage.join(self._url, f"{self._part}.tmp")
+        storage.create(storage.join(self._url, name), data, temporary_url)
+        try:
+            self._sweep(manifest)
+        except (OSError, UserError, ValueError) as error:
+            _logger.warning(f"version {self.number} is published; what older ones left was not removed: {error}")
+
+    def abandon(self) -> None:
+        """See `Sink`."""
+        with suppress(Exception):
+            self._remove(self._part, frozenset())
+
+    def close(self) -> None:
+        """See `Sink`."""
+
+    def _manifest(self, number: int) -> dict[str, Any]:
+        url = storage.join(self._url, published.manifest_name(number))
+        try:
+            return published.read_manifest(storage.read(url), url)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def _sweep(self, manifest: Mapping[str, Any]) -> None:
+        """Removes versions that are kept no longer, and files that no kept version needs; manifests first."""
+        names = storage.list_names(self._url)
+        numbers = published.version_numbers(names)
+        for number in numbers[:-KEPT_VERSIONS]:
+            storage.remove(storage.join(self._url, published.manifest_name(number)))
+        kept = {file for number in numbers[-KEPT_VERSIONS:] for file in self._manifest(number)["files"]}
+        kept |= {facts["digests"] for facts in manifest["cursor"].values()}
+        kept |= {facts["names"]["file"] for facts in manifest["cursor"].values() if "file" in facts["names"]}
+        for name in names:
+            # A killed publisher's parts are of this version at most; what another one begins is of a later version.
+            if name.startswith("part-") and int(name.split("-")[1]) <= self.number:
+                if name.endswith(".tmp"):
+                    storage.remove(storage.join(self._url, name))
+                else:
+                    self._remove(name, frozenset(kept))
+
+    def _remove(self, part: str, kept: frozenset[str]) -> None:
+        folder = storage.join(self._url, part)
+        for name in storage.list_files(folder):
+            if f"{part}/{name}" not in kept:
+                storage.remove(storage.join(folder, name))
+        storage.remove_empty_folder(folder)
+
+
+class _FolderTable:
+    """Writes the changes of a table as Parquet files: `name` and `vector`, and `name` of the rows that are gone.
+
+    Args:
+        folder: of the version.
+        prefix: of the files' names.
+        dim: of the vectors.
+        is_whole: whether it gets all rows of the table.
+    """
+
+    def __init__(self, folder: FolderSink, prefix: str, dim: int, is_whole: bool) -> None:
+        self._folder, self._prefix, self._dim, self._is_whole = folder, prefix, dim, is_whole
+        self._schema = pa.schema([("name", pa.large_string()), ("vector", pa.list_(pa.float32(), dim))])
+        self._held: list[pa.Table] = []
+        self._num_rows = 0
+        self._rows_file: str | None = None
+        self._deleted_file: str | None = None
+        self._stack = ExitStack()
+        self._file: Any = None
+        self._writer: pq.ParquetWriter | None = None
+
+    def put(self, names: Sequence[str], rows: Vectors) -> None:
+        """See `TableWriter`."""
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows).ravel()), self._dim)
+        self._held.append(pa.table([pa.array(names, pa.large_string()), vectors], schema=self._schema))
+        self._num_rows += len(names)
+        if sum(map(len, self._held)) >= _ROWS_PER_GROUP:
+            self._flush()
+
+    def delete(self, names: Sequence[str]) -> None:
+        """See `TableWriter`."""
+        if names and not self._is_whole:
+            buffer = pa.BufferOutputStream()
+            pq.write_table(pa.table({"name": pa.array(names, pa.large_string())}), buffer)
+            self._deleted_file = self._folder.write_file("deleted.parquet", buffer.getvalue(), is_read=True)
+
+    def facts(self, old: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        """See `TableWriter`."""
+        part = {
+            "number": self._folder.number,
+            "num_rows": self._num_rows,
+            "is_whole": self._is_whole,
+            "rows": self._rows_file,
+            "deleted": self._deleted_file,
+        }
+        if old is None or self._is_whole:
+            return {"parts": [part]}
+        has_changes = self._rows_file is not None or self._deleted_file is not None
+        return {"parts": [*old["parts"], part] if has_changes else old["parts"]}
+
+    def close(self) -> None:
+        """Ends the file of rows."""
+        self._flush()
+        if self._writer is not None and self._rows_file is not None:
+            self._writer.close()
+            self._folder.note(self._rows_file, self._file.tell())
+        self._stack.close()
+
+    def _flush(self) -> None:
+        if not self._held:
+            return
+        if self._writer is None:
+            self._rows_file, opened = self._folder.new_file(f"{self._prefix}-rows.parquet")
+            self._file = self._stack.enter_context(opened)
+            options = {"use_dictionary": False, "compression": {"name": "zstd", "vector.list.element": "none"}}
+            self._writer = pq.ParquetWriter(self._file, self._schema, **options)
+        self._writer.write_table(pa.concat_tables(self._held))
+        self._held = []

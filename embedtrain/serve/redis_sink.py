@@ -1,0 +1,280 @@
+"""Publication to Redis: a key for each row, whose value holds the rows of two versions while the newer one is written.
+
+Keys begin with the prefix of the URL. `head` is the manifest of the newest version; it is replaced last, and a reader
+takes it and the rows in one transaction. The value of a row is a list of entries, the newest first: the number of the
+version, the length of the row, and the row; no bytes stand for a row that is deleted. Keys that are being written are
+noted in the list `pending`, in the same act. Later each value is cut to its newest entry that is not newer than the
+head: after a version is complete that forgets the version before, after a killed publisher that takes back what it
+wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from embedtrain.errors import UserError
+from embedtrain.serve import published
+from embedtrain.serve.published import Vectors, packed_entry, row_key
+
+LOCK_SECONDS = 30.0
+"""How long a publisher that says nothing is taken for alive."""
+
+_ROWS_AT_ONCE = 500
+"""In one script, which keeps others waiting for a millisecond."""
+_SCRIPTS_AT_ONCE = 32
+_CHUNK_BYTES = 64 << 20
+_POLL_SECONDS = 0.1
+
+_logger = logging.getLogger(__name__)
+
+_NEWEST = """
+local function newest(value, number)
+  local at = 1
+  while value and at <= #value do
+    local version, size = struct.unpack('<I8I4', value, at)
+    if version <= number then return string.sub(value, at, at + 11 + size), size end
+    at = at + 12 + size
+  end
+  return '', 0
+end
+"""
+_IF_LOCKED = """
+if redis.call('get', KEYS[1]) ~= ARGV[1] then return -1 end
+redis.call('pexpire', KEYS[1], ARGV[2])
+"""
+# KEYS: lock, pending, rows; ARGV: token, milliseconds, number of the head, entries.
+_WRITE = f"""{_NEWEST}{_IF_LOCKED}
+for place = 3, #KEYS do
+  local kept = newest(redis.call('get', KEYS[place]), tonumber(ARGV[3]))
+  redis.call('set', KEYS[place], ARGV[place + 1] .. kept)
+  redis.call('rpush', KEYS[2], KEYS[place])
+end
+return #KEYS - 2
+"""
+# KEYS: lock, pending; ARGV: token, milliseconds, number of the head, how many.
+_SETTLE = f"""{_NEWEST}{_IF_LOCKED}
+local keys = redis.call('lrange', KEYS[2], 0, tonumber(ARGV[4]) - 1)
+for _, key in ipairs(keys) do
+  local value = redis.call('get', key)
+  local entry, size = newest(value, tonumber(ARGV[3]))
+  if size == 0 then redis.call('del', key)
+  elseif #entry < #value then redis.call('set', key, entry) end
+end
+redis.call('ltrim', KEYS[2], #keys, -1)
+return #keys
+"""
+# KEYS: lock, key; ARGV: token, milliseconds, value.
+_SET = f"{_IF_LOCKED} redis.call('set', KEYS[2], ARGV[3]) return 1"
+# KEYS: lock; ARGV: token.
+_UNLOCK = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del', KEYS[1]) end"
+
+
+class RedisSink:
+    """A Redis server; see `Sink`.
+
+    Args:
+        url: `redis://HOST:PORT/DATABASE?prefix=NAME`, or with `rediss://` or `unix://`.
+
+    Raises:
+        UserError: the package redis is not installed, or the URL is wrong.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            import redis
+        except ImportError as error:
+            raise UserError(f"{url} needs the package redis: pip install 'embedtrain[redis]'") from error
+        address, self._prefix = published.split_prefix(url)
+        try:
+            self._redis: Any = redis.Redis.from_url(address)
+        except ValueError as error:
+            raise UserError(f"{url!r} cannot be read as the address of Redis: {error}") from error
+        self._where = address.rpartition("@")[2].removeprefix("redis://")
+        self._error = redis.RedisError
+        self._scripts = {
+            name: self._redis.register_script(text)
+            for name, text in {"write": _WRITE, "settle": _SETTLE, "set": _SET, "unlock": _UNLOCK}.items()
+        }
+        self._token = secrets.token_hex(8)
+        self._head: Mapping[str, Any] | None = None
+        self._number = 0
+        self._num_files = 0
+        self._has_locked = False
+
+    def newest(self) -> Mapping[str, Any] | None:
+        """See `Sink`."""
+        with self._asked():
+            data = self._redis.get(self._key("head"))
+        try:
+            self._head = None if data is None else published.read_manifest(data, f"{self._where}: {self._key('head')}")
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return self._head
+
+    def read(self, file: str) -> bytes:
+        """See `Sink`."""
+        chunks: list[bytes] = []
+        with self._asked():
+            while (chunk := self._redis.get(_chunk(self._key(file), len(chunks)))) is not None:
+                chunks.append(chunk)
+        if not chunks:
+            raise UserError(
+                f"{self._where} has lost {self._key(file)}, which says what it holds, as when it is short of memory: "
+                f"delete the keys that begin with {self._prefix}:, or publish with another prefix"
+            )
+        return b"".join(chunks)
+
+    def begin(self, number: int) -> None:
+        """See `Sink`."""
+        self._number, self._num_files = number, 0
+        with self._asked():
+            self._lock()
+            head = self._redis.get(self._key("head"))
+            if (0 if head is None else json.loads(head)["number"]) != number - 1:
+                raise UserError(f"another publisher wrote version {number} meanwhile: publish again")
+            self._settle(number - 1)
+            self._sweep(self._head)
+
+    def wants_whole(self, old: Mapping[str, Any], num_changed: int) -> bool:
+        """See `Sink`: rows are replaced where they are."""
+        return False
+
+    @contextmanager
+    def open_table(self, table: str, dim: int, *, is_whole: bool) -> Iterator[_RedisTable]:
+        """See `Sink`."""
+        yield _RedisTable(self, table)
+
+    def delete_table(self, table: str, names: Sequence[str]) -> None:
+        """See `Sink`."""
+        self.write_rows(table, names, [b""] * len(names))
+
+    def write_rows(self, table: str, names: Sequence[str], rows: Sequence[bytes]) -> None:
+        """Writes rows of the version, empty ones for those that are gone; nobody sees them before it is complete."""
+        with self._asked():
+            at_once = _ROWS_AT_ONCE * _SCRIPTS_AT_ONCE
+            for first in range(0, len(names), at_once):
+                with self._redis.pipeline(transaction=False) as pipeline:
+                    for start in range(first, min(first + at_once, len(names)), _ROWS_AT_ONCE):
+                        some = slice(start, start + _ROWS_AT_ONCE)
+                        keys = [row_key(self._prefix, table, name) for name in names[some]]
+                        entries = [packed_entry(row, self._number) for row in rows[some]]
+                        self._call("write", ["pending"], [self._number - 1, *entries], keys, pipeline)
+                    self._require_lock(*pipeline.execute())
+
+    def write_file(self, name: str, data: bytes, *, is_read: bool = False) -> str:
+        """See `Sink`."""
+        file = f"file:{self._number}:{self._num_files}:{name}"
+        self._num_files += 1
+        view = memoryview(data)
+        with self._asked():
+            self._redis.sadd(self._key("files"), file)
+            for place, start in enumerate(range(0, max(1, len(view)), _CHUNK_BYTES)):
+                chunk = bytes(view[start : start + _CHUNK_BYTES])
+                self._require_lock(self._call("set", [_chunk(file, place)], [chunk]))
+        return file
+
+    def commit(self, manifest: dict[str, Any]) -> None:
+        """See `Sink`."""
+        with self._asked():
+            self._require_lock(self._call("set", ["head"], [json.dumps(manifest)]))
+            self._head = manifest
+            try:
+                self._settle(self._number)
+                self._sweep(manifest)
+            except self._error as error:
+                _logger.warning(f"version {self._number} is published; what older ones left was not removed: {error}")
+
+    def abandon(self) -> None:
+        """See `Sink`: the next publisher takes back what was written."""
+
+    def close(self) -> None:
+        """See `Sink`."""
+        if self._has_locked:
+            with suppress(self._error):
+                self._scripts["unlock"](keys=[self._key("lock")], args=[self._token])
+        self._redis.close()
+
+    def _key(self, name: str) -> str:
+        return f"{self._prefix}:{name}"
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        try:
+            yield
+        except self._error as error:
+            raise OSError(f"Redis at {self._where} could not be asked: {error}") from error
+
+    def _lock(self) -> None:
+        """Waits until no other publisher is at work, for as long as a killed one is taken for alive."""
+        self._has_locked = True
+        until = time.monotonic() + LOCK_SECONDS + 1
+        while not self._redis.set(self._key("lock"), self._token, nx=True, px=round(1000 * LOCK_SECONDS)):
+            if time.monotonic() > until:
+                raise UserError(f"another publisher is at work on {self._where} under {self._prefix}: wait for its end")
+            time.sleep(_POLL_SECONDS)
+
+    def _call(
+        self, script: str, names: Sequence[str], values: Sequence[Any], keys: Sequence[str] = (), client: Any = None
+    ) -> Any:
+        """Runs a script that changes something only while the lock is ours."""
+        arguments: list[Any] = [self._token, round(1000 * LOCK_SECONDS), *values]
+        own = [self._key(name) for name in ("lock", *names)]
+        return self._scripts[script](keys=[*own, *keys], args=arguments, client=client)
+
+    def _require_lock(self, *answers: Any) -> None:
+        if -1 in answers:
+            raise UserError(f"another publisher has taken over {self._where} under {self._prefix}: publish again")
+
+    def _settle(self, number: int) -> None:
+        """Cuts the values that were written to what they are at a version."""
+        while True:
+            done = self._call("settle", ["pending"], [number, _ROWS_AT_ONCE])
+            self._require_lock(done)
+            if done == 0:
+                return
+
+    def _sweep(self, manifest: Mapping[str, Any] | None) -> None:
+        """Removes the files that a version does not need."""
+        kept = set()
+        if manifest is not None:
+            cursors = manifest["cursor"].values()
+            kept = {facts["digests"] for facts in cursors} | {facts["names"].get("file") for facts in cursors}
+            kept |= {manifest["dense"]["file"]} if manifest["dense"] else set()
+        for file in {name.decode() for name in self._redis.smembers(self._key("files"))} - kept:
+            place = 0
+            while self._redis.delete(_chunk(self._key(file), place)):
+                place += 1
+            self._redis.srem(self._key("files"), file)
+
+
+class _RedisTable:
+    """Writes the changes of a table; see `TableWriter`."""
+
+    def __init__(self, sink: RedisSink, table: str) -> None:
+        self._sink, self._table = sink, table
+
+    def put(self, names: Sequence[str], rows: Vectors) -> None:
+        """See `TableWriter`."""
+        width = 4 * rows.shape[1]
+        data = rows.astype("<f4").tobytes()
+        self._sink.write_rows(
+            self._table, names, [data[place * width : (place + 1) * width] for place in range(len(rows))]
+        )
+
+    def delete(self, names: Sequence[str]) -> None:
+        """See `TableWriter`."""
+        self._sink.write_rows(self._table, names, [b""] * len(names))
+
+    def facts(self, old: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        """See `TableWriter`."""
+        return {}
+
+
+def _chunk(file: str, place: int) -> str:
+    return f"{file}.{place}" if place else file

@@ -1,0 +1,82 @@
+"""A run starts publications beside its steps, and none at a time when another is under way."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import pytest
+
+from embedtrain import cli
+from embedtrain.train.publisher import Publisher
+
+PROGRAM = """#!/bin/sh
+echo "$RANK$MASTER_ADDR$TORCHELASTIC_ERROR_FILE $@" >> {folder}/said
+while [ -e {folder}/wait ]; do sleep 0.01; done
+[ -e {folder}/fail ] && {{ echo "Traceback"; echo "embedtrain: failed: no"; exit 1; }}
+echo "$6: version 7"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which a program stands for Python."""
+    program = tmp_path / "python"
+    program.write_text(PROGRAM.format(folder=tmp_path))
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+    for name in ("RANK", "MASTER_ADDR", "TORCHELASTIC_ERROR_FILE"):
+        monkeypatch.setenv(name, "of a rank")
+    return tmp_path
+
+
+def said(folder: Path, num_lines: int) -> list[str]:
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        lines = (folder / "said").read_text().splitlines() if (folder / "said").exists() else []
+        if len(lines) >= num_lines:
+            return lines
+        time.sleep(0.005)
+    raise AssertionError("no publication was started")
+
+
+def test_publications_follow_each_other(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="embedtrain")
+    (folder / "wait").touch()
+    publisher = Publisher("runs/x", "out", every_seconds=0.05)
+    publisher.step()
+    assert not (folder / "said").exists(), "it is not time yet"
+    time.sleep(0.06)
+    publisher.step()
+    line = " -m embedtrain publish runs/x --to out"
+    assert said(folder, 1) == [line]
+    time.sleep(0.06)
+    publisher.step()
+    assert said(folder, 1) == [line], "one is under way"
+    (folder / "fail").touch()
+    (folder / "wait").unlink()
+    publisher.finish()
+    assert said(folder, 2) == [line] * 2
+    assert caplog.messages == ["not published to out, training goes on: embedtrain: failed: no"] * 2
+    (folder / "fail").unlink()
+    publisher.finish()
+    assert caplog.messages[2:] == ["published: out: version 7"]
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "expected"),
+    [
+        ("train", ["publish.to=kafka://x"], "'kafka://x' is not a path that can be opened"),
+        ("train", ["publish.to=out", "publish.every_seconds=0"], "publish.every_seconds must be more than 0"),
+        ("compare", ["--optimizers", "adam,sgd", "publish.to=out"], "compare trains many runs, and publish.to is for"),
+    ],
+)
+def test_a_place_is_checked_before_the_run(
+    command: str, settings: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "corpus.txt").write_text("a b a b")
+    own = ["--output", f"{tmp_path}/run"] if command == "compare" else [f"run.path={tmp_path}/run"]
+    assert cli.main([command, "word2vec", f"data.path={tmp_path}/corpus.txt", *own, *settings]) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
