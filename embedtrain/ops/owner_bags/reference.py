@@ -35,6 +35,8 @@ def split_bags(
     sums_before = torch.nn.functional.pad(is_first.cumsum(0), (1, 0))
     bag_of_sum = torch.zeros_like(ascending)
     bag_of_sum.scatter_(0, sums_before[1:] - 1, ascending % max(num_bags, 1))
+    if not keys.is_cuda:
+        bag_of_sum = bag_of_sum[: int(sums_before[-1])]
     return SplitBags(rows.to(dtype), weights, bag_of_sum, ends.diff(), sums_before[ends].diff())
 
 
