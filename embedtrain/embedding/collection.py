@@ -295,8 +295,6 @@ class EmbeddingCollection(nn.Module):
 
         Collective: every rank, as the optimizer's `settle`, which it calls and whose exception it raises.
         """
-        for group in self.table_groups:
-            group.access.write_back()
         return [view for group in self.table_groups for view in group.views()]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from embedtrain.embedding.pooling_choice import Measured, PoolingChoices, agree,
 from embedtrain.embedding.requests import GroupRequest, LocalRequest, RemoteRequest, Wanted
 from embedtrain.embedding.table_group import TableGroup
 from embedtrain.jagged import Jagged
+from embedtrain.ops._backend import dispatch
 from embedtrain.ops._backend.transfer import HostCopy, to_device
 from embedtrain.ops.pool_rows import Bags
 from embedtrain.ops.sort_unique import OrderedKeys, SortedKeys, order_keys
@@ -74,11 +75,6 @@ class Asked(NamedTuple):
     shapes: Mapping[str, torch.Size]
     check: Check | None = None
 
-    def refuse_wrong_ids(self) -> None:
-        """Raises if ids that nobody has looked at are no rows."""
-        if self.check is not None:
-            self.check.run()
-
     def places(self) -> dict[str, Tensor]:
         """Returns per feature [num_values] int64; each value's row among those of `distinct_rows`. Sorts the ids."""
         places: dict[str, Tensor] = {}
@@ -91,18 +87,8 @@ class Asked(NamedTuple):
         return places
 
 
-class Planned(NamedTuple):
-    """What a batch looks up in one group of tables, before ranks are asked.
-
-    Attributes:
-        bags: per feature how its vectors are pooled.
-        weights: per feature the weights as the caller gave them.
-        keys: [num_values] int64; see `TableGroup.keys_of`.
-    """
-
-    bags: list[Bags]
-    weights: list[Tensor | None]
-    keys: Tensor
+Planned = tuple[list[Bags], list[Tensor | None], Tensor]
+"""What a batch looks up in a group: bags and weights per feature, see `GroupRequest`, and keys."""
 
 
 class InputDist(ABC):
@@ -123,6 +109,8 @@ class InputDist(ABC):
         self.choices_of_evaluation: PoolingChoices = {}
         self._groups, self._routes, self._ranks = groups, routes, ranks
         self._no_keys = torch.zeros(0, dtype=torch.int64, device=groups[0].device)
+        is_native = dispatch.uses_native(self._no_keys)  # those updates sort for themselves
+        self._sorts_ahead = not is_native or any(group.access.is_on_host for group in groups)
 
     @abstractmethod
     def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool) -> tuple[Asked, list[Tensor]]:
@@ -152,7 +140,7 @@ class InputDist(ABC):
             for values, feature in zip(features, route.features, strict=True)
         ]
         weights = [feature.weights for feature in features]
-        return Planned(bags, weights, to_device(keys, group.device)), fault
+        return (bags, weights, to_device(keys, group.device)), fault
 
     def _valid(self, route: Route, batch: Mapping[str, Jagged]) -> list[Jagged]:
         shards = self._groups[route.number].shards
@@ -175,7 +163,7 @@ class LocalInputDist(InputDist):
             planned, fault = self._plan(route, bags)
             parts.append(LocalRequest(self._groups[route.number], route, *planned))
             faults += [] if fault is None else [fault]
-        if torch.is_grad_enabled():
+        if self._sorts_ahead and torch.is_grad_enabled():
             for part in parts:
                 part.sort_ahead()
         check = Check(faults, HostCopy(torch.stack([fault.num_wrong for fault in faults]))) if faults else None
@@ -227,7 +215,7 @@ class SharedInputDist(InputDist):
             self.choices = choices
         else:
             self.choices_of_evaluation = choices
-        if is_training:
+        if self._sorts_ahead and is_training:
             for request in requests:
                 request.sort_ahead()
         keys = [each.keys for each in wanted if each is not None]

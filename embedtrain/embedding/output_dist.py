@@ -38,7 +38,8 @@ def fetch_distinct(asked: Asked) -> Tensor:
 
     Collective: every rank, and its backward too.
     """
-    asked.refuse_wrong_ids()
+    if asked.check is not None:
+        asked.check.run()
     parts = [_DistinctRows.apply(part.group.gradients.anchor, part) for part in asked.parts]  # type: ignore[no-untyped-call]
     rows: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
     return rows

@@ -123,14 +123,15 @@ class GroupRequest(ABC):
 
     def deliver(self, *deliveries: Delivery | None) -> None:
         """Has gradients of this rank's rows wait for the optimizer: all that one backward brings, in order."""
-        there = [delivery for delivery in deliveries if delivery is not None]
-        if self._home is not None and not any(delivery.is_unique for delivery in there):
+        if self._home is not None and not any(delivery is not None and delivery.is_unique for delivery in deliveries):
             rows, ordered = self._home
+            there = [delivery for delivery in deliveries if delivery is not None]
             bags = [feature for delivery in there for feature in delivery.bags]
             grads = [grad for delivery in there for grad in delivery.grads]
-            there = [Delivery(rows, bags, grads, ordered=ordered)]
-        for delivery in there:
-            self.group.gradients.deliver(delivery)
+            deliveries = (Delivery(rows, bags, grads, ordered=ordered),) if there else ()
+        for delivery in deliveries:
+            if delivery is not None:
+                self.group.gradients.deliver(delivery)
 
 
 class LocalRequest(GroupRequest):

@@ -214,7 +214,8 @@ class TableGroup:
         self.steps.settings = settings
 
     def views(self) -> list[ShardView]:
-        """Returns the shards' weights and states, whose steps are settled; see `settle`."""
+        """Returns the shards' weights and states, which are up to date and whose steps are settled; see `settle`."""
+        self.access.write_back()
         self.settle()
         return [view for shard in self.shards for view in shard.views()]
 
@@ -256,7 +257,8 @@ class TableGroup:
 
     def waiting_gradient(self) -> RowGradient:
         """See `GradientMailbox.waiting`."""
-        self.access.join_copies()  # the step's verdict, which the host waits for, is computed after this
+        if self.access.is_on_host:
+            self.access.join_copies()  # the step's verdict, which the host waits for, is computed after this
         return self.gradients.waiting()
 
     def clear_gradient(self) -> None:

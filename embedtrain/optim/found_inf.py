@@ -58,8 +58,11 @@ class PendingVerdict:
 
 def reason_of(veto: str | None, watched: Sequence[Watched]) -> str | None:
     """Returns why this rank refuses a step whatever its gradients, such as a loss that is not finite; else None."""
-    reasons = (each.explain() for each in watched)
-    return veto or next((reason for reason in reasons if reason is not None), None)
+    if veto is None:
+        for each in watched:
+            if (reason := each.explain()) is not None:
+                return reason
+    return veto
 
 
 def reason_of_loss(loss: Tensor) -> str | None:
