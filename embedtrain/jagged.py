@@ -125,6 +125,13 @@ class Jagged:
             object.__setattr__(moved, name, tensor)
         return moved
 
+    def part(self, start: int, stop: int) -> Jagged:
+        """Returns the bags from `start` to `stop`, which share memory with these."""
+        ends = self.lengths[:stop].cumsum(0)
+        first, last = (int(ends[place - 1]) if place else 0 for place in (start, stop))
+        weights = None if self.weights is None else self.weights[first:last]
+        return Jagged(self.values[first:last], self.lengths[start:stop], weights)
+
     def bag_of_values(self) -> Tensor:
         """Returns, for each value, the position of its bag; [num_values] int64."""
         bags = torch.arange(self.num_bags, device=self.lengths.device)

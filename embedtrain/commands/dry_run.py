@@ -29,7 +29,7 @@ from embedtrain.recipes.registry import recipe_of
 from embedtrain.recipes.workload import Sizes
 from embedtrain.train.run import start_new_tables
 from embedtrain.train.run_folder import RunFolder
-from embedtrain.train.step import train_step
+from embedtrain.train.step import StepOptions, micro_batches, step_options, train_step
 from embedtrain.train.task import Batches, StreamedBatches, Task
 
 HEAD_BYTES = 4 << 20
@@ -53,6 +53,7 @@ def dry_run(config: Config, folder: RunFolder, runtime: Runtime) -> None:
         found.append(sizes)
         require_room(config, runtime, sizes)
 
+    options = step_options(config.train, runtime.device)
     with _head_of(config, runtime) as (tried, is_all):
         parts = build_parts(tried, runtime, check)
         start_new_tables(parts, config, folder, runtime)
@@ -66,7 +67,7 @@ def dry_run(config: Config, folder: RunFolder, runtime: Runtime) -> None:
                 of_these = "" if is_all else " of these"
                 tell(f"epochs       {config.train.epochs} of {task.batches.steps_per_epoch:,} steps{of_these}")
         for number, batch in enumerate(_first_batches(task.batches), start=1):
-            loss, seconds = _try_step(task, batch, runtime)
+            loss, seconds = _try_step(task, batch, runtime, options)
             if runtime.rank == 0:
                 tell(f"step {number}       loss {loss:.4f}, {seconds:.3f} seconds")
 
@@ -85,10 +86,11 @@ def _first_batches(batches: Batches | StreamedBatches) -> Iterator[Any]:
             yield batch
 
 
-def _try_step(task: Task, batch: Any, runtime: Runtime) -> tuple[float, float]:
+def _try_step(task: Task, batch: Any, runtime: Runtime, options: StepOptions) -> tuple[float, float]:
     """Makes a step; returns the loss over all ranks, and this rank's seconds. Collective: every rank."""
     began = time.perf_counter()
-    objective = train_step(task.model, task.optimizer, batch, task.dense)
+    first, *further = micro_batches(batch, options.accumulate_steps)
+    objective = train_step(task.model, task.optimizer, first, task.dense, further=further, options=options)
     counted = torch.tensor([float(objective.total), objective.num_predictions], dtype=torch.float64)
     sums = runtime.ranks.all_reduce(counted)
     return float(sums[0] / sums[1].clamp(min=1)), time.perf_counter() - began

@@ -79,6 +79,14 @@ class TrainConfig:
 
     epochs: int = 5
     """Passes over the data. A run that is resumed with more goes on, at the rates of a schedule of them all."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """In which dense layers and the scores of retrieval multiply matrices. bfloat16 runs forward passes under
+    torch.autocast; parameters, optimizers and rows of tables stay as they are."""
+    tf32: bool = False
+    """Whether GPUs multiply the float32 matrices of dense layers and of the scores of retrieval in TF32."""
+    accumulate_steps: int = 1
+    """Micro-batches of a step: each rank trains on its part of a step in so many pieces, and then updates once. The
+    result is that of one piece but for the rounding of sums; the memory for vectors and activations is that of one."""
 
 
 @dataclass
@@ -204,11 +212,14 @@ class Config:
         "publish.",
         "optimizer.reset_state_from_step",
         "train.epochs",
+        "train.precision",
+        "train.tf32",
+        "train.accumulate_steps",
         "table.placement",
         "table.cache_bytes",
     )
-    """Beginnings of the keys that a resumed run may give anew: where rows live changes no result, and further epochs
-    follow those that are done."""
+    """Beginnings of the keys that a resumed run may give anew: where rows live changes no result, how products and sums
+    are rounded may depend on the machine, and further epochs follow those that are done."""
 
     def check(self) -> None:
         """Checks the ranges that types cannot say; a model's configuration checks its own too.
@@ -244,9 +255,13 @@ class Config:
                 "Rename the column in the files, or with data.columns if their first line does not name the columns"
             )
         self.optimizer.check(self.table_names())
-        for each in vars(self).values():
-            if isinstance(each, DenseOptimizerConfig):
-                each.check()
+        dense_sections = [each for each in vars(self).values() if isinstance(each, DenseOptimizerConfig)]
+        for each in dense_sections:
+            each.check()
+        if not dense_sections and (self.train.precision != "float32" or self.train.tf32):
+            raise UserError(
+                f"train.precision and train.tf32 are for dense layers, and model={self.model} has none: leave them out"
+            )
         if self.run.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"run.device must be auto, cpu or cuda, got {self.run.device!r}")
 
@@ -266,6 +281,7 @@ class Config:
 
     def _counts(self) -> Iterator[tuple[str, Any]]:
         yield "train.epochs", self.train.epochs
+        yield "train.accumulate_steps", self.train.accumulate_steps
         yield "log.every_steps", self.log.every_steps
         yield "log.rows_every_steps", self.log.rows_every_steps
         for name in ("every_steps", "keep_last", "keep_every", "keep_best", "full_every"):

@@ -38,6 +38,19 @@ class ClickBatch:
         """Examples of this rank's part."""
         return self.labels.numel()
 
+    def split(self, num_parts: int) -> list[ClickBatch]:
+        """Returns the examples as so many batches of the same step."""
+        shares = [share_of_rank(self.num_examples, part, num_parts) for part in range(num_parts)]
+        return [
+            ClickBatch(
+                self.labels[share.start : share.stop],
+                self.dense[share.start : share.stop],
+                {name: bags.part(share.start, share.stop) for name, bags in self.features.items()},
+                self.num_global,
+            )
+            for share in shares
+        ]
+
 
 class ClickBatches:
     """The batches of a rank, each a function of (seed, epoch, step): nothing to save, nothing to restore.

@@ -25,7 +25,7 @@ from embedtrain.data.seal import Unverified
 from embedtrain.data.sources import Source, take_sources
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary
 from embedtrain.distributed.ranks import Ranks
-from embedtrain.errors import UserError
+from embedtrain.errors import UserError, counted, printable
 from embedtrain.schema import Count
 
 _logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ USERS_NAME, ITEMS_NAME = "users.tsv", "items.tsv"
 """Files of the raw ids by row."""
 
 _FORMAT_VERSION = 3
+_SHOWN_LETTERS = 40
 _FORBIDDEN = ("\t", "\n", "\r")
 
 
@@ -299,8 +300,19 @@ def read_pairs(
     num_rows = sum(map(len, chunks[0]))
     if num_rows == 0:
         raise UserError(f"{', '.join(source.url for source in sources)}: there are no interactions")
-    _logger.info(f"read {num_rows:,} interactions")
-    return [pa.chunked_array(found).unify_dictionaries() for found in chunks]
+    columns = [pa.chunked_array(found).unify_dictionaries() for found in chunks]
+    _logger.info(f"read {num_rows:,} interactions: {', '.join(map(_busiest, columns, names))}")
+    return columns
+
+
+def _busiest(column: pa.ChunkedArray, name: str) -> str:
+    """Says how many ids a column has, and how many rows the one with the most."""
+    counts = np.zeros(len(column.chunk(0).dictionary), np.int64)
+    for chunk in column.chunks:
+        counts += np.bincount(np.asarray(chunk.indices), minlength=len(counts))
+    most = int(counts.argmax())
+    busiest = printable(column.chunk(0).dictionary[most].as_py()[:_SHOWN_LETTERS])
+    return f"{counted(len(counts), 'id')} of {name} ({busiest} has the most: {int(counts[most]):,})"
 
 
 def _refuse_line_ends(column: pa.ChunkedArray, name: str) -> None:

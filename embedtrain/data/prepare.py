@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from embedtrain.data.corpus import TOKEN_DTYPE, VOCABULARY_NAME, PreparedCorpus
@@ -21,7 +22,7 @@ from embedtrain.data.sources import CHUNK_BYTES, Source, suffix_of, take_sources
 from embedtrain.data.text import TOKENIZERS, encode, lost_words, tokenize
 from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary, WordCounts, WordRows
 from embedtrain.distributed.ranks import Ranks
-from embedtrain.errors import UserError
+from embedtrain.errors import UserError, counted, printable
 
 _logger = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ PART_BYTES = 2 << 20
 _FORMAT_VERSION = 1
 _HEAD_BYTES = 1 << 16
 _MANY_LOST = 0.2
+_LONG_WORD_BYTES = 10_000
+_SHOWN_BYTES = 40
 """Share of the words of an ordinary text that hold digits or underscores, with room to spare: 2 to 5 % of articles'."""
 
 
@@ -183,6 +186,7 @@ def _build_vocabulary(job: _Job) -> None:
             counts.merge(pa.ipc.open_file(file).read_all())
         os.remove(job.path(_counts_name(rank)))
     options = job.options
+    _warn_of_long_words(counts.table())
     try:
         build = Vocabulary.build if job.base is None else job.base.extended
         vocabulary = build(counts.table(), options.min_count, options.max_vocab_size)
@@ -276,6 +280,23 @@ def _warn_of_lost_words(sources: Sequence[Source], options: CorpusOptions) -> No
             f"{source.url}: {share:.0%} of its first words are like {example!r}, of which data.tokenizer=letters keeps "
             "the letters alone, lower-cased, and nothing of a number: data.tokenizer=whitespace keeps them as they are"
         )
+
+
+def _warn_of_long_words(counts: pa.Table) -> None:
+    """Warns of words that no language has: they cost memory, and mostly mean that the files are not such text."""
+    if not len(counts):
+        return
+    sizes = pc.binary_length(counts["word"])
+    longest = pc.max(sizes).as_py()
+    if longest <= _LONG_WORD_BYTES:
+        return
+    num_long = pc.sum(pc.greater(sizes, _LONG_WORD_BYTES)).as_py()
+    word = counts["word"][pc.index(sizes, longest).as_py()].as_buffer()
+    beginning = printable(bytes(word[:_SHOWN_BYTES]).decode(errors="replace"))
+    _logger.warning(
+        f"{counted(num_long, 'word')} of over {_LONG_WORD_BYTES:,} bytes; the longest has {longest:,} and begins with "
+        f"{beginning}: does white space part the words of this text?"
+    )
 
 
 def _load_base(options: CorpusOptions) -> Vocabulary | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ class RetrievalBatch:
         users: [n] int64 rows.
         positives: [m] int64 rows of items, those of the first user first.
         example: [m] int64; the place among `users` of each positive's user.
-        negatives: [k] int64; this rank's share of the items drawn.
+        negatives: [k] int64; this rank's share of the items drawn. Without `in_batch`, its share of the candidates.
         known: the items of each of `users`, which are no negatives for them; of very many, the candidates alone.
         candidates: [c] int64; what is scored as negatives: the items drawn, rank by rank, with `in_batch` each
             rank's positives before them.
@@ -53,6 +53,30 @@ class RetrievalBatch:
     def num_examples(self) -> int:
         """This rank's interactions."""
         return self.positives.numel()
+
+    def split(self, num_parts: int) -> list[RetrievalBatch]:
+        """Returns the users as so many batches of the same step, each of which is scored against all candidates.
+
+        So the loss is that of the step. Each part looks up this rank's candidates again, the positives among them.
+        """
+        own = torch.cat([self.positives, self.negatives]) if self.in_batch else self.negatives
+        return [self._part(share_of_rank(self.users.numel(), part, num_parts), own) for part in range(num_parts)]
+
+    def _part(self, share: range, own_candidates: Tensor) -> RetrievalBatch:
+        start, stop = (
+            int(place) for place in torch.searchsorted(self.example, torch.tensor([share.start, share.stop]))
+        )
+        of_positives, of_candidates = self.expected
+        return replace(
+            self,
+            users=self.users[share.start : share.stop],
+            positives=self.positives[start:stop],
+            example=self.example[start:stop] - share.start,
+            negatives=own_candidates,
+            known=self.known.part(share.start, share.stop),
+            expected=(of_positives[start:stop], of_candidates),
+            in_batch=False,
+        )
 
 
 @dataclass(frozen=True)

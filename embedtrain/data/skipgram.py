@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
 from embedtrain.data.corpus import PreparedCorpus
 from embedtrain.data.negatives import alias_table, part_vocabulary
 from embedtrain.data.partition import block_order, num_steps, share_of_rank
+from embedtrain.ops._backend.transfer import to_device
 from embedtrain.ops.sample_text import ALIAS_BITS, KEEP_BITS, SamplingTables, TextSample, sample_text
 
 
@@ -43,10 +45,85 @@ class TextBatch:
     Attributes:
         sample: the words kept, with windows and negatives.
         num_examples: words of the text that the batch covers, before subsampling.
+        on_host: the same words and windows in host memory, without negatives, if the sample is on a GPU: the host
+            need not wait to know their number and size.
     """
 
     sample: TextSample
     num_examples: int
+    on_host: TextSample | None = None
+
+    @property
+    def windows(self) -> TextSample:
+        """The words and windows, in host memory if the batch was sampled from there; targets may lack negatives."""
+        return self.sample if self.on_host is None else self.on_host
+
+    def split(self, num_parts: int) -> list[TextBatch]:
+        """Returns the words as so many batches of the same step, cut where no window lies on both sides."""
+        sample, num_words = self.windows, self.windows.words.numel()
+        places = torch.arange(1, max(num_words, 1))
+        is_border = (sample.stops.cummax(0).values[:-1] <= places) & (
+            sample.starts.flip(0).cummin(0).values.flip(0)[1:] >= places
+        )
+        borders = torch.cat([torch.zeros(1, dtype=torch.int64), places[is_border], torch.tensor([num_words])])
+        wanted = torch.tensor([num_words * part // num_parts for part in range(num_parts + 1)])
+        cuts = borders[torch.searchsorted(borders, wanted)].tolist()
+        parts = []
+        for number, (start, stop) in enumerate(itertools.pairwise(cuts)):
+            on_host = None if self.on_host is None else _piece(self.on_host, start, stop)
+            num_examples = len(share_of_rank(self.num_examples, number, num_parts))
+            parts.append(TextBatch(_piece(self.sample, start, stop), num_examples, on_host))
+        return parts
+
+
+def _piece(sample: TextSample, start: int, stop: int) -> TextSample:
+    words, targets, starts, stops = (
+        tensor[start:stop] for tensor in (sample.words, sample.targets, sample.starts, sample.stops)
+    )
+    return TextSample(words, targets, starts - start, stops - start)
+
+
+class TextSampler:
+    """Draws the words that are kept of a text, their windows and their negatives.
+
+    Draws are functions of counters, so a GPU gives the same ones as the CPU. For a GPU the host draws once more which
+    words are kept, and their windows: so it knows sizes for which it would else wait. Most draws are of negatives.
+
+    Args:
+        tables: in host memory.
+        options: sampling.
+        device: where the samples are used; None for the CPU.
+    """
+
+    def __init__(self, tables: SamplingTables, options: SamplingOptions, device: torch.device | None = None) -> None:
+        self._tables, self._options = tables, options
+        is_on_host = device is None or device.type == "cpu"
+        self._tables_on_device = None if device is None or is_on_host else tables.to(device)
+
+    def __call__(self, tokens: Tensor, positions: Tensor, parts: Tensor | None = None, *, key: int) -> TextBatch:
+        """Samples a text in host memory; see `sample_text`."""
+        window, num_negatives = self._options.window, self._options.negatives
+        tables = self._tables_on_device
+        if tables is None:
+            sample = sample_text(
+                tokens, positions, self._tables, window=window, num_negatives=num_negatives, key=key, parts=parts
+            )
+            return TextBatch(sample, tokens.numel())
+        # The first draw of each word has the counter that it has among those of its negatives.
+        first_draws = positions * (1 + num_negatives)
+        on_host = sample_text(tokens, first_draws, self._tables, window=window, num_negatives=0, key=key)
+        device = tables.keep.device
+        sample = sample_text(
+            to_device(tokens, device),
+            to_device(positions, device),
+            tables,
+            window=window,
+            num_negatives=num_negatives,
+            key=key,
+            parts=None if parts is None else to_device(parts, device),
+            num_kept=on_host.words.numel(),
+        )
+        return TextBatch(sample, tokens.numel(), on_host)
 
 
 class TextBatches:
@@ -66,6 +143,7 @@ class TextBatches:
         seed: of the order and of every draw.
         rank: whose part of each step.
         world_size: ranks that share a step's blocks.
+        device: the model's; see `TextSampler`.
     """
 
     def __init__(
@@ -78,16 +156,18 @@ class TextBatches:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        device: torch.device | None = None,
     ) -> None:
         self._corpus = corpus
-        self._options = options
         self._block_words = block_words
         self._blocks_per_step = blocks_per_step
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
         self._num_blocks = -(-corpus.num_tokens // block_words)
-        self._tables = sampling_tables(corpus.vocabulary.counts, options)
+        tables = sampling_tables(corpus.vocabulary.counts, options)
+        self._num_parts = len(tables.part_starts) - 1
+        self._sampler = TextSampler(tables, options, device)
         self._epoch = -1
         self._order = np.zeros(0, np.int64)
         self._key = 0
@@ -110,20 +190,12 @@ class TextBatches:
         share = share_of_rank(len(blocks), self._rank, self._world_size)
         tokens, positions = self._read(blocks[share.start : share.stop])
         part_of_block = self._parts(step, len(blocks))[share.start : share.stop]
-        sample = sample_text(
-            torch.from_numpy(tokens),
-            torch.from_numpy(positions),
-            self._tables,
-            window=self._options.window,
-            num_negatives=self._options.negatives,
-            key=self._key,
-            parts=torch.from_numpy(np.repeat(part_of_block, self._block_words)[: len(tokens)]),
-        )
-        return TextBatch(sample, num_examples=len(tokens))
+        parts = np.repeat(part_of_block, self._block_words)[: len(tokens)]
+        return self._sampler(*map(torch.from_numpy, (tokens, positions, parts)), key=self._key)
 
     def _parts(self, step: int, num_blocks: int) -> NDArray[np.int32]:
         """Returns the part of the vocabulary of each block of a step, over all ranks: all in turn, from anywhere on."""
-        num_parts = len(self._tables.part_starts) - 1
+        num_parts = self._num_parts
         # Less than a block: whole blocks stay where the ranks divide them, and in short steps no part is left out.
         offset = xxh3_64_intdigest(f"{self._key}/{step}".encode()) / 2.0**64
         parts = (np.arange(num_blocks) + offset) * num_parts / num_blocks

@@ -14,6 +14,8 @@ _ID_BUFFERS_BYTES = 64
 """A step's scratch per id: the key, its sorted copies and their positions, eight words of 64 bits."""
 _POOL_FACTOR = 4 / 3
 """Buffers come in sizes of two or three quarters of a power of two."""
+_MOST_WAITING = 17
+"""Gradients of so many micro-batches wait at most before they are summed by row."""
 _BATCHES_ALIVE = 2
 """The batch of this step, and the next one, which may be prepared ahead."""
 
@@ -68,7 +70,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class _Step:
-    """What a step does with one table on one rank.
+    """What a step, or one of its micro-batches, does with one table on one rank.
 
     Attributes:
         table: the table.
@@ -116,10 +118,11 @@ def memory_of(workload: Workload, world_size: int) -> Memory:
     state = sum(count * table.state_bytes for table, count in rows)
     save = weights + state if workload.save_bytes is None else min(workload.save_bytes, weights + state)
     buffers = 0.0
-    for step in _steps(workload, world_size):
+    num_waiting = min(workload.accumulate_steps, _MOST_WAITING) - 1
+    for step, whole in zip(_micro_steps(workload, world_size), _steps(workload, world_size), strict=True):
         vector_bytes = step.table.dim * 4
         # Vectors received and sent, their gradients, and the sums of these; pooled vectors and their gradients.
-        rows_alive = 2 * step.moved + step.distinct * (not step.sums) + step.owned * 2
+        rows_alive = (2 + num_waiting) * step.moved + step.distinct * (not step.sums) + whole.owned * 2
         buffers += step.ids * _ID_BUFFERS_BYTES + rows_alive * vector_bytes + 2 * step.bags * vector_bytes
     batches = math.ceil(_BATCHES_ALIVE * workload.batch_bytes / world_size)
     dense = workload.dense_bytes + workload.reduced_bytes
@@ -130,14 +133,16 @@ def exchange_of(workload: Workload, world_size: int) -> Exchange:
     """Returns what a rank sends to other ranks in a step, on average."""
     others = (world_size - 1) / world_size
     ids = vectors = gradients = 0.0
-    for step in _steps(workload, world_size):
+    micro_steps = _micro_steps(workload, world_size)
+    for step in micro_steps:
         out_bytes = step.wire.gradient_bytes if step.sums else step.wire.vector_bytes
         sent = step.sums * others or step.away
         ids += (step.ids * others if step.sums else step.away) * step.wire.id_bytes
         vectors += sent * step.table.dim * out_bytes
         gradients += sent * step.table.dim * step.wire.gradient_bytes
-    at_owner = tuple(step.table.name for step in _steps(workload, world_size) if step.sums)
+    at_owner = tuple(step.table.name for step in micro_steps if step.sums)
     dense = 2 * others * workload.reduced_bytes
+    ids, vectors, gradients = (sent * workload.accumulate_steps for sent in (ids, vectors, gradients))
     return Exchange(round(ids), round(vectors), round(gradients), round(dense), at_owner)
 
 
@@ -207,6 +212,10 @@ def remedies(workload: Workload, world_size: int, memory_bytes: int) -> list[Rem
 
 def _steps(workload: Workload, world_size: int) -> list[_Step]:
     return [_step_of(table, world_size) for table in workload.tables]
+
+
+def _micro_steps(workload: Workload, world_size: int) -> list[_Step]:
+    return [_step_of(table.of_part(workload.accumulate_steps), world_size) for table in workload.tables]
 
 
 def _step_of(table: TableLoad, world_size: int) -> _Step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -131,6 +131,15 @@ class TableLoad:
         others = self._expected(1 / world_size, 0.0) * (1 - 1 / parts)
         return home + others, others + home * (1 - parts / world_size)
 
+    def of_part(self, num_parts: int) -> TableLoad:
+        """Returns what one of so many micro-batches looks up."""
+        return replace(
+            self,
+            draws=tuple((number / num_parts, ids) for number, ids in self.draws),
+            home_draws=tuple((number / num_parts, ids) for number, ids in self.home_draws),
+            num_bags=None if self.num_bags is None else self.num_bags / num_parts,
+        )
+
     def _expected(self, share: float, home_share: float) -> float:
         """Returns the expected number of distinct rows that these shares of a step's draws touch."""
         draws = [(number * share, ids) for number, ids in self.draws]
@@ -152,6 +161,8 @@ class Workload:
         batch_bytes: the batch of a step, over all ranks.
         save_bytes: the most memory that a background save takes on a rank; None for no limit.
         num_checkpoints: the most checkpoints that lie in the run folder at once, the one being written included.
+        accumulate_steps: micro-batches of a step. What `tables` look up is of all of them together; `reduced_bytes`
+            are sent once.
     """
 
     tables: tuple[TableLoad, ...]
@@ -160,6 +171,7 @@ class Workload:
     batch_bytes: int = 0
     save_bytes: int | None = 0
     num_checkpoints: int = 1
+    accumulate_steps: int = 1
 
 
 class UnknownRowsError(UserError):

@@ -50,21 +50,23 @@ redis.call('pexpire', KEYS[1], ARGV[2])
 """
 # KEYS: lock, pending, rows; ARGV: token, milliseconds, number of the head, entries.
 _WRITE = f"""{_NEWEST}{_IF_LOCKED}
-for place = 3, #KEYS do
-  local kept = newest(redis.call('get', KEYS[place]), tonumber(ARGV[3]))
-  redis.call('set', KEYS[place], ARGV[place + 1] .. kept)
-  redis.call('rpush', KEYS[2], KEYS[place])
+local values, written = redis.call('mget', unpack(KEYS, 3)), {{}}
+for place, value in ipairs(values) do
+  written[2 * place - 1] = KEYS[place + 2]
+  written[2 * place] = ARGV[place + 3] .. newest(value, tonumber(ARGV[3]))
 end
-return #KEYS - 2
+redis.call('mset', unpack(written))
+redis.call('rpush', KEYS[2], unpack(KEYS, 3))
+return #values
 """
 # KEYS: lock, pending; ARGV: token, milliseconds, number of the head, how many.
 _SETTLE = f"""{_NEWEST}{_IF_LOCKED}
 local keys = redis.call('lrange', KEYS[2], 0, tonumber(ARGV[4]) - 1)
-for _, key in ipairs(keys) do
-  local value = redis.call('get', key)
+if #keys == 0 then return 0 end
+for place, value in ipairs(redis.call('mget', unpack(keys))) do
   local entry, size = newest(value, tonumber(ARGV[3]))
-  if size == 0 then redis.call('del', key)
-  elseif #entry < #value then redis.call('set', key, entry) end
+  if size == 0 then redis.call('del', keys[place])
+  elseif #entry < #value then redis.call('set', keys[place], entry) end
 end
 redis.call('ltrim', KEYS[2], #keys, -1)
 return #keys

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.distributed.stages import stage
+from embedtrain.train.step import micro_batches
 from embedtrain.train.task import Batches, StreamedBatches, Task
 
 
@@ -32,12 +34,14 @@ class Prepared:
     """A step's input.
 
     Attributes:
-        batch: what the model takes.
-        num_examples: of the batch.
+        batch: what the model takes: this rank's batch, or its first micro-batch.
+        num_examples: of this rank's batch, all micro-batches together.
+        further: the other micro-batches, each prepared when it is asked for.
     """
 
     batch: Any
     num_examples: int
+    further: Iterable[Any] = ()
 
 
 class BatchesAhead:
@@ -48,15 +52,18 @@ class BatchesAhead:
 
     Args:
         task: the model, its tables and batches, which are no stream.
+        accumulate_steps: micro-batches of a step. The first one is prepared while the step before is under way, each
+            other one during the micro-batch before it.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, accumulate_steps: int = 1) -> None:
         assert not isinstance(task.batches, StreamedBatches)
         self._batches: Batches = task.batches
         tables = task.tables
         pays = tables.device.type == "cuda" or any(group.access.is_on_host for group in tables.table_groups)
         self._model = task.model if pays and isinstance(task.model, PreparesBatches) else None
         self._stream = torch.cuda.Stream(tables.device) if tables.device.type == "cuda" else None
+        self._accumulate_steps = accumulate_steps
         self._next: tuple[tuple[int, int], Prepared] | None = None
 
     def take(self, epoch: int, step: int) -> Prepared:
@@ -75,18 +82,35 @@ class BatchesAhead:
         self._next = ((epoch, step), prepared)
 
     def _prepare(self, epoch: int, step: int) -> Prepared:
-        with stage("sample"):
+        with stage("sample"), self._apart():
             batch = self._batches.batch(epoch, step)
+            first, *others = micro_batches(batch, self._accumulate_steps)
+        return Prepared(self._ready(first), batch.num_examples, map(self._ready_with_rows, others))
+
+    def _ready(self, batch: Any) -> Any:
+        """Returns what the model takes for a batch."""
         if self._model is None:
-            return Prepared(batch, batch.num_examples)
+            return batch
         with stage("prepare"):
-            return Prepared(self._on_stream(self._model, batch), batch.num_examples)
+            return self._on_stream(self._model, batch)
+
+    def _ready_with_rows(self, batch: Any) -> Any:
+        ready = self._ready(batch)
+        if self._model is not None:
+            self._model.bring_rows(ready)
+        return ready
+
+    def _apart(self) -> AbstractContextManager[object]:
+        """Returns the context in which preparation runs; batches may be made on the device too."""
+        if self._stream is None or self._model is None:
+            return nullcontext()
+        return torch.cuda.stream(self._stream)
 
     def _on_stream(self, model: PreparesBatches, batch: Any) -> Any:
         if self._stream is None:
             return model.prepare(batch)
         main = torch.cuda.current_stream(self._stream.device)
-        with torch.cuda.stream(self._stream):
+        with self._apart():
             prepared = model.prepare(batch)
         main.wait_stream(self._stream)
         for tensor in tensors_of(prepared):

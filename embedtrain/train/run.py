@@ -33,6 +33,7 @@ from embedtrain.train.publisher import Publisher
 from embedtrain.train.row_statistics import RowStatistics, TableStatistics
 from embedtrain.train.run_folder import PROFILE_NAME, TENSORBOARD_NAME, RunFolder
 from embedtrain.train.state import TrainState
+from embedtrain.train.step import StepOptions, has_bfloat16, step_options
 from embedtrain.train.task import Parts, StreamedBatches, Task
 from embedtrain.train.trainer import Trainer
 from embedtrain.train.watchdog import Watchdog
@@ -105,6 +106,7 @@ def train_run(
     Raises:
         UserError: another job is at work on the folder, the data cannot be used, or the checkpoint is of other data.
     """
+    _step_options(config, runtime)  # what the device cannot do is refused before the data are prepared
     with RunLock(folder.path, runtime.ranks) as lock:
         run = build_run(config, runtime, folder, make_parts())
         return _train(run, config, runtime, lock, is_profiled=is_profiled)
@@ -233,15 +235,25 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
         epochs=config.train.epochs,
         schedule=functools.partial(_schedule_factor, config),
         checkpoints=checkpoints,
-        reset_state_from_step=config.optimizer.reset_state_from_step,
         ranks=runtime.ranks,
+        options=_step_options(config, runtime),
         is_shared=functools.partial(is_shared, runtime=runtime),
     )
     _check_epochs(config, earlier, trainer, runtime)
+    if config.train.precision == "bfloat16" and runtime.rank == 0 and not has_bfloat16(runtime.device):
+        _logger.warning(
+            "train.precision=bfloat16: this processor has no instructions for bfloat16 (AMX or AVX-512 BF16), and "
+            "multiplies several times slower in it than in float32"
+        )
     runtime.ranks.run_on_first(functools.partial(_write_folder, folder, config, parts))
     sinks = _build_sinks(config, folder, state, parts.task) if runtime.rank == 0 else []
     observers = _build_observers(config, folder, state, parts.task, sinks, runtime)
     return Run(trainer, folder, sinks, is_resumed, earlier is not None, observers, parts.unverified)
+
+
+def _step_options(config: Config, runtime: Runtime) -> StepOptions:
+    reset_at = config.optimizer.reset_state_from_step
+    return step_options(config.train, runtime.device, reset_state_from_step=reset_at)
 
 
 def start_new_tables(parts: Parts, config: Config, folder: RunFolder, runtime: Runtime) -> dict[str, Any]:

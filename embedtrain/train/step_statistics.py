@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -25,12 +26,13 @@ class StepStatistics:
     Args:
         tables: of the model.
         ranks: those of the run.
+        accumulate_steps: micro-batches of a step.
     """
 
-    def __init__(self, tables: EmbeddingCollection, ranks: Ranks) -> None:
+    def __init__(self, tables: EmbeddingCollection, ranks: Ranks, accumulate_steps: int = 1) -> None:
         self._tables = tables
         self._ranks = ranks
-        self._keys: Sequence[torch.Tensor] = ()  # of the last batch
+        self._keys: deque[Sequence[torch.Tensor]] = deque(maxlen=accumulate_steps)  # of the last micro-batches
         tables.watch(self._note)
         self._seen = self._costs()
 
@@ -72,7 +74,7 @@ class StepStatistics:
         return {**found, "memory/host_bytes": on_host, **({"memory/device_bytes": on_device} if on_device else {})}
 
     def _note(self, keys: Sequence[torch.Tensor]) -> None:
-        self._keys = keys
+        self._keys.append(keys)
 
     def _costs(self) -> torch.Tensor:
         """Returns [stages + 1] float64: seconds in each stage and bytes sent, since this process began."""
@@ -81,9 +83,10 @@ class StepStatistics:
         return torch.tensor([*costs, float(bytes_sent())], dtype=torch.float64)
 
     def _ids(self) -> torch.Tensor:
-        """Returns [3] float64: ids of the last batch, distinct ones, and how often the hottest of those occur."""
+        """Returns [3] float64: ids of the last step, distinct ones, and how often the hottest of those occur."""
         found = torch.zeros(3, dtype=torch.float64)
-        for keys in self._keys:
+        for of_group in zip(*self._keys, strict=True):
+            keys = torch.cat(of_group)
             counts = sort_unique(keys, with_inverse=False).starts.diff()
             hottest = counts.sort(descending=True).values[: -(-len(counts) // _HOTTEST)]
             found += torch.tensor([len(keys), len(counts), int(hottest.sum())], dtype=torch.float64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -34,6 +34,14 @@ class Objective:
 
 
 Model = Callable[[Any], Objective]
+
+
+@runtime_checkable
+class DivisibleBatch(Protocol):
+    """A batch that can be trained on in parts, one after the other, as `train.accumulate_steps` asks for."""
+
+    def split(self, num_parts: int) -> Sequence[Any]:
+        """Returns so many batches, of which some may be empty. Their losses add up to the loss of the whole batch."""
 
 
 class Batches(Protocol):

@@ -19,7 +19,7 @@ from embedtrain.train.ahead import BatchesAhead, Prepared
 from embedtrain.train.checkpoints import Checkpoints
 from embedtrain.train.interrupt import Interrupt
 from embedtrain.train.state import LogWindow, TrainState
-from embedtrain.train.step import train_step
+from embedtrain.train.step import DEFAULT_OPTIONS, StepOptions, micro_batches, train_step
 from embedtrain.train.step_statistics import StepStatistics
 from embedtrain.train.task import Objective, StreamedBatches, Task
 
@@ -42,8 +42,8 @@ class Trainer:
         epochs: passes over the data; a stream is read once.
         schedule: factor of every base learning rate by the share of the run that is done.
         checkpoints: when and how to save.
-        reset_state_from_step: when this many steps are done, the tables' optimizer starts its state anew.
         ranks: those of the run.
+        options: how the steps are computed.
         is_shared: no collective; returns whether all ranks failed as this one did, with an error of their own; None
             if only one process can tell.
     """
@@ -57,7 +57,7 @@ class Trainer:
         schedule: Callable[[float], float],
         checkpoints: Checkpoints,
         ranks: Ranks,
-        reset_state_from_step: int | None = None,
+        options: StepOptions = DEFAULT_OPTIONS,
         is_shared: Callable[[Exception], bool] | None = None,
     ) -> None:
         self.state = state
@@ -65,20 +65,22 @@ class Trainer:
         self.total_steps = None if self._steps_per_epoch is None else epochs * self._steps_per_epoch
         self._task = task
         self._stream = task.batches if isinstance(task.batches, StreamedBatches) else None
-        self._ahead = None if isinstance(task.batches, StreamedBatches) else BatchesAhead(task)
+        self._ahead = (
+            None if isinstance(task.batches, StreamedBatches) else BatchesAhead(task, options.accumulate_steps)
+        )
         # The host decides whether dense parameters step, so it must know at once whether the gradients are finite.
         task.optimizer.looks_later = task.tables.device.type == "cuda" and task.dense is None
         self._rates = [float(settings["lr"]) for settings in task.optimizer.param_groups]
         self._schedule = schedule
         self._checkpoints = checkpoints
-        self._reset_state_from_step = reset_state_from_step
+        self._options = options
         self._ranks = ranks
         self._is_shared = is_shared or (lambda error: ranks.size == 1)
         self._check_counters()
         # Checkpoints of earlier versions hold no window: their records begin anew.
         window = state.window or LogWindow(state.step, state.step)
         self._window = _Window(window.sums, window.seconds)
-        self._statistics = StepStatistics(task.tables, ranks)
+        self._statistics = StepStatistics(task.tables, ranks, options.accumulate_steps)
         self._is_drained = False
         self._logged_step, self._measured_step = window.logged_step, window.measured_step
 
@@ -172,7 +174,8 @@ class Trainer:
                 batch, position, self._is_drained = self._stream.next_batch(self.state.stream)
             if batch is None:
                 return False
-            self._train_on(Prepared(batch, batch.num_examples))
+            first, *further = micro_batches(batch, self._options.accumulate_steps)
+            self._train_on(Prepared(first, batch.num_examples, further))
             self.state.advance_stream(position)
         else:
             assert self._ahead is not None
@@ -182,13 +185,14 @@ class Trainer:
         return True
 
     def _train_on(self, prepared: Prepared) -> None:
-        task = self._task
-        if self.state.step == self._reset_state_from_step:
+        task, options = self._task, self._options
+        if self.state.step == options.reset_state_from_step:
             task.optimizer.reset_state()
         factor = self._factor_at(self.state.step)
         for settings, rate in zip(task.optimizer.param_groups, self._rates, strict=True):
             settings["lr"] = rate * factor
-        objective = train_step(task.model, task.optimizer, prepared.batch, task.dense, factor, self._prepare_next)
+        batch, further, meanwhile = prepared.batch, prepared.further, self._prepare_next
+        objective = train_step(task.model, task.optimizer, batch, task.dense, factor, meanwhile, further, options)
         self._window.add(objective, prepared.num_examples)
 
     def _factor_at(self, step: int) -> float:

@@ -49,7 +49,14 @@ def memory_of_few_and_all_rows(group, run_path, format, output) -> tuple[int, in
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is measured through /proc")
-@pytest.mark.parametrize("format", [name for name in FORMATS if name != "projector"])  # shows few rows
+@pytest.mark.parametrize(
+    "format",
+    [
+        name if name == "word2vec" else pytest.param(name, marks=pytest.mark.slow)
+        for name in FORMATS
+        if name != "projector"  # shows few rows
+    ],
+)
 def test_memory_does_not_grow_with_the_table(format, make_run, tmp_path):
     run_path = make_run({"item": np.broadcast_to(np.float32(0.123456), (50_000, 500))})
     ((few, all),) = run_ranks(

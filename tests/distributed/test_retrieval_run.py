@@ -115,7 +115,7 @@ def run_parts(ranks: Ranks, arguments: list[str], kill_at: int | None) -> dict[s
     return {**tables, **(task.dense.tensors() if task.dense is not None else {})}
 
 
-@pytest.mark.parametrize("has_towers", [False, True])
+@pytest.mark.parametrize("has_towers", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_killed_run_goes_on_to_the_last_bit_and_on_another_number_of_ranks(folder: Path, has_towers: bool) -> None:
     more = towers(folder) if has_towers else []
     whole = run_ranks(2, run_parts, overrides(folder, "whole", *more), None)[0]
@@ -207,6 +207,7 @@ OWN_OPTIMIZERS = (
 )
 
 
+@pytest.mark.slow  # the ranking model holds it in the ordinary run
 def test_tables_have_optimizers_of_their_own_through_a_resume(folder: Path) -> None:
     more = [*towers(folder), *OWN_OPTIMIZERS]
     whole = run_ranks(2, run_parts, overrides(folder, "whole", *more), None)[0]

@@ -63,7 +63,7 @@ def test_from_raw_text_to_neighbours(job: Job, ranks: int | None) -> None:
     assert all(word[1] == "x" for word in words)
     assert job.run("neighbors", "run", "bxa", "-", "bza", "+", "cza").returncode == 0
 
-    shown = job.run("inspect", "run", "--verify", is_warm=is_warm).stdout
+    shown = job.run("inspect", "run", "--verify").stdout
     for part in (
         "step",
         "epochs       8 done",

@@ -35,12 +35,14 @@ def test_the_tutorials_networks_learn() -> None:
     assert all(row[0] > (0.6 if name.startswith("SGD") else 0.85) for name, row in found.items()), found
 
 
+@pytest.mark.slow
 def test_weight_decay_helps_collaborative_filtering() -> None:
     found = table(run("collaborative_filtering.py"))
     assert found["none"][0] < min(found["in the gradient"][0], found["decoupled"][0])
     assert found["none"][1] > max(found["in the gradient"][1], found["decoupled"][1])
 
 
+@pytest.mark.slow
 def test_what_helps_against_the_shrinking_step() -> None:
     found = table(run("shrinking_steps.py", "--steps", "1500"))
     first_of_new, last = 2, 3
@@ -87,7 +89,7 @@ def losses(text: str) -> list[float]:
     return [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", text)]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_model_of_ones_own_learns_beside_ddp_and_with_torchs_schedulers(ranks: int) -> None:
     shown = run("own_model.py", ranks=ranks)
     assert losses(shown)[-1] < 0.8 * losses(shown)[0]
@@ -97,7 +99,7 @@ def test_a_model_of_ones_own_learns_beside_ddp_and_with_torchs_schedulers(ranks:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lightning_fabric") is None, reason="lightning-fabric is not installed")
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_fabrics_loop_learns(ranks: int) -> None:
     shown = losses(run("fabric.py", ranks=ranks))
     assert shown[-1] < 0.5 * shown[0]

@@ -102,6 +102,7 @@ def test_old_words_keep_their_rows_and_states_and_new_ones_begin_as_in_a_new_run
     assert "grown from   old, step" in job.run("inspect", "grown").stdout
 
 
+@pytest.mark.slow
 def test_new_words_learn_beside_old_ones_and_a_grown_run_grows_again(job: Job) -> None:
     assert job.run(*job.train_arguments("old", "train.epochs=8")).returncode == 0
     new_text = write_new_text(job)

@@ -123,8 +123,7 @@ def test_sigterm_to_torchrun_saves_on_all_ranks(cold_job: Job, wait_until: Wait)
     assert not any(rank.is_running() for rank in ranks)
 
 
-def test_ranks_die_with_a_killed_launcher(cold_job: Job, wait_until: Wait) -> None:
-    job = cold_job
+def test_ranks_die_with_a_killed_launcher(job: Job, wait_until: Wait) -> None:
     launcher = job.start(*job.train_arguments("orphaned", *LONG), ranks=2)
     wait_until(lambda: num_checkpoints(job, "orphaned") >= 1, launcher)
     ranks = ranks_of(launcher)

@@ -37,9 +37,10 @@ def run_on(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     dispatch.cpu_backend.cache_clear()
 
 
-# Triton's interpreter takes seconds per test. One column, odd numbers, a full block and more than one stay in the
-# ordinary run; `--all` takes the other widths too.
-_DIMS_ONLY_WITH_ALL = (16, 32, 100, 300)
+# Triton's interpreter takes seconds per test. An odd number of columns, a full block and more than one stay in the
+# ordinary run; `--all` takes the other widths too, and bfloat16 in more than one width.
+_DIMS_ONLY_WITH_ALL = (1, 16, 32, 37, 100, 128, 300)
+_DIM_IN_BFLOAT16 = 64
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -49,5 +50,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if parameters is None or item.path.parent != Path(__file__).parent:
             continue
         backends = (parameters.params.get("backend"), parameters.params.get("threaded_backend"))
-        if "triton" in backends and parameters.params.get("dim") in _DIMS_ONLY_WITH_ALL:
+        dim, is_bfloat16 = parameters.params.get("dim"), parameters.params.get("dtype") == torch.bfloat16
+        if "triton" in backends and (
+            dim in _DIMS_ONLY_WITH_ALL or (is_bfloat16 and dim not in (None, _DIM_IN_BFLOAT16))
+        ):
             item.add_marker(pytest.mark.slow)

@@ -186,3 +186,12 @@ def test_bags_from_lists() -> None:
     assert bags.num_bags == 3
     assert bags.bag_of_values().tolist() == [0, 0, 2]
     assert Jagged.from_ids(torch.tensor([5, 6])).lengths.tolist() == [1, 1]
+
+
+def test_part_of_a_batch_are_its_bags_from_one_to_another() -> None:
+    bags = Jagged.from_lists([[1, 2], [], [3], [4, 5, 6]])
+    for start, stop, expected in ((0, 4, [1, 2, 3, 4, 5, 6]), (1, 3, [3]), (0, 2, [1, 2]), (2, 2, []), (4, 4, [])):
+        part = bags.part(start, stop)
+        assert (part.values.tolist(), part.num_bags) == (expected, stop - start)
+    weighted = Jagged(bags.values, bags.lengths, torch.arange(6.0))
+    assert weighted.part(2, 4).weights.tolist() == [2.0, 3.0, 4.0, 5.0]

@@ -21,6 +21,7 @@ def sample_text(
     num_negatives: int,
     key: int,
     parts: Tensor | None = None,
+    num_kept: int | None = None,
 ) -> TextSample:
     """Subsamples a text, and draws a window and negatives for each word kept.
 
@@ -37,9 +38,11 @@ def sample_text(
         num_negatives: drawn for each centre, by the alias table.
         key: of the stream, any 64-bit integer.
         parts: [n] int32; the part of the vocabulary that each token's negatives come from. None for the first part.
+        num_kept: how many words are kept, if the caller knows: a GPU's host then does not wait to find out.
 
     Raises:
-        ValueError: a token or a part is outside the tables, or shapes or dtypes disagree.
+        ValueError: a token or a part is outside the tables, or shapes or dtypes disagree. On a GPU tokens and parts are
+            the caller's promise: the host would have to wait for the device to look at them.
 
     Source: Steele, Lea, Flood 2014 (splitmix64); Walker's alias method.
     """
@@ -48,7 +51,7 @@ def sample_text(
             f"expected tokens int32 and positions int64 of one shape, got {tokens.dtype} {tuple(tokens.shape)} "
             f"and {positions.dtype} {tuple(positions.shape)}"
         )
-    if tokens.numel():
+    if tokens.numel() and not tokens.is_cuda:
         low, high = (int(bound) for bound in torch.aminmax(tokens))
         num_rows = tables.keep.numel()
         if low < -num_rows or high >= num_rows:
@@ -57,11 +60,15 @@ def sample_text(
         parts = torch.zeros_like(tokens)
     if parts.dtype != torch.int32 or parts.shape != tokens.shape:
         raise ValueError(f"expected parts int32 {tuple(tokens.shape)}, got {parts.dtype} {tuple(parts.shape)}")
-    if parts.numel():
+    if parts.numel() and not parts.is_cuda:
         low, high = (int(bound) for bound in torch.aminmax(parts))
         num_parts = tables.part_starts.numel() - 1
         if low < 0 or high >= num_parts:
             raise ValueError(f"parts must be among the {num_parts} of the tables, got {low} to {high}")
     if dispatch.uses_native(tokens):
         return native.sample_text(tokens, positions, parts, tables, window, num_negatives, key)
+    if dispatch.uses_triton(tokens):
+        from embedtrain.ops.sample_text import triton
+
+        return triton.sample_text(tokens, positions, parts, tables, window, num_negatives, key, num_kept)
     return reference.sample_text(tokens, positions, parts, tables, window, num_negatives, key)

@@ -22,10 +22,10 @@ def sample_text(
     is_kept = ((draws >> (64 - KEEP_BITS)) & ((1 << KEEP_BITS) - 1)) < tables.keep[rows]
     width = 1 + (((draws & _LOW_32) * window) >> 32)
     words, sentences, width = rows[is_kept], begins.cumsum(0)[is_kept], width[is_kept]
-    at = torch.arange(words.numel())
+    at = torch.arange(words.numel(), device=words.device)
     starts = torch.maximum(at - width, torch.searchsorted(sentences, sentences))
     stops = torch.minimum(at + width + 1, torch.searchsorted(sentences, sentences, right=True))
-    draws = _stream(key, counters[is_kept].unsqueeze(1) + torch.arange(1, num_negatives + 1))
+    draws = _stream(key, counters[is_kept].unsqueeze(1) + torch.arange(1, num_negatives + 1, device=words.device))
     part = parts[is_kept].long().unsqueeze(1)
     first, last = tables.part_starts[part], tables.part_starts[part + 1]
     found = tables.columns[first + ((((draws >> 32) & _LOW_32) * (last - first)) >> 32)]

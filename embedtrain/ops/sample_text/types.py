@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 KEEP_BITS = 24
@@ -29,6 +30,10 @@ class SamplingTables:
     keep: Tensor
     columns: Tensor
     part_starts: Tensor
+
+    def to(self, device: torch.device) -> SamplingTables:
+        """Returns the tables on a device."""
+        return SamplingTables(self.keep.to(device), self.columns.to(device), self.part_starts.to(device))
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,7 @@ class Ranking(nn.Module):
         """Returns logits [n]. Collective: every rank, and its backward too if gradients are enabled."""
         vectors = self.tables.look_up(batch.vectors)
         logits: Tensor = self.network(batch.dense, [vectors[name] for name in self._features])
-        return logits
+        return logits.float()  # under autocast the loss is computed in float32 too
 
     def forward(self, batch: ClickBatch | PreparedClicks) -> Objective:
         """Returns the loss of this rank's batch. Collective: as `predict`."""

@@ -183,7 +183,7 @@ class Retrieval(nn.Module):
     def _join(self, name: str, vectors: Mapping[str, Tensor]) -> Tensor:
         parts = [vectors[table] for table in (name, *(f"{name}.{f}" for f in self.sides[name].features))]
         if name in self.dense:
-            joined: Tensor = self.dense[name](torch.cat(parts, dim=1))
+            joined: Tensor = self.dense[name](torch.cat(parts, dim=1)).float()
         else:
             joined = torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
         return F.normalize(joined, dim=1) if self.scoring.similarity == "cosine" else joined
@@ -209,12 +209,21 @@ def pair_losses(
     if scoring.loss == "softmax" and scoring.logq:
         of_positives, of_candidates = (expected.to(device).log() for expected in batch.expected)
         positive, correction = positive - of_positives, -of_candidates
-    negative = _without_known(F.linear(users, candidates, correction), batch.known, batch.candidates)
+    negative = _without_known(_scores(users, candidates, correction), batch.known, batch.candidates)
     if scoring.loss == "softmax":
         return losses.softmax_loss(positive, example, negative)
     if scoring.loss == "bpr":
         return losses.bpr_loss(positive, example, negative)
     return losses.margin_loss(positive, example, negative, margin=scoring.margin, weight=scoring.negative_weight)
+
+
+def _scores(users: Tensor, candidates: Tensor, correction: Tensor | None) -> Tensor:
+    """Returns the scores of users [n, dim] for candidates [c, dim], [n, c] float32, plus a correction [c]."""
+    if not torch.is_autocast_enabled(users.device.type):
+        return F.linear(users, candidates, correction)
+    # The product takes the correction in its own dtype, which would round away more of it than of the product.
+    scores = F.linear(users, candidates).float()
+    return scores if correction is None else scores.add_(correction)
 
 
 def _without_known(scores: Tensor, known: Jagged, candidates: Tensor) -> Tensor:

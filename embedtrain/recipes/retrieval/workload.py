@@ -24,11 +24,16 @@ def workload(config: RetrievalConfig, sizes: Sizes) -> Workload:
     settings, dim = config.retrieval, config.table.dim
     users = float(config.train.global_batch_size)
     positives = users * config.train.items_per_example
-    items = sizes.ids_of(ITEM)
-    negatives = (float(settings.negatives), IdDistribution.of_weights(items.shares**settings.power, items.num_rows))
+    items, num_parts = sizes.ids_of(ITEM), config.train.accumulate_steps
+    # Each micro-batch is scored against all candidates, and looks them up.
+    again = positives * num_parts if settings.in_batch and num_parts > 1 else 0.0
+    negatives = (
+        float(settings.negatives * num_parts),
+        IdDistribution.of_weights(items.shares**settings.power, items.num_rows),
+    )
     draws: dict[str, tuple[Draws, ...]] = {
         USER: ((users, IdDistribution.zipf(sizes.rows_of(USER), 0.0)),),
-        ITEM: ((positives, items), negatives),
+        ITEM: ((positives + again, items), negatives),
     }
     tables: list[TableLoad] = []
     for side in sides:
@@ -51,7 +56,7 @@ def workload(config: RetrievalConfig, sizes: Sizes) -> Workload:
         tuple(tables),
         dense_bytes=dense_bytes,
         # The candidates' vectors go to all ranks and their gradients come back, as the dense gradients do.
-        reduced_bytes=gradient_bytes + round(4 * candidates * dim),
+        reduced_bytes=gradient_bytes + round(4 * candidates * dim) * num_parts,
         # 8 bytes each: an id of every look-up, and the user of every positive.
         batch_bytes=round(8 * (positives + sum(table.num_ids for table in tables))),
     )

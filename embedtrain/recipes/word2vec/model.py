@@ -105,7 +105,7 @@ class Word2Vec(nn.Module):
 
     def _ask(self, batch: TextBatch, *, is_ahead: bool) -> PreparedText:
         """Asks for the block's distinct rows and points the block at their places."""
-        sample, device = batch.sample, self.tables.device
+        sample, windows, device = batch.sample, batch.windows, self.tables.device
         ids = {INPUT: Jagged.from_ids(sample.words), OUTPUT: Jagged.from_ids(sample.targets.flatten())}
         rows = self.tables.ask(ids, is_ahead=is_ahead)
         places = rows.places()
@@ -114,10 +114,10 @@ class Word2Vec(nn.Module):
             targets=places[OUTPUT].view_as(sample.targets),
             starts=to_device(sample.starts, device),
             stops=to_device(sample.stops, device),
-            # Found here, because the sample is in host memory here.
-            reach=reach_of(sample.starts, sample.stops) if device.type == "cuda" else None,
+            # Found here, because the windows are in host memory here.
+            reach=reach_of(windows.starts, windows.stops) if device.type == "cuda" else None,
         )
-        return PreparedText(rows, block, int(count_predictions(sample, self._architecture)))
+        return PreparedText(rows, block, int(count_predictions(windows, self._architecture)))
 
 
 class _SkipGramLoss(torch.autograd.Function):

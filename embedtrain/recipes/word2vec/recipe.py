@@ -283,6 +283,7 @@ def _build_batches(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCor
         seed=config.seed,
         rank=runtime.rank,
         world_size=runtime.world_size,
+        device=runtime.device,
     )
 
 

@@ -56,8 +56,16 @@ def run(command: list[str], folder: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
+def quick(*in_the_ordinary_run: int) -> list[object]:
+    """Returns the cases, but for those numbers as slow tests: each starts a process, and most import torch."""
+    return [
+        case if number in in_the_ordinary_run else pytest.param(*case, marks=pytest.mark.slow)
+        for number, case in enumerate(CASES)
+    ]
+
+
 @pytest.mark.parametrize("script", ["bash"], indirect=True)
-@pytest.mark.parametrize(("typed", "expected"), CASES)
+@pytest.mark.parametrize(("typed", "expected"), quick(0, 4, 7))
 def test_bash_completes(script: Path, tmp_path: Path, typed: str, expected: set[str]) -> None:
     words = typed.replace("=", " = ") if "=" in typed.split()[-1] else typed  # as bash parts them
     # compopt works within a completion only; what it is told shows what bash would do by itself.
@@ -80,13 +88,9 @@ printf "%s\\n" "${{COMPREPLY[@]}}"
         assert shown == {completed.rpartition("=")[2]}
 
 
-# Each case starts a process that imports torch. What is completed is shared by the shells: one case of a setting and
-# one of an option show that fish asks for it.
+# What is completed is shared by the shells: one case of a setting and one of an option show that fish asks for it.
 @pytest.mark.parametrize("script", ["fish"], indirect=True)
-@pytest.mark.parametrize(
-    ("typed", "expected"),
-    [case if case in (CASES[1], CASES[5]) else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
-)
+@pytest.mark.parametrize(("typed", "expected"), quick(1, 5))
 def test_fish_completes(script: Path, tmp_path: Path, typed: str, expected: set[str]) -> None:
     program = f"source {script}; complete -C 'embedtrain {typed}'"
     shown = run(["fish", "--no-config", "-c", program], tmp_path)

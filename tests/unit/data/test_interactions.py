@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,12 @@ def test_rows_go_by_the_number_of_interactions(tmp_path: Path) -> None:
     values, lengths = interactions.known.of(np.array([2, 0]))
     assert values.tolist() == [0, 1, 0, 1, 2]
     assert lengths.tolist() == [2, 3]
+
+
+def test_the_busiest_ids_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    prepare(tmp_path)
+    assert "read 7 interactions: 3 ids of user (u1 has the most: 3), 3 ids of item (b has the most: 4)" in caplog.text
 
 
 def test_held_out_items_of_no_row_are_missed_and_users_of_none_are_left_out(tmp_path: Path) -> None:

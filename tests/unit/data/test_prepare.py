@@ -316,3 +316,9 @@ def test_walks_of_numbers_hold_no_words_of_letters(tmp_path: Path) -> None:
     options = CorpusOptions(path=str(tmp_path / "walks.txt"), min_count=1)
     with pytest.raises(UserError, match=r"holds no words of letters; data\.tokenizer=whitespace takes"):
         prepare_corpus(options, str(tmp_path / "cache"), ONE_PROCESS)
+
+
+def test_a_word_as_long_as_a_page_is_told(tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.txt").write_text("short words\n" * 9 + "long\u0300" + "x" * 20_000, encoding="utf-8")
+    assert "xxx" in prepared(cache, str(tmp_path / "a.txt"), tokenizer="whitespace").vocabulary.words[-1]
+    assert "1 word of over 10,000 bytes; the longest has 20,006 and begins with long\u0300xxx" in caplog.text

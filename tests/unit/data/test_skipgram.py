@@ -16,6 +16,7 @@ from embedtrain.data.skipgram import (
     keep_probabilities,
 )
 from embedtrain.distributed.ranks import ONE_PROCESS
+from embedtrain.ops.sample_text import SamplingTables
 from embedtrain.sharding.layout import SpreadLayout
 
 
@@ -32,7 +33,9 @@ def corpus(tmp_path: Path) -> PreparedCorpus:
     )
 
 
-def batches(corpus: PreparedCorpus, rank: int = 0, world_size: int = 1, **options) -> TextBatches:
+def batches(
+    corpus: PreparedCorpus, rank: int = 0, world_size: int = 1, device: torch.device | None = None, **options
+) -> TextBatches:
     return TextBatches(
         corpus,
         SamplingOptions(**options),
@@ -41,6 +44,7 @@ def batches(corpus: PreparedCorpus, rank: int = 0, world_size: int = 1, **option
         seed=3,
         rank=rank,
         world_size=world_size,
+        device=device,
     )
 
 
@@ -53,6 +57,23 @@ def test_a_batch_is_a_function_of_epoch_and_step(corpus: PreparedCorpus) -> None
     for epoch, step in ((1, 2), (0, 0), (1, 2)):
         assert as_lists(first.batch(epoch, step)) == as_lists(second.batch(epoch, step))
     assert as_lists(first.batch(0, 0)) != as_lists(first.batch(1, 0))
+
+
+def test_a_sample_for_a_device_is_the_hosts_with_its_windows_in_host_memory(
+    corpus: PreparedCorpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = batches(corpus, sample=0.02, negative_parts=2).batch(0, 1)
+    # The way of a GPU, whose tensors stay on the CPU here.
+    monkeypatch.setattr("embedtrain.data.skipgram.to_device", lambda values, device: values)
+    monkeypatch.setattr(SamplingTables, "to", lambda tables, device: tables)
+    found = batches(corpus, device=torch.device("cuda"), sample=0.02, negative_parts=2).batch(0, 1)
+    assert as_lists(found) == as_lists(expected)
+    assert found.on_host is not None and found.on_host is found.windows and expected.on_host is None
+    for name in ("words", "starts", "stops"):
+        assert torch.equal(getattr(found.windows, name), getattr(expected.sample, name))
+    for ours, theirs in zip(found.split(3), expected.split(3), strict=True):
+        assert as_lists(ours) == as_lists(theirs)
+        assert torch.equal(ours.windows.starts, theirs.sample.starts)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])

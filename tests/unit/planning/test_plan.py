@@ -131,6 +131,15 @@ def test_a_batch_and_the_next_one_lie_in_memory() -> None:
     assert with_batch - without == 2 * 300
 
 
+def test_micro_batches_need_less_memory_and_send_rows_more_than_once() -> None:
+    whole, parts = (Workload((table(),), accumulate_steps=count) for count in (1, 3))
+    one_of_three = exchange_of(Workload((table(draws=((200.0, UNIFORM),)),)), 3)
+    assert exchange_of(parts, 3).vectors == pytest.approx(3 * one_of_three.vectors, abs=3)
+    assert exchange_of(parts, 3).vectors > exchange_of(whole, 3).vectors
+    assert memory_of(parts, 3).buffers < memory_of(whole, 3).buffers
+    assert traffic_bytes(parts, 3) == traffic_bytes(whole, 3), "rows are updated once per step"
+
+
 def test_remedies_fit_and_the_next_smaller_change_does_not() -> None:
     workload = Workload((table(num_rows=10**6, dim=64, draws=((100.0, IdDistribution.zipf(10**6, 1.0)),)),))
     needed = memory_of(workload, 2).total

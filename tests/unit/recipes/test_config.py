@@ -138,6 +138,13 @@ def test_an_unknown_model_is_named() -> None:
     assert "there is no model" in message_of(None, "model=[word2vec]")
 
 
+@pytest.mark.parametrize("override", ["train.precision=bfloat16", "train.tf32=true"])
+def test_a_model_without_dense_layers_refuses_their_precision(override: str) -> None:
+    assert "for dense layers, and model=word2vec has none: leave them out" in message_of(None, TEXT, override)
+    ranking = load_config(None, ["model=ranking", "data.path=x", "data.categorical=[a]", override])
+    assert (ranking.train.precision, ranking.train.tf32) in (("bfloat16", False), ("float32", True))
+
+
 def test_the_optimizers_name_chooses_its_options() -> None:
     config = load_config(None, [TEXT, "optimizer.name=adam", "optimizer.betas=[0.8,0.99]", "optimizer.max_norm=2"])
     assert (config.optimizer.name, config.optimizer.lr, config.optimizer.betas) == ("adam", 0.001, [0.8, 0.99])
