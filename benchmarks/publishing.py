@@ -94,7 +94,8 @@ def main() -> None:
             print(f"  {100_000 / (time.perf_counter() - start):,.0f} rows read per second, a thousand at a time")
             import redis
 
-            print(f"  {redis.Redis.from_url(split_prefix(given.redis)[0]).info('memory')['used_memory']:,} bytes of memory")
+            memory = redis.Redis.from_url(split_prefix(given.redis)[0]).info("memory")
+            print(f"  {memory['used_memory']:,} bytes of memory")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 from embedtrain.errors import UserError
 from embedtrain.serve import published
-from embedtrain.serve.published import Vectors, packed_entry, row_key
+from embedtrain.serve.published import Vectors, packed_entry, row_keys
 
 LOCK_SECONDS = 30.0
 """How long a publisher that says nothing is taken for alive."""
@@ -164,7 +164,7 @@ class RedisSink:
                 with self._redis.pipeline(transaction=False) as pipeline:
                     for start in range(first, min(first + at_once, len(names)), _ROWS_AT_ONCE):
                         some = slice(start, start + _ROWS_AT_ONCE)
-                        keys = [row_key(self._prefix, table, name) for name in names[some]]
+                        keys = row_keys(self._prefix, table, names[some])
                         entries = [packed_entry(row, self._number) for row in rows[some]]
                         self._call("write", ["pending"], [self._number - 1, *entries], keys, pipeline)
                     self._require_lock(*pipeline.execute())

@@ -29,7 +29,7 @@ def clustered(num_rows: int, dim: int = 16) -> np.ndarray:
     return rows.astype(np.float32)
 
 
-@pytest.mark.parametrize(("kind", "least"), [("flat", 1.0), ("ivfpq", 0.8), ("hnsw", 0.97)])
+@pytest.mark.parametrize(("kind", "least"), [("flat", 1.0), ("ivfpq", 0.7), ("hnsw", 0.97)])
 def test_neighbors_by_an_index_are_those_by_all_rows(
     kind: str, least: float, make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -40,8 +40,8 @@ def test_neighbors_by_an_index_are_those_by_all_rows(
     *paths, said = capsys.readouterr().out.splitlines()
     assert paths == [index, f"{index}.vocabulary.tsv", f"{index}.json"]
     assert said.startswith(f"{kind}, cosine: recall@20 ") and said.endswith("; 300 zero vectors are left out")
-    recall = float(said.split()[3])
-    assert recall >= least
+    recall, rescored = (float(said.replace(",", " ").split()[place].rstrip(";")) for place in (3, 5))
+    assert rescored >= recall >= least and rescored >= 0.97
     assert json.loads(Path(f"{index}.json").read_text())["recall"] == pytest.approx(recall, abs=1e-4)
     assert Path(f"{index}.vocabulary.tsv").read_text().startswith("w0\t")
 
@@ -53,7 +53,7 @@ def test_neighbors_by_an_index_are_those_by_all_rows(
         found = capsys.readouterr().out.splitlines()
         assert len(found) == 21 and found == sorted(found, key=lambda line: line.startswith("  "))
         shared += len(set(exact[1:]) & set(found[1:]))
-    assert shared >= 80 * (least - 0.05)
+    assert shared >= 72
 
 
 @pytest.mark.parametrize("kind", KINDS)
