@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from embedtrain.checkpoint.chain import read_manifest
 from embedtrain.checkpoint.manifest import MANIFEST_NAME
-from embedtrain.checkpoint.retention import CheckpointInfo, Retention, find_checkpoints, mode_of_best
+from embedtrain.checkpoint.retention import CheckpointInfo, Retention, find_checkpoints, mode_of_best, num_best
 from embedtrain.errors import CorruptCheckpointError, UserError
 from embedtrain.schema import SchemaError, parse
 
-Step = int | Literal["best"] | None
-"""A step, "best", or None for the newest checkpoint."""
+Step = int | Literal["best", "newest"] | None
+"""A step, "best", "newest", or None for the best checkpoint if the run keeps its best, and else for the newest."""
+
+_logger = logging.getLogger(__name__)
 
 
 def choose_checkpoint(checkpoints_path: str, step: Step, run_path: str) -> str:
-    """Returns the path of a complete checkpoint.
+    """Returns the path of a complete checkpoint, and logs which it is.
 
     Args:
         checkpoints_path: folder of the run's checkpoints.
@@ -30,10 +33,24 @@ def choose_checkpoint(checkpoints_path: str, step: Step, run_path: str) -> str:
     found = find_checkpoints(checkpoints_path)
     if not found:
         raise UserError(f"no complete checkpoint yet in {run_path!r}; train until the first one is saved")
-    if step is None:
-        return found[-1].path
-    if step == "best":
-        return _best(found, run_path)
+    if isinstance(step, int):
+        return _of_step(found, step, run_path)
+    newest = found[-1]
+    if step == "best" or (step is None and _read_state(newest.path).config.keeps_best):
+        best = _best(found, run_path)
+        if best is not None:
+            return best
+        if step == "best":
+            metric = _read_state(newest.path).config.checkpoint.best_metric
+            raise UserError(
+                f"no checkpoint in {run_path!r} has the metric {metric!r}, by which the best is chosen "
+                "(checkpoint.best_metric): give a step by --step N"
+            )
+    _logger.info(f"{run_path}: the newest checkpoint, of step {newest.step:,}")
+    return newest.path
+
+
+def _of_step(found: Sequence[CheckpointInfo], step: int, run_path: str) -> str:
     for checkpoint in found:
         if checkpoint.step == step:
             return checkpoint.path
@@ -45,13 +62,29 @@ def choose_checkpoint(checkpoints_path: str, step: Step, run_path: str) -> str:
 class _Settings:
     """What a run's configuration says of its best checkpoint."""
 
+    keep_best: int | None = None
     best_metric: str = Retention.best_metric
-    best_mode: Literal["auto", "min", "max"] = "auto"
+    best_mode: Literal["auto", "min", "max"] = Retention.best_mode
+
+
+@dataclass(frozen=True)
+class _EarlyStop:
+    patience: int | None = None
+
+
+@dataclass(frozen=True)
+class _Train:
+    early_stop: _EarlyStop = field(default_factory=_EarlyStop)
 
 
 @dataclass(frozen=True)
 class _Config:
     checkpoint: _Settings = field(default_factory=_Settings)
+    train: _Train = field(default_factory=_Train)
+
+    @property
+    def keeps_best(self) -> bool:
+        return num_best(self.checkpoint.keep_best, self.train.early_stop.patience) is not None
 
 
 @dataclass(frozen=True)
@@ -69,7 +102,8 @@ def _read_state(path: str) -> _State:
         raise CorruptCheckpointError(f"{path}: the state in {MANIFEST_NAME}: {error}") from error
 
 
-def _best(found: Sequence[CheckpointInfo], run_path: str) -> str:
+def _best(found: Sequence[CheckpointInfo], run_path: str) -> str | None:
+    """Returns the path of the best checkpoint, and logs it; None if no checkpoint has the metric."""
     states = [_read_state(checkpoint.path) for checkpoint in found]
     settings = states[-1].config.checkpoint
     metric, mode = settings.best_metric, mode_of_best(settings.best_metric, settings.best_mode)
@@ -79,8 +113,9 @@ def _best(found: Sequence[CheckpointInfo], run_path: str) -> str:
         if isinstance(value := state.metrics.get(metric), int | float)
     ]
     if not measured:
-        raise UserError(
-            f"no checkpoint in {run_path!r} has the metric {metric!r}, by which the best is chosen "
-            "(checkpoint.best_metric): give a step by --step N"
-        )
-    return min(measured)[2]
+        return None
+    value, step, path = min(measured)
+    _logger.info(
+        f"{run_path}: the best checkpoint by {metric}, {value if mode == 'min' else -value:.6g}, of step {step:,}"
+    )
+    return path

@@ -20,7 +20,7 @@ _BLOCK_BYTES = 16 << 20
 
 
 def grown_parts(
-    reader: CheckpointReader, spec: TableSpec, states: Sequence[RowState], old_ids: Tensor, seed: int
+    reader: CheckpointReader, spec: TableSpec, states: Sequence[RowState], old_ids: Tensor, seed: int, slots: range
 ) -> list[TensorPart]:
     """Returns a larger table and its optimizer's state, to be written to another checkpoint.
 
@@ -33,6 +33,7 @@ def grown_parts(
         states: what the optimizer keeps for a row.
         old_ids: [spec.num_rows] int64; the id in the checkpoint of each id, -1 for a new one.
         seed: of new rows.
+        slots: those that this rank writes.
 
     Raises:
         CheckpointError: the checkpoint's table has another dim or dtype, other states, or its rows lie in an order
@@ -49,9 +50,9 @@ def grown_parts(
         full_name = f"{spec.name}/{name}"
         old = layout_of(reader.table(spec.name).shape[0], kind=spec.layout)
         _check(reader, full_name, row_shape, dtype, old)
-        blocks = functools.partial(_blocks, reader, full_name, (old, new), old_ids, fresh)
+        blocks = functools.partial(_blocks, reader, full_name, (old, new), old_ids, fresh, slots)
         global_shape = (spec.num_rows, *row_shape)
-        parts.append(TensorPart(full_name, global_shape, dtype, new.description, 0, spec.num_rows, None, blocks))
+        parts.append(TensorPart(full_name, global_shape, dtype, new.description, slots.start, len(slots), None, blocks))
     return parts
 
 
@@ -61,12 +62,13 @@ def _blocks(
     layouts: tuple[Layout, Layout],
     old_ids: Tensor,
     fresh: Callable[[int, int], Tensor],
+    slots: range,
 ) -> Iterator[Tensor]:
-    """Yields the rows of the larger tensor in order of slots."""
+    """Yields the rows of the larger tensor at some slots, in order."""
     old, new = layouts
     block_rows = max(1, _BLOCK_BYTES // reader.tensors[name].row_bytes)
-    for start in range(0, len(old_ids), block_rows):
-        stop = min(start + block_rows, len(old_ids))
+    for start in range(slots.start, slots.stop, block_rows):
+        stop = min(start + block_rows, slots.stop)
         rows = fresh(start, stop)
         ids = old_ids[new.id_of(torch.arange(start, stop))]
         is_old = ids >= 0

@@ -96,6 +96,16 @@ def mode_of_best(metric: str, mode: Literal["auto", "min", "max"]) -> Literal["m
     )
 
 
+def num_best(keep_best: int | None, patience: int | None) -> int | None:
+    """Returns how many of the best checkpoints a run keeps; a run that may stop early keeps one unless told otherwise.
+
+    Args:
+        keep_best: `checkpoint.keep_best`.
+        patience: `train.early_stop.patience`.
+    """
+    return 1 if keep_best is None and patience is not None else keep_best
+
+
 @dataclass(frozen=True)
 class Retention:
     """Which checkpoints stay: those that any of these keeps. Where all are None, all stay.
@@ -105,16 +115,20 @@ class Retention:
         keep_every: those whose step is a multiple of this.
         keep_best: so many of the best by a metric.
         best_metric: the metric: a name among `state["metrics"]` of a checkpoint.
-        best_mode: whether the smallest or the largest values are the best.
+        best_mode: whether the smallest or the largest values are the best; see `mode_of_best`.
+
+    Raises:
+        UserError: a number is less than 1, or nobody knows which values of the metric are the best.
     """
 
     keep_last: int | None = None
     keep_every: int | None = None
     keep_best: int | None = None
     best_metric: str = "loss"
-    best_mode: Literal["min", "max"] = "min"
+    best_mode: Literal["auto", "min", "max"] = "auto"
 
     def __post_init__(self) -> None:
+        mode_of_best(self.best_metric, self.best_mode)
         for name in ("keep_last", "keep_every", "keep_best"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -169,8 +183,9 @@ def _kept(found: list[CheckpointInfo], retention: Retention) -> set[int]:
     if retention.keep_every:
         kept.update(step for step in steps if step % retention.keep_every == 0)
     if retention.keep_best:
+        mode = mode_of_best(retention.best_metric, retention.best_mode)
         values = [
-            (value if retention.best_mode == "min" else -value, step)
+            (value if mode == "min" else -value, step)
             for step, manifest in sound.items()
             if (value := manifest.state.get("metrics", {}).get(retention.best_metric)) is not None
         ]

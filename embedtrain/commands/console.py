@@ -156,17 +156,19 @@ def table_option(function: Function) -> Function:
     return click.option("--table", metavar="NAME", help="A table other than the one that holds the vectors.")(function)
 
 
-class StepType(click.ParamType["int | Literal['best']"]):
-    """The step of a checkpoint, or "best"."""
+class StepType(click.ParamType["int | Literal['best', 'newest']"]):
+    """The step of a checkpoint, "best" or "newest"."""
 
     name = "step"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["best"]:
-        """Returns a number, or "best"."""
-        if value == "best":
-            return "best"
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | Literal["best", "newest"]:
+        """Returns a number, "best" or "newest"."""
+        if value in ("best", "newest"):
+            return "best" if value == "best" else "newest"
         if not re.fullmatch("[0-9]{1,18}", value):
-            self.fail(f"expected the step of a checkpoint, or best, got {value!r}.", param, ctx)
+            self.fail(f"expected the step of a checkpoint, best or newest, got {value!r}.", param, ctx)
         return int(value)
 
 
@@ -175,8 +177,8 @@ def step_option(function: Function) -> Function:
     return click.option(
         "--step",
         type=StepType(),
-        metavar="N|best",
-        help="The checkpoint of this step, or the best by checkpoint.best_metric.  [default: the newest]",
+        metavar="N|best|newest",
+        help="Which checkpoint; the best is by checkpoint.best_metric.  [default: best if kept, else newest]",
     )(function)
 
 

@@ -35,6 +35,12 @@ _GROUPS_SHOWN = 10
 @settings_argument
 @table_option
 @click.option("--data", metavar="PATH", type=click.Path(), help="Held-out data, in place of those of the training.")
+@click.option(
+    "--fold-in",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="FRACTION",
+    help="Of a retrieval run with --data: measure on its new users, each known by this part of their items.",
+)
 @click.option("--by", metavar="COLUMN", help="Of a ranking run with --data: also the AUC within groups of rows.")
 @step_option
 @click.option("--analogies", multiple=True, metavar="FILE", type=click.Path(), help="`: section` and `a b c d` lines.")
@@ -49,6 +55,7 @@ def evaluate(
     table: str | None,
     step: Step,
     data: str | None,
+    fold_in: float | None,
     by: str | None,
     **word_tests: Any,
 ) -> int:
@@ -56,6 +63,8 @@ def evaluate(
     run_path, overrides = require_run(path, settings)
     if data is None and (by is not None or overrides):
         raise UserError(f"{'--by' if by is not None else overrides[0]} is for other data: give --data FILE too")
+    if fold_in is not None and (data is None or by is not None or word_tests["analogies"] or word_tests["similarity"]):
+        raise UserError("--fold-in measures a retrieval run on the new users of other data: give --data FILE alone")
     if not word_tests["analogies"] and not word_tests["similarity"]:
         if unused := given_options("table", "restrict_vocab", "case_sensitive"):
             raise UserError(f"{', '.join(unused)}: only for word tests, so give --analogies FILE or --similarity FILE")
@@ -64,7 +73,9 @@ def evaluate(
                 raise UserError(
                     f"{by or overrides[0]}: --by and settings are for runs that score rows, those of ranking"
                 )
-            return _measure(run_path, step, data)
+            return _measure(run_path, step, data, fold_in)
+        if fold_in is not None:
+            raise UserError(f"{run_path!r} scores rows, and has no users to fold in: leave out --fold-in")
         return _measure_file(run_path, step, data, overrides, by)
     if data is not None:
         raise UserError("--data is for ranking and retrieval, --analogies and --similarity for words: give one of them")
@@ -116,16 +127,19 @@ def _measure_file(run_path: str, step: Step, data: str, overrides: Sequence[str]
     return EXIT_DONE
 
 
-def _measure(run_path: str, step: Step, data: str | None) -> int:
+def _measure(run_path: str, step: Step, data: str | None, fold_in: float | None) -> int:
     """Prints the measures of a run on its held-out data, or on others. Collective: every rank."""
     from embedtrain.distributed.runtime import init_distributed
-    from embedtrain.recipes.trained import measure_run, require_config, require_held_out
+    from embedtrain.recipes.trained import measure_new_users, measure_run, require_config, require_held_out
 
     config = require_config(run_path)
     if data is None:
         require_held_out(config)
     runtime = init_distributed(device=config.run.device, timeout_seconds=config.run.timeout_seconds)
-    measures = measure_run(config, runtime, step, data)
+    if data is not None and fold_in is not None:
+        measures = measure_new_users(config, runtime, step, data, fold_in)
+    else:
+        measures = measure_run(config, runtime, step, data)
     if runtime.rank == 0:
         for name, value in measures.items():
             tell(f"{value:.4f}  {name}")

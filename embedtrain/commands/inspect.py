@@ -48,7 +48,7 @@ def print_run(path: str, step: Step, *, verify: bool) -> None:
         found = find_checkpoints(checkpoints_path)
         if not found:
             raise UserError(f"there is no complete checkpoint in {path!r}")
-        steps, chosen = [info.step for info in found], choose_checkpoint(checkpoints_path, step, path)
+        steps, chosen = [info.step for info in found], choose_checkpoint(checkpoints_path, step or "newest", path)
         all_paths = [info.path for info in found] if step is None else [chosen]
     config = folder.read_config()
     with CheckpointReader(chosen) as reader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import socket
 import traceback
@@ -10,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
+from embedtrain.checkpoint import latest_checkpoint
 from embedtrain.commands.console import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, say
 from embedtrain.commands.dry_run import dry_run
 from embedtrain.config.sections import Config
@@ -21,10 +23,12 @@ from embedtrain.distributed.stages import begin, whereabouts
 from embedtrain.errors import CheckpointError, NonFiniteError, UserError, printable
 from embedtrain.planning.room import require_room
 from embedtrain.recipes.building import build_parts
+from embedtrain.recipes.growing import begin_unless_begun
 from embedtrain.serve.publication import open_sink
 from embedtrain.train.interrupt import EXIT_PREEMPTED
 from embedtrain.train.run import check_run_folder, train_run
 from embedtrain.train.run_folder import RunFolder
+from embedtrain.train.task import Parts
 
 _PATIENCE_SECONDS = 5.0
 """How long a rank that has failed waits for rank 0 to say so."""
@@ -39,8 +43,15 @@ def try_run(config: Config, *, is_debugged: bool) -> int:
     _check_publication(config)
     runtime = init_distributed(device=config.run.device, timeout_seconds=config.run.timeout_seconds)
 
+    tried = config
+    if config.start_from is not None and latest_checkpoint(folder.checkpoints_path) is None:
+        tried = copy.deepcopy(config)
+        tried.start_from, tried.start_from_grow = None, False
+        if runtime.rank == 0:
+            say(f"the trial does without start_from={config.start_from}: the tables begin as in a new run")
+
     def work() -> int:
-        dry_run(config, folder, runtime)
+        dry_run(tried, folder, runtime)
         return EXIT_DONE
 
     status, _ = _explained(work, _Job(runtime, config.run.timeout_seconds, is_debugged))
@@ -96,8 +107,12 @@ def _train_one(
 ) -> tuple[int, Exception | None]:
     """Trains a run; returns its exit status, and what it failed with, which the user was told. Collective: all."""
 
+    def make_parts() -> Parts:
+        if config.start_from is not None:
+            begin_unless_begun(config, runtime)
+        return build_parts(config, runtime, functools.partial(require_room, config, runtime))
+
     def work() -> int:
-        make_parts = functools.partial(build_parts, config, runtime, functools.partial(require_room, config, runtime))
         return train_run(config, runtime, folder, make_parts, is_profiled=is_profiled)
 
     return _explained(work, _Job(runtime, config.run.timeout_seconds, is_debugged, folder))

@@ -7,17 +7,23 @@ from typing import TYPE_CHECKING
 
 import click
 
-from embedtrain.commands.console import EXIT_DONE, command, run_argument, step_option, tell
+from embedtrain.commands.console import EXIT_DONE, command, run_argument, split_names, step_option, tell
 from embedtrain.errors import UserError
 
 if TYPE_CHECKING:
     from embedtrain.checkpoint.choice import Step
 
 
-@command("embedtrain recommend runs/m 4711 --top 10", "embedtrain recommend runs/m --all --output top.parquet")
+@command(
+    "embedtrain recommend runs/m 4711 --top 10",
+    "embedtrain recommend runs/m --items 17,42 --top 10",
+    "embedtrain recommend runs/m --all --output top.parquet",
+)
 @run_argument
 @click.argument("users", nargs=-1, metavar="[USER]...", help="Raw ids, as in the data; --all for all users.")
 @click.option("--all", "all_users", is_flag=True, help="All users, into the file of --output.")
+@click.option("--items", metavar="IDS", help="Of a user who was not in the training: items that they have, as 17,42.")
+@click.option("--history", metavar="PATH", type=click.Path(), help="Users and their items, in files as data.path.")
 @click.option("--top", type=int, default=10, show_default=True, metavar="N", help="How many items each.")
 @click.option("--include-known", is_flag=True, help="Also items that the user has already.")
 @click.option("--output", metavar="PATH", type=click.Path(), help="A new Parquet file, instead of printing.")
@@ -27,6 +33,8 @@ def recommend(
     path: str,
     users: Sequence[str],
     all_users: bool,
+    items: str | None,
+    history: str | None,
     top: int,
     include_known: bool,
     output: str | None,
@@ -34,10 +42,7 @@ def recommend(
     step: Step,
 ) -> int:
     """Prints or writes the best items of users of a retrieval run."""
-    if users and all_users:
-        raise UserError(f"expected the ids of users or --all, got --all and {', '.join(users)}")
-    if not users and not all_users:
-        raise UserError("expected the ids of users, or --all with --output FILE")
+    _require_one(users, all_users, items, history)
     if top < 1:
         raise UserError(f"the number of items must be at least 1, got {top}")
     if all_users and output is None:
@@ -58,7 +63,9 @@ def recommend(
         raise UserError(f"{path!r} is a run of {config.model}, which does not recommend")
     checkpoint = checkpoint_of(path, step)
     runtime = init_distributed(device=config.run.device, timeout_seconds=config.run.timeout_seconds)
-    wanted = Wanted(None if all_users else users, top, leaves_out_known=not include_known)
+    wanted = Wanted(
+        users or None, top, leaves_out_known=not include_known, items=split_names(items) or None, history_path=history
+    )
     # Under torchrun every rank holds its part of the items.
     batches = best_of(config, runtime, checkpoint, wanted)
     if runtime.rank != 0:
@@ -68,8 +75,20 @@ def recommend(
         write_recommendations(batches, output, overwrite=overwrite)
         tell(output)
     else:
-        for user, items, scores in (each for batch in batches for each in batch):
+        for user, best, scores in (each for batch in batches for each in batch):
             tell(user)
-            for item, score in zip(items, scores, strict=True):
+            for item, score in zip(best, scores, strict=True):
                 tell(f"  {score:.3f}  {item}")
+            if not best:
+                tell("  nothing is left: the user has every item already (--include-known shows the best of them)")
     return EXIT_DONE
+
+
+def _require_one(users: Sequence[str], all_users: bool, items: str | None, history: str | None) -> None:
+    """Refuses a line that does not say in one way who is meant."""
+    ways = {", ".join(users): bool(users), "--all": all_users, "--items": items is not None}
+    given = [way for way, is_given in {**ways, "--history": history is not None}.items() if is_given]
+    if len(given) > 1:
+        raise UserError(f"expected the ids of users, --items, --history or --all, got {' and '.join(given)}")
+    if not given:
+        raise UserError("expected the ids of users, --items IDS, --history FILE, or --all with --output FILE")

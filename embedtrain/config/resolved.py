@@ -56,9 +56,11 @@ def differing_keys(earlier_yaml: str, config: Config, may_change: tuple[str, ...
         UserError: the earlier text is no configuration.
     """
     first, second = (settings_in(text) for text in (earlier_yaml, to_yaml(config)))
+    # What a run of an earlier version had no key for, it did by what is the default now.
+    defaults = settings_in(to_yaml(type(config)()))
     may_change = (*config.MAY_CHANGE, *may_change)
     return [
         f"{key} (was {first.get(key, 'absent')}, is {second.get(key, 'absent')})"
         for key in sorted(first.keys() | second.keys())
-        if first.get(key) != second.get(key) and not key.startswith(may_change)
+        if first.get(key, defaults.get(key)) != second.get(key) and not key.startswith(may_change)
     ]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
+from embedtrain.checkpoint.retention import Retention, num_best
 from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig, section
 from embedtrain.data.stream import STANDARD_INPUT
 from embedtrain.errors import UserError
@@ -74,6 +75,17 @@ class RowFilesConfig:
 
 
 @dataclass
+class EarlyStopConfig:
+    """Ending before the last epoch, when checkpoint.best_metric gets no better."""
+
+    patience: int | None = None
+    """After so many measurements in a row that are no improvement training ends, and the best checkpoint is kept; null
+    trains to the end."""
+    min_delta: float = 0.0
+    """By how much a measurement must be better than the last improvement to be one."""
+
+
+@dataclass
 class TrainConfig:
     """The loop."""
 
@@ -87,6 +99,7 @@ class TrainConfig:
     accumulate_steps: int = 1
     """Micro-batches of a step: each rank trains on its part of a step in so many pieces, and then updates once. The
     result is that of one piece but for the rounding of sums; the memory for vectors and activations is that of one."""
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
 
 
 @dataclass
@@ -132,10 +145,10 @@ class CheckpointConfig:
     keep_every: int | None = None
     """Checkpoints stay whose step is a multiple of this."""
     keep_best: int | None = None
-    """How many of the best by best_metric stay."""
-    best_metric: str = "loss"
+    """How many of the best by best_metric stay. Held-out measurements that would be among them are saved."""
+    best_metric: str = Retention.best_metric
     """A name in metrics.jsonl; its newest value when the checkpoint is saved counts."""
-    best_mode: Literal["auto", "min", "max"] = "auto"
+    best_mode: Literal["auto", "min", "max"] = Retention.best_mode
     """Whether the smallest or the largest values of best_metric are the best; auto knows embedtrain's own measures."""
 
 
@@ -187,6 +200,10 @@ class Config:
     """word2vec, retrieval, ranking, or a model that an installed package brings."""
     seed: int = 1
     """Of all random draws: first values, the order of the data, negatives."""
+    start_from: str | None = None
+    """Folder of a trained run whose rows, optimizer state and dense part this one begins with; null begins anew."""
+    start_from_grow: bool = False
+    """With start_from: whether what is new in the data gets rows; otherwise it counts as unknown."""
     run: RunConfig = field(default_factory=RunConfig)
     table: TableConfig = field(default_factory=TableConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -215,6 +232,7 @@ class Config:
         "train.precision",
         "train.tf32",
         "train.accumulate_steps",
+        "train.early_stop.",
         "table.placement",
         "table.cache_bytes",
     )
@@ -233,6 +251,13 @@ class Config:
             if isinstance(value, int) and not -(2**63) <= value < 2**63:
                 raise UserError(f"{key} must be below 2**63, got {value}")
         require_at_least_one(self._counts())
+        if self.start_from is None and self.start_from_grow:
+            raise UserError("start_from_grow=true gives rows to what another run did not know: give start_from too")
+        if self.start_from is not None and self.start_from.rstrip("/") in ("", self.run.path.rstrip("/")):
+            raise UserError(
+                f"start_from={self.start_from} must be the folder of another run, and run.path a new one, got "
+                f"run.path={self.run.path}"
+            )
         self.table.check()
         if not self.run.path.strip("/"):
             raise UserError(f"run.path must name a folder, such as runs/x, got {self.run.path!r}")
@@ -243,6 +268,8 @@ class Config:
             setting = getattr(self.checkpoint, name)
             if setting is not None and setting < 0:
                 raise UserError(f"checkpoint.{name} must be at least 0, got {setting}")
+        if self.train.early_stop.min_delta < 0:
+            raise UserError(f"train.early_stop.min_delta must be at least 0, got {self.train.early_stop.min_delta}")
         if not 0 <= self.schedule.warmup < 1:
             raise UserError(f"schedule.warmup must be a share of the run in [0, 1), got {self.schedule.warmup}")
         if self.schedule.name == "inverse_sqrt" and self.schedule.warmup == 0:
@@ -265,6 +292,11 @@ class Config:
         if self.run.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"run.device must be auto, cpu or cuda, got {self.run.device!r}")
 
+    @property
+    def num_best(self) -> int | None:
+        """How many of the best checkpoints the run keeps; None for none."""
+        return num_best(self.checkpoint.keep_best, self.train.early_stop.patience)
+
     def table_names(self) -> list[str]:
         """Returns the names of the model's tables."""
         raise NotImplementedError(f"{type(self).__name__} does not name its tables")
@@ -282,6 +314,7 @@ class Config:
     def _counts(self) -> Iterator[tuple[str, Any]]:
         yield "train.epochs", self.train.epochs
         yield "train.accumulate_steps", self.train.accumulate_steps
+        yield "train.early_stop.patience", self.train.early_stop.patience
         yield "log.every_steps", self.log.every_steps
         yield "log.rows_every_steps", self.log.rows_every_steps
         for name in ("every_steps", "keep_last", "keep_every", "keep_best", "full_every"):

@@ -50,6 +50,7 @@ class SideOptions:
         separators: by column, what parts the categories of a cell; None for one category a cell.
         base_vocabulary: a file of ids that have a row whether they are among the interactions or not, and whose counts
             are added to theirs; None for none.
+        base_categories: by column, a file of categories, as `write_values` writes one, likewise.
     """
 
     path: str | Sequence[str] | None = None
@@ -58,6 +59,7 @@ class SideOptions:
     id_column: str = "id"
     separators: Mapping[str, str | None] = field(default_factory=dict)
     base_vocabulary: str | None = None
+    base_categories: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,7 @@ class InteractionOptions:
         held_out_path: interactions to measure on, in the same format; None for none.
         users: features of the users.
         items: features of the items.
+        takes_new: whether users, items and categories get rows that are in no base; otherwise they are left out.
     """
 
     path: str | Sequence[str]
@@ -83,6 +86,7 @@ class InteractionOptions:
     held_out_path: str | Sequence[str] | None = None
     users: SideOptions = field(default_factory=SideOptions)
     items: SideOptions = field(default_factory=SideOptions)
+    takes_new: bool = True
 
 
 @dataclass(frozen=True)
@@ -196,6 +200,7 @@ class _Listed:
     users_base: list[Source]
     items: list[Source]
     items_base: list[Source]
+    categories_base: list[Source]
 
 
 def _list_files(options: InteractionOptions) -> _Listed:
@@ -203,12 +208,21 @@ def _list_files(options: InteractionOptions) -> _Listed:
     paths = [(options.path, of_data), (options.held_out_path, of_data)]
     for side in (options.users, options.items):
         paths += [(side.path, suffixes_of(side.format)), (side.base_vocabulary, ())]
+    categories = [path for side in (options.users, options.items) for path in side.base_categories.values()]
+    paths.append((categories or None, ()))
     return _Listed(*([] if path is None else take_sources(path, suffixes) for path, suffixes in paths))
 
 
 def _entry_name(options: InteractionOptions, listed: _Listed) -> str:
     sources = [[source.identity for source in files] for files in vars(listed).values() if files]
-    facts = json.dumps([_FORMAT_VERSION, sources, asdict(options)], default=list)
+    named = asdict(options)
+    # Entries of before there were these options keep their names.
+    if options.takes_new:
+        del named["takes_new"]
+    for side in ("users", "items"):
+        if not named[side]["base_categories"]:
+            del named[side]["base_categories"]
+    facts = json.dumps([_FORMAT_VERSION, sources, named], default=list)
     return f"interactions-{xxhash.xxh3_64_hexdigest(facts.encode())}"
 
 
@@ -224,12 +238,15 @@ def _write(options: InteractionOptions, listed: _Listed, path: str) -> None:
     rows: list[NDArray[np.int64]] = []
     for (name, _), base, column in zip(sides, bases, pairs, strict=True):
         _refuse_line_ends(column, name)
-        vocabulary, column_rows = _number(column, base)
+        vocabulary, column_rows = _number(column, base, options.takes_new)
         vocabularies.append(vocabulary)
         rows.append(column_rows)
     users, items = vocabularies
-    known = _distinct_pairs(rows[0], rows[1], len(users), len(items))
-    num_repeated = len(rows[0]) - len(known.values)
+    has_rows = (rows[0] >= 0) & (rows[1] >= 0)
+    if not has_rows.any():
+        raise UserError(f"{options.path}: no interaction is of a user and an item that have rows already")
+    known = _distinct_pairs(rows[0][has_rows], rows[1][has_rows], len(users), len(items))
+    num_repeated = int(has_rows.sum()) - len(known.values)
     counted = [np.bincount(known.rows(), minlength=len(users)), np.bincount(known.values, minlength=len(items))]
     # Rows stand in the order of all occurrences; the counts that are kept are those of distinct pairs.
     for place, base in enumerate(bases):
@@ -237,6 +254,8 @@ def _write(options: InteractionOptions, listed: _Listed, path: str) -> None:
             counted[place][vocabularies[place].rows_of(base.words)] += base.counts
     vocabularies = [Vocabulary(v.words, count) for v, count in zip(vocabularies, counted, strict=True)]
     left_out = {"repeated_interactions": num_repeated}
+    if not options.takes_new:
+        left_out["interactions_of_new_users_or_items"] = int((~has_rows).sum())
     users, items = vocabularies
     held_out = _held_out(options, listed.held_out, users, items, left_out)
     known.save(os.path.join(path, "known"))
@@ -250,7 +269,7 @@ def _write(options: InteractionOptions, listed: _Listed, path: str) -> None:
         ("items", options.items, listed.items, items),
     ):
         features[side] = {}
-        found = _read_features(side_options, files, vocabulary, left_out, side)
+        found = _read_features(side_options, files, vocabulary, left_out, side, options.takes_new)
         for number, (name, bags, categories) in enumerate(found):
             bags.save(os.path.join(path, f"{side}-{number}"))
             pq.write_table(categories.as_table(), os.path.join(path, f"{side}-{number}.parquet"))
@@ -324,17 +343,20 @@ def _refuse_line_ends(column: pa.ChunkedArray, name: str) -> None:
             raise UserError(f"the {name} id {ids[int(found[0])].as_py()!r} holds a tab or a line end, which none may")
 
 
-def _number(column: pa.ChunkedArray, base: Vocabulary | None = None) -> tuple[Vocabulary, NDArray[np.int64]]:
+def _number(
+    column: pa.ChunkedArray, base: Vocabulary | None = None, takes_new: bool = True
+) -> tuple[Vocabulary, NDArray[np.int64]]:
     """Gives each distinct id a row, the most frequent first; returns the ids by row, and the column in rows.
 
-    The ids of `base` have a row too, and count as often as it says besides.
+    The ids of `base` have a row too, and count as often as it says besides. Without `takes_new` no others have one, and
+    -1 stands for them.
     """
     ids = column.chunk(0).dictionary
     codes = np.concatenate([np.asarray(chunk.indices) for chunk in column.chunks])
     counts = np.bincount(codes, minlength=len(ids))
     table = pa.table([ids.cast(pa.large_binary()), pa.array(counts, pa.int64())], schema=COUNTS_SCHEMA)
     # A dictionary may hold words that no row has.
-    vocabulary = Vocabulary.build(table, 1, None) if base is None else base.extended(table, 1, None)
+    vocabulary = Vocabulary.build(table, 1, None) if base is None else base.extended(table, 1, None if takes_new else 0)
     row_of_code = np.asarray(pc.index_in(ids, pa.array(vocabulary.words, pa.large_string())).fill_null(-1))
     return vocabulary, row_of_code.astype(np.int64)[codes]
 
@@ -396,7 +418,12 @@ def _held_out(
 
 
 def _read_features(
-    options: SideOptions, sources: list[Source], vocabulary: Vocabulary, left_out: dict[str, int], side: str
+    options: SideOptions,
+    sources: list[Source],
+    vocabulary: Vocabulary,
+    left_out: dict[str, int],
+    side: str,
+    takes_new: bool,
 ) -> list[tuple[str, Bags, Vocabulary]]:
     """Returns name, categories of each row, and the categories themselves, for each feature."""
     if options.path is None:
@@ -423,13 +450,20 @@ def _read_features(
         if not lengths.any():
             raise UserError(f"{urls}: no row has a value in column {name!r}: leave out {side}.features.{name}")
         values = pa.chunked_array([values.dictionary_encode() for _, values in cells]).unify_dictionaries()
-        categories, category_rows = _number(values)
+        categories, category_rows = _number(values, _base_of(options.base_categories.get(name)), takes_new)
         of_row = np.repeat(rows, lengths)
-        is_known = of_row >= 0
+        is_known = (of_row >= 0) & (category_rows >= 0)
         order = np.argsort(of_row[is_known], kind="stable")
         bags = Bags.from_rows(of_row[is_known][order], category_rows[is_known][order], len(vocabulary))
         found.append((name, bags, categories))
     return found
+
+
+def _base_of(path: str | None) -> Vocabulary | None:
+    if path is None:
+        return None
+    values = pq.read_table(pa.BufferReader(storage.read(path)), columns=["value", "count"])
+    return Vocabulary(values["value"].to_pylist(), np.asarray(values["count"], np.int64))
 
 
 def _categories(column: pa.Array, separator: str | None) -> tuple[NDArray[np.int64], pa.Array]:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
+from numpy.typing import NDArray
 
 from embedtrain.data.click_files import ClickFiles, describe_fault, plan_files, read_rows
 from embedtrain.data.click_log import (
@@ -65,6 +66,32 @@ class ClickOptions:
 
 
 @dataclass(frozen=True)
+class ClickBase:
+    """What the examples of another run were prepared with, which those of this one go on with.
+
+    Attributes:
+        vocabularies: by column, its values in the order of their rows, from row 1 on, and counts: `COUNTS_SCHEMA`.
+        dense_mean: [num_dense] float64; see `ClickLayout`.
+        dense_std: [num_dense] float64.
+        takes_new: whether values that are not among these get rows, after the others.
+    """
+
+    vocabularies: Mapping[str, pa.Table]
+    dense_mean: NDArray[np.float64]
+    dense_std: NDArray[np.float64]
+    takes_new: bool
+
+    @property
+    def facts(self) -> tuple[object, ...]:
+        """What decides on the prepared examples."""
+        digest = xxhash.xxh3_128()
+        for name, values in self.vocabularies.items():
+            for text in (name, *values["word"].to_pylist(), *values["count"].to_pylist()):
+                digest.update(repr(text).encode())
+        return self.dense_mean.tolist(), self.dense_std.tolist(), self.takes_new, digest.hexdigest()
+
+
+@dataclass(frozen=True)
 class _Job:
     """What a rank needs to know to do its share of a preparation in the folder `work_path`."""
 
@@ -73,6 +100,7 @@ class _Job:
     files: ClickFiles
     ranks: Ranks
     like: ClickLayout | None
+    base: ClickBase | None
     chunk_bytes: int
 
     @property
@@ -105,6 +133,7 @@ def prepare_clicks(
     ranks: Ranks,
     *,
     like: ClickLayout | None = None,
+    base: ClickBase | None = None,
     part_bytes: int = PART_BYTES,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> ClickLog:
@@ -118,6 +147,7 @@ def prepare_clicks(
     Args:
         cache_path: local folder that all ranks see, made if missing.
         like: the log whose vocabularies, means and variances to take, as a validation set takes the training set's.
+        base: what the values of another run had rows for, and its means and variances; None for a new run.
         part_bytes: ranks take the files in parts of at least this size.
         chunk_bytes: about how much text a rank holds at a time.
 
@@ -131,9 +161,9 @@ def prepare_clicks(
 
     def prepare(work_path: str) -> None:
         files = plan_files(sources, schema, part_bytes, ranks)
-        _prepare(_Job(work_path, options, files, ranks, like, chunk_bytes))
+        _prepare(_Job(work_path, options, files, ranks, like, base, chunk_bytes))
 
-    log = prepared_entry(cache_path, _entry_name(sources, schema, like), ClickLog, prepare, ranks)
+    log = prepared_entry(cache_path, _entry_name(sources, schema, like, base), ClickLog, prepare, ranks)
     if log.num_faults > options.max_bad_lines:
         # It was prepared when more of them were allowed.
         raise UserError(
@@ -211,9 +241,24 @@ def _build_vocabularies(job: _Job) -> None:
                 counts.merge(pa.ipc.open_file(file).read_all())
             os.remove(path)
         counted = counts.table()
-        kept = ordered(counted.filter(pc.greater_equal(counted["count"], column.min_count)))
         limit = None if column.num_rows is None else column.num_rows - 1
+        old = None if job.base is None else job.base.vocabularies[column.name]
+        if old is not None:
+            is_old = pc.is_in(counted["word"], value_set=old["word"].combine_chunks())
+            old, counted = _added_up(old, counted.filter(is_old)), counted.filter(pc.invert(is_old))
+            limit = len(old) if job.base is not None and not job.base.takes_new else limit
+        kept = ordered(counted.filter(pc.greater_equal(counted["count"], column.min_count)))
+        if old is not None:
+            kept = pa.concat_tables([old, kept])
         _write_arrow(job.path(vocabulary_name(number)), kept.slice(0, limit))
+
+
+def _added_up(values: pa.Table, counted: pa.Table) -> pa.Table:
+    """Returns values in their order, with how often they were counted besides; `counted` has each at most once."""
+    places = np.asarray(pc.index_in(counted["word"], value_set=values["word"].combine_chunks())).astype(np.int64)
+    counts = np.asarray(values["count"], np.int64).copy()
+    counts[places] += np.asarray(counted["count"])
+    return pa.table([values["word"], pa.array(counts)], schema=COUNTS_SCHEMA)
 
 
 def _load_vocabularies(job: _Job) -> dict[str, WordRows]:
@@ -272,6 +317,8 @@ def _write_contents(
     mean, std = moments.mean, moments.std
     if job.like is not None:
         mean, std = job.like.dense_mean, job.like.dense_std
+    elif job.base is not None:
+        mean, std = job.base.dense_mean, job.base.dense_std
     num_rows = _num_rows(job, vocabularies)
     vocabulary_fingerprint = _fingerprint(vocabularies) if job.like is None else job.like.vocabulary_fingerprint
     facts = {
@@ -311,14 +358,17 @@ def _write_arrow(path: str, table: pa.Table) -> None:
         writer.write_table(table.cast(COUNTS_SCHEMA))
 
 
-def _entry_name(sources: Sequence[Source], schema: ClickSchema, like: ClickLayout | None) -> str:
+def _entry_name(
+    sources: Sequence[Source], schema: ClickSchema, like: ClickLayout | None, base: ClickBase | None
+) -> str:
     facts = (
         _FORMAT_VERSION,
         [source.identity for source in sources],
         schema.facts,
         None if like is None else (like.vocabulary_fingerprint, like.dense_mean.tolist(), like.dense_std.tolist()),
     )
-    return f"clicks-{xxhash.xxh3_64_hexdigest(repr(facts).encode())}"
+    named = facts if base is None else (*facts, base.facts)
+    return f"clicks-{xxhash.xxh3_64_hexdigest(repr(named).encode())}"
 
 
 def _counts_name(number: int, rank: int) -> str:

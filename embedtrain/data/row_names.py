@@ -119,12 +119,19 @@ class RowNames:
         counts: [len(words)] int64, how often each occurs in the data; None if nobody counted.
         noun: what a row stands for: a word, a user, a value.
         find: returns the row of a text that need not be among `words`; None if only these have rows.
+        has_others: whether row 0 stands for all values that have none of their own, whatever it is called.
     """
 
     words: Sequence[str]
     counts: NDArray[np.int64] | None = None
     noun: str = "word"
     find: Callable[[str], int] | None = None
+    has_others: bool = False
+
+    @property
+    def is_numbered(self) -> bool:
+        """Whether the rows are called by their numbers: nothing says whose they are."""
+        return isinstance(self.words, Numbered)
 
     @property
     def rows(self) -> Mapping[str, int]:
@@ -146,7 +153,7 @@ def of_values(values: pa.Table, *, has_others: bool, noun: str = "value") -> Row
     counts = np.asarray(values["count"], np.int64)
     if has_others:
         words, counts = [_name_of_others(words), *words], np.concatenate([[0], counts])
-    return RowNames(words, counts, noun)
+    return RowNames(words, counts, noun, has_others=has_others)
 
 
 def _name_of_others(values: Sequence[str]) -> str:
@@ -175,6 +182,12 @@ def of_ids(num_rows: int) -> RowNames:
     return RowNames(Numbered(range(num_rows)), None, "id")
 
 
+def values_file(table: str) -> str:
+    """Returns the name of the file in a run folder that says which value each row of a table stands for."""
+    # The name of a column may hold a slash.
+    return f"{FEATURES_NAME}/{table.replace('%', '%25').replace('/', '%2F')}.parquet"
+
+
 def vocabulary_source(name: str, vocabulary: Vocabulary, noun: str = "word") -> Source:
     """Returns what a checkpoint says of names in a file of the run folder that `Vocabulary.save` writes."""
     return {"file": name, "noun": noun, "fingerprint": vocabulary.fingerprint}
@@ -182,7 +195,7 @@ def vocabulary_source(name: str, vocabulary: Vocabulary, noun: str = "word") -> 
 
 def values_source(table: str, values: pa.Table, noun: str = "value") -> Source:
     """Returns what a checkpoint says of names in a file of the run folder that `write_values` writes."""
-    return {"file": _values_file(table), "noun": noun, "fingerprint": _fingerprint(values["word"])}
+    return {"file": values_file(table), "noun": noun, "fingerprint": _fingerprint(values["word"])}
 
 
 def write_values(run_path: str, table: str, values: pa.Table, *, has_others: bool) -> None:
@@ -199,7 +212,7 @@ def write_values(run_path: str, table: str, values: pa.Table, *, has_others: boo
     buffer = pa.BufferOutputStream()
     value = values["word"].cast(pa.large_string())
     pq.write_table(pa.table({"row": rows, "value": value, "count": values["count"]}), buffer)
-    url = storage.join(run_path, _values_file(table))
+    url = storage.join(run_path, values_file(table))
     storage.make_folder(url.rpartition("/")[0])
     storage.replace(url, buffer.getvalue().to_pybytes(), f"{url}.tmp")
 
@@ -302,11 +315,6 @@ def _read_values(url: str, noun: str) -> tuple[RowNames, str]:
         return of_values(values, has_others=first == 1, noun=noun), _fingerprint(found["value"])
     except (pa.ArrowException, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{url} cannot be read as the names of rows: {' '.join(str(error).split())}") from error
-
-
-def _values_file(table: str) -> str:
-    # The name of a column may hold a slash.
-    return f"{FEATURES_NAME}/{table.replace('%', '%25').replace('/', '%2F')}.parquet"
 
 
 def _fingerprint(words: pa.ChunkedArray) -> str:

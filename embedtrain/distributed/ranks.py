@@ -101,6 +101,32 @@ class Ranks(ABC):
         """
         return list(self.all_to_all(rows, send_counts, receive_counts).to(dtype).split(list(receive_counts)))
 
+    def all_to_all_written(
+        self,
+        write: Callable[[Sequence[Tensor]], object],
+        like: Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        *,
+        is_kept: bool,
+    ) -> list[Tensor]:
+        """Sends rows that are written straight to where they travel from.
+
+        Args:
+            write: called with uninitialised memory for each rank, [count, *], which it fills; it does not communicate.
+            like: [0, *]; shape, dtype and device of the rows.
+            send_counts: rows for each rank.
+            receive_counts: rows from each rank.
+            is_kept: whether the caller reads what came after the next exchange too; else it may lie in the memory of
+                its sender, which writes to it again then.
+
+        Returns:
+            What came from each rank.
+        """
+        rows = like.new_empty(sum(send_counts), *like.shape[1:])
+        write(rows.split(list(send_counts)))
+        return list(self.all_to_all(rows, send_counts, receive_counts).split(list(receive_counts)))
+
     def all_to_all_gather(
         self,
         source: Tensor,

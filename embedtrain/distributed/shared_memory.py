@@ -12,7 +12,7 @@ import secrets
 import select
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -222,6 +222,31 @@ class SharedMemoryRanks(GroupRanks):
                 part.to(dtype) if rank == self.rank else empty_buffer(*part.shape, dtype=dtype).copy_(part)
                 for rank, part in enumerate(self._inbox.exchange(rows.split(list(send_counts))))
             ]
+
+    def all_to_all_written(
+        self,
+        write: Callable[[Sequence[Tensor]], object],
+        like: Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        *,
+        is_kept: bool,
+    ) -> list[Tensor]:
+        """Has rows written into memory that the others read."""
+        if like.is_cuda:
+            return super().all_to_all_written(write, like, send_counts, receive_counts, is_kept=is_kept)
+        row_shape, dtype = like.shape[1:], like.dtype
+        own = empty_buffer(send_counts[self.rank], *row_shape, dtype=dtype)
+        rooms = self._inbox.rooms(send_counts, row_shape, dtype)
+        rooms[self.rank] = own
+        write(rooms)
+        with stage("exchange"):
+            self._inbox.send()
+            arrived = self._inbox.receive(row_shape, dtype)
+            if is_kept:
+                arrived = [empty_buffer(*part.shape, dtype=dtype).copy_(part) for part in arrived]
+        arrived[self.rank] = own
+        return arrived
 
     def all_to_all_gather(
         self,

@@ -1,4 +1,4 @@
-"""What owners do for a look-up: rows are found where they live, and sums of bags are made there."""
+"""What owners do for a look-up: rows are found where they live."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from embedtrain.embedding.requests import Found
 def lookup(asked: Asked) -> list[Found]:
     """Returns what this rank has for the ranks that asked, per table group."""
     return [
-        Found(*part.group.access.look_up(part.rows), None if part.sums is None else part.sums.pool())
+        Found(
+            *part.group.access.look_up(part.rows),
+            None if part.sums is None else part.group.access.look_up(part.sums.rows),
+        )
         for part in asked.parts
     ]

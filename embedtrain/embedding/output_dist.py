@@ -72,9 +72,9 @@ class _OutputDist(torch.autograd.Function):
             # One rank pools straight from the table: backward raises if its rows have changed.
             ctx.save_for_backward(*vectors)
         here = pool_rows(*vectors, own) if own else []
-        if part.sums is None or found.sums is None:
+        if part.sums is None or found.of_sums is None:
             return tuple(here)
-        there = part.sums.fetch(found.sums)
+        there = part.sums.fetch(*found.of_sums)
         from_here, from_there = iter(here), iter(there)
         return tuple(next(from_there if is_there else from_here) for is_there in part.at_owner)
 

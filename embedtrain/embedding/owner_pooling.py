@@ -14,9 +14,9 @@ from torch import Tensor
 
 from embedtrain.distributed.stages import stage
 from embedtrain.embedding.table_group import TableGroup
+from embedtrain.ops.owner_bags import add_sums, join_bags, share_out, split_bags
 from embedtrain.ops.pool_rows import Bags, pool_rows
 from embedtrain.ops.row_gradient import Delivery
-from embedtrain.ops.sort_unique import sort_unique
 
 
 class PooledAtOwners:
@@ -38,18 +38,16 @@ class PooledAtOwners:
 
     def __init__(self, group: TableGroup, bags: Sequence[Bags], keys: Tensor) -> None:
         self._group, self._bags = group, bags
-        self._num_bags = sum(feature.num_bags for feature in bags)
-        self.is_weighted = any(feature.weights is not None for feature in bags)
         with stage("unique"):
-            lengths = torch.cat([keys.new_zeros(0), *(lengths_of(feature, keys.device) for feature in bags)])
-            owner, pairs = owner_and_bag(keys, lengths, group.num_local_rows)
-            self._own_rows = torch.sub(keys, owner, alpha=group.num_local_rows)
-            bound = group.ranks.size * max(self._num_bags, 1)
-            self._by_owner = sort_unique(pairs, bound=bound, with_inverse=False)
-        ranks = torch.arange(group.ranks.size + 1, device=keys.device)
-        ends = torch.searchsorted(self._by_owner.unique, ranks * self._num_bags)
-        self.sum_counts = ends.diff()
-        self.id_counts = self._by_owner.starts[ends].diff()
+            self._split = split_bags(
+                keys,
+                bags,
+                num_owners=group.ranks.size,
+                num_local_rows=group.num_local_rows,
+                dtype=id_type(group),
+            )
+        self.id_counts, self.sum_counts = self._split.id_counts, self._split.sum_counts
+        self.is_weighted = self._split.weights is not None
 
     def exchange(
         self,
@@ -65,29 +63,30 @@ class PooledAtOwners:
             is_weighted: whether ids of any rank have factors.
         """
         self._sum_counts = of_sums
-        payload = self._payload(id_type(self._group), is_weighted)
-        owed = self._group.ranks.all_to_all(payload, *of_ids)
-        signed = (owed[:, 0] if is_weighted else owed).long()
+        owed = self._group.ranks.all_to_all(self._payload(is_weighted), *of_ids)
         weights = owed[:, 1].to(torch.int32).view(torch.float32) if is_weighted else None
-        is_first = signed < 0
-        self.rows = torch.where(is_first, ~signed, signed)
-        starts = is_first.nonzero().flatten()
-        lengths = torch.cat([starts, starts.new_tensor([signed.numel()])]).diff()
-        self._owed = Bags(signed.numel(), lengths, weights)
+        self.rows, lengths = join_bags(owed[:, 0] if is_weighted else owed, sum(of_sums[1]))
+        parts = zip(of_ids[1], lengths.split(list(of_sums[1])), strict=True)
+        of_ranks = [None] * len(of_ids[1]) if weights is None else weights.split(list(of_ids[1]))
+        self._owed = [Bags(count, own, factors) for (count, own), factors in zip(parts, of_ranks, strict=True)]
 
-    def pool(self) -> Tensor:
-        """Returns the sums that this rank owes, [num_sums, dim], as they travel."""
-        (sums,) = pool_rows(*self._group.access.look_up(self.rows), [self._owed])
-        # Sums have no storage to be exact to: they travel as gradients do, in float32 unless chosen otherwise.
-        return sums.to(self._group.gradient_wire_dtype)
-
-    def fetch(self, sums: Tensor) -> list[Tensor]:
+    def fetch(self, source: Tensor, places: Tensor) -> list[Tensor]:
         """Returns this rank's bags, pooled: per feature [num_bags, dim] float32. Collective: every rank.
 
         Args:
-            sums: what `pool` returned.
+            source: [n, dim]; what holds the rows that this rank adds up.
+            places: [num_rows] int64; the place of each of `rows` in it.
         """
-        return self._add_up(self._group.ranks.all_to_all(sums, *reversed(self._sum_counts)))
+        group = self._group
+        # Sums have no storage to be exact to: they travel as gradients do, in float32 unless chosen otherwise.
+        like = torch.empty(0, source.shape[1], dtype=group.gradient_wire_dtype, device=source.device)
+        sums = group.ranks.all_to_all_written(
+            lambda rooms: pool_rows(source, places, self._owed, out=rooms),
+            like,
+            *reversed(self._sum_counts),
+            is_kept=False,
+        )
+        return add_sums(sums, self._split.bag_of_sum, self._bags)
 
     def send_home(self, grads: Sequence[Tensor | None]) -> None:
         """Sends the gradients of the pooled vectors to the owners, where those of the rows wait for an optimizer.
@@ -95,83 +94,22 @@ class PooledAtOwners:
         Collective: every rank.
         """
         group = self._group
-        shares = self._share_out(grads, group.weight.shape[1]).to(group.gradient_wire_dtype)
-        received = group.ranks.all_to_all(shares, *self._sum_counts)
-        group.gradients.deliver(Delivery(self.rows, [self._owed], [received.float()]))
+        like = torch.empty(0, group.weight.shape[1], dtype=group.gradient_wire_dtype, device=group.device)
+        shares = group.ranks.all_to_all_written(
+            lambda rooms: share_out(grads, self._bags, self._split.bag_of_sum, rooms),
+            like,
+            *self._sum_counts,
+            is_kept=True,
+        )
+        group.gradients.deliver(Delivery(self.rows, self._owed, [share.float() for share in shares]))
 
-    def _payload(self, dtype: torch.dtype, is_weighted: bool) -> Tensor:
-        """Returns what travels to the owners: [n] rows, or [n, 2] rows and the bits of their weights.
-
-        The first row of each bag is stored as its complement, a negative number, so that lengths need not travel.
-        """
-        rows = self._own_rows[self._by_owner.order]
-        firsts = self._by_owner.starts[:-1]
-        rows[firsts] = ~rows[firsts]
+    def _payload(self, is_weighted: bool) -> Tensor:
+        """Returns what travels to the owners: [n] rows, or [n, 2] rows and the bits of their weights."""
+        rows, weights = self._split.rows, self._split.weights
         if not is_weighted:
-            return rows.to(dtype)
-        weights = torch.cat(
-            [
-                rows.new_ones(feature.num_values, dtype=torch.float32) if feature.weights is None else feature.weights
-                for feature in self._bags
-            ]
-            or [rows.new_zeros(0, dtype=torch.float32)]
-        )
-        return torch.stack([rows.to(dtype), weights[self._by_owner.order].view(torch.int32).to(dtype)], dim=1)
-
-    def _add_up(self, sums: Tensor) -> list[Tensor]:
-        """Returns per feature [num_bags, dim]: the owners' sums added in order of rank, means divided."""
-        by_bag = sort_unique(self._bag_of_sum, bound=max(self._num_bags, 1), with_inverse=False)
-        num_owners = torch.zeros(self._num_bags, dtype=torch.int64, device=sums.device)
-        num_owners[by_bag.unique] = by_bag.starts.diff()
-        factors = self._factors()
-        weights = None if factors is None else factors[self._bag_of_sum[by_bag.order]]
-        (pooled,) = pool_rows(sums, by_bag.order, [Bags(sums.shape[0], num_owners, weights)])
-        # `data` is no view to autograd: the caller may change one feature's vectors in place.
-        return [part.data for part in pooled.split([feature.num_bags for feature in self._bags])]
-
-    def _share_out(self, grads: Sequence[Tensor | None], dim: int) -> Tensor:
-        """Returns [num_sums, dim] float32; the gradient of each owner's sum, in order of owner."""
-        of_bags = torch.cat(
-            [
-                self._own_rows.new_zeros(feature.num_bags, dim, dtype=torch.float32) if grad is None else grad
-                for feature, grad in zip(self._bags, grads, strict=True)
-            ]
-            or [self._own_rows.new_zeros(0, dim, dtype=torch.float32)]
-        )
-        factors = self._factors()
-        weights = None if factors is None else factors[self._bag_of_sum]
-        (shared,) = pool_rows(of_bags, self._bag_of_sum, [Bags(self._bag_of_sum.numel(), None, weights)])
-        return shared
-
-    @property
-    def _bag_of_sum(self) -> Tensor:
-        """[num_sums] int64, in order of owner; bags are numbered through all features."""
-        return self._by_owner.unique % max(self._num_bags, 1)
-
-    def _factors(self) -> Tensor | None:
-        """Returns [num_bags] float32, what a bag's sum is multiplied by; None where it is 1 for all."""
-        if not any(feature.is_mean for feature in self._bags):
-            return None
-        parts = []
-        for feature in self._bags:
-            lengths = lengths_of(feature, self._own_rows.device)
-            parts.append(1.0 / lengths.clamp(min=1).float() if feature.is_mean else torch.ones_like(lengths).float())
-        return torch.cat(parts)
-
-
-def owner_and_bag(keys: Tensor, lengths: Tensor, num_local_rows: int) -> tuple[Tensor, Tensor]:
-    """Returns the owner of each value's row, and `owner * number of bags + bag`; bags are numbered through."""
-    owner = torch.div(keys, num_local_rows, rounding_mode="floor")
-    # In place: fresh memory of this size costs more than the arithmetic.
-    bag = torch.repeat_interleave(lengths, output_size=keys.numel())
-    return owner, bag.add_(owner, alpha=max(lengths.numel(), 1))
-
-
-def lengths_of(feature: Bags, device: torch.device) -> Tensor:
-    """Returns the lengths of a feature's bags, [num_bags] int64."""
-    if feature.lengths is None:
-        return torch.ones(feature.num_values, dtype=torch.int64, device=device)
-    return feature.lengths
+            return rows
+        weights = rows.new_ones(rows.numel(), dtype=torch.float32) if weights is None else weights
+        return torch.stack([rows, weights.view(torch.int32).to(rows.dtype)], dim=1)
 
 
 def id_type(group: TableGroup) -> torch.dtype:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from embedtrain.distributed.stages import stage
 from embedtrain.embedding.features import Route
-from embedtrain.embedding.owner_pooling import id_type, lengths_of, owner_and_bag
+from embedtrain.embedding.owner_pooling import id_type
 from embedtrain.embedding.table_group import TableGroup
 from embedtrain.jagged import places_of_runs
+from embedtrain.ops.owner_bags.reference import lengths_of, owner_and_bag
 from embedtrain.ops.pool_rows import Bags
 from embedtrain.ops.sort_unique import sort_unique
 from embedtrain.sharding.cost import Wire, bytes_of_rows, bytes_of_sums

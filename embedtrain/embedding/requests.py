@@ -26,12 +26,13 @@ class Found(NamedTuple):
     Attributes:
         source: [n, dim]; what holds the rows asked for: they are copied when they travel, once.
         places: [num_rows] int64; the place of each row asked for.
-        sums: [num_sums, dim] of the bags that this rank pools; None if no rank wants any.
+        of_sums: what holds the rows of the bags that this rank pools, and the place of each: they are added up when
+            their sums travel. None if no rank wants any.
     """
 
     source: Tensor
     places: Tensor
-    sums: Tensor | None
+    of_sums: tuple[Tensor, Tensor] | None
 
 
 class GroupRequest(ABC):

@@ -121,7 +121,7 @@ def open_vectors(run_path: str, table: str | None = None, step: Step = None) -> 
     Args:
         run_path: the run folder, any fsspec URL.
         table: which table; None for the `export_table` that the checkpoint names, or the only one.
-        step: of the checkpoint; "best" for the best by the run's metric, None for the newest.
+        step: of the checkpoint, "best" or "newest"; None for the best if the run keeps it, and else for the newest.
 
     Raises:
         UserError: no such folder, no complete checkpoint in it, no such table, or a file of names that is missing,

@@ -22,6 +22,12 @@ _BETWEEN = 0.5
 _EXAMPLES, _NUM_TOTALS = 0, 4
 """The totals among the sums: examples, positives, log loss and predicted probabilities; counts follow."""
 
+RECORDED = ("auc", "log_loss", "normalised_entropy", "calibration")
+"""The measures of held-out examples that are logged."""
+
+TRAINED = ("auc", "normalised_entropy", "calibration")
+"""The measures of training batches that are logged."""
+
 
 @dataclass(frozen=True)
 class ClassificationReport:
@@ -47,8 +53,7 @@ class ClassificationReport:
 
     def as_record(self, prefix: str = "") -> dict[str, float]:
         """Returns the measures by name, for a metric sink."""
-        names = ("auc", "log_loss", "normalised_entropy", "calibration")
-        record = {prefix + name: getattr(self, name) for name in names}
+        record = {prefix + name: getattr(self, name) for name in RECORDED}
         return record | ({f"{prefix}auc_error": self.auc_error} if self.auc_error > 0 else {})
 
 
@@ -143,11 +148,7 @@ def report_of(sums: Tensor, counts: Tensor | None = None) -> ClassificationRepor
 def training_measures(sums: Tensor) -> dict[str, float]:
     """Returns the measures of training batches, predicted before they were trained on, from `classification_sums`."""
     report = report_of(sums)
-    return {
-        "auc": report.auc,
-        "normalised_entropy": report.normalised_entropy,
-        "calibration": report.calibration,
-    }
+    return {name: getattr(report, name) for name in TRAINED}
 
 
 def area_under_curve(negatives: Tensor, positives: Tensor) -> tuple[float, float]:

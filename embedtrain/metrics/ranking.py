@@ -71,6 +71,11 @@ def name_at(measure: str, k: int) -> str:
     return f"{measure}@{k}"
 
 
+def measure_names(ks: Sequence[int]) -> list[str]:
+    """Returns the names of the measures of recommendations with lists of some lengths."""
+    return [name_at(name, k) for k in ks for name in (*NAMES, "item_coverage")]
+
+
 def mean_measures(sums: Tensor, num_users: int, ks: Sequence[int]) -> dict[str, float]:
     """Returns the means by name.
 

@@ -6,15 +6,16 @@ from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig
 from embedtrain.config.sections import Config, EvaluateConfig, TableConfig, TrainConfig
 from embedtrain.recipes.base import (
     Grow,
-    Names,
     Packed,
     PackedTable,
     Recipe,
     RowScorer,
     Wanted,
+    base_file,
     collection_options,
     table_blocks,
     table_spec,
+    takes_new_names,
 )
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer
 from embedtrain.recipes.workload import (
@@ -35,7 +36,6 @@ __all__ = [
     "Evaluation",
     "Grow",
     "IdDistribution",
-    "Names",
     "Objective",
     "OptimizerConfig",
     "Packed",
@@ -52,6 +52,7 @@ __all__ = [
     "TrainConfig",
     "Wanted",
     "Workload",
+    "base_file",
     "build_dense_optimizer",
     "build_optimizer",
     "collection_options",
@@ -59,4 +60,5 @@ __all__ = [
     "table_blocks",
     "table_load",
     "table_spec",
+    "takes_new_names",
 ]

@@ -17,7 +17,6 @@ from embedtrain.data.click_batches import ClickBatch
 from embedtrain.data.click_schema import ClickSchema
 from embedtrain.data.readers import Layout, Rows
 from embedtrain.data.survey import Survey
-from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import CollectionOptions
@@ -36,43 +35,51 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 DataT = TypeVar("DataT")
 
 
-@dataclass(frozen=True)
-class Names:
-    """A file of names in the run folder: line n names row n of its tables.
+BASE = "base-"
+"""Begins the names of the files in a run folder that hold what another run, from which this one was started, knew."""
 
-    Attributes:
-        file_name: such as "vocabulary.tsv".
-        tables: the tables whose rows it names.
-        base_key: the key under which a grown run's configuration gives the old names to the preparation of new data.
-        init_key: the key of the vectors that these tables start from; null in a grown run.
+
+def base_file(config: Config, name: str) -> str | None:
+    """Returns where a run keeps a file of the run that it was started from; None if it was not started from one.
+
+    Args:
+        config: of the run.
+        name: of the file in the folder of the other run.
     """
+    return None if config.start_from is None else RunFolder(config.run.path).join(f"{BASE}{name}")
 
-    file_name: str
-    tables: tuple[str, ...]
-    base_key: str
-    init_key: str
+
+def takes_new_names(config: Config) -> bool:
+    """Returns whether words, ids and values without a row get one."""
+    return config.start_from is None or config.start_from_grow
 
 
 @dataclass(frozen=True)
 class Grow(Generic[ConfigT, DataT]):
-    """How a trained run gets rows for new names.
+    """How a run goes on with the tables of another, for other data.
+
+    `prepare` is told by `base_file` and `takes_new_names` which names have rows already, and whether others get one.
+    The names that `facts` and `write_files` give to the rows of the new run say which old row is whose.
 
     Attributes:
-        names: the files of names; a model with a table that none of them names cannot grow.
-        vocabularies: returns the names that prepared data have, in the order of `names`.
+        base_files: returns the files of the old run folder that `prepare` reads from `base_file`.
         tables: returns the tables for prepared data.
         facts: returns the facts of prepared data, as `Parts.facts`.
-        write_files: called on rank 0; writes to the run folder what of prepared data the answers of a run need, beside
-            the names.
-        data_key: the key of the data, which must be given anew.
+        write_files: called on rank 0; writes to the run folder what `Parts.write_files` writes.
+        data_key: the key of the data, which must be given anew to `embedtrain grow`.
+        lasting: beginnings of the keys on which the tensors of a checkpoint depend, beside those of all models.
+        same_facts: facts that must be those of the old run.
+        write_base: called on rank 0 with the state of the old checkpoint; writes what else `prepare` needs of it.
     """
 
-    names: Sequence[Names]
-    vocabularies: Callable[[DataT], Sequence[Vocabulary]]
+    base_files: Callable[[ConfigT], Sequence[str]]
     tables: Callable[[ConfigT, DataT], Sequence[TableSpec]]
-    facts: Callable[[DataT], Mapping[str, Any]]
+    facts: Callable[[ConfigT, DataT], Mapping[str, Any]]
+    write_files: Callable[[ConfigT, DataT, RunFolder], None]
     data_key: str = "data.path"
-    write_files: Callable[[DataT, RunFolder], None] = lambda data, folder: None
+    lasting: Sequence[str] = ()
+    same_facts: Sequence[str] = ()
+    write_base: Callable[[ConfigT, Mapping[str, Any]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,12 +89,16 @@ class Wanted:
     Attributes:
         users: raw ids; None for all users.
         top: how many items each.
-        leaves_out_known: whether to leave out the items that a user has in the training data.
+        leaves_out_known: whether to leave out the items that a user has: in the training data, or else as given here.
+        items: raw ids of items that a user has who was not in the training, in place of `users`.
+        history_path: files of users and their items, in place of `users`, in the format of the training data.
     """
 
     users: Sequence[str] | None
     top: int
     leaves_out_known: bool
+    items: Sequence[str] | None = None
+    history_path: str | None = None
 
 
 class RowScorer(Protocol):
@@ -177,6 +188,9 @@ class Recipe(Generic[ConfigT, DataT]):
         measure: collective; returns the measures of a checkpoint, given by its path, from what lies in the run folder;
             on the held-out data of a path if one is given, which none is if the model scores rows. None if the data of
             the run have to be prepared for that.
+        measure_new_users: collective; returns the measures of a checkpoint, given by its path, on users who were not in
+            the training: those of the files of a path, each known by a fraction of their items. None if the model
+            cannot.
         open: collective; opens the vectors of a checkpoint by the name of a table, None for the usual one. None if the
             vectors are rows of its tables.
         recommend: collective; yields the best items of users by a checkpoint. None if the model does not recommend.
@@ -197,6 +211,7 @@ class Recipe(Generic[ConfigT, DataT]):
     held_out: str | None = None
     grow: Grow[ConfigT, DataT] | None = None
     measure: Callable[[ConfigT, Runtime, str, str | None], Mapping[str, float]] | None = None
+    measure_new_users: Callable[[ConfigT, Runtime, str, str, float], Mapping[str, float]] | None = None
     open: Callable[[ConfigT, Runtime, str, str | None], Vectors] | None = None
     recommend: Callable[[ConfigT, Runtime, str, Wanted], Iterator[list[Recommendation]]] | None = None
     score: Callable[[ConfigT, Runtime, str], RowScorer] | None = None

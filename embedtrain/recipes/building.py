@@ -48,6 +48,6 @@ def workload_of(config: Config, sizes: Sizes) -> Workload:
     return replace(
         asked,
         save_bytes=section.max_extra_memory_bytes if section.mode == "async" else 0,
-        num_checkpoints=1 + (section.keep_last or 1) + (section.keep_best or 0),
+        num_checkpoints=1 + (section.keep_last or 1) + (config.num_best or 0),
         accumulate_steps=config.train.accumulate_steps,
     )

@@ -1,41 +1,52 @@
-"""New words, users or items for a trained run: another run that begins with all that the first one knows."""
+"""Runs that begin with all that another run knows, and with rows for what is new in their data."""
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from embedtrain import storage
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
 from embedtrain.checkpoint.growth import grown_parts
+from embedtrain.checkpoint.parts import TensorPart
 from embedtrain.checkpoint.writer import Contents, write_checkpoint
 from embedtrain.config.optimizer import OptimizerConfig
-from embedtrain.config.resolved import differing_keys, set_value, to_yaml
+from embedtrain.config.resolved import differing_keys, to_yaml
 from embedtrain.config.sections import Config
-from embedtrain.config.values import settings_of
-from embedtrain.data.vocabulary import Vocabulary
-from embedtrain.distributed.ranks import ONE_PROCESS
+from embedtrain.config.values import flatten, settings_of
+from embedtrain.data.partition import share_of_rank
+from embedtrain.data.row_names import FEATURES_NAME, RowNames, read_row_names
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import UserError
 from embedtrain.optim.stores import RowState
-from embedtrain.recipes.base import Grow, Names
+from embedtrain.recipes.base import BASE, Grow, base_file
 from embedtrain.recipes.loading import config_from_yaml
 from embedtrain.recipes.optimizers import build_optimizer
 from embedtrain.recipes.registry import recipe_of
+from embedtrain.recipes.trained import checkpoint_of
 from embedtrain.spec import TableSpec
-from embedtrain.train.run_folder import CONFIG_NAME, RunFolder
+from embedtrain.train.run_folder import CHECKPOINTS_NAME, CONFIG_NAME, RunFolder
 from embedtrain.train.state import TrainState, read_run_state
 
-_BASE = "base-"
-"""Beginning of the name under which a grown run keeps the old names."""
+_logger = logging.getLogger(__name__)
 
 _STEP = 0
-"""A grown run has made no step of its own yet."""
+"""A run that was started from another has made no step of its own yet."""
+
+_LASTING = ("model ", "table.dim ", "table.dtype ", "optimizer.name ", "optimizer.tables", "dense_optimizer.name ")
+"""Begin the settings that decide what the tensors of a checkpoint are."""
+
+_OWN = ("init_from", "base_vocabulary")
+"""The last names of settings that give the rows of a new run their names or values."""
 
 
 @dataclass(frozen=True)
@@ -53,27 +64,8 @@ class GrownTable:
     num_new: int
 
 
-@dataclass(frozen=True)
-class _Grown:
-    """A vocabulary before and after.
-
-    Attributes:
-        old: names by row, in the checkpoint.
-        new: names by row, in the grown run.
-        tables: whose rows it names, in their new size.
-    """
-
-    old: Vocabulary
-    new: Vocabulary
-    tables: Sequence[TableSpec]
-
-
 def grow_run(run_path: str, new_path: str, overrides: Sequence[str], runtime: Runtime) -> list[GrownTable]:
-    """Makes a run that has the rows of another's newest checkpoint, and rows for what is new in other data.
-
-    Rows and optimizer state are kept bit for bit under their words or raw ids; what is new begins as in a new run. All
-    names stand in the order of their counts, old and new added up, so a word's row is another one than before. The new
-    run begins at step 0 of its own epochs, with a checkpoint of that step; the first run is only read.
+    """Makes a run that is started from another, with rows for what is new in other data; see `begin_from`.
 
     Args:
         run_path: folder of a run whose model can grow and whose tables all have names.
@@ -88,8 +80,7 @@ def grow_run(run_path: str, new_path: str, overrides: Sequence[str], runtime: Ru
     if runtime.world_size != 1:
         raise UserError(f"expected one process, and this is one of {runtime.world_size}: run grow without torchrun")
     old_folder, folder = RunFolder(run_path), RunFolder(new_path)
-    path = latest_checkpoint(old_folder.checkpoints_path)
-    if path is None:
+    if latest_checkpoint(old_folder.checkpoints_path) is None:
         raise UserError(f"no complete checkpoint yet in {run_path!r}; train until the first one is saved")
     if storage.list_files(folder.path) or storage.list_folders(folder.path):
         raise UserError(f"{new_path} is not empty: choose a new folder for the grown run")
@@ -99,62 +90,110 @@ def grow_run(run_path: str, new_path: str, overrides: Sequence[str], runtime: Ru
     source = old_folder.join(CONFIG_NAME)
     grow = _grow_of(config_from_yaml(text, source), old_folder.path)
     _refuse_own_keys(grow, overrides)
-    config = config_from_yaml(text, source, overrides)
-    _refuse_changes(text, config)
-    _grow_of(config, old_folder.path)
-    config.run.path = folder.path
+    own = [f"{key}=null" for key in _own_keys(config_from_yaml(text, source))]
+    start = [f"start_from={old_folder.path}", "start_from_grow=true", f"run.path={folder.path}"]
+    config = config_from_yaml(text, source, [*own, *start, *overrides])
     try:
-        with CheckpointReader(path) as reader:
-            grown, facts = _prepare(grow, config, old_folder, folder, runtime)
-            return _write(config, grown, facts, reader, old_folder)
+        grown = begin_from(config, runtime)
+        folder.write_config(to_yaml(config))
     except BaseException:
-        _discard(folder, grow.names)
+        _discard(folder)
         raise
+    return grown
 
 
-def _write(
-    config: Config,
-    grown: Sequence[_Grown],
-    facts: Mapping[str, Any],
-    reader: CheckpointReader,
-    old_folder: RunFolder,
-) -> list[GrownTable]:
-    """Writes the new run's configuration and its first checkpoint."""
-    for each in grown:
-        _check_rows(each, reader, old_folder.path)
-    states = _states_of(config.optimizer, [spec for each in grown for spec in each.tables])
-    old_ids = [torch.from_numpy(each.old.rows_of(each.new.words)) for each in grown]
-    parts = [
-        part
-        for each, ids in zip(grown, old_ids, strict=True)
-        for spec in each.tables
-        for part in grown_parts(reader, spec, states[spec.name], ids, config.seed)
-    ]
+def begin_unless_begun(config: Config, runtime: Runtime) -> None:
+    """Writes the first checkpoint of a run that is started from another, unless it has one.
+
+    Collective: every rank.
+
+    Raises:
+        UserError: as `begin_from`.
+    """
     folder = RunFolder(config.run.path)
-    folder.write_config(to_yaml(config))
-    state = _state(reader, config, facts, old_folder.path)
-    contents = Contents(_STEP, parts, state, reader.replicated(), table_steps=reader.manifest.table_steps)
-    write_checkpoint(folder.checkpoints_path, contents, ONE_PROCESS)
+    if runtime.ranks.run_on_first(lambda: latest_checkpoint(folder.checkpoints_path)) is not None:
+        return
+    for table in begin_from(config, runtime):
+        _logger.info(f"table {table.name}: {table.num_kept:,} rows kept, {table.num_new:,} new")
+
+
+def begin_from(config: Config, runtime: Runtime) -> list[GrownTable]:
+    """Writes the first checkpoint of a run that is started from another.
+
+    Rows, optimizer state, dense parameters and theirs are those of the checkpoint that answers for the other run, bit
+    for bit, under the names of the rows. With `start_from_grow`, what is new in the data gets rows, which begin as in a
+    new run. The new run begins at step 0 of its own epochs; the other is only read, and is not needed again.
+
+    Collective: every rank.
+
+    Args:
+        config: of the new run; its folder holds no checkpoint.
+        runtime: of this process.
+
+    Raises:
+        UserError: the other run cannot be gone on with by this configuration, or the data cannot be used.
+        CheckpointError: the checkpoint is damaged, or does not hold what its configuration says.
+    """
+    assert config.start_from is not None
+    old_folder, folder, ranks = RunFolder(config.start_from), RunFolder(config.run.path), runtime.ranks
+    grow = _grow_of(config, old_folder.path)
+
+    def choose() -> str:
+        path = checkpoint_of(old_folder.path, None)
+        _refuse_changes(config, grow, old_folder)
+        with CheckpointReader(path) as reader:
+            _copy_base(config, grow, reader, old_folder)
+        return path
+
+    path = ranks.run_on_first(choose)
+    data, _ = recipe_of(config.model).prepare(config, runtime)
+    facts = grow.facts(config, data)
+    tables = grow.tables(config, data)
+    ranks.run_on_first(lambda: grow.write_files(config, data, folder))
+    with CheckpointReader(path) as reader:
+        read = functools.partial(_old_ids, reader, facts, (old_folder.path, folder.path))
+        old_ids = ranks.run_on_each(lambda: {spec.name: read(spec) for spec in tables})
+        ranks.run_on_each(lambda: _check_facts(grow, reader, facts, old_folder.path))
+        parts = _parts(config, reader, tables, old_ids, (ranks.rank, ranks.size))
+        state = _state(reader, config, facts, old_folder.path)
+        contents = Contents(_STEP, parts, state, reader.replicated(), table_steps=reader.manifest.table_steps)
+        write_checkpoint(folder.checkpoints_path, contents, ranks)
+    return [GrownTable(name, int((ids >= 0).sum()), int((ids < 0).sum())) for name, ids in old_ids.items()]
+
+
+def _parts(
+    config: Config,
+    reader: CheckpointReader,
+    tables: Sequence[TableSpec],
+    old_ids: Mapping[str, Tensor],
+    place: tuple[int, int],
+) -> list[TensorPart]:
+    """Returns what one rank of so many writes: its range of the slots of each table."""
+    states = _states_of(config.optimizer, tables)
     return [
-        GrownTable(spec.name, len(each.old), len(each.new) - len(each.old)) for each in grown for spec in each.tables
+        part
+        for spec in tables
+        for part in grown_parts(
+            reader, spec, states[spec.name], old_ids[spec.name], config.seed, share_of_rank(spec.num_rows, *place)
+        )
     ]
 
 
-def _discard(folder: RunFolder, names: Sequence[Names]) -> None:
+def _discard(folder: RunFolder) -> None:
     """Removes what a failed attempt wrote, as far as that works: the user is told of the attempt's own error."""
-    files = [each.file_name for each in names]
-    for name in (*files, *(f"{_BASE}{name}" for name in files), CONFIG_NAME):
-        with suppress(Exception):
-            storage.remove(folder.join(name))
     with suppress(Exception):
         folder.keep_data({})
-    for path in (folder.checkpoints_path, folder.path):
+    for name in (f"{BASE}{FEATURES_NAME}", FEATURES_NAME, CHECKPOINTS_NAME, ""):
+        path = folder.join(name) if name else folder.path
+        with suppress(Exception):
+            for file in storage.list_files(path):
+                storage.remove(storage.join(path, file))
         with suppress(Exception):
             storage.remove_empty_folder(path)
 
 
 def _grow_of(config: Config, run_path: str) -> Grow[Any, Any]:
-    """Returns how a run grows.
+    """Returns how a run of a model goes on with another's tables.
 
     Raises:
         UserError: it cannot.
@@ -162,71 +201,102 @@ def _grow_of(config: Config, run_path: str) -> Grow[Any, Any]:
     grow = recipe_of(config.model).grow
     if grow is None:
         raise UserError(f"{run_path} is a run of {config.model}, whose tables cannot grow")
-    nameless = set(config.table_names()) - {table for names in grow.names for table in names.tables}
-    if nameless:
-        raise UserError(
-            f"{run_path} cannot grow: new rows are for words, users and items alone, not for its tables "
-            f"{', '.join(sorted(nameless))}"
-        )
     return grow
+
+
+def _own_keys(config: Config) -> list[str]:
+    """Returns the given settings that a run which is started from another cannot have."""
+    settings = flatten(settings_of(config))
+    return [key for key, value in settings if key.rpartition(".")[2] in _OWN and value is not None]
 
 
 def _refuse_own_keys(grow: Grow[Any, Any], overrides: Sequence[str]) -> None:
     if not any(override.startswith(f"{grow.data_key}=") for override in overrides):
         raise UserError(f"expected {grow.data_key}=PATH, the data with what is new")
-    own_keys = ["run.path", *(key for each in grow.names for key in (each.base_key, each.init_key))]
-    own = [override for override in overrides if override.partition("=")[0] in own_keys]
+    own_keys = ("run.path", "start_from", "start_from_grow")
+    keys = {override: override.partition("=")[0] for override in overrides}
+    own = [override for override, key in keys.items() if key in own_keys or key.rpartition(".")[2] in _OWN]
     if own:
         raise UserError(f"{', '.join(own)}: grow itself sets this for the new run; leave it out")
 
 
-def _refuse_changes(old_yaml: str, config: Config) -> None:
-    lasting = "model ", "table.", "optimizer.name ", "optimizer.tables"
-    differing = [each for each in differing_keys(old_yaml, config) if each.startswith(lasting)]
+def _refuse_changes(config: Config, grow: Grow[Any, Any], old_folder: RunFolder) -> None:
+    """Refuses what would not fit the tensors of the other run."""
+    text = old_folder.read_config()
+    if text is None:
+        raise UserError(f"{old_folder.path} has no {CONFIG_NAME}: it is not the folder of a run")
+    lasting = (*_LASTING, *grow.lasting)
+    differing = [each for each in differing_keys(text, config) if each.startswith(lasting)]
+    if of_model := [each for each in differing if each.startswith("model ")]:
+        differing = of_model  # The settings of one model say nothing of another's.
     if differing:
-        raise UserError(f"these settings cannot change when a run grows: {'; '.join(differing)}")
+        raise UserError(f"start_from={old_folder.path}: these settings cannot change: {'; '.join(differing)}")
+    if given := _own_keys(config):
+        raise UserError(f"{given[0]}: start_from={old_folder.path} gives the tables their names and rows: leave it out")
 
 
-def _prepare(
-    grow: Grow[Any, Any], config: Config, old_folder: RunFolder, folder: RunFolder, runtime: Runtime
-) -> tuple[list[_Grown], Mapping[str, Any]]:
-    """Prepares the new data, with the old names as the base of theirs, and writes the new names."""
-    old = []
-    for each in grow.names:
-        words, kept = _keep_names(old_folder, folder, each.file_name)
-        old.append(words)
-        set_value(config, each.init_key, None)
-        set_value(config, each.base_key, kept)
-    data, _ = recipe_of(config.model).prepare(config, runtime)
-    tables = grow.tables(config, data)
-    grown = []
-    for each, words, vocabulary in zip(grow.names, old, grow.vocabularies(data), strict=True):
-        folder.write_vocabulary(vocabulary, each.file_name)
-        grown.append(_Grown(words, vocabulary, [spec for spec in tables if spec.name in each.tables]))
-    grow.write_files(data, folder)
-    return grown, grow.facts(data)
+def _copy_base(config: Config, grow: Grow[Any, Any], reader: CheckpointReader, old_folder: RunFolder) -> None:
+    """Copies to the new run the files of names that its data are prepared with."""
+    for name in grow.base_files(config):
+        url = base_file(config, name)
+        assert url is not None
+        try:
+            content = storage.read(old_folder.join(name))
+        except FileNotFoundError as error:
+            raise UserError(f"{old_folder.path} has no {name}, which says whose rows are whose") from error
+        storage.make_folder(url.rpartition("/")[0])
+        storage.replace(url, content, f"{url}.tmp")
+    for table in config.table_names():
+        if f"{table}/weight" in reader.tensors:
+            # The file is the one that the checkpoint was trained with.
+            read_row_names(old_folder.path, reader.state, table, reader.table(table).shape[0])
+    if grow.write_base is not None:
+        grow.write_base(config, reader.state)
 
 
-def _keep_names(old_folder: RunFolder, folder: RunFolder, name: str) -> tuple[Vocabulary, str]:
-    """Copies a file of names to the new run; returns the names and the path of the copy."""
-    try:
-        names = Vocabulary.load(old_folder.join(name))
-    except FileNotFoundError as error:
-        raise UserError(f"{old_folder.path} has no {name}, which says whose rows are whose") from error
-    kept = f"{_BASE}{name}"
-    folder.write_vocabulary(names, kept)
-    return names, folder.join(kept)
+def _old_ids(reader: CheckpointReader, facts: Mapping[str, Any], paths: tuple[str, str], spec: TableSpec) -> Tensor:
+    """Returns the row in the checkpoint of each row of a table, [num_rows] int64; -1 for a new one.
 
-
-def _check_rows(grown: _Grown, reader: CheckpointReader, run_path: str) -> None:
-    state = read_run_state(reader.manifest, reader.path)
-    for spec in grown.tables:
-        known = state.row_names.get(spec.name, {}).get("fingerprint", grown.old.fingerprint)
-        info = reader.tensors.get(f"{spec.name}/weight")
-        if info is None or info.shape[0] != len(grown.old) or known != grown.old.fingerprint:
+    Args:
+        reader: the checkpoint.
+        facts: of the new data.
+        paths: the folders of the old run and of the new one.
+        spec: the new table.
+    """
+    if f"{spec.name}/weight" not in reader.tensors:
+        raise UserError(f"{paths[0]} has no table {spec.name}: it cannot start one")
+    num_old = reader.table(spec.name).shape[0]
+    old = read_row_names(paths[0], reader.state, spec.name, num_old)
+    new = read_row_names(paths[1], facts, spec.name, spec.num_rows)
+    if old.is_numbered or new.is_numbered:
+        if old.is_numbered != new.is_numbered or num_old != spec.num_rows:
             raise UserError(
-                f"{run_path}: its file of names is not the one that {reader.path} was trained with: bring back that of "
-                f"table {spec.name!r}, or give the training command again, which writes it anew"
+                f"table {spec.name} of {paths[0]} has {num_old:,} rows without names of their own, and would have "
+                f"{spec.num_rows:,}: only tables whose rows have names can grow"
+            )
+        return torch.arange(num_old)
+    return _rows_by_name(old, new, spec.num_rows)
+
+
+def _rows_by_name(old: RowNames, new: RowNames, num_rows: int) -> Tensor:
+    rows = dict(old.rows)
+    first = int(new.has_others)
+    if old.has_others:
+        # Whatever it is called, row 0 is that of all other values.
+        rows.pop(old.words[0])
+    found = np.full(num_rows, -1, np.int64)
+    found[:first] = 0 if old.has_others else -1
+    found[first : len(new.words)] = [rows.get(word, -1) for word in new.words[first:]]
+    return torch.from_numpy(found)
+
+
+def _check_facts(grow: Grow[Any, Any], reader: CheckpointReader, facts: Mapping[str, Any], run_path: str) -> None:
+    read_run_state(reader.manifest, reader.path)
+    for key in grow.same_facts:
+        if facts.get(key) != reader.state.get(key):
+            raise UserError(
+                f"start_from={run_path}: its {key} are others than those of this run, and the network was trained on "
+                f"these: {reader.state.get(key)}"
             )
 
 

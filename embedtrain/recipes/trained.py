@@ -42,7 +42,7 @@ def require_config(run_path: str) -> Config:
 
 
 def checkpoint_of(run_path: str, step: Step) -> str:
-    """Returns the path of the newest checkpoint of a run, the one of a step, or the best.
+    """Returns the path of a checkpoint of a run, and logs which it is; see `Step`.
 
     Raises:
         UserError: there is none.
@@ -122,3 +122,23 @@ def measure_run(
         raise UserError(f"{config.run.path} is a run of {config.model}, which has no evaluation")
     load_weights(path, parts.task.tables, parts.task.dense, parts.facts["data_fingerprint"])
     return evaluation.measure(lambda: None)
+
+
+def measure_new_users(config: Config, runtime: Runtime, step: Step, path: str, fraction: float) -> Mapping[str, float]:
+    """Returns the measures of a run's checkpoint on users who were not in the training. Collective: every rank.
+
+    Args:
+        config: of the run.
+        runtime: of this process.
+        step: which checkpoint.
+        path: files of users and their items.
+        fraction: of a user's items that are known.
+
+    Raises:
+        UserError: the model cannot, the files cannot be used, or they have no such user.
+    """
+    measure = recipe_of(config.model).measure_new_users
+    if measure is None:
+        raise UserError(f"{config.run.path} is a run of {config.model}, which has no users to fold in")
+    measures: Mapping[str, float] = measure(config, runtime, checkpoint_of(config.run.path, step), path, fraction)
+    return measures

@@ -83,9 +83,9 @@ def _overfitting(facts: RunFacts) -> Iterator[str]:
             yield (
                 f"The model learns the training data by heart: the loss falls, and {name} was best at step "
                 f"{steps[best]:,}, {values[best]:.4g}, and is {values[-1]:.4g} now. Train for fewer epochs, raise "
-                "optimizer.weight_decay or lower table.dim. checkpoint.keep_best=1, "
-                f"checkpoint.best_metric={name} and a checkpoint.every_steps of an epoch or less keep the best for "
-                "--step best. Such settings make another run: give them with another run.path."
+                "optimizer.weight_decay or lower table.dim. checkpoint.keep_best=1 and "
+                f"checkpoint.best_metric={name} keep the best, and train.early_stop.patience ends the training. Such "
+                "settings make another run: give them with another run.path."
             )
             return
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 from embedtrain.checkpoint.choice import Step
@@ -17,8 +16,6 @@ from embedtrain.recipes.trained import checkpoint_of, require_config
 from embedtrain.serve.package import TableDtype, write_package
 from embedtrain.serve.scoring import ScoreOptions
 from embedtrain.train.run_folder import CONFIG_NAME, RunFolder
-
-_logger = logging.getLogger(__name__)
 
 FILE_SETTINGS = (
     "data.format",
@@ -67,8 +64,6 @@ def open_scorer(config: Config, runtime: Runtime, step: Step = None) -> RowScore
     path = checkpoint_of(config.run.path, step)
     score = recipe_of(config.model).score
     assert score is not None, "the configuration was made for files"
-    if runtime.rank == 0:
-        _logger.info(f"scoring by {path}")
     return score(config, runtime, path)
 
 

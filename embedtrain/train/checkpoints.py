@@ -27,6 +27,7 @@ from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import CorruptCheckpointError, UserError, printable
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.schema import SchemaError, parse
+from embedtrain.train.best import BestPolicy
 from embedtrain.train.state import RunState, TrainState, read_run_state
 from embedtrain.train.task import Task
 
@@ -45,12 +46,14 @@ class SavePolicy:
         every_seconds: seconds between two checkpoints, by rank 0's clock; None leaves it to the steps.
         options: how to save.
         timeout_seconds: how long the ranks wait for each other while they save in the background.
+        best: which measurements are saved at once, and end the training.
     """
 
     every_steps: int | None = None
     every_seconds: float | None = 600.0
     options: SaveOptions = field(default_factory=SaveOptions)
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
+    best: BestPolicy = field(default_factory=BestPolicy)
 
     def is_due(self, step: int) -> bool:
         """Returns whether the count of steps asks for a checkpoint; alike on every rank."""

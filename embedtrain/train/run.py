@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
-from embedtrain.checkpoint.retention import mode_of_best
 from embedtrain.config.resolved import differing_keys, settings_in, to_yaml
 from embedtrain.config.sections import Config
 from embedtrain.config.values import settings_of
@@ -25,6 +24,7 @@ from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, TensorB
 from embedtrain.metrics.trackers import MlflowSink, WandbSink, require_tracker
 from embedtrain.optim.schedule import schedule_factor
 from embedtrain.storage import local_path
+from embedtrain.train.best import BestPolicy, check_metric
 from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
 from embedtrain.train.interrupt import EXIT_PREEMPTED
 from embedtrain.train.lock import RunLock
@@ -213,8 +213,9 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
         parts: what to train.
 
     Raises:
-        UserError: the checkpoint is of other data or of another optimizer.
+        UserError: the checkpoint is of other data or of another optimizer, or the run has no such metric.
     """
+    check_metric(config.checkpoint.best_metric, parts.task)
     earlier = folder.read_config()
     started = start_new_tables(parts, config, folder, runtime)
     state = TrainState()
@@ -283,12 +284,15 @@ def start_new_tables(parts: Parts, config: Config, folder: RunFolder, runtime: R
 
 def _save_policy(config: Config) -> SavePolicy:
     settings = config.checkpoint
-    best_mode = mode_of_best(settings.best_metric, settings.best_mode)
-    retention = Retention(settings.keep_last, settings.keep_every, settings.keep_best, settings.best_metric, best_mode)
+    retention = Retention(
+        settings.keep_last, settings.keep_every, config.num_best, settings.best_metric, settings.best_mode
+    )
     options = SaveOptions(
         settings.mode, settings.max_extra_memory_bytes, settings.max_failures, settings.full_every, retention
     )
-    return SavePolicy(settings.every_steps, settings.every_seconds, options, config.run.timeout_seconds)
+    stop = config.train.early_stop
+    best = BestPolicy(settings.best_metric, settings.best_mode, config.num_best, stop.patience, stop.min_delta)
+    return SavePolicy(settings.every_steps, settings.every_seconds, options, config.run.timeout_seconds, best)
 
 
 def _resume_policy(config: Config) -> ResumePolicy:
@@ -354,8 +358,7 @@ def _build_sinks(config: Config, folder: RunFolder, state: TrainState, task: Tas
     sinks: list[MetricSink] = [ConsoleSink(sys.stderr, total, task.unit), metrics]
     if config.log.tensorboard and local_path(folder.path) is not None:
         board = TensorBoardSink(folder.join(TENSORBOARD_NAME), purge_step=state.step + 1)
-        best = config.checkpoint.best_metric
-        board.log_settings(settings_of(config), ["loss"] if best in (None, "loss") else ["loss", best])
+        board.log_settings(settings_of(config), list(dict.fromkeys(["loss", config.checkpoint.best_metric])))
         sinks.append(board)
     path = local_path(folder.path) or folder.path
     if config.log.wandb is not None:

@@ -34,6 +34,25 @@ class LogWindow:
 
 
 @dataclass
+class BestSoFar:
+    """The best value of the metric that a run is followed by.
+
+    Attributes:
+        metric: its name.
+        value: the best value.
+        step: when it was measured.
+        mark: the value of the last improvement that counted; see `BestPolicy.min_delta`.
+        num_since: measurements since then.
+    """
+
+    metric: str
+    value: Number
+    step: Count
+    mark: Number
+    num_since: Count = 0
+
+
+@dataclass
 class TrainState:
     """Counters of a run. Every draw of the data is a function of (seed, epoch, step): no generator is saved.
 
@@ -45,6 +64,7 @@ class TrainState:
         seconds: wall time spent in training, and in waiting for a stream.
         stream: of a run over a stream, where its next step begins; see `StreamedBatches`.
         window: what is not yet logged.
+        best: the best measurement so far; None if nobody follows it.
     """
 
     step: Count = 0
@@ -54,6 +74,7 @@ class TrainState:
     seconds: Amount = 0.0
     stream: Mapping[str, Any] = field(default_factory=dict)
     window: LogWindow | None = None
+    best: BestSoFar | None = None
 
     def advance(self, steps_per_epoch: int) -> None:
         """Counts a step of an epoch."""
@@ -70,7 +91,8 @@ class TrainState:
 
     def as_json(self) -> dict[str, Any]:
         """Returns the counters by name."""
-        return asdict(self)
+        counters = asdict(self)
+        return counters if self.best is not None else {name: counters[name] for name in counters if name != "best"}
 
     def restore(self, saved: TrainState) -> None:
         """Takes over the counters of a checkpoint."""

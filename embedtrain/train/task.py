@@ -115,6 +115,7 @@ class Task:
         summarize: turns the sums of `Objective.sums` over steps and ranks into measures; None where there are none.
         unit: what the batches count, in the plural: names the counters among the metrics.
         frequencies: by table [num_rows], how often each id occurs in the data, where that is known.
+        measures: the names of what `summarize` and `evaluation` return; None if that is known only when they have.
     """
 
     model: Model
@@ -126,6 +127,7 @@ class Task:
     summarize: Callable[[Tensor], Mapping[str, float]] | None = None
     unit: str = "examples"
     frequencies: Mapping[str, Tensor] = field(default_factory=dict)
+    measures: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)

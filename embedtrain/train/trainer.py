@@ -16,6 +16,7 @@ from embedtrain.distributed.stages import begin, stage
 from embedtrain.errors import CorruptCheckpointError, NonFiniteError, UserError
 from embedtrain.metrics.sinks import MetricSink
 from embedtrain.train.ahead import BatchesAhead, Prepared
+from embedtrain.train.best import BestWatch, require_metric
 from embedtrain.train.checkpoints import Checkpoints
 from embedtrain.train.interrupt import Interrupt
 from embedtrain.train.state import LogWindow, TrainState
@@ -76,6 +77,9 @@ class Trainer:
         self._options = options
         self._ranks = ranks
         self._is_shared = is_shared or (lambda error: ranks.size == 1)
+        self._best = BestWatch(checkpoints.policy.best, state, ranks)
+        self._names: frozenset[str] = frozenset()
+        self._kinds: set[bool] = set()  # Of the records so far: those of the training and those of held-out data.
         self._check_counters()
         # Checkpoints of earlier versions hold no window: their records begin anew.
         window = state.window or LogWindow(state.step, state.step)
@@ -123,21 +127,31 @@ class Trainer:
                     if is_logged:
                         self._log(sinks)
                     if is_measured:
-                        is_due |= not self._measure(sinks, alive)
+                        is_due |= self._measure(sinks, alive)
+                    if self._best.is_over:
+                        self._finish_records(sinks, alive)
                     if is_due or is_overdue or is_stopped:
                         self._save(before_save, is_last=is_stopped)
                     if is_stopped and not self.is_over():
                         return False
-            if self._is_drained and self.state.step > self._logged_step:
-                self._log(sinks)
-            if self._is_drained and self.state.step > self._measured_step and self._task.evaluation is not None:
-                self._measure(sinks, alive)
+            if self._is_drained:
+                self._finish_records(sinks, alive)
+            if self._best.is_over and self._ranks.rank == 0:
+                self._best.explain()
             self._save(before_save, is_last=True)
         return True
 
     def is_over(self) -> bool:
-        """Tells whether the last epoch, or the stream, is trained to its end."""
-        return self._is_drained or (self.total_steps is not None and self.state.step >= self.total_steps)
+        """Tells whether the last epoch, or the stream, is trained to its end, or no improvement is waited for."""
+        is_at_end = self.total_steps is not None and self.state.step >= self.total_steps
+        return self._is_drained or is_at_end or self._best.is_over
+
+    def _finish_records(self, sinks: Sequence[MetricSink], alive: Callable[[], None] | None) -> None:
+        """Logs and measures at a step that nobody knew to be the last. Collective: every rank."""
+        if self.state.step > self._logged_step:
+            self._log(sinks)
+        if self.state.step > self._measured_step and self._task.evaluation is not None:
+            self._measure(sinks, alive)
 
     def _save(self, before_save: Callable[[], None] | None, is_last: bool) -> None:
         if before_save is not None:
@@ -246,7 +260,9 @@ class Trainer:
         self._logged_step = self.state.step
 
     def _measure(self, sinks: Sequence[MetricSink], alive: Callable[[], None] | None) -> bool:
-        """Measures on held-out data; returns False if that failed, which is no reason to lose what was trained.
+        """Measures on held-out data; returns whether to save now.
+
+        It is saved if the measure is one to keep, and if the measurement failed, which must not lose what was trained.
 
         Collective: every rank.
         """
@@ -259,8 +275,9 @@ class Trainer:
                 if not self._is_shared(caught):
                     raise
                 error = caught
+        is_kept = False
         if error is None:
-            self._take({**self._when(), **measures}, sinks)
+            is_kept = self._take({**self._when(), **measures}, sinks)
         elif self._ranks.rank == 0:
             _logger.warning(
                 f"the evaluation at step {self.state.step:,} failed, and training goes on without its measures: "
@@ -268,12 +285,18 @@ class Trainer:
             )
         self._measured_step = self.state.step
         self._window.leave_out_time()
-        return error is None
+        return is_kept or error is not None
 
-    def _take(self, record: Mapping[str, float | int | str], sinks: Sequence[MetricSink]) -> None:
+    def _take(self, record: Mapping[str, float | int | str], sinks: Sequence[MetricSink]) -> bool:
+        """Hands a record on; returns whether a checkpoint of now would be kept for it. Collective: every rank."""
+        self._names |= record.keys()
+        self._kinds.add("loss" in record)
         self._checkpoints.metrics = {**self._checkpoints.metrics, **record}
         for sink in sinks:
             sink.log(record)
+        if len(self._kinds) == (1 if self._task.evaluation is None else 2):
+            require_metric(self._best.metric, self._names)
+        return self._best.judge(record)
 
     def _when(self) -> dict[str, float | int | str]:
         """Returns where the run is, as records say it; a stream has no epochs."""

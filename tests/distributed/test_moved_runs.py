@@ -273,7 +273,7 @@ def test_an_earlier_step_or_the_best_answers(model: str, answer: Answer, capfd: 
     assert main(["neighbors", "run", "x", "--step", "999"]) == 2
     assert f"has no complete checkpoint of step 999; it has those of {steps[0]}" in capfd.readouterr().err
     assert main(["inspect", "run", "--step", "first"]) == 2
-    assert "expected the step of a checkpoint, or best, got 'first'" in capfd.readouterr().err
+    assert "expected the step of a checkpoint, best or newest, got 'first'" in capfd.readouterr().err
 
 
 def test_a_checkpoint_of_the_library_can_be_inspected(answer: Answer, capfd: pytest.CaptureFixture[str]) -> None:

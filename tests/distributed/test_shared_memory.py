@@ -55,6 +55,7 @@ def train(ranks: Ranks, variable: str, wire_dtype: torch.dtype | None) -> tuple[
     os.environ[VARIABLE] = variable
     ranks = job_ranks()
     features = [et.FeatureSpec("item"), et.FeatureSpec("history", "item", pooling="mean")]
+    features += [et.FeatureSpec("bought", "item", pooling="sum", pool_at="owner")]
     tables = et.EmbeddingCollection(
         [et.TableSpec("item", 90, 12)], features, ranks=ranks, seed=3, wire_dtype=wire_dtype
     )
@@ -63,8 +64,8 @@ def train(ranks: Ranks, variable: str, wire_dtype: torch.dtype | None) -> tuple[
         generator = torch.Generator().manual_seed(10 * step + ranks.rank)
         for _ in range(1 + step % 2):  # some steps are of several batches
             bags = [torch.randint(0, 90, (n,), generator=generator).tolist() for n in (5, 0, 9)]
-            out = tables({"item": et.Jagged.from_lists(bags), "history": et.Jagged.from_lists(bags)})
-            (out["item"].square().sum() + out["history"].sin().sum()).backward()
+            out = tables(dict.fromkeys(("item", "history", "bought"), et.Jagged.from_lists(bags)))
+            (out["item"].square().sum() + out["history"].sin().sum() + out["bought"].cos().sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
     found = [tables.gather_table("item"), tables.gather_table("item", "accumulator")]

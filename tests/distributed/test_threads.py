@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -28,6 +30,7 @@ def talk(ranks: Ranks) -> list[object]:
     return [
         ranks.all_to_all(own[: sum(send)], send, receive),
         torch.cat(ranks.all_to_all_split(own[: sum(send)], send, receive, torch.float64)),
+        *(torch.cat(written(ranks, own, send, receive, is_kept)) for is_kept in (True, False)),
         ranks.all_to_all_gather(own, torch.arange(sum(send)), send, receive, torch.bfloat16, torch.float32),
         ranks.all_reduce(torch.tensor(float(ranks.rank))),
         ranks.sum(0.5 + ranks.rank, torch.device("cpu")),
@@ -40,6 +43,19 @@ def talk(ranks: Ranks) -> list[object]:
         ranks.run_on_first(lambda: ranks.rank),
         list(ranks.lockstep([ranks.rank] * (ranks.rank + 1))),
     ]
+
+
+def written(ranks: Ranks, own: torch.Tensor, send: list[int], receive: list[int], is_kept: bool) -> list[torch.Tensor]:
+    """Sends rows that are written where they travel from; if they are kept, reads them after two more exchanges."""
+
+    def write(rooms: Sequence[torch.Tensor]) -> None:
+        for room, rows in zip(rooms, own[: sum(send)].split(send), strict=True):
+            room.copy_(rows)
+
+    came = ranks.all_to_all_written(write, own[:0], send, receive, is_kept=is_kept)
+    for _ in range(2 * is_kept):
+        ranks.all_to_all(own[: sum(send)] + 1, send, receive)
+    return came
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -53,7 +53,8 @@ def write_words(folder: Path) -> None:
 def write_clicks(folder: Path) -> None:
     """Census-like rows for the configuration `ranking`, and days of clicks in the Criteo layout."""
     generator = np.random.default_rng(1)
-    for name, num_rows in (("train.csv", 1024), ("valid.csv", 256)):
+    days = [(f"{day}.csv", 512) for day in ("monday", "tuesday", "wednesday")]
+    for name, num_rows in (("train.csv", 1024), ("valid.csv", 256), *days):
         rows = []
         for _ in range(num_rows):
             age, hours = generator.integers(18, 80), generator.integers(10, 60)
@@ -75,6 +76,8 @@ def write_interactions(folder: Path) -> None:
         users = [4711, *range(40)]
         lines = [f"{user} {' '.join(map(str, generator.choice(30, num_items, replace=False)))}\n" for user in users]
         (folder / name).write_text("".join(lines))
+    lines = [f"new{user} {' '.join(map(str, generator.choice(30, 5, replace=False)))}\n" for user in range(9)]
+    (folder / "new-users.txt").write_text("".join(lines))
 
 
 @pytest.fixture
@@ -145,6 +148,7 @@ def test_most_pages_can_be_run() -> None:
     assert {page.name for page in PAGES if runnable(page)} >= {
         "README.md",
         "checkpoints.md",
+        "daily.md",
         "growing.md",
         "launching.md",
         "optimizers.md",

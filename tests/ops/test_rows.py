@@ -58,6 +58,20 @@ def test_rows_of_other_types_are_refused(backend: str) -> None:
         segment_sum(torch.zeros(3, 2), sort_unique(rows))
 
 
+def test_pooled_vectors_are_written_where_they_are_wanted(backend: str) -> None:
+    source, rows = make_source(9, 37, torch.float32), torch.tensor([0, 8, 3, 3, 1])
+    bags = [Bags(3, torch.tensor([2, 0, 1])), Bags(2)]
+    expected = pool_rows(source, rows, bags)
+    for dtype in (torch.float32, torch.bfloat16):
+        room = torch.full((7, 37), 9.0, dtype=dtype)
+        out = [room[1:4], room[4:6]]
+        assert all(a is b for a, b in zip(pool_rows(source, rows, bags, out=out), out, strict=True))
+        assert torch.equal(room[1:6], torch.cat(expected).to(dtype)) and room[[0, 6]].eq(9.0).all()
+    for wrong in (torch.zeros(2, 37), torch.zeros(37, 3).T, torch.zeros(3, 37).double()):
+        with pytest.raises(ValueError, match="expected out"):
+            pool_rows(source, rows, bags, out=[wrong, room[4:6]])
+
+
 def make_features(num_bags: int) -> list[Bags]:
     """One value a bag, sums and means, weighted and not; some bags are empty, in some every id is the same."""
     generator = torch.Generator().manual_seed(7)

@@ -93,9 +93,9 @@ EMBEDTRAIN_INLINE bool all_inside(const int64_t* indices, int64_t count, int64_t
     return !(signs >> 63);
 }
 
-// How many values and terms the features before have.
+// How many bags, values and terms the features before have.
 struct Before {
-    int64_t values = 0, terms = 0;
+    int64_t bags = 0, values = 0, terms = 0;
 };
 
 // The gradient that a value hands on to its row. All values of a bag without weights hand on the same one: a term is a
@@ -115,12 +115,11 @@ EMBEDTRAIN_INLINE void visit_bags(const Bags& bags, int part, int num_parts, Out
     int64_t num_bags = 0;
     for (int64_t f = 0; f < bags.num_features; ++f) num_bags += bags.features[f].num_bags;
     const Range range = range_of_part(num_bags, part, num_parts);
-    int64_t first_bag = 0;
     Before before;
     for (int64_t f = 0; f < bags.num_features; ++f) {
         const Feature& feature = bags.features[f];
-        const int64_t begin = std::clamp<int64_t>(range.begin - first_bag, 0, feature.num_bags);
-        const int64_t end = std::clamp<int64_t>(range.end - first_bag, 0, feature.num_bags);
+        const int64_t begin = std::clamp<int64_t>(range.begin - before.bags, 0, feature.num_bags);
+        const int64_t end = std::clamp<int64_t>(range.end - before.bags, 0, feature.num_bags);
         if (begin < end) {
             int64_t value = begin;
             if (feature.lengths) {
@@ -139,7 +138,7 @@ EMBEDTRAIN_INLINE void visit_bags(const Bags& bags, int part, int num_parts, Out
             if (end == feature.num_bags && value != feature.num_values) ++*outside;
         }
         if (part == 0 && feature.num_bags == 0 && feature.num_values) ++*outside;
-        first_bag += feature.num_bags;
+        before.bags += feature.num_bags;
         before.values += feature.num_values;
         before.terms += num_terms(feature);
     }

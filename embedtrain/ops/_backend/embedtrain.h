@@ -23,6 +23,12 @@ struct EmbedtrainFeature {
     int64_t is_mean;
 };
 
+// Rows that go to one owner of rows, or come from it.
+struct EmbedtrainPart {
+    void* rows;  // [num_rows, dim]
+    int64_t num_rows;
+};
+
 // Consecutive values whose rows lie in [first_row, first_row + num_rows); rows of later runs are larger.
 struct EmbedtrainRun {
     int64_t num_values;
@@ -81,6 +87,35 @@ void embedtrain_pool_rows(const void* source, int64_t num_rows, int is_bfloat16,
 void embedtrain_pool_rows_backward(int64_t dim, const int64_t* order, const int64_t* starts, int64_t num_distinct,
                                    int64_t num_values, const struct EmbedtrainFeature* features, int64_t num_features,
                                    float factor, float* grad, int num_threads, int64_t* num_outside);
+
+// keys: [num_values], `owner * num_local_rows + local row`, of the features' bags; rows: [num_values], written: the local
+// rows by owner, bag after bag, the first of each bag there as its complement; weights: [num_values], written alike, or
+// null; bag_of_sum: [num_values], written: by owner the bags that have rows there, ascending; bags are numbered through
+// all features; id_counts, sum_counts: [num_owners], written. num_outside: whether keys are of no owner, or bags lie
+// outside the values; the rest means nothing then.
+void embedtrain_split_bags(const int64_t* keys, int64_t num_values, const struct EmbedtrainFeature* features,
+                           int64_t num_features, int64_t num_owners, int64_t num_local_rows, int num_threads,
+                           int rows_are_int32, void* rows, float* weights, int64_t* bag_of_sum, int64_t* id_counts,
+                           int64_t* sum_counts, int64_t* num_outside);
+
+// split_rows: [num_values] as embedtrain_split_bags writes them; rows: [num_values], written: the rows themselves;
+// lengths: [num_bags + 1], written: of the bags, and one number that means nothing. num_outside: whether there are more
+// or fewer bags; the rest means nothing then.
+void embedtrain_join_bags(const void* split_rows, int rows_are_int32, int64_t num_values, int64_t num_bags,
+                          int64_t* rows, int64_t* lengths, int64_t* num_outside);
+
+// parts: [num_owners], sums float32 or bfloat16; bag_of_sum: as embedtrain_split_bags gives it; features: their vectors
+// are written: the sums of each bag in order of owner, divided by its length for a mean. num_outside: whether bags do
+// not ascend in each part, or are of no feature; the vectors mean nothing then.
+void embedtrain_add_sums(const struct EmbedtrainPart* parts, int64_t num_owners, int is_bfloat16, int64_t dim,
+                         const int64_t* bag_of_sum, const struct EmbedtrainFeature* features, int64_t num_features,
+                         int num_threads, int64_t* num_outside);
+
+// features: their vectors are the gradients of the pooled vectors; parts: [num_owners], float32, written: the gradient of
+// each sum. num_outside: as above.
+void embedtrain_share_out(const struct EmbedtrainFeature* features, int64_t num_features, int64_t dim,
+                          const int64_t* bag_of_sum, const struct EmbedtrainPart* parts, int64_t num_owners,
+                          int num_threads, int64_t* num_outside);
 
 // features: [num_features]; their vectors are the gradients of the pooled vectors. largest: [2], written: the largest
 // magnitude of the gradients, and of the weights and 1; an infinity or a NaN if one is among them.

@@ -15,16 +15,19 @@ from embedtrain.ops.sort_unique import SortedKeys
 __all__ = ["Bags", "grad_of_weights", "pool_rows", "pool_rows_backward"]
 
 
-def pool_rows(source: Tensor, index: Tensor, bags: Sequence[Bags]) -> list[Tensor]:
+def pool_rows(
+    source: Tensor, index: Tensor, bags: Sequence[Bags], *, out: Sequence[Tensor] | None = None
+) -> list[Tensor]:
     """Pools the rows of several features, whose values lie one feature after the other.
 
     Args:
         source: [num_rows, dim] float32 or bfloat16.
         index: [n] int64, all in [0, num_rows); the row of each value.
         bags: the features; their values are n together.
+        out: per feature [num_bags, dim] contiguous, float32 or bfloat16, which is written; None for new tensors.
 
     Returns:
-        Per feature [num_bags, dim] float32; zeros for an empty bag.
+        Per feature [num_bags, dim] float32, zeros for an empty bag; `out` if it is given.
 
     Raises:
         ValueError: shapes or dtypes disagree, or the lengths of a feature do not add up to its values.
@@ -39,13 +42,27 @@ def pool_rows(source: Tensor, index: Tensor, bags: Sequence[Bags]) -> list[Tenso
         )
     if source.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"expected float32 or bfloat16 rows, got {source.dtype}")
+    if out is not None:
+        _check_out(out, bags, source.shape[1])
     if dispatch.uses_native(source):
-        return native.pool_rows(source, index, bags)
-    if dispatch.uses_triton(source):
+        if out is None or all(vectors.dtype == torch.float32 for vectors in out):
+            return native.pool_rows(source, index, bags, out)
+        pooled = native.pool_rows(source, index, bags, None)
+    elif dispatch.uses_triton(source):
         from embedtrain.ops.pool_rows import triton
 
-        return triton.pool_rows(source, index, bags)
-    return reference.pool_rows(source, index, bags)
+        pooled = triton.pool_rows(source, index, bags)
+    else:
+        pooled = reference.pool_rows(source, index, bags)
+    return pooled if out is None else [room.copy_(own) for room, own in zip(out, pooled, strict=True)]
+
+
+def _check_out(out: Sequence[Tensor], bags: Sequence[Bags], dim: int) -> None:
+    for room, feature in zip(out, bags, strict=True):
+        if room.shape != (feature.num_bags, dim) or not room.is_contiguous():
+            raise ValueError(f"expected out [{feature.num_bags}, {dim}] contiguous, got {tuple(room.shape)}")
+        if room.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"expected out float32 or bfloat16, got {room.dtype}")
 
 
 def pool_rows_backward(

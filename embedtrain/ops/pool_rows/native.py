@@ -19,16 +19,11 @@ _FEATURE = library.array_code(
 )
 
 
-def pool_rows(source: Tensor, index: Tensor, bags: Sequence[Bags]) -> list[Tensor]:
+def pool_rows(source: Tensor, index: Tensor, bags: Sequence[Bags], out: Sequence[Tensor] | None = None) -> list[Tensor]:
     """See `embedtrain.ops.pool_rows`."""
     source, index = source.contiguous(), index.contiguous()
     dim = source.shape[1]
-    if len(bags) == 1:
-        pooled = [empty_buffer(bags[0].num_bags, dim)]
-    else:
-        together = empty_buffer(sum(feature.num_bags for feature in bags), dim)
-        # `data` is no view to autograd: the caller may change one feature's vectors in place.
-        pooled = [part.data for part in together.split([feature.num_bags for feature in bags])]
+    pooled = empty_vectors(bags, dim) if out is None else list(out)
     table, kept = describe(bags, pooled)
     num_outside = ctypes.c_int64()
     library.get().embedtrain_pool_rows(
@@ -76,6 +71,15 @@ def pool_rows_backward(
         num_values = sum(feature.num_values for feature in bags)
         raise IndexError(f"expected the sorted keys of {num_values} values, got those of {keys.order.numel()}")
     return summed
+
+
+def empty_vectors(bags: Sequence[Bags], dim: int) -> list[Tensor]:
+    """Returns uninitialised memory for the pooled vectors of each feature, [num_bags, dim] float32."""
+    if len(bags) == 1:
+        return [empty_buffer(bags[0].num_bags, dim)]
+    together = empty_buffer(sum(feature.num_bags for feature in bags), dim)
+    # `data` is no view to autograd: the caller may change one feature's vectors in place.
+    return [part.data for part in together.split([feature.num_bags for feature in bags])]
 
 
 def check_lengths(bags: Sequence[Bags]) -> None:

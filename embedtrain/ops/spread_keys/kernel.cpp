@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "divisor.h"
 #include "embedtrain.h"
 #include "parallel.h"
 #include "simd.h"
@@ -9,17 +10,6 @@
 namespace {
 
 using namespace embedtrain;
-
-// Division by a constant without dividing: exact for products below 2^62, after one correction.
-struct Divisor {
-    uint64_t divisor, reciprocal;
-    explicit Divisor(uint64_t d) : divisor(d), reciprocal(d > 1 ? ~0ull / d : ~0ull) {}
-    EMBEDTRAIN_INLINE uint64_t quotient(uint64_t value) const {
-        uint64_t q = static_cast<uint64_t>(static_cast<unsigned __int128>(value) * reciprocal >> 64);
-        q += value - q * divisor >= divisor;
-        return q;
-    }
-};
 
 template <typename Id>
 void spread(EmbedtrainIds& feature, uint64_t num_local_rows, bool is_whole, int64_t* keys) {

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Architecture = Literal["dlrm", "dcn_v2"]
 
+HELD_OUT = "valid_"
+"""Begins the names of the measures of held-out examples."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions:
@@ -232,7 +235,7 @@ def measure_ranking(model: Ranking, batches: ClickBatches, alive: Callable[[], N
             batch = model.prepare(batches.batch(0, step), is_ahead=False)
             meter.add(model.predict(batch), batch.labels)
             alive()
-    return meter.report(model.tables.ranks).as_record("valid_")
+    return meter.report(model.tables.ranks).as_record(HELD_OUT)
 
 
 def _mlp(sizes: Sequence[int]) -> nn.Sequential:

@@ -29,12 +29,13 @@ from embedtrain.data.sources import expand_sources, refuse_changes
 from embedtrain.data.vector_files import check_vectors
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
-from embedtrain.metrics.classification import training_measures
-from embedtrain.recipes.base import Recipe, collection_options
+from embedtrain.metrics.classification import RECORDED, TRAINED, training_measures
+from embedtrain.recipes.base import Grow, Recipe, collection_options
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer
+from embedtrain.recipes.ranking.base import base_files, read_base, write_base
 from embedtrain.recipes.ranking.config import ClicksConfig, RankingConfig
 from embedtrain.recipes.ranking.draft import draft
-from embedtrain.recipes.ranking.model import Ranking, measure_ranking
+from embedtrain.recipes.ranking.model import HELD_OUT, Ranking, measure_ranking
 from embedtrain.recipes.ranking.options import click_schema, feature_options, network_options, ranking_tables
 from embedtrain.recipes.ranking.packing import pack
 from embedtrain.recipes.ranking.scoring import ClickScorer
@@ -124,21 +125,13 @@ def build(config: RankingConfig, runtime: Runtime, data: ClicksOfRun) -> Parts:
         dense=build_dense_optimizer(config.dense_optimizer, model.network, model.tables),
         evaluation=_build_evaluation(config, runtime, model, data.held_out),
         summarize=training_measures,
+        measures=[*TRAINED, *(HELD_OUT + name for name in RECORDED if data.held_out is not None)],
     )
-    facts = {
-        "data_fingerprint": data.fingerprint,
-        STATE_KEY: _names_facts(config, layout),
-        "features": {name: layout.num_rows[name] for name in layout.feature_names},
-        "dense": {
-            "columns": layout.dense_names,
-            "transform": config.data.dense_transform,
-            "mean": layout.dense_mean.tolist(),
-            "std": layout.dense_std.tolist(),
-        },
-    }
     write_files, pretrained = functools.partial(_write_files, data), _pretrained(config, layout)
     logs = [log for log in (layout, data.held_out) if isinstance(log, ClickLog)]
-    return Parts(task, facts, write_files, pretrained, tuple(entry for log in logs for entry in log.unverified))
+    return Parts(
+        task, _facts(config, data), write_files, pretrained, tuple(entry for log in logs for entry in log.unverified)
+    )
 
 
 def measure(
@@ -199,7 +192,8 @@ def _prepare_log(
     options: ClickOptions, config: RankingConfig, runtime: Runtime, like: ClickLayout | None = None
 ) -> ClickLog:
     cache_path = os.path.expanduser(config.data.cache_path)
-    log = prepare_clicks(options, cache_path, runtime.ranks, like=like)
+    base = None if like is not None else runtime.ranks.run_on_each(lambda: read_base(config))
+    log = prepare_clicks(options, cache_path, runtime.ranks, like=like, base=base)
     if runtime.rank == 0:
         rows = sum(log.num_rows.values())
         _logger.info(
@@ -212,6 +206,21 @@ def _prepare_log(
             meaning = "1" if positive is None else repr(positive)
             _logger.warning(f"{which} is positive: is {meaning} what column {label!r} holds for a positive?")
     return log
+
+
+def _facts(config: RankingConfig, data: ClicksOfRun) -> dict[str, Any]:
+    layout = data.layout
+    return {
+        "data_fingerprint": data.fingerprint,
+        STATE_KEY: _names_facts(config, layout),
+        "features": {name: layout.num_rows[name] for name in layout.feature_names},
+        "dense": {
+            "columns": list(layout.dense_names),
+            "transform": config.data.dense_transform,
+            "mean": layout.dense_mean.tolist(),
+            "std": layout.dense_std.tolist(),
+        },
+    }
 
 
 def _build_model(config: RankingConfig, runtime: Runtime, layout: ClickLayout) -> Ranking:
@@ -312,6 +321,15 @@ RECIPE = Recipe(
     check=check,
     draft=draft,
     held_out="data.valid_path",
+    grow=Grow(
+        base_files=base_files,
+        tables=lambda config, data: ranking_tables(config, data.layout),
+        facts=_facts,
+        write_files=lambda config, data, folder: _write_files(data, folder),
+        lasting=("ranking.",),
+        same_facts=("dense",),
+        write_base=write_base,
+    ),
     measure=measure,
     score=ClickScorer,
     pack=pack,

@@ -186,7 +186,11 @@ class Retrieval(nn.Module):
             joined: Tensor = self.dense[name](torch.cat(parts, dim=1)).float()
         else:
             joined = torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
-        return F.normalize(joined, dim=1) if self.scoring.similarity == "cosine" else joined
+        return self.as_compared(joined)
+
+    def as_compared(self, vectors: Tensor) -> Tensor:
+        """Returns vectors [n, dim] as their dot products compare them: of length 1 if the similarity is a cosine."""
+        return F.normalize(vectors, dim=1) if self.scoring.similarity == "cosine" else vectors
 
 
 def pair_losses(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 
@@ -26,23 +25,24 @@ from embedtrain.data.interactions import (
 )
 from embedtrain.data.readers import Layout, suffixes_of
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
-from embedtrain.data.row_names import STATE_KEY, values_source, vocabulary_source, write_values
+from embedtrain.data.row_names import STATE_KEY, values_file, values_source, vocabulary_source, write_values
 from embedtrain.data.sources import refuse_changes
 from embedtrain.data.vector_files import check_vectors
-from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError, printable
 from embedtrain.export.recommendations import Recommendation
 from embedtrain.export.vectors import FloatRows, Vectors, open_vectors
+from embedtrain.metrics.ranking import measure_names
 from embedtrain.optim.dense import DenseOptimizer
-from embedtrain.recipes.base import Grow, Names, Packed, Recipe, Wanted, collection_options
+from embedtrain.recipes.base import Grow, Packed, Recipe, Wanted, base_file, collection_options, takes_new_names
 from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
+from embedtrain.recipes.retrieval.asking import best_items, measure_unseen
 from embedtrain.recipes.retrieval.config import RetrievalConfig, SideConfig
 from embedtrain.recipes.retrieval.draft import draft
 from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval, Scoring, Side, retrieval_table
 from embedtrain.recipes.retrieval.packing import packed_sides
-from embedtrain.recipes.retrieval.recommendation import Catalogue, all_vectors, evaluate_retrieval
+from embedtrain.recipes.retrieval.recommendation import all_vectors, evaluate_retrieval
 from embedtrain.recipes.retrieval.workload import workload
 from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import DEFAULT_OPTIMIZER, TableSpec
@@ -50,8 +50,6 @@ from embedtrain.storage import base_name
 from embedtrain.train.checkpoints import load_weights
 from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.task import Evaluation, Parts, Pretrained, Task
-
-_USERS_AT_ONCE = 1024
 
 _logger = logging.getLogger(__name__)
 
@@ -119,8 +117,9 @@ def _interaction_options(config: RetrievalConfig) -> InteractionOptions:
         user_column=config.data.user_column,
         item_column=config.data.item_column,
         held_out_path=config.evaluate.path,
-        users=_side_options(config.users, "users"),
-        items=_side_options(config.items, "items"),
+        users=_side_options(config, config.users, "users"),
+        items=_side_options(config, config.items, "items"),
+        takes_new=takes_new_names(config),
     )
 
 
@@ -155,6 +154,7 @@ def build(config: RetrievalConfig, runtime: Runtime, interactions: Interactions)
         dense=_build_dense_optimizer(config, model),
         evaluation=evaluation,
         unit="interactions",
+        measures=[] if evaluation is None else measure_names(config.evaluate.k),
         frequencies={
             USER: torch.from_numpy(interactions.users.counts),
             ITEM: torch.from_numpy(interactions.items.counts),
@@ -191,7 +191,7 @@ def _build_dense_optimizer(config: RetrievalConfig, model: Retrieval) -> DenseOp
     return build_dense_optimizer(config.dense_optimizer, model.dense, model.tables)
 
 
-def _side_options(section: SideConfig, key: str) -> SideOptions:
+def _side_options(config: RetrievalConfig, section: SideConfig, key: str) -> SideOptions:
     separators = {name: feature.separator for name, feature in section.features.items()}
     return SideOptions(
         path=section.path,
@@ -199,8 +199,13 @@ def _side_options(section: SideConfig, key: str) -> SideOptions:
         layout=layout_of(section, key),
         id_column=section.id_column,
         separators=separators,
-        base_vocabulary=section.base_vocabulary,
+        base_vocabulary=base_file(config, f"{key}.tsv") or section.base_vocabulary,
+        base_categories={name: url for name in separators if (url := _base_values(config, f"{key[:-1]}.{name}"))},
     )
+
+
+def _base_values(config: RetrievalConfig, table: str) -> str | None:
+    return base_file(config, values_file(table))
 
 
 def _build_model(config: RetrievalConfig, runtime: Runtime, interactions: Interactions) -> Retrieval:
@@ -276,23 +281,21 @@ def _heads(config: RetrievalConfig) -> dict[str, tuple[str, Layout]]:
     return dict.fromkeys(("data.path", "evaluate.path"), (config.data.format, layout_of(config.data, "data")))
 
 
-def _id_tables(config: RetrievalConfig, interactions: Interactions) -> list[TableSpec]:
+def _tables(config: RetrievalConfig, interactions: Interactions) -> list[TableSpec]:
     dtype, optimizers = getattr(torch, config.table.dtype), optimizer_names(config.optimizer)
+    similarity, sizes = config.retrieval.similarity, _sizes(interactions).num_rows
     return [
-        retrieval_table(
-            name,
-            len(names),
-            config.table.dim,
-            dtype,
-            config.retrieval.similarity,
-            optimizers.get(name, DEFAULT_OPTIMIZER),
-        )
-        for name, names in ((USER, interactions.users), (ITEM, interactions.items))
+        retrieval_table(name, rows, config.table.dim, dtype, similarity, optimizers.get(name, DEFAULT_OPTIMIZER))
+        for name, rows in sizes.items()
     ]
 
 
+def _feature_tables(config: RetrievalConfig) -> list[str]:
+    return [table for table in config.table_names() if table not in (USER, ITEM)]
+
+
 @contextmanager
-def _restored(
+def restored(
     config: RetrievalConfig, runtime: Runtime, checkpoint: str
 ) -> Iterator[tuple[Retrieval, Interactions, int]]:
     """Yields the model of a checkpoint, its data and its step. Collective: every rank.
@@ -346,7 +349,7 @@ def measure(
         UserError: the run folder lacks the data, or they are not those that the checkpoint was trained on; or the files
             cannot be used.
     """
-    with _restored(config, runtime, checkpoint) as (model, interactions, _):
+    with restored(config, runtime, checkpoint) as (model, interactions, _):
         bags = interactions.held_out
         if held_out is not None:
             options = replace(_interaction_options(config), held_out_path=held_out)
@@ -369,7 +372,7 @@ def open_sides(config: RetrievalConfig, runtime: Runtime, checkpoint: str, table
     side = table or ITEM
     if side not in (USER, ITEM):
         return open_vectors(config.run.path, side, step_of(base_name(checkpoint)))
-    with _restored(config, runtime, checkpoint) as (model, interactions, step):
+    with restored(config, runtime, checkpoint) as (model, interactions, step):
         names = interactions.items if side == ITEM else interactions.users
         rows: FloatRows = all_vectors(model, side).numpy()
     return Vectors(
@@ -387,7 +390,7 @@ def open_sides(config: RetrievalConfig, runtime: Runtime, checkpoint: str, table
 @contextmanager
 def pack(config: RetrievalConfig, runtime: Runtime, checkpoint: str) -> Iterator[Packed]:
     """Yields the vectors of a checkpoint and the raw ids that they belong to; see `Recipe.pack`."""
-    with _restored(config, runtime, checkpoint) as (model, interactions, step):
+    with restored(config, runtime, checkpoint) as (model, interactions, step):
         yield packed_sides(model, interactions, step)
 
 
@@ -403,32 +406,19 @@ def recommend(
         wanted: which users, and how many items.
 
     Raises:
-        UserError: a user is unknown, or the run folder lacks the data that the checkpoint was trained on.
+        UserError: a user or an item is unknown, or the run folder lacks the data that the checkpoint was trained on.
     """
-    with _restored(config, runtime, checkpoint) as (model, interactions, _):
-        num_users = len(interactions.users)
-        rows = np.arange(num_users) if wanted.users is None else _rows_of(wanted.users, interactions.users)
-        catalogue = Catalogue(model)
-        user_ids, item_ids = interactions.users.words, interactions.items.words
-        known = interactions.known if wanted.leaves_out_known else None
-        for start in range(0, len(rows), _USERS_AT_ONCE):
-            part = rows[start : start + _USERS_AT_ONCE]
-            best, scores = catalogue.best(part, wanted.top, known)
-            yield [
-                (user_ids[row], [item_ids[i] for i in chosen if i >= 0], worth[: sum(i >= 0 for i in chosen)])
-                for row, chosen, worth in zip(part.tolist(), best.tolist(), scores.tolist(), strict=True)
-            ]
+    with restored(config, runtime, checkpoint) as (model, interactions, _):
+        yield from best_items(model, interactions, _interaction_options(config), wanted)
 
 
-def _rows_of(users: Sequence[str], names: Vocabulary) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    rows = names.rows_of(users)
-    unknown = [user for user, row in zip(users, rows.tolist(), strict=True) if row < 0]
-    if unknown:
-        raise UserError(
-            f"unknown user {unknown[0]!r}: not among the {len(names):,} users of the training data, such as "
-            f"{', '.join(map(repr, names.words[:3]))}"
-        )
-    return rows
+def measure_new_users(
+    config: RetrievalConfig, runtime: Runtime, checkpoint: str, path: str, fraction: float
+) -> dict[str, float]:
+    """Measures a checkpoint on users who were not in the training; see `measure_unseen`. Collective: every rank."""
+    options = replace(_interaction_options(config), held_out_path=path)
+    with restored(config, runtime, checkpoint) as (model, interactions, _):
+        return measure_unseen(config, model, interactions, options, fraction)
 
 
 RECIPE = Recipe(
@@ -441,16 +431,14 @@ RECIPE = Recipe(
     draft=draft,
     held_out="evaluate.path",
     grow=Grow(
-        names=[
-            Names(USERS_NAME, (USER,), base_key="users.base_vocabulary", init_key="users.init_from"),
-            Names(ITEMS_NAME, (ITEM,), base_key="items.base_vocabulary", init_key="items.init_from"),
-        ],
-        vocabularies=lambda interactions: [interactions.users, interactions.items],
-        tables=_id_tables,
-        facts=_facts,
-        write_files=_keep_data,
+        base_files=lambda config: [USERS_NAME, ITEMS_NAME, *map(values_file, _feature_tables(config))],
+        tables=_tables,
+        facts=lambda config, interactions: _facts(interactions),
+        write_files=lambda config, interactions, folder: _write_files(interactions, folder),
+        lasting=("users.hidden ", "items.hidden ", "users.features", "items.features", "retrieval.similarity "),
     ),
     measure=measure,
+    measure_new_users=measure_new_users,
     open=open_sides,
     recommend=recommend,
     pack=pack,

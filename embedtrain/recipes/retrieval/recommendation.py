@@ -25,10 +25,14 @@ class Catalogue:
 
     Args:
         model: the model.
+
+    Attributes:
+        model: the model.
+        num_items: how many items there are.
     """
 
     def __init__(self, model: Retrieval) -> None:
-        self._model = model
+        self.model = model
         self._ranks = model.tables.ranks
         self.num_items = model.sides[ITEM].num_rows
         mine = share_of_rank(self.num_items, self._ranks.rank, self._ranks.size)
@@ -40,21 +44,25 @@ class Catalogue:
         # As many look-ups on every rank as the one with the most rows needs.
         for start in range(0, -(-self.num_items // self._ranks.size) or 1, _ITEMS_AT_ONCE):
             part = mine[start : start + _ITEMS_AT_ONCE]
-            yield self._model.encode({ITEM: torch.arange(part.start, part.stop)})[ITEM]
+            yield self.model.encode({ITEM: torch.arange(part.start, part.stop)})[ITEM]
 
     @torch.no_grad()
-    def best(self, users: NDArray[np.int64], k: int, known: Bags | None) -> tuple[Tensor, Tensor]:
+    def best(
+        self, users: NDArray[np.int64], k: int, known: Bags | None, queries: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Returns the best items of each user and their scores, the best first.
 
         Args:
             users: [n] rows, the same on every rank.
             k: how many; fewer if there are no more items.
             known: the items of each user, which are left out; None to leave out none.
+            queries: [n, dim], the vectors of the users; None for those of the model.
 
         Returns:
             [n, k] int64 rows of items, -1 if a user has no more, and their scores [n, k], on the CPU.
         """
-        queries = self._queries(users)
+        if queries is None:
+            queries = self._queries(users)
         k = min(k, self.num_items)
         excluded = None if known is None else known.of(users)
         scores = queries.new_full((len(users), k), -torch.inf)
@@ -81,7 +89,7 @@ class Catalogue:
         ranks = range(self._ranks.size)
         shares = [share_of_rank(len(users), rank, len(ranks)) for rank in ranks]
         mine = shares[self._ranks.rank]
-        own = self._model.encode({USER: torch.from_numpy(users[mine.start : mine.stop])})[USER]
+        own = self.model.encode({USER: torch.from_numpy(users[mine.start : mine.stop])})[USER]
         return self._ranks.all_gather_rows(own, [len(share) for share in shares])
 
 
@@ -119,13 +127,26 @@ def _first(scores: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def evaluate_retrieval(
     model: Retrieval, known: Bags, held_out: Bags, ks: Sequence[int], alive: Callable[[], None]
 ) -> dict[str, float]:
+    """Measures the recommendations for all users with held-out items; see `measure_lists`."""
+    return measure_lists(Catalogue(model), lambda users: None, known, held_out, ks, alive)
+
+
+def measure_lists(
+    catalogue: Catalogue,
+    queries: Callable[[NDArray[np.int64]], Tensor | None],
+    known: Bags,
+    held_out: Bags,
+    ks: Sequence[int],
+    alive: Callable[[], None],
+) -> dict[str, float]:
     """Measures the recommendations for all users with held-out items, those they are known to have left out.
 
     Collective: every rank.
 
     Args:
-        model: the model.
-        known: the items of each user in training.
+        catalogue: the items.
+        queries: returns the vectors of users, as `Catalogue.best` takes them.
+        known: the items that each user is known to have.
         held_out: the items to find; -1 for one that cannot be found, and counts as missed.
         ks: lengths of the list.
         alive: called now and then.
@@ -134,12 +155,11 @@ def evaluate_retrieval(
         "recall@20" and the like: means over the users; "item_coverage@20": the share of items in any list.
     """
     users = np.flatnonzero(np.diff(held_out.starts))
-    catalogue = Catalogue(model)
     sums = torch.zeros(len(ks), 4, dtype=torch.float64)
     is_recommended = torch.zeros(len(ks), catalogue.num_items, dtype=torch.bool)
     for start in range(0, len(users), _USERS_AT_ONCE):
         batch = users[start : start + _USERS_AT_ONCE]
-        items, _ = catalogue.best(batch, max(ks), known)
+        items, _ = catalogue.best(batch, max(ks), known, queries(batch))
         relevant, lengths = (torch.from_numpy(part) for part in held_out.of(batch))
         starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         hits = hits_of(items, starts, relevant, catalogue.num_items)

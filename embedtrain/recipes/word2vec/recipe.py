@@ -27,7 +27,7 @@ from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import UserError
 from embedtrain.jagged import Jagged
 from embedtrain.metrics.word_similarity import check_pairs, evaluate_similarity, read_pairs
-from embedtrain.recipes.base import Grow, Names, Recipe, collection_options
+from embedtrain.recipes.base import Grow, Recipe, base_file, collection_options, takes_new_names
 from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.optimizers import build_optimizer, optimizer_names
 from embedtrain.recipes.word2vec.config import Word2VecConfig
@@ -103,6 +103,7 @@ def build(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCorpus) -> P
         batches,
         evaluation=_build_evaluation(config, model, corpus),
         unit="words",
+        measures=[SIMILARITY] if _similarity_paths(config) else [],
         frequencies=dict.fromkeys((INPUT, OUTPUT), torch.from_numpy(corpus.vocabulary.counts)),
     )
     pretrained = {}
@@ -168,6 +169,10 @@ def _build_evaluation(config: Word2VecConfig, model: Word2Vec, corpus: PreparedC
     return Evaluation(measure, config.evaluate.every_steps, config.evaluate.every_epochs)
 
 
+SIMILARITY = "similarity"
+"""The measure of word vectors."""
+
+
 class WordSimilarity:
     """Measures how well the word vectors agree with people's scores of word pairs.
 
@@ -197,7 +202,7 @@ class WordSimilarity:
         unit = torch.nn.functional.normalize(vectors).cpu().numpy()
         found = [evaluate_similarity(unit, self._words, lines, source=path) for path, lines in self._pairs.items()]
         alive()
-        return {"similarity": sum(report.spearman for report in found) / len(found)}
+        return {SIMILARITY: sum(report.spearman for report in found) / len(found)}
 
 
 def _similarity_paths(config: Word2VecConfig) -> list[str]:
@@ -232,8 +237,9 @@ def _prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
         path=path,
         tokenizer=tokenizer,
         min_count=data.min_count,
-        max_vocab_size=data.max_vocab_size,
-        base_vocabulary=data.base_vocabulary,
+        # Words come in as long as there are fewer: with base words, one lets none in.
+        max_vocab_size=data.max_vocab_size if takes_new_names(config) else 1,
+        base_vocabulary=base_file(config, VOCABULARY_NAME) or data.base_vocabulary,
     )
     corpus = prepare_corpus(
         options,
@@ -305,10 +311,10 @@ RECIPE = Recipe(
     check=check,
     held_out="evaluate.similarity",
     grow=Grow(
-        names=[Names(VOCABULARY_NAME, (INPUT, OUTPUT), base_key="data.base_vocabulary", init_key="init_from")],
-        vocabularies=lambda corpus: [corpus.vocabulary],
+        base_files=lambda config: [VOCABULARY_NAME],
         tables=_tables,
-        facts=_facts,
+        facts=lambda config, corpus: _facts(corpus),
+        write_files=_write_files,
     ),
     measure=measure,
 )

@@ -334,7 +334,7 @@ def test_compaction_makes_one_of_a_chain(
         (Retention(keep_last=1, keep_every=2), [1, 2, 4, 5, 6]),
         (Retention(keep_best=1), [1, 2, 3, 4, 5, 6]),
         (Retention(keep_best=1, best_mode="max"), [4, 5, 6]),
-        (Retention(keep_best=1, best_metric="nothing"), [4, 5, 6]),
+        (Retention(keep_best=1, best_metric="nothing", best_mode="max"), [4, 5, 6]),
     ],
 )
 def test_what_a_kept_delta_changes_is_kept(

@@ -207,3 +207,12 @@ def test_a_run_from_before_the_quotes_of_files_were_settings_goes_on(model: str)
     # The delimiter of CSV was a value then, and follows from the format now.
     earlier = [line.replace("delimiter: null", "delimiter: ','") for line in earlier]
     assert differing_keys("\n".join(earlier), config) == []
+
+
+def test_a_run_of_before_there_was_a_setting_has_its_default() -> None:
+    config = load_config(None, ["data.path=x"])
+    earlier = "\n".join(line for line in to_yaml(config).splitlines() if not line.startswith("start_from"))
+    assert "start_from" not in earlier
+    assert differing_keys(earlier, config) == []
+    config.start_from_grow = True
+    assert differing_keys(earlier, config) == ["start_from_grow (was absent, is True)"]

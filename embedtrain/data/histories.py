@@ -1,0 +1,122 @@
+"""What users had who were not in the training: read from files, and split to be measured on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from embedtrain.data.bags import Bags
+from embedtrain.data.interactions import InteractionOptions, read_pairs
+from embedtrain.data.readers import suffixes_of
+from embedtrain.data.sources import take_sources
+from embedtrain.data.vocabulary import Vocabulary
+from embedtrain.errors import UserError, counted
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Users and their items.
+
+    Attributes:
+        users: their raw ids.
+        items: of each user, rows of items, ascending, each once; -1 for an item that was not in the training.
+    """
+
+    users: Sequence[str]
+    items: Bags
+
+
+def read_histories(options: InteractionOptions, path: str, items: Vocabulary) -> Histories:
+    """Returns the users of files and their items, in the order in which the users first appear.
+
+    Args:
+        options: how files of interactions are read; their own paths are not.
+        path: the files.
+        items: those of the training.
+
+    Raises:
+        UserError: a file cannot be used.
+    """
+    sources = take_sources(path, suffixes_of(options.format))
+    users, values = read_pairs(sources, (options.user_column, options.item_column), options.format, options.layout)
+    user_codes, item_codes = (
+        np.concatenate([np.asarray(chunk.indices) for chunk in column.chunks]).astype(np.int64)
+        for column in (users, values)
+    )
+    found = pc.index_in(values.chunk(0).dictionary, value_set=pa.array(items.words, pa.large_string())).fill_null(-1)
+    rows = np.asarray(found).astype(np.int64)
+    # Unknown items that differ are still different items, which someone may have asked for: they count as missed.
+    triples = np.unique(np.stack([user_codes, rows[item_codes], item_codes], axis=1), axis=0)
+    names = users.chunk(0).dictionary.to_pylist()
+    return Histories(names, Bags.from_rows(triples[:, 0], triples[:, 1], len(names)))
+
+
+def known_part(found: Histories, where: str, num_items: int) -> Histories:
+    """Returns the users who have an item of the training, with these items; logs what is left out.
+
+    Raises:
+        UserError: there are none.
+    """
+    is_known = found.items.values >= 0
+    rows, values = found.items.rows()[is_known], found.items.values[is_known]
+    kept = np.unique(rows)
+    if not len(kept):
+        raise UserError(f"{where}: none of its items is among the {num_items:,} items of the training data")
+    if left_out := len(found.users) - len(kept):
+        _logger.warning(f"{counted(left_out, 'user')} of {where} left out, without an item of the training data")
+    bags = Bags.from_rows(np.searchsorted(kept, rows), values, len(kept))
+    return Histories([found.users[user] for user in kept.tolist()], bags)
+
+
+def split_histories(found: Histories, fraction: float, users: Vocabulary, seed: int, where: str) -> tuple[Bags, Bags]:
+    """Splits the items of each user who was not in the training: what they are known by, and what to find.
+
+    Args:
+        found: the users of a file.
+        fraction: of a user's items that are known, at least one and never all.
+        users: those of the training, who are left out.
+        seed: of the choice.
+        where: the file, for messages.
+
+    Returns:
+        For each user left, the known items, ascending, and those to find, -1 for an item that was not in training.
+
+    Raises:
+        UserError: no user is left.
+    """
+    is_seen = users.rows_of(found.users) >= 0
+    lengths = found.items.lengths(np.arange(len(found.users)))
+    rows = found.items.rows()
+    order = np.lexsort((np.random.default_rng(seed).random(len(rows)), rows))
+    place = np.arange(len(rows)) - found.items.starts[rows]
+    num_known = np.clip(np.round(fraction * lengths), 1, np.maximum(lengths - 1, 0))
+    is_history = place < num_known[rows]
+    values = found.items.values[order]
+    # An item that was not in training says nothing of a user.
+    has_history = np.bincount(rows[is_history & (values >= 0)], minlength=len(lengths)) > 0
+    is_kept = ~is_seen & (lengths >= 2) & has_history
+    if not is_kept.any():
+        raise UserError(
+            f"{where}: no user can be folded in: expected users who are not in the training data, with two items or "
+            f"more; {int(is_seen.sum()):,} of its {len(is_seen):,} users are in the training data"
+        )
+    _logger.info(f"{where}: {counted(int(is_kept.sum()), 'user')} folded in, {int((~is_kept).sum()):,} left out")
+    new_rows = np.cumsum(is_kept) - 1
+    parts = []
+    for chosen in (is_history & (values >= 0), ~is_history):
+        taken = chosen & is_kept[rows]
+        parts.append(_sorted_bags(new_rows[rows[taken]], values[taken], int(is_kept.sum())))
+    return parts[0], parts[1]
+
+
+def _sorted_bags(rows: NDArray[np.int64], values: NDArray[np.int64], num_rows: int) -> Bags:
+    order = np.lexsort((values, rows))
+    return Bags.from_rows(rows[order], values[order], num_rows)

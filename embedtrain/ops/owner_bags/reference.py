@@ -1,0 +1,105 @@
+"""Bags at several owners in plain PyTorch: a sort of pairs of owner and bag. It runs on every device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from embedtrain.ops.owner_bags.types import SplitBags
+from embedtrain.ops.pool_rows import Bags, pool_rows
+from embedtrain.ops.sort_unique import sort_unique
+
+
+def split_bags(
+    keys: Tensor, bags: Sequence[Bags], num_owners: int, num_local_rows: int, dtype: torch.dtype
+) -> SplitBags:
+    """See `embedtrain.ops.owner_bags`."""
+    num_bags = sum(feature.num_bags for feature in bags)
+    lengths = torch.cat([keys.new_zeros(0), *(lengths_of(feature, keys.device) for feature in bags)])
+    owner, pairs = owner_and_bag(keys, lengths, num_local_rows)
+    by_owner = sort_unique(pairs, bound=num_owners * max(num_bags, 1), with_inverse=False)
+    rows = torch.sub(keys, owner, alpha=num_local_rows)[by_owner.order]
+    firsts = by_owner.starts[:-1]
+    rows[firsts] = ~rows[firsts]
+    weights = None
+    if any(feature.weights is not None for feature in bags):
+        of_values = [
+            keys.new_ones(feature.num_values, dtype=torch.float32) if feature.weights is None else feature.weights
+            for feature in bags
+        ]
+        weights = torch.cat(of_values)[by_owner.order]
+    ends = torch.searchsorted(by_owner.unique, torch.arange(num_owners + 1, device=keys.device) * num_bags)
+    bag_of_sum = by_owner.unique % max(num_bags, 1)
+    return SplitBags(rows.to(dtype), weights, bag_of_sum, by_owner.starts[ends].diff(), ends.diff())
+
+
+def join_bags(rows: Tensor, num_bags: int) -> tuple[Tensor, Tensor]:
+    """See `embedtrain.ops.owner_bags`."""
+    signed = rows.long()
+    is_first = signed < 0
+    starts = is_first.nonzero().flatten()
+    if starts.numel() != num_bags:
+        raise ValueError(f"expected {num_bags} bags, got {starts.numel()}")
+    lengths = torch.cat([starts, starts.new_tensor([signed.numel()])]).diff()
+    return torch.where(is_first, ~signed, signed), lengths
+
+
+def add_sums(parts: Sequence[Tensor], bag_of_sum: Tensor, bags: Sequence[Bags]) -> list[Tensor]:
+    """See `embedtrain.ops.owner_bags`."""
+    num_bags = [feature.num_bags for feature in bags]
+    sums = torch.cat(list(parts))
+    by_bag = sort_unique(bag_of_sum, bound=max(sum(num_bags), 1), with_inverse=False)
+    num_owners = torch.zeros(sum(num_bags), dtype=torch.int64, device=sums.device)
+    num_owners[by_bag.unique] = by_bag.starts.diff()
+    factors = _factors(bags, sums.device)
+    weights = None if factors is None else factors[bag_of_sum[by_bag.order]]
+    (pooled,) = pool_rows(sums, by_bag.order, [Bags(sums.shape[0], num_owners, weights)])
+    # `data` is no view to autograd: the caller may change one feature's vectors in place.
+    return [part.data for part in pooled.split(num_bags)]
+
+
+def share_out(grads: Sequence[Tensor | None], bags: Sequence[Bags], bag_of_sum: Tensor, out: Sequence[Tensor]) -> None:
+    """See `embedtrain.ops.owner_bags`."""
+    no_rows = torch.zeros(0, out[0].shape[1], dtype=torch.float32, device=bag_of_sum.device)
+    of_bags = torch.cat(
+        [
+            no_rows,
+            *(
+                no_rows.new_zeros(feature.num_bags, out[0].shape[1]) if grad is None else grad
+                for feature, grad in zip(bags, grads, strict=True)
+            ),
+        ]
+    )
+    factors = _factors(bags, bag_of_sum.device)
+    weights = None if factors is None else factors[bag_of_sum]
+    (shared,) = pool_rows(of_bags, bag_of_sum, [Bags(bag_of_sum.numel(), None, weights)])
+    for part, own in zip(out, shared.split([len(part) for part in out]), strict=True):
+        part.copy_(own)
+
+
+def owner_and_bag(keys: Tensor, lengths: Tensor, num_local_rows: int) -> tuple[Tensor, Tensor]:
+    """Returns the owner of each value's row, and `owner * number of bags + bag`; bags are numbered through."""
+    owner = torch.div(keys, num_local_rows, rounding_mode="floor")
+    # In place: fresh memory of this size costs more than the arithmetic.
+    bag = torch.repeat_interleave(lengths, output_size=keys.numel())
+    return owner, bag.add_(owner, alpha=max(lengths.numel(), 1))
+
+
+def lengths_of(feature: Bags, device: torch.device) -> Tensor:
+    """Returns the lengths of a feature's bags, [num_bags] int64."""
+    if feature.lengths is None:
+        return torch.ones(feature.num_values, dtype=torch.int64, device=device)
+    return feature.lengths
+
+
+def _factors(bags: Sequence[Bags], device: torch.device) -> Tensor | None:
+    """Returns [num_bags] float32, what a bag's sum is multiplied by; None if it is 1 for all."""
+    if not any(feature.is_mean for feature in bags):
+        return None
+    parts = []
+    for feature in bags:
+        lengths = lengths_of(feature, device)
+        parts.append(1.0 / lengths.clamp(min=1).float() if feature.is_mean else torch.ones_like(lengths).float())
+    return torch.cat(parts)

@@ -1,0 +1,82 @@
+"""What the examples of a ranking run are prepared with if it was started from another run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedtrain import storage
+from embedtrain.data.prepare_clicks import ClickBase
+from embedtrain.data.row_names import values_file
+from embedtrain.data.vocabulary import COUNTS_SCHEMA
+from embedtrain.errors import UserError
+from embedtrain.recipes.base import base_file, takes_new_names
+from embedtrain.recipes.ranking.config import RankingConfig
+from embedtrain.recipes.ranking.options import click_schema
+from embedtrain.schema import Number, SchemaError, parse
+
+_DENSE_NAME = "dense.json"
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """The columns of numbers of the other run, with their means and deviations."""
+
+    columns: list[str]
+    transform: str
+    mean: list[Number]
+    std: list[Number]
+
+
+def base_files(config: RankingConfig) -> list[str]:
+    """Returns the files of a run folder that hold the values of the columns with a vocabulary."""
+    return [values_file(name) for name in _with_vocabulary(config)]
+
+
+def write_base(config: RankingConfig, state: Mapping[str, Any]) -> None:
+    """Keeps what the columns of numbers were normalised by: the network was trained on that."""
+    url = base_file(config, _DENSE_NAME)
+    assert url is not None
+    storage.make_folder(url.rpartition("/")[0])
+    storage.replace(url, json.dumps(state["dense"]).encode(), f"{url}.tmp")
+
+
+def read_base(config: RankingConfig) -> ClickBase | None:
+    """Returns what the examples go on with; None if the run was not started from another.
+
+    Raises:
+        UserError: a file is missing or damaged, or the columns of numbers are others.
+    """
+    url = base_file(config, _DENSE_NAME)
+    if url is None:
+        return None
+    try:
+        dense = parse(_Dense, json.loads(storage.read(url)))
+        vocabularies = {name: _read_values(config, name) for name in _with_vocabulary(config)}
+    except (FileNotFoundError, SchemaError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"{config.run.path}: what it keeps of {config.start_from} cannot be read: {error}") from error
+    columns = list(click_schema(config.data).dense)
+    if (dense.columns, dense.transform) != (columns, config.data.dense_transform):
+        raise UserError(
+            f"start_from={config.start_from}: its network takes the numbers of data.dense={dense.columns} by "
+            f"data.dense_transform={dense.transform}, and this run has {columns} by {config.data.dense_transform}"
+        )
+    return ClickBase(vocabularies, np.array(dense.mean), np.array(dense.std), takes_new_names(config))
+
+
+def _with_vocabulary(config: RankingConfig) -> list[str]:
+    return [column.name for column in click_schema(config.data).categorical if column.encoding == "vocabulary"]
+
+
+def _read_values(config: RankingConfig, name: str) -> pa.Table:
+    url = base_file(config, values_file(name))
+    assert url is not None
+    found = pq.read_table(pa.BufferReader(storage.read(url)), columns=["value", "count"])
+    values = found["value"].cast(pa.large_string()).cast(pa.large_binary())
+    return pa.table([values, found["count"]], schema=COUNTS_SCHEMA)

@@ -1,0 +1,90 @@
+"""Vectors of users who were not in the training, from their items."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from embedtrain.data.bags import Bags
+from embedtrain.data.partition import share_of_rank
+from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval
+
+_SAMPLE = 8192
+"""How many users of the training the map is learned from."""
+
+_USERS_AT_ONCE = 1024
+
+_RIDGE = 1e-3
+"""Of the map, in units of the mean square of what it is applied to."""
+
+
+class FoldIn:
+    """Makes vectors for users from their items.
+
+    The sum of the vectors of a user's items, over the root of their number, is mapped to the user's vector. The map is
+    a matrix and a bias: those that ridge regression finds for users of the training, whose vectors are known. It is
+    shrunk towards the multiple of the identity that fits best, so that few users are enough. Vectors are as the model
+    compares them, those of towers too. Neither held-out items nor new users have a say.
+
+    A ridge solve for each user against all items, as iALS does, finds less: it assumes the squares that iALS trains.
+
+    Collective: every rank makes one, and calls its methods with the same arguments.
+
+    Args:
+        model: the model.
+        known: the items of each user of the training.
+    """
+
+    def __init__(self, model: Retrieval, known: Bags) -> None:
+        self._model = model
+        self._ranks = model.tables.ranks
+        with_items = np.flatnonzero(np.diff(known.starts))
+        places = np.linspace(0, len(with_items) - 1, min(_SAMPLE, len(with_items))).astype(np.int64)
+        self._map, self._bias = self._learn(with_items[places], known)
+
+    @torch.no_grad()
+    def vectors(self, users: NDArray[np.int64], histories: Bags) -> Tensor:
+        """Returns the vectors [n, dim] of some users, on the model's device.
+
+        Args:
+            users: [n] rows of `histories`, the same on every rank.
+            histories: the items of each user, at least one.
+        """
+        shares = [share_of_rank(len(users), rank, self._ranks.size) for rank in range(self._ranks.size)]
+        mine = shares[self._ranks.rank]
+        found = self._sums(users[mine.start : mine.stop], histories) @ self._map + self._bias
+        return self._ranks.all_gather_rows(self._model.as_compared(found.float()), [len(share) for share in shares])
+
+    def _sums(self, users: NDArray[np.int64], histories: Bags) -> Tensor:
+        """Returns the sum of the items of each user over the root of their number, [n, dim] float64. Collective."""
+        items, lengths = histories.of(users)
+        vectors = self._model.encode({ITEM: torch.from_numpy(items)})[ITEM].double()
+        numbers = torch.from_numpy(lengths).to(vectors.device)
+        places = torch.repeat_interleave(torch.arange(len(users), device=vectors.device), numbers)
+        sums = vectors.new_zeros(len(users), vectors.shape[1]).index_add_(0, places, vectors)
+        return sums / numbers.clamp(min=1).double().sqrt().unsqueeze(1)
+
+    @torch.no_grad()
+    def _learn(self, sample: NDArray[np.int64], known: Bags) -> tuple[Tensor, Tensor]:
+        """Returns the map [dim, dim] and the bias [dim]. Collective: every rank."""
+        moments: Tensor | float = 0.0
+        for start in range(0, len(sample), _USERS_AT_ONCE):
+            part = sample[start : start + _USERS_AT_ONCE]
+            share = share_of_rank(len(part), self._ranks.rank, self._ranks.size)
+            users = part[share.start : share.stop]
+            sums = self._sums(users, known)
+            trained = self._model.encode({USER: torch.from_numpy(users)})[USER].double()
+            both = torch.cat([sums, sums.new_ones(len(users), 1), trained], dim=1)
+            moments = moments + both.T @ both
+        assert isinstance(moments, Tensor), "there are users in the training"
+        moments = self._ranks.all_reduce(moments.cpu())
+        dim = (len(moments) - 1) // 2
+        own, cross = moments[: dim + 1, : dim + 1], moments[: dim + 1, dim + 1 :]
+        square = own[:dim, :dim].trace()
+        prior = torch.zeros_like(cross)
+        prior[:dim] = torch.eye(dim, dtype=torch.float64) * (cross[:dim].trace() / square.clamp(min=1e-30))
+        ridge = (_RIDGE * square / dim).clamp(min=1e-30) * torch.eye(dim + 1, dtype=torch.float64)
+        found = torch.linalg.solve(own + ridge, cross + ridge @ prior).to(self._model.tables.device)
+        return found[:dim], found[dim]
