@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -33,15 +33,14 @@ def recommend(
     path: str,
     users: Sequence[str],
     all_users: bool,
-    items: str | None,
-    history: str | None,
     top: int,
-    include_known: bool,
     output: str | None,
     overwrite: bool,
     step: Step,
+    **asked: Any,
 ) -> int:
     """Prints or writes the best items of users of a retrieval run."""
+    items, history = asked["items"], asked["history"]
     _require_one(users, all_users, items, history)
     if top < 1:
         raise UserError(f"the number of items must be at least 1, got {top}")
@@ -64,7 +63,11 @@ def recommend(
     checkpoint = checkpoint_of(path, step)
     runtime = init_distributed(device=config.run.device, timeout_seconds=config.run.timeout_seconds)
     wanted = Wanted(
-        users or None, top, leaves_out_known=not include_known, items=split_names(items) or None, history_path=history
+        users or None,
+        top,
+        leaves_out_known=not asked["include_known"],
+        items=split_names(items) or None,
+        history_path=history,
     )
     # Under torchrun every rank holds its part of the items.
     batches = best_of(config, runtime, checkpoint, wanted)

@@ -242,9 +242,7 @@ def _write(options: InteractionOptions, listed: _Listed, path: str) -> None:
         vocabularies.append(vocabulary)
         rows.append(column_rows)
     users, items = vocabularies
-    has_rows = (rows[0] >= 0) & (rows[1] >= 0)
-    if not has_rows.any():
-        raise UserError(f"{options.path}: no interaction is of a user and an item that have rows already")
+    has_rows = _have_rows(rows[0], rows[1], options)
     known = _distinct_pairs(rows[0][has_rows], rows[1][has_rows], len(users), len(items))
     num_repeated = int(has_rows.sum()) - len(known.values)
     counted = [np.bincount(known.rows(), minlength=len(users)), np.bincount(known.values, minlength=len(items))]
@@ -286,6 +284,14 @@ def _write(options: InteractionOptions, listed: _Listed, path: str) -> None:
     }
     with open(os.path.join(path, META_NAME), "w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1, default=list)
+
+
+def _have_rows(users: NDArray[np.int64], items: NDArray[np.int64], options: InteractionOptions) -> NDArray[np.bool_]:
+    """Returns which interactions are of a user and an item with a row: all, unless new ones get none."""
+    has_rows: NDArray[np.bool_] = (users >= 0) & (items >= 0)
+    if not has_rows.any():
+        raise UserError(f"{options.path}: no interaction is of a user and an item that have rows already")
+    return has_rows
 
 
 def read_pairs(
