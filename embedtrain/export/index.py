@@ -170,19 +170,27 @@ def open_index(path: str) -> Index:
         raise UserError(f"{path} cannot be read as an index of faiss: {str(error).splitlines()[-1]}") from error
 
 
-def require_index_of(index: Index, vectors: Vectors, path: str, similarity: Similarity = "cosine") -> None:
+def require_index_of(
+    index: Index, vectors: tuple[str, int, int, int], path: str, similarity: Similarity = "cosine"
+) -> None:
     """Refuses an index of other vectors.
+
+    Args:
+        index: the index.
+        vectors: table, step, number of rows and length of a row.
+        path: of the index, for messages.
+        similarity: that is asked for.
 
     Raises:
         UserError: it is of another table, checkpoint or similarity.
     """
     facts = index.facts
-    own = (vectors.table, vectors.step, vectors.num_rows, vectors.dim, similarity)
-    if (facts.table, facts.step, facts.num_rows, facts.dim, facts.similarity) != own:
+    if (facts.table, facts.step, facts.num_rows, facts.dim, facts.similarity) != (*vectors, similarity):
+        table, step, num_rows, dim = vectors
         raise UserError(
             f"{path} is of table {facts.table!r} at step {facts.step:,}, {facts.num_rows:,} rows of {facts.dim}, for "
-            f"{facts.similarity}; asked is table {own[0]!r} at step {own[1]:,}, {own[2]:,} rows of {own[3]}, for "
-            f"{similarity}: export it anew, or choose by --table and --step"
+            f"{facts.similarity}; asked is table {table!r} at step {step:,}, {num_rows:,} rows of {dim}, for "
+            f"{similarity}: export it anew with --similarity {similarity}, or choose by --table and --step"
         )
 
 

@@ -98,7 +98,7 @@ def test_dot_products_are_of_vectors_as_they_are(make_run: MakeRun, tmp_path: Pa
     found, scores = index.best(vectors, np.float32([1, 0.5]), 3)
     assert (found.tolist(), scores.tolist()) == ([3, 2, 0], [4.5, 2.5, 1.0])
     with pytest.raises(UserError, match=r"4 rows of 2, for dot; asked is table 'word' at step 12, .* for cosine"):
-        require_index_of(index, vectors, "x")
+        require_index_of(index, ("word", 12, 4, 2), "x")
 
 
 @pytest.mark.parametrize(
