@@ -20,6 +20,7 @@ from typing import Any
 
 from embedtrain.errors import UserError
 from embedtrain.serve import published
+from embedtrain.serve.publication_sinks import cursor_files
 from embedtrain.serve.published import Vectors, packed_entry, row_keys
 
 LOCK_SECONDS = 30.0
@@ -243,10 +244,9 @@ class RedisSink:
 
     def _sweep(self, manifest: Mapping[str, Any] | None) -> None:
         """Removes the files that a version does not need."""
-        kept = set()
+        kept: set[str] = set()
         if manifest is not None:
-            cursors = manifest["cursor"].values()
-            kept = {facts["digests"] for facts in cursors} | {facts["names"].get("file") for facts in cursors}
+            kept = cursor_files(manifest)
             kept |= {manifest["dense"]["file"]} if manifest["dense"] else set()
         for file in {name.decode() for name in self._redis.smembers(self._key("files"))} - kept:
             place = 0
