@@ -34,9 +34,9 @@ def sample_text(
     # As two numbers of 32 bits the key has the same type whatever it is, and nothing is compiled anew for it.
     halves = _signed_32(key), _signed_32(key >> 32)
     widths = torch.empty(num_tokens, dtype=torch.int32, device=device)
-    grid = (triton.cdiv(num_tokens, _TOKENS_AT_ONCE),)
+    num_programs = triton.cdiv(num_tokens, _TOKENS_AT_ONCE)
     with on_device_of(tokens):
-        _draw_widths[grid](
+        _draw_widths[(num_programs,)](
             tokens, positions, tables.keep, widths, *halves, num_tokens, window, num_negatives, TOKENS=_TOKENS_AT_ONCE
         )
     ends = (widths > 0).cumsum(0)
@@ -45,7 +45,7 @@ def sample_text(
     words, sentences, width = torch.empty(3, n, dtype=torch.int64, device=device)
     targets = torch.empty(n, 1 + num_negatives, dtype=torch.int64, device=device)
     with on_device_of(tokens):
-        _write_kept[grid](
+        _write_kept[(num_programs,)](
             tokens,
             positions,
             parts,
