@@ -94,6 +94,7 @@ class Wanted:
         items: raw ids of items that a user has who was not in the training, in place of `users`.
         history_path: files of users and their items, in place of `users`, in the format of the training data.
         features_path: files of users and their features, in place of `users`, in the format of those of the training.
+        index_path: an index that finds the items, and may miss some; None to compare with all of them.
     """
 
     users: Sequence[str] | None
@@ -102,6 +103,7 @@ class Wanted:
     items: Sequence[str] | None = None
     history_path: str | None = None
     features_path: str | None = None
+    index_path: str | None = None
 
 
 class RowScorer(Protocol):

@@ -408,8 +408,8 @@ def recommend(
     Raises:
         UserError: a user or an item is unknown, or the run folder lacks the data that the checkpoint was trained on.
     """
-    with restored(config, runtime, checkpoint) as (model, interactions, _):
-        yield from best_items(model, interactions, _interaction_options(config), wanted)
+    with restored(config, runtime, checkpoint) as (model, interactions, step):
+        yield from best_items(model, interactions, _interaction_options(config), wanted, step)
 
 
 def measure_new_users(
