@@ -11,22 +11,23 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.recipes.base import PackedTable
 from embedtrain.serve.opening import config_for_files, open_scorer, pack_run, score_options
 from embedtrain.serve.package import write_table, write_texts
-from embedtrain.serve.scorer import Scorer, Table, Vocabulary, read_rows
+from embedtrain.serve.scorer import CHUNK_ROWS, Scorer, Table, Vocabulary, read_rows
 from embedtrain.serve.scoring import score_rows
 
 DIM = 16
@@ -51,14 +52,60 @@ def measure_rows(run: str, data: str) -> dict[str, float]:
         seconds = time.perf_counter() - start
         found["package_rows_per_second"] = len(rows) / seconds
         found["package_rows_per_second_with_reading"] = len(rows) / (read_seconds + seconds)
-        dense = torch.zeros(8192, len(packed.manifest["dense"]))
-        vectors = [torch.zeros(8192, feature._table.dim) for feature in packed._features]
-        start = time.perf_counter()
-        with torch.no_grad():
-            for _ in range(20):
-                packed._network(dense, vectors)
-        found["network_alone_rows_per_second"] = 20 * 8192 / (time.perf_counter() - start)
+        found |= measure_network(packed, rows)
     return found
+
+
+@torch.no_grad()
+def measure_network(packed: Scorer, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns rows per second from ids and numbers on: of the package, and of `EmbeddingBag` with the same network."""
+    chunks = [rows[start : start + CHUNK_ROWS] for start in range(0, len(rows), CHUNK_ROWS)]
+    features = packed._features
+    ids = [[feature.ids([row.get(feature.name) for row in chunk], {}) for feature in features] for chunk in chunks]
+    dense = [torch.randn(len(chunk), len(packed.manifest["dense"])) for chunk in chunks]
+    # Tables in memory, not mapped.
+    bags = [
+        nn.EmbeddingBag.from_pretrained(feature._table._weight.clone().float(), mode=feature._facts["pooling"])
+        for feature in features
+    ]
+    flat = [[torch.from_numpy(values) for values, _ in chunk] for chunk in ids]
+    starts = [
+        [
+            torch.arange(len(values)) if lengths is None else torch.from_numpy(lengths.cumsum() - lengths)
+            for values, lengths in chunk
+        ]
+        for chunk in ids
+    ]
+
+    def of_package(number: int) -> Tensor:
+        vectors = [feature.vectors(*each) for feature, each in zip(features, ids[number], strict=True)]
+        return packed._network(dense[number], vectors)
+
+    def of_bags(number: int) -> Tensor:
+        vectors = [bag(*each) for bag, *each in zip(bags, flat[number], starts[number], strict=True)]
+        return packed._network(dense[number], vectors)
+
+    def of_network(number: int) -> Tensor:
+        return packed._network(dense[number], pooled)
+
+    pooled = [feature.vectors(*each) for feature, each in zip(features, ids[0], strict=True)]
+    torch.testing.assert_close(of_package(0), of_bags(0), rtol=1e-4, atol=1e-4)
+    found = {}
+    for name, score, numbers in (
+        ("package_from_ids", of_package, range(len(chunks))),
+        ("embedding_bag_from_ids", of_bags, range(len(chunks))),
+        ("network_alone", of_network, [0] * len(chunks)),
+    ):
+        seconds = min(_seconds(score, numbers) for _ in range(3))
+        found[f"{name}_rows_per_second"] = sum(len(chunks[number]) for number in numbers) / seconds
+    return found
+
+
+def _seconds(score: Callable[[int], Tensor], numbers: Iterable[int]) -> float:
+    start = time.perf_counter()
+    for number in numbers:
+        score(number)
+    return time.perf_counter() - start
 
 
 def measure_load(num_rows: int, dtype: str) -> dict[str, float]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 @click.option("--include-known", is_flag=True, help="Also items that the user has already.")
 @click.option("--output", metavar="PATH", type=click.Path(), help="A new Parquet file, instead of printing.")
 @click.option("--overwrite", is_flag=True, help="Replace the file of --output if it exists.")
+@click.option("--index", metavar="PATH", type=click.Path(), help="Of export --format faiss; quicker.")
 @step_option
 def recommend(
     path: str,
@@ -70,6 +71,7 @@ def recommend(
         items=items or None,
         history_path=asked["history"],
         features_path=asked["features"],
+        index_path=asked["index"],
     )
     # Under torchrun every rank holds its part of the items.
     batches = best_of(config, runtime, checkpoint, wanted)

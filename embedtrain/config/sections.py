@@ -190,7 +190,8 @@ class PublishConfig:
     to: str | None = None
     """URL of a folder or of Redis that gets what changed, as `embedtrain publish --to` has it; null for none."""
     every_seconds: float = 600.0
-    """Seconds between two publications of the newest checkpoint; the end of a run is published too."""
+    """Seconds between two publications of the newest checkpoint, or of the best if the run keeps its best; its end is
+    published too."""
 
 
 @dataclass

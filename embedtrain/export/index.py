@@ -31,6 +31,7 @@ _TRAINED_ROWS = 1 << 17
 _ROUNDS = 10
 _QUERIES = 256
 _K = 20
+_SAME = 1e-5
 _MORE = 4
 """So many times as many candidates are taken as wanted: their own scores are rounded, and the exact ones decide."""
 
@@ -48,7 +49,8 @@ class IndexFacts:
         num_rows: of the table, zero vectors included.
         dim: length of a vector.
         num_zero: vectors of zeros, which are left out: nothing is near them.
-        recall: the share of the 20 best rows for a row that the index finds, over a few hundred rows.
+        recall: the share of the 20 best rows for a row that are the first 20 of the index, over a few hundred rows.
+        rescored_recall: the share that is among the first 80, whose exact scores `Index.best` compares.
     """
 
     kind: IndexKind
@@ -59,6 +61,7 @@ class IndexFacts:
     dim: int
     num_zero: int = 0
     recall: float = 0.0
+    rescored_recall: float = 0.0
 
 
 class Index:
@@ -112,7 +115,8 @@ def build_index(vectors: Vectors, kind: IndexKind, similarity: Similarity = "cos
         index.add_with_ids(block, rows)
         num_zero += len(block)
     built = Index(replace(facts, num_zero=vectors.num_rows - num_zero), index)
-    return Index(replace(built.facts, recall=_recall(built, vectors)), index)
+    recall, rescored = _recall(built, vectors)
+    return Index(replace(built.facts, recall=recall, rescored_recall=rescored), index)
 
 
 def export_index(
@@ -166,19 +170,27 @@ def open_index(path: str) -> Index:
         raise UserError(f"{path} cannot be read as an index of faiss: {str(error).splitlines()[-1]}") from error
 
 
-def require_index_of(index: Index, vectors: Vectors, path: str, similarity: Similarity = "cosine") -> None:
+def require_index_of(
+    index: Index, vectors: tuple[str, int, int, int], path: str, similarity: Similarity = "cosine"
+) -> None:
     """Refuses an index of other vectors.
+
+    Args:
+        index: the index.
+        vectors: table, step, number of rows and length of a row.
+        path: of the index, for messages.
+        similarity: that is asked for.
 
     Raises:
         UserError: it is of another table, checkpoint or similarity.
     """
     facts = index.facts
-    own = (vectors.table, vectors.step, vectors.num_rows, vectors.dim, similarity)
-    if (facts.table, facts.step, facts.num_rows, facts.dim, facts.similarity) != own:
+    if (facts.table, facts.step, facts.num_rows, facts.dim, facts.similarity) != (*vectors, similarity):
+        table, step, num_rows, dim = vectors
         raise UserError(
             f"{path} is of table {facts.table!r} at step {facts.step:,}, {facts.num_rows:,} rows of {facts.dim}, for "
-            f"{facts.similarity}; asked is table {own[0]!r} at step {own[1]:,}, {own[2]:,} rows of {own[3]}, for "
-            f"{similarity}: export it anew, or choose by --table and --step"
+            f"{facts.similarity}; asked is table {table!r} at step {step:,}, {num_rows:,} rows of {dim}, for "
+            f"{similarity}: export it anew with --similarity {similarity}, or choose by --table and --step"
         )
 
 
@@ -236,27 +248,30 @@ def _empty_index(faiss: Any, kind: IndexKind, num_rows: int, sample: FloatRows) 
     return index
 
 
-def _recall(index: Index, vectors: Vectors) -> float:
-    """Returns the share of the best rows for a row, itself left out, that are found; of equal rows any counts."""
+def _recall(index: Index, vectors: Vectors) -> tuple[float, float]:
+    """Returns `recall` and `rescored_recall` of `IndexFacts`; a row is not its own neighbour, equal rows all count."""
     similarity = index.facts.similarity
     wanted = set(np.linspace(0, vectors.num_rows - 1, min(_QUERIES, vectors.num_rows)).astype(int).tolist())
-    picked = [(row, vector) for row, vector in _picked(vectors, similarity, wanted)]
+    picked = list(_picked(vectors, similarity, wanted))
+    if not picked:
+        return 1.0, 1.0
     own, queries = np.array([row for row, _ in picked]), np.stack([vector for _, vector in picked])
     best = np.full((len(queries), _K), -np.inf, np.float32)
     for rows, block in _blocks(vectors, similarity):
         scores = queries @ block.T
         scores[rows[None] == own[:, None]] = -np.inf
         best = -np.sort(-np.concatenate([best, scores], axis=1), axis=1)[:, :_K]
-    found = index.search(queries, _K + 1)
-    found[found == own[:, None]] = -1
-    hits = num_wanted = 0
+    found = index.search(queries, _MORE * _K + 1)
     vector_of = dict(_picked(vectors, similarity, set(found[found >= 0].tolist())))
+    num_wanted, num_first, num_rescored = 0, 0, 0
     for place, query in enumerate(queries):
         exact = best[place][np.isfinite(best[place])]
-        scores = np.array([query @ vector_of[row] for row in found[place].tolist() if row >= 0][:_K])
+        others = [row for row in found[place].tolist() if row >= 0 and row != own[place]]
+        is_hit = np.array([query @ vector_of[row] >= exact[-1] - _SAME for row in others[: _MORE * _K]], bool)
         num_wanted += len(exact)
-        hits += int((scores >= exact[-1] - 1e-5).sum()) if len(exact) else 0
-    return hits / num_wanted if num_wanted else 1.0
+        num_first += int(is_hit[: len(exact)].sum())
+        num_rescored += min(len(exact), int(is_hit.sum()))
+    return (num_first / num_wanted, num_rescored / num_wanted) if num_wanted else (1.0, 1.0)
 
 
 def _picked(vectors: Vectors, similarity: Similarity, wanted: set[int]) -> Iterator[tuple[int, FloatRows]]:

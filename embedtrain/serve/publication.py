@@ -23,13 +23,15 @@ import xxhash
 from embedtrain.checkpoint import CheckpointReader, choose_checkpoint
 from embedtrain.checkpoint.choice import Step
 from embedtrain.errors import CheckpointError, UserError
-from embedtrain.serve.changes import Table, TableChanges, compare, dense_of, names_facts, names_from, texts_of
+from embedtrain.serve.changes import Digests, Table, TableChanges, compare, dense_of, names_facts, names_from, texts_of
 from embedtrain.serve.publication_sinks import FolderSink, Sink
 from embedtrain.serve.published import FORMAT, VERSION, Vectors
 from embedtrain.train.run_folder import RunFolder
 
 _REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 _TRIES = 3
+_NOTE = np.dtype([("place", "<i8"), ("digest", "<u8")])
+"""The hash of a row that has changed."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ class _Comparison:
         digests = table.digests()
         if facts is None:
             return compare(table.names, digests, [], np.empty(0, np.uint64))
-        old_digests = np.frombuffer(sink.read(facts["digests"]), "<u8").astype(np.uint64)
+        old_digests = _read_digests(sink, facts)
         found = compare(table.names, digests, self._old_names[table.name], old_digests)
         if facts["dim"] != table.dim:
             return TableChanges(np.arange(len(digests)), found.num_added, found.deleted, digests, found.has_same_names)
@@ -227,8 +229,16 @@ class _Comparison:
         old: Mapping[str, Any] | None = self._old["cursor"].get(table.name)
         if old is not None and changes.is_none:
             return old
+        names = self._write_names(sink, table, changes)
+        num_noted = len(changes.changed) + (0 if old is None else old["num_noted"])
+        # Half of the bytes of all hashes.
+        if old is not None and changes.has_same_names and _NOTE.itemsize * num_noted <= 4 * len(changes.digests):
+            noted = np.empty(len(changes.changed), _NOTE)
+            noted["place"], noted["digest"] = changes.changed, changes.digests[changes.changed]
+            notes = [*old["notes"], sink.write_file("changed-digests", noted.tobytes())]
+            return {**old, "dim": table.dim, "notes": notes, "num_noted": num_noted, "names": names}
         digests = sink.write_file("digests", changes.digests.astype("<u8").tobytes())
-        return {"dim": table.dim, "digests": digests, "names": self._write_names(sink, table, changes)}
+        return {"dim": table.dim, "digests": digests, "notes": [], "num_noted": 0, "names": names}
 
     def _write_names(self, sink: Sink, table: Table, changes: TableChanges) -> Mapping[str, Any]:
         if (facts := names_facts(table.names)) is not None:
@@ -239,6 +249,15 @@ class _Comparison:
         buffer = pa.BufferOutputStream()
         pq.write_table(pa.table({"name": texts_of(table.names)}), buffer, compression="zstd")
         return {"file": sink.write_file("names.parquet", buffer.getvalue())}
+
+
+def _read_digests(sink: Sink, cursor: Mapping[str, Any]) -> Digests:
+    """Returns the hashes of a table's rows: those of some version, and over them what later ones noted."""
+    digests = np.frombuffer(sink.read(cursor["digests"]), "<u8").astype(np.uint64)
+    for file in cursor["notes"]:
+        noted = np.frombuffer(sink.read(file), _NOTE)
+        digests[noted["place"]] = noted["digest"]
+    return digests
 
 
 def _read_names(sink: Sink, cursor: Mapping[str, Any]) -> Sequence[str]:

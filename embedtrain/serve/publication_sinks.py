@@ -94,6 +94,13 @@ class Sink(Protocol):
         """Ends connections."""
 
 
+def cursor_files(manifest: Mapping[str, Any]) -> set[str]:
+    """Returns the files by which the next publication finds out what has changed."""
+    cursors = manifest["cursor"].values()
+    files = [file for facts in cursors for file in (facts["digests"], *facts["notes"], facts["names"].get("file"))]
+    return {file for file in files if file is not None}
+
+
 class FolderSink:
     """A folder on any fsspec URL: a file of JSON for each version, and Parquet files that versions share.
 
@@ -200,8 +207,7 @@ class FolderSink:
         for number in numbers[:-KEPT_VERSIONS]:
             storage.remove(storage.join(self._url, published.manifest_name(number)))
         kept = {file for number in numbers[-KEPT_VERSIONS:] for file in self._manifest(number)["files"]}
-        kept |= {facts["digests"] for facts in manifest["cursor"].values()}
-        kept |= {facts["names"]["file"] for facts in manifest["cursor"].values() if "file" in facts["names"]}
+        kept |= cursor_files(manifest)
         for name in names:
             # A killed publisher's parts are of this version at most; what another one begins is of a later version.
             if name.startswith("part-") and int(name.split("-")[1]) <= self.number:

@@ -301,7 +301,7 @@ class RedisRows:
         with self._redis.pipeline(transaction=True) as pipeline:
             pipeline.get(f"{self._prefix}:head")
             if names:
-                pipeline.mget([row_key(self._prefix, table, name) for name in names])
+                pipeline.mget(row_keys(self._prefix, table, names))
             data, *values = pipeline.execute()
         head = self._head(data)
         if table not in head["tables"]:
@@ -372,9 +372,10 @@ def split_prefix(url: str) -> tuple[str, str]:
     return urlunsplit(parts._replace(query=urlencode(query))), prefix
 
 
-def row_key(prefix: str, table: str, name: str) -> str:
-    """Returns the key of a row in Redis."""
-    return f"{prefix}:row:{quote(table, safe='')}:{name}"
+def row_keys(prefix: str, table: str, names: Iterable[str]) -> list[str]:
+    """Returns the keys of rows in Redis."""
+    start = f"{prefix}:row:{quote(table, safe='')}:"
+    return [start + name for name in names]
 
 
 def committed(value: bytes | None, number: int) -> bytes | None:

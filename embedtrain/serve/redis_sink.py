@@ -20,7 +20,8 @@ from typing import Any
 
 from embedtrain.errors import UserError
 from embedtrain.serve import published
-from embedtrain.serve.published import Vectors, packed_entry, row_key
+from embedtrain.serve.publication_sinks import cursor_files
+from embedtrain.serve.published import Vectors, packed_entry, row_keys
 
 LOCK_SECONDS = 30.0
 """How long a publisher that says nothing is taken for alive."""
@@ -50,21 +51,23 @@ redis.call('pexpire', KEYS[1], ARGV[2])
 """
 # KEYS: lock, pending, rows; ARGV: token, milliseconds, number of the head, entries.
 _WRITE = f"""{_NEWEST}{_IF_LOCKED}
-for place = 3, #KEYS do
-  local kept = newest(redis.call('get', KEYS[place]), tonumber(ARGV[3]))
-  redis.call('set', KEYS[place], ARGV[place + 1] .. kept)
-  redis.call('rpush', KEYS[2], KEYS[place])
+local values, written = redis.call('mget', unpack(KEYS, 3)), {{}}
+for place, value in ipairs(values) do
+  written[2 * place - 1] = KEYS[place + 2]
+  written[2 * place] = ARGV[place + 3] .. newest(value, tonumber(ARGV[3]))
 end
-return #KEYS - 2
+redis.call('mset', unpack(written))
+redis.call('rpush', KEYS[2], unpack(KEYS, 3))
+return #values
 """
 # KEYS: lock, pending; ARGV: token, milliseconds, number of the head, how many.
 _SETTLE = f"""{_NEWEST}{_IF_LOCKED}
 local keys = redis.call('lrange', KEYS[2], 0, tonumber(ARGV[4]) - 1)
-for _, key in ipairs(keys) do
-  local value = redis.call('get', key)
+if #keys == 0 then return 0 end
+for place, value in ipairs(redis.call('mget', unpack(keys))) do
   local entry, size = newest(value, tonumber(ARGV[3]))
-  if size == 0 then redis.call('del', key)
-  elseif #entry < #value then redis.call('set', key, entry) end
+  if size == 0 then redis.call('del', keys[place])
+  elseif #entry < #value then redis.call('set', keys[place], entry) end
 end
 redis.call('ltrim', KEYS[2], #keys, -1)
 return #keys
@@ -162,7 +165,7 @@ class RedisSink:
                 with self._redis.pipeline(transaction=False) as pipeline:
                     for start in range(first, min(first + at_once, len(names)), _ROWS_AT_ONCE):
                         some = slice(start, start + _ROWS_AT_ONCE)
-                        keys = [row_key(self._prefix, table, name) for name in names[some]]
+                        keys = row_keys(self._prefix, table, names[some])
                         entries = [packed_entry(row, self._number) for row in rows[some]]
                         self._call("write", ["pending"], [self._number - 1, *entries], keys, pipeline)
                     self._require_lock(*pipeline.execute())
@@ -241,10 +244,9 @@ class RedisSink:
 
     def _sweep(self, manifest: Mapping[str, Any] | None) -> None:
         """Removes the files that a version does not need."""
-        kept = set()
+        kept: set[str] = set()
         if manifest is not None:
-            cursors = manifest["cursor"].values()
-            kept = {facts["digests"] for facts in cursors} | {facts["names"].get("file") for facts in cursors}
+            kept = cursor_files(manifest)
             kept |= {manifest["dense"]["file"]} if manifest["dense"] else set()
         for file in {name.decode() for name in self._redis.smembers(self._key("files"))} - kept:
             place = 0

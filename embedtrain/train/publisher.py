@@ -16,7 +16,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Publisher:
-    """Has the newest complete checkpoint published every so many seconds.
+    """Has the checkpoint that answers for the run published every so many seconds.
 
     Another process reads it from the run folder, so that training waits for nothing. A publication that fails is
     warned of, and the next one publishes what it missed.
@@ -56,9 +56,9 @@ class Publisher:
             self._command,
             env=environment,
             stdin=subprocess.DEVNULL,
-            # A few lines, which a pipe holds until they are read.
+            # A few lines, which pipes hold until they are read.
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.PIPE,
             # An interrupt from the terminal is for the run.
             start_new_session=True,
         )
@@ -67,10 +67,10 @@ class Publisher:
         """Waits for the publication that was started last, and says what became of it."""
         if self._process is None:
             return
-        said, _ = self._process.communicate()
+        done, wrong = (text.decode(errors="replace").splitlines() for text in self._process.communicate())
         status, self._process = self._process.returncode, None
-        lines = said.decode(errors="replace").splitlines() or [f"exit status {status}"]
         if status == 0:
-            _logger.info(f"published: {lines[0]}")
+            _logger.info(f"published: {done[0] if done else self._url}")
         else:
-            _logger.warning(f"not published to {self._url}, training goes on: {lines[-1]}")
+            reason = wrong[-1] if wrong else f"exit status {status}"
+            _logger.warning(f"not published to {self._url}, training goes on: {reason}")

@@ -31,24 +31,25 @@ class StepStatistics:
     def __init__(self, tables: EmbeddingCollection, ranks: Ranks) -> None:
         self._tables = tables
         self._ranks = ranks
-        # The keys of each look-up of the last step, by group; and those of the next step so far.
-        self._keys: list[Mapping[int, torch.Tensor]] = []
-        self._keys_ahead: list[Mapping[int, torch.Tensor]] = []
+        # The keys of each look-up by group, by step: of the last step begun, and of later ones so far.
+        self._keys: dict[int, list[Mapping[int, torch.Tensor]]] = {}
+        self._step = 0
         tables.watch(self._note)
         self._seen = self._costs()
 
-    def begin_step(self) -> None:
+    def begin_step(self, step: int) -> None:
         """Has the look-ups from now on, and those made ahead for this step, count as those of the last step."""
-        self._keys, self._keys_ahead = self._keys_ahead, []
+        self._keys = {later: keys for later, keys in self._keys.items() if later >= step}
+        self._step = step
 
     @contextmanager
-    def ahead(self) -> Iterator[None]:
-        """Has the look-ups in this context count as those of the next step."""
-        self._keys, self._keys_ahead = self._keys_ahead, self._keys
+    def ahead(self, step: int) -> Iterator[None]:
+        """Has the look-ups in this context count as those of a later step."""
+        begun, self._step = self._step, step
         try:
             yield
         finally:
-            self._keys, self._keys_ahead = self._keys_ahead, self._keys
+            self._step = begun
 
     def measure(self, num_steps: int) -> dict[str, float]:
         """Returns the statistics of the steps since the last call, and of the ids of the last of them.
@@ -90,7 +91,7 @@ class StepStatistics:
     def _note(self, keys: Mapping[int, torch.Tensor]) -> None:
         # Evaluations look up without gradients.
         if torch.is_grad_enabled():
-            self._keys.append(keys)
+            self._keys.setdefault(self._step, []).append(keys)
 
     def _costs(self) -> torch.Tensor:
         """Returns [stages + 1] float64: seconds in each stage and bytes sent, since this process began."""
@@ -101,8 +102,9 @@ class StepStatistics:
     def _ids(self) -> torch.Tensor:
         """Returns [3] float64: ids of the last step, distinct ones, and how often the hottest of those occur."""
         found = torch.zeros(3, dtype=torch.float64)
-        for group in sorted({group for keys in self._keys for group in keys}):
-            looked_up = torch.cat([keys[group] for keys in self._keys if group in keys])
+        noted = self._keys.get(self._step, [])
+        for group in sorted({group for keys in noted for group in keys}):
+            looked_up = torch.cat([keys[group] for keys in noted if group in keys])
             counts = sort_unique(looked_up, with_inverse=False).starts.diff()
             hottest = counts.sort(descending=True).values[: -(-len(counts) // _HOTTEST)]
             found += torch.tensor([len(looked_up), len(counts), int(hottest.sum())], dtype=torch.float64)

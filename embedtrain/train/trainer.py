@@ -69,8 +69,9 @@ class Trainer:
         self._ahead = (
             None if isinstance(task.batches, StreamedBatches) else BatchesAhead(task, options.accumulate_steps)
         )
-        # The host decides whether dense parameters step, so it must know at once whether the gradients are finite.
-        task.optimizer.looks_later = task.tables.device.type == "cuda" and task.dense is None
+        # If the host decides whether dense parameters step, it must know at once whether the gradients are finite.
+        is_known_to_device = task.dense is None or task.dense.takes_found_inf
+        task.optimizer.looks_later = task.tables.device.type == "cuda" and is_known_to_device
         self._rates = [float(settings["lr"]) for settings in task.optimizer.param_groups]
         self._schedule = schedule
         self._checkpoints = checkpoints
@@ -188,14 +189,14 @@ class Trainer:
                 batch, position, self._is_drained = self._stream.next_batch(self.state.stream)
             if batch is None:
                 return False
-            self._statistics.begin_step()
+            self._statistics.begin_step(self.state.step)
             first, *further = micro_batches(batch, self._options.accumulate_steps)
             self._train_on(Prepared(first, batch.num_examples, further))
             self.state.advance_stream(position)
         else:
             assert self._ahead is not None
             assert self._steps_per_epoch is not None
-            self._statistics.begin_step()
+            self._statistics.begin_step(self.state.step)
             self._train_on(self._ahead.take(self.state.epoch, self.state.step_in_epoch))
             self.state.advance(self._steps_per_epoch)
         return True
@@ -217,9 +218,10 @@ class Trainer:
 
     def _prepare_next(self) -> None:
         steps = self._steps_per_epoch
-        if self._ahead is not None and steps is not None and self.state.step + 1 != self.total_steps:
-            with self._statistics.ahead():
-                self._ahead.prepare_next(*divmod(self.state.epoch * steps + self.state.step_in_epoch + 1, steps))
+        if self._ahead is None or steps is None or self.total_steps is None:
+            return
+        step = self.state.step + 1
+        self._ahead.prepare_next(*divmod(step, steps), num_left=self.total_steps - step, context=self._statistics.ahead)
 
     def _is_measured(self, step: int) -> bool:
         evaluation = self._task.evaluation

@@ -18,11 +18,11 @@ from embedtrain import cli
 from embedtrain.errors import UserError
 from embedtrain.serve import publication_sinks, published, redis_sink
 from embedtrain.serve.changes import row_digests
-from embedtrain.serve.publication import TableCounts, publish
+from embedtrain.serve.publication import TableCounts, open_sink, publish
 from embedtrain.serve.published import Folder, Gone, Mirror, RedisRows
 from tests.stores import redis_server, save
 
-KINDS = ("folder", "memory", "redis")
+KINDS = ("folder", pytest.param("memory", marks=pytest.mark.slow), "redis")
 _NUMBERS = itertools.count()
 
 
@@ -139,6 +139,29 @@ def test_the_tables_that_were_chosen_stay_chosen(kind: str, place: Callable[[str
     assert list(publish(str(run), url).tables) == ["item"]
     with pytest.raises(ValueError, match="no table 'user'"):
         Consumer(url).rows("user", ["w1"])
+
+
+@pytest.mark.parametrize("kind", ["folder", "redis"])
+def test_what_a_consumer_has_is_known_after_many_small_changes(
+    kind: str, place: Callable[[str], str], tmp_path: Path
+) -> None:
+    run, url = tmp_path / "run", place(kind)
+    rows = some_rows(40)
+    notes = []
+    for step in range(1, 9):
+        for row in range(step, step + 3):
+            rows[f"w{row}"] = [float(step)] * 4
+        save(run, step, {"shop": rows})
+        done = publish(str(run), url)
+        assert done.tables["shop"] == (TableCounts(40, 0, 0) if step == 1 else TableCounts(0, 3, 0))
+        sink = open_sink(url)
+        newest = sink.newest()
+        sink.close()
+        assert newest is not None
+        notes.append(newest["cursor"]["shop"]["num_noted"])
+    # Hashes of changed rows are noted, until half of all rows would be.
+    assert notes == [0, 3, 6, 9, 0, 3, 6, 9]
+    Consumer(url).require("shop", rows)
 
 
 def test_two_consumers_get_what_each_of_them_lacks(place: Callable[[str], str], tmp_path: Path) -> None:

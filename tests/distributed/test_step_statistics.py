@@ -65,18 +65,18 @@ def test_the_ids_are_those_of_the_last_step_alone() -> None:
     tables = et.EmbeddingCollection([et.TableSpec("a", NUM_ROWS, 4), et.TableSpec("b", NUM_ROWS, 8)])
     statistics = StepStatistics(tables, ONE_PROCESS)
     few, many = et.Jagged.from_ids(torch.tensor([1, 1])), et.Jagged.from_ids(torch.arange(5))
-    for _ in range(2):
-        statistics.begin_step()
+    for step in range(5, 8):
+        statistics.begin_step(step)
         tables({"a": few, "b": few})  # micro-batches; the tables are two groups
-        tables({"a": few, "b": many})
-        with statistics.ahead():
+        with statistics.ahead(step + 2):
             tables({"a": many, "b": many})
         with torch.no_grad():  # an evaluation of some of the tables
             tables({"b": many})
-    assert ids_of(statistics) == (11 + 10, 5 + 5), "both micro-batches, and what was looked up ahead"
-    statistics.begin_step()
+        tables({"a": few})
+    assert ids_of(statistics) == (10 + 4 + 2, 5 + 5), "what was looked up two steps before, and in the step"
+    statistics.begin_step(8)
     assert ids_of(statistics) == (10, 10)
-    statistics.begin_step()
+    statistics.begin_step(10)
     assert ids_of(statistics) == (0, 0)
 
 

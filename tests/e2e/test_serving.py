@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import importlib.util
 import io
 import json
 import os
@@ -254,6 +255,23 @@ def test_a_package_of_retrieval_recommends_as_the_run_does(tmp_path: Path, capfd
     capfd.readouterr()
     assert cli.main(["recommend", str(tmp_path / "run"), "u3", "u14", "--top", "5", "--include-known"]) == 0
     expected = [line.split() for line in capfd.readouterr().out.splitlines() if line.startswith(" ")]
+
+    if importlib.util.find_spec("faiss") is not None:
+        index = str(tmp_path / "items.faiss")
+        arguments = ["--format", "faiss", "--similarity", "dot", "--output", index]
+        assert cli.main(["export", str(tmp_path / "run"), *arguments]) == 0
+        capfd.readouterr()
+        asked = ["recommend", str(tmp_path / "run"), "u3", "u14", "--top", "5"]
+        assert cli.main([*asked, "--include-known", "--index", index]) == 0
+        assert [line.split() for line in capfd.readouterr().out.splitlines() if line.startswith(" ")] == expected
+        assert cli.main(asked) == 0
+        without_known = capfd.readouterr().out
+        assert cli.main([*asked, "--index", index]) == 0
+        assert capfd.readouterr().out == without_known
+        facts = json.loads(Path(f"{index}.json").read_text())
+        Path(f"{index}.json").write_text(json.dumps(facts | {"step": 1}))
+        assert cli.main([*asked, "--index", index]) == 2
+        assert f"{index} is of table 'item' at step 1, " in capfd.readouterr().err
 
     retriever = scorer.Retriever(str(package))
     vectors = retriever.user_vectors(["u3", "u14"])

@@ -21,6 +21,7 @@ from embedtrain.export.recommendations import Recommendation
 from embedtrain.recipes.base import Wanted
 from embedtrain.recipes.retrieval.config import RetrievalConfig
 from embedtrain.recipes.retrieval.folding import FoldIn, FromFeatures
+from embedtrain.recipes.retrieval.indexed import IndexedCatalogue
 from embedtrain.recipes.retrieval.model import Retrieval
 from embedtrain.recipes.retrieval.recommendation import Catalogue, measure_lists, user_vectors
 
@@ -45,7 +46,7 @@ class _Asked:
 
 
 def best_items(
-    model: Retrieval, interactions: Interactions, options: InteractionOptions, wanted: Wanted
+    model: Retrieval, interactions: Interactions, options: InteractionOptions, wanted: Wanted, step: int
 ) -> Iterator[list[Recommendation]]:
     """Yields the best items of users. Collective: every rank.
 
@@ -54,9 +55,10 @@ def best_items(
         interactions: those of the training.
         options: how files of interactions are read.
         wanted: which users, and how many items.
+        step: of the checkpoint that the model was restored from.
 
     Raises:
-        UserError: a user or item is unknown, or a file cannot be used.
+        UserError: a user or item is unknown, or a file or an index cannot be used.
     """
     if wanted.features_path is not None:
         asked = _described(model, interactions, options, wanted.features_path)
@@ -67,7 +69,8 @@ def best_items(
     rows = np.arange(len(asked.names))
     if wanted.users is not None:
         rows = _rows_of(wanted.users, interactions.users, "user")
-    catalogue, item_ids = Catalogue(model), interactions.items.words
+    catalogue = Catalogue(model) if wanted.index_path is None else IndexedCatalogue(model, wanted.index_path, step)
+    item_ids = interactions.items.words
     excluded = asked.known if wanted.leaves_out_known else None
     for start in range(0, len(rows), _USERS_AT_ONCE):
         part = rows[start : start + _USERS_AT_ONCE]

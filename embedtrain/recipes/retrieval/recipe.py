@@ -224,7 +224,7 @@ def _build_model(config: RetrievalConfig, runtime: Runtime, interactions: Intera
         ),
         dtype=getattr(torch, config.table.dtype),
         optimizers=optimizer_names(config.optimizer),
-        **collection_options(config.table, runtime, config.seed),
+        **collection_options(config.table, runtime, config.seed, config.checkpoint),
     )
 
 
@@ -408,8 +408,8 @@ def recommend(
     Raises:
         UserError: a user or an item is unknown, or the run folder lacks the data that the checkpoint was trained on.
     """
-    with restored(config, runtime, checkpoint) as (model, interactions, _):
-        yield from best_items(model, interactions, _interaction_options(config), wanted)
+    with restored(config, runtime, checkpoint) as (model, interactions, step):
+        yield from best_items(model, interactions, _interaction_options(config), wanted, step)
 
 
 def measure_new_users(

@@ -29,31 +29,31 @@ def clustered(num_rows: int, dim: int = 16) -> np.ndarray:
     return rows.astype(np.float32)
 
 
-@pytest.mark.parametrize(("kind", "least"), [("flat", 1.0), ("ivfpq", 0.8), ("hnsw", 0.97)])
+@pytest.mark.parametrize(("kind", "least"), [("flat", 1.0), ("ivfpq", 0.7), ("hnsw", 0.97)])
 def test_neighbors_by_an_index_are_those_by_all_rows(
     kind: str, least: float, make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = clustered(3000)
+    rows = clustered(1500)
     words = [f"w{row}" for row in range(len(rows))]
     run, index = make_run({"word": rows}, words, state={"export_table": "word"}), str(tmp_path / "words.faiss")
     assert cli.main(["export", run, "--format", "faiss", "--kind", kind, "--output", index]) == 0
     *paths, said = capsys.readouterr().out.splitlines()
     assert paths == [index, f"{index}.vocabulary.tsv", f"{index}.json"]
-    assert said.startswith(f"{kind}, cosine: recall@20 ") and said.endswith("; 300 zero vectors are left out")
-    recall = float(said.split()[3])
-    assert recall >= least
+    assert said.startswith(f"{kind}, cosine: recall@20 ") and said.endswith("; 150 zero vectors are left out")
+    recall, rescored = (float(said.replace(",", " ").split()[place].rstrip(";")) for place in (3, 5))
+    assert rescored >= recall >= least and rescored >= 0.97
     assert json.loads(Path(f"{index}.json").read_text())["recall"] == pytest.approx(recall, abs=1e-4)
     assert Path(f"{index}.vocabulary.tsv").read_text().startswith("w0\t")
 
     shared = 0
-    for word in ("w1", "w2", "w1 - w2 + w33", "w2999"):
+    for word in ("w1", "w2", "w1 - w2 + w33", "w1499"):
         assert cli.main(["neighbors", run, *word.split(), "--top", "20"]) == 0
         exact = capsys.readouterr().out.splitlines()
         assert cli.main(["neighbors", run, *word.split(), "--top", "20", "--index", index]) == 0
         found = capsys.readouterr().out.splitlines()
         assert len(found) == 21 and found == sorted(found, key=lambda line: line.startswith("  "))
         shared += len(set(exact[1:]) & set(found[1:]))
-    assert shared >= 80 * (least - 0.05)
+    assert shared >= 72
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,7 +98,7 @@ def test_dot_products_are_of_vectors_as_they_are(make_run: MakeRun, tmp_path: Pa
     found, scores = index.best(vectors, np.float32([1, 0.5]), 3)
     assert (found.tolist(), scores.tolist()) == ([3, 2, 0], [4.5, 2.5, 1.0])
     with pytest.raises(UserError, match=r"4 rows of 2, for dot; asked is table 'word' at step 12, .* for cosine"):
-        require_index_of(index, vectors, "x")
+        require_index_of(index, ("word", 12, 4, 2), "x")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from embedtrain.train.publisher import Publisher
 PROGRAM = """#!/bin/sh
 echo "$RANK$MASTER_ADDR$TORCHELASTIC_ERROR_FILE $@" >> {folder}/said
 while [ -e {folder}/wait ]; do sleep 0.01; done
-[ -e {folder}/fail ] && {{ echo "Traceback"; echo "embedtrain: failed: no"; exit 1; }}
+[ -e {folder}/fail ] && {{ echo "Traceback"; echo "embedtrain: failed: no" >&2; exit 1; }}
+echo "runs/x: the newest checkpoint, of step 3" >&2
 echo "$6: version 7"
 """
 

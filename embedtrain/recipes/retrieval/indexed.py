@@ -1,0 +1,66 @@
+"""The best items of each user by an index, in place of the whole catalogue."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from embedtrain.data.bags import Bags
+from embedtrain.errors import UserError
+from embedtrain.export.index import Index, open_index, require_index_of
+from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval
+
+_MORE = 4
+_USERS_AT_ONCE = 64
+
+
+class IndexedCatalogue:
+    """Takes candidates from an index and compares their exact scores; `best` is that of `Catalogue`, and may miss some.
+
+    Args:
+        model: the model, in one process.
+        path: of the index, as `export_index` wrote it.
+        step: of the checkpoint that the model was restored from.
+
+    Raises:
+        UserError: there are several processes, or the index is not of these items.
+    """
+
+    def __init__(self, model: Retrieval, path: str, step: int) -> None:
+        if model.tables.ranks.size > 1:
+            raise UserError(f"--index is for one process, and there are {model.tables.ranks.size}: leave torchrun out")
+        self.model = model
+        self.num_items = model.sides[ITEM].num_rows
+        self._index: Index = open_index(path)
+        dim = model.tables.shards[ITEM].spec.dim
+        require_index_of(self._index, (ITEM, step, self.num_items, dim), path, model.scoring.similarity)
+
+    @torch.no_grad()
+    def best(
+        self, users: NDArray[np.int64], k: int, known: Bags | None, queries: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the best items of each user and their scores, the best first; see `Catalogue.best`."""
+        if queries is None:
+            queries = self.model.encode({USER: torch.from_numpy(users)})[USER]
+        queries = queries.cpu()
+        starts = range(0, len(users), _USERS_AT_ONCE)
+        found = [self._best(users[s : s + _USERS_AT_ONCE], queries[s : s + _USERS_AT_ONCE], k, known) for s in starts]
+        return torch.cat([items for items, _ in found]), torch.cat([scores for _, scores in found])
+
+    def _best(self, users: NDArray[np.int64], queries: Tensor, k: int, known: Bags | None) -> tuple[Tensor, Tensor]:
+        k = min(k, self.num_items)
+        lengths = np.zeros(len(users), np.int64) if known is None else known.lengths(users)
+        wanted = min(self.num_items, _MORE * k + int(lengths.max()))
+        candidates = self._index.search(queries.numpy(), wanted)
+        if known is not None:
+            for place, user in enumerate(users.tolist()):
+                own = known.values[known.starts[user] : known.starts[user + 1]]
+                candidates[place, np.isin(candidates[place], own)] = -1
+        items, place_of = np.unique(candidates, return_inverse=True)
+        vectors = self.model.encode({ITEM: torch.from_numpy(items.clip(min=0))})[ITEM].cpu()
+        scores = torch.einsum("nd,nmd->nm", queries, vectors[torch.from_numpy(place_of.reshape(candidates.shape))])
+        rows = torch.from_numpy(candidates)
+        best = scores.masked_fill(rows < 0, -torch.inf).topk(k, dim=1)
+        return rows.gather(1, best.indices), best.values
