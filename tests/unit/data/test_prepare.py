@@ -192,7 +192,7 @@ def test_the_table_of_contents_says_what_was_prepared(text: Path, cache: Path) -
     corpus = prepared(cache, str(text))
     meta = json.loads((Path(corpus.path) / "meta.json").read_text())
     options = {"path": str(text), "tokenizer": "letters", "min_count": 1, "max_vocab_size": None}
-    options["base_vocabulary"] = None
+    options |= {"base_vocabulary": None, "takes_new": True}
     assert meta["options"] == options
     assert sum(shard["num_tokens"] for shard in meta["shards"]) == corpus.num_tokens
     assert str(text) in meta["sources"][0]
