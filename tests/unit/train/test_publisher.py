@@ -69,13 +69,34 @@ def test_publications_follow_each_other(folder: Path, caplog: pytest.LogCaptureF
     ("command", "settings", "expected"),
     [
         ("train", ["publish.to=kafka://x"], "'kafka://x' is not a path that can be opened"),
+        (
+            "train",
+            ["publish.to=redis://127.0.0.1:1"],
+            "redis://127.0.0.1:1 cannot be published to: Redis at",
+        ),
+        ("train", ["publish.to=other"], "other holds 'notes.txt' and no publication"),
+        (
+            "train",
+            ["publish.to=redis://:secret@host"],
+            "publish.to=redis://@host is given with a password, which config.yaml, checkpoints and trackers would "
+            "keep: leave it out, and give it in the environment variable EMBEDTRAIN_REDIS_PASSWORD",
+        ),
+        ("train", ["publish.to=ftp://me:secret@host/a"], "environment variable FSSPEC_FTP_PASSWORD"),
         ("train", ["publish.to=out", "publish.every_seconds=0"], "publish.every_seconds must be more than 0"),
         ("compare", ["--optimizers", "adam,sgd", "publish.to=out"], "compare trains many runs, and publish.to is for"),
     ],
 )
 def test_a_place_is_checked_before_the_run(
-    command: str, settings: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str,
+    settings: list[str],
+    expected: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").touch()
     (tmp_path / "corpus.txt").write_text("a b a b")
     own = ["--output", f"{tmp_path}/run"] if command == "compare" else [f"run.path={tmp_path}/run"]
     assert cli.main([command, "word2vec", f"data.path={tmp_path}/corpus.txt", *own, *settings]) == 2
