@@ -4,26 +4,29 @@
 
 Each result is checked against the reference before it is timed. Times are medians between CUDA events, over input sets
 that together are many times the size of the L2 cache. GB/s counts what must be read and written once, and the share
-is of the bandwidth of a plain copy, measured first.
+is of the bandwidth of a plain copy, measured first. "predicted" is what the machine code of the kernel allows by
+`tests/ops/roofline.py`: what the card's multiprocessors can have in flight, and no more than the copy moves.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import embedtrain as et
-from embedtrain.data.skipgram import SamplingOptions, TextBatch, sampling_tables
+from embedtrain.data.skipgram import SamplingOptions, TextBatch, TextSampler, sampling_tables
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.gather_rows import reference as reference_gather
 from embedtrain.ops.pool_rows import Bags, pool_rows
@@ -31,7 +34,6 @@ from embedtrain.ops.pool_rows import reference as reference_pool
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import Moments, RowStep, moment_update
 from embedtrain.ops.row_update import reference as reference_update
-from embedtrain.ops.sample_text import sample_text
 from embedtrain.ops.segment_sum import reference as reference_sum
 from embedtrain.ops.segment_sum import segment_sum
 from embedtrain.ops.skipgram_block import TextBlock, skipgram_block
@@ -46,6 +48,9 @@ NUM_SETS = 4
 BAG_SIZE = 10
 LR, EPS, ACCUMULATOR = 0.05, 1e-8, 100.0
 WORDS_PER_STEP, VOCABULARY, WORD_DIM = 1 << 16, 100_000, 100
+KERNELS = {"row-wise Adagrad": "rowwise_adagrad", "Adagrad": "adagrad", "SGD": "sgd"}
+"""By name of an optimizer, how `kernel_roofline.json` calls it."""
+ROOFLINE_PATH = Path(__file__).resolve().parents[1] / "tests" / "ops" / "kernel_roofline.json"
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Case:
         check: raises AssertionError where the result is not the reference's.
         num_bytes: that must move; 0 where bytes say nothing.
         num_items: done by a run, for a rate.
+        kernel: which kernel moves the bytes, as `kernel_roofline.json` names it, without the architecture.
     """
 
     name: str
@@ -65,30 +71,53 @@ class Case:
     check: Callable[[], None]
     num_bytes: float = 0.0
     num_items: float = 0.0
+    kernel: str = ""
 
 
 def main() -> None:
     """Measures and prints the table."""
     options = parse_options()
-    if not torch.cuda.is_available():
+    if not (torch.cuda.is_available() or options.rehearse):
         sys.exit("benchmarks/gpu.py needs a CUDA GPU, and PyTorch finds none: nothing was measured")
-    import triton
-
-    device = torch.device("cuda")
+    device = torch.device("cpu" if options.rehearse else "cuda")
     torch.manual_seed(1)
-    bandwidth = copy_bandwidth(device)
-    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {triton.__version__}")
+    bandwidth = copy_bandwidth(device, 1 << 16 if options.rehearse else 1 << 28)
+    print(f"{name_of(device)}, PyTorch {torch.__version__}")
     print(f"a copy moves {bandwidth / 1e9:.0f} GB/s; {options.num_ids:,} ids a step in {options.num_rows:,} rows")
-    print("| what | ms | GB/s | of the copy | M items/s |")
-    print("| --- | --- | --- | --- | --- |")
-    for case in cases(options.num_rows, options.num_ids, device):
+    print("| what | ms | GB/s | of the copy | predicted | M items/s |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for case in cases(options.num_rows, options.num_ids, device, has_steps=not options.kernels):
         case.check()
-        seconds = median_seconds(case.run)
+        seconds = median_seconds(case.run, device)
         rate = case.num_bytes / seconds
         moved = f"{rate / 1e9:.0f} | {rate / bandwidth:.0%}" if case.num_bytes else "- | -"
+        moved += f" | {predicted(case.kernel, device, bandwidth)}"
         print(f"| {case.name} | {seconds * 1e3:.3f} | {moved} | {case.num_items / seconds / 1e6:.1f} |", flush=True)
         del case
-        torch.cuda.empty_cache()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def name_of(device: torch.device) -> str:
+    """Returns what a table says of the machine."""
+    if device.type == "cpu":
+        return "CPU, a rehearsal: the figures mean nothing"
+    import triton
+
+    return f"{torch.cuda.get_device_name()}, Triton {triton.__version__}"
+
+
+def predicted(kernel: str, device: torch.device, bandwidth: float) -> str:
+    """Returns the gigabytes per second that the machine code of a kernel allows on this card; "-" if none is stored."""
+    if not kernel:
+        return "-"
+    # A rehearsal reads the figures of one architecture, so that a name that is not stored is found.
+    architecture, count = 90, 1
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        architecture, count = 90 if properties.major >= 9 else 80, properties.multi_processor_count
+    speed = json.loads(ROOFLINE_PATH.read_text())[f"{kernel} sm_{architecture}"]["of_multiprocessor"]
+    return f"{min(speed * count, bandwidth / 1e9):.0f}"
 
 
 def parse_options() -> argparse.Namespace:
@@ -96,13 +125,19 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-rows", type=int, default=10_000_000, help="of each table")
     parser.add_argument("--num-ids", type=int, default=1_000_000, help="looked up a step")
+    parser.add_argument("--kernels", action="store_true", help="leave out whole steps")
+    parser.add_argument("--rehearse", action="store_true", help="run on the CPU; give small numbers")
     return parser.parse_args()
 
 
-def median_seconds(run: Callable[[int], object], repeats: int = 24) -> float:
+def median_seconds(run: Callable[[int], object], device: torch.device, repeats: int = 24) -> float:
     """Returns the median time on the device of a run, after a warm-up on every input set."""
     for number in range(NUM_SETS):
         run(number)
+    if device.type == "cpu":
+        began = time.perf_counter()
+        run(0)
+        return time.perf_counter() - began
     torch.cuda.synchronize()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for number, (start, stop) in enumerate(events):
@@ -113,10 +148,10 @@ def median_seconds(run: Callable[[int], object], repeats: int = 24) -> float:
     return statistics.median(start.elapsed_time(stop) for start, stop in events) / 1e3
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Returns the bytes per second, read and written, of a copy of 1 GiB."""
-    source, target = torch.zeros(2, 1 << 28, device=device)
-    return 2 * source.nbytes / median_seconds(lambda number: target.copy_(source))
+def copy_bandwidth(device: torch.device, num_values: int = 1 << 28) -> float:
+    """Returns the bytes per second, read and written, of a copy; of 1 GiB unless another size is given."""
+    source, target = torch.zeros(2, num_values, device=device)
+    return 2 * source.nbytes / median_seconds(lambda number: target.copy_(source), device)
 
 
 def draw_ids(num_rows: int, num_ids: int, is_zipf: bool, device: torch.device) -> Tensor:
@@ -126,16 +161,17 @@ def draw_ids(num_rows: int, num_ids: int, is_zipf: bool, device: torch.device) -
     return (ranks * 6_180_339_887) % num_rows
 
 
-def cases(num_rows: int, num_ids: int, device: torch.device) -> Iterator[Case]:
+def cases(num_rows: int, num_ids: int, device: torch.device, *, has_steps: bool = True) -> Iterator[Case]:
     """Yields the cases one after the other, so that their tables need not be there together."""
-    for dim, is_zipf in itertools.product((64, 128), (False, True)):
+    for dim, is_zipf in itertools.product((64, 100, 128), (False, True)):
         kind = f"dim {dim}, {'Zipf' if is_zipf else 'uniform'}"
         ids = [draw_ids(num_rows, num_ids, is_zipf, device) for _ in range(NUM_SETS)]
         yield from row_cases(torch.randn(num_rows, dim, device=device), ids, kind)
         for dtype in (torch.float32, torch.bfloat16):
             yield from update_cases(torch.randn(num_rows, dim, device=device).to(dtype), ids, kind)
-        yield from bag_cases(num_rows, dim, ids, kind)
-    yield from word_cases(device)
+        if has_steps:
+            yield from bag_cases(num_rows, dim, ids, kind)
+    yield from word_cases(device, has_steps=has_steps)
 
 
 def row_cases(table: Tensor, ids: list[Tensor], kind: str) -> Iterator[Case]:
@@ -148,6 +184,7 @@ def row_cases(table: Tensor, ids: list[Tensor], kind: str) -> Iterator[Case]:
         lambda: same(gather_rows(table, ids[0]), reference_gather.gather_rows(table, ids[0], table.dtype), 0.0),
         n * (2 * row_bytes + 8),
         n,
+        f"_copy_tile to float32, dim {dim} float32",
     )
     lengths = torch.full((n // BAG_SIZE,), BAG_SIZE, device=table.device)
     bags = [Bags(n // BAG_SIZE * BAG_SIZE, lengths)]
@@ -158,6 +195,7 @@ def row_cases(table: Tensor, ids: list[Tensor], kind: str) -> Iterator[Case]:
         lambda: same(pool_rows(table, ids[0], bags)[0], reference_pool.pool_rows(table, ids[0], bags)[0], 1e-5),
         n * (row_bytes + 8) + n // BAG_SIZE * row_bytes,
         n,
+        f"_pool_bag bags, dim {dim} float32",
     )
     grads = [torch.randn(some.numel(), dim, device=table.device) for some in ids]
     keys = [sort_unique(some) for some in ids]
@@ -168,6 +206,7 @@ def row_cases(table: Tensor, ids: list[Tensor], kind: str) -> Iterator[Case]:
         lambda: same(segment_sum(grads[0], keys[0]), reference_sum.segment_sum(grads[0], keys[0], 1.0), 1e-4),
         n * (row_bytes + 8) + keys[0].unique.numel() * (row_bytes + 8),
         n,
+        f"_sum_chunk values, dim {dim} float32",
     )
 
 
@@ -210,6 +249,7 @@ def update_cases(weight: Tensor, ids: list[Tensor], kind: str) -> Iterator[Case]
             check,
             rows[0].numel() * (dim * (2 * weight.itemsize + 4) + 8 * state_values + (16 if is_bfloat16 else 8)),
             rows[0].numel(),
+            f"_update_tile {KERNELS[name]} plain, dim {dim} {'bfloat16' if is_bfloat16 else 'float32'}",
         )
 
 
@@ -318,8 +358,9 @@ class Text:
     steps_per_epoch = 1 << 30
     examples_per_epoch = steps_per_epoch * WORDS_PER_STEP
 
-    def __init__(self) -> None:
-        self._tables = sampling_tables(np.full(VOCABULARY, 10), SamplingOptions(sample=0))
+    def __init__(self, device: torch.device) -> None:
+        options = SamplingOptions(sample=0)
+        self._sampler = TextSampler(sampling_tables(np.full(VOCABULARY, 10), options), options, device)
         self._tokens = []
         for _ in range(NUM_SETS):
             tokens = draw_ids(VOCABULARY, WORDS_PER_STEP, True, torch.device("cpu")).int()
@@ -328,14 +369,12 @@ class Text:
 
     def batch(self, epoch: int, step: int) -> TextBatch:
         """Returns a step's words."""
-        tokens, positions = self._tokens[step % NUM_SETS], torch.arange(WORDS_PER_STEP)
-        sample = sample_text(tokens, positions, self._tables, window=5, num_negatives=5, key=step)
-        return TextBatch(sample, WORDS_PER_STEP)
+        return self._sampler(self._tokens[step % NUM_SETS], torch.arange(WORDS_PER_STEP), key=step)
 
 
-def word_cases(device: torch.device) -> Iterator[Case]:
+def word_cases(device: torch.device, *, has_steps: bool) -> Iterator[Case]:
     """Yields the skip-gram kernel, and whole steps of word vectors."""
-    text = Text()
+    text = Text(device)
     samples = [text.batch(0, number).sample for number in range(NUM_SETS)]
     vectors = torch.randn(2 * VOCABULARY, WORD_DIM, device=device) / WORD_DIM
     blocks = [
@@ -358,11 +397,12 @@ def word_cases(device: torch.device) -> Iterator[Case]:
         f"skipgram_block, dim {WORD_DIM}", lambda number: skipgram_block(vectors, blocks[number]), check,
         num_items=WORDS_PER_STEP,
     )  # fmt: skip
-    yield step_of_word_vectors(text, device)
+    if has_steps:
+        yield step_of_word_vectors(text, device)
 
 
 def step_of_word_vectors(text: Text, device: torch.device) -> Case:
-    """Returns a step of `train`: sampling on the CPU, and the next step prepared while this one runs."""
+    """Returns a step of `train`, the next step prepared while this one runs."""
     model = Word2Vec(VOCABULARY, WORD_DIM, device=device)
     optimizer = et.optim.RowwiseAdagrad(model.tables, lr=LR, eps=EPS, initial_accumulator_value=ACCUMULATOR)
     task = Task(model, model.tables, optimizer, text)

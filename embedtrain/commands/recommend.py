@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("--all", "all_users", is_flag=True, help="All users, into the file of --output.")
 @click.option("--items", metavar="IDS", help="Of a user who was not in the training: items that they have, as 17,42.")
 @click.option("--history", metavar="PATH", type=click.Path(), help="Users and their items, in files as data.path.")
+@click.option("--features", metavar="PATH", type=click.Path(), help="Users by their features, in files as users.path.")
 @click.option("--top", type=int, default=10, show_default=True, metavar="N", help="How many items each.")
 @click.option("--include-known", is_flag=True, help="Also items that the user has already.")
 @click.option("--output", metavar="PATH", type=click.Path(), help="A new Parquet file, instead of printing.")
@@ -41,8 +42,7 @@ def recommend(
     **asked: Any,
 ) -> int:
     """Prints or writes the best items of users of a retrieval run."""
-    items, history = asked["items"], asked["history"]
-    _require_one(users, all_users, items, history)
+    _require_one(users, all_users, asked)
     if top < 1:
         raise UserError(f"the number of items must be at least 1, got {top}")
     if all_users and output is None:
@@ -67,8 +67,9 @@ def recommend(
         users or None,
         top,
         leaves_out_known=not asked["include_known"],
-        items=split_names(items) or None,
-        history_path=history,
+        items=split_names(asked["items"]) or None,
+        history_path=asked["history"],
+        features_path=asked["features"],
         index_path=asked["index"],
     )
     # Under torchrun every rank holds its part of the items.
@@ -89,11 +90,13 @@ def recommend(
     return EXIT_DONE
 
 
-def _require_one(users: Sequence[str], all_users: bool, items: str | None, history: str | None) -> None:
+def _require_one(users: Sequence[str], all_users: bool, asked: Mapping[str, Any]) -> None:
     """Refuses a line that does not say in one way who is meant."""
-    ways = {", ".join(users): bool(users), "--all": all_users, "--items": items is not None}
-    given = [way for way, is_given in {**ways, "--history": history is not None}.items() if is_given]
+    options = {f"--{name}": asked[name] is not None for name in ("items", "history", "features")}
+    given = [way for way, is_given in {"--all": all_users, **options, ", ".join(users): users}.items() if is_given]
     if len(given) > 1:
-        raise UserError(f"expected the ids of users, --items, --history or --all, got {' and '.join(given)}")
+        raise UserError(
+            f"expected the ids of users or --all, or one of {', '.join(options)}, got {' and '.join(given)}"
+        )
     if not given:
         raise UserError("expected the ids of users, --items IDS, --history FILE, or --all with --output FILE")

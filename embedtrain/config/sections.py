@@ -222,6 +222,10 @@ class Config:
         "alpha": "optimizer.lr",
         "iter": "train.epochs",
         "output": "run.path",
+        "accumulate_grad_batches": "train.accumulate_steps",
+        "gradient_accumulation_steps": "train.accumulate_steps",
+        "mixed_precision": "train.precision",
+        "allow_tf32": "train.tf32",
     }
     """Names that other programs have for our keys, too far from them for a search by spelling."""
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from embedtrain.data.bags import Bags
-from embedtrain.data.interactions import InteractionOptions, read_pairs
+from embedtrain.data.columns import read_columns
+from embedtrain.data.interactions import InteractionOptions, SideOptions, read_pairs, split_categories
 from embedtrain.data.readers import suffixes_of
 from embedtrain.data.sources import take_sources
 from embedtrain.data.vocabulary import Vocabulary
@@ -57,6 +58,38 @@ def read_histories(options: InteractionOptions, path: str, items: Vocabulary) ->
     triples = np.unique(np.stack([user_codes, rows[item_codes], item_codes], axis=1), axis=0)
     names = users.chunk(0).dictionary.to_pylist()
     return Histories(names, Bags.from_rows(triples[:, 0], triples[:, 1], len(names)))
+
+
+def read_described(
+    options: SideOptions, path: str, categories: Mapping[str, Sequence[str]]
+) -> tuple[list[str], dict[str, Bags]]:
+    """Returns the raw ids of files of users, or of items, and by column the known categories of each row.
+
+    Args:
+        options: how the files are read; their own path is not.
+        path: the files.
+        categories: by column, those of the training in the order of their rows.
+
+    Raises:
+        UserError: a file cannot be used, or holds no row.
+    """
+    sources, names = take_sources(path, suffixes_of(options.format)), list(options.separators)
+    wanted = [options.id_column, *names]
+    batches = [
+        rows.columns for rows in read_columns(sources, wanted, options.format, options.layout, options.separators)
+    ]
+    if not batches:
+        raise UserError(f"{path}: there are no rows")
+    ids = [str(found) for batch in batches for found in batch[0].to_pylist()]
+    bags = {}
+    for place, name in enumerate(names, start=1):
+        cells = [split_categories(batch[place], options.separators[name]) for batch in batches]
+        rows = np.repeat(np.arange(len(ids)), np.concatenate([lengths for lengths, _ in cells]))
+        values = pa.chunked_array([values for _, values in cells], pa.large_string())
+        found = pc.index_in(values, value_set=pa.array(categories[name], pa.large_string())).fill_null(-1)
+        category = np.asarray(found).astype(np.int64)
+        bags[name] = Bags.from_rows(rows[category >= 0], category[category >= 0], len(ids))
+    return ids, bags
 
 
 def known_part(found: Histories, where: str, num_items: int) -> Histories:

@@ -451,7 +451,7 @@ def _read_features(
     left_out[f"{side}_without_features"] = len(vocabulary) - len(described)
     found = []
     for place, name in enumerate(names, start=1):
-        cells = [_categories(batch[place], options.separators[name]) for batch in batches]
+        cells = [split_categories(batch[place], options.separators[name]) for batch in batches]
         lengths = np.concatenate([lengths for lengths, _ in cells])
         if not lengths.any():
             raise UserError(f"{urls}: no row has a value in column {name!r}: leave out {side}.features.{name}")
@@ -472,7 +472,7 @@ def _base_of(path: str | None) -> Vocabulary | None:
     return Vocabulary(values["value"].to_pylist(), np.asarray(values["count"], np.int64))
 
 
-def _categories(column: pa.Array, separator: str | None) -> tuple[NDArray[np.int64], pa.Array]:
+def split_categories(column: pa.Array, separator: str | None) -> tuple[NDArray[np.int64], pa.Array]:
     """Returns how many categories each cell has, and all of them; an empty cell has none."""
     if pa.types.is_large_string(column.type):
         if separator is None:

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from embedtrain.distributed.stages import count_sent, stage
 from embedtrain.errors import CheckpointError, UserError
+from embedtrain.ops._backend.row_memory import empty_buffer
 from embedtrain.ops.gather_rows import gather_rows
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class Ranks(ABC):
         Returns:
             What came from each rank.
         """
-        rows = like.new_empty(sum(send_counts), *like.shape[1:])
+        rows = _room(like, sum(send_counts))
         write(rows.split(list(send_counts)))
         return list(self.all_to_all(rows, send_counts, receive_counts).split(list(receive_counts)))
 
@@ -243,6 +244,12 @@ class Ranks(ABC):
         return RuntimeError, f"rank {self.rank} failed:\n{trace}"
 
 
+def _room(like: Tensor, count: int) -> Tensor:
+    """Returns uninitialised memory for rows like those given; on CPUs memory that serves again. See `empty_buffer`."""
+    shape = (count, *like.shape[1:])
+    return like.new_empty(shape) if like.is_cuda else empty_buffer(*shape, dtype=like.dtype)
+
+
 def by_kind(told: Tensor, heard: Tensor) -> list[list[list[list[int]]]]:
     """Returns counts on the host: told or heard, number, kind, rank; see `Ranks.ask`."""
     both: list[list[list[list[int]]]] = torch.stack([told, heard]).permute(0, 2, 3, 1).tolist()
@@ -345,7 +352,7 @@ class GroupRanks(Ranks):
 
     def all_to_all(self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
         """See `Ranks`."""
-        received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
+        received = _room(rows, sum(receive_counts))
         count_sent((len(rows) - send_counts[self.rank]) * rows.shape[1:].numel() * rows.element_size())
         with stage("exchange"):
             dist.all_to_all_single(

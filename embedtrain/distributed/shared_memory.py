@@ -204,7 +204,7 @@ class SharedMemoryRanks(GroupRanks):
         if rows.is_cuda:
             return super().all_to_all(rows, send_counts, receive_counts)
         with stage("exchange"):
-            received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
+            received = empty_buffer(sum(receive_counts), *rows.shape[1:], dtype=rows.dtype)
             arrived = self._inbox.exchange(rows.split(list(send_counts)))
             for target, part in zip(received.split(list(receive_counts)), arrived, strict=True):
                 target.copy_(part)

@@ -247,7 +247,8 @@ class EmbeddingCollection(nn.Module):
     def _take_choices(self, asked: Asked) -> None:
         """Takes the choices that hold after a batch, in the order of the steps even if another batch is asked ahead."""
         if torch.is_grad_enabled():
-            self._choices = asked.choices
+            if asked.choices is not self._choices:  # a module takes microseconds to set an attribute
+                self._choices = asked.choices
             # The next batch without gradients begins an evaluation, even if a step was asked ahead before the last one.
             self._input_dist.choices_of_evaluation = {}
 

@@ -110,7 +110,7 @@ class LocalInputDist(InputDist):
             LocalRequest(self._groups[route.number], route, *self._plan(route, bags))
             for route in self._routes.of(names)
         ]
-        return Asked(names, parts, {}, shapes_of(batch, self._routes.features)), [part.rows for part in parts]
+        return Asked(names, parts, self.choices, shapes_of(batch, self._routes.features)), [part.rows for part in parts]
 
 
 _ROWS, _ANY_ROWS, _IDS_OF_BAGS, _SUMS, _ANY_BAGS, _ANY_WEIGHTS = range(6)

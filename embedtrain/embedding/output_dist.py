@@ -24,7 +24,7 @@ def output_dist(asked: Asked, found: Sequence[Found]) -> dict[str, Tensor]:
     vectors: dict[str, Tensor] = {}
     for part, own in zip(asked.parts, found, strict=True):
         # Autograd takes its time over each argument, and most features have no weights.
-        is_learned = any(weight is not None and weight.requires_grad for weight in part.weights)
+        is_learned = any([weight is not None and weight.requires_grad for weight in part.weights])
         learned = part.weights if is_learned else ()
         pooled = _OutputDist.apply(part.group.gradients.anchor, part, own, *learned)  # type: ignore[no-untyped-call]
         vectors.update(zip(part.route.names, pooled, strict=True))
@@ -79,24 +79,31 @@ class _OutputDist(torch.autograd.Function):
         return tuple(next(from_there if is_there else from_here) for is_there in part.at_owner)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        part: GroupRequest = ctx.part
-        here = [number for number, is_there in enumerate(part.at_owner) if not is_there]
-        if ctx.needs_input_grad[0]:  # unless all rows are frozen, and only weights of ids are learned
-            to_rows = _of_trained(part, grads)
-            part.send_home([to_rows[number] for number in here], [part.bags[number] for number in here])
-            if part.sums is not None:
-                part.sums.send_home([grad for grad, is_there in zip(to_rows, part.at_owner, strict=True) if is_there])
-        of_weights: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
-        if ctx.is_learned:
-            source, all_places = ctx.saved_tensors
-            values = all_places.split([part.bags[number].num_values for number in here])
-            for number, places in zip(here, values, strict=True):
-                grad = grads[number]
-                if ctx.needs_input_grad[3 + number] and grad is not None:
-                    of_weights[number] = grad_of_weights(source, places, part.bags[number], grad)
-        return None, None, None, *of_weights
+        # The guard against a second derivative takes a while, and gradients are enabled here only if one is wanted.
+        return _backward_once(ctx, *grads) if torch.is_grad_enabled() else _backward(ctx, *grads)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    part: GroupRequest = ctx.part
+    here = [number for number, is_there in enumerate(part.at_owner) if not is_there]
+    if ctx.needs_input_grad[0]:  # unless all rows are frozen, and only weights of ids are learned
+        to_rows = _of_trained(part, grads)
+        part.send_home([to_rows[number] for number in here], [part.bags[number] for number in here])
+        if part.sums is not None:
+            part.sums.send_home([grad for grad, is_there in zip(to_rows, part.at_owner, strict=True) if is_there])
+    of_weights: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
+    if ctx.is_learned:
+        source, all_places = ctx.saved_tensors
+        values = all_places.split([part.bags[number].num_values for number in here])
+        for number, places in zip(here, values, strict=True):
+            grad = grads[number]
+            if ctx.needs_input_grad[3 + number] and grad is not None:
+                of_weights[number] = grad_of_weights(source, places, part.bags[number], grad)
+    return None, None, None, *of_weights
+
+
+_backward_once = once_differentiable(_backward)
 
 
 def _of_trained(part: GroupRequest, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:

@@ -22,7 +22,8 @@ def bags_of(batch: Jagged, pooling: Pooling, device: torch.device) -> Bags:
         weights = _kept(to_device(batch.weights.detach().float(), device), batch.weights)
     if pooling == "none":
         return Bags(batch.values.numel(), None, weights)
-    lengths = _kept(to_device(batch.lengths.long(), device), batch.lengths)
+    lengths = batch.lengths if batch.lengths.dtype == torch.int64 else batch.lengths.long()
+    lengths = _kept(to_device(lengths, device), batch.lengths)
     return Bags(batch.values.numel(), lengths, weights, is_mean=pooling == "mean")
 
 

@@ -138,6 +138,7 @@ class TableGroup:
             self.shards.append(shard)
             first_row += layout.rows_per_rank
         first_rows = [shard.first_row for shard in self.shards]
+        self._ranges = [(shard.first_row, shard.layout.rows_per_rank) for shard in self.shards]
         self._key_map = layouts[0].key_map(layouts, first_rows, self.num_local_rows)
         starts = [first_rows, [shard.slots[0] for shard in self.shards]]
         keys_of = _RoundingKeys(torch.tensor(starts, device=self.device))
@@ -186,11 +187,15 @@ class TableGroup:
 
     def runs_of(self, tables: Sequence[int], num_values: Sequence[int]) -> list[Run]:
         """Returns where the local rows of features lie, whose tables, one a feature, are in ascending order."""
-        of_table: dict[int, int] = {}
+        runs: list[Run] = []
+        latest = -1
         for table, count in zip(tables, num_values, strict=True):
-            of_table[table] = of_table.get(table, 0) + count
-        places = ((self.shards[table], count) for table, count in of_table.items())
-        return [Run(count, shard.first_row, shard.layout.rows_per_rank) for shard, count in places]
+            first_row, num_rows = self._ranges[table]
+            if table == latest:
+                count += runs.pop().num_values
+            runs.append(Run(count, first_row, num_rows))
+            latest = table
+        return runs
 
     @property
     def table_names(self) -> list[str]:

@@ -233,13 +233,13 @@ class SparseOptimizer(StoreOptimizer):
             or bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
         )
 
-    @torch.no_grad()
     def _step(self) -> None:
-        self.settle()
-        gradients = self._collect_gradients()
-        factor = self._agree_on_factor(gradients)
-        if factor is not None:
-            self._apply(gradients, factor)
+        with torch.no_grad():
+            self.settle()
+            gradients = self._collect_gradients()
+            factor = self._agree_on_factor(gradients)
+            if factor is not None:
+                self._apply(gradients, factor)
 
     def _collect_gradients(self) -> list[RowGradient]:
         """Returns the gradients that wait at the owners of their rows, one per group of tables."""
@@ -307,7 +307,7 @@ class SparseOptimizer(StoreOptimizer):
         elif self.max_grad_norm is not None:
             total = sum(gradient.sum_of_squares() for gradient in gradients)
         else:
-            total = 0.0 if all(gradient.is_finite() for gradient in gradients) else math.nan
+            total = 0.0 if all([gradient.is_finite() for gradient in gradients]) else math.nan
         total = self.stores[0].ranks.sum(total, gradients[0].device)
         if not math.isfinite(total):
             self._handle_nonfinite(gradients, reason)

@@ -92,6 +92,7 @@ class Wanted:
         leaves_out_known: whether to leave out the items that a user has: in the training data, or else as given here.
         items: raw ids of items that a user has who was not in the training, in place of `users`.
         history_path: files of users and their items, in place of `users`, in the format of the training data.
+        features_path: files of users and their features, in place of `users`, in the format of those of the training.
         index_path: an index that finds the items, and may miss some; None to compare with all of them.
     """
 
@@ -100,6 +101,7 @@ class Wanted:
     leaves_out_known: bool
     items: Sequence[str] | None = None
     history_path: str | None = None
+    features_path: str | None = None
     index_path: str | None = None
 
 

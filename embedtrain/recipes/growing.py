@@ -24,6 +24,7 @@ from embedtrain.config.sections import Config
 from embedtrain.config.values import flatten, settings_of
 from embedtrain.data.partition import share_of_rank
 from embedtrain.data.row_names import FEATURES_NAME, RowNames, read_row_names
+from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import UserError
@@ -302,7 +303,7 @@ def _check_facts(grow: Grow[Any, Any], reader: CheckpointReader, facts: Mapping[
 
 def _states_of(section: OptimizerConfig, tables: Sequence[TableSpec]) -> dict[str, list[RowState]]:
     """Returns what the optimizer keeps for a row of each table: it says so itself, of tables of one row."""
-    probe = EmbeddingCollection([replace(spec, num_rows=1) for spec in tables])
+    probe = EmbeddingCollection([replace(spec, num_rows=1) for spec in tables], ranks=ONE_PROCESS)
     build_optimizer(section, probe)
     return {
         name: [RowState(state, tensor.dim() > 1, float(tensor.flatten()[0])) for state, tensor in shard.state.items()]

@@ -25,6 +25,8 @@ ALLOWED: dict[str, str] = {
     "embedtrain/ops/_backend/triton_runs.py: _add_heads": _KERNEL,
     "embedtrain/ops/skipgram_block/triton.py: _block_against_band": _KERNEL,
     "embedtrain/ops/skipgram_block/triton.py: _block_of_means": _KERNEL,
+    "embedtrain/ops/sample_text/triton.py: _draw_widths": _KERNEL,
+    "embedtrain/ops/sample_text/triton.py: _write_kept": _KERNEL,
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

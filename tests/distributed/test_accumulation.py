@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,44 @@ def test_sums_that_need_no_rounding_are_the_same_bits(world_size: int, accumulat
             assert torch.equal(ours["t"], theirs["t"]) and torch.equal(ours["t/state"], theirs["t/state"])
 
 
+def trainer_of(task: Task, state: TrainState, path: Path, ranks: Ranks, accumulate_steps: int) -> Trainer:
+    """Returns a trainer of two epochs, from the newest checkpoint of the folder if there is one."""
+    policy, facts = SavePolicy(3, None, SaveOptions("sync")), {"data_fingerprint": "x"}
+    checkpoints = Checkpoints(str(path), task, state, facts=facts, policy=policy, ranks=ranks)
+    checkpoints.restore()
+    return Trainer(
+        task,
+        state,
+        epochs=2,
+        schedule=lambda done: 1 - done,
+        checkpoints=checkpoints,
+        ranks=ranks,
+        options=StepOptions(accumulate_steps=accumulate_steps),
+    )
+
+
+class Stream:
+    """Three batches that come once."""
+
+    def next_batch(self, position: Mapping[str, Any]) -> tuple[WholeNumbers | None, Mapping[str, Any], bool]:
+        step = int(position.get("step", 0))
+        ids = torch.arange(20 * step, 20 * step + 20) % 3
+        return (None, position, True) if step == 3 else (WholeNumbers(ids, ids + 1.0), {"step": step + 1}, False)
+
+
+def test_a_stream_is_trained_on_in_micro_batches(tmp_path: Path) -> None:
+    tables, calls = [], []
+    for accumulate_steps in (1, 3):
+        model = Products(ONE_PROCESS)
+        model.register_forward_pre_hook(lambda *_, n=accumulate_steps: calls.append(n))
+        task = Task(model, model.tables, et.optim.RowwiseAdagrad(model.tables, lr=0.1), Stream())
+        trainer = trainer_of(task, TrainState(), tmp_path / str(accumulate_steps), ONE_PROCESS, accumulate_steps)
+        assert trainer.run([], 10)
+        tables.append(model.tables.gather_table("t"))
+    assert torch.equal(*tables)
+    assert (calls.count(1), calls.count(3)) == (3, 9)
+
+
 class Clicks:
     steps_per_epoch, examples_per_epoch = NUM_STEPS, 25 * NUM_STEPS
 
@@ -205,19 +243,8 @@ def run(ranks: Ranks, path: Path, stop_at: int | None) -> tuple[dict[str, Tensor
     model = Ranking(TABLES, FEATURES, NUM_DENSE, OPTIONS["dcn_v2"], ranks=ranks, seed=5)
     dense = DenseOptimizer(model.network, ranks=ranks, lr=0.01)
     task = Task(model, model.tables, et.optim.RowwiseAdagrad(model.tables, lr=0.1), Clicks(ranks), dense=dense)
-    state, policy = TrainState(), SavePolicy(3, None, SaveOptions("sync"))
-    facts = {"data_fingerprint": "x"}
-    checkpoints = Checkpoints(str(path), task, state, facts=facts, policy=policy, ranks=ranks)
-    checkpoints.restore()
-    trainer = Trainer(
-        task,
-        state,
-        epochs=2,
-        schedule=lambda done: 1 - done,
-        checkpoints=checkpoints,
-        ranks=ranks,
-        options=StepOptions(accumulate_steps=3),
-    )
+    state = TrainState()
+    trainer = trainer_of(task, state, path, ranks, accumulate_steps=3)
     records: list[dict[str, Any]] = []
 
     class Sink:

@@ -105,7 +105,11 @@ def test_strong_generalisation_is_measured(
         (["recommend", "RUN", "--items", "i00,x9"], "unknown item 'x9': not among the 24 items of the training data"),
         (["recommend", "RUN", "--items", "i00,i00"], "expected different names between commas"),
         (["recommend", "RUN", "--history", "unknown.txt"], "none of its items is among the 24 items of the training"),
-        (["recommend", "RUN", "u1", "--items", "i00"], "--items, --history or --all, got u1 and --items"),
+        (["recommend", "RUN", "u1", "--items", "i00"], "or one of --items, --history, --features, got --items and u1"),
+        (
+            ["recommend", "RUN", "--features", "x.csv"],
+            "the users of this run have no features: give --items or --history",
+        ),
         (["recommend", "RUN"], "expected the ids of users, --items IDS, --history FILE, or --all with --output FILE"),
         (["evaluate", "RUN", "--fold-in", "0.5"], "--fold-in measures a retrieval run on the new users of other data"),
         (["evaluate", "RUN", "--data", "train.txt", "--fold-in", "0.5"], "no user can be folded in"),
@@ -170,3 +174,19 @@ def test_each_new_user_is_split_once_and_the_same_way() -> None:
     assert again.fingerprint == known.fingerprint
     with pytest.raises(UserError, match=re.escape("x: no user can be folded in")):
         split_histories(found, 0.8, Vocabulary(["a", "seen", "b", "c"], np.ones(4, np.int64)), seed=7, where="x")
+
+
+def test_users_are_answered_from_their_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("train.txt").write_text(lines(range(60)))
+    Path("users.csv").write_text("id,team,note\n" + "".join(f"u{u},t{u % NUM_GROUPS},x\n" for u in range(60)))
+    Path("new.csv").write_text("note,team,id\nx,t2,first\nx,t0|nobodys,second\nx,,third\n")
+    Path("run.yaml").write_text("model: retrieval\nusers: {path: users.csv, features: {team: {separator: '|'}}}\n")
+    settings = ["data={path: train.txt, cache_path: cache}", "table.dim=8", "log.tensorboard=false", "run.path=run"]
+    assert main(["train", "run.yaml", *settings, "train={epochs: 15, global_batch_size: 16}"]) == 0
+    found = printed(capfd, "recommend", "run", "--features", "new.csv", "--top", "3")
+    assert found[::4] == ["first", "second", "third"]
+    assert all(line.split()[1].startswith("i2") for line in found[1:4])
+    assert all(line.split()[1].startswith("i0") for line in found[5:8])

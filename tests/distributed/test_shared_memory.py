@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 
@@ -44,6 +45,26 @@ def exchange_rounds(ranks: Ranks) -> None:
             assert torch.equal(received, torch.cat(expected))
         for way in ways:
             assert float(way.all_reduce(torch.tensor(0.5 + rank, dtype=torch.float64))) == size**2 / 2
+
+
+def count_page_faults(ranks: Ranks) -> dict[str, int]:
+    """Returns by way how many fresh pages an exchange of 20 MiB to each of two ranks takes, after two of them."""
+    assert isinstance(ranks, SharedMemoryRanks)
+    count = (20 << 20) // (4 * 64)
+    rows = torch.ones(2 * count, 64)
+    found = {}
+    for name, way in (("memory", ranks), ("group", GroupRanks(ranks.group))):
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            way.all_to_all(rows, [count] * 2, [count] * 2)
+            found[name] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    return found
+
+
+def test_a_large_exchange_takes_no_fresh_memory() -> None:
+    # 40 MiB are 10,240 pages of 4 KiB. Gloo takes a few of its own.
+    for found in run_ranks(2, count_page_faults):
+        assert found["memory"] < 100 and found["group"] < 2000, found
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

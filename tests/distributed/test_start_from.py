@@ -178,20 +178,23 @@ def test_a_ranking_run_keeps_the_means_that_its_network_was_trained_with(trained
     assert main(["predict", "day2", "--data", "day2.csv", "--output", "scores.csv"]) == 0
 
 
-def test_grow_takes_ranking_runs_and_towers_with_features(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for model, told in (
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
         ("ranking", "table user: 13 rows kept, 4 new"),
-        ("retrieval", "table item.kind: 3 rows kept, 1 new"),
-    ):
-        shutil.rmtree("day1", ignore_errors=True)
-        shutil.rmtree("grown", ignore_errors=True)
-        begin(model, trained)
-        capfd.readouterr()
-        command(model, "day2")
-        assert main(["grow", "day1", "grown", "data.path=day2.csv"]) == 0
-        assert told in capfd.readouterr().out.splitlines()
-        shutil.rmtree("day1")
-        assert main(["train", "grown/config.yaml"]) == 0
+        pytest.param("retrieval", "table item.kind: 3 rows kept, 1 new", marks=pytest.mark.slow),
+    ],
+)
+def test_grow_takes_ranking_runs_and_towers_with_features(
+    model: str, told: str, trained: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    begin(model, trained)
+    capfd.readouterr()
+    command(model, "day2")
+    assert main(["grow", "day1", "grown", "data.path=day2.csv"]) == 0
+    assert told in capfd.readouterr().out.splitlines()
+    shutil.rmtree("day1")
+    assert main(["train", "grown/config.yaml"]) == 0
 
 
 @pytest.mark.parametrize(

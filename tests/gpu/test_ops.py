@@ -16,11 +16,14 @@ from embedtrain.ops.pool_rows import Bags, pool_rows, pool_rows_backward
 from embedtrain.ops.pool_rows import reference as reference_pool
 from embedtrain.ops.row_update import Moments, RowStep
 from embedtrain.ops.row_update import reference as reference_update
+from embedtrain.ops.sample_text import reference as reference_sample
+from embedtrain.ops.sample_text import sample_text
 from embedtrain.ops.segment_sum import reference as reference_sum
 from embedtrain.ops.segment_sum import segment_sum
 from embedtrain.ops.skipgram_block import TextBlock, reach_of, skipgram_block
 from embedtrain.ops.skipgram_block import reference as reference_skipgram
 from embedtrain.ops.sort_unique import sort_unique
+from tests.ops.test_sample_text import make as make_text
 from tests.ops.test_skipgram_block import SHAPES, make
 from tests.ops.updates import moment_update
 
@@ -116,6 +119,21 @@ def test_skipgram(device: torch.device, shape: tuple[int, ...]) -> None:
         # Three products in tf32 stand for one in float32.
         torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-4)
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("key", [0, -(1 << 63), 123456789])
+@pytest.mark.parametrize("num_kept", [None, "told"])
+def test_a_text_is_sampled_as_on_the_cpu(device: torch.device, key: int, num_kept: str | None) -> None:
+    tokens, positions, tables = make_text(3000, 500)
+    parts = (torch.arange(3000) // 7 % 2).int()
+    options = {"window": 5, "num_negatives": 5, "key": key}
+    expected = reference_sample.sample_text(tokens, positions, parts, tables, 5, 5, key)
+    if num_kept is not None:
+        options["num_kept"] = expected.words.numel()
+    moved = (each.to(device) for each in (tokens, positions))
+    found = sample_text(*moved, tables.to(device), parts=parts.to(device), **options)
+    for name, value in vars(expected).items():
+        assert torch.equal(getattr(found, name).cpu(), value), name
 
 
 def test_offsets_beyond_two_billion_elements(device: torch.device) -> None:

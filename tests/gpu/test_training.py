@@ -14,11 +14,17 @@ from embedtrain.checkpoint import CheckpointReader, latest_checkpoint, load_shar
 from embedtrain.data.skipgram import TextBatch
 from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
 from embedtrain.ops.sample_text import TextSample
+from embedtrain.optim.dense import DenseOptimizer
+from embedtrain.recipes.ranking.model import Ranking
 from embedtrain.recipes.word2vec.model import Word2Vec
 from embedtrain.testing.ranks import run_ranks
 from embedtrain.train.ahead import BatchesAhead
-from embedtrain.train.step import train_step
+from embedtrain.train.step import StepOptions, micro_batches, train_step
 from embedtrain.train.task import Task
+from tests.distributed.test_ranking_ranks import FEATURES as CLICK_FEATURES
+from tests.distributed.test_ranking_ranks import NUM_DENSE, global_batch
+from tests.distributed.test_ranking_ranks import OPTIONS as NETWORKS
+from tests.distributed.test_ranking_ranks import TABLES as CLICK_TABLES
 
 pytestmark = pytest.mark.gpu
 
@@ -129,6 +135,31 @@ def test_the_host_waits_for_nothing_in_a_step(device: torch.device, dtype: torch
             torch.cuda.set_sync_debug_mode("default")
     optimizer.settle()
     assert optimizer.num_skipped == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        (StepOptions(), 1e-4),
+        (StepOptions(tf32=True), 5e-3),
+        (StepOptions(precision=torch.bfloat16, device_type="cuda"), 3e-2),
+    ],
+)
+@pytest.mark.parametrize("accumulate_steps", [1, 3])
+def test_dense_layers_in_each_precision_and_in_micro_batches(
+    device: torch.device, options: StepOptions, tolerance: float, accumulate_steps: int
+) -> None:
+    losses = []
+    for place in (device, torch.device("cpu")):
+        model = Ranking(CLICK_TABLES, CLICK_FEATURES, NUM_DENSE, NETWORKS["dlrm"], device=place, seed=5)
+        optimizer = et.optim.RowwiseAdagrad(model.tables, lr=0.1, initial_accumulator_value=0.1)
+        dense = DenseOptimizer(model.network, ranks=ONE_PROCESS, lr=0.01)
+        own = options if place.type == "cuda" else StepOptions()
+        for step in range(3):
+            first, *further = micro_batches(global_batch(step), accumulate_steps)
+            objective = train_step(model, optimizer, first, dense, further=further, options=own)
+        losses.append(float(objective.total))
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
 
 
 def test_a_step_that_is_not_finite_is_left_out(device: torch.device) -> None:

@@ -17,10 +17,10 @@ def _unbuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(library, "_PACKAGE", tree)
     monkeypatch.setattr(library, "PATH", tree / "ops" / "_backend" / library.PATH.name)
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
-    for cached in (library.find, dispatch.cpu_backend):
+    for cached in (library.find, library.get, dispatch.cpu_backend):
         cached.cache_clear()
     yield
-    for cached in (library.find, dispatch.cpu_backend):
+    for cached in (library.find, library.get, dispatch.cpu_backend):
         cached.cache_clear()
 
 

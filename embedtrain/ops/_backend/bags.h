@@ -120,14 +120,18 @@ EMBEDTRAIN_INLINE void visit_bags(const Bags& bags, int part, int num_parts, Out
         const Feature& feature = bags.features[f];
         const int64_t begin = std::clamp<int64_t>(range.begin - before.bags, 0, feature.num_bags);
         const int64_t end = std::clamp<int64_t>(range.end - before.bags, 0, feature.num_bags);
-        if (begin < end) {
-            int64_t value = begin;
-            if (feature.lengths) {
-                value = 0;
-                for (int64_t bag = 0; bag < begin; ++bag) value += feature.lengths[bag];
+        if (!feature.lengths) {
+            // Bags of one value need no look at each.
+            if (feature.num_bags != feature.num_values) {
+                ++*outside;
+            } else {
+                for (int64_t bag = begin; bag < end; ++bag) visit(feature, before, bag, bag, int64_t{1});
             }
+        } else if (begin < end) {
+            int64_t value = 0;
+            for (int64_t bag = 0; bag < begin; ++bag) value += feature.lengths[bag];
             for (int64_t bag = begin; bag < end; ++bag) {
-                const int64_t length = feature.lengths ? feature.lengths[bag] : 1;
+                const int64_t length = feature.lengths[bag];
                 if (length < 0 || value < 0 || value > feature.num_values || length > feature.num_values - value) {
                     ++*outside;
                     break;

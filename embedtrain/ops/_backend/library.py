@@ -55,6 +55,7 @@ def _installed_elsewhere() -> str | None:
     return None
 
 
+@functools.cache
 def get() -> ctypes.CDLL:
     """Returns the library.
 

@@ -34,7 +34,7 @@ def pool_rows(
         IndexError: an index lies outside the source. Triton's kernels rely on the caller: the host would wait for the
             device.
     """
-    num_values = sum(feature.num_values for feature in bags)
+    num_values = sum([feature.num_values for feature in bags])
     if source.dim() != 2 or index.shape != (num_values,) or index.dtype != torch.int64:
         raise ValueError(
             f"expected source [num_rows, dim] and index [{num_values}] int64, got {tuple(source.shape)} and "

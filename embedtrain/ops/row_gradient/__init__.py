@@ -95,7 +95,7 @@ class RowGradient:
 
     def is_finite(self) -> bool:
         """Returns whether every element of `values` is finite, without summing them if a quick bound shows it."""
-        num_values = sum(feature.num_values for feature in self.bags)
+        num_values = sum([feature.num_values for feature in self.bags])
         grad, weight = self._largest_magnitudes()
         if grad * weight * num_values * abs(self.factor) <= _LARGEST_FLOAT:
             return True

@@ -59,7 +59,7 @@ class Delivery:
 
     def check_shapes(self, dim: int) -> None:
         """Raises ValueError if shapes or dtypes disagree."""
-        num_values = sum(feature.num_values for feature in self.bags)
+        num_values = sum([feature.num_values for feature in self.bags])
         if self.rows.shape != (num_values,) or self.rows.dtype != torch.int64:
             raise ValueError(f"expected rows [{num_values}] int64, got {self.rows.dtype} {tuple(self.rows.shape)}")
         for feature, grad in zip(self.bags, self.grads, strict=True):

@@ -47,7 +47,7 @@ def moment_update(
         ValueError: the weight or a state is not contiguous: the kernels write them in place.
         IndexError: a row lies outside the weight; nothing is updated then.
     """
-    if not all(tensor is None or tensor.is_contiguous() for tensor in (weight, first, second)):
+    if not all([tensor is None or tensor.is_contiguous() for tensor in (weight, first, second)]):
         raise ValueError("weight and states must be contiguous")
     if first is None and second is not None and second.dim() == 1 and _is_rowwise_adagrad(step, moments):
         # Rounding keys are of distinct rows, which only the sums give.

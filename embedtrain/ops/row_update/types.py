@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -13,8 +13,7 @@ Direction = Callable[[Tensor, Sequence[Tensor]], Tensor | tuple[Tensor, Tensor]]
 rows times the step size, [n, dim], or its numerator and denominator."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowStep:
+class RowStep(NamedTuple):
     """What every formula has in common. In this order: the gradient is scaled, clipped, decayed; the row is stepped
     and brought below its largest norm.
 
@@ -43,7 +42,7 @@ class RowStep:
         if not isinstance(self.grad_factor, Tensor):
             return self
         factor = float(self.grad_factor)
-        return None if math.isnan(factor) else replace(self, grad_factor=factor)
+        return None if math.isnan(factor) else self._replace(grad_factor=factor)
 
     @property
     def coupled_decay(self) -> float:
@@ -56,8 +55,7 @@ class RowStep:
         return 1.0 - self.lr * self.weight_decay if self.decoupled_weight_decay else 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Moments:
+class Moments(NamedTuple):
     """The coefficients of running moments of the gradient `g`.
 
     `first += (1 - first_decay) * (g - first)` if a first moment is kept, else `first = g`. `second = second_decay *

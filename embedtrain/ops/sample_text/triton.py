@@ -120,7 +120,7 @@ def _write_kept(
     columns,
     part_starts,
     words,
-    targets,
+    targets_of_words,
     sentences,
     width_of_word,
     key_low,
@@ -141,7 +141,7 @@ def _write_kept(
     token = tl.load(tokens + place, mask=is_kept, other=0)
     row = tl.where(token < 0, -1 - token, token).to(tl.int64)
     tl.store(words + at, row, mask=is_kept)
-    tl.store(targets + at * (1 + NEGATIVES), row, mask=is_kept)
+    tl.store(targets_of_words + at * (1 + NEGATIVES), row, mask=is_kept)
     tl.store(width_of_word + at, width.to(tl.int64), mask=is_kept)
     tl.store(sentences + at, tl.load(sentence_of_token + place, mask=is_kept, other=0), mask=is_kept)
     part = tl.load(parts + place, mask=is_kept, other=0)
@@ -156,4 +156,4 @@ def _write_kept(
     own = tl.load(columns + 2 * column + 1, mask=mask, other=0)
     other_row = (shared & 0xFFFFFFFF).to(tl.int64, bitcast=True)
     drawn = tl.where((draw & 0xFFFFFFFF) < (shared >> 32), own, other_row)
-    tl.store(targets + at[:, None] * (1 + NEGATIVES) + 1 + negative[None, :], drawn, mask=mask)
+    tl.store(targets_of_words + at[:, None] * (1 + NEGATIVES) + 1 + negative[None, :], drawn, mask=mask)

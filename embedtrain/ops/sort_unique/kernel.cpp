@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include "bags.h"
 #include "embedtrain.h"
 #include "parallel.h"
 #include "radix_sort.h"
@@ -25,12 +26,11 @@ struct Packing {
     std::atomic<int64_t>* outside;
 };
 
-void pack(const void* arguments, int part) {
+EMBEDTRAIN_MULTIVERSION void pack(const void* arguments, int part) {
     const Packing& p = *static_cast<const Packing*>(arguments);
     const Range range = range_of_part(p.num_keys, part, p.num_parts);
-    bool inside = true;
+    const bool inside = all_inside(p.keys + range.begin, range.end - range.begin, static_cast<int64_t>(p.largest + 1));
     for (int64_t i = range.begin; i < range.end; ++i) {
-        inside &= static_cast<uint64_t>(p.keys[i]) <= p.largest;
         p.words[i] = static_cast<uint64_t>(p.keys[i]) << p.position_bits | static_cast<uint64_t>(i);
     }
     if (!inside) ++*p.outside;

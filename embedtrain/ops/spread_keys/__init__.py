@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from embedtrain.ops._backend import dispatch
-from embedtrain.ops._backend.modular import DIRECT_PRODUCT_ROWS
 from embedtrain.ops.spread_keys import native, reference
 from embedtrain.ops.spread_keys.types import SpreadTable
 
@@ -33,7 +32,6 @@ def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_
     for given in ids:
         if given.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"expected ids int64 or int32, got {given.dtype}")
-    is_small = all(table.num_rows <= DIRECT_PRODUCT_ROWS for table in tables)
-    if ids and is_small and dispatch.uses_native(ids[0]):
+    if ids and dispatch.uses_native(ids[0]) and all([table.is_small for table in tables]):
         return native.spread_keys(ids, tables, num_local_rows)
     return reference.spread_keys(ids, tables, num_local_rows)

@@ -24,6 +24,7 @@ _MEMBERS = (
     "num_outside",  # the kernel writes it
 )
 _IDS = library.array_code("EmbedtrainIds", *_MEMBERS)
+_NUM_OUTSIDE = slice(_MEMBERS.index("num_outside"), None, len(_MEMBERS))
 
 
 def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_rows: int) -> tuple[Tensor, list[int]]:
@@ -34,16 +35,14 @@ def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_
     for given, table in zip(ids, tables, strict=True):
         num_ids = given.numel()
         num_keys += num_ids
-        words += (given.data_ptr(), given.dtype == torch.int32, num_ids)
-        words += (table.num_rows, table.multiplier, table.rows_per_rank, table.first_row)
-        words += (table.block_rows.bit_length() - 1, 0)
+        words += (given.data_ptr(), given.dtype == torch.int32, num_ids, *table.words)
     features = array(_IDS, words)
     keys = empty_buffer(num_keys, dtype=torch.int64)
     library.get().embedtrain_spread_keys(
         features.buffer_info()[0],
         len(ids),
         num_local_rows,
-        int(all(table.rows_per_rank >= table.num_rows for table in tables)),
+        int(all([table.rows_per_rank >= table.num_rows for table in tables])),
         keys.data_ptr(),
     )
-    return keys, features[_MEMBERS.index("num_outside") :: len(_MEMBERS)].tolist()
+    return keys, features[_NUM_OUTSIDE].tolist()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+
+from embedtrain.ops._backend.modular import DIRECT_PRODUCT_ROWS
 
 
 @dataclass(frozen=True)
@@ -22,3 +25,14 @@ class SpreadTable:
     rows_per_rank: int
     first_row: int
     block_rows: int
+
+    @functools.cached_property
+    def is_small(self) -> bool:
+        """Whether products of ids and the multiplier fit into 64 bits, as the native kernel has them."""
+        return self.num_rows <= DIRECT_PRODUCT_ROWS
+
+    @functools.cached_property
+    def words(self) -> tuple[int, ...]:
+        """The members of `EmbedtrainIds` that tell of the table, and a zero for the count that the kernel writes."""
+        block_bits = self.block_rows.bit_length() - 1
+        return (self.num_rows, self.multiplier, self.rows_per_rank, self.first_row, block_bits, 0)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from torch import Tensor
 
 from embedtrain.data.bags import Bags
-from embedtrain.data.histories import Histories, known_part, read_histories, split_histories
+from embedtrain.data.histories import Histories, known_part, read_described, read_histories, split_histories
 from embedtrain.data.interactions import InteractionOptions, Interactions
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.errors import UserError
 from embedtrain.export.recommendations import Recommendation
 from embedtrain.recipes.base import Wanted
 from embedtrain.recipes.retrieval.config import RetrievalConfig
-from embedtrain.recipes.retrieval.folding import FoldIn
+from embedtrain.recipes.retrieval.folding import FoldIn, FromFeatures
 from embedtrain.recipes.retrieval.indexed import IndexedCatalogue
 from embedtrain.recipes.retrieval.model import Retrieval
 from embedtrain.recipes.retrieval.recommendation import Catalogue, measure_lists
@@ -25,6 +27,21 @@ from embedtrain.recipes.retrieval.recommendation import Catalogue, measure_lists
 _USERS_AT_ONCE = 1024
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The users who may be asked for.
+
+    Attributes:
+        names: their raw ids.
+        known: the items that each has.
+        vectors: returns the vectors of some of them; None for those that the model has.
+    """
+
+    names: Sequence[str]
+    known: Bags
+    vectors: Callable[[NDArray[np.int64]], Tensor | None]
 
 
 def best_items(
@@ -42,29 +59,24 @@ def best_items(
     Raises:
         UserError: a user or item is unknown, or a file or an index cannot be used.
     """
-    ranks, queries = model.tables.ranks, _of_the_model
-    if wanted.items is None and wanted.history_path is None:
-        all_users = np.arange(len(interactions.users))
-        rows = all_users if wanted.users is None else _rows_of(wanted.users, interactions.users, "user")
-        names: Sequence[str] = interactions.users.words
-        known = interactions.known
+    if wanted.features_path is not None:
+        asked = _described(model, interactions, options, wanted.features_path)
+    elif wanted.items is not None or wanted.history_path is not None:
+        asked = _folded_in(model, interactions, options, wanted)
     else:
-        asked = ranks.run_on_first(lambda: _histories(wanted, interactions.items, options))
-        fold_in = FoldIn(model, interactions.known)
-        names, known, rows = asked.users, asked.items, np.arange(len(asked.users))
-
-        def queries(users: NDArray[np.int64]) -> Tensor | None:
-            return fold_in.vectors(users, asked.items)
-
+        asked = _Asked(interactions.users.words, interactions.known, lambda users: None)
+    rows = np.arange(len(asked.names))
+    if wanted.users is not None:
+        rows = _rows_of(wanted.users, interactions.users, "user")
     index = wanted.index_path
     catalogue = Catalogue(model) if index is None else IndexedCatalogue(model, index, checkpoint)
     item_ids = interactions.items.words
-    excluded = known if wanted.leaves_out_known else None
+    excluded = asked.known if wanted.leaves_out_known else None
     for start in range(0, len(rows), _USERS_AT_ONCE):
         part = rows[start : start + _USERS_AT_ONCE]
-        best, scores = catalogue.best(part, wanted.top, excluded, queries(part))
+        best, scores = catalogue.best(part, wanted.top, excluded, asked.vectors(part))
         yield [
-            (names[row], [item_ids[i] for i in chosen if i >= 0], worth[: sum(i >= 0 for i in chosen)])
+            (asked.names[row], [item_ids[i] for i in chosen if i >= 0], worth[: sum(i >= 0 for i in chosen)])
             for row, chosen, worth in zip(part.tolist(), best.tolist(), scores.tolist(), strict=True)
         ]
 
@@ -98,9 +110,22 @@ def measure_unseen(
     return measure_lists(Catalogue(model), queries, known, wanted, config.evaluate.k, alive=lambda: None)
 
 
-def _of_the_model(users: NDArray[np.int64]) -> Tensor | None:
-    """Returns None: users of the training have vectors of their own."""
-    return None
+def _folded_in(model: Retrieval, interactions: Interactions, options: InteractionOptions, wanted: Wanted) -> _Asked:
+    """Returns users who are known by their items. Collective: every rank."""
+    found = model.tables.ranks.run_on_first(lambda: _histories(wanted, interactions.items, options))
+    fold_in = FoldIn(model, interactions.known)
+    return _Asked(found.users, found.items, lambda users: fold_in.vectors(users, found.items))
+
+
+def _described(model: Retrieval, interactions: Interactions, options: InteractionOptions, path: str) -> _Asked:
+    """Returns users who are known by their features. Collective: every rank."""
+    tables = interactions.categories("users")
+    if not tables:
+        raise UserError(f"--features {path}: the users of this run have no features: give --items or --history")
+    values = {name: table["word"].cast(pa.large_string()).to_pylist() for name, table in tables.items()}
+    names, features = model.tables.ranks.run_on_first(lambda: read_described(options.users, path, values))
+    nothing = Bags(np.zeros(len(names) + 1, np.int64), np.zeros(0, np.int64))
+    return _Asked(names, nothing, FromFeatures(model, features).vectors)
 
 
 def _histories(wanted: Wanted, items: Vocabulary, options: InteractionOptions) -> Histories:

@@ -1,6 +1,8 @@
-"""Vectors of users who were not in the training, from their items."""
+"""Vectors of users who were not in the training, from their items or their features."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -9,12 +11,14 @@ from torch import Tensor
 
 from embedtrain.data.bags import Bags
 from embedtrain.data.partition import share_of_rank
+from embedtrain.jagged import Jagged
 from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval
 
 _SAMPLE = 8192
 """How many users of the training the map is learned from."""
 
 _USERS_AT_ONCE = 1024
+_ROWS_AT_ONCE = 16384
 
 _RIDGE = 1e-3
 """Of the map, in units of the mean square of what it is applied to."""
@@ -88,3 +92,41 @@ class FoldIn:
         ridge = (_RIDGE * square / dim).clamp(min=1e-30) * torch.eye(dim + 1, dtype=torch.float64)
         found = torch.linalg.solve(own + ridge, cross + ridge @ prior).to(self._model.tables.device)
         return found[:dim], found[dim]
+
+
+class FromFeatures:
+    """Makes vectors for users from their features; the mean vector of the training's ids stands for that of theirs.
+
+    Collective: every rank makes one, and calls its methods with the same arguments.
+
+    Args:
+        model: the model.
+        features: by name, the categories of each user.
+    """
+
+    def __init__(self, model: Retrieval, features: Mapping[str, Bags]) -> None:
+        self._model = model
+        self._features = features
+        self._id_vector = self._mean_id()
+
+    @torch.no_grad()
+    def vectors(self, users: NDArray[np.int64]) -> Tensor:
+        """Returns the vectors [n, dim] of some users, by their rows in the features."""
+        ranks = self._model.tables.ranks
+        shares = [share_of_rank(len(users), rank, ranks.size) for rank in range(ranks.size)]
+        mine = users[shares[ranks.rank].start : shares[ranks.rank].stop]
+        described = {name: Jagged(*map(torch.from_numpy, bags.of(mine))) for name, bags in self._features.items()}
+        own = self._model.encode_described(USER, self._id_vector, described, len(mine))
+        return ranks.all_gather_rows(own, [len(share) for share in shares])
+
+    @torch.no_grad()
+    def _mean_id(self) -> Tensor:
+        tables, num_rows = self._model.tables, self._model.sides[USER].num_rows
+        mine = share_of_rank(num_rows, tables.ranks.rank, tables.ranks.size)
+        total = torch.zeros(tables.shards[USER].spec.dim, dtype=torch.float64)
+        # As many look-ups on every rank as the one with the most rows needs.
+        for start in range(0, -(-num_rows // tables.ranks.size), _ROWS_AT_ONCE):
+            part = mine[start : start + _ROWS_AT_ONCE]
+            ids = torch.arange(part.start, part.stop)
+            total += tables({USER: Jagged.from_ids(ids)})[USER].double().sum(dim=0).cpu()
+        return (tables.ranks.all_reduce(total) / num_rows).float().to(tables.device)

@@ -158,6 +158,18 @@ class Retrieval(nn.Module):
         """
         return self._encode(rows, self._ask(rows, is_ahead=False))
 
+    def encode_described(self, name: str, id_vector: Tensor, features: Mapping[str, Jagged], num_rows: int) -> Tensor:
+        """Returns the vectors [num_rows, dim] of users or items that have features and no row. Collective: every rank.
+
+        Args:
+            name: the side.
+            id_vector: [dim], what stands for the vector of their ids.
+            features: by name, the categories of each.
+            num_rows: how many there are.
+        """
+        vectors = self.tables.look_up(self.tables.ask({f"{name}.{key}": bags for key, bags in features.items()}))
+        return self._join(name, {**vectors, name: id_vector.expand(num_rows, -1)})
+
     def prepare(self, batch: RetrievalBatch, *, is_ahead: bool = True) -> PreparedPairs:
         """Exchanges the ids of a step, for `forward` later. Collective: every rank, in order of steps."""
         rows = {USER: batch.users, ITEM: torch.cat([batch.positives, batch.negatives])}

@@ -81,7 +81,10 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             ["--table, --case-sensitive: only for word tests, so give --analogies FILE or --similarity FILE"],
         ),
         (["evaluate", "run", "--restrict-vocab", "300000"], ["--restrict-vocab: only for word tests"]),
-        (["recommend", "run", "4711", "--all", "--output", "top"], ["ids of users or --all, got --all and 4711"]),
+        (
+            ["recommend", "run", "4711", "--all", "--output", "top"],
+            ["--all, or one of --items, --history, --features, got --all and 4711"],
+        ),
         (
             ["recommend", "run", "--all", "--output", "top.CSV"],
             ["top.CSV: recommendations are written as Parquet"],

@@ -7,7 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
 from embedtrain.cli import main
 
 SMALL = ["table.dim=4", "train.epochs=1", "train.words_per_step=64", "train.block_words=32", "log.tensorboard=false"]
@@ -45,6 +47,24 @@ def test_a_file_whose_name_holds_a_colon_is_that_file() -> None:
     Path("a: b.txt").write_text("third x y z\n" * 50)
     assert train("data.path=[corpus,a: b.txt]", "run.path=run") == 0
     assert words_of(Path("run")) == {"first", "third", "x", "y", "z"}
+
+
+def test_a_run_in_micro_batches_trains_the_same_words() -> None:
+    rows = []
+    for parts in (1, 2):
+        assert train("data.path=corpus", f"run.path=run{parts}", f"train.accumulate_steps={parts}") == 0
+        path = latest_checkpoint(f"run{parts}/checkpoints")
+        assert path is not None
+        with CheckpointReader(path) as reader:
+            rows.append(reader.gather("input/weight", torch.arange(4)))
+    torch.testing.assert_close(*rows, rtol=1e-4, atol=1e-6)
+
+
+def test_tf32_on_a_cpu_is_refused_before_anything_is_prepared(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["data.path=corpus", "data.cache_path=cache", "run.path=run", "run.device=cpu", "train.tf32=true"]
+    assert main(["train", "retrieval", *settings]) != 0
+    assert "train.tf32=true needs a GPU with TF32" in capsys.readouterr().err
+    assert not Path("cache").exists()
 
 
 @pytest.mark.parametrize("is_in_file", [False, True])

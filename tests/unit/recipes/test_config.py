@@ -49,6 +49,7 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path:
         ("train.epoch=3", "train.epochs"),
         ("seeds=3", "seed"),
         ("vector_size=3", "table.dim"),
+        ("gradient_accumulation_steps=4", "train.accumulate_steps"),
         ("optimiser={lr: 3}", "optimizer.lr"),
     ],
 )
