@@ -106,7 +106,7 @@ class RedisSink:
                 "redis://HOST:PORT/DATABASE?prefix=NAME"
             ) from None
         self._where = published.split_prefix(storage.shown(url))[0].removeprefix("redis://").rpartition("@")[2]
-        self._error = redis.RedisError
+        self._error, self._refusal = redis.RedisError, redis.AuthenticationError
         self._scripts = {name: self._redis.register_script(text) for name, text in _SCRIPTS.items()}
         self._token = secrets.token_hex(8)
         self._head: Mapping[str, Any] | None = None
@@ -217,7 +217,9 @@ class RedisSink:
         try:
             yield
         except self._error as error:
-            raise OSError(f"Redis at {self._where} could not be asked: {error}") from error
+            is_refused = isinstance(error, self._refusal)
+            advice = f"; its password is that of the variable {published.PASSWORD_VARIABLE}" if is_refused else ""
+            raise OSError(f"Redis at {self._where} could not be asked: {error}{advice}") from error
 
     def _lock(self) -> None:
         """Waits until no other publisher is at work, for as long as a killed one is taken for alive."""

@@ -12,7 +12,7 @@ import pytest
 from embedtrain import storage
 from embedtrain.errors import UserError
 from embedtrain.serve import publication_sinks, published, redis_sink
-from embedtrain.serve.publication import publish
+from embedtrain.serve.publication import publish, require_reachable
 from embedtrain.serve.published import Gone
 from tests.stores import Consumer, save, some_rows
 
@@ -139,6 +139,27 @@ def test_a_publisher_whose_lock_has_expired_says_so(
     with pytest.raises(UserError, match=f"expired after 30 seconds without a write{expected}: publish again"):
         publish(str(tmp_path / "run"), url)
     client.close()
+
+
+def test_the_password_of_redis_is_that_of_a_variable(
+    place: Callable[[str], str], tmp_path: Path, server: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = place("redis")
+    import redis
+
+    save(tmp_path / "run", 1, {"shop": some_rows()})
+    client = redis.Redis.from_url(str(server))
+    client.config_set("requirepass", "secret")
+    try:
+        with pytest.raises(UserError, match=f"the variable {published.PASSWORD_VARIABLE}$"):
+            require_reachable(url)
+        monkeypatch.setenv(published.PASSWORD_VARIABLE, "secret")
+        require_reachable(url)
+        publish(str(tmp_path / "run"), url)
+        Consumer(url).require("shop", some_rows())
+    finally:
+        client.config_set("requirepass", "")
+        client.close()
 
 
 def test_files_in_redis_lie_in_chunks(
