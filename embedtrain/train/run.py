@@ -142,7 +142,8 @@ def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_prof
 
     with ExitStack() as stack:
         ends: list[RunEnd] = ["failed"]
-        for sink in run.sinks:
+        # Files first: a tracker may wait for its server.
+        for sink in reversed(run.sinks):
             stack.callback(lambda sink: sink.close(ends[-1]), sink)
         watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
         observers = list(run.observers)
