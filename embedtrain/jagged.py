@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,11 +18,14 @@ class Jagged:
         values: [num_values] int64 ids.
         lengths: [num_bags] int64; how many of the values each bag holds, zeros allowed.
         weights: [num_values] float32, or None: the factor of each id's vector when its bag is pooled.
+        is_checked: whether lengths are known to be right. On a GPU the host would have to wait: a look-up checks them
+            together with the ids.
     """
 
     values: Tensor
     lengths: Tensor
     weights: Tensor | None = None
+    is_checked: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.values.dim() != 1 or self.lengths.dim() != 1:
@@ -36,6 +40,9 @@ class Jagged:
             raise ValueError(
                 f"weights must have the shape of values, {tuple(self.values.shape)}, got {tuple(self.weights.shape)}"
             )
+        if self.lengths.is_cuda:
+            object.__setattr__(self, "is_checked", False)
+            return
         if self.lengths.numel() and int(self.lengths.min()) < 0:
             raise ValueError(f"lengths must not be negative, got {int(self.lengths.min())}")
         if int(self.lengths.sum()) != self.values.numel():
@@ -55,7 +62,9 @@ class Jagged:
         num_bags, length = ids.shape[0], ids.shape[1:].numel()
         # One number that all bags share: writing it for each took longer than many a look-up.
         lengths = torch.full((), length, dtype=torch.int64, device=ids.device).expand(num_bags)
-        return cls(ids.reshape(-1), lengths, None if weights is None else weights.reshape(-1))
+        made = cls(ids.reshape(-1), lengths, None if weights is None else weights.reshape(-1))
+        object.__setattr__(made, "is_checked", True)
+        return made
 
     @classmethod
     def from_offsets(
@@ -77,7 +86,7 @@ class Jagged:
         starts = offsets.long()
         if not include_last_offset:
             starts = torch.cat([starts, starts.new_tensor([values.numel()])])
-        if int(starts[0]) != 0 or int(starts[-1]) != values.numel():
+        if not starts.is_cuda and (int(starts[0]) != 0 or int(starts[-1]) != values.numel()):
             raise ValueError(
                 f"offsets must go from 0 to the {values.numel()} values, got {int(starts[0])} to {int(starts[-1])}"
             )
@@ -116,7 +125,8 @@ class Jagged:
 
     def _with_each(self, function: Callable[[Tensor], Tensor]) -> Jagged:
         weights = None if self.weights is None else function(self.weights)
-        moved = object.__new__(Jagged)  # what was checked is not checked again, which would wait for the device
+        moved = object.__new__(Jagged)  # what was checked is not checked again
+        object.__setattr__(moved, "is_checked", self.is_checked)
         for name, tensor in (
             ("values", function(self.values)),
             ("lengths", function(self.lengths)),
@@ -124,6 +134,10 @@ class Jagged:
         ):
             object.__setattr__(moved, name, tensor)
         return moved
+
+    def has_wrong_lengths(self) -> Tensor:
+        """Returns whether the lengths are negative or do not add up to the values; scalar bool, where they are."""
+        return (self.lengths < 0).any() | (self.lengths.sum() != self.values.numel())
 
     def part(self, start: int, stop: int) -> Jagged:
         """Returns the bags from `start` to `stop`, which share memory with these."""

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from embedtrain.embedding.copy_stream import host_blocks
+
 # The names of dtypes: in a manifest, as torch and numpy say them, and in a safetensors header.
 DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
@@ -75,16 +77,17 @@ def row_blocks(tensor: Tensor) -> Iterator[Tensor]:
     if tensor.numel() == 0:
         return
     rows = tensor.detach() if tensor.dim() else tensor.detach().unsqueeze(0)
-    for block in torch.split(rows, _rows_staged(rows)):
-        yield block.cpu().contiguous()
+    for block in host_blocks(torch.split(rows, _rows_staged(rows)), tensor.device):
+        yield block.contiguous()
 
 
 def selected_blocks(tensor: Tensor, rows: Tensor) -> Iterator[Tensor]:
     """Yields the rows `rows` [n] int64 of a tensor, in order, in contiguous CPU blocks of about 4 MiB."""
     if tensor[:1].numel() == 0:
         return
-    for some in torch.split(rows, _rows_staged(tensor)):
-        yield tensor.detach().index_select(0, some).cpu().contiguous()
+    selected = (tensor.detach().index_select(0, some) for some in torch.split(rows, _rows_staged(tensor)))
+    for block in host_blocks(selected, tensor.device):
+        yield block.contiguous()
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

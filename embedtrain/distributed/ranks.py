@@ -6,6 +6,7 @@ and, in `embedtrain.distributed.shared_memory`, the ranks of one host.
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 import weakref
 from abc import ABC, abstractmethod
@@ -21,7 +22,9 @@ from torch.autograd.function import once_differentiable
 from embedtrain.distributed.stages import count_sent, stage
 from embedtrain.errors import CheckpointError, UserError
 from embedtrain.ops._backend.row_memory import empty_buffer
+from embedtrain.ops._backend.transfer import HostCopy
 from embedtrain.ops.gather_rows import gather_rows
+from embedtrain.ops.sort_unique import OrderedKeys, SortedKeys
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -39,10 +42,12 @@ class Ranks(ABC):
     Attributes:
         rank: this rank's number.
         size: how many ranks there are.
+        timeout_seconds: how long the host waits for collectives of a GPU, which know no time-out; None for any time.
     """
 
     rank: int
     size: int
+    timeout_seconds: float | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         """Returns itself: a copy of tables belongs to the same job."""
@@ -153,14 +158,14 @@ class Ranks(ABC):
         return self.all_to_all(gather_rows(source, rows, wire_dtype), send_counts, receive_counts).to(dtype)
 
     def ask(
-        self, counts: Tensor, keys: Sequence[Tensor], rows_per_rank: Sequence[int]
+        self, counts: Tensor, keys: Sequence[OrderedKeys | SortedKeys], rows_per_rank: Sequence[int]
     ) -> tuple[list[list[list[list[int]]]], list[Tensor]]:
         """Tells the ranks which of their rows this rank wants, and some numbers, of which receivers know nothing yet.
 
         Args:
             counts: [size, numbers, kinds] int64; what this rank tells each. For each of `keys`, which the first numbers
                 belong to, kind 0 is how many of the keys are a rank's, and kind 1 is positive if there is any key.
-            keys: per number ascending keys, `owner * rows_per_rank + row`.
+            keys: per number the keys `owner * rows_per_rank + row`; each distinct one is asked for once.
             rows_per_rank: per number the rows of a rank.
 
         Returns:
@@ -168,9 +173,10 @@ class Ranks(ABC):
             that the ranks want of this one, [n] int64, by asking rank.
         """
         told = self.all_to_all(counts, [1] * self.size, [1] * self.size)
-        both = by_kind(counts, told)  # the one wait for the device
+        both = by_kind(counts, told, self.timeout_seconds)  # the one wait for the device
         wanted = []
-        for number, (own, num_rows) in enumerate(zip(keys, rows_per_rank, strict=True)):
+        for number, (ordered, num_rows) in enumerate(zip(keys, rows_per_rank, strict=True)):
+            own = ordered.sorted.unique  # how many there are came to the host before the counts did
             (num_asked, _, *_), (num_owed, is_any, *_) = both[0][number], both[1][number]
             if not any(is_any):
                 wanted.append(own.new_zeros(0))
@@ -250,9 +256,18 @@ def _room(like: Tensor, count: int) -> Tensor:
     return like.new_empty(shape) if like.is_cuda else empty_buffer(*shape, dtype=like.dtype)
 
 
-def by_kind(told: Tensor, heard: Tensor) -> list[list[list[list[int]]]]:
-    """Returns counts on the host: told or heard, number, kind, rank; see `Ranks.ask`."""
-    both: list[list[list[list[int]]]] = torch.stack([told, heard]).permute(0, 2, 3, 1).tolist()
+def by_kind(told: Tensor, heard: Tensor, timeout_seconds: float | None = None) -> list[list[list[list[int]]]]:
+    """Returns counts on the host: told or heard, number, kind, rank; see `Ranks.ask`.
+
+    Raises:
+        dist.DistError: counts are on a GPU, and what the ranks tell each other did not come in time.
+    """
+    try:
+        counts = HostCopy(torch.stack([told, heard])).values(timeout_seconds)
+    except TimeoutError as error:
+        # NCCL itself says nothing: a rank that is gone leaves kernels that never end.
+        raise dist.DistError(f"another rank did not take part in a collective: {error}") from error
+    both: list[list[list[list[int]]]] = counts.permute(0, 2, 3, 1).tolist()
     return both
 
 
@@ -322,6 +337,30 @@ class OneProcess(Ranks):
 ONE_PROCESS = OneProcess()
 
 
+class _Turns:
+    """Has the collectives of a process's communicators run one after another on its GPU, as NCCL asks for.
+
+    Ranks whose GPUs began collectives of two communicators in different orders would wait for each other for ever.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
+
+    @contextlib.contextmanager
+    def take(self, tensor: Tensor) -> Iterator[None]:
+        """Runs a collective of a tensor; on the CPU, the order of the calls is the order."""
+        if not tensor.is_cuda:
+            yield
+            return
+        stream = torch.cuda.current_stream(tensor.device)
+        if self._last is not None and self._last[0] != stream:
+            stream.wait_event(self._last[1])
+        yield
+        event = torch.cuda.Event()
+        event.record(stream)
+        self._last = stream, event
+
+
 class GroupRanks(Ranks):
     """The ranks of a process group of torch: Gloo's on CPUs, NCCL's on GPUs.
 
@@ -331,12 +370,16 @@ class GroupRanks(Ranks):
 
     Args:
         group: the process group, of at least two ranks.
+        turns: shared by the groups whose collectives go through one GPU; a new one if None.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, turns: _Turns | None = None) -> None:
         self._reference = weakref.ref(group)
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._beside: Ranks | None = None
+        self._turns = turns or _Turns()
+        if "nccl" in str(dist.get_backend_config(group)):
+            self.timeout_seconds = self._timeout().total_seconds()
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -354,7 +397,7 @@ class GroupRanks(Ranks):
         """See `Ranks`."""
         received = _room(rows, sum(receive_counts))
         count_sent((len(rows) - send_counts[self.rank]) * rows.shape[1:].numel() * rows.element_size())
-        with stage("exchange"):
+        with stage("exchange"), self._turns.take(rows):
             dist.all_to_all_single(
                 received, rows.contiguous(), list(receive_counts), list(send_counts), group=self.group
             )
@@ -363,12 +406,14 @@ class GroupRanks(Ranks):
     def all_reduce(self, values: Tensor) -> Tensor:
         """See `Ranks`."""
         count_sent(2 * (self.size - 1) * values.nbytes // self.size)  # in a ring
-        dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self.group)
+        with self._turns.take(values):
+            dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self.group)
         return values
 
     def broadcast(self, values: Tensor) -> None:
         """See `Ranks`."""
-        dist.broadcast(values, group_src=0, group=self.group)
+        with self._turns.take(values):
+            dist.broadcast(values, group_src=0, group=self.group)
 
     def all_gather(self, value: T) -> list[T]:
         """See `Ranks`."""
@@ -392,9 +437,19 @@ class GroupRanks(Ranks):
         if "nccl" not in str(dist.get_backend_config(self.group)):
             return self
         if self._beside is None:
-            ranks = dist.get_process_group_ranks(self.group)
-            self._beside = GroupRanks(dist.new_group(ranks, use_local_synchronization=True))
+            group = dist.new_group(
+                dist.get_process_group_ranks(self.group),
+                timeout=self._timeout(),
+                use_local_synchronization=True,
+                device_id=torch.device("cuda", torch.cuda.current_device()),
+            )
+            self._beside = GroupRanks(group, turns=self._turns)
         return self._beside
+
+    def _timeout(self) -> timedelta:
+        """Returns how long collectives of NCCL may take before torch calls them failed."""
+        timeout: timedelta = self.group._get_backend(torch.device("cuda")).options._timeout
+        return timeout
 
     def device_mesh(self, device_type: str) -> DeviceMesh | None:
         """See `Ranks`."""

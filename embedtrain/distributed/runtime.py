@@ -74,6 +74,9 @@ def init_distributed(*, device: str = "auto", timeout_seconds: float = DEFAULT_T
     _die_with_launcher()
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+        # Torch's own watchdog aborts the process, and what is known of the failure with it. The host waits with a
+        # time-out instead (see `Ranks.timeout_seconds`), and then says which rank is to blame.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     # Its functions have the job's group as a default argument, bound when it is imported, which torch's optimizers do:
     # imported any later it would keep the group alive to the end of the process (see `GroupRanks`).
     importlib.import_module("torch.distributed.nn")
@@ -89,8 +92,13 @@ def init_distributed(*, device: str = "auto", timeout_seconds: float = DEFAULT_T
             rank=rank,
             world_size=world_size,
             timeout=timeout,
+            device_id=chosen if chosen.type == "cuda" else None,
         )
         ranks = job_ranks()
+        if chosen.type == "cuda":
+            # Communicators are made by their first collective, which takes seconds: here, and not within a step.
+            for each in (ranks, ranks.beside()):
+                each.all_reduce(torch.zeros(1, device=chosen))
     except (RuntimeError, TimeoutError) as error:
         raise JobError(
             f"rank {rank} on {socket.gethostname()} did not find the other ranks of {world_size}: "

@@ -24,6 +24,7 @@ from embedtrain.distributed.stages import count_sent, stage
 from embedtrain.ops._backend import dispatch
 from embedtrain.ops._backend.row_memory import empty_buffer
 from embedtrain.ops.gather_rows import gather_rows
+from embedtrain.ops.sort_unique import OrderedKeys, SortedKeys
 
 VARIABLE = "EMBEDTRAIN_SHARED_MEMORY"
 """Environment variable: 0 has ranks of one host exchange through the process group as ranks of several do."""
@@ -278,13 +279,13 @@ class SharedMemoryRanks(GroupRanks):
         return received
 
     def ask(
-        self, counts: Tensor, keys: Sequence[Tensor], rows_per_rank: Sequence[int]
+        self, counts: Tensor, keys: Sequence[OrderedKeys | SortedKeys], rows_per_rank: Sequence[int]
     ) -> tuple[list[list[list[list[int]]]], list[Tensor]]:
         """Sends counts and rows in one letter to each rank."""
         if counts.is_cuda:
             return super().ask(counts, keys, rows_per_rank)
         head = counts[0].numel()
-        parts = [own.split(counts[:, number, 0].tolist()) for number, own in enumerate(keys)]
+        parts = [own.sorted.unique.split(counts[:, number, 0].tolist()) for number, own in enumerate(keys)]
         letters = []
         for rank, told_to_rank in enumerate(counts):
             rows = [part[rank] - rank * num_rows for part, num_rows in zip(parts, rows_per_rank, strict=True)]

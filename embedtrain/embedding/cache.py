@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from embedtrain.embedding.copy_stream import CopyStream
 from embedtrain.embedding.row_changes import RowChanges
-from embedtrain.ops._backend.transfer import to_device
-from embedtrain.ops.gather_rows import gather_rows
+from embedtrain.ops._backend.transfer import HostCopy, to_device
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.optim.stores import RowsToUpdate
 
 WEIGHT = "weight"
+_CHUNK_BYTES = 16 << 20
+"""Of the rows that a write to host memory copies at a time."""
 
 
 @dataclass
@@ -56,8 +58,17 @@ class RowAccess(Protocol):
     def look_up(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Returns weights on the device that hold the local rows [n], and the rows' places in them; rows may repeat."""
 
-    def bring_ahead(self, rows: Tensor) -> None:
-        """Copies rows that the next step reads to the device, if they are not there anyway; rows may repeat."""
+    def bring_ahead(
+        self, rows: Tensor, on_host: HostCopy, parts: Sequence[Tensor], distinct: Tensor | None = None
+    ) -> None:
+        """Copies rows that a coming step reads and updates to the device, if they are not there anyway.
+
+        Args:
+            rows: [n] int64; they may repeat. A gradient of just these finds the copies.
+            on_host: the same.
+            parts: what `look_up` will be given, which is together the rows.
+            distinct: the distinct rows, ascending, if `look_up` may be given these instead.
+        """
 
     def open(self, gradient: RowGradient) -> tuple[RowsToUpdate, RowGradient]:
         """Returns what holds the gradient's rows for an update, and the gradient by their places in it.
@@ -68,8 +79,17 @@ class RowAccess(Protocol):
     def close(self) -> None:
         """Ends an update of rows that were opened."""
 
+    def join_copies(self) -> None:
+        """Has the device's current stream wait for rows on their way to the host.
+
+        Whoever then waits for the stream knows that they have come.
+        """
+
     def write_back(self) -> None:
-        """Brings the rows where they live up to date with the device's copies, which it lets go of."""
+        """Brings the rows where they live up to date with the device's copies, to be read by others."""
+
+    def let_go(self) -> None:
+        """Writes back, and lets go of the device's copies, so that others may write to the rows."""
 
 
 class RowsOnDevice:
@@ -95,7 +115,9 @@ class RowsOnDevice:
         """See `RowAccess`."""
         return self.weight, rows
 
-    def bring_ahead(self, rows: Tensor) -> None:
+    def bring_ahead(
+        self, rows: Tensor, on_host: HostCopy, parts: Sequence[Tensor], distinct: Tensor | None = None
+    ) -> None:
         """Does nothing."""
 
     def open(self, gradient: RowGradient) -> tuple[RowsToUpdate, RowGradient]:
@@ -107,8 +129,61 @@ class RowsOnDevice:
     def close(self) -> None:
         """Does nothing."""
 
+    def join_copies(self) -> None:
+        """Does nothing."""
+
     def write_back(self) -> None:
         """Does nothing."""
+
+    def let_go(self) -> None:
+        """Does nothing."""
+
+
+class _Split(NamedTuple):
+    """Where the rows of some copies live, so that nobody has to ask the device.
+
+    Attributes:
+        rows: [n] int64 on the host, ascending; the local rows.
+        hot: places among the rows of those in the cache, on the device.
+        hot_places: their places in the cache, on the host and on the device.
+        cold: places of the others, on the device.
+        cold_rows: their local rows, on the host.
+    """
+
+    rows: Tensor
+    hot: Tensor
+    hot_places: tuple[Tensor, Tensor]
+    cold: Tensor
+    cold_rows: Tensor
+
+
+@dataclass
+class _Copies:
+    """Copies of rows, with what they were asked for.
+
+    Attributes:
+        touched: the copies.
+        split: where the rows live.
+        asked: the rows as `look_up` is given them, each with the places among the copies.
+        homes: the rows as the gradient may have them.
+    """
+
+    touched: TouchedRows
+    split: _Split
+    asked: list[tuple[Tensor, Tensor]]
+    homes: list[Tensor]
+
+
+class _Put(NamedTuple):
+    """Updated rows on their way to the host's memory, which is old until they are there.
+
+    Attributes:
+        copies: as they were updated.
+        values: by name, the values of the cold rows.
+    """
+
+    copies: _Copies
+    values: dict[str, HostCopy]
 
 
 class RowCache:
@@ -116,6 +191,9 @@ class RowCache:
 
     While there is a cache, it holds the truth of its rows, and the host's copies are old: `write_back` brings them up
     to date. Rows brought ahead of their step are kept up to date with the updates in between.
+
+    The host decides which rows are hot, and copies of cold ones have a stream of their own. What a step updates need
+    not have come when the next one's rows are fetched: until then they are taken from the device's copies.
 
     Args:
         changes: the tensors in host memory, the optimizer's states as they are added, and who wants to know of changes.
@@ -135,93 +213,176 @@ class RowCache:
     ) -> None:
         self._changes = changes
         self._device = device
+        self._stream = CopyStream(device)
         self._choose_hot_rows = hot_rows
         self._keys_of = keys_of
         self._hot = torch.zeros(0, dtype=torch.int64)
         self._cache: dict[str, Tensor] | None = None
         self._is_dirty = torch.zeros(0, dtype=torch.bool)
-        self._copies: list[TouchedRows] = []  # of this step's rows and the next one's
-        self._open: TouchedRows | None = None
+        self._num_overwritten = changes.num_overwritten
+        self._copies: list[_Copies] = []  # of this step's rows and the next one's
+        self._puts: list[_Put] = []
+        self._open: _Copies | None = None
 
     def look_up(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Returns weights on the device that hold the local rows [n], and the rows' places in them."""
+        self._check_overwritten()
         for copies in self._copies:
-            if _all_in(rows, copies.rows):
-                break
-        else:
-            copies = self._keep(self._fetch(torch.unique(rows)))
-        return copies.weight, torch.searchsorted(copies.rows, rows)
+            for asked, places in copies.asked:
+                if asked is rows:
+                    return copies.touched.weight, places
+        copies = self._bring(rows, HostCopy(rows), [rows])
+        return copies.touched.weight, copies.asked[0][1]
 
-    def bring_ahead(self, rows: Tensor) -> None:
-        """Copies rows that the next step reads to the device; rows may repeat."""
-        self._keep(self._fetch(torch.unique(rows)))
+    def bring_ahead(
+        self, rows: Tensor, on_host: HostCopy, parts: Sequence[Tensor], distinct: Tensor | None = None
+    ) -> None:
+        """Copies rows that a coming step reads to the device; see `RowAccess`."""
+        self._check_overwritten()
+        copies = self._bring(rows, on_host, parts)
+        if distinct is not None:
+            copies.asked.append((distinct, torch.arange(distinct.numel(), device=self._device)))
+            copies.homes.append(distinct)
 
     def open(self, gradient: RowGradient) -> tuple[RowsToUpdate, RowGradient]:
         """Returns copies of the gradient's rows, which are ascending and unique, and the gradient by their places."""
-        rows = gradient.rows
-        there = [copies for copies in self._copies if torch.equal(copies.rows, rows)]
-        self._open = there[0] if there else self._fetch(rows)
-        places = torch.arange(rows.numel(), device=rows.device)
-        return self._open, RowGradient.of_rows(places, gradient.values, rows.numel())
+        self._check_overwritten()
+        self._open = self._copies_of(gradient)
+        places = torch.arange(gradient.rows.numel(), device=gradient.rows.device)
+        return self._open.touched, RowGradient.of_rows(places, gradient.values, places.numel())
 
     def close(self) -> None:
         """Writes the rows that were opened to where they live."""
         opened, self._open = self._open, None
-        assert opened is not None
-        self._put(opened.rows, opened.tensors)
+        assert opened is not None and self._cache is not None
+        split = opened.split
+        self._is_dirty[split.hot_places[0]] = True
+        values: dict[str, HostCopy] = {}
+        for name, new in opened.touched.tensors.items():
+            if split.hot.numel():
+                self._cache[name].index_copy_(0, split.hot_places[1], new.index_select(0, split.hot))
+            if split.cold.numel():
+                values[name] = self._stream.to_host(new.index_select(0, split.cold))
         for copies in self._copies:
             if copies is not opened:
-                _overwrite(copies, opened)
+                self._overwrite(copies, opened)
+        self._puts.append(_Put(opened, values))
+        if self._device.type == "cpu":
+            self._settle_puts()
+
+    def join_copies(self) -> None:
+        """See `RowAccess`."""
+        self._stream.join()
 
     def write_back(self) -> None:
-        """Brings the rows in host memory up to date, and lets go of all copies: others may read and write them."""
-        cache, self._cache, self._copies = self._cache, None, []
-        if cache is None:
+        """Brings the rows in host memory up to date, in chunks; the cache stays."""
+        self._settle_puts()
+        if self._cache is None:
             return
         dirty = self._is_dirty.nonzero().squeeze(1)
-        rows = self._hot[dirty].cpu()
+        self._is_dirty.fill_(False)
+        rows = self._hot[dirty]
         self._changes.before_update(rows)
-        for name, values in cache.items():
-            self._changes.tensors[name][rows] = values[dirty].cpu()
+        for name, cached in self._cache.items():
+            host = self._changes.tensors[name]
+            chunk_rows = max(1, _CHUNK_BYTES // max(1, host[:1].nbytes))
+            self._write(host, cached, list(zip(rows.split(chunk_rows), dirty.split(chunk_rows), strict=True)))
 
-    def _keep(self, copies: TouchedRows) -> TouchedRows:
+    def let_go(self) -> None:
+        """Writes back, and lets go of all copies."""
+        self.write_back()
+        self._cache, self._copies = None, []
+
+    def _write(self, host: Tensor, cached: Tensor, chunks: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Copies rows of the cache to the host; one chunk travels while the one before it is written."""
+        under_way: list[tuple[Tensor, HostCopy]] = []
+        for rows, places in chunks:
+            values = cached.index_select(0, to_device(places, self._device))
+            under_way.append((rows, self._stream.to_host(values)))
+            if len(under_way) > 1:
+                written, copy = under_way.pop(0)
+                host[written] = copy.values()
+        for written, copy in under_way:
+            host[written] = copy.values()
+
+    def _check_overwritten(self) -> None:
+        """Lets go of copies if others wrote to the rows, before which they said so and had rows written back."""
+        if self._num_overwritten != self._changes.num_overwritten:
+            self._num_overwritten = self._changes.num_overwritten
+            assert not self._is_dirty.any() and not self._puts, "rows were written to before the cache was written back"
+            self._cache, self._copies = None, []
+
+    def _bring(self, rows: Tensor, on_host: HostCopy, parts: Sequence[Tensor]) -> _Copies:
+        self._settle_puts(but=1)  # first: then nothing that came before it is waited for
+        host = on_host.values()
+        distinct = torch.unique(host)
+        places = torch.searchsorted(distinct, host).split([part.numel() for part in parts])
+        asked = [(part, to_device(place, self._device)) for part, place in zip(parts, places, strict=True)]
+        copies = self._fetch(distinct, asked, [rows])
         self._copies = [*self._copies[-1:], copies]
         return copies
 
-    def _fetch(self, rows: Tensor) -> TouchedRows:
+    def _copies_of(self, gradient: RowGradient) -> _Copies:
+        for copies in self._copies:
+            if any(each is gradient.rows_of_values for each in copies.homes):
+                return copies
+        rows = HostCopy(gradient.rows).values()
+        there = [copies for copies in self._copies if torch.equal(copies.split.rows, rows)]
+        return there[0] if there else self._fetch(rows, [], [])
+
+    def _fetch(self, rows: Tensor, asked: list[tuple[Tensor, Tensor]], homes: list[Tensor]) -> _Copies:
         cache = self._filled_cache()
-        place, is_hot = _find(rows, self._hot)
-        cold = (~is_hot).nonzero().squeeze(1)
-        cold_rows = rows[cold].cpu()
-        fetched = {}
+        split = self._split(rows)
+        fetched: dict[str, Tensor] = {}
         for name, host in self._changes.tensors.items():
             values = torch.empty((rows.numel(), *host.shape[1:]), dtype=host.dtype, device=self._device)
-            values[is_hot] = cache[name][place[is_hot]]
-            values[cold] = to_device(_rows_of(host, cold_rows), self._device)
+            if split.hot.numel():
+                values.index_copy_(0, split.hot, cache[name].index_select(0, split.hot_places[1]))
+            if split.cold.numel():
+                values.index_copy_(0, split.cold, self._stream.gather(host, split.cold_rows))
             fetched[name] = values
-        return TouchedRows(rows, fetched.pop(WEIGHT), fetched, self._keys_of)
+        touched = TouchedRows(to_device(rows, self._device), fetched.pop(WEIGHT), fetched, self._keys_of)
+        copies = _Copies(touched, split, asked, homes)
+        for put in self._puts:
+            self._overwrite(copies, put.copies)
+        return copies
 
-    def _put(self, rows: Tensor, values: Mapping[str, Tensor]) -> None:
-        cache = self._filled_cache()
+    def _split(self, rows: Tensor) -> _Split:
         place, is_hot = _find(rows, self._hot)
         hot, cold = is_hot.nonzero().squeeze(1), (~is_hot).nonzero().squeeze(1)
-        cold_rows = rows[cold].cpu()
-        self._changes.before_update(cold_rows)
-        self._is_dirty[place[hot]] = True
-        for name, new in values.items():
-            cache[name][place[hot]] = new[hot]
-            self._changes.tensors[name][cold_rows] = new[cold].cpu()
+        hot_places = place[hot]
+        on_device = [to_device(each, self._device) for each in (hot, hot_places, cold)]
+        return _Split(rows, on_device[0], (hot_places, on_device[1]), on_device[2], rows[cold])
+
+    def _overwrite(self, older: _Copies, newer: _Copies) -> None:
+        """Takes over the values of the rows that both have."""
+        place, is_shared = _find(older.split.rows, newer.split.rows)
+        shared = is_shared.nonzero().squeeze(1)
+        if not shared.numel():
+            return
+        target, source = to_device(shared, self._device), to_device(place[shared], self._device)
+        for name, values in older.touched.tensors.items():
+            values.index_copy_(0, target, newer.touched.tensors[name].index_select(0, source))
+
+    def _settle_puts(self, *, but: int = 0) -> None:
+        """Writes updated rows to the host's memory, but the latest."""
+        while len(self._puts) > but:
+            put = self._puts.pop(0)
+            rows = put.copies.split.cold_rows
+            if put.values:
+                self._changes.before_update(rows)
+            for name, values in put.values.items():
+                self._changes.tensors[name][rows] = values.values()
 
     def _filled_cache(self) -> dict[str, Tensor]:
         tensors = self._changes.tensors
         if self._cache is not None and self._cache.keys() != tensors.keys():
-            self.write_back()  # an optimizer was made in between
+            self.let_go()  # an optimizer was made in between
         if self._cache is None:
             row_bytes = sum(host[:1].nbytes for host in tensors.values())
-            hot = self._choose_hot_rows(row_bytes)
-            self._cache = {name: to_device(_rows_of(host, hot), self._device) for name, host in tensors.items()}
-            self._hot = hot.to(self._device)
-            self._is_dirty = torch.zeros(hot.numel(), dtype=torch.bool, device=self._device)
+            self._hot = self._choose_hot_rows(row_bytes)
+            self._cache = {name: self._stream.gather_chunks(host, self._hot) for name, host in tensors.items()}
+            self._is_dirty = torch.zeros(self._hot.numel(), dtype=torch.bool)
         return self._cache
 
 
@@ -231,18 +392,3 @@ def _find(rows: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
     place = torch.searchsorted(among, rows).clamp_(max=among.numel() - 1)
     return place, among[place] == rows
-
-
-def _all_in(rows: Tensor, among: Tensor) -> bool:
-    return bool(_find(rows, among)[1].all())
-
-
-def _overwrite(older: TouchedRows, newer: TouchedRows) -> None:
-    """Takes over the values of the rows that both have."""
-    place, is_shared = _find(older.rows, newer.rows)
-    for name, values in older.tensors.items():
-        values[is_shared] = newer.tensors[name][place[is_shared]]
-
-
-def _rows_of(host: Tensor, rows: Tensor) -> Tensor:
-    return gather_rows(host, rows) if host.dim() == 2 else host[rows]

@@ -16,7 +16,7 @@ from embedtrain.embedding.features import Routes, resolve_features
 from embedtrain.embedding.input_dist import Asked, input_dist_of
 from embedtrain.embedding.lookup import lookup
 from embedtrain.embedding.output_dist import fetch_distinct, output_dist
-from embedtrain.embedding.placement import PlacementChoice, place_rows
+from embedtrain.embedding.placement import Auto, PlacementChoice, place_rows
 from embedtrain.embedding.pooling_choice import PoolingChoice, PoolingChoices
 from embedtrain.embedding.shard_view import ShardView
 from embedtrain.embedding.state_dict import add_entries, as_attributes, refuse_clashes, take_entries
@@ -35,7 +35,7 @@ class CollectionOptions(TypedDict, total=False):
     ranks: Ranks | None
     seed: int
     wire_dtype: torch.dtype | None
-    placement: PlacementChoice
+    placement: PlacementChoice | Auto
     cache_bytes: int | None
 
 
@@ -57,10 +57,10 @@ class EmbeddingCollection(nn.Module):
         wire_dtype: in which vectors and gradients travel between ranks, float32 or bfloat16; where None, vectors as
             they are stored and gradients as float32.
         placement: where the rows and their state live: on the "device", on the "host", whose memory a GPU copies
-            the rows of each step from, or "auto": on the host where the device's free memory is too small.
+            the rows of each step from, or "auto": on the host if the device's free memory is too small. `Auto` also
+            leaves memory free for saves.
         cache_bytes: of rows on the host, how much of the device's memory holds copies of the hot ones; where None,
             half of what is free. Which rows are copied changes no result.
-
     Attributes:
         ranks: those that share the tables.
         table_groups: the groups of tables; every optimizer updates some of them.
@@ -79,7 +79,7 @@ class EmbeddingCollection(nn.Module):
         ranks: Ranks | None = None,
         seed: int = 0,
         wire_dtype: torch.dtype | None = None,
-        placement: PlacementChoice = "device",
+        placement: PlacementChoice | Auto = "device",
         cache_bytes: int | None = None,
     ) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class EmbeddingCollection(nn.Module):
     def write_back(self) -> None:
         """Brings rows in host memory up to date with their copies on the device, to be read or written by others."""
         for group in self.table_groups:
-            group.access.write_back()
+            group.access.let_go()
 
     def watch(self, watcher: Callable[[Sequence[Tensor]], None]) -> None:
         """Has a function called with the keys that this rank's batches look up, [n] int64 per group looked up."""
@@ -273,15 +273,15 @@ class EmbeddingCollection(nn.Module):
     def bring_rows(self, asked: Asked) -> None:
         """Copies those of the rows asked of this rank that live in host memory to the device, before their step."""
         for part in asked.parts:
-            rows = part.rows if part.sums is None else torch.cat([part.rows, part.sums.rows])
-            part.group.access.bring_ahead(rows)
+            part.bring_rows()
 
     def gather_table(self, name: str, state: str = "weight") -> Tensor:
         """Returns a whole table, or an optimizer's state of it, in order of id, on every rank.
 
         Collective: every rank. For tables that fit on one.
         """
-        self.write_back()
+        for group in self.table_groups:
+            group.access.write_back()
         shard = self.shards[name]
         local = shard.weight if state == "weight" else shard.state[state]
         ranks = range(self.ranks.size)
@@ -295,7 +295,6 @@ class EmbeddingCollection(nn.Module):
 
         Collective: every rank, as the optimizer's `settle`, which it calls and whose exception it raises.
         """
-        self.write_back()
         return [view for group in self.table_groups for view in group.views()]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,12 +13,29 @@ from embedtrain.ops._backend.mix import mix64
 from embedtrain.spec import FeatureSpec
 
 
+def faults_of(bags: Sequence[Jagged], num_outside: Tensor) -> Tensor:
+    """Returns how much is wrong with ids and lengths of features on a device, scalar int64 there.
+
+    Args:
+        bags: the features.
+        num_outside: [num_features] int64; ids that are no rows.
+    """
+    wrong = [num_outside, *(feature.has_wrong_lengths().long()[None] for feature in bags if not feature.is_checked)]
+    return torch.cat(wrong).sum()
+
+
 def valid_bags(bags: Jagged, feature: FeatureSpec, num_rows: int, rank: int) -> Jagged:
     """Returns the bags with ids in `[0, num_rows)` only, by the feature's policy.
 
     Raises:
         BadIdError: an id is outside and the policy is "error".
+        ValueError: the lengths of bags are wrong, which nobody checked before.
     """
+    if not bags.is_checked and bool(bags.has_wrong_lengths()):
+        raise ValueError(
+            f"feature {feature.name!r}: lengths must not be negative and must add up to the {bags.values.numel()} "
+            f"values, got a sum of {int(bags.lengths.sum())} and a least one of {int(bags.lengths.min())}"
+        )
     ids = bags.values.long()
     if ids.numel() == 0:
         return bags

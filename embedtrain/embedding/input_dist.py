@@ -6,7 +6,7 @@ Planning is pure: it needs no rank and no row. One process plans as several do a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -15,16 +15,47 @@ from torch import Tensor
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.stages import stage
 from embedtrain.embedding.features import Route, Routes, as_bags, shapes_of
-from embedtrain.embedding.ids import valid_bags
+from embedtrain.embedding.ids import faults_of, valid_bags
 from embedtrain.embedding.owner_pooling import PooledAtOwners
 from embedtrain.embedding.pooling import bags_of
 from embedtrain.embedding.pooling_choice import Measured, PoolingChoices, agree, chosen_owner, is_open, measure
 from embedtrain.embedding.requests import GroupRequest, LocalRequest, RemoteRequest, Wanted
 from embedtrain.embedding.table_group import TableGroup
 from embedtrain.jagged import Jagged
-from embedtrain.ops._backend.transfer import to_device
+from embedtrain.ops._backend import dispatch
+from embedtrain.ops._backend.transfer import HostCopy, to_device
 from embedtrain.ops.pool_rows import Bags
 from embedtrain.ops.sort_unique import OrderedKeys, SortedKeys, order_keys
+
+
+class Fault(NamedTuple):
+    """What may be wrong with ids on a device.
+
+    Attributes:
+        num_wrong: scalar int64 on the device; positive if something is.
+        explain: raises what it is.
+    """
+
+    num_wrong: Tensor
+    explain: Callable[[], object]
+
+
+class Check(NamedTuple):
+    """Whether ids on a device are rows, on its way to the host.
+
+    Attributes:
+        faults: what may be wrong.
+        counts: how much is, of each.
+    """
+
+    faults: Sequence[Fault]
+    counts: HostCopy
+
+    def run(self) -> None:
+        """Raises what is wrong, if anything is; waits for the device if it has not come that far."""
+        for fault, count in zip(self.faults, self.counts.values().tolist(), strict=True):
+            if count:
+                fault.explain()
 
 
 class Asked(NamedTuple):
@@ -35,12 +66,14 @@ class Asked(NamedTuple):
         parts: per table group that is looked up.
         choices: where the ranks pool the bags of the batches that follow; see `EmbeddingCollection.pooling_choices`.
         shapes: of the ids of features without pooling that are tensors [n, k].
+        check: of ids on a device that nobody has looked at yet; before rows are read.
     """
 
     names: tuple[str, ...]
     parts: Sequence[GroupRequest]
     choices: PoolingChoices
     shapes: Mapping[str, torch.Size]
+    check: Check | None = None
 
     def places(self) -> dict[str, Tensor]:
         """Returns per feature [num_values] int64; each value's row among those of `distinct_rows`. Sorts the ids."""
@@ -52,6 +85,10 @@ class Asked(NamedTuple):
             if len(self.parts) > 1:  # the host waits for this, if keys are sorted on a device
                 num_before += part.distinct.unique.numel()
         return places
+
+
+Planned = tuple[list[Bags], list[Tensor | None], Tensor]
+"""What a batch looks up in a group: bags and weights per feature, see `GroupRequest`, and keys."""
 
 
 class InputDist(ABC):
@@ -72,13 +109,15 @@ class InputDist(ABC):
         self.choices_of_evaluation: PoolingChoices = {}
         self._groups, self._routes, self._ranks = groups, routes, ranks
         self._no_keys = torch.zeros(0, dtype=torch.int64, device=groups[0].device)
+        is_native = dispatch.uses_native(self._no_keys)  # those updates sort for themselves
+        self._sorts_ahead = not is_native or any(group.access.is_on_host for group in groups)
 
     @abstractmethod
     def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool) -> tuple[Asked, list[Tensor]]:
         """Returns what was settled, and per group looked up the keys of all ids. See `EmbeddingCollection.ask`."""
 
-    def _plan(self, route: Route, batch: Mapping[str, Jagged]) -> tuple[list[Bags], list[Tensor | None], Tensor]:
-        """Returns per feature its bags and its weights as the caller gave them, and the keys of all values.
+    def _plan(self, route: Route, batch: Mapping[str, Jagged]) -> tuple[Planned, Fault | None]:
+        """Returns what a batch looks up in a group, and what may turn out to be wrong with ids on a device.
 
         Raises:
             ValueError: an id is refused.
@@ -86,17 +125,29 @@ class InputDist(ABC):
         group = self._groups[route.number]
         features = [batch[name] for name in route.names]
         keys, num_outside = group.keys_of(route.tables, [feature.values for feature in features])
+        fault = None
+        if isinstance(num_outside, Tensor):
+            fault = Fault(faults_of(features, num_outside), lambda: self._valid(route, batch))
+            if all(feature.invalid_ids == "error" for feature in route.features):
+                num_outside = []  # the caller asks later
+            else:
+                num_outside, fault = [int(fault.num_wrong)], None
         if any(num_outside):
-            features = [
-                valid_bags(bags, feature, group.shards[table].spec.num_rows, self._ranks.rank)
-                for bags, feature, table in zip(features, route.features, route.tables, strict=True)
-            ]
+            features = self._valid(route, batch)
             keys, _ = group.keys_of(route.tables, [feature.values for feature in features])
         bags = [
             bags_of(values, feature.pooling, group.device)
             for values, feature in zip(features, route.features, strict=True)
         ]
-        return bags, [feature.weights for feature in features], to_device(keys, group.device)
+        weights = [feature.weights for feature in features]
+        return (bags, weights, to_device(keys, group.device)), fault
+
+    def _valid(self, route: Route, batch: Mapping[str, Jagged]) -> list[Jagged]:
+        shards = self._groups[route.number].shards
+        return [
+            valid_bags(batch[name], feature, shards[table].spec.num_rows, self._ranks.rank)
+            for name, feature, table in zip(route.names, route.features, route.tables, strict=True)
+        ]
 
 
 class LocalInputDist(InputDist):
@@ -106,11 +157,20 @@ class LocalInputDist(InputDist):
         """See `InputDist`."""
         bags = as_bags(batch)
         names = tuple(bags)
-        parts = [
-            LocalRequest(self._groups[route.number], route, *self._plan(route, bags))
-            for route in self._routes.of(names)
-        ]
-        return Asked(names, parts, self.choices, shapes_of(batch, self._routes.features)), [part.rows for part in parts]
+        parts: list[LocalRequest] = []
+        faults: list[Fault] = []
+        for route in self._routes.of(names):
+            planned, fault = self._plan(route, bags)
+            parts.append(LocalRequest(self._groups[route.number], route, *planned))
+            faults += [] if fault is None else [fault]
+        if self._sorts_ahead and torch.is_grad_enabled():
+            for part in parts:
+                part.sort_ahead()
+        check = Check(faults, HostCopy(torch.stack([fault.num_wrong for fault in faults]))) if faults else None
+        if check is not None and not is_ahead:
+            check.run()  # the one wait for the device, which also brings the numbers of distinct rows
+        shapes = shapes_of(batch, self._routes.features)
+        return Asked(names, parts, self.choices, shapes, check if is_ahead else None), [part.rows for part in parts]
 
 
 _ROWS, _ANY_ROWS, _IDS_OF_BAGS, _SUMS, _ANY_BAGS, _ANY_WEIGHTS = range(6)
@@ -137,34 +197,44 @@ class SharedInputDist(InputDist):
         # A rank whose input is wrong may not know which groups the others look up: all groups are settled.
         nothing: list[Wanted | None] = [None] * len(self._groups)
         wanted, error = list(nothing), None
+        faults: list[Fault] = []
         # An evaluation chooses anew: its choices are of its own batches, and a run that resumes makes the same ones.
         is_training = torch.is_grad_enabled()
         choices = self.choices if is_training else self.choices_of_evaluation
         try:
             bags = as_bags(batch)
             for route in self._routes.of(tuple(bags)):
-                wanted[route.number] = self._wanted(route, bags, choices, measured)
+                wanted[route.number] = self._wanted(route, bags, choices, measured, faults)
         except ValueError as raised:
             wanted, error = nothing, raised
         ranks = self._ranks.beside() if is_ahead else self._ranks
         names = tuple(batch) if isinstance(batch, Mapping) else ()
-        requests, heard = self._exchange(wanted, error, names, measured, ranks)
+        requests, heard = self._exchange(wanted, error, faults, names, measured, ranks)
         choices = agree(choices, heard)
         if is_training:
             self.choices = choices
         else:
             self.choices_of_evaluation = choices
-        if is_ahead:
+        if self._sorts_ahead and is_training:
             for request in requests:
                 request.sort_ahead()
         keys = [each.keys for each in wanted if each is not None]
         return Asked(names, requests, self.choices, shapes_of(batch, self._routes.features)), keys
 
     def _wanted(
-        self, route: Route, batch: Mapping[str, Jagged], choices: PoolingChoices, measured: dict[str, Measured]
+        self,
+        route: Route,
+        batch: Mapping[str, Jagged],
+        choices: PoolingChoices,
+        measured: dict[str, Measured],
+        faults: list[Fault],
     ) -> Wanted:
-        """Decides which features' rows travel here and which owners pool; adds what the decision was made from."""
-        bags, weights, keys = self._plan(route, batch)
+        """Decides which features' rows travel here and which owners pool.
+
+        It adds what the decision was made from, and what may turn out to be wrong.
+        """
+        (bags, weights, keys), fault = self._plan(route, batch)
+        faults += [] if fault is None else [fault]
         group = self._groups[route.number]
         own = measure(group, route, bags, weights, keys, choices)
         measured.update(own)
@@ -178,6 +248,7 @@ class SharedInputDist(InputDist):
         self,
         wanted: Sequence[Wanted | None],
         error: Exception | None,
+        faults: Sequence[Fault],
         names: tuple[str, ...],
         measured: Mapping[str, Measured],
         ranks: Ranks,
@@ -194,6 +265,8 @@ class SharedInputDist(InputDist):
         counts = torch.zeros(shape, dtype=torch.int64, device=self._no_keys.device)
         if error is not None:
             counts[:, num_groups, _IS_WRONG] = 1
+        elif faults:
+            counts[:, num_groups, _IS_WRONG] = torch.stack([fault.num_wrong for fault in faults]).sum()
         counts[:, num_groups, _FEATURES] = self._routes.checksum_of(names)
         ordered: list[OrderedKeys | SortedKeys] = []
         pooled: list[PooledAtOwners | None] = []
@@ -205,11 +278,10 @@ class SharedInputDist(InputDist):
             _count(counts[:, number], group, keys, ordered[-1], pooled[-1])
         if measured:
             rows = [measured.get(name, Measured()) for name in self._open]
-            counts[:, num_groups + 1 :, : len(Measured._fields)] = torch.tensor(rows, device=counts.device)
-        distinct = [each.sorted.unique for each in ordered]
-        (ask, owe), rows_owed = ranks.ask(counts, distinct, [group.num_local_rows for group in self._groups])
+            counts[:, num_groups + 1 :, : len(Measured._fields)] = to_device(torch.tensor(rows), counts.device)
+        (ask, owe), rows_owed = ranks.ask(counts, ordered, [group.num_local_rows for group in self._groups])
         if any(owe[num_groups][_IS_WRONG]):
-            ranks.fail_together(error)
+            ranks.fail_together(error or _explained(faults))
         if len(set(owe[num_groups][_FEATURES])) > 1:
             _refuse_features(ranks.all_gather(sorted(names)))
         requests: list[GroupRequest] = []
@@ -224,6 +296,16 @@ class SharedInputDist(InputDist):
             for name, told in zip(self._open, owe[num_groups + 1 :], strict=True)
         }
         return requests, heard
+
+
+def _explained(faults: Sequence[Fault]) -> Exception | None:
+    """Returns what is wrong with this rank's ids on a device, if anything is."""
+    for fault in faults:
+        try:
+            fault.explain()
+        except ValueError as error:
+            return error
+    return None
 
 
 def _refuse_features(names: Sequence[Sequence[str]]) -> NoReturn:

@@ -38,6 +38,8 @@ def fetch_distinct(asked: Asked) -> Tensor:
 
     Collective: every rank, and its backward too.
     """
+    if asked.check is not None:
+        asked.check.run()
     parts = [_DistinctRows.apply(part.group.gradients.anchor, part) for part in asked.parts]  # type: ignore[no-untyped-call]
     rows: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
     return rows
@@ -52,7 +54,7 @@ class _DistinctRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        ctx.part.send_distinct_home(grad)
+        ctx.part.deliver(ctx.part.send_distinct_home(grad))
         return None, None
 
 
@@ -89,9 +91,12 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     here = [number for number, is_there in enumerate(part.at_owner) if not is_there]
     if ctx.needs_input_grad[0]:  # unless all rows are frozen, and only weights of ids are learned
         to_rows = _of_trained(part, grads)
-        part.send_home([to_rows[number] for number in here], [part.bags[number] for number in here])
+        of_rows = part.send_home([to_rows[number] for number in here], [part.bags[number] for number in here])
+        of_sums = None
         if part.sums is not None:
-            part.sums.send_home([grad for grad, is_there in zip(to_rows, part.at_owner, strict=True) if is_there])
+            pooled_there = [grad for grad, is_there in zip(to_rows, part.at_owner, strict=True) if is_there]
+            of_sums = part.sums.send_home(pooled_there)
+        part.deliver(of_rows, of_sums)
     of_weights: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3)
     if ctx.is_learned:
         source, all_places = ctx.saved_tensors

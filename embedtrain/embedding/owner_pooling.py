@@ -63,6 +63,7 @@ class PooledAtOwners:
             is_weighted: whether ids of any rank have factors.
         """
         self._sum_counts = of_sums
+        self._bag_of_sum = self._split.bag_of_sum[: sum(of_sums[0])]
         owed = self._group.ranks.all_to_all(self._payload(is_weighted), *of_ids)
         weights = owed[:, 1].to(torch.int32).view(torch.float32) if is_weighted else None
         self.rows, lengths = join_bags(owed[:, 0] if is_weighted else owed, sum(of_sums[1]))
@@ -86,22 +87,22 @@ class PooledAtOwners:
             *reversed(self._sum_counts),
             is_kept=False,
         )
-        return add_sums(sums, self._split.bag_of_sum, self._bags)
+        return add_sums(sums, self._bag_of_sum, self._bags)
 
-    def send_home(self, grads: Sequence[Tensor | None]) -> None:
-        """Sends the gradients of the pooled vectors to the owners, where those of the rows wait for an optimizer.
+    def send_home(self, grads: Sequence[Tensor | None]) -> Delivery:
+        """Sends the gradients of the pooled vectors to the owners; returns those of this rank's rows.
 
         Collective: every rank.
         """
         group = self._group
         like = torch.empty(0, group.weight.shape[1], dtype=group.gradient_wire_dtype, device=group.device)
         shares = group.ranks.all_to_all_written(
-            lambda rooms: share_out(grads, self._bags, self._split.bag_of_sum, rooms),
+            lambda rooms: share_out(grads, self._bags, self._bag_of_sum, rooms),
             like,
             *self._sum_counts,
             is_kept=True,
         )
-        group.gradients.deliver(Delivery(self.rows, self._owed, [share.float() for share in shares]))
+        return Delivery(self.rows, self._owed, [share.float() for share in shares])
 
     def _payload(self, is_weighted: bool) -> Tensor:
         """Returns what travels to the owners: [n] rows, or [n, 2] rows and the bits of their weights."""

@@ -20,6 +20,18 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Auto:
+    """The choice "auto" for tables that are saved while they are trained.
+
+    Attributes:
+        save_bytes: of the device's memory, what a save in the background may take while it goes on; see
+            `SaveOptions.max_extra_memory_bytes`.
+    """
+
+    save_bytes: int
+
+
+@dataclass(frozen=True)
 class Placement:
     """Where rows live.
 
@@ -36,7 +48,7 @@ DEVICE = Placement()
 
 
 def place_rows(
-    choice: PlacementChoice,
+    choice: PlacementChoice | Auto,
     cache_bytes: int | None,
     groups: Sequence[Sequence[TableSpec]],
     world_size: int,
@@ -44,12 +56,16 @@ def place_rows(
 ) -> Placement:
     """Decides where this rank's rows live; `cache_bytes` is of all groups, the result's of each.
 
-    "auto" takes the host where twice the weights do not fit into the device's free memory: the other half is for the
-    optimizer's state and the batches. Ranks may decide differently: nothing that travels depends on it.
+    "auto" takes the host if twice the weights and what a save may take do not fit into the device's free memory: the
+    other half is for the optimizer's state and the batches. Ranks may decide differently: nothing that travels depends
+    on it.
 
     Raises:
         ValueError: the choice is none, or `cache_bytes` is negative or given for rows on the device.
     """
+    save_bytes = 0
+    if isinstance(choice, Auto):
+        save_bytes, choice = choice.save_bytes, "auto"
     if choice not in get_args(PlacementChoice):
         raise ValueError(f"placement must be one of {get_args(PlacementChoice)}, got {choice!r}")
     if cache_bytes is not None and (cache_bytes < 0 or choice == "device"):
@@ -62,11 +78,12 @@ def place_rows(
         for specs in groups
         for spec in specs
     )
-    if choice == "auto" and 2 * weight_bytes <= free_bytes:
+    if choice == "auto" and 2 * weight_bytes + save_bytes <= free_bytes:
         return DEVICE
     if choice == "auto":
         _logger.info(
-            f"tables of {weight_bytes:,} bytes a rank live in host memory: {free_bytes:,} bytes of {device} are free"
+            f"tables of {weight_bytes:,} bytes per rank live in host memory: {free_bytes:,} bytes of {device} are free"
+            + (f", of which a save may take {save_bytes:,}" if save_bytes else "")
         )
     together = free_bytes // 2 if cache_bytes is None else cache_bytes
     return Placement(is_host=True, cache_bytes=math.floor(together / len(groups)))

@@ -22,9 +22,18 @@ def bags_of(batch: Jagged, pooling: Pooling, device: torch.device) -> Bags:
         weights = _kept(to_device(batch.weights.detach().float(), device), batch.weights)
     if pooling == "none":
         return Bags(batch.values.numel(), None, weights)
-    lengths = batch.lengths if batch.lengths.dtype == torch.int64 else batch.lengths.long()
-    lengths = _kept(to_device(lengths, device), batch.lengths)
+    given = batch.lengths if batch.lengths.dtype == torch.int64 else batch.lengths.long()
+    # What is refused later must not have kernels write outside their memory before that.
+    safe = given if batch.is_checked else _adding_up_to(given, batch.values.numel())
+    lengths = _kept(to_device(safe, device), batch.lengths)
     return Bags(batch.values.numel(), lengths, weights, is_mean=pooling == "mean")
+
+
+def _adding_up_to(lengths: Tensor, num_values: int) -> Tensor:
+    """Returns lengths that add up to the values: the same, if they do."""
+    ends = lengths.clamp(min=0).cumsum(0).clamp_(max=num_values)
+    ends[-1:] = num_values
+    return ends.diff(prepend=ends.new_zeros(1))
 
 
 def _kept(converted: Tensor, given: Tensor) -> Tensor:

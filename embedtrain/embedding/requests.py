@@ -14,6 +14,7 @@ from embedtrain.embedding.features import Route
 from embedtrain.embedding.owner_pooling import PooledAtOwners
 from embedtrain.embedding.table_group import TableGroup
 from embedtrain.ops._backend import dispatch
+from embedtrain.ops._backend.transfer import HostCopy
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.pool_rows import Bags, pool_rows_backward
 from embedtrain.ops.row_gradient import Delivery
@@ -56,6 +57,9 @@ class GroupRequest(ABC):
     at_owner: Sequence[bool]
     sums: PooledAtOwners | None
     rows: Tensor
+    _rows_on_host: tuple[Tensor, HostCopy] | None = None
+    _home: tuple[Tensor, OrderedKeys] | None = None
+    """The local rows of all gradients that one backward brings, and the same in order, if they were sorted ahead."""
 
     @property
     @abstractmethod
@@ -69,7 +73,7 @@ class GroupRequest(ABC):
 
     @abstractmethod
     def sort_ahead(self) -> None:
-        """Sorts what the update will need, if that is not part of the update."""
+        """Sorts the rows that the update will need. Native updates sort for themselves, and quicker."""
 
     @abstractmethod
     def fetch(self, found: Found) -> tuple[Tensor, Tensor]:
@@ -84,12 +88,50 @@ class GroupRequest(ABC):
         """Returns the distinct rows wanted, [num_distinct, dim] float32. Collective: every rank."""
 
     @abstractmethod
-    def send_home(self, grads: Sequence[Tensor | None], bags: Sequence[Bags]) -> None:
-        """Delivers the gradients of pooled vectors, per feature, to the rows' owners. Collective: every rank."""
+    def send_home(self, grads: Sequence[Tensor | None], bags: Sequence[Bags]) -> Delivery | None:
+        """Sends the gradients of pooled vectors, per feature, to the rows' owners; returns those of this rank's rows.
+
+        Collective: every rank.
+
+        Returns:
+            None if no rank has any.
+        """
 
     @abstractmethod
-    def send_distinct_home(self, grad: Tensor) -> None:
-        """Delivers the gradient of the distinct rows to their owners. Collective: every rank."""
+    def send_distinct_home(self, grad: Tensor) -> Delivery | None:
+        """Sends the gradient of the distinct rows to their owners; as `send_home`. Collective: every rank."""
+
+    def bring_rows(self) -> None:
+        """Copies the rows that this rank reads and updates to the device, if they live in host memory."""
+        if not self.group.access.is_on_host:
+            return
+        rows, on_host = self._rows_on_host or self._rows_to_host()
+        parts = [self.rows, *([] if self.sums is None else [self.sums.rows])]
+        self.group.access.bring_ahead(rows, on_host, parts, self._distinct_rows())
+
+    def _distinct_rows(self) -> Tensor | None:
+        """Returns the distinct rows, ascending, if they may be looked up instead of all; they are sorted by then."""
+        return None
+
+    def _rows_to_host(self) -> tuple[Tensor, HostCopy]:
+        """Begins to copy the rows that gradients will have, in order of delivery, to the host."""
+        if self._home is not None:
+            rows = self._home[0]
+        else:
+            rows = self.rows if self.sums is None else torch.cat([self.rows, self.sums.rows])
+        return rows, HostCopy(rows)
+
+    def deliver(self, *deliveries: Delivery | None) -> None:
+        """Has gradients of this rank's rows wait for the optimizer: all that one backward brings, in order."""
+        if self._home is not None and not any(delivery is not None and delivery.is_unique for delivery in deliveries):
+            rows, ordered = self._home
+            there = [delivery for delivery in deliveries if delivery is not None]
+            bags = [feature for delivery in there for feature in delivery.bags]
+            grads = [grad for delivery in there for grad in delivery.grads]
+            deliveries = (Delivery(rows, bags, grads, ordered=ordered),) if there else ()
+        for delivery in deliveries:
+            if delivery is not None:
+                self.group.gradients.deliver(delivery)
 
 
 class LocalRequest(GroupRequest):
@@ -127,7 +169,16 @@ class LocalRequest(GroupRequest):
         return self._ordered.inverse
 
     def sort_ahead(self) -> None:
-        """Does nothing: the update sorts by runs."""
+        """See `GroupRequest`."""
+        if not dispatch.uses_native(self.rows):
+            ordered = self._ordered if isinstance(self._ordered, OrderedKeys) else OrderedKeys(self.rows)
+            self._ordered, self._home = ordered, (self.rows, ordered)
+        if self.group.access.is_on_host:
+            self._rows_on_host = self._rows_to_host()
+
+    def _distinct_rows(self) -> Tensor | None:
+        """See `GroupRequest`."""
+        return None if self._ordered is None else self.distinct.unique
 
     def fetch(self, found: Found) -> tuple[Tensor, Tensor]:
         """Returns what was found: one rank pools straight from the table."""
@@ -137,15 +188,15 @@ class LocalRequest(GroupRequest):
         """See `GroupRequest`."""
         return gather_rows(*self.group.access.look_up(self.distinct.unique), torch.float32)
 
-    def send_home(self, grads: Sequence[Tensor | None], bags: Sequence[Bags]) -> None:
+    def send_home(self, grads: Sequence[Tensor | None], bags: Sequence[Bags]) -> Delivery:
         """See `GroupRequest`."""
         runs = self.group.runs_of(self.route.tables, [feature.num_values for feature in bags])
-        self.group.gradients.deliver(Delivery(self.rows, bags, grads, runs=runs))
+        return Delivery(self.rows, bags, grads, runs=runs)
 
-    def send_distinct_home(self, grad: Tensor) -> None:
+    def send_distinct_home(self, grad: Tensor) -> Delivery:
         """See `GroupRequest`."""
         rows = self.distinct.unique
-        self.group.gradients.deliver(Delivery(rows, [Bags(len(rows))], [grad], is_unique=True))
+        return Delivery(rows, [Bags(len(rows))], [grad], is_unique=True)
 
 
 class Wanted(NamedTuple):
@@ -203,7 +254,6 @@ class RemoteRequest(GroupRequest):
         self.group, self.rows, self.sums = group, rows, sums
         self.route, self.bags, self.weights, self.at_owner, _ = wanted
         self._ordered, self._counts = ordered, counts
-        self._ordered_rows: OrderedKeys | None = None
 
     @property
     def distinct(self) -> SortedKeys:
@@ -220,8 +270,11 @@ class RemoteRequest(GroupRequest):
 
     def sort_ahead(self) -> None:
         """See `GroupRequest`."""
-        if self._counts is not None and not dispatch.uses_native(self.rows):
-            self._ordered_rows = OrderedKeys(self.rows)
+        if not dispatch.uses_native(self.rows):
+            rows = self.rows if self.sums is None else torch.cat([self.rows, self.sums.rows])
+            self._home = rows, OrderedKeys(rows)
+        if self.group.access.is_on_host:
+            self._rows_on_host = self._rows_to_host()
 
     def fetch(self, found: Found) -> tuple[Tensor, Tensor]:
         """See `GroupRequest`."""
@@ -231,21 +284,21 @@ class RemoteRequest(GroupRequest):
         """See `GroupRequest`."""
         return self._fetch(*self.group.access.look_up(self.rows), torch.float32)
 
-    def send_home(self, grads: Sequence[Tensor | None], bags: Sequence[Bags]) -> None:
+    def send_home(self, grads: Sequence[Tensor | None], bags: Sequence[Bags]) -> Delivery | None:
         """See `GroupRequest`; gradients are summed by row before they travel."""
         dim = self.group.weight.shape[1]
         no_rows = torch.zeros(0, dim, dtype=torch.float32, device=self.group.device)
-        self.send_distinct_home(pool_rows_backward(grads, bags, self.distinct, dim) if bags else no_rows)
+        return self.send_distinct_home(pool_rows_backward(grads, bags, self.distinct, dim) if bags else no_rows)
 
-    def send_distinct_home(self, grad: Tensor) -> None:
+    def send_distinct_home(self, grad: Tensor) -> Delivery | None:
         """See `GroupRequest`."""
         if self._counts is None:
-            return
+            return None
         wired = grad.to(self.group.gradient_wire_dtype)
         grads = self.group.ranks.all_to_all_split(wired, *self._counts, torch.float32)
         # Rows of one rank are distinct; several ranks may ask for the same.
         bags = [Bags(len(part)) for part in grads]
-        self.group.gradients.deliver(Delivery(self.rows, bags, grads, ordered=self._ordered_rows))
+        return Delivery(self.rows, bags, grads)
 
     def _fetch(self, source: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
         if self._counts is None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from embedtrain.embedding.copy_stream import host_blocks
+
 _BLOCK_BYTES = 4 * 2**20
 _CHUNK_BYTES = 8 * 2**20
 
@@ -44,10 +46,12 @@ class RowChanges:
 
     Attributes:
         tensors: name -> [num_rows, ...], the weights and the optimizer state whose rows change together.
+        num_overwritten: how often any row may have been given another value, as by loading.
     """
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
+        self.num_overwritten = 0
         self._touched: Tensor | None = None
         self._snapshot: RowSnapshot | None = None
 
@@ -80,6 +84,7 @@ class RowChanges:
 
     def before_update_of_all(self) -> None:
         """Takes note that any row may change, as by loading values."""
+        self.num_overwritten += 1
         if self._touched is not None:
             self._touched.fill_(True)
         if self._snapshot is not None:
@@ -117,7 +122,8 @@ class RowSnapshot:
     during the save, not with the tables. Where the budget does not suffice, the update waits until all rows
     were read.
 
-    On a GPU every operation is queued on the device's default stream, under the lock, hence in order.
+    On a GPU rows are copied aside on the device's default stream, under the lock, hence in order; what is copied goes
+    to the host beside that stream.
     """
 
     def __init__(self, tensors: dict[str, Tensor], budget: MemoryBudget, awaited: Tensor | None) -> None:
@@ -163,15 +169,21 @@ class RowSnapshot:
             rows: consecutive local rows, or [n] int64 on the tensors' device.
             is_last: whether these rows of all other tensors were read before.
         """
+        return host_blocks(self._blocks(name, rows, is_last), self._tensors[name].device)
+
+    def _blocks(self, name: str, rows: range | Tensor, is_last: bool) -> Iterator[Tensor]:
+        """Yields the blocks where the tensors are; on the CPU each is valid until the next."""
         tensor = self._tensors[name]
         block_rows = max(1, _BLOCK_BYTES // max(1, tensor[:1].nbytes))
-        buffer = torch.empty((min(block_rows, len(rows)), *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
+        buffer: Tensor | None = None
         for first in range(0, len(rows), block_rows):
             part = rows[first : first + block_rows]
+            if buffer is None or tensor.is_cuda:
+                buffer = tensor.new_empty((min(block_rows, len(rows)), *tensor.shape[1:]))
             block = buffer[: len(part)]
             with self._lock:
                 self._copy(name, slice(part.start, part.stop) if isinstance(part, range) else part, block, is_last)
-            yield block.cpu()
+            yield block
 
     def _copy(self, name: str, rows: slice | Tensor, block: Tensor, is_last: bool) -> None:
         if isinstance(rows, slice):

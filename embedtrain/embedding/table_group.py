@@ -171,7 +171,7 @@ class TableGroup:
         """Returns a copy of rows in memory of the kind that this group's rows have."""
         return self._allocate(tuple(rows.shape), 0.0, rows.dtype).copy_(rows)
 
-    def keys_of(self, tables: Sequence[int], ids: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    def keys_of(self, tables: Sequence[int], ids: Sequence[Tensor]) -> tuple[Tensor, list[int] | Tensor]:
         """Returns a key per id of several features, `owner * num_local_rows + local row`, feature after feature.
 
         Sorted keys are in order of owner; equal keys are the same row.
@@ -181,7 +181,8 @@ class TableGroup:
             ids: per feature [n] int64 or int32.
 
         Returns:
-            The keys, and per feature how many ids are not rows of its table; keys of those mean nothing.
+            The keys, and per feature how many ids are not rows of its table; keys of those mean nothing. The numbers
+            are on the device for ids of a GPU.
         """
         return self._key_map(tables, ids)
 
@@ -213,7 +214,8 @@ class TableGroup:
         self.steps.settings = settings
 
     def views(self) -> list[ShardView]:
-        """Returns the shards' weights and states, whose steps are settled; see `settle`."""
+        """Returns the shards' weights and states, which are up to date and whose steps are settled; see `settle`."""
+        self.access.write_back()
         self.settle()
         return [view for shard in self.shards for view in shard.views()]
 
@@ -255,6 +257,8 @@ class TableGroup:
 
     def waiting_gradient(self) -> RowGradient:
         """See `GradientMailbox.waiting`."""
+        if self.access.is_on_host:
+            self.access.join_copies()  # the step's verdict, which the host waits for, is computed after this
         return self.gradients.waiting()
 
     def clear_gradient(self) -> None:
@@ -271,9 +275,8 @@ class TableGroup:
         self.gradients.was_applied = True
 
     def _allocate(self, shape: tuple[int, ...], fill: float, dtype: torch.dtype) -> Tensor:
-        if self.placement.is_host and self.device.type != "cpu":
-            return torch.full(shape, fill, dtype=dtype, pin_memory=True)
-        return allocate_rows(shape, fill, dtype, self.device)
+        # Rows in host memory travel through buffers of their own: to pin a table would take twice its memory.
+        return allocate_rows(shape, fill, dtype, torch.device("cpu") if self.placement.is_host else self.device)
 
     def describe(self, row: int) -> str:
         """Names the table and the id of a local row, for messages."""

@@ -31,6 +31,7 @@ class UnshardedTable:
     def __init__(self, spec: TableSpec, position: int, seed: int) -> None:
         self.spec = spec
         self.ranks: Ranks = ONE_PROCESS
+        self.device = torch.device("cpu")
         self.state: dict[str, Tensor] = {}
         self.layout = layout_of(spec.num_rows, kind=spec.layout)
         in_slot_order = initial_rows(spec, 0, spec.num_rows, seed)

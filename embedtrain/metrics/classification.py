@@ -118,7 +118,10 @@ def classification_sums(logits: Tensor, labels: Tensor, num_bins: int) -> Tensor
     loss = F.binary_cross_entropy_with_logits(wide, labels, reduction="sum")
     totals = torch.stack([torch.full_like(loss, labels.numel()), labels.sum(), loss, wide.sigmoid().sum()])
     bins = ((wide / _LARGEST_LOGIT + 1) * (num_bins / 2)).nan_to_num().long().clamp(0, num_bins - 1)
-    counts = torch.bincount(bins + (labels > _BETWEEN) * num_bins, minlength=2 * num_bins)
+    places = bins + (labels > _BETWEEN) * num_bins
+    # `bincount` would make the host wait for the largest place.
+    counts = torch.zeros(2 * num_bins, dtype=torch.int64, device=places.device)
+    counts.scatter_add_(0, places, torch.ones_like(places))
     return torch.cat([totals, counts.double()])
 
 

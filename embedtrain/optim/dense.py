@@ -58,6 +58,27 @@ def load_module(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
     module.load_state_dict(weights)
 
 
+@dataclass(frozen=True)
+class Averaged:
+    """The gradients of dense parameters, averaged over the ranks.
+
+    Attributes:
+        values: [n]; all of them.
+        sizes: elements of each parameter, in order.
+    """
+
+    values: Tensor
+    sizes: Mapping[str, int]
+
+    def fault(self) -> str | None:
+        """Returns what is not finite, or None; waits for the device."""
+        if bool(self.values.isfinite().all()):
+            return None
+        parts = zip(self.sizes, self.values.split(list(self.sizes.values())), strict=True)
+        bad = next(name for name, grad in parts if not bool(grad.isfinite().all()))
+        return f"the gradient of the dense parameter {bad} is not finite"
+
+
 class DenseOptimizer:
     """Trains a module's parameters alike on every rank, with an optimizer of torch.
 
@@ -94,7 +115,12 @@ class DenseOptimizer:
         self._ranks = ranks
         self._lr = lr
         make: Any = _OPTIMIZERS[name]  # the base class does not know the hyperparameters
-        self._optimizer: torch.optim.Optimizer = make(self._parameters.values(), lr=lr, weight_decay=weight_decay)
+        # Fused optimizers learn from the device itself whether a step is to be left out. Adagrad's is for CPUs alone.
+        is_on_gpu = all(parameter.is_cuda for parameter in self._parameters.values())
+        options = {"fused": True} if is_on_gpu and name != "adagrad" else {}
+        self._optimizer: torch.optim.Optimizer = make(
+            self._parameters.values(), lr=lr, weight_decay=weight_decay, **options
+        )
         for tensor in self._module.state_dict().values():
             ranks.broadcast(tensor)
 
@@ -103,12 +129,17 @@ class DenseOptimizer:
         """The name of torch's optimizer."""
         return type(self._optimizer).__name__
 
-    def average_gradients(self) -> str | None:
-        """Averages the gradients over the ranks; returns what of them is not finite, or None.
+    @property
+    def takes_found_inf(self) -> bool:
+        """Whether `step` leaves out a step that only the device knows to be not finite."""
+        return getattr(self._optimizer, "_step_supports_amp_scaling", False)
+
+    def average_gradients(self) -> Averaged:
+        """Averages the gradients over the ranks.
 
         The loss is a mean over the local batch: the average is the gradient of the mean over the global batch.
 
-        Collective: every rank; the answer is the same on all.
+        Collective: every rank; the averages are the same on all.
         """
         for parameter in self._parameters.values():
             if parameter.grad is None:
@@ -118,15 +149,20 @@ class DenseOptimizer:
         flat /= self._ranks.size
         for grad, averaged in zip(grads.values(), flat.split([g.numel() for g in grads.values()]), strict=True):
             grad.copy_(averaged.view_as(grad))
-        if bool(flat.isfinite().all()):
-            return None
-        bad = next(name for name, grad in grads.items() if not bool(grad.isfinite().all()))
-        return f"the gradient of the dense parameter {bad} is not finite"
+        return Averaged(flat, {name: grad.numel() for name, grad in grads.items()})
 
-    def step(self, factor: float) -> None:
-        """Applies the averaged gradients with `factor` times the learning rate."""
+    def step(self, factor: float, found_inf: Tensor | None = None) -> None:
+        """Applies the averaged gradients with `factor` times the learning rate.
+
+        Args:
+            factor: of the learning rate.
+            found_inf: scalar float32 on the device; nothing is applied if it is 1. See `takes_found_inf`.
+        """
         for settings in self._optimizer.param_groups:
             settings["lr"] = self._lr * factor
+        if found_inf is not None:
+            assert self.takes_found_inf
+            self._optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         self._optimizer.step()
 
     def zero_grad(self) -> None:

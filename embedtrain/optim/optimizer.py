@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -15,7 +16,14 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from embedtrain.errors import NonFiniteError
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import RowStep, row_update
-from embedtrain.optim.found_inf import PendingVerdict, factor_on_device, reason_of, total_on_device
+from embedtrain.optim.found_inf import (
+    PendingVerdict,
+    Watched,
+    factor_on_device,
+    reason_of,
+    reason_of_loss,
+    total_on_device,
+)
 from embedtrain.optim.stores import STEP, HasTableGroups, RowState, RowsToUpdate, StoreOptimizer
 
 NonFinitePolicy = Literal["error", "skip"]
@@ -80,8 +88,11 @@ class SparseOptimizer(StoreOptimizer):
 
     Attributes:
         num_skipped: steps left out.
-        looks_later: makes `step` return without waiting for the device. The device itself leaves out a step that is
-            not finite, and the next `step`, or `settle`, does what the policy says. False unless set.
+        looks_later: whether `step` returns without waiting for the device. The device itself leaves out a step that is
+            not finite, and the next `step`, or `settle`, does what the policy says. Unless set, it does for tables on a
+            GPU.
+        found_inf: if `looks_later`, scalar float32 on the device: 1 if the last step is left out, else 0, as the
+            optimizers of torch take it under this name. None before the first step.
 
     Raises:
         TypeError: an option that the optimizer does not have.
@@ -109,11 +120,21 @@ class SparseOptimizer(StoreOptimizer):
         if self.nonfinite not in ("error", "skip"):
             raise ValueError(f"nonfinite must be 'error' or 'skip', got {self.nonfinite!r}")
         self._veto: str | None = None
-        self._loss: Tensor | None = None
+        self._watched: list[Watched] = []
         self._pending: PendingVerdict | None = None
-        self.looks_later = False
+        self.found_inf: Tensor | None = None
         self.num_skipped = 0
+        self._looks_later: bool | None = None
         super().__init__(collection, defaults, states)
+
+    @property
+    def looks_later(self) -> bool:
+        """See the class."""
+        return self.stores[0].device.type == "cuda" if self._looks_later is None else self._looks_later
+
+    @looks_later.setter
+    def looks_later(self, value: bool) -> None:
+        self._looks_later = value
 
     @property
     def name(self) -> str:
@@ -188,9 +209,19 @@ class SparseOptimizer(StoreOptimizer):
         """Marks the coming step as not finite on this rank, for instance because its loss is not."""
         self._veto = reason
 
-    def watch(self, loss: Tensor) -> None:
-        """Makes the coming step depend on a scalar of this rank: if it is not finite, the step counts as not finite."""
-        self._loss = loss
+    def watch(self, values: Tensor, explain: Callable[[], str | None] | None = None) -> None:
+        """Makes the coming step depend on numbers of this rank: if one is not finite, the step counts as not finite.
+
+        Args:
+            values: a loss, or any other tensor.
+            explain: returns what is wrong with them, or None; needed unless they are a loss.
+        """
+        self._watched.append(Watched(values, explain or functools.partial(reason_of_loss, values)))
+
+    @property
+    def decided(self) -> torch.cuda.Event | None:
+        """When the host can know whether the last step was applied; None if it knows already."""
+        return None if self._pending is None else self._pending.arrived
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Collects the gradients that wait, agrees on them with all ranks, and applies them on all ranks or on none.
@@ -290,7 +321,7 @@ class SparseOptimizer(StoreOptimizer):
         Collective if a step is to settle, as `settle` is: every rank copies or pickles its optimizer then.
         """
         self.settle()
-        return {**super().__getstate__(), "_loss": None, "_veto": None}
+        return {**super().__getstate__(), "_watched": [], "_veto": None, "found_inf": None}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients that wait."""
@@ -299,7 +330,7 @@ class SparseOptimizer(StoreOptimizer):
 
     def _agree(self, gradients: Sequence[RowGradient]) -> float | None:
         """Returns the factor for all gradients, or None to leave the step out. Collective: every rank."""
-        reason, self._veto, self._loss = reason_of(self._veto, self._loss), None, None
+        reason, self._veto, self._watched = reason_of(self._veto, self._watched), None, []
         # The sum of squares is not finite if any gradient is not, so one number answers both questions. If nobody asks
         # for the norm, gradients need not be summed to know that they are finite.
         if reason is not None:
@@ -319,12 +350,13 @@ class SparseOptimizer(StoreOptimizer):
 
     def _agree_later(self, gradients: Sequence[RowGradient]) -> Tensor:
         """Returns the factor for all gradients, which is on the device. Collective: every rank."""
-        veto, loss, self._veto, self._loss = self._veto, self._loss, None, None
-        total = total_on_device(gradients, loss, is_norm_wanted=self.max_grad_norm is not None)
+        veto, watched, self._veto, self._watched = self._veto, self._watched, None, []
+        total = total_on_device(gradients, watched, is_norm_wanted=self.max_grad_norm is not None)
         if veto is not None:
             total.fill_(math.nan)
         self.stores[0].ranks.all_reduce(total)
-        self._pending = PendingVerdict(total, gradients, veto, loss)
+        self._pending = PendingVerdict(total, gradients, veto, watched)
+        self.found_inf = (~total.isfinite()).float()
         return factor_on_device(total, self.max_grad_norm)
 
     def _handle_nonfinite(self, gradients: Sequence[RowGradient], reason: str | None) -> None:

@@ -52,6 +52,7 @@ class RowStore(RowsToUpdate, Protocol):
     """Rows with their state and the gradients that wait for them: an optimizer's view of a group of tables."""
 
     ranks: Ranks
+    device: torch.device
 
     @property
     def table_names(self) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from embedtrain.checkpoint import CheckpointReader
-from embedtrain.config.sections import Config, TableConfig
+from embedtrain.config.sections import CheckpointConfig, Config, TableConfig
 from embedtrain.data.click_batches import ClickBatch
 from embedtrain.data.click_schema import ClickSchema
 from embedtrain.data.readers import Layout, Rows
@@ -20,6 +20,7 @@ from embedtrain.data.survey import Survey
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import CollectionOptions
+from embedtrain.embedding.placement import Auto, PlacementChoice
 from embedtrain.export.recommendations import Recommendation
 from embedtrain.export.vectors import Vectors
 from embedtrain.recipes.optimizers import optimizer_names
@@ -252,14 +253,31 @@ def table_spec(
     )
 
 
-def collection_options(table: TableConfig, runtime: Runtime, seed: int) -> CollectionOptions:
-    """Returns the options of an `EmbeddingCollection` that the section `table` gives."""
+def save_bytes_of(checkpoint: CheckpointConfig) -> int | None:
+    """Returns how much memory a rank's save in the background may take; None for no bound."""
+    return checkpoint.max_extra_memory_bytes if checkpoint.mode == "async" else 0
+
+
+def collection_options(
+    table: TableConfig, runtime: Runtime, seed: int, checkpoint: CheckpointConfig | None = None
+) -> CollectionOptions:
+    """Returns the options of an `EmbeddingCollection` that the section `table` gives.
+
+    Args:
+        table: the section.
+        runtime: of this process.
+        seed: of the first values.
+        checkpoint: how the tables are saved while they are trained; None if they are not.
+    """
+    placement: PlacementChoice | Auto = table.placement
+    if placement == "auto" and checkpoint is not None:
+        placement = Auto(save_bytes_of(checkpoint) or 0)  # without a bound, nothing can be left for it
     return CollectionOptions(
         device=runtime.device,
         ranks=runtime.ranks,
         seed=seed,
         wire_dtype=None if table.wire_dtype is None else getattr(torch, table.wire_dtype),
-        placement=table.placement,
+        placement=placement,
         cache_bytes=table.cache_bytes,
     )
 

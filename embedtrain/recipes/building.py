@@ -9,6 +9,7 @@ from dataclasses import replace
 from embedtrain.checkpoint import latest_checkpoint
 from embedtrain.config.sections import Config
 from embedtrain.distributed.runtime import Runtime
+from embedtrain.recipes.base import save_bytes_of
 from embedtrain.recipes.registry import recipe_of
 from embedtrain.recipes.workload import Sizes, Workload
 from embedtrain.train.run_folder import RunFolder
@@ -47,7 +48,7 @@ def workload_of(config: Config, sizes: Sizes) -> Workload:
     section = config.checkpoint
     return replace(
         asked,
-        save_bytes=section.max_extra_memory_bytes if section.mode == "async" else 0,
+        save_bytes=save_bytes_of(section),
         num_checkpoints=1 + (section.keep_last or 1) + (config.num_best or 0),
         accumulate_steps=config.train.accumulate_steps,
     )

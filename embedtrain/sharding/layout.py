@@ -38,9 +38,10 @@ the mean in steps of 4,096 ids a rank by Zipf's law, and 1 % in steps of 65,536;
 _MIN_ROWS_TO_BLOCK = 1 << 17
 
 
-KeyMap = Callable[[Sequence[int], Sequence[Tensor]], tuple[Tensor, list[int]]]
+KeyMap = Callable[[Sequence[int], Sequence[Tensor]], tuple[Tensor, list[int] | Tensor]]
 """Takes features: the position of the table of each, and its ids [n] int64 or int32. Returns a key per id, `owner *
-rows of an owner + local row`, feature after feature, and per feature how many ids are no rows, whose keys mean nothing.
+rows of an owner + local row`, feature after feature, and per feature how many ids are no rows, whose keys mean nothing:
+on the device for ids of a GPU.
 """
 
 
@@ -128,7 +129,7 @@ class SpreadLayout:
             for each, first_row in zip(layouts, first_rows, strict=True)
         ]
 
-        def keys_of(numbers: Sequence[int], ids: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+        def keys_of(numbers: Sequence[int], ids: Sequence[Tensor]) -> tuple[Tensor, list[int] | Tensor]:
             return spread_keys(ids, [tables[number] for number in numbers], num_local_rows)
 
         return keys_of

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.distributed.stages import stage
+from embedtrain.embedding.table_group import TableGroup
 from embedtrain.train.step import micro_batches
 from embedtrain.train.task import Batches, StreamedBatches, Task
 
@@ -45,41 +46,59 @@ class Prepared:
 
 
 class BatchesAhead:
-    """The batches of a task in order, each prepared one step ahead where that pays: on a GPU, or with rows on the host.
+    """The batches of a task in order, each prepared ahead of its step if that pays: on a GPU, or with rows on the host.
 
-    Preparation has a stream of its own, so that the one wait of the host for sizes, which the exchange of ids needs,
-    is not a wait for the step under way.
+    Preparation has a stream of its own, so that what it waits for is not a wait for the step under way. On a GPU it is
+    two steps ahead: then what the host learns while it prepares a batch includes all that the step before it needs.
 
     Args:
         task: the model, its tables and batches, which are no stream.
         accumulate_steps: micro-batches of a step. The first one is prepared while the step before is under way, each
             other one during the micro-batch before it.
+
+    Attributes:
+        depth: how many steps after the present one are prepared.
     """
 
     def __init__(self, task: Task, accumulate_steps: int = 1) -> None:
         assert not isinstance(task.batches, StreamedBatches)
         self._batches: Batches = task.batches
+        self._optimizer = task.optimizer
         tables = task.tables
-        pays = tables.device.type == "cuda" or any(group.access.is_on_host for group in tables.table_groups)
+        is_on_gpu = tables.device.type == "cuda"
+        pays = is_on_gpu or any(group.access.is_on_host for group in tables.table_groups)
         self._model = task.model if pays and isinstance(task.model, PreparesBatches) else None
-        self._stream = torch.cuda.Stream(tables.device) if tables.device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(tables.device) if is_on_gpu else None
+        self.depth = 2 if is_on_gpu else 1
+        self._prepared: dict[tuple[int, int], Prepared] = {}
         self._accumulate_steps = accumulate_steps
-        self._next: tuple[tuple[int, int], Prepared] | None = None
 
     def take(self, epoch: int, step: int) -> Prepared:
         """Returns the input of a step, from what was prepared ahead or made now. Collective: every rank."""
-        prepared, self._next = self._next, None
-        if prepared is not None and prepared[0] == (epoch, step):
-            return prepared[1]
+        prepared = self._prepared.pop((epoch, step), None)
+        if prepared is not None:
+            return prepared
+        self._prepared = {}
         return self._prepare(epoch, step)
 
-    def prepare_next(self, epoch: int, step: int) -> None:
-        """Prepares a later step; called while the device works on this one. Collective: every rank."""
-        if self._model is None:
+    def prepare_next(self, epoch: int, step: int, num_left: int | None = None) -> None:
+        """Prepares the next steps, while the device works on this one. Collective: every rank.
+
+        Args:
+            epoch: of the first of them.
+            step: of the first of them.
+            num_left: how many steps the run has from that one on; None for at least `depth`.
+        """
+        if self._model is None or num_left == 0:
             return
-        prepared = self._prepare(epoch, step)
-        self._model.bring_rows(prepared.batch)
-        self._next = ((epoch, step), prepared)
+        num_steps = self._batches.steps_per_epoch
+        number = epoch * num_steps + step
+        depth = self.depth if num_left is None else min(self.depth, num_left)
+        places = [divmod(later, num_steps) for later in range(number, number + depth)]
+        for place in places:
+            if place not in self._prepared:
+                self._prepared[place] = self._prepare(*place)
+        self._model.bring_rows(self._prepared[places[0]].batch)
 
     def _prepare(self, epoch: int, step: int) -> Prepared:
         with stage("sample"), self._apart():
@@ -110,6 +129,9 @@ class BatchesAhead:
         if self._stream is None:
             return model.prepare(batch)
         main = torch.cuda.current_stream(self._stream.device)
+        if self._optimizer.decided is not None:
+            # Whoever waits for this stream then knows whether the last step was applied.
+            self._stream.wait_event(self._optimizer.decided)
         with self._apart():
             prepared = model.prepare(batch)
         main.wait_stream(self._stream)
@@ -121,9 +143,11 @@ class BatchesAhead:
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Yields the tensors in mappings, sequences, dataclasses and objects of this package."""
+    """Yields the tensors in mappings, sequences, dataclasses and objects of this package, but not those of tables."""
     if isinstance(value, Tensor):
         yield value
+    elif isinstance(value, TableGroup):
+        return
     elif isinstance(value, Mapping):
         for part in value.values():
             yield from tensors_of(part)

@@ -68,7 +68,8 @@ class RowStatistics:
         Collective: every rank.
         """
         found = {}
-        self._tables.write_back()
+        for group in self._tables.table_groups:
+            group.access.write_back()
         shards = self._tables.shards
         # The optimizer's groups of tables, in its order, which is not the collection's where it combines several.
         for number, settings in enumerate(self._optimizer.param_groups):

@@ -134,8 +134,8 @@ def train_step(
         batch: this rank's, or the first of its micro-batches.
         dense: the optimizer of the other parameters, which are updated where the tables are; None without any.
         dense_factor: factor of its learning rate.
-        meanwhile: called once the device has work, which on a GPU is long before it is done: the whole step, or forward
-            and backward where the update waits for the host to know that they were finite.
+        meanwhile: called once the device has work, which on a GPU is long before it is done: forward and backward, or
+            the whole step.
         further: the other micro-batches. Each is asked for when the device has the one before it to work on.
         options: how the step is computed.
 
@@ -151,20 +151,27 @@ def train_step(
                 objective.loss.backward()
         objectives.append(objective)
     objective = _sum_of(objectives)
-    if meanwhile is not None and not optimizer.looks_later:
+    # Several ranks wait for each other's sizes meanwhile: the device then has the update to do. One rank waits for
+    # nothing, and has what it prepared known to the host by the wait for the step before.
+    is_before = not optimizer.looks_later or optimizer.stores[0].ranks.size == 1
+    if meanwhile is not None and is_before:
+        optimizer.settle()
         meanwhile()
+    if dense is not None:
+        averaged = dense.average_gradients()
+        optimizer.watch(averaged.values, averaged.fault)
     optimizer.watch(objective.total)
-    if dense is not None and (fault := dense.average_gradients()) is not None:
-        optimizer.veto(fault)
     with stage("update"):
         num_skipped = optimizer.num_skipped
         optimizer.step()
         optimizer.zero_grad()
         if dense is not None:
-            if optimizer.num_skipped == num_skipped:
+            if optimizer.looks_later:
+                dense.step(dense_factor, optimizer.found_inf)
+            elif optimizer.num_skipped == num_skipped:
                 dense.step(dense_factor)
             dense.zero_grad()
-    if meanwhile is not None and optimizer.looks_later:
+    if meanwhile is not None and not is_before:
         meanwhile()
     return objective
 

@@ -69,8 +69,9 @@ class Trainer:
         self._ahead = (
             None if isinstance(task.batches, StreamedBatches) else BatchesAhead(task, options.accumulate_steps)
         )
-        # The host decides whether dense parameters step, so it must know at once whether the gradients are finite.
-        task.optimizer.looks_later = task.tables.device.type == "cuda" and task.dense is None
+        # If the host decides whether dense parameters step, it must know at once whether the gradients are finite.
+        is_known_to_device = task.dense is None or task.dense.takes_found_inf
+        task.optimizer.looks_later = task.tables.device.type == "cuda" and is_known_to_device
         self._rates = [float(settings["lr"]) for settings in task.optimizer.param_groups]
         self._schedule = schedule
         self._checkpoints = checkpoints
@@ -215,8 +216,10 @@ class Trainer:
 
     def _prepare_next(self) -> None:
         steps = self._steps_per_epoch
-        if self._ahead is not None and steps is not None and self.state.step + 1 != self.total_steps:
-            self._ahead.prepare_next(*divmod(self.state.epoch * steps + self.state.step_in_epoch + 1, steps))
+        if self._ahead is None or steps is None or self.total_steps is None:
+            return
+        step = self.state.step + 1
+        self._ahead.prepare_next(*divmod(step, steps), num_left=self.total_steps - step)
 
     def _is_measured(self, step: int) -> bool:
         evaluation = self._task.evaluation

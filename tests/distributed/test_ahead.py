@@ -16,7 +16,7 @@ from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.recipes.ranking.model import NetworkOptions, Ranking
 from embedtrain.recipes.word2vec.model import Word2Vec
 from embedtrain.testing.ranks import run_ranks
-from embedtrain.train.ahead import BatchesAhead, PreparesBatches, tensors_of
+from embedtrain.train.ahead import BatchesAhead, PreparesBatches
 from embedtrain.train.checkpoints import Checkpoints, SavePolicy
 from embedtrain.train.state import TrainState
 from embedtrain.train.task import Task
@@ -131,10 +131,8 @@ def test_a_step_is_prepared_while_the_one_before_runs() -> None:
     ahead.take(0, 0)
     ahead.prepare_next(0, 1)
     assert batches.made == [(0, 0), (0, 1)]
-    prepared = ahead.take(0, 1)
+    ahead.take(0, 1)
     assert batches.made == [(0, 0), (0, 1)]
-    # Of the request, the inverse and the block, whose memory a GPU's streams must agree on.
-    assert len(list(tensors_of(prepared.batch))) >= 10
     ahead.prepare_next(0, 2)
     ahead.take(1, 0)  # another than was expected, as after a resumed run
     assert batches.made[-2:] == [(0, 2), (1, 0)]

@@ -24,7 +24,7 @@ def data(step: int) -> Tensor:
 def train(net: nn.Module, dense: DenseOptimizer, steps: range, part: slice = slice(None)) -> None:
     for step in steps:
         net(data(step)[part]).pow(2).mean().backward()
-        assert dense.average_gradients() is None
+        assert dense.average_gradients().fault() is None
         dense.step(1.0 / (step + 1))
         dense.zero_grad()
 
@@ -58,7 +58,7 @@ def test_a_gradient_that_is_not_finite_is_named() -> None:
     net = nn.Linear(3, 1)
     dense = DenseOptimizer(net, ranks=ONE_PROCESS)
     net(torch.full((2, 3), torch.nan)).sum().backward()
-    fault = dense.average_gradients()
+    fault = dense.average_gradients().fault()
     assert fault is not None and "weight is not finite" in fault
 
 

@@ -10,6 +10,7 @@ import torch
 import embedtrain as et
 from embedtrain.checkpoint import CheckpointReader, CheckpointSaver, SaveOptions, latest_checkpoint, load_shards
 from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
+from embedtrain.ops._backend.transfer import HostCopy
 from embedtrain.testing.threads import run_threads
 
 FEATURES = [et.FeatureSpec("word", pooling="mean"), et.FeatureSpec("item"), et.FeatureSpec("other", "item", "sum")]
@@ -39,7 +40,7 @@ def train(tables, optimizer, steps: range, rank: int = 0, brings_ahead: bool = F
         if brings_ahead:
             ids = batch_of(step + 1, rank)
             keys, _ = tables.table_groups[0].keys_of([0, 1], [ids["word"].values, ids["item"].values])
-            tables.table_groups[0].access.bring_ahead(keys)
+            tables.table_groups[0].access.bring_ahead(keys, HostCopy(keys), [keys])
         optimizer.step()
         optimizer.zero_grad()
 

@@ -4,7 +4,8 @@
 
 Triton's interpreter accepts what its compiler does not. Each op is called on small CPU tensors while launches are
 caught, and what would have been launched is compiled instead, with the launch's constants and numbers of warps. What
-the machine code takes is held against `kernel_budget.json`.
+the machine code takes is held against `kernel_budget.json`, and how fast it can move rows by `roofline.py` against
+`kernel_roofline.json`.
 """
 
 from __future__ import annotations
@@ -31,18 +32,24 @@ from embedtrain.ops.pool_rows import Bags
 from embedtrain.ops.pool_rows import triton as pool_rows
 from embedtrain.ops.row_update import Moments, RowStep
 from embedtrain.ops.row_update import triton as moment_update
+from embedtrain.ops.sample_text import SamplingTables
+from embedtrain.ops.sample_text import triton as sample_text
 from embedtrain.ops.segment_sum import triton as segment_sum
 from embedtrain.ops.skipgram_block import Architecture, TextBlock
 from embedtrain.ops.skipgram_block import triton as skipgram_block
 from embedtrain.ops.sort_unique import sort_unique
+from tests.ops.roofline import CARDS, Launch, bytes_per_second, flight_of
 
 BUDGET = Path(__file__).with_name("kernel_budget.json")
+ROOFLINE = Path(__file__).with_name("kernel_roofline.json")
 _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _N, _NUM_ROWS = 997, 503
 """Sizes of the tensors: no multiples of 16, which is what most steps launch."""
 _SPARE_REGISTERS = 8
 """What the next version of the compiler may take more."""
+_SLOWER = 0.75
+"""The share of the predicted speed that the code of another version of the compiler keeps."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +80,14 @@ class Compiler:
         architecture: of the GPUs, such as 90.
         label: of the launches that follow.
         codes: by kernel, label of the first launch that needed it, and architecture.
+        speeds: by the same, the gigabytes per second of a multiprocessor; of kernels that do not multiply matrices.
     """
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
         self.label = ""
         self.codes: dict[str, Code] = {}
+        self.speeds: dict[str, float] = {}
         self._seen: set[tuple[str, ...]] = set()
 
     def run(self, kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
@@ -106,10 +115,17 @@ class Compiler:
         target = GPUTarget("cuda", self.architecture, 32)
         name = f"{kernel.__name__} {self.label} sm_{self.architecture}"
         assert name not in self.codes, name
-        self.codes[name] = _measure(triton.compile(source, target=target, options=options))
+        binary = triton.compile(source, target=target, options=options)
+        listing, self.codes[name] = _measure(binary)
+        if "DIM" in constants and not self.codes[name].num_products:
+            columns = constants.get("COLUMNS", constants.get("TILE_COLUMNS"))
+            code, num_warps = self.codes[name], binary.metadata.num_warps
+            taken = Launch(num_warps, code.registers, code.shared_bytes, share=constants["DIM"] / columns)
+            self.speeds[name] = bytes_per_second(flight_of(listing), taken, CARDS[self.architecture]) / 1e9
 
 
-def _measure(binary: Any) -> Code:
+def _measure(binary: Any) -> tuple[str, Code]:
+    """Returns the listing of the machine code, and what it takes."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -119,7 +135,7 @@ def _measure(binary: Any) -> Code:
         )
     taken = {name: int(size) for name, size in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     accesses = re.findall(r"\b(?:ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bf](16|32)\b", binary.asm["ptx"])
-    return Code(
+    return listing, Code(
         registers=taken["REG"],
         spilled_bytes=taken["STACK"] + taken["LOCAL"],
         shared_bytes=binary.metadata.shared,
@@ -166,6 +182,8 @@ def launch_all(compiler: Compiler, dim: int, dtype: torch.dtype, num_rows: int =
         label("values")
         segment_sum.segment_sum(torch.zeros(_N, dim), keys, 0.5)
         _launch_words(label, dim, num_rows)
+        compiler.label = "words"
+        _launch_sampling()
 
 
 def _launch_words(label: Callable[[str], None], dim: int, num_rows: int) -> None:
@@ -179,6 +197,13 @@ def _launch_words(label: Callable[[str], None], dim: int, num_rows: int) -> None
             skipgram_block.skipgram_block(torch.zeros(num_rows, dim), block, architecture, 1.0, reach)
 
 
+def _launch_sampling() -> None:
+    tokens, positions = torch.zeros(_N, dtype=torch.int32), torch.arange(_N)
+    columns = torch.zeros(_NUM_ROWS, 2, dtype=torch.int64)
+    tables = SamplingTables(torch.zeros(_NUM_ROWS, dtype=torch.int32), columns, torch.tensor([0, _NUM_ROWS]))
+    sample_text.sample_text(tokens, positions, torch.zeros_like(tokens), tables, 5, 5, 1, num_kept=_N)
+
+
 def excesses(name: str, code: Code, budget: dict[str, Any]) -> list[str]:
     """Returns what a kernel takes more than its budget allows."""
     least = ("row_bytes", "num_products")
@@ -190,14 +215,34 @@ def excesses(name: str, code: Code, budget: dict[str, Any]) -> list[str]:
     return found
 
 
+def predictions(speeds: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Returns for each kernel the gigabytes per second of a multiprocessor, and of a card of its architecture."""
+    found = {}
+    for name, speed in speeds.items():
+        card = CARDS[int(name.rpartition("sm_")[2])]
+        of_card = min(speed * card.num_multiprocessors, card.bandwidth / 1e9)
+        found[name] = {"of_multiprocessor": round(speed, 1), "of_card": round(of_card)}
+    return found
+
+
+def shortfalls(speeds: dict[str, float], stored: dict[str, dict[str, float]]) -> list[str]:
+    """Returns the kernels that can move much less than is stored."""
+    return [
+        f"{name}: {speed:.1f} GB/s per multiprocessor, {stored[name]['of_multiprocessor']} expected"
+        for name, speed in speeds.items()
+        if speed < _SLOWER * stored[name]["of_multiprocessor"]
+    ]
+
+
 def main() -> int:
     """Compiles, and compares with the budget or writes it anew; returns 1 if the budget is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", default="80,90")
     parser.add_argument("--dims", default="100")
-    parser.add_argument("--update", action="store_true", help="write the budget anew, from what was compiled")
+    parser.add_argument("--update", action="store_true", help="write what was compiled anew")
     options = parser.parse_args()
     codes: dict[str, Code] = {}
+    speeds: dict[str, float] = {}
     for architecture in map(int, options.architectures.split(",")):
         compiler = Compiler(architecture)
         JITFunction.run = lambda kernel, *args, compiler=compiler, **given: compiler.run(kernel, *args, **given)
@@ -205,19 +250,35 @@ def main() -> int:
             for dtype in (torch.float32, torch.bfloat16):
                 launch_all(compiler, dim, dtype)
         codes |= compiler.codes
+        speeds |= compiler.speeds
     names = sorted({name.partition(" ")[0] for name in codes})
     print(f"Triton {triton.__version__}: {len(codes)} binaries of {len(names)} kernels: {', '.join(names)}")
     if options.update:
-        lines = (
-            f"{json.dumps(name)}: {json.dumps(asdict(code) | {'registers': code.registers + _SPARE_REGISTERS})}"
-            for name, code in sorted(codes.items())
-        )
-        BUDGET.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        spared = {name: asdict(code) | {"registers": code.registers + _SPARE_REGISTERS} for name, code in codes.items()}
+        for path, found in ((BUDGET, spared), (ROOFLINE, predictions(speeds))):
+            _write(path, _others(path, options.dims.split(","), options.architectures.split(",")) | found)
         return 0
     budget = json.loads(BUDGET.read_text())
     found = [line for name, code in codes.items() for line in excesses(name, code, budget[name])]
+    found += shortfalls(speeds, json.loads(ROOFLINE.read_text()))
     print("\n".join(found), file=sys.stderr)
     return int(bool(found))
+
+
+def _others(path: Path, dims: list[str], architectures: list[str]) -> dict[str, Any]:
+    """Returns what a file holds of other dims and architectures than those that were compiled."""
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    now = tuple(
+        f"dim {dim} {dtype} sm_{sm}" for dim in dims for dtype in ("float32", "bfloat16") for sm in architectures
+    )
+    of_none = tuple(f"words sm_{sm}" for sm in architectures)
+    return {name: value for name, value in stored.items() if not name.endswith((*now, *of_none))}
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    """Writes a line per kernel."""
+    lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in sorted(values.items()))
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

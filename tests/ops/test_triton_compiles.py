@@ -12,7 +12,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from tests.ops.compile_kernels import BUDGET, Code, excesses
+from tests.ops.compile_kernels import BUDGET, ROOFLINE, Code, excesses, shortfalls
+from tests.ops.roofline import CARDS, Launch, bytes_per_second, flight_of
 
 FOLDER = Path(__file__).parents[2] / "embedtrain" / "ops"
 SHARED_BYTES = 99 << 10
@@ -36,7 +37,7 @@ def test_every_kernel_stays_within_its_budget(tmp_path: Path, options: list[str]
     lines = [line.strip() for path in FOLDER.rglob("triton*.py") for line in path.read_text().splitlines()]
     launched = [line.partition("[")[0] for line in lines if "[(" in line]
     kernels = {name for name in launched if name.startswith("_") and name.isidentifier()}
-    assert len(kernels) == 7
+    assert len(kernels) == 9
     assert not [name for name in kernels if name not in done.stdout]
 
 
@@ -47,8 +48,9 @@ def test_what_the_budget_allows() -> None:
         is_squeezed = name.startswith("_update_tile adagrad") and name.endswith("bfloat16 sm_80")
         assert budget["spilled_bytes"] <= (16 if is_squeezed else 0), name
         assert budget["shared_bytes"] <= SHARED_BYTES, name
-        # A warp reads a row of 32 or 64 columns in one access of fewer bytes per thread.
+        # A warp reads a row of 32 or 64 columns in one access of fewer bytes per thread; tokens are no rows.
         is_narrow = name.startswith("_sum_chunk") and ("dim 32" in name or "dim 64" in name)
+        is_narrow |= name.endswith(("words sm_80", "words sm_90"))
         assert budget["row_bytes"] == 16 or "bfloat16" in name or is_narrow, name
         assert (budget["num_products"] > 0) == name.startswith("_block"), name
 
@@ -61,3 +63,58 @@ def test_an_excess_is_named() -> None:
         "kernel: spilled_bytes 8, at most 0 expected",
         "kernel: row_bytes 4, at least 16 expected",
     ]
+
+
+PLACES_AND_ROWS = """
+        /*0000*/              @!P0 LDG.E.64 R6, desc[UR4][R10.64] ;
+        /*0010*/              @!P1 LDG.E.64 R24, desc[UR4][R10.64+0x20] ;
+        /*0020*/                   IMAD.WIDE.U32 R6, R6, 0x190, R8 ;
+        /*0030*/                   IMAD.WIDE.U32 R24, R24, 0x190, R8 ;
+        /*0040*/               @P0 LDG.E.128 R8, desc[UR4][R6.64] ;
+        /*0050*/               @P2 LDG.E.128 R12, desc[UR4][R24.64] ;
+        /*0060*/               @P0 STG.E.128 desc[UR4][R2.64], R8 ;
+        /*0070*/               @P2 STG.E.128 desc[UR4][R4.64], R12 ;
+        /*0080*/                   EXIT ;
+"""
+LOOP = """
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+.L_x_0:
+        /*0010*/                   LDG.E.64 R20, desc[UR4][R22.64] ;
+        /*0020*/                   LDG.E.128 R8, desc[UR4][R2.64] ;
+        /*0030*/                   SHFL.BFLY PT, R12, R4, 0x8, 0x1f ;
+        /*0040*/                   IMAD.WIDE R2, R20, 0x190, R30 ;
+        /*0050*/                   IMAD.MOV.U32 R4, RZ, RZ, R8 ;
+        /*0060*/               @P0 BRA `(.L_x_0) ;
+"""
+
+
+def test_bytes_in_flight_are_counted_between_waits() -> None:
+    flight = flight_of(PLACES_AND_ROWS)
+    assert (flight.num_waits, flight.loaded_bytes, flight.stored_bytes) == (2, 32, 32)
+    loop = flight_of(LOOP)
+    # The row before this turn's is added while this turn's two loads are under way.
+    assert (loop.num_waits, loop.loaded_bytes, loop.stored_bytes) == (1, 16, 0)
+
+
+def test_a_multiprocessor_moves_what_its_warps_have_in_flight_over_the_latency() -> None:
+    card = CARDS[90]
+    # 64 registers of 32 threads: 32 warps fit; shared memory of 100 KiB leaves room for two programs of four.
+    assert Launch(4, 64, 0, 1.0).warps_on(card) == 32
+    assert Launch(4, 64, 100 << 10, 1.0).warps_on(card) == 8
+    assert Launch(1, 16, 0, 1.0).warps_on(card) == card.programs
+    found = bytes_per_second(flight_of(PLACES_AND_ROWS), Launch(4, 64, 0, 100 / 128), card)
+    assert found == pytest.approx(32 * 32 * 64 * 100 / 128 / (2 * 600e-9))
+
+
+def test_what_is_stored_is_bounded_by_the_card_and_held() -> None:
+    stored = json.loads(ROOFLINE.read_text())
+    assert {name.partition(" ")[0] for name in stored} == {
+        "_add_heads", "_copy_tile", "_pool_bag", "_sum_chunk", "_update_tile",
+    }  # fmt: skip
+    for name, speed in stored.items():
+        card = CARDS[int(name[-2:])]
+        expected = min(speed["of_multiprocessor"] * card.num_multiprocessors, card.bandwidth / 1e9)
+        assert speed["of_card"] == pytest.approx(expected, rel=0.01), name
+    name, speed = next(iter(stored.items()))
+    assert shortfalls({name: speed["of_multiprocessor"]}, stored) == []
+    assert len(shortfalls({name: speed["of_multiprocessor"] / 2}, stored)) == 1

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor
+
+_SPIN_SECONDS = 0.001
+_NAP_SECONDS = 0.0001
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -15,23 +20,50 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 class HostCopy:
-    """A number of a device on its way to the host, which goes on meanwhile.
+    """Numbers of a device on their way to the host, which goes on meanwhile.
 
     Args:
-        value: of one element.
+        values: any shape.
+
+    Attributes:
+        arrived: when they are there; None for numbers of the host.
     """
 
-    def __init__(self, value: Tensor) -> None:
-        self._value = value
-        self._arrived: torch.cuda.Event | None = None
-        if value.is_cuda:
-            self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-            self._value.copy_(value, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(value.device))
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+        self.arrived: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record(torch.cuda.current_stream(values.device))
+
+    def values(self, timeout_seconds: float | None = None) -> Tensor:
+        """Returns the numbers on the host; waits for the device if it has not come that far.
+
+        Args:
+            timeout_seconds: how long to wait; None for any time.
+
+        Raises:
+            TimeoutError: the device has not come that far in time.
+        """
+        if self.arrived is not None and timeout_seconds is None:
+            self.arrived.synchronize()
+        elif self.arrived is not None and timeout_seconds is not None:
+            _await(self.arrived, timeout_seconds)
+        return self._values
 
     def item(self) -> float:
-        """Returns the number; waits for the device if it has not come that far."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._value.item()
+        """Returns the number, if it is only one."""
+        return self.values().item()
+
+
+def _await(event: torch.cuda.Event, timeout_seconds: float) -> None:
+    """Waits for an event without blocking in the driver, which would not let go while a kernel hangs."""
+    began = time.monotonic()
+    while not event.query():
+        waited = time.monotonic() - began
+        if waited > timeout_seconds:
+            raise TimeoutError(f"the device did not get on for {timeout_seconds:g} s")
+        if waited > _SPIN_SECONDS:
+            time.sleep(_NAP_SECONDS)

@@ -48,7 +48,7 @@ def join_bags(rows: Tensor, num_bags: int) -> tuple[Tensor, Tensor]:
         num_bags: how many bags begin in them.
 
     Raises:
-        ValueError: another number of bags begins there.
+        ValueError: another number of bags begins there. On a GPU it is the caller's promise.
     """
     run = native.join_bags if dispatch.uses_native(rows) else reference.join_bags
     return run(rows, num_bags)

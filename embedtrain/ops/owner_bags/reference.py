@@ -9,7 +9,6 @@ from torch import Tensor
 
 from embedtrain.ops.owner_bags.types import SplitBags
 from embedtrain.ops.pool_rows import Bags, pool_rows
-from embedtrain.ops.sort_unique import sort_unique
 
 
 def split_bags(
@@ -19,30 +18,35 @@ def split_bags(
     num_bags = sum(feature.num_bags for feature in bags)
     lengths = torch.cat([keys.new_zeros(0), *(lengths_of(feature, keys.device) for feature in bags)])
     owner, pairs = owner_and_bag(keys, lengths, num_local_rows)
-    by_owner = sort_unique(pairs, bound=num_owners * max(num_bags, 1), with_inverse=False)
-    rows = torch.sub(keys, owner, alpha=num_local_rows)[by_owner.order]
-    firsts = by_owner.starts[:-1]
-    rows[firsts] = ~rows[firsts]
+    # Nothing here depends on how many pairs are distinct, for which the host would have to wait.
+    ascending, order = torch.sort(pairs, stable=True)
+    is_first = torch.ones_like(ascending, dtype=torch.bool)
+    torch.ne(ascending[1:], ascending[:-1], out=is_first[1:])
+    rows = torch.sub(keys, owner, alpha=num_local_rows)[order]
+    rows = torch.where(is_first, ~rows, rows)
     weights = None
     if any(feature.weights is not None for feature in bags):
         of_values = [
             keys.new_ones(feature.num_values, dtype=torch.float32) if feature.weights is None else feature.weights
             for feature in bags
         ]
-        weights = torch.cat(of_values)[by_owner.order]
-    ends = torch.searchsorted(by_owner.unique, torch.arange(num_owners + 1, device=keys.device) * num_bags)
-    bag_of_sum = by_owner.unique % max(num_bags, 1)
-    return SplitBags(rows.to(dtype), weights, bag_of_sum, by_owner.starts[ends].diff(), ends.diff())
+        weights = torch.cat(of_values)[order]
+    ends = torch.searchsorted(ascending, torch.arange(num_owners + 1, device=keys.device) * num_bags)
+    sums_before = torch.nn.functional.pad(is_first.cumsum(0), (1, 0))
+    bag_of_sum = torch.zeros_like(ascending)
+    bag_of_sum.scatter_(0, sums_before[1:] - 1, ascending % max(num_bags, 1))
+    if not keys.is_cuda:
+        bag_of_sum = bag_of_sum[: int(sums_before[-1])]
+    return SplitBags(rows.to(dtype), weights, bag_of_sum, ends.diff(), sums_before[ends].diff())
 
 
 def join_bags(rows: Tensor, num_bags: int) -> tuple[Tensor, Tensor]:
     """See `embedtrain.ops.owner_bags`."""
     signed = rows.long()
     is_first = signed < 0
-    starts = is_first.nonzero().flatten()
-    if starts.numel() != num_bags:
-        raise ValueError(f"expected {num_bags} bags, got {starts.numel()}")
-    lengths = torch.cat([starts, starts.new_tensor([signed.numel()])]).diff()
+    if not rows.is_cuda and int(is_first.sum()) != num_bags:
+        raise ValueError(f"expected {num_bags} bags, got {int(is_first.sum())}")
+    lengths = _occurrences(is_first.cumsum(0) - 1, num_bags)
     return torch.where(is_first, ~signed, signed), lengths
 
 
@@ -50,12 +54,11 @@ def add_sums(parts: Sequence[Tensor], bag_of_sum: Tensor, bags: Sequence[Bags]) 
     """See `embedtrain.ops.owner_bags`."""
     num_bags = [feature.num_bags for feature in bags]
     sums = torch.cat(list(parts))
-    by_bag = sort_unique(bag_of_sum, bound=max(sum(num_bags), 1), with_inverse=False)
-    num_owners = torch.zeros(sum(num_bags), dtype=torch.int64, device=sums.device)
-    num_owners[by_bag.unique] = by_bag.starts.diff()
+    order = torch.sort(bag_of_sum, stable=True).indices
+    num_owners = _occurrences(bag_of_sum, sum(num_bags))
     factors = _factors(bags, sums.device)
-    weights = None if factors is None else factors[bag_of_sum[by_bag.order]]
-    (pooled,) = pool_rows(sums, by_bag.order, [Bags(sums.shape[0], num_owners, weights)])
+    weights = None if factors is None else factors[bag_of_sum[order]]
+    (pooled,) = pool_rows(sums, order, [Bags(sums.shape[0], num_owners, weights)])
     # `data` is no view to autograd: the caller may change one feature's vectors in place.
     return [part.data for part in pooled.split(num_bags)]
 
@@ -92,6 +95,12 @@ def lengths_of(feature: Bags, device: torch.device) -> Tensor:
     if feature.lengths is None:
         return torch.ones(feature.num_values, dtype=torch.int64, device=device)
     return feature.lengths
+
+
+def _occurrences(numbers: Tensor, num_numbers: int) -> Tensor:
+    """Returns how often each of the numbers from 0 occurs, [num_numbers] int64; a device is not waited for."""
+    counts = torch.zeros(num_numbers, dtype=torch.int64, device=numbers.device)
+    return counts.scatter_add_(0, numbers, torch.ones_like(numbers))
 
 
 def _factors(bags: Sequence[Bags], device: torch.device) -> Tensor | None:

@@ -34,9 +34,9 @@ def sample_text(
     # As two numbers of 32 bits the key has the same type whatever it is, and nothing is compiled anew for it.
     halves = _signed_32(key), _signed_32(key >> 32)
     widths = torch.empty(num_tokens, dtype=torch.int32, device=device)
-    grid = (triton.cdiv(num_tokens, _TOKENS_AT_ONCE),)
+    num_programs = triton.cdiv(num_tokens, _TOKENS_AT_ONCE)
     with on_device_of(tokens):
-        _draw_widths[grid](
+        _draw_widths[(num_programs,)](
             tokens, positions, tables.keep, widths, *halves, num_tokens, window, num_negatives, TOKENS=_TOKENS_AT_ONCE
         )
     ends = (widths > 0).cumsum(0)
@@ -45,7 +45,7 @@ def sample_text(
     words, sentences, width = torch.empty(3, n, dtype=torch.int64, device=device)
     targets = torch.empty(n, 1 + num_negatives, dtype=torch.int64, device=device)
     with on_device_of(tokens):
-        _write_kept[grid](
+        _write_kept[(num_programs,)](
             tokens,
             positions,
             parts,
@@ -120,7 +120,7 @@ def _write_kept(
     columns,
     part_starts,
     words,
-    targets_of_words,
+    targets,
     sentences,
     width_of_word,
     key_low,
@@ -141,7 +141,7 @@ def _write_kept(
     token = tl.load(tokens + place, mask=is_kept, other=0)
     row = tl.where(token < 0, -1 - token, token).to(tl.int64)
     tl.store(words + at, row, mask=is_kept)
-    tl.store(targets_of_words + at * (1 + NEGATIVES), row, mask=is_kept)
+    tl.store(targets + at * (1 + NEGATIVES), row, mask=is_kept)
     tl.store(width_of_word + at, width.to(tl.int64), mask=is_kept)
     tl.store(sentences + at, tl.load(sentence_of_token + place, mask=is_kept, other=0), mask=is_kept)
     part = tl.load(parts + place, mask=is_kept, other=0)
@@ -156,4 +156,4 @@ def _write_kept(
     own = tl.load(columns + 2 * column + 1, mask=mask, other=0)
     other_row = (shared & 0xFFFFFFFF).to(tl.int64, bitcast=True)
     drawn = tl.where((draw & 0xFFFFFFFF) < (shared >> 32), own, other_row)
-    tl.store(targets_of_words + at[:, None] * (1 + NEGATIVES) + 1 + negative[None, :], drawn, mask=mask)
+    tl.store(targets + at[:, None] * (1 + NEGATIVES) + 1 + negative[None, :], drawn, mask=mask)

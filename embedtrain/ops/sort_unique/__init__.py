@@ -36,6 +36,8 @@ def sort_unique(keys: Tensor, *, bound: int | None = None, with_inverse: bool = 
     return reference.sort_unique(keys, with_inverse)
 
 
-def order_keys(keys: Tensor, *, bound: int) -> OrderedKeys | SortedKeys:
-    """Sorts keys as `sort_unique` does, with the inverse, as far as that goes without waiting for a device."""
-    return sort_unique(keys, bound=bound) if dispatch.uses_native(keys) else OrderedKeys(keys)
+def order_keys(keys: Tensor, *, bound: int, with_inverse: bool = True) -> OrderedKeys | SortedKeys:
+    """Sorts keys as `sort_unique` does, as far as that goes without waiting for a device."""
+    return (
+        sort_unique(keys, bound=bound, with_inverse=with_inverse) if dispatch.uses_native(keys) else OrderedKeys(keys)
+    )

@@ -36,16 +36,23 @@ class SortedKeys:
         """Returns how many distinct keys are below each of the bounds, [n] int64."""
         return torch.searchsorted(self.unique, bounds)
 
+    def num_keys_below(self, bounds: Tensor) -> Tensor:
+        """Returns how many keys are below each of the bounds, [n] int64."""
+        return self.starts[self.num_below(bounds)]
+
 
 class OrderedKeys:
     """Keys in order. The host asks how many are distinct only when it needs to, since it waits for the device then.
 
     Args:
         keys: [n] int64.
+
+    Attributes:
+        order: see `SortedKeys`.
     """
 
     def __init__(self, keys: Tensor) -> None:
-        self._ascending, self._order = torch.sort(keys, stable=True)
+        self._ascending, self.order = torch.sort(keys, stable=True)
         is_new = self._ascending[1:] != self._ascending[:-1]
         # Where each key lies among the distinct ones, in ascending order of key.
         self._place = torch.nn.functional.pad(is_new.cumsum(0), (min(keys.numel(), 1), 0))
@@ -54,16 +61,20 @@ class OrderedKeys:
     @functools.cached_property
     def inverse(self) -> Tensor:
         """See `SortedKeys`."""
-        return torch.empty_like(self._order).index_copy_(0, self._order, self._place)
+        return torch.empty_like(self.order).index_copy_(0, self.order, self._place)
 
     def num_below(self, bounds: Tensor) -> Tensor:
         """See `SortedKeys.num_below`."""
         counts = torch.nn.functional.pad(self._place + 1, (1, 0))
-        return counts[torch.searchsorted(self._ascending, bounds)]
+        return counts[self.num_keys_below(bounds)]
+
+    def num_keys_below(self, bounds: Tensor) -> Tensor:
+        """See `SortedKeys.num_keys_below`."""
+        return torch.searchsorted(self._ascending, bounds)
 
     @functools.cached_property
     def sorted(self) -> SortedKeys:
         """The keys sorted, without the inverse; waits for what the device has not done yet."""
         num_distinct = int(self._last_place.item()) + 1 if self._last_place else 0
         starts = torch.searchsorted(self._place, torch.arange(num_distinct + 1, device=self._place.device))
-        return SortedKeys(self._ascending[starts[:-1]], starts, self._order, None)
+        return SortedKeys(self._ascending[starts[:-1]], starts, self.order, None)

@@ -14,7 +14,9 @@ from embedtrain.ops.spread_keys.types import SpreadTable
 __all__ = ["SpreadTable", "spread_keys"]
 
 
-def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_rows: int) -> tuple[Tensor, list[int]]:
+def spread_keys(
+    ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_rows: int
+) -> tuple[Tensor, list[int] | Tensor]:
     """Returns a key per id, `owner * num_local_rows + local row`, feature after feature.
 
     Args:
@@ -24,7 +26,8 @@ def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_
 
     Returns:
         keys: int64, one per id. An id that is not a row gets a valid but meaningless key.
-        num_outside: per feature, how many ids are not rows of its table.
+        num_outside: per feature, how many ids are not rows of its table; [num_features] int64 on the device for ids of
+            a GPU, whose host would have to wait.
 
     Raises:
         ValueError: ids are of another dtype.

@@ -11,7 +11,9 @@ from embedtrain.ops._backend.modular import permute_blocks
 from embedtrain.ops.spread_keys.types import SpreadTable
 
 
-def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_rows: int) -> tuple[Tensor, list[int]]:
+def spread_keys(
+    ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_rows: int
+) -> tuple[Tensor, list[int] | Tensor]:
     """See `embedtrain.ops.spread_keys`."""
     keys: list[Tensor] = []
     num_outside: list[Tensor] = []
@@ -25,5 +27,5 @@ def spread_keys(ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_
         num_outside.append(is_outside.sum())
     if not keys:
         return torch.zeros(0, dtype=torch.int64), []
-    # On a GPU the host waits once, not once per feature.
-    return torch.cat(keys), torch.stack(num_outside).tolist()
+    counts = torch.stack(num_outside)
+    return torch.cat(keys), counts if counts.is_cuda else counts.tolist()

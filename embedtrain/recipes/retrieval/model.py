@@ -15,6 +15,7 @@ from embedtrain.data.retrieval_batches import RetrievalBatch
 from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection
 from embedtrain.embedding.input_dist import Asked
 from embedtrain.jagged import Jagged, places_of_runs
+from embedtrain.ops._backend.transfer import to_device
 from embedtrain.recipes.retrieval import losses
 from embedtrain.recipes.retrieval.config import ITEM as ITEM
 from embedtrain.recipes.retrieval.config import USER as USER
@@ -75,15 +76,33 @@ def retrieval_table(
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """Who is compared with whom in a batch, on the device.
+
+    Attributes:
+        example: [m] int64; the place of each positive's user.
+        corrections: of each positive [m] and of each candidate [c], what is taken from its score: the logarithm of how
+            often it is expected among the candidates. None if the loss has none.
+        known: [k] int64 each; the places of users and candidates that are an item that the user is known to have.
+    """
+
+    example: Tensor
+    corrections: tuple[Tensor, Tensor] | None
+    known: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
 class PreparedPairs:
     """A batch for which the ids were exchanged.
 
     Attributes:
         batch: who is who.
+        pairs: the same, on the device.
         vectors: of its users and items, asked for.
     """
 
     batch: RetrievalBatch
+    pairs: Pairs
     vectors: Asked
 
 
@@ -145,7 +164,7 @@ class Retrieval(nn.Module):
         users, items = encoded[USER], encoded[ITEM]
         own = items if batch.in_batch else items[num_positives:]
         candidates = self.tables.ranks.all_gather_rows(own, batch.candidate_counts)
-        per_pair = pair_losses(batch, self.scoring, users, items[:num_positives], candidates)
+        per_pair = pair_losses(prepared.pairs, self.scoring, users, items[:num_positives], candidates)
         total = per_pair.sum()
         # A mean over the global batch, whatever share of it this rank has: the exchange averages over the ranks.
         loss = total * (self.tables.ranks.size / max(1, batch.num_global_positives))
@@ -173,7 +192,8 @@ class Retrieval(nn.Module):
     def prepare(self, batch: RetrievalBatch, *, is_ahead: bool = True) -> PreparedPairs:
         """Exchanges the ids of a step, for `forward` later. Collective: every rank, in order of steps."""
         rows = {USER: batch.users, ITEM: torch.cat([batch.positives, batch.negatives])}
-        return PreparedPairs(batch, self._ask(rows, is_ahead=is_ahead))
+        pairs = pairs_of(batch, self.scoring, self.tables.device)
+        return PreparedPairs(batch, pairs, self._ask(rows, is_ahead=is_ahead))
 
     def bring_rows(self, prepared: PreparedPairs) -> None:
         """Copies rows of a step that live in host memory to the device."""
@@ -205,27 +225,36 @@ class Retrieval(nn.Module):
         return F.normalize(vectors, dim=1) if self.scoring.similarity == "cosine" else vectors
 
 
-def pair_losses(
-    batch: RetrievalBatch, scoring: Scoring, users: Tensor, positives: Tensor, candidates: Tensor
-) -> Tensor:
+def pairs_of(batch: RetrievalBatch, scoring: Scoring, device: torch.device) -> Pairs:
+    """Returns who is compared with whom, on a device."""
+    corrections = None
+    if scoring.loss == "softmax" and scoring.logq:
+        of_positives, of_candidates = batch.expected
+        corrections = to_device(of_positives, device).log(), to_device(of_candidates, device).log()
+    rows, columns = _known_among(batch.known, batch.candidates)
+    return Pairs(to_device(batch.example, device), corrections, (to_device(rows, device), to_device(columns, device)))
+
+
+def pair_losses(pairs: Pairs, scoring: Scoring, users: Tensor, positives: Tensor, candidates: Tensor) -> Tensor:
     """Returns the loss of each positive of a batch; [m].
 
     Args:
-        batch: who is who.
+        pairs: who is compared with whom.
         scoring: similarity and loss.
         users: [n, dim]; the vectors of the batch's users, and so on.
         positives: [m, dim].
         candidates: [c, dim]; the candidates of all ranks.
     """
-    device = users.device
-    example = batch.example.to(device)
+    example = pairs.example
     if scoring.loss != "margin":
         users = users / scoring.temperature  # as the scores would be, but of far fewer numbers
     positive, correction = (users[example] * positives).sum(dim=1), None
-    if scoring.loss == "softmax" and scoring.logq:
-        of_positives, of_candidates = (expected.to(device).log() for expected in batch.expected)
+    if pairs.corrections is not None:
+        of_positives, of_candidates = pairs.corrections
         positive, correction = positive - of_positives, -of_candidates
-    negative = _without_known(_scores(users, candidates, correction), batch.known, batch.candidates)
+    scores = _scores(users, candidates, correction)
+    # The number is made on the device: for a copy of one the host would wait.
+    negative = scores.index_put_(pairs.known, torch.full((), losses.NOT_A_NEGATIVE, device=scores.device))
     if scoring.loss == "softmax":
         return losses.softmax_loss(positive, example, negative)
     if scoring.loss == "bpr":
@@ -242,12 +271,11 @@ def _scores(users: Tensor, candidates: Tensor, correction: Tensor | None) -> Ten
     return scores if correction is None else scores.add_(correction)
 
 
-def _without_known(scores: Tensor, known: Jagged, candidates: Tensor) -> Tensor:
-    """Marks as no negative, in place, each candidate that is an item that the user is known to have.
+def _known_among(known: Jagged, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the users and the candidates, by place, of each candidate that a user is known to have.
 
     Args:
-        scores: [n, c].
-        known: the items of the n users.
+        known: the items of the users.
         candidates: [c] int64; may repeat.
     """
     in_order, place = candidates.sort()
@@ -256,9 +284,7 @@ def _without_known(scores: Tensor, known: Jagged, candidates: Tensor) -> Tensor:
     (among,) = torch.nonzero(in_order[first.clamp(max=len(in_order) - 1)] == known.values, as_tuple=True)
     first = first[among]
     times = torch.searchsorted(in_order, known.values[among], right=True) - first
-    rows, columns = torch.repeat_interleave(known.bag_of_values()[among], times), place[places_of_runs(first, times)]
-    device = scores.device
-    return scores.index_put_((rows.to(device), columns.to(device)), scores.new_tensor(losses.NOT_A_NEGATIVE))
+    return torch.repeat_interleave(known.bag_of_values()[among], times), place[places_of_runs(first, times)]
 
 
 def perceptron(size: int, hidden: Sequence[int], dim: int) -> nn.Sequential:
