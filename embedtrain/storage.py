@@ -63,6 +63,26 @@ def join(url: str, name: str) -> str:
     return f"{url.rstrip('/')}/{name}"
 
 
+def has_password(url: str) -> bool:
+    """Tells whether a URL holds a password: `ftp://USER:PASSWORD@HOST`, or `?password=` of Redis."""
+    return shown(url) != url
+
+
+def shown(url: str) -> str:
+    """Returns a URL for messages and files, without its password."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return url
+    address, question, query = rest.partition("?")
+    # A password of Redis may hold a slash: nothing after its host holds an @.
+    authority = address if scheme in ("redis", "rediss", "unix") else address.partition("/")[0]
+    login, _, _ = authority.rpartition("@")
+    if ":" in login:
+        address = login.partition(":")[0] + address[len(login) :]
+    options = [part for part in query.split("&") if not part.startswith("password=")]
+    return f"{scheme}://{address}{question if options else ''}{'&'.join(options)}"
+
+
 def base_name(url: str) -> str:
     """Returns the last part of a path."""
     return url.rstrip("/").rpartition("/")[2]
@@ -82,7 +102,7 @@ def make_folder(url: str) -> list[str]:
     """
     filesystem, path = _locate(url)
     if not isinstance(filesystem, LocalFileSystem):
-        _retry(filesystem, f"{url} could not be made", lambda: filesystem.makedirs(path, exist_ok=True))
+        _retry(filesystem, f"{shown(url)} could not be made", lambda: filesystem.makedirs(path, exist_ok=True))
         return []
     folder = Path(path)
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
@@ -169,7 +189,7 @@ def write(url: str, chunks: Iterable[bytes | memoryview]) -> None:
     if iter(chunks) is chunks:
         write_once()
     else:
-        _retry(filesystem, f"{url} could not be written", write_once)
+        _retry(filesystem, f"{shown(url)} could not be written", write_once)
     if is_local:
         _sync_folder(Path(path).parent)
 
@@ -205,7 +225,7 @@ def create(url: str, data: bytes, temporary_url: str) -> None:
         if isinstance(filesystem, LocalFileSystem):
             _create_local(path, data, temporary_url)
         else:
-            failure = f"{url} could not be created"
+            failure = f"{shown(url)} could not be created"
             _retry(filesystem, failure, lambda: filesystem.pipe_file(path, data, mode="create"))
     except FileExistsError:
         # A request that was retried, or a link over NFS, can fail on its own success.
@@ -217,7 +237,7 @@ def replace(url: str, data: bytes, temporary_url: str) -> None:
     """Writes a small file whose readers see the old content or the new; not durable at once."""
     filesystem, path = _locate(url)
     if not isinstance(filesystem, LocalFileSystem):
-        _retry(filesystem, f"{url} could not be written", lambda: filesystem.pipe_file(path, data))
+        _retry(filesystem, f"{shown(url)} could not be written", lambda: filesystem.pipe_file(path, data))
         return
     temporary_path = _locate(temporary_url)[1]
     # Of a killed process; or a link, which would lead the bytes elsewhere.
@@ -240,8 +260,8 @@ def read(url: str) -> bytes:
     """
     filesystem, path = _locate(url)
     if isinstance(filesystem, LocalFileSystem) and not stat.S_ISREG(mode := os.stat(path).st_mode):
-        raise UserError(f"{url} is {_kind(mode)}, not a file")
-    return bytes(_retry(filesystem, f"{url} could not be read", lambda: filesystem.cat_file(path)))
+        raise UserError(f"{shown(url)} is {_kind(mode)}, not a file")
+    return bytes(_retry(filesystem, f"{shown(url)} could not be read", lambda: filesystem.cat_file(path)))
 
 
 class RangeReader:
@@ -283,14 +303,14 @@ class RangeReader:
 def download(url: str, path: str) -> None:
     """Copies a file to a local path."""
     filesystem, remote_path = _locate(url)
-    _retry(filesystem, f"{url} could not be read", lambda: filesystem.get_file(remote_path, path))
+    _retry(filesystem, f"{shown(url)} could not be read", lambda: filesystem.get_file(remote_path, path))
 
 
 def remove(url: str) -> None:
     """Removes a file, durably on a local disk; nothing where it is missing."""
     filesystem, path = _locate(url)
     with suppress(FileNotFoundError):
-        _retry(filesystem, f"{url} could not be removed", lambda: filesystem.rm_file(path))
+        _retry(filesystem, f"{shown(url)} could not be removed", lambda: filesystem.rm_file(path))
         if isinstance(filesystem, LocalFileSystem):
             _sync_folder(Path(path).parent)
 
@@ -309,7 +329,7 @@ def _locate(url: str) -> tuple[Any, str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
     except (ValueError, ImportError) as error:
-        raise UserError(f"{url!r} is not a path that can be opened: {error}") from error
+        raise UserError(f"{shown(url)!r} is not a path that can be opened: {error}") from error
     return filesystem, str(path)
 
 
@@ -348,12 +368,12 @@ def _entries(url: str) -> dict[str, dict[str, Any]]:
         return filesystem.ls(path, detail=True)
 
     try:
-        entries = _retry(filesystem, f"{url} could not be listed", list_anew)
+        entries = _retry(filesystem, f"{shown(url)} could not be listed", list_anew)
     except FileNotFoundError:
         return {}
     except NotADirectoryError as error:
         what = "is" if os.path.lexists(path) else "lies below"
-        raise UserError(f"{url} {what} a file, not a folder; give another path") from error
+        raise UserError(f"{shown(url)} {what} a file, not a folder; give another path") from error
     # An object store can list the folder itself, as an empty object that marks it.
     return {base_name(entry["name"]): entry for entry in entries if entry["name"].rstrip("/") != path.rstrip("/")}
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from embedtrain.checkpoint import ShardView, save_checkpoint
 from embedtrain.data.row_names import IDS, values_source, write_values
 from embedtrain.distributed.ranks import ONE_PROCESS
+from embedtrain.serve.published import Mirror, RedisRows
 from embedtrain.sharding.layout import SpreadLayout
 
 Rows = Mapping[str, Sequence[float]]
@@ -56,6 +57,40 @@ def save(
         shards.append(ShardView(f"{name}/weight", tuple(array.shape), 0, weight, layout.description))
     replicated = {f"dense/{name}": torch.tensor(each) for name, each in (dense or {}).items()}
     save_checkpoint(f"{run}/checkpoints", step, shards, {"row_names": sources}, ONE_PROCESS, replicated)
+
+
+def some_rows(num_rows: int = 30, dim: int = 4, seed: int = 0) -> dict[str, list[float]]:
+    values = np.random.default_rng(seed).normal(size=(num_rows, dim)).astype(np.float32)
+    return {f"w{row}": values[row].tolist() for row in range(num_rows)}
+
+
+class Consumer:
+    """Reads what was published, as a program that follows would."""
+
+    def __init__(self, url: str) -> None:
+        self._redis = RedisRows(url) if url.startswith("redis:") else None
+        self._mirror = None if self._redis is not None else Mirror(url)
+
+    def rows(self, table: str, names: Sequence[str]) -> NDArray[np.float32]:
+        if self._redis is not None:
+            return self._redis.vectors(table, names)[0]
+        assert self._mirror is not None
+        self._mirror.update()
+        return self._mirror.vectors(table, names)
+
+    def dense(self) -> dict[str, list[float]]:
+        if self._redis is not None:
+            found = self._redis.dense()[0]
+        else:
+            assert self._mirror is not None and self._mirror.version is not None
+            found = self._mirror.version.dense()
+        return {name: values.tolist() for name, values in found.items()}
+
+    def require(self, table: str, rows: Mapping[str, Sequence[float]], *absent: str) -> None:
+        """Fails unless a table has these rows, and none of the names in `absent`."""
+        found = self.rows(table, [*rows, *absent])
+        np.testing.assert_array_equal(found[: len(rows)], np.array(list(rows.values()), np.float32))
+        assert np.isnan(found[len(rows) :]).all()
 
 
 @contextmanager

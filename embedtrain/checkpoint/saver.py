@@ -81,11 +81,22 @@ class CheckpointSaver:
         self._has_warned_of_memory = False
         self.step: int | None = None
         """The step of the last save that succeeded or is under way; None where the last one failed."""
+        self._complete_step: int | None = None
 
     @property
     def has_failed(self) -> bool:
         """Returns whether the save in the background failed on this rank; `settle` says so on every rank."""
         return self._task is not None and self._task.error is not None
+
+    @property
+    def complete_step(self) -> int | None:
+        """Returns the step of the newest checkpoint that this rank knows to be complete; None if there is none."""
+        saved = None if self._task is None else self._task.saved
+        return self._complete_step if saved is None else saved.identity.step
+
+    def take_over(self, step: int) -> None:
+        """Takes note of the complete checkpoint that the run was restored from."""
+        self.step = self._complete_step = step
 
     @property
     def is_idle(self) -> bool:
@@ -186,6 +197,7 @@ class CheckpointSaver:
         is_delta = self._parent is not None and self._num_deltas + 1 < self._options.full_every
         self._num_deltas = self._num_deltas + 1 if is_delta else 0
         self._parent = saved.identity
+        self._complete_step = saved.identity.step
         self._num_failures = 0
 
     def _count_failure(self, is_user_error: bool, text: str, error: BaseException | None, max_failures: int) -> None:
@@ -207,6 +219,7 @@ class _Task(threading.Thread):
 
     Attributes:
         error: what it failed with, as soon as it has.
+        saved: the checkpoint, as soon as it is complete.
     """
 
     def __init__(self, write: Callable[[], SavedCheckpoint], staged: StagedParts, budget: MemoryBudget) -> None:
@@ -216,12 +229,12 @@ class _Task(threading.Thread):
         self._write = write
         self._staged = staged
         self._budget = budget
-        self._saved: SavedCheckpoint | None = None
+        self.saved: SavedCheckpoint | None = None
 
     def run(self) -> None:
         """Writes, and keeps the outcome."""
         try:
-            self._saved = self._write()
+            self.saved = self._write()
         except BaseException as error:
             self.error = error
         finally:
@@ -232,4 +245,4 @@ class _Task(threading.Thread):
         known = isinstance(self.error, CheckpointError | UserError)
         text = str(self.error) if known else f"saving failed: {type(self.error).__name__}: {self.error}"
         error = None if self.error is None else (isinstance(self.error, UserError), text)
-        return self._saved, error, self._budget.is_exceeded
+        return self.saved, error, self._budget.is_exceeded

@@ -100,7 +100,7 @@ def _export_index(vectors: Vectors, output: str, kind: IndexKind, similarity: Si
     paths, facts = export_index(vectors, output, kind or "hnsw", similarity or "cosine", overwrite=overwrite)
     tell(*paths)
     zeros = f"; {facts.num_zero:,} zero vectors are left out" if facts.num_zero else ""
-    recall = f"recall@20 {facts.recall:.4f}, rescored {facts.rescored_recall:.4f}"
+    recall = f"recall@20 {facts.recall:.4f} ({facts.approximate_recall:.4f} by the scores of the index alone)"
     tell(f"{facts.kind}, {facts.similarity}: {recall}{zeros}")
     return EXIT_DONE
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import socket
 import traceback
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from embedtrain.errors import CheckpointError, NonFiniteError, UserError, printa
 from embedtrain.planning.room import require_room
 from embedtrain.recipes.building import build_parts
 from embedtrain.recipes.growing import begin_unless_begun
-from embedtrain.serve.publication import open_sink
+from embedtrain.serve.publication import open_sink, require_no_password, require_reachable
 from embedtrain.train.interrupt import EXIT_PREEMPTED
 from embedtrain.train.run import check_run_folder, train_run
 from embedtrain.train.run_folder import RunFolder
@@ -97,9 +98,14 @@ def train_each(
 
 
 def _check_publication(config: Config) -> None:
-    """Refuses a place that no run can be published to."""
-    if config.publish.to is not None:
-        open_sink(config.publish.to).close()
+    """Refuses a place that no run can be published to; only the host of rank 0 must reach it."""
+    url = config.publish.to
+    if url is None:
+        return
+    require_no_password("publish.to", url)
+    open_sink(url).close()
+    if os.environ.get("RANK", "0") == "0":
+        require_reachable(url)
 
 
 def _train_one(

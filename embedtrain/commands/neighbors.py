@@ -24,7 +24,7 @@ def neighbors(path: str, query: Sequence[str], table: str | None, step: Step, to
     """Prints what is nearest to a word, an item, a user or a sum."""
     from embedtrain import export
     from embedtrain.distributed.runtime import init_distributed
-    from embedtrain.export.index import open_index, require_index_of
+    from embedtrain.export.index import IndexedRows, open_index, require_index_of
     from embedtrain.recipes.trained import open_run_vectors
 
     runtime = init_distributed(device="cpu")
@@ -32,7 +32,7 @@ def neighbors(path: str, query: Sequence[str], table: str | None, step: Step, to
         if runtime.rank == 0:
             index = None if index_path is None else open_index(index_path)
             if index is not None and index_path is not None:
-                require_index_of(index, (vectors.table, vectors.step, vectors.num_rows, vectors.dim), index_path)
+                require_index_of(index, IndexedRows.of(vectors), index_path)
             text = " ".join(query)
             tell(text)
             for word, cosine in export.neighbors(vectors, text, top, index):

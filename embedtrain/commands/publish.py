@@ -27,12 +27,13 @@ def publish(path: str, url: str, tables: Sequence[str], step: Step) -> int:
     if len(set(tables)) < len(tables):
         raise UserError(f"--table: expected different names, got {', '.join(tables)}")
     from embedtrain.serve.publication import publish
+    from embedtrain.storage import shown
 
-    done = publish(path, url, step=step, tables=tables or None)
+    done, shown_url = publish(path, url, step=step, tables=tables or None), shown(url)
     if not done.is_new:
-        tell(f"{url}: nothing changed since version {done.number}")
+        tell(f"{shown_url}: nothing changed since version {done.number}")
         return EXIT_DONE
-    tell(f"{url}: version {done.number}, step {done.step:,}")
+    tell(f"{shown_url}: version {done.number}, step {done.step:,}")
     for name, counts in done.tables.items():
         tell(f"  {name}: {counts.added:,} rows added, {counts.changed:,} changed, {counts.deleted:,} deleted")
     if done.has_dense:

@@ -190,8 +190,10 @@ class PublishConfig:
     to: str | None = None
     """URL of a folder or of Redis that gets what changed, as `embedtrain publish --to` has it; null for none."""
     every_seconds: float = 600.0
-    """Seconds between two publications of the newest checkpoint, or of the best if the run keeps its best; its end is
-    published too."""
+    """Least seconds between two publications, each of a newer checkpoint, or of the best if the run keeps its best; its
+    end is published too."""
+    timeout_seconds: float = 3600.0
+    """A publication that takes longer is ended and warned of."""
 
 
 @dataclass
@@ -316,6 +318,7 @@ class Config:
         yield "run.timeout_seconds", self.run.timeout_seconds
         yield "checkpoint.every_seconds", self.checkpoint.every_seconds
         yield "publish.every_seconds", self.publish.every_seconds
+        yield "publish.timeout_seconds", self.publish.timeout_seconds
 
     def _counts(self) -> Iterator[tuple[str, Any]]:
         yield "train.epochs", self.train.epochs

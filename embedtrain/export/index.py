@@ -33,42 +33,64 @@ _QUERIES = 256
 _K = 20
 _SAME = 1e-5
 _MORE = 4
-"""So many times as many candidates are taken as wanted: their own scores are rounded, and the exact ones decide."""
+"""The index is asked for this many times the wanted rows, because its scores are approximate. Exact scores choose among
+them."""
+
+
+@dataclass(frozen=True)
+class IndexedRows:
+    """Says which vectors are indexed.
+
+    Attributes:
+        table: its name.
+        step: of the checkpoint.
+        checksum: of the checkpoint's manifest, which tells it from that of any other run.
+        num_rows: of the table, zero vectors included.
+        dim: length of a vector.
+    """
+
+    table: str
+    step: int
+    checksum: str
+    num_rows: int
+    dim: int
+
+    @classmethod
+    def of(cls, vectors: Vectors) -> IndexedRows:
+        """Returns what an index of these vectors says of them."""
+        return cls(vectors.table, vectors.step, vectors.checksum, vectors.num_rows, vectors.dim)
+
+    def __str__(self) -> str:
+        return f"table {self.table!r} at step {self.step:,}, {self.num_rows:,} rows of {self.dim}"
 
 
 @dataclass(frozen=True)
 class IndexFacts:
-    """What an index is of; JSON beside it.
+    """Describes what was indexed; written as JSON beside the index.
 
     Attributes:
         kind: "flat" compares with every vector; "ivfpq" keeps half a byte per number and looks into the nearest of
             many lists; "hnsw" walks a graph.
         similarity: "cosine" of vectors scaled to length 1, or "dot" of vectors as they are.
-        table: that the vectors are of.
-        step: of the checkpoint.
-        num_rows: of the table, zero vectors included.
-        dim: length of a vector.
+        rows: the vectors.
         num_zero: vectors of zeros, which are left out: nothing is near them.
-        recall: the share of the 20 best rows for a row that are the first 20 of the index, over a few hundred rows.
-        rescored_recall: the share that is among the first 80, whose exact scores `Index.best` compares.
+        recall: the share of the 20 rows nearest to a row that `Index.best` finds, over a few hundred rows.
+        approximate_recall: the share that the index finds by its own scores alone, as `Index.search` does.
     """
 
     kind: IndexKind
     similarity: Similarity
-    table: str
-    step: int
-    num_rows: int
-    dim: int
+    rows: IndexedRows
     num_zero: int = 0
     recall: float = 0.0
-    rescored_recall: float = 0.0
+    approximate_recall: float = 0.0
 
 
 class Index:
     """An index that was built or read.
 
     Attributes:
-        facts: what it is of.
+        facts: describe what was indexed.
     """
 
     def __init__(self, facts: IndexFacts, index: Any) -> None:
@@ -77,8 +99,9 @@ class Index:
 
     def search(self, queries: FloatRows, k: int) -> NDArray[np.int64]:
         """Returns rows [n, k] near each of the queries [n, dim], roughly the nearest first; -1 if there are no more."""
-        if self.facts.kind == "hnsw":
-            _faiss().downcast_index(self._index.index).hnsw.efSearch = max(_NUM_VISITED, k)
+        graph = getattr(_faiss().downcast_index(self._index.index), "hnsw", None)
+        if graph is not None:
+            graph.efSearch = max(_NUM_VISITED, k)
         rows: NDArray[np.int64] = self._index.search(np.ascontiguousarray(queries, np.float32), k)[1]
         return rows
 
@@ -86,7 +109,7 @@ class Index:
         """Returns the rows nearest to a query [dim] and their exact scores, the best first; of equal ones the lower.
 
         Args:
-            vectors: what the index is of.
+            vectors: those that were indexed.
             query: scaled as the similarity asks.
             k: how many; fewer if the index finds no more.
         """
@@ -105,8 +128,8 @@ def build_index(vectors: Vectors, kind: IndexKind, similarity: Similarity = "cos
         UserError: the package faiss is not installed, a vector is not finite, or all are zero.
     """
     faiss = _faiss()
-    facts = IndexFacts(kind, similarity, vectors.table, vectors.step, vectors.num_rows, vectors.dim)
-    sample = _sample(vectors, similarity)
+    facts = IndexFacts(kind, similarity, IndexedRows.of(vectors))
+    sampled_rows, sample = _sample(vectors, similarity)
     if len(sample) == 0:
         raise UserError(f"all vectors of table {vectors.table!r} are zero: an index needs others")
     index = faiss.IndexIDMap(_empty_index(faiss, kind, vectors.num_rows, sample))
@@ -115,14 +138,15 @@ def build_index(vectors: Vectors, kind: IndexKind, similarity: Similarity = "cos
         index.add_with_ids(block, rows)
         num_zero += len(block)
     built = Index(replace(facts, num_zero=vectors.num_rows - num_zero), index)
-    recall, rescored = _recall(built, vectors)
-    return Index(replace(built.facts, recall=recall, rescored_recall=rescored), index)
+    chosen = np.linspace(0, len(sample) - 1, min(_QUERIES, len(sample))).astype(np.int64)
+    recall, approximate_recall = _recall(built, vectors, sampled_rows[chosen], sample[chosen])
+    return Index(replace(built.facts, recall=recall, approximate_recall=approximate_recall), index)
 
 
 def export_index(
     vectors: Vectors, output: str, kind: IndexKind, similarity: Similarity = "cosine", *, overwrite: bool = False
 ) -> tuple[list[str], IndexFacts]:
-    """Writes an index, the names of its rows, and what it is of.
+    """Writes an index, the names of its rows, and the description of what was indexed.
 
     Args:
         vectors: what to index.
@@ -152,7 +176,7 @@ def open_index(path: str) -> Index:
     """Opens what `export_index` wrote.
 
     Raises:
-        UserError: there is no index, or the package faiss is not installed.
+        UserError: there is no index, its file is not the one that was described, or the package faiss is not installed.
     """
     faiss = _faiss()
     try:
@@ -160,24 +184,30 @@ def open_index(path: str) -> Index:
     except FileNotFoundError as error:
         raise UserError(f"there is no index {path} with a file {path}.json beside it") from error
     except (ValueError, SchemaError) as error:
-        raise UserError(f"{path}.json does not say what an index is of: {error}") from error
+        raise UserError(f"{path}.json does not describe an index: {error}") from error
     local_path = storage.local_path(path)
     try:
         if local_path is not None:
-            return Index(facts, faiss.read_index(local_path))
-        return Index(facts, faiss.deserialize_index(np.frombuffer(storage.read(path), np.uint8)))
+            index = faiss.read_index(local_path)
+        else:
+            index = faiss.deserialize_index(np.frombuffer(storage.read(path), np.uint8))
     except (RuntimeError, FileNotFoundError) as error:
         raise UserError(f"{path} cannot be read as an index of faiss: {str(error).splitlines()[-1]}") from error
+    expected = (facts.rows.num_rows - facts.num_zero, facts.rows.dim)
+    if not isinstance(index, faiss.IndexIDMap) or (index.ntotal, index.d) != expected:
+        raise UserError(
+            f"{path} is not the index that {path}.json describes: expected {expected[0]:,} vectors of {expected[1]} "
+            f"with the numbers of their rows, found {index.ntotal:,} of {index.d} in an {type(index).__name__}"
+        )
+    return Index(facts, index)
 
 
-def require_index_of(
-    index: Index, vectors: tuple[str, int, int, int], path: str, similarity: Similarity = "cosine"
-) -> None:
+def require_index_of(index: Index, rows: IndexedRows, path: str, similarity: Similarity = "cosine") -> None:
     """Refuses an index of other vectors.
 
     Args:
         index: the index.
-        vectors: table, step, number of rows and length of a row.
+        rows: the vectors that are asked for.
         path: of the index, for messages.
         similarity: that is asked for.
 
@@ -185,13 +215,12 @@ def require_index_of(
         UserError: it is of another table, checkpoint or similarity.
     """
     facts = index.facts
-    if (facts.table, facts.step, facts.num_rows, facts.dim, facts.similarity) != (*vectors, similarity):
-        table, step, num_rows, dim = vectors
-        raise UserError(
-            f"{path} is of table {facts.table!r} at step {facts.step:,}, {facts.num_rows:,} rows of {facts.dim}, for "
-            f"{facts.similarity}; asked is table {table!r} at step {step:,}, {num_rows:,} rows of {dim}, for "
-            f"{similarity}: export it anew with --similarity {similarity}, or choose by --table and --step"
-        )
+    if (facts.rows, facts.similarity) == (rows, similarity):
+        return
+    advice = f"export it anew with --similarity {similarity}, or choose by --table and --step"
+    if (str(facts.rows), facts.similarity) == (str(rows), similarity):
+        raise UserError(f"{path} is of another run, with the same {rows}: {advice}")
+    raise UserError(f"{path} is of {facts.rows}, for {facts.similarity}; asked is {rows}, for {similarity}: {advice}")
 
 
 def _faiss() -> Any:
@@ -216,11 +245,17 @@ def _blocks(vectors: Vectors, similarity: Similarity) -> Iterator[tuple[NDArray[
         yield places + start, np.ascontiguousarray(_scaled(block[places], similarity), np.float32)
 
 
-def _sample(vectors: Vectors, similarity: Similarity) -> FloatRows:
-    """Returns some of the vectors, from all over the table."""
-    step = max(1, vectors.num_rows // _TRAINED_ROWS)
-    found = [block[rows % step == 0] for rows, block in _blocks(vectors, similarity)]
-    return np.concatenate([np.empty((0, vectors.dim), np.float32), *found])
+def _sample(vectors: Vectors, similarity: Similarity) -> tuple[NDArray[np.int64], FloatRows]:
+    """Returns evenly spaced ones of the rows that are not zero, all if they are few, and their vectors."""
+    rows, sample = np.empty(0, np.int64), np.empty((0, vectors.dim), np.float32)
+    step, count = 1, 0
+    for block_rows, block in _blocks(vectors, similarity):
+        places = np.flatnonzero(np.arange(count, count + len(block)) % step == 0)
+        rows, sample = np.concatenate([rows, block_rows[places]]), np.concatenate([sample, block[places]])
+        count += len(block)
+        while len(rows) > 2 * _TRAINED_ROWS:
+            rows, sample, step = rows[::2], sample[::2], 2 * step
+    return rows, sample
 
 
 def _empty_index(faiss: Any, kind: IndexKind, num_rows: int, sample: FloatRows) -> Any:
@@ -248,34 +283,27 @@ def _empty_index(faiss: Any, kind: IndexKind, num_rows: int, sample: FloatRows) 
     return index
 
 
-def _recall(index: Index, vectors: Vectors) -> tuple[float, float]:
-    """Returns `recall` and `rescored_recall` of `IndexFacts`; a row is not its own neighbour, equal rows all count."""
-    similarity = index.facts.similarity
-    wanted = set(np.linspace(0, vectors.num_rows - 1, min(_QUERIES, vectors.num_rows)).astype(int).tolist())
-    picked = list(_picked(vectors, similarity, wanted))
-    if not picked:
-        return 1.0, 1.0
-    own, queries = np.array([row for row, _ in picked]), np.stack([vector for _, vector in picked])
+def _recall(index: Index, vectors: Vectors, own: NDArray[np.int64], queries: FloatRows) -> tuple[float, float]:
+    """Returns `recall` and `approximate_recall` of `IndexFacts` for some rows and their vectors.
+
+    A row is not its own neighbour, and equally near rows all count.
+    """
+    found = index.search(queries, _MORE * (_K + 1))
+    wanted = np.unique(found)
+    vector_of: dict[int, FloatRows] = {}
     best = np.full((len(queries), _K), -np.inf, np.float32)
-    for rows, block in _blocks(vectors, similarity):
+    for rows, block in _blocks(vectors, index.facts.similarity):
         scores = queries @ block.T
         scores[rows[None] == own[:, None]] = -np.inf
         best = -np.sort(-np.concatenate([best, scores], axis=1), axis=1)[:, :_K]
-    found = index.search(queries, _MORE * _K + 1)
-    vector_of = dict(_picked(vectors, similarity, set(found[found >= 0].tolist())))
-    num_wanted, num_first, num_rescored = 0, 0, 0
+        places = np.flatnonzero(np.isin(rows, wanted))
+        vector_of.update(zip(rows[places].tolist(), block[places], strict=True))
+    num_wanted, num_first, num_found = 0, 0, 0
     for place, query in enumerate(queries):
         exact = best[place][np.isfinite(best[place])]
         others = [row for row in found[place].tolist() if row >= 0 and row != own[place]]
-        is_hit = np.array([query @ vector_of[row] >= exact[-1] - _SAME for row in others[: _MORE * _K]], bool)
+        is_hit = np.array([query @ vector_of[row] >= exact[-1] - _SAME for row in others], bool)
         num_wanted += len(exact)
         num_first += int(is_hit[: len(exact)].sum())
-        num_rescored += min(len(exact), int(is_hit.sum()))
-    return (num_first / num_wanted, num_rescored / num_wanted) if num_wanted else (1.0, 1.0)
-
-
-def _picked(vectors: Vectors, similarity: Similarity, wanted: set[int]) -> Iterator[tuple[int, FloatRows]]:
-    chosen = np.array(sorted(wanted), np.int64)
-    for rows, block in _blocks(vectors, similarity):
-        places = np.flatnonzero(np.isin(rows, chosen))
-        yield from zip(rows[places].tolist(), block[places], strict=True)
+        num_found += min(len(exact), int(is_hit.sum()))
+    return (num_found / num_wanted, num_first / num_wanted) if num_wanted else (1.0, 1.0)

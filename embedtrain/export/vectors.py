@@ -41,6 +41,7 @@ class Vectors:
         on_close: gives back what `read` holds open.
         noun: what a row stands for: a word, a user, an item.
         find: returns the row of a text that need not be among `words`, by its hash; None if only these have rows.
+        checksum: of the checkpoint's manifest; empty if the vectors are of no checkpoint.
     """
 
     table: str
@@ -53,6 +54,7 @@ class Vectors:
     on_close: Callable[[], None] = lambda: None
     noun: str = "word"
     find: Callable[[str], int] | None = None
+    checksum: str = ""
 
     def __enter__(self) -> Vectors:
         return self
@@ -164,6 +166,7 @@ def _open_table(reader: CheckpointReader, run_path: str, table: str | None) -> V
         reader.close,
         names.noun,
         names.find,
+        reader.manifest.checksum,
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -26,6 +26,9 @@ _logger = logging.getLogger(__name__)
 
 Record = Mapping[str, float | int | str]
 T = TypeVar("T")
+
+RunEnd = Literal["finished", "failed", "preempted"]
+"""How a run ended: completely, by an error, or asked to stop; it may be resumed after the latter two."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class MetricSink(Protocol):
     def flush(self) -> None:
         """Writes what a reader of the metrics must not miss; called before each checkpoint."""
 
-    def close(self) -> None:
-        """Writes what is still held back."""
+    def close(self, end: RunEnd) -> None:
+        """Writes what is still held back, and tells a tracker how the run ended."""
 
 
 class JsonlSink:
@@ -106,7 +109,7 @@ class JsonlSink:
             storage.replace(self._url, kept, f"{self._url}.partial")
         self._uploaded = b"" if self._local_path else kept
 
-    def close(self) -> None:
+    def close(self, end: RunEnd = "finished") -> None:
         """Writes the lines that are held back."""
         self.flush()
 
@@ -229,7 +232,7 @@ class TensorBoardSink:
             )
         )
 
-    def close(self) -> None:
+    def close(self, end: RunEnd = "finished") -> None:
         """Writes the events that are held back."""
         self._writer.close()
 
@@ -273,7 +276,7 @@ class ConsoleSink:
     def flush(self) -> None:
         """Does nothing: what a console shows is not read again."""
 
-    def close(self) -> None:
+    def close(self, end: RunEnd = "finished") -> None:
         """Shows the progress that is held back, and leaves the terminal on a new line."""
         self._print()
         if self._bar is not None:

@@ -8,13 +8,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import xxhash
-
 from embedtrain.errors import UserError
-from embedtrain.metrics.sinks import Guarded, Record, flat
+from embedtrain.metrics.sinks import Guarded, Record, RunEnd, flat
 
 _NOT_OF_MLFLOW = re.compile(r"[^\w\-. :/]", re.ASCII)
-_PATH_TAG = "embedtrain.run_path"
+_ID_TAG = "embedtrain.run_id"
+_MLFLOW_ENDS: dict[RunEnd, str] = {"finished": "FINISHED", "failed": "FAILED", "preempted": "KILLED"}
 _PARAMS_AT_ONCE = 100
 _MAX_PARAM = 500
 
@@ -37,23 +36,24 @@ class WandbSink:
     Args:
         project: its name.
         run_path: the run folder, which names the run.
+        run_id: tells the run from others in a folder of that path.
         settings: of the run.
     """
 
-    def __init__(self, project: str, run_path: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, project: str, run_path: str, run_id: str, settings: Mapping[str, Any]) -> None:
         import wandb
 
         def start() -> Any:
             return wandb.init(
                 project=project,
                 name=run_path,
-                id=xxhash.xxh3_64_hexdigest(run_path.encode()),
+                id=run_id,
                 resume="allow",
                 config=dict(settings),
                 settings=wandb.Settings(console="off", silent=True),
             )
 
-        self._run = Guarded("Weights & Biases", start, lambda run: run.finish())
+        self._run = Guarded("Weights & Biases", start, lambda run: run.finish(exit_code=1))
 
     def log(self, record: Record) -> None:
         """Sends the record's numbers."""
@@ -62,9 +62,15 @@ class WandbSink:
     def flush(self) -> None:
         """Does nothing: a process of its own sends what was logged."""
 
-    def close(self) -> None:
-        """Waits until all was sent."""
-        self._run.close()
+    def close(self, end: RunEnd) -> None:
+        """Waits until all was sent, and says how the run ended."""
+
+        def use(run: Any) -> None:
+            if end == "preempted":
+                run.mark_preempting()
+            run.finish(exit_code=0 if end == "finished" else 1)
+
+        self._run.use(use)
 
 
 class MlflowSink:
@@ -75,25 +81,26 @@ class MlflowSink:
     Args:
         experiment: its name.
         run_path: the run folder, which names the run.
+        run_id: tells the run from others in a folder of that path.
         settings: of the run.
     """
 
-    def __init__(self, experiment: str, run_path: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, experiment: str, run_path: str, run_id: str, settings: Mapping[str, Any]) -> None:
         from mlflow.tracking import MlflowClient
 
         def start() -> tuple[Any, str]:
             client = MlflowClient()
             found = client.get_experiment_by_name(experiment)
             number = client.create_experiment(experiment) if found is None else found.experiment_id
-            runs = client.search_runs([number], f"tags.`{_PATH_TAG}` = {_quoted(run_path)}", max_results=1)
+            runs = client.search_runs([number], f"tags.`{_ID_TAG}` = '{run_id}'", max_results=1)
             if runs:
                 client.update_run(runs[0].info.run_id, "RUNNING")
                 return client, runs[0].info.run_id
-            created = client.create_run(number, run_name=run_path, tags={_PATH_TAG: run_path}).info.run_id
+            created = client.create_run(number, run_name=run_path, tags={_ID_TAG: run_id}).info.run_id
             _log_settings(client, created, settings)
             return client, created
 
-        self._run = Guarded("MLflow", start, lambda run: run[0].set_terminated(run[1]))
+        self._run = Guarded("MLflow", start, lambda run: run[0].set_terminated(run[1], "FAILED"))
 
     def log(self, record: Record) -> None:
         """Sends the record's numbers."""
@@ -106,9 +113,9 @@ class MlflowSink:
     def flush(self) -> None:
         """Does nothing: each record is sent at once."""
 
-    def close(self) -> None:
-        """Says that the run has ended."""
-        self._run.close()
+    def close(self, end: RunEnd) -> None:
+        """Says how the run ended."""
+        self._run.use(lambda run: run[0].set_terminated(run[1], _MLFLOW_ENDS[end]))
 
 
 def _numbers(record: Record) -> dict[str, float | int]:
@@ -117,10 +124,6 @@ def _numbers(record: Record) -> dict[str, float | int]:
 
 def _name(name: str) -> str:
     return _NOT_OF_MLFLOW.sub("_", name.replace("@", "_at_"))
-
-
-def _quoted(text: str) -> str:
-    return f"'{text}'" if "'" not in text else f'"{text}"'
 
 
 def _log_settings(client: Any, run_id: str, settings: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ checkpoints, deleted ones, a run that was resumed or grown, or another run.
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,18 +21,21 @@ import pyarrow.parquet as pq
 import safetensors.numpy
 import xxhash
 
+from embedtrain import storage
 from embedtrain.checkpoint import CheckpointReader, choose_checkpoint
 from embedtrain.checkpoint.choice import Step
 from embedtrain.errors import CheckpointError, UserError
 from embedtrain.serve.changes import Digests, Table, TableChanges, compare, dense_of, names_facts, names_from, texts_of
-from embedtrain.serve.publication_sinks import FolderSink, Sink
-from embedtrain.serve.published import FORMAT, VERSION, Vectors
+from embedtrain.serve.publication_sinks import FolderSink, LostFileError, Sink
+from embedtrain.serve.published import FORMAT, PASSWORD_VARIABLE, VERSION, Vectors
 from embedtrain.train.run_folder import RunFolder
 
 _REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 _TRIES = 3
 _NOTE = np.dtype([("place", "<i8"), ("digest", "<u8")])
 """The hash of a row that has changed."""
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,17 +67,48 @@ class Published:
 
 
 def open_sink(url: str) -> Sink:
-    """Returns the place that a URL names; nothing is written yet.
+    """Returns the place that a URL names; it is not connected to, and nothing is written yet.
 
     Raises:
         UserError: the URL is of no known kind, or needs a package that is not installed.
-        OSError: Redis does not answer.
     """
     if url.startswith(_REDIS_SCHEMES):
         from embedtrain.serve.redis_sink import RedisSink
 
         return RedisSink(url)
     return FolderSink(url)
+
+
+def require_no_password(key: str, url: str) -> None:
+    """Refuses a password in a URL that is a setting.
+
+    Raises:
+        UserError: there is one; says which environment variable is for it.
+    """
+    if storage.has_password(url):
+        scheme = url.partition("://")[0]
+        variable = PASSWORD_VARIABLE if url.startswith(_REDIS_SCHEMES) else f"FSSPEC_{scheme.upper()}_PASSWORD"
+        raise UserError(
+            f"{key}={storage.shown(url)} is given with a password, which config.yaml, checkpoints and trackers would "
+            f"keep: leave it out, and give it in the environment variable {variable}"
+        )
+
+
+def require_reachable(url: str) -> None:
+    """Refuses a place that cannot be published to now.
+
+    Raises:
+        UserError: it cannot be reached, or holds something else.
+    """
+    sink = open_sink(url)
+    try:
+        sink.newest()
+    except LostFileError:
+        pass  # another publisher is at work there
+    except OSError as error:
+        raise UserError(f"{storage.shown(url)} cannot be published to: {error}") from error
+    finally:
+        sink.close()
 
 
 def publish(run_path: str, url: str, *, step: Step = None, tables: Sequence[str] | None = None) -> Published:
@@ -85,7 +120,7 @@ def publish(run_path: str, url: str, *, step: Step = None, tables: Sequence[str]
     Args:
         run_path: the run folder, any fsspec URL.
         url: of the consumer: a folder on any fsspec URL, or `redis://HOST:PORT/DATABASE?prefix=NAME`.
-        step: which checkpoint; None for the newest.
+        step: which checkpoint; None for the best if the run keeps its best, and else for the newest.
         tables: which tables; None for those that were published before, at first for all.
 
     Raises:
@@ -98,8 +133,18 @@ def publish(run_path: str, url: str, *, step: Step = None, tables: Sequence[str]
     try:
         for last in range(_TRIES):
             path = choose_checkpoint(folder.checkpoints_path, step, folder.path)
+            old = None
             try:
-                return _publish_checkpoint(path, folder.path, sink, tables)
+                old = sink.newest()
+                return _publish_checkpoint(path, folder.path, sink, tables, old)
+            except LostFileError as error:
+                # Another publisher may have made a newer version meanwhile, and removed what the older one needed.
+                if _is_same(old, sink.newest()):
+                    raise UserError(str(error)) from error
+                if last == _TRIES - 1:
+                    raise UserError(
+                        f"other publishers wrote to {storage.shown(url)} again and again meanwhile: publish again"
+                    ) from error
             except (CheckpointError, FileNotFoundError):
                 # The run may have deleted the checkpoint meanwhile, when it saved a newer one.
                 is_deleted = path != choose_checkpoint(folder.checkpoints_path, step, folder.path)
@@ -110,8 +155,14 @@ def publish(run_path: str, url: str, *, step: Step = None, tables: Sequence[str]
     raise AssertionError("the last try returns or raises")
 
 
-def _publish_checkpoint(path: str, run_path: str, sink: Sink, wanted: Sequence[str] | None) -> Published:
-    old = sink.newest()
+def _is_same(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+    """Tells whether two manifests are those of the same version."""
+    return (one and one["version_id"]) == (other and other["version_id"])
+
+
+def _publish_checkpoint(
+    path: str, run_path: str, sink: Sink, wanted: Sequence[str] | None, old: Mapping[str, Any] | None
+) -> Published:
     with CheckpointReader(path) as reader:
         checkpoint = {"step": reader.step, "checksum": reader.manifest.checksum}
         selected = wanted if wanted is not None else old.get("selected") if old else None
@@ -121,14 +172,16 @@ def _publish_checkpoint(path: str, run_path: str, sink: Sink, wanted: Sequence[s
         comparison = _Comparison(tables, dense_of(reader), old, sink)
         if old is not None and comparison.is_none:
             return Published(old["number"], reader.step, False, {}, False)
-        with _writing(sink, old) as number:
+        version_id = secrets.token_hex(8)
+        with _writing(sink, old, version_id) as number:
             manifest = {
                 "format": FORMAT,
                 "format_version": VERSION,
                 "id": secrets.token_hex(8) if old is None else old["id"],
                 "number": number,
+                "version_id": version_id,
                 "step": reader.step,
-                "run": run_path,
+                "run": storage.shown(run_path),
                 "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "checkpoint": checkpoint,
                 "selected": None if selected is None else list(selected),
@@ -139,14 +192,17 @@ def _publish_checkpoint(path: str, run_path: str, sink: Sink, wanted: Sequence[s
 
 
 @contextmanager
-def _writing(sink: Sink, old: Mapping[str, Any] | None) -> Iterator[int]:
+def _writing(sink: Sink, old: Mapping[str, Any] | None, version_id: str) -> Iterator[int]:
     number = 1 if old is None else old["number"] + 1
     sink.begin(number)
     try:
         yield number
     except Exception as error:
-        sink.abandon()
         newest = sink.newest()
+        if newest is not None and newest["version_id"] == version_id:
+            _logger.warning(f"version {number} is published, and what came after that failed: {error}")
+            return
+        sink.abandon()
         if newest is not None and newest["number"] >= number:
             # It has also removed what was written here.
             raise UserError(f"another publisher wrote version {number} meanwhile: publish again") from error

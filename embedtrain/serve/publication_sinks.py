@@ -29,6 +29,10 @@ _ROWS_PER_GROUP = 1 << 16
 _logger = logging.getLogger(__name__)
 
 
+class LostFileError(OSError):
+    """A file that the newest version needs is gone: another publisher has made a newer one, or the place lost it."""
+
+
 class TableWriter(Protocol):
     """Takes the changes of a table."""
 
@@ -50,10 +54,16 @@ class Sink(Protocol):
 
         Raises:
             UserError: something else lies there, or a version of a newer format.
+            LostFileError: it was removed while it was looked for.
+            OSError: the place cannot be reached.
         """
 
     def read(self, file: str) -> bytes:
-        """Returns what `write_file` wrote."""
+        """Returns what `write_file` wrote.
+
+        Raises:
+            LostFileError: the file is not there any more; the message says what to do if nobody wrote a newer version.
+        """
 
     def begin(self, number: int) -> None:
         """Begins a version.
@@ -84,7 +94,8 @@ class Sink(Protocol):
         """Makes the version the newest, in one act, and removes what nobody needs any longer.
 
         Raises:
-            OSError: it could not, or another publisher has made such a version.
+            OSError: it could not, or another publisher has made such a version. If only the removal failed, that is
+                warned of.
         """
 
     def abandon(self) -> None:
@@ -110,6 +121,7 @@ class FolderSink:
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
+        self._where = storage.shown(self._url)
         self.number = 0
         self._part = ""
         self._files: dict[str, int] = {}
@@ -121,21 +133,33 @@ class FolderSink:
         numbers = published.version_numbers(names)
         if not numbers:
             if odd := [name for name in names if name != READER_NAME and not name.startswith("part-")]:
-                raise UserError(f"{self._url} holds {odd[0]!r} and no publication: give another folder")
+                raise UserError(f"{self._where} holds {odd[0]!r} and no publication: give another folder")
             return None
         return self._manifest(numbers[-1])
 
     def read(self, file: str) -> bytes:
         """See `Sink`."""
-        return storage.read(storage.join(self._url, file))
+        try:
+            return storage.read(storage.join(self._url, file))
+        except FileNotFoundError as error:
+            raise LostFileError(
+                f"{self._where} has lost {file}, by which changes are found: delete the folder, or publish to another"
+            ) from error
 
     def begin(self, number: int) -> None:
         """See `Sink`."""
         self.number, self._files = number, {}
         self._part = f"part-{number:09d}-{secrets.token_hex(8)}"
         storage.make_folder(storage.join(self._url, self._part))
-        if number == 1:
-            storage.write(storage.join(self._url, READER_NAME), [Path(published.__file__).read_bytes()])
+        self._write_reader()
+
+    def _write_reader(self) -> None:
+        """Writes the program that reads the folder, unless it is there already as it is here."""
+        url, program = storage.join(self._url, READER_NAME), Path(published.__file__).read_bytes()
+        with suppress(FileNotFoundError):
+            if storage.read(url) == program:
+                return
+        storage.replace(url, program, storage.join(self._url, f"{self._part}.tmp"))
 
     def wants_whole(self, old: Mapping[str, Any], num_changed: int) -> bool:
         """See `Sink`: all rows are written again when changes would outgrow them."""
@@ -196,7 +220,9 @@ class FolderSink:
     def _manifest(self, number: int) -> dict[str, Any]:
         url = storage.join(self._url, published.manifest_name(number))
         try:
-            return published.read_manifest(storage.read(url), url)
+            return published.read_manifest(storage.read(url), storage.shown(url))
+        except FileNotFoundError as error:
+            raise LostFileError(f"{storage.shown(url)} was removed while it was looked for: publish again") from error
         except ValueError as error:
             raise UserError(str(error)) from error
 

@@ -15,13 +15,14 @@ Everything that is read together is of one version.
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urlencode
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,12 @@ from numpy.typing import NDArray
 FORMAT, VERSION = "embedtrain publication", 1
 PREFIX = "embedtrain"
 """Of the keys in Redis, unless the URL says `?prefix=NAME`."""
+PASSWORD_VARIABLE = "EMBEDTRAIN_REDIS_PASSWORD"
+"""Environment variable that holds the password of Redis, if it needs one."""
+CHUNK_BYTES = 64 << 20
+"""A file in Redis lies in chunks of this size: a value cannot be longer than 512 MiB."""
+CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0
+"""How long Redis is waited for: until it takes a connection, and for each answer."""
 
 _MANIFEST = re.compile(r"version-(\d{9,})\.json")
 _ENTRY = struct.Struct("<QI")
@@ -173,7 +180,8 @@ class Folder:
             raise ValueError(f"{self._path}: nothing is published there yet")
         if number is not None and number > found[-1]:
             raise ValueError(f"{self._path} has no version {number} yet: the newest is {found[-1]}")
-        name = manifest_name(found[-1] if number is None else number)
+        number = found[-1] if number is None else number
+        name = manifest_name(number)
         try:
             data = self._file_system.cat_file(f"{self._path}/{name}")
         except FileNotFoundError as error:
@@ -203,6 +211,7 @@ class Mirror:
 
         Raises:
             ValueError: nothing is published, or it is of a newer format.
+            Gone: each version that was opened was removed before it was read, several times in a row.
         """
         for last in range(_TRIES):
             try:
@@ -284,13 +293,11 @@ class RedisRows:
 
     Args:
         url: `redis://HOST:PORT/DATABASE`, with `?prefix=NAME` if it was published so.
+        options: of `redis.Redis`; the password is that of the variable `EMBEDTRAIN_REDIS_PASSWORD` unless given here.
     """
 
-    def __init__(self, url: str) -> None:
-        import redis
-
-        address, self._prefix = split_prefix(url)
-        self._redis: Any = redis.Redis.from_url(address)
+    def __init__(self, url: str, **options: Any) -> None:
+        self._redis, self._prefix = connect(url, **options)
 
     def vectors(self, table: str, names: Sequence[str]) -> tuple[Vectors, int]:
         """Returns the vectors [n, dim] of names, NaN for a name that has no row, and the number of their version.
@@ -314,12 +321,17 @@ class RedisRows:
         return found, int(head["number"])
 
     def dense(self) -> tuple[dict[str, NDArray[Any]], int]:
-        """Returns the parameters of the network by name, and the number of their version."""
+        """Returns the parameters of the network by name, and the number of their version.
+
+        Raises:
+            ValueError: nothing is published, or it is of a newer format.
+            Gone: the network was replaced while it was read, several times in a row.
+        """
         for _ in range(_TRIES):
             head = self._head(self._redis.get(f"{self._prefix}:head"))
             if head["dense"] is None:
                 return {}, int(head["number"])
-            data = self._redis.get(f"{self._prefix}:{head['dense']['file']}")
+            data = read_chunks(self._redis, self._prefix, head["dense"]["file"])
             if data is not None:
                 return read_dense(data), int(head["number"])
         raise Gone(f"{self._prefix}: the network was replaced each time it was read")
@@ -366,10 +378,41 @@ def read_dense(data: bytes) -> dict[str, NDArray[Any]]:
 
 def split_prefix(url: str) -> tuple[str, str]:
     """Returns a URL of Redis without `?prefix=NAME`, and the name."""
-    parts = urlsplit(url)
-    query = dict(parse_qsl(parts.query))
-    prefix = query.pop("prefix", PREFIX)
-    return urlunsplit(parts._replace(query=urlencode(query))), prefix
+    address, _, query = url.partition("?")
+    options = dict(parse_qsl(query))
+    prefix = options.pop("prefix", PREFIX)
+    return address + (f"?{urlencode(options)}" if options else ""), prefix
+
+
+def connect(url: str, **options: Any) -> tuple[Any, str]:
+    """Returns a client of Redis, which connects when it is first used, and the prefix of the keys.
+
+    Raises:
+        ValueError: the URL cannot be read.
+    """
+    import redis
+
+    address, prefix = split_prefix(url)
+    usual: dict[str, Any] = {"socket_connect_timeout": CONNECT_SECONDS, "socket_timeout": ANSWER_SECONDS}
+    if password := os.environ.get(PASSWORD_VARIABLE):
+        usual["password"] = password  # one in the URL comes before it
+    return redis.Redis.from_url(address, **{**usual, **options}), prefix
+
+
+def chunk_keys(prefix: str, file: str) -> list[str]:
+    """Returns the keys of a file in Redis; its name ends with the number of its chunks."""
+    return [f"{prefix}:{file}:{place}" for place in range(int(file.rpartition(":")[2]))]
+
+
+def read_chunks(client: Any, prefix: str, file: str) -> bytes | None:
+    """Returns a file in Redis; None if a part of it is missing."""
+    chunks = []
+    for key in chunk_keys(prefix, file):
+        chunk = client.get(key)
+        if chunk is None:
+            return None
+        chunks.append(chunk)
+    return b"".join(chunks)
 
 
 def row_keys(prefix: str, table: str, names: Iterable[str]) -> list[str]:

@@ -18,18 +18,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from embedtrain import storage
 from embedtrain.errors import UserError
 from embedtrain.serve import published
-from embedtrain.serve.publication_sinks import cursor_files
-from embedtrain.serve.published import Vectors, packed_entry, row_keys
+from embedtrain.serve.publication_sinks import LostFileError, cursor_files
+from embedtrain.serve.published import Vectors, chunk_keys, packed_entry, read_chunks, row_keys
 
 LOCK_SECONDS = 30.0
-"""How long a publisher that says nothing is taken for alive."""
+"""A publisher's lock expires after this many seconds without a write."""
 
 _ROWS_AT_ONCE = 500
 """In one script, which keeps others waiting for a millisecond."""
 _SCRIPTS_AT_ONCE = 32
-_CHUNK_BYTES = 64 << 20
 _POLL_SECONDS = 0.1
 
 _logger = logging.getLogger(__name__)
@@ -74,8 +74,12 @@ return #keys
 """
 # KEYS: lock, key; ARGV: token, milliseconds, value.
 _SET = f"{_IF_LOCKED} redis.call('set', KEYS[2], ARGV[3]) return 1"
+# KEYS: lock; ARGV: token, milliseconds.
+_RENEW = f"{_IF_LOCKED} return 1"
 # KEYS: lock; ARGV: token.
 _UNLOCK = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del', KEYS[1]) end"
+
+_SCRIPTS = {"write": _WRITE, "settle": _SETTLE, "set": _SET, "renew": _RENEW, "unlock": _UNLOCK}
 
 
 class RedisSink:
@@ -92,20 +96,21 @@ class RedisSink:
         try:
             import redis
         except ImportError as error:
-            raise UserError(f"{url} needs the package redis: pip install 'embedtrain[redis]'") from error
-        address, self._prefix = published.split_prefix(url)
+            raise UserError(f"{storage.shown(url)} needs the package redis: pip install 'embedtrain[redis]'") from error
         try:
-            self._redis: Any = redis.Redis.from_url(address)
-        except ValueError as error:
-            raise UserError(f"{url!r} cannot be read as the address of Redis: {error}") from error
-        self._where = address.rpartition("@")[2].removeprefix("redis://")
-        self._error = redis.RedisError
-        self._scripts = {
-            name: self._redis.register_script(text)
-            for name, text in {"write": _WRITE, "settle": _SETTLE, "set": _SET, "unlock": _UNLOCK}.items()
-        }
+            self._redis, self._prefix = published.connect(url)
+        except ValueError:
+            # The message of the error may hold a part of the password.
+            raise UserError(
+                f"{storage.shown(url)!r} cannot be read as the address of Redis: expected "
+                "redis://HOST:PORT/DATABASE?prefix=NAME"
+            ) from None
+        self._where = published.split_prefix(storage.shown(url))[0].removeprefix("redis://").rpartition("@")[2]
+        self._error, self._refusal = redis.RedisError, redis.AuthenticationError
+        self._scripts = {name: self._redis.register_script(text) for name, text in _SCRIPTS.items()}
         self._token = secrets.token_hex(8)
         self._head: Mapping[str, Any] | None = None
+        self._head_data: bytes | None = None
         self._number = 0
         self._num_files = 0
         self._has_locked = False
@@ -116,30 +121,28 @@ class RedisSink:
             data = self._redis.get(self._key("head"))
         try:
             self._head = None if data is None else published.read_manifest(data, f"{self._where}: {self._key('head')}")
+            self._head_data = data
         except ValueError as error:
             raise UserError(str(error)) from error
         return self._head
 
     def read(self, file: str) -> bytes:
         """See `Sink`."""
-        chunks: list[bytes] = []
         with self._asked():
-            while (chunk := self._redis.get(_chunk(self._key(file), len(chunks)))) is not None:
-                chunks.append(chunk)
-        if not chunks:
-            raise UserError(
-                f"{self._where} has lost {self._key(file)}, which says what it holds, as when it is short of memory: "
+            data = read_chunks(self._redis, self._prefix, file)
+        if data is None:
+            raise LostFileError(
+                f"{self._where} has lost {self._key(file)}, by which changes are found, as when it is short of memory: "
                 f"delete the keys that begin with {self._prefix}:, or publish with another prefix"
             )
-        return b"".join(chunks)
+        return data
 
     def begin(self, number: int) -> None:
         """See `Sink`."""
         self._number, self._num_files = number, 0
         with self._asked():
             self._lock()
-            head = self._redis.get(self._key("head"))
-            if (0 if head is None else json.loads(head)["number"]) != number - 1:
+            if self._redis.get(self._key("head")) != self._head_data:
                 raise UserError(f"another publisher wrote version {number} meanwhile: publish again")
             self._settle(number - 1)
             self._sweep(self._head)
@@ -151,6 +154,8 @@ class RedisSink:
     @contextmanager
     def open_table(self, table: str, dim: int, *, is_whole: bool) -> Iterator[_RedisTable]:
         """See `Sink`."""
+        with self._asked():
+            self._renew()
         yield _RedisTable(self, table)
 
     def delete_table(self, table: str, names: Sequence[str]) -> None:
@@ -172,14 +177,15 @@ class RedisSink:
 
     def write_file(self, name: str, data: bytes, *, is_read: bool = False) -> str:
         """See `Sink`."""
-        file = f"file:{self._number}:{self._num_files}:{name}"
+        view, size = memoryview(data), published.CHUNK_BYTES
+        file = f"file:{self._number}:{self._num_files}:{name}:{-(-len(view) // size)}"
         self._num_files += 1
-        view = memoryview(data)
         with self._asked():
+            self._renew()
             self._redis.sadd(self._key("files"), file)
-            for place, start in enumerate(range(0, max(1, len(view)), _CHUNK_BYTES)):
-                chunk = bytes(view[start : start + _CHUNK_BYTES])
-                self._require_lock(self._call("set", [_chunk(file, place)], [chunk]))
+            for place, key in enumerate(chunk_keys(self._prefix, file)):
+                chunk = bytes(view[place * size : (place + 1) * size])
+                self._require_lock(self._call("set", [], [chunk], [key]))
         return file
 
     def commit(self, manifest: dict[str, Any]) -> None:
@@ -190,7 +196,7 @@ class RedisSink:
             try:
                 self._settle(self._number)
                 self._sweep(manifest)
-            except self._error as error:
+            except (self._error, UserError) as error:
                 _logger.warning(f"version {self._number} is published; what older ones left was not removed: {error}")
 
     def abandon(self) -> None:
@@ -211,7 +217,9 @@ class RedisSink:
         try:
             yield
         except self._error as error:
-            raise OSError(f"Redis at {self._where} could not be asked: {error}") from error
+            is_refused = isinstance(error, self._refusal)
+            advice = f"; its password is that of the variable {published.PASSWORD_VARIABLE}" if is_refused else ""
+            raise OSError(f"Redis at {self._where} could not be asked: {error}{advice}") from error
 
     def _lock(self) -> None:
         """Waits until no other publisher is at work, for as long as a killed one is taken for alive."""
@@ -232,7 +240,14 @@ class RedisSink:
 
     def _require_lock(self, *answers: Any) -> None:
         if -1 in answers:
-            raise UserError(f"another publisher has taken over {self._where} under {self._prefix}: publish again")
+            is_taken = self._redis.get(self._key("lock")) is not None
+            raise UserError(
+                f"the lock of this publisher on {self._where} under {self._prefix} expired after {LOCK_SECONDS:g} "
+                f"seconds without a write{', and another publisher has it now' if is_taken else ''}: publish again"
+            )
+
+    def _renew(self) -> None:
+        self._require_lock(self._call("renew", [], []))
 
     def _settle(self, number: int) -> None:
         """Cuts the values that were written to what they are at a version."""
@@ -249,9 +264,8 @@ class RedisSink:
             kept = cursor_files(manifest)
             kept |= {manifest["dense"]["file"]} if manifest["dense"] else set()
         for file in {name.decode() for name in self._redis.smembers(self._key("files"))} - kept:
-            place = 0
-            while self._redis.delete(_chunk(self._key(file), place)):
-                place += 1
+            for key in chunk_keys(self._prefix, file):
+                self._redis.delete(key)
             self._redis.srem(self._key("files"), file)
 
 
@@ -276,7 +290,3 @@ class _RedisTable:
     def facts(self, old: Mapping[str, Any] | None) -> Mapping[str, Any]:
         """See `TableWriter`."""
         return {}
-
-
-def _chunk(file: str, place: int) -> str:
-    return f"{file}.{place}" if place else file

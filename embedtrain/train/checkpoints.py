@@ -135,6 +135,11 @@ class Checkpoints:
         self.metrics = {**self.metrics, **record}
         self.measured_at = {**self.measured_at, **dict.fromkeys(record, self._state.step)}
 
+    @property
+    def complete_step(self) -> int | None:
+        """Returns the step of the newest checkpoint that this rank knows to be complete; None if there is none."""
+        return self._saver.complete_step
+
     def is_overdue(self) -> bool:
         """Returns whether this rank's clock asks for a checkpoint."""
         every = self.policy.every_seconds
@@ -217,7 +222,7 @@ class Checkpoints:
         # Training comes past their steps again, and a complete checkpoint is never overwritten.
         on_first_rank("damaged checkpoints were not deleted", lambda: _remove(damaged), self._ranks)
         sweep_leftovers(self._path, self._ranks)
-        self._saver.step = self._state.step
+        self._saver.take_over(self._state.step)
         return True
 
     def _try(self, path: str) -> Exception | None:

@@ -20,10 +20,10 @@ from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.init_from import init_from
 from embedtrain.errors import UserError, counted, printable
-from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, TensorBoardSink
+from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, RunEnd, TensorBoardSink
 from embedtrain.metrics.trackers import MlflowSink, WandbSink, require_tracker
 from embedtrain.optim.schedule import schedule_factor
-from embedtrain.storage import local_path
+from embedtrain.storage import local_path, shown
 from embedtrain.train.best import BestPolicy, check_metric
 from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
 from embedtrain.train.interrupt import EXIT_PREEMPTED
@@ -51,6 +51,7 @@ class Run:
     Attributes:
         trainer: the loop, its state restored from the newest checkpoint if there is one.
         folder: the run folder.
+        checkpoints: of the run.
         sinks: receive the records of rank 0; empty on other ranks.
         is_resumed: whether a checkpoint was found.
         is_begun: whether an earlier job has begun to train it.
@@ -60,6 +61,7 @@ class Run:
 
     trainer: Trainer
     folder: RunFolder
+    checkpoints: Checkpoints
     sinks: list[MetricSink]
     is_resumed: bool
     is_begun: bool
@@ -139,9 +141,13 @@ def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_prof
         runtime.ranks.run_on_each(require_sound_data)
 
     with ExitStack() as stack:
+        ends: list[RunEnd] = ["failed"]
+        # Files first: a tracker may wait for its server.
+        for sink in reversed(run.sinks):
+            stack.callback(lambda sink: sink.close(ends[-1]), sink)
         watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
         observers = list(run.observers)
-        publisher = _publisher(config, run.folder) if runtime.rank == 0 else None
+        publisher = _publisher(config, run) if runtime.rank == 0 else None
         if publisher is not None:
             observers.append(publisher.step)
         if is_profiled:
@@ -158,8 +164,7 @@ def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_prof
             alive=watchdog.alive,
             on_step=observe,
         )
-    for sink in run.sinks:
-        sink.close()
+        ends.append("finished" if is_complete else "preempted")
     if publisher is not None and is_complete:
         publisher.finish()
     status = 0 if is_complete else EXIT_PREEMPTED
@@ -183,9 +188,10 @@ def begin_verification(unverified: Unverified, timeout_seconds: float, ranks: Ra
     return ranks.run_on_each(lambda: Verification(unverified, patience) if ranks.rank == 0 and unverified else None)
 
 
-def _publisher(config: Config, folder: RunFolder) -> Publisher | None:
-    settings = config.publish
-    return None if settings.to is None else Publisher(folder.path, settings.to, settings.every_seconds)
+def _publisher(config: Config, run: Run) -> Publisher | None:
+    if config.publish.to is None:
+        return None
+    return Publisher(run.folder.path, config.publish, lambda: run.checkpoints.complete_step)
 
 
 def _profile(folder: RunFolder, rank: int) -> StepProfile:
@@ -249,7 +255,7 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
     runtime.ranks.run_on_first(functools.partial(_write_folder, folder, config, parts))
     sinks = _build_sinks(config, folder, state, parts.task) if runtime.rank == 0 else []
     observers = _build_observers(config, folder, state, parts.task, sinks, runtime)
-    return Run(trainer, folder, sinks, is_resumed, earlier is not None, observers, parts.unverified)
+    return Run(trainer, folder, checkpoints, sinks, is_resumed, earlier is not None, observers, parts.unverified)
 
 
 def _step_options(config: Config, runtime: Runtime) -> StepOptions:
@@ -360,11 +366,13 @@ def _build_sinks(config: Config, folder: RunFolder, state: TrainState, task: Tas
         board = TensorBoardSink(folder.join(TENSORBOARD_NAME), purge_step=state.step + 1)
         board.log_settings(settings_of(config), list(dict.fromkeys(["loss", config.checkpoint.best_metric])))
         sinks.append(board)
-    path = local_path(folder.path) or folder.path
+    if config.log.wandb is None and config.log.mlflow is None:
+        return sinks
+    path, run_id = local_path(folder.path) or shown(folder.path), folder.run_id(is_new=state.step == 0)
     if config.log.wandb is not None:
-        sinks.append(WandbSink(config.log.wandb, path, settings_of(config)))
+        sinks.append(WandbSink(config.log.wandb, path, run_id, settings_of(config)))
     if config.log.mlflow is not None:
-        sinks.append(MlflowSink(config.log.mlflow, path, settings_of(config)))
+        sinks.append(MlflowSink(config.log.mlflow, path, run_id, settings_of(config)))
     return sinks
 
 

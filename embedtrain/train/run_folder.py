@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import re
+import secrets
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,12 +25,13 @@ T = TypeVar("T")
 CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.jsonl"
 STATUS_NAME = "status.json"
+RUN_ID_NAME = "run-id.txt"
 CHECKPOINTS_NAME = "checkpoints"
 TENSORBOARD_NAME = "tensorboard"
 PROFILE_NAME = "profile"
 
 _FILE = re.compile(
-    rf"({re.escape(CONFIG_NAME)}|{re.escape(METRICS_NAME)}|{re.escape(STATUS_NAME)}|\w+\.tsv)(\.tmp|\.partial)?"
+    rf"({'|'.join(map(re.escape, (CONFIG_NAME, METRICS_NAME, STATUS_NAME, RUN_ID_NAME)))}|\w+\.tsv)(\.tmp|\.partial)?"
 )
 _TRACE = re.compile(rf"{METRICS_NAME}|{STATUS_NAME}|{CHECKPOINTS_NAME}|owner-")
 """Begins the name of what any start of a run leaves beside its configuration."""
@@ -143,6 +145,20 @@ class RunFolder:
             _logger.warning(f"{self.join(STATUS_NAME)} says nothing of the run: {error}")
             return {}
         return status if isinstance(status, dict) else {}
+
+    def run_id(self, *, is_new: bool) -> str:
+        """Returns what trackers know the run by: drawn at random when a run begins, and kept in the folder.
+
+        Args:
+            is_new: whether the run begins; another run may have left its folder here.
+        """
+        with suppress(FileNotFoundError):
+            found = storage.read(self.join(RUN_ID_NAME)).decode(errors="replace").strip()
+            if found.isalnum() and not is_new:
+                return found
+        drawn = secrets.token_hex(8)
+        self._write(RUN_ID_NAME, f"{drawn}\n")
+        return drawn
 
     def write_config(self, text: str) -> None:
         """Keeps the configuration, as YAML."""

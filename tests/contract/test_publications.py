@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ast
-import itertools
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,68 +14,13 @@ import pytest
 from numpy.typing import NDArray
 
 from embedtrain import cli
-from embedtrain.errors import UserError
-from embedtrain.serve import publication_sinks, published, redis_sink
+from embedtrain.serve import published
 from embedtrain.serve.changes import row_digests
 from embedtrain.serve.publication import TableCounts, open_sink, publish
-from embedtrain.serve.published import Folder, Gone, Mirror, RedisRows
-from tests.stores import redis_server, save
+from embedtrain.serve.published import Folder, Gone, Mirror
+from tests.stores import Consumer, save, some_rows
 
 KINDS = ("folder", pytest.param("memory", marks=pytest.mark.slow), "redis")
-_NUMBERS = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str | None]:
-    with redis_server(tmp_path_factory.mktemp("redis")) as url:
-        yield url
-
-
-@pytest.fixture
-def place(tmp_path: Path, server: str | None) -> Callable[[str], str]:
-    """Returns the URL of a new consumer of a kind."""
-
-    def new(kind: str) -> str:
-        if kind == "redis" and server is None:
-            pytest.skip("no redis-server: install it, on Debian with apt-get install redis-server")
-        name = f"{tmp_path.name}-{next(_NUMBERS)}"
-        return {"folder": f"{tmp_path}/{name}", "memory": f"memory://{name}", "redis": f"{server}?prefix={name}"}[kind]
-
-    return new
-
-
-class Consumer:
-    """Reads what was published, as a program that follows would."""
-
-    def __init__(self, url: str) -> None:
-        self._redis = RedisRows(url) if url.startswith("redis:") else None
-        self._mirror = None if self._redis is not None else Mirror(url)
-
-    def rows(self, table: str, names: Sequence[str]) -> NDArray[np.float32]:
-        if self._redis is not None:
-            return self._redis.vectors(table, names)[0]
-        assert self._mirror is not None
-        self._mirror.update()
-        return self._mirror.vectors(table, names)
-
-    def dense(self) -> dict[str, list[float]]:
-        if self._redis is not None:
-            found = self._redis.dense()[0]
-        else:
-            assert self._mirror is not None and self._mirror.version is not None
-            found = self._mirror.version.dense()
-        return {name: values.tolist() for name, values in found.items()}
-
-    def require(self, table: str, rows: Mapping[str, Sequence[float]], *absent: str) -> None:
-        """Fails unless a table has these rows, and none of the names in `absent`."""
-        found = self.rows(table, [*rows, *absent])
-        np.testing.assert_array_equal(found[: len(rows)], np.array(list(rows.values()), np.float32))
-        assert np.isnan(found[len(rows) :]).all()
-
-
-def some_rows(num_rows: int = 30, dim: int = 4, seed: int = 0) -> dict[str, list[float]]:
-    values = np.random.default_rng(seed).normal(size=(num_rows, dim)).astype(np.float32)
-    return {f"w{row}": values[row].tolist() for row in range(num_rows)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -227,34 +171,6 @@ def test_a_mirror_begins_anew_if_the_folder_did(place: Callable[[str], str], tmp
     assert mirror.names("shop") == ["a"]
 
 
-@pytest.mark.parametrize("kind", ["folder", "redis"])
-def test_one_of_two_publishers_at_once_is_refused(
-    kind: str, place: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    url = place(kind)
-    rows = {name: some_rows(seed=seed) for seed, name in enumerate(("first", "second", "third"))}
-    for name, each in rows.items():
-        save(tmp_path / name, 1, {"shop": each})
-    publish(str(tmp_path / "first"), url)
-    sink = publication_sinks.FolderSink if kind == "folder" else redis_sink.RedisSink
-    begin = sink.begin
-
-    def after_another(self: object, number: int) -> None:
-        monkeypatch.setattr(sink, "begin", begin)
-        if kind == "folder":
-            begin(self, number)  # type: ignore[arg-type]
-        publish(str(tmp_path / "third"), url)
-        if kind == "redis":
-            begin(self, number)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(sink, "begin", after_another)
-    with pytest.raises(UserError, match="another publisher wrote version 2"):
-        publish(str(tmp_path / "second"), url)
-    Consumer(url).require("shop", rows["third"])
-    publish(str(tmp_path / "second"), url)
-    Consumer(url).require("shop", rows["second"])
-
-
 def test_a_checkpoint_that_the_run_deletes_meanwhile_is_left_for_the_newest(
     place: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,7 +214,12 @@ def test_the_reader_needs_no_embedtrain(place: Callable[[str], str], tmp_path: P
     url = place("folder")
     save(tmp_path / "run", 1, {"shop": some_rows()})
     publish(str(tmp_path / "run"), url)
-    assert Path(url, "published.py").read_text() == Path(published.__file__).read_text()
+    program = Path(url, "published.py")
+    assert program.read_text() == Path(published.__file__).read_text()
+    program.write_text("of an earlier version")
+    save(tmp_path / "run", 2, {"shop": some_rows(seed=1)})
+    publish(str(tmp_path / "run"), url)
+    assert program.read_text() == Path(published.__file__).read_text()
 
 
 @pytest.mark.parametrize(
@@ -306,6 +227,8 @@ def test_the_reader_needs_no_embedtrain(place: Callable[[str], str], tmp_path: P
     [
         ("kafka://x", "'kafka://x' is not a path that can be opened: Protocol not known: kafka", 2),
         ("redis://127.0.0.1:1/0", "failed: Redis at 127.0.0.1:1/0 could not be asked: Error 111 connecting", 1),
+        ("redis://127.0.0.1:1/0?password=secret", "failed: Redis at 127.0.0.1:1/0 could not be asked: Error 111", 1),
+        ("redis://:pass/word@host", "'redis://@host' cannot be read as the address of Redis: expected redis://", 2),
         ("redis://host:port", "'redis://host:port' cannot be read as the address of Redis", 2),
         ("newer", "version-000000002.json is of format version 2, and this reads versions up to 1", 2),
         ("damaged", "version-000000001.json is no version of a publication", 2),
@@ -365,27 +288,3 @@ def test_the_command_says_what_it_published(
     monkeypatch.setitem(sys.modules, "redis", None)
     assert cli.main(["publish", run, "--to", "redis://127.0.0.1:1/0"]) == 2
     assert "needs the package redis: pip install 'embedtrain[redis]'" in capsys.readouterr().err
-
-
-def test_redis_that_has_lost_the_cursor_is_refused(
-    place: Callable[[str], str], tmp_path: Path, server: str | None
-) -> None:
-    url = place("redis")
-    import redis
-
-    save(tmp_path / "run", 1, {"shop": some_rows()})
-    publish(str(tmp_path / "run"), url)
-    client = redis.Redis.from_url(str(server))
-    prefix = url.partition("prefix=")[2]
-    for key in client.keys(f"{prefix}:file:*"):
-        client.delete(key)
-    save(tmp_path / "run", 2, {"shop": some_rows(seed=4)})
-    with pytest.raises(UserError, match=rf"has lost {prefix}:file:.* delete the keys that begin with {prefix}:"):
-        publish(str(tmp_path / "run"), url)
-    Consumer(url).require("shop", some_rows())
-    # As for somebody who is killed and leaves the lock behind.
-    client.delete(*client.keys(f"{prefix}:*"))
-    client.set(f"{prefix}:lock", "another", px=50)
-    publish(str(tmp_path / "run"), url)
-    Consumer(url).require("shop", some_rows(seed=4))
-    client.close()

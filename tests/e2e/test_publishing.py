@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def test_a_run_on_two_ranks_publishes_its_rows_and_its_network(tmp_path: Path) -
     command = [*torchrun, "-m", "embedtrain", "train", "config.yaml", *settings]
     done = launching.run(command, cwd=tmp_path, timeout=280)
     assert done.returncode == 0, done.stderr
-    assert "published: out: " in done.stderr
+    assert re.search(r"published: out: version \d+, step [\d,]+$", done.stderr, re.MULTILINE), "the line of the command"
     mirror = Mirror(str(tmp_path / "out"))
     mirror.update()
     assert mirror.version is not None

@@ -269,7 +269,7 @@ def test_a_package_of_retrieval_recommends_as_the_run_does(tmp_path: Path, capfd
         assert cli.main([*asked, "--index", index]) == 0
         assert capfd.readouterr().out == without_known
         facts = json.loads(Path(f"{index}.json").read_text())
-        Path(f"{index}.json").write_text(json.dumps(facts | {"step": 1}))
+        Path(f"{index}.json").write_text(json.dumps(facts | {"rows": facts["rows"] | {"step": 1}}))
         assert cli.main([*asked, "--index", index]) == 2
         assert f"{index} is of table 'item' at step 1, " in capfd.readouterr().err
 

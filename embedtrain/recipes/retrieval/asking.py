@@ -46,7 +46,7 @@ class _Asked:
 
 
 def best_items(
-    model: Retrieval, interactions: Interactions, options: InteractionOptions, wanted: Wanted, step: int
+    model: Retrieval, interactions: Interactions, options: InteractionOptions, wanted: Wanted, checkpoint: str
 ) -> Iterator[list[Recommendation]]:
     """Yields the best items of users. Collective: every rank.
 
@@ -55,7 +55,7 @@ def best_items(
         interactions: those of the training.
         options: how files of interactions are read.
         wanted: which users, and how many items.
-        step: of the checkpoint that the model was restored from.
+        checkpoint: path of the checkpoint that the model was restored from.
 
     Raises:
         UserError: a user or item is unknown, or a file or an index cannot be used.
@@ -69,7 +69,8 @@ def best_items(
     rows = np.arange(len(asked.names))
     if wanted.users is not None:
         rows = _rows_of(wanted.users, interactions.users, "user")
-    catalogue = Catalogue(model) if wanted.index_path is None else IndexedCatalogue(model, wanted.index_path, step)
+    index = wanted.index_path
+    catalogue = Catalogue(model) if index is None else IndexedCatalogue(model, index, checkpoint)
     item_ids = interactions.items.words
     excluded = asked.known if wanted.leaves_out_known else None
     for start in range(0, len(rows), _USERS_AT_ONCE):

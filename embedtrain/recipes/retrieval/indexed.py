@@ -7,9 +7,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from embedtrain.checkpoint import CheckpointReader
 from embedtrain.data.bags import Bags
 from embedtrain.errors import UserError
-from embedtrain.export.index import Index, open_index, require_index_of
+from embedtrain.export.index import Index, IndexedRows, open_index, require_index_of
 from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval
 
 _MORE = 4
@@ -22,20 +23,22 @@ class IndexedCatalogue:
     Args:
         model: the model, in one process.
         path: of the index, as `export_index` wrote it.
-        step: of the checkpoint that the model was restored from.
+        checkpoint: path of the checkpoint that the model was restored from.
 
     Raises:
         UserError: there are several processes, or the index is not of these items.
     """
 
-    def __init__(self, model: Retrieval, path: str, step: int) -> None:
+    def __init__(self, model: Retrieval, path: str, checkpoint: str) -> None:
         if model.tables.ranks.size > 1:
             raise UserError(f"--index is for one process, and there are {model.tables.ranks.size}: leave torchrun out")
         self.model = model
         self.num_items = model.sides[ITEM].num_rows
         self._index: Index = open_index(path)
         dim = model.tables.shards[ITEM].spec.dim
-        require_index_of(self._index, (ITEM, step, self.num_items, dim), path, model.scoring.similarity)
+        with CheckpointReader(checkpoint) as reader:
+            rows = IndexedRows(ITEM, reader.step, reader.manifest.checksum, self.num_items, dim)
+        require_index_of(self._index, rows, path, model.scoring.similarity)
 
     @torch.no_grad()
     def best(

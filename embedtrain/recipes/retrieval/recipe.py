@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from embedtrain.checkpoint import CheckpointReader
 from embedtrain.checkpoint.manifest import step_of
 from embedtrain.data.interactions import (
     ITEMS_NAME,
@@ -375,6 +376,8 @@ def open_sides(config: RetrievalConfig, runtime: Runtime, checkpoint: str, table
     with restored(config, runtime, checkpoint) as (model, interactions, step):
         names = interactions.items if side == ITEM else interactions.users
         rows: FloatRows = all_vectors(model, side).numpy()
+    with CheckpointReader(checkpoint) as reader:
+        checksum = reader.manifest.checksum
     return Vectors(
         side,
         step,
@@ -384,6 +387,7 @@ def open_sides(config: RetrievalConfig, runtime: Runtime, checkpoint: str, table
         names.counts,
         read=lambda start, stop: rows[start:stop],
         noun=side,
+        checksum=checksum,
     )
 
 
@@ -408,8 +412,8 @@ def recommend(
     Raises:
         UserError: a user or an item is unknown, or the run folder lacks the data that the checkpoint was trained on.
     """
-    with restored(config, runtime, checkpoint) as (model, interactions, step):
-        yield from best_items(model, interactions, _interaction_options(config), wanted, step)
+    with restored(config, runtime, checkpoint) as (model, interactions, _):
+        yield from best_items(model, interactions, _interaction_options(config), wanted, checkpoint)
 
 
 def measure_new_users(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,13 @@ def test_saving_does_not_hold_up_training(tmp_path: Path, gate: threading.Semaph
         group.update()
     assert find_checkpoints(str(tmp_path)) == []
     assert not saver.has_failed
+    assert saver.complete_step is None
     gate.release(10**4)
+    while not saver.is_idle:
+        time.sleep(0.001)
+    assert saver.complete_step == 1, "before anybody settles it"
     saver.settle()
+    assert saver.complete_step == 1
     assert [found.step for found in find_checkpoints(str(tmp_path))] == [1]
 
 

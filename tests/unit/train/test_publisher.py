@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from embedtrain import cli
+from embedtrain.config.sections import PublishConfig
 from embedtrain.train.publisher import Publisher
 
 PROGRAM = """#!/bin/sh
@@ -18,6 +20,13 @@ while [ -e {folder}/wait ]; do sleep 0.01; done
 echo "runs/x: the newest checkpoint, of step 3" >&2
 echo "$6: version 7"
 """
+
+
+def until(happened: Callable[[], object]) -> None:
+    last = time.monotonic() + 20
+    while not happened():
+        assert time.monotonic() < last
+        time.sleep(0.005)
 
 
 @pytest.fixture
@@ -45,37 +54,89 @@ def said(folder: Path, num_lines: int) -> list[str]:
 def test_publications_follow_each_other(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="embedtrain")
     (folder / "wait").touch()
-    publisher = Publisher("runs/x", "out", every_seconds=0.05)
+    complete: list[int | None] = [None]
+    publisher = Publisher("runs/x", PublishConfig("out", every_seconds=0.05), lambda: complete[-1])
+    complete.append(1)
     publisher.step()
-    assert not (folder / "said").exists(), "it is not time yet"
+    complete.append(None)
     time.sleep(0.06)
+    publisher.step()
+    assert not (folder / "said").exists(), "it was not time yet, and then there was no checkpoint"
+    complete.append(1)
     publisher.step()
     line = " -m embedtrain publish runs/x --to out"
     assert said(folder, 1) == [line]
+    complete.append(2)
     time.sleep(0.06)
     publisher.step()
     assert said(folder, 1) == [line], "one is under way"
-    (folder / "fail").touch()
     (folder / "wait").unlink()
-    publisher.finish()
+    until(lambda: publisher.step() or bool(caplog.messages))
     assert said(folder, 2) == [line] * 2
-    assert caplog.messages == ["not published to out, training goes on: embedtrain: failed: no"] * 2
+    assert caplog.messages == ["published: out: version 7"]
+    (folder / "fail").touch()
+    until(lambda: publisher.step() or len(caplog.messages) == 2)
+    time.sleep(0.06)
+    publisher.step()
+    assert said(folder, 2) == [line] * 2, "there is no newer checkpoint"
+    publisher.finish()
+    assert said(folder, 3) == [line] * 3
+    assert caplog.messages[1:] == [
+        "published: out: version 7",
+        "not published to out, training goes on: embedtrain: failed: no",
+    ]
+    time.sleep(0.06)
+    publisher.step()
+    assert said(folder, 4) == [line] * 4, "what failed is tried again"
     (folder / "fail").unlink()
     publisher.finish()
-    assert caplog.messages[2:] == ["published: out: version 7"]
+
+
+def test_a_publication_that_takes_too_long_is_ended(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "wait").touch()
+    publisher = Publisher("runs/x", PublishConfig("ftp://me:you@h/a", 0.01, timeout_seconds=0.3), lambda: 1)
+    time.sleep(0.02)
+    publisher.step()
+    until(lambda: publisher.step() or bool(caplog.messages))
+    publisher.finish()
+    wrong = "it took longer than publish.timeout_seconds=0.3, and was ended"
+    assert set(caplog.messages) == {f"not published to ftp://me@h/a, training goes on: {wrong}"}
+    assert len(caplog.messages) >= 2
 
 
 @pytest.mark.parametrize(
     ("command", "settings", "expected"),
     [
         ("train", ["publish.to=kafka://x"], "'kafka://x' is not a path that can be opened"),
+        (
+            "train",
+            ["publish.to=redis://127.0.0.1:1"],
+            "redis://127.0.0.1:1 cannot be published to: Redis at",
+        ),
+        ("train", ["publish.to=other"], "other holds 'notes.txt' and no publication"),
+        (
+            "train",
+            ["publish.to=redis://:secret@host"],
+            "publish.to=redis://@host is given with a password, which config.yaml, checkpoints and trackers would "
+            "keep: leave it out, and give it in the environment variable EMBEDTRAIN_REDIS_PASSWORD",
+        ),
+        ("train", ["publish.to=ftp://me:secret@host/a"], "environment variable FSSPEC_FTP_PASSWORD"),
+        ("train", ["publish.to=out", "publish.timeout_seconds=0"], "publish.timeout_seconds must be more than 0"),
         ("train", ["publish.to=out", "publish.every_seconds=0"], "publish.every_seconds must be more than 0"),
         ("compare", ["--optimizers", "adam,sgd", "publish.to=out"], "compare trains many runs, and publish.to is for"),
     ],
 )
 def test_a_place_is_checked_before_the_run(
-    command: str, settings: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str,
+    settings: list[str],
+    expected: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").touch()
     (tmp_path / "corpus.txt").write_text("a b a b")
     own = ["--output", f"{tmp_path}/run"] if command == "compare" else [f"run.path={tmp_path}/run"]
     assert cli.main([command, "word2vec", f"data.path={tmp_path}/corpus.txt", *own, *settings]) == 2
