@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from embedtrain.checkpoint import CheckpointReader
-from embedtrain.config.sections import CheckpointConfig, Config, TableConfig
+from embedtrain.config.sections import CheckpointConfig, Config
 from embedtrain.data.click_batches import ClickBatch
 from embedtrain.data.click_schema import ClickSchema
 from embedtrain.data.readers import Layout, Rows
@@ -258,24 +258,22 @@ def save_bytes_of(checkpoint: CheckpointConfig) -> int | None:
     return checkpoint.max_extra_memory_bytes if checkpoint.mode == "async" else 0
 
 
-def collection_options(
-    table: TableConfig, runtime: Runtime, seed: int, checkpoint: CheckpointConfig | None = None
-) -> CollectionOptions:
-    """Returns the options of an `EmbeddingCollection` that the section `table` gives.
+def collection_options(config: Config, runtime: Runtime, *, is_trained: bool = True) -> CollectionOptions:
+    """Returns the options of an `EmbeddingCollection` that a configuration gives.
 
     Args:
-        table: the section.
+        config: its section `table`, above all.
         runtime: of this process.
-        seed: of the first values.
-        checkpoint: how the tables are saved while they are trained; None if they are not.
+        is_trained: whether the tables are trained, and so saved meanwhile.
     """
+    table = config.table
     placement: PlacementChoice | Auto = table.placement
-    if placement == "auto" and checkpoint is not None:
-        placement = Auto(save_bytes_of(checkpoint) or 0)  # without a bound, nothing can be left for it
+    if placement == "auto" and is_trained:
+        placement = Auto(save_bytes_of(config.checkpoint) or 0)  # without a bound, nothing can be left for it
     return CollectionOptions(
         device=runtime.device,
         ranks=runtime.ranks,
-        seed=seed,
+        seed=config.seed,
         wire_dtype=None if table.wire_dtype is None else getattr(torch, table.wire_dtype),
         placement=placement,
         cache_bytes=table.cache_bytes,

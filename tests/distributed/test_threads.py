@@ -9,6 +9,7 @@ import torch
 
 from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
 from embedtrain.errors import UserError
+from embedtrain.ops.sort_unique import OrderedKeys
 from embedtrain.testing.ranks import run_ranks
 from embedtrain.testing.threads import RankGone, outcomes_on_threads, run_threads
 
@@ -26,7 +27,7 @@ def talk(ranks: Ranks) -> list[object]:
     keys = torch.tensor([10 * owner + place for owner in range(ranks.size) for place in range(owner)])
     counts = torch.zeros(ranks.size, 2, 2, dtype=torch.int64)
     counts[:, 0, 0], counts[:, 0, 1], counts[:, 1, 0] = torch.arange(ranks.size), 1, ranks.rank
-    both, wanted = ranks.ask(counts, [keys], [10])
+    both, wanted = ranks.ask(counts, [OrderedKeys(keys)], [10])
     return [
         ranks.all_to_all(own[: sum(send)], send, receive),
         torch.cat(ranks.all_to_all_split(own[: sum(send)], send, receive, torch.float64)),

@@ -49,9 +49,7 @@ def prepare(config, runtime):
 def build(config, runtime, data):
     (lines, *held_out), sizes = data
     specs = [recipes.table_spec(config, name, sizes.rows_of(name)) for name in config.table_names()]
-    tables = et.EmbeddingCollection(
-        specs, **recipes.collection_options(config.table, runtime, config.seed, config.checkpoint)
-    )
+    tables = et.EmbeddingCollection(specs, **recipes.collection_options(config, runtime))
 
     def squared_errors(lines):
         users, items, ratings = torch.from_numpy(lines).unbind(1)

@@ -232,7 +232,7 @@ def _build_model(config: RankingConfig, runtime: Runtime, layout: ClickLayout) -
         [FeatureSpec(name, pooling=feature.pooling if feature.bag else "none") for name, feature in features.items()],
         len(layout.dense_names),
         network_options(config.ranking),
-        **collection_options(config.table, runtime, config.seed, config.checkpoint),
+        **collection_options(config, runtime),
     )
 
 

@@ -106,7 +106,7 @@ class ClickScorer:
             )
             self._vocabularies = self.ranks.run_on_each(read)
             tables = ranking_tables(config, self._layout)
-            options = collection_options(config.table, runtime, config.seed)
+            options = collection_options(config, runtime, is_trained=False)
             options["wire_dtype"] = None
             features = [_feature(name, feature_options(config, name)) for name in self._layout.feature_names]
             self._tables = EmbeddingCollection(tables, features, **options)

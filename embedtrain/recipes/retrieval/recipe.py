@@ -225,7 +225,7 @@ def _build_model(config: RetrievalConfig, runtime: Runtime, interactions: Intera
         ),
         dtype=getattr(torch, config.table.dtype),
         optimizers=optimizer_names(config.optimizer),
-        **collection_options(config.table, runtime, config.seed, config.checkpoint),
+        **collection_options(config, runtime),
     )
 
 

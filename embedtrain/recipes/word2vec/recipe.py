@@ -149,7 +149,7 @@ def _build_model(config: Word2VecConfig, runtime: Runtime, num_words: int) -> Wo
         architecture=config.word2vec.architecture,
         dtype=getattr(torch, config.table.dtype),
         optimizers=optimizer_names(config.optimizer),
-        **collection_options(config.table, runtime, config.seed, config.checkpoint),
+        **collection_options(config, runtime),
     )
 
 
