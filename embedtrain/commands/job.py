@@ -24,7 +24,7 @@ from embedtrain.distributed.stages import begin, whereabouts
 from embedtrain.errors import CheckpointError, NonFiniteError, UserError, printable
 from embedtrain.planning.room import require_room
 from embedtrain.recipes.building import build_parts
-from embedtrain.recipes.growing import begin_unless_begun
+from embedtrain.recipes.growing import Beginning
 from embedtrain.serve.publication import open_sink, require_no_password, require_reachable
 from embedtrain.train.interrupt import EXIT_PREEMPTED
 from embedtrain.train.run import check_run_folder, train_run
@@ -112,13 +112,13 @@ def _train_one(
     config: Config, folder: RunFolder, runtime: Runtime, *, is_debugged: bool, is_profiled: bool
 ) -> tuple[int, Exception | None]:
     """Trains a run; returns its exit status, and what it failed with, which the user was told. Collective: all."""
+    beginning = Beginning(config, runtime)
 
     def make_parts() -> Parts:
-        prepared = None if config.start_from is None else begin_unless_begun(config, runtime)
-        return build_parts(config, runtime, functools.partial(require_room, config, runtime), prepared)
+        return build_parts(config, runtime, functools.partial(require_room, config, runtime), beginning.begin())
 
     def work() -> int:
-        return train_run(config, runtime, folder, make_parts, is_profiled=is_profiled)
+        return train_run(config, runtime, folder, make_parts, is_profiled=is_profiled, undo=beginning.undo)
 
     return _explained(work, _Job(runtime, config.run.timeout_seconds, is_debugged, folder))
 

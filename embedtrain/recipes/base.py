@@ -69,6 +69,9 @@ class Grow(Generic[ConfigT, DataT]):
         write_files: called on rank 0; writes to the run folder what `Parts.write_files` writes.
         data_key: the key of the data, which must be given anew to `embedtrain grow`.
         lasting: beginnings of the keys on which the tensors of a checkpoint depend, beside those of all models.
+        inputs: returns, by key, the columns and widths that the dense part takes, in its order, given or by default;
+            they must be those of the old run, since parameters of the same shape may be of other columns.
+            A key that only one of the runs has is not compared.
         same_facts: facts that must be those of the old run.
         write_base: called on rank 0 with the state of the old checkpoint; writes what else `prepare` needs of it.
     """
@@ -79,6 +82,7 @@ class Grow(Generic[ConfigT, DataT]):
     write_files: Callable[[ConfigT, DataT, RunFolder], None]
     data_key: str = "data.path"
     lasting: Sequence[str] = ()
+    inputs: Callable[[ConfigT], Mapping[str, Any]] = lambda config: {}
     same_facts: Sequence[str] = ()
     write_base: Callable[[ConfigT, Mapping[str, Any]], None] | None = None
 

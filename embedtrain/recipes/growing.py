@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from embedtrain import storage
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
 from embedtrain.checkpoint.growth import grown_parts
+from embedtrain.checkpoint.manifest import MANIFEST_NAME
 from embedtrain.checkpoint.parts import TensorPart
 from embedtrain.checkpoint.writer import Contents, write_checkpoint
 from embedtrain.config.optimizer import OptimizerConfig
@@ -36,7 +37,9 @@ from embedtrain.recipes.registry import recipe_of
 from embedtrain.recipes.trained import checkpoint_of
 from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import TableSpec
-from embedtrain.train.run_folder import CHECKPOINTS_NAME, CONFIG_NAME, RunFolder
+from embedtrain.train.kept_data import KEPT_DATA_NAME
+from embedtrain.train.lock import OWNER
+from embedtrain.train.run_folder import CHECKPOINTS_NAME, CONFIG_NAME, TENSORBOARD_NAME, RunFolder
 from embedtrain.train.state import TrainState, read_run_state
 
 _logger = logging.getLogger(__name__)
@@ -112,28 +115,51 @@ def grow_run(run_path: str, new_path: str, overrides: Sequence[str], runtime: Ru
         grown = begin_from(config, runtime).tables
         folder.write_config(to_yaml(config))
     except BaseException:
-        _discard(folder)
+        _discard(folder, {})
         raise
     return grown
 
 
-def begin_unless_begun(config: Config, runtime: Runtime) -> tuple[Any, Sizes] | None:
-    """Writes the first checkpoint of a run that is started from another; returns what `Recipe.prepare` returned.
+class Beginning:
+    """The first checkpoint of a run that is started from another, which is undone if the run cannot be assembled.
 
-    If the run has a checkpoint, nothing is done, and None is returned.
-
-    Collective: every rank.
-
-    Raises:
-        UserError: as `begin_from`.
+    Args:
+        config: of the run; without `start_from`, nothing is done.
+        runtime: of this process.
     """
-    folder = RunFolder(config.run.path)
-    if runtime.ranks.run_on_first(lambda: latest_checkpoint(folder.checkpoints_path)) is not None:
-        return None
-    begun = begin_from(config, runtime)
-    for table in begun.tables:
-        _logger.info(f"table {table.name}: {table.num_kept:,} rows kept, {table.num_new:,} new")
-    return begun.prepared
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self._config = config
+        self._runtime = runtime
+        self._folder = RunFolder(config.run.path)
+        self._earlier: Mapping[str, Collection[str]] | None = None
+
+    def begin(self) -> tuple[Any, Sizes] | None:
+        """Writes the checkpoint; returns what `Recipe.prepare` returned.
+
+        If the run has a checkpoint, nothing is done, and None is returned.
+
+        Collective: every rank.
+
+        Raises:
+            UserError: as `begin_from`.
+        """
+        if self._config.start_from is None:
+            return None
+        checkpoints_path = self._folder.checkpoints_path
+        if self._runtime.ranks.run_on_first(lambda: latest_checkpoint(checkpoints_path)) is not None:
+            return None
+        if self._runtime.rank == 0:
+            self._earlier = _files_of(self._folder)
+        begun = begin_from(self._config, self._runtime)
+        for table in begun.tables:
+            _logger.info(f"table {table.name}: {table.num_kept:,} rows kept, {table.num_new:,} new")
+        return begun.prepared
+
+    def undo(self) -> None:
+        """Removes, on rank 0, what was written since `begin`: a corrected command must find the folder as it was."""
+        if self._earlier is not None:
+            _discard(self._folder, self._earlier)
 
 
 def begin_from(config: Config, runtime: Runtime) -> Begun:
@@ -199,17 +225,36 @@ def _parts(
     ]
 
 
-def _discard(folder: RunFolder) -> None:
-    """Removes what a failed attempt wrote, as far as that works: the user is told of the attempt's own error."""
+def _files_of(folder: RunFolder) -> dict[str, Collection[str]]:
+    """Returns the names of the files in the folders that a run writes before its first step; "" is the run's own."""
+    names: tuple[str, ...] = ("", f"{BASE}{FEATURES_NAME}", FEATURES_NAME, KEPT_DATA_NAME, TENSORBOARD_NAME)
+    steps = [storage.join(CHECKPOINTS_NAME, step) for step in storage.list_folders(folder.checkpoints_path)]
+    names = (*names, CHECKPOINTS_NAME, *steps)
+    return {name: storage.list_files(_path_of(folder, name)) for name in names}
+
+
+def _path_of(folder: RunFolder, name: str) -> str:
+    return folder.join(name) if name else folder.path
+
+
+def _discard(folder: RunFolder, earlier: Mapping[str, Collection[str]]) -> None:
+    """Removes what a failed attempt wrote, as far as that works: the user is told of the attempt's own error.
+
+    Args:
+        folder: of the attempt.
+        earlier: `_files_of` before it, whose files stay.
+    """
     with suppress(Exception):
-        folder.keep_data({})
-    for name in (f"{BASE}{FEATURES_NAME}", FEATURES_NAME, CHECKPOINTS_NAME, ""):
-        path = folder.join(name) if name else folder.path
-        with suppress(Exception):
-            for file in storage.list_files(path):
-                storage.remove(storage.join(path, file))
-        with suppress(Exception):
-            storage.remove_empty_folder(path)
+        if not earlier.get(KEPT_DATA_NAME):
+            folder.keep_data({})
+        for name, files in reversed(_files_of(folder).items()):
+            # Without its manifest, a checkpoint is none.
+            for file in sorted(files, key=lambda file: file != MANIFEST_NAME):
+                # The folder is still locked by this job.
+                if file not in earlier.get(name, ()) and not file.startswith(OWNER):
+                    with suppress(Exception):
+                        storage.remove(storage.join(_path_of(folder, name), file))
+            storage.remove_empty_folder(_path_of(folder, name))
 
 
 def _grow_of(config: Config, run_path: str) -> Grow[Any, Any]:
@@ -249,10 +294,21 @@ def _refuse_changes(config: Config, grow: Grow[Any, Any], old_folder: RunFolder)
     differing = [each for each in differing_keys(text, config) if each.startswith(lasting)]
     if of_model := [each for each in differing if each.startswith("model ")]:
         differing = of_model  # The settings of one model say nothing of another's.
+    else:
+        earlier = grow.inputs(config_from_yaml(text, old_folder.join(CONFIG_NAME)))
+        differing += _differing_inputs(earlier, grow.inputs(config))
     if differing:
         raise UserError(f"start_from={old_folder.path}: these settings cannot change: {'; '.join(differing)}")
     if given := _own_keys(config):
         raise UserError(f"{given[0]}: start_from={old_folder.path} gives the tables their names and rows: leave it out")
+
+
+def _differing_inputs(earlier: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key} (was {earlier[key]}, is {inputs[key]})"
+        for key in sorted(earlier.keys() & inputs.keys())
+        if earlier[key] != inputs[key]
+    ]
 
 
 def _copy_base(config: Config, grow: Grow[Any, Any], reader: CheckpointReader, old_folder: RunFolder) -> None:

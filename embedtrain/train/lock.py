@@ -33,7 +33,10 @@ MAX_BEAT_SECONDS = 60.0
 STALE_BEATS = 12
 """An owner that misses so many beats while another job watches has lost the folder: a minute."""
 
-_OWNER_FILE = re.compile(r"owner-(\d{8})\.json(\.[0-9a-f]{16}\.tmp)?")
+OWNER = "owner-"
+"""Begins the names of the files by which a job owns a folder."""
+
+_OWNER_FILE = re.compile(rf"{OWNER}(\d{{8}})\.json(\.[0-9a-f]{{16}}\.tmp)?")
 
 _logger = logging.getLogger(__name__)
 
@@ -196,7 +199,7 @@ class RunLock:
         return json.dumps(asdict(self._own)).encode() + b"\n"
 
     def _url(self, number: int) -> str:
-        return storage.join(self._path, f"owner-{number:08d}.json")
+        return storage.join(self._path, f"{OWNER}{number:08d}.json")
 
     def _numbers(self) -> list[int]:
         matches = [_OWNER_FILE.fullmatch(name) for name in storage.list_names(self._path)]

@@ -92,7 +92,13 @@ def check_run_folder(config: Config) -> RunFolder:
 
 
 def train_run(
-    config: Config, runtime: Runtime, folder: RunFolder, make_parts: Callable[[], Parts], *, is_profiled: bool = False
+    config: Config,
+    runtime: Runtime,
+    folder: RunFolder,
+    make_parts: Callable[[], Parts],
+    *,
+    is_profiled: bool = False,
+    undo: Callable[[], None] = lambda: None,
 ) -> int:
     """Trains a run, or resumes it; returns its exit status: 0, or `EXIT_PREEMPTED` if it was asked to stop.
 
@@ -104,13 +110,18 @@ def train_run(
         folder: of the run; locked for as long as the run takes.
         make_parts: collective; prepares the data and builds what is trained.
         is_profiled: whether to write profiles into the folder.
+        undo: called if the run cannot be assembled; takes back what `make_parts` has written to the folder.
 
     Raises:
         UserError: another job is at work on the folder, the data cannot be used, or the checkpoint is of other data.
     """
     _step_options(config, runtime)  # what the device cannot do is refused before the data are prepared
     with RunLock(folder.path, runtime.ranks) as lock:
-        run = build_run(config, runtime, folder, make_parts())
+        try:
+            run = build_run(config, runtime, folder, make_parts())
+        except BaseException:
+            undo()
+            raise
         return _train(run, config, runtime, lock, is_profiled=is_profiled)
 
 

@@ -244,6 +244,17 @@ def test_grow_takes_ranking_runs_and_towers_with_features(
             ["start_from=rank", "data.features.item={num_rows: 9, encoding: vocabulary}"],
             "column 'item' has num_rows=9, and the run that this one starts from has 18 rows of it, which are all kept",
         ),
+        (
+            ["start_from=rank", "data.categorical=[item,user,place,code]"],
+            "data.categorical (was ['user', 'item', 'place', 'code'], is ['item', 'user', 'place', 'code'])",
+        ),
+        (["start_from=rank", "data.dense=[]"], "these settings cannot change: data.dense (was ['price'], is [])"),
+        (["start_from=rank", "data.features.item.dim=8"], "data.features.item.dim (was 4, is 8)"),
+        (["start_from=rank", "data.dense_transform=none"], "data.dense_transform (was log1p, is none)"),
+        (
+            ["start_from=day1", "checkpoint.best_metric=nope"],
+            "checkpoint.best_metric=nope: this run has no such metric",
+        ),
     ],
 )
 def test_what_cannot_be_gone_on_with_is_one_sentence(
@@ -259,10 +270,12 @@ def test_what_cannot_be_gone_on_with_is_one_sentence(
     elif "start_from=day1" in settings:
         begin("retrieval", trained)
     capfd.readouterr()
+    Path("day2").mkdir()
+    Path("day2/notes.txt").write_text("mine")
     assert main(command(model, "day2", *settings)) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("embedtrain: error")]
     assert told in line
-    assert not Path("day2/checkpoints").exists()
+    assert list(Path("day2").rglob("*")) == [Path("day2/notes.txt")], "the folder is as it was"
 
 
 def test_data_without_anything_known_are_refused(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:

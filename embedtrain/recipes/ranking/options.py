@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from embedtrain.data.click_log import ClickLayout
 from embedtrain.data.click_schema import CRITEO_CATEGORICAL, CategoricalColumn, ClickSchema, require_columns
 from embedtrain.data.readers import FORMATS
@@ -72,6 +74,14 @@ def network_options(section: NetworkConfig) -> NetworkOptions:
 def feature_options(config: RankingConfig, name: str) -> FeatureConfig:
     """Returns what a categorical column has of its own."""
     return config.data.features.get(name, FeatureConfig())
+
+
+def network_inputs(config: RankingConfig) -> dict[str, Any]:
+    """Returns, by key, the columns that the network takes, in its order, and the width of each that is looked up."""
+    schema = click_schema(config.data)
+    names = [column.name for column in schema.categorical]
+    dims = {f"data.features.{name}.dim": feature_options(config, name).dim or config.table.dim for name in names}
+    return {"data.categorical": names, "data.dense": list(schema.dense), **dims}
 
 
 def ranking_tables(config: RankingConfig, layout: ClickLayout) -> list[TableSpec]:

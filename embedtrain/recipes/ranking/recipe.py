@@ -36,7 +36,13 @@ from embedtrain.recipes.ranking.base import base_files, read_base, write_base
 from embedtrain.recipes.ranking.config import ClicksConfig, RankingConfig
 from embedtrain.recipes.ranking.draft import draft
 from embedtrain.recipes.ranking.model import HELD_OUT, Ranking, measure_ranking
-from embedtrain.recipes.ranking.options import click_schema, feature_options, network_options, ranking_tables
+from embedtrain.recipes.ranking.options import (
+    click_schema,
+    feature_options,
+    network_inputs,
+    network_options,
+    ranking_tables,
+)
 from embedtrain.recipes.ranking.packing import pack
 from embedtrain.recipes.ranking.scoring import ClickScorer
 from embedtrain.recipes.ranking.workload import workload
@@ -328,7 +334,8 @@ RECIPE = Recipe(
         tables=lambda config, data: ranking_tables(config, data.layout),
         facts=_facts,
         write_files=lambda config, data, folder: _write_files(data, folder),
-        lasting=("ranking.",),
+        lasting=("ranking.", "data.dense_transform "),
+        inputs=network_inputs,
         same_facts=("dense",),
         write_base=write_base,
     ),

@@ -291,6 +291,12 @@ def _tables(config: RetrievalConfig, interactions: Interactions) -> list[TableSp
     ]
 
 
+def _tower_inputs(config: RetrievalConfig) -> dict[str, Any]:
+    """Returns the columns of each tower with hidden layers, which takes their vectors beside each other."""
+    sides = {"users": config.users, "items": config.items}
+    return {f"{key}.features": list(side.features) for key, side in sides.items() if side.hidden}
+
+
 def _feature_tables(config: RetrievalConfig) -> list[str]:
     return [table for table in config.table_names() if table not in (USER, ITEM)]
 
@@ -440,6 +446,7 @@ RECIPE = Recipe(
         facts=lambda config, interactions: _facts(interactions),
         write_files=lambda config, interactions, folder: _write_files(interactions, folder),
         lasting=("users.hidden ", "items.hidden ", "users.features", "items.features", "retrieval.similarity "),
+        inputs=_tower_inputs,
     ),
     measure=measure,
     measure_new_users=measure_new_users,
