@@ -235,13 +235,20 @@ def require_run(path: str, settings: Sequence[str]) -> tuple[str, list[str]]:
     return paths[0], overrides
 
 
-def split_names(text: str | None, option: str) -> list[str]:
+def split_names(text: str | None, option: str, noun: str) -> list[str]:
     """Returns the names between the commas of an option's value.
 
+    Args:
+        text: the value; None for no name.
+        option: its name.
+        noun: what a name stands for.
+
     Raises:
-        UserError: a name is empty, or two are the same.
+        UserError: there is no name, one is empty, or two are the same.
     """
     names = [] if text is None else [name.strip() for name in text.split(",")]
+    if names and not any(names):
+        raise UserError(f"{option} {text}: expected at least one {noun}")
     if not all(names) or len(set(names)) < len(names):
         raise UserError(f"{option} {text}: expected different names between commas")
     return names

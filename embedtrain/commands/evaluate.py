@@ -37,7 +37,7 @@ _GROUPS_SHOWN = 10
 @click.option("--data", metavar="PATH", type=click.Path(), help="Held-out data, in place of those of the training.")
 @click.option(
     "--fold-in",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=float,
     metavar="FRACTION",
     help="Of a retrieval run with --data: measure on its new users, each known by this part of their items.",
 )
@@ -63,6 +63,8 @@ def evaluate(
     run_path, overrides = require_run(path, settings)
     if data is None and (by is not None or overrides):
         raise UserError(f"{'--by' if by is not None else overrides[0]} is for other data: give --data FILE too")
+    if fold_in is not None and not 0 < fold_in < 1:
+        raise UserError(f"expected --fold-in above 0 and below 1, got {fold_in:g}")
     if fold_in is not None and (data is None or by is not None or word_tests["analogies"] or word_tests["similarity"]):
         raise UserError("--fold-in measures a retrieval run on the new users of other data: give --data FILE alone")
     if not word_tests["analogies"] and not word_tests["similarity"]:
@@ -116,6 +118,12 @@ def _measure_file(run_path: str, step: Step, data: str, overrides: Sequence[str]
         open_scorer(config, runtime, step), score_options(config, data, overrides, keep=keep, has_label=True)
     )
     measures = measure_scores(scored, by)
+
+    def require_rows() -> None:
+        if measures.num_rows == 0:
+            raise UserError(f"{data}: there are no rows that can be used: nothing can be measured")
+
+    runtime.ranks.run_on_first(require_rows)
     if runtime.rank == 0:
         for name, value in measures.values.items():
             tell(f"{value:.9f}  {name}")

@@ -35,6 +35,9 @@ def neighbors(path: str, query: Sequence[str], table: str | None, step: Step, to
                 require_index_of(index, IndexedRows.of(vectors), index_path)
             text = " ".join(query)
             tell(text)
-            for word, cosine in export.neighbors(vectors, text, top, index):
+            found = export.neighbors(vectors, text, top, index)
+            for word, cosine in found:
                 tell(f"  {cosine:.3f}  {word}")
+            if not found:
+                tell("  nothing is left: the table has no other row" if index is None else "  the index finds nothing")
     return EXIT_DONE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -56,7 +57,7 @@ def predict(
     from embedtrain.serve.scoring import score_rows
     from embedtrain.serve.writing import SCORE, require_output, write_lines, write_scores
 
-    kept = split_names(keep, "--keep")
+    kept = split_names(keep, "--keep", "column")
     if SCORE in kept:
         raise UserError(f"--keep {SCORE}: that is what the scores are called, so no column of the name can be kept")
     config = config_for_files(run_path, overrides)
@@ -64,7 +65,8 @@ def predict(
         require_output(output, overwrite=overwrite)
     runtime = init_distributed(device=config.run.device, timeout_seconds=config.run.timeout_seconds)
     scorer = open_scorer(config, runtime, step)
-    scored = score_rows(scorer, score_options(config, data, overrides, keep=kept))
+    options = score_options(config, data, overrides, keep=kept)
+    scored = score_rows(scorer, replace(options, output=None if output == "-" else output))
     if runtime.rank != 0:
         for _ in scored:
             pass

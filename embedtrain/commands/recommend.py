@@ -42,7 +42,7 @@ def recommend(
     **asked: Any,
 ) -> int:
     """Prints or writes the best items of users of a retrieval run."""
-    items = split_names(asked["items"], "--items")
+    items = split_names(asked["items"], "--items", "item")
     _require_one(users, all_users, asked)
     if top < 1:
         raise UserError(f"the number of items must be at least 1, got {top}")
@@ -51,13 +51,13 @@ def recommend(
     if overwrite and output is None:
         raise UserError("--overwrite replaces the file of --output: give --output FILE too")
     from embedtrain.distributed.runtime import init_distributed
-    from embedtrain.export.recommendations import refuse_other_name, write_recommendations
+    from embedtrain.export.recommendations import write_recommendations
     from embedtrain.recipes.base import Wanted
     from embedtrain.recipes.registry import recipe_of
     from embedtrain.recipes.trained import checkpoint_of, require_config
 
     if output is not None:
-        refuse_other_name(output)
+        _check_output(output, asked)
     config = require_config(path)
     best_of = recipe_of(config.model).recommend
     if best_of is None:
@@ -89,6 +89,17 @@ def recommend(
             if not best:
                 tell("  nothing is left: the user has every item already (--include-known shows the best of them)")
     return EXIT_DONE
+
+
+def _check_output(output: str, asked: Mapping[str, Any]) -> None:
+    """Refuses a file that cannot be written, or that is read too."""
+    from embedtrain.export.recommendations import refuse_other_name
+    from embedtrain.export.storage import refuse_input
+
+    refuse_other_name(output)
+    for option in ("history", "features"):
+        if asked[option] is not None:
+            refuse_input(output, [asked[option]], f"--{option}")
 
 
 def _require_one(users: Sequence[str], all_users: bool, asked: Mapping[str, Any]) -> None:

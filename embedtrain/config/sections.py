@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
@@ -261,10 +262,12 @@ class Config:
         require_at_least_one(self._counts())
         if self.start_from is None and self.start_from_grow:
             raise UserError("start_from_grow=true gives rows to what another run did not know: give start_from too")
-        if self.start_from is not None and self.start_from.rstrip("/") in ("", self.run.path.rstrip("/")):
+        if self.start_from is not None and (
+            not self.start_from.strip("/") or _is_within(self.run.path, self.start_from)
+        ):
             raise UserError(
-                f"start_from={self.start_from} must be the folder of another run, and run.path a new one, got "
-                f"run.path={self.run.path}"
+                f"start_from={self.start_from} must be the folder of another run, and run.path a new one outside it, "
+                f"got run.path={self.run.path}"
             )
         self.table.check()
         if not self.run.path.strip("/"):
@@ -365,6 +368,12 @@ def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
         named = section.items() if isinstance(section, dict) else enumerate(section)
         for name, value in named:
             yield from _numbers(value, f"{prefix}.{name}" if prefix else str(name))
+
+
+def _is_within(path: str, folder: str) -> bool:
+    """Returns whether a path is that of a folder or lies below it."""
+    inner, outer = (each if "://" in each else os.path.abspath(each) for each in (path, folder))
+    return f"{inner.rstrip('/')}/".startswith(f"{outer.rstrip('/')}/")
 
 
 def require_at_least_one(counts: Iterator[tuple[str, Any]], *, at_most: int = MAX_COUNT) -> None:

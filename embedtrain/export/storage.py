@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, BinaryIO
 
@@ -25,6 +25,28 @@ def refuse_packed_name(path: str, format: str) -> None:
             f"{path}: a file of the format {format} is not compressed, and its readers do not expect {codec}: give "
             f"{without_compression(path)}, or another name"
         )
+
+
+def refuse_input(output: str, sources: Iterable[str], option: str) -> None:
+    """Refuses to replace a file that is read.
+
+    Args:
+        output: path of the new file.
+        sources: paths of the files that are read.
+        option: by which these were given.
+
+    Raises:
+        UserError: the output is one of them, whatever the two are called.
+    """
+    file_system, name = file_system_of(output)
+    for source in sources:
+        read_from, source_name = file_system_of(source)
+        is_same = type(read_from) is type(file_system) and source_name == name
+        if isinstance(file_system, LocalFileSystem) and isinstance(read_from, LocalFileSystem):
+            with suppress(OSError):
+                is_same = os.path.samefile(source_name, name)
+        if is_same:
+            raise UserError(f"--output {output} is a file of {option}: give another name")
 
 
 @contextmanager

@@ -115,6 +115,11 @@ class RowFiles:
         else:
             self._sources = take_sources(path, suffixes_of(schema.reader))
 
+    @property
+    def urls(self) -> list[str]:
+        """Where the files lie; empty for standard input."""
+        return [source.url for source in self._sources if not isinstance(source, OpenSource)]
+
     def rounds(self, num_ranks: int) -> Iterator[Round]:
         """Yields the rows in order, for each rank a unit as long as there are enough.
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from embedtrain.data.click_batches import ClickBatch
 from embedtrain.data.click_schema import ClickSchema
 from embedtrain.errors import UserError
+from embedtrain.export.storage import refuse_input
 from embedtrain.recipes.base import RowScorer
 from embedtrain.serve.reading import Round, RowFiles, Unit, schema_of_file
 
@@ -33,6 +34,7 @@ class ScoreOptions:
         has_label: whether the label is read too.
         max_bad_lines: how many lines that cannot be used are left out; one more is an error.
         is_format_given: whether the user named the format of the files; else their names may tell another one.
+        output: path of the file that the scores replace, which must not be one of those that are read; None for none.
     """
 
     path: str | Sequence[str]
@@ -40,6 +42,7 @@ class ScoreOptions:
     has_label: bool = False
     max_bad_lines: int = 0
     is_format_given: bool = False
+    output: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def score_rows(scorer: RowScorer, options: ScoreOptions) -> Iterator[Scored]:
     """
     ranks = scorer.ranks
     schema = _schema_of(scorer, options)
-    files = ranks.run_on_each(lambda: RowFiles(options.path, schema, options.keep) if ranks.rank == 0 else None)
+    files = ranks.run_on_each(lambda: _open_files(options, schema) if ranks.rank == 0 else None)
     rounds = iter(()) if files is None else files.rounds(ranks.size)
     bad = _BadLines(options.max_bad_lines, files)
     while (found := ranks.run_on_first(lambda: next(rounds, None))) is not None:
@@ -87,6 +90,13 @@ def score_rows(scorer: RowScorer, options: ScoreOptions) -> Iterator[Scored]:
             for each, (probabilities, of_unit, labels, left_out) in zip(found.units, results, strict=False):
                 yield Scored(probabilities, of_unit, labels, _kept(each, options.keep, left_out))
     bad.tell()
+
+
+def _open_files(options: ScoreOptions, schema: ClickSchema) -> RowFiles:
+    files = RowFiles(options.path, schema, options.keep)
+    if options.output is not None:
+        refuse_input(options.output, files.urls, "--data")
+    return files
 
 
 def _schema_of(scorer: RowScorer, options: ScoreOptions) -> ClickSchema:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from embedtrain.checkpoint.retention import Retention, mode_of_best
 from embedtrain.distributed.ranks import Ranks
-from embedtrain.errors import UserError
+from embedtrain.errors import UserError, counted
 from embedtrain.train.state import BestSoFar, TrainState
 from embedtrain.train.task import Task
 
@@ -112,9 +112,12 @@ class BestWatch:
         """Logs why training has ended early."""
         seen = self._seen()
         assert seen is not None
+        # A best that is too little better than the one before is no improvement: the two have steps of their own.
+        enough = f" of more than {self._policy.min_delta:g}" if self._policy.min_delta else ""
+        measurements = counted(seen.num_since, "measurement")
         _logger.info(
-            f"stopped early at step {self._state.step:,}: {seen.metric} was best at step {seen.step:,}, "
-            f"{seen.value:.6g}, and {seen.num_since} measurements since brought no improvement"
+            f"stopped early at step {self._state.step:,}, after {measurements} of {seen.metric} without an "
+            f"improvement{enough}; the best was {seen.value:.6g}, at step {seen.step:,}"
         )
 
     @property

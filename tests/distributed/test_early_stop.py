@@ -186,6 +186,17 @@ def test_patience_and_min_delta_decide_when(policy: BestPolicy, last: int, tmp_p
     assert looked_up == {2}, "what the measurement before looked up does not count"
 
 
+def test_the_end_is_told_without_contradiction(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="embedtrain")
+    train(ONE_PROCESS, tmp_path / "once", BestPolicy("valid_auc", patience=1))
+    train(ONE_PROCESS, tmp_path / "delta", BestPolicy("valid_auc", patience=2, min_delta=0.45))
+    assert [record.message for record in caplog.records if "stopped early" in record.message] == [
+        "stopped early at step 6, after 1 measurement of valid_auc without an improvement; the best was 0.5, at step 4",
+        "stopped early at step 6, after 2 measurements of valid_auc without an improvement of more than 0.45; "
+        "the best was 0.5, at step 4",
+    ]
+
+
 def test_a_value_that_is_not_finite_is_no_improvement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.distributed.test_early_stop.VALUES", [0.3, *[float("nan")] * 9])
     assert train(ONE_PROCESS, tmp_path, PATIENT)[0] == 8

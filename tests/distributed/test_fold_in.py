@@ -129,12 +129,28 @@ def test_strong_generalisation_is_measured(
         (["recommend", "RUN"], "expected the ids of users, --items IDS, --history FILE, or --all with --output FILE"),
         (["evaluate", "RUN", "--fold-in", "0.5"], "--fold-in measures a retrieval run on the new users of other data"),
         (["evaluate", "RUN", "--data", "train.txt", "--fold-in", "0.5"], "no user can be folded in"),
+        *(
+            (
+                ["evaluate", "RUN", "--data", "train.txt", "--fold-in", share],
+                f"--fold-in above 0 and below 1, got {share}",
+            )
+            for share in ("0", "1", "nan", "inf")
+        ),
+        (["evaluate", "RUN", "--data", "empty.txt"], "empty.txt: there are no interactions"),
+        (["evaluate", "RUN", "--data", "empty.txt", "--fold-in", "0.5"], "empty.txt: there are no interactions"),
+        (
+            ["recommend", "RUN", "--history", "given.parquet", "--output", "./given.parquet", "--overwrite"],
+            "--output ./given.parquet is a file of --history: give another name",
+        ),
+        (["recommend", "RUN", "--items", ","], "--items ,: expected at least one item"),
     ],
 )
 def test_what_cannot_be_asked_is_one_sentence(
     arguments: list[str], told: str, run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(run)
+    (run / "empty.txt").write_text("")
+    (run / "given.parquet").write_text("")
     capfd.readouterr()
     assert main([each.replace("RUN", "run") for each in arguments]) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("embedtrain: error")]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from embedtrain.cli import main
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
@@ -68,3 +69,29 @@ def test_too_many_bad_lines_end_every_rank_alike(run: Path, tmp_path: Path) -> N
                 "leave them out"
             )
         assert sum(len(part.labels) for part in run_threads(num_ranks, score, run, data, 2)[0]) == 298
+
+
+def test_a_file_of_a_header_alone_is_not_measured(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "bare.csv"
+    data.write_text(f"{odd_rows.HEADER}\n")
+    capfd.readouterr()
+    assert main(["evaluate", str(run), "--data", str(data)]) == 2
+    shown = capfd.readouterr()
+    assert shown.err.splitlines()[-1] == (
+        f"embedtrain: error: {data}: there are no rows that can be used: nothing can be measured"
+    )
+    assert shown.out == ""
+
+
+def test_predict_does_not_replace_its_own_input(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    odd_rows.write_csv(tmp_path / "odd.csv", 5, odd_share=0.0)
+    before = (tmp_path / "odd.csv").read_bytes()
+    Path("days").mkdir()
+    Path("days/link.csv").symlink_to(tmp_path / "odd.csv")
+    for data in ("odd.csv", "o*.csv", str(tmp_path), "days/link.csv"):
+        assert main(["predict", str(run), "--data", data, "--output", "./odd.csv", "--overwrite"]) == 2
+        assert "--output ./odd.csv is a file of --data: give another name" in capfd.readouterr().err
+    assert (tmp_path / "odd.csv").read_bytes() == before

@@ -230,6 +230,11 @@ def test_grow_takes_ranking_runs_and_towers_with_features(
     [
         (["start_from=nowhere"], "no complete checkpoint yet in 'nowhere'"),
         (["start_from=day2"], "start_from=day2 must be the folder of another run"),
+        (
+            ["start_from=nowhere", "run.path=nowhere/inner"],
+            "and run.path a new one outside it, got run.path=nowhere/inner",
+        ),
+        (["start_from=./day2/"], "start_from=./day2/ must be the folder of another run"),
         (["start_from_grow=true"], "start_from_grow=true gives rows to what another run did not know: give start_from"),
         (["start_from=day1", "table.dim=8"], "start_from=day1: these settings cannot change: table.dim (was 4, is 8)"),
         (["start_from=day1", "items.hidden=[5]"], "these settings cannot change: items.hidden"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from embedtrain.cli import main
 from embedtrain.errors import UserError
 from embedtrain.export import export_vectors, neighbors, open_vectors
 
@@ -69,3 +70,9 @@ def test_users_mistakes(vectors):
         neighbors(vectors, "king - king")
     with pytest.raises(UserError, match="at least 1, got 0"):
         neighbors(vectors, "king", top=0)
+
+
+def test_a_table_of_one_row_has_no_neighbours_and_says_so(make_run, capfd):
+    run = make_run({"word": random_table(1)}, ["king"])
+    assert main(["neighbors", str(run), "king"]) == 0
+    assert capfd.readouterr().out.splitlines() == ["king", "  nothing is left: the table has no other row"]
