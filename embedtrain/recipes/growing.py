@@ -245,8 +245,6 @@ def _discard(folder: RunFolder, earlier: Mapping[str, Collection[str]]) -> None:
         earlier: `_files_of` before it, whose files stay.
     """
     with suppress(Exception):
-        if not earlier.get(KEPT_DATA_NAME):
-            folder.keep_data({})
         for name, files in reversed(_files_of(folder).items()):
             # Without its manifest, a checkpoint is none.
             for file in sorted(files, key=lambda file: file != MANIFEST_NAME):

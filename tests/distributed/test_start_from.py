@@ -14,12 +14,13 @@ from torch import Tensor
 from embedtrain.checkpoint import CheckpointReader, find_checkpoints
 from embedtrain.cli import main
 from embedtrain.data.row_names import read_row_names
-from embedtrain.distributed.ranks import Ranks
+from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
 from embedtrain.distributed.runtime import Runtime
-from embedtrain.recipes.growing import begin_from
+from embedtrain.recipes.growing import begin_from, grow_run
 from embedtrain.recipes.loading import load_config
 from embedtrain.sharding.layout import read_layout
 from embedtrain.testing.threads import run_threads
+from embedtrain.train.run_folder import RunFolder
 
 MODELS = ["word2vec", "retrieval", "ranking"]
 SETTINGS = {
@@ -281,6 +282,20 @@ def test_what_cannot_be_gone_on_with_is_one_sentence(
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("embedtrain: error")]
     assert told in line
     assert list(Path("day2").rglob("*")) == [Path("day2/notes.txt")], "the folder is as it was"
+
+
+def test_a_grown_run_that_cannot_be_completed_leaves_no_folder(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin("ranking", trained)
+    command("ranking", "day2")
+
+    def fail(folder: RunFolder, text: str) -> None:
+        assert find_checkpoints(folder.checkpoints_path), "the checkpoint is written before the configuration"
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(RunFolder, "write_config", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        grow_run("day1", "grown", ["data.path=day2.csv"], Runtime(ONE_PROCESS, 0, torch.device("cpu")))
+    assert not Path("grown").exists()
 
 
 def test_data_without_anything_known_are_refused(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
