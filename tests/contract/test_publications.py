@@ -17,7 +17,7 @@ from embedtrain import cli
 from embedtrain.serve import published
 from embedtrain.serve.changes import row_digests
 from embedtrain.serve.publication import TableCounts, open_sink, publish
-from embedtrain.serve.published import Folder, Gone, Mirror
+from embedtrain.serve.published import Folder, Gone, Mirror, RedisRows
 from tests.stores import Consumer, save, some_rows
 
 KINDS = ("folder", pytest.param("memory", marks=pytest.mark.slow), "redis")
@@ -230,6 +230,20 @@ def test_the_reader_needs_no_embedtrain(place: Callable[[str], str], tmp_path: P
         ("redis://127.0.0.1:1/0?password=secret", "failed: Redis at 127.0.0.1:1/0 could not be asked: Error 111", 1),
         ("redis://:pass/word@host", "'redis://@host' cannot be read as the address of Redis: expected redis://", 2),
         ("redis://host:port", "'redis://host:port' cannot be read as the address of Redis", 2),
+        (
+            "redis://127.0.0.1:1/abc",
+            "'redis://127.0.0.1:1/abc' cannot be read as the address of Redis: its database",
+            2,
+        ),
+        (
+            "redis://:1/secret@h",
+            "'redis://@h' cannot be read as the address of Redis: its database must be a number",
+            2,
+        ),
+        ("redis://127.0.0.1:1/0?prefx=typo", "Redis has no parameter 'prefx', and ours is 'prefix': expected", 2),
+        ("unix:///run/x?prefx=typo", "Redis has no parameter 'prefx', and ours is 'prefix': expected", 2),
+        ("redis://127.0.0.1:1?prefix=", "its parameter 'prefix' has no value: expected redis://", 2),
+        ("redis://127.0.0.1:1?db=x", "cannot be read as the address of Redis: expected redis://", 2),
         ("newer", "version-000000002.json is of format version 2, and this reads versions up to 1", 2),
         ("damaged", "version-000000001.json is no version of a publication", 2),
         ("other", "other holds 'notes.txt' and no publication: give another folder", 2),
@@ -257,6 +271,10 @@ def test_a_place_that_cannot_be_used_is_named(
     if url in ("newer", "damaged"):
         with pytest.raises(ValueError, match=expected.removeprefix("version-")):
             Mirror(url).update()
+    if "address of Redis" in line:
+        with pytest.raises(ValueError, match="expected redis://HOST:PORT/DATABASE") as refusal:
+            RedisRows(url)
+        assert "secret" not in str(refusal.value) and "word" not in str(refusal.value)
 
 
 def test_the_command_says_what_it_published(
