@@ -163,8 +163,8 @@ def require_folder(url: str) -> None:
     path = local_path(url)
     if path is None or os.path.isdir(path) or not os.path.lexists(path):
         return
-    dangles = "" if os.path.exists(path) else ", which does not exist"
-    raise UserError(f"{url} is {oddity(url) or 'a file'}{dangles}, not a folder; give another path")
+    reason = "not a folder" if os.path.exists(path) else "which does not exist"
+    raise UserError(f"{url} is {oddity(url) or 'a file'}, {reason}; give another path")
 
 
 def free_bytes(url: str) -> int | None:

@@ -249,7 +249,7 @@ def test_the_reader_needs_no_embedtrain(place: Callable[[str], str], tmp_path: P
         ("damaged", "version-000000001.json is no version of a publication", 2),
         ("other", "other holds 'notes.txt' and no publication: give another folder", 2),
         ("memory://x", "memory://x is in the memory of this process, and gone when it ends: give a folder", 2),
-        ("dangling", "dangling is a link to nowhere, which does not exist, not a folder; give another path", 2),
+        ("dangling", "dangling is a link to nowhere, which does not exist; give another path", 2),
         ("linked", "linked is a link to table.csv, not a folder; give another path", 2),
         ("table.csv", "error: table.csv is a file, not a folder; give another path", 2),
         ("table.csv/", "error: table.csv is a file, not a folder; give another path", 2),
