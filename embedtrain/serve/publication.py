@@ -183,10 +183,9 @@ def _model_of(reader: CheckpointReader) -> str | None:
 
 def _require_same_model(model: str | None, old: Mapping[str, Any] | None, url: str) -> None:
     """Refuses to put a model in the place of another: the tables of the other would vanish from its consumers."""
-    other = None if old is None else old.get("model")
-    if model is not None and other is not None and model != other:
+    if old is not None and None not in (model, old.get("model")) and model != old["model"]:
         raise UserError(
-            f"{storage.shown(url)} has a model of the kind {other}, of {old['run']}, and this run's is {model}: "
+            f"{storage.shown(url)} has a model of the kind {old['model']}, of {old['run']}, and this run's is {model}: "
             "publish it to another folder, or under another prefix"
         )
 
