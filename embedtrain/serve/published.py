@@ -412,7 +412,7 @@ def connect(url: str, **options: Any) -> tuple[Any, str]:
         pool.connection_class(**pool.connection_kwargs)
     except TypeError as error:
         if unknown := [name for name in parameters if f"{name!r}" in str(error)]:
-            raise ValueError(f"Redis has no parameter {unknown[0]!r}, and ours is 'prefix': {_EXPECTED_URL}") from error
+            raise ValueError(f"it takes no parameter {unknown[0]!r}, and ours is 'prefix': {_EXPECTED_URL}") from error
         raise
     return client, prefix
 
