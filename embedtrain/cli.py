@@ -121,7 +121,8 @@ def program(debug: bool) -> None:
     """Trains embedding tables sharded over the ranks of a torchrun job."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PlainFormatter("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    # Of libraries, faiss and the optimizer of ONNX among them, only warnings are for the user.
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("embedtrain").setLevel(logging.INFO if is_first_rank() else logging.ERROR)
 
 

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from embedtrain.errors import UserError, printable
 
@@ -94,6 +95,11 @@ def local_path(url: str) -> str | None:
     return path if isinstance(filesystem, LocalFileSystem) else None
 
 
+def is_in_memory(url: str) -> bool:
+    """Tells whether a path is in the memory of this process, as `memory://` is."""
+    return isinstance(_locate(url)[0], MemoryFileSystem)
+
+
 def make_folder(url: str) -> list[str]:
     """Makes a folder and its missing parents, durably; nothing where it exists.
 
@@ -146,6 +152,19 @@ def _kind(mode: int) -> str:
     if stat.S_ISDIR(mode):
         return "a folder"
     return "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+
+
+def require_folder(url: str) -> None:
+    """Refuses a local path that cannot be a folder, because something else lies there; nothing may lie there.
+
+    Raises:
+        UserError: there is a file, a pipe, or a link to one of these or to nothing.
+    """
+    path = local_path(url)
+    if path is None or os.path.isdir(path) or not os.path.lexists(path):
+        return
+    reason = "not a folder" if os.path.exists(path) else "which does not exist"
+    raise UserError(f"{url} is {oddity(url) or 'a file'}, {reason}; give another path")
 
 
 def free_bytes(url: str) -> int | None:

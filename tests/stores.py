@@ -32,6 +32,7 @@ def save(
     *,
     ids: NDArray[np.float32] | None = None,
     dense: Mapping[str, Sequence[float]] | None = None,
+    model: str | None = None,
 ) -> None:
     """Saves a checkpoint of a run.
 
@@ -41,6 +42,7 @@ def save(
         tables: by name, the rows; the names of each are written to the run folder anew.
         ids: [num_rows, dim] of a table `place`, whose rows are ids; None without one.
         dense: the network's parameters.
+        model: what kind of model the run's configuration names; None for a checkpoint without a configuration.
     """
     values, sources = {name: np.array(list(rows.values()), np.float32) for name, rows in tables.items()}, {}
     for name, rows in tables.items():
@@ -56,7 +58,8 @@ def save(
         weight[layout.slot_of(torch.arange(len(array)))] = torch.from_numpy(array)
         shards.append(ShardView(f"{name}/weight", tuple(array.shape), 0, weight, layout.description))
     replicated = {f"dense/{name}": torch.tensor(each) for name, each in (dense or {}).items()}
-    save_checkpoint(f"{run}/checkpoints", step, shards, {"row_names": sources}, ONE_PROCESS, replicated)
+    state = {"row_names": sources, **({} if model is None else {"config": {"model": model}})}
+    save_checkpoint(f"{run}/checkpoints", step, shards, state, ONE_PROCESS, replicated)
 
 
 def some_rows(num_rows: int = 30, dim: int = 4, seed: int = 0) -> dict[str, list[float]]:

@@ -25,7 +25,7 @@ from embedtrain.errors import CheckpointError, NonFiniteError, UserError, printa
 from embedtrain.planning.room import require_room
 from embedtrain.recipes.building import build_parts
 from embedtrain.recipes.growing import Beginning
-from embedtrain.serve.publication import open_sink, require_no_password, require_reachable
+from embedtrain.serve.publication import open_sink, require_lasting, require_no_password, require_reachable
 from embedtrain.train.interrupt import EXIT_PREEMPTED
 from embedtrain.train.run import check_run_folder, train_run
 from embedtrain.train.run_folder import RunFolder
@@ -103,9 +103,10 @@ def _check_publication(config: Config) -> None:
     if url is None:
         return
     require_no_password("publish.to", url)
+    require_lasting(url)
     open_sink(url).close()
     if os.environ.get("RANK", "0") == "0":
-        require_reachable(url)
+        require_reachable(url, config.model)
 
 
 def _train_one(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from embedtrain.commands.console import EXIT_DONE, command, run_argument, step_option, tell
-from embedtrain.errors import UserError
+from embedtrain.errors import UserError, counted
 
 if TYPE_CHECKING:
     from embedtrain.checkpoint.choice import Step
@@ -26,9 +26,10 @@ def publish(path: str, url: str, tables: Sequence[str], step: Step) -> int:
     """Writes what changed in a run to a store, as a new version."""
     if len(set(tables)) < len(tables):
         raise UserError(f"--table: expected different names, got {', '.join(tables)}")
-    from embedtrain.serve.publication import publish
+    from embedtrain.serve.publication import publish, require_lasting
     from embedtrain.storage import shown
 
+    require_lasting(url)
     done, shown_url = publish(path, url, step=step, tables=tables or None), shown(url)
     if not done.is_new:
         tell(f"{shown_url}: nothing changed since version {done.number}")
@@ -36,6 +37,8 @@ def publish(path: str, url: str, tables: Sequence[str], step: Step) -> int:
     tell(f"{shown_url}: version {done.number}, step {done.step:,}")
     for name, counts in done.tables.items():
         tell(f"  {name}: {counts.added:,} rows added, {counts.changed:,} changed, {counts.deleted:,} deleted")
-    if done.has_dense:
-        tell("  the network")
+    for name, num_rows in done.gone.items():
+        tell(f"  {name}: gone, {counted(num_rows, 'row')}")
+    if done.dense != "kept":
+        tell(f"  the network{': gone' if done.dense == 'gone' else ''}")
     return EXIT_DONE

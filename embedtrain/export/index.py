@@ -20,6 +20,8 @@ from embedtrain.schema import SchemaError, parse
 IndexKind = Literal["flat", "ivfpq", "hnsw"]
 Similarity = Literal["cosine", "dot"]
 
+_CLASSES: dict[IndexKind, str] = {"flat": "IndexFlatIP", "ivfpq": "IndexIVFPQ", "hnsw": "IndexHNSWFlat"}
+"""What faiss calls each kind."""
 _NUM_LINKS = 32
 _NUM_BUILT_FROM = 80
 _NUM_VISITED = 96
@@ -198,6 +200,11 @@ def open_index(path: str) -> Index:
         raise UserError(
             f"{path} is not the index that {path}.json describes: expected {expected[0]:,} vectors of {expected[1]} "
             f"with the numbers of their rows, found {index.ntotal:,} of {index.d} in an {type(index).__name__}"
+        )
+    if (found := type(faiss.downcast_index(index.index)).__name__) != _CLASSES[facts.kind]:
+        raise UserError(
+            f"{path} is not the index that {path}.json describes: expected the kind {facts.kind}, an "
+            f"{_CLASSES[facts.kind]} of faiss, found an {found}"
         )
     return Index(facts, index)
 

@@ -11,9 +11,9 @@ import logging
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,7 @@ import safetensors.numpy
 import xxhash
 
 from embedtrain import storage
-from embedtrain.checkpoint import CheckpointReader, choose_checkpoint
+from embedtrain.checkpoint import CheckpointReader, choose_checkpoint, find_checkpoints
 from embedtrain.checkpoint.choice import Step
 from embedtrain.errors import CheckpointError, UserError
 from embedtrain.serve.changes import Digests, Table, TableChanges, compare, dense_of, names_facts, names_from, texts_of
@@ -56,14 +56,16 @@ class Published:
         step: of the checkpoint.
         is_new: whether it was written now; if not, nothing has changed.
         tables: by name, what changed.
-        has_dense: whether the network's parameters changed.
+        gone: the tables that the place had and has no longer, by name, and how many rows each had.
+        dense: what became of the network's parameters.
     """
 
     number: int
     step: int
     is_new: bool
-    tables: Mapping[str, TableCounts]
-    has_dense: bool
+    tables: Mapping[str, TableCounts] = field(default_factory=dict)
+    gone: Mapping[str, int] = field(default_factory=dict)
+    dense: Literal["kept", "written", "gone"] = "kept"
 
 
 def open_sink(url: str) -> Sink:
@@ -94,15 +96,29 @@ def require_no_password(key: str, url: str) -> None:
         )
 
 
-def require_reachable(url: str) -> None:
-    """Refuses a place that cannot be published to now.
+def require_lasting(url: str) -> None:
+    """Refuses a place of which nothing remains when this process ends.
 
     Raises:
-        UserError: it cannot be reached, or holds something else.
+        UserError: it is in memory.
+    """
+    if not url.startswith(_REDIS_SCHEMES) and storage.is_in_memory(url):
+        raise UserError(f"{url} is in the memory of this process, and gone when it ends: give a folder, or Redis")
+
+
+def require_reachable(url: str, model: str | None = None) -> None:
+    """Refuses a place that cannot be published to now.
+
+    Args:
+        url: of the place.
+        model: of the run; None if it is not known.
+
+    Raises:
+        UserError: the place cannot be reached, holds something else, or has the rows of another model.
     """
     sink = open_sink(url)
     try:
-        sink.newest()
+        _require_same_model(model, sink.newest(), url)
     except LostFileError:
         pass  # another publisher is at work there
     except OSError as error:
@@ -124,7 +140,8 @@ def publish(run_path: str, url: str, *, step: Step = None, tables: Sequence[str]
         tables: which tables; None for those that were published before, at first for all.
 
     Raises:
-        UserError: there is no checkpoint or no such table, the URL is of no known kind, or it holds something else.
+        UserError: there is no checkpoint or no such table, the URL is of no known kind, or it holds something else, as
+            the rows of another model are.
         CheckpointError: the checkpoint is damaged.
         OSError: the consumer cannot be reached.
     """
@@ -136,7 +153,9 @@ def publish(run_path: str, url: str, *, step: Step = None, tables: Sequence[str]
             old = None
             try:
                 old = sink.newest()
-                return _publish_checkpoint(path, folder.path, sink, tables, old)
+                with CheckpointReader(path) as reader:
+                    _require_same_model(_model_of(reader), old, url)
+                    return _publish_checkpoint(reader, folder.path, sink, tables, old)
             except LostFileError as error:
                 # Another publisher may have made a newer version meanwhile, and removed what the older one needed.
                 if _is_same(old, sink.newest()):
@@ -147,12 +166,28 @@ def publish(run_path: str, url: str, *, step: Step = None, tables: Sequence[str]
                     ) from error
             except (CheckpointError, FileNotFoundError):
                 # The run may have deleted the checkpoint meanwhile, when it saved a newer one.
-                is_deleted = path != choose_checkpoint(folder.checkpoints_path, step, folder.path)
-                if last == _TRIES - 1 or not is_deleted:
+                is_there = path in [found.path for found in find_checkpoints(folder.checkpoints_path)]
+                if last == _TRIES - 1 or is_there:
                     raise
     finally:
         sink.close()
     raise AssertionError("the last try returns or raises")
+
+
+def _model_of(reader: CheckpointReader) -> str | None:
+    """Returns the kind of model of a run; None for a checkpoint that no run has saved."""
+    config = reader.state.get("config")
+    model = config.get("model") if isinstance(config, Mapping) else None
+    return model if isinstance(model, str) else None
+
+
+def _require_same_model(model: str | None, old: Mapping[str, Any] | None, url: str) -> None:
+    """Refuses to put a model in the place of another: the tables of the other would vanish from its consumers."""
+    if old is not None and None not in (model, old.get("model")) and model != old["model"]:
+        raise UserError(
+            f"{storage.shown(url)} has a model of the kind {old['model']}, of {old['run']}, and this run's is {model}: "
+            "publish it to another folder, or under another prefix"
+        )
 
 
 def _is_same(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
@@ -161,34 +196,34 @@ def _is_same(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> 
 
 
 def _publish_checkpoint(
-    path: str, run_path: str, sink: Sink, wanted: Sequence[str] | None, old: Mapping[str, Any] | None
+    reader: CheckpointReader, run_path: str, sink: Sink, wanted: Sequence[str] | None, old: Mapping[str, Any] | None
 ) -> Published:
-    with CheckpointReader(path) as reader:
-        checkpoint = {"step": reader.step, "checksum": reader.manifest.checksum}
-        selected = wanted if wanted is not None else old.get("selected") if old else None
-        if old is not None and (checkpoint, selected) == (old["checkpoint"], old["selected"]):
-            return Published(old["number"], old["step"], False, {}, False)
-        tables = [Table(reader, run_path, name) for name in _chosen(reader, selected)]
-        comparison = _Comparison(tables, dense_of(reader), old, sink)
-        if old is not None and comparison.is_none:
-            return Published(old["number"], reader.step, False, {}, False)
-        version_id = secrets.token_hex(8)
-        with _writing(sink, old, version_id) as number:
-            manifest = {
-                "format": FORMAT,
-                "format_version": VERSION,
-                "id": secrets.token_hex(8) if old is None else old["id"],
-                "number": number,
-                "version_id": version_id,
-                "step": reader.step,
-                "run": storage.shown(run_path),
-                "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "checkpoint": checkpoint,
-                "selected": None if selected is None else list(selected),
-                **comparison.write(sink),
-            }
-            sink.commit(manifest)
-        return Published(number, reader.step, True, comparison.counts, comparison.has_other_dense)
+    checkpoint = {"step": reader.step, "checksum": reader.manifest.checksum}
+    selected = wanted if wanted is not None else old.get("selected") if old else None
+    if old is not None and (checkpoint, selected) == (old["checkpoint"], old["selected"]):
+        return Published(old["number"], old["step"], False)
+    tables = [Table(reader, run_path, name) for name in _chosen(reader, selected)]
+    comparison = _Comparison(tables, dense_of(reader), old, sink)
+    if old is not None and comparison.is_none:
+        return Published(old["number"], reader.step, False)
+    version_id = secrets.token_hex(8)
+    with _writing(sink, old, version_id) as number:
+        manifest = {
+            "format": FORMAT,
+            "format_version": VERSION,
+            "id": secrets.token_hex(8) if old is None else old["id"],
+            "number": number,
+            "version_id": version_id,
+            "step": reader.step,
+            "run": storage.shown(run_path),
+            "model": _model_of(reader),
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "checkpoint": checkpoint,
+            "selected": None if selected is None else list(selected),
+            **comparison.write(sink),
+        }
+        sink.commit(manifest)
+    return Published(number, reader.step, True, comparison.counts, comparison.gone, comparison.dense)
 
 
 @contextmanager
@@ -226,15 +261,18 @@ class _Comparison:
         self._old: Mapping[str, Any] = old or {"tables": {}, "cursor": {}, "dense": None}
         digest = _digest_of(dense)
         self._dense_digest = digest
-        self.has_other_dense = digest != (self._old["dense"] or {}).get("digest")
+        is_kept = digest == (self._old["dense"] or {}).get("digest")
+        self.dense: Literal["kept", "written", "gone"] = "kept" if is_kept else "written" if dense else "gone"
         self._old_names = {name: _read_names(sink, facts) for name, facts in self._old["cursor"].items()}
         self._changes = {table.name: self._compare(table, sink) for table in tables}
-        self._gone = [name for name in self._old["tables"] if name not in self._changes]
+        self.gone = {
+            name: int(facts["num_rows"]) for name, facts in self._old["tables"].items() if name not in self._changes
+        }
 
     @property
     def is_none(self) -> bool:
         """Whether the consumer has all of it."""
-        return all(each.is_none for each in self._changes.values()) and not self._gone and not self.has_other_dense
+        return all(each.is_none for each in self._changes.values()) and not self.gone and self.dense == "kept"
 
     @property
     def counts(self) -> dict[str, TableCounts]:
@@ -246,14 +284,14 @@ class _Comparison:
     def write(self, sink: Sink) -> dict[str, Any]:
         """Writes what changed; returns what the manifest says of tables, network and cursor."""
         facts, cursor = {}, {}
-        for name in self._gone:
+        for name in self.gone:
             sink.delete_table(name, self._old_names[name])
         for table in self._tables:
             changes = self._changes[table.name]
             facts[table.name] = self._write_table(sink, table, changes)
             cursor[table.name] = self._write_cursor(sink, table, changes)
         dense = self._old["dense"]
-        if self.has_other_dense:
+        if self.dense != "kept":
             data = safetensors.numpy.save({name: np.ascontiguousarray(each) for name, each in self._dense.items()})
             file = sink.write_file("dense.safetensors", data, is_read=True) if self._dense else None
             dense = None if file is None else {"file": file, "digest": self._dense_digest}

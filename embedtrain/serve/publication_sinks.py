@@ -129,6 +129,7 @@ class FolderSink:
 
     def newest(self) -> Mapping[str, Any] | None:
         """See `Sink`."""
+        storage.require_folder(self._url)
         names = storage.list_names(self._url)
         numbers = published.version_numbers(names)
         if not numbers:

@@ -22,7 +22,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlencode
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,7 @@ CHUNK_BYTES = 64 << 20
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0
 """How long Redis is waited for: until it takes a connection, and for each answer."""
 
+_EXPECTED_URL = "expected redis://HOST:PORT/DATABASE?prefix=NAME"
 _MANIFEST = re.compile(r"version-(\d{9,})\.json")
 _ENTRY = struct.Struct("<QI")
 _TRIES = 5
@@ -379,7 +380,7 @@ def read_dense(data: bytes) -> dict[str, NDArray[Any]]:
 def split_prefix(url: str) -> tuple[str, str]:
     """Returns a URL of Redis without `?prefix=NAME`, and the name."""
     address, _, query = url.partition("?")
-    options = dict(parse_qsl(query))
+    options = dict(parse_qsl(query, keep_blank_values=True))
     prefix = options.pop("prefix", PREFIX)
     return address + (f"?{urlencode(options)}" if options else ""), prefix
 
@@ -388,15 +389,32 @@ def connect(url: str, **options: Any) -> tuple[Any, str]:
     """Returns a client of Redis, which connects when it is first used, and the prefix of the keys.
 
     Raises:
-        ValueError: the URL cannot be read.
+        ValueError: the URL cannot be read; no part of it that may be a password is in the message.
     """
     import redis
 
     address, prefix = split_prefix(url)
+    parameters = dict(parse_qsl(url.partition("?")[2], keep_blank_values=True))
+    if empty := [name for name, value in parameters.items() if not value]:
+        raise ValueError(f"its parameter {empty[0]!r} has no value: {_EXPECTED_URL}")
     usual: dict[str, Any] = {"socket_connect_timeout": CONNECT_SECONDS, "socket_timeout": ANSWER_SECONDS}
     if password := os.environ.get(PASSWORD_VARIABLE):
         usual["password"] = password  # one in the URL comes before it
-    return redis.Redis.from_url(address, **{**usual, **options}), prefix
+    try:
+        client = redis.Redis.from_url(address, **{**usual, **options})
+    except ValueError:
+        raise ValueError(_EXPECTED_URL) from None
+    if not url.startswith("unix:") and re.fullmatch("/?[0-9]*", urlsplit(address).path) is None:
+        raise ValueError(f"its database must be a number: {_EXPECTED_URL}")
+    pool = client.connection_pool
+    try:
+        # It refuses parameters that it does not know, and connects to nothing yet.
+        pool.connection_class(**pool.connection_kwargs)
+    except TypeError as error:
+        if unknown := [name for name in parameters if f"{name!r}" in str(error)]:
+            raise ValueError(f"it takes no parameter {unknown[0]!r}, and ours is 'prefix': {_EXPECTED_URL}") from error
+        raise
+    return client, prefix
 
 
 def chunk_keys(prefix: str, file: str) -> list[str]:

@@ -99,12 +99,8 @@ class RedisSink:
             raise UserError(f"{storage.shown(url)} needs the package redis: pip install 'embedtrain[redis]'") from error
         try:
             self._redis, self._prefix = published.connect(url)
-        except ValueError:
-            # The message of the error may hold a part of the password.
-            raise UserError(
-                f"{storage.shown(url)!r} cannot be read as the address of Redis: expected "
-                "redis://HOST:PORT/DATABASE?prefix=NAME"
-            ) from None
+        except ValueError as error:
+            raise UserError(f"{storage.shown(url)!r} cannot be read as the address of Redis: {error}") from error
         self._where = published.split_prefix(storage.shown(url))[0].removeprefix("redis://").rpartition("@")[2]
         self._error, self._refusal = redis.RedisError, redis.AuthenticationError
         self._scripts = {name: self._redis.register_script(text) for name, text in _SCRIPTS.items()}

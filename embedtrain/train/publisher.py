@@ -33,6 +33,7 @@ class Publisher:
     def __init__(self, run_path: str, config: PublishConfig, complete_step: Callable[[], int | None]) -> None:
         assert config.to is not None
         self._shown_url = storage.shown(config.to)
+        self._again = f"embedtrain publish {run_path} --to {self._shown_url}"
         self._command = [sys.executable, "-m", "embedtrain", "publish", run_path, "--to", config.to]
         self._every_seconds, self._timeout_seconds = config.every_seconds, config.timeout_seconds
         self._complete_step = complete_step
@@ -46,15 +47,15 @@ class Publisher:
         if self._process is not None:
             if self._process.poll() is None and seconds < self._timeout_seconds:
                 return
-            self._conclude()
+            self._conclude("training goes on")
         if seconds >= self._every_seconds and self._complete_step() not in (None, self._begun_step):
             self._start()
 
     def finish(self) -> None:
         """Publishes the last checkpoint, which must be complete, and waits for it."""
-        self._conclude()
+        self._conclude("the last checkpoint follows")
         self._start()
-        self._conclude()
+        self._conclude(f"{self._again} publishes the last checkpoint")
 
     def _start(self) -> None:
         self._started_at, self._begun_step = time.monotonic(), self._complete_step()
@@ -70,8 +71,12 @@ class Publisher:
             start_new_session=True,
         )
 
-    def _conclude(self) -> None:
-        """Waits for the publication that was started last, for as long as it may take, and says what became of it."""
+    def _conclude(self, what_follows: str) -> None:
+        """Waits for the publication that was started last, for as long as it may take, and says what became of it.
+
+        Args:
+            what_follows: what to say if it failed.
+        """
         process, self._process = self._process, None
         if process is None:
             return
@@ -85,7 +90,8 @@ class Publisher:
             process.communicate()
             reason = f"it took longer than publish.timeout_seconds={self._timeout_seconds:g}, and was ended"
         if process.returncode == 0:
-            _logger.info(f"published: {done[0] if done else self._shown_url}")
+            gone = [line.strip() for line in done[1:] if ": gone" in line]
+            _logger.info(f"published: {'; '.join([*done[:1], *gone]) or self._shown_url}")
         else:
             self._begun_step = None
-            _logger.warning(f"not published to {self._shown_url}, training goes on: {reason}")
+            _logger.warning(f"not published to {self._shown_url}, {what_follows}: {reason}")

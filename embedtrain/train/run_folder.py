@@ -87,10 +87,11 @@ class RunFolder:
         """Refuses a folder where something else lies under the names of files and folders that a run writes.
 
         Raises:
-            UserError: a folder, a pipe or a link has the name of a file that the run writes; or a file has the name of
-                one of its folders; or the folder of kept data holds files of the user's; or the only file of a run that
-                is there is a configuration, which may be the user's own.
+            UserError: the folder is a file or a link to nothing; a folder, a pipe or a link has the name of a file that
+                the run writes; or a file has the name of one of its folders; or the folder of kept data holds files of
+                the user's; or the only file of a run that is there is a configuration, which may be the user's own.
         """
+        storage.require_folder(self.path)
         names = storage.list_names(self.path)
         for name in names:
             what = storage.oddity(self.join(name))

@@ -14,10 +14,11 @@ import pytest
 from numpy.typing import NDArray
 
 from embedtrain import cli
+from embedtrain.errors import UserError
 from embedtrain.serve import published
 from embedtrain.serve.changes import row_digests
-from embedtrain.serve.publication import TableCounts, open_sink, publish
-from embedtrain.serve.published import Folder, Gone, Mirror
+from embedtrain.serve.publication import TableCounts, open_sink, publish, require_reachable
+from embedtrain.serve.published import Folder, Gone, Mirror, RedisRows
 from tests.stores import Consumer, save, some_rows
 
 KINDS = ("folder", pytest.param("memory", marks=pytest.mark.slow), "redis")
@@ -230,9 +231,29 @@ def test_the_reader_needs_no_embedtrain(place: Callable[[str], str], tmp_path: P
         ("redis://127.0.0.1:1/0?password=secret", "failed: Redis at 127.0.0.1:1/0 could not be asked: Error 111", 1),
         ("redis://:pass/word@host", "'redis://@host' cannot be read as the address of Redis: expected redis://", 2),
         ("redis://host:port", "'redis://host:port' cannot be read as the address of Redis", 2),
+        (
+            "redis://127.0.0.1:1/abc",
+            "'redis://127.0.0.1:1/abc' cannot be read as the address of Redis: its database",
+            2,
+        ),
+        (
+            "redis://:1/secret@h",
+            "'redis://@h' cannot be read as the address of Redis: its database must be a number",
+            2,
+        ),
+        ("redis://127.0.0.1:1/0?prefx=typo", "it takes no parameter 'prefx', and ours is 'prefix': expected", 2),
+        ("unix:///run/x?prefx=typo", "it takes no parameter 'prefx', and ours is 'prefix': expected", 2),
+        ("redis://127.0.0.1:1?prefix=", "its parameter 'prefix' has no value: expected redis://", 2),
+        ("redis://127.0.0.1:1?db=x", "cannot be read as the address of Redis: expected redis://", 2),
         ("newer", "version-000000002.json is of format version 2, and this reads versions up to 1", 2),
         ("damaged", "version-000000001.json is no version of a publication", 2),
         ("other", "other holds 'notes.txt' and no publication: give another folder", 2),
+        ("memory://x", "memory://x is in the memory of this process, and gone when it ends: give a folder", 2),
+        ("dangling", "dangling is a link to nowhere, which does not exist; give another path", 2),
+        ("linked", "linked is a link to table.csv, not a folder; give another path", 2),
+        ("table.csv", "error: table.csv is a file, not a folder; give another path", 2),
+        ("table.csv/", "error: table.csv is a file, not a folder; give another path", 2),
+        ("table.csv/below", "table.csv/below lies below a file, not a folder; give another path", 2),
     ],
 )
 def test_a_place_that_cannot_be_used_is_named(
@@ -248,6 +269,9 @@ def test_a_place_that_cannot_be_used_is_named(
     for name in ("newer", "damaged", "other"):
         Path(name).mkdir()
     Path("other/notes.txt").write_text("")
+    Path("table.csv").touch()
+    Path("linked").symlink_to("table.csv")
+    Path("dangling").symlink_to("nowhere")
     Path("damaged/version-000000001.json").write_text("[]")
     facts = {"format": published.FORMAT, "format_version": published.VERSION + 1}
     Path("newer/version-000000002.json").write_text(json.dumps(facts))
@@ -257,6 +281,45 @@ def test_a_place_that_cannot_be_used_is_named(
     if url in ("newer", "damaged"):
         with pytest.raises(ValueError, match=expected.removeprefix("version-")):
             Mirror(url).update()
+    if "address of Redis" in line:
+        with pytest.raises(ValueError, match="expected redis://HOST:PORT/DATABASE") as refusal:
+            RedisRows(url)
+        assert "secret" not in str(refusal.value) and "word" not in str(refusal.value)
+
+
+def test_the_choice_of_the_checkpoint_is_said_once_if_the_place_cannot_be_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path / "run", 1, {"shop": some_rows()})
+    assert cli.main(["publish", str(tmp_path / "run"), "--to", "/proc/x"]) == 2
+    assert caplog.messages == [f"{tmp_path}/run: the newest checkpoint, of step 1"]
+    (refused,) = capsys.readouterr().err.splitlines()[-1:]
+    assert refused == "embedtrain: error: /proc/x: No such file or directory; give another path"
+
+
+@pytest.mark.parametrize("kind", ["folder", "redis"])
+def test_what_vanishes_from_consumers_is_said_and_another_model_is_refused(
+    kind: str, place: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, url = tmp_path / "run", place(kind)
+    save(run, 1, {"shop": some_rows(), "country": some_rows(1)}, dense={"a": [1.0]}, model="ranking")
+    assert cli.main(["publish", str(run), "--to", url]) == 0
+    save(tmp_path / "other", 5, {"shop": some_rows(seed=1)}, model="retrieval")
+    capsys.readouterr()
+    assert cli.main(["publish", str(tmp_path / "other"), "--to", url]) == 2
+    said = f"{url} has a model of the kind ranking, of {run}, and this run's is retrieval: publish it to another folder"
+    assert said in capsys.readouterr().err
+    with pytest.raises(UserError, match="has a model of the kind ranking"):
+        require_reachable(url, "retrieval")
+    require_reachable(url, "ranking")
+    Consumer(url).require("country", some_rows(1))
+    save(run, 2, {"shop": some_rows()}, model="ranking")
+    assert cli.main(["publish", str(run), "--to", url]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "  shop: 0 rows added, 0 changed, 0 deleted",
+        "  country: gone, 1 row",
+        "  the network: gone",
+    ]
 
 
 def test_the_command_says_what_it_published(

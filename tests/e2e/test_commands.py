@@ -199,6 +199,7 @@ def test_a_loss_that_is_not_finite_fails_the_run_or_is_skipped(job: Job) -> None
     assert json.loads((job.folder / "skips" / "metrics.jsonl").read_text().splitlines()[-1])["skipped_steps"] > 0
 
 
+@pytest.mark.slow
 def test_bfloat16_rows_and_cbow_train(job: Job) -> None:
     options = ("table.dtype=bfloat16", "word2vec.architecture=cbow", "train.epochs=8")
     assert job.run(*job.train_arguments("run", *options), ranks=2).returncode == 0

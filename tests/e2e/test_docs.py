@@ -122,7 +122,18 @@ def start(words: list[str], folder: Path) -> None:
         (folder / output).write_text(done.stdout, encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=lambda page: page.name)
+SLOW_PAGES = ("performance.md", "growing.md")
+"""Pages whose commands take longer than what they hold beside other tests is worth in each run."""
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW_PAGES else [], id=page.name)
+        for page in PAGES
+        if runnable(page)
+    ],
+)
 def test_what_a_page_says_can_be_done(page: Path, folder: Path, trained: Path) -> None:
     if page.name in BEFORE:
         run(BEFORE[page.name].split(), folder, trained)

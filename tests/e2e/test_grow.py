@@ -48,11 +48,12 @@ def write_new_text(job: Job) -> Path:
     return path
 
 
+@pytest.mark.slow  # tests/distributed/test_start_from.py holds it of every model
 @pytest.mark.parametrize(
     "options",
     [
         ("optimizer.initial_accumulator_value=3.0", "optimizer.tables.output.name=adam"),
-        pytest.param(("optimizer.name=adam", "table.dtype=bfloat16"), marks=pytest.mark.slow),
+        ("optimizer.name=adam", "table.dtype=bfloat16"),
     ],
     ids=["rowwise_adagrad and adam", "adam in bfloat16"],
 )

@@ -40,6 +40,7 @@ def test_word_tables_of_two_optimizers_train_as_those_of_one(job: Job) -> None:
     np.testing.assert_allclose(job.vectors("apart"), job.vectors("together"), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_state_starts_anew_at_a_step_and_not_at_one_that_is_past(job: Job) -> None:
     arguments = job.train_arguments("run", "train.epochs=2")
     assert job.run(*arguments).returncode == 0

@@ -143,6 +143,7 @@ def test_torchruns_restarts_resume_by_themselves(job: Job, wait_until: Wait, who
     np.testing.assert_array_equal(job.vectors("restarted"), whole_on(2).vectors)
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_goes_on_with_the_same_words(job: Job, wait_until: Wait, whole_on: WholeOn) -> None:
     process = job.start(*job.train_arguments("moved", *LONG))
     wait_until(lambda: num_checkpoints(job, "moved") >= 2, process)

@@ -28,7 +28,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ([*TRAIN, "data.path=null"], ["data.path must be given and cannot be null"]),
         ([*TRAIN, "data.path=[]"], ["data.path must be a path or a list of paths, got []"]),
         ([*TRAIN, "data.path=5"], ["5: no such file or folder"]),
-        ([*TRAIN, "run.path=corpus.txt"], ["corpus.txt", "below a file, not a folder", "give another path"]),
+        ([*TRAIN, "run.path=corpus.txt"], ["corpus.txt is a file, not a folder; give another path"]),
         ([*TRAIN, "run.path=corpus.txt/below"], ["corpus.txt/below lies below a file", "give another path"]),
         ([*TRAIN, "run.path=/proc/none"], ["run.path=/proc/none: the folder cannot be made", "give a path"]),
         ([*TRAIN, "data.cache_path=/proc/none"], ["/proc/none"]),

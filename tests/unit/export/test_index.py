@@ -165,6 +165,11 @@ def test_the_recall_is_that_of_the_answers(make_run: MakeRun) -> None:
             "mixed is not the index that mixed.json describes: expected 30 vectors of 4 with the numbers of their "
             "rows, found 29 of 4 in an IndexIDMap",
         ),
+        (
+            ["neighbors", "RUN", "1", "--index", "misnamed"],
+            "misnamed is not the index that misnamed.json describes: expected the kind hnsw, an IndexHNSWFlat of "
+            "faiss, found an IndexFlatIP",
+        ),
         (["export", "RUN", "--format", "faiss", "--output", "index"], "index is already there"),
         (
             ["export", "RUN", "--format", "faiss", "--output", "x.gz"],
@@ -195,6 +200,8 @@ def test_mistakes_are_named(
     Path("damaged").write_bytes(Path("index").read_bytes()[:50])
     Path("damaged.json").write_text(Path("index.json").read_text())
     Path("odd.json").write_text("{}")
+    Path("misnamed").write_bytes(Path("index").read_bytes())
+    Path("misnamed.json").write_text(Path("index.json").read_text().replace('"flat"', '"hnsw"'))
     shorter = rows.copy()
     shorter[3] = 0
     runs["OTHER"] = make_run({"word": shorter}, name="other")

@@ -34,6 +34,15 @@ def test_what_is_no_file_is_refused_before_the_run_begins(
         RunFolder(str(tmp_path)).require_writable_names()
 
 
+@pytest.mark.parametrize(("put", "fault"), PUTS[1:])
+def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path: Path, put: Callable[[Path], object], fault: str) -> None:
+    (tmp_path / "elsewhere").write_text("mine")
+    put(tmp_path / "run")
+    reason = "which does not exist" if "nowhere" in fault else "not a folder"
+    with pytest.raises(UserError, match=f"run {fault}, {reason}; give another path"):
+        RunFolder(str(tmp_path / "run")).require_writable_names()
+
+
 def test_a_configuration_of_the_users_own_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model: word2vec\n")
     with pytest.raises(UserError, match=r"config\.yaml is there and nothing else of a run.*a folder of its own"):
