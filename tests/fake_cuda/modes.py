@@ -50,7 +50,7 @@ _INDEXING = {"__setitem__", "__getitem__", "index_put_", "index_put"}
 _WRITTEN = {"gathered", "pooled", "sums", "heads", "weight", "first", "second", "context_grad", "target_grad", "loss"}
 """Parameters of the package's kernels that they write to."""
 
-_WRITTEN_BY = {"_draw_widths": {"widths"}, "_write_kept": {"words", "targets_of_words", "sentences", "width_of_word"}}
+_WRITTEN_BY = {"_draw_widths": {"widths"}, "_write_kept": {"words", "targets", "sentences", "width_of_word"}}
 """Further ones, of single kernels."""
 
 _real_device = torch.Tensor.device
