@@ -68,7 +68,7 @@ class ClickOptions:
 
 @dataclass(frozen=True)
 class ClickBase:
-    """What the examples of another run were prepared with, which those of this one go on with.
+    """What another run prepared its examples with, and this run prepares its own with again.
 
     Attributes:
         vocabularies: by column, its values in the order of their rows, from row 1 on, and counts: `COUNTS_SCHEMA`.

@@ -175,7 +175,7 @@ class _Copies:
 
 
 class _Put(NamedTuple):
-    """Updated rows on their way to the host's memory, which is old until they are there.
+    """Updated rows on their way to the host's memory, whose rows are out of date until they arrive.
 
     Attributes:
         copies: as they were updated.

@@ -106,9 +106,9 @@ def grow_run(run_path: str, new_path: str, overrides: Sequence[str], runtime: Ru
     if text is None:
         raise UserError(f"{old_folder.path} has no {CONFIG_NAME}: it is not the folder of a run")
     source = old_folder.join(CONFIG_NAME)
-    grow = _grow_of(config_from_yaml(text, source), old_folder.path)
-    _refuse_own_keys(grow, overrides)
-    own = [f"{key}=null" for key in _own_keys(config_from_yaml(text, source))]
+    old_config = config_from_yaml(text, source)
+    _refuse_own_keys(_grow_of(old_config, old_folder.path), overrides)
+    own = [f"{key}=null" for key in _own_keys(old_config)]
     start = [f"start_from={old_folder.path}", "start_from_grow=true", f"run.path={folder.path}"]
     config = config_from_yaml(text, source, [*own, *start, *overrides])
     try:
@@ -214,7 +214,7 @@ def _parts(
     old_ids: Mapping[str, Tensor],
     place: tuple[int, int],
 ) -> list[TensorPart]:
-    """Returns what one rank of so many writes: its range of the slots of each table."""
+    """Returns what one rank writes: its range of the slots of each table."""
     states = _states_of(config.optimizer, tables)
     return [
         part

@@ -155,7 +155,7 @@ class FolderSink:
         self._write_reader()
 
     def _write_reader(self) -> None:
-        """Writes the program that reads the folder, unless it is there already as it is here."""
+        """Writes the program that reads the folder, unless the same program is there already."""
         url, program = storage.join(self._url, READER_NAME), Path(published.__file__).read_bytes()
         with suppress(FileNotFoundError):
             if storage.read(url) == program:

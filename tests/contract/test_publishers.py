@@ -17,16 +17,25 @@ from embedtrain.serve.published import Gone
 from tests.stores import Consumer, save, some_rows
 
 
+def sink_of(kind: str) -> Any:
+    return publication_sinks.FolderSink if kind == "folder" else redis_sink.RedisSink
+
+
+def save_three(folder: Path) -> dict[str, Any]:
+    """Saves three runs of a table `shop`; returns their rows by the names of the runs."""
+    rows = {name: some_rows(seed=seed) for seed, name in enumerate(("first", "second", "third"))}
+    for name, each in rows.items():
+        save(folder / name, 1, {"shop": each})
+    return rows
+
+
 @pytest.mark.parametrize("kind", ["folder", "redis"])
 def test_one_of_two_publishers_at_once_is_refused(
     kind: str, place: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url = place(kind)
-    rows = {name: some_rows(seed=seed) for seed, name in enumerate(("first", "second", "third"))}
-    for name, each in rows.items():
-        save(tmp_path / name, 1, {"shop": each})
+    url, sink = place(kind), sink_of(kind)
+    rows = save_three(tmp_path)
     publish(str(tmp_path / "first"), url)
-    sink = publication_sinks.FolderSink if kind == "folder" else redis_sink.RedisSink
     begin = sink.begin
 
     def after_another(self: object, number: int) -> None:
@@ -49,12 +58,9 @@ def test_one_of_two_publishers_at_once_is_refused(
 def test_a_publisher_begins_again_if_another_was_quicker(
     kind: str, place: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url = place(kind)
-    rows = {name: some_rows(seed=seed) for seed, name in enumerate(("first", "second", "third"))}
-    for name, each in rows.items():
-        save(tmp_path / name, 1, {"shop": each})
+    url, sink = place(kind), sink_of(kind)
+    rows = save_three(tmp_path)
     publish(str(tmp_path / "first"), url)
-    sink = publication_sinks.FolderSink if kind == "folder" else redis_sink.RedisSink
     newest = sink.newest
 
     def before_another(self: Any) -> Any:

@@ -21,7 +21,7 @@ _USERS_AT_ONCE = 1024
 _ROWS_AT_ONCE = 16384
 
 _RIDGE = 1e-3
-"""Of the map, in units of the mean square of what it is applied to."""
+"""The strength of the ridge, in units of the mean square of the sums that the map is applied to."""
 
 
 class FoldIn:
@@ -95,7 +95,7 @@ class FoldIn:
 
 
 class FromFeatures:
-    """Makes vectors for users from their features; the mean vector of the training's ids stands for that of theirs.
+    """Makes vectors for users from their features. They lack an id vector: the training's mean one replaces it.
 
     Collective: every rank makes one, and calls its methods with the same arguments.
 
