@@ -24,6 +24,7 @@ from embedtrain.optim.found_inf import (
     reason_of_loss,
     total_on_device,
 )
+from embedtrain.optim.preconditioning import Preconditioner, precondition
 from embedtrain.optim.stores import STEP, HasTableGroups, RowState, RowsToUpdate, StoreOptimizer
 
 NonFinitePolicy = Literal["error", "skip"]
@@ -91,6 +92,8 @@ class SparseOptimizer(StoreOptimizer):
         looks_later: whether `step` returns without waiting for the device. The device itself leaves out a step that is
             not finite, and the next `step`, or `settle`, does what the policy says. Unless set, it does for tables on a
             GPU.
+        preconditioner: changes the gradients of a step that is applied, before the formula takes them; None for
+            gradients as they are.
         found_inf: if `looks_later`, scalar float32 on the device: 1 if the last step is left out, else 0, as the
             optimizers of torch take it under this name. None before the first step.
 
@@ -124,6 +127,7 @@ class SparseOptimizer(StoreOptimizer):
         self._pending: PendingVerdict | None = None
         self.found_inf: Tensor | None = None
         self.num_skipped = 0
+        self.preconditioner: Preconditioner | None = None
         self._looks_later: bool | None = None
         super().__init__(collection, defaults, states)
 
@@ -189,6 +193,10 @@ class SparseOptimizer(StoreOptimizer):
             max_norm=_or_infinity(settings["max_norm"]),
             rounding_keys=store.rounding_keys(gradient, settings[STEP]),
         )
+
+    def row_rates(self, store: RowsToUpdate, rows: Tensor, settings: dict[str, Any]) -> Tensor | None:
+        """Returns the rate of each row of a store before a step: see `Touched.rates`. None if the formula has none."""
+        return None
 
     def effective_rates(self, group: int, rows: slice) -> EffectiveRates | None:
         """Returns what is left of the learning rate for local rows of a group of tables; None without a divisor."""
@@ -285,11 +293,16 @@ class SparseOptimizer(StoreOptimizer):
 
     def _apply(self, gradients: Sequence[RowGradient], factor: float | Tensor) -> None:
         """Updates weight and state of the touched rows in one pass."""
-        for store, gradient, settings in zip(self.stores, gradients, self.param_groups, strict=True):
+        for settings in self.param_groups:
             settings[STEP] += 1
-            opened, placed = store.open_rows(gradient)
-            self.update(opened, placed, settings, factor)
-            increment_version(opened.weight)  # kernels write behind torch's back, which checks what backward reads
+        opened = [store.open_rows(gradient) for store, gradient in zip(self.stores, gradients, strict=True)]
+        if self.preconditioner is not None:
+            of_rows = zip(opened, self.param_groups, strict=True)
+            rates = [self.row_rates(rows, placed.rows, settings) for (rows, placed), settings in of_rows]
+            opened = precondition(self.preconditioner, self.stores, gradients, opened, rates)
+        for store, (rows, placed), settings in zip(self.stores, opened, self.param_groups, strict=True):
+            self.update(rows, placed, settings, factor)
+            increment_version(rows.weight)  # kernels write behind torch's back, which checks what backward reads
             store.close_rows()
 
     def settle(self) -> None:

@@ -1,0 +1,73 @@
+"""What may change the gradients of rows between the agreement on a step and the formula."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from embedtrain.distributed.ranks import Ranks
+from embedtrain.ops.row_gradient import RowGradient
+from embedtrain.optim.stores import RowStore, RowsToUpdate
+
+
+class Touched(NamedTuple):
+    """The rows of a group of tables that a step touched on this rank, before their update.
+
+    Attributes:
+        store: holds the rows and their state.
+        gradient: of the rows; its `values` may lie in the memory of backward, and are not to be changed.
+        places: [n] int64; where the gradient's rows lie in the store.
+        table_names: the tables of the group.
+        tables: [n] int64; the position among them of each row's table.
+        rates: [n] float32; how far a step would move each row per unit of gradient, before it adds to the state: the
+            learning rate over the divisor, a mean over dim if each element has its own. None if the formula has no
+            such number, as with momentum.
+    """
+
+    store: RowsToUpdate
+    gradient: RowGradient
+    places: Tensor
+    table_names: Sequence[str]
+    tables: Tensor
+    rates: Tensor | None
+
+
+Opened = tuple[RowsToUpdate, RowGradient]
+"""What holds a gradient's rows for an update, and the gradient by their places in it."""
+
+
+class Preconditioner(Protocol):
+    """Changes the gradients of the rows that a step touched."""
+
+    def __call__(self, touched: Sequence[Touched], ranks: Ranks) -> Sequence[Tensor]:
+        """Returns for each group of tables what takes the place of its gradient's values, [n, dim] float32.
+
+        It may not depend on how rows are spread over the ranks. It changes neither rows nor states.
+
+        Collective: every rank, at each step that is applied.
+        """
+
+
+def precondition(
+    preconditioner: Preconditioner,
+    stores: Sequence[RowStore],
+    gradients: Sequence[RowGradient],
+    opened: Sequence[Opened],
+    rates: Sequence[Tensor | None],
+) -> list[Opened]:
+    """Returns opened rows with the gradients that a preconditioner makes of theirs, one per group of tables.
+
+    Collective: every rank.
+    """
+    each = zip(stores, gradients, opened, rates, strict=True)
+    touched = [
+        Touched(rows, gradient, placed.rows, store.table_names, store.tables_of(gradient.rows), of_rows)
+        for store, gradient, (rows, placed), of_rows in each
+    ]
+    values = preconditioner(touched, stores[0].ranks)
+    return [
+        (rows, RowGradient.of_rows(placed.rows, own, placed.num_rows))
+        for (rows, placed), own in zip(opened, values, strict=True)
+    ]
