@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +24,7 @@ from embedtrain.optim.found_inf import (
     reason_of_loss,
     total_on_device,
 )
-from embedtrain.optim.preconditioning import Preconditioner, precondition
+from embedtrain.optim.preconditioning import Opened, Preconditioner, precondition
 from embedtrain.optim.stores import STEP, HasTableGroups, RowState, RowsToUpdate, StoreOptimizer
 
 NonFinitePolicy = Literal["error", "skip"]
@@ -296,13 +296,15 @@ class SparseOptimizer(StoreOptimizer):
         for settings in self.param_groups:
             settings[STEP] += 1
         opened = [store.open_rows(gradient) for store, gradient in zip(self.stores, gradients, strict=True)]
+        pieces: Sequence[Iterable[Opened]] = [[each] for each in opened]
         if self.preconditioner is not None:
             of_rows = zip(opened, self.param_groups, strict=True)
             rates = [self.row_rates(rows, placed.rows, settings) for (rows, placed), settings in of_rows]
-            opened = precondition(self.preconditioner, self.stores, gradients, opened, rates)
-        for store, (rows, placed), settings in zip(self.stores, opened, self.param_groups, strict=True):
-            self.update(rows, placed, settings, factor)
-            increment_version(rows.weight)  # kernels write behind torch's back, which checks what backward reads
+            pieces = precondition(self.preconditioner, self.stores, gradients, opened, rates)
+        for store, parts, settings in zip(self.stores, pieces, self.param_groups, strict=True):
+            for rows, gradient in parts:
+                self.update(rows, gradient, settings, factor)
+                increment_version(rows.weight)  # kernels write behind torch's back, which checks what backward reads
             store.close_rows()
 
     def settle(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -35,16 +35,18 @@ class Touched(NamedTuple):
 
 
 Opened = tuple[RowsToUpdate, RowGradient]
-"""What holds a gradient's rows for an update, and the gradient by their places in it."""
+"""What holds a gradient's rows for an update, and the gradient by their places in it; or a piece of it."""
 
 
 class Preconditioner(Protocol):
     """Changes the gradients of the rows that a step touched."""
 
-    def __call__(self, touched: Sequence[Touched], ranks: Ranks) -> Sequence[Tensor]:
-        """Returns for each group of tables what takes the place of its gradient's values, [n, dim] float32.
+    def __call__(self, touched: Sequence[Touched], ranks: Ranks) -> Sequence[Iterable[tuple[slice, Tensor]]]:
+        """Returns for each group of tables what takes the place of its gradient's values: [n, dim] float32, in pieces.
 
-        It may not depend on how rows are spread over the ranks. It changes neither rows nor states.
+        Each piece of rows is updated before the next one is asked for. What a piece depends on of other rows is
+        therefore computed before the call returns. Rows of no piece are left as they are. The values may not depend on
+        how rows are spread over the ranks.
 
         Collective: every rank, at each step that is applied.
         """
@@ -56,8 +58,8 @@ def precondition(
     gradients: Sequence[RowGradient],
     opened: Sequence[Opened],
     rates: Sequence[Tensor | None],
-) -> list[Opened]:
-    """Returns opened rows with the gradients that a preconditioner makes of theirs, one per group of tables.
+) -> list[Iterator[Opened]]:
+    """Returns per group of tables its opened rows with the gradients that a preconditioner makes of theirs.
 
     Collective: every rank.
     """
@@ -66,8 +68,10 @@ def precondition(
         Touched(rows, gradient, placed.rows, store.table_names, store.tables_of(gradient.rows), of_rows)
         for store, gradient, (rows, placed), of_rows in each
     ]
-    values = preconditioner(touched, stores[0].ranks)
-    return [
-        (rows, RowGradient.of_rows(placed.rows, own, placed.num_rows))
-        for (rows, placed), own in zip(opened, values, strict=True)
-    ]
+    return list(map(_pieces, opened, preconditioner(touched, stores[0].ranks)))
+
+
+def _pieces(opened: Opened, values: Iterable[tuple[slice, Tensor]]) -> Iterator[Opened]:
+    rows, placed = opened
+    for piece, own in values:
+        yield rows, RowGradient.of_rows(placed.rows[piece], own, placed.num_rows)

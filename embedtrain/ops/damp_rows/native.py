@@ -13,11 +13,12 @@ from embedtrain.ops._backend.row_memory import empty_buffer
 
 def damp_rows(grad: Tensor, tables: Tensor, times: Tensor, curvatures: Tensor, directions: Tensor) -> Tensor:
     """See `embedtrain.ops.damp_rows`."""
-    given = [tensor.contiguous() for tensor in (grad, tables, times, curvatures, directions)]
+    grad, tables, times = grad.contiguous(), tables.contiguous(), times.contiguous()
+    curvatures, directions = curvatures.contiguous(), directions.contiguous()
     damped = empty_buffer(*grad.shape, dtype=torch.float32)
     num_outside = ctypes.c_int64()
     library.get().embedtrain_damp_rows(
-        *(tensor.data_ptr() for tensor in given),
+        *(tensor.data_ptr() for tensor in (grad, tables, times, curvatures, directions)),
         *grad.shape,
         *curvatures.shape,
         damped.data_ptr(),

@@ -74,6 +74,8 @@ def count_of_rows(block: TextBlock, num_rows: int, architecture: Architecture = 
     contexts of a centre share its predictions, so each has its part of them. Counts are exact up to 2**24, and sums of
     integers in any order, so a GPU gives the same ones at every run.
     """
+    if architecture == "skipgram" and dispatch.uses_native(block.inputs):
+        return native.count_of_rows(block, num_rows)
     num_targets = block.targets.shape[1]
     contexts = block.stops - block.starts - 1
     if architecture == "cbow":

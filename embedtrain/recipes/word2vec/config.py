@@ -112,7 +112,7 @@ class Word2VecConfig(Config):
     train: TextTrainConfig = field(default_factory=TextTrainConfig)
     evaluate: WordEvaluateConfig = field(default_factory=WordEvaluateConfig)
     optimizer: OptimizerConfig = field(
-        default_factory=lambda: section("rowwise_adagrad", lr=0.6, initial_accumulator_value=100.0)
+        default_factory=lambda: section("rowwise_adagrad", lr=0.8, initial_accumulator_value=100.0)
     )
 
     MEANT: ClassVar[Mapping[str, str]] = {

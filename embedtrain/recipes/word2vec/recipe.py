@@ -32,7 +32,7 @@ from embedtrain.optim.damping import CurvatureDamping, has_row_rates
 from embedtrain.optim.optimizer import SparseOptimizer
 from embedtrain.recipes.base import Grow, Recipe, base_file, collection_options, takes_new_names
 from embedtrain.recipes.layout import layout_of
-from embedtrain.recipes.optimizers import build_optimizer, optimizer_names
+from embedtrain.recipes.optimizers import build_optimizer, cannot_damp, optimizer_names
 from embedtrain.recipes.word2vec.config import Word2VecConfig
 from embedtrain.recipes.word2vec.model import INPUT, OUTPUT, Word2Vec, word2vec_tables
 from embedtrain.recipes.word2vec.workload import workload
@@ -65,8 +65,14 @@ def check(config: Word2VecConfig, is_new: bool) -> None:
         is_new: whether the run has no checkpoint; only then are the files of `init_from` read.
 
     Raises:
-        UserError: one is missing or cannot be read.
+        UserError: one is missing or cannot be read, or the optimizer cannot damp gradients and is to.
     """
+    if config.word2vec.damping == "curvature" and (found := cannot_damp(config.optimizer)):
+        raise UserError(
+            f"word2vec.damping=curvature: {found} cannot damp gradients, because its rate of a row is not known before "
+            "a step. Take rowwise_adagrad or adagrad with initial_accumulator_value above 0, or sgd, or "
+            "word2vec.damping=auto"
+        )
     for path in _similarity_paths(config):
         _read_pairs(path)
     if config.init_from is not None and is_new:
@@ -94,7 +100,7 @@ def build(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCorpus) -> P
     model = _build_model(config, runtime, len(corpus.vocabulary))
     batches = _build_batches(config, runtime, corpus)
     optimizer = build_optimizer(config.optimizer, model.tables)
-    if _damps(config, optimizer):
+    if config.word2vec.damping != "none" and has_row_rates(optimizer):
         optimizer.preconditioner = CurvatureDamping({INPUT: OUTPUT})
         model.counts_rows = True
     _warn_of_few_steps(config, batches, optimizer, runtime)
@@ -131,24 +137,6 @@ def _warn_of_few_steps(
             f"{math.ceil(_FEW_STEPS / per_epoch):,} or more, with which this run goes on, or lower "
             "train.words_per_step with another run.path"
         )
-
-
-def _damps(config: Word2VecConfig, optimizer: SparseOptimizer) -> bool:
-    """Returns whether gradients are damped.
-
-    Raises:
-        UserError: they are to be, and cannot be with this optimizer.
-    """
-    if config.word2vec.damping == "none":
-        return False
-    can = has_row_rates(optimizer)
-    if not can and config.word2vec.damping == "curvature":
-        raise UserError(
-            f"word2vec.damping=curvature: optimizer.name={config.optimizer.name} cannot damp gradients, because its "
-            "rate of a row is not known before a step. Take rowwise_adagrad or adagrad with "
-            "initial_accumulator_value above 0, or sgd, or word2vec.damping=none"
-        )
-    return can
 
 
 def _write_files(config: Word2VecConfig, corpus: PreparedCorpus, folder: RunFolder) -> None:
