@@ -65,8 +65,8 @@ def test_too_many_bad_lines_end_every_rank_alike(run: Path, tmp_path: Path) -> N
         for outcome in outcomes:
             assert isinstance(outcome, UserError)
             assert str(outcome) == (
-                f"{wrong}. At least 2 such lines were found, and data.max_bad_lines is 1: correct them, or raise it to "
-                "leave them out"
+                f"{wrong}. At least 2 bad lines exceed data.max_bad_lines=1: correct them, or raise "
+                "data.max_bad_lines to skip them"
             )
         assert sum(len(part.labels) for part in run_threads(num_ranks, score, run, data, 2)[0]) == 298
 
