@@ -352,7 +352,7 @@ def test_the_command_says_what_it_published(
     ]
     assert capsys.readouterr().out.splitlines() == said
     for arguments, expected in (
-        (["--table", "nothing"], "there is no table 'nothing' in"),
+        (["--table", "nothing"], "has no table 'nothing'; it has"),
         (["--table", "shop", "--table", "shop"], "--table: expected different names"),
         (["--step", "7"], "has no complete checkpoint of step 7"),
     ):

@@ -96,7 +96,7 @@ def test_a_user_who_has_every_item_is_told_so(run: Path, capfd: pytest.CaptureFi
     said = printed(capfd, "recommend", f"{run}/run", "all")
     assert said == [
         "all",
-        "  nothing is left: the user has every item already (--include-known shows the best of them)",
+        "  no items: the user already has every item (--include-known shows them)",
     ]
 
 
@@ -119,7 +119,10 @@ def test_strong_generalisation_is_measured(
     ("arguments", "told"),
     [
         (["recommend", "RUN", "--items", "i00,x9"], "unknown item 'x9': not among the 24 items of the training data"),
-        (["recommend", "nowhere", "--items", "i00,i00"], "--items i00,i00: expected different names between commas"),
+        (
+            ["recommend", "nowhere", "--items", "i00,i00"],
+            "--items i00,i00: expected different names, separated by commas",
+        ),
         (["recommend", "RUN", "--history", "unknown.txt"], "none of its items is among the 24 items of the training"),
         (["recommend", "RUN", "u1", "--items", "i00"], "or one of --items, --history, --features, got --items and u1"),
         (
@@ -132,7 +135,7 @@ def test_strong_generalisation_is_measured(
         *(
             (
                 ["evaluate", "RUN", "--data", "train.txt", "--fold-in", share],
-                f"--fold-in above 0 and below 1, got {share}",
+                f"--fold-in must be more than 0 and less than 1, got {share}",
             )
             for share in ("0", "1", "nan", "inf")
         ),
@@ -140,7 +143,7 @@ def test_strong_generalisation_is_measured(
         (["evaluate", "RUN", "--data", "empty.txt", "--fold-in", "0.5"], "empty.txt: there are no interactions"),
         (
             ["recommend", "RUN", "--history", "given.parquet", "--output", "./given.parquet", "--overwrite"],
-            "--output ./given.parquet is a file of --history: give another name",
+            "--output ./given.parquet is one of the input files of --history: give another name",
         ),
         (["recommend", "RUN", "--items", ","], "--items ,: expected at least one item"),
     ],

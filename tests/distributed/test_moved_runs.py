@@ -285,7 +285,7 @@ def test_a_checkpoint_of_the_library_can_be_inspected(answer: Answer, capfd: pyt
         assert f"verified     {path}" in shown
     assert "checkpoints  of step 7" in answer("inspect", "own", "--step", "7")
     assert main(["inspect", path, "--step", "7"]) == 2
-    assert "--step chooses a checkpoint of a run" in capfd.readouterr().err
+    assert "--step needs a run folder" in capfd.readouterr().err
     assert main(["inspect", "own", "--step", "best"]) == 2
     assert "has the metric 'loss'" in capfd.readouterr().err
 

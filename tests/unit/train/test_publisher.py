@@ -143,7 +143,11 @@ def test_a_publication_that_takes_too_long_is_ended(folder: Path, caplog: pytest
         ("train", ["publish.to=ftp://me:secret@host/a"], "environment variable FSSPEC_FTP_PASSWORD"),
         ("train", ["publish.to=out", "publish.timeout_seconds=0"], "publish.timeout_seconds must be more than 0"),
         ("train", ["publish.to=out", "publish.every_seconds=0"], "publish.every_seconds must be more than 0"),
-        ("compare", ["--optimizers", "adam,sgd", "publish.to=out"], "compare trains many runs, and publish.to is for"),
+        (
+            "compare",
+            ["--optimizers", "adam,sgd", "publish.to=out"],
+            "compare trains many runs, so publish.to cannot be set",
+        ),
     ],
 )
 def test_a_place_is_checked_before_the_run(
