@@ -30,10 +30,10 @@ highlight_language = "sh"
 # Docstrings are Markdown by habit: a name between single backticks is code, and a link if the site has that name.
 default_role = "py:obj"
 napoleon_use_ivar = True
-autodoc_default_options = {"member-order": "bysource"}
+autodoc_default_options = {"member-order": "bysource", "no-value": True}
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
-python_maximum_signature_line_length = 88
+python_maximum_signature_line_length = 120
 python_use_unqualified_type_names = True
 add_module_names = False
 toc_object_entries_show_parents = "hide"
@@ -44,6 +44,8 @@ html_show_sourcelink = False
 html_show_copyright = False
 html_static_path: list[str] = ["static"]
 html_css_files = ["site.css"]
+# Pages without pages below them: there is nothing to list at their left.
+html_sidebars: dict[str, list[str]] = {"index": [], "tutorial": [], "results": []}
 html_theme_options = {
     "show_nav_level": 1,
     "navigation_depth": 2,
