@@ -38,7 +38,7 @@ class IndexedCatalogue:
         dim = model.tables.shards[ITEM].spec.dim
         with CheckpointReader(checkpoint) as reader:
             rows = IndexedRows(ITEM, reader.step, reader.manifest.checksum, self.num_items, dim)
-        require_index_of(self._index, rows, path, model.scoring.similarity)
+        require_index_of(self._index, rows, path, "cosine" if model.scoring.is_unit(ITEM) else "dot")
 
     @torch.no_grad()
     def best(

@@ -1,11 +1,14 @@
-"""Losses of retrieval: the score of an item that a user chose, against the scores of sampled items.
+"""Losses of retrieval.
 
-Each takes the same scores and returns a loss for each pair of a user and an item:
+Most compare the score of an item that a user chose with the scores of sampled items. They take the same scores and
+return a loss for each pair of a user and an item:
 
     positive: [m] float; the score of each pair.
     example: [m] int64; the row among `negative` of each pair's user.
     negative: [n, c] float; the scores of each user for the negatives. Where a negative is none, since the user is
         known to have it, its score is `NOT_A_NEGATIVE`: it costs nothing and gets no gradient.
+
+Alignment and uniformity are measured on the vectors themselves: `alignment` and `potential`.
 """
 
 from __future__ import annotations
@@ -16,6 +19,17 @@ from torch import Tensor
 
 NOT_A_NEGATIVE = -1e30
 """Finite, so that the gradient is finite if a user has no negative at all."""
+
+SHARPNESS = 2.0
+"""The factor of squared distances in the uniformity of vectors, as Wang and Isola chose it."""
+
+
+def hardest(negative: Tensor, num_hard: int) -> Tensor:
+    """Returns the highest scores of each user, [n, min(num_hard, c)]: the negatives that training learns most from.
+
+    Source: Zhang et al. 2013, "Optimizing top-N collaborative filtering via dynamic negative item sampling".
+    """
+    return negative.topk(min(num_hard, negative.shape[1]), dim=1, sorted=False).values
 
 
 def softmax_loss(positive: Tensor, example: Tensor, negative: Tensor) -> Tensor:
@@ -33,6 +47,21 @@ def softmax_loss(positive: Tensor, example: Tensor, negative: Tensor) -> Tensor:
     return torch.logaddexp(positive, of_negatives[example]) - positive
 
 
+def bilateral_softmax_loss(positive: Tensor, example: Tensor, negative: Tensor, *, weight: float) -> Tensor:
+    """Returns weight * log(sum(exp(negative))) - positive; [m].
+
+    The sum does not hold the positive, unlike that of softmax. A weight above 1 pushes items that few users have
+    further away, so popular items are recommended more. Corrections of the negatives' scores are as in `softmax_loss`.
+
+    Source: Wu et al. 2024, "BSL: understanding and improving softmax loss for recommendation": positives and negatives
+    have a temperature each, whose ratio weighs the negatives' term. As in its authors' code, both scores are divided by
+    the same temperature.
+    """
+    of_negatives = torch.logsumexp(negative, dim=1)
+    of_negatives = torch.where(of_negatives > NOT_A_NEGATIVE / 2, of_negatives, 0.0)
+    return weight * of_negatives[example] - positive
+
+
 def bpr_loss(positive: Tensor, example: Tensor, negative: Tensor) -> Tensor:
     """Returns the mean over the negatives of -log sigmoid(positive - negative); [m].
 
@@ -42,14 +71,43 @@ def bpr_loss(positive: Tensor, example: Tensor, negative: Tensor) -> Tensor:
     return costs / _num_negatives(negative)[example]
 
 
-def margin_loss(positive: Tensor, example: Tensor, negative: Tensor, *, margin: float, weight: float) -> Tensor:
-    """Returns (1 - positive) + weight * mean(max(0, negative - margin)); [m].
+def cosine_contrastive_loss(
+    positive: Tensor, example: Tensor, negative: Tensor, *, margin: float, weight: float
+) -> Tensor:
+    """Returns (1 - positive) + weight * mean(max(0, negative - margin)); [m]. Scores are cosines.
 
-    Source: Mao et al. 2021, "SimpleX: a simple and strong baseline for collaborative filtering" (cosine contrastive
-    loss).
+    Source: Mao et al. 2021, "SimpleX: a simple and strong baseline for collaborative filtering".
     """
     costs = F.relu(negative - margin).sum(dim=1) / _num_negatives(negative)
     return (1.0 - positive) + weight * costs[example]
+
+
+def alignment(users: Tensor, example: Tensor, positives: Tensor) -> Tensor:
+    """Returns the squared distance of each pair's vectors; [m].
+
+    Source: Wang et al. 2022, "Towards representation alignment and uniformity in collaborative filtering" (DirectAU):
+    the loss is the mean alignment plus a weight times the mean of the users' and the items' uniformity.
+    """
+    return (users[example] - positives).square().sum(dim=1)
+
+
+def potential(own: Tensor, every: Tensor, first: int) -> Tensor:
+    """Returns the sum of exp(-SHARPNESS * squared distance) over all pairs of one of `own` and another of `every`.
+
+    The logarithm of the mean over all pairs is the uniformity of vectors.
+
+    Args:
+        own: [n, dim], of length 1.
+        every: [c, dim], of length 1; `own` among them.
+        first: the place of the first of `own` in `every`.
+
+    Source: Wang and Isola 2020, "Understanding contrastive representation learning through alignment and uniformity on
+    the hypersphere".
+    """
+    cosines = F.linear(own, every).float()
+    cosines.diagonal(offset=first).fill_(NOT_A_NEGATIVE)
+    # Of unit vectors the squared distance is 2 - 2 * cosine.
+    return torch.exp(2.0 * SHARPNESS * (cosines - 1.0)).sum()
 
 
 def _num_negatives(negative: Tensor) -> Tensor:
