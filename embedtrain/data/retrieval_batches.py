@@ -28,7 +28,7 @@ class RetrievalBatch:
         positives: [m] int64 rows of items, those of the first user first.
         example: [m] int64; the place among `users` of each positive's user.
         negatives: [k] int64; this rank's share of the items drawn. Without `in_batch`, its share of the candidates.
-        known: the items of each of `users`, which are no negatives for them; of very many, the candidates alone.
+        known: the candidates that each of `users` has, which are no negatives for them.
         candidates: [c] int64; what is scored as negatives: the items drawn, rank by rank, with `in_batch` each
             rank's positives before them.
         candidate_counts: for each rank how many of the candidates are its own.
@@ -142,6 +142,7 @@ class RetrievalBatches:
         drawn = negative_shares(self._popularity, num_items, options.popularity_share)
         self._own, self._other = alias_table(drawn)
         self._expected_drawn = options.num_negatives * drawn
+        self._is_candidate = np.zeros(num_items, np.bool_)
         self._epoch = -1
         self._order = np.zeros(0, np.int64)
         self._turns = np.zeros(0, np.float64)
@@ -187,7 +188,7 @@ class RetrievalBatches:
         )
 
     def _known_of(self, users: NDArray[np.int64], candidates: NDArray[np.int64]) -> Jagged:
-        """Returns the items of each user; if they are very many, only those among the candidates.
+        """Returns the candidates among the items of each user.
 
         A user of 200,000 items is in thousands of examples, of which a step may hold hundreds.
         """
@@ -199,7 +200,11 @@ class RetrievalBatches:
             starts = np.cumsum([0, *map(len, found)])
             known = Bags(starts, np.concatenate(found))
         values, lengths = known.of(users)
-        return Jagged(torch.from_numpy(values), torch.from_numpy(lengths))
+        self._is_candidate[candidates] = True
+        is_candidate = self._is_candidate[values]
+        self._is_candidate[candidates] = False
+        up_to = np.concatenate([[0], np.cumsum(is_candidate)])[np.concatenate([[0], np.cumsum(lengths)])]
+        return Jagged(torch.from_numpy(values[is_candidate]), torch.from_numpy(np.diff(up_to)))
 
     def _begin_epoch(self, epoch: int) -> None:
         if self._on_epoch is not None:

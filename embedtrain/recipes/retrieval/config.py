@@ -30,6 +30,7 @@ USER, ITEM = "user", "item"
 Loss = Literal["softmax", "bilateral_softmax", "bpr", "cosine_contrastive", "alignment_uniformity"]
 Normalize = Literal["none", "users", "items", "both"]
 
+SOFTMAXES = ("softmax", "bilateral_softmax")
 OF_COSINES = ("cosine_contrastive", "alignment_uniformity")
 """Losses of vectors of length 1 alone."""
 

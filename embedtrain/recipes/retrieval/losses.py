@@ -1,17 +1,20 @@
 """Losses of retrieval.
 
-Most compare the score of an item that a user chose with the scores of sampled items. They take the same scores and
-return a loss for each pair of a user and an item:
+Most compare the score of an item that a user chose with the scores of sampled items. They return a loss for each pair
+of a user and an item, and take:
 
     positive: [m] float; the score of each pair.
     example: [m] int64; the row among `negative` of each pair's user.
     negative: [n, c] float; the scores of each user for the negatives. Where a negative is none, since the user is
         known to have it, its score is `NOT_A_NEGATIVE`: it costs nothing and gets no gradient.
+    log_sum: [n] float, in place of `negative`; the logarithm of the sum of exp(score) over each user's negatives.
 
 Alignment and uniformity are measured on the vectors themselves: `alignment` and `potential`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +35,60 @@ def hardest(negative: Tensor, num_hard: int) -> Tensor:
     return negative.topk(min(num_hard, negative.shape[1]), dim=1, sorted=False).values
 
 
-def softmax_loss(positive: Tensor, example: Tensor, negative: Tensor) -> Tensor:
+def scores_of(users: Tensor, candidates: Tensor, correction: Tensor | None, known: tuple[Tensor, Tensor]) -> Tensor:
+    """Returns the scores of users [n, dim] for candidates [c, dim], [n, c] float32: `negative`, see above.
+
+    Args:
+        users: [n, dim].
+        candidates: [c, dim].
+        correction: [c]; added to the scores of each candidate.
+        known: [k] int64 each; the users and candidates, by place, that are no negatives.
+    """
+    if torch.is_autocast_enabled(users.device.type):
+        # The product takes the correction in its own dtype, which would round away more of it than of the product.
+        scores = F.linear(users, candidates).float()
+        scores = scores if correction is None else scores.add_(correction)
+    else:
+        scores = F.linear(users, candidates, correction)
+    # The number is made on the device: for a copy of one the host would wait.
+    return scores.index_put_(known, torch.full((), NOT_A_NEGATIVE, device=scores.device))
+
+
+def log_sum_of_scores(
+    users: Tensor, candidates: Tensor, correction: Tensor | None, known: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Returns `torch.logsumexp(scores_of(...), dim=1)`, [n], with fewer passes over the scores.
+
+    They are gone over four times, and not at all by backward, beside the matrix products.
+    """
+    if torch.is_autocast_enabled(users.device.type) or not len(candidates):
+        return torch.logsumexp(scores_of(users, candidates, correction, known), dim=1)
+    log_sum: Tensor = _LogSumOfScores.apply(users, candidates, correction, known)  # type: ignore[no-untyped-call]
+    return log_sum
+
+
+class _LogSumOfScores(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, users: Tensor, candidates: Tensor, correction: Tensor | None, known: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        scores = scores_of(users, candidates, correction, known)
+        # Of a user without negatives all exponentials are 0, not 1: known items get no gradient.
+        largest = scores.amax(dim=1, keepdim=True).clamp_(min=NOT_A_NEGATIVE / 2)
+        exponentials = scores.sub_(largest).exp_()
+        sums = exponentials.sum(dim=1).clamp_(min=torch.finfo(torch.float32).tiny)
+        ctx.save_for_backward(users, candidates, exponentials, sums)
+        return sums.log() + largest.squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        users, candidates, exponentials, sums = ctx.saved_tensors
+        # The factor of a row of exponentials is taken by the narrower side of each product.
+        factors = (grad / sums).unsqueeze(1)
+        return (exponentials @ candidates) * factors, exponentials.T @ (users * factors), None, None
+
+
+def softmax_loss(positive: Tensor, example: Tensor, log_sum: Tensor) -> Tensor:
     """Returns the cross-entropy of each pair among itself and the negatives of its user; [m].
 
     Given scores from which the logarithm was subtracted of how often their items are expected among the negatives
@@ -42,13 +98,11 @@ def softmax_loss(positive: Tensor, example: Tensor, negative: Tensor) -> Tensor:
     language model" (the correction); Yi et al. 2019, "Sampling-bias-corrected neural modeling for large corpus item
     recommendations" (in a batch).
     """
-    # One sum over the negatives serves all of a user's pairs.
-    of_negatives = torch.logsumexp(negative, dim=1)
-    return torch.logaddexp(positive, of_negatives[example]) - positive
+    return torch.logaddexp(positive, log_sum[example]) - positive
 
 
-def bilateral_softmax_loss(positive: Tensor, example: Tensor, negative: Tensor, *, weight: float) -> Tensor:
-    """Returns weight * log(sum(exp(negative))) - positive; [m].
+def bilateral_softmax_loss(positive: Tensor, example: Tensor, log_sum: Tensor, *, weight: float) -> Tensor:
+    """Returns weight * log_sum - positive; [m].
 
     The sum does not hold the positive, unlike that of softmax. A weight above 1 pushes items that few users have
     further away, so popular items are recommended more. Corrections of the negatives' scores are as in `softmax_loss`.
@@ -57,9 +111,8 @@ def bilateral_softmax_loss(positive: Tensor, example: Tensor, negative: Tensor, 
     have a temperature each, whose ratio weighs the negatives' term. As in its authors' code, both scores are divided by
     the same temperature.
     """
-    of_negatives = torch.logsumexp(negative, dim=1)
-    of_negatives = torch.where(of_negatives > NOT_A_NEGATIVE / 2, of_negatives, 0.0)
-    return weight * of_negatives[example] - positive
+    has_negatives = log_sum > NOT_A_NEGATIVE / 4
+    return weight * torch.where(has_negatives, log_sum, 0.0)[example] - positive
 
 
 def bpr_loss(positive: Tensor, example: Tensor, negative: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from embedtrain.jagged import Jagged, places_of_runs
 from embedtrain.ops._backend.transfer import to_device
 from embedtrain.recipes.retrieval import losses
 from embedtrain.recipes.retrieval.config import ITEM as ITEM
-from embedtrain.recipes.retrieval.config import OF_COSINES
+from embedtrain.recipes.retrieval.config import OF_COSINES, SOFTMAXES
 from embedtrain.recipes.retrieval.config import USER as USER
 from embedtrain.recipes.retrieval.config import Loss as Loss
 from embedtrain.recipes.retrieval.config import Normalize as Normalize
@@ -278,7 +278,7 @@ class Retrieval(nn.Module):
 def pairs_of(batch: RetrievalBatch, scoring: Scoring, device: torch.device) -> Pairs:
     """Returns who is compared with whom, on a device."""
     corrections = None
-    if scoring.loss in ("softmax", "bilateral_softmax") and scoring.logq:
+    if scoring.loss in SOFTMAXES and scoring.logq:
         of_positives, of_candidates = batch.expected
         corrections = to_device(of_positives, device).log(), to_device(of_candidates, device).log()
     rows, columns = _known_among(batch.known, batch.candidates)
@@ -304,45 +304,36 @@ def pair_losses(pairs: Pairs, scoring: Scoring, users: Tensor, positives: Tensor
         correction = -of_candidates
         if scoring.loss == "softmax":  # whose positive is one of the sum's terms
             positive = positive - of_positives
-    scores = _scores(users, candidates, correction)
-    # The number is made on the device: for a copy of one the host would wait.
-    negative = scores.index_put_(pairs.known, torch.full((), losses.NOT_A_NEGATIVE, device=scores.device))
+    if scoring.loss in SOFTMAXES:
+        if scoring.hard_negatives is None:
+            log_sum = losses.log_sum_of_scores(users, candidates, correction, pairs.known)
+        else:
+            negative = losses.scores_of(users, candidates, correction, pairs.known)
+            log_sum = torch.logsumexp(losses.hardest(negative, scoring.hard_negatives), dim=1)
+        if scoring.loss == "softmax":
+            return losses.softmax_loss(positive, example, log_sum)
+        return losses.bilateral_softmax_loss(positive, example, log_sum, weight=scoring.negative_weight)
+    negative = losses.scores_of(users, candidates, correction, pairs.known)
     if scoring.hard_negatives is not None:
         negative = losses.hardest(negative, scoring.hard_negatives)
-    if scoring.loss == "softmax":
-        return losses.softmax_loss(positive, example, negative)
     if scoring.loss == "bpr":
         return losses.bpr_loss(positive, example, negative)
-    if scoring.loss == "bilateral_softmax":
-        return losses.bilateral_softmax_loss(positive, example, negative, weight=scoring.negative_weight)
     return losses.cosine_contrastive_loss(
         positive, example, negative, margin=scoring.margin, weight=scoring.negative_weight
     )
-
-
-def _scores(users: Tensor, candidates: Tensor, correction: Tensor | None) -> Tensor:
-    """Returns the scores of users [n, dim] for candidates [c, dim], [n, c] float32, plus a correction [c]."""
-    if not torch.is_autocast_enabled(users.device.type):
-        return F.linear(users, candidates, correction)
-    # The product takes the correction in its own dtype, which would round away more of it than of the product.
-    scores = F.linear(users, candidates).float()
-    return scores if correction is None else scores.add_(correction)
 
 
 def _known_among(known: Jagged, candidates: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the users and the candidates, by place, of each candidate that a user is known to have.
 
     Args:
-        known: the items of the users.
+        known: the candidates that the users have.
         candidates: [c] int64; may repeat.
     """
     in_order, place = candidates.sort()
     first = torch.searchsorted(in_order, known.values)
-    # Few of the items that are known are among the candidates: the others are left out first.
-    (among,) = torch.nonzero(in_order[first.clamp(max=len(in_order) - 1)] == known.values, as_tuple=True)
-    first = first[among]
-    times = torch.searchsorted(in_order, known.values[among], right=True) - first
-    return torch.repeat_interleave(known.bag_of_values()[among], times), place[places_of_runs(first, times)]
+    times = torch.searchsorted(in_order, known.values, right=True) - first
+    return torch.repeat_interleave(known.bag_of_values(), times), place[places_of_runs(first, times)]
 
 
 def perceptron(size: int, hidden: Sequence[int], dim: int) -> nn.Sequential:

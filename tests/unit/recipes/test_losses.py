@@ -13,6 +13,8 @@ from embedtrain.recipes.retrieval.losses import (
     bpr_loss,
     cosine_contrastive_loss,
     hardest,
+    log_sum_of_scores,
+    scores_of,
     softmax_loss,
 )
 
@@ -37,10 +39,14 @@ def cosine_contrastive(positive: float, negatives: list[float]) -> float:
     return 1 - positive + 20 * sum(max(0, negative - 0.5) for negative in negatives) / len(negatives)
 
 
+def with_log_sum(positive: torch.Tensor, example: torch.Tensor, negative: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return positive, example, torch.logsumexp(negative, dim=1)
+
+
 FORMULAS = {
-    softmax_loss: softmax,
+    lambda *scores: softmax_loss(*with_log_sum(*scores)): softmax,
     bpr_loss: bpr,
-    lambda *scores: bilateral_softmax_loss(*scores, weight=1.3): bilateral_softmax,
+    lambda *scores: bilateral_softmax_loss(*with_log_sum(*scores), weight=1.3): bilateral_softmax,
     lambda *scores: cosine_contrastive_loss(*scores, margin=0.5, weight=20): cosine_contrastive,
 }
 
@@ -75,3 +81,31 @@ def test_only_the_hardest_negatives_of_a_user_cost_anything() -> None:
     found.sum().backward()
     assert negative.grad.tolist() == [[0, 0, 1, 1], [1, 1, 0, 0]]
     assert hardest(negative, 9).shape == (2, 4)
+
+
+@pytest.mark.parametrize("num_candidates", [0, 1, 40])
+@pytest.mark.parametrize("has_correction", [False, True])
+def test_the_fused_sum_over_negatives_is_that_of_pytorch(num_candidates: int, has_correction: bool) -> None:
+    generator = torch.Generator().manual_seed(num_candidates)
+    given = [torch.randn(rows, 8, generator=generator) for rows in (9, num_candidates)]
+    correction = torch.randn(num_candidates, generator=generator) if has_correction else None
+    last = num_candidates - 1
+    # The first user has every candidate; the last pair is named twice.
+    pairs = [*((0, column) for column in range(num_candidates)), *([(3, 0), (5, last), (5, last)] if last >= 0 else [])]
+    rows, columns = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    known = rows, columns
+    found = [tensor.clone().requires_grad_() for tensor in given]
+    expected = [tensor.clone().requires_grad_() for tensor in given]
+    example, positive = torch.tensor([0, 0, 3, 5, 8]), torch.randn(5, generator=generator)
+    values = []
+    for log_sum in (
+        log_sum_of_scores(*found, correction, known),
+        torch.logsumexp(scores_of(*expected, correction, known), dim=1),
+    ):
+        bilateral = bilateral_softmax_loss(positive, example, log_sum, weight=1.3)
+        losses = softmax_loss(positive, example, log_sum) + bilateral
+        losses.sum().backward()
+        values.append(losses.detach())
+    torch.testing.assert_close(*values, rtol=1e-5, atol=1e-5)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
