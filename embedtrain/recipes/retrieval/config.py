@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -33,6 +32,8 @@ Normalize = Literal["none", "users", "items", "both"]
 SOFTMAXES = ("softmax", "bilateral_softmax")
 OF_COSINES = ("cosine_contrastive", "alignment_uniformity")
 """Losses of vectors of length 1 alone."""
+
+_MAX_WEIGHT = 1e6
 
 
 @dataclass
@@ -113,12 +114,12 @@ class RetrievalSection:
             raise UserError("retrieval.negatives=0 leaves no negatives: give some, or retrieval.in_batch=true")
         if not self.temperature > 0:
             raise UserError(f"retrieval.temperature must be positive, got {self.temperature}")
-        if self.negative_weight is not None and not 0 <= self.negative_weight < math.inf:
-            raise UserError(f"retrieval.negative_weight must not be negative, got {self.negative_weight}")
+        if self.negative_weight is not None and not 0 <= self.negative_weight <= _MAX_WEIGHT:
+            raise UserError(f"retrieval.negative_weight must be in [0, {_MAX_WEIGHT:g}], got {self.negative_weight}")
         if not 0 <= self.popularity_share <= 1:
             raise UserError(f"retrieval.popularity_share must be in [0, 1], got {self.popularity_share}")
-        if self.hard_negatives is not None and self.hard_negatives < 1:
-            raise UserError(f"retrieval.hard_negatives must be at least 1, got {self.hard_negatives}")
+        if self.hard_negatives is not None and not 1 <= self.hard_negatives <= MAX_COUNT:
+            raise UserError(f"retrieval.hard_negatives must be in [1, {MAX_COUNT:,}], got {self.hard_negatives:,}")
         if self.loss in OF_COSINES and self.normalize != "both":
             raise UserError(
                 f"retrieval.loss={self.loss} compares cosines: it needs retrieval.normalize=both, got {self.normalize}"

@@ -101,6 +101,9 @@ def prepare(config: RetrievalConfig, runtime: Runtime) -> tuple[Interactions, Si
                 f"user {printable(interactions.users.words[row])!r} has {most:,} items, and takes that share of every "
                 "epoch: leave such users out of the data if they are programs"
             )
+        if config.retrieval.loss == "bilateral_softmax" and config.retrieval.negative_weight is None:
+            weight = _scoring(config, interactions).negative_weight
+            _logger.info(f"the negatives' term weighs {weight:.3f}, by how skewed the items' counts are")
         for what, number in interactions.left_out.items():
             if number:
                 _logger.warning(f"{number:,} {what.replace('_', ' ')}")
