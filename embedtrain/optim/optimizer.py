@@ -159,6 +159,10 @@ class SparseOptimizer(StoreOptimizer):
         """
         raise NotImplementedError(f"{type(self).__name__} gives no formula: define direction(grad, states, settings)")
 
+    def leaves_out_rows(self, settings: dict[str, Any]) -> bool:
+        """Returns whether `update` may be given rows outside the table on a GPU, which it leaves out."""
+        return False
+
     def rate(self, settings: dict[str, Any]) -> float:
         """Returns the learning rate of a step."""
         return float(settings["lr"])
@@ -266,15 +270,23 @@ class SparseOptimizer(StoreOptimizer):
 
     def _step(self) -> None:
         with torch.no_grad():
-            self.settle()
             gradients = self._collect_gradients()
+            self.settle()
             factor = self._agree_on_factor(gradients)
             if factor is not None:
                 self._apply(gradients, factor)
 
     def _collect_gradients(self) -> list[RowGradient]:
         """Returns the gradients that wait at the owners of their rows, one per group of tables."""
-        return [store.waiting_gradient() for store in self.stores]
+        gradients = [
+            store.waiting_gradient(is_padded=self.looks_later and self.leaves_out_rows(settings))
+            for store, settings in zip(self.stores, self.param_groups, strict=True)
+        ]
+        if self.looks_later:
+            # Whoever has waited for the number of rows need not wait for the last step's verdict, which came before.
+            for gradient in gradients:
+                gradient.count_rows()
+        return gradients
 
     def _agree_on_factor(self, gradients: Sequence[RowGradient]) -> float | Tensor | None:
         """Returns what scales all gradients, or None to leave the step out, by finiteness and norm on all ranks.
