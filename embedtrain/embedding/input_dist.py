@@ -131,7 +131,7 @@ class InputDist(ABC):
             if all(feature.invalid_ids == "error" for feature in route.features):
                 num_outside = []  # the caller asks later
             else:
-                num_outside, fault = [int(fault.num_wrong)], None
+                num_outside, fault = [int(HostCopy(fault.num_wrong).item())], None
         if any(num_outside):
             features = self._valid(route, batch)
             keys, _ = group.keys_of(route.tables, [feature.values for feature in features])
