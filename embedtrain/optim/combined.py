@@ -69,6 +69,10 @@ class Combined(SparseOptimizer):
         """See `SparseOptimizer.row_rates`."""
         return self._owners[settings["tables"][0]].row_rates(store, rows, settings)
 
+    def leaves_out_rows(self, settings: dict[str, Any]) -> bool:
+        """See `SparseOptimizer.leaves_out_rows`."""
+        return self._owners[settings["tables"][0]].leaves_out_rows(settings)
+
     def effective_rates(self, group: int, rows: slice) -> EffectiveRates | None:
         """See `SparseOptimizer.effective_rates`."""
         store = self.stores[group]

@@ -73,6 +73,10 @@ class MomentOptimizer(SparseOptimizer):
         rates = rate / (store.state[self.second.name][rows].sqrt() / moments.second_correction + moments.eps)
         return rates if rates.dim() == 1 else rates.mean(dim=1)
 
+    def leaves_out_rows(self, settings: dict[str, Any]) -> bool:
+        """See `SparseOptimizer.leaves_out_rows`; a subclass may update in another way."""
+        return type(self).update is MomentOptimizer.update
+
     def effective_rates(self, group: int, rows: slice) -> EffectiveRates | None:
         """See `SparseOptimizer.effective_rates`."""
         if self.second is None:

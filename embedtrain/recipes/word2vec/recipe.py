@@ -28,6 +28,7 @@ from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import UserError
 from embedtrain.jagged import Jagged
 from embedtrain.metrics.word_similarity import check_pairs, evaluate_similarity, read_pairs
+from embedtrain.ops._backend.transfer import to_host
 from embedtrain.optim.damping import CurvatureDamping, has_row_rates
 from embedtrain.optim.optimizer import SparseOptimizer
 from embedtrain.recipes.base import Grow, Recipe, base_file, collection_options, takes_new_names
@@ -225,7 +226,7 @@ class WordSimilarity:
         """Returns the mean Spearman correlation of the files. Collective: every rank."""
         with torch.no_grad():
             vectors = self._tables({INPUT: Jagged.from_ids(self._ids)})[INPUT]
-        unit = torch.nn.functional.normalize(vectors).cpu().numpy()
+        unit = to_host(torch.nn.functional.normalize(vectors)).numpy()
         found = [evaluate_similarity(unit, self._words, lines, source=path) for path, lines in self._pairs.items()]
         alive()
         return {SIMILARITY: sum(report.spearman for report in found) / len(found)}
