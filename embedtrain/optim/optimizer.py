@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +25,7 @@ from embedtrain.optim.found_inf import (
     reason_of_loss,
     total_on_device,
 )
-from embedtrain.optim.preconditioning import Opened, Preconditioner, precondition
+from embedtrain.optim.preconditioning import Preconditioner, preconditioned
 from embedtrain.optim.stores import STEP, HasTableGroups, RowState, RowsToUpdate, StoreOptimizer
 
 NonFinitePolicy = Literal["error", "skip"]
@@ -257,7 +257,7 @@ class SparseOptimizer(StoreOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._is_observed():
+        if _is_observed(self):
             _observed_step(self)
         else:
             self._step()
@@ -269,13 +269,6 @@ class SparseOptimizer(StoreOptimizer):
     # Torch wraps `step` of its optimizers to record each call and run hooks, unless told that this was done. The record
     # takes a tenth of a small step even if nobody reads it, so `step` goes that way only if somebody does.
     step.hooked = True  # type: ignore[attr-defined]
-
-    def _is_observed(self) -> bool:
-        return (
-            torch.autograd._profiler_enabled()
-            or bool(self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks)
-            or bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
-        )
 
     def _step(self) -> None:
         with torch.no_grad():
@@ -304,11 +297,7 @@ class SparseOptimizer(StoreOptimizer):
         for settings in self.param_groups:
             settings[STEP] += 1
         opened = [store.open_rows(gradient) for store, gradient in zip(self.stores, gradients, strict=True)]
-        pieces: Sequence[Iterable[Opened]] = [[each] for each in opened]
-        if self.preconditioner is not None:
-            of_rows = zip(opened, self.param_groups, strict=True)
-            rates = [self.row_rates(rows, placed.rows, settings) for (rows, placed), settings in of_rows]
-            pieces = precondition(self.preconditioner, self.stores, gradients, opened, rates)
+        pieces = preconditioned(self, gradients, opened)
         for store, parts, settings in zip(self.stores, pieces, self.param_groups, strict=True):
             for rows, gradient in parts:
                 self.update(rows, gradient, settings, factor)
@@ -417,6 +406,14 @@ _NO_SCALER = (
 )
 
 _observed_step = torch.optim.Optimizer.profile_hook_step(SparseOptimizer._step)
+
+
+def _is_observed(optimizer: SparseOptimizer) -> bool:
+    return (
+        torch.autograd._profiler_enabled()
+        or bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+        or bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+    )
 
 
 def _or_infinity(bound: float | None) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -52,23 +52,39 @@ class Preconditioner(Protocol):
         """
 
 
-def precondition(
-    preconditioner: Preconditioner,
-    stores: Sequence[RowStore],
-    gradients: Sequence[RowGradient],
-    opened: Sequence[Opened],
-    rates: Sequence[Tensor | None],
-) -> list[Iterator[Opened]]:
-    """Returns per group of tables its opened rows with the gradients that a preconditioner makes of theirs.
+class HasRates(Protocol):
+    """An optimizer as preconditioning sees it; see `SparseOptimizer`."""
 
-    Collective: every rank.
+    preconditioner: Preconditioner | None
+    stores: list[RowStore]
+    param_groups: list[dict[str, Any]]
+
+    def row_rates(self, store: RowsToUpdate, rows: Tensor, settings: dict[str, Any]) -> Tensor | None:
+        """See `SparseOptimizer.row_rates`."""
+
+
+def preconditioned(
+    optimizer: HasRates, gradients: Sequence[RowGradient], opened: Sequence[Opened]
+) -> Sequence[Iterable[Opened]]:
+    """Returns per group of tables its opened rows with the gradients that the optimizer's preconditioner makes of theirs.
+
+    Without a preconditioner, they are what was opened. Collective: every rank.
     """
-    each = zip(stores, gradients, opened, rates, strict=True)
+    if optimizer.preconditioner is None:
+        return [[each] for each in opened]
+    each = zip(optimizer.stores, gradients, opened, optimizer.param_groups, strict=True)
     touched = [
-        Touched(rows, gradient, placed.rows, store.table_names, store.tables_of(gradient.rows), of_rows)
-        for store, gradient, (rows, placed), of_rows in each
+        Touched(
+            rows,
+            gradient,
+            placed.rows,
+            store.table_names,
+            store.tables_of(gradient.rows),
+            optimizer.row_rates(rows, placed.rows, settings),
+        )
+        for store, gradient, (rows, placed), settings in each
     ]
-    return list(map(_pieces, opened, preconditioner(touched, stores[0].ranks)))
+    return list(map(_pieces, opened, optimizer.preconditioner(touched, optimizer.stores[0].ranks)))
 
 
 def _pieces(opened: Opened, values: Iterable[tuple[slice, Tensor]]) -> Iterator[Opened]:
