@@ -117,7 +117,7 @@ def test_blank_lines_are_no_examples(tmp_path: Path) -> None:
     ("schema", "message"),
     [
         ({"columns": None}, "give data.columns"),
-        ({"file_format": "parquet"}, "a stream is of lines"),
+        ({"file_format": "parquet"}, "cannot be streamed: use a format of lines"),
         ({"categorical": (CategoricalColumn(name="user"),)}, "user cannot have a vocabulary: give data.num_rows"),
     ],
 )

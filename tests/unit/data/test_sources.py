@@ -324,7 +324,7 @@ def test_links_to_pipes_and_devices_are_left_out_and_named(
     assert "left out devices, pipes and sockets: " in caplog.text
     assert f"{folder}/linked.txt" in caplog.text
     for name in ("linked.txt", "zeros.txt"):
-        with pytest.raises(UserError, match=f"{name}: neither a file nor a folder, but a device, a pipe or a socket"):
+        with pytest.raises(UserError, match=f"{name} is a device, a pipe or a socket"):
             expand_sources(str(folder / name))
 
 

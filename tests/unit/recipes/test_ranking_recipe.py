@@ -68,7 +68,7 @@ def test_a_shipped_configuration_learns_from_standard_input() -> None:
         (["data.stream=true", "train.epochs=2"], r"a stream is read once: expected train\.epochs=1, got 2"),
         (["data.features.shp.dim=4"], "data.features: there is no column shp; there are user, shop"),
         (["data.features.user.dim=0"], r"data\.features\.user\.dim must be at least 1"),
-        (["data.encoding=hash"], "feature user: encoding 'hash' needs the table's number of rows"),
+        (["data.encoding=hash"], "feature user: encoding 'hash' needs num_rows"),
         (["train.global_batch_size=100"], r"train\.global_batch_size must be a multiple of data\.block_examples"),
         (["train.batch_size=64"], r"did you mean train\.global_batch_size\?"),
         (["data.format=criteo", "data.categorical=[]", "data.label=x"], r"says what data\.label says: leave it out"),
