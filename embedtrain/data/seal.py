@@ -153,7 +153,7 @@ class Verification:
         if self._fault is not None:
             raise CheckpointError(
                 f"{self._fault}. The prepared data were damaged on the disk, and what was trained on them since the "
-                "last checkpoint is not saved: start again, and they are prepared anew"
+                "last checkpoint is not saved: start again, and they are prepared again"
             )
 
     def _verify(self) -> None:

@@ -314,7 +314,7 @@ def _read_safetensors(source: Source, dim: int) -> Iterator[VectorBlock]:
             found = tensors.get(name)
             shape, kind, start, stop = ([], "", 0, 0) if found is None else _place_of(found)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"{source.url}: cannot be read as safetensors: {error!r}") from error
+            raise UserError(f"{source.url} is not a valid safetensors file: {error!r}") from error
         if kind not in _VALUES:
             expected = f"a tensor 'vectors', or one alone, of {', '.join(_VALUES)}"
             held = ", ".join(f"{name} of {tensors[name].get('dtype')}" for name in sorted(tensors))

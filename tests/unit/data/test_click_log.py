@@ -170,7 +170,7 @@ def test_a_bad_line_is_reported_with_file_and_line(tmp_path: Path, cache: Path, 
     assert not list(cache.iterdir())
     log = prepared(path, criteo_schema(), cache, max_bad_lines=1)
     assert (log.num_examples, log.num_faults) == (3, 1)
-    with pytest.raises(UserError, match="has 1 bad lines, which exceeds data.max_bad_lines=0"):
+    with pytest.raises(UserError, match=r"has 1 bad lines, which exceeds data\.max_bad_lines=0"):
         prepared(path, criteo_schema(), cache)
 
 

@@ -119,7 +119,7 @@ def test_an_entry_of_which_any_file_is_damaged_is_prepared_anew(
             damage(Path(path, name))
             assert prepare(tmp_path) == (path, expected), (name, damage)
             (said,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-            assert name in said and "prepared anew" in said
+            assert name in said and "prepared again" in said
             for aside in Path(path).parent.glob("*.damaged"):
                 shutil.rmtree(aside)
             assert [each.name for each in Path(path).parent.iterdir()] == [os.path.basename(path)]
@@ -141,7 +141,7 @@ def test_whatever_lies_in_the_place_of_an_entry_is_set_aside(
         shutil.rmtree(path)
         put()
         assert prepare(tmp_path) == (path, expected)
-        assert "prepared anew" in caplog.text
+        assert "prepared again" in caplog.text
 
 
 def test_a_forged_table_of_contents_names_no_file_elsewhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -162,7 +162,7 @@ def test_a_copied_entry_is_read_once_and_kept(tmp_path: Path, caplog: pytest.Log
     assert text(tmp_path) == (path, expected)
     seal = json.loads(Path(path, SEAL_NAME).read_text())["files"]
     assert all(entry["mtime_ns"] == os.stat(os.path.join(path, name)).st_mtime_ns for name, entry in seal.items())
-    assert "anew" not in caplog.text
+    assert "prepared again" not in caplog.text
 
 
 def prepare_letters(work_path: str) -> None:

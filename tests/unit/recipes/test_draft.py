@@ -249,7 +249,7 @@ def test_a_name_that_no_table_may_have_is_left_out_and_refused(capfd: pytest.Cap
     assert "# left out: user/id, whose name holds '/', which that of a table may not: rename it to look it up" in text
     assert data_of(text)["categorical"] == ["shop", "qty", "tags"]
     assert main(["train", "my.yaml", "data.categorical=[shop,user/id]", "run.path=run"]) == 2
-    assert "'user/id' cannot name a table, whose name is that of its column" in capfd.readouterr().err
+    assert "'user/id' cannot name a table: the name of a column in a table" in capfd.readouterr().err
     write_csv("one.csv", [[row[0], row[-1]] for row in rows()], names=["user/id", "clicked"])
     assert main(["init", "ranking", "--from", "one.csv"]) == 2
     assert "; user/id, whose name holds '/'" in capfd.readouterr().err
