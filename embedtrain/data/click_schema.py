@@ -187,7 +187,7 @@ def require_columns(wanted: Sequence[str], existing: Sequence[str], where: str) 
     """Raises UserError if `where` lacks a wanted column."""
     missing = [name for name in wanted if name not in existing]
     if missing:
-        raise UserError(f"{where}: there is no column {', '.join(missing)}; the columns are {', '.join(existing)}")
+        raise UserError(f"{where}: there is no column {', '.join(missing)}; there are {', '.join(existing)}")
 
 
 def _refuse_repeats(what: str, names: Sequence[str]) -> None:

@@ -220,7 +220,7 @@ def test_parquet_rows_and_types_are_checked(tmp_path: Path, cache: Path) -> None
     with pytest.raises(UserError, match=r"a.parquet, row 1: column user: id 9223372036854775808 is past 2\^63 - 1"):
         prepared(path, schema, cache)
     pq.write_table(pa.table(columns | {"user": [1.0, 2.0]}), path)
-    with pytest.raises(UserError, match=r"column user is of type double, .* cast it to integers or texts"):
+    with pytest.raises(UserError, match=r"column user has the type double, .* cast it to integers or texts"):
         prepared(path, schema, cache)
     pq.write_table(pa.table(columns | {"user": [[1], [2]]}), path)
     with pytest.raises(UserError, match=r"column user holds lists .*: declare it as a categorical bag"):

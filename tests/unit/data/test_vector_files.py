@@ -133,7 +133,7 @@ def damaged(change: Callable[[list[str]], Sequence[str]], header: str = "7 5") -
         ("a line of prose\nand another\n", r"line 1: expected a name and some numbers, got 'a line of prose'"),
         ("\n", r"line 1: expected a name and some numbers, got ''"),
         (b"PK\x03\x04....", r"a zip archive, such as npz is not a supported format of vectors"),
-        (b"\x80\x04\x95....", r"a Python pickle is no format"),
+        (b"\x80\x04\x95....", r"a Python pickle is not a supported format"),
         (b"7 5\n\xff\x00\x01 tail", r"cannot read those after 0, from byte 4 on"),
         (b"1 1\nab\tc 1\x002\x003\x004\x00", r"byte 4: expected a name and a space, got 'ab\\tc'"),
         (b"1 5\na " + VALUES[0].tobytes() + b"\nb " + VALUES[1].tobytes(), r"end after 1 vectors.* on from byte 26"),
