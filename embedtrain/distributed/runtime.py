@@ -75,7 +75,7 @@ def init_distributed(*, device: str = "auto", timeout_seconds: float = DEFAULT_T
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         # Torch's watchdog would abort the process without an explanation. Instead the host waits with a timeout (see
-        # `Ranks.timeout_seconds`) and then reports the rank at fault.
+        # `embedtrain.ops._backend.transfer.wait_for`) and then reports the rank at fault.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     # The functions of this module bind the job's group as a default argument at import. torch's optimizers import it;
     # imported after the group exists, it would keep the group alive until the process ends (see `GroupRanks`).

@@ -53,7 +53,7 @@ def overrides(folder: Path, run: str, *more: str) -> list[str]:
         "evaluate.k=[5,10]",
         "table.dim=16",
         "train={epochs: 6, global_batch_size: 12, items_per_example: 2}",
-        "retrieval={negatives: 16, in_batch: false, similarity: cosine, temperature: 0.1}",
+        "retrieval={negatives: 16, in_batch: false}",
         "log={every_steps: 10, tensorboard: false}",
         "checkpoint={every_steps: 25, mode: sync}",
         *more,
