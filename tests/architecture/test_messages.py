@@ -22,7 +22,7 @@ UNCLEAR: dict[str, str] = {
     r"\bmeanwhile\b": "at the same time, in the meantime",
     r"\bso many\b": "the number",
     r"\bwhere (the|an?|it|no|there)\b": "if, when",
-    r"(?<!there )\b(is|are) no (?!longer\b|more\b)": "is not a",
+    r"(?<!there )\b(is|are) no (?!longer\b|more\b|struct\b|parameters\b)": "is not a",
     r"\bnot un\w+ed\b|\bcannot be (un|mis)\w+|\bmust not be (un|dis)\w+": "the positive word",
     r"\bnobody\b": "no rank, no user, no process",
     r"\bwhatever\b": "any",
@@ -35,7 +35,7 @@ UNCLEAR: dict[str, str] = {
     r"\b(un)?packed\b": "packaged, compressed",
     r"\blooked at\b": "read",
     r"\bis of (the|another) kind\b": "is a",
-    r"\bsee to it\b|\bas it (has|stands|were)\b|\bthose that\b|\bthat of the\b": "name the noun",
+    r"\bsee to it\b|\bas it (has|stands|were)\b|\bthose that were\b|\bthat of the\b": "name the noun",
 }
 
 # Messages that break a rule, with the reason.
