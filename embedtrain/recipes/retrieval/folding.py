@@ -12,6 +12,7 @@ from torch import Tensor
 from embedtrain.data.bags import Bags
 from embedtrain.data.partition import share_of_rank
 from embedtrain.jagged import Jagged
+from embedtrain.ops._backend.transfer import to_host
 from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval
 
 _SAMPLE = 8192
@@ -85,7 +86,7 @@ class FoldIn:
             both = torch.cat([sums, sums.new_ones(len(users), 1), trained], dim=1)
             moments = moments + both.T @ both
         assert isinstance(moments, Tensor), "there are users in the training"
-        moments = self._ranks.all_reduce(moments.cpu())
+        moments = self._ranks.all_reduce(to_host(moments))
         dim = (len(moments) - 1) // 2
         own, cross = moments[: dim + 1, : dim + 1], moments[: dim + 1, dim + 1 :]
         square = own[:dim, :dim].trace()
@@ -130,5 +131,5 @@ class FromFeatures:
         for start in range(0, -(-num_rows // tables.ranks.size), _ROWS_AT_ONCE):
             part = mine[start : start + _ROWS_AT_ONCE]
             ids = torch.arange(part.start, part.stop)
-            total += tables({USER: Jagged.from_ids(ids)})[USER].double().sum(dim=0).cpu()
+            total += to_host(tables({USER: Jagged.from_ids(ids)})[USER].double().sum(dim=0))
         return (tables.ranks.all_reduce(total) / num_rows).float().to(tables.device)

@@ -15,7 +15,7 @@ from embedtrain.data.retrieval_batches import RetrievalBatch
 from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection
 from embedtrain.embedding.input_dist import Asked
 from embedtrain.jagged import Jagged, places_of_runs
-from embedtrain.ops._backend.transfer import to_device
+from embedtrain.ops._backend.transfer import to_device, to_host
 from embedtrain.recipes.retrieval import losses
 from embedtrain.recipes.retrieval.config import ITEM as ITEM
 from embedtrain.recipes.retrieval.config import OF_COSINES, SOFTMAXES
@@ -268,7 +268,7 @@ class Retrieval(nn.Module):
         for name, ids in rows.items():
             asked[name] = Jagged.from_ids(ids)
             for feature, (bags, _) in self.sides[name].features.items():
-                values, lengths = bags.of(ids.cpu().numpy())
+                values, lengths = bags.of(to_host(ids).numpy())
                 asked[f"{name}.{feature}"] = Jagged(torch.from_numpy(values), torch.from_numpy(lengths))
         return self.tables.ask(asked, is_ahead=is_ahead)
 
