@@ -119,14 +119,14 @@ kernels() {
 }
 export -f machine gpu_tests sanitizer kernels
 
-part "0 machine" 20 machine
-part "1 a step of each model beside the CPU" 80 run steps
-part "2 tests" 110 gpu_tests
-part "3 kernels under compute-sanitizer" 90 sanitizer
+part "0 machine" 40 machine
+part "1 a step of each model beside the CPU" 75 run steps
+part "2 tests" 105 gpu_tests
+part "3 kernels under compute-sanitizer" 85 sanitizer
 part "4 steps of each model" 80 run loop
 part "5 kernels beside the copy and the prediction" 90 kernels
 part "6 tables beside FBGEMM" 45 run tables
-part "7 resume, saves, rows on the host" 45 run resume
+part "7 resume, saves, rows on the host" 40 run resume
 part "8 word vectors" 40 run words
 echo
 cat "$summary"
