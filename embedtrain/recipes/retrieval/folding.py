@@ -60,7 +60,9 @@ class FoldIn:
         shares = [share_of_rank(len(users), rank, self._ranks.size) for rank in range(self._ranks.size)]
         mine = shares[self._ranks.rank]
         found = self._sums(users[mine.start : mine.stop], histories) @ self._map + self._bias
-        return self._ranks.all_gather_rows(self._model.as_compared(found.float()), [len(share) for share in shares])
+        return self._ranks.all_gather_rows(
+            self._model.as_compared(USER, found.float()), [len(share) for share in shares]
+        )
 
     def _sums(self, users: NDArray[np.int64], histories: Bags) -> Tensor:
         """Returns the sum of the items of each user over the root of their number, [n, dim] float64. Collective."""

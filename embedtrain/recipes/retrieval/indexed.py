@@ -39,7 +39,10 @@ class IndexedCatalogue:
         dim = model.tables.shards[ITEM].spec.dim
         with CheckpointReader(checkpoint) as reader:
             rows = IndexedRows(ITEM, reader.step, reader.manifest.checksum, self.num_items, dim)
-        require_index_of(self._index, rows, path, model.scoring.similarity)
+        # Of vectors of length 1 either similarity finds the same items.
+        require_index_of(
+            self._index, rows, path, self._index.facts.similarity if model.scoring.is_unit(ITEM) else "dot"
+        )
 
     @torch.no_grad()
     def best(
