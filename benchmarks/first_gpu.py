@@ -437,12 +437,8 @@ def resume(device: torch.device, size: Size, folder: str) -> None:
     print("| model | rows | same bits after a resume | the longest step, saves among them, ms |")
     print("| --- | --- | --- | --- |")
     attempts = gpu.Attempts()
-    for model, placement in (
-        ("word2vec", "device"),
-        ("cbow", "device"),
-        ("ranking, dlrm", "device"),
-        ("word2vec", "host"),
-    ):
+    on_device = [(model, "device") for model in ("word2vec", "cbow", "ranking, dlrm")]
+    for model, placement in (*on_device, ("word2vec", "host")):
         with attempts.at(f"{model}, rows on the {placement}"):
             compare_resumed(model, placement, device, size, tempfile.mkdtemp(dir=folder))
     attempts.end()
