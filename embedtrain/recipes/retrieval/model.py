@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -228,8 +229,8 @@ class Retrieval(nn.Module):
         weight = self.scoring.negative_weight / len(sides)
         # The gradient of the logarithm of a sum over the ranks, whose parts the exchange averages over the ranks.
         gradient = (potentials / totals.float()).sum() * (weight * ranks.size)
-        pairs = totals.new_tensor([max(1, len(every) * (len(every) - 1)) for _, every, _ in sides])
-        uniformity = weight * (totals / pairs).log().sum()
+        num_pairs = [max(1, len(every) * (len(every) - 1)) for _, every, _ in sides]
+        uniformity = weight * (totals.log().sum() - sum(map(math.log, num_pairs)))
         total = aligned.sum()
         loss = self._mean(total, batch) + gradient
         return Objective(loss, total.detach().double() + aligned.numel() * uniformity, aligned.numel())
