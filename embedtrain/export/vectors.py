@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from types import TracebackType
@@ -42,6 +42,7 @@ class Vectors:
         noun: what a row stands for: a word, a user, an item.
         find: returns the row of a text that need not be among `words`, by its hash; None if only these have rows.
         checksum: of the checkpoint's manifest; empty if the vectors are of no checkpoint.
+        titles: returns what people call some of the rows, by word; rows without a title are left out.
     """
 
     table: str
@@ -55,6 +56,7 @@ class Vectors:
     noun: str = "word"
     find: Callable[[str], int] | None = None
     checksum: str = ""
+    titles: Callable[[Sequence[str]], Mapping[str, str]] = lambda words: {}
 
     def __enter__(self) -> Vectors:
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,6 +29,7 @@ from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
 from embedtrain.train.interrupt import EXIT_PREEMPTED
 from embedtrain.train.lock import RunLock
 from embedtrain.train.profile import StepProfile
+from embedtrain.train.provenance import start_facts
 from embedtrain.train.publisher import Publisher
 from embedtrain.train.row_statistics import RowStatistics, TableStatistics
 from embedtrain.train.run_folder import PROFILE_NAME, TENSORBOARD_NAME, RunFolder
@@ -263,7 +264,8 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
             "train.precision=bfloat16: this processor has no instructions for bfloat16 (AMX or AVX-512 BF16), and "
             "multiplies several times slower in it than in float32"
         )
-    runtime.ranks.run_on_first(functools.partial(_write_folder, folder, config, parts))
+    start = start_facts(state.step, runtime.world_size) if runtime.rank == 0 else {}
+    runtime.ranks.run_on_first(functools.partial(_write_folder, folder, config, parts, start))
     sinks = _build_sinks(config, folder, state, parts.task) if runtime.rank == 0 else []
     observers = _build_observers(config, folder, state, parts.task, sinks, runtime)
     return Run(trainer, folder, checkpoints, sinks, is_resumed, earlier is not None, observers, parts.unverified)
@@ -363,8 +365,9 @@ def _schedule_factor(config: Config, done: float) -> float:
     return schedule_factor(config.schedule.name, done, config.schedule.min_factor, config.schedule.warmup)
 
 
-def _write_folder(folder: RunFolder, config: Config, parts: Parts) -> None:
+def _write_folder(folder: RunFolder, config: Config, parts: Parts, start: Mapping[str, Any]) -> None:
     folder.write_config(to_yaml(config))
+    folder.add_start(start, is_new=start["step"] == 0)
     parts.write_files(folder)
 
 
