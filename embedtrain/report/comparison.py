@@ -10,9 +10,10 @@ from embedtrain.config.resolved import settings_in
 from embedtrain.errors import UserError
 from embedtrain.export.storage import refuse_packed_name
 from embedtrain.metrics.figures import Section, Table
+from embedtrain.metrics.names import as_words
 from embedtrain.report.curves import charts_of
 from embedtrain.report.facts import RunFacts, read_facts
-from embedtrain.report.headline import best_metric, headline_names, mode_of, shown
+from embedtrain.report.headline import best_metric, headline_names, mode_of
 from embedtrain.report.page import Card, Page, number, render
 
 OUTPUT_NAME = "comparison.html"
@@ -72,7 +73,7 @@ def _cards(named: Mapping[str, RunFacts]) -> Iterator[Card]:
     judged = best_metric(next(iter(named.values())).settings)
     for name, facts in named.items():
         values = facts.curves.get(judged, ([], []))[1]
-        yield Card(name, number(values[-1]) if values else "none", shown(judged))
+        yield Card(name, number(values[-1]) if values else "none", as_words(judged))
 
 
 def _measures(named: Mapping[str, RunFacts]) -> Table:
@@ -85,7 +86,7 @@ def _measures(named: Mapping[str, RunFacts]) -> Table:
         best = None if mode is None or len(known) < 2 else (min if mode == "min" else max)(known)
         rows.append(
             [
-                shown(measure),
+                as_words(measure),
                 *(None if value is None else number(value) + (" ★" if value == best else "") for value in last),
             ]
         )

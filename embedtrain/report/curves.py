@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from embedtrain.metrics.figures import Chart, Line
+from embedtrain.metrics.names import as_words, counters_of, is_plumbing, is_progress, split_name
 
 STAGE, MEMORY, IDS = "stage/", "memory/", "ids/"
 BUSIEST_RANK = f"{STAGE}busiest_rank"
@@ -21,10 +22,6 @@ MAX_POINTS = 800
 
 Curves = Mapping[str, tuple[list[int], list[float]]]
 
-_CLOCKS = {"epoch", "seconds", "skipped_steps"}
-_HELD_OUT = {"valid": "validation", "validation": "validation", "test": "test"}
-"""Beginnings of the names of held-out measures, and how the legend calls the data."""
-_HELD_OUT_LOSS = ("log_loss", "loss")
 _SYNC = "step"
 
 
@@ -112,35 +109,6 @@ def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], l
     return [steps[place] for place in places], [values[place] for place in places]
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """Returns what a number measures, and on which data: ("auc", "validation") of `valid_auc`."""
-    for separator in ("_", "/"):
-        start, found, rest = name.partition(separator)
-        if found and start in _HELD_OUT:
-            return ("loss" if rest in _HELD_OUT_LOSS else rest), _HELD_OUT[start]
-    return name, "training"
-
-
-def counters_of(curves: Curves) -> set[str]:
-    """Returns the names of the numbers that only count on, such as `words`."""
-    return _CLOCKS | {name for name in curves if f"{name}_per_second" in curves}
-
-
-def is_progress(name: str) -> bool:
-    """Returns whether a number is of speed or of a learning rate."""
-    return name.endswith("_per_second") or name.partition("/")[0] == "learning_rate"
-
-
-def is_plumbing(name: str) -> bool:
-    """Returns whether a number is of the machinery: seconds of stages, bytes, ids."""
-    return "/" in name and not is_progress(name) and split_name(name)[1] == "training"
-
-
-def is_quality(name: str, curves: Curves) -> bool:
-    """Returns whether a number says how good the model is."""
-    return name not in counters_of(curves) and not is_progress(name) and not is_plumbing(name)
-
-
 def charts_of(runs: Mapping[str, RunCurves]) -> Groups:
     """Returns charts of the curves of one or more runs, by the name of the run.
 
@@ -150,8 +118,9 @@ def charts_of(runs: Mapping[str, RunCurves]) -> Groups:
     lines: dict[tuple[str, str], list[Line]] = {}
     for number, (run, logged) in enumerate(runs.items()):
         color = number if len(runs) > 1 else None
+        counters = counters_of(logged.curves)
         for name, (steps, values) in without_partial(logged.curves).items():
-            if len(steps) < 2 or name in counters_of(logged.curves) or name.startswith((BUSIEST_RANK, MEMORY)):
+            if len(steps) < 2 or name in counters or name.startswith((BUSIEST_RANK, MEMORY)):
                 continue
             base, data = split_name(name)
             data = "held-out data" if data == "training" and name in logged.evaluated else data
@@ -161,20 +130,16 @@ def charts_of(runs: Mapping[str, RunCurves]) -> Groups:
             words += [f"@{length}"] if length else []
             words += [data] if group == "quality" else []
             is_dashed = data == "training" and group == "quality"
-            line = Line(", ".join(words) or _title(chart), *thinned(steps, values), is_dashed, color)
+            line = Line(", ".join(words) or as_words(chart), *thinned(steps, values), is_dashed, color)
             lines.setdefault((group, chart), []).append(line)
     groups: dict[str, list[Chart]] = {"quality": [], "progress": [], "plumbing": []}
     for (group, chart), found in lines.items():
         has_both = len({line.is_dashed for line in found}) > 1
         solid = [line if has_both else replace(line, is_dashed=False) for line in found]
-        groups[group].append(Chart(_title(chart), solid, "step", synced=_SYNC))
+        groups[group].append(Chart(as_words(chart), solid, "step", synced=_SYNC))
     return Groups(_in_order(groups["quality"]), groups["progress"], groups["plumbing"])
 
 
 def _in_order(charts: list[Chart]) -> list[Chart]:
     """Puts the loss first, then the charts of several lines, and otherwise leaves the order of the records."""
     return sorted(charts, key=lambda chart: (chart.title != "loss", len(chart.lines) < 2))
-
-
-def _title(name: str) -> str:
-    return name.replace("_", " ")

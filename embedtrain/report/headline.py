@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from embedtrain.checkpoint.retention import mode_of_best
 from embedtrain.errors import UserError
-from embedtrain.report.curves import RunCurves, counters_of, is_plumbing, is_quality, split_name
+from embedtrain.metrics.names import as_words, counters_of, is_plumbing, quality_names, split_name
+from embedtrain.report.curves import RunCurves
 from embedtrain.report.page import Card, number
 
 MAX_CARDS = 6
@@ -36,12 +37,13 @@ def headline_names(logged: RunCurves, settings: Mapping[str, Any]) -> list[str]:
 
     A training measure whose held-out twin is there is left out.
     """
-    names = [name for name in logged.curves if is_quality(name, logged.curves)]
+    names = quality_names(logged.curves)
     judged = best_metric(settings)
     held_out = [name for name in names if name in logged.evaluated or split_name(name)[1] != "training"]
     twins = {split_name(name)[0] for name in held_out}
     training = [name for name in names if name not in held_out and (name not in twins or name == "loss")]
-    first = [judged] if judged in names else []
+    # The loss is what runs are judged by if nothing is said: held-out measures say more.
+    first = [judged] if judged in names and judged != "loss" else []
     return list(dict.fromkeys([*first, *held_out, *sorted(training, key=lambda name: name != "loss")]))
 
 
@@ -66,17 +68,9 @@ def cards_of(logged: RunCurves, settings: Mapping[str, Any], extra: Mapping[str,
         twin = logged.curves.get(base) if data != "training" else None
         if twin is not None and base != name:
             detail += f"{', ' if detail else ''}training {number(twin[1][-1])}"
-        cards.append(Card(shown(name), number(values[-1]), detail))
-    added = [Card(shown(name), number(value)) for name, value in extra.items()]
+        cards.append(Card(as_words(name), number(values[-1]), detail))
+    added = [Card(as_words(name), number(value)) for name, value in extra.items()]
     return [*cards[: MAX_CARDS - len(added)], *added]
-
-
-def shown(name: str) -> str:
-    """Returns a measure's name as words: `valid_log_loss` is "validation log loss"."""
-    for start in ("valid_", "valid/"):
-        if name.startswith(start):
-            name = f"validation {name.removeprefix(start)}"
-    return name.replace("_", " ")
 
 
 def last_values(logged: RunCurves) -> Sequence[tuple[str, float]]:
@@ -84,4 +78,4 @@ def last_values(logged: RunCurves) -> Sequence[tuple[str, float]]:
     curves = logged.curves
     plain = [name for name in curves if not is_plumbing(name)]
     counters = counters_of(curves)
-    return [(shown(name), curves[name][1][-1]) for name in sorted(plain, key=lambda name: name in counters)]
+    return [(as_words(name), curves[name][1][-1]) for name in sorted(plain, key=lambda name: name in counters)]

@@ -15,7 +15,7 @@
   };
 
   const short = value => {
-    if (value == null) return "–";
+    if (value == null) return "";
     const size = Math.abs(value);
     if (size >= 1e4) return new Intl.NumberFormat("en", {notation: "compact", maximumSignificantDigits: 4}).format(value);
     if (size !== 0 && size < 1e-3) return value.toExponential(2);
@@ -26,13 +26,13 @@
     stroke: color("muted"), font: FONT, labelFont: FONT, label: label || undefined, labelSize: 18, labelGap: 0,
     grid: {stroke: color("grid"), width: 1}, ticks: {stroke: color("grid"), width: 1, size: 4},
     values: (plot, splits) => splits.map(short),
-    ...(isBelow ? {} : {size: (plot, values) => 18 + 7 * Math.max(...(values || [""]).map(text => text.length))}),
+    ...(isBelow ? {size: 30} : {size: (plot, values) => 18 + 7 * Math.max(...(values || [""]).map(text => text.length))}),
   });
 
   const lines = (data, box) => {
     const few = data.x.length <= 40;
     return new uPlot({
-      width: box.clientWidth, height: 230, padding: [8, 8, 0, 0],
+      width: box.clientWidth, height: 230, padding: [8, 18, 0, 0],
       scales: {x: {time: false}},
       axes: [axis(data.xLabel, true), axis(data.yLabel, false)],
       cursor: {focus: {prox: 24}, drag: {x: true, y: false}, ...(data.sync ? {sync: {key: data.sync}} : {})},
@@ -82,6 +82,7 @@
       found?.forEach(i => dot(i, chosen, 1));
       ctx.globalAlpha = 1;
       ctx.font = `${12 * ratio}px system-ui, sans-serif`;
+      ctx.textAlign = "left";
       ctx.textBaseline = "middle";
       ctx.fillStyle = color("text");
       const taken = [];
@@ -125,7 +126,7 @@
       return [low - margin, high + margin];
     };
     const plot = new uPlot({
-      width: box.clientWidth, height: Math.max(420, Math.min(680, box.clientWidth * 0.6)), padding: [8, 8, 0, 0],
+      width: box.clientWidth, height: Math.max(420, Math.min(680, box.clientWidth * 0.6)), padding: [8, 18, 0, 0],
       scales: {x: {time: false, range: (u, low, high) => low === Math.min(...x) && high === Math.max(...x) ? wide(x) : [low, high]},
                y: {range: (u, low, high) => low == null || (low === Math.min(...y) && high === Math.max(...y)) ? wide(y) : [low, high]}},
       axes: [axis(data.xLabel, true), axis(data.yLabel, false)],

@@ -51,7 +51,7 @@ def row_sections(run_path: str, words: Sequence[str], analogies: Sequence[str], 
         if words or analogies:
             raise
         # Several tables, and none is said to be the one to look at; or the data of a retrieval run are gone.
-        _logger.warning(f"the report is without neighbours and map: {error}")
+        _logger.info(f"the report is without neighbours and map: {error}")
         return []
     with opened as vectors:
         near = {word: neighbors(vectors, word, _NUM_NEIGHBORS) for word in words or _examples(vectors)}

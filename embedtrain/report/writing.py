@@ -120,7 +120,7 @@ def _summary(facts: RunFacts) -> str:
 
 def _duration(seconds: float) -> str:
     if seconds < 120:
-        return f"{seconds:,.0f} seconds"
+        return f"{seconds:.2g} seconds" if seconds < 10 else f"{seconds:.0f} seconds"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours:,} h {minutes:02} min" if hours else f"{minutes} minutes"
 
@@ -171,6 +171,6 @@ def _origin(facts: RunFacts) -> list[Section]:
             if last.get(key) is not None
         ]
     return [
-        Section("Origin", [Table("", ("what", ""), rows)]),
+        Section("Origin", [Table("", ("what", "value"), rows)]),
         Section("Settings", [Text("", facts.config)]),
     ]

@@ -13,6 +13,7 @@ from typing import Any
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
 from embedtrain.config.resolved import differing_keys, settings_in, to_yaml
 from embedtrain.config.sections import Config
+from embedtrain.config.tuned import tuned_settings
 from embedtrain.config.values import settings_of
 from embedtrain.data.seal import Unverified, Verification
 from embedtrain.distributed.failure import is_shared
@@ -23,7 +24,7 @@ from embedtrain.errors import UserError, counted, printable
 from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, RunEnd, TensorBoardSink
 from embedtrain.metrics.trackers import MlflowSink, WandbSink, require_tracker
 from embedtrain.optim.schedule import schedule_factor
-from embedtrain.storage import local_path, shown
+from embedtrain.storage import base_name, local_path, shown
 from embedtrain.train.best import BestPolicy, check_metric
 from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
 from embedtrain.train.interrupt import EXIT_PREEMPTED
@@ -378,7 +379,8 @@ def _build_sinks(config: Config, folder: RunFolder, state: TrainState, task: Tas
     sinks: list[MetricSink] = [ConsoleSink(sys.stderr, total, task.unit), metrics]
     if config.log.tensorboard and local_path(folder.path) is not None:
         board = TensorBoardSink(folder.join(TENSORBOARD_NAME), purge_step=state.step + 1)
-        board.log_settings(settings_of(config), list(dict.fromkeys(["loss", config.checkpoint.best_metric])))
+        measures = list(dict.fromkeys(["loss", config.checkpoint.best_metric, *(task.measures or ())]))
+        board.log_settings(base_name(folder.path), tuned_settings(config), measures)
         sinks.append(board)
     if config.log.wandb is None and config.log.mlflow is None:
         return sinks

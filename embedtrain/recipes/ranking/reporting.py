@@ -90,14 +90,15 @@ def _curves(logits: NDArray[np.float32], labels: NDArray[np.bool_], num_examples
     )
     bars = Bars(
         "Lift",
-        [f"{tenth} to {tenth + 10} %" for tenth in range(0, 100, 10)],
+        [f"{tenth}-{tenth + 10}%" for tenth in range(0, 100, 10)],
         lift.tolist(),
         "The share of positives among the examples with the best scores, over the share in all.",
         "best scored",
         "lift",
         ".2f",
     )
-    note = f"{len(labels):,} of the {num_examples:,} held-out examples, {labels.mean():.1%} of them positive."
+    which = "All" if len(labels) == num_examples else f"{len(labels):,} of the"
+    note = f"{which} {num_examples:,} held-out examples, {labels.mean():.1%} of them positive."
     return Section("Scores of held-out examples", [roc, calibration, bars], note)
 
 

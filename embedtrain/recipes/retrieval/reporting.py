@@ -90,13 +90,14 @@ def recommendation_sections(model: Retrieval, interactions: Interactions, length
     means = (sums / len(chosen)).numpy()
     length = min(length, num_items)
     wanted = held_out.of(chosen)[0]
+    which = "All" if len(chosen) == len(users) else f"{len(chosen):,} of the"
     yield Section(
         "Recommendations for held-out users",
         [
             _by_length(lengths, means, lists, num_items),
             *_by_popularity(lists[:, :length], is_hit[:, :length], wanted[wanted >= 0], num_items, length),
         ],
-        f"{len(chosen):,} of the {len(users):,} users with held-out items.",
+        f"{which} {len(users):,} users with held-out items.",
     )
 
 
@@ -122,7 +123,7 @@ def _by_popularity(
     to_find = np.bincount(wanted * tenths // num_items, minlength=tenths)
     found = np.bincount(lists[is_hit] * tenths // num_items, minlength=tenths)
     shown = np.bincount(lists[lists >= 0] * tenths // num_items, minlength=tenths)
-    names = [f"{100 * place // tenths} to {100 * (place + 1) // tenths} %" for place in range(tenths)]
+    names = [f"{100 * place // tenths}-{100 * (place + 1) // tenths}%" for place in range(tenths)]
     held = [place for place in range(tenths) if to_find[place]]
     yield Bars(
         f"Found at {length}, by popularity",
@@ -138,7 +139,7 @@ def _by_popularity(
         "What is recommended, by popularity",
         names,
         (shown / max(1, shown.sum())).tolist(),
-        "Even shares would be 10 % each; popular items get more if the model learns by popularity.",
+        "Even shares would be 10% each; popular items get more if the model learns by popularity.",
         "most popular items",
         "share of the lists",
         ".1%",
