@@ -13,7 +13,7 @@ from embedtrain.metrics.figures import Section, Table
 from embedtrain.metrics.names import as_words
 from embedtrain.report.curves import charts_of
 from embedtrain.report.facts import RunFacts, read_facts
-from embedtrain.report.headline import best_metric, headline_names, mode_of
+from embedtrain.report.headline import headline_names, mode_of
 from embedtrain.report.page import Card, Page, number, render
 
 OUTPUT_NAME = "comparison.html"
@@ -69,8 +69,9 @@ def run_names(runs: Sequence[RunFacts]) -> list[str]:
 
 
 def _cards(named: Mapping[str, RunFacts]) -> Iterator[Card]:
-    """Yields the last value of the measure that the first run is judged by, for each run."""
-    judged = best_metric(next(iter(named.values())).settings)
+    """Yields the last value of the measure that stands out most in the first run, for each run."""
+    first = next(iter(named.values()))
+    judged = next(iter(headline_names(first.logged, first.settings)), "loss")
     for name, facts in named.items():
         values = facts.curves.get(judged, ([], []))[1]
         yield Card(name, number(values[-1]) if values else "none", as_words(judged))

@@ -71,21 +71,21 @@ def evaluated_names(records: Sequence[Mapping[str, Any]]) -> frozenset[str]:
     return frozenset({name for record in records if "loss" not in record for name in record} - trained)
 
 
-def without_partial(curves: Curves) -> dict[str, tuple[list[int], list[float]]]:
+def without_partial(logged: RunCurves) -> dict[str, tuple[list[int], list[float]]]:
     """Returns the curves without the points that stand for less than the others do.
 
     The last record of the training covers fewer steps than `log.every_steps` if the run ended between two; and the
     numbers of ids are those of one step, which is smaller at the end of an epoch.
     """
-    steps, _ = curves.get("loss", ([], []))
+    steps, _ = logged.curves.get("loss", ([], []))
     gaps = Counter(b - a for a, b in zip([0, *steps[:-1]], steps, strict=True))
     is_short = len(steps) > 2 and steps[-1] - steps[-2] < max(gaps, key=lambda gap: (gaps[gap], gap))
     last = steps[-1] if is_short else None
-    ends = {step for step, epoch in zip(*curves.get("epoch", ([], [])), strict=True) if epoch == int(epoch)}
+    ends = {step for step, epoch in zip(*logged.curves.get("epoch", ([], [])), strict=True) if epoch == int(epoch)}
     kept = {}
-    for name, (at, values) in curves.items():
+    for name, (at, values) in logged.curves.items():
         dropped = ends if name.startswith(IDS) else set()
-        is_trained = last is not None and at[-1] == last and set(at[-3:]) <= set(steps[-3:])
+        is_trained = name not in logged.evaluated
         points = [
             (step, value)
             for step, value in zip(at, values, strict=True)
@@ -119,7 +119,7 @@ def charts_of(runs: Mapping[str, RunCurves]) -> Groups:
     for number, (run, logged) in enumerate(runs.items()):
         color = number if len(runs) > 1 else None
         counters = counters_of(logged.curves)
-        for name, (steps, values) in without_partial(logged.curves).items():
+        for name, (steps, values) in without_partial(logged).items():
             if len(steps) < 2 or name in counters or name.startswith((BUSIEST_RANK, MEMORY)):
                 continue
             base, data = split_name(name)

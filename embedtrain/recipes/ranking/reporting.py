@@ -18,15 +18,16 @@ from embedtrain.metrics.figures import Bars, Chart, Line, Section, Table
 from embedtrain.metrics.score_curves import calibration_bins, lift_by_tenth, roc_curve
 from embedtrain.recipes.ranking.model import Ranking
 
-MAX_SCORED = 200_000
+MAX_SCORED = 100_000
 """Held-out examples that are scored, evenly spread over the log."""
-MAX_SHUFFLED = 20_000
+MAX_SHUFFLED = 10_000
 """Examples on which the columns are shuffled, for some seconds of work."""
-MAX_PREDICTIONS = 1_500_000
+MAX_PREDICTIONS = 300_000
 """Over all columns: logs with many columns are shuffled on fewer examples."""
 MAX_COLUMNS = 200
 
 _SEED = 1
+_AT_ONCE = 4096
 
 
 def score_sections(model: Ranking, held_out: ClickLog, batches: ClickBatches) -> Iterator[Section]:
@@ -39,13 +40,13 @@ def score_sections(model: Ranking, held_out: ClickLog, batches: ClickBatches) ->
     """
     per_step = held_out.num_examples / batches.steps_per_epoch
     steps = _spread(batches.steps_per_epoch, int(MAX_SCORED / per_step))
-    scored = _score(model, [batches.batch(0, step) for step in steps])
+    scored = _score(model, _joined([batches.batch(0, step) for step in steps]))
     if len(set(scored[1].tolist())) == 2:
         yield _curves(*scored, held_out.num_examples)
     num_columns = len(held_out.dense_names) + len(held_out.feature_names)
     at_most = min(MAX_SHUFFLED, max(1000, MAX_PREDICTIONS // (num_columns + 1)))
     steps = _spread(batches.steps_per_epoch, int(at_most / per_step))
-    yield _columns(model, held_out, _joined([batches.batch(0, step) for step in steps]), len(steps))
+    yield _columns(model, held_out, _joined([batches.batch(0, step) for step in steps]))
 
 
 def _spread(num_steps: int, at_most: int) -> list[int]:
@@ -59,9 +60,9 @@ def _logits(model: Ranking, batch: ClickBatch) -> torch.Tensor:
     return model.predict(model.prepare(batch, is_ahead=False)).float().cpu()
 
 
-def _score(model: Ranking, batches: Sequence[ClickBatch]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def _score(model: Ranking, batch: ClickBatch) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Returns the logits and labels of all ranks. Collective: every rank."""
-    own = [(_logits(model, batch).numpy(), batch.labels.numpy() > 0) for batch in batches]
+    own = [(_logits(model, part).numpy(), part.labels.numpy() > 0) for part in _parts(batch)]
     parts: list[tuple[Any, Any]] = [pair for of_rank in model.tables.ranks.all_gather(own) for pair in of_rank]
     logits, labels = (np.concatenate(each) for each in zip(*parts, strict=True))
     return logits, labels
@@ -102,6 +103,11 @@ def _curves(logits: NDArray[np.float32], labels: NDArray[np.bool_], num_examples
     return Section("Scores of held-out examples", [roc, calibration, bars], note)
 
 
+def _parts(batch: ClickBatch) -> list[ClickBatch]:
+    """Returns the examples in parts that are quick to predict, as many on every rank."""
+    return batch.split(-(-batch.num_global // _AT_ONCE) or 1)
+
+
 def _joined(batches: Sequence[ClickBatch]) -> ClickBatch:
     features = {
         name: Jagged(
@@ -114,12 +120,13 @@ def _joined(batches: Sequence[ClickBatch]) -> ClickBatch:
     return ClickBatch(labels, dense, features, sum(batch.num_global for batch in batches))
 
 
-def _columns(model: Ranking, held_out: ClickLog, batch: ClickBatch, num_parts: int) -> Section:
+def _columns(model: Ranking, held_out: ClickLog, batch: ClickBatch) -> Section:
     """Returns what shuffling each column costs, and which rows the examples use. Collective: every rank."""
-    columns = [*held_out.dense_names, *held_out.feature_names]
+    # A column may be read as a number and as a category: it is shuffled as both.
+    columns = list(dict.fromkeys([*held_out.dense_names, *held_out.feature_names]))
     shown = columns[:MAX_COLUMNS]
-    before = _log_loss(model, batch, num_parts)
-    cost = {name: _log_loss(model, _shuffled(batch, held_out, name), num_parts) - before for name in shown}
+    before = _log_loss(model, batch)
+    cost = {name: _log_loss(model, _shuffled(batch, held_out, name)) - before for name in shown}
     in_order = sorted(shown, key=lambda name: -cost[name])
     importance = Bars(
         "Importance of the columns",
@@ -143,10 +150,10 @@ def _columns(model: Ranking, held_out: ClickLog, batch: ClickBatch, num_parts: i
     return Section("Columns", [importance, *([occupancy] if rows else [])], note)
 
 
-def _log_loss(model: Ranking, batch: ClickBatch, num_parts: int) -> float:
+def _log_loss(model: Ranking, batch: ClickBatch) -> float:
     """Returns the mean log loss over all ranks. Collective: every rank."""
     total = torch.zeros((), dtype=torch.float64)
-    for part in batch.split(num_parts):
+    for part in _parts(batch):
         logits, labels = _logits(model, part).double(), part.labels.double()
         total += F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
     return float(model.tables.ranks.all_reduce(total)) / max(batch.num_global, 1)
@@ -155,15 +162,17 @@ def _log_loss(model: Ranking, batch: ClickBatch, num_parts: int) -> float:
 def _shuffled(batch: ClickBatch, held_out: ClickLog, name: str) -> ClickBatch:
     """Returns a batch in which one column's values are those of other examples of this rank."""
     order = torch.from_numpy(np.random.default_rng(_SEED).permutation(batch.num_examples))
+    if name in held_out.dense_names:
+        column = list(held_out.dense_names).index(name)
+        dense = batch.dense.clone()
+        dense[:, column] = dense[order, column]
+        batch = replace(batch, dense=dense)
     if name in batch.features:
         bags = batch.features[name]
         firsts = bags.lengths.cumsum(0) - bags.lengths
         values = bags.values[places_of_runs(firsts[order], bags.lengths[order])]
-        return replace(batch, features={**batch.features, name: Jagged(values, bags.lengths[order])})
-    dense = batch.dense.clone()
-    column = list(held_out.dense_names).index(name)
-    dense[:, column] = dense[order, column]
-    return replace(batch, dense=dense)
+        batch = replace(batch, features={**batch.features, name: Jagged(values, bags.lengths[order])})
+    return batch
 
 
 def _occupancy(model: Ranking, held_out: ClickLog, batch: ClickBatch) -> list[tuple[str | float | int | None, ...]]:
