@@ -22,7 +22,7 @@ def test_a_report_of_a_run(job: Job) -> None:
         "output",
         "words_per_step: 256",
         "of letters",
-        "1 questions have another",
+        "left out: 1.",
         "embedtrain train",
     ):
         assert part in page

@@ -168,7 +168,7 @@ def test_a_run_that_has_a_fault_is_told_so_and_no_other(
         assert lift.values[0] > 1.5 > 0.5 > lift.values[-1]
         assert importance.names == ["c"] and importance.values[0] > 0.2
         assert isinstance(columns.parts[1], Table)
-        assert columns.parts[1].rows == [("c", 4, 3, "75.0%", "0.0%", columns.parts[1].rows[0][-1])]
+        assert columns.parts[1].rows == [("c", 4, 3, "75.0%", None, columns.parts[1].rows[0][-1])]
     if told:
         assert "another run.path" in found.pop()
     assert len(found) == len(told), found
