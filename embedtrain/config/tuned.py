@@ -9,13 +9,13 @@ from embedtrain.config.values import flatten, settings_of
 
 _ALWAYS = ("model", "optimizer.name", "optimizer.lr", "table.dim", "train.epochs", "train.global_batch_size", "seed")
 """Settings that stand beside every run, changed or not: most comparisons are of them."""
-_LEFT_OUT = ("run.", "log.", "checkpoint.", "resume.", "publish.", "evaluate.")
+_LEFT_OUT = ("data.", "run.", "log.", "checkpoint.", "resume.", "publish.", "evaluate.")
 
 
 def tuned_settings(config: Config) -> dict[str, Any]:
     """Returns the settings by their full keys that were changed from their defaults, and those that runs always show.
 
-    Paths and the settings of logs, checkpoints, evaluation and publication are left out: they change no result.
+    Paths, and the settings of data files, logs, checkpoints, evaluation and publication are left out: nobody tunes them.
     """
     defaults = dict(flatten(settings_of(type(config)())))
     return {

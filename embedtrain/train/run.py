@@ -24,7 +24,7 @@ from embedtrain.errors import UserError, counted, printable
 from embedtrain.metrics.sinks import ConsoleSink, JsonlSink, MetricSink, RunEnd, TensorBoardSink
 from embedtrain.metrics.trackers import MlflowSink, WandbSink, require_tracker
 from embedtrain.optim.schedule import schedule_factor
-from embedtrain.storage import base_name, local_path, shown
+from embedtrain.storage import local_path, shown
 from embedtrain.train.best import BestPolicy, check_metric
 from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
 from embedtrain.train.interrupt import EXIT_PREEMPTED
@@ -380,7 +380,8 @@ def _build_sinks(config: Config, folder: RunFolder, state: TrainState, task: Tas
     if config.log.tensorboard and local_path(folder.path) is not None:
         board = TensorBoardSink(folder.join(TENSORBOARD_NAME), purge_step=state.step + 1)
         measures = list(dict.fromkeys(["loss", config.checkpoint.best_metric, *(task.measures or ())]))
-        board.log_settings(base_name(folder.path), tuned_settings(config), measures)
+        # Runs of one name would be one row of the table: the folder that they lie in tells sweeps apart.
+        board.log_settings("/".join(folder.path.split("/")[-2:]), tuned_settings(config), measures)
         sinks.append(board)
     if config.log.wandb is None and config.log.mlflow is None:
         return sinks
