@@ -15,7 +15,7 @@ _LEFT_OUT = ("data.", "run.", "log.", "checkpoint.", "resume.", "publish.", "eva
 def tuned_settings(config: Config) -> dict[str, Any]:
     """Returns the settings by their full keys that were changed from their defaults, and those that runs always show.
 
-    Paths, and the settings of data files, logs, checkpoints, evaluation and publication are left out: nobody tunes them.
+    Paths, and the settings of data files, logs, checkpoints, evaluation and publication are left out.
     """
     defaults = dict(flatten(settings_of(type(config)())))
     return {

@@ -139,7 +139,7 @@ def _analogies(vectors: Vectors, paths: Sequence[str]) -> Iterator[Section]:
         yield Section(
             "Analogies",
             [bars],
-            f"{path}: of words among the {frequent.num_rows:,} most frequent. Questions with another word are left out: "
-            f"{found.num_oov:,}.",
+            f"{path}: of words among the {frequent.num_rows:,} most frequent. Questions with another word are left "
+            f"out: {found.num_oov:,}.",
             {"analogies": found.total.accuracy} if found.total.num_questions else {},
         )
