@@ -9,7 +9,7 @@ def test_a_report_of_a_run(job: Job) -> None:
     trained = job.run(*job.train_arguments("run", "log.every_steps=10"))
     assert trained.returncode == 0, trained.stderr
     questions = job.folder / "questions.txt"
-    questions.write_text(": of letters\nbxa bxb cxa cxb\nbxa bxb nowhere cxb\n")
+    questions.write_text(": of letters\nbxa bxe cxa cxe\nbxa bxe nowhere cxe\n")
     done = job.run("report", "run", "--word", "bxa", "--word", "cza", "--analogies", "questions.txt")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "run/report.html\n"

@@ -16,6 +16,7 @@ from embedtrain.data.click_log import ClickLog
 from embedtrain.jagged import Jagged, places_of_runs
 from embedtrain.metrics.figures import Bars, Chart, Line, Section, Table
 from embedtrain.metrics.score_curves import calibration_bins, lift_by_tenth, roc_curve
+from embedtrain.ops._backend.transfer import to_host
 from embedtrain.recipes.ranking.model import Ranking
 
 MAX_SCORED = 100_000
@@ -57,7 +58,7 @@ def _spread(num_steps: int, at_most: int) -> list[int]:
 
 @torch.no_grad()
 def _logits(model: Ranking, batch: ClickBatch) -> torch.Tensor:
-    return model.predict(model.prepare(batch, is_ahead=False)).float().cpu()
+    return to_host(model.predict(model.prepare(batch, is_ahead=False)).float())
 
 
 def _score(model: Ranking, batch: ClickBatch) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from embedtrain.data.bags import Bags
 from embedtrain.data.partition import share_of_rank
 from embedtrain.metrics.ranking import hits_of, list_measures, mean_measures, name_at
+from embedtrain.ops._backend.transfer import to_host
 from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval
 
 _USERS_AT_ONCE = 1024
@@ -82,7 +83,7 @@ class Catalogue:
             for part in (scores, items)
         )
         scores, items = _first(scores, items, k)
-        return items.masked_fill(scores == -torch.inf, -1).cpu(), scores.cpu()
+        return to_host(items.masked_fill(scores == -torch.inf, -1)), to_host(scores)
 
 
 @torch.no_grad()
@@ -109,7 +110,8 @@ def all_vectors(model: Retrieval, side: str) -> Tensor:
     num_rows = model.sides[side].num_rows
     starts = range(0, num_rows, _ITEMS_AT_ONCE)
     blocks = [
-        model.encode({side: torch.arange(start, min(start + _ITEMS_AT_ONCE, num_rows))})[side].cpu() for start in starts
+        to_host(model.encode({side: torch.arange(start, min(start + _ITEMS_AT_ONCE, num_rows))})[side])
+        for start in starts
     ]
     return torch.cat(blocks)
 

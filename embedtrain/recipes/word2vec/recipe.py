@@ -29,6 +29,7 @@ from embedtrain.export.vectors import FloatRows
 from embedtrain.jagged import Jagged
 from embedtrain.metrics.figures import Section
 from embedtrain.metrics.word_similarity import check_pairs, evaluate_similarity, read_pairs
+from embedtrain.ops._backend.transfer import to_host
 from embedtrain.recipes.base import Grow, Recipe, base_file, collection_options, takes_new_names
 from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.optimizers import build_optimizer, optimizer_names
@@ -222,7 +223,7 @@ class WordSimilarity:
     def unit_vectors(self) -> FloatRows:
         """Returns the vectors of the words, scaled to length 1. Collective: every rank."""
         vectors = self._tables({INPUT: Jagged.from_ids(self._ids)})[INPUT]
-        unit: FloatRows = torch.nn.functional.normalize(vectors).cpu().numpy()
+        unit: FloatRows = to_host(torch.nn.functional.normalize(vectors)).numpy()
         return unit
 
     def __call__(self, alive: Callable[[], None]) -> dict[str, float]:
