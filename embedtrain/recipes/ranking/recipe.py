@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from embedtrain.data.vector_files import check_vectors
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.metrics.classification import RECORDED, TRAINED, training_measures
+from embedtrain.metrics.figures import Section
 from embedtrain.recipes.base import Grow, Recipe, collection_options
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer
 from embedtrain.recipes.ranking.base import base_files, read_base, write_base
@@ -44,6 +46,7 @@ from embedtrain.recipes.ranking.options import (
     ranking_tables,
 )
 from embedtrain.recipes.ranking.packing import pack
+from embedtrain.recipes.ranking.reporting import score_sections
 from embedtrain.recipes.ranking.scoring import ClickScorer
 from embedtrain.recipes.ranking.workload import workload
 from embedtrain.recipes.workload import Sizes
@@ -151,6 +154,13 @@ def measure(
         UserError: the examples cannot be used, or were encoded with other vocabularies than the checkpoint's.
     """
     assert held_out_path is None, "rows of other files are measured by their scores"
+    with _restored(config, runtime, checkpoint) as (model, held_out):
+        return measure_ranking(model, _held_out_batches(config, runtime, held_out), lambda: None)
+
+
+@contextmanager
+def _restored(config: RankingConfig, runtime: Runtime, checkpoint: str) -> Iterator[tuple[Ranking, ClickLog]]:
+    """Yields the model of a checkpoint and the held-out examples. Collective: every rank."""
     with RunFolder(config.run.path).open_data(_KeptFacts) as kept:
         if kept is None:
             data, _ = prepare(config, runtime)
@@ -161,7 +171,21 @@ def measure(
         model = _build_model(config, runtime, held_out)
         dense = build_dense_optimizer(config.dense_optimizer, model.network, model.tables)
         load_weights(checkpoint, model.tables, dense, fingerprint)
-        return measure_ranking(model, _held_out_batches(config, runtime, held_out), lambda: None)
+        yield model, held_out
+
+
+def report(config: RankingConfig, runtime: Runtime, checkpoint: str) -> Iterator[Section]:
+    """Yields curves of the scores of held-out examples, and what each column is worth; nothing without such examples.
+
+    Collective: every rank.
+
+    Raises:
+        UserError: the examples cannot be used, or are not in the rows that the checkpoint was trained with.
+    """
+    if config.data.valid_path is None:
+        return
+    with _restored(config, runtime, checkpoint) as (model, held_out):
+        yield from score_sections(model, held_out, _held_out_batches(config, runtime, held_out))
 
 
 def _open_log(config: RankingConfig, runtime: Runtime) -> tuple[ClickLayout, Batches, str]:
@@ -342,4 +366,5 @@ RECIPE = Recipe(
     measure=measure,
     score=ClickScorer,
     pack=pack,
+    report=report,
 )

@@ -33,6 +33,7 @@ from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError, printable
 from embedtrain.export.recommendations import Recommendation
 from embedtrain.export.vectors import FloatRows, Vectors, open_vectors
+from embedtrain.metrics.figures import Section
 from embedtrain.metrics.ranking import measure_names
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.recipes.base import Grow, Packed, Recipe, Wanted, base_file, collection_options, takes_new_names
@@ -45,6 +46,7 @@ from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval, Scoring, S
 from embedtrain.recipes.retrieval.negative_weight import default_negative_weight
 from embedtrain.recipes.retrieval.packing import packed_sides
 from embedtrain.recipes.retrieval.recommendation import all_vectors, evaluate_retrieval
+from embedtrain.recipes.retrieval.reporting import find_titles, recommendation_sections
 from embedtrain.recipes.retrieval.workload import workload
 from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import TableSpec
@@ -407,7 +409,22 @@ def open_sides(config: RetrievalConfig, runtime: Runtime, checkpoint: str, table
         read=lambda start, stop: rows[start:stop],
         noun=side,
         checksum=checksum,
+        titles=functools.partial(find_titles, config.items if side == ITEM else config.users),
     )
+
+
+def report(config: RetrievalConfig, runtime: Runtime, checkpoint: str) -> Iterator[Section]:
+    """Yields what the recommendations for held-out users are worth, by length and by popularity; nothing without such.
+
+    Collective: every rank.
+
+    Raises:
+        UserError: the run folder lacks the data, or they are not those that the checkpoint was trained on.
+    """
+    if config.evaluate.path is None:
+        return
+    with restored(config, runtime, checkpoint) as (model, interactions, _):
+        yield from recommendation_sections(model, interactions, max(config.evaluate.k))
 
 
 @contextmanager
@@ -466,4 +483,5 @@ RECIPE = Recipe(
     open=open_sides,
     recommend=recommend,
     pack=pack,
+    report=report,
 )
