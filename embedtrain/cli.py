@@ -29,6 +29,7 @@ COMMANDS = (
     "init",
     "train",
     "compare",
+    "tune",
     "grow",
     "plan",
     "evaluate",
