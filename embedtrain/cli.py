@@ -30,6 +30,7 @@ COMMANDS = (
     "train",
     "compare",
     "tune",
+    "baseline",
     "grow",
     "plan",
     "evaluate",

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from embedtrain.data.bags import Bags
 from embedtrain.data.partition import share_of_rank
-from embedtrain.metrics.ranking import hits_of, list_measures, mean_measures, name_at
+from embedtrain.recipes.lists import measure_best
 from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval
 
-_USERS_AT_ONCE = 1024
 _ITEMS_AT_ONCE = 16384
 
 
@@ -159,21 +158,10 @@ def measure_lists(
         alive: called now and then.
 
     Returns:
-        "recall@20" and the like: means over the users; "item_coverage@20": the share of items in any list.
+        As `measure_best`.
     """
-    users = np.flatnonzero(np.diff(held_out.starts))
-    sums = torch.zeros(len(ks), 4, dtype=torch.float64)
-    is_recommended = torch.zeros(len(ks), catalogue.num_items, dtype=torch.bool)
-    for start in range(0, len(users), _USERS_AT_ONCE):
-        batch = users[start : start + _USERS_AT_ONCE]
-        items, _ = catalogue.best(batch, max(ks), known, queries(batch))
-        relevant, lengths = (torch.from_numpy(part) for part in held_out.of(batch))
-        starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        hits = hits_of(items, starts, relevant, catalogue.num_items)
-        for row, k in enumerate(ks):
-            sums[row] += list_measures(hits, lengths, k)
-            is_recommended[row, items[:, :k][items[:, :k] >= 0]] = True
-        alive()
-    measures = mean_measures(sums, len(users), ks)
-    coverage = {name_at("item_coverage", k): float(is_recommended[row].double().mean()) for row, k in enumerate(ks)}
-    return {**measures, **coverage}
+
+    def best(users: NDArray[np.int64]) -> Tensor:
+        return catalogue.best(users, max(ks), known, queries(users))[0]
+
+    return measure_best(best, catalogue.num_items, held_out, ks, alive)
