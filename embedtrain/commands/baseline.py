@@ -68,7 +68,7 @@ def baseline(
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("baselines are fitted by one process: give the command without torchrun")
-    wanted = list(_METHODS) if methods is None else split_names(methods, "--methods", "a method")
+    wanted = list(_METHODS) if methods is None else split_names(methods, "--methods", "method")
     if unknown := [name for name in wanted if name not in _METHODS]:
         raise UserError(f"--methods {', '.join(unknown)}: there are {', '.join(_METHODS)}")
     grids = {
