@@ -25,7 +25,7 @@ _BARE_RETURN = re.compile(rb"\r(?!\n)")
 class Csv(TextFormat):
     """Lines of fields between delimiters; the first one names the columns unless the layout does."""
 
-    suffixes = (".csv",)
+    suffixes: tuple[str, ...] = (".csv",)
     other_suffixes: tuple[str, ...] = (".tsv", ".txt", "")
     has_header = True
 

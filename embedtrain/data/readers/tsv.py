@@ -8,6 +8,6 @@ from embedtrain.data.readers.csv import Csv
 class Tsv(Csv):
     """Lines of fields between tabs."""
 
-    suffixes = (".tsv",)
+    suffixes: tuple[str, ...] = (".tsv",)
     other_suffixes = (".txt", "")
     delimiter = "\t"

@@ -65,7 +65,7 @@ def best_items(
     elif wanted.items is not None or wanted.history_path is not None:
         asked = _folded_in(model, interactions, options, wanted)
     else:
-        asked = _Asked(interactions.users.words, interactions.known, lambda users: None)
+        asked = _Asked(interactions.users.words, interactions.known_before_test, lambda users: None)
     rows = np.arange(len(asked.names))
     if wanted.users is not None:
         rows = _rows_of(wanted.users, interactions.users, "user")
@@ -123,7 +123,7 @@ def _folded_in(model: Retrieval, interactions: Interactions, options: Interactio
         both, order = torch.cat([of_new, of_trained]), np.argsort(is_trained, kind="stable")
         return both[torch.from_numpy(np.argsort(order)).to(both.device)]
 
-    return _Asked(found.users, _with_known(found.items, interactions.known, trained), vectors)
+    return _Asked(found.users, _with_known(found.items, interactions.known_before_test, trained), vectors)
 
 
 def _with_known(given: Bags, known: Bags, trained: NDArray[np.int64]) -> Bags:

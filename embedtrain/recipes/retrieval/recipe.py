@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,27 +14,30 @@ import torch
 
 from embedtrain.checkpoint import CheckpointReader
 from embedtrain.checkpoint.manifest import step_of
+from embedtrain.data.bags import Bags
 from embedtrain.data.interactions import (
     ITEMS_NAME,
+    SPLIT_NAMES,
     USERS_NAME,
     InteractionOptions,
     Interactions,
-    SideOptions,
     prepare_interactions,
     read_held_out,
 )
 from embedtrain.data.readers import Layout, suffixes_of
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
 from embedtrain.data.row_names import STATE_KEY, values_file, values_source, vocabulary_source, write_values
+from embedtrain.data.side_features import SideOptions
 from embedtrain.data.sources import refuse_changes
 from embedtrain.data.vector_files import check_vectors
 from embedtrain.distributed.runtime import Runtime
-from embedtrain.errors import UserError, printable
+from embedtrain.errors import UserError
 from embedtrain.export.recommendations import Recommendation
 from embedtrain.export.vectors import FloatRows, Vectors, open_vectors
 from embedtrain.metrics.ranking import measure_names
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.recipes.base import Grow, Packed, Recipe, Wanted, base_file, collection_options, takes_new_names
+from embedtrain.recipes.interactions import interaction_options, keep_split, log_interactions, test_of, validation_of
 from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
 from embedtrain.recipes.retrieval.asking import best_items, measure_unseen
@@ -51,10 +53,6 @@ from embedtrain.storage import base_name
 from embedtrain.train.checkpoints import load_weights
 from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.task import Evaluation, Parts, Pretrained, Task
-
-_logger = logging.getLogger(__name__)
-
-_MANY_ITEMS = 100_000
 
 
 @dataclass(frozen=True)
@@ -90,34 +88,14 @@ def prepare(config: RetrievalConfig, runtime: Runtime) -> tuple[Interactions, Si
         _interaction_options(config), os.path.expanduser(config.data.cache_path), runtime.ranks
     )
     if runtime.rank == 0:
-        _logger.info(
-            f"{interactions.num_interactions:,} interactions of {len(interactions.users):,} users with "
-            f"{len(interactions.items):,} items, in {interactions.path}"
-        )
-        row = int(interactions.users.counts.argmax())
-        if (most := int(interactions.users.counts[row])) > _MANY_ITEMS:
-            _logger.warning(
-                f"user {printable(interactions.users.words[row])!r} has {most:,} items, and takes that share of every "
-                "epoch: leave such users out of the data if they are programs"
-            )
-        for what, number in interactions.left_out.items():
-            if number:
-                _logger.warning(f"{number:,} {what.replace('_', ' ')}")
-        if config.evaluate.path is not None and not len(interactions.held_out.values):
-            _logger.warning(
-                f"evaluate.path={config.evaluate.path} has no user of the training data: all measures of it will be 0"
-            )
+        log_interactions(interactions, config.evaluate.path)
     return interactions, _sizes(interactions)
 
 
 def _interaction_options(config: RetrievalConfig) -> InteractionOptions:
-    return InteractionOptions(
-        path=config.data.path,
-        format=config.data.format,
-        layout=layout_of(config.data, "data"),
-        user_column=config.data.user_column,
-        item_column=config.data.item_column,
-        held_out_path=config.evaluate.path,
+    return interaction_options(
+        config.data,
+        config.evaluate.path,
         users=_side_options(config, config.users, "users"),
         items=_side_options(config, config.items, "items"),
         takes_new=takes_new_names(config),
@@ -142,10 +120,9 @@ def build(config: RetrievalConfig, runtime: Runtime, interactions: Interactions)
     """
     model = _build_model(config, runtime, interactions)
     evaluation = None
-    if config.evaluate.path is not None:
-        measure = functools.partial(
-            evaluate_retrieval, model, interactions.known, interactions.held_out, config.evaluate.k
-        )
+    if interactions.has_validation or config.holds_out or config.evaluate.path is not None:
+        held_out = validation_of(interactions) if interactions.has_validation else _test_of(config, interactions)
+        measure = functools.partial(evaluate_retrieval, model, interactions.known, held_out, config.evaluate.k)
         evaluation = Evaluation(measure, config.evaluate.every_steps, config.evaluate.every_epochs)
     task = Task(
         model,
@@ -168,6 +145,10 @@ def build(config: RetrievalConfig, runtime: Runtime, interactions: Interactions)
         _pretrained(config, interactions),
         interactions.unverified,
     )
+
+
+def _test_of(config: RetrievalConfig, interactions: Interactions) -> Bags:
+    return test_of(interactions) if config.holds_out else interactions.held_out
 
 
 def _facts(interactions: Interactions) -> dict[str, Any]:
@@ -269,13 +250,14 @@ def _write_files(interactions: Interactions, folder: RunFolder) -> None:
     folder.write_vocabulary(interactions.items, ITEMS_NAME)
     for table, values in _categories(interactions):
         write_values(folder.path, table, values, has_others=False)
+    keep_split(interactions, folder)
     _keep_data(interactions, folder)
 
 
 def _keep_data(interactions: Interactions, folder: RunFolder) -> None:
     # The run folder has the raw ids anyway.
     facts = _KeptFacts(interactions.users.fingerprint, interactions.items.fingerprint)
-    folder.keep_data(asdict(facts), interactions.path, leave_out=frozenset((USERS_NAME, ITEMS_NAME)))
+    folder.keep_data(asdict(facts), interactions.path, leave_out=frozenset((USERS_NAME, ITEMS_NAME, *SPLIT_NAMES)))
 
 
 def _heads(config: RetrievalConfig) -> dict[str, tuple[str, Layout]]:
@@ -357,11 +339,11 @@ def measure(
             cannot be used.
     """
     with restored(config, runtime, checkpoint) as (model, interactions, _):
-        bags = interactions.held_out
+        bags = _test_of(config, interactions)
         if held_out is not None:
             options = replace(_interaction_options(config), held_out_path=held_out)
             bags = runtime.ranks.run_on_first(lambda: read_held_out(options, interactions))
-        return evaluate_retrieval(model, interactions.known, bags, config.evaluate.k, alive=lambda: None)
+        return evaluate_retrieval(model, interactions.known_before_test, bags, config.evaluate.k, alive=lambda: None)
 
 
 def open_sides(config: RetrievalConfig, runtime: Runtime, checkpoint: str, table: str | None) -> Vectors:
