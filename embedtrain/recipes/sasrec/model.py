@@ -14,6 +14,7 @@ from embedtrain.embedding.input_dist import Asked
 from embedtrain.jagged import Jagged
 from embedtrain.ops._backend.transfer import to_device
 from embedtrain.recipes.sasrec.batches import SequenceBatch
+from embedtrain.recipes.sasrec.config import ITEM as ITEM
 from embedtrain.recipes.sasrec.encoder import Dropout, Encoder, Packing, pack
 from embedtrain.recipes.sasrec.softmax import full_softmax
 from embedtrain.spec import TableSpec
@@ -22,10 +23,7 @@ from embedtrain.train.task import Objective
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-ITEM = "item"
-"""The table."""
-
-Loss = Literal["full", "sampled"]
+Loss = Literal["full_softmax", "sampled_softmax"]
 
 _SCORES_AT_ONCE = 1 << 22
 """16 MiB of them."""
@@ -50,7 +48,7 @@ class Architecture:
     heads: int = 2
     inner: int = 128
     dropout: float = 0.3
-    loss: Loss = "full"
+    loss: Loss = "full_softmax"
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,9 @@ class Sasrec(nn.Module):
         self.tables = EmbeddingCollection([table], **options)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.get("seed", 0))
-            self.dense = make_encoder(table.dim, architecture)
+            self.dense = Encoder(
+                table.dim, architecture.max_length, architecture.layers, architecture.heads, architecture.inner
+            )
         self.dense.to(self.tables.device)
 
     def forward(self, batch: SequenceBatch | PreparedSequences) -> Objective:
@@ -104,7 +104,7 @@ class Sasrec(nn.Module):
         num_inputs = batch.inputs.numel()
         dropout = Dropout(self.architecture.dropout, batch.dropout_key, prepared.places, self.dense.num_masks)
         states = self.dense(vectors[:num_inputs], prepared.packing, dropout).float()
-        if self.architecture.loss == "full":
+        if self.architecture.loss == "full_softmax":
             total = self._full(prepared, states)
         else:
             total = self._sampled(prepared, states, vectors[num_inputs:])
@@ -138,7 +138,7 @@ class Sasrec(nn.Module):
         packing = pack(lengths)
         firsts = torch.repeat_interleave(batch.numbers * self.architecture.max_length, lengths)
         asked, targets = [batch.inputs], batch.targets[batch.rank]
-        if self.architecture.loss == "full":
+        if self.architecture.loss == "full_softmax":
             targets = self._own_places(torch.cat(batch.targets))
         else:
             share = batch.shares[batch.rank]
@@ -182,8 +182,3 @@ class Sasrec(nn.Module):
         vectors = self.tables({ITEM: Jagged.from_ids(items[positions])})[ITEM]
         states: Tensor = self.dense(vectors, packing)[packing.last].float()
         return states[torch.argsort(order).to(states.device)]
-
-
-def make_encoder(dim: int, architecture: Architecture) -> Encoder:
-    """Returns the encoder of items' vectors of `dim` columns."""
-    return Encoder(dim, architecture.max_length, architecture.layers, architecture.heads, architecture.inner)
