@@ -7,6 +7,7 @@ from embedtrain.config.sections import Config, EvaluateConfig, TableConfig, Trai
 from embedtrain.recipes.base import (
     Grow,
     Packed,
+    PackedNetwork,
     PackedTable,
     Recipe,
     RowScorer,
@@ -39,6 +40,7 @@ __all__ = [
     "Objective",
     "OptimizerConfig",
     "Packed",
+    "PackedNetwork",
     "PackedTable",
     "Parts",
     "Pretrained",

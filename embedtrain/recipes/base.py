@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import pyarrow as pa
@@ -147,6 +147,21 @@ class PackedTable:
 
 
 @dataclass(frozen=True)
+class PackedNetwork:
+    """The network of a package, and what it takes.
+
+    Attributes:
+        module: the network.
+        arguments: examples of what it takes: tensors, or lists of them, each of three rows.
+        names: of the inputs in ONNX, list after list; none if it cannot be written as ONNX.
+    """
+
+    module: nn.Module
+    arguments: tuple[Any, ...]
+    names: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class Packed:
     """What a package consists of, beside the scorer.
 
@@ -156,8 +171,8 @@ class Packed:
         facts: JSON; what the scorer has to know of the files, and of how rows become ids and numbers.
         tables: by file name.
         texts: by file name, [n] large_binary; different texts, whose place in the list is wanted.
-        network: takes numbers [n, width] and a list of vectors [n, dim], and returns [n]; None without one.
-        network_widths: of the numbers, and of each of the vectors.
+        network: returns a row for each row that it is given; None without one.
+        programs: by file name, the text of further Python files, which may import `scorer`.
     """
 
     model: str
@@ -165,8 +180,8 @@ class Packed:
     facts: Mapping[str, Any]
     tables: Mapping[str, PackedTable]
     texts: Mapping[str, pa.LargeBinaryArray]
-    network: nn.Module | None = None
-    network_widths: tuple[int, Sequence[int]] = (0, ())
+    network: PackedNetwork | None = None
+    programs: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

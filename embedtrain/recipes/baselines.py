@@ -13,7 +13,7 @@ from torch import Tensor
 
 from embedtrain.data.bags import Bags
 from embedtrain.errors import UserError
-from embedtrain.recipes.lists import measure_best
+from embedtrain.recipes.lists import k_best, measure_best
 
 _logger = logging.getLogger(__name__)
 
@@ -138,10 +138,8 @@ def measure_scores(
             found[np.repeat(np.arange(len(users)), lengths), items] = -torch.inf
         # The rows of items are in order of popularity: of equal scores the more popular item comes first.
         most = found.topk(min(num_items, 2 * max(ks)), dim=1)
-        order = most.indices.argsort(dim=1, stable=True)
-        ordered, values = most.indices.gather(1, order), most.values.gather(1, order)
-        first = values.argsort(dim=1, descending=True, stable=True)[:, : max(ks)]
-        return ordered.gather(1, first).masked_fill(values.gather(1, first) == -torch.inf, -1)
+        values, ordered = k_best(most.values, most.indices, max(ks))
+        return ordered.masked_fill(values == -torch.inf, -1)
 
     return measure_best(best, num_items, held_out, ks)
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from embedtrain.config.interactions import InteractionsConfig
 from embedtrain.data.bags import Bags, without
-from embedtrain.data.interactions import InteractionOptions, Interactions
+from embedtrain.data.interactions import ITEMS_NAME, SPLIT_NAMES, USERS_NAME, InteractionOptions, Interactions
+from embedtrain.data.readers import suffixes_of
+from embedtrain.data.sources import refuse_changes
 from embedtrain.data.splits import SplitOptions
-from embedtrain.errors import printable
+from embedtrain.distributed.ranks import Ranks
+from embedtrain.errors import UserError, printable
 from embedtrain.recipes.layout import layout_of
 from embedtrain.train.run_folder import RunFolder
 
@@ -92,6 +98,65 @@ def test_of(interactions: Interactions) -> Bags:
     return without(interactions.held_out, interactions.known_before_test)
 
 
-def keep_split(interactions: Interactions, folder: RunFolder) -> None:
-    """Writes the parts of the split to the run folder, for other programs."""
+def check_data_files(data: InteractionsConfig, interactions: Interactions, ranks: Ranks) -> Callable[[], None]:
+    """Returns what refuses files of the section `data` that have changed since; collective: every rank calls it."""
+    check = functools.partial(refuse_changes, data.path, suffixes_of(data.format), interactions.source_identities)
+    return lambda: ranks.run_on_first(check)
+
+
+@dataclass(frozen=True)
+class _KeptFacts:
+    """What the run folder keeps beside the interactions: hashes of the raw ids, which lie in files of their own."""
+
+    users: str
+    items: str
+
+
+def keep_interactions(interactions: Interactions, folder: RunFolder) -> None:
+    """Writes raw ids, the parts of the split and the prepared interactions to the run folder."""
+    folder.write_vocabulary(interactions.users, USERS_NAME)
+    folder.write_vocabulary(interactions.items, ITEMS_NAME)
     folder.write_split([os.path.join(interactions.path, name) for name in interactions.split_files])
+    facts = _KeptFacts(interactions.users.fingerprint, interactions.items.fingerprint)
+    # The run folder has the raw ids anyway.
+    folder.keep_data(asdict(facts), interactions.path, leave_out=frozenset((USERS_NAME, ITEMS_NAME, *SPLIT_NAMES)))
+
+
+@contextmanager
+def kept_interactions(run_path: str, prepare: Callable[[], Interactions]) -> Iterator[Interactions]:
+    """Yields the interactions that `keep_interactions` wrote, or prepares them again if there are none.
+
+    Collective: every rank.
+
+    Raises:
+        UserError: there are none and they cannot be prepared, or the raw ids beside them are missing or others.
+        CorruptCheckpointError: they are damaged.
+    """
+    folder = RunFolder(run_path)
+    with folder.open_data(_KeptFacts) as kept:
+        if kept is None:
+            try:
+                interactions = prepare()
+            except UserError as error:
+                raise UserError(
+                    f"{folder.kept_data_path} is missing, which says who had what in training, and the data cannot be "
+                    f"read again: {error}"
+                ) from error
+        else:
+            interactions = Interactions(kept.path, names_path=folder.path)
+            _check_names(folder, interactions, kept.facts)
+        yield interactions
+
+
+def _check_names(folder: RunFolder, interactions: Interactions, facts: _KeptFacts) -> None:
+    """Refuses raw ids of the run folder that are not those of its interactions."""
+    for name, fingerprint in ((USERS_NAME, facts.users), (ITEMS_NAME, facts.items)):
+        try:
+            names = interactions.users if name == USERS_NAME else interactions.items
+            fault = None if names.fingerprint == fingerprint else "does not hold the raw ids of this run"
+        except FileNotFoundError:
+            fault = "is missing"
+        if fault is not None:
+            raise UserError(
+                f"{folder.join(name)} {fault}: bring it back, or give the training command again, which writes it anew"
+            )

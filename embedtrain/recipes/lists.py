@@ -15,6 +15,14 @@ from embedtrain.metrics.ranking import hits_of, list_measures, mean_measures, na
 _USERS_AT_ONCE = 1024
 
 
+def k_best(scores: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Returns the scores and items of the k best of each row, the best first; of equal ones the lower item."""
+    order = items.argsort(dim=1, stable=True)
+    scores, items = scores.gather(1, order), items.gather(1, order)
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return scores.gather(1, order), items.gather(1, order)
+
+
 def measure_best(
     best: Callable[[NDArray[np.int64]], Tensor],
     num_items: int,

@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -17,18 +17,16 @@ from embedtrain.checkpoint.manifest import step_of
 from embedtrain.data.bags import Bags
 from embedtrain.data.interactions import (
     ITEMS_NAME,
-    SPLIT_NAMES,
     USERS_NAME,
     InteractionOptions,
     Interactions,
     prepare_interactions,
     read_held_out,
 )
-from embedtrain.data.readers import Layout, suffixes_of
+from embedtrain.data.readers import Layout
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
 from embedtrain.data.row_names import STATE_KEY, values_file, values_source, vocabulary_source, write_values
 from embedtrain.data.side_features import SideOptions
-from embedtrain.data.sources import refuse_changes
 from embedtrain.data.vector_files import check_vectors
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
@@ -47,7 +45,15 @@ from embedtrain.recipes.base import (
     collection_options,
     takes_new_names,
 )
-from embedtrain.recipes.interactions import interaction_options, keep_split, log_interactions, test_of, validation_of
+from embedtrain.recipes.interactions import (
+    check_data_files,
+    interaction_options,
+    keep_interactions,
+    kept_interactions,
+    log_interactions,
+    test_of,
+    validation_of,
+)
 from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
 from embedtrain.recipes.retrieval.asking import best_items, measure_unseen
@@ -63,14 +69,6 @@ from embedtrain.storage import base_name
 from embedtrain.train.checkpoints import load_weights
 from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.task import Evaluation, Parts, Pretrained, Task
-
-
-@dataclass(frozen=True)
-class _KeptFacts:
-    """What the run folder keeps beside the interactions: hashes of the raw ids, which lie in files of their own."""
-
-    users: str
-    items: str
 
 
 def check(config: RetrievalConfig, is_new: bool) -> None:
@@ -233,8 +231,6 @@ def _build_batches(config: RetrievalConfig, runtime: Runtime, interactions: Inte
         config.retrieval.power,
         config.retrieval.in_batch,
     )
-    suffixes = suffixes_of(config.data.format)
-    check_files = functools.partial(refuse_changes, config.data.path, suffixes, interactions.source_identities)
     return RetrievalBatches(
         interactions.known,
         len(interactions.items),
@@ -242,7 +238,7 @@ def _build_batches(config: RetrievalConfig, runtime: Runtime, interactions: Inte
         seed=config.seed,
         rank=runtime.rank,
         world_size=runtime.world_size,
-        on_epoch=lambda: runtime.ranks.run_on_first(check_files),
+        on_epoch=check_data_files(config.data, interactions, runtime.ranks),
     )
 
 
@@ -256,18 +252,9 @@ def _pretrained(config: RetrievalConfig, interactions: Interactions) -> dict[str
 
 
 def _write_files(interactions: Interactions, folder: RunFolder) -> None:
-    folder.write_vocabulary(interactions.users, USERS_NAME)
-    folder.write_vocabulary(interactions.items, ITEMS_NAME)
     for table, values in _categories(interactions):
         write_values(folder.path, table, values, has_others=False)
-    keep_split(interactions, folder)
-    _keep_data(interactions, folder)
-
-
-def _keep_data(interactions: Interactions, folder: RunFolder) -> None:
-    # The run folder has the raw ids anyway.
-    facts = _KeptFacts(interactions.users.fingerprint, interactions.items.fingerprint)
-    folder.keep_data(asdict(facts), interactions.path, leave_out=frozenset((USERS_NAME, ITEMS_NAME, *SPLIT_NAMES)))
+    keep_interactions(interactions, folder)
 
 
 def _heads(config: RetrievalConfig) -> dict[str, tuple[str, Layout]]:
@@ -305,36 +292,10 @@ def restored(
         UserError: the data cannot be used, or they are not those that the checkpoint was trained on.
         CorruptCheckpointError: what the run folder has of the data is damaged.
     """
-    folder = RunFolder(config.run.path)
-    with folder.open_data(_KeptFacts) as kept:
-        if kept is None:
-            try:
-                interactions, _ = prepare(config, runtime)
-            except UserError as error:
-                raise UserError(
-                    f"{folder.kept_data_path} is missing, which says who had what in training, and the data cannot be "
-                    f"read again: {error}"
-                ) from error
-        else:
-            interactions = Interactions(kept.path, names_path=folder.path)
-            _check_names(folder, interactions, kept.facts)
+    with kept_interactions(config.run.path, lambda: prepare(config, runtime)[0]) as interactions:
         model = _build_model(config, runtime, interactions)
         dense = _build_dense_optimizer(config, model)
         yield model, interactions, load_weights(checkpoint, model.tables, dense, interactions.fingerprint)
-
-
-def _check_names(folder: RunFolder, interactions: Interactions, facts: _KeptFacts) -> None:
-    """Refuses raw ids of the run folder that are not those of its interactions."""
-    for name, fingerprint in ((USERS_NAME, facts.users), (ITEMS_NAME, facts.items)):
-        try:
-            names = interactions.users if name == USERS_NAME else interactions.items
-            fault = None if names.fingerprint == fingerprint else "does not hold the raw ids of this run"
-        except FileNotFoundError:
-            fault = "is missing"
-        if fault is not None:
-            raise UserError(
-                f"{folder.join(name)} {fault}: bring it back, or give the training command again, which writes it anew"
-            )
 
 
 def measure(
