@@ -62,7 +62,7 @@ def baseline(
     include_known: bool,
     runs: Sequence[str],
 ) -> int:
-    """Measures popularity, item-kNN and EASE on the data of a configuration."""
+    """Measures popularity, item-kNN and EASE on the same data."""
     from embedtrain.distributed.runtime import init_distributed, shut_down
     from embedtrain.recipes.loading import load_config
 
