@@ -18,6 +18,7 @@ FAMILY = ["king", "queen", "man", "woman", "boy", "girl", "uncle", "aunt"]
 SMALLER = {
     "ranking_criteo": ["data.num_rows=100", "data.features={}", "train.global_batch_size=64"],
     "retrieval": ["train.epochs=2"],
+    "sasrec": ["train.epochs=2"],
 }
 """Settings that make a command quick, by the configuration that it names."""
 
@@ -128,7 +129,7 @@ def start(words: list[str], folder: Path) -> None:
         (folder / output).write_text(done.stdout, encoding="utf-8")
 
 
-SLOW_PAGES = ("performance.md", "growing.md")
+SLOW_PAGES = ("performance.md", "growing.md", "sasrec.md")
 """Pages whose commands take longer than what they hold beside other tests is worth in each run."""
 
 
