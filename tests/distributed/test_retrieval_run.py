@@ -115,9 +115,25 @@ def run_parts(ranks: Ranks, arguments: list[str], kill_at: int | None) -> dict[s
     return {**tables, **(task.dense.tensors() if task.dense is not None else {})}
 
 
-@pytest.mark.parametrize("has_towers", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_killed_run_goes_on_to_the_last_bit_and_on_another_number_of_ranks(folder: Path, has_towers: bool) -> None:
-    more = towers(folder) if has_towers else []
+@pytest.mark.parametrize(
+    "more",
+    [
+        TOWERS,
+        *(
+            pytest.param(more, marks=pytest.mark.slow)
+            for more in (
+                (),
+                ("retrieval.loss=alignment_uniformity", "retrieval.in_batch=true"),
+                ("retrieval.loss=cosine_contrastive", "retrieval.hard_negatives=4", "retrieval.popularity_share=0.5"),
+            )
+        ),
+    ],
+    ids=["towers", "factorisation", "alignment_uniformity", "cosine_contrastive"],
+)
+def test_a_killed_run_goes_on_to_the_last_bit_and_on_another_number_of_ranks(
+    folder: Path, more: tuple[str, ...]
+) -> None:
+    more = tuple(part.replace("FOLDER", str(folder)) for part in more)
     whole = run_ranks(2, run_parts, overrides(folder, "whole", *more), None)[0]
     killed = overrides(folder, "killed", *more)
     run_ranks(2, run_parts, killed, 60)

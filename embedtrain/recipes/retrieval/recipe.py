@@ -60,13 +60,13 @@ from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer
 from embedtrain.recipes.retrieval.asking import best_items, measure_unseen
 from embedtrain.recipes.retrieval.config import RetrievalConfig, SideConfig
 from embedtrain.recipes.retrieval.draft import draft
-from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval, Scoring, Side, retrieval_table
+from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval, Scoring, Side, retrieval_tables
 from embedtrain.recipes.retrieval.negative_weight import default_negative_weight
 from embedtrain.recipes.retrieval.packing import packed_sides
 from embedtrain.recipes.retrieval.recommendation import all_vectors, evaluate_retrieval
 from embedtrain.recipes.retrieval.workload import workload
 from embedtrain.recipes.workload import Sizes
-from embedtrain.spec import DEFAULT_OPTIMIZER, TableSpec
+from embedtrain.spec import TableSpec
 from embedtrain.storage import base_name
 from embedtrain.train.checkpoints import load_weights
 from embedtrain.train.run_folder import RunFolder
@@ -277,12 +277,13 @@ def _heads(config: RetrievalConfig) -> dict[str, tuple[str, Layout]]:
 
 
 def _tables(config: RetrievalConfig, interactions: Interactions) -> list[TableSpec]:
-    dtype, optimizers = getattr(torch, config.table.dtype), optimizer_names(config.optimizer)
-    scoring, sizes = _scoring(config, interactions), _sizes(interactions).num_rows
-    return [
-        retrieval_table(name, rows, config.table.dim, dtype, scoring, optimizers.get(name, DEFAULT_OPTIMIZER))
-        for name, rows in sizes.items()
-    ]
+    return retrieval_tables(
+        _sizes(interactions).num_rows,
+        config.table.dim,
+        getattr(torch, config.table.dtype),
+        _scoring(config, interactions),
+        optimizer_names(config.optimizer),
+    )
 
 
 def _tower_inputs(config: RetrievalConfig) -> dict[str, Any]:
