@@ -319,6 +319,11 @@ class Config:
         """Whether the data come from standard input, which can be read only once."""
         return False
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether the run holds out a part of its data itself, to measure the trained model on."""
+        return False
+
     def _seconds(self) -> Iterator[tuple[str, float | None]]:
         yield "run.timeout_seconds", self.run.timeout_seconds
         yield "checkpoint.every_seconds", self.checkpoint.every_seconds

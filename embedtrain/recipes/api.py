@@ -8,6 +8,7 @@ from embedtrain.metrics.figures import Bars, Chart, Line, PointMap, Section, Tab
 from embedtrain.recipes.base import (
     Grow,
     Packed,
+    PackedNetwork,
     PackedTable,
     Recipe,
     RowScorer,
@@ -43,6 +44,7 @@ __all__ = [
     "Objective",
     "OptimizerConfig",
     "Packed",
+    "PackedNetwork",
     "PackedTable",
     "Parts",
     "PointMap",

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -30,12 +30,13 @@ STARTS_NAME = "starts.jsonl"
 CHECKPOINTS_NAME = "checkpoints"
 TENSORBOARD_NAME = "tensorboard"
 PROFILE_NAME = "profile"
+SPLIT_NAME = "split"
 
 _FILES = (CONFIG_NAME, METRICS_NAME, STATUS_NAME, RUN_ID_NAME, STARTS_NAME)
 _FILE = re.compile(rf"({'|'.join(map(re.escape, _FILES))}|\w+\.tsv)(\.tmp|\.partial)?")
 _TRACE = re.compile(rf"{METRICS_NAME}|{STATUS_NAME}|{CHECKPOINTS_NAME}|owner-")
 """Begins the name of what any start of a run leaves beside its configuration."""
-_FOLDERS = (CHECKPOINTS_NAME, KEPT_DATA_NAME, FEATURES_NAME, TENSORBOARD_NAME, PROFILE_NAME)
+_FOLDERS = (CHECKPOINTS_NAME, KEPT_DATA_NAME, FEATURES_NAME, TENSORBOARD_NAME, PROFILE_NAME, SPLIT_NAME)
 
 _MAX_STARTS = 100
 """Starts that are kept of a run that is interrupted often."""
@@ -212,6 +213,13 @@ class RunFolder:
             UserError: files that no run has written lie where they would be kept.
         """
         kept_data.keep(self.kept_data_path, facts, entry_path, leave_out)
+
+    def write_split(self, paths: Sequence[str]) -> None:
+        """Keeps the parts of a split, files of raw ids, for other programs."""
+        if paths:
+            storage.make_folder(self.join(SPLIT_NAME))
+        for path in paths:
+            kept_data.copy_file(path, self.join(f"{SPLIT_NAME}/{os.path.basename(path)}"))
 
     def open_data(self, kind: type[T]) -> AbstractContextManager[KeptData[T] | None]:
         """Yields what `keep_data` kept, each file checked; None if that is nothing.

@@ -328,7 +328,7 @@ def test_onnx_is_refused_without_its_packages_and_without_a_network(
     arguments = ["export", str(folder / "run"), "--format", "package", "--onnx", "--output", str(folder / "none")]
     assert cli.main(arguments) == 2
     assert "--onnx needs the packages onnx and onnxscript: pip install 'embedtrain[onnx]'" in capsys.readouterr().err
-    with pytest.raises(UserError, match="--onnx needs a model with a dense network, and a retrieval model has none"):
+    with pytest.raises(UserError, match="--onnx: a package of a retrieval model holds no network"):
         write_package(Packed("retrieval", 1, {}, {}, {}), str(folder / "none"), has_onnx=True)
     assert not (folder / "none").exists()
 

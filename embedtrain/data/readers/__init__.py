@@ -11,6 +11,7 @@ from embedtrain.data.readers.csv import Csv
 from embedtrain.data.readers.jsonl import JsonLines
 from embedtrain.data.readers.lines import Lines
 from embedtrain.data.readers.parquet import Parquet
+from embedtrain.data.readers.recbole import RecBole
 from embedtrain.data.readers.rows import Fault, Format, Layout, Rows, TextFormat
 from embedtrain.data.readers.tsv import Tsv
 from embedtrain.data.sources import Source, suffix_of
@@ -36,6 +37,7 @@ FORMATS: dict[str, Format] = {
     "tsv": Tsv(),
     "parquet": Parquet(),
     "jsonl": JsonLines(),
+    "recbole": RecBole(),
 }
 
 AUTO = "auto"

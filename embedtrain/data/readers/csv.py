@@ -25,7 +25,7 @@ _BARE_RETURN = re.compile(rb"\r(?!\n)")
 class Csv(TextFormat):
     """Reads lines of delimited fields; the first line names the columns unless the layout does."""
 
-    suffixes = (".csv",)
+    suffixes: tuple[str, ...] = (".csv",)
     other_suffixes: tuple[str, ...] = (".tsv", ".txt", "")
     has_header = True
 

@@ -8,6 +8,6 @@ from embedtrain.data.readers.csv import Csv
 class Tsv(Csv):
     """Reads lines of fields separated by tabs."""
 
-    suffixes = (".tsv",)
+    suffixes: tuple[str, ...] = (".tsv",)
     other_suffixes = (".txt", "")
     delimiter = "\t"

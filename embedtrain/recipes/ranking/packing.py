@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from embedtrain.checkpoint import CheckpointReader
 from embedtrain.data.click_schema import CRITEO
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.optim.dense import load_module
-from embedtrain.recipes.base import NETWORK_NAME, Packed, PackedTable, table_blocks
+from embedtrain.recipes.base import NETWORK_NAME, Packed, PackedNetwork, PackedTable, table_blocks
 from embedtrain.recipes.ranking.config import RankingConfig
 from embedtrain.recipes.ranking.model import build_network
 from embedtrain.recipes.ranking.options import click_schema, feature_options, network_options, ranking_tables
@@ -41,8 +43,11 @@ def pack(config: RankingConfig, runtime: Runtime, checkpoint: str) -> Iterator[P
                 for facts in features
                 if facts["vocabulary"] is not None
             },
-            network=parts.network,
-            network_widths=(len(parts.schema.dense), parts.dims),
+            network=PackedNetwork(
+                parts.network,
+                (torch.zeros(3, len(parts.schema.dense)), [torch.zeros(3, dim) for dim in parts.dims]),
+                ["numbers", *(f"vectors.{column.name}" for column in parts.columns)],
+            ),
         )
 
 
