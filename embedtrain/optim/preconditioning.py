@@ -66,7 +66,7 @@ class HasRates(Protocol):
 def preconditioned(
     optimizer: HasRates, gradients: Sequence[RowGradient], opened: Sequence[Opened]
 ) -> Sequence[Iterable[Opened]]:
-    """Returns per group of tables its opened rows with the gradients that the optimizer's preconditioner makes of theirs.
+    """Returns per group of tables its opened rows with the gradients that the preconditioner makes of theirs.
 
     Without a preconditioner, they are what was opened. Collective: every rank.
     """
