@@ -179,7 +179,8 @@ def draw(groups: dict[tuple[str, ...], list[Row]], path: Path) -> None:
     """Draws the mean of the tests by words per step: for each kind of step, at the rate that the choice prefers."""
     import matplotlib.pyplot as plt
 
-    texts = sorted({key[0] for key in groups})
+    # A curve has three sizes or more.
+    texts = sorted(text for text in {key[0] for key in groups} if len({key[2] for key in groups if key[0] == text}) > 2)
     figure, axes = plt.subplots(1, len(texts), figsize=(4.5 * len(texts), 3.4), squeeze=False)
     for axis, text in zip(axes[0], texts, strict=True):
         for damping, label in (("none", "plain steps"), ("curvature", "damped steps")):
