@@ -22,9 +22,10 @@ from embedtrain.data.histories import Histories, known_part, read_histories
 from embedtrain.data.interactions import InteractionOptions
 from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.distributed.runtime import Runtime
+from embedtrain.recipes.catalogue import measure_lists
 from embedtrain.recipes.retrieval.folding import FoldIn
 from embedtrain.recipes.retrieval.recipe import restored
-from embedtrain.recipes.retrieval.recommendation import Catalogue, measure_lists
+from embedtrain.recipes.retrieval.recommendation import catalogue_of
 from embedtrain.recipes.trained import checkpoint_of, measure_run, require_config
 
 RUNTIME = Runtime(ONE_PROCESS, 0, torch.device("cpu"))
@@ -60,7 +61,7 @@ def fold_in(run: str, folder: Path, ks: Sequence[int]) -> tuple[dict[str, float]
         users = FoldIn(model, interactions.known)
         seconds = time.perf_counter() - start
         queries = lambda rows: users.vectors(rows, known.items)  # noqa: E731
-        return measure_lists(Catalogue(model), queries, known.items, wanted, ks, alive=lambda: None), seconds
+        return measure_lists(catalogue_of(model), queries, known.items, wanted, ks, alive=lambda: None), seconds
 
 
 def aligned(found: Histories, users: Sequence[str]) -> Bags:

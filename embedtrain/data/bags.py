@@ -74,3 +74,18 @@ def distinct(*columns: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     is_first = np.ones(len(order), bool)
     is_first[1:] = np.any([column[1:] != column[:-1] for column in ordered], axis=0)
     return [column[is_first] for column in ordered]
+
+
+def union(first: Bags, second: Bags) -> Bags:
+    """Returns the values of two lists of bags, each row's ascending and once; -1 is left out."""
+    rows = np.concatenate([first.rows(), second.rows()])
+    values = np.concatenate([first.values, second.values])
+    found_rows, found = distinct(rows[values >= 0], values[values >= 0])
+    return Bags.from_rows(found_rows, found, len(first))
+
+
+def without(bags: Bags, others: Bags) -> Bags:
+    """Returns the values of bags that the same row of other bags does not have."""
+    width = 1 + max(bags.values.max(initial=0), others.values.max(initial=0))
+    is_there = np.isin(bags.rows() * width + bags.values, others.rows() * width + others.values) & (bags.values >= 0)
+    return Bags.from_rows(bags.rows()[~is_there], bags.values[~is_there], len(bags))

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from embedtrain.data.interactions import read_pairs
+from embedtrain.data.events import read_pairs
 from embedtrain.data.prepared import prepared_entry
 from embedtrain.data.readers import Layout, suffixes_of
 from embedtrain.data.seal import Unverified
@@ -77,19 +77,16 @@ def write_baskets(
 
     def write(work_path: str) -> None:
         baskets, items = read_pairs(sources, names, format, layout, ("data.basket_column", "data.item_column"))
-        ids = items.chunk(0).dictionary
+        ids = items.names
         parted = np.flatnonzero(np.asarray(pc.match_substring_regex(ids, _PARTS_WORDS)))
         if len(parted):
             raise UserError(
                 f"{path}: the item id {ids[int(parted[0])].as_py()!r} holds white space or a control character, which "
                 "parts items in a text"
             )
-        basket_codes, item_codes = (
-            np.concatenate([np.asarray(chunk.indices) for chunk in column.chunks]) for column in (baskets, items)
-        )
-        order = np.argsort(basket_codes, kind="stable")
-        ends = np.flatnonzero(np.diff(basket_codes[order], append=-1))
-        words = ids.take(pa.array(item_codes[order])).to_pylist()
+        order = np.argsort(baskets.codes, kind="stable")
+        ends = np.flatnonzero(np.diff(baskets.codes[order], append=-1))
+        words = ids.take(pa.array(items.codes[order])).to_pylist()
         with open(os.path.join(work_path, TEXT_NAME), "w", encoding="utf-8") as file:
             start = 0
             for end in (ends + 1).tolist():

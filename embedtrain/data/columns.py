@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -19,7 +19,8 @@ class TextRows:
     """Some rows of a file.
 
     Attributes:
-        columns: one array per name that was asked for: large_string, or large_list of large_string; all of one length.
+        columns: one array per name that was asked for: large_string, or large_list of large_string; a column of numbers
+            or times as the file has it. All of one length.
         place: names the file and the line of a row.
     """
 
@@ -34,6 +35,7 @@ def read_columns(
     layout: Layout | None = None,
     separators: Mapping[str, str | None] | None = None,
     keys: Mapping[str, str] | None = None,
+    numbers: Collection[str] = (),
 ) -> Iterator[TextRows]:
     """Reads columns of files, some rows at a time.
 
@@ -47,6 +49,7 @@ def read_columns(
         layout: how the lines of text are laid out.
         separators: as in `Uses`; None if no column may hold bags.
         keys: the settings that name the columns, for messages.
+        numbers: the columns that hold numbers or times, not ids.
 
     Yields:
         Rows; a column holds lists only if it does in the file.
@@ -56,7 +59,7 @@ def read_columns(
             names the file, and what was there instead.
     """
     layout = layout or Layout()
-    uses = Uses(separators=separators or {})
+    uses = Uses(numbers=frozenset(numbers), separators=separators or {})
     for source in sources:
         reader, segment = format_of(source, format), Segment(source)
         existing = reader.columns(source, names, layout)
@@ -64,9 +67,11 @@ def read_columns(
         faults: list[Fault] = []
         for rows in reader.read(segment, list(dict.fromkeys(names)), existing, layout, faults, uses=uses):
             _refuse_faults(faults, reader)
-            yield TextRows(
-                [_as_text(source, name, rows.batch.column(name)) for name in names], _places(rows, segment, reader)
-            )
+            columns = [
+                rows.batch.column(name) if name in numbers else _as_text(source, name, rows.batch.column(name))
+                for name in names
+            ]
+            yield TextRows(columns, _places(rows, segment, reader))
         _refuse_faults(faults, reader)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from embedtrain.data.bags import Bags, distinct
 from embedtrain.data.columns import read_columns
-from embedtrain.data.interactions import InteractionOptions, Interactions, SideOptions, read_pairs, split_categories
+from embedtrain.data.events import EventFiles, read_events
+from embedtrain.data.interactions import Interactions
 from embedtrain.data.readers import suffixes_of
 from embedtrain.data.row_names import rows_among
+from embedtrain.data.side_features import SideOptions, split_categories
 from embedtrain.data.sources import take_sources
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.errors import UserError, counted
@@ -35,27 +37,23 @@ class Histories:
     items: Bags
 
 
-def read_histories(options: InteractionOptions, path: str, items: Vocabulary) -> Histories:
+def read_histories(files: EventFiles, path: str, items: Vocabulary) -> Histories:
     """Returns the users of files and their items, in the order in which the users first appear.
 
     Args:
-        options: how files of interactions are read; their own paths are not.
+        files: how they are read.
         path: the files.
         items: those of the training.
 
     Raises:
         UserError: a file cannot be used.
     """
-    sources = take_sources(path, suffixes_of(options.format))
-    users, values = read_pairs(sources, (options.user_column, options.item_column), options.format, options.layout)
-    user_codes, item_codes = (
-        np.concatenate([np.asarray(chunk.indices) for chunk in column.chunks]).astype(np.int64)
-        for column in (users, values)
-    )
-    rows = rows_among(values.chunk(0).dictionary, items.words)
+    events = read_events(take_sources(path, suffixes_of(files.format)), replace(files, time_column=None))
+    user_codes, item_codes = events.users.codes.astype(np.int64), events.items.codes.astype(np.int64)
+    rows = rows_among(events.items.names, items.words)
     # Unknown items that differ are still different items, which someone may have asked for: they count as missed.
     found_users, found_items, _ = distinct(user_codes, rows[item_codes], item_codes)
-    names = users.chunk(0).dictionary.to_pylist()
+    names = events.users.names.to_pylist()
     return Histories(names, Bags.from_rows(found_users, found_items, len(names)))
 
 

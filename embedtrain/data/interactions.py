@@ -5,28 +5,29 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
 from embedtrain import storage
-from embedtrain.data.bags import Bags, distinct
-from embedtrain.data.columns import read_columns
+from embedtrain.data.bags import Bags, distinct, union
+from embedtrain.data.events import EventFiles, Events, read_events, refuse_line_ends
 from embedtrain.data.prepared import META_NAME, prepared_entry, read_contents
-from embedtrain.data.readers import AUTO, Layout, suffixes_of
+from embedtrain.data.readers import suffixes_of
 from embedtrain.data.row_names import rows_among
 from embedtrain.data.seal import Unverified
+from embedtrain.data.side_features import SideOptions, give_rows, read_features
 from embedtrain.data.sources import Source, take_sources
-from embedtrain.data.vocabulary import COUNTS_SCHEMA, Vocabulary
+from embedtrain.data.splits import Split, SplitOptions, core_of, split_events
+from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.ranks import Ranks
-from embedtrain.errors import UserError, counted, printable
+from embedtrain.errors import UserError
 from embedtrain.schema import Count
 
 _logger = logging.getLogger(__name__)
@@ -34,60 +35,33 @@ _logger = logging.getLogger(__name__)
 USERS_NAME, ITEMS_NAME = "users.tsv", "items.tsv"
 """Files of the raw ids by row."""
 
-_FORMAT_VERSION = 3
-_SHOWN_LETTERS = 40
-_FORBIDDEN = ("\t", "\n", "\r")
+SPLIT_NAMES = ("train.tsv", "validation.tsv", "test.tsv")
+"""Files of the parts of a split in raw ids, in the order of the input: `user`, `item` and, if known, `time`."""
+
+_FORMAT_VERSION = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class SideOptions:
-    """Where the categories of the users, or of the items, are.
-
-    Attributes:
-        path: files with a row for each, as `expand_sources` takes them; None for no features.
-        format: as in `read_columns`.
-        layout: of lines of text, as in `read_columns`.
-        id_column: name of the column of ids.
-        separators: by column, what parts the categories of a cell; None for one category a cell.
-        base_vocabulary: a file of ids that have a row whether they are among the interactions or not, and whose counts
-            are added to theirs; None for none.
-        base_categories: by column, a file of categories, as `write_values` writes one, likewise.
-    """
-
-    path: str | Sequence[str] | None = None
-    format: str = AUTO
-    layout: Layout = field(default_factory=Layout)
-    id_column: str = "id"
-    separators: Mapping[str, str | None] = field(default_factory=dict)
-    base_vocabulary: str | None = None
-    base_categories: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class InteractionOptions:
+class InteractionOptions(EventFiles):
     """What to train on.
 
     Attributes:
         path: the interactions, as `expand_sources` takes them.
-        format: as in `read_columns`.
-        layout: of lines of text, as in `read_columns`.
-        user_column: name of the column of users; of no meaning in lines.
-        item_column: name of the column of items.
         held_out_path: interactions to measure on, in the same format; None for none.
+        split: which interactions are held out instead, and which are left out.
         users: features of the users.
         items: features of the items.
         takes_new: whether users, items and categories get rows that are in no base; otherwise they are left out.
+        keeps_order: whether each user's interactions are kept in order of time too: `Interactions.sequences`.
     """
 
     path: str | Sequence[str]
-    format: str = AUTO
-    layout: Layout = field(default_factory=Layout)
-    user_column: str = "user"
-    item_column: str = "item"
     held_out_path: str | Sequence[str] | None = None
+    split: SplitOptions = field(default_factory=SplitOptions)
     users: SideOptions = field(default_factory=SideOptions)
     items: SideOptions = field(default_factory=SideOptions)
     takes_new: bool = True
+    keeps_order: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +73,8 @@ class _Meta:
     sources: list[str]
     left_out: dict[str, int]
     features: dict[str, dict[str, Count]]
+    has_validation: bool = False
+    order_fingerprint: str = ""
 
 
 class Interactions:
@@ -114,6 +90,8 @@ class Interactions:
     Attributes:
         num_interactions: distinct pairs of user and item.
         fingerprint: a hash of the pairs, of the ids and of the features.
+        order_fingerprint: a hash of `sequences`; empty without them.
+        has_validation: whether a part was split off to measure on during training.
         source_identities: of the files with the interactions; see `Source.identity`.
         left_out: what of the held-out data and features cannot be used, in numbers: see `meta.json`.
 
@@ -130,6 +108,8 @@ class Interactions:
         self.num_interactions = self._meta.num_interactions
         self.source_identities = self._meta.sources
         self.left_out = self._meta.left_out
+        self.order_fingerprint = self._meta.order_fingerprint
+        self.has_validation = self._meta.has_validation
 
     @cached_property
     def users(self) -> Vocabulary:
@@ -150,6 +130,33 @@ class Interactions:
     def held_out(self) -> Bags:
         """The held-out items of each user; -1 for an item that nobody turned to in training. Empty without any."""
         return Bags.load(os.path.join(self.path, "held-out"))
+
+    @cached_property
+    def validation(self) -> Bags:
+        """The items of each user that were split off to measure on during training, like `held_out`."""
+        assert self.has_validation, "no part was split off"
+        return Bags.load(os.path.join(self.path, "validation"))
+
+    @cached_property
+    def known_before_test(self) -> Bags:
+        """The items of each user, ascending, that come before the held-out ones: of training and validation."""
+        return union(self.known, self.validation) if self.has_validation else self.known
+
+    @cached_property
+    def sequences(self) -> Bags:
+        """The items of each user in order of time, repeats included; kept by `InteractionOptions.keeps_order` alone."""
+        return Bags.load(os.path.join(self.path, "sequences"))
+
+    @cached_property
+    def validation_sequences(self) -> Bags:
+        """The items of `validation` in order of time, repeats included, without those that nobody had in training."""
+        assert self.has_validation, "no part was split off"
+        return Bags.load(os.path.join(self.path, "validation-sequences"))
+
+    @property
+    def split_files(self) -> list[str]:
+        """The names of the files in `path` that hold the parts of the split in raw ids; none without a split."""
+        return [name for name in SPLIT_NAMES if os.path.exists(os.path.join(self.path, name))]
 
     def features(self, side: str) -> dict[str, tuple[Bags, int]]:
         """Returns, by name, the categories of each row of "users" or "items", and how many categories there are."""
@@ -216,59 +223,39 @@ def _list_files(options: InteractionOptions) -> _Listed:
 
 def _entry_name(options: InteractionOptions, listed: _Listed) -> str:
     sources = [[source.identity for source in files] for files in vars(listed).values() if files]
-    named = asdict(options)
-    # Entries of before there were these options keep their names.
-    if options.takes_new:
-        del named["takes_new"]
-    for side in ("users", "items"):
-        if not named[side]["base_categories"]:
-            del named[side]["base_categories"]
-    facts = json.dumps([_FORMAT_VERSION, sources, named], default=list)
+    facts = json.dumps([_FORMAT_VERSION, sources, asdict(options)], default=list)
     return f"interactions-{xxhash.xxh3_64_hexdigest(facts.encode())}"
 
 
 def _write(options: InteractionOptions, listed: _Listed, path: str) -> None:
-    sources = listed.interactions
-    bases = [
-        None if side.base_vocabulary is None else Vocabulary.load_base(side.base_vocabulary, f"{name}.base_vocabulary")
-        for name, side in (("users", options.users), ("items", options.items))
-    ]
-    pairs = read_pairs(sources, (options.user_column, options.item_column), options.format, options.layout)
-    sides = ("user", options.users), ("item", options.items)
-    vocabularies: list[Vocabulary] = []
-    rows: list[NDArray[np.int64]] = []
-    for (name, _), base, column in zip(sides, bases, pairs, strict=True):
-        _refuse_line_ends(column, name)
-        vocabulary, column_rows = _number(column, base, options.takes_new)
-        vocabularies.append(vocabulary)
-        rows.append(column_rows)
-    users, items = vocabularies
-    has_rows = _have_rows(rows[0], rows[1], options)
-    known = _distinct_pairs(rows[0][has_rows], rows[1][has_rows], len(users), len(items))
-    num_repeated = int(has_rows.sum()) - len(known.values)
-    counted = [np.bincount(known.rows(), minlength=len(users)), np.bincount(known.values, minlength=len(items))]
-    # Rows stand in the order of all occurrences; the counts that are kept are those of distinct pairs.
-    for place, base in enumerate(bases):
-        if base is not None:
-            counted[place][rows_among(base.words, vocabularies[place].words)] += base.counts
-    vocabularies = [Vocabulary(v.words, count) for v, count in zip(vocabularies, counted, strict=True)]
-    left_out = {"repeated_interactions": num_repeated}
-    if not options.takes_new:
-        left_out["interactions_of_new_users_or_items"] = int((~has_rows).sum())
-    users, items = vocabularies
-    held_out = _held_out(options, listed.held_out, users, items, left_out)
-    known.save(os.path.join(path, "known"))
-    held_out.save(os.path.join(path, "held-out"))
+    events = read_events(listed.interactions, options)
+    for ids, noun in ((events.users, "user"), (events.items, "item")):
+        refuse_line_ends(ids, noun)
+    split = split_events(core_of(events, options.split.min_user_count, options.split.min_item_count), options.split)
+    del events
+    if options.split.is_parted:
+        _write_split(split, path)
+    rows = _give_rows(split.train, options)
+    users, items, left_out = rows.users, rows.items, rows.left_out
+    rows.known.save(os.path.join(path, "known"))
     users.save(os.path.join(path, USERS_NAME))
     items.save(os.path.join(path, ITEMS_NAME))
-    parts = [known.fingerprint, users.fingerprint, items.fingerprint]
+    if split.test is not None:
+        held_out = _to_find(split.test, users, items, left_out, "held_out")
+    else:
+        held_out = _held_out(options, listed.held_out, users, items, left_out)
+    held_out.save(os.path.join(path, "held-out"))
+    if split.validation is not None:
+        _to_find(split.validation, users, items, left_out, "validation").save(os.path.join(path, "validation"))
+    order_fingerprint = _write_order(split, rows, path) if options.keeps_order else ""
+    parts = [rows.known.fingerprint, users.fingerprint, items.fingerprint]
     features: dict[str, dict[str, int]] = {}
     for side, side_options, files, vocabulary in (
         ("users", options.users, listed.users, users),
         ("items", options.items, listed.items, items),
     ):
         features[side] = {}
-        found = _read_features(side_options, files, vocabulary, left_out, side, options.takes_new)
+        found = read_features(side_options, files, vocabulary, left_out, side, options.takes_new)
         for number, (name, bags, categories) in enumerate(found):
             bags.save(os.path.join(path, f"{side}-{number}"))
             pq.write_table(categories.as_table(), os.path.join(path, f"{side}-{number}.parquet"))
@@ -277,14 +264,71 @@ def _write(options: InteractionOptions, listed: _Listed, path: str) -> None:
     meta = {
         "format_version": _FORMAT_VERSION,
         "fingerprint": xxhash.xxh3_128_hexdigest(json.dumps(parts).encode()),
-        "sources": [source.identity for source in sources],
-        "num_interactions": len(known.values),
+        "order_fingerprint": order_fingerprint,
+        "sources": [source.identity for source in listed.interactions],
+        "num_interactions": len(rows.known.values),
+        "has_validation": split.validation is not None,
         "features": features,
         "left_out": left_out,
         "options": asdict(options),
     }
     with open(os.path.join(path, META_NAME), "w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1, default=list)
+
+
+def _write_split(split: Split, path: str) -> None:
+    for part, name in zip((split.train, split.validation, split.test), SPLIT_NAMES, strict=True):
+        if part is not None:
+            part.write(os.path.join(path, name))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of users and items.
+
+    Attributes:
+        users: raw ids by row, with the numbers of distinct pairs.
+        items: likewise.
+        user_rows: [n] of each event of the training; -1 for none.
+        item_rows: [n] likewise.
+        known: the items of each user.
+        left_out: what cannot be used, in numbers.
+    """
+
+    users: Vocabulary
+    items: Vocabulary
+    user_rows: NDArray[np.int64]
+    item_rows: NDArray[np.int64]
+    known: Bags
+    left_out: dict[str, int]
+
+
+def _give_rows(train: Events, options: InteractionOptions) -> _Rows:
+    """Gives users and items rows in the order of all their events, and counts their distinct pairs."""
+    bases = [
+        None if side.base_vocabulary is None else Vocabulary.load_base(side.base_vocabulary, f"{name}.base_vocabulary")
+        for name, side in (("users", options.users), ("items", options.items))
+    ]
+    users, user_rows = give_rows(train.users, bases[0], options.takes_new)
+    items, item_rows = give_rows(train.items, bases[1], options.takes_new)
+    has_rows = _have_rows(user_rows, item_rows, options)
+    known = _distinct_pairs(user_rows[has_rows], item_rows[has_rows], len(users), len(items))
+    left_out = {"repeated_interactions": int(has_rows.sum()) - len(known.values)}
+    if not options.takes_new:
+        left_out["interactions_of_new_users_or_items"] = int((~has_rows).sum())
+    counted_users = _recounted(users, known.rows(), bases[0])
+    counted_items = _recounted(items, known.values, bases[1])
+    return _Rows(counted_users, counted_items, user_rows, item_rows, known, left_out)
+
+
+def _write_order(split: Split, rows: _Rows, path: str) -> str:
+    """Writes each user's items in order of time; returns a hash of those of the training."""
+    sequences = _in_order(split.train, rows.user_rows, rows.item_rows, len(rows.users))
+    sequences.save(os.path.join(path, "sequences"))
+    if split.validation is not None:
+        found = _rows_of(split.validation, rows.users, rows.items)
+        _in_order(split.validation, *found, len(rows.users)).save(os.path.join(path, "validation-sequences"))
+    return sequences.fingerprint
 
 
 def _have_rows(users: NDArray[np.int64], items: NDArray[np.int64], options: InteractionOptions) -> NDArray[np.bool_]:
@@ -295,78 +339,19 @@ def _have_rows(users: NDArray[np.int64], items: NDArray[np.int64], options: Inte
     return has_rows
 
 
-def read_pairs(
-    sources: Sequence[Source],
-    names: tuple[str, str],
-    format: str,
-    layout: Layout,
-    keys: tuple[str, str] = ("data.user_column", "data.item_column"),
-) -> list[pa.ChunkedArray]:
-    """Reads two columns of ids whole; each comes as dictionary-encoded chunks that share one dictionary.
-
-    Args:
-        sources: the files.
-        names: of the columns; of no meaning in lines.
-        format, layout: as in `read_columns`.
-        keys: the settings that name the columns.
-
-    Raises:
-        UserError: as `read_columns`, or a row holds no id, or there is no row.
-    """
-    chunks: list[list[pa.Array]] = [[], []]
-    for rows in read_columns(sources, names, format, layout, keys=dict(zip(names, keys, strict=True))):
-        for name, column, found in zip(names, rows.columns, chunks, strict=True):
-            if not pa.types.is_large_string(column.type):
-                raise UserError(f"{rows.place(0)}: column {name!r} holds lists: expected one id per row")
-            is_missing = pc.equal(column, "").fill_null(True)
-            if pc.any(is_missing).as_py():
-                row = int(np.flatnonzero(np.asarray(is_missing))[0])
-                raise UserError(f"{rows.place(row)}: column {name!r} holds no id")
-            found.append(column.dictionary_encode())
-    num_rows = sum(map(len, chunks[0]))
-    if num_rows == 0:
-        raise UserError(f"{', '.join(source.url for source in sources)}: there are no interactions")
-    columns = [pa.chunked_array(found).unify_dictionaries() for found in chunks]
-    _logger.info(f"read {num_rows:,} interactions: {', '.join(map(_busiest, columns, names))}")
-    return columns
+def _recounted(vocabulary: Vocabulary, rows: NDArray[np.int64], base: Vocabulary | None) -> Vocabulary:
+    """Returns the names with their numbers of distinct pairs, whose rows are given, and those that a base gives."""
+    counts = np.bincount(rows, minlength=len(vocabulary))
+    if base is not None:
+        counts[rows_among(base.words, vocabulary.words)] += base.counts
+    return Vocabulary(vocabulary.words, counts)
 
 
-def _busiest(column: pa.ChunkedArray, name: str) -> str:
-    """Says how many ids a column has, and how many rows the one with the most."""
-    counts = np.zeros(len(column.chunk(0).dictionary), np.int64)
-    for chunk in column.chunks:
-        counts += np.bincount(np.asarray(chunk.indices), minlength=len(counts))
-    most = int(counts.argmax())
-    busiest = printable(column.chunk(0).dictionary[most].as_py()[:_SHOWN_LETTERS])
-    return f"{counted(len(counts), 'id')} of {name} ({busiest} has the most: {int(counts[most]):,})"
-
-
-def _refuse_line_ends(column: pa.ChunkedArray, name: str) -> None:
-    """Refuses ids that a line of a vocabulary's file cannot hold."""
-    ids = column.chunk(0).dictionary
-    for forbidden in _FORBIDDEN:
-        found = np.flatnonzero(np.asarray(pc.match_substring(ids, forbidden)))
-        if len(found):
-            raise UserError(f"the {name} id {ids[int(found[0])].as_py()!r} holds a tab or a line end, which none may")
-
-
-def _number(
-    column: pa.ChunkedArray, base: Vocabulary | None = None, takes_new: bool = True
-) -> tuple[Vocabulary, NDArray[np.int64]]:
-    """Gives each distinct id a row, the most frequent first; returns the ids by row, and the column in rows.
-
-    The ids of `base` have a row too, and count as often as it says besides. Without `takes_new` no others have one, and
-    -1 stands for them.
-    """
-    ids = column.chunk(0).dictionary
-    codes = np.concatenate([np.asarray(chunk.indices) for chunk in column.chunks])
-    counts = np.bincount(codes, minlength=len(ids))
-    table = pa.table([ids.cast(pa.large_binary()), pa.array(counts, pa.int64())], schema=COUNTS_SCHEMA)
-    # A dictionary may hold words that no row has.
-    vocabulary = (
-        Vocabulary.build(table, 1, None) if base is None else base.extended(table, 1, None, takes_new=takes_new)
-    )
-    return vocabulary, rows_among(ids, vocabulary.words)[codes]
+def _in_order(events: Events, users: NDArray[np.int64], items: NDArray[np.int64], num_users: int) -> Bags:
+    """Returns the items of each user in order of time, without events of no user or item."""
+    order = events.in_order(users)
+    order = order[(users[order] >= 0) & (items[order] >= 0)]
+    return Bags.from_rows(users[order], items[order], num_users)
 
 
 def _distinct_pairs(users: NDArray[np.int64], items: NDArray[np.int64], num_users: int, num_items: int) -> Bags:
@@ -405,80 +390,25 @@ def _held_out(
     """Returns the held-out items of each user of the training; counts what is left out."""
     if options.held_out_path is None:
         return Bags.from_rows(np.zeros(0, np.int64), np.zeros(0, np.int64), len(users))
-    pairs = read_pairs(sources, (options.user_column, options.item_column), options.format, options.layout)
-    codes = [np.concatenate([np.asarray(chunk.indices) for chunk in column.chunks]) for column in pairs]
+    return _to_find(read_events(sources, replace(options, time_column=None)), users, items, left_out, "held_out")
+
+
+def _rows_of(events: Events, users: Vocabulary, items: Vocabulary) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Returns the rows [n] of users and items; -1 for those that have none."""
     user_rows, item_rows = (
-        rows_among(column.chunk(0).dictionary, vocabulary.words)[code]
-        for column, vocabulary, code in zip(pairs, (users, items), codes, strict=True)
+        rows_among(ids.names, vocabulary.words)[ids.codes]
+        for ids, vocabulary in ((events.users, users), (events.items, items))
     )
+    return user_rows, item_rows
+
+
+def _to_find(events: Events, users: Vocabulary, items: Vocabulary, left_out: dict[str, int], part: str) -> Bags:
+    """Returns the items of each user with a row, each item once; counts what is left out."""
+    user_rows, item_rows = _rows_of(events, users, items)
     # Items of no row still count as what should have been found: by their code, for they may be repeated.
-    told = codes[1].astype(np.int64)
+    told = events.items.codes.astype(np.int64)
     is_known = user_rows >= 0
-    left_out["held_out_interactions_of_unknown_users"] = int((~is_known).sum())
+    left_out[f"{part}_interactions_of_unknown_users"] = int((~is_known).sum())
     found_users, _, found_items = distinct(user_rows[is_known], told[is_known], item_rows[is_known])
-    left_out["held_out_interactions_with_unknown_items"] = int((found_items < 0).sum())
+    left_out[f"{part}_interactions_with_unknown_items"] = int((found_items < 0).sum())
     return Bags.from_rows(found_users, found_items, len(users))
-
-
-def _read_features(
-    options: SideOptions,
-    sources: list[Source],
-    vocabulary: Vocabulary,
-    left_out: dict[str, int],
-    side: str,
-    takes_new: bool,
-) -> list[tuple[str, Bags, Vocabulary]]:
-    """Returns name, categories of each row, and the categories themselves, for each feature."""
-    if options.path is None:
-        return []
-    names = list(options.separators)
-    wanted = [options.id_column, *names]
-    keys = {**dict.fromkeys(names, f"{side}.features"), options.id_column: f"{side}.id_column"}
-    batches = [
-        rows.columns for rows in read_columns(sources, wanted, options.format, options.layout, options.separators, keys)
-    ]
-    urls = ", ".join(source.url for source in sources)
-    if not batches:
-        raise UserError(f"{urls}: there are no rows: expected one for each of the {side}, or leave out {side}.path")
-    rows = np.concatenate([rows_among(batch[0], vocabulary.words) for batch in batches])
-    described, times = np.unique(rows[rows >= 0], return_counts=True)
-    if len(times) and times.max() > 1:
-        repeated = vocabulary.words[described[times.argmax()]]
-        raise UserError(f"{options.path}: the id {repeated!r} of {side} has {times.max()} rows: expected one each")
-    left_out[f"{side}_without_features"] = len(vocabulary) - len(described)
-    found = []
-    for place, name in enumerate(names, start=1):
-        cells = [split_categories(batch[place], options.separators[name]) for batch in batches]
-        lengths = np.concatenate([lengths for lengths, _ in cells])
-        if not lengths.any():
-            raise UserError(f"{urls}: no row has a value in column {name!r}: leave out {side}.features.{name}")
-        values = pa.chunked_array([values.dictionary_encode() for _, values in cells]).unify_dictionaries()
-        categories, category_rows = _number(values, _base_of(options.base_categories.get(name)), takes_new)
-        of_row = np.repeat(rows, lengths)
-        is_known = (of_row >= 0) & (category_rows >= 0)
-        order = np.argsort(of_row[is_known], kind="stable")
-        bags = Bags.from_rows(of_row[is_known][order], category_rows[is_known][order], len(vocabulary))
-        found.append((name, bags, categories))
-    return found
-
-
-def _base_of(path: str | None) -> Vocabulary | None:
-    if path is None:
-        return None
-    values = pq.read_table(pa.BufferReader(storage.read(path)), columns=["value", "count"])
-    return Vocabulary(values["value"].to_pylist(), np.asarray(values["count"], np.int64))
-
-
-def split_categories(column: pa.Array, separator: str | None) -> tuple[NDArray[np.int64], pa.Array]:
-    """Returns how many categories each cell has, and all of them; an empty cell has none."""
-    if pa.types.is_large_string(column.type):
-        if separator is None:
-            is_given = pc.not_equal(column, "").fill_null(False)
-            return np.asarray(is_given).astype(np.int64), column.filter(is_given)
-        column = pc.split_pattern(column, separator)
-    lengths = np.asarray(pc.list_value_length(column).fill_null(0)).astype(np.int64)
-    values = pc.list_flatten(column)
-    is_empty = np.asarray(pc.equal(values, "").fill_null(True))
-    of_cell = np.repeat(np.arange(len(lengths)), lengths)
-    lengths = np.bincount(of_cell[~is_empty], minlength=len(lengths))
-    return lengths, values.filter(pa.array(~is_empty))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -15,7 +15,7 @@ from embedtrain.distributed.runtime import job_ranks
 from embedtrain.embedding.features import Routes, resolve_features
 from embedtrain.embedding.input_dist import Asked, input_dist_of
 from embedtrain.embedding.lookup import lookup
-from embedtrain.embedding.output_dist import fetch_distinct, output_dist
+from embedtrain.embedding.output_dist import fetch_distinct, fetch_own, output_dist
 from embedtrain.embedding.placement import Auto, PlacementChoice, place_rows
 from embedtrain.embedding.pooling_choice import PoolingChoice, PoolingChoices
 from embedtrain.embedding.shard_view import ShardView
@@ -26,6 +26,9 @@ from embedtrain.spec import FeatureSpec, TableSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+_OF_ANOTHER_DTYPE = "Convert the other modules alone, or make the tables with TableSpec(dtype=torch.bfloat16)"
 
 
 class CollectionOptions(TypedDict, total=False):
@@ -174,16 +177,7 @@ class EmbeddingCollection(nn.Module):
 
     def extra_repr(self) -> str:
         """Returns a line per table."""
-        lines = []
-        for group in self.table_groups:
-            for spec in group.specs:
-                frozen = ", frozen" if spec.name in group.frozen else ""
-                dtype = str(spec.dtype).removeprefix("torch.")
-                names = [name for name, feature in self.features.items() if feature.table_name == spec.name]
-                lines.append(
-                    f"({spec.name}): {spec.num_rows:,} rows of {spec.dim} {dtype}, trained by {spec.optimizer!r}"
-                    f"{frozen}, features {', '.join(names) or 'none'}"
-                )
+        lines = [line for group in self.table_groups for line in _lines_of(group, self.features.values())]
         return "\n".join([f"rank {self.ranks.rank} of {self.ranks.size}, device {self.device}", *lines])
 
     def forward(self, batch: Mapping[str, Jagged | Tensor]) -> dict[str, Tensor]:
@@ -270,6 +264,18 @@ class EmbeddingCollection(nn.Module):
             raise ValueError(f"distinct_rows needs features that are not pooled; {', '.join(pooled)} are")
         return fetch_distinct(asked)
 
+    def own_rows(self, name: str) -> Tensor:
+        """Returns the rows of a table that this rank owns, for models that compare with all rows of a table.
+
+        In backward their gradients wait here for the optimizer, beside those of look-ups; nothing travels. The step
+        then updates every row. No collective.
+
+        Returns:
+            [num_slots, dim] float32 in order of `TableShard.slots`; it may share memory with the table.
+        """
+        (group,) = [group for group in self.table_groups if name in group.table_names]
+        return fetch_own(group, self.shards[name])
+
     def bring_rows(self, asked: Asked) -> None:
         """Copies those of the rows asked of this rank that live in host memory to the device, before their step."""
         for part in asked.parts:
@@ -283,12 +289,7 @@ class EmbeddingCollection(nn.Module):
         for group in self.table_groups:
             group.access.write_back()
         shard = self.shards[name]
-        local = shard.weight if state == "weight" else shard.state[state]
-        ranks = range(self.ranks.size)
-        sizes = [stop - start for start, stop in map(shard.layout.shard_range, ranks)]
-        copies = local.repeat(len(ranks), *[1] * (local.dim() - 1))
-        slots = self.ranks.all_to_all(copies, [local.shape[0]] * len(ranks), sizes)
-        return slots[shard.layout.slot_of(torch.arange(shard.spec.num_rows, device=slots.device))]
+        return shard.gather(self.ranks, state)
 
     def shard_views(self) -> list[ShardView]:
         """Returns this rank's weights and optimizer state, as a checkpoint saves and loads them.
@@ -316,8 +317,7 @@ class EmbeddingCollection(nn.Module):
             if made.dtype != group.weight.dtype:
                 raise ValueError(
                     f"the rows of {', '.join(group.table_names)} are stored as {group.weight.dtype} and looked up as "
-                    f"torch.float32; they do not become {made.dtype}. Convert the other modules alone, or make the "
-                    "tables with TableSpec(dtype=torch.bfloat16)"
+                    f"torch.float32; they do not become {made.dtype}. {_OF_ANOTHER_DTYPE}"
                 )
             if made.device.type == "meta":
                 raise ValueError("tables cannot live on the meta device: their rows are drawn when they are made")
@@ -366,3 +366,15 @@ class EmbeddingCollection(nn.Module):
     @property
     def _entries(self) -> SimpleNamespace:
         return as_attributes(self.shard_views())
+
+
+def _lines_of(group: TableGroup, features: Collection[FeatureSpec]) -> Iterator[str]:
+    """Yields a line per table."""
+    for spec in group.specs:
+        frozen = ", frozen" if spec.name in group.frozen else ""
+        dtype = str(spec.dtype).removeprefix("torch.")
+        names = [feature.name for feature in features if feature.table_name == spec.name]
+        yield (
+            f"({spec.name}): {spec.num_rows:,} rows of {spec.dim} {dtype}, trained by {spec.optimizer!r}"
+            f"{frozen}, features {', '.join(names) or 'none'}"
+        )

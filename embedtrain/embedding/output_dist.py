@@ -11,7 +11,10 @@ from torch.autograd.function import once_differentiable
 
 from embedtrain.embedding.input_dist import Asked
 from embedtrain.embedding.requests import Found, GroupRequest
+from embedtrain.embedding.table_group import TableGroup, TableShard
+from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.pool_rows import grad_of_weights, pool_rows
+from embedtrain.ops.row_gradient import Delivery
 
 
 def output_dist(asked: Asked, found: Sequence[Found]) -> dict[str, Tensor]:
@@ -43,6 +46,28 @@ def fetch_distinct(asked: Asked) -> Tensor:
     parts = [_DistinctRows.apply(part.group.gradients.anchor, part) for part in asked.parts]  # type: ignore[no-untyped-call]
     rows: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
     return rows
+
+
+def fetch_own(group: TableGroup, shard: TableShard) -> Tensor:
+    """Returns this rank's rows of a table, [slots, dim] float32; in backward their gradients wait where they are."""
+    rows: Tensor = _OwnRows.apply(group.gradients.anchor, group, shard)  # type: ignore[no-untyped-call]
+    return rows
+
+
+class _OwnRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, group: TableGroup, shard: TableShard) -> Tensor:
+        first, num_rows = shard.first_row, len(shard.weight)
+        ctx.group, ctx.rows = group, torch.arange(first, first + num_rows, device=anchor.device)
+        if not group.access.is_on_host and shard.weight.dtype == torch.float32:
+            return shard.weight.detach()  # most models score all rows of a shard: a copy would double its memory
+        return gather_rows(*group.access.look_up(ctx.rows), torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        ctx.group.gradients.deliver(Delivery.of_rows(ctx.rows, grad.float().contiguous()))
+        return None, None, None
 
 
 class _DistinctRows(torch.autograd.Function):

@@ -67,6 +67,14 @@ class TableShard:
             for name, tensor in (("weight", self.weight), *self.state.items())
         ]
 
+    def gather(self, ranks: Ranks, state: str = "weight") -> Tensor:
+        """Returns the whole table, or an optimizer's state of it, in order of id. Collective: every rank."""
+        local = self.weight if state == "weight" else self.state[state]
+        sizes = [stop - start for start, stop in map(self.layout.shard_range, range(ranks.size))]
+        copies = local.repeat(ranks.size, *[1] * (local.dim() - 1))
+        slots = ranks.all_to_all(copies, [local.shape[0]] * ranks.size, sizes)
+        return slots[self.layout.slot_of(torch.arange(self.spec.num_rows, device=slots.device))]
+
 
 class TableGroups(NamedTuple):
     """Some of the groups of a collection, to be trained by one optimizer."""

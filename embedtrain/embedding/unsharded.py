@@ -131,6 +131,11 @@ class UnshardedEmbeddingCollection(nn.Module):
         """See `EmbeddingCollection.forward`."""
         return {name: self._pooled(self.features[name], bags) for name, bags in batch.items()}
 
+    def own_rows(self, name: str) -> Tensor:
+        """See `EmbeddingCollection.own_rows`; in order of slots too, so that results are alike."""
+        table = self.tables[name]
+        return table.look_up(table.layout.id_of(torch.arange(table.spec.num_rows)))
+
     def gather_table(self, name: str, state: str = "weight") -> Tensor:
         """See `EmbeddingCollection.gather_table`."""
         table = self.tables[name]

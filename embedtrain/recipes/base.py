@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import pyarrow as pa
@@ -23,6 +23,7 @@ from embedtrain.embedding.collection import CollectionOptions
 from embedtrain.embedding.placement import Auto, PlacementChoice
 from embedtrain.export.recommendations import Recommendation
 from embedtrain.export.vectors import Vectors
+from embedtrain.metrics.figures import Section
 from embedtrain.recipes.optimizers import optimizer_names
 from embedtrain.recipes.workload import Sizes, Workload
 from embedtrain.sharding.layout import read_layout
@@ -147,6 +148,21 @@ class PackedTable:
 
 
 @dataclass(frozen=True)
+class PackedNetwork:
+    """The network of a package, and what it takes.
+
+    Attributes:
+        module: the network.
+        arguments: examples of what it takes: tensors, or lists of them, each of three rows.
+        names: of the inputs in ONNX, list after list; none if it cannot be written as ONNX.
+    """
+
+    module: nn.Module
+    arguments: tuple[Any, ...]
+    names: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class Packed:
     """What a package consists of, beside the scorer.
 
@@ -156,8 +172,8 @@ class Packed:
         facts: JSON; what the scorer has to know of the files, and of how rows become ids and numbers.
         tables: by file name.
         texts: by file name, [n] large_binary; different texts, whose place in the list is wanted.
-        network: takes numbers [n, width] and a list of vectors [n, dim], and returns [n]; None without one.
-        network_widths: of the numbers, and of each of the vectors.
+        network: returns a row for each row that it is given; None without one.
+        programs: by file name, the text of further Python files, which may import `scorer`.
     """
 
     model: str
@@ -165,8 +181,27 @@ class Packed:
     facts: Mapping[str, Any]
     tables: Mapping[str, PackedTable]
     texts: Mapping[str, pa.LargeBinaryArray]
-    network: nn.Module | None = None
-    network_widths: tuple[int, Sequence[int]] = (0, ())
+    network: PackedNetwork | None = None
+    programs: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tuning(Generic[ConfigT]):
+    """How `embedtrain tune` searches for the settings of a model.
+
+    Attributes:
+        has_validation: whether training measures itself on data that are neither trained on nor the test part.
+        metric: returns the measure of these data that trials are judged by, unless `checkpoint.best_metric` names one.
+        space: returns, by setting, what is searched by default: "0.03:0.3:log" or "1,2,4".
+        split_off: settings, `key=value` each, that split validation data off; empty if they must be given.
+        final: settings of the training that follows the search, such as on the validation data too.
+    """
+
+    has_validation: Callable[[ConfigT], bool]
+    metric: Callable[[ConfigT], str]
+    space: Callable[[ConfigT], Mapping[str, str]]
+    split_off: Sequence[str] = ()
+    final: Sequence[str] = ()
 
 
 NETWORK_NAME = "network.pt2"
@@ -207,6 +242,10 @@ class Recipe(Generic[ConfigT, DataT]):
             configuration describes these files. None if the model does not score rows.
         pack: opens a checkpoint, given by its path, to write a package; for one process. None if the model cannot be
             packed.
+        report: collective; yields what the report says of this model alone, from a checkpoint given by its path: charts
+            and tables that take a bounded time. If it raises UserError, the report is without the rest. None if the
+            report has nothing to add to the curves.
+        tuning: how `embedtrain tune` searches for its settings; None if it cannot.
     """
 
     config: type[ConfigT]
@@ -225,6 +264,13 @@ class Recipe(Generic[ConfigT, DataT]):
     recommend: Callable[[ConfigT, Runtime, str, Wanted], Iterator[list[Recommendation]]] | None = None
     score: Callable[[ConfigT, Runtime, str], RowScorer] | None = None
     pack: Callable[[ConfigT, Runtime, str], AbstractContextManager[Packed]] | None = None
+    report: Callable[[ConfigT, Runtime, str], Iterator[Section]] | None = None
+    tuning: Tuning[ConfigT] | None = None
+
+
+def around(value: float, factor: float) -> str:
+    """Returns a range of `Tuning.space` around a setting's value, on a logarithmic scale."""
+    return f"{value / factor:.4g}:{value * factor:.4g}:log"
 
 
 def table_spec(

@@ -20,6 +20,7 @@ BUILT_IN = {
     "word2vec": "embedtrain.recipes.word2vec.recipe:RECIPE",
     "retrieval": "embedtrain.recipes.retrieval.recipe:RECIPE",
     "ranking": "embedtrain.recipes.ranking.recipe:RECIPE",
+    "sasrec": "embedtrain.recipes.sasrec.recipe:RECIPE",
 }
 """The recipes of this package by the names of their models."""
 

@@ -79,7 +79,7 @@ def require_held_out(config: Config) -> None:
         UserError: it names none.
     """
     key = recipe_of(config.model).held_out
-    if key is not None and value_at(config, key) is None:
+    if key is not None and value_at(config, key) is None and not config.holds_out:
         raise UserError(
             f"{config.run.path} was trained without {key}: there are no held-out data to measure on; "
             "if its rows are words, give --analogies FILE or --similarity FILE"

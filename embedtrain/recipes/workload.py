@@ -90,6 +90,7 @@ class TableLoad:
         home_draws: ids that a rank draws from one of `home_parts` equal parts of the table. The rank owns that part
             if the number of ranks divides the number of parts.
         home_parts: number of these parts.
+        is_scored_whole: whether each rank compares with all its rows in a step, and so updates all of them.
     """
 
     name: str
@@ -103,6 +104,7 @@ class TableLoad:
     num_bags: float | None = None
     home_draws: tuple[Draws, ...] = ()
     home_parts: int = 1
+    is_scored_whole: bool = False
 
     @property
     def weight_bytes(self) -> int:
@@ -122,7 +124,7 @@ class TableLoad:
     @property
     def num_distinct(self) -> float:
         """Expected number of distinct rows that a step touches over all ranks."""
-        return self._expected(1.0, 1.0)
+        return float(self.num_rows) if self.is_scored_whole else self._expected(1.0, 1.0)
 
     def distinct_of_rank(self, world_size: int) -> tuple[float, float]:
         """Returns how many distinct rows a rank is expected to look up in a step, and how many other ranks own."""

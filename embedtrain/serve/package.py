@@ -15,14 +15,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from embedtrain import storage
 from embedtrain.data.sources import file_system_of
 from embedtrain.data.token_hash import text_bytes, text_hashes
 from embedtrain.errors import UserError
 from embedtrain.export.storage import new_files
-from embedtrain.recipes.base import NETWORK_NAME, Packed, PackedTable
+from embedtrain.recipes.base import NETWORK_NAME, Packed, PackedNetwork, PackedTable
 from embedtrain.serve import scorer
 
 TableDtype = Literal["float32", "bfloat16", "int8"]
@@ -65,16 +65,18 @@ def write_package(
     onnx = _onnx_network(packed) if has_onnx else None
     networks = [NETWORK_NAME] if packed.network is not None else []
     networks += [ONNX_NAME] if onnx is not None else []
-    contents = [*packed.tables, *packed.texts, *networks, SCORER_NAME]
+    contents = [*packed.tables, *packed.texts, *networks, *packed.programs, SCORER_NAME]
     with _new_package(output, [*contents, scorer.MANIFEST_NAME], overwrite) as files:
         for name, table in packed.tables.items():
             write_table(files[name], table, dtype)
         for name, texts in packed.texts.items():
             write_texts(files[name], texts)
         if packed.network is not None:
-            files[NETWORK_NAME].write(export_network(packed.network, packed.network_widths))
+            files[NETWORK_NAME].write(export_network(packed.network))
         if onnx is not None:
             files[ONNX_NAME].write(onnx)
+        for name, text in packed.programs.items():
+            files[name].write(text.encode())
         files[SCORER_NAME].write(Path(scorer.__file__).read_bytes())
         files[scorer.MANIFEST_NAME].write(json.dumps(manifest, indent=1).encode())
 
@@ -168,16 +170,10 @@ def _header(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def export_network(network: nn.Module, widths: tuple[int, Sequence[int]]) -> bytes:
-    """Returns the network as a `torch.export` program for any number of rows of at least 2.
-
-    Args:
-        network: module that takes numbers [n, width] and a list of vectors [n, dim].
-        widths: the width of the numbers, and the dim of each vector.
-    """
-    arguments, shapes = _example(widths)
+def export_network(network: PackedNetwork) -> bytes:
+    """Returns the network as a `torch.export` program for any number of rows of at least 2."""
     with torch.no_grad():
-        program = torch.export.export(network.eval(), arguments, dynamic_shapes=shapes)
+        program = torch.export.export(network.module.eval(), network.arguments, dynamic_shapes=_any_rows(network))
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     return buffer.getvalue()
@@ -185,15 +181,14 @@ def export_network(network: nn.Module, widths: tuple[int, Sequence[int]]) -> byt
 
 def _onnx_network(packed: Packed) -> bytes:
     """Returns the network as ONNX for any number of rows."""
-    if packed.network is None:
-        raise UserError(f"--onnx needs a model with a dense network, and a {packed.model} model has none")
+    network = packed.network
+    if network is None or not network.names:
+        raise UserError(f"--onnx: a package of a {packed.model} model holds no network that can be written as ONNX")
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError("--onnx needs the packages onnx and onnxscript: pip install 'embedtrain[onnx]'") from error
-    arguments, shapes = _example(packed.network_widths)
-    names = ["numbers", *(f"vectors.{feature['name']}" for feature in packed.facts["features"])]
     # torch.onnx warns about optional packages that this network does not need.
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -202,11 +197,11 @@ def _onnx_network(packed: Packed) -> bytes:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                packed.network.eval(),
-                arguments,
+                network.module.eval(),
+                network.arguments,
                 dynamo=True,
-                dynamic_shapes=shapes,
-                input_names=names,
+                dynamic_shapes=_any_rows(network),
+                input_names=network.names,
                 output_names=["logits"],
                 verbose=False,
             )
@@ -216,8 +211,9 @@ def _onnx_network(packed: Packed) -> bytes:
     return bytes(program.model_proto.SerializeToString())
 
 
-def _example(widths: tuple[int, Sequence[int]]) -> tuple[tuple[Tensor, list[Tensor]], Any]:
-    """Returns example arguments of a network, and dynamic shapes with a number of rows of at least 2."""
-    num_dense, dims = widths
+def _any_rows(network: PackedNetwork) -> tuple[Any, ...]:
+    """Returns dynamic shapes of the arguments of a network, with a number of rows of at least 2."""
     rows = torch.export.Dim("rows", min=2)
-    return (torch.zeros(3, num_dense), [torch.zeros(3, dim) for dim in dims]), ({0: rows}, [{0: rows} for _ in dims])
+    return tuple(
+        [{0: rows} for _ in argument] if isinstance(argument, list) else {0: rows} for argument in network.arguments
+    )

@@ -29,14 +29,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-FORMAT, VERSION = "embedtrain package", 1
-MANIFEST_NAME = "manifest.json"
+FORMAT, VERSION, MANIFEST_NAME = "embedtrain package", 1, "manifest.json"
 CHUNK_ROWS = 8192
 
 _MAX_ID = (1 << 63) - 1
 _MAX_FLOAT = float(np.finfo(np.float32).max)
-_MAX_MEMO = 1 << 17
-_ITEMS_AT_ONCE = 1 << 15
+_MAX_MEMO, _ITEMS_AT_ONCE = 1 << 17, 1 << 15
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|infinity|nan)", re.IGNORECASE)
 _HEXADECIMAL = re.compile(r"[0-9a-fA-F]*")
@@ -110,32 +108,36 @@ class Scorer:
 class Retriever:
     """Recommends items with a packaged retrieval model; its tables are memory-mapped. See `Scorer`."""
 
-    def __init__(self, path: str) -> None:
-        self.manifest = read_manifest(path, "retrieval")
-        users, items = (self.manifest["sides"][side] for side in ("user", "item"))
-        self._users, self._user_names = Table(path, users["table"]), Vocabulary(path, users["names"])
-        self._items, self._item_names = Table(path, items["table"]), Vocabulary(path, items["names"])
+    def __init__(self, path: str, model: str = "retrieval") -> None:
+        self.manifest = read_manifest(path, model)
+        sides = self.manifest["sides"].items()
+        self._sides = {side: (Table(path, each["table"]), Vocabulary(path, each["names"])) for side, each in sides}
 
     def user_vectors(self, users: Sequence[str]) -> Tensor:
         """Returns the vectors [n, dim] of users by their raw ids; ValueError for an unknown user."""
-        rows = self._user_names.rows([user.encode() for user in users]) - 1
+        return self._vectors("user", users)
+
+    def _vectors(self, side: str, ids: Sequence[str]) -> Tensor:
+        table, names = self._sides[side]
+        rows = names.rows([each.encode() for each in ids]) - 1
         if len(rows) and rows.min() < 0:
-            raise ValueError(f"user {users[int(rows.argmin())]!r} is not in the training data")
-        return self._users.rows(rows)
+            raise ValueError(f"{side} {ids[int(rows.argmin())]!r} is not in the training data")
+        return table.rows(rows)
 
     @torch.no_grad()
     def top(self, vectors: Tensor, k: int = 10) -> list[list[tuple[str, float]]]:
         """Returns for each of the vectors [n, dim] its `k` best items with their scores, best first."""
         scores, items = vectors.new_zeros(len(vectors), 0), torch.zeros(len(vectors), 0, dtype=torch.int64)
-        for start in range(0, self._items.num_rows, _ITEMS_AT_ONCE):
-            ids = np.arange(start, min(start + _ITEMS_AT_ONCE, self._items.num_rows))
-            both = torch.cat([scores, vectors @ self._items.rows(ids).T], dim=1)
+        table, item_names = self._sides["item"]
+        for start in range(0, table.num_rows, _ITEMS_AT_ONCE):
+            ids = np.arange(start, min(start + _ITEMS_AT_ONCE, table.num_rows))
+            both = torch.cat([scores, vectors @ table.rows(ids).T], dim=1)
             names = torch.cat([items, torch.from_numpy(ids).expand(len(vectors), -1)], dim=1)
             # A stable sort keeps the order of items with equal scores.
             order = both.argsort(dim=1, descending=True, stable=True)[:, :k]
             scores, items = both.gather(1, order), names.gather(1, order)
         return [
-            [(self._item_names.text(item).decode(), score) for item, score in zip(own_items, own_scores, strict=True)]
+            [(item_names.text(item).decode(), score) for item, score in zip(own_items, own_scores, strict=True)]
             for own_items, own_scores in zip(items.tolist(), scores.tolist(), strict=True)
         ]
 
@@ -391,8 +393,7 @@ def map_arrays(path: Path) -> dict[str, NDArray[Any]]:
 def read_rows(path: str, lines: Mapping[str, Any], columns: Sequence[str]) -> Iterator[tuple[int, Row | str]]:
     """Yields for each line of a file its number and its row, or the reason why the line is bad.
 
-    A .parquet or .jsonl file is read as such; other files have the format that `lines` describes. The file must have
-    all `columns`.
+    Other files than .parquet and .jsonl have the format of `lines`. The file must have all `columns`.
     """
     suffix = Path(path).suffix
     if suffix == ".parquet":
@@ -432,11 +433,7 @@ def _parquet_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[int, Row 
 
     with pq.ParquetFile(path) as file:
         _require_columns(path, columns, file.schema_arrow.names)
-        at = 0
-        for batch in file.iter_batches(CHUNK_ROWS):
-            for row in batch.to_pylist():
-                yield at, row
-                at += 1
+        yield from enumerate(row for batch in file.iter_batches(CHUNK_ROWS) for row in batch.to_pylist())
 
 
 def _require_columns(path: str, wanted: Sequence[str], existing: Sequence[str]) -> None:
@@ -447,18 +444,10 @@ def _require_columns(path: str, wanted: Sequence[str], existing: Sequence[str]) 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints CSV: the kept columns and the probability of each row, or the best items of users."""
-    parser = argparse.ArgumentParser(
-        description="Scores the rows of a file, or recommends items, with a packaged model."
-    )
-    parser.add_argument(
-        "--package",
-        default=str(Path(__file__).resolve().parent),
-        help="folder of the package (default: the folder of this file)",
-    )
+    parser = argparse.ArgumentParser(description="Scores rows of a file, or recommends items, with a packaged model.")
+    parser.add_argument("--package", default=str(Path(__file__).resolve().parent), help="folder of the package")
     asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument(
-        "--data", help="file of rows in the format of training, .jsonl or .parquet; - for standard input"
-    )
+    asked.add_argument("--data", help="file in the format of training, .jsonl or .parquet; - for standard input")
     asked.add_argument("--users", nargs="+", help="raw ids of users (for a retrieval model)")
     parser.add_argument("--top", type=int, default=10, help="number of items per user")
     parser.add_argument("--keep", default="", help="columns to copy to the output, for example id,ts")

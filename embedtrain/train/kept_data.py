@@ -107,9 +107,14 @@ def keep(url: str, facts: Mapping[str, Any], entry_path: str | None, leave_out: 
     for name, path in sources.items():
         copy = storage.join(url, name)
         if _fault(copy, kept.files[name], found.get(name)) is not None:
-            # A link in its place would lead the bytes elsewhere.
-            storage.remove(copy)
-            storage.write(copy, _Chunks(path))
+            copy_file(path, copy)
+
+
+def copy_file(path: str, url: str) -> None:
+    """Copies a local file in place of what lies at a URL."""
+    # A link in its place would lead the bytes elsewhere.
+    storage.remove(url)
+    storage.write(url, _Chunks(path))
 
 
 @contextmanager

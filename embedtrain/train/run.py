@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
 from embedtrain.config.resolved import differing_keys, settings_in, to_yaml
 from embedtrain.config.sections import Config
+from embedtrain.config.tuned import tuned_settings
 from embedtrain.config.values import settings_of
 from embedtrain.data.seal import Unverified, Verification
 from embedtrain.distributed.failure import is_shared
@@ -29,6 +30,7 @@ from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
 from embedtrain.train.interrupt import EXIT_PREEMPTED
 from embedtrain.train.lock import RunLock
 from embedtrain.train.profile import StepProfile
+from embedtrain.train.provenance import start_facts
 from embedtrain.train.publisher import Publisher
 from embedtrain.train.row_statistics import RowStatistics, TableStatistics
 from embedtrain.train.run_folder import PROFILE_NAME, TENSORBOARD_NAME, RunFolder
@@ -69,6 +71,13 @@ class Run:
     unverified: Unverified
 
 
+class Watch(MetricSink, Protocol):
+    """Takes the records of a run while it is trained, and may ask for its end."""
+
+    def is_asked(self) -> bool:
+        """Returns whether the run shall stop and be saved."""
+
+
 def check_run_folder(config: Config) -> RunFolder:
     """Returns the run folder, after making sure that what lies in it belongs to this configuration.
 
@@ -99,6 +108,7 @@ def train_run(
     *,
     is_profiled: bool = False,
     undo: Callable[[], None] = lambda: None,
+    watch: Watch | None = None,
 ) -> int:
     """Trains a run, or resumes it; returns its exit status: 0, or `EXIT_PREEMPTED` if it was asked to stop.
 
@@ -111,6 +121,7 @@ def train_run(
         make_parts: collective; prepares the data and builds what is trained.
         is_profiled: whether to write profiles into the folder.
         undo: called if the run cannot be assembled; takes back what `make_parts` has written to the folder.
+        watch: on rank 0, what may stop the run by its measures; None for nothing.
 
     Raises:
         UserError: another job is at work on the folder, the data cannot be used, or the checkpoint is of other data.
@@ -122,10 +133,10 @@ def train_run(
         except BaseException:
             undo()
             raise
-        return _train(run, config, runtime, lock, is_profiled=is_profiled)
+        return _train(run, config, runtime, lock, is_profiled=is_profiled, watch=watch)
 
 
-def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_profiled: bool) -> int:
+def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_profiled: bool, watch: Watch | None) -> int:
     state = run.trainer.state
     if runtime.rank == 0:
         if run.is_begun and not run.is_resumed:
@@ -169,11 +180,12 @@ def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_prof
                 observer()
 
         is_complete = run.trainer.run(
-            run.sinks,
+            run.sinks if watch is None else [*run.sinks, watch],
             config.log.every_steps,
             before_save=before_save,
             alive=watchdog.alive,
             on_step=observe,
+            is_asked=(lambda: False) if watch is None else watch.is_asked,
         )
         ends.append("finished" if is_complete else "preempted")
     if publisher is not None and is_complete:
@@ -263,7 +275,8 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
             "train.precision=bfloat16: this processor has no instructions for bfloat16 (AMX or AVX-512 BF16), and "
             "multiplies several times slower in it than in float32"
         )
-    runtime.ranks.run_on_first(functools.partial(_write_folder, folder, config, parts))
+    start = start_facts(state.step, runtime.world_size) if runtime.rank == 0 else {}
+    runtime.ranks.run_on_first(functools.partial(_write_folder, folder, config, parts, start))
     sinks = _build_sinks(config, folder, state, parts.task) if runtime.rank == 0 else []
     observers = _build_observers(config, folder, state, parts.task, sinks, runtime)
     return Run(trainer, folder, checkpoints, sinks, is_resumed, earlier is not None, observers, parts.unverified)
@@ -363,8 +376,9 @@ def _schedule_factor(config: Config, done: float) -> float:
     return schedule_factor(config.schedule.name, done, config.schedule.min_factor, config.schedule.warmup)
 
 
-def _write_folder(folder: RunFolder, config: Config, parts: Parts) -> None:
+def _write_folder(folder: RunFolder, config: Config, parts: Parts, start: Mapping[str, Any]) -> None:
     folder.write_config(to_yaml(config))
+    folder.add_start(start, is_new=start["step"] == 0)
     parts.write_files(folder)
 
 
@@ -375,7 +389,9 @@ def _build_sinks(config: Config, folder: RunFolder, state: TrainState, task: Tas
     sinks: list[MetricSink] = [ConsoleSink(sys.stderr, total, task.unit), metrics]
     if config.log.tensorboard and local_path(folder.path) is not None:
         board = TensorBoardSink(folder.join(TENSORBOARD_NAME), purge_step=state.step + 1)
-        board.log_settings(settings_of(config), list(dict.fromkeys(["loss", config.checkpoint.best_metric])))
+        measures = list(dict.fromkeys(["loss", config.checkpoint.best_metric, *(task.measures or ())]))
+        # Runs of one name would be one row of the table: the folder that they lie in tells sweeps apart.
+        board.log_settings("/".join(folder.path.split("/")[-2:]), tuned_settings(config), measures)
         sinks.append(board)
     if config.log.wandb is None and config.log.mlflow is None:
         return sinks

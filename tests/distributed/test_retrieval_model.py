@@ -16,9 +16,9 @@ from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatch, Retri
 from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
 from embedtrain.metrics.ranking import hits_of, list_measures, mean_measures
 from embedtrain.optim.dense import DenseOptimizer
-from embedtrain.recipes.retrieval import recommendation
+from embedtrain.recipes import catalogue
 from embedtrain.recipes.retrieval.model import Retrieval, Scoring, Side
-from embedtrain.recipes.retrieval.recommendation import Catalogue, all_vectors, evaluate_retrieval
+from embedtrain.recipes.retrieval.recommendation import all_vectors, catalogue_of, evaluate_retrieval, user_vectors
 from embedtrain.testing.threads import run_threads
 from embedtrain.train.step import train_step
 
@@ -186,19 +186,19 @@ def best_by_sorting(model: Retrieval, users: np.ndarray, k: int) -> Tensor:
 
 @pytest.mark.parametrize("towers", [False, True])
 def test_lists_are_those_of_a_full_sort(towers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recommendation, "_ITEMS_AT_ONCE", 7)
+    monkeypatch.setattr(catalogue, "_ITEMS_AT_ONCE", 7)
     model = make(Scoring(), towers)
     users = np.array([5, 0, 32, 17])
-    items, scores = Catalogue(model).best(users, 9, KNOWN)
+    items, scores = catalogue_of(model).best(users, 9, KNOWN, user_vectors(model, users))
     assert torch.equal(items, best_by_sorting(model, users, 9))
     assert (scores.diff(dim=1) <= 0).all()
-    every, _ = Catalogue(model).best(users, 1000, KNOWN)
+    every, _ = catalogue_of(model).best(users, 1000, KNOWN, user_vectors(model, users))
     assert every.shape == (4, NUM_ITEMS)
     assert (every == -1).sum(dim=1).tolist() == KNOWN.lengths(users).tolist()
 
 
 def test_measures_are_those_of_the_lists(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recommendation, "_USERS_AT_ONCE", 5)
+    monkeypatch.setattr(catalogue, "_USERS_AT_ONCE", 5)
     model = make(Scoring())
     users = np.flatnonzero(np.diff(HELD_OUT.starts))
     lists = best_by_sorting(model, users, 10)

@@ -1,4 +1,4 @@
-"""What a package of a ranking model consists of."""
+"""Contents of the package of a ranking model."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from embedtrain.checkpoint import CheckpointReader
 from embedtrain.data.click_schema import CRITEO
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.optim.dense import load_module
-from embedtrain.recipes.base import NETWORK_NAME, Packed, PackedTable, table_blocks
+from embedtrain.recipes.base import NETWORK_NAME, Packed, PackedNetwork, PackedTable, table_blocks
 from embedtrain.recipes.ranking.config import RankingConfig
 from embedtrain.recipes.ranking.model import build_network
 from embedtrain.recipes.ranking.options import click_schema, feature_options, network_options, ranking_tables
@@ -41,13 +43,16 @@ def pack(config: RankingConfig, runtime: Runtime, checkpoint: str) -> Iterator[P
                 for facts in features
                 if facts["vocabulary"] is not None
             },
-            network=parts.network,
-            network_widths=(len(parts.schema.dense), parts.dims),
+            network=PackedNetwork(
+                parts.network,
+                (torch.zeros(3, len(parts.schema.dense)), [torch.zeros(3, dim) for dim in parts.dims]),
+                ["numbers", *(f"vectors.{column.name}" for column in parts.columns)],
+            ),
         )
 
 
 class _Ranking:
-    """What a ranking model consists of."""
+    """Holds the parts of a ranking model."""
 
     def __init__(self, config: RankingConfig, reader: CheckpointReader) -> None:
         self.schema = click_schema(config.data)
@@ -61,7 +66,7 @@ class _Ranking:
         load_module(self.network, reader.replicated())
 
     def features(self) -> list[dict[str, Any]]:
-        """Returns what the manifest says of each looked-up column, in the order of the network's arguments."""
+        """Returns the manifest's entries of the categorical columns, in the order of the network's arguments."""
         return [
             {
                 "name": column.name,
@@ -78,7 +83,7 @@ class _Ranking:
         ]
 
     def facts(self) -> dict[str, Any]:
-        """Returns what the manifest of a package says of the preparation of rows."""
+        """Returns the manifest's entries about parsing and encoding rows."""
         schema, layout = self.schema, self.layout
         quoting = schema.layout.quoting(schema.delimiter)
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.errors import UserError
 from embedtrain.export.recommendations import Recommendation
 from embedtrain.recipes.base import Wanted
+from embedtrain.recipes.catalogue import measure_lists
 from embedtrain.recipes.retrieval.config import RetrievalConfig
 from embedtrain.recipes.retrieval.folding import FoldIn, FromFeatures
 from embedtrain.recipes.retrieval.indexed import IndexedCatalogue
 from embedtrain.recipes.retrieval.model import Retrieval
-from embedtrain.recipes.retrieval.recommendation import Catalogue, measure_lists, user_vectors
+from embedtrain.recipes.retrieval.recommendation import catalogue_of, user_vectors
 
 _USERS_AT_ONCE = 1024
 
@@ -37,12 +39,12 @@ class _Asked:
     Attributes:
         names: their raw ids.
         known: the items that each has.
-        vectors: returns the vectors of some of them; None for those that the model has.
+        vectors: returns the vectors of some of them.
     """
 
     names: Sequence[str]
     known: Bags
-    vectors: Callable[[NDArray[np.int64]], Tensor | None]
+    vectors: Callable[[NDArray[np.int64]], Tensor]
 
 
 def best_items(
@@ -65,12 +67,12 @@ def best_items(
     elif wanted.items is not None or wanted.history_path is not None:
         asked = _folded_in(model, interactions, options, wanted)
     else:
-        asked = _Asked(interactions.users.words, interactions.known, lambda users: None)
+        asked = _Asked(interactions.users.words, interactions.known_before_test, functools.partial(user_vectors, model))
     rows = np.arange(len(asked.names))
     if wanted.users is not None:
         rows = _rows_of(wanted.users, interactions.users, "user")
     index = wanted.index_path
-    catalogue = Catalogue(model) if index is None else IndexedCatalogue(model, index, checkpoint)
+    catalogue = catalogue_of(model) if index is None else IndexedCatalogue(model, index, checkpoint)
     item_ids = interactions.items.words
     excluded = asked.known if wanted.leaves_out_known else None
     for start in range(0, len(rows), _USERS_AT_ONCE):
@@ -108,7 +110,7 @@ def measure_unseen(
     known, wanted = model.tables.ranks.run_on_first(read)
     fold_in = FoldIn(model, interactions.known)
     queries: Callable[[NDArray[np.int64]], Tensor] = lambda users: fold_in.vectors(users, known)  # noqa: E731
-    return measure_lists(Catalogue(model), queries, known, wanted, config.evaluate.k, alive=lambda: None)
+    return measure_lists(catalogue_of(model), queries, known, wanted, config.evaluate.k, alive=lambda: None)
 
 
 def _folded_in(model: Retrieval, interactions: Interactions, options: InteractionOptions, wanted: Wanted) -> _Asked:
@@ -123,7 +125,7 @@ def _folded_in(model: Retrieval, interactions: Interactions, options: Interactio
         both, order = torch.cat([of_new, of_trained]), np.argsort(is_trained, kind="stable")
         return both[torch.from_numpy(np.argsort(order)).to(both.device)]
 
-    return _Asked(found.users, _with_known(found.items, interactions.known, trained), vectors)
+    return _Asked(found.users, _with_known(found.items, interactions.known_before_test, trained), vectors)
 
 
 def _with_known(given: Bags, known: Bags, trained: NDArray[np.int64]) -> Bags:

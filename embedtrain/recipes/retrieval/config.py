@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from embedtrain.config.interactions import InteractionsConfig
 from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig, section
 from embedtrain.config.sections import (
     MAX_COUNT,
@@ -15,7 +16,6 @@ from embedtrain.config.sections import (
     RowFilesConfig,
     TableConfig,
     TrainConfig,
-    refuse_stream,
     require_at_least_one,
     require_paths,
 )
@@ -34,23 +34,6 @@ OF_COSINES = ("cosine_contrastive", "alignment_uniformity")
 """Losses of vectors of length 1 alone."""
 
 _MAX_WEIGHT = 1e6
-
-
-@dataclass
-class InteractionsConfig(RowFilesConfig):
-    """Who turned to what."""
-
-    path: str | list[str] = "???"
-    """A file, a glob, a folder, a list of them, on any fsspec URL."""
-    format: str = "auto"
-    """auto goes by the suffix; lines (.txt) are `user item item ...`; csv, tsv, jsonl and parquet are a table with one
-    interaction per row."""
-    user_column: str = "user"
-    """Of a table: the column of the users' raw ids."""
-    item_column: str = "item"
-    """Of a table: the column of the items' raw ids."""
-    cache_path: str = "~/.cache/embedtrain"
-    """Local folder for the prepared data."""
 
 
 @dataclass
@@ -207,11 +190,15 @@ class RetrievalConfig(Config):
         sides = {USER: self.users, ITEM: self.items}
         return [table for side, own in sides.items() for table in (side, *(f"{side}.{name}" for name in own.features))]
 
+    @property
+    def holds_out(self) -> bool:
+        """See `Config.holds_out`."""
+        return self.data.split != "none"
+
     def check(self) -> None:
         """Checks the ranges that types cannot say."""
         super().check()
-        refuse_stream(self.data.path, "who is known to have what is counted before it is trained on")
-        require_paths({"data.path": self.data.path})
+        self.data.check(self.evaluate.path)
         for name, part in (("data", self.data), ("users", self.users), ("items", self.items)):
             require_format(part.format, (AUTO,), f"{name}.format")
             layout_of(part, name)

@@ -12,7 +12,7 @@ from embedtrain.data.bags import Bags
 from embedtrain.errors import UserError
 from embedtrain.export.index import Index, IndexedRows, open_index, require_index_of
 from embedtrain.ops._backend.transfer import to_host
-from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval
+from embedtrain.recipes.retrieval.model import ITEM, Retrieval
 
 _MORE = 4
 _USERS_AT_ONCE = 64
@@ -45,12 +45,8 @@ class IndexedCatalogue:
         )
 
     @torch.no_grad()
-    def best(
-        self, users: NDArray[np.int64], k: int, known: Bags | None, queries: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def best(self, users: NDArray[np.int64], k: int, known: Bags | None, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the best items of each user and their scores, the best first; see `Catalogue.best`."""
-        if queries is None:
-            queries = self.model.encode({USER: torch.from_numpy(users)})[USER]
         queries = to_host(queries)
         starts = range(0, len(users), _USERS_AT_ONCE)
         found = [self._best(users[s : s + _USERS_AT_ONCE], queries[s : s + _USERS_AT_ONCE], k, known) for s in starts]

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -15,27 +15,47 @@ import torch
 
 from embedtrain.checkpoint import CheckpointReader
 from embedtrain.checkpoint.manifest import step_of
+from embedtrain.data.bags import Bags
 from embedtrain.data.interactions import (
     ITEMS_NAME,
     USERS_NAME,
     InteractionOptions,
     Interactions,
-    SideOptions,
     prepare_interactions,
     read_held_out,
 )
-from embedtrain.data.readers import Layout, suffixes_of
+from embedtrain.data.readers import Layout
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
 from embedtrain.data.row_names import STATE_KEY, values_file, values_source, vocabulary_source, write_values
-from embedtrain.data.sources import refuse_changes
+from embedtrain.data.side_features import SideOptions
 from embedtrain.data.vector_files import check_vectors
 from embedtrain.distributed.runtime import Runtime
-from embedtrain.errors import UserError, printable
+from embedtrain.errors import UserError
 from embedtrain.export.recommendations import Recommendation
 from embedtrain.export.vectors import FloatRows, Vectors, open_vectors
-from embedtrain.metrics.ranking import measure_names
+from embedtrain.metrics.figures import Section
+from embedtrain.metrics.ranking import measure_names, name_at
 from embedtrain.optim.dense import DenseOptimizer
-from embedtrain.recipes.base import Grow, Packed, Recipe, Wanted, base_file, collection_options, takes_new_names
+from embedtrain.recipes.base import (
+    Grow,
+    Packed,
+    Recipe,
+    Tuning,
+    Wanted,
+    around,
+    base_file,
+    collection_options,
+    takes_new_names,
+)
+from embedtrain.recipes.interactions import (
+    check_data_files,
+    interaction_options,
+    keep_interactions,
+    kept_interactions,
+    log_interactions,
+    test_of,
+    validation_of,
+)
 from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
 from embedtrain.recipes.retrieval.asking import best_items, measure_unseen
@@ -45,6 +65,7 @@ from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval, Scoring, S
 from embedtrain.recipes.retrieval.negative_weight import default_negative_weight
 from embedtrain.recipes.retrieval.packing import packed_sides
 from embedtrain.recipes.retrieval.recommendation import all_vectors, evaluate_retrieval
+from embedtrain.recipes.retrieval.reporting import find_titles, recommendation_sections
 from embedtrain.recipes.retrieval.workload import workload
 from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import TableSpec
@@ -54,16 +75,6 @@ from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.task import Evaluation, Parts, Pretrained, Task
 
 _logger = logging.getLogger(__name__)
-
-_MANY_ITEMS = 100_000
-
-
-@dataclass(frozen=True)
-class _KeptFacts:
-    """What the run folder keeps beside the interactions: hashes of the raw ids, which lie in files of their own."""
-
-    users: str
-    items: str
 
 
 def check(config: RetrievalConfig, is_new: bool) -> None:
@@ -91,37 +102,17 @@ def prepare(config: RetrievalConfig, runtime: Runtime) -> tuple[Interactions, Si
         _interaction_options(config), os.path.expanduser(config.data.cache_path), runtime.ranks
     )
     if runtime.rank == 0:
-        _logger.info(
-            f"{interactions.num_interactions:,} interactions of {len(interactions.users):,} users with "
-            f"{len(interactions.items):,} items, in {interactions.path}"
-        )
-        row = int(interactions.users.counts.argmax())
-        if (most := int(interactions.users.counts[row])) > _MANY_ITEMS:
-            _logger.warning(
-                f"user {printable(interactions.users.words[row])!r} has {most:,} items, and takes that share of every "
-                "epoch: leave such users out of the data if they are programs"
-            )
+        log_interactions(interactions, config.evaluate.path)
         if config.retrieval.loss == "bilateral_softmax" and config.retrieval.negative_weight is None:
             weight = _scoring(config, interactions).negative_weight
             _logger.info(f"the negatives' term weighs {weight:.3f}, by how skewed the items' counts are")
-        for what, number in interactions.left_out.items():
-            if number:
-                _logger.warning(f"{number:,} {what.replace('_', ' ')}")
-        if config.evaluate.path is not None and not len(interactions.held_out.values):
-            _logger.warning(
-                f"evaluate.path={config.evaluate.path} has no user of the training data: all measures of it will be 0"
-            )
     return interactions, _sizes(interactions)
 
 
 def _interaction_options(config: RetrievalConfig) -> InteractionOptions:
-    return InteractionOptions(
-        path=config.data.path,
-        format=config.data.format,
-        layout=layout_of(config.data, "data"),
-        user_column=config.data.user_column,
-        item_column=config.data.item_column,
-        held_out_path=config.evaluate.path,
+    return interaction_options(
+        config.data,
+        config.evaluate.path,
         users=_side_options(config, config.users, "users"),
         items=_side_options(config, config.items, "items"),
         takes_new=takes_new_names(config),
@@ -146,10 +137,9 @@ def build(config: RetrievalConfig, runtime: Runtime, interactions: Interactions)
     """
     model = _build_model(config, runtime, interactions)
     evaluation = None
-    if config.evaluate.path is not None:
-        measure = functools.partial(
-            evaluate_retrieval, model, interactions.known, interactions.held_out, config.evaluate.k
-        )
+    if interactions.has_validation or config.holds_out or config.evaluate.path is not None:
+        held_out = validation_of(interactions) if interactions.has_validation else _test_of(config, interactions)
+        measure = functools.partial(evaluate_retrieval, model, interactions.known, held_out, config.evaluate.k)
         evaluation = Evaluation(measure, config.evaluate.every_steps, config.evaluate.every_epochs)
     task = Task(
         model,
@@ -172,6 +162,10 @@ def build(config: RetrievalConfig, runtime: Runtime, interactions: Interactions)
         _pretrained(config, interactions),
         interactions.unverified,
     )
+
+
+def _test_of(config: RetrievalConfig, interactions: Interactions) -> Bags:
+    return test_of(interactions) if config.holds_out else interactions.held_out
 
 
 def _facts(interactions: Interactions) -> dict[str, Any]:
@@ -254,8 +248,6 @@ def _build_batches(config: RetrievalConfig, runtime: Runtime, interactions: Inte
         config.retrieval.popularity_share,
         config.retrieval.in_batch,
     )
-    suffixes = suffixes_of(config.data.format)
-    check_files = functools.partial(refuse_changes, config.data.path, suffixes, interactions.source_identities)
     return RetrievalBatches(
         interactions.known,
         len(interactions.items),
@@ -263,7 +255,7 @@ def _build_batches(config: RetrievalConfig, runtime: Runtime, interactions: Inte
         seed=config.seed,
         rank=runtime.rank,
         world_size=runtime.world_size,
-        on_epoch=lambda: runtime.ranks.run_on_first(check_files),
+        on_epoch=check_data_files(config.data, interactions, runtime.ranks),
     )
 
 
@@ -277,17 +269,9 @@ def _pretrained(config: RetrievalConfig, interactions: Interactions) -> dict[str
 
 
 def _write_files(interactions: Interactions, folder: RunFolder) -> None:
-    folder.write_vocabulary(interactions.users, USERS_NAME)
-    folder.write_vocabulary(interactions.items, ITEMS_NAME)
     for table, values in _categories(interactions):
         write_values(folder.path, table, values, has_others=False)
-    _keep_data(interactions, folder)
-
-
-def _keep_data(interactions: Interactions, folder: RunFolder) -> None:
-    # The run folder has the raw ids anyway.
-    facts = _KeptFacts(interactions.users.fingerprint, interactions.items.fingerprint)
-    folder.keep_data(asdict(facts), interactions.path, leave_out=frozenset((USERS_NAME, ITEMS_NAME)))
+    keep_interactions(interactions, folder)
 
 
 def _heads(config: RetrievalConfig) -> dict[str, tuple[str, Layout]]:
@@ -326,36 +310,10 @@ def restored(
         UserError: the data cannot be used, or they are not those that the checkpoint was trained on.
         CorruptCheckpointError: what the run folder has of the data is damaged.
     """
-    folder = RunFolder(config.run.path)
-    with folder.open_data(_KeptFacts) as kept:
-        if kept is None:
-            try:
-                interactions, _ = prepare(config, runtime)
-            except UserError as error:
-                raise UserError(
-                    f"{folder.kept_data_path} is missing, which says who had what in training, and the data cannot be "
-                    f"read again: {error}"
-                ) from error
-        else:
-            interactions = Interactions(kept.path, names_path=folder.path)
-            _check_names(folder, interactions, kept.facts)
+    with kept_interactions(config.run.path, lambda: prepare(config, runtime)[0]) as interactions:
         model = _build_model(config, runtime, interactions)
         dense = _build_dense_optimizer(config, model)
         yield model, interactions, load_weights(checkpoint, model.tables, dense, interactions.fingerprint)
-
-
-def _check_names(folder: RunFolder, interactions: Interactions, facts: _KeptFacts) -> None:
-    """Refuses raw ids of the run folder that are not those of its interactions."""
-    for name, fingerprint in ((USERS_NAME, facts.users), (ITEMS_NAME, facts.items)):
-        try:
-            names = interactions.users if name == USERS_NAME else interactions.items
-            fault = None if names.fingerprint == fingerprint else "does not hold the raw ids of this run"
-        except FileNotFoundError:
-            fault = "is missing"
-        if fault is not None:
-            raise UserError(
-                f"{folder.join(name)} {fault}: bring it back, or give the training command again, which writes it anew"
-            )
 
 
 def measure(
@@ -370,11 +328,11 @@ def measure(
             cannot be used.
     """
     with restored(config, runtime, checkpoint) as (model, interactions, _):
-        bags = interactions.held_out
+        bags = _test_of(config, interactions)
         if held_out is not None:
             options = replace(_interaction_options(config), held_out_path=held_out)
             bags = runtime.ranks.run_on_first(lambda: read_held_out(options, interactions))
-        return evaluate_retrieval(model, interactions.known, bags, config.evaluate.k, alive=lambda: None)
+        return evaluate_retrieval(model, interactions.known_before_test, bags, config.evaluate.k, alive=lambda: None)
 
 
 def open_sides(config: RetrievalConfig, runtime: Runtime, checkpoint: str, table: str | None) -> Vectors:
@@ -407,7 +365,22 @@ def open_sides(config: RetrievalConfig, runtime: Runtime, checkpoint: str, table
         read=lambda start, stop: rows[start:stop],
         noun=side,
         checksum=checksum,
+        titles=functools.partial(find_titles, config.items if side == ITEM else config.users),
     )
+
+
+def report(config: RetrievalConfig, runtime: Runtime, checkpoint: str) -> Iterator[Section]:
+    """Yields what the recommendations for held-out users are worth, by length and by popularity; nothing without such.
+
+    Collective: every rank.
+
+    Raises:
+        UserError: the run folder lacks the data, or they are not those that the checkpoint was trained on.
+    """
+    if config.evaluate.path is None:
+        return
+    with restored(config, runtime, checkpoint) as (model, interactions, _):
+        yield from recommendation_sections(model, interactions, max(config.evaluate.k))
 
 
 @contextmanager
@@ -444,6 +417,21 @@ def measure_new_users(
         return measure_unseen(config, model, interactions, options, fraction)
 
 
+def _search_space(config: RetrievalConfig) -> dict[str, str]:
+    settings, epochs = config.retrieval, config.train.epochs
+    space = {
+        "optimizer.lr": around(config.optimizer.lr, 3),
+        "retrieval.temperature": around(settings.temperature, 2),
+        "train.epochs": f"{max(1, epochs // 2)},{epochs},{2 * epochs}",
+    }
+    if settings.loss == "bilateral_softmax":
+        space["retrieval.negative_weight"] = "0.8:1.5"
+    elif settings.loss in ("cosine_contrastive", "alignment_uniformity"):
+        weight = settings.negative_weight or (100.0 if settings.loss == "cosine_contrastive" else 1.0)
+        space["retrieval.negative_weight"] = around(weight, 4)
+    return space
+
+
 RECIPE = Recipe(
     config=RetrievalConfig,
     prepare=prepare,
@@ -466,4 +454,12 @@ RECIPE = Recipe(
     open=open_sides,
     recommend=recommend,
     pack=pack,
+    report=report,
+    tuning=Tuning(
+        has_validation=lambda config: config.data.validation != "none",
+        metric=lambda config: name_at("ndcg", config.evaluate.k[0]),
+        space=_search_space,
+        split_off=["data.validation=auto"],
+        final=["data.validation=none"],
+    ),
 )

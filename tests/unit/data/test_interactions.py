@@ -10,7 +10,8 @@ import pytest
 
 from embedtrain.data import sources
 from embedtrain.data.baskets import write_baskets
-from embedtrain.data.interactions import InteractionOptions, Interactions, SideOptions, prepare_interactions
+from embedtrain.data.interactions import InteractionOptions, Interactions, prepare_interactions
+from embedtrain.data.side_features import SideOptions
 from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.errors import UserError
 

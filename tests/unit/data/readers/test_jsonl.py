@@ -17,9 +17,10 @@ from embedtrain.data.click_schema import CategoricalColumn, ClickSchema
 from embedtrain.data.click_stream import ClickStream, StreamOptions
 from embedtrain.data.columns import read_columns
 from embedtrain.data.head import write_head
-from embedtrain.data.interactions import InteractionOptions, Interactions, SideOptions, prepare_interactions
+from embedtrain.data.interactions import InteractionOptions, Interactions, prepare_interactions
 from embedtrain.data.readers import FORMATS, Layout, jsonl
 from embedtrain.data.readers.rows import Parsed, Uses
+from embedtrain.data.side_features import SideOptions
 from embedtrain.data.sources import expand_sources
 from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.errors import UserError

@@ -1,0 +1,120 @@
+"""The best items for each of many vectors over the whole catalogue, by shards and in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from embedtrain.data.bags import Bags
+from embedtrain.data.partition import share_of_rank
+from embedtrain.distributed.ranks import Ranks
+from embedtrain.ops._backend.transfer import to_host
+from embedtrain.recipes.lists import k_best, measure_best
+
+_ITEMS_AT_ONCE = 16384
+
+
+class Catalogue:
+    """The vectors of all items as they are now; each rank holds the vectors of its part of the rows.
+
+    Collective: every rank makes one, and calls its methods with the same arguments.
+
+    Args:
+        encode: collective; returns the vectors [n, dim] of rows of items [n].
+        num_items: how many items there are.
+        ranks: those that share the items.
+
+    Attributes:
+        num_items: how many items there are.
+    """
+
+    def __init__(self, encode: Callable[[Tensor], Tensor], num_items: int, ranks: Ranks) -> None:
+        self.num_items = num_items
+        self._encode, self._ranks = encode, ranks
+        mine = share_of_rank(num_items, ranks.rank, ranks.size)
+        self._first = mine.start
+        self._vectors = torch.cat(list(self._encoded(mine)))
+
+    @torch.no_grad()
+    def _encoded(self, mine: range) -> Iterator[Tensor]:
+        # As many look-ups on every rank as the one with the most rows needs.
+        for start in range(0, -(-self.num_items // self._ranks.size) or 1, _ITEMS_AT_ONCE):
+            part = mine[start : start + _ITEMS_AT_ONCE]
+            yield self._encode(torch.arange(part.start, part.stop))
+
+    @torch.no_grad()
+    def best(self, users: NDArray[np.int64], k: int, known: Bags | None, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the best items of each user and their scores, the best first.
+
+        Args:
+            users: [n] rows of `known`, the same on every rank.
+            k: how many; fewer if there are no more items.
+            known: the items of each user, which are left out; None to leave out none.
+            queries: [n, dim], the vectors of the users.
+
+        Returns:
+            [n, k] int64 rows of items, -1 if a user has no more, and their scores [n, k], on the CPU.
+        """
+        k = min(k, self.num_items)
+        excluded = None if known is None else known.of(users)
+        scores = queries.new_full((len(users), k), -torch.inf)
+        items = torch.full((len(users), k), -1, dtype=torch.int64, device=queries.device)
+        for start in range(0, len(self._vectors), _ITEMS_AT_ONCE):
+            block = queries @ self._vectors[start : start + _ITEMS_AT_ONCE].T
+            if excluded is not None:
+                _exclude(block, excluded, self._first + start)
+            best = block.topk(min(k, block.shape[1]), dim=1)
+            scores = torch.cat([scores, best.values], dim=1)
+            items = torch.cat([items, best.indices + self._first + start], dim=1)
+            scores, items = k_best(scores, items, k)
+        counts = [len(users)] * self._ranks.size
+        # Rank by rank below each other; then beside each other, to choose among.
+        scores, items = (
+            self._ranks.all_gather_rows(part, counts).view(len(counts), len(users), k).transpose(0, 1).flatten(1)
+            for part in (scores, items)
+        )
+        scores, items = k_best(scores, items, k)
+        return to_host(items.masked_fill(scores == -torch.inf, -1)), to_host(scores)
+
+
+def _exclude(scores: Tensor, excluded: tuple[NDArray[np.int64], NDArray[np.int64]], first: int) -> None:
+    """Puts minus infinity in place at the excluded items of each row of scores of items `first` and on."""
+    items, lengths = excluded
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    is_here = (items >= first) & (items < first + scores.shape[1])
+    places = torch.from_numpy(rows[is_here]), torch.from_numpy(items[is_here] - first)
+    scores[tuple(place.to(scores.device) for place in places)] = -torch.inf
+
+
+def measure_lists(
+    catalogue: Catalogue,
+    queries: Callable[[NDArray[np.int64]], Tensor],
+    known: Bags | None,
+    held_out: Bags,
+    ks: Sequence[int],
+    alive: Callable[[], None],
+) -> dict[str, float]:
+    """Measures the recommendations for all users with held-out items.
+
+    Collective: every rank.
+
+    Args:
+        catalogue: the items.
+        queries: collective; returns the vectors of users.
+        known: the items of each user that are left out of the lists; None to leave out none.
+        held_out: the items to find; -1 for one that cannot be found, and counts as missed.
+        ks: lengths of the list.
+        alive: called now and then.
+
+    Returns:
+        As `measure_best`.
+    """
+
+    def best(users: NDArray[np.int64]) -> Tensor:
+        return catalogue.best(users, max(ks), known, queries(users))[0]
+
+    return measure_best(best, catalogue.num_items, held_out, ks, alive)

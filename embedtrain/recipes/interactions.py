@@ -1,0 +1,162 @@
+"""What the models share that learn from who turned to what: from the section `data` to prepared interactions."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from embedtrain.config.interactions import InteractionsConfig
+from embedtrain.data.bags import Bags, without
+from embedtrain.data.interactions import ITEMS_NAME, SPLIT_NAMES, USERS_NAME, InteractionOptions, Interactions
+from embedtrain.data.readers import suffixes_of
+from embedtrain.data.sources import refuse_changes
+from embedtrain.data.splits import SplitOptions
+from embedtrain.distributed.ranks import Ranks
+from embedtrain.errors import UserError, printable
+from embedtrain.recipes.layout import layout_of
+from embedtrain.train.run_folder import RunFolder
+
+_logger = logging.getLogger(__name__)
+
+_MANY_ITEMS = 100_000
+
+
+def interaction_options(
+    data: InteractionsConfig, held_out_path: str | Sequence[str] | None, **others: Any
+) -> InteractionOptions:
+    """Returns how a section `data` is prepared.
+
+    Args:
+        data: the section.
+        held_out_path: of the configuration: `evaluate.path`.
+        others: further options of `InteractionOptions`: features, bases and `keeps_order`.
+    """
+    return InteractionOptions(
+        path=data.path,
+        format=data.format,
+        layout=layout_of(data, "data"),
+        user_column=data.user_column,
+        item_column=data.item_column,
+        rating_column=data.rating_column,
+        min_rating=0.0 if data.min_rating is None else data.min_rating,
+        time_column=data.time_column,
+        held_out_path=held_out_path,
+        split=SplitOptions(
+            test=data.split,
+            validation=data.validation_rule,
+            ratio=data.held_out_ratio,
+            num_events=data.held_out_events,
+            seed=data.split_seed,
+            min_user_count=data.min_user_count,
+            min_item_count=data.min_item_count,
+        ),
+        **others,
+    )
+
+
+def log_interactions(interactions: Interactions, test_path: str | Sequence[str] | None) -> None:
+    """Logs what was prepared, and what of it cannot be used.
+
+    Args:
+        interactions: what was prepared.
+        test_path: the files of `evaluate.path`.
+    """
+    _logger.info(
+        f"{interactions.num_interactions:,} interactions of {len(interactions.users):,} users with "
+        f"{len(interactions.items):,} items, in {interactions.path}"
+    )
+    row = int(interactions.users.counts.argmax())
+    if (most := int(interactions.users.counts[row])) > _MANY_ITEMS:
+        _logger.warning(
+            f"user {printable(interactions.users.words[row])!r} has {most:,} items, and takes that share of every "
+            "epoch: leave such users out of the data if they are programs"
+        )
+    for what, number in interactions.left_out.items():
+        if number:
+            _logger.warning(f"{number:,} {what.replace('_', ' ')}")
+    if test_path is not None and not len(interactions.held_out.values):
+        _logger.warning(f"evaluate.path={test_path} has no user of the training data: all measures of it will be 0")
+    if interactions.has_validation:
+        _logger.info(
+            f"held out for validation: {len(interactions.validation.values):,} interactions; training measures itself "
+            "on them, and `embedtrain evaluate` on the test part"
+        )
+
+
+def validation_of(interactions: Interactions) -> Bags:
+    """Returns the validation part of each user, without items that they have in training, which are masked."""
+    return without(interactions.validation, interactions.known)
+
+
+def test_of(interactions: Interactions) -> Bags:
+    """Returns the test part that a split made, without items that come before it for the user, which are masked."""
+    return without(interactions.held_out, interactions.known_before_test)
+
+
+def check_data_files(data: InteractionsConfig, interactions: Interactions, ranks: Ranks) -> Callable[[], None]:
+    """Returns what refuses files of the section `data` that have changed since; collective: every rank calls it."""
+    check = functools.partial(refuse_changes, data.path, suffixes_of(data.format), interactions.source_identities)
+    return lambda: ranks.run_on_first(check)
+
+
+@dataclass(frozen=True)
+class _KeptFacts:
+    """What the run folder keeps beside the interactions: hashes of the raw ids, which lie in files of their own."""
+
+    users: str
+    items: str
+
+
+def keep_interactions(interactions: Interactions, folder: RunFolder) -> None:
+    """Writes raw ids, the parts of the split and the prepared interactions to the run folder."""
+    folder.write_vocabulary(interactions.users, USERS_NAME)
+    folder.write_vocabulary(interactions.items, ITEMS_NAME)
+    folder.write_split([os.path.join(interactions.path, name) for name in interactions.split_files])
+    facts = _KeptFacts(interactions.users.fingerprint, interactions.items.fingerprint)
+    # The run folder has the raw ids anyway.
+    folder.keep_data(asdict(facts), interactions.path, leave_out=frozenset((USERS_NAME, ITEMS_NAME, *SPLIT_NAMES)))
+
+
+@contextmanager
+def kept_interactions(run_path: str, prepare: Callable[[], Interactions]) -> Iterator[Interactions]:
+    """Yields the interactions that `keep_interactions` wrote, or prepares them again if there are none.
+
+    Collective: every rank.
+
+    Raises:
+        UserError: there are none and they cannot be prepared, or the raw ids beside them are missing or others.
+        CorruptCheckpointError: they are damaged.
+    """
+    folder = RunFolder(run_path)
+    with folder.open_data(_KeptFacts) as kept:
+        if kept is None:
+            try:
+                interactions = prepare()
+            except UserError as error:
+                raise UserError(
+                    f"{folder.kept_data_path} is missing, which says who had what in training, and the data cannot be "
+                    f"read again: {error}"
+                ) from error
+        else:
+            interactions = Interactions(kept.path, names_path=folder.path)
+            _check_names(folder, interactions, kept.facts)
+        yield interactions
+
+
+def _check_names(folder: RunFolder, interactions: Interactions, facts: _KeptFacts) -> None:
+    """Refuses raw ids of the run folder that are not those of its interactions."""
+    for name, fingerprint in ((USERS_NAME, facts.users), (ITEMS_NAME, facts.items)):
+        try:
+            names = interactions.users if name == USERS_NAME else interactions.items
+            fault = None if names.fingerprint == fingerprint else "does not hold the raw ids of this run"
+        except FileNotFoundError:
+            fault = "is missing"
+        if fault is not None:
+            raise UserError(
+                f"{folder.join(name)} {fault}: bring it back, or give the training command again, which writes it anew"
+            )

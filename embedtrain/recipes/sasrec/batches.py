@@ -1,0 +1,197 @@
+"""Training batches of sequences: items in order, each to predict the next, and items drawn as negatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from xxhash import xxh3_64_intdigest
+
+from embedtrain.data.bags import Bags, spans
+from embedtrain.data.negatives import alias_table
+from embedtrain.data.partition import block_order, num_steps, random_generator, share_of_rank
+
+
+@dataclass(frozen=True)
+class SequenceBatch:
+    """One rank's part of a step; what all ranks share is the same on each.
+
+    Attributes:
+        inputs: [m] int64 rows of items, sequence after sequence, the shorter ones first.
+        targets: for each rank [m] int64, the items that followed its inputs.
+        numbers: [num_sequences] int64; the number of each sequence in the step of all ranks.
+        lengths: for each rank [num_sequences] int64, those of its sequences.
+        rank: this rank.
+        candidates: [c] int64; the items drawn as negatives.
+        shares: for each rank, which of the candidates it looks up.
+        log_expected: [c] float32; the logarithm of how often each candidate is expected among them.
+        dropout_key: of the step.
+        num_global_predictions: of the whole step over all ranks.
+    """
+
+    inputs: Tensor
+    targets: list[Tensor]
+    numbers: Tensor
+    lengths: list[NDArray[np.int64]]
+    rank: int
+    candidates: Tensor
+    shares: list[range]
+    log_expected: Tensor
+    dropout_key: int
+    num_global_predictions: int
+
+    @property
+    def num_examples(self) -> int:
+        """This rank's predictions."""
+        return self.inputs.numel()
+
+    def split(self, num_parts: int) -> list[SequenceBatch]:
+        """Returns the sequences as so many batches of the same step, each of which looks up all negatives again."""
+        return [self._part(part, num_parts) for part in range(num_parts)]
+
+    def _part(self, part: int, num_parts: int) -> SequenceBatch:
+        starts = [np.cumsum(lengths) - lengths for lengths in self.lengths]
+        positions = [
+            torch.from_numpy(spans(start[part::num_parts], lengths[part::num_parts]))
+            for start, lengths in zip(starts, self.lengths, strict=True)
+        ]
+        return replace(
+            self,
+            inputs=self.inputs[positions[self.rank]],
+            targets=[own[places] for own, places in zip(self.targets, positions, strict=True)],
+            numbers=self.numbers[part::num_parts],
+            lengths=[own[part::num_parts] for own in self.lengths],
+        )
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """How sequences become steps.
+
+    Attributes:
+        global_batch_size: about how many predictions a step makes over all ranks.
+        max_length: the most items that a prediction is made from.
+        num_negatives: items drawn for each step, over all ranks; 0 for none.
+        power: they are drawn by count ** power.
+    """
+
+    global_batch_size: int
+    max_length: int
+    num_negatives: int = 0
+    power: float = 0.5
+
+
+class SequenceBatches:
+    """The batches of a rank, each a function of (seed, epoch, step): nothing to save, nothing to restore.
+
+    An example is at most `max_length` items of a user, each of which predicts the one after it. A longer history is
+    several examples, counted from the newest item on, so that every item but each user's first is predicted once an
+    epoch. A step takes whole examples, so that the number of its predictions varies by the length of one.
+
+    Args:
+        sequences: the items of each user, the newest last.
+        num_items: items in all.
+        options: sizes and negatives.
+        seed: of the order and of every draw.
+        rank: whose part of each step.
+        world_size: ranks that share a step.
+        on_epoch: called on every rank before an epoch's first batch, and when a run is resumed within one.
+    """
+
+    def __init__(
+        self,
+        sequences: Bags,
+        num_items: int,
+        options: BatchOptions,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        on_epoch: Callable[[], None] | None = None,
+    ) -> None:
+        self._values = sequences.values
+        self._options, self._seed = options, seed
+        self._rank, self._world_size = rank, world_size
+        self._on_epoch = on_epoch
+        self._firsts, self._lengths = _windows(sequences, options.max_length)
+        # Items that training does not have are drawn too, as if it had them once.
+        counts = np.bincount(sequences.values, minlength=num_items).clip(min=1).astype(np.float64)
+        weights = counts**options.power
+        self._own, self._other = alias_table(weights)
+        self._log_expected = np.log(max(1, options.num_negatives) * weights / weights.sum()).astype(np.float32)
+        self._epoch = -1
+        self._order = np.zeros(0, np.int64)
+        self._bounds = np.zeros(0, np.int64)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of every epoch, the same on every rank."""
+        return num_steps(self.examples_per_epoch, self._options.global_batch_size)
+
+    @property
+    def examples_per_epoch(self) -> int:
+        """Predictions."""
+        return int(self._lengths.sum())
+
+    def batch(self, epoch: int, step: int) -> SequenceBatch:
+        """Returns this rank's part of step `step` of epoch `epoch`, both from 0; it may hold no sequence."""
+        if epoch != self._epoch:
+            self._begin_epoch(epoch)
+        chosen = self._order[self._bounds[step] : self._bounds[step + 1]]
+        chosen = chosen[np.argsort(self._lengths[chosen], kind="stable")]
+        # Dealt out one by one, so that the ranks have about as many predictions each.
+        shares = [chosen[rank :: self._world_size] for rank in range(self._world_size)]
+        inputs = [spans(self._firsts[share], self._lengths[share]) for share in shares]
+        candidates = self._draw(epoch, step)
+        return SequenceBatch(
+            inputs=self._items(inputs[self._rank]),
+            targets=[self._items(places + 1) for places in inputs],
+            numbers=torch.arange(self._rank, len(chosen), self._world_size),
+            lengths=[self._lengths[share] for share in shares],
+            rank=self._rank,
+            candidates=torch.from_numpy(candidates),
+            shares=[share_of_rank(len(candidates), rank, self._world_size) for rank in range(self._world_size)],
+            log_expected=torch.from_numpy(self._log_expected[candidates]),
+            dropout_key=_signed(xxh3_64_intdigest(f"{self._seed}/dropout/{epoch}/{step}".encode())),
+            num_global_predictions=int(self._lengths[chosen].sum()),
+        )
+
+    def _items(self, places: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(self._values[places].astype(np.int64))
+
+    def _begin_epoch(self, epoch: int) -> None:
+        if self._on_epoch is not None:
+            self._on_epoch()
+        self._epoch = epoch
+        self._order = block_order(len(self._lengths), self._seed, epoch)
+        ends = np.cumsum(self._lengths[self._order])
+        starts = ends - self._lengths[self._order]
+        size = self._options.global_batch_size
+        self._bounds = np.searchsorted(starts, np.arange(self.steps_per_epoch + 1) * size)
+
+    def _draw(self, epoch: int, step: int) -> NDArray[np.int64]:
+        """Returns the negatives of a step."""
+        places = random_generator(self._seed, "negatives", epoch, step).random(self._options.num_negatives)
+        places *= len(self._own)
+        columns = places.astype(np.int64)
+        drawn: NDArray[np.int64] = np.where(places - columns < self._own[columns], columns, self._other[columns])
+        return drawn
+
+
+def _windows(sequences: Bags, max_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Returns where the inputs of each example begin among all values, and how many there are."""
+    stops = sequences.starts[1:] - 1  # the newest item of a user is no input
+    num_inputs = np.diff(sequences.starts) - 1
+    num_windows = np.maximum(-(-num_inputs // max_length), 0)
+    back = spans(np.zeros_like(num_windows), num_windows) * max_length
+    user = np.repeat(np.arange(len(num_windows)), num_windows)
+    lengths = np.minimum(num_inputs[user] - back, max_length)
+    return stops[user] - back - lengths, lengths
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value

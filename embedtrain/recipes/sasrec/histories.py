@@ -1,0 +1,183 @@
+"""What a user had so far, in order, and what the model says comes next."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from embedtrain.data.bags import Bags, spans, without
+from embedtrain.data.events import read_events
+from embedtrain.data.interactions import InteractionOptions, Interactions
+from embedtrain.data.partition import share_of_rank
+from embedtrain.data.readers import suffixes_of
+from embedtrain.data.row_names import rows_among
+from embedtrain.data.sources import take_sources
+from embedtrain.data.vocabulary import Vocabulary
+from embedtrain.errors import UserError, counted
+from embedtrain.export.recommendations import Recommendation
+from embedtrain.metrics.ranking import measure_names
+from embedtrain.recipes.base import Wanted
+from embedtrain.recipes.catalogue import Catalogue, measure_lists
+from embedtrain.recipes.sasrec.config import ITEM
+from embedtrain.recipes.sasrec.model import Sasrec
+
+_logger = logging.getLogger(__name__)
+
+_USERS_AT_ONCE = 1024
+_MASKED = "masked_"
+"""Begins the names of measures of lists without the items of the history."""
+
+
+def histories_before_test(interactions: Interactions) -> Bags:
+    """Returns the items of each user, in order, that come before the test part."""
+    first = interactions.sequences
+    if not interactions.has_validation:
+        return first
+    last = interactions.validation_sequences
+    rows = np.concatenate([first.rows(), last.rows()])
+    order = np.argsort(rows, kind="stable")
+    return Bags.from_rows(rows[order], np.concatenate([first.values, last.values])[order], len(first))
+
+
+@torch.no_grad()
+def encoded(model: Sasrec, histories: Bags, users: NDArray[np.int64]) -> Tensor:
+    """Returns the vectors [n, dim] of the histories of users, none of them empty; each is encoded by one rank.
+
+    Collective: every rank, with the same users.
+    """
+    ranks, max_length = model.tables.ranks, model.architecture.max_length
+    shares = [share_of_rank(len(users), rank, ranks.size) for rank in range(ranks.size)]
+    mine = users[shares[ranks.rank].start : shares[ranks.rank].stop]
+    lengths = np.minimum(histories.lengths(mine), max_length)
+    items = histories.values[spans(histories.starts[mine + 1] - lengths, lengths)].astype(np.int64)
+    own = model.encode(torch.from_numpy(items), torch.from_numpy(lengths))
+    return ranks.all_gather_rows(own, [len(share) for share in shares])
+
+
+def catalogue_of(model: Sasrec) -> Catalogue:
+    """Returns the items of a model. Collective: every rank."""
+    num_items = model.tables.shards[ITEM].spec.num_rows
+    return Catalogue(lambda rows: model.tables({ITEM: rows})[ITEM], num_items, model.tables.ranks)
+
+
+def evaluate_next(
+    model: Sasrec, histories: Bags, held_out: Bags, ks: Sequence[int], alive: Callable[[], None]
+) -> Mapping[str, float]:
+    """Measures how well the held-out items are predicted from what came before. Collective: every rank.
+
+    Args:
+        model: the model.
+        histories: the items of each user, in order. Users without any are not measured.
+        held_out: the items to find; -1 for one that cannot be found, and counts as missed.
+        ks: lengths of the list.
+        alive: called now and then.
+
+    Returns:
+        The measures of `measure_lists` over all items; under names with `masked_` the same without the items of the
+        history in the lists, unless they are to be found.
+    """
+    rows = held_out.rows()
+    has_history = histories.lengths(rows) > 0
+    held_out = Bags.from_rows(rows[has_history], held_out.values[has_history], len(held_out))
+    catalogue, queries = catalogue_of(model), functools.partial(encoded, model, histories)
+    plain = measure_lists(catalogue, queries, None, held_out, ks, alive)
+    masked = measure_lists(catalogue, queries, without(histories, held_out), held_out, ks, alive)
+    return {**plain, **{f"{_MASKED}{name}": value for name, value in masked.items()}}
+
+
+def measures_of(ks: Sequence[int]) -> list[str]:
+    """Returns the names of what `evaluate_next` returns."""
+    return [f"{begin}{name}" for begin in ("", _MASKED) for name in measure_names(ks)]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The users who may be asked for.
+
+    Attributes:
+        names: their raw ids.
+        items: rows of the items that each had, in order.
+    """
+
+    names: Sequence[str]
+    items: Bags
+
+
+def next_items(
+    model: Sasrec, interactions: Interactions, options: InteractionOptions, wanted: Wanted
+) -> Iterator[list[Recommendation]]:
+    """Yields what comes next for users. Collective: every rank.
+
+    Args:
+        model: the model.
+        interactions: those of the training.
+        options: how files of interactions are read.
+        wanted: which users, and how many items. Items that are given are in order, the newest last.
+
+    Raises:
+        UserError: a user or an item is unknown, a file cannot be used, or an index or features are given.
+    """
+    if wanted.index_path is not None or wanted.features_path is not None:
+        option = "--index" if wanted.index_path is not None else "--features"
+        raise UserError(f"{option}: a run of sasrec answers from histories over all items: leave it out")
+    asked = model.tables.ranks.run_on_first(lambda: _asked(interactions, options, wanted))
+    catalogue, item_ids = catalogue_of(model), interactions.items.words
+    known = asked.items if wanted.leaves_out_known else None
+    for start in range(0, len(asked.names), _USERS_AT_ONCE):
+        part = np.arange(start, min(start + _USERS_AT_ONCE, len(asked.names)))
+        best, scores = catalogue.best(part, wanted.top, known, encoded(model, asked.items, part))
+        yield [
+            (asked.names[row], [item_ids[i] for i in chosen if i >= 0], worth[: sum(i >= 0 for i in chosen)])
+            for row, chosen, worth in zip(part.tolist(), best.tolist(), scores.tolist(), strict=True)
+        ]
+
+
+def _asked(interactions: Interactions, options: InteractionOptions, wanted: Wanted) -> _Asked:
+    if wanted.items is not None:
+        rows = _rows_of(wanted.items, interactions.items, "item")
+        return _Asked([",".join(wanted.items)], Bags.from_rows(np.zeros(len(rows), np.int64), rows, 1))
+    if wanted.history_path is not None:
+        return _read(options, wanted.history_path, interactions.items.words)
+    names, histories = interactions.users.words, histories_before_test(interactions)
+    lengths = np.diff(histories.starts)
+    if wanted.users is None:
+        users = np.flatnonzero(lengths)
+    else:
+        users = _rows_of(wanted.users, interactions.users, "user")
+        if len(empty := np.flatnonzero(lengths[users] == 0)):
+            raise UserError(f"user {wanted.users[int(empty[0])]!r} has no item in the data of this run")
+    values, lengths = histories.of(users)
+    return _Asked([names[user] for user in users.tolist()], Bags(np.append(0, np.cumsum(lengths)), values))
+
+
+def _rows_of(wanted: Sequence[str], vocabulary: Vocabulary, noun: str) -> NDArray[np.int64]:
+    rows = vocabulary.rows_of(wanted)
+    if len(unknown := np.flatnonzero(rows < 0)):
+        raise UserError(
+            f"unknown {noun} {wanted[int(unknown[0])]!r}: not among the {len(vocabulary):,} {noun}s of the training "
+            f"data, such as {', '.join(map(repr, vocabulary.words[:3]))}"
+        )
+    return rows
+
+
+def _read(options: InteractionOptions, path: str, items: Sequence[str]) -> _Asked:
+    """Reads users and their items, in order, from files like those of the training."""
+    events = read_events(take_sources(path, suffixes_of(options.format)), options)
+    users = events.users.codes.astype(np.int64)
+    order = events.in_order(users)
+    rows = rows_among(events.items.names, items)[events.items.codes][order]
+    users = users[order][rows >= 0]
+    if not len(users):
+        raise UserError(f"{path}: none of its items is among the {len(items):,} items of the training data")
+    if num_unknown := int((rows < 0).sum()):
+        _logger.warning(f"{path}: {counted(num_unknown, 'interaction')} left out, with items not in the training data")
+    kept, places = np.unique(users, return_inverse=True)
+    names = events.users.names.take(kept).to_pylist()
+    return _Asked(names, Bags.from_rows(places, rows[rows >= 0], len(kept)))
