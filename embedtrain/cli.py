@@ -29,6 +29,8 @@ COMMANDS = (
     "init",
     "train",
     "compare",
+    "tune",
+    "baseline",
     "grow",
     "plan",
     "evaluate",

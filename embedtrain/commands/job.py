@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Protocol
 
 from embedtrain.checkpoint import latest_checkpoint
 from embedtrain.commands.console import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, say
@@ -27,7 +28,7 @@ from embedtrain.recipes.building import build_parts
 from embedtrain.recipes.growing import Beginning
 from embedtrain.serve.publication import open_sink, require_lasting, require_no_password, require_reachable
 from embedtrain.train.interrupt import EXIT_PREEMPTED
-from embedtrain.train.run import check_run_folder, train_run
+from embedtrain.train.run import Watch, check_run_folder, train_run
 from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.task import Parts
 
@@ -109,8 +110,64 @@ def _check_publication(config: Config) -> None:
         require_reachable(url, config.model)
 
 
+class Trials(Protocol):
+    """Runs that are chosen one after the other; rank 0 alone is asked."""
+
+    def next(self) -> Sequence[str] | None:
+        """Returns the settings of the next run; None after the last."""
+
+    def watch(self) -> Watch:
+        """Returns what may stop the run that is trained next."""
+
+    def take(self, status: int, error: Exception | None) -> bool:
+        """Takes how the run ended; returns whether to go on with the next."""
+
+    def finish(self) -> None:
+        """Called after the last run."""
+
+
+def train_trials(
+    trials: Trials | None, first: Config, load: Callable[[Sequence[str]], Config], *, is_debugged: bool
+) -> int:
+    """Trains runs that are chosen by what came of those before; returns the exit status.
+
+    Args:
+        trials: what chooses; None on other ranks than the first.
+        first: a configuration with the device of all.
+        load: returns the configuration of the settings of a run.
+        is_debugged: whether the user wants to see tracebacks.
+    """
+    runtime = init_distributed(device=first.run.device, timeout_seconds=first.run.timeout_seconds)
+    ranks = runtime.ranks
+    status = EXIT_DONE
+    while (settings := ranks.run_on_first(lambda: None if trials is None else trials.next())) is not None:
+        config = load(settings)
+        folder = check_run_folder(config)
+        watch = None if trials is None else trials.watch()
+        status, error = _train_one(config, folder, runtime, is_debugged=is_debugged, is_profiled=False, watch=watch)
+        is_wanted = _is_taken(trials, status, error)
+        if not ranks.run_on_first(is_wanted):
+            break
+        status = EXIT_DONE
+    if status in (EXIT_DONE, EXIT_PREEMPTED):
+        if status == EXIT_DONE and trials is not None:
+            trials.finish()
+        shut_down()
+    return status
+
+
+def _is_taken(trials: Trials | None, status: int, error: Exception | None) -> Callable[[], bool]:
+    return lambda: trials is not None and trials.take(status, error)
+
+
 def _train_one(
-    config: Config, folder: RunFolder, runtime: Runtime, *, is_debugged: bool, is_profiled: bool
+    config: Config,
+    folder: RunFolder,
+    runtime: Runtime,
+    *,
+    is_debugged: bool,
+    is_profiled: bool,
+    watch: Watch | None = None,
 ) -> tuple[int, Exception | None]:
     """Trains a run; returns its exit status, and what it failed with, which the user was told. Collective: all."""
     beginning = Beginning(config, runtime)
@@ -119,7 +176,7 @@ def _train_one(
         return build_parts(config, runtime, functools.partial(require_room, config, runtime), beginning.begin())
 
     def work() -> int:
-        return train_run(config, runtime, folder, make_parts, is_profiled=is_profiled, undo=beginning.undo)
+        return train_run(config, runtime, folder, make_parts, is_profiled=is_profiled, undo=beginning.undo, watch=watch)
 
     return _explained(work, _Job(runtime, config.run.timeout_seconds, is_debugged, folder))
 

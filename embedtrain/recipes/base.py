@@ -184,6 +184,25 @@ class Packed:
     programs: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Tuning(Generic[ConfigT]):
+    """How `embedtrain tune` searches for the settings of a model.
+
+    Attributes:
+        has_validation: whether training measures itself on data that are neither trained on nor the test part.
+        metric: returns the measure of these data that trials are judged by, unless `checkpoint.best_metric` names one.
+        space: returns, by setting, what is searched by default: "0.03:0.3:log" or "1,2,4".
+        split_off: settings, `key=value` each, that split validation data off; empty if they must be given.
+        final: settings of the training that follows the search, such as on the validation data too.
+    """
+
+    has_validation: Callable[[ConfigT], bool]
+    metric: Callable[[ConfigT], str]
+    space: Callable[[ConfigT], Mapping[str, str]]
+    split_off: Sequence[str] = ()
+    final: Sequence[str] = ()
+
+
 NETWORK_NAME = "network.pt2"
 """The file of the network in a package."""
 
@@ -222,6 +241,7 @@ class Recipe(Generic[ConfigT, DataT]):
             configuration describes these files. None if the model does not score rows.
         pack: opens a checkpoint, given by its path, to write a package; for one process. None if the model cannot be
             packed.
+        tuning: how `embedtrain tune` searches for its settings; None if it cannot.
     """
 
     config: type[ConfigT]
@@ -240,6 +260,12 @@ class Recipe(Generic[ConfigT, DataT]):
     recommend: Callable[[ConfigT, Runtime, str, Wanted], Iterator[list[Recommendation]]] | None = None
     score: Callable[[ConfigT, Runtime, str], RowScorer] | None = None
     pack: Callable[[ConfigT, Runtime, str], AbstractContextManager[Packed]] | None = None
+    tuning: Tuning[ConfigT] | None = None
+
+
+def around(value: float, factor: float) -> str:
+    """Returns a range of `Tuning.space` around a setting's value, on a logarithmic scale."""
+    return f"{value / factor:.4g}:{value * factor:.4g}:log"
 
 
 def table_spec(

@@ -12,9 +12,8 @@ from torch import Tensor
 from embedtrain.data.bags import Bags
 from embedtrain.data.partition import share_of_rank
 from embedtrain.distributed.ranks import Ranks
-from embedtrain.metrics.ranking import hits_of, list_measures, mean_measures, name_at
+from embedtrain.recipes.lists import k_best, measure_best
 
-_USERS_AT_ONCE = 1024
 _ITEMS_AT_ONCE = 16384
 
 
@@ -70,14 +69,14 @@ class Catalogue:
             best = block.topk(min(k, block.shape[1]), dim=1)
             scores = torch.cat([scores, best.values], dim=1)
             items = torch.cat([items, best.indices + self._first + start], dim=1)
-            scores, items = _first(scores, items, k)
+            scores, items = k_best(scores, items, k)
         counts = [len(users)] * self._ranks.size
         # Rank by rank below each other; then beside each other, to choose among.
         scores, items = (
             self._ranks.all_gather_rows(part, counts).view(len(counts), len(users), k).transpose(0, 1).flatten(1)
             for part in (scores, items)
         )
-        scores, items = _first(scores, items, k)
+        scores, items = k_best(scores, items, k)
         return items.masked_fill(scores == -torch.inf, -1).cpu(), scores.cpu()
 
 
@@ -88,14 +87,6 @@ def _exclude(scores: Tensor, excluded: tuple[NDArray[np.int64], NDArray[np.int64
     is_here = (items >= first) & (items < first + scores.shape[1])
     places = torch.from_numpy(rows[is_here]), torch.from_numpy(items[is_here] - first)
     scores[tuple(place.to(scores.device) for place in places)] = -torch.inf
-
-
-def _first(scores: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Returns the k best of each row, the best first; of equal ones the lower item."""
-    order = items.argsort(dim=1, stable=True)
-    scores, items = scores.gather(1, order), items.gather(1, order)
-    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return scores.gather(1, order), items.gather(1, order)
 
 
 def measure_lists(
@@ -119,21 +110,10 @@ def measure_lists(
         alive: called now and then.
 
     Returns:
-        "recall@20" and the like: means over the users; "item_coverage@20": the share of items in any list.
+        As `measure_best`.
     """
-    users = np.flatnonzero(np.diff(held_out.starts))
-    sums = torch.zeros(len(ks), 4, dtype=torch.float64)
-    is_recommended = torch.zeros(len(ks), catalogue.num_items, dtype=torch.bool)
-    for start in range(0, len(users), _USERS_AT_ONCE):
-        batch = users[start : start + _USERS_AT_ONCE]
-        items, _ = catalogue.best(batch, max(ks), known, queries(batch))
-        relevant, lengths = (torch.from_numpy(part) for part in held_out.of(batch))
-        starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        hits = hits_of(items, starts, relevant, catalogue.num_items)
-        for row, k in enumerate(ks):
-            sums[row] += list_measures(hits, lengths, k)
-            is_recommended[row, items[:, :k][items[:, :k] >= 0]] = True
-        alive()
-    measures = mean_measures(sums, len(users), ks)
-    coverage = {name_at("item_coverage", k): float(is_recommended[row].double().mean()) for row, k in enumerate(ks)}
-    return {**measures, **coverage}
+
+    def best(users: NDArray[np.int64]) -> Tensor:
+        return catalogue.best(users, max(ks), known, queries(users))[0]
+
+    return measure_best(best, catalogue.num_items, held_out, ks, alive)

@@ -52,6 +52,9 @@ _SHIPPED = Path(__file__).resolve().parents[1] / "configs"
 
 _logger = logging.getLogger(__name__)
 
+SEARCH = "tune"
+"""The section of a configuration file that says what `embedtrain tune` searches; no other command looks at it."""
+
 _MERGE_ERRORS = (OmegaConfBaseException, ValueError, TypeError, AttributeError, KeyError)
 """What omegaconf raises for values that do not fit; the last four slip through it."""
 
@@ -102,7 +105,7 @@ def read_layers(path: str | None, overrides: Sequence[str]) -> Layers:
     Raises:
         UserError: as `load_config`; missing keys are allowed, and keys are not compared with each other.
     """
-    return _merge([] if path is None else [(path, _read_file(path))], overrides)
+    return _merge([] if path is None else [(path, _without_search(_read_file(path)))], overrides)
 
 
 def resolve_layers(layers: Layers) -> dict[str, Any]:
@@ -260,6 +263,27 @@ def _read_file(path: str) -> yaml.MappingNode:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a configuration: {error}") from error
     return _document(text, path)
+
+
+def declared_search(path: str) -> dict[str, Any]:
+    """Returns the section `tune` of a configuration file, as it stands there; empty without one.
+
+    Raises:
+        UserError: the file cannot be read, or the section is no mapping.
+    """
+    section = next((value for key, value in _read_file(path).value if key.value == SEARCH), None)
+    if section is None:
+        return {}
+    with _told_of(path):
+        found = yaml.SafeLoader("").construct_document(section)
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise UserError(f"{path}: tune: expected settings with a list or a range of values each, got {found!r}")
+    return found
+
+
+def _without_search(document: yaml.MappingNode) -> yaml.MappingNode:
+    pairs = [(key, value) for key, value in document.value if key.value != SEARCH]
+    return yaml.MappingNode(document.tag, pairs, document.start_mark, document.end_mark)
 
 
 def _mode_of(path: str) -> int:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
 from embedtrain.config.resolved import differing_keys, settings_in, to_yaml
@@ -69,6 +69,13 @@ class Run:
     unverified: Unverified
 
 
+class Watch(MetricSink, Protocol):
+    """Takes the records of a run while it is trained, and may ask for its end."""
+
+    def is_asked(self) -> bool:
+        """Returns whether the run shall stop and be saved."""
+
+
 def check_run_folder(config: Config) -> RunFolder:
     """Returns the run folder, after making sure that what lies in it belongs to this configuration.
 
@@ -99,6 +106,7 @@ def train_run(
     *,
     is_profiled: bool = False,
     undo: Callable[[], None] = lambda: None,
+    watch: Watch | None = None,
 ) -> int:
     """Trains a run, or resumes it; returns its exit status: 0, or `EXIT_PREEMPTED` if it was asked to stop.
 
@@ -111,6 +119,7 @@ def train_run(
         make_parts: collective; prepares the data and builds what is trained.
         is_profiled: whether to write profiles into the folder.
         undo: called if the run cannot be assembled; takes back what `make_parts` has written to the folder.
+        watch: on rank 0, what may stop the run by its measures; None for nothing.
 
     Raises:
         UserError: another job is at work on the folder, the data cannot be used, or the checkpoint is of other data.
@@ -122,10 +131,10 @@ def train_run(
         except BaseException:
             undo()
             raise
-        return _train(run, config, runtime, lock, is_profiled=is_profiled)
+        return _train(run, config, runtime, lock, is_profiled=is_profiled, watch=watch)
 
 
-def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_profiled: bool) -> int:
+def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_profiled: bool, watch: Watch | None) -> int:
     state = run.trainer.state
     if runtime.rank == 0:
         if run.is_begun and not run.is_resumed:
@@ -169,11 +178,12 @@ def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_prof
                 observer()
 
         is_complete = run.trainer.run(
-            run.sinks,
+            run.sinks if watch is None else [*run.sinks, watch],
             config.log.every_steps,
             before_save=before_save,
             alive=watchdog.alive,
             on_step=observe,
+            is_asked=(lambda: False) if watch is None else watch.is_asked,
         )
         ends.append("finished" if is_complete else "preempted")
     if publisher is not None and is_complete:

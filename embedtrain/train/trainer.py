@@ -97,6 +97,7 @@ class Trainer:
         before_save: Callable[[], None] | None = None,
         alive: Callable[[], None] | None = None,
         on_step: Callable[[], None] | None = None,
+        is_asked: Callable[[], bool] = lambda: False,
     ) -> bool:
         """Trains, logs and saves; returns whether the run is complete, not merely stopped and saved.
 
@@ -108,6 +109,7 @@ class Trainer:
             before_save: collective; called on every rank before each save, which it can prevent by raising.
             alive: called whenever this rank has got on: after each step, and now and then during a measurement.
             on_step: called after each step.
+            is_asked: whether this rank is asked to stop and save, beside by a signal.
         """
         with Interrupt() as interrupt:
             while not self.is_over():
@@ -122,7 +124,7 @@ class Trainer:
                 # While a stream brings no batch, an agreement delays nothing.
                 if is_logged or is_due or is_measured or not has_trained or step % _STEPS_BETWEEN_AGREEMENTS == 0:
                     self._or_settle(self._task.optimizer.settle)
-                    is_stopped, is_overdue, has_failed = self._agree(interrupt.is_asked)
+                    is_stopped, is_overdue, has_failed = self._agree(interrupt.is_asked or is_asked())
                     if has_failed:
                         self._checkpoints.settle()
                     if is_logged:

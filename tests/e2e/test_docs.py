@@ -79,6 +79,12 @@ def write_interactions(folder: Path) -> None:
         (folder / name).write_text("".join(lines))
     lines = [f"new{user} {' '.join(map(str, generator.choice(30, 5, replace=False)))}\n" for user in range(9)]
     (folder / "new-users.txt").write_text("".join(lines))
+    rows = [
+        f"{user},{item},{generator.integers(2, 6)},2024-05-{time + 1:02d}"
+        for user in range(40)
+        for time, item in enumerate(generator.choice(30, 8, replace=False))
+    ]
+    (folder / "events.csv").write_text("\n".join(["user,item,rating,time", *rows]) + "\n")
 
 
 @pytest.fixture
@@ -113,8 +119,8 @@ def run(words: list[str], folder: Path, trained: Path) -> None:
 def start(words: list[str], folder: Path) -> None:
     program, *arguments = words
     module = {"torchrun": ["-m", "torch.distributed.run"], "embedtrain": ["-m", "embedtrain"], "python": []}[program]
-    if "train" in arguments:
-        config = arguments[arguments.index("train") + 1]
+    if command := next((word for word in ("train", "tune", "baseline") if word in arguments), None):
+        config = arguments[arguments.index(command) + 1]
         arguments += [f"data.cache_path={folder}/cache", "run.device=cpu", *SMALLER.get(config, [])]
     arguments, output = redirected(arguments)
     done = launching.run([sys.executable, *module, *arguments], cwd=folder)

@@ -30,7 +30,7 @@ from embedtrain.data.vector_files import check_vectors
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.metrics.classification import RECORDED, TRAINED, training_measures
-from embedtrain.recipes.base import Grow, Recipe, collection_options
+from embedtrain.recipes.base import Grow, Recipe, Tuning, around, collection_options
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer
 from embedtrain.recipes.ranking.base import base_files, read_base, write_base
 from embedtrain.recipes.ranking.config import ClicksConfig, RankingConfig
@@ -342,4 +342,12 @@ RECIPE = Recipe(
     measure=measure,
     score=ClickScorer,
     pack=pack,
+    tuning=Tuning(
+        has_validation=lambda config: config.data.valid_path is not None,
+        metric=lambda config: f"{HELD_OUT}auc",
+        space=lambda config: {
+            "optimizer.lr": around(config.optimizer.lr, 5),
+            "dense_optimizer.lr": around(config.dense_optimizer.lr, 5),
+        },
+    ),
 )

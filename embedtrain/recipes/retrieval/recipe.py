@@ -32,9 +32,19 @@ from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.export.recommendations import Recommendation
 from embedtrain.export.vectors import FloatRows, Vectors, open_vectors
-from embedtrain.metrics.ranking import measure_names
+from embedtrain.metrics.ranking import measure_names, name_at
 from embedtrain.optim.dense import DenseOptimizer
-from embedtrain.recipes.base import Grow, Packed, Recipe, Wanted, base_file, collection_options, takes_new_names
+from embedtrain.recipes.base import (
+    Grow,
+    Packed,
+    Recipe,
+    Tuning,
+    Wanted,
+    around,
+    base_file,
+    collection_options,
+    takes_new_names,
+)
 from embedtrain.recipes.interactions import (
     check_data_files,
     interaction_options,
@@ -374,6 +384,15 @@ def measure_new_users(
         return measure_unseen(config, model, interactions, options, fraction)
 
 
+def _search_space(config: RetrievalConfig) -> dict[str, str]:
+    epochs = config.train.epochs
+    return {
+        "optimizer.lr": around(config.optimizer.lr, 3),
+        "retrieval.temperature": around(config.retrieval.temperature, 2),
+        "train.epochs": f"{max(1, epochs // 2)},{epochs},{2 * epochs}",
+    }
+
+
 RECIPE = Recipe(
     config=RetrievalConfig,
     prepare=prepare,
@@ -396,4 +415,11 @@ RECIPE = Recipe(
     open=open_sides,
     recommend=recommend,
     pack=pack,
+    tuning=Tuning(
+        has_validation=lambda config: config.data.validation != "none",
+        metric=lambda config: name_at("ndcg", config.evaluate.k[0]),
+        space=_search_space,
+        split_off=["data.validation=auto"],
+        final=["data.validation=none"],
+    ),
 )

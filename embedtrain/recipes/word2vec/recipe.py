@@ -27,7 +27,7 @@ from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import UserError
 from embedtrain.jagged import Jagged
 from embedtrain.metrics.word_similarity import check_pairs, evaluate_similarity, read_pairs
-from embedtrain.recipes.base import Grow, Recipe, base_file, collection_options, takes_new_names
+from embedtrain.recipes.base import Grow, Recipe, Tuning, around, base_file, collection_options, takes_new_names
 from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.optimizers import build_optimizer, optimizer_names
 from embedtrain.recipes.word2vec.config import Word2VecConfig
@@ -302,6 +302,14 @@ def _tables(config: Word2VecConfig, corpus: PreparedCorpus) -> list[TableSpec]:
     return word2vec_tables(len(corpus.vocabulary), config.table.dim, dtype, optimizer_names(config.optimizer))
 
 
+def _search_space(config: Word2VecConfig) -> dict[str, str]:
+    window = config.word2vec.window
+    return {
+        "optimizer.lr": around(config.optimizer.lr, 3),
+        "word2vec.window": f"{max(1, window // 2)},{window},{2 * window}",
+    }
+
+
 RECIPE = Recipe(
     config=Word2VecConfig,
     prepare=prepare,
@@ -317,4 +325,9 @@ RECIPE = Recipe(
         write_files=_write_files,
     ),
     measure=measure,
+    tuning=Tuning(
+        has_validation=lambda config: bool(_similarity_paths(config)),
+        metric=lambda config: SIMILARITY,
+        space=_search_space,
+    ),
 )

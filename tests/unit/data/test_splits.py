@@ -235,7 +235,7 @@ def test_times_of_parquet_are_of_its_own_types(tmp_path: Path) -> None:
     for kind in (
         pa.int32(),
         pa.float64(),
-        pa.timestamp("ns"),
+        pa.timestamp("us"),
         pa.timestamp("s", tz="UTC"),
         pa.date32(),
         pa.decimal128(12),

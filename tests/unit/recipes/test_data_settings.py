@@ -54,7 +54,7 @@ PEOPLE = ("data.path=pairs.csv", "users.path=people.csv")
         (
             "ranking",
             ["data.path=clicks.jsonl", "data.format=lines", "data.categorical=[city]"],
-            r"data\.format: expected a format of criteo, csv, tsv, parquet, jsonl, got 'lines'",
+            r"data\.format: expected a format of criteo, csv, tsv, parquet, jsonl, recbole, got 'lines'",
         ),
     ],
 )

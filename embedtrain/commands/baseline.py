@@ -1,0 +1,268 @@
+"""`embedtrain baseline`: what popularity, item-kNN and EASE reach on the data of a configuration."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from embedtrain.commands.console import (
+    EXIT_DONE,
+    ConfigFile,
+    command,
+    require_config,
+    settings_argument,
+    split_names,
+    tell,
+)
+from embedtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from embedtrain.config.sections import Config
+    from embedtrain.data.bags import Bags
+    from embedtrain.data.interactions import Interactions
+    from embedtrain.distributed.runtime import Runtime
+    from embedtrain.recipes.baselines import Scores
+
+_METHODS = ("popularity", "item-knn", "ease")
+
+_logger = logging.getLogger(__name__)
+
+
+@command(
+    "embedtrain baseline retrieval data.path=train.txt evaluate.path=test.txt --run runs/x",
+    "embedtrain baseline my.yaml --methods ease --regularization 100,300,1000",
+)
+@click.argument("config", type=ConfigFile(), help="YAML file of a model of interactions, such as retrieval.")
+@settings_argument
+@click.option("--methods", metavar="A,B,...", help="Of popularity, item-knn and ease; without it all that fit.")
+@click.option(
+    "--neighbors", default="100", show_default=True, metavar="N,...", help="Of item-kNN: how many items are near."
+)
+@click.option(
+    "--shrink", default="10", show_default=True, metavar="X,...", help="Of item-kNN: how little few common users count."
+)
+@click.option(
+    "--regularization", default="250", show_default=True, metavar="X,...", help="Of EASE: the penalty on its weights."
+)
+@click.option("--include-known", is_flag=True, help="Do not leave out the items that a user is known to have.")
+@click.option("--run", "runs", multiple=True, metavar="RUN", type=click.Path(), help="A trained run to measure too.")
+def baseline(
+    config: str,
+    settings: Sequence[str],
+    methods: str | None,
+    neighbors: str,
+    shrink: str,
+    regularization: str,
+    include_known: bool,
+    runs: Sequence[str],
+) -> int:
+    """Measures popularity, item-kNN and EASE on the same data."""
+    from embedtrain.distributed.runtime import init_distributed, shut_down
+    from embedtrain.recipes.loading import load_config
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("baselines are fitted by one process: give the command without torchrun")
+    wanted = list(_METHODS) if methods is None else split_names(methods, "--methods", "method")
+    if unknown := [name for name in wanted if name not in _METHODS]:
+        raise UserError(f"--methods {', '.join(unknown)}: there are {', '.join(_METHODS)}")
+    grids = {
+        "popularity": Grid(),
+        "item-knn": Grid({"neighbors": _whole(neighbors), "shrink": _numbers("--shrink", shrink, 0.0)}),
+        "ease": Grid({"regularization": _numbers("--regularization", regularization, 1e-3)}),
+    }
+    loaded = load_config(*require_config(config, settings))
+    others = [_config_of(path, loaded) for path in runs]
+    runtime = init_distributed(device="cpu")
+    data = Measured(loaded, runtime, is_masked=not include_known)
+    if methods is None and (reason := data.refusal_of_ease()) is not None:
+        _logger.warning(f"EASE is left out: {reason}")
+        wanted.remove("ease")
+    rows = [data.measure(name, grids[name]) for name in wanted]
+    rows += [(path, _measures_of(each, runtime)) for path, each in zip(runs, others, strict=True)]
+    tell(*_table(rows, data.title))
+    shut_down()
+    return EXIT_DONE
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The options of a method, each with the values to choose among.
+
+    Attributes:
+        values: by option.
+    """
+
+    values: Mapping[str, Sequence[float]] | None = None
+
+    def points(self) -> list[dict[str, float]]:
+        """Returns every combination of values."""
+        values = self.values or {}
+        return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
+
+
+class Measured:
+    """The interactions of a configuration, on which baselines are fitted and measured.
+
+    Args:
+        config: of a model of interactions.
+        runtime: of this process.
+        is_masked: whether items that a user is known to have are left out of the lists.
+
+    Attributes:
+        title: what is measured.
+
+    Raises:
+        UserError: the model has no interactions, or nothing is held out of them.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime, *, is_masked: bool) -> None:
+        from embedtrain.config.interactions import InteractionsConfig
+        from embedtrain.data.interactions import prepare_interactions
+        from embedtrain.recipes.interactions import interaction_options, log_interactions, test_of, validation_of
+
+        data, evaluate = getattr(config, "data", None), getattr(config, "evaluate", None)
+        if not isinstance(data, InteractionsConfig) or evaluate is None:
+            raise UserError(f"model={config.model} does not learn from interactions, and has no such baselines")
+        self._ks: Sequence[int] = evaluate.k
+        options = interaction_options(data, evaluate.path)
+        self._interactions: Interactions = prepare_interactions(
+            options, os.path.expanduser(data.cache_path), runtime.ranks
+        )
+        log_interactions(self._interactions, evaluate.path)
+        self._is_masked = is_masked
+        has_test = config.holds_out or evaluate.path is not None
+        if not has_test and not self._interactions.has_validation:
+            raise UserError("nothing is held out to measure on: give evaluate.path, data.split or data.validation")
+        found = self._interactions
+        self._validation: Bags | None = None
+        if found.has_validation:
+            self._validation = validation_of(found) if is_masked else found.validation
+        if not has_test:
+            self._known, self._held_out = found.known, self._validation
+        else:
+            self._known = found.known_before_test
+            self._held_out = test_of(found) if is_masked and config.holds_out else found.held_out
+        part = "test" if has_test else "validation"
+        self.title = f"{part} part, items that a user has before {'left out' if is_masked else 'included'}"
+
+    def refusal_of_ease(self) -> str | None:
+        """Returns why EASE does not fit; None if it does."""
+        from embedtrain.planning.room import available_memory_bytes
+        from embedtrain.planning.sizes import format_bytes
+        from embedtrain.recipes.baselines import MAX_EASE_ITEMS, ease_bytes
+
+        num_items = len(self._interactions.items)
+        if num_items > MAX_EASE_ITEMS:
+            return f"it takes a matrix of all pairs of {num_items:,} items, and at most {MAX_EASE_ITEMS:,} items fit"
+        needed, available = ease_bytes(num_items), available_memory_bytes()
+        if available is not None and needed > available:
+            return (
+                f"a matrix of all pairs of {num_items:,} items takes {format_bytes(needed)}, and "
+                f"{format_bytes(available)} are available"
+            )
+        return None
+
+    def measure(self, name: str, grid: Grid) -> tuple[str, Mapping[str, float]]:
+        """Fits a method; returns its name with its options, and its measures.
+
+        Raises:
+            UserError: there are several points and no validation part to choose by, or EASE does not fit.
+        """
+        if name == "ease" and (reason := self.refusal_of_ease()) is not None:
+            raise UserError(f"--methods ease: {reason}")
+        points = grid.points()
+        if len(points) > 1 and self._validation is None:
+            raise UserError(
+                f"{name} is given several values to choose among: give data.validation=auto, by which they are chosen, "
+                "or one value each"
+            )
+        chosen = points[0] if len(points) == 1 else max(points, key=lambda point: self._score_of(name, point))
+        shown = ", ".join(f"{option} {value:g}" for option, value in chosen.items())
+        assert self._held_out is not None
+        measures = self._measured(self._fit(name, chosen), self._known, self._held_out)
+        return f"{name} ({shown})" if shown else name, measures
+
+    def _score_of(self, name: str, point: Mapping[str, float]) -> float:
+        """Returns how a method does on the validation part."""
+        assert self._validation is not None
+        measures = self._measured(self._fit(name, point), self._interactions.known, self._validation)
+        value = measures[f"ndcg@{self._ks[0]}"]
+        _logger.info(f"{name} {dict(point)}: ndcg@{self._ks[0]} {value:.4f} on the validation part")
+        return value
+
+    def _measured(self, scores: Scores, known: Bags, held_out: Bags) -> dict[str, float]:
+        from embedtrain.recipes.baselines import measure_scores
+
+        masked = known if self._is_masked else None
+        return measure_scores(scores, len(self._interactions.items), masked, held_out, self._ks)
+
+    def _fit(self, name: str, point: Mapping[str, float]) -> Scores:
+        from embedtrain.recipes import baselines
+
+        known, num_items = self._interactions.known, len(self._interactions.items)
+        if name == "popularity":
+            return baselines.popularity(known, num_items)
+        if name == "item-knn":
+            return baselines.item_knn(known, num_items, neighbors=int(point["neighbors"]), shrink=point["shrink"])
+        return baselines.ease(known, num_items, regularization=point["regularization"])
+
+
+def _config_of(path: str, config: Config) -> Config:
+    """Returns the configuration of a run, after making sure that it has the data of another."""
+    from embedtrain.config.values import flatten, settings_of
+    from embedtrain.recipes.trained import require_config as config_of_run
+
+    found = config_of_run(path)
+    first, second = (dict(flatten(settings_of(each))) for each in (found, config))
+
+    def is_of_data(key: str) -> bool:
+        return (key.startswith("data.") and key != "data.cache_path") or key in ("evaluate.path", "evaluate.k")
+
+    differing = [
+        f"{key} (is {first.get(key)} there, {second.get(key)} here)"
+        for key in sorted(first.keys() | second.keys())
+        if is_of_data(key) and first.get(key) != second.get(key)
+    ]
+    if differing:
+        raise UserError(f"{path} is a run on other data: {'; '.join(differing)}")
+    return found
+
+
+def _measures_of(config: Config, runtime: Runtime) -> Mapping[str, float]:
+    from embedtrain.recipes.trained import measure_run
+
+    return measure_run(config, runtime)
+
+
+def _table(rows: Sequence[tuple[str, Mapping[str, float]]], title: str) -> list[str]:
+    names = list(dict.fromkeys(name for _, measures in rows for name in measures))
+    widest = max(len(label) for label, _ in rows)
+    lines = [title, f"{'':{widest}}  {'  '.join(names)}"]
+    for label, measures in rows:
+        cells = ["" if name not in measures else f"{measures[name]:.4f}" for name in names]
+        lines.append(f"{label:{widest}}  {'  '.join(f'{c:>{len(n)}}' for c, n in zip(cells, names, strict=True))}")
+    return lines
+
+
+def _whole(text: str) -> list[float]:
+    found = _numbers("--neighbors", text, 1.0)
+    if wrong := [value for value in found if value != int(value)]:
+        raise UserError(f"--neighbors: expected whole numbers, got {wrong[0]:g}")
+    return found
+
+
+def _numbers(option: str, text: str, least: float) -> list[float]:
+    read: Callable[[str], float] = float
+    try:
+        found = [read(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option}: expected a number or several with commas, got {text!r}") from None
+    if wrong := [value for value in found if not least <= value < 1e12]:
+        raise UserError(f"{option}: expected numbers of at least {least:g}, got {wrong[0]:g}")
+    return found

@@ -1,0 +1,152 @@
+"""What a model of interactions is compared with: popularity, item-kNN and EASE, each fitted in closed form."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from embedtrain.data.bags import Bags
+from embedtrain.errors import UserError
+from embedtrain.recipes.lists import k_best, measure_best
+
+_logger = logging.getLogger(__name__)
+
+Scores = Callable[[NDArray[np.int64]], NDArray[np.float32]]
+"""Returns the scores [n, num_items] of users [n] for all items."""
+
+MAX_EASE_ITEMS = 46_340
+"""LAPACK counts the entries of a matrix in 32 bits."""
+
+_ROWS_AT_ONCE = 1024
+
+
+def popularity(known: Bags, num_items: int) -> Scores:
+    """Returns scores that are the items' numbers of users."""
+    counts = np.bincount(known.values, minlength=num_items).astype(np.float32)
+    return lambda users: np.broadcast_to(counts, (len(users), num_items))
+
+
+def item_knn(known: Bags, num_items: int, *, neighbors: int, shrink: float) -> Scores:
+    """Fits item-kNN: an item's score is the sum of its similarities to the user's items among its nearest ones.
+
+    The similarity of items with `a` and `b` users, `c` of them both: c / (sqrt(a b) + shrink).
+
+    Args:
+        known: the items of each user.
+        num_items: in all.
+        neighbors: how many items are near to each.
+        shrink: how much similarities count less if they stand on few users.
+
+    Source: Sarwar et al. 2001, "Item-based collaborative filtering recommendation algorithms"; shrinkage as in
+    Ferrari Dacrema et al. 2019, "Are we really making much progress?".
+    """
+    from scipy import sparse
+
+    users = _matrix(known, num_items)
+    by_item = users.T.tocsr()
+    norms = np.sqrt(np.asarray(users.sum(axis=0), np.float64).ravel())
+    columns, rows, values = [], [], []
+    for start in range(0, num_items, _ROWS_AT_ONCE):
+        block = (by_item[start : start + _ROWS_AT_ONCE] @ users).tocsr()
+        for place in range(block.shape[0]):
+            item, span = start + place, slice(block.indptr[place], block.indptr[place + 1])
+            others, common = block.indices[span], block.data[span]
+            is_other = others != item
+            others, common = others[is_other], common[is_other]
+            near = common / (norms[others] * norms[item] + shrink)
+            if len(near) > neighbors:
+                # Of equal similarities the items with the lower rows, whatever the order in the block.
+                kept = np.lexsort((others, -near))[:neighbors]
+                others, near = others[kept], near[kept]
+            rows.append(others)
+            columns.append(np.full(len(others), item, np.int64))
+            values.append(near.astype(np.float32))
+    parts = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
+    nearest = sparse.csr_array(parts, shape=(num_items, num_items))
+    return lambda chosen: np.asarray((users[chosen] @ nearest).toarray(), np.float32)
+
+
+def ease_bytes(num_items: int) -> int:
+    """Returns how much memory `ease` takes: a matrix of all pairs of items, and blocks of it."""
+    return 4 * num_items * (num_items + 3 * _ROWS_AT_ONCE)
+
+
+def ease(known: Bags, num_items: int, *, regularization: float) -> Scores:
+    """Fits EASE: the linear model of items by items without itself, of least squares with a penalty.
+
+    With X [users, items] of zeros and ones and P = inv(X'X + regularization I), the weights are -P / diag(P), and zero
+    on the diagonal. P is computed in the place of X'X.
+
+    Args:
+        known: the items of each user.
+        num_items: in all; at most `MAX_EASE_ITEMS`.
+        regularization: the penalty on the squares of the weights.
+
+    Source: Steck 2019, "Embarrassingly shallow autoencoders for sparse data".
+    """
+    from scipy.linalg import lapack
+
+    users = _matrix(known, num_items)
+    by_item = users.T.tocsr()
+    gram = np.empty((num_items, num_items), np.float32)
+    for start in range(0, num_items, _ROWS_AT_ONCE):
+        gram[start : start + _ROWS_AT_ONCE] = (by_item[start : start + _ROWS_AT_ONCE] @ users).toarray()
+    gram[np.diag_indices(num_items)] += np.float32(regularization)
+    # The transpose of a symmetric matrix has the order of LAPACK, which then works in place.
+    factor, failed = lapack.spotrf(gram.T, lower=1, overwrite_a=1, clean=0)
+    if failed == 0:
+        factor, failed = lapack.spotri(factor, lower=1, overwrite_c=1)
+    if failed != 0:
+        raise UserError(f"EASE cannot be solved with a regularization of {regularization:g}: give a larger one")
+    inverse = factor.T
+    # LAPACK fills one triangle; of the transpose it is the upper one.
+    diagonal = np.diagonal(inverse).copy()
+    for start in range(0, num_items, _ROWS_AT_ONCE):
+        stop = min(start + _ROWS_AT_ONCE, num_items)
+        corner = inverse[start:stop, start:stop]
+        corner[:] = np.triu(corner) + np.triu(corner, 1).T
+        inverse[stop:, start:stop] = inverse[start:stop, stop:].T
+    for start in range(0, num_items, _ROWS_AT_ONCE):
+        inverse[start : start + _ROWS_AT_ONCE] /= -diagonal
+    inverse[np.diag_indices(num_items)] = 0
+    return lambda chosen: np.asarray(users[chosen] @ inverse, np.float32)
+
+
+def measure_scores(
+    scores: Scores, num_items: int, known: Bags | None, held_out: Bags, ks: Sequence[int]
+) -> dict[str, float]:
+    """Measures what scores recommend; see `measure_best`.
+
+    Args:
+        scores: of all items for some users.
+        num_items: in all.
+        known: the items of each user that are left out of the lists; None to leave out none.
+        held_out: the items to find.
+        ks: lengths of the list.
+    """
+
+    def best(users: NDArray[np.int64]) -> Tensor:
+        found = torch.from_numpy(scores(users).copy())
+        if known is not None:
+            items, lengths = known.of(users)
+            found[np.repeat(np.arange(len(users)), lengths), items] = -torch.inf
+        # The rows of items are in order of popularity: of equal scores the more popular item comes first.
+        most = found.topk(min(num_items, 2 * max(ks)), dim=1)
+        values, ordered = k_best(most.values, most.indices, max(ks))
+        return ordered.masked_fill(values == -torch.inf, -1)
+
+    return measure_best(best, num_items, held_out, ks)
+
+
+def _matrix(known: Bags, num_items: int) -> Any:
+    """Returns users by items as a sparse matrix of ones."""
+    from scipy import sparse
+
+    ones = np.ones(len(known.values), np.float32)
+    return sparse.csr_array((ones, np.asarray(known.values), np.asarray(known.starts)), shape=(len(known), num_items))

@@ -1,0 +1,61 @@
+"""Measures of lists of recommendations, whoever makes the lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from embedtrain.data.bags import Bags
+from embedtrain.metrics.ranking import hits_of, list_measures, mean_measures, name_at
+
+_USERS_AT_ONCE = 1024
+
+
+def k_best(scores: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Returns the scores and items of the k best of each row, the best first; of equal ones the lower item."""
+    order = items.argsort(dim=1, stable=True)
+    scores, items = scores.gather(1, order), items.gather(1, order)
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return scores.gather(1, order), items.gather(1, order)
+
+
+def measure_best(
+    best: Callable[[NDArray[np.int64]], Tensor],
+    num_items: int,
+    held_out: Bags,
+    ks: Sequence[int],
+    alive: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Measures the recommendations for all users with held-out items.
+
+    Args:
+        best: returns the best items [n, max(ks) or more] of users [n], the best first, -1 for none. It is called with
+            the same users on every rank.
+        num_items: in all.
+        held_out: the items to find; -1 for one that cannot be found, and counts as missed.
+        ks: lengths of the list.
+        alive: called now and then.
+
+    Returns:
+        "recall@20" and the like: means over the users; "item_coverage@20": the share of items in any list.
+    """
+    users = np.flatnonzero(np.diff(held_out.starts))
+    sums = torch.zeros(len(ks), 4, dtype=torch.float64)
+    is_recommended = torch.zeros(len(ks), num_items, dtype=torch.bool)
+    for start in range(0, len(users), _USERS_AT_ONCE):
+        batch = users[start : start + _USERS_AT_ONCE]
+        items = best(batch)
+        relevant, lengths = (torch.from_numpy(part) for part in held_out.of(batch))
+        starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        hits = hits_of(items, starts, relevant, num_items)
+        for row, k in enumerate(ks):
+            sums[row] += list_measures(hits, lengths, k)
+            is_recommended[row, items[:, :k][items[:, :k] >= 0]] = True
+        alive()
+    measures = mean_measures(sums, len(users), ks)
+    coverage = {name_at("item_coverage", k): float(is_recommended[row].double().mean()) for row, k in enumerate(ks)}
+    return {**measures, **coverage}

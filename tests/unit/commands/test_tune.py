@@ -1,0 +1,174 @@
+"""`tune` and `baseline` on small data: what they find, write and refuse."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedtrain.cli import main
+from embedtrain.commands import tune as command
+from embedtrain.planning.search import Search
+
+pytest.importorskip("optuna", reason="a search needs the extra `tune`")
+
+DATA = [
+    "data.path=events.csv",
+    "data.cache_path=cache",
+    "data.split=leave_one_out",
+    "data.time_column=time",
+]
+SMALL = [
+    "table.dim=4",
+    "train={epochs: 2, global_batch_size: 12}",
+    "evaluate.k=[5]",
+    "log={tensorboard: false, rows_every_steps: null}",
+]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    lines = [
+        f"u{user},g{user % 3}-i{item},{time}"
+        for user in range(24)
+        for time, item in enumerate(generator.permutation(9)[:6])
+    ]
+    Path("events.csv").write_text("\n".join(["user,item,time", *lines]) + "\n")
+    Path("my.yaml").write_text("model: retrieval\ntune:\n  optimizer.lr: {low: 0.05, high: 0.2, log: true}\n")
+
+
+def ask(capfd: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> str:
+    capfd.readouterr()
+    found = main(list(arguments))
+    captured = capfd.readouterr()
+    assert found == status, captured.err
+    return captured.out if status == 0 else captured.err
+
+
+def test_a_search_names_the_best_settings_and_goes_on(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["tune", "my.yaml", *DATA, *SMALL, "--output", "search"]
+    killed: list[int] = []
+
+    def strike(self: Search, number: int, share: float, value: float) -> bool:
+        killed.append(number)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Search, "report", strike)
+        assert main([*arguments, "--trials", "2"]) == 130
+    assert killed == [0]
+    said = ask(capfd, *arguments, "--trials", "2")
+    assert re.search(r"2 trials, the best by ndcg@5 on validation data: trial \d, 0\.\d+ at epoch [12]", said)
+    assert re.search(r"its settings: +optimizer\.lr=\S+ train\.epochs=[12] data\.validation=none", said)
+    assert "train with them: embedtrain train search/best.yaml" in said
+    best = Path("search/best.yaml").read_text()
+    assert "validation: none" in best
+    assert "path: search/best" in best
+    assert "tune:" not in best
+    table = Path("search/trials.md").read_text().splitlines()
+    assert table[0] == "| trial | ndcg@5 | epoch | outcome | seconds | optimizer.lr |"
+    assert len(table) == 4
+    assert "validation: auto" in Path("search/trial-0000/config.yaml").read_text()
+    assert ask(capfd, *arguments, "--trials", "2") == said
+    assert "search with other settings: table.dim" in ask(capfd, *arguments, "table.dim=8", "--trials", "2", status=2)
+    # The final training sees the validation part too, and is measured on the test part.
+    ask(capfd, "train", "search/best.yaml")
+    assert "recall@5" in ask(capfd, "evaluate", "search/best")
+    compared = ask(capfd, "baseline", "retrieval", *DATA, "evaluate.k=[5]", "--run", "search/best").splitlines()
+    assert compared[0] == "test part, items that a user has before left out"
+    labels = [re.split(r"  +", line)[0] for line in compared[2:]]
+    assert labels == ["popularity", "item-knn (neighbors 100, shrink 10)", "ease (regularization 250)", "search/best"]
+
+
+def test_a_search_ends_with_its_time(capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["tune", "my.yaml", *DATA, *SMALL, "train.epochs=100000", "evaluate.every_epochs=1"]
+    said = ask(capfd, *arguments, "log.every_steps=4", "--minutes", "0.01", "--output", "search")
+    assert "1 trials, the best" in said
+    assert "out of time" in Path("search/trials.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "x"], "how long may the search take? Give --trials N, --minutes M or both"),
+        (["--minutes", "-1"], "expected --minutes above 0, got -1"),
+        (["--trials", "1", "--search", "optimizer.lr"], "expected --search KEY=VALUES"),
+        (["--trials", "1", "--search", "optimizer.rate=1,2"], "there is no key optimizer.rate"),
+        (["--trials", "1", "--search", "optimizer.lr=abc,1"], "optimizer.lr: expected a number, got 'abc'"),
+        (["--trials", "1", "--search", "data.split=none,ratio"], "tune does not search data.split"),
+        (["--trials", "1", "run.path=x"], "leave it out; --output names their folder"),
+        (["--trials", "1", "--output", "memory://x"], "expected a local folder"),
+        (["--trials", "1", "publish.to=x"], "publish.to is for one: leave it out"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(
+    capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert message in ask(capfd, "tune", "my.yaml", *DATA, *arguments, status=2)
+    assert not Path("runs").exists()
+
+
+def test_a_model_without_validation_data_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    said = ask(capfd, "tune", "word2vec", "data.path=events.csv", "--trials", "1", status=2)
+    assert "tune judges trials on validation data alone, and this run of model=word2vec has none" in said
+
+
+def test_a_section_of_a_search_must_be_a_mapping(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("my.yaml").write_text("model: retrieval\ntune: [optimizer.lr]\n")
+    assert "tune: expected settings with a list or a range" in ask(
+        capfd, "tune", "my.yaml", *DATA, "--trials", "1", status=2
+    )
+
+
+def test_several_values_are_chosen_by_the_validation_part(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    several = ["--methods", "item-knn", "--neighbors", "2,5"]
+    refused = ask(capfd, "baseline", "retrieval", *DATA, *several, status=2)
+    assert "item-knn is given several values to choose among: give data.validation=auto" in refused
+    with caplog.at_level("INFO", logger="embedtrain"):
+        said = ask(capfd, "baseline", "retrieval", *DATA, "data.validation=auto", *several)
+    values = {n: float(v) for n, v in re.findall(r"'neighbors': (\d)\.0.*ndcg@20 (\S+) on the validation", caplog.text)}
+    assert len(values) == 2
+    assert f"neighbors {max(values, key=lambda n: values[n])}, shrink 10" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["retrieval", "data.path=events.csv"], "nothing is held out to measure on: give evaluate.path, data.split or"),
+        (["retrieval", *DATA, "--methods", "itemknn"], "--methods itemknn: there are popularity, item-knn, ease"),
+        (["retrieval", *DATA, "--shrink", "x"], "--shrink: expected a number or several with commas, got 'x'"),
+        (["retrieval", *DATA, "--neighbors", "1.5"], "--neighbors: expected whole numbers, got 1.5"),
+        (["retrieval", *DATA, "--regularization", "0"], "--regularization: expected numbers of at least 0.001, got 0"),
+        (["word2vec", "data.path=events.csv"], "model=word2vec does not learn from interactions"),
+        (["retrieval", *DATA, "--run", "none"], "no run folder at 'none'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert message in ask(capfd, "baseline", *arguments, "data.cache_path=cache", status=2)
+
+
+def test_ease_that_does_not_fit_is_left_out_unless_it_is_asked_for(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embedtrain.planning.room.available_memory_bytes", lambda: 1000)
+    said = ask(capfd, "baseline", "retrieval", *DATA)
+    assert "popularity" in said
+    assert "ease" not in said
+    assert "EASE is left out: a matrix of all pairs of" in caplog.text
+    refused = ask(capfd, "baseline", "retrieval", *DATA, "--methods", "ease", status=2)
+    assert "--methods ease: a matrix of all pairs of" in refused
+
+
+def test_the_last_value_of_a_key_counts_where_it_stands() -> None:
+    given = ["optimizer.lr=1", "optimizer={lr: 2}", "optimizer.lr=3", "seed=4"]
+    assert command._last_of_each(given) == ["optimizer={lr: 2}", "optimizer.lr=3", "seed=4"]
