@@ -1,4 +1,4 @@
-"""The command line: it assembles the commands, and turns what they raise into a line and an exit status."""
+"""The command line: assembles the commands, and turns their exceptions into a message and an exit status."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ _COMPLETE = "_EMBEDTRAIN_COMPLETE"
 
 
 class Program(click.Group):
-    """All commands; the module of a command is imported when the command is needed."""
+    """The group of all commands; a command's module is imported when the command is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Returns the names of the commands."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Returns a command; None if there is none of that name."""
+        """Returns the command of this name, or None."""
         if cmd_name not in COMMANDS:
             return None
         found: click.Command = getattr(importlib.import_module(f"embedtrain.commands.{cmd_name}"), cmd_name)
@@ -68,7 +68,7 @@ class Program(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Returns the command that the first word names, and the words after it."""
+        """Returns the command that the first word names, and the remaining words."""
         try:
             return super().resolve_command(ctx, args)
         except click.NoSuchCommand as error:
@@ -102,7 +102,7 @@ class Program(click.Group):
         except KeyboardInterrupt:
             status = EXIT_INTERRUPTED
         except BrokenPipeError:
-            # The reader of our output has seen enough, as `| head` has.
+            # The reader of the output has closed the pipe, as `| head` does.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             status = EXIT_DONE
         except OSError as error:
@@ -117,21 +117,21 @@ class Program(click.Group):
     no_args_is_help=False,
     context_settings={"help_option_names": HELP_OPTIONS, "max_content_width": MAX_COLUMNS},
 )
-@click.option("--debug", is_flag=True, help="Show tracebacks of your mistakes too.")
+@click.option("--debug", is_flag=True, help="Show a traceback for every error, also for usage errors.")
 @click.version_option(package_name="embedtrain", message="%(package)s %(version)s")
 def program(debug: bool) -> None:
     """Trains embedding tables sharded over the ranks of a torchrun job."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PlainFormatter("%(message)s"))
-    # Of libraries, faiss and the optimizer of ONNX among them, only warnings are for the user.
+    # Libraries such as faiss log at level INFO, which is not for the user: only their warnings are shown.
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("embedtrain").setLevel(logging.INFO if is_first_rank() else logging.ERROR)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0 done, 1 failure, 2 the user's mistake, 75 saved and stopped."""
+    """Runs a command and returns its exit status: 0 done, 1 failure, 2 usage error, 75 saved and stopped."""
     if _COMPLETE in os.environ:
-        # The shell asks for completions, which our own subclasses of click's shells give.
+        # The shell asks for completions; `embedtrain.commands.completion` registers how to print them.
         importlib.import_module("embedtrain.commands.completion")
     try:
         status: int = program.main(
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _tell_of_file(error: OSError) -> int:
-    """Says what the system refused to do with a file; returns the exit status."""
+    """Prints an error of the operating system about a file; returns the exit status."""
     what = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
     if is_wrong_path(error):
         say_once(printable(f"embedtrain: error: {what}; give another path"))

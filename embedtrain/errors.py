@@ -42,6 +42,10 @@ class JobError(RuntimeError):
     """The ranks of a job did not come together; the message says which rank waited for what."""
 
 
+class DeviceTimeoutError(RuntimeError):
+    """A GPU did not come to an end in time, because another rank did not take part in a collective that it waits in."""
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or does not hold what was asked of it."""
 

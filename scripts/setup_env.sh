@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv and installs this checkout into it, in place.
 #
-# Usage: scripts/setup_env.sh [EXTRA]    EXTRA: test, bench, plots, s3, redis, ann, onnx, wandb, mlflow or triton
+# Usage: scripts/setup_env.sh [EXTRA]    EXTRA: test, bench, plots, s3, redis, ann, onnx, wandb, mlflow, triton or docs
 # Repeating it costs nothing while what is installed has not changed. PYTHON chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-MADE = ("reference.md", "settings.md")
-"""Pages that a script makes, and whose blocks are signatures."""
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MADE = ("settings.md",)
+"""Pages that a script makes."""
 
 PROGRAMS = ("bash", "docker", "embedtrain", "pip", "pre-commit", "python", "sbatch", "source", "torchrun", "zcat")
 

@@ -1,4 +1,4 @@
-"""Checkpoints: saved by all ranks as one, read on any number of ranks, verified byte by byte."""
+"""Checkpoints: all ranks save one checkpoint, any number of ranks loads it, and every byte has a checksum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Failing together: an error on one rank is a CheckpointError on all, and no rank waits for another."""
+"""Agreement on errors: if one rank fails, every rank raises, so that no rank waits in a collective."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ T = TypeVar("T")
 
 
 def on_every_rank(doing: str, action: Callable[[], T], ranks: Ranks) -> list[T]:
-    """Runs `action` on each rank and returns the ranks' results on all.
+    """Runs `action` on every rank and returns the results of all ranks, in rank order.
 
     Collective: every rank.
 
     Args:
-        doing: words for the action, the beginning of the error's message.
+        doing: start of the error message, for example "step 100 was not saved".
 
     Raises:
-        UserError, CheckpointError: `action` failed on a rank; every rank knows that, and raises it.
+        UserError, CheckpointError: `action` failed on at least one rank; every rank raises.
     """
     return ranks.all_gather(ranks.run_on_each(lambda: _named(doing, action, ranks)))
 
 
 def on_first_rank(doing: str, action: Callable[[], T], ranks: Ranks) -> T:
-    """Runs `action` on rank 0 and returns its result on every rank; errors as in `on_every_rank`.
+    """Runs `action` on rank 0 and returns its result on every rank; raises like `on_every_rank`.
 
     Collective: every rank.
     """
@@ -34,7 +34,7 @@ def on_first_rank(doing: str, action: Callable[[], T], ranks: Ranks) -> T:
 
 
 def _named(doing: str, action: Callable[[], T], ranks: Ranks) -> T:
-    """Returns the action's result, or says in its error what was being done, and on which rank."""
+    """Runs `action` and prefixes any error with `doing` and the rank."""
     where = f"rank {ranks.rank}: " if ranks.size > 1 else ""
     try:
         return action()

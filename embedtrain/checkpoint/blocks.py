@@ -1,4 +1,4 @@
-"""Files as blocks with checksums: computed while a file is written, checked while it is read."""
+"""Checksums per block of a file: computed while the file is written, checked while it is read."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from embedtrain.errors import CheckpointError, CorruptCheckpointError
 
 
 class BlockHasher:
-    """Computes the block checksums of a file from the chunks that pass through on their way to it."""
+    """Computes the block checksums of a file while its chunks are written."""
 
     def __init__(self) -> None:
         self._reset()
 
     def passing(self, chunks: Callable[[], Iterable[bytes | memoryview]]) -> Iterable[bytes | memoryview]:
-        """Returns the chunks that `chunks()` yields, each taken into account first; they can be had again."""
+        """Returns an iterable that hashes each chunk of `chunks()` and then yields it.
+
+        A second iteration calls `chunks()` again and starts the checksums anew.
+        """
         return _Passing(self, chunks)
 
     def entry(self) -> FileEntry:
-        """Returns the manifest's entry for the file whose chunks have passed."""
+        """Returns the manifest entry of the file that was written."""
         open_block = [self._block.hexdigest()] if self._size % BLOCK_BYTES else []
         return FileEntry(self._size, BLOCK_BYTES, tuple(self._checksums + open_block))
 
@@ -45,7 +48,7 @@ class BlockHasher:
 
 
 class _Passing:
-    """Chunks on their way through a `BlockHasher`; a writer that begins anew has it begin anew."""
+    """Yields chunks through a `BlockHasher`; each iteration resets the hasher, so a write can be retried."""
 
     def __init__(self, hasher: BlockHasher, chunks: Callable[[], Iterable[bytes | memoryview]]) -> None:
         self._hasher = hasher
@@ -59,13 +62,13 @@ class _Passing:
 
 
 class VerifiedFile:
-    """A file of a checkpoint that gives out only bytes whose block's checksum was checked.
+    """Reads a file of a checkpoint and checks the checksum of a block before it returns bytes of that block.
 
-    A block is checked when it is first touched. Besides the caller's memory, one block is held. The file stays
-    open until it is closed.
+    A block is checked on its first read. Besides the caller's buffer, one block is held in memory. The file stays
+    open until `close`.
 
     Raises:
-        CorruptCheckpointError: the file is missing or not as long as it was written.
+        CorruptCheckpointError: the file is missing or has another size than the manifest says.
     """
 
     def __init__(self, folder: str, name: str, manifest: Manifest, size: int | None) -> None:
@@ -76,21 +79,21 @@ class VerifiedFile:
         self._entry = manifest.files[name]
         self._verified = np.zeros(len(self._entry.checksums), dtype=bool)
         if size != self._entry.bytes:
-            found = "is missing" if size is None else f"has {size} bytes, {self._entry.bytes} were written"
+            found = "is missing" if size is None else f"has {size} bytes instead of {self._entry.bytes}"
             raise CorruptCheckpointError(
-                f"{self.url} {found}: it holds {manifest.contents(name, 0, self._entry.bytes)}"
+                f"{self.url} {found}; affected: {manifest.contents(name, 0, self._entry.bytes)}"
             )
 
     @property
     def num_bytes(self) -> int:
-        """Returns the length of the file."""
+        """Returns the size of the file."""
         return self._entry.bytes
 
     def read_into(self, start: int, destination: memoryview) -> None:
-        """Fills `destination` with the file's bytes from `start` on.
+        """Fills `destination` with bytes of the file, beginning at byte `start`.
 
         Raises:
-            CorruptCheckpointError: a block on the way is not what was written.
+            CorruptCheckpointError: bytes are missing, or a block's checksum differs.
         """
         stop = start + len(destination)
         while start < stop:
@@ -111,7 +114,7 @@ class VerifiedFile:
             destination = destination[len(part) :]
 
     def verify(self) -> None:
-        """Checks every block of the file, those that were checked before too."""
+        """Checks every block of the file, including blocks that were checked before."""
         scratch = memoryview(bytearray(min(self._entry.block_bytes, self._entry.bytes)))
         try:
             for block in range(len(self._verified)):
@@ -122,13 +125,13 @@ class VerifiedFile:
             self.close()
 
     def verify_mapped(self, mapped: npt.NDArray[np.uint8], touched: npt.NDArray[np.bool_]) -> None:
-        """Checks the blocks marked in `touched` in a memory map of the whole file."""
+        """Checks the blocks marked in `touched` [num_blocks] in a memory map of the whole file."""
         for block in np.flatnonzero(touched & ~self._verified).tolist():
             start, stop = self._bounds(block)
             self._check(block, mapped[start:stop].data)
 
     def close(self) -> None:
-        """Closes the file; it can be read again."""
+        """Closes the file; the next read opens it again."""
         self._reader.close()
 
     def _bounds(self, block: int) -> tuple[int, int]:
@@ -141,16 +144,16 @@ class VerifiedFile:
         except FileNotFoundError:
             count = 0
         except OSError as error:
-            raise CheckpointError(f"{self.url} could not be read: {error}") from error
+            raise CheckpointError(f"cannot read {self.url}: {error}") from error
         if count != len(destination):
             self._refuse(start, start + len(destination), "are missing")
 
     def _check(self, block: int, data: memoryview) -> None:
         if xxhash.xxh3_128_hexdigest(data) != self._entry.checksums[block]:
-            self._refuse(*self._bounds(block), "are not those that were written (checksum differs)")
+            self._refuse(*self._bounds(block), "are damaged (the checksum differs)")
         self._verified[block] = True
 
     def _refuse(self, start: int, stop: int, fault: str) -> None:
         raise CorruptCheckpointError(
-            f"{self.url}: bytes {start} to {stop} {fault}: {self._manifest.contents(self._name, start, stop)}"
+            f"{self.url}: bytes {start} to {stop} {fault}; affected: {self._manifest.contents(self._name, start, stop)}"
         )

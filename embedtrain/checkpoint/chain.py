@@ -1,4 +1,4 @@
-"""Chains: a delta, the checkpoint that it changes, and so on back to the one that holds all rows."""
+"""Chains of checkpoints: a full checkpoint followed by deltas, each of which changes the checkpoint before it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def read_manifest(path: str) -> Manifest:
 
     Raises:
         CheckpointError: there is no complete checkpoint, or a newer embedtrain wrote it.
-        CorruptCheckpointError: the manifest is not what was written.
+        CorruptCheckpointError: the manifest is damaged.
     """
     url = storage.join(path, MANIFEST_NAME)
     try:
@@ -20,37 +20,37 @@ def read_manifest(path: str) -> Manifest:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{path} is not a complete checkpoint: it has no {MANIFEST_NAME}") from error
     except OSError as error:
-        raise CheckpointError(f"{url} could not be read: {error}") from error
+        raise CheckpointError(f"cannot read {url}: {error}") from error
     return decode(data, url)
 
 
 def read_chain(path: str) -> list[tuple[str, Manifest]]:
-    """Returns path and manifest of each checkpoint that the rows of the one at `path` lie in, all rows first.
+    """Returns (path, manifest) of every checkpoint that the one at `path` is made of, the full checkpoint first.
 
     Raises:
-        CheckpointError: as `read_manifest`.
-        CorruptCheckpointError: a manifest is not what was written, or a delta's parent is missing, or is
-            another checkpoint than the one that the delta was saved after.
+        CheckpointError: see `read_manifest`.
+        CorruptCheckpointError: a manifest is damaged, or a delta's parent is missing or was replaced by
+            another checkpoint.
     """
     chain = [(path, read_manifest(path))]
     while (parent := chain[0][1].parent) is not None:
         child_path, child = chain[0]
         parent_path = parent_path_of(child_path, child)
         if MANIFEST_NAME not in storage.list_files(parent_path):
-            raise CorruptCheckpointError(f"{child_path} holds changes to {parent_path}, which is missing")
+            raise CorruptCheckpointError(f"{child_path} is a delta of {parent_path}, which is missing")
         found = read_manifest(parent_path)
         if found.checksum != parent.checksum:
             raise CorruptCheckpointError(
-                f"{child_path} holds changes to another checkpoint than the one that is now {parent_path}"
+                f"{child_path} is a delta of another checkpoint than the one now in {parent_path}"
             )
         if _kinds(found) != _kinds(child):
-            raise CorruptCheckpointError(f"{child_path} does not hold the tensors of {parent_path}")
+            raise CorruptCheckpointError(f"{child_path} is a delta of {parent_path} but has other tensors")
         chain.insert(0, (parent_path, found))
     return chain
 
 
 def parent_path_of(path: str, manifest: Manifest) -> str:
-    """Returns the folder of the checkpoint that the delta at `path` changes."""
+    """Returns the path of the parent of the delta at `path`; ValueError if it is not a delta."""
     if manifest.parent is None:
         raise ValueError(f"{path} is not a delta")
     return storage.join(path.rstrip("/").rpartition("/")[0], step_folder_name(manifest.parent.step))

@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is meant: the newest, the one of a step, or the best by the run's metric."""
+"""Choice of a run's checkpoint: the newest, the one of a given step, or the best by the run's metric."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from embedtrain.errors import CorruptCheckpointError, UserError
 from embedtrain.schema import SchemaError, parse
 
 Step = int | Literal["best", "newest"] | None
-"""A step, "best", "newest", or None for the best checkpoint if the run keeps its best, and else for the newest."""
+"""A step, "best", "newest", or None: the best checkpoint if the run keeps its best ones, otherwise the newest."""
 
 _logger = logging.getLogger(__name__)
 
 
 def choose_checkpoint(checkpoints_path: str, step: Step, run_path: str) -> str:
-    """Returns the path of a complete checkpoint, and logs which it is.
+    """Returns the path of the chosen complete checkpoint and logs the choice.
 
     Args:
         checkpoints_path: folder of the run's checkpoints.
-        step: which one; "best" goes by `checkpoint.best_metric` and `checkpoint.best_mode` of the run.
-        run_path: what the user called the run, for messages.
+        step: see `Step`; "best" uses the run's `checkpoint.best_metric` and `checkpoint.best_mode`.
+        run_path: the run's folder as the user named it, for messages.
 
     Raises:
-        UserError: there is none, or none of this step, or none has the metric.
+        UserError: the run has no complete checkpoint, none of this step, or none with the metric.
     """
     found = find_checkpoints(checkpoints_path)
     if not found:
-        raise UserError(f"no complete checkpoint yet in {run_path!r}; train until the first one is saved")
+        raise UserError(f"{run_path!r} has no complete checkpoint yet: train until the first one is saved")
     if isinstance(step, int):
         return _of_step(found, step, run_path)
     newest = found[-1]
@@ -43,10 +43,10 @@ def choose_checkpoint(checkpoints_path: str, step: Step, run_path: str) -> str:
         if step == "best":
             metric = _read_state(newest.path).config.checkpoint.best_metric
             raise UserError(
-                f"no checkpoint in {run_path!r} has the metric {metric!r}, by which the best is chosen "
-                "(checkpoint.best_metric): give a step by --step N"
+                f"no checkpoint in {run_path!r} has the metric checkpoint.best_metric={metric}, so the best one is "
+                "unknown: name a step with --step N"
             )
-    _logger.info(f"{run_path}: the newest checkpoint, of step {newest.step:,}")
+    _logger.info(f"{run_path}: using the newest checkpoint, step {newest.step:,}")
     return newest.path
 
 
@@ -55,12 +55,12 @@ def _of_step(found: Sequence[CheckpointInfo], step: int, run_path: str) -> str:
         if checkpoint.step == step:
             return checkpoint.path
     steps = ", ".join(str(checkpoint.step) for checkpoint in found)
-    raise UserError(f"{run_path!r} has no complete checkpoint of step {step}; it has those of {steps}")
+    raise UserError(f"{run_path!r} has no complete checkpoint of step {step}; it has checkpoints of steps {steps}")
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """What a run's configuration says of its best checkpoint."""
+    """Holds the settings of a run that choose its best checkpoint."""
 
     keep_best: int | None = None
     best_metric: str = Retention.best_metric
@@ -89,7 +89,7 @@ class _Config:
 
 @dataclass(frozen=True)
 class _State:
-    """What of a checkpoint's state the choice goes by."""
+    """Holds the parts of a checkpoint's state that the choice needs."""
 
     config: _Config = field(default_factory=_Config)
     metrics: Mapping[str, float | int | str] = field(default_factory=dict)
@@ -103,7 +103,7 @@ def _read_state(path: str) -> _State:
 
 
 def _best(found: Sequence[CheckpointInfo], run_path: str) -> str | None:
-    """Returns the path of the best checkpoint, and logs it; None if no checkpoint has the metric."""
+    """Returns the path of the best checkpoint and logs the choice; None if no checkpoint has the metric."""
     states = [_read_state(checkpoint.path) for checkpoint in found]
     settings = states[-1].config.checkpoint
     metric, mode = settings.best_metric, mode_of_best(settings.best_metric, settings.best_mode)
@@ -116,6 +116,6 @@ def _best(found: Sequence[CheckpointInfo], run_path: str) -> str | None:
         return None
     value, step, path = min(measured)
     _logger.info(
-        f"{run_path}: the best checkpoint by {metric}, {value if mode == 'min' else -value:.6g}, of step {step:,}"
+        f"{run_path}: using the best checkpoint, step {step:,} ({metric} {value if mode == 'min' else -value:.6g})"
     )
     return path

@@ -1,4 +1,4 @@
-"""Compaction: one checkpoint of all rows from a chain of deltas."""
+"""Compaction: writes one full checkpoint from a chain of deltas."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _BLOCK_BYTES = 64 * 2**20
 
 
 def compact(path: str, checkpoints_path: str) -> str:
-    """Writes a checkpoint of all rows that equals the one at `path`, which stays as it is.
+    """Writes a full checkpoint that equals the one at `path`, which stays unchanged.
 
-    One process, no collective. Every byte read is checked; tens of MiB are held at a time.
+    Runs in one process, not a collective. Every byte read is checked. Uses tens of MiB of memory.
 
     Args:
-        path: a checkpoint, a delta or not.
-        checkpoints_path: another folder of checkpoints, any fsspec URL; the new one has the same step.
+        path: a full checkpoint or a delta.
+        checkpoints_path: another folder of checkpoints, any fsspec URL; the new checkpoint has the same step.
 
     Returns:
         The new checkpoint's path.
 
     Raises:
-        CheckpointError: `checkpoints_path` has a checkpoint of that step, or could not be written to.
+        CheckpointError: `checkpoints_path` already has a checkpoint of that step, or cannot be written.
         CorruptCheckpointError: the chain is damaged.
     """
     with CheckpointReader(path) as reader:

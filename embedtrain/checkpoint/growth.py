@@ -1,4 +1,4 @@
-"""Tables of a checkpoint with more rows: the old ones moved to where the larger table has them."""
+"""Growth of a checkpoint's tables: old rows are copied to their slots in the larger table, new rows are added."""
 
 from __future__ import annotations
 
@@ -22,22 +22,21 @@ _BLOCK_BYTES = 16 << 20
 def grown_parts(
     reader: CheckpointReader, spec: TableSpec, states: Sequence[RowState], old_ids: Tensor, seed: int, slots: range
 ) -> list[TensorPart]:
-    """Returns a larger table and its optimizer's state, to be written to another checkpoint.
+    """Returns the parts of a larger table and its optimizer state, to be written to a new checkpoint.
 
-    Rows that the checkpoint has are taken over bit for bit. New ones have the values that a new run would give them:
-    those of their slot in the larger table, and the state's first value. About 16 MiB of rows are held at a time.
+    Existing rows are copied bit for bit. New rows get the initial values that a new run would give to their slots,
+    and the initial optimizer state. About 16 MiB of rows are held in memory at a time.
 
     Args:
-        reader: the checkpoint.
+        reader: the checkpoint of the smaller table.
         spec: the larger table.
-        states: what the optimizer keeps for a row.
-        old_ids: [spec.num_rows] int64; the id in the checkpoint of each id, -1 for a new one.
-        seed: of new rows.
-        slots: those that this rank writes.
+        states: the optimizer's state per row.
+        old_ids: [spec.num_rows] int64; for each new id its id in the checkpoint, or -1 if the row is new.
+        seed: seed of the initial values of new rows.
+        slots: the slots that this rank writes.
 
     Raises:
-        CheckpointError: the checkpoint's table has another dim or dtype, other states, or its rows lie in an order
-            that this version does not know.
+        CheckpointError: the checkpoint's table has another dim, dtype, optimizer state or layout.
     """
     tensors: list[tuple[str, tuple[int, ...], torch.dtype, Callable[[int, int], Tensor]]]
     tensors = [("weight", (spec.dim,), spec.dtype, functools.partial(_draw, spec, seed))]
@@ -64,7 +63,7 @@ def _blocks(
     fresh: Callable[[int, int], Tensor],
     slots: range,
 ) -> Iterator[Tensor]:
-    """Yields the rows of the larger tensor at some slots, in order."""
+    """Yields the rows of the larger tensor at `slots`, in order, in blocks of about 16 MiB."""
     old, new = layouts
     block_rows = max(1, _BLOCK_BYTES // reader.tensors[name].row_bytes)
     for start in range(slots.start, slots.stop, block_rows):
@@ -87,7 +86,7 @@ def _fill(shape: tuple[int, ...], value: float, start: int, stop: int) -> Tensor
 def _rows_of(reader: CheckpointReader, name: str) -> int:
     info = reader.tensors.get(name)
     if info is None:
-        raise CheckpointError(f"{reader.path} has no tensor {name!r}, but {', '.join(sorted(reader.tensors))}")
+        raise CheckpointError(f"{reader.path} has no tensor {name!r}; it has {', '.join(sorted(reader.tensors))}")
     return info.shape[0]
 
 
@@ -96,5 +95,5 @@ def _check(reader: CheckpointReader, name: str, shape: tuple[int, ...], dtype: t
     found, expected = (info.shape[1:], info.dtype, dict(info.layout)), (shape, dtype, layout.description)
     if found != expected:
         raise CheckpointError(
-            f"{reader.path}: expected {name} with rows of shape, dtype and layout {expected}, found {found}"
+            f"{reader.path}: {name} must have rows of shape, dtype and layout {expected}, but has {found}"
         )

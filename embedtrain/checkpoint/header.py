@@ -1,7 +1,9 @@
-"""The safetensors file format, as far as a writer that streams needs it.
+"""The header of a safetensors file, and tensors as blocks of bytes, for a writer that streams.
 
-Source: https://github.com/huggingface/safetensors#format: the header's length as 8 bytes, little-endian;
-the header as JSON, name -> {dtype, shape, data_offsets}; the tensors' bytes without gaps.
+A file is: the header's length (8 bytes, little-endian); the header in JSON, name -> {dtype, shape, data_offsets};
+the bytes of the tensors without gaps.
+
+Source: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from embedtrain.embedding.copy_stream import host_blocks
 
-# The names of dtypes: in a manifest, as torch and numpy say them, and in a safetensors header.
+# A manifest uses the names of torch and numpy; a safetensors header has names of its own.
 DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -45,12 +47,12 @@ _STAGED_BYTES = 4 * 2**20
 
 
 def encode_header(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
-    """Returns a file's bytes before its tensors, and each tensor's first byte in the file, in file order.
+    """Returns the header of a file, and the offset of each tensor's first byte in the file, in file order.
 
     Raises:
-        ValueError: a name or a dtype that a safetensors file cannot hold.
+        ValueError: a safetensors file cannot hold a tensor of this name or dtype.
     """
-    # Widest elements first: every tensor then starts at a multiple of its element's size.
+    # With the widest elements first, every tensor starts at a multiple of its element size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     entries: dict[str, object] = {}
     end = 0
@@ -58,7 +60,9 @@ def encode_header(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]
     for name in names:
         tensor = tensors[name]
         if name in ("", _RESERVED_NAME) or tensor.dtype not in _SAFETENSORS_DTYPES:
-            raise ValueError(f"a tensor named {name!r} of {tensor.dtype} cannot be saved: use {list(DTYPES)}")
+            raise ValueError(
+                f"cannot save tensor {name!r} of {tensor.dtype}: it needs a name and one of the dtypes {list(DTYPES)}"
+            )
         start, end = end, end + tensor.numel() * tensor.element_size()
         entries[name] = {
             "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
@@ -73,7 +77,7 @@ def encode_header(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]
 
 
 def row_blocks(tensor: Tensor) -> Iterator[Tensor]:
-    """Yields a tensor's rows in contiguous CPU blocks of about 4 MiB; no copy of a contiguous CPU tensor."""
+    """Yields a tensor's rows in contiguous CPU blocks of about 4 MiB, without a copy if it is contiguous on the CPU."""
     if tensor.numel() == 0:
         return
     rows = tensor.detach() if tensor.dim() else tensor.detach().unsqueeze(0)
@@ -82,7 +86,7 @@ def row_blocks(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def selected_blocks(tensor: Tensor, rows: Tensor) -> Iterator[Tensor]:
-    """Yields the rows `rows` [n] int64 of a tensor, in order, in contiguous CPU blocks of about 4 MiB."""
+    """Yields the rows `rows` ([n] int64) of a tensor, in this order, in contiguous CPU blocks of about 4 MiB."""
     if tensor[:1].numel() == 0:
         return
     selected = (tensor.detach().index_select(0, some) for some in torch.split(rows, _rows_staged(tensor)))
@@ -91,7 +95,7 @@ def selected_blocks(tensor: Tensor, rows: Tensor) -> Iterator[Tensor]:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """Returns the memory of a contiguous CPU tensor as bytes, writable."""
+    """Returns a writable view of the bytes of a contiguous CPU tensor."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 

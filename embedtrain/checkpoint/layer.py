@@ -1,4 +1,4 @@
-"""One checkpoint of a chain: its rows, all of them or those that changed, laid over what the others hold."""
+"""One checkpoint of a chain: reads its rows and writes them over the rows of earlier checkpoints."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from embedtrain.checkpoint.manifest import Manifest, Piece, TensorInfo
 from embedtrain.errors import CorruptCheckpointError
 from embedtrain.sharding.layout import overlap
 
-# Rows on their way to memory that a file cannot be read into, or out of a memory map, at a time.
+# Size of the buffer for rows that must be converted, moved to a device or gathered.
 _STAGED_BYTES = 16 * 2**20
 _STAGED_SLOTS = 2**19
 
 
 class Layer:
-    """The files of one checkpoint; every byte is checked before it is given out.
+    """Reads the files of one checkpoint and checks every byte before it returns it.
 
     Args:
         path: folder of the checkpoint.
         manifest: its manifest.
 
     Raises:
-        CorruptCheckpointError: in the methods; names the file, the tensors and their rows.
+        CorruptCheckpointError: raised by the methods; names the file, the tensors and their rows.
     """
 
     def __init__(self, path: str, manifest: Manifest) -> None:
@@ -43,12 +43,12 @@ class Layer:
         self._downloads: tempfile.TemporaryDirectory[str] | None = None
 
     def lay_over(self, name: str, start: int, destination: Tensor) -> None:
-        """Writes those rows of a tensor that are here into `destination`, whose row 0 is row `start`.
+        """Overwrites the rows of `destination` that this checkpoint holds.
 
         Args:
             name: the tensor.
-            start: first row wanted.
-            destination: [rows, *shape[1:]] on any device; of another dtype, values are converted.
+            start: the tensor's row that belongs in row 0 of `destination`.
+            destination: [rows, *shape[1:]] on any device; values are converted to its dtype.
         """
         info = self.manifest.tensors[name]
         for piece in info.pieces:
@@ -62,7 +62,10 @@ class Layer:
                 self._read_changes(info, piece, start, destination)
 
     def lay_over_gathered(self, name: str, slots: npt.NDArray[np.int64], destination: npt.NDArray[np.uint8]) -> None:
-        """Writes those of the rows `slots` [n] that are here into `destination` [n, row_bytes], from a memory map."""
+        """Copies rows `slots` [n], as far as this checkpoint holds them, to `destination` [n, row_bytes].
+
+        Reads from a memory map of the files.
+        """
         info = self.manifest.tensors[name]
         stops = np.array([piece.stop for piece in info.pieces])
         piece_of_slot = np.searchsorted(stops, slots, side="right")
@@ -77,14 +80,14 @@ class Layer:
             destination[wanted] = table[rows]
 
     def read_file(self, name: str) -> bytes:
-        """Returns a whole file."""
+        """Returns the bytes of a whole file."""
         file = self._file(name)
         data = bytearray(file.num_bytes)
         file.read_into(0, memoryview(data))
         return bytes(data)
 
     def verify(self) -> list[str]:
-        """Checks every byte; returns the first fault of each damaged file."""
+        """Checks every byte and returns the first fault of each damaged file."""
         faults = []
         for name in self.manifest.files:
             try:
@@ -94,7 +97,7 @@ class Layer:
         return faults
 
     def close(self) -> None:
-        """Closes the files, gives back the memory maps and removes copies of remote files."""
+        """Closes the files, releases the memory maps and removes temporary copies of remote files."""
         for file in self._files.values():
             file.close()
         self._maps.clear()
@@ -109,7 +112,7 @@ class Layer:
         return self._files[name]
 
     def _read_rows(self, info: TensorInfo, file: str, first_byte: int, destination: Tensor) -> None:
-        """Fills `destination` with consecutive rows, in place where memory allows for that."""
+        """Fills `destination` with consecutive rows, directly if it is a contiguous CPU tensor of the same dtype."""
         if destination.device.type == "cpu" and destination.is_contiguous() and destination.dtype == info.dtype:
             self._file(file).read_into(first_byte, as_bytes(destination))
             return
@@ -120,7 +123,7 @@ class Layer:
             first_byte += staged.nbytes
 
     def _read_changes(self, info: TensorInfo, piece: Piece, start: int, destination: Tensor) -> None:
-        """Overwrites the rows of `destination` that a piece of a delta holds, in blocks."""
+        """Overwrites the rows of `destination` that `piece` of a delta holds, in blocks."""
         stop = start + len(destination)
         for first, slots in self._slots(piece):
             lower, upper = np.searchsorted(slots, [start, stop]).tolist()
@@ -133,7 +136,7 @@ class Layer:
                 destination.index_copy_(0, some.to(destination.device), rows)
 
     def _slots(self, piece: Piece) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-        """Yields the row numbers of a piece of a delta in blocks, each with the place of its first."""
+        """Yields blocks of the row numbers of a delta's piece, each with the index of its first row number."""
         previous = piece.offset - 1
         for first in range(0, piece.rows, _STAGED_SLOTS):
             slots = np.empty(min(_STAGED_SLOTS, piece.rows - first), dtype=np.int64)
@@ -145,7 +148,7 @@ class Layer:
     def _find_changes(
         self, piece: Piece, slots_byte: int, slots: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Returns those of the places `wanted` in `slots` whose rows a delta holds, and where it holds them."""
+        """Returns the indices of `wanted` whose slots the delta holds, and the positions of these rows in the delta."""
         if piece.rows == 0:
             return wanted[:0], wanted[:0]
         every = np.arange(piece.rows)
@@ -158,14 +161,14 @@ class Layer:
     def _check_slots(self, piece: Piece, slots: npt.NDArray[np.int64], previous: int) -> None:
         if slots[0] <= previous or slots[-1] >= piece.stop or bool((np.diff(slots) <= 0).any()):
             raise CorruptCheckpointError(
-                f"{storage.join(self.path, piece.file)}: row numbers that do not ascend in "
+                f"{storage.join(self.path, piece.file)}: row numbers do not ascend or lie outside "
                 f"[{piece.offset}, {piece.stop})"
             )
 
     def _mapped_table(
         self, name: str, start_byte: int, num_rows: int, row_bytes: int, rows: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.uint8]:
-        """Returns [num_rows, row_bytes] of a memory map, of which the given rows were checked."""
+        """Returns a memory map [num_rows, row_bytes] after checking the blocks that hold `rows`."""
         if name not in self._maps:
             url = self._file(name).url
             path = storage.local_path(url) or self._download(url)
@@ -177,10 +180,10 @@ class Layer:
     def _touched_blocks(
         self, name: str, start_byte: int, rows: npt.NDArray[np.int64], row_bytes: int
     ) -> npt.NDArray[np.bool_]:
-        """Marks the blocks of a file on which any of the rows lies."""
+        """Returns a mask [num_blocks] of the blocks of a file that hold any byte of `rows`."""
         entry = self.manifest.files[name]
         starts = start_byte + rows * row_bytes
-        # Between its first and its last block a row adds one; a running sum then counts rows per block.
+        # Each row adds 1 at its first block and subtracts 1 after its last: the running sum counts rows per block.
         edges = np.zeros(len(entry.checksums) + 1, dtype=np.int64)
         np.add.at(edges, starts // entry.block_bytes, 1)
         np.add.at(edges, (starts + row_bytes - 1) // entry.block_bytes + 1, -1)
@@ -195,5 +198,5 @@ class Layer:
 
 
 def rows_staged(info: TensorInfo) -> int:
-    """Returns how many rows are held at a time on their way elsewhere."""
+    """Returns how many rows fit into the buffer for rows that are converted, moved or gathered."""
     return max(1, _STAGED_BYTES // max(1, info.row_bytes))

@@ -1,4 +1,4 @@
-"""Filling a model's shards from a checkpoint: all of it, or what was asked for by name."""
+"""Loading a checkpoint into a model's shards: all tables, or selected ones."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from embedtrain.errors import CheckpointError, UserError
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What may differ between a checkpoint and the model that it is loaded into.
+    """Says which tensors are loaded and which differences between checkpoint and model are allowed.
 
     Attributes:
-        convert_dtype: whether bfloat16 weights may be loaded as float32, and float32 as bfloat16.
-        optimizer_state: "require" loads it; "reset" leaves it as it was made, whatever the checkpoint holds.
-        tables: load these only, and leave the others as they were made; None for all.
+        convert_dtype: whether bfloat16 weights may be loaded into float32 tables, and float32 into bfloat16.
+        optimizer_state: "require" loads it; "reset" keeps the model's initial optimizer state.
+        tables: names of the tables to load; the other tables keep their values. None loads all.
     """
 
     convert_dtype: bool = False
@@ -27,25 +27,25 @@ class LoadOptions:
     tables: Sequence[str] | None = None
 
     def selects(self, name: str) -> bool:
-        """Returns whether the tensor is to be loaded."""
+        """Returns whether the tensor `name` is loaded."""
         table, _, kind = name.rpartition("/")
         is_wanted = self.tables is None or table in self.tables
         return is_wanted and (self.optimizer_state == "require" or kind == "weight")
 
 
 def load_shards(reader: CheckpointReader, shards: Sequence[ShardView], options: LoadOptions | None = None) -> list[str]:
-    """Fills the shards' tensors in place, and their tables' counts of steps, on any number of ranks.
+    """Fills the shards' tensors in place and restores their tables' step counts, on any number of ranks.
 
-    No collective; the shards of a rank name every tensor of the checkpoint, with zero rows where the rank
-    holds none. Nothing is loaded where anything differs that the options do not allow for.
+    Not a collective. A rank passes a shard for every tensor of the checkpoint, with zero rows if it holds none.
+    Nothing is loaded if any difference is found that `options` does not allow.
 
     Returns:
-        The names of the tensors that were left as they were.
+        The names of the tensors that were not loaded.
 
     Raises:
         UserError: `options` names a table that the model or the checkpoint does not have.
-        CheckpointError: names, shapes, dtypes or layouts differ; the message lists all that do.
-        CorruptCheckpointError: as in `CheckpointReader`; what was filled by then is not to be used.
+        CheckpointError: names, shapes, dtypes or layouts differ; the message lists every difference.
+        CorruptCheckpointError: see `CheckpointReader`; the shards may be partly filled and must not be used.
     """
     options = options or LoadOptions()
     _check_tables(reader, shards, options)
@@ -65,7 +65,7 @@ def load_shards(reader: CheckpointReader, shards: Sequence[ShardView], options: 
 
 
 def _differing_steps(steps: Mapping[str, int], shards: Sequence[ShardView]) -> Iterator[str]:
-    """Yields the tables that have a count of steps in common in the model, and not in the checkpoint."""
+    """Yields a message per step count that tables share in the model but not in the checkpoint."""
     counts: dict[StepCount, dict[str, int]] = {}
     for view in shards:
         if view.steps is not None and view.table in steps:
@@ -73,7 +73,7 @@ def _differing_steps(steps: Mapping[str, int], shards: Sequence[ShardView]) -> I
     for found in counts.values():
         if len(set(found.values())) > 1:
             told = [f"{steps} steps for {table}" for table, steps in found.items()]
-            yield f"{_and(list(found))} share an optimizer, and the checkpoint has {_and(told)}"
+            yield f"{_and(list(found))} share an optimizer in the model, but the checkpoint has {_and(told)}"
 
 
 def _and(texts: Sequence[str]) -> str:
@@ -86,13 +86,13 @@ def _check_tables(reader: CheckpointReader, shards: Sequence[ShardView], options
         tables = {name.rpartition("/")[0] for name in names}
         missing = sorted(set(options.tables or []) - tables)
         if missing:
-            raise UserError(f"there is no table {', '.join(missing)} to load in {place}; it has {sorted(tables)}")
+            raise UserError(f"cannot load table {', '.join(missing)}: {place} has only {sorted(tables)}")
 
 
 def _differences(tensors: Mapping[str, TensorInfo], shards: Sequence[ShardView], converts: bool) -> Iterator[str]:
     expected = {view.name for view in shards}
     for name in sorted(expected - tensors.keys()):
-        yield f"{name}: missing in the checkpoint"
+        yield f"{name}: missing from the checkpoint"
     for name in sorted(tensors.keys() - expected):
         yield f"{name}: only in the checkpoint"
     for view in shards:

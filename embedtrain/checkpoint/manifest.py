@@ -1,13 +1,13 @@
-"""The manifest: a checkpoint's table of contents, whose existence is the checkpoint's.
+"""The manifest: the table of contents of a checkpoint. A checkpoint is complete when its manifest exists.
 
-The names of the files and the JSON of the manifest are a public format; they are declared here and
-nowhere else. A step's folder holds
+The names of the files and the JSON of the manifest are a public format, declared only here. The folder of a
+step holds
 
-    shard-<attempt>-00003-of-00008.safetensors    one a rank, whatever it holds
-    replicated-<attempt>.safetensors              where there are tensors that all ranks share
-    manifest.json                                 created last, by rank 0, in one act
+    shard-<attempt>-00003-of-00008.safetensors    one per rank
+    replicated-<attempt>.safetensors              only if there are tensors that all ranks share
+    manifest.json                                 created atomically by rank 0 after all other files
 
-The attempt is a random word, so that what a killed attempt left is never taken for part of a later one.
+The attempt is a random word. It tells files of a killed save from files of a later save of the same step.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from embedtrain.sharding.layout import MAX_ROWS, overlap
 FORMAT = "embedtrain-checkpoint"
 VERSION = 1
 DELTA_VERSION = 2
-"""Version of a delta's manifest: a reader that knows whole checkpoints only must not take it for one."""
+"""Version of a delta's manifest: a reader that knows only full checkpoints must refuse it."""
 MANIFEST_NAME = "manifest.json"
 BLOCK_BYTES = 4 * 2**20
 MAX_DIMENSIONS = 64
-"""Of a tensor; torch has no more."""
+"""Maximum number of dimensions of a tensor, as in torch."""
 
 _MAX_BLOCK_BYTES = 2**30
-"""A reader holds a block in memory."""
+"""Bounds a reader's memory: it holds one whole block."""
 
 _STEP_FOLDER = re.compile(r"step-(\d{9,})")
 _TENSOR_FILE = re.compile(
@@ -49,35 +49,35 @@ _TEMPORARY_FILE = re.compile(r"manifest-[0-9a-f]{16}\.tmp")
 
 
 def step_folder_name(step: int) -> str:
-    """Returns the name of a step's folder."""
+    """Returns the name of the folder of a step's checkpoint."""
     if step < 0:
         raise ValueError(f"step must be at least 0, got {step}")
     return f"step-{step:09d}"
 
 
 def step_of(folder_name: str) -> int | None:
-    """Returns the step of a folder, or None where the name is not a step's."""
+    """Returns the step that a folder's name stands for, or None if it is not the name of a step folder."""
     match = _STEP_FOLDER.fullmatch(folder_name)
     return int(match[1]) if match and step_folder_name(int(match[1])) == folder_name else None
 
 
 def shard_file_name(attempt: str, rank: int, world_size: int) -> str:
-    """Returns the name of the file that a rank writes."""
+    """Returns the name of the file that holds a rank's shards."""
     return f"shard-{attempt}-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def replicated_file_name(attempt: str) -> str:
-    """Returns the name of the file of tensors that all ranks share."""
+    """Returns the name of the file that holds the tensors all ranks share."""
     return f"replicated-{attempt}.safetensors"
 
 
 def temporary_manifest_name(attempt: str) -> str:
-    """Returns the name under which a manifest is written before it is linked to its own."""
+    """Returns the name under which a manifest is written before it is linked to its final name."""
     return f"manifest-{attempt}.tmp"
 
 
 def is_attempt_file(name: str) -> bool:
-    """Says whether a file is one that saving writes before it commits."""
+    """Returns whether a file is one that a save writes before it commits."""
     return bool(_TENSOR_FILE.fullmatch(name) or _TEMPORARY_FILE.fullmatch(name))
 
 
@@ -94,10 +94,11 @@ Factor = Annotated[int, Field(strict=True, ge=1, le=MAX_ROWS)]
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of a tensor, whose bytes begin at byte `start_byte` of `file`.
+    """Locates rows of a tensor in a file; their bytes begin at byte `start_byte` of `file`.
 
-    They are rows `[offset, offset + rows)`; or, in a delta, `rows` rows among `[offset, offset + span)`, whose
-    numbers lie at `slots_byte` of the same file: ascending little-endian int64.
+    In a full checkpoint a piece holds the rows `[offset, offset + rows)`. In a delta it holds `rows` rows out of
+    `[offset, offset + span)`; their row numbers begin at byte `slots_byte` of the same file, as ascending
+    little-endian int64.
     """
 
     file: str
@@ -109,13 +110,13 @@ class Piece:
 
     @property
     def stop(self) -> int:
-        """Returns the end of the range of rows."""
+        """Returns the row after the last row of the range."""
         return self.offset + (self.rows if self.span is None else self.span)
 
 
 @dataclass(frozen=True)
 class Parent:
-    """The checkpoint that a delta changes: the step that names its folder, and the checksum of its manifest."""
+    """Identifies the checkpoint that a delta changes: its step, and the checksum of its manifest."""
 
     step: Count
     checksum: Checksum
@@ -123,7 +124,7 @@ class Parent:
 
 @dataclass(frozen=True)
 class _SpreadLayout:
-    """What a manifest says of a `SpreadLayout`."""
+    """Describes a `SpreadLayout` in a manifest."""
 
     kind: Literal["spread"]
     multiplier: Factor
@@ -133,13 +134,13 @@ class _SpreadLayout:
 @declared
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of a checkpoint.
+    """Describes a tensor of a checkpoint.
 
     Attributes:
         shape: shape of the whole tensor.
         dtype: dtype of its elements, as saved.
-        layout: as in `ShardView`.
-        pieces: where its rows lie, in the order of rows, none empty.
+        layout: see `ShardView`.
+        pieces: where its rows are stored, in row order; no piece is empty.
     """
 
     shape: Annotated[tuple[Size, ...], Field(min_length=1, max_length=MAX_DIMENSIONS)]
@@ -149,13 +150,13 @@ class TensorInfo:
 
     @property
     def row_bytes(self) -> int:
-        """Returns the size of a row."""
+        """Returns the size of a row in bytes."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file's length, and the xxh3_128 of each block of `block_bytes` from its first byte on, in hex."""
+    """Holds a file's size and the xxh3_128 checksum, in hex, of each of its blocks of `block_bytes` bytes."""
 
     bytes: Count
     block_bytes: Annotated[int, Field(strict=True, ge=1, le=_MAX_BLOCK_BYTES)]
@@ -164,19 +165,19 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds. The annotations are the schema that a `manifest.json` is checked against.
+    """Describes a checkpoint. The annotations are the schema that a `manifest.json` is checked against.
 
     Attributes:
-        step: the number of optimizer steps done.
+        step: number of optimizer steps done.
         created: UTC time in ISO 8601.
-        versions: of the programs that wrote it: "embedtrain", "torch".
-        world_size: number of ranks that saved.
-        tensors: by name, those cut over the ranks.
-        replicated: name of the file of the tensors that all ranks share, or None.
-        files: by name, every file but the manifest.
-        state: what else the caller saved, as JSON.
-        parent: of a delta, the checkpoint whose rows it changes; None where all rows are here.
-        table_steps: the steps that each table's optimizer did; see `ShardView.steps`.
+        versions: versions of "embedtrain" and "torch" that wrote the checkpoint.
+        world_size: number of ranks that saved it.
+        tensors: the sharded tensors, by name.
+        replicated: name of the file that holds the tensors all ranks share, or None if there are none.
+        files: every file except the manifest, by name.
+        state: other state of the run, as JSON.
+        parent: the checkpoint that this delta changes; None for a full checkpoint.
+        table_steps: number of optimizer steps per table; see `ShardView.steps`.
     """
 
     step: Count
@@ -192,13 +193,13 @@ class Manifest:
 
     @functools.cached_property
     def checksum(self) -> str:
-        """Returns what names these contents: the checksum in `manifest.json`."""
+        """Returns the checksum of the manifest, which identifies the checkpoint."""
         return _checksum(_document(self))
 
     def contents(self, file: str, start_byte: int, stop_byte: int) -> str:
-        """Returns words for what a range of a file's bytes holds: tensors and their rows."""
+        """Returns a description of a byte range of a file: the tensors and rows stored in it."""
         if file == self.replicated:
-            return "tensors that all ranks share"
+            return "the tensors that all ranks share"
         found = []
         for name, info in self.tensors.items():
             for piece in info.pieces:
@@ -213,27 +214,27 @@ class Manifest:
                     stop = piece.offset - (-shared[1] // info.row_bytes)
                     found.append(f"{name} rows [{start}, {stop})")
         if not found and self.parent is not None:
-            return "numbers of rows"
+            return "row numbers of the delta"
         if not found:
             return "no rows"
         return ", ".join(found)
 
 
 def merge_pieces(shards: list[tuple[str, TensorInfo]]) -> dict[str, TensorInfo]:
-    """Returns the tensors that the ranks' parts make up.
+    """Merges the ranks' pieces into whole tensors and returns them by name.
 
     Args:
-        shards: for each part its tensor's name, and the tensor with the part's pieces only.
+        shards: for each piece its tensor's name, and the tensor's description with this piece only.
 
     Raises:
-        CheckpointError: parts disagree on what the tensor is, or do not tile it: a gap, an overlap.
+        CheckpointError: pieces disagree on shape, dtype or layout, or they leave a gap or overlap.
     """
     merged: dict[str, TensorInfo] = {}
     for name, info in shards:
         known = merged.setdefault(name, replace(info, pieces=()))
         if (known.shape, known.dtype, known.layout) != (info.shape, info.dtype, info.layout):
             raise CheckpointError(
-                f"the ranks disagree on {name}: {known.dtype} {known.shape} {known.layout} "
+                f"ranks disagree on {name}: {known.dtype} {known.shape} {known.layout} "
                 f"and {info.dtype} {info.shape} {info.layout}"
             )
         pieces = (*known.pieces, *(piece for piece in info.pieces if piece.stop > piece.offset))
@@ -244,10 +245,10 @@ def merge_pieces(shards: list[tuple[str, TensorInfo]]) -> dict[str, TensorInfo]:
 
 
 def canonical_json(value: Mapping[str, Any]) -> bytes:
-    """Returns the one form of a JSON object that checksums are taken of: ASCII, sorted, without blanks.
+    """Returns the canonical form of a JSON object, of which checksums are taken: ASCII, sorted keys, no spaces.
 
     Raises:
-        ValueError: it is not JSON, by a type or by a number that is not finite.
+        ValueError: the object has a type or a number (infinity, NaN) that JSON does not have.
     """
     try:
         return json.dumps(dict(value), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
@@ -256,32 +257,32 @@ def canonical_json(value: Mapping[str, Any]) -> bytes:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """Returns the bytes of `manifest.json`; ValueError where the state or a layout is not JSON."""
+    """Returns the bytes of `manifest.json`; ValueError if the state or a layout cannot be written as JSON."""
     return canonical_json({**_document(manifest), "checksum": manifest.checksum})
 
 
 def decode(data: bytes, url: str) -> Manifest:
-    """Returns the manifest in the bytes of a `manifest.json`.
+    """Decodes and checks the bytes of a `manifest.json`.
 
-    The fields "format", "version" and "checksum" mean the same in every version, so that damage is told
-    from a newer version.
+    The fields "format", "version" and "checksum" mean the same in every version, so that a damaged manifest is
+    told apart from one of a newer version.
 
     Raises:
-        CorruptCheckpointError: the bytes are not those that were written, or contradict themselves.
-        CheckpointError: a newer version wrote it.
+        CorruptCheckpointError: the bytes are damaged, or the fields contradict one another.
+        CheckpointError: the manifest has a format version that this embedtrain does not know.
     """
     try:
         document = json.loads(data)
         if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise CorruptCheckpointError(f"{url} is not the manifest of a checkpoint of embedtrain")
+            raise CorruptCheckpointError(f"{url} is not the manifest of an embedtrain checkpoint")
         if document.pop("checksum", None) != _checksum(document):
-            raise CorruptCheckpointError(f"{url} is not what was written: its checksum differs")
+            raise CorruptCheckpointError(f"{url} is damaged: its checksum differs")
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpointError(f"{url} is not JSON: {error}") from error
     if document.get("version") not in (VERSION, DELTA_VERSION):
         raise CheckpointError(
-            f"{url} has format version {document.get('version')}; this embedtrain reads versions {VERSION} and "
-            f"{DELTA_VERSION}: use the embedtrain that wrote it, or a newer one"
+            f"{url} has format version {document.get('version')}, and this embedtrain reads versions {VERSION} and "
+            f"{DELTA_VERSION}: use the version of embedtrain that wrote it, or a newer one"
         )
     try:
         manifest = parse(Manifest, document)
@@ -307,7 +308,7 @@ def _document(manifest: Manifest) -> dict[str, Any]:
     }
     if manifest.parent is not None:
         document["parent"] = asdict(manifest.parent)
-    if manifest.table_steps:  # which checkpoints of earlier versions do not have
+    if manifest.table_steps:  # Absent in checkpoints of earlier versions.
         document["table_steps"] = dict(manifest.table_steps)
     return document
 
@@ -322,14 +323,14 @@ def _encode_tensor(info: TensorInfo) -> dict[str, Any]:
 
 
 def _check(manifest: Manifest, version: int) -> None:
-    """Refuses what no type says: files outside the folder, bytes outside their files, rows held twice.
+    """Checks what the schema cannot: file names, byte ranges inside their files, and each row stored once.
 
     Raises:
         ValueError, CheckpointError: names the file or the tensor.
     """
     for name, entry in manifest.files.items():
         if not _TENSOR_FILE.fullmatch(name):
-            raise ValueError(f"{name!r} is not the name of a checkpoint's file")
+            raise ValueError(f"{name!r} is not the name of a checkpoint file")
         if len(entry.checksums) != -(-entry.bytes // entry.block_bytes):
             raise ValueError(
                 f"{name}: {len(entry.checksums)} checksums for {entry.bytes} bytes in blocks of {entry.block_bytes}"
@@ -340,9 +341,9 @@ def _check(manifest: Manifest, version: int) -> None:
         for piece in info.pieces:
             _check_piece(name, info.row_bytes, piece, manifest)
     if (manifest.parent is not None) != (version == DELTA_VERSION):
-        raise ValueError(f"version {version} does not go with parent {manifest.parent}")
+        raise ValueError(f"version {version} does not match parent {manifest.parent}")
     if manifest.parent is not None and manifest.parent.step >= manifest.step:
-        raise ValueError(f"step {manifest.step} changes step {manifest.parent.step}")
+        raise ValueError(f"step {manifest.step} has the parent step {manifest.parent.step}, which must be earlier")
     if manifest.replicated is not None and manifest.replicated not in manifest.files:
         raise ValueError(f"{manifest.replicated!r} has no checksums")
 
@@ -350,7 +351,9 @@ def _check(manifest: Manifest, version: int) -> None:
 def _check_shape(name: str, info: TensorInfo) -> None:
     if 0 in info.shape[1:] or math.prod(info.shape) * info.dtype.itemsize > LARGEST:
         sizes = " x ".join(map(str, info.shape))
-        raise ValueError(f"{name!r}: expected rows of at least 1 number, 2**63 bytes in all at most, found {sizes}")
+        raise ValueError(
+            f"{name!r}: rows must have at least 1 element and the tensor at most 2**63 bytes, got shape {sizes}"
+        )
     if info.layout.get("kind") == "spread":
         try:
             parse(_SpreadLayout, dict(info.layout))
@@ -363,24 +366,26 @@ def _check_piece(name: str, row_bytes: int, piece: Piece, manifest: Manifest) ->
         raise ValueError(f"{name!r}: {piece.file!r} has no checksums")
     num_bytes = manifest.files[piece.file].bytes
     if piece.start_byte + piece.rows * row_bytes > num_bytes:
-        raise ValueError(f"{name!r}: {piece} does not lie in its file of {num_bytes} bytes")
+        raise ValueError(f"{name!r}: {piece} ends after its file of {num_bytes} bytes")
     if (piece.span is None) != (piece.slots_byte is None):
         raise ValueError(f"{name!r}: {piece} has only one of span and slots_byte")
     if piece.slots_byte is not None:
         if piece.slots_byte + piece.rows * 8 > num_bytes:
-            raise ValueError(f"{name!r}: the row numbers of {piece} do not lie in its file of {num_bytes} bytes")
+            raise ValueError(f"{name!r}: the row numbers of {piece} end after its file of {num_bytes} bytes")
         if manifest.parent is None or piece.rows > piece.stop - piece.offset:
-            raise ValueError(f"{name!r}: {piece} does not belong here")
+            raise ValueError(
+                f"{name!r}: {piece} has row numbers, but the checkpoint is full or the piece exceeds its span"
+            )
 
 
 def _check_tiling(name: str, info: TensorInfo) -> None:
-    """Raises where the pieces, in the order of rows, do not hold each row once."""
+    """Raises CheckpointError unless the pieces, in row order, hold each row exactly once."""
     row = 0
     for piece in info.pieces:
         if piece.offset != row or piece.stop <= piece.offset:
-            fault = "are held twice" if piece.offset < row else "are missing"
+            fault = "are stored twice" if piece.offset < row else "are missing"
             start, stop = sorted((row, piece.offset))
             raise CheckpointError(f"{name}: rows [{start}, {stop}) {fault} before {piece.file}")
         row = piece.stop
     if row != info.shape[0]:
-        raise CheckpointError(f"{name}: its pieces end at row {row} of {info.shape[0]}")
+        raise CheckpointError(f"{name}: the pieces end at row {row} of {info.shape[0]}")

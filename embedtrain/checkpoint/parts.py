@@ -1,4 +1,4 @@
-"""`TensorPart`: what a rank writes of a global tensor, and where its rows come from."""
+"""The rows of a global tensor that a rank writes to a checkpoint, and their source."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _Table = tuple[int, int]
 
 @dataclass(frozen=True)
 class TensorPart:
-    """A rank's rows of the global tensor `name`: a whole range, or in a delta those of it that were touched.
+    """A rank's rows of a global tensor: a whole range, or in a delta only its changed rows.
 
     Attributes:
-        name: as in `ShardView`.
-        global_shape: as in `ShardView`.
+        name: see `ShardView`.
+        global_shape: see `ShardView`.
         dtype: dtype of the elements.
-        layout: as in `ShardView`.
+        layout: see `ShardView`.
         offset: first row of the range.
-        span: rows of the range.
-        slots: [n] int64 on the CPU, the rows of the range that are written, ascending; None for all.
-            Parts of tensors whose rows change together share one.
-        blocks: returns the rows that are written, in blocks on the CPU, each valid until the next.
+        span: number of rows in the range.
+        slots: [n] int64 on the CPU, ascending; the rows of the range that are written. None for all. Tensors
+            whose rows change together, such as a weight and its state, share one `slots` tensor.
+        blocks: returns the written rows in CPU blocks; a block is valid until the next one is taken.
     """
 
     name: str
@@ -45,31 +45,31 @@ class TensorPart:
 
     @property
     def num_rows(self) -> int:
-        """Returns how many rows are written."""
+        """Returns the number of rows that are written."""
         return self.span if self.slots is None else len(self.slots)
 
     def like(self) -> Tensor:
-        """Returns a tensor without memory, of the shape and dtype of what is written."""
+        """Returns a meta tensor of the shape and dtype that is written."""
         return torch.empty((self.num_rows, *self.global_shape[1:]), dtype=self.dtype, device="meta")
 
 
 def whole_parts(shards: Iterable[ShardView]) -> list[TensorPart]:
-    """Returns the shards with all their rows, read in place: nobody may change them until all is written."""
+    """Returns the shards with all their rows, read in place; the shards must not change until they are written."""
     return [_part(view, None, functools.partial(row_blocks, view.tensor)) for view in shards]
 
 
 class StagedParts:
-    """The shards as they are now, to be written at once, or while an optimizer goes on changing them.
+    """Fixes the current values of the shards, so that they can be written while an optimizer changes them.
 
-    Rows that change through `RowChanges` are copied on write; other shards are copied here.
+    Shards with `RowChanges` are copied row by row when a row changes; other shards are copied at once.
 
     Args:
-        shards: this rank's parts.
-        is_delta: whether only the rows touched since the last staging are wanted.
-        budget: bounds the memory of copies; None where nobody changes the shards until all is written.
+        shards: this rank's shards.
+        is_delta: whether to write only the rows that changed since the last staging.
+        budget: bounds the memory of copies; None if the shards do not change until they are written.
 
     Attributes:
-        parts: what is to be written; the blocks of each are read once, in any order of parts.
+        parts: the parts to write, in any order; the blocks of each part can be read once.
     """
 
     def __init__(self, shards: Sequence[ShardView], *, is_delta: bool, budget: MemoryBudget | None) -> None:
@@ -93,7 +93,7 @@ class StagedParts:
         ]
 
     def release(self) -> None:
-        """Lets go of all copies, and of updates that wait for rows to be read."""
+        """Frees all copies and lets optimizer updates that wait for rows to be read continue."""
         for changes in self._groups.values():
             changes.release()
 
@@ -115,7 +115,7 @@ class StagedParts:
 
 
 def _table_of(view: ShardView) -> _Table:
-    """Returns what the shards of one table have in common: the same rows of the same group."""
+    """Returns a key that the shards of one table share: their table group and their first row in it."""
     return id(view.changes), view.first_row
 
 

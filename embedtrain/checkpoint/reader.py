@@ -1,4 +1,4 @@
-"""Reading: any rows of a checkpoint, whatever number of ranks saved it, each byte checked on the way."""
+"""Reading any rows of a checkpoint that any number of ranks saved; every byte read is checked."""
 
 from __future__ import annotations
 
@@ -20,23 +20,22 @@ from embedtrain.checkpoint.manifest import TensorInfo
 from embedtrain.errors import CheckpointError, CorruptCheckpointError
 
 CONVERTIBLE = {torch.bfloat16, torch.float32}
-"""Dtypes of which one is read into the other."""
+"""A tensor of one of these dtypes can be read into a tensor of the other."""
 
 
 class CheckpointReader:
-    """Reads rows of a complete checkpoint; no collective, every rank on its own.
+    """Reads rows of a complete checkpoint. Not a collective: each rank reads on its own.
 
-    A delta is read as the whole that it makes up with the checkpoints before it. Nothing is read before it is
-    asked for, and every byte is checked against its block's checksum before it is given out. Close it, or use
-    it as a context.
+    A delta is read together with the checkpoints that it changes. Rows are read on demand, and every byte is
+    checked against its block's checksum before it is returned. Close the reader, or use it as a context manager.
 
     Attributes:
         path: folder of the checkpoint, any fsspec URL.
-        manifest: what the checkpoint holds; a delta's names all tensors, and those rows that changed.
+        manifest: the checkpoint's manifest; the manifest of a delta lists all tensors but only the changed rows.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or a newer embedtrain wrote it.
-        CorruptCheckpointError: here and in the methods; names the file, the tensors and their rows.
+        CorruptCheckpointError: also raised by the methods; names the file, the tensors and their rows.
     """
 
     def __init__(self, path: str) -> None:
@@ -56,18 +55,18 @@ class CheckpointReader:
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Returns shape, dtype and layout of each tensor that was cut over the ranks, by name."""
+        """Returns the descriptions of the sharded tensors, by name."""
         return self.manifest.tensors
 
     def table(self, name: str) -> TensorInfo:
-        """Returns the rows of a table, the tensor [rows, dim] "name/weight".
+        """Returns the description of a table's weight, the tensor "name/weight" of shape [num_rows, dim].
 
         Raises:
-            CheckpointError: there is none, or it has no rows or another number of dimensions.
+            CheckpointError: the table does not exist, has no rows, or is not two-dimensional.
         """
         info = self._info(f"{name}/weight")
         if len(info.shape) != 2 or info.shape[0] == 0:
-            raise CheckpointError(f"{self.path}: table {name!r}: expected rows and columns, found shape {info.shape}")
+            raise CheckpointError(f"{self.path}: table {name!r} must have the shape [rows, dim], got {info.shape}")
         return info
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
@@ -78,50 +77,50 @@ class CheckpointReader:
         return rows
 
     def read_into(self, name: str, start: int, destination: Tensor) -> None:
-        """Fills `destination` with rows of a tensor from row `start` on, with tens of MiB beside it.
+        """Fills `destination` with rows of a tensor, beginning at row `start`; buffers tens of MiB.
 
         Args:
             name: the tensor.
-            start: its first row to read.
-            destination: [rows, *shape[1:]] on any device; of the tensor's dtype, or either may be bfloat16
-                and the other float32, which rounds to the nearest.
+            start: first row to read.
+            destination: [rows, *shape[1:]] on any device, of the tensor's dtype. Values are also converted between
+                bfloat16 and float32, rounding to nearest.
 
         Raises:
-            ValueError: the rows do not lie in the tensor, or `destination` has another shape or dtype.
+            ValueError: a row is out of range, or `destination` has another shape or dtype.
         """
         info = self._info(name)
         if not _fits(destination, info):
             raise ValueError(
-                f"{name} is {info.dtype} {info.shape}; rows of it cannot be read into "
+                f"rows of {name} ({info.dtype} {info.shape}) do not fit into a tensor of "
                 f"{destination.dtype} {tuple(destination.shape)}"
             )
         if not 0 <= start <= start + len(destination) <= info.shape[0]:
-            raise ValueError(f"{name} has rows [0, {info.shape[0]}); asked for [{start}, {start + len(destination)})")
+            raise ValueError(f"{name} has rows [0, {info.shape[0]}), got [{start}, {start + len(destination)})")
         for layer in self._layers:
             layer.lay_over(name, start, destination.detach())
 
     def gather(self, name: str, slots: Tensor) -> Tensor:
-        """Returns rows of a tensor in any order, from a memory map of its files.
+        """Returns rows of a tensor in any order, read from a memory map of its files.
 
-        A checkpoint that is not on a local disk has the files in question copied to a temporary folder,
-        once per reader; `close` removes it.
+        If the checkpoint is remote, each file needed is downloaded once per reader to a temporary folder, which
+        `close` removes.
 
         Args:
             name: the tensor.
-            slots: [n] int64; rows of the tensor, in any order, repeated or not.
+            slots: [n] int64; rows of the tensor in any order, duplicates allowed.
 
         Returns:
             [n, *shape[1:]] on the CPU.
 
         Raises:
-            ValueError: `slots` is not a list of rows of the tensor.
+            ValueError: `slots` is not [n] int64, or a row is out of range.
         """
         info = self._info(name)
         if slots.dtype != torch.int64 or slots.dim() != 1:
             raise ValueError(f"slots must be [n] int64, got {slots.dtype} {tuple(slots.shape)}")
         if len(slots) and not 0 <= int(slots.min()) <= int(slots.max()) < info.shape[0]:
             raise ValueError(
-                f"{name} has rows [0, {info.shape[0]}); asked for {int(slots.min())} to {int(slots.max())}"
+                f"{name} has rows [0, {info.shape[0]}), got slots from {int(slots.min())} to {int(slots.max())}"
             )
         gathered = torch.empty((len(slots), *info.shape[1:]), dtype=info.dtype)
         if gathered.numel():
@@ -146,7 +145,7 @@ class CheckpointReader:
             raise CorruptCheckpointError(f"{url} is not a safetensors file: {error}") from error
 
     def close(self) -> None:
-        """Closes the files, gives back the memory maps and removes copies of remote files."""
+        """Closes the files, releases the memory maps and removes temporary copies of remote files."""
         for layer in self._layers:
             layer.close()
 
@@ -162,7 +161,7 @@ class CheckpointReader:
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.manifest.tensors:
-            raise CheckpointError(f"{self.path} has no tensor {name!r}, but {sorted(self.manifest.tensors)}")
+            raise CheckpointError(f"{self.path} has no tensor {name!r}; it has {sorted(self.manifest.tensors)}")
         return self.manifest.tensors[name]
 
 
@@ -172,15 +171,14 @@ def _fits(destination: Tensor, info: TensorInfo) -> bool:
 
 
 def verify(path: str, known: set[str] | None = None) -> None:
-    """Checks every byte of a checkpoint, and of those that it holds changes to.
+    """Checks every byte of a checkpoint and, if it is a delta, of the checkpoints that it changes.
 
     Args:
         path: folder of the checkpoint.
-        known: folders of checkpoints that were found whole before, which are not checked again; those that
-            are found whole are added.
+        known: folders of checkpoints known to be undamaged, which are skipped; folders found undamaged are added.
 
     Raises:
-        CorruptCheckpointError: names the first fault of each damaged file, its tensors and rows.
+        CorruptCheckpointError: lists the first fault of each damaged file with its tensors and rows.
     """
     known = set() if known is None else known
     faults = []

@@ -1,4 +1,4 @@
-"""Which checkpoints there are, which are kept, and the sweeping up of what killed attempts left."""
+"""Finding a run's checkpoints, deleting old ones, and removing the files of killed saves."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from embedtrain.errors import CheckpointError, CorruptCheckpointError, UserError
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A complete checkpoint: its folder and its step."""
+    """The folder and the step of a complete checkpoint."""
 
     path: str
     step: int
 
 
 def find_checkpoints(checkpoints_path: str) -> list[CheckpointInfo]:
-    """Returns the complete checkpoints in a folder, oldest first; none where the folder is missing.
+    """Returns the complete checkpoints in a folder, oldest first; none if the folder does not exist.
 
-    Complete is one with a manifest. Whether its bytes are those that were written is seen when they are
-    read: a damaged checkpoint is found here, and refused there, rather than silently passed over.
+    A checkpoint is complete if it has a manifest. Its bytes are not checked here: a damaged checkpoint is listed,
+    and reading it raises an error instead of silently falling back to an older one.
     """
     return [found for found in _step_folders(checkpoints_path) if MANIFEST_NAME in storage.list_files(found.path)]
 
 
 def latest_checkpoint(checkpoints_path: str, before: str | None = None) -> str | None:
-    """Returns the path of the newest complete checkpoint, or None where there is none.
+    """Returns the path of the newest complete checkpoint, or None if there is none.
 
     Args:
         checkpoints_path: folder of the run's checkpoints.
-        before: path of a checkpoint; only those of earlier steps are looked at.
+        before: path of a checkpoint; only checkpoints of earlier steps are considered.
     """
     found = find_checkpoints(checkpoints_path)
     if before is not None:
@@ -47,7 +47,7 @@ def latest_checkpoint(checkpoints_path: str, before: str | None = None) -> str |
 
 
 def newest_whole(checkpoints_path: str, before: str) -> str | None:
-    """Returns the path of the newest checkpoint before another that verifies, or None; reads whole checkpoints."""
+    """Returns the path of the newest undamaged checkpoint earlier than `before`, or None; reads every byte."""
     known: set[str] = set()
     path: str | None = before
     while (path := latest_checkpoint(checkpoints_path, before=path)) is not None:
@@ -60,12 +60,14 @@ def newest_whole(checkpoints_path: str, before: str) -> str | None:
 
 
 def agree_on_latest(checkpoints_path: str, ranks: Ranks, *, before: str | None = None) -> str | None:
-    """Returns what rank 0 finds by `latest_checkpoint`, on every rank.
+    """Returns on every rank the result of `latest_checkpoint` on rank 0.
 
-    Collective: every rank. Ranks that each looked for themselves could see different ones.
+    Collective: every rank. If each rank looked for itself, ranks could find different checkpoints.
     """
     return on_first_rank(
-        f"no checkpoint was chosen in {checkpoints_path}", lambda: latest_checkpoint(checkpoints_path, before), ranks
+        f"cannot find the latest checkpoint in {checkpoints_path}",
+        lambda: latest_checkpoint(checkpoints_path, before),
+        ranks,
     )
 
 
@@ -76,14 +78,14 @@ _LARGEST = re.compile(
 
 
 def mode_of_best(metric: str, mode: Literal["auto", "min", "max"]) -> Literal["min", "max"]:
-    """Returns whether the smallest or the largest values of a metric are the best.
+    """Returns "min" if small values of a metric are better, "max" if large values are.
 
     Args:
-        metric: its name.
-        mode: what the configuration says; "auto" goes by the name.
+        metric: the metric's name.
+        mode: `checkpoint.best_mode`; "auto" infers the mode from the name.
 
     Raises:
-        UserError: the mode is "auto", and the name is none of embedtrain's measures.
+        UserError: the mode is "auto" and the name is not one of embedtrain's metrics.
     """
     if mode != "auto":
         return mode
@@ -92,13 +94,13 @@ def mode_of_best(metric: str, mode: Literal["auto", "min", "max"]) -> Literal["m
     if _LARGEST.fullmatch(metric):
         return "max"
     raise UserError(
-        f"are the smallest or the largest values of checkpoint.best_metric={metric} the best? Give "
+        f"checkpoint.best_metric={metric} does not tell whether small or large values are better: set "
         "checkpoint.best_mode=min or checkpoint.best_mode=max"
     )
 
 
 def num_best(keep_best: int | None, patience: int | None) -> int | None:
-    """Returns how many of the best checkpoints a run keeps; a run that may stop early keeps one unless told otherwise.
+    """Returns how many best checkpoints a run keeps: by default one if the run may stop early, otherwise None.
 
     Args:
         keep_best: `checkpoint.keep_best`.
@@ -109,18 +111,18 @@ def num_best(keep_best: int | None, patience: int | None) -> int | None:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: those that any of these keeps. Where all are None, all stay.
+    """Says which checkpoints are kept: those that match any rule. If all rules are None, all are kept.
 
     Attributes:
-        keep_last: so many of the newest.
-        keep_every: those whose step is a multiple of this.
-        keep_best: so many of the best by a metric. Of checkpoints that hold the same measurement, the first counts.
-        best_metric: the metric: a name among `state["metrics"]` of a checkpoint. `state["measured_at"]` says at which
-            step it was measured; if it does not, the checkpoint's own step counts.
-        best_mode: whether the smallest or the largest values are the best; see `mode_of_best`.
+        keep_last: number of newest checkpoints to keep.
+        keep_every: keep checkpoints whose step is a multiple of this.
+        keep_best: number of best checkpoints to keep. Of checkpoints with the same measurement the first counts.
+        best_metric: name of the metric in a checkpoint's `state["metrics"]`. `state["measured_at"]` gives the step of
+            the measurement; by default it is the checkpoint's own step.
+        best_mode: whether small or large values are better; see `mode_of_best`.
 
     Raises:
-        UserError: a number is less than 1, or nobody knows which values of the metric are the best.
+        UserError: a number is less than 1, or the mode cannot be inferred from the metric's name.
     """
 
     keep_last: int | None = None
@@ -134,15 +136,14 @@ class Retention:
         for name in ("keep_last", "keep_every", "keep_best"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, or none to leave it out, got {value}")
+                raise UserError(f"{name} must be at least 1, or none to disable the rule, got {value}")
 
 
 def retain(checkpoints_path: str, retention: Retention, ranks: Ranks) -> list[str]:
-    """Deletes complete checkpoints that nothing keeps.
+    """Deletes the complete checkpoints that no rule keeps.
 
-    The newest whose files are all there, each as long as it was written, is always kept, and so are the
-    checkpoints that a kept delta holds changes to. A manifest goes first, so that a checkpoint half deleted is
-    one that does not exist.
+    The newest checkpoint whose files all exist with their full size is always kept, and so are the checkpoints that
+    a kept delta changes. The manifest is deleted first, so that a partly deleted checkpoint counts as incomplete.
 
     Collective: every rank.
 
@@ -150,13 +151,13 @@ def retain(checkpoints_path: str, retention: Retention, ranks: Ranks) -> list[st
         The paths of the deleted checkpoints.
 
     Raises:
-        CheckpointError: a checkpoint could not be deleted or looked at.
+        CheckpointError: a checkpoint cannot be read or deleted.
     """
 
     def delete_old() -> list[str]:
         found = find_checkpoints(checkpoints_path)
         kept = _kept(found, retention)
-        # Newest first: a delta goes before what it holds changes to.
+        # Newest first: a delta is deleted before the checkpoint that it changes.
         old = [checkpoint for checkpoint in reversed(found) if checkpoint.step not in kept]
         for checkpoint in old:
             remove_checkpoint(checkpoint.path)
@@ -172,14 +173,14 @@ def remove_checkpoint(path: str) -> None:
 
 
 def _kept(found: list[CheckpointInfo], retention: Retention) -> set[int]:
-    """Returns the steps that stay."""
+    """Returns the steps of the checkpoints to keep."""
     if (retention.keep_last, retention.keep_every, retention.keep_best) == (None, None, None):
         return {checkpoint.step for checkpoint in found}
     sound = _sound_manifests(found)
     if not sound:
         return {checkpoint.step for checkpoint in found}
     steps = sorted(sound)
-    # What is newer than the newest sound one is damaged: left for its owner to look at, and not counted.
+    # Checkpoints newer than the newest sound one are damaged: they are kept for inspection and not counted.
     kept = {checkpoint.step for checkpoint in found if checkpoint.step > steps[-1]}
     kept.update(steps[-(retention.keep_last or 1) :])
     if retention.keep_every:
@@ -194,9 +195,9 @@ def _kept(found: list[CheckpointInfo], retention: Retention) -> set[int]:
 
 
 def _best_steps(sound: Mapping[int, Manifest], retention: Retention) -> list[int]:
-    """Returns the steps of the checkpoints with the best measurements, one step per measurement."""
+    """Returns the steps of the best checkpoints, one step per measurement."""
     metric, sign = retention.best_metric, 1 if mode_of_best(retention.best_metric, retention.best_mode) == "min" else -1
-    # Checkpoints between two measurements hold the older one.
+    # A checkpoint saved between two measurements repeats the earlier measurement.
     first_of: dict[int, tuple[float, int]] = {}
     for step in sorted(sound):
         state = sound[step].state
@@ -207,7 +208,7 @@ def _best_steps(sound: Mapping[int, Manifest], retention: Retention) -> list[int
 
 
 def _sound_manifests(found: list[CheckpointInfo]) -> dict[int, Manifest]:
-    """Returns the manifests of checkpoints whose files, and those of what they change, are all as long as written."""
+    """Returns, by step, the manifests of checkpoints whose files and ancestors all exist with their full size."""
     sound: dict[int, Manifest] = {}
     for checkpoint in found:
         try:
@@ -224,16 +225,16 @@ def _sound_manifests(found: list[CheckpointInfo]) -> dict[int, Manifest]:
 
 
 def sweep_leftovers(checkpoints_path: str, ranks: Ranks) -> list[str]:
-    """Removes the files of saves that were never completed: those that no manifest lists.
+    """Removes the files of killed saves: files that no manifest lists.
 
-    Collective: every rank. Only the job that owns the folder may call it, and not while it
-    saves: an attempt under way looks like one that was killed.
+    Collective: every rank. Only the job that owns the folder may call it, and not during a save: a running save
+    looks like a killed one.
 
     Returns:
         The paths of the removed files.
 
     Raises:
-        CheckpointError: a file could not be removed.
+        CheckpointError: a file cannot be removed.
     """
 
     def sweep() -> list[str]:
@@ -242,7 +243,7 @@ def sweep_leftovers(checkpoints_path: str, ranks: Ranks) -> list[str]:
             try:
                 removed += _remove_attempt_files(folder.path, keep=_listed_files(folder.path))
             except CheckpointError:
-                # A damaged or newer manifest does not tell which files are its own: none is touched.
+                # A damaged or newer manifest does not tell which files belong to it: no file is removed.
                 continue
         return removed
 
@@ -259,14 +260,14 @@ def _step_folders(checkpoints_path: str) -> list[CheckpointInfo]:
 
 
 def _listed_files(path: str) -> frozenset[str]:
-    """Returns the files of the complete checkpoint in a folder; none where there is no complete one."""
+    """Returns the files of the complete checkpoint in a folder; none if there is no complete checkpoint."""
     if MANIFEST_NAME not in storage.list_files(path):
         return frozenset()
     return frozenset(read_manifest(path).files)
 
 
 def _remove_attempt_files(path: str, keep: frozenset[str]) -> list[str]:
-    """Removes the files that saving wrote to a step's folder, and the folder if nothing else is in it."""
+    """Removes the files that saves wrote to a step's folder, except `keep`, and the folder if it is then empty."""
     removed = []
     for name in sorted(storage.list_files(path)):
         if is_attempt_file(name) and name not in keep:

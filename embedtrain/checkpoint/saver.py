@@ -1,4 +1,4 @@
-"""`CheckpointSaver`: a run's saves one after another, in the background, as deltas, and some of them failing."""
+"""Saving a run's checkpoints: in the background, full or as deltas, tolerating some failures."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ DEFAULT_EXTRA_MEMORY_BYTES = 2**30
 
 @dataclass(frozen=True)
 class SaveOptions:
-    """How a run saves.
+    """Says how a run saves its checkpoints.
 
     Attributes:
-        mode: "async" writes in a background thread while training goes on; "sync" writes before it goes on, as does
-            every save to a file system that is not local.
-        max_extra_memory_bytes: bound on each rank's copies of rows that training changes during a save in the
-            background; where it does not suffice, training waits until all rows were read. None for no bound.
-        max_failures: failed saves in a row that are only warned of; one more fails the run.
-        full_every: every `full_every`-th save is full; the others hold only rows that changed since the save before.
-        retention: which checkpoints stay.
+        mode: "async" writes in a background thread while training continues; "sync" blocks training until the
+            checkpoint is written. Saves to a remote file system are always "sync".
+        max_extra_memory_bytes: per rank, the maximum memory for copies of rows that training changes during a
+            background save. If it is exceeded, training waits until all rows are read. None for no limit.
+        max_failures: number of consecutive failed saves that only log a warning; one more fails the run.
+        full_every: every `full_every`-th save is full; the others hold only the rows changed since the previous save.
+        retention: which checkpoints are kept.
     """
 
     mode: Literal["async", "sync"] = "async"
@@ -54,9 +54,9 @@ class CheckpointSaver:
 
     Args:
         checkpoints_path: folder of the run's checkpoints.
-        ranks: those of the run.
-        background_ranks: the same ranks, for the background thread alone; None to save
-            in the foreground.
+        ranks: the ranks of the run.
+        background_ranks: the same ranks in a group of their own for the background thread; None to save in the
+            foreground.
         options: how to save.
     """
 
@@ -71,7 +71,7 @@ class CheckpointSaver:
         self._ranks = ranks
         self._background_ranks = background_ranks or ranks
         self._options = options
-        # A write to a remote store may be tried again, and reads the rows again: by then training has changed them.
+        # A retried write to a remote store reads the rows a second time, when training may have changed them.
         is_written_once = storage.local_path(checkpoints_path) is not None
         self._is_async = options.mode == "async" and is_written_once and background_ranks is not None
         self._task: _Task | None = None
@@ -80,27 +80,27 @@ class CheckpointSaver:
         self._num_failures = 0
         self._has_warned_of_memory = False
         self.step: int | None = None
-        """The step of the last save that succeeded or is under way; None where the last one failed."""
+        """Step of the last save that succeeded or is running; None if the last save failed."""
         self._complete_step: int | None = None
 
     @property
     def has_failed(self) -> bool:
-        """Returns whether the save in the background failed on this rank; `settle` says so on every rank."""
+        """Returns whether the background save failed on this rank; `settle` reports it on every rank."""
         return self._task is not None and self._task.error is not None
 
     @property
     def complete_step(self) -> int | None:
-        """Returns the step of the newest checkpoint that this rank knows to be complete; None if there is none."""
+        """Returns the step of the newest checkpoint that this rank knows to be complete, or None."""
         saved = None if self._task is None else self._task.saved
         return self._complete_step if saved is None else saved.identity.step
 
     def take_over(self, step: int) -> None:
-        """Takes note of the complete checkpoint that the run was restored from."""
+        """Records the step of the complete checkpoint that the run was restored from."""
         self.step = self._complete_step = step
 
     @property
     def is_idle(self) -> bool:
-        """Returns whether this rank has nothing left to write."""
+        """Returns whether no background save is running on this rank."""
         return self._task is None or not self._task.is_alive()
 
     def save(
@@ -112,21 +112,21 @@ class CheckpointSaver:
         *,
         is_last: bool = False,
     ) -> None:
-        """Saves, or begins to save in the background; waits for the save before it.
+        """Saves a checkpoint, or starts a background save; first waits for the previous save.
 
-        Collective: every rank. Rows of shards with `changes` may be updated on return through an optimizer
-        that reports its updates; nothing else of theirs may change until the save was settled.
+        Collective: every rank. After a background save has started, only rows of shards with `changes` may be
+        updated, by an optimizer that reports its updates. Everything else must stay unchanged until `settle`.
 
         Args:
-            step: as in `save_checkpoint`.
-            shards: as in `save_checkpoint`.
-            state: as in `save_checkpoint`.
-            replicated: as in `save_checkpoint`.
-            is_last: whether the checkpoint must be durable on return, and a failure is not tolerated.
+            step: see `save_checkpoint`.
+            shards: see `save_checkpoint`.
+            state: see `save_checkpoint`.
+            replicated: see `save_checkpoint`.
+            is_last: save in the foreground, and raise on any failure.
 
         Raises:
-            CheckpointError: on every rank alike; more saves in a row failed than are tolerated, or the last.
-            UserError: likewise; the path cannot be one of checkpoints.
+            CheckpointError: on every rank; more than `max_failures` consecutive saves failed, or a last one failed.
+            UserError: on every rank; checkpoints cannot be saved to this path.
         """
         self.settle()
         is_delta = self._parent is not None and self._num_deltas + 1 < self._options.full_every
@@ -149,29 +149,29 @@ class CheckpointSaver:
         self._task.start()
 
     def settle(self) -> None:
-        """Waits for the save in the background, if there is one, until it is durable or has failed.
+        """Waits until the background save, if any, is durable or has failed.
 
         Collective: every rank.
 
         Raises:
-            CheckpointError: on every rank alike; it failed, and so many before it that the run fails.
-            UserError: likewise; the path cannot be one of checkpoints.
+            CheckpointError: on every rank; more than `max_failures` consecutive saves failed.
+            UserError: on every rank; checkpoints cannot be saved to this path.
         """
         task, self._task = self._task, None
         if task is None:
             return
         task.join()
-        outcomes = on_every_rank("saving in the background", task.outcome, self._ranks)
+        outcomes = on_every_rank("cannot save in the background", task.outcome, self._ranks)
         if any(exceeded for _, _, exceeded in outcomes) and not self._has_warned_of_memory:
             self._has_warned_of_memory = True
             _logger.warning(
-                f"checkpoint.max_extra_memory_bytes={self._options.max_extra_memory_bytes:,} did not suffice for the "
-                "rows that changed during a save: training waited until all rows were read, and will again"
+                "training waited for a background save because copies of changed rows exceeded "
+                f"checkpoint.max_extra_memory_bytes={self._options.max_extra_memory_bytes:,}: raise it to avoid this"
             )
         errors = [error for _, error, _ in outcomes if error is not None]
         saved = outcomes[0][0]
         if errors or saved is None:
-            is_user_error, text = errors[0] if errors else (False, "it did not end")
+            is_user_error, text = errors[0] if errors else (False, "the background save did not end")
             self._count_failure(is_user_error, text, task.error, self._options.max_failures)
         else:
             self._count_success(saved)
@@ -201,29 +201,29 @@ class CheckpointSaver:
         self._num_failures = 0
 
     def _count_failure(self, is_user_error: bool, text: str, error: BaseException | None, max_failures: int) -> None:
-        # The rows touched since the last save that succeeded are not known any longer: the next one is full.
+        # The rows changed since the last successful save are no longer known, so the next save is full.
         self._parent, self._num_deltas, self.step = None, 0, None
         self._num_failures += 1
         if is_user_error:
             raise UserError(text) from error
         if self._num_failures > max_failures:
-            raise CheckpointError(f"{text} (failed saves in a row: {self._num_failures})") from error
+            raise CheckpointError(f"{text} (consecutive failed saves: {self._num_failures})") from error
         _logger.warning(
-            f"{text}; training goes on: failed saves in a row {self._num_failures}, "
-            f"of at most {self._options.max_failures} (checkpoint.max_failures)"
+            f"{text}; training continues after {self._num_failures} consecutive failed saves "
+            f"(checkpoint.max_failures={self._options.max_failures})"
         )
 
 
 class _Task(threading.Thread):
-    """A save in the background.
+    """Runs one background save.
 
     Attributes:
-        error: what it failed with, as soon as it has.
-        saved: the checkpoint, as soon as it is complete.
+        error: the exception, once the save has failed.
+        saved: the checkpoint, once it is complete.
     """
 
     def __init__(self, write: Callable[[], SavedCheckpoint], staged: StagedParts, budget: MemoryBudget) -> None:
-        # A daemon: where the run fails, a save that waits for ranks that are gone does not hold the process.
+        # A daemon thread: if the run fails, a save that waits for dead ranks must not keep the process alive.
         super().__init__(name="embedtrain-checkpoint", daemon=True)
         self.error: BaseException | None = None
         self._write = write
@@ -232,7 +232,7 @@ class _Task(threading.Thread):
         self.saved: SavedCheckpoint | None = None
 
     def run(self) -> None:
-        """Writes, and keeps the outcome."""
+        """Writes the checkpoint and records the result or the error."""
         try:
             self.saved = self._write()
         except BaseException as error:
@@ -241,8 +241,8 @@ class _Task(threading.Thread):
             self._staged.release()
 
     def outcome(self) -> tuple[SavedCheckpoint | None, tuple[bool, str] | None, bool]:
-        """Returns what was saved, the error as whether it is the user's and its text, and whether memory ran out."""
+        """Returns the checkpoint, the error as (is UserError, text), and whether the memory budget was exceeded."""
         known = isinstance(self.error, CheckpointError | UserError)
-        text = str(self.error) if known else f"saving failed: {type(self.error).__name__}: {self.error}"
+        text = str(self.error) if known else f"the save failed: {type(self.error).__name__}: {self.error}"
         error = None if self.error is None else (isinstance(self.error, UserError), text)
         return self.saved, error, self._budget.is_exceeded

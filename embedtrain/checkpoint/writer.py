@@ -1,4 +1,4 @@
-"""Saving: every rank writes its shard, then rank 0 makes the checkpoint exist by creating the manifest."""
+"""Writing a checkpoint: every rank writes its shards, then rank 0 commits by creating the manifest."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ from embedtrain.embedding.shard_view import ShardView, table_steps
 from embedtrain.errors import CheckpointError, UserError
 
 _Source = tuple[Tensor, Callable[[], Iterable[Tensor]]]
-"""A tensor of the shape and dtype that is written, and where its rows come from, block by block."""
+"""A tensor of the written shape and dtype, and a function that returns the rows in blocks."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a rank gives to a checkpoint.
+    """Holds what one rank writes to a checkpoint.
 
     Attributes:
         step: number of optimizer steps done; names the checkpoint.
         parts: this rank's rows.
-        state: JSON; rank 0's is saved.
-        replicated: tensors that all ranks share; rank 0's are saved.
-        parent: of a delta, the checkpoint that it changes.
-        table_steps: the steps that each table's optimizer did; see `ShardView.steps`.
+        state: JSON; only rank 0's is saved.
+        replicated: tensors that all ranks share; only rank 0's are saved.
+        parent: the checkpoint that a delta changes; None for a full checkpoint.
+        table_steps: number of optimizer steps per table; see `ShardView.steps`.
     """
 
     step: int
@@ -65,7 +65,7 @@ class Contents:
 
     @property
     def num_bytes(self) -> int:
-        """Returns about how many bytes will be written."""
+        """Returns the approximate number of bytes to write."""
         slots = {id(part.slots): part.slots.nbytes for part in self.parts if part.slots is not None}
         rows = sum(part.like().nbytes for part in self.parts)
         return rows + sum(slots.values()) + sum(tensor.nbytes for tensor in self.replicated.values())
@@ -73,12 +73,12 @@ class Contents:
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A checkpoint that was just completed.
+    """Describes a checkpoint that was just completed.
 
     Attributes:
         path: its folder.
-        identity: its step and the checksum of its manifest, by which a delta names its parent.
-        num_bytes: size of its files over all ranks, without the manifest.
+        identity: its step and its manifest's checksum, with which a delta names its parent.
+        num_bytes: size of the files of all ranks, without the manifest.
     """
 
     path: str
@@ -94,32 +94,32 @@ def save_checkpoint(
     ranks: Ranks,
     replicated: Mapping[str, Tensor] | None = None,
 ) -> str:
-    """Saves a checkpoint, which exists as a whole on return and not at all before its last act.
+    """Saves a full checkpoint atomically.
 
-    Collective: every rank. The files are durable and checked for their size before the
-    manifest is created. A failed attempt removes what it wrote where it can.
+    Collective: every rank. The manifest is created after all files are durable and have their full size. A failed
+    save removes its files if it can.
 
     Args:
         checkpoints_path: folder of the run's checkpoints, any fsspec URL that every rank reaches.
         step: number of optimizer steps done; names the checkpoint.
-        shards: this rank's parts of the tensors that are cut over the ranks. The parts of all ranks
-            tile each tensor. Not written to by anyone until the call returns.
-        state: what else a run needs, as JSON; rank 0's is saved.
-        replicated: small tensors that all ranks share, by name; rank 0's are saved.
+        shards: this rank's shards of the sharded tensors; the shards of all ranks tile each tensor. They must not
+            change until the call returns.
+        state: other state of the run, as JSON; only rank 0's is saved.
+        replicated: small tensors that all ranks share, by name; only rank 0's are saved.
 
     Returns:
         The checkpoint's path.
 
     Raises:
-        CheckpointError: on every rank alike. The step is complete already, the shards do not tile their
-            tensors, the state is not JSON, the disk is too full, or a rank could not write.
+        CheckpointError: on every rank. The step already has a complete checkpoint, the shards do not tile their
+            tensors, the state is not JSON, the disk is too full, or a rank cannot write.
     """
     contents = Contents(step, whole_parts(shards), state, replicated or {}, table_steps=table_steps(shards))
     return write_checkpoint(checkpoints_path, contents, ranks).path
 
 
 def write_checkpoint(checkpoints_path: str, contents: Contents, ranks: Ranks) -> SavedCheckpoint:
-    """Writes a checkpoint; `save_checkpoint` says what that promises.
+    """Writes a full checkpoint or a delta with the guarantees of `save_checkpoint`.
 
     Collective: every rank.
     """
@@ -141,7 +141,7 @@ def write_checkpoint(checkpoints_path: str, contents: Contents, ranks: Ranks) ->
     try:
         written = on_every_rank(doing, write_part, ranks)
     except (CheckpointError, UserError):
-        # All ranks know of this failure. After any other, rank 0 may have gone on to commit this file.
+        # Every rank raises this error, so no rank commits. After any other error rank 0 may still commit the files.
         _discard(path, [name for name in (shard_file, replicated_file) if name])
         raise
 
@@ -151,7 +151,7 @@ def write_checkpoint(checkpoints_path: str, contents: Contents, ranks: Ranks) ->
             _check_sizes(path, files)
             manifest = _assemble(written, files, contents, replicated_file)
             encoded = encode(manifest)
-            # What no reader would take must not be committed.
+            # A manifest that no reader accepts must not be committed.
             decode(encoded, storage.join(path, MANIFEST_NAME))
         except Exception:
             _discard(path, files)
@@ -165,11 +165,11 @@ def write_checkpoint(checkpoints_path: str, contents: Contents, ranks: Ranks) ->
 
 @dataclass(frozen=True)
 class _Part:
-    """What a rank has written.
+    """Describes the files that a rank has written.
 
     Attributes:
-        files: entries of its files, by name.
-        shards: for each of its shards the tensor's name, and the tensor with this piece alone.
+        files: manifest entries of its files, by name.
+        shards: for each shard its tensor's name, and the tensor's description with this piece only.
     """
 
     files: dict[str, FileEntry]
@@ -177,28 +177,28 @@ class _Part:
 
 
 def _begin(path: str, state: Mapping[str, Any], num_bytes: int) -> str:
-    """Makes the folder and returns the name of this attempt."""
+    """Creates the folder and returns the random name of this save."""
     if MANIFEST_NAME in storage.list_files(path):
-        raise CheckpointError("it is complete already, and a complete checkpoint is never overwritten")
+        raise CheckpointError("the step already has a complete checkpoint, which is never overwritten")
     canonical_json(state)
     storage.make_folder(path)
     free_bytes = storage.free_bytes(path)
     if free_bytes is not None and free_bytes < num_bytes:
         storage.remove_empty_folder(path)
-        raise CheckpointError(f"it takes {num_bytes:,} bytes and the disk has {free_bytes:,} left")
+        raise CheckpointError(f"the checkpoint needs {num_bytes:,} bytes, but the disk has {free_bytes:,} bytes left")
     return secrets.token_hex(8)
 
 
 def _write_shards(path: str, file_name: str, parts: Sequence[TensorPart]) -> _Part:
     sources: dict[str, _Source] = {part.name: (part.like(), part.blocks) for part in parts}
     if len(sources) != len(parts):
-        raise ValueError(f"two shards of one rank share a name: {sorted(part.name for part in parts)}")
+        raise ValueError(f"two shards of one rank have the same name: {sorted(part.name for part in parts)}")
     for part in parts:
         if part.slots is not None:
             name = _slots_name(part.name)
             known, _ = sources.setdefault(name, (part.slots, functools.partial(row_blocks, part.slots)))
             if known is not part.slots:
-                raise ValueError(f"{name!r} would name two tensors")
+                raise ValueError(f"{name!r} must name one tensor, but names two")
     entry, starts = _write_tensors(path, file_name, sources)
     shards = []
     for part in parts:
@@ -210,12 +210,12 @@ def _write_shards(path: str, file_name: str, parts: Sequence[TensorPart]) -> _Pa
 
 
 def _slots_name(name: str) -> str:
-    """Returns the name in a file of the numbers of a delta's rows: "item/slots" for "item/weight"."""
+    """Returns the name of the tensor of a delta's row numbers: "item/slots" for "item/weight"."""
     return f"{name.rpartition('/')[0]}/slots"
 
 
 def _write_tensors(path: str, file_name: str, sources: Mapping[str, _Source]) -> tuple[FileEntry, dict[str, int]]:
-    """Writes a safetensors file in one pass; returns its entry and each tensor's first byte."""
+    """Writes a safetensors file in one pass; returns its manifest entry and each tensor's first byte."""
     header, starts = encode_header({name: like for name, (like, _) in sources.items()})
 
     def chunks() -> Iterator[bytes | memoryview]:
@@ -235,7 +235,7 @@ def _assemble(
     contents: Contents,
     replicated_file: str | None,
 ) -> Manifest:
-    """Returns the manifest of the ranks' parts; CheckpointError where they do not tile their tensors."""
+    """Builds the manifest from the ranks' parts; CheckpointError if they do not tile their tensors."""
     return Manifest(
         step=contents.step,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -255,24 +255,27 @@ def _check_sizes(path: str, files: Mapping[str, FileEntry]) -> None:
     for name, entry in files.items():
         if found.get(name) != entry.bytes:
             raise CheckpointError(
-                f"{name} was written with {entry.bytes} bytes, and rank 0 finds "
-                f"{found.get(name, 'no such file')}: the folder must be one that all ranks share"
+                f"a rank wrote {name} with {entry.bytes} bytes, but rank 0 finds "
+                f"{found.get(name, 'no such file')}: all ranks must share the folder"
             )
 
 
 def _create_manifest(path: str, manifest: bytes, files: Iterable[str], attempt: str) -> None:
-    """Commits. Where it fails unclearly the files stay, for the manifest may have come to be."""
+    """Creates the manifest, which commits the checkpoint.
+
+    After an unclear error the files are kept, because the manifest may exist.
+    """
     url = storage.join(path, MANIFEST_NAME)
     temporary_url = storage.join(path, temporary_manifest_name(attempt))
     try:
         storage.create(url, manifest, temporary_url)
     except FileExistsError as error:
         _discard(path, files)
-        raise CheckpointError("another job completed this step meanwhile") from error
+        raise CheckpointError("another job has completed this step in the meantime") from error
 
 
 def _discard(path: str, names: Iterable[str]) -> None:
-    """Removes files of a failed attempt as far as that works: its error is the one to tell."""
+    """Removes files of a failed save and ignores errors, so that the save's own error is reported."""
     for name in names:
         with suppress(Exception):
             storage.remove(storage.join(path, name))

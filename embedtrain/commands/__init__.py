@@ -1,1 +1,1 @@
-"""The commands: the module of a command is named after it, and holds its declaration and its body."""
+"""The commands: each module declares and implements the command of its name."""

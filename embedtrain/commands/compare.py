@@ -1,4 +1,4 @@
-"""`embedtrain compare`: several optimizers, each at the best rate of a declared grid, in a table and a plot."""
+"""`embedtrain compare`: trains with several optimizers and learning rates; writes a table and a plot."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from embedtrain.config.sections import Config
 
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
-"""Without --rates, the optimizer's own rate (from the file or by default) is multiplied by these."""
+"""Without --rates, the optimizer's learning rate (configured or default) is multiplied by each of these."""
 
 TABLE_NAME, CSV_NAME, PLOT_NAME = "comparison.md", "comparison.csv", "comparison.png"
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Told apart by readers who see colours differently. Source: Okabe and Ito 2008, "Color universal design"."""
+"""Colour-blind safe. Source: Okabe and Ito 2008, "Color universal design"."""
 _UNITS = {"loss": "loss (mean of a prediction)", "similarity": "similarity (Spearman correlation)"}
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
 
@@ -40,7 +40,7 @@ _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
     "--rates",
     multiple=True,
     metavar="NAME=RATE,RATE",
-    help="Learning rates to try; without them the optimizer's own times 0.1, 0.3, 1, 3 and 10. The best is chosen by "
+    help="Learning rates to try; by default the optimizer's rate times 0.1, 0.3, 1, 3 and 10. The best is chosen by "
     "checkpoint.best_metric at the end.",
 )
 @click.option(
@@ -67,12 +67,12 @@ def compare(config: str, settings: Sequence[str], optimizers: str, rates: Sequen
 
 @dataclass(frozen=True)
 class Curve:
-    """What one run has logged.
+    """Holds the metrics that one run logged.
 
     Attributes:
-        optimizer: name.
+        optimizer: name of the optimizer.
         lr: learning rate.
-        records: of metrics.jsonl, in order.
+        records: the records of metrics.jsonl, in order.
     """
 
     optimizer: str
@@ -80,7 +80,7 @@ class Curve:
     records: Sequence[Mapping[str, Any]]
 
     def points(self, x: str, y: str) -> tuple[list[float], list[float]]:
-        """Returns two columns of the records that have both."""
+        """Returns the values of two metrics in the records that have both."""
         found = [(r[x], r[y]) for r in self.records if r.get(x) is not None and r.get(y) is not None]
         return [a for a, _ in found], [b for _, b in found]
 
@@ -91,20 +91,20 @@ class Curve:
 
 
 class Comparison:
-    """Runs to compare, and what came of them.
+    """Prepares the runs to compare, and summarises their results.
 
     Args:
-        config_path: the configuration that all share.
-        overrides: `key=value` each, of all.
-        names: the optimizers.
-        rates: learning rates to try, by optimizer; see `FACTORS` for the others.
-        folder: the folder of runs and results, any fsspec URL; the same command resumes the runs in it.
+        config_path: the configuration that all runs share.
+        overrides: `key=value` settings of all runs.
+        names: names of the optimizers.
+        rates: learning rates to try, by optimizer; other optimizers use `FACTORS`.
+        folder: folder of runs and results, any fsspec URL; the same command resumes the runs in it.
 
     Attributes:
-        configs: of the runs, in the order to train them in.
+        configs: configurations of the runs, in training order.
 
     Raises:
-        UserError: a name or a setting is wrong, or the plot cannot be drawn here.
+        UserError: a name or a setting is invalid, or matplotlib is not installed.
     """
 
     def __init__(
@@ -128,10 +128,12 @@ class Comparison:
                 path = f"{self._folder}/{name}-lr-{lr:g}"
                 self.configs.append(load_config(config_path, [*chosen, f"optimizer.lr={lr}", f"run.path={path}"]))
         if self.configs[0].publish.to is not None:
-            raise UserError("compare trains many runs, and publish.to is for one: leave it out, and publish the best")
+            raise UserError(
+                "compare trains many runs, so publish.to cannot be set: leave it out, and publish the best run"
+            )
         if self.configs[0].reads_standard_input:
             raise UserError(
-                "compare trains on the same data many times, and data.path=- comes once: write it to a file"
+                "compare reads the data once per run, but data.path=- can be read only once: write it to a file"
             )
         first = self.configs[0].checkpoint
         self._measure = first.best_metric
@@ -156,12 +158,14 @@ class Comparison:
         for curve in curves:
             value = curve.last(self._measure)
             if value is None or curve.points("step", self._measure)[0][-1] < end:
-                continue  # it did not get to the end, or ended in what is not a number: the rate is too large
+                continue  # The run diverged: the rate is too large.
             score = value if self._is_largest_best else -value
             if curve.optimizer not in best or score > best[curve.optimizer][0]:
                 best[curve.optimizer] = (score, curve)
         if not best:
-            raise UserError(f"no run has logged {self._measure}: checkpoint.best_metric names what rates are chosen by")
+            raise UserError(
+                f"no run has logged checkpoint.best_metric={self._measure}, by which the best rate is chosen"
+            )
         return [curve for _, curve in best.values()]
 
     def _table(self, curves: Sequence[Curve], best: Sequence[Curve]) -> str:
@@ -191,9 +195,11 @@ class Comparison:
         return text.getvalue().encode()
 
     def _plot(self, best: Sequence[Curve]) -> bytes:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display, and leaves no global state
+        from matplotlib.backends.backend_agg import (
+            FigureCanvasAgg,
+        )  # Unlike pyplot, this needs no display and has no global state.
         from matplotlib.figure import Figure
-        from PIL import Image  # matplotlib's own
+        from PIL import Image  # A dependency of matplotlib.
 
         measures = list(dict.fromkeys(["loss", self._measure]))
         figure = Figure(figsize=(10, 0.8 + 3.4 * len(measures)), layout="constrained")
@@ -204,7 +210,7 @@ class Comparison:
             for axis, (x, title) in zip(row, titles.items(), strict=True):
                 for number, curve in enumerate(best):
                     look = {"color": _COLORS[number % len(_COLORS)], "linestyle": _STYLES[number % len(_STYLES)]}
-                    # Few points, as of a measure by epoch, are marked: a line alone would hide them.
+                    # Curves of few points, such as one per epoch, get markers.
                     marker = "o" if len(curve.points(x, measure)[0]) <= 20 else None
                     axis.plot(
                         *curve.points(x, measure), label=f"{curve.optimizer}, rate {curve.lr:g}", marker=marker, **look
@@ -218,13 +224,13 @@ class Comparison:
         image = io.BytesIO()
         canvas: Any = FigureCanvasAgg(figure)  # not annotated
         canvas.draw()
-        # A few colours and their edges: a quarter of the bytes.
+        # A palette of 64 colours suffices and quarters the size.
         Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(64).save(image, "png", optimize=True)
         return image.getvalue()
 
 
 def _span(curves: Sequence[tuple[list[float], list[float]]]) -> tuple[float, float]:
-    """Returns the ends of an axis for curves of steps and values: a first tenth may begin far off, and is cut there."""
+    """Returns the limits of an axis, ignoring the first tenth of the steps, whose values may be far off."""
     last = max((step for steps, _ in curves for step in steps), default=0.0)
     shown = [value for steps, values in curves for step, value in zip(steps, values, strict=True) if step > last / 10]
     low, high = min(shown, default=0.0), max(shown, default=1.0)
@@ -248,7 +254,7 @@ def parse_rates(declared: Sequence[str]) -> dict[str, list[float]]:
         except ValueError as error:
             raise UserError(f"expected --rates NAME=RATE,RATE such as adam=0.001,0.01, got {text!r}") from error
         if len(set(rates[name])) < len(rates[name]):
-            raise UserError(f"--rates {text} names a rate twice")
+            raise UserError(f"--rates {text} contains a rate twice")
     return rates
 
 
@@ -256,19 +262,17 @@ def _check(overrides: Sequence[str], names: Sequence[str], rates: Mapping[str, S
     from embedtrain.config.optimizer import OPTIMIZERS
 
     if not names:
-        raise UserError("--optimizers names nothing to compare")
+        raise UserError("--optimizers must name at least one optimizer")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise UserError(f"--optimizers names {', '.join(twice)} twice")
     unknown = [name for name in [*names, *rates] if name not in OPTIMIZERS]
     if unknown:
         raise UserError(f"there is no optimizer {', '.join(unknown)}; there are {', '.join(OPTIMIZERS)}")
     if unused := [name for name in rates if name not in names]:
-        raise UserError(f"--rates of {', '.join(unused)}, which --optimizers does not name")
+        raise UserError(f"--rates gives rates of {', '.join(unused)}, which --optimizers does not name")
     for key in ("run.path", "optimizer.name", "optimizer.lr"):
         if any(override.startswith(f"{key}=") for override in overrides):
-            raise UserError(
-                f"compare sets {key} of each run itself: leave it out; --output, --optimizers and --rates say it"
-            )
+            raise UserError(f"compare sets {key} of each run itself: use --output, --optimizers and --rates instead")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -278,5 +282,5 @@ def _check(overrides: Sequence[str], names: Sequence[str], rates: Mapping[str, S
 def _read(config: Config) -> Curve:
     from embedtrain.train.run_folder import RunFolder
 
-    # There are none if it diverged before it logged anything.
+    # There are no records if the run diverged before the first one.
     return Curve(config.optimizer.name, config.optimizer.lr, RunFolder(config.run.path).read_metrics())

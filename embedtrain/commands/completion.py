@@ -16,7 +16,7 @@ from embedtrain.commands.console import EXIT_DONE, command
 
 
 def _edited(script: str, *edits: tuple[str, str]) -> str:
-    """Returns a script of click with parts replaced; another version of click may have other scripts."""
+    """Returns a script of click with parts replaced; raises if this version of click has another script."""
     for old, new in edits:
         assert old in script, f"expected {old!r} in click's script for the completion"
         script = script.replace(old, new)
@@ -25,7 +25,7 @@ def _edited(script: str, *edits: tuple[str, str]) -> str:
 
 @add_completion_class
 class SettingsInBash(BashComplete):
-    """Click's completion in bash, for words such as key=value, which bash takes for three words."""
+    """Click's completion in bash for words such as key=value, which bash splits into three words."""
 
     source_template = _edited(
         BashComplete.source_template,
@@ -33,7 +33,7 @@ class SettingsInBash(BashComplete):
     )
 
     def get_completion_args(self) -> tuple[list[str], str]:
-        """Returns the words before the one to complete, and its beginning."""
+        """Returns the complete words, and the incomplete one."""
         words, incomplete = super().get_completion_args()
         if incomplete == "=" and words:
             return words[:-1], f"{words[-1]}="
@@ -42,7 +42,7 @@ class SettingsInBash(BashComplete):
         return words, incomplete
 
     def format_completion(self, item: CompletionItem) -> str:
-        """Returns a line for the script; of key=value, what bash takes for the last word."""
+        """Returns a line for the script; for key=value only the value, which bash treats as the last word."""
         _, equals, value = item.value.partition("=")
         return f"{item.type},{value if equals and value else item.value}"
 
@@ -79,7 +79,7 @@ class SettingsInFish(FishComplete):
 )
 @click.argument("shell", metavar="SHELL", type=click.Choice(("bash", "zsh", "fish")), help="bash, zsh or fish.")
 def completion(shell: str) -> int:
-    """Prints a script by which a shell completes the commands."""
+    """Prints a completion script for a shell."""
     kind = get_completion_class(shell)
     assert kind is not None, "click has these shells"
     program = click.get_current_context().find_root().command

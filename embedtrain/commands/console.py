@@ -1,4 +1,4 @@
-"""What the commands share: exit statuses, lines for the user, and how a command and its settings are declared."""
+"""Shared parts of the commands: exit statuses, output, and the declaration of commands and settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PATIENCE_SECONDS = 5.0
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 MAX_COLUMNS = 100
-"""Width of the help on a terminal that is as wide."""
+"""Maximum width of the help in columns."""
 
 HELP_OPTIONS = ["-h", "--help"]
 
@@ -35,20 +35,20 @@ Function = Callable[..., Any]
 
 
 class Command(click.Command):
-    """A command that refuses what click lets pass: options given twice or without their value, and empty words.
+    """A command that refuses repeated options, options without a value, and empty words, which click accepts.
 
-    A negative number is a word, not an option: the id of a user may be one.
+    A negative number is an argument, not an option, because the id of a user may be negative.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        # Unknown options reach `parse_args` among the words, where negative numbers are told from them.
+        # Unknown options are passed to `parse_args` as words, which tells them from negative numbers.
         self.context_settings = {**self.context_settings, "ignore_unknown_options": True}
 
     def get_help_option_names(self, ctx: click.Context) -> list[str]:
         """Returns the names of the help option, which are the same in every context.
 
-        click makes a command's help option once, with the names of the context that asked first.
+        click creates a command's help option only once, with the names of the first context that asks.
         """
         return list(HELP_OPTIONS)
 
@@ -85,7 +85,7 @@ class Command(click.Command):
 
 
 def _no_such_option(name: str, known: Sequence[str], context: click.Context) -> click.NoSuchOption:
-    """Returns the error for an option that does not exist, with what was meant or else with all that exist."""
+    """Returns the error for an unknown option, with similar options, or all options if none is similar."""
     error = click.NoSuchOption(name, possibilities=known, ctx=context)
     if error.possibilities:
         return error
@@ -101,11 +101,11 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def command(*examples: str, name: str | None = None) -> Callable[[Function], Command]:
-    """Declares a function as a command; its docstring is the help, and returns what the process exits with.
+    """Declares a function as a command. Its docstring is the help, and its result is the exit status.
 
     Args:
-        examples: command lines that end the help.
-        name: of the command; None for the function's.
+        examples: example command lines at the end of the help.
+        name: name of the command; None for the function's name.
     """
     return click.command(name, cls=Command, epilog=epilog(*examples))
 
@@ -117,12 +117,12 @@ def epilog(*examples: str) -> str:
 
 
 class Setting(click.ParamType[str]):
-    """`key=value`, completed by the keys there are and by the values that a key can have."""
+    """The type of `key=value` words; completes keys and values."""
 
     name = "key=value"
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Returns the keys that begin so, or after `=` the values; any value may be a file's name."""
+        """Returns the matching keys or, after `=`, the key's values; keys without fixed values complete file names."""
         from embedtrain.recipes.loading import setting_choices, setting_keys
 
         key, equals, text = incomplete.partition("=")
@@ -135,10 +135,10 @@ class Setting(click.ParamType[str]):
 
 
 class ConfigFile(click.Path):
-    """A configuration file, or the name of one that embedtrain brings; a setting in its place is completed as one."""
+    """The type of a configuration: a file or the name of a shipped configuration; also completes settings."""
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Returns the settings that begin so, if the word names a section or a key; else names and any file."""
+        """Returns matching settings if the word has a `.` or `=`; otherwise matching names and files."""
         from embedtrain.recipes.loading import shipped_names
 
         settings = Setting().shell_complete(ctx, param, incomplete) if re.search("[.=]", incomplete) else []
@@ -153,7 +153,7 @@ def run_argument(function: Function) -> Function:
 
 def table_option(function: Function) -> Function:
     """Declares which table of the run."""
-    return click.option("--table", metavar="NAME", help="A table other than the one that holds the vectors.")(function)
+    return click.option("--table", metavar="NAME", help="Table to use instead of the run's default table.")(function)
 
 
 class StepType(click.ParamType["int | Literal['best', 'newest']"]):
@@ -178,21 +178,21 @@ def step_option(function: Function) -> Function:
         "--step",
         type=StepType(),
         metavar="N|best|newest",
-        help="Which checkpoint; the best is by checkpoint.best_metric.  [default: best if kept, else newest]",
+        help="Checkpoint to use; best means by checkpoint.best_metric.  [default: best if kept, else newest]",
     )(function)
 
 
 def settings_argument(function: Function) -> Function:
     """Declares the settings, which may stand anywhere on the line."""
     return click.argument(
-        "settings", nargs=-1, type=Setting(), metavar="[KEY=VALUE]...", help="Settings that replace the file's."
+        "settings", nargs=-1, type=Setting(), metavar="[KEY=VALUE]...", help="Settings that override the configuration."
     )(function)
 
 
 def split_words(*words: str | Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """Returns the paths among the words of a command line, and the settings, in order.
+    """Splits the words of a command line into paths and settings, in order.
 
-    A word is a setting if it has a `=` and no `/` before it.
+    A word is a setting if it has a `=` without a `/` before it.
     """
     given = [word for each in words if each is not None for word in ([each] if isinstance(each, str) else each)]
     paths = [word for word in given if not _SETTING.fullmatch(word)]
@@ -207,7 +207,7 @@ def split_config(config: str | None, settings: Sequence[str]) -> tuple[str | Non
     """
     paths, overrides = split_words(config, settings)
     if len(paths) > 1:
-        raise UserError(f"expected one configuration file and settings such as optimizer.lr=0.1, got {paths[1]!r} too")
+        raise UserError(f"expected one configuration and settings such as optimizer.lr=0.1, got also {paths[1]!r}")
     return (paths[0] if paths else None), overrides
 
 
@@ -231,12 +231,12 @@ def require_run(path: str, settings: Sequence[str]) -> tuple[str, list[str]]:
     """
     paths, overrides = split_words(path, settings)
     if len(paths) != 1:
-        raise UserError(f"expected the folder of one run and settings such as data.format=csv, got {paths or 'none'}")
+        raise UserError(f"expected one run folder and settings such as data.format=csv, got {paths or 'no folder'}")
     return paths[0], overrides
 
 
 def split_names(text: str | None, option: str, noun: str) -> list[str]:
-    """Returns the names between the commas of an option's value.
+    """Splits an option's value at commas into names.
 
     Args:
         text: the value; None for no name.
@@ -250,36 +250,36 @@ def split_names(text: str | None, option: str, noun: str) -> list[str]:
     if names and not any(names):
         raise UserError(f"{option} {text}: expected at least one {noun}")
     if not all(names) or len(set(names)) < len(names):
-        raise UserError(f"{option} {text}: expected different names between commas")
+        raise UserError(f"{option} {text}: expected different names, separated by commas")
     return names
 
 
 def given_options(*names: str) -> list[str]:
-    """Returns which of some parameters of the current command are given on its command line, as options."""
+    """Returns the options of the parameters `names` that the command line of the current command gives."""
     context = click.get_current_context()
     given = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     return [param.opts[0] for param in context.command.params if param.name in given]
 
 
 def is_debugged() -> bool:
-    """Returns whether `--debug` asks for tracebacks of the user's mistakes."""
+    """Returns whether `--debug` is given."""
     return bool(click.get_current_context().find_root().params.get("debug"))
 
 
 def is_first_rank() -> bool:
-    """Returns whether this process speaks for its job before the ranks join: rank 0, or a process without a rank."""
+    """Returns whether this process prints messages before the ranks join: rank 0, or a process without a rank."""
     rank = os.environ.get("RANK", "0")
     return rank == "0" or not rank.isdecimal()
 
 
 def tell(*lines: object) -> None:
-    """Prints lines of a command's result; characters that a terminal obeys or that end a line are shown escaped."""
+    """Prints lines of a command's result to stdout; control characters and line breaks are escaped."""
     for line in lines:
         print(printable(line))
 
 
 def say(text: str) -> None:
-    """Prints lines for the user; characters that a terminal obeys are shown escaped."""
+    """Prints lines for the user to stderr; control characters are escaped."""
     print(printable(text, keep="\n"), file=sys.stderr, flush=True)
 
 
@@ -292,10 +292,10 @@ class PlainFormatter(logging.Formatter):
 
 
 def say_once(line: str) -> None:
-    """Prints what every rank has to say alike, before the ranks join.
+    """Prints once a line that every rank has, before the ranks join.
 
-    Rank 0 prints it. torchrun ends the job when one rank has left, so the other ranks wait until rank 0 has printed. A
-    rank that outlives that wait is alone with its trouble, such as a file that its host lacks, and prints the line too.
+    Rank 0 prints it. torchrun kills the job when one rank exits, so the other ranks wait until rank 0 has printed. If
+    a rank survives the wait, only this rank has the error, for example a file missing on its host; it prints the line.
     """
     tell_launcher(line)
     if is_first_rank():

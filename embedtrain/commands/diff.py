@@ -1,4 +1,4 @@
-"""`embedtrain diff`: which rows moved between two checkpoints, saved by any numbers of ranks and read in blocks."""
+"""`embedtrain diff`: the rows that moved most between two checkpoints, which are read in blocks."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _BLOCK_BYTES = 32 << 20
 
 @command("embedtrain diff runs/x/checkpoints/step-000001000 runs/x --top 20")
 @click.argument("first", metavar="A", type=click.Path(file_okay=False), help="Run folder, or folder of a checkpoint.")
-@click.argument("second", metavar="B", type=click.Path(file_okay=False), help="Another one, saved by any ranks.")
-@click.option("--table", metavar="NAME", help="This table only.")
-@click.option("--top", type=int, default=10, show_default=True, metavar="N", help="How many rows of each table.")
+@click.argument("second", metavar="B", type=click.Path(file_okay=False), help="The other run or checkpoint.")
+@click.option("--table", metavar="NAME", help="Compare only this table.")
+@click.option("--top", type=int, default=10, show_default=True, metavar="N", help="Number of rows to show per table.")
 def diff(first: str, second: str, table: str | None, top: int) -> int:
     """Shows which rows moved most between two checkpoints."""
     print_difference(first, second, table, top)
@@ -38,11 +38,11 @@ def diff(first: str, second: str, table: str | None, top: int) -> int:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two checkpoints.
+    """Reads one of the two checkpoints.
 
     Attributes:
-        reader: of it.
-        folder: the run that it belongs to, which knows the names of its rows.
+        reader: reader of the checkpoint.
+        folder: the checkpoint's run folder, which holds the names of its rows.
     """
 
     reader: CheckpointReader
@@ -50,7 +50,7 @@ class Side:
 
     @classmethod
     def open(cls, path: str) -> Side:
-        """Opens a run's newest checkpoint, or the checkpoint that is named itself.
+        """Opens the newest checkpoint of a run folder, or the given checkpoint.
 
         Raises:
             UserError: there is none.
@@ -69,7 +69,7 @@ class Side:
             checkpoint = latest_checkpoint(folder.checkpoints_path)
         if checkpoint is None:
             raise UserError(
-                f"expected a run folder with a complete checkpoint, or a checkpoint's own folder such as "
+                f"expected a run folder with a complete checkpoint, or the folder of a checkpoint such as "
                 f"runs/x/checkpoints/step-000001000, got {path!r}"
             )
         return cls(CheckpointReader(checkpoint), folder)
@@ -87,23 +87,23 @@ class Side:
         return read_row_names(self.folder.path, self.reader.state, table, self.tables[table].shape[0])
 
     def words(self) -> str:
-        """Returns what it is, for a message."""
+        """Returns a description of the checkpoint."""
         ranks = self.reader.manifest.world_size
         return f"{self.reader.path}, step {self.reader.step:,}, saved by {ranks} {'rank' if ranks == 1 else 'ranks'}"
 
 
 @dataclass(frozen=True)
 class Movement:
-    """How far the rows of a table moved that both checkpoints have.
+    """Holds how far the rows moved that a table has in both checkpoints.
 
     Attributes:
-        num_rows: rows that both have.
-        num_moved: of them, those that are not the same to the last bit.
-        num_not_finite: of them, those that hold a NaN or an infinity on either side.
-        mean: Euclidean distance on average, of the rows that are finite.
-        names: of the rows that moved most, the furthest first.
-        distances: of these.
-        cosines: between these rows before and after; 0 if one of the two is zero.
+        num_rows: number of rows in both checkpoints.
+        num_moved: number of these rows that differ in any bit.
+        num_not_finite: number of these rows with a NaN or an infinity on either side.
+        mean: mean Euclidean distance of the finite rows.
+        names: names of the rows that moved most, largest distance first.
+        distances: their distances.
+        cosines: cosine between each row before and after; 0 if either is zero.
     """
 
     num_rows: int
@@ -130,7 +130,7 @@ def print_difference(first_path: str, second_path: str, table: str | None, top: 
         UserError: there is no checkpoint, or none has the table.
     """
     if top < 0:
-        raise UserError(f"expected --top of at least 0 rows, got {top}")
+        raise UserError(f"--top must be at least 0, got {top}")
     first, second = Side.open(first_path), Side.open(second_path)
     with first.reader, second.reader:
         tell(f"from  {first.words()}", f"to    {second.words()}")
@@ -142,7 +142,7 @@ def print_difference(first_path: str, second_path: str, table: str | None, top: 
 
 
 def movement(name: str, first: Side, second: Side, top: int) -> tuple[Movement, int, int]:
-    """Returns how far the rows of a table moved, and how many rows only the first and only the second has.
+    """Compares the rows of a table; returns their movement and the numbers of rows only in the first and the second.
 
     Args:
         name: a table of the same dim on both sides.
@@ -151,7 +151,7 @@ def movement(name: str, first: Side, second: Side, top: int) -> tuple[Movement, 
         top: how many rows to name.
 
     Raises:
-        CheckpointError: a table's rows cannot be read, or lie in an order that this version does not know.
+        CheckpointError: a table cannot be read, or has a layout that this version does not know.
     """
     import torch
 
@@ -180,7 +180,7 @@ def movement(name: str, first: Side, second: Side, top: int) -> tuple[Movement, 
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Which row of one side is which of the other.
+    """Pairs the rows of the two sides by name or id.
 
     Attributes:
         names: of the first side's rows.
@@ -199,7 +199,7 @@ class _Pairs:
         are_numbered = isinstance(first, Numbered) and isinstance(second, Numbered)
         if first == second or (are_numbered and first[:1] == second[:1]):
             return cls(first, None)
-        if are_numbered:  # hashes of other sizes: no row of one is a row of the other
+        if are_numbered:  # Hashed tables of different sizes have no rows in common.
             return cls(first, (torch.empty(0, dtype=torch.int64),) * 2)
         places = {name: row for row, name in enumerate(second)}
         found = [(row, places[name]) for row, name in enumerate(first) if name in places]
@@ -238,7 +238,7 @@ def _blocks(
 
 
 class _Largest:
-    """The rows of the largest distances among those that were added."""
+    """Keeps the rows with the largest distances."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -248,7 +248,7 @@ class _Largest:
     def add(self, ids: NDArray[np.int64], distances: NDArray[np.float64], cosines: NDArray[np.float64]) -> None:
         ids = np.concatenate([self._ids, ids])
         values = np.concatenate([self._values, np.stack([distances, cosines])], axis=1)
-        # Of equal distances the lower id comes first, whatever the order of the files.
+        # Ties are ordered by id, so that the result does not depend on the order of the files.
         order = np.lexsort((ids, -values[0]))[: self._count]
         self._ids, self._values = ids[order], values[:, order]
 
@@ -265,12 +265,12 @@ def _print_table(name: str, first: Side, second: Side, top: int) -> None:
         tell("", f"table {name}: only in {side.reader.path}, {shape}")
         return
     if before.shape[1:] != after.shape[1:]:
-        tell("", f"table {name}: {shapes[0]} and {shapes[1]}, which cannot be compared: the columns differ")
+        tell("", f"table {name}: {shapes[0]} and {shapes[1]} cannot be compared, because their dims differ")
         return
     moved, num_gone, num_new = movement(name, first, second, top)
     tell(
         "",
-        f"table {name}: {shapes[1]}; of {moved.num_rows:,} rows that both have {moved.num_moved:,} moved, "
+        f"table {name}: {shapes[1]}; {moved.num_moved:,} of {moved.num_rows:,} common rows moved, "
         f"by {moved.mean:.4g} on average",
     )
     for number, path in ((num_gone, first.reader.path), (num_new, second.reader.path)):

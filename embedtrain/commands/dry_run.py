@@ -1,4 +1,4 @@
-"""Trying a run: the head of its data, everything built, two steps, and the plan; nothing in the run folder."""
+"""The dry run: builds a run on the head of its data, makes two steps and prints the plan."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ _NUM_STEPS = 2
 def dry_run(config: Config, folder: RunFolder, runtime: Runtime) -> None:
     """Builds a run on the head of its data, makes two steps and prints the plan on rank 0.
 
-    The prepared head lies in a folder of its own in the cache, which is removed again. Data that are no larger than
-    their head are prepared in the cache, where the run will find them.
+    Writes nothing to the run folder. The prepared head is stored in a temporary folder in the cache. Data smaller than
+    the head are prepared as usual in the cache, where the run will find them.
 
     Collective: every rank.
 
     Raises:
-        UserError: as the run itself would.
+        UserError: see the run itself.
     """
     found: list[Sizes] = []
 
@@ -73,7 +73,7 @@ def dry_run(config: Config, folder: RunFolder, runtime: Runtime) -> None:
 
 
 def _first_batches(batches: Batches | StreamedBatches) -> Iterator[Any]:
-    """Yields this rank's part of the first steps. Collective: every rank."""
+    """Yields this rank's batches of the first steps. Collective: every rank."""
     if not isinstance(batches, StreamedBatches):
         yield from (batches.batch(0, step) for step in range(min(_NUM_STEPS, batches.steps_per_epoch)))
         return
@@ -98,9 +98,9 @@ def _try_step(task: Task, batch: Any, runtime: Runtime, options: StepOptions) ->
 
 @contextmanager
 def _head_of(config: Config, runtime: Runtime) -> Iterator[tuple[Config, bool]]:
-    """Yields the configuration with the heads of its data in place of the data, and whether that is all of them.
+    """Yields the configuration with its data replaced by their heads, and whether the heads are all the data.
 
-    Collective: every rank, also as it is left.
+    Collective: every rank, on entering and on leaving.
     """
     recipe = recipe_of(config.model)
     large = recipe.heads(config)
@@ -131,7 +131,7 @@ def _head_of(config: Config, runtime: Runtime) -> Iterator[tuple[Config, bool]]:
 
 
 def _write_heads(config: Config, large: Mapping[str, tuple[str, Layout]], work_path: str) -> dict[str, list[str]]:
-    """Writes the heads of the data at the given keys; returns their paths by key, without data that are small."""
+    """Writes the heads of the data at the given keys; returns their paths by key, except for small data."""
     heads = {}
     for key, (format, layout) in large.items():
         path = value_at(config, key)

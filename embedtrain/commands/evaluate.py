@@ -34,21 +34,26 @@ _GROUPS_SHOWN = 10
 @run_argument
 @settings_argument
 @table_option
-@click.option("--data", metavar="PATH", type=click.Path(), help="Held-out data, in place of those of the training.")
+@click.option("--data", metavar="PATH", type=click.Path(), help="Held-out data to use instead of the run's own.")
 @click.option(
     "--fold-in",
     type=float,
     metavar="FRACTION",
-    help="Of a retrieval run with --data: measure on its new users, each known by this part of their items.",
+    help="Retrieval with --data: measure on new users, given this fraction of each user's items.",
 )
-@click.option("--by", metavar="COLUMN", help="Of a ranking run with --data: also the AUC within groups of rows.")
+@click.option("--by", metavar="COLUMN", help="Ranking with --data: also print the AUC per value of this column.")
 @step_option
 @click.option("--analogies", multiple=True, metavar="FILE", type=click.Path(), help="`: section` and `a b c d` lines.")
 @click.option("--similarity", multiple=True, metavar="FILE", type=click.Path(), help="`word word score` lines.")
 @click.option(
-    "--restrict-vocab", type=int, default=300_000, show_default=True, metavar="N", help="Most frequent words only."
+    "--restrict-vocab",
+    type=int,
+    default=300_000,
+    show_default=True,
+    metavar="N",
+    help="Use only the N most frequent words.",
 )
-@click.option("--case-sensitive", is_flag=True, help="Compare words as they are written.")
+@click.option("--case-sensitive", is_flag=True, help="Do not ignore case.")
 def evaluate(
     path: str,
     settings: Sequence[str],
@@ -62,9 +67,9 @@ def evaluate(
     """Measures a run on held-out data, or its words on word tests."""
     run_path, overrides = require_run(path, settings)
     if data is None and (by is not None or overrides):
-        raise UserError(f"{'--by' if by is not None else overrides[0]} is for other data: give --data FILE too")
+        raise UserError(f"{'--by' if by is not None else overrides[0]} needs other data: give --data FILE too")
     if fold_in is not None and not 0 < fold_in < 1:
-        raise UserError(f"expected --fold-in above 0 and below 1, got {fold_in:g}")
+        raise UserError(f"--fold-in must be more than 0 and less than 1, got {fold_in:g}")
     if fold_in is not None and (data is None or by is not None or word_tests["analogies"] or word_tests["similarity"]):
         raise UserError("--fold-in measures a retrieval run on the new users of other data: give --data FILE alone")
     if not word_tests["analogies"] and not word_tests["similarity"]:
@@ -72,12 +77,10 @@ def evaluate(
             raise UserError(f"{', '.join(unused)}: only for word tests, so give --analogies FILE or --similarity FILE")
         if data is None or not _scores_rows(run_path):
             if by is not None or overrides:
-                raise UserError(
-                    f"{by or overrides[0]}: --by and settings are for runs that score rows, those of ranking"
-                )
+                raise UserError(f"{by or overrides[0]}: --by and settings need a ranking run")
             return _measure(run_path, step, data, fold_in)
         if fold_in is not None:
-            raise UserError(f"{run_path!r} scores rows, and has no users to fold in: leave out --fold-in")
+            raise UserError(f"--fold-in needs a retrieval run, and {run_path!r} is not one: leave out --fold-in")
         return _measure_file(run_path, step, data, overrides, by)
     if data is not None:
         raise UserError("--data is for ranking and retrieval, --analogies and --similarity for words: give one of them")
@@ -105,7 +108,7 @@ def _scores_rows(run_path: str) -> bool:
 
 
 def _measure_file(run_path: str, step: Step, data: str, overrides: Sequence[str], by: str | None) -> int:
-    """Prints the measures of a ranking run on any file. Collective: every rank."""
+    """Prints the measures of a ranking run on other files. Collective: every rank."""
     from embedtrain.distributed.runtime import init_distributed
     from embedtrain.serve.measuring import measure_scores
     from embedtrain.serve.opening import config_for_files, open_scorer, score_options
@@ -121,7 +124,7 @@ def _measure_file(run_path: str, step: Step, data: str, overrides: Sequence[str]
 
     def require_rows() -> None:
         if measures.num_rows == 0:
-            raise UserError(f"{data}: there are no rows that can be used: nothing can be measured")
+            raise UserError(f"{data} has no usable rows: nothing can be measured")
 
     runtime.ranks.run_on_first(require_rows)
     if runtime.rank == 0:
@@ -136,7 +139,7 @@ def _measure_file(run_path: str, step: Step, data: str, overrides: Sequence[str]
 
 
 def _measure(run_path: str, step: Step, data: str | None, fold_in: float | None) -> int:
-    """Prints the measures of a run on its held-out data, or on others. Collective: every rank."""
+    """Prints the measures of a run on its held-out data or on `data`. Collective: every rank."""
     from embedtrain.distributed.runtime import init_distributed
     from embedtrain.recipes.trained import measure_new_users, measure_run, require_config, require_held_out
 
@@ -179,12 +182,12 @@ def print_evaluation(
         tell(f"{path}: accuracy by 3CosAdd")
         for section in (*report.sections, report.total):
             tell(f"  {section.accuracy:7.2%}  {section.num_correct:>6,} of {section.num_questions:<6,} {section.name}")
-        tell(f"  {report.num_oov:,} questions left out: a word is not in the vocabulary")
+        tell(f"  {report.num_oov:,} questions skipped because a word is not in the vocabulary")
     for path in similarity:
         pairs = evaluate_similarity(
             unit, restricted.words, read_lines(path), restrict_vocab, case_insensitive, source=path
         )
         tell(
             f"{path}: Spearman {pairs.spearman:.3f}, Pearson {pairs.pearson:.3f} over {pairs.num_pairs:,} pairs; "
-            f"{pairs.oov_ratio:.1%} left out, a word is not in the vocabulary"
+            f"{pairs.oov_ratio:.1%} skipped because a word is not in the vocabulary"
         )

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 PACKAGE, INDEX = "package", "faiss"
 FORMAT_NAMES = ("word2vec", "word2vec-binary", "glove", "npy", "safetensors", "parquet", "projector", INDEX, PACKAGE)
-"""The names of `embedtrain.export.FORMATS`, whose import takes too long for the help; a test compares them. An index
-finds vectors, and a package is the whole model."""
+"""The names of `embedtrain.export.FORMATS`, repeated because importing it would slow the help down, and the two
+formats that are not files of vectors. A test compares the names."""
 TABLE_DTYPES = ("float32", "bfloat16", "int8")
 INDEX_KINDS = ("flat", "ivfpq", "hnsw")
 SIMILARITIES = ("cosine", "dot")
@@ -36,7 +36,7 @@ _OPTIONS = {
     "kind": (INDEX, "an index"),
     "similarity": (INDEX, "an index"),
 }
-"""Options of one format: its name, and what they are for."""
+"""Options that belong to one format: the format, and a description for messages."""
 
 
 @command(
@@ -52,13 +52,13 @@ _OPTIONS = {
     required=True,
     metavar="PATH",
     type=click.Path(),
-    help="New file; for projector and package a folder.",
+    help="New file, or new folder for projector and package.",
 )
-@click.option("--dtype", type=click.Choice(TABLE_DTYPES), help="Of a package's tables.  [default: float32]")
-@click.option("--onnx", is_flag=True, default=None, help="Write a package's network as ONNX too.")
-@click.option("--kind", type=click.Choice(INDEX_KINDS), help="Of a faiss index.  [default: hnsw]")
-@click.option("--similarity", type=click.Choice(SIMILARITIES), help="Of a faiss index.  [default: cosine]")
-@click.option("--max-rows", type=int, metavar="N", help="Only the N most frequent words.")
+@click.option("--dtype", type=click.Choice(TABLE_DTYPES), help="Dtype of a package's tables.  [default: float32]")
+@click.option("--onnx", is_flag=True, default=None, help="Also write a package's network as ONNX.")
+@click.option("--kind", type=click.Choice(INDEX_KINDS), help="Kind of a faiss index.  [default: hnsw]")
+@click.option("--similarity", type=click.Choice(SIMILARITIES), help="Similarity of a faiss index.  [default: cosine]")
+@click.option("--max-rows", type=int, metavar="N", help="Export only the N most frequent words.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing file or folder.")
 def export(
     path: str,
@@ -75,7 +75,7 @@ def export(
             raise UserError(f"--{name} is for {what}: give --format {format_of} too")
     if format_name == PACKAGE:
         if unused := given_options("table", "max_rows"):
-            raise UserError(f"{', '.join(unused)}: a package holds the whole model")
+            raise UserError(f"{', '.join(unused)} cannot be given: a package holds the whole model")
         return _export_package(path, step, output, options["dtype"], bool(options["onnx"]), overwrite=overwrite)
     from embedtrain.distributed.runtime import init_distributed
     from embedtrain.export import export_vectors
@@ -87,7 +87,7 @@ def export(
             return EXIT_DONE
         if format_name == INDEX:
             if options["max_rows"] is not None:
-                raise UserError("--max-rows: an index is asked for the rows of a whole table")
+                raise UserError("--max-rows cannot be given: an index holds a whole table")
             return _export_index(vectors, output, options["kind"], options["similarity"], overwrite=overwrite)
         for written in export_vectors(vectors, format_name, output, overwrite=overwrite, max_rows=options["max_rows"]):
             tell(written)
@@ -99,7 +99,7 @@ def _export_index(vectors: Vectors, output: str, kind: IndexKind, similarity: Si
 
     paths, facts = export_index(vectors, output, kind or "hnsw", similarity or "cosine", overwrite=overwrite)
     tell(*paths)
-    zeros = f"; {facts.num_zero:,} zero vectors are left out" if facts.num_zero else ""
+    zeros = f"; {facts.num_zero:,} zero vectors are not indexed" if facts.num_zero else ""
     recall = f"recall@20 {facts.recall:.4f} ({facts.approximate_recall:.4f} by the scores of the index alone)"
     tell(f"{facts.kind}, {facts.similarity}: {recall}{zeros}")
     return EXIT_DONE

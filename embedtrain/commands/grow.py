@@ -18,15 +18,15 @@ from embedtrain.errors import UserError
 @click.argument("new_path", metavar="NEW_RUN", type=click.Path(file_okay=False), help="Folder of the new run.")
 @settings_argument
 def grow(path: str, new_path: str, settings: Sequence[str]) -> int:
-    """Makes a larger run of a trained one, for new words or items."""
+    """Creates a larger run from a trained one, with rows for new words or items."""
     paths, overrides = split_words(path, new_path, settings)
     if len(paths) != 2:
-        raise UserError(f"expected the folder of a run and the folder of the new run, got {paths or 'neither'}")
+        raise UserError(f"expected the folder of a run and the folder of the new run, got {paths or 'no folder'}")
     from embedtrain.distributed.runtime import init_distributed
     from embedtrain.recipes.growing import grow_run
 
     old_path, new_path = paths
     for table in grow_run(old_path, new_path, overrides, init_distributed(device="cpu")):
         tell(f"table {table.name}: {table.num_kept:,} rows kept, {table.num_new:,} new")
-    tell(f"train it on with: embedtrain train {new_path.rstrip('/')}/config.yaml")
+    tell(f"continue training with: embedtrain train {new_path.rstrip('/')}/config.yaml")
     return EXIT_DONE

@@ -14,13 +14,13 @@ from embedtrain.errors import UserError
     "embedtrain init word2vec > my.yaml",
 )
 @click.argument("name", required=False, metavar="[NAME]", type=ConfigFile(), help="Model, or configuration to print.")
-@click.option("--from", "path", metavar="FILE", help="csv, tsv, jsonl or parquet whose columns to look at.")
-@click.option("--label", metavar="COLUMN", help="What ranking predicts, of --from.  [default: guessed]")
+@click.option("--from", "path", metavar="FILE", help="A csv, tsv, jsonl or parquet file whose columns to use.")
+@click.option("--label", metavar="COLUMN", help="Column that ranking predicts.  [default: guessed]")
 def init(name: str | None, path: str | None, label: str | None) -> int:
-    """Prints a configuration to begin with, of a file's columns."""
+    """Prints a configuration to start from, for the columns of a file."""
     if path is None:
         if label is not None:
-            raise UserError("--label names a column of the file of --from: give --from FILE too")
+            raise UserError("--label names a column of the file in --from: give --from FILE too")
         from embedtrain.recipes.loading import read_shipped, shipped_names
 
         if name is None:

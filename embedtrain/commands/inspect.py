@@ -31,8 +31,8 @@ def print_run(path: str, step: Step, *, verify: bool) -> None:
 
     Args:
         path: the run folder, a folder of checkpoints, or a single checkpoint.
-        step: which checkpoint; None for the newest.
-        verify: whether to check every byte of it, or of all checkpoints without a `step`.
+        step: the checkpoint's step; None for the newest.
+        verify: whether to check every byte of the checkpoint, or of all checkpoints if `step` is None.
     """
     from embedtrain.checkpoint import CheckpointReader, choose_checkpoint, find_checkpoints
     from embedtrain.train.run_folder import RunFolder
@@ -42,12 +42,12 @@ def print_run(path: str, step: Step, *, verify: bool) -> None:
     checkpoints_path = _checkpoints_path(folder)
     if checkpoints_path is None:
         if step is not None:
-            raise UserError(f"--step chooses a checkpoint of a run, and {path!r} is one checkpoint")
+            raise UserError(f"--step needs a run folder, but {path!r} is a single checkpoint: leave it out")
         steps, chosen, all_paths = [], folder.path, [folder.path]
     else:
         found = find_checkpoints(checkpoints_path)
         if not found:
-            raise UserError(f"there is no complete checkpoint in {path!r}")
+            raise UserError(f"{path!r} has no complete checkpoint")
         steps, chosen = [info.step for info in found], choose_checkpoint(checkpoints_path, step or "newest", path)
         all_paths = [info.path for info in found] if step is None else [chosen]
     config = folder.read_config()
@@ -76,7 +76,7 @@ def print_run(path: str, step: Step, *, verify: bool) -> None:
 
 
 def _checkpoints_path(folder: RunFolder) -> str | None:
-    """Returns where the checkpoints of a run, or of the library, lie; None if the folder is itself a checkpoint."""
+    """Returns the folder of the checkpoints; None if the given folder is itself a checkpoint."""
     from embedtrain import storage
     from embedtrain.checkpoint import find_checkpoints
     from embedtrain.checkpoint.manifest import MANIFEST_NAME
@@ -101,11 +101,9 @@ def _print_state(state: RunState) -> None:
 
 
 def _verify(paths: Sequence[str], folder: RunFolder | None, *, is_of_run: bool) -> None:
-    """Checks every byte of every checkpoint and of the data that the run keeps, and says of each how it is.
+    """Checks every byte of the checkpoints and of the run's kept data; prints each result, raises if any is damaged.
 
-    What is damaged is raised for in the end.
-
-    What the library saves beside the tensors is its caller's: it is not checked if the checkpoints are of no run.
+    The state saved beside the tensors is checked only for checkpoints of a run.
     """
     from embedtrain.checkpoint import verify
     from embedtrain.checkpoint.chain import read_manifest

@@ -1,4 +1,4 @@
-"""Training in a job: several runs one after another, or a trial; a failure is explained to the user."""
+"""Training as a command: one or more runs, or a dry run; explains failures to the user."""
 
 from __future__ import annotations
 
@@ -33,14 +33,17 @@ from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.task import Parts
 
 _PATIENCE_SECONDS = 5.0
-"""How long a rank that has failed waits for rank 0 to say so."""
+"""Seconds that a failed rank waits for rank 0 to print the error."""
 
 _SHORT_ERRORS = (NonFiniteError, CheckpointError)
-"""Failures that a message explains; any other is a defect or the machine's, and its traceback is shown."""
+"""Failures that a message explains; for any other failure the traceback is shown."""
 
 
 def try_run(config: Config, *, is_debugged: bool) -> int:
-    """Tries a run as `dry_run` does; returns the exit status. Collective: every rank."""
+    """Does a dry run and returns the exit status.
+
+    Collective: every rank.
+    """
     folder = check_run_folder(config)
     _check_publication(config)
     runtime = init_distributed(device=config.run.device, timeout_seconds=config.run.timeout_seconds)
@@ -50,7 +53,7 @@ def try_run(config: Config, *, is_debugged: bool) -> int:
         tried = copy.deepcopy(config)
         tried.start_from, tried.start_from_grow = None, False
         if runtime.rank == 0:
-            say(f"the trial does without start_from={config.start_from}: the tables begin as in a new run")
+            say(f"the dry run ignores start_from={config.start_from}: its tables start with initial values")
 
     def work() -> int:
         dry_run(tried, folder, runtime)
@@ -70,14 +73,14 @@ def train_each(
     may_diverge: bool = False,
     finish: Callable[[], None] = lambda: None,
 ) -> int:
-    """Trains one run after another, and rank 0 calls `finish` when all are done.
+    """Trains runs one after another, and calls `finish` on rank 0 when all are done.
 
     Args:
-        configs: of the runs.
-        is_debugged: whether the user wants to see tracebacks.
+        configs: configurations of the runs.
+        is_debugged: whether to show tracebacks.
         is_profiled: whether to write profiles.
-        may_diverge: whether a run whose gradient is not finite any more is done too.
-        finish: what to do in the end.
+        may_diverge: whether a run whose gradient becomes non-finite counts as done instead of failed.
+        finish: called on rank 0 at the end.
     """
     folders = [check_run_folder(config) for config in configs]
     for config in configs:
@@ -99,7 +102,7 @@ def train_each(
 
 
 def _check_publication(config: Config) -> None:
-    """Refuses a place that no run can be published to; only the host of rank 0 must reach it."""
+    """Checks on rank 0 that the run can be published to `publish.to`; other hosts need not reach it."""
     url = config.publish.to
     if url is None:
         return
@@ -169,7 +172,7 @@ def _train_one(
     is_profiled: bool,
     watch: Watch | None = None,
 ) -> tuple[int, Exception | None]:
-    """Trains a run; returns its exit status, and what it failed with, which the user was told. Collective: all."""
+    """Trains a run; returns its exit status and the error, which was already printed. Collective: every rank."""
     beginning = Beginning(config, runtime)
 
     def make_parts() -> Parts:
@@ -183,13 +186,13 @@ def _train_one(
 
 @dataclass(frozen=True)
 class _Job:
-    """Holds what the explanation of a failure needs.
+    """Holds the context that the explanation of a failure needs.
 
     Attributes:
-        runtime: of this process.
-        timeout_seconds: how long collectives wait.
-        is_debugged: whether the user wants to see tracebacks.
-        folder: the run folder, which keeps the reason of the failure; None to write nothing.
+        runtime: this process's runtime.
+        timeout_seconds: timeout of collectives.
+        is_debugged: whether to show tracebacks.
+        folder: the run folder, to which the reason of a failure is written; None to write nothing.
     """
 
     runtime: Runtime
@@ -198,14 +201,14 @@ class _Job:
     folder: RunFolder | None = None
 
     def note(self, text: str) -> None:
-        """Writes the reason of the failure to the run folder; an error of writing must not hide the failure itself."""
+        """Writes the reason of the failure to the run folder; ignores write errors, which must not hide the failure."""
         if self.folder is not None:
             with suppress(Exception):
                 self.folder.write_status("failed", EXIT_FAILED, error=text)
 
 
 def _explained(work: Callable[[], int], job: _Job) -> tuple[int, Exception | None]:
-    """Does the work of a job; if it fails, the rank to blame tells the user why. Collective: every rank."""
+    """Runs `work`; if it fails, the rank at fault prints the reason. Collective: every rank."""
     runtime = job.runtime
     begin("the preparation")
     with Beacon(runtime):
@@ -218,7 +221,7 @@ def _explained(work: Callable[[], int], job: _Job) -> tuple[int, Exception | Non
             _tell_once(printable(f"embedtrain: error: {error}"), runtime)
             return EXIT_USER_ERROR, error
         except _SHORT_ERRORS as error:
-            # Raised alike on every rank.
+            # Every rank raises this error.
             tell_launcher(str(error))
             if runtime.rank == 0:
                 job.note(str(error))
@@ -232,7 +235,7 @@ def _explained(work: Callable[[], int], job: _Job) -> tuple[int, Exception | Non
                 tell_launcher(f"{where}: {cause}")
                 say(f"embedtrain: {where}: {cause}\n{traceback.format_exc()}")
             elif job.is_debugged:
-                say(f"embedtrain: rank {runtime.rank} could not go on:\n{traceback.format_exc()}")
+                say(f"embedtrain: rank {runtime.rank} cannot continue:\n{traceback.format_exc()}")
             failure = explain_failure(error, runtime, job.timeout_seconds)
             if not is_fault:
                 tell_launcher(failure.text, is_fault=False)
@@ -243,7 +246,7 @@ def _explained(work: Callable[[], int], job: _Job) -> tuple[int, Exception | Non
 
 
 def _tell_once(line: str, runtime: Runtime) -> None:
-    """Prints on rank 0 what every rank found; the others wait for it, since torchrun ends all when one has left."""
+    """Prints on rank 0 an error that every rank has; other ranks wait, because torchrun kills all when one exits."""
     told = "embedtrain/told"
     if runtime.rank == 0:
         say(line)

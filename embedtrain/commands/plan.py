@@ -1,4 +1,4 @@
-"""`embedtrain plan`: what a run needs on each rank, before it is started."""
+"""`embedtrain plan`: memory, exchange and a lower bound of the step time of a run, before it is started."""
 
 from __future__ import annotations
 
@@ -28,29 +28,35 @@ EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
 @settings_argument
 @click.option("--world-size", type=int, default=1, show_default=True, metavar="N", help="Number of ranks.")
 @click.option("--hosts", type=int, default=1, show_default=True, metavar="H", help="Number of hosts.")
-@click.option("--memory", metavar="SIZE", help="Memory of each rank, such as 80GiB.")
-@click.option("--rows", multiple=True, metavar="[TABLE=]N", help="Rows of a table, or of all others: 5M.")
-@click.option("--skew", type=float, default=1.0, show_default=True, metavar="S", help="Zipf's exponent of the ids.")
+@click.option("--memory", metavar="SIZE", help="Memory per rank, such as 80GiB.")
+@click.option(
+    "--rows", multiple=True, metavar="[TABLE=]N", help="Rows of one table, or of all other tables, such as 5M."
+)
+@click.option(
+    "--skew", type=float, default=1.0, show_default=True, metavar="S", help="Exponent of the Zipf distribution of ids."
+)
 @click.option("--bag-length", type=float, metavar="L", help="Mean number of ids per bag.")
 @click.option(
     "--memory-bandwidth",
     metavar="RATE",
-    help="What each rank reads and writes per second, such as 20GB/s; bounds a step's time.",
+    help="Memory bandwidth per rank, such as 20GB/s; bounds the step time.",
 )
 @click.option(
     "--exchange-bandwidth",
     metavar="RATE",
-    help="What each rank sends to other ranks per second, such as 5GB/s; bounds a step's time.",
+    help="Bandwidth per rank to other ranks, such as 5GB/s; bounds the step time.",
 )
-@click.option("--probe", is_flag=True, help="Measure both bandwidths here: on torchrun's ranks, or on 2 of its own.")
+@click.option(
+    "--probe", is_flag=True, help="Measure both bandwidths on this machine: on torchrun's ranks, or on 2 new ones."
+)
 def plan(**options: Any) -> int:
-    """Tells what a run needs on each rank, and bounds a step's time."""
+    """Prints what a run needs on each rank, and a lower bound of its step time."""
     return run_plan(PlanOptions(**options))
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """The arguments and options of the command, as they are on the command line; None if not given."""
+    """Holds the arguments and options of the command line; None if not given."""
 
     config: str | None
     settings: Sequence[str]
@@ -65,29 +71,29 @@ class PlanOptions:
     probe: bool
 
     def check(self) -> None:
-        """Checks the ranges, and which options go together.
+        """Checks ranges and combinations of options.
 
         Raises:
             UserError: an option is out of range, or would have no effect.
         """
         if self.world_size < 1 or self.hosts < 1 or self.world_size % self.hosts:
             raise UserError(
-                f"expected --world-size a multiple of --hosts, both at least 1, got {self.world_size} and {self.hosts}"
+                f"--world-size must be a multiple of --hosts, both at least 1, got {self.world_size} and {self.hosts}"
             )
         if not 0 <= self.skew <= 10:
-            raise UserError(f"expected --skew between 0 (uniform) and 10, got {self.skew}")
+            raise UserError(f"--skew must be between 0 (uniform) and 10, got {self.skew}")
         if self.bag_length is not None and not 0 < self.bag_length < math.inf:
-            raise UserError(f"expected --bag-length above 0, got {self.bag_length}")
+            raise UserError(f"--bag-length must be more than 0, got {self.bag_length}")
         if self.probe and (self.memory_bandwidth is not None or self.exchange_bandwidth is not None):
             raise UserError("--probe measures the bandwidths: leave out --memory-bandwidth and --exchange-bandwidth")
         if self.exchange_bandwidth is not None and self.world_size == 1:
-            raise UserError("one rank exchanges nothing: leave out --exchange-bandwidth, or give --world-size")
+            raise UserError("--exchange-bandwidth needs more than one rank: give --world-size too, or leave it out")
 
     def read_rows(self) -> tuple[dict[str, int], int | None]:
         """Returns the rows by table, and the rows of all other tables.
 
         Raises:
-            UserError: a text is no count, or something is given twice.
+            UserError: a value is not a count, or a table is given twice.
         """
         named: dict[str, int] = {}
         others = []
@@ -102,15 +108,15 @@ class PlanOptions:
                 raise UserError(f"--rows {table}=... is given twice")
             named[table] = parse_count(count)
         if len(others) > 1:
-            raise UserError(f"expected one --rows without a table's name, got {len(others)}")
+            raise UserError(f"--rows without a table name must be given only once, got {len(others)}")
         return named, others[0] if others else None
 
 
 def run_plan(options: PlanOptions) -> int:
-    """Runs the command; returns 0 if the plan fits, and 1 if it does not.
+    """Prints the plan; returns 0 if the run fits into memory, otherwise 1.
 
     Raises:
-        UserError: an argument is wrong or has no effect, or something that the plan needs is unknown.
+        UserError: an argument is invalid or has no effect, or a size that the plan needs is unknown.
     """
     options.check()
     from embedtrain.planning.report import Request, print_plan
@@ -119,7 +125,7 @@ def run_plan(options: PlanOptions) -> int:
     config = load_without_data(*split_config(options.config, options.settings))
     workload = _workload(options, config)
     if options.bag_length is not None and all(table.num_bags is None for table in workload.tables):
-        raise UserError("no table of this model has bags: leave out --bag-length")
+        raise UserError("--bag-length has no effect, because no table of this model has bags: leave it out")
     memory_bytes = None if options.memory is None else parse_bytes(options.memory)
     bandwidths = _bandwidths(options, config.run.device)
     if bandwidths is None:
@@ -129,7 +135,7 @@ def run_plan(options: PlanOptions) -> int:
 
 
 def _workload(options: PlanOptions, config: Config) -> Workload:
-    """Returns what the run asks of its machines, from the sizes that are given or that its newest checkpoint has."""
+    """Returns the run's workload, with sizes from the options or from its newest checkpoint."""
     from embedtrain.recipes.building import workload_of
     from embedtrain.recipes.workload import Sizes, UnknownBagLengthError, UnknownRowsError
 
@@ -146,7 +152,9 @@ def _workload(options: PlanOptions, config: Config) -> Workload:
         if others is not None:
             with suppress(UnknownRowsError):
                 workload_of(config, replace(sizes, default_num_rows=None))
-                raise UserError(f"the rows of every table are known without --rows {others}: leave it out")
+                raise UserError(
+                    f"--rows {others} has no effect, because the rows of every table are known: leave it out"
+                )
     except UnknownRowsError as error:
         raise UserError(
             f"{error}: give --rows {error.table}=N (or --rows N for all tables), or a run.path with a checkpoint of "
@@ -174,7 +182,7 @@ def _rows_of_run(run_path: str) -> dict[str, int]:
 
 
 def _bandwidths(options: PlanOptions, device: str) -> Bandwidths | None:
-    """Returns the bandwidths that are given or probed; None on the ranks of torchrun that have nothing to print."""
+    """Returns the given or measured bandwidths; None on ranks of torchrun other than 0, which print nothing."""
     from embedtrain.planning.plan import Bandwidths
 
     if not options.probe:

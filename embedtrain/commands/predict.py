@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @settings_argument
 @click.option("--data", required=True, metavar="PATH", type=click.Path(), help="Rows; - for lines of standard input.")
 @click.option("--output", metavar="PATH", type=click.Path(), help="New .parquet, .csv or .jsonl file; - for lines.")
-@click.option("--keep", metavar="COLUMNS", help="Columns of the data that are handed on, such as id,ts.")
+@click.option("--keep", metavar="COLUMNS", help="Columns to copy to the output, such as id,ts.")
 @step_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 def predict(
@@ -45,13 +45,13 @@ def predict(
     step: Step,
     overwrite: bool,
 ) -> int:
-    """Scores rows by a ranking run: the probability of each."""
+    """Scores rows with a ranking run: writes the probability of each row."""
     run_path, overrides = require_run(path, settings)
     output = "-" if output is None and data == "-" else output
     if output is None:
-        raise UserError("expected --output FILE, or --output - to print a line for each row")
+        raise UserError("expected --output FILE, or --output - to print one line per row")
     if overwrite and output == "-":
-        raise UserError("--overwrite replaces the file of --output, and --output - is none")
+        raise UserError("--overwrite needs a file in --output, and --output - is standard output: leave it out")
     from embedtrain.distributed.runtime import init_distributed
     from embedtrain.serve.opening import config_for_files, open_scorer, score_options
     from embedtrain.serve.scoring import score_rows
@@ -59,7 +59,7 @@ def predict(
 
     kept = split_names(keep, "--keep", "column")
     if SCORE in kept:
-        raise UserError(f"--keep {SCORE}: that is what the scores are called, so no column of the name can be kept")
+        raise UserError(f"--keep {SCORE} cannot be kept: the score column has this name")
     config = config_for_files(run_path, overrides)
     if output != "-":
         require_output(output, overwrite=overwrite)

@@ -21,15 +21,21 @@ if TYPE_CHECKING:
 )
 @run_argument
 @click.argument("users", nargs=-1, metavar="[USER]...", help="Raw ids, as in the data; --all for all users.")
-@click.option("--all", "all_users", is_flag=True, help="All users, into the file of --output.")
+@click.option("--all", "all_users", is_flag=True, help="Recommend to all users; needs --output.")
 @click.option("--items", metavar="IDS", help="Items of one new user, such as 17,42.")
-@click.option("--history", metavar="PATH", type=click.Path(), help="Users and their items, in files as data.path.")
-@click.option("--features", metavar="PATH", type=click.Path(), help="Users by their features, in files as users.path.")
-@click.option("--top", type=int, default=10, show_default=True, metavar="N", help="How many items each.")
-@click.option("--include-known", is_flag=True, help="Also items that the user has already.")
-@click.option("--output", metavar="PATH", type=click.Path(), help="A new Parquet file, instead of printing.")
+@click.option(
+    "--history", metavar="PATH", type=click.Path(), help="New users: files of users and items, like data.path."
+)
+@click.option(
+    "--features", metavar="PATH", type=click.Path(), help="New users: files of user features, like users.path."
+)
+@click.option("--top", type=int, default=10, show_default=True, metavar="N", help="Number of items per user.")
+@click.option("--include-known", is_flag=True, help="Also recommend items that the user already has.")
+@click.option(
+    "--output", metavar="PATH", type=click.Path(), help="New Parquet file; without it, recommendations are printed."
+)
 @click.option("--overwrite", is_flag=True, help="Replace the file of --output if it exists.")
-@click.option("--index", metavar="PATH", type=click.Path(), help="Of export --format faiss; quicker.")
+@click.option("--index", metavar="PATH", type=click.Path(), help="Index made by export --format faiss; faster.")
 @step_option
 def recommend(
     path: str,
@@ -41,15 +47,15 @@ def recommend(
     step: Step,
     **asked: Any,
 ) -> int:
-    """Prints or writes the best items of users of a retrieval run."""
+    """Recommends items to users with a retrieval run."""
     items = split_names(asked["items"], "--items", "item")
     _require_one(users, all_users, asked)
     if top < 1:
-        raise UserError(f"the number of items must be at least 1, got {top}")
+        raise UserError(f"--top must be at least 1, got {top}")
     if all_users and output is None:
         raise UserError("--all needs --output FILE")
     if overwrite and output is None:
-        raise UserError("--overwrite replaces the file of --output: give --output FILE too")
+        raise UserError("--overwrite needs a file to replace: give --output FILE too")
     from embedtrain.distributed.runtime import init_distributed
     from embedtrain.export.recommendations import write_recommendations
     from embedtrain.recipes.base import Wanted
@@ -61,7 +67,7 @@ def recommend(
     config = require_config(path)
     best_of = recipe_of(config.model).recommend
     if best_of is None:
-        raise UserError(f"{path!r} is a run of {config.model}, which does not recommend")
+        raise UserError(f"{path!r} is a run of {config.model}, which cannot recommend")
     checkpoint = checkpoint_of(path, step)
     runtime = init_distributed(device=config.run.device, timeout_seconds=config.run.timeout_seconds)
     wanted = Wanted(
@@ -73,7 +79,7 @@ def recommend(
         features_path=asked["features"],
         index_path=asked["index"],
     )
-    # Under torchrun every rank holds its part of the items.
+    # Under torchrun every rank holds a part of the items.
     batches = best_of(config, runtime, checkpoint, wanted)
     if runtime.rank != 0:
         for _ in batches:
@@ -87,12 +93,12 @@ def recommend(
             for item, score in zip(best, scores, strict=True):
                 tell(f"  {score:.3f}  {item}")
             if not best:
-                tell("  nothing is left: the user has every item already (--include-known shows the best of them)")
+                tell("  no items: the user already has every item (--include-known shows them)")
     return EXIT_DONE
 
 
 def _check_output(output: str, asked: Mapping[str, Any]) -> None:
-    """Refuses a file that cannot be written, or that is read too."""
+    """Checks that the output has a valid name and is not an input file."""
     from embedtrain.export.recommendations import refuse_other_name
     from embedtrain.export.storage import refuse_input
 
@@ -103,7 +109,7 @@ def _check_output(output: str, asked: Mapping[str, Any]) -> None:
 
 
 def _require_one(users: Sequence[str], all_users: bool, asked: Mapping[str, Any]) -> None:
-    """Refuses a line that does not say in one way who is meant."""
+    """Checks that the users are given in exactly one way."""
     options = {f"--{name}": asked[name] is not None for name in ("items", "history", "features")}
     given = [way for way, is_given in {"--all": all_users, **options, ", ".join(users): users}.items() if is_given]
     if len(given) > 1:

@@ -16,15 +16,19 @@ from embedtrain.errors import UserError
 )
 @click.argument("config", type=ConfigFile(), help="A name, such as word2vec, or a YAML file.")
 @settings_argument
-@click.option("--profile", is_flag=True, help="Write a Chrome trace and seconds per stage of 50 steps.")
-@click.option("--dry-run", is_flag=True, help="Make two steps on the head of the data, print the plan, write nothing.")
+@click.option("--profile", is_flag=True, help="Write a Chrome trace and the seconds per stage of 50 steps.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Make two steps on the head of the data and print the plan; do not write to the run folder.",
+)
 def train(config: str, settings: Sequence[str], profile: bool, dry_run: bool) -> int:
     """Trains, or resumes the run in run.path."""
     from embedtrain.recipes.loading import load_config
 
     loaded = load_config(*require_config(config, settings))
     if profile and dry_run:
-        raise UserError("--profile writes into the run folder, and --dry-run does not: give one of them")
+        raise UserError("--profile and --dry-run cannot be given together: --dry-run does not write to the run folder")
     from embedtrain.commands.job import train_each, try_run
 
     if dry_run:

@@ -28,10 +28,11 @@ class RetrievalBatch:
         positives: [m] int64 rows of items, those of the first user first.
         example: [m] int64; the place among `users` of each positive's user.
         negatives: [k] int64; this rank's share of the items drawn. Without `in_batch`, its share of the candidates.
-        known: the items of each of `users`, which are no negatives for them; of very many, the candidates alone.
+        known: the candidates that each of `users` has, which are no negatives for them.
         candidates: [c] int64; what is scored as negatives: the items drawn, rank by rank, with `in_batch` each
             rank's positives before them.
         candidate_counts: for each rank how many of the candidates are its own.
+        user_counts: for each rank how many users it has.
         expected: how often each of `positives` [m] and of `candidates` [c] is expected among the candidates of a
             step, float32.
         in_batch: whether positives are among the candidates.
@@ -45,6 +46,7 @@ class RetrievalBatch:
     known: Jagged
     candidates: Tensor
     candidate_counts: list[int]
+    user_counts: list[int]
     expected: tuple[Tensor, Tensor]
     in_batch: bool
     num_global_positives: int
@@ -87,14 +89,14 @@ class DrawOptions:
         global_batch_size: examples of a step over all ranks.
         items_per_example: the most positives of an example.
         num_negatives: items drawn for each step, over all ranks; all users of the step share them.
-        power: they are drawn by count ** power.
+        popularity_share: how many of them, as a share, are drawn by popularity; the others uniformly.
         in_batch: whether the positives of a step, those of all ranks, are negatives for its other users.
     """
 
     global_batch_size: int
     items_per_example: int
     num_negatives: int
-    power: float = 0.0
+    popularity_share: float = 0.0
     in_batch: bool = False
 
 
@@ -136,10 +138,11 @@ class RetrievalBatches:
         self._num_runs = -(-self._degrees // options.items_per_example)
         self._first_example = np.concatenate([[0], np.cumsum(self._num_runs)])
         counts = np.bincount(known.values, minlength=num_items).astype(np.float64)
-        self._own, self._other = alias_table(counts**options.power)
-        # How often an item is expected among the items drawn for a step, and as one positive of it.
-        self._expected_drawn = options.num_negatives * counts**options.power / (counts**options.power).sum()
         self._popularity = counts / counts.sum()
+        drawn = negative_shares(self._popularity, num_items, options.popularity_share)
+        self._own, self._other = alias_table(drawn)
+        self._expected_drawn = options.num_negatives * drawn
+        self._is_candidate = np.zeros(num_items, np.bool_)
         self._epoch = -1
         self._order = np.zeros(0, np.int64)
         self._turns = np.zeros(0, np.float64)
@@ -175,6 +178,7 @@ class RetrievalBatches:
             known=self._known_of(users[mine], candidates),
             candidates=torch.from_numpy(candidates),
             candidate_counts=[sum(map(len, parts)) for parts in own],
+            user_counts=[len(users[share]) for share, _, _ in shares],
             expected=(
                 self._expected(positives[my_positives], len(positives)),
                 self._expected(candidates, len(positives)),
@@ -184,7 +188,7 @@ class RetrievalBatches:
         )
 
     def _known_of(self, users: NDArray[np.int64], candidates: NDArray[np.int64]) -> Jagged:
-        """Returns the items of each user; if they are very many, only those among the candidates.
+        """Returns the candidates among the items of each user.
 
         A user of 200,000 items is in thousands of examples, of which a step may hold hundreds.
         """
@@ -196,7 +200,11 @@ class RetrievalBatches:
             starts = np.cumsum([0, *map(len, found)])
             known = Bags(starts, np.concatenate(found))
         values, lengths = known.of(users)
-        return Jagged(torch.from_numpy(values), torch.from_numpy(lengths))
+        self._is_candidate[candidates] = True
+        is_candidate = self._is_candidate[values]
+        self._is_candidate[candidates] = False
+        up_to = np.concatenate([[0], np.cumsum(is_candidate)])[np.concatenate([[0], np.cumsum(lengths)])]
+        return Jagged(torch.from_numpy(values[is_candidate]), torch.from_numpy(np.diff(up_to)))
 
     def _begin_epoch(self, epoch: int) -> None:
         if self._on_epoch is not None:
@@ -235,6 +243,12 @@ class RetrievalBatches:
         first = int(lengths[: mine.start].sum())
         positives = slice(first, first + int(lengths[mine.start : mine.stop].sum()))
         return slice(mine.start, mine.stop), positives, slice(drawn.start, drawn.stop)
+
+
+def negative_shares(popularity: NDArray[np.float64], num_items: int, popularity_share: float) -> NDArray[np.float64]:
+    """Returns the probability of drawing an item as a negative, given its share of the interactions."""
+    shares: NDArray[np.float64] = (1.0 - popularity_share) / num_items + popularity_share * popularity
+    return shares
 
 
 def _common(wanted: NDArray[np.int64], known: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -17,11 +17,14 @@ from embedtrain.distributed.beacon import read_beacon
 from embedtrain.distributed.launcher import GRACE_SECONDS
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.distributed.stages import doing, whereabouts
+from embedtrain.errors import DeviceTimeoutError
 
 
 def is_of_the_group(error: BaseException) -> bool:
     """Returns whether an error says no more than that another rank did not take part in a collective."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    return isinstance(error, dist.DistError | DeviceTimeoutError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
 
 
 @dataclass(frozen=True)

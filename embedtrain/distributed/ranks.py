@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from embedtrain.distributed.stages import count_sent, stage
 from embedtrain.errors import CheckpointError, UserError
 from embedtrain.ops._backend.row_memory import empty_buffer
-from embedtrain.ops._backend.transfer import HostCopy
+from embedtrain.ops._backend.transfer import HostCopy, wait_at_most
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.sort_unique import OrderedKeys, SortedKeys
 
@@ -42,12 +42,10 @@ class Ranks(ABC):
     Attributes:
         rank: this rank's number.
         size: how many ranks there are.
-        timeout_seconds: how long the host waits for collectives of a GPU, which know no time-out; None for any time.
     """
 
     rank: int
     size: int
-    timeout_seconds: float | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         """Returns itself: a copy of tables belongs to the same job."""
@@ -72,7 +70,7 @@ class Ranks(ABC):
 
     def sum(self, value: float, device: torch.device) -> float:
         """Returns the sum of one number per rank, which travels from the memory of `device`."""
-        return float(self.all_reduce(torch.tensor(value, dtype=torch.float64, device=device)))
+        return HostCopy(self.all_reduce(torch.tensor(value, dtype=torch.float64, device=device))).item()
 
     @abstractmethod
     def broadcast(self, values: Tensor) -> None:
@@ -173,7 +171,7 @@ class Ranks(ABC):
             that the ranks want of this one, [n] int64, by asking rank.
         """
         told = self.all_to_all(counts, [1] * self.size, [1] * self.size)
-        both = by_kind(counts, told, self.timeout_seconds)  # the one wait for the device
+        both = by_kind(counts, told)  # the one wait for the device
         wanted = []
         for number, (ordered, num_rows) in enumerate(zip(keys, rows_per_rank, strict=True)):
             own = ordered.sorted.unique  # how many there are came to the host before the counts did
@@ -256,17 +254,9 @@ def _room(like: Tensor, count: int) -> Tensor:
     return like.new_empty(shape) if like.is_cuda else empty_buffer(*shape, dtype=like.dtype)
 
 
-def by_kind(told: Tensor, heard: Tensor, timeout_seconds: float | None = None) -> list[list[list[list[int]]]]:
-    """Returns counts on the host: told or heard, number, kind, rank; see `Ranks.ask`.
-
-    Raises:
-        dist.DistError: counts are on a GPU, and what the ranks tell each other did not come in time.
-    """
-    try:
-        counts = HostCopy(torch.stack([told, heard])).values(timeout_seconds)
-    except TimeoutError as error:
-        # NCCL itself says nothing: a rank that is gone leaves kernels that never end.
-        raise dist.DistError(f"another rank did not take part in a collective: {error}") from error
+def by_kind(told: Tensor, heard: Tensor) -> list[list[list[list[int]]]]:
+    """Returns counts on the host: told or heard, number, kind, rank; see `Ranks.ask`."""
+    counts = HostCopy(torch.stack([told, heard])).values()
     both: list[list[list[list[int]]]] = counts.permute(0, 2, 3, 1).tolist()
     return both
 
@@ -379,7 +369,7 @@ class GroupRanks(Ranks):
         self._beside: Ranks | None = None
         self._turns = turns or _Turns()
         if "nccl" in str(dist.get_backend_config(group)):
-            self.timeout_seconds = self._timeout().total_seconds()
+            wait_at_most(self._timeout().total_seconds())
 
     @property
     def group(self) -> dist.ProcessGroup:

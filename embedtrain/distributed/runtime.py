@@ -75,7 +75,7 @@ def init_distributed(*, device: str = "auto", timeout_seconds: float = DEFAULT_T
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         # Torch's own watchdog aborts the process, and what is known of the failure with it. The host waits with a
-        # time-out instead (see `Ranks.timeout_seconds`), and then says which rank is to blame.
+        # time-out instead (see `embedtrain.ops._backend.transfer.wait_for`), and then says which rank is to blame.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     # Its functions have the job's group as a default argument, bound when it is imported, which torch's optimizers do:
     # imported any later it would keep the group alive to the end of the process (see `GroupRanks`).

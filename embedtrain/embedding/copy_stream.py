@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from embedtrain.ops._backend.transfer import HostCopy
+from embedtrain.ops._backend.transfer import HostCopy, wait_for
 from embedtrain.ops.gather_rows import gather_rows
 
 _STAGING_BYTES = 16 << 20
@@ -74,7 +74,7 @@ class CopyStream:
         is_free = [torch.cuda.Event(), torch.cuda.Event()]
         for number, some in enumerate(rows.split(chunk_rows)):
             turn = number % 2
-            is_free[turn].synchronize()  # at once for an event that was never recorded
+            wait_for(is_free[turn])  # at once for an event that was never recorded
             buffer = _gathered(host, some, buffers[turn][: some.numel()])
             with self._entered():
                 first = number * chunk_rows

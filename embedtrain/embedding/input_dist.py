@@ -131,7 +131,7 @@ class InputDist(ABC):
             if all(feature.invalid_ids == "error" for feature in route.features):
                 num_outside = []  # the caller asks later
             else:
-                num_outside, fault = [int(fault.num_wrong)], None
+                num_outside, fault = [int(HostCopy(fault.num_wrong).item())], None
         if any(num_outside):
             features = self._valid(route, batch)
             keys, _ = group.keys_of(route.tables, [feature.values for feature in features])
@@ -165,7 +165,7 @@ class LocalInputDist(InputDist):
             faults += [] if fault is None else [fault]
         if self._sorts_ahead and torch.is_grad_enabled():
             for part in parts:
-                part.sort_ahead()
+                part.sort_ahead(is_counted=is_ahead or bool(faults))
         check = Check(faults, HostCopy(torch.stack([fault.num_wrong for fault in faults]))) if faults else None
         if check is not None and not is_ahead:
             check.run()  # the one wait for the device, which also brings the numbers of distinct rows
@@ -188,6 +188,7 @@ class SharedInputDist(InputDist):
     def __init__(self, groups: Sequence[TableGroup], routes: Routes, ranks: Ranks) -> None:
         super().__init__(groups, routes, ranks)
         self._open = [name for name, feature in routes.features.items() if is_open(feature)]
+        self._uncounted: list[OrderedKeys] = []
 
     def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool) -> tuple[Asked, dict[int, Tensor]]:
         """See `InputDist`.
@@ -218,7 +219,8 @@ class SharedInputDist(InputDist):
             self.choices_of_evaluation = choices
         if self._sorts_ahead and is_training:
             for request in requests:
-                request.sort_ahead()
+                request.sort_ahead(is_counted=False)
+            self._uncounted = [request.home_keys for request in requests if request.home_keys is not None]
         keys = {number: each.keys for number, each in enumerate(wanted) if each is not None}
         return Asked(names, requests, self.choices, shapes_of(batch, self._routes.features)), keys
 
@@ -281,6 +283,8 @@ class SharedInputDist(InputDist):
             rows = [measured.get(name, Measured()) for name in self._open]
             counts[:, num_groups + 1 :, : len(Measured._fields)] = to_device(torch.tensor(rows), counts.device)
         (ask, owe), rows_owed = ranks.ask(counts, ordered, [group.num_local_rows for group in self._groups])
+        for earlier in self._uncounted:
+            earlier.is_counted = True  # the host has just waited for what came after them
         if any(owe[num_groups][_IS_WRONG]):
             ranks.fail_together(error or _explained(faults))
         if len(set(owe[num_groups][_FEATURES])) > 1:

@@ -19,6 +19,7 @@ from embedtrain.embedding.features import Route
 from embedtrain.embedding.owner_pooling import id_type
 from embedtrain.embedding.table_group import TableGroup
 from embedtrain.jagged import places_of_runs
+from embedtrain.ops._backend.transfer import to_host
 from embedtrain.ops.owner_bags import lengths_of, owner_and_bag
 from embedtrain.ops.pool_rows import Bags
 from embedtrain.ops.sort_unique import sort_unique
@@ -178,6 +179,7 @@ def _bytes_of_both(group: TableGroup, bags: Sequence[Bags], keys: Tensor) -> lis
         bound = group.ranks.size * group.num_local_rows
         num_rows = count_rows(keys, [feature.num_values for feature in bags], bound)
         num_sums = count_sums(keys, [lengths_of(feature, keys.device) for feature in bags], group.num_local_rows)
+    counts = to_host(torch.stack([num_rows, num_sums], dim=1)).tolist()
     dim = group.weight.shape[1]
     wire = Wire(
         id_bytes=id_type(group).itemsize,
@@ -190,7 +192,7 @@ def _bytes_of_both(group: TableGroup, bags: Sequence[Bags], keys: Tensor) -> lis
             bytes_of_sums(feature.num_values, of_sums, dim, wire, is_weighted=feature.weights is not None),
             bytes_of_rows(of_rows, dim, wire),
         )
-        for feature, (of_rows, of_sums) in zip(bags, torch.stack([num_rows, num_sums], dim=1).tolist(), strict=True)
+        for feature, (of_rows, of_sums) in zip(bags, counts, strict=True)
     ]
 
 

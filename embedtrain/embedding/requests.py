@@ -72,8 +72,12 @@ class GroupRequest(ABC):
         """[num_values] int64; where each value's row lies among the distinct ones."""
 
     @abstractmethod
-    def sort_ahead(self) -> None:
-        """Sorts the rows that the update will need. Native updates sort for themselves, and quicker."""
+    def sort_ahead(self, *, is_counted: bool) -> None:
+        """Sorts the rows that the update will need. Native updates sort for themselves, and quicker.
+
+        Args:
+            is_counted: see `OrderedKeys`.
+        """
 
     @abstractmethod
     def fetch(self, found: Found) -> tuple[Tensor, Tensor]:
@@ -100,6 +104,11 @@ class GroupRequest(ABC):
     @abstractmethod
     def send_distinct_home(self, grad: Tensor) -> Delivery | None:
         """Sends the gradient of the distinct rows to their owners; as `send_home`. Collective: every rank."""
+
+    @property
+    def home_keys(self) -> OrderedKeys | None:
+        """The local rows of all gradients that one backward brings, if they were sorted ahead."""
+        return None if self._home is None else self._home[1]
 
     def bring_rows(self) -> None:
         """Copies the rows that this rank reads and updates to the device, if they live in host memory."""
@@ -168,10 +177,11 @@ class LocalRequest(GroupRequest):
         assert self._ordered.inverse is not None
         return self._ordered.inverse
 
-    def sort_ahead(self) -> None:
+    def sort_ahead(self, *, is_counted: bool) -> None:
         """See `GroupRequest`."""
         if not dispatch.uses_native(self.rows):
             ordered = self._ordered if isinstance(self._ordered, OrderedKeys) else OrderedKeys(self.rows)
+            ordered.is_counted = is_counted
             self._ordered, self._home = ordered, (self.rows, ordered)
         if self.group.access.is_on_host:
             self._rows_on_host = self._rows_to_host()
@@ -268,11 +278,11 @@ class RemoteRequest(GroupRequest):
         assert self._ordered.inverse is not None
         return self._ordered.inverse
 
-    def sort_ahead(self) -> None:
+    def sort_ahead(self, *, is_counted: bool) -> None:
         """See `GroupRequest`."""
         if not dispatch.uses_native(self.rows):
             rows = self.rows if self.sums is None else torch.cat([self.rows, self.sums.rows])
-            self._home = rows, OrderedKeys(rows)
+            self._home = rows, OrderedKeys(rows, is_counted=is_counted)
         if self.group.access.is_on_host:
             self._rows_on_host = self._rows_to_host()
 

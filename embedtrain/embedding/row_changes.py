@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.embedding.copy_stream import host_blocks
+from embedtrain.ops._backend.transfer import catch_up
 
 _BLOCK_BYTES = 4 * 2**20
 _CHUNK_BYTES = 8 * 2**20
@@ -148,6 +149,7 @@ class RowSnapshot:
         """Copies those of the local rows [n] aside that are still to be read; waits where they do not fit."""
         if self._staged.is_set():
             return
+        catch_up(rows.device)
         with self._lock:
             fits = self._has_places and self._keep(rows[self._place[rows] == _AWAITED])
         if not fits:
@@ -192,6 +194,7 @@ class RowSnapshot:
             torch.index_select(self._tensors[name], 0, rows, out=block)
         if not self._has_places:
             return
+        catch_up(block.device)
         place = self._place[rows]
         preserved = (place >= 0).nonzero().squeeze(1)
         if preserved.numel():

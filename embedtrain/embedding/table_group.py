@@ -263,11 +263,13 @@ class TableGroup:
         self.changes.before_update_of_all()
         self.state[name].fill_(value)
 
-    def waiting_gradient(self) -> RowGradient:
-        """See `GradientMailbox.waiting`."""
+    def waiting_gradient(self, *, is_padded: bool = False) -> RowGradient:
+        """See `GradientMailbox.waiting`, and `RowGradient.padded`."""
         if self.access.is_on_host:
             self.access.join_copies()  # the step's verdict, which the host waits for, is computed after this
-        return self.gradients.waiting()
+        gradient = self.gradients.waiting()
+        takes_padded = is_padded and not self.access.is_on_host and not self.changes.is_watched
+        return gradient.padded() if takes_padded else gradient
 
     def clear_gradient(self) -> None:
         """Forgets all gradients delivered."""

@@ -76,7 +76,7 @@ class UnshardedTable:
         """Sets a state of all rows."""
         self.state[name].fill_(value)
 
-    def waiting_gradient(self) -> RowGradient:
+    def waiting_gradient(self, *, is_padded: bool = False) -> RowGradient:
         """Returns the rows touched since the last clearing and their gradients."""
         rows = self.touched.nonzero().flatten()
         grad = torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad

@@ -1,4 +1,4 @@
-"""Trained vectors for other programs and for a look: from a checkpoint, streamed, without a model."""
+"""Exporting and querying trained vectors: streamed from a checkpoint, without building the model."""
 
 from __future__ import annotations
 

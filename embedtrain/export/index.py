@@ -1,4 +1,4 @@
-"""An index of faiss over vectors: built, measured against the exact answer, written, and asked instead of all rows."""
+"""A faiss index over vectors: building, measuring its recall, writing, opening and searching."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ IndexKind = Literal["flat", "ivfpq", "hnsw"]
 Similarity = Literal["cosine", "dot"]
 
 _CLASSES: dict[IndexKind, str] = {"flat": "IndexFlatIP", "ivfpq": "IndexIVFPQ", "hnsw": "IndexHNSWFlat"}
-"""What faiss calls each kind."""
+"""The faiss class of each kind."""
 _NUM_LINKS = 32
 _NUM_BUILT_FROM = 80
 _NUM_VISITED = 96
-"""Of HNSW: links of a vector, candidates for them, and candidates of a search."""
+"""HNSW parameters: links per vector (M), candidates when building (efConstruction) and searching (efSearch)."""
 _LIST_ROWS = 40
 _SEARCHED_SHARE = 64
 _BITS = 8
@@ -35,19 +35,18 @@ _QUERIES = 256
 _K = 20
 _SAME = 1e-5
 _MORE = 4
-"""The index is asked for this many times the wanted rows, because its scores are approximate. Exact scores choose among
-them."""
+"""The index returns this many times the wanted rows, because its scores are approximate; exact scores then choose."""
 
 
 @dataclass(frozen=True)
 class IndexedRows:
-    """Says which vectors are indexed.
+    """Identifies the indexed vectors.
 
     Attributes:
-        table: its name.
-        step: of the checkpoint.
-        checksum: of the checkpoint's manifest, which tells it from that of any other run.
-        num_rows: of the table, zero vectors included.
+        table: name of the table.
+        step: step of the checkpoint.
+        checksum: checksum of the checkpoint's manifest, which differs between runs.
+        num_rows: number of rows, zero vectors included.
         dim: length of a vector.
     """
 
@@ -59,7 +58,7 @@ class IndexedRows:
 
     @classmethod
     def of(cls, vectors: Vectors) -> IndexedRows:
-        """Returns what an index of these vectors says of them."""
+        """Returns the identity of `vectors`."""
         return cls(vectors.table, vectors.step, vectors.checksum, vectors.num_rows, vectors.dim)
 
     def __str__(self) -> str:
@@ -68,16 +67,16 @@ class IndexedRows:
 
 @dataclass(frozen=True)
 class IndexFacts:
-    """Describes what was indexed; written as JSON beside the index.
+    """Describes an index; stored as JSON beside it.
 
     Attributes:
-        kind: "flat" compares with every vector; "ivfpq" keeps half a byte per number and looks into the nearest of
-            many lists; "hnsw" walks a graph.
-        similarity: "cosine" of vectors scaled to length 1, or "dot" of vectors as they are.
-        rows: the vectors.
-        num_zero: vectors of zeros, which are left out: nothing is near them.
-        recall: the share of the 20 rows nearest to a row that `Index.best` finds, over a few hundred rows.
-        approximate_recall: the share that the index finds by its own scores alone, as `Index.search` does.
+        kind: "flat" compares with every vector; "ivfpq" stores half a byte per number and searches the nearest of
+            many lists; "hnsw" searches a graph.
+        similarity: "cosine" (vectors are scaled to length 1) or "dot".
+        rows: the indexed vectors.
+        num_zero: number of zero vectors, which are not indexed.
+        recall: share of a row's 20 nearest rows that `Index.best` finds, over a few hundred rows.
+        approximate_recall: the same share for `Index.search`, which uses only the index's approximate scores.
     """
 
     kind: IndexKind
@@ -89,10 +88,10 @@ class IndexFacts:
 
 
 class Index:
-    """An index that was built or read.
+    """Searches a faiss index.
 
     Attributes:
-        facts: describe what was indexed.
+        facts: description of the index.
     """
 
     def __init__(self, facts: IndexFacts, index: Any) -> None:
@@ -100,7 +99,7 @@ class Index:
         self._index = index
 
     def search(self, queries: FloatRows, k: int) -> NDArray[np.int64]:
-        """Returns rows [n, k] near each of the queries [n, dim], roughly the nearest first; -1 if there are no more."""
+        """Returns rows [n, k] near each of the queries [n, dim], approximately nearest first; -1 if there are fewer."""
         graph = getattr(_faiss().downcast_index(self._index.index), "hnsw", None)
         if graph is not None:
             graph.efSearch = max(_NUM_VISITED, k)
@@ -108,12 +107,12 @@ class Index:
         return rows
 
     def best(self, vectors: Vectors, query: FloatRows, k: int) -> tuple[NDArray[np.int64], FloatRows]:
-        """Returns the rows nearest to a query [dim] and their exact scores, the best first; of equal ones the lower.
+        """Returns the rows nearest to a query [dim] and their exact scores, best first; ties are ordered by row.
 
         Args:
-            vectors: those that were indexed.
-            query: scaled as the similarity asks.
-            k: how many; fewer if the index finds no more.
+            vectors: the indexed vectors.
+            query: the query, scaled to length 1 if the similarity is "cosine".
+            k: number of rows; fewer are returned if the index finds fewer.
         """
         found = self.search(query[None], min(_MORE * k, max(1, self._index.ntotal)))[0]
         rows = np.sort(found[found >= 0])
@@ -124,16 +123,16 @@ class Index:
 
 
 def build_index(vectors: Vectors, kind: IndexKind, similarity: Similarity = "cosine") -> Index:
-    """Builds an index in memory from vectors that are read some MiB at a time, and measures it.
+    """Builds an index in memory, reading the vectors in blocks, and measures its recall.
 
     Raises:
-        UserError: the package faiss is not installed, a vector is not finite, or all are zero.
+        UserError: the package faiss is not installed, a vector is not finite, or all vectors are zero.
     """
     faiss = _faiss()
     facts = IndexFacts(kind, similarity, IndexedRows.of(vectors))
     sampled_rows, sample = _sample(vectors, similarity)
     if len(sample) == 0:
-        raise UserError(f"all vectors of table {vectors.table!r} are zero: an index needs others")
+        raise UserError(f"cannot index table {vectors.table!r}: all its vectors are zero")
     index = faiss.IndexIDMap(_empty_index(faiss, kind, vectors.num_rows, sample))
     num_zero = 0
     for rows, block in _blocks(vectors, similarity):
@@ -148,20 +147,20 @@ def build_index(vectors: Vectors, kind: IndexKind, similarity: Similarity = "cos
 def export_index(
     vectors: Vectors, output: str, kind: IndexKind, similarity: Similarity = "cosine", *, overwrite: bool = False
 ) -> tuple[list[str], IndexFacts]:
-    """Writes an index, the names of its rows, and the description of what was indexed.
+    """Writes an index, the names of its rows, and its description.
 
     Args:
-        vectors: what to index.
-        output: path or fsspec URL of the new file; the names go to `OUTPUT.vocabulary.tsv`, the facts to `OUTPUT.json`.
+        vectors: the vectors to index.
+        output: path or fsspec URL of the new file; `OUTPUT.vocabulary.tsv` gets the names, `OUTPUT.json` the facts.
         kind: see `IndexFacts`.
         similarity: see `IndexFacts`.
-        overwrite: whether files that are there already are replaced.
+        overwrite: whether to replace existing files.
 
     Returns:
-        The paths, and the facts.
+        The paths, and the description.
 
     Raises:
-        UserError: as `build_index`, or the output is there already or cannot be written.
+        UserError: see `build_index`; or the output exists or cannot be written.
     """
     refuse_packed_name(output, "faiss")
     faiss = _faiss()
@@ -175,16 +174,16 @@ def export_index(
 
 
 def open_index(path: str) -> Index:
-    """Opens what `export_index` wrote.
+    """Opens an index that `export_index` wrote.
 
     Raises:
-        UserError: there is no index, its file is not the one that was described, or the package faiss is not installed.
+        UserError: there is no index, the file does not match its description, or the package faiss is not installed.
     """
     faiss = _faiss()
     try:
         facts = parse(IndexFacts, json.loads(storage.read(f"{path}.json")))
     except FileNotFoundError as error:
-        raise UserError(f"there is no index {path} with a file {path}.json beside it") from error
+        raise UserError(f"{path} is not an index: it or {path}.json does not exist") from error
     except (ValueError, SchemaError) as error:
         raise UserError(f"{path}.json does not describe an index: {error}") from error
     local_path = storage.local_path(path)
@@ -194,40 +193,42 @@ def open_index(path: str) -> Index:
         else:
             index = faiss.deserialize_index(np.frombuffer(storage.read(path), np.uint8))
     except (RuntimeError, FileNotFoundError) as error:
-        raise UserError(f"{path} cannot be read as an index of faiss: {str(error).splitlines()[-1]}") from error
+        raise UserError(f"{path} is not a faiss index: {str(error).splitlines()[-1]}") from error
     expected = (facts.rows.num_rows - facts.num_zero, facts.rows.dim)
     if not isinstance(index, faiss.IndexIDMap) or (index.ntotal, index.d) != expected:
         raise UserError(
-            f"{path} is not the index that {path}.json describes: expected {expected[0]:,} vectors of {expected[1]} "
-            f"with the numbers of their rows, found {index.ntotal:,} of {index.d} in an {type(index).__name__}"
+            f"{path} is not the index that {path}.json describes: expected an IndexIDMap of {expected[0]:,} vectors of "
+            f"dim {expected[1]}, found {type(index).__name__} of {index.ntotal:,} vectors of dim {index.d}"
         )
     if (found := type(faiss.downcast_index(index.index)).__name__) != _CLASSES[facts.kind]:
         raise UserError(
-            f"{path} is not the index that {path}.json describes: expected the kind {facts.kind}, an "
-            f"{_CLASSES[facts.kind]} of faiss, found an {found}"
+            f"{path} is not the index that {path}.json describes: expected {_CLASSES[facts.kind]} (kind "
+            f"{facts.kind}), found {found}"
         )
     return Index(facts, index)
 
 
 def require_index_of(index: Index, rows: IndexedRows, path: str, similarity: Similarity = "cosine") -> None:
-    """Refuses an index of other vectors.
+    """Checks that an index was built from the given vectors.
 
     Args:
         index: the index.
-        rows: the vectors that are asked for.
-        path: of the index, for messages.
-        similarity: that is asked for.
+        rows: identity of the vectors.
+        path: path of the index, for messages.
+        similarity: the similarity to search by.
 
     Raises:
-        UserError: it is of another table, checkpoint or similarity.
+        UserError: the index was built from another table or checkpoint, or for another similarity.
     """
     facts = index.facts
     if (facts.rows, facts.similarity) == (rows, similarity):
         return
-    advice = f"export it anew with --similarity {similarity}, or choose by --table and --step"
+    advice = f"export the index again with --similarity {similarity}, or name its vectors with --table and --step"
     if (str(facts.rows), facts.similarity) == (str(rows), similarity):
-        raise UserError(f"{path} is of another run, with the same {rows}: {advice}")
-    raise UserError(f"{path} is of {facts.rows}, for {facts.similarity}; asked is {rows}, for {similarity}: {advice}")
+        raise UserError(f"{path} was built from another run with the same {rows}: {advice}")
+    raise UserError(
+        f"{path} was built from {facts.rows}, for {facts.similarity}, not from {rows}, for {similarity}: {advice}"
+    )
 
 
 def _faiss() -> Any:
@@ -243,17 +244,17 @@ def _scaled(rows: FloatRows, similarity: Similarity) -> FloatRows:
 
 
 def _blocks(vectors: Vectors, similarity: Similarity) -> Iterator[tuple[NDArray[np.int64], FloatRows]]:
-    """Yields the rows that are not zero, and their vectors as they are compared."""
+    """Yields the rows whose vectors are not zero, and their vectors, scaled for the similarity."""
     for start, block in vectors.blocks():
         if not np.isfinite(block).all():
             row = start + int(np.flatnonzero(~np.isfinite(block).all(axis=1))[0])
-            raise UserError(f"the vector of {vectors.words[row]!r} is not finite: an index cannot hold it")
+            raise UserError(f"cannot index the vector of {vectors.words[row]!r}: it is not finite")
         places = np.flatnonzero(block.any(axis=1))
         yield places + start, np.ascontiguousarray(_scaled(block[places], similarity), np.float32)
 
 
 def _sample(vectors: Vectors, similarity: Similarity) -> tuple[NDArray[np.int64], FloatRows]:
-    """Returns evenly spaced ones of the rows that are not zero, all if they are few, and their vectors."""
+    """Returns a sample of evenly spaced non-zero rows, or all if they are few, and their vectors."""
     rows, sample = np.empty(0, np.int64), np.empty((0, vectors.dim), np.float32)
     step, count = 1, 0
     for block_rows, block in _blocks(vectors, similarity):
@@ -266,9 +267,9 @@ def _sample(vectors: Vectors, similarity: Similarity) -> tuple[NDArray[np.int64]
 
 
 def _empty_index(faiss: Any, kind: IndexKind, num_rows: int, sample: FloatRows) -> Any:
-    """Returns an index without vectors, trained on a sample if its kind needs that."""
+    """Returns an index without vectors; kind "ivfpq" is trained on the sample."""
     if kind not in get_args(IndexKind):
-        raise UserError(f"the kinds of an index are {', '.join(get_args(IndexKind))}, got {kind!r}")
+        raise UserError(f"the kind of an index must be one of {', '.join(get_args(IndexKind))}, got {kind!r}")
     dim = sample.shape[1]
     if kind == "flat":
         return faiss.IndexFlatIP(dim)
@@ -282,9 +283,9 @@ def _empty_index(faiss: Any, kind: IndexKind, num_rows: int, sample: FloatRows) 
     index = faiss.IndexIVFPQ(lists, dim, num_lists, num_parts, _BITS, faiss.METRIC_INNER_PRODUCT)
     index.cp.spherical = True
     index.cp.niter = index.pq.cp.niter = _ROUNDS
-    # Few vectors are no mistake, which faiss warns of.
+    # Suppresses the warning of faiss about few vectors.
     index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1
-    # It wants as many vectors as a code has values; fewer ones are given several times.
+    # faiss needs at least as many vectors as a code has values, so a smaller sample is repeated.
     index.train(np.resize(sample, (max(len(sample), 1 << _BITS), dim)))
     index.nprobe = max(1, min(num_lists, 8 + num_lists // _SEARCHED_SHARE))
     return index
@@ -293,7 +294,7 @@ def _empty_index(faiss: Any, kind: IndexKind, num_rows: int, sample: FloatRows) 
 def _recall(index: Index, vectors: Vectors, own: NDArray[np.int64], queries: FloatRows) -> tuple[float, float]:
     """Returns `recall` and `approximate_recall` of `IndexFacts` for some rows and their vectors.
 
-    A row is not its own neighbour, and equally near rows all count.
+    A row does not count as its own neighbour. All rows as near as the last exact neighbour count as hits.
     """
     found = index.search(queries, _MORE * (_K + 1))
     wanted = np.unique(found)

@@ -1,4 +1,4 @@
-"""Nearest neighbours of a word, or of a sum of words, by cosine, streamed over the table."""
+"""Nearest neighbours by cosine of a word or a sum of words, streamed over the table."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _SIGNS = {"+": 1, "-": -1}
 
 
 def neighbors(vectors: Vectors, query: str, top: int = 10, index: Index | None = None) -> list[tuple[str, float]]:
-    """Returns the words nearest to the query with their cosines, nearest first; never the query's own words.
+    """Returns the words nearest to the query with their cosines, nearest first, without the query's own words.
 
     Args:
         vectors: the table.
-        query: `king`, or words with a sign between each two: `king - man + woman`. The vectors are scaled to
-            length 1 before they are added or subtracted.
-        top: how many words.
-        index: finds them without reading all rows, and may miss some; it must be of these vectors, for cosines.
+        query: a word (`king`), or words joined by signs (`king - man + woman`). Vectors are scaled to length 1
+            before they are added or subtracted.
+        top: number of words.
+        index: a cosine index of these vectors, which is faster but may miss neighbours; None to read all rows.
 
     Raises:
-        UserError: a word is unknown, the query cannot be read, or its vectors cancel out.
+        UserError: a word is unknown, the query is malformed, or its vectors add up to zero.
     """
     if top < 1:
         raise UserError(f"the number of neighbours must be at least 1, got {top}")
@@ -45,7 +45,7 @@ def neighbors(vectors: Vectors, query: str, top: int = 10, index: Index | None =
 def _nearest(
     vectors: Vectors, target: FloatRows, excluded: list[int], top: int
 ) -> tuple[npt.NDArray[np.int64], FloatRows]:
-    """Returns the `top` rows nearest to `target` [dim] and their cosines; equal ones by row."""
+    """Returns the `top` rows nearest to `target` [dim] and their cosines; ties are ordered by row."""
     best_rows, best_cosines = np.empty(0, np.int64), np.empty(0, np.float32)
     for start, block in vectors.blocks():
         rows = np.arange(start, start + len(block))
@@ -60,7 +60,7 @@ def _nearest(
 def _parse(query: str, vectors: Vectors) -> list[tuple[int, str]]:
     """Returns the words of a query with their signs."""
     tokens = query.split()
-    if query in vectors.words:  # a word may itself hold a space, or be a sign
+    if query in vectors.words:  # A word may contain a space or be a sign.
         return [(1, query)]
     if len(tokens) < 2:
         return [(1, query.strip())]
@@ -68,10 +68,10 @@ def _parse(query: str, vectors: Vectors) -> list[tuple[int, str]]:
         tokens.insert(0, "+")
     signs, words = tokens[0::2], tokens[1::2]
     if len(signs) != len(words) or not set(signs) <= _SIGNS.keys():
-        if vectors.find is not None:  # any text has a row
+        if vectors.find is not None:  # Hashed tables have a row for any text.
             return [(1, query)]
         raise UserError(
-            f"cannot read the query {query!r}: expected a word, or words with a + or - between each two, "
-            f"spaces around it, such as 'king - man + woman'"
+            f"cannot parse the query {query!r}: expected a word, or words joined by + or - with spaces "
+            f"around it, such as 'king - man + woman'"
         )
     return [(_SIGNS[sign], word) for sign, word in zip(signs, words, strict=True)]

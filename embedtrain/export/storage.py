@@ -1,4 +1,4 @@
-"""Where vectors are read from and exported to: any fsspec path."""
+"""Opening output files on any fsspec path: they appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from embedtrain.errors import UserError
 
 
 def refuse_packed_name(path: str, format: str) -> None:
-    """Refuses the name of a compressed file for a format whose readers expect none.
+    """Checks that the name of an uncompressed format does not end in the suffix of a compression.
 
     Raises:
-        UserError: the name ends in the suffix of a compression.
+        UserError: the name ends in such a suffix.
     """
     if (codec := codec_of_name(path)) is not None:
         raise UserError(
-            f"{path}: a file of the format {format} is not compressed, and its readers do not expect {codec}: give "
-            f"{without_compression(path)}, or another name"
+            f"{path} ends in the suffix of {codec}, but files of the format {format} are not compressed: name it "
+            f"{without_compression(path)}"
         )
 
 
 def refuse_input(output: str, sources: Iterable[str], option: str) -> None:
-    """Refuses to replace a file that is read.
+    """Checks that the output is not one of the input files.
 
     Args:
         output: path of the new file.
-        sources: paths of the files that are read.
-        option: by which these were given.
+        sources: paths of the input files.
+        option: the option that names the input files, for the message.
 
     Raises:
-        UserError: the output is one of them, whatever the two are called.
+        UserError: the output is one of the input files, possibly under another name (a link).
     """
     file_system, name = file_system_of(output)
     for source in sources:
@@ -46,15 +46,15 @@ def refuse_input(output: str, sources: Iterable[str], option: str) -> None:
             with suppress(OSError):
                 is_same = os.path.samefile(source_name, name)
         if is_same:
-            raise UserError(f"--output {output} is a file of {option}: give another name")
+            raise UserError(f"--output {output} is one of the input files of {option}: give another name")
 
 
 @contextmanager
 def new_files(paths: Sequence[str], overwrite: bool) -> Iterator[list[BinaryIO]]:
-    """Opens files that appear under their names when the block ends, and not at all when it fails.
+    """Opens new files that appear under their names when the block ends, and not at all if it fails.
 
-    Until then they have temporary names beside their places. Missing folders are made, and go again if it fails.
-    On object stores, which cannot rename, the end is a copy within the store.
+    Until then they have temporary names in the same folder. Missing folders are created, and removed after a failure.
+    Object stores cannot rename, so there each file is copied within the store at the end.
 
     Raises:
         UserError: a path exists and `overwrite` is false, is a folder, or cannot be written.
@@ -74,14 +74,14 @@ def new_files(paths: Sequence[str], overwrite: bool) -> Iterator[list[BinaryIO]]
         for (file_system, _), temporary in zip(places, partial, strict=True):
             if file_system.exists(temporary):
                 file_system.rm_file(temporary)
-        for folder in reversed(missing):  # the deepest first
-            with suppress(OSError):  # it was not made, or others have put something in it
+        for folder in reversed(missing):  # The deepest first.
+            with suppress(OSError):  # It was not created, or others have written to it.
                 os.rmdir(folder)
         raise
 
 
 def _missing_folders(file_system: Any, place: str) -> Iterator[str]:
-    """Yields the folders above a new local file that are not there; other file systems need not have empty ones."""
+    """Yields the missing parent folders of a new local file; other file systems have no empty folders."""
     folder = os.path.dirname(place)
     while isinstance(file_system, LocalFileSystem) and folder and not os.path.lexists(folder):
         yield folder
@@ -89,16 +89,16 @@ def _missing_folders(file_system: Any, place: str) -> Iterator[str]:
 
 
 def vacant_place(path: str, *, overwrite: bool) -> tuple[Any, str]:
-    """Returns the fsspec file system of the path of a new file, and the path inside it.
+    """Returns the fsspec file system of a new file, and the file's path inside it.
 
     Raises:
         UserError: the path exists and `overwrite` is false, or is a folder.
     """
     file_system, place = file_system_of(path)
     if file_system.isdir(place):
-        raise UserError(f"expected the path of a new file, but {path} is a folder")
+        raise UserError(f"{path} is a folder: give the path of a new file")
     if not overwrite and file_system.exists(place):
-        raise UserError(f"{path} is already there; choose another output, or replace it by --overwrite")
+        raise UserError(f"{path} already exists: choose another output, or replace it with --overwrite")
     return file_system, place
 
 

@@ -1,4 +1,4 @@
-"""The trained vectors of a run folder, read in blocks of rows in the order of the ids, without a model."""
+"""Reading the trained vectors of a run folder in blocks of rows, in id order, without building the model."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _SUGGESTION_WORDS = 50_000
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Vectors:
-    """One table of a checkpoint. A context manager: leaving it closes the checkpoint's files.
+    """The vectors of one table of a checkpoint. As a context manager it closes the checkpoint's files.
 
     Attributes:
         table: name of the table.
         step: the optimizer step at which the checkpoint was saved.
-        num_rows: number of rows, one for each of `words`.
+        num_rows: number of rows, one per word in `words`.
         dim: length of a vector.
-        words: the word of each row; row numbers if the rows have no names.
-        counts: [num_rows] int64, how often the word occurs in the data; None if nobody counted.
-        read: returns the vectors of the ids from its first argument up to its second.
-        on_close: gives back what `read` holds open.
-        noun: what a row stands for: a word, a user, an item.
-        find: returns the row of a text that need not be among `words`, by its hash; None if only these have rows.
-        checksum: of the checkpoint's manifest; empty if the vectors are of no checkpoint.
+        words: the word of each row; row numbers if rows have no names.
+        counts: [num_rows] int64; how often each word occurs in the data; None if unknown.
+        read: returns the vectors of ids `[start, stop)` given `start` and `stop`.
+        on_close: closes the files that `read` uses.
+        noun: what a row stands for: "word", "user" or "item".
+        find: returns the row of any text by its hash; None unless the table is hashed.
+        checksum: checksum of the checkpoint's manifest; empty if the vectors do not come from a checkpoint.
     """
 
     table: str
@@ -69,30 +69,30 @@ class Vectors:
         self.on_close()
 
     def rows(self, start: int, stop: int) -> FloatRows:
-        """Returns [stop - start, dim]: the vectors of the ids from `start` up to `stop`."""
+        """Returns [stop - start, dim]: the vectors of ids `[start, stop)`."""
         return self.read(start, stop)
 
     def blocks(self, block_rows: int | None = None) -> Iterator[tuple[int, FloatRows]]:
         """Yields (id of the first row, [n, dim]) from the first id to the last.
 
         Args:
-            block_rows: rows of every block but the last; None for about 8 MiB of them.
+            block_rows: rows per block (the last may have fewer); None for blocks of about 8 MiB.
         """
         block_rows = block_rows or max(1, _BLOCK_BYTES // (4 * self.dim))
         for start in range(0, self.num_rows, block_rows):
             yield start, self.rows(start, min(start + block_rows, self.num_rows))
 
     def first(self, num_rows: int) -> Vectors:
-        """Returns the first rows alone: the most frequent words, where there is a vocabulary."""
+        """Returns only the first `num_rows` rows; with a vocabulary these are the most frequent words."""
         words = self.words[:num_rows]
         counts = None if self.counts is None else self.counts[:num_rows]
         return replace(self, num_rows=len(words), words=words, counts=counts)
 
     def row_of(self, word: str) -> int:
-        """Returns the id of `word`, by a search through the words or by `find`.
+        """Returns the id of `word`.
 
         Raises:
-            UserError: there is no such word; names the closest of the frequent ones.
+            UserError: the word is unknown; suggests similar words among the most frequent ones.
         """
         if self.find is not None:
             return self.find(word)
@@ -102,7 +102,7 @@ class Vectors:
             close = difflib.get_close_matches(word, islice(self.words, _SUGGESTION_WORDS))
             hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
             raise UserError(
-                f"unknown {self.noun} {word!r}: not among the {self.num_rows:,} {self.noun}s of table "
+                f"unknown {self.noun} {word!r}: it is not one of the {self.num_rows:,} {self.noun}s of table "
                 f"{self.table!r}{hint}"
             ) from None
 
@@ -118,22 +118,22 @@ def unit_rows(rows: FloatRows) -> FloatRows:
 def open_vectors(run_path: str, table: str | None = None, step: Step = None) -> Vectors:
     """Opens a table of a complete checkpoint in a run folder.
 
-    The rows have the names that `embedtrain.data.row_names` knows of; rows without a name are left out.
+    Rows get their names from `embedtrain.data.row_names`; rows without a name are left out.
 
     Args:
         run_path: the run folder, any fsspec URL.
-        table: which table; None for the `export_table` that the checkpoint names, or the only one.
-        step: of the checkpoint, "best" or "newest"; None for the best if the run keeps it, and else for the newest.
+        table: name of the table; None for the checkpoint's `export_table`, or its only table.
+        step: step of the checkpoint, "best" or "newest"; None for the best if the run keeps it, otherwise the newest.
 
     Raises:
-        UserError: no such folder, no complete checkpoint in it, no such table, or a file of names that is missing,
-            unreadable, or not the one that the table was trained with.
-        CheckpointError: the table's rows lie in an order that this version does not know.
+        UserError: the folder, a complete checkpoint or the table does not exist; or the file of row names is missing,
+            unreadable, or not the file that the table was trained with.
+        CheckpointError: the table has a layout that this version does not know.
     """
     run_path = run_path.rstrip("/")
     file_system, path = file_system_of(run_path)
     if not file_system.isdir(path):
-        raise UserError(f"no run folder at {run_path!r}; expected the run.path that a training wrote to")
+        raise UserError(f"{run_path!r} is not a run folder: give the run.path of a training")
     reader = CheckpointReader(choose_checkpoint(f"{run_path}/checkpoints", step, run_path))
     try:
         return _open_table(reader, run_path, table)
@@ -172,8 +172,10 @@ def _open_table(reader: CheckpointReader, run_path: str, table: str | None) -> V
 
 def _choose_table(table: str | None, export_table: str | None, tables: list[str], run_path: str) -> str:
     if table is None and export_table is None and len(tables) != 1:
-        raise UserError(f"name a table of {run_path!r} by --table NAME: {', '.join(tables) or 'it has none'}")
+        raise UserError(
+            f"{run_path!r} has no default table: name one with --table NAME: {', '.join(tables) or 'it has none'}"
+        )
     chosen = table or export_table or tables[0]
     if chosen not in tables:
-        raise UserError(f"no table {chosen!r} in {run_path!r}; it has: {', '.join(tables) or 'none'}")
+        raise UserError(f"{run_path!r} has no table {chosen!r}; it has {', '.join(tables) or 'none'}")
     return chosen

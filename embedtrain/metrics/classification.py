@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embedtrain.distributed.ranks import Ranks
+from embedtrain.ops._backend.transfer import to_host
 
 EXACT_EXAMPLES = 1 << 20
 NUM_BINS = 1 << 16
@@ -89,11 +90,11 @@ class ClassificationMeter:
             scores: [n], by which examples are put in order for an exact area under the curve; the logits by default.
                 Probabilities tie more often: two logits may round to one.
         """
-        logits, labels = logits.detach().float().cpu(), labels.detach().float().cpu()
+        logits, labels = to_host(logits.detach().float()), to_host(labels.detach().float())
         self._sums += classification_sums(logits, labels, self._num_bins)
         self._num_kept += labels.numel()
         if self._num_kept <= self._exact_examples:
-            self._kept.append((logits if scores is None else scores.detach().float().cpu(), labels > _BETWEEN))
+            self._kept.append((logits if scores is None else to_host(scores.detach().float()), labels > _BETWEEN))
         else:
             self._kept = []
 

@@ -61,6 +61,10 @@ class MomentOptimizer(SparseOptimizer):
         step = self.row_step(store, gradient, settings, grad_factor)
         moment_update(store.weight, first, second, gradient, step, self.moments(settings))
 
+    def leaves_out_rows(self, settings: dict[str, Any]) -> bool:
+        """See `SparseOptimizer.leaves_out_rows`; a subclass may update in another way."""
+        return type(self).update is MomentOptimizer.update
+
     def effective_rates(self, group: int, rows: slice) -> EffectiveRates | None:
         """See `SparseOptimizer.effective_rates`."""
         if self.second is None:

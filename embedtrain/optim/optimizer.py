@@ -14,6 +14,7 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from embedtrain.errors import NonFiniteError
+from embedtrain.ops._backend.transfer import catch_up
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update import RowStep, row_update
 from embedtrain.optim.found_inf import (
@@ -159,6 +160,10 @@ class SparseOptimizer(StoreOptimizer):
         """
         raise NotImplementedError(f"{type(self).__name__} gives no formula: define direction(grad, states, settings)")
 
+    def leaves_out_rows(self, settings: dict[str, Any]) -> bool:
+        """Returns whether `update` may be given rows outside the table on a GPU, which it leaves out."""
+        return False
+
     def rate(self, settings: dict[str, Any]) -> float:
         """Returns the learning rate of a step."""
         return float(settings["lr"])
@@ -266,22 +271,24 @@ class SparseOptimizer(StoreOptimizer):
 
     def _step(self) -> None:
         with torch.no_grad():
+            looks_later = self.looks_later
+            gradients = self._collect_gradients(looks_later)
             self.settle()
-            gradients = self._collect_gradients()
-            factor = self._agree_on_factor(gradients)
+            factor = self._agree_later(gradients) if looks_later else self._agree(gradients)
             if factor is not None:
                 self._apply(gradients, factor)
 
-    def _collect_gradients(self) -> list[RowGradient]:
+    def _collect_gradients(self, looks_later: bool) -> list[RowGradient]:
         """Returns the gradients that wait at the owners of their rows, one per group of tables."""
-        return [store.waiting_gradient() for store in self.stores]
-
-    def _agree_on_factor(self, gradients: Sequence[RowGradient]) -> float | Tensor | None:
-        """Returns what scales all gradients, or None to leave the step out, by finiteness and norm on all ranks.
-
-        Collective: every rank.
-        """
-        return self._agree_later(gradients) if self.looks_later else self._agree(gradients)
+        gradients = [
+            store.waiting_gradient(is_padded=looks_later and self.leaves_out_rows(settings))
+            for store, settings in zip(self.stores, self.param_groups, strict=True)
+        ]
+        if looks_later:
+            # Whoever has waited for the number of rows need not wait for the last step's verdict, which came before.
+            for gradient in gradients:
+                gradient.count_rows()
+        return gradients
 
     def _apply(self, gradients: Sequence[RowGradient], factor: float | Tensor) -> None:
         """Updates weight and state of the touched rows in one pass."""
@@ -329,7 +336,13 @@ class SparseOptimizer(StoreOptimizer):
             store.clear_gradient()
 
     def _agree(self, gradients: Sequence[RowGradient]) -> float | None:
-        """Returns the factor for all gradients, or None to leave the step out. Collective: every rank."""
+        """Returns what scales all gradients, or None to leave the step out, by finiteness and norm on all ranks.
+
+        Collective: every rank.
+        """
+        device = gradients[0].device
+        if device.type == "cuda":
+            catch_up(device)
         reason, self._veto, self._watched = reason_of(self._veto, self._watched), None, []
         # The sum of squares is not finite if any gradient is not, so one number answers both questions. If nobody asks
         # for the norm, gradients need not be summed to know that they are finite.
@@ -339,7 +352,7 @@ class SparseOptimizer(StoreOptimizer):
             total = sum(gradient.sum_of_squares() for gradient in gradients)
         else:
             total = 0.0 if all([gradient.is_finite() for gradient in gradients]) else math.nan
-        total = self.stores[0].ranks.sum(total, gradients[0].device)
+        total = self.stores[0].ranks.sum(total, device)
         if not math.isfinite(total):
             self._handle_nonfinite(gradients, reason)
             return None

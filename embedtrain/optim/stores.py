@@ -74,8 +74,12 @@ class RowStore(RowsToUpdate, Protocol):
     def fill_state(self, name: str, value: float) -> None:
         """Sets a state of all rows."""
 
-    def waiting_gradient(self) -> RowGradient:
-        """Returns the gradient of the touched rows."""
+    def waiting_gradient(self, *, is_padded: bool) -> RowGradient:
+        """Returns the gradient of the touched rows.
+
+        Args:
+            is_padded: whether rows outside the table may follow them; see `RowGradient.padded`.
+        """
 
     def open_rows(self, gradient: RowGradient) -> tuple[RowsToUpdate, RowGradient]:
         """Returns what holds the gradient's rows for an update, and the gradient by their places in it."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from embedtrain.data.bags import Bags
 from embedtrain.data.partition import share_of_rank
 from embedtrain.distributed.ranks import Ranks
+from embedtrain.ops._backend.transfer import to_host
 from embedtrain.recipes.lists import k_best, measure_best
 
 _ITEMS_AT_ONCE = 16384
@@ -77,7 +78,7 @@ class Catalogue:
             for part in (scores, items)
         )
         scores, items = k_best(scores, items, k)
-        return items.masked_fill(scores == -torch.inf, -1).cpu(), scores.cpu()
+        return to_host(items.masked_fill(scores == -torch.inf, -1)), to_host(scores)
 
 
 def _exclude(scores: Tensor, excluded: tuple[NDArray[np.int64], NDArray[np.int64]], first: int) -> None:

@@ -1,1 +1,1 @@
-"""What is done with a trained run: rows are scored and measured, and the model is packed for other programs."""
+"""Using a trained run: scoring and measuring rows, packaging the model, publishing vectors."""

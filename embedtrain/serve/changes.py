@@ -1,4 +1,4 @@
-"""What a checkpoint holds by name, and how that differs from what was published before."""
+"""The named rows of a checkpoint, and their differences from the rows published before."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Digests = NDArray[np.uint64]
 
 
 def row_digests(rows: Vectors) -> Digests:
-    """Returns a hash of the bytes of each of [n, dim] rows."""
+    """Returns [n] uint64: a hash of the bytes of each row of `rows` [n, dim]."""
     words = np.ascontiguousarray(rows, "<f4").view("<u4")
     hashes = np.full(len(words), words.shape[1], np.uint64)
     for first in range(0, words.shape[1], 2):
@@ -38,12 +38,12 @@ def row_digests(rows: Vectors) -> Digests:
 
 
 class Table:
-    """A table of a checkpoint.
+    """Reads a table of a checkpoint by the names of its rows.
 
     Args:
-        reader: of the checkpoint.
-        run_path: the run folder, which names the rows.
-        name: of the table.
+        reader: reader of the checkpoint.
+        run_path: the run folder, which holds the names of the rows.
+        name: name of the table.
     """
 
     def __init__(self, reader: CheckpointReader, run_path: str, name: str) -> None:
@@ -56,7 +56,7 @@ class Table:
         self._num_rows = info.shape[0]
 
     def digests(self) -> Digests:
-        """Returns a hash of each row that has a name, in the order of the names; reads the table once, as it lies."""
+        """Returns a hash of each named row, in the order of the names; reads the table once, sequentially."""
         found = np.empty(self._num_rows, np.uint64)
         at_once = max(1, _BLOCK_BYTES // (4 * self.dim))
         for start in range(0, self._num_rows, at_once):
@@ -66,7 +66,7 @@ class Table:
         return found[: len(self.names)]
 
     def blocks(self, places: NDArray[np.int64]) -> Iterator[tuple[list[str], Vectors]]:
-        """Yields the names and vectors of rows, some MiB at a time."""
+        """Yields names and vectors of the rows at `places`, about 8 MiB at a time."""
         at_once = max(1, _BLOCK_BYTES // (4 * self.dim))
         for start in range(0, len(places), at_once):
             part = places[start : start + at_once]
@@ -76,20 +76,20 @@ class Table:
 
 
 def dense_of(reader: CheckpointReader) -> dict[str, Vectors]:
-    """Returns the parameters of a checkpoint's network by name, float32; none if there is no network."""
+    """Returns the float32 parameters of a checkpoint's dense network by name; empty if there is no network."""
     return {name: tensor.float().numpy() for name, tensor in weights_in(reader.replicated()).items()}
 
 
 @dataclass(frozen=True)
 class TableChanges:
-    """How a table differs from what was published.
+    """Describes how a table differs from its published version.
 
     Attributes:
-        changed: [n] int64, the places of rows that are new or have other values.
-        num_added: how many of them are new.
-        deleted: names that are gone.
-        digests: of all rows.
-        has_same_names: whether the names are those that were published, in the same order.
+        changed: [n] int64; places of the rows that are new or have new values.
+        num_added: number of new rows among them.
+        deleted: names that no longer have a row.
+        digests: hashes of all rows.
+        has_same_names: whether the names and their order are unchanged.
     """
 
     changed: NDArray[np.int64]
@@ -100,18 +100,18 @@ class TableChanges:
 
     @property
     def is_none(self) -> bool:
-        """Whether the table is as it was published."""
+        """Whether the table equals its published version."""
         return len(self.changed) == 0 and len(self.deleted) == 0 and self.has_same_names
 
 
 def compare(names: Sequence[str], digests: Digests, old_names: Sequence[str], old_digests: Digests) -> TableChanges:
-    """Compares the rows of a table, by name, with those that were published.
+    """Compares the rows of a table with its published rows, by name.
 
     Args:
-        names: [n], different ones.
-        digests: [n], of their rows.
-        old_names: [m], as published.
-        old_digests: [m].
+        names: [n], without duplicates.
+        digests: [n]; hashes of their rows.
+        old_names: [m]; the published names.
+        old_digests: [m]; hashes of the published rows.
     """
     aligned, is_known = np.zeros(len(names), np.uint64), np.zeros(len(names), bool)
     places, deleted = _places(old_names, names)
@@ -124,7 +124,7 @@ def compare(names: Sequence[str], digests: Digests, old_names: Sequence[str], ol
 
 
 def _places(old: Sequence[str], new: Sequence[str]) -> tuple[NDArray[np.int64], Sequence[str]]:
-    """Returns the place among `new` of each name of `old`, -1 if it has none, and the names of `old` without one."""
+    """Returns for each name of `old` its place in `new` or -1, and the names of `old` that `new` lacks."""
     if isinstance(old, Numbered) and isinstance(new, Numbered) and old.affixes == new.affixes:
         places = np.arange(len(old))
         return np.where(places < len(new), places, -1), old[len(new) :]
@@ -136,18 +136,18 @@ def _places(old: Sequence[str], new: Sequence[str]) -> tuple[NDArray[np.int64], 
 
 
 def texts_of(names: Sequence[str]) -> pa.LargeStringArray:
-    """Returns names as an array of Arrow."""
+    """Returns names as an Arrow array."""
     return pa.array(list(names), pa.large_string())
 
 
 def names_facts(names: Sequence[str]) -> Mapping[str, Any] | None:
-    """Returns numbered names as JSON; None for others, which need a file."""
+    """Returns numbered names as JSON; None for other names, which need a file."""
     if not isinstance(names, Numbered):
         return None
     return {"numbered": list(names.affixes), "count": len(names)}
 
 
 def names_from(facts: Mapping[str, Any]) -> Numbered:
-    """Returns the names that `names_facts` described."""
+    """Returns the names from the result of `names_facts`."""
     begin, end = facts["numbered"]
     return Numbered(range(facts["count"]), begin, end)

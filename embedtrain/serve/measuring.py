@@ -1,4 +1,4 @@
-"""Measures a trained ranking model on any file of rows with labels, as a whole and by groups of rows."""
+"""Measures a trained ranking model on labelled rows, overall and per group of rows."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from embedtrain.serve.scoring import Scored
 
 @dataclass(frozen=True)
 class Group:
-    """The rows that share a value.
+    """Holds the measure of the rows that share a value.
 
     Attributes:
         name: the value.
-        num_rows: how many.
-        auc: area under the ROC curve of these rows; NaN if they are of one class.
+        num_rows: number of rows.
+        auc: area under the ROC curve of these rows; NaN if all have the same label.
     """
 
     name: str
@@ -34,12 +34,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Measures:
-    """Measures of a model on rows.
+    """Holds the measures of a model on rows.
 
     Attributes:
-        num_rows: how many were scored.
-        values: by name.
-        groups: the largest first; empty without a column to group by.
+        num_rows: number of scored rows.
+        values: measures by name.
+        groups: measures per group, largest group first; empty if rows are not grouped.
     """
 
     num_rows: int
@@ -48,14 +48,14 @@ class Measures:
 
 
 def measure_scores(scored: Iterable[Scored], by: str | None = None) -> Measures:
-    """Returns AUC, log loss, normalised entropy and calibration, and the AUC by groups.
+    """Returns AUC, log loss, normalised entropy and calibration, and the AUC per group.
 
-    `gauc` is the mean of the groups' AUC, weighted by their rows, without groups of one class. Thirteen bytes per row
-    are kept for it.
+    `gauc` is the mean AUC of the groups, weighted by their numbers of rows; groups with a single class are left out.
+    Grouping needs 13 bytes of memory per row.
 
     Args:
-        scored: the rows.
-        by: a kept column, by whose values rows are grouped.
+        scored: scored rows with labels.
+        by: the kept column whose values group the rows; None to skip grouping.
 
     Source of the grouped measure: Zhu et al. 2017, "Optimized cost per click in Taobao display advertising".
     """
@@ -78,7 +78,7 @@ def measure_scores(scored: Iterable[Scored], by: str | None = None) -> Measures:
 
 
 class _Groups:
-    """Keeps the scores of rows by the value of a column."""
+    """Collects the scores of rows by the value of a column."""
 
     def __init__(self) -> None:
         self._codes: dict[str, int] = {}
@@ -86,13 +86,13 @@ class _Groups:
 
     def add(self, column: pa.Array, scores: NDArray[np.float32], labels: NDArray[np.float32]) -> None:
         if pa.types.is_nested(column.type):
-            raise UserError(f"--by: rows are grouped by texts and numbers, and the column holds {column.type}")
+            raise UserError(f"--by must name a column of texts or numbers, got a column of {column.type}")
         values = column.cast(pa.large_string()).fill_null("").dictionary_encode()
         codes = [self._codes.setdefault(value, len(self._codes)) for value in values.dictionary.to_pylist()]
         self._parts.append((np.array(codes, np.int64)[np.asarray(values.indices)], scores, labels > 0))
 
     def measure(self) -> list[Group]:
-        """Returns the groups, the largest first."""
+        """Returns the measures of the groups, largest group first."""
         if not self._parts:
             return []
         codes, scores, labels = (np.concatenate(each) for each in zip(*self._parts, strict=True))
@@ -100,7 +100,7 @@ class _Groups:
         codes, scores, labels = codes[order], scores[order], labels[order]
         sizes = np.bincount(codes)
         positives = np.bincount(codes, labels)
-        # Mann-Whitney: of the rows of a group in order of their scores, the ranks of the positives; ties share theirs.
+        # AUC by Mann-Whitney: the sum of the positives' ranks among the group's scores; ties get their mean rank.
         is_first = np.append(True, (codes[1:] != codes[:-1]) | (scores[1:] != scores[:-1]))
         first = np.flatnonzero(is_first)
         last = np.append(first[1:], len(codes)) - 1

@@ -1,4 +1,4 @@
-"""Packs a trained model for programs that do not know embedtrain: network, tables, preparation and a scorer."""
+"""Packages a trained model for programs without embedtrain: tables, vocabularies, network and a scorer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from embedtrain.serve import scorer
 TableDtype = Literal["float32", "bfloat16", "int8"]
 SCORER_NAME = "scorer.py"
 ONNX_NAME = "network.onnx"
-"""Takes `numbers` [n, width] and for each looked-up column NAME the vectors `vectors.NAME` [n, dim]; gives `logits`."""
+"""Inputs: `numbers` [n, width], and `vectors.NAME` [n, dim] per categorical column NAME. Output: `logits` [n]."""
 
 _LEVELS = 255
 _LOWEST = -128
@@ -39,21 +39,21 @@ _SIZES = {"float32": 4, "bfloat16": 2, "int8": 1}
 def write_package(
     packed: Packed, output: str, *, dtype: TableDtype = "float32", has_onnx: bool = False, overwrite: bool = False
 ) -> None:
-    """Writes a folder that `scorer.py`, which is part of it, answers from; tables some MiB at a time.
+    """Writes a package: a folder with the model and `scorer.py`, which scores from it; streams the tables.
 
     Args:
         packed: the model.
-        output: path or fsspec URL of the new folder; the last file to appear in it is the manifest.
-        dtype: of the tables; "int8" keeps a scale and a bias, float32, beside each row.
-        has_onnx: whether the network is written as ONNX too.
-        overwrite: whether a package that is there already is replaced.
+        output: path or fsspec URL of the new folder; its manifest appears last.
+        dtype: dtype of the tables; "int8" adds a float32 scale and bias per row.
+        has_onnx: whether to write the network as ONNX too.
+        overwrite: whether to replace an existing package.
 
     Raises:
-        UserError: the output is there already or cannot be written, or ONNX is asked for of a model without a network
-            or without its packages.
+        UserError: the output exists or cannot be written; or ONNX is requested, but the model has no network or the
+            ONNX packages are not installed.
     """
     if dtype not in get_args(TableDtype):
-        raise UserError(f"the tables of a package are of {', '.join(get_args(TableDtype))}, not of {dtype!r}")
+        raise UserError(f"the table dtype of a package must be one of {', '.join(get_args(TableDtype))}, got {dtype!r}")
     manifest = {
         "format": scorer.FORMAT,
         "version": scorer.VERSION,
@@ -83,10 +83,10 @@ def write_package(
 
 @contextmanager
 def _new_package(output: str, names: Sequence[str], overwrite: bool) -> Iterator[dict[str, BinaryIO]]:
-    """Opens the files of a new package, which appear when the block ends: the last one when all others are there.
+    """Opens the files of a new package; they appear when the block ends, the last of `names` after the others.
 
     Raises:
-        UserError: there is a package and `overwrite` is false, or the folder holds something else.
+        UserError: there is a package and `overwrite` is false, or the folder holds other files.
     """
     file_system, place = file_system_of(output)
     there = (
@@ -95,18 +95,18 @@ def _new_package(output: str, names: Sequence[str], overwrite: bool) -> Iterator
         else set()
     )
     if there and scorer.MANIFEST_NAME not in there:
-        raise UserError(f"{output} is there already and is no package: choose another output")
+        raise UserError(f"{output} exists and is not a package: choose another output")
     if there and not overwrite:
-        raise UserError(f"{output} is already there; choose another output, or replace it by --overwrite")
+        raise UserError(f"{output} already exists: choose another output, or replace it with --overwrite")
     with new_files([storage.join(output, name) for name in names], overwrite) as files:
         yield dict(zip(names, files, strict=True))
         if there:
-            # Nobody takes the old package for one while its files are replaced.
+            # Without its manifest the old package cannot be opened while its files are replaced.
             file_system.rm_file(f"{place}/{scorer.MANIFEST_NAME}")
 
 
 def write_table(file: BinaryIO, table: PackedTable, dtype: TableDtype) -> None:
-    """Writes a table as a safetensors file: `weight`, and of int8 `scale` and `bias` per row."""
+    """Writes a table as a safetensors file: `weight` [num_rows, dim], and for int8 `scale` and `bias` [num_rows]."""
     num_rows, dim = table.num_rows, table.dim
     tensors: dict[str, tuple[str, tuple[int, ...], int]] = {
         "weight": (_NAMES[dtype], (num_rows, dim), num_rows * dim * _SIZES[dtype])
@@ -130,9 +130,9 @@ def write_table(file: BinaryIO, table: PackedTable, dtype: TableDtype) -> None:
 
 
 def quantised(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns rows as int8 [n, dim], with the scale and bias [n] by which `level * scale + bias` is near each value.
+    """Quantises rows to int8 [n, dim] with a scale [n] and a bias [n]: value = level * scale + bias.
 
-    The levels of a row lie evenly between its least value and its greatest.
+    The levels of a row are evenly spaced between its smallest and its largest value.
     """
     least, greatest = rows.min(dim=1).values, rows.max(dim=1).values
     scale = (greatest - least) / _LEVELS
@@ -142,7 +142,7 @@ def quantised(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def write_texts(file: BinaryIO, values: pa.LargeBinaryArray) -> None:
-    """Writes different texts so that a memory map finds them: their hashes in order, and the texts by place."""
+    """Writes distinct texts for lookup through a memory map: their sorted hashes, and the texts in list order."""
     hashes = text_hashes(values)
     order = np.argsort(hashes, kind="stable")
     starts, lengths, texts = text_bytes(values)
@@ -160,7 +160,7 @@ def write_texts(file: BinaryIO, values: pa.LargeBinaryArray) -> None:
 
 
 def _header(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> bytes:
-    """Returns the beginning of a safetensors file; see `embedtrain.export.formats.arrays`."""
+    """Returns the header of a safetensors file; see `embedtrain.export.formats.arrays`."""
     header, at = {}, 0
     for name, (dtype, shape, num_bytes) in tensors.items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + num_bytes]}
@@ -171,7 +171,7 @@ def _header(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> bytes:
 
 
 def export_network(network: PackedNetwork) -> bytes:
-    """Returns the network as a program of `torch.export`, for any number of rows from two on."""
+    """Returns the network as a `torch.export` program for any number of rows of at least 2."""
     with torch.no_grad():
         program = torch.export.export(network.module.eval(), network.arguments, dynamic_shapes=_any_rows(network))
     buffer = io.BytesIO()
@@ -180,16 +180,18 @@ def export_network(network: PackedNetwork) -> bytes:
 
 
 def _onnx_network(packed: Packed) -> bytes:
-    """Returns the network as ONNX, for any number of rows."""
+    """Returns the network as ONNX for any number of rows."""
     network = packed.network
     if network is None or not network.names:
-        raise UserError(f"--onnx: a package of a {packed.model} model holds no network that can be written as ONNX")
+        raise UserError(
+            f"--onnx needs a model with a dense network that ONNX can hold, and a {packed.model} model has none"
+        )
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError("--onnx needs the packages onnx and onnxscript: pip install 'embedtrain[onnx]'") from error
-    # It warns of packages that the network does not need.
+    # torch.onnx warns about optional packages that this network does not need.
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -212,7 +214,7 @@ def _onnx_network(packed: Packed) -> bytes:
 
 
 def _any_rows(network: PackedNetwork) -> tuple[Any, ...]:
-    """Returns that the number of rows of all that a network takes is any from two on."""
+    """Returns the dynamic shapes of a network's arguments, with a number of rows of at least 2."""
     rows = torch.export.Dim("rows", min=2)
     return tuple(
         [{0: rows} for _ in argument] if isinstance(argument, list) else {0: rows} for argument in network.arguments

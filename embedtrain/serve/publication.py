@@ -1,8 +1,8 @@
-"""Publishes a run: writes to a consumer what changed since the version that it has, by name.
+"""Publishes a run: writes the rows that changed since the newest published version to a destination, by name.
 
-A consumer is a URL, and its cursor lies there: the newest version says which rows it has, by a hash of each row. What
-changed is found by comparing these hashes with the rows of a checkpoint, whatever happened in between: deltas and full
-checkpoints, deleted ones, a run that was resumed or grown, or another run.
+A destination is a URL. Its newest version holds a cursor: the name and a hash of each published row. A publication
+compares these hashes with the rows of a checkpoint. So the history between two publications does not matter: deltas,
+deleted checkpoints, a resumed or grown run, or a different run.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from embedtrain.train.run_folder import RunFolder
 _REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 _TRIES = 3
 _NOTE = np.dtype([("place", "<i8"), ("digest", "<u8")])
-"""The hash of a row that has changed."""
+"""Place and hash of a changed row."""
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TableCounts:
-    """How many rows of a table were published."""
+    """Counts the published rows of a table."""
 
     added: int
     changed: int
@@ -49,15 +49,15 @@ class TableCounts:
 
 @dataclass(frozen=True)
 class Published:
-    """What a publication did.
+    """Describes the result of a publication.
 
     Attributes:
-        number: of the newest version.
-        step: of the checkpoint.
-        is_new: whether it was written now; if not, nothing has changed.
-        tables: by name, what changed.
-        gone: the tables that the place had and has no longer, by name, and how many rows each had.
-        dense: what became of the network's parameters.
+        number: number of the newest version.
+        step: step of the published checkpoint.
+        is_new: whether a new version was written; False if nothing has changed.
+        tables: counts of changed rows per table.
+        gone: tables that were removed from the destination, with the number of rows each had.
+        dense: whether the parameters of the dense network were kept, written or removed.
     """
 
     number: int
@@ -69,10 +69,10 @@ class Published:
 
 
 def open_sink(url: str) -> Sink:
-    """Returns the place that a URL names; it is not connected to, and nothing is written yet.
+    """Returns the sink for a destination URL, without connecting or writing.
 
     Raises:
-        UserError: the URL is of no known kind, or needs a package that is not installed.
+        UserError: the kind of URL is not supported, or needs a package that is not installed.
     """
     if url.startswith(_REDIS_SCHEMES):
         from embedtrain.serve.redis_sink import RedisSink
@@ -82,68 +82,69 @@ def open_sink(url: str) -> Sink:
 
 
 def require_no_password(key: str, url: str) -> None:
-    """Refuses a password in a URL that is a setting.
+    """Checks that the URL in setting `key` has no password.
 
     Raises:
-        UserError: there is one; says which environment variable is for it.
+        UserError: the URL has a password; names the environment variable to use instead.
     """
     if storage.has_password(url):
         scheme = url.partition("://")[0]
         variable = PASSWORD_VARIABLE if url.startswith(_REDIS_SCHEMES) else f"FSSPEC_{scheme.upper()}_PASSWORD"
         raise UserError(
-            f"{key}={storage.shown(url)} is given with a password, which config.yaml, checkpoints and trackers would "
-            f"keep: leave it out, and give it in the environment variable {variable}"
+            f"{key}={storage.shown(url)} contains a password, which config.yaml, checkpoints and trackers would "
+            f"store: remove it and set the environment variable {variable}"
         )
 
 
 def require_lasting(url: str) -> None:
-    """Refuses a place of which nothing remains when this process ends.
+    """Checks that the destination outlives this process.
 
     Raises:
-        UserError: it is in memory.
+        UserError: the destination is in memory.
     """
     if not url.startswith(_REDIS_SCHEMES) and storage.is_in_memory(url):
-        raise UserError(f"{url} is in the memory of this process, and gone when it ends: give a folder, or Redis")
+        raise UserError(
+            f"{url} is in the memory of this process and is lost when the process ends: give a folder or a Redis URL"
+        )
 
 
 def require_reachable(url: str, model: str | None = None) -> None:
-    """Refuses a place that cannot be published to now.
+    """Checks that the run can publish to the destination now.
 
     Args:
-        url: of the place.
-        model: of the run; None if it is not known.
+        url: URL of the destination.
+        model: the run's kind of model; None if it is not known.
 
     Raises:
-        UserError: the place cannot be reached, holds something else, or has the rows of another model.
+        UserError: the destination cannot be reached, holds something else, or has a version of another kind of model.
     """
     sink = open_sink(url)
     try:
         _require_same_model(model, sink.newest(), url)
     except LostFileError:
-        pass  # another publisher is at work there
+        pass  # Another publisher is writing there.
     except OSError as error:
-        raise UserError(f"{storage.shown(url)} cannot be published to: {error}") from error
+        raise UserError(f"cannot publish to {storage.shown(url)}: {error}") from error
     finally:
         sink.close()
 
 
 def publish(run_path: str, url: str, *, step: Step = None, tables: Sequence[str] | None = None) -> Published:
-    """Writes what changed between a consumer's newest version and a checkpoint, as the next version.
+    """Writes the rows of a checkpoint that differ from the destination's newest version, as the next version.
 
-    The version appears as a whole, and readers of the version before are not disturbed meanwhile. A publisher that is
-    killed leaves the version before.
+    The new version appears atomically. Until then readers see the previous version, also if the publisher is killed.
 
     Args:
         run_path: the run folder, any fsspec URL.
-        url: of the consumer: a folder on any fsspec URL, or `redis://HOST:PORT/DATABASE?prefix=NAME`.
-        step: which checkpoint; None for the best if the run keeps its best, and else for the newest.
-        tables: which tables; None for those that were published before, at first for all.
+        url: the destination: a folder (any fsspec URL), or `redis://HOST:PORT/DATABASE?prefix=NAME`.
+        step: the checkpoint's step; None for the best checkpoint if the run keeps its best, otherwise the newest.
+        tables: names of the tables; None for the tables of the previous version, or all if there is none.
 
     Raises:
-        UserError: there is no checkpoint or no such table, the URL is of no known kind, or it holds something else, as
-            the rows of another model are.
+        UserError: there is no checkpoint or no such table, the kind of URL is not supported, or the destination holds
+            something else, for example another kind of model.
         CheckpointError: the checkpoint is damaged.
-        OSError: the consumer cannot be reached.
+        OSError: the destination cannot be reached.
     """
     folder = RunFolder(run_path)
     sink = open_sink(url)
@@ -157,15 +158,15 @@ def publish(run_path: str, url: str, *, step: Step = None, tables: Sequence[str]
                     _require_same_model(_model_of(reader), old, url)
                     return _publish_checkpoint(reader, folder.path, sink, tables, old)
             except LostFileError as error:
-                # Another publisher may have made a newer version meanwhile, and removed what the older one needed.
+                # Another publisher may have written a newer version and removed files of the older one.
                 if _is_same(old, sink.newest()):
                     raise UserError(str(error)) from error
                 if last == _TRIES - 1:
                     raise UserError(
-                        f"other publishers wrote to {storage.shown(url)} again and again meanwhile: publish again"
+                        f"other publishers wrote to {storage.shown(url)} during {_TRIES} attempts: publish again"
                     ) from error
             except (CheckpointError, FileNotFoundError):
-                # The run may have deleted the checkpoint meanwhile, when it saved a newer one.
+                # The run may have saved a newer checkpoint and deleted this one.
                 is_there = path in [found.path for found in find_checkpoints(folder.checkpoints_path)]
                 if last == _TRIES - 1 or is_there:
                     raise
@@ -175,23 +176,23 @@ def publish(run_path: str, url: str, *, step: Step = None, tables: Sequence[str]
 
 
 def _model_of(reader: CheckpointReader) -> str | None:
-    """Returns the kind of model of a run; None for a checkpoint that no run has saved."""
+    """Returns the run's kind of model; None if the checkpoint was not saved by a run."""
     config = reader.state.get("config")
     model = config.get("model") if isinstance(config, Mapping) else None
     return model if isinstance(model, str) else None
 
 
 def _require_same_model(model: str | None, old: Mapping[str, Any] | None, url: str) -> None:
-    """Refuses to put a model in the place of another: the tables of the other would vanish from its consumers."""
+    """Refuses to replace one kind of model by another: its readers would lose their tables."""
     if old is not None and None not in (model, old.get("model")) and model != old["model"]:
         raise UserError(
-            f"{storage.shown(url)} has a model of the kind {old['model']}, of {old['run']}, and this run's is {model}: "
-            "publish it to another folder, or under another prefix"
+            f"{storage.shown(url)} holds a {old['model']} model of {old['run']}, but this run is a {model} model: "
+            "publish to another folder or under another prefix"
         )
 
 
 def _is_same(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
-    """Tells whether two manifests are those of the same version."""
+    """Returns whether two manifests describe the same version."""
     return (one and one["version_id"]) == (other and other["version_id"])
 
 
@@ -235,24 +236,24 @@ def _writing(sink: Sink, old: Mapping[str, Any] | None, version_id: str) -> Iter
     except Exception as error:
         newest = sink.newest()
         if newest is not None and newest["version_id"] == version_id:
-            _logger.warning(f"version {number} is published, and what came after that failed: {error}")
+            _logger.warning(f"version {number} is published, but cleaning up failed: {error}")
             return
         sink.abandon()
         if newest is not None and newest["number"] >= number:
-            # It has also removed what was written here.
-            raise UserError(f"another publisher wrote version {number} meanwhile: publish again") from error
+            # The other publisher has also removed the files written here.
+            raise UserError(f"another publisher wrote version {number} at the same time: publish again") from error
         raise
 
 
 def _chosen(reader: CheckpointReader, selected: Sequence[str] | None) -> list[str]:
     there = sorted(name.removesuffix("/weight") for name in reader.tensors if name.endswith("/weight"))
     if wrong := [name for name in selected or [] if name not in there]:
-        raise UserError(f"there is no table {wrong[0]!r} in {reader.path}; it has {', '.join(there)}")
+        raise UserError(f"{reader.path} has no table {wrong[0]!r}; it has {', '.join(there)}")
     return there if selected is None else list(selected)
 
 
 class _Comparison:
-    """A checkpoint beside the newest version of a consumer."""
+    """Compares a checkpoint with the newest version of a destination."""
 
     def __init__(
         self, tables: Sequence[Table], dense: Mapping[str, Vectors], old: Mapping[str, Any] | None, sink: Sink
@@ -271,7 +272,7 @@ class _Comparison:
 
     @property
     def is_none(self) -> bool:
-        """Whether the consumer has all of it."""
+        """Whether the destination already holds the checkpoint's contents."""
         return all(each.is_none for each in self._changes.values()) and not self.gone and self.dense == "kept"
 
     @property
@@ -282,7 +283,7 @@ class _Comparison:
         }
 
     def write(self, sink: Sink) -> dict[str, Any]:
-        """Writes what changed; returns what the manifest says of tables, network and cursor."""
+        """Writes the changes; returns the manifest's entries for tables, network and cursor."""
         facts, cursor = {}, {}
         for name in self.gone:
             sink.delete_table(name, self._old_names[name])
@@ -325,7 +326,7 @@ class _Comparison:
             return old
         names = self._write_names(sink, table, changes)
         num_noted = len(changes.changed) + (0 if old is None else old["num_noted"])
-        # Half of the bytes of all hashes.
+        # Notes of changed rows are written until they reach half the size of all hashes; then all hashes are rewritten.
         if old is not None and changes.has_same_names and _NOTE.itemsize * num_noted <= 4 * len(changes.digests):
             noted = np.empty(len(changes.changed), _NOTE)
             noted["place"], noted["digest"] = changes.changed, changes.digests[changes.changed]
@@ -346,7 +347,7 @@ class _Comparison:
 
 
 def _read_digests(sink: Sink, cursor: Mapping[str, Any]) -> Digests:
-    """Returns the hashes of a table's rows: those of some version, and over them what later ones noted."""
+    """Returns the hashes of a table's rows: a full list, updated by the notes of later versions."""
     digests = np.frombuffer(sink.read(cursor["digests"]), "<u8").astype(np.uint64)
     for file in cursor["notes"]:
         noted = np.frombuffer(sink.read(file), _NOTE)

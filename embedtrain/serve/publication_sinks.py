@@ -1,4 +1,4 @@
-"""Where a publication goes to: what each place must do, and folders of Parquet files."""
+"""Destinations of publications: the `Sink` protocol, and folders of Parquet files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from embedtrain.serve.published import Vectors
 
 READER_NAME = "published.py"
 KEPT_VERSIONS = 3
-"""How many of a folder's newest versions can be opened: a reader may be at work on an older one than the newest."""
+"""Number of newest versions kept in a folder, so that a reader can finish reading an older version."""
 
 _MAX_PARTS = 50
 _ROWS_PER_GROUP = 1 << 16
@@ -30,93 +30,97 @@ _logger = logging.getLogger(__name__)
 
 
 class LostFileError(OSError):
-    """A file that the newest version needs is gone: another publisher has made a newer one, or the place lost it."""
+    """A file of the newest version is missing: another publisher wrote a newer version, or the file was lost."""
 
 
 class TableWriter(Protocol):
-    """Takes the changes of a table."""
+    """Writes the changes of a table."""
 
     def put(self, names: Sequence[str], rows: Vectors) -> None:
-        """Takes rows that are new or have other values."""
+        """Writes rows that are new or changed: [n] names and [n, dim] rows."""
 
     def delete(self, names: Sequence[str]) -> None:
-        """Takes the names of rows that are gone; called once, after all `put`."""
+        """Deletes rows by name; called once, after all calls of `put`."""
 
     def facts(self, old: Mapping[str, Any] | None) -> Mapping[str, Any]:
-        """Returns what the manifest says of the table, given what the version before says of it; after the last row."""
+        """Returns the manifest's entry of the table; called after the last row.
+
+        Args:
+            old: the table's entry in the previous version, or None.
+        """
 
 
 class Sink(Protocol):
-    """A place that takes versions, one after another."""
+    """A destination of publications, to which versions are written one after another."""
 
     def newest(self) -> Mapping[str, Any] | None:
-        """Returns the manifest of the newest version; None if there is none.
+        """Returns the manifest of the newest version, or None if nothing is published.
 
         Raises:
-            UserError: something else lies there, or a version of a newer format.
-            LostFileError: it was removed while it was looked for.
-            OSError: the place cannot be reached.
+            UserError: the destination holds something else, or a version of a newer format.
+            LostFileError: the manifest was removed while it was being read.
+            OSError: the destination cannot be reached.
         """
 
     def read(self, file: str) -> bytes:
-        """Returns what `write_file` wrote.
+        """Returns the bytes of a file that `write_file` wrote.
 
         Raises:
-            LostFileError: the file is not there any more; the message says what to do if nobody wrote a newer version.
+            LostFileError: the file is gone; the message says what to do if there is no newer version.
         """
 
     def begin(self, number: int) -> None:
-        """Begins a version.
+        """Begins writing version `number`.
 
         Raises:
-            UserError: another publisher is at work.
+            UserError: another publisher is writing.
         """
 
     def wants_whole(self, old: Mapping[str, Any], num_changed: int) -> bool:
-        """Says whether all rows of a table are wanted, given the facts of the version before."""
+        """Returns whether to rewrite the whole table, given its entry in the previous version and the changed rows."""
 
     def open_table(self, table: str, dim: int, *, is_whole: bool) -> AbstractContextManager[TableWriter]:
-        """Opens a table for its changes, or for all its rows."""
+        """Opens a table to write its changes or, if `is_whole`, all its rows."""
 
     def delete_table(self, table: str, names: Sequence[str]) -> None:
-        """Takes the names of all rows of a table that is gone."""
+        """Deletes a whole table; `names` are the names of all its rows."""
 
     def write_file(self, name: str, data: bytes, *, is_read: bool = False) -> str:
-        """Keeps bytes beside the version; returns what `read` finds them by.
+        """Writes a file of the version and returns its name for `read`.
 
         Args:
-            name: what they are.
-            data: the bytes.
-            is_read: whether consumers read them, and not only the next publication.
+            name: the kind of contents.
+            data: the contents.
+            is_read: True if readers need the file, False if only the next publication needs it.
         """
 
     def commit(self, manifest: dict[str, Any]) -> None:
-        """Makes the version the newest, in one act, and removes what nobody needs any longer.
+        """Makes the version the newest one atomically, then removes files that are no longer needed.
 
         Raises:
-            OSError: it could not, or another publisher has made such a version. If only the removal failed, that is
-                warned of.
+            OSError: the version cannot be committed, or another publisher has committed this number. A failed removal
+                of old files only logs a warning.
         """
 
     def abandon(self) -> None:
-        """Removes what was written since `begin`, as far as that works."""
+        """Removes the files written since `begin`, ignoring errors."""
 
     def close(self) -> None:
-        """Ends connections."""
+        """Closes connections."""
 
 
 def cursor_files(manifest: Mapping[str, Any]) -> set[str]:
-    """Returns the files by which the next publication finds out what has changed."""
+    """Returns the files that the next publication needs to find changed rows."""
     cursors = manifest["cursor"].values()
     files = [file for facts in cursors for file in (facts["digests"], *facts["notes"], facts["names"].get("file"))]
     return {file for file in files if file is not None}
 
 
 class FolderSink:
-    """A folder on any fsspec URL: a file of JSON for each version, and Parquet files that versions share.
+    """A folder on any fsspec URL, with a JSON manifest per version, and Parquet files that versions share.
 
     Raises:
-        UserError: no file system has such URLs.
+        UserError: no file system supports the URL.
     """
 
     def __init__(self, url: str) -> None:
@@ -134,7 +138,7 @@ class FolderSink:
         numbers = published.version_numbers(names)
         if not numbers:
             if odd := [name for name in names if name != READER_NAME and not name.startswith("part-")]:
-                raise UserError(f"{self._where} holds {odd[0]!r} and no publication: give another folder")
+                raise UserError(f"{self._where} holds {odd[0]!r} but no publication: give another folder")
             return None
         return self._manifest(numbers[-1])
 
@@ -144,7 +148,8 @@ class FolderSink:
             return storage.read(storage.join(self._url, file))
         except FileNotFoundError as error:
             raise LostFileError(
-                f"{self._where} has lost {file}, by which changes are found: delete the folder, or publish to another"
+                f"{self._where} lacks {file}, which is needed to find changed rows: delete the folder, or "
+                "publish to another"
             ) from error
 
     def begin(self, number: int) -> None:
@@ -155,7 +160,7 @@ class FolderSink:
         self._write_reader()
 
     def _write_reader(self) -> None:
-        """Writes the program that reads the folder, unless the same program is there already."""
+        """Writes the reader program to the folder unless the same program is already there."""
         url, program = storage.join(self._url, READER_NAME), Path(published.__file__).read_bytes()
         with suppress(FileNotFoundError):
             if storage.read(url) == program:
@@ -163,7 +168,7 @@ class FolderSink:
         storage.replace(url, program, storage.join(self._url, f"{self._part}.tmp"))
 
     def wants_whole(self, old: Mapping[str, Any], num_changed: int) -> bool:
-        """See `Sink`: all rows are written again when changes would outgrow them."""
+        """See `Sink`: the table is rewritten if its changes exceed its rows, or after 50 parts."""
         whole, *changes = old["parts"]
         num_rows = num_changed + sum(part["num_rows"] for part in changes)
         return num_rows > whole["num_rows"] or len(changes) + 1 >= _MAX_PARTS
@@ -176,7 +181,7 @@ class FolderSink:
         writer.close()
 
     def delete_table(self, table: str, names: Sequence[str]) -> None:
-        """See `Sink`: a table is gone that the manifest does not name."""
+        """See `Sink`: no-op, because a table that the manifest does not name does not exist."""
 
     def write_file(self, name: str, data: bytes, *, is_read: bool = False) -> str:
         """See `Sink`."""
@@ -186,12 +191,12 @@ class FolderSink:
         return file
 
     def new_file(self, name: str) -> tuple[str, AbstractContextManager[Any]]:
-        """Returns the name of a file of this version, and the file to be written."""
+        """Returns the name of a new file of this version, and a context manager that opens it for writing."""
         file = f"{self._part}/{name}"
         return file, storage.new_file(storage.join(self._url, file))
 
     def note(self, file: str, num_bytes: int, *, is_read: bool = True) -> None:
-        """Takes note of a file that was written; its size is in the manifest if consumers read it."""
+        """Records a written file; the manifest lists its size if readers need it."""
         self._files[file] = num_bytes if is_read else -1
 
     def commit(self, manifest: dict[str, Any]) -> None:
@@ -208,7 +213,7 @@ class FolderSink:
         try:
             self._sweep(manifest)
         except (OSError, UserError, ValueError) as error:
-            _logger.warning(f"version {self.number} is published; what older ones left was not removed: {error}")
+            _logger.warning(f"version {self.number} is published, but data of older versions was not removed: {error}")
 
     def abandon(self) -> None:
         """See `Sink`."""
@@ -223,12 +228,12 @@ class FolderSink:
         try:
             return published.read_manifest(storage.read(url), storage.shown(url))
         except FileNotFoundError as error:
-            raise LostFileError(f"{storage.shown(url)} was removed while it was looked for: publish again") from error
+            raise LostFileError(f"{storage.shown(url)} was removed while it was being read: publish again") from error
         except ValueError as error:
             raise UserError(str(error)) from error
 
     def _sweep(self, manifest: Mapping[str, Any]) -> None:
-        """Removes versions that are kept no longer, and files that no kept version needs; manifests first."""
+        """Removes old versions, manifests first, then the files that no kept version needs."""
         names = storage.list_names(self._url)
         numbers = published.version_numbers(names)
         for number in numbers[:-KEPT_VERSIONS]:
@@ -236,7 +241,7 @@ class FolderSink:
         kept = {file for number in numbers[-KEPT_VERSIONS:] for file in self._manifest(number)["files"]}
         kept |= cursor_files(manifest)
         for name in names:
-            # A killed publisher's parts are of this version at most; what another one begins is of a later version.
+            # Parts of killed publishers have at most this version's number; another running publisher has a later one.
             if name.startswith("part-") and int(name.split("-")[1]) <= self.number:
                 if name.endswith(".tmp"):
                     storage.remove(storage.join(self._url, name))
@@ -252,13 +257,13 @@ class FolderSink:
 
 
 class _FolderTable:
-    """Writes the changes of a table as Parquet files: `name` and `vector`, and `name` of the rows that are gone.
+    """Writes the changes of a table as two Parquet files: `name` and `vector` of changed rows, `name` of deleted rows.
 
     Args:
-        folder: of the version.
-        prefix: of the files' names.
-        dim: of the vectors.
-        is_whole: whether it gets all rows of the table.
+        folder: the sink.
+        prefix: prefix of the file names.
+        dim: dim of the vectors.
+        is_whole: whether all rows of the table are written.
     """
 
     def __init__(self, folder: FolderSink, prefix: str, dim: int, is_whole: bool) -> None:
@@ -302,7 +307,7 @@ class _FolderTable:
         return {"parts": [*old["parts"], part] if has_changes else old["parts"]}
 
     def close(self) -> None:
-        """Ends the file of rows."""
+        """Closes the file of rows."""
         self._flush()
         if self._writer is not None and self._rows_file is not None:
             self._writer.close()

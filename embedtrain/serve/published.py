@@ -1,15 +1,15 @@
-"""Reads what `embedtrain publish` writes; this file can be copied and needs no embedtrain.
+"""Reads publications of `embedtrain publish`. This file can be copied and does not need embedtrain.
 
     from published import Mirror, RedisRows
 
     mirror = Mirror("s3://bucket/vectors")        # a folder; needs fsspec, pyarrow and NumPy
-    mirror.update()                               # reads the newest version, later what changed since
+    mirror.update()                               # reads the newest version; later calls read only changes
     vectors = mirror.vectors("item", ["a", "b"])  # [2, dim]; NaN for a name that has no row
 
     rows = RedisRows("redis://localhost:6379/0")  # Redis; needs redis and NumPy
     vectors, number = rows.vectors("item", ["a", "b"])
 
-Everything that is read together is of one version.
+Each call returns data of a single version.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from numpy.typing import NDArray
 
 FORMAT, VERSION = "embedtrain publication", 1
 PREFIX = "embedtrain"
-"""Of the keys in Redis, unless the URL says `?prefix=NAME`."""
+"""Default prefix of the keys in Redis; `?prefix=NAME` in the URL sets another."""
 PASSWORD_VARIABLE = "EMBEDTRAIN_REDIS_PASSWORD"
 """Environment variable that holds the password of Redis, if it needs one."""
 CHUNK_BYTES = 64 << 20
-"""A file in Redis lies in chunks of this size: a value cannot be longer than 512 MiB."""
+"""Size of the chunks of a file in Redis, whose values are limited to 512 MiB."""
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0
-"""How long Redis is waited for: until it takes a connection, and for each answer."""
+"""Timeouts of Redis: for connecting, and for each answer."""
 
 _EXPECTED_URL = "expected redis://HOST:PORT/DATABASE?prefix=NAME"
 _MANIFEST = re.compile(r"version-(\d{9,})\.json")
@@ -46,19 +46,19 @@ Vectors = NDArray[np.float32]
 
 
 class Gone(LookupError):
-    """The version that is being read is kept no longer; the newest can be opened instead."""
+    """The version being read was deleted; open the newest version instead."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a version changed in a table.
+    """Holds the changes of a table in one version.
 
     Attributes:
-        number: the version.
-        names: [n], added or changed.
-        vectors: [n, dim] float32, their vectors.
-        deleted: the names that are gone.
-        is_whole: whether `names` are all rows of the table at that version.
+        number: number of the version.
+        names: [n]; names of added or changed rows.
+        vectors: [n, dim] float32; their vectors.
+        deleted: names of deleted rows.
+        is_whole: whether `names` are all rows of the table in this version.
     """
 
     number: int
@@ -69,11 +69,11 @@ class Part:
 
 
 class Version:
-    """One version of a folder; its files do not change, and stay for as long as some later versions are written.
+    """One version of a folder. Its files never change; they are deleted after some later versions are written.
 
     Attributes:
-        number: counts the versions, from 1 on.
-        manifest: the content of its file.
+        number: number of the version, from 1.
+        manifest: contents of its manifest file.
     """
 
     def __init__(self, file_system: Any, path: str, manifest: Mapping[str, Any]) -> None:
@@ -92,19 +92,21 @@ class Version:
         return list(self.manifest["tables"])
 
     def changes(self, table: str, since: int | None = None) -> Iterator[Part]:
-        """Yields what to apply, in order, to the rows of the version `since`; a whole part replaces them all.
+        """Yields the changes between version `since` and this version, in order; a whole part replaces all rows.
 
         Args:
-            table: its name.
-            since: a version's number; None to begin with nothing.
+            table: name of the table.
+            since: number of an earlier version; None to start from an empty table.
 
         Raises:
-            ValueError: there is no such table, or no such version yet.
-            Gone: later versions have replaced this one.
+            ValueError: there is no such table, or `since` is newer than this version.
+            Gone: this version was deleted.
         """
         facts = self._table(table)
         if since is not None and since > self.number:
-            raise ValueError(f"{self._path} has no version {since} yet: the newest is {self.number}")
+            raise ValueError(
+                f"since={since} must not be newer than this version of {self._path}, which is {self.number}"
+            )
         parts = facts["parts"]
         if since is not None and since >= parts[0]["number"]:
             parts = [part for part in parts if part["number"] > since]
@@ -114,7 +116,7 @@ class Version:
             yield Part(part["number"], names, vectors, deleted, part["is_whole"])
 
     def dense(self) -> dict[str, NDArray[Any]]:
-        """Returns the parameters of the network by name; none if the model has no network."""
+        """Returns the parameters of the dense network by name; empty if the model has none."""
         entry = self.manifest["dense"]
         return {} if entry is None else read_dense(self._bytes(entry["file"]))
 
@@ -141,18 +143,20 @@ class Version:
         try:
             data = bytes(self._file_system.cat_file(f"{self._path}/{file}"))
         except FileNotFoundError as error:
-            raise Gone(f"version {self.number} of {self._path} is kept no longer: open the newest") from error
+            raise Gone(f"version {self.number} of {self._path} was deleted: open the newest version") from error
         if len(data) != self.manifest["files"][file]:
-            raise ValueError(f"{self._path}/{file} is damaged: it has {len(data):,} bytes of those that were written")
+            raise ValueError(
+                f"{self._path}/{file} is damaged: it has {len(data):,} bytes, not {self.manifest['files'][file]:,}"
+            )
         return data
 
 
 class Folder:
-    """A folder that `embedtrain publish` writes to.
+    """Opens versions of a folder that `embedtrain publish` writes.
 
     Args:
         url: any fsspec URL.
-        options: of its file system.
+        options: options of its fsspec file system.
     """
 
     def __init__(self, url: str, **options: Any) -> None:
@@ -161,7 +165,7 @@ class Folder:
         self._file_system, self._path = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
 
     def numbers(self) -> list[int]:
-        """Returns the numbers of the versions that can be opened, in order."""
+        """Returns the numbers of the available versions, in ascending order."""
         try:
             self._file_system.invalidate_cache()
             names = self._file_system.ls(self._path, detail=False)
@@ -170,15 +174,15 @@ class Folder:
         return version_numbers([name.rpartition("/")[2] for name in names])
 
     def open(self, number: int | None = None) -> Version:
-        """Opens a version; None for the newest.
+        """Opens version `number`, or the newest version if it is None.
 
         Raises:
-            ValueError: there is none, or it is of a newer format.
-            Gone: it is kept no longer.
+            ValueError: the version does not exist, or has a newer format.
+            Gone: the version was deleted.
         """
         found = self.numbers()
         if not found:
-            raise ValueError(f"{self._path}: nothing is published there yet")
+            raise ValueError(f"{self._path} holds no publication yet")
         if number is not None and number > found[-1]:
             raise ValueError(f"{self._path} has no version {number} yet: the newest is {found[-1]}")
         number = found[-1] if number is None else number
@@ -186,19 +190,19 @@ class Folder:
         try:
             data = self._file_system.cat_file(f"{self._path}/{name}")
         except FileNotFoundError as error:
-            raise Gone(f"version {number} of {self._path} is kept no longer: open the newest") from error
+            raise Gone(f"version {number} of {self._path} was deleted: open the newest version") from error
         return Version(self._file_system, self._path, read_manifest(data, f"{self._path}/{name}"))
 
 
 class Mirror:
-    """The rows of the newest version of a folder, in memory; threads may ask it while another updates it.
+    """Keeps the rows of the newest version of a folder in memory. Threads may read while another thread updates.
 
     Args:
         url: any fsspec URL.
-        options: of its file system.
+        options: options of its fsspec file system.
 
     Attributes:
-        version: whose rows these are; None before the first `update`.
+        version: the version whose rows are held; None before the first `update`.
     """
 
     def __init__(self, url: str, **options: Any) -> None:
@@ -208,11 +212,11 @@ class Mirror:
         self._lock = threading.Lock()
 
     def update(self) -> bool:
-        """Takes over what changed since the last call; returns whether anything did.
+        """Reads the changes since the last call; returns whether there is a newer version.
 
         Raises:
-            ValueError: nothing is published, or it is of a newer format.
-            Gone: each version that was opened was removed before it was read, several times in a row.
+            ValueError: nothing is published, or the version has a newer format.
+            Gone: several times in a row, the newest version was deleted while it was being read.
         """
         for last in range(_TRIES):
             try:
@@ -234,7 +238,9 @@ class Mirror:
 
     def _rows_of(self, table: str) -> _Rows:
         if table not in self._tables:
-            raise ValueError(f"there is no table {table!r}; there are {', '.join(self._tables) or 'none'}")
+            raise ValueError(
+                f"there is no table {table!r}; there are {', '.join(self._tables) or 'none yet: call update()'}"
+            )
         return self._tables[table]
 
     def _update(self) -> bool:
@@ -243,7 +249,7 @@ class Mirror:
         since = known.number if known is not None and is_same else None
         if since == newest.number:
             return False
-        # All is read before any of it is applied: a file may be gone.
+        # Everything is read before anything is applied, because reading fails if a file was deleted.
         read = {table: list(newest.changes(table, since if table in self._tables else None)) for table in newest.tables}
         with self._lock:
             self._tables = {
@@ -255,7 +261,7 @@ class Mirror:
 
 
 class _Rows:
-    """The rows of a table by name."""
+    """Holds the rows of a table by name."""
 
     def __init__(self, dim: int) -> None:
         self.places: dict[str, int] = {}
@@ -263,7 +269,7 @@ class _Rows:
         self._free: list[int] = []
 
     def applied(self, parts: Sequence[Part], dim: int) -> _Rows:
-        """Returns the rows after changes; these themselves, or others if all are replaced."""
+        """Applies changes and returns the rows: this object, or a new one if all rows are replaced."""
         rows = self
         for part in parts:
             rows = _Rows(dim) if part.is_whole else rows
@@ -290,21 +296,21 @@ class _Rows:
 
 
 class RedisRows:
-    """The rows that `embedtrain publish` writes to Redis.
+    """Reads the rows that `embedtrain publish` writes to Redis.
 
     Args:
-        url: `redis://HOST:PORT/DATABASE`, with `?prefix=NAME` if it was published so.
-        options: of `redis.Redis`; the password is that of the variable `EMBEDTRAIN_REDIS_PASSWORD` unless given here.
+        url: `redis://HOST:PORT/DATABASE`, with `?prefix=NAME` if it was published with one.
+        options: options of `redis.Redis`; the password defaults to the variable `EMBEDTRAIN_REDIS_PASSWORD`.
     """
 
     def __init__(self, url: str, **options: Any) -> None:
         self._redis, self._prefix = connect(url, **options)
 
     def vectors(self, table: str, names: Sequence[str]) -> tuple[Vectors, int]:
-        """Returns the vectors [n, dim] of names, NaN for a name that has no row, and the number of their version.
+        """Returns the vectors [n, dim] of names, NaN for a name without a row, and the number of the version.
 
         Raises:
-            ValueError: nothing is published, there is no such table, or it is of a newer format.
+            ValueError: nothing is published, there is no such table, or the version has a newer format.
         """
         with self._redis.pipeline(transaction=True) as pipeline:
             pipeline.get(f"{self._prefix}:head")
@@ -322,11 +328,11 @@ class RedisRows:
         return found, int(head["number"])
 
     def dense(self) -> tuple[dict[str, NDArray[Any]], int]:
-        """Returns the parameters of the network by name, and the number of their version.
+        """Returns the parameters of the dense network by name, and the number of the version.
 
         Raises:
-            ValueError: nothing is published, or it is of a newer format.
-            Gone: the network was replaced while it was read, several times in a row.
+            ValueError: nothing is published, or the version has a newer format.
+            Gone: several times in a row, the network was replaced while it was being read.
         """
         for _ in range(_TRIES):
             head = self._head(self._redis.get(f"{self._prefix}:head"))
@@ -335,38 +341,40 @@ class RedisRows:
             data = read_chunks(self._redis, self._prefix, head["dense"]["file"])
             if data is not None:
                 return read_dense(data), int(head["number"])
-        raise Gone(f"{self._prefix}: the network was replaced each time it was read")
+        raise Gone(f"{self._prefix}: the network was replaced during each of {_TRIES} attempts to read it: try again")
 
     def _head(self, data: bytes | None) -> dict[str, Any]:
         if data is None:
-            raise ValueError(f"{self._prefix}: nothing is published there yet")
+            raise ValueError(f"{self._prefix} holds no publication yet")
         return read_manifest(data, f"{self._prefix}:head")
 
 
 def version_numbers(names: Iterable[str]) -> list[int]:
-    """Returns the numbers, in order, of the versions that the files of a folder make exist."""
+    """Returns the version numbers of the manifests among the file names of a folder, in ascending order."""
     return sorted(int(found[1]) for name in names if (found := _MANIFEST.fullmatch(name)))
 
 
 def manifest_name(number: int) -> str:
-    """Returns the name of the file that makes a version exist."""
+    """Returns the name of a version's manifest; the version exists when this file exists."""
     return f"version-{number:09d}.json"
 
 
 def read_manifest(data: bytes, where: str) -> dict[str, Any]:
-    """Returns the facts of a version; ValueError if it is none, or of a newer format."""
+    """Returns the manifest of a version; ValueError if it is not a manifest or has a newer format."""
     try:
         manifest: dict[str, Any] = json.loads(data)
         found, version = manifest["format"], manifest["format_version"]
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{where} is no version of a publication") from error
+        raise ValueError(f"{where} is not the manifest of a publication") from error
     if found != FORMAT or version > VERSION:
-        raise ValueError(f"{where} is of format version {version}, and this reads versions up to {VERSION}")
+        raise ValueError(
+            f"{where} has format version {version}, and this program reads versions up to {VERSION}: use a newer one"
+        )
     return manifest
 
 
 def read_dense(data: bytes) -> dict[str, NDArray[Any]]:
-    """Returns the arrays of a safetensors file that holds float32."""
+    """Returns the arrays of a safetensors file of float32 tensors."""
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     return {
@@ -378,7 +386,7 @@ def read_dense(data: bytes) -> dict[str, NDArray[Any]]:
 
 
 def split_prefix(url: str) -> tuple[str, str]:
-    """Returns a URL of Redis without `?prefix=NAME`, and the name."""
+    """Returns a Redis URL without `?prefix=NAME`, and the prefix."""
     address, _, query = url.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
     prefix = options.pop("prefix", PREFIX)
@@ -386,44 +394,46 @@ def split_prefix(url: str) -> tuple[str, str]:
 
 
 def connect(url: str, **options: Any) -> tuple[Any, str]:
-    """Returns a client of Redis, which connects when it is first used, and the prefix of the keys.
+    """Returns a Redis client, which connects on first use, and the prefix of the keys.
 
     Raises:
-        ValueError: the URL cannot be read; no part of it that may be a password is in the message.
+        ValueError: the URL is invalid; the message contains no part of it that may be a password.
     """
     import redis
 
     address, prefix = split_prefix(url)
     parameters = dict(parse_qsl(url.partition("?")[2], keep_blank_values=True))
     if empty := [name for name, value in parameters.items() if not value]:
-        raise ValueError(f"its parameter {empty[0]!r} has no value: {_EXPECTED_URL}")
+        raise ValueError(f"parameter {empty[0]!r} has no value: {_EXPECTED_URL}")
     usual: dict[str, Any] = {"socket_connect_timeout": CONNECT_SECONDS, "socket_timeout": ANSWER_SECONDS}
     if password := os.environ.get(PASSWORD_VARIABLE):
-        usual["password"] = password  # one in the URL comes before it
+        usual["password"] = password  # A password in the URL takes precedence.
     try:
         client = redis.Redis.from_url(address, **{**usual, **options})
     except ValueError:
         raise ValueError(_EXPECTED_URL) from None
     if not url.startswith("unix:") and re.fullmatch("/?[0-9]*", urlsplit(address).path) is None:
-        raise ValueError(f"its database must be a number: {_EXPECTED_URL}")
+        raise ValueError(f"the database must be a number: {_EXPECTED_URL}")
     pool = client.connection_pool
     try:
-        # It refuses parameters that it does not know, and connects to nothing yet.
+        # Constructing a connection refuses unknown parameters without connecting.
         pool.connection_class(**pool.connection_kwargs)
     except TypeError as error:
         if unknown := [name for name in parameters if f"{name!r}" in str(error)]:
-            raise ValueError(f"it takes no parameter {unknown[0]!r}, and ours is 'prefix': {_EXPECTED_URL}") from error
+            raise ValueError(
+                f"parameter {unknown[0]!r} is unknown to redis-py (embedtrain adds 'prefix'): {_EXPECTED_URL}"
+            ) from error
         raise
     return client, prefix
 
 
 def chunk_keys(prefix: str, file: str) -> list[str]:
-    """Returns the keys of a file in Redis; its name ends with the number of its chunks."""
+    """Returns the Redis keys of a file's chunks; the file's name ends with their number."""
     return [f"{prefix}:{file}:{place}" for place in range(int(file.rpartition(":")[2]))]
 
 
 def read_chunks(client: Any, prefix: str, file: str) -> bytes | None:
-    """Returns a file in Redis; None if a part of it is missing."""
+    """Returns the bytes of a file in Redis; None if a chunk is missing."""
     chunks = []
     for key in chunk_keys(prefix, file):
         chunk = client.get(key)
@@ -434,13 +444,16 @@ def read_chunks(client: Any, prefix: str, file: str) -> bytes | None:
 
 
 def row_keys(prefix: str, table: str, names: Iterable[str]) -> list[str]:
-    """Returns the keys of rows in Redis."""
+    """Returns the Redis keys of rows."""
     start = f"{prefix}:row:{quote(table, safe='')}:"
     return [start + name for name in names]
 
 
 def committed(value: bytes | None, number: int) -> bytes | None:
-    """Returns a row in a value of Redis at a version: the newest of its entries that is not newer; None if deleted."""
+    """Returns the row that a Redis value holds at version `number`; None if the row is deleted or unknown.
+
+    A value is a list of entries; the newest entry that is not newer than `number` counts.
+    """
     at = 0
     while value is not None and at < len(value):
         version, size = _ENTRY.unpack_from(value, at)
@@ -452,5 +465,5 @@ def committed(value: bytes | None, number: int) -> bytes | None:
 
 
 def packed_entry(row: bytes, number: int) -> bytes:
-    """Returns the entry of a row, empty if it is deleted, for a value of Redis."""
+    """Returns the entry of a row in a Redis value; empty `row` marks a deleted row."""
     return _ENTRY.pack(number, len(row)) + row

@@ -1,4 +1,4 @@
-"""Reads rows that are to be scored, some at a time: files of any format, or the lines of standard input."""
+"""Reads rows to score, in blocks, from files of any format or from lines of standard input."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from embedtrain.data.stream import STANDARD_INPUT
 from embedtrain.errors import UserError
 
 UNIT_ROWS = 8192
-"""Rows that one rank scores at once. Files are cut alike whatever the number of ranks, and so are scores."""
+"""Number of rows that one rank scores at once. It is fixed, so that scores do not depend on the number of ranks."""
 
 _NAME_OF_INPUT = "standard input"
 _FAULTS_SHOWN = 3
 _PAUSE_SECONDS = 0.005
-"""If no more of standard input comes for so long, what has come is scored."""
+"""Poll timeout of standard input, in seconds: after a pause of this length the rows read so far are scored."""
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Consecutive rows of a file, which one rank scores.
+    """Consecutive rows of a file that one rank scores.
 
     Attributes:
         batch: the columns.
-        lines: [n] int64; the line of each row, from 0 in the file.
-        where: the file.
-        file: its number.
+        lines: [n] int64; line number of each row in the file, from 0.
+        where: URL of the file.
+        file: index of the file.
     """
 
     batch: pa.RecordBatch
@@ -51,11 +51,11 @@ class Unit:
 
     @property
     def rows(self) -> Rows:
-        """The rows as a reader gives them."""
+        """The rows in the form that readers return."""
         return Rows(self.batch, 0, lambda: self.lines)
 
     def __reduce__(self) -> tuple[Callable[..., Unit], tuple[Any, ...]]:
-        # pickle would send all of the block that the batch is a slice of.
+        # By default, pickle would send the whole block of which the batch is a slice.
         sent = self.batch.serialize().to_pybytes(), self.batch.schema
         return _received, (*sent, self.lines.copy(), self.where, self.file)
 
@@ -66,12 +66,12 @@ def _received(batch: bytes, schema: pa.Schema, *others: Any) -> Unit:
 
 @dataclass(frozen=True)
 class Round:
-    """What the ranks score together.
+    """Holds the units that the ranks score in parallel.
 
     Attributes:
-        units: at most one per rank.
-        num_bad: lines before the end of these units, and after the round before, that could not be parsed.
-        shown: what is wrong with a few of them.
+        units: at most one unit per rank.
+        num_bad: number of lines since the previous round that could not be parsed.
+        shown: descriptions of a few of these lines.
     """
 
     units: list[Unit]
@@ -80,16 +80,16 @@ class Round:
 
 
 class RowFiles:
-    """The rows of files, or of standard input, read once and in order.
+    """Reads the rows of files or of standard input, once and in order.
 
     Args:
-        path: as `expand_sources` takes it; or "-" for standard input.
-        schema: what the columns mean.
-        keep: further columns that are read, as they stand in the file.
-        standard_input: the file descriptor that "-" stands for.
+        path: path of the files, as in `expand_sources`; or "-" for standard input.
+        schema: meaning of the columns.
+        keep: further columns to read unchanged.
+        standard_input: file descriptor of standard input.
 
     Raises:
-        UserError: there is no such file.
+        UserError: the file does not exist.
     """
 
     def __init__(
@@ -104,27 +104,27 @@ class RowFiles:
         self._format = FORMATS[schema.reader]
         self._keep = keep
         self._names = tuple(dict.fromkeys((*schema.used_columns, *keep)))
-        # What is kept is kept as it is spelled, and may be any number.
+        # Kept columns are copied as they are spelled: a number in them may be out of range.
         uses = schema.uses
         looked_up = {column.name for column in schema.categorical}
         self._uses = replace(uses, numbers=uses.numbers | set(keep) - looked_up, parsed=uses.parsed - set(keep))
         if path == STANDARD_INPUT:
             if not isinstance(self._format, TextFormat):
-                raise UserError(f"standard input is of lines: data.format={schema.file_format} cannot come by it")
+                raise UserError(f"data.format={schema.file_format} cannot be read from standard input: give a file")
             self._sources = [_source_of(standard_input)]
         else:
             self._sources = take_sources(path, suffixes_of(schema.reader))
 
     @property
     def urls(self) -> list[str]:
-        """Where the files lie; empty for standard input."""
+        """URLs of the files; empty for standard input."""
         return [source.url for source in self._sources if not isinstance(source, OpenSource)]
 
     def rounds(self, num_ranks: int) -> Iterator[Round]:
-        """Yields the rows in order, for each rank a unit as long as there are enough.
+        """Yields the rows in order, with one unit per rank while there are enough rows.
 
         Raises:
-            UserError: a file lacks a column, or cannot be read as what it should be.
+            UserError: a file lacks a column or cannot be parsed.
         """
         format, schema = self._format, self.schema
         for number, source in enumerate(self._sources):
@@ -144,16 +144,16 @@ class RowFiles:
                 yield Round([], len(faults), self._describe(faults))
 
     def place(self, unit: Unit, line: int) -> str:
-        """Names the file and the line of a row."""
+        """Returns the file and the line number of a row, for messages."""
         return self._format.place(Fault(Segment(self._sources[unit.file]), line, ""))
 
     def _describe(self, faults: Sequence[Fault]) -> list[str]:
         return [f"{self._format.place(fault)}: {fault.reason}" for fault in faults[:_FAULTS_SHOWN]]
 
     def _columns(self, source: Source) -> tuple[str, ...]:
-        """Returns the names of a file's columns, after making sure that all that are read are there."""
+        """Returns the names of a file's columns after checking that no required column is missing."""
         if isinstance(source, OpenSource) and isinstance(self._format, JsonLines):
-            return self._names  # What a line lacks is missing; the lines to come are not known.
+            return self._names  # A key absent from a line is a missing value; later lines may have other keys.
         columns = self._format.columns(source, self._names, self.schema.layout)
         if isinstance(source, OpenSource):
             assert isinstance(source.file, StandardInput)
@@ -164,10 +164,10 @@ class RowFiles:
 
 
 class StandardInput(io.RawIOBase):
-    """Standard input, whose beginning can be read twice: `read` returns what has come and waits for no more.
+    """Standard input that returns partial reads, and whose beginning can be read twice.
 
     Args:
-        descriptor: of the file.
+        descriptor: file descriptor.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -180,7 +180,7 @@ class StandardInput(io.RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
-        """Returns at most `size` bytes; none at the end."""
+        """Returns the available bytes, at most `size`; empty at the end of input."""
         if self._again:
             block, self._again = self._again[:size], self._again[size:]
             return block
@@ -195,7 +195,7 @@ class StandardInput(io.RawIOBase):
         return block
 
     def begin_again(self) -> None:
-        """Returns to the beginning, once."""
+        """Rewinds to the beginning; can be called once."""
         assert self._held is not None
         self._again, self._held = self._held, None
 
@@ -205,12 +205,12 @@ def _source_of(descriptor: int) -> Source:
 
 
 def schema_of_file(schema: ClickSchema, *, path: str | Sequence[str], is_given: bool) -> ClickSchema:
-    """Returns the schema for files of another format than that of the training, as their names tell it.
+    """Returns the schema with the file format that the suffix of `path` names.
 
     Args:
-        schema: of the run.
-        path: of the files; a list, a folder or a glob is of the run's format.
-        is_given: whether the user named a format.
+        schema: the run's schema.
+        path: path of the files; a list, a folder or a glob keeps the run's format.
+        is_given: whether the user set a format, which is then kept.
     """
     if is_given or not isinstance(path, str) or path == STANDARD_INPUT:
         return schema
@@ -218,7 +218,9 @@ def schema_of_file(schema: ClickSchema, *, path: str | Sequence[str], is_given: 
     if name in (None, schema.reader) or name == "lines" or suffix_of(path) in FORMATS[schema.reader].other_suffixes:
         return schema
     assert name is not None
-    _logger.info(f"{path}: read as {name}, by its name; data.format={schema.file_format} reads it as the training did")
+    _logger.info(
+        f"{path} is read as {name} by its suffix; set data.format={schema.file_format} to read it as in training"
+    )
     is_delimited = FORMATS[name].has_header and FORMATS[schema.reader].has_header
     columns = schema.columns if is_delimited else None
     return replace(schema, file_format=name, columns=columns, delimiter=FORMATS[name].delimiter, quote="auto")

@@ -1,11 +1,12 @@
-"""Publication to Redis: a key for each row, whose value holds the rows of two versions while the newer one is written.
+"""Publication to Redis: one key per row, whose value holds two versions of the row while a version is written.
 
-Keys begin with the prefix of the URL. `head` is the manifest of the newest version; it is replaced last, and a reader
-takes it and the rows in one transaction. The value of a row is a list of entries, the newest first: the number of the
-version, the length of the row, and the row; no bytes stand for a row that is deleted. Keys that are being written are
-noted in the list `pending`, in the same act. Later each value is cut to its newest entry that is not newer than the
-head: after a version is complete that forgets the version before, after a killed publisher that takes back what it
-wrote.
+All keys begin with the prefix of the URL. The key `head` holds the manifest of the newest version. It is replaced
+last, and readers get it and the rows in one transaction.
+
+The value of a row is a list of entries, newest first. An entry is the version's number, the length of the row, and
+the row; length 0 marks a deleted row. Each write also appends its keys atomically to the list `pending`. Settling
+cuts each pending value to its newest entry that is not newer than the head. After a commit this drops the previous
+version; after a killed publisher it drops the incomplete version.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ LOCK_SECONDS = 30.0
 """A publisher's lock expires after this many seconds without a write."""
 
 _ROWS_AT_ONCE = 500
-"""In one script, which keeps others waiting for a millisecond."""
+"""Rows per script. A script blocks the server, for about a millisecond at this size."""
 _SCRIPTS_AT_ONCE = 32
 _POLL_SECONDS = 0.1
 
@@ -83,13 +84,13 @@ _SCRIPTS = {"write": _WRITE, "settle": _SETTLE, "set": _SET, "renew": _RENEW, "u
 
 
 class RedisSink:
-    """A Redis server; see `Sink`.
+    """A Redis server as the destination of publications; see `Sink`.
 
     Args:
-        url: `redis://HOST:PORT/DATABASE?prefix=NAME`, or with `rediss://` or `unix://`.
+        url: `redis://HOST:PORT/DATABASE?prefix=NAME`; `rediss://` and `unix://` also work.
 
     Raises:
-        UserError: the package redis is not installed, or the URL is wrong.
+        UserError: the package redis is not installed, or the URL is invalid.
     """
 
     def __init__(self, url: str) -> None:
@@ -100,7 +101,7 @@ class RedisSink:
         try:
             self._redis, self._prefix = published.connect(url)
         except ValueError as error:
-            raise UserError(f"{storage.shown(url)!r} cannot be read as the address of Redis: {error}") from error
+            raise UserError(f"{storage.shown(url)!r} is not a valid Redis URL: {error}") from error
         self._where = published.split_prefix(storage.shown(url))[0].removeprefix("redis://").rpartition("@")[2]
         self._error, self._refusal = redis.RedisError, redis.AuthenticationError
         self._scripts = {name: self._redis.register_script(text) for name, text in _SCRIPTS.items()}
@@ -128,8 +129,9 @@ class RedisSink:
             data = read_chunks(self._redis, self._prefix, file)
         if data is None:
             raise LostFileError(
-                f"{self._where} has lost {self._key(file)}, by which changes are found, as when it is short of memory: "
-                f"delete the keys that begin with {self._prefix}:, or publish with another prefix"
+                f"Redis at {self._where} lacks the key {self._key(file)}, needed to find changed rows (a server "
+                f"short of memory may evict keys): delete the keys that begin with {self._prefix}:, or publish with "
+                "another prefix"
             )
         return data
 
@@ -139,12 +141,12 @@ class RedisSink:
         with self._asked():
             self._lock()
             if self._redis.get(self._key("head")) != self._head_data:
-                raise UserError(f"another publisher wrote version {number} meanwhile: publish again")
+                raise UserError(f"another publisher wrote version {number} at the same time: publish again")
             self._settle(number - 1)
             self._sweep(self._head)
 
     def wants_whole(self, old: Mapping[str, Any], num_changed: int) -> bool:
-        """See `Sink`: rows are replaced where they are."""
+        """See `Sink`: always False, because rows are replaced in place."""
         return False
 
     @contextmanager
@@ -159,7 +161,7 @@ class RedisSink:
         self.write_rows(table, names, [b""] * len(names))
 
     def write_rows(self, table: str, names: Sequence[str], rows: Sequence[bytes]) -> None:
-        """Writes rows of the version, empty ones for those that are gone; nobody sees them before it is complete."""
+        """Writes rows of the version, empty bytes for deleted rows; readers see them only after the commit."""
         with self._asked():
             at_once = _ROWS_AT_ONCE * _SCRIPTS_AT_ONCE
             for first in range(0, len(names), at_once):
@@ -193,10 +195,12 @@ class RedisSink:
                 self._settle(self._number)
                 self._sweep(manifest)
             except (self._error, UserError) as error:
-                _logger.warning(f"version {self._number} is published; what older ones left was not removed: {error}")
+                _logger.warning(
+                    f"version {self._number} is published, but data of older versions was not removed: {error}"
+                )
 
     def abandon(self) -> None:
-        """See `Sink`: the next publisher takes back what was written."""
+        """See `Sink`: no-op, because the next publisher drops the incomplete version."""
 
     def close(self) -> None:
         """See `Sink`."""
@@ -214,22 +218,24 @@ class RedisSink:
             yield
         except self._error as error:
             is_refused = isinstance(error, self._refusal)
-            advice = f"; its password is that of the variable {published.PASSWORD_VARIABLE}" if is_refused else ""
-            raise OSError(f"Redis at {self._where} could not be asked: {error}{advice}") from error
+            advice = f"; set its password in the variable {published.PASSWORD_VARIABLE}" if is_refused else ""
+            raise OSError(f"cannot use Redis at {self._where}: {error}{advice}") from error
 
     def _lock(self) -> None:
-        """Waits until no other publisher is at work, for as long as a killed one is taken for alive."""
+        """Takes the lock; waits for other publishers until the lock of a killed publisher would have expired."""
         self._has_locked = True
         until = time.monotonic() + LOCK_SECONDS + 1
         while not self._redis.set(self._key("lock"), self._token, nx=True, px=round(1000 * LOCK_SECONDS)):
             if time.monotonic() > until:
-                raise UserError(f"another publisher is at work on {self._where} under {self._prefix}: wait for its end")
+                raise UserError(
+                    f"another publisher is writing to {self._where} under {self._prefix}: wait until it is done"
+                )
             time.sleep(_POLL_SECONDS)
 
     def _call(
         self, script: str, names: Sequence[str], values: Sequence[Any], keys: Sequence[str] = (), client: Any = None
     ) -> Any:
-        """Runs a script that changes something only while the lock is ours."""
+        """Runs a script, which makes changes only while this publisher holds the lock."""
         arguments: list[Any] = [self._token, round(1000 * LOCK_SECONDS), *values]
         own = [self._key(name) for name in ("lock", *names)]
         return self._scripts[script](keys=[*own, *keys], args=arguments, client=client)
@@ -238,15 +244,15 @@ class RedisSink:
         if -1 in answers:
             is_taken = self._redis.get(self._key("lock")) is not None
             raise UserError(
-                f"the lock of this publisher on {self._where} under {self._prefix} expired after {LOCK_SECONDS:g} "
-                f"seconds without a write{', and another publisher has it now' if is_taken else ''}: publish again"
+                f"this publisher's lock on {self._where} under {self._prefix} expired after {LOCK_SECONDS:g} "
+                f"seconds without a write{', and another publisher holds it now' if is_taken else ''}: publish again"
             )
 
     def _renew(self) -> None:
         self._require_lock(self._call("renew", [], []))
 
     def _settle(self, number: int) -> None:
-        """Cuts the values that were written to what they are at a version."""
+        """Cuts each pending value to its newest entry that is not newer than version `number`."""
         while True:
             done = self._call("settle", ["pending"], [number, _ROWS_AT_ONCE])
             self._require_lock(done)
@@ -254,7 +260,7 @@ class RedisSink:
                 return
 
     def _sweep(self, manifest: Mapping[str, Any] | None) -> None:
-        """Removes the files that a version does not need."""
+        """Removes the files that the version of `manifest` does not need."""
         kept: set[str] = set()
         if manifest is not None:
             kept = cursor_files(manifest)
@@ -266,7 +272,7 @@ class RedisSink:
 
 
 class _RedisTable:
-    """Writes the changes of a table; see `TableWriter`."""
+    """Writes the changes of a table to Redis; see `TableWriter`."""
 
     def __init__(self, sink: RedisSink, table: str) -> None:
         self._sink, self._table = sink, table

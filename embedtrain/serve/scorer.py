@@ -1,4 +1,4 @@
-"""Answers from a packed model: this file, torch and NumPy are all it takes; pyarrow only to read Parquet.
+"""Scores with a packaged model. Needs only this file, torch and NumPy, and pyarrow to read Parquet.
 
     python PACKAGE/scorer.py --data rows.csv --keep id > scores.csv
 
@@ -6,10 +6,10 @@
     scorer = Scorer("PACKAGE")
     probabilities = scorer.score([{"age": 39, "country": "Peru"}, {"age": "40", "country": None}])
 
-A package of a retrieval model is opened by `Retriever`, which gives users' vectors and the best items of a vector.
+`Retriever` opens the package of a retrieval model; it returns users' vectors and the best items for a vector.
 
-Rows become ids and numbers exactly as in the training. A row that the training would have counted as a bad line has the
-score NaN; `score` says why if it is given a dict for that.
+Rows are encoded exactly as in training. A row that training would count as a bad line gets the score NaN; pass a
+dict to `score` to collect the reasons.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ Faults = dict[int, str]
 
 
 class Scorer:
-    """A packed ranking model; its tables are memory-mapped.
+    """Scores rows with a packaged ranking model; its tables are memory-mapped.
 
     Args:
-        path: the folder of the package.
+        path: folder of the package.
 
     Raises:
-        ValueError: the folder is no package, or one of a newer format.
+        ValueError: the folder is not a package, or has a newer format.
     """
 
     def __init__(self, path: str) -> None:
@@ -65,16 +65,16 @@ class Scorer:
 
     @property
     def columns(self) -> list[str]:
-        """The columns that the model looks at."""
+        """Names of the columns that the model reads."""
         return list(dict.fromkeys([*self._dense, *(feature.name for feature in self._features)]))
 
     def score(self, rows: Iterable[Row], faults: Faults | None = None) -> NDArray[np.float32]:
-        """Returns the probability of each row, float32 [n]; NaN for a row that cannot be used.
+        """Returns [n] float32: the probability of each row; NaN for a bad row.
 
         Args:
-            rows: values by column: texts, integers, numbers, None, and for bags lists of these. What is not there is
-                missing; further columns do no harm.
-            faults: takes what is wrong with rows, by their place.
+            rows: values by column: texts, numbers, None, or lists of them for bags. An absent column is a missing
+                value; other columns are ignored.
+            faults: filled with the reason per bad row, by its index.
         """
         found: Faults = {} if faults is None else faults
         scores = [np.zeros(0, np.float32)]
@@ -98,7 +98,7 @@ class Scorer:
             numbers = np.copysign(np.log1p(np.abs(numbers)), numbers)
         normalised = np.nan_to_num((numbers - self._mean) / self._std).astype(np.float32)
         dense = torch.from_numpy(normalised)
-        if len(rows) == 1:  # The program was made for two rows or more.
+        if len(rows) == 1:  # The exported program needs at least two rows.
             dense, vectors = dense.repeat(2, 1), [each.repeat(2, 1) for each in vectors]
         scores = self._network(dense, vectors).sigmoid().numpy()[: len(rows)].copy()
         scores[list(faults)] = np.nan
@@ -106,7 +106,7 @@ class Scorer:
 
 
 class Retriever:
-    """A packed retrieval model: the vectors of users and items, memory-mapped; see `Scorer`."""
+    """Recommends items with a packaged retrieval model; its tables are memory-mapped. See `Scorer`."""
 
     def __init__(self, path: str, model: str = "retrieval") -> None:
         self.manifest = read_manifest(path, model)
@@ -114,26 +114,26 @@ class Retriever:
         self._sides = {side: (Table(path, each["table"]), Vocabulary(path, each["names"])) for side, each in sides}
 
     def user_vectors(self, users: Sequence[str]) -> Tensor:
-        """Returns the vectors [n, dim] of users by their raw ids; refuses a user who is unknown."""
+        """Returns the vectors [n, dim] of users by their raw ids; ValueError for an unknown user."""
         return self._vectors("user", users)
 
     def _vectors(self, side: str, ids: Sequence[str]) -> Tensor:
         table, names = self._sides[side]
         rows = names.rows([each.encode() for each in ids]) - 1
         if len(rows) and rows.min() < 0:
-            raise ValueError(f"unknown {side} {ids[int(rows.argmin())]!r}: not among the {side}s of the training data")
+            raise ValueError(f"{side} {ids[int(rows.argmin())]!r} is not in the training data")
         return table.rows(rows)
 
     @torch.no_grad()
     def top(self, vectors: Tensor, k: int = 10) -> list[list[tuple[str, float]]]:
-        """Returns the best items of each of [n, dim] vectors with their scores, the best first."""
+        """Returns for each of the vectors [n, dim] its `k` best items with their scores, best first."""
         scores, items = vectors.new_zeros(len(vectors), 0), torch.zeros(len(vectors), 0, dtype=torch.int64)
         table, item_names = self._sides["item"]
         for start in range(0, table.num_rows, _ITEMS_AT_ONCE):
             ids = np.arange(start, min(start + _ITEMS_AT_ONCE, table.num_rows))
             both = torch.cat([scores, vectors @ table.rows(ids).T], dim=1)
             names = torch.cat([items, torch.from_numpy(ids).expand(len(vectors), -1)], dim=1)
-            # Stable: of equal scores the item that comes first wins.
+            # A stable sort keeps the order of items with equal scores.
             order = both.argsort(dim=1, descending=True, stable=True)[:, :k]
             scores, items = both.gather(1, order), names.gather(1, order)
         return [
@@ -143,7 +143,7 @@ class Retriever:
 
 
 class _Feature:
-    """A looked-up column: how its values become rows of a table."""
+    """Encodes a categorical column as rows of a table and looks up their vectors."""
 
     def __init__(self, path: str, facts: Mapping[str, Any]) -> None:
         self.name: str = facts["name"]
@@ -153,7 +153,7 @@ class _Feature:
         self._memo: dict[str, int] = {}
 
     def ids(self, values: Sequence[Any], faults: Faults) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
-        """Returns the rows of a column's values, and for a bag how many each example has."""
+        """Returns the table rows of a column's values, and for bags the number of rows per example."""
         if not self._facts["bag"]:
             return self._rows(values, np.arange(len(values)), faults), None
         bags = [self._bag(value, place, faults) for place, value in enumerate(values)]
@@ -162,7 +162,7 @@ class _Feature:
         return self._rows(flat, np.repeat(np.arange(len(bags)), lengths), faults), lengths
 
     def vectors(self, ids: NDArray[np.int64], lengths: NDArray[np.int64] | None) -> Tensor:
-        """Returns a vector per example."""
+        """Returns [n, dim]: one vector per example, pooled for bags."""
         vectors = self._table.rows(ids)
         if lengths is None:
             return vectors
@@ -205,14 +205,14 @@ class _Feature:
 
 
 def _remembered(values: Sequence[Any], memo: Mapping[str, Any]) -> list[Any]:
-    """Returns what is known of texts, as they are spelled; None of others: 1 and True would be one key of a dict."""
+    """Looks up texts in `memo`; None for unknown texts and for other types, because 1 and True are equal dict keys."""
     if set(map(type, values)) <= {str}:
         return list(map(memo.get, values))
     return [memo.get(value) if value.__class__ is str else None for value in values]
 
 
 def _text_of(value: Any, name: str, place: int, faults: Faults) -> str:
-    """Returns the text by which a value is looked up, without spaces around it; the empty text if it is missing."""
+    """Returns the text for the lookup of a value, without surrounding spaces; empty if the value is missing."""
     if isinstance(value, str):
         text = value.strip()
         if text.isascii() and "\0" not in text:
@@ -238,7 +238,7 @@ def _text_of(value: Any, name: str, place: int, faults: Faults) -> str:
 
 
 def _id_of(value: Any, facts: Mapping[str, Any], place: int, faults: Faults) -> int:
-    """Returns a value that is a row itself; 0 if it is none."""
+    """Returns a value that is itself a row id; 0 and an entry in `faults` if it is invalid."""
     name, largest = facts["name"], facts["num_rows"] - 1
     text = str(int(value)) if isinstance(value, bool) else _text_of(value, name, place, faults)
     if not text:
@@ -255,7 +255,7 @@ def _id_of(value: Any, facts: Mapping[str, Any], place: int, faults: Faults) -> 
 
 
 def _numbers(values: Sequence[Any], name: str, faults: Faults, memo: dict[str, float]) -> NDArray[np.float32]:
-    """Returns the numbers of a column; NaN for one that is missing."""
+    """Returns [n] float32: the numbers of a column; NaN if missing."""
     numbers = _remembered(values, memo)
     for place, number in enumerate(numbers) if None in numbers else ():
         if number is None:
@@ -283,7 +283,7 @@ def _number(value: Any, name: str, place: int, faults: Faults) -> float:
 
 
 class Table:
-    """Rows of vectors in a file that is memory-mapped; int8 rows have a scale and a bias each."""
+    """A memory-mapped table of vectors; int8 tables have a scale and a bias per row."""
 
     def __init__(self, path: str, name: str) -> None:
         arrays = map_arrays(Path(path, name))
@@ -294,7 +294,7 @@ class Table:
         self.num_rows, self.dim = weight.shape
 
     def rows(self, ids: NDArray[np.int64]) -> Tensor:
-        """Returns rows as float32 [n, dim]."""
+        """Returns the rows `ids` [n] as float32 [n, dim]."""
         places = torch.from_numpy(ids)
         rows = self._weight[places].float()
         if self._scale is None or self._bias is None:
@@ -303,7 +303,7 @@ class Table:
 
 
 class Vocabulary:
-    """The rows of texts in a file that is memory-mapped; row 0 stands for all texts that have none of their own."""
+    """A memory-mapped vocabulary: maps texts to rows. Row 0 stands for all texts out of the vocabulary."""
 
     def __init__(self, path: str, name: str) -> None:
         arrays = map_arrays(Path(path, name))
@@ -311,13 +311,13 @@ class Vocabulary:
         self._offsets, self._texts = arrays["offsets"], arrays["texts"]
 
     def rows(self, texts: Sequence[bytes]) -> NDArray[np.int64]:
-        """Returns the row of each text: one more than its place in the list."""
+        """Returns [n] int64: the row of each text, which is its place in the list plus 1; 0 for unknown texts."""
         hashes = hashes_of(texts)
         first = np.searchsorted(self._hashes, hashes)
         rows = np.zeros(len(texts), np.int64)
         for number, text in enumerate(texts):
             at = int(first[number])
-            # Texts of one hash stand beside each other.
+            # Texts with the same hash are adjacent.
             while at < len(self._hashes) and self._hashes[at] == hashes[number]:
                 if self.text(int(self._places[at])) == text:
                     rows[number] = self._places[at] + 1
@@ -326,16 +326,16 @@ class Vocabulary:
         return rows
 
     def text(self, place: int) -> bytes:
-        """Returns the text at a place of the list."""
+        """Returns the text at `place` in the list."""
         return self._texts[self._offsets[place] : self._offsets[place + 1]].tobytes()
 
 
 def hashes_of(texts: Sequence[bytes]) -> NDArray[np.uint64]:
-    """Returns the hash of each text: eight bytes at a time, the last ones filled up with zeros, after the length."""
+    """Returns [n] uint64: a hash of the length and then of each 8 bytes of a text, padded with zeros."""
     lengths = np.array([len(text) for text in texts], np.int64)
     starts = lengths.cumsum() - lengths
     data = np.frombuffer(b"".join(texts) + bytes(8), np.uint8)
-    words = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))  # The eight bytes from each byte on.
+    words = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))  # The 8 bytes that start at each byte.
     masks = np.array([(1 << 8 * length) - 1 for length in range(9)], np.uint64)
     hashes = _mixed(lengths.view(np.uint64))
     for start in range(0, int(lengths.max(initial=0)), 8):
@@ -353,18 +353,18 @@ def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def read_manifest(path: str, model: str) -> dict[str, Any]:
-    """Returns what a package of a kind of model says of itself; refuses a newer format."""
+    """Returns the manifest of a package; ValueError if it has a newer format or another kind of model."""
     file = Path(path, MANIFEST_NAME)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path} is not a package: there is no {MANIFEST_NAME} in it") from None
+        raise ValueError(f"{path} is not a package: it has no {MANIFEST_NAME}") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError(f"{file} is not the manifest of a package")
     if found["version"] > VERSION:
         raise ValueError(
             f"{path} is a package of version {found['version']}, and this scorer reads versions up to {VERSION}: use "
-            "the scorer.py that lies in the package"
+            "the scorer.py in the package"
         )
     if found["model"] != model:
         raise ValueError(f"{path} is a package of a {found['model']} model, not of a {model} model")
@@ -372,7 +372,7 @@ def read_manifest(path: str, model: str) -> dict[str, Any]:
 
 
 def map_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Returns the tensors of a safetensors file as arrays that are mapped from it; bfloat16 as int16.
+    """Returns the tensors of a safetensors file as memory-mapped arrays; bfloat16 as int16.
 
     Source: https://huggingface.co/docs/safetensors/index#format
     """
@@ -384,16 +384,17 @@ def map_arrays(path: Path) -> dict[str, NDArray[Any]]:
         if name != "__metadata__":
             start, stop = facts["data_offsets"]
             dtype, shape = np.dtype(_DTYPES[facts["dtype"]]), tuple(facts["shape"])
-            # Copy on write: torch warns of arrays that nobody may write to. Files of no bytes cannot be mapped.
+            # Mapped copy-on-write because torch warns about read-only arrays. Empty tensors cannot be mapped.
             mapped = np.memmap(path, dtype, "c", 8 + size + start, shape) if stop > start else np.zeros(shape, dtype)
             found[name] = mapped if mapped.flags.aligned else mapped.copy()
     return found
 
 
 def read_rows(path: str, lines: Mapping[str, Any], columns: Sequence[str]) -> Iterator[tuple[int, Row | str]]:
-    """Yields the rows of a file with the numbers of their lines, or what is wrong with a line.
+    """Yields for each line of a file its number and its row, or the reason why the line is bad.
 
-    The file ends in .parquet or .jsonl, or is laid out as `lines` says; `columns` must be there.
+    A .parquet or .jsonl file is read as such; other files have the format that `lines` describes. The file must have
+    all `columns`.
     """
     suffix = Path(path).suffix
     if suffix == ".parquet":
@@ -439,19 +440,27 @@ def _parquet_rows(path: str, columns: Sequence[str]) -> Iterator[tuple[int, Row 
 def _require_columns(path: str, wanted: Sequence[str], existing: Sequence[str]) -> None:
     missing = [name for name in wanted if name not in existing]
     if missing:
-        raise ValueError(f"{path}: there is no column {', '.join(missing)}; there are {', '.join(existing)}")
+        raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(existing)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints CSV: the kept columns and the probability of rows, without bad lines; or the best items of users."""
-    parser = argparse.ArgumentParser(description="Scores the rows of a file, or recommends items, with a packed model.")
-    parser.add_argument("--package", default=str(Path(__file__).resolve().parent), help="the folder of the package")
+    """Prints CSV: the kept columns and the probability of each row, or the best items of users."""
+    parser = argparse.ArgumentParser(
+        description="Scores the rows of a file, or recommends items, with a packaged model."
+    )
+    parser.add_argument(
+        "--package",
+        default=str(Path(__file__).resolve().parent),
+        help="folder of the package (default: the folder of this file)",
+    )
     asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--data", help="a file as the training read it, .jsonl or .parquet; - for standard input")
-    asked.add_argument("--users", nargs="+", help="raw ids of users, for a package of a retrieval model")
-    parser.add_argument("--top", type=int, default=10, help="how many items per user")
-    parser.add_argument("--keep", default="", help="columns that are handed on, such as id,ts")
-    parser.add_argument("--max-bad-lines", type=int, default=0, help="how many lines may be left out")
+    asked.add_argument(
+        "--data", help="file of rows in the format of training, .jsonl or .parquet; - for standard input"
+    )
+    asked.add_argument("--users", nargs="+", help="raw ids of users (for a retrieval model)")
+    parser.add_argument("--top", type=int, default=10, help="number of items per user")
+    parser.add_argument("--keep", default="", help="columns to copy to the output, for example id,ts")
+    parser.add_argument("--max-bad-lines", type=int, default=0, help="maximum number of bad lines to skip")
     given = parser.parse_args(arguments)
     try:
         if given.users is not None:
@@ -464,7 +473,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"scorer: error: {error}", file=sys.stderr)
         return 2
     if num_bad:
-        print(f"scorer: {num_bad} lines cannot be used and are left out", file=sys.stderr)
+        print(f"scorer: skipped {num_bad} bad lines", file=sys.stderr)
     return 0
 
 

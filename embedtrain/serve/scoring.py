@@ -1,4 +1,4 @@
-"""Scores the rows of files by a trained model, in the order of the files, on any number of ranks."""
+"""Scores rows of files with a trained model, in file order, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """What to score.
+    """Says which rows to score and how to read them.
 
     Attributes:
-        path: of the files, as `expand_sources` takes it; or "-" for standard input.
-        keep: columns of the files that are handed on.
-        has_label: whether the label is read too.
-        max_bad_lines: how many lines that cannot be used are left out; one more is an error.
-        is_format_given: whether the user named the format of the files; else their names may tell another one.
-        output: path of the file that the scores replace, which must not be one of those that are read; None for none.
+        path: path of the files, as in `expand_sources`; or "-" for standard input.
+        keep: columns of the files to copy to the output.
+        has_label: whether to read the label.
+        max_bad_lines: maximum number of bad lines to skip; one more is an error.
+        is_format_given: whether the user set the format of the files; otherwise their suffixes may choose another.
+        output: path of the output file, which must not be an input file; None if there is none.
     """
 
     path: str | Sequence[str]
@@ -47,13 +47,13 @@ class ScoreOptions:
 
 @dataclass(frozen=True)
 class Scored:
-    """Consecutive rows of the files, without those that cannot be used.
+    """Holds the scores of consecutive rows of the files, without bad lines.
 
     Attributes:
         probabilities: [n] float32.
         logits: [n] float32.
         labels: [n] float32; zeros if labels are not read.
-        kept: the columns that are handed on.
+        kept: the columns to copy to the output.
     """
 
     probabilities: NDArray[np.float32]
@@ -63,14 +63,14 @@ class Scored:
 
 
 def score_rows(scorer: RowScorer, options: ScoreOptions) -> Iterator[Scored]:
-    """Yields the rows with their scores on rank 0, in the order of the files; nothing on the other ranks.
+    """Yields the scored rows on rank 0, in file order; yields nothing on other ranks.
 
-    Rank 0 reads. The ranks score some thousand rows each at a time, and hold no more than these.
+    Rank 0 reads the files. Each rank scores and holds up to `UNIT_ROWS` rows at a time.
 
-    Collective: every rank, to the end.
+    Collective: every rank must exhaust the iterator.
 
     Raises:
-        UserError: on every rank: a file cannot be read, lacks a column, or has too many lines that cannot be used.
+        UserError: on every rank; a file cannot be read, lacks a column, or there are too many bad lines.
     """
     ranks = scorer.ranks
     schema = _schema_of(scorer, options)
@@ -81,7 +81,7 @@ def score_rows(scorer: RowScorer, options: ScoreOptions) -> Iterator[Scored]:
         unit = found.units[ranks.rank] if ranks.rank < len(found.units) else None
         batch, own_wrong = ranks.run_on_each(functools.partial(_encode, scorer, schema, unit))
         logits = scorer.logits(batch)
-        # Of a whole unit at once, on the rank that has it: the ranks' shares must not change a digit.
+        # One rank computes a whole unit at once, so that results do not depend on the number of ranks.
         results = ranks.all_gather((logits.sigmoid().numpy(), logits.numpy(), batch.labels.numpy(), own_wrong))
         wrong = [each for *_, each in results]
         if found.num_bad or any(wrong):
@@ -109,13 +109,13 @@ def _encode(scorer: RowScorer, schema: ClickSchema, unit: Unit | None) -> tuple[
 
 
 def _kept(unit: Unit, names: Sequence[str], wrong: Mapping[int, str]) -> pa.RecordBatch:
-    """Returns the columns that are handed on, of the rows that can be used."""
+    """Returns the columns to copy to the output, without bad lines."""
     kept = unit.batch.select(list(names))
     return kept.filter(pa.array(~np.isin(unit.lines, list(wrong)))) if wrong else kept
 
 
 class _BadLines:
-    """Counts the lines that cannot be used, on rank 0."""
+    """Counts bad lines on rank 0."""
 
     def __init__(self, max_bad_lines: int, files: RowFiles | None) -> None:
         self._max_bad_lines = max_bad_lines
@@ -127,7 +127,7 @@ class _BadLines:
         """Counts the bad lines of a round.
 
         Raises:
-            UserError: there are too many by now.
+            UserError: there are more bad lines than allowed.
         """
         assert self._files is not None
         self._num_bad += found.num_bad + sum(map(len, wrong))
@@ -138,12 +138,12 @@ class _BadLines:
         del self._shown[_SHOWN:]
         if self._num_bad > self._max_bad_lines:
             raise UserError(
-                f"{'; '.join(self._shown)}. At least {self._num_bad} such lines were found, and data.max_bad_lines is "
-                f"{self._max_bad_lines}: correct them, or raise it to leave them out"
+                f"{'; '.join(self._shown)}. At least {self._num_bad} bad lines exceed data.max_bad_lines="
+                f"{self._max_bad_lines}: correct them, or raise data.max_bad_lines to skip them"
             )
 
     def tell(self) -> None:
-        """Says how many lines are left out."""
+        """Warns of the number of skipped lines, if any."""
         if self._num_bad:
             shown = "; ".join(self._shown)
-            _logger.warning(f"{self._num_bad} lines cannot be used and are left out, such as {shown}")
+            _logger.warning(f"skipped {self._num_bad} bad lines, for example {shown}")

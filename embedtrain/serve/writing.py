@@ -1,4 +1,4 @@
-"""Writes scores: a Parquet, CSV or JSON-lines file, or lines of standard output."""
+"""Writes scores to a Parquet, CSV or JSON-lines file, or as lines to standard output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from embedtrain.export.storage import new_files, vacant_place
 from embedtrain.serve.scoring import Scored
 
 SCORE = "probability"
-"""The name of the column of the scores, which no other column can have."""
+"""Name of the score column; no kept column may have this name."""
 
 _ROWS_PER_GROUP = 1 << 17
 
@@ -26,29 +26,29 @@ _Write = Callable[[pa.Table], None]
 
 
 def require_output(output: str, *, overwrite: bool) -> None:
-    """Refuses a name under which scores cannot be written, before any work is done.
+    """Checks the output's name before any work is done.
 
     Raises:
-        UserError: the name ends otherwise than in `.parquet`, `.csv` or `.jsonl`, or is taken.
+        UserError: the name does not end in `.parquet`, `.csv` or `.jsonl`, or the file exists.
     """
     if _suffix(output) not in _WRITERS:
-        raise UserError(f"--output {output}: expected a name that ends in {', '.join(_WRITERS)}, or - for lines")
+        raise UserError(f"--output {output} must end in {', '.join(_WRITERS)}, or be - for standard output")
     vacant_place(output, overwrite=overwrite)
 
 
 def write_scores(scored: Iterable[Scored], output: str, *, overwrite: bool = False) -> int:
-    """Writes a row for each that was scored: the columns that were kept, and `probability`, float32.
+    """Writes one row per scored row: the kept columns, and `probability` in float32.
 
     Args:
         scored: the rows.
-        output: path or fsspec URL of the new file, which appears when it is complete; as `require_output` has it.
-        overwrite: whether a file that is there already is replaced.
+        output: path or fsspec URL of the new file, which appears when it is complete; see `require_output`.
+        overwrite: whether to replace an existing file.
 
     Returns:
         The number of rows.
 
     Raises:
-        UserError: the output is there already or cannot be written, or a column cannot be written in this format.
+        UserError: the output exists or cannot be written, or the format cannot hold a kept column.
     """
     num_rows = 0
     with new_files([output], overwrite) as (file,), _WRITERS[_suffix(output)](file) as write:
@@ -61,7 +61,7 @@ def write_scores(scored: Iterable[Scored], output: str, *, overwrite: bool = Fal
 
 
 def write_lines(scored: Iterable[Scored], file: BinaryIO, *, as_json: bool) -> None:
-    """Writes a line for each row that was scored, as soon as it was: as JSON, or as CSV without a header."""
+    """Writes one line per scored row and flushes after each part: JSON, or CSV without a header."""
     for part in scored:
         table = _table_of(part)
         if as_json:
@@ -76,14 +76,14 @@ def _suffix(output: str) -> str:
 
 
 def _tables(scored: Iterable[Scored]) -> Iterator[pa.Table]:
-    """Yields tables of one schema: that of the first."""
+    """Yields tables, all with the schema of the first one."""
     schema: pa.Schema | None = None
     for part in scored:
         table = _table_of(part)
         try:
             table = table if schema is None else table.cast(schema)
         except pa.ArrowException as error:
-            raise UserError(f"the files hold a kept column in types that differ: {error}") from error
+            raise UserError(f"a kept column has different types in different files: {error}") from error
         schema = table.schema
         yield table
 
@@ -142,8 +142,10 @@ _WRITERS = {".parquet": _parquet, ".csv": _csv, ".jsonl": _jsonl}
 def _write_csv(table: pa.Table, file: BinaryIO, *, has_header: bool) -> None:
     odd = [field.name for field in table.schema if pa.types.is_nested(field.type) or pa.types.is_decimal(field.type)]
     if odd:
-        raise UserError(f"CSV cannot hold the values of {', '.join(odd)}: write .parquet or .jsonl, or keep less")
-    # Arrow quotes all texts or none, and refuses to leave out quotes that one of them needs.
+        raise UserError(
+            f"CSV cannot hold the nested or decimal values of {', '.join(odd)}: write .parquet or .jsonl, or drop them"
+        )
+    # Arrow quotes every text or none, and raises ArrowInvalid if a text needs quotes.
     try:
         content = _as_csv(table, has_header, "none")
     except pa.ArrowInvalid:

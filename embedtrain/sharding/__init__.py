@@ -1,1 +1,1 @@
-"""Where each row of a table lies: pure arithmetic, no process group."""
+"""Layouts: the arithmetic that maps ids to slots and ranks, without a process group."""

@@ -1,4 +1,4 @@
-"""Bytes that look-ups move between ranks: arithmetic that both a step and `embedtrain plan` use."""
+"""Bytes that a lookup moves between ranks, as used by both the training step and `embedtrain plan`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Wire:
-    """Sizes of what travels for one group of tables.
+    """Holds the sizes of values on the wire for one table group.
 
     Attributes:
-        id_bytes: size of a row number.
-        vector_bytes: size of one value of a row.
-        gradient_bytes: size of one value of a gradient, or of a sum of rows.
-        has_gradients: whether gradients travel at all.
+        id_bytes: bytes per row number.
+        vector_bytes: bytes per value of a row.
+        gradient_bytes: bytes per value of a gradient or of a sum of rows.
+        has_gradients: whether gradients are sent.
     """
 
     id_bytes: int = 4
@@ -23,11 +23,11 @@ class Wire:
 
 
 def bytes_of_rows(num_rows: int, dim: int, wire: Wire) -> int:
-    """Returns the bytes of distinct rows that travel to the examples: ids out, rows back, gradients home."""
+    """Returns the bytes of pooling at the examples: ids to owners, rows back, and gradients to owners."""
     return num_rows * (wire.id_bytes + dim * (wire.vector_bytes + wire.has_gradients * wire.gradient_bytes))
 
 
 def bytes_of_sums(num_ids: int, num_sums: int, dim: int, wire: Wire, *, is_weighted: bool = False) -> int:
-    """Returns the bytes of pooling at the owners: all ids out, one sum per owner and bag back, its gradient home."""
+    """Returns the bytes of pooling at the owners: all ids to owners, one sum per owner and bag back, its gradient."""
     of_ids = num_ids * wire.id_bytes * (2 if is_weighted else 1)
     return of_ids + num_sums * dim * wire.gradient_bytes * (1 + wire.has_gradients)

@@ -1,14 +1,12 @@
-"""Where rows lie: `Layout` is what the package knows, and `SpreadLayout` is what tables use.
+"""Layouts of tables: the `Layout` protocol, and `SpreadLayout`, the default.
 
-It spreads the ids over the slots, then cuts the slots into ranges.
+`SpreadLayout` maps row `id` of a table of `num_rows` rows to slot `(multiplier * id) mod num_rows`. Each rank owns a
+contiguous range of slots. Low ids are the hot ones, because vocabularies are sorted by frequency. A multiplier near
+the golden section of `num_rows` spreads every prefix of the ids evenly over any number of ranks: of the first k ids,
+a rank with a share s of the slots owns between `k*s - b` and `k*s + b`, where `b = 1 + log2(k + 1)`.
 
-Row `id` of a table of `num_rows` rows lies at slot `(multiplier * id) mod num_rows`; each rank owns a
-contiguous range of slots. Low ids are the hot ones (vocabularies are sorted by frequency), and a multiplier
-near the golden section of `num_rows` spreads every prefix of the ids evenly over any number of ranks: of the
-first k ids, a rank that owns a share s of the slots owns between `k*s - b` and `k*s + b`, `b = 1 + log2(k + 1)`.
-
-Of tables too large for a cache, blocks of B = 16 ids are spread, not single ids: hot rows then share pages of memory,
-and their accumulators a cache line, which makes reading and updating them 13 to 15 % quicker. The bound becomes
+Tables too large for the cache spread blocks of B = 16 ids instead of single ids. Hot rows then share memory pages and
+their accumulators share cache lines, which makes reading and updating them 13 to 15 % faster. The bound becomes
 `b = B * (3 + log2(k / B + 1))`.
 """
 
@@ -33,31 +31,33 @@ MAX_ROWS = 1 << 40
 
 _CANDIDATES = 64
 _BLOCK_ROWS = 16
-"""More would be quicker still, and too many hot rows in one place: 16 cost the busiest of 16 ranks 13 % more rows than
-the mean in steps of 4,096 ids a rank by Zipf's law, and 1 % in steps of 65,536; of 256 ranks 171 and 17 %."""
+"""Larger blocks are faster but concentrate hot rows. With 16, for ids by Zipf's law, the busiest of 16 ranks gets 13 %
+more rows than the mean in steps of 4,096 ids per rank, and 1 % in steps of 65,536; of 256 ranks, 171 % and 17 %."""
 _MIN_ROWS_TO_BLOCK = 1 << 17
 
 
 KeyMap = Callable[[Sequence[int], Sequence[Tensor]], tuple[Tensor, list[int] | Tensor]]
-"""Takes features: the position of the table of each, and its ids [n] int64 or int32. Returns a key per id, `owner *
-rows of an owner + local row`, feature after feature, and per feature how many ids are no rows, whose keys mean nothing:
-on the device for ids of a GPU.
+"""Maps the ids of features to keys.
+
+Takes per feature the index of its table and its ids ([n] int64 or int32). Returns one key per id, `owner * rows per
+owner + local row`, in the order of the features; and per feature the number of ids out of range, whose keys are
+undefined. For ids on a GPU these numbers stay on the device.
 """
 
 
 class Layout(Protocol):
     """Maps the ids of a table to slots and slots to ranks, and back. The slots do not depend on the world size.
 
-    A new kind of table is a class that has these, made of the number of rows and of ranks, under a name in `LAYOUTS`.
+    A new kind of layout is a class with these members, constructed from `num_rows` and `world_size`, in `LAYOUTS`.
     """
 
     @property
     def num_rows(self) -> int:
-        """Rows of the table."""
+        """Number of rows of the table."""
 
     @property
     def description(self) -> dict[str, Any]:
-        """What a checkpoint's table of contents says of it: JSON; "kind" is the name in `LAYOUTS`."""
+        """The layout's entry in a checkpoint's manifest, as JSON; "kind" is its name in `LAYOUTS`."""
 
     @property
     def rows_per_rank(self) -> int:
@@ -74,18 +74,18 @@ class Layout(Protocol):
 
     @classmethod
     def key_map(cls, layouts: Sequence[Any], first_rows: Sequence[int], num_local_rows: int) -> KeyMap:
-        """Returns what maps ids of a group of tables of this kind to keys.
+        """Returns the function that maps ids of a table group of this kind to keys.
 
         Args:
-            layouts: of the tables.
-            first_rows: where each table begins among an owner's rows.
-            num_local_rows: rows of an owner.
+            layouts: layouts of the tables.
+            first_rows: first local row of each table.
+            num_local_rows: rows per owner, over all tables of the group.
         """
 
 
 @dataclass(frozen=True)
 class SpreadLayout:
-    """Maps ids to slots and slots to ranks, and back. The slots do not depend on the world size.
+    """Spreads low ids evenly over the ranks; see the module's docstring. Slots do not depend on the world size.
 
     Attributes:
         num_rows: rows of the table, 1 to 2**40.
@@ -103,18 +103,18 @@ class SpreadLayout:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What a checkpoint's table of contents says of it; "block_rows" where that is more than 1."""
+        """The layout's entry in a checkpoint's manifest; "block_rows" is present only if it is more than 1."""
         blocks = {} if self.block_rows == 1 else {"block_rows": self.block_rows}
         return {"kind": "spread", "multiplier": self.multiplier, **blocks}
 
     @property
     def block_rows(self) -> int:
-        """Ids that stay side by side; a function of `num_rows` alone, as all that decides slots."""
+        """Number of consecutive ids per block; depends on `num_rows` only, like everything that decides slots."""
         return 1 if self.num_rows < _MIN_ROWS_TO_BLOCK else _BLOCK_ROWS
 
     @property
     def multiplier(self) -> int:
-        """The factor `A` of `slot = (A * id) mod num_rows`, or that of the numbers of blocks."""
+        """The factor `A` of `slot = (A * id) mod num_rows`, or of the same formula for block numbers."""
         return spread_multiplier(self._num_blocks)
 
     @property
@@ -148,7 +148,7 @@ class SpreadLayout:
         return permute_blocks(slots, _inverse_multiplier(self._num_blocks), self.num_rows, self.block_rows)
 
     def shard_range(self, rank: int) -> tuple[int, int]:
-        """Returns the half-open range of slots that `rank` owns; empty where the ranks outnumber the rows."""
+        """Returns the half-open range of slots that `rank` owns; empty if there are more ranks than rows."""
         start = min(rank * self.rows_per_rank, self.num_rows)
         return start, min(start + self.rows_per_rank, self.num_rows)
 
@@ -159,46 +159,48 @@ class SpreadLayout:
 
 
 def overlap(first: tuple[int, int], second: tuple[int, int]) -> tuple[int, int] | None:
-    """Returns the rows that two half-open intervals `[start, stop)` share, or None: what resharding is made of."""
+    """Returns the intersection of two half-open intervals `[start, stop)`, or None if they are disjoint."""
     start, stop = max(first[0], second[0]), min(first[1], second[1])
     return (start, stop) if start < stop else None
 
 
 LAYOUTS: dict[str, Callable[[int, int], Layout]] = {"spread": SpreadLayout}
-"""Kinds of layouts by the name in `TableSpec.layout` and in checkpoints."""
+"""Layouts by their names in `TableSpec.layout` and in checkpoints."""
 
 
 def layout_of(num_rows: int, world_size: int = 1, kind: str = DEFAULT_LAYOUT) -> Layout:
     """Returns the layout of a table.
 
     Raises:
-        ValueError: there is no such kind, or a size is out of range.
+        ValueError: the kind is unknown, or a size is out of range.
     """
     if kind not in LAYOUTS:
-        raise ValueError(f"expected a layout named {' or '.join(LAYOUTS)}, got {kind!r}")
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {kind!r}")
     return LAYOUTS[kind](num_rows, world_size)
 
 
 def read_layout(saved: Mapping[str, Any], num_rows: int, table: str) -> Layout:
-    """Returns the layout that a checkpoint's table of contents describes.
+    """Returns the layout that a checkpoint's manifest describes.
 
     Raises:
-        CheckpointError: it is of another kind: rows would come out under each other's names.
+        CheckpointError: this version does not know the layout and would return wrong rows.
     """
     kind = str(saved.get("kind", ""))
     layout = layout_of(num_rows, kind=kind if kind in LAYOUTS else DEFAULT_LAYOUT)
     if dict(saved) != layout.description:
-        raise CheckpointError(f"table {table!r}: expected rows laid out by {layout.description}, found {dict(saved)}")
+        raise CheckpointError(
+            f"table {table!r} has the layout {dict(saved)}, but this embedtrain reads only {layout.description}"
+        )
     return layout
 
 
 @functools.lru_cache(maxsize=4096)
 def spread_multiplier(modulus: int) -> int:
-    """Picks the multiplier coprime to a modulus, near its golden section, that spreads prefixes best.
+    """Returns the multiplier, coprime to `modulus` and near its golden section, that spreads prefixes best.
 
-    The first k multiples of A modulo N fall into any interval of length N/W evenly up to the sum of the
-    partial quotients of A/N; among the coprime candidates nearest the golden section the one with the
-    smallest sum is taken.
+    The number of the first k multiples of A modulo N in an interval of length N/W deviates from k/W by at most the sum
+    of the partial quotients of A/N. Of the coprime candidates nearest the golden section, the one with the smallest sum
+    is chosen.
 
     Source: Niederreiter 1992, "Random Number Generation and Quasi-Monte Carlo Methods", theorem 3.4.
     """

@@ -12,6 +12,7 @@ from embedtrain.distributed.ranks import Ranks
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.embedding.table_group import TableShard
 from embedtrain.metrics.sinks import Histogram
+from embedtrain.ops._backend.transfer import to_host
 from embedtrain.optim.optimizer import SparseOptimizer
 
 NUM_DECILES = 10
@@ -94,7 +95,7 @@ class RowStatistics:
             bins = ((read.rates.log10() - _SMALLEST) * _BINS_PER_DECADE).floor().clamp(0, num_bins - 1).long()
             if deciles is not None:
                 bins += num_bins * deciles[chunk.start - rows.start : chunk.stop - rows.start]
-            counts += torch.bincount(bins, minlength=len(counts)).double().cpu()
+            counts += to_host(torch.bincount(bins, minlength=len(counts)).double())
             sums = [float(len(bins)), float(read.mean_states.double().sum()), float(read.is_untouched.sum())]
             totals += torch.tensor(sums, dtype=torch.float64)
         summed = self._ranks.all_reduce(torch.cat([totals, counts]))

@@ -15,6 +15,7 @@ from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.stages import begin, stage
 from embedtrain.errors import CorruptCheckpointError, NonFiniteError, UserError
 from embedtrain.metrics.sinks import MetricSink
+from embedtrain.ops._backend.transfer import to_host
 from embedtrain.train.ahead import BatchesAhead, Prepared
 from embedtrain.train.best import BestWatch, require_metric
 from embedtrain.train.checkpoints import Checkpoints
@@ -338,7 +339,7 @@ class _Window:
     @property
     def local(self) -> Tensor:
         """[3 + n] float64 on the CPU: losses, predictions, examples, and the n of `Objective.sums`."""
-        objectives = self._objectives.cpu()
+        objectives = to_host(self._objectives)
         return torch.cat([objectives[:1], self._counts, objectives[1:]])
 
     def add(self, objective: Objective, num_examples: int) -> None:

@@ -148,13 +148,13 @@ def test_readers_are_not_disturbed_by_a_compaction(place: Callable[[str], str], 
     needed = {file for number in (6, 7, 8) for file in Folder(url).open(number).manifest["files"]}
     assert {file for file in files if "rows" in file} == needed
     assert Consumer(url).rows("shop", ["w0"]).shape == (1, 4)
-    with pytest.raises(Gone, match=r"version 1 of .* is kept no longer: open the newest"):
+    with pytest.raises(Gone, match=r"version 1 of .* was deleted: open the newest version"):
         Folder(url).open(1)
     assert old is not None
     shutil.rmtree(next(Path(url).glob("part-000000001-*")), ignore_errors=True)
-    with pytest.raises(Gone, match=r"version 1 of .* is kept no longer"):
+    with pytest.raises(Gone, match=r"version 1 of .* was deleted"):
         list(old.changes("shop"))
-    with pytest.raises(ValueError, match="has no version 9 yet: the newest is 8"):
+    with pytest.raises(ValueError, match=r"since=9 must not be newer than this version of .*, which is 8"):
         list(Folder(url).open().changes("shop", since=9))
 
 
@@ -227,28 +227,40 @@ def test_the_reader_needs_no_embedtrain(place: Callable[[str], str], tmp_path: P
     ("url", "expected", "status"),
     [
         ("kafka://x", "'kafka://x' is not a path that can be opened: Protocol not known: kafka", 2),
-        ("redis://127.0.0.1:1/0", "failed: Redis at 127.0.0.1:1/0 could not be asked: Error 111 connecting", 1),
-        ("redis://127.0.0.1:1/0?password=secret", "failed: Redis at 127.0.0.1:1/0 could not be asked: Error 111", 1),
-        ("redis://:pass/word@host", "'redis://@host' cannot be read as the address of Redis: expected redis://", 2),
-        ("redis://host:port", "'redis://host:port' cannot be read as the address of Redis", 2),
+        ("redis://127.0.0.1:1/0", "failed: cannot use Redis at 127.0.0.1:1/0: Error 111 connecting", 1),
+        ("redis://127.0.0.1:1/0?password=secret", "failed: cannot use Redis at 127.0.0.1:1/0: Error 111", 1),
+        ("redis://:pass/word@host", "'redis://@host' is not a valid Redis URL: expected redis://", 2),
+        ("redis://host:port", "'redis://host:port' is not a valid Redis URL", 2),
         (
             "redis://127.0.0.1:1/abc",
-            "'redis://127.0.0.1:1/abc' cannot be read as the address of Redis: its database",
+            "'redis://127.0.0.1:1/abc' is not a valid Redis URL: the database",
             2,
         ),
         (
             "redis://:1/secret@h",
-            "'redis://@h' cannot be read as the address of Redis: its database must be a number",
+            "'redis://@h' is not a valid Redis URL: the database must be a number",
             2,
         ),
-        ("redis://127.0.0.1:1/0?prefx=typo", "it takes no parameter 'prefx', and ours is 'prefix': expected", 2),
-        ("unix:///run/x?prefx=typo", "it takes no parameter 'prefx', and ours is 'prefix': expected", 2),
-        ("redis://127.0.0.1:1?prefix=", "its parameter 'prefix' has no value: expected redis://", 2),
-        ("redis://127.0.0.1:1?db=x", "cannot be read as the address of Redis: expected redis://", 2),
-        ("newer", "version-000000002.json is of format version 2, and this reads versions up to 1", 2),
-        ("damaged", "version-000000001.json is no version of a publication", 2),
-        ("other", "other holds 'notes.txt' and no publication: give another folder", 2),
-        ("memory://x", "memory://x is in the memory of this process, and gone when it ends: give a folder", 2),
+        (
+            "redis://127.0.0.1:1/0?prefx=typo",
+            "parameter 'prefx' is unknown to redis-py (embedtrain adds 'prefix'): expected",
+            2,
+        ),
+        (
+            "unix:///run/x?prefx=typo",
+            "parameter 'prefx' is unknown to redis-py (embedtrain adds 'prefix'): expected",
+            2,
+        ),
+        ("redis://127.0.0.1:1?prefix=", "parameter 'prefix' has no value: expected redis://", 2),
+        ("redis://127.0.0.1:1?db=x", "is not a valid Redis URL: expected redis://", 2),
+        ("newer", "version-000000002.json has format version 2, and this program reads versions up to 1", 2),
+        ("damaged", "version-000000001.json is not the manifest of a publication", 2),
+        ("other", "other holds 'notes.txt' but no publication: give another folder", 2),
+        (
+            "memory://x",
+            "memory://x is in the memory of this process and is lost when the process ends: give a folder",
+            2,
+        ),
         ("dangling", "dangling is a link to nowhere, which does not exist; give another path", 2),
         ("linked", "linked is a link to table.csv, not a folder; give another path", 2),
         ("table.csv", "error: table.csv is a file, not a folder; give another path", 2),
@@ -281,7 +293,7 @@ def test_a_place_that_cannot_be_used_is_named(
     if url in ("newer", "damaged"):
         with pytest.raises(ValueError, match=expected.removeprefix("version-")):
             Mirror(url).update()
-    if "address of Redis" in line:
+    if "Redis URL" in line:
         with pytest.raises(ValueError, match="expected redis://HOST:PORT/DATABASE") as refusal:
             RedisRows(url)
         assert "secret" not in str(refusal.value) and "word" not in str(refusal.value)
@@ -292,7 +304,7 @@ def test_the_choice_of_the_checkpoint_is_said_once_if_the_place_cannot_be_made(
 ) -> None:
     save(tmp_path / "run", 1, {"shop": some_rows()})
     assert cli.main(["publish", str(tmp_path / "run"), "--to", "/proc/x"]) == 2
-    assert caplog.messages == [f"{tmp_path}/run: the newest checkpoint, of step 1"]
+    assert caplog.messages == [f"{tmp_path}/run: using the newest checkpoint, step 1"]
     (refused,) = capsys.readouterr().err.splitlines()[-1:]
     assert refused == "embedtrain: error: /proc/x: No such file or directory; give another path"
 
@@ -307,9 +319,9 @@ def test_what_vanishes_from_consumers_is_said_and_another_model_is_refused(
     save(tmp_path / "other", 5, {"shop": some_rows(seed=1)}, model="retrieval")
     capsys.readouterr()
     assert cli.main(["publish", str(tmp_path / "other"), "--to", url]) == 2
-    said = f"{url} has a model of the kind ranking, of {run}, and this run's is retrieval: publish it to another folder"
+    said = f"{url} holds a ranking model of {run}, but this run is a retrieval model: publish to another folder"
     assert said in capsys.readouterr().err
-    with pytest.raises(UserError, match="has a model of the kind ranking"):
+    with pytest.raises(UserError, match="holds a ranking model"):
         require_reachable(url, "retrieval")
     require_reachable(url, "ranking")
     Consumer(url).require("country", some_rows(1))
@@ -340,13 +352,13 @@ def test_the_command_says_what_it_published(
     ]
     assert capsys.readouterr().out.splitlines() == said
     for arguments, expected in (
-        (["--table", "nothing"], "there is no table 'nothing' in"),
+        (["--table", "nothing"], "has no table 'nothing'; it has"),
         (["--table", "shop", "--table", "shop"], "--table: expected different names"),
         (["--step", "7"], "has no complete checkpoint of step 7"),
     ):
         assert cli.main(["publish", run, "--to", url, *arguments]) == 2
         assert expected in capsys.readouterr().err
-    with pytest.raises(ValueError, match="nothing is published there yet"):
+    with pytest.raises(ValueError, match="holds no publication yet"):
         Mirror(f"{url}-2").update()
     monkeypatch.setitem(sys.modules, "redis", None)
     assert cli.main(["publish", run, "--to", "redis://127.0.0.1:1/0"]) == 2

@@ -91,7 +91,7 @@ def test_ranking_in_micro_batches_equals_the_unsharded_model_on_whole_batches(
 
 
 def retrieve(ranks: Ranks, accumulate_steps: int, in_batch: bool) -> list[dict[str, Tensor]]:
-    model = make(Scoring(temperature=0.3), towers=True, ranks=ranks)
+    model = make(Scoring(temperature=0.3, negative_weight=1.2), towers=True, ranks=ranks)
     batches = batches_of(ranks, in_batch=in_batch)
     return history_of(model, model.dense, lambda step: batches.batch(0, step), ranks, accumulate_steps)
 

@@ -213,8 +213,8 @@ def test_the_best_answers_if_the_run_kept_it_and_the_newest_otherwise(
         return choose_checkpoint(str(tmp_path / run / "checkpoints"), step, run)[-2:]  # type: ignore[arg-type]
 
     assert (chosen("keeps", None), chosen("keeps", "newest"), chosen("keeps", "best")) == ("08", "14", "08")
-    assert "keeps: the best checkpoint by valid_auc, 0.7, of step 8" in caplog.text
-    assert "keeps: the newest checkpoint, of step 14" in caplog.text
+    assert "keeps: using the best checkpoint, step 8 (valid_auc 0.7)" in caplog.text
+    assert "keeps: using the newest checkpoint, step 14" in caplog.text
     assert chosen("not", None) == "20"
 
 

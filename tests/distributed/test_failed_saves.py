@@ -115,7 +115,7 @@ def test_a_few_saves_that_fail_are_warned_of_and_training_goes_on(function: str,
         assert torch.equal(end.rows, undisturbed.rows)
         assert len(end.warnings) == 2
         for number, warning in enumerate(end.warnings, start=1):
-            assert f"rank {rank}: {FULL}; training goes on: failed saves in a row {number}, of at most 2" in warning
+            assert f"rank {rank}: {FULL}; training continues after {number} consecutive failed saves" in warning
     assert [found.step for found in find_checkpoints(str(tmp_path / "run"))] == [4, *range(16, NUM_STEPS + 1, EVERY)]
     assert undisturbed.warnings == []
 
@@ -130,6 +130,6 @@ def test_saves_that_go_on_failing_stop_the_run_before_another_begins(
     for end in ends:
         assert last_begun < end.step <= last_begun + EVERY
         assert f"step {last_begun} was not saved" in end.error
-        assert end.error.endswith(f"rank {rank}: {FULL} (failed saves in a row: {max_failures + 1})")
+        assert end.error.endswith(f"rank {rank}: {FULL} (consecutive failed saves: {max_failures + 1})")
         assert len(end.warnings) == max_failures
     assert [found.step for found in find_checkpoints(str(tmp_path))] == [EVERY]

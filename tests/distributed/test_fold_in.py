@@ -18,7 +18,7 @@ from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
 from embedtrain.errors import UserError
 from embedtrain.recipes.retrieval.folding import FoldIn
-from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval, Scoring, Side
+from embedtrain.recipes.retrieval.model import ITEM, USER, Normalize, Retrieval, Scoring, Side
 from embedtrain.testing.threads import run_threads
 
 NUM_GROUPS, GROUP_ITEMS = 4, 6
@@ -96,7 +96,7 @@ def test_a_user_who_has_every_item_is_told_so(run: Path, capfd: pytest.CaptureFi
     said = printed(capfd, "recommend", f"{run}/run", "all")
     assert said == [
         "all",
-        "  nothing is left: the user has every item already (--include-known shows the best of them)",
+        "  no items: the user already has every item (--include-known shows them)",
     ]
 
 
@@ -119,7 +119,10 @@ def test_strong_generalisation_is_measured(
     ("arguments", "told"),
     [
         (["recommend", "RUN", "--items", "i00,x9"], "unknown item 'x9': not among the 24 items of the training data"),
-        (["recommend", "nowhere", "--items", "i00,i00"], "--items i00,i00: expected different names between commas"),
+        (
+            ["recommend", "nowhere", "--items", "i00,i00"],
+            "--items i00,i00: expected different names, separated by commas",
+        ),
         (["recommend", "RUN", "--history", "unknown.txt"], "none of its items is among the 24 items of the training"),
         (["recommend", "RUN", "u1", "--items", "i00"], "or one of --items, --history, --features, got --items and u1"),
         (
@@ -132,7 +135,7 @@ def test_strong_generalisation_is_measured(
         *(
             (
                 ["evaluate", "RUN", "--data", "train.txt", "--fold-in", share],
-                f"--fold-in above 0 and below 1, got {share}",
+                f"--fold-in must be more than 0 and less than 1, got {share}",
             )
             for share in ("0", "1", "nan", "inf")
         ),
@@ -140,7 +143,7 @@ def test_strong_generalisation_is_measured(
         (["evaluate", "RUN", "--data", "empty.txt", "--fold-in", "0.5"], "empty.txt: there are no interactions"),
         (
             ["recommend", "RUN", "--history", "given.parquet", "--output", "./given.parquet", "--overwrite"],
-            "--output ./given.parquet is a file of --history: give another name",
+            "--output ./given.parquet is one of the input files of --history: give another name",
         ),
         (["recommend", "RUN", "--items", ","], "--items ,: expected at least one item"),
     ],
@@ -157,26 +160,26 @@ def test_what_cannot_be_asked_is_one_sentence(
     assert told in line
 
 
-def folded(ranks: Ranks, similarity: str) -> torch.Tensor:
+def folded(ranks: Ranks, normalize: Normalize) -> torch.Tensor:
     known = Bags.from_rows(np.repeat(np.arange(30), 3), np.random.default_rng(1).integers(0, 20, 90), 30)
-    model = Retrieval(Side(30), Side(20, hidden=[4]), 4, Scoring(similarity=similarity), ranks=ranks, seed=3)  # type: ignore[arg-type]
+    model = Retrieval(Side(30), Side(20, hidden=[4]), 4, Scoring(normalize=normalize), ranks=ranks, seed=3)
     new = Bags.from_rows(np.repeat(np.arange(5), 2), np.arange(10), 5)
     return FoldIn(model, known).vectors(np.arange(5), new)
 
 
-@pytest.mark.parametrize("similarity", ["dot", "cosine"])
-def test_the_vectors_are_the_same_on_any_number_of_ranks(similarity: str) -> None:
-    expected = folded(ONE_PROCESS, similarity)
+@pytest.mark.parametrize("normalize", ["none", "users", "items", "both"])
+def test_the_vectors_are_the_same_on_any_number_of_ranks(normalize: Normalize) -> None:
+    expected = folded(ONE_PROCESS, normalize)
     assert expected.isfinite().all()
-    if similarity == "cosine":
+    if normalize in ("users", "both"):
         torch.testing.assert_close(expected.norm(dim=1), torch.ones(5))
     for size in (2, 3, 8):
-        for found in run_threads(size, folded, similarity):
+        for found in run_threads(size, folded, normalize):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_a_map_that_exists_is_found_and_users_fewer_than_dims_get_a_multiple_of_the_sum() -> None:
-    model = Retrieval(Side(200), Side(50), 6, Scoring(similarity="dot"), seed=1)
+    model = Retrieval(Side(200), Side(50), 6, Scoring(normalize="none"), seed=1)
     generator = np.random.default_rng(0)
     known = Bags.from_rows(np.repeat(np.arange(200), 4), generator.integers(0, 50, 800), 200)
     items = model.encode({ITEM: torch.arange(50)})[ITEM].detach()

@@ -5,6 +5,7 @@ What a real GPU does wrong now and then, and slows down always, is seen here at 
 
 from __future__ import annotations
 
+import functools
 import gc
 import types
 from collections.abc import Callable
@@ -12,18 +13,24 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import embedtrain as et
 from embedtrain.distributed.failure import is_of_the_group
 from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
+from embedtrain.embedding.copy_stream import host_blocks
+from embedtrain.embedding.row_changes import MemoryBudget
 from embedtrain.embedding.table_group import TableGroup
+from embedtrain.errors import DeviceTimeoutError
+from embedtrain.metrics.classification import ClassificationMeter
+from embedtrain.ops._backend import transfer
 from embedtrain.ops._backend.transfer import to_device
+from embedtrain.ops.sort_unique import OrderedKeys
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.train.ahead import BatchesAhead, PreparesBatches, tensors_of
 from embedtrain.train.step import train_step
 from embedtrain.train.task import Objective
+from embedtrain.train.trainer import _Window
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if torch.cuda.is_available():
@@ -35,31 +42,32 @@ from tests.fake_cuda.ranks import TIMEOUT, run_on_devices
 from tests.fake_cuda.steps import RECIPES, Record, train_library, train_recipe
 
 SLOW = pytest.mark.slow
-MOST_WAITS = {"library": (1, 2)}
-"""Waits of the host in a step, on one rank and on two: one, but for a look-up whose ids nobody prepared."""
+LIBRARY: dict[str, Callable[[FakeDevice | None, Ranks], Record]] = {
+    "library": train_library,
+    "library, ids on the host": functools.partial(train_library, ids_are_on_host=True),
+    "library, asked ahead": functools.partial(train_library, is_ahead=True),
+}
+NAMES = [*RECIPES, *LIBRARY]
 
 
 def steps_of(name: str) -> Callable[[FakeDevice | None, Ranks], Record]:
-    if name == "library":
-        return train_library
-    return lambda device, ranks: train_recipe(name, device, ranks)
+    return LIBRARY.get(name) or (lambda device, ranks: train_recipe(name, device, ranks))
 
 
-def check(record: Record, most_waits: int, name: str) -> None:
+def check(record: Record, name: str) -> None:
     assert not record.hazards
-    assert len(record.waits) <= most_waits, record.waits
-    if name != "library":
+    assert len(record.waits) <= 1, record.waits
+    if name not in LIBRARY:
         assert all(wait.num_left > 0 for wait in record.waits), "the device has nothing to do while the host waits"
 
 
-NAMES = [*RECIPES, "library"]
 _IN_FAST_RUN = ("retrieval",)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_of_one_rank_waits_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (record,) = run_on_devices(1, monkeypatch, steps_of(name), runs_kernels=False)
-    check(record, MOST_WAITS.get(name, (1, 1))[0], name)
+    check(record, name)
     assert not record.unordered_sums, "a resumed run would round otherwise"
 
 
@@ -76,14 +84,14 @@ def test_steps_have_the_losses_of_the_cpu(name: str, monkeypatch: pytest.MonkeyP
 def test_a_step_of_two_ranks_waits_once_and_orders_what_it_sends(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     records = run_on_devices(2, monkeypatch, steps_of(name), runs_kernels=False)
     for record in records:
-        check(record, MOST_WAITS.get(name, (1, 1))[1], name)
+        check(record, name)
     of_groups = [
         {group: [each for each in record.collectives if each.group == group] for group in ("the job", "group 1")}
         for record in records
     ]
     # The second rank's batches are smaller, and one is empty.
     assert of_groups[0] == of_groups[1]
-    assert of_groups[0]["the job"] and bool(of_groups[0]["group 1"]) == (name != "library")
+    assert of_groups[0]["the job"] and bool(of_groups[0]["group 1"]) == (name not in LIBRARY or "ahead" in name)
 
 
 LEFT_OUT = {
@@ -208,22 +216,119 @@ def test_a_step_that_is_not_finite_leaves_dense_parameters_alone(name: str, monk
 def test_a_rank_that_is_gone_is_named_and_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel of NCCL whose peer died never ends: the host must not block in the driver."""
 
-    def ask(device: FakeDevice, ranks: Ranks) -> tuple[bool, str]:
-        ranks.timeout_seconds = 0.05
-        monkeypatch.setattr(Event, "query", lambda self: False)
+    def ask(device: FakeDevice, ranks: Ranks) -> None:
+        _hang(monkeypatch)
         tables = et.EmbeddingCollection([et.TableSpec("item", 10, 4)], device="cuda", ranks=ranks)
-        with pytest.raises(dist.DistError) as raised:
-            tables({"item": torch.tensor([3])})
-        return is_of_the_group(raised.value), str(raised.value)
+        _check_gives_up(device, lambda: tables({"item": torch.tensor([3])}))
 
-    for asks_the_others, text in run_on_devices(2, monkeypatch, ask, runs_kernels=False):
-        assert asks_the_others, "the ranks tell each other which one is to blame"
-        assert "another rank did not take part in a collective" in text
+    run_on_devices(2, monkeypatch, ask, runs_kernels=False)
 
 
-def test_groups_wait_as_long_as_the_job_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    def timeouts(device: FakeDevice, ranks: Ranks) -> list[float | None]:
-        return [ranks.timeout_seconds, ranks.beside().timeout_seconds]
+def _hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the device come to no further event, and the host wait a short time for it."""
+    monkeypatch.setattr(Event, "query", lambda self: False)
+    transfer.wait_at_most(0.02)
 
-    expected = TIMEOUT.total_seconds()
-    assert run_on_devices(2, monkeypatch, timeouts) == [[expected, expected]] * 2
+
+def _check_gives_up(device: FakeDevice, wait: Callable[[], object]) -> None:
+    """Checks that the host gives up, and that it has not waited in any other way, which would have no end."""
+    device.forget_step()
+    with pytest.raises(DeviceTimeoutError, match="another rank did not take part in a collective") as raised:
+        wait()
+    assert is_of_the_group(raised.value), "the ranks tell each other which one is to blame"
+    assert not device.waits
+
+
+def _trained(looks_later: bool, **options: Any) -> tuple[et.EmbeddingCollection, et.optim.SparseOptimizer]:
+    """Returns tables whose optimizer has a step to settle, or gradients to take."""
+    tables = et.EmbeddingCollection([et.TableSpec("item", 10, 4)], device="cuda", **options)
+    optimizer = et.optim.RowwiseAdagrad(tables, lr=0.1)
+    optimizer.looks_later = looks_later
+    tables({"item": torch.tensor([3, 9])})["item"].sum().backward()
+    if looks_later:
+        optimizer.step()
+    return tables, optimizer
+
+
+def _wait_for_the_verdict() -> Callable[[], object]:
+    return _trained(looks_later=True)[1].settle
+
+
+def _wait_for_gradients() -> Callable[[], object]:
+    return _trained(looks_later=False)[1].step
+
+
+def _wait_for_a_save() -> Callable[[], object]:
+    tables, optimizer = _trained(looks_later=True)
+    optimizer.settle()
+    views = tables.shard_views()
+    return lambda: next(iter(host_blocks([view.tensor.clone() for view in views], CUDA)))
+
+
+def _wait_for_rows_aside() -> Callable[[], object]:
+    tables, _ = _trained(looks_later=True)
+    changes = tables.table_groups[0].changes
+    changes.snapshot(MemoryBudget(None), None)
+    return lambda: changes.before_update(to_device(torch.tensor([3]), CUDA))
+
+
+def _wait_for_rows_in_host_memory() -> Callable[[], object]:
+    tables, optimizer = _trained(looks_later=True, placement="host", cache_bytes=100)
+    optimizer.settle()
+    return tables.write_back
+
+
+def _wait_for_ids() -> Callable[[], object]:
+    tables, _ = _trained(looks_later=True)
+    ids = to_device(torch.tensor([3]), CUDA)
+    return lambda: tables({"item": ids})
+
+
+def _wait_for_the_number_of_rows() -> Callable[[], object]:
+    keys = OrderedKeys(to_device(torch.tensor([3, 3]), CUDA))
+    return lambda: keys.sorted
+
+
+def _wait_for_losses() -> Callable[[], object]:
+    window = _Window()
+    window.add(Objective(torch.zeros(1, device=CUDA), torch.zeros((), device=CUDA), 1), 1)
+    return lambda: window.local
+
+
+def _wait_for_predictions() -> Callable[[], object]:
+    logits = torch.zeros(3, device=CUDA)
+    return lambda: ClassificationMeter().add(logits, logits)
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        _wait_for_the_verdict,
+        _wait_for_gradients,
+        _wait_for_a_save,
+        _wait_for_rows_aside,
+        _wait_for_rows_in_host_memory,
+        _wait_for_ids,
+        _wait_for_the_number_of_rows,
+        _wait_for_losses,
+        _wait_for_predictions,
+    ],
+)
+def test_no_wait_for_a_device_that_hangs_is_without_end(
+    prepare: Callable[[], Callable[[], object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check_wait(device: FakeDevice, ranks: Ranks) -> None:
+        wait = prepare()
+        _hang(monkeypatch)
+        _check_gives_up(device, wait)
+
+    run_on_devices(1, monkeypatch, check_wait, runs_kernels=False)
+
+
+def test_a_process_waits_for_its_device_as_long_as_the_job_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def patience(device: FakeDevice, ranks: Ranks) -> float | None:
+        ranks.beside()  # checks the time-out of the group that it makes
+        return transfer._patience.seconds
+
+    assert run_on_devices(2, monkeypatch, patience) == [TIMEOUT.total_seconds()] * 2
+    assert run_on_devices(1, monkeypatch, patience) == [None]

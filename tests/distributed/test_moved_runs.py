@@ -271,7 +271,7 @@ def test_an_earlier_step_or_the_best_answers(model: str, answer: Answer, capfd: 
     assert float(found[best]) == pytest.approx(highest, abs=1e-4)
     assert f"{steps[0]:,}" in answer("inspect", "run", "--step", str(steps[0])).split("step   ")[1].splitlines()[0]
     assert main(["neighbors", "run", "x", "--step", "999"]) == 2
-    assert f"has no complete checkpoint of step 999; it has those of {steps[0]}" in capfd.readouterr().err
+    assert f"has no complete checkpoint of step 999; it has checkpoints of steps {steps[0]}" in capfd.readouterr().err
     assert main(["inspect", "run", "--step", "first"]) == 2
     assert "expected the step of a checkpoint, best or newest, got 'first'" in capfd.readouterr().err
 
@@ -285,7 +285,7 @@ def test_a_checkpoint_of_the_library_can_be_inspected(answer: Answer, capfd: pyt
         assert f"verified     {path}" in shown
     assert "checkpoints  of step 7" in answer("inspect", "own", "--step", "7")
     assert main(["inspect", path, "--step", "7"]) == 2
-    assert "--step chooses a checkpoint of a run" in capfd.readouterr().err
+    assert "--step needs a run folder" in capfd.readouterr().err
     assert main(["inspect", "own", "--step", "best"]) == 2
     assert "has the metric 'loss'" in capfd.readouterr().err
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 import embedtrain as et
 from embedtrain.data.bags import Bags
-from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
+from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatch, RetrievalBatches
 from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
 from embedtrain.metrics.ranking import hits_of, list_measures, mean_measures
 from embedtrain.optim.dense import DenseOptimizer
@@ -47,11 +49,13 @@ def batches_of(ranks: Ranks = ONE_PROCESS, **options: object) -> RetrievalBatche
 
 
 @pytest.mark.parametrize("in_batch", [False, True])
-def test_the_loss_is_the_corrected_softmax_over_the_candidates(in_batch: bool) -> None:
-    model = make(Scoring(temperature=0.3))
-    batch = batches_of(in_batch=in_batch, power=0.5).batch(0, 0)
-    users = F.normalize(model.tables.gather_table("user"), dim=1)[batch.users]
-    items = F.normalize(model.tables.gather_table("item"), dim=1)
+@pytest.mark.parametrize("normalize", ["none", "users", "items", "both"])
+def test_the_loss_is_the_corrected_softmax_over_the_candidates(in_batch: bool, normalize: Any) -> None:
+    model = make(Scoring(loss="softmax", normalize=normalize, temperature=0.3))
+    batch = batches_of(in_batch=in_batch, popularity_share=0.5).batch(0, 0)
+    users, items = (model.tables.gather_table(side) for side in ("user", "item"))
+    users = (F.normalize(users, dim=1) if normalize in ("users", "both") else users)[batch.users]
+    items = F.normalize(items, dim=1) if normalize in ("items", "both") else items
     expected = 0.0
     of_positive, of_candidate = batch.expected
     for place, (row, item) in enumerate(zip(batch.example.tolist(), batch.positives.tolist(), strict=True)):
@@ -69,9 +73,69 @@ def test_the_loss_is_the_corrected_softmax_over_the_candidates(in_batch: bool) -
     assert float(objective.loss.detach()) == pytest.approx(expected / batch.num_examples, rel=1e-5)
 
 
+def plain_loss(users: Tensor, items: Tensor, batch: RetrievalBatch, scoring: Scoring) -> Tensor:
+    """Returns the mean loss of a batch of one rank by the formulas as published, from the tables of vectors."""
+    users, items = F.normalize(users, dim=1)[batch.users], F.normalize(items, dim=1)
+    positives, candidates = items[batch.positives], items[batch.candidates]
+    align = (users[batch.example] - positives).pow(2).sum(dim=1)
+    if scoring.loss == "alignment_uniformity":
+        uniform = [torch.pdist(side).pow(2).mul(-2).exp().mean().log() for side in (users, candidates)]
+        return align.mean() + scoring.negative_weight * sum(uniform) / 2
+    known = torch.zeros(len(batch.users), NUM_ITEMS, dtype=torch.bool)
+    known[batch.known.bag_of_values(), batch.known.values] = True
+    positive = 1 - align / 2
+    scores = users @ candidates.T
+    costs = []
+    for place, row in enumerate(batch.example.tolist()):
+        is_negative = ~known[row, batch.candidates]
+        own = scores[row, is_negative]
+        if scoring.loss == "cosine_contrastive":
+            cost = 1 - positive[place] + scoring.negative_weight * F.relu(own - scoring.margin).mean()
+        elif scoring.loss == "bpr":
+            cost = -F.logsigmoid((positive[place] - own) / scoring.temperature).mean()
+        else:
+            logits = own / scoring.temperature - batch.expected[1][is_negative].log()
+            if scoring.hard_negatives is not None:
+                logits = logits.sort(descending=True).values[: scoring.hard_negatives]
+            cost = scoring.negative_weight * logits.exp().sum().log() - positive[place] / scoring.temperature
+        costs.append(cost)
+    return torch.stack(costs).mean()
+
+
+LOSSES = [
+    Scoring(loss="bilateral_softmax", negative_weight=1.2, temperature=0.3),
+    Scoring(loss="bilateral_softmax", negative_weight=1.2, temperature=0.3, hard_negatives=4),
+    Scoring(loss="cosine_contrastive", negative_weight=30.0, margin=0.1),
+    Scoring(loss="bpr", temperature=0.3),
+    Scoring(loss="alignment_uniformity", negative_weight=0.7),
+]
+
+
+@pytest.mark.parametrize("scoring", LOSSES, ids=str)
+@pytest.mark.parametrize("num_negatives", [0, 13])
+def test_a_loss_and_its_gradient_are_those_of_plain_pytorch(scoring: Scoring, num_negatives: int) -> None:
+    model, batch = make(scoring), batches_of(in_batch=True, num_negatives=num_negatives).batch(0, 0)
+    tables = [model.tables.gather_table(side).double().requires_grad_() for side in ("user", "item")]
+    expected = plain_loss(*tables, batch, scoring)
+    expected.backward()
+    objective = model(batch)
+    assert float(objective.total) / batch.num_examples == pytest.approx(expected.item(), rel=1e-4)
+    objective.loss.backward()
+    # A step of SGD with a rate of 1 takes the gradient from the rows.
+    et.optim.SGD(model.tables, lr=1.0).step()
+    for side, table in zip(("user", "item"), tables, strict=True):
+        moved = table.detach() - model.tables.gather_table(side).double()
+        torch.testing.assert_close(moved, table.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_losses_of_cosines_refuse_other_vectors() -> None:
+    with pytest.raises(ValueError, match="normalize must be 'both', got 'items'"):
+        Scoring(loss="alignment_uniformity", normalize="items")
+
+
 def train(ranks: Ranks, scoring: Scoring, towers: bool, in_batch: bool) -> dict[str, Tensor]:
     model = make(scoring, towers, ranks)
-    optimizer = et.optim.RowwiseAdagrad(model.tables, lr=0.1)
+    optimizer = et.optim.RowwiseAdagrad(model.tables, lr=0.1, max_norm=1.0)
     dense = DenseOptimizer(model.dense, ranks=ranks, lr=0.01) if towers else None
     batches = batches_of(ranks, in_batch=in_batch)
     for step in range(batches.steps_per_epoch):
@@ -86,15 +150,17 @@ def train(ranks: Ranks, scoring: Scoring, towers: bool, in_batch: bool) -> dict[
 @pytest.mark.parametrize(
     ("scoring", "towers", "in_batch"),
     [
-        (Scoring(), False, True),
-        (Scoring(), True, True),
-        (Scoring(loss="bpr", similarity="dot", temperature=1.0), False, False),
-        (Scoring(loss="margin"), True, False),
+        (Scoring(loss="softmax"), True, True),
+        (Scoring(loss="bpr", normalize="none", temperature=1.0), False, False),
+        (Scoring(loss="softmax", normalize="items"), False, True),
+        (Scoring(loss="cosine_contrastive", hard_negatives=5), True, False),
+        *((scoring, False, True) for scoring in LOSSES),
     ],
+    ids=str,
 )
 def test_ranks_train_and_measure_as_one_process(scoring: Scoring, towers: bool, in_batch: bool) -> None:
     expected = train(ONE_PROCESS, scoring, towers, in_batch)
-    for found in run_threads(3, train, scoring, towers, in_batch):
+    for found in (*run_threads(2, train, scoring, towers, in_batch), *run_threads(3, train, scoring, towers, in_batch)):
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")

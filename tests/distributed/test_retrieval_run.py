@@ -53,7 +53,7 @@ def overrides(folder: Path, run: str, *more: str) -> list[str]:
         "evaluate.k=[5,10]",
         "table.dim=16",
         "train={epochs: 6, global_batch_size: 12, items_per_example: 2}",
-        "retrieval={negatives: 16, in_batch: false, similarity: cosine, temperature: 0.1}",
+        "retrieval={negatives: 16, in_batch: false}",
         "log={every_steps: 10, tensorboard: false}",
         "checkpoint={every_steps: 25, mode: sync}",
         *more,
@@ -315,7 +315,7 @@ def test_mistakes_are_one_clear_line(folder: Path, capfd: pytest.CaptureFixture[
     line = refused(capfd, "recommend", run, "42")
     assert f"unknown user '42': not among the {NUM_GROUPS * USERS_PER_GROUP} users" in line
     assert "unknown item 'g1-i99'" in refused(capfd, "neighbors", run, "g1-i99")
-    assert "no table 'word' in" in refused(capfd, "neighbors", run, "x", "--table", "word")
+    assert "has no table 'word'" in refused(capfd, "neighbors", run, "x", "--table", "word")
     assert "expected the ids of users" in refused(capfd, "recommend", run)
     assert "--all needs --output" in refused(capfd, "recommend", run, "--all")
     assert "no run folder" in refused(capfd, "recommend", str(folder / "nowhere"), "1")

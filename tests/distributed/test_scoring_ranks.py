@@ -65,8 +65,8 @@ def test_too_many_bad_lines_end_every_rank_alike(run: Path, tmp_path: Path) -> N
         for outcome in outcomes:
             assert isinstance(outcome, UserError)
             assert str(outcome) == (
-                f"{wrong}. At least 2 such lines were found, and data.max_bad_lines is 1: correct them, or raise it to "
-                "leave them out"
+                f"{wrong}. At least 2 bad lines exceed data.max_bad_lines=1: correct them, or raise "
+                "data.max_bad_lines to skip them"
             )
         assert sum(len(part.labels) for part in run_threads(num_ranks, score, run, data, 2)[0]) == 298
 
@@ -77,9 +77,7 @@ def test_a_file_of_a_header_alone_is_not_measured(run: Path, tmp_path: Path, cap
     capfd.readouterr()
     assert main(["evaluate", str(run), "--data", str(data)]) == 2
     shown = capfd.readouterr()
-    assert shown.err.splitlines()[-1] == (
-        f"embedtrain: error: {data}: there are no rows that can be used: nothing can be measured"
-    )
+    assert shown.err.splitlines()[-1] == (f"embedtrain: error: {data} has no usable rows: nothing can be measured")
     assert shown.out == ""
 
 
@@ -93,5 +91,5 @@ def test_predict_does_not_replace_its_own_input(
     Path("days/link.csv").symlink_to(tmp_path / "odd.csv")
     for data in ("odd.csv", "o*.csv", str(tmp_path), "days/link.csv"):
         assert main(["predict", str(run), "--data", data, "--output", "./odd.csv", "--overwrite"]) == 2
-        assert "--output ./odd.csv is a file of --data: give another name" in capfd.readouterr().err
+        assert "--output ./odd.csv is one of the input files of --data: give another name" in capfd.readouterr().err
     assert (tmp_path / "odd.csv").read_bytes() == before

@@ -129,7 +129,13 @@ def start(words: list[str], folder: Path) -> None:
         (folder / output).write_text(done.stdout, encoding="utf-8")
 
 
-SLOW_PAGES = ("performance.md", "growing.md", "sasrec.md")
+SLOW_PAGES = (
+    "performance.md",
+    "growing.md",
+    "sasrec.md",
+    "tutorial.md",
+    *(page.name for page in PAGES if page.parent.name == "howto"),
+)
 """Pages whose commands take longer than what they hold beside other tests is worth in each run."""
 
 
@@ -174,5 +180,6 @@ def test_most_pages_can_be_run() -> None:
         "performance.md",
         "ranking.md",
         "retrieval.md",
+        "tutorial.md",
         "words.md",
     }

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from embedtrain.distributed import ranks as ranks_module
 from embedtrain.distributed.ranks import ONE_PROCESS, GroupRanks, Ranks
+from embedtrain.ops._backend import transfer
 from embedtrain.testing.threads import ThreadRanks, run_threads
 from tests.fake_cuda.device import CUDA, FakeDevice, current, paused
 from tests.fake_cuda.modes import install, running_on
@@ -109,6 +110,7 @@ def run_on_devices(
     """Calls `function(device, ranks)` on each rank, and returns the results in rank order; options are the devices'."""
     install(monkeypatch)
     monkeypatch.setattr(ranks_module, "dist", _Dist())
+    monkeypatch.setattr(transfer, "_patience", transfer._Patience())
 
     def run(through: Ranks) -> T:
         device = FakeDevice(**options)

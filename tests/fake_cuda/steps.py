@@ -178,9 +178,19 @@ def record_of(device: FakeDevice | None) -> Record:
     return record
 
 
-def train_library(device: FakeDevice | None, ranks: Ranks, num_steps: int = 3) -> Record:
-    """Trains a collection of nine features as a user of the library does, with batches on the device."""
+def train_library(
+    device: FakeDevice | None, ranks: Ranks, *, ids_are_on_host: bool = False, is_ahead: bool = False
+) -> Record:
+    """Trains a collection of nine features as a user of the library does.
+
+    Args:
+        device: of the tables; None for the CPU.
+        ranks: those that share the tables.
+        ids_are_on_host: whether batches are in the host's memory, and not on the device.
+        is_ahead: whether each batch is asked for when the step before it has begun its update.
+    """
     where = torch.device("cpu" if device is None else "cuda")
+    num_steps = 3
     tables = [et.TableSpec(f"c{i}", NUM_ROWS, 8) for i in range(8)] + [et.TableSpec("tag", NUM_ROWS, 8)]
     features = [et.FeatureSpec(f"c{i}", pooling="sum") for i in range(8)]
     features.append(et.FeatureSpec("tags", table="tag", pooling="mean"))
@@ -190,19 +200,24 @@ def train_library(device: FakeDevice | None, ranks: Ranks, num_steps: int = 3) -
     for step in range(num_steps):
         generator = torch.Generator().manual_seed(10 * step + ranks.rank)
         made = features_of(3 - ranks.rank, generator, 8)
-        # As a loader on the device would give them: nobody has looked at ids and lengths.
-        on_device = {
-            name: (to_device(bags.values, where), to_device(bags.lengths, where)) for name, bags in made.items()
-        }
-        batches.append(on_device)
+        if not ids_are_on_host:
+            # As a loader on the device would give them: nobody has looked at ids and lengths.
+            made = {
+                name: et.Jagged(to_device(bags.values, where), to_device(bags.lengths, where))
+                for name, bags in made.items()
+            }
+        batches.append({name: bags if name == "tags" else bags.values for name, bags in made.items()})
     totals = []
+    asked = collection.ask(batches[0], is_ahead=True) if is_ahead else None
     for step, batch in enumerate(batches):
         if device is not None and step == num_steps - 1:
             device.forget_step()
-        bags = {name: et.Jagged(ids, lengths) if name == "tags" else ids for name, (ids, lengths) in batch.items()}
-        total = sum(vectors.square().sum() for vectors in collection(bags).values())
+        vectors = collection(batch) if asked is None else collection.look_up(asked)
+        total = sum(own.square().sum() for own in vectors.values())
         total.backward()
         optimizer.step()
+        if is_ahead:
+            asked = collection.ask(batches[(step + 1) % num_steps], is_ahead=True)
         optimizer.zero_grad()
         totals.append(total.detach())
     record = record_of(device)

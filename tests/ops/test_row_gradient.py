@@ -7,6 +7,7 @@ import torch
 
 from embedtrain.ops.pool_rows import Bags
 from embedtrain.ops.row_gradient import Delivery, RowGradient, Run
+from embedtrain.ops.sort_unique import OrderedKeys
 from tests.ops.updates import RowwiseAdagradStep, rowwise_adagrad
 
 NUM_ROWS = 60
@@ -71,6 +72,37 @@ def test_an_update_sums_as_one_does_by_hand(
     rowwise_adagrad(expected, state, RowGradient.of_rows(rows, values, NUM_ROWS), STEP)
     torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(accumulator, state, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_values", [0, 1, 70])
+def test_an_update_need_not_know_how_many_rows_are_distinct(backend: str, num_values: int) -> None:
+    generator = torch.Generator().manual_seed(num_values)
+    rows = torch.randint(0, NUM_ROWS, (num_values,), generator=generator)
+    grads = [torch.randn(num_values, 8, generator=generator)]
+
+    def gradient_of(rows: torch.Tensor, bags: Bags, *, is_counted: bool = False) -> RowGradient:
+        ordered = OrderedKeys(rows, is_counted=is_counted)
+        return RowGradient([Delivery(rows, [bags], grads, ordered=ordered)], num_rows=NUM_ROWS, dim=8, factor=0.5)
+
+    exact = gradient_of(rows, Bags(num_values), is_counted=True)
+    assert exact.padded() is exact
+    inspected = gradient_of(rows, Bags(num_values))
+    inspected.values.mul_(2.0)
+    assert inspected.padded() is inspected, "it would update by other gradients than the caller was shown"
+    long_bags = gradient_of(rows.repeat(3), Bags(3 * num_values, torch.full((num_values,), 3)))
+    assert num_values == 0 or long_bags.padded() is long_bags
+
+    padded = gradient_of(rows, Bags(num_values)).padded()
+    assert padded.is_padded == (backend == "triton")
+    if padded.is_padded:
+        m = exact.count_rows()
+        assert padded.rows.tolist() == exact.rows.tolist() + [NUM_ROWS] * (num_values - m)
+        assert torch.equal(padded.values[:m], exact.values) and not padded.values[m:].any()
+    weight, accumulator = torch.randn(NUM_ROWS, 8), torch.rand(NUM_ROWS)
+    expected, state = weight.clone(), accumulator.clone()
+    rowwise_adagrad(weight, accumulator, padded, STEP)
+    rowwise_adagrad(expected, state, exact, STEP)
+    assert torch.equal(weight, expected) and torch.equal(accumulator, state)
 
 
 @pytest.mark.parametrize("num_values", [50, 100_000])

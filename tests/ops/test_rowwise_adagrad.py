@@ -17,6 +17,7 @@ SETTINGS = [
     {"lr": 0.1, "eps": 0.5},
     {"lr": 0.3, "eps": 1e-6, "weight_decay": 0.2},
     {"lr": 0.3, "eps": 1e-6, "weight_decay": 0.2, "decoupled_weight_decay": True},
+    {"lr": 0.3, "eps": 1e-6, "weight_decay": 0.2, "max_norm": 1.5},
 ]
 
 
@@ -29,7 +30,11 @@ def plain_loop(weight, accumulator, rows, grad, step: RowwiseAdagradStep):
         accumulator[row] += mean_square
         kept = 1.0 - step.lr * step.weight_decay if step.decoupled_weight_decay else 1.0
         rate = step.lr / (math.sqrt(accumulator[row]) + step.eps)
-        weight[row] = [kept * w - rate * g for w, g in zip(weight[row], gradient, strict=True)]
+        new = [kept * w - rate * g for w, g in zip(weight[row], gradient, strict=True)]
+        shrink = (
+            step.max_norm / max(step.max_norm, math.sqrt(sum(w * w for w in new))) if step.max_norm < math.inf else 1
+        )
+        weight[row] = [shrink * w for w in new]
     return torch.tensor(weight), torch.tensor(accumulator)
 
 
@@ -66,15 +71,16 @@ def test_untouched_rows_keep_every_bit(backend: str) -> None:
     assert not torch.equal(weight[rows], before[0][rows])
 
 
-def test_bfloat16_rows_round_alike_in_every_implementation(backend: str) -> None:
+@pytest.mark.parametrize("max_norm", [math.inf, 4.0])
+def test_bfloat16_rows_round_alike_in_every_implementation(backend: str, max_norm: float) -> None:
     weight, accumulator, rows, grad = make(50, 24, 30)
     keys = mix64(torch.arange(30))
     stored, exact = weight.bfloat16(), weight.bfloat16().float()
     state = accumulator.clone()
-    step = RowwiseAdagradStep(lr=0.1, eps=1e-8, rounding_keys=keys)
+    step = RowwiseAdagradStep(lr=0.1, eps=1e-8, rounding_keys=keys, max_norm=max_norm)
     gradient = RowGradient.of_rows(rows, grad, 50)
     rowwise_adagrad(stored, accumulator, gradient, step)
-    rowwise_adagrad(exact, state, gradient, RowwiseAdagradStep(lr=0.1, eps=1e-8))
+    rowwise_adagrad(exact, state, gradient, RowwiseAdagradStep(lr=0.1, eps=1e-8, max_norm=max_norm))
     expected = round_to_bfloat16(exact[rows], keys)
     # The last bit of a float32 sum may differ between implementations, and then, rarely, its rounding.
     assert (stored[rows] == expected).float().mean() > 0.99

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,6 +20,7 @@ class RowwiseAdagradStep:
     eps: float
     weight_decay: float = 0.0
     decoupled_weight_decay: bool = False
+    max_norm: float = math.inf
     rounding_keys: Tensor | None = None
 
 

@@ -1,4 +1,4 @@
-"""The formats in which vectors go to other programs."""
+"""The file formats of exported vectors."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Format:
-    """One format.
+    """Describes a file format.
 
     Attributes:
-        paths: returns the files of an export to `output`.
-        write: fills those files, in that order, block by block.
-        max_rows: rows that are exported when nobody says how many; None for all.
-        may_be_packed: whether its readers unpack a file that is compressed, as its name says.
+        paths: returns the paths of the files of an export to `output`.
+        write: writes these files, in the same order, block by block.
+        max_rows: default maximum number of exported rows; None for all.
+        may_be_packed: whether its readers decompress a file with the suffix of a compression.
     """
 
     paths: Callable[[str], list[str]]
@@ -57,7 +57,7 @@ FORMATS: Mapping[str, Format] = {
     "npy": Format(_with_vocabulary, write_npy),
     "safetensors": Format(_with_vocabulary, write_safetensors),
     "parquet": Format(_one_file, write_parquet),
-    # More points than this, and the projector in the browser stops answering.
+    # With more points the projector in the browser becomes unresponsive.
     "projector": Format(_projector_files, write_projector, max_rows=10_000),
 }
 
@@ -65,25 +65,24 @@ FORMATS: Mapping[str, Format] = {
 def export_vectors(
     vectors: Vectors, format: str, output: str, *, overwrite: bool = False, max_rows: int | None = None
 ) -> list[str]:
-    """Writes the vectors for another program, in memory that does not grow with the table.
+    """Writes vectors in a format of other programs; memory use does not grow with the table.
 
     Args:
-        vectors: what to export.
-        format: one of `FORMATS`.
-        output: path or fsspec URL of the new file; of a folder for `projector`. If it ends in .gz, .bz2, .xz or .zst,
-            the file of a format of word2vec or GloVe is compressed, and other formats are refused.
-        overwrite: whether files that are there already are replaced.
-        max_rows: exports only the first rows, the most frequent words; None for the format's own limit.
+        vectors: the vectors to export.
+        format: a name in `FORMATS`.
+        output: path or fsspec URL of the new file, or of a folder for `projector`. The suffixes .gz, .bz2, .xz and .zst
+            compress the formats of word2vec and GloVe; other formats refuse them.
+        overwrite: whether to replace existing files.
+        max_rows: exports only this many first rows (the most frequent words); None for the format's own limit.
 
     Returns:
         The paths written. A failed export leaves none of them.
 
     Raises:
-        UserError: unknown format, an output that is there already or cannot be written, or a word that the
-            format cannot hold.
+        UserError: the format is unknown, the output exists or cannot be written, or the format cannot hold a word.
     """
     if format not in FORMATS:
-        raise UserError(f"unknown export format {format!r}; there are: {', '.join(FORMATS)}")
+        raise UserError(f"unknown export format {format!r}: use one of {', '.join(FORMATS)}")
     chosen = FORMATS[format]
     limit = vectors.num_rows if max_rows is None else max_rows
     if limit < 1:
@@ -91,7 +90,7 @@ def export_vectors(
     if max_rows is None and chosen.max_rows is not None and chosen.max_rows < limit:
         limit = chosen.max_rows
         _logger.warning(
-            f"{format}: exporting the first {limit:,} of {vectors.num_rows:,} rows, as many as it can show; "
+            f"{format}: exporting only the first {limit:,} of {vectors.num_rows:,} rows, because it cannot show more; "
             f"set max_rows for another number"
         )
     if not chosen.may_be_packed:

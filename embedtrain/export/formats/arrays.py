@@ -1,4 +1,4 @@
-"""One array of all vectors, as npy or safetensors, with the words in a file of their own."""
+"""The formats npy and safetensors: one array of all vectors, and the words in a separate file."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from embedtrain.export.formats.text import joined_columns, refuse_words
 from embedtrain.export.vectors import Vectors
 
 _BORDER = re.compile(r"[\t\n\r]|^\ufeff")
-_REASON = "its words are lines of a file, which end at tabs and line breaks and do not begin with U+FEFF"
+_REASON = "a word must not contain a tab or a line break, or begin with U+FEFF"
 _WORDS_AT_ONCE = 1 << 16
 
 
 def write_npy(vectors: Vectors, files: Sequence[BinaryIO]) -> None:
-    """Writes a float32 array [num_rows, dim] that `numpy.load` reads or maps, and the vocabulary."""
+    """Writes a float32 array [num_rows, dim] that `numpy.load` reads or memory-maps, and the vocabulary."""
     file, vocabulary = files
     write_vocabulary(vectors, vocabulary, "npy")
     header = {"descr": "<f4", "fortran_order": False, "shape": (vectors.num_rows, vectors.dim)}
@@ -37,13 +37,13 @@ def write_safetensors(vectors: Vectors, files: Sequence[BinaryIO]) -> None:
     num_bytes = 4 * vectors.num_rows * vectors.dim
     tensor = {"dtype": "F32", "shape": [vectors.num_rows, vectors.dim], "data_offsets": [0, num_bytes]}
     header = json.dumps({"vectors": tensor}).encode()
-    header += b" " * (-len(header) % 8)  # readers map the values, which must lie at a multiple of 8
+    header += b" " * (-len(header) % 8)  # Readers memory-map the values, which must be aligned to 8 bytes.
     file.write(len(header).to_bytes(8, "little") + header)
     _write_values(vectors, file)
 
 
 def write_vocabulary(vectors: Vectors, file: BinaryIO, format_name: str) -> None:
-    """Writes a line for each row: the word and, where it is known, a tab and the count."""
+    """Writes one line per row: the word and, if it is known, a tab and the count."""
     for start in range(0, vectors.num_rows, _WORDS_AT_ONCE):
         words = vectors.words[start : start + _WORDS_AT_ONCE]
         refuse_words(words, _BORDER, format_name, _REASON)

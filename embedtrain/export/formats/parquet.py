@@ -1,4 +1,4 @@
-"""A Parquet file with a row for each word: for data frames and databases."""
+"""The format parquet: one row per word, for data frames and databases."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from embedtrain.export.vectors import Vectors
 
 
 def write_parquet(vectors: Vectors, files: Sequence[BinaryIO]) -> None:
-    """Writes the columns `word`, `count` where it is known, and `vector`, a list of `dim` float32 values."""
+    """Writes the columns `word`, `count` (if known) and `vector`, a list of `dim` float32 values."""
     (file,) = files
     fields = [("word", pa.string()), ("count", pa.int64()), ("vector", pa.list_(pa.float32(), vectors.dim))]
     schema = pa.schema([field for field in fields if field[0] != "count" or vectors.counts is not None])

@@ -1,4 +1,4 @@
-"""A folder for TensorBoard's embedding projector: `tensorboard --logdir FOLDER` shows the vectors."""
+"""The format projector: a folder that `tensorboard --logdir FOLDER` shows in its embedding projector."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ _CONFIG = """embeddings {{
 
 
 def write_projector(vectors: Vectors, files: Sequence[BinaryIO]) -> None:
-    """Writes the values and the words as tab-separated text, and the configuration that names both."""
+    """Writes the values and the words as tab-separated text, and the projector's configuration."""
     values, metadata, config = files
     if vectors.counts is not None:
-        metadata.write(b"word\tcount\n")  # the projector wants a header for two columns, and none for one
+        metadata.write(
+            b"word\tcount\n"
+        )  # The projector needs a header for two columns and must not get one for a single column.
     write_vocabulary(vectors, metadata, "projector")
     for _, rows in vectors.blocks():
         values.write(joined_columns([joined_rows(rows, "\t")], "\t"))

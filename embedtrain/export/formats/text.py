@@ -1,4 +1,4 @@
-"""Vectors and words as lines of text, made by Arrow's kernels: no Python loop over values."""
+"""Formats vectors and words as lines of text with Arrow kernels, without a Python loop over values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from embedtrain.export.vectors import FloatRows
 
 
 def joined_rows(rows: FloatRows, separator: str) -> pa.StringArray:
-    """Returns a string for each row [n, dim]: its values with `separator` between them.
+    """Returns one string per row of `rows` [n, dim]: its values joined by `separator`.
 
     Each value is the shortest text that reads back as the same float32.
     """
@@ -24,7 +24,7 @@ def joined_rows(rows: FloatRows, separator: str) -> pa.StringArray:
 
 
 def joined_columns(columns: Sequence[pa.StringArray], separator: str) -> memoryview:
-    """Returns lines of UTF-8 text: one string of each column, with `separator` between them."""
+    """Returns lines of UTF-8 text: the strings of all columns, joined by `separator`."""
     lines = pc.binary_join_element_wise(pc.binary_join_element_wise(*columns, separator), "", "\n")
     _, offsets, text = lines.buffers()
     end = int(np.frombuffer(offsets, dtype=np.int32)[len(lines)])
@@ -32,10 +32,10 @@ def joined_columns(columns: Sequence[pa.StringArray], separator: str) -> memoryv
 
 
 def refuse_words(words: Sequence[str], pattern: re.Pattern[str], format_name: str, reason: str) -> None:
-    """Raises a UserError for the first word that readers of the format do not read as it is; `reason` says why."""
+    """Raises UserError for the first word that matches `pattern`, which readers of the format would misread."""
     for word in words:
         if pattern.search(word):
             raise UserError(
                 f"the format {format_name} cannot hold the word {word!r}: {reason}; use the format parquet, which "
-                "holds any word"
+                "can hold any word"
             )

@@ -1,4 +1,4 @@
-"""The two formats of the word2vec program, which gensim's `KeyedVectors.load_word2vec_format` reads, and GloVe's."""
+"""The text formats of word2vec and GloVe, and the binary format of word2vec; gensim reads all of them."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from embedtrain.export.formats.text import joined_columns, joined_rows, refuse_w
 from embedtrain.export.vectors import Vectors
 
 _BORDER = re.compile(r"[\t\n\v\f\r ]|^$")
-"""gensim and the programs of word2vec and GloVe end a word at these, and not at other spaces, such as U+00A0."""
+"""Readers of these formats end a word at ASCII white space only, not at other spaces such as U+00A0."""
 
 _BORDER_WITHOUT_HEADER = re.compile(rf"{_BORDER.pattern}|^\ufeff")
-"""At the beginning of a file U+FEFF is no letter, but a byte-order mark."""
+"""U+FEFF at the beginning of a file is a byte-order mark."""
 
 _REASON = (
-    "its readers need words that are not empty, end them at ASCII white space, and take U+FEFF at the beginning of a "
-    "file for a byte-order mark"
+    "a word must not be empty or contain ASCII white space, and a file must not begin with U+FEFF, which is a "
+    "byte-order mark"
 )
 
 
 def write_text(vectors: Vectors, files: Sequence[BinaryIO]) -> None:
-    """Writes `rows dim`, then a line for each row: the word and its values, separated by one space."""
+    """Writes a header line `num_rows dim`, then one line per row: the word and its values, separated by spaces."""
     (file,) = files
     file.write(_header(vectors))
     _write_lines(vectors, file, "word2vec", _BORDER)
 
 
 def write_glove(vectors: Vectors, files: Sequence[BinaryIO]) -> None:
-    """Writes a line for each row, as `write_text` does, without a first line that counts them."""
+    """Writes lines like `write_text`, without the header line."""
     (file,) = files
     _write_lines(vectors, file, "glove", _BORDER_WITHOUT_HEADER)
 
@@ -44,7 +44,7 @@ def _write_lines(vectors: Vectors, file: BinaryIO, format_name: str, border: re.
 
 
 def write_binary(vectors: Vectors, files: Sequence[BinaryIO]) -> None:
-    """Writes `rows dim`, then for each row the word, a space, little-endian float32 values and a newline."""
+    """Writes a header line `num_rows dim`, then per row the word, a space, little-endian float32 values, a newline."""
     (file,) = files
     file.write(_header(vectors))
     for start, rows in vectors.blocks():

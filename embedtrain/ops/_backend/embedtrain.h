@@ -129,12 +129,12 @@ void embedtrain_sort_terms(const int64_t* rows, int64_t num_values, const struct
                            int64_t num_features, const struct EmbedtrainRun* runs, int64_t num_runs, int64_t num_rows,
                            int term_bits, int num_threads, uint64_t* words, int64_t* num_outside);
 
-// rounding_keys: [num_touched] for bfloat16 weights, null for float32. num_outside: how many of the rows are not in
-// [0, num_rows); if any, nothing is updated.
+// rounding_keys: [num_touched] for bfloat16 weights, null for float32. max_norm: infinity for none. num_outside: how many
+// of the rows are not in [0, num_rows); if any, nothing is updated.
 void embedtrain_rowwise_adagrad(void* weight, float* accumulator, const int64_t* rows, const float* row_grad,
                                 int64_t num_touched, int64_t num_rows, int64_t dim, float lr, float eps,
-                                float weight_decay, int decoupled, const int64_t* rounding_keys, int num_threads,
-                                int64_t* num_outside);
+                                float weight_decay, int decoupled, float max_norm, const int64_t* rounding_keys,
+                                int num_threads, int64_t* num_outside);
 
 // Updates float32 rows whose gradients are still to be summed. words: [num_values], as embedtrain_sort_terms gives them
 // for the features, whose vectors are the gradients of the pooled vectors; factor: of every sum. num_outside: whether
@@ -142,7 +142,7 @@ void embedtrain_rowwise_adagrad(void* weight, float* accumulator, const int64_t*
 void embedtrain_rowwise_adagrad_of_terms(float* weight, float* accumulator, int64_t dim, const uint64_t* words,
                                          int64_t num_values, int term_bits, const struct EmbedtrainFeature* features,
                                          int64_t num_features, float factor, float lr, float eps, float weight_decay,
-                                         int decoupled, int num_threads, int64_t* num_outside);
+                                         int decoupled, float max_norm, int num_threads, int64_t* num_outside);
 
 // first: [num_rows, dim] or null. second: null, [num_rows] or [num_rows, dim] for a second_kind of 0, 1 or 2.
 // rounding_keys: [num_touched] for bfloat16 weights, null for float32. num_outside: how many of the rows are not in

@@ -70,7 +70,7 @@ def pool_rows_backward(
     factors = None if weights is None else weights[keys.order]
     if divisors is not None:
         factors = divisors[index].reciprocal() if factors is None else factors / divisors[index]
-    return sum_runs(together, index, keys.starts, weights=factors, factor=factor)
+    return sum_runs(together, index, keys.starts, weights=factors, factor=factor, has_empty_runs=keys.is_padded)
 
 
 def _lengths(bags: Sequence[Bags], device: torch.device) -> Tensor | None:

@@ -37,6 +37,7 @@ class RowGradient:
     Attributes:
         bags: the features of all deliveries.
         grads: the gradients of their pooled vectors.
+        is_padded: whether rows outside the table, whose gradients are zero, follow the touched ones; see `padded`.
 
     Raises:
         ValueError: shapes or dtypes disagree.
@@ -51,12 +52,31 @@ class RowGradient:
         self.num_rows, self.dim, self.factor = num_rows, dim, factor
         self.bags = [feature for delivery in deliveries for feature in delivery.bags]
         self.grads = [grad for delivery in deliveries for grad in delivery.grads]
+        self.is_padded = False
         self.is_summed = len(self._deliveries) == 1 and self._deliveries[0].is_unique and factor == 1.0
 
     @classmethod
     def of_rows(cls, rows: Tensor, values: Tensor, num_rows: int) -> RowGradient:
         """Wraps gradients [n, dim] float32 of distinct rows [n] int64."""
         return cls([Delivery.of_rows(rows, values)], num_rows=num_rows, dim=values.shape[1])
+
+    def padded(self) -> RowGradient:
+        """Returns the gradient for kernels that leave out rows outside the table, if it spares the host a wait.
+
+        Its number of rows is a bound that the host knows. Else the host waits for the number of distinct rows. The
+        gradient itself is returned if the host need not wait, if sums are there already, which the caller may have
+        changed, or if the padded sums would take more than twice the memory of the gradients that were delivered, as
+        those of long bags do.
+        """
+        ordered = self._deliveries[0].ordered if len(self._deliveries) == 1 else None
+        has_known = self.is_summed or ordered is None or ordered.is_counted or "values" in self.__dict__
+        if has_known or not dispatch.uses_triton(self.rows_of_values):
+            return self
+        if self.rows_of_values.numel() > 2 * sum(feature.num_bags for feature in self.bags):
+            return self
+        found = RowGradient(self._deliveries, num_rows=self.num_rows, dim=self.dim, factor=self.factor)
+        found.is_padded = True
+        return found
 
     @property
     def device(self) -> torch.device:
@@ -67,6 +87,10 @@ class RowGradient:
     def rows(self) -> Tensor:
         """[n] int64; the rows, distinct, and ascending unless `of_rows` was given them otherwise."""
         return self._deliveries[0].rows if self.is_summed else self._keys.unique
+
+    def count_rows(self) -> int:
+        """Returns how many `rows` there are; waits for the device if it has not come that far."""
+        return self.rows.numel()
 
     @functools.cached_property
     def values(self) -> Tensor:
@@ -114,7 +138,7 @@ class RowGradient:
     def _keys(self) -> SortedKeys:
         ordered = self._deliveries[0].ordered if len(self._deliveries) == 1 else None
         if ordered is not None:
-            return ordered.sorted
+            return ordered.padded(self.num_rows) if self.is_padded else ordered.sorted
         return sort_unique(self.rows_of_values, bound=self.num_rows, with_inverse=False)
 
     def _largest_magnitudes(self) -> tuple[float, float]:

@@ -93,7 +93,7 @@ def _is_rowwise_adagrad(step: RowStep, moments: Moments) -> bool:
     return bool(
         moments.first_correction == moments.second_decay == moments.second_gain == moments.second_correction == 1.0
         and step.grad_factor == 1.0
-        and step.max_row_grad_norm == step.max_norm == math.inf
+        and step.max_row_grad_norm == math.inf
     )
 
 
@@ -108,6 +108,7 @@ def _rowwise_adagrad(weight: Tensor, accumulator: Tensor, gradient: RowGradient,
         eps,
         step.weight_decay,
         int(step.decoupled_weight_decay),
+        step.max_norm,
         None if keys is None else keys.data_ptr(),
         torch.get_num_threads(),
         ctypes.addressof(num_outside),
@@ -133,6 +134,7 @@ def _rowwise_adagrad_of_terms(
         eps,
         step.weight_decay,
         int(step.decoupled_weight_decay),
+        step.max_norm,
         torch.get_num_threads(),
         ctypes.addressof(num_outside),
     )

@@ -1,6 +1,7 @@
 // The update by a sum of mean squares of each row (row-wise Adagrad) in one pass: each touched row and its accumulator
 // are read once and written once. Gradients may still have to be summed.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -15,6 +16,7 @@ using namespace embedtrain;
 struct Hyperparameters {
     float lr, eps, weight_decay;
     bool decoupled;
+    float max_norm;  // infinity: rows may have any norm
 };
 
 EMBEDTRAIN_INLINE float rounded(float value, float, uint64_t) { return value; }
@@ -42,11 +44,23 @@ EMBEDTRAIN_INLINE void update_row(const Hyperparameters& h, int64_t given_dim, S
     const float state = *accumulator + squares / static_cast<float>(dim);
     *accumulator = state;
     const float rate = h.lr / (std::sqrt(state) + h.eps);
+    float shrink = 1.0f;
+    if (std::isfinite(h.max_norm)) {
+        // The row is in the cache: computing its new values twice is cheaper than keeping them.
+        float norm = 0.0f;
+#pragma omp simd reduction(+ : norm)
+        for (int64_t d = 0; d < dim; ++d) {
+            const float old = to_float(row[d]);
+            const float value = kept * old - rate * (factor * grad[d] + coupled * old);
+            norm += value * value;
+        }
+        shrink = h.max_norm / std::max(std::sqrt(norm), h.max_norm);
+    }
 #pragma omp simd
     for (int64_t d = 0; d < dim; ++d) {
         const float old = to_float(row[d]);
         const float g = factor * grad[d] + coupled * old;
-        const float value = kept * old - rate * g;
+        const float value = shrink * (kept * old - rate * g);
         row[d] = rounded(value, row[d], sizeof(Stored) == 2 ? mix64(key + static_cast<uint64_t>(d)) : 0);
     }
 }
@@ -164,7 +178,7 @@ EMBEDTRAIN_MULTIVERSION void update_terms(const void* update, int part) {
 
 void embedtrain_rowwise_adagrad(void* weight, float* accumulator, const int64_t* rows,
                                 const float* row_grad, int64_t num_touched, int64_t num_rows, int64_t dim,
-                                float lr, float eps, float weight_decay, int decoupled,
+                                float lr, float eps, float weight_decay, int decoupled, float max_norm,
                                 const int64_t* rounding_keys, int num_threads,
                                 int64_t* num_outside) {
     int64_t outside = 0;
@@ -173,20 +187,21 @@ void embedtrain_rowwise_adagrad(void* weight, float* accumulator, const int64_t*
     if (outside) return;
     const int num_parts = num_touched * dim < kSmallWork ? 1 : num_threads;
     const Update u{weight, accumulator, rows, row_grad, num_touched, dim,
-                   Hyperparameters{lr, eps, weight_decay, decoupled != 0}, rounding_keys, num_parts};
+                   Hyperparameters{lr, eps, weight_decay, decoupled != 0, max_norm}, rounding_keys, num_parts};
     run_parts(num_parts, rounding_keys ? update_bfloat16 : update_float32, &u);
 }
 
 void embedtrain_rowwise_adagrad_of_terms(float* weight, float* accumulator, int64_t dim,
                                          const uint64_t* words, int64_t num_values, int term_bits,
                                          const EmbedtrainFeature* features, int64_t num_features, float factor,
-                                         float lr, float eps, float weight_decay, int decoupled,
+                                         float lr, float eps, float weight_decay, int decoupled, float max_norm,
                                          int num_threads, int64_t* num_outside) {
     const int num_parts = num_values * dim < kSmallWork ? 1 : num_threads;
     const Bags bags{features, num_features};
     Outside outside{0};
     const TermsUpdate u{weight, accumulator, words, num_values, dim,
-                        find_terms(bags, dim, false, num_parts, &outside), term_bits, factor, Hyperparameters{lr, eps, weight_decay, decoupled != 0}, num_parts};
+                        find_terms(bags, dim, false, num_parts, &outside), term_bits, factor,
+                        Hyperparameters{lr, eps, weight_decay, decoupled != 0, max_norm}, num_parts};
     *num_outside = outside;
     if (!outside) run_parts(num_parts, update_terms, &u);
 }

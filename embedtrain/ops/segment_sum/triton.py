@@ -10,4 +10,4 @@ from embedtrain.ops.sort_unique import SortedKeys
 
 def segment_sum(values: Tensor, keys: SortedKeys, factor: float) -> Tensor:
     """See `embedtrain.ops.segment_sum`."""
-    return sum_runs(values.contiguous(), keys.order, keys.starts, factor=factor)
+    return sum_runs(values.contiguous(), keys.order, keys.starts, factor=factor, has_empty_runs=keys.is_padded)

@@ -20,12 +20,14 @@ class SortedKeys:
         starts: [m + 1] int64; `order[starts[j] : starts[j + 1]]` are the positions of key j, ascending.
         order: [n] int64; positions of the keys in ascending order of key.
         inverse: [n] int64; the place of each key among the distinct keys. None if it was not asked for.
+        is_padded: whether keys without a position follow the distinct ones; see `OrderedKeys.padded`.
     """
 
     unique: Tensor
     starts: Tensor
     order: Tensor
     inverse: Tensor | None
+    is_padded: bool = False
 
     @property
     def sorted(self) -> SortedKeys:
@@ -49,9 +51,12 @@ class OrderedKeys:
 
     Attributes:
         order: see `SortedKeys`.
+        is_counted: whether the host has waited for something later, or will before it needs the number of distinct
+            keys: then it learns the number without a further wait.
     """
 
-    def __init__(self, keys: Tensor) -> None:
+    def __init__(self, keys: Tensor, *, is_counted: bool = True) -> None:
+        self.is_counted = is_counted
         self._ascending, self.order = torch.sort(keys, stable=True)
         is_new = self._ascending[1:] != self._ascending[:-1]
         # Where each key lies among the distinct ones, in ascending order of key.
@@ -78,3 +83,14 @@ class OrderedKeys:
         num_distinct = int(self._last_place.item()) + 1 if self._last_place else 0
         starts = torch.searchsorted(self._place, torch.arange(num_distinct + 1, device=self._place.device))
         return SortedKeys(self._ascending[starts[:-1]], starts, self.order, None)
+
+    def padded(self, fill: int) -> SortedKeys:
+        """Returns the keys sorted, without the inverse, and waits for nothing: as many as if all were distinct.
+
+        `fill`, which no position has, follows the distinct keys.
+        """
+        starts = torch.searchsorted(self._place, torch.arange(self._place.numel() + 1, device=self._place.device))
+        first = starts[:-1]
+        unique = self._ascending[first.clamp(max=max(self._place.numel() - 1, 0))]
+        unique = unique.masked_fill(first == self._place.numel(), fill)
+        return SortedKeys(unique, starts, self.order, None, is_padded=True)

@@ -23,7 +23,7 @@ from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import UserError
 from embedtrain.jagged import Jagged
-from embedtrain.ops._backend.transfer import to_device
+from embedtrain.ops._backend.transfer import to_device, to_host
 from embedtrain.optim.dense import load_module
 from embedtrain.recipes.base import collection_options
 from embedtrain.recipes.ranking.config import FeatureConfig, RankingConfig
@@ -139,7 +139,7 @@ class ClickScorer:
         vectors = self._tables(batch.features)
         dense = to_device(batch.dense, self._tables.device)
         logits: Tensor = self._network(dense, [vectors[name] for name in self._layout.feature_names])
-        return logits.cpu()
+        return to_host(logits)
 
 
 def _feature(name: str, options: FeatureConfig) -> FeatureSpec:

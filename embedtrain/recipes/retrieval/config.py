@@ -26,6 +26,15 @@ from embedtrain.recipes.layout import layout_of
 USER, ITEM = "user", "item"
 """The tables of the ids; the table of a feature is called "user.age", for example."""
 
+Loss = Literal["softmax", "bilateral_softmax", "bpr", "cosine_contrastive", "alignment_uniformity"]
+Normalize = Literal["none", "users", "items", "both"]
+
+SOFTMAXES = ("softmax", "bilateral_softmax")
+OF_COSINES = ("cosine_contrastive", "alignment_uniformity")
+"""Losses of vectors of length 1 alone."""
+
+_MAX_WEIGHT = 1e6
+
 
 @dataclass
 class FeatureConfig:
@@ -57,24 +66,55 @@ class SideConfig(RowFilesConfig):
 class RetrievalSection:
     """The model's own settings."""
 
-    loss: Literal["softmax", "bpr", "margin"] = "softmax"
-    """What training makes small: softmax over the negatives, BPR over pairs, or a margin."""
-    similarity: Literal["cosine", "dot"] = "dot"
-    """How a user's vector and an item's are compared."""
-    temperature: float = 1.0
-    """The scores are divided by it in the loss."""
-    negatives: int = 512
+    loss: Loss = "bilateral_softmax"
+    """What training makes small: softmax over the negatives, with the positive among them or beside them (bilateral),
+    BPR over pairs, SimpleX's cosine contrastive loss, or DirectAU's alignment and uniformity."""
+    normalize: Normalize = "both"
+    """Whose vectors are scaled to length 1 before their dot product is taken; with both it is a cosine."""
+    temperature: float = 0.1
+    """The scores of softmax, bilateral softmax and BPR are divided by it."""
+    negative_weight: float | None = None
+    """The weight of the negatives' term of bilateral_softmax (null: by how skewed the items' counts are) and of
+    cosine_contrastive (null: 100); of uniformity in alignment_uniformity (null: 1)."""
+    negatives: int = 256
     """Items drawn for each step, for all its users; 0 for in_batch alone."""
-    power: float = 0.0
-    """Negatives are drawn by count ** power: 0 is uniform, 1 by popularity."""
+    popularity_share: float = 0.0
+    """The share of the drawn items that are drawn by popularity; the others are drawn uniformly."""
     in_batch: bool = True
     """Whether the other users' items of the step, over all ranks, are negatives too."""
+    hard_negatives: int | None = None
+    """Of each user's negatives only so many with the highest scores count; null for all."""
     logq: bool = True
-    """Whether softmax corrects for how often each item comes up as a negative."""
+    """Whether both kinds of softmax correct for how often each item comes up as a negative."""
     margin: float = 0.5
-    """Of the margin loss: negatives that score less cost nothing."""
-    negative_weight: float = 100.0
-    """Of the margin loss: the weight of the negatives against the positive."""
+    """Of cosine_contrastive: negatives that score less cost nothing."""
+
+    def check(self, accumulate_steps: int) -> None:
+        """Checks the ranges that types cannot say."""
+        if not 0 <= self.negatives <= MAX_COUNT:
+            raise UserError(f"retrieval.negatives must be in [0, {MAX_COUNT:,}], got {self.negatives:,}")
+        if self.negatives == 0 and not self.in_batch:
+            raise UserError("retrieval.negatives=0 leaves no negatives: give some, or retrieval.in_batch=true")
+        if not self.temperature > 0:
+            raise UserError(f"retrieval.temperature must be positive, got {self.temperature}")
+        if self.negative_weight is not None and not 0 <= self.negative_weight <= _MAX_WEIGHT:
+            raise UserError(f"retrieval.negative_weight must be in [0, {_MAX_WEIGHT:g}], got {self.negative_weight}")
+        if not 0 <= self.popularity_share <= 1:
+            raise UserError(f"retrieval.popularity_share must be in [0, 1], got {self.popularity_share}")
+        if self.hard_negatives is not None and not 1 <= self.hard_negatives <= MAX_COUNT:
+            raise UserError(f"retrieval.hard_negatives must be in [1, {MAX_COUNT:,}], got {self.hard_negatives:,}")
+        if self.loss in OF_COSINES and self.normalize != "both":
+            raise UserError(
+                f"retrieval.loss={self.loss} compares cosines: it needs retrieval.normalize=both, got {self.normalize}"
+            )
+        if self.loss == "alignment_uniformity":
+            if self.hard_negatives is not None:
+                raise UserError("retrieval.hard_negatives means nothing to retrieval.loss=alignment_uniformity")
+            if accumulate_steps > 1:
+                raise UserError(
+                    "retrieval.loss=alignment_uniformity compares all users of a step with each other: it needs "
+                    f"train.accumulate_steps=1, got {accumulate_steps}"
+                )
 
 
 @dataclass
@@ -82,7 +122,7 @@ class RetrievalTrainConfig(TrainConfig):
     """The loop over the interactions."""
 
     epochs: int = 20
-    global_batch_size: int = 512
+    global_batch_size: int = 256
     """Examples of a step over all ranks; an example is a user with some of their items."""
     items_per_example: int = 4
     """At most so many; 1 gives pairs of user and item."""
@@ -110,7 +150,7 @@ class RetrievalConfig(Config):
     retrieval: RetrievalSection = field(default_factory=RetrievalSection)
     train: RetrievalTrainConfig = field(default_factory=RetrievalTrainConfig)
     optimizer: OptimizerConfig = field(
-        default_factory=lambda: section("rowwise_adagrad", lr=0.1, initial_accumulator_value=0.0, weight_decay=1.5e-4)
+        default_factory=lambda: section("rowwise_adagrad", lr=0.3, initial_accumulator_value=0.0, max_norm=1.0)
     )
     dense_optimizer: DenseOptimizerConfig = field(default_factory=DenseOptimizerConfig)
     evaluate: RetrievalEvaluateConfig = field(default_factory=RetrievalEvaluateConfig)
@@ -171,16 +211,7 @@ class RetrievalConfig(Config):
         require_at_least_one(self._own_counts())
         for name, side in (("users", self.users), ("items", self.items)):
             require_at_least_one(((f"{name}.hidden", size) for size in side.hidden), at_most=MAX_WIDTH)
-        settings = self.retrieval
-        if not 0 <= settings.negatives <= MAX_COUNT:
-            raise UserError(f"retrieval.negatives must be in [0, {MAX_COUNT:,}], got {settings.negatives:,}")
-        if settings.negatives == 0 and not settings.in_batch:
-            raise UserError("retrieval.negatives=0 leaves no negatives: give some, or retrieval.in_batch=true")
-        for key in ("temperature", "negative_weight"):
-            if not getattr(settings, key) > 0:
-                raise UserError(f"retrieval.{key} must be positive, got {getattr(settings, key)}")
-        if not 0 <= settings.power <= 1:
-            raise UserError(f"retrieval.power must be in [0, 1], got {settings.power}")
+        self.retrieval.check(self.train.accumulate_steps)
         if not self.evaluate.k:
             raise UserError("evaluate.k must name at least one length, such as [10,20]")
         for name, side in (("users", self.users), ("items", self.items)):

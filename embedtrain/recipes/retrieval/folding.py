@@ -12,6 +12,7 @@ from torch import Tensor
 from embedtrain.data.bags import Bags
 from embedtrain.data.partition import share_of_rank
 from embedtrain.jagged import Jagged
+from embedtrain.ops._backend.transfer import to_host
 from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval
 
 _SAMPLE = 8192
@@ -59,7 +60,9 @@ class FoldIn:
         shares = [share_of_rank(len(users), rank, self._ranks.size) for rank in range(self._ranks.size)]
         mine = shares[self._ranks.rank]
         found = self._sums(users[mine.start : mine.stop], histories) @ self._map + self._bias
-        return self._ranks.all_gather_rows(self._model.as_compared(found.float()), [len(share) for share in shares])
+        return self._ranks.all_gather_rows(
+            self._model.as_compared(USER, found.float()), [len(share) for share in shares]
+        )
 
     def _sums(self, users: NDArray[np.int64], histories: Bags) -> Tensor:
         """Returns the sum of the items of each user over the root of their number, [n, dim] float64. Collective."""
@@ -83,7 +86,7 @@ class FoldIn:
             both = torch.cat([sums, sums.new_ones(len(users), 1), trained], dim=1)
             moments = moments + both.T @ both
         assert isinstance(moments, Tensor), "there are users in the training"
-        moments = self._ranks.all_reduce(moments.cpu())
+        moments = self._ranks.all_reduce(to_host(moments))
         dim = (len(moments) - 1) // 2
         own, cross = moments[: dim + 1, : dim + 1], moments[: dim + 1, dim + 1 :]
         square = own[:dim, :dim].trace()
@@ -128,5 +131,5 @@ class FromFeatures:
         for start in range(0, -(-num_rows // tables.ranks.size), _ROWS_AT_ONCE):
             part = mine[start : start + _ROWS_AT_ONCE]
             ids = torch.arange(part.start, part.stop)
-            total += tables({USER: Jagged.from_ids(ids)})[USER].double().sum(dim=0).cpu()
+            total += to_host(tables({USER: Jagged.from_ids(ids)})[USER].double().sum(dim=0))
         return (tables.ranks.all_reduce(total) / num_rows).float().to(tables.device)

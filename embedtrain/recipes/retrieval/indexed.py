@@ -11,6 +11,7 @@ from embedtrain.checkpoint import CheckpointReader
 from embedtrain.data.bags import Bags
 from embedtrain.errors import UserError
 from embedtrain.export.index import Index, IndexedRows, open_index, require_index_of
+from embedtrain.ops._backend.transfer import to_host
 from embedtrain.recipes.retrieval.model import ITEM, Retrieval
 
 _MORE = 4
@@ -38,12 +39,15 @@ class IndexedCatalogue:
         dim = model.tables.shards[ITEM].spec.dim
         with CheckpointReader(checkpoint) as reader:
             rows = IndexedRows(ITEM, reader.step, reader.manifest.checksum, self.num_items, dim)
-        require_index_of(self._index, rows, path, model.scoring.similarity)
+        # Of vectors of length 1 either similarity finds the same items.
+        require_index_of(
+            self._index, rows, path, self._index.facts.similarity if model.scoring.is_unit(ITEM) else "dot"
+        )
 
     @torch.no_grad()
     def best(self, users: NDArray[np.int64], k: int, known: Bags | None, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the best items of each user and their scores, the best first; see `Catalogue.best`."""
-        queries = queries.cpu()
+        queries = to_host(queries)
         starts = range(0, len(users), _USERS_AT_ONCE)
         found = [self._best(users[s : s + _USERS_AT_ONCE], queries[s : s + _USERS_AT_ONCE], k, known) for s in starts]
         return torch.cat([items for items, _ in found]), torch.cat([scores for _, scores in found])
@@ -58,7 +62,7 @@ class IndexedCatalogue:
                 own = known.values[known.starts[user] : known.starts[user + 1]]
                 candidates[place, np.isin(candidates[place], own)] = -1
         items, place_of = np.unique(candidates, return_inverse=True)
-        vectors = self.model.encode({ITEM: torch.from_numpy(items.clip(min=0))})[ITEM].cpu()
+        vectors = to_host(self.model.encode({ITEM: torch.from_numpy(items.clip(min=0))})[ITEM])
         scores = torch.einsum("nd,nmd->nm", queries, vectors[torch.from_numpy(place_of.reshape(candidates.shape))])
         rows = torch.from_numpy(candidates)
         best = scores.masked_fill(rows < 0, -torch.inf).topk(k, dim=1)

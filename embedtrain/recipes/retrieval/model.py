@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,13 @@ from embedtrain.data.retrieval_batches import RetrievalBatch
 from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollection
 from embedtrain.embedding.input_dist import Asked
 from embedtrain.jagged import Jagged, places_of_runs
-from embedtrain.ops._backend.transfer import to_device
+from embedtrain.ops._backend.transfer import to_device, to_host
 from embedtrain.recipes.retrieval import losses
 from embedtrain.recipes.retrieval.config import ITEM as ITEM
+from embedtrain.recipes.retrieval.config import OF_COSINES, SOFTMAXES
 from embedtrain.recipes.retrieval.config import USER as USER
+from embedtrain.recipes.retrieval.config import Loss as Loss
+from embedtrain.recipes.retrieval.config import Normalize as Normalize
 from embedtrain.spec import DEFAULT_OPTIMIZER, FeatureSpec, TableSpec
 from embedtrain.train.task import Objective
 
@@ -26,10 +29,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-Similarity = Literal["cosine", "dot"]
-
-_INIT_SCALES = {"cosine": 0.1, "dot": 0.01}
-"""Standard deviation of first values: dot products begin near 0; of a cosine only the direction counts."""
+_DOT_SCALE = 0.01
+"""Standard deviation of the first values of vectors whose dot products are taken as they are: these begin near 0."""
 
 
 @dataclass(frozen=True)
@@ -49,30 +50,49 @@ class Side:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How a user and an item are compared, and what for.
+    """How a user and an item are compared, and what for. A score is the dot product of two vectors.
 
     Attributes:
-        loss: "softmax", "bpr" or "margin"; see `embedtrain.recipes.retrieval.losses`.
-        similarity: "cosine" or "dot".
-        temperature: softmax and BPR see the similarities divided by it.
-        logq: whether softmax corrects for how often each item comes up as a negative.
-        margin: of the margin loss.
-        negative_weight: of the margin loss.
+        loss: what training makes small; see `embedtrain.recipes.retrieval.losses`.
+        normalize: whose vectors are scaled to length 1 first; with both, a score is a cosine.
+        temperature: softmax, bilateral softmax and BPR see the scores divided by it.
+        logq: whether both kinds of softmax correct for how often each item comes up as a negative.
+        hard_negatives: of each user's negatives only so many with the highest scores count; None for all.
+        negative_weight: of the negatives' term of bilateral softmax and of the cosine contrastive loss; of uniformity
+            against alignment.
+        margin: of the cosine contrastive loss.
+
+    Raises:
+        ValueError: the loss is one of cosines, and not both sides are normalised.
     """
 
-    loss: Literal["softmax", "bpr", "margin"] = "softmax"
-    similarity: Similarity = "cosine"
+    loss: Loss = "bilateral_softmax"
+    normalize: Normalize = "both"
     temperature: float = 0.1
     logq: bool = True
+    hard_negatives: int | None = None
+    negative_weight: float = 1.0
     margin: float = 0.5
-    negative_weight: float = 100.0
+
+    def __post_init__(self) -> None:
+        if self.loss in OF_COSINES and self.normalize != "both":
+            raise ValueError(f"the loss {self.loss} compares cosines: normalize must be 'both', got {self.normalize!r}")
+
+    def is_unit(self, side: str) -> bool:
+        """Returns whether the vectors of a side are scaled to length 1."""
+        return self.normalize in ("both", f"{side}s")
 
 
 def retrieval_table(
-    name: str, num_rows: int, dim: int, dtype: torch.dtype, similarity: Similarity, optimizer: str = DEFAULT_OPTIMIZER
+    name: str, num_rows: int, dim: int, dtype: torch.dtype, scoring: Scoring, optimizer: str = DEFAULT_OPTIMIZER
 ) -> TableSpec:
-    """Returns a table of ids, or of the categories of a feature; one of no rows gets one that nobody asks for."""
-    return TableSpec(name, max(1, num_rows), dim, dtype, "normal", _INIT_SCALES[similarity], optimizer)
+    """Returns a table of ids, or of the categories of a feature; one of no rows gets one that nobody asks for.
+
+    First values of vectors that are scaled to length 1 have about that length. The direction of longer or shorter ones
+    would change slower or quicker than their gradients say.
+    """
+    scale = dim**-0.5 if scoring.is_unit(name.partition(".")[0]) else _DOT_SCALE
+    return TableSpec(name, max(1, num_rows), dim, dtype, "normal", scale, optimizer)
 
 
 @dataclass(frozen=True)
@@ -107,7 +127,7 @@ class PreparedPairs:
 
 
 class Retrieval(nn.Module):
-    """A vector for each user and item; their similarity says which items a user will turn to.
+    """A vector for each user and item; their dot product says which items a user will turn to.
 
     A side is the sum of its id's vector and those of its features (the mean of a feature's categories), which
     without features is matrix factorisation, or a perceptron over all of them beside each other.
@@ -116,7 +136,7 @@ class Retrieval(nn.Module):
         users: rows and features.
         items: rows and features.
         dim: of all vectors.
-        scoring: similarity and loss.
+        scoring: how users and items are compared, and the loss.
         dtype: storage of the tables.
         optimizers: by table, the `TableSpec.optimizer` of those that do not share the others'.
         options: see `EmbeddingCollection`; the seed is also that of the dense part.
@@ -144,7 +164,7 @@ class Retrieval(nn.Module):
             sizes = {name: side.num_rows, **{f"{name}.{f}": n for f, (_, n) in side.features.items()}}
             for table, rows in sizes.items():
                 own = (optimizers or {}).get(table, DEFAULT_OPTIMIZER)
-                tables.append(retrieval_table(table, rows, dim, dtype, scoring.similarity, own))
+                tables.append(retrieval_table(table, rows, dim, dtype, scoring, own))
             features += [FeatureSpec(table, pooling="none" if table == name else "mean") for table in sizes]
         self.tables = EmbeddingCollection(tables, features, **options)
         self.dense = nn.ModuleDict()
@@ -164,14 +184,44 @@ class Retrieval(nn.Module):
         users, items = encoded[USER], encoded[ITEM]
         own = items if batch.in_batch else items[num_positives:]
         candidates = self.tables.ranks.all_gather_rows(own, batch.candidate_counts)
+        if self.scoring.loss == "alignment_uniformity":
+            aligned = losses.alignment(users, prepared.pairs.example, items[:num_positives])
+            return self._with_uniformity(aligned, batch, users, own, candidates)
         per_pair = pair_losses(prepared.pairs, self.scoring, users, items[:num_positives], candidates)
         total = per_pair.sum()
+        return Objective(self._mean(total, batch), total.detach().double(), num_positives)
+
+    def _mean(self, total: Tensor, batch: RetrievalBatch) -> Tensor:
         # A mean over the global batch, whatever share of it this rank has: the exchange averages over the ranks.
-        loss = total * (self.tables.ranks.size / max(1, batch.num_global_positives))
-        return Objective(loss, total.detach().double(), num_positives)
+        return total * (self.tables.ranks.size / max(1, batch.num_global_positives))
+
+    def _with_uniformity(
+        self, aligned: Tensor, batch: RetrievalBatch, users: Tensor, own: Tensor, candidates: Tensor
+    ) -> Objective:
+        """Returns the loss of aligned pairs [m] and the uniformity of the step's users and candidates.
+
+        Collective: every rank, and its backward too. Each rank compares its own vectors with those of all ranks.
+        """
+        ranks = self.tables.ranks
+        sides = (
+            (users, ranks.all_gather_rows(users, batch.user_counts), batch.user_counts),
+            (own, candidates, batch.candidate_counts),
+        )
+        potentials = torch.stack(
+            [losses.potential(mine, every, sum(counts[: ranks.rank])) for mine, every, counts in sides]
+        )
+        totals = ranks.all_reduce(potentials.detach().double()).clamp_(min=torch.finfo(torch.float32).tiny)
+        weight = self.scoring.negative_weight / len(sides)
+        # The gradient of the logarithm of a sum over the ranks, whose parts the exchange averages over the ranks.
+        gradient = (potentials / totals.float()).sum() * (weight * ranks.size)
+        pairs = totals.new_tensor([max(1, len(every) * (len(every) - 1)) for _, every, _ in sides])
+        uniformity = weight * (totals / pairs).log().sum()
+        total = aligned.sum()
+        loss = self._mean(total, batch) + gradient
+        return Objective(loss, total.detach().double() + aligned.numel() * uniformity, aligned.numel())
 
     def encode(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the vectors of rows [n] of each side, [n, dim], of length 1 if the similarity is a cosine.
+        """Returns the vectors of rows [n] of each side, [n, dim], as they are compared.
 
         Collective: every rank, with the same sides.
         """
@@ -204,7 +254,7 @@ class Retrieval(nn.Module):
         for name, ids in rows.items():
             asked[name] = Jagged.from_ids(ids)
             for feature, (bags, _) in self.sides[name].features.items():
-                values, lengths = bags.of(ids.cpu().numpy())
+                values, lengths = bags.of(to_host(ids).numpy())
                 asked[f"{name}.{feature}"] = Jagged(torch.from_numpy(values), torch.from_numpy(lengths))
         return self.tables.ask(asked, is_ahead=is_ahead)
 
@@ -218,17 +268,17 @@ class Retrieval(nn.Module):
             joined: Tensor = self.dense[name](torch.cat(parts, dim=1)).float()
         else:
             joined = torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
-        return self.as_compared(joined)
+        return self.as_compared(name, joined)
 
-    def as_compared(self, vectors: Tensor) -> Tensor:
-        """Returns vectors [n, dim] as their dot products compare them: of length 1 if the similarity is a cosine."""
-        return F.normalize(vectors, dim=1) if self.scoring.similarity == "cosine" else vectors
+    def as_compared(self, name: str, vectors: Tensor) -> Tensor:
+        """Returns vectors [n, dim] of a side as dot products compare them: of length 1 if it is normalised."""
+        return F.normalize(vectors, dim=1) if self.scoring.is_unit(name) else vectors
 
 
 def pairs_of(batch: RetrievalBatch, scoring: Scoring, device: torch.device) -> Pairs:
     """Returns who is compared with whom, on a device."""
     corrections = None
-    if scoring.loss == "softmax" and scoring.logq:
+    if scoring.loss in SOFTMAXES and scoring.logq:
         of_positives, of_candidates = batch.expected
         corrections = to_device(of_positives, device).log(), to_device(of_candidates, device).log()
     rows, columns = _known_among(batch.known, batch.candidates)
@@ -240,51 +290,50 @@ def pair_losses(pairs: Pairs, scoring: Scoring, users: Tensor, positives: Tensor
 
     Args:
         pairs: who is compared with whom.
-        scoring: similarity and loss.
+        scoring: the loss.
         users: [n, dim]; the vectors of the batch's users, and so on.
         positives: [m, dim].
         candidates: [c, dim]; the candidates of all ranks.
     """
     example = pairs.example
-    if scoring.loss != "margin":
+    if scoring.loss != "cosine_contrastive":
         users = users / scoring.temperature  # as the scores would be, but of far fewer numbers
     positive, correction = (users[example] * positives).sum(dim=1), None
     if pairs.corrections is not None:
         of_positives, of_candidates = pairs.corrections
-        positive, correction = positive - of_positives, -of_candidates
-    scores = _scores(users, candidates, correction)
-    # The number is made on the device: for a copy of one the host would wait.
-    negative = scores.index_put_(pairs.known, torch.full((), losses.NOT_A_NEGATIVE, device=scores.device))
-    if scoring.loss == "softmax":
-        return losses.softmax_loss(positive, example, negative)
+        correction = -of_candidates
+        if scoring.loss == "softmax":  # whose positive is one of the sum's terms
+            positive = positive - of_positives
+    if scoring.loss in SOFTMAXES:
+        if scoring.hard_negatives is None:
+            log_sum = losses.log_sum_of_scores(users, candidates, correction, pairs.known)
+        else:
+            negative = losses.scores_of(users, candidates, correction, pairs.known)
+            log_sum = torch.logsumexp(losses.hardest(negative, scoring.hard_negatives), dim=1)
+        if scoring.loss == "softmax":
+            return losses.softmax_loss(positive, example, log_sum)
+        return losses.bilateral_softmax_loss(positive, example, log_sum, weight=scoring.negative_weight)
+    negative = losses.scores_of(users, candidates, correction, pairs.known)
+    if scoring.hard_negatives is not None:
+        negative = losses.hardest(negative, scoring.hard_negatives)
     if scoring.loss == "bpr":
         return losses.bpr_loss(positive, example, negative)
-    return losses.margin_loss(positive, example, negative, margin=scoring.margin, weight=scoring.negative_weight)
-
-
-def _scores(users: Tensor, candidates: Tensor, correction: Tensor | None) -> Tensor:
-    """Returns the scores of users [n, dim] for candidates [c, dim], [n, c] float32, plus a correction [c]."""
-    if not torch.is_autocast_enabled(users.device.type):
-        return F.linear(users, candidates, correction)
-    # The product takes the correction in its own dtype, which would round away more of it than of the product.
-    scores = F.linear(users, candidates).float()
-    return scores if correction is None else scores.add_(correction)
+    return losses.cosine_contrastive_loss(
+        positive, example, negative, margin=scoring.margin, weight=scoring.negative_weight
+    )
 
 
 def _known_among(known: Jagged, candidates: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the users and the candidates, by place, of each candidate that a user is known to have.
 
     Args:
-        known: the items of the users.
+        known: the candidates that the users have.
         candidates: [c] int64; may repeat.
     """
     in_order, place = candidates.sort()
     first = torch.searchsorted(in_order, known.values)
-    # Few of the items that are known are among the candidates: the others are left out first.
-    (among,) = torch.nonzero(in_order[first.clamp(max=len(in_order) - 1)] == known.values, as_tuple=True)
-    first = first[among]
-    times = torch.searchsorted(in_order, known.values[among], right=True) - first
-    return torch.repeat_interleave(known.bag_of_values()[among], times), place[places_of_runs(first, times)]
+    times = torch.searchsorted(in_order, known.values, right=True) - first
+    return torch.repeat_interleave(known.bag_of_values(), times), place[places_of_runs(first, times)]
 
 
 def perceptron(size: int, hidden: Sequence[int], dim: int) -> nn.Sequential:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.data.interactions import Interactions
+from embedtrain.ops._backend.transfer import to_host
 from embedtrain.recipes.base import Packed, PackedTable
 from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval
 
@@ -43,4 +44,4 @@ def _blocks(model: Retrieval, side: str, num_rows: int) -> Iterator[Tensor]:
     with torch.no_grad():
         for start in range(0, num_rows, _ROWS_AT_ONCE):
             ids = torch.arange(start, min(start + _ROWS_AT_ONCE, num_rows))
-            yield model.encode({side: ids})[side].cpu()
+            yield to_host(model.encode({side: ids})[side])

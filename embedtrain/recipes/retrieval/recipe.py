@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +61,7 @@ from embedtrain.recipes.retrieval.asking import best_items, measure_unseen
 from embedtrain.recipes.retrieval.config import RetrievalConfig, SideConfig
 from embedtrain.recipes.retrieval.draft import draft
 from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval, Scoring, Side, retrieval_table
+from embedtrain.recipes.retrieval.negative_weight import default_negative_weight
 from embedtrain.recipes.retrieval.packing import packed_sides
 from embedtrain.recipes.retrieval.recommendation import all_vectors, evaluate_retrieval
 from embedtrain.recipes.retrieval.workload import workload
@@ -69,6 +71,8 @@ from embedtrain.storage import base_name
 from embedtrain.train.checkpoints import load_weights
 from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.task import Evaluation, Parts, Pretrained, Task
+
+_logger = logging.getLogger(__name__)
 
 
 def check(config: RetrievalConfig, is_new: bool) -> None:
@@ -97,6 +101,9 @@ def prepare(config: RetrievalConfig, runtime: Runtime) -> tuple[Interactions, Si
     )
     if runtime.rank == 0:
         log_interactions(interactions, config.evaluate.path)
+        if config.retrieval.loss == "bilateral_softmax" and config.retrieval.negative_weight is None:
+            weight = _scoring(config, interactions).negative_weight
+            _logger.info(f"the negatives' term weighs {weight:.3f}, by how skewed the items' counts are")
     return interactions, _sizes(interactions)
 
 
@@ -199,22 +206,30 @@ def _base_values(config: RetrievalConfig, table: str) -> str | None:
 
 
 def _build_model(config: RetrievalConfig, runtime: Runtime, interactions: Interactions) -> Retrieval:
-    settings = config.retrieval
     return Retrieval(
         Side(len(interactions.users), interactions.features("users"), config.users.hidden),
         Side(len(interactions.items), interactions.features("items"), config.items.hidden),
         config.table.dim,
-        Scoring(
-            settings.loss,
-            settings.similarity,
-            settings.temperature,
-            settings.logq,
-            settings.margin,
-            settings.negative_weight,
-        ),
+        _scoring(config, interactions),
         dtype=getattr(torch, config.table.dtype),
         optimizers=optimizer_names(config.optimizer),
         **collection_options(config, runtime),
+    )
+
+
+def _scoring(config: RetrievalConfig, interactions: Interactions) -> Scoring:
+    settings = config.retrieval
+    weight = settings.negative_weight
+    if weight is None:
+        weight = default_negative_weight(settings.loss, interactions.items.counts)
+    return Scoring(
+        settings.loss,
+        settings.normalize,
+        settings.temperature,
+        settings.logq,
+        settings.hard_negatives,
+        weight,
+        settings.margin,
     )
 
 
@@ -228,7 +243,7 @@ def _build_batches(config: RetrievalConfig, runtime: Runtime, interactions: Inte
         config.train.global_batch_size,
         config.train.items_per_example,
         config.retrieval.negatives,
-        config.retrieval.power,
+        config.retrieval.popularity_share,
         config.retrieval.in_batch,
     )
     return RetrievalBatches(
@@ -263,9 +278,9 @@ def _heads(config: RetrievalConfig) -> dict[str, tuple[str, Layout]]:
 
 def _tables(config: RetrievalConfig, interactions: Interactions) -> list[TableSpec]:
     dtype, optimizers = getattr(torch, config.table.dtype), optimizer_names(config.optimizer)
-    similarity, sizes = config.retrieval.similarity, _sizes(interactions).num_rows
+    scoring, sizes = _scoring(config, interactions), _sizes(interactions).num_rows
     return [
-        retrieval_table(name, rows, config.table.dim, dtype, similarity, optimizers.get(name, DEFAULT_OPTIMIZER))
+        retrieval_table(name, rows, config.table.dim, dtype, scoring, optimizers.get(name, DEFAULT_OPTIMIZER))
         for name, rows in sizes.items()
     ]
 
@@ -407,7 +422,7 @@ RECIPE = Recipe(
         tables=_tables,
         facts=lambda config, interactions: _facts(interactions),
         write_files=lambda config, interactions, folder: _write_files(interactions, folder),
-        lasting=("users.hidden ", "items.hidden ", "users.features", "items.features", "retrieval.similarity "),
+        lasting=("users.hidden ", "items.hidden ", "users.features", "items.features", "retrieval.normalize "),
         inputs=_tower_inputs,
     ),
     measure=measure,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from embedtrain.data.bags import Bags
 from embedtrain.data.partition import share_of_rank
+from embedtrain.ops._backend.transfer import to_host
 from embedtrain.recipes.catalogue import Catalogue, measure_lists
 from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval
 
@@ -47,7 +48,8 @@ def all_vectors(model: Retrieval, side: str) -> Tensor:
     num_rows = model.sides[side].num_rows
     starts = range(0, num_rows, _ROWS_AT_ONCE)
     blocks = [
-        model.encode({side: torch.arange(start, min(start + _ROWS_AT_ONCE, num_rows))})[side].cpu() for start in starts
+        to_host(model.encode({side: torch.arange(start, min(start + _ROWS_AT_ONCE, num_rows))})[side])
+        for start in starts
     ]
     return torch.cat(blocks)
 

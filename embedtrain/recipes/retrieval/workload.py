@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from embedtrain.data.retrieval_batches import negative_shares
 from embedtrain.recipes.retrieval.config import RetrievalConfig
 from embedtrain.recipes.retrieval.model import ITEM, USER, perceptron
 from embedtrain.recipes.workload import (
@@ -29,7 +30,9 @@ def workload(config: RetrievalConfig, sizes: Sizes) -> Workload:
     again = positives * num_parts if settings.in_batch and num_parts > 1 else 0.0
     negatives = (
         float(settings.negatives * num_parts),
-        IdDistribution.of_weights(items.shares**settings.power, items.num_rows),
+        IdDistribution(
+            negative_shares(items.shares, int(items.num_rows.sum()), settings.popularity_share), items.num_rows
+        ),
     )
     draws: dict[str, tuple[Draws, ...]] = {
         USER: ((users, IdDistribution.zipf(sizes.rows_of(USER), 0.0)),),

@@ -27,6 +27,7 @@ from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import UserError
 from embedtrain.jagged import Jagged
 from embedtrain.metrics.word_similarity import check_pairs, evaluate_similarity, read_pairs
+from embedtrain.ops._backend.transfer import to_host
 from embedtrain.recipes.base import Grow, Recipe, Tuning, around, base_file, collection_options, takes_new_names
 from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.optimizers import build_optimizer, optimizer_names
@@ -199,7 +200,7 @@ class WordSimilarity:
         """Returns the mean Spearman correlation of the files. Collective: every rank."""
         with torch.no_grad():
             vectors = self._tables({INPUT: Jagged.from_ids(self._ids)})[INPUT]
-        unit = torch.nn.functional.normalize(vectors).cpu().numpy()
+        unit = to_host(torch.nn.functional.normalize(vectors)).numpy()
         found = [evaluate_similarity(unit, self._words, lines, source=path) for path, lines in self._pairs.items()]
         alive()
         return {SIMILARITY: sum(report.spearman for report in found) / len(found)}

@@ -173,7 +173,7 @@ def test_of_two_jobs_that_save_one_step_one_succeeds(base: str, tmp_path: Path) 
         for thread in jobs:
             thread.join()
     (winner,) = (index for index in range(2) if isinstance(outcomes[index], str))
-    assert "another job completed this step meanwhile" in str(outcomes[1 - winner])
+    assert "another job has completed this step in the meantime" in str(outcomes[1 - winner])
     with CheckpointReader(outcomes[winner]) as reader:
         assert reader.state == {"job": winner}
         expected = example_tables(seed=winner)["item/weight"]
@@ -185,8 +185,8 @@ def test_of_two_jobs_that_save_one_step_one_succeeds(base: str, tmp_path: Path) 
     ("ranges", "message"),
     [
         ([(0, 4), (5, 10)], r"t/weight: rows \[4, 5\) are missing before shard-.*-00001-of-00002"),
-        ([(0, 6), (5, 10)], r"t/weight: rows \[5, 6\) are held twice before shard-.*-00001-of-00002"),
-        ([(0, 4), (4, 9)], "t/weight: its pieces end at row 9 of 10"),
+        ([(0, 6), (5, 10)], r"t/weight: rows \[5, 6\) are stored twice before shard-.*-00001-of-00002"),
+        ([(0, 4), (4, 9)], "t/weight: the pieces end at row 9 of 10"),
         ([(1, 4), (4, 10)], r"t/weight: rows \[0, 1\) are missing before shard-.*-00000-of-00002"),
     ],
 )
@@ -236,11 +236,11 @@ def test_a_negative_step_is_refused(tmp_path: Path) -> None:
 
 def test_names_and_dtypes_that_safetensors_cannot_hold_are_refused(tmp_path: Path) -> None:
     for name, dtype in (("__metadata__", torch.float32), ("t", torch.complex64)):
-        with pytest.raises(CheckpointError, match=f"named '{name}' of {dtype} cannot be saved"):
+        with pytest.raises(CheckpointError, match=f"cannot save tensor '{name}' of {dtype}"):
             shard = ShardView(name, (2,), 0, torch.zeros(2, dtype=dtype))
             save_checkpoint(str(tmp_path), 1, [shard], {}, ONE_PROCESS)
     twice = ShardView("t", (2,), 0, torch.zeros(2))
-    with pytest.raises(CheckpointError, match="two shards of one rank share a name"):
+    with pytest.raises(CheckpointError, match="two shards of one rank have the same name"):
         save_checkpoint(str(tmp_path), 1, [twice, twice], {}, ONE_PROCESS)
 
 

@@ -52,7 +52,7 @@ def test_tables_are_loaded_by_name(tmp_path: Path) -> None:
     with CheckpointReader(path) as reader:
         left_out = load_shards(reader, views_of(tables), LoadOptions(tables=["item"]))
         for table in ("new", "nothing"):
-            with pytest.raises(UserError, match=f"there is no table {table} to load in"):
+            with pytest.raises(UserError, match=f"cannot load table {table}: .* has only"):
                 load_shards(reader, views_of(tables), LoadOptions(tables=["item", table]))
     assert left_out == ["word/weight", "new/weight"]
     assert torch.equal(tables["item/accumulator"], example_tables()["item/accumulator"])

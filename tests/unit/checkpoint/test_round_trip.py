@@ -143,7 +143,7 @@ def test_a_model_that_differs_is_refused_with_every_difference(tmp_path: Path) -
     with CheckpointReader(path) as reader, pytest.raises(CheckpointError) as caught:
         load_shards(reader, views)
     assert str(caught.value).splitlines()[1:] == [
-        "  new/weight: missing in the checkpoint",
+        "  new/weight: missing from the checkpoint",
         "  word/weight: only in the checkpoint",
         "  item/weight: shape (37, 5) in the checkpoint, (38, 5) in the model",
         "  item/accumulator: torch.float32 in the checkpoint, torch.float64 in the model",

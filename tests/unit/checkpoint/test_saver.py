@@ -307,13 +307,13 @@ def test_a_broken_chain_is_refused(chain: tuple[str, dict[int, dict[str, Tensor]
     manifest = paths[1] / "manifest.json"
     kept = manifest.read_bytes()
     manifest.unlink()
-    with pytest.raises(CorruptCheckpointError, match=r"step-000000003 holds changes to .*000000002, which is missing"):
+    with pytest.raises(CorruptCheckpointError, match=r"step-000000003 is a delta of .*000000002, which is missing"):
         CheckpointReader(str(paths[2]))
     other = saver_of(tmp_path / "other")
     group = Group()
     other.save(2, group.views(), {}, is_last=True)
     manifest.write_bytes((tmp_path / "other" / "step-000000002" / "manifest.json").read_bytes())
-    with pytest.raises(CorruptCheckpointError, match="changes to another checkpoint than the one that is now"):
+    with pytest.raises(CorruptCheckpointError, match="is a delta of another checkpoint than the one now in"):
         CheckpointReader(str(paths[2]))
     manifest.write_bytes(kept)
     verify(str(paths[2]))
@@ -398,7 +398,7 @@ def test_a_disk_that_is_too_full_fails_the_save_before_it_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "free_bytes", lambda url: 1000)
-    with pytest.raises(CheckpointError, match=r"it takes 136,000 bytes and the disk has 1,000 left"):
+    with pytest.raises(CheckpointError, match=r"the checkpoint needs 136,000 bytes, but the disk has 1,000 bytes left"):
         saver_of(tmp_path).save(1, Group().views(), {}, is_last=True)
     assert list(tmp_path.iterdir()) == []
 
@@ -413,5 +413,7 @@ def test_it_is_known_which_values_of_a_measure_are_the_best(metric: str, mode: s
 
 
 def test_the_best_of_another_measure_must_be_said() -> None:
-    with pytest.raises(UserError, match=r"best_metric=words_per_second the best\? Give checkpoint\.best_mode=min or"):
+    with pytest.raises(
+        UserError, match=r"best_metric=words_per_second does not tell .*: set checkpoint\.best_mode=min or"
+    ):
         mode_of_best("words_per_second", "auto")

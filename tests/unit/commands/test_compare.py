@@ -71,7 +71,7 @@ def test_rates_can_be_chosen_by_a_measure(tmp_path: Path) -> None:
     ("names", "rates", "overrides", "message"),
     [
         (["sdg"], {}, [], "there is no optimizer sdg; there are rowwise_adagrad"),
-        ([], {}, [], "names nothing to compare"),
+        ([], {}, [], "must name at least one optimizer"),
         (["sgd"], {"adam": [0.1]}, [], "--rates of adam, which --optimizers does not name"),
         (["sgd"], {}, ["optimizer.lr=0.1"], "compare sets optimizer.lr of each run itself"),
         (["sgd"], {}, ["optimizer.eps=0.1"], "sgd has no option eps"),
@@ -86,7 +86,7 @@ def test_mistakes_are_found_before_anything_is_trained(
 
 def test_standard_input_comes_once(tmp_path: Path) -> None:
     overrides = ["model=ranking", "data.path=-", "data.categorical=[user]", "train.epochs=1", "schedule.name=constant"]
-    with pytest.raises(UserError, match=r"data\.path=- comes once"):
+    with pytest.raises(UserError, match=r"data\.path=- can be read only once"):
         Comparison(None, overrides, ["sgd"], {}, str(tmp_path))
 
 

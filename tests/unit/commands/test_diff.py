@@ -101,7 +101,7 @@ def test_the_command_names_what_cannot_be_compared(tmp_path: Path, capsys: pytes
         "table new: only in",
         "table old: only in",
         "table wide: 4 x 2 and 4 x 3, which cannot be compared",
-        "of 5 rows that both have 1 moved",
+        "1 of 5 common rows moved",
         "  queen\n",
     ):
         assert part in printed

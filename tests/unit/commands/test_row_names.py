@@ -135,4 +135,4 @@ def test_items_of_retrieval_start_from_an_export_and_categories_have_names(capfd
     assert main(["neighbors", "towers", "r", "--table", "item.color"]) == 0
     assert capfd.readouterr().out.split()[-1] == "b"
     assert main(["neighbors", "towers", "r", "--table", "item.colour"]) == 2
-    assert "no table 'item.colour' in 'towers'; it has: item, item.color, user" in capfd.readouterr().err
+    assert "'towers' has no table 'item.colour'; it has item, item.color, user" in capfd.readouterr().err

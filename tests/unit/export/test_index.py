@@ -49,7 +49,7 @@ def test_neighbors_by_an_index_are_those_by_all_rows(
     assert cli.main(["export", run, "--format", "faiss", "--kind", kind, "--output", index]) == 0
     *paths, said = capsys.readouterr().out.splitlines()
     assert paths == [index, f"{index}.vocabulary.tsv", f"{index}.json"]
-    assert said.startswith(f"{kind}, cosine: recall@20 ") and said.endswith("; 150 zero vectors are left out")
+    assert said.startswith(f"{kind}, cosine: recall@20 ") and said.endswith("; 150 zero vectors are not indexed")
     recall, approximate = (float(said.replace("(", " ").split()[place]) for place in (3, 4))
     assert recall >= approximate >= least and recall >= 0.97
     assert json.loads(Path(f"{index}.json").read_text())["recall"] == pytest.approx(recall, abs=1e-4)
@@ -92,7 +92,7 @@ def test_many_zero_and_equal_vectors_do_no_harm(make_run: MakeRun) -> None:
     with pytest.raises(UserError, match="add up to zero"):
         neighbors(vectors, "100", index=index)
     zeros = open_vectors(make_run({"word": rows[100:]}, name="zeros"))
-    with pytest.raises(UserError, match="all vectors of table 'word' are zero"):
+    with pytest.raises(UserError, match="cannot index table 'word': all its vectors are zero"):
         build_index(zeros, "flat")
     rows[30, 2] = np.nan
     damaged = open_vectors(make_run({"word": rows}, name="damaged"))
@@ -151,29 +151,28 @@ def test_the_recall_is_that_of_the_answers(make_run: MakeRun) -> None:
     [
         (
             ["neighbors", "NEWER", "1", "--index", "index"],
-            "is of table 'word' at step 12, 30 rows of 4, for cosine",
+            "was built from table 'word' at step 12, 30 rows of 4, for cosine",
         ),
-        (["neighbors", "RUN", "1", "--index", "none"], "there is no index none with a file none.json beside it"),
-        (["neighbors", "RUN", "1", "--index", "damaged"], "damaged cannot be read as an index of faiss: "),
+        (["neighbors", "RUN", "1", "--index", "none"], "none is not an index: it or none.json does not exist"),
+        (["neighbors", "RUN", "1", "--index", "damaged"], "damaged is not a faiss index: "),
         (["neighbors", "RUN", "1", "--index", "odd"], "odd.json does not describe an index: "),
         (
             ["neighbors", "OTHER", "1", "--index", "index"],
-            "index is of another run, with the same table 'word' at step 12, 30 rows of 4: export it anew",
+            "index was built from another run with the same table 'word' at step 12, 30 rows of 4: export the index again",
         ),
         (
             ["neighbors", "RUN", "1", "--index", "mixed"],
-            "mixed is not the index that mixed.json describes: expected 30 vectors of 4 with the numbers of their "
-            "rows, found 29 of 4 in an IndexIDMap",
+            "mixed is not the index that mixed.json describes: expected an IndexIDMap of 30 vectors of dim 4, found "
+            "IndexIDMap of 29 vectors of dim 4",
         ),
         (
             ["neighbors", "RUN", "1", "--index", "misnamed"],
-            "misnamed is not the index that misnamed.json describes: expected the kind hnsw, an IndexHNSWFlat of "
-            "faiss, found an IndexFlatIP",
+            "misnamed is not the index that misnamed.json describes: expected IndexHNSWFlat (kind hnsw), found IndexFlatIP",
         ),
-        (["export", "RUN", "--format", "faiss", "--output", "index"], "index is already there"),
+        (["export", "RUN", "--format", "faiss", "--output", "index"], "index already exists"),
         (
             ["export", "RUN", "--format", "faiss", "--output", "x.gz"],
-            "a file of the format faiss is not compressed",
+            "files of the format faiss are not compressed",
         ),
         (
             ["export", "RUN", "--format", "npy", "--kind", "flat", "--output", "x"],
@@ -181,7 +180,7 @@ def test_the_recall_is_that_of_the_answers(make_run: MakeRun) -> None:
         ),
         (
             ["export", "RUN", "--format", "faiss", "--max-rows", "2", "--output", "x"],
-            "--max-rows: an index is asked",
+            "--max-rows cannot be given: an index holds",
         ),
     ],
 )

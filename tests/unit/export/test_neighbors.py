@@ -57,7 +57,7 @@ def test_words_that_look_like_expressions(make_run):
 
 @pytest.mark.parametrize("query", ["king queen", "king -", "king - - man", "king + man woman"])
 def test_unreadable_queries(query, vectors):
-    with pytest.raises(UserError, match=r"cannot read the query '.*': expected .* 'king - man \+ woman'"):
+    with pytest.raises(UserError, match=r"cannot parse the query '.*': expected .* 'king - man \+ woman'"):
         neighbors(vectors, query)
 
 

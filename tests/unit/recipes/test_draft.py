@@ -153,7 +153,7 @@ def test_what_is_drafted_trains(model: str, capfd: pytest.CaptureFixture[str]) -
         (["--from", "empty.csv"], "there are no rows in it"),
         (["word2vec", "--from", "numbers.csv"], "--from drafts configurations of ranking and retrieval, not of"),
         (["retrieval", "--from", "numbers.csv", "--label", "a"], "--label is for models that predict a column"),
-        (["ranking", "--label", "a"], "--label names a column of the file of --from"),
+        (["ranking", "--label", "a"], "--label names a column of the file in --from"),
         (["retrieval", "--from", "numbers.csv"], "expected a column of users and one of items, got the columns a, b"),
     ],
 )

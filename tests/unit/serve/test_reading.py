@@ -106,5 +106,5 @@ def test_the_name_of_a_file_tells_its_format(path: str, is_given: bool, expected
 
 def test_parquet_cannot_come_by_standard_input() -> None:
     schema = ClickSchema(file_format="parquet", label=None, dense=("x",), categorical=COLUMNS)
-    with pytest.raises(UserError, match="standard input is of lines"):
+    with pytest.raises(UserError, match=r"data\.format=parquet cannot be read from standard input"):
         RowFiles("-", schema)

@@ -20,7 +20,7 @@ PROGRAM = """#!/bin/sh
 echo "$RANK$MASTER_ADDR$TORCHELASTIC_ERROR_FILE $@" >> {folder}/said
 while [ -e {folder}/wait ]; do sleep 0.01; done
 [ -e {folder}/fail ] && {{ echo "Traceback"; echo "embedtrain: failed: no" >&2; exit 1; }}
-echo "runs/x: the newest checkpoint, of step 3" >&2
+echo "runs/x: using the newest checkpoint, step 3" >&2
 echo "$6: version 7"
 echo "  word: 3 rows added, 0 changed, 0 deleted"
 [ -e {folder}/fewer ] && echo "  country: gone, 21 rows"
@@ -123,27 +123,31 @@ def test_a_publication_that_takes_too_long_is_ended(folder: Path, caplog: pytest
         (
             "train",
             ["publish.to=redis://127.0.0.1:1"],
-            "redis://127.0.0.1:1 cannot be published to: Redis at",
+            "cannot publish to redis://127.0.0.1:1: cannot use Redis at",
         ),
-        ("train", ["publish.to=other"], "other holds 'notes.txt' and no publication"),
+        ("train", ["publish.to=other"], "other holds 'notes.txt' but no publication"),
         ("train", ["publish.to=corpus.txt"], "corpus.txt is a file, not a folder"),
         ("train", ["publish.to=memory://x"], "memory://x is in the memory of this process"),
-        ("train", ["publish.to=redis://h/db?prefix=x"], "its database must be a number"),
+        ("train", ["publish.to=redis://h/db?prefix=x"], "the database must be a number"),
         (
             "train",
             ["publish.to=ranked"],
-            "ranked has a model of the kind ranking, of runs/r, and this run's is word2vec",
+            "ranked holds a ranking model of runs/r, but this run is a word2vec model",
         ),
         (
             "train",
             ["publish.to=redis://:secret@host"],
-            "publish.to=redis://@host is given with a password, which config.yaml, checkpoints and trackers would "
-            "keep: leave it out, and give it in the environment variable EMBEDTRAIN_REDIS_PASSWORD",
+            "publish.to=redis://@host contains a password, which config.yaml, checkpoints and trackers would "
+            "store: remove it and set the environment variable EMBEDTRAIN_REDIS_PASSWORD",
         ),
         ("train", ["publish.to=ftp://me:secret@host/a"], "environment variable FSSPEC_FTP_PASSWORD"),
         ("train", ["publish.to=out", "publish.timeout_seconds=0"], "publish.timeout_seconds must be more than 0"),
         ("train", ["publish.to=out", "publish.every_seconds=0"], "publish.every_seconds must be more than 0"),
-        ("compare", ["--optimizers", "adam,sgd", "publish.to=out"], "compare trains many runs, and publish.to is for"),
+        (
+            "compare",
+            ["--optimizers", "adam,sgd", "publish.to=out"],
+            "compare trains many runs, so publish.to cannot be set",
+        ),
     ],
 )
 def test_a_place_is_checked_before_the_run(

@@ -1,14 +1,13 @@
-"""Makes docs/reference.md and docs/settings.md of the docstrings of the package.
+"""Makes docs/settings.md from the texts under the fields of the configurations, and from optimizers' docstrings.
 
-python scripts/reference.py            # writes both
-python scripts/reference.py --check    # exit status 1 where what is there is not what would be written
+python scripts/settings_page.py            # writes it
+python scripts/settings_page.py --check    # writes nothing; exit status 1 if the page would change
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import importlib
 import inspect
 import re
 import sys
@@ -16,7 +15,6 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from embedtrain.config.optimizer import OPTIMIZERS, OptimizerConfig
@@ -24,16 +22,8 @@ from embedtrain.config.sections import Config
 from embedtrain.optim import SparseOptimizer
 from embedtrain.recipes.registry import BUILT_IN, DEFAULT_MODEL, recipe_of
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-MODULES = (
-    "embedtrain",
-    "embedtrain.optim",
-    "embedtrain.recipes.api",
-    "embedtrain.recipes.retrieval.losses",
-    "embedtrain.checkpoint",
-    "embedtrain.export",
-)
-NOTE = "<!-- Made by scripts/reference.py of the docstrings: change those. -->\n"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
+NOTE = "<!-- Made by scripts/settings_page.py of the docstrings: change those. -->\n"
 
 VALUES = """A key of text takes what is written, character by character: `run.path=r/trial #2`, `data.path=a: b.txt`,
 `data.positive=yes` and `data.path=$HOME` mean these texts. (Quote them for your shell, which has rules of its own.)
@@ -52,114 +42,7 @@ Keys of other types (numbers, true and false, lists of numbers, and whole sectio
 `data.features={tags: {bag: true}}`) take YAML.
 """
 
-_SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises|Collective|Source):(?: (.*))?")
 _ITEM = re.compile(r"(\*{0,2}\w[\w, ]*): (.*)")
-
-
-def public_names(module: ModuleType) -> list[str]:
-    """Returns what a module shows: its `__all__`, or the functions and classes that it defines."""
-    if hasattr(module, "__all__"):
-        return sorted(module.__all__, key=str.lower)
-    own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
-    return sorted((name for name in own if not name.startswith("_")), key=str.lower)
-
-
-def reference() -> str:
-    """Returns the page of names."""
-    pages = [
-        NOTE,
-        "# Reference\n",
-        "The names that programs may rely on. [Settings](settings.md) has the keys of runs.\n",
-    ]
-    for name in MODULES:
-        module = importlib.import_module(name)
-        pages += [f"## `{name}`\n", f"{inspect.getdoc(module)}\n"]
-        for shown in public_names(module):
-            pages += _describe(name, shown, getattr(module, shown))
-    return "\n".join(pages)
-
-
-def _describe(module: str, name: str, value: Any) -> Iterator[str]:
-    yield f"### `{module}.{name}`\n"
-    if inspect.ismodule(value):
-        yield f"See [`{value.__name__}`](#{value.__name__.replace('.', '')}).\n"
-    elif not (inspect.isclass(value) or inspect.isfunction(value)):
-        yield f"One of {', '.join(f'`{key}`' for key in value)}.\n"
-    else:
-        yield f"```\n{name}{_signature(value)}\n```\n"
-        yield _markdown(inspect.getdoc(value) or "")
-        if inspect.isclass(value):
-            if meanings := _meanings(value):
-                yield "".join(f"* `{field}`: {' '.join(meaning.split())}\n" for field, meaning in meanings.items())
-            for method_name, method in vars(value).items():
-                function = getattr(method, "fget", None) or getattr(method, "__func__", method)
-                if not method_name.startswith("_") and inspect.isfunction(function) and inspect.getdoc(function):
-                    call = "" if isinstance(method, property) else _signature(function)
-                    yield f"#### `{name}.{method_name}{call}`\n"
-                    yield _markdown(inspect.getdoc(function) or "")
-
-
-def _signature(value: Any) -> str:
-    """Returns the parameters as they are written in the source; a protocol has none."""
-    if getattr(value, "_is_protocol", False):
-        return ""
-    if inspect.isclass(value) and is_dataclass(value):
-        node = ast.parse(textwrap.dedent(inspect.getsource(value))).body[0]
-        assert isinstance(node, ast.ClassDef)
-        return _call([ast.unparse(each) for each in node.body if isinstance(each, ast.AnnAssign)])
-    function = value.__init__ if inspect.isclass(value) else value
-    if not inspect.isfunction(function):
-        return "()"
-    node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    assert isinstance(node, ast.FunctionDef)
-    returns = f" -> {ast.unparse(node.returns)}" if node.returns and inspect.isfunction(value) else ""
-    return _call([each for each in _parameters(node.args) if each not in ("self", "cls")]) + returns
-
-
-def _parameters(arguments: ast.arguments) -> Iterator[str]:
-    positional = [*arguments.posonlyargs, *arguments.args]
-    missing: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults))
-    yield from map(_parameter, positional, [*missing, *arguments.defaults])
-    if arguments.vararg:
-        yield f"*{_parameter(arguments.vararg, None)}"
-    elif arguments.kwonlyargs:
-        yield "*"
-    yield from map(_parameter, arguments.kwonlyargs, arguments.kw_defaults)
-    if arguments.kwarg:
-        yield f"**{_parameter(arguments.kwarg, None)}"
-
-
-def _parameter(argument: ast.arg, default: ast.expr | None) -> str:
-    text = ast.unparse(argument)
-    return text if default is None else f"{text} = {ast.unparse(default)}"
-
-
-def _call(parameters: list[str]) -> str:
-    line = f"({', '.join(parameters)})"
-    return line if len(line) <= 90 else "(\n" + "".join(f"    {each},\n" for each in parameters) + ")"
-
-
-def _markdown(docstring: str) -> str:
-    """Returns a docstring as Markdown: its sections by their names, their items as lists."""
-    lines: list[str] = []
-    section = ""
-    for line in docstring.splitlines():
-        found = _SECTION.fullmatch(line)
-        if found:
-            section = found[1]
-            lines.append(f"**{section}**" + (f": {found[2]}" if found[2] else ""))
-            lines += [] if found[2] else [""]
-            continue
-        if not section or not line.startswith("    "):
-            section = section if line.startswith("    ") or not line else ""
-            lines.append(line)
-            continue
-        item = _ITEM.fullmatch(line[4:])
-        if item and section not in ("Returns", "Yields"):
-            lines.append(f"* `{item[1]}`: {item[2]}")
-        else:
-            lines.append(line.strip())
-    return "\n".join(lines) + "\n"
 
 
 def settings() -> str:
@@ -262,23 +145,19 @@ def _table(rows: Iterator[tuple[str, str, str]] | list[tuple[str, str, str]]) ->
 
 
 def main() -> int:
-    """Writes or compares the pages."""
+    """Writes or compares the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
-    stale = []
-    for name, text in (("reference.md", reference()), ("settings.md", settings())):
-        path = DOCS / name
-        if path.exists() and path.read_text(encoding="utf-8") == text:
-            continue
-        stale.append(name)
-        if not options.check:
-            path.write_text(text, encoding="utf-8")
-    if options.check and stale:
+    text = settings()
+    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text:
+        return 0
+    if options.check:
         print(
-            f"not of the docstrings as they are: {', '.join(stale)}; run python scripts/reference.py", file=sys.stderr
+            f"{PAGE.name} is not made from the present docstrings; run python scripts/settings_page.py", file=sys.stderr
         )
         return 1
+    PAGE.write_text(text, encoding="utf-8")
     return 0
 
 
