@@ -94,11 +94,12 @@ class Clicks:
 
 
 def make_corpus(size: Size, folder: str) -> PreparedCorpus:
-    """Writes a text of a Zipf vocabulary and prepares it."""
-    share = np.random.default_rng(1).random(size.text)
-    words = np.char.add("w", (size.vocabulary**share).astype(np.int64).astype(str))
+    """Writes a text of a Zipf vocabulary and prepares it, once per folder."""
     path = Path(folder, "text.txt")
-    path.write_text("\n".join(" ".join(line) for line in words.reshape(-1, 20)))
+    if not path.exists():  # another time of writing would have it counted again
+        share = np.random.default_rng(1).random(size.text)
+        words = np.char.add("w", (size.vocabulary**share).astype(np.int64).astype(str))
+        path.write_text("\n".join(" ".join(line) for line in words.reshape(-1, 20)))
     return prepare_corpus(
         CorpusOptions(path=str(path), tokenizer="whitespace", min_count=1), f"{folder}/cache", ONE_PROCESS
     )
@@ -222,20 +223,26 @@ def results(task: Task) -> dict[str, Tensor]:
 def steps(device: torch.device, size: Size, folder: str) -> None:
     """Makes steps of each model on the device and on the CPU, and compares losses and all that was trained."""
     print("| model | loss | largest difference of a loss | of a trained value |\n| --- | --- | --- | --- |")
+    attempts = gpu.Attempts()
     for model in MODELS:
-        losses, trained = [], []
-        for place in (device, torch.device("cpu")):
-            task, sink = make_task(model, size, place, folder), Losses()
-            Run(task, tempfile.mkdtemp(dir=folder)).train_to(3, [sink])
-            losses.append(torch.tensor(sink.values))
-            trained.append(results(task))
-        apart = max(float((trained[0][name] - value).abs().max()) for name, value in trained[1].items())
-        print(
-            f"| {model} | {losses[0][-1]:.5f} | {(losses[0] - losses[1]).abs().max():.2g} | {apart:.2g} |", flush=True
-        )
-        torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-4)
-        for name, value in trained[1].items():
-            torch.testing.assert_close(trained[0][name], value, rtol=1e-2, atol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
+        with attempts.at(model):
+            compare_steps(model, device, size, folder)
+    attempts.end()
+
+
+def compare_steps(model: str, device: torch.device, size: Size, folder: str) -> None:
+    """Does what `steps` says for a model."""
+    losses, trained = [], []
+    for place in (device, torch.device("cpu")):
+        task, sink = make_task(model, size, place, folder), Losses()
+        Run(task, tempfile.mkdtemp(dir=folder)).train_to(3, [sink])
+        losses.append(torch.tensor(sink.values))
+        trained.append(results(task))
+    apart = max(float((trained[0][name] - value).abs().max()) for name, value in trained[1].items())
+    print(f"| {model} | {losses[0][-1]:.5f} | {(losses[0] - losses[1]).abs().max():.2g} | {apart:.2g} |", flush=True)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-4)
+    for name, value in trained[1].items():
+        torch.testing.assert_close(trained[0][name], value, rtol=1e-2, atol=2e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def loop(device: torch.device, size: Size, folder: str) -> None:
@@ -246,18 +253,26 @@ def loop(device: torch.device, size: Size, folder: str) -> None:
     faster = {"TF32": StepOptions(tf32=True), "bfloat16": StepOptions(precision=torch.bfloat16, device_type=kind)}
     runs = [(model, "", StepOptions()) for model in MODELS]
     runs += [(model, f" in {name}", options) for model in MODELS[3:] for name, options in faster.items()]
+    attempts = gpu.Attempts()
     for model, how, options in runs:
-        run = Run(make_task(model, size, device, folder), tempfile.mkdtemp(dir=folder), options)
-        run.train(min(10, size.steps))
-        waits = count_waits(run, device)
-        idle = idle_share(run, device)
-        seconds = time_steps(run, size.steps, device)
-        of_step = size.words if model in ("word2vec", "cbow") else size.examples
-        memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0
-        print(
-            f"| {model}{how} | {seconds * 1e3:.2f} | {of_step / seconds:,.0f} | {waits} | {idle} | {memory:,.0f} |",
-            flush=True,
-        )
+        with attempts.at(model + how):
+            print(f"| {model}{how} | {time_model(model, size, device, folder, options)} |", flush=True)
+    attempts.end()
+
+
+def time_model(model: str, size: Size, device: torch.device, folder: str, options: StepOptions) -> str:
+    """Returns the cells of a model in the table of `loop`."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    run = Run(make_task(model, size, device, folder), tempfile.mkdtemp(dir=folder), options)
+    run.train(min(10, size.steps))
+    waits = count_waits(run, device)
+    idle = idle_share(run, device)
+    seconds = time_steps(run, size.steps, device)
+    of_step = size.words if model in ("word2vec", "cbow") else size.examples
+    memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0
+    return f"{seconds * 1e3:.2f} | {of_step / seconds:,.0f} | {waits} | {idle} | {memory:,.0f}"
 
 
 def time_steps(run: Run, count: int, device: torch.device) -> float:
@@ -310,6 +325,8 @@ def idle_share(run: Run, device: torch.device, count: int = 24) -> str:
         for event in profile.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
     )
+    if not spans:
+        return "-, the profiler saw no kernel"
     busy, end = 0.0, spans[0][0]
     for start, stop in spans:
         busy += max(0.0, stop - max(start, end))
@@ -320,14 +337,17 @@ def idle_share(run: Run, device: torch.device, count: int = 24) -> str:
 def sanitized(device: torch.device, size: Size, folder: str) -> None:
     """Runs and checks one case of each kernel, small enough to be watched by a sanitizer."""
     seen: set[str] = set()
+    attempts = gpu.Attempts()
     gpu.WORDS_PER_STEP, gpu.VOCABULARY = SMALL_KERNELS[1], 50
     for case in gpu.cases(*SMALL_KERNELS, device):
         kind = case.name.partition(", dim")[0]
         if kind not in seen and "EmbeddingBag" not in kind:
             seen.add(kind)
-            case.check()
+            with attempts.at(kind):
+                case.check()
     synchronize(device)
     print(f"{len(seen)} cases: {'; '.join(sorted(seen))}")
+    attempts.end()
 
 
 def tables(device: torch.device, size: Size, folder: str) -> None:
@@ -416,24 +436,27 @@ def resume(device: torch.device, size: Size, folder: str) -> None:
     """Stops runs, resumes them and compares every bit; saves go on in the background, rows live here and there."""
     print("| model | rows | same bits after a resume | the longest step, saves among them, ms |")
     print("| --- | --- | --- | --- |")
-    for model, placement in (
-        ("word2vec", "device"),
-        ("cbow", "device"),
-        ("ranking, dlrm", "device"),
-        ("word2vec", "host"),
-    ):
-        work = tempfile.mkdtemp(dir=folder)
-        trained = []
-        # Saves follow steps 3 and 6: the second run is stopped after one, and the third goes on from there.
-        for name, last in (("whole", 8), ("stopped", 5), ("stopped", 8)):
-            task = make_task(model, size, device, work, placement)
-            longest = Run(task, f"{work}/{name}", save_every=3).train_to(last)
-            trained.append(results(task))
-        whole, _, resumed = trained
-        differing = [name for name, value in whole.items() if not torch.equal(value, resumed[name])]
-        same = "no" if differing else "yes"
-        print(f"| {model} | {placement} | {same} | {longest * 1e3:.1f} |", flush=True)
-        assert not differing, f"{model}, rows on the {placement}: {differing} differ after a resume"
+    attempts = gpu.Attempts()
+    on_device = [(model, "device") for model in ("word2vec", "cbow", "ranking, dlrm")]
+    for model, placement in (*on_device, ("word2vec", "host")):
+        with attempts.at(f"{model}, rows on the {placement}"):
+            compare_resumed(model, placement, device, size, tempfile.mkdtemp(dir=folder))
+    attempts.end()
+
+
+def compare_resumed(model: str, placement: str, device: torch.device, size: Size, work: str) -> None:
+    """Does what `resume` says for a model."""
+    trained = []
+    # Saves follow steps 3 and 6: the second run is stopped after one, and the third goes on from there.
+    for name, last in (("whole", 8), ("stopped", 5), ("stopped", 8)):
+        task = make_task(model, size, device, work, placement)
+        longest = Run(task, f"{work}/{name}", save_every=3).train_to(last)
+        trained.append(results(task))
+    whole, _, resumed = trained
+    differing = [name for name, value in whole.items() if not torch.equal(value, resumed[name])]
+    same = "no" if differing else "yes"
+    print(f"| {model} | {placement} | {same} | {longest * 1e3:.1f} |", flush=True)
+    assert not differing, f"{differing} differ after a resume"
 
 
 def words(device: torch.device, size: Size, folder: str) -> None:
@@ -441,7 +464,7 @@ def words(device: torch.device, size: Size, folder: str) -> None:
     print("| dim | words/s | step, ms |\n| --- | --- | --- |")
     for dim in (100, 128) if device.type == "cuda" else (size.dim,):
         sized = Size(**{**vars(size), "dim": dim})
-        task = make_task("word2vec", sized, device, tempfile.mkdtemp(dir=folder))
+        task = make_task("word2vec", sized, device, folder)
         run = Run(task, tempfile.mkdtemp(dir=folder))
         run.train(10)
         seconds = time_steps(run, sized.steps, device)

@@ -17,7 +17,9 @@ import math
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,16 +88,41 @@ def main() -> None:
     print(f"a copy moves {bandwidth / 1e9:.0f} GB/s; {options.num_ids:,} ids a step in {options.num_rows:,} rows")
     print("| what | ms | GB/s | of the copy | predicted | M items/s |")
     print("| --- | --- | --- | --- | --- | --- |")
+    attempts = Attempts()
     for case in cases(options.num_rows, options.num_ids, device, has_steps=not options.kernels):
-        case.check()
-        seconds = median_seconds(case.run, device)
-        rate = case.num_bytes / seconds
-        moved = f"{rate / 1e9:.0f} | {rate / bandwidth:.0%}" if case.num_bytes else "- | -"
-        moved += f" | {predicted(case.kernel, device, bandwidth)}"
-        print(f"| {case.name} | {seconds * 1e3:.3f} | {moved} | {case.num_items / seconds / 1e6:.1f} |", flush=True)
+        with attempts.at(case.name):
+            case.check()
+            seconds = median_seconds(case.run, device)
+            rate = case.num_bytes / seconds
+            moved = f"{rate / 1e9:.0f} | {rate / bandwidth:.0%}" if case.num_bytes else "- | -"
+            moved += f" | {predicted(case.kernel, device, bandwidth)}"
+            print(f"| {case.name} | {seconds * 1e3:.3f} | {moved} | {case.num_items / seconds / 1e6:.1f} |", flush=True)
         del case
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    attempts.end()
+
+
+class Attempts:
+    """Things that are tried one after another: one that fails is told, and the others are tried all the same."""
+
+    def __init__(self) -> None:
+        self._failed: list[str] = []
+
+    @contextmanager
+    def at(self, name: str) -> Iterator[None]:
+        """Tries something."""
+        try:
+            yield
+        except Exception:
+            traceback.print_exc(file=sys.stdout)
+            print(f"FAILED: {name}", flush=True)
+            self._failed.append(name)
+
+    def end(self) -> None:
+        """Ends the program with what failed, if anything did."""
+        if self._failed:
+            sys.exit(f"FAILED: {'; '.join(self._failed)}")
 
 
 def name_of(device: torch.device) -> str:

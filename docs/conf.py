@@ -30,7 +30,7 @@ highlight_language = "sh"
 # Docstrings are Markdown by habit: a name between single backticks is code, and a link if the site has that name.
 default_role = "py:obj"
 napoleon_use_ivar = True
-autodoc_default_options = {"member-order": "bysource", "no-value": True}
+autodoc_default_options = {"member-order": "bysource"}
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 120

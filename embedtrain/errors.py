@@ -1,4 +1,4 @@
-"""The errors that a caller can catch, and texts as they are shown to a user."""
+"""The exception classes of the package, and helpers for messages."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u
 
 
 def printable(text: object, keep: str = "") -> str:
-    """Returns a text in which a terminal finds no commands: control characters are written as escapes, such as \\x1b.
+    """Returns a text that is safe to print to a terminal: control characters become escapes, such as \\x1b.
 
-    So are line breaks of any kind, marks that turn the direction of text, and halves of surrogate pairs, which stand
-    for bytes of paths that are no text.
+    Line breaks of any kind, marks that change the direction of text, and lone surrogates (bytes of paths that are not
+    UTF-8) become escapes too.
 
     Args:
-        text: any text that came from data, a path or a file.
-        keep: characters that are left as they are, such as line feeds between lines.
+        text: a text from data, a path or a file.
+        keep: characters to keep, such as line feeds between lines.
     """
 
     def escaped(found: re.Match[str]) -> str:
@@ -27,19 +27,19 @@ def printable(text: object, keep: str = "") -> str:
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong: the command line prints its message alone and exits with 2."""
+    """The user gave a wrong argument, setting or file: the command line prints the message and exits with 2."""
 
 
 class BadIdError(UserError):
-    """An id is negative or past its table; the message names feature, table, position, range and rank."""
+    """An id is out of the range of its table; the message names feature, table, position, range and rank."""
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient is not finite; nothing of the step was applied on any rank."""
+    """A loss or gradient is not finite; the step was not applied on any rank."""
 
 
 class JobError(RuntimeError):
-    """The ranks of a job did not come together; the message says which rank waited for what."""
+    """The ranks of a job did not find one another; the message says which rank waited for what."""
 
 
 class DeviceTimeoutError(RuntimeError):
@@ -47,11 +47,11 @@ class DeviceTimeoutError(RuntimeError):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or does not hold what was asked of it."""
+    """A checkpoint cannot be written, or does not hold the requested tensors."""
 
 
 class CorruptCheckpointError(CheckpointError):
-    """A checkpoint's bytes are not those that were written; the message names file, tensor and rows."""
+    """A checkpoint's bytes are damaged; the message names file, tensor and rows."""
 
 
 _WRONG_PATH = {
@@ -69,9 +69,9 @@ _WRONG_PATH = {
 
 
 def is_wrong_path(error: OSError) -> bool:
-    """Tells whether the path cannot be used, which the user can mend; other errors, as ENOSPC and EIO, blame the disk.
+    """Returns whether the error is about the path, which the user can change, and not about the disk (ENOSPC, EIO).
 
-    Remote file systems raise the classes without a number.
+    Remote file systems raise these classes without an errno.
     """
     kinds = (PermissionError, FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
     return error.errno in _WRONG_PATH or isinstance(error, kinds)

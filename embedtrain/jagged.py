@@ -1,4 +1,4 @@
-"""A batch of bags of ids."""
+"""Batches of bags of ids."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Jagged:
-    """The ids of a batch for one feature, bag after bag.
+    """Holds the ids of a batch for one feature, bag by bag.
 
     Attributes:
         values: [num_values] int64 ids.
-        lengths: [num_bags] int64; how many of the values each bag holds, zeros allowed.
-        weights: [num_values] float32, or None: the factor of each id's vector when its bag is pooled.
-        is_checked: whether lengths are known to be right. On a GPU the host would have to wait: a look-up checks them
-            together with the ids.
+        lengths: [num_bags] int64; number of values per bag, may be 0.
+        weights: [num_values] float32; factor of each id's vector in pooling. None for 1.
+        is_checked: whether the lengths were validated. On a GPU this would need a device sync, so the lookup validates
+            them together with the ids.
     """
 
     values: Tensor
@@ -50,17 +50,17 @@ class Jagged:
 
     @classmethod
     def from_ids(cls, ids: Tensor, weights: Tensor | None = None) -> Jagged:
-        """Wraps ids [n] as n bags of one id each, or ids [n, k] as n bags of k, with weights of the same shape.
+        """Wraps ids [n] as n bags of one id, or ids [n, k] as n bags of k ids, with weights of the same shape.
 
         Raises:
-            ValueError: the ids have more dimensions, or none.
+            ValueError: the ids are not one- or two-dimensional, or the weights have another shape.
         """
         if ids.dim() not in (1, 2):
             raise ValueError(f"ids must be [n] or [n, k], got {tuple(ids.shape)}")
         if weights is not None and weights.shape != ids.shape:
             raise ValueError(f"weights must have the shape of ids, {tuple(ids.shape)}, got {tuple(weights.shape)}")
         num_bags, length = ids.shape[0], ids.shape[1:].numel()
-        # One number that all bags share: writing it for each took longer than many a look-up.
+        # An expanded scalar: writing a length per bag would take longer than many lookups.
         lengths = torch.full((), length, dtype=torch.int64, device=ids.device).expand(num_bags)
         made = cls(ids.reshape(-1), lengths, None if weights is None else weights.reshape(-1))
         object.__setattr__(made, "is_checked", True)
@@ -70,7 +70,7 @@ class Jagged:
     def from_offsets(
         cls, values: Tensor, offsets: Tensor, weights: Tensor | None = None, *, include_last_offset: bool = False
     ) -> Jagged:
-        """Wraps ids and where each bag of them begins, as `torch.nn.EmbeddingBag` takes them.
+        """Wraps ids and the offsets of their bags, as in `torch.nn.EmbeddingBag`.
 
         Args:
             values: [num_values] int64 or int32.
@@ -79,7 +79,7 @@ class Jagged:
             include_last_offset: whether offsets are [num_bags + 1] and end with the number of values.
 
         Raises:
-            ValueError: offsets are not as above.
+            ValueError: the offsets have a wrong shape, or do not begin with 0 and end with the number of values.
         """
         if offsets.dim() != 1 or (include_last_offset and not offsets.numel()):
             raise ValueError(f"offsets must be [num_bags], or [num_bags + 1] with the last, got {tuple(offsets.shape)}")
@@ -97,7 +97,7 @@ class Jagged:
         """Builds a batch from one sequence of ids per bag.
 
         Raises:
-            ValueError: an id is no integer, or none of 64 bits, or a bag no sequence.
+            ValueError: a bag is not a sequence, or an id is not an integer of at most 64 bits.
         """
         try:
             ids = [i for bag in bags for i in bag]
@@ -112,20 +112,20 @@ class Jagged:
 
     @property
     def num_bags(self) -> int:
-        """Number of bags, empty ones included."""
+        """Number of bags, including empty ones."""
         return self.lengths.numel()
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Jagged:
-        """Returns the batch on a device."""
+        """Returns the batch on `device`."""
         return self._with_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Jagged:
-        """Returns the batch in page-locked memory, as `DataLoader(pin_memory=True)` asks for."""
+        """Returns the batch in page-locked memory; `DataLoader(pin_memory=True)` calls this."""
         return self._with_each(lambda tensor: tensor.pin_memory())
 
     def _with_each(self, function: Callable[[Tensor], Tensor]) -> Jagged:
         weights = None if self.weights is None else function(self.weights)
-        moved = object.__new__(Jagged)  # what was checked is not checked again
+        moved = object.__new__(Jagged)  # Bypasses __init__, so that lengths are not validated again.
         object.__setattr__(moved, "is_checked", self.is_checked)
         for name, tensor in (
             ("values", function(self.values)),
@@ -136,28 +136,28 @@ class Jagged:
         return moved
 
     def has_wrong_lengths(self) -> Tensor:
-        """Returns whether the lengths are negative or do not add up to the values; scalar bool, where they are."""
+        """Returns a scalar bool, on the same device: whether lengths are negative or do not add up to the values."""
         return (self.lengths < 0).any() | (self.lengths.sum() != self.values.numel())
 
     def part(self, start: int, stop: int) -> Jagged:
-        """Returns the bags from `start` to `stop`, which share memory with these."""
+        """Returns the bags `[start, stop)`, which share memory with this batch."""
         ends = self.lengths[:stop].cumsum(0)
         first, last = (int(ends[place - 1]) if place else 0 for place in (start, stop))
         weights = None if self.weights is None else self.weights[first:last]
         return Jagged(self.values[first:last], self.lengths[start:stop], weights)
 
     def bag_of_values(self) -> Tensor:
-        """Returns, for each value, the position of its bag; [num_values] int64."""
+        """Returns [num_values] int64: the index of each value's bag."""
         bags = torch.arange(self.num_bags, device=self.lengths.device)
         return torch.repeat_interleave(bags, self.lengths)
 
 
 def places_of_runs(firsts: Tensor, lengths: Tensor) -> Tensor:
-    """Returns the places of several runs of values, run after run; [sum(lengths)] int64.
+    """Returns [sum(lengths)] int64: the positions of several runs of values, one run after another.
 
     Args:
-        firsts: [n] int64; where each run begins.
-        lengths: [n] int64; how many values it has.
+        firsts: [n] int64; first position of each run.
+        lengths: [n] int64; number of values of each run.
     """
     num_places = int(lengths.sum())
     before = lengths.cumsum(0) - lengths

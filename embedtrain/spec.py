@@ -1,4 +1,4 @@
-"""What the user declares: tables of vectors, and the features that are looked up in them."""
+"""Declarations of tables and of the features that are looked up in them."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ PoolAt = Literal["auto", "example", "owner"]
 Init = Literal["uniform", "normal", "zeros"]
 
 DEFAULT_OPTIMIZER = "default"
-"""What trains a table whose spec does not name it."""
+"""Name of the optimizer of tables whose spec names none."""
 DEFAULT_LAYOUT = "spread"
-"""The layout of tables that name none."""
+"""Layout of tables whose spec names none."""
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class TableSpec:
-    """One embedding matrix.
+    """Declares one embedding table.
 
     Attributes:
-        name: unique in its collection; part of the names in a checkpoint, so no "/".
-        num_rows: rows; valid ids are 0 to num_rows - 1.
-        dim: columns.
-        dtype: storage of the weights, float32 or bfloat16 (written with stochastic rounding). Vectors leave
-            the collection as float32, and optimizer state is float32, either way.
-        init: distribution of the first values.
-        init_scale: half-width of "uniform", standard deviation of "normal"; `1 / sqrt(dim)` where None.
-        optimizer: a name of your choice for what trains the table, where tables of one collection have different
-            optimizers; see `EmbeddingCollection.trained_by`.
-        layout: where the rows lie: a name in `embedtrain.sharding.layout.LAYOUTS`.
+        name: unique in its collection; part of tensor names in a checkpoint, so it must not contain "/".
+        num_rows: number of rows; valid ids are 0 to num_rows - 1.
+        dim: length of the vectors.
+        dtype: dtype of the stored weights, float32 or bfloat16 (updated with stochastic rounding). The collection
+            returns float32 vectors, and optimizer state is float32, in both cases.
+        init: distribution of the initial values.
+        init_scale: half-width of "uniform", standard deviation of "normal"; None for `1 / sqrt(dim)`.
+        optimizer: a name of your choice that assigns the table to one of several optimizers of a collection; see
+            `EmbeddingCollection.trained_by`.
+        layout: a name in `embedtrain.sharding.layout.LAYOUTS`.
     """
 
     name: str
@@ -49,7 +49,7 @@ class TableSpec:
 
     @property
     def group(self) -> tuple[int, torch.dtype, str, str]:
-        """Tables of equal groups share their exchange."""
+        """Key of the table group; tables with equal keys share their exchange."""
         return self.dim, self.dtype, self.optimizer, self.layout
 
     def __post_init__(self) -> None:
@@ -72,16 +72,16 @@ class TableSpec:
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """A named input, looked up in one table; several features may share a table.
+    """Declares a named input that is looked up in one table; several features may share a table.
 
     Attributes:
         name: unique in its collection.
-        table: the table's name; the feature's own name where None.
-        pooling: "none" gives a vector per id; "sum" and "mean" give one per bag, zeros for an empty bag.
-        invalid_ids: what to do with an id that is negative or past the table: "error" on every rank,
-            "hash" into the table, or "drop" it, as if its bag did not hold it.
-        pool_at: where several ranks pool bags: at the "example", to which each distinct row travels; at the "owner"
-            of the rows, which sends a sum per bag; "auto" takes what moves fewer bytes.
+        table: name of the table; None for the feature's own name.
+        pooling: "none" gives one vector per id; "sum" and "mean" give one vector per bag, zeros for an empty bag.
+        invalid_ids: handling of ids out of range: "error" raises on every rank, "hash" maps them into the table, "drop"
+            removes them from their bags.
+        pool_at: where several ranks pool bags: at the "example", which receives each distinct row; at the "owner" of
+            the rows, which sends one sum per bag; "auto" chooses the way that moves fewer bytes.
     """
 
     name: str
@@ -98,13 +98,13 @@ class FeatureSpec:
                 raise ValueError(f"feature {self.name!r}: {name} must be one of {get_args(choices)}, got {value!r}")
         if self.invalid_ids == "drop" and self.pooling == "none":
             raise ValueError(
-                f"feature {self.name!r}: invalid_ids='drop' needs pooling 'sum' or 'mean': "
-                "without pooling each id owes a vector"
+                f"feature {self.name!r}: invalid_ids='drop' needs pooling 'sum' or 'mean', "
+                "because without pooling every id must give a vector"
             )
         if self.pool_at == "owner" and self.pooling == "none":
             raise ValueError(f"feature {self.name!r}: pool_at='owner' needs pooling 'sum' or 'mean'")
 
     @property
     def table_name(self) -> str:
-        """The name of the table that this feature is looked up in."""
+        """Name of the table in which this feature is looked up."""
         return self.name if self.table is None else self.table

@@ -1,13 +1,11 @@
-"""Thin functions over fsspec: what a checkpoint needs of a local disk, `memory://`, S3 and the like.
+"""Functions over fsspec that checkpoints and run folders need, for local disks, `memory://`, S3 and others.
 
-Three habits of fsspec are kept out here. Listings are never taken from a cache, which hides the files of
-other processes. `exists` is not used: it answers False when the network fails. Renaming is not used: on
-object stores it is a copy and a deletion.
+Three features of fsspec are avoided. Cached listings hide the files of other processes. `exists` returns False when
+the network fails. Renaming on object stores is a copy and a deletion.
 
-What fails on a file system that is not a local disk is tried again, `MAX_TRIES` times in all, after waits
-of 0.5, 1, 2 and 4 seconds; none is begun later than `MAX_RETRY_SECONDS` after the first. A file that is
-missing or exists already, and permission that is denied, are answers, not failures. A local disk's errors
-are raised as they come: a full or broken disk is not mended by waiting.
+A failed operation on a remote file system is retried, up to `MAX_TRIES` tries in total, after waits of 0.5, 1, 2 and
+4 seconds; no try starts later than `MAX_RETRY_SECONDS` after the first. Missing or existing files and denied
+permissions are results, not failures. Errors of a local disk are raised at once, because waiting does not help.
 """
 
 from __future__ import annotations
@@ -46,13 +44,13 @@ _ANSWERS = (
     TypeError,
     ValueError,
 )
-"""Errors that another try would only repeat."""
+"""Errors that a retry would repeat."""
 
-# One try at a request is bounded by these and by s3fs's own tries of it; botocore's would multiply them.
+# Timeouts of one request. s3fs retries requests itself, so botocore's retries, which would multiply them, are off.
 _S3_CLIENT = {"connect_timeout": 10, "read_timeout": 30, "retries": {"mode": "standard", "total_max_attempts": 1}}
 
 _HELD_BYTES = 16 * 2**20
-"""How much of a file is written before the disk is asked to begin."""
+"""Bytes of a file written before the kernel is asked to start writing them to disk."""
 
 _logger = logging.getLogger(__name__)
 
@@ -65,7 +63,7 @@ def join(url: str, name: str) -> str:
 
 
 def has_password(url: str) -> bool:
-    """Tells whether a URL holds a password: `ftp://USER:PASSWORD@HOST`, or `?password=` of Redis."""
+    """Returns whether a URL contains a password: `ftp://USER:PASSWORD@HOST`, or `?password=` of Redis."""
     return shown(url) != url
 
 
@@ -75,7 +73,7 @@ def shown(url: str) -> str:
     if not separator:
         return url
     address, question, query = rest.partition("?")
-    # A password of Redis may hold a slash: nothing after its host holds an @.
+    # A Redis password may contain a slash; nothing after the host contains an @.
     authority = address if scheme in ("redis", "rediss", "unix") else address.partition("/")[0]
     login, _, _ = authority.rpartition("@")
     if ":" in login:
@@ -90,21 +88,21 @@ def base_name(url: str) -> str:
 
 
 def local_path(url: str) -> str | None:
-    """Returns the path that the operating system knows, or None where the file is not on its disks."""
+    """Returns the path in the local file system, or None if the URL is remote."""
     filesystem, path = _locate(url)
     return path if isinstance(filesystem, LocalFileSystem) else None
 
 
 def is_in_memory(url: str) -> bool:
-    """Tells whether a path is in the memory of this process, as `memory://` is."""
+    """Returns whether a path is in the memory of this process (`memory://`)."""
     return isinstance(_locate(url)[0], MemoryFileSystem)
 
 
 def make_folder(url: str) -> list[str]:
-    """Makes a folder and its missing parents, durably; nothing where it exists.
+    """Creates a folder and its missing parents, durably; no-op if it exists.
 
     Returns:
-        The local folders that were made, the innermost first.
+        The local folders that were created, innermost first.
     """
     filesystem, path = _locate(url)
     if not isinstance(filesystem, LocalFileSystem):
@@ -119,24 +117,24 @@ def make_folder(url: str) -> list[str]:
 
 
 def list_files(url: str) -> dict[str, int]:
-    """Returns the name and size in bytes of each file in a folder; empty where the folder is missing."""
+    """Returns name and size in bytes of each file in a folder; empty if the folder is missing."""
     return {name: int(entry["size"]) for name, entry in _entries(url).items() if entry["type"] == "file"}
 
 
 def list_folders(url: str) -> list[str]:
-    """Returns the names of the folders in a folder; empty where it is missing."""
+    """Returns the names of the folders in a folder; empty if it is missing."""
     return [name for name, entry in _entries(url).items() if entry["type"] == "directory"]
 
 
 def list_names(url: str) -> list[str]:
-    """Returns the names of all that is in a folder, of whatever kind; empty where it is missing."""
+    """Returns the names of all entries of a folder; empty if it is missing."""
     return list(_entries(url))
 
 
 def oddity(url: str) -> str | None:
-    """Says what lies at a local path if it is not a plain file: "a folder", "a link to X", "a pipe" and the like.
+    """Describes a local path that is not a plain file: "a folder", "a link to X", "a pipe" and so on.
 
-    None for a plain file, for nothing, and on file systems that have only files.
+    None for a plain file, a missing file, and on remote file systems.
     """
     path = local_path(url)
     try:
@@ -155,10 +153,10 @@ def _kind(mode: int) -> str:
 
 
 def require_folder(url: str) -> None:
-    """Refuses a local path that cannot be a folder, because something else lies there; nothing may lie there.
+    """Checks that a local path is a folder or does not exist.
 
     Raises:
-        UserError: there is a file, a pipe, or a link to one of these or to nothing.
+        UserError: the path is a file, a pipe, or a link to one of these or to nothing.
     """
     path = local_path(url)
     if path is None or os.path.isdir(path) or not os.path.lexists(path):
@@ -168,7 +166,7 @@ def require_folder(url: str) -> None:
 
 
 def free_bytes(url: str) -> int | None:
-    """Returns how much the disk below a folder still takes, or None where the file system does not tell."""
+    """Returns the free bytes of the disk of a folder, or None if the file system does not report them."""
     path = local_path(url)
     if path is None:
         return None
@@ -177,16 +175,16 @@ def free_bytes(url: str) -> int | None:
 
 
 def write(url: str, chunks: Iterable[bytes | memoryview]) -> None:
-    """Writes a file chunk by chunk; on a local disk it is durable, its name included, on return.
+    """Writes a file chunk by chunk; on a local disk the file and its name are durable on return.
 
-    A failure can leave a part of the file behind, on any file system: only a name that nobody reads
-    before a commit is safe here. A large file goes to the disk while it is written, and stays out of the
-    page cache: it takes no memory from others, and less time where fresh pages are dear.
+    A failure can leave a partial file on any file system, so the name must be one that is not read before a commit.
+    Large files are written to disk continuously and dropped from the page cache, to save memory and the time of
+    allocating pages.
 
     Args:
         url: the file.
-        chunks: its bytes. Where they can be had again, as those of a list but not of a generator, the
-            writing is tried again on a file system that is not a local disk.
+        chunks: its bytes. If they can be iterated again (a list, not a generator), a failed write to a remote file
+            system is retried.
     """
     filesystem, path = _locate(url)
     is_local = isinstance(filesystem, LocalFileSystem)
@@ -215,9 +213,9 @@ def write(url: str, chunks: Iterable[bytes | memoryview]) -> None:
 
 @contextmanager
 def new_file(url: str) -> Iterator[BinaryIO]:
-    """Opens a file to be written; on a local disk it is durable, its name included, when the block ends.
+    """Opens a new file; on a local disk the file and its name are durable when the block ends.
 
-    As in `write`, a failure can leave a part of the file behind.
+    As in `write`, a failure can leave a partial file.
     """
     filesystem, path = _locate(url)
     is_local = isinstance(filesystem, LocalFileSystem)
@@ -231,13 +229,12 @@ def new_file(url: str) -> Iterator[BinaryIO]:
 
 
 def create(url: str, data: bytes, temporary_url: str) -> None:
-    """Creates a file that is there whole or not at all, and never replaces another.
+    """Creates a file atomically, and never replaces another file.
 
-    A local file is written under the temporary name, made durable and linked. Elsewhere it is one
-    exclusive put.
+    A local file is written under the temporary name, made durable and linked. A remote file is one exclusive put.
 
     Raises:
-        FileExistsError: the name is taken, by other content than `data`.
+        FileExistsError: the file exists with other content.
     """
     filesystem, path = _locate(url)
     try:
@@ -247,19 +244,19 @@ def create(url: str, data: bytes, temporary_url: str) -> None:
             failure = f"{shown(url)} could not be created"
             _retry(filesystem, failure, lambda: filesystem.pipe_file(path, data, mode="create"))
     except FileExistsError:
-        # A request that was retried, or a link over NFS, can fail on its own success.
+        # A retried request, or a link over NFS, can fail because its first try succeeded.
         if read(url) != data:
             raise
 
 
 def replace(url: str, data: bytes, temporary_url: str) -> None:
-    """Writes a small file whose readers see the old content or the new; not durable at once."""
+    """Replaces a small file atomically; the new content is not durable at once."""
     filesystem, path = _locate(url)
     if not isinstance(filesystem, LocalFileSystem):
         _retry(filesystem, f"{shown(url)} could not be written", lambda: filesystem.pipe_file(path, data))
         return
     temporary_path = _locate(temporary_url)[1]
-    # Of a killed process; or a link, which would lead the bytes elsewhere.
+    # A leftover of a killed process, or a link, which would redirect the write.
     with suppress(FileNotFoundError):
         os.unlink(temporary_path)
     try:
@@ -272,10 +269,10 @@ def replace(url: str, data: bytes, temporary_url: str) -> None:
 
 
 def read(url: str) -> bytes:
-    """Returns a whole file; FileNotFoundError where it is missing.
+    """Returns a whole file; FileNotFoundError if it is missing.
 
     Raises:
-        UserError: it is a local folder, pipe, socket or device, which might never end.
+        UserError: the path is a local folder, pipe, socket or device, whose reading might never end.
     """
     filesystem, path = _locate(url)
     if isinstance(filesystem, LocalFileSystem) and not stat.S_ISREG(mode := os.stat(path).st_mode):
@@ -284,7 +281,7 @@ def read(url: str) -> bytes:
 
 
 class RangeReader:
-    """Reads ranges of one file, which it keeps open: a disk reads ahead of who goes on where it stopped.
+    """Reads ranges of one file. Keeps the file open, so that the kernel reads ahead for sequential ranges.
 
     Args:
         url: the file.
@@ -296,7 +293,7 @@ class RangeReader:
         self._file: FileIO | None = None
 
     def read_into(self, start: int, destination: memoryview) -> int:
-        """Fills `destination` with the file's bytes from `start` on; returns how many there were."""
+        """Fills `destination` with the file's bytes from `start`; returns the number of bytes read."""
         if not isinstance(self._filesystem, LocalFileSystem):
             data = _retry(self._filesystem, f"{self._url} could not be read", lambda: self._fetch(start, destination))
             destination[: len(data)] = data
@@ -326,7 +323,7 @@ def download(url: str, path: str) -> None:
 
 
 def remove(url: str) -> None:
-    """Removes a file, durably on a local disk; nothing where it is missing."""
+    """Removes a file, durably on a local disk; no-op if it is missing."""
     filesystem, path = _locate(url)
     with suppress(FileNotFoundError):
         _retry(filesystem, f"{shown(url)} could not be removed", lambda: filesystem.rm_file(path))
@@ -335,7 +332,7 @@ def remove(url: str) -> None:
 
 
 def remove_empty_folder(url: str) -> None:
-    """Removes a folder where there is one and nothing is in it; object stores have none."""
+    """Removes a folder if it exists and is empty; no-op on object stores, which have no folders."""
     filesystem, path = _locate(url)
     with suppress(OSError):
         filesystem.rmdir(path)
@@ -353,10 +350,10 @@ def _locate(url: str) -> tuple[Any, str]:
 
 
 def _retry(filesystem: Any, failure: str, action: Callable[[], T]) -> T:
-    """Does something on a file system, again where that fails and may not the next time; see the module.
+    """Runs an action on a file system, with the retries that the module's docstring describes.
 
     Raises:
-        OSError: it failed every time; begins with `failure`, and says how often.
+        OSError: every try failed; the message begins with `failure` and gives the number of tries.
     """
     if isinstance(filesystem, LocalFileSystem):
         return action()
@@ -368,7 +365,7 @@ def _retry(filesystem: Any, failure: str, action: Callable[[], T]) -> T:
         except _ANSWERS:
             raise
         except Exception as error:
-            # Client libraries raise classes of their own beside OSError.
+            # Client libraries also raise their own exception classes.
             seconds = time.monotonic() - began
             text = f"{type(error).__name__}: {error}"
             if number == MAX_TRIES or seconds + wait > MAX_RETRY_SECONDS:
@@ -393,7 +390,7 @@ def _entries(url: str) -> dict[str, dict[str, Any]]:
     except NotADirectoryError as error:
         what = "is" if os.path.lexists(path) else "lies below"
         raise UserError(f"{shown(url)} {what} a file, not a folder; give another path") from error
-    # An object store can list the folder itself, as an empty object that marks it.
+    # An object store may list the folder itself, as an empty marker object.
     return {base_name(entry["name"]): entry for entry in entries if entry["name"].rstrip("/") != path.rstrip("/")}
 
 

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 unset PYTHONPATH PYTHONHOME
 
-scripts/setup_env.sh plots
+scripts/setup_env.sh
 
 run=runs/quickstart
 text=runs/python-docs.txt

@@ -239,7 +239,7 @@ def _assemble(
     return Manifest(
         step=contents.step,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        versions={"embedtrain": _own_version(), "torch": torch.__version__},
+        versions={"embedtrain": own_version(), "torch": torch.__version__},
         world_size=len(parts),
         tensors=merge_pieces([shard for part in parts for shard in part.shards]),
         replicated=replicated_file,
@@ -283,7 +283,8 @@ def _discard(path: str, names: Iterable[str]) -> None:
         storage.remove_empty_folder(path)
 
 
-def _own_version() -> str:
+def own_version() -> str:
+    """Returns the version of embedtrain that is installed."""
     try:
         return version("embedtrain")
     except PackageNotFoundError:

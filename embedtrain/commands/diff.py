@@ -136,7 +136,7 @@ def print_difference(first_path: str, second_path: str, table: str | None, top: 
         tell(f"from  {first.words()}", f"to    {second.words()}")
         names = sorted(first.tables.keys() | second.tables.keys())
         if table is not None and table not in names:
-            raise UserError(f"expected --table to name one of {', '.join(names)}, got {table!r}")
+            raise UserError(f"--table must be one of {', '.join(names)}, got {table!r}")
         for name in names if table is None else [table]:
             _print_table(name, first, second, top)
 

@@ -6,20 +6,34 @@ from collections.abc import Sequence
 
 import click
 
-from embedtrain.commands.console import EXIT_DONE, command, run_argument, tell
+from embedtrain.commands.console import EXIT_DONE, command, given_options, tell
+from embedtrain.errors import UserError
 
 
-@command("embedtrain report runs/x king river")
-@run_argument
-@click.argument("words", nargs=-1, metavar="[WORD]...", help="Words, items or users whose neighbours to show.")
-@click.option("--output", metavar="PATH", type=click.Path(), help="The page.  [default: report.html in the run folder]")
-def report(path: str, words: Sequence[str], output: str | None) -> int:
-    """Writes a page of HTML about a run: curves, words, advice."""
+@command("embedtrain report runs/x --word king --word river", "embedtrain report runs/x runs/y")
+@click.argument(
+    "runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(file_okay=False), help="Run folders."
+)
+@click.option("--word", "words", multiple=True, metavar="NAME", help="A word, item or user whose neighbours to show.")
+@click.option("--analogies", multiple=True, metavar="FILE", type=click.Path(), help="`: section` and `a b c d` lines.")
+@click.option(
+    "--output",
+    metavar="PATH",
+    type=click.Path(),
+    help="The page.  [default: report.html in the run folder; of several runs comparison.html here]",
+)
+def report(runs: Sequence[str], words: Sequence[str], analogies: Sequence[str], output: str | None) -> int:
+    """Writes a page of HTML about a run, or one that compares several."""
+    if len(runs) > 1 and (unused := given_options("words", "analogies")):
+        raise UserError(f"{', '.join(unused)}: only for one run, and there are {len(runs)}")
     from embedtrain.distributed.runtime import init_distributed
-    from embedtrain.report import write_report
+    from embedtrain.report import write_comparison, write_report
 
     runtime = init_distributed(device="cpu")
-    written = write_report(path, output, list(words), runtime)
+    if len(runs) > 1:
+        written = runtime.ranks.run_on_first(lambda: write_comparison(runs, output))
+    else:
+        written = write_report(runs[0], output, words, runtime, analogies)
     if runtime.rank == 0:
         tell(written)
     return EXIT_DONE

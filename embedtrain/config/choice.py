@@ -1,4 +1,4 @@
-"""Which optimizers the layers of a configuration ask for: of all tables, and of single ones."""
+"""The optimizers that the layers of a configuration choose, for all tables and for single tables."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from embedtrain.errors import UserError
 from embedtrain.optim.registry import usable
 
 Layer = tuple[str, Mapping[str, Any]]
-"""Where keys and values come from, for messages; and they themselves, as nested dicts."""
+"""The source of keys and values, for messages, and the keys and values as nested dicts."""
 
 TABLES = "optimizer.tables"
 
 
 def optimizer_of(layers: Sequence[Layer], default: OptimizerConfig) -> OptimizerConfig:
-    """Returns the section of the optimizer that the layers ask for, with its default values."""
+    """Returns the section of the optimizer that the layers choose, with default values."""
     name, named_in = default.name, ""
     for source, layer in layers:
         section = layer.get("optimizer")
@@ -34,9 +34,9 @@ def optimizer_of(layers: Sequence[Layer], default: OptimizerConfig) -> Optimizer
 
 
 def for_another_optimizer(layer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a layer without the settings that belong to its optimizer alone.
+    """Returns a layer without the settings that are specific to its optimizer.
 
-    These are the learning rate, the options of the formula, and the tables whose optimizer is not named.
+    These are the learning rate, the options of the formula, and the tables without an optimizer name.
     """
     section = layer.get("optimizer")
     if not isinstance(section, dict):
@@ -49,7 +49,7 @@ def for_another_optimizer(layer: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def without_tables(layer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a layer without what it says of single tables, which `table_optimizers` reads."""
+    """Returns a layer without its settings of single tables, which `table_optimizers` reads."""
     section = layer.get("optimizer")
     if not isinstance(section, dict) or "tables" not in section:
         return layer
@@ -57,7 +57,7 @@ def without_tables(layer: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def refuse_options_of_others(layer: Layer, optimizer: OptimizerConfig) -> None:
-    """Refuses, by name, an option that another optimizer has and this one has not.
+    """Refuses an option that only other optimizers have, and names them.
 
     Raises:
         UserError: there is one.
@@ -71,19 +71,19 @@ def refuse_options_of_others(layer: Layer, optimizer: OptimizerConfig) -> None:
 def table_optimizers(
     from_file: Sequence[Layer], from_command: Sequence[Layer], main: OptimizerConfig, default: OptimizerConfig
 ) -> dict[str, dict[str, Any]]:
-    """Returns the name and all options of the optimizer of each single table, by the table's name.
+    """Returns the name and all options of the optimizer of each single table, by table name.
 
-    An entry that names no other optimizer than the main one has the main one's options, except for those that it
-    gives. An entry that names another has the default values of that one.
+    An entry with the main optimizer overrides the main optimizer's options. An entry with another optimizer
+    overrides that optimizer's default values.
 
     Args:
-        from_file: what the file says.
-        from_command: what the command line says; a name given there replaces the file's, with its options.
+        from_file: settings of the file.
+        from_command: settings of the command line; a name there replaces the file's name and options.
         main: the optimizer of all other tables.
-        default: the optimizer that the model has if nobody names one, with the model's default values.
+        default: the model's default optimizer, with the model's default values.
 
     Raises:
-        UserError: an entry is no options, or has one that does not exist, or is not of its type.
+        UserError: an entry is not a section of options, or an option does not exist or has the wrong type.
     """
     in_file, in_command = _options_of(from_file), _options_of(from_command)
     found = {}
@@ -111,7 +111,7 @@ class _Given(NamedTuple):
 
 
 def _options_of(layers: Iterable[Layer]) -> dict[str, list[_Given]]:
-    """Returns what the layers say of each table. A table's name may hold dots, which part keys on a command line."""
+    """Returns the options of each table. A table's name may contain dots, which separate keys on a command line."""
     found: dict[str, list[_Given]] = {}
     for source, layer in layers:
         section = layer.get("optimizer")
@@ -137,7 +137,9 @@ def _with_option(section: DictConfig, kind: OptimizerConfig, table: str, given: 
     key = f"{TABLES}.{table}.{given.option}"
     own = list(kind.row_options())
     if given.option in FOR_ALL_TABLES:
-        raise UserError(f"{given.source}: {key}: {given.option} is for all tables together: optimizer.{given.option}")
+        raise UserError(
+            f"{given.source}: {key}: {given.option} applies to all tables together: set optimizer.{given.option}"
+        )
     _refuse_option_of_others(given.source, given.option, kind, f"{TABLES}.{table}: ")
     if given.option not in own:
         near = difflib.get_close_matches(given.option, own, n=1)

@@ -1,4 +1,4 @@
-"""The optimizers' sections: `optimizer.name` chooses one, and with it the options that there are.
+"""The sections of the optimizers: `optimizer.name` chooses one and thereby the available options.
 
 A section's options are the keyword arguments of the optimizer's class, with their types and default values: to add an
 optimizer is to write its class.
@@ -20,22 +20,22 @@ from embedtrain.optim.optimizer import OF_A_STEP
 
 @dataclass
 class _Chosen:
-    """The first keys of a section: the name of the optimizer and its learning rate."""
+    """The first keys of a section: name and learning rate of the optimizer."""
 
     name: str = "???"
-    """Which optimizer."""
+    """Name of the optimizer."""
     lr: float = 0.01
-    """Base of the learning rate; each optimizer has a default of its own."""
+    """Base of the learning rate; the default depends on the optimizer."""
 
 
 @dataclass
 class OptimizerConfig(optim.CommonOptions, _Chosen):
-    """What every optimizer of the tables takes; `section` makes the section of a certain one."""
+    """Options of all optimizers of tables; `section` makes the section of a particular optimizer."""
 
     reset_state_from_step: int | None = None
-    """Start the optimizer's state anew at this step, in a run under way too."""
+    """Reset the optimizer state at this step, also in a resumed run."""
     tables: dict[str, Any] = field(default_factory=dict)
-    """What trains single tables, by their names: the `name` and options of an optimizer. Without a name it is this
+    """Optimizers of single tables, by table name: the `name` and options of an optimizer. Without a name it is this
     optimizer with other options. A loaded configuration has the name and all options of each."""
 
     def of_table(self, table: str) -> OptimizerConfig:
@@ -45,11 +45,11 @@ class OptimizerConfig(optim.CommonOptions, _Chosen):
         return type(self)(**self.row_options())
 
     def row_options(self) -> dict[str, Any]:
-        """Returns the name and the options that may differ from table to table."""
+        """Returns the name and the options that may differ per table."""
         return {name: value for name, value in vars(self).items() if name not in FOR_ALL_TABLES}
 
     def check(self, table_names: Sequence[str]) -> None:
-        """Checks the ranges that types cannot say, and the names of tables.
+        """Checks ranges that types do not express, and the names of tables.
 
         Raises:
             UserError: a value is out of range, or there is no such table.
@@ -67,12 +67,12 @@ class OptimizerConfig(optim.CommonOptions, _Chosen):
 
 
 FOR_ALL_TABLES = (*OF_A_STEP, "reset_state_from_step", "tables")
-"""Options of a step, which all tables take together or not at all."""
+"""Options that apply to all tables together."""
 
 FOR_ALL_OPTIMIZERS = tuple(
     field.name for field in fields(OptimizerConfig) if field.name not in ("name", "lr", "tables")
 )
-"""Options that mean the same whichever the formula; a learning rate does not."""
+"""Options with the same meaning for every formula, unlike the learning rate."""
 
 
 class _Sections(Mapping[str, type[OptimizerConfig]]):
@@ -90,11 +90,11 @@ class _Sections(Mapping[str, type[OptimizerConfig]]):
 
 
 OPTIMIZERS: Mapping[str, type[OptimizerConfig]] = _Sections()
-"""The section of each optimizer by its name, the value of `optimizer.name`."""
+"""The sections of the optimizers by `optimizer.name`."""
 
 
 def section(name: str, **options: Any) -> OptimizerConfig:
-    """Returns the section of an optimizer; options that are not given have the default values of its class."""
+    """Returns the section of an optimizer; other options have the default values of its class."""
     return OPTIMIZERS[name](**options)
 
 
@@ -103,14 +103,14 @@ def _section_of(name: str) -> type[OptimizerConfig]:
     """Makes the section of an optimizer from its class.
 
     Raises:
-        UserError: the class does not take the common options, has no learning rate, or cannot be a section.
+        UserError: the class lacks the common options or a learning rate, or its arguments cannot be settings.
     """
     kind = optim.OPTIMIZERS[name]
     try:
         return _make_section(name, kind)
     except UserError:
         raise
-    except Exception as error:  # a foreign class may have arguments, annotations and defaults of any kind
+    except Exception as error:  # A user's class may have arguments, annotations and defaults of any kind.
         raise UserError(
             f"the optimizer {name}: the arguments of {kind.__name__} cannot be settings: "
             f"{type(error).__name__}: {error}"
@@ -130,7 +130,7 @@ def _make_section(name: str, kind: type[optim.SparseOptimizer]) -> type[Optimize
         namespace={
             "__doc__": f"See `{kind.__module__}.{kind.__name__}`.",
             "kind": kind,
-            "__reduce__": _reduce,  # `pickle` cannot find the class in a module
+            "__reduce__": _reduce,  # `pickle` cannot find the class in a module.
         },
     )
 
@@ -140,7 +140,7 @@ def _field_of(parameter: inspect.Parameter, hints: Mapping[str, Any]) -> tuple[s
     hint = hints.get(parameter.name, Any if default in ("???", None) else type(default))
     if get_origin(hint) is not tuple:
         return parameter.name, hint, default
-    # YAML has lists, and an override replaces a whole one.
+    # YAML has lists but no tuples, and an override replaces a whole list.
     element = next(iter(get_args(hint)), Any)
     return parameter.name, list[element], field(default_factory=lambda: list(default))  # type: ignore[valid-type]
 
@@ -148,7 +148,7 @@ def _field_of(parameter: inspect.Parameter, hints: Mapping[str, Any]) -> tuple[s
 def _hints_of(kind: type[optim.SparseOptimizer]) -> Mapping[str, Any]:
     try:
         return get_type_hints(kind.__init__)
-    except NameError:  # an annotation that is there for type checkers alone: the default values' types are known too
+    except NameError:  # The annotation is importable only for type checkers; the types of the default values suffice.
         return {}
 
 
@@ -158,10 +158,10 @@ def _reduce(self: OptimizerConfig) -> tuple[Any, ...]:
 
 @dataclass
 class DenseOptimizerConfig(DenseOptions):
-    """torch's optimizer of the parameters that are not rows of tables."""
+    """The torch optimizer of the dense parameters."""
 
     def check(self) -> None:
-        """Checks what types cannot say.
+        """Checks ranges that types do not express.
 
         Raises:
             UserError: a value is out of range.

@@ -1,4 +1,4 @@
-"""Resolved configurations: as YAML, by single keys, and the keys in which two of them differ."""
+"""Resolved configurations: as YAML, access by key, and comparison."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def value_at(config: Config, key: str) -> Any:
 
 
 def set_value(config: Config, key: str, value: Any) -> None:
-    """Gives a full key another value, in place."""
+    """Sets the value of a full key, in place."""
     section, _, name = key.rpartition(".")
     setattr(value_at(config, section) if section else config, name, value)
 
 
 def settings_in(text: str) -> dict[str, Any]:
-    """Returns the values by full key of a configuration that `to_yaml` wrote and a run folder kept.
+    """Returns the values by full key of the configuration in a run folder, which `to_yaml` wrote.
 
     Raises:
-        UserError: it is none.
+        UserError: the text is not a configuration.
     """
     try:
         document = yaml.safe_load(text)
@@ -45,18 +45,18 @@ def settings_in(text: str) -> dict[str, Any]:
 
 
 def differing_keys(earlier_yaml: str, config: Config, may_change: tuple[str, ...] = ()) -> list[str]:
-    """Returns the keys that define the result of a run and differ, each with both values.
+    """Returns the keys that affect a run's result and differ, each with both values.
 
     Args:
         earlier_yaml: the resolved configuration to compare with.
-        config: the configuration; keys that begin as one of its `MAY_CHANGE` may differ.
-        may_change: beginnings of further keys that may differ.
+        config: the configuration; keys with a prefix in its `MAY_CHANGE` may differ.
+        may_change: prefixes of further keys that may differ.
 
     Raises:
-        UserError: the earlier text is no configuration.
+        UserError: the earlier text is not a configuration.
     """
     first, second = (settings_in(text) for text in (earlier_yaml, to_yaml(config)))
-    # A key that an earlier version did not have counts as its default.
+    # A key that is absent in an earlier version's configuration has its default value.
     defaults = settings_in(to_yaml(type(config)()))
     may_change = (*config.MAY_CHANGE, *may_change)
     return [

@@ -1,4 +1,4 @@
-"""The sections of a configuration that every model has."""
+"""The sections of a configuration that all models share."""
 
 from __future__ import annotations
 
@@ -22,98 +22,98 @@ MAX_WIDTH = 1 << 20
 """The largest size of a layer, window or list."""
 
 _MAX_FLOAT = 3.4e38
-"""What is larger is infinite in 32 bits."""
+"""Larger numbers are infinite in float32."""
 
 
 @dataclass
 class RunConfig:
-    """The run itself."""
+    """Settings of the run itself."""
 
     path: str = "runs/default"
-    """Folder of the run, any fsspec URL; the same command resumes what lies there."""
+    """Run folder, any fsspec URL; the same command resumes the run in it."""
     device: str = "auto"
     """auto (one GPU per rank if the host has GPUs, else cpu), cpu or cuda."""
     timeout_seconds: float = 600.0
-    """How long a collective waits for a rank before the run fails."""
+    """Timeout of collectives: seconds to wait for a rank before the run fails."""
 
 
 @dataclass
 class TableConfig:
-    """The tables of a model."""
+    """Settings of the model's tables."""
 
     dim: int = 100
-    """Columns."""
+    """Length of the vectors."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Storage of the rows."""
+    """Dtype in which rows are stored."""
     wire_dtype: Literal["float32", "bfloat16"] | None = None
-    """In which vectors and gradients travel between ranks; null: as stored, and float32."""
+    """Dtype of vectors and gradients sent between ranks; null: dtype for vectors, float32 for gradients."""
     placement: Literal["device", "host", "auto"] = "device"
-    """Where rows and optimizer state live; auto takes host memory if the GPU's does not suffice."""
+    """Where rows and optimizer state are stored; auto uses host memory if they do not fit into the GPU's."""
     cache_bytes: int | None = None
-    """Of the GPU's memory, for copies of hot rows that live on the host; null for half of what is free."""
+    """GPU memory for the cache of hot rows that are stored on the host; null for half of the free memory."""
 
     def check(self) -> None:
         """Checks what types cannot say."""
         if self.cache_bytes is not None and (self.cache_bytes < 0 or self.placement == "device"):
             raise UserError(
-                f"table.cache_bytes must be at least 0 and goes with table.placement=host or auto, got "
+                f"table.cache_bytes must be at least 0 and needs table.placement=host or auto, got "
                 f"{self.cache_bytes} and {self.placement}"
             )
 
 
 @dataclass
 class RowFilesConfig:
-    """How files of rows are read."""
+    """Format of files of rows."""
 
     format: str = "auto"
-    """auto goes by the suffix of each file; or csv, tsv, jsonl or parquet, which have columns; or lines."""
+    """csv, tsv, jsonl or parquet, which have columns; lines; or auto, by the suffix of each file."""
     columns: list[str] | None = None
-    """Names of the columns of csv and tsv, in order; null if each file's first line holds them."""
+    """Names of the columns of csv and tsv, in order; null if each file's first line names them."""
     delimiter: str | None = None
-    """Between the fields of csv; null for a comma."""
+    """Delimiter of csv; null for a comma."""
     quote: str | None = "auto"
-    """The character that quotes fields of csv and tsv; null for none; auto: " in csv, none in tsv."""
+    """Quote character of csv and tsv; null for none; auto: " in csv, none in tsv."""
 
 
 @dataclass
 class EarlyStopConfig:
-    """Ending before the last epoch, when checkpoint.best_metric gets no better."""
+    """Early stopping: end before the last epoch when checkpoint.best_metric stops improving."""
 
     patience: int | None = None
-    """Training ends after this many measurements in a row without an improvement; null trains to the end. The best
+    """Stop after this number of consecutive measurements without improvement; null never stops early. The best
     checkpoint is kept."""
     min_delta: float = 0.0
-    """By how much a measurement must be better than the last improvement to be one."""
+    """Minimum difference from the best measurement that counts as an improvement."""
 
 
 @dataclass
 class TrainConfig:
-    """The loop."""
+    """Settings of the training loop."""
 
     epochs: int = 5
-    """Passes over the data. A run that is resumed with more goes on, at the rates of a schedule of them all."""
+    """Passes over the data. A run resumed with more epochs continues; the schedule then spans all of them."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """In which dense layers and the scores of retrieval multiply matrices. bfloat16 runs forward passes under
-    torch.autocast; parameters, optimizers and rows of tables stay as they are."""
+    """Precision of matrix products in dense layers and retrieval scores. bfloat16 runs forward passes under
+    torch.autocast; parameters, optimizers and table rows keep their dtypes."""
     tf32: bool = False
-    """Whether GPUs multiply the float32 matrices of dense layers and of the scores of retrieval in TF32."""
+    """Whether GPUs use TF32 for float32 matrix products of dense layers and retrieval scores."""
     accumulate_steps: int = 1
-    """Micro-batches of a step: each rank trains on its part of a step in so many pieces, and then updates once. The
-    result equals that of the undivided step, up to rounding. Only one micro-batch's vectors and activations are in
-    memory at a time."""
+    """Number of micro-batches per step (gradient accumulation): each rank trains on its part of a step in this number
+    of pieces, then updates once. The result equals the undivided step up to rounding. Memory holds the vectors and
+    activations of one micro-batch at a time."""
     early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
 
 
 @dataclass
 class ScheduleConfig:
-    """The learning rate over the run."""
+    """The learning rate schedule."""
 
     name: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "linear"
-    """How the rate falls: not at all, in a line to zero, along half a cosine, or with the root of the steps."""
+    """How the rate decays: not at all, linearly to zero, along half a cosine, or with the inverse root of the steps."""
     warmup: float = 0.0
-    """Share of the run over which the rate first rises to its base."""
+    """Warm-up: share of the run over which the rate first rises to its base."""
     min_factor: float = 1e-4
-    """The rate does not fall below this factor of its base."""
+    """Lower bound of the rate, as a factor of its base."""
 
 
 @dataclass
@@ -121,94 +121,94 @@ class EvaluateConfig:
     """When to measure on held-out data during training; the end of the run is always measured."""
 
     every_epochs: int | None = 1
-    """Epochs between two measurements; null leaves it to the steps."""
+    """Epochs between two measurements; null to use every_steps only."""
     every_steps: int | None = None
-    """Steps between two measurements; null leaves it to the epochs."""
+    """Steps between two measurements; null to use every_epochs only."""
 
 
 @dataclass
 class CheckpointConfig:
-    """When to save; the end of the run is always saved."""
+    """When to save and which checkpoints to keep; the end of the run is always saved."""
 
     every_steps: int | None = None
-    """Steps between two saves; null leaves it to the clock."""
+    """Steps between two saves; null to use every_seconds only."""
     every_seconds: float | None = 600.0
-    """Seconds between two saves, by rank 0's clock; null leaves it to the steps."""
+    """Seconds between two saves, by rank 0's clock; null to use every_steps only."""
     mode: Literal["async", "sync"] = "async"
-    """async writes in the background while training goes on; sync writes before it goes on."""
+    """async writes in the background while training continues; sync blocks training during a save."""
     max_extra_memory_bytes: int | None = 2**30
-    """Bound on a rank's copies of rows that change during a save in the background; null for none."""
+    """Maximum memory per rank for copies of rows that change during a background save; null for no limit."""
     max_failures: int = 3
-    """Failed saves in a row that are only warned of."""
+    """Number of consecutive failed saves that only log a warning; one more fails the run."""
     full_every: int = 1
     """Every `full_every`-th save is full; the others hold only changed rows."""
     keep_last: int | None = 3
-    """How many of the newest stay. If keep_last, keep_every and keep_best are null, all stay."""
+    """Number of newest checkpoints to keep. If keep_last, keep_every and keep_best are null, all are kept."""
     keep_every: int | None = None
-    """Checkpoints stay whose step is a multiple of this."""
+    """Keep checkpoints whose step is a multiple of this."""
     keep_best: int | None = None
-    """How many of the best by best_metric stay. Held-out measurements that would be among them are saved."""
+    """Number of best checkpoints by best_metric to keep. A measurement that is among the best is saved at once."""
     best_metric: str = Retention.best_metric
-    """A name in metrics.jsonl; its newest value when the checkpoint is saved counts."""
+    """A name in metrics.jsonl; a checkpoint's value is the newest one when it is saved."""
     best_mode: Literal["auto", "min", "max"] = Retention.best_mode
-    """Whether the smallest or the largest values of best_metric are the best; auto knows embedtrain's own measures."""
+    """Whether small or large values of best_metric are better; auto knows embedtrain's own metrics."""
 
 
 @dataclass
 class ResumeConfig:
-    """How a run comes back from its newest checkpoint."""
+    """How a run resumes from its newest checkpoint."""
 
     on_corrupt: Literal["error", "fallback"] = "error"
-    """error refuses a damaged one; fallback takes the newest older one that is whole, and deletes the damaged."""
+    """If the newest checkpoint is damaged: error stops; fallback uses the newest undamaged one, deletes newer ones."""
     convert_dtype: bool = False
     """Whether table.dtype may differ from the checkpoint's."""
     optimizer_state: Literal["require", "reset"] = "require"
-    """reset starts the optimizer's state anew."""
+    """require loads the optimizer state; reset starts with the initial state."""
     tables: list[str] | None = None
-    """Load these tables only and start the others anew; null for all."""
+    """Load only these tables; the others start with initial values. null loads all."""
 
 
 @dataclass
 class LogConfig:
-    """What is shown and kept."""
+    """What is logged, and where."""
 
     every_steps: int = 50
-    """Steps between two records of the loss, the speed and the like."""
+    """Steps between two records of loss, speed and other metrics."""
     tensorboard: bool = True
-    """Also write scalars for TensorBoard into the run folder, if that is local."""
+    """Whether to write TensorBoard scalars to the run folder, if it is local."""
     wandb: str | None = None
-    """Project of Weights & Biases that gets the same numbers; null for none."""
+    """Weights & Biases project to log to; null for none."""
     mlflow: str | None = None
-    """Experiment of MLflow that gets them; null for none."""
+    """MLflow experiment to log to; null for none."""
     rows_every_steps: int | None = 1000
-    """How often TensorBoard gets the rows' effective learning rates and the growth of the optimizer's state."""
+    """Steps between two TensorBoard records of the rows' effective learning rates and optimizer state."""
 
 
 @dataclass
 class PublishConfig:
-    """Publication while the run trains."""
+    """Publication during training."""
 
     to: str | None = None
-    """URL of a folder or of Redis that gets what changed, as `embedtrain publish --to` has it; null for none."""
+    """Destination of the changed rows: a folder or Redis URL, as in `embedtrain publish --to`; null for none."""
     every_seconds: float = 600.0
-    """Least seconds between two publications, each of a newer checkpoint, or of the best if the run keeps its best; its
-    end is published too."""
+    """Minimum seconds between two publications of a newer checkpoint (the best one if the run keeps its best); the end
+    of the run is always published."""
     timeout_seconds: float = 3600.0
-    """A publication that takes longer is ended and warned of."""
+    """Timeout of a publication in seconds; a longer one is stopped with a warning."""
 
 
 @dataclass
 class Config:
-    """What defines a run of any model; each model's own configuration adds its sections."""
+    """The configuration of a run; each model adds its own sections."""
 
     model: str = "???"
-    """word2vec, retrieval, ranking, or a model that an installed package brings."""
+    """word2vec, retrieval, ranking, or a model of an installed package."""
     seed: int = 1
-    """Of all random draws: first values, the order of the data, negatives."""
+    """Seed of all random draws: initial values, the order of the data, negatives."""
     start_from: str | None = None
-    """Folder of a trained run whose rows, optimizer state and dense part this one begins with; null begins anew."""
+    """Run folder of a trained run, whose rows, optimizer state and dense part this run starts with; null for none."""
     start_from_grow: bool = False
-    """With start_from: whether what is new in the data gets rows; otherwise it counts as unknown."""
+    """With start_from: whether new words, ids or values in the data get rows; otherwise they count as unknown."""
     run: RunConfig = field(default_factory=RunConfig)
     table: TableConfig = field(default_factory=TableConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -229,7 +229,7 @@ class Config:
         "mixed_precision": "train.precision",
         "allow_tf32": "train.tf32",
     }
-    """Names that other programs have for our keys, too far from them for a search by spelling."""
+    """Names of other programs for our keys, for suggestions that a search by spelling would miss."""
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
         "run.",
         "checkpoint.",
@@ -245,11 +245,11 @@ class Config:
         "table.placement",
         "table.cache_bytes",
     )
-    """Beginnings of the keys that a resumed run may give anew: where rows live changes no result, how products and sums
-    are rounded may depend on the machine, and further epochs follow those that are done."""
+    """Prefixes of the keys that may change when a run is resumed. They do not change results, except
+    for the rounding of products and sums, which may depend on the machine anyway, and for further epochs."""
 
     def check(self) -> None:
-        """Checks the ranges that types cannot say; a model's configuration checks its own too.
+        """Checks ranges that types do not express; each model's configuration also checks its own keys.
 
         Raises:
             UserError: a value is out of range.
@@ -261,7 +261,7 @@ class Config:
                 raise UserError(f"{key} must be below 2**63, got {value}")
         require_at_least_one(self._counts())
         if self.start_from is None and self.start_from_grow:
-            raise UserError("start_from_grow=true gives rows to what another run did not know: give start_from too")
+            raise UserError("start_from_grow=true needs start_from, the run whose tables grow: give start_from too")
         if self.start_from is not None and (
             not self.start_from.strip("/") or _is_within(self.run.path, self.start_from)
         ):
@@ -284,12 +284,14 @@ class Config:
         if not 0 <= self.schedule.warmup < 1:
             raise UserError(f"schedule.warmup must be a share of the run in [0, 1), got {self.schedule.warmup}")
         if self.schedule.name == "inverse_sqrt" and self.schedule.warmup == 0:
-            raise UserError("schedule.name=inverse_sqrt falls from the end of its warm-up: give schedule.warmup too")
+            raise UserError(
+                "schedule.name=inverse_sqrt decays from the end of its warm-up: set schedule.warmup to more than 0"
+            )
         if not 0 <= self.schedule.min_factor <= 1:
             raise UserError(f"schedule.min_factor must be in [0, 1], got {self.schedule.min_factor}")
         if wrong := [name for name in self.table_names() if not name or "/" in name]:
             raise UserError(
-                f"{wrong[0]!r} cannot name a table, whose name is that of its column: it may not be empty or hold '/'. "
+                f"{wrong[0]!r} cannot name a table: the name of a column in a table must not be empty or contain '/'. "
                 "Rename the column in the files, or with data.columns if their first line does not name the columns"
             )
         self.optimizer.check(self.table_names())
@@ -298,23 +300,23 @@ class Config:
             each.check()
         if not dense_sections and (self.train.precision != "float32" or self.train.tf32):
             raise UserError(
-                f"train.precision and train.tf32 are for dense layers, and model={self.model} has none: leave them out"
+                f"train.precision and train.tf32 need dense layers, but model={self.model} has none: leave them out"
             )
         if self.run.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"run.device must be auto, cpu or cuda, got {self.run.device!r}")
 
     @property
     def num_best(self) -> int | None:
-        """How many of the best checkpoints the run keeps; None for none."""
+        """Number of best checkpoints that the run keeps; None for none."""
         return num_best(self.checkpoint.keep_best, self.train.early_stop.patience)
 
     def table_names(self) -> list[str]:
         """Returns the names of the model's tables."""
-        raise NotImplementedError(f"{type(self).__name__} does not name its tables")
+        raise NotImplementedError(f"{type(self).__name__} must implement table_names")
 
     @property
     def reads_standard_input(self) -> bool:
-        """Whether the data are what comes on standard input, which can be read once."""
+        """Whether the data come from standard input, which can be read only once."""
         return False
 
     @property
@@ -339,19 +341,19 @@ class Config:
 
 
 def refuse_stream(path: Any, reason: str) -> None:
-    """Refuses standard input as the data of a model that cannot learn from a stream.
+    """Refuses standard input for a model that cannot learn from a stream.
 
     Raises:
-        UserError: the path is that of standard input.
+        UserError: the path is standard input.
     """
     if path == STANDARD_INPUT:
         raise UserError(
-            f"data.path=-: {reason}, and standard input comes once: write it to a file; a stream is for model=ranking"
+            f"data.path=- cannot be used: {reason}, and standard input can be read only once: write it to a file"
         )
 
 
 def require_paths(paths: Mapping[str, str | list[str] | None], *, may_be_none: bool = False) -> None:
-    """Checks paths by their keys.
+    """Checks that each path is given.
 
     Raises:
         UserError: a path is empty, or there is none.
@@ -364,7 +366,7 @@ def require_paths(paths: Mapping[str, str | list[str] | None], *, may_be_none: b
 
 
 def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Yields the key and value of each number, those in lists and in dicts of sections too."""
+    """Yields the key and value of each number, also in lists and in dicts of sections."""
     if is_dataclass(section):
         section = {each.name: getattr(section, each.name) for each in fields(section)}
     if isinstance(section, float | int):
@@ -376,13 +378,13 @@ def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
 
 
 def _is_within(path: str, folder: str) -> bool:
-    """Returns whether a path is that of a folder or lies below it."""
+    """Returns whether a path is a folder or is below it."""
     inner, outer = (each if "://" in each else os.path.abspath(each) for each in (path, folder))
     return f"{inner.rstrip('/')}/".startswith(f"{outer.rstrip('/')}/")
 
 
 def require_at_least_one(counts: Iterator[tuple[str, Any]], *, at_most: int = MAX_COUNT) -> None:
-    """Checks counts by their keys; None stands for no limit.
+    """Checks counts by key; None stands for no limit.
 
     Raises:
         UserError: one is less than 1, or more than `at_most`.

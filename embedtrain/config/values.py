@@ -1,4 +1,4 @@
-"""Values of settings: a key of text takes what is written as it stands, any other key takes a YAML value."""
+"""Parsing values of settings: keys of type text take the text as written, other keys take a YAML value."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ _MERGE = "tag:yaml.org,2002:merge"
 _QUOTED_NULL = re.compile(r"""(["'])(["']*null["']*)\1""")
 _ITEM = re.compile(r"""\s*(?:"([^"]*)"\s*(?=,|$)|'([^']*)'\s*(?=,|$)|([^,]*))(?:,|$)""")
 _MISREAD = re.compile(r"[-+]?0[0-7_]+|.*:.*")
-"""Integers of YAML that look like others: octal ones, and sexagesimal ones such as 1:30."""
+"""Integers of YAML that mislead: octal ones, and sexagesimal ones such as 1:30."""
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)([eE][-+]?\d+)?")
 _MAX_NODES = 100_000
-"""Values in a document, with each alias counted as the values that it stands for."""
+"""Maximum number of values in a document, counting the values behind each alias."""
 
 
 class Unset(str):
-    """A plain `???` of a YAML file: the key has to be given elsewhere. A quoted one is a text."""
+    """A plain `???` in a YAML file: the key must be given elsewhere. A quoted one is a text."""
 
 
 def compose(text: str) -> yaml.Node | None:
-    """Parses a YAML document, of which `read` returns the values; None for an empty one.
+    """Parses a YAML document into a node for `read`; None for an empty document.
 
     Raises:
-        ValueError: it is not valid YAML, or its aliases stand for too many values.
+        ValueError: the text is not valid YAML, or its aliases stand for too many values.
     """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        # Aliases of lists of aliases stand for exponentially many values ("billion laughs").
+        # Nested aliases stand for exponentially many values ("billion laughs").
         if node is not None and "*" in text and _count(node, {}) > _MAX_NODES:
             raise ValueError(f"this YAML stands for more than {_MAX_NODES:,} values, because of its aliases (*name)")
         return node
@@ -47,9 +47,9 @@ def compose(text: str) -> yaml.Node | None:
 
 
 def _count(node: yaml.Node, known: dict[int, int]) -> int:
-    """Returns the number of values that a node stands for; an alias is the node that it names."""
+    """Returns the number of values of a node, counting the values behind aliases."""
     if id(node) not in known:
-        # An alias of a collection within itself counts as none here: `read` refuses it.
+        # A recursive alias counts as 0 here: `read` refuses it.
         known[id(node)] = 0
         below = [each for pair in node.value for each in pair] if isinstance(node, yaml.MappingNode) else node.value
         is_collection = isinstance(node, yaml.CollectionNode)
@@ -58,22 +58,22 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def read(node: yaml.Node | None, hint: Any, key: str = "") -> Any:
-    """Returns the value of a YAML node for a key of a type.
+    """Returns the value of a YAML node for a key.
 
-    Names, and values of keys of text, are returned as they are written: `on`, `01` and `2024-01-01` are texts.
+    Names, and values of keys of type text, are returned as written: `on`, `01` and `2024-01-01` are texts.
 
     Args:
-        node: of the value.
-        hint: the annotation of the key; None if it is not known.
-        key: its full name, for messages.
+        node: node of the value.
+        hint: type annotation of the key; None if unknown.
+        key: full name of the key, for messages.
 
     Raises:
-        ValueError: the node is no value that a setting can have.
+        ValueError: the node cannot be a value of the key.
     """
     if node is None:
         return None
     if node.tag not in yaml.SafeLoader.yaml_constructors:
-        raise ValueError(f"the YAML tag {node.tag} at {key or 'the beginning'} means nothing here; quote the text")
+        raise ValueError(f"the YAML tag {node.tag} at {key or 'the beginning'} is not supported: quote the text")
     if isinstance(node, yaml.MappingNode):
         return _read_mapping(node, hint, key)
     if _section_of(hint) is not None and node.tag != _NULL:
@@ -99,10 +99,10 @@ def read(node: yaml.Node | None, hint: Any, key: str = "") -> Any:
 
 
 def _require_kind(value: Any, node: yaml.ScalarNode, hint: Any, key: str) -> None:
-    """Refuses what is no number for a key of numbers, and neither true nor false for a switch.
+    """Checks that the value of a key of numbers is a number, and of a boolean key true or false.
 
     Raises:
-        ValueError: it is none, or an integer that YAML reads otherwise than it looks.
+        ValueError: the value has the wrong type, or is an integer that YAML reads in another base.
     """
     kinds = {bool: "true or false", int: "an integer", float: "a number"}
     wanted = [kind for kind in kinds if kind in _members(hint)]
@@ -113,7 +113,7 @@ def _require_kind(value: Any, node: yaml.ScalarNode, hint: Any, key: str) -> Non
     if type(value) in wanted or (type(value) is int and float in wanted):
         return
     if isinstance(value, str) and wanted != [bool]:
-        # YAML takes 1e-3, without a point, for a text.
+        # YAML reads 1e-3, without a decimal point, as a text.
         with suppress(ValueError):
             float(value) if float in wanted else int(value)
             return
@@ -122,7 +122,7 @@ def _require_kind(value: Any, node: yaml.ScalarNode, hint: Any, key: str) -> Non
 
 
 def _section_of(hint: Any) -> type[Any] | None:
-    """Returns the class of the section that a key stands for; None if it stands for a value."""
+    """Returns the class of a key that is a section; None if the key has a value."""
     return next((each for each in _members(hint) if isinstance(each, type) and is_dataclass(each)), None)
 
 
@@ -131,10 +131,10 @@ def _shown(node: yaml.Node) -> str:
 
 
 def read_override(key: str, text: str, section: type[Any]) -> dict[str, Any]:
-    """Returns what `key=text` of a command line gives, as nested names and a value.
+    """Parses `key=text` of a command line into nested names and a value.
 
     Raises:
-        ValueError: the text is no value of the key.
+        ValueError: the text cannot be a value of the key.
     """
     parts, hint = _resolve(key.split("."), section)
     if not all(parts):
@@ -163,7 +163,7 @@ def _read_text(key: str, text: str, hint: Any) -> Any:
 
 
 def _items(text: str) -> list[str]:
-    """Returns the items of a list of texts: parted by commas, without the spaces around them, perhaps quoted."""
+    """Splits a list of texts at commas, removing surrounding spaces and quotes."""
     items = []
     place = 0
     while place < len(text):
@@ -172,7 +172,7 @@ def _items(text: str) -> list[str]:
         double, single, plain = found.groups()
         items.append(plain.strip() if plain is not None else double if double is not None else single)
         place = found.end()
-    # As in YAML, a comma may follow the last item.
+    # As in YAML, a trailing comma is allowed.
     return items[:-1] if items and items[-1] == "" and not text.rstrip().endswith(('"', "'")) else items
 
 
@@ -201,7 +201,7 @@ def _construct(use: Callable[[yaml.SafeLoader], Any]) -> Any:
     loader = yaml.SafeLoader("")
     try:
         return use(loader)
-    except (yaml.YAMLError, AttributeError, TypeError) as error:  # the last two slip through PyYAML
+    except (yaml.YAMLError, AttributeError, TypeError) as error:  # PyYAML does not wrap the last two exceptions.
         raise ValueError(f"this is not valid YAML: {' '.join(str(error).split())}") from error
     finally:
         loader.dispose()
@@ -221,7 +221,7 @@ def _hints(section: type[Any]) -> Mapping[str, Any]:
 
 
 def _hint_of(hint: Any, name: str) -> Any:
-    """Returns the annotation of the value under a name; None if it is not known."""
+    """Returns the type annotation of the value under a name; None if unknown."""
     for each in _members(hint):
         if isinstance(each, type) and is_dataclass(each):
             return _hints(each).get(name)
@@ -231,7 +231,7 @@ def _hint_of(hint: Any, name: str) -> Any:
 
 
 def _resolve(parts: list[str], section: type[Any]) -> tuple[list[str], Any]:
-    """Returns the names that a key is made of, and its annotation; the name of an entry may hold dots."""
+    """Splits a key into names, and returns its type annotation; the name of a dict's entry may contain dots."""
     names: list[str] = []
     hint: Any = section
     while parts:
@@ -246,7 +246,7 @@ def _resolve(parts: list[str], section: type[Any]) -> tuple[list[str], Any]:
 
 
 def choices_of(key: str, section: type[Any]) -> list[str]:
-    """Returns the values that a key of a section can have, if they are few."""
+    """Returns the possible values of a section's key, if it has a fixed set."""
     members = _members(_resolve(key.split("."), section)[1])
     named = [str(choice) for each in members if get_origin(each) is Literal for choice in get_args(each)]
     switches = ["true", "false"] if bool in members else []
@@ -254,9 +254,9 @@ def choices_of(key: str, section: type[Any]) -> list[str]:
 
 
 def shield(value: Any) -> Any:
-    """Returns a value whose texts mean nothing to omegaconf, which reads `${...}` as a reference and `???` as missing.
+    """Escapes texts with a meaning in omegaconf: `${...}` is a reference, `???` a missing value.
 
-    The values of lists and dicts are included; `unshield` reverts it.
+    Includes the values of lists and dicts; `unshield` reverts it.
     """
     if isinstance(value, Unset):
         return str(value)
@@ -270,7 +270,7 @@ def shield(value: Any) -> Any:
 
 
 def unshield(value: Any) -> Any:
-    """Returns what was given to `shield`; the fields of a section are replaced in place."""
+    """Reverts `shield`; the fields of a section are replaced in place."""
     if isinstance(value, str):
         return value.replace("%3F", "?").replace("%24", "$").replace("%25", "%")
     if isinstance(value, list):
@@ -284,7 +284,7 @@ def unshield(value: Any) -> Any:
 
 
 def in_plain_words(message: str) -> str:
-    """Returns the first line of a message of omegaconf as this package says it."""
+    """Returns the first line of an omegaconf message in this package's wording."""
     message = unshield(message.splitlines()[0])
     if found := re.fullmatch(r"Value '(.*)' of type '.*' could not be converted to (\w+)", message):
         kinds = {"Float": "a number", "Integer": "an integer", "Boolean": "true or false"}
@@ -306,7 +306,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no annotations
-    """Writes texts such that other readers of YAML take none for a number, as some take 1e3."""
+    """Quotes texts that other YAML readers would read as numbers, such as 1e3."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
         is_read_otherwise = _NUMBER.fullmatch(text) or (text == "???" and not isinstance(text, Unset))
@@ -319,10 +319,10 @@ _Dumper.add_representer(Unset, _Dumper.represent_text)
 
 
 def dump(settings: Mapping[str, Any]) -> str:
-    """Returns settings as YAML, from which `read` returns the same settings."""
+    """Returns settings as YAML that `read` parses into the same settings."""
     return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True)  # type: ignore[no-any-return]
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """Returns all keys of a configuration with their values, as JSON can hold them."""
+    """Returns all keys of a configuration with their values, as JSON."""
     return asdict(config)

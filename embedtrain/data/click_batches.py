@@ -19,13 +19,13 @@ from embedtrain.jagged import Jagged
 
 @dataclass(frozen=True)
 class ClickBatch:
-    """One rank's part of a step.
+    """Holds one rank's examples of a step.
 
     Attributes:
         labels: [n] float32, 0 or 1.
-        dense: [n, num_dense] float32, normalised; 0, the mean, where a number is missing.
-        features: by categorical column, n bags of rows.
-        num_global: examples of the step on all ranks.
+        dense: [n, num_dense] float32, normalised; 0, the mean, if a number is missing.
+        features: n bags of rows per categorical column.
+        num_global: number of examples of the step over all ranks.
     """
 
     labels: Tensor
@@ -35,11 +35,11 @@ class ClickBatch:
 
     @property
     def num_examples(self) -> int:
-        """Examples of this rank's part."""
+        """Number of examples of this rank."""
         return self.labels.numel()
 
     def split(self, num_parts: int) -> list[ClickBatch]:
-        """Returns the examples as so many batches of the same step."""
+        """Splits the examples into a number of micro-batches of the same step."""
         shares = [share_of_rank(self.num_examples, part, num_parts) for part in range(num_parts)]
         return [
             ClickBatch(
@@ -53,17 +53,17 @@ class ClickBatch:
 
 
 class ClickBatches:
-    """The batches of a rank, each a function of (seed, epoch, step): nothing to save, nothing to restore.
+    """Returns the batches of a rank as a function of (seed, epoch, step), without state to save.
 
-    The log is cut into blocks of consecutive examples, which each epoch visits in an order of its own. The ranks
-    share the examples of a step.
+    The log is cut into blocks of consecutive examples, which each epoch visits in a different order. The examples of a
+    step are divided among the ranks.
 
     Args:
         log: the examples.
-        examples_per_step: over all ranks.
-        block_examples: of a block; fewer mix better, more read faster from a disk.
-        seed: of the order; None keeps the log's own, as for an evaluation.
-        ranks: those that share a step.
+        examples_per_step: number of examples per step over all ranks.
+        block_examples: number of examples per block; small blocks mix better, large blocks read faster from a disk.
+        seed: seed of the order; None for the order of the log, as in an evaluation.
+        ranks: the ranks among which a step is divided.
         on_epoch: called on every rank before an epoch's first batch is read, and when a run is resumed within one.
 
     Raises:
@@ -83,8 +83,7 @@ class ClickBatches:
         self._log = log
         if min(examples_per_step, block_examples) < 1 or examples_per_step % block_examples:
             raise UserError(
-                f"the examples of a step must be a multiple of those of a block, got {examples_per_step} and "
-                f"{block_examples}"
+                f"examples_per_step must be a multiple of block_examples, got {examples_per_step} and {block_examples}"
             )
         self._block_examples = block_examples
         self._blocks_per_step = examples_per_step // block_examples
@@ -97,16 +96,16 @@ class ClickBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of every epoch, the same on every rank; the last one may have fewer examples than the others."""
+        """Number of steps per epoch, the same on every rank; the last step may have fewer examples."""
         return num_steps(self._num_blocks, self._blocks_per_step)
 
     @property
     def examples_per_epoch(self) -> int:
-        """Examples of the log."""
+        """Number of examples of the log."""
         return self._log.num_examples
 
     def batch(self, epoch: int, step: int) -> ClickBatch:
-        """Returns this rank's part of step `step` of epoch `epoch`, both from 0; it may hold no example."""
+        """Returns this rank's batch of step `step` of epoch `epoch`, both from 0; it may be empty."""
         if self._epoch != epoch:
             self._begin_epoch(epoch)
         starts = self._order[step * self._blocks_per_step : (step + 1) * self._blocks_per_step] * self._block_examples
@@ -114,7 +113,7 @@ class ClickBatches:
         ends = (stops - starts).cumsum()
         num_global = int(ends[-1]) if len(ends) else 0
         mine = share_of_rank(num_global, self._rank, self._world_size)
-        # The part of each block that falls into this rank's share of the step's examples.
+        # The part of each block that this rank gets.
         first = np.clip(mine.start - (ends - (stops - starts)), 0, stops - starts) + starts
         last = np.clip(mine.stop - (ends - (stops - starts)), 0, stops - starts) + starts
         pieces = [self._log.read(a, b) for a, b in zip(first.tolist(), last.tolist(), strict=True) if a < b]

@@ -1,4 +1,4 @@
-"""Reads the files of a click log: which parts they divide into, and the rows of a part with their line numbers."""
+"""Reading the files of a click log: dividing them into parts, and reading the rows of a part."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from embedtrain.distributed.ranks import Ranks
 
 @dataclass(frozen=True)
 class ClickFiles:
-    """The parts of a click log, which do not depend on the number of ranks.
+    """The parts of a click log; they do not depend on the number of ranks.
 
     Attributes:
-        parts: in order; each is a list of segments: bytes of a text file, row groups of a Parquet file.
-        columns: the names of each source's columns, by URL.
+        parts: the parts in order; each is a list of segments (bytes of a text file, row groups of a Parquet file).
+        columns: column names per source URL.
     """
 
     parts: list[list[Segment]]
@@ -27,15 +27,15 @@ class ClickFiles:
 
 
 def plan_files(sources: Sequence[Source], schema: ClickSchema, part_bytes: int, ranks: Ranks) -> ClickFiles:
-    """Divides files into parts and makes sure that each holds the schema's columns.
+    """Divides files into parts and checks that each file has the schema's columns.
 
-    A text file is divided at its line ends, but not if a quoted field holds a line end. To find this out, the ranks
-    read every divided file of a layout with quotes once more, whether it has quotes or not.
+    A text file is divided at line ends unless a quoted field contains a line end. To find out, the ranks read each
+    file once more if the layout has quotes.
 
     Collective: every rank.
 
     Raises:
-        UserError: a file lacks a column, or is not of the schema's format.
+        UserError: a file lacks a column or has another format.
     """
     format, names = FORMATS[schema.reader], schema.used_columns
 
@@ -61,10 +61,10 @@ def read_rows(
     faults: list[Fault],
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Iterator[Rows]:
-    """Reads a segment, a few MiB at a time; lines that do not have the right number of fields go to `faults`.
+    """Reads a segment, a few MiB at a time; lines with a wrong number of fields are added to `faults`.
 
     Raises:
-        UserError: the file cannot be read as what it should be.
+        UserError: the file cannot be parsed.
     """
     format = FORMATS[schema.reader]
     return format.read(
@@ -73,12 +73,12 @@ def read_rows(
 
 
 def describe_fault(fault: Fault, schema: ClickSchema) -> str:
-    """Names the file and the line, counted from 1, as an editor does; for Parquet the row, counted from 0."""
+    """Returns file, line (from 1; in Parquet the row, from 0) and reason of a fault, for messages."""
     return f"{FORMATS[schema.reader].place(fault)}: {fault.reason}"
 
 
 def _with_quoted_line_breaks(parts: Sequence[Sequence[Segment]], format: TextFormat, schema: ClickSchema) -> list[str]:
-    """Returns the URLs of the files, among those that were divided, in which a line ends within quotes."""
+    """Returns the URLs of divided files in which a quoted field contains a line end."""
     quoting = format.quoting(schema.layout)
     assert quoting is not None
     segments = [segment for part in parts for segment in part]

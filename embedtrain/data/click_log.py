@@ -1,4 +1,4 @@
-"""A click log that was prepared for training: its examples as records in memory-mapped files."""
+"""A prepared click log: its examples as records in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ LABEL, DENSE, IDS, BAG_LENGTHS, FIRST_VALUE = "label", "dense", "ids", "bag_leng
 
 
 def record_dtype(num_dense: int, num_single: int, num_bags: int, is_wide: bool) -> np.dtype[Any]:
-    """Returns the layout of an example.
+    """Returns the NumPy dtype of an example's record.
 
     Args:
-        num_dense: numbers, float32, transformed but not yet normalised; NaN where one is missing.
-        num_single: rows of the categorical columns of one value each.
-        num_bags: lengths of the bags, whose rows lie in another file, from the record's `first_value` on.
-        is_wide: whether rows take 64 bits.
+        num_dense: number of float32 numbers, transformed but not normalised; NaN if missing.
+        num_single: number of single-valued categorical columns, whose rows the record holds.
+        num_bags: number of bags, whose lengths the record holds; their rows are in another file, from `first_value` on.
+        is_wide: whether rows need 64 bits.
     """
     fields: list[Any] = [
         (FIRST_VALUE, "<i8"),
@@ -40,17 +40,17 @@ def record_dtype(num_dense: int, num_single: int, num_bags: int, is_wide: bool) 
 
 
 def row_dtype(is_wide: bool) -> np.dtype[Any]:
-    """Returns the type of a stored row of a table."""
+    """Returns the dtype of a stored row number."""
     return np.dtype("<i8" if is_wide else "<i4")
 
 
 @dataclass(frozen=True)
 class Records:
-    """Some examples of a log.
+    """Holds some examples of a log.
 
     Attributes:
         examples: [n] of `record_dtype`.
-        values: [num_values] rows of all their bags: example by example, bag by bag.
+        values: [num_values] rows of all bags, ordered by example, then by bag.
     """
 
     examples: NDArray[Any]
@@ -58,12 +58,12 @@ class Records:
 
 
 class ClickLayout:
-    """What the fields of records mean.
+    """Describes the fields of the records.
 
     Attributes:
-        num_rows: rows of each categorical column's table.
-        dense_mean: [num_dense] float64; what is taken from a number.
-        dense_std: [num_dense] float64; what it is then divided by.
+        num_rows: number of rows of each categorical column's table.
+        dense_mean: [num_dense] float64; subtracted from a number.
+        dense_std: [num_dense] float64; the difference is divided by it.
         dense_names: the dense columns, in the order of a record's numbers.
         single_names: the categorical columns of one value, in the order of a record's rows.
         bag_names: the categorical columns that are bags, in the order of a record's lengths.
@@ -80,13 +80,13 @@ class ClickLayout:
 
     @property
     def feature_names(self) -> list[str]:
-        """The categorical columns, single ones first."""
+        """The categorical columns, single-valued ones first."""
         return [*self.single_names, *self.bag_names]
 
     def vocabulary(self, name: str) -> pa.Table | None:
-        """Returns the values of a column that have a row of their own, by row from 1 on, with their counts.
+        """Returns the vocabulary of a column with counts, in row order from row 1.
 
-        None where the column has no vocabulary, or took that of other records.
+        None if the column has no vocabulary, or uses the vocabulary of other records.
         """
         return None
 
@@ -102,7 +102,7 @@ class _Shard:
 
 @dataclass(frozen=True)
 class _Meta:
-    """What `prepare_clicks` says of an entry in its table of contents."""
+    """The table of contents that `prepare_clicks` writes."""
 
     fingerprint: str
     vocabulary_fingerprint: str
@@ -119,21 +119,21 @@ class _Meta:
 
 
 class ClickLog(ClickLayout):
-    """The examples of a click log, in its order; opened from the folder that `prepare_clicks` made.
+    """Opens the examples of a prepared click log, in the order of the log.
 
     Args:
-        path: the folder, on a local file system.
+        path: local folder that `prepare_clicks` wrote.
         unverified: see `prepared_entry`.
 
     Attributes:
-        fingerprint: a hash of the examples and of what their rows mean.
-        num_examples: lines that could be used.
-        num_positives: of them, those of label 1.
-        num_faults: lines that could not be used.
-        source_identities: of the files it was made from; see `Source.identity`.
+        fingerprint: hash of the examples and of the meaning of their rows.
+        num_examples: number of usable lines.
+        num_positives: number of examples with label 1.
+        num_faults: number of bad lines.
+        source_identities: identities of the source files; see `Source.identity`.
 
     Raises:
-        ValueError: the table of contents is not one.
+        ValueError: the table of contents is invalid.
         RuntimeError: a file does not have the size that it was written with.
     """
 
@@ -148,20 +148,20 @@ class ClickLog(ClickLayout):
         self.num_positives = sum(shard.num_positives for shard in meta.shards)
         self.num_rows = meta.num_rows
         self.dense_names = meta.dense
-        # The mean of what is not missing; the deviation is 1 where a column does not vary.
+        # The mean of the present numbers; the deviation is 1 if a column does not vary.
         self.dense_mean = np.array(meta.dense_mean)
         self.dense_std = np.array(meta.dense_std)
         self.single_names = meta.single
         self.bag_names = meta.bags
         self._is_wide = meta.is_wide
-        # Files of no bytes cannot be mapped, and hold nothing to read.
+        # Empty files cannot be memory-mapped.
         self._parts = [shard for shard in meta.shards if shard.num_examples]
         self._starts = np.cumsum([0, *(shard.num_examples for shard in self._parts)])
         self.num_examples = int(self._starts[-1])
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The layout of a record."""
+        """The dtype of a record."""
         return record_dtype(len(self.dense_names), len(self.single_names), len(self.bag_names), self._is_wide)
 
     def read(self, start: int, stop: int) -> Records:
@@ -171,7 +171,7 @@ class ClickLog(ClickLayout):
             ValueError: the range is not inside [0, num_examples].
         """
         if not 0 <= start <= stop <= self.num_examples:
-            raise ValueError(f"expected a range inside [0, {self.num_examples}], got [{start}, {stop})")
+            raise ValueError(f"the range must be inside [0, {self.num_examples}], got [{start}, {stop})")
         examples, values = [np.zeros(0, self.dtype)], [np.zeros(0, row_dtype(self._is_wide))]
         part = int(np.searchsorted(self._starts, start, side="right")) - 1
         while start < stop:
@@ -188,7 +188,7 @@ class ClickLog(ClickLayout):
 
     @property
     def mean_bag_length(self) -> float:
-        """Values of a bag on average, over all columns that are bags; 0 where there are none."""
+        """Mean number of values per bag over all columns of bags; 0 if there are none."""
         num_bags = self.num_examples * len(self.bag_names)
         return sum(part.num_values for part in self._parts) / num_bags if num_bags else 0.0
 

@@ -1,4 +1,4 @@
-"""From parsed examples to the records of a prepared click log, and the moments of its numbers."""
+"""Encoding parsed examples as records of a prepared click log, and computing the moments of its numbers."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from embedtrain.data.vocabulary import WordRows
 def encode_rows(
     rows: Rows, schema: ClickSchema, vocabularies: Mapping[str, WordRows], where: str
 ) -> tuple[Records, dict[int, str]]:
-    """Returns the records of the rows that can be used, and what is wrong with the others, by line.
+    """Returns the records of the usable rows, and the reasons for bad rows by line.
 
     Args:
         rows: some rows of a file or a stream.
-        schema: what their columns mean.
-        vocabularies: of the columns that have one.
-        where: what the rows are of, for messages.
+        schema: the meaning of their columns.
+        vocabularies: vocabularies of the columns that have one.
+        where: the source of the rows, for messages.
 
     Raises:
-        UserError: a column of a Parquet file has a type that cannot be what the schema says.
+        UserError: a column of a Parquet file has a type that does not fit the schema.
     """
     examples, wrong = parse_rows(rows, schema, where)
     dtype = record_dtype(len(schema.dense), len(schema.single), len(schema.bags), is_wide=True)
@@ -60,7 +60,7 @@ def encode(
     records[BAG_LENGTHS] = lengths
     ends = num_values_before + lengths.sum(axis=1).cumsum()
     records[FIRST_VALUE] = ends - lengths.sum(axis=1)
-    # Stably by example: the bags' values, column after column, fall into the order of a record's bags.
+    # A stable sort by example puts the bags' values, given column by column, in the order of a record's bags.
     owners = np.concatenate([np.repeat(np.arange(len(examples)), lengths[:, b]) for b in range(len(schema.bags))])
     values = np.concatenate([rows[column.name] for column in schema.bags])
     return records, values[np.argsort(owners, kind="stable")].astype(row_type)
@@ -78,12 +78,12 @@ def _rows_of(values: pa.Array, column: CategoricalColumn, vocabularies: Mapping[
     if column.encoding == "hash":
         assert column.num_rows is not None
         return hashed_rows(values, column.num_rows)
-    # Row 0 stands for all values that have none of their own.
+    # Row 0 stands for all values out of the vocabulary.
     return vocabularies[column.name].of(values.cast(pa.large_binary())).astype(np.int64) + 1
 
 
 def _transform_dense(dense: NDArray[np.float32], schema: ClickSchema) -> NDArray[np.float32]:
-    """Returns the numbers as the schema's `dense_transform` has them."""
+    """Applies the schema's `dense_transform` to the numbers."""
     if schema.dense_transform == "none":
         return dense
     transformed: NDArray[np.float32] = np.copysign(np.log1p(np.abs(dense)), dense)
@@ -91,7 +91,7 @@ def _transform_dense(dense: NDArray[np.float32], schema: ClickSchema) -> NDArray
 
 
 class Moments:
-    """Counts, means and sums of squared deviations of columns, missing numbers left out.
+    """Computes counts, means and sums of squared deviations of columns, ignoring missing numbers.
 
     Source: Chan, Golub, LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances".
     """
@@ -102,14 +102,14 @@ class Moments:
         self.deviation = np.zeros(num_columns)
 
     def add(self, numbers: NDArray[np.float32]) -> None:
-        """Takes [n, num_columns] numbers into account."""
+        """Adds numbers [n, num_columns]."""
         wide = numbers.astype(np.float64)
         count = (~np.isnan(wide)).sum(axis=0).astype(np.float64)
         mean = np.nansum(wide, axis=0) / np.maximum(count, 1)
         self.merge(count, mean, np.nansum((wide - mean) ** 2, axis=0))
 
     def merge(self, count: NDArray[np.float64], mean: NDArray[np.float64], deviation: NDArray[np.float64]) -> None:
-        """Takes the moments of other numbers into account."""
+        """Adds the moments of other numbers."""
         total = self.count + count
         share = count / np.maximum(total, 1)
         difference = mean - self.mean
@@ -119,7 +119,7 @@ class Moments:
 
     @property
     def std(self) -> NDArray[np.float64]:
-        """The standard deviations; 1 where a column does not vary."""
+        """The standard deviations; 1 if a column does not vary."""
         std = np.sqrt(self.deviation / np.maximum(self.count, 1))
         return np.where(std > 0, std, 1.0)
 

@@ -1,4 +1,4 @@
-"""What the columns of a click log mean: the label, the dense features, the categorical ones."""
+"""The schema of a click log: its label, dense and categorical columns."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ CRITEO_CATEGORICAL = tuple(f"C{i}" for i in range(1, 27))
 
 @dataclass(frozen=True, kw_only=True)
 class CategoricalColumn:
-    """A column whose values are looked up in a table.
+    """Describes a column whose values are looked up in a table.
 
     Attributes:
-        name: of the column, and of the feature.
-        num_rows: rows of its table; None, for a vocabulary only, gives each value that is seen a row.
-        encoding: how a value becomes a row: "vocabulary" (row 0 stands for all values that have none of their own),
-            "hash" (of the value's text, modulo `num_rows`) or "id" (the value is the row, an integer).
-        min_count: for a vocabulary, values seen less often get no row of their own.
-        is_bag: whether an example has any number of values: a list in Parquet, or text between separators.
-        separator: between the values of a bag in a text file.
+        name: name of the column and of the feature.
+        num_rows: rows of its table; None (only with a vocabulary) for one row per distinct value.
+        encoding: how a value becomes a row: "vocabulary" (row 0 stands for all values out of the vocabulary),
+            "hash" (hash of the value's text modulo `num_rows`) or "id" (the value is the row number).
+        min_count: values seen less often are not part of the vocabulary.
+        is_bag: whether an example has any number of values: a list in Parquet, or text with separators.
+        separator: separates the values of a bag in a text file.
 
     Raises:
         UserError: an option is out of range, or contradicts another.
@@ -50,9 +50,9 @@ class CategoricalColumn:
         if self.encoding not in get_args(Encoding):
             raise UserError(f"feature {self.name}: encoding must be one of {get_args(Encoding)}, got {self.encoding!r}")
         if self.num_rows is None and self.encoding != "vocabulary":
-            raise UserError(f"feature {self.name}: encoding {self.encoding!r} needs the table's number of rows")
+            raise UserError(f"feature {self.name}: encoding {self.encoding!r} needs num_rows")
         if self.num_rows is not None and self.num_rows < 1:
-            raise UserError(f"feature {self.name}: expected at least 1 row, got {self.num_rows}")
+            raise UserError(f"feature {self.name}: num_rows must be at least 1, got {self.num_rows}")
         if self.min_count < 1:
             raise UserError(f"feature {self.name}: min_count must be at least 1, got {self.min_count}")
         if not self.separator:
@@ -61,20 +61,20 @@ class CategoricalColumn:
 
 @dataclass(frozen=True, kw_only=True)
 class ClickSchema:
-    """The columns of a click log.
+    """Describes the columns of a click log.
 
     Attributes:
         file_format: a name in `FORMATS`, or "criteo": tab-separated lines without a header of a label, 13 integers
             (`I1` to `I13`) and 26 tokens of hexadecimal digits (`C1` to `C26`), any of which may be missing.
-        label: the column to predict; None if the rows have none, as those that are to be scored.
+        label: the column to predict; None if the rows have no label, such as rows to score.
         positive: the label's value that counts as 1, any other as 0; None for labels that are 0 or 1.
         dense: columns of numbers.
-        categorical: columns to look up; a column may be dense too, as a person's age is both.
-        columns: names of a text's columns, in order; None if each file's first line holds them.
-        delimiter: between the fields of a text.
-        quote: around fields; see `Layout.quote`.
-        dense_transform: "log1p" takes `sign(x) * log(1 + |x|)`, which is defined for negative numbers too; "none"
-            takes numbers as they are. Either way they are then brought to mean 0 and variance 1.
+        categorical: columns to look up; a column may also be dense, for example an age.
+        columns: column names of text files, in order; None if each file's first line names them.
+        delimiter: separates the fields of text files.
+        quote: quotes fields; see `Layout.quote`.
+        dense_transform: "log1p" is `sign(x) * log(1 + |x|)`, which is defined for negative numbers too; "none" keeps
+            numbers. Afterwards numbers are normalised to mean 0 and variance 1.
 
     Raises:
         UserError: a column is named twice or is not in `columns`, or there is no feature.
@@ -95,17 +95,19 @@ class ClickSchema:
         if self.dense_transform not in get_args(DenseTransform):
             raise UserError(f"dense_transform must be one of {get_args(DenseTransform)}, got {self.dense_transform!r}")
         if not self.categorical:
-            raise UserError("a click log needs at least one categorical column: that is what the tables are for")
+            raise UserError(
+                "a click log needs at least one categorical column, because tables hold the rows of categorical columns"
+            )
         _refuse_repeats("the label and the dense columns", (*self._labels, *self.dense))
         _refuse_repeats("the label and the categorical columns", (*self._labels, *(c.name for c in self.categorical)))
         if self.columns is not None:
             _refuse_repeats("columns", self.columns)
             require_columns(self.used_columns, self.columns, "data.columns")
-        Layout(self.columns, self.delimiter, self.quote)  # Refuses characters that cannot be used.
+        Layout(self.columns, self.delimiter, self.quote)  # Constructing the layout checks delimiter and quote.
 
     @classmethod
     def criteo(cls, categorical: Sequence[CategoricalColumn], dense_transform: DenseTransform = "log1p") -> ClickSchema:
-        """Returns the schema of the Criteo layout; `categorical` are of `C1` to `C26`."""
+        """Returns the schema of the Criteo layout; `categorical` are columns among `C1` to `C26`."""
         return cls(
             file_format=CRITEO,
             label=CRITEO_LABEL,
@@ -119,7 +121,7 @@ class ClickSchema:
 
     @property
     def reader(self) -> str:
-        """The name in `FORMATS` of what reads the files."""
+        """The name in `FORMATS` of the reader of the files."""
         return "tsv" if self.file_format == CRITEO else self.file_format
 
     @property
@@ -131,12 +133,12 @@ class ClickSchema:
 
     @property
     def layout(self) -> Layout:
-        """How the rows of a text are laid out."""
+        """The layout of the rows in text files."""
         return Layout(self.columns, self.delimiter, self.quote)
 
     @property
     def uses(self) -> Uses:
-        """What the reader of the files needs to know of the columns."""
+        """The uses of the columns, for the reader of the files."""
         looked_up = {column.name for column in self.categorical}
         parsed = frozenset(self.dense) - looked_up
         label = set(self._labels) if self.positive is None else set()
@@ -146,9 +148,10 @@ class ClickSchema:
 
     @property
     def facts(self) -> str:
-        """A text that is the same for schemas that mean the same, to be hashed into fingerprints.
+        """A text that is equal for schemas of equal meaning, to be hashed into fingerprints.
 
-        Its form is kept, for checkpoints hold such hashes: a new field is part of it only if it is not at its default.
+        Its form must not change, because checkpoints hold such hashes: a new field is included only if it is not at its
+        default.
         """
         columns = [_facts_of(column, _COLUMN_FACTS) for column in self.categorical]
         categorical = f"({', '.join(columns)}{',' if len(columns) == 1 else ''})"
@@ -166,12 +169,12 @@ class ClickSchema:
 
     @property
     def single(self) -> tuple[CategoricalColumn, ...]:
-        """The categorical columns of one value an example."""
+        """The categorical columns with one value per example."""
         return tuple(column for column in self.categorical if not column.is_bag)
 
     @property
     def bags(self) -> tuple[CategoricalColumn, ...]:
-        """The categorical columns of any number of values an example."""
+        """The categorical columns with any number of values per example."""
         return tuple(column for column in self.categorical if column.is_bag)
 
 
@@ -181,7 +184,7 @@ def _facts_of(whole: object, names: Sequence[str], spelled: Mapping[str, str] | 
 
 
 def require_columns(wanted: Sequence[str], existing: Sequence[str], where: str) -> None:
-    """Raises UserError when a wanted column is not among the existing ones of `where`."""
+    """Raises UserError if `where` lacks a wanted column."""
     missing = [name for name in wanted if name not in existing]
     if missing:
         raise UserError(f"{where}: there is no column {', '.join(missing)}; there are {', '.join(existing)}")

@@ -1,4 +1,4 @@
-"""A click log that is read once, as it comes: standard input, or a folder that files are added to."""
+"""A stream of clicks, read once as it arrives: standard input, or a folder to which files are added."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _NOTHING = Lines([], [])
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """How to read a stream of clicks.
+    """Says how to read a stream of clicks.
 
     Attributes:
         path: "-" for standard input; or a file, or a folder, on any fsspec URL.
-        lines_per_step: over all ranks.
-        poll_seconds: how often to look for new files of a folder that was read to its end; None ends there.
-        max_bad_lines: how many lines that cannot be used are left out; one more ends the run.
+        lines_per_step: number of lines per step over all ranks.
+        poll_seconds: seconds between two looks for new files in the folder; None ends the run after the last file.
+        max_bad_lines: maximum number of bad lines to skip; one more ends the run.
     """
 
     path: str
@@ -49,28 +49,27 @@ class StreamOptions:
 
 @dataclass(frozen=True)
 class _Counted:
-    """What a position says beside that of its `StreamPosition`."""
+    """The fields of a position in addition to `StreamPosition`."""
 
     bad_lines: Count = 0
 
 
 class ClickStream(ClickLayout):
-    """The steps of a stream, each example in one of them.
+    """Yields the steps of a stream; each example is in exactly one step.
 
-    Rank 0 reads, since a stream has one reader, and hands the lines of a step to all; each rank trains on its share
-    of them. A step is made of the next lines in their order, so the same lines are a step's on any number of ranks.
-
-    Nothing is known of the stream in advance: there are no vocabularies, and numbers are transformed but not brought
-    to mean 0 and variance 1, unless the run was started from another that knew their means.
+    Rank 0 reads the stream and sends the lines of a step to all ranks; each rank trains on its part of them. A step
+    consists of the next lines in order, so steps do not depend on the number of ranks. The stream is not known in
+    advance: there are no vocabularies, and numbers are transformed but not normalised, unless the run was started from
+    another run that knew their means.
 
     Args:
-        options: what to read.
-        schema: its columns, of text.
-        ranks: those that share a step.
-        moments: mean and standard deviation of each column of numbers, [num_dense] float64 each; None for 0 and 1.
+        options: how to read.
+        schema: the columns, of a text format.
+        ranks: the ranks among which a step is divided.
+        moments: means and standard deviations of the dense columns, each [num_dense] float64; None for 0 and 1.
 
     Raises:
-        UserError: the schema needs to know the data in advance.
+        UserError: the schema has a vocabulary, which needs the data in advance.
     """
 
     def __init__(
@@ -101,14 +100,14 @@ class ClickStream(ClickLayout):
         Collective: every rank.
 
         Args:
-            position: where to begin; what the call before returned, or a checkpoint held; empty for the beginning.
+            position: where to continue, as returned by the previous call or kept in a checkpoint; empty to start.
 
         Returns:
-            This rank's part of the step, or None where the lines for it have not come within about a second or the
-            stream is over; where the next step begins; and whether the stream is over.
+            This rank's batch, or None if its lines have not arrived within about a second or the stream has ended; the
+            position of the next step; and whether the stream has ended.
 
         Raises:
-            UserError: on every rank: the stream cannot be read, or has too many lines that cannot be used.
+            UserError: on every rank; the stream cannot be read or has too many bad lines.
         """
         found = self._ranks.run_on_first(lambda: self._read(position))
         if found is None:
@@ -117,7 +116,7 @@ class ClickStream(ClickLayout):
         if not lines.texts:
             return None, position, True
         records, bad = self._parse(lines)
-        # Each rank finds the same lines bad, and counts them alike.
+        # Every rank finds and counts the same bad lines.
         num_bad = parse(_Counted, dict(position)).bad_lines + len(bad)
         self._judge(bad, num_bad, lines)
         num_global = len(records.examples)
@@ -126,7 +125,7 @@ class ClickStream(ClickLayout):
         return batch, {**reached, "bad_lines": num_bad}, False
 
     def _read(self, position: Mapping[str, Any]) -> tuple[Lines, dict[str, Any]] | None:
-        """Returns the lines of a step, and the position after them; rank 0 only."""
+        """Returns the lines of a step and the position after them; called on rank 0 only."""
         if self._lines is None:
             self._lines = LineStream(
                 self._options.path,
@@ -138,7 +137,7 @@ class ClickStream(ClickLayout):
         return None if lines is None else (lines, vars(self._lines.position))
 
     def _parse(self, lines: Lines) -> tuple[Records, dict[int, str]]:
-        """Returns the records of the lines that can be used, and what is wrong with the others, by their place."""
+        """Returns the records of the usable lines, and the reasons for bad lines by their index."""
         schema, path = self._schema, self._options.path
         block = "".join(f"{text}\n" for text in lines.texts).encode()
         columns = schema.columns or schema.used_columns
@@ -150,32 +149,32 @@ class ClickStream(ClickLayout):
         records, unusable = encode_rows(Rows(parsed.batch, 0, parsed.find_lines), schema, {}, path)
         bad = {**parsed.wrong, **unusable}
         if bad and parsed.num_lines > len(lines.texts):
-            # A quoted line break makes several lines of one text.
+            # A record with a quoted line break spans several lines.
             begins = np.cumsum([0, *(len(find_line_ends(text.encode())) + 1 for text in lines.texts)])
             bad = {int(np.searchsorted(begins, line, side="right")) - 1: reason for line, reason in bad.items()}
         return records, {**bad, **lines.wrong}
 
     def _judge(self, bad: Mapping[int, str], num_bad: int, lines: Lines) -> None:
-        """Refuses a stream of too many bad lines; says on rank 0 which ones are left out."""
+        """Refuses a stream with too many bad lines; warns on rank 0 of skipped lines."""
         if not bad:
             return
         shown = "; ".join(f"{lines.place(line)}: {bad[line]}" for line in sorted(bad)[:_FAULTS_SHOWN])
         if num_bad > self._options.max_bad_lines:
             raise UserError(
-                f"{shown}. {num_bad} such lines were found so far, and data.max_bad_lines is "
-                f"{self._options.max_bad_lines}: correct them, or raise it to leave them out"
+                f"{shown}. {num_bad} bad lines so far exceed data.max_bad_lines="
+                f"{self._options.max_bad_lines}: correct them, or raise data.max_bad_lines to skip them"
             )
         if self._ranks.rank == 0:
-            _logger.warning(f"left out, since they cannot be used, {num_bad} lines so far, such as {shown}")
+            _logger.warning(f"skipped {num_bad} bad lines so far, for example {shown}")
 
 
 def _streamed_format(schema: ClickSchema) -> TextFormat:
-    """Returns the format of a stream's lines; refuses a schema that needs to know more than a line."""
+    """Returns the format of a stream's lines; refuses a schema that needs more than single lines."""
     format = FORMATS[schema.reader]
     if not isinstance(format, TextFormat):
-        raise UserError(f"a stream is of lines: data.format={schema.file_format} cannot be one")
+        raise UserError(f"data.format={schema.file_format} cannot be streamed: use a format of lines")
     if schema.columns is None and format.has_header:
-        raise UserError("a stream has no first line of names: give data.columns, in order")
+        raise UserError("a stream has no first line with column names: give data.columns, in order")
     learnt = [column.name for column in schema.categorical if column.encoding == "vocabulary"]
     if learnt:
         raise UserError(

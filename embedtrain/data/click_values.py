@@ -1,4 +1,4 @@
-"""From the columns of a file to labels, numbers and values to look up; a row that holds none is left out."""
+"""Parsing the columns of a file into labels, numbers and categorical values; bad rows are left out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from embedtrain.errors import UserError
 Number = TypeVar("Number", int, float)
 
 _MAX_ID = (1 << 63) - 1
-# How a number is spelled, in ASCII; Arrow alone would take hexadecimal integers, and Python `1_000` and other digits.
+# The spelling of numbers. Arrow alone also accepts hexadecimal integers; Python accepts `1_000` and non-ASCII digits.
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|infinity|nan)", re.IGNORECASE)
 _HEXADECIMAL = "^[0-9a-fA-F]*$"
@@ -30,11 +30,11 @@ _SPACE, _FIRST_NOT_ASCII = 32, 128
 
 @dataclass(frozen=True)
 class Values:
-    """The values of a categorical column.
+    """Holds the values of a categorical column.
 
     Attributes:
-        values: [num_values] texts, or int64 ids where the column's encoding is "id".
-        lengths: [num_examples] int64, how many of them each example has; None for one each.
+        values: [num_values] texts, or int64 ids if the column's encoding is "id".
+        lengths: [num_examples] int64; number of values per example; None for one value each.
     """
 
     values: pa.Array
@@ -50,12 +50,12 @@ class Values:
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples as a file gives them.
+    """Holds parsed examples.
 
     Attributes:
         labels: [n] float32, 0 or 1; 0 if the schema has no label.
-        dense: [n, num_dense] float32, as they stand in the file; NaN where one is missing.
-        categorical: by column.
+        dense: [n, num_dense] float32, not transformed; NaN if missing.
+        categorical: values per column.
     """
 
     labels: NDArray[np.float32]
@@ -67,7 +67,7 @@ class Examples:
 
 
 class _Faults:
-    """What is wrong with the rows at hand; the first fault of a row counts."""
+    """Collects the faults of rows; only the first fault of a row counts."""
 
     def __init__(self) -> None:
         self.reasons: dict[int, str] = {}
@@ -81,15 +81,15 @@ class _Faults:
 
 
 def parse_rows(raw: Rows, schema: ClickSchema, where: str) -> tuple[Examples, dict[int, str]]:
-    """Returns the examples of the rows that can be used, and what is wrong with the others, by line.
+    """Returns the examples of the usable rows, and the reasons for bad rows by line.
 
     Args:
         raw: the rows.
-        schema: what their columns mean.
-        where: what they are of, for messages.
+        schema: the meaning of their columns.
+        where: the source of the rows, for messages.
 
     Raises:
-        UserError: a column of a Parquet file has a type that cannot be what the schema says.
+        UserError: a column of a Parquet file has a type that does not fit the schema.
     """
     found = _Faults()
     columns = {name: raw.batch.column(name) for name in schema.used_columns}
@@ -111,7 +111,7 @@ def parse_rows(raw: Rows, schema: ClickSchema, where: str) -> tuple[Examples, di
 
 
 def _require_type(name: str, kind: pa.DataType, schema: ClickSchema, url: str) -> None:
-    """Refuses columns of a Parquet file by their type; those of a text file are all texts."""
+    """Refuses columns of a Parquet file with an unusable type; columns of text files are always texts."""
     bags = {column.name for column in schema.bags}
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     value = kind.value_type if is_list else kind
@@ -123,10 +123,10 @@ def _require_type(name: str, kind: pa.DataType, schema: ClickSchema, url: str) -
     is_number = is_whole or pa.types.is_floating(value) or pa.types.is_decimal(value)
     is_counted = name in schema.dense or (name == schema.label and schema.positive is None)
     is_looked_up = name in {column.name for column in schema.categorical} or not is_counted
-    # Numbers with a fraction have many spellings, and identify nothing.
+    # Floating-point numbers have several spellings, so they cannot serve as ids.
     if (is_counted and not is_number) or (is_looked_up and not is_whole):
         hint = "; cast it to integers or texts" if pa.types.is_floating(value) else ""
-        raise UserError(f"{url}: column {name} is of type {kind}, which its use does not allow{hint}")
+        raise UserError(f"{url}: column {name} has the type {kind}, which its use does not allow{hint}")
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -154,7 +154,7 @@ def _dense(column: pa.Array, name: str, found: _Faults) -> NDArray[np.float32]:
 
 
 def _numbers(column: pa.Array, name: str, found: _Faults) -> NDArray[np.float64]:
-    """Returns the numbers of a column, NaN where one is missing; any that is not finite is a fault."""
+    """Returns the numbers of a column, NaN if missing; a number that is not finite is a fault."""
     if _is_text(column.type):
         texts = _texts(column)
         is_missing = _is_empty(texts)
@@ -163,7 +163,7 @@ def _numbers(column: pa.Array, name: str, found: _Faults) -> NDArray[np.float64]
         is_missing = column.is_null().to_numpy(zero_copy_only=False)
         numbers = column.cast(pa.float64(), safe=False).fill_null(0.0).to_numpy(zero_copy_only=False)
     numbers = np.array(numbers)
-    # What is large in float64 is infinite in float32.
+    # A large float64 becomes infinite in float32.
     is_finite = np.abs(numbers) <= np.finfo(np.float32).max
     found.add_where(~is_finite, lambda row: f"column {name}: {numbers[row]} is not a finite number")
     numbers[is_missing | ~is_finite] = np.nan
@@ -174,7 +174,7 @@ def _categorical(column: pa.Array, spec: CategoricalColumn, schema: ClickSchema,
     if not spec.is_bag:
         if schema.file_format == "criteo":
             texts = _texts(column)
-            # The bytes of a column tell faster than each text that all are hexadecimal.
+            # Checking all bytes of the column at once is faster than checking each text.
             if text_bytes(texts)[2].tobytes().translate(None, delete=_HEXADECIMAL_DIGITS):
                 is_token = pc.match_substring_regex(texts, _HEXADECIMAL).to_numpy(zero_copy_only=False)
                 found.add_where(
@@ -197,7 +197,7 @@ def _categorical(column: pa.Array, spec: CategoricalColumn, schema: ClickSchema,
 
 
 def _ids(column: pa.Array, spec: CategoricalColumn, found: _Faults) -> pa.Array:
-    """Returns the ids as int64; one that is missing, no integer, or outside the table is a fault."""
+    """Returns the ids as int64; an id that is missing, not an integer or outside the table is a fault."""
     assert spec.num_rows is not None
     is_missing = column.is_null().to_numpy(zero_copy_only=False)
     if _is_text(column.type):
@@ -214,7 +214,7 @@ def _ids(column: pa.Array, spec: CategoricalColumn, found: _Faults) -> pa.Array:
 def _cast(
     column: pa.Array, kind: pa.DataType, convert: Callable[[str], Number], name: str, found: _Faults
 ) -> NDArray[np.float64]:
-    """Casts a column, 0 for a missing value; if that fails, goes through it to find out which values are wrong."""
+    """Casts a column, with 0 for missing values; if that fails, tests each value to find the wrong ones."""
     try:
         _refuse_hexadecimal(column, kind)
         return np.asarray(column.cast(kind).fill_null(0))
@@ -230,7 +230,7 @@ def _cast(
 
 
 def _refuse_hexadecimal(column: pa.Array, kind: pa.DataType) -> None:
-    """Raises ArrowInvalid for a column with texts such as 0x1F that are to become integers."""
+    """Raises ArrowInvalid if a column that is cast to integers has texts such as 0x1F."""
     if pa.types.is_integer(kind) and _is_text(column.type) and pc.any(pc.match_substring_regex(column, "[xX]")).as_py():
         raise pa.ArrowInvalid("hexadecimal")
 
@@ -251,7 +251,7 @@ def _to_id(text: str) -> int:
 
 
 def _texts(column: pa.Array) -> pa.Array:
-    """Returns a column as texts without spaces around them; the empty text where a value is missing."""
+    """Returns a column as texts without surrounding spaces; empty if a value is missing."""
     texts = column.cast(pa.large_string()).fill_null("")
     if not _is_text(column.type):
         return texts

@@ -1,4 +1,4 @@
-"""A text that was prepared for training: its vocabulary, and its words as ids in memory-mapped files."""
+"""A prepared text: its vocabulary, and its words as ids in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ class _Shard:
 
 @dataclass(frozen=True)
 class _Meta:
-    """What `prepare_corpus` says of an entry in its table of contents."""
+    """The table of contents that `prepare_corpus` writes."""
 
     fingerprint: str
     shards: tuple[_Shard, ...]
 
 
 class PreparedCorpus:
-    """The tokens of a text, in its order; opened from the folder that `prepare_corpus` made.
+    """Opens the tokens of a prepared text, in the order of the text.
 
-    A token is the row of its word in the vocabulary; one that begins a sentence is stored as ~row, which is
-    negative. Pickled by its path, so that a data loader's worker maps the same files.
+    A token is the row of a word in the vocabulary. A token that begins a sentence is stored as ~row, which is
+    negative. The object is pickled by its path, so that workers of a data loader map the same files.
 
     Args:
-        path: the folder, on a local file system.
-        unverified: see `prepared_entry`; with that of the files that the text was made of.
+        path: local folder that `prepare_corpus` wrote.
+        unverified: see `prepared_entry`; includes the entries that the text was made from.
 
     Raises:
-        ValueError: the table of contents is not one.
+        ValueError: the table of contents is invalid.
         RuntimeError: a file does not have the size that it was written with.
     """
 
@@ -54,7 +54,7 @@ class PreparedCorpus:
         meta = read_contents(path, _Meta)
         self.fingerprint = meta.fingerprint
         self.num_sentences = sum(shard.num_sentences for shard in meta.shards)
-        # Files of no bytes cannot be mapped, and hold nothing to read.
+        # Empty files cannot be memory-mapped.
         shards = [shard for shard in meta.shards if shard.num_tokens]
         self._shard_paths = [os.path.join(path, shard.name) for shard in shards]
         self._shard_starts = np.cumsum([0, *(shard.num_tokens for shard in shards)])
@@ -62,7 +62,7 @@ class PreparedCorpus:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """The words that the tokens stand for."""
+        """The vocabulary of the tokens."""
         return Vocabulary.load(os.path.join(self.path, VOCABULARY_NAME))
 
     def read(self, start: int, stop: int) -> NDArray[np.int32]:
@@ -72,7 +72,7 @@ class PreparedCorpus:
             ValueError: the range is not inside [0, num_tokens].
         """
         if not 0 <= start <= stop <= self.num_tokens:
-            raise ValueError(f"expected a range inside [0, {self.num_tokens}], got [{start}, {stop})")
+            raise ValueError(f"the range must be inside [0, {self.num_tokens}], got [{start}, {stop})")
         tokens = np.empty(stop - start, np.int32)
         shard = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
         at = start

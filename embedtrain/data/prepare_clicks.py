@@ -1,4 +1,4 @@
-"""Prepares a click log for training, once: the ranks read its files and write records to a cache folder."""
+"""Preparation of a click log: the ranks read its files once and write records to a cache folder."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ _LARGEST_NARROW = 1 << 31
 
 @dataclass(frozen=True, kw_only=True)
 class ClickOptions:
-    """Which click log, and what its columns mean.
+    """Says which click log to prepare and what its columns mean.
 
     Attributes:
-        path: a file, a glob, a folder, or several of them, on any fsspec URL.
+        path: a file, a glob, a folder, or a list of them, on any fsspec URL.
         schema: the columns.
-        max_bad_lines: how many lines that cannot be used are left out; with one more the log is refused.
+        max_bad_lines: maximum number of bad lines to skip; one more is an error.
 
     Raises:
         UserError: an option is out of range.
@@ -68,13 +68,13 @@ class ClickOptions:
 
 @dataclass(frozen=True)
 class ClickBase:
-    """What another run prepared its examples with, and this run prepares its own with again.
+    """Holds what another run prepared its examples with, so that this run encodes its examples alike.
 
     Attributes:
-        vocabularies: by column, its values in the order of their rows, from row 1 on, and counts: `COUNTS_SCHEMA`.
+        vocabularies: per column its values in row order, from row 1, and counts: `COUNTS_SCHEMA`.
         dense_mean: [num_dense] float64; see `ClickLayout`.
         dense_std: [num_dense] float64.
-        takes_new: whether values that are not among these get rows, after the others.
+        takes_new: whether values that are not in the vocabularies get new rows after the existing ones.
     """
 
     vocabularies: Mapping[str, pa.Table]
@@ -84,7 +84,7 @@ class ClickBase:
 
     @property
     def facts(self) -> tuple[object, ...]:
-        """What decides on the prepared examples."""
+        """Everything that the prepared examples depend on."""
         digest = xxhash.xxh3_128()
         for name, values in self.vocabularies.items():
             digest.update(f"{name!r} {fingerprint_of(values['word'])}".encode())
@@ -94,7 +94,7 @@ class ClickBase:
 
 @dataclass(frozen=True)
 class _Job:
-    """What a rank needs to know to do its share of a preparation in the folder `work_path`."""
+    """Holds what a rank needs to do its part of a preparation in the folder `work_path`."""
 
     work_path: str
     options: ClickOptions
@@ -110,17 +110,17 @@ class _Job:
 
     @property
     def columns(self) -> tuple[CategoricalColumn, ...]:
-        """The categorical columns in the order of a record's: single ones first."""
+        """The categorical columns in the order of a record: single-valued ones first."""
         return self.schema.single + self.schema.bags
 
     @property
     def with_vocabulary(self) -> dict[int, CategoricalColumn]:
-        """The columns whose values have rows of their own, by their number."""
+        """The columns with a vocabulary, by their index."""
         return {number: column for number, column in enumerate(self.columns) if column.encoding == "vocabulary"}
 
     @property
     def my_parts(self) -> dict[int, list[Segment]]:
-        """The parts of this rank, by their number."""
+        """The parts of this rank, by their index."""
         rank, size = self.ranks.rank, self.ranks.size
         return {number: self.files.parts[number] for number in range(rank, len(self.files.parts), size)}
 
@@ -138,23 +138,23 @@ def prepare_clicks(
     part_bytes: int = PART_BYTES,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> ClickLog:
-    """Returns the prepared form of a click log, which the ranks make together unless the cache holds it.
+    """Returns a prepared click log from the cache, or prepares it on all ranks.
 
-    An entry of the cache is named by a hash of the files' identities and of the schema, so a file that changed makes
-    a new one. The examples are the same, in the same order, for every number of ranks.
+    A cache entry is named by a hash of the files' identities and the schema, so a changed file makes a new entry.
+    The examples and their order do not depend on the number of ranks.
 
-    Collective: every rank calls, with the same arguments.
+    Collective: every rank, with the same arguments.
 
     Args:
-        cache_path: local folder that all ranks see, made if missing.
-        like: the log whose vocabularies, means and variances to take, as a validation set takes the training set's.
-        base: what the values of another run had rows for, and its means and variances; None for a new run.
-        part_bytes: ranks take the files in parts of at least this size.
-        chunk_bytes: about how much text a rank holds at a time.
+        cache_path: local folder that all ranks see, created if missing.
+        like: log whose vocabularies, means and variances to reuse: a validation set uses those of the training set.
+        base: vocabularies, means and variances of the run that this run starts from; None for a new run.
+        part_bytes: minimum size of the parts into which files are divided among the ranks.
+        chunk_bytes: approximate amount of text that a rank holds at a time.
 
     Raises:
-        UserError: on every rank, whichever found it: a path or a file that cannot be used, a column that does not
-            exist, more lines than `max_bad_lines` that cannot be used.
+        UserError: on every rank; a path or a file cannot be used, a column does not exist, or there are more bad
+            lines than `max_bad_lines`.
         RuntimeError: a rank does not see the cache folder of the others.
     """
     schema = options.schema
@@ -168,15 +168,15 @@ def prepare_clicks(
 
     log = prepared_entry(cache_path, _entry_name(sources, schema, like, base), ClickLog, prepare, ranks)
     if log.num_faults > options.max_bad_lines:
-        # It was prepared when more of them were allowed.
+        # The entry was prepared when `max_bad_lines` was larger.
         raise UserError(
-            f"{options.path}: {log.num_faults} lines cannot be used, and max_bad_lines is {options.max_bad_lines}"
+            f"{options.path} has {log.num_faults} bad lines, which exceeds data.max_bad_lines={options.max_bad_lines}"
         )
     return log
 
 
 def _require_room(base: ClickBase, schema: ClickSchema) -> None:
-    """Refuses fewer rows than the values of the other run have."""
+    """Checks that no table has fewer rows than in the run that this run starts from."""
     for column in schema.categorical:
         if column.name in base.vocabularies and column.num_rows is not None:
             num_old = len(base.vocabularies[column.name]) + 1
@@ -188,7 +188,7 @@ def _require_room(base: ClickBase, schema: ClickSchema) -> None:
 
 
 def _prepare(job: _Job) -> None:
-    """Collective: counts where there are vocabularies, and encodes."""
+    """Counts values for the vocabularies, if any, and encodes the examples. Collective: every rank."""
     if job.with_vocabulary and job.like is None:
         job.ranks.run_on_each(lambda: _count_values(job))
         job.ranks.run_on_first(lambda: _build_vocabularies(job))
@@ -215,13 +215,13 @@ def _read_part(part: list[Segment], job: _Job, faults: list[Fault]) -> Iterator[
 def _refusal(faults: Sequence[Fault], job: _Job, at_least: str = "") -> str:
     shown = "; ".join(describe_fault(fault, job.schema) for fault in faults[:_FAULTS_SHOWN])
     return (
-        f"{shown}. {at_least}{len(faults)} such lines were found, and data.max_bad_lines is "
-        f"{job.options.max_bad_lines}: correct them, or raise it to leave them out"
+        f"{shown}. {at_least}{len(faults)} bad lines exceed data.max_bad_lines="
+        f"{job.options.max_bad_lines}: correct them, or raise data.max_bad_lines to skip them"
     )
 
 
 def _check_faults(job: _Job, faults: list[Fault]) -> None:
-    """Collective: refuses the log where the ranks together found too many faults, else says how many there are."""
+    """Refuses a log with too many bad lines over all ranks, else warns of them. Collective: every rank."""
     found = [fault for theirs in job.ranks.all_gather(faults) for fault in theirs]
 
     def check() -> None:
@@ -229,13 +229,13 @@ def _check_faults(job: _Job, faults: list[Fault]) -> None:
             raise UserError(_refusal(found, job))
         if found:
             shown = "; ".join(describe_fault(fault, job.schema) for fault in found[:_FAULTS_SHOWN])
-            _logger.warning(f"{len(found)} lines cannot be used and are left out, such as {shown}")
+            _logger.warning(f"skipped {len(found)} bad lines, for example {shown}")
 
     job.ranks.run_on_first(check)
 
 
 def _count_values(job: _Job) -> None:
-    """Writes this rank's counts of the values of each column that has a vocabulary."""
+    """Writes this rank's counts of the values of each column with a vocabulary."""
     counts = {number: WordCounts() for number in job.with_vocabulary}
     faults: list[Fault] = []
     for part in job.my_parts.values():
@@ -270,7 +270,7 @@ def _build_vocabularies(job: _Job) -> None:
 
 
 def _added_up(values: pa.Table, counted: pa.Table) -> pa.Table:
-    """Returns values in their order, with how often they were counted besides; `counted` has each at most once."""
+    """Returns `values` in their order with the counts of `counted` added; `counted` holds each value at most once."""
     places = np.asarray(pc.index_in(counted["word"], value_set=values["word"].combine_chunks())).astype(np.int64)
     counts = np.asarray(values["count"], np.int64).copy()
     counts[places] += np.asarray(counted["count"])
@@ -278,7 +278,7 @@ def _added_up(values: pa.Table, counted: pa.Table) -> pa.Table:
 
 
 def _load_vocabularies(job: _Job) -> dict[str, WordRows]:
-    """Returns the vocabulary of each column that has one; a value's row is one more than its place in it."""
+    """Returns the vocabulary of each column that has one; a value's row is its place in it plus 1."""
     loaded = {}
     for number, column in job.with_vocabulary.items():
         if job.like is not None:
@@ -296,7 +296,7 @@ def _num_rows(job: _Job, vocabularies: Mapping[str, WordRows]) -> dict[str, int]
 
 
 def _write_shards(job: _Job, vocabularies: Mapping[str, WordRows]) -> tuple[list[dict[str, Any]], list[Fault]]:
-    """Writes the records of each part of this rank; returns what the table of contents says of each, and faults."""
+    """Writes the records of this rank's parts; returns their entries in the table of contents, and the bad lines."""
     schema = job.schema
     shards: list[dict[str, Any]] = []
     faults: list[Fault] = []
@@ -329,7 +329,7 @@ def _write_contents(
     for shard in shards:
         moments.merge(*map(np.array, shard["moments"]))
     if sum(shard["num_examples"] for shard in shards) == 0:
-        raise UserError(f"{job.options.path}: the click log is empty: there is no line that could be used")
+        raise UserError(f"{job.options.path}: the click log has no usable line")
     mean, std = moments.mean, moments.std
     if job.like is not None:
         mean, std = job.like.dense_mean, job.like.dense_std

@@ -1,7 +1,7 @@
-"""Prepared data in a local folder: made once, under a name that says of what, sealed, and checked at every start.
+"""The cache of prepared data: entries are prepared once, sealed, and checked at every start.
 
-The seal is a file that is written last: the size, the time of change and the checksum of every other file of the
-entry. An entry is complete if it has one. What is not as the seal says is set aside, and the data are prepared anew.
+The seal is a file written last, with the size, modification time and checksum of every other file of the entry. An
+entry is complete if it has a seal. An entry that does not match its seal is set aside and prepared again.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _ABANDONED_SECONDS = 24 * 3600
 _logger = logging.getLogger(__name__)
 
 _FAULTS_OF_CONTENT = (ValueError, LookupError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
-"""What is raised of an entry that is not what was written; any other error is the disk's or the machine's."""
+"""Errors of a damaged entry; any other error is a fault of the disk or the machine."""
 
 
 def prepared_entry(
@@ -59,28 +59,28 @@ def prepared_entry(
     prepare: Callable[[str], None],
     ranks: Ranks,
 ) -> T:
-    """Returns an entry of the cache, which is prepared unless it is there and sound.
+    """Returns an entry of the cache, and prepares it first if it is missing or damaged.
 
-    At every start sizes and times of change are compared with the seal, and files that changed are read again. Who
-    trains on an entry compares all of its contents meanwhile: see `Verification`. An entry that is not sound is set
-    aside for a day, or deleted if it has no seal, and prepared anew; a line says so. It is prepared under another name
-    and renamed when it is complete: a preparation that was killed is done again.
+    Every start compares sizes and modification times with the seal, and checksums of files whose time changed. During
+    training a thread compares all checksums: see `Verification`. A damaged entry is set aside for a day, or deleted if
+    it has no seal, and prepared again; a warning says so. Preparation happens under a temporary name and ends with a
+    rename, so a killed preparation is repeated.
 
     Collective: every rank.
 
     Args:
-        cache_path: local folder, made if missing; all ranks must see the same one.
-        name: of the entry; says of which data it is, so that other data make another.
-        open_entry: opens the folder of an entry, given what of it is not verified: nothing of one that was prepared a
-            moment ago. What it raises of a forged one is a fault of the entry.
-        prepare: collective; fills the folder that it is given, which every rank sees.
-        ranks: those of the run.
+        cache_path: local folder that all ranks see, created if missing.
+        name: name of the entry, a hash of everything that the data depend on.
+        open_entry: opens the folder of an entry, given the files that are not verified yet (none if it was just
+            prepared). An error that it raises counts as damage of the entry.
+        prepare: collective; fills the given folder, which every rank sees.
+        ranks: the ranks of the run.
 
     Returns:
-        What `open_entry` made of the folder.
+        The result of `open_entry`.
 
     Raises:
-        UserError: on every rank; what `prepare` raises, or a cache folder that is not local or may not be used.
+        UserError: on every rank; `prepare` raised it, or the cache folder is not local or not accessible.
         RuntimeError: a rank does not see the cache folder of the others.
     """
     cache_path = ranks.run_on_first(lambda: make_cache_folder(cache_path))
@@ -102,9 +102,9 @@ def prepared_entry(
 
 
 def _sound_entry(entry_path: str, open_entry: Callable[[str, Unverified], object], ranks: Ranks) -> SealedEntry | None:
-    """Collective: returns an entry if it is there and as it was written; sets aside what is not.
+    """Returns an entry if it exists and matches its seal; sets a damaged one aside. Collective: every rank.
 
-    The files whose times changed, all those of a cache that was copied, are read by all ranks, each its share.
+    Files whose time changed (in a copied cache, all files) are divided among the ranks and read.
     """
     found = ranks.run_on_first(lambda: _look(entry_path, open_entry))
     if found is None:
@@ -121,7 +121,7 @@ def _sound_entry(entry_path: str, open_entry: Callable[[str, Unverified], object
 def _look(
     entry_path: str, open_entry: Callable[[str, Unverified], object]
 ) -> tuple[SealedEntry, dict[str, int]] | None:
-    """Returns the entry, and when its files changed that did since it was sealed, in ns; None without a sound one."""
+    """Returns the entry and the times, in ns, of files changed since the sealing; None if there is no sound entry."""
     try:
         _remove_abandoned(entry_path)
         os.lstat(entry_path)
@@ -130,7 +130,7 @@ def _look(
     with _access_to(entry_path):
         try:
             if not stat.S_ISDIR(os.stat(entry_path).st_mode):
-                raise ValueError(f"{entry_path} is no folder")
+                raise ValueError(f"{entry_path} is not a folder")
             seal = read_seal(entry_path)
             times = {name: time_of_change(entry_path, name, sealed) for name, sealed in seal.files.items()}
             open_entry(entry_path, ())
@@ -142,7 +142,7 @@ def _look(
 
 
 def _first_fault(entry: SealedEntry, names: Sequence[str]) -> str | None:
-    """Reads files of an entry; says what is wrong with the first that is not what was written."""
+    """Compares files of an entry with their checksums; returns a description of the first damaged one, or None."""
     with _access_to(entry.path):
         try:
             for name in names:
@@ -154,17 +154,17 @@ def _first_fault(entry: SealedEntry, names: Sequence[str]) -> str | None:
 
 @contextmanager
 def _access_to(entry_path: str) -> Iterator[None]:
-    """Tells the user of a path that cannot be used; a disk that fails is no user's mistake."""
+    """Turns errors about an inaccessible path into UserError; other errors, such as of a failing disk, stay."""
     try:
         yield
     except OSError as error:
         if not is_wrong_path(error):
             raise
-        raise UserError(f"the prepared data in {entry_path} cannot be read: {error}") from error
+        raise UserError(f"cannot read the prepared data in {entry_path}: {error}") from error
 
 
 def _seal_again(entry: SealedEntry, changed: Mapping[str, int], faults: Sequence[str]) -> SealedEntry | None:
-    """Seals files with their new times, so that the next start need not read them; sets the entry aside if it must."""
+    """Updates the times in the seal, so that the next start need not read the files; may set the entry aside."""
     if faults:
         _put_away(entry.path, ValueError(faults[0]))
         return None
@@ -174,15 +174,15 @@ def _seal_again(entry: SealedEntry, changed: Mapping[str, int], faults: Sequence
         path = os.path.join(entry.path, SEAL_NAME)
         storage.replace(path, json.dumps(asdict(seal), indent=1).encode(), f"{path}.tmp")
     except OSError as error:
-        _logger.warning(f"{entry.path} could not be sealed again, and is read at every start: {error}")
+        _logger.warning(f"cannot update the seal of {entry.path}, so every start reads all its files: {error}")
     return SealedEntry(entry.path, seal)
 
 
 def _put_away(entry_path: str, fault: Exception) -> None:
-    """Renames what lies in the place of an entry, whatever it is, and deletes a folder without a seal."""
+    """Moves a damaged entry aside, or deletes it if it is a folder without a seal."""
     aside = f"{entry_path}.{uuid.uuid4().hex[:8]}.damaged"
     try:
-        # It is kept for a day from now on.
+        # The copy is deleted a day after its modification time.
         with suppress(OSError):
             os.utime(entry_path, follow_symlinks=False)
         os.rename(entry_path, aside)
@@ -192,20 +192,20 @@ def _put_away(entry_path: str, fault: Exception) -> None:
         raise UserError(f"{entry_path} is damaged and cannot be set aside: {error}; remove it") from error
     becomes = f"set aside in {aside} for a day"
     if isinstance(fault, UnsealedError):
-        # Nothing tells whether it is whole, and a copy of all prepared data is too much to keep for nothing.
+        # Without a seal it may be incomplete, and a copy of all prepared data takes too much space to keep.
         _remove(aside)
         becomes = "deleted"
     said = printable(str(fault) or type(fault).__name__)
-    _logger.warning(f"{said}: the prepared data are {becomes}, and prepared anew")
+    _logger.warning(f"{said}: the prepared data are {becomes} and prepared again")
 
 
 def _remove_abandoned(entry_path: str) -> None:
-    """Removes what others left beside an entry: attempts at it, and what was set aside, each once it is a day old."""
+    """Removes killed attempts and entries that were set aside, once they are a day old."""
     cache_path, name = os.path.split(entry_path)
     for other in os.listdir(cache_path):
         if other.startswith(f"{name}."):
             path = os.path.join(cache_path, other)
-            with suppress(OSError):  # Another job removes it too, or it belongs to another user.
+            with suppress(OSError):  # Another job is removing it too, or it belongs to another user.
                 if time.time() - os.lstat(path).st_mtime > _ABANDONED_SECONDS:
                     _remove(path)
 
@@ -218,13 +218,13 @@ def _remove(path: str) -> None:
 
 
 def make_cache_folder(cache_path: str) -> str:
-    """Makes the folder of the cache, if missing, and returns its path.
+    """Creates the cache folder if it is missing, and returns its path.
 
     Raises:
-        UserError: it is not local, or cannot be made.
+        UserError: the folder is not local or cannot be created.
     """
     if "::" in cache_path:
-        raise UserError(f"cache path {cache_path}: `::` chains file systems that are only read; give a local folder")
+        raise UserError(f"cache path {cache_path} must be a local folder, and `::` chains remote file systems")
     fs, path = fsspec.core.url_to_fs(cache_path)
     if not isinstance(fs, LocalFileSystem):
         raise UserError(
@@ -236,12 +236,12 @@ def make_cache_folder(cache_path: str) -> str:
     except OSError as error:
         if not is_wrong_path(error):
             raise
-        raise UserError(f"cache path {cache_path}: the folder cannot be made: {error}") from error
+        raise UserError(f"cache path {cache_path}: cannot create the folder: {error}") from error
     return str(path)
 
 
 def _make_work_folder(entry_path: str) -> str:
-    """Makes the folder of this attempt at an entry."""
+    """Creates the temporary folder in which an entry is prepared."""
     work_path = f"{entry_path}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         os.mkdir(work_path)
@@ -251,7 +251,7 @@ def _make_work_folder(entry_path: str) -> str:
 
 
 def _commit(work_path: str, entry_path: str, ranks: Ranks) -> None:
-    """Collective: seals the folder of an attempt, each rank its share of the files, and gives it the entry's name."""
+    """Seals a prepared folder, with the files divided among the ranks, and renames it. Collective: every rank."""
     names = ranks.run_on_first(lambda: sorted(os.listdir(work_path)))
     mine = names[ranks.rank :: ranks.size]
     own_files = ranks.run_on_each(lambda: {name: seal_file(work_path, name) for name in mine})
@@ -260,7 +260,7 @@ def _commit(work_path: str, entry_path: str, ranks: Ranks) -> None:
 
 
 def _finish(work_path: str, entry_path: str, seal: Seal) -> None:
-    """Writes the seal and renames the folder; another job may have been first."""
+    """Writes the seal and renames the folder, unless another job has prepared the entry first."""
     with open(os.path.join(work_path, SEAL_NAME), "w", encoding="utf-8") as file:
         json.dump(asdict(seal), file, indent=1)
         file.flush()
@@ -274,21 +274,21 @@ def _finish(work_path: str, entry_path: str, seal: Seal) -> None:
 
 
 def require_visible(path: str, ranks: Ranks) -> None:
-    """Collective: raises on every rank when one does not see what rank 0 made."""
+    """Raises RuntimeError on every rank if a rank does not see a path that rank 0 created. Collective: every rank."""
     error = None
     if not os.path.exists(path):
         error = RuntimeError(
-            f"rank {ranks.rank} on {socket.gethostname()} does not see {path}, which rank 0 made: the "
+            f"rank {ranks.rank} on {socket.gethostname()} does not see {path}, which rank 0 created: the "
             "cache folder must be on a file system that all ranks share"
         )
     ranks.fail_together(error)
 
 
 def read_contents(path: str, kind: type[T]) -> T:
-    """Returns the table of contents of an entry, `META_NAME`, as the dataclass that declares it.
+    """Returns the table of contents of an entry, the file `META_NAME`, as the given dataclass.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: the file does not match the dataclass.
     """
     url = os.path.join(path, META_NAME)
     try:
@@ -298,7 +298,7 @@ def read_contents(path: str, kind: type[T]) -> T:
 
 
 def map_values(path: str, dtype: np.dtype[Any], num_values: int) -> NDArray[Any]:
-    """Returns [num_values], the content of a file of an entry, memory-mapped.
+    """Returns [num_values]: the memory-mapped contents of a file of an entry.
 
     Raises:
         RuntimeError: the file does not have the size it was written with.
@@ -306,8 +306,8 @@ def map_values(path: str, dtype: np.dtype[Any], num_values: int) -> NDArray[Any]
     size_bytes, expected = os.path.getsize(path), num_values * dtype.itemsize
     if size_bytes != expected:
         raise RuntimeError(
-            f"{path}: {size_bytes} bytes where {expected} were written; remove the folder {os.path.dirname(path)} and "
-            "it is prepared again"
+            f"{path} has {size_bytes} bytes instead of {expected}: remove the folder {os.path.dirname(path)}, and "
+            "the next run prepares it again"
         )
-    # A file of no bytes cannot be mapped.
+    # An empty file cannot be memory-mapped.
     return np.memmap(path, dtype, mode="r") if num_values else np.zeros(0, dtype)

@@ -1,7 +1,7 @@
-"""What the rows of a table stand for: words, raw ids, values, or the values of a hash. Rows have no names but these.
+"""The names of a table's rows: words, raw ids, values, or hash buckets.
 
-A checkpoint says under `STATE_KEY` where the names of each table are: in a file of its run folder, or in the numbers of
-its rows. `vocabulary_source`, `values_source`, `IDS` and `HASHES` make what it says, `read_row_names` reads it.
+A checkpoint says under `STATE_KEY` where the names of each table are: in a file of the run folder, or in the row
+numbers. `vocabulary_source`, `values_source`, `IDS` and `HASHES` build these entries; `read_row_names` reads them.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ VOCABULARY_NAME = "vocabulary.tsv"
 FEATURES_NAME = "features"
 
 Source = Mapping[str, str]
-"""Where the names of a table's rows are, as JSON."""
+"""Says where the names of a table's rows are, as JSON."""
 
 IDS: Source = {"encoding": "id", "noun": "id"}
-"""The row is the id itself."""
+"""Row numbers are raw ids."""
 
 HASHES: Source = {"encoding": "hash", "noun": "value"}
-"""The row is the hash of a value."""
+"""Row numbers are hash buckets of values."""
 
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,18}")
 _FILE = re.compile(rf"[^/]+\.tsv|{FEATURES_NAME}/[^/]+\.parquet")
 
 
 class Numbered(Sequence[str]):
-    """The names of rows that are called by their numbers, made when they are asked for.
+    """A sequence of names made from row numbers on demand.
 
     Args:
-        rows: the rows.
-        begin: what stands before each number.
-        end: what stands after it.
+        rows: the row numbers.
+        begin: text before each number.
+        end: text after each number.
     """
 
     def __init__(self, rows: range, begin: str = "", end: str = "") -> None:
@@ -55,7 +55,7 @@ class Numbered(Sequence[str]):
 
     @property
     def affixes(self) -> tuple[str, str]:
-        """What stands before each number, and after it."""
+        """The texts before and after each number."""
         return self._begin, self._end
 
     def __len__(self) -> int:
@@ -86,7 +86,7 @@ class Numbered(Sequence[str]):
         return self._rows.index(int(number)) if _NUMBER.fullmatch(number) and int(number) in self._rows else None
 
     def index(self, word: str, start: int = 0, stop: int | None = None) -> int:
-        """Returns the row called `word`, without a search."""
+        """Returns the row named `word`, without a search."""
         place = self._place(word)
         if place is None:
             raise ValueError(f"no row {word!r}")
@@ -94,7 +94,7 @@ class Numbered(Sequence[str]):
 
 
 class RowsByNumber(Mapping[str, int]):
-    """The row of each name of `Numbered`, without a dictionary."""
+    """Maps each name of `Numbered` to its row, without a dictionary."""
 
     def __init__(self, names: Numbered) -> None:
         self._names = names
@@ -113,14 +113,14 @@ class RowsByNumber(Mapping[str, int]):
 
 @dataclass(frozen=True, eq=False)
 class RowNames:
-    """The names of a table's rows.
+    """Holds the names of a table's rows.
 
     Attributes:
-        words: the name of each row, from the first on; further rows are never looked up.
-        counts: [len(words)] int64, how often each occurs in the data; None if nobody counted.
-        noun: what a row stands for: a word, a user, a value.
-        find: returns the row of a text that need not be among `words`; None if only these have rows.
-        has_others: whether row 0 stands for all values that have none of their own, whatever it is called.
+        words: the names of the first rows; rows after them are never looked up.
+        counts: [len(words)] int64; how often each name occurs in the data; None if unknown.
+        noun: what a row stands for: "word", "user" or "value".
+        find: returns the row of any text; None unless the table is hashed.
+        has_others: whether row 0 stands for all values out of the vocabulary.
     """
 
     words: Sequence[str]
@@ -131,30 +131,30 @@ class RowNames:
 
     @property
     def is_numbered(self) -> bool:
-        """Whether the rows are called by their numbers: nothing says whose they are."""
+        """Whether the names are just row numbers, because the real names are unknown."""
         return isinstance(self.words, Numbered)
 
     @property
     def rows(self) -> Mapping[str, int]:
-        """The row of each name."""
+        """Maps each name to its row."""
         if isinstance(self.words, Numbered):
             return RowsByNumber(self.words)
         return {name: row for row, name in enumerate(self.words)}
 
 
 def rows_among(names: Sequence[str] | pa.Array | pa.ChunkedArray, others: Sequence[str]) -> NDArray[np.int64]:
-    """Returns the place of each of [n] names among different others, [n] int64; -1 for a name that is not there."""
+    """Returns [n] int64: the place of each of [n] names in a list of distinct names; -1 if it is not in the list."""
     asked = names if isinstance(names, pa.Array | pa.ChunkedArray) else pa.array(names, pa.large_string())
     found = pc.index_in(asked, value_set=pa.array(others, pa.large_string())).fill_null(-1)
     return np.asarray(found).astype(np.int64)
 
 
 def of_values(values: pa.Table, *, has_others: bool, noun: str = "value") -> RowNames:
-    """Returns the names of rows that stand for the values of a column.
+    """Returns the row names of a column with a vocabulary.
 
     Args:
-        values: the columns `word` and `count`, in the order of the rows.
-        has_others: whether row 0 stands for all values that have none of their own.
+        values: the columns `word` and `count`, in row order.
+        has_others: whether row 0 stands for all values out of the vocabulary.
         noun: what a row stands for.
     """
     words: list[str] = values["word"].cast(pa.large_string()).to_pylist()
@@ -165,7 +165,7 @@ def of_values(values: pa.Table, *, has_others: bool, noun: str = "value") -> Row
 
 
 def _name_of_others(values: Sequence[str]) -> str:
-    """Returns the name of the row of all other values, as other programs call it unless a value is called so."""
+    """Returns a name for the row of values out of the vocabulary that is not itself a value."""
     name = "<unk>"
     taken = set(values) if name in values else set()
     while name in taken:
@@ -174,7 +174,7 @@ def _name_of_others(values: Sequence[str]) -> str:
 
 
 def of_hashes(num_rows: int) -> RowNames:
-    """Returns the names of rows that stand for hashes: `hash:7/1000` for the values whose hash modulo 1000 is 7."""
+    """Returns the names of hash buckets: `hash:7/1000` for the values whose hash modulo 1000 is 7."""
     names = Numbered(range(num_rows), "hash:", f"/{num_rows}")
 
     def find(text: str) -> int:
@@ -186,34 +186,34 @@ def of_hashes(num_rows: int) -> RowNames:
 
 
 def of_ids(num_rows: int) -> RowNames:
-    """Returns the names of rows that are the ids themselves."""
+    """Returns the names of rows whose numbers are raw ids."""
     return RowNames(Numbered(range(num_rows)), None, "id")
 
 
 def values_file(table: str) -> str:
-    """Returns the name of the file in a run folder that says which value each row of a table stands for."""
-    # The name of a column may hold a slash.
+    """Returns the name of the run folder's file that holds the values of a table's rows."""
+    # A column name may contain a slash.
     return f"{FEATURES_NAME}/{table.replace('%', '%25').replace('/', '%2F')}.parquet"
 
 
 def vocabulary_source(name: str, vocabulary: Vocabulary, noun: str = "word") -> Source:
-    """Returns what a checkpoint says of names in a file of the run folder that `Vocabulary.save` writes."""
+    """Returns the checkpoint's entry for names in a file that `Vocabulary.save` writes."""
     return {"file": name, "noun": noun, "fingerprint": vocabulary.fingerprint}
 
 
 def values_source(table: str, values: pa.Table, noun: str = "value") -> Source:
-    """Returns what a checkpoint says of names in a file of the run folder that `write_values` writes."""
+    """Returns the checkpoint's entry for names in a file that `write_values` writes."""
     return {"file": values_file(table), "noun": noun, "fingerprint": fingerprint_of(values["word"])}
 
 
 def write_values(run_path: str, table: str, values: pa.Table, *, has_others: bool) -> None:
-    """Writes which value each row of a table stands for to the run folder, as a Parquet file.
+    """Writes the values of a table's rows to the run folder, as a Parquet file.
 
     Args:
         run_path: the run folder.
         table: its name.
-        values: the columns `word` and `count`, in the order of the rows.
-        has_others: as in `of_values`.
+        values: the columns `word` and `count`, in row order.
+        has_others: see `of_values`.
     """
     first = int(has_others)
     rows = pa.array(range(first, first + len(values)), pa.int64())
@@ -227,11 +227,11 @@ def write_values(run_path: str, table: str, values: pa.Table, *, has_others: boo
 
 @dataclass(frozen=True)
 class TableFacts:
-    """What a checkpoint's state says of its tables, if it says anything.
+    """Holds what a checkpoint's state says about its tables.
 
     Attributes:
-        export_table: the table that holds the vectors; None if no table is the one.
-        row_names: by table, where the names of its rows are.
+        export_table: the default table of exports; None if there is none.
+        row_names: per table, where the names of its rows are.
     """
 
     export_table: str | None = None
@@ -239,14 +239,14 @@ class TableFacts:
 
 
 def read_table_facts(state: Mapping[str, Any], where: str) -> TableFacts:
-    """Returns what the state of a checkpoint says of its tables.
+    """Reads what the state of a checkpoint says about its tables.
 
     Args:
-        state: of the checkpoint.
+        state: state of the checkpoint.
         where: the checkpoint or its run, for messages.
 
     Raises:
-        CorruptCheckpointError: it says something else.
+        CorruptCheckpointError: the state is invalid.
     """
     try:
         return parse(TableFacts, dict(state))
@@ -258,14 +258,14 @@ def read_row_names(run_path: str, state: Mapping[str, Any], table: str, num_rows
     """Returns the names of a table's rows.
 
     Args:
-        run_path: the run folder that the checkpoint lies in.
+        run_path: run folder of the checkpoint.
         state: of the checkpoint.
         table: its name.
         num_rows: its rows.
 
     Raises:
-        UserError: the file of names is missing, cannot be read, or is not the one that the run was trained with.
-        CorruptCheckpointError: the state is not one that says where names are.
+        UserError: the file of names is missing, unreadable, or not the file that the run was trained with.
+        CorruptCheckpointError: the state's entry for the names is invalid.
     """
     said = read_table_facts(state, run_path)
     source = said.row_names.get(table)
@@ -282,7 +282,7 @@ def read_row_names(run_path: str, state: Mapping[str, Any], table: str, num_rows
     try:
         names, fingerprint = _read_vocabulary(url, noun) if name.endswith(".tsv") else _read_values(url, noun)
     except FileNotFoundError as error:
-        raise UserError(f"table {table!r} needs the names of its rows in {url}, but there is none") from error
+        raise UserError(f"table {table!r} needs the file of its row names {url}, which does not exist") from error
     if len(names.words) > num_rows or source.get("fingerprint", fingerprint) != fingerprint:
         raise UserError(
             f"{url} does not hold the names that table {table!r} was trained with: {len(names.words):,} for "
@@ -293,9 +293,9 @@ def read_row_names(run_path: str, state: Mapping[str, Any], table: str, num_rows
 
 
 def _of_other_runs(run_path: str, export_table: str | None, table: str, num_rows: int) -> RowNames:
-    """Returns the names of a table of which the checkpoint says nothing, such as that of a model of the user's own.
+    """Returns the names of a table without an entry in the checkpoint, for example of a user's own model.
 
-    `vocabulary.tsv` names the rows of the table that the checkpoint exports, and those of tables as long as it.
+    `vocabulary.tsv` names the rows of the export table, and of other tables with the same number of rows.
     """
     url = storage.join(run_path, VOCABULARY_NAME)
     try:
@@ -322,11 +322,11 @@ def _read_values(url: str, noun: str) -> tuple[RowNames, str]:
         values = pa.table([found["value"], found["count"]], names=["word", "count"])
         return of_values(values, has_others=first == 1, noun=noun), fingerprint_of(found["value"])
     except (pa.ArrowException, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{url} cannot be read as the names of rows: {' '.join(str(error).split())}") from error
+        raise UserError(f"{url} is not a valid file of row names: {' '.join(str(error).split())}") from error
 
 
 def fingerprint_of(words: pa.ChunkedArray) -> str:
-    """Returns a hash of texts and of where each ends."""
+    """Returns a hash of texts and their boundaries."""
     parts = [text_bytes(chunk) for chunk in words.cast(pa.large_binary()).chunks]
     digest = xxhash.xxh3_128()
     for _, lengths, _ in parts:

@@ -1,4 +1,4 @@
-"""The seal of a folder of prepared data: what its files were when they were written, and whether they still are it."""
+"""The seal of a folder of prepared data: sizes, times and checksums of its files, and their verification."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _BLOCK_BYTES = 4 << 20
 _logger = logging.getLogger(__name__)
 
 FileName = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-"""Of a file in an entry's folder, and nowhere else."""
+"""Name of the seal's file in an entry's folder."""
 
 
 class UnsealedError(ValueError):
-    """A folder has no seal: it was not completed, or its seal was taken away."""
+    """A folder has no seal: its preparation was not completed, or its seal was removed."""
 
 
 @dataclass(frozen=True)
 class SealedFile:
-    """A file as it was written; xxh3_128 in hex."""
+    """Holds size, modification time and xxh3_128 checksum (hex) of a file."""
 
     bytes: Count
     mtime_ns: Annotated[int, Field(strict=True)]
@@ -44,29 +44,29 @@ class SealedFile:
 
 @dataclass(frozen=True)
 class Seal:
-    """The files of a folder as they were written, by name."""
+    """Holds the sealed files of a folder, by name."""
 
     files: dict[FileName, SealedFile]
 
 
 @dataclass(frozen=True)
 class SealedEntry:
-    """A folder of prepared data and its seal, of which only sizes and times of change were compared."""
+    """A folder of prepared data and its seal; only sizes and modification times were compared so far."""
 
     path: str
     seal: Seal
 
 
 Unverified = tuple[SealedEntry, ...]
-"""The entries that data are read from and whose contents nobody has compared with their seals in this run."""
+"""Entries in use whose checksums were not compared yet in this run."""
 
 
 def read_seal(entry_path: str) -> Seal:
     """Returns the seal of a folder.
 
     Raises:
-        UnsealedError: there is none.
-        ValueError: it is no seal.
+        UnsealedError: the folder has no seal.
+        ValueError: the file is not a seal.
     """
     path = os.path.join(entry_path, SEAL_NAME)
     try:
@@ -74,21 +74,21 @@ def read_seal(entry_path: str) -> Seal:
     except FileNotFoundError:
         raise UnsealedError(f"{entry_path} has no {SEAL_NAME}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no seal: {error}") from error
+        raise ValueError(f"{path} is not a seal: {error}") from error
 
 
 def seal_file(folder: str, name: str) -> SealedFile:
-    """Returns what the seal of a folder says of one of its files, which is read."""
+    """Reads a file and returns its entry for the seal."""
     path = os.path.join(folder, name)
     found = os.stat(path)
     return SealedFile(found.st_size, found.st_mtime_ns, _checksum(path))
 
 
 def time_of_change(entry_path: str, name: str, sealed: SealedFile) -> int:
-    """Returns when a file was changed, in ns.
+    """Returns the modification time of a file in ns.
 
     Raises:
-        ValueError: it has not the size that it was sealed with, or is no file.
+        ValueError: the file has another size than its seal says, or is not a file.
     """
     path = os.path.join(entry_path, name)
     found = os.lstat(path)
@@ -100,14 +100,14 @@ def time_of_change(entry_path: str, name: str, sealed: SealedFile) -> int:
 
 
 def compare(entry_path: str, name: str, sealed: SealedFile) -> None:
-    """Reads a file.
+    """Compares a file with its checksum.
 
     Raises:
-        ValueError: it does not hold what was written.
+        ValueError: the checksum differs.
     """
     path = os.path.join(entry_path, name)
     if _checksum(path) != sealed.xxh3:
-        raise ValueError(f"{path} does not hold what was written: its checksum differs")
+        raise ValueError(f"{path} is damaged: its checksum differs")
 
 
 def _checksum(path: str) -> str:
@@ -119,13 +119,13 @@ def _checksum(path: str) -> str:
 
 
 class Verification:
-    """Reads all of some entries on a thread, and says so when asked if one is not what was written.
+    """Compares all checksums of some entries in a background thread.
 
-    A damaged entry loses its seal at once, so that the next start prepares it anew.
+    A damaged entry loses its seal at once, so that the next start prepares it again.
 
     Args:
-        entries: what to read, one after the other.
-        patience_seconds: how long `require_sound` waits for the thread before the last save, in all.
+        entries: the entries to read, in this order.
+        patience_seconds: maximum seconds, in total, that `require_sound` waits for the thread before the last save.
     """
 
     def __init__(self, entries: Sequence[SealedEntry], patience_seconds: float) -> None:
@@ -139,8 +139,8 @@ class Verification:
         """Raises CheckpointError if an entry was found damaged.
 
         Args:
-            is_last: whether the run ends with the save that follows; if so, waits for the thread, and says so if it
-                does not end in time.
+            is_last: whether the run ends with the next save; if so, waits for the thread, and warns if it does not end
+                in time.
         """
         if is_last and self._patience_seconds:
             self._thread.join(self._patience_seconds)
@@ -153,7 +153,7 @@ class Verification:
         if self._fault is not None:
             raise CheckpointError(
                 f"{self._fault}. The prepared data were damaged on the disk, and what was trained on them since the "
-                "last checkpoint is not saved: start again, and they are prepared anew"
+                "last checkpoint is not saved: start again, and they are prepared again"
             )
 
     def _verify(self) -> None:
@@ -162,9 +162,9 @@ class Verification:
                 for name, sealed in entry.seal.files.items():
                     compare(entry.path, name, sealed)
             except (FileNotFoundError, NotADirectoryError):
-                continue  # Another job has set it aside; what this one has open stays.
+                continue  # Another job has set the entry aside; the files that this job has open stay readable.
             except OSError as error:
-                _logger.warning(f"{entry.path} is not compared with its checksums any further: {error}")
+                _logger.warning(f"cannot compare {entry.path} with its checksums: {error}")
             except ValueError as error:
                 self._fault = printable(str(error))
                 with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Which files a path means, on any fsspec URL: a file, a glob or a folder, and what of a folder is left out."""
+"""Expanding a path (a file, a glob or a folder, on any fsspec URL) into the files to read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXT_SUFFIXES = (".txt", "")
 
 _logger = logging.getLogger(__name__)
 
-# What file systems call the facts that change when a file's content does.
+# Names of the fields, in different file systems, that change with a file's content.
 _TIME_KEYS = frozenset({"mtime", "modified", "lastmodified", "last_modified", "last-modified"})
 _HASH_KEYS = frozenset({"etag", "checksum", "crc", "md5", "md5hash", "content-md5", "sha"})
 _NAMES_SHOWN = 3
@@ -35,15 +35,15 @@ _NAMES_SHOWN = 3
 
 @dataclass(frozen=True)
 class Source:
-    """One file.
+    """Describes one file.
 
     Attributes:
         url: any fsspec URL; an absolute path for a local file.
         size_bytes: as stored, before decompression.
         identity: changes when the file does: its URL, its size, and what its file system tells about the
             version of its content (or a hash of the content, if it tells nothing).
-        compression: the codec, which the file's first bytes tell; None for a plain file.
-        can_seek: whether its bytes can be read from any place on; not in an archive, nor from some web servers.
+        compression: the codec, detected from the file's first bytes; None for a plain file.
+        can_seek: whether reading can start at any byte; false in archives and on some web servers.
     """
 
     url: str
@@ -54,13 +54,13 @@ class Source:
 
     @property
     def is_divisible(self) -> bool:
-        """Whether a part of the file can be read without what comes before it."""
+        """Whether a part of the file can be read without the bytes before it."""
         return self.compression is None and self.can_seek
 
 
 @dataclass
 class _Found:
-    """The files that paths mean, and by reason what is left out."""
+    """Collects the files that paths expand to, and the files left out, by reason."""
 
     files: dict[str, tuple[fsspec.AbstractFileSystem, dict[str, Any]]] = field(default_factory=dict)
     left_out: dict[str, list[str]] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class _Found:
 
 
 def take_sources(path: str | Sequence[str], suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> list[Source]:
-    """Returns what `expand_sources` does, and logs which files are read and which are left out."""
+    """Returns the result of `expand_sources` and logs which files are read and which are left out."""
     found = _find(path, suffixes)
     sources = _sources(found)
     shown = _shown([source.url for source in sources])
@@ -82,32 +82,32 @@ def take_sources(path: str | Sequence[str], suffixes: tuple[str, ...] = TEXT_SUF
 
 
 def expand_sources(path: str | Sequence[str], suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> list[Source]:
-    """Lists the files that a path means.
+    """Expands a path into files.
 
-    Hidden files are left out of folders and globs: those whose name, or that of a folder on the way, begins with
-    "." or "_", such as `_SUCCESS`; so are empty files, pipes and devices. Symbolic links are followed. A file that is
-    reached twice comes once.
+    Folders and globs leave out hidden files: files with a name, or in a folder with a name, that begins with "." or
+    "_", such as `_SUCCESS`. They also leave out empty files, pipes and devices. Symbolic links are followed. A file
+    that is reached twice is listed once.
 
     Args:
-        path: one or several of: a file, a glob (`*.txt`, `folder/**/*.txt.gz`), or a folder, which stands
-            for the files in it and below it whose names end in one of `suffixes`. Any fsspec URL, chained ones too.
-        suffixes: endings, in either case, of the names that are taken from a folder; that of a compression may follow.
-            If "" is among them, so are names without a suffix, and compressed files whatever their names.
+        path: a file, a glob (`*.txt`, `folder/**/*.txt.gz`), a folder, or a list of them, on any fsspec URL,
+            including chained ones. A folder stands for all files below it whose names end in one of `suffixes`.
+        suffixes: suffixes, in either case, of the files taken from a folder; the suffix of a compression may follow.
+            "" stands for names without a suffix, and for compressed files of any name.
 
     Returns:
-        The files in the order of the paths, sorted within each; a file that several match comes once.
+        The files in the order of the paths, and sorted by name per path.
 
     Raises:
-        UserError: a path does not exist, matches nothing or only empty files, may not be read, or has an unknown
-            protocol; a symbolic link leads nowhere, in a circle, or to a folder that it lies in.
+        UserError: a path does not exist, matches nothing or only empty files, is not readable, or has an unknown
+            protocol; a symbolic link leads nowhere, in a circle, or to a folder that contains it.
     """
     return _sources(_find(path, suffixes))
 
 
 def file_system_of(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Returns the file system of a path or URL, and its name there.
+    """Returns the file system of a path or URL, and the path inside it.
 
-    `::` chains file systems, unless a local file or folder has this very name, or a glob matches one.
+    `::` chains file systems, unless a local file or folder has exactly this name or matches the glob.
 
     Raises:
         UserError: the URL's protocol is unknown, or its package is not installed.
@@ -120,7 +120,7 @@ def file_system_of(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def source_at(fs: fsspec.AbstractFileSystem, name: str, path: str) -> Source:
-    """Returns one file that `path` means, the one that is `name` in the file system; its identity is not found out."""
+    """Returns the file `name` of the file system of `path`, without computing its identity."""
     info = fs.info(name)
     url, size = _url_of(fs, name, path), info["size"] or 0
     can_seek = not is_web(fs) and not _is_in_archive(url)
@@ -128,27 +128,27 @@ def source_at(fs: fsspec.AbstractFileSystem, name: str, path: str) -> Source:
 
 
 def refuse_changes(path: str | Sequence[str], suffixes: tuple[str, ...], identities: Collection[str]) -> None:
-    """Makes sure that the files that a path means are still those that data were prepared from.
+    """Checks that the files of a path are the files from which the data were prepared.
 
     Args:
         path, suffixes: as in `expand_sources`.
-        identities: of the files then; see `Source.identity`.
+        identities: identities of the files at preparation; see `Source.identity`.
 
     Raises:
-        UserError: a file has changed, come or gone.
+        UserError: a file was changed, added or removed.
     """
     files = _find(path, suffixes).files
     changed = {_identity(fs, info, url)[1] for url, (fs, info) in files.items()} ^ set(identities)
     if changed:
         names = sorted({identity.partition(" size=")[0] for identity in changed})
         raise UserError(
-            f"{', '.join(names)}: changed while the run trained on it. The run can be resumed where the examples are "
-            "still the same; else bring the file back, or start anew with another run.path"
+            f"{', '.join(names)}: changed while the run trained on it. The run can be resumed if the examples are "
+            "still the same; otherwise restore the file, or start a new run with another run.path"
         )
 
 
 def suffix_of(name: str) -> str:
-    """Returns the suffix of a file's name or URL in lower case, without that of a compression; "" if there is none.
+    """Returns the suffix of a file's name or URL in lower case, ignoring the suffix of a compression; "" if none.
 
     A suffix begins with a letter: `part-00000`, `text.00` and `news.en-00001-of-00100` have none.
     """
@@ -158,7 +158,7 @@ def suffix_of(name: str) -> str:
 
 
 def is_hidden(path: str) -> bool:
-    """Tells whether a relative path is left out of folders: a name on it begins with "." or "_"."""
+    """Returns whether any part of a relative path begins with "." or "_"."""
     return any(name.startswith((".", "_")) for name in path.split("/"))
 
 
@@ -180,10 +180,10 @@ def _sources(found: _Found) -> list[Source]:
 
 @contextmanager
 def explained_path(path: str) -> Iterator[None]:
-    """Turns what a file system raises about a path into one line that names the path.
+    """Turns any exception of a file system about a path into a UserError of one line that names the path.
 
-    File systems answer a path that they cannot use by exceptions of any type: a damaged archive, a URL without a host,
-    a missing login.
+    For an unusable path file systems raise exceptions of any type: a damaged archive, a URL without a host, a missing
+    login.
     """
     try:
         yield
@@ -193,7 +193,7 @@ def explained_path(path: str) -> Iterator[None]:
         raise UserError(f"{path}: permission denied: {error}") from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.EIO:
-            raise  # A failing disk is not the user's to mend.
+            raise  # The user cannot mend a failing disk, so its error is raised unchanged.
         is_clear = isinstance(error, OSError | ValueError | ImportError) and str(error)
         reason = " ".join(str(error).split()) if is_clear else repr(error)
         raise UserError(f"{path}: {reason}") from error
@@ -217,7 +217,7 @@ def _expand(path: str, suffixes: tuple[str, ...], found: _Found) -> None:
                 raise UserError(f"{path}: no file ({expected}) in this folder or below it; {_contents(fs, root)}")
             chosen = _with_content(fs, chosen, path, found)
         elif info is not None:
-            raise UserError(f"{path}: neither a file nor a folder, but a device, a pipe or a socket")
+            raise UserError(f"{path} is a device, a pipe or a socket: give a file or a folder")
         elif fsspec.core.has_magic(root):
             chosen = list(_of_glob(fs, root, found))
             if not chosen:
@@ -232,7 +232,7 @@ def _expand(path: str, suffixes: tuple[str, ...], found: _Found) -> None:
 def _with_content(
     fs: fsspec.AbstractFileSystem, chosen: Sequence[dict[str, Any]], path: str, found: _Found
 ) -> list[dict[str, Any]]:
-    """Leaves out of a folder or a glob what has no rows, or may never end or keep its reader waiting."""
+    """Leaves out empty files, and pipes and devices, whose reading may block or never end."""
     full = []
     for info in chosen:
         if info["type"] != "file":
@@ -247,7 +247,7 @@ def _with_content(
 
 
 def _add(fs: fsspec.AbstractFileSystem, info: dict[str, Any], path: str, found: _Found) -> None:
-    """Takes a file, unless it was reached before by another name."""
+    """Adds a file unless it was added before under another name."""
     url = _url_of(fs, info["name"], path)
     if isinstance(fs, LocalFileSystem):
         real = os.path.realpath(info["name"])
@@ -282,7 +282,7 @@ def _of_glob(fs: fsspec.AbstractFileSystem, pattern: str, found: _Found) -> Iter
     else:
         matched = [info for info in fs.glob(pattern, detail=True).values() if info["type"] == "file"]
     for info in matched:
-        # A pattern that names what is hidden means it.
+        # A pattern with a hidden name includes hidden files.
         if is_hidden(info["name"].removeprefix(root).lstrip("/")) and not is_hidden(asked):
             found.leave_out(info["name"], "hidden files")
         else:
@@ -290,9 +290,9 @@ def _of_glob(fs: fsspec.AbstractFileSystem, pattern: str, found: _Found) -> Iter
 
 
 def _files_below(fs: fsspec.AbstractFileSystem, root: str, depth: int | None = None) -> Iterator[dict[str, Any]]:
-    """Yields a folder's files, `depth` levels deep; a local folder's symbolic links are followed.
+    """Yields a folder's files, `depth` levels deep, following local symbolic links.
 
-    What is neither file nor folder in a local one is of the type "other".
+    Local entries that are neither files nor folders get the type "other".
     """
     if isinstance(fs, LocalFileSystem):
         yield from _local_files(root, depth, (os.path.realpath(root),))
@@ -317,18 +317,18 @@ def _local_files(folder: str, depth: int | None, above: tuple[str, ...]) -> Iter
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """Returns what is there after all links: "file", "directory" or "other"."""
+    """Returns the type after following all links: "file", "directory" or "other"."""
     try:
         if entry.is_dir():
             return "directory"
-        # A link that leads nowhere, or in a circle, counts as a file: it is refused once it is known to be meant.
+        # A broken or circular link counts as a file here; it is refused later if it is selected.
         return "file" if entry.is_file() or not os.path.exists(entry.path) else "other"
     except OSError:
         return "file"
 
 
 def _facts(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> dict[str, Any]:
-    """Returns the facts of a file that was listed; of a local symbolic link, those of the file that it leads to."""
+    """Returns the facts of a listed file; for a local symbolic link, the facts of its target."""
     if not isinstance(fs, LocalFileSystem):
         return info
     path = info["name"]
@@ -362,7 +362,7 @@ def _refuse_broken_link(path: str, error: OSError) -> None:
 
 
 def _url_of(fs: fsspec.AbstractFileSystem, name: str, path: str) -> str:
-    """Returns the URL of a file below `path`; what a chained URL such as `zip://NAME::PATH` goes on with is kept."""
+    """Returns the URL of a file below `path`, keeping the rest of a chained URL such as `zip://NAME::PATH`."""
     if isinstance(fs, LocalFileSystem):
         return name
     links = path.split("::")
@@ -375,7 +375,7 @@ def _url_of(fs: fsspec.AbstractFileSystem, name: str, path: str) -> str:
 
 
 def _place_of_name(links: Sequence[str]) -> int:
-    """Returns which link of a chained URL names the file; links before it only say how it is read."""
+    """Returns the index of the part of a chained URL that names the file; parts before it say how to read it."""
     return next((number for number, link in enumerate(links) if "://" in link), len(links) - 1)
 
 
@@ -386,7 +386,7 @@ def _source(fs: fsspec.AbstractFileSystem, info: dict[str, Any], url: str) -> So
 
 
 def _identity(fs: fsspec.AbstractFileSystem, info: dict[str, Any], url: str) -> tuple[int, str]:
-    """Returns a file's size, and a text that changes when the file does."""
+    """Returns a file's size, and a text that changes with the file."""
     told = {key.lower(): str(value) for key, value in info.items() if value is not None}
     version = {key: value for key, value in told.items() if key in _TIME_KEYS | _HASH_KEYS}
     size = info["size"]
@@ -406,13 +406,13 @@ def _hashed(fs: fsspec.AbstractFileSystem, path: str) -> tuple[int, dict[str, st
 
 
 def _is_in_archive(url: str) -> bool:
-    """Tells whether a chained URL names a file within another."""
+    """Returns whether a chained URL names a file within an archive."""
     first, _, rest = url.partition("::")
     return bool(rest) and "://" in first
 
 
 def is_web(fs: fsspec.AbstractFileSystem) -> bool:
-    """Tells whether files come from a web server, which may not serve parts of them."""
+    """Returns whether the file system is a web server, which may not serve parts of files."""
     protocols = [fs.protocol] if isinstance(fs.protocol, str) else fs.protocol
     return "http" in protocols
 
@@ -433,7 +433,7 @@ def _serves_ranges(fs: fsspec.AbstractFileSystem, path: str, size: int) -> bool:
 def _heads(
     files: Mapping[str, tuple[fsspec.AbstractFileSystem, dict[str, Any]]], sources: Sequence[Source]
 ) -> dict[str, bytes]:
-    """Returns the first bytes of files by their URLs; object stores are asked for many at a time."""
+    """Returns the first bytes of files by URL; on object stores many requests run in parallel."""
     heads: dict[str, bytes] = {}
     together: dict[fsspec.AbstractFileSystem, list[Source]] = {}
     for source in sources:
@@ -461,7 +461,7 @@ def _head(fs: fsspec.AbstractFileSystem, name: str) -> bytes:
 
 
 def _surroundings(fs: fsspec.AbstractFileSystem, path: str) -> str:
-    """Says which names the user may have meant: those in the nearest folder that exists."""
+    """Returns suggestions: similar names in the nearest existing folder."""
     name = os.path.basename(path)
     parent = os.path.dirname(path)
     while (info := _info_or_none(fs, parent)) is None or info["type"] != "directory":

@@ -1,4 +1,4 @@
-"""Records of a stream, each once: standard input, a file, or a folder that files are added to."""
+"""Reading the records of a stream exactly once: standard input, a file, or a folder to which files are added."""
 
 from __future__ import annotations
 
@@ -22,26 +22,25 @@ from embedtrain.schema import Count
 STANDARD_INPUT = "-"
 
 MAX_OPEN_BYTES = 1 << 20
-"""A record of a stream whose quote is still open after so many bytes is bad: without a limit, one stray quote would
-swallow all that comes after it."""
+"""Maximum bytes of a record with an open quote. Without a limit, a stray quote would swallow the rest of the stream."""
 
 _UNFINISHED = (".partial", ".tmp")
 _TURN_SECONDS = 1.0
 """Poll timeout of the non-blocking reader, in seconds."""
 _READ_BYTES = 1 << 16
 _ODD = (b"\r", b"\0", BYTE_ORDER_MARK)
-"""What lines must not hold to be records as they stand."""
-_NEVER_CLOSED = "a quote that is opened on this line is never closed"
+"""Lines without these are records without further checks."""
+_NEVER_CLOSED = "a quote opened on this line is never closed"
 
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """How far a stream was read; JSON by `vars`.
+    """Says how far a stream was read; JSON by `vars`.
 
     Attributes:
-        name: the file being read, empty before the first; files whose names sort before it are done.
-        line: lines of it that are done.
-        digest: a hash of these lines, by which they are known again.
+        name: the file being read, empty before the first; files that sort before it are done.
+        line: number of its lines that are done.
+        digest: hash of these lines, to recognise them after a restart.
     """
 
     name: str = ""
@@ -51,13 +50,13 @@ class StreamPosition:
 
 @dataclass(frozen=True)
 class Lines:
-    """Some records of a stream: lines, or several lines whose breaks are quoted.
+    """Holds records of a stream: single lines, or several lines with quoted line breaks.
 
     Attributes:
-        texts: without their ends.
-        numbers: where they stand: a file, the number of a line in it, from 1, and how many records begin on that line
-            and on those that follow.
-        wrong: by place in `texts`, what is wrong with those that cannot be used, whose text is empty.
+        texts: the records without line ends.
+        numbers: their positions: a file, a line number from 1, and the number of records that begin on that line and
+            the following ones.
+        wrong: reasons of bad records by their index in `texts`, where their text is empty.
     """
 
     texts: list[str]
@@ -65,7 +64,7 @@ class Lines:
     wrong: dict[int, str] = field(default_factory=dict)
 
     def count(self, name: str, first: int, num_lines: int) -> None:
-        """Notes where the lines stand that were just added."""
+        """Records the positions of the lines just added."""
         if self.numbers:
             last_name, last_first, last_count = self.numbers[-1]
             if last_first + last_count == first and last_name == name:
@@ -74,32 +73,32 @@ class Lines:
         self.numbers.append((name, first, num_lines))
 
     def place(self, index: int) -> str:
-        """Names the file and the line of a text, as an editor counts them."""
+        """Returns the file and the line number (from 1) of a text, for messages."""
         for name, first, count in self.numbers:
             if index < count:
                 return f"{'standard input' if name == STANDARD_INPUT else name}:{first + index}"
             index -= count
-        raise IndexError(f"there are {len(self.texts)} lines")
+        raise IndexError(f"the index must be less than the {len(self.texts)} lines")
 
 
 class LineStream:
-    """Reads a stream once, record by record, and can go on from any position.
+    """Reads a stream once, record by record, from any position.
 
-    Files of a folder are read in order of their names, such as times, and are whole when they appear: write them
-    under a name that begins with "." or "_", or ends with ".partial" or ".tmp", then rename. One may be removed when
-    a later one was begun. Standard input has no position of its own: to go on, give it from its beginning again, and
-    what was read is left out. What is left out is compared with what was read, by a hash.
+    Files of a folder are read in the order of their names, and must be complete when they appear: write them under a
+    name that begins with "." or "_" or ends with ".partial" or ".tmp", then rename them. A file may be removed once a
+    later file is being read. To continue with standard input, send it from its beginning; the lines already read are
+    skipped, and a hash checks that they are the same.
 
     Args:
-        path: "-" for standard input; or a file, or a folder, on any fsspec URL. Compressed files are unpacked.
-        position: where to go on.
-        poll_seconds: how often to look for new files of a folder that was read to its end; None ends there.
-        quoting: what quotes line breaks; None if nothing does.
-        standard_input: the file descriptor that "-" stands for.
-        pause: waits for seconds between two looks.
+        path: "-" for standard input; or a file or a folder on any fsspec URL. Compressed files are decompressed.
+        position: where to continue.
+        poll_seconds: seconds between two looks for new files in the folder; None ends after the last file.
+        quoting: the characters that quote line breaks; None for none.
+        standard_input: file descriptor of standard input.
+        pause: function that waits a number of seconds.
 
     Attributes:
-        position: where the next line is.
+        position: position of the next line.
     """
 
     def __init__(
@@ -128,8 +127,8 @@ class LineStream:
         """Returns the next lines without their ends, fewer only at the end of the stream.
 
         Raises:
-            UserError: there is no such file, a line is not UTF-8 or cannot be used, what was read before is not there
-                any more, or a file appeared whose name sorts before the one being read, and which would never be read.
+            UserError: the file does not exist, a line is bad or not UTF-8, lines read before are missing or changed, or
+                a file appeared that sorts before the file being read, so that it would never be read.
         """
         while (lines := self.take(num_lines)) is None:
             pass
@@ -138,9 +137,9 @@ class LineStream:
         return lines.texts
 
     def take(self, num_lines: int) -> Lines | None:
-        """Returns lines as `read` does, with those that cannot be used; None if they have not all come in a second.
+        """Returns lines like `read`, including bad ones; None if they have not all arrived within a second.
 
-        Those that have come are kept for the next call.
+        Lines that have arrived are kept for the next call.
         """
         taken = self._taken
         while (num_missing := num_lines - len(taken.texts)) > 0:
@@ -167,7 +166,7 @@ class LineStream:
         return taken
 
     def _take_of_run(self, run: _Run, num_lines: int, taken: Lines) -> None:
-        """Takes the next lines of a run, and moves on to their end."""
+        """Takes the next lines of a run and advances the position."""
         texts = run.texts[run.num_taken : run.num_taken + num_lines]
         self._name, self._digest = run.name, run.digest
         is_whole = len(texts) == len(run.texts)
@@ -181,7 +180,7 @@ class LineStream:
             self._run = None
 
     def _every_line(self) -> Iterator[str | _Wrong | _Run | None]:
-        """Yields the records from the position on, plain lines together, and None if none has come for a while."""
+        """Yields the records from the position on, plain lines in runs; yields None on each poll timeout."""
         if self._path == STANDARD_INPUT:
             yield from self._records_of(
                 _split(_read_descriptor(self._standard_input), self._path_of(STANDARD_INPUT)), STANDARD_INPUT
@@ -204,10 +203,10 @@ class LineStream:
                         _split(iter(lambda: file.read(_READ_BYTES), b""), self._path_of(name)), name
                     )
             except OSError as error:
-                raise UserError(f"{self._path_of(name)} cannot be read: {error}") from error
+                raise UserError(f"cannot read {self._path_of(name)}: {error}") from error
 
     def _names(self, file_system: AbstractFileSystem, folder: str) -> Iterator[str | None]:
-        """Yields the names of a folder's files from the position on, and None while it waits for more."""
+        """Yields the names of a folder's files from the position on; yields None while it waits for more."""
         known: set[str] | None = None
         while True:
             file_system.invalidate_cache()
@@ -246,7 +245,7 @@ class LineStream:
         return self._path if self._path.endswith(f"/{name}") else f"{self._path}/{name}"
 
     def _records_of(self, blocks: Iterable[list[bytes] | None], name: str) -> Iterator[str | _Wrong | _Run | None]:
-        """Yields the records of a file that were not read before, and None while nothing comes."""
+        """Yields the unread records of a file; yields None on each poll timeout."""
         before = self.position if name == self.position.name else StreamPosition()
         where = self._path_of(name)
         digest = xxhash.xxh3_64()
@@ -271,19 +270,19 @@ class LineStream:
                 digest.update(line.rstrip(b"\r\n") + b"\n")
                 if number == before.line and before.digest not in ("", digest.hexdigest()):
                     raise UserError(
-                        f"the first {number} lines of {where} are not those that were read before: give it from "
-                        "its beginning again, unchanged, or start a new run"
+                        f"the first {number} lines of {where} differ from the lines read before: send it again from "
+                        "its beginning, unchanged, or start a new run"
                     )
         for record in records.end():
             yield self._taken_up(record, name, digest)
         if number < before.line:
             raise UserError(
-                f"{where} ends after {number} lines, and {before.line} were read before: give it from its beginning "
-                "again"
+                f"{where} ends after {number} lines, but {before.line} were read before: send it again from its "
+                "beginning"
             )
 
     def _taken_up(self, record: _Record, name: str, digest: xxhash.xxh3_64) -> str | _Wrong:
-        """Moves on to the end of a record and returns its text without the line end, or what is wrong with it."""
+        """Advances past a record; returns its text without the line end, or the reason why it is bad."""
         for line in record.lines:
             digest.update(line.rstrip(b"\r\n") + b"\n")
         self._name, self._line, self._digest = name, record.first + len(record.lines) - 1, digest
@@ -304,15 +303,15 @@ class LineStream:
 
 @dataclass
 class _Run:
-    """Lines of a file that are records as they stand.
+    """Holds consecutive lines of a file, each of which is a record.
 
     Attributes:
-        texts: without their ends.
+        texts: the lines without line ends.
         content: their bytes, each line with an LF.
-        name: of the file.
+        name: name of the file.
         first: number of the first line.
-        digest: of the file's lines before these, to be updated with those that are taken.
-        num_taken: how many were taken.
+        digest: hash of the file's lines before these; updated as lines are taken.
+        num_taken: number of lines taken.
     """
 
     texts: list[str]
@@ -324,13 +323,13 @@ class _Run:
 
 
 class _Wrong(NamedTuple):
-    """Stands for a record that cannot be used."""
+    """Stands for a bad record."""
 
     reason: str
 
 
 class _Record(NamedTuple):
-    """Lines with their ends, and the number of the first one; `reason` says why they cannot be used, if they cannot."""
+    """Holds the lines of a record with their ends and the number of the first line; `reason` is set if it is bad."""
 
     lines: list[bytes]
     first: int
@@ -338,10 +337,10 @@ class _Record(NamedTuple):
 
 
 class _Records:
-    """Joins lines whose breaks are quoted; scans each line once.
+    """Joins lines with quoted line breaks into records; scans each line once.
 
-    If a quote is still open after `MAX_OPEN_BYTES`, or at the end, then the line that opens it is bad, and the lines
-    that follow are records of their own.
+    If a quote is still open after `MAX_OPEN_BYTES` or at the end, the line that opens it is bad, and the following
+    lines are records of their own.
     """
 
     def __init__(self, quoting: Quoting | None, first: int) -> None:
@@ -353,9 +352,9 @@ class _Records:
         self._num_bytes = 0
 
     def run_of(self, lines: list[bytes], name: str, digest: xxhash.xxh3_64) -> _Run | None:
-        """Takes the next lines if all of them are records as they stand; None if they must be looked at one by one.
+        """Takes the next lines if each of them is a record; returns None if they must be scanned one by one.
 
-        That is so if no line before them is open, no line ends within quotes, and they hold no CR and nothing wrong.
+        The condition is that no earlier line is open, no line ends within quotes, and they contain no CR and no fault.
         """
         content = b"".join(lines)
         if self._open or not content.endswith(b"\n") or any(each in content for each in _ODD):
@@ -380,7 +379,7 @@ class _Records:
         return self._scan(deque([line]), MAX_OPEN_BYTES, f" within {MAX_OPEN_BYTES >> 20} MiB")
 
     def end(self) -> list[_Record]:
-        """Returns the records that are left if no more lines come."""
+        """Returns the remaining records after the last line."""
         found: list[_Record] = []
         while self._open:
             found.append(self._record([self._open[0]], _NEVER_CLOSED))
@@ -413,12 +412,12 @@ class _Records:
 
 
 def _split(blocks: Iterable[bytes | None], where: str) -> Iterator[list[bytes] | None]:
-    """Yields the lines of each block with their ends: LF, CRLF or a bare CR; passes on each None.
+    """Yields the lines of each block with their ends (LF, CRLF or a bare CR), and each None.
 
     Raises:
         UserError: a line is too long.
     """
-    # The beginning of a line that has not ended yet. Whether an LF follows a CR at the end is not known yet.
+    # The beginning of an unfinished line. A CR at the end stays here, because an LF may follow it.
     rest: list[bytes] = []
     num_bytes = 0
     for block in blocks:
@@ -450,7 +449,7 @@ def _without_mark(line: bytes, where: str) -> bytes:
 
 
 def _read_descriptor(descriptor: int) -> Iterator[bytes | None]:
-    """Yields what comes from a file descriptor, and None when for a while nothing does."""
+    """Yields blocks from a file descriptor; yields None on each poll timeout."""
     while True:
         if not select.select([descriptor], [], [], _TURN_SECONDS)[0]:
             yield None

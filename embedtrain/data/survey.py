@@ -1,4 +1,4 @@
-"""What the columns of files of rows hold, as far as their first rows tell."""
+"""Surveying files of rows: infers what their columns hold from the first rows."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ _PART_BYTES = 4 << 20
 _OTHER_DELIMITERS = ";\t|"
 _BAG_SEPARATORS = "|;"
 _BAG_SHARE = 0.2
-"""Of a column's texts, the share with a separator from which on the column is taken for one of bags."""
+"""Minimum share of texts with a separator for a column to count as bags."""
 _FEW_OTHERS = 3
-"""So many distinct texts may stand among numbers for a column to look like one of numbers."""
+"""Maximum number of distinct texts in a column that otherwise holds numbers."""
 _NUMBER = r"\s*[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?\s*"
 _INTEGER = r"\s*[-+]?\d+\s*"
 _MISSING = ("", "na", "n/a", "nan", "null", "none", "nil", "?", "-", ".", "\\n", "missing", "unknown")
-"""What stands for no value in files of many makers, in lower case."""
+"""Common spellings of a missing value, in lower case."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """What the first rows have in a column.
+    """Describes a column in the first rows.
 
     Attributes:
-        name: of the column.
-        kind: "list" for columns of lists; "number" and "integer" if every value can be read as one.
-        num_missing: rows without a value.
-        counts: how often each value occurs, the most frequent first; of a bag, each of its values.
-        least, greatest: of numbers.
-        separator: what parts many texts into several values; None if nothing does.
-        strange: of texts most of which are numbers, the few others, and how often each occurs; else empty.
+        name: name of the column.
+        kind: "list" for columns of lists; "number" and "integer" if every value can be parsed as one.
+        num_missing: number of rows without a value.
+        counts: how often each value (of bags: each element) occurs, most frequent first.
+        least, greatest: range of numbers.
+        separator: separator that splits many texts into several values; None if there is none.
+        strange: the few texts in a column of numbers, with their counts; else empty.
     """
 
     name: str
@@ -57,28 +57,28 @@ class Column:
 
     @property
     def is_bag(self) -> bool:
-        """Whether a row has any number of values."""
+        """Whether the column holds bags."""
         return self.kind == "list" or self.separator is not None
 
     @property
     def num_values(self) -> int:
-        """How many distinct values there are."""
+        """Number of distinct values."""
         return len(self.counts)
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What the first rows of files hold.
+    """Describes the first rows of files.
 
     Attributes:
         format: name of the format.
-        layout: of the lines of a text.
-        has_names: whether the first line names the columns; else they are called c1, c2 and so on.
-        num_rows: rows that were looked at.
+        layout: layout of text lines.
+        has_names: whether the first line names the columns; else they are named c1, c2 and so on.
+        num_rows: number of rows read.
         is_all: whether these are all rows of the files.
-        columns: in their order.
-        num_bad: lines among these rows that cannot be read; they are not counted.
-        remarks: on the columns and the lines that are left out, each a line of text.
+        columns: the columns in order.
+        num_bad: number of bad lines among these rows, not counted in `num_rows`.
+        remarks: a line of text per column left out, and one about bad lines.
     """
 
     format: str
@@ -92,10 +92,10 @@ class Survey:
 
 
 def survey(path: str | Sequence[str]) -> Survey:
-    """Looks at the first rows of the first of some files, at most about `MAX_ROWS`.
+    """Surveys the first rows, about `MAX_ROWS` at most, of the first file.
 
     Raises:
-        UserError: there is no such file, its suffix tells no format, or its rows have no columns.
+        UserError: the file does not exist, its suffix is unknown, or its rows have no columns.
     """
     sources = expand_sources(path, suffixes_of(AUTO))
     reader = format_of(sources[0], AUTO)
@@ -120,25 +120,25 @@ def survey(path: str | Sequence[str]) -> Survey:
         lines = "1 line that cannot be read" if len(faults) == 1 else f"{len(faults):,} lines that cannot be read"
         remarks.append(f"left out: {lines}; {reader.place(faults[0])}: {faults[0].reason}")
     if not num_rows:
-        raise UserError("; ".join([f"{sources[0].url}: there are no rows in it that can be used", *remarks]))
+        raise UserError("; ".join([f"{sources[0].url} has no usable rows", *remarks]))
     columns = []
     for name in names:
         values = pa.concat_arrays([plain(batch.column(name)) for batch in batches])
         if isinstance(reader, JsonLines) and pa.types.is_large_list(values.type):
             values = _unwrapped(values)
         elif isinstance(reader, Csv):
-            values = pc.utf8_trim_whitespace(values)  # as the values of a click log are read
+            values = pc.utf8_trim_whitespace(values)  # Parsed like the values of a click log.
         if pa.types.is_large_list(values.type) and _has_fraction(values.type.value_type):
             remarks.append(f"left out: {name}, which holds lists of numbers with fractions")
             continue
-        # A bag in Parquet is a list: its texts are not parted.
+        # In Parquet a bag is a list, so texts are not split.
         columns.append(_column(name, values, "" if isinstance(reader, Parquet) else _BAG_SEPARATORS))
     format = next(key for key, value in FORMATS.items() if value is reader)
     return Survey(format, layout, has_names, num_rows, is_all, columns, len(faults), remarks)
 
 
 def _left_out(reader: Format, source: Source, names: Sequence[str]) -> dict[str, str]:
-    """Returns the columns of values that no model can use, and what they hold."""
+    """Returns the columns that no model can use, and what they hold."""
     if isinstance(reader, JsonLines):
         found = reader.nested_columns(source, MAX_ROWS)
         return {name: "objects" for name in names if name in found}
@@ -150,7 +150,7 @@ def _left_out(reader: Format, source: Source, names: Sequence[str]) -> dict[str,
 
 
 def _unusable(kind: pa.DataType) -> str | None:
-    """Returns what a column of Parquet holds if it is neither texts, numbers nor lists of these; else None."""
+    """Returns what a Parquet column holds if it is not texts, numbers or lists of these; else None."""
     value = kind.value_type if pa.types.is_large_list(kind) else kind
     if pa.types.is_nested(value):
         return "objects"
@@ -170,8 +170,8 @@ def _batches(
     layout: Layout,
     faults: list[Fault],
 ) -> Iterator[pa.RecordBatch]:
-    """Yields the rows of a file; `faults` takes the lines that cannot be parsed."""
-    # Which columns are numbers and which are bags is yet to be found out.
+    """Yields the rows of a file; bad lines are added to `faults`."""
+    # It is not known yet which columns hold numbers or bags.
     uses = Uses(numbers=frozenset(names), separators=dict.fromkeys(names))
     for segment in (segment for part in reader.plan([source], _PART_BYTES, ()) for segment in part):
         for rows in reader.read(segment, list(names), existing, layout, faults, uses=uses):
@@ -179,7 +179,7 @@ def _batches(
 
 
 def _unwrapped(values: pa.Array) -> pa.Array:
-    """Returns the values of lists of at most one value each, as the reader of JSON lines gives any value of a bag."""
+    """Unwraps lists of at most one value each; the reader of JSON lines wraps every value of a possible bag."""
     lengths = pc.fill_null(pc.list_value_length(values), 0)
     if (pc.max(lengths).as_py() or 0) > 1:
         return values
@@ -188,7 +188,7 @@ def _unwrapped(values: pa.Array) -> pa.Array:
 
 
 def _layout_of(reader: Csv, source: Source) -> tuple[Layout, bool]:
-    """Returns how the lines of a delimited text are laid out, and whether the first one names the columns."""
+    """Returns the layout of a delimited text, and whether its first line names the columns."""
     layout = Layout()
     fields = reader.first_fields(source, layout)
     for delimiter in _OTHER_DELIMITERS if len(fields) == 1 else ():
@@ -200,7 +200,7 @@ def _layout_of(reader: Csv, source: Source) -> tuple[Layout, bool]:
 
 
 def _are_names(reader: Csv, source: Source, fields: Sequence[str], layout: Layout) -> bool:
-    """Returns whether the fields of a first line name the columns; the layout takes that line for values."""
+    """Returns whether the fields of a first line are column names rather than values."""
     if len(set(fields)) == len(fields) and all(fields) and not any(_is_number(field) for field in fields):
         return True
     names = layout.columns or ()
@@ -209,7 +209,7 @@ def _are_names(reader: Csv, source: Source, fields: Sequence[str], layout: Layou
         return not any(_is_number(field) for field in fields) and any(fields)
     below = [pc.utf8_trim_whitespace(plain(batch.column(name))).slice(1) for name in names]
     is_text = [not _is_number(field) and field.lower() not in _MISSING for field in fields]
-    # A text above nothing but numbers can only be their name; it decides whatever names stand beside it.
+    # A text above a column of numbers is a name, so the whole line holds names.
     if any(text and _are_numbers(values) for text, values in zip(is_text, below, strict=True)):
         return True
     comes_again = (
@@ -223,18 +223,18 @@ def _is_number(text: str) -> bool:
 
 
 def _are_numbers(values: pa.Array) -> bool:
-    """Returns whether there are values and all of them are numbers."""
+    """Returns whether there are values and all are numbers."""
     given = values.filter(pc.not_equal(values, ""))
     return len(given) > 0 and bool(pc.all(pc.match_substring_regex(given, f"^(?:{_NUMBER})$")).as_py())
 
 
 def _column(name: str, values: pa.Array, separators: str) -> Column:
-    """Returns what a column holds; its values are texts as the reader of a run takes them.
+    """Describes a column, whose values are parsed like the values of a run.
 
     Args:
         name: of the column.
-        values: one of each row.
-        separators: the characters that may part a text into values.
+        values: one value per row.
+        separators: characters that may separate the values of a text.
     """
     if pa.types.is_large_list(values.type):
         return Column(name, "list", int(pc.sum(_is_empty_list(values)).as_py() or 0), _counts(_texts(values.flatten())))
@@ -246,7 +246,7 @@ def _column(name: str, values: pa.Array, separators: str) -> Column:
         numbers = pc.cast(pc.ascii_trim_whitespace(given), pa.float64())
         least, greatest = pc.min_max(numbers).as_py().values()
         is_integer = pc.all(pc.match_substring_regex(given, f"^(?:{_INTEGER})$")).as_py()
-        # A floating-point number or a decimal in Parquet or JSON is no id, whatever its value.
+        # A floating-point number or a decimal in Parquet or JSON is never an id.
         is_integer = is_integer and not _has_fraction(values.type)
         return Column(name, "integer" if is_integer else "number", num_missing, counts, least, greatest)
     separator = next((each for each in separators if _share_with(given, each) > _BAG_SHARE), None)

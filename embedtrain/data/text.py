@@ -1,4 +1,4 @@
-"""Words and sentences of text, a chunk at a time: arrays in, arrays out, no Python loop over words."""
+"""Tokenizing text into words and sentences, chunk by chunk, without a Python loop over words."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from embedtrain.data.vocabulary import WordRows
 
-# A longer line is cut into sentences of this many words, as gensim does (word2vec.c cuts at 1,000 kept
-# words): a text without line ends is still trained on whole, and a sentence has a bounded size.
+# Longer lines are cut into sentences of this many words, as in gensim (word2vec.c cuts at 1,000 kept words).
+# This bounds the size of a sentence, and a text without line ends is still used completely.
 MAX_SENTENCE_WORDS = 10_000
 
 _CUT = re.compile(rb"[A-Za-z][_:/#.@-]?[0-9]|[0-9][_:/#@-]?[A-Za-z]|[A-Za-z0-9]_[A-Za-z0-9]")
@@ -29,11 +29,11 @@ _NOT_SEEN = 0xFFFFFFFF
 
 
 class Tokens(NamedTuple):
-    """The words of a chunk of text.
+    """Holds the words of a chunk of text.
 
     Attributes:
         words: [n] large_binary; UTF-8.
-        begins: [n] bool; whether the word is the first of a sentence.
+        begins: [n] bool; whether the word begins a sentence.
     """
 
     words: pa.LargeBinaryArray
@@ -41,16 +41,18 @@ class Tokens(NamedTuple):
 
 
 def _letters(text: bytes) -> bytes:
-    """Lower-cases, and turns into separators what is neither a letter nor a mark on one (an accent)."""
+    """Lower-cases text, and replaces every character that is not a letter or its mark (accent) by a separator."""
     if text.isascii():
         return text.translate(_ascii_letters())
-    characters = text.decode().replace("\u0130", "\u0130".lower())  # The only letter whose lower case is longer.
+    characters = text.decode().replace(
+        "\u0130", "\u0130".lower()
+    )  # The only letter whose lower case has two characters.
     codes = _with_lower_sigmas(characters, np.frombuffer(characters.encode("utf-32-le"), "<u4"))
     return _lower_letters(codes).tobytes().decode("utf-32-le").encode()
 
 
 def _with_lower_sigmas(characters: str, codes: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Lower-cases the words that hold a capital sigma: its lower case alone depends on the letters around it.
+    """Lower-cases words with a capital sigma, the only letter whose lower case depends on its neighbours.
 
     Args:
         characters: text.
@@ -59,7 +61,7 @@ def _with_lower_sigmas(characters: str, codes: NDArray[np.uint32]) -> NDArray[np
     sigmas = np.flatnonzero(codes == _SIGMA)
     if not len(sigmas):
         return codes
-    # No letter beyond these separators counts as being around.
+    # Python then sees only the letters of the same word as neighbours.
     separators = np.flatnonzero(codes <= _SPACE)
     edges = np.concatenate(([-1], separators, [len(codes)]))
     words = np.unique(np.searchsorted(separators, sigmas))
@@ -70,7 +72,7 @@ def _with_lower_sigmas(characters: str, codes: NDArray[np.uint32]) -> NDArray[np
 
 
 def _lower_letters(codes: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Returns the lower case of [n] code points; 0 for one that is no letter, no mark on one and no newline."""
+    """Returns the lower case of [n] code points; 0 unless it is a letter, a mark or a newline."""
     table = _letter_table()
     letters: NDArray[np.uint32] = table[codes]
     is_new = letters == _NOT_SEEN
@@ -85,24 +87,24 @@ def _as_is(text: bytes) -> bytes:
     return text
 
 
-# A tokenizer rewrites UTF-8 text so that separators (bytes up to a space) part words, newlines sentences.
+# A tokenizer rewrites UTF-8 text so that bytes up to a space separate words, and newlines separate sentences.
 TOKENIZERS: dict[str, Callable[[bytes], bytes]] = {"letters": _letters, "whitespace": _as_is}
 
 
 def tokenize(chunks: Iterable[bytes], tokenizer: str) -> Iterator[Tokens]:
-    """Splits text into words and marks the words that begin a sentence.
+    """Splits text into words, and marks words that begin a sentence.
 
     Args:
-        chunks: UTF-8, each cut at white space; a line may go on from chunk to chunk.
+        chunks: UTF-8 text, cut at white space; a line may span chunks.
         tokenizer: a name in `TOKENIZERS`: `letters` (lower-cased words of Unicode letters) or `whitespace`
-            (what stands between ASCII white space, as it is).
+            (unchanged words between ASCII white space).
     """
     words_in_line = 0
     for chunk in chunks:
         text = TOKENIZERS[tokenizer](chunk)
         words, starts = _split(text)
         newlines = np.flatnonzero(np.frombuffer(text, np.uint8) == _NEWLINE)
-        # Each line's first word, as its number in the chunk: negative where the line began in an earlier one.
+        # The index in the chunk of each line's first word: negative if the line began in an earlier chunk.
         line_first = np.concatenate(([-words_in_line], np.searchsorted(starts, newlines)))
         line_sizes = np.diff(line_first, append=len(starts))
         line_sizes[0] -= words_in_line
@@ -112,10 +114,10 @@ def tokenize(chunks: Iterable[bytes], tokenizer: str) -> Iterator[Tokens]:
 
 
 def lost_words(text: bytes) -> tuple[float, str]:
-    """Returns the share of a text's words that the tokenizer `letters` cuts or drops, and an example; 0 without any.
+    """Returns the share of words that the tokenizer `letters` cuts or drops, and an example of them.
 
-    Words that a reader writes with a digit or an underscore within, such as node_12, lose that part; numbers are
-    dropped. Punctuation around words is no loss.
+    Words with a digit or an underscore, such as node_12, are cut; numbers are dropped. Punctuation around words does
+    not count.
     """
     words = text.split()
     lost = [word for word in words if _CUT.search(word) or _NUMBER.fullmatch(word)]
@@ -123,15 +125,15 @@ def lost_words(text: bytes) -> tuple[float, str]:
 
 
 def encode(tokens: Iterable[Tokens], rows: WordRows) -> Iterator[NDArray[np.int32]]:
-    """Turns words into ids: words that have none are dropped, the first kept one of a sentence becomes ~id.
+    """Encodes words as ids, dropping unknown words; the first kept word of a sentence becomes ~id.
 
     Args:
-        rows: the ids of the vocabulary's words.
+        rows: maps the vocabulary's words to ids.
 
     Yields:
-        [kept] int32; one array per chunk. Sentences without a kept word leave no trace.
+        [kept] int32 per chunk. Sentences without a kept word are dropped.
     """
-    unmarked = False  # Whether the sentence that is open at the chunk's start has no kept word yet.
+    unmarked = False  # Whether the sentence that continues from the previous chunk has no kept word yet.
     for words, begins in tokens:
         ids = rows.of(words)
         sentence = np.cumsum(begins)
@@ -146,7 +148,7 @@ def encode(tokens: Iterable[Tokens], rows: WordRows) -> Iterator[NDArray[np.int3
 
 
 def _split(text: bytes) -> tuple[pa.LargeBinaryArray, NDArray[np.int64]]:
-    """Returns what stands between separators ([n] large_binary), and where in the text ([n] int64)."""
+    """Returns the words between separators ([n] large_binary) and their positions in the text ([n] int64)."""
     inside = np.zeros(len(text) + 2, np.bool_)
     np.greater(np.frombuffer(text, np.uint8), _SPACE, out=inside[1:-1])
     edges = np.flatnonzero(inside[1:] != inside[:-1])
@@ -165,9 +167,9 @@ def _ascii_letters() -> bytes:
 
 @cache
 def _letter_table() -> NDArray[np.uint32]:
-    """[code points] uint32: what `_lower_letter` says of each code point, `_NOT_SEEN` until a text holds it.
+    """Returns [code points] uint32: the cache of `_lower_letter`, filled when a text contains a code point.
 
-    Asking Python about each of the million code points takes two seconds, and a text holds few of them.
+    Filling all million code points at once would take two seconds, and a text has few of them.
     """
     table = np.full(sys.maxunicode + 1, _NOT_SEEN, np.uint32)
     table[:128] = [_lower_letter(code) for code in range(128)]
@@ -175,6 +177,6 @@ def _letter_table() -> NDArray[np.uint32]:
 
 
 def _lower_letter(code: int) -> int:
-    """Returns the lower case of a letter (Unicode category L), a mark (M) or a newline; 0 for all else."""
+    """Returns the lower case of a letter (Unicode category L), a mark (M) or a newline; 0 for other characters."""
     lower = chr(code).lower()
     return ord(lower) if code == _NEWLINE or unicodedata.category(lower)[0] in "LM" else 0

@@ -1,4 +1,4 @@
-"""Vectors by name in the files of other programs, a block at a time: which format it is, the file itself says."""
+"""Reading named vectors from files of other programs, in blocks; the format is detected from the content."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ FloatRows = NDArray[np.float32]
 Places = NDArray[np.int64]
 
 NAMES_SUFFIX = ".vocabulary.tsv"
-"""Ending of the file of names that belongs to an array: `vectors.npy.vocabulary.tsv`."""
+"""Suffix of the file of names beside an array: `vectors.npy.vocabulary.tsv`."""
 
 _HEAD_BYTES = 1 << 20
 _BLOCK_BYTES = 8 << 20
 _NO_TEXT = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")
-"""Bytes that text has only in odd names; four of ten random bytes are one of these or no UTF-8."""
+"""Bytes that are rare in text: of random bytes, 40 % are one of these or invalid in UTF-8."""
 _BORDER = re.compile(rb"[\t\n\v\f\r ]")
 _FOREIGN = {
     b"PK\x03\x04": "a zip archive, such as npz",
     b"\x80": "a Python pickle",
     b"\xba\x16\x4f\x2f": "fastText's model (.bin)",
 }
-"""What else files of vectors begin with, and what they are."""
+"""First bytes of unsupported files, and what they are."""
 _MAX_HEADER_BYTES = 100 << 20
 _VALUES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-"""How numpy reads the values of a safetensors file; those of BF16 are the upper halves of float32 values."""
+"""NumPy dtypes of safetensors values; BF16 values are the upper halves of float32 values."""
 
 
 @dataclass(frozen=True, eq=False)
 class VectorBlock:
-    """Consecutive vectors of a file.
+    """Holds consecutive vectors of a file.
 
     Attributes:
-        names: of the vectors.
-        rows: returns [n, dim], the vectors at [n] places among `names`; those of other places are not even parsed.
+        names: names of the vectors.
+        rows: returns the vectors [n, dim] at the given places [n] of `names`; other vectors are not parsed.
     """
 
     names: Sequence[str]
@@ -61,29 +61,29 @@ def read_vectors(path: str, dim: int) -> Iterator[VectorBlock]:
     """Reads a file of named vectors, about 8 MiB at a time.
 
     Reads word2vec's text and binary formats, fastText's `.vec`, GloVe's text, npy and safetensors with their names
-    beside them in `PATH.vocabulary.tsv` (a line for each row: the name, then perhaps a tab and a count), all of them
-    compressed or not, and Parquet with the columns `word` and `vector`. The format is told by the content: what is
-    none of these is refused, and so is a file that does not hold as many vectors as it says. A name that word2vec cut
-    within a letter ends with U+FFFD.
+    beside them in `PATH.vocabulary.tsv` (one line per row: the name, optionally a tab and a count), compressed or
+    not; and Parquet with the columns `word` and `vector`. The format is detected from the content; other formats are
+    refused, and so are files whose number of vectors differs from their header. A name that word2vec cut within a
+    character ends with U+FFFD.
 
     Args:
         path: the file, any fsspec URL.
-        dim: of the vectors that are expected.
+        dim: expected dim of the vectors.
 
     Raises:
         UserError: there is no such file, it cannot be read, or its vectors have another dim.
     """
     sources = expand_sources([path])
     if len(sources) != 1:
-        raise UserError(f"{path}: expected one file of vectors, and this is {len(sources)}: name one of them")
+        raise UserError(f"{path} must be one file of vectors, but matches {len(sources)}: name one of them")
     yield from _reader_of(sources[0], dim)(sources[0], dim)
 
 
 def check_vectors(path: str, dim: int, key: str) -> None:
-    """Opens a file of vectors and reads the first of them.
+    """Opens a file of vectors and reads its first block.
 
     Raises:
-        UserError: as `read_vectors`; the message names the key.
+        UserError: see `read_vectors`; the message names the key.
     """
     try:
         next(iter(read_vectors(path, dim)), None)
@@ -92,10 +92,10 @@ def check_vectors(path: str, dim: int, key: str) -> None:
 
 
 def _reader_of(source: Source, expected_dim: int) -> Callable[[Source, int], Iterator[VectorBlock]]:
-    """Tells the format from the first bytes.
+    """Detects the format from the first bytes.
 
     Raises:
-        UserError: they are of no format.
+        UserError: the format is unknown.
     """
     with open_unpacked(source) as file:
         head = file.read(max(_HEAD_BYTES, 64 * expected_dim))
@@ -107,7 +107,7 @@ def _reader_of(source: Source, expected_dim: int) -> Callable[[Source, int], Ite
         return _read_safetensors
     for begin, what in _FOREIGN.items():
         if head.startswith(begin):
-            raise UserError(f"{source.url}: {what} is no format of vectors that is read: export them as one of these")
+            raise UserError(f"{source.url}: {what} is not a supported format of vectors: export them as one of these")
     header, _, rest = head.removeprefix(BYTE_ORDER_MARK).partition(b"\n")
     counts = _header_of(header, rest)
     number, line = _first_line(rest, 2) if counts is not None else _first_line(header + b"\n" + rest, 1)
@@ -123,9 +123,9 @@ def _reader_of(source: Source, expected_dim: int) -> Callable[[Source, int], Ite
 
 
 def _header_of(first: bytes, rest: bytes) -> tuple[int, int] | None:
-    """Returns the rows and the dim that word2vec's first line gives; None if the line is not such a header."""
+    """Returns number of rows and dim from the header line of word2vec; None if the line is not a header."""
     counts = _counts_of(first)
-    # In GloVe's format, with vectors of one value, a name may be a number too.
+    # In GloVe's format with vectors of one value, a line whose name is a number looks like a header.
     fields = _first_line(rest, 2)[1].split()
     if counts is not None and counts[1] != 1 and len(fields) == 2 and _parsed([fields[1:]], 1) is not None:
         return None
@@ -133,7 +133,7 @@ def _header_of(first: bytes, rest: bytes) -> tuple[int, int] | None:
 
 
 def _first_line(text: bytes, number: int) -> tuple[int, bytes]:
-    """Returns the number and the content of the first line that is not blank; an empty one if there is none."""
+    """Returns number and content of the first line that is not blank; empty content if there is none."""
     for at, line in enumerate(text.split(b"\n"), start=number):
         if line.strip():
             return at, line
@@ -141,7 +141,7 @@ def _first_line(text: bytes, number: int) -> tuple[int, bytes]:
 
 
 def _is_binary(data: bytes) -> bool:
-    """Tells whether bytes cannot be lines of text."""
+    """Returns whether the bytes are not text."""
     if _NO_TEXT.search(data):
         return True
     try:
@@ -156,7 +156,7 @@ def _shortened(line: bytes) -> str:
 
 
 def _read_text(source: Source, dim: int) -> Iterator[VectorBlock]:
-    """Reads lines of a name and its values, after word2vec's header of two integers, if there is one."""
+    """Reads lines of a name and its values, after the optional header line of word2vec."""
     number, num_read = 0, 0
     counts: tuple[int, int] | None = None
     for chunk in read_chunks(source, 0, source.size_bytes, may_be_damaged=True):
@@ -194,9 +194,9 @@ def _read_text(source: Source, dim: int) -> Iterator[VectorBlock]:
 
 
 def _fields_of(line: bytes, dim: int) -> list[bytes]:
-    """Returns the name and the values of a line; nothing for a line of white space, which names nothing.
+    """Returns the name and the values of a line; None for a blank line.
 
-    A name may hold spaces, as a few of GloVe's do, or be empty, if the line begins with the space after it.
+    A name may contain spaces, as some names of GloVe do; it is empty if the line begins with a space.
     """
     fields = line.rsplit(maxsplit=dim)
     return [b"", *fields] if len(fields) == dim and line[:1] in (b" ", b"\t") else fields
@@ -213,7 +213,7 @@ def _values_of_lines(
 
 
 def _read_binary(source: Source, dim: int) -> Iterator[VectorBlock]:
-    """Reads word2vec's records: the name, a space, `dim` float32 values, and perhaps a line's end."""
+    """Reads the records of word2vec: the name, a space, `dim` float32 values, and optionally a line end."""
     with open_unpacked(source) as file:
         header, _, rest = file.read(max(_BLOCK_BYTES, 8 * dim)).partition(b"\n")
         num_rows, found = _counts_of(header) or (0, 0)
@@ -275,7 +275,7 @@ def _decoded(names: Sequence[bytes], source: Source, places: Sequence[int], unit
 
 
 def _decode_cut(name: bytes) -> str:
-    """Decodes a name; word2vec cuts long ones at a byte, which may lie within a letter."""
+    """Decodes a name; word2vec cuts long names at a byte, possibly within a character."""
     try:
         return name.decode()
     except UnicodeDecodeError as error:
@@ -291,7 +291,7 @@ def _read_npy(source: Source, dim: int) -> Iterator[VectorBlock]:
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, is_by_columns, dtype = read(file)
         except ValueError as error:
-            raise UserError(f"{source.url}: cannot be read as npy: {error}") from error
+            raise UserError(f"{source.url} is not a valid npy file: {error}") from error
         if is_by_columns or dtype.kind != "f":
             raise UserError(
                 f"{source.url}: expected floating-point values, row by row, got {dtype}"
@@ -301,7 +301,7 @@ def _read_npy(source: Source, dim: int) -> Iterator[VectorBlock]:
 
 
 def _read_safetensors(source: Source, dim: int) -> Iterator[VectorBlock]:
-    """Reads the tensor `vectors`, or the only one.
+    """Reads the tensor `vectors`, or the only tensor.
 
     Source: https://huggingface.co/docs/safetensors/index#format
     """
@@ -314,7 +314,7 @@ def _read_safetensors(source: Source, dim: int) -> Iterator[VectorBlock]:
             found = tensors.get(name)
             shape, kind, start, stop = ([], "", 0, 0) if found is None else _place_of(found)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"{source.url}: cannot be read as safetensors: {error!r}") from error
+            raise UserError(f"{source.url} is not a valid safetensors file: {error!r}") from error
         if kind not in _VALUES:
             expected = f"a tensor 'vectors', or one alone, of {', '.join(_VALUES)}"
             held = ", ".join(f"{name} of {tensors[name].get('dtype')}" for name in sorted(tensors))
@@ -330,7 +330,7 @@ def _read_safetensors(source: Source, dim: int) -> Iterator[VectorBlock]:
 
 
 def _place_of(tensor: dict[str, Any]) -> tuple[list[int], str, int, int]:
-    """Returns the shape and the dtype of a tensor, and where its values begin and end."""
+    """Returns the shape and the dtype of a tensor, and the first and last byte of its values."""
     shape = [operator.index(size) for size in tensor["shape"]]
     start, stop = map(operator.index, tensor["data_offsets"])
     if min([start, *shape]) < 0:
@@ -341,9 +341,9 @@ def _place_of(tensor: dict[str, Any]) -> tuple[list[int], str, int, int]:
 def _read_array(
     file: IO[bytes], source: Source, shape: Sequence[int], dtype: np.dtype[Any], dim: int
 ) -> Iterator[VectorBlock]:
-    """Reads the rows of an array from where `file` stands, with their names from the file beside it."""
+    """Reads the rows of an array from the current position of `file`, and their names from the file beside it."""
     if len(shape) != 2:
-        raise UserError(f"{source.url}: expected an array [rows, dim], got one of shape {list(shape)}")
+        raise UserError(f"{source.url} must hold an array [rows, dim], got shape {list(shape)}")
     _require_dim(source, shape[1], dim)
     num_read = 0
     for names in _name_blocks(source, shape[0], max(1, _BLOCK_BYTES // (dim * dtype.itemsize))):
@@ -398,7 +398,7 @@ def _read_parquet(source: Source, dim: int) -> Iterator[VectorBlock]:
 
 
 def _counts_of(line: bytes) -> tuple[int, int] | None:
-    """Returns the rows and the dim that word2vec's first line gives; None where the line is not one."""
+    """Returns number of rows and dim from the header line of word2vec; None if the line is not a header."""
     fields = line.split()
     if len(fields) != 2 or not all(field.isdigit() and len(field) < 16 for field in fields):
         return None
@@ -406,7 +406,7 @@ def _counts_of(line: bytes) -> tuple[int, int] | None:
 
 
 def _parsed(rows: Sequence[list[bytes]], dim: int) -> FloatRows | None:
-    """Returns [n, dim], the numbers that are written in the fields of each row; None where they are not numbers."""
+    """Parses the fields of each row into numbers [n, dim]; None if a field is not a number."""
     if any(len(fields) != dim for fields in rows):
         return None
     fields = pa.array([field for row in rows for field in row], pa.binary())

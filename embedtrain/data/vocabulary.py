@@ -1,4 +1,4 @@
-"""The words of a text, each with its count; a word's row in the table is its place in the list."""
+"""Vocabularies: the words of a text with their counts; a word's row is its place in the list."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ COUNTS_SCHEMA = pa.schema([("word", pa.large_binary()), ("count", pa.int64())])
 _MERGE_ROWS = 1 << 20
 _COUNT = re.compile(r"[+-]?[0-9]{1,40}")
 _MAX_TOTAL = 1 << 62
-"""Counts of a text are added to those of a base vocabulary, in 64 bits."""
+"""Bounds counts so that adding those of a base vocabulary does not overflow 64 bits."""
 
 
 class WordCounts:
-    """Counts words; its memory is bounded by the number of distinct ones."""
+    """Counts words, in memory proportional to the number of distinct words."""
 
     def __init__(self) -> None:
         self._tables: list[pa.Table] = []
         self._rows_after_merge = 0
 
     def add(self, words: pa.LargeBinaryArray) -> None:
-        """Counts each of [n] words once more."""
+        """Counts each of [n] words once."""
         values, counts = pc.value_counts(words).flatten()
         self.merge(pa.table([values, counts], schema=COUNTS_SCHEMA))
 
     def merge(self, counts: pa.Table) -> None:
-        """Adds counts that were made elsewhere: `COUNTS_SCHEMA`, each word once."""
+        """Adds other counts: `COUNTS_SCHEMA`, each word once."""
         self._tables.append(counts)
         if sum(map(len, self._tables)) > 2 * self._rows_after_merge + _MERGE_ROWS:
             self._rows_after_merge = len(self.table())
@@ -53,12 +53,12 @@ class WordCounts:
 
 def ordered(counts: pa.Table) -> pa.Table:
     """Sorts counts of `COUNTS_SCHEMA` by descending count, ties by word."""
-    # UTF-8 bytes sort as code points do, so the order does not depend on a locale.
+    # UTF-8 bytes sort like code points, independently of the locale.
     return counts.sort_by([("count", "descending"), ("word", "ascending")])
 
 
 def _sums(counts: pa.Table) -> pa.Table:
-    """Adds up the counts of each word; there is at least one row."""
+    """Adds up the counts per word; needs at least one row."""
     # Table.group_by is ten times slower: it has no fast path for large_binary keys.
     encoded = counts["word"].dictionary_encode()
     codes = np.concatenate([np.asarray(chunk.indices) for chunk in encoded.chunks])
@@ -69,10 +69,10 @@ def _sums(counts: pa.Table) -> pa.Table:
 
 
 class WordRows:
-    """Finds the rows of words, which are their places in a list of distinct words.
+    """Maps words to rows, which are their places in a list of distinct words.
 
     Args:
-        words: the list; its first word has row 0.
+        words: the list; the first word has row 0.
     """
 
     def __init__(self, words: pa.LargeBinaryArray) -> None:
@@ -82,11 +82,11 @@ class WordRows:
         return len(self.words)
 
     def of(self, words: pa.LargeBinaryArray) -> NDArray[np.int32]:
-        """Returns the rows of [n] words, int32; -1 for a word that has none."""
+        """Returns [n] int32: the rows of [n] words; -1 for unknown words."""
         if len(self) <= len(words):
             rows: NDArray[np.int32] = np.asarray(pc.index_in(words, value_set=self.words).fill_null(-1))
             return rows
-        # Each call of Arrow's index_in hashes the whole list, which a dictionary does once.
+        # A dictionary hashes the list once; Arrow's index_in would hash it on every call.
         distinct = words.dictionary_encode()
         values = distinct.dictionary.to_pylist()
         rows_of_values = np.fromiter(map(self._rows.get, values, repeat(-1)), np.int32, len(values))
@@ -100,7 +100,7 @@ class WordRows:
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """Words by descending count, ties in the order of their code points.
+    """Holds words by descending count, ties by code points.
 
     Attributes:
         words: [num_words]; a word's place is its row.
@@ -112,13 +112,13 @@ class Vocabulary:
 
     @classmethod
     def build(cls, counts: pa.Table, min_count: int, max_size: int | None) -> Vocabulary:
-        """Keeps the words seen at least `min_count` times, of them the `max_size` most frequent.
+        """Returns the vocabulary of the `max_size` most frequent words seen at least `min_count` times.
 
         Args:
             counts: `COUNTS_SCHEMA`; each word once, any order.
 
         Raises:
-            UserError: no word is left.
+            UserError: no word remains.
         """
         kept = ordered(counts.filter(pc.greater_equal(counts["count"], min_count))).slice(0, max_size)
         if len(counts) == 0:
@@ -134,13 +134,13 @@ class Vocabulary:
         return cls(words, kept["count"].to_numpy())
 
     def extended(self, counts: pa.Table, min_count: int, max_size: int | None, *, takes_new: bool = True) -> Vocabulary:
-        """Returns all these words, and new ones as `build` keeps them, with the counts of both, in a new order.
+        """Returns a vocabulary of these words and the new words that `build` would keep, with added counts.
 
         Args:
-            counts: as in `build`; of words that are here they are added, however small.
-            min_count: of new words.
-            max_size: new words come in as long as there are fewer words than this.
-            takes_new: whether any new words come in.
+            counts: see `build`; counts of existing words are always added.
+            min_count: minimum count of new words.
+            max_size: new words are added only while the vocabulary is smaller.
+            takes_new: whether to add new words.
 
         Raises:
             UserError: `counts` is empty.
@@ -159,7 +159,7 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: str) -> Vocabulary:
-        """Reads what `save` wrote.
+        """Reads a vocabulary that `save` wrote.
 
         Raises:
             UserError: a line is not `word<TAB>count`.
@@ -169,31 +169,31 @@ class Vocabulary:
         except FileNotFoundError:
             raise
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read as a vocabulary: {error}") from error
+            raise UserError(f"{path} is not a valid vocabulary: {error}") from error
         try:
             pairs = [line.split("\t") for line in lines]
             return cls([word for word, _ in pairs], np.array([int(count) for _, count in pairs], np.int64))
         except (ValueError, OverflowError) as error:
-            raise UserError(f"{path}: not a vocabulary: expected lines of word, tab, count") from error
+            raise UserError(f"{path} is not a vocabulary: expected lines of word, tab, count") from error
 
     @classmethod
     def load_base(cls, path: str, key: str = "data.base_vocabulary") -> Vocabulary:
-        """Reads a vocabulary that a configuration names: any program may have written it.
+        """Reads the vocabulary of a setting, which another program may have written.
 
         Args:
-            path: the file; a byte-order mark at its beginning and CR at the ends of lines are no part of words.
-            key: of the configuration.
+            path: the file; a byte-order mark at its beginning and CR at line ends are ignored.
+            key: the setting that names it, for messages.
 
         Raises:
-            UserError: there is no such file, or it is not one: a line is not a word and a count, the count is no
-                whole number from 1 on, all counts together are past 2^62, or a word comes twice.
+            UserError: the file does not exist, a line is not a word and a count, a count is not a positive integer, the
+                sum of the counts exceeds 2^62, or a word occurs twice.
         """
         try:
             text = storage.read(path).decode("utf-8-sig")
         except FileNotFoundError as error:
             raise UserError(f"{key}: there is no file {path}: expected lines of word, tab, count") from error
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{key}: {path} cannot be read as a vocabulary: {error}") from error
+            raise UserError(f"{key}: {path} is not a valid vocabulary: {error}") from error
         counts: dict[str, int] = {}
         total = 0
         for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
@@ -212,20 +212,20 @@ class Vocabulary:
         return cls(list(counts), np.array(list(counts.values()), np.int64))
 
     def save(self, path: str) -> None:
-        """Writes `word<TAB>count` lines, UTF-8, in the order of the rows, to any fsspec URL, whole or not at all."""
+        """Writes `word<TAB>count` lines in UTF-8, in row order, atomically, to any fsspec URL."""
         storage.replace(path, self._content(), f"{path}.tmp")
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the words and counts."""
+        """Hash of the words and counts."""
         return xxhash.xxh3_128_hexdigest(self._content())
 
     def row_of(self, word: str) -> int | None:
-        """Returns the row of a word; None where it has none."""
+        """Returns the row of a word, or None."""
         return self.rows.get(word)
 
     def rows_of(self, words: Iterable[str]) -> NDArray[np.int64]:
-        """Returns the rows of [n] words, int64; -1 for a word that has none."""
+        """Returns [n] int64: the rows of [n] words; -1 for unknown words."""
         return np.array([self.rows.get(word, -1) for word in words], np.int64)
 
     def __len__(self) -> int:
@@ -233,7 +233,7 @@ class Vocabulary:
 
     @cached_property
     def rows(self) -> dict[str, int]:
-        """The row of each word."""
+        """Maps words to rows."""
         return {word: row for row, word in enumerate(self.words)}
 
     @property
@@ -242,7 +242,7 @@ class Vocabulary:
         return pa.array(self.words, pa.large_string()).cast(pa.large_binary())
 
     def as_table(self) -> pa.Table:
-        """Returns words and counts in the order of the rows: `COUNTS_SCHEMA`."""
+        """Returns words and counts in row order: `COUNTS_SCHEMA`."""
         return pa.table([self.utf8_words, pa.array(self.counts, pa.int64())], schema=COUNTS_SCHEMA)
 
     def _content(self) -> bytes:

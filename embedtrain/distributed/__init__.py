@@ -1,1 +1,1 @@
-"""Process groups and collectives."""
+"""Ranks, collectives, and explaining failed jobs."""

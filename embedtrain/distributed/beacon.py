@@ -1,4 +1,4 @@
-"""Where each rank is, told to the others through the job's store, for the time when it does not answer any more."""
+"""The beacon: each rank posts its current stage to the job's store, for the report when it stops responding."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from embedtrain.distributed.runtime import Runtime
 from embedtrain.distributed.stages import whereabouts
 
 POST_SECONDS = 0.25
-"""How often a rank says where it is. A rank that hangs goes on doing so, as long as its interpreter runs."""
+"""Seconds between two posts. A hanging rank continues to post as long as its interpreter runs."""
 
 _PREFIX = "where"
 _LEAVE_SECONDS = 2.0
 
 
 class Beacon:
-    """While entered, a thread posts where this rank is; a context manager, no collective.
+    """Posts this rank's current stage from a thread while entered. A context manager; not a collective.
 
     Args:
-        runtime: of the job; one without a store has nobody to tell.
+        runtime: the job's runtime; without a store nothing is posted.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -33,7 +33,7 @@ class Beacon:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Beacon:
-        """Begins to post."""
+        """Starts posting."""
         if self._runtime.store is not None:
             self._thread = threading.Thread(target=self._keep_posting, name="embedtrain-beacon", daemon=True)
             self._thread.start()
@@ -42,17 +42,17 @@ class Beacon:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ceases to post."""
+        """Stops posting."""
         self._is_leaving.set()
         if self._thread is not None:
-            # Where the way to the store is cut it does not come back; the process is about to end.
+            # If the store is unreachable the thread never returns; it is abandoned, because the process is ending.
             self._thread.join(_LEAVE_SECONDS)
 
     def _keep_posting(self) -> None:
         assert self._runtime.store is not None
         store = dist.PrefixStore(_PREFIX, self._runtime.store)
         posted = ""
-        with suppress(RuntimeError):  # the store ends with the launcher
+        with suppress(RuntimeError):  # The store ends with the launcher.
             while True:
                 now = json.dumps([socket.gethostname(), whereabouts()])
                 if now != posted:
@@ -63,10 +63,10 @@ class Beacon:
 
 
 def read_beacon(store: dist.Store, rank: int) -> tuple[str, str] | None:
-    """Returns host and place of a rank as it told them last; None where it never did.
+    """Returns the host and the stage that a rank posted last; None if it never posted.
 
     Raises:
-        RuntimeError: the store does not answer.
+        RuntimeError: the store does not respond.
     """
     posts = dist.PrefixStore(_PREFIX, store)
     if not posts.check([str(rank)]):

@@ -1,4 +1,4 @@
-"""Which rank is to blame, told by the ranks that are left when a collective fails."""
+"""Finding the rank at fault when a collective fails, from the reports of the remaining ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from embedtrain.errors import DeviceTimeoutError
 
 
 def is_of_the_group(error: BaseException) -> bool:
-    """Returns whether an error says no more than that another rank did not take part in a collective."""
+    """Returns whether an error means only that another rank did not take part in a collective."""
     return isinstance(error, dist.DistError | DeviceTimeoutError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error)
     )
@@ -29,13 +29,13 @@ def is_of_the_group(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of a rank.
+    """Holds the state of a rank at the failure.
 
     Attributes:
-        host: its host.
-        place: what it is or was doing, and in which stage.
-        text: what it failed with; None of a rank that does not answer.
-        is_fault: whether that is more than another rank's absence.
+        host: the rank's host.
+        place: what it was doing, and in which stage.
+        text: its error; None if it does not respond.
+        is_fault: whether the error is more than the absence of another rank.
     """
 
     host: str
@@ -46,11 +46,11 @@ class Report:
 
 @dataclass(frozen=True)
 class Failure:
-    """What the ranks that are left know of a failure.
+    """Holds the explanation of a failure.
 
     Attributes:
-        text: which rank is to blame, and for what.
-        is_spokesman: whether this rank is the one to tell it.
+        text: the rank at fault and its error.
+        is_spokesman: whether this rank prints the explanation.
     """
 
     text: str
@@ -58,12 +58,14 @@ class Failure:
 
 
 def explain_failure(error: Exception, runtime: Runtime, timeout_seconds: float) -> Failure:
-    """Finds out why this rank failed by asking the others; no collective, every rank that fails calls.
+    """Explains why this rank failed, using the reports of the other ranks.
+
+    Not a collective: every rank that fails calls it.
 
     Args:
-        error: what this rank raised.
-        runtime: of the job.
-        timeout_seconds: how long collectives wait.
+        error: the exception of this rank.
+        runtime: the job's runtime.
+        timeout_seconds: timeout of collectives.
     """
     own = Report(
         socket.gethostname(), whereabouts(), f"{type(error).__name__}: {error}", is_fault=not is_of_the_group(error)
@@ -76,19 +78,19 @@ def explain_failure(error: Exception, runtime: Runtime, timeout_seconds: float) 
 
 
 def is_shared(error: Exception, runtime: Runtime) -> bool:
-    """Returns whether every rank failed by itself, within a time of grace, in what this rank is doing.
+    """Returns whether every rank failed by itself in the same activity, within a grace period.
 
-    Then no rank waits for another, and all can go on together. No collective: every rank that fails calls.
+    Then no rank waits for another, and all ranks can continue. Not a collective: every rank that fails calls it.
 
     Args:
-        error: what this rank raised.
-        runtime: of the job.
+        error: the exception of this rank.
+        runtime: the job's runtime.
     """
     if is_of_the_group(error):
         return False
     if runtime.store is None:
         return True
-    # A job trains several runs, one after another, which do the same things.
+    # A job may train several runs with the same steps; the counter tells them apart.
     number = runtime.store.add(f"shared/calls of {runtime.rank}", 1)
     store = dist.PrefixStore(f"shared/{number}/{doing()}", runtime.store)
     store.set(str(runtime.rank), "")
@@ -117,7 +119,7 @@ def _blame(reports: Mapping[int, Report], world_size: int, step: str, timeout_se
 
 
 def _places(reports: Mapping[int, Report]) -> str:
-    """Returns where the ranks are, those at one place on one host together."""
+    """Returns where the ranks are, grouped by stage and host."""
     places: dict[tuple[str, str], list[int]] = {}
     for rank, report in sorted(reports.items()):
         places.setdefault((report.place, report.host), []).append(rank)
@@ -137,10 +139,10 @@ def _ranges(ranks: list[int]) -> str:
 
 
 def _exchange(runtime: Runtime, own: Report) -> dict[int, Report]:
-    """Posts this rank's report in the job's store; returns those that came within the time of grace."""
+    """Posts this rank's report to the job's store; returns the reports posted within the grace period."""
     reports = {runtime.rank: own}
-    # The store's own time-outs do not hold where the way to its host is cut: cancelling a wait waits for an answer.
-    # The thread is left behind then; the process is about to end.
+    # If the store's host is unreachable, the store's own timeouts do not work, because cancelling waits for a response.
+    # Then the thread is abandoned; the process is ending.
     thread = threading.Thread(target=_collect, args=(runtime, own, reports), daemon=True)
     thread.start()
     thread.join(2 * GRACE_SECONDS)
@@ -148,10 +150,10 @@ def _exchange(runtime: Runtime, own: Report) -> dict[int, Report]:
 
 
 def _collect(runtime: Runtime, own: Report, reports: dict[int, Report]) -> None:
-    """Posts this rank's report and adds those of the others; of those that are silent, where they were last."""
+    """Posts this rank's report and collects the others; for silent ranks, their last beacon."""
     assert runtime.store is not None
     store = dist.PrefixStore("failed", runtime.store)
-    # A rank that failed by itself need not wait for those that fail because of it.
+    # A rank that failed by itself need not wait for ranks that fail because of it.
     others = [rank for rank in range(runtime.world_size) if rank != runtime.rank and not own.is_fault]
     try:
         store.set(str(runtime.rank), json.dumps(asdict(own)))
@@ -162,7 +164,7 @@ def _collect(runtime: Runtime, own: Report, reports: dict[int, Report]) -> None:
             elif (seen := read_beacon(runtime.store, rank)) is not None:
                 reports[rank] = Report(*seen)
     except (RuntimeError, ValueError):
-        pass  # the store ends with the launcher: what is known is told
+        pass  # The store ended with the launcher: the reports so far are used.
 
 
 def _has(store: dist.Store, rank: int, timeout: timedelta) -> bool:

@@ -1,4 +1,4 @@
-"""What a process owes to torchrun, which launched it: the reason of its failure, and a clean exit."""
+"""The interface to torchrun: reporting the reason of a failure, and exiting cleanly."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import NoReturn
 from embedtrain.errors import printable
 
 GRACE_SECONDS = 3.0
-"""How long a rank whose collective failed waits to hear from the others: they fail at about the same time."""
+"""Seconds that a rank with a failed collective waits for reports of the others, which fail at about the same time."""
 
 
 def tell_launcher(text: str, *, is_fault: bool = True) -> None:
-    """Writes the reason of this rank's failure to the file that torchrun reads for the summary at its end.
+    """Writes the reason of this rank's failure to the file from which torchrun prints its final summary.
 
-    Of several failed ranks, torchrun blames the earliest, in whole seconds. So a rank that failed because of another
-    rank reports a later time than a rank that failed by itself.
+    torchrun blames the failed rank with the earliest time, in whole seconds. So a rank that failed because of another
+    rank reports a later time.
 
     Args:
         text: the reason.
@@ -41,8 +41,8 @@ def tell_launcher(text: str, *, is_fault: bool = True) -> None:
 def leave(status: int) -> NoReturn:
     """Ends this process with an exit status; a rank of a job skips the teardown of the interpreter.
 
-    In that teardown, a Gloo thread that still releases its last tensor would abort the process, and torchrun would
-    count a complete run as failed.
+    During the teardown, a Gloo thread that still releases a tensor would abort the process, and torchrun would count a
+    complete run as failed.
     """
     if "RANK" not in os.environ:
         sys.exit(status)

@@ -1,4 +1,4 @@
-"""Joining a torchrun job and leaving it: rank, device and process group of this process."""
+"""Joining and leaving a torchrun job: rank, device and process group of this process."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ DEFAULT_TIMEOUT_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a process knows of its job.
+    """Describes this process's place in its job.
 
     Attributes:
-        ranks: the processes of the job; they can be counted after `shut_down` too, but not communicate.
-        local_rank: position among the processes of this host.
-        device: where this rank's shards and computation live.
+        ranks: the ranks of the job; after `shut_down` they can no longer communicate.
+        local_rank: index among the processes of this host.
+        device: device of this rank's shards and computation.
         store: the job's key-value store, which outlives a failed collective; None without torchrun.
     """
 
@@ -44,7 +44,7 @@ class Runtime:
 
     @property
     def rank(self) -> int:
-        """Position among all processes of the job, 0 without torchrun."""
+        """Index among all processes of the job; 0 without torchrun."""
         return self.ranks.rank
 
     @property
@@ -59,13 +59,13 @@ def init_distributed(*, device: str = "auto", timeout_seconds: float = DEFAULT_T
     Collective: every rank of the job.
 
     Args:
-        device: "cpu" (Gloo), "cuda" (NCCL, one GPU a rank), or "auto": CUDA where it is available.
-        timeout_seconds: how long a collective may wait for a rank before the job fails.
+        device: "cpu" (Gloo), "cuda" (NCCL, one GPU per rank), or "auto": CUDA if it is available.
+        timeout_seconds: timeout of collectives, after which the job fails.
 
     Raises:
-        UserError: `device` is unknown, or CUDA was asked for and is absent or has too few GPUs; the environment
-            describes no job, or the job's port is in use.
-        JobError: the ranks did not come together in time.
+        UserError: `device` is unknown; CUDA is requested but not available, or there are too few GPUs; the environment
+            does not describe a job; or the job's port is in use.
+        JobError: the ranks did not find one another in time.
     """
     local_rank = _check_environment()
     chosen = _choose_device(device, local_rank)
@@ -74,16 +74,16 @@ def init_distributed(*, device: str = "auto", timeout_seconds: float = DEFAULT_T
     _die_with_launcher()
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        # Torch's own watchdog aborts the process, and what is known of the failure with it. The host waits with a
-        # time-out instead (see `embedtrain.ops._backend.transfer.wait_for`), and then says which rank is to blame.
+        # Torch's watchdog would abort the process without an explanation. Instead the host waits with a timeout (see
+        # `embedtrain.ops._backend.transfer.wait_for`) and then reports the rank at fault.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    # Its functions have the job's group as a default argument, bound when it is imported, which torch's optimizers do:
-    # imported any later it would keep the group alive to the end of the process (see `GroupRanks`).
+    # The functions of this module bind the job's group as a default argument at import. torch's optimizers import it;
+    # imported after the group exists, it would keep the group alive until the process ends (see `GroupRanks`).
     importlib.import_module("torch.distributed.nn")
     timeout = timedelta(seconds=timeout_seconds)
     store, rank, world_size = _rendezvous(timeout)
-    # Restarted ranks get the store of the failed attempt, and would read dead peers' addresses from it. The
-    # launcher's count of restarts does not tell attempts apart: hosts count for themselves, and not a host's coming.
+    # Restarted ranks get the store of the failed attempt and would read the addresses of dead peers from it. The
+    # launcher's restart count does not identify attempts: each host counts for itself, and joining hosts do not count.
     try:
         attempt = agree_on_attempt(store, rank, world_size, timeout_seconds)
         dist.init_process_group(
@@ -96,12 +96,12 @@ def init_distributed(*, device: str = "auto", timeout_seconds: float = DEFAULT_T
         )
         ranks = job_ranks()
         if chosen.type == "cuda":
-            # Communicators are made by their first collective, which takes seconds: here, and not within a step.
+            # The first collective creates a communicator, which takes seconds: do it here instead of within a step.
             for each in (ranks, ranks.beside()):
                 each.all_reduce(torch.zeros(1, device=chosen))
     except (RuntimeError, TimeoutError) as error:
         raise JobError(
-            f"rank {rank} on {socket.gethostname()} did not find the other ranks of {world_size}: "
+            f"rank {rank} on {socket.gethostname()} did not find the other ranks of the {world_size}: "
             f"{' '.join(str(error).split())}"
         ) from error
     atexit.register(shut_down)
@@ -109,10 +109,10 @@ def init_distributed(*, device: str = "auto", timeout_seconds: float = DEFAULT_T
 
 
 def _check_environment() -> int:
-    """Returns this process's number on its host, after a look at what else a launcher must have said.
+    """Checks the environment variables of a launcher and returns the local rank.
 
     Raises:
-        UserError: some of it is missing, or is no number.
+        UserError: a variable is missing or is not a number.
     """
     if "RANK" in os.environ:
         missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -128,7 +128,7 @@ def _check_environment() -> int:
 
 
 def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """Returns the job's store, and this rank of how many."""
+    """Returns the job's store, the rank and the world size."""
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         found: tuple[dist.Store, int, int] = next(iter(dist.rendezvous("env://", timeout=timeout)))
@@ -148,16 +148,15 @@ def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
 
 
 def agree_on_attempt(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> str:
-    """Returns a word that the ranks of this attempt share, and no earlier attempt on the same store had.
+    """Returns a random word that the ranks of this attempt share, unlike any earlier attempt on the same store.
 
-    Each rank says hello with a word of its own and waits for the answer to that very word, which no earlier
-    attempt can have left. Rank 0 answers whatever hello it reads, those of dead ranks too, until all have
-    acknowledged.
+    Each rank posts a random hello and waits for the answer to exactly this hello, which an earlier attempt cannot have
+    left. Rank 0 answers every hello, also of dead ranks, until all ranks have acknowledged.
 
     Collective: every rank of the job.
 
     Raises:
-        TimeoutError: a rank did not come.
+        TimeoutError: a rank did not respond in time.
     """
     prefix = "embedtrain/attempts"
     own = secrets.token_hex(8)
@@ -183,7 +182,7 @@ def agree_on_attempt(store: dist.Store, rank: int, world_size: int, timeout_seco
 
 
 def shut_down() -> None:
-    """Leaves the job; does nothing where none was joined."""
+    """Leaves the job; no-op if none was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -197,8 +196,8 @@ def _rejoin(rank: int, size: int) -> Ranks:
     ranks = job_ranks()
     if (ranks.rank, ranks.size) != (rank, size):
         raise RuntimeError(
-            f"these tables are the part of rank {rank} of {size}, and this is rank {ranks.rank} of {ranks.size}: a "
-            "pickle holds one rank's rows. A checkpoint loads on any number of ranks"
+            f"these tables were pickled by rank {rank} of {size}, and this is rank {ranks.rank} of {ranks.size}: a "
+            "pickle holds the rows of one rank. Use a checkpoint, which loads on any number of ranks"
         )
     return ranks
 
@@ -207,7 +206,7 @@ def _reduce(ranks: GroupRanks) -> tuple[Callable[[int, int], Ranks], tuple[int, 
     return _rejoin, (ranks.rank, ranks.size)
 
 
-# What is unpickled belongs to the job that is there then.
+# Unpickled ranks belong to the current job.
 copyreg.pickle(GroupRanks, _reduce)  # type: ignore[arg-type]
 copyreg.pickle(SharedMemoryRanks, _reduce)  # type: ignore[arg-type]
 
@@ -220,13 +219,13 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise UserError(
             f"local rank {local_rank} has no GPU of its own: this host has {torch.cuda.device_count()}; "
-            "start fewer ranks a host, or use device=cpu"
+            "start fewer ranks per host, or use device=cpu"
         )
     return torch.device("cuda", local_rank)
 
 
 def _die_with_launcher() -> None:
-    """Has the kernel kill this rank when torchrun dies: ranks left behind would go on saving."""
+    """Makes the kernel kill this rank when torchrun dies; otherwise it would continue to save checkpoints."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

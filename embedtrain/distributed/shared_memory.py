@@ -383,7 +383,7 @@ def _open(address: _Address, num_bytes: int) -> mmap.mmap:
     path = f"/proc/{address.pid}/fd/{address.file}"
     # On another host there may be such a process with such a file, but not with this name and token.
     if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
-        raise FileNotFoundError(f"{path} is no memory of this job")
+        raise FileNotFoundError(f"{path} is not memory of this job")
     file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         region = mmap.mmap(file, num_bytes)

@@ -1,4 +1,4 @@
-"""Names for the stages of a step: in a profile, for whoever asks where a rank is, and how long each takes in all."""
+"""Named stages of a step, for profiles, for reports of where a rank is, and for the time per stage."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch.profiler import record_function
 
 STAGE_PREFIX = "embedtrain: "
-"""Stages are recorded under names that begin so; stages may lie inside others."""
+"""Prefix of the stages' names in profiles; stages may be nested."""
 
 
 class _Here:
-    """Where this process is. A process makes one step at a time, so it is at one place, like its profiler."""
+    """The current stage of this process. Global like the profiler, because a process does one step at a time."""
 
     def __init__(self) -> None:
         self.doing = "the start"
@@ -29,7 +29,7 @@ _here = _Here()
 
 
 class _Stage:
-    """As `stage` says."""
+    """Implements `stage`."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -37,7 +37,7 @@ class _Stage:
 
     def __enter__(self) -> None:
         _here.open.append(self._name)
-        # A record takes several microseconds even where nobody reads it, and a step has a dozen stages.
+        # A record takes several microseconds even without a profiler, and a step has a dozen stages.
         if torch.autograd._profiler_enabled():
             self._record = record_function(STAGE_PREFIX + self._name)
             self._record.__enter__()
@@ -55,39 +55,39 @@ class _Stage:
 
 
 def stage(name: str) -> AbstractContextManager[None]:
-    """Marks a stage of the step; costs a microsecond where nobody profiles."""
+    """Marks a stage of the step; costs a microsecond without a profiler."""
     return _Stage(name)
 
 
 def begin(doing: str) -> None:
-    """Says what this process does from here on, such as "step 12", for `whereabouts`."""
+    """Sets what this process is doing, such as "step 12", for `whereabouts`."""
     _here.doing, _here.failed_in = doing, ""
 
 
 def doing() -> str:
-    """Returns what `begin` said last."""
+    """Returns the last argument of `begin`."""
     return _here.doing
 
 
 def whereabouts() -> str:
     """Returns what this process is doing and in which stage, such as "step 12, forward > exchange".
 
-    After an error the stage is the innermost that it left.
+    After an error it is the innermost stage that raised it.
     """
     stages = _here.failed_in or " > ".join(_here.open)
     return f"{_here.doing}, {stages}" if stages else _here.doing
 
 
 def seconds_by_stage() -> dict[str, float]:
-    """Returns how long this process has been in each stage so far, as the host sees it; stages lie inside others."""
+    """Returns the total host time per stage so far; nested stages count for each level."""
     return dict(_here.seconds)
 
 
 def count_sent(num_bytes: int) -> None:
-    """Adds to the bytes that this process sent to other ranks."""
+    """Adds to the number of bytes that this process sent to other ranks."""
     _here.bytes_sent += num_bytes
 
 
 def bytes_sent() -> int:
-    """Returns the bytes of rows, ids and gradients that this process sent to other ranks so far."""
+    """Returns the number of bytes of rows, ids and gradients sent to other ranks so far."""
     return _here.bytes_sent

@@ -60,8 +60,8 @@ def init_from(
     Raises:
         UserError: on every rank; there is no such table or file, it cannot be read, its vectors have another dim than
             the table or values that are not finite in its dtype, or it has none of the names; or `rows` does not fit
-            the source. An array that is refused has changed no row; a file may have, with the parts that come before
-            its fault.
+            the source. An array that is refused has changed no row. A file may have, by the parts that come before its
+            fault, and the error says so.
     """
     tables.write_back()
     shard = tables.shards.get(table) if isinstance(table, str) else None
@@ -86,18 +86,26 @@ def _copy(shard: TableShard, path: str, rows: Mapping[str, int]) -> InitCounts:
 
     shard.changes.before_update_of_all()
     seen = np.zeros(shard.spec.num_rows, dtype=bool)
-    num_in_file, example = 0, ""
-    for block in read_vectors(path, shard.spec.dim):
-        example = example or next(iter(block.names), "")
-        num_in_file += len(block.names)
-        places, local_rows = _own_places(shard, block.names, rows, seen)
-        weight = shard.weight
-        with np.errstate(over="ignore"):  # what is too large for float32 is refused below
-            copied = torch.tensor(block.rows(places), dtype=weight.dtype, device=weight.device)
-        if (bad := _first_bad(copied)) is not None:
-            name = block.names[places[bad]]
-            raise UserError(f"{path}: the vector of {name!r} has a value that is not finite{_in(weight.dtype)}")
-        weight.index_copy_(0, local_rows.to(weight.device), copied)
+    num_in_file, example, num_changed = 0, "", 0
+    weight = shard.weight
+    try:
+        for block in read_vectors(path, shard.spec.dim):
+            example = example or next(iter(block.names), "")
+            num_in_file += len(block.names)
+            places, local_rows = _own_places(shard, block.names, rows, seen)
+            with np.errstate(over="ignore"):  # what is too large for float32 is refused below
+                copied = torch.tensor(block.rows(places), dtype=weight.dtype, device=weight.device)
+            if (bad := _first_bad(copied)) is not None:
+                name = block.names[places[bad]]
+                raise UserError(f"{path}: the vector of {name!r} has a value that is not finite{_in(weight.dtype)}")
+            weight.index_copy_(0, local_rows.to(weight.device), copied)
+            num_changed += len(local_rows)
+    except UserError as error:
+        if num_changed:
+            raise UserError(
+                f"{error}. Table {shard.spec.name!r} has {num_changed:,} vectors of the file already: make it anew"
+            ) from error
+        raise
     if not seen.any():
         raise UserError(
             f"{path}: expected names of table {shard.spec.name!r}, such as {next(iter(rows), '')!r}, and none of its "

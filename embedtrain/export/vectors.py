@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from types import TracebackType
@@ -42,6 +42,7 @@ class Vectors:
         noun: what a row stands for: "word", "user" or "item".
         find: returns the row of any text by its hash; None unless the table is hashed.
         checksum: checksum of the checkpoint's manifest; empty if the vectors do not come from a checkpoint.
+        titles: returns what people call some of the rows, by word; rows without a title are left out.
     """
 
     table: str
@@ -55,6 +56,7 @@ class Vectors:
     noun: str = "word"
     find: Callable[[str], int] | None = None
     checksum: str = ""
+    titles: Callable[[Sequence[str]], Mapping[str, str]] = lambda words: {}
 
     def __enter__(self) -> Vectors:
         return self

@@ -7,8 +7,9 @@ import json
 import logging
 import math
 import os
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from embedtrain import storage
 from embedtrain.errors import UserError
+from embedtrain.metrics.names import as_words, is_progress, quality_names, split_name
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -158,8 +160,24 @@ class Guarded(Generic[T]):
         _logger.warning(f"{self._tracker} gets no more of this run: {type(error).__name__}: {text}")
 
 
+def board_tag(name: str, names: Collection[str]) -> str:
+    """Returns the name of a number in TensorBoard, which shows its groups in alphabetical order, capitals first.
+
+    The losses come first, then the other measures of the model, then the groups of the machinery and the progress.
+
+    Args:
+        name: of the number.
+        names: of all numbers of the record, by which counters are known.
+    """
+    if name not in quality_names(names):
+        return f"progress/{name}" if is_progress(name) or "/" not in name else name
+    return f"{'Loss' if split_name(name)[0] == 'loss' else 'Quality'}/{name}"
+
+
 class TensorBoardSink:
     """Writes each number of a record as a scalar of its step for TensorBoard; texts are left out.
+
+    Losses and measures of the model are the first groups; see `board_tag`.
 
     Args:
         folder: a local folder.
@@ -186,7 +204,7 @@ class TensorBoardSink:
         def use(writer: SummaryWriter) -> None:
             for name, value in record.items():
                 if name != "step" and not isinstance(value, str):
-                    writer.add_scalar(name, value, record["step"])
+                    writer.add_scalar(board_tag(name, record), value, record["step"])
 
         self._writer.use(use)
 
@@ -194,18 +212,32 @@ class TensorBoardSink:
         """Writes the events that are held back."""
         self._writer.use(lambda writer: writer.flush())
 
-    def log_settings(self, settings: Mapping[str, Any], measures: Sequence[str]) -> None:
-        """Shows the run among others in TensorBoard's table of hyperparameters.
+    def log_settings(self, run: str, settings: Mapping[str, Any], measures: Sequence[str]) -> None:
+        """Shows the run among others in TensorBoard's table of hyperparameters, and training beside held-out data.
 
         Args:
+            run: the name of the run in the table.
             settings: by name; mappings become names with dots, and lists texts.
-            measures: names of scalars to show beside them.
+            measures: names of the numbers to show beside them.
         """
+        from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
         from torch.utils.tensorboard.summary import hparams
 
+        tags = {name: board_tag(name, measures) for name in measures}
+        charts: dict[str, list[str]] = {}
+        for name, tag in tags.items():
+            charts.setdefault(as_words(split_name(name)[0]), []).append(f"^{re.escape(tag)}$")
+
         def use(writer: SummaryWriter) -> None:
-            for part in hparams(dict(flat(settings)), dict.fromkeys(measures, 0.0)):
+            experiment, start, end = hparams(dict(flat(settings)), dict.fromkeys(tags.values(), 0.0))
+            # The name of the run in the table is that of its group, which torch leaves to a hash of the settings.
+            told = start.value[0].metadata.plugin_data
+            named = HParamsPluginData.FromString(told.content)
+            named.session_start_info.group_name = run
+            told.content = named.SerializeToString()
+            for part in (experiment, start, end):
                 writer._get_file_writer().add_summary(part)
+            writer.add_custom_scalars({"Quality": {name: ["Multiline", found] for name, found in charts.items()}})
 
         self._writer.use(use)
 

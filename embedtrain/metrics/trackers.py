@@ -10,6 +10,7 @@ from typing import Any
 
 from embedtrain.errors import UserError
 from embedtrain.metrics.sinks import Guarded, Record, RunEnd, flat
+from embedtrain.storage import base_name
 
 _NOT_OF_MLFLOW = re.compile(r"[^\w\-. :/]", re.ASCII)
 _ID_TAG = "embedtrain.run_id"
@@ -35,7 +36,7 @@ class WandbSink:
 
     Args:
         project: its name.
-        run_path: the run folder, which names the run.
+        run_path: the run folder, whose last part names the run.
         run_id: tells the run from others in a folder of that path.
         settings: of the run.
     """
@@ -46,7 +47,7 @@ class WandbSink:
         def start() -> Any:
             return wandb.init(
                 project=project,
-                name=run_path,
+                name=base_name(run_path),
                 id=run_id,
                 resume="allow",
                 config=dict(settings),
@@ -80,7 +81,7 @@ class MlflowSink:
 
     Args:
         experiment: its name.
-        run_path: the run folder, which names the run.
+        run_path: the run folder, whose last part names the run.
         run_id: tells the run from others in a folder of that path.
         settings: of the run.
     """
@@ -96,7 +97,7 @@ class MlflowSink:
             if runs:
                 client.update_run(runs[0].info.run_id, "RUNNING")
                 return client, runs[0].info.run_id
-            created = client.create_run(number, run_name=run_path, tags={_ID_TAG: run_id}).info.run_id
+            created = client.create_run(number, run_name=base_name(run_path), tags={_ID_TAG: run_id}).info.run_id
             _log_settings(client, created, settings)
             return client, created
 

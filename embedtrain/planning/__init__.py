@@ -1,1 +1,1 @@
-"""What a run needs on each rank, and how long its steps take at least, before it is started."""
+"""Planning a run: memory, exchange and a lower bound of the step time, before it is started."""

@@ -1,4 +1,4 @@
-"""What a run needs on each rank, what it sends, and how long a step takes at least: pure arithmetic."""
+"""The arithmetic of planning: memory per rank, bytes exchanged, and a lower bound of the step time."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from embedtrain.sharding.cost import Wire, bytes_of_rows, bytes_of_sums
 from embedtrain.sharding.layout import layout_of
 
 _ID_BUFFERS_BYTES = 64
-"""A step's scratch per id: the key, its sorted copies and their positions, eight words of 64 bits."""
+"""Scratch memory of a step per id: its key, sorted copies and positions, eight 64-bit words."""
 _POOL_FACTOR = 4 / 3
-"""Buffers come in sizes of two or three quarters of a power of two."""
+"""Buffers are rounded up to 3/4 of a power of two or to a power of two, so they may be 4/3 too large."""
 _MOST_WAITING = 17
-"""Gradients of so many micro-batches wait at most before they are summed by row."""
+"""Maximum number of micro-batches whose gradients are held before they are summed per row."""
 _BATCHES_ALIVE = 2
-"""The batch of this step, and the next one, which may be prepared ahead."""
+"""The batch of this step, and the next batch, which may be prefetched."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that the rank with the most rows needs.
+    """Holds the bytes that the rank with the most rows needs.
 
     Attributes:
         weights: the rank's rows.
-        state: their optimizer state.
-        dense: what every rank holds whole, with its gradients.
-        buffers: the batches and buffers of a step, as if all of them were alive at once.
-        save: the most that copies of changing rows take while a checkpoint is written.
+        state: optimizer state of these rows.
+        dense: replicated parameters with their gradients.
+        buffers: batches and buffers of a step, as if all were alive at once.
+        save: maximum for copies of changed rows during a background save.
     """
 
     weights: int
@@ -46,14 +46,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Bytes that a rank sends to other ranks in a step, on average.
+    """Holds the mean number of bytes that a rank sends to other ranks per step.
 
     Attributes:
         ids: row numbers, to the owners of the rows.
-        vectors: rows or sums of rows, to the ranks that asked for them.
+        vectors: rows or sums of rows, to the ranks that requested them.
         gradients: gradients of rows or sums, to the owners.
-        dense: what all ranks have a copy of, such as dense gradients: out to be added up, and back.
-        at_owner: names of the tables whose bags are pooled by the owners of the rows.
+        dense: all-reduce of replicated values such as dense gradients.
+        at_owner: names of the tables whose bags are pooled at the owners.
     """
 
     ids: int
@@ -70,17 +70,17 @@ class Exchange:
 
 @dataclass(frozen=True)
 class _Step:
-    """What a step, or one of its micro-batches, does with one table on one rank.
+    """Holds the load of one table on one rank in a step or a micro-batch.
 
     Attributes:
         table: the table.
-        ids: ids in this rank's batch.
-        distinct: distinct rows that this rank looks up.
-        away: how many of those another rank owns.
-        owned: distinct rows that this rank updates.
-        sums: sums of rows that this rank receives; 0 if rows travel, not sums.
-        bags: bags in this rank's batch.
-        wire: sizes of what travels.
+        ids: number of ids in this rank's batch.
+        distinct: number of distinct rows that this rank looks up.
+        away: number of distinct rows that other ranks own.
+        owned: number of distinct rows that this rank updates.
+        sums: number of sums that this rank receives; 0 if rows are sent instead of sums.
+        bags: number of bags in this rank's batch.
+        wire: sizes of values on the wire.
     """
 
     table: TableLoad
@@ -94,7 +94,7 @@ class _Step:
 
     @property
     def moved(self) -> float:
-        """Rows or sums that this rank receives; on average it hands out as many."""
+        """Number of rows or sums that this rank receives; on average it sends the same number."""
         return self.sums or self.distinct
 
 
@@ -112,7 +112,7 @@ class Bandwidths:
 
 
 def memory_of(workload: Workload, world_size: int) -> Memory:
-    """Returns what the rank with the most rows needs."""
+    """Returns the memory of the rank with the most rows."""
     rows = [(table, layout_of(table.num_rows, world_size).rows_per_rank) for table in workload.tables]
     weights = sum(count * table.weight_bytes for table, count in rows)
     state = sum(count * table.state_bytes for table, count in rows)
@@ -121,7 +121,7 @@ def memory_of(workload: Workload, world_size: int) -> Memory:
     num_waiting = min(workload.accumulate_steps, _MOST_WAITING) - 1
     for step, whole in zip(_micro_steps(workload, world_size), _steps(workload, world_size), strict=True):
         vector_bytes = step.table.dim * 4
-        # Vectors received and sent, their gradients, and the sums of these; pooled vectors and their gradients.
+        # Received and sent vectors, their gradients and summed gradients; pooled vectors and their gradients.
         rows_alive = (2 + num_waiting) * step.moved + step.distinct * (not step.sums) + whole.owned * 2
         buffers += step.ids * _ID_BUFFERS_BYTES + rows_alive * vector_bytes + 2 * step.bags * vector_bytes
     batches = math.ceil(_BATCHES_ALIVE * workload.batch_bytes / world_size)
@@ -130,7 +130,7 @@ def memory_of(workload: Workload, world_size: int) -> Memory:
 
 
 def exchange_of(workload: Workload, world_size: int) -> Exchange:
-    """Returns what a rank sends to other ranks in a step, on average."""
+    """Returns the mean number of bytes that a rank sends per step."""
     others = (world_size - 1) / world_size
     ids = vectors = gradients = 0.0
     micro_steps = _micro_steps(workload, world_size)
@@ -154,9 +154,9 @@ def checkpoint_bytes(workload: Workload) -> int:
 
 
 def traffic_bytes(workload: Workload, world_size: int) -> int:
-    """Returns the least bytes that a rank reads and writes for its rows in a step, on average.
+    """Returns the mean minimum of bytes that a rank reads and writes for its rows per step.
 
-    It reads and writes the weights and the optimizer state of each distinct row once.
+    Weights and optimizer state of each distinct row are read once and written once.
     """
     return round(
         sum(
@@ -166,10 +166,10 @@ def traffic_bytes(workload: Workload, world_size: int) -> int:
 
 
 def least_seconds(workload: Workload, world_size: int, bandwidths: Bandwidths) -> dict[str, float]:
-    """Returns a lower bound of the seconds that parts of a step take, which follow one another.
+    """Returns lower bounds, in seconds, of the sequential parts of a step.
 
-    "rows" is reading and writing rows, "exchange" is sending to other ranks. A part whose bandwidth is unknown is
-    left out. So is everything else that a step does.
+    "rows" is reading and writing rows, "exchange" is sending to other ranks. Parts with an unknown bandwidth and all
+    other work of a step are left out.
     """
     parts = {
         "rows": (traffic_bytes(workload, world_size), bandwidths.memory),
@@ -180,11 +180,11 @@ def least_seconds(workload: Workload, world_size: int, bandwidths: Bandwidths) -
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change that makes a plan fit.
+    """A change that makes a plan fit into memory.
 
     Attributes:
-        change: what to change, in words.
-        total_bytes: what a rank needs after the change.
+        change: description of the change.
+        total_bytes: bytes per rank after the change.
     """
 
     change: str
@@ -192,7 +192,7 @@ class Remedy:
 
 
 def remedies(workload: Workload, world_size: int, memory_bytes: int) -> list[Remedy]:
-    """Returns the single changes that make the workload fit into each rank's memory; there may be none."""
+    """Returns the single changes, if any, that make the workload fit into each rank's memory."""
     found = []
     halved = _with_tables(workload, lambda table: replace(table, value_bytes=2))
     if any(table.value_bytes > 2 for table in workload.tables):
@@ -229,7 +229,7 @@ def _step_of(table: TableLoad, world_size: int) -> _Step:
     distinct, away = table.distinct_of_rank(world_size)
     sums = 0.0
     if bags and world_size > 1:
-        # The expected number of ranks that own rows of a bag of n ids.
+        # Expected number of ranks that own rows of a bag.
         sums = bags * world_size * -math.expm1(ids / bags * math.log1p(-1 / world_size))
         is_cheaper = bytes_of_sums(round(ids), round(sums), table.dim, wire) < bytes_of_rows(
             round(distinct), table.dim, wire
@@ -247,7 +247,7 @@ def _narrowed(workload: Workload, dim: int) -> Workload:
 
 
 def _first(is_enough: Callable[[int], bool], low: int, high: int) -> int | None:
-    """Returns the smallest number in [low, high] that is enough, or None; if a number is enough, so are larger ones."""
+    """Returns the smallest number in [low, high] that is enough, or None; larger numbers must be enough too."""
     if low > high or not is_enough(high):
         return None
     while low < high:

@@ -1,6 +1,6 @@
-"""Measures the bandwidths of this machine within seconds, on all ranks at once.
+"""Measuring the bandwidths of this machine in a few seconds, on all ranks at once.
 
-`python -m embedtrain.planning.probe DEVICE` is what `probe_own_ranks` starts: rank 0 prints the bandwidths as JSON.
+`probe_own_ranks` starts `python -m embedtrain.planning.probe DEVICE`, whose rank 0 prints the bandwidths as JSON.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from embedtrain.errors import JobError
 from embedtrain.planning.plan import Bandwidths
 
 COPY_BYTES = 256 << 20
-"""Size of the copied memory: more than caches hold."""
+"""Size of the copied memory, larger than CPU caches."""
 EXCHANGE_BYTES = 4 << 20
-"""Size of the exchanged rows of each rank. Larger ones would time the allocation of memory as well."""
+"""Size of the exchanged rows per rank. With larger ones the time would include memory allocation."""
 _DIM = 64
 _REPEATS = 10
 
 
 def probe(runtime: Runtime) -> Bandwidths:
-    """Copies memory and exchanges rows. Collective: every rank; each returns the bandwidths of the slowest rank.
+    """Measures memory copies and exchanges; returns on every rank the bandwidths of the slowest rank.
 
-    The quickest of ten runs counts, since a plan gives a lower bound of times.
+    The fastest of ten runs counts, because a plan gives lower bounds of times.
+
+    Collective: every rank.
     """
     source = torch.ones(COPY_BYTES // 4, device=runtime.device)
     target = torch.zeros_like(source)
@@ -45,25 +47,25 @@ def probe(runtime: Runtime) -> Bandwidths:
 
 
 def _least_seconds(run: Callable[[], object], runtime: Runtime) -> float:
-    """Returns the least time of some runs that all ranks begin together, on the slowest rank. Collective."""
+    """Returns the minimum time of several runs on the slowest rank. Collective: every rank."""
     found = []
     for _ in range(_REPEATS + 2):
-        runtime.ranks.all_reduce(torch.zeros(1))  # no rank returns before all have called
+        runtime.ranks.all_reduce(torch.zeros(1))  # A barrier: all ranks start together.
         started_at = time.perf_counter()
         run()
         if runtime.device.type == "cuda":
             torch.cuda.synchronize(runtime.device)
         found.append(time.perf_counter() - started_at)
-    # The first runs map memory, one for each of two buffers.
+    # The first two runs allocate the memory of two buffers.
     return max(runtime.ranks.all_gather(min(found[2:])))
 
 
 def probe_own_ranks(num_ranks: int, device: str) -> Bandwidths:
-    """Probes on ranks of its own, at most one per GPU, in a process that torchrun did not start.
+    """Starts ranks to probe on, at most one per GPU; for a process that torchrun did not start.
 
     Raises:
-        UserError: `device` is unknown or absent.
-        JobError: the ranks failed; they say why on stderr.
+        UserError: `device` is unknown or not available.
+        JobError: the ranks failed; they print the reason to stderr.
     """
     runtime = init_distributed(device=device)
     if runtime.device.type == "cuda":
@@ -71,17 +73,17 @@ def probe_own_ranks(num_ranks: int, device: str) -> Bandwidths:
     if num_ranks == 1:
         return probe(runtime)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    # As torchrun would set it, but without a warning.
+    # torchrun would set this too, with a warning.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     command = [*launcher, "-m", __spec__.name, device]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=False)
     if done.returncode != 0:
-        raise JobError(f"expected {num_ranks} ranks to probe this machine, but they failed: see above")
+        raise JobError(f"the {num_ranks} ranks that measure this machine failed: see their errors above")
     return Bandwidths(**json.loads(done.stdout))
 
 
 def main() -> None:
-    """Probes as one of the ranks that `probe_own_ranks` started."""
+    """Runs one of the ranks that `probe_own_ranks` starts."""
     runtime = init_distributed(device=sys.argv[1])
     found = probe(runtime)
     if runtime.rank == 0:

@@ -1,4 +1,4 @@
-"""Prints a plan."""
+"""Printing a plan."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from embedtrain.sharding.layout import layout_of
 
 @dataclass(frozen=True)
 class Request:
-    """The machines that a plan is for.
+    """Describes the machines of a plan.
 
     Attributes:
         world_size: number of ranks.
-        num_hosts: number of hosts, which have equally many ranks.
-        memory_bytes: memory of each rank; None if it does not matter.
-        bandwidths: of each rank; what is unknown is left out of the step's time.
+        num_hosts: number of hosts, with equal numbers of ranks.
+        memory_bytes: memory per rank; None to skip the check.
+        bandwidths: bandwidths per rank; parts with an unknown bandwidth are left out of the step time.
     """
 
     world_size: int

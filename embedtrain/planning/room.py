@@ -1,4 +1,4 @@
-"""Checks that a run has room, before any table is made: this host's memory, and the disk of the run folder."""
+"""Checks that a run fits into this host's memory and the disk of the run folder, before tables are created."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from embedtrain.train.run_folder import RunFolder
 def require_room(config: Config, runtime: Runtime, sizes: Sizes) -> None:
     """Checks that this host has enough memory for a run, and the disk of the run folder enough space.
 
-    Memory for background saves is not counted: a save that finds less memory takes longer.
+    Memory for background saves is not counted, because a save with less memory only takes longer.
 
     Raises:
-        UserError: something is too small; says what is needed, what there is, where, and what would help.
+        UserError: memory or disk is too small; the message says what is needed, what is available, and what would help.
     """
     workload = workload_of(config, sizes)
     _require_memory(workload, runtime)
@@ -51,15 +51,15 @@ def _require_memory(workload: Workload, runtime: Runtime) -> None:
     if needed * num_ranks <= available:
         return
     changes = [
-        # More ranks on this host would not help: each needs memory of its own.
+        # More ranks on the same host would not help, because each needs its own memory.
         f"{remedy.change}, {num_ranks} per host" if remedy.change.endswith(" ranks") else remedy.change
         for remedy in remedies(workload, runtime.world_size, available // num_ranks)
     ]
     helps = f"it would fit with {' or '.join(changes)}" if changes else "no single change of dtype, ranks or dim helps"
     ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
     raise UserError(
-        f"expected {format_bytes(needed * num_ranks)} of memory on {where} for {ranks} ({_listed(memory)} per rank), "
-        f"got {format_bytes(available)}: {helps}; see embedtrain plan"
+        f"{ranks} need {format_bytes(needed * num_ranks)} of memory on {where} ({_listed(memory)} per rank), but "
+        f"{format_bytes(available)} are available: {helps}; see embedtrain plan"
     )
 
 
@@ -85,14 +85,15 @@ def _require_disk(workload: Workload, config: Config) -> None:
     needed = whole * workload.num_checkpoints - there
     if needed > free:
         raise UserError(
-            f"expected {format_bytes(needed)} of free space on the disk of run.path={config.run.path} for "
-            f"{workload.num_checkpoints} checkpoints of {format_bytes(whole)}, got {format_bytes(free)}: free some, "
-            "choose another run.path, or keep fewer by checkpoint.keep_last"
+            f"the disk of run.path={config.run.path} needs {format_bytes(needed)} of free space for "
+            f"{workload.num_checkpoints} checkpoints of {format_bytes(whole)}, but has {format_bytes(free)}: free "
+            "space, "
+            "choose another run.path, or keep fewer checkpoints with checkpoint.keep_last"
         )
 
 
 def _free_bytes(url: str) -> int | None:
-    """Returns the free space of the disk that a folder lies on or will lie on; None if it is unknown."""
+    """Returns the free space of the disk of an existing or future folder; None if unknown."""
     path = storage.local_path(url)
     if path is None:
         return None
@@ -101,10 +102,10 @@ def _free_bytes(url: str) -> int | None:
 
 
 def available_memory_bytes(root: Path = Path("/")) -> int | None:
-    """Returns the memory that is available on this host or in its container; None if the kernel does not say.
+    """Returns the memory available on this host or in its container; None if the kernel does not report it.
 
     Args:
-        root: the folder that holds `proc` and `sys`.
+        root: folder that contains `proc` and `sys`.
     """
     found = []
     host = _numbers(root / "proc/meminfo", 1024)
@@ -112,14 +113,14 @@ def available_memory_bytes(root: Path = Path("/")) -> int | None:
         found.append(host["MemAvailable:"])
     limit, used = (_number(root / "sys/fs/cgroup" / name) for name in ("memory.max", "memory.current"))
     if limit is not None and used is not None:
-        # Cached pages of files count as used, but the kernel gives them up when memory is asked for.
+        # Cached file pages count as used, but the kernel frees them on demand.
         cached = _numbers(root / "sys/fs/cgroup/memory.stat", 1).get("inactive_file", 0)
         found.append(max(0, limit - used + cached))
     return min(found, default=None)
 
 
 def _numbers(path: Path, unit_bytes: int) -> Mapping[str, int]:
-    """Returns the bytes that lines such as "MemAvailable: 123 kB" give, by name."""
+    """Parses lines such as "MemAvailable: 123 kB" into bytes by name."""
     try:
         lines = [line.split() for line in path.read_text().splitlines()]
     except OSError:

@@ -1,4 +1,4 @@
-"""Reads and writes sizes, bandwidths and counts as people write them."""
+"""Parsing and formatting of sizes, bandwidths and counts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def parse_bytes(text: str) -> int:
     """Returns the bytes of "80GiB", "80 GB" or "1000".
 
     Raises:
-        UserError: `text` is no such size.
+        UserError: `text` is not a size.
     """
     units = {unit.lower(): size for unit, size in _UNITS.items()}
     match = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text.strip())
@@ -31,7 +31,7 @@ def parse_bandwidth(text: str) -> float:
     """Returns the bytes per second of "20GB/s" or "512 MiB/s".
 
     Raises:
-        UserError: `text` is no such bandwidth.
+        UserError: `text` is not a bandwidth.
     """
     size, slash, unit = text.strip().partition("/")
     try:
@@ -47,7 +47,7 @@ def parse_count(text: str) -> int:
     """Returns the number of "1000", "1_000_000", "10e9", "5M" or "1.5B".
 
     Raises:
-        UserError: `text` is no whole number of at least 1.
+        UserError: `text` is not a whole number of at least 1.
     """
     number, factor = text.replace(",", "").replace("_", "").strip(), 1
     if number[-1:].lower() in _FACTORS:
@@ -62,7 +62,7 @@ def parse_count(text: str) -> int:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Returns "7.45 GiB"."""
+    """Returns a size such as "7.45 GiB"."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if num_bytes < 1024 or unit == "TiB":
             break

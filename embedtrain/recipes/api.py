@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from embedtrain.config.optimizer import DenseOptimizerConfig, OptimizerConfig
 from embedtrain.config.sections import Config, EvaluateConfig, TableConfig, TrainConfig
+from embedtrain.metrics.figures import Bars, Chart, Line, PointMap, Section, Table, Text
 from embedtrain.recipes.base import (
     Grow,
     Packed,
@@ -30,27 +31,34 @@ from embedtrain.recipes.workload import (
 from embedtrain.train.task import Batches, Evaluation, Objective, Parts, Pretrained, StreamedBatches, Task
 
 __all__ = [
+    "Bars",
     "Batches",
+    "Chart",
     "Config",
     "DenseOptimizerConfig",
     "EvaluateConfig",
     "Evaluation",
     "Grow",
     "IdDistribution",
+    "Line",
     "Objective",
     "OptimizerConfig",
     "Packed",
     "PackedNetwork",
     "PackedTable",
     "Parts",
+    "PointMap",
     "Pretrained",
     "Recipe",
     "RowScorer",
+    "Section",
     "Sizes",
     "StreamedBatches",
+    "Table",
     "TableConfig",
     "TableLoad",
     "Task",
+    "Text",
     "TrainConfig",
     "Wanted",
     "Workload",

@@ -23,6 +23,7 @@ from embedtrain.embedding.collection import CollectionOptions
 from embedtrain.embedding.placement import Auto, PlacementChoice
 from embedtrain.export.recommendations import Recommendation
 from embedtrain.export.vectors import Vectors
+from embedtrain.metrics.figures import Section
 from embedtrain.recipes.optimizers import optimizer_names
 from embedtrain.recipes.workload import Sizes, Workload
 from embedtrain.sharding.layout import read_layout
@@ -241,6 +242,9 @@ class Recipe(Generic[ConfigT, DataT]):
             configuration describes these files. None if the model does not score rows.
         pack: opens a checkpoint, given by its path, to write a package; for one process. None if the model cannot be
             packed.
+        report: collective; yields what the report says of this model alone, from a checkpoint given by its path: charts
+            and tables that take a bounded time. If it raises UserError, the report is without the rest. None if the
+            report has nothing to add to the curves.
         tuning: how `embedtrain tune` searches for its settings; None if it cannot.
     """
 
@@ -260,6 +264,7 @@ class Recipe(Generic[ConfigT, DataT]):
     recommend: Callable[[ConfigT, Runtime, str, Wanted], Iterator[list[Recommendation]]] | None = None
     score: Callable[[ConfigT, Runtime, str], RowScorer] | None = None
     pack: Callable[[ConfigT, Runtime, str], AbstractContextManager[Packed]] | None = None
+    report: Callable[[ConfigT, Runtime, str], Iterator[Section]] | None = None
     tuning: Tuning[ConfigT] | None = None
 
 

@@ -1,5 +1,6 @@
-"""One page of HTML about a run, for a person to read."""
+"""Pages of HTML about runs, for a person to read."""
 
-from embedtrain.report.page import write_report
+from embedtrain.report.comparison import write_comparison
+from embedtrain.report.writing import write_report
 
-__all__ = ["write_report"]
+__all__ = ["write_comparison", "write_report"]

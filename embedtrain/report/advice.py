@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import yaml
-
-from embedtrain.report.facts import BUSIEST_RANK, RunFacts, TableFacts
+from embedtrain.report.curves import BUSIEST_RANK
+from embedtrain.report.facts import RunFacts, TableFacts
 
 _UNEVEN = 1.25
 _FEW_RECORDS = 8
@@ -30,8 +29,7 @@ _ANEW = (
 
 def advice(facts: RunFacts) -> list[str]:
     """Returns what to try next where something looks wrong; empty where nothing does."""
-    loaded = yaml.safe_load(facts.config)
-    settings: dict[str, Any] = loaded if isinstance(loaded, dict) else {}
+    settings = facts.settings
     overfit = list(_overfitting(facts))
     of_settings = [*_skipped(facts), *overfit, *_losses(facts, settings, is_overfit=bool(overfit))]
     of_settings += [line for table in facts.tables if (line := _untouched(table, facts)) is not None]
@@ -46,7 +44,7 @@ def _skipped(facts: RunFacts) -> Iterator[str]:
         )
 
 
-def _losses(facts: RunFacts, settings: dict[str, Any], *, is_overfit: bool) -> Iterator[str]:
+def _losses(facts: RunFacts, settings: Mapping[str, Any], *, is_overfit: bool) -> Iterator[str]:
     """Says what the training loss does, or that it was logged too seldom to tell."""
     _, losses = facts.curves.get("loss", ([], []))
     if 0 < len(losses) < _FEW_RECORDS:
@@ -61,7 +59,7 @@ def _losses(facts: RunFacts, settings: dict[str, Any], *, is_overfit: bool) -> I
     if last > first:
         yield f"The loss rose, from {first:.4g} to {last:.4g}: lower optimizer.lr."
     elif last > (1 - _WORSE) * first and not is_overfit:
-        start = settings.get("optimizer", {}).get("initial_accumulator_value")
+        start = (settings.get("optimizer") or {}).get("initial_accumulator_value")
         less = "" if not start else f", or lower optimizer.initial_accumulator_value, which is {start:g}"
         yield (
             f"The loss is flat, {first:.4g} in the first quarter and {last:.4g} in the last: raise train.epochs, raise "

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
+import yaml
 
 from embedtrain import storage
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
-from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
-from embedtrain.export import Vectors, neighbors
-from embedtrain.export.vectors import FloatRows
-from embedtrain.recipes.trained import open_run_vectors
+from embedtrain.report.curves import BUSIEST_RANK, STAGE, Curves, RunCurves, curves_of, evaluated_names
 from embedtrain.sharding.layout import read_layout
 from embedtrain.train.run_folder import PROFILE_NAME, RunFolder
 from embedtrain.train.state import RunState, TrainState, read_run_state
 
-STAGE, MEMORY = "stage/", "memory/"
-BUSIEST_RANK = f"{STAGE}busiest_rank"
-
 _ACCUMULATOR = "/accumulator"
 _BLOCK_ROWS = 1 << 20
-_NUM_FREQUENT = 300
-
-_logger = logging.getLogger(__name__)
+_MAX_PROFILES = 64
 
 
 @dataclass(frozen=True)
@@ -40,7 +31,7 @@ class TableFacts:
         name: of the table.
         num_rows: its rows.
         dim: its columns.
-        num_untouched: rows whose accumulator is still at its first value; None where that cannot be told.
+        num_untouched: rows whose accumulator is still at its first value; None if that cannot be told.
         has_shared_row: whether row 0 stands for all values without a row of their own; it counts as touched.
         is_hashed: whether values share rows by their hash.
     """
@@ -61,39 +52,52 @@ class RunFacts:
         path: the run folder.
         config: its configuration, YAML.
         status: of status.json; empty while the run is going on or after it was killed.
-        step: of the newest checkpoint.
-        world_size: ranks that saved it.
+        step: of the newest checkpoint, or of the last record if there is no checkpoint yet.
+        world_size: ranks that saved it; None without a checkpoint.
         seconds: spent in training.
         epochs: passes over the data that are done, as `epochs_done` counts them.
         num_skipped: steps left out because a gradient was not finite.
-        curves: per number that was logged, its steps and values.
+        logged: the numbers of `metrics.jsonl`.
         tables: in order of name.
-        neighbors: of some frequent words, each with its nearest and their cosines.
-        frequent_words: the most frequent ones, or the first rows' names; none where no table is the one to look at.
-        frequent_rows: [n, dim]; their vectors.
-        noun: what those stand for: a word, an item.
         profile: table of seconds per stage of each rank, by name; empty without `train --profile`.
+        starts: when, how and from which commit the run was started and resumed, in order.
     """
 
     path: str
     config: str
     status: Mapping[str, Any]
     step: int
-    world_size: int
+    world_size: int | None
     seconds: float
     epochs: float
     num_skipped: int
-    curves: Mapping[str, tuple[list[int], list[float]]]
+    logged: RunCurves
     tables: Sequence[TableFacts]
-    neighbors: Mapping[str, Sequence[tuple[str, float]]] = field(default_factory=dict)
-    frequent_words: Sequence[str] = ()
-    frequent_rows: FloatRows = field(default_factory=lambda: np.empty((0, 0), np.float32))
     profile: Mapping[str, str] = field(default_factory=dict)
-    noun: str = "row"
+    starts: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def curves(self) -> Curves:
+        """By the name of a number, its steps and values."""
+        return self.logged.curves
+
+    @property
+    def name(self) -> str:
+        """The name of the run: the last part of the path of its folder."""
+        return storage.base_name(self.path)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The configuration; empty if it cannot be read."""
+        try:
+            loaded = yaml.safe_load(self.config)
+        except yaml.YAMLError:
+            return {}
+        return loaded if isinstance(loaded, dict) else {}
 
     @property
     def stage_seconds(self) -> dict[str, float]:
-        """Seconds a step by stage, mean over what was logged, the longest first."""
+        """Seconds per step by stage, mean over what was logged, the longest first."""
         means = {
             name.removeprefix(STAGE): sum(values) / len(values)
             for name, (_, values) in self.curves.items()
@@ -102,59 +106,49 @@ class RunFacts:
         return dict(sorted(means.items(), key=lambda item: -item[1]))
 
 
-def read_facts(run_path: str, words: Sequence[str], runtime: Runtime, num_neighbors: int = 6) -> RunFacts:
-    """Reads what there is to say of a run.
+def read_facts(run_path: str) -> RunFacts:
+    """Reads what there is to say of a run; a run that has saved no checkpoint yet has no tables.
 
     Args:
         run_path: the run folder, any fsspec URL.
-        words: whose neighbours to find; where there are none, of frequent words that are not the most common.
-        runtime: of this process.
-        num_neighbors: of each.
 
     Raises:
-        UserError: there is no run, no complete checkpoint, or no such word.
+        UserError: there is no run.
     """
     folder = RunFolder(run_path)
+    config = folder.read_config()
+    if config is None:
+        raise UserError(f"no run folder at {run_path!r}; expected the run.path that a training wrote to")
+    records = folder.read_metrics()
+    logged = RunCurves(curves_of(records), evaluated_names(records))
+    last = records[-1] if records else {"step": 0}
     path = latest_checkpoint(folder.checkpoints_path)
-    if path is None:
-        raise UserError(f"there is no complete checkpoint in {run_path!r}; a report needs one")
-    with CheckpointReader(path) as reader:
-        state, world_size = read_run_state(reader.manifest, path), reader.manifest.world_size
-        tables = _tables(reader, state)
-    near, frequent_words, frequent_rows, noun = _vectors(run_path, words, runtime, num_neighbors)
-    curves = read_curves(folder)
+    state, world_size, tables = None, None, list[TableFacts]()
+    if path is not None:
+        with CheckpointReader(path) as reader:
+            state, world_size = read_run_state(reader.manifest, path), reader.manifest.world_size
+            tables = _tables(reader, state)
     return RunFacts(
         path=folder.path,
-        config=folder.read_config() or "",
+        config=config,
         status=folder.read_status(),
-        step=state.train.step,
+        step=last["step"] if state is None else state.train.step,
         world_size=world_size,
-        seconds=state.train.seconds,
-        epochs=epochs_done(state.train, curves),
-        num_skipped=state.optimizer.num_skipped,
-        curves=curves,
+        seconds=_last(logged, "seconds") if state is None else state.train.seconds,
+        epochs=_last(logged, "epoch") if state is None else epochs_done(state.train, logged.curves),
+        num_skipped=0 if state is None else state.optimizer.num_skipped,
+        logged=logged,
         tables=tables,
-        neighbors=near,
-        frequent_words=frequent_words,
-        frequent_rows=frequent_rows,
-        noun=noun,
         profile=_profile(folder),
+        starts=folder.read_starts(),
     )
 
 
-def read_curves(folder: RunFolder) -> dict[str, tuple[list[int], list[float]]]:
-    """Returns the steps and values of each number in metrics.jsonl; nulls and texts are left out."""
-    curves: dict[str, tuple[list[int], list[float]]] = {}
-    for record in folder.read_metrics():
-        for name, value in record.items():
-            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
-                steps, values = curves.setdefault(name, ([], []))
-                steps.append(record["step"])
-                values.append(float(value))
-    return curves
+def _last(logged: RunCurves, name: str) -> float:
+    return logged.curves.get(name, ([], [0.0]))[1][-1]
 
 
-def epochs_done(state: TrainState, curves: Mapping[str, tuple[list[int], list[float]]]) -> float:
+def epochs_done(state: TrainState, curves: Curves) -> float:
     """Returns how many passes over its data a run has done; of a stream infinity.
 
     What is done of the last pass is known from the length of an epoch, which the records of `metrics.jsonl` tell;
@@ -199,35 +193,10 @@ def _count_equal(reader: CheckpointReader, name: str, num_rows: int, value: floa
     )
 
 
-def _vectors(
-    run_path: str, words: Sequence[str], runtime: Runtime, top: int
-) -> tuple[dict[str, list[tuple[str, float]]], list[str], FloatRows, str]:
-    """Returns neighbours, words and vectors of the most frequent rows, and what these stand for."""
-    try:
-        opened = open_run_vectors(run_path, None, runtime)
-    except UserError as error:
-        if words:
-            raise
-        # Several tables, and none is said to be the one to look at; or the data of a retrieval run are gone.
-        _logger.warning(f"the report is without neighbours and map: {error}")
-        return {}, [], np.empty((0, 0), np.float32), "row"
-    with opened as vectors:
-        near = {word: neighbors(vectors, word, top) for word in words or _examples(vectors)}
-        frequent = vectors.first(_NUM_FREQUENT)
-        return near, list(frequent.words), frequent.rows(0, frequent.num_rows), vectors.noun
-
-
-def _examples(vectors: Vectors) -> list[str]:
-    """Returns words spread over the frequent ones, the most common left out: they stand beside everything."""
-    places = [100, 200, 400, 800, 1600, 3200]
-    if vectors.num_rows <= places[2]:
-        places = list(range(0, vectors.num_rows, 1 + vectors.num_rows // 6))
-    return [vectors.words[place] for place in places if place < vectors.num_rows]
-
-
 def _profile(folder: RunFolder) -> dict[str, str]:
-    found = {}
-    for rank in range(64):
+    """Returns the table of stages of each rank that was profiled."""
+    found: dict[str, str] = {}
+    for rank in range(_MAX_PROFILES):
         try:
             found[f"rank {rank}"] = storage.read(folder.join(f"{PROFILE_NAME}/rank-{rank}.txt")).decode(
                 errors="replace"

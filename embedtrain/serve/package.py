@@ -183,9 +183,7 @@ def _onnx_network(packed: Packed) -> bytes:
     """Returns the network as ONNX for any number of rows."""
     network = packed.network
     if network is None or not network.names:
-        raise UserError(
-            f"--onnx needs a model with a dense network that ONNX can hold, and a {packed.model} model has none"
-        )
+        raise UserError(f"--onnx: a package of a {packed.model} model holds no network that can be written as ONNX")
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -214,7 +212,7 @@ def _onnx_network(packed: Packed) -> bytes:
 
 
 def _any_rows(network: PackedNetwork) -> tuple[Any, ...]:
-    """Returns the dynamic shapes of a network's arguments, with a number of rows of at least 2."""
+    """Returns dynamic shapes of the arguments of a network, with a number of rows of at least 2."""
     rows = torch.export.Dim("rows", min=2)
     return tuple(
         [{0: rows} for _ in argument] if isinstance(argument, list) else {0: rows} for argument in network.arguments

@@ -393,8 +393,7 @@ def map_arrays(path: Path) -> dict[str, NDArray[Any]]:
 def read_rows(path: str, lines: Mapping[str, Any], columns: Sequence[str]) -> Iterator[tuple[int, Row | str]]:
     """Yields for each line of a file its number and its row, or the reason why the line is bad.
 
-    A .parquet or .jsonl file is read as such; other files have the format that `lines` describes. The file must have
-    all `columns`.
+    Other files than .parquet and .jsonl have the format of `lines`. The file must have all `columns`.
     """
     suffix = Path(path).suffix
     if suffix == ".parquet":
@@ -445,18 +444,10 @@ def _require_columns(path: str, wanted: Sequence[str], existing: Sequence[str]) 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints CSV: the kept columns and the probability of each row, or the best items of users."""
-    parser = argparse.ArgumentParser(
-        description="Scores the rows of a file, or recommends items, with a packaged model."
-    )
-    parser.add_argument(
-        "--package",
-        default=str(Path(__file__).resolve().parent),
-        help="folder of the package (default: the folder of this file)",
-    )
+    parser = argparse.ArgumentParser(description="Scores rows of a file, or recommends items, with a packaged model.")
+    parser.add_argument("--package", default=str(Path(__file__).resolve().parent), help="folder of the package")
     asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument(
-        "--data", help="file of rows in the format of training, .jsonl or .parquet; - for standard input"
-    )
+    asked.add_argument("--data", help="file in the format of training, .jsonl or .parquet; - for standard input")
     asked.add_argument("--users", nargs="+", help="raw ids of users (for a retrieval model)")
     parser.add_argument("--top", type=int, default=10, help="number of items per user")
     parser.add_argument("--keep", default="", help="columns to copy to the output, for example id,ts")

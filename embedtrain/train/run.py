@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
 from embedtrain.config.resolved import differing_keys, settings_in, to_yaml
 from embedtrain.config.sections import Config
+from embedtrain.config.tuned import tuned_settings
 from embedtrain.config.values import settings_of
 from embedtrain.data.seal import Unverified, Verification
 from embedtrain.distributed.failure import is_shared
@@ -29,6 +30,7 @@ from embedtrain.train.checkpoints import Checkpoints, ResumePolicy, SavePolicy
 from embedtrain.train.interrupt import EXIT_PREEMPTED
 from embedtrain.train.lock import RunLock
 from embedtrain.train.profile import StepProfile
+from embedtrain.train.provenance import start_facts
 from embedtrain.train.publisher import Publisher
 from embedtrain.train.row_statistics import RowStatistics, TableStatistics
 from embedtrain.train.run_folder import PROFILE_NAME, TENSORBOARD_NAME, RunFolder
@@ -273,7 +275,8 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
             "train.precision=bfloat16: this processor has no instructions for bfloat16 (AMX or AVX-512 BF16), and "
             "multiplies several times slower in it than in float32"
         )
-    runtime.ranks.run_on_first(functools.partial(_write_folder, folder, config, parts))
+    start = start_facts(state.step, runtime.world_size) if runtime.rank == 0 else {}
+    runtime.ranks.run_on_first(functools.partial(_write_folder, folder, config, parts, start))
     sinks = _build_sinks(config, folder, state, parts.task) if runtime.rank == 0 else []
     observers = _build_observers(config, folder, state, parts.task, sinks, runtime)
     return Run(trainer, folder, checkpoints, sinks, is_resumed, earlier is not None, observers, parts.unverified)
@@ -373,8 +376,9 @@ def _schedule_factor(config: Config, done: float) -> float:
     return schedule_factor(config.schedule.name, done, config.schedule.min_factor, config.schedule.warmup)
 
 
-def _write_folder(folder: RunFolder, config: Config, parts: Parts) -> None:
+def _write_folder(folder: RunFolder, config: Config, parts: Parts, start: Mapping[str, Any]) -> None:
     folder.write_config(to_yaml(config))
+    folder.add_start(start, is_new=start["step"] == 0)
     parts.write_files(folder)
 
 
@@ -385,7 +389,9 @@ def _build_sinks(config: Config, folder: RunFolder, state: TrainState, task: Tas
     sinks: list[MetricSink] = [ConsoleSink(sys.stderr, total, task.unit), metrics]
     if config.log.tensorboard and local_path(folder.path) is not None:
         board = TensorBoardSink(folder.join(TENSORBOARD_NAME), purge_step=state.step + 1)
-        board.log_settings(settings_of(config), list(dict.fromkeys(["loss", config.checkpoint.best_metric])))
+        measures = list(dict.fromkeys(["loss", config.checkpoint.best_metric, *(task.measures or ())]))
+        # Runs of one name would be one row of the table: the folder that they lie in tells sweeps apart.
+        board.log_settings("/".join(folder.path.split("/")[-2:]), tuned_settings(config), measures)
         sinks.append(board)
     if config.log.wandb is None and config.log.mlflow is None:
         return sinks

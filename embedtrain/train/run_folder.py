@@ -26,17 +26,20 @@ CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.jsonl"
 STATUS_NAME = "status.json"
 RUN_ID_NAME = "run-id.txt"
+STARTS_NAME = "starts.jsonl"
 CHECKPOINTS_NAME = "checkpoints"
 TENSORBOARD_NAME = "tensorboard"
 PROFILE_NAME = "profile"
 SPLIT_NAME = "split"
 
-_FILE = re.compile(
-    rf"({'|'.join(map(re.escape, (CONFIG_NAME, METRICS_NAME, STATUS_NAME, RUN_ID_NAME)))}|\w+\.tsv)(\.tmp|\.partial)?"
-)
+_FILES = (CONFIG_NAME, METRICS_NAME, STATUS_NAME, RUN_ID_NAME, STARTS_NAME)
+_FILE = re.compile(rf"({'|'.join(map(re.escape, _FILES))}|\w+\.tsv)(\.tmp|\.partial)?")
 _TRACE = re.compile(rf"{METRICS_NAME}|{STATUS_NAME}|{CHECKPOINTS_NAME}|owner-")
 """Begins the name of what any start of a run leaves beside its configuration."""
 _FOLDERS = (CHECKPOINTS_NAME, KEPT_DATA_NAME, FEATURES_NAME, TENSORBOARD_NAME, PROFILE_NAME, SPLIT_NAME)
+
+_MAX_STARTS = 100
+"""Starts that are kept of a run that is interrupted often."""
 
 _logger = logging.getLogger(__name__)
 
@@ -147,6 +150,28 @@ class RunFolder:
             _logger.warning(f"{self.join(STATUS_NAME)} says nothing of the run: {error}")
             return {}
         return status if isinstance(status, dict) else {}
+
+    def read_starts(self) -> list[Mapping[str, Any]]:
+        """Returns when, how and from which commit the run was started and resumed, in order; see `start_facts`."""
+        try:
+            lines = storage.read(self.join(STARTS_NAME)).splitlines()
+        except FileNotFoundError:
+            return []
+        starts = []
+        for line in lines:
+            with suppress(ValueError, RecursionError):
+                starts.append(json.loads(line))
+        return [start for start in starts if isinstance(start, dict)]
+
+    def add_start(self, facts: Mapping[str, Any], *, is_new: bool) -> None:
+        """Keeps the facts of a start of the run.
+
+        Args:
+            facts: JSON.
+            is_new: whether the run begins; what is known of the starts of another run in its place is dropped.
+        """
+        starts = [*([] if is_new else self.read_starts()[1 - _MAX_STARTS :]), facts]
+        self._write(STARTS_NAME, "".join(f"{json.dumps(start)}\n" for start in starts))
 
     def run_id(self, *, is_new: bool) -> str:
         """Returns what trackers know the run by: drawn at random when a run begins, and kept in the folder.

@@ -14,6 +14,7 @@ ALLOWED = {
     "commands/test_fuzz.py": "gives the program itself a few of the command lines",
     "commands/test_help.py": "asks a fresh interpreter what the help imports",
     "commands/test_mistakes.py": "pipes the program's output into one that stops reading",
+    "train/test_provenance.py": "makes a repository with git",
     "recipes/test_registry.py": "asks a fresh interpreter what the registry imports",
 }
 

@@ -99,10 +99,10 @@ def test_bad_lines_are_left_out_and_counted_until_there_are_too_many(tmp_path: P
     steps = steps_of(stream_of(tmp_path, max_bad_lines=3))
     assert users_of([batch for batch, _ in steps]) == list(range(11))
     assert [position["bad_lines"] for _, position in steps] == [2, 2, 3, 3]
-    with pytest.raises(UserError, match=r"a:10: expected 4 fields, got 2\. 3 such lines .*max_bad_lines is 2"):
+    with pytest.raises(UserError, match=r"a:10: expected 4 fields, got 2\. 3 bad lines .*max_bad_lines=2"):
         steps_of(stream_of(tmp_path, max_bad_lines=2))
     # What was left out before the run was stopped counts on.
-    with pytest.raises(UserError, match="3 such lines"):
+    with pytest.raises(UserError, match="3 bad lines"):
         steps_of(stream_of(tmp_path, max_bad_lines=2), steps[0][1])
 
 
@@ -117,7 +117,7 @@ def test_blank_lines_are_no_examples(tmp_path: Path) -> None:
     ("schema", "message"),
     [
         ({"columns": None}, "give data.columns"),
-        ({"file_format": "parquet"}, "a stream is of lines"),
+        ({"file_format": "parquet"}, "cannot be streamed: use a format of lines"),
         ({"categorical": (CategoricalColumn(name="user"),)}, "user cannot have a vocabulary: give data.num_rows"),
     ],
 )

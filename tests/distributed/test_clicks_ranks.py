@@ -45,7 +45,7 @@ def test_faults_of_all_ranks_count_together(tmp_path: Path) -> None:
     for outcome in outcomes_on_threads(2, prepare_with_two_faults, str(path), str(tmp_path / "cache")):
         assert isinstance(outcome, UserError)
         assert re.search(r"day.tsv:\d+: column label: expected a label of 0 or 1, got '7'", str(outcome))
-        assert "3 such lines were found, and data.max_bad_lines is 2" in str(outcome)
+        assert "3 bad lines exceed data.max_bad_lines=2" in str(outcome)
 
 
 def prepare_with_two_faults(ranks: Ranks, path: str, cache: str) -> None:

@@ -99,3 +99,17 @@ def test_a_row_that_the_table_does_not_have_is_refused(tmp_path: Path, row: obje
     tables = et.EmbeddingCollection([et.TableSpec("word", 4, 1)])
     with pytest.raises(et.UserError, match="rows of table 'word' are integers from 0 to 3, and that of 'x' is"):
         et.init_from(tables, "word", str(path), {"x": row, "y": 2})
+
+
+def test_a_file_whose_fault_comes_late_says_what_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedtrain.data.vector_files._BLOCK_BYTES", 8)
+    path = tmp_path / "vectors.npy"
+    np.save(path, np.array([[1.0, 2.0], [3.0, 4.0], [5.0, np.nan]], np.float32))
+    (tmp_path / "vectors.npy.vocabulary.tsv").write_text("x\ny\nz\n")
+    tables = et.EmbeddingCollection([et.TableSpec("word", 3, 2)])
+    before = tables.gather_table("word").clone()
+    with pytest.raises(et.UserError, match="Table 'word' has 2 vectors of the file already: make it anew"):
+        et.init_from(tables, "word", str(path), {"x": 0, "y": 1, "z": 2})
+    assert torch.equal(tables.gather_table("word"), torch.cat([torch.tensor([[1.0, 2.0], [3.0, 4.0]]), before[2:]]))
+    with pytest.raises(et.UserError, match=r"the vector of 'z' has a value that is not finite in the table's float32$"):
+        et.init_from(tables, "word", str(path), {"z": 2})

@@ -113,5 +113,5 @@ def test_a_checkpoint_of_it_loads_on_another_number_of_ranks(tmp_path: Any) -> N
 
 def test_a_saved_layout_is_read_by_its_name() -> None:
     assert isinstance(read_layout({"kind": KIND}, 7, "item"), DictionaryLayout)
-    with pytest.raises(ValueError, match="expected a layout named spread or dictionary, got 'hashed'"):
+    with pytest.raises(ValueError, match="layout must be one of spread, dictionary, got 'hashed'"):
         layout_of(7, kind="hashed")

@@ -73,6 +73,17 @@ def test_the_loss_is_the_corrected_softmax_over_the_candidates(in_batch: bool, n
     assert float(objective.loss.detach()) == pytest.approx(expected / batch.num_examples, rel=1e-5)
 
 
+def test_vectors_begin_with_length_1_and_ids_with_features_near_0() -> None:
+    def lengths(model: Retrieval, name: str) -> float:
+        return float(model.tables.gather_table(name).norm(dim=1).mean())
+
+    plain, described, dots = make(Scoring()), make(Scoring(), towers=True), make(Scoring(normalize="users"))
+    assert lengths(plain, "user") == pytest.approx(1, rel=0.2)
+    assert lengths(described, "item.genre") == pytest.approx(1, rel=0.5)
+    assert lengths(described, "item") < 0.1
+    assert lengths(dots, "item") < 0.1 < lengths(dots, "user")
+
+
 def plain_loss(users: Tensor, items: Tensor, batch: RetrievalBatch, scoring: Scoring) -> Tensor:
     """Returns the mean loss of a batch of one rank by the formulas as published, from the tables of vectors."""
     users, items = F.normalize(users, dim=1)[batch.users], F.normalize(items, dim=1)

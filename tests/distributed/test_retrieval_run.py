@@ -115,9 +115,25 @@ def run_parts(ranks: Ranks, arguments: list[str], kill_at: int | None) -> dict[s
     return {**tables, **(task.dense.tensors() if task.dense is not None else {})}
 
 
-@pytest.mark.parametrize("has_towers", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_killed_run_goes_on_to_the_last_bit_and_on_another_number_of_ranks(folder: Path, has_towers: bool) -> None:
-    more = towers(folder) if has_towers else []
+@pytest.mark.parametrize(
+    "more",
+    [
+        TOWERS,
+        *(
+            pytest.param(more, marks=pytest.mark.slow)
+            for more in (
+                (),
+                ("retrieval.loss=alignment_uniformity", "retrieval.in_batch=true"),
+                ("retrieval.loss=cosine_contrastive", "retrieval.hard_negatives=4", "retrieval.popularity_share=0.5"),
+            )
+        ),
+    ],
+    ids=["towers", "factorisation", "alignment_uniformity", "cosine_contrastive"],
+)
+def test_a_killed_run_goes_on_to_the_last_bit_and_on_another_number_of_ranks(
+    folder: Path, more: tuple[str, ...]
+) -> None:
+    more = tuple(part.replace("FOLDER", str(folder)) for part in more)
     whole = run_ranks(2, run_parts, overrides(folder, "whole", *more), None)[0]
     killed = overrides(folder, "killed", *more)
     run_ranks(2, run_parts, killed, 60)
@@ -273,14 +289,19 @@ def test_from_raw_files_to_recommendations(folder: Path, capfd: pytest.CaptureFi
 
 
 def test_a_report_shows_items_near_items_under_their_raw_ids(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib", reason="pictures need the extra plots")
     (folder / "config.yaml").write_text("model: retrieval\n")
     arguments = overrides(folder, "run", *towers(folder), "train.epochs=1")
     assert command(capfd, "train", str(folder / "config.yaml"), *arguments)[0] == 0
     run = str(folder / "run")
-    assert command(capfd, "report", run, "g1-i3")[0] == 0
+    assert command(capfd, "report", run, "--word", "g1-i3")[0] == 0
     page = (folder / "run" / "report.html").read_text()
-    for part in ("Nearest items", "<th>g1-i3</th>", 'id="map"', "The most frequent items"):
+    for part in (
+        "Nearest items",
+        ">g1-i3</th>",
+        "Map of the items",
+        "Recommendations for held-out users",
+        "by popularity",
+    ):
         assert part in page
 
     # Without what it keeps of its data a run has no vectors of towers: the rest is still told.
@@ -289,7 +310,7 @@ def test_a_report_shows_items_near_items_under_their_raw_ids(folder: Path, capfd
     assert command(capfd, "report", run)[0] == 0
     page = (folder / "run" / "report.html").read_text()
     assert "Nearest" not in page and "done at step" in page
-    assert "run/kept_data is missing" in refused(capfd, "report", run, "g1-i3")
+    assert "run/kept_data is missing" in refused(capfd, "report", run, "--word", "g1-i3")
 
 
 def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -313,7 +334,7 @@ def test_mistakes_are_one_clear_line(folder: Path, capfd: pytest.CaptureFixture[
     assert command(capfd, *train)[0] == 0
     run = str(folder / "run")
     line = refused(capfd, "recommend", run, "42")
-    assert f"unknown user '42': not among the {NUM_GROUPS * USERS_PER_GROUP} users" in line
+    assert f"unknown user '42': it is not one of the {NUM_GROUPS * USERS_PER_GROUP} users" in line
     assert "unknown item 'g1-i99'" in refused(capfd, "neighbors", run, "g1-i99")
     assert "has no table 'word'" in refused(capfd, "neighbors", run, "x", "--table", "word")
     assert "expected the ids of users" in refused(capfd, "recommend", run)

@@ -96,5 +96,5 @@ def test_a_failure_in_the_background_of_one_rank_is_raised_on_all(tmp_path: Path
     first, second = run_ranks(2, _fail_on_one_rank, str(tmp_path))
     assert first == second
     assert first[0] == 3
-    assert "rank 1: OSError: [Errno 28] No space left on device (failed saves in a row: 2)" in first[1]
+    assert "rank 1: OSError: [Errno 28] No space left on device (consecutive failed saves: 2)" in first[1]
     assert find_checkpoints(str(tmp_path)) == []

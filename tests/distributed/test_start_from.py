@@ -236,7 +236,7 @@ def test_grow_takes_ranking_runs_and_towers_with_features(
             "and run.path a new one outside it, got run.path=nowhere/inner",
         ),
         (["start_from=./day2/"], "start_from=./day2/ must be the folder of another run"),
-        (["start_from_grow=true"], "start_from_grow=true gives rows to what another run did not know: give start_from"),
+        (["start_from_grow=true"], "start_from_grow=true needs start_from, the run whose tables grow: give start_from"),
         (["start_from=day1", "table.dim=8"], "start_from=day1: these settings cannot change: table.dim (was 4, is 8)"),
         (["start_from=day1", "items.hidden=[5]"], "these settings cannot change: items.hidden"),
         (["start_from=day1", "optimizer.name=adam"], "optimizer.name (was rowwise_adagrad, is adam)"),

@@ -50,6 +50,20 @@ def test_every_page_can_be_found() -> None:
     assert "docs/index.md" in texts[ROOT / "README.md"]
 
 
+def test_every_page_is_in_a_table_of_contents() -> None:
+    """Sphinx refuses a page that is in none; this says so before the site is built."""
+    docs = ROOT / "docs"
+    listed = {docs / "index.md"}
+    for page in docs.rglob("*.md"):
+        for entries in re.findall(
+            r"^:::\{toctree\}\n(.*?)^:::$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+        ):
+            for entry in (line for line in entries.splitlines() if line and not line.startswith(":")):
+                name = re.sub(r".*<(.+)>", r"\1", entry)
+                listed |= {path.resolve() for suffix in (".md", ".rst") for path in page.parent.glob(name + suffix)}
+    assert sorted({*docs.rglob("*.md"), *docs.rglob("*.rst")} - listed) == []
+
+
 def test_the_page_of_settings_is_of_the_code_as_it_is() -> None:
     # In a process of its own: torch adds methods to an optimizer's class when the first one is made.
     script = [sys.executable, str(ROOT / "scripts" / "settings_page.py"), "--check"]

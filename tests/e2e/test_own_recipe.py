@@ -138,7 +138,7 @@ def test_it_resumes_to_the_last_bit(ratings: Ratings) -> None:
 
 def test_it_is_reported_planned_and_tried(ratings: Ratings, run: Run) -> None:
     run("report", "run", "--output", "report.html")
-    assert "rmse" in (ratings.folder / "report.html").read_text()
+    assert "RMSE" in (ratings.folder / "report.html").read_text()
 
     planned = run("plan", "config.yaml", "run.path=none", "--rows", "user=1e6", "--rows", "item=1000")
     rows = {line.split()[0]: line.split()[1] for line in planned.splitlines() if line.startswith(("user", "item"))}

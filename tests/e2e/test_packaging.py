@@ -61,11 +61,17 @@ def test_the_sources_and_the_wheel_hold_what_runs_need(built: Path) -> None:
         in_wheel = set(archive.namelist())
         (metadata,) = (archive.read(name).decode() for name in in_wheel if name.endswith("METADATA"))
     configs = {f"embedtrain/configs/{path.name}" for path in (ROOT / "embedtrain" / "configs").iterdir()}
-    needed = {"embedtrain/py.typed", "embedtrain/report/page.html", "embedtrain/ops/_backend/embedtrain.h", *configs}
+    needed = {
+        "embedtrain/py.typed",
+        "embedtrain/report/page.html",
+        "embedtrain/report/uplot/uPlot.iife.min.js",
+        "embedtrain/ops/_backend/embedtrain.h",
+        *configs,
+    }
     assert needed | {"LICENSE", "setup.py", "embedtrain/ops/row_update/kernel.cpp"} <= in_sdist
     assert needed | {"embedtrain/ops/_backend/libembedtrain_native.so"} <= in_wheel
     assert any(name.endswith("licenses/LICENSE") for name in in_wheel)
-    for line in ("License-Expression: Apache-2.0", "Author: the embedtrain authors", "Requires-Python: >=3.10"):
+    for line in ("License-Expression: Apache-2.0 AND MIT", "Author: the embedtrain authors", "Requires-Python: >=3.10"):
         assert line in metadata
     assert not [name for name in in_wheel if name.startswith(("tests/", "docs/")) or name.endswith(".cpp")]
 

@@ -287,7 +287,7 @@ def test_a_package_of_retrieval_recommends_as_the_run_does(tmp_path: Path, capfd
     assert scorer.main(["--package", str(package), "--users", "u3", "--top", "2"]) == 0
     assert [line.split(",")[1] for line in capfd.readouterr().out.splitlines()] == ["item", *(i for _, i in found[:2])]
     assert scorer.main(["--package", str(package), "--users", "u3", "nobody"]) == 2
-    assert "unknown user 'nobody'" in capfd.readouterr().err
+    assert "user 'nobody' is not in the training data" in capfd.readouterr().err
     assert scorer.main(["--package", str(package), "--data", "x.csv"]) == 2
     assert "a package of a retrieval model, not of a ranking model" in capfd.readouterr().err
 
@@ -328,7 +328,7 @@ def test_onnx_is_refused_without_its_packages_and_without_a_network(
     arguments = ["export", str(folder / "run"), "--format", "package", "--onnx", "--output", str(folder / "none")]
     assert cli.main(arguments) == 2
     assert "--onnx needs the packages onnx and onnxscript: pip install 'embedtrain[onnx]'" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"--onnx needs a model .* and a retrieval model has none"):
+    with pytest.raises(UserError, match="--onnx: a package of a retrieval model holds no network"):
         write_package(Packed("retrieval", 1, {}, {}, {}), str(folder / "none"), has_onnx=True)
     assert not (folder / "none").exists()
 

@@ -124,7 +124,7 @@ def test_a_disk_that_is_too_small_is_found_before_the_start(job: Job, small_disk
     done = job.run(*job.train_arguments(str(small_disk / "run")))
     assert done.returncode == 2, done.stderr
     (line,) = said(done)
-    assert re.search(r"expected 170.00 KiB of free space on the disk of run.path=\S+ for 4 checkpoints", line)
+    assert re.search(r"the disk of run.path=\S+ needs 170.00 KiB of free space for 4 checkpoints", line)
     assert "checkpoint.keep_last" in line
     assert not (small_disk / "run" / "checkpoints").exists()
 

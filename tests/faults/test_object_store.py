@@ -121,7 +121,7 @@ def test_a_commit_is_exclusive(path: str) -> None:
     with pytest.raises(FileExistsError):
         storage.create(f"{saved}/manifest.json", b"another's", "")
     assert holds(saved, example_tables())
-    with pytest.raises(CheckpointError, match="complete already"):
+    with pytest.raises(CheckpointError, match="already has a complete checkpoint"):
         save(path, 1, example_tables())
 
 

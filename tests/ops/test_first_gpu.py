@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,37 @@ def test_a_part_that_fails_is_counted_and_the_next_one_begins(tmp_path: Path) ->
     assert len(failed) == done.returncode == NUM_PARTS - 1
     assert "left out: it lacks what it needs" in summary[2]
     results = (tmp_path / "results" / "results.txt").read_text()
-    assert "pytest and pytest-xdist are not installed" in results
+    assert "pytest-xdist, hypothesis or psutil is not installed" in results
     assert all(line in results for line in summary)
+
+
+def test_what_a_machine_lacks_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(PROGRAM.parent)
+    import carried
+
+    monkeypatch.setattr(carried, "WHEELS", tmp_path)
+    for name in ("NumPy", "a_package"):
+        with zipfile.ZipFile(tmp_path / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name.lower()}/__init__.py", "")
+    assert carried.unpack(tmp_path / "there") == ["a_package"]
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["a_package"]
+
+
+def test_a_case_that_fails_does_not_end_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(PROGRAM.parent)
+    import gpu
+
+    attempts, done = gpu.Attempts(), []
+    for case in ("first", "second", "third"):
+        with attempts.at(case):
+            assert case != "second"
+            done.append(case)
+    assert done == ["first", "third"]
+    assert "FAILED: second" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"FAILED: second$"):
+        attempts.end()
 
 
 @pytest.mark.slow

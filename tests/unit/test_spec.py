@@ -36,7 +36,7 @@ def test_impossible_tables_are_refused(arguments: dict, message: str) -> None:
     [
         ({"pooling": "max"}, "pooling must be one of"),
         ({"invalid_ids": "ignore"}, "invalid_ids must be one of"),
-        ({"invalid_ids": "drop"}, "each id owes a vector"),
+        ({"invalid_ids": "drop"}, "every id must give a vector"),
     ],
 )
 def test_impossible_features_are_refused(arguments: dict, message: str) -> None:

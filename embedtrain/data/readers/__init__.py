@@ -1,6 +1,6 @@
-"""Files of rows in several formats, read alike: `FORMATS[name].read` yields record batches with file and line.
+"""Readers of files of rows: `FORMATS[name].read` yields record batches with line numbers for any format.
 
-A format is one file here, and one entry of `FORMATS`.
+A format is one module here and one entry of `FORMATS`.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ FORMATS: dict[str, Format] = {
 }
 
 AUTO = "auto"
-"""Stands for the format that a file's suffix tells."""
+"""Stands for the format of a file's suffix."""
 
 
 def format_of(source: Source, name: str) -> Format:
-    """Returns the format of a file, by its name or by the file's suffix.
+    """Returns the format of a name, or for "auto" of a file's suffix.
 
     Raises:
-        UserError: there is no such format, or the suffix tells none.
+        UserError: the format or the suffix is unknown.
     """
     if name != AUTO:
         require_format(name)
@@ -64,7 +64,7 @@ def format_of(source: Source, name: str) -> Format:
 
 
 def suffixes_of(name: str) -> tuple[str, ...]:
-    """Returns the file name endings by which a folder's files are taken for a format; see `expand_sources`."""
+    """Returns the suffixes of the files of a format in a folder; see `expand_sources`."""
     if name == AUTO:
         return tuple(suffix for format in FORMATS.values() for suffix in format.suffixes)
     require_format(name)
@@ -72,13 +72,13 @@ def suffixes_of(name: str) -> tuple[str, ...]:
 
 
 def require_format(name: str, others: tuple[str, ...] = (), key: str = "", *, with_names: bool = False) -> None:
-    """Raises UserError if there is no format of this name, nor is it among `others`.
+    """Raises UserError unless `name` is a format or one of `others`.
 
     Args:
-        name: of the format.
-        others: further names that are allowed.
-        key: of the setting, for the message.
-        with_names: whether the columns of the format must have names.
+        name: name of the format.
+        others: other allowed names.
+        key: the setting, for the message.
+        with_names: whether only formats with named columns are allowed.
     """
     allowed = [*others, *(each for each, format in FORMATS.items() if format.has_names or not with_names)]
     if name not in allowed:
@@ -89,17 +89,17 @@ def require_format(name: str, others: tuple[str, ...] = (), key: str = "", *, wi
 def require_columns(
     source: Source, wanted: Sequence[str], existing: Sequence[str], format: str, keys: Mapping[str, str]
 ) -> None:
-    """Makes sure that a file has columns.
+    """Checks that a file has the wanted columns.
 
     Args:
         source: the file.
         wanted: the columns to read.
         existing: its columns.
-        format: the format that it was read in, or "auto".
+        format: the format in which it was read, or "auto".
         keys: the setting that names each wanted column, such as "data.label".
 
     Raises:
-        UserError: it lacks some; the message names the file, its columns and the settings.
+        UserError: columns are missing; the message names the file, its columns and the settings.
     """
     missing = [name for name in wanted if name not in existing]
     if not missing:

@@ -1,4 +1,4 @@
-"""Opens files on any fsspec URL and reads their text in blocks: decompressed, checked, cut between lines or records."""
+"""Reading text files on any fsspec URL in blocks: decompressed, checked, and cut between lines or records."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from embedtrain.errors import UserError
 WHOLE = 1 << 62
 """The end of a segment that goes to the end of its file."""
 
-MAX_PARTS = 256  # Each becomes a file that is held open while it is mapped.
+MAX_PARTS = 256  # Each part becomes a file that is held open while it is memory-mapped.
 MAX_RECORD_BYTES = 256 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -36,7 +36,7 @@ _MARK_IN_FILE = re.compile(rb"(?:\A|[\r\n])" + BYTE_ORDER_MARK)
 
 @dataclass(frozen=True)
 class OpenSource(Source):
-    """A source that is on no file system, such as standard input: its file is open, and is read once.
+    """An open source that is not on a file system, such as standard input; it can be read once.
 
     Attributes:
         file: the open file.
@@ -48,7 +48,7 @@ class OpenSource(Source):
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a source: the lines that begin in bytes [start, stop), or the row groups [start, stop) of Parquet."""
+    """A part of a source: the lines that begin in bytes [start, stop), or in Parquet the row groups [start, stop)."""
 
     source: Source
     start: int = 0
@@ -57,7 +57,7 @@ class Segment:
 
 @contextmanager
 def open_stored(source: Source) -> Iterator[IO[bytes]]:
-    """Opens a file as it is stored.
+    """Opens a file without decompression.
 
     Raises:
         UserError: it may not be read or has vanished.
@@ -74,7 +74,7 @@ def open_stored(source: Source) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def open_seekable(source: Source) -> Iterator[IO[bytes]]:
-    """Opens a file whose format is read from any place on: if the file cannot be, a temporary copy of it.
+    """Opens a file with random access; copies it to a temporary file if its storage does not allow this.
 
     Raises:
         UserError: it may not be read or has vanished.
@@ -92,7 +92,7 @@ def open_seekable(source: Source) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def open_unpacked(source: Source) -> Iterator[IO[bytes]]:
-    """Opens a file for reading from its beginning on, decompressed; all members of a compressed file are read.
+    """Opens a file for sequential reading, decompressed, including all members of a compressed file.
 
     Raises:
         UserError: it may not be read, has vanished, or is corrupt or truncated.
@@ -103,7 +103,7 @@ def open_unpacked(source: Source) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def explained(source: Source) -> Iterator[None]:
-    """Turns a file that may not be read, or is gone, into one line that names it: the user's to mend."""
+    """Turns errors about an unreadable or missing file into a UserError of one line that names the file."""
     try:
         yield
     except PermissionError as error:
@@ -114,14 +114,14 @@ def explained(source: Source) -> Iterator[None]:
 
 @contextmanager
 def explained_codec(source: Source) -> Iterator[None]:
-    """Names a compressed file that its codec cannot read."""
+    """Turns errors of a codec into a UserError that names the file."""
     try:
         yield
     except (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException) as error:
-        # A codec's complaint has no errno; a failing disk or network has one, and is not the file's fault.
+        # An error of a codec has no errno. An error with an errno comes from the disk or the network.
         if source.compression is None or getattr(error, "errno", None) is not None:
             raise
-        raise UserError(f"{source.url}: cannot be read as {source.compression}: {error}") from error
+        raise UserError(f"{source.url} is not a valid {source.compression} file: {error}") from error
 
 
 def plan_parts(sources: Iterable[Source], part_bytes: int, undivided: Collection[str] = ()) -> list[list[Segment]]:
@@ -131,8 +131,8 @@ def plan_parts(sources: Iterable[Source], part_bytes: int, undivided: Collection
 
     Args:
         sources: the files.
-        part_bytes: parts are at least of this size.
-        undivided: URLs of files that are not divided; nor are compressed ones.
+        part_bytes: minimum size of a part.
+        undivided: URLs of files not to divide; compressed files are never divided.
     """
     sources = list(sources)
     total_bytes = sum(source.size_bytes for source in sources)
@@ -259,7 +259,7 @@ def _checked(
     is_checked: bool = True,
     is_of_records: bool = False,
 ) -> Iterator[bytes]:
-    """Reads the lines of a segment as `cut` cuts them, makes sure that they are text and drops a byte-order mark."""
+    """Reads the lines of a segment in the blocks of `cut`, checks that they are text and drops a byte-order mark."""
     source = segment.source
     with explained_codec(source), open_stored(source) as stored, _unpacked(source, stored) as file:
         at, num_bytes = 0, WHOLE
@@ -297,7 +297,7 @@ def _unpacked(source: Source, stored: IO[bytes]) -> Iterator[IO[bytes]]:
 
 
 def _line_start(file: IO[bytes], position: int, limit: int | None = None) -> int:
-    """Finds where the first line that begins at or after `position` begins; may stop at `limit`."""
+    """Returns the start of the first line that begins at or after `position`; may stop at `limit`."""
     if position == 0:
         return 0
     at = position - 1
@@ -316,7 +316,7 @@ def _blocks(file: IO[bytes], num_bytes: int, block_bytes: int) -> Iterator[bytes
 
 
 def _with_line_feeds(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Turns each CR that no LF follows into an LF."""
+    """Replaces each CR without a following LF by an LF."""
     held = b""
     for block in blocks:
         block, held = held + block, b""
@@ -331,7 +331,7 @@ def _with_line_feeds(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _cut_at_words(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Cuts text after a line; within a line longer than a block, after a space or a tab."""
+    """Cuts text after lines; cuts lines longer than a block after a space or a tab."""
     rest = b""
     for block in blocks:
         data = rest + block
@@ -358,9 +358,9 @@ def _cut_at_lines(blocks: Iterable[bytes], source: Source) -> Iterator[bytes]:
 
 
 def _cut_at_records(blocks: Iterable[bytes], first: int, quoting: Quoting, source: Source) -> Iterator[bytes]:
-    """Cuts text, which begins at byte `first` of the file, after the last line end that lies outside of quotes."""
+    """Cuts text that begins at byte `first` of the file after the last line end outside quotes."""
     delimiter = quoting.delimiter.encode()
-    # The beginning of a record, each byte of which is scanned once, and what follows it.
+    # The beginning of an unfinished record, of which each byte is scanned once, and the text after it.
     scanned: list[bytes] = []
     is_open = False
     rest = b""
@@ -386,7 +386,7 @@ def _cut_at_records(blocks: Iterable[bytes], first: int, quoting: Quoting, sourc
 
 
 def _scan_records(text: bytes, quoting: Quoting, is_open: bool) -> tuple[int, bool]:
-    """Returns where the last record of a text ends, 0 if none does, and whether the text ends within quotes.
+    """Returns the end of the last complete record of a text, or 0, and whether the text ends within quotes.
 
     Args:
         text: begins at the start of a field or, if `is_open`, within quotes.
@@ -404,7 +404,7 @@ def _refuse_open_quote(rest: bytes, first: int, quoting: Quoting, source: Source
     open_at = find_spans(rest, quoting).open_at
     if open_at is not None:
         line = line_at(source, first + open_at)
-        raise UserError(f"{source.url}:{line}: the quote that is opened on this line is never closed")
+        raise UserError(f"{source.url}:{line}: a quote opened on this line is never closed")
 
 
 def _require_room(num_bytes: int, source: Source) -> None:
@@ -413,13 +413,13 @@ def _require_room(num_bytes: int, source: Source) -> None:
 
 
 def require_utf8(head: bytes, source: Source) -> None:
-    """Raises UserError when a file begins as UTF-16 does."""
+    """Raises UserError if a file begins like UTF-16."""
     if head.startswith(UTF16_MARKS):
         raise UserError(f"{source.url}: UTF-16 text: expected UTF-8; convert it, such as by: iconv -f UTF-16 -t UTF-8")
 
 
 def _require_text(chunk: bytes, source: Source, offset: int) -> None:
-    """Refuses what is not UTF-8 text; `offset` is the chunk's place in the decompressed file."""
+    """Raises UserError unless a chunk is UTF-8 text; `offset` is its position in the decompressed file."""
     if (nul := chunk.find(b"\0")) >= 0:
         raise _not_text("a binary file, not text: NUL", source, offset + nul)
     if chunk.isascii():
@@ -431,7 +431,7 @@ def _require_text(chunk: bytes, source: Source, offset: int) -> None:
 
 
 def _refuse_mark(chunk: bytes, source: Source, offset: int) -> None:
-    """Refuses a line that begins with a byte-order mark, which would become a part of its first value."""
+    """Refuses a line that begins with a byte-order mark, which would become part of its first value."""
     if BYTE_ORDER_MARK in chunk and (found := _MARK_IN_FILE.search(chunk)):
         raise UserError(f"{_place_of(source, offset + found.end() - len(BYTE_ORDER_MARK))}: {MARK_WITHIN}")
 
@@ -442,5 +442,5 @@ def _not_text(fault: str, source: Source, place: int) -> UserError:
 
 
 def _place_of(source: Source, offset: int) -> str:
-    """Names a source and the line that holds a byte; what comes once cannot be read again to count its lines."""
+    """Returns a source and the line of a byte; only the source if it cannot be read again to count lines."""
     return source.url if isinstance(source, OpenSource) else f"{source.url}:{line_at(source, offset)}"

@@ -1,4 +1,4 @@
-"""Compressed files: what each codec is read and written with."""
+"""Compression codecs: functions that read and write each of them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ _XZ_PADDING_BYTES = 4
 
 
 class _Members(io.RawIOBase):
-    """The content of compressed members that follow one another in a file.
+    """Reads the consecutive compressed members of a file.
 
-    `bz2.BZ2File` and `lzma.LZMAFile` end at the first bytes after a member that do not begin another, without a word.
-    Here they are an error.
+    If other bytes follow a member, this is an error here; `bz2.BZ2File` and `lzma.LZMAFile` silently stop.
     """
 
     def __init__(
@@ -28,7 +27,7 @@ class _Members(io.RawIOBase):
         new_decompressor: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor],
         padding_bytes: int | None = None,
     ) -> None:
-        """Reads a file from where it is; multiples of `padding_bytes` zeros may follow a member."""
+        """Reads a file from its current position; a multiple of `padding_bytes` zeros may follow a member."""
         self._file = file
         self._new_decompressor = new_decompressor
         self._padding_bytes = padding_bytes
@@ -59,7 +58,7 @@ class _Members(io.RawIOBase):
                     return len(content)
 
     def _after_member(self) -> bytes:
-        """Returns bytes that follow a member and its padding; none at the end of the file."""
+        """Returns the bytes after a member and its padding; empty at the end of the file."""
         stored, num_zeros = self._decompressor.unused_data or self._file.read(_SCAN_BYTES), 0
         if self._padding_bytes is not None:
             while stored and not (rest := stored.lstrip(b"\0")):
@@ -88,10 +87,10 @@ OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {
     "xz": _open_xz,
     "zstd": lambda file: pa.input_stream(file, compression="zstd"),
 }
-"""By the name of a codec, a function that returns the content of an open file."""
+"""Per codec, a function that returns the decompressed content of an open file."""
 
 PACKERS: dict[str, Callable[[IO[bytes]], Any]] = {
-    # Without the time, the same content makes the same file.
+    # Without a timestamp, equal content makes equal files.
     "gzip": lambda file: gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0),
     "bz2": lambda file: bz2.BZ2File(file, "wb"),
     "xz": lambda file: lzma.LZMAFile(file, "wb"),  # noqa: SIM115, the caller closes it

@@ -1,4 +1,4 @@
-"""CSV: delimited fields, quoted if they hold delimiters or line breaks, as pandas and Arrow read them."""
+"""CSV: delimited fields, quoted if they contain delimiters or line breaks, as in pandas and Arrow."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BARE_RETURN = re.compile(rb"\r(?!\n)")
 
 
 class Csv(TextFormat):
-    """Lines of fields between delimiters; the first one names the columns unless the layout does."""
+    """Reads lines of delimited fields; the first line names the columns unless the layout does."""
 
     suffixes: tuple[str, ...] = (".csv",)
     other_suffixes: tuple[str, ...] = (".tsv", ".txt", "")
@@ -42,7 +42,7 @@ class Csv(TextFormat):
         return found
 
     def first_fields(self, source: Source, layout: Layout) -> list[str]:
-        """Returns the fields of a file's first line, without the spaces around them.
+        """Returns the fields of a file's first line, without surrounding spaces.
 
         Raises:
             UserError: the file cannot be read, or is empty.
@@ -50,14 +50,14 @@ class Csv(TextFormat):
         blocks = read_records(Segment(source), self.quoting(layout), chunk_bytes=_HEADER_BYTES)
         block = next((block for block in blocks if block.strip()), b"")
         if not block:
-            raise UserError(f"{source.url}: the file is empty, and its first line should name the columns")
+            raise UserError(f"{source.url} is empty, but its first line must name the columns")
         header = block[: len(block) - len(self.skip_header(block, layout)[0])]
         return [name.strip() for name in self._fields(header, layout)]
 
     def _fields(self, record: bytes, layout: Layout) -> list[str]:
-        """Returns the fields of one record, split as those of rows are."""
+        """Returns the fields of one record, split like the fields of rows."""
         if not record.endswith((b"\n", b"\r")):
-            record += b"\n"  # Without it, Arrow may find no record.
+            record += b"\n"  # Without a line end, Arrow may not find the record.
         reading = pa_csv.ReadOptions(use_threads=False, autogenerate_column_names=True, block_size=len(record) + 1)
         parsing = self._parse_options(layout)
         names = pa_csv.read_csv(pa.BufferReader(record), reading, parsing).column_names
@@ -97,7 +97,7 @@ class Csv(TextFormat):
         table, wrong = self._read(block, names, columns, layout, dict.fromkeys(uses.parsed, pa.float64()))
         num_records, num_lines = table.num_rows + len(wrong), _count_lines(block)
         if num_records == num_lines and not _has_bare_returns(block):
-            # The common case: no line is blank, and no quoted field goes on in the next one.
+            # The common case: no line is blank, and no quoted field contains a line end.
             line_of = np.arange(num_lines)
         else:
             line_of = _records(block, self.quoting(layout))[1]
@@ -121,14 +121,14 @@ class Csv(TextFormat):
         layout: Layout,
         types: dict[str, pa.DataType],
     ) -> tuple[pa.Table, dict[int, str]]:
-        """Returns the columns, and by number of the record, from 0, what is wrong with those that are left out."""
+        """Returns the columns, and the reasons of bad records by their number from 0."""
         wrong: dict[int, str] = {}
 
         def leave_out(row: pa_csv.InvalidRow) -> str:
             wrong[row.number - 1] = f"expected {row.expected_columns} fields, got {row.actual_columns}"
             return "skip"
 
-        # Columns go by their places, since names need not be unique if nobody asks for them.
+        # Columns are addressed by index, because unused names need not be unique.
         places = {name: str(columns.index(name)) for name in names}
         try:
             table = pa_csv.read_csv(
@@ -154,9 +154,9 @@ class Csv(TextFormat):
 
 
 def _records(block: bytes, quoting: Quoting | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns where each record ends, and on which line, from 0, it begins; blank lines are none.
+    """Returns the end of each record and the line, from 0, on which it begins; blank lines are not records.
 
-    The block holds whole records, so its end is that of a record, with or without a line end there.
+    The block consists of whole records, so its end is the end of a record even without a line end.
     """
     ends = find_line_ends(block)
     if len(ends) == 0 or ends[-1] < len(block):

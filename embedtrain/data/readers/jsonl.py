@@ -21,24 +21,24 @@ from embedtrain.errors import UserError
 _SAMPLE_LINES = 64
 _ESCAPED_NUL = rb"\u0000"
 _SECOND_VALUE = re.compile(rb"\}[ \t\r]*[{n]")
-"""Where a line may hold another object, or null, after an object."""
+"""Finds a further value on the line of an object."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.large_string()}
 
 
 class JsonLines(TextFormat):
-    """Objects of strings, numbers, booleans and lists of these; what a line lacks is missing.
+    """Reads objects of strings, numbers, booleans and lists of these; an absent key is a missing value.
 
-    Columns have the types of their values. If one has integers of more than 64 bits, or integers and strings, it is one
-    of strings, so that an id is read as it is spelled. Booleans are numbers in the columns of `Uses.counted`, whatever
-    stands beside them. A column of bags is one of lists: a value that is no list is parted as a CSV field is.
+    Columns have the types of their values. A column with integers of more than 64 bits, or with both integers and
+    strings, becomes a column of strings, so that ids keep their spelling. Booleans are numbers in the columns of
+    `Uses.counted`. Columns of bags are lists: a value that is not a list is split like a CSV field.
     """
 
     suffixes = (".jsonl", ".ndjson")
     other_suffixes = (".json", ".txt", "")
 
     def columns(self, source: Source, names: Sequence[str], layout: Layout) -> tuple[str, ...]:
-        """See `Format.columns`; they are the keys of the first block, some 4 MiB, and of more if `names` has others."""
+        """See `Format.columns`: the keys of the first block (about 4 MiB), or of more if one of `names` is missing."""
         found: dict[str, None] = {}
         wrong, number = "", 0
         for block in read_records(Segment(source), None):
@@ -56,7 +56,7 @@ class JsonLines(TextFormat):
         return tuple(found)
 
     def nested_columns(self, source: Source, max_lines: int) -> set[str]:
-        """Returns the keys whose values are objects, or lists of objects or lists, in about the first lines."""
+        """Returns the keys whose values are objects, or lists of objects or lists, in the first lines."""
         found: set[str] = set()
         num_lines = 0
         for block in read_records(Segment(source), None):
@@ -87,17 +87,17 @@ class JsonLines(TextFormat):
 
 
 def _has_one_object_per_line(block: bytes, num_lines: int) -> bool:
-    """Tells whether each line holds one whole object if Arrow finds as many objects as there are lines.
+    """Returns whether each line holds exactly one object, provided that Arrow finds as many objects as lines.
 
-    Arrow ignores line ends, and pyarrow 26 crashes if a block begins with null. Here every line begins with an object,
-    and no line has a second value after one: as many objects as lines means that each line is one object.
+    Arrow ignores line ends, and pyarrow 26 crashes if a block begins with null. If every line begins with an object and
+    no line has a second value, then as many objects as lines means that each line is one object.
     """
     num_objects = block.count(b"\n{") + block.startswith(b"{")
     return num_objects == num_lines and _SECOND_VALUE.search(block) is None
 
 
 def _parse_at_once(block: bytes, names: Sequence[str], uses: Uses) -> list[pa.Array] | None:
-    """Returns the columns of a block whose values are of the types that the first lines have; None if some are not."""
+    """Parses a block whose values have the types of the first lines; None if some values have other types."""
     sample = list(map(_record, islice(filter(bytes.strip, block.split(b"\n", _SAMPLE_LINES)), _SAMPLE_LINES)))
     schema = [(name, _type_of([r.get(name) for r in sample if isinstance(r, dict)])) for name in names]
     if any(_is_refused(name, kind, uses) for name, kind in schema):
@@ -130,7 +130,7 @@ def _is_refused(name: str, kind: pa.DataType, uses: Uses) -> bool:
 
 
 def _parse_line_by_line(block: bytes, names: Sequence[str], num_lines: int, uses: Uses) -> Parsed:
-    """Parses lines among which there are blank or wrong ones, or values of several types."""
+    """Parses lines one by one, if some are blank or bad, or a column has several types."""
     values: dict[str, list[Any]] = {name: [] for name in names}
     wrong: dict[int, str] = {}
     rows: list[int] = []
@@ -159,7 +159,7 @@ def _as_batch(names: Sequence[str], arrays: Sequence[pa.Array]) -> pa.RecordBatc
 
 
 def _record(line: bytes) -> dict[str, Any] | str:
-    """Returns the object of a line, or what is wrong with it."""
+    """Returns the object of a line, or the reason why the line is bad."""
     try:
         record = json.loads(line, object_pairs_hook=_object)
         if _SURROGATE.search(line):
@@ -174,7 +174,7 @@ def _record(line: bytes) -> dict[str, Any] | str:
 
 
 class _Object(dict[str, Any]):
-    """An object some of whose keys are repeated."""
+    """An object with repeated keys."""
 
     repeated: frozenset[str] = frozenset()
 
@@ -214,7 +214,7 @@ def _is_nested(value: Any) -> bool:
 
 
 def _parted(column: pa.Array, separator: str | None) -> pa.Array:
-    """Returns a column of single values as one of bags; see `_part`."""
+    """Returns a column of single values as bags; see `_part`."""
     texts = column.cast(pa.large_string())
     is_value = pc.not_equal(pc.utf8_trim_whitespace(texts), "").fill_null(False)
     if separator is not None:
@@ -224,14 +224,14 @@ def _parted(column: pa.Array, separator: str | None) -> pa.Array:
 
 
 def _counted(value: Any) -> Any:
-    """Returns a value or a list with 1 in the place of true, and 0 in that of false."""
+    """Returns a value or a list with true replaced by 1 and false by 0."""
     if isinstance(value, list):
         return [_counted(each) for each in value]
     return int(value) if isinstance(value, bool) else value
 
 
 def _part(value: Any, separator: str | None) -> list[str]:
-    """Returns the bag of a value that is no list: as in CSV, its text parted at separators, or one value without."""
+    """Returns the bag of a value that is not a list: its text split at separators, as in CSV, or the value alone."""
     text = _spelled(value) or ""
     if not text.strip():
         return []
@@ -239,7 +239,7 @@ def _part(value: Any, separator: str | None) -> list[str]:
 
 
 def _type_of(values: list[Any]) -> pa.DataType:
-    """Returns the type of a column by some of its values."""
+    """Infers the type of a column from some of its values."""
     if any(isinstance(value, list) for value in values):
         lists = [each for value in values if isinstance(value, list) for each in value]
         return pa.list_(_type_of_single(lists))

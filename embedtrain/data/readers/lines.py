@@ -1,4 +1,4 @@
-"""Lines of a user and the items that they turned to: `user item item ...`, between white space."""
+"""The format lines: `user item item ...`, separated by white space."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from embedtrain.errors import UserError
 
 
 class Lines(TextFormat):
-    """A row is a user and one item of their line."""
+    """Reads one row per item of a line: the line's user and the item."""
 
     suffixes = (".txt",)
     other_suffixes = ("",)
     has_names = False
 
     def columns(self, source: Source, names: Sequence[str], layout: Layout) -> tuple[str, ...]:
-        """See `Format.columns`; there are two, and they have the names that are asked for."""
+        """See `Format.columns`: the two columns get the requested names."""
         if len(names) != 2:
             raise UserError(
-                f"{source.url}: lines hold two columns, a user and their items, and {len(names)} are asked for: "
+                f"{source.url}: lines have two columns, user and item, but {len(names)} are requested: "
                 f"{', '.join(map(repr, names))}"
             )
         return tuple(names)
@@ -44,7 +44,7 @@ class Lines(TextFormat):
         values = words.flatten()
         is_first = np.zeros(len(values), bool)
         starts = np.cumsum(lengths) - lengths
-        # An empty line splits into one empty word.
+        # An empty line is split into one empty word.
         is_first[starts] = True
         users = values.filter(pa.array(is_first))
         of_line = np.repeat(np.arange(len(lengths)), np.maximum(lengths - 1, 0))

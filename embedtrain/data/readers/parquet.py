@@ -1,4 +1,4 @@
-"""Parquet: columns with types of their own, a row group at a time."""
+"""Parquet: typed columns, read one row group at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ROWS_PER_READ = 1 << 15
 
 
 class Parquet(Format):
-    """Files of row groups; the lines of rows and of faults are the numbers of rows."""
+    """Reads row groups; line numbers of rows and faults are row numbers."""
 
     suffixes = (".parquet",)
     other_suffixes = (".pq", "")
@@ -97,7 +97,7 @@ class Parquet(Format):
 
 
 def _typed(column: pa.Array) -> pa.Array:
-    """Returns a column; one of no type, as a column without any value is written, as one of missing texts."""
+    """Returns a column; a column of type null (without any value) becomes a column of missing texts."""
     if pa.types.is_null(column.type):
         return column.cast(pa.large_string())
     if pa.types.is_large_list(column.type) and pa.types.is_null(column.type.value_type):
@@ -106,7 +106,7 @@ def _typed(column: pa.Array) -> pa.Array:
 
 
 def _wrong_text(column: pa.Array) -> tuple[int, str] | None:
-    """Returns the first row of a plain column whose text is not UTF-8 or holds NUL, and what it holds."""
+    """Returns the first row of a plain column whose text is not UTF-8 or contains NUL, and the reason."""
     texts = pc.list_flatten(column) if pa.types.is_large_list(column.type) else column
     if not pa.types.is_large_string(texts.type) or not len(texts):
         return None
@@ -116,7 +116,7 @@ def _wrong_text(column: pa.Array) -> tuple[int, str] | None:
     else:
         _, offsets, content = texts.buffers()
         bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
-        # Some bytes are looked at much quicker than each text; those behind a missing value do not count.
+        # Checking all bytes at once is much faster than checking each text; bytes of missing values do not count.
         if bounds[0] == bounds[-1] or np.frombuffer(content, np.uint8)[bounds[0] : bounds[-1]].min():
             return None
         holding = np.flatnonzero(pc.match_substring(texts, "\0").fill_null(False))
@@ -146,7 +146,7 @@ def open_parquet(source: Source) -> Iterator[pq.ParquetFile]:
             with pq.ParquetFile(file) as parquet:
                 yield parquet
         except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-            # A damaged page is an OSError without a number; a failing disk or network has one, or a type of its own.
+            # A damaged page raises OSError without errno; a failing disk or network sets errno or raises another class.
             if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
                 raise
-            raise UserError(f"{source.url}: cannot be read as Parquet: {' '.join(str(error).split())}") from error
+            raise UserError(f"{source.url} is not a valid Parquet file: {' '.join(str(error).split())}") from error

@@ -1,7 +1,7 @@
-"""Where quoted fields begin and end in a delimited text, by the rules of pandas and Arrow.
+"""Finding quoted fields in delimited text, by the rules of pandas and Arrow.
 
-A quote opens a field only as its first character, two of them within a quoted field stand for one, and a quote anywhere
-else is an ordinary character.
+A quote opens a field only as its first character. Two quotes within a quoted field stand for one. Any other quote is
+an ordinary character.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _LINE_FEED, _RETURN = 10, 13
 
 
 class Quoting(NamedTuple):
-    """The two characters, both ASCII, that say where the fields of a delimited text end."""
+    """Holds the delimiter and the quote of a delimited text, both ASCII."""
 
     delimiter: str
     quote: str
 
 
 class Spans(NamedTuple):
-    """The quoted parts of a text: part `i` is what lies between the quotes at `opens[i]` and `closes[i]`.
+    """Holds the quoted parts of a text: part `i` is between the quotes at `opens[i]` and `closes[i]`.
 
     Attributes:
         opens: [n] int64.
@@ -36,23 +36,23 @@ class Spans(NamedTuple):
 
     @property
     def open_at(self) -> int | None:
-        """Where the quote stands that is still open at the end; None if there is none."""
+        """Position of the quote that is still open at the end; None if there is none."""
         return int(self.opens[-1]) if len(self.opens) > len(self.closes) else None
 
     def are_inside(self, places: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Tells which of [n] ascending places lie within quotes."""
+        """Returns [n] bool: which of [n] ascending positions are within quotes."""
         inside: NDArray[np.bool_] = np.searchsorted(self.opens, places) > np.searchsorted(self.closes, places)
         return inside
 
 
 def find_spans(text: bytes, quoting: Quoting) -> Spans:
-    """Finds the quoted parts of a text that begins outside of quotes."""
+    """Finds the quoted parts of a text that begins outside quotes."""
     quote = ord(quoting.quote)
     codes = np.frombuffer(text, np.uint8)
     at = np.flatnonzero(codes == quote).astype(np.int64)
     if len(at) == 0:
         return Spans(at, at)
-    # The common case, without a loop: quotes come in pairs, each around a whole field or within one.
+    # The common case, without a loop: quotes come in pairs, around a whole field or within one.
     ends_field = np.zeros(256, np.bool_)
     ends_field[[ord(quoting.delimiter), _LINE_FEED, _RETURN, quote]] = True
     opens, closes = at[::2], at[1::2]
@@ -63,9 +63,9 @@ def find_spans(text: bytes, quoting: Quoting) -> Spans:
 
 
 def open_test(quoting: Quoting) -> Callable[[bytes, bool], bool]:
-    """Returns a function of a line, and whether it begins within quotes, that tells whether it ends within quotes.
+    """Returns a function that maps a line and whether it begins within quotes to whether it ends within quotes.
 
-    For short texts it is quicker than `find_spans`.
+    For short texts the function is faster than `find_spans`.
     """
     opening = quoting.quote.encode()
     delimiter, quote = re.escape(quoting.delimiter.encode()), re.escape(quoting.quote.encode())
@@ -75,7 +75,7 @@ def open_test(quoting: Quoting) -> Callable[[bytes, bool], bool]:
 
 
 def find_line_ends(text: bytes) -> NDArray[np.int64]:
-    """Returns where each line ends, after its LF, CRLF or bare CR; a CR that is the last byte of all counts as one."""
+    """Returns the position after each line end: LF, CRLF or a bare CR, also as the last byte."""
     codes = np.frombuffer(text, np.uint8)
     is_end = codes == _LINE_FEED
     if b"\r" in text:
@@ -86,7 +86,7 @@ def find_line_ends(text: bytes) -> NDArray[np.int64]:
 
 
 def _walk_quotes(text: bytes, places: list[int], field_ends: bytes) -> Spans:
-    """Finds the quoted parts quote by quote."""
+    """Finds the quoted parts one quote at a time."""
     opens: list[int] = []
     closes: list[int] = []
     number = 0

@@ -1,4 +1,4 @@
-"""What every format of rows shares: how the rows of text files are laid out, and what reading them yields."""
+"""Shared parts of all formats: layouts, uses of columns, faults, rows and the `Format` protocol."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from embedtrain.errors import UserError
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows of a delimited text stand in their lines.
+    """Describes the lines of a delimited text.
 
     Attributes:
-        columns: names of all columns, in order; None if the first line of each file holds them.
-        delimiter: between fields; None for that of the format.
-        quote: the character around fields that hold delimiters or line breaks; None for no quotes; "auto" for `"`,
-            and for no quotes between tabs.
+        columns: names of all columns, in order; None if the first line of each file names them.
+        delimiter: separates fields; None for the format's default.
+        quote: quotes fields that contain delimiters or line breaks; None for no quotes; "auto" for `"`, or for no
+            quotes if the delimiter is a tab.
 
     Raises:
-        UserError: the delimiter or the quote is not one ASCII character, is a line end, or they are the same.
+        UserError: the delimiter or the quote is not one ASCII character, is a line end, or both are the same.
     """
 
     columns: tuple[str, ...] | None = None
@@ -37,15 +37,15 @@ class Layout:
     def __post_init__(self) -> None:
         for name, value in (("delimiter", self.delimiter), ("quote", None if self.quote == "auto" else self.quote)):
             if value is not None and (len(value) != 1 or not value.isascii() or value in "\r\n"):
-                raise UserError(f"{name}: expected one ASCII character that is no line end, got {value!r}")
+                raise UserError(f"{name}: expected one ASCII character other than a line end, got {value!r}")
         if self.delimiter is not None:
             self.quoting(self.delimiter)
 
     def quoting(self, delimiter: str) -> Quoting | None:
-        """Returns the delimiter and the quote of a text; None if nothing is quoted.
+        """Returns the delimiter and the quote of a text; None without quotes.
 
         Args:
-            delimiter: that of the format; the layout's own takes precedence.
+            delimiter: the format's delimiter; the layout's own takes precedence.
 
         Raises:
             UserError: delimiter and quote are the same character.
@@ -59,16 +59,15 @@ class Layout:
 
 @dataclass(frozen=True)
 class Uses:
-    """What columns are used for, as far as a reader needs to know; by default for single ids and texts.
+    """Says how columns are used, as far as readers need to know; by default as single ids and texts.
 
     Attributes:
-        numbers: columns of numbers, which may have a fraction. A floating-point number anywhere else is no id, and a
-            line of JSON with one is a fault.
-        parsed: columns that delimited text is parsed to float64 while it is read, a missing value to null; a block
-            with a value that is no number comes as texts all the same.
-        counted: columns in which the true and the false of JSON are 1 and 0; elsewhere they are texts.
-        separators: of the columns that may hold bags, what parts the values of a text; None if a text is one value. A
-            line of JSON with a list anywhere else is a fault.
+        numbers: columns of floating-point numbers. In other columns a floating-point number in a JSON line is a fault.
+        parsed: columns that readers of delimited text parse to float64, with null for missing values; a block with a
+            value that is not a number stays text.
+        counted: columns in which true and false of JSON become 1 and 0; in other columns they are texts.
+        separators: per column that may hold bags, the separator of values in a text, or None. In other columns a list
+            in a JSON line is a fault.
     """
 
     numbers: frozenset[str] = frozenset()
@@ -79,12 +78,12 @@ class Uses:
 
 @dataclass(frozen=True)
 class Fault:
-    """A line that cannot be used.
+    """Describes a bad line.
 
     Attributes:
-        segment: where it lies.
-        line: its number in the segment, from 0; in Parquet that of the row.
-        reason: what is wrong with it.
+        segment: segment of the line.
+        line: its number in the segment, from 0; in Parquet the row number.
+        reason: why it is bad.
     """
 
     segment: Segment
@@ -94,14 +93,14 @@ class Fault:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a segment, in order.
+    """Holds consecutive rows of a segment.
 
     Attributes:
-        batch: the columns that were asked for, by their names. Columns of text formats are large_string, and empty if
-            a value is missing; else columns have the types of the file, and null if a value is missing.
-        first: number of the line, from 0 in the segment, that the block of the rows begins with.
-        find_lines: returns [num_rows] int64, on which line from `first` on each row begins; None if row `i` is on
-            line `first + i`.
+        batch: the requested columns, by name. Columns of text formats are large_string with empty texts for missing
+            values; other columns have the types of the file with nulls for missing values.
+        first: number of the first line of the rows' block, from 0 in the segment.
+        find_lines: returns [num_rows] int64: the line, relative to `first`, on which each row begins; None if row `i`
+            is on line `first + i`.
     """
 
     batch: pa.RecordBatch
@@ -110,14 +109,14 @@ class Rows:
 
     @property
     def lines(self) -> NDArray[np.int64]:
-        """[num_rows] int64; the line of each row, from 0 in the segment."""
+        """[num_rows] int64: the line of each row, from 0 in the segment."""
         if self.find_lines is None:
             return np.arange(self.first, self.first + self.batch.num_rows)
         return self.first + self.find_lines()
 
 
 def refuse_repeats(names: Sequence[str], source: Source) -> None:
-    """Refuses a file that names a column more than once.
+    """Checks that a file does not name a column more than once.
 
     Raises:
         UserError: it does.
@@ -136,7 +135,7 @@ def plain(column: pa.Array) -> pa.Array:
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """Returns the type of a column as `plain` returns it."""
+    """Returns the type that `plain` gives a column."""
     if pa.types.is_dictionary(kind):
         return plain_type(kind.value_type)
     if pa.types.is_string_view(kind) or pa.types.is_string(kind):
@@ -148,13 +147,13 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
 
 @dataclass(frozen=True)
 class Parsed:
-    """What became of a block of text.
+    """Holds the result of parsing a block of text.
 
     Attributes:
-        batch: the rows that could be parsed.
-        num_lines: lines of the block, blank ones included.
-        wrong: what is wrong with each line that could not be parsed, by its number from 0 in the block.
-        find_lines: as in `Rows`.
+        batch: the parsed rows.
+        num_lines: number of lines of the block, including blank lines.
+        wrong: the reason per bad line, by its number from 0 in the block.
+        find_lines: see `Rows`.
     """
 
     batch: pa.RecordBatch
@@ -164,14 +163,14 @@ class Parsed:
 
 
 class Format(ABC):
-    """A format of files that hold rows.
+    """A file format of rows.
 
     Attributes:
         suffixes: endings that `auto` recognises.
-        other_suffixes: further endings that are read if the user names the format.
+        other_suffixes: further suffixes that are read if the user names the format.
         has_names: whether columns have names.
         has_header: whether the first line names the columns if the layout gives no names.
-        delimiter: between the fields of a delimited text, unless the layout gives another.
+        delimiter: default delimiter of a delimited text.
     """
 
     suffixes: tuple[str, ...] = ()
@@ -186,11 +185,11 @@ class Format(ABC):
 
         Args:
             source: the file.
-            names: the columns that are going to be read; a format without names of its own takes them.
-            layout: how the lines of text are laid out.
+            names: the columns to read; a format without column names uses these names.
+            layout: layout of text lines.
 
         Raises:
-            UserError: the file cannot be read, does not say, or names a column more than once.
+            UserError: the file cannot be read, does not name its columns, or names a column more than once.
         """
 
     @abstractmethod
@@ -214,27 +213,27 @@ class Format(ABC):
         Args:
             segment: the part of a file.
             names: the columns to read.
-            columns: of the file, as `columns` returned them.
+            columns: columns of the file, as returned by `columns`.
             layout: how the lines of text are laid out.
-            faults: takes the lines that cannot be parsed.
-            chunk_bytes: about how much is held at a time.
-            uses: what the columns are used for.
+            faults: bad lines are added to this list.
+            chunk_bytes: approximate size of a block in memory.
+            uses: uses of the columns.
 
         Raises:
-            UserError: the file cannot be read as what it should be; the message names file and line.
+            UserError: the file cannot be parsed; the message names file and line.
         """
 
     @abstractmethod
     def place(self, fault: Fault) -> str:
-        """Names the file and the line of a fault, counted from 1 as an editor does; in Parquet the row, from 0."""
+        """Returns the file and the line (from 1; in Parquet the row, from 0) of a fault, for messages."""
 
     @abstractmethod
     def copy_head(self, source: Source, path: str, layout: Layout, max_bytes: int) -> int:
-        """Copies about the first `max_bytes` of a file to a local path, unpacked; returns how many are copied."""
+        """Copies about the first `max_bytes` of a file, decompressed, to a local path; returns the number copied."""
 
 
 class TextFormat(Format):
-    """A format whose records are lines; a subclass says what a line means."""
+    """A format of text records; subclasses parse the records."""
 
     @abstractmethod
     def parse(
@@ -248,11 +247,11 @@ class TextFormat(Format):
         """Parses whole records of checked UTF-8 text; the arguments are those of `Format.read`."""
 
     def quoting(self, layout: Layout) -> Quoting | None:
-        """Returns which characters quote line breaks; None if none do."""
+        """Returns the characters that quote line breaks; None if there are none."""
         return None
 
     def skip_header(self, block: bytes, layout: Layout) -> tuple[bytes, int]:
-        """Returns a file's first block without what only names the columns, and how many lines that is."""
+        """Returns a file's first block without the header, and the number of lines of the header."""
         return block, 0
 
     def plan(self, sources: Sequence[Source], part_bytes: int, undivided: Collection[str]) -> list[list[Segment]]:

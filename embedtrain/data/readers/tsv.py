@@ -1,4 +1,4 @@
-"""TSV: fields between tabs, which nothing quotes unless the layout says so."""
+"""TSV: fields separated by tabs, without quotes unless the layout sets a quote."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from embedtrain.data.readers.csv import Csv
 
 
 class Tsv(Csv):
-    """Lines of fields between tabs."""
+    """Reads lines of fields separated by tabs."""
 
     suffixes: tuple[str, ...] = (".tsv",)
     other_suffixes = (".txt", "")

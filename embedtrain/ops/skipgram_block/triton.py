@@ -61,74 +61,50 @@ def skipgram_block(
     own, negatives = block.targets[:, :1], block.targets[:, 1:]
     # [1 + k, n]; -1 is none
     targets = torch.cat([own, negatives.masked_fill(negatives == own, -1)], dim=1).T.contiguous()
-    uses = (_skipgram if architecture == "skipgram" else _cbow)(vectors, block, targets, reach)
-    num_blocks, num_bands = uses.context_grad.shape[:2]
+    n, dim, device = block.num_positions, vectors.shape[1], vectors.device
+    num_blocks, num_bands = triton.cdiv(n, _CENTRES), triton.cdiv(_CENTRES + 2 * reach, _BAND)
+    is_skipgram = architecture == "skipgram"
+    uses = _Uses(
+        torch.empty(num_blocks, num_bands, _BAND, dim, device=device),
+        torch.empty(num_bands if is_skipgram else 1, *targets.shape, dim, device=device),
+        torch.empty((num_blocks, num_bands) if is_skipgram else num_blocks, device=device),
+    )
+    text = [tensor.contiguous() for tensor in (block.inputs, targets, block.starts, block.stops)]
+    with on_device_of(vectors):
+        launch = _skipgram if is_skipgram else _cbow
+        launch(num_blocks, num_bands, dim, vectors, *text, *uses, n, targets.shape[0], reach)
     rows = [_rows_of_bands(block, num_blocks, num_bands, reach, vectors.shape[0])]
     rows += [targets.flatten()] * len(uses.target_grad)
     return uses.loss.sum(dtype=torch.float64), _sum_by_row(vectors, torch.cat(rows), uses, grad_factor)
 
 
-def _skipgram(vectors: Tensor, block: TextBlock, targets: Tensor, reach: int) -> _Uses:
-    n, dim, device = block.num_positions, vectors.shape[1], vectors.device
-    num_blocks, num_bands = triton.cdiv(n, _CENTRES), triton.cdiv(_CENTRES + 2 * reach, _BAND)
+def _skipgram(num_blocks: int, num_bands: int, dim: int, *given: Tensor | int) -> None:
     columns = max(_LEAST_SIDE, power_of_2(dim)) if dim <= _MOST_COLUMNS else _COLUMNS_OF_PARTS
     num_parts = triton.cdiv(dim, columns)
-    uses = _Uses(
-        torch.empty(num_blocks, num_bands, _BAND, dim, device=device),
-        torch.empty(num_bands, *targets.shape, dim, device=device),
-        torch.empty(num_blocks, num_bands, device=device),
+    _block_against_band[(num_blocks, num_bands, num_parts)](
+        *given,
+        DIM=dim,
+        CENTRES=_CENTRES,
+        BAND=_BAND,
+        COLUMNS=columns,
+        PARTS=num_parts,
+        num_warps=4,
+        num_stages=2 if num_parts == 1 else 1,
     )
-    with on_device_of(vectors):
-        _block_against_band[(num_blocks, num_bands, num_parts)](
-            vectors,
-            block.inputs.contiguous(),
-            targets,
-            block.starts.contiguous(),
-            block.stops.contiguous(),
-            *uses,
-            n,
-            targets.shape[0],
-            reach,
-            DIM=dim,
-            CENTRES=_CENTRES,
-            BAND=_BAND,
-            COLUMNS=columns,
-            PARTS=num_parts,
-            num_warps=4,
-            num_stages=2 if num_parts == 1 else 1,
-        )
-    return uses
 
 
-def _cbow(vectors: Tensor, block: TextBlock, targets: Tensor, reach: int) -> _Uses:
-    n, dim, device = block.num_positions, vectors.shape[1], vectors.device
-    num_blocks, num_bands = triton.cdiv(n, _CENTRES), triton.cdiv(_CENTRES + 2 * reach, _BAND)
+def _cbow(num_blocks: int, num_bands: int, dim: int, *given: Tensor | int) -> None:
     columns = max(_LEAST_SIDE, power_of_2(dim))
-    uses = _Uses(
-        torch.empty(num_blocks, num_bands, _BAND, dim, device=device),
-        torch.empty(1, *targets.shape, dim, device=device),
-        torch.empty(num_blocks, device=device),
+    _block_of_means[(num_blocks,)](
+        *given,
+        num_bands,
+        DIM=dim,
+        CENTRES=_CENTRES,
+        BAND=_BAND,
+        COLUMNS=columns,
+        num_warps=max(4, min(32, columns // 64)),
+        num_stages=1,
     )
-    with on_device_of(vectors):
-        _block_of_means[(num_blocks,)](
-            vectors,
-            block.inputs.contiguous(),
-            targets,
-            block.starts.contiguous(),
-            block.stops.contiguous(),
-            *uses,
-            n,
-            targets.shape[0],
-            reach,
-            num_bands,
-            DIM=dim,
-            CENTRES=_CENTRES,
-            BAND=_BAND,
-            COLUMNS=columns,
-            num_warps=max(4, min(32, columns // 64)),
-            num_stages=1,
-        )
-    return uses
 
 
 def _rows_of_bands(block: TextBlock, num_blocks: int, num_bands: int, reach: int, nowhere: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the examples of a ranking run are prepared with if it was started from another run."""
+"""Preparing the examples of a ranking run that starts from another run with the other run's vocabularies and means."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DENSE_NAME = "dense.json"
 
 @dataclass(frozen=True)
 class _Dense:
-    """The columns of numbers of the other run, with their means and deviations."""
+    """Holds the dense columns of the other run with their means and standard deviations."""
 
     columns: list[str]
     transform: str
@@ -35,12 +35,12 @@ class _Dense:
 
 
 def base_files(config: RankingConfig) -> list[str]:
-    """Returns the files of a run folder that hold the values of the columns with a vocabulary."""
+    """Returns the files of a run folder that hold the vocabularies."""
     return [values_file(name) for name in _with_vocabulary(config)]
 
 
 def write_base(config: RankingConfig, state: Mapping[str, Any]) -> None:
-    """Keeps what the columns of numbers were normalised by: the network was trained on that."""
+    """Writes the means and standard deviations of the dense columns, with which the network was trained."""
     url = base_file(config, _DENSE_NAME)
     assert url is not None
     storage.make_folder(url.rpartition("/")[0])
@@ -48,10 +48,10 @@ def write_base(config: RankingConfig, state: Mapping[str, Any]) -> None:
 
 
 def read_base(config: RankingConfig) -> ClickBase | None:
-    """Returns what the examples go on with; None if the run was not started from another.
+    """Returns the other run's vocabularies, means and deviations; None if the run does not start from another run.
 
     Raises:
-        UserError: a file is missing or damaged, or the columns of numbers are others.
+        UserError: a file is missing or damaged, or the dense columns differ.
     """
     url = base_file(config, _DENSE_NAME)
     if url is None:

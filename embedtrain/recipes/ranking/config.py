@@ -29,37 +29,37 @@ _MAX_LAYERS = 1000
 
 @dataclass
 class FeatureConfig:
-    """What one categorical column has of its own; null takes what `data` and `table` say for all."""
+    """Settings of one categorical column; null uses the setting of `data` or `table` for all columns."""
 
     num_rows: int | None = None
-    """Rows of its table; null takes data.num_rows."""
+    """Number of rows of its table; null for data.num_rows."""
     encoding: Literal["vocabulary", "hash", "id"] | None = None
-    """How a value becomes a row; null takes data.encoding."""
+    """How a value becomes a row; null for data.encoding."""
     min_count: int | None = None
-    """Of a vocabulary: values seen less often share a row; null takes data.min_count."""
+    """With a vocabulary: values seen less often share row 0; null for data.min_count."""
     dim: int | None = None
-    """Columns of its table."""
+    """Length of its vectors; null for table.dim."""
     bag: bool = False
-    """Whether an example has any number of values: a list in Parquet, text between separators in other files."""
+    """Whether an example has any number of values: a list in Parquet, text with separators in other files."""
     separator: str = "|"
-    """Between the values of a bag in a text."""
+    """Separator of the values of a bag in a text."""
     pooling: Literal["sum", "mean"] = "mean"
-    """How the vectors of a bag become one."""
+    """How the vectors of a bag are pooled."""
     init_from: str | None = None
-    """A file of vectors by value, of any format that `export` writes, that its rows start from; with a vocabulary."""
+    """File of initial vectors by value, in any format that `export` writes; needs a vocabulary."""
 
 
 @dataclass
 class ClicksConfig(RowFilesConfig):
-    """The click log, and what its columns mean."""
+    """The click log and the meaning of its columns."""
 
     path: str | list[str] = "???"
-    """A file, a glob, a folder, a list of them, on any fsspec URL; or - for standard input."""
+    """A file, a glob, a folder, or a list of them, on any fsspec URL; or - for standard input."""
     stream: bool = False
-    """Train on each line once, in order, as it comes: of a folder that files are added to, or of one file. Standard
-    input is always a stream."""
+    """Whether to train on each line once, in order, as it arrives: from a folder to which files are added, or from one
+    file. Standard input is always a stream."""
     poll_seconds: float | None = None
-    """Of a streamed folder: how often to look for new files after the last one; null ends the run there."""
+    """Seconds between two looks for new files in a streamed folder; null ends the run after the last file."""
     valid_path: str | list[str] | None = None
     """Held-out examples, measured during training; null for none."""
     format: str = "csv"
@@ -68,31 +68,31 @@ class ClicksConfig(RowFilesConfig):
     label: str = "label"
     """The column to predict."""
     positive: str | None = None
-    """The label's value that counts as 1; null for labels of 0 and 1."""
+    """Value of the label that counts as 1; null if labels are 0 and 1."""
     dense: list[str] = field(default_factory=list)
-    """Columns of numbers; of the criteo format, all 13."""
+    """Columns of numbers; in the criteo format all 13."""
     dense_transform: Literal["log1p", "none"] = "log1p"
-    """log1p takes sign(x) * log(1 + |x|). Either way numbers are then normalised to mean 0 and variance 1."""
+    """log1p transforms x to sign(x) * log(1 + |x|). Afterwards numbers are normalised to mean 0 and variance 1."""
     categorical: list[str] = field(default_factory=list)
-    """Columns to look up in tables; may repeat dense ones. Of the criteo format, all 26."""
+    """Columns to look up in tables; a dense column may also be categorical. In the criteo format all 26."""
     num_rows: int | None = None
-    """Rows of each table; null gives each distinct value a row."""
+    """Number of rows of each table; null for one row per distinct value."""
     encoding: Literal["vocabulary", "hash", "id"] | None = None
     """How a value becomes a row; null hashes if num_rows is given, and else makes a vocabulary."""
     min_count: int = 1
     """Of a vocabulary: values seen less often share a row."""
     features: dict[str, FeatureConfig] = field(default_factory=dict)
-    """What single categorical columns have of their own."""
+    """Settings of single categorical columns, by name."""
     max_bad_lines: int = 0
-    """How many lines that cannot be used are left out."""
+    """Maximum number of bad lines to skip."""
     block_examples: int = 32
-    """Consecutive examples that are read together; a step is made of whole blocks from all over the log."""
+    """Consecutive examples that are read together; a step consists of whole blocks from random positions of the log."""
     cache_path: str = "~/.cache/embedtrain"
-    """Local folder for the prepared log."""
+    """Local folder of the prepared log."""
 
     @property
     def is_stream(self) -> bool:
-        """Whether the examples are read once, as they come."""
+        """Whether the examples are a stream."""
         return self.stream or self.path == STANDARD_INPUT
 
 
@@ -101,24 +101,24 @@ class NetworkConfig:
     """The dense part; see `embedtrain.recipes.ranking.model.NetworkOptions`."""
 
     architecture: Literal["dlrm", "dcn_v2"] = "dcn_v2"
-    """dlrm multiplies the vectors of all features by each other; dcn_v2 crosses them layer by layer."""
+    """dlrm uses the dot products of all pairs of features; dcn_v2 uses cross layers."""
     bottom: list[int] = field(default_factory=lambda: [64])
-    """Of dlrm: hidden layers over the dense features, before a layer of table.dim."""
+    """dlrm: sizes of the hidden layers over the dense features, before a layer of table.dim."""
     top: list[int] = field(default_factory=lambda: [128, 64])
-    """Hidden layers before the prediction."""
+    """Sizes of the hidden layers before the prediction."""
     num_cross_layers: int = 3
-    """Of dcn_v2: how often features are crossed."""
+    """dcn_v2: number of cross layers."""
     low_rank: int | None = None
-    """Of dcn_v2: rank of the matrices of the cross layers; null for full matrices."""
+    """dcn_v2: rank of the cross layers' matrices; null for full matrices."""
 
 
 @dataclass
 class RankingTrainConfig(TrainConfig):
-    """The loop over a click log."""
+    """Settings of the training loop."""
 
     epochs: int = 1
     global_batch_size: int = 4096
-    """Examples of a step, over all ranks."""
+    """Examples per step over all ranks."""
 
 
 def _optimizer() -> OptimizerConfig:
@@ -127,7 +127,7 @@ def _optimizer() -> OptimizerConfig:
 
 @dataclass
 class RankingConfig(Config):
-    """Everything that defines a run of a ranking model."""
+    """The configuration of a ranking run."""
 
     model: Literal["ranking"] = "ranking"
     data: ClicksConfig = field(default_factory=ClicksConfig)
@@ -144,7 +144,7 @@ class RankingConfig(Config):
         "target": "data.label",
         "embedding_dim": "table.dim",
     }
-    # Whether the log is the same is judged by its content.
+    # The log is compared by content, so its path may change.
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
         *Config.MAY_CHANGE,
         "evaluate.",
@@ -163,11 +163,11 @@ class RankingConfig(Config):
 
     @property
     def reads_standard_input(self) -> bool:
-        """Whether the data are what comes on standard input, which can be read once."""
+        """Whether the data come from standard input, which can be read only once."""
         return bool(self.data.path == STANDARD_INPUT)
 
     def check(self) -> None:
-        """Checks the ranges that types cannot say."""
+        """Checks ranges that types do not express."""
         super().check()
         require_format(self.data.format, (CRITEO,), "data.format", with_names=True)
         layout_of(self.data, "data")
@@ -192,7 +192,7 @@ class RankingConfig(Config):
         if self.data.is_stream:
             self._check_stream()
         elif self.data.poll_seconds is not None:
-            raise UserError("data.poll_seconds is for a folder that is read as a stream: give data.stream=true too")
+            raise UserError("data.poll_seconds needs a streamed folder: give data.stream=true too")
         reads_blocks = not self.data.is_stream or self.data.valid_path is not None
         if reads_blocks and self.train.global_batch_size % self.data.block_examples:
             raise UserError(
@@ -200,7 +200,7 @@ class RankingConfig(Config):
                 f"{self.train.global_batch_size} and {self.data.block_examples}"
             )
         if self.data.positive == "":
-            raise UserError("data.positive must not be empty: a label that is missing makes a bad line")
+            raise UserError("data.positive must not be empty: a line without a label is a bad line")
         if self.data.max_bad_lines < 0:
             raise UserError(f"data.max_bad_lines must be at least 0, got {self.data.max_bad_lines}")
         if self.data.format == "criteo":
@@ -214,10 +214,10 @@ class RankingConfig(Config):
             }
             given = [name for name, default in fixed.items() if getattr(self.data, name) != default]
             if given:
-                raise UserError(f"data.format=criteo says what data.{', data.'.join(given)} says: leave it out")
+                raise UserError(f"data.format=criteo already defines data.{', data.'.join(given)}: leave it out")
 
     def _check_stream(self) -> None:
-        """Refuses what a stream cannot have: its end is not known, and it comes once."""
+        """Refuses settings that need the end of the data or several passes, which a stream does not have."""
         data = self.data
         if not isinstance(data.path, str):
             raise UserError(f"data.path of a stream is -, a file or a folder, got {data.path}")
@@ -226,7 +226,7 @@ class RankingConfig(Config):
                 f"data.poll_seconds is a time between two looks at a folder, got {data.poll_seconds} for {data.path}"
             )
         if self.train.epochs != 1:
-            raise UserError(f"a stream is read once: expected train.epochs=1, got {self.train.epochs}")
+            raise UserError(f"train.epochs must be 1, because a stream is read once, got {self.train.epochs}")
         if self.schedule.name != "constant" or self.schedule.warmup:
             raise UserError(
                 f"the end of a stream is not known, and schedule.name={self.schedule.name} with "

@@ -1,4 +1,4 @@
-"""A first configuration of ranking for files of rows."""
+"""Drafting a configuration of ranking for files of rows."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _LABELS = (
 )
 _POSITIVES = ("1", "true", "yes", "y", "t", "positive", "click")
 _FEW_VALUES = 50
-"""Integers with at most so many values are looked up in a table."""
+"""Maximum number of distinct integers for a column to be looked up in a table."""
 _BOTH_VALUES = 1000
 """Integers with at most so many values are numbers and looked up too."""
 _SHOWN_VALUES = 5
 _ROWS_OF_A_SHORT_RUN = 200_000
-"""How many rows small files are passed over for, all epochs together."""
+"""Rows to train on over all epochs, for small files."""
 
 
 def draft(path: str, found: Survey, label: str | None) -> Iterator[str]:
@@ -90,13 +90,13 @@ def _ranking(path: str, found: Survey, label: Column | None) -> Iterator[str]:
 
 
 def _label_of(columns: Sequence[Column], name: str | None) -> Column | None:
-    """Returns the column to predict: a column of two values, by its name, or else the last of them."""
+    """Returns the column to predict: a column of two values, chosen by its name, or the last one."""
     if name is not None:
         for column in columns:
             if column.name == name:
                 if column.num_values != 2 or column.is_bag:
                     got = "one of bags" if column.is_bag else f"{column.num_values:,}"
-                    raise UserError(f"--label {name}: expected a column of two values, got {got}")
+                    raise UserError(f"--label {name} must name a column of two values, got {got}")
                 return column
         raise UserError(f"--label {name}: there is no such column; there are {', '.join(c.name for c in columns)}")
     binary = [column for column in columns if column.num_values == 2 and not column.is_bag]
@@ -121,7 +121,7 @@ def _why_no_label(columns: Sequence[Column]) -> str:
 
 
 def _is_looked_up(column: Column, num_rows: int) -> bool:
-    """Returns whether a column's values are looked up: they come again, and there is more than one."""
+    """Returns whether to look a column up: it has more than one distinct value, and values repeat."""
     if column.num_values < 2 or column.kind == "number":
         return False
     if not column.is_bag and column.num_values >= num_rows - column.num_missing > 2:
@@ -140,7 +140,7 @@ def _why_left_out(column: Column, found: Survey) -> str:
 
 
 def _positive(label: Column) -> str:
-    """Returns the value that means yes, or else the rarer one."""
+    """Returns the value that means yes, or the rarer value."""
     values = [value for value, _ in label.counts]
     meant = [value for value in values if value.strip().lower() in _POSITIVES]
     return meant[0] if len(meant) == 1 else values[-1]

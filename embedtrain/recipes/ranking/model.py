@@ -1,4 +1,4 @@
-"""Ranking: the probability of a click from numbers and looked-up features; DLRM and DCN-V2 on sharded tables."""
+"""Ranking models, DLRM and DCN-V2: the probability of a click from dense and categorical features."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 Architecture = Literal["dlrm", "dcn_v2"]
 
 HELD_OUT = "valid_"
-"""Begins the names of the measures of held-out examples."""
+"""Prefix of the metrics of held-out examples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions:
-    """The dense part of a ranking model.
+    """Options of the dense part of a ranking model.
 
     Attributes:
         architecture: "dlrm" (dot products of all pairs of features) or "dcn_v2" (cross layers beside an MLP).
         bottom: DLRM: hidden sizes of the MLP over the dense features; its last layer has the interaction's dim.
-        top: DLRM: hidden sizes of the MLP over the interactions. DCN-V2: of the MLP beside the cross layers.
-        num_cross_layers: DCN-V2.
+        top: hidden sizes of an MLP; DLRM: over the interactions; DCN-V2: beside the cross layers.
+        num_cross_layers: DCN-V2: number of cross layers.
         low_rank: DCN-V2: rank of each cross layer's matrix; None for a full one.
 
     Raises:
@@ -55,18 +55,18 @@ class NetworkOptions:
             raise UserError(f"architecture must be one of {get_args(Architecture)}, got {self.architecture!r}")
         sizes = [*self.bottom, *self.top, self.num_cross_layers, 1 if self.low_rank is None else self.low_rank]
         if min(sizes) < 1:
-            raise UserError(f"sizes and numbers of layers must be at least 1, got {sizes}")
+            raise UserError(f"sizes and numbers of layers of the network must be at least 1, got {sizes}")
 
 
 class DLRM(nn.Module):
-    """The dot products of all pairs of features, the dense ones as one of them, into an MLP.
+    """DLRM: an MLP over the dot products of all pairs of features; the dense features together count as one.
 
-    Features whose tables are narrower or wider than the others are first projected to the largest dim.
+    Features of other dims are first projected to the largest dim.
 
     Args:
-        num_dense: dense features.
-        dims: of the looked-up features.
-        options: sizes.
+        num_dense: number of dense features.
+        dims: dims of the categorical features.
+        options: sizes of the layers.
 
     Source: Naumov et al. 2019, "Deep learning recommendation model for personalization and recommendation systems".
     """
@@ -95,14 +95,14 @@ class DLRM(nn.Module):
 
 
 class DCNv2(nn.Module):
-    """Cross layers beside an MLP, both over all features in one row.
+    """DCN-V2: cross layers beside an MLP, both over the concatenation of all features.
 
     A cross layer is `x0 * (W x + b) + x`; with `low_rank`, `W = U V`.
 
     Args:
-        num_dense: dense features.
-        dims: of the looked-up features.
-        options: sizes.
+        num_dense: number of dense features.
+        dims: dims of the categorical features.
+        options: sizes of the layers.
 
     Source: Wang et al. 2021, "DCN V2: Improved deep & cross network", in its parallel form.
     """
@@ -131,7 +131,7 @@ NETWORKS: dict[Architecture, Callable[[int, Sequence[int], NetworkOptions], nn.M
 
 
 def build_network(num_dense: int, dims: Sequence[int], options: NetworkOptions, seed: int) -> nn.Module:
-    """Returns the dense part of a ranking model; its first values are a function of the seed."""
+    """Returns the dense part of a ranking model; its initial values depend only on the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return NETWORKS[options.architecture](num_dense, dims, options)
@@ -139,13 +139,13 @@ def build_network(num_dense: int, dims: Sequence[int], options: NetworkOptions, 
 
 @dataclass(frozen=True)
 class PreparedClicks:
-    """A batch on the device, for which the ids were exchanged.
+    """A batch on the device whose ids were already exchanged.
 
     Attributes:
         labels: [n] float32.
         dense: [n, num_dense] float32.
-        vectors: of the features, asked for.
-        num_global: examples of the step on all ranks.
+        vectors: pending lookups of the features' vectors.
+        num_global: number of examples of the step over all ranks.
     """
 
     labels: Tensor
@@ -155,18 +155,17 @@ class PreparedClicks:
 
 
 class Ranking(nn.Module):
-    """The probability of label 1, from numbers and looked-up features.
+    """Predicts the probability of label 1 from dense and categorical features.
 
-    The tables are sharded over the ranks. The network is the same on every rank, and so must be its gradient: they
-    are to be averaged over the ranks, as `embedtrain.optim.dense.DenseOptimizer` does.
+    The tables are sharded over the ranks. The network is replicated, so its gradients must be averaged over the ranks,
+    as `embedtrain.optim.dense.DenseOptimizer` does.
 
     Args:
-        tables: of the features; see `EmbeddingCollection`.
-        features: looked up for every example; each has one vector an example, so pooling "none" is for features of
-            one value only.
-        num_dense: dense features.
-        options: of the network.
-        collection: see `EmbeddingCollection`; the network lives on its device and starts from its seed.
+        tables: tables of the features; see `EmbeddingCollection`.
+        features: features with one vector per example; pooling "none" needs features with one value per example.
+        num_dense: number of dense features.
+        options: options of the network.
+        collection: see `EmbeddingCollection`; the network uses its device and seed.
     """
 
     def __init__(
@@ -189,15 +188,15 @@ class Ranking(nn.Module):
         """Returns logits [n]. Collective: every rank, and its backward too if gradients are enabled."""
         vectors = self.tables.look_up(batch.vectors)
         logits: Tensor = self.network(batch.dense, [vectors[name] for name in self._features])
-        return logits.float()  # under autocast the loss is computed in float32 too
+        return logits.float()  # Under autocast, the loss is computed in float32.
 
     def forward(self, batch: ClickBatch | PreparedClicks) -> Objective:
-        """Returns the loss of this rank's batch. Collective: as `predict`."""
+        """Returns the loss of this rank's batch. Collective: see `predict`."""
         if isinstance(batch, ClickBatch):
             batch = self.prepare(batch, is_ahead=False)
         logits = self.predict(batch)
         losses = F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
-        # Both the tables and the network average gradients over the ranks, whose shares may differ by an example.
+        # Tables and network average gradients over the ranks, whose numbers of examples may differ by one.
         scale = self.tables.ranks.size / max(batch.num_global, 1)
         return Objective(
             loss=losses.sum() * scale,
@@ -207,7 +206,7 @@ class Ranking(nn.Module):
         )
 
     def prepare(self, batch: ClickBatch, *, is_ahead: bool = True) -> PreparedClicks:
-        """Does all of a step that needs no row, for `forward` later. Collective: every rank, in order of steps."""
+        """Prepares a batch for `forward` as far as no rows are needed. Collective: every rank, in order of steps."""
         device = self.tables.device
         vectors = self.tables.ask(batch.features, is_ahead=is_ahead)
         return PreparedClicks(
@@ -215,18 +214,18 @@ class Ranking(nn.Module):
         )
 
     def bring_rows(self, prepared: PreparedClicks) -> None:
-        """Copies rows of a step that live in host memory to the device."""
+        """Copies the step's rows from host memory to the device."""
         self.tables.bring_rows(prepared.vectors)
 
 
 def measure_ranking(model: Ranking, batches: ClickBatches, alive: Callable[[], None]) -> dict[str, float]:
-    """Returns the measures of a model on held-out examples.
+    """Returns the metrics of a model on held-out examples.
 
     Collective: every rank.
 
     Args:
-        model: with its tables.
-        batches: of the held-out examples.
+        model: the model with its tables.
+        batches: batches of the held-out examples.
         alive: called after each batch.
     """
     meter = ClassificationMeter()

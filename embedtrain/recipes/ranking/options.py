@@ -1,4 +1,4 @@
-"""What the data and the model of a ranking run take, from its configuration."""
+"""Converts the configuration of a ranking run into options of its data and its model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def click_schema(data: ClicksConfig) -> ClickSchema:
     """Returns the schema that a section describes.
 
     Raises:
-        UserError: it contradicts itself.
+        UserError: settings contradict one another.
     """
     if data.format == "criteo":
         names = tuple(data.categorical) or CRITEO_CATEGORICAL
@@ -57,7 +57,7 @@ def _column(name: str, feature: FeatureConfig, data: ClicksConfig) -> Categorica
 
 
 def network_options(section: NetworkConfig) -> NetworkOptions:
-    """Returns the options of the dense part that a section describes.
+    """Returns the options of the dense part from the configuration.
 
     Raises:
         UserError: an option is out of range.
@@ -72,12 +72,12 @@ def network_options(section: NetworkConfig) -> NetworkOptions:
 
 
 def feature_options(config: RankingConfig, name: str) -> FeatureConfig:
-    """Returns what a categorical column has of its own."""
+    """Returns the settings of a categorical column."""
     return config.data.features.get(name, FeatureConfig())
 
 
 def network_inputs(config: RankingConfig) -> dict[str, Any]:
-    """Returns, by key, the columns that the network takes, in its order, and the width of each that is looked up."""
+    """Returns the input columns of the network by key, in its order, and the widths of the categorical ones."""
     schema = click_schema(config.data)
     names = [column.name for column in schema.categorical]
     dims = {f"data.features.{name}.dim": feature_options(config, name).dim or config.table.dim for name in names}
@@ -87,7 +87,7 @@ def network_inputs(config: RankingConfig) -> dict[str, Any]:
 def ranking_tables(config: RankingConfig, layout: ClickLayout) -> list[TableSpec]:
     """Returns the table of each categorical column, in the order of `ClickLayout.feature_names`."""
     return [
-        # As DLRM begins: most rows of a large table are rarely seen. They begin near zero and add no noise.
+        # Initial values as in DLRM: most rows of a large table are rare; near zero they add no noise.
         table_spec(
             config,
             name,

@@ -1,4 +1,4 @@
-"""What a package of a ranking model consists of."""
+"""Contents of the package of a ranking model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def pack(config: RankingConfig, runtime: Runtime, checkpoint: str) -> Iterator[P
 
 
 class _Ranking:
-    """What a ranking model consists of."""
+    """Holds the parts of a ranking model."""
 
     def __init__(self, config: RankingConfig, reader: CheckpointReader) -> None:
         self.schema = click_schema(config.data)
@@ -66,7 +66,7 @@ class _Ranking:
         load_module(self.network, reader.replicated())
 
     def features(self) -> list[dict[str, Any]]:
-        """Returns what the manifest says of each looked-up column, in the order of the network's arguments."""
+        """Returns the manifest's entries of the categorical columns, in the order of the network's arguments."""
         return [
             {
                 "name": column.name,
@@ -83,7 +83,7 @@ class _Ranking:
         ]
 
     def facts(self) -> dict[str, Any]:
-        """Returns what the manifest of a package says of the preparation of rows."""
+        """Returns the manifest's entries about parsing and encoding rows."""
         schema, layout = self.schema, self.layout
         quoting = schema.layout.quoting(schema.delimiter)
         return {

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from embedtrain.data.vector_files import check_vectors
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.metrics.classification import RECORDED, TRAINED, training_measures
+from embedtrain.metrics.figures import Section
 from embedtrain.recipes.base import Grow, Recipe, Tuning, around, collection_options
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer
 from embedtrain.recipes.ranking.base import base_files, read_base, write_base
@@ -44,6 +46,7 @@ from embedtrain.recipes.ranking.options import (
     ranking_tables,
 )
 from embedtrain.recipes.ranking.packing import pack
+from embedtrain.recipes.ranking.reporting import score_sections
 from embedtrain.recipes.ranking.scoring import ClickScorer
 from embedtrain.recipes.ranking.workload import workload
 from embedtrain.recipes.workload import Sizes
@@ -57,20 +60,20 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _KeptFacts:
-    """What the run folder keeps beside the held-out examples: a hash of the examples that the run trains on."""
+    """Facts kept with the held-out examples: a hash of the training examples."""
 
     data_fingerprint: str
 
 
 @dataclass(frozen=True)
 class ClicksOfRun:
-    """Clicks, ready to train on.
+    """Holds the prepared clicks of a run.
 
     Attributes:
-        layout: what the examples mean.
-        batches: the examples.
-        fingerprint: hash of the examples, or of how a stream is read.
-        held_out: the examples of the evaluation; None without one.
+        layout: meaning of the examples' fields.
+        batches: batches of the examples.
+        fingerprint: hash of the examples, or of the options of a stream.
+        held_out: the held-out examples; None if there are none.
     """
 
     layout: ClickLayout
@@ -80,17 +83,17 @@ class ClicksOfRun:
 
 
 def check(config: RankingConfig, is_new: bool) -> None:
-    """Opens the files that a run reads beside its click logs, and lists those of the held-out one.
+    """Checks the files that a run reads beside its training data, and expands the path of the held-out data.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         is_new: whether the run has no checkpoint; only then are the files of `init_from` read.
 
     Raises:
-        UserError: one is missing or cannot be read.
+        UserError: a file is missing or cannot be read.
     """
     if config.data.valid_path is not None:
-        # The log that is trained on is prepared first, which may take hours.
+        # Checked here because preparing the training data, which comes first, may take hours.
         expand_sources(config.data.valid_path, suffixes_of(click_schema(config.data).reader))
     for name, feature in config.data.features.items():
         if feature.init_from is not None and is_new:
@@ -98,7 +101,7 @@ def check(config: RankingConfig, is_new: bool) -> None:
 
 
 def prepare(config: RankingConfig, runtime: Runtime) -> tuple[ClicksOfRun, Sizes]:
-    """Prepares the click log and the held-out one, or finds them in the cache. Collective: every rank.
+    """Prepares the training and held-out data, or opens them in the cache. Collective: every rank.
 
     Raises:
         UserError: a log cannot be used.
@@ -106,7 +109,7 @@ def prepare(config: RankingConfig, runtime: Runtime) -> tuple[ClicksOfRun, Sizes
     layout, batches, fingerprint = (
         _open_stream(config, runtime) if config.data.is_stream else _open_log(config, runtime)
     )
-    # How many values the bags of a stream hold is not known before they come.
+    # The bag lengths of a stream are not known in advance.
     bag_length = layout.mean_bag_length if isinstance(layout, ClickLog) else 1.0
     held_out = None
     if config.data.valid_path is not None:
@@ -119,7 +122,7 @@ def build(config: RankingConfig, runtime: Runtime, data: ClicksOfRun) -> Parts:
     """Builds the model over prepared clicks. Collective: every rank.
 
     Raises:
-        UserError: the configuration contradicts the clicks.
+        UserError: the configuration does not fit the clicks.
     """
     layout = data.layout
     model = _build_model(config, runtime, layout)
@@ -143,14 +146,21 @@ def build(config: RankingConfig, runtime: Runtime, data: ClicksOfRun) -> Parts:
 def measure(
     config: RankingConfig, runtime: Runtime, checkpoint: str, held_out_path: str | None = None
 ) -> dict[str, float]:
-    """Measures a checkpoint on the held-out examples: those that the run folder has, or else the log's.
+    """Measures a checkpoint on the held-out examples kept in the run folder, or else in the configured files.
 
     Collective: every rank.
 
     Raises:
-        UserError: the examples cannot be used, or are not in the rows that the checkpoint was trained with.
+        UserError: the examples cannot be used, or were encoded with other vocabularies than the checkpoint's.
     """
     assert held_out_path is None, "rows of other files are measured by their scores"
+    with _restored(config, runtime, checkpoint) as (model, held_out):
+        return measure_ranking(model, _held_out_batches(config, runtime, held_out), lambda: None)
+
+
+@contextmanager
+def _restored(config: RankingConfig, runtime: Runtime, checkpoint: str) -> Iterator[tuple[Ranking, ClickLog]]:
+    """Yields the model of a checkpoint and the held-out examples. Collective: every rank."""
     with RunFolder(config.run.path).open_data(_KeptFacts) as kept:
         if kept is None:
             data, _ = prepare(config, runtime)
@@ -161,11 +171,25 @@ def measure(
         model = _build_model(config, runtime, held_out)
         dense = build_dense_optimizer(config.dense_optimizer, model.network, model.tables)
         load_weights(checkpoint, model.tables, dense, fingerprint)
-        return measure_ranking(model, _held_out_batches(config, runtime, held_out), lambda: None)
+        yield model, held_out
+
+
+def report(config: RankingConfig, runtime: Runtime, checkpoint: str) -> Iterator[Section]:
+    """Yields curves of the scores of held-out examples, and what each column is worth; nothing without such examples.
+
+    Collective: every rank.
+
+    Raises:
+        UserError: the examples cannot be used, or are not in the rows that the checkpoint was trained with.
+    """
+    if config.data.valid_path is None:
+        return
+    with _restored(config, runtime, checkpoint) as (model, held_out):
+        yield from score_sections(model, held_out, _held_out_batches(config, runtime, held_out))
 
 
 def _open_log(config: RankingConfig, runtime: Runtime) -> tuple[ClickLayout, Batches, str]:
-    """Returns what the examples mean, their batches, and a hash of them. Collective: every rank."""
+    """Returns layout, batches and fingerprint of the examples. Collective: every rank."""
     options = _click_options(config.data, config.data.path)
     log = _prepare_log(options, config, runtime)
     suffixes = suffixes_of(options.schema.reader)
@@ -182,7 +206,7 @@ def _open_log(config: RankingConfig, runtime: Runtime) -> tuple[ClickLayout, Bat
 
 
 def _open_stream(config: RankingConfig, runtime: Runtime) -> tuple[ClickLayout, StreamedBatches, str]:
-    """Returns as `_open_log`; of a stream only its columns are known, and its lines when they come."""
+    """Returns layout, steps and fingerprint of a stream."""
     data = config.data
     assert isinstance(data.path, str), "the configuration was checked"
     options = StreamOptions(data.path, config.train.global_batch_size, data.poll_seconds, data.max_bad_lines)
@@ -279,14 +303,14 @@ def _encodings(config: RankingConfig) -> dict[str, Encoding]:
 
 
 def _rows_of_names(layout: ClickLayout, name: str) -> Mapping[str, int]:
-    """Returns the rows of the values of a column that is not hashed."""
+    """Returns the row names of a column that is not hashed."""
     vocabulary = layout.vocabulary(name)
     names = of_ids(layout.num_rows[name]) if vocabulary is None else of_values(vocabulary, has_others=True)
     return names.rows
 
 
 def _names_facts(config: RankingConfig, layout: ClickLayout) -> dict[str, Source]:
-    """Returns where the names of each table's rows are."""
+    """Returns the checkpoint's entries for the row names of each table."""
     found = {}
     for name, encoding in _encodings(config).items():
         if encoding == "vocabulary":
@@ -299,7 +323,7 @@ def _names_facts(config: RankingConfig, layout: ClickLayout) -> dict[str, Source
 
 
 def _write_files(data: ClicksOfRun, folder: RunFolder) -> None:
-    """Writes to the run folder the values of the features' rows, and the held-out examples if they are not too many."""
+    """Writes the vocabularies and, if they are small enough, the held-out examples to the run folder."""
     _write_vocabularies(data.layout, folder)
     if data.held_out is None:
         folder.keep_data({})
@@ -314,7 +338,7 @@ def _write_vocabularies(layout: ClickLayout, folder: RunFolder) -> None:
 
 
 def _heads(config: RankingConfig) -> dict[str, tuple[str, Layout]]:
-    # A stream has no head to copy: its first lines are those that come.
+    # A stream cannot be read for its head without losing lines.
     keys = ("data.valid_path",) if config.data.is_stream else ("data.path", "data.valid_path")
     schema = click_schema(config.data)
     return dict.fromkeys(keys, (schema.reader, schema.layout))
@@ -342,6 +366,7 @@ RECIPE = Recipe(
     measure=measure,
     score=ClickScorer,
     pack=pack,
+    report=report,
     tuning=Tuning(
         has_validation=lambda config: config.data.valid_path is not None,
         metric=lambda config: f"{HELD_OUT}auc",

@@ -1,4 +1,4 @@
-"""Scores raw rows by a checkpoint of a ranking run, with what the run folder and the checkpoint say alone."""
+"""Scoring raw rows with a checkpoint of a ranking run, using only the run folder."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from embedtrain.spec import FeatureSpec
 
 
 class SavedLayout(ClickLayout):
-    """What the rows of a trained run mean, without its data.
+    """The meaning of a trained run's rows, read without its data.
 
     Args:
         schema: the columns.
-        state: of a checkpoint.
+        state: state of a checkpoint.
     """
 
     def __init__(self, schema: ClickSchema, state: Mapping[str, Any]) -> None:
@@ -52,7 +52,7 @@ class SavedLayout(ClickLayout):
 def read_vocabularies(
     run_path: str, schema: ClickSchema, state: Mapping[str, Any], num_rows: Mapping[str, int]
 ) -> dict[str, WordRows]:
-    """Returns the values of each column that has a vocabulary, as the run folder has them.
+    """Returns the vocabularies in the run folder.
 
     Args:
         run_path: the run folder.
@@ -61,7 +61,7 @@ def read_vocabularies(
         num_rows: rows of each column's table.
 
     Raises:
-        UserError: the run folder lacks a vocabulary, or has another one than that of the training.
+        UserError: the run folder lacks a vocabulary, or has another one than in training.
     """
     found = {}
     for column in schema.categorical:
@@ -69,31 +69,31 @@ def read_vocabularies(
             names = read_row_names(run_path, state, column.name, num_rows[column.name])
             if names.noun == "row":
                 raise UserError(f"{run_path}: its checkpoints do not say what the rows of {column.name} stand for")
-            # Row 0 stands for all values that have none of their own.
+            # Row 0 stands for all values out of the vocabulary.
             values = pa.array(names.words[1:], pa.large_string())
             found[column.name] = WordRows(values.cast(pa.large_binary()))
     return found
 
 
 class ClickScorer:
-    """A ranking model of a checkpoint, its tables sharded over the ranks.
+    """Scores rows with a checkpoint of a ranking model, whose tables are sharded over the ranks.
 
-    Bags are pooled at the rank of their example: a row of the data has the same score on any number of ranks.
+    Bags are pooled at the rank of their example, so that scores do not depend on the number of ranks.
 
-    Collective: every rank makes one.
+    Collective: every rank constructs one.
 
     Args:
-        config: of the run; its section `data` may describe other files than those of the training.
-        runtime: of this process.
-        checkpoint: its path.
+        config: configuration of the run; its section `data` may describe other files.
+        runtime: runtime of this process.
+        checkpoint: path of the checkpoint.
 
     Attributes:
-        schema: what the columns mean.
-        ranks: those that share the tables.
+        schema: meaning of the columns.
+        ranks: the ranks over which the tables are sharded.
 
     Raises:
         UserError: the run folder lacks a vocabulary.
-        CheckpointError: the checkpoint does not hold what the configuration says.
+        CheckpointError: the checkpoint does not fit the configuration.
     """
 
     def __init__(self, config: RankingConfig, runtime: Runtime, checkpoint: str) -> None:
@@ -117,18 +117,18 @@ class ClickScorer:
         self._network = network.to(runtime.device)
 
     def encode(self, rows: Rows, schema: ClickSchema, where: str) -> tuple[ClickBatch, dict[int, str]]:
-        """Returns the rows that can be used, as a batch, and what is wrong with the others, by line.
+        """Returns the usable rows as a batch, and the reasons for bad rows by line.
 
         Args:
             rows: some rows of a file.
-            schema: what their columns mean; they may be without a label.
-            where: what the rows are of, for messages.
+            schema: meaning of their columns; they may have no label.
+            where: source of the rows, for messages.
         """
         records, wrong = encode_rows(rows, schema, self._vocabularies, where)
         return as_batch(records, self._layout, len(records.examples)), wrong
 
     def nothing(self) -> ClickBatch:
-        """Returns a batch of no rows, for a rank that has none in a round."""
+        """Returns an empty batch, for a rank without rows in a round."""
         no_ids = torch.zeros(0, dtype=torch.int64)
         features = {name: Jagged(no_ids, no_ids) for name in self._layout.feature_names}
         return ClickBatch(torch.zeros(0), torch.zeros(0, len(self.schema.dense)), features, 0)

@@ -1,4 +1,4 @@
-"""What a run of a ranking model asks of its machines."""
+"""The workload of a ranking run, for planning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from embedtrain.recipes.workload import IdDistribution, Sizes, Workload, dense_s
 
 
 def workload(config: RankingConfig, sizes: Sizes) -> Workload:
-    """Returns what a run of a ranking model asks of its machines; see `Recipe.workload`."""
+    """Returns the workload of a ranking run; see `Recipe.workload`."""
     schema = click_schema(config.data)
     examples = float(config.train.global_batch_size)
     tables = []
@@ -35,7 +35,7 @@ def workload(config: RankingConfig, sizes: Sizes) -> Workload:
         tuple(tables),
         dense_bytes=dense_bytes,
         reduced_bytes=gradient_bytes,
-        # The label and the dense features take 4 bytes each, ids and lengths of bags 8.
+        # Label and dense features need 4 bytes each; ids and bag lengths 8.
         batch_bytes=round(
             4 * examples * (1 + len(schema.dense)) + 8 * sum(table.num_ids + (table.num_bags or 0) for table in tables)
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-_DOT_SCALE = 0.01
-"""Standard deviation of the first values of vectors whose dot products are taken as they are: these begin near 0."""
+_SMALL = 0.01
+"""Standard deviation of the first values of vectors that begin near 0."""
 
 
 @dataclass(frozen=True)
@@ -83,16 +84,32 @@ class Scoring:
         return self.normalize in ("both", f"{side}s")
 
 
-def retrieval_table(
-    name: str, num_rows: int, dim: int, dtype: torch.dtype, scoring: Scoring, optimizer: str = DEFAULT_OPTIMIZER
-) -> TableSpec:
-    """Returns a table of ids, or of the categories of a feature; one of no rows gets one that nobody asks for.
+def retrieval_tables(
+    sizes: Mapping[str, int], dim: int, dtype: torch.dtype, scoring: Scoring, optimizers: Mapping[str, str]
+) -> list[TableSpec]:
+    """Returns the tables of ids and of the categories of features; one of no rows gets one that nobody asks for.
 
     First values of vectors that are scaled to length 1 have about that length. The direction of longer or shorter ones
-    would change slower or quicker than their gradients say.
+    would change slower or quicker than their gradients say. Ids that have features begin near 0: so the features speak
+    for ids that were not trained yet.
+
+    Args:
+        sizes: by table, how many rows it has; see `RetrievalConfig.table_names`.
+        dim: of all vectors.
+        dtype: of the rows.
+        scoring: how users and items are compared.
+        optimizers: by table, the `TableSpec.optimizer` of those that do not share the others'.
     """
-    scale = dim**-0.5 if scoring.is_unit(name.partition(".")[0]) else _DOT_SCALE
-    return TableSpec(name, max(1, num_rows), dim, dtype, "normal", scale, optimizer)
+    sides_with_features = {side for side, _, feature in (name.partition(".") for name in sizes) if feature}
+
+    def scale(name: str) -> float:
+        begins_near_0 = name in sides_with_features or not scoring.is_unit(name.partition(".")[0])
+        return _SMALL if begins_near_0 else float(dim**-0.5)
+
+    return [
+        TableSpec(name, max(1, rows), dim, dtype, "normal", scale(name), optimizers.get(name, DEFAULT_OPTIMIZER))
+        for name, rows in sizes.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -159,13 +176,11 @@ class Retrieval(nn.Module):
         super().__init__()
         self.sides = {USER: users, ITEM: items}
         self.scoring = scoring
-        tables, features = [], []
+        sizes: dict[str, int] = {}
         for name, side in self.sides.items():
-            sizes = {name: side.num_rows, **{f"{name}.{f}": n for f, (_, n) in side.features.items()}}
-            for table, rows in sizes.items():
-                own = (optimizers or {}).get(table, DEFAULT_OPTIMIZER)
-                tables.append(retrieval_table(table, rows, dim, dtype, scoring, own))
-            features += [FeatureSpec(table, pooling="none" if table == name else "mean") for table in sizes]
+            sizes |= {name: side.num_rows, **{f"{name}.{f}": n for f, (_, n) in side.features.items()}}
+        tables = retrieval_tables(sizes, dim, dtype, scoring, optimizers or {})
+        features = [FeatureSpec(table, pooling="none" if table in self.sides else "mean") for table in sizes]
         self.tables = EmbeddingCollection(tables, features, **options)
         self.dense = nn.ModuleDict()
         with torch.random.fork_rng(devices=[]):
@@ -214,8 +229,8 @@ class Retrieval(nn.Module):
         weight = self.scoring.negative_weight / len(sides)
         # The gradient of the logarithm of a sum over the ranks, whose parts the exchange averages over the ranks.
         gradient = (potentials / totals.float()).sum() * (weight * ranks.size)
-        pairs = totals.new_tensor([max(1, len(every) * (len(every) - 1)) for _, every, _ in sides])
-        uniformity = weight * (totals / pairs).log().sum()
+        num_pairs = [max(1, len(every) * (len(every) - 1)) for _, every, _ in sides]
+        uniformity = weight * (totals.log().sum() - sum(map(math.log, num_pairs)))
         total = aligned.sum()
         loss = self._mean(total, batch) + gradient
         return Objective(loss, total.detach().double() + aligned.numel() * uniformity, aligned.numel())

@@ -33,6 +33,7 @@ from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.export.recommendations import Recommendation
 from embedtrain.export.vectors import FloatRows, Vectors, open_vectors
+from embedtrain.metrics.figures import Section
 from embedtrain.metrics.ranking import measure_names, name_at
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.recipes.base import (
@@ -60,13 +61,14 @@ from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer
 from embedtrain.recipes.retrieval.asking import best_items, measure_unseen
 from embedtrain.recipes.retrieval.config import RetrievalConfig, SideConfig
 from embedtrain.recipes.retrieval.draft import draft
-from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval, Scoring, Side, retrieval_table
+from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval, Scoring, Side, retrieval_tables
 from embedtrain.recipes.retrieval.negative_weight import default_negative_weight
 from embedtrain.recipes.retrieval.packing import packed_sides
 from embedtrain.recipes.retrieval.recommendation import all_vectors, evaluate_retrieval
+from embedtrain.recipes.retrieval.reporting import find_titles, recommendation_sections
 from embedtrain.recipes.retrieval.workload import workload
 from embedtrain.recipes.workload import Sizes
-from embedtrain.spec import DEFAULT_OPTIMIZER, TableSpec
+from embedtrain.spec import TableSpec
 from embedtrain.storage import base_name
 from embedtrain.train.checkpoints import load_weights
 from embedtrain.train.run_folder import RunFolder
@@ -277,12 +279,13 @@ def _heads(config: RetrievalConfig) -> dict[str, tuple[str, Layout]]:
 
 
 def _tables(config: RetrievalConfig, interactions: Interactions) -> list[TableSpec]:
-    dtype, optimizers = getattr(torch, config.table.dtype), optimizer_names(config.optimizer)
-    scoring, sizes = _scoring(config, interactions), _sizes(interactions).num_rows
-    return [
-        retrieval_table(name, rows, config.table.dim, dtype, scoring, optimizers.get(name, DEFAULT_OPTIMIZER))
-        for name, rows in sizes.items()
-    ]
+    return retrieval_tables(
+        _sizes(interactions).num_rows,
+        config.table.dim,
+        getattr(torch, config.table.dtype),
+        _scoring(config, interactions),
+        optimizer_names(config.optimizer),
+    )
 
 
 def _tower_inputs(config: RetrievalConfig) -> dict[str, Any]:
@@ -362,7 +365,22 @@ def open_sides(config: RetrievalConfig, runtime: Runtime, checkpoint: str, table
         read=lambda start, stop: rows[start:stop],
         noun=side,
         checksum=checksum,
+        titles=functools.partial(find_titles, config.items if side == ITEM else config.users),
     )
+
+
+def report(config: RetrievalConfig, runtime: Runtime, checkpoint: str) -> Iterator[Section]:
+    """Yields what the recommendations for held-out users are worth, by length and by popularity; nothing without such.
+
+    Collective: every rank.
+
+    Raises:
+        UserError: the run folder lacks the data, or they are not those that the checkpoint was trained on.
+    """
+    if config.evaluate.path is None:
+        return
+    with restored(config, runtime, checkpoint) as (model, interactions, _):
+        yield from recommendation_sections(model, interactions, max(config.evaluate.k))
 
 
 @contextmanager
@@ -400,12 +418,18 @@ def measure_new_users(
 
 
 def _search_space(config: RetrievalConfig) -> dict[str, str]:
-    epochs = config.train.epochs
-    return {
+    settings, epochs = config.retrieval, config.train.epochs
+    space = {
         "optimizer.lr": around(config.optimizer.lr, 3),
-        "retrieval.temperature": around(config.retrieval.temperature, 2),
+        "retrieval.temperature": around(settings.temperature, 2),
         "train.epochs": f"{max(1, epochs // 2)},{epochs},{2 * epochs}",
     }
+    if settings.loss == "bilateral_softmax":
+        space["retrieval.negative_weight"] = "0.8:1.5"
+    elif settings.loss in ("cosine_contrastive", "alignment_uniformity"):
+        weight = settings.negative_weight or (100.0 if settings.loss == "cosine_contrastive" else 1.0)
+        space["retrieval.negative_weight"] = around(weight, 4)
+    return space
 
 
 RECIPE = Recipe(
@@ -430,6 +454,7 @@ RECIPE = Recipe(
     open=open_sides,
     recommend=recommend,
     pack=pack,
+    report=report,
     tuning=Tuning(
         has_validation=lambda config: config.data.validation != "none",
         metric=lambda config: name_at("ndcg", config.evaluate.k[0]),

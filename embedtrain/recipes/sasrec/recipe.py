@@ -26,11 +26,14 @@ from embedtrain.data.side_features import SideOptions
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.export.recommendations import Recommendation
+from embedtrain.metrics.ranking import name_at
 from embedtrain.recipes.base import (
     Grow,
     Packed,
     Recipe,
+    Tuning,
     Wanted,
+    around,
     base_file,
     collection_options,
     table_spec,
@@ -219,4 +222,15 @@ RECIPE = Recipe(
     measure=measure,
     recommend=recommend,
     pack=pack,
+    tuning=Tuning(
+        has_validation=lambda config: config.data.validation != "none",
+        metric=lambda config: name_at("ndcg", config.evaluate.k[0]),
+        space=lambda config: {
+            "optimizer.lr": around(config.optimizer.lr, 3),
+            "dense_optimizer.lr": around(config.dense_optimizer.lr, 3),
+            "sasrec.dropout": "0.1:0.5",
+        },
+        split_off=["data.validation=auto"],
+        final=["data.validation=none"],
+    ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,7 +25,9 @@ from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.errors import UserError
+from embedtrain.export.vectors import FloatRows
 from embedtrain.jagged import Jagged
+from embedtrain.metrics.figures import Section
 from embedtrain.metrics.word_similarity import check_pairs, evaluate_similarity, read_pairs
 from embedtrain.ops._backend.transfer import to_host
 from embedtrain.recipes.base import Grow, Recipe, Tuning, around, base_file, collection_options, takes_new_names
@@ -33,6 +35,7 @@ from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.optimizers import build_optimizer, optimizer_names
 from embedtrain.recipes.word2vec.config import Word2VecConfig
 from embedtrain.recipes.word2vec.model import INPUT, OUTPUT, Word2Vec, word2vec_tables
+from embedtrain.recipes.word2vec.reporting import similarity_sections
 from embedtrain.recipes.word2vec.workload import workload
 from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import TableSpec
@@ -129,6 +132,22 @@ def measure(config: Word2VecConfig, runtime: Runtime, checkpoint: str, held_out:
     """
     if held_out is not None:
         raise UserError(f"words are measured on word tests: give --similarity {held_out} or --analogies {held_out}")
+    return _word_pairs(config, runtime, checkpoint)(lambda: None)
+
+
+def report(config: Word2VecConfig, runtime: Runtime, checkpoint: str) -> Iterator[Section]:
+    """Yields people's scores of word pairs beside the cosines; nothing without pairs. Collective: every rank.
+
+    Raises:
+        UserError: the run folder lacks words or pairs, or they are not those of the run.
+    """
+    if _similarity_paths(config):
+        pairs = _word_pairs(config, runtime, checkpoint)
+        yield from similarity_sections(pairs.unit_vectors(), pairs.words, pairs.lines)
+
+
+def _word_pairs(config: Word2VecConfig, runtime: Runtime, checkpoint: str) -> WordSimilarity:
+    """Returns the measure of a checkpoint on the word pairs that the run folder has. Collective: every rank."""
     folder = RunFolder(config.run.path)
     with folder.open_data(_KeptFacts) as kept, CheckpointReader(checkpoint) as reader:
         if kept is None:
@@ -140,7 +159,7 @@ def measure(config: Word2VecConfig, runtime: Runtime, checkpoint: str, held_out:
         words = read_row_names(folder.path, reader.state, INPUT, reader.table(INPUT).shape[0]).words
     model = _build_model(config, runtime, len(words))
     load_weights(checkpoint, model.tables, None, fingerprint)
-    return WordSimilarity(model.tables, words, kept.facts.word_pairs)(lambda: None)
+    return WordSimilarity(model.tables, words, kept.facts.word_pairs)
 
 
 def _build_model(config: Word2VecConfig, runtime: Runtime, num_words: int) -> Word2Vec:
@@ -180,28 +199,37 @@ class WordSimilarity:
     Args:
         tables: the model's.
         words: the vocabulary, in order of id.
-        pairs: the lines of each file of pairs, by its path.
+        lines: of each file of pairs, by its path.
+
+    Attributes:
+        words: those of the pairs that have a row.
+        lines: of each file of pairs, by its path.
     """
 
-    def __init__(self, tables: EmbeddingCollection, words: Sequence[str], pairs: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, tables: EmbeddingCollection, words: Sequence[str], lines: Mapping[str, Sequence[str]]) -> None:
         self._tables = tables
-        self._pairs = pairs
+        self.lines = lines
         asked = {
             word.upper()
-            for path, lines in self._pairs.items()
-            for first, second, _ in read_pairs(lines, path)
+            for path, of_file in lines.items()
+            for first, second, _ in read_pairs(of_file, path)
             for word in (first, second)
         }
         # The words of the pairs alone, in their order: all of the vocabulary may be too large for one rank.
         ids = [number for number, word in enumerate(words) if word.upper() in asked]
-        self._ids, self._words = torch.tensor(ids, dtype=torch.int64, device=tables.device), [words[i] for i in ids]
+        self._ids, self.words = torch.tensor(ids, dtype=torch.int64, device=tables.device), [words[i] for i in ids]
+
+    @torch.no_grad()
+    def unit_vectors(self) -> FloatRows:
+        """Returns the vectors of the words, scaled to length 1. Collective: every rank."""
+        vectors = self._tables({INPUT: Jagged.from_ids(self._ids)})[INPUT]
+        unit: FloatRows = to_host(torch.nn.functional.normalize(vectors)).numpy()
+        return unit
 
     def __call__(self, alive: Callable[[], None]) -> dict[str, float]:
         """Returns the mean Spearman correlation of the files. Collective: every rank."""
-        with torch.no_grad():
-            vectors = self._tables({INPUT: Jagged.from_ids(self._ids)})[INPUT]
-        unit = to_host(torch.nn.functional.normalize(vectors)).numpy()
-        found = [evaluate_similarity(unit, self._words, lines, source=path) for path, lines in self._pairs.items()]
+        unit = self.unit_vectors()
+        found = [evaluate_similarity(unit, self.words, lines, source=path) for path, lines in self.lines.items()]
         alive()
         return {SIMILARITY: sum(report.spearman for report in found) / len(found)}
 
@@ -326,6 +354,7 @@ RECIPE = Recipe(
         write_files=_write_files,
     ),
     measure=measure,
+    report=report,
     tuning=Tuning(
         has_validation=lambda config: bool(_similarity_paths(config)),
         metric=lambda config: SIMILARITY,

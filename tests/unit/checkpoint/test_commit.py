@@ -142,7 +142,7 @@ def test_a_complete_step_is_never_overwritten(tmp_path: Path) -> None:
     )
     for outcome in outcomes:
         assert isinstance(outcome, CheckpointError)
-        assert "complete already" in str(outcome)
+        assert "already has a complete checkpoint" in str(outcome)
     assert contents == {file.name: file.read_bytes() for file in Path(path).iterdir()}
 
 

@@ -97,7 +97,7 @@ def test_the_message_names_the_file_the_tensor_and_its_rows(folder: Path) -> Non
     first, end = 13 + (start - piece.start_byte) // 20, 13 - (-(stop - piece.start_byte) // 20)
     assert first <= bad_row < end
     assert str(caught.value) == (
-        f"{file}: bytes {start} to {stop} are not those that were written (checksum differs): "
+        f"{file}: bytes {start} to {stop} are damaged (the checksum differs); affected: "
         f"item/weight rows [{first}, {end})"
     )
 
@@ -108,7 +108,7 @@ def test_a_file_of_another_length_is_noticed(read: Callable[[Path], None], folde
         data = file.read_bytes()
         for length in sorted(random.Random(1).sample(range(len(data)), 20)):
             file.write_bytes(data[:length])
-            with pytest.raises(CorruptCheckpointError, match=f"{file.name} has {length} bytes, {len(data)}"):
+            with pytest.raises(CorruptCheckpointError, match=f"{file.name} has {length} bytes instead of {len(data)}"):
                 read(folder)
         file.write_bytes(data + b"\0")
         with pytest.raises(CorruptCheckpointError, match=file.name):
@@ -120,7 +120,7 @@ def test_a_file_truncated_after_its_length_was_seen_is_noticed(folder: Path) -> 
     with CheckpointReader(str(folder)) as reader:
         for file in tensor_files(folder):
             os.truncate(file, 80)
-        with pytest.raises(CorruptCheckpointError, match=r"bytes .* are missing: .*item/weight rows \["):
+        with pytest.raises(CorruptCheckpointError, match=r"bytes .* are missing; affected: .*item/weight rows \["):
             reader.read("item/weight", 0, 37)
 
 
@@ -128,7 +128,7 @@ def test_a_file_truncated_after_its_length_was_seen_is_noticed(folder: Path) -> 
 def test_a_missing_file_is_noticed(read: Callable[[Path], None], folder: Path) -> None:
     shard = tensor_files(folder)[-1]
     shard.unlink()
-    with pytest.raises(CorruptCheckpointError, match=rf"{shard.name} is missing: it holds .*weight rows \["):
+    with pytest.raises(CorruptCheckpointError, match=rf"{shard.name} is missing; affected: .*weight rows \["):
         read(folder)
 
 
@@ -196,7 +196,7 @@ def pieces_in(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 def test_another_format_version_is_told_from_damage(folder: Path) -> None:
     rewrite(folder, lambda document: document.update(version=3))
-    with pytest.raises(CheckpointError, match="format version 3; this embedtrain reads versions 1 and 2") as caught:
+    with pytest.raises(CheckpointError, match="format version 3, and this embedtrain reads versions 1 and 2") as caught:
         CheckpointReader(str(folder))
     assert not isinstance(caught.value, CorruptCheckpointError)
 

@@ -172,6 +172,6 @@ def test_counts_of_steps_of_tables_that_share_an_optimizer_do_not_differ(tmp_pat
     path = save_checkpoint(str(tmp_path), 1, apart.shard_views(), {}, ONE_PROCESS)
     together = et.EmbeddingCollection([et.TableSpec("a", 9, 4), et.TableSpec("b", 9, 4)])
     optimizers.append(et.optim.SGD(together))
-    message = "a and b share an optimizer, and the checkpoint has 3 steps for a and 5 steps for b"
+    message = "a and b share an optimizer in the model, but the checkpoint has 3 steps for a and 5 steps for b"
     with CheckpointReader(path) as reader, pytest.raises(CheckpointError, match=message):
         load_shards(reader, together.shard_views())

@@ -155,9 +155,9 @@ def test_a_model_that_differs_is_refused_with_every_difference(tmp_path: Path) -
 
 def test_rows_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     with CheckpointReader(save(tmp_path, 1, example_tables())) as reader:
-        with pytest.raises(ValueError, match=r"item/weight has rows \[0, 37\); asked for \[30, 38\)"):
+        with pytest.raises(ValueError, match=r"item/weight has rows \[0, 37\), got \[30, 38\)"):
             reader.read("item/weight", 30, 38)
-        with pytest.raises(ValueError, match=r"item/weight has rows \[0, 37\); asked for -1 to 4"):
+        with pytest.raises(ValueError, match=r"item/weight has rows \[0, 37\), got slots from -1 to 4"):
             reader.gather("item/weight", torch.tensor([4, -1]))
         with pytest.raises(ValueError, match=r"slots must be \[n\] int64"):
             reader.gather("item/weight", torch.tensor([1.0]))

@@ -201,7 +201,7 @@ def test_a_few_failures_are_warned_of_and_the_next_save_is_full(
         saver.save(step, group.views(), {})
         saver.settle()
         assert saver.step is None
-    assert sum("training goes on" in record.message for record in caplog.records) == 2
+    assert sum("training continues" in record.message for record in caplog.records) == 2
     repair()
     saver.save(4, group.views(), {})
     saver.settle()
@@ -210,7 +210,7 @@ def test_a_few_failures_are_warned_of_and_the_next_save_is_full(
     with CheckpointReader(newest) as reader:
         assert reader.manifest.parent is None
     failing(monkeypatch, OSError(28, "No space left on device"))
-    with pytest.raises(CheckpointError, match=r"No space left on device \(failed saves in a row: 3\)"):
+    with pytest.raises(CheckpointError, match=r"No space left on device \(consecutive failed saves: 3\)"):
         for step in range(5, 10):
             saver.save(step, group.views(), {})
             saver.settle()

@@ -72,7 +72,7 @@ def test_rates_can_be_chosen_by_a_measure(tmp_path: Path) -> None:
     [
         (["sdg"], {}, [], "there is no optimizer sdg; there are rowwise_adagrad"),
         ([], {}, [], "must name at least one optimizer"),
-        (["sgd"], {"adam": [0.1]}, [], "--rates of adam, which --optimizers does not name"),
+        (["sgd"], {"adam": [0.1]}, [], "--rates gives rates of adam, which --optimizers does not name"),
         (["sgd"], {}, ["optimizer.lr=0.1"], "compare sets optimizer.lr of each run itself"),
         (["sgd"], {}, ["optimizer.eps=0.1"], "sgd has no option eps"),
     ],

@@ -42,7 +42,7 @@ def test_a_run_on_damaged_data_saves_nothing(
             assert seal.exists()
         refused = call([*command, f"run.path=damaged-{number}"])
         assert refused.status != 0
-        assert "does not hold what was written" in refused.printed, refused.printed
+        assert "is damaged: its checksum differs" in refused.printed, refused.printed
         assert not list(Path(f"damaged-{number}").glob("checkpoints/*"))
         assert not seal.exists()
         assert call([*command, f"run.path=damaged-{number}"]).status == 0

@@ -100,7 +100,7 @@ def test_the_command_names_what_cannot_be_compared(tmp_path: Path, capsys: pytes
         f"to    {first}/checkpoints/step-000000009, step 9",
         "table new: only in",
         "table old: only in",
-        "table wide: 4 x 2 and 4 x 3, which cannot be compared",
+        "table wide: 4 x 2 and 4 x 3 cannot be compared, because their dims differ",
         "1 of 5 common rows moved",
         "  queen\n",
     ):
@@ -110,6 +110,6 @@ def test_the_command_names_what_cannot_be_compared(tmp_path: Path, capsys: pytes
     assert main(["diff", first, first, "--table", "word"]) == 0
     assert "0 moved" in capsys.readouterr().out
     assert main(["diff", first, first, "--table", "words"]) == 2
-    assert "expected --table to name one of new, wide, word, got 'words'" in capsys.readouterr().err
+    assert "--table must be one of new, wide, word, got 'words'" in capsys.readouterr().err
     assert main(["diff", first, str(tmp_path / "nowhere")]) == 2
     assert "expected a run folder with a complete checkpoint" in capsys.readouterr().err

@@ -33,7 +33,7 @@ READING = [
     Command(["evaluate", "run", "--similarity", "pairs.tsv", "--restrict-vocab", "10", "--table", "input"]),
     Command(["export", "run", "--format", "npy", "--output", "out.npy", "--max-rows", "3", "--overwrite"]),
     Command(["recommend", "run", "user", "--top", "3", "--all", "--output", "top.parquet"]),
-    Command(["report", "run", "nowhere", "--output", "page.html"]),
+    Command(["report", "run", "--word", "nowhere", "--output", "page.html"]),
     Command(["completion", "bash"]),
 ]
 CONFIGURING = [

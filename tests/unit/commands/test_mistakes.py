@@ -33,7 +33,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ([*TRAIN, "run.path=/proc/none"], ["run.path=/proc/none: the folder cannot be made", "give a path"]),
         ([*TRAIN, "data.cache_path=/proc/none"], ["/proc/none"]),
         ([*TRAIN, "run.path=/"], ["run.path must name a folder, such as runs/x, got '/'"]),
-        ([*TRAIN, "run.device=cuda"], ["no GPU", "start fewer ranks a host, or use device=cpu"]),
+        ([*TRAIN, "run.device=cuda"], ["no GPU", "start fewer ranks per host, or use device=cpu"]),
         ([*TRAIN, "run.timeout_seconds=-1"], ["run.timeout_seconds must be more than 0", "got -1"]),
         ([*TRAIN, "optimizer.lr=.nan"], ["optimizer.lr must be a finite number", "got nan"]),
         ([*TRAIN, "seed=99999999999999999999"], ["seed must be below 2**63"]),

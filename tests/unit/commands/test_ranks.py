@@ -11,7 +11,7 @@ import pytest
 
 import embedtrain.distributed.runtime
 import embedtrain.recipes.trained
-import embedtrain.report.page
+import embedtrain.report.writing
 from embedtrain.cli import main
 from embedtrain.export.vectors import Vectors
 
@@ -41,8 +41,9 @@ def test_rank_0_alone_prints_and_writes(
     vectors = Vectors("input", 1, 4, 4, list("abcd"), [4, 3, 2, 1], lambda start, stop: ROWS[start:stop])
     monkeypatch.setattr(embedtrain.distributed.runtime, "init_distributed", lambda **_: SimpleNamespace(rank=rank))
     monkeypatch.setattr(embedtrain.recipes.trained, "open_run_vectors", lambda *_: nullcontext(vectors))
-    monkeypatch.setattr(embedtrain.report.page, "read_facts", lambda *_: SimpleNamespace(frequent_words=[]))
-    monkeypatch.setattr(embedtrain.report.page, "render", lambda *_: "the page")
+    for name, answer in (("read_facts", None), ("_recipe_sections", []), ("row_sections", []), ("run_page", None)):
+        monkeypatch.setattr(embedtrain.report.writing, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(embedtrain.report.writing, "render", lambda *_: "the page")
     assert main(arguments) == 0
     assert bool(capsys.readouterr().out) == (rank == 0)
     assert Path("out").exists() == (rank == 0 and "out" in arguments)

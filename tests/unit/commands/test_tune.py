@@ -49,6 +49,7 @@ def ask(capfd: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> 
     return captured.out if status == 0 else captured.err
 
 
+@pytest.mark.slow  # test_search.py resumes a search without training
 def test_a_search_names_the_best_settings_and_goes_on(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,7 +91,11 @@ def test_a_search_ends_with_its_time(capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["tune", "my.yaml", *DATA, *SMALL, "train.epochs=100000", "evaluate.every_epochs=1"]
     said = ask(capfd, *arguments, "log.every_steps=4", "--minutes", "0.01", "--output", "search")
     assert "1 trials, the best" in said
-    assert "out of time" in Path("search/trials.md").read_text()
+    table = Path("search/trials.md").read_text().splitlines()
+    assert table[0] == "| trial | ndcg@5 | epoch | outcome | seconds | optimizer.lr |"
+    assert "out of time" in table[2]
+    assert "validation: none" in Path("search/best.yaml").read_text()
+    assert "validation: auto" in Path("search/trial-0000/config.yaml").read_text()
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_reads_any_range_across_shards(corpus: PreparedCorpus) -> None:
 
 @pytest.mark.parametrize("bounds", [(-1, 2), (3, 2), (0, len(EXPECTED) + 1)])
 def test_a_range_outside_is_refused(corpus: PreparedCorpus, bounds: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=r"expected a range inside \[0, 24\], got"):
+    with pytest.raises(ValueError, match=r"the range must be inside \[0, 24\], got"):
         corpus.read(*bounds)
 
 
@@ -53,7 +53,7 @@ def test_is_pickled_by_its_path(corpus: PreparedCorpus) -> None:
 def test_a_shard_of_another_size_is_refused(corpus: PreparedCorpus) -> None:
     path = Path(corpus.path) / "tokens-00000.bin"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(RuntimeError, match=rf"{path}: \d+ bytes where \d+ were written; remove the folder"):
+    with pytest.raises(RuntimeError, match=rf"{path}: \d+ bytes instead of \d+: remove the folder"):
         PreparedCorpus(corpus.path).read(0, 1)
 
 

@@ -235,7 +235,7 @@ def test_a_cache_folder_that_cannot_be_used_is_refused(text: Path, tmp_path: Pat
     assert str(error.value) == (
         "cache path memory://cache: expected a local folder, whose files can be memory-mapped, got one on memory"
     )
-    with pytest.raises(UserError, match=f"cache path {text}/x: the folder cannot be made: .*Not a directory"):
+    with pytest.raises(UserError, match=f"cache path {text}/x: cannot create the folder: .*Not a directory"):
         prepare_corpus(CorpusOptions(path=str(text)), f"{text}/x", ONE_PROCESS)
 
 

@@ -119,7 +119,7 @@ def test_an_entry_of_which_any_file_is_damaged_is_prepared_anew(
             damage(Path(path, name))
             assert prepare(tmp_path) == (path, expected), (name, damage)
             (said,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-            assert name in said and "prepared anew" in said
+            assert name in said and "prepared again" in said
             for aside in Path(path).parent.glob("*.damaged"):
                 shutil.rmtree(aside)
             assert [each.name for each in Path(path).parent.iterdir()] == [os.path.basename(path)]
@@ -141,7 +141,7 @@ def test_whatever_lies_in_the_place_of_an_entry_is_set_aside(
         shutil.rmtree(path)
         put()
         assert prepare(tmp_path) == (path, expected)
-        assert "prepared anew" in caplog.text
+        assert "prepared again" in caplog.text
 
 
 def test_a_forged_table_of_contents_names_no_file_elsewhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -162,7 +162,7 @@ def test_a_copied_entry_is_read_once_and_kept(tmp_path: Path, caplog: pytest.Log
     assert text(tmp_path) == (path, expected)
     seal = json.loads(Path(path, SEAL_NAME).read_text())["files"]
     assert all(entry["mtime_ns"] == os.stat(os.path.join(path, name)).st_mtime_ns for name, entry in seal.items())
-    assert "anew" not in caplog.text
+    assert "prepared again" not in caplog.text
 
 
 def prepare_letters(work_path: str) -> None:
@@ -186,7 +186,7 @@ def test_what_changed_without_a_trace_is_found_while_the_run_goes_on(tmp_path: P
     Verification(of_letters(tmp_path), 60.0).require_sound(is_last=True)
     damage_without_a_trace(tmp_path / "e" / "a.bin")
     verification = Verification(of_letters(tmp_path), 60.0)
-    with pytest.raises(CheckpointError, match=r"a\.bin does not hold what was written.*start again"):
+    with pytest.raises(CheckpointError, match=r"a\.bin is damaged: its checksum differs.*start again"):
         verification.require_sound(is_last=True)
     assert of_letters(tmp_path) == ()
     assert (tmp_path / "e" / "a.bin").read_bytes() == b"aaa"
@@ -247,7 +247,7 @@ def test_an_entry_that_may_not_be_read_is_left_and_the_user_is_told(
         raise PermissionError(errno.EACCES, "permission denied")
 
     monkeypatch.setattr(prepared_data, "read_seal", refuse)
-    with pytest.raises(UserError, match=r"prepared data in .* cannot be read: .*permission denied"):
+    with pytest.raises(UserError, match=r"cannot read the prepared data in .*: .*permission denied"):
         of_letters(tmp_path)
     assert os.listdir(tmp_path) == ["e"]
 
@@ -270,7 +270,7 @@ def test_no_copy_is_kept_of_an_entry_without_a_seal(tmp_path: Path, caplog: pyte
     os.remove(tmp_path / "e" / SEAL_NAME)
     of_letters(tmp_path)
     assert os.listdir(tmp_path) == ["e"]
-    assert f"has no {SEAL_NAME}: the prepared data are deleted, and prepared anew" in caplog.text
+    assert f"has no {SEAL_NAME}: the prepared data are deleted and prepared again" in caplog.text
 
 
 @pytest.fixture

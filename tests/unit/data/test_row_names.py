@@ -63,10 +63,10 @@ def test_words_and_values_come_back_from_the_run_folder_and_no_others(tmp_path: 
         with pytest.raises(UserError, match=f"does not hold the names that table '{table}' was trained with"):
             read_row_names(run, state, table, 2)
     (tmp_path / "features/user.age.parquet").unlink()
-    with pytest.raises(UserError, match=r"table 'user.age' needs the names of its rows in .*, but there is none"):
+    with pytest.raises(UserError, match=r"table 'user.age' needs the file of its row names .*, which does not exist"):
         read_row_names(run, state, "user.age", 2)
     (tmp_path / "features/user.age.parquet").write_text("nonsense")
-    with pytest.raises(UserError, match=r"user\.age\.parquet cannot be read as the names of rows"):
+    with pytest.raises(UserError, match=r"user\.age\.parquet is not a valid file of row names"):
         read_row_names(run, state, "user.age", 2)
     for wrong in ({"file": "../../x.tsv"}, {}):
         with pytest.raises(UserError, match="names none"):

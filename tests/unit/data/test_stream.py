@@ -85,8 +85,8 @@ def test_standard_input_leaves_out_what_was_read(standard_input: Callable[[bytes
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (b"3\n4\n5\n", "the first 2 lines of standard input are not those that were read before"),
-        (b"1\n", "standard input ends after 1 lines, and 2 were read before"),
+        (b"3\n4\n5\n", "the first 2 lines of standard input differ from the lines read before"),
+        (b"1\n", "standard input ends after 1 lines, but 2 were read before"),
     ],
 )
 def test_another_stream_than_the_one_that_was_read_is_refused(
@@ -184,7 +184,7 @@ def test_a_stray_quote_costs_one_line_and_each_line_is_scanned_once(
     assert rest is not None
     assert rest.texts == [*["2,c"] * 49_992, '3,"d\ne"', "", "5,g"]
     assert list(rest.wrong) == [49_993]
-    with pytest.raises(UserError, match=r"a\.csv:2: a quote that is opened on this line is never closed"):
+    with pytest.raises(UserError, match=r"a\.csv:2: a quote opened on this line is never closed"):
         LineStream(str(tmp_path), quoting=Quoting(",", '"')).read(10)
 
 

@@ -132,8 +132,8 @@ def damaged(change: Callable[[list[str]], Sequence[str]], header: str = "7 5") -
         (damaged(lambda rows: []), r"expected 7 vectors, .* ends after 0"),
         ("a line of prose\nand another\n", r"line 1: expected a name and some numbers, got 'a line of prose'"),
         ("\n", r"line 1: expected a name and some numbers, got ''"),
-        (b"PK\x03\x04....", r"a zip archive, such as npz is no format of vectors that is read"),
-        (b"\x80\x04\x95....", r"a Python pickle is no format"),
+        (b"PK\x03\x04....", r"a zip archive, such as npz is not a supported format of vectors"),
+        (b"\x80\x04\x95....", r"a Python pickle is not a supported format"),
         (b"7 5\n\xff\x00\x01 tail", r"cannot read those after 0, from byte 4 on"),
         (b"1 1\nab\tc 1\x002\x003\x004\x00", r"byte 4: expected a name and a space, got 'ab\\tc'"),
         (b"1 5\na " + VALUES[0].tobytes() + b"\nb " + VALUES[1].tobytes(), r"end after 1 vectors.* on from byte 26"),
@@ -268,7 +268,7 @@ def parquet_cut(path: Path) -> None:
         (safetensors_of_a_wrong_size, r"say that the values \[8, 5\] of F32 take 140 bytes"),
         (safetensors_of_two, r"expected a tensor 'vectors'.*holds a of F32, b of F32"),
         (parquet_of_other_columns, r"expected the columns word and vector; it has name, embedding"),
-        (parquet_cut, r"cannot be read as Parquet"),
+        (parquet_cut, r"is not a valid Parquet file"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_with_its_name(

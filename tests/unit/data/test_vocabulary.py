@@ -94,7 +94,7 @@ def test_an_empty_vocabulary_says_what_was_seen() -> None:
 def test_a_file_that_is_no_vocabulary_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "v.tsv"
     path.write_text(content)
-    with pytest.raises(UserError, match=f"{path}: not a vocabulary: expected lines of word, tab, count"):
+    with pytest.raises(UserError, match=f"{path} is not a vocabulary: expected lines of word, tab, count"):
         Vocabulary.load(str(path))
 
 

@@ -189,6 +189,6 @@ def test_a_pickle_of_one_rank_of_several_is_refused_elsewhere() -> None:
     ranks = object.__new__(GroupRanks)
     ranks.rank, ranks.size = 1, 2
     with pytest.raises(
-        RuntimeError, match=r"the part of rank 1 of 2, and this is rank 0 of 1.*A checkpoint loads on any"
+        RuntimeError, match=r"pickled by rank 1 of 2, and this is rank 0 of 1.*a checkpoint, which loads on any"
     ):
         pickle.loads(pickle.dumps(ranks))

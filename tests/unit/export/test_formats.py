@@ -144,7 +144,7 @@ def test_any_fsspec_path_and_new_folders(format, vectors, tmp_path):
 
 
 def test_unknown_format_lists_the_formats(vectors, tmp_path):
-    with pytest.raises(UserError, match=r"unknown export format 'csv'; there are: word2vec, .*, projector"):
+    with pytest.raises(UserError, match=r"unknown export format 'csv': use one of word2vec, .*, projector"):
         export_vectors(vectors, "csv", str(tmp_path / "out"))
 
 

@@ -14,6 +14,7 @@ import pytest
 from embedtrain.errors import UserError
 from embedtrain.metrics import ConsoleSink, JsonlSink, MetricSink, TensorBoardSink
 from embedtrain.metrics import sinks as sinks_module
+from embedtrain.metrics.sinks import board_tag
 
 
 @pytest.fixture
@@ -132,7 +133,27 @@ def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
     resumed = TensorBoardSink(str(tmp_path), purge_step=3)
     resumed.log({"step": 3, "loss": 9.0})
     resumed.close()
-    assert scalars(tmp_path) == {"loss": [(1, 1.0), (2, 0.5), (3, 9.0)]}
+    assert scalars(tmp_path) == {"Loss/loss": [(1, 1.0), (2, 0.5), (3, 9.0)]}
+
+
+def test_losses_and_measures_are_the_first_groups_of_tensorboard():
+    record = {"step": 1, "epoch": 0.5, "words": 3, "words_per_second": 2.0, "learning_rate/a": 1.0, "stage/x": 1.0}
+    measures = {"loss": 1.0, "valid_log_loss": 1.0, "recall@5": 0.5, "valid_auc": 0.5}
+    assert {name: board_tag(name, [*record, *measures]) for name in measures} == {
+        "loss": "Loss/loss",
+        "valid_log_loss": "Loss/valid_log_loss",
+        "recall@5": "Quality/recall@5",
+        "valid_auc": "Quality/valid_auc",
+    }
+    tags = [board_tag(name, record) for name in record if name != "step"]
+    assert tags == [
+        "progress/epoch",
+        "progress/words",
+        "progress/words_per_second",
+        "progress/learning_rate/a",
+        "stage/x",
+    ]
+    assert max("Loss/", "Quality/") < min(tags)
 
 
 def test_tensorboard_has_the_settings_of_a_run(tmp_path):
@@ -141,14 +162,18 @@ def test_tensorboard_has_the_settings_of_a_run(tmp_path):
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     sink = TensorBoardSink(str(tmp_path))
-    sink.log_settings({"optimizer": {"lr": 0.5, "max_norm": None}, "paths": ["a", "b"], "quick": True}, ["loss"])
+    settings = {"optimizer": {"lr": 0.5, "max_norm": None}, "paths": ["a", "b"], "quick": True}
+    sink.log_settings("my run", settings, ["loss", "auc", "valid_auc"])
     sink.close()
     content = EventAccumulator(str(tmp_path)).Reload().PluginTagToContent("hparams")
     started = HParamsPluginData.FromString(content["_hparams_/session_start_info"]).session_start_info
     found = {name: getattr(value, value.WhichOneof("kind")) for name, value in started.hparams.items()}
     assert found == {"optimizer.lr": 0.5, "paths": "['a', 'b']", "quick": "True"}
     experiment = HParamsPluginData.FromString(content["_hparams_/experiment"]).experiment
-    assert [info.name.tag for info in experiment.metric_infos] == ["loss"]
+    assert [info.name.tag for info in experiment.metric_infos] == ["Loss/loss", "Quality/auc", "Quality/valid_auc"]
+    assert started.group_name == "my run"
+    layout = EventAccumulator(str(tmp_path)).Reload().Tensors("custom_scalars__config__")[0].tensor_proto
+    assert b"^Quality/auc$" in layout.string_val[0] and b"^Quality/valid_auc$" in layout.string_val[0]
 
 
 def test_tensorboard_refuses_a_remote_folder():

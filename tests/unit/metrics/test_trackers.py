@@ -134,7 +134,7 @@ def test_mlflow_gets_numbers_settings_and_the_end(
     log(MlflowSink("words", "/runs/x", "x3", SETTINGS), end="failed")
     assert [run["states"] for run in fake.runs.values()] == [["KILLED", "RUNNING", "FINISHED"], ["FAILED"], ["FAILED"]]
     first, second, _ = fake.runs.values()
-    assert first["name"] == "/runs/x" and first["params"] == [("optimizer.lr", "0.5"), ("train.epochs", "2")]
+    assert first["name"] == "x" and first["params"] == [("optimizer.lr", "0.5"), ("train.epochs", "2")]
     assert first["metrics"] == [
         (name, value, step) for step in (1, 2) for name, value in (("loss", 1 / step), ("recall_at_20", 0.5))
     ]

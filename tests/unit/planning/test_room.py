@@ -37,7 +37,7 @@ def test_memory_is_that_of_all_ranks_of_the_host(config: Config, monkeypatch: py
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     require_room(config, RUNTIME, SIZES)
     have(monkeypatch, int(0.9 * GIB), 100 * GIB)
-    with pytest.raises(UserError, match=r"expected .* GiB of memory on \S+ for 2 ranks \(weights 488.28 MiB.*got 921"):
+    with pytest.raises(UserError, match=r"2 ranks need .* GiB of memory on \S+ \(weights 488.28 MiB.* but 921"):
         require_room(config, RUNTIME, SIZES)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     require_room(config, RUNTIME, SIZES)
@@ -57,7 +57,7 @@ def test_disk_holds_all_checkpoints_that_may_lie_there(
     have(monkeypatch, 100 * GIB, 4 * GIB)
     require_room(config, RUNTIME, SIZES)
     have(monkeypatch, 100 * GIB, 3 * GIB)
-    with pytest.raises(UserError, match=r"expected 3.\d+ GiB of free space .* for 4 checkpoints .* got 3.00 GiB"):
+    with pytest.raises(UserError, match=r"needs 3.\d+ GiB of free space for 4 checkpoints .* has 3.00 GiB"):
         require_room(config, RUNTIME, SIZES)
     # Another rank says nothing: one is enough. What lies there already is not needed again.
     require_room(config, OTHER_RUNTIME, SIZES)

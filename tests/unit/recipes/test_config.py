@@ -88,7 +88,9 @@ def test_a_wrong_value_is_one_clear_line(override: str, parts: list[str]) -> Non
 
 @pytest.mark.parametrize("model", ["word2vec", "retrieval"])
 def test_a_model_that_counts_its_data_first_refuses_standard_input(model: str) -> None:
-    assert "standard input comes once: write it to a file" in message_of(None, f"model={model}", "data.path=-")
+    assert "standard input can be read only once: write it to a file" in message_of(
+        None, f"model={model}", "data.path=-"
+    )
 
 
 def test_a_missing_text_is_named() -> None:
@@ -141,7 +143,7 @@ def test_an_unknown_model_is_named() -> None:
 
 @pytest.mark.parametrize("override", ["train.precision=bfloat16", "train.tf32=true"])
 def test_a_model_without_dense_layers_refuses_their_precision(override: str) -> None:
-    assert "for dense layers, and model=word2vec has none: leave them out" in message_of(None, TEXT, override)
+    assert "need dense layers, but model=word2vec has none: leave them out" in message_of(None, TEXT, override)
     ranking = load_config(None, ["model=ranking", "data.path=x", "data.categorical=[a]", override])
     assert (ranking.train.precision, ranking.train.tf32) in (("bfloat16", False), ("float32", True))
 
@@ -173,7 +175,7 @@ def test_a_section_has_exactly_the_options_of_its_optimizer(name: str) -> None:
         ),
         (["optimizer.name=adamax"], ["there is no optimizer 'adamax'; there are rowwise_adagrad, adagrad, sgd"]),
         (["optimizer.momentum=0.9"], ["no key optimizer.momentum"]),
-        (["schedule.name=inverse_sqrt"], ["give schedule.warmup too"]),
+        (["schedule.name=inverse_sqrt"], ["set schedule.warmup to more than 0"]),
         (["schedule.warmup=1"], ["schedule.warmup must be a share"]),
         (["optimizer.reset_state_from_step=-1"], ["reset_state_from_step must be at least 0"]),
     ],

@@ -150,7 +150,7 @@ def test_what_is_drafted_trains(model: str, capfd: pytest.CaptureFixture[str]) -
         (["--from", "none.csv"], "none.csv: no such file"),
         (["--from", "text.txt"], "lines of `user item item ...` have no columns with names"),
         (["--from", "numbers.csv"], "no column has two values, as a label has; its columns are a (3 values), b (3"),
-        (["--from", "empty.csv"], "there are no rows in it"),
+        (["--from", "empty.csv"], "has no usable rows"),
         (["word2vec", "--from", "numbers.csv"], "--from drafts configurations of ranking and retrieval, not of"),
         (["retrieval", "--from", "numbers.csv", "--label", "a"], "--label is for models that predict a column"),
         (["ranking", "--label", "a"], "--label names a column of the file in --from"),
@@ -212,7 +212,7 @@ def test_lines_that_cannot_be_read_are_counted_and_the_first_is_shown(capfd: pyt
     assert data_of(text)["max_bad_lines"] == 0
     Path("bad.jsonl").write_text("{\n" * 3 + '{"a": {}}\n')
     assert main(["init", "--from", "bad.jsonl"]) == 2
-    assert "there are no rows in it that can be used; left out: a, which holds objects" in capfd.readouterr().err
+    assert "has no usable rows; left out: a, which holds objects" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("extra", ["", "2019"])
@@ -249,7 +249,7 @@ def test_a_name_that_no_table_may_have_is_left_out_and_refused(capfd: pytest.Cap
     assert "# left out: user/id, whose name holds '/', which that of a table may not: rename it to look it up" in text
     assert data_of(text)["categorical"] == ["shop", "qty", "tags"]
     assert main(["train", "my.yaml", "data.categorical=[shop,user/id]", "run.path=run"]) == 2
-    assert "'user/id' cannot name a table, whose name is that of its column" in capfd.readouterr().err
+    assert "'user/id' cannot name a table: the name of a column in a table" in capfd.readouterr().err
     write_csv("one.csv", [[row[0], row[-1]] for row in rows()], names=["user/id", "clicked"])
     assert main(["init", "ranking", "--from", "one.csv"]) == 2
     assert "; user/id, whose name holds '/'" in capfd.readouterr().err

@@ -91,7 +91,7 @@ def test_a_saved_configuration_says_the_same_again() -> None:
         ("optimizer.tables.shop={name: sgd, betas: [1]}", "tables.shop: the optimizer sgd has no option betas, adam"),
         ("optimizer.tables.shop.learning_rate=1", r"no key optimizer.tables.shop.learning_rate; .*lr"),
         ("optimizer.tables.shop.weight_decy=1", "did you mean weight_decay"),
-        ("optimizer.tables.shop.max_grad_norm=1", "max_grad_norm is for all tables together"),
+        ("optimizer.tables.shop.max_grad_norm=1", "max_grad_norm applies to all tables together"),
         ("optimizer.tables.shop.lr=fast", "optimizer.tables.shop.lr: .*fast"),
         ("optimizer.tables.shop.lr=0", "optimizer.tables.shop.lr must be positive"),
         ("optimizer.tables.shop=sgd", "expected optimizer.tables.shop.OPTION=VALUE"),

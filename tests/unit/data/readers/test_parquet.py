@@ -48,7 +48,7 @@ def test_a_damaged_page_names_the_file(tmp_path: Path, compression: str) -> None
     content = bytearray(path.read_bytes())
     content[start + 200 : start + 2000] = bytes(byte ^ 0x5A for byte in content[start + 200 : start + 2000])
     path.write_bytes(content)
-    with pytest.raises(UserError, match=f"^{path}: cannot be read as Parquet: "):
+    with pytest.raises(UserError, match=f"^{path} is not a valid Parquet file: "):
         values(path, "user")
 
 
@@ -75,7 +75,7 @@ def test_what_is_no_text_is_refused_with_its_row(tmp_path: Path, texts: pa.Array
 def test_words_of_vectors_that_are_not_utf8_name_the_file(tmp_path: Path) -> None:
     path = tmp_path / "vectors.parquet"
     pq.write_table(pa.table({"word": not_utf8([b"\xff"]), "vector": [[1.0, 2.0]]}), path)
-    with pytest.raises(UserError, match=f"^{path}: cannot be read as Parquet: "):
+    with pytest.raises(UserError, match=f"^{path} is not a valid Parquet file: "):
         list(read_vectors(str(path), 2))
 
 

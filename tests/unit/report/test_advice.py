@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("matplotlib", reason="pictures need the extra plots")
-
 from embedtrain.cli import main
 from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.distributed.runtime import Runtime
+from embedtrain.metrics.figures import Bars, Table
 from embedtrain.report.advice import advice
+from embedtrain.report.curves import RunCurves
 from embedtrain.report.facts import RunFacts, TableFacts, epochs_done, read_facts
-from embedtrain.report.page import render
-from embedtrain.report.plots import map_svg, project
+from embedtrain.report.rows import project
+from embedtrain.report.writing import _recipe_sections
 from embedtrain.train.state import TrainState
 
 
-def facts(losses: list[float], **changes: object) -> RunFacts:
+def facts(
+    losses: list[float], curves: dict[str, tuple[list[int], list[float]]] | None = None, **changes: Any
+) -> RunFacts:
+    logged = {"loss": (list(range(len(losses))), losses), "learning_rate": ([1], [0.5])} if curves is None else curves
     known = RunFacts(
         path="runs/<x>",
         config="seed: 1\n",
@@ -32,7 +33,7 @@ def facts(losses: list[float], **changes: object) -> RunFacts:
         seconds=3.0,
         epochs=2.0,
         num_skipped=0,
-        curves={"loss": (list(range(len(losses))), losses), "learning_rate": ([1], [0.5])},
+        logged=RunCurves(logged),
         tables=[TableFacts("word", 1000, 8, 3), TableFacts("other", 10, 8, None)],
     )
     return dataclasses.replace(known, **changes)
@@ -40,26 +41,6 @@ def facts(losses: list[float], **changes: object) -> RunFacts:
 
 def falling(count: int = 16) -> list[float]:
     return [3.0 - 0.1 * step for step in range(count)]
-
-
-class Ids(HTMLParser):
-    """The texts of the elements that have an id."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.found: dict[str, str] = {}
-        self._open = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        name = dict(attributes).get("id")
-        if name is not None and tag in ("p", "table", "div", "ul", "pre", "figure"):
-            self._open = name
-            self.found[name] = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._open:
-            self.found[self._open] += data
 
 
 def test_nothing_is_advised_where_nothing_looks_wrong() -> None:
@@ -121,38 +102,6 @@ def test_epochs_that_are_done_are_counted_with_their_fraction(
     assert epochs_done(state, {"epoch": logged}) == pytest.approx(expected)
 
 
-def test_the_page_shows_the_run_and_escapes_what_it_shows() -> None:
-    page = render(
-        facts(falling(), neighbors={"a<b": [("c&d", 0.5)]}), map_svg(np.eye(3, 4, dtype=np.float32), ["<", "$x$", "z"])
-    )
-    shown = Ids(page).found
-    assert "done at step 1,200, 2 ranks" in " ".join(shown["summary"].split())
-    assert "1.5" in shown["measures"]
-    assert "a<b" in shown["neighbors"]
-    assert "c&d (0.50)" in shown["neighbors"]
-    assert shown["settings"].strip() == "seed: 1"
-    assert "not known" in shown["tables"]
-    assert "<h1>runs/&lt;x&gt;</h1>" in page
-    assert 'data-name="loss"' in page
-    assert 'data-name="learning_rate"' not in page, "one point is no curve"
-    assert "http://" not in page.replace("http://www.w3.org/", "").replace("http://purl.org/", "").replace(
-        "http://creativecommons.org/", ""
-    ), "the page needs no other file"
-
-
-def test_the_page_says_where_the_time_went() -> None:
-    curves = {
-        "stage/forward": ([1, 2], [0.001, 0.003]),
-        "stage/update": ([1, 2], [0.01, 0.01]),
-        "stage/busiest_rank": ([1, 2], [1.0, 1.0]),
-    }
-    page = render(facts(falling(), curves=curves), "")
-    rows = re.findall(r"<tr><td>(\w+)</td><td class=\"number\">([\d.]+)</td></tr>", page)
-    assert [row for row in rows if row[0] != "loss"] == [("update", "10.000"), ("forward", "2.000")]
-    assert "stage/" not in page
-    assert "Where the time went" not in render(facts(falling()), "")
-
-
 def test_the_map_keeps_the_largest_differences_and_its_signs() -> None:
     generator = np.random.default_rng(3)
     rows = generator.normal(size=(50, 6)).astype(np.float32) * np.array([5, 3, 0.1, 0.1, 0.1, 0.1], np.float32)
@@ -183,7 +132,7 @@ def advice_of(folder: Path, *settings: str, num_values: int = 3, noise: float = 
     log = "log={every_steps: 5, tensorboard: false}"
     run = ["data.cache_path=cache", "run.path=run", "table.dim=4", "ranking.top=[8]", log, "train.epochs=4"]
     assert main(["train", "ranking.yaml", *RANKING, *run, *settings]) == 0
-    return advice(read_facts("run", [], Runtime(ONE_PROCESS, 0, torch.device("cpu"))))
+    return advice(read_facts("run"))
 
 
 @pytest.mark.parametrize(
@@ -211,6 +160,15 @@ def test_a_run_that_has_a_fault_is_told_so_and_no_other(
     monkeypatch.chdir(tmp_path)
     Path("ranking.yaml").write_text("model: ranking\n")
     found = advice_of(tmp_path, *settings, **options)
+    if told is GOOD:
+        scores, columns = _recipe_sections("run", Runtime(ONE_PROCESS, 0, torch.device("cpu")))
+        assert [part.title for part in scores.parts] == ["ROC curve", "Calibration", "Lift"]
+        lift, importance = scores.parts[2], columns.parts[0]
+        assert isinstance(lift, Bars) and isinstance(importance, Bars)
+        assert lift.values[0] > 1.5 > 0.5 > lift.values[-1]
+        assert importance.names == ["c"] and importance.values[0] > 0.2
+        assert isinstance(columns.parts[1], Table)
+        assert columns.parts[1].rows == [("c", 4, 3, "75.0%", None, columns.parts[1].rows[0][-1])]
     if told:
         assert "another run.path" in found.pop()
     assert len(found) == len(told), found

@@ -1,0 +1,176 @@
+"""Writes the page about a run, and the page that compares several."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from embedtrain import storage
+from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
+from embedtrain.distributed.runtime import Runtime
+from embedtrain.errors import UserError, counted
+from embedtrain.export.storage import refuse_packed_name
+from embedtrain.metrics.figures import Bars, Part, Section, Table, Text
+from embedtrain.recipes.registry import recipe_of
+from embedtrain.recipes.trained import checkpoint_of, require_config
+from embedtrain.report.advice import advice
+from embedtrain.report.curves import charts_of
+from embedtrain.report.facts import RunFacts, read_facts
+from embedtrain.report.headline import cards_of, last_values
+from embedtrain.report.page import Page, render
+from embedtrain.report.rows import row_sections
+from embedtrain.train.run_folder import RunFolder
+
+MAX_TABLE_BYTES = 8 << 30
+"""Of the tables of a rank: a run with larger ones is told of without what its model would have to be loaded for."""
+
+_logger = logging.getLogger(__name__)
+
+
+def write_report(
+    run_path: str, output: str | None, words: Sequence[str], runtime: Runtime, analogies: Sequence[str] = ()
+) -> str:
+    """Writes a page of HTML about a run, which needs no other file, and returns its path.
+
+    The run may be going on, and may have no checkpoint yet.
+
+    Collective: every rank; rank 0 writes the page.
+
+    Args:
+        run_path: the run folder, any fsspec URL.
+        output: the page, which replaces an earlier one; None for `report.html` in the run folder.
+        words: names of the rows whose neighbours to show; some frequent rows if there are none.
+        runtime: of this process.
+        analogies: files of questions on words; see `evaluate_analogies`.
+
+    Raises:
+        UserError: there is no run, no such word, or a file of questions cannot be used.
+    """
+    if output is not None:
+        refuse_packed_name(output, "HTML")
+    facts = read_facts(run_path)
+    sections = [*_recipe_sections(run_path, runtime), *row_sections(run_path, words, analogies, runtime)]
+    path = output or f"{run_path.rstrip('/')}/report.html"
+    if runtime.rank == 0:
+        storage.replace(path, render(run_page(facts, sections)).encode(), f"{path}.tmp")
+    return path
+
+
+def _recipe_sections(run_path: str, runtime: Runtime) -> list[Section]:
+    """Returns what the run's recipe has to say; nothing without a checkpoint. Collective: every rank."""
+    config = require_config(run_path)
+    folder = RunFolder(run_path)
+    report = recipe_of(config.model).report
+    newest = latest_checkpoint(folder.checkpoints_path)
+    if report is None or newest is None:
+        return []
+    with CheckpointReader(newest) as reader:
+        weights = [info for name, info in reader.tensors.items() if name.endswith("/weight")]
+    per_rank = sum(info.shape[0] * info.shape[1] * info.dtype.itemsize for info in weights) / runtime.world_size
+    if per_rank > MAX_TABLE_BYTES:
+        _logger.warning(
+            f"the report is without the measures of {config.model}: its tables take {per_rank / 2**30:.0f} GiB per "
+            f"rank, and at most {MAX_TABLE_BYTES >> 30} are loaded for it: run it by torchrun on more ranks"
+        )
+        return []
+    try:
+        return list(report(config, runtime, checkpoint_of(run_path, None)))
+    except UserError as error:
+        _logger.warning(f"the report is without the measures of {config.model}: {error}")
+        return []
+
+
+def run_page(facts: RunFacts, sections: Sequence[Section] = ()) -> Page:
+    """Returns the page about a run.
+
+    Args:
+        facts: of the run.
+        sections: what its recipe and its rows say, in order.
+    """
+    charts = charts_of({facts.name: facts.logged})
+    extra = {name: value for section in sections for name, value in section.measures.items()}
+    of_quality = [Section("Quality", charts.quality)] if charts.quality else []
+    of_progress = [Section("Speed and learning rate", charts.progress)] if charts.progress else []
+    return Page(
+        title=facts.name,
+        summary=_summary(facts),
+        badge=_state(facts),
+        cards=cards_of(facts.logged, facts.settings, extra),
+        advice=advice(facts),
+        sections=[*of_quality, *sections, *of_progress],
+        folded=[*_tables(facts), *_machinery(facts, charts.plumbing), *_origin(facts)],
+    )
+
+
+def _state(facts: RunFacts) -> str:
+    return str(facts.status.get("state", "not finished"))
+
+
+def _summary(facts: RunFacts) -> str:
+    parts = [f"{_state(facts)} at step {facts.step:,}"]
+    if facts.world_size is not None:
+        parts.append(counted(facts.world_size, "rank"))
+    if 0 < facts.epochs < float("inf"):
+        parts.append(f"{facts.epochs:.4g} {'epoch' if facts.epochs == 1 else 'epochs'}")
+    parts.append(f"{_duration(facts.seconds)} of training")
+    model = facts.settings.get("model")
+    summary = f"{'' if model is None else f'{model}: '}{', '.join(parts)}."
+    return summary if facts.world_size is not None else f"{summary} There is no checkpoint yet."
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.2g} seconds" if seconds < 10 else f"{seconds:.0f} seconds"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours:,} h {minutes:02} min" if hours else f"{minutes} minutes"
+
+
+def _tables(facts: RunFacts) -> list[Section]:
+    rows = [
+        (table.name, table.num_rows, table.dim, "not known" if table.num_untouched is None else table.num_untouched)
+        for table in facts.tables
+    ]
+    last = Table("Last values", ("measure", "value"), [(name, value) for name, value in last_values(facts.logged)])
+    parts: list[Part] = [last] if last.rows else []
+    if rows:
+        parts.append(Table("Tables", ("table", "rows", "dim", "rows never trained"), rows))
+    return [Section("All measures and tables", parts)] if parts else []
+
+
+def _machinery(facts: RunFacts, charts: Sequence[Part]) -> list[Section]:
+    stages = facts.stage_seconds
+    parts: list[Part] = [*charts]
+    if stages:
+        note = (
+            "Mean over the ranks, as their hosts see it. Stages lie inside others: exchange is waiting for other ranks "
+            "and copying their rows, wherever in the step."
+        )
+        milliseconds = [1000 * seconds for seconds in stages.values()]
+        parts.insert(0, Bars("Stages", list(stages), milliseconds, note, "stage", "milliseconds per step", ".3f"))
+    parts += [Text(rank, text) for rank, text in facts.profile.items()]
+    return [Section("Where the time went: stages, bytes and ids", parts)] if parts else []
+
+
+def _origin(facts: RunFacts) -> list[Section]:
+    rows = [("run folder", facts.path)]
+    if facts.starts:
+        first, last = facts.starts[0], facts.starts[-1]
+        rows.append(("started", str(first.get("time"))))
+        if len(facts.starts) > 1:
+            rows.append(("started again", f"{len(facts.starts) - 1} times, the last on {last.get('time')}"))
+        rows += [
+            (label, str(last[key]))
+            for key, label in (
+                ("command", "command"),
+                ("commit", "git commit"),
+                ("version", "embedtrain"),
+                ("torch", "PyTorch"),
+                ("python", "Python"),
+                ("ranks", "ranks"),
+            )
+            if last.get(key) is not None
+        ]
+    return [
+        Section("Origin", [Table("", ("what", "value"), rows)]),
+        Section("Settings", [Text("", facts.config)]),
+    ]
