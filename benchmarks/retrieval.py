@@ -178,6 +178,10 @@ def embedtrain_steps(options: argparse.Namespace, folder: str) -> tuple[Iterator
 
 def recbole_steps(options: argparse.Namespace, folder: Path) -> Iterator[int]:
     """Returns an iterator that trains RecBole's BPR for a step and yields its interactions."""
+    import numpy as np
+
+    for name, value in {"float_": np.float64, "complex_": np.complex128, "unicode_": np.str_}.items():
+        setattr(np, name, value)  # RecBole 1.2.1 asks for names that NumPy 2 no longer has
     from recbole.config import Config
     from recbole.data import create_dataset, data_preparation
     from recbole.utils import get_model, init_seed

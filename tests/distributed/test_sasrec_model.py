@@ -87,15 +87,15 @@ def plain_states(model: Sasrec, inputs: Tensor, lengths: np.ndarray) -> Tensor:
     return torch.cat(states)
 
 
-@pytest.mark.parametrize("loss", ["full", "sampled"])
+@pytest.mark.parametrize("loss", ["full_softmax", "sampled_softmax"])
 def test_losses_are_those_of_plain_pytorch(loss: sasrec.Loss, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sasrec, "_SCORES_AT_ONCE", 3 * NUM_ITEMS)
     model = make(loss=loss, dropout=0.0)
-    batch = batches_of(num_negatives=0 if loss == "full" else 9).batch(0, 0)
+    batch = batches_of(num_negatives=0 if loss == "full_softmax" else 9).batch(0, 0)
     table, (lengths,), (targets,) = model.tables.gather_table("item"), batch.lengths, batch.targets
     table = table.clone().requires_grad_()
     states = plain_states(model, batch.inputs, lengths).detach().requires_grad_()
-    if loss == "full":
+    if loss == "full_softmax":
         expected = F.cross_entropy(states @ table.T, targets)
     else:
         drawn = batch.candidates
@@ -144,7 +144,7 @@ def train(ranks: Ranks, loss: sasrec.Loss, num_parts: int = 1) -> Mapping[str, T
     model = make(ranks, loss=loss)
     optimizer = et.optim.RowwiseAdagrad(model.tables, lr=0.1)
     dense = DenseOptimizer(model.dense, ranks=ranks, lr=0.01)
-    batches = batches_of(ranks, num_negatives=0 if loss == "full" else 11)
+    batches = batches_of(ranks, num_negatives=0 if loss == "full_softmax" else 11)
     total = torch.zeros(2, dtype=torch.float64)
     for step in range(3):
         first, *others = batches.batch(0, step).split(num_parts)
@@ -154,7 +154,7 @@ def train(ranks: Ranks, loss: sasrec.Loss, num_parts: int = 1) -> Mapping[str, T
     return {**tables, **dense.tensors(), "loss": ranks.all_reduce(total)}
 
 
-@pytest.mark.parametrize("loss", ["full", "sampled"])
+@pytest.mark.parametrize("loss", ["full_softmax", "sampled_softmax"])
 def test_ranks_train_as_one_process(loss: sasrec.Loss) -> None:
     expected = train(ONE_PROCESS, loss)
     for world_size, num_parts in ((2, 1), (3, 1), (2, 3)):

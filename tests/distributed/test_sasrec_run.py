@@ -123,7 +123,7 @@ def test_a_package_answers_as_the_run(
     assert [score for _, score in found[0]] == pytest.approx([score for _, score in told], abs=1e-3)
     assert not {item for item, _ in program.NextItems("package").after([history])[0]} & set(history)
     assert program.main(["--package", "package", "--items", "i1,nothing"]) == 2
-    assert "unknown item 'nothing'" in capfd.readouterr().err
+    assert "item 'nothing' is not in the training data" in capfd.readouterr().err
 
 
 def trained(ranks: object, arguments: list[str], kill_at: int | None) -> dict[str, torch.Tensor]:

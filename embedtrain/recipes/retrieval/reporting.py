@@ -18,7 +18,7 @@ from embedtrain.metrics.ranking import hits_of, list_measures
 from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.retrieval.config import SideConfig
 from embedtrain.recipes.retrieval.model import Retrieval
-from embedtrain.recipes.retrieval.recommendation import Catalogue
+from embedtrain.recipes.retrieval.recommendation import catalogue_of, user_vectors
 
 MAX_USERS = 2_000
 MAX_SCORES = 5_000_000_000
@@ -76,10 +76,10 @@ def recommendation_sections(model: Retrieval, interactions: Interactions, length
     lengths = sorted({min(k, num_items) for k in (*_LENGTHS, length)})
     sums = torch.zeros(len(lengths), 4, dtype=torch.float64)
     recommended, hits = [], []
-    catalogue = Catalogue(model)
+    catalogue = catalogue_of(model)
     for start in range(0, len(chosen), _USERS_AT_ONCE):
         batch = chosen[start : start + _USERS_AT_ONCE]
-        items, _ = catalogue.best(batch, lengths[-1], interactions.known)
+        items, _ = catalogue.best(batch, lengths[-1], interactions.known_before_test, user_vectors(model, batch))
         relevant, sizes = (torch.from_numpy(part) for part in held_out.of(batch))
         starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
         found = hits_of(items, starts, relevant, num_items)

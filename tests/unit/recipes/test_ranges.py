@@ -18,6 +18,7 @@ from embedtrain.recipes.registry import BUILT_IN
 GIVEN = {
     "word2vec": ["data.path=x"],
     "retrieval": ["data.path=x", "items.path=i", "items.features={c: {}}", "items.hidden=[8]"],
+    "sasrec": ["data.path=x"],
     "ranking": ["data.path=x", "data.categorical=[a]", "data.features={a: {dim: 4, num_rows: 5, min_count: 1}}"],
 }
 ANY_SIZE = {
