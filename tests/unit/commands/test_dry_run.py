@@ -66,7 +66,7 @@ def test_mistakes_are_those_of_the_run(arguments: list[str], tmp_path: Path, cap
         assert said in capfd.readouterr().err
         assert not (tmp_path / "run").exists()
     assert main([*arguments, "--dry-run", "--profile"]) == 2
-    assert "give one of them" in capfd.readouterr().err
+    assert "cannot be given together" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("model", ["ranking", "retrieval"])
