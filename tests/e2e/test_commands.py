@@ -97,7 +97,7 @@ def test_evaluation_prints_sections_and_correlations(trained: Job) -> None:
     assert done.returncode == 0, done.stderr
     assert "of 2      first" in done.stdout
     assert "1 questions skipped" in done.stdout
-    assert "over 3 pairs; 25.0% left out" in done.stdout
+    assert "over 3 pairs; 25.0% skipped" in done.stdout
     assert "nowhere.txt: no such file" in refused(job, "evaluate", "run", "--analogies", "nowhere.txt")
     assert "--analogies FILE or --similarity FILE" in refused(job, "evaluate", "run")
 

@@ -85,7 +85,7 @@ def test_items_and_values_start_from_files(job: Job) -> None:
         "run: {path: items}\n"
         "table: {dim: 8}\n"
         "train: {epochs: 1, global_batch_size: 8}\n"
-        "optimizer: {lr: 1.0e-30, weight_decay: 0}\n"
+        "optimizer: {lr: 1.0e-30, max_norm: null}\n"
         "log: {tensorboard: false}\n"
     )
     done = job.run("train", "retrieval.yaml")
