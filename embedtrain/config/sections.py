@@ -114,6 +114,8 @@ class ScheduleConfig:
     """Warm-up: share of the run over which the rate first rises to its base."""
     min_factor: float = 1e-4
     """Lower bound of the rate, as a factor of its base."""
+    epochs: int | None = None
+    """Number of epochs over which the rate decays, which may be more than the run has; null for train.epochs."""
 
 
 @dataclass
@@ -332,6 +334,7 @@ class Config:
 
     def _counts(self) -> Iterator[tuple[str, Any]]:
         yield "train.epochs", self.train.epochs
+        yield "schedule.epochs", self.schedule.epochs
         yield "train.accumulate_steps", self.train.accumulate_steps
         yield "train.early_stop.patience", self.train.early_stop.patience
         yield "log.every_steps", self.log.every_steps

@@ -25,6 +25,16 @@ _logger = logging.getLogger(__name__)
 
 _MANY_ITEMS = 100_000
 
+WITHOUT_VALIDATION = (
+    "data.validation=none",
+    "train.early_stop.patience=null",
+    "checkpoint.keep_best=null",
+    "checkpoint.best_metric=loss",
+    "evaluate.every_epochs=null",
+    "evaluate.every_steps=null",
+)
+"""`Tuning.final`: the last training has the validation part too, and chooses nothing by the test part."""
+
 
 def interaction_options(
     data: InteractionsConfig, held_out_path: str | Sequence[str] | None, **others: Any

@@ -48,6 +48,7 @@ from embedtrain.recipes.base import (
     takes_new_names,
 )
 from embedtrain.recipes.interactions import (
+    WITHOUT_VALIDATION,
     check_data_files,
     interaction_options,
     keep_interactions,
@@ -460,6 +461,6 @@ RECIPE = Recipe(
         metric=lambda config: name_at("ndcg", config.evaluate.k[0]),
         space=_search_space,
         split_off=["data.validation=auto"],
-        final=["data.validation=none"],
+        final=WITHOUT_VALIDATION,
     ),
 )

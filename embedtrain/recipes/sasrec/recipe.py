@@ -40,6 +40,7 @@ from embedtrain.recipes.base import (
     takes_new_names,
 )
 from embedtrain.recipes.interactions import (
+    WITHOUT_VALIDATION,
     check_data_files,
     interaction_options,
     keep_interactions,
@@ -231,6 +232,6 @@ RECIPE = Recipe(
             "sasrec.dropout": "0.1:0.5",
         },
         split_off=["data.validation=auto"],
-        final=["data.validation=none"],
+        final=WITHOUT_VALIDATION,
     ),
 )

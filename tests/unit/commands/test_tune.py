@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 from embedtrain.cli import main
 from embedtrain.commands import tune as command
 from embedtrain.planning.search import Search
+from embedtrain.recipes.loading import load_config
+from embedtrain.recipes.retrieval.config import RetrievalConfig
 
 pytest.importorskip("optuna", reason="a search needs the extra `tune`")
 
@@ -66,7 +69,9 @@ def test_a_search_names_the_best_settings_and_goes_on(
     assert killed == [0]
     said = ask(capfd, *arguments, "--trials", "2")
     assert re.search(r"2 trials, the best by ndcg@5 on validation data: trial \d, 0\.\d+ at epoch [12]", said)
-    assert re.search(r"its settings: +optimizer\.lr=\S+ train\.epochs=[12] data\.validation=none", said)
+    assert re.search(
+        r"its settings: +optimizer\.lr=\S+ train\.epochs=(1 schedule\.epochs=2|2) data\.validation=none", said
+    )
     assert "train with them: embedtrain train search/best.yaml" in said
     best = Path("search/best.yaml").read_text()
     assert "validation: none" in best
@@ -87,6 +92,45 @@ def test_a_search_names_the_best_settings_and_goes_on(
     assert labels == ["popularity", "item-knn (neighbors 100, shrink 10)", "ease (regularization 250)", "search/best"]
 
 
+@pytest.mark.parametrize(
+    ("more", "best_epoch", "length"),
+    [
+        ([], 1.0, "train.epochs=1 schedule.epochs=2"),
+        ([], 2.0, "train.epochs=2"),
+        pytest.param(["schedule.name=constant"], 0.5, "train.epochs=1", marks=pytest.mark.slow),
+        pytest.param(["schedule.epochs=8"], 2.0, "train.epochs=2 schedule.epochs=8", marks=pytest.mark.slow),
+    ],
+)
+def test_the_last_training_has_the_rates_of_the_best_trial_and_chooses_nothing_by_the_test_part(
+    more: list[str], best_epoch: float, length: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    chosen_by_validation = ["train.early_stop.patience=3", "checkpoint={keep_best: 1, best_metric: 'ndcg@5'}"]
+    plan = command.Plan("my.yaml", [*DATA, *SMALL, *chosen_by_validation, *more], [], "search")
+    trials = plan.trials(command.Budget(1, 60))
+    trials._search.finish(trials._search.next().number, "complete", (0.5, best_epoch), 1.0)
+    trials.finish()
+    assert f" {length} data.validation=none" in capfd.readouterr().out
+    best = load_config("search/best.yaml", [])
+    assert isinstance(best, RetrievalConfig)
+    assert (best.data.validation, best.data.split) == ("none", "leave_one_out")
+    assert best.num_best is None
+    assert (best.checkpoint.best_metric, best.evaluate.every_epochs) == ("loss", None)
+
+
+def test_a_trial_is_stopped_when_its_time_is_over_or_it_is_behind() -> None:
+    late = command.TrialWatch("ndcg@5", lambda epoch, value: False, deadline=time.monotonic())
+    assert late.is_asked()
+    assert late.reason == "out of time"
+    behind = command.TrialWatch("ndcg@5", lambda epoch, value: value < 0.5, deadline=time.monotonic() + 1000)
+    behind.log({"epoch": 1, "ndcg@5": 0.6})
+    behind.log({"epoch": 2})
+    assert not behind.is_asked()
+    behind.log({"epoch": 3, "ndcg@5": 0.4})
+    assert behind.is_asked()
+    assert behind.reason == "stopped"
+
+
+@pytest.mark.slow  # the watch is tested above without training
 def test_a_search_ends_with_its_time(capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["tune", "my.yaml", *DATA, *SMALL, "train.epochs=100000", "evaluate.every_epochs=1"]
     said = ask(capfd, *arguments, "log.every_steps=4", "--minutes", "0.01", "--output", "search")
@@ -104,7 +148,9 @@ def test_a_search_ends_with_its_time(capfd: pytest.CaptureFixture[str]) -> None:
         (["--output", "x"], "how long may the search take? Give --trials N, --minutes M or both"),
         (["--minutes", "-1"], "expected --minutes above 0, got -1"),
         (["--trials", "1", "--search", "optimizer.lr"], "expected --search KEY=VALUES"),
-        (["--trials", "1", "--search", "optimizer.rate=1,2"], "there is no key optimizer.rate"),
+        pytest.param(
+            ["--trials", "1", "--search", "optimizer.rate=1,2"], "no key optimizer.rate", marks=pytest.mark.slow
+        ),
         (["--trials", "1", "--search", "optimizer.lr=abc,1"], "optimizer.lr: expected a number, got 'abc'"),
         (["--trials", "1", "--search", "data.split=none,ratio"], "tune does not search data.split"),
         (["--trials", "1", "run.path=x"], "leave it out; --output names their folder"),
