@@ -326,6 +326,11 @@ class Config:
         """Whether the run holds out a part of its data itself, to measure the trained model on."""
         return False
 
+    @property
+    def answers_from_histories(self) -> bool:
+        """Whether the model makes a user's list from items of the user that it is given, not from a row of the user."""
+        return False
+
     def _seconds(self) -> Iterator[tuple[str, float | None]]:
         yield "run.timeout_seconds", self.run.timeout_seconds
         yield "checkpoint.every_seconds", self.checkpoint.every_seconds

@@ -48,10 +48,11 @@ from embedtrain.recipes.interactions import (
     log_interactions,
 )
 from embedtrain.recipes.layout import layout_of
+from embedtrain.recipes.lists import names_of_next
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer
 from embedtrain.recipes.sasrec.batches import BatchOptions, SequenceBatches
 from embedtrain.recipes.sasrec.config import ITEM, SasrecConfig
-from embedtrain.recipes.sasrec.histories import evaluate_next, histories_before_test, measures_of, next_items
+from embedtrain.recipes.sasrec.histories import evaluate_next, histories_before_test, next_items
 from embedtrain.recipes.sasrec.model import Architecture, Sasrec
 from embedtrain.recipes.sasrec.packing import packed_model
 from embedtrain.recipes.sasrec.workload import workload
@@ -127,7 +128,7 @@ def build(config: SasrecConfig, runtime: Runtime, interactions: Interactions) ->
         dense=build_dense_optimizer(config.dense_optimizer, model.dense, model.tables),
         evaluation=evaluation,
         unit="predictions",
-        measures=[] if evaluation is None else measures_of(config.evaluate.k),
+        measures=[] if evaluation is None else names_of_next(config.evaluate.k),
         frequencies={ITEM: torch.from_numpy(interactions.items.counts)},
     )
     write_files = functools.partial(keep_interactions, interactions)

@@ -87,7 +87,7 @@ def test_a_search_names_the_best_settings_and_goes_on(
     ask(capfd, "train", "search/best.yaml")
     assert "recall@5" in ask(capfd, "evaluate", "search/best")
     compared = ask(capfd, "baseline", "retrieval", *DATA, "evaluate.k=[5]", "--run", "search/best").splitlines()
-    assert compared[0] == "test part, items that a user has before left out"
+    assert compared[0] == "test part, measured as model=retrieval"
     labels = [re.split(r"  +", line)[0] for line in compared[2:]]
     assert labels == ["popularity", "item-knn (neighbors 100, shrink 10)", "ease (regularization 250)", "search/best"]
 
@@ -206,6 +206,19 @@ def test_what_cannot_be_measured_is_refused(
     capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert message in ask(capfd, "baseline", *arguments, "data.cache_path=cache", status=2)
+
+
+def test_baselines_of_sasrec_go_by_all_that_comes_before_the_test_part(capfd: pytest.CaptureFixture[str]) -> None:
+    # The newest two items of each user are held out; the one before the test part alone says what follows.
+    lines = [f"u{user},{item},{time}" for user in range(6) for time, item in enumerate((f"x{user}", "y", "z"))]
+    lines += [f"v{user},{item},{time}" for user in range(9) for time, item in enumerate(("y", "z", f"w{user}", "q"))]
+    Path("events.csv").write_text("\n".join(["user,item,time", *lines]) + "\n")
+    settings = ["data.path=events.csv", "data.time_column=time", "data.cache_path=cache", "evaluate.k=[1]"]
+    said = ask(capfd, "baseline", "sasrec", *settings, "--methods", "item-knn", "--shrink", "0").splitlines()
+    assert said[0] == "test part, measured as model=sasrec"
+    found = dict(zip(said[1].split(), re.split(r"  +", said[2])[1:], strict=True))
+    assert float(found["masked_hit@1"]) == pytest.approx(6 / 15, abs=1e-4)  # z comes after y
+    assert float(found["hit@1"]) <= float(found["masked_hit@1"])
 
 
 def test_ease_that_does_not_fit_is_left_out_unless_it_is_asked_for(
