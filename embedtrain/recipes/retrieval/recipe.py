@@ -378,10 +378,11 @@ def report(config: RetrievalConfig, runtime: Runtime, checkpoint: str) -> Iterat
     Raises:
         UserError: the run folder lacks the data, or they are not those that the checkpoint was trained on.
     """
-    if config.evaluate.path is None:
+    if config.evaluate.path is None and not config.holds_out:
         return
     with restored(config, runtime, checkpoint) as (model, interactions, _):
-        yield from recommendation_sections(model, interactions, max(config.evaluate.k))
+        held_out = _test_of(config, interactions)
+        yield from recommendation_sections(model, interactions.known_before_test, held_out, max(config.evaluate.k))
 
 
 @contextmanager

@@ -14,7 +14,6 @@ import torch
 
 from embedtrain.data.interactions import (
     ITEMS_NAME,
-    USERS_NAME,
     InteractionOptions,
     Interactions,
     prepare_interactions,
@@ -82,15 +81,12 @@ def prepare(config: SasrecConfig, runtime: Runtime) -> tuple[Interactions, Sizes
 
 
 def _options(config: SasrecConfig) -> InteractionOptions:
-    users, items = (
-        SideOptions(format=AUTO, layout=Layout(), base_vocabulary=base_file(config, name))
-        for name in (USERS_NAME, ITEMS_NAME)
-    )
+    # Users have no rows in a table: those of a run that it was started from, and new ones, are all the same.
     return interaction_options(
         config.data,
         config.evaluate.path,
-        users=users,
-        items=items,
+        users=SideOptions(format=AUTO, layout=Layout()),
+        items=SideOptions(format=AUTO, layout=Layout(), base_vocabulary=base_file(config, ITEMS_NAME)),
         takes_new=takes_new_names(config),
         keeps_order=True,
     )
@@ -215,7 +211,7 @@ RECIPE = Recipe(
     heads=_heads,
     held_out="evaluate.path",
     grow=Grow(
-        base_files=lambda config: [USERS_NAME, ITEMS_NAME],
+        base_files=lambda config: [ITEMS_NAME],
         tables=lambda config, interactions: [_table(config, interactions)],
         facts=lambda config, interactions: _facts(interactions),
         write_files=lambda config, interactions, folder: keep_interactions(interactions, folder),
