@@ -23,6 +23,7 @@ from embedtrain.recipes.retrieval.config import RetrievalConfig
 from embedtrain.recipes.retrieval.model import Retrieval
 
 PATIENCE = 2
+CPU = torch.device("cpu")
 TRAIN = [
     "train",
     "retrieval",
@@ -83,7 +84,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Bags, Bags]]:
 def test_training_measures_the_validation_part_and_the_report_the_test_part(
     asked: list[tuple[Bags, Bags]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, runtime = load_config(None, ["model=retrieval", *TRAIN[2:]]), Runtime(ONE_PROCESS, 0, torch.device("cpu"))
+    config, runtime = load_config(None, ["model=retrieval", *TRAIN[2:]]), Runtime(ONE_PROCESS, 0, CPU)
     assert isinstance(config, RetrievalConfig)
     interactions, _ = recipe.prepare(config, runtime)
     model = recipe._build_model(config, runtime, interactions)
@@ -148,6 +149,23 @@ def test_training_looks_at_the_validation_part_and_evaluate_at_the_test_part(
         answers.append({item for item in items if item in words})
     before = parts["train"]["u3"] | parts["validation"]["u3"]
     assert answers == [set(items) - before, set(items)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_warned"),
+    [
+        ([], False),
+        (["data.validation=none"], True),
+        (["data.validation=none", "train.early_stop.patience=null"], False),
+    ],
+)
+def test_who_chooses_by_the_test_part_is_warned(
+    settings: list[str], is_warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, runtime = load_config(None, ["model=retrieval", *TRAIN[2:], *settings]), Runtime(ONE_PROCESS, 0, CPU)
+    assert isinstance(config, RetrievalConfig)
+    recipe.prepare(config, runtime)
+    assert ("go by the test part" in caplog.text) == is_warned
 
 
 @pytest.mark.slow

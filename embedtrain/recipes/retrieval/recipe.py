@@ -103,7 +103,7 @@ def prepare(config: RetrievalConfig, runtime: Runtime) -> tuple[Interactions, Si
         _interaction_options(config), os.path.expanduser(config.data.cache_path), runtime.ranks
     )
     if runtime.rank == 0:
-        log_interactions(interactions, config.evaluate.path)
+        log_interactions(interactions, config.evaluate.path, chooses_best=config.num_best is not None)
         if config.retrieval.loss == "bilateral_softmax" and config.retrieval.negative_weight is None:
             weight = _scoring(config, interactions).negative_weight
             _logger.info(f"the negatives' term weighs {weight:.3f}, by how skewed the items' counts are")

@@ -71,7 +71,7 @@ def prepare(config: SasrecConfig, runtime: Runtime) -> tuple[Interactions, Sizes
     """
     interactions = prepare_interactions(_options(config), os.path.expanduser(config.data.cache_path), runtime.ranks)
     if runtime.rank == 0:
-        log_interactions(interactions, config.evaluate.path)
+        log_interactions(interactions, config.evaluate.path, chooses_best=config.num_best is not None)
     if np.diff(interactions.sequences.starts).max(initial=0) < 2:
         raise UserError(
             f"{config.data.path}: no user has two items or more to train on, so that there is nothing to predict: "
