@@ -48,6 +48,13 @@ _logger = logging.getLogger(__name__)
     "--shrink", default="10", show_default=True, metavar="X,...", help="Of item-kNN: how little few common users count."
 )
 @click.option(
+    "--alpha",
+    default="0.5",
+    show_default=True,
+    metavar="X,...",
+    help="Of item-kNN: 0.5 is cosine, more favours popular items.",
+)
+@click.option(
     "--regularization", default="250", show_default=True, metavar="X,...", help="Of EASE: the penalty on its weights."
 )
 @click.option("--run", "runs", multiple=True, metavar="RUN", type=click.Path(), help="A trained run to measure too.")
@@ -57,6 +64,7 @@ def baseline(
     methods: str | None,
     neighbors: str,
     shrink: str,
+    alpha: str,
     regularization: str,
     runs: Sequence[str],
 ) -> int:
@@ -71,7 +79,13 @@ def baseline(
         raise UserError(f"--methods {', '.join(unknown)}: there are {', '.join(_METHODS)}")
     grids = {
         "popularity": Grid(),
-        "item-knn": Grid({"neighbors": _whole(neighbors), "shrink": _numbers("--shrink", shrink, 0.0)}),
+        "item-knn": Grid(
+            {
+                "neighbors": _whole(neighbors),
+                "shrink": _numbers("--shrink", shrink, 0.0),
+                "alpha": _numbers("--alpha", alpha, 0.0, 1.0),
+            }
+        ),
         "ease": Grid({"regularization": _numbers("--regularization", regularization, 1e-3)}),
     }
     loaded = load_config(*require_config(config, settings))
@@ -213,7 +227,8 @@ class Measured:
         if name == "popularity":
             return baselines.popularity(known, num_items)
         if name == "item-knn":
-            return baselines.item_knn(known, num_items, neighbors=int(point["neighbors"]), shrink=point["shrink"])
+            neighbors, shrink, alpha = int(point["neighbors"]), point["shrink"], point["alpha"]
+            return baselines.item_knn(known, num_items, neighbors=neighbors, shrink=shrink, alpha=alpha)
         return baselines.ease(known, num_items, regularization=point["regularization"])
 
 
@@ -266,12 +281,12 @@ def _whole(text: str) -> list[float]:
     return found
 
 
-def _numbers(option: str, text: str, least: float) -> list[float]:
+def _numbers(option: str, text: str, least: float, most: float = 1e12) -> list[float]:
     read: Callable[[str], float] = float
     try:
         found = [read(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"{option}: expected a number or several with commas, got {text!r}") from None
-    if wrong := [value for value in found if not least <= value < 1e12]:
-        raise UserError(f"{option}: expected numbers of at least {least:g}, got {wrong[0]:g}")
+    if wrong := [value for value in found if not least <= value <= most]:
+        raise UserError(f"{option}: expected numbers from {least:g} to {most:g}, got {wrong[0]:g}")
     return found

@@ -89,14 +89,19 @@ def test_a_search_names_the_best_settings_and_goes_on(
     compared = ask(capfd, "baseline", "retrieval", *DATA, "evaluate.k=[5]", "--run", "search/best").splitlines()
     assert compared[0] == "test part, measured as model=retrieval"
     labels = [re.split(r"  +", line)[0] for line in compared[2:]]
-    assert labels == ["popularity", "item-knn (neighbors 100, shrink 10)", "ease (regularization 250)", "search/best"]
+    assert labels == [
+        "popularity",
+        "item-knn (neighbors 100, shrink 10, alpha 0.5)",
+        "ease (regularization 250)",
+        "search/best",
+    ]
 
 
 @pytest.mark.parametrize(
     ("more", "best_epoch", "length"),
     [
         ([], 1.0, "train.epochs=1 schedule.epochs=2"),
-        ([], 2.0, "train.epochs=2"),
+        pytest.param([], 2.0, "train.epochs=2", marks=pytest.mark.slow),
         pytest.param(["schedule.name=constant"], 0.5, "train.epochs=1", marks=pytest.mark.slow),
         pytest.param(["schedule.epochs=8"], 2.0, "train.epochs=2 schedule.epochs=8", marks=pytest.mark.slow),
     ],
@@ -152,10 +157,14 @@ def test_a_search_ends_with_its_time(capfd: pytest.CaptureFixture[str]) -> None:
             ["--trials", "1", "--search", "optimizer.rate=1,2"], "no key optimizer.rate", marks=pytest.mark.slow
         ),
         (["--trials", "1", "--search", "optimizer.lr=abc,1"], "optimizer.lr: expected a number, got 'abc'"),
-        (["--trials", "1", "--search", "data.split=none,ratio"], "tune does not search data.split"),
+        pytest.param(
+            ["--trials", "1", "--search", "data.split=none,ratio"],
+            "tune does not search data.split",
+            marks=pytest.mark.slow,
+        ),
         (["--trials", "1", "run.path=x"], "leave it out; --output names their folder"),
-        (["--trials", "1", "--output", "memory://x"], "expected a local folder"),
-        (["--trials", "1", "publish.to=x"], "publish.to is for one: leave it out"),
+        pytest.param(["--trials", "1", "--output", "memory://x"], "expected a local folder", marks=pytest.mark.slow),
+        pytest.param(["--trials", "1", "publish.to=x"], "publish.to is for one: leave it out", marks=pytest.mark.slow),
     ],
 )
 def test_what_cannot_be_searched_is_refused(
@@ -170,6 +179,7 @@ def test_a_model_without_validation_data_is_refused(capfd: pytest.CaptureFixture
     assert "tune judges trials on validation data alone, and this run of model=word2vec has none" in said
 
 
+@pytest.mark.slow
 def test_a_section_of_a_search_must_be_a_mapping(capfd: pytest.CaptureFixture[str]) -> None:
     Path("my.yaml").write_text("model: retrieval\ntune: [optimizer.lr]\n")
     assert "tune: expected settings with a list or a range" in ask(
@@ -187,7 +197,7 @@ def test_several_values_are_chosen_by_the_validation_part(
         said = ask(capfd, "baseline", "retrieval", *DATA, "data.validation=auto", *several)
     values = {n: float(v) for n, v in re.findall(r"'neighbors': (\d)\.0.*ndcg@20 (\S+) on the validation", caplog.text)}
     assert len(values) == 2
-    assert f"neighbors {max(values, key=lambda n: values[n])}, shrink 10" in said
+    assert f"neighbors {max(values, key=lambda n: values[n])}, shrink 10, alpha 0.5" in said
 
 
 @pytest.mark.parametrize(
@@ -196,10 +206,18 @@ def test_several_values_are_chosen_by_the_validation_part(
         (["retrieval", "data.path=events.csv"], "nothing is held out to measure on: give evaluate.path, data.split or"),
         (["retrieval", *DATA, "--methods", "itemknn"], "--methods itemknn: there are popularity, item-knn, ease"),
         (["retrieval", *DATA, "--shrink", "x"], "--shrink: expected a number or several with commas, got 'x'"),
-        (["retrieval", *DATA, "--neighbors", "1.5"], "--neighbors: expected whole numbers, got 1.5"),
-        (["retrieval", *DATA, "--regularization", "0"], "--regularization: expected numbers of at least 0.001, got 0"),
+        (["retrieval", *DATA, "--alpha", "1.5"], "--alpha: expected numbers from 0 to 1, got 1.5"),
+        pytest.param(
+            ["retrieval", *DATA, "--neighbors", "1.5"],
+            "--neighbors: expected whole numbers, got 1.5",
+            marks=pytest.mark.slow,
+        ),
+        (
+            ["retrieval", *DATA, "--regularization", "0"],
+            "expected numbers from 0.001 to 1e+12, got 0",
+        ),
         (["word2vec", "data.path=events.csv"], "model=word2vec does not learn from interactions"),
-        (["retrieval", *DATA, "--run", "none"], "no run folder at 'none'"),
+        pytest.param(["retrieval", *DATA, "--run", "none"], "no run folder at 'none'", marks=pytest.mark.slow),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

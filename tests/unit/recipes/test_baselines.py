@@ -37,17 +37,18 @@ def test_popularity_is_the_number_of_users(matrix: np.ndarray) -> None:
     np.testing.assert_array_equal(scores, np.stack([matrix.sum(0)] * 2))
 
 
-def test_item_knn_sums_the_similarities_of_the_nearest(matrix: np.ndarray) -> None:
+@pytest.mark.parametrize("alpha", [0.5, 0.7])
+def test_item_knn_sums_the_similarities_of_the_nearest(matrix: np.ndarray, alpha: float) -> None:
     common = matrix.T @ matrix
-    norms = np.sqrt(matrix.sum(0))
-    similar = common / (np.outer(norms, norms) + 2.5)
+    counts = matrix.sum(0)
+    similar = common / (np.outer(counts**alpha, counts ** (1 - alpha)) + 2.5)
     np.fill_diagonal(similar, 0)
     expected = np.zeros_like(similar)
     for item in range(NUM_ITEMS):
         nearest = np.lexsort((np.arange(NUM_ITEMS), -similar[:, item]))[:4]
         expected[nearest, item] = similar[nearest, item]
     users = np.array([0, 7, 39])
-    scores = item_knn(bags_of(matrix), NUM_ITEMS, neighbors=4, shrink=2.5)(sparse.csr_array(matrix[users]))
+    scores = item_knn(bags_of(matrix), NUM_ITEMS, neighbors=4, shrink=2.5, alpha=alpha)(sparse.csr_array(matrix[users]))
     np.testing.assert_allclose(scores, matrix[users] @ expected, rtol=1e-5, atol=1e-6)
 
 
