@@ -48,9 +48,15 @@ _logger = logging.getLogger(__name__)
     "--shrink", default="10", show_default=True, metavar="X,...", help="Of item-kNN: how little few common users count."
 )
 @click.option(
+    "--alpha",
+    default="0.5",
+    show_default=True,
+    metavar="X,...",
+    help="Of item-kNN: 0.5 is cosine, more favours popular items.",
+)
+@click.option(
     "--regularization", default="250", show_default=True, metavar="X,...", help="Of EASE: the penalty on its weights."
 )
-@click.option("--include-known", is_flag=True, help="Do not leave out the items that a user is known to have.")
 @click.option("--run", "runs", multiple=True, metavar="RUN", type=click.Path(), help="A trained run to measure too.")
 def baseline(
     config: str,
@@ -58,8 +64,8 @@ def baseline(
     methods: str | None,
     neighbors: str,
     shrink: str,
+    alpha: str,
     regularization: str,
-    include_known: bool,
     runs: Sequence[str],
 ) -> int:
     """Measures popularity, item-kNN and EASE on the same data."""
@@ -73,13 +79,19 @@ def baseline(
         raise UserError(f"--methods {', '.join(unknown)}: there are {', '.join(_METHODS)}")
     grids = {
         "popularity": Grid(),
-        "item-knn": Grid({"neighbors": _whole(neighbors), "shrink": _numbers("--shrink", shrink, 0.0)}),
+        "item-knn": Grid(
+            {
+                "neighbors": _whole(neighbors),
+                "shrink": _numbers("--shrink", shrink, 0.0),
+                "alpha": _numbers("--alpha", alpha, 0.0, 1.0),
+            }
+        ),
         "ease": Grid({"regularization": _numbers("--regularization", regularization, 1e-3)}),
     }
     loaded = load_config(*require_config(config, settings))
     others = [_config_of(path, loaded) for path in runs]
     runtime = init_distributed(device="cpu")
-    data = Measured(loaded, runtime, is_masked=not include_known)
+    data = Measured(loaded, runtime)
     if methods is None and (reason := data.refusal_of_ease()) is not None:
         _logger.warning(f"EASE is left out: {reason}")
         wanted.remove("ease")
@@ -107,12 +119,13 @@ class Grid:
 
 
 class Measured:
-    """The interactions of a configuration, on which baselines are fitted and measured.
+    """The interactions of a configuration, on which baselines are fitted, and measured as its model would be.
+
+    They are fitted on the training part, like a run of the configuration.
 
     Args:
         config: of a model of interactions.
         runtime: of this process.
-        is_masked: whether items that a user is known to have are left out of the lists.
 
     Attributes:
         title: what is measured.
@@ -121,35 +134,24 @@ class Measured:
         UserError: the model has no interactions, or nothing is held out of them.
     """
 
-    def __init__(self, config: Config, runtime: Runtime, *, is_masked: bool) -> None:
+    def __init__(self, config: Config, runtime: Runtime) -> None:
         from embedtrain.config.interactions import InteractionsConfig
         from embedtrain.data.interactions import prepare_interactions
-        from embedtrain.recipes.interactions import interaction_options, log_interactions, test_of, validation_of
+        from embedtrain.recipes.interactions import interaction_options, log_interactions
 
         data, evaluate = getattr(config, "data", None), getattr(config, "evaluate", None)
         if not isinstance(data, InteractionsConfig) or evaluate is None:
             raise UserError(f"model={config.model} does not learn from interactions, and has no such baselines")
-        self._ks: Sequence[int] = evaluate.k
+        self._config, self._ks = config, list[int](evaluate.k)
         options = interaction_options(data, evaluate.path)
         self._interactions: Interactions = prepare_interactions(
             options, os.path.expanduser(data.cache_path), runtime.ranks
         )
         log_interactions(self._interactions, evaluate.path)
-        self._is_masked = is_masked
-        has_test = config.holds_out or evaluate.path is not None
-        if not has_test and not self._interactions.has_validation:
+        self._has_test = config.holds_out or evaluate.path is not None
+        if not self._has_test and not self._interactions.has_validation:
             raise UserError("nothing is held out to measure on: give evaluate.path, data.split or data.validation")
-        found = self._interactions
-        self._validation: Bags | None = None
-        if found.has_validation:
-            self._validation = validation_of(found) if is_masked else found.validation
-        if not has_test:
-            self._known, self._held_out = found.known, self._validation
-        else:
-            self._known = found.known_before_test
-            self._held_out = test_of(found) if is_masked and config.holds_out else found.held_out
-        part = "test" if has_test else "validation"
-        self.title = f"{part} part, items that a user has before {'left out' if is_masked else 'included'}"
+        self.title = f"{'test' if self._has_test else 'validation'} part, measured as model={config.model}"
 
     def refusal_of_ease(self) -> str | None:
         """Returns why EASE does not fit; None if it does."""
@@ -177,30 +179,46 @@ class Measured:
         if name == "ease" and (reason := self.refusal_of_ease()) is not None:
             raise UserError(f"--methods ease: {reason}")
         points = grid.points()
-        if len(points) > 1 and self._validation is None:
+        if len(points) > 1 and not self._interactions.has_validation:
             raise UserError(
                 f"{name} is given several values to choose among: give data.validation=auto, by which they are chosen, "
                 "or one value each"
             )
         chosen = points[0] if len(points) == 1 else max(points, key=lambda point: self._score_of(name, point))
         shown = ", ".join(f"{option} {value:g}" for option, value in chosen.items())
-        assert self._held_out is not None
-        measures = self._measured(self._fit(name, chosen), self._known, self._held_out)
+        measures = self._measured(self._fit(name, chosen), on_test=self._has_test)
         return f"{name} ({shown})" if shown else name, measures
 
     def _score_of(self, name: str, point: Mapping[str, float]) -> float:
         """Returns how a method does on the validation part."""
-        assert self._validation is not None
-        measures = self._measured(self._fit(name, point), self._interactions.known, self._validation)
-        value = measures[f"ndcg@{self._ks[0]}"]
+        value = self._measured(self._fit(name, point), on_test=False)[f"ndcg@{self._ks[0]}"]
         _logger.info(f"{name} {dict(point)}: ndcg@{self._ks[0]} {value:.4f} on the validation part")
         return value
 
-    def _measured(self, scores: Scores, known: Bags, held_out: Bags) -> dict[str, float]:
+    def _measured(self, scores: Scores, *, on_test: bool) -> Mapping[str, float]:
+        """Returns the measures of lists as the recipe of the model measures its own."""
         from embedtrain.recipes.baselines import measure_scores
+        from embedtrain.recipes.lists import measure_next
 
-        masked = known if self._is_masked else None
-        return measure_scores(scores, len(self._interactions.items), masked, held_out, self._ks)
+        found, num_items = self._interactions, len(self._interactions.items)
+        before = found.known_before_test if on_test else found.known
+        if self._config.answers_from_histories:
+
+            def measure(known: Bags | None, held_out: Bags) -> Mapping[str, float]:
+                return measure_scores(scores, num_items, before, known, held_out, self._ks)
+
+            return measure_next(measure, before, found.held_out if on_test else found.validation)
+        held_out = self._held_out(on_test=on_test)
+        # A row of a user holds what the training part says of the user.
+        return measure_scores(scores, num_items, found.known, before, held_out, self._ks)
+
+    def _held_out(self, *, on_test: bool) -> Bags:
+        """Returns the items to find, without items that come before them for the user, if a split made them."""
+        from embedtrain.recipes.interactions import test_of, validation_of
+
+        if not on_test:
+            return validation_of(self._interactions)
+        return test_of(self._interactions) if self._config.holds_out else self._interactions.held_out
 
     def _fit(self, name: str, point: Mapping[str, float]) -> Scores:
         from embedtrain.recipes import baselines
@@ -209,7 +227,8 @@ class Measured:
         if name == "popularity":
             return baselines.popularity(known, num_items)
         if name == "item-knn":
-            return baselines.item_knn(known, num_items, neighbors=int(point["neighbors"]), shrink=point["shrink"])
+            neighbors, shrink, alpha = int(point["neighbors"]), point["shrink"], point["alpha"]
+            return baselines.item_knn(known, num_items, neighbors=neighbors, shrink=shrink, alpha=alpha)
         return baselines.ease(known, num_items, regularization=point["regularization"])
 
 
@@ -219,6 +238,11 @@ def _config_of(path: str, config: Config) -> Config:
     from embedtrain.recipes.trained import require_config as config_of_run
 
     found = config_of_run(path)
+    if found.answers_from_histories != config.answers_from_histories:
+        raise UserError(
+            f"{path} is a run of model={found.model}, whose lists are measured otherwise than those of "
+            f"model={config.model}: give its configuration, {path}/config.yaml"
+        )
     first, second = (dict(flatten(settings_of(each))) for each in (found, config))
 
     def is_of_data(key: str) -> bool:
@@ -257,12 +281,12 @@ def _whole(text: str) -> list[float]:
     return found
 
 
-def _numbers(option: str, text: str, least: float) -> list[float]:
+def _numbers(option: str, text: str, least: float, most: float = 1e12) -> list[float]:
     read: Callable[[str], float] = float
     try:
         found = [read(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"{option}: expected a number or several with commas, got {text!r}") from None
-    if wrong := [value for value in found if not least <= value < 1e12]:
-        raise UserError(f"{option}: expected numbers of at least {least:g}, got {wrong[0]:g}")
+    if wrong := [value for value in found if not least <= value <= most]:
+        raise UserError(f"{option}: expected numbers from {least:g} to {most:g}, got {wrong[0]:g}")
     return found

@@ -275,6 +275,15 @@ class TunedTrials:
         sign = -1 if self._is_largest_best else 1
         return min(found, key=lambda each: sign * each[0], default=None)
 
+    def _length_of(self, best: Trial) -> list[str]:
+        """Returns the settings of a run that ends where a trial was the best, with the rates that the trial had."""
+        config = self._plan.load(best.settings)
+        # A measurement within an epoch counts as one at its end.
+        num_epochs, of_schedule = math.ceil(best.epoch or 1), config.schedule.epochs or config.train.epochs
+        length = [f"train.epochs={num_epochs}"]
+        has_rates = config.schedule.name != "constant" or config.schedule.warmup > 0
+        return [*length, f"schedule.epochs={of_schedule}"] if has_rates and of_schedule != num_epochs else length
+
     def _write(self) -> list[str]:
         """Writes the table and the best configuration; returns the lines that say what came of the search."""
         from embedtrain.config.resolved import to_yaml
@@ -285,8 +294,7 @@ class TunedTrials:
         _put(f"{self._plan.folder}/{TABLE_NAME}", _table(ordered, self._plan))
         if best is None:
             return [f"no trial has a {self._plan.metric}: nothing was found"]
-        # The last epoch of a range of steps is that of its end.
-        final = _last_of_each([*best.settings, f"train.epochs={math.ceil(best.epoch or 1)}", *self._plan.tuning.final])
+        final = _last_of_each([*best.settings, *self._length_of(best), *self._plan.tuning.final])
         config = self._plan.load([*final, f"run.path={self._plan.folder}/best"])
         _put(f"{self._plan.folder}/{BEST_NAME}", to_yaml(config))
         return [

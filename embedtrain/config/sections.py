@@ -114,6 +114,8 @@ class ScheduleConfig:
     """Warm-up: share of the run over which the rate first rises to its base."""
     min_factor: float = 1e-4
     """Lower bound of the rate, as a factor of its base."""
+    epochs: int | None = None
+    """Number of epochs over which the rate decays, which may be more than the run has; null for train.epochs."""
 
 
 @dataclass
@@ -324,6 +326,11 @@ class Config:
         """Whether the run holds out a part of its data itself, to measure the trained model on."""
         return False
 
+    @property
+    def answers_from_histories(self) -> bool:
+        """Whether the model makes a user's list from items of the user that it is given, not from a row of the user."""
+        return False
+
     def _seconds(self) -> Iterator[tuple[str, float | None]]:
         yield "run.timeout_seconds", self.run.timeout_seconds
         yield "checkpoint.every_seconds", self.checkpoint.every_seconds
@@ -332,6 +339,7 @@ class Config:
 
     def _counts(self) -> Iterator[tuple[str, Any]]:
         yield "train.epochs", self.train.epochs
+        yield "schedule.epochs", self.schedule.epochs
         yield "train.accumulate_steps", self.train.accumulate_steps
         yield "train.early_stop.patience", self.train.early_stop.patience
         yield "log.every_steps", self.log.every_steps

@@ -85,7 +85,10 @@ def union(first: Bags, second: Bags) -> Bags:
 
 
 def without(bags: Bags, others: Bags) -> Bags:
-    """Returns the values of bags that the same row of other bags does not have."""
+    """Returns the values of bags that the same row of other bags does not have; -1 stays."""
     width = 1 + max(bags.values.max(initial=0), others.values.max(initial=0))
-    is_there = np.isin(bags.rows() * width + bags.values, others.rows() * width + others.values) & (bags.values >= 0)
-    return Bags.from_rows(bags.rows()[~is_there], bags.values[~is_there], len(bags))
+    # The key of -1 would be the key of the largest value in the row before.
+    is_value, is_other = bags.values >= 0, others.values >= 0
+    keys, other_keys = bags.rows() * width + bags.values, (others.rows() * width + others.values)[is_other]
+    is_left = ~(is_value & np.isin(keys, other_keys))
+    return Bags.from_rows(bags.rows()[is_left], bags.values[is_left], len(bags))

@@ -22,6 +22,9 @@ _FIRST_RUNG = 11
 _REDUCTION = 3
 """After 11 % of its steps, and again after 33 %, a trial ends unless it is among the best third of those so far."""
 
+_LAST_RUNG = 99
+"""From here on, in % of its steps, a trial ends by itself; the pruner would have a third rung at 99 %."""
+
 _DIGITS = 4
 _OUTCOME, _SECONDS, _BEST, _EPOCH = "outcome", "seconds", "best", "epoch"
 
@@ -229,7 +232,7 @@ class Search:
         step = max(1, math.floor(100 * share))
         if step not in found.intermediate_values:
             trial.report(value, step)
-        return bool(trial.should_prune())
+        return step < _LAST_RUNG and bool(trial.should_prune())
 
     def finish(self, number: int, outcome: Outcome, best: tuple[float, float] | None, seconds: float) -> None:
         """Notes how a trial ended.

@@ -25,6 +25,16 @@ _logger = logging.getLogger(__name__)
 
 _MANY_ITEMS = 100_000
 
+WITHOUT_VALIDATION = (
+    "data.validation=none",
+    "train.early_stop.patience=null",
+    "checkpoint.keep_best=null",
+    "checkpoint.best_metric=loss",
+    "evaluate.every_epochs=null",
+    "evaluate.every_steps=null",
+)
+"""`Tuning.final`: the last training has the validation part too, and chooses nothing by the test part."""
+
 
 def interaction_options(
     data: InteractionsConfig, held_out_path: str | Sequence[str] | None, **others: Any
@@ -59,12 +69,15 @@ def interaction_options(
     )
 
 
-def log_interactions(interactions: Interactions, test_path: str | Sequence[str] | None) -> None:
+def log_interactions(
+    interactions: Interactions, test_path: str | Sequence[str] | None, *, chooses_best: bool = False
+) -> None:
     """Logs what was prepared, and what of it cannot be used.
 
     Args:
         interactions: what was prepared.
         test_path: the files of `evaluate.path`.
+        chooses_best: whether the run stops early or keeps its best checkpoints.
     """
     _logger.info(
         f"{interactions.num_interactions:,} interactions of {len(interactions.users):,} users with "
@@ -81,6 +94,11 @@ def log_interactions(interactions: Interactions, test_path: str | Sequence[str] 
             _logger.warning(f"{number:,} {what.replace('_', ' ')}")
     if test_path is not None and not len(interactions.held_out.values):
         _logger.warning(f"evaluate.path={test_path} has no user of the training data: all measures of it will be 0")
+    if chooses_best and not interactions.has_validation and len(interactions.held_out.values):
+        _logger.warning(
+            "train.early_stop and checkpoint.keep_best go by the test part, on which measures are then too good: "
+            "data.validation=auto holds out another part to choose by"
+        )
     if interactions.has_validation:
         _logger.info(
             f"held out for validation: {len(interactions.validation.values):,} interactions; training measures itself "

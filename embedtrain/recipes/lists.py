@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embedtrain.data.bags import Bags
-from embedtrain.metrics.ranking import hits_of, list_measures, mean_measures, name_at
+from embedtrain.data.bags import Bags, without
+from embedtrain.metrics.ranking import hits_of, list_measures, mean_measures, measure_names, name_at
 
 _USERS_AT_ONCE = 1024
+_MASKED = "masked_"
+"""Begins the names of measures of lists without the items of the history."""
 
 
 def k_best(scores: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -59,3 +61,30 @@ def measure_best(
     measures = mean_measures(sums, len(users), ks)
     coverage = {name_at("item_coverage", k): float(is_recommended[row].double().mean()) for row, k in enumerate(ks)}
     return {**measures, **coverage}
+
+
+def measure_next(
+    measure: Callable[[Bags | None, Bags], Mapping[str, float]], histories: Bags, held_out: Bags
+) -> dict[str, float]:
+    """Measures lists of what comes next, of users with a history.
+
+    Args:
+        measure: returns the measures of the lists for held-out items, given the items of each user that are left out
+            of the lists; None to leave out none.
+        histories: the items of each user.
+        held_out: the items to find; -1 for one that cannot be found, and counts as missed.
+
+    Returns:
+        The measures over all items; under names with `masked_` the same without the items of the history in the lists,
+        unless they are to be found.
+    """
+    rows = held_out.rows()
+    has_history = histories.lengths(rows) > 0
+    held_out = Bags.from_rows(rows[has_history], held_out.values[has_history], len(held_out))
+    masked = measure(without(histories, held_out), held_out)
+    return {**measure(None, held_out), **{f"{_MASKED}{name}": value for name, value in masked.items()}}
+
+
+def names_of_next(ks: Sequence[int]) -> list[str]:
+    """Returns the names of what `measure_next` returns."""
+    return [f"{begin}{name}" for begin in ("", _MASKED) for name in measure_names(ks)]

@@ -366,14 +366,18 @@ def _check_epochs(config: Config, earlier_yaml: str | None, trainer: Trainer, ru
     earlier = settings_in(earlier_yaml).get("train.epochs")
     if earlier != config.train.epochs and step < total and runtime.rank == 0:
         factor = _schedule_factor(config, step / total)
+        num_epochs = config.schedule.epochs or config.train.epochs
         _logger.info(
             f"train.epochs was {earlier} and is {config.train.epochs}: the learning rate goes on at {factor:.3g} of "
-            f"its base, as the schedule {config.schedule.name} of {config.train.epochs} epochs has it"
+            f"its base, as the schedule {config.schedule.name} of {num_epochs} epochs has it"
         )
 
 
 def _schedule_factor(config: Config, done: float) -> float:
-    return schedule_factor(config.schedule.name, done, config.schedule.min_factor, config.schedule.warmup)
+    schedule = config.schedule
+    if schedule.epochs is not None:
+        done *= config.train.epochs / schedule.epochs
+    return schedule_factor(schedule.name, done, schedule.min_factor, schedule.warmup)
 
 
 def _write_folder(folder: RunFolder, config: Config, parts: Parts, start: Mapping[str, Any]) -> None:

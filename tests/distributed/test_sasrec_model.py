@@ -70,6 +70,15 @@ def test_an_epoch_predicts_every_item_but_the_first_from_at_most_the_newest() ->
     assert batches.examples_per_epoch == sum(len(items) - 1 for items in expected)
 
 
+def test_no_step_is_empty() -> None:
+    sequences = Bags(np.arange(4) * 6, np.arange(18) % NUM_ITEMS)  # 5 predictions each
+    for size in (5, 6, 7, 11, 14):
+        batches = SequenceBatches(sequences, NUM_ITEMS, BatchOptions(size, MAX_LENGTH), seed=3)
+        sizes = [batches.batch(0, step).num_global_predictions for step in range(batches.steps_per_epoch)]
+        assert min(sizes) > 0
+        assert sum(sizes) == batches.examples_per_epoch
+
+
 def plain_states(model: Sasrec, inputs: Tensor, lengths: np.ndarray) -> Tensor:
     """Returns what the network says of each position, sequence by sequence and with attention spelled out."""
     table, encoder, states = model.tables.gather_table("item"), model.dense, []

@@ -17,10 +17,11 @@ from embedtrain.cli import main
 from embedtrain.data.bags import Bags
 from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.distributed.runtime import Runtime
+from embedtrain.recipes.base import BASE, Wanted
 from embedtrain.recipes.building import build_parts
 from embedtrain.recipes.loading import load_config
-from embedtrain.recipes.sasrec.histories import encoded, evaluate_next
-from embedtrain.recipes.sasrec.recipe import restored
+from embedtrain.recipes.sasrec.histories import encoded, evaluate_next, next_items
+from embedtrain.recipes.sasrec.recipe import _options, prepare, restored
 from embedtrain.testing.ranks import run_ranks
 from embedtrain.train.run import build_run, check_run_folder
 
@@ -78,6 +79,7 @@ def next_items_of(package: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+@pytest.mark.slow  # answers are compared with scores of the table below
 def test_a_run_answers_from_its_folder_alone(capfd: pytest.CaptureFixture[str]) -> None:
     ask(capfd, "train", "sasrec", *settings("run", "train.epochs=12"))
     assert {path.name for path in Path("run/split").iterdir()} == {"train.tsv", "validation.tsv", "test.tsv"}
@@ -172,6 +174,21 @@ def test_a_killed_run_goes_on_to_the_last_bit(loss: str, num_ranks: int) -> None
         assert torch.equal(tensor, resumed[name]), name
 
 
+def test_a_run_from_another_learns_from_new_users(folder: Path) -> None:
+    arguments = ["model=sasrec", *settings("run")]
+    runtime = Runtime(ONE_PROCESS, 0, torch.device("cpu"))
+    first, _ = prepare(load_config(None, arguments), runtime)  # type: ignore[arg-type]
+    Path("run").mkdir()
+    shutil.copy(f"{first.path}/items.tsv", f"run/{BASE}items.tsv")
+    header, *rows = Path("events.csv").read_text().splitlines()
+    new = [row.replace("u", "new", 1) for row in rows if row.startswith("u1,")]
+    Path("events.csv").write_text("\n".join([header, *new, "new1,unknown,0"]) + "\n")
+    interactions, sizes = prepare(load_config(None, [*arguments, "start_from=other"]), runtime)  # type: ignore[arg-type]
+    assert interactions.users.words == ["new1"]
+    assert sizes.num_rows == {"item": len(first.items)}
+    assert len(interactions.sequences.values) == len(new) - 2, "two are held out, and the unknown item has no row"
+
+
 def test_measures_are_the_places_among_all_items() -> None:
     trained(ONE_PROCESS, settings("run"), None)
     config = load_config(None, ["model=sasrec", *settings("run")])
@@ -192,6 +209,12 @@ def test_measures_are_the_places_among_all_items() -> None:
             hits = np.array(places) < 3
             assert found[f"{begin}hit@3"] == pytest.approx(hits.mean())
             assert found[f"{begin}ndcg@3"] == pytest.approx((hits / np.log2(np.array(places) + 2)).mean())
+        wanted = Wanted(None, 3, leaves_out_known=True, items=["i3", "i4"])
+        ((name, best, _),) = next(next_items(model, interactions, _options(config), wanted))
+        given = interactions.items.rows_of(["i3", "i4"])
+        (own,) = encoded(model, Bags(np.array([0, 2]), given), np.array([0])) @ model.tables.gather_table("item").T
+        own[given] = -torch.inf
+        assert (name, best) == ("i3,i4", [interactions.items.words[item] for item in own.topk(3).indices])
         nobody = Bags(np.zeros_like(histories.starts), histories.values[:0])
         assert evaluate_next(model, nobody, held_out, [3], alive=lambda: None)["hit@3"] == 0, "nothing to go by"
 

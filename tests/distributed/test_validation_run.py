@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from embedtrain.cli import main
 from embedtrain.data.bags import Bags
+from embedtrain.data.interactions import Interactions
+from embedtrain.distributed.ranks import ONE_PROCESS
+from embedtrain.distributed.runtime import Runtime
+from embedtrain.recipes.loading import load_config
 from embedtrain.recipes.retrieval import recipe
+from embedtrain.recipes.retrieval.config import RetrievalConfig
 from embedtrain.recipes.retrieval.model import Retrieval
 
 PATIENCE = 2
+CPU = torch.device("cpu")
 TRAIN = [
     "train",
     "retrieval",
@@ -57,9 +65,9 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("events.csv").write_text("\n".join(["user,item,time", *rows]) + "\n")
 
 
-def test_training_looks_at_the_validation_part_and_evaluate_at_the_test_part(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Bags, Bags]]:
+    """Records what is left out of the lists, and what is to be found, whenever a model is measured."""
     asked: list[tuple[Bags, Bags]] = []
     measure = recipe.evaluate_retrieval
 
@@ -70,6 +78,44 @@ def test_training_looks_at_the_validation_part_and_evaluate_at_the_test_part(
         return measure(model, known, held_out, ks, alive)
 
     monkeypatch.setattr(recipe, "evaluate_retrieval", record)
+    return asked
+
+
+def test_training_measures_the_validation_part_and_the_report_the_test_part(
+    asked: list[tuple[Bags, Bags]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, runtime = load_config(None, ["model=retrieval", *TRAIN[2:]]), Runtime(ONE_PROCESS, 0, CPU)
+    assert isinstance(config, RetrievalConfig)
+    interactions, _ = recipe.prepare(config, runtime)
+    model = recipe._build_model(config, runtime, interactions)
+    evaluation = recipe.build(config, runtime, interactions).task.evaluation
+    assert evaluation is not None
+    evaluation.measure(lambda: None)
+    events: dict[str, list[str]] = {}
+    for line in Path("events.csv").read_text().splitlines()[1:]:
+        user, item, _ = line.split(",")
+        events.setdefault(user, []).append(item)
+    ((known, held_out),) = asked
+    words = interactions.items.words
+    for row, user in enumerate(interactions.users.words):
+        *trained, validation, _ = events[user]
+        assert {words[item] for item in known.of(np.array([row]))[0]} == set(trained)
+        found = [words[item] if item >= 0 else None for item in held_out.of(np.array([row]))[0]]
+        assert found == ([] if user == "u1" else [validation if validation in words else None])
+
+    @contextmanager
+    def restored(*_: object) -> Iterator[tuple[Retrieval, Interactions, int]]:
+        yield model, interactions, 0
+
+    monkeypatch.setattr(recipe, "restored", restored)
+    (section,) = recipe.report(config, runtime, "")
+    assert "All 11 users with held-out items" in str(section)  # the last event of u0 is a repetition
+
+
+@pytest.mark.slow
+def test_training_looks_at_the_validation_part_and_evaluate_at_the_test_part(
+    asked: list[tuple[Bags, Bags]], capfd: pytest.CaptureFixture[str]
+) -> None:
     assert main(TRAIN) == 0
     users, items = (
         [line.split("\t")[0] for line in Path(f"run/{name}.tsv").read_text().splitlines()]
@@ -105,6 +151,24 @@ def test_training_looks_at_the_validation_part_and_evaluate_at_the_test_part(
     assert answers == [set(items) - before, set(items)]
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_warned"),
+    [
+        ([], False),
+        (["data.validation=none"], True),
+        (["data.validation=none", "train.early_stop.patience=null"], False),
+    ],
+)
+def test_who_chooses_by_the_test_part_is_warned(
+    settings: list[str], is_warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, runtime = load_config(None, ["model=retrieval", *TRAIN[2:], *settings]), Runtime(ONE_PROCESS, 0, CPU)
+    assert isinstance(config, RetrievalConfig)
+    recipe.prepare(config, runtime)
+    assert ("go by the test part" in caplog.text) == is_warned
+
+
+@pytest.mark.slow
 def test_a_run_without_a_test_part_is_not_evaluated(capfd: pytest.CaptureFixture[str]) -> None:
     settings = ["data.split=none", "data.validation=leave_one_out", "train={epochs: 1, early_stop: {patience: null}}"]
     assert main([*TRAIN, *settings]) == 0

@@ -48,6 +48,7 @@ from embedtrain.recipes.base import (
     takes_new_names,
 )
 from embedtrain.recipes.interactions import (
+    WITHOUT_VALIDATION,
     check_data_files,
     interaction_options,
     keep_interactions,
@@ -102,7 +103,7 @@ def prepare(config: RetrievalConfig, runtime: Runtime) -> tuple[Interactions, Si
         _interaction_options(config), os.path.expanduser(config.data.cache_path), runtime.ranks
     )
     if runtime.rank == 0:
-        log_interactions(interactions, config.evaluate.path)
+        log_interactions(interactions, config.evaluate.path, chooses_best=config.num_best is not None)
         if config.retrieval.loss == "bilateral_softmax" and config.retrieval.negative_weight is None:
             weight = _scoring(config, interactions).negative_weight
             _logger.info(f"the negatives' term weighs {weight:.3f}, by how skewed the items' counts are")
@@ -377,10 +378,11 @@ def report(config: RetrievalConfig, runtime: Runtime, checkpoint: str) -> Iterat
     Raises:
         UserError: the run folder lacks the data, or they are not those that the checkpoint was trained on.
     """
-    if config.evaluate.path is None:
+    if config.evaluate.path is None and not config.holds_out:
         return
     with restored(config, runtime, checkpoint) as (model, interactions, _):
-        yield from recommendation_sections(model, interactions, max(config.evaluate.k))
+        held_out = _test_of(config, interactions)
+        yield from recommendation_sections(model, interactions.known_before_test, held_out, max(config.evaluate.k))
 
 
 @contextmanager
@@ -460,6 +462,6 @@ RECIPE = Recipe(
         metric=lambda config: name_at("ndcg", config.evaluate.k[0]),
         space=_search_space,
         split_off=["data.validation=auto"],
-        final=["data.validation=none"],
+        final=WITHOUT_VALIDATION,
     ),
 )

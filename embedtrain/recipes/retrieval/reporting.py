@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from embedtrain.data.bags import Bags
 from embedtrain.data.columns import read_columns
-from embedtrain.data.interactions import Interactions
 from embedtrain.data.readers import format_of, suffixes_of
 from embedtrain.data.sources import expand_sources
 from embedtrain.metrics.figures import Bars, Chart, Line, Section
 from embedtrain.metrics.ranking import hits_of, list_measures
 from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.retrieval.config import SideConfig
-from embedtrain.recipes.retrieval.model import Retrieval
+from embedtrain.recipes.retrieval.model import ITEM, Retrieval
 from embedtrain.recipes.retrieval.recommendation import catalogue_of, user_vectors
 
 MAX_USERS = 2_000
@@ -57,17 +57,18 @@ def find_titles(side: SideConfig, words: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def recommendation_sections(model: Retrieval, interactions: Interactions, length: int) -> Iterator[Section]:
+def recommendation_sections(model: Retrieval, known: Bags, held_out: Bags, length: int) -> Iterator[Section]:
     """Yields recall and coverage by the length of the lists, and by the popularity of the items.
 
     Collective: every rank.
 
     Args:
         model: with its tables.
-        interactions: those of the training, and those to find.
+        known: the items of each user that are left out of the lists.
+        held_out: the items to find; -1 for one that cannot be found.
         length: of the lists that are told apart by popularity.
     """
-    held_out, num_items = interactions.held_out, len(interactions.items)
+    num_items = model.sides[ITEM].num_rows
     users = np.flatnonzero(np.diff(held_out.starts))
     if not len(users):
         return
@@ -79,7 +80,7 @@ def recommendation_sections(model: Retrieval, interactions: Interactions, length
     catalogue = catalogue_of(model)
     for start in range(0, len(chosen), _USERS_AT_ONCE):
         batch = chosen[start : start + _USERS_AT_ONCE]
-        items, _ = catalogue.best(batch, lengths[-1], interactions.known_before_test, user_vectors(model, batch))
+        items, _ = catalogue.best(batch, lengths[-1], known, user_vectors(model, batch))
         relevant, sizes = (torch.from_numpy(part) for part in held_out.of(batch))
         starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
         found = hits_of(items, starts, relevant, num_items)

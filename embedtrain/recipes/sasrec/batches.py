@@ -171,7 +171,10 @@ class SequenceBatches:
         ends = np.cumsum(self._lengths[self._order])
         starts = ends - self._lengths[self._order]
         size = self._options.global_batch_size
-        self._bounds = np.searchsorted(starts, np.arange(self.steps_per_epoch + 1) * size)
+        steps = np.arange(self.steps_per_epoch + 1)
+        # The last example may begin before the last step does, which would then be empty.
+        at_most = len(starts) - steps[::-1]
+        self._bounds = np.minimum(np.searchsorted(starts, steps * size), at_most)
 
     def _draw(self, epoch: int, step: int) -> NDArray[np.int64]:
         """Returns the negatives of a step."""

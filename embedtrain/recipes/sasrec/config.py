@@ -123,6 +123,11 @@ class SasrecConfig(Config):
         """See `Config.holds_out`."""
         return self.data.split != "none"
 
+    @property
+    def answers_from_histories(self) -> bool:
+        """See `Config.answers_from_histories`."""
+        return True
+
     def check(self) -> None:
         """Checks the ranges that types cannot say."""
         super().check()

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embedtrain.data.bags import Bags, spans, without
+from embedtrain.data.bags import Bags, spans
 from embedtrain.data.events import read_events
 from embedtrain.data.interactions import InteractionOptions, Interactions
 from embedtrain.data.partition import share_of_rank
@@ -22,17 +22,15 @@ from embedtrain.data.sources import take_sources
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.errors import UserError, counted
 from embedtrain.export.recommendations import Recommendation
-from embedtrain.metrics.ranking import measure_names
 from embedtrain.recipes.base import Wanted
 from embedtrain.recipes.catalogue import Catalogue, measure_lists
+from embedtrain.recipes.lists import measure_next
 from embedtrain.recipes.sasrec.config import ITEM
 from embedtrain.recipes.sasrec.model import Sasrec
 
 _logger = logging.getLogger(__name__)
 
 _USERS_AT_ONCE = 1024
-_MASKED = "masked_"
-"""Begins the names of measures of lists without the items of the history."""
 
 
 def histories_before_test(interactions: Interactions) -> Bags:
@@ -80,21 +78,14 @@ def evaluate_next(
         alive: called now and then.
 
     Returns:
-        The measures of `measure_lists` over all items; under names with `masked_` the same without the items of the
-        history in the lists, unless they are to be found.
+        As `measure_next`.
     """
-    rows = held_out.rows()
-    has_history = histories.lengths(rows) > 0
-    held_out = Bags.from_rows(rows[has_history], held_out.values[has_history], len(held_out))
     catalogue, queries = catalogue_of(model), functools.partial(encoded, model, histories)
-    plain = measure_lists(catalogue, queries, None, held_out, ks, alive)
-    masked = measure_lists(catalogue, queries, without(histories, held_out), held_out, ks, alive)
-    return {**plain, **{f"{_MASKED}{name}": value for name, value in masked.items()}}
 
+    def measure(known: Bags | None, found: Bags) -> dict[str, float]:
+        return measure_lists(catalogue, queries, known, found, ks, alive)
 
-def measures_of(ks: Sequence[int]) -> list[str]:
-    """Returns the names of what `evaluate_next` returns."""
-    return [f"{begin}{name}" for begin in ("", _MASKED) for name in measure_names(ks)]
+    return measure_next(measure, histories, held_out)
 
 
 @dataclass(frozen=True)

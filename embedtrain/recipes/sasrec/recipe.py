@@ -14,7 +14,6 @@ import torch
 
 from embedtrain.data.interactions import (
     ITEMS_NAME,
-    USERS_NAME,
     InteractionOptions,
     Interactions,
     prepare_interactions,
@@ -40,6 +39,7 @@ from embedtrain.recipes.base import (
     takes_new_names,
 )
 from embedtrain.recipes.interactions import (
+    WITHOUT_VALIDATION,
     check_data_files,
     interaction_options,
     keep_interactions,
@@ -47,10 +47,11 @@ from embedtrain.recipes.interactions import (
     log_interactions,
 )
 from embedtrain.recipes.layout import layout_of
+from embedtrain.recipes.lists import names_of_next
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer
 from embedtrain.recipes.sasrec.batches import BatchOptions, SequenceBatches
 from embedtrain.recipes.sasrec.config import ITEM, SasrecConfig
-from embedtrain.recipes.sasrec.histories import evaluate_next, histories_before_test, measures_of, next_items
+from embedtrain.recipes.sasrec.histories import evaluate_next, histories_before_test, next_items
 from embedtrain.recipes.sasrec.model import Architecture, Sasrec
 from embedtrain.recipes.sasrec.packing import packed_model
 from embedtrain.recipes.sasrec.workload import workload
@@ -70,7 +71,7 @@ def prepare(config: SasrecConfig, runtime: Runtime) -> tuple[Interactions, Sizes
     """
     interactions = prepare_interactions(_options(config), os.path.expanduser(config.data.cache_path), runtime.ranks)
     if runtime.rank == 0:
-        log_interactions(interactions, config.evaluate.path)
+        log_interactions(interactions, config.evaluate.path, chooses_best=config.num_best is not None)
     if np.diff(interactions.sequences.starts).max(initial=0) < 2:
         raise UserError(
             f"{config.data.path}: no user has two items or more to train on, so that there is nothing to predict: "
@@ -80,15 +81,12 @@ def prepare(config: SasrecConfig, runtime: Runtime) -> tuple[Interactions, Sizes
 
 
 def _options(config: SasrecConfig) -> InteractionOptions:
-    users, items = (
-        SideOptions(format=AUTO, layout=Layout(), base_vocabulary=base_file(config, name))
-        for name in (USERS_NAME, ITEMS_NAME)
-    )
+    # Users have no rows in a table: those of a run that it was started from, and new ones, are all the same.
     return interaction_options(
         config.data,
         config.evaluate.path,
-        users=users,
-        items=items,
+        users=SideOptions(format=AUTO, layout=Layout()),
+        items=SideOptions(format=AUTO, layout=Layout(), base_vocabulary=base_file(config, ITEMS_NAME)),
         takes_new=takes_new_names(config),
         keeps_order=True,
     )
@@ -126,7 +124,7 @@ def build(config: SasrecConfig, runtime: Runtime, interactions: Interactions) ->
         dense=build_dense_optimizer(config.dense_optimizer, model.dense, model.tables),
         evaluation=evaluation,
         unit="predictions",
-        measures=[] if evaluation is None else measures_of(config.evaluate.k),
+        measures=[] if evaluation is None else names_of_next(config.evaluate.k),
         frequencies={ITEM: torch.from_numpy(interactions.items.counts)},
     )
     write_files = functools.partial(keep_interactions, interactions)
@@ -213,7 +211,7 @@ RECIPE = Recipe(
     heads=_heads,
     held_out="evaluate.path",
     grow=Grow(
-        base_files=lambda config: [USERS_NAME, ITEMS_NAME],
+        base_files=lambda config: [ITEMS_NAME],
         tables=lambda config, interactions: [_table(config, interactions)],
         facts=lambda config, interactions: _facts(interactions),
         write_files=lambda config, interactions, folder: keep_interactions(interactions, folder),
@@ -231,6 +229,6 @@ RECIPE = Recipe(
             "sasrec.dropout": "0.1:0.5",
         },
         split_off=["data.validation=auto"],
-        final=["data.validation=none"],
+        final=WITHOUT_VALIDATION,
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 from embedtrain.cli import main
 from embedtrain.commands import tune as command
 from embedtrain.planning.search import Search
+from embedtrain.recipes.loading import load_config
+from embedtrain.recipes.retrieval.config import RetrievalConfig
 
 pytest.importorskip("optuna", reason="a search needs the extra `tune`")
 
@@ -66,7 +69,9 @@ def test_a_search_names_the_best_settings_and_goes_on(
     assert killed == [0]
     said = ask(capfd, *arguments, "--trials", "2")
     assert re.search(r"2 trials, the best by ndcg@5 on validation data: trial \d, 0\.\d+ at epoch [12]", said)
-    assert re.search(r"its settings: +optimizer\.lr=\S+ train\.epochs=[12] data\.validation=none", said)
+    assert re.search(
+        r"its settings: +optimizer\.lr=\S+ train\.epochs=(1 schedule\.epochs=2|2) data\.validation=none", said
+    )
     assert "train with them: embedtrain train search/best.yaml" in said
     best = Path("search/best.yaml").read_text()
     assert "validation: none" in best
@@ -82,11 +87,55 @@ def test_a_search_names_the_best_settings_and_goes_on(
     ask(capfd, "train", "search/best.yaml")
     assert "recall@5" in ask(capfd, "evaluate", "search/best")
     compared = ask(capfd, "baseline", "retrieval", *DATA, "evaluate.k=[5]", "--run", "search/best").splitlines()
-    assert compared[0] == "test part, items that a user has before left out"
+    assert compared[0] == "test part, measured as model=retrieval"
     labels = [re.split(r"  +", line)[0] for line in compared[2:]]
-    assert labels == ["popularity", "item-knn (neighbors 100, shrink 10)", "ease (regularization 250)", "search/best"]
+    assert labels == [
+        "popularity",
+        "item-knn (neighbors 100, shrink 10, alpha 0.5)",
+        "ease (regularization 250)",
+        "search/best",
+    ]
 
 
+@pytest.mark.parametrize(
+    ("more", "best_epoch", "length"),
+    [
+        ([], 1.0, "train.epochs=1 schedule.epochs=2"),
+        pytest.param([], 2.0, "train.epochs=2", marks=pytest.mark.slow),
+        pytest.param(["schedule.name=constant"], 0.5, "train.epochs=1", marks=pytest.mark.slow),
+        pytest.param(["schedule.epochs=8"], 2.0, "train.epochs=2 schedule.epochs=8", marks=pytest.mark.slow),
+    ],
+)
+def test_the_last_training_has_the_rates_of_the_best_trial_and_chooses_nothing_by_the_test_part(
+    more: list[str], best_epoch: float, length: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    chosen_by_validation = ["train.early_stop.patience=3", "checkpoint={keep_best: 1, best_metric: 'ndcg@5'}"]
+    plan = command.Plan("my.yaml", [*DATA, *SMALL, *chosen_by_validation, *more], [], "search")
+    trials = plan.trials(command.Budget(1, 60))
+    trials._search.finish(trials._search.next().number, "complete", (0.5, best_epoch), 1.0)
+    trials.finish()
+    assert f" {length} data.validation=none" in capfd.readouterr().out
+    best = load_config("search/best.yaml", [])
+    assert isinstance(best, RetrievalConfig)
+    assert (best.data.validation, best.data.split) == ("none", "leave_one_out")
+    assert best.num_best is None
+    assert (best.checkpoint.best_metric, best.evaluate.every_epochs) == ("loss", None)
+
+
+def test_a_trial_is_stopped_when_its_time_is_over_or_it_is_behind() -> None:
+    late = command.TrialWatch("ndcg@5", lambda epoch, value: False, deadline=time.monotonic())
+    assert late.is_asked()
+    assert late.reason == "out of time"
+    behind = command.TrialWatch("ndcg@5", lambda epoch, value: value < 0.5, deadline=time.monotonic() + 1000)
+    behind.log({"epoch": 1, "ndcg@5": 0.6})
+    behind.log({"epoch": 2})
+    assert not behind.is_asked()
+    behind.log({"epoch": 3, "ndcg@5": 0.4})
+    assert behind.is_asked()
+    assert behind.reason == "stopped"
+
+
+@pytest.mark.slow  # the watch is tested above without training
 def test_a_search_ends_with_its_time(capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["tune", "my.yaml", *DATA, *SMALL, "train.epochs=100000", "evaluate.every_epochs=1"]
     said = ask(capfd, *arguments, "log.every_steps=4", "--minutes", "0.01", "--output", "search")
@@ -104,12 +153,18 @@ def test_a_search_ends_with_its_time(capfd: pytest.CaptureFixture[str]) -> None:
         (["--output", "x"], "how long may the search take? Give --trials N, --minutes M or both"),
         (["--minutes", "-1"], "expected --minutes above 0, got -1"),
         (["--trials", "1", "--search", "optimizer.lr"], "expected --search KEY=VALUES"),
-        (["--trials", "1", "--search", "optimizer.rate=1,2"], "there is no key optimizer.rate"),
+        pytest.param(
+            ["--trials", "1", "--search", "optimizer.rate=1,2"], "no key optimizer.rate", marks=pytest.mark.slow
+        ),
         (["--trials", "1", "--search", "optimizer.lr=abc,1"], "optimizer.lr: expected a number, got 'abc'"),
-        (["--trials", "1", "--search", "data.split=none,ratio"], "tune does not search data.split"),
+        pytest.param(
+            ["--trials", "1", "--search", "data.split=none,ratio"],
+            "tune does not search data.split",
+            marks=pytest.mark.slow,
+        ),
         (["--trials", "1", "run.path=x"], "leave it out; --output names their folder"),
-        (["--trials", "1", "--output", "memory://x"], "expected a local folder"),
-        (["--trials", "1", "publish.to=x"], "publish.to is for one: leave it out"),
+        pytest.param(["--trials", "1", "--output", "memory://x"], "expected a local folder", marks=pytest.mark.slow),
+        pytest.param(["--trials", "1", "publish.to=x"], "publish.to is for one: leave it out", marks=pytest.mark.slow),
     ],
 )
 def test_what_cannot_be_searched_is_refused(
@@ -124,6 +179,7 @@ def test_a_model_without_validation_data_is_refused(capfd: pytest.CaptureFixture
     assert "tune judges trials on validation data alone, and this run of model=word2vec has none" in said
 
 
+@pytest.mark.slow
 def test_a_section_of_a_search_must_be_a_mapping(capfd: pytest.CaptureFixture[str]) -> None:
     Path("my.yaml").write_text("model: retrieval\ntune: [optimizer.lr]\n")
     assert "tune: expected settings with a list or a range" in ask(
@@ -141,7 +197,7 @@ def test_several_values_are_chosen_by_the_validation_part(
         said = ask(capfd, "baseline", "retrieval", *DATA, "data.validation=auto", *several)
     values = {n: float(v) for n, v in re.findall(r"'neighbors': (\d)\.0.*ndcg@20 (\S+) on the validation", caplog.text)}
     assert len(values) == 2
-    assert f"neighbors {max(values, key=lambda n: values[n])}, shrink 10" in said
+    assert f"neighbors {max(values, key=lambda n: values[n])}, shrink 10, alpha 0.5" in said
 
 
 @pytest.mark.parametrize(
@@ -150,16 +206,37 @@ def test_several_values_are_chosen_by_the_validation_part(
         (["retrieval", "data.path=events.csv"], "nothing is held out to measure on: give evaluate.path, data.split or"),
         (["retrieval", *DATA, "--methods", "itemknn"], "--methods itemknn: there are popularity, item-knn, ease"),
         (["retrieval", *DATA, "--shrink", "x"], "--shrink: expected a number or several with commas, got 'x'"),
-        (["retrieval", *DATA, "--neighbors", "1.5"], "--neighbors: expected whole numbers, got 1.5"),
-        (["retrieval", *DATA, "--regularization", "0"], "--regularization: expected numbers of at least 0.001, got 0"),
+        (["retrieval", *DATA, "--alpha", "1.5"], "--alpha: expected numbers from 0 to 1, got 1.5"),
+        pytest.param(
+            ["retrieval", *DATA, "--neighbors", "1.5"],
+            "--neighbors: expected whole numbers, got 1.5",
+            marks=pytest.mark.slow,
+        ),
+        (
+            ["retrieval", *DATA, "--regularization", "0"],
+            "expected numbers from 0.001 to 1e+12, got 0",
+        ),
         (["word2vec", "data.path=events.csv"], "model=word2vec does not learn from interactions"),
-        (["retrieval", *DATA, "--run", "none"], "no run folder at 'none'"),
+        pytest.param(["retrieval", *DATA, "--run", "none"], "no run folder at 'none'", marks=pytest.mark.slow),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
     capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert message in ask(capfd, "baseline", *arguments, "data.cache_path=cache", status=2)
+
+
+def test_baselines_of_sasrec_go_by_all_that_comes_before_the_test_part(capfd: pytest.CaptureFixture[str]) -> None:
+    # The newest two items of each user are held out; the one before the test part alone says what follows.
+    lines = [f"u{user},{item},{time}" for user in range(6) for time, item in enumerate((f"x{user}", "y", "z"))]
+    lines += [f"v{user},{item},{time}" for user in range(9) for time, item in enumerate(("y", "z", f"w{user}", "q"))]
+    Path("events.csv").write_text("\n".join(["user,item,time", *lines]) + "\n")
+    settings = ["data.path=events.csv", "data.time_column=time", "data.cache_path=cache", "evaluate.k=[1]"]
+    said = ask(capfd, "baseline", "sasrec", *settings, "--methods", "item-knn", "--shrink", "0").splitlines()
+    assert said[0] == "test part, measured as model=sasrec"
+    found = dict(zip(said[1].split(), re.split(r"  +", said[2])[1:], strict=True))
+    assert float(found["masked_hit@1"]) == pytest.approx(6 / 15, abs=1e-4)  # z comes after y
+    assert float(found["hit@1"]) <= float(found["masked_hit@1"])
 
 
 def test_ease_that_does_not_fit_is_left_out_unless_it_is_asked_for(

@@ -94,6 +94,9 @@ def test_a_trial_that_is_behind_is_not_gone_on_with(tmp_path: Path) -> None:
     best = trials.best()
     assert best is not None
     assert best.best == 0.7  # of complete trials
+    slow = trials.next()
+    trials.report(slow.number, 0.2, 0.9)
+    assert not trials.report(slow.number, 0.995, 0.1)  # it has run anyway
 
 
 def test_a_smallest_best_is_found_too(tmp_path: Path) -> None:
