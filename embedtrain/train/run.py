@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -275,8 +275,7 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
             "train.precision=bfloat16: this processor has no instructions for bfloat16 (AMX or AVX-512 BF16), and "
             "multiplies several times slower in it than in float32"
         )
-    start = start_facts(state.step, runtime.world_size) if runtime.rank == 0 else {}
-    runtime.ranks.run_on_first(functools.partial(_write_folder, folder, config, parts, start))
+    runtime.ranks.run_on_first(functools.partial(_write_folder, folder, config, parts, state.step, runtime.world_size))
     sinks = _build_sinks(config, folder, state, parts.task) if runtime.rank == 0 else []
     observers = _build_observers(config, folder, state, parts.task, sinks, runtime)
     return Run(trainer, folder, checkpoints, sinks, is_resumed, earlier is not None, observers, parts.unverified)
@@ -376,9 +375,9 @@ def _schedule_factor(config: Config, done: float) -> float:
     return schedule_factor(config.schedule.name, done, config.schedule.min_factor, config.schedule.warmup)
 
 
-def _write_folder(folder: RunFolder, config: Config, parts: Parts, start: Mapping[str, Any]) -> None:
+def _write_folder(folder: RunFolder, config: Config, parts: Parts, step: int, num_ranks: int) -> None:
     folder.write_config(to_yaml(config))
-    folder.add_start(start, is_new=start["step"] == 0)
+    folder.add_start(start_facts(step, num_ranks), is_new=step == 0)
     parts.write_files(folder)
 
 
