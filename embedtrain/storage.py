@@ -17,7 +17,7 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from io import FileIO
+from io import BytesIO, FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -283,6 +283,16 @@ def read(url: str) -> bytes:
     if isinstance(filesystem, LocalFileSystem) and not stat.S_ISREG(mode := os.stat(path).st_mode):
         raise UserError(f"{shown(url)} is {_kind(mode)}, not a file")
     return bytes(_retry(filesystem, f"{shown(url)} could not be read", lambda: filesystem.cat_file(path)))
+
+
+def read_lines(url: str) -> Iterator[bytes]:
+    """Yields the lines of a file with their ends; of a local one without holding the others. Raises as `read`."""
+    filesystem, path = _locate(url)
+    if isinstance(filesystem, LocalFileSystem) and stat.S_ISREG(os.stat(path).st_mode):
+        with open(path, "rb") as file:
+            yield from file
+    else:
+        yield from BytesIO(read(url))
 
 
 class RangeReader:
