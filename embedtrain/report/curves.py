@@ -7,7 +7,6 @@ import math
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,11 +77,12 @@ def read_curves(records: Iterable[Mapping[str, Any]]) -> RunCurves:
 
 
 def _finite(value: Any) -> float | None:
-    if not isinstance(value, int | float):
-        return None
-    with suppress(OverflowError):  # an integer of hundreds of digits
-        return float(value) if math.isfinite(value) else None
-    return None
+    if isinstance(value, int):
+        try:
+            value = float(value)
+        except OverflowError:  # an integer of hundreds of digits
+            return None
+    return value if isinstance(value, float) and math.isfinite(value) else None
 
 
 def without_partial(logged: RunCurves) -> Curves:
