@@ -135,6 +135,7 @@ def project(rows: FloatRows) -> FloatRows:
 
 
 def _analogies(vectors: Vectors, paths: Sequence[str]) -> Iterator[Section]:
+    paths = list(dict.fromkeys(paths))
     if not paths:
         return
     frequent = vectors.first(ANALOGY_WORDS)
@@ -152,10 +153,12 @@ def _analogies(vectors: Vectors, paths: Sequence[str]) -> Iterator[Section]:
             ".1%",
             [f"{section.num_correct:,} of {section.num_questions:,}" for section in answered],
         )
+        # Sections and measures of several files are told apart by the file.
+        of_file = f" of {path}" if len(paths) > 1 else ""
         yield Section(
-            "Analogies",
+            f"Analogies{of_file}",
             [bars],
             f"{path}: of words among the {frequent.num_rows:,} most frequent. Questions with another word are left "
             f"out: {found.num_oov:,}.",
-            {"analogies": found.total.accuracy} if found.total.num_questions else {},
+            {f"analogies{of_file}": found.total.accuracy} if found.total.num_questions else {},
         )
