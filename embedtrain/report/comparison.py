@@ -7,7 +7,7 @@ from typing import Any
 
 from embedtrain import storage
 from embedtrain.config.resolved import settings_in
-from embedtrain.config.secrets import without_secrets
+from embedtrain.config.secrets import hide_secrets
 from embedtrain.errors import UserError
 from embedtrain.export.storage import refuse_packed_name
 from embedtrain.metrics.figures import Section, Table
@@ -103,5 +103,4 @@ def _differing(named: Mapping[str, RunFacts]) -> Iterator[tuple[str, ...]]:
     for key in dict.fromkeys(key for each in settings for key in each):
         values = [str(each.get(key, "")) for each in settings]
         if len(set(values)) > 1 and key not in _ALWAYS_OTHER:
-            told = (without_secrets(f"{key}={value}").removeprefix(f"{key}=") for value in values)
-            yield (key, *told)
+            yield (key, *(hide_secrets(key, value) for value in values))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from embedtrain.checkpoint.writer import own_version
-from embedtrain.config.secrets import without_secrets
+from embedtrain.config.secrets import hide_secrets, without_secrets
 from embedtrain.storage import base_name
 
 _GIT_SECONDS = 5.0
@@ -54,9 +54,12 @@ def command_line(words: Sequence[str]) -> str:
 
 
 def _without_secrets(name: str, word: str) -> str:
-    pair = f"{name}={word}"
-    if name.startswith("--") and "=" not in name and not word.startswith("-") and without_secrets(pair) != pair:
-        return without_secrets(pair).removeprefix(f"{name}=")
+    """Returns a word of a command without its secrets; `name` is the word before it."""
+    if name.startswith("--") and "=" not in name and not word.startswith("-"):
+        return str(hide_secrets(name.lstrip("-"), word))
+    key, equals, value = word.partition("=")
+    if equals and "://" not in key and "{" not in key:
+        return f"{key}={hide_secrets(key.lstrip('-'), value)}" if value != "null" else word
     return without_secrets(word)
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
 from embedtrain.config.resolved import differing_keys, settings_in, to_yaml
+from embedtrain.config.secrets import hide_secrets
 from embedtrain.config.sections import Config
 from embedtrain.config.tuned import tuned_settings
 from embedtrain.config.values import settings_of
@@ -394,11 +395,13 @@ def _build_sinks(config: Config, folder: RunFolder, state: TrainState, task: Tas
         sinks.append(board)
     if config.log.wandb is None and config.log.mlflow is None:
         return sinks
+    # What trackers keep, others read.
+    settings = hide_secrets("", settings_of(config))
     path, run_id = local_path(folder.path) or shown(folder.path), folder.run_id(is_new=state.step == 0)
     if config.log.wandb is not None:
-        sinks.append(WandbSink(config.log.wandb, path, run_id, settings_of(config)))
+        sinks.append(WandbSink(config.log.wandb, path, run_id, settings))
     if config.log.mlflow is not None:
-        sinks.append(MlflowSink(config.log.mlflow, path, run_id, settings_of(config)))
+        sinks.append(MlflowSink(config.log.mlflow, path, run_id, settings))
     return sinks
 
 

@@ -50,6 +50,7 @@ def test_a_command_is_kept_as_it_is_typed_without_passwords() -> None:
         ("data.path=https://b/c?access_token=key", "data.path=https://b/c"),
         ("log.api_key=key", "'log.api_key=(hidden)'"),
         ("log={token: key, other: 1}", "'log={token: (hidden), other: 1}'"),
+        ("log.token=my long key", "'log.token=(hidden)'"),
         ("log.token=null", "log.token=null"),
         ("data.tokenizer=bert", "data.tokenizer=bert"),
         ("data.num_tokens=5", "data.num_tokens=5"),
