@@ -17,7 +17,7 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from io import FileIO
+from io import BytesIO, FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -62,13 +62,18 @@ def join(url: str, name: str) -> str:
     return f"{url.rstrip('/')}/{name}"
 
 
+_SECRET_OPTIONS = {"password", "token", "access_token", "api_key", "secret", "sig", "signature"}
+_SECRET_OPTIONS |= {"x-amz-signature", "x-amz-security-token", "x-goog-signature"}
+"""Names in the query of a URL whose values let anybody in who knows them, of signed URLs too."""
+
+
 def has_password(url: str) -> bool:
-    """Returns whether a URL contains a password: `ftp://USER:PASSWORD@HOST`, or `?password=` of Redis."""
+    """Returns whether a URL contains a password: `ftp://USER:PASSWORD@HOST`, or `?password=`, `?token=` and so on."""
     return shown(url) != url
 
 
 def shown(url: str) -> str:
-    """Returns a URL for messages and files, without its password."""
+    """Returns a URL for messages and files, without its password or token."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         return url
@@ -78,7 +83,7 @@ def shown(url: str) -> str:
     login, _, _ = authority.rpartition("@")
     if ":" in login:
         address = login.partition(":")[0] + address[len(login) :]
-    options = [part for part in query.split("&") if not part.startswith("password=")]
+    options = [part for part in query.split("&") if part.partition("=")[0].lower() not in _SECRET_OPTIONS]
     return f"{scheme}://{address}{question if options else ''}{'&'.join(options)}"
 
 
@@ -278,6 +283,16 @@ def read(url: str) -> bytes:
     if isinstance(filesystem, LocalFileSystem) and not stat.S_ISREG(mode := os.stat(path).st_mode):
         raise UserError(f"{shown(url)} is {_kind(mode)}, not a file")
     return bytes(_retry(filesystem, f"{shown(url)} could not be read", lambda: filesystem.cat_file(path)))
+
+
+def read_lines(url: str) -> Iterator[bytes]:
+    """Yields the lines of a file with their ends; of a local one without holding the others. Raises as `read`."""
+    filesystem, path = _locate(url)
+    if isinstance(filesystem, LocalFileSystem) and stat.S_ISREG(os.stat(path).st_mode):
+        with open(path, "rb") as file:
+            yield from file
+    else:
+        yield from BytesIO(read(url))
 
 
 class RangeReader:

@@ -30,7 +30,12 @@ def find_checkpoints(checkpoints_path: str) -> list[CheckpointInfo]:
     A checkpoint is complete if it has a manifest. Its bytes are not checked here: a damaged checkpoint is listed,
     and reading it raises an error instead of silently falling back to an older one.
     """
-    return [found for found in _step_folders(checkpoints_path) if MANIFEST_NAME in storage.list_files(found.path)]
+    return [found for found in _step_folders(checkpoints_path) if is_complete(found.path)]
+
+
+def is_complete(path: str) -> bool:
+    """Returns whether there is a complete checkpoint; one that is being deleted is none any more."""
+    return MANIFEST_NAME in storage.list_files(path)
 
 
 def latest_checkpoint(checkpoints_path: str, before: str | None = None) -> str | None:

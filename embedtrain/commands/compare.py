@@ -283,4 +283,4 @@ def _read(config: Config) -> Curve:
     from embedtrain.train.run_folder import RunFolder
 
     # There are no records if the run diverged before the first one.
-    return Curve(config.optimizer.name, config.optimizer.lr, RunFolder(config.run.path).read_metrics())
+    return Curve(config.optimizer.name, config.optimizer.lr, list(RunFolder(config.run.path).read_metrics()))

@@ -59,9 +59,24 @@ class CurvatureDamping:
 
     def __call__(self, touched: Sequence[Touched], ranks: Ranks) -> list[Iterator[tuple[slice, Tensor]]]:
         """See `Preconditioner`. Collective: every rank."""
+        self._check_tables(touched)
+        places = [
+            number for number, part in enumerate(touched) if not self._partner_of.keys().isdisjoint(part.table_names)
+        ]
+        damped = self._damped([touched[place] for place in places], ranks)
+        # Gradients of other groups are left as they are, and nobody need count theirs.
+        found: list[Iterator[tuple[slice, Tensor]]] = [
+            iter([(slice(0, len(part.gradient.values)), part.gradient.values)]) for part in touched
+        ]
+        for place, pieces in zip(places, damped, strict=True):
+            found[place] = pieces
+        return found
+
+    def _damped(self, touched: Sequence[Touched], ranks: Ranks) -> list[Iterator[tuple[slice, Tensor]]]:
+        """Returns the damped gradients of groups with tables of the pairs. Collective: every rank."""
         names = list(self._partner_of)
         counts = self._counts(touched)
-        # Rows of other tables count as those of one more table, which has no curvature.
+        # Rows of other tables of a group count as those of one more table, which has no curvature.
         tables = [torch.tensor([_position(names, name) for name in part.table_names]) for part in touched]
         tables = [
             to_device(known, part.tables.device)[part.tables] for known, part in zip(tables, touched, strict=True)
@@ -83,13 +98,16 @@ class CurvatureDamping:
             damped.append(_in_pieces(part.gradient.values, of_table, times, curvatures, directions))
         return damped
 
-    def _counts(self, touched: Sequence[Touched]) -> list[Tensor]:
-        """Returns the counts of each group's rows, [n] float32."""
+    def _check_tables(self, touched: Sequence[Touched]) -> None:
+        """Refuses an optimizer that lacks a table of the pairs."""
         found = {name for part in touched for name in part.table_names}
         if missing := sorted(self._partner_of.keys() - found):
             raise ValueError(
                 f"CurvatureDamping: the optimizer has no table {', '.join(missing)}; it has {sorted(found)}"
             )
+
+    def _counts(self, touched: Sequence[Touched]) -> list[Tensor]:
+        """Returns the counts of each group's rows, [n] float32."""
         counts = []
         for part in touched:
             if part.gradient.counts is None:
@@ -113,9 +131,9 @@ def _in_pieces(
 
 def has_row_rates(optimizer: SparseOptimizer) -> bool:
     """Returns whether `CurvatureDamping` can damp the gradients of an optimizer: see `SparseOptimizer.row_rates`."""
-    no_rows = torch.zeros(0, dtype=torch.int64, device=optimizer.stores[0].device)
+    # Rows may live in host memory though the store's device is a GPU.
     return all(
-        optimizer.row_rates(store, no_rows, settings) is not None
+        optimizer.row_rates(store, torch.zeros(0, dtype=torch.int64, device=store.weight.device), settings) is not None
         for store, settings in zip(optimizer.stores, optimizer.param_groups, strict=True)
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from embedtrain import storage
 from embedtrain.config.resolved import settings_in
+from embedtrain.config.secrets import hide_secrets
 from embedtrain.errors import UserError
 from embedtrain.export.storage import refuse_packed_name
 from embedtrain.metrics.figures import Section, Table
@@ -35,7 +36,7 @@ def write_comparison(run_paths: Sequence[str], output: str | None) -> str:
     refuse_packed_name(path, "HTML")
     facts = [read_facts(run_path) for run_path in run_paths]
     if len({each.path for each in facts}) < len(facts):
-        raise UserError(f"a run is named twice: {', '.join(each.path for each in facts)}")
+        raise UserError(f"a run is named twice: {', '.join(storage.shown(each.path) for each in facts)}")
     storage.replace(path, render(comparison_page(facts)).encode(), f"{path}.tmp")
     return path
 
@@ -65,7 +66,7 @@ def comparison_page(runs: Sequence[RunFacts]) -> Page:
 def run_names(runs: Sequence[RunFacts]) -> list[str]:
     """Returns the names of the runs; their paths if two runs have one name."""
     names = [facts.name for facts in runs]
-    return names if len(set(names)) == len(names) else [facts.path for facts in runs]
+    return names if len(set(names)) == len(names) else [storage.shown(facts.path) for facts in runs]
 
 
 def _cards(named: Mapping[str, RunFacts]) -> Iterator[Card]:
@@ -102,4 +103,4 @@ def _differing(named: Mapping[str, RunFacts]) -> Iterator[tuple[str, ...]]:
     for key in dict.fromkeys(key for each in settings for key in each):
         values = [str(each.get(key, "")) for each in settings]
         if len(set(values)) > 1 and key not in _ALWAYS_OTHER:
-            yield (key, *values)
+            yield (key, *(hide_secrets(key, value) for value in values))

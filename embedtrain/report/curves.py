@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ BUSIEST_RANK = f"{STAGE}busiest_rank"
 MAX_POINTS = 800
 """Points of a line; of more, the lowest and the highest of each stretch are kept."""
 
-Curves = Mapping[str, tuple[list[int], list[float]]]
+Curves = Mapping[str, tuple[Sequence[int], Sequence[float]]]
 
 _SYNC = "step"
 
@@ -32,10 +33,12 @@ class RunCurves:
     Attributes:
         curves: by the name of a number, its steps and values.
         evaluated: names of the numbers that an evaluation has logged, not the training.
+        last_step: of the last record; 0 without one.
     """
 
     curves: Curves
     evaluated: frozenset[str] = frozenset()
+    last_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,45 +56,54 @@ class Groups:
     plumbing: Sequence[Chart]
 
 
-def curves_of(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    """Returns the steps and values of each number of the records; nulls and texts are left out."""
-    curves: dict[str, tuple[list[int], list[float]]] = {}
+def read_curves(records: Iterable[Mapping[str, Any]]) -> RunCurves:
+    """Returns what the records of `metrics.jsonl` say, without holding them; nulls and texts are left out.
+
+    An evaluation's numbers are those that stand in records without a training loss alone.
+    """
+    curves: dict[str, tuple[array[int], array[float]]] = {}
+    trained, evaluated = set[str](), set[str]()
+    last_step = 0
     for record in records:
+        last_step = record["step"]
+        (trained if "loss" in record else evaluated).update(record)
         for name, value in record.items():
-            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
-                steps, values = curves.setdefault(name, ([], []))
-                steps.append(record["step"])
-                values.append(float(value))
-    return curves
+            if name != "step" and (number := _finite(value)) is not None:
+                # A long run has millions of points: arrays take a fifth of the memory of lists.
+                steps, values = curves.setdefault(name, (array("q"), array("d")))
+                steps.append(last_step)
+                values.append(number)
+    return RunCurves(curves, frozenset(evaluated - trained), last_step)
 
 
-def evaluated_names(records: Sequence[Mapping[str, Any]]) -> frozenset[str]:
-    """Returns the names of the numbers that stand in records without a training loss alone: those of evaluations."""
-    trained = {name for record in records if "loss" in record for name in record}
-    return frozenset({name for record in records if "loss" not in record for name in record} - trained)
+def _finite(value: Any) -> float | None:
+    if isinstance(value, int):
+        try:
+            value = float(value)
+        except OverflowError:  # an integer of hundreds of digits
+            return None
+    return value if isinstance(value, float) and math.isfinite(value) else None
 
 
-def without_partial(logged: RunCurves) -> dict[str, tuple[list[int], list[float]]]:
+def without_partial(logged: RunCurves) -> Curves:
     """Returns the curves without the points that stand for less than the others do.
 
     The last record of the training covers fewer steps than `log.every_steps` if the run ended between two; and the
     numbers of ids are those of one step, which is smaller at the end of an epoch.
     """
     steps, _ = logged.curves.get("loss", ([], []))
-    gaps = Counter(b - a for a, b in zip([0, *steps[:-1]], steps, strict=True))
+    gaps = Counter(b - a for a, b in itertools.pairwise(itertools.chain([0], steps)))
     is_short = len(steps) > 2 and steps[-1] - steps[-2] < max(gaps, key=lambda gap: (gaps[gap], gap))
     last = steps[-1] if is_short else None
     ends = {step for step, epoch in zip(*logged.curves.get("epoch", ([], [])), strict=True) if epoch == int(epoch)}
-    kept = {}
+    kept: dict[str, tuple[Sequence[int], Sequence[float]]] = {}
     for name, (at, values) in logged.curves.items():
         dropped = ends if name.startswith(IDS) else set()
         is_trained = name not in logged.evaluated
-        points = [
-            (step, value)
-            for step, value in zip(at, values, strict=True)
-            if step not in dropped and not (is_trained and step == last)
-        ]
-        kept[name] = ([step for step, _ in points], [value for _, value in points]) if points else (at, values)
+        places = [p for p, step in enumerate(at) if step not in dropped and not (is_trained and step == last)]
+        kept[name] = (at, values)
+        if 0 < len(places) < len(at):
+            kept[name] = (array("q", (at[place] for place in places)), array("d", (values[place] for place in places)))
     return kept
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +12,9 @@ import torch
 import yaml
 
 from embedtrain import storage
-from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
-from embedtrain.errors import UserError
-from embedtrain.report.curves import BUSIEST_RANK, STAGE, Curves, RunCurves, curves_of, evaluated_names
+from embedtrain.checkpoint import CheckpointReader, is_complete, latest_checkpoint
+from embedtrain.errors import CheckpointError, UserError
+from embedtrain.report.curves import BUSIEST_RANK, STAGE, Curves, RunCurves, read_curves
 from embedtrain.sharding.layout import read_layout
 from embedtrain.train.run_folder import PROFILE_NAME, RunFolder
 from embedtrain.train.state import RunState, TrainState, read_run_state
@@ -86,7 +87,7 @@ class RunFacts:
         """The name of the run: the last part of the path of its folder."""
         return storage.base_name(self.path)
 
-    @property
+    @functools.cached_property
     def settings(self) -> Mapping[str, Any]:
         """The configuration; empty if it cannot be read."""
         try:
@@ -119,20 +120,13 @@ def read_facts(run_path: str) -> RunFacts:
     config = folder.read_config()
     if config is None:
         raise UserError(f"no run folder at {run_path!r}; expected the run.path that a training wrote to")
-    records = folder.read_metrics()
-    logged = RunCurves(curves_of(records), evaluated_names(records))
-    last = records[-1] if records else {"step": 0}
-    path = latest_checkpoint(folder.checkpoints_path)
-    state, world_size, tables = None, None, list[TableFacts]()
-    if path is not None:
-        with CheckpointReader(path) as reader:
-            state, world_size = read_run_state(reader.manifest, path), reader.manifest.world_size
-            tables = _tables(reader, state)
+    logged = read_curves(folder.read_metrics())
+    state, world_size, tables = _read_newest(folder.checkpoints_path)
     return RunFacts(
         path=folder.path,
         config=config,
         status=folder.read_status(),
-        step=last["step"] if state is None else state.train.step,
+        step=logged.last_step if state is None else state.train.step,
         world_size=world_size,
         seconds=_last(logged, "seconds") if state is None else state.train.seconds,
         epochs=_last(logged, "epoch") if state is None else epochs_done(state.train, logged.curves),
@@ -142,6 +136,22 @@ def read_facts(run_path: str) -> RunFacts:
         profile=_profile(folder),
         starts=folder.read_starts(),
     )
+
+
+def _read_newest(checkpoints_path: str) -> tuple[RunState | None, int | None, list[TableFacts]]:
+    """Returns state, ranks and tables of the newest checkpoint.
+
+    The training of the run may save another one and delete this one meanwhile: then it is read instead.
+    """
+    while (path := latest_checkpoint(checkpoints_path)) is not None:
+        try:
+            with CheckpointReader(path) as reader:
+                state = read_run_state(reader.manifest, path)
+                return state, reader.manifest.world_size, _tables(reader, state)
+        except (CheckpointError, FileNotFoundError):
+            if is_complete(path):
+                raise
+    return None, None, []
 
 
 def _last(logged: RunCurves, name: str) -> float:

@@ -70,7 +70,7 @@ def cards_of(logged: RunCurves, settings: Mapping[str, Any], extra: Mapping[str,
             detail += f"{', ' if detail else ''}training {number(twin[1][-1])}"
         cards.append(Card(as_words(name), number(values[-1]), detail))
     added = [Card(as_words(name), number(value)) for name, value in extra.items()]
-    return [*cards[: MAX_CARDS - len(added)], *added]
+    return [*cards[: max(MAX_CARDS - len(added), 0)], *added]
 
 
 def last_values(logged: RunCurves) -> Sequence[tuple[str, float]]:

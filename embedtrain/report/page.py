@@ -6,6 +6,7 @@ import importlib.resources
 import json
 import math
 import re
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -133,11 +134,17 @@ def _data_of(part: Chart | PointMap) -> dict[str, Any]:
             "yLabel": part.y_label,
             "hasLabels": part.has_labels,
         }
-    x = sorted({value for line in part.lines for value in line.x})
+    # A line that rises straight up, as a ROC curve does, has several points at one place of the axis.
+    times = Counter[float]()
+    for line in part.lines:
+        times |= Counter(line.x)
+    x = sorted(times.elements())
     aligned = []
     for line in part.lines:
-        values = dict(zip(line.x, line.y, strict=True))
-        aligned.append(_rounded([values.get(value) for value in x]))
+        values: dict[float, deque[float]] = {}
+        for at, value in zip(line.x, line.y, strict=True):
+            values.setdefault(at, deque()).append(value)
+        aligned.append(_rounded([values[at].popleft() if values.get(at) else None for at in x]))
     return {
         "kind": "lines",
         "x": _rounded(x),

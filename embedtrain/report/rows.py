@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from embedtrain.checkpoint import latest_checkpoint
+from embedtrain.checkpoint import is_complete
+from embedtrain.checkpoint.manifest import step_of
 from embedtrain.data.readers.blocks import read_lines
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.export import Vectors, neighbors, unit_rows
@@ -16,7 +18,7 @@ from embedtrain.export.vectors import FloatRows
 from embedtrain.metrics.analogies import evaluate_analogies
 from embedtrain.metrics.figures import Bars, PointMap, Section, Table
 from embedtrain.recipes.trained import open_run_vectors
-from embedtrain.train.run_folder import RunFolder
+from embedtrain.storage import base_name
 
 NUM_MAPPED = 1000
 """Rows on the map, the most frequent ones."""
@@ -29,8 +31,10 @@ _EXAMPLE_PLACES = (100, 200, 400, 800, 1600, 3200)
 _logger = logging.getLogger(__name__)
 
 
-def row_sections(run_path: str, words: Sequence[str], analogies: Sequence[str], runtime: Runtime) -> list[Section]:
-    """Returns neighbours, a map and analogies of the rows; nothing if no table is the one to look at.
+def row_sections(
+    run_path: str, words: Sequence[str], analogies: Sequence[str], runtime: Runtime, path: str | None
+) -> list[Section]:
+    """Returns on rank 0 neighbours, a map and analogies of the rows; nothing if no table is the one to look at.
 
     Collective: every rank.
 
@@ -39,29 +43,41 @@ def row_sections(run_path: str, words: Sequence[str], analogies: Sequence[str], 
         words: names of the rows whose neighbours to show; some frequent rows if there are none.
         analogies: files of questions; see `evaluate_analogies`.
         runtime: of this process.
+        path: of the checkpoint; None if there is none.
 
     Raises:
         UserError: there is no such word, or a file of questions cannot be used.
     """
-    if latest_checkpoint(RunFolder(run_path).checkpoints_path) is None and not words and not analogies:
+    if path is None and not words and not analogies:
         return []
+    ranks = runtime.ranks
+    step = None if path is None else step_of(base_name(path))
     try:
-        opened = open_run_vectors(run_path, None, runtime)
+        opened = ranks.run_on_each(lambda: open_run_vectors(run_path, None, runtime, step))
     except UserError as error:
-        if words or analogies:
+        if words or analogies or (path is not None and not is_complete_on_first(path, ranks)):
             raise
         # Several tables, and none is said to be the one to look at; or the data of a retrieval run are gone.
         _logger.info(f"the report is without neighbours and map: {error}")
         return []
     with opened as vectors:
-        near = {word: neighbors(vectors, word, _NUM_NEIGHBORS) for word in words or _examples(vectors)}
-        frequent = vectors.first(NUM_MAPPED)
-        shown = {*near, *frequent.words, *(other for found in near.values() for other, _ in found)}
-        titles = _titles(vectors, sorted(shown))
-        sections = [_neighbors(near, titles, vectors.noun)] if near else []
-        if frequent.num_rows:
-            sections.append(_map(frequent, titles))
-        return [*_analogies(vectors, analogies), *sections]
+        return ranks.run_on_each(lambda: _sections(vectors, words, analogies) if ranks.rank == 0 else [])
+
+
+def is_complete_on_first(path: str, ranks: Ranks) -> bool:
+    """Returns whether the checkpoint is still there, as rank 0 sees it. Collective: every rank."""
+    return ranks.run_on_first(lambda: is_complete(path))
+
+
+def _sections(vectors: Vectors, words: Sequence[str], analogies: Sequence[str]) -> list[Section]:
+    near = {word: neighbors(vectors, word, _NUM_NEIGHBORS) for word in words or _examples(vectors)}
+    frequent = vectors.first(NUM_MAPPED)
+    shown = {*near, *frequent.words, *(other for found in near.values() for other, _ in found)}
+    titles = _titles(vectors, sorted(shown))
+    sections = [_neighbors(near, titles, vectors.noun)] if near else []
+    if frequent.num_rows:
+        sections.append(_map(frequent, titles))
+    return [*_analogies(vectors, analogies), *sections]
 
 
 def _titles(vectors: Vectors, words: Sequence[str]) -> Mapping[str, str]:
@@ -119,6 +135,7 @@ def project(rows: FloatRows) -> FloatRows:
 
 
 def _analogies(vectors: Vectors, paths: Sequence[str]) -> Iterator[Section]:
+    paths = list(dict.fromkeys(paths))
     if not paths:
         return
     frequent = vectors.first(ANALOGY_WORDS)
@@ -136,10 +153,12 @@ def _analogies(vectors: Vectors, paths: Sequence[str]) -> Iterator[Section]:
             ".1%",
             [f"{section.num_correct:,} of {section.num_questions:,}" for section in answered],
         )
+        # Sections and measures of several files are told apart by the file.
+        of_file = f" of {path}" if len(paths) > 1 else ""
         yield Section(
-            "Analogies",
+            f"Analogies{of_file}",
             [bars],
             f"{path}: of words among the {frequent.num_rows:,} most frequent. Questions with another word are left "
             f"out: {found.num_oov:,}.",
-            {"analogies": found.total.accuracy} if found.total.num_questions else {},
+            {f"analogies{of_file}": found.total.accuracy} if found.total.num_questions else {},
         )

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from embedtrain import storage
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
+from embedtrain.config.secrets import without_secrets
 from embedtrain.distributed.runtime import Runtime
-from embedtrain.errors import UserError, counted
+from embedtrain.errors import CheckpointError, UserError, counted
 from embedtrain.export.storage import refuse_packed_name
 from embedtrain.metrics.figures import Bars, Part, Section, Table, Text
 from embedtrain.recipes.registry import recipe_of
@@ -18,7 +19,7 @@ from embedtrain.report.curves import charts_of
 from embedtrain.report.facts import RunFacts, read_facts
 from embedtrain.report.headline import cards_of, last_values
 from embedtrain.report.page import Page, render
-from embedtrain.report.rows import row_sections
+from embedtrain.report.rows import is_complete_on_first, row_sections
 from embedtrain.train.run_folder import RunFolder
 
 MAX_TABLE_BYTES = 8 << 30
@@ -48,25 +49,46 @@ def write_report(
     """
     if output is not None:
         refuse_packed_name(output, "HTML")
-    facts = read_facts(run_path)
-    sections = [*_recipe_sections(run_path, runtime), *row_sections(run_path, words, analogies, runtime)]
+    ranks = runtime.ranks
+    facts = ranks.run_on_each(lambda: read_facts(run_path) if ranks.rank == 0 else None)
+    sections = _sections(run_path, words, analogies, runtime)
     path = output or f"{run_path.rstrip('/')}/report.html"
-    if runtime.rank == 0:
-        storage.replace(path, render(run_page(facts, sections)).encode(), f"{path}.tmp")
+
+    def write() -> None:
+        if facts is not None:
+            storage.replace(path, render(run_page(facts, sections)).encode(), f"{path}.tmp")
+
+    ranks.run_on_each(write)
     return path
 
 
-def _recipe_sections(run_path: str, runtime: Runtime) -> list[Section]:
-    """Returns what the run's recipe has to say; nothing without a checkpoint. Collective: every rank."""
+def _sections(run_path: str, words: Sequence[str], analogies: Sequence[str], runtime: Runtime) -> list[Section]:
+    """Returns what the run's recipe and its rows have to say. Collective: every rank."""
+    while True:
+        # Ranks that looked for themselves might find different checkpoints, because the run may be saving one.
+        path = runtime.ranks.run_on_first(lambda: _chosen_checkpoint(run_path))
+        try:
+            of_recipe = recipe_sections(run_path, runtime, path)
+            return [*of_recipe, *row_sections(run_path, words, analogies, runtime, path)]
+        except (CheckpointError, UserError):
+            if path is None or is_complete_on_first(path, runtime.ranks):
+                raise
+            # The training of the run has saved another one meanwhile, and deleted this one.
+
+
+def _chosen_checkpoint(run_path: str) -> str | None:
+    """Returns the path of the checkpoint to read; None if there is none."""
+    is_there = latest_checkpoint(RunFolder(run_path).checkpoints_path) is not None
+    return checkpoint_of(run_path, None) if is_there else None
+
+
+def recipe_sections(run_path: str, runtime: Runtime, path: str | None) -> list[Section]:
+    """Returns what the run's recipe has to say of a checkpoint; nothing without one. Collective: every rank."""
     config = require_config(run_path)
-    folder = RunFolder(run_path)
     report = recipe_of(config.model).report
-    newest = latest_checkpoint(folder.checkpoints_path)
-    if report is None or newest is None:
+    if report is None or path is None:
         return []
-    with CheckpointReader(newest) as reader:
-        weights = [info for name, info in reader.tensors.items() if name.endswith("/weight")]
-    per_rank = sum(info.shape[0] * info.shape[1] * info.dtype.itemsize for info in weights) / runtime.world_size
+    per_rank = runtime.ranks.run_on_first(lambda: _bytes_of_tables(path)) / runtime.world_size
     if per_rank > MAX_TABLE_BYTES:
         _logger.warning(
             f"the report is without the measures of {config.model}: its tables take {per_rank / 2**30:.0f} GiB per "
@@ -74,10 +96,16 @@ def _recipe_sections(run_path: str, runtime: Runtime) -> list[Section]:
         )
         return []
     try:
-        return list(report(config, runtime, checkpoint_of(run_path, None)))
+        return list(report(config, runtime, path))
     except UserError as error:
         _logger.warning(f"the report is without the measures of {config.model}: {error}")
         return []
+
+
+def _bytes_of_tables(path: str) -> int:
+    with CheckpointReader(path) as reader:
+        weights = [info for name, info in reader.tensors.items() if name.endswith("/weight")]
+    return sum(info.shape[0] * info.shape[1] * info.dtype.itemsize for info in weights)
 
 
 def run_page(facts: RunFacts, sections: Sequence[Section] = ()) -> Page:
@@ -152,14 +180,14 @@ def _machinery(facts: RunFacts, charts: Sequence[Part]) -> list[Section]:
 
 
 def _origin(facts: RunFacts) -> list[Section]:
-    rows = [("run folder", facts.path)]
+    rows = [("run folder", storage.shown(facts.path))]
     if facts.starts:
         first, last = facts.starts[0], facts.starts[-1]
         rows.append(("started", str(first.get("time"))))
         if len(facts.starts) > 1:
             rows.append(("started again", f"{len(facts.starts) - 1} times, the last on {last.get('time')}"))
         rows += [
-            (label, str(last[key]))
+            (label, without_secrets(str(last[key])))
             for key, label in (
                 ("command", "command"),
                 ("commit", "git commit"),
@@ -172,5 +200,5 @@ def _origin(facts: RunFacts) -> list[Section]:
         ]
     return [
         Section("Origin", [Table("", ("what", "value"), rows)]),
-        Section("Settings", [Text("", facts.config)]),
+        Section("Settings", [Text("", without_secrets(facts.config))]),
     ]

@@ -301,18 +301,24 @@ def load_weights(path: str, tables: EmbeddingCollection, dense: DenseOptimizer |
 
     Raises:
         UserError: it was trained on other data.
-        CheckpointError: its tensors are not those of the tables.
+        CheckpointError: its tensors are not those of the tables, or it is damaged or was deleted meanwhile.
     """
-    with CheckpointReader(path) as reader:
-        if read_run_state(reader.manifest, path).data_fingerprint != data_fingerprint:
-            raise UserError(
-                f"{path} was trained on other data than those that the run has now: the rows of its tables do not "
-                "belong to these data"
-            )
-        load_shards(reader, tables.shard_views(), LoadOptions(optimizer_state="reset"))
-        if dense is not None:
-            dense.load_tensors(reader.replicated(), with_state=False)
-        return reader.step
+    views = tables.shard_views()
+
+    def load() -> int:
+        with CheckpointReader(path) as reader:
+            if read_run_state(reader.manifest, path).data_fingerprint != data_fingerprint:
+                raise UserError(
+                    f"{path} was trained on other data than those that the run has now: the rows of its tables do not "
+                    "belong to these data"
+                )
+            load_shards(reader, views, LoadOptions(optimizer_state="reset"))
+            if dense is not None:
+                dense.load_tensors(reader.replicated(), with_state=False)
+            return reader.step
+
+    # What one rank cannot read fails on all: else the others would wait for it in the next collective.
+    return tables.ranks.run_on_each(load)
 
 
 def _corruption(error: Exception | None) -> str | None:

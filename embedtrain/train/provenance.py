@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from embedtrain.checkpoint.writer import own_version
-from embedtrain.storage import base_name, shown
+from embedtrain.config.secrets import hide_secrets, without_secrets
+from embedtrain.storage import base_name
 
 _GIT_SECONDS = 5.0
 
@@ -43,16 +44,23 @@ def start_facts(step: int, num_ranks: int) -> dict[str, Any]:
 
 
 def command_line(words: Sequence[str]) -> str:
-    """Returns the words of a command as they would be typed, without the passwords of URLs."""
+    """Returns the words of a command as they would be typed, without passwords and tokens."""
     program = base_name(words[0]) if words else ""
     first = "embedtrain" if program in ("embedtrain", "__main__.py") else program
-    return shlex.join([first, *map(_without_password, words[1:])])
+    # The value of an option such as --token is a word of its own.
+    names = ["", *words[1:-1]]
+    told = (_without_secrets(name, word) for name, word in zip(names, words[1:], strict=False))
+    return shlex.join([first, *told])
 
 
-def _without_password(word: str) -> str:
-    name, equals, value = word.partition("=")
-    # The = of a URL's query is not that of a setting.
-    return f"{name}={shown(value)}" if equals and "://" not in name else shown(word)
+def _without_secrets(name: str, word: str) -> str:
+    """Returns a word of a command without its secrets; `name` is the word before it."""
+    if name.startswith("--") and "=" not in name and not word.startswith("-"):
+        return str(hide_secrets(name.lstrip("-"), word))
+    key, equals, value = word.partition("=")
+    if equals and "://" not in key and "{" not in key:
+        return f"{key}={hide_secrets(key.lstrip('-'), value)}" if value != "null" else word
+    return without_secrets(word)
 
 
 def git_commit() -> str | None:
@@ -61,7 +69,8 @@ def git_commit() -> str | None:
     try:
         # Without optional locks git writes nothing, not even a refreshed index.
         env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_SECONDS, check=False, env=env)
+        done = subprocess.run(command, capture_output=True, timeout=_GIT_SECONDS, check=False, env=env)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    # As bytes: what git says of a folder with an odd name need not be UTF-8.
+    return done.stdout.decode("ascii", "replace").strip() or None if done.returncode == 0 else None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from embedtrain.checkpoint import LoadOptions, Retention, SaveOptions, latest_checkpoint
 from embedtrain.config.resolved import differing_keys, settings_in, to_yaml
+from embedtrain.config.secrets import hide_secrets
 from embedtrain.config.sections import Config
 from embedtrain.config.tuned import tuned_settings
 from embedtrain.config.values import settings_of
@@ -275,8 +276,7 @@ def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts)
             "train.precision=bfloat16: this processor has no instructions for bfloat16 (AMX or AVX-512 BF16), and "
             "multiplies several times slower in it than in float32"
         )
-    start = start_facts(state.step, runtime.world_size) if runtime.rank == 0 else {}
-    runtime.ranks.run_on_first(functools.partial(_write_folder, folder, config, parts, start))
+    runtime.ranks.run_on_first(functools.partial(_write_folder, folder, config, parts, state.step, runtime.world_size))
     sinks = _build_sinks(config, folder, state, parts.task) if runtime.rank == 0 else []
     observers = _build_observers(config, folder, state, parts.task, sinks, runtime)
     return Run(trainer, folder, checkpoints, sinks, is_resumed, earlier is not None, observers, parts.unverified)
@@ -380,9 +380,9 @@ def _schedule_factor(config: Config, done: float) -> float:
     return schedule_factor(schedule.name, done, schedule.min_factor, schedule.warmup)
 
 
-def _write_folder(folder: RunFolder, config: Config, parts: Parts, start: Mapping[str, Any]) -> None:
+def _write_folder(folder: RunFolder, config: Config, parts: Parts, step: int, num_ranks: int) -> None:
     folder.write_config(to_yaml(config))
-    folder.add_start(start, is_new=start["step"] == 0)
+    folder.add_start(start_facts(step, num_ranks), is_new=step == 0)
     parts.write_files(folder)
 
 
@@ -399,11 +399,13 @@ def _build_sinks(config: Config, folder: RunFolder, state: TrainState, task: Tas
         sinks.append(board)
     if config.log.wandb is None and config.log.mlflow is None:
         return sinks
+    # What trackers keep, others read.
+    settings = hide_secrets("", settings_of(config))
     path, run_id = local_path(folder.path) or shown(folder.path), folder.run_id(is_new=state.step == 0)
     if config.log.wandb is not None:
-        sinks.append(WandbSink(config.log.wandb, path, run_id, settings_of(config)))
+        sinks.append(WandbSink(config.log.wandb, path, run_id, settings))
     if config.log.mlflow is not None:
-        sinks.append(MlflowSink(config.log.mlflow, path, run_id, settings_of(config)))
+        sinks.append(MlflowSink(config.log.mlflow, path, run_id, settings))
     return sinks
 
 

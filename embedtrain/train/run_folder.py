@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -122,23 +122,20 @@ class RunFolder:
         except UnicodeDecodeError as error:
             raise UserError(f"{self.join(CONFIG_NAME)} is not UTF-8: {error}") from error
 
-    def read_metrics(self) -> list[Mapping[str, Any]]:
-        """Returns the records of `metrics.jsonl`, each with its step; lines that hold none are left out and told of."""
-        try:
-            lines = storage.read(self.metrics_path).splitlines()
-        except FileNotFoundError:
-            return []
-        records, bad = [], []
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-                parse(_Record, record)
-                records.append(record)
-            except (ValueError, RecursionError):
-                bad.append(number)
+    def read_metrics(self) -> Iterator[Mapping[str, Any]]:
+        """Yields the records of `metrics.jsonl`, each with its step; lines that hold none are left out and told of."""
+        bad = []
+        with suppress(FileNotFoundError):
+            for number, line in enumerate(storage.read_lines(self.metrics_path), start=1):
+                try:
+                    record = json.loads(line)
+                    parse(_Record, record)
+                except (ValueError, RecursionError):
+                    bad.append(number)
+                else:
+                    yield record
         if bad:
             _logger.warning(f"{self.metrics_path}: {len(bad):,} lines hold no record, such as line {bad[0]}: left out")
-        return records
 
     def read_status(self) -> Mapping[str, Any]:
         """Returns how the run ended; empty while it is going on, after it was killed, or if that cannot be read."""

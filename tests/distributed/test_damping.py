@@ -14,7 +14,7 @@ from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
 from embedtrain.jagged import Jagged
 from embedtrain.ops.sample_text import TextSample
 from embedtrain.ops.skipgram_block import TextBlock, count_of_rows, skipgram_block
-from embedtrain.optim.damping import top_eigenpairs
+from embedtrain.optim.damping import has_row_rates, top_eigenpairs
 from embedtrain.recipes.word2vec.model import INPUT, OUTPUT, Word2Vec, word2vec_tables
 from embedtrain.testing.threads import run_threads
 from embedtrain.train.step import micro_batches, train_step
@@ -143,6 +143,49 @@ def test_moments_of_zero_damp_nothing(number: int) -> None:
     curvatures, directions = top_eigenpairs(torch.zeros(1, 2, 2), number)
     assert curvatures.tolist() == [[0.0, 0.0]] and directions.shape == (1, 2, 2)
     assert bool(directions.isfinite().all())
+
+
+def train_beside(ranks: Ranks, is_beside: bool) -> dict[str, Tensor]:
+    """Trains two damped tables, and beside them a table of another dim that looks up ids without counts."""
+    others = [et.TableSpec("other", 9, 3)] if is_beside else []
+    tables = et.EmbeddingCollection(
+        [et.TableSpec("u", 11, DIM), *others],
+        [et.FeatureSpec("u", "u", pooling="none"), *(et.FeatureSpec("other", "other") for _ in others)],
+        ranks=ranks,
+        seed=3,
+    )
+    optimizer = et.optim.RowwiseAdagrad(tables, **OPTIONS)
+    optimizer.preconditioner = et.optim.CurvatureDamping({"u": "u"})
+    for step in range(NUM_STEPS):
+        ids = torch.randint(0, 11, (6,), generator=torch.Generator().manual_seed(step))
+        asked = tables.ask({"u": et.Jagged.from_ids(ids)})
+        rows = tables.distinct_rows(asked, counts=torch.full((6,), 50.0))
+        loss = (rows @ rows.T).square().sum()
+        if is_beside and step:  # in the first step it has no gradient
+            loss = loss + tables({"other": et.Jagged.from_ids(ids % 9)})["other"].square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: tables.gather_table(name) for name in tables.shards}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_tables_outside_the_pairs_train_as_they_are(world_size: int) -> None:
+    (alone, *_), (beside, *_) = (run_threads(world_size, train_beside, is_beside) for is_beside in (False, True))
+    assert torch.equal(alone["u"], beside["u"])
+    before = et.EmbeddingCollection([et.TableSpec("other", 9, 3)], seed=3).gather_table("other")
+    assert not torch.equal(beside["other"], before)
+
+
+def test_rates_are_asked_for_where_the_rows_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Word2Vec(NUM_WORDS, DIM, placement="host")
+    optimizer = et.optim.RowwiseAdagrad(model.tables, **OPTIONS)
+    for group in model.tables.table_groups:
+        monkeypatch.setattr(group, "device", torch.device("meta"))  # any but that of the rows
+    asked = []
+    monkeypatch.setattr(optimizer, "row_rates", lambda store, rows, settings: asked.append(rows.device))
+    assert not has_row_rates(optimizer)
+    assert asked == [torch.device("cpu")]
 
 
 def one_step(optimizer: et.optim.SparseOptimizer, model: Word2Vec) -> None:

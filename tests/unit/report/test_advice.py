@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from embedtrain.checkpoint import latest_checkpoint
 from embedtrain.cli import main
 from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.distributed.runtime import Runtime
@@ -16,7 +17,7 @@ from embedtrain.report.advice import advice
 from embedtrain.report.curves import RunCurves
 from embedtrain.report.facts import RunFacts, TableFacts, epochs_done, read_facts
 from embedtrain.report.rows import project
-from embedtrain.report.writing import _recipe_sections
+from embedtrain.report.writing import recipe_sections
 from embedtrain.train.state import TrainState
 
 
@@ -161,7 +162,9 @@ def test_a_run_that_has_a_fault_is_told_so_and_no_other(
     Path("ranking.yaml").write_text("model: ranking\n")
     found = advice_of(tmp_path, *settings, **options)
     if told is GOOD:
-        scores, columns = _recipe_sections("run", Runtime(ONE_PROCESS, 0, torch.device("cpu")))
+        scores, columns = recipe_sections(
+            "run", Runtime(ONE_PROCESS, 0, torch.device("cpu")), latest_checkpoint("run/checkpoints")
+        )
         assert [part.title for part in scores.parts] == ["ROC curve", "Calibration", "Lift"]
         lift, importance = scores.parts[2], columns.parts[0]
         assert isinstance(lift, Bars) and isinstance(importance, Bars)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,8 @@ from embedtrain.metrics.figures import Bars, Chart, Line, PointMap, Section, Tab
 from embedtrain.report.comparison import comparison_page
 from embedtrain.report.curves import (
     MAX_POINTS,
-    RunCurves,
     charts_of,
-    curves_of,
-    evaluated_names,
+    read_curves,
     thinned,
     without_partial,
 )
@@ -25,6 +24,7 @@ from embedtrain.report.facts import RunFacts, TableFacts, read_facts
 from embedtrain.report.headline import cards_of
 from embedtrain.report.page import Page, alternative_text, render
 from embedtrain.report.writing import run_page
+from embedtrain.train.run_folder import RunFolder
 
 RECORDS: list[dict[str, Any]] = [
     {
@@ -66,7 +66,7 @@ RECORDS: list[dict[str, Any]] = [
     },
     {"step": 33, "epoch": 1.65, "valid_log_loss": 0.56, "valid_auc": 0.74, "rmse": 1.4},
 ]
-LOGGED = RunCurves(curves_of(RECORDS), evaluated_names(RECORDS))
+LOGGED = read_curves(RECORDS)
 HOSTILE = "</script><img src=x onerror=alert(1)>\x1b[31m&"
 
 
@@ -123,11 +123,33 @@ def test_training_and_validation_stand_in_one_chart_and_the_loss_comes_first() -
 
 def test_a_partial_last_record_is_no_cliff_and_a_small_last_step_of_an_epoch_no_dip() -> None:
     kept = without_partial(LOGGED)
-    assert kept["loss"] == ([10, 20, 30], [0.6, 0.5, 0.4])
-    assert kept["ids/distinct"] == ([10, 30], [50.0, 50.0])
-    assert kept["valid_auc"][0] == [20, 33]
-    even = curves_of([{"step": step, "loss": 1.0} for step in (10, 20, 30)])
-    assert without_partial(RunCurves(even)) == even
+    assert list(map(list, kept["loss"])) == [[10, 20, 30], [0.6, 0.5, 0.4]]
+    assert list(map(list, kept["ids/distinct"])) == [[10, 30], [50.0, 50.0]]
+    assert list(kept["valid_auc"][0]) == [20, 33]
+    even = read_curves([{"step": step, "loss": 1.0} for step in (10, 20, 30)])
+    assert without_partial(even) == even.curves
+
+
+def test_numbers_that_no_chart_can_show_are_left_out() -> None:
+    records = [{"step": 1, "loss": 10**400, "a": "x", "b": None, "c": float("nan")}, {"step": 7, "loss": 2}]
+    logged = read_curves(records)
+    assert {name: list(values) for name, (_, values) in logged.curves.items()} == {"loss": [2.0]}
+    assert logged.last_step == 7
+
+
+def test_a_long_run_takes_little_memory(tmp_path: Path) -> None:
+    record = {f"m{number}": 0.25 for number in range(20)}
+    path = tmp_path / "metrics.jsonl"
+    with path.open("w") as file:
+        for step in range(1, 5001):
+            file.write(json.dumps({"step": step, "loss": 1 / step, **record}) + "\n")
+    tracemalloc.start()
+    logged = read_curves(RunFolder(str(tmp_path)).read_metrics())
+    charts_of({"x": logged})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(logged.curves["loss"][0]) == 5000
+    assert peak < 3 * 5000 * 21 * 16, "more than three times the bytes of the numbers"
 
 
 def test_many_points_are_thinned_and_their_extremes_stay() -> None:
@@ -149,7 +171,7 @@ def test_the_headline_is_quality_and_tells_the_best() -> None:
 
 
 def test_the_page_of_an_unknown_recipe_tells_the_run() -> None:
-    shown = Shown(render(run_page(facts(logged=RunCurves(curves_of(RECORDS[:1]))))))
+    shown = Shown(render(run_page(facts(logged=read_curves(RECORDS[:1])))))
     for text in (
         "done at step 1,200, 2 ranks",
         "What to try next",
@@ -196,6 +218,28 @@ def test_lines_of_a_chart_share_one_axis() -> None:
     assert (drawn["x"], drawn["values"]) == ([1, 2, 3], [[0.5, None, 0.123457], [None, None, None]])
 
 
+def test_a_line_that_rises_straight_up_keeps_its_points() -> None:
+    chart = Chart("ROC", [Line("model", [0.0, 0.0, 1.0], [0.0, 0.5, 1.0]), Line("chance", [0.0, 1.0], [0.0, 1.0])])
+    drawn = drawn_in(render(Page("t", "s", sections=[Section("x", [chart])])))[0]
+    assert (drawn["x"], drawn["values"]) == ([0, 0, 1], [[0, 0.5, 1], [0, None, 1]])
+
+
+def test_more_measures_than_cards_are_all_shown() -> None:
+    extra = {f"measure {number}": 0.5 for number in range(8)}
+    assert [card.name for card in cards_of(LOGGED, {}, extra)] == list(extra)
+
+
+def test_no_secret_is_on_a_page() -> None:
+    config = "data: {path: ftp://user:pass1@host/x}\nlog:\n  token: my pass2 is long\n  other: null\n"
+    known = facts(
+        path="s3://user:pass3@bucket/run", config=config, starts=[{"command": "embedtrain train a=ftp://u:pass4@b"}]
+    )
+    other = facts(path="s3://user:pass5@bucket/other/run", config=config.replace("pass", "pass6"))
+    for page in (render(run_page(known)), render(comparison_page([known, other]))):
+        assert "pass" not in Shown(page).texts and "is long" not in Shown(page).texts
+        assert "user@" in page
+
+
 def test_every_chart_is_told_in_words() -> None:
     told = alternative_text(Chart("loss", [Line("training", [1, 2, 3], [3.0, 1.0, 2.0])], "step"))
     assert told == "Line chart of loss by step: training from 3 to 2, lowest 1, highest 3."
@@ -205,7 +249,11 @@ def test_every_chart_is_told_in_words() -> None:
 
 
 def test_runs_are_compared() -> None:
-    other = facts(path="runs/y", config="seed: 2\n", logged=RunCurves(curves_of(RECORDS[:3]), LOGGED.evaluated))
+    other = facts(
+        path="runs/y",
+        config="seed: 2\n",
+        logged=dataclasses.replace(read_curves(RECORDS[:3]), evaluated=LOGGED.evaluated),
+    )
     page = comparison_page([facts(), other])
     assert [card.value for card in page.cards] == ["0.56", "0.55"]
     measures, quality, differing, *_ = page.sections

@@ -92,7 +92,7 @@ def test_what_may_never_end_is_not_read(tmp_path: Path, put: Callable[[Path], ob
 def test_lines_that_hold_no_record_are_left_out_and_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lines = [b'{"step": 1, "loss": 2}', b"[]", b'{"loss": 3}', b'{"step": "x"}', b"\xff", b'{"step": 4, "loss": null}']
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n" + b"[" * 100_000)
-    records = RunFolder(str(tmp_path)).read_metrics()
+    records = list(RunFolder(str(tmp_path)).read_metrics())
     assert records == [{"step": 1, "loss": 2}, {"step": 4, "loss": None}]
     assert "5 lines hold no record, such as line 2" in caplog.text
 
