@@ -60,7 +60,7 @@ def test_a_run_that_is_not_what_it_was_is_refused(job: Job) -> None:
     document["checksum"] = manifest_module._checksum(document)
     manifest.write_bytes(manifest_module.canonical_json(document))
     said = last_line(job, *train, status=1)
-    assert "has format version 99; this embedtrain reads versions 1 and 2" in said
+    assert "has format version 99, and this embedtrain reads versions 1 and 2" in said
     manifest.write_bytes(data)
 
     assert last_line(job, *train, status=0).startswith("done at step")
