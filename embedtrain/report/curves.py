@@ -78,7 +78,7 @@ def without_partial(logged: RunCurves) -> dict[str, tuple[list[int], list[float]
     numbers of ids are those of one step, which is smaller at the end of an epoch.
     """
     steps, _ = logged.curves.get("loss", ([], []))
-    gaps = Counter(b - a for a, b in zip([0, *steps[:-1]], steps, strict=True))
+    gaps = Counter(b - a for a, b in itertools.pairwise([0, *steps]))
     is_short = len(steps) > 2 and steps[-1] - steps[-2] < max(gaps, key=lambda gap: (gaps[gap], gap))
     last = steps[-1] if is_short else None
     ends = {step for step, epoch in zip(*logged.curves.get("epoch", ([], [])), strict=True) if epoch == int(epoch)}
