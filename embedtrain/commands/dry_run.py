@@ -27,10 +27,11 @@ from embedtrain.planning.sizes import format_bytes
 from embedtrain.recipes.building import build_parts, workload_of
 from embedtrain.recipes.registry import recipe_of
 from embedtrain.recipes.workload import Sizes
+from embedtrain.train.calendar import Calendar
 from embedtrain.train.run import start_new_tables
 from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.step import StepOptions, micro_batches, step_options, train_step
-from embedtrain.train.task import Batches, StreamedBatches, Task
+from embedtrain.train.task import Batches, GrowingBatches, StreamedBatches, Task
 
 HEAD_BYTES = 4 << 20
 _NUM_STEPS = 2
@@ -65,17 +66,25 @@ def dry_run(config: Config, folder: RunFolder, runtime: Runtime) -> None:
             print_plan(workload_of(tried, found[0]), Request(runtime.world_size))
             if not isinstance(task.batches, StreamedBatches):
                 of_these = "" if is_all else " of these"
-                tell(f"epochs       {config.train.epochs} of {task.batches.steps_per_epoch:,} steps{of_these}")
-        for number, batch in enumerate(_first_batches(task.batches), start=1):
+                of_all = f"{Calendar(task.batches).first_step_of(config.train.epochs):,} in all"
+                per_epoch = f"{task.batches.steps_per_epoch:,} steps" if not _grows(task.batches) else "growing steps"
+                tell(f"epochs       {config.train.epochs} of {per_epoch}{of_these}, {of_all}")
+        for number, batch in enumerate(_some_batches(task.batches, config.train.epochs), start=1):
             loss, seconds = _try_step(task, batch, runtime, options)
             if runtime.rank == 0:
                 tell(f"step {number}       loss {loss:.4f}, {seconds:.3f} seconds")
 
 
-def _first_batches(batches: Batches | StreamedBatches) -> Iterator[Any]:
-    """Yields this rank's batches of the first steps. Collective: every rank."""
+def _grows(batches: Batches) -> bool:
+    return isinstance(batches, GrowingBatches) and batches.is_growing
+
+
+def _some_batches(batches: Batches | StreamedBatches, epochs: int) -> Iterator[Any]:
+    """Yields this rank's batches of the first steps, of the last epoch if steps grow. Collective: every rank."""
     if not isinstance(batches, StreamedBatches):
-        yield from (batches.batch(0, step) for step in range(min(_NUM_STEPS, batches.steps_per_epoch)))
+        epoch = epochs - 1 if _grows(batches) else 0
+        num_steps = min(_NUM_STEPS, Calendar(batches).steps_of(epoch))
+        yield from (batches.batch(epoch, step) for step in range(num_steps))
         return
     position: Mapping[str, Any] = {}
     num_left, is_over = _NUM_STEPS, False

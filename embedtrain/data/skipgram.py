@@ -13,9 +13,12 @@ from xxhash import xxh3_64_intdigest
 
 from embedtrain.data.corpus import PreparedCorpus
 from embedtrain.data.negatives import alias_table, part_vocabulary
-from embedtrain.data.partition import block_order, num_steps, share_of_rank
+from embedtrain.data.partition import StepPlan, block_order, num_steps, share_of_rank
 from embedtrain.ops._backend.transfer import to_device
 from embedtrain.ops.sample_text import ALIAS_BITS, KEEP_BITS, SamplingTables, TextSample, sample_text
+
+WORDS_AT_FIRST = 16384
+"""Words of the first steps of a text whose steps grow."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ class TextBatches:
         corpus: the text.
         options: sampling.
         block_words: words of the text in a block, before subsampling.
-        blocks_per_step: blocks of a step over all ranks.
+        blocks_per_step: blocks of a full step over all ranks.
         seed: of the order and of every draw.
         rank: whose part of each step.
         world_size: ranks that share a step's blocks.
@@ -160,11 +163,10 @@ class TextBatches:
     ) -> None:
         self._corpus = corpus
         self._block_words = block_words
-        self._blocks_per_step = blocks_per_step
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
-        self._num_blocks = -(-corpus.num_tokens // block_words)
+        self._plan = StepPlan(-(-corpus.num_tokens // block_words), blocks_per_step)
         tables = sampling_tables(corpus.vocabulary.counts, options)
         self._num_parts = len(tables.part_starts) - 1
         self._sampler = TextSampler(tables, options, device)
@@ -172,10 +174,29 @@ class TextBatches:
         self._order = np.zeros(0, np.int64)
         self._key = 0
 
+    def grow_steps(self, growth: float | None) -> None:
+        """Has the first steps be shorter, of `WORDS_AT_FIRST` at least: see `StepPlan`. Before any batch is drawn."""
+        num_blocks, blocks_per_step = self._plan.num_blocks, self._plan.blocks_per_step
+        at_first = -(-WORDS_AT_FIRST // self._block_words)
+        self._plan = StepPlan(num_blocks, blocks_per_step, growth=growth, blocks_at_first=at_first)
+
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of every epoch, the same on every rank."""
-        return num_steps(self._num_blocks, self._blocks_per_step)
+        """Steps of an epoch of full steps, the same on every rank."""
+        return num_steps(self._plan.num_blocks, self._plan.blocks_per_step)
+
+    @property
+    def is_growing(self) -> bool:
+        """See `GrowingBatches`."""
+        return self._plan.is_growing
+
+    def steps_of(self, epoch: int) -> int:
+        """See `GrowingBatches`."""
+        return self._plan.steps_of(epoch)
+
+    def share_done(self, epoch: int, step: int) -> float:
+        """See `GrowingBatches`."""
+        return float(self._plan.blocks(epoch, step).start / self._plan.num_blocks)
 
     @property
     def examples_per_epoch(self) -> int:
@@ -186,7 +207,7 @@ class TextBatches:
         """Returns this rank's part of step `step` of epoch `epoch`, both from 0; it may hold no word."""
         if self._epoch != epoch:
             self._begin_epoch(epoch)
-        blocks = self._order[step * self._blocks_per_step : (step + 1) * self._blocks_per_step]
+        blocks = self._order[self._plan.blocks(epoch, step)]
         share = share_of_rank(len(blocks), self._rank, self._world_size)
         tokens, positions = self._read(blocks[share.start : share.stop])
         part_of_block = self._parts(step, len(blocks))[share.start : share.stop]
@@ -203,7 +224,7 @@ class TextBatches:
 
     def _begin_epoch(self, epoch: int) -> None:
         self._epoch = epoch
-        self._order = block_order(self._num_blocks, self._seed, epoch)
+        self._order = block_order(self._plan.num_blocks, self._seed, epoch)
         digest = xxh3_64_intdigest(f"{self._seed}/draws/{epoch}".encode())
         self._key = digest - (1 << 63)  # a signed integer, as torch has them
 

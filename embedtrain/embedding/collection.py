@@ -246,10 +246,15 @@ class EmbeddingCollection(nn.Module):
             # The next batch without gradients begins an evaluation, even if a step was asked ahead before the last one.
             self._input_dist.choices_of_evaluation = {}
 
-    def distinct_rows(self, asked: Asked) -> Tensor:
+    def distinct_rows(self, asked: Asked, *, counts: Tensor | None = None) -> Tensor:
         """Fetches each distinct row that was asked for once, for models that work on compact rows.
 
         Collective: every rank, in the order in which they asked.
+
+        Args:
+            asked: the batch.
+            counts: [at least num_distinct] float32; in how many terms of the loss each row takes part. They travel home
+                with the gradient, on every rank or on none, for an optimizer with `optim.CurvatureDamping`.
 
         Returns:
             [num_distinct, dim] float32; `Asked.places` says where each value's row lies.
@@ -257,12 +262,7 @@ class EmbeddingCollection(nn.Module):
         Raises:
             ValueError: the features' tables differ in dim, or features are pooled.
         """
-        if len({part.group.weight.shape[1] for part in asked.parts}) > 1:
-            raise ValueError(f"distinct_rows needs tables of one dim; those of the features {list(asked.names)} differ")
-        pooled = [name for name in asked.names if self.features[name].pooling != "none"]
-        if pooled:
-            raise ValueError(f"distinct_rows needs features that are not pooled; {', '.join(pooled)} are")
-        return fetch_distinct(asked)
+        return fetch_distinct(asked, counts)
 
     def own_rows(self, name: str) -> Tensor:
         """Returns the rows of a table that this rank owns, for models that compare with all rows of a table.

@@ -90,7 +90,8 @@ class GradientMailbox:
             else:
                 no_rows = torch.zeros(0, dtype=torch.int64, device=self.anchor.device)
                 no_values = torch.zeros(0, self._dim, dtype=torch.float32, device=self.anchor.device)
-                self._waiting = RowGradient.of_rows(no_rows, no_values, self._num_rows)
+                none = Delivery.of_rows(no_rows, no_values, no_values.new_zeros(0))
+                self._waiting = RowGradient([none], num_rows=self._num_rows, dim=self._dim)
         return self._waiting
 
     def clear(self) -> None:
@@ -106,7 +107,8 @@ class GradientMailbox:
         if earlier._deliveries:
             summed = RowGradient(earlier._deliveries, num_rows=self._num_rows, dim=self._dim)
             device = self.anchor.device
-            self._deliveries = [Delivery.of_rows(summed.rows.to(device), summed.values.to(device))]
+            counts = None if summed.counts is None else summed.counts.to(device)
+            self._deliveries = [Delivery.of_rows(summed.rows.to(device), summed.values.to(device), counts)]
             self._num_summed, self._num_new, self._waiting = summed.rows.numel(), 0, None
 
     def rows_and_values(self) -> tuple[Tensor, Tensor]:
@@ -116,7 +118,7 @@ class GradientMailbox:
 
     def _sum_up(self) -> None:
         summed = RowGradient(self._deliveries, num_rows=self._num_rows, dim=self._dim)
-        self._deliveries = [Delivery.of_rows(summed.rows, summed.values)]
+        self._deliveries = [Delivery.of_rows(summed.rows, summed.values, summed.counts)]
         self._num_summed, self._num_new = summed.rows.numel(), 0
 
     def _without_frozen(self, delivery: Delivery) -> Delivery:
@@ -124,4 +126,5 @@ class GradientMailbox:
         is_kept = torch.ones_like(summed.rows, dtype=torch.bool)
         for start, stop in self.frozen:
             is_kept &= (summed.rows < start) | (summed.rows >= stop)
-        return Delivery.of_rows(summed.rows[is_kept], summed.values[is_kept])
+        counts = None if summed.counts is None else summed.counts[is_kept]
+        return Delivery.of_rows(summed.rows[is_kept], summed.values[is_kept], counts)

@@ -36,14 +36,34 @@ def output_dist(asked: Asked, found: Sequence[Found]) -> dict[str, Tensor]:
     return {name: vectors[name] for name in asked.names}
 
 
-def fetch_distinct(asked: Asked) -> Tensor:
+def fetch_distinct(asked: Asked, counts: Tensor | None = None) -> Tensor:
     """Returns each distinct row once, [num_distinct, dim] float32; see `Asked.places`.
 
     Collective: every rank, and its backward too.
+
+    Args:
+        asked: the batch.
+        counts: [at least num_distinct] float32; travels home with the gradient, see `Delivery`.
+
+    Raises:
+        ValueError: see `EmbeddingCollection.distinct_rows`.
     """
+    if len({part.group.weight.shape[1] for part in asked.parts}) > 1:
+        raise ValueError(f"distinct_rows needs tables of one dim; those of the features {list(asked.names)} differ")
+    features = {n: f for part in asked.parts for n, f in zip(part.route.names, part.route.features, strict=True)}
+    pooled = [name for name in asked.names if features[name].pooling != "none"]
+    if pooled:
+        raise ValueError(f"distinct_rows needs features that are not pooled; {', '.join(pooled)} are")
     if asked.check is not None:
         asked.check.run()
-    parts = [_DistinctRows.apply(part.group.gradients.anchor, part) for part in asked.parts]  # type: ignore[no-untyped-call]
+    counts_of: Sequence[Tensor | None] = [None] * len(asked.parts)
+    if counts is not None:
+        sizes = [part.distinct.unique.numel() for part in asked.parts]
+        counts_of = counts[: sum(sizes)].split(sizes)
+    parts: list[Tensor] = [
+        _DistinctRows.apply(part.group.gradients.anchor, part, own)  # type: ignore[no-untyped-call]
+        for part, own in zip(asked.parts, counts_of, strict=True)
+    ]
     rows: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
     return rows
 
@@ -72,15 +92,15 @@ class _OwnRows(torch.autograd.Function):
 
 class _DistinctRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, part: GroupRequest) -> Tensor:
-        ctx.part = part
+    def forward(ctx: Any, anchor: Tensor, part: GroupRequest, counts: Tensor | None) -> Tensor:
+        ctx.part, ctx.counts = part, counts
         return part.fetch_distinct()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        ctx.part.deliver(ctx.part.send_distinct_home(grad))
-        return None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        ctx.part.deliver(ctx.part.send_distinct_home(grad, ctx.counts))
+        return None, None, None
 
 
 class _OutputDist(torch.autograd.Function):

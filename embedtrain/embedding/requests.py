@@ -102,8 +102,13 @@ class GroupRequest(ABC):
         """
 
     @abstractmethod
-    def send_distinct_home(self, grad: Tensor) -> Delivery | None:
-        """Sends the gradient of the distinct rows to their owners; as `send_home`. Collective: every rank."""
+    def send_distinct_home(self, grad: Tensor, counts: Tensor | None = None) -> Delivery | None:
+        """Sends the gradient of the distinct rows to their owners; as `send_home`. Collective: every rank.
+
+        Args:
+            grad: [num_distinct, dim] float32.
+            counts: [num_distinct] float32, which travels along; on every rank or on none. See `Delivery`.
+        """
 
     @property
     def home_keys(self) -> OrderedKeys | None:
@@ -137,7 +142,9 @@ class GroupRequest(ABC):
             there = [delivery for delivery in deliveries if delivery is not None]
             bags = [feature for delivery in there for feature in delivery.bags]
             grads = [grad for delivery in there for grad in delivery.grads]
-            deliveries = (Delivery(rows, bags, grads, ordered=ordered),) if there else ()
+            counted = [delivery.counts for delivery in there if delivery.counts is not None]
+            counts = torch.cat(counted) if there and len(counted) == len(there) else None
+            deliveries = (Delivery(rows, bags, grads, ordered=ordered, counts=counts),) if there else ()
         for delivery in deliveries:
             if delivery is not None:
                 self.group.gradients.deliver(delivery)
@@ -203,10 +210,9 @@ class LocalRequest(GroupRequest):
         runs = self.group.runs_of(self.route.tables, [feature.num_values for feature in bags])
         return Delivery(self.rows, bags, grads, runs=runs)
 
-    def send_distinct_home(self, grad: Tensor) -> Delivery:
+    def send_distinct_home(self, grad: Tensor, counts: Tensor | None = None) -> Delivery:
         """See `GroupRequest`."""
-        rows = self.distinct.unique
-        return Delivery(rows, [Bags(len(rows))], [grad], is_unique=True)
+        return Delivery.of_rows(self.distinct.unique, grad, counts)
 
 
 class Wanted(NamedTuple):
@@ -300,15 +306,16 @@ class RemoteRequest(GroupRequest):
         no_rows = torch.zeros(0, dim, dtype=torch.float32, device=self.group.device)
         return self.send_distinct_home(pool_rows_backward(grads, bags, self.distinct, dim) if bags else no_rows)
 
-    def send_distinct_home(self, grad: Tensor) -> Delivery | None:
+    def send_distinct_home(self, grad: Tensor, counts: Tensor | None = None) -> Delivery | None:
         """See `GroupRequest`."""
         if self._counts is None:
             return None
+        counted = None if counts is None else self.group.ranks.all_to_all(counts, *self._counts)
         wired = grad.to(self.group.gradient_wire_dtype)
         grads = self.group.ranks.all_to_all_split(wired, *self._counts, torch.float32)
         # Rows of one rank are distinct; several ranks may ask for the same.
         bags = [Bags(len(part)) for part in grads]
-        return Delivery(self.rows, bags, grads)
+        return Delivery(self.rows, bags, grads, counts=counted)
 
     def _fetch(self, source: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
         if self._counts is None:

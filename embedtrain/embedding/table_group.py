@@ -288,6 +288,10 @@ class TableGroup:
         # Rows in host memory travel through buffers of their own: to pin a table would take twice its memory.
         return allocate_rows(shape, fill, dtype, torch.device("cpu") if self.placement.is_host else self.device)
 
+    def tables_of(self, rows: Tensor) -> Tensor:
+        """See `RowStore`."""
+        return self._keys_of.tables_of(rows)
+
     def describe(self, row: int) -> str:
         """Names the table and the id of a local row, for messages."""
         shard = max((s for s in self.shards if s.first_row <= row), key=lambda s: s.first_row)
@@ -312,7 +316,11 @@ class _RoundingKeys:
     def __call__(self, rows: Tensor, step: int) -> Tensor:
         """Returns a key per local row for a step."""
         firsts, starts = self._starts
-        table = torch.searchsorted(firsts, rows, right=True) - 1
+        table = self.tables_of(rows)
         slots = rows - firsts[table] + starts[table]
         keys: Tensor = mix64(mix64(torch.full_like(table, step)) + table) + slots
         return keys
+
+    def tables_of(self, rows: Tensor) -> Tensor:
+        """Returns the position of each local row's table."""
+        return torch.searchsorted(self._starts[0], rows, right=True) - 1

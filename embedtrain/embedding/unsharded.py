@@ -15,7 +15,7 @@ from embedtrain.embedding.ids import valid_bags
 from embedtrain.embedding.init import initial_rows
 from embedtrain.jagged import Jagged
 from embedtrain.ops._backend.mix import mix64
-from embedtrain.ops.row_gradient import RowGradient
+from embedtrain.ops.row_gradient import Delivery, RowGradient
 from embedtrain.sharding.layout import layout_of
 from embedtrain.spec import FeatureSpec, TableSpec
 
@@ -38,6 +38,7 @@ class UnshardedTable:
         self.weight = in_slot_order[self.layout.slot_of(torch.arange(spec.num_rows))]
         self.leaf = self.weight.float().clone().requires_grad_()
         self.touched = torch.zeros(spec.num_rows, dtype=torch.bool)
+        self.counts: Tensor | None = None
         self._position = position
         self._optimizer: weakref.ref[object] | None = None
 
@@ -80,7 +81,9 @@ class UnshardedTable:
         """Returns the rows touched since the last clearing and their gradients."""
         rows = self.touched.nonzero().flatten()
         grad = torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad
-        return RowGradient.of_rows(rows, grad[rows], self.spec.num_rows)
+        counts = None if self.counts is None else self.counts[rows]
+        delivery = Delivery.of_rows(rows, grad[rows], counts)
+        return RowGradient([delivery], num_rows=self.spec.num_rows, dim=self.spec.dim)
 
     def open_rows(self, gradient: RowGradient) -> tuple[UnshardedTable, RowGradient]:
         """Returns itself and the gradient."""
@@ -89,10 +92,18 @@ class UnshardedTable:
     def close_rows(self) -> None:
         """Does nothing."""
 
+    def count(self, counts: Tensor) -> None:
+        """Adds to how many terms of the loss the gradient of each row sums, [num_rows] float32; see `Delivery`."""
+        self.counts = counts if self.counts is None else self.counts + counts
+
     def clear_gradient(self) -> None:
         """Forgets the gradients."""
-        self.leaf.grad = None
+        self.leaf.grad, self.counts = None, None
         self.touched.zero_()
+
+    def tables_of(self, rows: Tensor) -> Tensor:
+        """Returns zeros: it is the only table."""
+        return torch.zeros_like(rows)
 
     def describe(self, row: int) -> str:
         """Names the table and the id."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 from embedtrain.optim.combined import Combined
+from embedtrain.optim.damping import CurvatureDamping
 from embedtrain.optim.formulas import SGD, Adagrad, Adam, RMSprop, RowwiseAdagrad, RowwiseAdam
 from embedtrain.optim.optimizer import CommonOptions, SparseOptimizer
 from embedtrain.optim.registry import Registry
@@ -37,6 +38,7 @@ __all__ = [
     "Adam",
     "Combined",
     "CommonOptions",
+    "CurvatureDamping",
     "RMSprop",
     "RowState",
     "RowwiseAdagrad",

@@ -65,6 +65,10 @@ class Combined(SparseOptimizer):
         """Applies the formula of the optimizer whose group it is."""
         self._owners[settings["tables"][0]].update(store, gradient, settings, grad_factor)
 
+    def row_rates(self, store: RowsToUpdate, rows: Tensor, settings: dict[str, Any]) -> Tensor | None:
+        """See `SparseOptimizer.row_rates`."""
+        return self._owners[settings["tables"][0]].row_rates(store, rows, settings)
+
     def leaves_out_rows(self, settings: dict[str, Any]) -> bool:
         """See `SparseOptimizer.leaves_out_rows`."""
         return self._owners[settings["tables"][0]].leaves_out_rows(settings)

@@ -10,6 +10,7 @@ import math
 from abc import abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from embedtrain.ops.row_gradient import RowGradient
@@ -60,6 +61,17 @@ class MomentOptimizer(SparseOptimizer):
         first, second = (None if state is None else store.state[state.name] for state in (self.first, self.second))
         step = self.row_step(store, gradient, settings, grad_factor)
         moment_update(store.weight, first, second, gradient, step, self.moments(settings))
+
+    def row_rates(self, store: RowsToUpdate, rows: Tensor, settings: dict[str, Any]) -> Tensor | None:
+        """See `SparseOptimizer.row_rates`; a second moment that begins at zero divides by nothing known."""
+        if self.first is not None or (self.second is not None and not self.second.fill > 0):
+            return None
+        rate = self.rate(settings)
+        if self.second is None:
+            return torch.full(rows.shape, rate, dtype=torch.float32, device=rows.device)
+        moments = self.moments(settings)
+        rates = rate / (store.state[self.second.name][rows].sqrt() / moments.second_correction + moments.eps)
+        return rates if rates.dim() == 1 else rates.mean(dim=1)
 
     def leaves_out_rows(self, settings: dict[str, Any]) -> bool:
         """See `SparseOptimizer.leaves_out_rows`; a subclass may update in another way."""

@@ -25,6 +25,7 @@ from embedtrain.optim.found_inf import (
     reason_of_loss,
     total_on_device,
 )
+from embedtrain.optim.preconditioning import Preconditioner, preconditioned
 from embedtrain.optim.stores import STEP, HasTableGroups, RowState, RowsToUpdate, StoreOptimizer
 
 NonFinitePolicy = Literal["error", "skip"]
@@ -92,6 +93,8 @@ class SparseOptimizer(StoreOptimizer):
         looks_later: whether `step` returns without waiting for the device. The device itself leaves out a step that is
             not finite, and the next `step`, or `settle`, does what the policy says. Unless set, it does for tables on a
             GPU.
+        preconditioner: changes the gradients of a step that is applied, before the formula takes them; None for
+            gradients as they are.
         found_inf: if `looks_later`, scalar float32 on the device: 1 if the last step is left out, else 0, as the
             optimizers of torch take it under this name. None before the first step.
 
@@ -125,6 +128,7 @@ class SparseOptimizer(StoreOptimizer):
         self._pending: PendingVerdict | None = None
         self.found_inf: Tensor | None = None
         self.num_skipped = 0
+        self.preconditioner: Preconditioner | None = None
         self._looks_later: bool | None = None
         super().__init__(collection, defaults, states)
 
@@ -195,6 +199,10 @@ class SparseOptimizer(StoreOptimizer):
             rounding_keys=store.rounding_keys(gradient, settings[STEP]),
         )
 
+    def row_rates(self, store: RowsToUpdate, rows: Tensor, settings: dict[str, Any]) -> Tensor | None:
+        """Returns the rate of each row of a store before a step: see `Touched.rates`. None if the formula has none."""
+        return None
+
     def effective_rates(self, group: int, rows: slice) -> EffectiveRates | None:
         """Returns what is left of the learning rate for local rows of a group of tables; None without a divisor."""
         return None
@@ -249,7 +257,7 @@ class SparseOptimizer(StoreOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._is_observed():
+        if _is_observed(self):
             _observed_step(self)
         else:
             self._step()
@@ -262,13 +270,6 @@ class SparseOptimizer(StoreOptimizer):
     # takes a tenth of a small step even if nobody reads it, so `step` goes that way only if somebody does.
     step.hooked = True  # type: ignore[attr-defined]
 
-    def _is_observed(self) -> bool:
-        return (
-            torch.autograd._profiler_enabled()
-            or bool(self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks)
-            or bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
-        )
-
     def _step(self) -> None:
         with torch.no_grad():
             looks_later = self.looks_later
@@ -280,8 +281,9 @@ class SparseOptimizer(StoreOptimizer):
 
     def _collect_gradients(self, looks_later: bool) -> list[RowGradient]:
         """Returns the gradients that wait at the owners of their rows, one per group of tables."""
+        may_pad = looks_later and self.preconditioner is None  # which reads the state of every row
         gradients = [
-            store.waiting_gradient(is_padded=looks_later and self.leaves_out_rows(settings))
+            store.waiting_gradient(is_padded=may_pad and self.leaves_out_rows(settings))
             for store, settings in zip(self.stores, self.param_groups, strict=True)
         ]
         if looks_later:
@@ -292,11 +294,14 @@ class SparseOptimizer(StoreOptimizer):
 
     def _apply(self, gradients: Sequence[RowGradient], factor: float | Tensor) -> None:
         """Updates weight and state of the touched rows in one pass."""
-        for store, gradient, settings in zip(self.stores, gradients, self.param_groups, strict=True):
+        for settings in self.param_groups:
             settings[STEP] += 1
-            opened, placed = store.open_rows(gradient)
-            self.update(opened, placed, settings, factor)
-            increment_version(opened.weight)  # kernels write behind torch's back, which checks what backward reads
+        opened = [store.open_rows(gradient) for store, gradient in zip(self.stores, gradients, strict=True)]
+        pieces = preconditioned(self, gradients, opened)
+        for store, parts, settings in zip(self.stores, pieces, self.param_groups, strict=True):
+            for rows, gradient in parts:
+                self.update(rows, gradient, settings, factor)
+                increment_version(rows.weight)  # kernels write behind torch's back, which checks what backward reads
             store.close_rows()
 
     def settle(self) -> None:
@@ -401,6 +406,14 @@ _NO_SCALER = (
 )
 
 _observed_step = torch.optim.Optimizer.profile_hook_step(SparseOptimizer._step)
+
+
+def _is_observed(optimizer: SparseOptimizer) -> bool:
+    return (
+        torch.autograd._profiler_enabled()
+        or bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+        or bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+    )
 
 
 def _or_infinity(bound: float | None) -> float:

@@ -90,6 +90,9 @@ class RowStore(RowsToUpdate, Protocol):
     def clear_gradient(self) -> None:
         """Forgets the gradients."""
 
+    def tables_of(self, rows: Tensor) -> Tensor:
+        """Returns [n] int64, the position among `table_names` of each local row's table."""
+
     def describe(self, row: int) -> str:
         """Names the table and the id of a row."""
 

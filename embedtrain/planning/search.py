@@ -138,7 +138,7 @@ def _read_range(where: str, declared: Mapping[str, Any]) -> Range:
 
 def _number(value: Any) -> int | float:
     if isinstance(value, bool):
-        raise ValueError("a truth value is no number")
+        raise ValueError("a truth value is not a number")
     text = str(value)
     try:
         return int(text)

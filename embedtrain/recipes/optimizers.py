@@ -14,6 +14,7 @@ from embedtrain.distributed.ranks import ONE_PROCESS
 from embedtrain.embedding.collection import EmbeddingCollection
 from embedtrain.embedding.table_group import TableGroup, TableGroups
 from embedtrain.errors import UserError
+from embedtrain.optim.damping import has_row_rates
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.optim.stores import HasTableGroups
 from embedtrain.spec import DEFAULT_OPTIMIZER, TableSpec
@@ -79,10 +80,23 @@ def check_optimizers(section: OptimizerConfig) -> None:
         _probe(section.of_table(table), torch.float32, f"optimizer.tables.{table}", {})
 
 
+def cannot_damp(section: OptimizerConfig) -> str | None:
+    """Returns the first optimizer of a section that `CurvatureDamping` cannot be used with, as its key has it."""
+    sections = {"optimizer": section, **{f"optimizer.tables.{t}": section.of_table(t) for t in section.tables}}
+    for where, own in sections.items():
+        if not has_row_rates(_make(own, TableGroups([_probe_group(torch.float32)]), where, {})):
+            return f"{where}.name={own.name}"
+    return None
+
+
 def _probe(section: OptimizerConfig, dtype: torch.dtype, where: str, together: Mapping[str, Any]) -> TableGroup:
-    group = TableGroup([TableSpec("probe", 1, 1, dtype=dtype)], seed=0, device=torch.device("cpu"), ranks=ONE_PROCESS)
+    group = _probe_group(dtype)
     _make(section, TableGroups([group]), where, together)
     return group
+
+
+def _probe_group(dtype: torch.dtype) -> TableGroup:
+    return TableGroup([TableSpec("probe", 1, 1, dtype=dtype)], seed=0, device=torch.device("cpu"), ranks=ONE_PROCESS)
 
 
 def _make(

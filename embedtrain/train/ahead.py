@@ -12,6 +12,7 @@ from torch import Tensor
 
 from embedtrain.distributed.stages import stage
 from embedtrain.embedding.table_group import TableGroup
+from embedtrain.train.calendar import Calendar
 from embedtrain.train.step import micro_batches
 from embedtrain.train.task import Batches, StreamedBatches, Task
 
@@ -63,6 +64,7 @@ class BatchesAhead:
     def __init__(self, task: Task, accumulate_steps: int = 1) -> None:
         assert not isinstance(task.batches, StreamedBatches)
         self._batches: Batches = task.batches
+        self._calendar = Calendar(task.batches)
         self._optimizer = task.optimizer
         tables = task.tables
         is_on_gpu = tables.device.type == "cuda"
@@ -98,11 +100,10 @@ class BatchesAhead:
         """
         if self._model is None or num_left == 0:
             return
-        num_steps = self._batches.steps_per_epoch
-        number = epoch * num_steps + step
+        number = self._calendar.first_step_of(epoch) + step
         depth = self.depth if num_left is None else min(self.depth, num_left)
         for later in range(number, number + depth):
-            place = divmod(later, num_steps)
+            place = self._calendar.place_of(later)
             if place not in self._prepared:
                 with context(later):
                     self._prepared[place] = self._prepare(*place)

@@ -49,7 +49,7 @@ class Batches(Protocol):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of every epoch, the same on every rank."""
+        """Steps of every epoch, the same on every rank; of batches that grow, of an epoch of full ones."""
 
     @property
     def examples_per_epoch(self) -> int:
@@ -57,6 +57,21 @@ class Batches(Protocol):
 
     def batch(self, epoch: int, step: int) -> Any:
         """Returns this rank's part of a step; it has `num_examples`."""
+
+
+@runtime_checkable
+class GrowingBatches(Batches, Protocol):
+    """Batches that may grow from step to step, so that the first epochs have more steps than later ones."""
+
+    @property
+    def is_growing(self) -> bool:
+        """Whether they do; if not, every epoch has `steps_per_epoch`."""
+
+    def steps_of(self, epoch: int) -> int:
+        """Returns the steps of an epoch, the same on every rank."""
+
+    def share_done(self, epoch: int, step: int) -> float:
+        """Returns the share of an epoch's examples that lie before a step of it."""
 
 
 @runtime_checkable
@@ -93,12 +108,17 @@ class Evaluation:
     every_steps: int | None = None
     every_epochs: int | None = 1
 
-    def is_due(self, step: int, steps_per_epoch: int | None, total_steps: int | None) -> bool:
-        """Returns whether to measure after so many steps; alike on every rank. A stream has no epochs."""
-        periods = [self.every_steps]
-        if self.every_epochs is not None and steps_per_epoch is not None:
-            periods.append(self.every_epochs * steps_per_epoch)
-        return step == total_steps or any(period is not None and step % period == 0 for period in periods)
+    def is_due(self, step: int, epochs_done: int | None, total_steps: int | None) -> bool:
+        """Returns whether to measure after so many steps; alike on every rank.
+
+        Args:
+            step: how many are done.
+            epochs_done: how many epochs are, if the last step ended one; None else, and for a stream.
+            total_steps: of the run; None for a stream.
+        """
+        counted = ((step, self.every_steps), (epochs_done, self.every_epochs))
+        is_at_period = any(done is not None and period is not None and done % period == 0 for done, period in counted)
+        return step == total_steps or is_at_period
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from embedtrain.metrics.sinks import MetricSink
 from embedtrain.ops._backend.transfer import to_host
 from embedtrain.train.ahead import BatchesAhead, Prepared
 from embedtrain.train.best import BestWatch, require_metric
+from embedtrain.train.calendar import Calendar
 from embedtrain.train.checkpoints import Checkpoints
 from embedtrain.train.interrupt import Interrupt
 from embedtrain.train.state import LogWindow, TrainState
@@ -63,8 +64,9 @@ class Trainer:
         is_shared: Callable[[Exception], bool] | None = None,
     ) -> None:
         self.state = state
-        self._steps_per_epoch = None if isinstance(task.batches, StreamedBatches) else task.batches.steps_per_epoch
-        self.total_steps = None if self._steps_per_epoch is None else epochs * self._steps_per_epoch
+        self._calendar = None if isinstance(task.batches, StreamedBatches) else Calendar(task.batches)
+        self.total_steps = None if self._calendar is None else self._calendar.first_step_of(epochs)
+        self._epochs = epochs
         self._task = task
         self._stream = task.batches if isinstance(task.batches, StreamedBatches) else None
         self._ahead = (
@@ -167,13 +169,13 @@ class Trainer:
 
     def _check_counters(self) -> None:
         """Refuses counters that no run over these data comes to: a run that is past its end would never end."""
-        state, steps = self.state, self._steps_per_epoch
-        if steps is None:
+        state = self.state
+        if self._calendar is None:
             return
-        if not (state.step == state.epoch * steps + state.step_in_epoch and state.step_in_epoch < steps):
+        if self._calendar.place_of(state.step) != (state.epoch, state.step_in_epoch):
             raise CorruptCheckpointError(
                 f"the checkpoint's counters say step {state.step}, {state.epoch} epochs and {state.step_in_epoch} "
-                f"steps, which does not add up with {steps} steps per epoch"
+                f"steps, which does not add up with {self._calendar.steps_of(state.epoch)} steps per epoch"
             )
 
     def _or_settle(self, function: Callable[[], T]) -> T:
@@ -198,10 +200,10 @@ class Trainer:
             self.state.advance_stream(position)
         else:
             assert self._ahead is not None
-            assert self._steps_per_epoch is not None
+            assert self._calendar is not None
             self._statistics.begin_step(self.state.step)
             self._train_on(self._ahead.take(self.state.epoch, self.state.step_in_epoch))
-            self.state.advance(self._steps_per_epoch)
+            self.state.advance(self._calendar.steps_of(self.state.epoch))
         return True
 
     def _train_on(self, prepared: Prepared) -> None:
@@ -217,20 +219,21 @@ class Trainer:
 
     def _factor_at(self, step: int) -> float:
         """Returns the schedule's factor; of a stream, whose end is not known, that of its beginning."""
-        return self._schedule(0.0 if self.total_steps is None else step / self.total_steps)
+        return self._schedule(0.0 if self._calendar is None else self._calendar.share_done(step, self._epochs))
 
     def _prepare_next(self) -> None:
-        steps = self._steps_per_epoch
-        if self._ahead is None or steps is None or self.total_steps is None:
+        if self._ahead is None or self._calendar is None or self.total_steps is None:
             return
         step = self.state.step + 1
-        self._ahead.prepare_next(*divmod(step, steps), num_left=self.total_steps - step, context=self._statistics.ahead)
+        place = self._calendar.place_of(step)
+        self._ahead.prepare_next(*place, num_left=self.total_steps - step, context=self._statistics.ahead)
 
     def _is_measured(self, step: int) -> bool:
         evaluation = self._task.evaluation
         if evaluation is None:
             return False
-        return evaluation.is_due(step, self._steps_per_epoch, self.total_steps)
+        is_at_end = self._calendar is not None and self.state.step_in_epoch == 0
+        return evaluation.is_due(step, self.state.epoch if is_at_end else None, self.total_steps)
 
     def _agree(self, is_asked_to_stop: bool) -> tuple[bool, bool, bool]:
         """Sums up what the ranks did since they last agreed; whether any wants to stop or save, or failed to save."""
@@ -309,8 +312,8 @@ class Trainer:
     def _when(self) -> dict[str, float | int | str]:
         """Returns where the run is, as records say it; a stream has no epochs."""
         when: dict[str, float | int | str] = {"step": self.state.step}
-        if self._steps_per_epoch is not None:
-            when["epoch"] = self.state.epoch + self.state.step_in_epoch / self._steps_per_epoch
+        if self._calendar is not None:
+            when["epoch"] = self.state.epoch + self.state.step_in_epoch / self._calendar.steps_of(self.state.epoch)
         return {**when, "seconds": self.state.seconds}
 
 

@@ -287,7 +287,7 @@ def test_a_checkpoint_of_the_library_can_be_inspected(answer: Answer, capfd: pyt
     assert main(["inspect", path, "--step", "7"]) == 2
     assert "--step needs a run folder" in capfd.readouterr().err
     assert main(["inspect", "own", "--step", "best"]) == 2
-    assert "has the metric 'loss'" in capfd.readouterr().err
+    assert "has the metric checkpoint.best_metric=loss" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
 from embedtrain.metrics.ranking import hits_of, list_measures, mean_measures
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.recipes import catalogue
+from embedtrain.recipes import lists as recipe_lists
 from embedtrain.recipes.retrieval.model import Retrieval, Scoring, Side
 from embedtrain.recipes.retrieval.recommendation import all_vectors, catalogue_of, evaluate_retrieval, user_vectors
 from embedtrain.testing.threads import run_threads
@@ -198,7 +199,7 @@ def test_lists_are_those_of_a_full_sort(towers: bool, monkeypatch: pytest.Monkey
 
 
 def test_measures_are_those_of_the_lists(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalogue, "_USERS_AT_ONCE", 5)
+    monkeypatch.setattr(recipe_lists, "_USERS_AT_ONCE", 5)
     model = make(Scoring())
     users = np.flatnonzero(np.diff(HELD_OUT.starts))
     lists = best_by_sorting(model, users, 10)

@@ -206,7 +206,7 @@ def test_measures_are_the_places_among_all_items() -> None:
         ("evaluate.path=x.csv", "evaluate.path=x.csv names what is held out, and data.split=leave_one_out"),
         ("data.min_item_count=21", "data.min_item_count=21 leave nothing"),
         ("data.held_out_events=7", "no user has two items or more to train on"),
-        ("data.path=-", "data.path=-: "),
+        ("data.path=-", "data.path=- cannot be used: "),
     ],
 )
 def test_what_cannot_be_trained_is_refused(setting: str, message: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -229,7 +229,7 @@ def test_grow_takes_ranking_runs_and_towers_with_features(
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        (["start_from=nowhere"], "no complete checkpoint yet in 'nowhere'"),
+        (["start_from=nowhere"], "'nowhere' has no complete checkpoint yet"),
         (["start_from=day2"], "start_from=day2 must be the folder of another run"),
         (
             ["start_from=nowhere", "run.path=nowhere/inner"],

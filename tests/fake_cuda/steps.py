@@ -21,7 +21,7 @@ from embedtrain.ops.sample_text import TextSample
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.recipes.ranking.model import NetworkOptions, Ranking
 from embedtrain.recipes.retrieval.model import Retrieval, Scoring, Side
-from embedtrain.recipes.word2vec.model import Word2Vec
+from embedtrain.recipes.word2vec.model import INPUT, OUTPUT, Word2Vec
 from embedtrain.train.ahead import BatchesAhead
 from embedtrain.train.step import train_step
 from embedtrain.train.task import Task
@@ -102,9 +102,19 @@ def features_of(n: int, generator: torch.Generator, num_single: int) -> dict[str
     return {**ids, "tags": et.Jagged(torch.randint(0, NUM_ROWS, (int(lengths.sum()),), generator=generator), lengths)}
 
 
-def _word2vec(ranks: Ranks, device: torch.device, architecture: Any, is_drawn: bool = False, **options: Any) -> Task:
+def _word2vec(
+    ranks: Ranks,
+    device: torch.device,
+    architecture: Any,
+    is_drawn: bool = False,
+    is_damped: bool = False,
+    **options: Any,
+) -> Task:
     model = Word2Vec(NUM_ROWS, 8, architecture=architecture, device=device, ranks=ranks, **options)
     optimizer = et.optim.RowwiseAdagrad(model.tables, lr=0.1, initial_accumulator_value=0.1)
+    if is_damped:
+        optimizer.preconditioner = et.optim.CurvatureDamping({INPUT: OUTPUT})
+        model.counts_rows = True
     return Task(model, model.tables, optimizer, _DrawnText(ranks, device) if is_drawn else _Text(ranks))
 
 
@@ -137,7 +147,11 @@ def _ranking(ranks: Ranks, device: torch.device, pool_at: Any, **options: Any) -
 RECIPES: dict[str, Callable[..., Task]] = {
     "skip-gram": functools.partial(_word2vec, architecture="skipgram"),
     "skip-gram, drawn on the device": functools.partial(_word2vec, architecture="skipgram", is_drawn=True),
+    "skip-gram, damped": functools.partial(_word2vec, architecture="skipgram", is_drawn=True, is_damped=True),
     "CBOW": functools.partial(_word2vec, architecture="cbow"),
+    "CBOW, damped, rows on the host": functools.partial(
+        _word2vec, architecture="cbow", is_damped=True, placement="host", cache_bytes=1500
+    ),
     "retrieval": functools.partial(_retrieval, hidden=()),
     "two towers": functools.partial(_retrieval, hidden=(8,)),
     "ranking": functools.partial(_ranking, pool_at="auto"),

@@ -152,6 +152,19 @@ void embedtrain_moment_update(void* weight, float* first, float* second, const i
                               int64_t dim, const struct EmbedtrainCoefficients* coefficients, int num_threads,
                               int64_t* num_outside);
 
+// inputs, starts, stops: [num_positions], targets: [num_positions, num_targets], as skipgram_block/types.py has them.
+// counts: [num_rows], written. num_outside: how many indices lie outside the rows or the block; the counts mean nothing
+// then.
+void embedtrain_count_rows(const int64_t* inputs, const int64_t* targets, const int64_t* starts, const int64_t* stops,
+                           int64_t num_positions, int64_t num_targets, int64_t num_rows, float* counts,
+                           int64_t* num_outside);
+
+// The arguments are those of damp_rows; damped: [num_rows, dim], written. num_outside: how many of the tables are not in
+// [0, num_tables); if any, nothing is written.
+void embedtrain_damp_rows(const float* grad, const int64_t* tables, const float* times, const float* curvatures,
+                          const float* directions, int64_t num_rows, int64_t dim, int64_t num_tables,
+                          int64_t num_directions, float* damped, int num_threads, int64_t* num_outside);
+
 // The arguments are those of sample_text/types.py; words, targets, starts and stops have room for num_tokens words, and
 // num_kept says how many were written.
 void embedtrain_sample_text(const int32_t* tokens, const int64_t* positions, const int32_t* parts, int64_t num_tokens,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.ops._backend import dispatch
-from embedtrain.ops.pool_rows import pool_rows_backward
+from embedtrain.ops.pool_rows import Bags, pool_rows_backward
 from embedtrain.ops.pool_rows.native import describe
 from embedtrain.ops.row_gradient import native, reference
 from embedtrain.ops.row_gradient.types import Delivery, Run
@@ -100,6 +100,17 @@ class RowGradient:
             assert grad is not None
             return grad
         return pool_rows_backward(self.grads, self.bags, self._keys, self.dim, self.factor)
+
+    @functools.cached_property
+    def counts(self) -> Tensor | None:
+        """[n] float32; how many terms of the loss each row's gradient sums; None unless all deliveries say."""
+        told = [delivery.counts for delivery in self._deliveries if delivery.counts is not None]
+        if len(told) < len(self._deliveries):
+            return None
+        counts = told[0] if len(told) == 1 else torch.cat(told)
+        if self.is_summed:
+            return counts
+        return pool_rows_backward([counts.unsqueeze(1)], [Bags(counts.numel())], self._keys, 1).squeeze(1)
 
     @functools.cached_property
     def rows_of_values(self) -> Tensor:

@@ -36,6 +36,7 @@ class Delivery:
         runs: all values in runs, if the caller knows them; they make the sort quicker.
         is_unique: whether rows are distinct and ascending, with one unweighted value per bag in one feature.
         ordered: the sorted rows, if the caller has sorted them already.
+        counts: [n] float32; how many terms of the loss each value's gradient is a sum of. None if nobody counted.
     """
 
     def __init__(
@@ -47,21 +48,26 @@ class Delivery:
         runs: Sequence[Run] = (),
         is_unique: bool = False,
         ordered: OrderedKeys | None = None,
+        counts: Tensor | None = None,
     ) -> None:
-        self.rows, self.bags, self.grads = rows, bags, grads
+        self.rows, self.bags, self.grads, self.counts = rows, bags, grads, counts
         self.runs, self.is_unique, self.ordered = runs, is_unique, ordered
         self._versions = [0 if grad is None else grad._version for grad in grads]
 
     @classmethod
-    def of_rows(cls, rows: Tensor, values: Tensor) -> Delivery:
+    def of_rows(cls, rows: Tensor, values: Tensor, counts: Tensor | None = None) -> Delivery:
         """Wraps gradients [n, dim] float32 of distinct rows [n] int64."""
-        return cls(rows, [Bags(rows.numel())], [values], is_unique=True)
+        return cls(rows, [Bags(rows.numel())], [values], is_unique=True, counts=counts)
 
     def check_shapes(self, dim: int) -> None:
         """Raises ValueError if shapes or dtypes disagree."""
         num_values = sum([feature.num_values for feature in self.bags])
         if self.rows.shape != (num_values,) or self.rows.dtype != torch.int64:
             raise ValueError(f"expected rows [{num_values}] int64, got {self.rows.dtype} {tuple(self.rows.shape)}")
+        if self.counts is not None and (self.counts.shape != (num_values,) or self.counts.dtype != torch.float32):
+            raise ValueError(
+                f"expected counts [{num_values}] float32, got {self.counts.dtype} {tuple(self.counts.shape)}"
+            )
         for feature, grad in zip(self.bags, self.grads, strict=True):
             if grad is not None and (grad.shape != (feature.num_bags, dim) or grad.dtype != torch.float32):
                 raise ValueError(

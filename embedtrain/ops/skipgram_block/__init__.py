@@ -10,7 +10,11 @@ from embedtrain.ops.sample_text import TextSample
 from embedtrain.ops.skipgram_block import native, reference
 from embedtrain.ops.skipgram_block.types import Architecture, TextBlock
 
-__all__ = ["Architecture", "TextBlock", "count_predictions", "reach_of", "skipgram_block"]
+__all__ = ["Architecture", "TextBlock", "count_of_rows", "count_predictions", "reach_of", "skipgram_block"]
+
+
+_PARTS = 1 << 10
+"""Of a prediction, in which the shares of CBOW's contexts are counted."""
 
 
 def skipgram_block(
@@ -61,6 +65,34 @@ def count_predictions(block: TextBlock | TextSample, architecture: Architecture 
     """Returns the number of predictions in the block, scalar int64: what a mean loss divides by."""
     contexts = block.stops - block.starts - 1
     return contexts.sum() if architecture == "skipgram" else (contexts > 0).sum()
+
+
+def count_of_rows(block: TextBlock, num_rows: int, architecture: Architecture = "skipgram") -> Tensor:
+    """Returns in how many predictions each row takes part, [num_rows] float32.
+
+    A prediction is a context word with one of a centre's targets; a negative that is left out counts too. In CBOW the
+    contexts of a centre share its predictions, so each has its part of them. Counts are exact up to 2**24, and sums of
+    integers in any order, so a GPU gives the same ones at every run.
+    """
+    if architecture == "skipgram" and dispatch.uses_native(block.inputs):
+        return native.count_of_rows(block, num_rows)
+    num_targets = block.targets.shape[1]
+    contexts = block.stops - block.starts - 1
+    if architecture == "cbow":
+        of_centre = (contexts > 0).long()
+        of_context = torch.where(contexts > 0, _PARTS * num_targets // contexts.clamp(min=1), 0)
+    else:
+        of_centre, of_context = contexts, torch.full_like(contexts, num_targets)
+    # A word is a context of every centre whose window it lies in, but not of itself.
+    begun = torch.zeros(block.num_positions + 1, dtype=torch.int64, device=contexts.device)
+    begun.index_add_(0, block.starts, of_context).index_add_(0, block.stops, -of_context)
+    of_word = begun.cumsum(0)[:-1] - of_context
+    inputs = torch.zeros(num_rows, dtype=torch.int64, device=contexts.device)
+    inputs.index_add_(0, block.inputs, of_word)
+    counts = inputs.float() / _PARTS if architecture == "cbow" else inputs.float()
+    outputs = torch.zeros_like(inputs)
+    outputs.index_add_(0, block.targets.flatten(), of_centre.repeat_interleave(num_targets))
+    return counts + outputs.float()
 
 
 def reach_of(starts: Tensor, stops: Tensor) -> int:

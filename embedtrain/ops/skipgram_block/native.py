@@ -31,3 +31,21 @@ def skipgram_block(vectors: Tensor, block: TextBlock, grad_factor: float) -> tup
         ctypes.addressof(num_outside),
     )
     return None if num_outside.value else (loss, grad)
+
+
+def count_of_rows(block: TextBlock, num_rows: int) -> Tensor:
+    """See `embedtrain.ops.skipgram_block`, of skip-gram."""
+    inputs, targets = block.inputs.contiguous(), block.targets.contiguous()
+    starts, stops = block.starts.contiguous(), block.stops.contiguous()
+    counts = torch.empty(num_rows, dtype=torch.float32)
+    num_outside = ctypes.c_int64()
+    library.get().embedtrain_count_rows(
+        *(tensor.data_ptr() for tensor in (inputs, targets, starts, stops)),
+        *targets.shape,
+        num_rows,
+        counts.data_ptr(),
+        ctypes.addressof(num_outside),
+    )
+    if num_outside.value:
+        raise ValueError(f"{num_outside.value} indices of a block lie outside its {num_rows} rows or outside itself")
+    return counts

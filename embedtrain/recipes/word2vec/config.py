@@ -69,6 +69,10 @@ class SkipGramConfig:
     """Words above this share of the text are subsampled; 0 keeps all."""
     power: float = 0.75
     """Negatives are drawn by count ** power."""
+    damping: Literal["auto", "curvature", "none"] = "auto"
+    """curvature damps gradients along the directions in which large steps would overshoot, so that steps of 131,072
+    words train as well as short ones; auto does so with any optimizer that it can be done with: rowwise_adagrad,
+    adagrad and sgd. See docs/large_steps.md."""
     negative_parts: int = 4
     """A block of text draws its negatives from one of so many parts of the vocabulary, each in turn, of 1,000 words at
     least: ranks that divide the parts draw from rows that they own. 1: from all, as word2vec does."""
@@ -78,8 +82,11 @@ class SkipGramConfig:
 class TextTrainConfig(TrainConfig):
     """The loop over a text."""
 
-    words_per_step: int = 16384
+    words_per_step: int = 131072
     """Words of the text between two updates, over all ranks."""
+    step_growth: float | None = 0.1
+    """The first steps are shorter: of at most this share of the words so far, and of 16,384 words at least. null: all
+    steps are of words_per_step."""
     block_words: int = 512
     """Consecutive words that are read together; a step is made of whole blocks from all over the text."""
 
@@ -105,7 +112,7 @@ class Word2VecConfig(Config):
     train: TextTrainConfig = field(default_factory=TextTrainConfig)
     evaluate: WordEvaluateConfig = field(default_factory=WordEvaluateConfig)
     optimizer: OptimizerConfig = field(
-        default_factory=lambda: section("rowwise_adagrad", lr=0.6, initial_accumulator_value=100.0)
+        default_factory=lambda: section("rowwise_adagrad", lr=0.8, initial_accumulator_value=100.0)
     )
 
     MEANT: ClassVar[Mapping[str, str]] = {
@@ -159,6 +166,9 @@ class Word2VecConfig(Config):
             raise UserError(f"word2vec.power must be in [{-_MAX_POWER}, {_MAX_POWER}], got {self.word2vec.power}")
         if not 0 <= self.word2vec.sample < 1:
             raise UserError(f"word2vec.sample must be a share in [0, 1), got {self.word2vec.sample}")
+        growth = self.train.step_growth
+        if growth is not None and not 0 < growth <= 1:
+            raise UserError(f"train.step_growth must be a share in (0, 1] or null, got {growth}")
         if self.train.words_per_step % self.train.block_words:
             raise UserError(
                 f"train.words_per_step must be a multiple of train.block_words, got {self.train.words_per_step} "

@@ -16,7 +16,14 @@ from embedtrain.embedding.collection import CollectionOptions, EmbeddingCollecti
 from embedtrain.embedding.input_dist import Asked
 from embedtrain.jagged import Jagged
 from embedtrain.ops._backend.transfer import to_device
-from embedtrain.ops.skipgram_block import Architecture, TextBlock, count_predictions, reach_of, skipgram_block
+from embedtrain.ops.skipgram_block import (
+    Architecture,
+    TextBlock,
+    count_of_rows,
+    count_predictions,
+    reach_of,
+    skipgram_block,
+)
 from embedtrain.recipes.word2vec.config import INPUT as INPUT
 from embedtrain.recipes.word2vec.config import OUTPUT as OUTPUT
 from embedtrain.spec import DEFAULT_OPTIMIZER, FeatureSpec, TableSpec
@@ -34,11 +41,13 @@ class PreparedText:
         rows: the distinct rows of the block, asked for.
         block: the predictions of the step, by position among the rows.
         num_predictions: see `Objective`.
+        counts: [at least num_distinct] float32; in how many predictions each row takes part; None if nobody asks.
     """
 
     rows: Asked
     block: TextBlock
     num_predictions: int
+    counts: Tensor | None = None
 
 
 def word2vec_tables(
@@ -65,6 +74,9 @@ class Word2Vec(nn.Module):
         dtype: storage of both tables.
         optimizers: by table, the `TableSpec.optimizer` of one that does not share the other's.
         options: see `EmbeddingCollection`. First values: input rows uniform within 0.5 / dim, output rows zero.
+
+    Attributes:
+        counts_rows: whether the counts that `optim.CurvatureDamping` needs travel with the gradients.
     """
 
     def __init__(
@@ -84,12 +96,13 @@ class Word2Vec(nn.Module):
             **options,
         )
         self._architecture = architecture
+        self.counts_rows = False
 
     def forward(self, batch: TextBatch | PreparedText) -> Objective:
         """Returns the loss of this rank's batch. Collective: every rank, and its backward too."""
         if isinstance(batch, TextBatch):
             batch = self._ask(batch, is_ahead=False)
-        vectors = self.tables.distinct_rows(batch.rows)
+        vectors = self.tables.distinct_rows(batch.rows, counts=batch.counts)
         # The exchange averages over the ranks; word2vec's step is a sum.
         num_ranks = self.tables.ranks.size
         loss: Tensor = _SkipGramLoss.apply(vectors, batch.block, self._architecture, num_ranks)  # type: ignore[no-untyped-call]
@@ -117,7 +130,15 @@ class Word2Vec(nn.Module):
             # Found here, because the windows are in host memory here.
             reach=reach_of(windows.starts, windows.stops) if device.type == "cuda" else None,
         )
-        return PreparedText(rows, block, int(count_predictions(windows, self._architecture)))
+        counts = count_of_rows(block, self._most_rows(rows, block), self._architecture) if self.counts_rows else None
+        return PreparedText(rows, block, int(count_predictions(windows, self._architecture)), counts)
+
+    @staticmethod
+    def _most_rows(rows: Asked, block: TextBlock) -> int:
+        """Returns a bound of the number of distinct rows for which the host does not wait."""
+        if block.inputs.is_cuda:
+            return block.inputs.numel() + block.targets.numel()
+        return sum(part.distinct.unique.numel() for part in rows.parts)
 
 
 class _SkipGramLoss(torch.autograd.Function):

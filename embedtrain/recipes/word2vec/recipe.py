@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from embedtrain.data.readers import Layout
 from embedtrain.data.readers.blocks import read_lines
 from embedtrain.data.row_names import STATE_KEY, VOCABULARY_NAME, read_row_names, vocabulary_source
 from embedtrain.data.seal import Unverified
-from embedtrain.data.skipgram import SamplingOptions, TextBatches
+from embedtrain.data.skipgram import WORDS_AT_FIRST, SamplingOptions, TextBatches
 from embedtrain.data.vector_files import check_vectors
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.runtime import Runtime
@@ -30,15 +31,18 @@ from embedtrain.jagged import Jagged
 from embedtrain.metrics.figures import Section
 from embedtrain.metrics.word_similarity import check_pairs, evaluate_similarity, read_pairs
 from embedtrain.ops._backend.transfer import to_host
+from embedtrain.optim.damping import CurvatureDamping, has_row_rates
+from embedtrain.optim.optimizer import SparseOptimizer
 from embedtrain.recipes.base import Grow, Recipe, Tuning, around, base_file, collection_options, takes_new_names
 from embedtrain.recipes.layout import layout_of
-from embedtrain.recipes.optimizers import build_optimizer, optimizer_names
+from embedtrain.recipes.optimizers import build_optimizer, cannot_damp, optimizer_names
 from embedtrain.recipes.word2vec.config import Word2VecConfig
 from embedtrain.recipes.word2vec.model import INPUT, OUTPUT, Word2Vec, word2vec_tables
 from embedtrain.recipes.word2vec.reporting import similarity_sections
 from embedtrain.recipes.word2vec.workload import workload
 from embedtrain.recipes.workload import Sizes
 from embedtrain.spec import TableSpec
+from embedtrain.train.calendar import Calendar
 from embedtrain.train.checkpoints import load_weights
 from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.state import read_run_state
@@ -65,8 +69,14 @@ def check(config: Word2VecConfig, is_new: bool) -> None:
         is_new: whether the run has no checkpoint; only then are the files of `init_from` read.
 
     Raises:
-        UserError: one is missing or cannot be read.
+        UserError: one is missing or cannot be read, or the optimizer cannot damp gradients and is to.
     """
+    if config.word2vec.damping == "curvature" and (found := cannot_damp(config.optimizer)):
+        raise UserError(
+            f"word2vec.damping=curvature: {found} cannot damp gradients, because its rate of a row is not known before "
+            "a step. Take rowwise_adagrad or adagrad with initial_accumulator_value above 0, or sgd, or "
+            "word2vec.damping=auto"
+        )
     for path in _similarity_paths(config):
         _read_pairs(path)
     if config.init_from is not None and is_new:
@@ -93,17 +103,15 @@ def build(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCorpus) -> P
     """
     model = _build_model(config, runtime, len(corpus.vocabulary))
     batches = _build_batches(config, runtime, corpus)
-    num_steps = config.train.epochs * batches.steps_per_epoch
-    if num_steps < _FEW_STEPS and runtime.rank == 0:
-        _logger.warning(
-            f"{num_steps} steps in all are too few for words to find their places: raise train.epochs to "
-            f"{-(-_FEW_STEPS // batches.steps_per_epoch):,} or more, with which this run goes on, or lower "
-            "train.words_per_step with another run.path"
-        )
+    optimizer = build_optimizer(config.optimizer, model.tables)
+    if config.word2vec.damping != "none" and has_row_rates(optimizer):
+        optimizer.preconditioner = CurvatureDamping({INPUT: OUTPUT})
+        model.counts_rows = True
+    _warn_of_few_steps(config, batches, optimizer, runtime)
     task = Task(
         model,
         model.tables,
-        build_optimizer(config.optimizer, model.tables),
+        optimizer,
         batches,
         evaluation=_build_evaluation(config, model, corpus),
         unit="words",
@@ -115,6 +123,24 @@ def build(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCorpus) -> P
         pretrained[INPUT] = Pretrained(config.init_from, lambda: corpus.vocabulary.rows)
     write_files = functools.partial(_write_files, config, corpus)
     return Parts(task, _facts(corpus), write_files, pretrained, corpus.unverified)
+
+
+def _warn_of_few_steps(
+    config: Word2VecConfig, batches: TextBatches, optimizer: SparseOptimizer, runtime: Runtime
+) -> None:
+    """Logs a warning if a run is too short. Damped steps that grow count as the shorter ones that they are worth."""
+    epochs = config.train.epochs
+    num_steps = Calendar(batches).first_step_of(epochs)
+    worth, per_epoch = float(num_steps), float(batches.steps_per_epoch)
+    if optimizer.preconditioner is not None and batches.is_growing:
+        per_epoch = batches.examples_per_epoch / WORDS_AT_FIRST
+        worth = max(worth, epochs * per_epoch)
+    if worth < _FEW_STEPS and runtime.rank == 0:
+        _logger.warning(
+            f"{num_steps} steps in all are too few for words to find their places: raise train.epochs to "
+            f"{math.ceil(_FEW_STEPS / per_epoch):,} or more, with which this run goes on, or lower "
+            "train.words_per_step with another run.path"
+        )
 
 
 def _write_files(config: Word2VecConfig, corpus: PreparedCorpus, folder: RunFolder) -> None:
@@ -304,7 +330,7 @@ def _build_batches(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCor
             f"train.block_words={config.train.block_words}, too few for {runtime.world_size} ranks to share: "
             "raise the first or lower the second"
         )
-    return TextBatches(
+    batches = TextBatches(
         corpus,
         SamplingOptions(
             window=config.word2vec.window,
@@ -320,6 +346,8 @@ def _build_batches(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCor
         world_size=runtime.world_size,
         device=runtime.device,
     )
+    batches.grow_steps(config.train.step_growth)
+    return batches
 
 
 def _heads(config: Word2VecConfig) -> dict[str, tuple[str, Layout]]:

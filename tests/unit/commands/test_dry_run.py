@@ -60,13 +60,13 @@ def test_mistakes_are_those_of_the_run(arguments: list[str], tmp_path: Path, cap
         ("data.min_count=100000", "the vocabulary is empty"),
         ("train.words_per_step=100", "must be a multiple"),
         ("data.path=nowhere.txt", "no such file or folder"),
-        ("table.dim=1000000000", "GiB: "),
+        ("table.dim=1000000000", "available: "),
     ):
         assert main([*arguments, "--dry-run", setting]) == 2
         assert said in capfd.readouterr().err
         assert not (tmp_path / "run").exists()
     assert main([*arguments, "--dry-run", "--profile"]) == 2
-    assert "give one of them" in capfd.readouterr().err
+    assert "cannot be given together" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("model", ["ranking", "retrieval"])

@@ -135,8 +135,14 @@ def test_another_configuration_in_the_run_folder_says_which_keys_differ(capfd: p
     capfd.readouterr()
     assert main([*TRAIN, *small, "table.dim=9", "optimizer.lr=0.125"]) == 2
     said = capfd.readouterr().err
-    assert "run holds a run with other settings: optimizer.lr (was 0.6, is 0.125); table.dim (was 8, is 9)" in said
+    assert "run holds a run with other settings: optimizer.lr (was 0.8, is 0.125); table.dim (was 8, is 9)" in said
     assert "Give the settings that it began with to resume it, or another run.path to start anew" in said
+
+
+def test_an_optimizer_that_cannot_damp_is_refused_by_name(capfd: pytest.CaptureFixture[str]) -> None:
+    adam = ["word2vec.damping=curvature", "optimizer.tables.output.name=adam"]
+    assert main([*TRAIN, *adam]) == 2
+    assert "word2vec.damping=curvature: optimizer.tables.output.name=adam cannot damp" in capfd.readouterr().err
 
 
 def test_settings_may_stand_after_options(capfd: pytest.CaptureFixture[str]) -> None:

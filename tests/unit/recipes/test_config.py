@@ -71,6 +71,8 @@ def test_an_unknown_key_says_what_was_meant(override: str, meant: str) -> None:
         ("word2vec.sample=1.5", ["word2vec.sample"]),
         ("word2vec.architecture=glove", ["word2vec.architecture", "glove"]),
         ("train.words_per_step=1000", ["multiple of train.block_words"]),
+        ("train.step_growth=0", ["train.step_growth must be a share", "got 0"]),
+        ("word2vec.damping=some", ["word2vec.damping", "curvature"]),
         ("schedule.min_factor=2", ["schedule.min_factor"]),
         ("run.device=tpu", ["run.device must be auto, cpu or cuda, got 'tpu'"]),
         ("train.epochs", ["expected key=value"]),

@@ -1,0 +1,206 @@
+"""Quality of word vectors by the size of a step, with and without damping, and the picture of it in the docs.
+
+    python benchmarks/large_steps.py train ../shared/data/text-en-wiki/wiki_a.txt --tests ../shared/data/eval-words \
+        --words-per-step 16384 131072 --seeds 1 2 3 --damping curvature --growth 0.1 --lr 0.8
+    python benchmarks/large_steps.py table
+    python benchmarks/large_steps.py picture docs/pictures/large_steps.svg
+
+`train` appends a line per run to benchmarks/large_steps.csv. Each file of word tests is halved by a checksum of each
+line's words: settings are chosen by one half ("choice") and reported on the other ("report").
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import os
+import shutil
+import statistics
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from embedtrain import cli
+from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
+from embedtrain.export.vectors import open_vectors, unit_rows
+from embedtrain.metrics.analogies import evaluate_analogies
+from embedtrain.metrics.word_similarity import evaluate_similarity
+
+RESULTS_PATH = Path(__file__).with_name("large_steps.csv")
+SIMILARITY = {
+    "WordSim-353": "EN-WS-353-ALL.txt",
+    "MEN": "EN-MEN-TR-3k.txt",
+    "SimLex": "EN-SIMLEX-999.txt",
+    "RG-65": "EN-RG-65.txt",
+}
+TESTS = [*SIMILARITY, "analogies"]
+HALVES = ("choice", "report")
+KEYS = ("text", "epochs", "words_per_step", "damping", "growth", "lr")
+COLUMNS = [*KEYS, "seed", "words_per_second", *(f"{half} {test}" for half in HALVES for test in TESTS)]
+Row = dict[str, str]
+
+
+def main() -> None:
+    """Trains, or shows what was trained."""
+    options = parse_options()
+    if options.command == "train":
+        for words_per_step, lr, seed in itertools.product(options.words_per_step, options.lr, options.seeds):
+            row = train(options, words_per_step, lr, seed)
+            print(line_of(row), flush=True)
+            append(row)
+    elif options.command == "table":
+        print_table(read())
+    else:
+        draw(read(), options.path)
+
+
+def parse_options() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description="Quality of word vectors by the size of a step.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs = commands.add_parser("train", help="train and measure")
+    runs.add_argument("text", type=Path)
+    runs.add_argument("overrides", nargs="*", help="key=value settings")
+    runs.add_argument("--tests", type=Path, required=True, help="folder of questions-words.txt and EN-*.txt")
+    runs.add_argument("--words-per-step", type=int, nargs="+", default=[131072])
+    runs.add_argument("--lr", type=float, nargs="+", default=[0.6])
+    runs.add_argument("--seeds", type=int, nargs="+", default=[1])
+    runs.add_argument("--epochs", type=int, default=5)
+    runs.add_argument("--damping", default="curvature")
+    runs.add_argument("--growth", default="null")
+    runs.add_argument("--work", type=Path, default=Path("runs/large_steps"))
+    commands.add_parser("table", help="print means over the seeds")
+    picture = commands.add_parser("picture", help="draw the curve over sizes of a step")
+    picture.add_argument("path", type=Path)
+    return parser.parse_args()
+
+
+def train(options: argparse.Namespace, words_per_step: int, lr: float, seed: int) -> Row:
+    """Trains once and measures both halves of the tests."""
+    run_path = options.work / f"run-{os.getpid()}"
+    shutil.rmtree(run_path, ignore_errors=True)
+    settings = {
+        "data.path": options.text,
+        "data.cache_path": options.work / "cache",
+        "run.path": run_path,
+        "run.device": "cpu",
+        "log.tensorboard": "false",
+        "log.every_steps": 1000,
+        "seed": seed,
+        "train.epochs": options.epochs,
+        "train.words_per_step": words_per_step,
+        "train.step_growth": options.growth,
+        "word2vec.damping": options.damping,
+        "optimizer.lr": lr,
+    }
+    config = Path(__file__).resolve().parents[1] / "configs" / "word2vec.yaml"
+    status = cli.main(["train", str(config), *(f"{k}={v}" for k, v in settings.items()), *options.overrides])
+    if status:
+        raise SystemExit(status)
+    with open_vectors(str(run_path)) as opened:
+        words, unit = opened.words, unit_rows(opened.rows(0, opened.num_rows))
+    with CheckpointReader(latest_checkpoint(f"{run_path}/checkpoints") or "") as reader:
+        trained = reader.state["train"]
+    shutil.rmtree(run_path)
+    overrides = "".join(f" {override}" for override in options.overrides)
+    row = dict(zip(KEYS, map(str, (options.text.stem + overrides, options.epochs, words_per_step)), strict=False))
+    row |= {"damping": options.damping, "growth": options.growth, "lr": str(lr), "seed": str(seed)}
+    row["words_per_second"] = f"{trained['examples'] / trained['seconds']:.0f}"
+    for half, test in itertools.product(HALVES, TESTS):
+        row[f"{half} {test}"] = f"{score(unit, words, options.tests, test, half):.4f}"
+    return row
+
+
+def score(unit: np.ndarray, words: Sequence[str], tests: Path, test: str, half: str) -> float:
+    """Returns the correlation or accuracy on one half of a test."""
+    path = tests / SIMILARITY.get(test, "questions-words.txt")
+    lines = list(half_of(path.read_text().splitlines(), half))
+    if test == "analogies":
+        return float(evaluate_analogies(unit, words, lines).total.accuracy)
+    return float(evaluate_similarity(unit, words, lines).spearman)
+
+
+def half_of(lines: Sequence[str], half: str) -> Iterator[str]:
+    """Yields the lines of one half, and the titles of sections; a pair is in the same half in either order."""
+    for line in lines:
+        if line.startswith((":", "#")):
+            yield line
+            continue
+        number = 4 if len(line.split()) == 4 else 2
+        checksum = zlib.crc32(" ".join(sorted(line.lower().split()[:number])).encode())
+        if checksum % 2 == HALVES.index(half):
+            yield line
+
+
+def append(row: Row) -> None:
+    """Appends a run to the results."""
+    is_new = not RESULTS_PATH.exists()
+    with RESULTS_PATH.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def read() -> dict[tuple[str, ...], list[Row]]:
+    """Returns the runs by their settings, the seeds of each together."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    with RESULTS_PATH.open(newline="") as file:
+        for row in csv.DictReader(file):
+            groups.setdefault(tuple(row[key] for key in KEYS), []).append(row)
+    return groups
+
+
+def mean(rows: Sequence[Row], half: str, tests: Sequence[str] = TESTS) -> float:
+    """Returns the mean over tests and seeds."""
+    return statistics.mean(float(row[f"{half} {test}"]) for row in rows for test in tests)
+
+
+def line_of(row: Row) -> str:
+    """Returns a run as a line of text."""
+    return f"{' '.join(row[key] for key in (*KEYS, 'seed'))}: " + ", ".join(
+        f"{half} {mean([row], half):.4f}" for half in HALVES
+    )
+
+
+def print_table(groups: dict[tuple[str, ...], list[Row]]) -> None:
+    """Prints means over the seeds as Markdown."""
+    titles = [*KEYS, "seeds", *HALVES, *TESTS]
+    print(f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}")
+    for key, rows in sorted(groups.items(), key=lambda group: (*group[0][:2], group[0][3], int(group[0][2]), group[0])):
+        means = [mean(rows, half) for half in HALVES] + [mean(rows, "report", [test]) for test in TESTS]
+        print(f"| {' | '.join([*key, str(len(rows)), *(f'{value:.3f}' for value in means)])} |")
+
+
+def draw(groups: dict[tuple[str, ...], list[Row]], path: Path) -> None:
+    """Draws the mean of the tests by words per step: for each kind of step, at the rate that the choice prefers."""
+    import matplotlib.pyplot as plt
+
+    # A curve has three sizes or more.
+    texts = sorted(text for text in {key[0] for key in groups} if len({key[2] for key in groups if key[0] == text}) > 2)
+    figure, axes = plt.subplots(1, len(texts), figsize=(4.5 * len(texts), 3.4), squeeze=False)
+    for axis, text in zip(axes[0], texts, strict=True):
+        for damping, label in (("none", "plain steps"), ("curvature", "damped steps")):
+            best: dict[int, list[Row]] = {}
+            for key, rows in groups.items():
+                if (key[0], key[3]) == (text, damping):
+                    found = best.get(int(key[2]))
+                    if found is None or (len(rows), mean(rows, "choice")) > (len(found), mean(found, "choice")):
+                        best[int(key[2])] = rows
+            sizes = sorted(best)
+            axis.plot(sizes, [mean(best[size], "report") for size in sizes], "o-", label=label)
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        axis.set_title(text)
+        axis.set_xlabel("words per step")
+        axis.set_ylabel("mean of five word tests")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Keeps large steps from overshooting: damps gradients along the few directions of high curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from embedtrain.distributed.ranks import Ranks
+from embedtrain.ops._backend.transfer import to_device
+from embedtrain.ops.damp_rows import damp_rows
+from embedtrain.ops.gather_rows import gather_rows
+from embedtrain.optim.optimizer import SparseOptimizer
+from embedtrain.optim.preconditioning import Touched
+
+_NUM_BUSIEST = 4096
+"""A second moment of the busiest rows alone trains as well as one of all rows, for a tenth of the time."""
+_BUCKETS_PER_OCTAVE = 4
+_NUM_BUCKETS = 32 * _BUCKETS_PER_OCTAVE
+_NUM_SQUARINGS, _NUM_TURNS = 2, 8
+"""Of a power iteration: an eigenvalue that is 0.9 of the one before it leaves a part of 3 % in its vector."""
+_ROWS_AT_ONCE = 2048
+"""Gradients that a processor damps at once: the update then finds them in its cache, which all would not fit."""
+
+
+class CurvatureDamping:
+    """Damps gradients along directions of high curvature, so that large steps train as many small ones would.
+
+    For losses of products of rows of two tables, `f(u_i . v_j)` summed over pairs, such as word vectors. The curvature
+    that a row of one table meets is about `factor * n_i * C`, with `n_i` the number of its pairs and `C` the second
+    moment `sum(n_j v_j v_j') / sum(n_j)` of the other table's rows. In many small steps at a row's rate `r_i` it would
+    cover the share `1 - exp(-x)` of the way to its minimum along an eigenvector of `C`, with `x = factor * r_i * n_i *
+    eigenvalue`. One step along the summed gradient covers `x` and overshoots, so the gradient's part along each of the
+    first eigenvectors is multiplied by `(1 - exp(-x)) / x`. Rows with few pairs keep their gradient.
+
+    It keeps no state. Set it as the `preconditioner` of an optimizer, and give `EmbeddingCollection.distinct_rows`
+    the `counts` of each step.
+
+    Args:
+        pairs: by table, the table whose rows its rows are multiplied with; it holds for both. A table may be its own.
+        directions: eigenvectors of each table; at most dim.
+        factor: curvature of a term over that of a squared error; for a logistic loss the mean of `s * (1 - s)`, with
+            `s` the predicted probability.
+
+    Raises:
+        ValueError: a table is in two pairs, or a number is out of range. When it is called: a table is missing, the
+            optimizer has no rate of rows, or no counts came with the gradient.
+    """
+
+    def __init__(self, pairs: Mapping[str, str], *, directions: int = 4, factor: float = 0.15) -> None:
+        if directions < 1 or not 0 < factor < float("inf"):
+            raise ValueError(f"directions and factor must be positive, got {directions} and {factor}")
+        both = [*pairs.items(), *((other, table) for table, other in pairs.items() if other != table)]
+        self._partner_of = dict(both)
+        if len(self._partner_of) < len(both):
+            raise ValueError(f"each table is in one pair, got {dict(pairs)}")
+        self.directions, self.factor = directions, factor
+
+    def __call__(self, touched: Sequence[Touched], ranks: Ranks) -> list[Iterator[tuple[slice, Tensor]]]:
+        """See `Preconditioner`. Collective: every rank."""
+        names = list(self._partner_of)
+        counts = self._counts(touched)
+        # Rows of other tables count as those of one more table, which has no curvature.
+        tables = [torch.tensor([_position(names, name) for name in part.table_names]) for part in touched]
+        tables = [
+            to_device(known, part.tables.device)[part.tables] for known, part in zip(tables, touched, strict=True)
+        ]
+        moments = _second_moments(touched, counts, tables, len(names), ranks)
+        partners = [names.index(self._partner_of[name]) for name in names]
+        curvatures, directions = top_eigenpairs(moments[partners], self.directions)
+        curvatures = torch.nn.functional.pad(curvatures, (0, 0, 0, 1))
+        directions = torch.nn.functional.pad(directions, (0, 0, 0, 0, 0, 1))
+        damped = []
+        for part, own, of_table in zip(touched, counts, tables, strict=True):
+            if part.rates is None:
+                raise ValueError(
+                    f"CurvatureDamping cannot damp the tables {', '.join(part.table_names)}: their optimizer has no "
+                    "rate of a row before a step. RowwiseAdagrad and Adagrad with initial_accumulator_value above 0, "
+                    "and SGD, have one"
+                )
+            times = self.factor * part.rates * own
+            damped.append(_in_pieces(part.gradient.values, of_table, times, curvatures, directions))
+        return damped
+
+    def _counts(self, touched: Sequence[Touched]) -> list[Tensor]:
+        """Returns the counts of each group's rows, [n] float32."""
+        found = {name for part in touched for name in part.table_names}
+        if missing := sorted(self._partner_of.keys() - found):
+            raise ValueError(
+                f"CurvatureDamping: the optimizer has no table {', '.join(missing)}; it has {sorted(found)}"
+            )
+        counts = []
+        for part in touched:
+            if part.gradient.counts is None:
+                raise ValueError(
+                    f"CurvatureDamping: no counts came with the gradient of the tables {', '.join(part.table_names)}: "
+                    "give them to EmbeddingCollection.distinct_rows(asked, counts=...)"
+                )
+            counts.append(part.gradient.counts)
+        return counts
+
+
+def _in_pieces(
+    values: Tensor, tables: Tensor, times: Tensor, curvatures: Tensor, directions: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yields damped gradients, each time those of the next few rows; see `damp_rows`."""
+    size = _ROWS_AT_ONCE if values.device.type == "cpu" else max(len(values), 1)
+    for start in range(0, len(values), size):
+        piece = slice(start, min(start + size, len(values)))
+        yield piece, damp_rows(values[piece], tables[piece], times[piece], curvatures, directions)
+
+
+def has_row_rates(optimizer: SparseOptimizer) -> bool:
+    """Returns whether `CurvatureDamping` can damp the gradients of an optimizer: see `SparseOptimizer.row_rates`."""
+    no_rows = torch.zeros(0, dtype=torch.int64, device=optimizer.stores[0].device)
+    return all(
+        optimizer.row_rates(store, no_rows, settings) is not None
+        for store, settings in zip(optimizer.stores, optimizer.param_groups, strict=True)
+    )
+
+
+def _position(names: Sequence[str], name: str) -> int:
+    return names.index(name) if name in names else len(names)
+
+
+def _second_moments(
+    touched: Sequence[Touched], counts: Sequence[Tensor], tables: Sequence[Tensor], num_tables: int, ranks: Ranks
+) -> Tensor:
+    """Returns per table the mean of `v v'` over the pairs of its busiest rows on all ranks, [num_tables, dim, dim].
+
+    Collective: every rank.
+    """
+    device, dim = counts[0].device, touched[0].store.weight.shape[1]
+    # Which rows are busy may not depend on how they are spread, nor on ties: counts are compared by bucket.
+    buckets = [_buckets(own) for own in counts]
+    histogram = torch.zeros(num_tables + 1, _NUM_BUCKETS, dtype=torch.int64, device=device)
+    for own, of_table in zip(buckets, tables, strict=True):
+        histogram.view(-1).index_add_(0, of_table * _NUM_BUCKETS + own, torch.ones_like(own))
+    ranks.all_reduce(histogram)
+    at_or_above = histogram.flip(1).cumsum(1).flip(1)
+    lowest = ((at_or_above >= _NUM_BUSIEST).sum(dim=1) - 1).clamp(min=0)
+    sums = torch.zeros(num_tables, dim * dim + 1, dtype=torch.float32, device=device)
+    for part, own, bucket, of_table in zip(touched, counts, buckets, tables, strict=True):
+        is_busy = bucket >= lowest[of_table]
+        places, weights = part.places, own * is_busy
+        is_chosen = device.type == "cpu"  # elsewhere the host would have to wait to know how many there are
+        if is_chosen:
+            busy = is_busy.nonzero().flatten()
+            places, weights, of_table = places[busy], weights[busy], of_table[busy]
+        for number in range(num_tables):
+            is_own = of_table == number
+            chosen, of_own = (places[is_own], weights[is_own]) if is_chosen else (places, weights * is_own)
+            rows = gather_rows(part.store.weight, chosen, torch.float32)
+            sums[number, :-1] += ((rows * of_own.unsqueeze(1)).T @ rows).flatten()
+            sums[number, -1] += of_own.sum()
+    ranks.all_reduce(sums)
+    # A table without a pair has no curvature.
+    return (sums[:, :-1] / sums[:, -1:].clamp(min=1e-30)).view(num_tables, dim, dim)
+
+
+def _buckets(counts: Tensor) -> Tensor:
+    """Returns the bucket of each count, [n] int64 in order of the counts: its exponent and two bits more."""
+    one = 127 * _BUCKETS_PER_OCTAVE
+    return ((counts.view(torch.int32) >> 21).long() - one).clamp(0, _NUM_BUCKETS - 1)
+
+
+def top_eigenpairs(matrices: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Returns the largest eigenvalues and their eigenvectors, about, without waiting for a device.
+
+    Eigenvectors whose eigenvalues hardly differ may come out mixed, for which damping hardly differs either.
+
+    Args:
+        matrices: [m, dim, dim] float32; symmetric, without negative eigenvalues.
+        number: of eigenpairs; at most dim are returned.
+
+    Returns:
+        [m, number] float32, and [m, number, dim] float32, orthonormal vectors; alike for equal matrices.
+    """
+    num, dim = matrices.shape[:2]
+    exact = matrices.double()
+    power = exact
+    for _ in range(_NUM_SQUARINGS):
+        power = power / power.diagonal(dim1=1, dim2=2).sum(dim=1).clamp(min=1e-300)[:, None, None]
+        power = power @ power
+    # Columns of cosines: every eigenvector of use has a part along them.
+    places = torch.arange(dim, dtype=torch.float64, device=matrices.device)
+    start = torch.cos(torch.outer(places + 0.5, places[: min(number, dim)] + 0.25))
+    vectors = start.expand(num, dim, -1)
+    for _ in range(_NUM_TURNS):
+        vectors = torch.linalg.qr(power @ vectors).Q
+    values = (vectors * (exact @ vectors)).sum(dim=1)
+    return values.float(), vectors.transpose(1, 2).float().contiguous()
