@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from embedtrain.recipes.baselines import Scores
 
 _METHODS = ("popularity", "item-knn", "ease")
+_MASKED = "masked_"
+"""Begins the names of SASRec's measures of lists without the items that a user has before."""
 
 _logger = logging.getLogger(__name__)
 
@@ -41,24 +43,18 @@ _logger = logging.getLogger(__name__)
 @click.argument("config", type=ConfigFile(), help="YAML file of a model of interactions, such as retrieval.")
 @settings_argument
 @click.option("--methods", metavar="A,B,...", help="Of popularity, item-knn and ease; without it all that fit.")
-@click.option(
-    "--neighbors", default="100", show_default=True, metavar="N,...", help="Of item-kNN: how many items are near."
-)
-@click.option(
-    "--shrink", default="10", show_default=True, metavar="X,...", help="Of item-kNN: how little few common users count."
-)
-@click.option(
-    "--regularization", default="250", show_default=True, metavar="X,...", help="Of EASE: the penalty on its weights."
-)
+@click.option("--neighbors", metavar="N,...", help="Of item-kNN: how many items are near.  [default: 100]")
+@click.option("--shrink", metavar="X,...", help="Of item-kNN: how little few common users count.  [default: 10]")
+@click.option("--regularization", metavar="X,...", help="Of EASE: the penalty on its weights.  [default: 250]")
 @click.option("--include-known", is_flag=True, help="Do not leave out the items that a user is known to have.")
 @click.option("--run", "runs", multiple=True, metavar="RUN", type=click.Path(), help="A trained run to measure too.")
 def baseline(
     config: str,
     settings: Sequence[str],
     methods: str | None,
-    neighbors: str,
-    shrink: str,
-    regularization: str,
+    neighbors: str | None,
+    shrink: str | None,
+    regularization: str | None,
     include_known: bool,
     runs: Sequence[str],
 ) -> int:
@@ -71,10 +67,17 @@ def baseline(
     wanted = list(_METHODS) if methods is None else split_names(methods, "--methods", "method")
     if unknown := [name for name in wanted if name not in _METHODS]:
         raise UserError(f"--methods {', '.join(unknown)}: there are {', '.join(_METHODS)}")
+    given = {"item-knn": {"neighbors": neighbors, "shrink": shrink}, "ease": {"regularization": regularization}}
+    for method, options in given.items():
+        for option, value in options.items():
+            if value is not None and method not in wanted:
+                raise UserError(f"--{option} is for --methods {method}, which is not asked for: leave it out")
     grids = {
         "popularity": Grid(),
-        "item-knn": Grid({"neighbors": _whole(neighbors), "shrink": _numbers("--shrink", shrink, 0.0)}),
-        "ease": Grid({"regularization": _numbers("--regularization", regularization, 1e-3)}),
+        "item-knn": Grid(
+            {"neighbors": _whole(neighbors or "100"), "shrink": _numbers("--shrink", shrink or "10", 0.0)}
+        ),
+        "ease": Grid({"regularization": _numbers("--regularization", regularization or "250", 1e-3)}),
     }
     loaded = load_config(*require_config(config, settings))
     others = [_config_of(path, loaded) for path in runs]
@@ -84,7 +87,10 @@ def baseline(
         _logger.warning(f"EASE is left out: {reason}")
         wanted.remove("ease")
     rows = [data.measure(name, grids[name]) for name in wanted]
-    rows += [(path, _measures_of(each, runtime)) for path, each in zip(runs, others, strict=True)]
+    rows += [
+        (path, _measures_of(each, runtime, is_masked=not include_known))
+        for path, each in zip(runs, others, strict=True)
+    ]
     tell(*_table(rows, data.title))
     shut_down()
     return EXIT_DONE
@@ -234,10 +240,17 @@ def _config_of(path: str, config: Config) -> Config:
     return found
 
 
-def _measures_of(config: Config, runtime: Runtime) -> Mapping[str, float]:
+def _measures_of(config: Config, runtime: Runtime, *, is_masked: bool) -> Mapping[str, float]:
     from embedtrain.recipes.trained import measure_run
 
-    return measure_run(config, runtime)
+    return _like_baselines(measure_run(config, runtime), is_masked=is_masked)
+
+
+def _like_baselines(measures: Mapping[str, float], *, is_masked: bool) -> Mapping[str, float]:
+    """Returns the measures of the lists that the title names, of a model that measures lists of both kinds."""
+    masked = {name.removeprefix(_MASKED): value for name, value in measures.items() if name.startswith(_MASKED)}
+    plain = {name: value for name, value in measures.items() if not name.startswith(_MASKED)}
+    return masked if masked and is_masked else plain
 
 
 def _table(rows: Sequence[tuple[str, Mapping[str, float]]], title: str) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from embedtrain.cli import main
-from embedtrain.commands import job
+from embedtrain.commands import baseline, job
 from embedtrain.commands import tune as command
 from embedtrain.distributed.ranks import OneProcess
 from embedtrain.errors import UserError
@@ -197,6 +197,10 @@ def test_several_values_are_chosen_by_the_validation_part(
         (["retrieval", "data.path=events.csv"], "nothing is held out to measure on: give evaluate.path, data.split or"),
         (["retrieval", *DATA, "--methods", "itemknn"], "--methods itemknn: there are popularity, item-knn, ease"),
         (["retrieval", *DATA, "--shrink", "x"], "--shrink: expected a number or several with commas, got 'x'"),
+        (
+            ["retrieval", *DATA, "--methods", "ease", "--shrink", "5"],
+            "--shrink is for --methods item-knn, which is not",
+        ),
         (["retrieval", *DATA, "--neighbors", "1.5"], "--neighbors: expected whole numbers, got 1.5"),
         (["retrieval", *DATA, "--regularization", "0"], "--regularization: expected numbers of at least 0.001, got 0"),
         (["word2vec", "data.path=events.csv"], "model=word2vec does not learn from interactions"),
@@ -207,6 +211,13 @@ def test_what_cannot_be_measured_is_refused(
     capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert message in ask(capfd, "baseline", *arguments, "data.cache_path=cache", status=2)
+
+
+def test_a_run_is_measured_by_the_lists_of_the_baselines() -> None:
+    both = {"ndcg@10": 0.3, "masked_ndcg@10": 0.5}
+    assert baseline._like_baselines(both, is_masked=True) == {"ndcg@10": 0.5}
+    assert baseline._like_baselines(both, is_masked=False) == {"ndcg@10": 0.3}
+    assert baseline._like_baselines({"ndcg@10": 0.3}, is_masked=True) == {"ndcg@10": 0.3}
 
 
 def test_ease_that_does_not_fit_is_left_out_unless_it_is_asked_for(

@@ -55,6 +55,19 @@ def test_what_the_full_softmax_of_sasrec_would_ignore_is_refused(setting: str) -
     load_config(None, [*sasrec, "sasrec.loss=sampled_softmax"])
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["retrieval.loss=softmax", "retrieval.negative_weight=2"],
+        ["retrieval.loss=bpr", "retrieval.negative_weight=0"],
+        ["retrieval.negatives=0", "retrieval.popularity_share=0.5"],
+    ],
+)
+def test_what_a_loss_would_ignore_is_refused(settings: list[str]) -> None:
+    with pytest.raises(UserError, match="means nothing to retrieval"):
+        load(*settings)
+
+
 def test_a_test_part_without_users_is_not_measured() -> None:
     with pytest.raises(UserError, match="no user of the training data"):
         require_users(Bags.from_rows(np.zeros(0, np.int64), np.zeros(0, np.int64), 3))
