@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from embedtrain.recipes.baselines import Scores
 
 _METHODS = ("popularity", "item-knn", "ease")
-
 _logger = logging.getLogger(__name__)
 
 
@@ -41,31 +40,21 @@ _logger = logging.getLogger(__name__)
 @click.argument("config", type=ConfigFile(), help="YAML file of a model of interactions, such as retrieval.")
 @settings_argument
 @click.option("--methods", metavar="A,B,...", help="Of popularity, item-knn and ease; without it all that fit.")
+@click.option("--neighbors", metavar="N,...", help="Of item-kNN: how many items are near.  [default: 100]")
+@click.option("--shrink", metavar="X,...", help="Of item-kNN: how little few common users count.  [default: 10]")
 @click.option(
-    "--neighbors", default="100", show_default=True, metavar="N,...", help="Of item-kNN: how many items are near."
+    "--alpha", metavar="X,...", help="Of item-kNN: 0.5 is cosine, more favours popular items.  [default: 0.5]"
 )
-@click.option(
-    "--shrink", default="10", show_default=True, metavar="X,...", help="Of item-kNN: how little few common users count."
-)
-@click.option(
-    "--alpha",
-    default="0.5",
-    show_default=True,
-    metavar="X,...",
-    help="Of item-kNN: 0.5 is cosine, more favours popular items.",
-)
-@click.option(
-    "--regularization", default="250", show_default=True, metavar="X,...", help="Of EASE: the penalty on its weights."
-)
+@click.option("--regularization", metavar="X,...", help="Of EASE: the penalty on its weights.  [default: 250]")
 @click.option("--run", "runs", multiple=True, metavar="RUN", type=click.Path(), help="A trained run to measure too.")
 def baseline(
     config: str,
     settings: Sequence[str],
     methods: str | None,
-    neighbors: str,
-    shrink: str,
-    alpha: str,
-    regularization: str,
+    neighbors: str | None,
+    shrink: str | None,
+    alpha: str | None,
+    regularization: str | None,
     runs: Sequence[str],
 ) -> int:
     """Measures popularity, item-kNN and EASE on the same data."""
@@ -77,16 +66,24 @@ def baseline(
     wanted = list(_METHODS) if methods is None else split_names(methods, "--methods", "method")
     if unknown := [name for name in wanted if name not in _METHODS]:
         raise UserError(f"--methods {', '.join(unknown)}: there are {', '.join(_METHODS)}")
+    given = {
+        "item-knn": {"neighbors": neighbors, "shrink": shrink, "alpha": alpha},
+        "ease": {"regularization": regularization},
+    }
+    for method, options in given.items():
+        for option, value in options.items():
+            if value is not None and method not in wanted:
+                raise UserError(f"--{option} is for --methods {method}, which is not asked for: leave it out")
     grids = {
         "popularity": Grid(),
         "item-knn": Grid(
             {
-                "neighbors": _whole(neighbors),
-                "shrink": _numbers("--shrink", shrink, 0.0),
-                "alpha": _numbers("--alpha", alpha, 0.0, 1.0),
+                "neighbors": _whole(neighbors or "100"),
+                "shrink": _numbers("--shrink", shrink or "10", 0.0),
+                "alpha": _numbers("--alpha", alpha or "0.5", 0.0, 1.0),
             }
         ),
-        "ease": Grid({"regularization": _numbers("--regularization", regularization, 1e-3)}),
+        "ease": Grid({"regularization": _numbers("--regularization", regularization or "250", 1e-3)}),
     }
     loaded = load_config(*require_config(config, settings))
     others = [_config_of(path, loaded) for path in runs]

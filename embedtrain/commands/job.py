@@ -28,6 +28,7 @@ from embedtrain.recipes.building import build_parts
 from embedtrain.recipes.growing import Beginning
 from embedtrain.serve.publication import open_sink, require_lasting, require_no_password, require_reachable
 from embedtrain.train.interrupt import EXIT_PREEMPTED
+from embedtrain.train.lock import RunLock
 from embedtrain.train.run import Watch, check_run_folder, train_run
 from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.task import Parts
@@ -130,19 +131,40 @@ class Trials(Protocol):
 
 
 def train_trials(
-    trials: Trials | None, first: Config, load: Callable[[Sequence[str]], Config], *, is_debugged: bool
+    open_trials: Callable[[], Trials],
+    folder: str,
+    first: Config,
+    load: Callable[[Sequence[str]], Config],
+    *,
+    is_debugged: bool,
 ) -> int:
     """Trains runs that are chosen by what came of those before; returns the exit status.
 
     Args:
-        trials: what chooses; None on other ranks than the first.
+        open_trials: called on rank 0; returns what chooses.
+        folder: of all runs, in which no other job may choose.
         first: a configuration with the device of all.
         load: returns the configuration of the settings of a run.
         is_debugged: whether the user wants to see tracebacks.
     """
     runtime = init_distributed(device=first.run.device, timeout_seconds=first.run.timeout_seconds)
-    ranks = runtime.ranks
-    status = EXIT_DONE
+    with RunLock(folder, runtime.ranks, key="--output"):
+        status = _train_chosen(open_trials, runtime, load, is_debugged=is_debugged)
+    if status in (EXIT_DONE, EXIT_PREEMPTED):
+        shut_down()
+    return status
+
+
+def _train_chosen(
+    open_trials: Callable[[], Trials],
+    runtime: Runtime,
+    load: Callable[[Sequence[str]], Config],
+    *,
+    is_debugged: bool,
+) -> int:
+    ranks, opened, status = runtime.ranks, list[Trials](), EXIT_DONE
+    ranks.run_on_first(lambda: opened.append(open_trials()))
+    trials = next(iter(opened), None)
     while (settings := ranks.run_on_first(lambda: None if trials is None else trials.next())) is not None:
         config = load(settings)
         folder = check_run_folder(config)
@@ -152,10 +174,8 @@ def train_trials(
         if not ranks.run_on_first(is_wanted):
             break
         status = EXIT_DONE
-    if status in (EXIT_DONE, EXIT_PREEMPTED):
-        if status == EXIT_DONE and trials is not None:
-            trials.finish()
-        shut_down()
+    if status == EXIT_DONE and trials is not None:
+        trials.finish()
     return status
 
 

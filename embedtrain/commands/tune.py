@@ -17,14 +17,13 @@ from embedtrain.commands.console import (
     ConfigFile,
     command,
     is_debugged,
-    is_first_rank,
     require_config,
     say,
     say_once,
     settings_argument,
     tell,
 )
-from embedtrain.errors import NonFiniteError, UserError
+from embedtrain.errors import NonFiniteError, UserError, counted
 
 if TYPE_CHECKING:
     from embedtrain.config.sections import Config
@@ -34,6 +33,9 @@ if TYPE_CHECKING:
 
 BASE_NAME, BEST_NAME, TABLE_NAME = "base.yaml", "best.yaml", "trials.md"
 """Files in the folder of a search: what the trials share, the configuration of the best, and a table of all."""
+
+_MAX_REFUSED = 20
+"""A search ends when the settings of so many trials in a row cannot be used."""
 
 
 @command(
@@ -71,8 +73,7 @@ def tune(
     plan = Plan(*require_config(config, settings), search, output)
     from embedtrain.commands.job import train_trials
 
-    chosen = plan.trials(budget) if is_first_rank() else None
-    return train_trials(chosen, plan.base, plan.load, is_debugged=is_debugged())
+    return train_trials(lambda: plan.trials(budget), plan.folder, plan.base, plan.load, is_debugged=is_debugged())
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ class Plan:
         from embedtrain.recipes.registry import recipe_of
 
         self.folder = folder.rstrip("/")
+        if storage.local_path(self.folder) is None:
+            raise UserError(f"--output {folder}: expected a local folder, in which a search can append to a file")
         self._path, self._overrides = path, list(overrides)
         if any(override.startswith("run.path=") for override in overrides):
             raise UserError("tune gives each trial a run.path of its own: leave it out; --output names their folder")
@@ -137,15 +140,12 @@ class Plan:
         return load_config(self._path, _last_of_each([*self._overrides, *settings]))
 
     def trials(self, budget: Budget) -> TunedTrials:
-        """Opens the search in the folder, for rank 0."""
+        """Opens the search in the folder, which this job holds, for rank 0."""
         from embedtrain.checkpoint.retention import mode_of_best
         from embedtrain.config.resolved import differing_keys, to_yaml
         from embedtrain.config.values import flatten, settings_of
         from embedtrain.planning.search import Search
 
-        if storage.local_path(self.folder) is None:
-            raise UserError(f"--output {self.folder}: expected a local folder, in which a search can append to a file")
-        os.makedirs(self.folder, exist_ok=True)
         base_path = f"{self.folder}/{BASE_NAME}"
         if os.path.exists(base_path):
             searched = (*self.space, "run.path")
@@ -161,11 +161,17 @@ class Plan:
         search = Search(
             self.folder,
             self.space,
+            judged_by=self._judgement(is_largest_best=is_largest_best),
             is_largest_best=is_largest_best,
             seed=self.base.seed,
             start=dict(flatten(settings_of(self.base))),
         )
         return TunedTrials(self, search, budget, is_largest_best=is_largest_best)
+
+    def _judgement(self, *, is_largest_best: bool) -> str:
+        """Says what trials are judged by; measurements of another judgement cannot be compared."""
+        epochs = "" if "train.epochs" in self.space else f" of {counted(self.base.train.epochs, 'epoch')}"
+        return f"the {'largest' if is_largest_best else 'smallest'} {self.metric}{epochs}"
 
     def _require_validation(self) -> None:
         if self.tuning.has_validation(self.base):
@@ -208,16 +214,33 @@ class TunedTrials:
         self._current: Trial | None = None
         self._watch: TrialWatch | None = None
         self._began = 0.0
+        self._num_refused = 0
 
     def next(self) -> Sequence[str] | None:
-        """Returns the settings of the next trial; None when the budget is used up."""
+        """Returns the settings of the next trial; None when the budget is used up.
+
+        Raises:
+            UserError: too many trials in a row were refused.
+        """
         done = self._search.trials()
-        if len(done) >= self._budget.trials or self._seconds_left(done) <= 0:
-            return None
-        self._current = self._search.next()
-        self._began = time.monotonic()
-        say(f"trial {self._current.number}: {' '.join(self._current.settings)}")
-        return [*self._current.settings, f"run.path={self._path_of(self._current)}"]
+        while len(_trained(done)) < self._budget.trials and self._seconds_left(done) > 0:
+            if self._num_refused == _MAX_REFUSED:
+                raise UserError(
+                    f"the settings of {_MAX_REFUSED} trials in a row cannot be used, for the reasons above: search "
+                    "other values, or give another --output"
+                )
+            self._current = self._search.next()
+            self._began = time.monotonic()
+            say(f"trial {self._current.number}: {' '.join(self._current.settings)}")
+            try:
+                self._plan.load(self._current.settings)
+            except UserError as error:
+                # Each value can be used, as was checked before, but not all of them together.
+                say(f"trial {self._current.number}: refused: {error}")
+                self._end("refused", None, 0.0)
+                continue
+            return [*self._current.settings, f"run.path={self._path_of(self._current)}"]
+        return None
 
     def watch(self) -> TrialWatch:
         """Returns what stops the current trial if it is not worth going on with, or the time is over."""
@@ -245,15 +268,23 @@ class TunedTrials:
             outcome = "complete"
         elif status == EXIT_PREEMPTED and self._watch.reason is not None:
             outcome = self._watch.reason
+        elif isinstance(error, UserError) and self._search.best() is not None:
+            # Other settings could be used with these data: it is for this trial's that they cannot.
+            outcome = "refused"
         else:
             return False
         best = self._best_of(self._current)
         seconds = time.monotonic() - self._began
-        self._search.finish(self._current.number, outcome, best, seconds)
+        self._end(outcome, best, seconds)
         shown = "no measurement" if best is None else f"{self._plan.metric} {best[0]:.6g} at epoch {best[1]:g}"
         say(f"trial {self._current.number}: {outcome}, {shown}, {seconds:.0f} s")
         self._write()
         return True
+
+    def _end(self, outcome: Outcome, best: tuple[float, float] | None, seconds: float) -> None:
+        assert self._current is not None
+        self._num_refused = self._num_refused + 1 if outcome == "refused" else 0
+        self._search.finish(self._current.number, outcome, best, seconds)
 
     def finish(self) -> None:
         """Says which settings are the best, and how to train with them."""
@@ -297,8 +328,9 @@ class TunedTrials:
         final = _last_of_each([*best.settings, *self._length_of(best), *self._plan.tuning.final])
         config = self._plan.load([*final, f"run.path={self._plan.folder}/best"])
         _put(f"{self._plan.folder}/{BEST_NAME}", to_yaml(config))
+        how_many = counted(len(_trained(trials)), "trial")
         return [
-            f"{len(trials)} trials, the best by {self._plan.metric} on validation data: trial {best.number}, "
+            f"{how_many}, the best by {self._plan.metric} on validation data: trial {best.number}, "
             f"{best.best:.6g} at epoch {best.epoch:g}; all are in {self._plan.folder}/{TABLE_NAME}",
             f"its settings:    {' '.join(final)}",
             f"train with them: embedtrain train {self._plan.folder}/{BEST_NAME}",
@@ -338,6 +370,10 @@ class TrialWatch:
 
     def close(self, end: RunEnd) -> None:
         """Does nothing."""
+
+
+def _trained(trials: Sequence[Trial]) -> list[Trial]:
+    return [trial for trial in trials if trial.outcome != "refused"]
 
 
 def _table(trials: Sequence[Trial], plan: Plan) -> str:

@@ -95,9 +95,10 @@ def core_of(events: Events, min_user_count: int, min_item_count: int) -> Events:
             break
         kept = kept[~is_rare]
     if not len(kept):
+        given = {"data.min_user_count": min_user_count, "data.min_item_count": min_item_count}
+        shown = [f"{key}={least}" for key, least in given.items() if least > 1]
         raise UserError(
-            f"data.min_user_count={min_user_count} and data.min_item_count={min_item_count} leave nothing of "
-            f"{counted(len(events), 'interaction')}: give smaller ones"
+            f"nothing is left of {counted(len(events), 'interaction')} with {' and '.join(shown)}: give smaller counts"
         )
     if num_rare := len(events) - len(kept):
         _logger.info(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,8 +29,10 @@ _LAST_RUNG = 99
 
 _DIGITS = 4
 _OUTCOME, _SECONDS, _BEST, _EPOCH = "outcome", "seconds", "best", "epoch"
+_SPACE, _JUDGED_BY = "space", "judged_by"
 
-Outcome = Literal["complete", "stopped", "out of time", "failed"]
+Outcome = Literal["complete", "stopped", "out of time", "failed", "refused"]
+"""How a trial ended. The settings of a refused one cannot be used together: it is not counted."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +178,9 @@ class Search:
     """The trials of a search, in a local folder: rank 0 has it, and asks for one trial after the other.
 
     Args:
-        folder: a local folder that exists.
+        folder: a local folder that exists, and that no other job works in.
         space: what is searched.
+        judged_by: says what trials are judged by.
         is_largest_best: whether the largest measurements are the best.
         seed: of the choice of settings.
         start: by setting, its value without a search: the first trial takes those that are in the space.
@@ -185,13 +190,22 @@ class Search:
     """
 
     def __init__(
-        self, folder: str, space: Space, *, is_largest_best: bool, seed: int, start: Mapping[str, Any]
+        self,
+        folder: str,
+        space: Space,
+        *,
+        judged_by: str,
+        is_largest_best: bool,
+        seed: int,
+        start: Mapping[str, Any],
     ) -> None:
         optuna = require_optuna()
         from optuna.storages.journal import JournalFileBackend
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        storage = optuna.storages.JournalStorage(JournalFileBackend(f"{folder}/{JOURNAL_NAME}"))
+        journal = f"{folder}/{JOURNAL_NAME}"
+        _clear(journal)
+        storage = optuna.storages.JournalStorage(JournalFileBackend(journal))
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=_FIRST_RUNG, reduction_factor=_REDUCTION)
         self._study = optuna.create_study(
             storage=storage,
@@ -202,12 +216,19 @@ class Search:
         )
         self._space, self._sign = space, -1 if is_largest_best else 1
         facts = json.dumps({key: str(each) for key, each in space.items()}, sort_keys=True)
-        if self._study.user_attrs.setdefault("space", facts) != facts:
+        known = self._study.user_attrs
+        if known.get(_SPACE, facts) != facts:
             raise UserError(f"{folder} holds a search of other settings: give the same, or another --output")
+        if known.get(_JUDGED_BY, judged_by) != judged_by:
+            raise UserError(
+                f"{folder} holds a search that judges trials by {known[_JUDGED_BY]}, not by {judged_by}: give the same "
+                "settings, or another --output"
+            )
         # Draws after a restart must not repeat those from before.
         self._study.sampler = optuna.samplers.TPESampler(seed=seed + len(self._study.trials))
         if not self._study.trials:
-            self._study.set_user_attr("space", facts)
+            self._study.set_user_attr(_SPACE, facts)
+            self._study.set_user_attr(_JUDGED_BY, judged_by)
             first = {key: each.start(start[key]) for key, each in space.items() if key in start}
             self._study.enqueue_trial({key: value for key, value in first.items() if value is not None})
 
@@ -256,6 +277,7 @@ class Search:
             assert best is not None
             self._study.tell(number, best[0])
         else:
+            # Of a refused trial the sampler learns to keep away; it ignores failed ones, and would come back to them.
             self._study.tell(number, state=state.FAIL if outcome == "failed" else state.PRUNED)
 
     def trials(self) -> list[Trial]:
@@ -272,9 +294,19 @@ class Search:
 
     def best(self) -> Trial | None:
         """Returns the trial with the best measurement, of complete ones if there are any; None without one."""
-        measured = [trial for trial in self.trials() if trial.best is not None and trial.outcome != "failed"]
+        measured = [
+            trial for trial in self.trials() if trial.best is not None and trial.outcome not in ("failed", "refused")
+        ]
         complete = [trial for trial in measured if trial.outcome == "complete"]
         return min(complete or measured, key=lambda trial: self._sign * float(trial.best or 0.0), default=None)
+
+
+def _clear(journal: str) -> None:
+    """Removes what a killed job left: the lock that nobody would give back, and a line that it did not finish."""
+    with suppress(FileNotFoundError):
+        os.unlink(f"{journal}.lock")
+    with suppress(FileNotFoundError), open(journal, "r+b") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _text(value: Any, kind: Choices | Range) -> str:

@@ -104,6 +104,31 @@ def log_interactions(
             f"held out for validation: {len(interactions.validation.values):,} interactions; training measures itself "
             "on them, and `embedtrain evaluate` on the test part"
         )
+        _warn_of_nothing_to_find(interactions.validation, "data.validation")
+    if SPLIT_NAMES[-1] in interactions.split_files:
+        _warn_of_nothing_to_find(interactions.held_out, "data.split")
+
+
+def _warn_of_nothing_to_find(part: Bags, key: str) -> None:
+    if not (part.values >= 0).any():
+        _logger.warning(
+            f"{key} holds out no interaction of a user and an item that training has: all measures of it will be 0. "
+            "Hold out less with data.held_out_ratio or data.held_out_events, or by another rule"
+        )
+
+
+def require_users(held_out: Bags) -> Bags:
+    """Returns the test part of a run.
+
+    Raises:
+        UserError: it has no user of the training data.
+    """
+    if not len(held_out.values):
+        raise UserError(
+            "the test part of this run has no user of the training data: nothing can be measured. Train with another "
+            "data.split or evaluate.path, or give --data FILE"
+        )
+    return held_out
 
 
 def validation_of(interactions: Interactions) -> Bags:

@@ -84,10 +84,11 @@ class RunLock:
         path: run folder, any fsspec URL.
         ranks: those of the run.
         beat_seconds: how often to beat.
+        key: names the setting or the option that gives the folder.
     """
 
-    def __init__(self, path: str, ranks: Ranks, *, beat_seconds: float = BEAT_SECONDS) -> None:
-        self._path = path
+    def __init__(self, path: str, ranks: Ranks, *, beat_seconds: float = BEAT_SECONDS, key: str = "run.path") -> None:
+        self._path, self._key = path, key
         self._ranks = ranks
         self._number = 0
         self._own = _this_process(beat_seconds)
@@ -147,7 +148,7 @@ class RunLock:
             if not is_wrong_path(error):
                 raise
             raise UserError(
-                f"run.path={self._path}: the folder cannot be made: {error.strerror}: {error.filename}; give a path "
+                f"{self._key}={self._path}: the folder cannot be made: {error.strerror}: {error.filename}; give a path "
                 "that this user may write to"
             ) from error
         newest = max(self._numbers(), default=0)
@@ -178,8 +179,8 @@ class RunLock:
             _logger.warning(f"{self._path} is held by {owner.words()}: watching for up to {patience:.0f} s if it lives")
         if owner.beat != self._watched[1]:
             raise UserError(
-                f"{self._path} is in use by {owner.words()}: two jobs on one run folder would destroy each other's "
-                "work. Stop that job, or give this one another run.path."
+                f"{self._path} is in use by {owner.words()}: two jobs on one folder would destroy each other's "
+                f"work. Stop that job, or give this one another {self._key}."
             )
         if now - self._watched_since > STALE_BEATS * owner.beat_seconds:
             return True

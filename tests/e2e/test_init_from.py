@@ -86,6 +86,7 @@ def test_items_and_values_start_from_files(job: Job) -> None:
         "table: {dim: 8}\n"
         "train: {epochs: 1, global_batch_size: 8}\n"
         "optimizer: {lr: 1.0e-30, max_norm: null}\n"
+        "retrieval: {loss: softmax, normalize: none}\n"
         "log: {tensorboard: false}\n"
     )
     done = job.run("train", "retrieval.yaml")

@@ -277,7 +277,7 @@ def test_a_package_of_retrieval_recommends_as_the_run_does(tmp_path: Path, capfd
         facts = json.loads(Path(f"{index}.json").read_text())
         Path(f"{index}.json").write_text(json.dumps(facts | {"rows": facts["rows"] | {"step": 1}}))
         assert cli.main([*asked, "--index", index]) == 2
-        assert f"{index} is of table 'item' at step 1, " in capfd.readouterr().err
+        assert f"{index} was built from table 'item' at step 1, " in capfd.readouterr().err
 
     retriever = scorer.Retriever(str(package))
     vectors = retriever.user_vectors(["u3", "u14"])

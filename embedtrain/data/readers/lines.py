@@ -25,7 +25,7 @@ class Lines(TextFormat):
         if len(names) != 2:
             raise UserError(
                 f"{source.url}: lines have two columns, user and item, but {len(names)} are requested: "
-                f"{', '.join(map(repr, names))}"
+                f"{', '.join(map(repr, names))}; leave out the settings that name the others"
             )
         return tuple(names)
 

@@ -103,6 +103,10 @@ class RetrievalSection:
             raise UserError(f"retrieval.popularity_share must be in [0, 1], got {self.popularity_share}")
         if self.hard_negatives is not None and not 1 <= self.hard_negatives <= MAX_COUNT:
             raise UserError(f"retrieval.hard_negatives must be in [1, {MAX_COUNT:,}], got {self.hard_negatives:,}")
+        if self.negative_weight is not None and self.loss in ("softmax", "bpr"):
+            raise UserError(f"retrieval.negative_weight means nothing to retrieval.loss={self.loss}: leave it out")
+        if self.popularity_share > 0 and self.negatives == 0:
+            raise UserError("retrieval.popularity_share means nothing to retrieval.negatives=0: leave it out")
         if self.loss in OF_COSINES and self.normalize != "both":
             raise UserError(
                 f"retrieval.loss={self.loss} compares cosines: it needs retrieval.normalize=both, got {self.normalize}"

@@ -54,6 +54,7 @@ from embedtrain.recipes.interactions import (
     keep_interactions,
     kept_interactions,
     log_interactions,
+    require_users,
     test_of,
     validation_of,
 )
@@ -329,8 +330,10 @@ def measure(
             cannot be used.
     """
     with restored(config, runtime, checkpoint) as (model, interactions, _):
-        bags = _test_of(config, interactions)
-        if held_out is not None:
+        if held_out is None:
+            require_users(interactions.held_out)
+            bags = _test_of(config, interactions)
+        else:
             options = replace(_interaction_options(config), held_out_path=held_out)
             bags = runtime.ranks.run_on_first(lambda: read_held_out(options, interactions))
         return evaluate_retrieval(model, interactions.known_before_test, bags, config.evaluate.k, alive=lambda: None)

@@ -141,6 +141,13 @@ class SasrecConfig(Config):
                     f"data.{key}={getattr(self.data, key)} draws items at random, and model=sasrec predicts what comes "
                     "next: give leave_one_out or by_time"
                 )
+        if self.sasrec.loss == "full_softmax":
+            for name in ("negatives", "power"):
+                if getattr(self.sasrec, name) != getattr(SasrecSection, name):
+                    raise UserError(
+                        f"sasrec.{name} is for sasrec.loss=sampled_softmax, and full_softmax compares with all items: "
+                        "give that loss, or leave it out"
+                    )
         require_at_least_one(self._own_counts())
         require_at_least_one(self._widths(), at_most=MAX_WIDTH)
         settings = self.sasrec

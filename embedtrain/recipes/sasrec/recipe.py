@@ -45,6 +45,7 @@ from embedtrain.recipes.interactions import (
     keep_interactions,
     kept_interactions,
     log_interactions,
+    require_users,
 )
 from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.lists import names_of_next
@@ -74,8 +75,8 @@ def prepare(config: SasrecConfig, runtime: Runtime) -> tuple[Interactions, Sizes
         log_interactions(interactions, config.evaluate.path, chooses_best=config.num_best is not None)
     if np.diff(interactions.sequences.starts).max(initial=0) < 2:
         raise UserError(
-            f"{config.data.path}: no user has two items or more to train on, so that there is nothing to predict: "
-            "data.split and data.validation hold out each user's newest items"
+            f"{config.data.path}: no user has two items or more to train on, so that there is nothing to predict"
+            f"{': data.split and data.validation hold out the newest items' if interactions.split_files else ''}"
         )
     return interactions, Sizes({ITEM: len(interactions.items)})
 
@@ -180,8 +181,9 @@ def measure(
             cannot be used.
     """
     with restored(config, runtime, checkpoint) as (model, interactions, _):
-        bags = interactions.held_out
-        if held_out is not None:
+        if held_out is None:
+            bags = require_users(interactions.held_out)
+        else:
             options = replace(_options(config), held_out_path=held_out)
             bags = runtime.ranks.run_on_first(lambda: read_held_out(options, interactions))
         histories = histories_before_test(interactions)

@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 
 from embedtrain.cli import main
+from embedtrain.commands import job
 from embedtrain.commands import tune as command
+from embedtrain.distributed.ranks import OneProcess
+from embedtrain.errors import UserError
 from embedtrain.planning.search import Search
 from embedtrain.recipes.loading import load_config
 from embedtrain.recipes.retrieval.config import RetrievalConfig
+from embedtrain.train.lock import RunLock
 
 pytest.importorskip("optuna", reason="a search needs the extra `tune`")
 
@@ -139,7 +143,7 @@ def test_a_trial_is_stopped_when_its_time_is_over_or_it_is_behind() -> None:
 def test_a_search_ends_with_its_time(capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["tune", "my.yaml", *DATA, *SMALL, "train.epochs=100000", "evaluate.every_epochs=1"]
     said = ask(capfd, *arguments, "log.every_steps=4", "--minutes", "0.01", "--output", "search")
-    assert "1 trials, the best" in said
+    assert "1 trial, the best" in said
     table = Path("search/trials.md").read_text().splitlines()
     assert table[0] == "| trial | ndcg@5 | epoch | outcome | seconds | optimizer.lr |"
     assert "out of time" in table[2]
@@ -174,6 +178,49 @@ def test_what_cannot_be_searched_is_refused(
     assert not Path("runs").exists()
 
 
+def test_settings_that_cannot_be_used_together_are_passed_over(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "_train_one", lambda *_, watch, **__: trained.append(watch) or (0, None))
+    monkeypatch.setattr(command.TunedTrials, "_best_of", lambda *_: (0.5, 1.0))
+    trained: list[object] = []
+    search = ["--search", "retrieval.normalize=both,none", "--search", "retrieval.loss=alignment_uniformity,softmax"]
+    arguments = ["tune", "my.yaml", *DATA, *SMALL, "--output", "search", *search]
+    Path("my.yaml").write_text("model: retrieval\n")
+    said = ask(capfd, *arguments, "--trials", "2")
+    assert "2 trials, the best" in said
+    assert len(trained) == 2
+    table = Path("search/trials.md").read_text()
+    assert "| refused | 0 | none | alignment_uniformity |" in table
+    assert len(table.splitlines()) > 4, "two lines are the heading, and refused trials are not counted"
+
+
+def test_a_search_of_which_nothing_can_be_used_ends(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise UserError("no such pair")
+
+    plan_trials = command.Plan.trials
+
+    def trials(self: command.Plan, budget: command.Budget) -> command.TunedTrials:
+        opened = plan_trials(self, budget)
+        monkeypatch.setattr(command.Plan, "load", refuse)
+        return opened
+
+    monkeypatch.setattr(command.Plan, "trials", trials)
+    said = ask(capfd, "tune", "my.yaml", *DATA, *SMALL, "--output", "search", "--minutes", "1", status=2)
+    assert said.count("refused: no such pair") == 20
+    assert "the settings of 20 trials in a row cannot be used" in said
+
+
+def test_two_searches_in_one_folder_are_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    with RunLock("search", OneProcess(), beat_seconds=0.05):
+        said = ask(capfd, "tune", "my.yaml", *DATA, *SMALL, "--output", "search", "--trials", "1", status=2)
+    assert "search is in use by process" in said
+    assert "give this one another --output" in said
+
+
 def test_a_model_without_validation_data_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     said = ask(capfd, "tune", "word2vec", "data.path=events.csv", "--trials", "1", status=2)
     assert "tune judges trials on validation data alone, and this run of model=word2vec has none" in said
@@ -206,6 +253,10 @@ def test_several_values_are_chosen_by_the_validation_part(
         (["retrieval", "data.path=events.csv"], "nothing is held out to measure on: give evaluate.path, data.split or"),
         (["retrieval", *DATA, "--methods", "itemknn"], "--methods itemknn: there are popularity, item-knn, ease"),
         (["retrieval", *DATA, "--shrink", "x"], "--shrink: expected a number or several with commas, got 'x'"),
+        (
+            ["retrieval", *DATA, "--methods", "ease", "--shrink", "5"],
+            "--shrink is for --methods item-knn, which is not",
+        ),
         (["retrieval", *DATA, "--alpha", "1.5"], "--alpha: expected numbers from 0 to 1, got 1.5"),
         pytest.param(
             ["retrieval", *DATA, "--neighbors", "1.5"],

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from embedtrain.errors import UserError
-from embedtrain.planning.search import Choices, Range, Search, read_space
+from embedtrain.planning.search import JOURNAL_NAME, Choices, Range, Search, read_space
 
 pytest.importorskip("optuna", reason="a search needs the extra `tune`")
 
@@ -47,10 +47,13 @@ def test_anything_else_is_refused(declared: Any, message: str) -> None:
         read_space({"optimizer.lr": declared}, "tune")
 
 
+COMMON = {"judged_by": "the largest recall@20", "is_largest_best": True, "seed": 1}
+
+
 def search(folder: Path, **options: Any) -> Search:
     space = read_space({"optimizer.lr": "0.01:1:log", "table.dim": "8,16"}, "tune")
     start = {"optimizer.lr": 0.1, "table.dim": 16}
-    return Search(str(folder), **{"space": space, "is_largest_best": True, "seed": 1, "start": start, **options})
+    return Search(str(folder), **{**COMMON, "space": space, "start": start, **options})
 
 
 def test_the_first_trial_is_the_configuration_itself(tmp_path: Path) -> None:
@@ -80,6 +83,33 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path: Path) -> None:
     assert best.settings == left.settings
     with pytest.raises(UserError, match=r"holds a search of other settings"):
         search(tmp_path, space=read_space({"table.dim": "8,16"}, "tune"))
+
+
+def test_what_a_killed_job_left_half_done_is_cleared(tmp_path: Path) -> None:
+    first = search(tmp_path)
+    first.finish(first.next().number, "complete", (0.5, 3.0), 7.0)
+    journal = tmp_path / JOURNAL_NAME
+    with journal.open("ab") as file:
+        file.write(b'{"op_code":6,"worker_id":"4')
+    # Optuna's lock, whose target is a path relative to where the job was started.
+    (tmp_path / f"{JOURNAL_NAME}.lock").symlink_to("nowhere")
+    again = search(tmp_path)
+    assert [trial.best for trial in again.trials()] == [0.5]
+    again.finish(again.next().number, "complete", (0.6, 3.0), 7.0)
+    assert [trial.best for trial in search(tmp_path).trials()] == [0.5, 0.6]
+
+
+def test_measurements_of_another_measure_are_not_compared(tmp_path: Path) -> None:
+    search(tmp_path)
+    with pytest.raises(UserError, match="judges trials by the largest recall@20, not by the smallest loss"):
+        search(tmp_path, judged_by="the smallest loss")
+
+
+def test_a_refused_trial_is_never_the_best(tmp_path: Path) -> None:
+    first = search(tmp_path)
+    first.finish(first.next().number, "refused", None, 0.0)
+    assert [trial.outcome for trial in first.trials()] == ["refused"]
+    assert first.best() is None
 
 
 def test_a_trial_that_is_behind_is_not_gone_on_with(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from embedtrain.data.bags import Bags
 from embedtrain.errors import UserError
-from embedtrain.recipes.interactions import interaction_options
+from embedtrain.recipes.interactions import interaction_options, require_users
 from embedtrain.recipes.loading import load_config
 from embedtrain.recipes.retrieval.config import RetrievalConfig
 
@@ -43,6 +45,34 @@ def load(*settings: str) -> RetrievalConfig:
 def test_a_contradiction_is_refused(settings: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load(*settings)
+
+
+@pytest.mark.parametrize("setting", ["negatives=5", "power=1"])
+def test_what_the_full_softmax_of_sasrec_would_ignore_is_refused(setting: str) -> None:
+    sasrec = ["model=sasrec", "data.path=train.csv", f"sasrec.{setting}"]
+    with pytest.raises(UserError, match=r"is for sasrec\.loss=sampled_softmax, and full_softmax"):
+        load_config(None, sasrec)
+    load_config(None, [*sasrec, "sasrec.loss=sampled_softmax"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["retrieval.loss=softmax", "retrieval.negative_weight=2"],
+        ["retrieval.loss=bpr", "retrieval.negative_weight=0"],
+        ["retrieval.negatives=0", "retrieval.popularity_share=0.5"],
+    ],
+)
+def test_what_a_loss_would_ignore_is_refused(settings: list[str]) -> None:
+    with pytest.raises(UserError, match="means nothing to retrieval"):
+        load(*settings)
+
+
+def test_a_test_part_without_users_is_not_measured() -> None:
+    with pytest.raises(UserError, match="no user of the training data"):
+        require_users(Bags.from_rows(np.zeros(0, np.int64), np.zeros(0, np.int64), 3))
+    misses = Bags.from_rows(np.array([1]), np.array([-1]), 3)
+    assert require_users(misses) is misses
 
 
 @pytest.mark.parametrize(
