@@ -161,7 +161,7 @@ def test_rows_that_do_not_exist_are_refused(tmp_path: Path) -> None:
             reader.gather("item/weight", torch.tensor([4, -1]))
         with pytest.raises(ValueError, match=r"slots must be \[n\] int64"):
             reader.gather("item/weight", torch.tensor([1.0]))
-        with pytest.raises(CheckpointError, match=r"has no tensor 'user/weight', but .*'item/weight'"):
+        with pytest.raises(CheckpointError, match=r"has no tensor 'user/weight'; it has .*'item/weight'"):
             reader.read("user/weight", 0, 1)
 
 

@@ -108,7 +108,7 @@ def test_the_command_names_what_cannot_be_compared(tmp_path: Path, capsys: pytes
     assert "king" not in printed
 
     assert main(["diff", first, first, "--table", "word"]) == 0
-    assert "0 moved" in capsys.readouterr().out
+    assert "0 of 5 common rows moved" in capsys.readouterr().out
     assert main(["diff", first, first, "--table", "words"]) == 2
     assert "--table must be one of new, wide, word, got 'words'" in capsys.readouterr().err
     assert main(["diff", first, str(tmp_path / "nowhere")]) == 2

@@ -115,6 +115,7 @@ def test_the_last_training_has_the_rates_of_the_best_trial_and_chooses_nothing_b
 ) -> None:
     chosen_by_validation = ["train.early_stop.patience=3", "checkpoint={keep_best: 1, best_metric: 'ndcg@5'}"]
     plan = command.Plan("my.yaml", [*DATA, *SMALL, *chosen_by_validation, *more], [], "search")
+    Path("search").mkdir()  # as the job's lock does
     trials = plan.trials(command.Budget(1, 60))
     trials._search.finish(trials._search.next().number, "complete", (0.5, best_epoch), 1.0)
     trials.finish()
