@@ -18,7 +18,7 @@ from embedtrain.errors import UserError
 @click.argument("new_path", metavar="NEW_RUN", type=click.Path(file_okay=False), help="Folder of the new run.")
 @settings_argument
 def grow(path: str, new_path: str, settings: Sequence[str]) -> int:
-    """Creates a larger run from a trained one, with rows for new words or items."""
+    """Creates a larger run from a trained one, with new rows."""
     paths, overrides = split_words(path, new_path, settings)
     if len(paths) != 2:
         raise UserError(f"expected the folder of a run and the folder of the new run, got {paths or 'no folder'}")

@@ -17,7 +17,7 @@ from embedtrain.errors import UserError
 @click.option("--from", "path", metavar="FILE", help="A csv, tsv, jsonl or parquet file whose columns to use.")
 @click.option("--label", metavar="COLUMN", help="Column that ranking predicts.  [default: guessed]")
 def init(name: str | None, path: str | None, label: str | None) -> int:
-    """Prints a configuration to start from, for the columns of a file."""
+    """Prints a configuration to begin with, for a file's columns."""
     if path is None:
         if label is not None:
             raise UserError("--label names a column of the file in --from: give --from FILE too")

@@ -50,7 +50,7 @@ EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
     "--probe", is_flag=True, help="Measure both bandwidths on this machine: on torchrun's ranks, or on 2 new ones."
 )
 def plan(**options: Any) -> int:
-    """Prints what a run needs on each rank, and a lower bound of its step time."""
+    """Prints a run's needs per rank, and its least step time."""
     return run_plan(PlanOptions(**options))
 
 

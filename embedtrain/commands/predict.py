@@ -45,7 +45,7 @@ def predict(
     step: Step,
     overwrite: bool,
 ) -> int:
-    """Scores rows with a ranking run: writes the probability of each row."""
+    """Scores rows by a ranking run: the probability of each."""
     run_path, overrides = require_run(path, settings)
     output = "-" if output is None and data == "-" else output
     if output is None:

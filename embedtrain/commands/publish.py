@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("--table", "tables", multiple=True, metavar="NAME", help="Only this table; may be given several times.")
 @step_option
 def publish(path: str, url: str, tables: Sequence[str], step: Step) -> int:
-    """Publishes the changed rows of a run to a store, as a new version."""
+    """Publishes a run's changed rows, as a new version."""
     if len(set(tables)) < len(tables):
         raise UserError(f"--table: expected different names, got {', '.join(tables)}")
     from embedtrain.serve.publication import publish, require_lasting

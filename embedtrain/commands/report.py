@@ -23,7 +23,7 @@ from embedtrain.errors import UserError
     help="The page.  [default: report.html in the run folder; of several runs comparison.html here]",
 )
 def report(runs: Sequence[str], words: Sequence[str], analogies: Sequence[str], output: str | None) -> int:
-    """Writes a page of HTML about a run, or one that compares several."""
+    """Writes a page of HTML about one run, or compares several."""
     if len(runs) > 1 and (unused := given_options("words", "analogies")):
         raise UserError(f"{', '.join(unused)}: only for one run, and there are {len(runs)}")
     from embedtrain.distributed.runtime import init_distributed

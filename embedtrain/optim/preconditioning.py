@@ -55,7 +55,6 @@ class Preconditioner(Protocol):
 class HasRates(Protocol):
     """An optimizer as preconditioning sees it; see `SparseOptimizer`."""
 
-    preconditioner: Preconditioner | None
     stores: list[RowStore]
     param_groups: list[dict[str, Any]]
 
@@ -64,14 +63,12 @@ class HasRates(Protocol):
 
 
 def preconditioned(
-    optimizer: HasRates, gradients: Sequence[RowGradient], opened: Sequence[Opened]
+    optimizer: HasRates, preconditioner: Preconditioner, gradients: Sequence[RowGradient], opened: Sequence[Opened]
 ) -> Sequence[Iterable[Opened]]:
     """Returns per group of tables its opened rows with the gradients that the preconditioner makes of theirs.
 
-    Without a preconditioner, they are what was opened. Collective: every rank.
+    Collective: every rank.
     """
-    if optimizer.preconditioner is None:
-        return [[each] for each in opened]
     each = zip(optimizer.stores, gradients, opened, optimizer.param_groups, strict=True)
     touched = [
         Touched(
@@ -84,7 +81,7 @@ def preconditioned(
         )
         for store, gradient, (rows, placed), settings in each
     ]
-    return list(map(_pieces, opened, optimizer.preconditioner(touched, optimizer.stores[0].ranks)))
+    return list(map(_pieces, opened, preconditioner(touched, optimizer.stores[0].ranks)))
 
 
 def _pieces(opened: Opened, values: Iterable[tuple[slice, Tensor]]) -> Iterator[Opened]:

@@ -56,9 +56,9 @@ def _require_memory(workload: Workload, runtime: Runtime) -> None:
         for remedy in remedies(workload, runtime.world_size, available // num_ranks)
     ]
     helps = f"it would fit with {' or '.join(changes)}" if changes else "no single change of dtype, ranks or dim helps"
-    ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
+    ranks = "1 rank needs" if num_ranks == 1 else f"{num_ranks} ranks need"
     raise UserError(
-        f"{ranks} need {format_bytes(needed * num_ranks)} of memory on {where} ({_listed(memory)} per rank), but "
+        f"{ranks} {format_bytes(needed * num_ranks)} of memory on {where} ({_listed(memory)} per rank), but "
         f"{format_bytes(available)} are available: {helps}; see embedtrain plan"
     )
 

@@ -39,9 +39,10 @@ def test_rank_0_alone_prints_and_writes(
     monkeypatch.chdir(tmp_path)
     Path("pairs.tsv").write_text("a b 1\nb c 2\nc d 3\n")
     vectors = Vectors("input", 1, 4, 4, list("abcd"), [4, 3, 2, 1], lambda start, stop: ROWS[start:stop])
-    monkeypatch.setattr(embedtrain.distributed.runtime, "init_distributed", lambda **_: SimpleNamespace(rank=rank))
+    runtime = SimpleNamespace(rank=rank, ranks=SimpleNamespace(rank=rank, run_on_each=lambda do: do()))
+    monkeypatch.setattr(embedtrain.distributed.runtime, "init_distributed", lambda **_: runtime)
     monkeypatch.setattr(embedtrain.recipes.trained, "open_run_vectors", lambda *_: nullcontext(vectors))
-    for name, answer in (("read_facts", None), ("_recipe_sections", []), ("row_sections", []), ("run_page", None)):
+    for name, answer in (("read_facts", "facts"), ("_sections", []), ("run_page", None)):
         monkeypatch.setattr(embedtrain.report.writing, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(embedtrain.report.writing, "render", lambda *_: "the page")
     assert main(arguments) == 0

@@ -87,7 +87,9 @@ def test_neighbors_diff_and_evaluate_know_values_ids_and_hashes(capfd: pytest.Ca
     assert main(["neighbors", "run", "50", "--table", "item"]) == 0
     assert {line.split()[1] for line in capfd.readouterr().out.splitlines()[1:]} == {"<unk>", "7", "100", "3", "20"}
     assert main(["neighbors", "run", "5", "--table", "item"]) == 2
-    assert "unknown value '5': not among the 6 values of table 'item'; did you mean '50'" in capfd.readouterr().err
+    assert (
+        "unknown value '5': it is not one of the 6 values of table 'item'; did you mean '50'" in capfd.readouterr().err
+    )
     with open_vectors("run", "site") as vectors:
         row = vectors.row_of("s3 x")
     assert main(["neighbors", "run", "s3", "x", "--table", "site", "--top", "20"]) == 0

@@ -240,7 +240,7 @@ def test_a_cache_folder_that_cannot_be_used_is_refused(text: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("function", "message"), [("mkdir", "permission denied"), ("makedirs", "the folder cannot be made")]
+    ("function", "message"), [("mkdir", "permission denied"), ("makedirs", "cannot create the folder")]
 )
 def test_a_cache_folder_without_permission_is_refused(
     text: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, function: str, message: str

@@ -37,7 +37,7 @@ def test_ten_billion_rows_on_1024_ranks_take_seconds(settings: list[str], capsys
 
 
 def test_what_does_not_fit_is_said_with_what_would(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = ["table.dim=128", "checkpoint.mode=sync"]
+    overrides = ["table.dim=128", "train.words_per_step=16384", "checkpoint.mode=sync"]
     sizes = ["--rows", "input=1e8", "--rows", "output=1e8", "--world-size", "4", "--memory", "20GiB"]
     assert main(["plan", *settings, *overrides, *sizes]) == 1
     out = capsys.readouterr().out

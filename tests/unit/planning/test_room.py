@@ -23,7 +23,9 @@ GIB = 2**30
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    return load_config(None, ["data.path=none", f"run.path={tmp_path}/deep/run", "table.dim=128"])
+    return load_config(
+        None, ["data.path=none", f"run.path={tmp_path}/deep/run", "table.dim=128", "train.words_per_step=16384"]
+    )
 
 
 def have(monkeypatch: pytest.MonkeyPatch, memory: int | None, disk: int) -> None:
