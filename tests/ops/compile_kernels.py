@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from embedtrain.ops.damp_rows import triton as damp_rows
 from embedtrain.ops.gather_rows import triton as gather_rows
 from embedtrain.ops.pool_rows import Bags
 from embedtrain.ops.pool_rows import triton as pool_rows
@@ -181,6 +182,7 @@ def launch_all(compiler: Compiler, dim: int, dtype: torch.dtype, num_rows: int =
     if dtype == torch.float32:
         label("values")
         segment_sum.segment_sum(torch.zeros(_N, dim), keys, 0.5)
+        _launch_damping(dim)
         _launch_words(label, dim, num_rows)
         compiler.label = "words"
         _launch_sampling()
@@ -195,6 +197,11 @@ def _launch_words(label: Callable[[str], None], dim: int, num_rows: int) -> None
             block = TextBlock(places % num_rows, targets, (places - reach).clamp(min=0), places + 1)
             label(f"reach {reach}")
             skipgram_block.skipgram_block(torch.zeros(num_rows, dim), block, architecture, 1.0, reach)
+
+
+def _launch_damping(dim: int) -> None:
+    gradient, tables, times = torch.zeros(_N, dim), torch.zeros(_N, dtype=torch.int64), torch.ones(_N)
+    damp_rows.damp_rows(gradient, tables, times, torch.ones(2, 4), torch.zeros(2, 4, dim))
 
 
 def _launch_sampling() -> None:
