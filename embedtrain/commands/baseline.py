@@ -215,7 +215,7 @@ class Measured:
 
         if not on_test:
             return validation_of(self._interactions)
-        return test_of(self._interactions) if self._config.holds_out else self._interactions.held_out
+        return test_of(self._interactions, is_split=self._config.holds_out)
 
     def _fit(self, name: str, point: Mapping[str, float]) -> Scores:
         from embedtrain.recipes import baselines

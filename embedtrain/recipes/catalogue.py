@@ -12,6 +12,7 @@ from torch import Tensor
 from embedtrain.data.bags import Bags
 from embedtrain.data.partition import share_of_rank
 from embedtrain.distributed.ranks import Ranks
+from embedtrain.export.recommendations import Recommendation
 from embedtrain.ops._backend.transfer import to_host
 from embedtrain.recipes.lists import k_best, measure_best
 
@@ -79,6 +80,15 @@ class Catalogue:
         )
         scores, items = k_best(scores, items, k)
         return to_host(items.masked_fill(scores == -torch.inf, -1)), to_host(scores)
+
+
+def named_lists(names: Sequence[str], best: Tensor, scores: Tensor, item_ids: Sequence[str]) -> list[Recommendation]:
+    """Returns what `Catalogue.best` found, under the names of the users and the raw ids of the items."""
+    lists: list[Recommendation] = []
+    for name, chosen, worth in zip(names, best.tolist(), scores.tolist(), strict=True):
+        found = [item_ids[item] for item in chosen if item >= 0]
+        lists.append((name, found, worth[: len(found)]))
+    return lists
 
 
 def _exclude(scores: Tensor, excluded: tuple[NDArray[np.int64], NDArray[np.int64]], first: int) -> None:

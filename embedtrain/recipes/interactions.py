@@ -10,12 +10,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from embedtrain.config.interactions import InteractionsConfig
 from embedtrain.data.bags import Bags, without
 from embedtrain.data.interactions import ITEMS_NAME, SPLIT_NAMES, USERS_NAME, InteractionOptions, Interactions
-from embedtrain.data.readers import suffixes_of
+from embedtrain.data.readers import Layout, suffixes_of
 from embedtrain.data.sources import refuse_changes
 from embedtrain.data.splits import SplitOptions
+from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import UserError, printable
 from embedtrain.recipes.layout import layout_of
@@ -131,14 +135,40 @@ def require_users(held_out: Bags) -> Bags:
     return held_out
 
 
+def rows_of(names: Sequence[str], vocabulary: Vocabulary, noun: str) -> NDArray[np.int64]:
+    """Returns the rows of raw ids.
+
+    Raises:
+        UserError: one is unknown.
+    """
+    rows = vocabulary.rows_of(names)
+    if len(unknown := np.flatnonzero(rows < 0)):
+        raise UserError(
+            f"unknown {noun} {names[int(unknown[0])]!r}: not among the {len(vocabulary):,} {noun}s of the training "
+            f"data, such as {', '.join(map(repr, vocabulary.words[:3]))}"
+        )
+    return rows
+
+
+def heads_of(data: InteractionsConfig) -> dict[str, tuple[str, Layout]]:
+    """Returns the files of interactions that a dry run reads the beginning of; see `Recipe.heads`."""
+    return dict.fromkeys(("data.path", "evaluate.path"), (data.format, layout_of(data, "data")))
+
+
 def validation_of(interactions: Interactions) -> Bags:
     """Returns the validation part of each user, without items that they have in training, which are masked."""
     return without(interactions.validation, interactions.known)
 
 
-def test_of(interactions: Interactions) -> Bags:
-    """Returns the test part that a split made, without items that come before it for the user, which are masked."""
-    return without(interactions.held_out, interactions.known_before_test)
+def test_of(interactions: Interactions, *, is_split: bool) -> Bags:
+    """Returns the test part of each user.
+
+    Args:
+        interactions: of the run.
+        is_split: whether `data.split` made it. Then it comes without items that the user has before it, which are
+            masked; the files of `evaluate.path` are taken as they are.
+    """
+    return without(interactions.held_out, interactions.known_before_test) if is_split else interactions.held_out
 
 
 def check_data_files(data: InteractionsConfig, interactions: Interactions, ranks: Ranks) -> Callable[[], None]:

@@ -16,11 +16,11 @@ from torch import Tensor
 from embedtrain.data.bags import Bags, distinct
 from embedtrain.data.histories import Histories, known_part, read_described, read_histories, split_histories
 from embedtrain.data.interactions import InteractionOptions, Interactions
-from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.errors import UserError
 from embedtrain.export.recommendations import Recommendation
 from embedtrain.recipes.base import Wanted
-from embedtrain.recipes.catalogue import measure_lists
+from embedtrain.recipes.catalogue import measure_lists, named_lists
+from embedtrain.recipes.interactions import rows_of
 from embedtrain.recipes.retrieval.config import RetrievalConfig
 from embedtrain.recipes.retrieval.folding import FoldIn, FromFeatures
 from embedtrain.recipes.retrieval.indexed import IndexedCatalogue
@@ -70,7 +70,7 @@ def best_items(
         asked = _Asked(interactions.users.words, interactions.known_before_test, functools.partial(user_vectors, model))
     rows = np.arange(len(asked.names))
     if wanted.users is not None:
-        rows = _rows_of(wanted.users, interactions.users, "user")
+        rows = rows_of(wanted.users, interactions.users, "user")
     index = wanted.index_path
     catalogue = catalogue_of(model) if index is None else IndexedCatalogue(model, index, checkpoint)
     item_ids = interactions.items.words
@@ -78,10 +78,7 @@ def best_items(
     for start in range(0, len(rows), _USERS_AT_ONCE):
         part = rows[start : start + _USERS_AT_ONCE]
         best, scores = catalogue.best(part, wanted.top, excluded, asked.vectors(part))
-        yield [
-            (asked.names[row], [item_ids[i] for i in chosen if i >= 0], worth[: sum(i >= 0 for i in chosen)])
-            for row, chosen, worth in zip(part.tolist(), best.tolist(), scores.tolist(), strict=True)
-        ]
+        yield named_lists([asked.names[row] for row in part.tolist()], best, scores, item_ids)
 
 
 def measure_unseen(
@@ -156,17 +153,6 @@ def _histories(
         found = read_histories(options, wanted.history_path, interactions.items)
         return known_part(found, wanted.history_path, interactions)
     assert wanted.items is not None
-    rows = np.unique(_rows_of(wanted.items, interactions.items, "item"))
+    rows = np.unique(rows_of(wanted.items, interactions.items, "item"))
     bags = Bags.from_rows(np.zeros(len(rows), np.int64), rows, 1)
     return Histories([",".join(wanted.items)], bags), np.array([-1])
-
-
-def _rows_of(names: Sequence[str], vocabulary: Vocabulary, noun: str) -> NDArray[np.int64]:
-    rows = vocabulary.rows_of(names)
-    unknown = [name for name, row in zip(names, rows.tolist(), strict=True) if row < 0]
-    if unknown:
-        raise UserError(
-            f"unknown {noun} {unknown[0]!r}: not among the {len(vocabulary):,} {noun}s of the training data, such as "
-            f"{', '.join(map(repr, vocabulary.words[:3]))}"
-        )
-    return rows

@@ -15,7 +15,6 @@ import torch
 
 from embedtrain.checkpoint import CheckpointReader
 from embedtrain.checkpoint.manifest import step_of
-from embedtrain.data.bags import Bags
 from embedtrain.data.interactions import (
     ITEMS_NAME,
     USERS_NAME,
@@ -24,7 +23,6 @@ from embedtrain.data.interactions import (
     prepare_interactions,
     read_held_out,
 )
-from embedtrain.data.readers import Layout
 from embedtrain.data.retrieval_batches import DrawOptions, RetrievalBatches
 from embedtrain.data.row_names import STATE_KEY, values_file, values_source, vocabulary_source, write_values
 from embedtrain.data.side_features import SideOptions
@@ -50,6 +48,7 @@ from embedtrain.recipes.base import (
 from embedtrain.recipes.interactions import (
     WITHOUT_VALIDATION,
     check_data_files,
+    heads_of,
     interaction_options,
     keep_interactions,
     kept_interactions,
@@ -140,7 +139,10 @@ def build(config: RetrievalConfig, runtime: Runtime, interactions: Interactions)
     model = _build_model(config, runtime, interactions)
     evaluation = None
     if interactions.has_validation or config.holds_out or config.evaluate.path is not None:
-        held_out = validation_of(interactions) if interactions.has_validation else _test_of(config, interactions)
+        if interactions.has_validation:
+            held_out = validation_of(interactions)
+        else:
+            held_out = test_of(interactions, is_split=config.holds_out)
         measure = functools.partial(evaluate_retrieval, model, interactions.known, held_out, config.evaluate.k)
         evaluation = Evaluation(measure, config.evaluate.every_steps, config.evaluate.every_epochs)
     task = Task(
@@ -164,10 +166,6 @@ def build(config: RetrievalConfig, runtime: Runtime, interactions: Interactions)
         _pretrained(config, interactions),
         interactions.unverified,
     )
-
-
-def _test_of(config: RetrievalConfig, interactions: Interactions) -> Bags:
-    return test_of(interactions) if config.holds_out else interactions.held_out
 
 
 def _facts(interactions: Interactions) -> dict[str, Any]:
@@ -276,10 +274,6 @@ def _write_files(interactions: Interactions, folder: RunFolder) -> None:
     keep_interactions(interactions, folder)
 
 
-def _heads(config: RetrievalConfig) -> dict[str, tuple[str, Layout]]:
-    return dict.fromkeys(("data.path", "evaluate.path"), (config.data.format, layout_of(config.data, "data")))
-
-
 def _tables(config: RetrievalConfig, interactions: Interactions) -> list[TableSpec]:
     return retrieval_tables(
         _sizes(interactions).num_rows,
@@ -332,7 +326,7 @@ def measure(
     with restored(config, runtime, checkpoint) as (model, interactions, _):
         if held_out is None:
             require_users(interactions.held_out)
-            bags = _test_of(config, interactions)
+            bags = test_of(interactions, is_split=config.holds_out)
         else:
             options = replace(_interaction_options(config), held_out_path=held_out)
             bags = runtime.ranks.run_on_first(lambda: read_held_out(options, interactions))
@@ -384,7 +378,7 @@ def report(config: RetrievalConfig, runtime: Runtime, checkpoint: str) -> Iterat
     if config.evaluate.path is None and not config.holds_out:
         return
     with restored(config, runtime, checkpoint) as (model, interactions, _):
-        held_out = _test_of(config, interactions)
+        held_out = test_of(interactions, is_split=config.holds_out)
         yield from recommendation_sections(model, interactions.known_before_test, held_out, max(config.evaluate.k))
 
 
@@ -442,7 +436,7 @@ RECIPE = Recipe(
     prepare=prepare,
     build=build,
     workload=workload,
-    heads=_heads,
+    heads=lambda config: heads_of(config.data),
     check=check,
     draft=draft,
     held_out="evaluate.path",

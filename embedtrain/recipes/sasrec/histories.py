@@ -19,11 +19,11 @@ from embedtrain.data.partition import share_of_rank
 from embedtrain.data.readers import suffixes_of
 from embedtrain.data.row_names import rows_among
 from embedtrain.data.sources import take_sources
-from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.errors import UserError, counted
 from embedtrain.export.recommendations import Recommendation
 from embedtrain.recipes.base import Wanted
-from embedtrain.recipes.catalogue import Catalogue, measure_lists
+from embedtrain.recipes.catalogue import Catalogue, measure_lists, named_lists
+from embedtrain.recipes.interactions import rows_of
 from embedtrain.recipes.lists import measure_next
 from embedtrain.recipes.sasrec.config import ITEM
 from embedtrain.recipes.sasrec.model import Sasrec
@@ -124,15 +124,12 @@ def next_items(
     for start in range(0, len(asked.names), _USERS_AT_ONCE):
         part = np.arange(start, min(start + _USERS_AT_ONCE, len(asked.names)))
         best, scores = catalogue.best(part, wanted.top, known, encoded(model, asked.items, part))
-        yield [
-            (asked.names[row], [item_ids[i] for i in chosen if i >= 0], worth[: sum(i >= 0 for i in chosen)])
-            for row, chosen, worth in zip(part.tolist(), best.tolist(), scores.tolist(), strict=True)
-        ]
+        yield named_lists([asked.names[row] for row in part.tolist()], best, scores, item_ids)
 
 
 def _asked(interactions: Interactions, options: InteractionOptions, wanted: Wanted) -> _Asked:
     if wanted.items is not None:
-        rows = _rows_of(wanted.items, interactions.items, "item")
+        rows = rows_of(wanted.items, interactions.items, "item")
         return _Asked([",".join(wanted.items)], Bags.from_rows(np.zeros(len(rows), np.int64), rows, 1))
     if wanted.history_path is not None:
         return _read(options, wanted.history_path, interactions.items.words)
@@ -141,21 +138,11 @@ def _asked(interactions: Interactions, options: InteractionOptions, wanted: Want
     if wanted.users is None:
         users = np.flatnonzero(lengths)
     else:
-        users = _rows_of(wanted.users, interactions.users, "user")
+        users = rows_of(wanted.users, interactions.users, "user")
         if len(empty := np.flatnonzero(lengths[users] == 0)):
             raise UserError(f"user {wanted.users[int(empty[0])]!r} has no item in the data of this run")
     values, lengths = histories.of(users)
     return _Asked([names[user] for user in users.tolist()], Bags(np.append(0, np.cumsum(lengths)), values))
-
-
-def _rows_of(wanted: Sequence[str], vocabulary: Vocabulary, noun: str) -> NDArray[np.int64]:
-    rows = vocabulary.rows_of(wanted)
-    if len(unknown := np.flatnonzero(rows < 0)):
-        raise UserError(
-            f"unknown {noun} {wanted[int(unknown[0])]!r}: not among the {len(vocabulary):,} {noun}s of the training "
-            f"data, such as {', '.join(map(repr, vocabulary.words[:3]))}"
-        )
-    return rows
 
 
 def _read(options: InteractionOptions, path: str, items: Sequence[str]) -> _Asked:

@@ -41,13 +41,13 @@ from embedtrain.recipes.base import (
 from embedtrain.recipes.interactions import (
     WITHOUT_VALIDATION,
     check_data_files,
+    heads_of,
     interaction_options,
     keep_interactions,
     kept_interactions,
     log_interactions,
     require_users,
 )
-from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.lists import names_of_next
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer
 from embedtrain.recipes.sasrec.batches import BatchOptions, SequenceBatches
@@ -153,10 +153,6 @@ def _build_model(config: SasrecConfig, runtime: Runtime, interactions: Interacti
     return Sasrec(_table(config, interactions), architecture, **collection_options(config, runtime))
 
 
-def _heads(config: SasrecConfig) -> dict[str, tuple[str, Layout]]:
-    return dict.fromkeys(("data.path", "evaluate.path"), (config.data.format, layout_of(config.data, "data")))
-
-
 @contextmanager
 def restored(config: SasrecConfig, runtime: Runtime, checkpoint: str) -> Iterator[tuple[Sasrec, Interactions, int]]:
     """Yields the model of a checkpoint, its data and its step. Collective: every rank.
@@ -210,7 +206,7 @@ RECIPE = Recipe(
     prepare=prepare,
     build=build,
     workload=workload,
-    heads=_heads,
+    heads=lambda config: heads_of(config.data),
     held_out="evaluate.path",
     grow=Grow(
         base_files=lambda config: [ITEMS_NAME],
