@@ -75,6 +75,11 @@ class RowFilesConfig:
     """Quote character of csv and tsv; null for none; auto: " in csv, none in tsv."""
 
 
+def file_keys(*sections: str) -> list[str]:
+    """Returns the keys of sections of `RowFilesConfig` that may change if the content of their files stays the same."""
+    return [f"{section}.{name}" for section in sections for name in ("path", "columns", "delimiter", "quote")]
+
+
 @dataclass
 class EarlyStopConfig:
     """Early stopping: end before the last epoch when checkpoint.best_metric stops improving."""

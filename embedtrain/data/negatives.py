@@ -89,3 +89,18 @@ def alias_table(weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDAr
     for row in small + large:  # what rounding left over
         own[row] = 1.0
     return np.array(own), np.array(other, dtype=np.int64)
+
+
+def draw_rows(
+    generator: np.random.Generator, number: int, table: tuple[NDArray[np.float64], NDArray[np.int64]]
+) -> NDArray[np.int64]:
+    """Draws rows from an `alias_table`, with replacement.
+
+    Returns:
+        [number] int64.
+    """
+    own, other = table
+    places = generator.random(number) * len(own)
+    columns = places.astype(np.int64)
+    drawn: NDArray[np.int64] = np.where(places - columns < own[columns], columns, other[columns])
+    return drawn

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embedtrain.data.bags import Bags, spans
-from embedtrain.data.negatives import alias_table
+from embedtrain.data.negatives import alias_table, draw_rows
 from embedtrain.data.partition import block_order, num_steps, random_generator, share_of_rank
 from embedtrain.jagged import Jagged
 
@@ -140,7 +140,7 @@ class RetrievalBatches:
         counts = np.bincount(known.values, minlength=num_items).astype(np.float64)
         self._popularity = counts / counts.sum()
         drawn = negative_shares(self._popularity, num_items, options.popularity_share)
-        self._own, self._other = alias_table(drawn)
+        self._alias_table = alias_table(drawn)
         self._expected_drawn = options.num_negatives * drawn
         self._is_candidate = np.zeros(num_items, np.bool_)
         self._epoch = -1
@@ -165,7 +165,8 @@ class RetrievalBatches:
         examples = self._order[step * size : (step + 1) * size]
         users = np.searchsorted(self._first_example, examples, side="right") - 1
         positives, lengths = self._positives(users, examples - self._first_example[users])
-        negatives = self._draw(random_generator(self._seed, "negatives", epoch, step))
+        generator = random_generator(self._seed, "negatives", epoch, step)
+        negatives = draw_rows(generator, self._options.num_negatives, self._alias_table)
         shares = [self._shares(rank, lengths) for rank in range(self._world_size)]
         own = [[positives[p], negatives[k]] if self._options.in_batch else [negatives[k]] for _, p, k in shares]
         candidates = np.concatenate([part for parts in own for part in parts])
@@ -223,12 +224,6 @@ class RetrievalBatches:
         turned = first + (self._turns[users] * degrees).astype(np.int64)
         places = spans(turned, lengths) % np.repeat(degrees, lengths) + np.repeat(self._known.starts[users], lengths)
         return self._known.values[places], lengths
-
-    def _draw(self, generator: np.random.Generator) -> NDArray[np.int64]:
-        places = generator.random(self._options.num_negatives) * len(self._own)
-        columns = places.astype(np.int64)
-        drawn: NDArray[np.int64] = np.where(places - columns < self._own[columns], columns, self._other[columns])
-        return drawn
 
     def _expected(self, items: NDArray[np.int64], num_positives: int) -> Tensor:
         expected = self._expected_drawn[items]

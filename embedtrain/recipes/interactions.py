@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,6 +22,8 @@ from embedtrain.data.splits import SplitOptions
 from embedtrain.data.vocabulary import Vocabulary
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.errors import UserError, printable
+from embedtrain.metrics.ranking import name_at
+from embedtrain.recipes.base import Tuning
 from embedtrain.recipes.layout import layout_of
 from embedtrain.train.run_folder import RunFolder
 
@@ -29,7 +31,7 @@ _logger = logging.getLogger(__name__)
 
 _MANY_ITEMS = 100_000
 
-WITHOUT_VALIDATION = (
+_WITHOUT_VALIDATION = (
     "data.validation=none",
     "train.early_stop.patience=null",
     "checkpoint.keep_best=null",
@@ -133,6 +135,17 @@ def require_users(held_out: Bags) -> Bags:
             "data.split or evaluate.path, or give --data FILE"
         )
     return held_out
+
+
+def tuning_of(space: Callable[[Any], Mapping[str, str]]) -> Tuning[Any]:
+    """Returns how `embedtrain tune` searches for the settings of a model, given its own space."""
+    return Tuning(
+        has_validation=lambda config: config.data.validation != "none",
+        metric=lambda config: name_at("ndcg", config.evaluate.k[0]),
+        space=space,
+        split_off=["data.validation=auto"],
+        final=_WITHOUT_VALIDATION,
+    )
 
 
 def rows_of(names: Sequence[str], vocabulary: Vocabulary, noun: str) -> NDArray[np.int64]:

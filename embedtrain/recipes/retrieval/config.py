@@ -16,6 +16,7 @@ from embedtrain.config.sections import (
     RowFilesConfig,
     TableConfig,
     TrainConfig,
+    file_keys,
     require_at_least_one,
     require_paths,
 )
@@ -171,20 +172,9 @@ class RetrievalConfig(Config):
     # Whether the data are the same is judged by their content.
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
         *Config.MAY_CHANGE,
-        "data.path",
-        "data.columns",
-        "data.delimiter",
-        "data.quote",
+        *file_keys("data", "users", "items"),
         "data.cache_path",
-        "users.path",
-        "users.columns",
-        "users.delimiter",
-        "users.quote",
         "users.base_vocabulary",
-        "items.path",
-        "items.columns",
-        "items.delimiter",
-        "items.quote",
         "items.base_vocabulary",
         "evaluate.",
     )

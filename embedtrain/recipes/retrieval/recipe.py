@@ -32,13 +32,12 @@ from embedtrain.errors import UserError
 from embedtrain.export.recommendations import Recommendation
 from embedtrain.export.vectors import FloatRows, Vectors, open_vectors
 from embedtrain.metrics.figures import Section
-from embedtrain.metrics.ranking import measure_names, name_at
+from embedtrain.metrics.ranking import measure_names
 from embedtrain.optim.dense import DenseOptimizer
 from embedtrain.recipes.base import (
     Grow,
     Packed,
     Recipe,
-    Tuning,
     Wanted,
     around,
     base_file,
@@ -46,7 +45,6 @@ from embedtrain.recipes.base import (
     takes_new_names,
 )
 from embedtrain.recipes.interactions import (
-    WITHOUT_VALIDATION,
     check_data_files,
     heads_of,
     interaction_options,
@@ -55,6 +53,7 @@ from embedtrain.recipes.interactions import (
     log_interactions,
     require_users,
     test_of,
+    tuning_of,
     validation_of,
 )
 from embedtrain.recipes.layout import layout_of
@@ -454,11 +453,5 @@ RECIPE = Recipe(
     recommend=recommend,
     pack=pack,
     report=report,
-    tuning=Tuning(
-        has_validation=lambda config: config.data.validation != "none",
-        metric=lambda config: name_at("ndcg", config.evaluate.k[0]),
-        space=_search_space,
-        split_off=["data.validation=auto"],
-        final=WITHOUT_VALIDATION,
-    ),
+    tuning=tuning_of(_search_space),
 )

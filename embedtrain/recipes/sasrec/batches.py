@@ -12,7 +12,7 @@ from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
 from embedtrain.data.bags import Bags, spans
-from embedtrain.data.negatives import alias_table
+from embedtrain.data.negatives import alias_table, draw_rows
 from embedtrain.data.partition import block_order, num_steps, random_generator, share_of_rank
 
 
@@ -121,7 +121,7 @@ class SequenceBatches:
         # Items that training does not have are drawn too, as if it had them once.
         counts = np.bincount(sequences.values, minlength=num_items).clip(min=1).astype(np.float64)
         weights = counts**options.power
-        self._own, self._other = alias_table(weights)
+        self._alias_table = alias_table(weights)
         self._log_expected = np.log(max(1, options.num_negatives) * weights / weights.sum()).astype(np.float32)
         self._epoch = -1
         self._order = np.zeros(0, np.int64)
@@ -146,7 +146,8 @@ class SequenceBatches:
         # Dealt out one by one, so that the ranks have about as many predictions each.
         shares = [chosen[rank :: self._world_size] for rank in range(self._world_size)]
         inputs = [spans(self._firsts[share], self._lengths[share]) for share in shares]
-        candidates = self._draw(epoch, step)
+        generator = random_generator(self._seed, "negatives", epoch, step)
+        candidates = draw_rows(generator, self._options.num_negatives, self._alias_table)
         return SequenceBatch(
             inputs=self._items(inputs[self._rank]),
             targets=[self._items(places + 1) for places in inputs],
@@ -175,14 +176,6 @@ class SequenceBatches:
         # The last example may begin before the last step does, which would then be empty.
         at_most = len(starts) - steps[::-1]
         self._bounds = np.minimum(np.searchsorted(starts, steps * size), at_most)
-
-    def _draw(self, epoch: int, step: int) -> NDArray[np.int64]:
-        """Returns the negatives of a step."""
-        places = random_generator(self._seed, "negatives", epoch, step).random(self._options.num_negatives)
-        places *= len(self._own)
-        columns = places.astype(np.int64)
-        drawn: NDArray[np.int64] = np.where(places - columns < self._own[columns], columns, self._other[columns])
-        return drawn
 
 
 def _windows(sequences: Bags, max_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -14,6 +14,7 @@ from embedtrain.config.sections import (
     EvaluateConfig,
     TableConfig,
     TrainConfig,
+    file_keys,
     require_at_least_one,
     require_paths,
 )
@@ -101,10 +102,7 @@ class SasrecConfig(Config):
     # Whether the data are the same is judged by their content.
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
         *Config.MAY_CHANGE,
-        "data.path",
-        "data.columns",
-        "data.delimiter",
-        "data.quote",
+        *file_keys("data"),
         "data.cache_path",
         "evaluate.",
     )

@@ -25,12 +25,10 @@ from embedtrain.data.side_features import SideOptions
 from embedtrain.distributed.runtime import Runtime
 from embedtrain.errors import UserError
 from embedtrain.export.recommendations import Recommendation
-from embedtrain.metrics.ranking import name_at
 from embedtrain.recipes.base import (
     Grow,
     Packed,
     Recipe,
-    Tuning,
     Wanted,
     around,
     base_file,
@@ -39,7 +37,6 @@ from embedtrain.recipes.base import (
     takes_new_names,
 )
 from embedtrain.recipes.interactions import (
-    WITHOUT_VALIDATION,
     check_data_files,
     heads_of,
     interaction_options,
@@ -47,6 +44,7 @@ from embedtrain.recipes.interactions import (
     kept_interactions,
     log_interactions,
     require_users,
+    tuning_of,
 )
 from embedtrain.recipes.lists import names_of_next
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer
@@ -201,6 +199,14 @@ def pack(config: SasrecConfig, runtime: Runtime, checkpoint: str) -> Iterator[Pa
         yield packed_model(model, interactions, step)
 
 
+def _search_space(config: SasrecConfig) -> dict[str, str]:
+    return {
+        "optimizer.lr": around(config.optimizer.lr, 3),
+        "dense_optimizer.lr": around(config.dense_optimizer.lr, 3),
+        "sasrec.dropout": "0.1:0.5",
+    }
+
+
 RECIPE = Recipe(
     config=SasrecConfig,
     prepare=prepare,
@@ -218,15 +224,5 @@ RECIPE = Recipe(
     measure=measure,
     recommend=recommend,
     pack=pack,
-    tuning=Tuning(
-        has_validation=lambda config: config.data.validation != "none",
-        metric=lambda config: name_at("ndcg", config.evaluate.k[0]),
-        space=lambda config: {
-            "optimizer.lr": around(config.optimizer.lr, 3),
-            "dense_optimizer.lr": around(config.dense_optimizer.lr, 3),
-            "sasrec.dropout": "0.1:0.5",
-        },
-        split_off=["data.validation=auto"],
-        final=WITHOUT_VALIDATION,
-    ),
+    tuning=tuning_of(_search_space),
 )

@@ -14,6 +14,7 @@ from embedtrain.config.sections import (
     RowFilesConfig,
     TableConfig,
     TrainConfig,
+    file_keys,
     refuse_stream,
     require_at_least_one,
     require_paths,
@@ -128,10 +129,7 @@ class Word2VecConfig(Config):
     # Whether the text is the same is judged by its content.
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
         *Config.MAY_CHANGE,
-        "data.path",
-        "data.columns",
-        "data.delimiter",
-        "data.quote",
+        *file_keys("data"),
         "data.base_vocabulary",
         "data.cache_path",
         "evaluate.",
