@@ -74,7 +74,7 @@ class Events:
         """Returns the places [n] of the events user by user, each user's by time; of equal times the first comes first.
 
         Args:
-            users: [n], ascending by which the users stand.
+            users: [n]; a number for the user of each event. Users come in ascending order of their numbers.
         """
         if self.times is None:
             return np.argsort(users, kind="stable")
@@ -218,7 +218,7 @@ class _Pairs:
 
 
 def _busiest(ids: Ids, name: str) -> str:
-    """Says how many ids a column has, and how many rows the one with the most."""
+    """Says how many ids a column has, which of them is in the most rows, and in how many."""
     counts = np.bincount(ids.codes, minlength=len(ids.names))
     most = int(counts.argmax())
     busiest = printable(ids.names[most].as_py()[:_SHOWN_LETTERS])
@@ -235,5 +235,5 @@ def refuse_line_ends(ids: Ids, name: str) -> None:
         found = np.flatnonzero(np.asarray(pc.match_substring(ids.names, forbidden)))
         if len(found):
             raise UserError(
-                f"the {name} id {ids.names[int(found[0])].as_py()!r} holds a tab or a line end, which none may"
+                f"the {name} id {ids.names[int(found[0])].as_py()!r} holds a tab or a line end, and no id may"
             )

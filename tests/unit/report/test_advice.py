@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +18,14 @@ from embedtrain.report.facts import RunFacts, TableFacts, epochs_done, read_fact
 from embedtrain.report.rows import project
 from embedtrain.report.writing import recipe_sections
 from embedtrain.train.state import TrainState
+from tests.unit.report.made import made_facts
 
 
 def facts(
     losses: list[float], curves: dict[str, tuple[list[int], list[float]]] | None = None, **changes: Any
 ) -> RunFacts:
     logged = {"loss": (list(range(len(losses))), losses), "learning_rate": ([1], [0.5])} if curves is None else curves
-    known = RunFacts(
-        path="runs/<x>",
-        config="seed: 1\n",
-        status={"state": "done"},
-        step=1200,
-        world_size=2,
-        seconds=3.0,
-        epochs=2.0,
-        num_skipped=0,
-        logged=RunCurves(logged),
-        tables=[TableFacts("word", 1000, 8, 3), TableFacts("other", 10, 8, None)],
-    )
-    return dataclasses.replace(known, **changes)
+    return made_facts(**{"logged": RunCurves(logged), **changes})
 
 
 def falling(count: int = 16) -> list[float]:

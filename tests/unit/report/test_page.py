@@ -20,11 +20,12 @@ from embedtrain.report.curves import (
     thinned,
     without_partial,
 )
-from embedtrain.report.facts import RunFacts, TableFacts, read_facts
+from embedtrain.report.facts import RunFacts, read_facts
 from embedtrain.report.headline import cards_of
 from embedtrain.report.page import Page, alternative_text, render
 from embedtrain.report.writing import run_page
 from embedtrain.train.run_folder import RunFolder
+from tests.unit.report.made import made_facts
 
 RECORDS: list[dict[str, Any]] = [
     {
@@ -71,20 +72,8 @@ HOSTILE = "</script><img src=x onerror=alert(1)>\x1b[31m&"
 
 
 def facts(**changes: Any) -> RunFacts:
-    known = RunFacts(
-        path="runs/<x>",
-        config="seed: 1\n",
-        status={"state": "done"},
-        step=1200,
-        world_size=2,
-        seconds=3.0,
-        epochs=2.0,
-        num_skipped=0,
-        logged=LOGGED,
-        tables=[TableFacts("word", 1000, 8, 3), TableFacts("other", 10, 8, None)],
-        starts=[{"time": "2026-01-02T03:04:05+00:00", "command": "embedtrain train x", "commit": "abc123"}],
-    )
-    return dataclasses.replace(known, **changes)
+    starts = [{"time": "2026-01-02T03:04:05+00:00", "command": "embedtrain train x", "commit": "abc123"}]
+    return made_facts(**{"logged": LOGGED, "starts": starts, **changes})
 
 
 class Shown(HTMLParser):
