@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PACKAGE, INDEX = "package", "faiss"
 FORMAT_NAMES = ("word2vec", "word2vec-binary", "glove", "npy", "safetensors", "parquet", "projector", INDEX, PACKAGE)
-"""The names of `embedtrain.export.FORMATS`, repeated because importing it would slow the help down, and the two
+"""The names of `embedtrain.export.formats.FORMATS`, repeated because importing it would slow the help down, and the two
 formats that are not files of vectors. A test compares the names."""
 TABLE_DTYPES = ("float32", "bfloat16", "int8")
 INDEX_KINDS = ("flat", "ivfpq", "hnsw")

@@ -306,11 +306,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no annotations
-    """Quotes texts that other YAML readers would read as numbers, such as 1e3."""
+    """Quotes texts that would be read as something else: numbers such as 1e3, and U+0085, a line end in YAML."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
         is_read_otherwise = _NUMBER.fullmatch(text) or (text == "???" and not isinstance(text, Unset))
-        style = "'" if is_read_otherwise else None
+        style = '"' if "\x85" in text else "'" if is_read_otherwise else None
         return self.represent_scalar("tag:yaml.org,2002:str", text, style)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from embedtrain.export.formats import FORMATS, export_vectors
+from embedtrain.export.formats import export_vectors
 from embedtrain.export.neighbors import neighbors
 from embedtrain.export.vectors import Vectors, open_vectors, unit_rows
 
-__all__ = ["FORMATS", "Vectors", "export_vectors", "neighbors", "open_vectors", "unit_rows"]
+__all__ = ["Vectors", "export_vectors", "neighbors", "open_vectors", "unit_rows"]

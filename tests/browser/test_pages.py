@@ -78,7 +78,7 @@ def _address(process: subprocess.Popen[bytes], log: Path) -> str:
 def test_tensorboard_shows_the_scalars_and_the_projector(job: Job, page: Page) -> None:
     with tensorboard(job.folder / "run" / "tensorboard") as address:
         page.open(f"{address}/#timeseries")
-        for tag in ("Loss/loss", *GROUPS):
+        for tag in ("Loss /loss", *GROUPS):  # TensorBoard sets the group apart from the name
             page.wait_for_text(tag)
         page.wait_for("document.querySelectorAll('line-chart, svg.line-chart, canvas').length > 0")
         page.screenshot(ARTEFACTS / "tensorboard-scalars.png")

@@ -9,7 +9,8 @@ import threading
 import numpy as np
 import pytest
 
-from embedtrain.export import FORMATS, export_vectors, open_vectors
+from embedtrain.export import export_vectors, open_vectors
+from embedtrain.export.formats import FORMATS
 from embedtrain.testing.ranks import run_ranks
 from tests.unit.export import conftest
 

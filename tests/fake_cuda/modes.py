@@ -47,7 +47,19 @@ _MAY_MIX = {
 }
 """Functions that take tensors of both memories. Of indexing, an index may lie on the host."""
 _INDEXING = {"__setitem__", "__getitem__", "index_put_", "index_put"}
-_WRITTEN = {"gathered", "pooled", "sums", "heads", "weight", "first", "second", "context_grad", "target_grad", "loss"}
+_WRITTEN = {
+    "gathered",
+    "pooled",
+    "sums",
+    "heads",
+    "weight",
+    "first",
+    "second",
+    "context_grad",
+    "target_grad",
+    "loss",
+    "damped",
+}
 """Parameters of the package's kernels that they write to."""
 
 _WRITTEN_BY = {"_draw_widths": {"widths"}, "_write_kept": {"words", "targets", "sentences", "width_of_word"}}

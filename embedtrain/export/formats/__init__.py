@@ -69,7 +69,7 @@ def export_vectors(
 
     Args:
         vectors: the vectors to export.
-        format: a name in `FORMATS`.
+        format: "word2vec", "word2vec-binary", "glove", "npy", "safetensors", "parquet" or "projector".
         output: path or fsspec URL of the new file, or of a folder for `projector`. The suffixes .gz, .bz2, .xz and .zst
             compress the formats of word2vec and GloVe; other formats refuse them.
         overwrite: whether to replace existing files.
@@ -102,3 +102,6 @@ def export_vectors(
             files = [stack.enter_context(PACKERS[codec](file)) for file in files]
         chosen.write(vectors.first(limit), files)
     return paths
+
+
+"""How vectors are written to files, by the name that a user gives for `--format`."""

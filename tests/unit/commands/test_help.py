@@ -14,7 +14,7 @@ from embedtrain import __version__
 from embedtrain.cli import COMMANDS, main, program
 from embedtrain.commands.console import Command
 from embedtrain.commands.export import FORMAT_NAMES, INDEX, INDEX_KINDS, PACKAGE, SIMILARITIES
-from embedtrain.export import FORMATS
+from embedtrain.export.formats import FORMATS
 from embedtrain.export.index import IndexKind, Similarity
 from tests.unit.commands.parsing import parse
 

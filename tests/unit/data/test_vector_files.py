@@ -18,7 +18,8 @@ import torch
 
 from embedtrain.data.vector_files import read_vectors
 from embedtrain.errors import UserError
-from embedtrain.export import FORMATS, Vectors, export_vectors
+from embedtrain.export import Vectors, export_vectors
+from embedtrain.export.formats import FORMATS
 
 WORDS = ["the", "naïve", "日本", '"', "it's", "a,b", "12"]
 VALUES = np.random.default_rng(3).normal(size=(len(WORDS), 5)).astype(np.float32)

@@ -12,7 +12,8 @@ import safetensors.numpy
 
 from embedtrain.data.vector_files import read_vectors
 from embedtrain.errors import UserError
-from embedtrain.export import FORMATS, Vectors, export_vectors, open_vectors
+from embedtrain.export import Vectors, export_vectors, open_vectors
+from embedtrain.export.formats import FORMATS
 from embedtrain.export.recommendations import write_recommendations
 from embedtrain.report import write_report
 
