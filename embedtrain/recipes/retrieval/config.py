@@ -1,4 +1,4 @@
-"""The configuration of retrieval: which items a user will turn to."""
+"""The configuration of retrieval models."""
 
 from __future__ import annotations
 
@@ -25,73 +25,75 @@ from embedtrain.errors import UserError
 from embedtrain.recipes.layout import layout_of
 
 USER, ITEM = "user", "item"
-"""The tables of the ids; the table of a feature is called "user.age", for example."""
+"""Names of the tables of ids; a feature's table is named "user.age", for example."""
 
 Loss = Literal["softmax", "bilateral_softmax", "bpr", "cosine_contrastive", "alignment_uniformity"]
 Normalize = Literal["none", "users", "items", "both"]
 
 SOFTMAXES = ("softmax", "bilateral_softmax")
 OF_COSINES = ("cosine_contrastive", "alignment_uniformity")
-"""Losses of vectors of length 1 alone."""
+"""Losses that are defined on vectors of length 1 only."""
 
 _MAX_WEIGHT = 1e6
 
 
 @dataclass
 class FeatureConfig:
-    """A column of categories."""
+    """Settings of one column of categories."""
 
     separator: str | None = None
-    """What parts the categories of a cell; null for one category a cell, or a list column of Parquet."""
+    """Separator of the categories in a cell; null for one category per cell, or a list column of Parquet."""
 
 
 @dataclass
 class SideConfig(RowFilesConfig):
-    """What is known of the users, or of the items, and how it becomes a vector."""
+    """Features of the users, or of the items, and the layers that turn them into a vector."""
 
     path: str | list[str] | None = None
-    """Files with a row for each; null if only ids are known."""
+    """Files of features with one row per id; null if there are no features."""
     id_column: str = "id"
-    """The column of the raw ids."""
+    """Column of the raw ids in these files."""
     features: dict[str, FeatureConfig] = field(default_factory=dict)
-    """By the name of the column."""
+    """Settings of the feature columns, by name."""
     hidden: list[int] = field(default_factory=list)
-    """Hidden layers over the vectors of id and features; [] adds the vectors up, without a dense part."""
+    """Sizes of the hidden layers over the vectors of id and features; [] sums the vectors, without a dense part."""
     base_vocabulary: str | None = None
-    """A file of ids, as `grow` writes one, that have a row and whose counts are added to those of the data."""
+    """Vocabulary file that `grow` writes. Its ids get rows, and its counts are added to the counts of the data."""
     init_from: str | None = None
-    """A file of vectors by raw id, of any format that `export` writes, that those of the ids start from."""
+    """File of initial vectors by raw id, in any format that `export` writes; null for none."""
 
 
 @dataclass
 class RetrievalSection:
-    """The model's own settings."""
+    """Settings of scores, loss and negatives."""
 
     loss: Loss = "bilateral_softmax"
-    """What training makes small: softmax over the negatives, with the positive among them or beside them (bilateral),
-    BPR over pairs, SimpleX's cosine contrastive loss, or DirectAU's alignment and uniformity."""
+    """Training loss. softmax normalises over the positive and the negatives, bilateral_softmax over the negatives only;
+    bpr compares pairs; cosine_contrastive is SimpleX; alignment_uniformity is DirectAU."""
     normalize: Normalize = "both"
-    """Whose vectors are scaled to length 1 before their dot product is taken; with both it is a cosine."""
+    """Which vectors are scaled to length 1 before the dot product; with both, scores are cosines."""
     temperature: float = 0.1
-    """The scores of softmax, bilateral softmax and BPR are divided by it."""
+    """softmax, bilateral_softmax and bpr divide scores by this."""
     negative_weight: float | None = None
-    """The weight of the negatives' term of bilateral_softmax (null: by how skewed the items' counts are) and of
-    cosine_contrastive (null: 100); of uniformity in alignment_uniformity (null: 1)."""
+    """Weight of the negatives' term in bilateral_softmax and cosine_contrastive, of uniformity in alignment_uniformity.
+    null: 1 to 1.35 in bilateral_softmax, larger for more skewed item counts; 100 in cosine_contrastive; 1 in
+    alignment_uniformity."""
     negatives: int = 256
-    """Items drawn for each step, for all its users; 0 for in_batch alone."""
+    """Number of sampled negatives per step, shared by all its users; 0 leaves the in-batch negatives only."""
     popularity_share: float = 0.0
-    """The share of the drawn items that are drawn by popularity; the others are drawn uniformly."""
+    """Share of the sampled negatives that is drawn by popularity; the others are drawn uniformly."""
     in_batch: bool = True
-    """Whether the other users' items of the step, over all ranks, are negatives too."""
+    """Whether the items of the step's other users, over all ranks, are negatives too."""
     hard_negatives: int | None = None
-    """Of each user's negatives only so many with the highest scores count; null for all."""
+    """Number of negatives per user that count, those with the highest scores; null for all."""
     logq: bool = True
-    """Whether both kinds of softmax correct for how often each item comes up as a negative."""
+    """Whether softmax and bilateral_softmax subtract from each score the log of the item's expected frequency among
+    the negatives (logQ correction)."""
     margin: float = 0.5
-    """Of cosine_contrastive: negatives that score less cost nothing."""
+    """cosine_contrastive: negatives with a lower score cost nothing."""
 
     def check(self, accumulate_steps: int) -> None:
-        """Checks the ranges that types cannot say."""
+        """Checks ranges that types do not express."""
         if not 0 <= self.negatives <= MAX_COUNT:
             raise UserError(f"retrieval.negatives must be in [0, {MAX_COUNT:,}], got {self.negatives:,}")
         if self.negatives == 0 and not self.in_batch:
@@ -105,16 +107,18 @@ class RetrievalSection:
         if self.hard_negatives is not None and not 1 <= self.hard_negatives <= MAX_COUNT:
             raise UserError(f"retrieval.hard_negatives must be in [1, {MAX_COUNT:,}], got {self.hard_negatives:,}")
         if self.negative_weight is not None and self.loss in ("softmax", "bpr"):
-            raise UserError(f"retrieval.negative_weight means nothing to retrieval.loss={self.loss}: leave it out")
+            raise UserError(f"retrieval.negative_weight has no effect with retrieval.loss={self.loss}: leave it out")
         if self.popularity_share > 0 and self.negatives == 0:
-            raise UserError("retrieval.popularity_share means nothing to retrieval.negatives=0: leave it out")
+            raise UserError("retrieval.popularity_share has no effect with retrieval.negatives=0: leave it out")
         if self.loss in OF_COSINES and self.normalize != "both":
             raise UserError(
                 f"retrieval.loss={self.loss} compares cosines: it needs retrieval.normalize=both, got {self.normalize}"
             )
         if self.loss == "alignment_uniformity":
             if self.hard_negatives is not None:
-                raise UserError("retrieval.hard_negatives means nothing to retrieval.loss=alignment_uniformity")
+                raise UserError(
+                    "retrieval.hard_negatives has no effect with retrieval.loss=alignment_uniformity: leave it out"
+                )
             if accumulate_steps > 1:
                 raise UserError(
                     "retrieval.loss=alignment_uniformity compares all users of a step with each other: it needs "
@@ -124,28 +128,28 @@ class RetrievalSection:
 
 @dataclass
 class RetrievalTrainConfig(TrainConfig):
-    """The loop over the interactions."""
+    """Settings of the training loop."""
 
     epochs: int = 20
     global_batch_size: int = 256
-    """Examples of a step over all ranks; an example is a user with some of their items."""
+    """Examples per step over all ranks; an example is a user with up to items_per_example of their items."""
     items_per_example: int = 4
-    """At most so many; 1 gives pairs of user and item."""
+    """Maximum number of items per example; 1 gives pairs of a user and an item."""
 
 
 @dataclass
 class RetrievalEvaluateConfig(EvaluateConfig):
-    """Measuring on held-out interactions, over all items but those that the user is known to have."""
+    """Measurement on held-out interactions; items that a user has in training are never recommended."""
 
     path: str | list[str] | None = None
-    """As data.path, in the same format; null for no measuring."""
+    """Files of held-out interactions, in the format of data.path; an alternative to data.split. null for none."""
     k: list[int] = field(default_factory=lambda: [20])
-    """Lengths of the list of recommendations."""
+    """Lengths of the recommendation lists that are measured."""
 
 
 @dataclass
 class RetrievalConfig(Config):
-    """Everything that defines a run of retrieval."""
+    """The configuration of a retrieval run."""
 
     model: Literal["retrieval"] = "retrieval"
     data: InteractionsConfig = field(default_factory=InteractionsConfig)
@@ -169,7 +173,7 @@ class RetrievalConfig(Config):
         "neg_sampling": "retrieval.negatives",
         "topk": "evaluate.k",
     }
-    # Whether the data are the same is judged by their content.
+    # The data are compared by content, so their paths may change.
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
         *Config.MAY_CHANGE,
         *file_keys("data", "users", "items"),
@@ -180,7 +184,7 @@ class RetrievalConfig(Config):
     )
 
     def table_names(self) -> list[str]:
-        """Returns the tables of users and items, each before those of its features."""
+        """Returns the names of the tables: users and their features, then items and their features."""
         sides = {USER: self.users, ITEM: self.items}
         return [table for side, own in sides.items() for table in (side, *(f"{side}.{name}" for name in own.features))]
 
@@ -190,7 +194,7 @@ class RetrievalConfig(Config):
         return self.data.split != "none"
 
     def check(self) -> None:
-        """Checks the ranges that types cannot say."""
+        """Checks ranges that types do not express."""
         super().check()
         self.data.check(self.evaluate.path)
         for name, part in (("data", self.data), ("users", self.users), ("items", self.items)):
@@ -212,7 +216,7 @@ class RetrievalConfig(Config):
             if side.features and side.path is None:
                 raise UserError(f"{name}.features needs {name}.path, the files that hold these columns")
             if side.path is not None and not side.features:
-                raise UserError(f"{name}.path is given, but no column of it: name them under {name}.features")
+                raise UserError(f"{name}.path needs {name}.features, which names the columns to read")
 
     def _own_counts(self) -> Iterator[tuple[str, Any]]:
         yield "table.dim", self.table.dim

@@ -1,4 +1,4 @@
-"""The configuration of SASRec: which item a user will turn to next."""
+"""The configuration of SASRec, which predicts a user's next item."""
 
 from __future__ import annotations
 
@@ -23,55 +23,57 @@ from embedtrain.errors import UserError
 from embedtrain.recipes.layout import layout_of
 
 ITEM = "item"
-"""The table."""
+"""Name of the table."""
 
 
 @dataclass
 class SasrecSection:
-    """The model's own settings."""
+    """Settings of the network and the loss."""
 
     loss: Literal["full_softmax", "sampled_softmax"] = "full_softmax"
-    """full_softmax compares with all items in each step; sampled_softmax with the items drawn, for large catalogues."""
+    """full_softmax normalises over all items; sampled_softmax over items drawn in each step, for large catalogues."""
     max_length: int = 50
-    """A prediction is made from so many of a user's newest items at most."""
+    """Maximum number of items, a user's newest, from which a prediction is made."""
     layers: int = 2
-    """Blocks of attention and perceptron."""
+    """Number of blocks; a block is an attention layer and a perceptron."""
     heads: int = 2
-    """Of the attention; they divide table.dim."""
+    """Number of attention heads; must divide table.dim."""
     inner: int | None = None
     """Width of the perceptrons' hidden layers; null for table.dim."""
     dropout: float = 0.3
-    """Share of the elements that each step leaves out, after the inputs and in each part of a block."""
+    """Dropout rate after the inputs, the attention layers and the perceptrons."""
     negatives: int = 1024
-    """Of sampled_softmax: items drawn for each step, for all its predictions."""
+    """sampled_softmax: number of items drawn per step, shared by all its predictions."""
     power: float = 0.5
-    """Of sampled_softmax: items are drawn by count ** power: 0 is uniform, 1 by popularity."""
+    """sampled_softmax: items are drawn with probability proportional to count ** power; 0 is uniform, 1 is by
+    popularity."""
 
 
 @dataclass
 class SasrecTrainConfig(TrainConfig):
-    """The loop over the sequences."""
+    """Settings of the training loop."""
 
     epochs: int = 8
     global_batch_size: int = 1536
-    """Predictions of a step over all ranks, give or take a sequence: a step takes whole ones."""
+    """Predictions per step over all ranks; approximate, because a step consists of whole sequences."""
 
 
 @dataclass
 class SasrecEvaluateConfig(EvaluateConfig):
-    """Measuring which held-out items are predicted, over all items."""
+    """Measurement on held-out items, ranked among all items."""
 
     every_epochs: int | None = 2
-    """Epochs between two measurements; null leaves it to the steps."""
+    """Epochs between two measurements; null to use every_steps only."""
     path: str | list[str] | None = None
-    """Files of what comes after data.path, in the same format, in place of data.split; null for none."""
+    """Files of interactions later than those of data.path, in the same format; an alternative to data.split. null for
+    none."""
     k: list[int] = field(default_factory=lambda: [10])
-    """Lengths of the list of recommendations."""
+    """Lengths of the recommendation lists that are measured."""
 
 
 @dataclass
 class SasrecConfig(Config):
-    """Everything that defines a run of SASRec."""
+    """The configuration of a SASRec run."""
 
     model: Literal["sasrec"] = "sasrec"
     data: InteractionsConfig = field(
@@ -99,7 +101,7 @@ class SasrecConfig(Config):
         "MAX_ITEM_LIST_LENGTH": "sasrec.max_length",
         "topk": "evaluate.k",
     }
-    # Whether the data are the same is judged by their content.
+    # The data are compared by content, so their paths may change.
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
         *Config.MAY_CHANGE,
         *file_keys("data"),
@@ -113,7 +115,7 @@ class SasrecConfig(Config):
         return self.table.dim if self.sasrec.inner is None else self.sasrec.inner
 
     def table_names(self) -> list[str]:
-        """Returns the table of items."""
+        """Returns the name of the table."""
         return [ITEM]
 
     @property
@@ -127,7 +129,7 @@ class SasrecConfig(Config):
         return True
 
     def check(self) -> None:
-        """Checks the ranges that types cannot say."""
+        """Checks ranges that types do not express."""
         super().check()
         self.data.check(self.evaluate.path)
         require_format(self.data.format, (AUTO,), "data.format")
@@ -136,22 +138,22 @@ class SasrecConfig(Config):
         for key, rule in (("split", self.data.split), ("validation", self.data.validation_rule)):
             if rule == "ratio":
                 raise UserError(
-                    f"data.{key}={getattr(self.data, key)} draws items at random, and model=sasrec predicts what comes "
-                    "next: give leave_one_out or by_time"
+                    f"data.{key}={getattr(self.data, key)} draws items at random, but model=sasrec predicts the next "
+                    "item: give leave_one_out or by_time"
                 )
         if self.sasrec.loss == "full_softmax":
             for name in ("negatives", "power"):
                 if getattr(self.sasrec, name) != getattr(SasrecSection, name):
                     raise UserError(
-                        f"sasrec.{name} is for sasrec.loss=sampled_softmax, and full_softmax compares with all items: "
-                        "give that loss, or leave it out"
+                        f"sasrec.{name} needs sasrec.loss=sampled_softmax, because full_softmax compares with all "
+                        f"items: give that loss, or leave sasrec.{name} out"
                     )
         require_at_least_one(self._own_counts())
         require_at_least_one(self._widths(), at_most=MAX_WIDTH)
         settings = self.sasrec
         if self.table.dim % settings.heads:
             raise UserError(
-                f"sasrec.heads={settings.heads} must divide table.dim={self.table.dim}: each head takes its part"
+                f"sasrec.heads={settings.heads} must divide table.dim={self.table.dim}: heads split each vector evenly"
             )
         if not 0 <= settings.dropout < 1:
             raise UserError(f"sasrec.dropout must be at least 0 and below 1, got {settings.dropout}")

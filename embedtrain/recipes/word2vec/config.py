@@ -24,89 +24,91 @@ from embedtrain.errors import UserError
 from embedtrain.recipes.layout import layout_of
 
 _MAX_POWER = 2
-"""A count of a billion to a power much larger is past what a floating-point number holds to the unit."""
+"""Keeps count ** power in the range that float64 represents accurately, for counts up to about a billion."""
 
 INPUT, OUTPUT = "input", "output"
-"""The tables: "input" holds the word vectors, "output" the vectors that predict their neighbours."""
+"""Names of the tables: "input" holds the word vectors, "output" the vectors that predict neighbours."""
 
 
 @dataclass
 class TextConfig(RowFilesConfig):
-    """The text."""
+    """Settings of the text."""
 
     path: str | list[str] = "???"
-    """A file, a glob, a folder, a list of them, on any fsspec URL."""
+    """A file, a glob, a folder, or a list of them, on any fsspec URL."""
     format: str = "text"
-    """text; or baskets of items, which word2vec takes for sentences (item2vec): lines of `user item item ...`, or
-    a table with one item per row: csv, tsv, jsonl, parquet; auto goes by the suffix."""
+    """text, or baskets of items that train as sentences (item2vec): lines has `user item item ...` per line; csv, tsv,
+    jsonl and parquet have one item per row. auto chooses by the file suffix."""
     basket_column: str = "user"
-    """Of a table of items: the column by which they stand together."""
+    """Tables of items: column that names the basket of each row."""
     item_column: str = "item"
-    """Of a table of items: the column of the items' raw ids."""
+    """Tables of items: column of the items' raw ids."""
     tokenizer: str = "letters"
-    """letters: lower-cased words of letters, so that node_12 becomes node, and numbers are dropped; whitespace: what
-    stands between spaces, as it is, such as the ids of walks."""
+    """letters takes lower-cased words of letters only: node_12 becomes node, and numbers are dropped. whitespace splits
+    at white space and keeps each token unchanged, such as the node ids of walks."""
     min_count: int = 5
-    """Words seen less often are left out."""
+    """Words with fewer occurrences are left out."""
     max_vocab_size: int | None = None
-    """At most so many words, the most frequent ones; null for all."""
+    """Maximum number of words, of which the most frequent are kept; null keeps all."""
     base_vocabulary: str | None = None
-    """A file of words, as `grow` writes one, that are kept and whose counts are added to those of the text."""
+    """Vocabulary file that `grow` writes. Its words are kept, and its counts are added to the counts of the text."""
     cache_path: str = "~/.cache/embedtrain"
-    """Local folder for the prepared text."""
+    """Local folder of the prepared text."""
 
 
 @dataclass
 class SkipGramConfig:
-    """word2vec's own settings; its own names if it has them."""
+    """Settings of the model, named as in word2vec if word2vec has them."""
 
     architecture: Literal["skipgram", "cbow"] = "skipgram"
     """skipgram predicts each neighbour from the centre; cbow predicts the centre from the mean of its neighbours."""
     window: int = 5
-    """Most words to each side; each centre draws its own width."""
+    """Maximum number of neighbours on each side; each centre draws its width between 1 and this."""
     negatives: int = 5
-    """Negative words a centre."""
+    """Number of sampled negatives per centre."""
     sample: float = 1e-3
-    """Words above this share of the text are subsampled; 0 keeps all."""
+    """Subsampling threshold: occurrences of words above this share of the text are dropped at random; 0 keeps all."""
     power: float = 0.75
-    """Negatives are drawn by count ** power."""
+    """Negatives are drawn with probability proportional to count ** power."""
     damping: Literal["auto", "curvature", "none"] = "auto"
-    """curvature damps gradients along the directions in which large steps would overshoot, so that steps of 131,072
-    words train as well as short ones; auto does so with any optimizer that it can be done with: rowwise_adagrad,
-    adagrad and sgd. See docs/large_steps.md."""
+    """curvature damps gradients along directions in which large steps overshoot, so that steps of 131,072 words train
+    as well as short ones. auto uses curvature with rowwise_adagrad, adagrad and sgd, and none with other optimizers.
+    See docs/large_steps.md."""
     negative_parts: int = 4
-    """A block of text draws its negatives from one of so many parts of the vocabulary, each in turn, of 1,000 words at
-    least: ranks that divide the parts draw from rows that they own. 1: from all, as word2vec does."""
+    """Number of parts of the vocabulary, each of at least 1,000 words. Each block of text draws its negatives from one
+    part, in turn. If the number of ranks divides this number, ranks draw from rows that they own. 1 draws from the
+    whole vocabulary, as word2vec does."""
 
 
 @dataclass
 class TextTrainConfig(TrainConfig):
-    """The loop over a text."""
+    """Settings of the training loop."""
 
     words_per_step: int = 131072
-    """Words of the text between two updates, over all ranks."""
+    """Words of the text per step, over all ranks."""
     step_growth: float | None = 0.1
-    """The first steps are shorter: of at most this share of the words so far, and of 16,384 words at least. null: all
-    steps are of words_per_step."""
+    """Maximum size of early steps, as a share of the words trained so far; steps have at least 16,384 words. null gives
+    every step words_per_step words."""
     block_words: int = 512
-    """Consecutive words that are read together; a step is made of whole blocks from all over the text."""
+    """Consecutive words that are read together; a step consists of whole blocks from random positions of the text."""
 
 
 @dataclass
 class WordEvaluateConfig(EvaluateConfig):
-    """Agreement with people's scores of word pairs during training."""
+    """Measurement of word similarity during training."""
 
     similarity: str | list[str] | None = None
-    """A file of `word word score` lines, or a list of them; null for none. Logged as `similarity`, their mean."""
+    """File of `word word score` lines, or a list of files; null for none. The mean over the files is logged as
+    `similarity`."""
 
 
 @dataclass
 class Word2VecConfig(Config):
-    """Everything that defines a run of word2vec."""
+    """The configuration of a word2vec run."""
 
     model: Literal["word2vec"] = "word2vec"
     init_from: str | None = None
-    """A file of vectors by word, of any format that `export` writes or of fastText or GloVe, that words start from."""
+    """File of initial word vectors, in any format that `export` writes, or of fastText or GloVe; null for none."""
     data: TextConfig = field(default_factory=TextConfig)
     table: TableConfig = field(default_factory=TableConfig)
     word2vec: SkipGramConfig = field(default_factory=SkipGramConfig)
@@ -126,7 +128,7 @@ class Word2VecConfig(Config):
         "corpus": "data.path",
         "pretrained": "init_from",
     }
-    # Whether the text is the same is judged by its content.
+    # The text is compared by content, so its path may change.
     MAY_CHANGE: ClassVar[tuple[str, ...]] = (
         *Config.MAY_CHANGE,
         *file_keys("data"),
@@ -136,13 +138,13 @@ class Word2VecConfig(Config):
     )
 
     def table_names(self) -> list[str]:
-        """Returns the table of the words' vectors, and the table of the vectors that predict their neighbours."""
+        """Returns the table of the word vectors, and the table of the vectors that predict neighbours."""
         return [INPUT, OUTPUT]
 
     def check(self) -> None:
-        """Checks the ranges that types cannot say."""
+        """Checks ranges that types do not express."""
         super().check()
-        refuse_stream(self.data.path, "the words of a text are counted before it is trained on")
+        refuse_stream(self.data.path, "the words of a text are counted before training")
         require_paths({"data.path": self.data.path})
         require_format(self.data.format, ("text", AUTO), "data.format")
         layout_of(self.data, "data")
