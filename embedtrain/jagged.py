@@ -18,8 +18,8 @@ class Jagged:
         values: [num_values] int64 ids.
         lengths: [num_bags] int64; number of values per bag, may be 0.
         weights: [num_values] float32; factor of each id's vector in pooling. None for 1.
-        is_checked: whether the lengths were validated. On a GPU this would need a device sync, so the lookup validates
-            them together with the ids.
+        is_checked: whether the lengths are validated. False for lengths on a GPU, where validation would need a device
+            sync: the lookup validates them together with the ids.
     """
 
     values: Tensor
@@ -60,7 +60,7 @@ class Jagged:
         if weights is not None and weights.shape != ids.shape:
             raise ValueError(f"weights must have the shape of ids, {tuple(ids.shape)}, got {tuple(weights.shape)}")
         num_bags, length = ids.shape[0], ids.shape[1:].numel()
-        # An expanded scalar: writing a length per bag would take longer than many lookups.
+        # An expanded scalar, because writing one length per bag takes longer than many lookups.
         lengths = torch.full((), length, dtype=torch.int64, device=ids.device).expand(num_bags)
         made = cls(ids.reshape(-1), lengths, None if weights is None else weights.reshape(-1))
         object.__setattr__(made, "is_checked", True)
@@ -136,7 +136,7 @@ class Jagged:
         return moved
 
     def has_wrong_lengths(self) -> Tensor:
-        """Returns a scalar bool, on the same device: whether lengths are negative or do not add up to the values."""
+        """Returns whether lengths are negative or do not add up to the number of values, as a bool [] on the device."""
         return (self.lengths < 0).any() | (self.lengths.sum() != self.values.numel())
 
     def part(self, start: int, stop: int) -> Jagged:

@@ -14,9 +14,9 @@ PoolAt = Literal["auto", "example", "owner"]
 Init = Literal["uniform", "normal", "zeros"]
 
 DEFAULT_OPTIMIZER = "default"
-"""Name of the optimizer of tables whose spec names none."""
+"""Default of `TableSpec.optimizer`."""
 DEFAULT_LAYOUT = "spread"
-"""Layout of tables whose spec names none."""
+"""Default of `TableSpec.layout`."""
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -80,8 +80,9 @@ class FeatureSpec:
         pooling: "none" gives one vector per id; "sum" and "mean" give one vector per bag, zeros for an empty bag.
         invalid_ids: handling of ids out of range: "error" raises on every rank, "hash" maps them into the table, "drop"
             removes them from their bags.
-        pool_at: where several ranks pool bags: at the "example", which receives each distinct row; at the "owner" of
-            the rows, which sends one sum per bag; "auto" chooses the way that moves fewer bytes.
+        pool_at: the rank that pools bags if there are several ranks. "example": the rank of the example, which receives
+            each distinct row. "owner": the owner of the rows, which sends one sum per bag. "auto": whichever sends
+            fewer bytes.
     """
 
     name: str

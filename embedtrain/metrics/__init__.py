@@ -1,4 +1,4 @@
-"""Measures of what was learned, and where they are written."""
+"""Measures of model quality, and the sinks that write them."""
 
 from __future__ import annotations
 

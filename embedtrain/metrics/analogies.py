@@ -1,4 +1,4 @@
-"""Word analogies (a is to b as c is to d), counted as gensim 4.4 counts them."""
+"""Accuracy on word analogies (a is to b as c is to d), computed as in gensim 4.4."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ _CANDIDATES = 5
 
 @dataclass(frozen=True)
 class AnalogySection:
-    """One section: its questions of known words alone, and how many were answered right."""
+    """Holds the result of one section of questions.
+
+    Attributes:
+        name: name of the section.
+        num_correct: number of correct answers.
+        num_questions: number of questions whose four words are all in the vocabulary.
+    """
 
     name: str
     num_correct: int
@@ -25,18 +31,18 @@ class AnalogySection:
 
     @property
     def accuracy(self) -> float:
-        """Share of the questions answered right; 0 without a question, as gensim has it."""
+        """Share of the questions with a correct answer; 0 without questions, as in gensim."""
         return self.num_correct / self.num_questions if self.num_questions else 0.0
 
 
 @dataclass(frozen=True)
 class AnalogyReport:
-    """What `evaluate_analogies` found.
+    """Holds the result of `evaluate_analogies`.
 
     Attributes:
-        sections: in the order of the file.
-        total: all sections together.
-        num_oov: questions left out because a word of theirs is not in the restricted vocabulary.
+        sections: results per section, in the order of the file.
+        total: result over all sections.
+        num_oov: number of questions that are left out, because a word is not in the restricted vocabulary.
     """
 
     sections: tuple[AnalogySection, ...]
@@ -46,7 +52,14 @@ class AnalogyReport:
 
 @dataclass(frozen=True)
 class _Questions:
-    """Section names; [q, 4] rows of the words a, b, c and d, and [q] section of each question, int64."""
+    """The questions whose words are all known.
+
+    Attributes:
+        section_names: names of the sections.
+        rows: [q, 4] int64; rows of the words a, b, c and d.
+        sections: [q] int64; section of each question.
+        num_oov: number of other questions.
+    """
 
     section_names: list[str]
     rows: npt.NDArray[np.int64]
@@ -67,13 +80,14 @@ def evaluate_analogies(
     Args:
         unit_vectors: [n, dim] vectors of length 1, the most frequent word first.
         words: [n] words.
-        lines: the questions: `: NAME` begins a section, a line of four words is a question.
-        restrict_vocab: only the first so many words are looked up and come as answers.
+        lines: lines of the file: `: NAME` begins a section, a line of four words is a question.
+        restrict_vocab: number of words, from the first, that are looked up and can be answers.
         case_insensitive: whether words are compared in upper case.
-        source: name of the questions' file in messages.
+        source: name of the file of questions in messages.
 
     Raises:
-        UserError: a line is neither, or there is no question; names file and line. Or `restrict_vocab` is below 1.
+        UserError: a line is neither a section nor a question, there is no question, or `restrict_vocab` is below 1.
+            For a line the message names file and line.
 
     Source: Mikolov et al. 2013, "Linguistic Regularities in Continuous Space Word Representations"; details
         as in `gensim.models.KeyedVectors.evaluate_word_analogies` with dummy4unknown=False.
@@ -119,7 +133,7 @@ def _read(lines: Iterable[str], lookup: WordLookup, source: str) -> _Questions:
 def _solve(
     vectors: npt.NDArray[np.float32], questions: npt.NDArray[np.int64], first_rows: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
-    """Returns [q] whether the answer is right. A batch of questions holds `_MAX_SCORES` scores at most."""
+    """Returns [q] whether each answer is correct. Works in batches of at most `_MAX_SCORES` scores."""
     correct = np.zeros(len(questions), dtype=np.bool_)
     batch_size = max(1, _MAX_SCORES // len(vectors)) if len(questions) else 1
     for start in range(0, len(questions), batch_size):
@@ -134,9 +148,10 @@ def _solve(
 def _answers(
     scores: npt.NDArray[np.float32], given: npt.NDArray[np.int64], first_rows: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    """Returns [q] the best row that is no other spelling of a given word [q, 3]; -1 where no row is left.
+    """Returns [q] the best row that is not another spelling of a given word [q, 3]; -1 if no row is left.
 
-    Overwrites `scores` [q, n]. Like gensim it looks at the five best rows and then takes the fifth as it is.
+    Overwrites `scores` [q, n]. As in gensim, only the five best rows are checked; if all five are other spellings, the
+    fifth is the answer.
     """
     answers = np.full(len(scores), -1, dtype=np.int64)
     searching = np.arange(len(scores))

@@ -1,4 +1,4 @@
-"""How good predicted probabilities are, over the examples of all ranks."""
+"""Measures of predicted probabilities over the examples of all ranks: AUC, log loss and calibration."""
 
 from __future__ import annotations
 
@@ -13,33 +13,35 @@ from embedtrain.distributed.ranks import Ranks
 from embedtrain.ops._backend.transfer import to_host
 
 EXACT_EXAMPLES = 1 << 20
+"""Default number of examples up to which the AUC is exact."""
 NUM_BINS = 1 << 16
+"""Default number of bins that count the logits of held-out examples."""
 TRAINING_BINS = 1 << 12
-"""Bins for the batches of training, which are summed over the ranks every few steps."""
+"""Number of bins for training batches. Fewer than for held-out examples, because ranks sum them every few steps."""
 
 _LARGEST_LOGIT = 16.0
 _BETWEEN = 0.5
-"""Between a negative label and a positive one."""
+"""Threshold between a negative label, 0, and a positive one, 1."""
 _EXAMPLES, _NUM_TOTALS = 0, 4
-"""The totals among the sums: examples, positives, log loss and predicted probabilities; counts follow."""
+"""`classification_sums` begins with 4 totals: examples, positives, log loss and predicted probabilities."""
 
 RECORDED = ("auc", "log_loss", "normalised_entropy", "calibration")
-"""The measures of held-out examples that are logged."""
+"""Names of the measures of held-out examples that are logged."""
 
 TRAINED = ("auc", "normalised_entropy", "calibration")
-"""The measures of training batches that are logged."""
+"""Names of the measures of training batches that are logged."""
 
 
 @dataclass(frozen=True)
 class ClassificationReport:
-    """Measures of predictions; NaN where there is nothing to measure.
+    """Holds the measures of predicted probabilities; a measure is NaN if it is not defined, as without examples.
 
     Attributes:
-        num_examples: how many were predicted.
-        auc: area under the ROC curve, ties counted half: the probability that a positive is scored above a negative.
-        auc_error: how far the true area can be from `auc`; 0 where it is exact.
+        num_examples: number of predicted examples.
+        auc: area under the ROC curve: probability that a positive has a higher score than a negative. Ties count half.
+        auc_error: maximum difference between `auc` and the exact area; 0 if `auc` is exact.
         log_loss: mean cross-entropy, in nats.
-        normalised_entropy: log loss divided by that of predicting the mean label always; below 1 is better than that.
+        normalised_entropy: log loss divided by the log loss of always predicting the mean label; below 1 is better.
         calibration: sum of the predicted probabilities divided by the number of positives.
 
     Source of the normalised entropy: He et al. 2014, "Practical lessons from predicting clicks on ads at Facebook".
@@ -53,21 +55,21 @@ class ClassificationReport:
     calibration: float
 
     def as_record(self, prefix: str = "") -> dict[str, float]:
-        """Returns the measures by name, for a metric sink."""
+        """Returns the measures by name, with `prefix` before each name, for a metric sink."""
         record = {prefix + name: getattr(self, name) for name in RECORDED}
         return record | ({f"{prefix}auc_error": self.auc_error} if self.auc_error > 0 else {})
 
 
 class ClassificationMeter:
-    """Collects predictions batch by batch; its memory does not grow with their number.
+    """Collects predictions batch by batch in bounded memory, and reports their measures.
 
-    The area under the curve is exact up to `exact_examples` examples over all ranks: beyond, the logits are counted
-    in bins, whose pairs of a positive and a negative in the same bin are counted half, and half of them all is the
-    most that the area can be off by.
+    The AUC is exact for up to `exact_examples` examples over all ranks. For more examples it is computed from counts of
+    logits in bins. A positive and a negative in the same bin then count half, so the error of the AUC is at most half
+    the share of such pairs.
 
     Args:
-        exact_examples: up to how many the logits themselves are kept.
-        num_bins: of equal width between logits of -16 and 16.
+        exact_examples: number of examples up to which the logits are kept.
+        num_bins: number of bins, of equal width between logits of -16 and 16.
     """
 
     def __init__(self, exact_examples: int = EXACT_EXAMPLES, num_bins: int = NUM_BINS) -> None:
@@ -76,19 +78,19 @@ class ClassificationMeter:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the predictions."""
+        """Removes all predictions."""
         self._sums = classification_sums(torch.zeros(0), torch.zeros(0), self._num_bins)
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._num_kept = 0
 
     def add(self, logits: Tensor, labels: Tensor, *, scores: Tensor | None = None) -> None:
-        """Takes predictions.
+        """Adds predictions.
 
         Args:
-            logits: [n], of any device.
+            logits: [n], on any device.
             labels: [n], 0 or 1.
-            scores: [n], by which examples are put in order for an exact area under the curve; the logits by default.
-                Probabilities tie more often: two logits may round to one.
+            scores: [n]; order of the examples in the exact AUC; None for the logits. Probabilities have more ties than
+                logits, because two logits may round to one probability.
         """
         logits, labels = to_host(logits.detach().float()), to_host(labels.detach().float())
         self._sums += classification_sums(logits, labels, self._num_bins)
@@ -108,31 +110,34 @@ class ClassificationMeter:
 
 
 def classification_sums(logits: Tensor, labels: Tensor, num_bins: int) -> Tensor:
-    """Returns what the measures are made of: [4 + 2 * num_bins] float64, which adds up over batches and ranks.
+    """Returns sums from which `report_of` computes the measures; [4 + 2 * num_bins] float64.
+
+    Sums of several batches or ranks are added. The 4 totals come first, then the negatives and the positives per bin.
 
     Args:
         logits: [n].
         labels: [n], 0 or 1.
-        num_bins: of equal width between logits of -16 and 16; the first and last one also hold what lies beyond.
+        num_bins: number of bins, of equal width between logits of -16 and 16. Logits outside this range count in the
+            first and the last bin.
     """
     wide, labels = logits.detach().double(), labels.double()
     loss = F.binary_cross_entropy_with_logits(wide, labels, reduction="sum")
     totals = torch.stack([torch.full_like(loss, labels.numel()), labels.sum(), loss, wide.sigmoid().sum()])
     bins = ((wide / _LARGEST_LOGIT + 1) * (num_bins / 2)).nan_to_num().long().clamp(0, num_bins - 1)
     places = bins + (labels > _BETWEEN) * num_bins
-    # `bincount` would make the host wait for the largest place.
+    # `bincount` would need a device sync for the largest index.
     counts = torch.zeros(2 * num_bins, dtype=torch.int64, device=places.device)
     counts.scatter_add_(0, places, torch.ones_like(places))
     return torch.cat([totals, counts.double()])
 
 
 def report_of(sums: Tensor, counts: Tensor | None = None) -> ClassificationReport:
-    """Returns the measures that sums amount to.
+    """Returns the measures that belong to sums.
 
     Args:
-        sums: of `classification_sums`, over all batches and ranks.
-        counts: [2, n] negatives and positives at each distinct logit, for an exact area under the curve; None takes
-            the bins'.
+        sums: result of `classification_sums`, added up over all batches and ranks.
+        counts: [2, n] negatives and positives at each distinct logit, for an exact AUC; None to compute the AUC from
+            the bins.
     """
     num_examples, positives, loss, probabilities = sums[:_NUM_TOTALS].tolist()
     is_exact = counts is not None
@@ -150,21 +155,24 @@ def report_of(sums: Tensor, counts: Tensor | None = None) -> ClassificationRepor
 
 
 def training_measures(sums: Tensor) -> dict[str, float]:
-    """Returns the measures of training batches, predicted before they were trained on, from `classification_sums`."""
+    """Returns the logged measures of training batches from `classification_sums`.
+
+    Each batch is predicted before the model is trained on it.
+    """
     report = report_of(sums)
     return {name: getattr(report, name) for name in TRAINED}
 
 
 def area_under_curve(negatives: Tensor, positives: Tensor) -> tuple[float, float]:
-    """Returns the area under the ROC curve of scores that were counted by bin, and the share of undecided pairs.
+    """Returns the area under the ROC curve of binned scores, and the share of tied pairs.
 
     Args:
-        negatives: [num_bins] int64, in order of score.
-        positives: [num_bins] int64.
+        negatives: [num_bins] int64; count of negatives per bin, in order of score.
+        positives: [num_bins] int64; count of positives per bin.
 
     Returns:
-        The probability that a positive lies in a higher bin than a negative, plus half that of the same bin; and
-        the latter. NaN where there is no pair.
+        The share of pairs of a positive and a negative whose positive is in a higher bin, plus half the share of pairs
+        in the same bin; and the share of pairs in the same bin. Both are NaN if there are no pairs.
     """
     below = negatives.double().cumsum(0) - negatives.double()
     pairs = float(positives.sum()) * float(negatives.sum())

@@ -1,4 +1,4 @@
-"""Charts and tables about a trained model as plain data: a recipe makes them, and the report draws them."""
+"""Charts and tables about a trained model as plain data. A recipe makes them, and the report draws them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart.
+    """Describes one line of a chart.
 
     Attributes:
-        name: stands in the legend.
+        name: text in the legend.
         x: [n], rising.
         y: [n].
         is_dashed: whether it is drawn dashed, as a reference or as a second kind of data.
-        color: number of the colour, from 0; None for the place of the line in its chart.
+        color: index of the colour, from 0; None for the index of the line in its chart.
     """
 
     name: str
@@ -27,15 +27,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over a common axis.
+    """Describes a chart of lines over a common axis.
 
     Attributes:
-        title: of the chart.
-        lines: at least one.
-        x_label: what the axis counts.
-        y_label: what the lines show.
-        note: how to read it, one or two sentences; may be empty.
-        synced: charts of one name share the position of the mouse and the zoom; empty for none.
+        title: title of the chart.
+        lines: at least one line.
+        x_label: label of the horizontal axis.
+        y_label: label of the vertical axis.
+        note: one or two sentences on how to read the chart; may be empty.
+        synced: name of a group of charts that share the cursor position and the zoom; empty for no group.
     """
 
     title: str
@@ -48,17 +48,17 @@ class Chart:
 
 @dataclass(frozen=True)
 class Bars:
-    """A number for each of some names, drawn as bars in a table.
+    """Describes a table of names with one number each, drawn as bars.
 
     Attributes:
-        title: of the table.
+        title: title of the table.
         names: [n].
         values: [n].
-        note: how to read it; may be empty.
+        note: how to read the table; may be empty.
         name_label: heading of the names.
         value_label: heading of the values.
-        format: Python's format of a value, such as ".1%".
-        details: [n] texts beside the values; none if empty.
+        format: Python format of the values, such as ".1%".
+        details: [n] texts beside the values; empty for none.
     """
 
     title: str
@@ -73,13 +73,13 @@ class Bars:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of texts and numbers.
+    """Describes a table of texts and numbers.
 
     Attributes:
-        title: of the table.
-        header: the headings; numbers stand right.
-        rows: each as long as the header; None is an empty cell.
-        note: how to read it; may be empty.
+        title: title of the table.
+        header: headings of the columns; columns of numbers are aligned right.
+        rows: cells of each row, as many as headings; None is an empty cell.
+        note: how to read the table; may be empty.
     """
 
     title: str
@@ -90,18 +90,18 @@ class Table:
 
 @dataclass(frozen=True)
 class PointMap:
-    """Named points on a plane, which a reader can search.
+    """Describes a searchable map of named points.
 
     Attributes:
-        title: of the map.
+        title: title of the map.
         names: [n].
         x: [n].
         y: [n].
-        note: how to read it; may be empty.
-        x_label: of the axis.
-        y_label: of the axis.
-        weights: [n] at least 0, such as counts; larger ones make larger points. All are alike if empty.
-        has_labels: whether names are drawn beside the points that have room for one.
+        note: how to read the map; may be empty.
+        x_label: label of the horizontal axis.
+        y_label: label of the vertical axis.
+        weights: [n] numbers of at least 0, such as counts, that set the size of the points; empty for equal sizes.
+        has_labels: whether names are drawn beside points if there is room.
     """
 
     title: str
@@ -117,11 +117,11 @@ class PointMap:
 
 @dataclass(frozen=True)
 class Text:
-    """A text whose lines are kept as they are.
+    """Describes a preformatted text.
 
     Attributes:
-        title: of the text.
-        text: the lines.
+        title: title of the text.
+        text: the text; its line breaks are kept.
     """
 
     title: str
@@ -133,13 +133,13 @@ Part = Chart | Bars | Table | PointMap | Text
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report with a heading of its own.
+    """Describes a section of the report.
 
     Attributes:
-        title: the heading.
-        parts: charts and tables, in order.
-        note: what they were computed on; may be empty.
-        measures: numbers that stand out, by name.
+        title: heading of the section.
+        parts: charts, tables, maps and texts, in order.
+        note: the data that they were computed on; may be empty.
+        measures: numbers to show large at the top of the section, by name.
     """
 
     title: str

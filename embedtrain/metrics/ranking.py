@@ -1,4 +1,4 @@
-"""Measures of recommendation lists; definitions as RecBole's."""
+"""Measures of recommendation lists, defined as in RecBole."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import torch
 from torch import Tensor
 
 NAMES = ("recall", "ndcg", "hit", "mrr")
-"""Means over users; `item_coverage` is of all lists together."""
+"""Names of the measures that are means over users; `item_coverage`, of all lists together, is not among them."""
 
 
 def list_measures(hits: Tensor, num_relevant: Tensor, k: int) -> Tensor:
-    """Sums over the users what each one's list of the first `k` recommendations is worth.
+    """Returns the sums over users of the measures of their first `k` recommendations.
 
-    With `r` the places of the hits, from 1, and `n` the number of relevant items:
+    A hit is a relevant recommendation. With `r` the position of a hit, from 1, and `n` the number of relevant items:
 
     * recall: hits / n
-    * ndcg: sum of 1 / log2(r + 1) over the hits, divided by the same sum over the places 1 to min(n, k)
-    * hit: whether there is any hit
-    * mrr: 1 / r of the first hit, 0 without one
+    * ndcg: sum of 1 / log2(r + 1) over the hits, divided by the same sum over the positions 1 to min(n, k)
+    * hit: 1 if there is a hit, else 0
+    * mrr: 1 / r of the first hit, 0 without a hit
 
     Args:
-        hits: [num_users, k or more, or as many as there are items] bool; whether each recommendation, the best first,
-            is relevant.
+        hits: [num_users, num_recommended] bool; whether each recommendation, the best first, is relevant. Fewer than
+            `k` only if there are fewer items.
         num_relevant: [num_users] int64, each at least 1.
-        k: length of the list.
+        k: length of the lists.
 
     Returns:
         [4] float64, in the order of `NAMES`.
@@ -34,7 +34,7 @@ def list_measures(hits: Tensor, num_relevant: Tensor, k: int) -> Tensor:
     recommendation algorithms", and its documentation of the metrics.
     """
     found = hits[:, :k].double()
-    # A user may have more relevant items than there are to recommend: some were never seen in training.
+    # A user may have more relevant items than can be recommended: some may be unknown to training.
     num_ideal = num_relevant.clamp(max=k)
     num_places = max([found.shape[1], *num_ideal.amax(dim=0, keepdim=True).tolist()])
     places = torch.arange(1, num_places + 1, dtype=torch.float64, device=hits.device)
@@ -57,9 +57,9 @@ def hits_of(recommended: Tensor, starts: Tensor, relevant: Tensor, num_items: in
 
     Args:
         recommended: [num_users, k] int64 rows of items; -1 for none.
-        starts: [num_users + 1] int64; where each user's relevant items begin.
-        relevant: int64 rows of items; -1 for one that is never recommended.
-        num_items: in all.
+        starts: [num_users + 1] int64; index in `relevant` of each user's first item; the last entry is its length.
+        relevant: [num_relevant] int64 rows of items, user by user; -1 for an item without a row.
+        num_items: number of all items.
     """
     users = torch.arange(len(recommended))
     keys = torch.repeat_interleave(users, starts.diff()) * num_items + relevant
@@ -67,20 +67,22 @@ def hits_of(recommended: Tensor, starts: Tensor, relevant: Tensor, num_items: in
 
 
 def name_at(measure: str, k: int) -> str:
-    """Returns the name under which a measure is logged: "recall@20"."""
+    """Returns the name under which a measure is logged, such as "recall@20"."""
     return f"{measure}@{k}"
 
 
 def measure_names(ks: Sequence[int]) -> list[str]:
-    """Returns the names of the measures of recommendations with lists of some lengths."""
+    """Returns the names of all measures of recommendation lists of the lengths `ks`."""
     return [name_at(name, k) for k in ks for name in (*NAMES, "item_coverage")]
 
 
 def mean_measures(sums: Tensor, num_users: int, ks: Sequence[int]) -> dict[str, float]:
-    """Returns the means by name.
+    """Returns the means over users by name, such as "recall@20".
 
     Args:
-        sums: [len(ks), 4], each row of `list_measures`.
+        sums: [len(ks), 4]; one result of `list_measures` per length.
+        num_users: number of users in the sums.
+        ks: lengths of the lists.
     """
     means = (sums / max(1, num_users)).tolist()
     return {name_at(n, k): value for k, row in zip(ks, means, strict=True) for n, value in zip(NAMES, row, strict=True)}

@@ -11,11 +11,11 @@ Floats = NDArray[np.float64]
 
 
 def roc_curve(scores: NDArray[np.floating], labels: NDArray[np.bool_]) -> tuple[Floats, Floats]:
-    """Returns the false and the true positive rates over all thresholds, from (0, 0) to (1, 1), thinned.
+    """Returns the false and true positive rates of at most 200 thresholds, from (0, 0) to (1, 1).
 
     Args:
         scores: [n].
-        labels: [n]; at least one of each kind.
+        labels: [n]; at least one positive and one negative.
     """
     order = np.argsort(-scores, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
@@ -25,7 +25,7 @@ def roc_curve(scores: NDArray[np.floating], labels: NDArray[np.bool_]) -> tuple[
     true_rate = np.append(0.0, positives / positives[-1])
     if len(false_rate) <= _MAX_POINTS:
         return false_rate, true_rate
-    # The points that lie nearest to equal distances along the curve: steep parts keep as many as flat ones.
+    # Kept points have about equal distances along the curve, so that steep and flat parts keep equally many.
     travelled = false_rate + true_rate
     kept = np.unique(np.searchsorted(travelled, np.linspace(0, 2, _MAX_POINTS)).clip(0, len(travelled) - 1))
     return false_rate[kept], true_rate[kept]
@@ -34,12 +34,14 @@ def roc_curve(scores: NDArray[np.floating], labels: NDArray[np.bool_]) -> tuple[
 def calibration_bins(
     probabilities: NDArray[np.floating], labels: NDArray[np.bool_], num_bins: int = 10
 ) -> tuple[Floats, Floats]:
-    """Returns the mean probability and the share of positives of bins of equally many examples, in rising order.
+    """Returns mean predicted probability and share of positives per bin, in rising order of probability.
+
+    All bins hold about equally many examples.
 
     Args:
         probabilities: [n].
         labels: [n].
-        num_bins: at most; bins of one mean probability are merged.
+        num_bins: maximum number of bins; bins with equal mean probability are merged.
     """
     order = np.argsort(probabilities, kind="stable")
     parts = [part for part in np.array_split(order, num_bins) if len(part)]
@@ -51,7 +53,9 @@ def calibration_bins(
 
 
 def lift_by_tenth(scores: NDArray[np.floating], labels: NDArray[np.bool_]) -> Floats:
-    """Returns the share of positives in each tenth of the examples, best scored first, over the share in all.
+    """Returns the lift of each tenth of the examples, the tenth with the highest scores first; [10].
+
+    Lift is the share of positives in a tenth divided by the share of positives in all examples.
 
     Args:
         scores: [n].

@@ -1,4 +1,4 @@
-"""Where metrics go: a file of JSON lines, TensorBoard, the console. They belong to one rank, the first."""
+"""Sinks that write metrics to a JSON lines file, TensorBoard or the console. Only rank 0 has sinks."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ Record = Mapping[str, float | int | str]
 T = TypeVar("T")
 
 RunEnd = Literal["finished", "failed", "preempted"]
-"""How a run ended: completely, by an error, or asked to stop; it may be resumed after the latter two."""
+"""How a run ended: completely, by an error, or by a request to stop. A failed or preempted run may be resumed."""
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """How many values lie between edges.
+    """Holds the number of values per bin.
 
     Attributes:
-        edges: n + 1, rising.
-        counts: n.
+        edges: [n + 1], rising; bounds of the bins.
+        counts: [n]; number of values in each bin.
     """
 
     edges: Sequence[float]
@@ -47,25 +47,29 @@ class Histogram:
 
 
 class MetricSink(Protocol):
-    """Takes records: names and values, `step` among them."""
+    """Receives the records of a run; a record is a mapping of names to values that includes `step`."""
 
     def log(self, record: Record) -> None:
-        """Takes one record."""
+        """Receives one record."""
 
     def flush(self) -> None:
-        """Writes what a reader of the metrics must not miss; called before each checkpoint."""
+        """Writes buffered records; called before each checkpoint."""
 
     def close(self, end: RunEnd) -> None:
-        """Writes what is still held back, and tells a tracker how the run ended."""
+        """Writes buffered records and reports how the run ended."""
 
 
 class JsonlSink:
-    """Appends each record to a file as a JSON object on a line; a number that is not finite becomes null.
+    """Appends each record to a file as one line of JSON; numbers that are not finite become null.
 
-    A local file has each line at once. Object stores cannot append: there the whole file is written again, at
-    most every 30 seconds and by `flush` and `close`, and a process that is killed loses the lines since. Lines
-    that cannot be written are warned of, kept and tried again with the next: a disk that is full, or a store
-    that is away, is no reason to stop training.
+    A local file gets each line at once. Object stores cannot append, so there the whole file is rewritten: at most
+    every 30 seconds, and by `flush` and `close`. A killed process loses the lines after the last write.
+
+    If a write fails, for example because the disk is full, training continues: a warning is logged, and the lines are
+    written with the next record.
+
+    Args:
+        path: the file, any fsspec URL.
     """
 
     _UPLOAD_SECONDS = 30.0
@@ -79,14 +83,14 @@ class JsonlSink:
         self._pending = b""
 
     def log(self, record: Record) -> None:
-        """Appends the record."""
+        """Appends a record."""
         line = json.dumps({name: _finite(value) for name, value in record.items()}, allow_nan=False)
         self._pending += line.encode() + b"\n"
         if self._local_path or time.monotonic() - self._uploaded_at >= self._UPLOAD_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Writes the lines that are held back."""
+        """Writes the buffered lines."""
         if not self._pending:
             return
         try:
@@ -97,13 +101,13 @@ class JsonlSink:
                 self._uploaded += self._pending
         except OSError as error:
             count = self._pending.count(b"\n")
-            _logger.warning(f"{count} lines of metrics were not written, and are kept to be tried again: {error}")
+            _logger.warning(f"cannot write metrics, {count} records are kept for the next attempt: {error}")
         else:
             self._pending = b""
         self._uploaded_at = time.monotonic()
 
     def truncate_after(self, step: int) -> None:
-        """Drops the lines of later steps, which a resumed run logs again, and a half-written last one."""
+        """Removes the lines after `step`, which a resumed run logs again, and an incomplete last line."""
         self.flush()
         text = self._read()
         kept = b"".join(line for line in text.splitlines(keepends=True) if _is_up_to(step, line))
@@ -112,7 +116,7 @@ class JsonlSink:
         self._uploaded = b"" if self._local_path else kept
 
     def close(self, end: RunEnd = "finished") -> None:
-        """Writes the lines that are held back."""
+        """Writes the buffered lines."""
         self.flush()
 
     def _read(self) -> bytes:
@@ -123,12 +127,12 @@ class JsonlSink:
 
 
 class Guarded(Generic[T]):
-    """What a tracker writes with, until it fails: a disk that is full, or a server that is away, must not stop a run.
+    """Holds the writer of a tracker, and drops it with a warning after its first error, so that the run continues.
 
     Args:
-        tracker: what the user calls it.
-        make: makes the writer.
-        close: ends it.
+        tracker: name of the tracker in the warning.
+        make: creates the writer.
+        close: closes the writer.
     """
 
     def __init__(self, tracker: str, make: Callable[[], T], close: Callable[[T], None]) -> None:
@@ -145,29 +149,30 @@ class Guarded(Generic[T]):
             return
         try:
             use(self._writer)
-        except Exception as error:  # the writer's thread passes on whatever it failed with
+        except Exception as error:  # the writer's thread may raise any type of error
             self._warn(error)
             writer, self._writer = self._writer, None
             with suppress(Exception):
                 self._close(writer)
 
     def close(self) -> None:
-        """Ends the writer."""
+        """Closes the writer."""
         self.use(self._close)
 
     def _warn(self, error: Exception) -> None:
         text = " ".join(str(error).split())
-        _logger.warning(f"{self._tracker} gets no more of this run: {type(error).__name__}: {text}")
+        _logger.warning(f"{self._tracker} gets no more records of this run: {type(error).__name__}: {text}")
 
 
 def board_tag(name: str, names: Collection[str]) -> str:
-    """Returns the name of a number in TensorBoard, which shows its groups in alphabetical order, capitals first.
+    """Returns the tag of a number in TensorBoard.
 
-    The losses come first, then the other measures of the model, then the groups of the machinery and the progress.
+    TensorBoard sorts groups alphabetically, capitals first. So the groups `Loss` and `Quality` come first, and those
+    of internals and progress follow.
 
     Args:
-        name: of the number.
-        names: of all numbers of the record, by which counters are known.
+        name: name of the number.
+        names: names of all numbers in the record; counters are recognised by them.
     """
     if name not in quality_names(names):
         return f"progress/{name}" if is_progress(name) or "/" not in name else name
@@ -175,14 +180,14 @@ def board_tag(name: str, names: Collection[str]) -> str:
 
 
 class TensorBoardSink:
-    """Writes each number of a record as a scalar of its step for TensorBoard; texts are left out.
+    """Writes the numbers of records as TensorBoard scalars; values that are texts are left out.
 
-    Losses and measures of the model are the first groups; see `board_tag`.
+    TensorBoard shows the losses and the measures of the model first; see `board_tag`.
 
     Args:
         folder: a local folder.
-        purge_step: TensorBoard hides what earlier runs wrote at this step and later; the first step to come
-            when a run is resumed.
+        purge_step: TensorBoard hides values that were written earlier for this step or later steps. For a resumed run
+            this is its first step; None hides nothing.
 
     Raises:
         UserError: the folder is not local.
@@ -191,15 +196,15 @@ class TensorBoardSink:
     def __init__(self, folder: str, purge_step: int | None = None) -> None:
         path = storage.local_path(folder)
         if path is None:
-            raise UserError(f"TensorBoard's files are appended to and need a local folder, got {folder!r}")
-        from torch.utils.tensorboard import SummaryWriter  # takes a second, and few runs want it
+            raise UserError(f"TensorBoard appends to its files and needs a local folder, got {folder!r}")
+        from torch.utils.tensorboard import SummaryWriter  # the import takes a second, and few runs need it
 
         self._writer = Guarded(
             "TensorBoard", lambda: SummaryWriter(path, purge_step=purge_step), lambda writer: writer.close()
         )
 
     def log(self, record: Record) -> None:
-        """Writes the record's numbers at its step."""
+        """Writes the numbers of a record at its step."""
 
         def use(writer: SummaryWriter) -> None:
             for name, value in record.items():
@@ -209,16 +214,16 @@ class TensorBoardSink:
         self._writer.use(use)
 
     def flush(self) -> None:
-        """Writes the events that are held back."""
+        """Writes the buffered events."""
         self._writer.use(lambda writer: writer.flush())
 
     def log_settings(self, run: str, settings: Mapping[str, Any], measures: Sequence[str]) -> None:
-        """Shows the run among others in TensorBoard's table of hyperparameters, and training beside held-out data.
+        """Writes the settings for TensorBoard's HPARAMS table, and charts with training and held-out data together.
 
         Args:
-            run: the name of the run in the table.
-            settings: by name; mappings become names with dots, and lists texts.
-            measures: names of the numbers to show beside them.
+            run: name of the run in the table.
+            settings: settings by name; nested mappings become dotted names, lists become texts.
+            measures: names of the numbers to show beside the settings.
         """
         from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
         from torch.utils.tensorboard.summary import hparams
@@ -230,7 +235,7 @@ class TensorBoardSink:
 
         def use(writer: SummaryWriter) -> None:
             experiment, start, end = hparams(dict(flat(settings)), dict.fromkeys(tags.values(), 0.0))
-            # The name of the run in the table is that of its group, which torch leaves to a hash of the settings.
+            # The table names a run by its group. torch sets no group name, and then a hash of the settings is shown.
             told = start.value[0].metadata.plugin_data
             named = HParamsPluginData.FromString(told.content)
             named.session_start_info.group_name = run
@@ -242,11 +247,11 @@ class TensorBoardSink:
         self._writer.use(use)
 
     def log_histogram(self, name: str, histogram: Histogram, step: int) -> None:
-        """Writes a histogram; nothing where it has no values."""
+        """Writes a histogram, if it has any values."""
         filled = [place for place, count in enumerate(histogram.counts) if count]
         if not filled:
             return
-        # TensorBoard draws from the lowest edge on: the bins between the outermost filled ones say enough.
+        # TensorBoard draws all bins from the lowest edge on: empty bins at both ends would only widen the chart.
         first, last = filled[0], filled[-1] + 1
         counts, edges = histogram.counts[first:last], histogram.edges[first : last + 1]
         middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
@@ -265,22 +270,22 @@ class TensorBoardSink:
         )
 
     def close(self, end: RunEnd = "finished") -> None:
-        """Writes the events that are held back."""
+        """Writes the buffered events and closes the writer."""
         self._writer.close()
 
 
 class ConsoleSink:
-    """Shows progress: a bar on a terminal, a line printed every so often elsewhere.
+    """Shows progress on the console: as a bar on a terminal, else as a line every `every_seconds`.
 
-    A training record has the count of what was trained on so far, over all epochs, under the name of its unit,
-    `words` for instance, `words_per_second`, `loss` and `learning_rate`. Any other record, such as an evaluation,
-    gets a line of its own.
+    With the unit `words`, a training record has the keys `words` (the count trained so far, over all epochs),
+    `words_per_second`, `loss` and `learning_rate`. Each record without the key `words`, such as an evaluation, is
+    printed as a line.
 
     Args:
-        stream: where to print.
-        total: how many of the unit to train on in all, over all epochs; None of a stream, whose end is not known.
-        unit: what is counted.
-        every_seconds: time between two lines of progress where the stream is no terminal.
+        stream: destination of the output.
+        total: number of units to train on, over all epochs; None if it is unknown, as for streamed data.
+        unit: what is counted, such as "words".
+        every_seconds: seconds between two lines of progress if the stream is not a terminal.
     """
 
     def __init__(self, stream: TextIO, total: int | None, unit: str = "words", every_seconds: float = 10.0) -> None:
@@ -288,12 +293,12 @@ class ConsoleSink:
         self._total = total
         self._unit = unit
         self._every_seconds = every_seconds
-        self._bar: _Bar | None = None  # once there is something to show on a terminal
+        self._bar: _Bar | None = None  # made with the first progress on a terminal
         self._shown_at = -math.inf
-        self._held_back = ""  # elsewhere, the newest line that is not printed yet
+        self._held_back = ""  # without a terminal, the newest line of progress that is not yet printed
 
     def log(self, record: Record) -> None:
-        """Shows the record."""
+        """Shows a record."""
         if self._unit not in record:
             self._print("  ".join(f"{name} {_short(value)}" for name, value in record.items()))
         elif self._stream.isatty():
@@ -306,10 +311,10 @@ class ConsoleSink:
             self._held_back = _progress(record, self._total, self._unit)
 
     def flush(self) -> None:
-        """Does nothing: what a console shows is not read again."""
+        """Does nothing, because nothing reads the console's output after a crash."""
 
     def close(self, end: RunEnd = "finished") -> None:
-        """Shows the progress that is held back, and leaves the terminal on a new line."""
+        """Prints the pending line of progress, and closes the bar so that later output begins on a new line."""
         self._print()
         if self._bar is not None:
             self._bar.close()
@@ -324,7 +329,7 @@ class ConsoleSink:
         self._bar.set_description_str(shown if self._total is None else shown.partition("%")[2])
 
     def _print(self, *lines: str) -> None:
-        """Prints lines, after the progress that is held back and above the bar."""
+        """Prints lines, after the pending line of progress and above the bar."""
         for line in [self._held_back, *lines] if self._held_back else lines:
             if self._bar is not None:
                 self._bar.write(line, file=self._stream)
@@ -335,7 +340,7 @@ class ConsoleSink:
 
 
 class _Bar(tqdm):  # type: ignore[misc]
-    monitor_interval = 0  # no thread: the bar moves when there is something new
+    monitor_interval = 0  # no monitor thread, because each record moves the bar
 
 
 def _progress(record: Record, total: int | None, unit: str) -> str:
@@ -349,7 +354,7 @@ def _progress(record: Record, total: int | None, unit: str) -> str:
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | str]]:
-    """Yields settings by names with dots: numbers, and texts of everything else; those that are None are left out."""
+    """Yields settings by dotted names: numbers as they are, other values as texts. Values of None are left out."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}.")
@@ -363,7 +368,7 @@ def _short(value: float | int | str) -> str:
 
 
 def _append(path: str, data: bytes) -> None:
-    """Appends to a file, all of `data` or nothing."""
+    """Appends all of `data` to a file, or nothing if it fails."""
     with open(path, "ab", buffering=0, opener=_without_following) as file:
         size = file.tell()
         try:
@@ -375,7 +380,7 @@ def _append(path: str, data: bytes) -> None:
 
 
 def _without_following(path: str, flags: int) -> int:
-    """Opens a file, and no other that a link in its place leads to."""
+    """Opens a file, and fails if the path is a symbolic link."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
@@ -384,7 +389,7 @@ def _finite(value: float | int | str) -> float | int | str | None:
 
 
 def _is_up_to(step: int, line: bytes) -> bool:
-    """Tells whether a line of JSON is whole and of no later step than `step`."""
+    """Returns whether a line of JSON is complete and belongs to `step` or an earlier step."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):

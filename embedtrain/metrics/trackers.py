@@ -1,4 +1,4 @@
-"""Trackers of experiments beside TensorBoard: Weights & Biases and MLflow. Their own variables say where they are."""
+"""Sinks for the trackers Weights & Biases and MLflow, whose own environment variables name their servers."""
 
 from __future__ import annotations
 
@@ -22,23 +22,27 @@ _MAX_PARAM = 500
 def require_tracker(key: str, package: str) -> None:
     """Refuses a tracker whose package is not installed.
 
+    Args:
+        key: the setting that asks for the tracker.
+        package: the package of the tracker.
+
     Raises:
-        UserError: it is not; names the setting that asks for it.
+        UserError: the package is not installed; the message names the setting.
     """
     if importlib.util.find_spec(package) is None:
         raise UserError(f"{key} needs the package {package}: pip install 'embedtrain[{package}]'")
 
 
 class WandbSink:
-    """Sends each number of a record to Weights & Biases, at its step; texts are left out.
+    """Sends the numbers of records to Weights & Biases, at their steps; values that are texts are left out.
 
-    A run that is resumed goes on as the same run there.
+    A resumed run continues its run in Weights & Biases.
 
     Args:
-        project: its name.
-        run_path: the run folder, whose last part names the run.
-        run_id: tells the run from others in a folder of that path.
-        settings: of the run.
+        project: name of the project.
+        run_path: run folder; its last part becomes the name of the run.
+        run_id: unique id of the run, because another run may later use the same folder.
+        settings: settings of the run.
     """
 
     def __init__(self, project: str, run_path: str, run_id: str, settings: Mapping[str, Any]) -> None:
@@ -57,14 +61,14 @@ class WandbSink:
         self._run = Guarded("Weights & Biases", start, lambda run: run.finish(exit_code=1))
 
     def log(self, record: Record) -> None:
-        """Sends the record's numbers."""
+        """Sends the numbers of a record."""
         self._run.use(lambda run: run.log(_numbers(record), step=record["step"]))
 
     def flush(self) -> None:
-        """Does nothing: a process of its own sends what was logged."""
+        """Does nothing, because a background process of wandb sends the records."""
 
     def close(self, end: RunEnd) -> None:
-        """Waits until all was sent, and says how the run ended."""
+        """Waits until all records are sent, and reports how the run ended."""
 
         def use(run: Any) -> None:
             if end == "preempted":
@@ -75,15 +79,16 @@ class WandbSink:
 
 
 class MlflowSink:
-    """Sends each number of a record to MLflow, at its step; texts are left out.
+    """Sends the numbers of records to MLflow, at their steps; values that are texts are left out.
 
-    A run that is resumed goes on as the same run there. MLflow knows no `@` in names: `recall@20` is `recall_at_20`.
+    A resumed run continues its run in MLflow. MLflow does not allow `@` in names, so `recall@20` becomes
+    `recall_at_20`.
 
     Args:
-        experiment: its name.
-        run_path: the run folder, whose last part names the run.
-        run_id: tells the run from others in a folder of that path.
-        settings: of the run.
+        experiment: name of the experiment.
+        run_path: run folder; its last part becomes the name of the run.
+        run_id: unique id of the run, because another run may later use the same folder.
+        settings: settings of the run.
     """
 
     def __init__(self, experiment: str, run_path: str, run_id: str, settings: Mapping[str, Any]) -> None:
@@ -104,7 +109,7 @@ class MlflowSink:
         self._run = Guarded("MLflow", start, lambda run: run[0].set_terminated(run[1], "FAILED"))
 
     def log(self, record: Record) -> None:
-        """Sends the record's numbers."""
+        """Sends the numbers of a record."""
         from mlflow.entities import Metric
 
         now, step = round(1000 * time.time()), int(record["step"])
@@ -112,10 +117,10 @@ class MlflowSink:
         self._run.use(lambda run: run[0].log_batch(run[1], metrics=metrics))
 
     def flush(self) -> None:
-        """Does nothing: each record is sent at once."""
+        """Does nothing, because each record is sent at once."""
 
     def close(self, end: RunEnd) -> None:
-        """Says how the run ended."""
+        """Reports how the run ended."""
         self._run.use(lambda run: run[0].set_terminated(run[1], _MLFLOW_ENDS[end]))
 
 

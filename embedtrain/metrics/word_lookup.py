@@ -1,4 +1,4 @@
-"""Words to rows, as evaluations look them up."""
+"""Looks up the rows of words for evaluations."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from embedtrain.errors import UserError
 
 
 def require_vocab(restrict_vocab: int) -> None:
-    """Raises UserError when an evaluation is restricted to no words, or to a negative number of them."""
+    """Raises UserError if the number of words to which an evaluation is restricted is below 1."""
     if restrict_vocab < 1:
         raise UserError(f"restrict_vocab must be at least 1, got {restrict_vocab}")
 
 
 class WordLookup:
-    """The row of each word. Without case, the first of the words that differ in case alone stands for all.
+    """Maps words to rows. If case is ignored, words that differ only in case share the row of the first.
 
     Attributes:
-        first_rows: [n] int64, the row that stands for each row's word.
+        first_rows: [n] int64; the row to which the word of each row is mapped.
     """
 
     def __init__(self, words: Sequence[str], case_insensitive: bool) -> None:
@@ -29,9 +29,9 @@ class WordLookup:
         self.first_rows = np.array(first_rows, dtype=np.int64)
 
     def row_of(self, word: str) -> int | None:
-        """Returns the row of `word`, or None where it is not in the vocabulary."""
+        """Returns the row of `word`; None if it is not in the vocabulary."""
         return self._rows.get(self._key(word))
 
     def _key(self, word: str) -> str:
-        # Upper case as in gensim, not casefold: the two fold a few letters differently.
+        # `upper` as in gensim, because `casefold` treats a few letters differently.
         return word.upper() if self._case_insensitive else word

@@ -1,4 +1,4 @@
-"""Agreement with people's judgements of how similar two words are, counted as gensim 4.4 counts it."""
+"""Correlation of word vectors with human scores of word similarity, computed as in gensim 4.4."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from embedtrain.metrics.word_lookup import WordLookup, require_vocab
 
 @dataclass(frozen=True)
 class SimilarityReport:
-    """What `evaluate_similarity` found.
+    """Holds the result of `evaluate_similarity`.
 
     Attributes:
-        spearman: rank correlation of the cosines with the judgements.
-        pearson: linear correlation of the same.
-        num_pairs: pairs whose two words are in the vocabulary; only they count.
-        oov_ratio: share of all pairs that are left out, 0 to 1.
+        spearman: rank correlation of the cosines with the human scores.
+        pearson: linear correlation of the cosines with the human scores.
+        num_pairs: number of pairs with both words in the vocabulary; the correlations use only these.
+        oov_ratio: share of all pairs with a word out of the vocabulary, 0 to 1.
     """
 
     spearman: float
@@ -39,19 +39,19 @@ def evaluate_similarity(
     case_insensitive: bool = True,
     source: str = "word pairs",
 ) -> SimilarityReport:
-    """Correlates the cosines of word pairs with people's scores.
+    """Correlates the cosines of word pairs with human scores.
 
     Args:
         unit_vectors: [n, dim] vectors of length 1, the most frequent word first.
         words: [n] words.
-        lines: of two words and a score, as `read_pairs` reads them.
-        restrict_vocab: only the first so many words are looked up.
+        lines: lines of two words and a score, as `read_pairs` reads them.
+        restrict_vocab: number of words, from the first, that are looked up.
         case_insensitive: whether words are compared in upper case.
-        source: name of the pairs' file in messages.
+        source: name of the file of pairs in messages.
 
     Raises:
-        UserError: a line cannot be read (names file and line), or fewer than two pairs are in the vocabulary.
-            Or `restrict_vocab` is below 1.
+        UserError: a line cannot be read, fewer than two pairs are in the vocabulary, or `restrict_vocab` is below 1.
+            For a line the message names file and line.
 
     Source: `gensim.models.KeyedVectors.evaluate_word_pairs` with dummy4unknown=False.
     """
@@ -74,7 +74,7 @@ def evaluate_similarity(
         )
     left, right = np.array(pairs).T
     cosines = np.einsum("nd,nd->n", unit_vectors[left], unit_vectors[right])
-    from scipy import stats  # takes a second and a half, and few commands want it
+    from scipy import stats  # the import takes 1.5 seconds, and few commands need it
 
     return SimilarityReport(
         spearman=float(stats.spearmanr(scores, cosines).statistic),
@@ -85,7 +85,7 @@ def evaluate_similarity(
 
 
 def check_pairs(lines: Iterable[str], source: str) -> None:
-    """Refuses lines that `evaluate_similarity` cannot use, whatever the vocabulary.
+    """Refuses lines that `evaluate_similarity` cannot use with any vocabulary.
 
     Raises:
         UserError: a line cannot be read, or there are fewer than two pairs.
@@ -96,10 +96,10 @@ def check_pairs(lines: Iterable[str], source: str) -> None:
 
 
 def read_pairs(lines: Iterable[str], source: str) -> Iterator[tuple[str, str, float]]:
-    """Yields two words and people's score of each line, from what is published as text, TSV or CSV.
+    """Yields the two words and the human score of each line of text, TSV or CSV.
 
-    Lines that begin with `#` are comments. A first line without a score names the columns. The first column of numbers
-    after two words holds the scores: SimLex-999 has the part of speech before it, other files further columns after it.
+    Lines that begin with `#` are comments. A first line without a number is a header. The scores are the first numeric
+    column after the two words: SimLex-999 has the part of speech before it, other files have more columns after it.
 
     Raises:
         UserError: a line cannot be read; the message names file and line.
@@ -134,7 +134,7 @@ _NAMES = {"\t": "tabs", ",": "commas", None: "spaces"}
 
 @dataclass(frozen=True)
 class _Columns:
-    """How the lines of a file are divided: by which delimiter, into how many fields, and which one is the score."""
+    """The format of a file's lines: the delimiter, the number of fields, and the index of the score."""
 
     delimiter: str | None
     num_fields: int
@@ -154,7 +154,7 @@ def _fields(line: str, delimiter: str | None) -> list[str]:
 
 
 def _columns_of(fields: Sequence[str], delimiter: str | None) -> _Columns | None:
-    """Returns the columns of a first line of words and a score; None if it is none."""
+    """Returns the format of a line of two words and a score; None if the line has no score."""
     score = next((place for place, field in enumerate(fields) if place > 1 and _is_number(field)), None)
     if score is None or (delimiter is None and len(fields) != 3):  # a word with a space makes two fields
         return None

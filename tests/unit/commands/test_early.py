@@ -107,7 +107,7 @@ def test_tensorboard_that_cannot_be_written_is_warned_of(
 
     monkeypatch.setattr(SummaryWriter, "add_scalar", fail)
     assert main(train("word2vec", "log.tensorboard=true")) == 0
-    assert caplog.text.count("TensorBoard gets no more of this run") == 1
+    assert caplog.text.count("TensorBoard gets no more records of this run") == 1
 
 
 def find_shared(failing: list[int], store: dist.Store) -> dict[int, bool]:

@@ -88,7 +88,7 @@ def test_lines_that_cannot_be_written_are_kept_for_the_next_time(tmp_path, caplo
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limit[1]))
     sink.log({"step": 2})
     assert path.read_text() == '{"step": 1}\n'
-    assert "1 lines of metrics were not written, and are kept to be tried again: [Errno 27]" in caplog.text
+    assert "cannot write metrics, 1 records are kept for the next attempt: [Errno 27]" in caplog.text
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     sink.log({"step": 3})
     assert steps(str(path)) == [1, 2, 3]
@@ -177,7 +177,7 @@ def test_tensorboard_has_the_settings_of_a_run(tmp_path):
 
 
 def test_tensorboard_refuses_a_remote_folder():
-    with pytest.raises(UserError, match="need a local folder, got 'memory://run'"):
+    with pytest.raises(UserError, match="needs a local folder, got 'memory://run'"):
         TensorBoardSink("memory://run")
 
 

@@ -55,7 +55,7 @@ def test_a_tracker_that_fails_is_warned_of_once(
     monkeypatch.setitem(sys.modules, "wandb", fake)
     sink = WandbSink("words", "/runs/x", "x1", SETTINGS)
     log(sink, 1, 13, 2)
-    assert caplog.messages == ["Weights & Biases gets no more of this run: OSError: the server is away"]
+    assert caplog.messages == ["Weights & Biases gets no more records of this run: OSError: the server is away"]
     (run,) = runs.values()
     assert run.logged == [(1, {"loss": 1.0, "recall@20": 0.5})] and run.ends == [1]
     # A run that is resumed is the same run, and another one in a folder of the same path is not.
@@ -71,7 +71,9 @@ def test_a_tracker_that_fails_is_warned_of_once(
 
     fake.init = refuse  # type: ignore[attr-defined]
     log(WandbSink("words", "/runs/y", "y1", SETTINGS), 1)
-    assert caplog.messages[1:] == ["Weights & Biases gets no more of this run: RuntimeError: No API key configured."]
+    assert caplog.messages[1:] == [
+        "Weights & Biases gets no more records of this run: RuntimeError: No API key configured."
+    ]
 
 
 class FakeMlflow:
@@ -139,7 +141,7 @@ def test_mlflow_gets_numbers_settings_and_the_end(
         (name, value, step) for step in (1, 2) for name, value in (("loss", 1 / step), ("recall_at_20", 0.5))
     ]
     assert len(second["metrics"]) == 2
-    assert caplog.messages == ["MLflow gets no more of this run: OSError: the server is away"]
+    assert caplog.messages == ["MLflow gets no more records of this run: OSError: the server is away"]
 
 
 def test_a_folder_that_is_begun_anew_is_another_run(tmp_path: Path) -> None:
