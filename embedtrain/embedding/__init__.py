@@ -1,1 +1,1 @@
-"""Sharded tables and the exchange of their rows."""
+"""Sharded embedding tables, and the exchange of ids, vectors and gradients between ranks."""

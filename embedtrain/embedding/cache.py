@@ -1,4 +1,4 @@
-"""Rows that live in the host's memory, with the hot ones on the device: for tables larger than a GPU's memory."""
+"""Access to rows in host memory through a cache of hot rows on the device, for tables larger than a GPU's memory."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from embedtrain.optim.stores import RowsToUpdate
 
 WEIGHT = "weight"
 _CHUNK_BYTES = 16 << 20
-"""Of the rows that a write to host memory copies at a time."""
+"""Size of the rows that one copy writes to host memory."""
 
 
 @dataclass
 class TouchedRows:
-    """Copies of some rows and their state on the device, compact, for an optimizer to update.
+    """Holds copies of some rows and their state on the device, which an optimizer updates.
 
     Attributes:
         rows: [n] int64, ascending; the local rows.
         weight: [n, dim].
-        state: name -> [n] or [n, dim] float32.
-        keys_of: local rows and step -> keys for stochastic rounding; see `TableGroup.rounding_keys`.
+        state: optimizer state by name, [n] or [n, dim] float32.
+        keys_of: returns keys for stochastic rounding for local rows and a step; see `TableGroup.rounding_keys`.
     """
 
     rows: Tensor
@@ -38,66 +38,66 @@ class TouchedRows:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The weight and the states by name."""
+        """Weights and states by name."""
         return {WEIGHT: self.weight, **self.state}
 
     def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
-        """Returns the keys of the rows at the gradient's places; None for float32 rows."""
+        """Returns a key for stochastic rounding per row of the gradient; None for float32 rows."""
         return self.keys_of(self.rows[gradient.rows], step) if self.weight.dtype == torch.bfloat16 else None
 
 
 class RowAccess(Protocol):
-    """How a step reads and updates the rows of a group of tables, wherever they live.
+    """Reads and updates the rows of a table group, on the device or in host memory.
 
     Attributes:
-        is_on_host: whether the rows live in host memory, though the device computes on them.
+        is_on_host: whether the rows are stored in host memory and copied to the device for each step.
     """
 
     is_on_host: bool
 
     def look_up(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns weights on the device that hold the local rows [n], and the rows' places in them; rows may repeat."""
+        """Returns weights on the device that contain the local rows [n], and the index of each row in them.
+
+        Rows may repeat.
+        """
 
     def bring_ahead(
         self, rows: Tensor, on_host: HostCopy, parts: Sequence[Tensor], distinct: Tensor | None = None
     ) -> None:
-        """Copies rows that a coming step reads and updates to the device, if they are not there anyway.
+        """Copies rows that a coming step reads and updates to the device; no-op if rows are stored on the device.
 
         Args:
-            rows: [n] int64; they may repeat. A gradient of just these finds the copies.
-            on_host: the same.
-            parts: what `look_up` will be given, which is together the rows.
-            distinct: the distinct rows, ascending, if `look_up` may be given these instead.
+            rows: [n] int64; may repeat. A gradient with exactly these rows reuses the copies.
+            on_host: `rows` in a copy to the host.
+            parts: the arguments of the coming calls of `look_up`; concatenated they are `rows`.
+            distinct: the distinct rows, ascending, if `look_up` may get them instead.
         """
 
     def open(self, gradient: RowGradient) -> tuple[RowsToUpdate, RowGradient]:
-        """Returns what holds the gradient's rows for an update, and the gradient by their places in it.
-
-        `close` follows the update.
-        """
+        """Returns the rows to update, and the gradient with row numbers that index them; `close` ends the update."""
 
     def close(self) -> None:
-        """Ends an update of rows that were opened."""
+        """Ends the update that `open` began."""
 
     def join_copies(self) -> None:
-        """Has the device's current stream wait for rows on their way to the host.
+        """Makes the device's current stream wait for copies of rows to the host.
 
-        Whoever then waits for the stream knows that they have come.
+        A later sync with the stream then guarantees that these copies have finished.
         """
 
     def write_back(self) -> None:
-        """Brings the rows where they live up to date with the device's copies, to be read by others."""
+        """Writes changed rows from the device's cache to host memory, so that other code can read them."""
 
     def let_go(self) -> None:
-        """Writes back, and lets go of the device's copies, so that others may write to the rows."""
+        """Calls `write_back` and drops all copies on the device, so that other code may write to the rows."""
 
 
 class RowsOnDevice:
-    """Rows that live where they are computed on: nothing is copied.
+    """Accesses rows that are stored on the device, without copies.
 
     Args:
-        changes: the tensors, the optimizer's states as they are added, and who wants to know of changes.
-        state: name -> [num_rows] or [num_rows, dim] float32; the same as in `changes`, without the weight.
+        changes: has the tensors, including later states, and gets the updates.
+        state: optimizer state by name, [num_rows] or [num_rows, dim] float32; as in `changes`, without the weights.
         keys_of: see `TouchedRows`.
     """
 
@@ -108,7 +108,7 @@ class RowsOnDevice:
         self._changes, self._keys_of = changes, keys_of
 
     def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
-        """Returns the keys of the gradient's rows; None for float32 rows."""
+        """Returns a key for stochastic rounding per row of the gradient; None for float32 rows."""
         return self._keys_of(gradient.rows, step) if self.weight.dtype == torch.bfloat16 else None
 
     def look_up(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,14 +140,14 @@ class RowsOnDevice:
 
 
 class _Split(NamedTuple):
-    """Where the rows of some copies live, so that nobody has to ask the device.
+    """Splits rows into hot rows, which are in the cache, and cold rows. The host knows both without a device sync.
 
     Attributes:
         rows: [n] int64 on the host, ascending; the local rows.
-        hot: places among the rows of those in the cache, on the device.
-        hot_places: their places in the cache, on the host and on the device.
-        cold: places of the others, on the device.
-        cold_rows: their local rows, on the host.
+        hot: indices of the hot rows in `rows`, on the device.
+        hot_places: indices of the hot rows in the cache, on the host and on the device.
+        cold: indices of the cold rows in `rows`, on the device.
+        cold_rows: local rows of the cold rows, on the host.
     """
 
     rows: Tensor
@@ -159,13 +159,13 @@ class _Split(NamedTuple):
 
 @dataclass
 class _Copies:
-    """Copies of rows, with what they were asked for.
+    """Holds copies of rows, and the requests that they serve.
 
     Attributes:
         touched: the copies.
-        split: where the rows live.
-        asked: the rows as `look_up` is given them, each with the places among the copies.
-        homes: the rows as the gradient may have them.
+        split: the hot and the cold rows.
+        asked: per expected argument of `look_up`, the argument and the indices of its rows in the copies.
+        homes: tensors of rows by which a gradient is matched with these copies.
     """
 
     touched: TouchedRows
@@ -175,11 +175,11 @@ class _Copies:
 
 
 class _Put(NamedTuple):
-    """Updated rows on their way to the host's memory, whose rows are out of date until they arrive.
+    """Holds updated rows that are being copied to host memory, where rows are out of date until the copy ends.
 
     Attributes:
-        copies: as they were updated.
-        values: by name, the values of the cold rows.
+        copies: the updated rows.
+        values: values of the cold rows by name.
     """
 
     copies: _Copies
@@ -187,18 +187,19 @@ class _Put(NamedTuple):
 
 
 class RowCache:
-    """Reads and writes of rows in host memory, by way of a cache of hot rows on the device.
+    """Accesses rows in host memory through a cache of hot rows on the device.
 
-    While there is a cache, it holds the truth of its rows, and the host's copies are old: `write_back` brings them up
-    to date. Rows brought ahead of their step are kept up to date with the updates in between.
+    The cache has the current values of its rows, and host memory has old values until `write_back`. Prefetched rows get
+    the updates of the steps in between.
 
-    The host decides which rows are hot, and copies of cold ones have a stream of their own. What a step updates need
-    not have come when the next one's rows are fetched: until then they are taken from the device's copies.
+    The host decides which rows are hot. Cold rows are copied on a stream of their own. The next step's rows may be
+    fetched before the updates of this step have reached host memory: rows that both steps use are then taken from the
+    copies on the device.
 
     Args:
-        changes: the tensors in host memory, the optimizer's states as they are added, and who wants to know of changes.
-        device: where rows are computed on.
-        hot_rows: returns the local rows to keep on the device, ascending, given the bytes of a row with its state.
+        changes: has the tensors in host memory, including later states, and gets the updates.
+        device: the device that computes.
+        hot_rows: returns the local rows to cache, ascending, for a number of bytes per row with its state.
         keys_of: see `TouchedRows`.
     """
 
@@ -220,12 +221,12 @@ class RowCache:
         self._cache: dict[str, Tensor] | None = None
         self._is_dirty = torch.zeros(0, dtype=torch.bool)
         self._num_overwritten = changes.num_overwritten
-        self._copies: list[_Copies] = []  # of this step's rows and the next one's
+        self._copies: list[_Copies] = []  # the rows of this step and of the next step
         self._puts: list[_Put] = []
         self._open: _Copies | None = None
 
     def look_up(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns weights on the device that hold the local rows [n], and the rows' places in them."""
+        """Returns weights on the device that contain the local rows [n], and the index of each row in them."""
         self._check_overwritten()
         for copies in self._copies:
             for asked, places in copies.asked:
@@ -237,7 +238,7 @@ class RowCache:
     def bring_ahead(
         self, rows: Tensor, on_host: HostCopy, parts: Sequence[Tensor], distinct: Tensor | None = None
     ) -> None:
-        """Copies rows that a coming step reads to the device; see `RowAccess`."""
+        """Copies rows of a coming step to the device; see `RowAccess`."""
         self._check_overwritten()
         copies = self._bring(rows, on_host, parts)
         if distinct is not None:
@@ -245,14 +246,14 @@ class RowCache:
             copies.homes.append(distinct)
 
     def open(self, gradient: RowGradient) -> tuple[RowsToUpdate, RowGradient]:
-        """Returns copies of the gradient's rows, which are ascending and unique, and the gradient by their places."""
+        """Returns copies of the gradient's rows, which are ascending and unique, and the gradient indexed by copies."""
         self._check_overwritten()
         self._open = self._copies_of(gradient)
         places = torch.arange(gradient.rows.numel(), device=gradient.rows.device)
         return self._open.touched, RowGradient.of_rows(places, gradient.values, places.numel())
 
     def close(self) -> None:
-        """Writes the rows that were opened to where they live."""
+        """Writes the updated rows to the cache, and starts to write cold rows to host memory."""
         opened, self._open = self._open, None
         assert opened is not None and self._cache is not None
         split = opened.split
@@ -275,7 +276,7 @@ class RowCache:
         self._stream.join()
 
     def write_back(self) -> None:
-        """Brings the rows in host memory up to date, in chunks; the cache stays."""
+        """Writes changed rows of the cache to host memory, in chunks, and keeps the cache."""
         self._settle_puts()
         if self._cache is None:
             return
@@ -289,12 +290,12 @@ class RowCache:
             self._write(host, cached, list(zip(rows.split(chunk_rows), dirty.split(chunk_rows), strict=True)))
 
     def let_go(self) -> None:
-        """Writes back, and lets go of all copies."""
+        """Calls `write_back` and drops the cache and all copies."""
         self.write_back()
         self._cache, self._copies = None, []
 
     def _write(self, host: Tensor, cached: Tensor, chunks: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Copies rows of the cache to the host; one chunk travels while the one before it is written."""
+        """Copies rows of the cache to host memory; a chunk is copied while the previous chunk is written."""
         under_way: list[tuple[Tensor, HostCopy]] = []
         for rows, places in chunks:
             values = cached.index_select(0, to_device(places, self._device))
@@ -306,14 +307,14 @@ class RowCache:
             host[written] = copy.values()
 
     def _check_overwritten(self) -> None:
-        """Lets go of copies if others wrote to the rows, before which they said so and had rows written back."""
+        """Drops cache and copies if other code has overwritten the rows, which requires an earlier `write_back`."""
         if self._num_overwritten != self._changes.num_overwritten:
             self._num_overwritten = self._changes.num_overwritten
             assert not self._is_dirty.any() and not self._puts, "rows were written to before the cache was written back"
             self._cache, self._copies = None, []
 
     def _bring(self, rows: Tensor, on_host: HostCopy, parts: Sequence[Tensor]) -> _Copies:
-        self._settle_puts(but=1)  # first: then nothing that came before it is waited for
+        self._settle_puts(but=1)  # before `on_host` is waited for, because these copies are older
         host = on_host.values()
         distinct = torch.unique(host)
         places = torch.searchsorted(distinct, host).split([part.numel() for part in parts])
@@ -355,7 +356,7 @@ class RowCache:
         return _Split(rows, on_device[0], (hot_places, on_device[1]), on_device[2], rows[cold])
 
     def _overwrite(self, older: _Copies, newer: _Copies) -> None:
-        """Takes over the values of the rows that both have."""
+        """Copies the values of shared rows from `newer` to `older`."""
         place, is_shared = _find(older.split.rows, newer.split.rows)
         shared = is_shared.nonzero().squeeze(1)
         if not shared.numel():
@@ -365,7 +366,7 @@ class RowCache:
             values.index_copy_(0, target, newer.touched.tensors[name].index_select(0, source))
 
     def _settle_puts(self, *, but: int = 0) -> None:
-        """Writes updated rows to the host's memory, but the latest."""
+        """Writes updated rows to host memory, except the latest `but` updates."""
         while len(self._puts) > but:
             put = self._puts.pop(0)
             rows = put.copies.split.cold_rows
@@ -377,7 +378,7 @@ class RowCache:
     def _filled_cache(self) -> dict[str, Tensor]:
         tensors = self._changes.tensors
         if self._cache is not None and self._cache.keys() != tensors.keys():
-            self.let_go()  # an optimizer was made in between
+            self.let_go()  # a new optimizer has added states, which the cache must hold too
         if self._cache is None:
             row_bytes = sum(host[:1].nbytes for host in tensors.values())
             self._hot = self._choose_hot_rows(row_bytes)
@@ -387,7 +388,7 @@ class RowCache:
 
 
 def _find(rows: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns where each of the rows lies among ascending ones, and whether it does."""
+    """Returns the index of each row in the ascending rows `among`, and whether it occurs there."""
     if among.numel() == 0:
         return torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
     place = torch.searchsorted(among, rows).clamp_(max=among.numel() - 1)

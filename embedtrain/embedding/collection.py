@@ -32,7 +32,7 @@ _OF_ANOTHER_DTYPE = "Convert the other modules alone, or make the tables with Ta
 
 
 class CollectionOptions(TypedDict, total=False):
-    """What a model passes on to its collection; see `EmbeddingCollection`."""
+    """Options that a model passes to its `EmbeddingCollection`, which documents them."""
 
     device: torch.device | str | None
     ranks: Ranks | None
@@ -43,34 +43,38 @@ class CollectionOptions(TypedDict, total=False):
 
 
 class EmbeddingCollection(nn.Module):
-    """Embedding tables sharded by row over the ranks of a job.
+    """Holds embedding tables that are sharded by row over the ranks of a job.
 
-    Tables of one dim, dtype and optimizer form a group: a step costs one id, one vector and one gradient exchange per
-    group, whatever the number of features. The rows are not parameters of the module: their gradients wait
-    at the rank that owns them for a sparse optimizer of `embedtrain.optim`.
+    Tables with equal dim, dtype, optimizer and layout form a table group. Each step needs one id exchange, one vector
+    exchange and one gradient exchange per group, for any number of features.
 
-    Collective: every rank makes the collection.
+    The rows are not parameters of the module. Backward delivers their gradients to the rank that owns them, and a
+    sparse optimizer of `embedtrain.optim` applies them.
+
+    Collective: every rank creates the collection.
 
     Args:
-        tables: at least one, of unique names.
-        features: what `forward` accepts; where None, one unpooled feature per table, of its name.
-        device: of this rank's rows; the CPU where None.
-        ranks: those that share the tables; if None, the job's. `embedtrain.ranks_of` makes them of a process group.
-        seed: of the first values.
-        wire_dtype: in which vectors and gradients travel between ranks, float32 or bfloat16; where None, vectors as
-            they are stored and gradients as float32.
-        placement: where the rows and their state live: on the "device", on the "host", whose memory a GPU copies
-            the rows of each step from, or "auto": on the host if the device's free memory is too small. `Auto` also
-            leaves memory free for saves.
-        cache_bytes: of rows on the host, how much of the device's memory holds copies of the hot ones; where None,
-            half of what is free. Which rows are copied changes no result.
+        tables: at least one table; names must be unique.
+        features: the features that `forward` accepts; None for one unpooled feature per table, named as the table.
+        device: device of this rank's rows; None for the CPU.
+        ranks: the ranks that share the tables; None for all ranks of the job. `embedtrain.ranks_of` makes this from a
+            process group.
+        seed: seed of the initial values.
+        wire_dtype: dtype of vectors and gradients that are sent between ranks, float32 or bfloat16. None sends vectors
+            in the table's dtype and gradients in float32.
+        placement: memory that stores the rows and their optimizer state. With "host", a GPU copies the rows of each
+            step from host memory. "auto" is "host" if the device has too little free memory, else "device". `Auto` is
+            "auto" that also reserves device memory for saves.
+        cache_bytes: device memory for copies of hot rows that are stored on the host; None for half of the free memory.
+            Results do not depend on it.
+
     Attributes:
-        ranks: those that share the tables.
-        table_groups: the groups of tables; every optimizer updates some of them.
+        ranks: the ranks that share the tables.
+        table_groups: the table groups; an optimizer updates one or several of them.
 
     Raises:
-        ValueError: names repeat, a table is called as an entry of another one in state dicts, a feature names a table
-            that does not exist, or an option is none of those above.
+        ValueError: a name repeats, a table's name is a state dict entry of another table, a feature names a table that
+            does not exist, or an option has an invalid value.
     """
 
     def __init__(
@@ -123,23 +127,23 @@ class EmbeddingCollection(nn.Module):
 
     @property
     def shards(self) -> dict[str, TableShard]:
-        """This rank's part of each table, by name. See `write_back` of rows in host memory."""
+        """This rank's shard of each table, by name; call `write_back` before reading rows that are on the host."""
         return {shard.spec.name: shard for group in self.table_groups for shard in group.shards}
 
     def write_back(self) -> None:
-        """Brings rows in host memory up to date with their copies on the device, to be read or written by others."""
+        """Copies updated rows from the device's cache to host memory, before other code reads or writes the rows."""
         for group in self.table_groups:
             group.access.let_go()
 
     def watch(self, watcher: Callable[[Mapping[int, Tensor]], None]) -> None:
-        """Has a function called with the keys that this rank's batches look up, [n] int64 by number of the group."""
+        """Calls a function with the keys of each later batch of this rank, [n] int64 by index of the table group."""
         self._watchers.append(watcher)
 
     def trained_by(self, optimizer: str) -> TableGroups:
-        """Returns the tables whose `TableSpec.optimizer` has this name, to make their optimizer of.
+        """Returns the tables whose `TableSpec.optimizer` is this name, as the argument of an optimizer.
 
         Raises:
-            ValueError: there are none.
+            ValueError: no table has this name.
         """
         named: dict[str, list[TableGroup]] = {}
         for group in self.table_groups:
@@ -149,16 +153,16 @@ class EmbeddingCollection(nn.Module):
         return TableGroups(named[optimizer])
 
     def requires_grad_(self, requires_grad: bool = True, *, tables: Sequence[str] | None = None) -> Self:
-        """Freezes the rows, which backward then leaves out, or has them trained again.
+        """Freezes tables, or trains them again. Frozen rows get no gradients.
 
-        Collective: every rank alike.
+        Collective: every rank, with the same arguments.
 
         Args:
-            requires_grad: whether the rows are trained, and the module's own parameters if it has any.
-            tables: names of tables, if it is about these alone.
+            requires_grad: whether the rows are trained.
+            tables: names of the tables to change; None for all tables and the parameters of the module itself.
 
         Raises:
-            ValueError: there is no such table.
+            ValueError: a table does not exist.
         """
         tables = [tables] if isinstance(tables, str) else tables
         unknown = sorted(set(tables or ()) - self.shards.keys())
@@ -170,45 +174,45 @@ class EmbeddingCollection(nn.Module):
         return self if tables is not None else super().requires_grad_(requires_grad)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gradients of the rows that wait, and those of the module's own parameters."""
+        """Removes the delivered gradients of the rows, and the gradients of the module's own parameters."""
         for group in self.table_groups:
             group.clear_gradient()
         super().zero_grad(set_to_none)
 
     def extra_repr(self) -> str:
-        """Returns a line per table."""
+        """Returns one line per table."""
         lines = [line for group in self.table_groups for line in _lines_of(group, self.features.values())]
         return "\n".join([f"rank {self.ranks.rank} of {self.ranks.size}, device {self.device}", *lines])
 
     def forward(self, batch: Mapping[str, Jagged | Tensor]) -> dict[str, Tensor]:
         """Looks up the features of this rank's batch.
 
-        Collective: every rank, with the same features; batches may differ in size and may be empty. Where
-        gradients are enabled every rank must also run backward.
+        Collective: every rank, with the same features. Batches may differ in size and may be empty. If gradients are
+        enabled, every rank must also run backward.
 
         Args:
-            batch: bags per feature, or a tensor of ids: [n], a bag of one id each, or [n, k], n bags of k ids.
+            batch: per feature a `Jagged` or a tensor of ids, int64 or int32. Ids [n] are n bags of one id, and ids
+                [n, k] are n bags of k ids.
 
         Returns:
-            Per feature float32 vectors: [num_bags, dim] with pooling. Without pooling [num_values, dim], and
-            [n, k, dim] for ids [n, k].
+            Float32 vectors per feature: [num_bags, dim] with pooling; without pooling [num_values, dim], or [n, k, dim]
+            for ids [n, k].
 
         Raises:
-            BadIdError: an id of any rank is outside its table and its feature's policy is "error"; raised on
-                every rank before any row moves.
-            ValueError: the batch names a feature that does not exist, on any rank; raised likewise.
+            BadIdError: an id on any rank is outside its table, and its feature has `invalid_ids="error"`.
+            ValueError: a batch on any rank names a feature that does not exist. Both errors are raised on every rank.
         """
         asked = self.ask(batch)
         return output_dist(asked, lookup(asked))
 
     def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool = False) -> Asked:
-        """Exchanges the ids of a batch, which needs no row, for `look_up` or `distinct_rows` later.
+        """Exchanges the ids of a batch, for a later `look_up` or `distinct_rows`; reads no rows.
 
-        Collective: as `forward`, whose exceptions it raises too.
+        Collective: every rank, with the same features. Raises the exceptions of `forward`.
 
         Args:
-            batch: as for `forward`. It may be in host memory, where ids can be range-checked without a device sync.
-            is_ahead: whether another step is under way. On GPUs the ids then travel apart from its rows.
+            batch: see `forward`. In host memory, ids are range-checked without a device sync.
+            is_ahead: whether the previous step is still running. On GPUs, ids then do not wait for its rows.
         """
         asked, keys = self._input_dist.ask(batch, is_ahead=is_ahead)
         if not is_ahead:
@@ -218,17 +222,17 @@ class EmbeddingCollection(nn.Module):
         return asked
 
     def look_up(self, asked: Asked) -> dict[str, Tensor]:
-        """Looks up what was asked for; as `forward`. Collective: every rank, in the order in which they asked."""
+        """Returns what `forward` returns, for a batch of `ask`. Collective: every rank, in the order of `ask`."""
         self._take_choices(asked)
         return output_dist(asked, lookup(asked))
 
     @property
     def pooling_choices(self) -> dict[str, Any]:
-        """Where the ranks pool the bags of features that say `pool_at="auto"`, as JSON.
+        """Whether owners or examples pool the bags of each feature with `pool_at="auto"`, as a JSON value.
 
-        They are decided from the first batch, and again when bags become twice as long or short. A decision changes the
-        rounding of sums: a run that sets the choices it had goes on with the same bits, and one that does not decides
-        anew. Choices of another number of ranks are not taken over.
+        The ranks decide from the first batch, and again when the mean bag size has doubled or halved. The choice
+        changes the rounding of sums. A resumed run that sets the saved choices therefore repeats the same bits; without
+        them it decides again. Choices of another number of ranks are ignored.
         """
         return {"num_ranks": self.ranks.size, "features": {name: [*choice] for name, choice in self._choices.items()}}
 
@@ -239,52 +243,52 @@ class EmbeddingCollection(nn.Module):
         self._input_dist.choices = self._choices
 
     def _take_choices(self, asked: Asked) -> None:
-        """Takes the choices that hold after a batch, in the order of the steps even if another batch is asked ahead."""
+        """Adopts the pooling choices that follow from a batch; called in the order of steps."""
         if torch.is_grad_enabled():
-            if asked.choices is not self._choices:  # a module takes microseconds to set an attribute
+            if asked.choices is not self._choices:  # because setting an attribute of a module takes microseconds
                 self._choices = asked.choices
-            # The next batch without gradients begins an evaluation, even if a step was asked ahead before the last one.
+            # The next batch without gradients begins a new evaluation.
             self._input_dist.choices_of_evaluation = {}
 
     def distinct_rows(self, asked: Asked, *, counts: Tensor | None = None) -> Tensor:
-        """Fetches each distinct row that was asked for once, for models that work on compact rows.
+        """Fetches each distinct row of a batch once, for models that compute on distinct rows.
 
-        Collective: every rank, in the order in which they asked.
+        Collective: every rank, in the order of their calls of `ask`. `counts` must be given on every rank or on none.
 
         Args:
-            asked: the batch.
-            counts: [at least num_distinct] float32; in how many terms of the loss each row takes part. They travel home
-                with the gradient, on every rank or on none, for an optimizer with `optim.CurvatureDamping`.
+            asked: the batch, from `ask`.
+            counts: [num_distinct or more] float32; number of terms of the loss that use each row. It is sent to the
+                rows' owners with the gradient, for an optimizer with `optim.CurvatureDamping`.
 
         Returns:
-            [num_distinct, dim] float32; `Asked.places` says where each value's row lies.
+            [num_distinct, dim] float32; `Asked.places` gives the index of each value's row.
 
         Raises:
-            ValueError: the features' tables differ in dim, or features are pooled.
+            ValueError: the features' tables differ in dim, or a feature is pooled.
         """
         return fetch_distinct(asked, counts)
 
     def own_rows(self, name: str) -> Tensor:
-        """Returns the rows of a table that this rank owns, for models that compare with all rows of a table.
+        """Returns the rows of a table that this rank owns, for models that score all rows.
 
-        In backward their gradients wait here for the optimizer, beside those of look-ups; nothing travels. The step
-        then updates every row. No collective.
+        Backward delivers the gradients of these rows to the optimizer, with those of look-ups. The next step then
+        updates every row. Not a collective: nothing is sent.
 
         Returns:
-            [num_slots, dim] float32 in order of `TableShard.slots`; it may share memory with the table.
+            [num_slots, dim] float32 in the order of `TableShard.slots`; may share memory with the table.
         """
         (group,) = [group for group in self.table_groups if name in group.table_names]
         return fetch_own(group, self.shards[name])
 
     def bring_rows(self, asked: Asked) -> None:
-        """Copies those of the rows asked of this rank that live in host memory to the device, before their step."""
+        """Prefetches the rows that a batch reads from this rank, if they are stored in host memory."""
         for part in asked.parts:
             part.bring_rows()
 
     def gather_table(self, name: str, state: str = "weight") -> Tensor:
-        """Returns a whole table, or an optimizer's state of it, in order of id, on every rank.
+        """Returns a whole table, or its state of a name such as "accumulator", in the order of ids, on every rank.
 
-        Collective: every rank. For tables that fit on one.
+        Collective: every rank. The table must fit into the memory of each rank.
         """
         for group in self.table_groups:
             group.access.write_back()
@@ -292,14 +296,14 @@ class EmbeddingCollection(nn.Module):
         return shard.gather(self.ranks, state)
 
     def shard_views(self) -> list[ShardView]:
-        """Returns this rank's weights and optimizer state, as a checkpoint saves and loads them.
+        """Returns this rank's weights and optimizer state as views that a checkpoint saves and loads.
 
-        Collective: every rank, as the optimizer's `settle`, which it calls and whose exception it raises.
+        Collective: every rank, because it calls the optimizer's `settle`, whose exceptions it raises.
         """
         return [view for group in self.table_groups for view in group.views()]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns what a copy is made of: all but the watchers, and what `_begin` makes of the tables anew."""
+        """Returns the attributes of a copy: all but the watchers and what `_begin` derives from the tables."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_input_dist", "_watchers")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -307,7 +311,7 @@ class EmbeddingCollection(nn.Module):
         self._begin()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves the rows, as `to` asks for, with the module's own parameters; refuses another dtype.
+        """Moves the rows and the module's own parameters to a device, as `to` asks; refuses another dtype.
 
         Raises:
             ValueError: rows would be stored in another dtype, or on a device without memory.
@@ -317,10 +321,10 @@ class EmbeddingCollection(nn.Module):
             if made.dtype != group.weight.dtype:
                 raise ValueError(
                     f"the rows of {', '.join(group.table_names)} are stored as {group.weight.dtype} and looked up as "
-                    f"torch.float32; they do not become {made.dtype}. {_OF_ANOTHER_DTYPE}"
+                    f"torch.float32; they cannot be converted to {made.dtype}. {_OF_ANOTHER_DTYPE}"
                 )
             if made.device.type == "meta":
-                raise ValueError("tables cannot live on the meta device: their rows are drawn when they are made")
+                raise ValueError("tables cannot live on the meta device, because their rows get values when created")
         if made.device != self.device:
             self.device = made.device
             watchers = self._watchers
@@ -332,10 +336,10 @@ class EmbeddingCollection(nn.Module):
         return applied
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Adds weights, optimizer state and counts of steps: "item.weight", "item.accumulator", "item.step".
+        """Adds weights, optimizer state and step counts: "item.weight", "item.accumulator", "item.step".
 
-        Rows are DTensors in order of slots that share memory with the tables, so that torch's own distributed
-        checkpoint saves them, and loads them in place. A count of steps is a copy, which `load_state_dict` takes over.
+        Rows are DTensors in the order of slots that share memory with the tables. So torch's distributed checkpoint
+        can save them, and load them in place. A step count is a copy, which `load_state_dict` writes back.
         """
         super()._save_to_state_dict(destination, prefix, keep_vars)
         mesh = self.ranks.device_mesh(self.table_groups[0].weight.device.type)
@@ -352,7 +356,7 @@ class EmbeddingCollection(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Takes over what `_save_to_state_dict` gave, or whole tensors in order of slots."""
+        """Loads the entries of `_save_to_state_dict`, or whole tensors in the order of slots."""
         for group in self.table_groups:
             group.changes.before_update_of_all()
         views = self.shard_views()
@@ -360,7 +364,7 @@ class EmbeddingCollection(nn.Module):
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _fqn_modifiers(self) -> dict[str, str]:
-        """Tells torch's distributed checkpoint to find the tables, which are not attributes, under `_entries`."""
+        """Points torch's distributed checkpoint to `_entries` for tables, which are not attributes."""
         return dict.fromkeys(vars(self._entries), "_entries")
 
     @property
@@ -369,7 +373,7 @@ class EmbeddingCollection(nn.Module):
 
 
 def _lines_of(group: TableGroup, features: Collection[FeatureSpec]) -> Iterator[str]:
-    """Yields a line per table."""
+    """Yields one line per table."""
     for spec in group.specs:
         frozen = ", frozen" if spec.name in group.frozen else ""
         dtype = str(spec.dtype).removeprefix("torch.")

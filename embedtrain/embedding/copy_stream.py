@@ -1,4 +1,4 @@
-"""Copies of rows between host memory and a device, beside the stream that computes."""
+"""Copies rows between host memory and a device on a CUDA stream of its own, in parallel to computation."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from embedtrain.ops._backend.transfer import HostCopy, wait_for
 from embedtrain.ops.gather_rows import gather_rows
 
 _STAGING_BYTES = 16 << 20
-"""Of each of the two buffers that a large table is copied through: pinned memory is rounded up to powers of two, and a
-copy of half a device's memory would take more than many a host has."""
+"""Size of each of the two pinned buffers through which a large table is copied. A single large buffer could exceed host
+memory, because torch rounds pinned memory up to a power of two."""
 
 
 class CopyStream:
-    """A stream of a device for copies alone; on the CPU there is nothing to copy.
+    """Holds a stream of a device for copies; on the CPU rows are gathered without a stream.
 
     Args:
-        device: of the rows.
+        device: device to which rows are copied.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,7 +28,7 @@ class CopyStream:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def gather(self, host: Tensor, rows: Tensor) -> Tensor:
-        """Returns rows of a tensor in host memory on the device; the current stream waits for them, not the host.
+        """Copies rows of a tensor in host memory to the device; only the current stream waits for the copy.
 
         Args:
             host: [num_rows] or [num_rows, dim].
@@ -46,7 +46,7 @@ class CopyStream:
         return copied
 
     def to_host(self, values: Tensor) -> HostCopy:
-        """Begins to copy what the current stream computes to the host."""
+        """Starts to copy values that the current stream computes to the host."""
         if self._stream is None:
             return HostCopy(values)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -56,12 +56,12 @@ class CopyStream:
         return copy
 
     def join(self) -> None:
-        """Has the current stream wait for all copies so far."""
+        """Makes the current stream wait for all copies started so far."""
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def gather_chunks(self, host: Tensor, rows: Tensor) -> Tensor:
-        """Returns what `gather` does, for more rows than may lie in pinned memory at once."""
+        """Returns the result of `gather`, for more rows than fit into pinned memory at once."""
         if self._stream is None:
             return _gathered(host, rows, None)
         copied = torch.empty((rows.numel(), *host.shape[1:]), dtype=host.dtype, device=self._device)
@@ -74,7 +74,7 @@ class CopyStream:
         is_free = [torch.cuda.Event(), torch.cuda.Event()]
         for number, some in enumerate(rows.split(chunk_rows)):
             turn = number % 2
-            wait_for(is_free[turn])  # at once for an event that was never recorded
+            wait_for(is_free[turn])  # returns at once for an event that was never recorded
             buffer = _gathered(host, some, buffers[turn][: some.numel()])
             with self._entered():
                 first = number * chunk_rows
@@ -88,13 +88,13 @@ class CopyStream:
 
 
 def host_blocks(blocks: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """Yields blocks of a device in host memory; each is valid until the next.
+    """Copies blocks from a device to host memory and yields them; each block is valid until the next.
 
-    A block travels while the one before it is used, beside the stream that computes, which has made it.
+    The next block is copied while the caller uses the current one.
 
     Args:
-        blocks: each a tensor of its own if they are on a GPU.
-        device: of the blocks.
+        blocks: made by the current stream; on a GPU each block must be a separate tensor.
+        device: device of the blocks.
     """
     if device.type == "cpu":
         yield from blocks
@@ -110,7 +110,7 @@ def host_blocks(blocks: Iterable[Tensor], device: torch.device) -> Iterator[Tens
 
 
 def _gathered(host: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
-    """Returns rows of a tensor in host memory, in `out` if it is given."""
+    """Returns rows of a tensor in host memory, written to `out` if it is not None."""
     if host.dim() == 2:
         return gather_rows(host, rows, out=out)
     return torch.index_select(host, 0, rows) if out is None else torch.index_select(host, 0, rows, out=out)

@@ -1,4 +1,4 @@
-"""Which features a collection accepts, and where it looks them up."""
+"""The features that a collection accepts, and the tables in which it looks them up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from embedtrain.spec import FeatureSpec, TableSpec
 
 
 def resolve_features(tables: Sequence[TableSpec], features: Sequence[FeatureSpec] | None) -> dict[str, FeatureSpec]:
-    """Returns the features by name; where None, one per table.
+    """Returns the features by name; if `features` is None, one unpooled feature per table.
 
     Raises:
         ValueError: there is no table, a name repeats, or a feature's table does not exist.
@@ -39,12 +39,12 @@ def resolve_features(tables: Sequence[TableSpec], features: Sequence[FeatureSpec
 
 
 def as_bags(batch: object) -> Mapping[str, Jagged]:
-    """Returns the bags of a batch, of which tensors of ids are made too.
+    """Returns the bags of a batch, after converting tensors of ids to bags.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the batch is not a mapping of names to bags or tensors of ids.
     """
-    if type(batch) is not dict and not isinstance(batch, Mapping):  # an abstract class takes longer to ask
+    if type(batch) is not dict and not isinstance(batch, Mapping):  # `isinstance` of an abstract class is slower
         raise ValueError(
             f"expected a batch that has ids per feature, such as {{'item': ids}}, got {type(batch).__name__}"
         )
@@ -64,7 +64,7 @@ def as_bags(batch: object) -> Mapping[str, Jagged]:
 
 
 def shapes_of(batch: Mapping[str, Jagged | Tensor], features: Mapping[str, FeatureSpec]) -> dict[str, torch.Size]:
-    """Returns the shapes of the tensors [n, k] of ids that features without pooling look up."""
+    """Returns the shape of each tensor of ids [n, k] whose feature has no pooling, by name."""
     return {
         name: ids.shape
         for name, ids in batch.items()
@@ -73,13 +73,13 @@ def shapes_of(batch: Mapping[str, Jagged | Tensor], features: Mapping[str, Featu
 
 
 class Route(NamedTuple):
-    """What batches of certain features look up in one group of tables.
+    """Holds the features of a batch that are looked up in one table group.
 
     Attributes:
-        number: the group's.
-        names: the features, in order of their tables: of local rows, which helps to sort.
-        tables: the positions of their tables in the group.
-        features: their declarations.
+        number: index of the table group.
+        names: names of the features, in the order of their tables and so of local rows, which makes sorting faster.
+        tables: per feature, the position of its table in the group.
+        features: per feature, its declaration.
     """
 
     number: int
@@ -89,11 +89,11 @@ class Route(NamedTuple):
 
 
 class Routes:
-    """Where batches are looked up, found once for each choice of features.
+    """Finds the routes of batches, and caches them by the names of the features.
 
     Args:
-        features: by name.
-        places: of each table, the number of its group, and its position there.
+        features: all features by name.
+        places: per table, the index of its group and its position in the group.
     """
 
     def __init__(self, features: Mapping[str, FeatureSpec], places: Mapping[str, tuple[int, int]]) -> None:
@@ -103,21 +103,21 @@ class Routes:
         self._checksums: dict[tuple[str, ...], int] = {}
 
     def group_of(self, name: str) -> int:
-        """Returns the number of a feature's group."""
+        """Returns the index of a feature's table group."""
         return self._place[name][0]
 
     def of(self, names: tuple[str, ...]) -> list[Route]:
-        """Returns where features are looked up, by group.
+        """Returns one route per table group that the features are looked up in.
 
         Raises:
-            ValueError: one does not exist, or there is none.
+            ValueError: `names` is empty, or a feature does not exist.
         """
         if names not in self._found:
             self._found[names] = self._find(names)
         return self._found[names]
 
     def checksum_of(self, names: tuple[str, ...]) -> int:
-        """Returns a number, the same in every process, by which sets of features are told apart; int64."""
+        """Returns a checksum of a set of features, an int64 that is equal in every process."""
         if names not in self._checksums:
             text = json.dumps(sorted(map(str, names))).encode()
             self._checksums[names] = xxh3_64_intdigest(text) - (1 << 63)
@@ -131,7 +131,7 @@ class Routes:
         for name in names:
             members.setdefault(self.group_of(name), []).append(name)
         routes = []
-        # In order of the groups, not of the batch: ranks may name their features in different orders.
+        # In the order of groups, because the batches of different ranks may order their features differently.
         for number, own in sorted(members.items()):
             own.sort(key=lambda name: self._place[name][1])
             tables = [self._place[name][1] for name in own]

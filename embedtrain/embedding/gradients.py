@@ -1,4 +1,4 @@
-"""Where the gradients of a group of tables wait for their optimizer."""
+"""The mailbox in which the gradients of a table group wait for the optimizer."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from embedtrain.ops.row_gradient import Delivery, RowGradient
 from embedtrain.optim.registry import warn_once
 
 _MOST_DELIVERIES = 16
-"""So many deliveries wait as they are. More are summed by row, so that what waits is bounded by the rows touched.
+"""Number of deliveries up to which they are kept separately. More deliveries are summed by row, so that memory is
+bounded by the number of touched rows.
 
-On processors this changes no bit. A GPU sums the gradients of a row in chunks of 32, which sums made before shift: with
-more deliveries it rounds otherwise than if all were summed at once.
+On CPUs the result is equal to the bit. A GPU sums the gradients of a row in chunks of 32, and earlier sums shift the
+chunks: with more deliveries its rounding differs from a single sum.
 """
 
 
 class GradientMailbox:
-    """Gradients of local rows that backward delivered and no step has applied yet.
+    """Holds gradients of local rows that backward has delivered and no step has cleared yet.
 
     Args:
-        num_rows: rows of the group on this rank.
-        dim: columns.
-        device: of the gradients.
-        num_ranks: ranks that share the tables.
-        table_names: the tables.
+        num_rows: number of the group's rows on this rank.
+        dim: length of the vectors.
+        device: device of the gradients.
+        num_ranks: number of ranks that share the tables.
+        table_names: names of the tables.
 
     Attributes:
-        anchor: an empty leaf. Rows are not leaves of the graph: this one makes autograd call a look-up's backward,
-            which delivers their gradients. It requires no gradient if all rows are frozen.
-        frozen: half-open ranges of local rows whose gradients are dropped, while other rows are trained.
-        optimizer: refers to the optimizer that takes the gradients; None if none was made.
-        was_applied: whether a step has applied what waits.
+        anchor: an empty leaf tensor. Rows are not leaves of the autograd graph, so every look-up takes this leaf as an
+            input: then autograd calls its backward. It requires no gradient if all rows are frozen.
+        frozen: half-open ranges of local rows whose gradients are dropped.
+        optimizer: weak reference to the optimizer that applies the gradients; None before there is an optimizer.
+        was_applied: whether a step has already applied the gradients.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class GradientMailbox:
         self._waiting: RowGradient | None = None
 
     def deliver(self, delivery: Delivery) -> None:
-        """Adds the gradients that one backward left; they are not summed yet."""
+        """Adds the gradients of one backward, without summing them by row."""
         if self.frozen:
             delivery = self._without_frozen(delivery)
         if self.was_applied:
@@ -62,7 +63,7 @@ class GradientMailbox:
                 "the next step applies them again: call optimizer.zero_grad() after each step. The zero_grad() of a "
                 "module around the tables does not reach rows"
             )
-        # One backward may come before there is an optimizer.
+        # The first backward may run before the optimizer is created, so the warning begins with the second.
         if self._has_delivered and (self.optimizer is None or self.optimizer() is None):
             warn_once(
                 f"the tables {', '.join(self._table_names)} get gradients that no optimizer takes: make an optimizer "
@@ -73,15 +74,15 @@ class GradientMailbox:
         self._deliveries.append(delivery)
         self._waiting = None
         self._num_new += delivery.rows.numel()
-        # Sums are made again once what came since is more than they are: each gradient is summed twice on average.
+        # Summing again only after as many new gradients as sums keeps the cost at two sums per gradient on average.
         if len(self._deliveries) > _MOST_DELIVERIES and self._num_new >= self._num_summed:
             self._sum_up()
 
     def waiting(self) -> RowGradient:
-        """Returns the gradient of the global mean loss as it was delivered.
+        """Returns the gradient of the mean loss over the global batch.
 
-        Losses are means over the local batch; the gradient of the mean over the global batch is the sum of what the
-        ranks delivered divided by the world size, which happens here and nowhere else.
+        Each rank's loss is a mean over its local batch. So the gradient of the global mean is the sum of the ranks'
+        gradients divided by the world size. The division happens only here.
         """
         if self._waiting is None:
             if self._deliveries:
@@ -95,14 +96,14 @@ class GradientMailbox:
         return self._waiting
 
     def clear(self) -> None:
-        """Forgets all gradients delivered."""
+        """Removes all delivered gradients."""
         self._deliveries = []
         self._num_summed, self._num_new = 0, 0
         self._waiting = None
         self.was_applied = False
 
     def take_over(self, earlier: GradientMailbox) -> None:
-        """Takes over the gradients that wait in the mailbox of the same rows on another device, and its optimizer."""
+        """Takes over gradients and optimizer from the mailbox of the same rows on another device."""
         self.optimizer, self.was_applied = earlier.optimizer, earlier.was_applied
         if earlier._deliveries:
             summed = RowGradient(earlier._deliveries, num_rows=self._num_rows, dim=self._dim)
@@ -112,7 +113,7 @@ class GradientMailbox:
             self._num_summed, self._num_new, self._waiting = summed.rows.numel(), 0, None
 
     def rows_and_values(self) -> tuple[Tensor, Tensor]:
-        """Returns the touched rows [n] int64, unique and ascending, and [n, dim] float32, the gradient of each."""
+        """Returns the touched rows, [n] int64 unique and ascending, and their gradients, [n, dim] float32."""
         waiting = self.waiting()
         return waiting.rows, waiting.values
 

@@ -1,4 +1,4 @@
-"""Ids that are not rows of their table: found before anything travels, and treated as their feature says."""
+"""Finds ids outside their tables before anything is sent, and treats them by the policy of their feature."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from embedtrain.spec import FeatureSpec
 
 
 def faults_of(bags: Sequence[Jagged], num_outside: Tensor) -> Tensor:
-    """Returns how much is wrong with ids and lengths of features on a device, scalar int64 there.
+    """Returns the number of faults in the ids and lengths of features on a device, a scalar int64 on the device.
 
     Args:
-        bags: the features.
-        num_outside: [num_features] int64; ids that are no rows.
+        bags: bags per feature.
+        num_outside: [num_features] int64; number of ids outside the table.
     """
     wrong = [num_outside, *(feature.has_wrong_lengths().long()[None] for feature in bags if not feature.is_checked)]
     return torch.cat(wrong).sum()
@@ -29,12 +29,12 @@ def valid_bags(bags: Jagged, feature: FeatureSpec, num_rows: int, rank: int) -> 
 
     Raises:
         BadIdError: an id is outside and the policy is "error".
-        ValueError: the lengths of bags are wrong, which nobody checked before.
+        ValueError: the lengths of the bags were not yet checked, and are wrong.
     """
     if not bags.is_checked and bool(bags.has_wrong_lengths()):
         raise ValueError(
             f"feature {feature.name!r}: lengths must not be negative and must add up to the {bags.values.numel()} "
-            f"values, got a sum of {int(bags.lengths.sum())} and a least one of {int(bags.lengths.min())}"
+            f"values, got a sum of {int(bags.lengths.sum())} and a minimum of {int(bags.lengths.min())}"
         )
     ids = bags.values.long()
     if ids.numel() == 0:

@@ -1,4 +1,4 @@
-"""First values of a table: a function of seed, table and slot, so that every world size starts alike."""
+"""Initial values of tables, a function of seed, table name and slot: they do not depend on the world size."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from xxhash import xxh3_64_intdigest
 from embedtrain.spec import TableSpec
 
 _BLOCK_ROWS = 4096
-"""Slots drawn by one generator. Part of what a seed means: changing it changes every run."""
+"""Slots per generator. Changing it changes the initial values of every run with the same seed."""
 
 
 def initial_rows(spec: TableSpec, start: int, stop: int, seed: int) -> Tensor:
-    """Draws the first values of the slots `[start, stop)`; [stop - start, dim], on the CPU, in the table's dtype.
+    """Draws the initial values of the slots `[start, stop)`; [stop - start, dim], on the CPU, in the table's dtype.
 
-    Slots are drawn in fixed blocks, each by a generator of its own, and a range takes its part of them.
+    Slots are drawn in fixed blocks with one generator each, so that the values of a slot do not depend on the range.
     """
     rows = torch.zeros(stop - start, spec.dim, dtype=spec.dtype)
     if spec.init == "zeros":

@@ -1,4 +1,4 @@
-"""Starting a table from vectors that were trained before: of a file by name, of an array by row."""
+"""Initialises a table from trained vectors: from a file by name, or from an array by row."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _NO_NUMBERS = (torch.bool, torch.complex32, torch.complex64, torch.complex128)
 
 @dataclass(frozen=True)
 class InitCounts:
-    """What became of a table that was started from a file.
+    """Holds the counts of one `init_from`.
 
     Attributes:
-        num_copied: rows whose names the file has; the others keep their first values.
-        num_rows: rows of the table.
-        num_in_file: vectors of the file or array, those included that the table has no row for.
+        num_copied: number of rows that got a vector; the other rows keep their initial values.
+        num_rows: number of rows of the table.
+        num_in_file: number of vectors in the file or array, including vectors without a row in the table.
     """
 
     num_copied: int
@@ -42,26 +42,26 @@ def init_from(
     source: str | os.PathLike[str] | ArrayLike | Tensor,
     rows: Mapping[str, int] | ArrayLike | Tensor | None = None,
 ) -> InitCounts:
-    """Copies the vectors of a file or an array into rows of a table; all other rows stay as they are.
+    """Copies the vectors of a file or an array into rows of a table; other rows and optimizer state do not change.
 
-    If a name occurs twice in the file, the first wins. The optimizer's state is not touched. Every rank reads the
-    source, about 8 MiB at a time, and keeps its own rows: the result is the same on any number of ranks.
+    If a name occurs twice in the file, the first wins. Every rank reads the source, about 8 MiB at a time, and copies
+    the rows that it owns. So the result is the same on any number of ranks.
 
     Collective: every rank.
 
     Args:
         tables: the collection.
-        table: name of the table to start.
-        source: the file, any fsspec URL; `embedtrain.data.vector_files.read_vectors` says in which formats. Or an
-            array [n, dim] of real numbers, of torch or NumPy or lists, which may be a memory map.
-        rows: of a file, the row of each name. Of an array, [n] int64, distinct, of torch or NumPy or a list; if None,
-            it has all rows in order.
+        table: name of the table to initialise.
+        source: a file, any fsspec URL, in a format of `embedtrain.data.vector_files.read_vectors`; or an array [n, dim]
+            of real numbers: a torch tensor, a NumPy array, a memory map or nested lists.
+        rows: for a file, the row of each name. For an array, [n] int64 distinct rows, as a torch tensor, a NumPy array
+            or a list; None if the array has all rows in order.
 
     Raises:
-        UserError: on every rank; there is no such table or file, it cannot be read, its vectors have another dim than
-            the table or values that are not finite in its dtype, or it has none of the names; or `rows` does not fit
-            the source. An array that is refused has changed no row. A file may have, by the parts that come before its
-            fault, and the error says so.
+        UserError: raised on every rank. The table or the file does not exist, the file cannot be read, vectors have
+            another dim than the table or values that are not finite in its dtype, the file has none of the names, or
+            `rows` does not fit the source. An array is checked before any row changes. A file is checked while it is
+            copied, so rows may have changed before the error; the message then says how many.
     """
     tables.write_back()
     shard = tables.shards.get(table) if isinstance(table, str) else None
@@ -81,7 +81,7 @@ def init_from(
 
 
 def _copy(shard: TableShard, path: str, rows: Mapping[str, int]) -> InitCounts:
-    # Reading files takes Arrow, which takes long to import.
+    # Imported here because it needs Arrow, whose import is slow.
     from embedtrain.data.vector_files import read_vectors
 
     shard.changes.before_update_of_all()
@@ -93,7 +93,7 @@ def _copy(shard: TableShard, path: str, rows: Mapping[str, int]) -> InitCounts:
             example = example or next(iter(block.names), "")
             num_in_file += len(block.names)
             places, local_rows = _own_places(shard, block.names, rows, seen)
-            with np.errstate(over="ignore"):  # what is too large for float32 is refused below
+            with np.errstate(over="ignore"):  # values too large for float32 are refused below
                 copied = torch.tensor(block.rows(places), dtype=weight.dtype, device=weight.device)
             if (bad := _first_bad(copied)) is not None:
                 name = block.names[places[bad]]
@@ -103,14 +103,14 @@ def _copy(shard: TableShard, path: str, rows: Mapping[str, int]) -> InitCounts:
     except UserError as error:
         if num_changed:
             raise UserError(
-                f"{error}. Table {shard.spec.name!r} has {num_changed:,} vectors of the file already: make it anew"
+                f"{error}. Table {shard.spec.name!r} already has {num_changed:,} vectors of the file: create it again"
             ) from error
         raise
     if not seen.any():
         raise UserError(
-            f"{path}: expected names of table {shard.spec.name!r}, such as {next(iter(rows), '')!r}, and none of its "
-            f"{num_in_file:,} names is among the table's {len(rows):,}; it begins with {example!r}: compare how both "
-            "are written"
+            f"{path}: expected names of table {shard.spec.name!r}, such as {next(iter(rows), '')!r}, but none of its "
+            f"{num_in_file:,} names is among the table's {len(rows):,} names. The first name in the file is "
+            f"{example!r}: compare the spelling"
         )
     return InitCounts(int(seen.sum()), shard.spec.num_rows, num_in_file)
 
@@ -139,14 +139,14 @@ def _copy_array(shard: TableShard, source: Tensor | NDArray[Any], rows: Tensor |
 
 
 def _blocks(source: Tensor | NDArray[Any], dim: int) -> Iterator[tuple[int, Tensor]]:
-    """Yields an array in parts of about 8 MiB, each with the place of its first vector."""
+    """Yields an array in parts of about 8 MiB, each with the index of its first vector."""
     block_rows = max(1, _BLOCK_BYTES // (4 * dim))
     for first in range(0, source.shape[0], block_rows):
         yield first, _as_tensor(source[first : first + block_rows], "the array")
 
 
 def _as_array(values: object, name: str) -> Tensor | NDArray[Any]:
-    """Returns a tensor as it is, and anything else as NumPy takes it, without a copy of what is an array."""
+    """Returns a tensor unchanged, and other values as a NumPy array; arrays are not copied."""
     if isinstance(values, Tensor):
         if values.layout != torch.strided:
             raise UserError(f"{name} must be dense, got a tensor of layout {values.layout}")
@@ -158,10 +158,10 @@ def _as_array(values: object, name: str) -> Tensor | NDArray[Any]:
 
 
 def _as_tensor(values: Tensor | NDArray[Any], name: str) -> Tensor:
-    """Returns numbers of any byte order and stride as a tensor of their type.
+    """Returns numbers of any byte order and strides as a tensor of the same type.
 
     Raises:
-        UserError: they are text, objects, truth values or complex.
+        UserError: they are not real numbers, but for example text or booleans.
     """
     is_real = values.dtype.kind in "fiu" if isinstance(values, np.ndarray) else values.dtype not in _NO_NUMBERS
     if not is_real:
@@ -173,7 +173,7 @@ def _as_tensor(values: Tensor | NDArray[Any], name: str) -> Tensor:
 
 
 def _first_bad(vectors: Tensor) -> int | None:
-    """Returns the first of vectors [n, dim] that has a value that is not finite."""
+    """Returns the index of the first vector [n, dim] with a value that is not finite; None if all are finite."""
     is_finite = vectors.isfinite().all(dim=1)
     return None if bool(is_finite.all()) else int((~is_finite).nonzero()[0])
 
@@ -196,13 +196,16 @@ def _check_rows(spec: TableSpec, rows: Tensor, num_vectors: int) -> None:
 def _own_places(
     shard: TableShard, names: Sequence[str], rows: Mapping[str, int], seen: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int64], Tensor]:
-    """Returns the places of the names whose rows this rank holds, and these rows; marks all rows found in `seen`."""
+    """Returns the indices in `names` of the rows that this rank owns, and their local rows; marks all rows in `seen`.
+
+    Rows that are already marked are left out.
+    """
     named = [(place, row) for place, row in enumerate(map(rows.get, names)) if row is not None]
     for place, row in named:
         if not isinstance(row, int | np.integer) or not 0 <= row < len(seen):
             raise UserError(
-                f"rows of table {shard.spec.name!r} are integers from 0 to {len(seen) - 1}, and that of "
-                f"{names[place]!r} is {row!r}"
+                f"rows of table {shard.spec.name!r} must be integers from 0 to {len(seen) - 1}, got {row!r} for "
+                f"{names[place]!r}"
             )
     found, first = np.unique(np.array([row for _, row in named], np.int64), return_index=True)
     is_new = ~seen[found]

@@ -1,6 +1,6 @@
-"""Ids to the owners of their rows: what a batch looks up is planned, then the ranks exchange it once.
+"""Input dist: plans what a batch looks up, then sends the ids to the owners of their rows in one exchange.
 
-Planning is pure: it needs no rank and no row. One process plans as several do and has nothing to exchange.
+Planning needs no other rank and reads no rows. A single process plans in the same way, but exchanges nothing.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from embedtrain.ops.sort_unique import OrderedKeys, SortedKeys, order_keys
 
 
 class Fault(NamedTuple):
-    """What may be wrong with ids on a device.
+    """Holds a check of ids on a device whose result the host does not know yet.
 
     Attributes:
-        num_wrong: scalar int64 on the device; positive if something is.
-        explain: raises what it is.
+        num_wrong: scalar int64 on the device; number of faults.
+        explain: raises the error that describes the first fault.
     """
 
     num_wrong: Tensor
@@ -41,32 +41,32 @@ class Fault(NamedTuple):
 
 
 class Check(NamedTuple):
-    """Whether ids on a device are rows, on its way to the host.
+    """Holds the checks of a batch whose results are being copied to the host.
 
     Attributes:
-        faults: what may be wrong.
-        counts: how much is, of each.
+        faults: the checks.
+        counts: `num_wrong` of each check, in a copy to the host.
     """
 
     faults: Sequence[Fault]
     counts: HostCopy
 
     def run(self) -> None:
-        """Raises what is wrong, if anything is; waits for the device if it has not come that far."""
+        """Raises the error of the first check that found a fault; waits for the copy."""
         for fault, count in zip(self.faults, self.counts.values().tolist(), strict=True):
             if count:
                 fault.explain()
 
 
 class Asked(NamedTuple):
-    """What one input dist settled, for `EmbeddingCollection.look_up` or `distinct_rows`.
+    """Holds a batch whose ids were exchanged, for `EmbeddingCollection.look_up` or `distinct_rows`.
 
     Attributes:
-        names: the features, in the caller's order.
-        parts: per table group that is looked up.
-        choices: where the ranks pool the bags of the batches that follow; see `EmbeddingCollection.pooling_choices`.
-        shapes: of the ids of features without pooling that are tensors [n, k].
-        check: of ids on a device that nobody has looked at yet; before rows are read.
+        names: names of the features, in the caller's order.
+        parts: one request per table group that is looked up.
+        choices: pooling choices for the following batches; see `EmbeddingCollection.pooling_choices`.
+        shapes: shape of the ids of each feature without pooling whose ids are a tensor [n, k].
+        check: checks of ids on a device that must run before rows are read; None if all ids are checked.
     """
 
     names: tuple[str, ...]
@@ -76,32 +76,35 @@ class Asked(NamedTuple):
     check: Check | None = None
 
     def places(self) -> dict[str, Tensor]:
-        """Returns per feature [num_values] int64; each value's row among those of `distinct_rows`. Sorts the ids."""
+        """Returns, per feature, the index of each value's row in the result of `distinct_rows`; [num_values] int64.
+
+        Sorts the ids if they are not sorted yet.
+        """
         places: dict[str, Tensor] = {}
         num_before = 0
         for part in self.parts:
             inverse = part.inverse + num_before if num_before else part.inverse
             places.update(zip(part.route.names, inverse.split([bags.num_values for bags in part.bags]), strict=True))
-            if len(self.parts) > 1:  # the host waits for this, if keys are sorted on a device
+            if len(self.parts) > 1:  # a device sync if keys are sorted on a device, so avoided for a single group
                 num_before += part.distinct.unique.numel()
         return places
 
 
 Planned = tuple[list[Bags], list[Tensor | None], Tensor]
-"""What a batch looks up in a group: bags and weights per feature, see `GroupRequest`, and keys."""
+"""The plan of a batch for one table group: bags and weights per feature as in `GroupRequest`, and keys."""
 
 
 class InputDist(ABC):
-    """The first stage of a look-up. `input_dist_of` makes the one that fits the ranks.
+    """The first stage of a look-up: sends ids to the owners of their rows. `input_dist_of` returns an implementation.
 
     Args:
-        groups: the groups of tables.
-        routes: where features are looked up.
-        ranks: those that share the tables.
+        groups: the table groups.
+        routes: the tables in which features are looked up.
+        ranks: the ranks that share the tables.
 
     Attributes:
-        choices: where the next batch's bags are pooled.
-        choices_of_evaluation: where those of the next batch without gradients are; empty when an evaluation begins.
+        choices: pooling choices for the next batch with gradients.
+        choices_of_evaluation: pooling choices for the next batch without gradients; empty when an evaluation begins.
     """
 
     def __init__(self, groups: Sequence[TableGroup], routes: Routes, ranks: Ranks) -> None:
@@ -109,18 +112,18 @@ class InputDist(ABC):
         self.choices_of_evaluation: PoolingChoices = {}
         self._groups, self._routes, self._ranks = groups, routes, ranks
         self._no_keys = torch.zeros(0, dtype=torch.int64, device=groups[0].device)
-        is_native = dispatch.uses_native(self._no_keys)  # those updates sort for themselves
+        is_native = dispatch.uses_native(self._no_keys)  # native updates sort the rows themselves
         self._sorts_ahead = not is_native or any(group.access.is_on_host for group in groups)
 
     @abstractmethod
     def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool) -> tuple[Asked, dict[int, Tensor]]:
-        """Returns what was settled, and by group number the keys of all ids. See `EmbeddingCollection.ask`."""
+        """Returns the exchanged batch, and the keys of all ids by group index. See `EmbeddingCollection.ask`."""
 
     def _plan(self, route: Route, batch: Mapping[str, Jagged]) -> tuple[Planned, Fault | None]:
-        """Returns what a batch looks up in a group, and what may turn out to be wrong with ids on a device.
+        """Returns the plan of a batch for one group, and a check if ids on a device are not yet checked.
 
         Raises:
-            ValueError: an id is refused.
+            ValueError: ids or lengths are already known to be invalid.
         """
         group = self._groups[route.number]
         features = [batch[name] for name in route.names]
@@ -129,7 +132,7 @@ class InputDist(ABC):
         if isinstance(num_outside, Tensor):
             fault = Fault(faults_of(features, num_outside), lambda: self._valid(route, batch))
             if all(feature.invalid_ids == "error" for feature in route.features):
-                num_outside = []  # the caller asks later
+                num_outside = []  # the caller runs the check later, without a device sync here
             else:
                 num_outside, fault = [int(HostCopy(fault.num_wrong).item())], None
         if any(num_outside):
@@ -168,22 +171,22 @@ class LocalInputDist(InputDist):
                 part.sort_ahead(is_counted=is_ahead or bool(faults))
         check = Check(faults, HostCopy(torch.stack([fault.num_wrong for fault in faults]))) if faults else None
         if check is not None and not is_ahead:
-            check.run()  # the one wait for the device, which also brings the numbers of distinct rows
+            check.run()  # the only device sync of the step, which also brings the numbers of distinct rows
         shapes = shapes_of(batch, self._routes.features)
         keys = {part.route.number: part.rows for part in parts}
         return Asked(names, parts, self.choices, shapes, check if is_ahead else None), keys
 
 
 _ROWS, _ANY_ROWS, _IDS_OF_BAGS, _SUMS, _ANY_BAGS, _ANY_WEIGHTS = range(6)
-"""What a rank tells another for each group. See `Ranks.ask` of the first two. The three that say whether there is any
-are told to every rank alike, so that all know which exchanges take place."""
+"""Numbers that a rank sends to each other rank for each group. `Ranks.ask` documents the first two. The three `_ANY_`
+flags have the same value for all receivers, so that all ranks know which exchanges take place."""
 _IS_WRONG, _FEATURES = range(2)
-"""What it tells after the last group: whether its input is wrong, and a checksum of the features that it looks up. What
-it measured of each feature whose bags may be pooled on either side follows; see `measure`."""
+"""Numbers that follow those of the groups: whether this rank's input is invalid, and a checksum of the features that it
+looks up. Then follow the measurements of each feature whose bags may be pooled on either side; see `measure`."""
 
 
 class SharedInputDist(InputDist):
-    """Of several ranks: each distinct row is asked for once, of its owner."""
+    """The input dist of several ranks: asks the owner of each distinct row once."""
 
     def __init__(self, groups: Sequence[TableGroup], routes: Routes, ranks: Ranks) -> None:
         super().__init__(groups, routes, ranks)
@@ -193,14 +196,14 @@ class SharedInputDist(InputDist):
     def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool) -> tuple[Asked, dict[int, Tensor]]:
         """See `InputDist`.
 
-        A rank that found its input wrong tells so instead of what it wants, and every rank raises.
+        A rank with invalid input reports this to the others instead of its request, and every rank raises.
         """
         measured: dict[str, Measured] = {}
-        # A rank whose input is wrong may not know which groups the others look up: all groups are settled.
+        # All groups are exchanged, because a rank with invalid input may not know which groups the others look up.
         nothing: list[Wanted | None] = [None] * len(self._groups)
         wanted, error = list(nothing), None
         faults: list[Fault] = []
-        # An evaluation chooses anew: its choices are of its own batches, and a run that resumes makes the same ones.
+        # Each evaluation decides from its own batches, so that a resumed run makes the same choices.
         is_training = torch.is_grad_enabled()
         choices = self.choices if is_training else self.choices_of_evaluation
         try:
@@ -232,9 +235,9 @@ class SharedInputDist(InputDist):
         measured: dict[str, Measured],
         faults: list[Fault],
     ) -> Wanted:
-        """Decides which features' rows travel here and which owners pool.
+        """Plans a batch for one group, and decides per feature whether its bags are pooled here or at the owners.
 
-        It adds what the decision was made from, and what may turn out to be wrong.
+        Adds the measurements behind the decision to `measured`, and checks of ids to `faults`.
         """
         (bags, weights, keys), fault = self._plan(route, batch)
         faults += [] if fault is None else [fault]
@@ -261,7 +264,7 @@ class SharedInputDist(InputDist):
         Collective: every rank.
 
         Returns:
-            What is settled by group looked up, and what all ranks measured of each feature, added up.
+            One request per group that is looked up; and per feature the sum of all ranks' measurements.
         """
         num_groups = len(self._groups)
         shape = (ranks.size, num_groups + 1 + len(self._open), 6)
@@ -284,7 +287,7 @@ class SharedInputDist(InputDist):
             counts[:, num_groups + 1 :, : len(Measured._fields)] = to_device(torch.tensor(rows), counts.device)
         (ask, owe), rows_owed = ranks.ask(counts, ordered, [group.num_local_rows for group in self._groups])
         for earlier in self._uncounted:
-            earlier.is_counted = True  # the host has just waited for what came after them
+            earlier.is_counted = True  # their counts have arrived, because the host waited for later work
         if any(owe[num_groups][_IS_WRONG]):
             ranks.fail_together(error or _explained(faults))
         if len(set(owe[num_groups][_FEATURES])) > 1:
@@ -304,7 +307,7 @@ class SharedInputDist(InputDist):
 
 
 def _explained(faults: Sequence[Fault]) -> Exception | None:
-    """Returns what is wrong with this rank's ids on a device, if anything is."""
+    """Returns the error of the first check that found a fault in this rank's ids; None if there is no fault."""
     for fault in faults:
         try:
             fault.explain()
@@ -314,7 +317,7 @@ def _explained(faults: Sequence[Fault]) -> Exception | None:
 
 
 def _refuse_features(names: Sequence[Sequence[str]]) -> NoReturn:
-    """Raises, on every rank, which features each rank looks up."""
+    """Raises an error on every rank that lists the features of each rank."""
     ranks_of: dict[tuple[str, ...], list[int]] = {}
     for rank, own in enumerate(names):
         ranks_of.setdefault(tuple(own), []).append(rank)
@@ -323,15 +326,15 @@ def _refuse_features(names: Sequence[Sequence[str]]) -> NoReturn:
         for own, ranks in ranks_of.items()
     )
     raise ValueError(
-        f"the ranks look up different features ({found}). Every rank looks up the same ones in a step: give a feature "
-        "that a rank has no ids of an empty tensor"
+        f"the ranks look up different features ({found}). All ranks must look up the same features in a step: if a "
+        "rank has no ids of a feature, give it an empty tensor"
     )
 
 
 def _count(
     counts: Tensor, group: TableGroup, keys: Tensor, ordered: OrderedKeys | SortedKeys, pooled: PooledAtOwners | None
 ) -> None:
-    """Fills in what this rank asks of each rank for one group; counts: [world_size, 6]."""
+    """Fills in the numbers that this rank sends to each rank for one group; counts: [world_size, 6]."""
     firsts = torch.arange(counts.shape[0] + 1, device=counts.device) * group.num_local_rows
     counts[:, _ROWS] = ordered.num_below(firsts).diff()
     counts[:, _ANY_ROWS] = int(keys.numel() > 0)
@@ -345,13 +348,15 @@ def _count(
 def _exchange_bags(
     group: TableGroup, pooled: PooledAtOwners | None, ask: list[list[int]], owe: list[list[int]]
 ) -> PooledAtOwners | None:
-    """Sends the ids of bags to the owners of their rows, if any rank has any; None else. Collective: every rank.
+    """Sends the ids of bags that owners pool to the owners; returns None if no rank has such bags.
+
+    Collective: every rank.
 
     Args:
         group: the tables.
         pooled: this rank's bags, if it has any.
-        ask: by kind and rank, what this rank asks.
-        owe: what it is asked for.
+        ask: by kind and rank, the numbers that this rank sent.
+        owe: by kind and rank, the numbers that this rank received.
     """
     if not any(owe[_ANY_BAGS]):
         return None
@@ -362,5 +367,5 @@ def _exchange_bags(
 
 
 def input_dist_of(groups: Sequence[TableGroup], routes: Routes, ranks: Ranks) -> InputDist:
-    """Returns the first stage of look-ups on these ranks."""
+    """Returns the implementation of `InputDist` for one process or for several ranks."""
     return (LocalInputDist if ranks.size == 1 else SharedInputDist)(groups, routes, ranks)

@@ -1,4 +1,4 @@
-"""What owners do for a look-up: rows are found where they live."""
+"""The second stage of a look-up: owners locate the rows that were asked for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from embedtrain.embedding.requests import Found
 
 
 def lookup(asked: Asked) -> list[Found]:
-    """Returns what this rank has for the ranks that asked, per table group."""
+    """Returns, per table group, the rows that this rank owes to the ranks that asked."""
     if asked.check is not None:
         asked.check.run()
     return [

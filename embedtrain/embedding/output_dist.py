@@ -1,4 +1,4 @@
-"""Vectors to the examples that asked for them and, in backward, gradients to the owners of the rows."""
+"""Output dist: sends vectors to the ranks that asked for them and, in backward, gradients to the owners of the rows."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from embedtrain.ops.row_gradient import Delivery
 
 
 def output_dist(asked: Asked, found: Sequence[Found]) -> dict[str, Tensor]:
-    """Returns per feature, in the caller's order, its vectors float32, in the shapes that `EmbeddingCollection` says.
+    """Returns the float32 vectors of each feature, in the caller's order; see `EmbeddingCollection.forward` for shapes.
 
-    In backward, the gradients of all features of a group are summed by row, travel to the rows' owners and wait there.
+    Backward sums the gradients of all features of a group by row, and delivers them to the rows' owners.
 
     Collective: every rank, and its backward too.
     """
     vectors: dict[str, Tensor] = {}
     for part, own in zip(asked.parts, found, strict=True):
-        # Autograd takes its time over each argument, and most features have no weights.
+        # Weights are passed only if they need a gradient, because each argument of an autograd function costs time.
         is_learned = any([weight is not None and weight.requires_grad for weight in part.weights])
         learned = part.weights if is_learned else ()
         pooled = _OutputDist.apply(part.group.gradients.anchor, part, own, *learned)  # type: ignore[no-untyped-call]
@@ -43,13 +43,13 @@ def fetch_distinct(asked: Asked, counts: Tensor | None = None) -> Tensor:
 
     Args:
         asked: the batch.
-        counts: [at least num_distinct] float32; travels home with the gradient, see `Delivery`.
+        counts: [num_distinct or more] float32; sent to the owners with the gradient, see `Delivery`.
 
     Raises:
         ValueError: see `EmbeddingCollection.distinct_rows`.
     """
     if len({part.group.weight.shape[1] for part in asked.parts}) > 1:
-        raise ValueError(f"distinct_rows needs tables of one dim; those of the features {list(asked.names)} differ")
+        raise ValueError(f"distinct_rows needs tables of one dim; the tables of {list(asked.names)} differ in dim")
     features = {n: f for part in asked.parts for n, f in zip(part.route.names, part.route.features, strict=True)}
     pooled = [name for name in asked.names if features[name].pooling != "none"]
     if pooled:
@@ -69,7 +69,7 @@ def fetch_distinct(asked: Asked, counts: Tensor | None = None) -> Tensor:
 
 
 def fetch_own(group: TableGroup, shard: TableShard) -> Tensor:
-    """Returns this rank's rows of a table, [slots, dim] float32; in backward their gradients wait where they are."""
+    """Returns this rank's rows of a table, [num_slots, dim] float32; backward delivers their gradients on this rank."""
     rows: Tensor = _OwnRows.apply(group.gradients.anchor, group, shard)  # type: ignore[no-untyped-call]
     return rows
 
@@ -80,7 +80,7 @@ class _OwnRows(torch.autograd.Function):
         first, num_rows = shard.first_row, len(shard.weight)
         ctx.group, ctx.rows = group, torch.arange(first, first + num_rows, device=anchor.device)
         if not group.access.is_on_host and shard.weight.dtype == torch.float32:
-            return shard.weight.detach()  # most models score all rows of a shard: a copy would double its memory
+            return shard.weight.detach()  # without a copy, which would double the memory of the shard
         return gather_rows(*group.access.look_up(ctx.rows), torch.float32)
 
     @staticmethod
@@ -104,7 +104,7 @@ class _DistinctRows(torch.autograd.Function):
 
 
 class _OutputDist(torch.autograd.Function):
-    """One function for both ways to pool, so that every rank runs the same collectives in the same order."""
+    """Pools at examples and at owners in one function, so that every rank runs the same collectives in one order."""
 
     @staticmethod
     def forward(
@@ -116,7 +116,7 @@ class _OutputDist(torch.autograd.Function):
         vectors = part.fetch(found)
         ctx.is_learned = any(ctx.needs_input_grad[3:])
         if ctx.is_learned:
-            # One rank pools straight from the table: backward raises if its rows have changed.
+            # `save_for_backward` makes backward raise if rows have changed: one rank pools directly from the table.
             ctx.save_for_backward(*vectors)
         here = pool_rows(*vectors, own) if own else []
         if part.sums is None or found.of_sums is None:
@@ -127,14 +127,15 @@ class _OutputDist(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        # The guard against a second derivative takes a while, and gradients are enabled here only if one is wanted.
+        # Gradients are enabled here only for a second derivative. The guard that refuses one costs time, so it is
+        # applied only then.
         return _backward_once(ctx, *grads) if torch.is_grad_enabled() else _backward(ctx, *grads)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     part: GroupRequest = ctx.part
     here = [number for number, is_there in enumerate(part.at_owner) if not is_there]
-    if ctx.needs_input_grad[0]:  # unless all rows are frozen, and only weights of ids are learned
+    if ctx.needs_input_grad[0]:  # False if all rows are frozen and only the weights of ids need gradients
         to_rows = _of_trained(part, grads)
         of_rows = part.send_home([to_rows[number] for number in here], [part.bags[number] for number in here])
         of_sums = None
@@ -157,7 +158,7 @@ _backward_once = once_differentiable(_backward)
 
 
 def _of_trained(part: GroupRequest, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """Returns the gradients, without those of features whose tables are frozen."""
+    """Returns the gradients, with None for features whose tables are frozen."""
     if not (frozen := part.group.frozen):
         return grads
     return [

@@ -1,8 +1,8 @@
-"""Bags pooled where their rows are: their ids travel to the owners, and a sum per owner and bag comes back.
+"""Pooling at owners: ids are sent to the owners of their rows, which return one sum per bag.
 
-A bag's ids may lie on several ranks. Each owner adds up its own rows of the bag; the rank of the example adds the
-owners' sums in order of rank, and divides a mean by the bag's length. In backward the gradient of each sum travels
-to its owner, which hands it on to the bag's rows there.
+The rows of a bag may have several owners. Each owner sums its rows of the bag. The rank of the example adds the owners'
+sums in order of rank, and for a mean divides by the bag's length. In backward, the gradient of each sum is sent to the
+owner, which passes it to its rows of the bag.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from embedtrain.ops.row_gradient import Delivery
 
 
 class PooledAtOwners:
-    """This rank's bags whose rows their owners add up, and the bags that it adds up for others.
+    """Holds this rank's bags that owners pool, and the bags of other ranks that this rank pools.
 
-    `exchange` comes before everything else.
+    `exchange` must be called first.
 
     Args:
         group: the tables.
-        bags: the features; there may be none.
-        keys: [n] int64; the keys of their rows, feature after feature.
+        bags: bags per feature; may be empty.
+        keys: [n] int64; keys of the bags' rows, feature after feature.
 
     Attributes:
-        id_counts: [world_size] int64; ids for each owner.
-        sum_counts: [world_size] int64; bags for each owner, which is how many sums it owes.
-        is_weighted: whether ids have factors.
-        rows: [n] int64; once exchanged, the local rows that this rank adds up.
+        id_counts: [world_size] int64; number of ids for each owner.
+        sum_counts: [world_size] int64; number of bags for each owner, and so of sums that it returns.
+        is_weighted: whether ids have weights.
+        rows: [n] int64; local rows that this rank sums, known after `exchange`.
     """
 
     def __init__(self, group: TableGroup, bags: Sequence[Bags], keys: Tensor) -> None:
@@ -58,9 +58,9 @@ class PooledAtOwners:
         """Sends the ids of bags to the owners of their rows. Collective: every rank.
 
         Args:
-            of_ids: how many ids go to each rank, and come from each.
-            of_sums: how many sums come from each rank, and go to each.
-            is_weighted: whether ids of any rank have factors.
+            of_ids: number of ids to each rank, and from each rank.
+            of_sums: number of sums from each rank, and to each rank.
+            is_weighted: whether ids of any rank have weights.
         """
         self._sum_counts = of_sums
         self._bag_of_sum = self._split.bag_of_sum[: sum(of_sums[0])]
@@ -72,14 +72,14 @@ class PooledAtOwners:
         self._owed = [Bags(count, own, factors) for (count, own), factors in zip(parts, of_ranks, strict=True)]
 
     def fetch(self, source: Tensor, places: Tensor) -> list[Tensor]:
-        """Returns this rank's bags, pooled: per feature [num_bags, dim] float32. Collective: every rank.
+        """Returns the pooled vectors of this rank's bags, per feature [num_bags, dim] float32. Collective: every rank.
 
         Args:
-            source: [n, dim]; what holds the rows that this rank adds up.
-            places: [num_rows] int64; the place of each of `rows` in it.
+            source: [n, dim]; weights that contain the rows that this rank sums.
+            places: [num_rows] int64; index in `source` of each of `rows`.
         """
         group = self._group
-        # Sums have no storage to be exact to: they travel as gradients do, in float32 unless chosen otherwise.
+        # Sums are sent in the dtype of gradients, float32 by default: the dtype of the weights would round them.
         like = torch.empty(0, source.shape[1], dtype=group.gradient_wire_dtype, device=source.device)
         sums = group.ranks.all_to_all_written(
             lambda rooms: pool_rows(source, places, self._owed, out=rooms),
@@ -90,7 +90,7 @@ class PooledAtOwners:
         return add_sums(sums, self._bag_of_sum, self._bags)
 
     def send_home(self, grads: Sequence[Tensor | None]) -> Delivery:
-        """Sends the gradients of the pooled vectors to the owners; returns those of this rank's rows.
+        """Sends the gradients of the pooled vectors to the owners, and returns the gradients of this rank's rows.
 
         Collective: every rank.
         """
@@ -105,7 +105,7 @@ class PooledAtOwners:
         return Delivery(self.rows, self._owed, [share.float() for share in shares])
 
     def _payload(self, is_weighted: bool) -> Tensor:
-        """Returns what travels to the owners: [n] rows, or [n, 2] rows and the bits of their weights."""
+        """Returns the tensor to send to the owners: [n] rows, or [n, 2] rows and the bits of their weights."""
         rows, weights = self._split.rows, self._split.weights
         if not is_weighted:
             return rows
@@ -114,5 +114,5 @@ class PooledAtOwners:
 
 
 def id_type(group: TableGroup) -> torch.dtype:
-    """Returns in which type local rows travel: half the bytes, where they fit."""
+    """Returns the dtype in which local rows are sent: int32 if they fit, else int64."""
     return torch.int32 if group.num_local_rows < 1 << 31 else torch.int64

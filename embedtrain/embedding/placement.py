@@ -1,4 +1,4 @@
-"""Where rows live: on the device, or in host memory with copies of the hot ones on the device."""
+"""Decides where rows are stored: on the device, or in host memory with a cache of hot rows on the device."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Auto:
-    """The choice "auto" for tables that are saved while they are trained.
+    """The placement "auto" for tables that are saved during training.
 
     Attributes:
-        save_bytes: of the device's memory, what a save in the background may take while it goes on; see
-            `SaveOptions.max_extra_memory_bytes`.
+        save_bytes: device memory to reserve for a background save; see `SaveOptions.max_extra_memory_bytes`.
     """
 
     save_bytes: int
@@ -33,11 +32,11 @@ class Auto:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where rows live.
+    """Describes where the rows of a table group are stored.
 
     Attributes:
-        is_host: whether in host memory, and not on the device.
-        cache_bytes: of the device's memory, for copies of hot rows.
+        is_host: whether rows are stored in host memory; else on the device.
+        cache_bytes: device memory for copies of hot rows.
     """
 
     is_host: bool = False
@@ -54,14 +53,22 @@ def place_rows(
     world_size: int,
     device: torch.device,
 ) -> Placement:
-    """Decides where this rank's rows live; `cache_bytes` is of all groups, the result's of each.
+    """Returns where this rank stores its rows.
 
-    "auto" takes the host if twice the weights and what a save may take do not fit into the device's free memory: the
-    other half is for the optimizer's state and the batches. Ranks may decide differently: nothing that travels depends
-    on it.
+    "auto" chooses the host if twice the size of the weights plus the memory of a save exceeds the device's free memory.
+    The factor two leaves room for optimizer state and batches. Ranks may choose differently, because the exchange does
+    not depend on it.
+
+    Args:
+        choice: the placement that the user gave.
+        cache_bytes: device memory for the caches of all groups together; None for half of the free memory. The result
+            has the share of one group.
+        groups: the tables of each group.
+        world_size: number of ranks that share the tables.
+        device: device of this rank.
 
     Raises:
-        ValueError: the choice is none, or `cache_bytes` is negative or given for rows on the device.
+        ValueError: the choice is invalid, or `cache_bytes` is negative or given for rows on the device.
     """
     save_bytes = 0
     if isinstance(choice, Auto):
@@ -82,8 +89,8 @@ def place_rows(
         return DEVICE
     if choice == "auto":
         _logger.info(
-            f"tables of {weight_bytes:,} bytes per rank live in host memory: {free_bytes:,} bytes of {device} are free"
-            + (f", of which a save may take {save_bytes:,}" if save_bytes else "")
+            f"tables of {weight_bytes:,} bytes per rank are stored in host memory: {device} has {free_bytes:,} bytes "
+            "of free memory" + (f", of which a save may take {save_bytes:,}" if save_bytes else "")
         )
     together = free_bytes // 2 if cache_bytes is None else cache_bytes
     return Placement(is_host=True, cache_bytes=math.floor(together / len(groups)))
@@ -92,15 +99,15 @@ def place_rows(
 def hot_rows(
     pieces: Sequence[tuple[Layout, tuple[int, int], int]], cache_bytes: int, world_size: int, row_bytes: int
 ) -> Tensor:
-    """Returns the local rows to keep on the device, ascending: those of low ids, by as many of each table as fit.
+    """Returns the local rows to keep on the device, ascending: the rows with the lowest ids of each table that fit.
 
-    Low ids are the hot ones, and every rank has its share of any first ids.
+    Low ids are hot, and the layout gives every rank an equal share of them.
 
     Args:
-        pieces: per table its layout, this rank's range of slots, and where that begins among the local rows.
-        cache_bytes: what the copies may take.
-        world_size: ranks that share the tables.
-        row_bytes: of a row with its state.
+        pieces: per table, its layout, this rank's range of slots, and the first local row of the range.
+        cache_bytes: memory for the copies.
+        world_size: number of ranks that share the tables.
+        row_bytes: size of a row with its optimizer state.
     """
     num_ids = cache_bytes // row_bytes // len(pieces) * world_size
     rows = []

@@ -1,9 +1,9 @@
-"""Where the bags of each feature are pooled: decided once, from bags that were measured, and again when bags change.
+"""Decides from measured batches whether the bags of a feature are pooled at examples or at owners.
 
-Sums cost fewer bytes than distinct rows if bags are long and their ids do not repeat. Counting takes time, so the ranks
-count in the first step alone. They tell each other what they counted with the sizes of the exchange, and from the next
-step on all pool alike. In every step they tell how many ids and bags they have, which costs nothing: if bags have
-become much longer or shorter, the next step counts again.
+Sums need fewer bytes than distinct rows if bags are long and ids rarely repeat. Counting both takes time, so the ranks
+count only in the first step. They exchange the counts together with the split sizes, and all ranks follow one choice
+from the next step on. The number of ids and bags is exchanged in every step at no extra cost: if the mean bag size has
+changed much, the next step counts again.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from embedtrain.sharding.cost import Wire, bytes_of_rows, bytes_of_sums
 from embedtrain.spec import FeatureSpec
 
 _MUCH = 2.0
-"""Bags that have become so many times longer or shorter are measured again."""
+"""Factor by which the mean bag size must change before bags are counted again."""
 _VALUE_BITS = 13
-"""Batches of up to 2**13 ids are counted exactly, larger ones by 2**12 to 2**13 of their ids on average: what an error
-may decide wrongly costs about the same both ways."""
+"""Batches of up to 2**13 ids are counted exactly, larger batches by a sample of 2**12 to 2**13 ids on average. An error
+of the sample can only decide wrongly if both ways cost about the same."""
 _BAG_BITS = 10
-"""However many ids they hold, of 2**10 bags or more at least 2**9 are looked at, on average."""
+"""Of 2**10 bags or more, the sample has at least 2**9 bags on average, for any number of ids."""
 _ODD = 0xBF58476D1CE4E5B9 - (1 << 64)
 """A multiplier whose products have well-mixed high bits, as a signed integer; see `embedtrain.ops._backend.mix`."""
 
 
 class PoolingChoice(NamedTuple):
-    """Where the ranks pool the bags of a feature.
+    """Holds the decision for one feature.
 
     Attributes:
-        at_owner: whether the owners of its rows do.
-        bag_size: ids per bag over all ranks when it was decided; 0 if the next batch is to be measured again.
+        at_owner: whether owners pool its bags; else the ranks of the examples do.
+        bag_size: mean number of ids per bag over all ranks at the decision; 0 if the next batch must be counted again.
     """
 
     at_owner: bool
@@ -50,17 +50,17 @@ class PoolingChoice(NamedTuple):
 
 
 PoolingChoices = Mapping[str, PoolingChoice]
-"""By feature; a feature of which no id has come yet has none."""
+"""Choices by feature; a feature that had no ids yet is missing."""
 
 
 class Measured(NamedTuple):
-    """What one rank measured of a feature's batch, or all ranks together; bytes are 0 if they were not counted.
+    """Holds the measurements of a feature's batch, on one rank or summed over ranks.
 
     Attributes:
-        num_values: ids.
-        num_bags: bags.
-        sum_bytes: what travels if owners pool.
-        row_bytes: what travels if the distinct rows do.
+        num_values: number of ids.
+        num_bags: number of bags.
+        sum_bytes: bytes sent if owners pool; 0 if not counted.
+        row_bytes: bytes sent if examples pool, for the distinct rows; 0 if not counted.
     """
 
     num_values: int = 0
@@ -78,13 +78,13 @@ def may_choose(feature: FeatureSpec, weight: Tensor | None) -> bool:
     """Returns whether a batch of a feature may be pooled on either side.
 
     Raises:
-        ValueError: pooling at the owner is forced and weights want a gradient, which needs the rows.
+        ValueError: `pool_at` is "owner" but the weights need a gradient, for which the example needs the rows.
     """
     needs_rows = weight is not None and weight.requires_grad and torch.is_grad_enabled()
     if feature.pool_at == "owner" and needs_rows:
         raise ValueError(
-            f"feature {feature.name!r}: the gradient of its weights needs the rows, which pool_at='owner' leaves "
-            "at their owners: declare pool_at='auto' or 'example', or detach the weights"
+            f"feature {feature.name!r}: the gradient of its weights needs the rows, which pool_at='owner' does not "
+            "send: declare pool_at='auto' or 'example', or detach the weights"
         )
     return is_open(feature) and not needs_rows
 
@@ -97,15 +97,15 @@ def measure(
     keys: Tensor,
     choices: PoolingChoices,
 ) -> dict[str, Measured]:
-    """Returns what this rank measures of the features whose bags may be pooled on either side.
+    """Measures this rank's batches of the features whose bags may be pooled on either side.
 
     Args:
-        group: the features' tables.
+        group: tables of the features.
         route: the features.
-        bags: their batches.
-        weights: the weights as the caller gave them.
+        bags: bags per feature.
+        weights: per feature, the weights that the caller gave.
         keys: [n] int64; see `TableGroup.keys_of`.
-        choices: those made so far; bytes are counted for features without one, and if it is to be made again.
+        choices: the choices so far. Bytes are counted only for features without a choice, or with a bag size of 0.
 
     Raises:
         ValueError: see `may_choose`.
@@ -119,7 +119,7 @@ def measure(
             continue
         choice = choices.get(name)
         is_due = choice is None or not choice.bag_size
-        # Bags of one id each can only lose and are not counted: the same bytes both ways leave them at the examples.
+        # Bags of one id each are never cheaper at owners. They are not counted: equal bytes choose the example.
         measured[name] = Measured(batch.num_values, batch.num_bags, int(is_due), int(is_due))
         if is_due and batch.num_values > batch.num_bags:
             to_count.append(number)
@@ -135,13 +135,13 @@ def measure(
 
 
 def chosen_owner(feature: FeatureSpec, batch: Bags, choice: PoolingChoice | None, measured: Measured | None) -> bool:
-    """Returns whether owners pool a feature's batch; before the ranks have agreed, each goes by what it measured.
+    """Returns whether owners pool a feature's batch.
 
     Args:
-        feature: its declaration.
+        feature: declaration of the feature.
         batch: its bags.
-        choice: what the ranks agreed on; None for nothing yet.
-        measured: of the batch; None if its bags are pooled where the feature says.
+        choice: choice of all ranks; None before there is one, when each rank follows its own measurement.
+        measured: measurement of the batch; None if `pool_at` alone decides.
     """
     if measured is None:
         return feature.pool_at == "owner"
@@ -151,11 +151,11 @@ def chosen_owner(feature: FeatureSpec, batch: Bags, choice: PoolingChoice | None
 
 
 def agree(choices: PoolingChoices, measured: Mapping[str, Measured]) -> PoolingChoices:
-    """Returns the choices for the next batch; the same on every rank.
+    """Returns the choices for the next batch, equal on every rank.
 
     Args:
-        choices: those so far.
-        measured: by feature, of all ranks together.
+        choices: the choices so far.
+        measured: per feature, the measurements summed over all ranks.
     """
     changed: dict[str, PoolingChoice] = {}
     for name, total in measured.items():
@@ -170,10 +170,10 @@ def agree(choices: PoolingChoices, measured: Mapping[str, Measured]) -> PoolingC
 
 
 def _bytes_of_both(group: TableGroup, bags: Sequence[Bags], keys: Tensor) -> list[tuple[int, int]]:
-    """Returns for each feature by itself the bytes of its sums and of its distinct rows.
+    """Returns per feature the bytes of its sums and of its distinct rows.
 
-    Both are counted, in large batches by a sample: distinct rows of all keys with a certain hash, sums of all bags
-    whose number has it.
+    Large batches are sampled by hash: distinct rows are counted among the keys with a certain hash, sums among the bags
+    whose index has it.
     """
     with stage("unique"):
         bound = group.ranks.size * group.num_local_rows
@@ -197,11 +197,12 @@ def _bytes_of_both(group: TableGroup, bags: Sequence[Bags], keys: Tensor) -> lis
 
 
 def count_rows(keys: Tensor, sizes: Sequence[int], bound: int) -> Tensor:
-    """Returns how many distinct keys each of several features has, [num_features] int64; a sample's where many.
+    """Returns the number of distinct keys per feature, [num_features] int64; estimated from a sample if there are many.
 
     Args:
         keys: [n] int64, feature after feature; all below `bound`.
-        sizes: how many are each feature's.
+        sizes: number of keys per feature.
+        bound: upper bound of the keys.
     """
     bits = max(keys.numel().bit_length() - _VALUE_BITS, 0)
     places = _sample(keys, bits)
@@ -211,12 +212,12 @@ def count_rows(keys: Tensor, sizes: Sequence[int], bound: int) -> Tensor:
 
 
 def count_sums(keys: Tensor, lengths: Sequence[Tensor], num_local_rows: int) -> Tensor:
-    """Returns how many pairs of a bag and an owner of its rows each of several features has; a sample's where many.
+    """Returns the number of pairs of a bag and an owner of its rows, per feature; estimated from a sample if many.
 
     Args:
         keys: [n] int64, feature after feature and bag after bag.
-        lengths: per feature [num_bags] int64, of its bags.
-        num_local_rows: of each owner.
+        lengths: per feature, the lengths of its bags, [num_bags] int64.
+        num_local_rows: number of rows per owner.
     """
     together = torch.cat(list(lengths))
     bits = max(min(keys.numel().bit_length() - _VALUE_BITS, together.numel().bit_length() - _BAG_BITS), 0)
@@ -231,10 +232,10 @@ def count_sums(keys: Tensor, lengths: Sequence[Tensor], num_local_rows: int) -> 
 
 
 def _sample(keys: Tensor, bits: int) -> Tensor:
-    """Returns the places of all keys with a certain hash: of each distinct key in 2**bits, on average."""
+    """Returns the indices of all keys with a certain hash, which one of 2**bits distinct keys has on average."""
     if not bits:
         return torch.arange(keys.numel(), device=keys.device)
-    # The high bits of the product are a hash of all of the key.
+    # The high bits of the product depend on all bits of the key.
     hashes = keys * _ODD
     hashes >>= 64 - bits
     return (hashes == 0).nonzero().flatten()

@@ -1,4 +1,4 @@
-"""What a batch looks up in one table group: which rows or sums it wants, and how they come and gradients go."""
+"""The request of a batch to one table group: fetches rows or sums from owners, and sends gradients back to them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from embedtrain.ops.sort_unique import OrderedKeys, SortedKeys, order_keys, sort
 
 
 class Found(NamedTuple):
-    """What a rank owes others of one table group.
+    """Holds the rows that a rank owes to other ranks for one table group.
 
     Attributes:
-        source: [n, dim]; what holds the rows asked for: they are copied when they travel, once.
-        places: [num_rows] int64; the place of each row asked for.
-        of_sums: what holds the rows of the bags that this rank pools, and the place of each: they are added up when
-            their sums travel. None if no rank wants any.
+        source: [n, dim]; weights that contain the requested rows, which are copied only once, when they are sent.
+        places: [num_rows] int64; index in `source` of each requested row.
+        of_sums: source and indices of the rows of the bags that this rank pools, which are added up when the sums are
+            sent. None if no rank wants sums.
     """
 
     source: Tensor
@@ -37,17 +37,16 @@ class Found(NamedTuple):
 
 
 class GroupRequest(ABC):
-    """What a batch looks up in one table group, and what the ranks settled about it.
+    """Holds what a batch looks up in one table group, after the ranks have exchanged ids.
 
     Attributes:
         group: the tables.
-        route: the features, in order of their tables.
-        bags: per feature how its vectors are pooled.
-        weights: per feature the weights as the caller gave them, for their own gradient.
-        at_owner: per feature whether the owners of its rows pool its bags.
-        sums: those that owners make; None if no rank wants any.
-        rows: [n] int64; the local rows that this rank reads and that travel to the examples, if vectors are pooled;
-            they may repeat.
+        route: the features, in the order of their tables.
+        bags: per feature, how its vectors are pooled.
+        weights: per feature, the weights that the caller gave, for their gradient.
+        at_owner: per feature, whether the owners of its rows pool its bags.
+        sums: the bags that owners pool; None if no rank has any.
+        rows: [n] int64; local rows that this rank reads and sends to the ranks of the examples; may repeat.
     """
 
     group: TableGroup
@@ -59,21 +58,21 @@ class GroupRequest(ABC):
     rows: Tensor
     _rows_on_host: tuple[Tensor, HostCopy] | None = None
     _home: tuple[Tensor, OrderedKeys] | None = None
-    """The local rows of all gradients that one backward brings, and the same in order, if they were sorted ahead."""
+    """Local rows of all gradients of one backward, unsorted and sorted; None if they were not sorted ahead."""
 
     @property
     @abstractmethod
     def distinct(self) -> SortedKeys:
-        """The distinct keys of the rows that this rank wants; sorted by the first call."""
+        """The distinct keys of the rows that this rank wants; the first access sorts them."""
 
     @property
     @abstractmethod
     def inverse(self) -> Tensor:
-        """[num_values] int64; where each value's row lies among the distinct ones."""
+        """[num_values] int64; index of each value's row among the distinct rows."""
 
     @abstractmethod
     def sort_ahead(self, *, is_counted: bool) -> None:
-        """Sorts the rows that the update will need. Native updates sort for themselves, and quicker.
+        """Sorts the rows that the update needs. No-op for native updates, which sort faster themselves.
 
         Args:
             is_counted: see `OrderedKeys`.
@@ -81,10 +80,10 @@ class GroupRequest(ABC):
 
     @abstractmethod
     def fetch(self, found: Found) -> tuple[Tensor, Tensor]:
-        """Returns rows, and the place of each value's row in them, for pooling. Collective: every rank.
+        """Returns rows for pooling, and the index of each value's row among them. Collective: every rank.
 
         Args:
-            found: `rows` as this rank, who owns them, reads them.
+            found: the weights and indices of `rows` on this rank.
         """
 
     @abstractmethod
@@ -93,30 +92,36 @@ class GroupRequest(ABC):
 
     @abstractmethod
     def send_home(self, grads: Sequence[Tensor | None], bags: Sequence[Bags]) -> Delivery | None:
-        """Sends the gradients of pooled vectors, per feature, to the rows' owners; returns those of this rank's rows.
+        """Sends the gradients of pooled vectors to the rows' owners, and returns the gradients of this rank's rows.
 
         Collective: every rank.
 
+        Args:
+            grads: gradient per feature, [num_bags, dim]; None for a feature without gradient.
+            bags: per feature, how its vectors were pooled.
+
         Returns:
-            None if no rank has any.
+            The gradients of this rank's rows; None if no rank sends any.
         """
 
     @abstractmethod
     def send_distinct_home(self, grad: Tensor, counts: Tensor | None = None) -> Delivery | None:
-        """Sends the gradient of the distinct rows to their owners; as `send_home`. Collective: every rank.
+        """Sends the gradient of the distinct rows to their owners; returns what `send_home` returns.
+
+        Collective: every rank. `counts` must be given on every rank or on none.
 
         Args:
             grad: [num_distinct, dim] float32.
-            counts: [num_distinct] float32, which travels along; on every rank or on none. See `Delivery`.
+            counts: [num_distinct] float32; sent with the gradient, see `Delivery`.
         """
 
     @property
     def home_keys(self) -> OrderedKeys | None:
-        """The local rows of all gradients that one backward brings, if they were sorted ahead."""
+        """Sorted local rows of all gradients of one backward; None if they were not sorted ahead."""
         return None if self._home is None else self._home[1]
 
     def bring_rows(self) -> None:
-        """Copies the rows that this rank reads and updates to the device, if they live in host memory."""
+        """Copies the rows that this rank reads and updates to the device, if they are stored in host memory."""
         if not self.group.access.is_on_host:
             return
         rows, on_host = self._rows_on_host or self._rows_to_host()
@@ -124,11 +129,11 @@ class GroupRequest(ABC):
         self.group.access.bring_ahead(rows, on_host, parts, self._distinct_rows())
 
     def _distinct_rows(self) -> Tensor | None:
-        """Returns the distinct rows, ascending, if they may be looked up instead of all; they are sorted by then."""
+        """Returns the distinct rows, ascending, if `look_up` may get them instead of `rows`; else None."""
         return None
 
     def _rows_to_host(self) -> tuple[Tensor, HostCopy]:
-        """Begins to copy the rows that gradients will have, in order of delivery, to the host."""
+        """Starts to copy the row numbers of the coming gradients, in the order of delivery, to the host."""
         if self._home is not None:
             rows = self._home[0]
         else:
@@ -136,7 +141,7 @@ class GroupRequest(ABC):
         return rows, HostCopy(rows)
 
     def deliver(self, *deliveries: Delivery | None) -> None:
-        """Has gradients of this rank's rows wait for the optimizer: all that one backward brings, in order."""
+        """Delivers all gradients of one backward for this rank's rows, in order, to the group's mailbox."""
         if self._home is not None and not any(delivery is not None and delivery.is_unique for delivery in deliveries):
             rows, ordered = self._home
             there = [delivery for delivery in deliveries if delivery is not None]
@@ -151,7 +156,7 @@ class GroupRequest(ABC):
 
 
 class LocalRequest(GroupRequest):
-    """The request of a process that has all rows: a key is the local row, and nothing travels.
+    """The request in a process that owns all rows: keys are local rows, and nothing is sent.
 
     Args:
         group, route, bags, weights: see `GroupRequest`.
@@ -169,7 +174,7 @@ class LocalRequest(GroupRequest):
 
     @property
     def distinct(self) -> SortedKeys:
-        """See `GroupRequest`; a pooled look-up never asks for it."""
+        """See `GroupRequest`; pooled look-ups do not need it."""
         if self._ordered is None:
             with stage("unique"):
                 self._ordered = sort_unique(self.rows, bound=self.group.num_local_rows, with_inverse=False)
@@ -198,7 +203,7 @@ class LocalRequest(GroupRequest):
         return None if self._ordered is None else self.distinct.unique
 
     def fetch(self, found: Found) -> tuple[Tensor, Tensor]:
-        """Returns what was found: one rank pools straight from the table."""
+        """Returns the found rows without a copy, because one rank pools directly from the table."""
         return found.source, found.places
 
     def fetch_distinct(self) -> Tensor:
@@ -216,7 +221,7 @@ class LocalRequest(GroupRequest):
 
 
 class Wanted(NamedTuple):
-    """What one of several ranks looks up in a table group, before the ranks know of each other.
+    """Holds what one of several ranks looks up in a table group, before the ranks exchange ids.
 
     Attributes:
         route, bags, weights, at_owner: see `GroupRequest`.
@@ -230,7 +235,11 @@ class Wanted(NamedTuple):
     keys: Tensor
 
     def keys_pooled(self, *, at_owner: bool) -> Tensor:
-        """Returns the keys of the features that are pooled on one side, feature after feature."""
+        """Returns the keys of the features that are pooled at their owners, or of those that are not.
+
+        Args:
+            at_owner: which of the two.
+        """
         if self.at_owner.count(at_owner) == len(self.bags):
             return self.keys
         parts = self.keys.split([feature.num_values for feature in self.bags])
@@ -238,7 +247,7 @@ class Wanted(NamedTuple):
         return torch.cat([self.keys.new_zeros(0), *chosen])
 
     def pooled_at_owners(self, group: TableGroup) -> PooledAtOwners | None:
-        """Returns the bags whose rows their owners add up; None if there is none."""
+        """Returns the bags that owners pool; None if there are none."""
         if not any(self.at_owner):
             return None
         bags = [feature for feature, is_there in zip(self.bags, self.at_owner, strict=True) if is_there]
@@ -246,15 +255,16 @@ class Wanted(NamedTuple):
 
 
 class RemoteRequest(GroupRequest):
-    """The request of one of several ranks: each distinct row is asked for once.
+    """The request of one of several ranks, which asks for each distinct row once.
 
     Args:
         group: the tables.
         wanted: what this rank looks up.
-        ordered: the keys of the rows that travel here, in order.
-        counts: distinct rows that this rank wants of each rank, and that each rank wants of this one. None if no rank
-            wants any, as if owners pool all bags: then no row and no gradient of one travels.
-        rows: [n] int64; the local rows that the ranks want of this one, by asking rank.
+        ordered: sorted keys of the rows that are sent to this rank.
+        counts: number of distinct rows that this rank wants from each rank, and number that each rank wants from this
+            rank. None if no rank wants rows, for example because owners pool all bags: then neither rows nor their
+            gradients are sent.
+        rows: [n] int64; local rows that other ranks want from this rank, grouped by asking rank.
         sums: see `GroupRequest`.
     """
 
@@ -301,7 +311,7 @@ class RemoteRequest(GroupRequest):
         return self._fetch(*self.group.access.look_up(self.rows), torch.float32)
 
     def send_home(self, grads: Sequence[Tensor | None], bags: Sequence[Bags]) -> Delivery | None:
-        """See `GroupRequest`; gradients are summed by row before they travel."""
+        """See `GroupRequest`; gradients are summed by row before they are sent."""
         dim = self.group.weight.shape[1]
         no_rows = torch.zeros(0, dim, dtype=torch.float32, device=self.group.device)
         return self.send_distinct_home(pool_rows_backward(grads, bags, self.distinct, dim) if bags else no_rows)
@@ -313,7 +323,7 @@ class RemoteRequest(GroupRequest):
         counted = None if counts is None else self.group.ranks.all_to_all(counts, *self._counts)
         wired = grad.to(self.group.gradient_wire_dtype)
         grads = self.group.ranks.all_to_all_split(wired, *self._counts, torch.float32)
-        # Rows of one rank are distinct; several ranks may ask for the same.
+        # The rows from one rank are distinct, but several ranks may ask for the same row.
         bags = [Bags(len(part)) for part in grads]
         return Delivery(self.rows, bags, grads, counts=counted)
 

@@ -1,4 +1,4 @@
-"""What an optimizer and a save tell each other about rows: which changed, and which must still be read as they were."""
+"""Tracks changed rows for incremental saves, and preserves rows for a save that runs during training."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from embedtrain.ops._backend.transfer import catch_up
 _BLOCK_BYTES = 4 * 2**20
 _CHUNK_BYTES = 8 * 2**20
 
-# What the place of a row says where it is not a position among the preserved rows.
+# Values of `RowSnapshot._place` for rows that are not preserved.
 _AWAITED = -1
 _DONE = -2
 
 
 class MemoryBudget:
-    """How much memory a save in the background may take beside the tables.
+    """Limits the memory that a background save takes in addition to the tables.
 
     Attributes:
-        limit_bytes: the most; None for no bound.
-        used_bytes: taken so far.
-        is_exceeded: whether more was asked for than there was.
+        limit_bytes: maximum memory; None for no limit.
+        used_bytes: memory taken so far.
+        is_exceeded: whether a request did not fit.
     """
 
     def __init__(self, limit_bytes: int | None) -> None:
@@ -34,7 +34,7 @@ class MemoryBudget:
         self.is_exceeded = False
 
     def take(self, num_bytes: int) -> bool:
-        """Counts memory about to be allocated; returns False, and counts nothing, where it does not fit."""
+        """Counts memory that is about to be allocated; returns False and counts nothing if it does not fit."""
         if self.limit_bytes is not None and self.used_bytes + num_bytes > self.limit_bytes:
             self.is_exceeded = True
             return False
@@ -43,11 +43,11 @@ class MemoryBudget:
 
 
 class RowChanges:
-    """The rows of a group of tables: told by the optimizer, before each update, which rows it is about to change.
+    """Records which rows of a table group change; the optimizer calls `before_update` before each update.
 
     Attributes:
-        tensors: name -> [num_rows, ...], the weights and the optimizer state whose rows change together.
-        num_overwritten: how often any row may have been given another value, as by loading.
+        tensors: by name [num_rows, ...]; weights and optimizer state, whose rows change together.
+        num_overwritten: number of times that any row may have been overwritten, for example by loading.
     """
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
@@ -58,33 +58,33 @@ class RowChanges:
 
     @property
     def num_rows(self) -> int:
-        """Returns the number of rows of each tensor."""
+        """Number of rows of each tensor."""
         return len(next(iter(self.tensors.values())))
 
     @property
     def device(self) -> torch.device:
-        """Returns where the tensors live."""
+        """Device of the tensors."""
         return next(iter(self.tensors.values())).device
 
     @property
     def is_watched(self) -> bool:
-        """Returns whether anybody needs to be told of updates."""
+        """Whether updates must be reported, because rows are tracked or a snapshot is open."""
         return self._touched is not None or self._snapshot is not None
 
     def track(self) -> None:
-        """Begins to note which rows are touched: one byte a row. Nothing where it has begun."""
+        """Starts tracking which rows are touched, with one byte per row. No-op if already tracking."""
         if self._touched is None:
             self._touched = torch.zeros(self.num_rows, dtype=torch.bool, device=self.device)
 
     def before_update(self, rows: Tensor) -> None:
-        """Takes note of the local rows [n] int64 that the next update changes; called before it changes them."""
+        """Records the local rows [n] int64 that the next update changes; must be called before the update."""
         if self._touched is not None:
             self._touched.index_fill_(0, rows, True)
         if self._snapshot is not None:
             self._snapshot.preserve(rows)
 
     def before_update_of_all(self) -> None:
-        """Takes note that any row may change, as by loading values."""
+        """Records that any row may change, for example by loading values."""
         self.num_overwritten += 1
         if self._touched is not None:
             self._touched.fill_(True)
@@ -92,39 +92,43 @@ class RowChanges:
             self._snapshot.wait_until_staged()
 
     def touched_since_last_taken(self) -> Tensor | None:
-        """Returns [num_rows] bool, and begins anew; None where rows are not tracked."""
+        """Returns the touched rows, [num_rows] bool, and resets them; None if rows are not tracked."""
         if self._touched is None:
             return None
         taken, self._touched = self._touched, torch.zeros_like(self._touched)
         return taken
 
     def snapshot(self, budget: MemoryBudget, awaited: Tensor | None) -> RowSnapshot:
-        """Returns the rows as they are now, to be read while updates go on; ends with `release`.
+        """Opens a snapshot of the rows, which can be read during updates; `release` ends it.
 
         Args:
-            budget: bounds the memory that it takes.
+            budget: limit of the snapshot's memory.
             awaited: [num_rows] bool, the rows that will be read; None for all.
         """
         self._snapshot = RowSnapshot(self.tensors, budget, awaited)
         return self._snapshot
 
     def release(self) -> None:
-        """Ends the snapshot and lets go of its memory."""
+        """Ends the snapshot and frees its memory."""
         if self._snapshot is not None:
             self._snapshot.finish()
             self._snapshot = None
 
 
 class RowSnapshot:
-    """Rows as they were at one moment, read by a thread while an optimizer goes on changing them.
+    """Holds rows at one moment, so that a thread can read them while an optimizer changes them.
 
-    Copy on write by rows: before an update, the rows that it changes and that were not read yet are copied
-    aside. So training waits for the copies of touched rows only, and memory grows with the rows touched
-    during the save, not with the tables. Where the budget does not suffice, the update waits until all rows
-    were read.
+    It is copy-on-write per row: before an update, the rows that it changes are preserved if they were not read yet. So
+    training waits only for copies of touched rows, and memory grows with the rows touched during the save. If the
+    budget is exhausted, the update waits until all rows are read.
 
-    On a GPU rows are copied aside on the device's default stream, under the lock, hence in order; what is copied goes
-    to the host beside that stream.
+    On a GPU, rows are preserved on the device's default stream under a lock, so preserving and reading are ordered.
+    Copies to the host use another stream.
+
+    Args:
+        tensors: weights and optimizer state by name.
+        budget: limit of the memory for preserved rows.
+        awaited: [num_rows] bool, the rows that will be read; None for all.
     """
 
     def __init__(self, tensors: dict[str, Tensor], budget: MemoryBudget, awaited: Tensor | None) -> None:
@@ -146,7 +150,7 @@ class RowSnapshot:
             self._place.masked_fill_(~awaited, _DONE)
 
     def preserve(self, rows: Tensor) -> None:
-        """Copies those of the local rows [n] aside that are still to be read; waits where they do not fit."""
+        """Preserves the local rows [n] that are still to be read; if they do not fit, waits until all rows are read."""
         if self._staged.is_set():
             return
         catch_up(rows.device)
@@ -156,25 +160,25 @@ class RowSnapshot:
             self._staged.wait()
 
     def wait_until_staged(self) -> None:
-        """Waits until all rows were read, or reading ended otherwise."""
+        """Waits until all rows are read, or reading has failed."""
         self._staged.wait()
 
     def finish(self) -> None:
-        """Has nobody wait for the snapshot any longer: all rows were read, or reading failed."""
+        """Releases waiting updates, because all rows are read or reading has failed."""
         self._staged.set()
 
     def blocks(self, name: str, rows: range | Tensor, *, is_last: bool) -> Iterator[Tensor]:
         """Yields rows of a tensor, in order, in CPU blocks of about 4 MiB, each valid until the next.
 
         Args:
-            name: the tensor.
-            rows: consecutive local rows, or [n] int64 on the tensors' device.
-            is_last: whether these rows of all other tensors were read before.
+            name: name of the tensor.
+            rows: consecutive local rows, or [n] int64 on the device of the tensors.
+            is_last: whether these rows have been read of all other tensors, so that they are no longer preserved.
         """
         return host_blocks(self._blocks(name, rows, is_last), self._tensors[name].device)
 
     def _blocks(self, name: str, rows: range | Tensor, is_last: bool) -> Iterator[Tensor]:
-        """Yields the blocks where the tensors are; on the CPU each is valid until the next."""
+        """Yields the blocks on the device of the tensors; on the CPU each is valid until the next."""
         tensor = self._tensors[name]
         block_rows = max(1, _BLOCK_BYTES // max(1, tensor[:1].nbytes))
         buffer: Tensor | None = None
@@ -207,7 +211,7 @@ class RowSnapshot:
             self._place[rows] = _DONE
 
     def _keep(self, rows: Tensor) -> bool:
-        """Copies rows to the ends of the chunks; returns False where the budget does not allow for all."""
+        """Appends rows to the chunks; returns False if the budget is exhausted."""
         while rows.numel():
             used = self._num_preserved % self._chunk_rows
             if used == 0 and not self._add_chunk():

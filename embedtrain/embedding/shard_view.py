@@ -1,4 +1,4 @@
-"""`ShardView`: what a checkpoint sees of a model, a named range of rows of a tensor."""
+"""`ShardView`, a named range of rows of a tensor: the form in which checkpoints save and load a model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from embedtrain.optim.stores import STEP
 
 @dataclass(eq=False)
 class StepCount:
-    """How many steps the optimizer of some tables did: Adam's next step depends on it, and the rounding of bfloat16.
+    """Refers to the number of steps that an optimizer has made on some tables.
+
+    It is saved because Adam's bias correction and the stochastic rounding of bfloat16 depend on it.
 
     Attributes:
-        settings: the optimizer's parameter group, whose `step` it is; None before there is an optimizer.
+        settings: the optimizer's parameter group, which has the count as `step`; None before there is an optimizer.
     """
 
     settings: dict[str, Any] | None = None
@@ -28,35 +30,35 @@ class StepCount:
         return None if self.settings is None else int(self.settings[STEP])
 
     def restore(self, value: int) -> None:
-        """Sets the count, if there is an optimizer."""
+        """Sets the count; no-op if there is no optimizer."""
         if self.settings is not None:
             self.settings[STEP] = value
 
 
 def table_steps(views: Iterable[ShardView]) -> dict[str, int]:
-    """Returns, by table, the steps that its optimizer did; nothing of tables without an optimizer."""
+    """Returns the number of optimizer steps by table; tables without an optimizer are left out."""
     found = {view.table: view.steps.value for view in views if view.steps is not None}
     return {table: value for table, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class ShardView:
-    """Rows `[offset, offset + len(tensor))` of the global tensor `name`, held by this rank.
+    """Holds the rows `[offset, offset + len(tensor))` of the global tensor `name`, which this rank owns.
 
     Attributes:
-        name: the tensor's name in the checkpoint, a public format: "item/weight", "item/accumulator".
+        name: name of the tensor in the checkpoint, a public format: "item/weight", "item/accumulator".
         global_shape: shape of the whole tensor over all ranks.
-        offset: the global tensor's row that is row 0 of `tensor`.
-        tensor: [rows, *global_shape[1:]] on any device; shares memory with what is trained. Rows may be 0.
-        layout: JSON that says which row of the table each row of the tensor is, as
-            {"kind": "spread", "multiplier": 199}; tensors of another layout are not loaded.
-        changes: what an optimizer reports its updates to; None where nobody does. `tensor` is then rows of
-            the tensor that `changes` knows by the last part of `name`.
-        first_row: the row among those of `changes` that is row 0 of `tensor`.
-        steps: the steps that the table's optimizer did, saved and loaded with it; None of what no optimizer trains.
+        offset: row of the global tensor that is row 0 of `tensor`.
+        tensor: [num_rows, *global_shape[1:]] on any device; shares memory with the trained tensor. May have no rows.
+        layout: JSON that maps rows of the tensor to rows of the table, such as {"kind": "spread", "multiplier": 199};
+            a tensor with another layout is not loaded.
+        changes: gets the updates of the optimizer; None if no optimizer reports updates. `tensor` is a range of rows of
+            the tensor that `changes` has under the last part of `name`.
+        first_row: row of that tensor which is row 0 of `tensor`.
+        steps: step count of the table's optimizer, saved and loaded with the tensor; None if no optimizer trains it.
 
     Raises:
-        ValueError: the rows do not lie inside the global tensor, or their shape is not its.
+        ValueError: the rows do not lie inside the global tensor, or have another shape than its rows.
     """
 
     name: str
@@ -87,10 +89,10 @@ class ShardView:
 
     @property
     def table(self) -> str:
-        """Returns the name of the table."""
+        """Name of the table."""
         return self.name.rpartition("/")[0]
 
     @property
     def stop(self) -> int:
-        """Returns the global row after this shard's last."""
+        """Row of the global tensor after the last row of this shard."""
         return self.offset + len(self.tensor)

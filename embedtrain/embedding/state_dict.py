@@ -1,6 +1,6 @@
-"""The tables as entries of a module's state dict: DTensors in order of slots, for other checkpoint programs.
+"""Exposes tables in a module's state dict as DTensors in the order of slots, for checkpoint programs such as torch's.
 
-torch's module of DTensors takes long to import, and is imported when it is first needed.
+`torch.distributed.tensor` is imported inside functions, because its import is slow.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ def add_entries(
     mesh: DeviceMesh | None,
     taken: Collection[str],
 ) -> None:
-    """Adds weights and states as DTensors, "item.weight", and the count of each table's steps, "item.step".
+    """Adds weights and states as DTensors ("item.weight") and the step count of each table ("item.step").
 
     Args:
-        destination: gets the entries.
-        prefix: of their names there.
+        destination: state dict that gets the entries.
+        prefix: prefix of the entries' names.
         views: the shards.
-        mesh: the ranks; None of one process.
+        mesh: the ranks; None for one process.
         taken: names of the module's parameters and buffers.
 
     Raises:
-        ValueError: one of them has the name of an entry, as a module of a subclass that is called as a table.
+        ValueError: a parameter or buffer has the name of an entry, for example in a subclass.
     """
     added = {_key_of(view): as_entry(view, mesh) for view in views}
     added |= {f"{table}.{STEP}": torch.tensor(steps.value) for table, steps in _counts(views).items()}
@@ -51,14 +51,14 @@ def add_entries(
 def take_entries(
     state_dict: Mapping[str, Any], prefix: str, views: Sequence[ShardView], missing: list[str], faults: list[str]
 ) -> dict[str, Any]:
-    """Copies what `add_entries` added, or whole tensors, into the shards; returns the other entries.
+    """Copies the entries of `add_entries`, or whole tensors, into the shards; returns the other entries.
 
     Args:
         state_dict: the entries.
-        prefix: of their names.
+        prefix: prefix of the entries' names.
         views: the shards.
-        missing: gets the names of tensors that `state_dict` lacks.
-        faults: gets what is wrong with entries.
+        missing: gets the names of entries that `state_dict` lacks.
+        faults: gets a message per entry that cannot be loaded.
     """
     rest = dict(state_dict)
     for view in views:
@@ -73,16 +73,16 @@ def take_entries(
             continue
         value = int(rest.pop(key))
         if found.setdefault(steps, value) != value:
-            faults.append(f"{key}: {value} steps, and {found[steps]} of another table with the same optimizer")
+            faults.append(f"{key}: {value} steps, but {found[steps]} for another table with the same optimizer")
         steps.restore(value)
     return rest
 
 
 def refuse_clashes(tables: Sequence[str]) -> None:
-    """Refuses names of tables that are entries of another table, as "item.weight" is of "item".
+    """Refuses a table whose name is a state dict entry of another table, as "item.weight" is an entry of "item".
 
     Raises:
-        UserError: there are two such tables.
+        UserError: there is such a table.
     """
     known = set(tables)
     for name in tables:
@@ -97,10 +97,10 @@ def refuse_clashes(tables: Sequence[str]) -> None:
 
 
 def as_attributes(views: Sequence[ShardView]) -> SimpleNamespace:
-    """Returns an object that has each entry as an attribute of an attribute, by the parts of its name.
+    """Returns an object with nested attributes for the dotted names of all entries.
 
     Raises:
-        ValueError: a table is called as an entry of another table.
+        ValueError: the name of an entry is a prefix of the name of another table's entry.
     """
     root = SimpleNamespace()
     keys = [*map(_key_of, views), *(f"{table}.{STEP}" for table in _counts(views))]
@@ -121,14 +121,14 @@ def _key_of(view: ShardView) -> str:
 
 
 def _counts(views: Sequence[ShardView]) -> dict[str, StepCount]:
-    """Returns the counts by table; none of tables without an optimizer."""
+    """Returns the step counts by table; tables without an optimizer are left out."""
     return {view.table: view.steps for view in views if view.steps is not None and view.steps.value is not None}
 
 
 def as_entry(view: ShardView, mesh: DeviceMesh | None) -> Tensor:
-    """Returns the whole tensor as a DTensor that shares memory with this rank's rows; plain without ranks."""
-    # A storage of its own, in the same memory: torch's asynchronous save stumbles over tables that share one, and
-    # `torch.save` writes the whole of a storage.
+    """Returns the whole tensor as a DTensor that shares memory with this rank's rows; a plain tensor without a mesh."""
+    # A separate storage object over the same memory: torch's asynchronous save fails for tensors that share a storage,
+    # and `torch.save` writes whole storages.
     rows = torch.from_dlpack(view.tensor)
     if mesh is None:
         return rows
@@ -140,11 +140,11 @@ def as_entry(view: ShardView, mesh: DeviceMesh | None) -> Tensor:
 
 
 def _take_entry(view: ShardView, entry: Tensor) -> list[str]:
-    """Copies this rank's rows of an entry into the shard; returns what is wrong with it.
+    """Copies this rank's rows of an entry into the shard; returns messages if the entry does not fit.
 
     Args:
         view: the shard.
-        entry: what `as_entry` returns, on any ranks alike; or the whole tensor, in order of slots.
+        entry: a DTensor as `as_entry` returns it, sharded as the model is; or the whole tensor in the order of slots.
     """
     from torch.distributed.tensor import DTensor
 
@@ -153,7 +153,7 @@ def _take_entry(view: ShardView, entry: Tensor) -> list[str]:
     if isinstance(entry, DTensor):
         rows = entry.to_local()
         if rows.shape != view.tensor.shape:
-            return [f"{_key_of(view)}: its DTensor is not cut over the ranks as the model's: expected Shard(0)"]
+            return [f"{_key_of(view)}: its DTensor is not sharded over the ranks like the model: expected Shard(0)"]
     else:
         rows = entry[view.offset : view.stop]
     view.tensor.copy_(rows)

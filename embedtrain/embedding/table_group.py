@@ -1,4 +1,4 @@
-"""The rows that one rank holds: weights and optimizer state side by side."""
+"""The rows that one rank owns: weights and optimizer state of a group of tables."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from embedtrain.spec import TableSpec
 
 @dataclass(frozen=True)
 class TableShard:
-    """One table's rows on this rank: a range of slots of the weights and of each state tensor.
+    """Holds one table's rows on this rank: a range of slots of the weights and of each state tensor.
 
     Attributes:
-        spec: the table.
-        layout: where its ids lie.
-        slots: half-open range of slots held here; empty where the ranks outnumber the rows.
-        first_row: where the range begins in the group's local tensors.
-        weight: [slots, dim], a view of the group's.
-        state: name -> [slots, ...], views of the group's.
-        changes: the group's, which the optimizer tells of its updates.
-        steps: the group's count of the steps that its optimizer did.
+        spec: declaration of the table.
+        layout: maps ids to slots.
+        slots: half-open range of slots that this rank owns; may be empty if there are more ranks than rows.
+        first_row: index of the range's first slot in the local tensors of the group.
+        weight: [num_slots, dim]; view of the group's weights.
+        state: optimizer state by name, [num_slots, ...]; views of the group's state.
+        changes: object of the group that gets the optimizer's updates.
+        steps: step count of the group's optimizer.
     """
 
     spec: TableSpec
@@ -52,7 +52,7 @@ class TableShard:
     steps: StepCount
 
     def views(self) -> list[ShardView]:
-        """Returns the weight and the states under their names in a checkpoint."""
+        """Returns views of the weights and of each state, with their names in a checkpoint."""
         return [
             ShardView(
                 name=f"{self.spec.name}/{name}",
@@ -68,7 +68,7 @@ class TableShard:
         ]
 
     def gather(self, ranks: Ranks, state: str = "weight") -> Tensor:
-        """Returns the whole table, or an optimizer's state of it, in order of id. Collective: every rank."""
+        """Returns the whole table, or a state of it, in the order of ids. Collective: every rank."""
         local = self.weight if state == "weight" else self.state[state]
         sizes = [stop - start for start, stop in map(self.layout.shard_range, range(ranks.size))]
         copies = local.repeat(ranks.size, *[1] * (local.dim() - 1))
@@ -77,30 +77,30 @@ class TableShard:
 
 
 class TableGroups(NamedTuple):
-    """Some of the groups of a collection, to be trained by one optimizer."""
+    """Holds the table groups of a collection that one optimizer trains."""
 
     table_groups: list[TableGroup]
 
 
 class TableGroup:
-    """Tables of one dim, dtype and optimizer, whose local rows lie one table after the other in one tensor.
+    """Holds tables of equal dim, dtype, optimizer and layout, whose local rows are stored in one tensor.
 
-    Every rank reserves `rows_per_rank` rows a table, so a row's place is the same arithmetic for every owner;
-    the few rows that the last ranks do not fill are never asked for.
+    The tables follow one another in the tensor. Every rank reserves `rows_per_rank` rows per table, so that the index
+    of a row is the same arithmetic on every owner. The last ranks may have reserved rows that are never used.
 
     Attributes:
         weight: [num_local_rows, dim].
-        state: name -> [num_local_rows] or [num_local_rows, dim] float32; an optimizer's, allocated by `allocate_state`.
-        shards: the tables, in order.
-        changes: told by the optimizer which rows it updates; a save in the background relies on it.
-        num_local_rows: rows reserved on each rank.
+        state: optimizer state by name, [num_local_rows] or [num_local_rows, dim] float32; see `allocate_state`.
+        shards: this rank's shard of each table, in order.
+        changes: gets the rows that the optimizer updates; background saves depend on it.
+        num_local_rows: number of rows reserved on each rank.
         ranks: the ranks that share the tables.
-        vector_wire_dtype: in which vectors travel between ranks: the storage's unless chosen.
-        gradient_wire_dtype: in which gradients do: float32 unless chosen.
-        gradients: those that wait for an optimizer.
-        access: reads and updates the rows, wherever they live.
-        steps: how many steps the optimizer did.
-        frozen: names of the tables whose rows no gradient reaches.
+        vector_wire_dtype: dtype of vectors that are sent between ranks; by default the dtype of the weights.
+        gradient_wire_dtype: dtype of gradients that are sent between ranks; by default float32.
+        gradients: mailbox of the gradients that no step has applied yet.
+        access: reads and updates the rows, on the device or in host memory.
+        steps: step count of the optimizer.
+        frozen: names of the tables that get no gradients.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class TableGroup:
         return [layout_of(spec.num_rows, self.ranks.size, spec.layout) for spec in self.specs]
 
     def _hold(self, weight: Tensor, state: dict[str, Tensor]) -> None:
-        """Takes weights and state for its own, and makes everything that refers to them."""
+        """Sets the weights and the state, and creates all objects that refer to them."""
         self.weight, self.state = weight, state
         self.changes = RowChanges({WEIGHT: weight, **state})
         num_rows, dim = weight.shape
@@ -158,13 +158,13 @@ class TableGroup:
             self.access = RowCache(self.changes, self.device, choose, keys_of)
 
     def move(self, device: torch.device) -> None:
-        """Moves the rows, their state and the gradients that wait."""
+        """Moves the rows, their state and the delivered gradients to a device."""
         earlier = self.gradients
         self.__setstate__({**self.__getstate__(), "device": device})
         self.gradients.take_over(earlier)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns what a copy is made of. It has no gradients that wait, and no optimizer until one takes it."""
+        """Returns the attributes of a copy. A copy has no delivered gradients and no optimizer."""
         self.settle()
         self.access.write_back()
         names = ("specs", "device", "ranks", "vector_wire_dtype", "gradient_wire_dtype", "placement", "num_local_rows")
@@ -176,26 +176,31 @@ class TableGroup:
         self.freeze(self.frozen)
 
     def _own(self, rows: Tensor) -> Tensor:
-        """Returns a copy of rows in memory of the kind that this group's rows have."""
+        """Returns a copy of rows in the kind of memory in which this group stores its rows."""
         return self._allocate(tuple(rows.shape), 0.0, rows.dtype).copy_(rows)
 
     def keys_of(self, tables: Sequence[int], ids: Sequence[Tensor]) -> tuple[Tensor, list[int] | Tensor]:
-        """Returns a key per id of several features, `owner * num_local_rows + local row`, feature after feature.
+        """Returns a key per id, `owner * num_local_rows + local row`, of several features, feature after feature.
 
-        Sorted keys are in order of owner; equal keys are the same row.
+        Equal keys are equal rows, and sorted keys are grouped by owner.
 
         Args:
             tables: per feature, the position of its table in the group.
-            ids: per feature [n] int64 or int32.
+            ids: per feature, [n] int64 or int32.
 
         Returns:
-            The keys, and per feature how many ids are not rows of its table; keys of those mean nothing. The numbers
-            are on the device for ids of a GPU.
+            The keys; and per feature the number of ids outside its table, whose keys are undefined. For ids on a GPU
+            the numbers are a tensor on the device.
         """
         return self._key_map(tables, ids)
 
     def runs_of(self, tables: Sequence[int], num_values: Sequence[int]) -> list[Run]:
-        """Returns where the local rows of features lie, whose tables, one a feature, are in ascending order."""
+        """Returns the ranges of local rows to which the values of features belong; equal tables share a range.
+
+        Args:
+            tables: per feature, the position of its table in the group; ascending.
+            num_values: per feature, its number of values.
+        """
         runs: list[Run] = []
         latest = -1
         for table, count in zip(tables, num_values, strict=True):
@@ -208,12 +213,12 @@ class TableGroup:
 
     @property
     def table_names(self) -> list[str]:
-        """The tables, in order."""
+        """Names of the tables, in order."""
         return [spec.name for spec in self.specs]
 
     @property
     def optimizer(self) -> object | None:
-        """The optimizer that takes the gradients; None if there is none or it was deleted."""
+        """The optimizer that applies the gradients; None if there is none or it was deleted."""
         return None if self.gradients.optimizer is None else self.gradients.optimizer()
 
     def take(self, optimizer: object, settings: dict[str, Any]) -> None:
@@ -222,19 +227,19 @@ class TableGroup:
         self.steps.settings = settings
 
     def views(self) -> list[ShardView]:
-        """Returns the shards' weights and states, which are up to date and whose steps are settled; see `settle`."""
+        """Returns views of the shards' weights and states, after writing back the cache and calling `settle`."""
         self.access.write_back()
         self.settle()
         return [view for shard in self.shards for view in shard.views()]
 
     def settle(self) -> None:
-        """Has the optimizer find out whether its last step was applied, so that `steps` is right. See its `settle`."""
+        """Makes `steps` exact: the optimizer's `settle` finds out whether its last step was applied."""
         optimizer = self.optimizer
         if isinstance(optimizer, SparseOptimizer):
             optimizer.settle()
 
     def freeze(self, names: Collection[str]) -> None:
-        """Has no gradient reach the rows of some of the tables, and those of the others again."""
+        """Freezes the tables with these names, and unfreezes all others. Frozen tables get no gradients."""
         self.frozen = frozenset(names)
         ranges = [(shard.first_row, shard.first_row + len(shard.weight)) for shard in self.shards]
         is_frozen = [name in self.frozen for name in self.table_names]
@@ -248,7 +253,7 @@ class TableGroup:
         self.changes.tensors = {WEIGHT: self.weight}
 
     def allocate_state(self, name: str, fill: float, per_element: bool = False) -> Tensor:
-        """Gives every row, or every element of it, one float32 of optimizer state, where the weights are."""
+        """Allocates optimizer state of one float32 per row, or per element, in the same memory as the weights."""
         assert name not in self.state, f"two states are called {name!r}"
         shape = self.weight.shape if per_element else self.weight.shape[:1]
         whole = self._allocate(tuple(shape), fill, torch.float32)
@@ -258,7 +263,7 @@ class TableGroup:
         return whole
 
     def fill_state(self, name: str, value: float) -> None:
-        """Sets a state of all rows."""
+        """Sets a state of all rows to `value`."""
         self.access.write_back()
         self.changes.before_update_of_all()
         self.state[name].fill_(value)
@@ -266,13 +271,13 @@ class TableGroup:
     def waiting_gradient(self, *, is_padded: bool = False) -> RowGradient:
         """See `GradientMailbox.waiting`, and `RowGradient.padded`."""
         if self.access.is_on_host:
-            self.access.join_copies()  # the step's verdict, which the host waits for, is computed after this
+            self.access.join_copies()  # the host waits for the step's finite check, which is computed after this
         gradient = self.gradients.waiting()
         takes_padded = is_padded and not self.access.is_on_host and not self.changes.is_watched
         return gradient.padded() if takes_padded else gradient
 
     def clear_gradient(self) -> None:
-        """Forgets all gradients delivered."""
+        """Removes all delivered gradients."""
         self.gradients.clear()
 
     def open_rows(self, gradient: RowGradient) -> tuple[RowsToUpdate, RowGradient]:
@@ -280,12 +285,12 @@ class TableGroup:
         return self.access.open(gradient)
 
     def close_rows(self) -> None:
-        """Ends an update of rows that were opened."""
+        """Ends the update that `open_rows` began."""
         self.access.close()
         self.gradients.was_applied = True
 
     def _allocate(self, shape: tuple[int, ...], fill: float, dtype: torch.dtype) -> Tensor:
-        # Rows in host memory travel through buffers of their own: to pin a table would take twice its memory.
+        # Host memory is not pinned, because pinning could double the memory of a table: rows use pinned buffers.
         return allocate_rows(shape, fill, dtype, torch.device("cpu") if self.placement.is_host else self.device)
 
     def tables_of(self, rows: Tensor) -> Tensor:
@@ -293,21 +298,21 @@ class TableGroup:
         return self._keys_of.tables_of(rows)
 
     def describe(self, row: int) -> str:
-        """Names the table and the id of a local row, for messages."""
+        """Returns the names of the table and the row of a local row, for messages."""
         shard = max((s for s in self.shards if s.first_row <= row), key=lambda s: s.first_row)
         slot = torch.tensor(shard.slots[0] + row - shard.first_row)
         return f"table {shard.spec.name!r}, row {int(shard.layout.id_of(slot))}"
 
     def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
-        """Returns a key per row of the gradient and step for stochastic rounding; None for float32 weights."""
+        """Returns a key for stochastic rounding per row of the gradient; None for float32 weights."""
         return self._keys_of(gradient.rows, step) if self.weight.dtype == torch.bfloat16 else None
 
 
 class _RoundingKeys:
-    """Keys for stochastic rounding: they depend on table, slot and step alone, so every world size rounds alike.
+    """Computes keys for stochastic rounding from table, slot and step, so that rounding is equal for every world size.
 
     Args:
-        starts: [2, num_tables] int64; where tables begin among the local rows and the slots.
+        starts: [2, num_tables] int64; per table, its first local row and its first slot on this rank.
     """
 
     def __init__(self, starts: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The oracle: the same API in one process, plain PyTorch, rows in order of id. What sharding must equal."""
+"""The reference implementation in one process and plain PyTorch; tests compare the sharded tables with it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from embedtrain.spec import FeatureSpec, TableSpec
 
 
 class UnshardedTable:
-    """One table as a dense parameter; stands where a `TableGroup` stands for an optimizer.
+    """Holds one table as a dense parameter; an optimizer uses it in place of a `TableGroup`.
 
     Attributes:
-        weight: [num_rows, dim], in order of id.
-        state: name -> [num_rows] or [num_rows, dim] float32.
+        weight: [num_rows, dim], in the order of ids.
+        state: optimizer state by name, [num_rows] or [num_rows, dim] float32.
     """
 
     def __init__(self, spec: TableSpec, position: int, seed: int) -> None:
@@ -43,7 +43,7 @@ class UnshardedTable:
         self._optimizer: weakref.ref[object] | None = None
 
     def look_up(self, ids: Tensor) -> Tensor:
-        """Returns the rows of `ids` as float32, and remembers that they were touched."""
+        """Returns the rows of `ids` as float32, and marks them as touched if gradients are enabled."""
         if torch.is_grad_enabled():
             self.touched[ids] = True
         with torch.no_grad():
@@ -52,33 +52,33 @@ class UnshardedTable:
 
     @property
     def table_names(self) -> list[str]:
-        """Its own name."""
+        """The name of this table, as a list."""
         return [self.spec.name]
 
     @property
     def optimizer(self) -> object | None:
-        """What was given to `take`."""
+        """The optimizer that `take` was called with; None if there is none or it was deleted."""
         return None if self._optimizer is None else self._optimizer()
 
     def take(self, optimizer: object, settings: dict[str, Any]) -> None:
-        """Notes the optimizer."""
+        """Sets the optimizer."""
         self._optimizer = weakref.ref(optimizer)
 
     def forget_state(self) -> None:
-        """Lets go of all state."""
+        """Removes all optimizer state."""
         self.state.clear()
 
     def allocate_state(self, name: str, fill: float, per_element: bool = False) -> Tensor:
-        """Gives every row, or every element of it, one float32 of state."""
+        """Allocates state of one float32 per row, or per element, filled with `fill`."""
         self.state[name] = torch.full(self.weight.shape if per_element else self.weight.shape[:1], fill)
         return self.state[name]
 
     def fill_state(self, name: str, value: float) -> None:
-        """Sets a state of all rows."""
+        """Sets a state of all rows to `value`."""
         self.state[name].fill_(value)
 
     def waiting_gradient(self, *, is_padded: bool = False) -> RowGradient:
-        """Returns the rows touched since the last clearing and their gradients."""
+        """Returns the rows touched since the last `clear_gradient`, and their gradients."""
         rows = self.touched.nonzero().flatten()
         grad = torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad
         counts = None if self.counts is None else self.counts[rows]
@@ -86,31 +86,31 @@ class UnshardedTable:
         return RowGradient([delivery], num_rows=self.spec.num_rows, dim=self.spec.dim)
 
     def open_rows(self, gradient: RowGradient) -> tuple[UnshardedTable, RowGradient]:
-        """Returns itself and the gradient."""
+        """Returns this table and the gradient."""
         return self, gradient
 
     def close_rows(self) -> None:
         """Does nothing."""
 
     def count(self, counts: Tensor) -> None:
-        """Adds to how many terms of the loss the gradient of each row sums, [num_rows] float32; see `Delivery`."""
+        """Adds the number of terms of the loss that each row's gradient sums, [num_rows] float32; see `Delivery`."""
         self.counts = counts if self.counts is None else self.counts + counts
 
     def clear_gradient(self) -> None:
-        """Forgets the gradients."""
+        """Removes the gradients."""
         self.leaf.grad, self.counts = None, None
         self.touched.zero_()
 
     def tables_of(self, rows: Tensor) -> Tensor:
-        """Returns zeros: it is the only table."""
+        """Returns zeros, because this is the only table."""
         return torch.zeros_like(rows)
 
     def describe(self, row: int) -> str:
-        """Names the table and the id."""
+        """Returns the names of the table and the row, for messages."""
         return f"table {self.spec.name!r}, row {row}"
 
     def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
-        """Returns the keys for stochastic rounding that `TableGroup.rounding_keys` gives the same rows."""
+        """Returns the keys for stochastic rounding, equal to `TableGroup.rounding_keys` of the same rows."""
         if self.weight.dtype != torch.bfloat16:
             return None
         rows = gradient.rows
@@ -119,7 +119,15 @@ class UnshardedTable:
 
 
 class UnshardedEmbeddingCollection(nn.Module):
-    """`EmbeddingCollection` without ranks, groups or deduplication; same arguments, results and errors."""
+    """Computes what `EmbeddingCollection` does, in one process, without groups and deduplication.
+
+    It is slow and simple: tests compare the sharded tables with it.
+
+    Args:
+        tables: see `EmbeddingCollection`.
+        features: see `EmbeddingCollection`.
+        seed: see `EmbeddingCollection`.
+    """
 
     def __init__(
         self, tables: Sequence[TableSpec], features: Sequence[FeatureSpec] | None = None, *, seed: int = 0
@@ -135,7 +143,7 @@ class UnshardedEmbeddingCollection(nn.Module):
 
     @property
     def table_groups(self) -> list[UnshardedTable]:
-        """What an optimizer updates."""
+        """The tables, as an optimizer updates them."""
         return list(self.tables.values())
 
     def forward(self, batch: Mapping[str, Jagged]) -> dict[str, Tensor]:
@@ -143,7 +151,7 @@ class UnshardedEmbeddingCollection(nn.Module):
         return {name: self._pooled(self.features[name], bags) for name, bags in batch.items()}
 
     def own_rows(self, name: str) -> Tensor:
-        """See `EmbeddingCollection.own_rows`; in order of slots too, so that results are alike."""
+        """Returns all rows in the order of slots; see `EmbeddingCollection.own_rows`."""
         table = self.tables[name]
         return table.look_up(table.layout.id_of(torch.arange(table.spec.num_rows)))
 

@@ -69,7 +69,7 @@ def test_counts_of_steps_that_contradict_each_other_are_refused() -> None:
     optimizer = et.optim.SGD(tables)
     state_dict = tables.state_dict()
     state_dict["b.step"] = torch.tensor(4)
-    with pytest.raises(RuntimeError, match=r"b\.step: 4 steps, and 0 of another table with the same optimizer"):
+    with pytest.raises(RuntimeError, match=r"b\.step: 4 steps, but 0 for another table with the same optimizer"):
         tables.load_state_dict(state_dict)
     assert optimizer.param_groups[0]["tables"] == ["a", "b"]
 
