@@ -1,1 +1,1 @@
-"""The models that `embedtrain train` knows, a folder each, and what a recipe is; to write one, use `recipes.api`."""
+"""The models that `embedtrain train` can train, one folder per model; to write your own, use `recipes.api`."""

@@ -1,4 +1,4 @@
-"""The names that a recipe imports. A recipe describes a model that `embedtrain train` can train."""
+"""The public names for writing a recipe, which describes a model to `embedtrain train`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model brings to be trained by `embedtrain train`: a recipe."""
+"""The `Recipe`: what a model must provide so that `embedtrain train` and the other commands can use it."""
 
 from __future__ import annotations
 
@@ -38,43 +38,43 @@ DataT = TypeVar("DataT")
 
 
 BASE = "base-"
-"""Begins the names of the files in a run folder that hold what another run, from which this one was started, knew."""
+"""Prefix of the names of files in a run folder that were copied from the run in `start_from`."""
 
 
 def base_file(config: Config, name: str) -> str | None:
-    """Returns where a run keeps a file of the run that it was started from; None if it was not started from one.
+    """Returns the path of the copy of a file of the run in `start_from`; None if the run does not start from another.
 
     Args:
-        config: of the run.
-        name: of the file in the folder of the other run.
+        config: configuration of the run.
+        name: name of the file in the folder of the other run.
     """
     return None if config.start_from is None else RunFolder(config.run.path).join(f"{BASE}{name}")
 
 
 def takes_new_names(config: Config) -> bool:
-    """Returns whether words, ids and values without a row get one."""
+    """Returns whether new words, ids and values in the data get rows."""
     return config.start_from is None or config.start_from_grow
 
 
 @dataclass(frozen=True)
 class Grow(Generic[ConfigT, DataT]):
-    """How a run goes on with the tables of another, for other data.
+    """Describes how a run starts with the tables of another run, on other data.
 
-    `prepare` is told by `base_file` and `takes_new_names` which names have rows already, and whether others get one.
-    The names that `facts` and `write_files` give to the rows of the new run say which old row is whose.
+    `prepare` must keep the rows of the other run's names, which it reads from `base_file`, and give rows to new names
+    only if `takes_new_names` is true. Rows of both runs are matched by the names in `facts` and `write_files`.
 
     Attributes:
-        base_files: returns the files of the old run folder that `prepare` reads from `base_file`.
+        base_files: returns the names of the files in the old run folder that `prepare` reads through `base_file`.
         tables: returns the tables for prepared data.
-        facts: returns the facts of prepared data, as `Parts.facts`.
-        write_files: called on rank 0; writes to the run folder what `Parts.write_files` writes.
-        data_key: the key of the data, which must be given anew to `embedtrain grow`.
-        lasting: beginnings of the keys on which the tensors of a checkpoint depend, beside those of all models.
-        inputs: returns, by key, the columns and widths that the dense part takes, in its order, given or by default;
-            they must be those of the old run, since parameters of the same shape may be of other columns.
-            A key that only one of the runs has is not compared.
-        same_facts: facts that must be those of the old run.
-        write_base: called on rank 0 with the state of the old checkpoint; writes what else `prepare` needs of it.
+        facts: returns the facts of prepared data, as in `Parts.facts`.
+        write_files: called on rank 0; writes the files of `Parts.write_files` to the run folder.
+        data_key: key of the data, which `embedtrain grow` requires.
+        lasting: prefixes of further keys that must not change, because the tensors of a checkpoint depend on them.
+        inputs: returns by key the columns and widths of the dense part's inputs, in their order. They must equal those
+            of the old run, because parameters of equal shape may belong to other columns. A key that only one of the
+            runs has is not compared.
+        same_facts: names of facts that must be equal in both runs.
+        write_base: called on rank 0 with the state of the old checkpoint; writes further files that `prepare` needs.
     """
 
     base_files: Callable[[ConfigT], Sequence[str]]
@@ -90,16 +90,16 @@ class Grow(Generic[ConfigT, DataT]):
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which recommendations are asked for.
+    """Holds a request for recommendations. At most one of `users`, `items`, `history_path`, `features_path` is given.
 
     Attributes:
-        users: raw ids; None for all users.
-        top: how many items each.
-        leaves_out_known: whether to leave out the items that a user has: in the training data, or else as given here.
-        items: raw ids of items that a user has who was not in the training, in place of `users`.
-        history_path: files of users and their items, in place of `users`, in the format of the training data.
-        features_path: files of users and their features, in place of `users`, in the format of those of the training.
-        index_path: an index that finds the items, and may miss some; None to compare with all of them.
+        users: raw ids of users; None for all users.
+        top: number of items per user.
+        leaves_out_known: whether to leave out items that a user already has in the training data or in the request.
+        items: raw ids of the items of one user, who need not be in the training data.
+        history_path: files of users and their items, in the format of the training data.
+        features_path: files of users and their features, in the format of the training's feature files.
+        index_path: approximate index that finds the items; None to compare with all items.
     """
 
     users: Sequence[str] | None
@@ -112,21 +112,21 @@ class Wanted:
 
 
 class RowScorer(Protocol):
-    """A trained model that gives each row of a file a probability; see `ClickScorer`.
+    """A trained model that computes a probability per row of a file; see `ClickScorer`.
 
     Attributes:
-        schema: what the columns mean.
-        ranks: those that share the tables.
+        schema: meaning of the columns.
+        ranks: the ranks that share the tables.
     """
 
     schema: ClickSchema
     ranks: Ranks
 
     def encode(self, rows: Rows, schema: ClickSchema, where: str) -> tuple[ClickBatch, dict[int, str]]:
-        """Returns the rows that can be used, as a batch, and what is wrong with the others, by line."""
+        """Returns the usable rows as a batch, and the reasons for bad rows by line."""
 
     def nothing(self) -> ClickBatch:
-        """Returns a batch of no rows."""
+        """Returns an empty batch."""
 
     def logits(self, batch: ClickBatch) -> Tensor:
         """Returns the logits of a batch, on the CPU. Collective: every rank."""
@@ -134,12 +134,12 @@ class RowScorer(Protocol):
 
 @dataclass(frozen=True)
 class PackedTable:
-    """A table of a package.
+    """Describes a table of a package.
 
     Attributes:
-        num_rows: rows.
-        dim: columns.
-        blocks: yields the rows in order, [n, dim] on the CPU, some MiB at a time.
+        num_rows: number of rows.
+        dim: length of the vectors.
+        blocks: yields the rows in order, in blocks [n, dim] of some MiB on the CPU.
     """
 
     num_rows: int
@@ -149,12 +149,12 @@ class PackedTable:
 
 @dataclass(frozen=True)
 class PackedNetwork:
-    """The network of a package, and what it takes.
+    """Describes the network of a package.
 
     Attributes:
         module: the network.
-        arguments: examples of what it takes: tensors, or lists of them, each of three rows.
-        names: of the inputs in ONNX, list after list; none if it cannot be written as ONNX.
+        arguments: example arguments: tensors or lists of tensors, each with three rows.
+        names: names of all tensors of the arguments in ONNX; empty if the network cannot be exported to ONNX.
     """
 
     module: nn.Module
@@ -164,16 +164,16 @@ class PackedNetwork:
 
 @dataclass(frozen=True)
 class Packed:
-    """What a package consists of, beside the scorer.
+    """Describes the contents of a package, except the scorer.
 
     Attributes:
-        model: the kind of the package.
-        step: of the checkpoint.
-        facts: JSON; what the scorer has to know of the files, and of how rows become ids and numbers.
-        tables: by file name.
-        texts: by file name, [n] large_binary; different texts, whose place in the list is wanted.
-        network: returns a row for each row that it is given; None without one.
-        programs: by file name, the text of further Python files, which may import `scorer`.
+        model: kind of the package.
+        step: step of the checkpoint.
+        facts: JSON for the scorer: the files, and how raw values become ids and numbers.
+        tables: tables by file name.
+        texts: vocabularies by file name, [n] large_binary; distinct texts whose index the scorer looks up.
+        network: network that maps a batch of rows to a batch of rows; None if there is none.
+        programs: text of further Python files by file name; they may import `scorer`.
     """
 
     model: str
@@ -187,14 +187,16 @@ class Packed:
 
 @dataclass(frozen=True)
 class Tuning(Generic[ConfigT]):
-    """How `embedtrain tune` searches for the settings of a model.
+    """Describes how `embedtrain tune` searches for the settings of a model.
 
     Attributes:
-        has_validation: whether training measures itself on data that are neither trained on nor the test part.
-        metric: returns the measure of these data that trials are judged by, unless `checkpoint.best_metric` names one.
-        space: returns, by setting, what is searched by default: "0.03:0.3:log" or "1,2,4".
-        split_off: settings, `key=value` each, that split validation data off; empty if they must be given.
-        final: settings of the training that follows the search, such as on the validation data too.
+        has_validation: returns whether training measures on validation data, which are neither trained on nor test
+            data.
+        metric: returns the measure of the validation data by which trials are compared, unless
+            `checkpoint.best_metric` names one.
+        space: returns the default search space by setting, such as "0.03:0.3:log" or "1,2,4".
+        split_off: settings `key=value` that split off validation data; empty if the user must give validation data.
+        final: settings `key=value` of the training after the search, for example to train on the validation data too.
     """
 
     has_validation: Callable[[ConfigT], bool]
@@ -205,47 +207,46 @@ class Tuning(Generic[ConfigT]):
 
 
 NETWORK_NAME = "network.pt2"
-"""The file of the network in a package."""
+"""Name of the network's file in a package."""
 
 
 @dataclass(frozen=True)
 class Recipe(Generic[ConfigT, DataT]):
-    """All that embedtrain has to know of a model.
+    """Describes a model to embedtrain's commands. Only `config`, `prepare`, `build` and `workload` are required.
+
+    The functions that take a checkpoint get its path. "Collective" means that every rank calls the function.
 
     Attributes:
-        config: the class of its configuration.
-        prepare: collective; prepares the data of a run or finds them in a cache. Returns the data in any form, for
-            `build`, and the sizes that they give the tables.
+        config: class of the configuration.
+        prepare: collective; prepares the data of a run, or opens them in the cache. Returns the data, in any form that
+            `build` accepts, and the sizes of the tables.
         build: collective; builds model, optimizers and batches from a configuration and prepared data.
-        workload: returns what a run asks of its machines, from a configuration and sizes; no data are read.
-        heads: returns the keys of data that may be large, each with the format and layout of its files. A dry run
-            replaces them by their first megabytes.
-        check: opens and parses the small files that a run reads later, such as questions; called on rank 0 before the
-            data are prepared, and raises UserError with the key of what cannot be used. Its second argument says
-            whether the run is new: vectors that tables start from are not read again if there is a checkpoint.
-        draft: yields the lines of a first configuration, from the path of files of rows, what their columns hold, and
-            the column to predict, None to guess it; raises UserError if it cannot use the columns. None if the model
-            reads no rows.
-        cache_key: the key of the folder of prepared data; a dry run gives it a folder of its own. Needed with `heads`.
-        held_out: the key of held-out data, without which a run is not evaluated; None if a run needs no such key.
-        grow: how a trained run gets rows for new names; None if it cannot.
-        measure: collective; returns the measures of a checkpoint, given by its path, from what lies in the run folder;
-            on the held-out data of a path if one is given, which none is if the model scores rows. None if the data of
-            the run have to be prepared for that.
-        measure_new_users: collective; returns the measures of a checkpoint, given by its path, on users who were not in
-            the training: those of the files of a path, each known by a fraction of their items. None if the model
-            cannot.
-        open: collective; opens the vectors of a checkpoint by the name of a table, None for the usual one. None if the
-            vectors are rows of its tables.
-        recommend: collective; yields the best items of users by a checkpoint. None if the model does not recommend.
-        score: collective; opens a checkpoint, given by its path, to score rows of files. The section `data` of the
-            configuration describes these files. None if the model does not score rows.
-        pack: opens a checkpoint, given by its path, to write a package; for one process. None if the model cannot be
-            packed.
-        report: collective; yields what the report says of this model alone, from a checkpoint given by its path: charts
-            and tables that take a bounded time. If it raises UserError, the report is without the rest. None if the
-            report has nothing to add to the curves.
-        tuning: how `embedtrain tune` searches for its settings; None if it cannot.
+        workload: returns what a run needs of its machines, from a configuration and sizes; reads no data.
+        heads: returns the keys of data files that may be large, each with the format and layout of the files. A dry run
+            replaces these files by their first megabytes.
+        check: checks the small files that a run reads later, such as questions. Called on rank 0 before the data are
+            prepared; raises UserError with the key of a file that cannot be used. The second argument is whether the
+            run is new: files of initial vectors are read only by new runs.
+        draft: yields the lines of a first configuration from the path of data files, a survey of their columns, and the
+            column to predict (None to guess it). Raises UserError if it cannot use the columns. None if the model does
+            not read files with columns.
+        cache_key: key of the cache folder of prepared data, which a dry run replaces. Needed with `heads`.
+        held_out: key of held-out data that a run needs to be evaluated; None if a run needs no such key.
+        grow: describes how a run starts with the tables of another run; None if it cannot.
+        measure: collective; returns the measures of a checkpoint on the held-out data in the run folder, or on the
+            files of a path if one is given. Models with `score` never get a path. None if evaluation needs `prepare`
+            and `build`.
+        measure_new_users: collective; returns the measures of a checkpoint on users who are not in the training data:
+            the users in the files of a path, of whom a fraction of their items is known. None if unsupported.
+        open: collective; opens the vectors of a checkpoint by the name of a table; None for the default table. None if
+            vectors are plain rows of tables.
+        recommend: collective; yields the best items of users by a checkpoint. None if unsupported.
+        score: collective; opens a checkpoint to score rows of files, which the section `data` of the configuration
+            describes. None if unsupported.
+        pack: opens a checkpoint to write a package, in one process. None if unsupported.
+        report: collective; yields the model's own sections of the report from a checkpoint, in bounded time. If it
+            raises UserError, the report lacks the remaining sections. None if there are no such sections.
+        tuning: describes how `embedtrain tune` searches for settings; None if it cannot.
     """
 
     config: type[ConfigT]
@@ -269,7 +270,7 @@ class Recipe(Generic[ConfigT, DataT]):
 
 
 def around(value: float, factor: float) -> str:
-    """Returns a range of `Tuning.space` around a setting's value, on a logarithmic scale."""
+    """Returns a logarithmic range for `Tuning.space`, from `value / factor` to `value * factor`."""
     return f"{value / factor:.4g}:{value * factor:.4g}:log"
 
 
@@ -282,14 +283,14 @@ def table_spec(
     init: Init = "uniform",
     init_scale: float | None = None,
 ) -> TableSpec:
-    """Returns a table as a configuration stores and trains it.
+    """Returns the declaration of a table with the dtype, dim and optimizer of a configuration.
 
     Args:
-        config: of the run.
-        name: of the table.
-        num_rows: rows.
-        dim: columns; None for `table.dim`.
-        init: distribution of the first values; see `TableSpec`.
+        config: configuration of the run.
+        name: name of the table.
+        num_rows: number of rows.
+        dim: length of the vectors; None for `table.dim`.
+        init: distribution of the initial values; see `TableSpec`.
         init_scale: see `TableSpec`.
     """
     return TableSpec(
@@ -304,22 +305,22 @@ def table_spec(
 
 
 def save_bytes_of(checkpoint: CheckpointConfig) -> int | None:
-    """Returns how much memory a rank's save in the background may take; None for no bound."""
+    """Returns the maximum memory of a background save on a rank, in bytes; None for no limit."""
     return checkpoint.max_extra_memory_bytes if checkpoint.mode == "async" else 0
 
 
 def collection_options(config: Config, runtime: Runtime, *, is_trained: bool = True) -> CollectionOptions:
-    """Returns the options of an `EmbeddingCollection` that a configuration gives.
+    """Returns the options of an `EmbeddingCollection` for a configuration.
 
     Args:
-        config: its section `table`, above all.
-        runtime: of this process.
-        is_trained: whether the tables are trained, and so saved meanwhile.
+        config: configuration of the run.
+        runtime: runtime of this process.
+        is_trained: whether the tables are trained; then "auto" placement reserves memory for background saves.
     """
     table = config.table
     placement: PlacementChoice | Auto = table.placement
     if placement == "auto" and is_trained:
-        placement = Auto(save_bytes_of(config.checkpoint) or 0)  # without a bound, nothing can be left for it
+        placement = Auto(save_bytes_of(config.checkpoint) or 0)  # without a limit, nothing can be reserved
     return CollectionOptions(
         device=runtime.device,
         ranks=runtime.ranks,
@@ -331,7 +332,7 @@ def collection_options(config: Config, runtime: Runtime, *, is_trained: bool = T
 
 
 def table_blocks(reader: CheckpointReader, spec: TableSpec) -> Iterator[Tensor]:
-    """Yields the rows of a table of a checkpoint in the order of the ids, some MiB at a time."""
+    """Yields the rows of a checkpoint's table in the order of ids, in blocks of some MiB."""
     name = f"{spec.name}/weight"
     layout = read_layout(reader.tensors[name].layout, spec.num_rows, spec.name)
     at_once = max(1, _BLOCK_BYTES // (4 * spec.dim))

@@ -1,4 +1,4 @@
-"""What a model of interactions is compared with: popularity, item-kNN and EASE, each fitted in closed form."""
+"""Baselines for models of interactions: popularity, item-kNN and EASE, each fitted in closed form."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from embedtrain.recipes.lists import measure_best
 _logger = logging.getLogger(__name__)
 
 Scores = Callable[[Any], NDArray[np.float32]]
-"""Returns the scores [n, num_items] of all items for histories, a sparse matrix [n, num_items] of zeros and ones."""
+"""Maps histories, a sparse matrix [n, num_items] of zeros and ones, to the scores of all items, [n, num_items]."""
 
 MAX_EASE_ITEMS = 46_340
-"""LAPACK counts the entries of a matrix in 32 bits."""
+"""Maximum number of items of `ease`, because LAPACK counts the entries of a matrix in 32 bits."""
 
 _ROWS_AT_ONCE = 1024
 
 
 def popularity(known: Bags, num_items: int) -> Scores:
-    """Returns scores that are the items' numbers of users."""
+    """Returns scores that equal the number of users of each item."""
     counts = np.bincount(known.values, minlength=num_items).astype(np.float32)
     return lambda histories: np.broadcast_to(counts, histories.shape)
 
 
 def item_knn(known: Bags, num_items: int, *, neighbors: int, shrink: float, alpha: float = 0.5) -> Scores:
-    """Fits item-kNN: an item's score is the sum of its similarities to the user's items among its nearest ones.
+    """Fits item-kNN: an item's score is the sum of its similarities to those of its neighbours that the user has.
 
-    How similar an item with `b` users is to an item of the user with `a` users, `c` of them both:
-    c / (a ** alpha * b ** (1 - alpha) + shrink).
+    The similarity of an item with `b` users to an item of the user with `a` users is
+    c / (a ** alpha * b ** (1 - alpha) + shrink), if `c` users have both.
 
     Args:
         known: the items of each user.
-        num_items: in all.
-        neighbors: how many items are near to each.
-        shrink: how much similarities count less if they stand on few users.
-        alpha: in [0, 1]; 0.5 gives cosines. A larger one scores popular items higher.
+        num_items: number of all items.
+        neighbors: number of neighbours per item.
+        shrink: reduces similarities that are based on few users.
+        alpha: in [0, 1]; 0.5 gives cosines, and larger values score popular items higher.
 
     Source: Sarwar et al. 2001, "Item-based collaborative filtering recommendation algorithms"; shrinkage and alpha as
     in Ferrari Dacrema et al. 2019, "Are we really making much progress?", alpha from Aiolli 2013, "Efficient top-N
@@ -65,7 +65,7 @@ def item_knn(known: Bags, num_items: int, *, neighbors: int, shrink: float, alph
             others, common = others[is_other], common[is_other]
             near = common / (norms[others] * own_norms[item] + shrink)
             if len(near) > neighbors:
-                # Of equal similarities the items with the lower rows, whatever the order in the block.
+                # Items with lower rows win ties, so that the result does not depend on the order in the block.
                 kept = np.lexsort((others, -near))[:neighbors]
                 others, near = others[kept], near[kept]
             rows.append(others)
@@ -77,20 +77,23 @@ def item_knn(known: Bags, num_items: int, *, neighbors: int, shrink: float, alph
 
 
 def ease_bytes(num_items: int) -> int:
-    """Returns how much memory `ease` takes: a matrix of all pairs of items, and blocks of it."""
+    """Returns the memory of `ease` in bytes: a matrix of all pairs of items, and some blocks of it."""
     return 4 * num_items * (num_items + 3 * _ROWS_AT_ONCE)
 
 
 def ease(known: Bags, num_items: int, *, regularization: float) -> Scores:
-    """Fits EASE: the linear model of items by items without itself, of least squares with a penalty.
+    """Fits EASE: a linear model that predicts each item from the user's other items, by ridge regression.
 
     With X [users, items] of zeros and ones and P = inv(X'X + regularization I), the weights are -P / diag(P), and zero
-    on the diagonal. P is computed in the place of X'X.
+    on the diagonal. P overwrites X'X in memory.
 
     Args:
         known: the items of each user.
-        num_items: in all; at most `MAX_EASE_ITEMS`.
-        regularization: the penalty on the squares of the weights.
+        num_items: number of all items, at most `MAX_EASE_ITEMS`.
+        regularization: penalty on the squares of the weights.
+
+    Raises:
+        UserError: the regularization is too small.
 
     Source: Steck 2019, "Embarrassingly shallow autoencoders for sparse data".
     """
@@ -102,14 +105,14 @@ def ease(known: Bags, num_items: int, *, regularization: float) -> Scores:
     for start in range(0, num_items, _ROWS_AT_ONCE):
         gram[start : start + _ROWS_AT_ONCE] = (by_item[start : start + _ROWS_AT_ONCE] @ users).toarray()
     gram[np.diag_indices(num_items)] += np.float32(regularization)
-    # The transpose of a symmetric matrix has the order of LAPACK, which then works in place.
+    # LAPACK needs column-major order, which the transpose has, to work in place; the matrix is symmetric.
     factor, failed = lapack.spotrf(gram.T, lower=1, overwrite_a=1, clean=0)
     if failed == 0:
         factor, failed = lapack.spotri(factor, lower=1, overwrite_c=1)
     if failed != 0:
         raise UserError(f"EASE cannot be solved with a regularization of {regularization:g}: give a larger one")
     inverse = factor.T
-    # LAPACK fills one triangle; of the transpose it is the upper one.
+    # LAPACK fills only the lower triangle, which is the upper one of the transpose.
     diagonal = np.diagonal(inverse).copy()
     for start in range(0, num_items, _ROWS_AT_ONCE):
         stop = min(start + _ROWS_AT_ONCE, num_items)
@@ -125,15 +128,15 @@ def ease(known: Bags, num_items: int, *, regularization: float) -> Scores:
 def measure_scores(
     scores: Scores, num_items: int, histories: Bags, known: Bags | None, held_out: Bags, ks: Sequence[int]
 ) -> dict[str, float]:
-    """Measures what scores recommend; see `measure_best`. Of equal scores the more popular item comes first.
+    """Measures the recommendations of a baseline; see `measure_best`. More popular items win ties.
 
     Args:
-        scores: of all items for some histories.
-        num_items: in all; their rows are in order of popularity.
-        histories: the items of each user by which the others are scored.
-        known: the items of each user that are left out of the lists; None to leave out none.
-        held_out: the items to find.
-        ks: lengths of the list.
+        scores: the fitted baseline.
+        num_items: number of all items; rows are in order of popularity.
+        histories: the items of each user from which all items are scored.
+        known: items of each user to leave out of the lists; None to leave out none.
+        held_out: the items to find, by user.
+        ks: lengths of the lists.
     """
     matrix = _matrix(histories, num_items)
 
@@ -150,13 +153,13 @@ def measure_scores(
 
 def _keys(scores: Tensor) -> Tensor:
     """Returns int64 keys in the order of float32 scores [n, m]; of equal scores the first has the largest key."""
-    bits = (scores + 0.0).view(torch.int32)  # -0 becomes 0
+    bits = (scores + 0.0).view(torch.int32)  # adding 0.0 turns -0.0 into 0.0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return (ordered.long() << 32) - torch.arange(scores.shape[1])
 
 
 def _matrix(known: Bags, num_items: int) -> Any:
-    """Returns users by items as a sparse matrix of ones."""
+    """Returns the sparse matrix [users, items] with a 1 per item of a user."""
     from scipy import sparse
 
     ones = np.ones(len(known.values), np.float32)

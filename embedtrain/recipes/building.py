@@ -1,4 +1,4 @@
-"""From a configuration of any model: what its run trains, and what its run asks of its machines."""
+"""Builds the parts of a run and its workload from a configuration of any model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from embedtrain.train.run_folder import RunFolder
 from embedtrain.train.task import Parts
 
 Check = Callable[[Sizes], None]
-"""Called on every rank before any table is made; raises UserError if there is no room for the tables."""
+"""Called on every rank before a table is created; raises UserError if the tables do not fit into memory."""
 
 
 def build_parts(
@@ -26,13 +26,13 @@ def build_parts(
     """Prepares the data and builds model, optimizers and batches. Collective: every rank.
 
     Args:
-        config: of the run.
-        runtime: of this process.
+        config: configuration of the run.
+        runtime: runtime of this process.
         check: called with the sizes of the tables.
-        prepared: what `Recipe.prepare` returned for this run, if it was called already.
+        prepared: result of `Recipe.prepare` for this run; None to call it.
 
     Raises:
-        UserError: on every rank alike; the data cannot be used, or `check` raised it on any.
+        UserError: raised on every rank; the data cannot be used, or `check` raised an error on any rank.
     """
     recipe = recipe_of(config.model)
 
@@ -47,10 +47,10 @@ def build_parts(
 
 
 def workload_of(config: Config, sizes: Sizes) -> Workload:
-    """Returns what a run asks of its machines.
+    """Returns the workload of a run.
 
     Raises:
-        UserError: something is unknown, or rows are given for a table that does not exist.
+        UserError: a size is unknown, or a size is given for a table that does not exist.
     """
     sizes.require_known(config.table_names())
     asked: Workload = recipe_of(config.model).workload(config, sizes)

@@ -1,4 +1,4 @@
-"""The best items for each of many vectors over the whole catalogue, by shards and in batches."""
+"""Finds the best items over the whole catalogue for many vectors, by shards and in batches."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _ITEMS_AT_ONCE = 16384
 
 
 class Catalogue:
-    """The vectors of all items as they are now; each rank holds the vectors of its part of the rows.
+    """Holds the vectors of all items at the time of creation; each rank holds an equal share.
 
-    Collective: every rank makes one, and calls its methods with the same arguments.
+    Collective: every rank creates one, and calls its methods with the same arguments.
 
     Args:
-        encode: collective; returns the vectors [n, dim] of rows of items [n].
-        num_items: how many items there are.
-        ranks: those that share the items.
+        encode: collective; returns the vectors [n, dim] of items [n].
+        num_items: number of all items.
+        ranks: the ranks that share the items.
 
     Attributes:
-        num_items: how many items there are.
+        num_items: number of all items.
     """
 
     def __init__(self, encode: Callable[[Tensor], Tensor], num_items: int, ranks: Ranks) -> None:
@@ -42,7 +42,7 @@ class Catalogue:
 
     @torch.no_grad()
     def _encoded(self, mine: range) -> Iterator[Tensor]:
-        # As many look-ups on every rank as the one with the most rows needs.
+        # Every rank makes the same number of look-ups, because they are collective.
         for start in range(0, -(-self.num_items // self._ranks.size) or 1, _ITEMS_AT_ONCE):
             part = mine[start : start + _ITEMS_AT_ONCE]
             yield self._encode(torch.arange(part.start, part.stop))
@@ -53,12 +53,12 @@ class Catalogue:
 
         Args:
             users: [n] rows of `known`, the same on every rank.
-            k: how many; fewer if there are no more items.
-            known: the items of each user, which are left out; None to leave out none.
-            queries: [n, dim], the vectors of the users.
+            k: number of items per user; at most the number of all items.
+            known: items of each user to leave out; None to leave out none.
+            queries: [n, dim]; vectors of the users.
 
         Returns:
-            [n, k] int64 rows of items, -1 if a user has no more, and their scores [n, k], on the CPU.
+            [n, k] int64 rows of items, -1 after the last item of a user, and their scores [n, k]; on the CPU.
         """
         k = min(k, self.num_items)
         excluded = None if known is None else known.of(users)
@@ -73,7 +73,7 @@ class Catalogue:
             items = torch.cat([items, best.indices + self._first + start], dim=1)
             scores, items = k_best(scores, items, k)
         counts = [len(users)] * self._ranks.size
-        # Rank by rank below each other; then beside each other, to choose among.
+        # The lists of all ranks arrive one after another, and are placed side by side to choose the best.
         scores, items = (
             self._ranks.all_gather_rows(part, counts).view(len(counts), len(users), k).transpose(0, 1).flatten(1)
             for part in (scores, items)
@@ -83,7 +83,7 @@ class Catalogue:
 
 
 def named_lists(names: Sequence[str], best: Tensor, scores: Tensor, item_ids: Sequence[str]) -> list[Recommendation]:
-    """Returns what `Catalogue.best` found, under the names of the users and the raw ids of the items."""
+    """Returns the result of `Catalogue.best` with the names of users and the raw ids of items."""
     lists: list[Recommendation] = []
     for name, chosen, worth in zip(names, best.tolist(), scores.tolist(), strict=True):
         found = [item_ids[item] for item in chosen if item >= 0]
@@ -92,7 +92,7 @@ def named_lists(names: Sequence[str], best: Tensor, scores: Tensor, item_ids: Se
 
 
 def _exclude(scores: Tensor, excluded: tuple[NDArray[np.int64], NDArray[np.int64]], first: int) -> None:
-    """Puts minus infinity in place at the excluded items of each row of scores of items `first` and on."""
+    """Sets the scores of each row's excluded items to minus infinity, in place; column 0 is item `first`."""
     items, lengths = excluded
     rows = np.repeat(np.arange(len(lengths)), lengths)
     is_here = (items >= first) & (items < first + scores.shape[1])
@@ -115,13 +115,13 @@ def measure_lists(
     Args:
         catalogue: the items.
         queries: collective; returns the vectors of users.
-        known: the items of each user that are left out of the lists; None to leave out none.
-        held_out: the items to find; -1 for one that cannot be found, and counts as missed.
-        ks: lengths of the list.
-        alive: called now and then.
+        known: items of each user to leave out of the lists; None to leave out none.
+        held_out: the items to find, by user; -1 for an item without a row, which counts as missed.
+        ks: lengths of the lists.
+        alive: called after each batch of users.
 
     Returns:
-        As `measure_best`.
+        The measures of `measure_best`.
     """
 
     def best(users: NDArray[np.int64]) -> Tensor:

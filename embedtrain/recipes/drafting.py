@@ -1,4 +1,4 @@
-"""A first configuration for files of rows, by the first model that can use their columns."""
+"""Drafts a first configuration for data files with columns."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from embedtrain.recipes.registry import BUILT_IN, recipe_of
 
 
 def draft(path: str, model: str | None = None, label: str | None = None) -> str:
-    """Returns a configuration as YAML for files of rows.
+    """Returns a first configuration as YAML for data files with columns.
 
     Args:
         path: a file, a glob or a folder of csv, tsv, jsonl or parquet.
-        model: whose; None for the first model that can use the columns, those that predict a column before the others.
+        model: name of the model; None for the first model that can use the columns. Models that predict a column are
+            tried first.
         label: the column that the model predicts; None to guess it.
 
     Raises:
-        UserError: the files cannot be read, or have no columns that the model could use.
+        UserError: the files cannot be read, or the model cannot use their columns.
     """
     names = [name for name in reversed(BUILT_IN) if recipe_of(name).draft is not None]
     if model is not None and model not in names:
@@ -34,5 +35,5 @@ def draft(path: str, model: str | None = None, label: str | None = None) -> str:
         except UserError as error:
             errors.append(error)
             reasons.append(f"no configuration of {name}: {str(error).removeprefix(f'{path}: ')}")
-    # A label is for the first of the models alone.
+    # With a label only the first error matters, because only the first model predicts a column.
     raise errors[0] if len(errors) == 1 or label is not None else UserError(f"{path}: {'; '.join(reasons)}")

@@ -1,4 +1,4 @@
-"""Runs that begin with all that another run knows, and with rows for what is new in their data."""
+"""Starts runs from the tables, optimizer state and dense part of another run, with rows for new names in the data."""
 
 from __future__ import annotations
 
@@ -45,23 +45,23 @@ from embedtrain.train.state import TrainState, read_run_state
 _logger = logging.getLogger(__name__)
 
 _STEP = 0
-"""A run that was started from another has made no step of its own yet."""
+"""Step of the first checkpoint of a run that starts from another."""
 
 _LASTING = ("model ", "table.dim ", "table.dtype ", "optimizer.name ", "optimizer.tables", "dense_optimizer.name ")
-"""Begin the settings that decide what the tensors of a checkpoint are."""
+"""Prefixes of the settings that determine the tensors of a checkpoint."""
 
 _OWN = ("init_from", "base_vocabulary")
-"""The last names of settings that give the rows of a new run their names or values."""
+"""Last parts of the keys that give rows names or values, which a run that starts from another cannot have."""
 
 
 @dataclass(frozen=True)
 class GrownTable:
-    """What became of a table.
+    """Holds the row counts of a table in the new run.
 
     Attributes:
-        name: of the table.
-        num_kept: rows taken over.
-        num_new: rows that came in.
+        name: name of the table.
+        num_kept: number of rows from the other run.
+        num_new: number of new rows.
     """
 
     name: str
@@ -71,11 +71,11 @@ class GrownTable:
 
 @dataclass(frozen=True)
 class Begun:
-    """A run that was started from another.
+    """Holds the result of `begin_from`.
 
     Attributes:
-        tables: what became of each.
-        prepared: what `Recipe.prepare` returned for the run.
+        tables: row counts of each table.
+        prepared: result of `Recipe.prepare` for the run.
     """
 
     tables: list[GrownTable]
@@ -83,20 +83,20 @@ class Begun:
 
 
 def grow_run(run_path: str, new_path: str, overrides: Sequence[str], runtime: Runtime) -> list[GrownTable]:
-    """Makes a run that is started from another, with rows for what is new in other data; see `begin_from`.
+    """Creates a run that starts from another, with rows for new names in other data; see `begin_from`.
 
     Args:
-        run_path: folder of a run whose model can grow and whose tables all have names.
+        run_path: folder of a run whose model can grow and whose rows all have names.
         new_path: folder of the new run.
-        overrides: `key=value` each, settings that replace those of the old run; `Grow.data_key` among them.
-        runtime: of this process, which must be alone.
+        overrides: settings `key=value` that replace those of the old run; they must include `Grow.data_key`.
+        runtime: runtime of this process, which must be the only one.
 
     Raises:
-        UserError: the run cannot grow, a setting cannot change, or there is something at `new_path`.
-        CheckpointError: the checkpoint is damaged, or does not hold what the configuration says.
+        UserError: the run cannot grow, a setting cannot change, or `new_path` is not empty.
+        CheckpointError: the checkpoint is damaged, or does not fit its configuration.
     """
     if runtime.world_size != 1:
-        raise UserError(f"expected one process, and this is one of {runtime.world_size}: run grow without torchrun")
+        raise UserError(f"grow runs in one process, got {runtime.world_size} processes: run it without torchrun")
     old_folder, folder = RunFolder(run_path), RunFolder(new_path)
     if latest_checkpoint(old_folder.checkpoints_path) is None:
         raise UserError(f"no complete checkpoint yet in {run_path!r}; train until the first one is saved")
@@ -121,11 +121,11 @@ def grow_run(run_path: str, new_path: str, overrides: Sequence[str], runtime: Ru
 
 
 class Beginning:
-    """The first checkpoint of a run that is started from another, which is undone if the run cannot be assembled.
+    """Writes the first checkpoint of a run that starts from another, and can remove it again if the run cannot start.
 
     Args:
-        config: of the run; without `start_from`, nothing is done.
-        runtime: of this process.
+        config: configuration of the run; without `start_from`, `begin` is a no-op.
+        runtime: runtime of this process.
     """
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
@@ -135,14 +135,16 @@ class Beginning:
         self._earlier: Mapping[str, Collection[str]] | None = None
 
     def begin(self) -> tuple[Any, Sizes] | None:
-        """Writes the checkpoint; returns what `Recipe.prepare` returned.
-
-        If the run has a checkpoint, nothing is done, and None is returned.
+        """Writes the checkpoint and returns the result of `Recipe.prepare`; no-op if the run already has a checkpoint.
 
         Collective: every rank.
 
+        Returns:
+            The prepared data and sizes; None if nothing was written.
+
         Raises:
-            UserError: as `begin_from`.
+            UserError: see `begin_from`.
+            CheckpointError: see `begin_from`.
         """
         if self._config.start_from is None:
             return None
@@ -157,27 +159,27 @@ class Beginning:
         return begun.prepared
 
     def undo(self) -> None:
-        """Removes, on rank 0, what was written since `begin`: a corrected command must find the folder as it was."""
+        """Removes on rank 0 all files written since `begin`, so that a corrected command finds the folder unchanged."""
         if self._earlier is not None:
             _discard(self._folder, self._earlier)
 
 
 def begin_from(config: Config, runtime: Runtime) -> Begun:
-    """Writes the first checkpoint of a run that is started from another.
+    """Writes the first checkpoint of a run that starts from another.
 
-    Rows, optimizer state, dense parameters and theirs are those of the checkpoint that answers for the other run, bit
-    for bit, under the names of the rows. With `start_from_grow`, what is new in the data gets rows, which begin as in a
-    new run. The new run begins at step 0 of its own epochs; the other is only read, and is not needed again.
+    Rows, dense parameters and their optimizer state are copied bit for bit from the other run's best or newest
+    checkpoint; rows are matched by name. With `start_from_grow`, new names in the data get rows with the initial values
+    of a new run. The new run begins at step 0 of its own epochs. The other run is only read, and is not needed later.
 
     Collective: every rank.
 
     Args:
-        config: of the new run; its folder holds no checkpoint.
-        runtime: of this process.
+        config: configuration of the new run; its folder must not have a checkpoint.
+        runtime: runtime of this process.
 
     Raises:
-        UserError: the other run cannot be gone on with by this configuration, or the data cannot be used.
-        CheckpointError: the checkpoint is damaged, or does not hold what its configuration says.
+        UserError: the configuration does not fit the other run, or the data cannot be used.
+        CheckpointError: the checkpoint is damaged, or does not fit its configuration.
     """
     assert config.start_from is not None
     old_folder, folder, ranks = RunFolder(config.start_from), RunFolder(config.run.path), runtime.ranks
@@ -214,7 +216,7 @@ def _parts(
     old_ids: Mapping[str, Tensor],
     place: tuple[int, int],
 ) -> list[TensorPart]:
-    """Returns what one rank writes: its range of the slots of each table."""
+    """Returns the parts of the checkpoint that one rank writes: its range of slots of each table."""
     states = _states_of(config.optimizer, tables)
     return [
         part
@@ -226,7 +228,10 @@ def _parts(
 
 
 def _files_of(folder: RunFolder) -> dict[str, Collection[str]]:
-    """Returns the names of the files in the folders that a run writes before its first step; "" is the run's own."""
+    """Returns the names of the files by folder, for the folders that a run writes before its first step.
+
+    The key "" stands for the run folder itself.
+    """
     names: tuple[str, ...] = ("", f"{BASE}{FEATURES_NAME}", FEATURES_NAME, KEPT_DATA_NAME, TENSORBOARD_NAME)
     steps = [storage.join(CHECKPOINTS_NAME, step) for step in storage.list_folders(folder.checkpoints_path)]
     names = (*names, CHECKPOINTS_NAME, *steps)
@@ -238,15 +243,15 @@ def _path_of(folder: RunFolder, name: str) -> str:
 
 
 def _discard(folder: RunFolder, earlier: Mapping[str, Collection[str]]) -> None:
-    """Removes what a failed attempt wrote, as far as that works: the user is told of the attempt's own error.
+    """Removes the files of a failed attempt. Errors are ignored, because the attempt's own error is raised.
 
     Args:
-        folder: of the attempt.
-        earlier: `_files_of` before it, whose files stay.
+        folder: run folder of the attempt.
+        earlier: result of `_files_of` before the attempt; these files are kept.
     """
     with suppress(Exception):
         for name, files in reversed(_files_of(folder).items()):
-            # Without its manifest, a checkpoint is none.
+            # The manifest goes first: a checkpoint without it is not valid, even if removal fails later.
             for file in sorted(files, key=lambda file: file != MANIFEST_NAME):
                 # The folder is still locked by this job.
                 if file not in earlier.get(name, ()) and not file.startswith(OWNER):
@@ -256,10 +261,10 @@ def _discard(folder: RunFolder, earlier: Mapping[str, Collection[str]]) -> None:
 
 
 def _grow_of(config: Config, run_path: str) -> Grow[Any, Any]:
-    """Returns how a run of a model goes on with another's tables.
+    """Returns the `Grow` of a run's model.
 
     Raises:
-        UserError: it cannot.
+        UserError: the model cannot start from another run.
     """
     grow = recipe_of(config.model).grow
     if grow is None:
@@ -268,14 +273,14 @@ def _grow_of(config: Config, run_path: str) -> Grow[Any, Any]:
 
 
 def _own_keys(config: Config) -> list[str]:
-    """Returns the given settings that a run which is started from another cannot have."""
+    """Returns the keys of given settings that a run cannot have if it starts from another run."""
     settings = flatten(settings_of(config))
     return [key for key, value in settings if key.rpartition(".")[2] in _OWN and value is not None]
 
 
 def _refuse_own_keys(grow: Grow[Any, Any], overrides: Sequence[str]) -> None:
     if not any(override.startswith(f"{grow.data_key}=") for override in overrides):
-        raise UserError(f"expected {grow.data_key}=PATH, the data with what is new")
+        raise UserError(f"expected {grow.data_key}=PATH, the data with new names")
     own_keys = ("run.path", "start_from", "start_from_grow")
     keys = {override: override.partition("=")[0] for override in overrides}
     own = [override for override, key in keys.items() if key in own_keys or key.rpartition(".")[2] in _OWN]
@@ -284,14 +289,14 @@ def _refuse_own_keys(grow: Grow[Any, Any], overrides: Sequence[str]) -> None:
 
 
 def _refuse_changes(config: Config, grow: Grow[Any, Any], old_folder: RunFolder) -> None:
-    """Refuses what would not fit the tensors of the other run."""
+    """Refuses settings that do not fit the tensors of the other run."""
     text = old_folder.read_config()
     if text is None:
         raise UserError(f"{old_folder.path} has no {CONFIG_NAME}: it is not the folder of a run")
     lasting = (*_LASTING, *grow.lasting)
     differing = [each for each in differing_keys(text, config) if each.startswith(lasting)]
     if of_model := [each for each in differing if each.startswith("model ")]:
-        differing = of_model  # The settings of one model say nothing of another's.
+        differing = of_model  # The other settings cannot be compared between different models.
     else:
         earlier = grow.inputs(config_from_yaml(text, old_folder.join(CONFIG_NAME)))
         differing += _differing_inputs(earlier, grow.inputs(config))
@@ -310,31 +315,31 @@ def _differing_inputs(earlier: Mapping[str, Any], inputs: Mapping[str, Any]) -> 
 
 
 def _copy_base(config: Config, grow: Grow[Any, Any], reader: CheckpointReader, old_folder: RunFolder) -> None:
-    """Copies to the new run the files of names that its data are prepared with."""
+    """Copies the files of names that preparing the data needs from the old run to the new run."""
     for name in grow.base_files(config):
         url = base_file(config, name)
         assert url is not None
         try:
             content = storage.read(old_folder.join(name))
         except FileNotFoundError as error:
-            raise UserError(f"{old_folder.path} has no {name}, which says whose rows are whose") from error
+            raise UserError(f"{old_folder.path} has no {name}, the file that names the rows") from error
         storage.make_folder(url.rpartition("/")[0])
         storage.replace(url, content, f"{url}.tmp")
     for table in config.table_names():
         if f"{table}/weight" in reader.tensors:
-            # The file is the one that the checkpoint was trained with.
+            # Raises an error if the file is not the one that the checkpoint was trained with.
             read_row_names(old_folder.path, reader.state, table, reader.table(table).shape[0])
     if grow.write_base is not None:
         grow.write_base(config, reader.state)
 
 
 def _old_ids(reader: CheckpointReader, facts: Mapping[str, Any], paths: tuple[str, str], spec: TableSpec) -> Tensor:
-    """Returns the row in the checkpoint of each row of a table, [num_rows] int64; -1 for a new one.
+    """Returns the row in the checkpoint of each row of a new table, [num_rows] int64; -1 for a new row.
 
     Args:
         reader: the checkpoint.
-        facts: of the new data.
-        paths: the folders of the old run and of the new one.
+        facts: facts of the new data.
+        paths: folders of the old run and of the new run.
         spec: the new table.
     """
     if f"{spec.name}/weight" not in reader.tensors:
@@ -345,8 +350,8 @@ def _old_ids(reader: CheckpointReader, facts: Mapping[str, Any], paths: tuple[st
     if old.is_numbered or new.is_numbered:
         if (old.noun, old.words) != (new.noun, new.words):
             raise UserError(
-                f"table {spec.name} of {paths[0]} has {_described(old, num_old)}, and would have "
-                f"{_described(new, spec.num_rows)}: only rows with names of their own can be matched"
+                f"table {spec.name} of {paths[0]} has {_described(old, num_old)}, but would have "
+                f"{_described(new, spec.num_rows)} in this run: only rows with names can be matched"
             )
         return torch.arange(num_old)
     return _rows_by_name(old, new, spec.num_rows)
@@ -361,7 +366,7 @@ def _described(names: RowNames, num_rows: int) -> str:
 
 
 def _rows_by_name(old: RowNames, new: RowNames, num_rows: int) -> Tensor:
-    # Whatever it is called, row 0 is that of all other values.
+    # With `has_others`, row 0 stands for all other values and is matched regardless of its name.
     first, old_first = int(new.has_others), int(old.has_others)
     found = np.full(num_rows, -1, np.int64)
     found[:first] = 0 if old.has_others else -1
@@ -375,13 +380,13 @@ def _check_facts(grow: Grow[Any, Any], reader: CheckpointReader, facts: Mapping[
     for key in grow.same_facts:
         if facts.get(key) != reader.state.get(key):
             raise UserError(
-                f"start_from={run_path}: its {key} differs from that of this run, and the network was trained with "
-                f"{reader.state.get(key)}"
+                f"start_from={run_path}: its {key} differs from the {key} of this run, but the network was trained "
+                f"with {reader.state.get(key)}"
             )
 
 
 def _states_of(section: OptimizerConfig, tables: Sequence[TableSpec]) -> dict[str, list[RowState]]:
-    """Returns what the optimizer keeps for a row of each table: it says so itself, of tables of one row."""
+    """Returns the optimizer state per row of each table, found by making the optimizer for tables of one row."""
     probe = EmbeddingCollection([replace(spec, num_rows=1) for spec in tables], ranks=ONE_PROCESS)
     build_optimizer(section, probe)
     return {
@@ -391,7 +396,7 @@ def _states_of(section: OptimizerConfig, tables: Sequence[TableSpec]) -> dict[st
 
 
 def _state(reader: CheckpointReader, config: Config, facts: Mapping[str, Any], run_path: str) -> dict[str, Any]:
-    """Returns what the new checkpoint says beside its tensors."""
+    """Returns the state of the new checkpoint, which is everything except tensors."""
     saved = reader.state
     dense = {"dense_optimizer": saved["dense_optimizer"]} if "dense_optimizer" in saved else {}
     return {

@@ -1,4 +1,4 @@
-"""What the models share that learn from who turned to what: from the section `data` to prepared interactions."""
+"""Shared code of the models that learn from interactions of users and items: preparing, splitting and keeping data."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ _WITHOUT_VALIDATION = (
     "evaluate.every_epochs=null",
     "evaluate.every_steps=null",
 )
-"""`Tuning.final`: the last training has the validation part too, and chooses nothing by the test part."""
+"""Settings of `Tuning.final`: train on the validation part too, and do not choose a checkpoint by the test part."""
 
 
 def interaction_options(
     data: InteractionsConfig, held_out_path: str | Sequence[str] | None, **others: Any
 ) -> InteractionOptions:
-    """Returns how a section `data` is prepared.
+    """Returns the options for preparing the interactions of a section `data`.
 
     Args:
         data: the section.
-        held_out_path: of the configuration: `evaluate.path`.
-        others: further options of `InteractionOptions`: features, bases and `keeps_order`.
+        held_out_path: the setting `evaluate.path`.
+        others: further options of `InteractionOptions`, such as features and `keeps_order`.
     """
     return InteractionOptions(
         path=data.path,
@@ -78,11 +78,11 @@ def interaction_options(
 def log_interactions(
     interactions: Interactions, test_path: str | Sequence[str] | None, *, chooses_best: bool = False
 ) -> None:
-    """Logs what was prepared, and what of it cannot be used.
+    """Logs the size of the prepared interactions, and warnings about unusable or unsuitable data.
 
     Args:
-        interactions: what was prepared.
-        test_path: the files of `evaluate.path`.
+        interactions: the prepared interactions.
+        test_path: the setting `evaluate.path`.
         chooses_best: whether the run stops early or keeps its best checkpoints.
     """
     _logger.info(
@@ -92,23 +92,23 @@ def log_interactions(
     row = int(interactions.users.counts.argmax())
     if (most := int(interactions.users.counts[row])) > _MANY_ITEMS:
         _logger.warning(
-            f"user {printable(interactions.users.words[row])!r} has {most:,} items, and takes that share of every "
+            f"user {printable(interactions.users.words[row])!r} has {most:,} items, which are a large part of every "
             "epoch: leave such users out of the data if they are programs"
         )
     for what, number in interactions.left_out.items():
         if number:
             _logger.warning(f"{number:,} {what.replace('_', ' ')}")
     if test_path is not None and not len(interactions.held_out.values):
-        _logger.warning(f"evaluate.path={test_path} has no user of the training data: all measures of it will be 0")
+        _logger.warning(f"evaluate.path={test_path} has no user of the training data: all its measures will be 0")
     if chooses_best and not interactions.has_validation and len(interactions.held_out.values):
         _logger.warning(
-            "train.early_stop and checkpoint.keep_best go by the test part, on which measures are then too good: "
-            "data.validation=auto holds out another part to choose by"
+            "train.early_stop and checkpoint.keep_best choose by the test part, so its measures will be too good: "
+            "data.validation=auto holds out a separate part for this choice"
         )
     if interactions.has_validation:
         _logger.info(
-            f"held out for validation: {len(interactions.validation.values):,} interactions; training measures itself "
-            "on them, and `embedtrain evaluate` on the test part"
+            f"held out for validation: {len(interactions.validation.values):,} interactions; training is measured on "
+            "them, and `embedtrain evaluate` uses the test part"
         )
         _warn_of_nothing_to_find(interactions.validation, "data.validation")
     if SPLIT_NAMES[-1] in interactions.split_files:
@@ -118,8 +118,8 @@ def log_interactions(
 def _warn_of_nothing_to_find(part: Bags, key: str) -> None:
     if not (part.values >= 0).any():
         _logger.warning(
-            f"{key} holds out no interaction of a user and an item that training has: all measures of it will be 0. "
-            "Hold out less with data.held_out_ratio or data.held_out_events, or by another rule"
+            f"{key} holds out no interaction whose user and item are in the training part: all measures will be 0. "
+            "Hold out less with data.held_out_ratio or data.held_out_events, or use another rule"
         )
 
 
@@ -127,7 +127,7 @@ def require_users(held_out: Bags) -> Bags:
     """Returns the test part of a run.
 
     Raises:
-        UserError: it has no user of the training data.
+        UserError: the test part has no user of the training data.
     """
     if not len(held_out.values):
         raise UserError(
@@ -138,7 +138,7 @@ def require_users(held_out: Bags) -> Bags:
 
 
 def tuning_of(space: Callable[[Any], Mapping[str, str]]) -> Tuning[Any]:
-    """Returns how `embedtrain tune` searches for the settings of a model, given its own space."""
+    """Returns the `Tuning` of a model of interactions with the given search space."""
     return Tuning(
         has_validation=lambda config: config.data.validation != "none",
         metric=lambda config: name_at("ndcg", config.evaluate.k[0]),
@@ -152,24 +152,27 @@ def rows_of(names: Sequence[str], vocabulary: Vocabulary, noun: str) -> NDArray[
     """Returns the rows of raw ids.
 
     Raises:
-        UserError: one is unknown.
+        UserError: a raw id is unknown.
     """
     rows = vocabulary.rows_of(names)
     if len(unknown := np.flatnonzero(rows < 0)):
         raise UserError(
-            f"unknown {noun} {names[int(unknown[0])]!r}: not among the {len(vocabulary):,} {noun}s of the training "
-            f"data, such as {', '.join(map(repr, vocabulary.words[:3]))}"
+            f"unknown {noun} {names[int(unknown[0])]!r}: it is not among the {len(vocabulary):,} {noun}s of the "
+            f"training data, such as {', '.join(map(repr, vocabulary.words[:3]))}"
         )
     return rows
 
 
 def heads_of(data: InteractionsConfig) -> dict[str, tuple[str, Layout]]:
-    """Returns the files of interactions that a dry run reads the beginning of; see `Recipe.heads`."""
+    """Returns the keys of files of interactions, with format and layout; see `Recipe.heads`."""
     return dict.fromkeys(("data.path", "evaluate.path"), (data.format, layout_of(data, "data")))
 
 
 def validation_of(interactions: Interactions) -> Bags:
-    """Returns the validation part of each user, without items that they have in training, which are masked."""
+    """Returns the validation part of each user, without items that the user has in training.
+
+    These items cannot be found, because they are left out of the user's recommendations.
+    """
     return without(interactions.validation, interactions.known)
 
 
@@ -177,22 +180,25 @@ def test_of(interactions: Interactions, *, is_split: bool) -> Bags:
     """Returns the test part of each user.
 
     Args:
-        interactions: of the run.
-        is_split: whether `data.split` made it. Then it comes without items that the user has before it, which are
-            masked; the files of `evaluate.path` are taken as they are.
+        interactions: interactions of the run.
+        is_split: whether the test part comes from `data.split`. Then items that the user has before the test part are
+            removed, because they are left out of the recommendations. Files of `evaluate.path` are not changed.
     """
     return without(interactions.held_out, interactions.known_before_test) if is_split else interactions.held_out
 
 
 def check_data_files(data: InteractionsConfig, interactions: Interactions, ranks: Ranks) -> Callable[[], None]:
-    """Returns what refuses files of the section `data` that have changed since; collective: every rank calls it."""
+    """Returns a function that refuses files of the section `data` that changed after they were prepared.
+
+    Collective: every rank calls the returned function.
+    """
     check = functools.partial(refuse_changes, data.path, suffixes_of(data.format), interactions.source_identities)
     return lambda: ranks.run_on_first(check)
 
 
 @dataclass(frozen=True)
 class _KeptFacts:
-    """What the run folder keeps beside the interactions: hashes of the raw ids, which lie in files of their own."""
+    """Facts kept with the interactions in the run folder: hashes of the raw ids, which are in separate files."""
 
     users: str
     items: str
@@ -204,7 +210,7 @@ def keep_interactions(interactions: Interactions, folder: RunFolder) -> None:
     folder.write_vocabulary(interactions.items, ITEMS_NAME)
     folder.write_split([os.path.join(interactions.path, name) for name in interactions.split_files])
     facts = _KeptFacts(interactions.users.fingerprint, interactions.items.fingerprint)
-    # The run folder has the raw ids anyway.
+    # These files are left out of the copy, because they were written to the run folder above.
     folder.keep_data(asdict(facts), interactions.path, leave_out=frozenset((USERS_NAME, ITEMS_NAME, *SPLIT_NAMES)))
 
 
@@ -215,8 +221,9 @@ def kept_interactions(run_path: str, prepare: Callable[[], Interactions]) -> Ite
     Collective: every rank.
 
     Raises:
-        UserError: there are none and they cannot be prepared, or the raw ids beside them are missing or others.
-        CorruptCheckpointError: they are damaged.
+        UserError: the run folder has no interactions and they cannot be prepared, or the files of raw ids are missing
+            or belong to another run.
+        CorruptCheckpointError: the interactions in the run folder are damaged.
     """
     folder = RunFolder(run_path)
     with folder.open_data(_KeptFacts) as kept:
@@ -225,8 +232,8 @@ def kept_interactions(run_path: str, prepare: Callable[[], Interactions]) -> Ite
                 interactions = prepare()
             except UserError as error:
                 raise UserError(
-                    f"{folder.kept_data_path} is missing, which says who had what in training, and the data cannot be "
-                    f"read again: {error}"
+                    f"{folder.kept_data_path} is missing, which holds the training interactions, and the data cannot "
+                    f"be read again: {error}"
                 ) from error
         else:
             interactions = Interactions(kept.path, names_path=folder.path)
@@ -235,7 +242,7 @@ def kept_interactions(run_path: str, prepare: Callable[[], Interactions]) -> Ite
 
 
 def _check_names(folder: RunFolder, interactions: Interactions, facts: _KeptFacts) -> None:
-    """Refuses raw ids of the run folder that are not those of its interactions."""
+    """Refuses files of raw ids in the run folder that do not belong to its interactions."""
     for name, fingerprint in ((USERS_NAME, facts.users), (ITEMS_NAME, facts.items)):
         try:
             names = interactions.users if name == USERS_NAME else interactions.items
@@ -244,5 +251,5 @@ def _check_names(folder: RunFolder, interactions: Interactions, facts: _KeptFact
             fault = "is missing"
         if fault is not None:
             raise UserError(
-                f"{folder.join(name)} {fault}: bring it back, or give the training command again, which writes it anew"
+                f"{folder.join(name)} {fault}: restore it, or run the training command again, which writes it again"
             )

@@ -1,4 +1,4 @@
-"""Turns the settings of a section into the layout of a text's rows; every recipe takes its layouts from here."""
+"""Converts the settings of a section to the layout of its files' rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from embedtrain.errors import UserError
 
 
 class RowsSection(Protocol):
-    """A section of a configuration that names files of rows; it may have `columns` and `delimiter` too."""
+    """A section of a configuration for files of rows; it may also have `columns` and `delimiter`."""
 
     format: str
     quote: str | None
@@ -20,7 +20,7 @@ def layout_of(section: RowsSection, key: str) -> Layout:
 
     Args:
         section: the section.
-        key: its name in the configuration, such as "data".
+        key: name of the section in the configuration, such as "data".
 
     Raises:
         UserError: a setting cannot be used; the message names its key.

@@ -1,4 +1,4 @@
-"""Measures of lists of recommendations, whoever makes the lists."""
+"""Measures recommendation lists of any model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from embedtrain.metrics.ranking import hits_of, list_measures, mean_measures, me
 
 _USERS_AT_ONCE = 1024
 _MASKED = "masked_"
-"""Begins the names of measures of lists without the items of the history."""
+"""Prefix of the names of measures of lists that leave out the items of the history."""
 
 
 def k_best(scores: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Returns the scores and items of the k best of each row, the best first; of equal ones the lower item."""
+    """Returns the scores and items of the k best of each row, the best first; equal scores are in order of items."""
     order = items.argsort(dim=1, stable=True)
     scores, items = scores.gather(1, order), items.gather(1, order)
     order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
@@ -35,15 +35,15 @@ def measure_best(
     """Measures the recommendations for all users with held-out items.
 
     Args:
-        best: returns the best items [n, max(ks) or more] of users [n], the best first, -1 for none. It is called with
-            the same users on every rank.
-        num_items: in all.
-        held_out: the items to find; -1 for one that cannot be found, and counts as missed.
-        ks: lengths of the list.
-        alive: called now and then.
+        best: returns the best items [n, max(ks) or more] of users [n], the best first, -1 for none. Called with the
+            same users on every rank.
+        num_items: number of all items.
+        held_out: the items to find, by user; -1 for an item without a row, which counts as missed.
+        ks: lengths of the lists.
+        alive: called after each batch of users.
 
     Returns:
-        "recall@20" and the like: means over the users; "item_coverage@20": the share of items in any list.
+        Means over the users, such as "recall@20"; and "item_coverage@20", the share of all items in any list.
     """
     users = np.flatnonzero(np.diff(held_out.starts))
     sums = torch.zeros(len(ks), 4, dtype=torch.float64)
@@ -66,17 +66,17 @@ def measure_best(
 def measure_next(
     measure: Callable[[Bags | None, Bags], Mapping[str, float]], histories: Bags, held_out: Bags
 ) -> dict[str, float]:
-    """Measures lists of what comes next, of users with a history.
+    """Measures predictions of next items, for users with a history.
 
     Args:
-        measure: returns the measures of the lists for held-out items, given the items of each user that are left out
-            of the lists; None to leave out none.
+        measure: returns the measures for items to leave out of each user's list (None to leave out none) and held-out
+            items.
         histories: the items of each user.
-        held_out: the items to find; -1 for one that cannot be found, and counts as missed.
+        held_out: the items to find, by user; -1 for an item without a row, which counts as missed.
 
     Returns:
-        The measures over all items; under names with `masked_` the same without the items of the history in the lists,
-        unless they are to be found.
+        The measures over all items; and with the prefix `masked_` the measures of lists without the items of the
+        history, except held-out items.
     """
     rows = held_out.rows()
     has_history = histories.lengths(rows) > 0
@@ -86,5 +86,5 @@ def measure_next(
 
 
 def names_of_next(ks: Sequence[int]) -> list[str]:
-    """Returns the names of what `measure_next` returns."""
+    """Returns the names of the measures that `measure_next` returns."""
     return [f"{begin}{name}" for begin in ("", _MASKED) for name in measure_names(ks)]

@@ -1,4 +1,4 @@
-"""Reading and comparing configurations."""
+"""Reads configurations from files and the command line, and checks them."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ _SHIPPED = Path(__file__).resolve().parents[1] / "configs"
 _logger = logging.getLogger(__name__)
 
 SEARCH = "tune"
-"""The section of a configuration file that says what `embedtrain tune` searches; no other command looks at it."""
+"""The section of a configuration file with the search space of `embedtrain tune`; other commands ignore it."""
 
 _MERGE_ERRORS = (OmegaConfBaseException, ValueError, TypeError, AttributeError, KeyError)
-"""What omegaconf raises for values that do not fit; the last four slip through it."""
+"""Errors that omegaconf raises for invalid values; it does not wrap the last four."""
 
 
 def load_config(path: str | None, overrides: Sequence[str]) -> Config:
@@ -64,23 +64,23 @@ def load_config(path: str | None, overrides: Sequence[str]) -> Config:
 
     Args:
         path: a YAML file; None for the defaults.
-        overrides: `key=value` each.
+        overrides: settings `key=value` that replace those of the file.
 
     Raises:
-        UserError: the file cannot be read, or a key or value is wrong; the message says what was meant.
+        UserError: the file cannot be read, or a key or value is invalid; the message suggests a correction.
     """
     return _to_config(read_layers(path, overrides))
 
 
 @dataclass(frozen=True)
 class Layers:
-    """A configuration before it is checked as a whole.
+    """Holds a configuration before it is checked as a whole.
 
     Attributes:
-        merged: all keys with their values, without the optimizers of single tables. The value is "???" if a key must be
-            given and is not.
-        from_file: the keys and values of files, without the options of an optimizer that the command line replaces.
-        from_command: the keys and values of the command line, which replace those of files.
+        merged: all keys with their values, except the optimizers of single tables. A required key without a value has
+            the value "???".
+        from_file: keys and values of files, without the options of an optimizer that the command line replaces.
+        from_command: keys and values of the command line, which replace those of files.
     """
 
     merged: DictConfig
@@ -89,30 +89,30 @@ class Layers:
 
     @functools.cached_property
     def sources(self) -> Mapping[str, str]:
-        """The source of the value of each key that was given."""
+        """The source of the value of each given key."""
         return {key: source for source, layer in [*self.from_file, *self.from_command] for key, _ in flatten(layer)}
 
     @functools.cached_property
     def missing(self) -> list[str]:
-        """The keys that must be given and are not."""
+        """The required keys without a value."""
         merged: Any = OmegaConf.to_container(self.merged, resolve=False)
         return [key for key, value in flatten(merged) if value == "???"]
 
 
 def read_layers(path: str | None, overrides: Sequence[str]) -> Layers:
-    """Reads a configuration that is not checked as a whole yet; keys that must be given may be missing.
+    """Reads a configuration without checking it as a whole; required keys may have no value.
 
     Raises:
-        UserError: as `load_config`; missing keys are allowed, and keys are not compared with each other.
+        UserError: see `load_config`, except that required keys may be missing and settings may contradict each other.
     """
     return _merge([] if path is None else [(path, _without_search(_read_file(path)))], overrides)
 
 
 def resolve_layers(layers: Layers) -> dict[str, Any]:
-    """Returns a configuration in full, checked; keys that must be given and are not are "???".
+    """Checks a configuration and returns all its settings; required keys without a value are "???".
 
     Raises:
-        UserError: a value is wrong.
+        UserError: a value is invalid.
     """
     resolved = settings_of(_to_config(_filled(layers)))
     for key in layers.missing:
@@ -122,10 +122,10 @@ def resolve_layers(layers: Layers) -> dict[str, Any]:
 
 
 def load_without_data(path: str | None, overrides: Sequence[str]) -> Config:
-    """Reads and checks a configuration as `load_config` does; keys that must be given and are not are "none".
+    """Reads and checks a configuration as `load_config` does; required keys without a value become "none".
 
     Raises:
-        UserError: as `load_config`; missing keys are allowed.
+        UserError: see `load_config`, except that required keys may be missing.
     """
     return _to_config(_filled(read_layers(path, overrides)))
 
@@ -142,17 +142,17 @@ def config_from_yaml(text: str, source: str, overrides: Sequence[str] = ()) -> C
 
     Args:
         text: YAML.
-        source: the file that it was read from, for messages.
-        overrides: `key=value` each.
+        source: name of the text's file, for messages.
+        overrides: settings `key=value` that replace those of the text.
 
     Raises:
-        UserError: a key or value is wrong.
+        UserError: a key or value is invalid.
     """
     return _to_config(_merge([(source, _document(text, source))], overrides))
 
 
 def _merge(files: Sequence[tuple[str, yaml.MappingNode]], overrides: Sequence[str]) -> Layers:
-    """Reads what files and the command line give, by the types of the model's keys, and joins it."""
+    """Reads the values of files and the command line by the types of the model's keys, and merges them."""
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
@@ -174,16 +174,16 @@ def _merge(files: Sequence[tuple[str, yaml.MappingNode]], overrides: Sequence[st
 
 
 def _warn_of_repeats(overrides: Sequence[str]) -> None:
-    """Says which of several values for a key counts."""
+    """Logs a warning for each key that is given several times."""
     last = {override.partition("=")[0]: override for override in overrides}
     for key, count in Counter(override.partition("=")[0] for override in overrides).items():
         if count > 1:
-            _logger.warning(f"{key} is given {count} times; the last counts: {last[key]}")
+            _logger.warning(f"{key} is given {count} times; the last value is used: {last[key]}")
 
 
 @contextmanager
 def _told_of(source: str) -> Iterator[None]:
-    """Names the source of a value that cannot be read."""
+    """Turns errors about a value into UserErrors that name its source."""
     try:
         yield
     except (ValueError, RecursionError) as error:
@@ -194,7 +194,7 @@ def _merge_layers(model: str, from_file: list[Layer], from_command: list[Layer])
     default = _config_of(model)().optimizer
     optimizer = optimizer_of(from_file, default)
     if (chosen := optimizer_of(from_command, optimizer)).name != optimizer.name:
-        # Another optimizer than the file's: what the file says of that one's formula is not meant for this one.
+        # The command line replaces the optimizer, so the options in the file for the other optimizer do not apply.
         from_file = [(source, for_another_optimizer(layer)) for source, layer in from_file]
     layers = [*from_file, *from_command]
     merged = OmegaConf.structured(_config_of(model))
@@ -224,7 +224,7 @@ def _to_config(layers: Layers) -> Config:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Turns what omegaconf raises into what a user reads."""
+    """Turns omegaconf's errors into UserErrors in plain words."""
     try:
         yield
     except UserError:
@@ -234,15 +234,15 @@ def _explained() -> Iterator[None]:
 
 
 def shipped_names() -> list[str]:
-    """Returns the names of the configurations that embedtrain brings: each stands for a file, wherever one is named."""
+    """Returns the names of embedtrain's own configurations, which can be used in place of a file's path."""
     return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
 
 
 def read_shipped(name: str) -> str:
-    """Returns a configuration that embedtrain brings, with its comments.
+    """Returns the text of one of embedtrain's own configurations, with its comments.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: there is no configuration of this name.
     """
     if name not in shipped_names():
         raise UserError(f"embedtrain brings no configuration {name!r}; it brings {', '.join(shipped_names())}")
@@ -266,10 +266,10 @@ def _read_file(path: str) -> yaml.MappingNode:
 
 
 def declared_search(path: str) -> dict[str, Any]:
-    """Returns the section `tune` of a configuration file, as it stands there; empty without one.
+    """Returns the section `tune` of a configuration file; empty if there is none.
 
     Raises:
-        UserError: the file cannot be read, or the section is no mapping.
+        UserError: the file cannot be read, or the section is not a mapping.
     """
     section = next((value for key, value in _read_file(path).value if key.value == SEARCH), None)
     if section is None:
@@ -304,7 +304,7 @@ def _document(text: str, source: str) -> yaml.MappingNode:
 
 
 def _model_of(files: Sequence[tuple[str, yaml.MappingNode]], overrides: Sequence[str]) -> str:
-    """Returns the name of the model that files and command line ask for."""
+    """Returns the name of the model that files or the command line give, or the default."""
     name, named_in = DEFAULT_MODEL, ""
     for source, document in files:
         for key, value in document.value:
@@ -329,10 +329,10 @@ def _refuse_unknown_keys(source: str, layer: Mapping[str, Any], model: str, opti
     own = _known_keys(model, optimizer)
     for key, _ in flatten(layer):
         if key.startswith(f"{TABLES}.") or _is_among(key, [*own, *_beginnings(own)]):
-            continue  # the options of single tables depend on their optimizer, and are refused with it
+            continue  # options of single tables are checked later, because they depend on the table's optimizer
         known = list(own)
         sections = list(dict.fromkeys(_beginnings(known)))
-        # The models of other packages are not asked: that would import them all.
+        # Only built-in models are searched, because other packages would have to be imported.
         owners = [name for name in BUILT_IN if name != model and _is_among(key, _known_keys(name, optimizer))]
         of_another = f" (it is one of model {' and '.join(owners)})" if owners else ""
         meant = _config_of(model).MEANT.get(key.rpartition(".")[2])
@@ -343,19 +343,19 @@ def _refuse_unknown_keys(source: str, layer: Mapping[str, Any], model: str, opti
 
 @functools.cache
 def _known_keys(model: str, optimizer: str | None = None) -> tuple[str, ...]:
-    """Returns the full keys of a model's configuration with an optimizer of a name; None for all optimizers."""
+    """Returns the full keys of a model's configuration with one optimizer; None for the options of all optimizers."""
     kinds = usable(OPTIMIZERS).values() if optimizer is None else [OPTIMIZERS[optimizer]]
     options = tuple(dict.fromkeys(option.name for kind in kinds for option in fields(kind)))
     return tuple(_keys_of(_config_of(model), options))
 
 
 def _keys_of(section: type[Any], options: Sequence[str], prefix: str = "") -> Iterator[str]:
-    """Yields the full keys of a section; NAME stands for what the user calls each entry of a dict of sections.
+    """Yields the full keys of a section; NAME stands for the user's names in a dict of sections.
 
     Args:
-        section: the class of the section.
-        options: the options of optimizers.
-        prefix: what stands before the section's own keys.
+        section: class of the section.
+        options: names of the optimizer options.
+        prefix: prefix of the keys.
     """
     hints = get_type_hints(section)
     for field in fields(section):
@@ -372,12 +372,12 @@ def _keys_of(section: type[Any], options: Sequence[str], prefix: str = "") -> It
 
 
 def setting_keys() -> list[str]:
-    """Returns the keys of all models, in order; of the entries of a dict of sections none."""
+    """Returns the sorted keys of all models, without keys inside dicts of sections."""
     return sorted({key for name in usable(RECIPES) for key in _known_keys(name) if ".NAME." not in key})
 
 
 def setting_choices(key: str) -> list[str]:
-    """Returns the values that a key can have, of any model; none if they are not few."""
+    """Returns the values of a key that has fixed choices in any model; empty if it has none."""
     if key == "optimizer.name":
         return list(OPTIMIZERS)
     return list(dict.fromkeys(choice for model in usable(RECIPES) for choice in choices_of(key, _config_of(model))))
@@ -395,7 +395,7 @@ def _is_among(key: str, patterns: Iterable[str]) -> bool:
 
 @functools.cache
 def _pattern(known: str) -> re.Pattern[str]:
-    """Returns what matches a known key, in which NAME stands for any name, also one that holds dots."""
+    """Returns the pattern of a known key, in which NAME matches any name, including names with dots."""
     return re.compile(r"\.".join(".+" if part == "NAME" else re.escape(part) for part in known.split(".")), re.DOTALL)
 
 

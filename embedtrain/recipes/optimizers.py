@@ -1,4 +1,4 @@
-"""Optimizers and evaluations from their sections."""
+"""Builds the sparse and dense optimizers from their sections of a configuration."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from embedtrain.spec import DEFAULT_OPTIMIZER, TableSpec
 
 
 def optimizer_names(section: OptimizerConfig) -> dict[str, str]:
-    """Returns the `TableSpec.optimizer` of the tables with an optimizer of their own, equal for equal ones."""
+    """Returns the `TableSpec.optimizer` of each table in `optimizer.tables`; tables with equal options share a name."""
     labels: dict[str, str] = {repr(sorted(section.row_options().items())): DEFAULT_OPTIMIZER}
     names = {}
     for table in section.tables:
@@ -31,10 +31,11 @@ def optimizer_names(section: OptimizerConfig) -> dict[str, str]:
 
 
 def build_optimizer(section: OptimizerConfig, tables: EmbeddingCollection) -> optim.SparseOptimizer:
-    """Returns the optimizer of tables whose specs have the optimizers of `optimizer_names`.
+    """Returns the optimizer of tables, whose specs must have the names of `optimizer_names`.
 
     Raises:
         UserError: a hyperparameter is out of range.
+        ValueError: a table has another `TableSpec.optimizer`.
     """
     names = optimizer_names(section)
     for table, shard in tables.shards.items():
@@ -60,7 +61,7 @@ def build_optimizer(section: OptimizerConfig, tables: EmbeddingCollection) -> op
 
 
 def states_of_row(section: OptimizerConfig, dtype: torch.dtype) -> list[Tensor]:
-    """Returns what an optimizer keeps of a table of one row and one column; no collective.
+    """Returns the state that an optimizer allocates for a table of one row and one column. Not a collective.
 
     Raises:
         UserError: a hyperparameter is out of range.
@@ -69,7 +70,7 @@ def states_of_row(section: OptimizerConfig, dtype: torch.dtype) -> list[Tensor]:
 
 
 def check_optimizers(section: OptimizerConfig) -> None:
-    """Makes the optimizers that a section asks for, of a table of one row, to find out whether they can be made.
+    """Checks the hyperparameters of a section by creating its optimizers for a table of one row.
 
     Raises:
         UserError: a hyperparameter is out of range; the message names its key.
@@ -81,7 +82,7 @@ def check_optimizers(section: OptimizerConfig) -> None:
 
 
 def cannot_damp(section: OptimizerConfig) -> str | None:
-    """Returns the first optimizer of a section that `CurvatureDamping` cannot be used with, as its key has it."""
+    """Returns the setting of the first optimizer that does not support `CurvatureDamping`; None if all do."""
     sections = {"optimizer": section, **{f"optimizer.tables.{t}": section.of_table(t) for t in section.tables}}
     for where, own in sections.items():
         if not has_row_rates(_make(own, TableGroups([_probe_group(torch.float32)]), where, {})):
@@ -107,7 +108,7 @@ def _make(
     try:
         return kind(tables, **options, **together)
     except ValueError as error:
-        # Most messages begin with the option, whose full key is then at the beginning.
+        # A message that begins with the name of an option becomes one that begins with the full key.
         is_of_option = str(error).partition(" ")[0] in {**options, **together}
         raise UserError(f"{where}{'.' if is_of_option else ': '}{error}") from error
 
@@ -115,7 +116,9 @@ def _make(
 def build_dense_optimizer(
     section: DenseOptimizerConfig, module: nn.Module, tables: EmbeddingCollection
 ) -> DenseOptimizer:
-    """Returns the optimizer of a model's dense part, on the ranks of its tables. Collective: every rank.
+    """Returns the optimizer of a model's dense part, which averages gradients over the ranks of the tables.
+
+    Collective: every rank.
 
     Raises:
         UserError: a hyperparameter is out of range.

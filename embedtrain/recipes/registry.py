@@ -1,7 +1,7 @@
-"""The models that a run can train, by name: those of this package and those of installed packages.
+"""The registry of recipes by model name: the models of embedtrain and of other installed packages.
 
-A package brings its own model by an entry point of the group `embedtrain.recipes`: the name is the value of the key
-`model`, the value a `Recipe`. A recipe is imported when its model is asked for. All recipes are imported only to
+A package adds a model by an entry point of the group `embedtrain.recipes`: its name is the value of the setting
+`model`, and its object is a `Recipe`. A recipe is imported when its model is used. All recipes are imported only to
 complete the keys of settings.
 """
 
@@ -14,7 +14,7 @@ from embedtrain.optim.registry import Registry
 from embedtrain.recipes.base import Recipe
 
 DEFAULT_MODEL = "word2vec"
-"""The model if no `model` is given."""
+"""Model of a configuration that does not name one."""
 
 BUILT_IN = {
     "word2vec": "embedtrain.recipes.word2vec.recipe:RECIPE",
@@ -22,7 +22,7 @@ BUILT_IN = {
     "ranking": "embedtrain.recipes.ranking.recipe:RECIPE",
     "sasrec": "embedtrain.recipes.sasrec.recipe:RECIPE",
 }
-"""The recipes of this package by the names of their models."""
+"""Places of embedtrain's own recipes by model name."""
 
 
 def _check(found: Any) -> Recipe[Any, Any]:
@@ -39,11 +39,11 @@ def recipe_of(model: str) -> Recipe[Any, Any]:
     """Returns the recipe of a model.
 
     Raises:
-        UserError: there is no such model, several packages offer it, or its package is broken.
+        UserError: there is no such model, several packages have it, or its package cannot be imported.
     """
     if model not in RECIPES:
         raise UserError(
-            f"there is no model {model!r}; there are {', '.join(RECIPES)}. If a package brings it, install the package "
-            "in this environment"
+            f"there is no model {model!r}; there are {', '.join(RECIPES)}. If another package has it, install "
+            "the package in this environment"
         )
     return RECIPES[model]

@@ -10,18 +10,19 @@ from embedtrain.config.values import dump
 from embedtrain.recipes.loading import read_layers, resolve_layers
 
 _COLUMN = 48
-"""Where the remarks stand, if a line is not longer."""
+"""Column of the remarks; further right after a longer line."""
 
 
 def show_config(path: str | None, overrides: Sequence[str]) -> str:
-    """Returns the resolved configuration as YAML with a remark at each value that was given: its source.
+    """Returns the resolved configuration as YAML, with a comment behind each given value that names its source.
 
     Args:
         path: a YAML file; None for the defaults.
-        overrides: `key=value` each.
+        overrides: settings `key=value` that replace those of the file.
 
     Raises:
-        UserError: as `load_config`; missing keys are allowed, and a remark says that they must be given.
+        UserError: see `load_config`, except that keys without a value are allowed. A comment says that they must be
+            given.
     """
     layers = read_layers(path, overrides)
     resolved = resolve_layers(layers)
@@ -36,7 +37,7 @@ def show_config(path: str | None, overrides: Sequence[str]) -> str:
 
 
 def _lines_of(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Yields key and line of each value that begins and ends on the line of its key, or is a list."""
+    """Yields the key and the line number of each value that is a list or fits on the line of its key."""
     for name, value in node.value:
         key = f"{prefix}{name.value}"
         if isinstance(value, yaml.MappingNode) and value.value:

@@ -1,4 +1,4 @@
-"""A trained run, opened from its folder, whichever its model."""
+"""Opens and measures a trained run of any model from its folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from embedtrain.train.run_folder import CONFIG_NAME, RunFolder
 
 
 def read_config(run_path: str) -> Config | None:
-    """Returns the configuration of the run in a folder, its path that of the folder; None if there is none."""
+    """Returns the configuration of the run in a folder, with `run.path` set to the folder; None if there is no run."""
     folder = RunFolder(run_path)
     text = folder.read_config()
     if text is None:
@@ -30,10 +30,10 @@ def read_config(run_path: str) -> Config | None:
 
 
 def require_config(run_path: str) -> Config:
-    """Returns the configuration of the run in a folder, its path that of the folder.
+    """Returns the configuration of the run in a folder, with `run.path` set to the folder.
 
     Raises:
-        UserError: there is no run in it.
+        UserError: there is no run in the folder.
     """
     config = read_config(run_path)
     if config is None:
@@ -42,28 +42,26 @@ def require_config(run_path: str) -> Config:
 
 
 def checkpoint_of(run_path: str, step: Step) -> str:
-    """Returns the path of a checkpoint of a run, and logs which it is; see `Step`.
+    """Returns the path of a checkpoint of a run, and logs its step; see `Step`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such checkpoint.
     """
     folder = RunFolder(run_path)
     return choose_checkpoint(folder.checkpoints_path, step, folder.path)
 
 
 def open_run_vectors(run_path: str, table: str | None, runtime: Runtime, step: Step = None) -> Vectors:
-    """Opens the vectors of a run's checkpoint, as they are compared with each other.
-
-    They are rows of a table, or what the model computes from rows: `Recipe.open`.
+    """Opens the vectors of a run's checkpoint: rows of a table, or vectors that `Recipe.open` computes from rows.
 
     Args:
         run_path: the run folder, any fsspec URL.
-        table: its name; None for the usual one.
-        runtime: of this process.
-        step: which checkpoint.
+        table: name of the table; None for the model's default table.
+        runtime: runtime of this process.
+        step: selects the checkpoint.
 
     Raises:
-        UserError: there is nothing to open, or no such table.
+        UserError: there is no such checkpoint or table.
     """
     config = read_config(run_path)
     recipe = None if config is None else recipe_of(config.model)
@@ -76,7 +74,7 @@ def require_held_out(config: Config) -> None:
     """Refuses to evaluate a run whose configuration names no held-out data.
 
     Raises:
-        UserError: it names none.
+        UserError: the configuration names no held-out data.
     """
     key = recipe_of(config.model).held_out
     if key is not None and value_at(config, key) is None and not config.holds_out:
@@ -89,18 +87,18 @@ def require_held_out(config: Config) -> None:
 def measure_run(
     config: Config, runtime: Runtime, step: Step = None, held_out: str | None = None
 ) -> Mapping[str, float]:
-    """Returns the measures of a run's checkpoint, those of its evaluation in training.
+    """Returns the measures of a run's checkpoint, the same measures as during training.
 
     Collective: every rank.
 
     Args:
-        config: of the run.
-        runtime: of this process.
-        step: which checkpoint.
-        held_out: path of other held-out data than those of the configuration; None for these.
+        config: configuration of the run.
+        runtime: runtime of this process.
+        step: selects the checkpoint.
+        held_out: path of held-out data; None for the held-out data of the configuration.
 
     Raises:
-        UserError: the run has no evaluation or no checkpoint, or its data are others than in training.
+        UserError: the run has no evaluation or no checkpoint, or its data have changed since training.
     """
     recipe = recipe_of(config.model)
     if held_out is not None and recipe.held_out is None:
@@ -125,17 +123,17 @@ def measure_run(
 
 
 def measure_new_users(config: Config, runtime: Runtime, step: Step, path: str, fraction: float) -> Mapping[str, float]:
-    """Returns the measures of a run's checkpoint on users who were not in the training. Collective: every rank.
+    """Returns the measures of a run's checkpoint on users who are not in the training data. Collective: every rank.
 
     Args:
-        config: of the run.
-        runtime: of this process.
-        step: which checkpoint.
+        config: configuration of the run.
+        runtime: runtime of this process.
+        step: selects the checkpoint.
         path: files of users and their items.
-        fraction: of a user's items that are known.
+        fraction: share of a user's items that the model gets; the others are to be found.
 
     Raises:
-        UserError: the model cannot, the files cannot be used, or they have no such user.
+        UserError: the model does not support this, the files cannot be used, or they have no such user.
     """
     measure = recipe_of(config.model).measure_new_users
     if measure is None:

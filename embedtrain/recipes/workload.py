@@ -25,11 +25,11 @@ _BLOCK_RATIO = 1.02
 
 @dataclass(frozen=True)
 class IdDistribution:
-    """How likely each row of a table is to be looked up. Rows that are equally likely form a block.
+    """Holds the probability with which each row of a table is looked up. Equally likely rows form a block.
 
     Attributes:
-        shares: [n]; the probability of each single row of a block.
-        num_rows: [n]; how many rows each block has.
+        shares: [num_blocks]; probability of each single row of a block.
+        num_rows: [num_blocks]; number of rows in each block.
     """
 
     shares: NDArray[np.float64]
@@ -42,9 +42,10 @@ class IdDistribution:
 
     @classmethod
     def zipf(cls, num_rows: int, exponent: float) -> IdDistribution:
-        """Returns Zipf's law: row r, counted from 1, has a weight of `r ** -exponent`; 0 is uniform.
+        """Returns Zipf's law: row r, counted from 1, has the weight `r ** -exponent`; exponent 0 is uniform.
 
-        The first 1,000 rows are exact. Further rows share blocks, so that ten billion rows are a few hundred blocks.
+        The first 1,000 rows are exact. Later rows are grouped in blocks, so that ten billion rows need only a few
+        hundred blocks.
         """
         first = np.arange(1, min(num_rows, _EXACT_RANKS) + 1, dtype=np.float64)
         if num_rows <= _EXACT_RANKS:
@@ -56,41 +57,38 @@ class IdDistribution:
         return cls.of_weights(ranks**-exponent, sizes)
 
     def thinned(self, keep: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> tuple[IdDistribution, float]:
-        """Drops some of the draws at random.
+        """Returns the distribution after random draws are dropped, and the share of draws that is kept.
 
         Args:
             keep: returns the probability that a draw of a row is kept, given the row's share of all draws.
-
-        Returns:
-            The distribution of the kept draws, and the share of all draws that is kept.
         """
         kept = self.shares * keep(self.shares)
         return IdDistribution.of_weights(kept, self.num_rows), float(np.dot(kept, self.num_rows))
 
 
 Draws = tuple[float, IdDistribution]
-"""How many ids a step draws over all ranks, and from which distribution."""
+"""The number of ids that a step draws over all ranks, and their distribution."""
 
 
 @dataclass(frozen=True)
 class TableLoad:
-    """A table, and what a step looks up in it over all ranks.
+    """Describes a table and the ids that a step looks up in it, over all ranks.
 
     Attributes:
-        name: of the table.
-        num_rows: rows.
-        dim: columns.
+        name: name of the table.
+        num_rows: number of rows.
+        dim: length of the vectors.
         value_bytes: size of one stored value.
-        state_row_bytes: size of the optimizer state that each row has once.
-        state_value_bytes: size of the optimizer state that each value of a row has.
-        draws: the ids of a step.
-        wire_bytes: size of one value of a vector or gradient between ranks; None for vectors as they are stored and
-            gradients in 4 bytes.
-        num_bags: bags of a step; None if each id has a vector of its own.
-        home_draws: ids that a rank draws from one of `home_parts` equal parts of the table. The rank owns that part
-            if the number of ranks divides the number of parts.
+        state_row_bytes: size of the optimizer state per row.
+        state_value_bytes: size of the optimizer state per value of a row.
+        draws: ids of a step.
+        wire_bytes: size of one value of a vector or gradient that is sent between ranks; None for `value_bytes` per
+            value of a vector and 4 bytes per value of a gradient.
+        num_bags: number of bags in a step; None if each id gives a vector.
+        home_draws: ids that a rank draws from one of `home_parts` equal parts of the table. If the number of ranks
+            divides the number of parts, the rank owns its part.
         home_parts: number of these parts.
-        is_scored_whole: whether each rank compares with all its rows in a step, and so updates all of them.
+        is_scored_whole: whether each rank scores all its rows in a step, and so updates all of them.
     """
 
     name: str
@@ -118,7 +116,7 @@ class TableLoad:
 
     @property
     def num_ids(self) -> float:
-        """Ids of a step over all ranks."""
+        """Number of ids in a step over all ranks."""
         return sum(number for number, _ in (*self.draws, *self.home_draws))
 
     @property
@@ -127,14 +125,14 @@ class TableLoad:
         return float(self.num_rows) if self.is_scored_whole else self._expected(1.0, 1.0)
 
     def distinct_of_rank(self, world_size: int) -> tuple[float, float]:
-        """Returns how many distinct rows a rank is expected to look up in a step, and how many other ranks own."""
+        """Returns the expected number of distinct rows that a rank looks up in a step, and that other ranks own."""
         parts = min(world_size, self.home_parts)
         home = self._expected(1 / world_size, parts / world_size) / parts
         others = self._expected(1 / world_size, 0.0) * (1 - 1 / parts)
         return home + others, others + home * (1 - parts / world_size)
 
     def of_part(self, num_parts: int) -> TableLoad:
-        """Returns what one of so many micro-batches looks up."""
+        """Returns the load of one of `num_parts` micro-batches."""
         return replace(
             self,
             draws=tuple((number / num_parts, ids) for number, ids in self.draws),
@@ -143,7 +141,7 @@ class TableLoad:
         )
 
     def _expected(self, share: float, home_share: float) -> float:
-        """Returns the expected number of distinct rows that these shares of a step's draws touch."""
+        """Returns the expected number of distinct rows in these shares of a step's draws and home draws."""
         draws = [(number * share, ids) for number, ids in self.draws]
         draws += [(number * home_share, ids) for number, ids in self.home_draws]
         if not draws:
@@ -158,13 +156,13 @@ class Workload:
 
     Attributes:
         tables: the sharded tables.
-        dense_bytes: parameters and optimizer state that every rank holds whole.
+        dense_bytes: size of the parameters and optimizer state that are replicated on every rank.
         reduced_bytes: size of the tensors that all ranks sum in a step, such as the gradients of the dense part.
-        batch_bytes: the batch of a step, over all ranks.
-        save_bytes: the most memory that a background save takes on a rank; None for no limit.
-        num_checkpoints: the most checkpoints that lie in the run folder at once, the one being written included.
-        accumulate_steps: micro-batches of a step. What `tables` look up is of all of them together; `reduced_bytes`
-            are sent once.
+        batch_bytes: size of the batch of a step, over all ranks.
+        save_bytes: maximum memory of a background save on a rank; None for no limit.
+        num_checkpoints: maximum number of checkpoints in the run folder, including one that is being written.
+        accumulate_steps: number of micro-batches per step. `tables` holds the look-ups of all of them together;
+            `reduced_bytes` are sent once per step.
     """
 
     tables: tuple[TableLoad, ...]
@@ -177,7 +175,7 @@ class Workload:
 
 
 class UnknownRowsError(UserError):
-    """The number of rows of a table depends on data that nobody has read yet."""
+    """Raised if the number of rows of a table depends on data that were not read."""
 
     def __init__(self, table: str) -> None:
         super().__init__(f"the rows of table {table!r} come from the data")
@@ -185,7 +183,7 @@ class UnknownRowsError(UserError):
 
 
 class UnknownBagLengthError(UserError):
-    """The mean number of ids per bag depends on data that nobody has read yet."""
+    """Raised if the mean number of ids per bag depends on data that were not read."""
 
     def __init__(self, table: str) -> None:
         super().__init__(f"the number of ids in a bag of {table!r} comes from the data")
@@ -194,15 +192,16 @@ class UnknownBagLengthError(UserError):
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of tables that depend on the data: known from the data or from a run, or assumed.
+    """Holds the sizes of tables that depend on the data: measured, taken from a run, or assumed.
 
     Attributes:
-        num_rows: rows by table, of the tables whose rows are known.
-        bag_lengths: mean number of ids per bag, by table.
-        default_num_rows: rows of every other table; None if unknown.
-        default_bag_length: mean ids per bag of every other table; None if unknown.
-        rows_of_run: rows by table, from a checkpoint; used if `num_rows` and `default_num_rows` do not say.
-        exponent: ids follow Zipf's law with this exponent; 0 is uniform.
+        num_rows: number of rows by table, if known.
+        bag_lengths: mean number of ids per bag by table, if known.
+        default_num_rows: number of rows of all other tables; None if unknown.
+        default_bag_length: mean number of ids per bag of all other tables; None if unknown.
+        rows_of_run: number of rows by table in a checkpoint; used for tables without `num_rows` if there is no
+            `default_num_rows`.
+        exponent: exponent of Zipf's law, which the ids follow; 0 is uniform.
     """
 
     num_rows: Mapping[str, int] = field(default_factory=dict)
@@ -216,8 +215,8 @@ class Sizes:
         """Returns the number of rows of a table.
 
         Raises:
-            UnknownRowsError: it is unknown.
-            UserError: it is too large.
+            UnknownRowsError: the number is unknown.
+            UserError: the number is too large.
         """
         if table in self.num_rows:
             return _at_most_all(self.num_rows[table], table)
@@ -239,7 +238,7 @@ class Sizes:
         """Returns the mean number of ids per bag of a table.
 
         Raises:
-            UnknownBagLengthError: it is unknown.
+            UnknownBagLengthError: the number is unknown.
         """
         if table in self.bag_lengths:
             return self.bag_lengths[table]
@@ -248,10 +247,10 @@ class Sizes:
         return self.default_bag_length
 
     def require_known(self, tables: Sequence[str]) -> None:
-        """Checks that rows are given only for tables that the model has.
+        """Refuses row counts for tables that the model does not have.
 
         Raises:
-            UserError: a table is unknown.
+            UserError: `num_rows` has such a table.
         """
         unknown = sorted(self.num_rows.keys() - set(tables))
         if unknown:
@@ -273,15 +272,15 @@ def table_load(
     dim: int | None = None,
     num_bags: float | None = None,
 ) -> TableLoad:
-    """Returns a table as a configuration stores, trains and exchanges it.
+    """Returns the load of a table with the dtypes and the optimizer of a configuration.
 
     Args:
-        config: of the run.
-        name: of the table.
-        num_rows: rows.
-        draws: the ids of a step.
-        dim: columns; None for `table.dim`.
-        num_bags: bags of a step; None if each id has a vector of its own.
+        config: configuration of the run.
+        name: name of the table.
+        num_rows: number of rows.
+        draws: ids of a step.
+        dim: length of the vectors; None for `table.dim`.
+        num_bags: number of bags in a step; None if each id gives a vector.
     """
     dtype = getattr(torch, config.table.dtype)
     state = states_of_row(config.optimizer.of_table(name), dtype)
@@ -299,19 +298,19 @@ def table_load(
 
 
 def dense_sizes(modules: list[nn.Module], section: DenseOptimizerConfig) -> tuple[int, int]:
-    """Returns the bytes of the modules' parameters with their optimizer's state, and the bytes of their gradients.
+    """Returns the bytes of the modules' parameters and optimizer state, and the bytes of their gradients.
 
-    The parameters may lie on the device "meta", where they take no memory.
+    The modules may be on the device "meta", where parameters take no memory.
     """
     num_values = sum(parameter.numel() for module in modules for parameter in module.parameters())
     return 4 * num_values * (1 + _states_of_value(section.name)), 4 * num_values
 
 
 def _states_of_value(name: str) -> int:
-    """Returns how many numbers a dense optimizer keeps for each value of a parameter, by a step of one value."""
+    """Returns the number of state values per parameter value of a dense optimizer, found by a trial step."""
     probe = nn.Linear(1, 1, bias=False)
     optimizer = DenseOptimizer(probe, name=name, ranks=ONE_PROCESS)
     probe.weight.grad = torch.ones_like(probe.weight)
     optimizer.step(1.0)
-    # A count of steps has no dimension, and each parameter has one.
+    # Counts only tensors shaped like the parameter, because step counts are scalars; 1 is the parameter itself.
     return sum(tensor.dim() == 2 for tensor in optimizer.tensors().values()) - 1

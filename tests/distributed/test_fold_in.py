@@ -118,7 +118,10 @@ def test_strong_generalisation_is_measured(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["recommend", "RUN", "--items", "i00,x9"], "unknown item 'x9': not among the 24 items of the training data"),
+        (
+            ["recommend", "RUN", "--items", "i00,x9"],
+            "unknown item 'x9': it is not among the 24 items of the training",
+        ),
         (
             ["recommend", "nowhere", "--items", "i00,i00"],
             "--items i00,i00: expected different names, separated by commas",

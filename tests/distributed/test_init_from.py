@@ -60,7 +60,7 @@ def test_known_words_are_copied_and_others_begin_as_usual_on_any_number_of_ranks
     ("content", "message"),
     [
         ("a 1 2\n", "expected vectors of dim 8"),
-        (f"the {'1 ' * DIM}\nof {'2 ' * DIM}\n", "none of its 2 names is among the table's 101; it begins with 'the'"),
+        (f"the {'1 ' * DIM}\nof {'2 ' * DIM}\n", "none of its 2 names is among the table's 101 names"),
         (f"w5 {'nan ' * DIM}\n", "the vector of 'w5' has a value that is not finite"),
     ],
 )

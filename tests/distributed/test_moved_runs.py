@@ -136,7 +136,7 @@ def test_data_that_are_missing_are_named(answer: Answer, capfd: pytest.CaptureFi
     Path("data/train.csv").unlink()
     assert main(["recommend", "run", "u3"]) == 2
     said = capfd.readouterr().err
-    assert "run/kept_data is missing, which says who had what in training, and the data cannot be read again" in said
+    assert "run/kept_data is missing, which holds the training interactions, and the data cannot be read again" in said
     assert "data/train.csv: no such file" in said
 
 
@@ -161,10 +161,10 @@ def test_raw_ids_have_one_home_and_are_those_of_the_run(answer: Answer, capfd: p
     whole = names.read_text()
     names.write_text("".join(reversed(whole.splitlines(keepends=True))))
     assert main(["recommend", "run", "u3"]) == 2
-    assert "run/users.tsv does not hold the raw ids of this run: bring it back" in capfd.readouterr().err
+    assert "run/users.tsv does not hold the raw ids of this run: restore it" in capfd.readouterr().err
     names.unlink()
     assert main(["recommend", "run", "u3"]) == 2
-    assert "run/users.tsv is missing: bring it back" in capfd.readouterr().err
+    assert "run/users.tsv is missing: restore it" in capfd.readouterr().err
 
 
 def test_damage_of_kept_data_is_told_and_mended_by_training(answer: Answer, capfd: pytest.CaptureFixture[str]) -> None:

@@ -334,7 +334,7 @@ def test_mistakes_are_one_clear_line(folder: Path, capfd: pytest.CaptureFixture[
     assert command(capfd, *train)[0] == 0
     run = str(folder / "run")
     line = refused(capfd, "recommend", run, "42")
-    assert f"unknown user '42': not among the {NUM_GROUPS * USERS_PER_GROUP} users" in line
+    assert f"unknown user '42': it is not among the {NUM_GROUPS * USERS_PER_GROUP} users" in line
     assert "unknown item 'g1-i99'" in refused(capfd, "neighbors", run, "g1-i99")
     assert "has no table 'word'" in refused(capfd, "neighbors", run, "x", "--table", "word")
     assert "expected the ids of users" in refused(capfd, "recommend", run)

@@ -165,7 +165,7 @@ def test_who_chooses_by_the_test_part_is_warned(
     config, runtime = load_config(None, ["model=retrieval", *TRAIN[2:], *settings]), Runtime(ONE_PROCESS, 0, CPU)
     assert isinstance(config, RetrievalConfig)
     recipe.prepare(config, runtime)
-    assert ("go by the test part" in caplog.text) == is_warned
+    assert ("choose by the test part" in caplog.text) == is_warned
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""How much the negatives' term of a loss weighs unless the configuration says so."""
+"""The default weight of the negatives' term in retrieval losses."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def default_negative_weight(loss: Loss, counts: NDArray[np.int64]) -> float:
     """Returns the weight of the negatives' term.
 
     Args:
-        loss: what training makes small.
-        counts: [num_items]; interactions of each item.
+        loss: the training loss.
+        counts: [num_items]; number of interactions of each item.
     """
     if loss == "cosine_contrastive":
         return _OF_CONTRAST
@@ -28,9 +28,9 @@ def default_negative_weight(loss: Loss, counts: NDArray[np.int64]) -> float:
 
 
 def popularity_skew(counts: NDArray[np.int64]) -> float:
-    """Returns the relative entropy of the items' popularity to a uniform one, in nats; 0 if all have equal counts.
+    """Returns the Kullback-Leibler divergence of the items' popularity from the uniform distribution, in nats.
 
-    Items without interactions are left out.
+    It is 0 if all counts are equal. Items without interactions are left out.
     """
     counts = counts[counts > 0]
     shares = counts / max(1, counts.sum())

@@ -180,4 +180,4 @@ def test_of_a_key_that_is_given_twice_the_last_counts_and_that_is_said(
 ) -> None:
     assert main(["config", "show", "data.path=x", "seed=3", "seed=4"]) == 0
     assert "seed: 4" in capfd.readouterr().out
-    assert "seed is given 2 times; the last counts: seed=4" in caplog.text
+    assert "seed is given 2 times; the last value is used: seed=4" in caplog.text

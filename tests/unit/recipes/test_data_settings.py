@@ -68,4 +68,4 @@ def test_rows_that_are_read_as_text_and_held_out_strangers_are_warned_of(caplog:
     assert "clicks.jsonl: read as text, names of columns and all" in caplog.text
     assert "data.format=jsonl, with data.basket_column and data.item_column" in caplog.text
     prepare("retrieval", "data.path=pairs.csv", "evaluate.path=strangers.csv")
-    assert "evaluate.path=strangers.csv has no user of the training data: all measures of it will be 0" in caplog.text
+    assert "evaluate.path=strangers.csv has no user of the training data: all its measures will be 0" in caplog.text

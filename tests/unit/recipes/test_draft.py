@@ -278,7 +278,7 @@ def test_missing_labels_and_numbers_with_a_few_texts_are_told() -> None:
     write_csv("train.csv", found)
     text = draft("train.csv")
     assert "; 2 rows have none" in text and "have no label; 2 leaves out so many" in text
-    assert "these look like numbers but for NA (1 row)" in text
+    assert "values look like numbers except NA (1 row)" in text
     assert data_of(text)["label"] == "clicked"
 
 
