@@ -103,8 +103,8 @@ def test_a_run_answers_from_its_folder_alone(capfd: pytest.CaptureFixture[str]) 
     for arguments, message in (
         (["u3", "nobody"], "unknown user 'nobody'"),
         (["--items", "i3,i99"], "unknown item 'i99'"),
-        (["--items", "i3", "--index", "x"], "--index: a run of sasrec answers from histories"),
-        (["--features", "x.csv"], "--features: a run of sasrec answers from histories"),
+        (["--items", "i3", "--index", "x"], "model=sasrec does not support --index: it predicts"),
+        (["--features", "x.csv"], "model=sasrec does not support --features: it predicts"),
     ):
         assert main(["recommend", "run", *arguments]) == 2
         assert message in capfd.readouterr().err

@@ -116,4 +116,4 @@ def test_items_and_values_start_from_files(job: Job) -> None:
     assert any(np.array_equal(row, shops[1]) for row in rows_of(job, "clicks", "shop"))
     hashed = job.run("train", "ranking.yaml", "data.num_rows=10", "run.path=hashed")
     assert hashed.returncode == 2
-    assert "data.features.shop.init_from needs rows that have names" in hashed.stderr
+    assert "data.features.shop.init_from needs rows with names" in hashed.stderr

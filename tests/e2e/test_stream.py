@@ -155,10 +155,10 @@ def test_another_stream_is_refused_where_it_differs(clicks: Job) -> None:
     ("overrides", "message"),
     [
         (["train.epochs=2"], "a stream is read once"),
-        (["schedule.name=linear"], "the end of a stream is not known"),
+        (["schedule.name=linear"], "needs the number of steps, which is not known for a stream"),
         (["data.num_rows=null"], "cannot have a vocabulary: give data.num_rows"),
         (["data.columns=null"], "give data.columns"),
-        (["data.poll_seconds=1"], "data.poll_seconds is a time between two looks at a folder"),
+        (["data.poll_seconds=1"], "data.poll_seconds must be positive and needs a streamed folder"),
     ],
 )
 def test_what_a_stream_cannot_have_is_refused(clicks: Job, overrides: list[str], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Preparing the examples of a ranking run that starts from another run with the other run's vocabularies and means."""
+"""Reads and writes the vocabularies and means that a ranking run takes from the run in `start_from`."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def read_base(config: RankingConfig) -> ClickBase | None:
         dense = parse(_Dense, json.loads(storage.read(url)))
         vocabularies = {name: _read_values(config, name) for name in _with_vocabulary(config)}
     except (FileNotFoundError, SchemaError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{config.run.path}: what it keeps of {config.start_from} cannot be read: {error}") from error
+        raise UserError(f"{config.run.path}: cannot read files of {config.start_from} in it: {error}") from error
     columns = list(click_schema(config.data).dense)
     if (dense.columns, dense.transform) != (columns, config.data.dense_transform):
         raise UserError(
-            f"start_from={config.start_from}: its network takes the numbers of data.dense={dense.columns} by "
-            f"data.dense_transform={dense.transform}, and this run has {columns} by {config.data.dense_transform}"
+            f"start_from={config.start_from}: its network has the inputs data.dense={dense.columns} with "
+            f"data.dense_transform={dense.transform}, but this run has {columns} with {config.data.dense_transform}"
         )
     return ClickBase(vocabularies, np.array(dense.mean), np.array(dense.std), takes_new_names(config))
 

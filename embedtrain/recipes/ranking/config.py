@@ -220,16 +220,17 @@ class RankingConfig(Config):
         """Refuses settings that need the end of the data or several passes, which a stream does not have."""
         data = self.data
         if not isinstance(data.path, str):
-            raise UserError(f"data.path of a stream is -, a file or a folder, got {data.path}")
+            raise UserError(f"data.path of a stream must be -, a file or a folder, got {data.path}")
         if data.poll_seconds is not None and (data.path == STANDARD_INPUT or not 0 < data.poll_seconds < math.inf):
             raise UserError(
-                f"data.poll_seconds is a time between two looks at a folder, got {data.poll_seconds} for {data.path}"
+                f"data.poll_seconds must be positive and needs a streamed folder, got {data.poll_seconds} for "
+                f"{data.path}"
             )
         if self.train.epochs != 1:
             raise UserError(f"train.epochs must be 1, because a stream is read once, got {self.train.epochs}")
         if self.schedule.name != "constant" or self.schedule.warmup:
             raise UserError(
-                f"the end of a stream is not known, and schedule.name={self.schedule.name} with "
-                f"schedule.warmup={self.schedule.warmup} is a share of the way to it: give schedule.name=constant "
-                "(optimizer.lr_decay falls with the steps)"
+                f"schedule.name={self.schedule.name} with schedule.warmup={self.schedule.warmup} needs the number of "
+                "steps, which is not known for a stream: give schedule.name=constant (optimizer.lr_decay lowers the "
+                "rate with the steps)"
             )

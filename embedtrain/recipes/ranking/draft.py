@@ -23,12 +23,12 @@ _LABELS = (
 )
 _POSITIVES = ("1", "true", "yes", "y", "t", "positive", "click")
 _FEW_VALUES = 50
-"""Maximum number of distinct integers for a column to be looked up in a table."""
+"""Columns of integers with more distinct values are dense, also if they are categorical."""
 _BOTH_VALUES = 1000
-"""Integers with at most so many values are numbers and looked up too."""
+"""Columns of integers with more distinct values are not categorical, unless their names look like ids."""
 _SHOWN_VALUES = 5
 _ROWS_OF_A_SHORT_RUN = 200_000
-"""Rows to train on over all epochs, for small files."""
+"""Number of rows to train on over all epochs, for small files."""
 
 
 def draft(path: str, found: Survey, label: str | None) -> Iterator[str]:
@@ -47,9 +47,7 @@ def _ranking(path: str, found: Survey, label: Column | None) -> Iterator[str]:
     left_out = [column for column in features if column not in dense and column not in looked_up]
     if not looked_up:
         why = "".join(f"; {column.name}, {_why_left_out(column, found)}" for column in left_out)
-        raise UserError(
-            f"{path}: no column looks like one to look up in a table; columns of numbers alone need no tables{why}"
-        )
+        raise UserError(f"{path}: no column looks categorical; a model of numbers alone needs no tables{why}")
     yield from head("ranking", path, found)
     yield "data:"
     yield f"  path: {scalar(path)}"
@@ -63,12 +61,12 @@ def _ranking(path: str, found: Survey, label: Column | None) -> Iterator[str]:
         yield commented(f"  positive: {scalar(_positive(label), quoted=True)}", "guessed: the value that counts as 1")
     if num_bad := found.num_bad + label.num_missing:
         why = "a run refuses lines that cannot be read or have no label"
-        yield commented("  max_bad_lines: 0", f"{why}; {num_bad} leaves out so many")
+        yield commented("  max_bad_lines: 0", f"{why}; {num_bad} leaves them out")
     yield "  dense:" if dense else "  dense: []"
     yield from (commented(f"  - {scalar(column.name)}", of_numbers(column)) for column in dense)
     yield "  categorical:"
     for column in looked_up:
-        both = "; a number above too" if column in dense else ""
+        both = "; also dense" if column in dense else ""
         yield commented(f"  - {scalar(column.name)}", f"{of_values(column, found)}{both}")
     bags = [column for column in looked_up if column.is_bag]
     if bags:
@@ -86,7 +84,7 @@ def _ranking(path: str, found: Survey, label: Column | None) -> Iterator[str]:
     yield "train:"
     epochs = min(30, max(3, _ROWS_OF_A_SHORT_RUN // found.num_rows)) if is_small else 1
     yield commented(f"  epochs: {epochs}", "passes over the data; more can follow in the same run")
-    yield commented(f"  global_batch_size: {256 if is_small else 4096}", "examples of a step, over all ranks")
+    yield commented(f"  global_batch_size: {256 if is_small else 4096}", "examples per step, over all ranks")
 
 
 def _label_of(columns: Sequence[Column], name: str | None) -> Column | None:
@@ -131,12 +129,12 @@ def _is_looked_up(column: Column, num_rows: int) -> bool:
 
 def _why_left_out(column: Column, found: Survey) -> str:
     if _is_looked_up(column, found.num_rows):
-        return "whose name holds '/', which that of a table may not: rename it to look it up"
+        return "whose name holds '/', which names of tables must not: rename it to use it"
     if column.num_values == 0:
         return "which has no value"
     if column.num_values == 1:
-        return "which is the same in every row"
-    return f"of which nearly every row has another value: {of_values(column, found)}"
+        return "which has the same value in every row"
+    return f"whose values are nearly all distinct: {of_values(column, found)}"
 
 
 def _positive(label: Column) -> str:

@@ -59,7 +59,7 @@ class NetworkOptions:
 
 
 class DLRM(nn.Module):
-    """DLRM: an MLP over the dot products of all pairs of features; the dense features together count as one.
+    """DLRM: an MLP over the dot products of all pairs of features; all dense features together are one feature.
 
     Features of other dims are first projected to the largest dim.
 
@@ -84,7 +84,7 @@ class DLRM(nn.Module):
         self.output = nn.Linear(options.top[-1] if options.top else width, 1)
 
     def forward(self, dense: Tensor, vectors: Sequence[Tensor]) -> Tensor:
-        """Returns logits [n] of dense features [n, num_dense] and one vector [n, dim] a feature."""
+        """Returns logits [n] of dense features [n, num_dense] and one vector [n, dim] per categorical feature."""
         inputs = [project(vector) for project, vector in zip(self.projections, vectors, strict=True)]
         if self.bottom is not None:
             inputs.insert(0, self.bottom(dense))
@@ -115,7 +115,7 @@ class DCNv2(nn.Module):
         self.output = nn.Linear(width + (options.top[-1] if options.top else 0), 1)
 
     def forward(self, dense: Tensor, vectors: Sequence[Tensor]) -> Tensor:
-        """Returns logits [n] of dense features [n, num_dense] and one vector [n, dim] a feature."""
+        """Returns logits [n] of dense features [n, num_dense] and one vector [n, dim] per categorical feature."""
         first = torch.cat([dense, *vectors], dim=1)
         crossed = first
         for layer in self.cross:
@@ -196,7 +196,8 @@ class Ranking(nn.Module):
             batch = self.prepare(batch, is_ahead=False)
         logits = self.predict(batch)
         losses = F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
-        # Tables and network average gradients over the ranks, whose numbers of examples may differ by one.
+        # The factor makes this a mean over the global batch: gradients are averaged over the ranks, whose numbers of
+        # examples may differ.
         scale = self.tables.ranks.size / max(batch.num_global, 1)
         return Objective(
             loss=losses.sum() * scale,

@@ -175,12 +175,12 @@ def _restored(config: RankingConfig, runtime: Runtime, checkpoint: str) -> Itera
 
 
 def report(config: RankingConfig, runtime: Runtime, checkpoint: str) -> Iterator[Section]:
-    """Yields curves of the scores of held-out examples, and what each column is worth; nothing without such examples.
+    """Yields curves of the scores of held-out examples, and the importance of each column.
 
-    Collective: every rank.
+    Yields nothing without held-out examples. Collective: every rank.
 
     Raises:
-        UserError: the examples cannot be used, or are not in the rows that the checkpoint was trained with.
+        UserError: the examples cannot be used, or were encoded with other vocabularies than the checkpoint's.
     """
     if config.data.valid_path is None:
         return
@@ -236,7 +236,7 @@ def _prepare_log(
             which = "no example" if log.num_positives == 0 else "every example"
             label, positive = config.data.label, config.data.positive
             meaning = "1" if positive is None else repr(positive)
-            _logger.warning(f"{which} is positive: is {meaning} what column {label!r} holds for a positive?")
+            _logger.warning(f"{which} is positive: check that {meaning} is the value of {label!r} for positives")
     return log
 
 
@@ -291,8 +291,8 @@ def _pretrained(config: RankingConfig, layout: ClickLayout) -> dict[str, Pretrai
             continue
         if _encodings(config)[name] == "hash":
             raise UserError(
-                f"data.features.{name}.init_from needs rows that have names, and a row of {name} is the hash of many "
-                f"values: give {name} encoding: vocabulary, and no num_rows"
+                f"data.features.{name}.init_from needs rows with names, but rows of {name} are hash buckets of several "
+                f"values: set data.features.{name}.encoding=vocabulary and leave out num_rows"
             )
         found[name] = Pretrained(feature.init_from, functools.partial(_rows_of_names, layout, name))
     return found
@@ -338,7 +338,7 @@ def _write_vocabularies(layout: ClickLayout, folder: RunFolder) -> None:
 
 
 def _heads(config: RankingConfig) -> dict[str, tuple[str, Layout]]:
-    # A stream cannot be read for its head without losing lines.
+    # Reading the head of a stream would lose its lines.
     keys = ("data.valid_path",) if config.data.is_stream else ("data.path", "data.valid_path")
     schema = click_schema(config.data)
     return dict.fromkeys(keys, (schema.reader, schema.layout))

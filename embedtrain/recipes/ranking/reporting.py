@@ -1,4 +1,4 @@
-"""What the report says of a ranking model: curves of its scores, and what each column is worth."""
+"""Report sections of a ranking model: curves of its scores, and the importance of each column."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from embedtrain.ops._backend.transfer import to_host
 from embedtrain.recipes.ranking.model import Ranking
 
 MAX_SCORED = 100_000
-"""Held-out examples that are scored, evenly spread over the log."""
+"""Maximum number of held-out examples that are scored, evenly spread over the log."""
 MAX_SHUFFLED = 10_000
-"""Examples on which the columns are shuffled, for some seconds of work."""
+"""Maximum number of examples on which columns are shuffled, so that it takes some seconds."""
 MAX_PREDICTIONS = 300_000
-"""Over all columns: logs with many columns are shuffled on fewer examples."""
+"""Maximum number of predictions over all shuffled columns: logs with many columns use fewer examples."""
 MAX_COLUMNS = 200
+"""Maximum number of columns in the report."""
 
 _SEED = 1
 _AT_ONCE = 4096
 
 
 def score_sections(model: Ranking, held_out: ClickLog, batches: ClickBatches) -> Iterator[Section]:
-    """Yields curves of the scores of held-out examples, and what each column is worth. Collective: every rank.
+    """Yields curves of the scores of held-out examples, and the importance of each column. Collective: every rank.
 
     Args:
-        model: with its tables.
-        held_out: the examples.
-        batches: of these examples.
+        model: the model.
+        held_out: the held-out examples.
+        batches: batches of these examples.
     """
     per_step = held_out.num_examples / batches.steps_per_epoch
     steps = _spread(batches.steps_per_epoch, int(MAX_SCORED / per_step))
@@ -51,7 +52,7 @@ def score_sections(model: Ranking, held_out: ClickLog, batches: ClickBatches) ->
 
 
 def _spread(num_steps: int, at_most: int) -> list[int]:
-    """Returns at most so many steps, at least one, evenly spread."""
+    """Returns between 1 and `at_most` steps, evenly spread."""
     steps: list[int] = np.linspace(0, num_steps - 1, min(num_steps, max(1, at_most))).round().astype(int).tolist()
     return steps
 
@@ -80,22 +81,22 @@ def _curves(logits: NDArray[np.float32], labels: NDArray[np.bool_], num_examples
         [Line("model", false_rate.tolist(), true_rate.tolist()), Line("chance", [0.0, 1.0], [0.0, 1.0], True)],
         "false positive rate",
         "true positive rate",
-        "The nearer to the upper left corner, the better the order of the scores.",
+        "The nearer the curve is to the upper left corner, the better the scores rank the examples.",
     )
     calibration = Chart(
         "Calibration",
-        [Line("model", predicted.tolist(), observed.tolist()), Line("as it should be", ends, ends, True)],
+        [Line("model", predicted.tolist(), observed.tolist()), Line("ideal", ends, ends, True)],
         "mean predicted probability",
         "share of positives",
-        "Each point is a tenth of the examples in order of their scores. Above the dashed line the model predicts too "
-        "little, below it too much.",
+        "Each point is a tenth of the examples, in the order of scores. The model predicts too low above the dashed "
+        "line, and too high below it.",
     )
     bars = Bars(
         "Lift",
         [f"{tenth}-{tenth + 10}%" for tenth in range(0, 100, 10)],
         lift.tolist(),
-        "The share of positives among the examples with the best scores, over the share in all.",
-        "best scored",
+        "The share of positives in each tenth of the examples, by score, divided by the share in all examples.",
+        "highest scores",
         "lift",
         ".2f",
     )
@@ -105,7 +106,7 @@ def _curves(logits: NDArray[np.float32], labels: NDArray[np.bool_], num_examples
 
 
 def _parts(batch: ClickBatch) -> list[ClickBatch]:
-    """Returns the examples in parts that are quick to predict, as many on every rank."""
+    """Returns the examples in parts of limited size; the number of parts is equal on every rank."""
     return batch.split(-(-batch.num_global // _AT_ONCE) or 1)
 
 
@@ -122,8 +123,8 @@ def _joined(batches: Sequence[ClickBatch]) -> ClickBatch:
 
 
 def _columns(model: Ranking, held_out: ClickLog, batch: ClickBatch) -> Section:
-    """Returns what shuffling each column costs, and which rows the examples use. Collective: every rank."""
-    # A column may be read as a number and as a category: it is shuffled as both.
+    """Returns the importance of each column, and the rows that the examples use. Collective: every rank."""
+    # A column that is both dense and categorical is shuffled as both.
     columns = list(dict.fromkeys([*held_out.dense_names, *held_out.feature_names]))
     shown = columns[:MAX_COLUMNS]
     before = _log_loss(model, batch)
@@ -133,18 +134,18 @@ def _columns(model: Ranking, held_out: ClickLog, batch: ClickBatch) -> Section:
         "Importance of the columns",
         in_order,
         [cost[name] for name in in_order],
-        f"By how much the log loss, {before:.4f}, rises if the values of the column are shuffled among the examples. "
-        "Columns that say the same share their importance.",
+        f"The increase of the log loss, {before:.4f}, if the column's values are shuffled among the examples. "
+        "Columns with the same information share their importance.",
         "column",
-        "rise of the log loss",
+        "increase of the log loss",
     )
     rows = _occupancy(model, held_out, batch)
     occupancy = Table(
         "Rows that the examples use",
         ("column", "rows", "used", "share used", "without a row of their own", "hottest row"),
         rows,
-        "The share of values without a row of their own, unknown or rare, is told for columns with a vocabulary. "
-        "The last column is the share of the most frequent row.",
+        "The share of values without a row of their own (unknown or rare values) is known for columns with a "
+        "vocabulary. The last column is the share of the most frequent row.",
     )
     left_out = f" The first {MAX_COLUMNS} of {len(columns):,} columns are shown." if len(columns) > MAX_COLUMNS else ""
     note = f"Measured on {batch.num_global:,} held-out examples.{left_out}"
@@ -161,7 +162,7 @@ def _log_loss(model: Ranking, batch: ClickBatch) -> float:
 
 
 def _shuffled(batch: ClickBatch, held_out: ClickLog, name: str) -> ClickBatch:
-    """Returns a batch in which one column's values are those of other examples of this rank."""
+    """Returns the batch with one column's values shuffled among the examples of this rank."""
     order = torch.from_numpy(np.random.default_rng(_SEED).permutation(batch.num_examples))
     if name in held_out.dense_names:
         column = list(held_out.dense_names).index(name)

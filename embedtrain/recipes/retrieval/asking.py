@@ -1,4 +1,4 @@
-"""What a retrieval model answers: the best items of users of the training, and of users who were not there."""
+"""Recommends items to users in the training data, and to users who are known only by items or features."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Asked:
-    """The users who may be asked for.
+    """Holds the users of a request.
 
     Attributes:
-        names: their raw ids.
-        known: the items that each has.
-        vectors: returns the vectors of some of them.
+        names: raw ids of the users.
+        known: items that each user has.
+        vectors: returns the vectors of users by index.
     """
 
     names: Sequence[str]
@@ -54,9 +54,9 @@ def best_items(
 
     Args:
         model: the model.
-        interactions: those of the training.
-        options: how files of interactions are read.
-        wanted: which users, and how many items.
+        interactions: the interactions of the run.
+        options: options for reading files of interactions.
+        wanted: the request: users and number of items.
         checkpoint: path of the checkpoint that the model was restored from.
 
     Raises:
@@ -84,16 +84,16 @@ def best_items(
 def measure_unseen(
     config: RetrievalConfig, model: Retrieval, interactions: Interactions, options: InteractionOptions, fraction: float
 ) -> dict[str, float]:
-    """Measures the recommendations for users who were not in the training, folded in from a part of their items.
+    """Measures the recommendations for users who are not in the training data, folded in from a part of their items.
 
     Collective: every rank.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         model: the model.
-        interactions: those of the training.
-        options: `held_out_path` names the files of the users.
-        fraction: of a user's items that they are folded in from; the others are to be found.
+        interactions: the interactions of the run.
+        options: options for reading the users' files, which `held_out_path` names.
+        fraction: share of a user's items that are used to fold in the user; the others are to be found.
 
     Raises:
         UserError: the files cannot be used, or have no such user.
@@ -111,7 +111,7 @@ def measure_unseen(
 
 
 def _folded_in(model: Retrieval, interactions: Interactions, options: InteractionOptions, wanted: Wanted) -> _Asked:
-    """Returns users who are known by their items. Collective: every rank."""
+    """Returns the users of a request by items, some of whom may be in the training data. Collective: every rank."""
     found, trained = model.tables.ranks.run_on_first(lambda: _histories(wanted, interactions, options))
     fold_in = FoldIn(model, interactions.known)
 
@@ -126,7 +126,13 @@ def _folded_in(model: Retrieval, interactions: Interactions, options: Interactio
 
 
 def _with_known(given: Bags, known: Bags, trained: NDArray[np.int64]) -> Bags:
-    """Returns the items of each user: those given, and those of the training if the user was there."""
+    """Returns the union of the given items and the training items of each user.
+
+    Args:
+        given: given items of each user.
+        known: training items of each user in the training data.
+        trained: [num_users] row of each user in the training data; -1 for a new user.
+    """
     rows = np.flatnonzero(trained >= 0)
     items, lengths = known.of(trained[rows])
     users, values = np.concatenate([given.rows(), np.repeat(rows, lengths)]), np.concatenate([given.values, items])
@@ -135,7 +141,7 @@ def _with_known(given: Bags, known: Bags, trained: NDArray[np.int64]) -> Bags:
 
 
 def _described(model: Retrieval, interactions: Interactions, options: InteractionOptions, path: str) -> _Asked:
-    """Returns users who are known by their features. Collective: every rank."""
+    """Returns the users in files of features. Collective: every rank."""
     tables = interactions.categories("users")
     if not tables:
         raise UserError(f"--features {path}: the users of this run have no features: give --items or --history")
@@ -148,7 +154,7 @@ def _described(model: Retrieval, interactions: Interactions, options: Interactio
 def _histories(
     wanted: Wanted, interactions: Interactions, options: InteractionOptions
 ) -> tuple[Histories, NDArray[np.int64]]:
-    """Returns the users with their items, and the row of each in the training, -1 for a user who was not there."""
+    """Returns the users of a request with their items, and the row of each in the training data; -1 for a new user."""
     if wanted.history_path is not None:
         found = read_histories(options, wanted.history_path, interactions.items)
         return known_part(found, wanted.history_path, interactions)

@@ -1,4 +1,4 @@
-"""A first configuration of retrieval for files of rows."""
+"""Drafts a configuration of retrieval for data files with columns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ITEMS = ("item", "product", "movie", "article", "track", "song", "book", "video
 def draft(path: str, found: Survey, label: str | None) -> Iterator[str]:
     """Yields the lines of a configuration; see `Recipe.draft`."""
     if label is not None:
-        raise UserError("--label is for models that predict a column: retrieval predicts which items come next")
+        raise UserError("--label needs a model that predicts a column; retrieval predicts items")
     return _retrieval(path, found)
 
 
@@ -39,18 +39,18 @@ def _retrieval(path: str, found: Survey) -> Iterator[str]:
             yield f"  # not used: {in_comment(column.name)}, {of_values(column, found)}"
     yield ""
     yield "evaluate:"
-    yield commented("  path: null", "held-out interactions of the same columns")
+    yield commented("  path: null", "files of held-out interactions with the same columns")
     yield ""
     yield "table:"
     yield f"  dim: {32 if found.is_all else 64}"
     yield ""
     yield "train:"
     yield commented("  epochs: 20", "passes over the data")
-    yield commented(f"  global_batch_size: {64 if user.num_values < 5000 else 512}", "users of a step, over all ranks")
+    yield commented(f"  global_batch_size: {64 if user.num_values < 5000 else 512}", "users per step, over all ranks")
 
 
 def _sides_of(columns: Sequence[Column]) -> tuple[Column, Column] | None:
-    """Returns the columns of users and of items: by their names, or else the first two that look like ids."""
+    """Returns the columns of users and of items, chosen by name, or else the first columns that look like ids."""
     ids = [column for column in columns if column.kind in ("integer", "text")]
 
     def named(words: Sequence[str]) -> Column | None:

@@ -1,4 +1,4 @@
-"""Vectors of users who were not in the training, from their items or their features."""
+"""Computes vectors of users who are not in the training data, from their items or their features."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from embedtrain.ops._backend.transfer import to_host
 from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval
 
 _SAMPLE = 8192
-"""How many users of the training the map is learned from."""
+"""Maximum number of training users from which the map is learned."""
 
 _USERS_AT_ONCE = 1024
 _ROWS_AT_ONCE = 16384
 
 _RIDGE = 1e-3
-"""The strength of the ridge, in units of the mean square of the sums that the map is applied to."""
+"""Strength of the ridge penalty, relative to the mean square of the map's inputs."""
 
 
 class FoldIn:
-    """Makes vectors for users from their items.
+    """Computes the vectors of new users from their items (fold-in).
 
-    The sum of the vectors of a user's items, over the root of their number, is mapped to the user's vector. The map is
-    a matrix and a bias: those that ridge regression finds for users of the training, whose vectors are known. It is
-    shrunk towards the multiple of the identity that fits best, so that few users are enough. Vectors are as the model
-    compares them, those of towers too. Neither held-out items nor new users have a say.
+    The input is the sum of the item vectors, divided by the square root of their number. An affine map turns it into
+    the user's vector. Ridge regression on training users, whose vectors are known, finds the map. It is shrunk towards
+    the best multiple of the identity, so that few users are enough. All vectors are as scores use them. Held-out items
+    and new users are not used.
 
-    An iALS solve per user recalls less: it assumes a squared loss, which these models are not trained with.
+    Solving iALS per user has lower recall, because it assumes a squared loss, with which these models are not trained.
 
-    Collective: every rank makes one, and calls its methods with the same arguments.
+    Collective: every rank creates one, and calls its methods with the same arguments.
 
     Args:
         model: the model.
-        known: the items of each user of the training.
+        known: the items of each training user.
     """
 
     def __init__(self, model: Retrieval, known: Bags) -> None:
@@ -51,11 +51,11 @@ class FoldIn:
 
     @torch.no_grad()
     def vectors(self, users: NDArray[np.int64], histories: Bags) -> Tensor:
-        """Returns the vectors [n, dim] of some users, on the model's device.
+        """Returns the vectors [n, dim] of users, on the model's device.
 
         Args:
             users: [n] rows of `histories`, the same on every rank.
-            histories: the items of each user, at least one.
+            histories: the items of each user, at least one per user.
         """
         shares = [share_of_rank(len(users), rank, self._ranks.size) for rank in range(self._ranks.size)]
         mine = shares[self._ranks.rank]
@@ -65,7 +65,10 @@ class FoldIn:
         )
 
     def _sums(self, users: NDArray[np.int64], histories: Bags) -> Tensor:
-        """Returns the sum of the items of each user over the root of their number, [n, dim] float64. Collective."""
+        """Returns each user's sum of item vectors divided by the square root of their number, [n, dim] float64.
+
+        Collective: every rank; the users may differ.
+        """
         items, lengths = histories.of(users)
         vectors = self._model.encode({ITEM: torch.from_numpy(items)})[ITEM].double()
         numbers = torch.from_numpy(lengths).to(vectors.device)
@@ -98,13 +101,13 @@ class FoldIn:
 
 
 class FromFeatures:
-    """Makes vectors for users from their features. They lack an id vector: the training's mean one replaces it.
+    """Computes the vectors of new users from their features; the mean id vector of training users replaces theirs.
 
-    Collective: every rank makes one, and calls its methods with the same arguments.
+    Collective: every rank creates one, and calls its methods with the same arguments.
 
     Args:
         model: the model.
-        features: by name, the categories of each user.
+        features: categories of each user, by feature.
     """
 
     def __init__(self, model: Retrieval, features: Mapping[str, Bags]) -> None:
@@ -114,7 +117,7 @@ class FromFeatures:
 
     @torch.no_grad()
     def vectors(self, users: NDArray[np.int64]) -> Tensor:
-        """Returns the vectors [n, dim] of some users, by their rows in the features."""
+        """Returns the vectors [n, dim] of users, given by their rows in the features."""
         ranks = self._model.tables.ranks
         shares = [share_of_rank(len(users), rank, ranks.size) for rank in range(ranks.size)]
         mine = users[shares[ranks.rank].start : shares[ranks.rank].stop]
@@ -127,7 +130,7 @@ class FromFeatures:
         tables, num_rows = self._model.tables, self._model.sides[USER].num_rows
         mine = share_of_rank(num_rows, tables.ranks.rank, tables.ranks.size)
         total = torch.zeros(tables.shards[USER].spec.dim, dtype=torch.float64)
-        # As many look-ups on every rank as the one with the most rows needs.
+        # Every rank makes the same number of look-ups, because they are collective.
         for start in range(0, -(-num_rows // tables.ranks.size), _ROWS_AT_ONCE):
             part = mine[start : start + _ROWS_AT_ONCE]
             ids = torch.arange(part.start, part.stop)

@@ -1,4 +1,4 @@
-"""The best items of each user by an index, in place of the whole catalogue."""
+"""Finds the best items of users with an approximate index instead of the whole catalogue."""
 
 from __future__ import annotations
 
@@ -19,27 +19,29 @@ _USERS_AT_ONCE = 64
 
 
 class IndexedCatalogue:
-    """Takes candidates from an index and compares their exact scores; `best` is that of `Catalogue`, and may miss some.
+    """Takes candidates from an index and ranks them by exact score; `best` has the interface of `Catalogue.best`.
+
+    Items that the index does not return are missed.
 
     Args:
         model: the model, in one process.
-        path: of the index, as `export_index` wrote it.
+        path: path of an index that `export_index` wrote.
         checkpoint: path of the checkpoint that the model was restored from.
 
     Raises:
-        UserError: there are several processes, or the index is not of these items.
+        UserError: there are several processes, or the index belongs to other items.
     """
 
     def __init__(self, model: Retrieval, path: str, checkpoint: str) -> None:
         if model.tables.ranks.size > 1:
-            raise UserError(f"--index is for one process, and there are {model.tables.ranks.size}: leave torchrun out")
+            raise UserError(f"--index needs one process, got {model.tables.ranks.size}: run without torchrun")
         self.model = model
         self.num_items = model.sides[ITEM].num_rows
         self._index: Index = open_index(path)
         dim = model.tables.shards[ITEM].spec.dim
         with CheckpointReader(checkpoint) as reader:
             rows = IndexedRows(ITEM, reader.step, reader.manifest.checksum, self.num_items, dim)
-        # Of vectors of length 1 either similarity finds the same items.
+        # For vectors of length 1, dot product and cosine find the same items.
         require_index_of(
             self._index, rows, path, self._index.facts.similarity if model.scoring.is_unit(ITEM) else "dot"
         )

@@ -1,4 +1,4 @@
-"""Retrieval: matrix factorisation and two towers, on sharded tables."""
+"""Retrieval models, matrix factorisation and two towers, on sharded tables."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 
 
 _SMALL = 0.01
-"""Standard deviation of the first values of vectors that begin near 0."""
+"""Standard deviation of initial values near 0."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """What is known of the users, or of the items.
+    """Describes the users or the items.
 
     Attributes:
-        num_rows: how many there are.
-        features: by name, the categories of each row, and how many categories there are.
-        hidden: sizes of the hidden layers over the vectors of id and features; with none these are added up.
+        num_rows: number of users or items.
+        features: by name, the categories of each row and the number of distinct categories.
+        hidden: sizes of the hidden layers over the vectors of id and features; if empty, the vectors are summed.
     """
 
     num_rows: int
@@ -51,20 +51,21 @@ class Side:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How a user and an item are compared, and what for. A score is the dot product of two vectors.
+    """Holds the options of scores and loss. A score is the dot product of a user's and an item's vector.
 
     Attributes:
-        loss: what training makes small; see `embedtrain.recipes.retrieval.losses`.
-        normalize: whose vectors are scaled to length 1 first; with both, a score is a cosine.
-        temperature: softmax, bilateral softmax and BPR see the scores divided by it.
-        logq: whether both kinds of softmax correct for how often each item comes up as a negative.
-        hard_negatives: of each user's negatives only so many with the highest scores count; None for all.
-        negative_weight: of the negatives' term of bilateral softmax and of the cosine contrastive loss; of uniformity
-            against alignment.
-        margin: of the cosine contrastive loss.
+        loss: the training loss; see `embedtrain.recipes.retrieval.losses`.
+        normalize: which vectors are scaled to length 1 before the dot product; with "both", scores are cosines.
+        temperature: divisor of the scores in softmax, bilateral softmax and BPR.
+        logq: whether softmax and bilateral softmax subtract from each score the log of the item's expected count among
+            the negatives.
+        hard_negatives: number of negatives per user that count, those with the highest scores; None for all.
+        negative_weight: weight of the negatives' term in bilateral softmax and in the cosine contrastive loss, and of
+            uniformity in `alignment_uniformity`.
+        margin: margin of the cosine contrastive loss.
 
     Raises:
-        ValueError: the loss is one of cosines, and not both sides are normalised.
+        ValueError: the loss needs cosines, but `normalize` is not "both".
     """
 
     loss: Loss = "bilateral_softmax"
@@ -87,18 +88,17 @@ class Scoring:
 def retrieval_tables(
     sizes: Mapping[str, int], dim: int, dtype: torch.dtype, scoring: Scoring, optimizers: Mapping[str, str]
 ) -> list[TableSpec]:
-    """Returns the tables of ids and of the categories of features; one of no rows gets one that nobody asks for.
+    """Returns the tables of ids and of the categories of features. A table without rows gets one unused row.
 
-    First values of vectors that are scaled to length 1 have about that length. The direction of longer or shorter ones
-    would change slower or quicker than their gradients say. Ids that have features begin near 0: so the features speak
-    for ids that were not trained yet.
+    Vectors that are scaled to length 1 start with about this length, because the length of a vector determines how
+    fast its direction changes. Ids with features start near 0, so that features determine the vector of untrained ids.
 
     Args:
-        sizes: by table, how many rows it has; see `RetrievalConfig.table_names`.
-        dim: of all vectors.
-        dtype: of the rows.
-        scoring: how users and items are compared.
-        optimizers: by table, the `TableSpec.optimizer` of those that do not share the others'.
+        sizes: number of rows by table; see `RetrievalConfig.table_names`.
+        dim: length of all vectors.
+        dtype: dtype of the rows.
+        scoring: options of the scores.
+        optimizers: `TableSpec.optimizer` by table; other tables have the default.
     """
     sides_with_features = {side for side, _, feature in (name.partition(".") for name in sizes) if feature}
 
@@ -114,13 +114,13 @@ def retrieval_tables(
 
 @dataclass(frozen=True)
 class Pairs:
-    """Who is compared with whom in a batch, on the device.
+    """Holds the comparisons of a batch, on the device.
 
     Attributes:
-        example: [m] int64; the place of each positive's user.
-        corrections: of each positive [m] and of each candidate [c], what is taken from its score: the logarithm of how
-            often it is expected among the candidates. None if the loss has none.
-        known: [k] int64 each; the places of users and candidates that are an item that the user is known to have.
+        example: [m] int64; index of each positive's user.
+        corrections: logQ corrections of the positives [m] and the candidates [c], which are subtracted from scores: the
+            log of each item's expected count among the candidates. None if the loss has no correction.
+        known: [k] int64 each; indices of users and of candidates that the users are known to have.
     """
 
     example: Tensor
@@ -130,12 +130,12 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PreparedPairs:
-    """A batch for which the ids were exchanged.
+    """Holds a batch whose ids were exchanged.
 
     Attributes:
-        batch: who is who.
-        pairs: the same, on the device.
-        vectors: of its users and items, asked for.
+        batch: the batch.
+        pairs: its comparisons, on the device.
+        vectors: pending look-ups of the vectors of its users and items.
     """
 
     batch: RetrievalBatch
@@ -144,19 +144,20 @@ class PreparedPairs:
 
 
 class Retrieval(nn.Module):
-    """A vector for each user and item; their dot product says which items a user will turn to.
+    """Computes a vector per user and per item; their dot product scores how likely the user chooses the item.
 
-    A side is the sum of its id's vector and those of its features (the mean of a feature's categories), which
-    without features is matrix factorisation, or a perceptron over all of them beside each other.
+    A vector is the sum of the id's vector and the vectors of its features, or the output of a perceptron over their
+    concatenation. A feature with several categories has the mean of their vectors. Without features and hidden layers
+    the model is matrix factorisation.
 
     Args:
-        users: rows and features.
-        items: rows and features.
-        dim: of all vectors.
-        scoring: how users and items are compared, and the loss.
-        dtype: storage of the tables.
-        optimizers: by table, the `TableSpec.optimizer` of those that do not share the others'.
-        options: see `EmbeddingCollection`; the seed is also that of the dense part.
+        users: the users.
+        items: the items.
+        dim: length of all vectors.
+        scoring: options of scores and loss.
+        dtype: dtype of the tables.
+        optimizers: `TableSpec.optimizer` by table; other tables have the default.
+        options: see `EmbeddingCollection`; the dense part has the same seed.
 
     Attributes:
         dense: the perceptrons; without parameters if no side has hidden layers.
@@ -207,15 +208,15 @@ class Retrieval(nn.Module):
         return Objective(self._mean(total, batch), total.detach().double(), num_positives)
 
     def _mean(self, total: Tensor, batch: RetrievalBatch) -> Tensor:
-        # A mean over the global batch, whatever share of it this rank has: the exchange averages over the ranks.
+        # The factor makes this a mean over the global batch, because the exchange averages gradients over the ranks.
         return total * (self.tables.ranks.size / max(1, batch.num_global_positives))
 
     def _with_uniformity(
         self, aligned: Tensor, batch: RetrievalBatch, users: Tensor, own: Tensor, candidates: Tensor
     ) -> Objective:
-        """Returns the loss of aligned pairs [m] and the uniformity of the step's users and candidates.
+        """Returns the loss from the alignment of pairs [m] and the uniformity of the step's users and candidates.
 
-        Collective: every rank, and its backward too. Each rank compares its own vectors with those of all ranks.
+        Collective: every rank, and its backward too. Each rank compares its own vectors with the vectors of all ranks.
         """
         ranks = self.tables.ranks
         sides = (
@@ -227,7 +228,7 @@ class Retrieval(nn.Module):
         )
         totals = ranks.all_reduce(potentials.detach().double()).clamp_(min=torch.finfo(torch.float32).tiny)
         weight = self.scoring.negative_weight / len(sides)
-        # The gradient of the logarithm of a sum over the ranks, whose parts the exchange averages over the ranks.
+        # Has the gradient of the log of `totals`. The factor `size` undoes the averaging of gradients over the ranks.
         gradient = (potentials / totals.float()).sum() * (weight * ranks.size)
         num_pairs = [max(1, len(every) * (len(every) - 1)) for _, every, _ in sides]
         uniformity = weight * (totals.log().sum() - sum(map(math.log, num_pairs)))
@@ -236,20 +237,20 @@ class Retrieval(nn.Module):
         return Objective(loss, total.detach().double() + aligned.numel() * uniformity, aligned.numel())
 
     def encode(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the vectors of rows [n] of each side, [n, dim], as they are compared.
+        """Returns the vectors of rows [n] of each side, [n, dim], normalised if scores need it.
 
         Collective: every rank, with the same sides.
         """
         return self._encode(rows, self._ask(rows, is_ahead=False))
 
     def encode_described(self, name: str, id_vector: Tensor, features: Mapping[str, Jagged], num_rows: int) -> Tensor:
-        """Returns the vectors [num_rows, dim] of users or items that have features and no row. Collective: every rank.
+        """Returns the vectors [num_rows, dim] of users or items with features but without rows. Collective: every rank.
 
         Args:
             name: the side.
-            id_vector: [dim], what stands for the vector of their ids.
-            features: by name, the categories of each.
-            num_rows: how many there are.
+            id_vector: [dim]; replaces the vectors of their ids.
+            features: categories of each user or item, by feature.
+            num_rows: number of users or items.
         """
         vectors = self.tables.look_up(self.tables.ask({f"{name}.{key}": bags for key, bags in features.items()}))
         return self._join(name, {**vectors, name: id_vector.expand(num_rows, -1)})
@@ -261,7 +262,7 @@ class Retrieval(nn.Module):
         return PreparedPairs(batch, pairs, self._ask(rows, is_ahead=is_ahead))
 
     def bring_rows(self, prepared: PreparedPairs) -> None:
-        """Copies rows of a step that live in host memory to the device."""
+        """Copies rows of a step from host memory to the device."""
         self.tables.bring_rows(prepared.vectors)
 
     def _ask(self, rows: Mapping[str, Tensor], *, is_ahead: bool) -> Asked:
@@ -286,12 +287,12 @@ class Retrieval(nn.Module):
         return self.as_compared(name, joined)
 
     def as_compared(self, name: str, vectors: Tensor) -> Tensor:
-        """Returns vectors [n, dim] of a side as dot products compare them: of length 1 if it is normalised."""
+        """Returns vectors [n, dim] of a side as scores use them: scaled to length 1 if the side is normalised."""
         return F.normalize(vectors, dim=1) if self.scoring.is_unit(name) else vectors
 
 
 def pairs_of(batch: RetrievalBatch, scoring: Scoring, device: torch.device) -> Pairs:
-    """Returns who is compared with whom, on a device."""
+    """Returns the comparisons of a batch, on a device."""
     corrections = None
     if scoring.loss in SOFTMAXES and scoring.logq:
         of_positives, of_candidates = batch.expected
@@ -304,20 +305,20 @@ def pair_losses(pairs: Pairs, scoring: Scoring, users: Tensor, positives: Tensor
     """Returns the loss of each positive of a batch; [m].
 
     Args:
-        pairs: who is compared with whom.
-        scoring: the loss.
-        users: [n, dim]; the vectors of the batch's users, and so on.
-        positives: [m, dim].
-        candidates: [c, dim]; the candidates of all ranks.
+        pairs: the comparisons.
+        scoring: options of scores and loss.
+        users: [n, dim]; vectors of the batch's users.
+        positives: [m, dim]; vectors of the positives.
+        candidates: [c, dim]; vectors of the candidates of all ranks.
     """
     example = pairs.example
     if scoring.loss != "cosine_contrastive":
-        users = users / scoring.temperature  # as the scores would be, but of far fewer numbers
+        users = users / scoring.temperature  # divides fewer numbers than dividing the scores
     positive, correction = (users[example] * positives).sum(dim=1), None
     if pairs.corrections is not None:
         of_positives, of_candidates = pairs.corrections
         correction = -of_candidates
-        if scoring.loss == "softmax":  # whose positive is one of the sum's terms
+        if scoring.loss == "softmax":  # only its sum contains the positive, which is then corrected too
             positive = positive - of_positives
     if scoring.loss in SOFTMAXES:
         if scoring.hard_negatives is None:
@@ -339,11 +340,11 @@ def pair_losses(pairs: Pairs, scoring: Scoring, users: Tensor, positives: Tensor
 
 
 def _known_among(known: Jagged, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the users and the candidates, by place, of each candidate that a user is known to have.
+    """Returns the indices of users and of candidates for all pairs in which the user is known to have the candidate.
 
     Args:
-        known: the candidates that the users have.
-        candidates: [c] int64; may repeat.
+        known: per user, the candidates that the user has.
+        candidates: [c] int64 items; may repeat.
     """
     in_order, place = candidates.sort()
     first = torch.searchsorted(in_order, known.values)
@@ -352,7 +353,7 @@ def _known_among(known: Jagged, candidates: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def perceptron(size: int, hidden: Sequence[int], dim: int) -> nn.Sequential:
-    """Returns the layers of a tower: from `size` numbers by the hidden sizes to a vector of `dim`."""
+    """Returns the layers of a tower: `size` inputs, hidden layers with ReLU, and `dim` outputs."""
     layers: list[nn.Module] = []
     for wide in hidden:
         layers += [nn.Linear(size, wide), nn.ReLU()]

@@ -1,4 +1,4 @@
-"""What a package of a retrieval model consists of: the vectors of users and items, and their raw ids."""
+"""Contents of the package of a retrieval model: the vectors of users and items, and their raw ids."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROWS_AT_ONCE = 16384
 
 
 def packed_sides(model: Retrieval, interactions: Interactions, step: int) -> Packed:
-    """Returns what `Recipe.pack` yields of a model in one process, its data and its step."""
+    """Returns the package contents of a model in one process; see `Recipe.pack`."""
     sides = {USER: interactions.users, ITEM: interactions.items}
     dim = model.tables.shards[ITEM].spec.dim
     return Packed(

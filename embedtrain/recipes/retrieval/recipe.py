@@ -78,14 +78,14 @@ _logger = logging.getLogger(__name__)
 
 
 def check(config: RetrievalConfig, is_new: bool) -> None:
-    """Opens the files that a run reads beside its interactions and features.
+    """Checks the files of initial vectors.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         is_new: whether the run has no checkpoint; only then are the files of `init_from` read.
 
     Raises:
-        UserError: one is missing or cannot be read.
+        UserError: a file is missing or cannot be read.
     """
     for name, side in (("users", config.users), ("items", config.items)):
         if side.init_from is not None and is_new:
@@ -93,7 +93,7 @@ def check(config: RetrievalConfig, is_new: bool) -> None:
 
 
 def prepare(config: RetrievalConfig, runtime: Runtime) -> tuple[Interactions, Sizes]:
-    """Prepares the interactions of a configuration, or finds them in the cache. Collective: every rank.
+    """Prepares the interactions of a configuration, or opens them in the cache. Collective: every rank.
 
     Raises:
         UserError: the data cannot be used.
@@ -105,7 +105,7 @@ def prepare(config: RetrievalConfig, runtime: Runtime) -> tuple[Interactions, Si
         log_interactions(interactions, config.evaluate.path, chooses_best=config.num_best is not None)
         if config.retrieval.loss == "bilateral_softmax" and config.retrieval.negative_weight is None:
             weight = _scoring(config, interactions).negative_weight
-            _logger.info(f"the negatives' term weighs {weight:.3f}, by how skewed the items' counts are")
+            _logger.info(f"retrieval.negative_weight is {weight:.3f}, from the skew of the items' counts")
     return interactions, _sizes(interactions)
 
 
@@ -177,7 +177,7 @@ def _facts(interactions: Interactions) -> dict[str, Any]:
 
 
 def _categories(interactions: Interactions) -> Iterator[tuple[str, pa.Table]]:
-    """Yields the table of each feature and the categories of its rows."""
+    """Yields the table name of each feature and the categories of its rows."""
     for side in (USER, ITEM):
         for name, values in interactions.categories(f"{side}s").items():
             yield f"{side}.{name}", values
@@ -284,7 +284,7 @@ def _tables(config: RetrievalConfig, interactions: Interactions) -> list[TableSp
 
 
 def _tower_inputs(config: RetrievalConfig) -> dict[str, Any]:
-    """Returns the columns of each tower with hidden layers, which takes their vectors beside each other."""
+    """Returns the feature columns of each tower with hidden layers, in the order of its inputs."""
     sides = {"users": config.users, "items": config.items}
     return {f"{key}.features": list(side.features) for key, side in sides.items() if side.hidden}
 
@@ -299,11 +299,11 @@ def restored(
 ) -> Iterator[tuple[Retrieval, Interactions, int]]:
     """Yields the model of a checkpoint, its data and its step. Collective: every rank.
 
-    The data are those that the run folder has; if it has none, they are prepared from `data.path` again.
+    The data come from the run folder, or are prepared again from `data.path` if the folder has none.
 
     Raises:
-        UserError: the data cannot be used, or they are not those that the checkpoint was trained on.
-        CorruptCheckpointError: what the run folder has of the data is damaged.
+        UserError: the data cannot be used, or are not the data that the checkpoint was trained on.
+        CorruptCheckpointError: the data in the run folder are damaged.
     """
     with kept_interactions(config.run.path, lambda: prepare(config, runtime)[0]) as interactions:
         model = _build_model(config, runtime, interactions)
@@ -314,13 +314,13 @@ def restored(
 def measure(
     config: RetrievalConfig, runtime: Runtime, checkpoint: str, held_out: str | None = None
 ) -> dict[str, float]:
-    """Measures a checkpoint on the held-out interactions that the run folder has, or on those of other files.
+    """Measures a checkpoint on the held-out interactions in the run folder, or on the files of `held_out`.
 
     Collective: every rank.
 
     Raises:
-        UserError: the run folder lacks the data, or they are not those that the checkpoint was trained on; or the files
-            cannot be used.
+        UserError: the run folder lacks the data, its data are not the data that the checkpoint was trained on, or the
+            files cannot be used.
     """
     with restored(config, runtime, checkpoint) as (model, interactions, _):
         if held_out is None:
@@ -333,13 +333,13 @@ def measure(
 
 
 def open_sides(config: RetrievalConfig, runtime: Runtime, checkpoint: str, table: str | None) -> Vectors:
-    """Opens what the towers make of ids and features, under the raw ids.
+    """Opens the vectors of items or users that the towers compute, by raw id.
 
     Args:
-        config: of the run.
-        runtime: of this process.
-        checkpoint: its path.
-        table: "item", which None stands for, or "user"; the table of a feature is opened as it is.
+        config: configuration of the run.
+        runtime: runtime of this process.
+        checkpoint: path of the checkpoint.
+        table: "item" or "user"; None for "item". For the table of a feature, its rows are opened.
 
     Raises:
         UserError: there is no such table, or the run folder lacks the data that the checkpoint was trained on.
@@ -367,12 +367,12 @@ def open_sides(config: RetrievalConfig, runtime: Runtime, checkpoint: str, table
 
 
 def report(config: RetrievalConfig, runtime: Runtime, checkpoint: str) -> Iterator[Section]:
-    """Yields what the recommendations for held-out users are worth, by length and by popularity; nothing without such.
+    """Yields measures of the recommendations by list length and by item popularity; nothing without held-out data.
 
     Collective: every rank.
 
     Raises:
-        UserError: the run folder lacks the data, or they are not those that the checkpoint was trained on.
+        UserError: the run folder lacks the data, or has other data than the checkpoint was trained on.
     """
     if config.evaluate.path is None and not config.holds_out:
         return
@@ -383,7 +383,7 @@ def report(config: RetrievalConfig, runtime: Runtime, checkpoint: str) -> Iterat
 
 @contextmanager
 def pack(config: RetrievalConfig, runtime: Runtime, checkpoint: str) -> Iterator[Packed]:
-    """Yields the vectors of a checkpoint and the raw ids that they belong to; see `Recipe.pack`."""
+    """Yields the vectors of a checkpoint and their raw ids; see `Recipe.pack`."""
     with restored(config, runtime, checkpoint) as (model, interactions, step):
         yield packed_sides(model, interactions, step)
 
@@ -394,10 +394,10 @@ def recommend(
     """Yields the best items of users. Collective: every rank.
 
     Args:
-        config: of the run.
-        runtime: of this process.
-        checkpoint: its path.
-        wanted: which users, and how many items.
+        config: configuration of the run.
+        runtime: runtime of this process.
+        checkpoint: path of the checkpoint.
+        wanted: the request: users and number of items.
 
     Raises:
         UserError: a user or an item is unknown, or the run folder lacks the data that the checkpoint was trained on.
@@ -409,7 +409,7 @@ def recommend(
 def measure_new_users(
     config: RetrievalConfig, runtime: Runtime, checkpoint: str, path: str, fraction: float
 ) -> dict[str, float]:
-    """Measures a checkpoint on users who were not in the training; see `measure_unseen`. Collective: every rank."""
+    """Measures a checkpoint on users who are not in the training data; see `measure_unseen`. Collective: every rank."""
     options = replace(_interaction_options(config), held_out_path=path)
     with restored(config, runtime, checkpoint) as (model, interactions, _):
         return measure_unseen(config, model, interactions, options, fraction)

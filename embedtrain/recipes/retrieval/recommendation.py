@@ -1,4 +1,4 @@
-"""The best items of each user over the whole catalogue."""
+"""Computes the vectors of users and items, and measures recommendations over the whole catalogue."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ _ROWS_AT_ONCE = 16384
 
 
 def catalogue_of(model: Retrieval) -> Catalogue:
-    """Returns the items of a model. Collective: every rank."""
+    """Returns the vectors of all items of a model. Collective: every rank."""
     return Catalogue(lambda rows: model.encode({ITEM: rows})[ITEM], model.sides[ITEM].num_rows, model.tables.ranks)
 
 
 @torch.no_grad()
 def user_vectors(model: Retrieval, users: NDArray[np.int64]) -> Tensor:
-    """Returns the vectors [n, dim] of users of the training, each encoded by one rank. Collective: every rank.
+    """Returns the vectors [n, dim] of users in the training data; each is computed by one rank.
+
+    Collective: every rank.
 
     Args:
         model: the model.
@@ -41,9 +43,9 @@ def user_vectors(model: Retrieval, users: NDArray[np.int64]) -> Tensor:
 
 @torch.no_grad()
 def all_vectors(model: Retrieval, side: str) -> Tensor:
-    """Returns the vectors of all users or items, in order of their rows; [num_rows, dim] on the CPU of every rank.
+    """Returns the vectors of all users or items in the order of rows; [num_rows, dim] on the CPU of every rank.
 
-    Collective: every rank. For sides that fit.
+    Collective: every rank. The result must fit into the memory of each rank.
     """
     num_rows = model.sides[side].num_rows
     starts = range(0, num_rows, _ROWS_AT_ONCE)

@@ -1,4 +1,4 @@
-"""What the report says of a retrieval model: what its lists are worth by length and by the items' popularity."""
+"""Report sections of a retrieval model: measures by list length and by item popularity."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from embedtrain.recipes.retrieval.model import ITEM, Retrieval
 from embedtrain.recipes.retrieval.recommendation import catalogue_of, user_vectors
 
 MAX_USERS = 2_000
+"""Maximum number of users for the report."""
 MAX_SCORES = 5_000_000_000
-"""Scores of a user and an item, which bound the users of large catalogues: some seconds of work."""
+"""Maximum number of scores, which reduces the users for large catalogues so that the report takes some seconds."""
 
 _LENGTHS = (1, 2, 5, 10, 20, 50, 100)
 _USERS_AT_ONCE = 512
 _TITLE = re.compile(r"(.*[_\s])?(title|name)(:.*)?", re.IGNORECASE)
-"""Names of columns that hold what people call an item, of RecBole's files too: `movie_title:token_seq`."""
+"""Names of columns with titles, including those of RecBole's files such as `movie_title:token_seq`."""
 
 
 def find_titles(side: SideConfig, words: Sequence[str]) -> dict[str, str]:
-    """Returns the titles of some items or users by raw id, if their files have a column that is named a title or name.
+    """Returns the titles of items or users by raw id, if their files have a column whose name says title or name.
 
     Args:
-        side: where the files are.
+        side: configuration of the files.
         words: the raw ids.
 
     Raises:
@@ -58,15 +59,15 @@ def find_titles(side: SideConfig, words: Sequence[str]) -> dict[str, str]:
 
 
 def recommendation_sections(model: Retrieval, known: Bags, held_out: Bags, length: int) -> Iterator[Section]:
-    """Yields recall and coverage by the length of the lists, and by the popularity of the items.
+    """Yields a section with measures by list length and by item popularity; nothing without held-out items.
 
     Collective: every rank.
 
     Args:
-        model: with its tables.
-        known: the items of each user that are left out of the lists.
-        held_out: the items to find; -1 for one that cannot be found.
-        length: of the lists that are told apart by popularity.
+        model: the model.
+        known: items of each user to leave out of the lists.
+        held_out: the items to find, by user; -1 for an item without a row.
+        length: length of the lists for the charts by popularity.
     """
     num_items = model.sides[ITEM].num_rows
     users = np.flatnonzero(np.diff(held_out.starts))
@@ -110,15 +111,15 @@ def _by_length(lengths: Sequence[int], means: NDArray[np.float64], lists: NDArra
         "Lists of other lengths",
         [*lines, Line("coverage", x, covered, True)],
         "length of the list (k)",
-        note="Recall is the share of a user's held-out items in the list, hit the share of users with any; coverage is "
-        "the share of all items that are in any list.",
+        note="Recall is the share of a user's held-out items in the list. Hit is the share of users with a held-out "
+        "item in the list. Coverage is the share of all items that are in any list.",
     )
 
 
 def _by_popularity(
     lists: NDArray[np.int64], is_hit: NDArray[np.bool_], wanted: NDArray[np.int64], num_items: int, length: int
 ) -> Iterator[Bars]:
-    """Yields recall and the share of the recommendations by tenth of the items, the most popular first."""
+    """Yields recall and the share of the recommendations per tenth of the items, the most popular tenth first."""
     tenths = min(10, num_items)
     # Rows are in order of popularity.
     to_find = np.bincount(wanted * tenths // num_items, minlength=tenths)
@@ -130,7 +131,7 @@ def _by_popularity(
         f"Found at {length}, by popularity",
         [names[place] for place in held],
         [float(found[place] / to_find[place]) for place in held],
-        f"The share of the held-out items of each tenth that is among the first {length}.",
+        f"For each tenth of the items: the share of held-out items that are among the first {length}.",
         "most popular items",
         "found",
         ".1%",
@@ -140,7 +141,7 @@ def _by_popularity(
         "What is recommended, by popularity",
         names,
         (shown / max(1, shown.sum())).tolist(),
-        "Even shares would be 10% each; popular items get more if the model learns by popularity.",
+        "Equal shares would be 10% each. Larger shares of popular items mean that the model prefers popular items.",
         "most popular items",
         "share of the lists",
         ".1%",

@@ -1,4 +1,4 @@
-"""What a run of retrieval asks of its machines."""
+"""The workload of a retrieval run, for planning."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from embedtrain.recipes.workload import (
 
 
 def workload(config: RetrievalConfig, sizes: Sizes) -> Workload:
-    """Returns what a run of retrieval asks of its machines; see `Recipe.workload`."""
+    """Returns the workload of a retrieval run; see `Recipe.workload`."""
     sides = {USER: config.users, ITEM: config.items}
     features = {side: {f"{side}.{name}": f for name, f in section.features.items()} for side, section in sides.items()}
     settings, dim = config.retrieval, config.table.dim
     users = float(config.train.global_batch_size)
     positives = users * config.train.items_per_example
     items, num_parts = sizes.ids_of(ITEM), config.train.accumulate_steps
-    # Each micro-batch is scored against all candidates, and looks them up.
+    # Each micro-batch looks up all candidates, because it is scored against all of them.
     again = positives * num_parts if settings.in_batch and num_parts > 1 else 0.0
     negatives = (
         float(settings.negatives * num_parts),
@@ -43,7 +43,7 @@ def workload(config: RetrievalConfig, sizes: Sizes) -> Workload:
         num_vectors = sum(number for number, _ in draws[side])
         tables.append(table_load(config, side, sizes.rows_of(side), draws[side]))
         for table, feature in features[side].items():
-            # Each id that is looked up brings one bag of categories.
+            # Each looked-up id needs one bag of categories.
             length = sizes.bag_length_of(table) if feature.separator is not None else 1.0
             categories = ((num_vectors * length, sizes.ids_of(table)),)
             tables.append(table_load(config, table, sizes.rows_of(table), categories, num_bags=num_vectors))
@@ -58,8 +58,8 @@ def workload(config: RetrievalConfig, sizes: Sizes) -> Workload:
     return Workload(
         tuple(tables),
         dense_bytes=dense_bytes,
-        # The candidates' vectors go to all ranks and their gradients come back, as the dense gradients do.
+        # The candidates' vectors are sent to all ranks and their gradients are returned, like the dense gradients.
         reduced_bytes=gradient_bytes + round(4 * candidates * dim) * num_parts,
-        # 8 bytes each: an id of every look-up, and the user of every positive.
+        # 8 bytes for the id of each look-up, and for the user of each positive.
         batch_bytes=round(8 * (positives + sum(table.num_ids for table in tables))),
     )

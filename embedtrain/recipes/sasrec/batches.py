@@ -1,4 +1,4 @@
-"""Training batches of sequences: items in order, each to predict the next, and items drawn as negatives."""
+"""Training batches of item sequences, in which each item predicts the next, and of sampled negatives."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from embedtrain.data.partition import block_order, num_steps, random_generator, 
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """One rank's part of a step; what all ranks share is the same on each.
+    """Holds one rank's part of a step, and the parts of the step that are equal on all ranks.
 
     Attributes:
-        inputs: [m] int64 rows of items, sequence after sequence, the shorter ones first.
-        targets: for each rank [m] int64, the items that followed its inputs.
-        numbers: [num_sequences] int64; the number of each sequence in the step of all ranks.
-        lengths: for each rank [num_sequences] int64, those of its sequences.
+        inputs: [m] int64 rows of items, sequence after sequence, shorter sequences first.
+        targets: per rank, the items that follow its inputs, [m] int64.
+        numbers: [num_sequences] int64; number of each sequence, unique in the step over all ranks.
+        lengths: per rank, the lengths of its sequences, [num_sequences] int64.
         rank: this rank.
-        candidates: [c] int64; the items drawn as negatives.
-        shares: for each rank, which of the candidates it looks up.
-        log_expected: [c] float32; the logarithm of how often each candidate is expected among them.
-        dropout_key: of the step.
-        num_global_predictions: of the whole step over all ranks.
+        candidates: [c] int64; the sampled negatives.
+        shares: per rank, the range of the candidates that it looks up.
+        log_expected: [c] float32; log of the expected count of each candidate among the candidates.
+        dropout_key: key of the step's dropout masks.
+        num_global_predictions: number of predictions of the step over all ranks.
     """
 
     inputs: Tensor
@@ -46,11 +46,11 @@ class SequenceBatch:
 
     @property
     def num_examples(self) -> int:
-        """This rank's predictions."""
+        """Number of this rank's predictions."""
         return self.inputs.numel()
 
     def split(self, num_parts: int) -> list[SequenceBatch]:
-        """Returns the sequences as so many batches of the same step, each of which looks up all negatives again."""
+        """Returns the sequences in `num_parts` batches of the same step, each with all negatives."""
         return [self._part(part, num_parts) for part in range(num_parts)]
 
     def _part(self, part: int, num_parts: int) -> SequenceBatch:
@@ -70,13 +70,13 @@ class SequenceBatch:
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """How sequences become steps.
+    """Holds the sizes of steps and the sampling of negatives.
 
     Attributes:
-        global_batch_size: about how many predictions a step makes over all ranks.
-        max_length: the most items that a prediction is made from.
-        num_negatives: items drawn for each step, over all ranks; 0 for none.
-        power: they are drawn by count ** power.
+        global_batch_size: approximate number of predictions per step over all ranks.
+        max_length: maximum number of items from which a prediction is made.
+        num_negatives: number of negatives drawn per step over all ranks; 0 for none.
+        power: negatives are drawn with probability proportional to count ** power.
     """
 
     global_batch_size: int
@@ -86,20 +86,20 @@ class BatchOptions:
 
 
 class SequenceBatches:
-    """The batches of a rank, each a function of (seed, epoch, step): nothing to save, nothing to restore.
+    """Makes the batches of a rank. Each batch is a function of (seed, epoch, step), so there is no state to save.
 
-    An example is at most `max_length` items of a user, each of which predicts the one after it. A longer history is
-    several examples, counted from the newest item on, so that every item but each user's first is predicted once an
-    epoch. A step takes whole examples, so that the number of its predictions varies by the length of one.
+    An example is at most `max_length` items of a user, each of which predicts the next item. A longer history is split
+    into several examples, from the newest item backwards. So every item except a user's first is predicted once per
+    epoch. A step consists of whole examples, so that its number of predictions varies by the length of one example.
 
     Args:
-        sequences: the items of each user, the newest last.
-        num_items: items in all.
+        sequences: items of each user, the newest last.
+        num_items: number of all items.
         options: sizes and negatives.
-        seed: of the order and of every draw.
-        rank: whose part of each step.
-        world_size: ranks that share a step.
-        on_epoch: called on every rank before an epoch's first batch, and when a run is resumed within one.
+        seed: seed of the order and of all draws.
+        rank: this rank.
+        world_size: number of ranks that share a step.
+        on_epoch: called on every rank before the first batch of an epoch, and when a run resumes within an epoch.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class SequenceBatches:
         self._rank, self._world_size = rank, world_size
         self._on_epoch = on_epoch
         self._firsts, self._lengths = _windows(sequences, options.max_length)
-        # Items that training does not have are drawn too, as if it had them once.
+        # Items that training does not have are drawn too, with a count of 1.
         counts = np.bincount(sequences.values, minlength=num_items).clip(min=1).astype(np.float64)
         weights = counts**options.power
         self._alias_table = alias_table(weights)
@@ -134,16 +134,16 @@ class SequenceBatches:
 
     @property
     def examples_per_epoch(self) -> int:
-        """Predictions."""
+        """Number of predictions in an epoch."""
         return int(self._lengths.sum())
 
     def batch(self, epoch: int, step: int) -> SequenceBatch:
-        """Returns this rank's part of step `step` of epoch `epoch`, both from 0; it may hold no sequence."""
+        """Returns this rank's part of step `step` of epoch `epoch`, both from 0; may have no sequence."""
         if epoch != self._epoch:
             self._begin_epoch(epoch)
         chosen = self._order[self._bounds[step] : self._bounds[step + 1]]
         chosen = chosen[np.argsort(self._lengths[chosen], kind="stable")]
-        # Dealt out one by one, so that the ranks have about as many predictions each.
+        # Sequences sorted by length are assigned in turn, so that all ranks have about equally many predictions.
         shares = [chosen[rank :: self._world_size] for rank in range(self._world_size)]
         inputs = [spans(self._firsts[share], self._lengths[share]) for share in shares]
         generator = random_generator(self._seed, "negatives", epoch, step)
@@ -173,14 +173,14 @@ class SequenceBatches:
         starts = ends - self._lengths[self._order]
         size = self._options.global_batch_size
         steps = np.arange(self.steps_per_epoch + 1)
-        # The last example may begin before the last step does, which would then be empty.
+        # Leaves at least one example for each later step: the last example may begin before the last step does.
         at_most = len(starts) - steps[::-1]
         self._bounds = np.minimum(np.searchsorted(starts, steps * size), at_most)
 
 
 def _windows(sequences: Bags, max_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns where the inputs of each example begin among all values, and how many there are."""
-    stops = sequences.starts[1:] - 1  # the newest item of a user is no input
+    """Returns the index of each example's first input in the values, and its number of inputs."""
+    stops = sequences.starts[1:] - 1  # the newest item of a user is only a target
     num_inputs = np.diff(sequences.starts) - 1
     num_windows = np.maximum(-(-num_inputs // max_length), 0)
     back = spans(np.zeros_like(num_windows), num_windows) * max_length

@@ -1,4 +1,4 @@
-"""The network over sequences: causal attention over packed vectors, so that padding costs next to nothing."""
+"""The network over sequences: causal attention over packed vectors, with little padding."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from embedtrain.ops._backend.transfer import to_device
 
 _INIT_SCALE = 0.02
 _MOST_PADDING = 0.5
-"""Of the real positions: sequences attend together while padding is no more. Fewer runs are fewer small kernels."""
+"""Maximum padding of a run, relative to its real positions. A larger bound would give fewer runs and so fewer kernels,
+but more padding."""
 _LEVELS = 1 << 16
-"""A dropout mask takes 16 random bits per element."""
+"""Levels of the 16 random bits per element of a dropout mask."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive sequences of similar length, which attend in one call.
+    """Describes consecutive sequences of similar length, whose attention is computed in one call.
 
     Attributes:
-        num_sequences: how many.
-        longest: length of the longest one.
-        start, stop: their positions among all.
-        padded: [num_sequences * longest] int64; the position that each padded place takes. None without padding.
-        real: [stop - start] int64; the padded place of each position. None without padding.
+        num_sequences: number of sequences.
+        longest: length of the longest sequence.
+        start, stop: half-open range of their positions among all positions.
+        padded: [num_sequences * longest] int64; the position to copy to each place of the padded batch. None without
+            padding.
+        real: [stop - start] int64; the place of each position in the padded batch. None without padding.
     """
 
     num_sequences: int
@@ -41,12 +43,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Packing:
-    """How sequences lie one after the other, the shorter ones first.
+    """Describes sequences that are stored one after another, shorter sequences first.
 
     Attributes:
-        runs: which of them attend together.
-        from_end: [num_positions] int64; how far each position is from the last one of its sequence.
-        last: [num_sequences] int64; the last position of each.
+        runs: the sequences in groups of similar length.
+        from_end: [num_positions] int64; distance of each position from the last position of its sequence.
+        last: [num_sequences] int64; last position of each sequence.
     """
 
     runs: Sequence[Run]
@@ -54,7 +56,7 @@ class Packing:
     last: Tensor
 
     def to(self, device: torch.device) -> Packing:
-        """Returns the same on a device."""
+        """Returns the packing on a device."""
 
         def moved(places: Tensor | None) -> Tensor | None:
             return None if places is None else to_device(places, device)
@@ -67,7 +69,7 @@ class Packing:
 
 
 def pack(lengths: Tensor) -> Packing:
-    """Returns the packing of sequences of ascending lengths [num_sequences] int64, none empty, on the CPU."""
+    """Returns the packing of sequences with ascending lengths [num_sequences] int64 of at least 1, on the CPU."""
     stops = lengths.cumsum(0)
     num_positions = int(stops[-1]) if len(stops) else 0
     sequence_stops = torch.repeat_interleave(stops, lengths, output_size=num_positions)
@@ -91,7 +93,7 @@ def _run(lengths: Tensor, longest: int, start: int, stop: int) -> Run:
         return Run(len(lengths), longest, start, stop, None, None)
     place = torch.arange(longest)
     starts = (start + lengths.cumsum(0) - lengths).unsqueeze(1)
-    # Padding follows the real positions, which are causal and do not see it: any position may stand there.
+    # Padding comes after the real positions, which attend only to earlier positions, so its values do not matter.
     padded = starts + torch.minimum(place, lengths.unsqueeze(1) - 1)
     (real,) = torch.nonzero((place < lengths.unsqueeze(1)).flatten(), as_tuple=True)
     return Run(len(lengths), longest, start, stop, padded.flatten(), real)
@@ -99,13 +101,13 @@ def _run(lengths: Tensor, longest: int, start: int, stop: int) -> Run:
 
 @dataclass(frozen=True)
 class Dropout:
-    """Masks that are a function of a key and of what each position is, not of how positions are shared out.
+    """Applies dropout masks that depend on the step and the global number of a position, not on the number of ranks.
 
     Attributes:
-        rate: the share of elements that become zero.
-        key: of the step.
-        places: [num_positions] int64; the number of each position in the step of all ranks.
-        num_masks: how many masks a step takes.
+        rate: share of elements that become zero.
+        key: key of the step.
+        places: [num_positions] int64; number of each position, unique in the step over all ranks.
+        num_masks: number of masks per step.
     """
 
     rate: float
@@ -114,7 +116,7 @@ class Dropout:
     num_masks: int
 
     def __call__(self, values: Tensor, number: int) -> Tensor:
-        """Returns values [num_positions, dim] with mask `number` applied, and those kept scaled up."""
+        """Returns values [num_positions, dim] after mask `number`; kept elements are scaled by 1 / (1 - rate)."""
         dropped = round(self.rate * _LEVELS)
         if not dropped:
             return values
@@ -127,11 +129,11 @@ class Dropout:
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each over normalised values and added to them.
+    """A block of attention and a perceptron, each with layer normalisation before it and a residual connection.
 
     Args:
-        dim: of the vectors.
-        heads: of the attention; divides `dim`.
+        dim: length of the vectors.
+        heads: number of attention heads; must divide `dim`.
         inner: width of the perceptron's hidden layer.
     """
 
@@ -143,7 +145,7 @@ class Block(nn.Module):
         self.hidden, self.out = nn.Linear(dim, inner), nn.Linear(inner, dim)
 
     def attend(self, values: Tensor, runs: Sequence[Run]) -> Tensor:
-        """Returns what each position [num_positions, dim] takes from itself and the positions before it."""
+        """Returns each position's attention to itself and earlier positions of its sequence; [num_positions, dim]."""
         projected = self.queries_keys_values(self.attention_norm(values))
         parts = [self._attend_run(projected, run) for run in runs]
         attended: Tensor = self.attended(torch.cat([projected[:0, : values.shape[1]], *parts]))
@@ -160,28 +162,28 @@ class Block(nn.Module):
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True).transpose(1, 2).flatten(2)
 
     def attend_padded(self, values: Tensor) -> Tensor:
-        """Returns what `attend` does, of sequences [n, length, dim] that padding follows."""
+        """Returns the result of `attend` for padded sequences [n, length, dim]."""
         attended: Tensor = self.attended(self._attention(self.queries_keys_values(self.attention_norm(values))))
         return attended
 
     def transform(self, values: Tensor) -> Tensor:
-        """Returns the perceptron of each position."""
+        """Returns the perceptron's output for each position."""
         transformed: Tensor = self.out(F.gelu(self.hidden(self.perceptron_norm(values))))
         return transformed
 
 
 class Encoder(nn.Module):
-    """Makes of the vectors of items in order, for each position, a vector whose products with items predict the next.
+    """Encodes sequences of item vectors: the dot product of a position's output with an item scores it as next item.
 
     Args:
-        dim: of the vectors.
-        max_length: of the sequences.
-        layers: blocks.
-        heads: of the attention.
-        inner: width of the blocks' hidden layers.
+        dim: length of the vectors.
+        max_length: maximum length of the sequences.
+        layers: number of blocks.
+        heads: number of attention heads.
+        inner: width of the perceptrons' hidden layers.
 
-    Source: Kang and McAuley 2018, "Self-attentive sequential recommendation"; with layer normalisation before each
-    part of a block, and positions counted from the end.
+    Source: Kang and McAuley 2018, "Self-attentive sequential recommendation". Unlike there, layer normalisation comes
+    before each part of a block, and positions are counted from the end.
     """
 
     def __init__(self, dim: int, max_length: int, layers: int, heads: int, inner: int) -> None:
@@ -199,16 +201,16 @@ class Encoder(nn.Module):
 
     @property
     def num_masks(self) -> int:
-        """How many dropout masks a pass takes."""
+        """Number of dropout masks per step."""
         return 1 + 2 * len(self.blocks)
 
     def forward(self, vectors: Tensor, packing: Packing, dropout: Dropout | None = None) -> Tensor:
         """Returns a vector for each position, [num_positions, dim].
 
         Args:
-            vectors: [num_positions, dim]; of the items, sequence after sequence.
-            packing: how they lie.
-            dropout: in training.
+            vectors: [num_positions, dim]; item vectors, sequence after sequence.
+            packing: how the sequences are packed.
+            dropout: dropout of the step; None outside training.
         """
         drop = dropout or _keep
         values = drop(self.input_norm(vectors + F.embedding(packing.from_end, self.positions)), 0)
@@ -225,10 +227,10 @@ def _keep(values: Tensor, number: int) -> Tensor:
 
 
 class PaddedEncoder(nn.Module):
-    """The encoder as a package holds it: of sequences [n, max_length, dim] and their lengths [n], the last states.
+    """The encoder in a package, which takes padded sequences and returns the output of each one's last position.
 
     Args:
-        encoder: trained.
+        encoder: the trained encoder.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -236,7 +238,12 @@ class PaddedEncoder(nn.Module):
         self._encoder = encoder
 
     def forward(self, vectors: Tensor, lengths: Tensor) -> Tensor:
-        """Returns [n, dim]. What follows the first `lengths` positions of a sequence does not count."""
+        """Returns the vectors of the sequences, [n, dim].
+
+        Args:
+            vectors: [n, max_length, dim]; item vectors. Values after the first `lengths` positions are ignored.
+            lengths: [n] int64.
+        """
         encoder = self._encoder
         place = torch.arange(encoder.max_length, device=vectors.device)
         from_end = (lengths.unsqueeze(1) - 1 - place).clamp(min=0)

@@ -1,4 +1,4 @@
-"""What a user had so far, in order, and what the model says comes next."""
+"""Reads the histories of users, predicts their next items, and measures the predictions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _USERS_AT_ONCE = 1024
 
 
 def histories_before_test(interactions: Interactions) -> Bags:
-    """Returns the items of each user, in order, that come before the test part."""
+    """Returns the items of each user before the test part, in order: training and validation items."""
     first = interactions.sequences
     if not interactions.has_validation:
         return first
@@ -46,7 +46,7 @@ def histories_before_test(interactions: Interactions) -> Bags:
 
 @torch.no_grad()
 def encoded(model: Sasrec, histories: Bags, users: NDArray[np.int64]) -> Tensor:
-    """Returns the vectors [n, dim] of the histories of users, none of them empty; each is encoded by one rank.
+    """Returns the vectors [n, dim] of users' histories, which must not be empty; each is encoded by one rank.
 
     Collective: every rank, with the same users.
     """
@@ -60,7 +60,7 @@ def encoded(model: Sasrec, histories: Bags, users: NDArray[np.int64]) -> Tensor:
 
 
 def catalogue_of(model: Sasrec) -> Catalogue:
-    """Returns the items of a model. Collective: every rank."""
+    """Returns the vectors of all items of a model. Collective: every rank."""
     num_items = model.tables.shards[ITEM].spec.num_rows
     return Catalogue(lambda rows: model.tables({ITEM: rows})[ITEM], num_items, model.tables.ranks)
 
@@ -68,17 +68,17 @@ def catalogue_of(model: Sasrec) -> Catalogue:
 def evaluate_next(
     model: Sasrec, histories: Bags, held_out: Bags, ks: Sequence[int], alive: Callable[[], None]
 ) -> Mapping[str, float]:
-    """Measures how well the held-out items are predicted from what came before. Collective: every rank.
+    """Measures how well the held-out items are predicted from users' histories. Collective: every rank.
 
     Args:
         model: the model.
-        histories: the items of each user, in order. Users without any are not measured.
-        held_out: the items to find; -1 for one that cannot be found, and counts as missed.
-        ks: lengths of the list.
-        alive: called now and then.
+        histories: items of each user, in order. Users without items are not measured.
+        held_out: the items to find, by user; -1 for an item without a row, which counts as missed.
+        ks: lengths of the lists.
+        alive: called after each batch of users.
 
     Returns:
-        As `measure_next`.
+        The measures of `measure_next`.
     """
     catalogue, queries = catalogue_of(model), functools.partial(encoded, model, histories)
 
@@ -90,11 +90,11 @@ def evaluate_next(
 
 @dataclass(frozen=True)
 class _Asked:
-    """The users who may be asked for.
+    """Holds the users of a request.
 
     Attributes:
-        names: their raw ids.
-        items: rows of the items that each had, in order.
+        names: raw ids of the users.
+        items: rows of each user's items, in order.
     """
 
     names: Sequence[str]
@@ -104,20 +104,20 @@ class _Asked:
 def next_items(
     model: Sasrec, interactions: Interactions, options: InteractionOptions, wanted: Wanted
 ) -> Iterator[list[Recommendation]]:
-    """Yields what comes next for users. Collective: every rank.
+    """Yields the predicted next items of users. Collective: every rank.
 
     Args:
         model: the model.
-        interactions: those of the training.
-        options: how files of interactions are read.
-        wanted: which users, and how many items. Items that are given are in order, the newest last.
+        interactions: the interactions of the run.
+        options: options for reading files of interactions.
+        wanted: the request: users and number of items. Given items must be in order, the newest last.
 
     Raises:
         UserError: a user or an item is unknown, a file cannot be used, or an index or features are given.
     """
     if wanted.index_path is not None or wanted.features_path is not None:
         option = "--index" if wanted.index_path is not None else "--features"
-        raise UserError(f"{option}: a run of sasrec answers from histories over all items: leave it out")
+        raise UserError(f"model=sasrec does not support {option}: it predicts from histories, over all items")
     asked = model.tables.ranks.run_on_first(lambda: _asked(interactions, options, wanted))
     catalogue, item_ids = catalogue_of(model), interactions.items.words
     known = asked.items if wanted.leaves_out_known else None
@@ -146,7 +146,7 @@ def _asked(interactions: Interactions, options: InteractionOptions, wanted: Want
 
 
 def _read(options: InteractionOptions, path: str, items: Sequence[str]) -> _Asked:
-    """Reads users and their items, in order, from files like those of the training."""
+    """Reads users and their items, in order, from files in the format of the training data."""
     events = read_events(take_sources(path, suffixes_of(options.format)), options)
     users = events.users.codes.astype(np.int64)
     order = events.in_order(users)

@@ -1,4 +1,4 @@
-"""SASRec on a sharded table of items, which inputs and outputs share."""
+"""SASRec on a sharded table of items, which is both its input and its output table."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 Loss = Literal["full_softmax", "sampled_softmax"]
 
 _SCORES_AT_ONCE = 1 << 22
-"""16 MiB of them."""
+"""Scores per part of the full softmax: 16 MiB in float32."""
 _NOT_A_NEGATIVE = -1e30
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The shape of the network, and what it learns by.
+    """Holds the sizes of the network and the loss.
 
     Attributes:
-        max_length: the most items that a prediction is made from.
-        layers: blocks of attention and perceptron.
-        heads: of the attention.
+        max_length: maximum number of items from which a prediction is made.
+        layers: number of blocks.
+        heads: number of attention heads.
         inner: width of the perceptrons' hidden layers.
-        dropout: share of the elements that are left out in training.
-        loss: softmax over all items, or over those drawn.
+        dropout: dropout rate in training.
+        loss: softmax over all items, or over sampled items.
     """
 
     max_length: int = 50
@@ -53,16 +53,16 @@ class Architecture:
 
 @dataclass(frozen=True)
 class PreparedSequences:
-    """A batch for which the ids were exchanged.
+    """Holds a batch whose ids were exchanged.
 
     Attributes:
-        batch: the items.
-        packing: how the sequences lie.
-        places: [m] int64; the number of each position in the step of all ranks.
-        targets: of the full softmax, the place of each target of all ranks among this rank's rows, -1 if another rank
-            owns it; else the items that are this rank's targets.
+        batch: the batch.
+        packing: how its sequences are packed.
+        places: [m] int64; number of each position, unique in the step over all ranks.
+        targets: full softmax: for the targets of all ranks, the index among this rank's rows, -1 if another rank owns
+            the target. Sampled softmax: this rank's target items.
         log_expected: [c] float32; see `SequenceBatch`.
-        vectors: of the items, asked for.
+        vectors: pending look-ups of the vectors of the items.
     """
 
     batch: SequenceBatch
@@ -74,12 +74,12 @@ class PreparedSequences:
 
 
 class Sasrec(nn.Module):
-    """Predicts the item that follows a sequence of items by the product of its vector and the encoded sequence.
+    """Predicts the next item of a sequence; an item's score is the dot product of its vector and the encoded sequence.
 
     Args:
-        table: of the items.
-        architecture: see there.
-        options: see `EmbeddingCollection`; the seed is also that of the encoder.
+        table: the table of items.
+        architecture: sizes of the network and the loss.
+        options: see `EmbeddingCollection`; the encoder has the same seed.
 
     Attributes:
         dense: the encoder.
@@ -108,12 +108,12 @@ class Sasrec(nn.Module):
             total = self._full(prepared, states)
         else:
             total = self._sampled(prepared, states, vectors[num_inputs:])
-        # A mean over the global batch, whatever share of it this rank has: the exchange averages over the ranks.
+        # The factor makes this a mean over the global batch, because the exchange averages gradients over the ranks.
         loss = total * (self.tables.ranks.size / max(1, batch.num_global_predictions))
         return Objective(loss, total.detach().double(), num_inputs)
 
     def _full(self, prepared: PreparedSequences, states: Tensor) -> Tensor:
-        """Returns the loss of the predictions of all ranks whose targets this rank owns."""
+        """Returns the summed loss of the predictions, of all ranks, whose targets this rank owns."""
         ranks = self.tables.ranks
         shard = self.tables.shards[ITEM]
         every = ranks.all_gather_rows(states, [len(targets) for targets in prepared.batch.targets])
@@ -121,7 +121,7 @@ class Sasrec(nn.Module):
         return full_softmax(every, self.tables.own_rows(ITEM), prepared.targets, ranks, states_at_once)
 
     def _sampled(self, prepared: PreparedSequences, states: Tensor, vectors: Tensor) -> Tensor:
-        """Returns the loss of this rank's predictions."""
+        """Returns the summed loss of this rank's predictions."""
         ranks, batch = self.tables.ranks, prepared.batch
         targets, own_negatives = vectors[: len(states)], vectors[len(states) :]
         negatives = ranks.all_gather_rows(own_negatives, [len(share) for share in batch.shares])
@@ -153,25 +153,25 @@ class Sasrec(nn.Module):
         )
 
     def _own_places(self, items: Tensor) -> Tensor:
-        """Returns the place of each item among this rank's rows; -1 if another rank owns it."""
+        """Returns the index of each item among this rank's rows; -1 if another rank owns the item."""
         shard = self.tables.shards[ITEM]
         start, stop = shard.slots
         slots = shard.layout.slot_of(items)
         return torch.where((slots >= start) & (slots < stop), slots - start, -1)
 
     def bring_rows(self, prepared: PreparedSequences) -> None:
-        """Copies rows of a step that live in host memory to the device."""
+        """Copies rows of a step from host memory to the device."""
         self.tables.bring_rows(prepared.vectors)
 
     @torch.no_grad()
     def encode(self, items: Tensor, lengths: Tensor) -> Tensor:
-        """Returns the vectors [n, dim] of histories, whose products with those of items predict what follows.
+        """Returns the vectors [n, dim] of histories; dot products with item vectors score the next item.
 
         Collective: every rank; the histories may differ.
 
         Args:
-            items: int64 rows of items, history after history, the newest last.
-            lengths: [n] int64, 1 to `max_length`.
+            items: [sum(lengths)] int64 rows of items, history after history, the newest last.
+            lengths: [n] int64; items per history, 1 to `max_length`.
         """
         order = torch.argsort(lengths, stable=True)
         firsts = lengths.cumsum(0) - lengths

@@ -1,4 +1,4 @@
-"""What comes next, from a packed SASRec model: this file, scorer.py beside it, torch and NumPy are all it takes.
+"""Predicts next items with a packaged SASRec model; needs this file, scorer.py beside it, torch and NumPy.
 
 python PACKAGE/next_items.py --items 17,42 --top 10
 
@@ -23,13 +23,13 @@ _HISTORIES_AT_ONCE = 512
 
 
 class NextItems(Retriever):  # type: ignore[misc]
-    """A packed SASRec model; the vectors of its items are memory-mapped.
+    """A packaged SASRec model, whose item vectors are memory-mapped.
 
     Args:
-        path: the folder of the package.
+        path: folder of the package.
 
     Raises:
-        ValueError: the folder is no such package, or one of a newer format.
+        ValueError: the folder is not a SASRec package, or its format is newer.
     """
 
     def __init__(self, path: str) -> None:
@@ -38,10 +38,11 @@ class NextItems(Retriever):  # type: ignore[misc]
 
     @torch.no_grad()
     def vectors(self, histories: Sequence[Sequence[str]]) -> Tensor:
-        """Returns a vector [n, dim] of each history, whose products with those of items say what comes next.
+        """Returns the vectors [n, dim] of histories; dot products with item vectors score the next item.
 
         Args:
-            histories: raw ids of items, the newest last; of a longer one than the model takes, the newest count.
+            histories: raw ids of items, the newest last. Only the newest items of a longer history than the model's
+                maximum are used.
         """
         starts = range(0, len(histories), _HISTORIES_AT_ONCE)
         parts = [self._encoded(histories[start : start + _HISTORIES_AT_ONCE]) for start in starts]
@@ -50,11 +51,11 @@ class NextItems(Retriever):  # type: ignore[misc]
     def after(
         self, histories: Sequence[Sequence[str]], k: int = 10, leaves_out_known: bool = True
     ) -> list[list[tuple[str, float]]]:
-        """Returns the best items after each history with their scores, the best first.
+        """Returns the best next items of each history with their scores, the best first.
 
         Args:
             histories: see `vectors`.
-            k: how many items each.
+            k: number of items per history.
             leaves_out_known: whether to leave out the items of the history.
         """
         known = [set(history) if leaves_out_known else set() for history in histories]
@@ -68,8 +69,8 @@ class NextItems(Retriever):  # type: ignore[misc]
         max_length, dim = self.manifest["max_length"], self.manifest["dim"]
         newest = [list(history[-max_length:]) for history in histories]
         if not all(newest):
-            raise ValueError("a history holds no item: expected at least one")
-        padded = torch.zeros(max(2, len(newest)), max_length, dim)  # The program was made for two rows or more.
+            raise ValueError("a history has no item: expected at least one")
+        padded = torch.zeros(max(2, len(newest)), max_length, dim)  # The exported network needs at least two rows.
         lengths = torch.ones(len(padded), dtype=torch.int64)
         for place, history in enumerate(newest):
             padded[place, : len(history)] = self._vectors("item", history)
@@ -79,12 +80,12 @@ class NextItems(Retriever):  # type: ignore[misc]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints as CSV the best items after a history."""
-    parser = argparse.ArgumentParser(description="Predicts which items come next, with a packed SASRec model.")
-    parser.add_argument("--package", default=str(Path(__file__).resolve().parent), help="the folder of the package")
-    parser.add_argument("--items", required=True, help="raw ids such as 17,42, the newest last")
-    parser.add_argument("--top", type=int, default=10, help="how many items")
-    parser.add_argument("--include-known", action="store_true", help="also items of the history")
+    """Prints the best next items of a history as CSV."""
+    parser = argparse.ArgumentParser(description="Predicts the next items of a history with a packaged SASRec model.")
+    parser.add_argument("--package", default=str(Path(__file__).resolve().parent), help="folder of the package")
+    parser.add_argument("--items", required=True, help="raw ids of the history such as 17,42, the newest last")
+    parser.add_argument("--top", type=int, default=10, help="number of items")
+    parser.add_argument("--include-known", action="store_true", help="include items of the history")
     given = parser.parse_args(arguments)
     try:
         history = [item.strip() for item in given.items.split(",")]

@@ -1,4 +1,4 @@
-"""What a package of a SASRec model consists of: the vectors of items, their raw ids, the network and a program."""
+"""Contents of the package of a SASRec model: the vectors of items, their raw ids, the network and a program."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TABLE, _NAMES, _PROGRAM = "items.safetensors", "item-names.safetensors", "next_
 
 
 def packed_model(model: Sasrec, interactions: Interactions, step: int) -> Packed:
-    """Returns what `Recipe.pack` yields of a model in one process, its data and its step."""
+    """Returns the package contents of a model in one process; see `Recipe.pack`."""
     spec, max_length = model.tables.shards[ITEM].spec, model.architecture.max_length
     return Packed(
         model="sasrec",

@@ -63,24 +63,24 @@ _INIT_SCALE = 0.02
 
 
 def prepare(config: SasrecConfig, runtime: Runtime) -> tuple[Interactions, Sizes]:
-    """Prepares the interactions of a configuration, or finds them in the cache. Collective: every rank.
+    """Prepares the interactions of a configuration, or opens them in the cache. Collective: every rank.
 
     Raises:
-        UserError: the data cannot be used, or no user has two items in order.
+        UserError: the data cannot be used, or no user has two items.
     """
     interactions = prepare_interactions(_options(config), os.path.expanduser(config.data.cache_path), runtime.ranks)
     if runtime.rank == 0:
         log_interactions(interactions, config.evaluate.path, chooses_best=config.num_best is not None)
     if np.diff(interactions.sequences.starts).max(initial=0) < 2:
         raise UserError(
-            f"{config.data.path}: no user has two items or more to train on, so that there is nothing to predict"
+            f"{config.data.path}: no user has two items or more to train on, so there is nothing to predict"
             f"{': data.split and data.validation hold out the newest items' if interactions.split_files else ''}"
         )
     return interactions, Sizes({ITEM: len(interactions.items)})
 
 
 def _options(config: SasrecConfig) -> InteractionOptions:
-    # Users have no rows in a table: those of a run that it was started from, and new ones, are all the same.
+    # Users have no rows in a table, so the users of a run in `start_from` are not needed.
     return interaction_options(
         config.data,
         config.evaluate.path,
@@ -96,7 +96,7 @@ def build(config: SasrecConfig, runtime: Runtime, interactions: Interactions) ->
     model = _build_model(config, runtime, interactions)
     evaluation = None
     if interactions.has_validation or config.holds_out or config.evaluate.path is not None:
-        # Without a validation part, what comes before the test part is what is trained on.
+        # In both cases the training sequences are the histories: without a validation part, the test part follows them.
         held_out = interactions.validation if interactions.has_validation else interactions.held_out
         measure = functools.partial(evaluate_next, model, interactions.sequences, held_out, config.evaluate.k)
         evaluation = Evaluation(measure, config.evaluate.every_steps, config.evaluate.every_epochs)
@@ -156,8 +156,8 @@ def restored(config: SasrecConfig, runtime: Runtime, checkpoint: str) -> Iterato
     """Yields the model of a checkpoint, its data and its step. Collective: every rank.
 
     Raises:
-        UserError: the data cannot be used, or they are not those that the checkpoint was trained on.
-        CorruptCheckpointError: what the run folder has of the data is damaged.
+        UserError: the data cannot be used, or are not the data that the checkpoint was trained on.
+        CorruptCheckpointError: the data in the run folder are damaged.
     """
     with kept_interactions(config.run.path, lambda: prepare(config, runtime)[0]) as interactions:
         model = _build_model(config, runtime, interactions)
@@ -168,11 +168,11 @@ def restored(config: SasrecConfig, runtime: Runtime, checkpoint: str) -> Iterato
 def measure(
     config: SasrecConfig, runtime: Runtime, checkpoint: str, held_out: str | None = None
 ) -> Mapping[str, float]:
-    """Measures a checkpoint on the test part that the run folder has, or on other files. Collective: every rank.
+    """Measures a checkpoint on the test part in the run folder, or on the files of `held_out`. Collective: every rank.
 
     Raises:
-        UserError: the run folder lacks the data, or they are not those that the checkpoint was trained on; or the files
-            cannot be used.
+        UserError: the run folder lacks the data, its data are not the data that the checkpoint was trained on, or the
+            files cannot be used.
     """
     with restored(config, runtime, checkpoint) as (model, interactions, _):
         if held_out is None:
@@ -187,7 +187,7 @@ def measure(
 def recommend(
     config: SasrecConfig, runtime: Runtime, checkpoint: str, wanted: Wanted
 ) -> Iterator[list[Recommendation]]:
-    """Yields what comes next for users; see `next_items`. Collective: every rank."""
+    """Yields the predicted next items of users; see `next_items`. Collective: every rank."""
     with restored(config, runtime, checkpoint) as (model, interactions, _):
         yield from next_items(model, interactions, _options(config), wanted)
 

@@ -1,4 +1,4 @@
-"""Softmax over all items, whose rows the ranks hold a part of each."""
+"""Softmax over all items of a table that is sharded over the ranks."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from embedtrain.distributed.ranks import Ranks
 
 
 def full_softmax(states: Tensor, rows: Tensor, targets: Tensor, ranks: Ranks, states_at_once: int) -> Tensor:
-    """Returns the sum of the cross-entropies of the states whose target is among this rank's rows.
+    """Returns the summed cross-entropy of the states whose target is among this rank's rows.
 
-    Over the ranks these sums add up to the loss of all states. Every rank scores all states against its own rows and
-    tells the others the logarithm of its sum of exponentials; no row travels. There are too many scores to keep, so
-    forward makes the gradients too: those of `states` are this rank's part, to be summed over the ranks, and those
-    of `rows` are whole.
+    The sum of the results over the ranks is the loss of all states. Each rank scores all states against its own rows
+    and sends the log of its sum of exponentials to the others; no rows are sent.
+
+    Forward also computes the gradients, because the scores are too large to keep for backward. The gradient of `states`
+    is this rank's part, which must be summed over the ranks. The gradient of `rows` is complete.
 
     Collective: every rank, with the same states.
 
     Args:
-        states: [m, dim] float32; of all ranks.
-        rows: [n, dim] float32; this rank's.
-        targets: [m] int64; the place of each state's target among the rows, -1 if another rank has it.
-        ranks: those that share the items.
-        states_at_once: bounds the memory: `states_at_once * n` scores.
+        states: [m, dim] float32; states of all ranks.
+        rows: [n, dim] float32; rows of this rank.
+        targets: [m] int64; index in `rows` of each state's target, -1 if another rank owns the target.
+        ranks: the ranks that share the items.
+        states_at_once: number of states per part, which bounds memory to `states_at_once * n` scores.
     """
     total: Tensor = _FullSoftmax.apply(states, rows, targets, ranks, states_at_once)  # type: ignore[no-untyped-call]
     return total
@@ -63,7 +64,7 @@ class _FullSoftmax(torch.autograd.Function):
 
 
 def _exponentials(scores: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Turns scores [m, n] into this rank's part of their softmax, in place; returns it and the logarithm of all sums.
+    """Turns scores [m, n] into this rank's part of the softmax, in place; returns it and the log-sum-exp of all ranks.
 
     Collective: every rank.
     """
@@ -76,7 +77,7 @@ def _exponentials(scores: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
 
 
 def _over_ranks(log_sum: Tensor, ranks: Ranks) -> Tensor:
-    """Returns the logarithm of the sum of what the ranks have the logarithms [m] of. Collective: every rank."""
+    """Returns the log of the sum of exponentials over the ranks, from each rank's log [m]. Collective: every rank."""
     if ranks.size == 1:
         return log_sum
     every = ranks.all_gather_rows(log_sum.unsqueeze(1), [len(log_sum)] * ranks.size)

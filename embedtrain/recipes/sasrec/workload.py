@@ -1,4 +1,4 @@
-"""What a run of SASRec asks of its machines."""
+"""The workload of a SASRec run, for planning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from embedtrain.recipes.workload import Draws, IdDistribution, Sizes, Workload, 
 
 
 def workload(config: SasrecConfig, sizes: Sizes) -> Workload:
-    """Returns what a run of SASRec asks of its machines; see `Recipe.workload`."""
+    """Returns the workload of a SASRec run; see `Recipe.workload`."""
     settings, dim, num_parts = config.sasrec, config.table.dim, config.train.accumulate_steps
     predictions, items = float(config.train.global_batch_size), sizes.ids_of(ITEM)
     draws: tuple[Draws, ...] = ((predictions, items),)
@@ -30,8 +30,8 @@ def workload(config: SasrecConfig, sizes: Sizes) -> Workload:
     return Workload(
         (table,),
         dense_bytes=dense_bytes,
-        # Vectors that go to all ranks, encoded sequences or negatives, and whose gradients come back.
+        # Encoded sequences or negatives are sent to all ranks, and their gradients are returned.
         reduced_bytes=gradient_bytes + round(4 * shared * dim),
-        # 8 bytes each: an id of every look-up, and the target and the place of every prediction.
+        # 8 bytes for the id of each look-up, and for the target and the place of each prediction.
         batch_bytes=round(8 * (2 * predictions + table.num_ids)),
     )

@@ -1,4 +1,4 @@
-"""Word vectors: skip-gram or CBOW with negative sampling, on sharded tables."""
+"""word2vec, skip-gram or CBOW with negative sampling, on sharded tables."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PreparedText:
-    """A batch on the device, for which the ids were exchanged.
+    """Holds a batch on the device whose ids were exchanged.
 
     Attributes:
-        rows: the distinct rows of the block, asked for.
-        block: the predictions of the step, by position among the rows.
+        rows: pending look-ups of the block's distinct rows.
+        block: predictions of the step, with indices into the distinct rows.
         num_predictions: see `Objective`.
-        counts: [at least num_distinct] float32; in how many predictions each row takes part; None if nobody asks.
+        counts: [num_distinct or more] float32; number of predictions that use each row; None if not needed.
     """
 
     rows: Asked
@@ -62,21 +62,23 @@ def word2vec_tables(
 
 
 class Word2Vec(nn.Module):
-    """word2vec over a block of text a step: each distinct row is fetched once and its gradient goes home once.
+    """Trains word vectors on blocks of text. Each step fetches each distinct row once and sends its gradient once.
 
-    As in word2vec, every word counts in full: a step's gradient is the sum over the words of all ranks, not
-    their mean, so that a learning rate and an initial accumulator mean the same for every size of step.
+    A step's gradient is the sum over the words of all ranks, not their mean, as in the original word2vec. So learning
+    rate and initial accumulator do not depend on the size of a step.
+
+    Initial values are uniform within 0.5 / dim for input rows, and zero for output rows.
 
     Args:
         num_words: size of the vocabulary.
-        dim: of the vectors.
+        dim: length of the vectors.
         architecture: "skipgram" or "cbow".
-        dtype: storage of both tables.
-        optimizers: by table, the `TableSpec.optimizer` of one that does not share the other's.
-        options: see `EmbeddingCollection`. First values: input rows uniform within 0.5 / dim, output rows zero.
+        dtype: dtype of both tables.
+        optimizers: `TableSpec.optimizer` by table; other tables have the default.
+        options: see `EmbeddingCollection`.
 
     Attributes:
-        counts_rows: whether the counts that `optim.CurvatureDamping` needs travel with the gradients.
+        counts_rows: whether gradients are sent with the counts that `optim.CurvatureDamping` needs.
     """
 
     def __init__(
@@ -103,21 +105,21 @@ class Word2Vec(nn.Module):
         if isinstance(batch, TextBatch):
             batch = self._ask(batch, is_ahead=False)
         vectors = self.tables.distinct_rows(batch.rows, counts=batch.counts)
-        # The exchange averages over the ranks; word2vec's step is a sum.
+        # The factor makes this a sum over all ranks, because the exchange averages gradients over the ranks.
         num_ranks = self.tables.ranks.size
         loss: Tensor = _SkipGramLoss.apply(vectors, batch.block, self._architecture, num_ranks)  # type: ignore[no-untyped-call]
         return Objective(loss=loss, total=loss.detach() / num_ranks, num_predictions=batch.num_predictions)
 
     def prepare(self, batch: TextBatch) -> PreparedText:
-        """Does all of a step that needs no row, for `forward` later. Collective: every rank, in order of steps."""
+        """Prepares a batch for `forward` without reading rows. Collective: every rank, in the order of steps."""
         return self._ask(batch, is_ahead=True)
 
     def bring_rows(self, prepared: PreparedText) -> None:
-        """Copies rows of a step that live in host memory to the device."""
+        """Copies rows of a step from host memory to the device."""
         self.tables.bring_rows(prepared.rows)
 
     def _ask(self, batch: TextBatch, *, is_ahead: bool) -> PreparedText:
-        """Asks for the block's distinct rows and points the block at their places."""
+        """Exchanges the block's ids, and returns the block with indices into its distinct rows."""
         sample, windows, device = batch.sample, batch.windows, self.tables.device
         ids = {INPUT: Jagged.from_ids(sample.words), OUTPUT: Jagged.from_ids(sample.targets.flatten())}
         rows = self.tables.ask(ids, is_ahead=is_ahead)
@@ -127,7 +129,7 @@ class Word2Vec(nn.Module):
             targets=places[OUTPUT].view_as(sample.targets),
             starts=to_device(sample.starts, device),
             stops=to_device(sample.stops, device),
-            # Found here, because the windows are in host memory here.
+            # Computed here, because here the windows are in host memory.
             reach=reach_of(windows.starts, windows.stops) if device.type == "cuda" else None,
         )
         counts = count_of_rows(block, self._most_rows(rows, block), self._architecture) if self.counts_rows else None
@@ -135,14 +137,14 @@ class Word2Vec(nn.Module):
 
     @staticmethod
     def _most_rows(rows: Asked, block: TextBlock) -> int:
-        """Returns a bound of the number of distinct rows for which the host does not wait."""
+        """Returns an upper bound of the number of distinct rows, without a device sync."""
         if block.inputs.is_cuda:
             return block.inputs.numel() + block.targets.numel()
         return sum(part.distinct.unique.numel() for part in rows.parts)
 
 
 class _SkipGramLoss(torch.autograd.Function):
-    """The loss times a factor. The op computes its gradient on the way forward, so backward hands it on."""
+    """Computes the loss times a factor. The op computes the gradient in forward, and backward only scales it."""
 
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, block: TextBlock, architecture: Architecture, factor: int) -> Tensor:
@@ -155,8 +157,7 @@ class _SkipGramLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_of_loss: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
-        # If backward was called on the loss itself, this would be a pass over the gradient for nothing.
-        # On a GPU the host would have to wait to know.
+        # The common factor 1 is skipped to save a pass over the gradient, but not on a GPU, where it costs a sync.
         is_one = not grad.is_cuda and float(grad_of_loss) == 1.0
         scaled = grad if is_one else grad * grad_of_loss.to(grad.dtype)
         return scaled, None, None, None

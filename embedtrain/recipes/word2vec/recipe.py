@@ -51,30 +51,31 @@ from embedtrain.train.task import Evaluation, Parts, Pretrained, Task
 _logger = logging.getLogger(__name__)
 
 _FEW_STEPS = 200
-"""A text of 40,000 words had all cosines near 1 after 30 steps of 8,192 words, and sensible neighbours after 300."""
+"""Number of steps below which a run is too short. On a text of 40,000 words with steps of 8,192 words, all cosines were
+near 1 after 30 steps, and neighbours were sensible after 300."""
 
 
 @dataclass(frozen=True)
 class _KeptFacts:
-    """What the run folder keeps of the data: the lines of each file of word pairs, by its path."""
+    """Facts kept in the run folder: the lines of each file of word pairs, by path."""
 
     word_pairs: dict[str, list[str]]
 
 
 def check(config: Word2VecConfig, is_new: bool) -> None:
-    """Opens the files that a run reads beside its text.
+    """Checks the files that a run reads besides its text, and whether the optimizer supports damping.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         is_new: whether the run has no checkpoint; only then are the files of `init_from` read.
 
     Raises:
-        UserError: one is missing or cannot be read, or the optimizer cannot damp gradients and is to.
+        UserError: a file is missing or cannot be read, or the optimizer does not support the given damping.
     """
     if config.word2vec.damping == "curvature" and (found := cannot_damp(config.optimizer)):
         raise UserError(
-            f"word2vec.damping=curvature: {found} cannot damp gradients, because its rate of a row is not known before "
-            "a step. Take rowwise_adagrad or adagrad with initial_accumulator_value above 0, or sgd, or "
+            f"word2vec.damping=curvature: {found} cannot damp gradients, because the learning rate of a row is not "
+            "known before a step. Use rowwise_adagrad or adagrad with initial_accumulator_value above 0, or sgd, or "
             "word2vec.damping=auto"
         )
     for path in _similarity_paths(config):
@@ -86,7 +87,7 @@ def check(config: Word2VecConfig, is_new: bool) -> None:
 
 
 def prepare(config: Word2VecConfig, runtime: Runtime) -> tuple[PreparedCorpus, Sizes]:
-    """Prepares the text of a configuration, or finds it in the cache. Collective: every rank.
+    """Prepares the text of a configuration, or opens it in the cache. Collective: every rank.
 
     Raises:
         UserError: the text cannot be used.
@@ -128,7 +129,7 @@ def build(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCorpus) -> P
 def _warn_of_few_steps(
     config: Word2VecConfig, batches: TextBatches, optimizer: SparseOptimizer, runtime: Runtime
 ) -> None:
-    """Logs a warning if a run is too short. Damped steps that grow count as the shorter ones that they are worth."""
+    """Logs a warning if a run is too short. With damping and growing steps, long steps count as several short steps."""
     epochs = config.train.epochs
     num_steps = Calendar(batches).first_step_of(epochs)
     worth, per_epoch = float(num_steps), float(batches.steps_per_epoch)
@@ -137,24 +138,24 @@ def _warn_of_few_steps(
         worth = max(worth, epochs * per_epoch)
     if worth < _FEW_STEPS and runtime.rank == 0:
         _logger.warning(
-            f"{num_steps} steps in all are too few for words to find their places: raise train.epochs to "
-            f"{math.ceil(_FEW_STEPS / per_epoch):,} or more, with which this run goes on, or lower "
+            f"{num_steps} steps in all are too few for good word vectors: raise train.epochs to "
+            f"{math.ceil(_FEW_STEPS / per_epoch):,} or more, which continues this run, or lower "
             "train.words_per_step with another run.path"
         )
 
 
 def _write_files(config: Word2VecConfig, corpus: PreparedCorpus, folder: RunFolder) -> None:
-    """Writes to the run folder the words, and the pairs of the evaluation."""
+    """Writes the vocabulary and the word pairs of the evaluation to the run folder."""
     folder.write_vocabulary(corpus.vocabulary)
     paths = _similarity_paths(config)
     folder.keep_data(asdict(_KeptFacts({path: _read_pairs(path) for path in paths})) if paths else {})
 
 
 def measure(config: Word2VecConfig, runtime: Runtime, checkpoint: str, held_out: str | None = None) -> dict[str, float]:
-    """Measures a checkpoint on the word pairs that the run folder has. Collective: every rank.
+    """Measures a checkpoint on the word pairs in the run folder. Collective: every rank.
 
     Raises:
-        UserError: the run folder lacks words or pairs, or they are not those of the run.
+        UserError: words or pairs are missing in the run folder, or belong to another run.
     """
     if held_out is not None:
         raise UserError(f"words are measured on word tests: give --similarity {held_out} or --analogies {held_out}")
@@ -162,10 +163,10 @@ def measure(config: Word2VecConfig, runtime: Runtime, checkpoint: str, held_out:
 
 
 def report(config: Word2VecConfig, runtime: Runtime, checkpoint: str) -> Iterator[Section]:
-    """Yields people's scores of word pairs beside the cosines; nothing without pairs. Collective: every rank.
+    """Yields human scores of word pairs against cosines; nothing without word pairs. Collective: every rank.
 
     Raises:
-        UserError: the run folder lacks words or pairs, or they are not those of the run.
+        UserError: words or pairs are missing in the run folder, or belong to another run.
     """
     if _similarity_paths(config):
         pairs = _word_pairs(config, runtime, checkpoint)
@@ -173,13 +174,13 @@ def report(config: Word2VecConfig, runtime: Runtime, checkpoint: str) -> Iterato
 
 
 def _word_pairs(config: Word2VecConfig, runtime: Runtime, checkpoint: str) -> WordSimilarity:
-    """Returns the measure of a checkpoint on the word pairs that the run folder has. Collective: every rank."""
+    """Returns the measure of a checkpoint on the word pairs in the run folder. Collective: every rank."""
     folder = RunFolder(config.run.path)
     with folder.open_data(_KeptFacts) as kept, CheckpointReader(checkpoint) as reader:
         if kept is None:
             raise UserError(
-                f"{folder.kept_data_path} is missing, which holds the word pairs of evaluate.similarity: bring it "
-                "back, or give the training command again, which writes it anew"
+                f"{folder.kept_data_path} is missing, which holds the word pairs of evaluate.similarity: restore it, "
+                "or run the training command again, which writes it again"
             )
         fingerprint = read_run_state(reader.manifest, checkpoint).data_fingerprint
         words = read_row_names(folder.path, reader.state, INPUT, reader.table(INPUT).shape[0]).words
@@ -216,20 +217,20 @@ def _build_evaluation(config: Word2VecConfig, model: Word2Vec, corpus: PreparedC
 
 
 SIMILARITY = "similarity"
-"""The measure of word vectors."""
+"""Name of the measure of word vectors."""
 
 
 class WordSimilarity:
-    """Measures how well the word vectors agree with people's scores of word pairs.
+    """Measures how well the word vectors agree with human scores of word pairs.
 
     Args:
-        tables: the model's.
-        words: the vocabulary, in order of id.
-        lines: of each file of pairs, by its path.
+        tables: the tables of the model.
+        words: the vocabulary, in the order of ids.
+        lines: lines of each file of word pairs, by path.
 
     Attributes:
-        words: those of the pairs that have a row.
-        lines: of each file of pairs, by its path.
+        words: words of the pairs that are in the vocabulary.
+        lines: lines of each file of word pairs, by path.
     """
 
     def __init__(self, tables: EmbeddingCollection, words: Sequence[str], lines: Mapping[str, Sequence[str]]) -> None:
@@ -241,7 +242,7 @@ class WordSimilarity:
             for first, second, _ in read_pairs(of_file, path)
             for word in (first, second)
         }
-        # The words of the pairs alone, in their order: all of the vocabulary may be too large for one rank.
+        # Only the words of the pairs, because the vectors of the whole vocabulary may not fit on one rank.
         ids = [number for number, word in enumerate(words) if word.upper() in asked]
         self._ids, self.words = torch.tensor(ids, dtype=torch.int64, device=tables.device), [words[i] for i in ids]
 
@@ -253,7 +254,7 @@ class WordSimilarity:
         return unit
 
     def __call__(self, alive: Callable[[], None]) -> dict[str, float]:
-        """Returns the mean Spearman correlation of the files. Collective: every rank."""
+        """Returns the mean Spearman correlation over the files. Collective: every rank."""
         unit = self.unit_vectors()
         found = [evaluate_similarity(unit, self.words, lines, source=path) for path, lines in self.lines.items()]
         alive()
@@ -311,7 +312,7 @@ def _prepare_text(config: Word2VecConfig, runtime: Runtime) -> PreparedCorpus:
 
 
 class _StageLog:
-    """Logs each stage of a preparation when it begins."""
+    """Logs the beginning of each stage of preparation."""
 
     def __init__(self) -> None:
         self._stage = ""

@@ -1,4 +1,4 @@
-"""What the report says of word vectors: where they agree with people's scores of word pairs, and where not."""
+"""Report sections of word vectors: human scores of word pairs against cosines."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ MAX_PAIRS = 2_000
 
 
 def similarity_sections(unit: FloatRows, words: Sequence[str], pairs: Mapping[str, Sequence[str]]) -> Iterator[Section]:
-    """Yields a picture for each file of word pairs: people's scores beside the cosines.
+    """Yields a section per file of word pairs, with a map of human scores against cosines.
 
     Args:
         unit: [n, dim] vectors of length 1.
-        words: [n], whose vectors they are.
-        pairs: the lines of each file, by its path.
+        words: [n] words.
+        pairs: lines of each file of word pairs, by path.
     """
     lookup = WordLookup(words, case_insensitive=True)
     for path, lines in pairs.items():
@@ -37,10 +37,10 @@ def similarity_sections(unit: FloatRows, words: Sequence[str], pairs: Mapping[st
             [f"{first} · {second}" for first, second, _, _ in shown],
             [score for *_, score, _ in shown],
             [cosine for *_, cosine in shown],
-            "Pairs far below the others are nearer to people than to the model; pairs far above are the reverse.",
-            "people's score",
+            "Pairs far below the others are more similar to people than to the model, pairs far above less.",
+            "human score",
             "cosine of the vectors",
             has_labels=False,
         )
         note = f"{path}: Spearman correlation {report.spearman:.3f} over {report.num_pairs:,} pairs of known words."
-        yield Section("Agreement with people", [drawn], note)
+        yield Section("Agreement with human scores", [drawn], note)

@@ -1,4 +1,4 @@
-"""What a run of word2vec asks of its machines."""
+"""The workload of a word2vec run, for planning."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from embedtrain.recipes.workload import Draws, IdDistribution, Sizes, Workload, 
 
 
 def workload(config: Word2VecConfig, sizes: Sizes) -> Workload:
-    """Returns what a run of word2vec asks of its machines; see `Recipe.workload`."""
+    """Returns the workload of a word2vec run; see `Recipe.workload`."""
     settings = config.word2vec
     num_rows = sizes.rows_of(INPUT)
     if sizes.rows_of(OUTPUT) != num_rows:
         raise UserError(
-            f"both tables of word2vec have one row per word: expected the same number of rows, got {num_rows:,} for "
+            f"both tables of word2vec have one row per word: expected equal numbers of rows, got {num_rows:,} for "
             f"{INPUT} and {sizes.rows_of(OUTPUT):,} for {OUTPUT}"
         )
     text = sizes.ids_of(INPUT)
@@ -34,13 +34,16 @@ def workload(config: Word2VecConfig, sizes: Sizes) -> Workload:
             table_load(config, INPUT, num_rows, (words,)),
             replace(output, home_draws=home_negatives, home_parts=num_parts),
         ),
-        # For each kept word 8 bytes each: the word, both ends of its window, and its targets.
+        # For each kept word, 8 bytes for the word, for each end of its window, and for each of its targets.
         batch_bytes=round(num_words * 8 * (3 + 1 + settings.negatives)),
     )
 
 
 def _negatives(number: float, ids: IdDistribution, num_parts: int) -> tuple[tuple[Draws, ...], tuple[Draws, ...]]:
-    """Returns the negatives drawn from words that all parts have, and from words of one part: see `part_vocabulary`."""
+    """Returns the draws of negatives from the words of all parts, and from the words of one part.
+
+    See `part_vocabulary`.
+    """
     if num_parts == 1:
         return ((number, ids),), ()
     is_common = ids.num_rows.cumsum() <= NUM_COMMON_WORDS

@@ -111,7 +111,7 @@ def test_hashed_rows_do_not_start_from_a_file(capfd: pytest.CaptureFixture[str])
     assert main(["export", "run", "--table", "site", "--format", "word2vec", "--output", "site.txt"]) == 0
     assert list(read("site.txt")) == [f"hash:{n}/10" for n in range(10)]
     assert main(["train", *RANKING, "run.path=other", "data.features.site.init_from=site.txt"]) == 2
-    assert "data.features.site.init_from needs rows that have names" in capfd.readouterr().err
+    assert "data.features.site.init_from needs rows with names" in capfd.readouterr().err
     assert main(["export", "run", "--table", "slot", "--format", "word2vec", "--output", "slot.txt"]) == 0
     start = "data.features.slot={encoding: id, num_rows: 4, init_from: slot.txt}"
     assert main(["train", *RANKING, "run.path=ids", "seed=5", start]) == 0

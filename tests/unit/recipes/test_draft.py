@@ -84,8 +84,8 @@ def test_what_was_guessed_is_said() -> None:
         "guessed: it has two values, 0 (",
         "# 40 values, such as 10",
         "# numbers from 0.",
-        "# left out: note, of which nearly every row has another value: 400 values, such as note 0",
-        "# left out: fixed, which is the same in every row",
+        "# left out: note, whose values are nearly all distinct: 400 values, such as note 0",
+        "# left out: fixed, which has the same value in every row",
     ):
         assert part in text
 
@@ -152,7 +152,7 @@ def test_what_is_drafted_trains(model: str, capfd: pytest.CaptureFixture[str]) -
         (["--from", "numbers.csv"], "no column has two values, as a label has; its columns are a (3 values), b (3"),
         (["--from", "empty.csv"], "has no usable rows"),
         (["word2vec", "--from", "numbers.csv"], "--from drafts configurations of ranking and retrieval, not of"),
-        (["retrieval", "--from", "numbers.csv", "--label", "a"], "--label is for models that predict a column"),
+        (["retrieval", "--from", "numbers.csv", "--label", "a"], "--label needs a model that predicts a column"),
         (["ranking", "--label", "a"], "--label names a column of the file in --from"),
         (["retrieval", "--from", "numbers.csv"], "expected a column of users and one of items, got the columns a, b"),
     ],
@@ -208,7 +208,7 @@ def test_lines_that_cannot_be_read_are_counted_and_the_first_is_shown(capfd: pyt
     assert "from all 400 rows" in text
     assert "# left out: 2 lines that cannot be read; " in text
     assert "/train.csv:6: expected 8 fields, got 2" in text
-    assert "max_bad_lines: 0" in text and "2 leaves out" in text
+    assert "max_bad_lines: 0" in text and "2 leaves them out" in text
     assert data_of(text)["max_bad_lines"] == 0
     Path("bad.jsonl").write_text("{\n" * 3 + '{"a": {}}\n')
     assert main(["init", "--from", "bad.jsonl"]) == 2
@@ -246,7 +246,7 @@ def test_a_first_line_of_values_some_of_which_are_missing_is_no_header(first: li
 def test_a_name_that_no_table_may_have_is_left_out_and_refused(capfd: pytest.CaptureFixture[str]) -> None:
     write_csv("train.csv", rows(), names=["user/id", *NAMES[1:]])
     text = draft("train.csv")
-    assert "# left out: user/id, whose name holds '/', which that of a table may not: rename it to look it up" in text
+    assert "# left out: user/id, whose name holds '/', which names of tables must not: rename it to use it" in text
     assert data_of(text)["categorical"] == ["shop", "qty", "tags"]
     assert main(["train", "my.yaml", "data.categorical=[shop,user/id]", "run.path=run"]) == 2
     assert "'user/id' cannot name a table: the name of a column in a table" in capfd.readouterr().err
@@ -277,7 +277,7 @@ def test_missing_labels_and_numbers_with_a_few_texts_are_told() -> None:
     found[5][2] = "NA"
     write_csv("train.csv", found)
     text = draft("train.csv")
-    assert "; 2 rows have none" in text and "have no label; 2 leaves out so many" in text
+    assert "; 2 rows have none" in text and "have no label; 2 leaves them out" in text
     assert "values look like numbers except NA (1 row)" in text
     assert data_of(text)["label"] == "clicked"
 

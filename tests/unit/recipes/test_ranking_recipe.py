@@ -64,7 +64,7 @@ def test_a_shipped_configuration_learns_from_standard_input() -> None:
     ("overrides", "message"),
     [
         (["data.poll_seconds=3"], r"give data\.stream=true too"),
-        (["data.stream=true", "data.path=[a.csv,b.csv]", "schedule.name=constant"], "data.path of a stream is"),
+        (["data.stream=true", "data.path=[a.csv,b.csv]", "schedule.name=constant"], "data.path of a stream must be"),
         (["data.stream=true", "train.epochs=2"], r"train\.epochs must be 1, because a stream is read once, got 2"),
         (["data.features.shp.dim=4"], "data.features: there is no column shp; there are user, shop"),
         (["data.features.user.dim=0"], r"data\.features\.user\.dim must be at least 1"),
@@ -89,4 +89,4 @@ def test_labels_that_are_all_alike_are_pointed_out(tmp_path: Path, caplog: pytes
     data = [f"data.path={tmp_path / 'a.csv'}", f"data.cache_path={tmp_path / 'cache'}", "data.categorical=[c]"]
     settings = ["model=ranking", *data, "train.global_batch_size=32", "data.positive=>50K"]
     prepare(load_config(None, settings), Runtime(ONE_PROCESS, 0, torch.device("cpu")))
-    assert "no example is positive: is '>50K' what column 'label' holds for a positive?" in caplog.text
+    assert "no example is positive: check that '>50K' is the value of 'label' for positives" in caplog.text
