@@ -25,21 +25,22 @@ from embedtrain.recipes.registry import BUILT_IN, DEFAULT_MODEL, recipe_of
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 NOTE = "<!-- Made by scripts/settings_page.py of the docstrings: change those. -->\n"
 
-VALUES = """A key of text takes what is written, character by character: `run.path=r/trial #2`, `data.path=a: b.txt`,
-`data.positive=yes` and `data.path=$HOME` mean these texts. (Quote them for your shell, which has rules of its own.)
-Nothing is replaced in a value: `${...}` is text too. Three rules remain:
+VALUES = """\
+A key that takes a text reads its value literally: `run.path=r/trial #2`, `data.path=a: b.txt`, `data.positive=yes` and
+`data.path=$HOME` mean exactly these texts. In a shell, also quote them by the rules of the shell. Variables are not
+replaced: `${...}` is text too. There are three special rules:
 
-* `null` means no value, if the key has that choice. The text null is quoted: `data.positive="'null'"` in a shell,
+* `null` means no value, for keys that allow it. Quote the text null: `data.positive="'null'"` in a shell,
   `positive: "null"` in a file.
-* A list of texts is written `[on,01,a b.txt]`, without quotes; an item that holds a comma stands in quotes:
-  `["a, b.txt",c.txt]`. A key that takes one path or several takes a text as one path, unless the text begins with `[`
+* A list of texts is written `[on,01,a b.txt]`, without quotes. Quote an item that contains a comma:
+  `["a, b.txt",c.txt]`. A key that takes one path or a list of paths reads a value as a list only if it begins with `[`
   and ends with `]`.
-* In a YAML file, YAML decides where a text ends, so a text with ` #` or `: ` in it needs quotes there. The key decides
-  the type: `positive: yes`, `path: 2024-01-01` and `columns: [on, 01, 1e3]` are texts, and so are names of features
-  and tables.
+* In a YAML file, quote a text that contains ` #` or `: `, because YAML would end the text there. Other texts need no
+  quotes: `positive: yes`, `path: 2024-01-01` and `columns: [on, 01, 1e3]` are read as texts because these keys take
+  texts. Names of features and tables are texts too.
 
-Keys of other types (numbers, true and false, lists of numbers, and whole sections such as
-`data.features={tags: {bag: true}}`) take YAML.
+Values of other types (numbers, true and false, lists of numbers, and whole sections such as
+`data.features={tags: {bag: true}}`) are YAML.
 """
 
 _ITEM = re.compile(r"(\*{0,2}\w[\w, ]*): (.*)")
@@ -50,7 +51,8 @@ def settings() -> str:
     pages = [
         NOTE,
         "# Settings\n",
-        "Each key can stand in a run's YAML file, or anywhere after a command as `key=value`. `???` has to be given.\n",
+        "Set a key in the YAML file of a run, or anywhere after a command as `key=value`. Keys with the default `???` "
+        "must be given.\n",
         VALUES,
         "## Every model\n",
         _table(_keys(Config, Config(model=DEFAULT_MODEL), "")),

@@ -1,4 +1,4 @@
-"""The section `data` of models that learn from who turned to what."""
+"""The section `data` of models that learn from interactions of users and items."""
 
 from __future__ import annotations
 
@@ -13,59 +13,61 @@ from embedtrain.errors import UserError
 
 @dataclass
 class InteractionsConfig(RowFilesConfig):
-    """Who turned to what."""
+    """Files of interactions, and how they are split."""
 
     path: str | list[str] = "???"
-    """A file, a glob, a folder, a list of them, on any fsspec URL."""
+    """A file, a glob, a folder, or a list of them, on any fsspec URL."""
     format: str = "auto"
-    """auto goes by the suffix; lines (.txt) are `user item item ...`; csv, tsv, jsonl, parquet and recbole (.inter) are
-    a table with one interaction per row."""
+    """lines (.txt) has `user item item ...` per line; csv, tsv, jsonl, parquet and recbole (.inter) have one
+    interaction per row. auto chooses by the file suffix."""
     user_column: str = "user"
-    """Of a table: the column of the users' raw ids."""
+    """Column of the users' raw ids; not for lines."""
     item_column: str = "item"
-    """Of a table: the column of the items' raw ids."""
+    """Column of the items' raw ids; not for lines."""
     rating_column: str | None = None
-    """Of a table: a column of numbers; interactions below min_rating are left out. null: all count."""
+    """Column of ratings, which are numbers: interactions below min_rating are left out. null keeps all interactions."""
     min_rating: float | None = None
-    """The lowest rating that counts; goes with rating_column."""
+    """Minimum rating of the interactions that are kept; needs rating_column."""
     time_column: str | None = None
-    """Of a table: a column of numbers or dates that orders each user's interactions; null: the order of the files."""
+    """Column of numbers or dates that orders each user's interactions; null keeps the order of the files."""
     min_user_count: int = 1
-    """Users with fewer interactions are left out, and items by min_item_count, until all that is left has enough."""
+    """Minimum number of interactions per user. Users and items below their minimum are removed, repeatedly, until all
+    others reach it."""
     min_item_count: int = 1
-    """Items with fewer interactions are left out."""
+    """Minimum number of interactions per item; see min_user_count."""
     split: Literal["none", "ratio", "leave_one_out", "by_time"] = "none"
-    """What is held out as the test part, in place of evaluate.path: a share of each user's items, drawn at random
-    (ratio); each user's newest interactions (leave_one_out); or the newest of all (by_time)."""
+    """How the test part is held out, if evaluate.path does not give it. ratio draws a share of each user's items at
+    random, leave_one_out takes each user's newest interactions, by_time takes the newest interactions of all users."""
     validation: Literal["none", "auto", "ratio", "leave_one_out", "by_time"] = "none"
-    """What is held out of the rest, for the measurements during training, early stopping and the choice of settings;
-    auto goes by the rule of split, and by ratio without one. Then only `embedtrain evaluate` looks at the test part."""
+    """How a validation part is held out of the rest, for measurements during training, early stopping and tuning. auto
+    uses the rule of split, or ratio if split is none. With a validation part, only `embedtrain evaluate` uses the test
+    part."""
     held_out_ratio: float = 0.1
-    """The share that ratio and by_time hold out, for each of the two parts."""
+    """Share that ratio and by_time hold out for the test part, and again for the validation part."""
     held_out_events: int = 1
-    """The interactions of each user that leave_one_out holds out, for each of the two parts."""
+    """Interactions per user that leave_one_out holds out for the test part, and again for the validation part."""
     split_seed: int = 1
-    """Of the draws of ratio; runs that differ only in `seed` share their split."""
+    """Seed of the draws of ratio. It is separate from `seed`, so that runs with different seeds have the same split."""
     cache_path: str = "~/.cache/embedtrain"
-    """Local folder for the prepared data."""
+    """Local folder of the prepared data."""
 
     @property
     def validation_rule(self) -> Rule:
-        """The rule by which the validation part is held out."""
+        """Rule by which the validation part is held out, with "auto" resolved."""
         if self.validation != "auto":
             return self.validation
         return "ratio" if self.split == "none" else self.split
 
     def check(self, test_path: str | Sequence[str] | None) -> None:
-        """Checks what types cannot say.
+        """Checks ranges that types do not express.
 
         Args:
-            test_path: the files of `evaluate.path`.
+            test_path: the setting `evaluate.path`.
 
         Raises:
             UserError: a value is out of range, or two settings contradict each other.
         """
-        refuse_stream(self.path, "who is known to have what is counted before it is trained on")
+        refuse_stream(self.path, "the interactions are counted before training")
         require_paths({"data.path": self.path})
         if (self.rating_column is None) != (self.min_rating is None):
             raise UserError(
@@ -79,13 +81,13 @@ class InteractionsConfig(RowFilesConfig):
             raise UserError(f"data.split_seed must be at least 0, got {self.split_seed}")
         if self.split != "none" and test_path is not None:
             raise UserError(
-                f"evaluate.path={test_path} names what is held out, and data.split={self.split} holds out a part of "
+                f"evaluate.path={test_path} gives the test part, but data.split={self.split} holds out another from "
                 "data.path: leave one of them out"
             )
         rules = {"data.split": self.split, "data.validation": self.validation_rule}
         for key, rule in rules.items():
             if rule == "by_time" and self.time_column is None:
-                raise UserError(f"{key}=by_time needs data.time_column, the column that says when")
+                raise UserError(f"{key}=by_time needs data.time_column, the column of times")
         unused = {
             "held_out_ratio": ("ratio", "by_time"),
             "held_out_events": ("leave_one_out",),
@@ -94,6 +96,6 @@ class InteractionsConfig(RowFilesConfig):
         for name, of_rules in unused.items():
             if getattr(self, name) != getattr(InteractionsConfig, name) and not set(of_rules) & set(rules.values()):
                 raise UserError(
-                    f"data.{name} is for data.split or data.validation of {' or '.join(of_rules)}: give one of them, "
-                    f"or leave data.{name} out"
+                    f"data.{name} needs {' or '.join(of_rules)} as data.split or data.validation: give one of them, or "
+                    f"leave data.{name} out"
                 )

@@ -35,8 +35,9 @@ class OptimizerConfig(optim.CommonOptions, _Chosen):
     reset_state_from_step: int | None = None
     """Reset the optimizer state at this step, also in a resumed run."""
     tables: dict[str, Any] = field(default_factory=dict)
-    """Optimizers of single tables, by table name: the `name` and options of an optimizer. Without a name it is this
-    optimizer with other options. A loaded configuration has the name and all options of each."""
+    """Optimizers of single tables, by table name: the `name` and options of an optimizer. Without a `name`, the table
+    uses this optimizer with other options."""
+    # After loading, each entry has a name and all options.
 
     def of_table(self, table: str) -> OptimizerConfig:
         """Returns the optimizer of a table, without the options for all tables together."""

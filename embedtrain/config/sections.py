@@ -46,11 +46,11 @@ class TableConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which rows are stored."""
     wire_dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype of vectors and gradients sent between ranks; null: dtype for vectors, float32 for gradients."""
+    """Dtype of vectors and gradients sent between ranks; null: table.dtype for vectors, float32 for gradients."""
     placement: Literal["device", "host", "auto"] = "device"
-    """Where rows and optimizer state are stored; auto uses host memory if they do not fit into the GPU's."""
+    """Where rows and optimizer state are stored; auto uses host memory if they do not fit into GPU memory."""
     cache_bytes: int | None = None
-    """GPU memory for the cache of hot rows that are stored on the host; null for half of the free memory."""
+    """GPU memory, in bytes, for copies of hot rows if rows are stored on the host; null for half of the free memory."""
 
     def check(self) -> None:
         """Checks what types cannot say."""
@@ -66,7 +66,7 @@ class RowFilesConfig:
     """Format of files of rows."""
 
     format: str = "auto"
-    """csv, tsv, jsonl or parquet, which have columns; lines; or auto, by the suffix of each file."""
+    """csv, tsv, jsonl and parquet have columns; lines has none; auto chooses by the suffix of each file."""
     columns: list[str] | None = None
     """Names of the columns of csv and tsv, in order; null if each file's first line names them."""
     delimiter: str | None = None
@@ -114,13 +114,14 @@ class ScheduleConfig:
     """The learning rate schedule."""
 
     name: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "linear"
-    """How the rate decays: not at all, linearly to zero, along half a cosine, or with the inverse root of the steps."""
+    """Decay of the learning rate: none (constant), linear to zero, along half a cosine to zero, or with the inverse
+    square root of the step."""
     warmup: float = 0.0
     """Warm-up: share of the run over which the rate first rises to its base."""
     min_factor: float = 1e-4
     """Lower bound of the rate, as a factor of its base."""
     epochs: int | None = None
-    """Number of epochs over which the rate decays, which may be more than the run has; null for train.epochs."""
+    """Number of epochs over which the rate decays; null for train.epochs. May be larger than train.epochs."""
 
 
 @dataclass
@@ -156,7 +157,8 @@ class CheckpointConfig:
     keep_best: int | None = None
     """Number of best checkpoints by best_metric to keep. A measurement that is among the best is saved at once."""
     best_metric: str = Retention.best_metric
-    """A name in metrics.jsonl; a checkpoint's value is the newest one when it is saved."""
+    """Metric by which checkpoints are compared, a name in metrics.jsonl. The value of a checkpoint is the last one that
+    was logged before its save."""
     best_mode: Literal["auto", "min", "max"] = Retention.best_mode
     """Whether small or large values of best_metric are better; auto knows embedtrain's own metrics."""
 
@@ -166,7 +168,8 @@ class ResumeConfig:
     """How a run resumes from its newest checkpoint."""
 
     on_corrupt: Literal["error", "fallback"] = "error"
-    """If the newest checkpoint is damaged: error stops; fallback uses the newest undamaged one, deletes newer ones."""
+    """If the newest checkpoint is damaged, error stops; fallback resumes from the newest undamaged checkpoint and
+    deletes newer ones."""
     convert_dtype: bool = False
     """Whether table.dtype may differ from the checkpoint's."""
     optimizer_state: Literal["require", "reset"] = "require"
@@ -209,11 +212,11 @@ class Config:
     """The configuration of a run; each model adds its own sections."""
 
     model: str = "???"
-    """word2vec, retrieval, ranking, or a model of an installed package."""
+    """Name of the model: word2vec, retrieval, ranking, sasrec, or a model of another installed package."""
     seed: int = 1
     """Seed of all random draws: initial values, the order of the data, negatives."""
     start_from: str | None = None
-    """Run folder of a trained run, whose rows, optimizer state and dense part this run starts with; null for none."""
+    """Run folder of a trained run whose rows, optimizer state and dense part this run starts with; null for none."""
     start_from_grow: bool = False
     """With start_from: whether new words, ids or values in the data get rows; otherwise they count as unknown."""
     run: RunConfig = field(default_factory=RunConfig)

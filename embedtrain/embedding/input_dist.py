@@ -154,7 +154,7 @@ class InputDist(ABC):
 
 
 class LocalInputDist(InputDist):
-    """Of one process: it has all rows."""
+    """The input dist of a single process, which owns all rows."""
 
     def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool) -> tuple[Asked, dict[int, Tensor]]:
         """See `InputDist`."""

@@ -235,11 +235,7 @@ class Wanted(NamedTuple):
     keys: Tensor
 
     def keys_pooled(self, *, at_owner: bool) -> Tensor:
-        """Returns the keys of the features that are pooled at their owners, or of those that are not.
-
-        Args:
-            at_owner: which of the two.
-        """
+        """Returns the keys of the features whose `at_owner` is the given value, feature after feature."""
         if self.at_owner.count(at_owner) == len(self.bags):
             return self.keys
         parts = self.keys.split([feature.num_values for feature in self.bags])

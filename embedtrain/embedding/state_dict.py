@@ -91,8 +91,8 @@ def refuse_clashes(tables: Sequence[str]) -> None:
             table = ".".join(parts[:number])
             if table in known and parts[number] in ("weight", STEP):
                 raise UserError(
-                    f"the name of the table {name!r} lies within {table}.{parts[number]}, an entry of the table "
-                    f"{table!r} in state dicts: rename one of them"
+                    f"the name of table {name!r} begins with {table}.{parts[number]}, the name of an entry of the "
+                    f"table {table!r} in state dicts: rename one of the tables"
                 )
 
 
@@ -110,9 +110,9 @@ def as_attributes(views: Sequence[ShardView]) -> SimpleNamespace:
         for name in parents:
             node = vars(node).setdefault(name, SimpleNamespace())
             if node is None:
-                raise ValueError(f"the entry {key!r} lies within an entry of another table: rename one of the tables")
+                raise ValueError(f"the entry {key!r} begins with an entry of another table: rename one of the tables")
         if vars(node).setdefault(last, None) is not None:
-            raise ValueError(f"other tables' entries lie within the entry {key!r}: rename one of the tables")
+            raise ValueError(f"entries of other tables begin with the entry {key!r}: rename one of the tables")
     return root
 
 

@@ -1,1 +1,1 @@
-"""What tests need to run a function on several ranks. Imported by tests only."""
+"""Helpers that run a function on several ranks; imported only by tests."""

@@ -1,4 +1,4 @@
-"""Runs a function on N ranks, each a process of this machine, and collects what they return or raise."""
+"""Runs a function on N ranks, each a process on this machine, and collects their results or exceptions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from embedtrain.distributed.runtime import job_ranks
 
 T = TypeVar("T")
 
-# Imported once by the fork server, so that no process of it has to; names that cannot be imported are skipped.
+# Imported once by the fork server instead of by each of its processes; names that cannot be imported are skipped.
 # torch imports its compiler when the first optimizer is made, which takes longer than most tests.
 _PRELOADED_MODULES = [
     "torch",
@@ -41,7 +41,7 @@ _PRELOADED_MODULES = [
     "torch.utils.tensorboard.summary",
     "embedtrain",
     "embedtrain.cli",
-    # The command line imports a command when it runs it, and the registry a recipe.
+    # The command line imports a command only to run it, and the registry a recipe only to use it.
     "embedtrain.commands.job",
     "embedtrain.commands.dry_run",
     "embedtrain.commands.train",
@@ -56,21 +56,21 @@ _PRELOADED_MODULES = [
     "embedtrain.testing.ranks",
 ]
 
-# After the first failure, how long the other ranks have to report their own.
+# Time for the other ranks to report after the first failure.
 _GRACE_SECONDS = 3.0
 
-# A rank writes its stacks at the deadline; this much later they are read and the rank is killed.
+# Time between the deadline, when a rank writes its stacks, and reading the stacks and killing the rank.
 _STACK_DUMP_SECONDS = 0.5
 
 
 class RankError(RuntimeError):
-    """At least one rank raised, died or did not finish in time.
+    """Raised if at least one rank raised an exception, died or did not finish in time.
 
     Attributes:
         rank: the rank that failed first.
-        errors: type name and message of the exception of every rank that raised.
-        died: what ended each rank that neither returned nor raised, such as "SIGKILL".
-        unfinished: the ranks that were still running and had to be killed.
+        errors: type name and message of the exception, by rank.
+        died: cause of death by rank, such as "SIGKILL", of ranks that neither returned nor raised an exception.
+        unfinished: ranks that were killed because they were still running.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class _Rank:
         return self.connection in ready or self.process.sentinel in ready
 
     def outcome(self) -> _Outcome:
-        """Returns what a ready rank reported, or what it died of."""
+        """Returns the report of a ready rank, or its cause of death."""
         try:
             outcome: _Outcome = pickle.loads(self.connection.recv_bytes())
         except (EOFError, ConnectionError):
@@ -142,7 +142,7 @@ class _Rank:
 
 
 def fork_server() -> ForkServerContext:
-    """Returns the context of the fork server, which has imported torch and embedtrain; it starts with its first use."""
+    """Returns the context of the fork server, which starts on first use and imports torch and embedtrain."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED_MODULES)
     return context
@@ -151,17 +151,19 @@ def fork_server() -> ForkServerContext:
 def run_ranks(world_size: int, function: Callable[..., T], *args: Any, timeout_seconds: float = 60) -> list[T]:
     """Calls `function(ranks, *args)` on `world_size` ranks and returns their results in rank order.
 
-    Every rank is a process of its own with one torch thread and this process's environment variables.
-    Arguments and results are copied by pickle, tensors too. A rank that has returned or raised stays
-    connected until all have reported, so that no rank fails merely because another one was faster.
+    Every rank is a separate process with one torch thread and the environment variables of this process. Arguments and
+    results are copied by pickle, including tensors. A rank that has ended stays connected until all ranks have
+    reported, so that no rank fails only because another rank was faster.
 
     Args:
+        world_size: number of ranks.
         function: importable by name (not a closure or lambda). Its first argument is the `Ranks` of a Gloo process
-            group, which share memory unless the environment says otherwise.
-        timeout_seconds: for everything, the start of the processes included.
+            group, which use shared memory unless the environment disables it.
+        args: further arguments of the function.
+        timeout_seconds: time limit for everything, including the start of the processes.
 
     Raises:
-        RankError: a rank raised, died or hung. The others get a few seconds to report and are killed.
+        RankError: a rank raised an exception, died or hung. The others get a few seconds to report and are killed.
     """
     payload = pickle.dumps((function, args))
     deadline = time.monotonic() + timeout_seconds
@@ -200,7 +202,7 @@ def _start(rank: int, world_size: int, payload: bytes, folder: Path, deadline: f
 
 
 def _collect(ranks: list[_Rank], deadline: float) -> dict[int, _Outcome]:
-    """Waits for all ranks, or a little beyond the first failure; keys are in order of arrival."""
+    """Waits for all ranks, or for a short time after the first failure; keys are in the order of arrival."""
     outcomes: dict[int, _Outcome] = {}
     pending = dict(enumerate(ranks))
     limit = deadline + _STACK_DUMP_SECONDS
@@ -240,7 +242,7 @@ def _rank_error(outcomes: dict[int, _Outcome], timeout_seconds: float) -> RankEr
 
 
 def _dismiss(ranks: list[_Rank], outcomes: dict[int, _Outcome], timeout_seconds: float) -> None:
-    """Lets ranks that have all returned end on their own; one that does not gets a new outcome."""
+    """Waits for ranks that have all returned to exit; a rank that fails to exit gets a new outcome."""
     for rank in ranks:
         rank.connection.close()
     for number, rank in enumerate(ranks):
@@ -271,7 +273,7 @@ def _rank_main(
     deadline: float,
     environment: dict[str, str],
 ) -> None:
-    """The life of one rank: runs in its own process."""
+    """Runs one rank in its process, from joining the group to reporting the outcome."""
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -287,14 +289,14 @@ def _rank_main(
             report = pickle.dumps(_Raised(type(error).__name__, str(error), traceback.format_exc()))
         connection.send_bytes(report)
         with contextlib.suppress(EOFError, ConnectionError):
-            connection.recv_bytes()  # Nothing is ever sent: this ends when the parent closes its side.
+            connection.recv_bytes()  # Waits until the parent closes its side; nothing is sent.
         if dist.is_initialized():
             dist.destroy_process_group()
         faulthandler.cancel_dump_traceback_later()
 
 
 def _init_group(rank: int, world_size: int, folder: Path, seconds_left: float) -> None:
-    # Longer than the parent waits: a hang is for the parent to report, with the stacks of all ranks.
+    # Longer than the parent waits, so that the parent reports a hang, with the stacks of all ranks.
     timeout = timedelta(seconds=2 * seconds_left)
     dist.init_process_group(
         "gloo",

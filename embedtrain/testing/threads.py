@@ -1,4 +1,4 @@
-"""Runs a function on N ranks that are threads of this process and take turns: always in the same order."""
+"""Runs a function on N ranks that are threads of this process and take turns in a fixed order."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _TIMEOUT_SECONDS = 60.0
 
 
 class RankGone(ConnectionError):
-    """Another rank raised or returned, or calls another collective, while this one waits for it."""
+    """Raised in a rank that waits in a collective if another rank has ended, or calls another collective."""
 
 
 class _Turns:
     """Lets one rank run at a time, from one collective to the next, in rank order.
 
-    What a process has one of belongs to each rank: the state of torch's generator, and where it is in a step.
+    Global state of a process is kept per rank: the state of torch's generator, and the current stage of the step.
     """
 
     def __init__(self, size: int) -> None:
@@ -46,14 +46,14 @@ class _Turns:
             self._await_turn(rank)
 
     def meet(self, rank: int, kind: str, value: Any) -> list[Any]:
-        """Returns what the ranks bring to one collective, in rank order."""
+        """Returns the values that the ranks pass to one collective, in rank order."""
         with self._changed:
             self._posts[rank] = (kind, value)
             if len(self._posts) == self.size:
                 self._arrived, self._posts = [self._posts[number] for number in range(self.size)], {}
             self._pass_on(rank)
             self._await_turn(rank)
-            if self._posts and rank in self._posts:  # the others cannot come any more
+            if self._posts and rank in self._posts:  # all other ranks have ended
                 raise RankGone(f"rank {rank} waits in {kind}, but " + ", ".join(self._gone.values()))
             kinds = [found for found, _ in self._arrived]
             if set(kinds) != {kind}:
@@ -79,7 +79,7 @@ class _Turns:
 
 
 class ThreadRanks(Ranks):
-    """The ranks of `run_threads`. What travels is copied, so that ranks share no more than processes do."""
+    """The ranks of `run_threads`. Sent values are copied, so that ranks share no memory, as between processes."""
 
     def __init__(self, rank: int, turns: _Turns) -> None:
         self.rank, self.size = rank, turns.size
@@ -91,7 +91,7 @@ class ThreadRanks(Ranks):
         parts = rows.detach().clone().split(list(send_counts))
         with stages.stage("exchange"):
             arrived = [sent[self.rank] for sent in self._turns.meet(self.rank, "all_to_all", parts)]
-        assert [len(part) for part in arrived] == list(receive_counts), "ranks disagree on what travels"
+        assert [len(part) for part in arrived] == list(receive_counts), "ranks disagree on the split sizes"
         return torch.cat(arrived)
 
     def all_reduce(self, values: Tensor) -> Tensor:
@@ -116,28 +116,28 @@ class ThreadRanks(Ranks):
         return found
 
     def for_thread(self, timeout_seconds: float) -> Ranks:
-        """Refuses: a thread that is not a rank has no turn."""
+        """Raises RuntimeError, because a thread that is not a rank has no turn."""
         raise RuntimeError("ranks that take turns have no background threads: run this test on processes")
 
     def device_mesh(self, device_type: str) -> DeviceMesh:
-        """Refuses: torch's meshes are of process groups."""
+        """Raises RuntimeError, because torch's device meshes need process groups."""
         raise RuntimeError("ranks that are threads have no device mesh: run this test on processes")
 
     def beside(self) -> Ranks:
-        """Returns itself."""
+        """Returns these ranks."""
         return self
 
 
 def thread_ranks(world_size: int) -> list[Ranks]:
-    """Returns the ranks of one job, in order, for code that asks how many there are and does not communicate."""
+    """Returns the ranks of one job, in order, for code that needs their number but does not communicate."""
     turns = _Turns(world_size)
     return [ThreadRanks(rank, turns) for rank in range(world_size)]
 
 
 def outcomes_on_threads(world_size: int, function: Callable[..., T], *args: Any) -> list[T | BaseException]:
-    """Calls `function(ranks, *args)` on each of `world_size` ranks; returns what each returned or raised.
+    """Calls `function(ranks, *args)` on each of `world_size` ranks; returns the result or the exception of each.
 
-    Every rank of several has a thread of its own. A rank runs until its next collective, then the next one does.
+    Each rank is a thread, unless there is only one. A rank runs until its next collective, then the next rank runs.
     Arguments are shared, not copied.
     """
     if world_size == 1:
@@ -171,10 +171,10 @@ def outcomes_on_threads(world_size: int, function: Callable[..., T], *args: Any)
 
 
 def run_threads(world_size: int, function: Callable[..., T], *args: Any) -> list[T]:
-    """Calls `function(ranks, *args)` on each of `world_size` ranks, as `outcomes_on_threads`, and returns the results.
+    """Calls `function(ranks, *args)` on each of `world_size` ranks, like `outcomes_on_threads`; returns the results.
 
     Raises:
-        Exception: what a rank raised; if several did, what none raised only because another rank was gone.
+        Exception: the exception of a rank. If several ranks raised, `RankGone` is raised only if there is no other.
     """
     outcomes = outcomes_on_threads(world_size, function, *args)
     errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]

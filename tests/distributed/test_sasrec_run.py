@@ -227,7 +227,7 @@ def test_measures_are_the_places_among_all_items() -> None:
         ("sasrec.dropout=1.0", "sasrec.dropout must be at least 0 and below 1, got 1.0"),
         ("sasrec.max_length=31", "train.global_batch_size=30 must be at least sasrec.max_length=31"),
         ("data.split=ratio", "data.split=ratio draws items at random, but model=sasrec predicts the next item"),
-        ("evaluate.path=x.csv", "evaluate.path=x.csv names what is held out, and data.split=leave_one_out"),
+        ("evaluate.path=x.csv", "evaluate.path=x.csv gives the test part, but data.split=leave_one_out"),
         ("data.min_item_count=21", "nothing is left of 179 interactions with data.min_item_count=21"),
         ("data.held_out_events=7", "no user has two items or more to train on"),
         ("data.path=-", "data.path=- cannot be used: "),

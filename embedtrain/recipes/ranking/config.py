@@ -36,11 +36,11 @@ class FeatureConfig:
     encoding: Literal["vocabulary", "hash", "id"] | None = None
     """How a value becomes a row; null for data.encoding."""
     min_count: int | None = None
-    """With a vocabulary: values seen less often share row 0; null for data.min_count."""
+    """With a vocabulary: values with fewer occurrences share row 0; null for data.min_count."""
     dim: int | None = None
     """Length of its vectors; null for table.dim."""
     bag: bool = False
-    """Whether an example has any number of values: a list in Parquet, text with separators in other files."""
+    """Whether an example may have several values or none: a list in Parquet, text with separators in other files."""
     separator: str = "|"
     """Separator of the values of a bag in a text."""
     pooling: Literal["sum", "mean"] = "mean"
@@ -59,7 +59,7 @@ class ClicksConfig(RowFilesConfig):
     """Whether to train on each line once, in order, as it arrives: from a folder to which files are added, or from one
     file. Standard input is always a stream."""
     poll_seconds: float | None = None
-    """Seconds between two looks for new files in a streamed folder; null ends the run after the last file."""
+    """Seconds between two checks for new files in a streamed folder; null ends the run after the last file."""
     valid_path: str | list[str] | None = None
     """Held-out examples, measured during training; null for none."""
     format: str = "csv"
@@ -80,7 +80,7 @@ class ClicksConfig(RowFilesConfig):
     encoding: Literal["vocabulary", "hash", "id"] | None = None
     """How a value becomes a row; null hashes if num_rows is given, and else makes a vocabulary."""
     min_count: int = 1
-    """Of a vocabulary: values seen less often share a row."""
+    """With a vocabulary: values with fewer occurrences share row 0."""
     features: dict[str, FeatureConfig] = field(default_factory=dict)
     """Settings of single categorical columns, by name."""
     max_bad_lines: int = 0

@@ -34,9 +34,9 @@ class NetworkOptions:
     """Options of the dense part of a ranking model.
 
     Attributes:
-        architecture: "dlrm" (dot products of all pairs of features) or "dcn_v2" (cross layers beside an MLP).
+        architecture: "dlrm" (dot products of all pairs of features) or "dcn_v2" (cross layers parallel to an MLP).
         bottom: DLRM: hidden sizes of the MLP over the dense features; its last layer has the interaction's dim.
-        top: hidden sizes of an MLP; DLRM: over the interactions; DCN-V2: beside the cross layers.
+        top: hidden sizes of an MLP; DLRM: over the interactions; DCN-V2: parallel to the cross layers.
         num_cross_layers: DCN-V2: number of cross layers.
         low_rank: DCN-V2: rank of each cross layer's matrix; None for a full one.
 
@@ -95,7 +95,7 @@ class DLRM(nn.Module):
 
 
 class DCNv2(nn.Module):
-    """DCN-V2: cross layers beside an MLP, both over the concatenation of all features.
+    """DCN-V2: cross layers parallel to an MLP, both over the concatenation of all features.
 
     A cross layer is `x0 * (W x + b) + x`; with `low_rank`, `W = U V`.
 
@@ -139,7 +139,7 @@ def build_network(num_dense: int, dims: Sequence[int], options: NetworkOptions, 
 
 @dataclass(frozen=True)
 class PreparedClicks:
-    """A batch on the device whose ids were already exchanged.
+    """Holds a batch on the device whose ids were already exchanged.
 
     Attributes:
         labels: [n] float32.

@@ -83,7 +83,7 @@ class ClicksOfRun:
 
 
 def check(config: RankingConfig, is_new: bool) -> None:
-    """Checks the files that a run reads beside its training data, and expands the path of the held-out data.
+    """Checks the files that a run reads besides its training data, and the path of the held-out data.
 
     Args:
         config: configuration of the run.

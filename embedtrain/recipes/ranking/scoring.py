@@ -1,4 +1,4 @@
-"""Scoring raw rows with a checkpoint of a ranking run, using only the run folder."""
+"""Scores raw rows with a checkpoint of a ranking run, using only the run folder."""
 
 from __future__ import annotations
 

@@ -75,9 +75,9 @@ class RetrievalSection:
     temperature: float = 0.1
     """softmax, bilateral_softmax and bpr divide scores by this."""
     negative_weight: float | None = None
-    """Weight of the negatives' term in bilateral_softmax and cosine_contrastive, of uniformity in alignment_uniformity.
-    null: 1 to 1.35 in bilateral_softmax, larger for more skewed item counts; 100 in cosine_contrastive; 1 in
-    alignment_uniformity."""
+    """Weight of the negatives' term in bilateral_softmax and cosine_contrastive, and of uniformity in
+    alignment_uniformity. null: 1 to 1.35 in bilateral_softmax, larger for more skewed item counts; 100 in
+    cosine_contrastive; 1 in alignment_uniformity."""
     negatives: int = 256
     """Number of sampled negatives per step, shared by all its users; 0 leaves the in-batch negatives only."""
     popularity_share: float = 0.0
@@ -85,7 +85,7 @@ class RetrievalSection:
     in_batch: bool = True
     """Whether the items of the step's other users, over all ranks, are negatives too."""
     hard_negatives: int | None = None
-    """Number of negatives per user that count, those with the highest scores; null for all."""
+    """Number of highest-scoring negatives per user that enter the loss; null for all negatives."""
     logq: bool = True
     """Whether softmax and bilateral_softmax subtract from each score the log of the item's expected frequency among
     the negatives (logQ correction)."""

@@ -59,7 +59,7 @@ class Scoring:
         temperature: divisor of the scores in softmax, bilateral softmax and BPR.
         logq: whether softmax and bilateral softmax subtract from each score the log of the item's expected count among
             the negatives.
-        hard_negatives: number of negatives per user that count, those with the highest scores; None for all.
+        hard_negatives: number of highest-scoring negatives per user that enter the loss; None for all.
         negative_weight: weight of the negatives' term in bilateral softmax and in the cosine contrastive loss, and of
             uniformity in `alignment_uniformity`.
         margin: margin of the cosine contrastive loss.

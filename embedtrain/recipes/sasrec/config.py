@@ -33,7 +33,7 @@ class SasrecSection:
     loss: Literal["full_softmax", "sampled_softmax"] = "full_softmax"
     """full_softmax normalises over all items; sampled_softmax over items drawn in each step, for large catalogues."""
     max_length: int = 50
-    """Maximum number of items, a user's newest, from which a prediction is made."""
+    """Maximum number of a user's newest items from which a prediction is made."""
     layers: int = 2
     """Number of blocks; a block is an attention layer and a perceptron."""
     heads: int = 2

@@ -37,12 +37,13 @@ class TextConfig(RowFilesConfig):
     path: str | list[str] = "???"
     """A file, a glob, a folder, or a list of them, on any fsspec URL."""
     format: str = "text"
-    """text, or baskets of items that train as sentences (item2vec): lines has `user item item ...` per line; csv, tsv,
-    jsonl and parquet have one item per row. auto chooses by the file suffix."""
+    """text; the other formats hold baskets of items, which train as sentences (item2vec). lines has
+    `user item item ...` per line; csv, tsv, jsonl and parquet have one item per row. auto chooses by the file
+    suffix."""
     basket_column: str = "user"
-    """Tables of items: column that names the basket of each row."""
+    """csv, tsv, jsonl and parquet: column that names the basket of each item."""
     item_column: str = "item"
-    """Tables of items: column of the items' raw ids."""
+    """csv, tsv, jsonl and parquet: column of the items' raw ids."""
     tokenizer: str = "letters"
     """letters takes lower-cased words of letters only: node_12 becomes node, and numbers are dropped. whitespace splits
     at white space and keeps each token unchanged, such as the node ids of walks."""
