@@ -58,8 +58,8 @@ def init_from(
             or a list; None if the array has all rows in order.
 
     Raises:
-        UserError: raised on every rank. The table or the file does not exist, the file cannot be read, vectors have
-            another dim than the table or values that are not finite in its dtype, the file has none of the names, or
+        UserError: raised on every rank. The table or the file does not exist, or the file cannot be read. Vectors have
+            another dim than the table, or values that are not finite in its dtype. The file has none of the names, or
             `rows` does not fit the source. An array is checked before any row changes. A file is checked while it is
             copied, so rows may have changed before the error; the message then says how many.
     """

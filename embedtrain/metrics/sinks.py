@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TextIO, TypeV
 from tqdm import tqdm
 
 from embedtrain import storage
-from embedtrain.errors import UserError
+from embedtrain.errors import UserError, counted
 from embedtrain.metrics.names import as_words, is_progress, quality_names, split_name
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class JsonlSink:
                 self._uploaded += self._pending
         except OSError as error:
             count = self._pending.count(b"\n")
-            _logger.warning(f"cannot write metrics, {count} records are kept for the next attempt: {error}")
+            _logger.warning(f"cannot write metrics; {counted(count, 'record')} kept for the next attempt: {error}")
         else:
             self._pending = b""
         self._uploaded_at = time.monotonic()

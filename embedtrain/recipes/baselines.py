@@ -35,8 +35,8 @@ def popularity(known: Bags, num_items: int) -> Scores:
 def item_knn(known: Bags, num_items: int, *, neighbors: int, shrink: float, alpha: float = 0.5) -> Scores:
     """Fits item-kNN: an item's score is the sum of its similarities to those of its neighbours that the user has.
 
-    The similarity of an item with `b` users to an item of the user with `a` users is
-    c / (a ** alpha * b ** (1 - alpha) + shrink), if `c` users have both.
+    The similarity of an item with `b` users to one of the user's items with `a` users, of whom `c` have both items:
+    c / (a ** alpha * b ** (1 - alpha) + shrink).
 
     Args:
         known: the items of each user.

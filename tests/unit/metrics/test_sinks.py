@@ -88,7 +88,7 @@ def test_lines_that_cannot_be_written_are_kept_for_the_next_time(tmp_path, caplo
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limit[1]))
     sink.log({"step": 2})
     assert path.read_text() == '{"step": 1}\n'
-    assert "cannot write metrics, 1 records are kept for the next attempt: [Errno 27]" in caplog.text
+    assert "cannot write metrics; 1 record kept for the next attempt: [Errno 27]" in caplog.text
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     sink.log({"step": 3})
     assert steps(str(path)) == [1, 2, 3]
