@@ -187,7 +187,7 @@ def _check_rows(spec: TableSpec, rows: Tensor, num_vectors: int) -> None:
         raise UserError(f"rows must be [{num_vectors}] int64, one per vector, got {rows.dtype} {list(rows.shape)}")
     if num_vectors and not 0 <= int(rows.min()) <= int(rows.max()) < spec.num_rows:
         raise UserError(
-            f"rows of table {spec.name!r} are 0 to {spec.num_rows - 1}, got {int(rows.min())} to {int(rows.max())}"
+            f"rows of table {spec.name!r} must be 0 to {spec.num_rows - 1}, got {int(rows.min())} to {int(rows.max())}"
         )
     if len(rows.unique()) != num_vectors:
         raise UserError("rows must be distinct")

@@ -95,7 +95,7 @@ Planned = tuple[list[Bags], list[Tensor | None], Tensor]
 
 
 class InputDist(ABC):
-    """The first stage of a look-up: sends ids to the owners of their rows. `input_dist_of` returns an implementation.
+    """Sends ids to the owners of their rows, the first stage of a look-up. `input_dist_of` returns an implementation.
 
     Args:
         groups: the table groups.
@@ -154,7 +154,7 @@ class InputDist(ABC):
 
 
 class LocalInputDist(InputDist):
-    """The input dist of a single process, which owns all rows."""
+    """Implements the input dist of a single process, which owns all rows."""
 
     def ask(self, batch: Mapping[str, Jagged | Tensor], *, is_ahead: bool) -> tuple[Asked, dict[int, Tensor]]:
         """See `InputDist`."""
@@ -186,7 +186,7 @@ looks up. Then follow the measurements of each feature whose bags may be pooled 
 
 
 class SharedInputDist(InputDist):
-    """The input dist of several ranks: asks the owner of each distinct row once."""
+    """Implements the input dist of several ranks, which asks the owner of each distinct row once."""
 
     def __init__(self, groups: Sequence[TableGroup], routes: Routes, ranks: Ranks) -> None:
         super().__init__(groups, routes, ranks)

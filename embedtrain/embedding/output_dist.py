@@ -53,7 +53,7 @@ def fetch_distinct(asked: Asked, counts: Tensor | None = None) -> Tensor:
     features = {n: f for part in asked.parts for n, f in zip(part.route.names, part.route.features, strict=True)}
     pooled = [name for name in asked.names if features[name].pooling != "none"]
     if pooled:
-        raise ValueError(f"distinct_rows needs features that are not pooled; {', '.join(pooled)} are")
+        raise ValueError(f"distinct_rows needs features without pooling; pooled features are {', '.join(pooled)}")
     if asked.check is not None:
         asked.check.run()
     counts_of: Sequence[Tensor | None] = [None] * len(asked.parts)

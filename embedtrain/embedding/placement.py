@@ -21,7 +21,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Auto:
-    """The placement "auto" for tables that are saved during training.
+    """Describes the placement "auto" for tables that are saved during training.
 
     Attributes:
         save_bytes: device memory to reserve for a background save; see `SaveOptions.max_extra_memory_bytes`.

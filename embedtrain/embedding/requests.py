@@ -156,7 +156,7 @@ class GroupRequest(ABC):
 
 
 class LocalRequest(GroupRequest):
-    """The request in a process that owns all rows: keys are local rows, and nothing is sent.
+    """Implements the request in a process that owns all rows: keys are local rows, and nothing is sent.
 
     Args:
         group, route, bags, weights: see `GroupRequest`.
@@ -251,7 +251,7 @@ class Wanted(NamedTuple):
 
 
 class RemoteRequest(GroupRequest):
-    """The request of one of several ranks, which asks for each distinct row once.
+    """Implements the request of one of several ranks, which asks for each distinct row once.
 
     Args:
         group: the tables.

@@ -79,8 +79,7 @@ class ShardView:
             )
         if tuple(self.tensor.shape[1:]) != self.global_shape[1:]:
             raise ValueError(
-                f"{self.name}: the shard's rows have shape {tuple(self.tensor.shape[1:])}, "
-                f"the tensor's {self.global_shape[1:]}"
+                f"{self.name}: expected rows of shape {self.global_shape[1:]}, got {tuple(self.tensor.shape[1:])}"
             )
         if not 0 <= self.offset <= self.stop <= self.global_shape[0]:
             raise ValueError(

@@ -52,7 +52,7 @@ class AnalogyReport:
 
 @dataclass(frozen=True)
 class _Questions:
-    """The questions whose words are all known.
+    """Holds the questions whose words are all known.
 
     Attributes:
         section_names: names of the sections.

@@ -134,7 +134,7 @@ _NAMES = {"\t": "tabs", ",": "commas", None: "spaces"}
 
 @dataclass(frozen=True)
 class _Columns:
-    """The format of a file's lines: the delimiter, the number of fields, and the index of the score."""
+    """Holds the format of a file's lines: the delimiter, the number of fields, and the index of the score."""
 
     delimiter: str | None
     num_fields: int

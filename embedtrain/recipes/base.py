@@ -112,7 +112,7 @@ class Wanted:
 
 
 class RowScorer(Protocol):
-    """A trained model that computes a probability per row of a file; see `ClickScorer`.
+    """Computes a probability per row of a file by a trained model; see `ClickScorer`.
 
     Attributes:
         schema: meaning of the columns.

@@ -343,7 +343,7 @@ def _old_ids(reader: CheckpointReader, facts: Mapping[str, Any], paths: tuple[st
         spec: the new table.
     """
     if f"{spec.name}/weight" not in reader.tensors:
-        raise UserError(f"{paths[0]} has no table {spec.name}: it cannot start one")
+        raise UserError(f"{paths[0]} has no table {spec.name}, so this run cannot start from it")
     num_old = reader.table(spec.name).shape[0]
     old = read_row_names(paths[0], reader.state, spec.name, num_old)
     new = read_row_names(paths[1], facts, spec.name, spec.num_rows)

@@ -9,7 +9,7 @@ from embedtrain.errors import UserError
 
 
 class RowsSection(Protocol):
-    """A section of a configuration for files of rows; it may also have `columns` and `delimiter`."""
+    """Describes a section of a configuration for files of rows, which may also have `columns` and `delimiter`."""
 
     format: str
     quote: str | None

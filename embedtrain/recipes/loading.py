@@ -245,7 +245,7 @@ def read_shipped(name: str) -> str:
         UserError: there is no configuration of this name.
     """
     if name not in shipped_names():
-        raise UserError(f"embedtrain brings no configuration {name!r}; it brings {', '.join(shipped_names())}")
+        raise UserError(f"embedtrain has no configuration {name!r}; there are {', '.join(shipped_names())}")
     return (_SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
 
 
@@ -258,7 +258,7 @@ def _read_file(path: str) -> yaml.MappingNode:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(
-            f"there is no configuration file {path}; embedtrain brings {', '.join(shipped_names())}, by these names"
+            f"there is no configuration file {path}; embedtrain's own configurations are {', '.join(shipped_names())}"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a configuration: {error}") from error
@@ -332,7 +332,7 @@ def _refuse_unknown_keys(source: str, layer: Mapping[str, Any], model: str, opti
             continue  # options of single tables are checked later, because they depend on the table's optimizer
         known = list(own)
         sections = list(dict.fromkeys(_beginnings(known)))
-        # Only built-in models are searched, because other packages would have to be imported.
+        # Only built-in models are searched, because searching others would import their packages.
         owners = [name for name in BUILT_IN if name != model and _is_among(key, _known_keys(name, optimizer))]
         of_another = f" (it is one of model {' and '.join(owners)})" if owners else ""
         meant = _config_of(model).MEANT.get(key.rpartition(".")[2])

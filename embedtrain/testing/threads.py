@@ -79,7 +79,7 @@ class _Turns:
 
 
 class ThreadRanks(Ranks):
-    """The ranks of `run_threads`. Sent values are copied, so that ranks share no memory, as between processes."""
+    """Implements the ranks of `run_threads`. Sent values are copied, so that ranks share no memory, like processes."""
 
     def __init__(self, rank: int, turns: _Turns) -> None:
         self.rank, self.size = rank, turns.size

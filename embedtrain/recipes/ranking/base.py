@@ -60,7 +60,9 @@ def read_base(config: RankingConfig) -> ClickBase | None:
         dense = parse(_Dense, json.loads(storage.read(url)))
         vocabularies = {name: _read_values(config, name) for name in _with_vocabulary(config)}
     except (FileNotFoundError, SchemaError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{config.run.path}: cannot read files of {config.start_from} in it: {error}") from error
+        raise UserError(
+            f"{config.run.path}: cannot read the files that were copied from {config.start_from}: {error}"
+        ) from error
     columns = list(click_schema(config.data).dense)
     if (dense.columns, dense.transform) != (columns, config.data.dense_transform):
         raise UserError(

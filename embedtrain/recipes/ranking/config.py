@@ -51,7 +51,7 @@ class FeatureConfig:
 
 @dataclass
 class ClicksConfig(RowFilesConfig):
-    """The click log and the meaning of its columns."""
+    """Names the click log and the meaning of its columns."""
 
     path: str | list[str] = "???"
     """A file, a glob, a folder, or a list of them, on any fsspec URL; or - for standard input."""
@@ -98,7 +98,7 @@ class ClicksConfig(RowFilesConfig):
 
 @dataclass
 class NetworkConfig:
-    """The dense part; see `embedtrain.recipes.ranking.model.NetworkOptions`."""
+    """Holds the settings of the dense part; see `embedtrain.recipes.ranking.model.NetworkOptions`."""
 
     architecture: Literal["dlrm", "dcn_v2"] = "dcn_v2"
     """dlrm uses the dot products of all pairs of features; dcn_v2 uses cross layers."""

@@ -59,7 +59,7 @@ class NetworkOptions:
 
 
 class DLRM(nn.Module):
-    """DLRM: an MLP over the dot products of all pairs of features; all dense features together are one feature.
+    """Computes DLRM, an MLP over the dot products of all pairs of features; the dense features are one feature.
 
     Features of other dims are first projected to the largest dim.
 
@@ -95,7 +95,7 @@ class DLRM(nn.Module):
 
 
 class DCNv2(nn.Module):
-    """DCN-V2: cross layers parallel to an MLP, both over the concatenation of all features.
+    """Computes DCN-V2, cross layers parallel to an MLP, both over the concatenation of all features.
 
     A cross layer is `x0 * (W x + b) + x`; with `low_rank`, `W = U V`.
 

@@ -33,7 +33,7 @@ from embedtrain.spec import FeatureSpec
 
 
 class SavedLayout(ClickLayout):
-    """The meaning of a trained run's rows, read without its data.
+    """Holds the meaning of a trained run's rows, which is read without its data.
 
     Args:
         schema: the columns.

@@ -139,7 +139,7 @@ class RetrievalTrainConfig(TrainConfig):
 
 @dataclass
 class RetrievalEvaluateConfig(EvaluateConfig):
-    """Measurement on held-out interactions; items that a user has in training are never recommended."""
+    """Says how to measure on held-out interactions. Items that a user has in training are never recommended."""
 
     path: str | list[str] | None = None
     """Files of held-out interactions, in the format of data.path; an alternative to data.split. null for none."""

@@ -60,7 +60,7 @@ class SasrecTrainConfig(TrainConfig):
 
 @dataclass
 class SasrecEvaluateConfig(EvaluateConfig):
-    """Measurement on held-out items, ranked among all items."""
+    """Says how to measure on held-out items, which are ranked among all items."""
 
     every_epochs: int | None = 2
     """Epochs between two measurements; null to use every_steps only."""

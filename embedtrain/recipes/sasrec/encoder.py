@@ -129,7 +129,7 @@ class Dropout:
 
 
 class Block(nn.Module):
-    """A block of attention and a perceptron, each with layer normalisation before it and a residual connection.
+    """Computes attention and a perceptron, each with layer normalisation before it and a residual connection.
 
     Args:
         dim: length of the vectors.
@@ -227,7 +227,7 @@ def _keep(values: Tensor, number: int) -> Tensor:
 
 
 class PaddedEncoder(nn.Module):
-    """The encoder in a package, which takes padded sequences and returns the output of each one's last position.
+    """Wraps the encoder for a package: takes padded sequences, and returns the output of each last position.
 
     Args:
         encoder: the trained encoder.

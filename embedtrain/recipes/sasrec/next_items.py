@@ -23,7 +23,7 @@ _HISTORIES_AT_ONCE = 512
 
 
 class NextItems(Retriever):  # type: ignore[misc]
-    """A packaged SASRec model, whose item vectors are memory-mapped.
+    """Predicts next items with a packaged SASRec model, whose item vectors are memory-mapped.
 
     Args:
         path: folder of the package.

@@ -96,7 +96,7 @@ class TextTrainConfig(TrainConfig):
 
 @dataclass
 class WordEvaluateConfig(EvaluateConfig):
-    """Measurement of word similarity during training."""
+    """Says how to measure word similarity during training."""
 
     similarity: str | list[str] | None = None
     """File of `word word score` lines, or a list of files; null for none. The mean over the files is logged as

@@ -168,7 +168,7 @@ def test_rows_that_do_not_exist_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shape", "offset", "rows", "message"),
     [
-        ((10, 4), 0, (10, 3), r"rows have shape \(3,\), the tensor's \(4,\)"),
+        ((10, 4), 0, (10, 3), r"expected rows of shape \(4,\), got \(3,\)"),
         ((10, 4), 8, (3, 4), r"rows \[8, 11\) do not lie in a tensor of 10 rows"),
         ((10, 4), -1, (3, 4), r"rows \[-1, 2\) do not lie"),
         ((10, 4), 0, (10,), r"shape \(10,\) cannot be rows of a tensor of shape \(10, 4\)"),

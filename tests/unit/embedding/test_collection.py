@@ -106,7 +106,7 @@ def test_distinct_rows_of_tables_of_two_optimizers_find_their_way() -> None:
 def test_distinct_rows_of_features_that_are_pooled_are_refused() -> None:
     tables = et.EmbeddingCollection(TABLES, [et.FeatureSpec("word", pooling="sum")])
     asked = tables.ask({"word": et.Jagged.from_lists([[1]])})
-    with pytest.raises(ValueError, match="features that are not pooled; word are"):
+    with pytest.raises(ValueError, match="features without pooling; pooled features are word"):
         tables.distinct_rows(asked)
 
 

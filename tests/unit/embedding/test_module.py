@@ -196,7 +196,7 @@ def test_rows_start_from_an_array(world_size: int, rows: torch.Tensor | np.ndarr
         ("item", np.zeros((2, 4)), ["1", "2"], "rows must have real numbers"),
         ("item", np.zeros((2, 4)), [1.0, 2.0], r"rows must be \[2\] int64"),
         (["item"], np.zeros((10, 4)), None, "there is no table"),
-        ("item", np.zeros((2, 4)), torch.tensor([1, 10]), "rows of table 'item' are 0 to 9, got 1 to 10"),
+        ("item", np.zeros((2, 4)), torch.tensor([1, 10]), "rows of table 'item' must be 0 to 9, got 1 to 10"),
         ("item", np.zeros((2, 4)), torch.tensor([1, 1]), "rows must be distinct"),
         ("item", np.zeros((2, 4)), torch.tensor([1]), r"rows must be \[2\] int64, one per vector"),
         ("item", np.zeros((2, 4)), {"a": 1}, "rows must be the row of each name for a file"),

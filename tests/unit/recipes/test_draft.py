@@ -146,7 +146,7 @@ def test_what_is_drafted_trains(model: str, capfd: pytest.CaptureFixture[str]) -
     ("arguments", "said"),
     [
         ([], "expected --from FILE, or the name of a configuration: quickstart, ranking"),
-        (["nothing"], "embedtrain brings no configuration 'nothing'; it brings quickstart"),
+        (["nothing"], "embedtrain has no configuration 'nothing'; there are quickstart"),
         (["--from", "none.csv"], "none.csv: no such file"),
         (["--from", "text.txt"], "lines of `user item item ...` have no columns with names"),
         (["--from", "numbers.csv"], "no column has two values, as a label has; its columns are a (3 values), b (3"),
@@ -180,7 +180,7 @@ def test_a_configuration_is_found_by_its_name_and_printed_as_it_is(
 def test_a_name_that_is_none_says_which_there_are(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "word2vek", "data.path=x"]) == 2
     said = capfd.readouterr().err
-    assert "there is no configuration file word2vek; embedtrain brings quickstart, ranking" in said
+    assert "there is no configuration file word2vek; embedtrain's own configurations are quickstart, ranking" in said
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
