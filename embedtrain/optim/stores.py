@@ -203,7 +203,8 @@ def _without_compiler(method: Callable[..., Any]) -> Callable[..., Any]:
 
     That import takes a process over two seconds, and nobody compiles these methods.
     """
-    return inspect.unwrap(method)
+    plain: Callable[..., Any] = inspect.unwrap(method)
+    return plain
 
 
 def _check_tables(name: str, collection: object) -> None:
