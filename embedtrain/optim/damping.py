@@ -20,7 +20,7 @@ _BUCKETS_PER_OCTAVE = 4
 _NUM_BUCKETS = 32 * _BUCKETS_PER_OCTAVE
 _NUM_SQUARINGS, _NUM_TURNS = 2, 8
 """Of a power iteration: an eigenvalue that is 0.9 of the one before it leaves a part of 3 % in its vector."""
-_ROWS_AT_ONCE = 2048
+_ROWS_AT_ONCE = 4096
 """Gradients that a processor damps at once: the update then finds them in its cache, which all would not fit."""
 
 

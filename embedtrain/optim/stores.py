@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -155,11 +155,11 @@ class StoreOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} takes no further parameter group: it has one per group of tables. Give dense "
                 "parameters to an optimizer of torch.optim, and declare further tables when the collection is made"
             )
-        super().add_param_group(param_group)
+        _without_compiler(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns hyperparameters and counts of steps, as JSON takes them; the rows' state is the collection's."""
-        return {**super().state_dict(), "state": {}}
+        return {**_without_compiler(torch.optim.Optimizer.state_dict)(self), "state": {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what `state_dict` returned.
@@ -180,7 +180,7 @@ class StoreOptimizer(torch.optim.Optimizer):
                     f"the state dict is not of {type(self).__name__}: it has {sorted(settings.keys() - own.keys())} "
                     f"and lacks {sorted(own.keys() - settings.keys())}"
                 )
-        super().load_state_dict({**state_dict, "state": {}})
+        _without_compiler(torch.optim.Optimizer.load_state_dict)(self, {**state_dict, "state": {}})
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what a copy is made of: all but hooks, and the `step` that a scheduler put in the place of ours."""
@@ -196,6 +196,15 @@ class StoreOptimizer(torch.optim.Optimizer):
         self.state["rows"] = {}  # type: ignore[index]
         for store, settings in zip(self.stores, self.param_groups, strict=True):
             store.take(self, settings)
+
+
+def _without_compiler(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a method of torch's optimizers without its wrapper, which imports torch's compiler to keep out of it.
+
+    That import takes a process over two seconds, and nobody compiles these methods.
+    """
+    plain: Callable[..., Any] = inspect.unwrap(method)
+    return plain
 
 
 def _check_tables(name: str, collection: object) -> None:
