@@ -41,7 +41,7 @@ def test_each_rank_names_the_features_of_each(
 ) -> None:
     for message, goes_on in run_threads(len(names), look_up, dims, names, is_ahead):
         assert f"the ranks look up different features ({found})" in message
-        assert "give a feature that a rank has no ids of an empty tensor" in message
+        assert "if a rank has no ids of a feature, give it an empty tensor" in message
         assert goes_on
 
 

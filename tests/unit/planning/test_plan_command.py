@@ -101,7 +101,7 @@ def test_bags_need_their_length(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--rows", "items=5"], "there is no table items; the tables are input, output"),
         (["--rows", "many"], "expected a number such as"),
         (["--rows", "5", "--rows", "6"], "--rows without a table name must be given only once, got 2"),
-        (["--rows", "input=5", "--rows", "output=6"], "the same number of rows, got 5 for input and 6 for output"),
+        (["--rows", "input=5", "--rows", "output=6"], "equal numbers of rows, got 5 for input and 6 for output"),
         (["--rows", "5", "--memory", "much"], "a size such as 80GiB"),
         (["--rows", "5", "--world-size", "3", "--hosts", "2"], "a multiple of --hosts"),
         (["--rows", "5", "--memory-bandwidth", "20GB"], "expected a bandwidth such as 20GB/s, got '20GB'"),
