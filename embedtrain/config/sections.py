@@ -155,7 +155,8 @@ class CheckpointConfig:
     keep_every: int | None = None
     """Keep checkpoints whose step is a multiple of this."""
     keep_best: int | None = None
-    """Number of best checkpoints by best_metric to keep. A measurement that is among the best is saved at once."""
+    """Number of best checkpoints by best_metric to keep. After a measurement that is among the best, a checkpoint is
+    saved at once."""
     best_metric: str = Retention.best_metric
     """Metric by which checkpoints are compared, a name in metrics.jsonl. The value of a checkpoint is the last one that
     was logged before its save."""
@@ -204,7 +205,7 @@ class PublishConfig:
     """Minimum seconds between two publications of a newer checkpoint (the best one if the run keeps its best); the end
     of the run is always published."""
     timeout_seconds: float = 3600.0
-    """Timeout of a publication in seconds; a longer one is stopped with a warning."""
+    """Timeout of a publication in seconds; a longer publication is stopped with a warning."""
 
 
 @dataclass
