@@ -27,7 +27,7 @@ from embedtrain.ops.spread_keys import SpreadTable, spread_keys
 from embedtrain.spec import DEFAULT_LAYOUT
 
 MAX_ROWS = 1 << 40
-"""Larger tables would overflow the 64-bit products of `multiply_modulo`."""
+"""Largest table; larger ones would overflow the 64-bit products of `multiply_modulo`."""
 
 _CANDIDATES = 64
 _BLOCK_ROWS = 16
@@ -61,13 +61,13 @@ class Layout(Protocol):
 
     @property
     def rows_per_rank(self) -> int:
-        """Slots of every rank but the last ones, which may own fewer or none."""
+        """Number of slots per rank; the last ranks may own fewer or none."""
 
     def slot_of(self, ids: Tensor) -> Tensor:
         """Returns the slots of `ids`, int64, each in `[0, num_rows)`; same shape."""
 
     def id_of(self, slots: Tensor) -> Tensor:
-        """Returns the ids that lie at `slots`; the inverse of `slot_of`."""
+        """Returns the ids at `slots`; the inverse of `slot_of`."""
 
     def shard_range(self, rank: int) -> tuple[int, int]:
         """Returns the half-open range of slots that `rank` owns; empty if the ranks outnumber the rows."""
@@ -114,7 +114,7 @@ class SpreadLayout:
 
     @property
     def multiplier(self) -> int:
-        """The factor `A` of `slot = (A * id) mod num_rows`, or of the same formula for block numbers."""
+        """The factor `A` in `slot = (A * id) mod num_rows`, or in the same formula for block numbers."""
         return spread_multiplier(self._num_blocks)
 
     @property
@@ -136,7 +136,7 @@ class SpreadLayout:
 
     @property
     def rows_per_rank(self) -> int:
-        """Slots of every rank but the last ones, which may own fewer or none (torch's even-chunk split)."""
+        """Number of slots per rank; the last ranks may own fewer or none (torch's even-chunk split)."""
         return -(-self.num_rows // self.world_size)
 
     def slot_of(self, ids: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class SpreadLayout:
         return permute_blocks(ids, self.multiplier, self.num_rows, self.block_rows)
 
     def id_of(self, slots: Tensor) -> Tensor:
-        """Returns the ids that lie at `slots`; the inverse of `slot_of`."""
+        """Returns the ids at `slots`; the inverse of `slot_of`."""
         return permute_blocks(slots, _inverse_multiplier(self._num_blocks), self.num_rows, self.block_rows)
 
     def shard_range(self, rank: int) -> tuple[int, int]:
@@ -183,7 +183,7 @@ def read_layout(saved: Mapping[str, Any], num_rows: int, table: str) -> Layout:
     """Returns the layout that a checkpoint's manifest describes.
 
     Raises:
-        CheckpointError: this version does not know the layout and would return wrong rows.
+        CheckpointError: this version does not support the layout and would load wrong rows.
     """
     kind = str(saved.get("kind", ""))
     layout = layout_of(num_rows, kind=kind if kind in LAYOUTS else DEFAULT_LAYOUT)
