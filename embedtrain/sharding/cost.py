@@ -23,7 +23,7 @@ class Wire:
 
 
 def bytes_of_rows(num_rows: int, dim: int, wire: Wire) -> int:
-    """Returns the bytes if bags are pooled on the rank of their batch: ids to owners, rows back, gradients to owners."""
+    """Returns the bytes if bags are pooled on the rank of their batch: ids to owners, rows back, gradients back."""
     return num_rows * (wire.id_bytes + dim * (wire.vector_bytes + wire.has_gradients * wire.gradient_bytes))
 
 

@@ -1,4 +1,4 @@
-// Gradients of rows, damped along a few directions of high curvature: each row is read once and written once.
+// Damps gradients of rows along a few directions of high curvature. Each row is read once and written once.
 
 #include <algorithm>
 #include <cmath>
@@ -12,7 +12,7 @@ namespace {
 
 using namespace embedtrain;
 
-constexpr int64_t kAtOnce = 4;  // directions whose products with a row are summed in one pass over it
+constexpr int64_t kAtOnce = 4;  // directions per pass over a row
 
 struct Damping {
     const float* grad;
@@ -24,7 +24,7 @@ struct Damping {
     int num_parts;
 };
 
-// (1 - exp(-x)) / x - 1. The quotient loses all digits of small numbers, and most rows have small ones.
+// (1 - exp(-x)) / x - 1. For small x, which most rows have, the quotient would lose all digits, so use its series.
 EMBEDTRAIN_INLINE float excess(float x) {
     if (!(x > 0.0f)) return 0.0f;
     if (x < 0.125f) return x * (-1.0f / 2 + x * (1.0f / 6 + x * (-1.0f / 24 + x * (1.0f / 120))));
