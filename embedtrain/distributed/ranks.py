@@ -166,15 +166,15 @@ class Ranks(ABC):
         """Requests rows from their owners, and exchanges counts that the receivers do not know yet.
 
         Args:
-            counts: [size, numbers, kinds] int64; counts for each rank. The first numbers belong to `keys`: kind 0 is
-                the number of distinct keys that the rank owns, and kind 1 is positive if there is any key.
-            keys: one set of keys per number; a key is `owner * rows_per_rank + row`. Each distinct key is requested
-                once.
-            rows_per_rank: number of rows of a rank, one per set of keys.
+            counts: [size, m, k] int64; for each rank, m vectors of k counts. Vector i belongs to `keys[i]`: element 0
+                is the number of distinct keys that the rank owns, and element 1 is positive if this rank has any key.
+                There may be more vectors than sets of keys.
+            keys: sets of keys `owner * rows_per_rank + row`. Each distinct key is requested once.
+            rows_per_rank: for each set of keys, the number of rows per rank.
 
         Returns:
-            counts: the counts that this rank sent and received, indexed by [sent or received][number][kind][rank].
-            wanted: for each set of keys, the local rows that other ranks request from this one, [n] int64, ordered by
+            counts: the counts that this rank sent and received, indexed by [sent or received][vector][element][rank].
+            wanted: for each set of keys, the local rows that the ranks request from this one, [n] int64, ordered by
                 requesting rank.
         """
         told = self.all_to_all(counts, [1] * self.size, [1] * self.size)
@@ -262,7 +262,7 @@ def _room(like: Tensor, count: int) -> Tensor:
 
 
 def by_kind(told: Tensor, heard: Tensor) -> list[list[list[list[int]]]]:
-    """Returns counts on the host, indexed by [sent or received][number][kind][rank]; see `Ranks.ask`."""
+    """Returns counts on the host, indexed by [sent or received][vector][element][rank]; see `Ranks.ask`."""
     counts = HostCopy(torch.stack([told, heard])).values()
     both: list[list[list[list[int]]]] = counts.permute(0, 2, 3, 1).tolist()
     return both

@@ -1,4 +1,4 @@
-"""Joining and leaving a torchrun job: rank, device and process group of this process."""
+"""Joins and leaves a torchrun job: rank, device and process group of this process."""
 
 from __future__ import annotations
 

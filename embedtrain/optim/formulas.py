@@ -155,7 +155,7 @@ class Adagrad(MomentOptimizer):
         super().__init__(collection, defaults, second=second, **options)
 
     def moments(self, settings: dict[str, Any]) -> Moments:
-        """Returns coefficients that sum the squares."""
+        """Returns the coefficients for a sum of squares."""
         return Moments(eps=settings["eps"])
 
     def rate(self, settings: dict[str, Any]) -> float:
@@ -208,7 +208,7 @@ class RowwiseAdagrad(MomentOptimizer):
         super().__init__(collection, defaults, second=RowState(ACCUMULATOR, fill=initial_accumulator_value), **options)
 
     def moments(self, settings: dict[str, Any]) -> Moments:
-        """Returns coefficients that sum the mean squares, or average them if `accumulator_decay` is set."""
+        """Returns the coefficients for a sum of mean squares, or for an average if `accumulator_decay` is set."""
         decay = settings["accumulator_decay"]
         if decay is None:
             return Moments(eps=settings["eps"])
@@ -266,7 +266,7 @@ class Adam(MomentOptimizer):
         )
 
     def moments(self, settings: dict[str, Any]) -> Moments:
-        """Returns coefficients that average, with the bias corrections of the current step."""
+        """Returns the coefficients for averages, with the bias corrections of the current step."""
         beta1, beta2 = settings["betas"]
         return Moments(
             first_decay=beta1,
@@ -320,7 +320,7 @@ class RMSprop(MomentOptimizer):
         super().__init__(collection, {"lr": lr, "alpha": alpha, "eps": eps}, second=second, **options)
 
     def moments(self, settings: dict[str, Any]) -> Moments:
-        """Returns coefficients that average the squares."""
+        """Returns the coefficients for an average of squares."""
         return Moments(second_decay=settings["alpha"], second_gain=1.0 - settings["alpha"], eps=settings["eps"])
 
 

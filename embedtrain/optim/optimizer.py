@@ -58,8 +58,8 @@ class CommonOptions:
     max_row_grad_norm: float | None = None
     """Largest L2 norm of one row's gradient; a larger gradient is scaled down to it. None does not clip."""
     max_norm: float | None = None
-    """Largest L2 norm of a row; after a step, longer rows among those that it touched are scaled down to it. None sets
-    no limit."""
+    """Largest L2 norm of a row. After each step, touched rows with a larger norm are scaled down to it. None sets no
+    limit."""
     max_grad_norm: float | None = None
     """Largest L2 norm of the summed gradients of all tables and ranks together; larger gradients are scaled down to
     it, before `max_row_grad_norm` applies. None does not clip."""

@@ -2,7 +2,7 @@
 
 `SpreadLayout` maps row `id` of a table of `num_rows` rows to slot `(multiplier * id) mod num_rows`. Each rank owns a
 contiguous range of slots. Low ids are the hot ones, because vocabularies are sorted by frequency. A multiplier near
-the golden section of `num_rows` spreads every prefix of the ids evenly over any number of ranks: of the first k ids,
+`num_rows` / golden ratio spreads every prefix of the ids evenly over any number of ranks: of the first k ids,
 a rank with a share s of the slots owns between `k*s - b` and `k*s + b`, where `b = 1 + log2(k + 1)`.
 
 Tables too large for the cache spread blocks of B = 16 ids instead of single ids. Hot rows then share memory pages and
@@ -31,8 +31,9 @@ MAX_ROWS = 1 << 40
 
 _CANDIDATES = 64
 _BLOCK_ROWS = 16
-"""Larger blocks are faster but concentrate hot rows. With 16, for ids by Zipf's law, the busiest of 16 ranks gets 13 %
-more rows than the mean in steps of 4,096 ids per rank, and 1 % in steps of 65,536; of 256 ranks, 171 % and 17 %."""
+"""Larger blocks are faster but concentrate hot rows. With blocks of 16 ids, and ids that follow Zipf's law, the busiest
+of 16 ranks gets 13 % more rows than the mean in steps of 4,096 ids per rank, and 1 % more in steps of 65,536. The
+busiest of 256 ranks gets 171 % and 17 % more."""
 _MIN_ROWS_TO_BLOCK = 1 << 17
 
 
@@ -196,7 +197,7 @@ def read_layout(saved: Mapping[str, Any], num_rows: int, table: str) -> Layout:
 
 @functools.lru_cache(maxsize=4096)
 def spread_multiplier(modulus: int) -> int:
-    """Returns the multiplier, coprime to `modulus` and near its golden section, that spreads prefixes best.
+    """Returns the multiplier, coprime to `modulus` and near `modulus` / golden ratio, that spreads prefixes best.
 
     The number of the first k multiples of A modulo N in an interval of length N/W deviates from k/W by at most the sum
     of the partial quotients of A/N. Of the coprime candidates nearest the golden section, the one with the smallest sum

@@ -47,7 +47,7 @@ class Publisher:
         if self._process is not None:
             if self._process.poll() is None and seconds < self._timeout_seconds:
                 return
-            self._conclude("training goes on")
+            self._conclude("training continues")
         if seconds >= self._every_seconds and self._complete_step() not in (None, self._begun_step):
             self._start()
 

@@ -182,7 +182,7 @@ class Trainer:
         try:
             return function()
         except NonFiniteError:
-            # All ranks raise this error. Finish the current background save, because the user resumes from it.
+            # All ranks raise this error. Finish the current background save, because the run will resume from it.
             self._checkpoints.settle()
             raise
 
@@ -298,7 +298,7 @@ class Trainer:
             is_kept = self._take({**self._when(), **measures}, sinks)
         elif self._ranks.rank == 0:
             _logger.warning(
-                f"the evaluation at step {self.state.step:,} failed, and training goes on without its measures: "
+                f"the evaluation at step {self.state.step:,} failed, and training continues without its measures: "
                 f"{error if isinstance(error, UserError) else f'{type(error).__name__}: {error}'}"
             )
         self._measured_step = self.state.step
