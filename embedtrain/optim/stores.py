@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -159,11 +159,11 @@ class StoreOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} has one parameter group per table group, and no other can be added. Give dense "
                 "parameters to an optimizer of torch.optim, and declare all tables when you construct the collection"
             )
-        super().add_param_group(param_group)
+        _without_compiler(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the hyperparameters and step counts, as JSON; the collection saves the state of the rows."""
-        return {**super().state_dict(), "state": {}}
+        return {**_without_compiler(torch.optim.Optimizer.state_dict)(self), "state": {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a result of `state_dict`.
@@ -184,7 +184,7 @@ class StoreOptimizer(torch.optim.Optimizer):
                     f"the state dict does not belong to {type(self).__name__}: it has "
                     f"{sorted(settings.keys() - own.keys())} and lacks {sorted(own.keys() - settings.keys())}"
                 )
-        super().load_state_dict({**state_dict, "state": {}})
+        _without_compiler(torch.optim.Optimizer.load_state_dict)(self, {**state_dict, "state": {}})
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state for a copy or pickle, without hooks and without the `step` that a scheduler has wrapped."""
@@ -201,6 +201,14 @@ class StoreOptimizer(torch.optim.Optimizer):
         self.state["rows"] = {}  # type: ignore[index]
         for store, settings in zip(self.stores, self.param_groups, strict=True):
             store.take(self, settings)
+
+
+def _without_compiler(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a method of `torch.optim.Optimizer` without the wrapper that excludes it from compilation.
+
+    The wrapper imports torch's compiler, which takes over two seconds, and these methods are never compiled.
+    """
+    return inspect.unwrap(method)
 
 
 def _check_tables(name: str, collection: object) -> None:

@@ -96,6 +96,7 @@ def test_tensorboard_shows_what_is_left_of_the_rates(job: Job) -> None:
     assert hot.sum / hot.num < rare.sum / rare.num
 
 
+@pytest.mark.slow
 def test_compare_trains_all_and_draws(job: Job) -> None:
     pytest.importorskip("matplotlib")
     arguments = ["compare", *job.train_arguments("unused", "train.epochs=2")[1:]]

@@ -121,6 +121,7 @@ def test_it_learns_and_is_evaluated_in_the_loop_and_by_evaluate(ratings: Ratings
     assert (name, float(value)) == ("rmse", pytest.approx(errors[-1], abs=1e-3))
 
 
+@pytest.mark.slow
 def test_it_resumes_to_the_last_bit(ratings: Ratings) -> None:
     shutil.copytree(ratings.folder / "run", ratings.folder / "resumed")
     checkpoints = sorted((ratings.folder / "resumed" / "checkpoints").iterdir())

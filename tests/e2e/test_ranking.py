@@ -120,7 +120,7 @@ def test_a_killed_run_goes_on_bit_for_bit_and_on_other_ranks_by_the_same_curve(c
         assert ours == pytest.approx(theirs, rel=2e-3, abs=2e-3)
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(None, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("ranks", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_tables_have_optimizers_of_their_own_through_a_resume(clicks: Job, wait_until: Wait, ranks: int | None) -> None:
     own = ["optimizer.tables.shop={name: adam, lr: 0.01}", "optimizer.tables.tags.lr=0.3", "train.epochs=4"]
     whole = clicks.run(*arguments("whole", *own), ranks=ranks)

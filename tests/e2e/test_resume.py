@@ -80,6 +80,7 @@ def test_a_rank_killed_in_mid_run_costs_nothing_but_time(
     assert learned(job, "killed") == whole_on(2).learned
 
 
+@pytest.mark.slow
 def test_a_run_killed_among_deltas_ends_where_it_would_have(job: Job, wait_until: Wait, whole_on: WholeOn) -> None:
     deltas = ("train.epochs=6", "checkpoint.every_steps=20", "checkpoint.keep_last=1", "checkpoint.full_every=4")
     launcher = job.start(*job.train_arguments("killed", *deltas), ranks=2)

@@ -149,6 +149,7 @@ def test_access_denied_is_told_at_once(path: str, store: ObjectStore, monkeypatc
         save(path, 1, example_tables())
 
 
+@pytest.mark.slow
 def test_a_run_on_s3_is_trained_resumed_and_exported(path: str, store: ObjectStore, tmp_path: Path) -> None:
     environment = {"AWS_ENDPOINT_URL": store.url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
     job = make_job(tmp_path, environment)

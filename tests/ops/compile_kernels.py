@@ -246,6 +246,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", default="80,90")
     parser.add_argument("--dims", default="100")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="of the tables; --update needs both")
     parser.add_argument("--update", action="store_true", help="write what was compiled anew")
     options = parser.parse_args()
     codes: dict[str, Code] = {}
@@ -254,8 +255,8 @@ def main() -> int:
         compiler = Compiler(architecture)
         JITFunction.run = lambda kernel, *args, compiler=compiler, **given: compiler.run(kernel, *args, **given)
         for dim in map(int, options.dims.split(",")):
-            for dtype in (torch.float32, torch.bfloat16):
-                launch_all(compiler, dim, dtype)
+            for dtype in options.dtypes.split(","):
+                launch_all(compiler, dim, getattr(torch, dtype))
         codes |= compiler.codes
         speeds |= compiler.speeds
     names = sorted({name.partition(" ")[0] for name in codes})

@@ -36,7 +36,7 @@ def make(num_rows: int, dim: int, num_touched: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize(
     ("num_rows", "dim", "num_touched"),
-    [(1, 1, 1), (9, 3, 5), (900, 64, 700), (40, 100, 30), (30, 129, 7), (5, 4, 0), (0, 4, 0)],
+    [(1, 1, 1), (9, 3, 5), (300, 64, 200), (40, 100, 30), (30, 129, 7), (5, 4, 0), (0, 4, 0)],
 )
 def test_equals_the_definition(backend: str, num_rows: int, dim: int, num_touched: int, step: str) -> None:
     torch.set_num_threads(2)

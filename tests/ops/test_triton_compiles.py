@@ -23,7 +23,7 @@ SHARED_BYTES = 99 << 10
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(["--dims", "100", "--architectures", "90"], id="one width"),
+        pytest.param(["--dims", "100", "--architectures", "90", "--dtypes", "float32"], id="one width"),
         pytest.param(["--dims", "32,64,100,128,256"], id="all", marks=[pytest.mark.slow, pytest.mark.timeout(1500)]),
     ],
 )
