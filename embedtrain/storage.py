@@ -4,7 +4,7 @@ Three features of fsspec are avoided. Cached listings hide the files of other pr
 the network fails. Renaming on object stores is a copy and a deletion.
 
 A failed operation on a remote file system is retried, up to `MAX_TRIES` tries in total, after waits of 0.5, 1, 2 and
-4 seconds; no try starts later than `MAX_RETRY_SECONDS` after the first. Missing or existing files and denied
+4 seconds. No try starts later than `MAX_RETRY_SECONDS` after the first. Missing or existing files and denied
 permissions are results, not failures. Errors of a local disk are raised at once, because waiting does not help.
 """
 

@@ -209,8 +209,9 @@ class Ranks(ABC):
     def fail_together(self, error: BaseException | None) -> None:
         """Raises on every rank if any rank passes an error, so that no rank waits for a failed one.
 
-        A rank that passed an error raises it. The other ranks raise the error of the lowest failing rank: with the same
-        class and text if it is a UserError or CheckpointError, else as a RuntimeError with the rank and its traceback.
+        A rank that passed an error raises it. The other ranks raise the error of the lowest failing rank. A UserError
+        or CheckpointError keeps its class and text; any other error becomes a RuntimeError with the rank and its
+        traceback.
         """
         reports = self.all_gather(None if error is None else self._report(error))
         if error is not None:

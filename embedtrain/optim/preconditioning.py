@@ -35,7 +35,7 @@ class Touched(NamedTuple):
 
 
 Opened = tuple[RowsToUpdate, RowGradient]
-"""Rows that are ready for an update, and the gradient whose row numbers are positions in them; or a piece of it."""
+"""A result of `RowStore.open_rows`, or a piece of it: rows, and a gradient whose row numbers are positions in them."""
 
 
 class Preconditioner(Protocol):

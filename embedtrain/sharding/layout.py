@@ -2,8 +2,8 @@
 
 `SpreadLayout` maps row `id` of a table of `num_rows` rows to slot `(multiplier * id) mod num_rows`. Each rank owns a
 contiguous range of slots. Low ids are the hot ones, because vocabularies are sorted by frequency. A multiplier near
-`num_rows` / golden ratio spreads every prefix of the ids evenly over any number of ranks: of the first k ids,
-a rank with a share s of the slots owns between `k*s - b` and `k*s + b`, where `b = 1 + log2(k + 1)`.
+`num_rows` / golden ratio spreads every prefix of the ids evenly over any number of ranks. Of the first k ids, a rank
+with a share s of the slots owns between `k*s - b` and `k*s + b`, where `b = 1 + log2(k + 1)`.
 
 Tables too large for the cache spread blocks of B = 16 ids instead of single ids. Hot rows then share memory pages and
 their accumulators share cache lines, which makes reading and updating them 13 to 15 % faster. The bound becomes
@@ -31,9 +31,9 @@ MAX_ROWS = 1 << 40
 
 _CANDIDATES = 64
 _BLOCK_ROWS = 16
-"""Larger blocks are faster but concentrate hot rows. With blocks of 16 ids, and ids that follow Zipf's law, the busiest
-of 16 ranks gets 13 % more rows than the mean in steps of 4,096 ids per rank, and 1 % more in steps of 65,536. The
-busiest of 256 ranks gets 171 % and 17 % more."""
+"""Larger blocks are faster but concentrate hot rows. These are the extra rows of the busiest rank over the mean, with
+blocks of 16 ids, for ids that follow Zipf's law, in steps of 4,096 and of 65,536 ids per rank: 13 % and 1 % on 16
+ranks, 171 % and 17 % on 256 ranks."""
 _MIN_ROWS_TO_BLOCK = 1 << 17
 
 

@@ -20,18 +20,22 @@ class StepProfile:
         write: called with the trace, JSON in Chrome's format, and the table of stages.
         warmup_steps: number of first steps to leave out, which map memory and fill caches.
         num_steps: largest number of steps to profile.
+
+    Attributes:
+        is_written: whether `write` was called. Without a step after the warm-up, it is not.
     """
 
     def __init__(self, write: Callable[[bytes, str], None], *, warmup_steps: int = 10, num_steps: int = 50) -> None:
         self._write = write
-        self._warmup_steps = warmup_steps
+        self.warmup_steps = warmup_steps
         self._num_steps = num_steps
         self._steps = 0
         self._started_at = 0.0
         self._profile: profile | None = None
+        self.is_written = False
 
     def __enter__(self) -> StepProfile:
-        if self._warmup_steps == 0:
+        if self.warmup_steps == 0:
             self._start()
         return self
 
@@ -43,9 +47,9 @@ class StepProfile:
     def step(self) -> None:
         """Counts a completed step, and starts or ends the profile if it is due."""
         self._steps += 1
-        if self._steps == self._warmup_steps:
+        if self._steps == self.warmup_steps:
             self._start()
-        elif self._steps == self._warmup_steps + self._num_steps:
+        elif self._steps == self.warmup_steps + self._num_steps:
             self._finish()
 
     def _start(self) -> None:
@@ -59,11 +63,14 @@ class StepProfile:
         seconds = time.perf_counter() - self._started_at
         finished, self._profile = self._profile, None
         finished.stop()
-        num_steps = max(self._steps - self._warmup_steps, 1)
+        num_steps = self._steps - self.warmup_steps
+        if num_steps == 0:
+            return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
             finished.export_chrome_trace(str(path))
             self._write(path.read_bytes(), stage_table(finished, num_steps, seconds))
+        self.is_written = True
 
 
 def stage_table(finished: profile, num_steps: int, seconds: float) -> str:

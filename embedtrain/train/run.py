@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -221,13 +221,19 @@ def _publisher(config: Config, run: Run) -> Publisher | None:
     return Publisher(run.folder.path, config.publish, lambda: run.checkpoints.complete_step)
 
 
-def _profile(folder: RunFolder, rank: int) -> StepProfile:
+@contextmanager
+def _profile(folder: RunFolder, rank: int) -> Iterator[StepProfile]:
     def write(trace: bytes, table: str) -> None:
         folder.write_profile(rank, trace, table)
         if rank == 0:
             _say(f"{table}\nprofile: {folder.join(PROFILE_NAME)}")
 
-    return StepProfile(write)
+    with StepProfile(write) as profile:
+        yield profile
+    if rank == 0 and not profile.is_written:
+        _logger.warning(
+            f"no profile was written: the first {profile.warmup_steps} steps are not profiled, and no step followed them"
+        )
 
 
 def _say(line: str) -> None:

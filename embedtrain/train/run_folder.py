@@ -91,10 +91,9 @@ class RunFolder:
         """Checks that the run can write its files without overwriting anything of the user's.
 
         Raises:
-            UserError: the folder is a file or a dangling link. Or a name that the run uses for a file belongs to a
-                folder, a pipe or a link, or a name that it uses for a folder belongs to a file. Or the folder of kept
-                data holds files of the user's. Or the folder holds a configuration but no other file of a run, so the
-                configuration may be the user's.
+            UserError: the folder is a file or a dangling link; a folder, pipe or link has the name of a file of the
+                run; a file has the name of a folder of the run; the folder of kept data holds files of the user's; or
+                the folder holds a configuration but no other file of a run, so that it may be the user's.
         """
         storage.require_folder(self.path)
         names = storage.list_names(self.path)

@@ -1,8 +1,8 @@
 """Sums over runs of sorted positions, in a fixed order and without atomics: equal inputs give equal bits.
 
-The positions are cut into chunks of equal length, with one program per chunk, so that a key with very many positions
-does not delay the others. A run belongs to the chunk in which it begins. If it continues in later chunks, each of them
-writes its partial sum to a row of its own (the chunk's head), and a second kernel adds the heads to the run.
+The positions are cut into chunks of equal length, with one program per chunk. So a key with very many positions does
+not delay the others. A run belongs to the chunk in which it begins. Each later chunk in which it continues writes a
+partial sum to a row of its own, the chunk's head. A second kernel adds the heads to the run.
 """
 
 from __future__ import annotations

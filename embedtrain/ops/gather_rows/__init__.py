@@ -32,7 +32,7 @@ def gather_rows(source: Tensor, rows: Tensor, dtype: torch.dtype | None = None, 
             f"{rows.dtype} {tuple(rows.shape)}"
         )
     if not {source.dtype, dtype} <= {torch.float32, torch.bfloat16}:
-        raise ValueError(f"expected rows float32 or bfloat16, copied as one of them, got {source.dtype} and {dtype}")
+        raise ValueError(f"rows and their copy must be float32 or bfloat16, got {source.dtype} and {dtype}")
     if out is not None and (out.shape != (rows.numel(), source.shape[1]) or out.dtype != dtype):
         raise ValueError(
             f"expected out [{rows.numel()}, {source.shape[1]}] {dtype}, got {tuple(out.shape)} {out.dtype}"

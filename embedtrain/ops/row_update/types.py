@@ -16,8 +16,8 @@ direction, [n, dim], or its numerator and denominator. The step then computes `r
 class RowStep(NamedTuple):
     """Holds the options that all formulas share.
 
-    They apply in this order: the gradient is scaled and clipped, weight decay is added to it, the row is updated, and
-    the row is scaled down to its largest norm.
+    They apply in this order: scale the gradient, clip it, add the weight decay, update the row, and scale the row down
+    to its largest norm.
 
     Attributes:
         lr: learning rate of this step.

@@ -28,8 +28,8 @@ _BAND = 32
 _LEAST_SIDE = 16
 """Smallest side of a matrix that tensor cores multiply."""
 _MOST_COLUMNS, _COLUMNS_OF_PARTS = 128, 64
-"""Wider rows than the first number do not fit into the registers of a skip-gram program; it then handles parts of rows
-with the second number of columns."""
+"""Rows with more columns than the first number do not fit into the registers of a skip-gram program. Such rows are cut
+into parts, whose number of columns is the second number."""
 
 
 class _Uses(NamedTuple):
