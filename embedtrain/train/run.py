@@ -232,7 +232,7 @@ def _profile(folder: RunFolder, rank: int) -> Iterator[StepProfile]:
         yield profile
     if rank == 0 and not profile.is_written:
         _logger.warning(
-            f"no profile was written: the first {profile.warmup_steps} steps are not profiled, and no step followed them"
+            f"no profile was written: the first {profile.warmup_steps} steps are not profiled, and no step followed"
         )
 
 
