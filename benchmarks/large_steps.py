@@ -2,6 +2,7 @@
 
     python benchmarks/large_steps.py train ../shared/data/text-en-wiki/wiki_a.txt --tests ../shared/data/eval-words \
         --words-per-step 16384 131072 --seeds 1 2 3 --damping curvature --growth 0.1 --lr 0.8
+    python benchmarks/large_steps.py cost ../shared/data/text-en-wiki/wiki_a.txt
     python benchmarks/large_steps.py table
     python benchmarks/large_steps.py picture docs/pictures/large_steps.svg
 
@@ -17,17 +18,23 @@ import itertools
 import os
 import shutil
 import statistics
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from embedtrain import cli
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
+from embedtrain.distributed.runtime import init_distributed
 from embedtrain.export.vectors import open_vectors, unit_rows
 from embedtrain.metrics.analogies import evaluate_analogies
 from embedtrain.metrics.word_similarity import evaluate_similarity
+from embedtrain.recipes.loading import load_config
+from embedtrain.recipes.word2vec import recipe
+from embedtrain.train.step import train_step
 
 RESULTS_PATH = Path(__file__).with_name("large_steps.csv")
 SIMILARITY = {
@@ -51,6 +58,8 @@ def main() -> None:
             row = train(options, words_per_step, lr, seed)
             print(line_of(row), flush=True)
             append(row)
+    elif options.command == "cost":
+        print_cost(options)
     elif options.command == "table":
         print_table(read())
     else:
@@ -72,6 +81,12 @@ def parse_options() -> argparse.Namespace:
     runs.add_argument("--damping", default="curvature")
     runs.add_argument("--growth", default="null")
     runs.add_argument("--work", type=Path, default=Path("runs/large_steps"))
+    cost = commands.add_parser("cost", help="time plain and damped steps in turns, on one rank of one thread")
+    cost.add_argument("text", type=Path)
+    cost.add_argument("overrides", nargs="*", help="key=value settings")
+    cost.add_argument("--words-per-step", type=int, default=131072)
+    cost.add_argument("--turns", type=int, default=20)
+    cost.add_argument("--work", type=Path, default=Path("runs/large_steps"))
     commands.add_parser("table", help="print means over the seeds")
     picture = commands.add_parser("picture", help="draw the curve over sizes of a step")
     picture.add_argument("path", type=Path)
@@ -112,6 +127,40 @@ def train(options: argparse.Namespace, words_per_step: int, lr: float, seed: int
     for half, test in itertools.product(HALVES, TESTS):
         row[f"{half} {test}"] = f"{score(unit, words, options.tests, test, half):.4f}"
     return row
+
+
+def print_cost(options: argparse.Namespace) -> None:
+    """Prints milliseconds of processor time per step: the median and the least of plain and of damped steps."""
+    torch.set_num_threads(1)
+    runtime = init_distributed(device="cpu")
+    tasks = {}
+    for damping in ("none", "curvature"):
+        settings = [
+            f"data.path={options.text}",
+            f"data.cache_path={options.work / 'cache'}",
+            "run.path=unused",
+            f"train.words_per_step={options.words_per_step}",
+            "train.step_growth=null",
+            f"word2vec.damping={damping}",
+            *options.overrides,
+        ]
+        config = load_config("word2vec", settings)
+        corpus, _ = recipe.prepare(config, runtime)
+        tasks[damping] = recipe.build(config, runtime, corpus).task
+    times: dict[str, list[float]] = {damping: [] for damping in tasks}
+    for turn in range(-2, options.turns):
+        for damping, task in tasks.items():
+            started = time.process_time()
+            # Both take the same words.
+            train_step(task.model, task.optimizer, task.batches.batch(0, turn % task.batches.steps_per_epoch))
+            if turn >= 0:
+                times[damping].append((time.process_time() - started) * 1e3)
+    for damping, found in times.items():
+        print(f"damping {damping}: median {statistics.median(found):.1f} ms, least {min(found):.1f} ms per step")
+    pairs = zip(*times.values(), strict=True)
+    print(
+        f"a damped step takes {statistics.median(damped / plain for plain, damped in pairs):.3f} of a plain one's time"
+    )
 
 
 def score(unit: np.ndarray, words: Sequence[str], tests: Path, test: str, half: str) -> float:

@@ -22,7 +22,7 @@ _NUM_BUCKETS = 32 * _BUCKETS_PER_OCTAVE
 _NUM_SQUARINGS, _NUM_TURNS = 2, 8
 """Squarings of the matrix, and turns of the power iteration with the result: together the 32nd power. If an eigenvalue
 is 0.9 times the next larger one, 3 % of its eigenvector remains in the result for the larger one."""
-_ROWS_AT_ONCE = 2048
+_ROWS_AT_ONCE = 4096
 """Gradients that a CPU damps at once. The update then still finds them in the cache, which is too small for all."""
 
 

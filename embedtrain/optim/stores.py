@@ -208,8 +208,8 @@ def _without_compiler(method: Callable[..., Any]) -> Callable[..., Any]:
 
     The wrapper imports torch's compiler, which takes over two seconds, and these methods are never compiled.
     """
-    unwrapped: Callable[..., Any] = inspect.unwrap(method)
-    return unwrapped
+    plain: Callable[..., Any] = inspect.unwrap(method)
+    return plain
 
 
 def _check_tables(name: str, collection: object) -> None:
