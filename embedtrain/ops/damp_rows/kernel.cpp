@@ -25,8 +25,8 @@ struct Damping {
     int num_parts;
 };
 
-// (1 - exp(-x)) / x - 1. For small x the quotient would lose all digits, so use its series. For x above 80 the exponential
-// is far below the rounding error of 1.
+// (1 - exp(-x)) / x - 1. For small x the quotient would lose all digits, so use its series. For x above 80 the
+// exponential is far below the rounding error of 1.
 EMBEDTRAIN_INLINE float excess(float x) {
     const float series = x * (-1.0f / 2 + x * (1.0f / 6 + x * (-1.0f / 24 + x * (1.0f / 120))));
     const float divisor = x > 0.125f ? x : 0.125f;
