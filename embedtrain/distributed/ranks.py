@@ -173,9 +173,9 @@ class Ranks(ABC):
             rows_per_rank: for each set of keys, the number of rows per rank.
 
         Returns:
-            counts: the counts that this rank sent and received, indexed by [sent or received][vector][element][rank].
-            wanted: for each set of keys, the local rows that the ranks request from this one, [n] int64, ordered by
-                requesting rank.
+            The counts that this rank sent and received, indexed by [sent or received][vector][element][rank]. And for
+            each set of keys, the local rows that the ranks request from this one, [n] int64, ordered by requesting
+            rank.
         """
         told = self.all_to_all(counts, [1] * self.size, [1] * self.size)
         both = by_kind(counts, told)  # the only wait for the device

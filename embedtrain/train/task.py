@@ -88,9 +88,8 @@ class StreamedBatches(Protocol):
             position: JSON; empty for the start of the stream.
 
         Returns:
-            batch: this rank's batch. None if no batch arrived within about a second, or if the stream has ended.
-            position: JSON; where the next step begins.
-            is_over: whether the stream has ended.
+            This rank's batch, the position of the next step, and whether the stream has ended. The batch is None if
+            none arrived within about a second, or if the stream has ended.
         """
 
 
