@@ -4,7 +4,7 @@ Three features of fsspec are avoided. Cached listings hide the files of other pr
 the network fails. Renaming on object stores is a copy and a deletion.
 
 A failed operation on a remote file system is retried, up to `MAX_TRIES` tries in total, after waits of 0.5, 1, 2 and
-4 seconds; no try starts later than `MAX_RETRY_SECONDS` after the first. Missing or existing files and denied
+4 seconds. No try starts later than `MAX_RETRY_SECONDS` after the first. Missing or existing files and denied
 permissions are results, not failures. Errors of a local disk are raised at once, because waiting does not help.
 """
 
@@ -64,7 +64,7 @@ def join(url: str, name: str) -> str:
 
 _SECRET_OPTIONS = {"password", "token", "access_token", "api_key", "secret", "sig", "signature"}
 _SECRET_OPTIONS |= {"x-amz-signature", "x-amz-security-token", "x-goog-signature"}
-"""Names in the query of a URL whose values let anybody in who knows them, of signed URLs too."""
+"""Names of query parameters of a URL whose values are secrets, including the parameters of signed URLs."""
 
 
 def has_password(url: str) -> bool:
@@ -286,7 +286,7 @@ def read(url: str) -> bytes:
 
 
 def read_lines(url: str) -> Iterator[bytes]:
-    """Yields the lines of a file with their ends; of a local one without holding the others. Raises as `read`."""
+    """Yields the lines of a file, line ends included; streams a local file. Raises the same errors as `read`."""
     filesystem, path = _locate(url)
     if isinstance(filesystem, LocalFileSystem) and stat.S_ISREG(os.stat(path).st_mode):
         with open(path, "rb") as file:
@@ -296,7 +296,7 @@ def read_lines(url: str) -> Iterator[bytes]:
 
 
 class RangeReader:
-    """Reads ranges of one file. Keeps the file open, so that the kernel reads ahead for sequential ranges.
+    """Reads ranges of one file, and keeps it open, so that the kernel reads ahead for sequential ranges.
 
     Args:
         url: the file.
@@ -347,7 +347,7 @@ def remove(url: str) -> None:
 
 
 def remove_empty_folder(url: str) -> None:
-    """Removes a folder if it exists and is empty; no-op on object stores, which have no folders."""
+    """Removes a folder if it is empty; otherwise, and on object stores, which have no folders, a no-op."""
     filesystem, path = _locate(url)
     with suppress(OSError):
         filesystem.rmdir(path)
@@ -418,7 +418,7 @@ def _create_local(path: str, data: bytes, temporary_url: str) -> None:
         except OSError as error:
             if error.errno not in _NO_HARD_LINKS:
                 raise
-            # Without hard links: as atomic, but of two writers at the same instant the later one wins.
+            # Without hard links, renaming is atomic too, but of two simultaneous writers the later one wins.
             if os.path.exists(path):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from error
             os.rename(temporary_path, path)
@@ -431,7 +431,7 @@ def _create_local(path: str, data: bytes, temporary_url: str) -> None:
 
 
 def _send_to_disk(descriptor: int) -> None:
-    """Has the kernel begin to write what it holds of a file, and forget what it has written; waits for neither."""
+    """Asks the kernel to write a file's cached pages to disk and to drop the written ones; does not wait."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 

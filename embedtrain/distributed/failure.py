@@ -1,4 +1,4 @@
-"""Finding the rank at fault when a collective fails, from the reports of the remaining ranks."""
+"""Finds the rank at fault when a collective fails, from the reports of the remaining ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Report:
         host: the rank's host.
         place: what it was doing, and in which stage.
         text: its error; None if it does not respond.
-        is_fault: whether the error is more than the absence of another rank.
+        is_fault: whether the rank itself is at fault; False if it failed only because another rank was missing.
     """
 
     host: str

@@ -25,7 +25,7 @@ def tell_launcher(text: str, *, is_fault: bool = True) -> None:
 
     Args:
         text: the reason.
-        is_fault: whether the reason is more than the absence of another rank.
+        is_fault: whether this rank itself is at fault; False if it failed only because another rank was missing.
 
     Source: the file that torch.distributed.elastic.multiprocessing.errors.ErrorHandler writes.
     """

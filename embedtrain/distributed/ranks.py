@@ -1,7 +1,7 @@
-"""The ranks that work together, and every way in which they communicate.
+"""The ranks of a job and all communication between them.
 
-`Ranks` is what the rest of the package knows. One process is an implementation of it, as are a process group of torch
-and, in `embedtrain.distributed.shared_memory`, the ranks of one host.
+The rest of the package uses the interface `Ranks`. It has three implementations: a single process, a torch process
+group, and the ranks of one host that share memory (in `embedtrain.distributed.shared_memory`).
 """
 
 from __future__ import annotations
@@ -35,73 +35,77 @@ _MAX_INT32 = (1 << 31) - 1
 
 
 class Ranks(ABC):
-    """The ranks of a job, as one of them sees them.
+    """Communicates with the ranks of a job.
 
-    Every method is collective unless it says otherwise: every rank calls it, in the same order.
+    Every method is a collective unless its docstring says otherwise: all ranks must call it, in the same order.
 
     Attributes:
-        rank: this rank's number.
-        size: how many ranks there are.
+        rank: number of this rank.
+        size: number of ranks.
     """
 
     rank: int
     size: int
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
-        """Returns itself: a copy of tables belongs to the same job."""
+        """Returns itself, because a copy of tables belongs to the same job."""
         return self
 
     @abstractmethod
     def all_to_all(self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
-        """Sends consecutive runs of rows to the ranks in order, and returns what they sent, by rank.
+        """Sends rows to every rank and returns the rows that every rank sent to this one.
 
         Args:
-            rows: [sum(send_counts), ...] contiguous.
-            send_counts: rows for each rank.
-            receive_counts: rows from each rank.
+            rows: [sum(send_counts), ...] contiguous; ordered by receiving rank.
+            send_counts: number of rows for each rank.
+            receive_counts: number of rows from each rank.
 
         Returns:
-            [sum(receive_counts), ...]; of one process, `rows` itself.
+            [sum(receive_counts), ...]; ordered by sending rank. With one process, `rows` itself.
         """
 
     @abstractmethod
     def all_reduce(self, values: Tensor) -> Tensor:
-        """Sums `values` over the ranks, in place, and returns them."""
+        """Sums `values` over the ranks in place and returns `values`."""
 
     def sum(self, value: float, device: torch.device) -> float:
-        """Returns the sum of one number per rank, which travels from the memory of `device`."""
+        """Returns the sum of one number per rank; the numbers are exchanged through the memory of `device`."""
         return HostCopy(self.all_reduce(torch.tensor(value, dtype=torch.float64, device=device))).item()
 
     @abstractmethod
     def broadcast(self, values: Tensor) -> None:
-        """Overwrites `values` with those of rank 0."""
+        """Overwrites `values` with the values of rank 0."""
 
     @abstractmethod
     def all_gather(self, value: T) -> list[T]:
-        """Returns the ranks' values, any objects that pickle takes, in rank order."""
+        """Returns the value of every rank, in rank order. A value can be any picklable object."""
 
     @abstractmethod
     def broadcast_object(self, value: T) -> T:
-        """Returns the value of rank 0, any object that pickle takes."""
+        """Returns the value of rank 0, which can be any picklable object."""
 
     @abstractmethod
     def for_thread(self, timeout_seconds: float) -> Ranks:
-        """Returns the same ranks for one background thread, which must not share these with the main one."""
+        """Returns the same ranks with a communicator for one background thread; threads must not share one."""
 
     @abstractmethod
     def beside(self) -> Ranks:
-        """Returns the same ranks for collectives that run beside these on a GPU, where those of one go one by one."""
+        """Returns the same ranks with a second communicator.
+
+        On a GPU, collectives of one communicator run one after the other. A second one allows two independent
+        sequences.
+        """
 
     @abstractmethod
     def device_mesh(self, device_type: str) -> DeviceMesh | None:
-        """Returns the ranks as torch's DTensor wants them; None of one process."""
+        """Returns the ranks as a mesh for torch's DTensor; None with one process."""
 
     def all_to_all_split(
         self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], dtype: torch.dtype
     ) -> list[Tensor]:
-        """Sends rows as `all_to_all` does, and returns what came from each rank, as `dtype`.
+        """Sends rows as `all_to_all` does; returns the rows from each rank separately, converted to `dtype`.
 
-        What this rank sends itself may be a view of `rows`.
+        The rows that this rank sends to itself may be returned as a view of `rows`.
         """
         return list(self.all_to_all(rows, send_counts, receive_counts).to(dtype).split(list(receive_counts)))
 
@@ -114,18 +118,19 @@ class Ranks(ABC):
         *,
         is_kept: bool,
     ) -> list[Tensor]:
-        """Sends rows that are written straight to where they travel from.
+        """Sends rows that a function writes directly into the send buffers, which saves a copy.
 
         Args:
-            write: called with uninitialised memory for each rank, [count, *], which it fills; it does not communicate.
-            like: [0, *]; shape, dtype and device of the rows.
-            send_counts: rows for each rank.
-            receive_counts: rows from each rank.
-            is_kept: whether the caller reads what came after the next exchange too; else it may lie in the memory of
-                its sender, which writes to it again then.
+            write: called with one uninitialised buffer per rank, [count, *], which it must fill. It must not
+                communicate.
+            like: [0, *]; an empty tensor with the shape, dtype and device of the rows.
+            send_counts: number of rows for each rank.
+            receive_counts: number of rows from each rank.
+            is_kept: whether the caller reads the result after the next exchange. If False, the result may be a view of
+                the sender's buffer, which the next exchange overwrites.
 
         Returns:
-            What came from each rank.
+            The rows from each rank.
         """
         rows = _room(like, sum(send_counts))
         write(rows.split(list(send_counts)))
@@ -140,15 +145,15 @@ class Ranks(ABC):
         wire_dtype: torch.dtype,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Sends rows of a larger tensor, as `all_to_all` does.
+        """Gathers rows of a larger tensor and sends them as `all_to_all` does.
 
         Args:
             source: [num_rows, dim].
-            rows: [sum(send_counts)] int64; which rows, by receiving rank.
-            send_counts: rows for each rank.
-            receive_counts: rows from each rank.
-            wire_dtype: in which they travel.
-            dtype: of the result.
+            rows: [sum(send_counts)] int64; row numbers, ordered by receiving rank.
+            send_counts: number of rows for each rank.
+            receive_counts: number of rows from each rank.
+            wire_dtype: dtype of the rows during the exchange.
+            dtype: dtype of the result.
 
         Returns:
             [sum(receive_counts), dim].
@@ -158,40 +163,42 @@ class Ranks(ABC):
     def ask(
         self, counts: Tensor, keys: Sequence[OrderedKeys | SortedKeys], rows_per_rank: Sequence[int]
     ) -> tuple[list[list[list[list[int]]]], list[Tensor]]:
-        """Tells the ranks which of their rows this rank wants, and some numbers, of which receivers know nothing yet.
+        """Requests rows from their owners, and exchanges counts that the receivers do not know yet.
 
         Args:
-            counts: [size, numbers, kinds] int64; what this rank tells each. For each of `keys`, which the first numbers
-                belong to, kind 0 is how many of the keys are a rank's, and kind 1 is positive if there is any key.
-            keys: per number the keys `owner * rows_per_rank + row`; each distinct one is asked for once.
-            rows_per_rank: per number the rows of a rank.
+            counts: [size, m, k] int64; for each rank, m vectors of k counts. Vector i belongs to `keys[i]`: element 0
+                is the number of distinct keys that the rank owns, and element 1 is positive if this rank has any key.
+                There may be more vectors than sets of keys.
+            keys: sets of keys `owner * rows_per_rank + row`. Each distinct key is requested once.
+            rows_per_rank: for each set of keys, the number of rows per rank.
 
         Returns:
-            What this rank told and was told: told or was told, number, kind and rank. And for each of `keys` the rows
-            that the ranks want of this one, [n] int64, by asking rank.
+            The counts that this rank sent and received, indexed by [sent or received][vector][element][rank]. And for
+            each set of keys, the local rows that the ranks request from this one, [n] int64, ordered by requesting
+            rank.
         """
         told = self.all_to_all(counts, [1] * self.size, [1] * self.size)
-        both = by_kind(counts, told)  # the one wait for the device
+        both = by_kind(counts, told)  # the only wait for the device
         wanted = []
         for number, (ordered, num_rows) in enumerate(zip(keys, rows_per_rank, strict=True)):
-            own = ordered.sorted.unique  # how many there are came to the host before the counts did
+            own = ordered.sorted.unique  # no wait: the number of distinct keys reached the host before the counts
             (num_asked, _, *_), (num_owed, is_any, *_) = both[0][number], both[1][number]
             if not any(is_any):
                 wanted.append(own.new_zeros(0))
                 continue
-            # Half the bytes, if local rows fit.
+            # int32 halves the bytes, if the row numbers fit.
             rows = (own % num_rows).to(torch.int32 if num_rows <= _MAX_INT32 else torch.int64)
             wanted.append(self.all_to_all(rows, num_asked, num_owed).long())
         return both, wanted
 
     def all_gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Returns the rows of every rank, in rank order, with gradients that find their way back.
+        """Returns the rows of all ranks, in rank order; differentiable.
 
-        Backward, which is collective too, sums the gradients that the ranks have for a row, in rank order.
+        Backward is a collective too. It sums the gradients that the ranks have for a row, in rank order.
 
         Args:
-            rows: [counts[rank], dim].
-            counts: rows of each rank.
+            rows: [counts[rank], dim]; rows of this rank.
+            counts: number of rows of each rank.
 
         Returns:
             [sum(counts), dim].
@@ -200,10 +207,11 @@ class Ranks(ABC):
         return gathered
 
     def fail_together(self, error: BaseException | None) -> None:
-        """Raises on every rank if any rank passes an error, so that no rank is left waiting for it.
+        """Raises on every rank if any rank passes an error, so that no rank waits for a failed one.
 
-        A rank with an error of its own raises that. The others raise what the lowest failing rank reports: the same
-        class and text for an error that is written for users, else a RuntimeError with the rank and its traceback.
+        A rank that passed an error raises it. The other ranks raise the error of the lowest failing rank. A UserError
+        or CheckpointError keeps its class and text; any other error becomes a RuntimeError with the rank and its
+        traceback.
         """
         reports = self.all_gather(None if error is None else self._report(error))
         if error is not None:
@@ -214,7 +222,7 @@ class Ranks(ABC):
                 raise error_type(text)
 
     def run_on_each(self, function: Callable[[], T]) -> T:
-        """Runs `function` on every rank and returns this rank's result, or raises on all what failed on any."""
+        """Runs `function` on every rank and returns this rank's result; if it fails on any rank, all ranks raise."""
         try:
             result = function()
         except Exception as error:
@@ -224,15 +232,15 @@ class Ranks(ABC):
         return result
 
     def run_on_first(self, function: Callable[[], T]) -> T:
-        """Runs `function` on rank 0 and returns its result, or raises its error, on every rank."""
+        """Runs `function` on rank 0; every rank returns its result or raises its error."""
         result = self.run_on_each(lambda: function() if self.rank == 0 else None)
         return self.broadcast_object(result)  # type: ignore[return-value]
 
     def lockstep(self, items: Iterable[T]) -> Iterator[T | None]:
-        """Yields this rank's items, and None once they have run out, until those of every rank have.
+        """Yields this rank's items, then None until the items of every rank are used up.
 
-        A rank that is given None takes part in the step with an empty batch: every rank makes the same number of
-        steps, no item is left out, and no rank waits for one that has finished. Every rank iterates to the end.
+        So all ranks make the same number of steps, and no item is lost. A rank that gets None takes part in the step
+        with an empty batch. Every rank must iterate to the end.
         """
         iterator = iter(items)
         while True:
@@ -249,13 +257,13 @@ class Ranks(ABC):
 
 
 def _room(like: Tensor, count: int) -> Tensor:
-    """Returns uninitialised memory for rows like those given; on CPUs memory that serves again. See `empty_buffer`."""
+    """Returns uninitialised memory for `count` rows like those of a tensor; on a CPU from `empty_buffer`."""
     shape = (count, *like.shape[1:])
     return like.new_empty(shape) if like.is_cuda else empty_buffer(*shape, dtype=like.dtype)
 
 
 def by_kind(told: Tensor, heard: Tensor) -> list[list[list[list[int]]]]:
-    """Returns counts on the host: told or heard, number, kind, rank; see `Ranks.ask`."""
+    """Returns counts on the host, indexed by [sent or received][vector][element][rank]; see `Ranks.ask`."""
     counts = HostCopy(torch.stack([told, heard])).values()
     both: list[list[list[list[int]]]] = counts.permute(0, 2, 3, 1).tolist()
     return both
@@ -276,7 +284,7 @@ class _AllGatherRows(torch.autograd.Function):
 
 
 class OneProcess(Ranks):
-    """A job of one process: nothing travels."""
+    """Implements `Ranks` for a job of one process, without communication."""
 
     rank, size = 0, 1
 
@@ -293,10 +301,10 @@ class OneProcess(Ranks):
         return value
 
     def broadcast(self, values: Tensor) -> None:
-        """Leaves the values as they are."""
+        """Does nothing."""
 
     def all_gather(self, value: T) -> list[T]:
-        """Returns the value alone."""
+        """Returns a list of the one value."""
         return [value]
 
     def broadcast_object(self, value: T) -> T:
@@ -304,7 +312,7 @@ class OneProcess(Ranks):
         return value
 
     def for_thread(self, timeout_seconds: float) -> Ranks:
-        """Returns itself: there is nothing to share."""
+        """Returns itself."""
         return self
 
     def beside(self) -> Ranks:
@@ -328,9 +336,9 @@ ONE_PROCESS = OneProcess()
 
 
 class _Turns:
-    """Has the collectives of a process's communicators run one after another on its GPU, as NCCL asks for.
+    """Makes the collectives of a process's communicators run one after the other on its GPU, as NCCL requires.
 
-    Ranks whose GPUs began collectives of two communicators in different orders would wait for each other for ever.
+    If two ranks started collectives of two communicators in different orders, they would wait for each other forever.
     """
 
     def __init__(self) -> None:
@@ -338,7 +346,7 @@ class _Turns:
 
     @contextlib.contextmanager
     def take(self, tensor: Tensor) -> Iterator[None]:
-        """Runs a collective of a tensor; on the CPU, the order of the calls is the order."""
+        """Runs the block, which starts a collective, after the previous collective; no-op for CPU tensors."""
         if not tensor.is_cuda:
             yield
             return
@@ -352,15 +360,14 @@ class _Turns:
 
 
 class GroupRanks(Ranks):
-    """The ranks of a process group of torch: Gloo's on CPUs, NCCL's on GPUs.
+    """Implements `Ranks` with a torch process group: Gloo on CPUs, NCCL on GPUs.
 
-    The group is not kept alive: Gloo's threads end with the last reference to their group. If a table or an optimizer
-    of the user's kept one until Python itself ends, a thread that is still letting go of a tensor would abort the
-    process.
+    It holds only a weak reference to the group, because Gloo's threads end with the last reference. If a table or an
+    optimizer kept the group alive until Python exits, a thread that still releases a tensor could abort the process.
 
     Args:
-        group: the process group, of at least two ranks.
-        turns: shared by the groups whose collectives go through one GPU; a new one if None.
+        group: the process group, with at least two ranks.
+        turns: serialises the collectives of all groups on one GPU; None creates a new one.
     """
 
     def __init__(self, group: dist.ProcessGroup, *, turns: _Turns | None = None) -> None:
@@ -376,11 +383,11 @@ class GroupRanks(Ranks):
         """The process group.
 
         Raises:
-            RuntimeError: it was destroyed.
+            RuntimeError: the group was destroyed.
         """
         group = self._reference()
         if group is None:
-            raise RuntimeError("the process group of these tables was destroyed: they belong to a job that is over")
+            raise RuntimeError("the process group of these tables was destroyed: they belong to a job that has ended")
         return group
 
     def all_to_all(self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
@@ -395,7 +402,7 @@ class GroupRanks(Ranks):
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """See `Ranks`."""
-        count_sent(2 * (self.size - 1) * values.nbytes // self.size)  # in a ring
+        count_sent(2 * (self.size - 1) * values.nbytes // self.size)  # as a ring all-reduce sends
         with self._turns.take(values):
             dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self.group)
         return values
@@ -423,7 +430,7 @@ class GroupRanks(Ranks):
         return GroupRanks(dist.new_group(ranks, timeout=timedelta(seconds=timeout_seconds), backend="gloo"))
 
     def beside(self) -> Ranks:
-        """Returns the ranks of a second group of NCCL, made by the first call; itself without NCCL."""
+        """Returns the ranks of a second NCCL group, which the first call creates; itself without NCCL."""
         if "nccl" not in str(dist.get_backend_config(self.group)):
             return self
         if self._beside is None:
@@ -437,7 +444,7 @@ class GroupRanks(Ranks):
         return self._beside
 
     def _timeout(self) -> timedelta:
-        """Returns how long collectives of NCCL may take before torch calls them failed."""
+        """Returns the timeout of the group's NCCL collectives."""
         timeout: timedelta = self.group._get_backend(torch.device("cuda")).options._timeout
         return timeout
 

@@ -1,4 +1,4 @@
-"""Joining and leaving a torchrun job: rank, device and process group of this process."""
+"""Joins and leaves a torchrun job: rank, device and process group of this process."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def agree_on_attempt(store: dist.Store, rank: int, world_size: int, timeout_seco
                 store.set(f"{prefix}/answer-{other}-{word}", own)
         missing -= {other for other in missing if store.check([f"{prefix}/come-{other}-{own}"])}
         if time.monotonic() > deadline:
-            raise TimeoutError(f"of {world_size} ranks these did not come in {timeout_seconds:g} s: {sorted(missing)}")
+            raise TimeoutError(f"these of {world_size} ranks did not join in {timeout_seconds:g} s: {sorted(missing)}")
         time.sleep(0.005)
     return own
 

@@ -1,4 +1,4 @@
-"""The ranks of one host, whose rows travel through shared memory: written once by the sender, read where they lie."""
+"""Exchanges rows between the ranks of one host through shared memory, which receivers read in place."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.sort_unique import OrderedKeys, SortedKeys
 
 VARIABLE = "EMBEDTRAIN_SHARED_MEMORY"
-"""Environment variable: 0 has ranks of one host exchange through the process group as ranks of several do."""
+"""Environment variable: 0 makes the ranks of one host exchange rows through the process group."""
 
 _NAME = "embedtrain"
 _TOKEN_BYTES = 16
@@ -35,14 +35,14 @@ _COUNTER_START = 64
 _TABLE_START = 256
 _ALIGNMENT = 64
 _SLOT_BYTES = 1 << 34
-"""Addresses for a rank's part of one exchange. Memory is taken as it is written to."""
+"""Address space for a rank's part of one exchange. Physical memory is allocated only where it is written."""
 _PATIENCE_MS = 50
 
 _logger = logging.getLogger(__name__)
 
 
 class _Address(NamedTuple):
-    """Where another process of the host finds a region."""
+    """Tells another process of the host where to find a region."""
 
     pid: int
     file: int
@@ -50,13 +50,13 @@ class _Address(NamedTuple):
 
 
 class Inbox:
-    """One region of memory per rank, which that rank writes and all ranks read.
+    """Exchanges rows through one region of memory per rank, which its rank writes and all ranks read.
 
-    An exchange is `rooms`, which the caller fills, `send`, and `receive`; `exchange` does all of it for what lies
-    elsewhere. A region has two slots that take turns: a rank comes to write a slot again after all ranks have sent the
-    exchange in between, hence are done with reading it.
+    An exchange has three parts: `rooms` returns buffers, which the caller fills; then `send`; then `receive`. For rows
+    in other memory, `exchange` does all three.
 
-    What was received is valid until this rank's next `send`.
+    A region has two slots, used in turn. Before a rank writes a slot again, all ranks have sent the exchange in
+    between, so they no longer read the slot. Received rows are valid until this rank's next `send`.
     """
 
     def __init__(
@@ -74,15 +74,15 @@ class Inbox:
         self._number = 0
 
     def rooms(self, counts: Sequence[int], row_shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
-        """Returns memory for what this rank sends, to be filled before `send`.
+        """Returns the send buffers, which the caller must fill before `send`.
 
         Args:
-            counts: rows for each rank; not looked at for this one, whose rows need not travel.
-            row_shape: of a row.
-            dtype: of the rows.
+            counts: number of rows for each rank. The entry of this rank is ignored.
+            row_shape: shape of a row.
+            dtype: dtype of the rows.
 
         Returns:
-            By rank [count, *row_shape], uninitialised; none for this one.
+            One uninitialised buffer per rank, [count, *row_shape]; [0, *row_shape] for this rank.
         """
         slot = (self._number + 1) % 2
         start = at = _header_bytes(self.size) + slot * _SLOT_BYTES
@@ -96,28 +96,28 @@ class Inbox:
             at += -(-count * row_bytes // _ALIGNMENT) * _ALIGNMENT
             count_sent(count * row_bytes)
         if at - start > _SLOT_BYTES:
-            raise RuntimeError(f"one exchange takes {at - start} bytes; there are addresses for {_SLOT_BYTES}")
+            raise RuntimeError(f"one exchange takes {at - start} bytes, and at most {_SLOT_BYTES} are possible")
         return rooms
 
     def send(self) -> None:
-        """Hands over what the rooms hold."""
+        """Publishes the filled send buffers to the other ranks."""
         from embedtrain.ops._backend import library
 
         self._number += 1
         library.get().embedtrain_publish(self._own_address, self._number)
 
     def receive(self, row_shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
-        """Waits for the other ranks and returns what they sent, where it lies.
+        """Waits for the other ranks and returns the rows that they sent, without copying them.
 
         Args:
-            row_shape: of a row.
-            dtype: of the rows.
+            row_shape: shape of a row.
+            dtype: dtype of the rows.
 
         Returns:
-            By rank [count, *row_shape]; none for this one.
+            One tensor per rank, [count, *row_shape]; [0, *row_shape] for this rank.
 
         Raises:
-            dist.DistError: a rank died, or did not come before the group's time-out.
+            dist.DistError: a rank died, or did not send before the group's timeout.
         """
         self._await_peers()
         place = 2 * (self._number % 2 * self.size + self.rank)
@@ -128,10 +128,11 @@ class Inbox:
         return parts
 
     def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Sends a part to each rank and returns what each sent: where it lies, and this rank's own part itself.
+        """Sends one part to each rank; returns the parts that the ranks sent, without copying them.
 
         Args:
-            parts: by rank [count, *row_shape]; alike in row shape and dtype on all ranks.
+            parts: one tensor per rank, [count, *row_shape]; row shape and dtype must be the same on all ranks. The part
+                of this rank is returned as it is.
         """
         row_shape, dtype = parts[0].shape[1:], parts[0].dtype
         for rank, room in enumerate(self.rooms([len(part) for part in parts], row_shape, dtype)):
@@ -178,7 +179,7 @@ class Inbox:
             poll.register(file, select.POLLIN)
         dead = {file for file, _ in poll.poll(0)}
         for rank, file in self._peers.items():
-            # One whose part is there may have left in order.
+            # A rank that has sent its part may have ended normally.
             if file in dead and self._counters[rank][0] != self._number % (1 << 32):
                 raise dist.DistError(f"rank {rank} is gone: rank {self.rank} waited for its part of an exchange")
 
@@ -189,11 +190,11 @@ class Inbox:
 
 
 class SharedMemoryRanks(GroupRanks):
-    """The ranks of a process group that share a host. Tensors of a GPU, and objects, travel through the group.
+    """Implements `Ranks` for the ranks of one host; GPU tensors and objects still go through the process group.
 
     Args:
         group: the process group.
-        inbox: the memory that they share.
+        inbox: the shared memory.
     """
 
     def __init__(self, group: dist.ProcessGroup, inbox: Inbox) -> None:
@@ -219,7 +220,7 @@ class SharedMemoryRanks(GroupRanks):
             return super().all_to_all_split(rows, send_counts, receive_counts, dtype)
         with stage("exchange"):
             return [
-                # The memory is the sender's, which writes to it again soon.
+                # Copy the parts of other ranks: a later exchange overwrites the sender's memory.
                 part.to(dtype) if rank == self.rank else empty_buffer(*part.shape, dtype=dtype).copy_(part)
                 for rank, part in enumerate(self._inbox.exchange(rows.split(list(send_counts))))
             ]
@@ -233,7 +234,7 @@ class SharedMemoryRanks(GroupRanks):
         *,
         is_kept: bool,
     ) -> list[Tensor]:
-        """Has rows written into memory that the others read."""
+        """Lets `write` fill shared memory directly; see `Ranks`."""
         if like.is_cuda:
             return super().all_to_all_written(write, like, send_counts, receive_counts, is_kept=is_kept)
         row_shape, dtype = like.shape[1:], like.dtype
@@ -258,7 +259,7 @@ class SharedMemoryRanks(GroupRanks):
         wire_dtype: torch.dtype,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Gathers into memory that the others read, and this rank's own rows where they are wanted."""
+        """Gathers rows directly into shared memory, and this rank's own rows into the result; see `Ranks`."""
         if source.is_cuda:
             return super().all_to_all_gather(source, rows, send_counts, receive_counts, wire_dtype, dtype)
         row_shape, sent = source.shape[1:], rows.split(list(send_counts))
@@ -271,7 +272,7 @@ class SharedMemoryRanks(GroupRanks):
             targets = received.split(list(receive_counts))
             if wire_dtype == source.dtype:
                 gather_rows(source, sent[self.rank], out=targets[self.rank])
-            else:  # rounded as the others' rows are
+            else:  # own rows are rounded to the wire dtype, as rows from other ranks are
                 targets[self.rank].copy_(gather_rows(source, sent[self.rank], wire_dtype))
             for rank, arrived in enumerate(self._inbox.receive(row_shape, wire_dtype)):
                 if rank != self.rank:
@@ -281,7 +282,7 @@ class SharedMemoryRanks(GroupRanks):
     def ask(
         self, counts: Tensor, keys: Sequence[OrderedKeys | SortedKeys], rows_per_rank: Sequence[int]
     ) -> tuple[list[list[list[list[int]]]], list[Tensor]]:
-        """Sends counts and rows in one letter to each rank."""
+        """Sends counts and rows to each rank in one message; see `Ranks`."""
         if counts.is_cuda:
             return super().ask(counts, keys, rows_per_rank)
         head = counts[0].numel()
@@ -298,7 +299,7 @@ class SharedMemoryRanks(GroupRanks):
             return both, [torch.cat(of_key) for of_key in zip(*wanted, strict=True)]
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """Sums in order of rank."""
+        """Sums in rank order; see `Ranks`."""
         if values.is_cuda:
             return super().all_reduce(values)
         arrived = self._inbox.exchange([values.clone()[None]] * self.size)
@@ -309,10 +310,10 @@ class SharedMemoryRanks(GroupRanks):
 
 
 def ranks_of(group: dist.ProcessGroup | None) -> Ranks:
-    """Returns the ranks of a process group of torch, or one process if there is no group or it has one rank.
+    """Returns the ranks of a torch process group, or of one process if `group` is None or has one rank.
 
-    Ranks that share memory use it: the memory has no name in any file system, and nothing is left of it when the ranks
-    have ended, however they did.
+    If all ranks are on one host, they exchange rows through shared memory. This memory has no name in any file system,
+    so nothing is left of it after the ranks have ended, even if they were killed.
 
     Collective: every rank of `group`.
     """
@@ -322,13 +323,13 @@ def ranks_of(group: dist.ProcessGroup | None) -> Ranks:
     own: tuple[mmap.mmap, _Address] | None = None
     timeout_seconds = 0.0
     if os.environ.get(VARIABLE) != "0" and dispatch.cpu_backend() == "native":
-        # A system without such memory, or a group for GPUs alone.
+        # These errors mean that the system has no memfd, or that the group has no CPU backend.
         with contextlib.suppress(OSError, AttributeError, RuntimeError):
             timeout_seconds = _timeout_seconds(group)
             own = _create(_region_bytes(size))
     through_group = GroupRanks(group)
     addresses = through_group.all_gather(None if own is None else own[1])
-    inbox, reason = None, "a rank has none"
+    inbox, reason = None, "a rank has no shared memory"
     if own is not None and None not in addresses:
         try:
             regions, peers = _open_all(rank, own[0], [address for address in addresses if address is not None])
@@ -341,7 +342,7 @@ def ranks_of(group: dist.ProcessGroup | None) -> Ranks:
     if inbox is not None and all(agreed):
         return SharedMemoryRanks(group, inbox)
     if rank == 0:
-        _logger.info("rows travel through the process group, not through shared memory: %s", reason)
+        _logger.info("ranks exchange rows through the process group, not through shared memory: %s", reason)
     return through_group
 
 
@@ -359,10 +360,10 @@ def _create(num_bytes: int) -> tuple[mmap.mmap, _Address]:
 
 
 def _open_all(rank: int, own: mmap.mmap, addresses: Sequence[_Address]) -> tuple[list[mmap.mmap], list[int]]:
-    """Maps every rank's region, and opens every other rank's process, to see it die.
+    """Maps the region of every rank, and opens a pidfd of every other rank, which shows if its process dies.
 
     Raises:
-        OSError: a rank's region is not there to be opened: it is on another host or in another container.
+        OSError: a region cannot be opened, because the rank is on another host or in another container.
     """
     regions, peers = [], []
     try:
@@ -381,23 +382,23 @@ def _open_all(rank: int, own: mmap.mmap, addresses: Sequence[_Address]) -> tuple
 
 def _open(address: _Address, num_bytes: int) -> mmap.mmap:
     path = f"/proc/{address.pid}/fd/{address.file}"
-    # On another host there may be such a process with such a file, but not with this name and token.
+    # If the rank is on another host, this host may have the same pid and descriptor, but not this name and token.
     if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
-        raise FileNotFoundError(f"{path} is not memory of this job")
+        raise FileNotFoundError(f"{path} is not shared memory of this package")
     file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         region = mmap.mmap(file, num_bytes)
     except ValueError as error:
-        raise FileNotFoundError(f"{path} is of another size") from error
+        raise FileNotFoundError(f"{path} has another size") from error
     finally:
         os.close(file)
     if region[:_TOKEN_BYTES] != address.token:
-        raise FileNotFoundError(f"{path} is of another job")
+        raise FileNotFoundError(f"{path} belongs to another job")
     return region
 
 
 def _header_bytes(world_size: int) -> int:
-    table_bytes = 8 * 2 * 2 * world_size  # where each rank's rows begin and how many there are, for two slots
+    table_bytes = 8 * 2 * 2 * world_size  # start and count of the rows for each rank, in two slots
     return -(-(_TABLE_START + table_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 

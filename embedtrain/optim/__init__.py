@@ -1,4 +1,4 @@
-"""Sparse optimizers: formulas over the rows that a step touched."""
+"""Sparse optimizers, which update the rows that a step touched and no others."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ OPTIMIZERS = Registry(
     },
     _check,
 )
-"""The optimizers by their names in a configuration."""
+"""Maps the names that a configuration uses to the optimizer classes."""
 
 __all__ = [
     "OPTIMIZERS",

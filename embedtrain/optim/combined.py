@@ -1,4 +1,4 @@
-"""Several optimizers, each for tables of its own, that step as one."""
+"""Several optimizers for different tables that step together."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ class _Groups:
 
 
 class Combined(SparseOptimizer):
-    """Optimizers of different tables of one collection, applied together or not at all.
+    """Combines optimizers of different tables of one collection; a step applies all of them or none.
 
-    `param_groups` are the optimizers', one after the other; theirs are not used any more.
+    `param_groups` contains the parameter groups of all the optimizers in order. Change the groups here: changes to the
+    original optimizers' `param_groups` have no effect.
 
     Args:
-        optimizers: two or more, of different groups of tables; see `EmbeddingCollection.trained_by`.
-        max_grad_norm: the largest norm over the tables of all of them; see `SparseOptimizer`.
-        nonfinite: see `SparseOptimizer`.
+        optimizers: two or more optimizers of different table groups; see `EmbeddingCollection.trained_by`.
+        max_grad_norm: largest gradient norm over all tables together; see `CommonOptions`.
+        nonfinite: see `CommonOptions`.
 
     Raises:
-        ValueError: two optimizers have tables in common, or one has `max_grad_norm` or `nonfinite` of its own.
+        ValueError: two optimizers share a table, or one of them sets `max_grad_norm` or `nonfinite` itself.
     """
 
     takes_over = True
@@ -45,7 +46,7 @@ class Combined(SparseOptimizer):
             raise ValueError(f"more than one optimizer has the tables {', '.join(repeated)}")
         for optimizer in optimizers:
             if optimizer.max_grad_norm is not None or optimizer.nonfinite != "error":
-                raise ValueError("max_grad_norm and nonfinite are for all tables together: give them to Combined")
+                raise ValueError("max_grad_norm and nonfinite apply to all tables together: pass them to Combined")
         self._optimizers = optimizers
         self._owners = {store.table_names[0]: optimizer for optimizer in optimizers for store in optimizer.stores}
         super().__init__(_Groups(stores), {"lr": 0.0}, max_grad_norm=max_grad_norm, nonfinite=nonfinite)
@@ -56,13 +57,13 @@ class Combined(SparseOptimizer):
 
     @property
     def name(self) -> str:
-        """The name in a checkpoint."""
+        """The optimizers' names in a checkpoint, joined by "+"."""
         return "+".join(optimizer.name for optimizer in self._optimizers)
 
     def update(
         self, store: RowsToUpdate, gradient: RowGradient, settings: dict[str, Any], grad_factor: float | Tensor = 1.0
     ) -> None:
-        """Applies the formula of the optimizer whose group it is."""
+        """Applies the formula of the optimizer that owns the parameter group."""
         self._owners[settings["tables"][0]].update(store, gradient, settings, grad_factor)
 
     def row_rates(self, store: RowsToUpdate, rows: Tensor, settings: dict[str, Any]) -> Tensor | None:

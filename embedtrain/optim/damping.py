@@ -1,4 +1,4 @@
-"""Keeps large steps from overshooting: damps gradients along the few directions of high curvature."""
+"""Damps gradients along the few directions of high curvature, so that large steps do not overshoot."""
 
 from __future__ import annotations
 
@@ -15,37 +15,42 @@ from embedtrain.optim.optimizer import SparseOptimizer
 from embedtrain.optim.preconditioning import Touched
 
 _NUM_BUSIEST = 4096
-"""A second moment of the busiest rows alone trains as well as one of all rows, for a tenth of the time."""
+"""Number of the most frequent rows that a second moment is computed from. It trains as well as one over all rows, in a
+tenth of the time."""
 _BUCKETS_PER_OCTAVE = 4
 _NUM_BUCKETS = 32 * _BUCKETS_PER_OCTAVE
 _NUM_SQUARINGS, _NUM_TURNS = 2, 8
-"""Of a power iteration: an eigenvalue that is 0.9 of the one before it leaves a part of 3 % in its vector."""
+"""Squarings of the matrix, and turns of the power iteration with the result: together the 32nd power. If an eigenvalue
+is 0.9 times the next larger one, 3 % of its eigenvector remains in the result for the larger one."""
 _ROWS_AT_ONCE = 4096
-"""Gradients that a processor damps at once: the update then finds them in its cache, which all would not fit."""
+"""Gradients that a CPU damps at once. The update then still finds them in the cache, which is too small for all."""
 
 
 class CurvatureDamping:
-    """Damps gradients along directions of high curvature, so that large steps train as many small ones would.
+    """Damps gradients along directions of high curvature, so that one large step trains like many small steps.
 
-    For losses of products of rows of two tables, `f(u_i . v_j)` summed over pairs, such as word vectors. The curvature
-    that a row of one table meets is about `factor * n_i * C`, with `n_i` the number of its pairs and `C` the second
-    moment `sum(n_j v_j v_j') / sum(n_j)` of the other table's rows. In many small steps at a row's rate `r_i` it would
-    cover the share `1 - exp(-x)` of the way to its minimum along an eigenvector of `C`, with `x = factor * r_i * n_i *
-    eigenvalue`. One step along the summed gradient covers `x` and overshoots, so the gradient's part along each of the
-    first eigenvectors is multiplied by `(1 - exp(-x)) / x`. Rows with few pairs keep their gradient.
+    It applies to losses that sum `f(u_i . v_j)` over pairs of rows of two tables, such as word vectors. The curvature
+    for row `i` is about `factor * n_i * C`. Here `n_i` is the number of the row's pairs, and `C` is the second moment
+    `sum(n_j v_j v_j') / sum(n_j)` of the other table's rows.
 
-    It keeps no state. Set it as the `preconditioner` of an optimizer, and give `EmbeddingCollection.distinct_rows`
-    the `counts` of each step.
+    Along an eigenvector of `C`, let `x = factor * r_i * n_i * eigenvalue`, where `r_i` is the row's learning rate. Many
+    small steps cover the fraction `1 - exp(-x)` of the way to the minimum. One step along the summed gradient covers
+    the fraction `x`, which overshoots if `x` is large. So the gradient's component along each of the first eigenvectors
+    is multiplied by `(1 - exp(-x)) / x`. Rows with few pairs keep nearly their full gradient.
+
+    The object has no state. Set it as the `preconditioner` of an optimizer, and pass the `counts` of each step to
+    `EmbeddingCollection.distinct_rows`.
 
     Args:
-        pairs: by table, the table whose rows its rows are multiplied with; it holds for both. A table may be its own.
-        directions: eigenvectors of each table; at most dim.
-        factor: curvature of a term over that of a squared error; for a logistic loss the mean of `s * (1 - s)`, with
-            `s` the predicted probability.
+        pairs: maps a table to the table whose rows its rows are multiplied with. Each pair counts in both directions.
+            A table may be paired with itself.
+        directions: number of eigenvectors per table; at most dim are used.
+        factor: curvature of a loss term relative to a squared error. For a logistic loss it is the mean of
+            `s * (1 - s)`, where `s` is the predicted probability.
 
     Raises:
-        ValueError: a table is in two pairs, or a number is out of range. When it is called: a table is missing, the
-            optimizer has no rate of rows, or no counts came with the gradient.
+        ValueError: on construction, a table is in two pairs, or a number is out of range. On a call, a table is
+            missing, the optimizer does not define a row's learning rate, or the gradient has no counts.
     """
 
     def __init__(self, pairs: Mapping[str, str], *, directions: int = 4, factor: float = 0.15) -> None:
@@ -54,17 +59,17 @@ class CurvatureDamping:
         both = [*pairs.items(), *((other, table) for table, other in pairs.items() if other != table)]
         self._partner_of = dict(both)
         if len(self._partner_of) < len(both):
-            raise ValueError(f"each table is in one pair, got {dict(pairs)}")
+            raise ValueError(f"a table can be in one pair only, got {dict(pairs)}")
         self.directions, self.factor = directions, factor
 
     def __call__(self, touched: Sequence[Touched], ranks: Ranks) -> list[Iterator[tuple[slice, Tensor]]]:
-        """See `Preconditioner`. Collective: every rank."""
+        """Returns the damped gradients; see `Preconditioner`. Collective: every rank."""
         self._check_tables(touched)
         places = [
             number for number, part in enumerate(touched) if not self._partner_of.keys().isdisjoint(part.table_names)
         ]
         damped = self._damped([touched[place] for place in places], ranks)
-        # Gradients of other groups are left as they are, and nobody need count theirs.
+        # Gradients of other table groups stay as they are and need no counts.
         found: list[Iterator[tuple[slice, Tensor]]] = [
             iter([(slice(0, len(part.gradient.values)), part.gradient.values)]) for part in touched
         ]
@@ -73,10 +78,10 @@ class CurvatureDamping:
         return found
 
     def _damped(self, touched: Sequence[Touched], ranks: Ranks) -> list[Iterator[tuple[slice, Tensor]]]:
-        """Returns the damped gradients of groups with tables of the pairs. Collective: every rank."""
+        """Returns the damped gradients of table groups that contain paired tables. Collective: every rank."""
         names = list(self._partner_of)
         counts = self._counts(touched)
-        # Rows of other tables of a group count as those of one more table, which has no curvature.
+        # All unpaired tables of a group share one more index, len(names), whose curvature is zero.
         tables = [torch.tensor([_position(names, name) for name in part.table_names]) for part in touched]
         tables = [
             to_device(known, part.tables.device)[part.tables] for known, part in zip(tables, touched, strict=True)
@@ -90,16 +95,16 @@ class CurvatureDamping:
         for part, own, of_table in zip(touched, counts, tables, strict=True):
             if part.rates is None:
                 raise ValueError(
-                    f"CurvatureDamping cannot damp the tables {', '.join(part.table_names)}: their optimizer has no "
-                    "rate of a row before a step. RowwiseAdagrad and Adagrad with initial_accumulator_value above 0, "
-                    "and SGD, have one"
+                    f"CurvatureDamping cannot damp the tables {', '.join(part.table_names)}: their optimizer does not "
+                    "define a row's learning rate before a step. Use SGD, or RowwiseAdagrad or Adagrad with "
+                    "initial_accumulator_value above 0"
                 )
             times = self.factor * part.rates * own
             damped.append(_in_pieces(part.gradient.values, of_table, times, curvatures, directions))
         return damped
 
     def _check_tables(self, touched: Sequence[Touched]) -> None:
-        """Refuses an optimizer that lacks a table of the pairs."""
+        """Raises ValueError if the optimizer does not train a table of the pairs."""
         found = {name for part in touched for name in part.table_names}
         if missing := sorted(self._partner_of.keys() - found):
             raise ValueError(
@@ -112,8 +117,8 @@ class CurvatureDamping:
         for part in touched:
             if part.gradient.counts is None:
                 raise ValueError(
-                    f"CurvatureDamping: no counts came with the gradient of the tables {', '.join(part.table_names)}: "
-                    "give them to EmbeddingCollection.distinct_rows(asked, counts=...)"
+                    f"CurvatureDamping: the gradient of the tables {', '.join(part.table_names)} has no counts: "
+                    "pass them to EmbeddingCollection.distinct_rows(asked, counts=...)"
                 )
             counts.append(part.gradient.counts)
         return counts
@@ -122,7 +127,7 @@ class CurvatureDamping:
 def _in_pieces(
     values: Tensor, tables: Tensor, times: Tensor, curvatures: Tensor, directions: Tensor
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yields damped gradients, each time those of the next few rows; see `damp_rows`."""
+    """Yields the damped gradients, a few rows at a time; see `damp_rows`."""
     size = _ROWS_AT_ONCE if values.device.type == "cpu" else max(len(values), 1)
     for start in range(0, len(values), size):
         piece = slice(start, min(start + size, len(values)))
@@ -130,8 +135,8 @@ def _in_pieces(
 
 
 def has_row_rates(optimizer: SparseOptimizer) -> bool:
-    """Returns whether `CurvatureDamping` can damp the gradients of an optimizer: see `SparseOptimizer.row_rates`."""
-    # Rows may live in host memory though the store's device is a GPU.
+    """Returns whether `CurvatureDamping` supports an optimizer, which must define `SparseOptimizer.row_rates`."""
+    # The rows may lie in host memory even if the store's device is a GPU.
     return all(
         optimizer.row_rates(store, torch.zeros(0, dtype=torch.int64, device=store.weight.device), settings) is not None
         for store, settings in zip(optimizer.stores, optimizer.param_groups, strict=True)
@@ -145,12 +150,15 @@ def _position(names: Sequence[str], name: str) -> int:
 def _second_moments(
     touched: Sequence[Touched], counts: Sequence[Tensor], tables: Sequence[Tensor], num_tables: int, ranks: Ranks
 ) -> Tensor:
-    """Returns per table the mean of `v v'` over the pairs of its busiest rows on all ranks, [num_tables, dim, dim].
+    """Returns, for each table, the mean of `v v'` over the pairs of its most frequent rows on all ranks.
 
     Collective: every rank.
+
+    Returns:
+        [num_tables, dim, dim] float32.
     """
     device, dim = counts[0].device, touched[0].store.weight.shape[1]
-    # Which rows are busy may not depend on how they are spread, nor on ties: counts are compared by bucket.
+    # The choice of rows must not depend on the world size or on how ties are broken, so it compares histogram buckets.
     buckets = [_buckets(own) for own in counts]
     histogram = torch.zeros(num_tables + 1, _NUM_BUCKETS, dtype=torch.int64, device=device)
     for own, of_table in zip(buckets, tables, strict=True):
@@ -162,7 +170,8 @@ def _second_moments(
     for part, own, bucket, of_table in zip(touched, counts, buckets, tables, strict=True):
         is_busy = bucket >= lowest[of_table]
         places, weights = part.places, own * is_busy
-        is_chosen = device.type == "cpu"  # elsewhere the host would have to wait to know how many there are
+        # On a GPU, selecting rows would make the host wait for their number, so weights of zero leave rows out.
+        is_chosen = device.type == "cpu"
         if is_chosen:
             busy = is_busy.nonzero().flatten()
             places, weights, of_table = places[busy], weights[busy], of_table[busy]
@@ -173,27 +182,29 @@ def _second_moments(
             sums[number, :-1] += ((rows * of_own.unsqueeze(1)).T @ rows).flatten()
             sums[number, -1] += of_own.sum()
     ranks.all_reduce(sums)
-    # A table without a pair has no curvature.
+    # A table without any pair gets zeros.
     return (sums[:, :-1] / sums[:, -1:].clamp(min=1e-30)).view(num_tables, dim, dim)
 
 
 def _buckets(counts: Tensor) -> Tensor:
-    """Returns the bucket of each count, [n] int64 in order of the counts: its exponent and two bits more."""
+    """Returns the histogram bucket of each count, [n] int64: the float's exponent and two bits of its mantissa."""
     one = 127 * _BUCKETS_PER_OCTAVE
     return ((counts.view(torch.int32) >> 21).long() - one).clamp(0, _NUM_BUCKETS - 1)
 
 
 def top_eigenpairs(matrices: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Returns the largest eigenvalues and their eigenvectors, about, without waiting for a device.
+    """Approximates the largest eigenvalues and their eigenvectors by power iteration, without a device sync.
 
-    Eigenvectors whose eigenvalues hardly differ may come out mixed, for which damping hardly differs either.
+    Eigenvectors with nearly equal eigenvalues may come out mixed. Damping treats them nearly alike, so that is no
+    problem.
 
     Args:
         matrices: [m, dim, dim] float32; symmetric, without negative eigenvalues.
-        number: of eigenpairs; at most dim are returned.
+        number: number of eigenpairs; at most dim are returned.
 
     Returns:
-        [m, number] float32, and [m, number, dim] float32, orthonormal vectors; alike for equal matrices.
+        values: [m, number] float32.
+        vectors: [m, number, dim] float32; orthonormal. Equal matrices give equal vectors.
     """
     num, dim = matrices.shape[:2]
     exact = matrices.double()
@@ -201,7 +212,7 @@ def top_eigenpairs(matrices: Tensor, number: int) -> tuple[Tensor, Tensor]:
     for _ in range(_NUM_SQUARINGS):
         power = power / power.diagonal(dim1=1, dim2=2).sum(dim=1).clamp(min=1e-300)[:, None, None]
         power = power @ power
-    # Columns of cosines: every eigenvector of use has a part along them.
+    # The start vectors are cosines, which are orthogonal to no eigenvector that occurs in practice.
     places = torch.arange(dim, dtype=torch.float64, device=matrices.device)
     start = torch.cos(torch.outer(places + 0.5, places[: min(number, dim)] + 0.25))
     vectors = start.expand(num, dim, -1)

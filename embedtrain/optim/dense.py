@@ -1,4 +1,4 @@
-"""The optimizer of what is not rows of tables: parameters that every rank holds whole."""
+"""The optimizer of dense parameters, which every rank holds in full."""
 
 from __future__ import annotations
 
@@ -20,31 +20,32 @@ _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 
 _WEIGHTS, _STATE = "dense/", "dense_optimizer/"
-"""Beginnings of the names in a checkpoint: "dense/layer.weight", "dense_optimizer/layer.weight/exp_avg"."""
+"""Prefixes of the names in a checkpoint: "dense/layer.weight", "dense_optimizer/layer.weight/exp_avg"."""
 
 
 @dataclass
 class DenseOptions:
-    """The choices that there are for a `DenseOptimizer`, with their defaults."""
+    """Holds the options of a `DenseOptimizer`."""
 
     name: Literal["adam", "adamw", "adagrad", "sgd"] = "adam"
-    """Which optimizer of torch."""
+    """The optimizer, from `torch.optim`."""
     lr: float = 1e-3
-    """Base of the learning rate, which falls with the same schedule as the tables'."""
+    """Base learning rate; it follows the same schedule as the learning rate of the tables."""
     weight_decay: float = 0.0
-    """As the optimizer of torch has it."""
+    """The `weight_decay` of the torch optimizer."""
 
 
 def weights_in(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the parameters and buffers, by name, among what `DenseOptimizer.tensors` returned."""
+    """Returns the parameters and buffers, by name, from a result of `DenseOptimizer.tensors`."""
     return {name.removeprefix(_WEIGHTS): tensor for name, tensor in saved.items() if name.startswith(_WEIGHTS)}
 
 
 def load_module(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Gives a module the parameters and buffers that `DenseOptimizer.tensors` returned.
+    """Loads a module's parameters and buffers from a result of `DenseOptimizer.tensors`.
 
     Raises:
-        CheckpointError: a parameter or buffer is missing, is too many, or has another shape; names all.
+        CheckpointError: a parameter or buffer is missing, unexpected, or differs in shape or dtype. The message names
+            all of them.
     """
     weights = weights_in(saved)
     expected = module.state_dict()
@@ -60,18 +61,18 @@ def load_module(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Averaged:
-    """The gradients of dense parameters, averaged over the ranks.
+    """Holds the gradients of the dense parameters, averaged over the ranks.
 
     Attributes:
-        values: [n]; all of them.
-        sizes: elements of each parameter, in order.
+        values: [n]; all gradients, flat.
+        sizes: number of elements by parameter name, in order.
     """
 
     values: Tensor
     sizes: Mapping[str, int]
 
     def fault(self) -> str | None:
-        """Returns what is not finite, or None; waits for the device."""
+        """Returns a message that names a parameter whose gradient is not finite, or None; waits for the device."""
         if bool(self.values.isfinite().all()):
             return None
         parts = zip(self.sizes, self.values.split(list(self.sizes.values())), strict=True)
@@ -80,20 +81,20 @@ class Averaged:
 
 
 class DenseOptimizer:
-    """Trains a module's parameters alike on every rank, with an optimizer of torch.
+    """Trains a module's dense parameters identically on every rank, with an optimizer from `torch.optim`.
 
-    The ranks sum their gradients in one all-reduce of one flat buffer. (The buckets of torch's
-    `DistributedDataParallel` differ between a first step and later ones, and with them, on three ranks or
-    more, the order of the sums: a resumed run would not be bit for bit the one that went on.)
+    The ranks sum their gradients in one all-reduce of a flat buffer. torch's `DistributedDataParallel` does not fit,
+    because its buckets change after the first step. On three or more ranks this changes the order of summation, so a
+    resumed run would not match an uninterrupted one bit for bit.
 
-    Collective: every rank makes one, with the same module; rank 0's values are taken over by all.
+    Collective: every rank constructs one with the same module. All ranks take over the parameters of rank 0.
 
     Args:
-        module: its parameters and buffers; it holds no rows of tables.
+        module: the module; it must not contain tables.
         name: "adam", "adamw", "adagrad" or "sgd".
-        ranks: those of the job.
+        ranks: the ranks of the job.
         lr: learning rate.
-        weight_decay: as the optimizer of torch has it.
+        weight_decay: the `weight_decay` of the torch optimizer.
 
     Raises:
         ValueError: the name is unknown, a value is out of range, or the module has no parameters.
@@ -115,7 +116,7 @@ class DenseOptimizer:
         self._ranks = ranks
         self._lr = lr
         make: Any = _OPTIMIZERS[name]  # the base class does not know the hyperparameters
-        # Fused optimizers learn from the device itself whether a step is to be left out. Adagrad's is for CPUs alone.
+        # A fused optimizer reads `found_inf` on the device and skips the step there. Fused Adagrad supports CPUs only.
         is_on_gpu = all(parameter.is_cuda for parameter in self._parameters.values())
         options = {"fused": True} if is_on_gpu and name != "adagrad" else {}
         self._optimizer: torch.optim.Optimizer = make(
@@ -126,20 +127,21 @@ class DenseOptimizer:
 
     @property
     def name(self) -> str:
-        """The name of torch's optimizer."""
+        """The class name of the torch optimizer."""
         return type(self._optimizer).__name__
 
     @property
     def takes_found_inf(self) -> bool:
-        """Whether `step` leaves out a step that only the device knows to be not finite."""
+        """Whether `step` supports `found_inf`, which skips a step on the device without a host sync."""
         return getattr(self._optimizer, "_step_supports_amp_scaling", False)
 
     def average_gradients(self) -> Averaged:
-        """Averages the gradients over the ranks.
+        """Averages the gradients over the ranks, in place.
 
-        The loss is a mean over the local batch: the average is the gradient of the mean over the global batch.
+        Each rank's loss is a mean over its local batch, so the average is the gradient of the mean over the global
+        batch.
 
-        Collective: every rank; the averages are the same on all.
+        Collective: every rank; all get the same averages.
         """
         for parameter in self._parameters.values():
             if parameter.grad is None:
@@ -152,11 +154,11 @@ class DenseOptimizer:
         return Averaged(flat, {name: grad.numel() for name, grad in grads.items()})
 
     def step(self, factor: float, found_inf: Tensor | None = None) -> None:
-        """Applies the averaged gradients with `factor` times the learning rate.
+        """Applies the averaged gradients.
 
         Args:
-            factor: of the learning rate.
-            found_inf: scalar float32 on the device; nothing is applied if it is 1. See `takes_found_inf`.
+            factor: multiplies the learning rate.
+            found_inf: scalar float32 on the device; 1 skips the step. Requires `takes_found_inf`.
         """
         for settings in self._optimizer.param_groups:
             settings["lr"] = self._lr * factor
@@ -166,7 +168,7 @@ class DenseOptimizer:
         self._optimizer.step()
 
     def zero_grad(self) -> None:
-        """Forgets the gradients."""
+        """Clears the gradients."""
         self._optimizer.zero_grad()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -174,20 +176,21 @@ class DenseOptimizer:
         named = {_WEIGHTS + name: tensor for name, tensor in self._module.state_dict().items()}
         for name, parameter in self._parameters.items():
             for kind, value in self._optimizer.state[parameter].items():
-                # Momentum that has not begun is None: its absence says so.
+                # Momentum is None before the first step; then the checkpoint has no entry for it.
                 if isinstance(value, Tensor):
                     named[f"{_STATE}{name}/{kind}"] = value
         return named
 
     def load_tensors(self, saved: Mapping[str, Tensor], *, with_state: bool = True) -> None:
-        """Takes over what `tensors` returned.
+        """Loads a result of `tensors`.
 
         Args:
-            saved: by name.
-            with_state: whether the optimizer's state is taken over too, not started anew.
+            saved: tensors by name.
+            with_state: whether to load the optimizer state too; if False, the state stays as it is.
 
         Raises:
-            CheckpointError: a parameter or buffer is missing, is too many, or has another shape; names all.
+            CheckpointError: a parameter or buffer is missing, unexpected, or differs in shape or dtype. The message
+                names all of them.
         """
         load_module(self._module, saved)
         if not with_state:

@@ -1,7 +1,7 @@
-"""The family of optimizers that keep running moments of the gradient.
+"""The built-in sparse optimizers, which keep running moments of the gradient.
 
-Each class is the only declaration of its optimizer: a configuration takes the options, their types and their defaults
-from the keyword arguments, and their meanings from the docstring.
+Each class is the only declaration of its optimizer. The configuration takes the options, their types and their
+defaults from the keyword arguments of the constructor. The settings page takes their descriptions from the docstring.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ SQUARE_AVERAGE = "square_avg"
 
 
 class MomentOptimizer(SparseOptimizer):
-    """An optimizer of the form that `embedtrain.ops.row_update.Moments` gives, for which there are fast kernels.
+    """Base class of the optimizers whose formula `embedtrain.ops.row_update.Moments` expresses; they have fast kernels.
 
     Args:
         collection: the tables.
-        defaults: hyperparameters; `lr` among them.
-        first: the state of first moments, of each element; None if there are none.
-        second: the state of second moments; None if there are none.
+        defaults: hyperparameters, `lr` included.
+        first: state tensor of the first moments, per element; None if the formula has none.
+        second: state tensor of the second moments, per element or per row; None if the formula has none.
         options: see `CommonOptions`.
     """
 
@@ -52,18 +52,21 @@ class MomentOptimizer(SparseOptimizer):
 
     @abstractmethod
     def moments(self, settings: dict[str, Any]) -> Moments:
-        """Returns the formula's coefficients at a step; `settings` is the parameter group."""
+        """Returns the formula's coefficients for a step; `settings` is the parameter group."""
 
     def update(
         self, store: RowsToUpdate, gradient: RowGradient, settings: dict[str, Any], grad_factor: float | Tensor = 1.0
     ) -> None:
-        """Applies the formula to the rows of a gradient times a factor; `settings` is the parameter group."""
+        """Applies the formula to the rows of a gradient; see `SparseOptimizer.update`."""
         first, second = (None if state is None else store.state[state.name] for state in (self.first, self.second))
         step = self.row_step(store, gradient, settings, grad_factor)
         moment_update(store.weight, first, second, gradient, step, self.moments(settings))
 
     def row_rates(self, store: RowsToUpdate, rows: Tensor, settings: dict[str, Any]) -> Tensor | None:
-        """See `SparseOptimizer.row_rates`; a second moment that begins at zero divides by nothing known."""
+        """Returns the effective learning rates of rows; see `SparseOptimizer.row_rates`.
+
+        None with first moments, or if the second moments start at zero: the rate of a new row is then unknown.
+        """
         if self.first is not None or (self.second is not None and not self.second.fill > 0):
             return None
         rate = self.rate(settings)
@@ -74,7 +77,8 @@ class MomentOptimizer(SparseOptimizer):
         return rates if rates.dim() == 1 else rates.mean(dim=1)
 
     def leaves_out_rows(self, settings: dict[str, Any]) -> bool:
-        """See `SparseOptimizer.leaves_out_rows`; a subclass may update in another way."""
+        """See `SparseOptimizer.leaves_out_rows`."""
+        # The kernels ignore padding; a subclass that overrides `update` may not.
         return type(self).update is MomentOptimizer.update
 
     def effective_rates(self, group: int, rows: slice) -> EffectiveRates | None:
@@ -82,7 +86,7 @@ class MomentOptimizer(SparseOptimizer):
         if self.second is None:
             return None
         settings = self.param_groups[group]
-        # Before the first step nothing is corrected yet.
+        # At step 0 the bias corrections of Adam would be zero.
         settings = {**settings, "step": max(settings["step"], 1)}
         moments = self.moments(settings)
         state = self.stores[group].state[self.second.name][rows]
@@ -93,7 +97,7 @@ class MomentOptimizer(SparseOptimizer):
 
 
 class SGD(MomentOptimizer):
-    """`row -= lr * g`, for the rows that the step touched; without momentum, hence without state.
+    """Stochastic gradient descent without momentum: `row -= lr * g` for each touched row. It keeps no state.
 
     Args:
         collection: the tables.
@@ -113,15 +117,15 @@ class SGD(MomentOptimizer):
 
 
 class Adagrad(MomentOptimizer):
-    """Adagrad with an accumulator for each element: the running sum of the squares of its gradient.
+    """Adagrad with one accumulator per element, which sums the squares of the element's gradients.
 
-    `state += g * g`, then `row -= lr_t * g / (sqrt(state) + eps)`, for the rows that the step touched.
+    For each touched row: `state += g * g`, then `row -= lr_t * g / (sqrt(state) + eps)`.
 
     Args:
         collection: the tables.
         lr: learning rate.
         eps: added outside the square root.
-        initial_accumulator_value: first value of every accumulator.
+        initial_accumulator_value: initial value of every accumulator.
         lr_decay: `lr_t = lr / (1 + (step - 1) * lr_decay)`.
         options: see `CommonOptions`.
 
@@ -151,7 +155,7 @@ class Adagrad(MomentOptimizer):
         super().__init__(collection, defaults, second=second, **options)
 
     def moments(self, settings: dict[str, Any]) -> Moments:
-        """Returns the coefficients of a sum of squares."""
+        """Returns the coefficients for a sum of squares."""
         return Moments(eps=settings["eps"])
 
     def rate(self, settings: dict[str, Any]) -> float:
@@ -160,17 +164,17 @@ class Adagrad(MomentOptimizer):
 
 
 class RowwiseAdagrad(MomentOptimizer):
-    """Adagrad whose accumulator is one float32 per row: the running sum of the mean square of its gradient.
+    """Adagrad with one float32 accumulator per row, which sums the mean squares of the row's gradients.
 
-    `state += mean(g * g)`, then `row -= lr_t * g / (sqrt(state) + eps)`, for the rows that the step touched.
+    For each touched row: `state += mean(g * g)`, then `row -= lr_t * g / (sqrt(state) + eps)`.
 
     Args:
         collection: the tables.
         lr: learning rate.
         eps: added outside the square root.
-        initial_accumulator_value: first value of every accumulator.
+        initial_accumulator_value: initial value of every accumulator.
         lr_decay: `lr_t = lr / (1 + (step - 1) * lr_decay)`.
-        accumulator_decay: makes the accumulator an average that forgets, so that steps do not shrink for ever:
+        accumulator_decay: replaces the sum by an exponential moving average, so that the steps do not shrink for ever:
             `state = accumulator_decay * state + (1 - accumulator_decay) * mean(g * g)`. None sums.
         options: see `CommonOptions`.
 
@@ -204,7 +208,7 @@ class RowwiseAdagrad(MomentOptimizer):
         super().__init__(collection, defaults, second=RowState(ACCUMULATOR, fill=initial_accumulator_value), **options)
 
     def moments(self, settings: dict[str, Any]) -> Moments:
-        """Returns the coefficients of a sum, or of an average, of mean squares."""
+        """Returns the coefficients for a sum of mean squares, or for an average if `accumulator_decay` is set."""
         decay = settings["accumulator_decay"]
         if decay is None:
             return Moments(eps=settings["eps"])
@@ -216,17 +220,19 @@ class RowwiseAdagrad(MomentOptimizer):
 
 
 class Adam(MomentOptimizer):
-    """Adam whose moments change in the steps that touch their row, as those of `torch.optim.SparseAdam` do.
+    """Adam for sparse rows: a step changes the moments of the rows that it touches, as in `torch.optim.SparseAdam`.
 
     `first += (1 - beta1) * (g - first)`, `second = beta2 * second + (1 - beta2) * g * g`, then
-    `row -= lr / (1 - beta1^t) * first / (sqrt(second) / sqrt(1 - beta2^t) + eps)`, with t the count of steps.
-    With `decoupled_weight_decay` it is AdamW. `eps` stands where `torch.optim.Adam` has it. SparseAdam adds it to the
-    root before that is corrected, so its first steps are shorter where gradients are as small as `eps`.
+    `row -= lr / (1 - beta1^t) * first / (sqrt(second) / sqrt(1 - beta2^t) + eps)`, where t is the step count. With
+    `decoupled_weight_decay` this is AdamW.
+
+    `eps` is added in the same place as in `torch.optim.Adam`. SparseAdam adds it before the bias correction, so its
+    first steps are shorter if gradients are as small as `eps`.
 
     Args:
         collection: the tables.
         lr: learning rate.
-        betas: shares of the first and second moments that a step keeps.
+        betas: decay rates of the first and second moments.
         eps: added outside the square root.
         options: see `CommonOptions`.
 
@@ -260,7 +266,7 @@ class Adam(MomentOptimizer):
         )
 
     def moments(self, settings: dict[str, Any]) -> Moments:
-        """Returns the coefficients of averages, corrected for their start from zero."""
+        """Returns the coefficients for averages, with the bias corrections of the current step."""
         beta1, beta2 = settings["betas"]
         return Moments(
             first_decay=beta1,
@@ -273,31 +279,31 @@ class Adam(MomentOptimizer):
 
 
 class RowwiseAdam(Adam):
-    """Adam with one second moment per row: the running average of the mean square of its gradient.
+    """Adam with one second moment per row: the moving average of the mean square of the row's gradient.
 
-    Its state is a little over half of Adam's; everything else is as in `Adam`.
+    Its state takes a little over half the memory of Adam's. Everything else is as in `Adam`.
     """
 
     _is_rowwise = True
 
 
 class RMSprop(MomentOptimizer):
-    """RMSprop whose average changes in the steps that touch its row.
+    """RMSprop for sparse rows: a step changes the averages of the rows that it touches.
 
     `state = alpha * state + (1 - alpha) * g * g`, then `row -= lr * g / (sqrt(state) + eps)`.
 
     Args:
         collection: the tables.
         lr: learning rate.
-        alpha: share of the average that a step keeps.
+        alpha: decay rate of the average.
         eps: added outside the square root.
         options: see `CommonOptions`.
 
     Raises:
         ValueError: a hyperparameter is out of range.
 
-    Source: Tieleman and Hinton 2012, lecture 6.5; hyperparameters as `torch.optim.RMSprop`, which also offers
-    momentum and centring.
+    Source: Tieleman and Hinton 2012, lecture 6.5; hyperparameters as in `torch.optim.RMSprop`. Its options `momentum`
+    and `centered` are not available.
     """
 
     def __init__(
@@ -314,7 +320,7 @@ class RMSprop(MomentOptimizer):
         super().__init__(collection, {"lr": lr, "alpha": alpha, "eps": eps}, second=second, **options)
 
     def moments(self, settings: dict[str, Any]) -> Moments:
-        """Returns the coefficients of an average of squares."""
+        """Returns the coefficients for an average of squares."""
         return Moments(second_decay=settings["alpha"], second_gain=1.0 - settings["alpha"], eps=settings["eps"])
 
 

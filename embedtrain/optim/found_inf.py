@@ -1,4 +1,4 @@
-"""Whether a step may be applied, decided on the device, so that the host need not wait for it."""
+"""Decides on the device whether a step may be applied, so that the host need not wait."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from embedtrain.ops.row_gradient import RowGradient
 
 
 class Watched(NamedTuple):
-    """Numbers beside the gradients of rows that must be finite for a step to be applied.
+    """Holds values other than row gradients that must be finite for a step to be applied.
 
     Attributes:
-        values: any shape.
-        explain: returns what is wrong with them, or None.
+        values: the values, of any shape.
+        explain: returns an error message about the values, or None if they are finite.
     """
 
     values: Tensor
@@ -26,13 +26,13 @@ class Watched(NamedTuple):
 
 
 class PendingVerdict:
-    """What the ranks agreed on for a step, on its way to the host while the device goes on.
+    """Copies to the host whether a step was applied, while the device goes on.
 
     Args:
-        total: scalar float64; see `total_on_device`, summed over the ranks.
-        gradients: of the step, to say what was wrong with them.
-        veto: why this rank wanted no step; None if it wanted one.
-        watched: what else must be finite.
+        total: scalar float64; the result of `total_on_device`, summed over the ranks.
+        gradients: gradients of the step, for the error message.
+        veto: why this rank refused the step; None if it did not.
+        watched: other values of this rank that must be finite.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class PendingVerdict:
 
     @property
     def arrived(self) -> torch.cuda.Event | None:
-        """When the host can know; None on the CPU."""
+        """The event after which the host can read the result without waiting; None on the CPU."""
         return self._total.arrived
 
     def is_finite(self) -> bool:
-        """Returns whether the step was applied; waits for the device if it has not come that far."""
+        """Returns whether the step was applied; waits for the device if necessary."""
         return math.isfinite(self._total.item())
 
     def reason(self) -> str | None:
@@ -57,7 +57,7 @@ class PendingVerdict:
 
 
 def reason_of(veto: str | None, watched: Sequence[Watched]) -> str | None:
-    """Returns why this rank refuses a step whatever its gradients, such as a loss that is not finite; else None."""
+    """Returns why this rank refuses a step apart from its gradients, such as a loss that is not finite; else None."""
     if veto is None:
         for each in watched:
             if (reason := each.explain()) is not None:
@@ -66,34 +66,37 @@ def reason_of(veto: str | None, watched: Sequence[Watched]) -> str | None:
 
 
 def reason_of_loss(loss: Tensor) -> str | None:
-    """Returns what is wrong with a loss, or None."""
+    """Returns an error message if a loss is not finite, else None."""
     return None if math.isfinite(total := float(loss)) else f"the loss is {total}"
 
 
 def total_on_device(gradients: Sequence[RowGradient], watched: Sequence[Watched], *, is_norm_wanted: bool) -> Tensor:
-    """Returns this rank's part of what the ranks sum up, scalar float64: not finite if a value of theirs is not.
+    """Returns this rank's term of a sum over the ranks that is not finite if any gradient or watched value is not.
 
     Args:
-        gradients: of the step.
-        watched: what else must be finite.
-        is_norm_wanted: whether it is the sum of squares of the gradients, or zero.
+        gradients: gradients of the step.
+        watched: other values that must be finite.
+        is_norm_wanted: whether the sum must be the sum of squares of the gradients; otherwise it is zero if finite.
+
+    Returns:
+        Scalar float64.
     """
     total = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
     for gradient in gradients:
         if gradient.values.numel():
-            # Float64 holds the square of any finite float32.
+            # In float64 the square of a finite float32 is finite.
             part = torch.linalg.vector_norm(
                 gradient.values, ord=2 if is_norm_wanted else math.inf, dtype=torch.float64 if is_norm_wanted else None
             ).double()
             total += part.square()
     for each in watched:
-        total += (each.values.detach() * 0.0).sum()  # the sum of finite numbers need not be finite
+        total += (each.values.detach() * 0.0).sum()  # times zero, because a sum of finite values can overflow
     return total if is_norm_wanted else total * 0.0
 
 
 def factor_on_device(total: Tensor, max_grad_norm: float | None) -> Tensor:
-    """Returns the factor for all gradients, scalar float32; NaN, which leaves the step out, for a total not finite."""
-    factor = total * 0.0 + 1.0  # of infinity too, NaN
+    """Returns the factor for all gradients, scalar float32; NaN, which skips the step, if the total is not finite."""
+    factor = total * 0.0 + 1.0  # infinity * 0 is NaN too
     if max_grad_norm is not None:
         factor = factor * (max_grad_norm / total.sqrt()).clamp(max=1.0)
     return factor.float()

@@ -1,4 +1,4 @@
-"""The step that every sparse optimizer shares: everything except the formula."""
+"""The step of all sparse optimizers; a subclass adds only its formula."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ NonFinitePolicy = Literal["error", "skip"]
 
 
 class EffectiveRates(NamedTuple):
-    """How far rows would move now, if their gradient were as large as it was so far.
+    """Holds the effective learning rates of some rows: the learning rate divided by the formula's divisor.
 
     Attributes:
-        rates: [n]; the learning rate over the divisor, a mean over dim if each element has a divisor of its own.
-        mean_states: [n]; second moments, or their means over dim.
-        is_untouched: [n] bool; whether the second moment has its first value.
+        rates: [n]; effective learning rates. A mean over dim if each element has its own divisor.
+        mean_states: [n]; second moments. A mean over dim if each element has its own.
+        is_untouched: [n] bool; whether the second moment still has its initial value.
     """
 
     rates: Tensor
@@ -47,59 +47,59 @@ class EffectiveRates(NamedTuple):
 
 @dataclass(kw_only=True)
 class CommonOptions:
-    """What every sparse optimizer takes beside the options of its formula, in Python and in a configuration."""
+    """Holds the options that all sparse optimizers share, in Python and in a configuration."""
 
     weight_decay: float = 0.0
-    """L2 factor of the rows that a step touches, added to the gradient as `weight_decay * row`."""
+    """L2 penalty: adds `weight_decay * row` to the gradient of each row that the step touches."""
     decoupled_weight_decay: bool = False
-    """Take `lr * weight_decay * row` from the row instead, apart from the gradient."""
+    """Subtract `lr * weight_decay * row` from the row itself (as AdamW) and leave the gradient unchanged."""
     maximize: bool = False
-    """Go up the gradient, not down."""
+    """Maximize the objective: step along the gradient, not against it."""
     max_row_grad_norm: float | None = None
-    """Scale the gradient of each row down to this norm. None does not clip."""
+    """Largest L2 norm of one row's gradient; a larger gradient is scaled down to it. None does not clip."""
     max_norm: float | None = None
-    """Scale each row down to this norm after a step that touches it. None leaves rows as they are."""
+    """Largest L2 norm of a row. After each step, touched rows with a larger norm are scaled down to it. None sets no
+    limit."""
     max_grad_norm: float | None = None
-    """Scale the summed gradients of all tables and ranks down to this global norm together, before
-    `max_row_grad_norm`. None does not clip."""
+    """Largest L2 norm of the summed gradients of all tables and ranks together; larger gradients are scaled down to
+    it, before `max_row_grad_norm` applies. None does not clip."""
     nonfinite: NonFinitePolicy = "error"
-    """What happens if a gradient is not finite on any rank: "error" raises NonFiniteError on every rank, "skip" leaves
-    the step out and counts it. Nothing is applied on any rank either way."""
+    """What to do if a gradient is not finite on some rank: "error" raises NonFiniteError on every rank; "skip" skips
+    the step and counts it. In both cases no rank applies any part of the step."""
 
 
 OF_A_STEP = ("max_grad_norm", "nonfinite")
-"""The common options that hold for all tables together; the others may differ from table to table."""
+"""The common options that apply to all tables together; the others may differ between table groups."""
 
 _OPTIONS = tuple(option.name for option in fields(CommonOptions))
 
 
 class SparseOptimizer(StoreOptimizer):
-    """Base of the optimizers of a collection; a subclass gives the formula, in `direction`.
+    """Base class of the optimizers of an embedding collection; a subclass defines its formula in `direction`.
 
-    One parameter group per group of tables, so that torch's learning-rate schedulers work; its `tables` names
-    them. `step` counts and hyperparameters live in `param_groups`, which `state_dict` returns; the rows' state
-    lies beside the rows in the collection and is saved with them.
+    The optimizer has one parameter group per table group, so torch's learning-rate schedulers work. The group's
+    `tables` entry lists the names of the tables. `param_groups` holds the step counts and the hyperparameters, and
+    `state_dict` returns them. The state of the rows lies beside the rows in the collection and is saved with them.
 
-    Only rows that a step touched change, weight decay and moments included.
+    A step changes only the rows that it touches. Weight decay and moments of all other rows stay as they are.
 
     Args:
         collection: the tables.
-        defaults: hyperparameters of the subclass's formula; `lr` among them.
-        states: what the formula keeps for each row.
+        defaults: hyperparameters of the subclass's formula, `lr` included.
+        states: the state tensors that the formula needs.
         options: see `CommonOptions`.
 
     Attributes:
-        num_skipped: steps left out.
-        looks_later: whether `step` returns without waiting for the device. The device itself leaves out a step that is
-            not finite, and the next `step`, or `settle`, does what the policy says. Unless set, it does for tables on a
-            GPU.
-        preconditioner: changes the gradients of a step that is applied, before the formula takes them; None for
-            gradients as they are.
-        found_inf: if `looks_later`, scalar float32 on the device: 1 if the last step is left out, else 0, as the
-            optimizers of torch take it under this name. None before the first step.
+        num_skipped: number of skipped steps.
+        looks_later: whether `step` returns before the host knows if the gradients were finite. The device then skips a
+            step that is not finite, and the next call of `step` or `settle` applies the policy `nonfinite`. The default
+            is True for tables on a GPU and False for tables on the CPU.
+        preconditioner: changes the gradients of an applied step before the formula uses them. None uses them unchanged.
+        found_inf: scalar float32 on the device: 1 if the last step was skipped, else 0. The optimizers of torch accept
+            it under this name. None before the first step, and always if `looks_later` is False.
 
     Raises:
-        TypeError: an option that the optimizer does not have.
+        TypeError: the optimizer does not have one of the options.
         ValueError: a hyperparameter is out of range.
     """
 
@@ -134,7 +134,7 @@ class SparseOptimizer(StoreOptimizer):
 
     @property
     def looks_later(self) -> bool:
-        """See the class."""
+        """Whether `step` returns before the host knows if the gradients were finite; see the class."""
         return self.stores[0].device.type == "cuda" if self._looks_later is None else self._looks_later
 
     @looks_later.setter
@@ -143,39 +143,40 @@ class SparseOptimizer(StoreOptimizer):
 
     @property
     def name(self) -> str:
-        """The name in a checkpoint."""
+        """The optimizer's name in a checkpoint."""
         return type(self).__name__
 
     def direction(
         self, grad: Tensor, states: Mapping[str, Tensor], settings: dict[str, Any]
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Returns what is taken, times the rate, from each touched row, and updates the rows' states in place.
+        """Returns the direction of the update and updates the states of the touched rows in place.
 
-        Everything else is done for it: rows are read and written, in bfloat16 too, and the options of
-        `SparseOptimizer` applied.
+        The base class then computes `row -= lr * direction`. It also reads and writes the rows, in float32 or bfloat16,
+        and applies the options of `CommonOptions`.
 
         Args:
-            grad: [n, dim] float32; summed over duplicates and ranks, scaled, clipped and decayed.
-            states: by name [n] or [n, dim] float32; the touched rows' parts of `states`.
-            settings: the parameter group; `step` counts this one.
+            grad: [n, dim] float32; gradients, summed over duplicates and ranks, then scaled and clipped, with the
+                weight decay added.
+            states: by name, [n] or [n, dim] float32; states of the touched rows.
+            settings: the parameter group; its `step` already counts the current step.
 
         Returns:
-            [n, dim], or its numerator and denominator, which divides last as in `torch.optim`.
+            [n, dim]; or a tuple (numerator, denominator), which the base class divides as `torch.optim` does.
         """
-        raise NotImplementedError(f"{type(self).__name__} gives no formula: define direction(grad, states, settings)")
+        raise NotImplementedError(f"{type(self).__name__} has no formula: define direction(grad, states, settings)")
 
     def leaves_out_rows(self, settings: dict[str, Any]) -> bool:
-        """Returns whether `update` may be given rows outside the table on a GPU, which it leaves out."""
+        """Returns whether `update` ignores the row numbers outside the table that a padded gradient contains."""
         return False
 
     def rate(self, settings: dict[str, Any]) -> float:
-        """Returns the learning rate of a step."""
+        """Returns the learning rate of the current step."""
         return float(settings["lr"])
 
     def update(
         self, store: RowsToUpdate, gradient: RowGradient, settings: dict[str, Any], grad_factor: float | Tensor = 1.0
     ) -> None:
-        """Applies the formula to the rows of a gradient times a factor; `settings` is the parameter group."""
+        """Applies the formula to the rows of a gradient times `grad_factor`; `settings` is the parameter group."""
         names = [state.name for state in self.states]
 
         def direction(grad: Tensor, touched: Sequence[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
@@ -188,7 +189,7 @@ class SparseOptimizer(StoreOptimizer):
     def row_step(
         self, store: RowsToUpdate, gradient: RowGradient, settings: dict[str, Any], grad_factor: float | Tensor
     ) -> RowStep:
-        """Returns what the options make of a step."""
+        """Returns the parameters of an update, derived from the options."""
         return RowStep(
             lr=self.rate(settings),
             grad_factor=-grad_factor if settings["maximize"] else grad_factor,
@@ -200,15 +201,15 @@ class SparseOptimizer(StoreOptimizer):
         )
 
     def row_rates(self, store: RowsToUpdate, rows: Tensor, settings: dict[str, Any]) -> Tensor | None:
-        """Returns the rate of each row of a store before a step: see `Touched.rates`. None if the formula has none."""
+        """Returns [n] float32, the effective learning rates of rows before a step; None if the formula has none."""
         return None
 
     def effective_rates(self, group: int, rows: slice) -> EffectiveRates | None:
-        """Returns what is left of the learning rate for local rows of a group of tables; None without a divisor."""
+        """Returns the effective learning rates of local rows of a table group; None if the formula has no divisor."""
         return None
 
     def reset_state(self) -> None:
-        """Sets the states of all rows to their first values, and the count of steps to zero, as if just made.
+        """Resets the states of all rows to their initial values and the step counts to zero.
 
         Collective: every rank.
         """
@@ -219,37 +220,37 @@ class SparseOptimizer(StoreOptimizer):
                 store.fill_state(state.name, state.fill)
 
     def veto(self, reason: str) -> None:
-        """Marks the coming step as not finite on this rank, for instance because its loss is not."""
+        """Makes all ranks treat the next step as not finite, for instance because this rank's loss is not finite."""
         self._veto = reason
 
     def watch(self, values: Tensor, explain: Callable[[], str | None] | None = None) -> None:
-        """Makes the coming step depend on numbers of this rank: if one is not finite, the step counts as not finite.
+        """Makes all ranks treat the next step as not finite if one of this rank's values is not finite.
 
         Args:
             values: a loss, or any other tensor.
-            explain: returns what is wrong with them, or None; needed unless they are a loss.
+            explain: returns an error message, or None if the values are finite; required unless they are a loss.
         """
         self._watched.append(Watched(values, explain or functools.partial(reason_of_loss, values)))
 
     @property
     def decided(self) -> torch.cuda.Event | None:
-        """When the host can know whether the last step was applied; None if it knows already."""
+        """The event after which the host can learn whether the last step was applied; None if it knows already."""
         return None if self._pending is None else self._pending.arrived
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Collects the gradients that wait, agrees on them with all ranks, and applies them on all ranks or on none.
+        """Applies the gradients of the last backward passes on all ranks, or on none if one is not finite.
 
         Collective: every rank.
 
         Args:
-            closure: called first; runs forward and backward and returns the loss, as torch's optimizers take it.
+            closure: called first; runs forward and backward and returns the loss, as in torch's optimizers.
 
         Returns:
-            What the closure returned; None without one.
+            The closure's result; None without a closure.
 
         Raises:
-            NonFiniteError: a gradient is not finite, or a rank vetoed, and the policy is "error".
-            ValueError: a GradScaler called it.
+            NonFiniteError: a gradient is not finite, or a rank called `veto`, and `nonfinite` is "error".
+            ValueError: a GradScaler called this method.
         """
         if hasattr(self, "grad_scale"):
             raise ValueError(_NO_SCALER)
@@ -263,11 +264,11 @@ class SparseOptimizer(StoreOptimizer):
             self._step()
         return loss
 
-    # Has a GradScaler call `step` at once, after it has set `grad_scale`, so that `step` can refuse it.
+    # With this flag a GradScaler sets `grad_scale` and calls `step` directly, so that `step` can refuse it.
     _step_supports_amp_scaling = True
 
-    # Torch wraps `step` of its optimizers to record each call and run hooks, unless told that this was done. The record
-    # takes a tenth of a small step even if nobody reads it, so `step` goes that way only if somebody does.
+    # torch wraps `step` to record each call for the profiler and to run hooks, unless `hooked` is set. Recording takes
+    # a tenth of a small step, so `step` records only while a profiler or a hook is active.
     step.hooked = True  # type: ignore[attr-defined]
 
     def _step(self) -> None:
@@ -280,14 +281,14 @@ class SparseOptimizer(StoreOptimizer):
                 self._apply(gradients, factor)
 
     def _collect_gradients(self, looks_later: bool) -> list[RowGradient]:
-        """Returns the gradients that wait at the owners of their rows, one per group of tables."""
-        may_pad = looks_later and self.preconditioner is None  # which reads the state of every row
+        """Returns the gradients of the rows that this rank owns, one per table group."""
+        may_pad = looks_later and self.preconditioner is None  # a preconditioner reads the state of every row
         gradients = [
             store.waiting_gradient(is_padded=may_pad and self.leaves_out_rows(settings))
             for store, settings in zip(self.stores, self.param_groups, strict=True)
         ]
         if looks_later:
-            # Whoever has waited for the number of rows need not wait for the last step's verdict, which came before.
+            # The device decides about the last step before it counts these rows, so `settle` will not wait again.
             for gradient in gradients:
                 gradient.count_rows()
         return gradients
@@ -303,14 +304,14 @@ class SparseOptimizer(StoreOptimizer):
         for store, parts, settings in zip(self.stores, pieces, self.param_groups, strict=True):
             for rows, gradient in parts:
                 self.update(rows, gradient, settings, factor)
-                increment_version(rows.weight)  # kernels write behind torch's back, which checks what backward reads
+                increment_version(rows.weight)  # torch does not see what kernels write; backward checks the version
             store.close_rows()
 
     def settle(self) -> None:
-        """Finds out whether the last step was applied, if `looks_later` put that off. Collective: every rank.
+        """Waits until the host knows whether the last step was applied. Collective: every rank.
 
         Raises:
-            NonFiniteError: it was not, and the policy is "error".
+            NonFiniteError: the step was not finite, and `nonfinite` is "error".
         """
         pending, self._pending = self._pending, None
         if pending is None or pending.is_finite():
@@ -320,39 +321,39 @@ class SparseOptimizer(StoreOptimizer):
         self._handle_nonfinite(pending.gradients, pending.reason())
 
     def state_dict(self) -> dict[str, Any]:
-        """See `StoreOptimizer.state_dict`. Settles the last step first."""
+        """Settles the last step and returns the state; see `StoreOptimizer.state_dict`."""
         self.settle()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `StoreOptimizer.load_state_dict`. Settles the last step first, which else were counted down later."""
+        """Settles the last step, which could otherwise change the loaded step count; see `StoreOptimizer`."""
         self.settle()
         super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns what a copy is made of, which has no gradients that wait and no step to settle.
+        """Settles the last step and returns the state for a copy or pickle, without pending gradients.
 
-        Collective if a step is to settle, as `settle` is: every rank copies or pickles its optimizer then.
+        Collective if a step is not settled yet: every rank must copy or pickle its optimizer.
         """
         self.settle()
         return {**super().__getstate__(), "_watched": [], "_veto": None, "found_inf": None}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gradients that wait."""
+        """Discards the gradients that backward has delivered since the last step."""
         for store in self.stores:
             store.clear_gradient()
 
     def _agree(self, gradients: Sequence[RowGradient]) -> float | None:
-        """Returns what scales all gradients, or None to leave the step out, by finiteness and norm on all ranks.
+        """Returns the factor that clips all gradients to the global norm, or None to skip the step.
 
-        Collective: every rank.
+        Collective: every rank; all get the same result.
         """
         device = gradients[0].device
         if device.type == "cuda":
             catch_up(device)
         reason, self._veto, self._watched = reason_of(self._veto, self._watched), None, []
-        # The sum of squares is not finite if any gradient is not, so one number answers both questions. If nobody asks
-        # for the norm, gradients need not be summed to know that they are finite.
+        # The sum of squares is not finite if any gradient is not, so one number gives the norm and the check. Without
+        # clipping only the check is needed, and it does not need the sums of duplicates.
         if reason is not None:
             total = math.nan
         elif self.max_grad_norm is not None:
@@ -369,7 +370,7 @@ class SparseOptimizer(StoreOptimizer):
         return self.max_grad_norm / norm
 
     def _agree_later(self, gradients: Sequence[RowGradient]) -> Tensor:
-        """Returns the factor for all gradients, which is on the device. Collective: every rank."""
+        """Returns the factor for all gradients, a scalar on the device; NaN skips the step. Collective: every rank."""
         veto, watched, self._veto, self._watched = self._veto, self._watched, None, []
         total = total_on_device(gradients, watched, is_norm_wanted=self.max_grad_norm is not None)
         if veto is not None:
@@ -389,8 +390,8 @@ class SparseOptimizer(StoreOptimizer):
         reasons = [reason for reason in self.stores[0].ranks.all_gather(found) if reason is not None]
         step = self.param_groups[0][STEP] + 1
         raise NonFiniteError(
-            f"step {step}: {reasons[0]}; nothing of this step was applied on any rank. "
-            "Lower the learning rate, clip gradients (max_grad_norm), or leave such steps out (nonfinite=skip)."
+            f"step {step}: {reasons[0]}; no rank applied any part of this step. "
+            "Lower the learning rate, clip gradients (max_grad_norm), or skip such steps (nonfinite=skip)."
         )
 
     def _first_nonfinite(self, gradients: Sequence[RowGradient]) -> str | None:
@@ -402,8 +403,8 @@ class SparseOptimizer(StoreOptimizer):
 
 
 _NO_SCALER = (
-    "an optimizer of tables takes no GradScaler, which scales and checks the gradients of parameters. Use autocast "
-    "with bfloat16, which needs none. With float16, have the gradient divided on its way to the rows, "
+    "an optimizer of tables takes no GradScaler, because a GradScaler handles torch parameters only. Use autocast with "
+    "bfloat16, which needs no scaling. With float16, unscale the gradient of the vectors, "
     "vectors.register_hook(lambda grad: grad / scaler.get_scale()), set nonfinite='skip', and call optimizer.step()"
 )
 
@@ -435,6 +436,6 @@ def _check_ranges(settings: Mapping[str, Any]) -> None:
 
 
 def check_share(name: str, value: float) -> None:
-    """Raises ValueError unless a decay lies in [0, 1)."""
+    """Raises ValueError unless `value`, a decay, lies in [0, 1)."""
     if not 0 <= value < 1:
         raise ValueError(f"{name} must be in [0, 1), got {value}")

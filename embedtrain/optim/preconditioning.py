@@ -1,4 +1,4 @@
-"""What may change the gradients of rows between the agreement on a step and the formula."""
+"""Preconditioning: changes the gradients of an applied step before the formula uses them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from embedtrain.optim.stores import RowStore, RowsToUpdate
 
 
 class Touched(NamedTuple):
-    """The rows of a group of tables that a step touched on this rank, before their update.
+    """Holds the rows of a table group that a step touched on this rank, before their update.
 
     Attributes:
-        store: holds the rows and their state.
-        gradient: of the rows; its `values` may lie in the memory of backward, and are not to be changed.
-        places: [n] int64; where the gradient's rows lie in the store.
-        table_names: the tables of the group.
-        tables: [n] int64; the position among them of each row's table.
-        rates: [n] float32; how far a step would move each row per unit of gradient, before it adds to the state: the
-            learning rate over the divisor, a mean over dim if each element has its own. None if the formula has no
-            such number, as with momentum.
+        store: the rows and their states.
+        gradient: the gradient of the rows. Do not change its `values`: they may share memory with backward.
+        places: [n] int64; positions of the gradient's rows in `store`.
+        table_names: names of the tables of the group.
+        tables: [n] int64; index into `table_names` for each row.
+        rates: [n] float32; effective learning rate of each row before the step updates the state: the learning rate
+            divided by the divisor. A mean over dim if each element has its own divisor. None if the formula does not
+            define it, as with momentum.
     """
 
     store: RowsToUpdate
@@ -35,25 +35,25 @@ class Touched(NamedTuple):
 
 
 Opened = tuple[RowsToUpdate, RowGradient]
-"""What holds a gradient's rows for an update, and the gradient by their places in it; or a piece of it."""
+"""A result of `RowStore.open_rows`, or a piece of it: rows, and a gradient whose row numbers are positions in them."""
 
 
 class Preconditioner(Protocol):
-    """Changes the gradients of the rows that a step touched."""
+    """A callable that replaces the gradients of the rows that a step touched."""
 
     def __call__(self, touched: Sequence[Touched], ranks: Ranks) -> Sequence[Iterable[tuple[slice, Tensor]]]:
-        """Returns for each group of tables what takes the place of its gradient's values: [n, dim] float32, in pieces.
+        """Returns the new gradient values of each table group, [n, dim] float32, in pieces.
 
-        Each piece of rows is updated before the next one is asked for. What a piece depends on of other rows is
-        therefore computed before the call returns. Rows of no piece are left as they are. The values may not depend on
-        how rows are spread over the ranks.
+        The optimizer updates the rows of a piece before it asks for the next piece. So everything that a piece needs
+        from other rows must be computed before this call returns. Rows that are in no piece are not updated. The values
+        must not depend on the world size or on which rank owns a row.
 
-        Collective: every rank, at each step that is applied.
+        Collective: every rank, in each step that is applied.
         """
 
 
 class HasRates(Protocol):
-    """An optimizer as preconditioning sees it; see `SparseOptimizer`."""
+    """The part of `SparseOptimizer` that preconditioning uses."""
 
     stores: list[RowStore]
     param_groups: list[dict[str, Any]]
@@ -65,7 +65,7 @@ class HasRates(Protocol):
 def preconditioned(
     optimizer: HasRates, preconditioner: Preconditioner, gradients: Sequence[RowGradient], opened: Sequence[Opened]
 ) -> Sequence[Iterable[Opened]]:
-    """Returns per group of tables its opened rows with the gradients that the preconditioner makes of theirs.
+    """Returns the opened rows of each table group with preconditioned gradients, in pieces.
 
     Collective: every rank.
     """

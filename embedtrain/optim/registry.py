@@ -1,4 +1,4 @@
-"""What a configuration chooses by name: the choices of this package, and those that installed packages offer."""
+"""Registries of the objects that a configuration chooses by name, built in or from installed packages."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _logger = logging.getLogger(__name__)
 
 
 class Registry(Mapping[str, T]):
-    """Objects of one kind by name, those of this package first.
+    """Maps names to objects of one kind; the built-in names come first.
 
-    An installed package offers its own by an entry point. The names are known without an import. An object is imported
-    when it is asked for by its name, so a broken package disturbs nobody who does not use it.
+    Installed packages add objects through entry points. Listing the names imports nothing. An object is imported when
+    it is first looked up, so a broken package affects only runs that use it.
 
     Args:
-        noun: what an object is, for messages.
-        group: the group of entry points by which installed packages offer objects.
-        own: the objects of this package by name, each as "module:attribute".
-        check: returns an object of an installed package; raises TypeError with what was expected if it is wrong.
+        noun: noun for the objects in messages.
+        group: entry-point group through which installed packages add objects.
+        own: built-in objects by name, each as "module:attribute".
+        check: returns the object of an installed package, or raises TypeError that says what was expected.
     """
 
     def __init__(self, noun: str, group: str, own: Mapping[str, str], check: Callable[[Any], T]) -> None:
@@ -33,11 +33,11 @@ class Registry(Mapping[str, T]):
         self._loaded: dict[str, T] = {}
 
     def __getitem__(self, name: str) -> T:
-        """Returns the object of a name.
+        """Returns the object with a name; imports it on the first call.
 
         Raises:
-            KeyError: there is no such name.
-            UserError: several packages offer it, or its package is broken.
+            KeyError: the name is unknown.
+            UserError: several packages offer the name, or its package cannot be imported.
         """
         if name not in self._loaded:
             self._loaded[name] = self._load(name, self._entries[name])
@@ -52,7 +52,7 @@ class Registry(Mapping[str, T]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    # Looking through what is installed takes some 30 ms: `import embedtrain` does not wait for it.
+    # Listing the entry points of installed packages takes about 30 ms, too long for `import embedtrain`.
     @functools.cached_property
     def _entries(self) -> dict[str, list[EntryPoint]]:
         found = {name: [EntryPoint(name, value, self._group)] for name, value in self._own.items()}
@@ -88,7 +88,7 @@ class Registry(Mapping[str, T]):
 
 
 def usable(registry: Mapping[str, T]) -> dict[str, T]:
-    """Returns all entries that can be loaded, by name; warns once of each that cannot."""
+    """Returns all entries that can be loaded, by name; warns once about each other entry."""
     found = {}
     for name in registry:
         try:
@@ -100,7 +100,7 @@ def usable(registry: Mapping[str, T]) -> dict[str, T]:
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Logs a warning, unless it was logged before."""
+    """Logs a warning once per process."""
     _logger.warning(message)
 
 

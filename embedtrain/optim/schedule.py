@@ -1,4 +1,4 @@
-"""Learning-rate schedules: factors of the base rate by the share of the run that is done."""
+"""Learning-rate schedules: a factor of the base rate as a function of the run's progress."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import math
 from collections.abc import Callable
 
 Schedule = Callable[[float, float], float]
-"""Takes the share of the run that is done and the share that is warm-up, both 0 to 1; returns the factor of the base
-learning rate after the warm-up."""
+"""Takes the fraction of the run that is done and the fraction that is warm-up, both in [0, 1]. Returns the factor of
+the base learning rate after the warm-up."""
 
 
 def constant(done: float, warmup: float) -> float:
-    """The base rate throughout."""
+    """Keeps the base rate."""
     return 1.0
 
 
 def linear(done: float, warmup: float) -> float:
-    """Falls in a straight line to zero, as word2vec's."""
+    """Falls linearly to zero, as in word2vec."""
     return 1.0 - _since(done, warmup)
 
 
@@ -42,13 +42,13 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def schedule_factor(name: str, done: float, min_factor: float = 0.0, warmup: float = 0.0) -> float:
-    """Returns a schedule's factor at `done` in [0, 1], not below `min_factor`.
+    """Returns the learning-rate factor of a schedule.
 
     Args:
         name: a key of `SCHEDULES`.
-        done: share of the run that is done.
-        min_factor: least factor.
-        warmup: share of the run over which the rate first rises in a straight line to the base rate.
+        done: fraction of the run that is done; clamped to [0, 1].
+        min_factor: smallest factor that is returned.
+        warmup: fraction of the run in which the rate first rises linearly to the base rate.
 
     Raises:
         ValueError: there is no schedule of this name, or the warm-up is out of range.

@@ -1,4 +1,4 @@
-"""What an optimizer knows of tables, and what makes it one of torch's: parameter groups, state dicts, copies."""
+"""The interface between optimizers and tables, and the base class that makes them `torch.optim` optimizers."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from embedtrain.distributed.ranks import Ranks
 from embedtrain.ops.row_gradient import RowGradient
 
 STEP = "step"
-"""The key of a parameter group, and the name in state dicts, of the number of steps done."""
+"""Key of the step count in parameter groups and state dicts."""
 _RESERVED = (STEP, "weight")
 
 
 @dataclass(frozen=True)
 class RowState:
-    """A tensor of optimizer state, float32, that lies beside the rows and is saved with them.
+    """Declares a float32 state tensor of an optimizer, which lies beside the rows and is saved with them.
 
     Attributes:
-        name: in a checkpoint: "item/accumulator" for the table "item".
-        per_element: whether it has one number per element, [num_rows, dim], or one per row, [num_rows].
-        fill: its first value.
+        name: its name; a checkpoint calls it "item/accumulator" for the table "item" and the name "accumulator".
+        per_element: whether it holds one number per element, [num_rows, dim], or one per row, [num_rows].
+        fill: its initial value.
     """
 
     name: str
@@ -35,95 +35,99 @@ class RowState:
 
     def __post_init__(self) -> None:
         if self.name in _RESERVED:
-            raise ValueError(f"a state cannot be called {self.name!r}: checkpoints have something else of this name")
+            raise ValueError(f"a state cannot be called {self.name!r}: checkpoints use this name for something else")
 
 
 class RowsToUpdate(Protocol):
-    """Rows and their state, or copies of the rows that a step touched."""
+    """Holds rows and their states, or copies of the rows that a step touched."""
 
     weight: Tensor
     state: dict[str, Tensor]
 
     def rounding_keys(self, gradient: RowGradient, step: int) -> Tensor | None:
-        """Returns keys of the gradient's rows for stochastic rounding, or None for float32 rows."""
+        """Returns a key per row of the gradient for stochastic rounding, [n] int64; None for float32 rows."""
 
 
 class RowStore(RowsToUpdate, Protocol):
-    """Rows with their state and the gradients that wait for them: an optimizer's view of a group of tables."""
+    """The optimizer's view of a table group: rows, their states and the gradients that backward delivered."""
 
     ranks: Ranks
     device: torch.device
 
     @property
     def table_names(self) -> list[str]:
-        """The tables, in order."""
+        """Names of the tables, in order."""
 
     @property
     def optimizer(self) -> object | None:
-        """The optimizer that takes the gradients; None if there is none or it was deleted."""
+        """The optimizer that trains the tables; None if there is none or it was deleted."""
 
     def take(self, optimizer: object, settings: dict[str, Any]) -> None:
-        """Notes which optimizer takes the gradients, and its parameter group, whose `step` is saved with the rows."""
+        """Sets the optimizer that trains the tables, and its parameter group, whose `step` is saved with the rows."""
 
     def forget_state(self) -> None:
-        """Lets go of the state that an earlier optimizer left."""
+        """Drops the states that an earlier optimizer allocated."""
 
     def allocate_state(self, name: str, fill: float, per_element: bool) -> Tensor:
-        """Gives every row, or every element of it, one float32 of state."""
+        """Allocates and returns a float32 state tensor, with one number per row or per element."""
 
     def fill_state(self, name: str, value: float) -> None:
-        """Sets a state of all rows."""
+        """Sets a state of all rows to a value."""
 
     def waiting_gradient(self, *, is_padded: bool) -> RowGradient:
-        """Returns the gradient of the touched rows.
+        """Returns the gradient of the rows that were touched since the last step.
 
         Args:
-            is_padded: whether rows outside the table may follow them; see `RowGradient.padded`.
+            is_padded: whether row numbers outside the table may follow them; see `RowGradient.padded`.
         """
 
     def open_rows(self, gradient: RowGradient) -> tuple[RowsToUpdate, RowGradient]:
-        """Returns what holds the gradient's rows for an update, and the gradient by their places in it."""
+        """Prepares the gradient's rows for an update.
+
+        Returns:
+            The rows, and the gradient with its row numbers replaced by positions in them.
+        """
 
     def close_rows(self) -> None:
-        """Ends the update."""
+        """Ends the update that `open_rows` began."""
 
     def clear_gradient(self) -> None:
-        """Forgets the gradients."""
+        """Discards the gradients since the last step."""
 
     def tables_of(self, rows: Tensor) -> Tensor:
-        """Returns [n] int64, the position among `table_names` of each local row's table."""
+        """Returns the index into `table_names` of each local row's table, [n] int64."""
 
     def describe(self, row: int) -> str:
-        """Names the table and the id of a row."""
+        """Returns the table and the id of a local row, for a message."""
 
 
 class HasTableGroups(Protocol):
-    """A collection of tables, or some of its groups."""
+    """A collection of tables, or a part of it that consists of whole table groups."""
 
     @property
     def table_groups(self) -> Sequence[RowStore]:
-        """The groups of tables, in the same order on every rank."""
+        """The table groups, in the same order on every rank."""
 
 
 class StoreOptimizer(torch.optim.Optimizer):
-    """An optimizer of torch whose parameter groups are groups of tables.
+    """A `torch.optim` optimizer that has one parameter group per table group.
 
-    A parameter group's `tables` names them, and its `params` is empty: rows are no parameters of torch. The state of
-    the rows lies beside the rows, which save it.
+    A parameter group lists the table names in `tables`. Its `params` is empty, because rows are not torch parameters.
+    The state of the rows lies beside the rows and is saved with them.
 
     Args:
         collection: the tables.
         defaults: hyperparameters.
-        states: what the formula keeps for each row.
+        states: the state tensors that the formula needs.
 
     Attributes:
-        states: what the formula keeps for each row.
-        stores: the groups of tables.
-        takes_over: whether the tables may have an optimizer already, whose place this one takes, and its state.
+        states: the state tensors that the formula needs.
+        stores: the table groups.
+        takes_over: whether this optimizer replaces another optimizer of the tables and keeps its state.
 
     Raises:
-        TypeError: `collection` is something else.
-        ValueError: a table has an optimizer already.
+        TypeError: `collection` is not a collection of tables.
+        ValueError: a table already has an optimizer, and `takes_over` is False.
     """
 
     takes_over = False
@@ -145,45 +149,45 @@ class StoreOptimizer(torch.optim.Optimizer):
         self._take_stores()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuses: the parameter groups are the groups of tables of the collection.
+        """Raises an error: the parameter groups are the table groups of the collection, and none can be added.
 
         Raises:
-            ValueError: always, once the optimizer is made.
+            ValueError: always, after construction.
         """
         if self._is_made:
             raise ValueError(
-                f"{type(self).__name__} takes no further parameter group: it has one per group of tables. Give dense "
-                "parameters to an optimizer of torch.optim, and declare further tables when the collection is made"
+                f"{type(self).__name__} has one parameter group per table group, and no other can be added. Give dense "
+                "parameters to an optimizer of torch.optim, and declare all tables when you construct the collection"
             )
         _without_compiler(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns hyperparameters and counts of steps, as JSON takes them; the rows' state is the collection's."""
+        """Returns the hyperparameters and step counts, as JSON; the collection saves the state of the rows."""
         return {**_without_compiler(torch.optim.Optimizer.state_dict)(self), "state": {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what `state_dict` returned.
+        """Loads a result of `state_dict`.
 
         Raises:
-            ValueError: it is of other tables, or of an optimizer with other hyperparameters.
+            ValueError: the state dict belongs to other tables, or to an optimizer with other hyperparameters.
         """
         saved = state_dict["param_groups"]
         found, expected = ([group.get("tables") for group in groups] for groups in (saved, self.param_groups))
         if found != expected:
             raise ValueError(
-                f"the state dict is not of this optimizer's tables: it has the groups {found}, not {expected}. With "
-                "torch.distributed.checkpoint, save and load this optimizer apart from others"
+                f"the state dict does not belong to this optimizer's tables: it has the groups {found}, not "
+                f"{expected}. With torch.distributed.checkpoint, save and load this optimizer apart from others"
             )
         for settings, own in zip(saved, self.param_groups, strict=True):
-            if settings.keys() - {"initial_lr"} != own.keys() - {"initial_lr"}:  # which schedulers add
+            if settings.keys() - {"initial_lr"} != own.keys() - {"initial_lr"}:  # schedulers add this key
                 raise ValueError(
-                    f"the state dict is not of {type(self).__name__}: it has {sorted(settings.keys() - own.keys())} "
-                    f"and lacks {sorted(own.keys() - settings.keys())}"
+                    f"the state dict does not belong to {type(self).__name__}: it has "
+                    f"{sorted(settings.keys() - own.keys())} and lacks {sorted(own.keys() - settings.keys())}"
                 )
         _without_compiler(torch.optim.Optimizer.load_state_dict)(self, {**state_dict, "state": {}})
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns what a copy is made of: all but hooks, and the `step` that a scheduler put in the place of ours."""
+        """Returns the state for a copy or pickle, without hooks and without the `step` that a scheduler has wrapped."""
         left_out = ("step", "_step_supports_amp_scaling")
         return {k: v for k, v in self.__dict__.items() if k not in left_out and not k.startswith("_optimizer_")}
 
@@ -192,16 +196,17 @@ class StoreOptimizer(torch.optim.Optimizer):
         self._take_stores()
 
     def _take_stores(self) -> None:
-        # To torch's distributed checkpoint an optimizer without state is new, and it makes a step of its own with it.
+        # torch.distributed.checkpoint runs a step of an optimizer whose state is empty, to initialise it. This entry
+        # prevents that.
         self.state["rows"] = {}  # type: ignore[index]
         for store, settings in zip(self.stores, self.param_groups, strict=True):
             store.take(self, settings)
 
 
 def _without_compiler(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a method of torch's optimizers without its wrapper, which imports torch's compiler to keep out of it.
+    """Returns a method of `torch.optim.Optimizer` without the wrapper that excludes it from compilation.
 
-    That import takes a process over two seconds, and nobody compiles these methods.
+    The wrapper imports torch's compiler, which takes over two seconds, and these methods are never compiled.
     """
     plain: Callable[..., Any] = inspect.unwrap(method)
     return plain
@@ -217,17 +222,16 @@ def _check_tables(name: str, collection: object) -> None:
     elif inspect.isgenerator(collection) or isinstance(collection, Sequence | Mapping):
         written = "parameters"
     raise TypeError(
-        f"expected the tables, an EmbeddingCollection or what its trained_by returns, and got {written}{inner}. "
-        f"Write et.optim.{name}(model.tables, ...); rows are no parameters, and torch.optim takes all other parameters"
+        f"expected an EmbeddingCollection or a result of its trained_by, got {written}{inner}. "
+        f"Write et.optim.{name}(model.tables, ...), and give all other parameters to an optimizer of torch.optim"
     )
 
 
 def _check_free(store: RowStore) -> None:
     if store.optimizer is not None:
-        gc.collect()  # torch's schedulers and their optimizer refer to each other
+        gc.collect()  # a deleted optimizer stays alive in a reference cycle with its scheduler
     if store.optimizer is not None:
         raise ValueError(
-            f"the tables {', '.join(store.table_names)} have an optimizer already, "
-            f"{type(store.optimizer).__name__}, and a table has one: change its param_groups, or delete it and what "
-            "refers to it, such as its scheduler, first"
+            f"the tables {', '.join(store.table_names)} already have an optimizer, {type(store.optimizer).__name__}: "
+            "change its param_groups, or first delete it and all references to it, such as its scheduler"
         )

@@ -23,11 +23,14 @@ class Wire:
 
 
 def bytes_of_rows(num_rows: int, dim: int, wire: Wire) -> int:
-    """Returns the bytes of pooling at the examples: ids to owners, rows back, and gradients to owners."""
+    """Returns the bytes if bags are pooled on the rank of their batch: ids to owners, rows back, gradients back."""
     return num_rows * (wire.id_bytes + dim * (wire.vector_bytes + wire.has_gradients * wire.gradient_bytes))
 
 
 def bytes_of_sums(num_ids: int, num_sums: int, dim: int, wire: Wire, *, is_weighted: bool = False) -> int:
-    """Returns the bytes of pooling at the owners: all ids to owners, one sum per owner and bag back, its gradient."""
+    """Returns the bytes if bags are pooled at the owners of rows.
+
+    All ids (and weights) go to the owners. One sum per owner and bag comes back, and its gradient goes to the owner.
+    """
     of_ids = num_ids * wire.id_bytes * (2 if is_weighted else 1)
     return of_ids + num_sums * dim * wire.gradient_bytes * (1 + wire.has_gradients)

@@ -2,8 +2,8 @@
 
 `SpreadLayout` maps row `id` of a table of `num_rows` rows to slot `(multiplier * id) mod num_rows`. Each rank owns a
 contiguous range of slots. Low ids are the hot ones, because vocabularies are sorted by frequency. A multiplier near
-the golden section of `num_rows` spreads every prefix of the ids evenly over any number of ranks: of the first k ids,
-a rank with a share s of the slots owns between `k*s - b` and `k*s + b`, where `b = 1 + log2(k + 1)`.
+`num_rows` / golden ratio spreads every prefix of the ids evenly over any number of ranks. Of the first k ids, a rank
+with a share s of the slots owns between `k*s - b` and `k*s + b`, where `b = 1 + log2(k + 1)`.
 
 Tables too large for the cache spread blocks of B = 16 ids instead of single ids. Hot rows then share memory pages and
 their accumulators share cache lines, which makes reading and updating them 13 to 15 % faster. The bound becomes
@@ -27,12 +27,13 @@ from embedtrain.ops.spread_keys import SpreadTable, spread_keys
 from embedtrain.spec import DEFAULT_LAYOUT
 
 MAX_ROWS = 1 << 40
-"""Larger tables would overflow the 64-bit products of `multiply_modulo`."""
+"""Largest table; larger ones would overflow the 64-bit products of `multiply_modulo`."""
 
 _CANDIDATES = 64
 _BLOCK_ROWS = 16
-"""Larger blocks are faster but concentrate hot rows. With 16, for ids by Zipf's law, the busiest of 16 ranks gets 13 %
-more rows than the mean in steps of 4,096 ids per rank, and 1 % in steps of 65,536; of 256 ranks, 171 % and 17 %."""
+"""Larger blocks are faster but concentrate hot rows. These are the extra rows of the busiest rank over the mean, with
+blocks of 16 ids, for ids that follow Zipf's law, in steps of 4,096 and of 65,536 ids per rank: 13 % and 1 % on 16
+ranks, 171 % and 17 % on 256 ranks."""
 _MIN_ROWS_TO_BLOCK = 1 << 17
 
 
@@ -61,13 +62,13 @@ class Layout(Protocol):
 
     @property
     def rows_per_rank(self) -> int:
-        """Slots of every rank but the last ones, which may own fewer or none."""
+        """Number of slots per rank; the last ranks may own fewer or none."""
 
     def slot_of(self, ids: Tensor) -> Tensor:
         """Returns the slots of `ids`, int64, each in `[0, num_rows)`; same shape."""
 
     def id_of(self, slots: Tensor) -> Tensor:
-        """Returns the ids that lie at `slots`; the inverse of `slot_of`."""
+        """Returns the ids at `slots`; the inverse of `slot_of`."""
 
     def shard_range(self, rank: int) -> tuple[int, int]:
         """Returns the half-open range of slots that `rank` owns; empty if the ranks outnumber the rows."""
@@ -114,7 +115,7 @@ class SpreadLayout:
 
     @property
     def multiplier(self) -> int:
-        """The factor `A` of `slot = (A * id) mod num_rows`, or of the same formula for block numbers."""
+        """The factor `A` in `slot = (A * id) mod num_rows`, or in the same formula for block numbers."""
         return spread_multiplier(self._num_blocks)
 
     @property
@@ -136,7 +137,7 @@ class SpreadLayout:
 
     @property
     def rows_per_rank(self) -> int:
-        """Slots of every rank but the last ones, which may own fewer or none (torch's even-chunk split)."""
+        """Number of slots per rank; the last ranks may own fewer or none (torch's even-chunk split)."""
         return -(-self.num_rows // self.world_size)
 
     def slot_of(self, ids: Tensor) -> Tensor:
@@ -144,7 +145,7 @@ class SpreadLayout:
         return permute_blocks(ids, self.multiplier, self.num_rows, self.block_rows)
 
     def id_of(self, slots: Tensor) -> Tensor:
-        """Returns the ids that lie at `slots`; the inverse of `slot_of`."""
+        """Returns the ids at `slots`; the inverse of `slot_of`."""
         return permute_blocks(slots, _inverse_multiplier(self._num_blocks), self.num_rows, self.block_rows)
 
     def shard_range(self, rank: int) -> tuple[int, int]:
@@ -183,7 +184,7 @@ def read_layout(saved: Mapping[str, Any], num_rows: int, table: str) -> Layout:
     """Returns the layout that a checkpoint's manifest describes.
 
     Raises:
-        CheckpointError: this version does not know the layout and would return wrong rows.
+        CheckpointError: this version does not support the layout and would load wrong rows.
     """
     kind = str(saved.get("kind", ""))
     layout = layout_of(num_rows, kind=kind if kind in LAYOUTS else DEFAULT_LAYOUT)
@@ -196,7 +197,7 @@ def read_layout(saved: Mapping[str, Any], num_rows: int, table: str) -> Layout:
 
 @functools.lru_cache(maxsize=4096)
 def spread_multiplier(modulus: int) -> int:
-    """Returns the multiplier, coprime to `modulus` and near its golden section, that spreads prefixes best.
+    """Returns the multiplier, coprime to `modulus` and near `modulus` / golden ratio, that spreads prefixes best.
 
     The number of the first k multiples of A modulo N in an interval of length N/W deviates from k/W by at most the sum
     of the partial quotients of A/N. Of the coprime candidates nearest the golden section, the one with the smallest sum

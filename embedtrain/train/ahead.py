@@ -1,4 +1,4 @@
-"""Preparation of the next step's batch while a GPU works on this one's."""
+"""Prepares the batches of the next steps while a GPU works on the current one."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from embedtrain.train.task import Batches, StreamedBatches, Task
 
 @runtime_checkable
 class PreparesBatches(Protocol):
-    """A model that can do part of a step before the step before it is over."""
+    """A model that can do part of a step before the previous step has ended."""
 
     def prepare(self, batch: Any) -> Any:
-        """Returns what the model takes instead of the batch: on its device, and no row read yet.
+        """Returns an input for the model in place of the batch: on its device, without reading any row.
 
-        Collective: every rank, in the same order as its steps.
+        Collective: every rank, in the order of the steps.
         """
 
     def bring_rows(self, prepared: Any) -> None:
-        """Copies rows of the step that live in host memory to the device."""
+        """Copies the step's rows from host memory to the device, for tables that lie in host memory."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A step's input.
+    """Holds the input of a step.
 
     Attributes:
-        batch: what the model takes: this rank's batch, or its first micro-batch.
-        num_examples: of this rank's batch, all micro-batches together.
-        further: the other micro-batches, each prepared when it is asked for.
+        batch: the model's input: this rank's batch, or its first micro-batch.
+        num_examples: number of examples of this rank's batch, over all micro-batches.
+        further: the other micro-batches, each prepared when it is requested.
     """
 
     batch: Any
@@ -47,18 +47,21 @@ class Prepared:
 
 
 class BatchesAhead:
-    """The batches of a task in order, each prepared ahead of its step if that pays: on a GPU, or with rows on the host.
+    """Prepares the batches of a task ahead of their steps, on a GPU or if rows lie in host memory.
 
-    Preparation has a stream of its own, so that what it waits for is not a wait for the step under way. On a GPU it is
-    two steps ahead: then what the host learns while it prepares a batch includes all that the step before it needs.
+    Elsewhere it would save no time, and each batch is prepared when its step begins.
+
+    On a GPU, preparation uses its own CUDA stream, so that waiting for it does not wait for the current step. It runs
+    two steps ahead. Then one wait of the host covers both the preparation of a batch and the numbers that the step
+    before it needs.
 
     Args:
-        task: the model, its tables and batches, which are no stream.
-        accumulate_steps: micro-batches of a step. The first one is prepared while the step before is under way, each
-            other one during the micro-batch before it.
+        task: the model, its tables and its batches, which must not be a stream.
+        accumulate_steps: micro-batches per step. The first is prepared during the previous step, each other one during
+            the micro-batch before it.
 
     Attributes:
-        depth: how many steps after the present one are prepared.
+        depth: number of steps that are prepared ahead.
     """
 
     def __init__(self, task: Task, accumulate_steps: int = 1) -> None:
@@ -76,7 +79,7 @@ class BatchesAhead:
         self._accumulate_steps = accumulate_steps
 
     def take(self, epoch: int, step: int) -> Prepared:
-        """Returns the input of a step, from what was prepared ahead or made now. Collective: every rank."""
+        """Returns the input of a step; prepares it now if that was not done ahead. Collective: every rank."""
         prepared = self._prepared.pop((epoch, step), None)
         if prepared is not None:
             return prepared
@@ -90,13 +93,13 @@ class BatchesAhead:
         num_left: int | None = None,
         context: Callable[[int], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        """Prepares the next steps, while the device works on this one. Collective: every rank.
+        """Prepares the next steps while the device works on the current one. Collective: every rank.
 
         Args:
-            epoch: of the first of them.
-            step: of the first of them.
-            num_left: how many steps the run has from that one on; None for at least `depth`.
-            context: returns the context in which a step is prepared, given how many steps are before it in the run.
+            epoch: epoch of the first step to prepare.
+            step: index of this step in the epoch.
+            num_left: number of steps from this one to the end of the run; None for at least `depth`.
+            context: returns the context manager in which a step is prepared, given its index in the run.
         """
         if self._model is None or num_left == 0:
             return
@@ -116,7 +119,7 @@ class BatchesAhead:
         return Prepared(self._ready(first), batch.num_examples, map(self._ready_with_rows, others))
 
     def _ready(self, batch: Any) -> Any:
-        """Returns what the model takes for a batch."""
+        """Returns the model's input for a batch."""
         if self._model is None:
             return batch
         with stage("prepare"):
@@ -129,7 +132,7 @@ class BatchesAhead:
         return ready
 
     def _apart(self) -> AbstractContextManager[object]:
-        """Returns the context in which preparation runs; batches may be made on the device too."""
+        """Returns the context manager of the preparation stream; batches may be created on the device too."""
         if self._stream is None or self._model is None:
             return nullcontext()
         return torch.cuda.stream(self._stream)
@@ -139,20 +142,20 @@ class BatchesAhead:
             return model.prepare(batch)
         main = torch.cuda.current_stream(self._stream.device)
         if self._optimizer.decided is not None:
-            # Whoever waits for this stream then knows whether the last step was applied.
+            # Then a wait for this stream is also a wait for the verdict of the last step.
             self._stream.wait_event(self._optimizer.decided)
         with self._apart():
             prepared = model.prepare(batch)
         main.wait_stream(self._stream)
         for tensor in tensors_of(prepared):
             if tensor.is_cuda:
-                # Its memory is the stream's, which would use it again before the step has read it.
+                # Otherwise the allocator could reuse the memory on the preparation stream before the step has read it.
                 tensor.record_stream(main)
         return prepared
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Yields the tensors in mappings, sequences, dataclasses and objects of this package, but not those of tables."""
+    """Yields the tensors in mappings, sequences, dataclasses and objects of this package, except in table groups."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, TableGroup):

@@ -1,4 +1,4 @@
-"""The best measurement of a run so far: when a checkpoint is saved for it, and when training ends without a better."""
+"""Tracks the best measurement of a run, to save a checkpoint for it and to stop early if no better one follows."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BestPolicy:
-    """By which metric the best checkpoint is chosen, and when training stops early.
+    """Configures how the best checkpoints are chosen and when training stops early.
 
     Attributes:
-        metric: a name among the records of the run.
-        mode: whether the smallest or the largest values are the best; see `mode_of_best`.
-        num_kept: how many of the best checkpoints are kept; None for none.
-        patience: after how many measurements in a row without an improvement training ends; None for never.
-        min_delta: by how much a value must be better than the one before to be an improvement.
+        metric: name of a metric in the records of the run.
+        mode: whether the smallest or the largest values are best; see `mode_of_best`.
+        num_kept: number of best checkpoints to keep; None for none.
+        patience: number of consecutive measurements without an improvement after which training stops; None for no
+            limit.
+        min_delta: a value counts as an improvement only if it is better than the last improvement by more than this.
     """
 
     metric: str = Retention.best_metric
@@ -37,10 +38,10 @@ class BestPolicy:
 
 
 def require_metric(metric: str, names: Collection[str]) -> None:
-    """Refuses a metric that the records of a run do not have.
+    """Checks that the records of a run contain a metric.
 
     Raises:
-        UserError: it is not among the names.
+        UserError: the metric is not in `names`.
     """
     if metric not in names:
         raise UserError(
@@ -49,23 +50,23 @@ def require_metric(metric: str, names: Collection[str]) -> None:
 
 
 def check_metric(metric: str, task: Task) -> None:
-    """Refuses a metric that the records of a run will not have, as far as that is known before the first ones.
+    """Checks that the records of a run will contain a metric, as far as this is known before training.
 
     Raises:
-        UserError: no record will have it.
+        UserError: no record will contain the metric.
     """
-    # A name with a slash is that of a stage, a table or the like.
+    # Names with a slash belong to stages or tables and are not known in advance.
     if task.measures is not None and "/" not in metric:
         require_metric(metric, ("loss", "learning_rate", task.unit, f"{task.unit}_per_second", *task.measures))
 
 
 class BestWatch:
-    """Follows the metric of a run, in the run's own counters, so that a resumed run goes on where it was.
+    """Tracks the metric of a run. Its state is part of the run's counters, so a resumed run continues from it.
 
     Args:
-        policy: what to follow.
-        state: of the run.
-        ranks: those of the run.
+        policy: the metric and its options.
+        state: the run's counters, which hold the best value.
+        ranks: the ranks of the run.
     """
 
     def __init__(self, policy: BestPolicy, state: TrainState, ranks: Ranks) -> None:
@@ -77,14 +78,14 @@ class BestWatch:
 
     @property
     def is_over(self) -> bool:
-        """Whether the patience is at its end; alike on every rank."""
+        """Whether training must stop early, the same on every rank."""
         seen = self._seen()
         return self._policy.patience is not None and seen is not None and seen.num_since >= self._policy.patience
 
     def judge(self, record: Mapping[str, Any]) -> bool:
-        """Takes a record; returns whether a checkpoint of now would be kept for it.
+        """Processes a record and returns whether the current state is among the best checkpoints to keep.
 
-        Collective: every rank. Rank 0's value counts, since ranks measure times by clocks of their own.
+        Collective: every rank. All ranks use the value of rank 0, because measured times differ between ranks.
         """
         if not self._is_on or self._policy.metric not in record:
             return False
@@ -95,7 +96,7 @@ class BestWatch:
                 seen.num_since += 1
             return False
         num_kept = self._policy.num_kept or 1
-        # Checkpoints of earlier versions hold no list.
+        # In checkpoints of earlier versions `kept` is empty.
         best = () if seen is None else seen.kept or (seen.value,)
         is_kept = len(best) < num_kept or score < self._sign * best[num_kept - 1]
         kept = tuple(sorted((*best, value), key=lambda each: self._sign * each)[:num_kept])
@@ -109,10 +110,10 @@ class BestWatch:
         return self._policy.num_kept is not None and is_kept
 
     def explain(self) -> None:
-        """Logs why training has ended early."""
+        """Logs why training stopped early."""
         seen = self._seen()
         assert seen is not None
-        # A best that is too little better than the one before is no improvement: the two have steps of their own.
+        # The best value can be newer than the last improvement, if it was better by less than `min_delta`.
         enough = f" of more than {self._policy.min_delta:g}" if self._policy.min_delta else ""
         measurements = counted(seen.num_since, "measurement")
         _logger.info(
@@ -122,10 +123,10 @@ class BestWatch:
 
     @property
     def metric(self) -> str:
-        """The metric's name."""
+        """The name of the metric."""
         return self._policy.metric
 
     def _seen(self) -> BestSoFar | None:
-        """Returns the best so far; None before the first value, and after the metric was changed."""
+        """Returns the best value so far; None before the first value, and after the metric setting has changed."""
         best = self._state.best
         return best if best is not None and best.metric == self._policy.metric else None

@@ -1,4 +1,4 @@
-"""Which epoch each step of a run belongs to."""
+"""Converts between the steps of a run and the steps of its epochs."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from embedtrain.train.task import Batches, GrowingBatches
 
 
 class Calendar:
-    """The steps of all epochs, numbered through; epochs of growing steps differ in their number.
+    """Maps each step of a run to its epoch and back. With growing batches, epochs differ in their number of steps.
 
     Args:
-        batches: the data.
+        batches: the training data.
     """
 
     def __init__(self, batches: Batches) -> None:
         self._growing = batches if isinstance(batches, GrowingBatches) and batches.is_growing else None
         self._steps_per_epoch = batches.steps_per_epoch
         self._ends: list[int] = []
-        """Of growing steps: by epoch, the number of steps until its end; as many epochs as were asked for."""
+        """For growing batches: by epoch, the number of steps until its end, as far as it was computed."""
 
     def steps_of(self, epoch: int) -> int:
-        """Returns the steps of an epoch."""
+        """Returns the number of steps of an epoch."""
         return self._steps_per_epoch if self._growing is None else self._growing.steps_of(epoch)
 
     def first_step_of(self, epoch: int) -> int:
-        """Returns the number of an epoch's first step, which is also how many steps all epochs before it have."""
+        """Returns the index of an epoch's first step in the run."""
         if self._growing is None:
             return epoch * self._steps_per_epoch
         while len(self._ends) < epoch:
@@ -33,7 +33,7 @@ class Calendar:
         return self._ends[epoch - 1] if epoch else 0
 
     def place_of(self, step: int) -> tuple[int, int]:
-        """Returns the epoch of a step and its place in that epoch, all from 0."""
+        """Returns the epoch of a step and the step's index in that epoch; all indices start at 0."""
         if self._growing is None:
             return divmod(step, self._steps_per_epoch)
         epoch = len(self._ends)
@@ -43,7 +43,10 @@ class Calendar:
         return epoch, step - self.first_step_of(epoch)
 
     def share_done(self, step: int, epochs: int) -> float:
-        """Returns how much of a run of some epochs is done before a step: the share of the examples if steps grow."""
+        """Returns the fraction of a run of `epochs` epochs that is done before a step.
+
+        It counts steps, or examples if the batches grow.
+        """
         if self._growing is None:
             return step / self.first_step_of(epochs)
         epoch, step_in_epoch = self.place_of(step)

@@ -1,4 +1,4 @@
-"""When a run saves, what it saves, and how it comes back."""
+"""Saves and restores the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from embedtrain.train.task import Task
 _logger = logging.getLogger(__name__)
 
 _OF_THE_BEGINNING = ("init_from", "grown_from")
-"""Facts that are known to the first of a run's jobs; the others take them over."""
+"""Facts that only the first job of a run knows. Resumed jobs copy them from the checkpoint."""
 
 
 @dataclass(frozen=True)
 class SavePolicy:
-    """When to save beside the end of the run, and how.
+    """Configures when and how to save. The end of the run is always saved.
 
     Attributes:
-        every_steps: steps between two checkpoints; None leaves it to the clock.
-        every_seconds: seconds between two checkpoints, by rank 0's clock; None leaves it to the steps.
-        options: how to save.
-        timeout_seconds: how long the ranks wait for each other while they save in the background.
-        best: which measurements are saved at once, and end the training.
+        every_steps: steps between two checkpoints; None saves by time only.
+        every_seconds: seconds between two checkpoints, by rank 0's clock; None saves by steps only.
+        options: options of the saver.
+        timeout_seconds: timeout of collectives between the background threads that save.
+        best: when to save a checkpoint for a measurement, and when to stop early.
     """
 
     every_steps: int | None = None
@@ -56,18 +56,18 @@ class SavePolicy:
     best: BestPolicy = field(default_factory=BestPolicy)
 
     def is_due(self, step: int) -> bool:
-        """Returns whether the count of steps asks for a checkpoint; alike on every rank."""
+        """Returns whether a checkpoint is due at this step, the same on every rank."""
         return self.every_steps is not None and step % self.every_steps == 0
 
 
 @dataclass(frozen=True)
 class ResumePolicy:
-    """How a run comes back.
+    """Configures how a run resumes.
 
     Attributes:
-        on_corrupt: "error" refuses a damaged newest checkpoint; "fallback" takes the newest older one that is
-            whole, and deletes the damaged ones after it.
-        load: what may differ between the checkpoint and the run.
+        on_corrupt: what to do if the newest checkpoint is damaged. "error" raises; "fallback" resumes from the newest
+            intact checkpoint and deletes the damaged ones after it.
+        load: permitted differences between the checkpoint and the run.
     """
 
     on_corrupt: Literal["error", "fallback"] = "error"
@@ -75,25 +75,25 @@ class ResumePolicy:
 
 
 class Checkpoints:
-    """Saves and restores tables, optimizer and counters of a run.
+    """Saves and restores the tables, the optimizers and the counters of a run.
 
-    Collective: every rank makes one.
+    Collective: every rank constructs one.
 
     Args:
         path: folder of the checkpoints.
-        task: what is trained: tables, dense parameters, and their optimizers' states.
+        task: the tables and dense parameters to save, with their optimizers.
         state: the run's counters.
-        facts: what else belongs in each checkpoint, as JSON: the configuration, the data's fingerprint.
-        policy: when to save, and how.
-        resume: how to come back.
-        ranks: those of the run.
+        facts: JSON to save with each checkpoint, such as the configuration and the fingerprint of the data.
+        policy: when and how to save.
+        resume: how to resume.
+        ranks: the ranks of the run.
 
     Attributes:
-        metrics: the newest value of each measure, saved with each checkpoint.
-        measured_at: by measure, the step of this value.
+        metrics: the latest value of each measure, saved with each checkpoint.
+        measured_at: by measure, the step of its latest value.
 
     Raises:
-        UserError: on every rank alike; the facts are not what `RunState` declares.
+        UserError: the facts do not match `RunState`; raised on every rank.
     """
 
     def __init__(
@@ -122,37 +122,38 @@ class Checkpoints:
         in_background = ranks.for_thread(policy.timeout_seconds) if is_async else None
         self._saver = CheckpointSaver(path, ranks, in_background, policy.options)
         self._saved_at_seconds = time.monotonic()
-        # A run could not resume from checkpoints with other facts, and would find that out after it was trained.
+        # A run cannot resume from a checkpoint with invalid facts, so check them before training.
         ranks.run_on_each(self._check_facts)
 
     @property
     def has_failed(self) -> bool:
-        """Returns whether this rank knows of a save in the background that failed; then all ranks `settle`."""
+        """Whether this rank knows that a background save has failed; then all ranks must call `settle`."""
         return self._saver.has_failed
 
     def take_metrics(self, record: Mapping[str, Any]) -> None:
-        """Takes a record of now, for the checkpoints from now on."""
+        """Adds the values of a record to the metrics that later checkpoints hold."""
         self.metrics = {**self.metrics, **record}
         self.measured_at = {**self.measured_at, **dict.fromkeys(record, self._state.step)}
 
     @property
     def complete_step(self) -> int | None:
-        """Returns the step of the newest checkpoint that this rank knows to be complete; None if there is none."""
+        """The step of the newest checkpoint that this rank knows to be complete; None if there is none."""
         return self._saver.complete_step
 
     def is_overdue(self) -> bool:
-        """Returns whether this rank's clock asks for a checkpoint."""
+        """Returns whether `every_seconds` have passed on this rank since the last save."""
         every = self.policy.every_seconds
         return every is not None and time.monotonic() - self._saved_at_seconds >= every
 
     def save(self, *, is_last: bool = False) -> None:
-        """Saves the run as it stands, unless it was saved at this very step. Collective: every rank.
+        """Saves the run; no-op if it was saved at this step already. Collective: every rank.
 
         Args:
             is_last: whether the checkpoint must be durable on return, as at the end of the run.
 
         Raises:
-            CheckpointError: on every rank alike; more saves in a row failed than are tolerated, or the last.
+            CheckpointError: the last save of a run failed, or more consecutive saves failed than
+                `SaveOptions.max_failures` tolerates; raised on every rank.
         """
         if is_last:
             self._saver.settle()
@@ -164,7 +165,7 @@ class Checkpoints:
         self._saver.save(self._state.step, self._tables.shard_views(), saved, replicated, is_last=is_last)
 
     def _saved_state(self) -> dict[str, Any]:
-        """Returns what a checkpoint holds beside tensors, as JSON; `RunState` declares it."""
+        """Returns the JSON state of a checkpoint, which `RunState` declares."""
         metrics = {name: value for name, value in self.metrics.items() if _is_json(value)}
         saved: dict[str, Any] = {
             **self._facts,
@@ -186,22 +187,22 @@ class Checkpoints:
         try:
             parse(RunState, self._saved_state())
         except SchemaError as error:
-            raise UserError(f"no checkpoint can hold the facts of this run, see Parts.facts: {error}") from error
+            raise UserError(f"a checkpoint cannot hold the facts of this run (see Parts.facts): {error}") from error
 
     def settle(self) -> None:
-        """Waits for a save in the background and raises what it failed with, if it fails the run.
+        """Waits for a background save and raises its error, unless failures are still tolerated.
 
         Collective: every rank.
         """
         self._saver.settle()
 
     def restore(self) -> bool:
-        """Takes over the newest complete checkpoint, if there is one. Collective: every rank.
+        """Loads the newest complete checkpoint; returns False if there is none. Collective: every rank.
 
         Raises:
             UserError: the checkpoint was made with another optimizer or from other data.
-            CorruptCheckpointError: it is damaged, and `on_corrupt` is "error" or there is no older one that is whole.
-            CheckpointError: its tensors are not those of the tables.
+            CorruptCheckpointError: the checkpoint is damaged, and `on_corrupt` is "error" or no older one is intact.
+            CheckpointError: the tensors of the checkpoint do not match the tables.
         """
         damaged: list[str] = []
         while (chosen := agree_on_latest(self._path, self._ranks, before=damaged[-1] if damaged else None)) is not None:
@@ -219,7 +220,7 @@ class Checkpoints:
             raise CorruptCheckpointError(f"none of the checkpoints in {self._path} is whole: {', '.join(damaged)}")
         if chosen is None:
             return False
-        # Training comes past their steps again, and a complete checkpoint is never overwritten.
+        # Training will reach their steps again, and a complete checkpoint is never overwritten.
         on_first_rank("damaged checkpoints were not deleted", lambda: _remove(damaged), self._ranks)
         sweep_leftovers(self._path, self._ranks)
         self._saver.take_over(self._state.step)
@@ -279,29 +280,30 @@ class Checkpoints:
         if is_reset:
             return
         if not reader.manifest.table_steps:
-            # A checkpoint of an earlier version. The rest of the settings is this run's configuration, which the caller
-            # has compared with the saved one.
+            # Checkpoints of earlier versions hold the step counts here only. All other settings come from the
+            # configuration, which the caller has compared with the saved one.
             for settings, group in zip(self._optimizer.param_groups, groups, strict=True):
                 settings["step"] = group["step"]
 
 
 def load_weights(path: str, tables: EmbeddingCollection, dense: DenseOptimizer | None, data_fingerprint: str) -> int:
-    """Loads tables and dense parameters of a checkpoint, to be used and not trained.
+    """Loads the tables and dense parameters of a checkpoint for inference, without optimizer states.
 
     Collective: every rank.
 
     Args:
-        path: the checkpoint.
-        tables: take the rows; their optimizer's state is left as it is.
-        dense: takes the dense parameters; None if the model has none.
-        data_fingerprint: of the data that its rows are used with.
+        path: path of the checkpoint.
+        tables: tables to load.
+        dense: optimizer of the dense parameters to load; None if the model has none.
+        data_fingerprint: fingerprint of the data that the model is used with.
 
     Returns:
         The step of the checkpoint.
 
     Raises:
-        UserError: it was trained on other data.
-        CheckpointError: its tensors are not those of the tables, or it is damaged or was deleted meanwhile.
+        UserError: the checkpoint was trained on other data.
+        CheckpointError: the tensors do not match the tables, or the checkpoint is damaged or was deleted during
+            loading.
     """
     views = tables.shard_views()
 
@@ -309,15 +311,15 @@ def load_weights(path: str, tables: EmbeddingCollection, dense: DenseOptimizer |
         with CheckpointReader(path) as reader:
             if read_run_state(reader.manifest, path).data_fingerprint != data_fingerprint:
                 raise UserError(
-                    f"{path} was trained on other data than those that the run has now: the rows of its tables do not "
-                    "belong to these data"
+                    f"{path} was trained on data that differ from the run's present data: the rows of its tables do "
+                    "not belong to the present data"
                 )
             load_shards(reader, views, LoadOptions(optimizer_state="reset"))
             if dense is not None:
                 dense.load_tensors(reader.replicated(), with_state=False)
             return reader.step
 
-    # What one rank cannot read fails on all: else the others would wait for it in the next collective.
+    # If one rank fails, all must fail; otherwise the others would wait for it in the next collective.
     return tables.ranks.run_on_each(load)
 
 

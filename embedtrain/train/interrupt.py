@@ -1,4 +1,4 @@
-"""Signals: asked to stop, a run finishes its step and saves."""
+"""Handles the signals that stop a run: it finishes its step and saves."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from types import FrameType, TracebackType
 from typing import Any
 
 EXIT_PREEMPTED = 75
-"""Exit status of a run that was asked to stop and saved (EX_TEMPFAIL: run the same command again)."""
+"""Exit status of a run that stopped and saved after a signal (EX_TEMPFAIL: run the same command again)."""
 
 _PATIENCE_SECONDS = 2.0
-"""torchrun passes a terminal's Ctrl-C on to ranks that have it already: that is not a second one."""
+"""A SIGINT within this time does not count as a second one: torchrun forwards a terminal's Ctrl-C to ranks that the
+terminal has signalled already."""
 
 
 class Interrupt:
-    """Notes SIGTERM, SIGINT and SIGUSR1 while it is entered.
+    """Records SIGTERM, SIGINT and SIGUSR1 in `is_asked` while entered, instead of ending the process.
 
-    A second SIGINT, a while later, ends the process at once. SIGUSR1 is Slurm's warning before the time limit
-    (`--signal=USR1@120`); torchrun passes it on with `--signals-to-handle SIGTERM,SIGINT,SIGUSR1`.
+    A second SIGINT more than two seconds after the first signal ends the process at once. Slurm sends SIGUSR1 before
+    the time limit with `--signal=USR1@120`; torchrun forwards it with `--signals-to-handle SIGTERM,SIGINT,SIGUSR1`.
     """
 
     def __init__(self) -> None:
@@ -36,7 +37,7 @@ class Interrupt:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            # Asked to stop, the run is saved and about to leave: one more SIGINT must not turn that into a failure.
+            # After a signal the run has saved and is about to exit; another SIGINT must not turn that into a failure.
             signal.signal(number, signal.SIG_IGN if self.is_asked and number == signal.SIGINT else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

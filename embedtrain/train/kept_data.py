@@ -1,7 +1,7 @@
-"""What of its data a run keeps in its folder: `evaluate`, `recommend` and the like read nothing else.
+"""The copy of its data that a run keeps in its folder; `evaluate`, `recommend` and other commands read only this copy.
 
-A table of contents names each file with its size and checksum. It is written before the files and removed after them:
-whatever of the folder it does not name belongs to the user, and is never written or removed.
+A table of contents lists each file with its size and checksum. It is written before the files and removed after them.
+A file that it does not list belongs to the user and is never written or removed.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from embedtrain.schema import Count, SchemaError, parse
 T = TypeVar("T")
 
 KEPT_DATA_NAME = "kept_data"
-"""Of the folder in a run folder."""
+"""Name of the kept data's folder inside a run folder."""
 
 MAX_KEPT_BYTES = 256 << 20
-"""The most that is copied to the run folder, over all files."""
+"""Largest total size of the files that are copied to the run folder."""
 
 _CONTENTS_NAME = "kept.json"
 _TEMPORARY_NAME = f"{_CONTENTS_NAME}.tmp"
@@ -37,11 +37,11 @@ _CHUNK_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class KeptData(Generic[T]):
-    """What of its data a run has in its folder.
+    """Holds the data that a run kept in its folder.
 
     Attributes:
-        path: a local folder with the files of prepared data.
-        facts: what was kept beside the files.
+        path: local folder with the files of prepared data.
+        facts: the facts that were kept with the files.
     """
 
     path: str
@@ -50,7 +50,7 @@ class KeptData(Generic[T]):
 
 @dataclass(frozen=True)
 class _File:
-    """A file as it was written; xxh3_128 in hex."""
+    """Records the size of a file as written, and its xxh3_128 checksum in hex."""
 
     bytes: Count
     xxh3: Annotated[str, Field(strict=True, pattern="^[0-9a-f]{32}$")]
@@ -63,25 +63,25 @@ class _Kept:
 
 
 def require_own(url: str) -> None:
-    """Refuses a folder in which a run could not tell its own files from the user's.
+    """Checks that all files in a folder of kept data can be attributed to a run.
 
     Raises:
-        UserError: there are files and no table of contents, or that is damaged.
+        UserError: the folder holds files but no table of contents, or the table of contents is damaged.
     """
     names = set(storage.list_names(url)) - {_TEMPORARY_NAME}
     if names and _CONTENTS_NAME not in names:
         raise UserError(
-            f"{url} holds files that no run has written, such as {min(names)}, and a run keeps a folder of that name: "
+            f"{url} holds files that no run has written, such as {min(names)}, and a run needs a folder of that name: "
             "move it away, or give another run.path"
         )
     _read_contents(url)
 
 
 def keep(url: str, facts: Mapping[str, Any], entry_path: str | None, leave_out: frozenset[str] = frozenset()) -> None:
-    """Keeps facts and the files of prepared data, in place of what was kept before; see `RunFolder.keep_data`.
+    """Replaces the kept facts and files of prepared data; see `RunFolder.keep_data`.
 
     Raises:
-        UserError: the folder holds files of the user's where a run would write.
+        UserError: a file of the user's has the name of a file that the run would write.
     """
     require_own(url)
     earlier = _read_contents(url)
@@ -91,7 +91,7 @@ def keep(url: str, facts: Mapping[str, Any], entry_path: str | None, leave_out: 
     own = set() if earlier is None else set(earlier.files)
     found = storage.list_files(url)
     if foreign := (set(sources) - own) & set(found):
-        raise UserError(f"{url}/{min(foreign)} is not of this run, which keeps a file of that name: move it away")
+        raise UserError(f"{url}/{min(foreign)} is not a file of this run, which needs the name: move it away")
     for name in sorted((own - set(sources)) & set(found)):
         storage.remove(storage.join(url, name))
     if entry_path is None and not facts:
@@ -111,15 +111,15 @@ def keep(url: str, facts: Mapping[str, Any], entry_path: str | None, leave_out: 
 
 
 def copy_file(path: str, url: str) -> None:
-    """Copies a local file in place of what lies at a URL."""
-    # A link in its place would lead the bytes elsewhere.
+    """Copies a local file to a URL and replaces the file there."""
+    # Remove first: writing through a link would overwrite the link's target.
     storage.remove(url)
     storage.write(url, _Chunks(path))
 
 
 @contextmanager
 def open_kept(url: str, kind: type[T]) -> Iterator[KeptData[T] | None]:
-    """Yields what `keep` kept; see `RunFolder.open_data`."""
+    """Yields the kept data; see `RunFolder.open_data`."""
     kept = _read_contents(url)
     if kept is None:
         yield None
@@ -140,11 +140,11 @@ def open_kept(url: str, kind: type[T]) -> Iterator[KeptData[T] | None]:
 
 
 def verify(url: str) -> bool:
-    """Checks every byte of what was kept; returns whether there is any.
+    """Verifies the checksums of the kept data; returns whether there are any.
 
     Raises:
         UserError: the table of contents is damaged.
-        CorruptCheckpointError: a file is missing or is not as it was written.
+        CorruptCheckpointError: a file is missing or has changed.
     """
     kept = _read_contents(url)
     if kept is not None:
@@ -163,13 +163,13 @@ def _read_contents(url: str) -> _Kept | None:
 
 def _unreadable(url: str, error: Exception) -> UserError:
     return UserError(
-        f"{storage.join(url, _CONTENTS_NAME)} is not what a run wrote ({error}): remove {url}, and give the training "
-        "command again, which writes it anew"
+        f"{storage.join(url, _CONTENTS_NAME)} is damaged ({error}): remove {url}, and give the training command "
+        "again, which writes it anew"
     )
 
 
 def _check(url: str, kept: _Kept, shown: str | None = None) -> None:
-    """Raises CorruptCheckpointError for the first file that is not as it was written; `shown` is where it came from."""
+    """Raises CorruptCheckpointError for the first missing or changed file; the message names it below `shown`."""
     sizes = storage.list_files(url)
     for name, file in kept.files.items():
         if (fault := _fault(storage.join(url, name), file, sizes.get(name))) is not None:
@@ -184,7 +184,7 @@ def _fault(url: str, file: _File, size: int | None) -> str | None:
         return "is missing"
     if size != file.bytes:
         return f"has {size:,} bytes, {file.bytes:,} were written"
-    return None if _checksum(url, size) == file.xxh3 else "is damaged: its checksum is another than when it was written"
+    return None if _checksum(url, size) == file.xxh3 else "is damaged: its checksum has changed since it was written"
 
 
 def _files_of(entry_path: str, leave_out: frozenset[str]) -> dict[str, str]:
@@ -208,7 +208,7 @@ def _checksum(url: str, size: int) -> str:
 
 
 class _Chunks:
-    """The content of a local file, a few MiB at a time, as often as it is asked for."""
+    """Iterates over the content of a local file in chunks; can be iterated repeatedly."""
 
     def __init__(self, path: str) -> None:
         self._path = path

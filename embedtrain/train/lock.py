@@ -1,4 +1,4 @@
-"""One job at a time on a run folder: an owner file with a heartbeat, and its take-over from a dead owner."""
+"""Ensures that only one job uses a run folder: an owner file with a heartbeat, and take-over from a dead owner."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from embedtrain.errors import CheckpointError, UserError, is_wrong_path, printab
 from embedtrain.schema import Count, parse
 
 BEAT_SECONDS = 5.0
-"""How often an owner shows that it lives."""
+"""Interval of an owner's heartbeat, in seconds."""
 
 MAX_BEAT_SECONDS = 60.0
-"""An owner file that promises fewer beats is not one: who finds it would watch for hours."""
+"""Longest valid heartbeat interval. An owner file with a longer one is rejected: another job would wait for hours."""
 
 STALE_BEATS = 12
-"""An owner that misses so many beats while another job watches has lost the folder: a minute."""
+"""An owner that misses this many heartbeats while another job watches loses the folder; by default after a minute."""
 
 OWNER = "owner-"
-"""Begins the names of the files by which a job owns a folder."""
+"""Prefix of the names of owner files."""
 
 _OWNER_FILE = re.compile(rf"{OWNER}(\d{{8}})\.json(\.[0-9a-f]{{16}}\.tmp)?")
 
@@ -43,17 +43,18 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Owner:
-    """What an owner file says. The annotations are the schema that it is checked against.
+    """Holds the content of an owner file, which is validated against the annotations.
 
     Attributes:
-        host: name of the owner's host, and the boot of it that the process belongs to.
-        pid: its process there.
-        started: when the kernel started that process, so that a later one of the same number is told apart.
-        job: torchrun's run id, or nothing.
-        since: UTC time in ISO 8601 at which it took the folder.
-        beat_seconds: how often `beat` grows.
-        beat: number of beats so far.
-        token: random, its own.
+        host: name of the owner's host and the host's boot id.
+        pid: process id of the owner.
+        started: start time of the process, as the kernel reports it; distinguishes it from a later process with the
+            same id. Empty if the kernel does not report it.
+        job: torchrun's run id, or empty.
+        since: UTC time in ISO 8601 at which the owner took the folder.
+        beat_seconds: interval at which `beat` grows.
+        beat: number of heartbeats so far.
+        token: a random token of this owner.
     """
 
     host: str
@@ -66,25 +67,30 @@ class Owner:
     token: str
 
     def words(self) -> str:
-        """Returns the owner for a message."""
+        """Returns a description of the owner for messages."""
         job = f", torchrun job {self.job}" if self.job else ""
         return printable(f"process {self.pid} on {self.host.partition('/')[0]}{job}, since {self.since}")
 
 
 class RunLock:
-    """Ownership of a run folder, for the time that it is entered: rank 0 holds it, every rank calls.
+    """Owns a run folder while entered. Rank 0 holds the ownership; every rank must enter.
 
-    The owner is who created the highest of the files `owner-00000001.json`, `owner-00000002.json`, ...; a
-    file is created exclusively, so that of two jobs that want to take over one does. No clocks are compared:
-    who finds an owner watches whether it beats. A live one is told within `beat_seconds`, and the folder
-    refused; one whose process on this host is dead loses it at once; one that is not seen to beat for
-    `STALE_BEATS` of its beats loses it then. An owner that lost the folder learns it before it saves.
+    The owner is the job that created the file with the highest number among `owner-00000001.json`,
+    `owner-00000002.json`, .... Each file is created exclusively, so only one of two competing jobs gets the folder.
+
+    A job that finds an owner watches its heartbeat, so clocks of different hosts are never compared:
+
+    - If the owner beats, which shows within `beat_seconds`, the job raises an error.
+    - If the owner's process ran on this host and is dead, the job takes the folder over at once.
+    - If the owner does not beat for `STALE_BEATS` of its intervals, the job takes the folder over then.
+
+    An owner that has lost the folder notices this before its next save, in `check`.
 
     Args:
         path: run folder, any fsspec URL.
-        ranks: those of the run.
-        beat_seconds: how often to beat.
-        key: names the setting or the option that gives the folder.
+        ranks: the ranks of the run.
+        beat_seconds: heartbeat interval.
+        key: name of the setting or option that gives the folder, for messages.
     """
 
     def __init__(self, path: str, ranks: Ranks, *, beat_seconds: float = BEAT_SECONDS, key: str = "run.path") -> None:
@@ -99,10 +105,10 @@ class RunLock:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> RunLock:
-        """Takes the folder. Collective: every rank.
+        """Takes ownership of the folder. Collective: every rank.
 
         Raises:
-            UserError: another job is at work on it.
+            UserError: another job uses the folder.
         """
         while not self._ranks.run_on_first(self._try_to_take):
             pass
@@ -114,21 +120,21 @@ class RunLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Gives the folder back; no collective."""
+        """Releases the folder; not a collective."""
         self._is_leaving.set()
         if self._thread is not None:
             self._thread.join()
             with suppress(Exception):
                 self._remove_up_to(self._number)
-            # A start that was refused leaves nothing behind.
+            # If the start was refused, the folders that this job created are still empty and are removed.
             for folder in self._made:
                 storage.remove_empty_folder(folder)
 
     def check(self) -> None:
-        """Makes sure that the folder is still this job's. Collective: every rank.
+        """Checks that this job still owns the folder. Collective: every rank.
 
         Raises:
-            CheckpointError: another job has taken it over.
+            CheckpointError: another job has taken the folder over.
         """
         self._ranks.run_on_first(self._check)
 
@@ -136,12 +142,12 @@ class RunLock:
         newest = max(self._numbers(), default=0)
         if newest > self._number:
             raise CheckpointError(
-                f"{self._path} was taken over by {_read(self._url(newest)).words()}, which did not see this job "
-                "beat: nothing more is saved"
+                f"{self._path} was taken over by {_read(self._url(newest)).words()}, because the heartbeat of this job "
+                "had stopped: this job saves nothing more"
             )
 
     def _try_to_take(self) -> bool:
-        """Takes the folder where nobody holds it or its owner is gone; sleeps a while where that is open yet."""
+        """Takes the folder if it has no owner or its owner is gone; returns whether it did, perhaps after a sleep."""
         try:
             self._made += storage.make_folder(self._path)
         except OSError as error:
@@ -156,7 +162,7 @@ class RunLock:
             try:
                 owner = _read(self._url(newest))
             except FileNotFoundError:
-                return False  # given back at this very moment
+                return False  # the owner has just released the folder
             if not self._is_gone(owner):
                 return False
             _logger.warning(f"{self._path} is taken over from {owner.words()}, which is gone")
@@ -164,7 +170,7 @@ class RunLock:
         try:
             storage.create(url, self._encoded(), f"{url}.{self._own.token}.tmp")
         except FileExistsError:
-            return False  # another was faster
+            return False  # another job was faster
         self._number = newest + 1
         self._remove_up_to(newest)
         return True
@@ -176,7 +182,9 @@ class RunLock:
         if self._watched is None or self._watched[0] != owner.token:
             self._watched, self._watched_since = (owner.token, owner.beat), now
             patience = STALE_BEATS * owner.beat_seconds
-            _logger.warning(f"{self._path} is held by {owner.words()}: watching for up to {patience:.0f} s if it lives")
+            _logger.warning(
+                f"{self._path} is held by {owner.words()}: waiting up to {patience:.0f} s to see whether it still runs"
+            )
         if owner.beat != self._watched[1]:
             raise UserError(
                 f"{self._path} is in use by {owner.words()}: two jobs on one folder would destroy each other's "
@@ -190,7 +198,7 @@ class RunLock:
     def _keep_beating(self) -> None:
         while not self._is_leaving.wait(self._own.beat_seconds):
             self._own = replace(self._own, beat=self._own.beat + 1)
-            # A beat that is missed is made up for by the next; one too late is noticed by `check`.
+            # The next beat makes up for a failed one. If beats fail for too long, `check` notices the lost folder.
             with suppress(Exception):
                 if max(self._numbers(), default=0) == self._number:
                     url = self._url(self._number)
@@ -207,7 +215,7 @@ class RunLock:
         return [int(match[1]) for match in matches if match and not match[2]]
 
     def _remove_up_to(self, last: int) -> None:
-        """Removes owner files, the lower numbers first, and what killed owners left of writing them."""
+        """Removes owner files up to a number, lowest first, and temporary files that killed owners left."""
         for name in sorted(storage.list_files(self._path)):
             match = _OWNER_FILE.fullmatch(name)
             if match and int(match[1]) <= last:
@@ -220,7 +228,7 @@ def _read(url: str) -> Owner:
             raise ValueError(f"it is {what}")
         return parse(Owner, json.loads(storage.read(url)))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{url} is not an owner file: {error}. Remove it if no job is at work there.") from error
+        raise UserError(f"{url} is not an owner file: {error}. Remove it if no job uses this folder.") from error
 
 
 def _this_process(beat_seconds: float) -> Owner:
@@ -237,15 +245,15 @@ def _this_process(beat_seconds: float) -> Owner:
 
 
 def _is_running(owner: Owner) -> bool:
-    """Returns whether the owner's process, of this host, may still run; where the kernel does not tell, it may."""
+    """Returns whether the owner's process on this host may still run; True if the kernel does not report it."""
     if not owner.started:
         return True
     return _start_of(owner.pid) == owner.started
 
 
 def _start_of(pid: int) -> str | None:
-    """Returns the kernel's start time of a process; None of one that is dead, and where there is no /proc."""
-    # The name of the program stands in brackets and may hold any character.
+    """Returns the kernel's start time of a process; None if the process is dead or there is no /proc."""
+    # The program's name is in brackets and may contain any character, so split after the last bracket.
     fields: list[Any] = _read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return None if len(fields) < 20 or fields[0] in ("Z", "X") else str(fields[19])
 

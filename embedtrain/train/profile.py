@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a trace for chrome://tracing and seconds per stage."""
+"""Profiles the steps of a run: a trace for chrome://tracing and a table of the time per stage."""
 
 from __future__ import annotations
 
@@ -14,24 +14,28 @@ from embedtrain.distributed.stages import STAGE_PREFIX
 
 
 class StepProfile:
-    """Profiles some steps of a run, after the first ones; a context manager around the loop.
+    """Profiles some steps of a run after a warm-up; a context manager around the training loop.
 
     Args:
-        write: takes the trace, JSON in Chrome's format, and the table of stages.
-        warmup_steps: left out: they map memory and fill caches.
-        num_steps: profiled, or as many as there are.
+        write: called with the trace, JSON in Chrome's format, and the table of stages.
+        warmup_steps: number of first steps to leave out, which map memory and fill caches.
+        num_steps: largest number of steps to profile.
+
+    Attributes:
+        is_written: whether `write` was called. Without a step after the warm-up, it is not.
     """
 
     def __init__(self, write: Callable[[bytes, str], None], *, warmup_steps: int = 10, num_steps: int = 50) -> None:
         self._write = write
-        self._warmup_steps = warmup_steps
+        self.warmup_steps = warmup_steps
         self._num_steps = num_steps
         self._steps = 0
         self._started_at = 0.0
         self._profile: profile | None = None
+        self.is_written = False
 
     def __enter__(self) -> StepProfile:
-        if self._warmup_steps == 0:
+        if self.warmup_steps == 0:
             self._start()
         return self
 
@@ -41,11 +45,11 @@ class StepProfile:
         self._finish()
 
     def step(self) -> None:
-        """Counts a step that is done."""
+        """Counts a completed step, and starts or ends the profile if it is due."""
         self._steps += 1
-        if self._steps == self._warmup_steps:
+        if self._steps == self.warmup_steps:
             self._start()
-        elif self._steps == self._warmup_steps + self._num_steps:
+        elif self._steps == self.warmup_steps + self._num_steps:
             self._finish()
 
     def _start(self) -> None:
@@ -59,16 +63,19 @@ class StepProfile:
         seconds = time.perf_counter() - self._started_at
         finished, self._profile = self._profile, None
         finished.stop()
-        num_steps = max(self._steps - self._warmup_steps, 1)
+        num_steps = self._steps - self.warmup_steps
+        if num_steps == 0:
+            return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
             finished.export_chrome_trace(str(path))
             self._write(path.read_bytes(), stage_table(finished, num_steps, seconds))
+        self.is_written = True
 
 
 def stage_table(finished: profile, num_steps: int, seconds: float) -> str:
-    """Returns the table: a line per stage, the longest first, and one for the whole."""
-    lines = [f"{num_steps} steps, {seconds / num_steps * 1e3:.3f} ms each", "stage            ms a step   share"]
+    """Returns a table of the time per stage, longest first, below a line for the whole step."""
+    lines = [f"{num_steps} steps, {seconds / num_steps * 1e3:.3f} ms per step", "stage              ms/step   share"]
     totals = {
         event.key.removeprefix(STAGE_PREFIX): event.cpu_time_total / 1e6
         for event in finished.key_averages()

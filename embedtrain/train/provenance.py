@@ -1,4 +1,4 @@
-"""Where a run comes from: when, by which command and from which commit it was started."""
+"""Records when, by which command and from which commit a run was started."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ def start_facts(step: int, num_ranks: int) -> dict[str, Any]:
     """Returns the facts of this start of a run, as JSON.
 
     Args:
-        step: that the run goes on from; 0 of a new run.
-        num_ranks: that train.
+        step: step that the run continues from; 0 for a new run.
+        num_ranks: number of ranks that train.
 
     Returns:
-        `time` in UTC, `step`, `ranks`, `version` of embedtrain, `torch`, `python`, `command`, and `commit`: that of the
-        git repository that the command was given in, with `-dirty` if files differ from it; null outside of one.
+        `time` in UTC, `step`, `ranks`, `version` of embedtrain, `torch`, `python`, `command` and `commit`. `commit` is
+        the commit of the current folder's git repository, with `-dirty` if files have changed; null outside a
+        repository.
     """
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -44,10 +45,10 @@ def start_facts(step: int, num_ranks: int) -> dict[str, Any]:
 
 
 def command_line(words: Sequence[str]) -> str:
-    """Returns the words of a command as they would be typed, without passwords and tokens."""
+    """Returns a command line that can be typed into a shell, without passwords and tokens."""
     program = base_name(words[0]) if words else ""
     first = "embedtrain" if program in ("embedtrain", "__main__.py") else program
-    # The value of an option such as --token is a word of its own.
+    # An option such as --token and its value are two words.
     names = ["", *words[1:-1]]
     told = (_without_secrets(name, word) for name, word in zip(names, words[1:], strict=False))
     return shlex.join([first, *told])
@@ -64,13 +65,13 @@ def _without_secrets(name: str, word: str) -> str:
 
 
 def git_commit() -> str | None:
-    """Returns the commit of the current folder's git repository; None if there is none, or git does not answer."""
+    """Returns the commit of the current folder's git repository; None without a repository, or if git fails."""
     command = ["git", "-c", "core.fsmonitor=false", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        # Without optional locks git writes nothing, not even a refreshed index.
+        # Without optional locks git writes nothing; otherwise it may refresh the index.
         env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
         done = subprocess.run(command, capture_output=True, timeout=_GIT_SECONDS, check=False, env=env)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    # As bytes: what git says of a folder with an odd name need not be UTF-8.
+    # Read as bytes: for a folder with an odd name, git's output may not be UTF-8.
     return done.stdout.decode("ascii", "replace").strip() or None if done.returncode == 0 else None

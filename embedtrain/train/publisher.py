@@ -1,4 +1,4 @@
-"""Publishes a run while it trains: `embedtrain publish` in a process of its own, for newer checkpoints."""
+"""Publishes new checkpoints of a run while it trains, by running `embedtrain publish` in another process."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from embedtrain import storage
 from embedtrain.config.sections import PublishConfig
 
 _OF_A_RANK = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
-"""Variables of torchrun, without which a process is no rank of the job."""
+"""Environment variables of torchrun. The child process must not get them, or it would act as a rank of the job."""
 
 _logger = logging.getLogger(__name__)
 
 
 class Publisher:
-    """Has the checkpoint that answers for the run published by another process, so that training waits for nothing.
+    """Publishes checkpoints of a run in another process, so that training does not wait.
 
-    A publication that fails, or takes too long, is warned of; the next one publishes what it missed.
+    A publication that fails or takes too long logs a warning; the next one also publishes its rows.
 
     Args:
-        run_path: the run folder.
-        config: where to, how often, and how long a publication may take.
+        run_path: path of the run folder.
+        config: destination, interval and timeout of publications.
         complete_step: returns the step of the newest complete checkpoint; None if there is none.
     """
 
@@ -42,17 +42,17 @@ class Publisher:
         self._process: subprocess.Popen[bytes] | None = None
 
     def step(self) -> None:
-        """Starts a publication if it is time and there is a newer checkpoint; called after each step."""
+        """Starts a publication if one is due and there is a newer checkpoint; called after each step."""
         seconds = time.monotonic() - self._started_at
         if self._process is not None:
             if self._process.poll() is None and seconds < self._timeout_seconds:
                 return
-            self._conclude("training goes on")
+            self._conclude("training continues")
         if seconds >= self._every_seconds and self._complete_step() not in (None, self._begun_step):
             self._start()
 
     def finish(self) -> None:
-        """Publishes the last checkpoint, which must be complete, and waits for it."""
+        """Publishes the last checkpoint, which must be complete, and waits until this is done."""
         self._conclude("the last checkpoint follows")
         self._start()
         self._conclude(f"{self._again} publishes the last checkpoint")
@@ -64,18 +64,18 @@ class Publisher:
             self._command,
             env=environment,
             stdin=subprocess.DEVNULL,
-            # A few lines, which pipes hold until they are read.
+            # The output is a few lines, which fit into the buffers of the pipes.
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            # An interrupt from the terminal is for the run.
+            # Ctrl-C in the terminal must interrupt the run only.
             start_new_session=True,
         )
 
     def _conclude(self, what_follows: str) -> None:
-        """Waits for the publication that was started last, for as long as it may take, and says what became of it.
+        """Waits for the last publication, up to its timeout, and logs the result.
 
         Args:
-            what_follows: what to say if it failed.
+            what_follows: text for the warning if it failed.
         """
         process, self._process = self._process, None
         if process is None:

@@ -1,4 +1,4 @@
-"""How far the rows of hot and of rare ids still move: effective learning rates, and what was never touched."""
+"""Statistics of table rows, from frequent to rare ids: effective learning rates, and rows that were never touched."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from embedtrain.optim.optimizer import SparseOptimizer
 NUM_DECILES = 10
 _BINS_PER_DECADE = 10
 _SMALLEST, _LARGEST = -9, 3
-"""Decades of effective rates that are told apart; what lies outside counts in the bins at the ends."""
+"""Range of the histogram of effective rates, as powers of ten; rates outside count in the first or last bin."""
 _CHUNK_ROWS = 1 << 18
 
 
 @dataclass(frozen=True)
 class TableStatistics:
-    """Of the rows of one table, over all ranks.
+    """Holds the statistics of one table's rows over all ranks.
 
     Attributes:
-        rates: effective learning rates by decile of frequency, the hottest ids first; one histogram of all rows
-            where frequencies are not known.
-        mean_state: mean of the second moments: for Adagrad, of the accumulators.
-        never_touched: share of rows whose second moment has its first value.
+        rates: histograms of the effective learning rates, one per decile of frequency, most frequent ids first. One
+            histogram of all rows if the frequencies are not known.
+        mean_state: mean of the second moments, for Adagrad of the accumulators.
+        never_touched: fraction of rows whose second moment still has its initial value.
     """
 
     rates: list[Histogram]
@@ -43,9 +43,9 @@ class RowStatistics:
 
     Args:
         tables: the collection.
-        optimizer: of the tables.
-        frequencies: by table [num_rows], how often each id occurs in the data; of the tables where that is known.
-        ranks: those that share the tables.
+        optimizer: the optimizer of the tables.
+        frequencies: by table, [num_rows]; how often each id occurs in the data. Tables may be left out.
+        ranks: the ranks that share the tables.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class RowStatistics:
         }
 
     def measure(self) -> dict[str, TableStatistics]:
-        """Returns what is found, by table; nothing where the optimizer has no effective rates.
+        """Returns the statistics by table, without tables whose optimizer has no effective rates.
 
         Collective: every rank.
         """
@@ -72,7 +72,7 @@ class RowStatistics:
         for group in self._tables.table_groups:
             group.access.write_back()
         shards = self._tables.shards
-        # The optimizer's groups of tables, in its order, which is not the collection's where it combines several.
+        # `effective_rates` numbers the table groups in the optimizer's order, which can differ from the collection's.
         for number, settings in enumerate(self._optimizer.param_groups):
             for table in settings["tables"]:
                 first = shards[table].first_row
@@ -106,7 +106,7 @@ class RowStatistics:
 
 
 def _deciles(shard: TableShard, frequencies: Tensor) -> Tensor:
-    """Returns [slots] int64 of this rank: the tenth of the ids, by falling frequency, that each row's lies in."""
+    """Returns the frequency decile of each row of this rank's shard, [num_local_rows] int64; 0 is the most frequent."""
     num_rows = shard.spec.num_rows
     order = torch.argsort(frequencies, descending=True, stable=True)
     decile = torch.empty(num_rows, dtype=torch.int64)

@@ -1,12 +1,12 @@
-"""A run in its folder: locked, assembled, resumed, trained and its end noted, whichever model it trains."""
+"""Runs training in a run folder: locks the folder, builds or resumes the run, trains, and writes the status."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -44,20 +44,20 @@ from embedtrain.train.watchdog import Watchdog
 _logger = logging.getLogger(__name__)
 
 _VERIFICATION_SECONDS = 60.0
-"""How long a run waits before its last save until its prepared data are compared with their checksums."""
+"""Longest time that a run waits before its last save for the checksums of its prepared data."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is ready to train.
+    """Holds a run that is ready to train.
 
     Attributes:
-        trainer: the loop, its state restored from the newest checkpoint if there is one.
+        trainer: the training loop, restored from the newest checkpoint if there is one.
         folder: the run folder.
-        checkpoints: of the run.
-        sinks: receive the records of rank 0; empty on other ranks.
-        is_resumed: whether a checkpoint was found.
-        is_begun: whether an earlier job has begun to train it.
+        checkpoints: saves and restores the run.
+        sinks: receive the records; empty on all ranks but rank 0.
+        is_resumed: whether a checkpoint was restored.
+        is_begun: whether an earlier job has started this run.
         observers: called on every rank after each step.
         unverified: see `Parts`.
     """
@@ -73,14 +73,14 @@ class Run:
 
 
 class Watch(MetricSink, Protocol):
-    """Takes the records of a run while it is trained, and may ask for its end."""
+    """A sink that receives the records of a run and may stop the run."""
 
     def is_asked(self) -> bool:
-        """Returns whether the run shall stop and be saved."""
+        """Returns whether the run must save and stop."""
 
 
 def check_run_folder(config: Config) -> RunFolder:
-    """Returns the run folder, after making sure that what lies in it belongs to this configuration.
+    """Returns the run folder, after checking that a run in it has the same configuration.
 
     Raises:
         UserError: the folder holds checkpoints of a run with other settings, or a tracker is not installed.
@@ -111,23 +111,23 @@ def train_run(
     undo: Callable[[], None] = lambda: None,
     watch: Watch | None = None,
 ) -> int:
-    """Trains a run, or resumes it; returns its exit status: 0, or `EXIT_PREEMPTED` if it was asked to stop.
+    """Trains or resumes a run and returns its exit status: 0, or `EXIT_PREEMPTED` if it was asked to stop.
 
     Collective: every rank.
 
     Args:
-        config: of the run.
-        runtime: of this process.
-        folder: of the run; locked for as long as the run takes.
-        make_parts: collective; prepares the data and builds what is trained.
+        config: configuration of the run.
+        runtime: runtime of this process.
+        folder: the run folder, which is locked during the run.
+        make_parts: collective; prepares the data and builds the task.
         is_profiled: whether to write profiles into the folder.
-        undo: called if the run cannot be assembled; takes back what `make_parts` has written to the folder.
-        watch: on rank 0, what may stop the run by its measures; None for nothing.
+        undo: called if the run cannot be built; must remove everything that `make_parts` has written to the folder.
+        watch: on rank 0, a sink that may stop the run; None for no sink.
 
     Raises:
-        UserError: another job is at work on the folder, the data cannot be used, or the checkpoint is of other data.
+        UserError: another job uses the folder, the data cannot be used, or the checkpoint was trained on other data.
     """
-    _step_options(config, runtime)  # what the device cannot do is refused before the data are prepared
+    _step_options(config, runtime)  # reports options that the device does not support before the data are prepared
     with RunLock(folder.path, runtime.ranks) as lock:
         try:
             run = build_run(config, runtime, folder, make_parts())
@@ -153,11 +153,11 @@ def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_prof
 
     def require_sound_data() -> None:
         if verification is not None:
-            # A run that was asked to stop has no time, and goes on later.
+            # A run that was asked to stop has no time to wait; it verifies the data when it resumes.
             verification.require_sound(is_last=run.trainer.is_over())
 
     def before_save() -> None:
-        # A run that is killed resumes from this checkpoint, and does not log again what came before it.
+        # A killed run resumes from this checkpoint and does not log earlier records again, so write them now.
         for sink in run.sinks:
             sink.flush()
         lock.check()
@@ -165,7 +165,7 @@ def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_prof
 
     with ExitStack() as stack:
         ends: list[RunEnd] = ["failed"]
-        # Files first: a tracker may wait for its server.
+        # Close files first, because a tracker may wait for its server. The stack calls the last callback first.
         for sink in reversed(run.sinks):
             stack.callback(lambda sink: sink.close(ends[-1]), sink)
         watchdog = stack.enter_context(Watchdog(config.run.timeout_seconds))
@@ -199,14 +199,17 @@ def _train(run: Run, config: Config, runtime: Runtime, lock: RunLock, *, is_prof
 
 
 def begin_verification(unverified: Unverified, timeout_seconds: float, ranks: Ranks) -> Verification | None:
-    """Begins to compare prepared data with their checksums, on rank 0; None on others, and if there are none.
+    """Starts a thread on rank 0 that verifies the checksums of prepared data.
 
-    Collective: every rank. If rank 0 can start no thread, all ranks raise.
+    Collective: every rank. If rank 0 cannot start the thread, all ranks raise.
 
     Args:
-        unverified: what to compare.
-        timeout_seconds: how long the others wait for a rank; the comparison is waited for no longer than half of it.
-        ranks: those of the run.
+        unverified: the data to verify.
+        timeout_seconds: timeout of collectives; the run waits for the verification for at most half of it.
+        ranks: the ranks of the run.
+
+    Returns:
+        The verification; None on other ranks, and if there are no data to verify.
     """
     patience = min(_VERIFICATION_SECONDS, timeout_seconds / 2)
     return ranks.run_on_each(lambda: Verification(unverified, patience) if ranks.rank == 0 and unverified else None)
@@ -218,13 +221,19 @@ def _publisher(config: Config, run: Run) -> Publisher | None:
     return Publisher(run.folder.path, config.publish, lambda: run.checkpoints.complete_step)
 
 
-def _profile(folder: RunFolder, rank: int) -> StepProfile:
+@contextmanager
+def _profile(folder: RunFolder, rank: int) -> Iterator[StepProfile]:
     def write(trace: bytes, table: str) -> None:
         folder.write_profile(rank, trace, table)
         if rank == 0:
             _say(f"{table}\nprofile: {folder.join(PROFILE_NAME)}")
 
-    return StepProfile(write)
+    with StepProfile(write) as profile:
+        yield profile
+    if rank == 0 and not profile.is_written:
+        _logger.warning(
+            f"no profile was written: the first {profile.warmup_steps} steps are not profiled, and no step followed"
+        )
 
 
 def _say(line: str) -> None:
@@ -232,18 +241,18 @@ def _say(line: str) -> None:
 
 
 def build_run(config: Config, runtime: Runtime, folder: RunFolder, parts: Parts) -> Run:
-    """Builds the loop around what is trained, and restores the newest checkpoint.
+    """Builds a run and restores its newest checkpoint.
 
     Collective: every rank.
 
     Args:
-        config: of the run.
-        runtime: of this process.
-        folder: of the run.
-        parts: what to train.
+        config: configuration of the run.
+        runtime: runtime of this process.
+        folder: the run folder.
+        parts: the task and its facts.
 
     Raises:
-        UserError: the checkpoint is of other data or of another optimizer, or the run has no such metric.
+        UserError: the checkpoint was made with other data or another optimizer, or `checkpoint.best_metric` is unknown.
     """
     check_metric(config.checkpoint.best_metric, parts.task)
     earlier = folder.read_config()
@@ -288,9 +297,12 @@ def _step_options(config: Config, runtime: Runtime) -> StepOptions:
 
 
 def start_new_tables(parts: Parts, config: Config, folder: RunFolder, runtime: Runtime) -> dict[str, Any]:
-    """Starts tables from files unless a checkpoint will replace them; returns how many rows each file gave, as JSON.
+    """Initialises tables from files of vectors, unless a checkpoint will replace them.
 
     Collective: every rank.
+
+    Returns:
+        By table, the path of the file and the counts of rows, as JSON.
 
     Raises:
         UserError: a file cannot be used.
@@ -307,7 +319,7 @@ def start_new_tables(parts: Parts, config: Config, folder: RunFolder, runtime: R
         if runtime.rank == 0:
             _logger.info(
                 f"table {table}: {counts.num_copied:,} of {counts.num_rows:,} rows start from {source.path} "
-                f"({counts.num_in_file:,} vectors), {counts.num_rows - counts.num_copied:,} as usual"
+                f"({counts.num_in_file:,} vectors), {counts.num_rows - counts.num_copied:,} keep their initial values"
             )
     return started
 
@@ -333,7 +345,7 @@ def _resume_policy(config: Config) -> ResumePolicy:
 
 
 def _allowed_to_change(config: Config) -> tuple[str, ...]:
-    """Returns the keys, beside those that always may, that the way to resume allows to differ."""
+    """Returns the settings that may differ in addition to those that always may, given the `resume` settings."""
     allowed = {
         "optimizer.": config.resume.optimizer_state == "reset",
         "table.dtype": config.resume.convert_dtype,
@@ -342,19 +354,19 @@ def _allowed_to_change(config: Config) -> tuple[str, ...]:
 
 
 def _check_reset(config: Config, earlier_yaml: str | None, state: TrainState) -> None:
-    """Refuses to reset the optimizer's state at a step that the run has passed without."""
+    """Raises UserError if the optimizer state should be reset at a step that the run has passed without a reset."""
     asked = config.optimizer.reset_state_from_step
     if asked is None or asked >= state.step or earlier_yaml is None:
         return
     if settings_in(earlier_yaml).get("optimizer.reset_state_from_step") != asked:
         raise UserError(
-            f"optimizer.reset_state_from_step={asked}: {config.run.path} is at step {state.step} already; give that "
+            f"optimizer.reset_state_from_step={asked}: {config.run.path} is at step {state.step} already; give this "
             "step or a later one"
         )
 
 
 def _check_epochs(config: Config, earlier_yaml: str | None, trainer: Trainer, runtime: Runtime) -> None:
-    """Refuses fewer epochs than are done, and says how the learning rate goes on with another number of them."""
+    """Raises UserError if fewer epochs are configured than are done; logs the learning rate if their number changed."""
     step, total = trainer.state.step, trainer.total_steps
     if total is None or step == 0 or earlier_yaml is None:
         return
@@ -368,8 +380,8 @@ def _check_epochs(config: Config, earlier_yaml: str | None, trainer: Trainer, ru
         factor = _schedule_factor(config, step / total)
         num_epochs = config.schedule.epochs or config.train.epochs
         _logger.info(
-            f"train.epochs was {earlier} and is {config.train.epochs}: the learning rate goes on at {factor:.3g} of "
-            f"its base, as the schedule {config.schedule.name} of {num_epochs} epochs has it"
+            f"train.epochs changed from {earlier} to {config.train.epochs}: the learning rate continues at "
+            f"{factor:.3g} of its base, by the schedule {config.schedule.name} over {num_epochs} epochs"
         )
 
 
@@ -394,12 +406,12 @@ def _build_sinks(config: Config, folder: RunFolder, state: TrainState, task: Tas
     if config.log.tensorboard and local_path(folder.path) is not None:
         board = TensorBoardSink(folder.join(TENSORBOARD_NAME), purge_step=state.step + 1)
         measures = list(dict.fromkeys(["loss", config.checkpoint.best_metric, *(task.measures or ())]))
-        # Runs of one name would be one row of the table: the folder that they lie in tells sweeps apart.
+        # The name includes the parent folder: TensorBoard merges runs of equal names, such as runs of two sweeps.
         board.log_settings("/".join(folder.path.split("/")[-2:]), tuned_settings(config), measures)
         sinks.append(board)
     if config.log.wandb is None and config.log.mlflow is None:
         return sinks
-    # What trackers keep, others read.
+    # Other people may read what a tracker stores.
     settings = hide_secrets("", settings_of(config))
     path, run_id = local_path(folder.path) or shown(folder.path), folder.run_id(is_new=state.step == 0)
     if config.log.wandb is not None:

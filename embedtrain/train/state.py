@@ -1,4 +1,4 @@
-"""Where a run is, and all else that its checkpoints hold beside the tensors."""
+"""The state of a run that its checkpoints hold in addition to the tensors."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from embedtrain.schema import Amount, Count, Number, SchemaError, parse
 
 @dataclass(frozen=True)
 class LogWindow:
-    """What is trained and not yet logged, so that a resumed run logs the lines of one that never stopped.
+    """Holds the sums since the last log record, so that a resumed run logs the same records as an uninterrupted one.
 
     Attributes:
-        logged_step: the step of the last record of the training.
-        measured_step: the step of the last measurement on held-out data.
-        sums: over the steps since the last record and over all ranks; None for a sum that is not finite.
-        seconds: spent on these steps.
+        logged_step: step of the last training record.
+        measured_step: step of the last evaluation.
+        sums: sums over the steps since the last record and over all ranks; None for a sum that is not finite.
+        seconds: training time of these steps.
     """
 
     logged_step: Count = 0
@@ -35,15 +35,15 @@ class LogWindow:
 
 @dataclass
 class BestSoFar:
-    """The best value of the metric that a run is followed by.
+    """Holds the best value so far of the metric that selects checkpoints.
 
     Attributes:
-        metric: its name.
+        metric: name of the metric.
         value: the best value.
-        step: when it was measured.
-        mark: the value of the last improvement that counted; see `BestPolicy.min_delta`.
-        num_since: measurements since then.
-        kept: the best values so far, the best first: as many as the run keeps checkpoints of, or one if it keeps none.
+        step: step at which it was measured.
+        mark: the value of the last improvement by more than `BestPolicy.min_delta`.
+        num_since: number of measurements since that improvement.
+        kept: the best values, best first. As many as the run keeps best checkpoints, but at least one.
     """
 
     metric: str
@@ -56,17 +56,17 @@ class BestSoFar:
 
 @dataclass
 class TrainState:
-    """Counters of a run. Every draw of the data is a function of (seed, epoch, step): no generator is saved.
+    """Holds the counters of a run. Random draws depend only on (seed, epoch, step), so no generator state is saved.
 
     Attributes:
         step: optimizer steps done.
         epoch: epochs done.
-        step_in_epoch: steps done of the current epoch.
-        examples: examples that all ranks have trained on; words of the text for word vectors, before subsampling.
-        seconds: wall time spent in training, and in waiting for a stream.
-        stream: of a run over a stream, where its next step begins; see `StreamedBatches`.
-        window: what is not yet logged.
-        best: the best measurement so far; None if nobody follows it.
+        step_in_epoch: steps done in the current epoch.
+        examples: examples that all ranks have trained on. For word vectors, words of the text before subsampling.
+        seconds: wall time of training, and of waiting for a stream.
+        stream: position in the stream where the next step begins; see `StreamedBatches`. Empty without a stream.
+        window: sums that are not logged yet.
+        best: the best measurement so far; None if the run does not track it.
     """
 
     step: Count = 0
@@ -79,7 +79,7 @@ class TrainState:
     best: BestSoFar | None = None
 
     def advance(self, steps_per_epoch: int) -> None:
-        """Counts a step of an epoch."""
+        """Counts one step of an epoch."""
         self.step += 1
         self.step_in_epoch += 1
         if self.step_in_epoch == steps_per_epoch:
@@ -87,7 +87,7 @@ class TrainState:
             self.step_in_epoch = 0
 
     def advance_stream(self, position: Mapping[str, Any]) -> None:
-        """Counts a step of a stream."""
+        """Counts one step of a stream and stores the position of the next."""
         self.step += 1
         self.stream = position
 
@@ -97,14 +97,14 @@ class TrainState:
         return counters if self.best is not None else {name: counters[name] for name in counters if name != "best"}
 
     def restore(self, saved: TrainState) -> None:
-        """Takes over the counters of a checkpoint."""
+        """Copies the counters of a checkpoint into this object."""
         for own in fields(self):
             setattr(self, own.name, getattr(saved, own.name))
 
 
 @dataclass(frozen=True)
 class _Group:
-    """The settings of a group of tables on which anything depends; an optimizer may save more."""
+    """Declares the settings of a parameter group that this package reads; an optimizer may save others too."""
 
     step: Count
     tables: tuple[str, ...] = ()
@@ -122,7 +122,7 @@ Group = Annotated[Mapping[str, Any], AfterValidator(_checked_group)]
 
 @dataclass(frozen=True)
 class SavedOptimizer:
-    """The optimizer of the tables: the settings of each group of tables, the steps left out."""
+    """Holds the optimizer of the tables: the settings of each parameter group, and the number of skipped steps."""
 
     name: str
     param_groups: Annotated[tuple[Group, ...], Field(min_length=1)]
@@ -131,14 +131,14 @@ class SavedOptimizer:
 
 @dataclass(frozen=True)
 class SavedDense:
-    """The optimizer of the dense parameters."""
+    """Holds the name of the dense optimizer."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class SavedPooling:
-    """Where the ranks pool the bags of each feature; see `EmbeddingCollection.pooling_choices`."""
+    """Holds where the bags of each feature are pooled; see `EmbeddingCollection.pooling_choices`."""
 
     num_ranks: Count
     features: Mapping[str, tuple[bool, Amount]]
@@ -146,7 +146,7 @@ class SavedPooling:
 
 @dataclass(frozen=True)
 class Started:
-    """How a table began from a file of vectors."""
+    """Records that a table was initialised from a file of vectors."""
 
     path: str
     num_copied: Count
@@ -155,7 +155,7 @@ class Started:
 
 @dataclass(frozen=True)
 class GrownFrom:
-    """The run and the step that a run was grown from."""
+    """Names the run and the step that a run was grown from."""
 
     path: str
     step: Count
@@ -163,18 +163,18 @@ class GrownFrom:
 
 @dataclass(frozen=True, kw_only=True)
 class RunState(TableFacts):
-    """What the trainer saves beside the tensors; the annotations are the schema that a checkpoint is checked against.
+    """Holds what the trainer saves in addition to the tensors. Checkpoints are validated against the annotations.
 
     Attributes:
         train: the counters.
-        optimizer: of the tables.
-        data_fingerprint: by which a resumed run recognises its data.
-        dense_optimizer: of the dense parameters; None if the model has none.
-        pooling: where bags are pooled; None in checkpoints of before it was decided once: the run decides anew.
-        metrics: the newest value of each measure.
-        measured_at: by measure, the step of this value; empty in checkpoints of earlier versions.
-        init_from: by table, how it began from a file.
-        grown_from: None if the run was not grown from another.
+        optimizer: the optimizer of the tables.
+        data_fingerprint: identifies the training data.
+        dense_optimizer: the optimizer of the dense parameters; None if the model has none.
+        pooling: where bags are pooled; None in checkpoints of earlier versions, after which the run decides again.
+        metrics: the latest value of each measure.
+        measured_at: by measure, the step of its latest value; empty in checkpoints of earlier versions.
+        init_from: by table, the file that it was initialised from.
+        grown_from: the run that this run was grown from; None if there is none.
     """
 
     train: TrainState
@@ -192,13 +192,14 @@ def read_run_state(manifest: Manifest, path: str) -> RunState:
     """Returns the state in the manifest of a run's checkpoint at `path`.
 
     Raises:
-        CorruptCheckpointError: it is not what the trainer saves; names the key, what it holds and what is allowed.
+        CorruptCheckpointError: the state does not match the schema. The message names the key, its value and the
+            expected value.
     """
     url = storage.join(path, MANIFEST_NAME)
     try:
         state = parse(RunState, dict(manifest.state))
     except SchemaError as error:
-        raise CorruptCheckpointError(f"{url}: the state is not that of a run: {error}") from error
+        raise CorruptCheckpointError(f"{url}: this is not the state of a run: {error}") from error
     if state.train.step != manifest.step:
         raise CorruptCheckpointError(f"{url}: step {manifest.step} holds the counters of step {state.train.step}")
     return state

@@ -20,15 +20,15 @@ from embedtrain.train.task import DivisibleBatch, Model, Objective
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How the steps of a run are computed.
+    """Holds the options of a training step.
 
     Attributes:
-        accumulate_steps: micro-batches of a step.
-        precision: the dtype in which matrices are multiplied in the forward and the backward pass, as `torch.autocast`
-            chooses them. Parameters, optimizers and rows are not affected.
+        accumulate_steps: micro-batches per step.
+        precision: dtype of the matrix products in forward and backward, through `torch.autocast`. It does not change
+            the dtype of parameters, optimizer states or rows.
         tf32: whether GPUs multiply float32 matrices in TF32.
-        reset_state_from_step: when this many steps are done, the tables' optimizer starts its state anew.
-        device_type: of the model, "cpu" or "cuda".
+        reset_state_from_step: number of steps after which the state of the tables' optimizer is reset; None for never.
+        device_type: device type of the model, "cpu" or "cuda".
     """
 
     accumulate_steps: int = 1
@@ -38,27 +38,27 @@ class StepOptions:
     device_type: str = "cpu"
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Returns the context of a forward pass."""
+        """Returns the context manager for a forward pass."""
         if self.precision == torch.float32:
             return nullcontext()
         return torch.autocast(self.device_type, self.precision)
 
     def products(self) -> AbstractContextManager[object]:
-        """Returns the context of forward and backward."""
+        """Returns the context manager for forward and backward."""
         return _products_in_tf32() if self.tf32 else nullcontext()
 
 
 DEFAULT_OPTIONS = StepOptions()
-"""One batch a step, in float32."""
+"""One batch per step, in float32."""
 
 
 def step_options(
     section: TrainConfig, device: torch.device, *, reset_state_from_step: int | None = None
 ) -> StepOptions:
-    """Returns the options that a configuration gives.
+    """Returns the step options of a configuration.
 
     Raises:
-        UserError: the device cannot do what is asked.
+        UserError: the device does not support TF32 or bfloat16, and the configuration requires it.
     """
     is_old_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
     if section.tf32 and (device.type != "cuda" or is_old_gpu):
@@ -79,9 +79,9 @@ def step_options(
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Returns whether a device has instructions that multiply in bfloat16; a processor without them is slower with it.
+    """Returns whether a device has bfloat16 instructions; a CPU without them is slower in bfloat16 than in float32.
 
-    GPUs that have none are refused by `step_options`.
+    True for any GPU, because `step_options` rejects GPUs without them.
     """
     if device.type != "cpu":
         return True
@@ -102,7 +102,7 @@ def micro_batches(batch: Any, accumulate_steps: int) -> Sequence[Any]:
     """Returns the micro-batches of this rank's batch.
 
     Raises:
-        UserError: the batches of this model cannot be divided.
+        UserError: the batches of this model cannot be split.
     """
     if accumulate_steps == 1:
         return [batch]
@@ -126,21 +126,20 @@ def train_step(
 ) -> Objective:
     """Trains on this rank's batch and returns its objective.
 
-    Collective: every rank, with equally many micro-batches; a batch may be empty.
+    Collective: every rank, with the same number of micro-batches; a batch may be empty.
 
     Args:
         model: takes the batch.
-        optimizer: of the tables, at the rates of its parameter groups.
-        batch: this rank's, or the first of its micro-batches.
-        dense: the optimizer of the other parameters, which are updated where the tables are; None without any.
-        dense_factor: factor of its learning rate.
-        meanwhile: called once the device has work, which on a GPU is long before it is done: forward and backward, or
-            the whole step.
-        further: the other micro-batches. Each is asked for when the device has the one before it to work on.
-        options: how the step is computed.
+        optimizer: the optimizer of the tables; its parameter groups hold the learning rates.
+        batch: this rank's batch, or its first micro-batch.
+        dense: the optimizer of the dense parameters, which steps only if the tables do; None if there are none.
+        dense_factor: multiplies the learning rate of `dense`.
+        meanwhile: called while a GPU still works on the step, after forward and backward or after the update.
+        further: the other micro-batches. Each is requested while a GPU still works on the one before it.
+        options: options of the step.
 
     Raises:
-        NonFiniteError: the loss or a gradient is not finite on any rank; see `SparseOptimizer`.
+        NonFiniteError: the loss or a gradient is not finite on some rank; see `SparseOptimizer`.
     """
     objectives = []
     for part in itertools.chain([batch], further):
@@ -151,8 +150,9 @@ def train_step(
                 objective.loss.backward()
         objectives.append(objective)
     objective = _sum_of(objectives)
-    # Several ranks wait for each other's sizes meanwhile: the device then has the update to do. One rank waits for
-    # nothing, and has what it prepared known to the host by the wait for the step before.
+    # On several ranks, `meanwhile` waits for the sizes that the ranks exchange. It runs after the update, so that the
+    # device has work during this wait. One rank waits for nothing, so it runs earlier: its numbers then reach the host
+    # together with the verdict of the previous step.
     is_before = not optimizer.looks_later or optimizer.stores[0].ranks.size == 1
     if meanwhile is not None and is_before:
         optimizer.settle()
@@ -177,7 +177,7 @@ def train_step(
 
 
 def _sum_of(objectives: Sequence[Objective]) -> Objective:
-    """Returns the objective of a batch from those of its micro-batches, of which there is at least one."""
+    """Returns the objective of a batch, given the objectives of its micro-batches (at least one)."""
     first, *others = objectives
     if not others:
         return first

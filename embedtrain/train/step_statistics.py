@@ -1,4 +1,4 @@
-"""What a step costs and what it looks up: seconds by stage, bytes between ranks, memory, distinct and hot ids."""
+"""Statistics of training steps: seconds per stage, bytes between ranks, memory, and counts of distinct and hot ids."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from embedtrain.ops.sort_unique import sort_unique
 _OUTER_STAGES = ("sample", "prepare", "forward", "backward", "update")
 _STAGES = (*_OUTER_STAGES, "unique", "exchange", "kernel", "agree", "save", "evaluate")
 _HOTTEST = 100
-"""One of so many distinct ids counts as hot."""
+"""One in this many distinct ids, the most frequent ones, counts as hot."""
 
 
 class StepStatistics:
-    """Measures the steps since it last did, over all ranks.
+    """Measures the cost and the lookups of the steps since the last call of `measure`, over all ranks.
 
     Args:
-        tables: of the model.
-        ranks: those of the run.
+        tables: the tables of the model.
+        ranks: the ranks of the run.
     """
 
     def __init__(self, tables: EmbeddingCollection, ranks: Ranks) -> None:
         self._tables = tables
         self._ranks = ranks
-        # The keys of each look-up by group, by step: of the last step begun, and of later ones so far.
+        # By step, the keys of each lookup by table group: for the current step, and for later steps prepared ahead.
         self._keys: dict[int, list[Mapping[int, torch.Tensor]]] = {}
         self._step = 0
         tables.watch(self._note)
         self._seen = self._costs()
 
     def begin_step(self, step: int) -> None:
-        """Has the look-ups from now on, and those made ahead for this step, count as those of the last step."""
+        """Starts a step: lookups from now on, and lookups made ahead for this step, belong to it."""
         self._keys = {later: keys for later, keys in self._keys.items() if later >= step}
         self._step = step
 
     @contextmanager
     def ahead(self, step: int) -> Iterator[None]:
-        """Has the look-ups in this context count as those of a later step."""
+        """Assigns the lookups in this context to a later step."""
         begun, self._step = self._step, step
         try:
             yield
@@ -52,25 +52,26 @@ class StepStatistics:
             self._step = begun
 
     def measure(self, num_steps: int) -> dict[str, float]:
-        """Returns the statistics of the steps since the last call, and of the ids of the last of them.
+        """Returns the statistics of the steps since the last call, and of the ids of the last step.
 
         Collective: every rank.
 
         Args:
-            num_steps: since the last call.
+            num_steps: number of steps since the last call.
 
         Returns:
-            `stage/NAME`: seconds a step, mean over the ranks, as their hosts see them; stages lie inside others.
-            `stage/busiest_rank`: the work of the rank with the most, waiting left out, over the mean.
-            `exchange/bytes`: sent to other ranks in a step, by all ranks together.
-            `ids/looked_up`, `ids/distinct`: of a step; an id counts as distinct once for each rank.
-            `ids/hottest_share`: of those looked up, the share of the most frequent hundredth of the distinct ones.
-            `memory/host_bytes`, `memory/device_bytes`: the most that a rank has taken so far.
+            `stage/NAME`: host seconds per step, mean over the ranks. Stages can be nested.
+            `stage/busiest_rank`: largest working time of a rank, without waiting, divided by the mean.
+            `exchange/bytes`: bytes sent to other ranks per step, summed over the ranks.
+            `ids/looked_up`, `ids/distinct`: ids in the last step. Each rank counts its distinct ids, and the counts are
+                added.
+            `ids/hottest_share`: fraction of the looked-up ids that belong to the most frequent 1 % of distinct ids.
+            `memory/host_bytes`, `memory/device_bytes`: peak memory of the rank with the highest peak.
         """
         costs = self._costs()
         spent, self._seen = costs - self._seen, costs
         own = torch.cat([spent / max(num_steps, 1), self._ids(), _memory(self._tables.device)])
-        # Each rank fills in its row of the same tensor: the sum has all of them.
+        # Each rank fills one row and leaves zeros elsewhere, so the sum holds all rows.
         by_rank = torch.zeros(self._ranks.size, len(own), dtype=torch.float64)
         by_rank[self._ranks.rank] = own
         by_rank = self._ranks.all_reduce(by_rank)
@@ -89,18 +90,18 @@ class StepStatistics:
         return {**found, "memory/host_bytes": on_host, **({"memory/device_bytes": on_device} if on_device else {})}
 
     def _note(self, keys: Mapping[int, torch.Tensor]) -> None:
-        # Evaluations look up without gradients.
+        # Lookups without gradients belong to evaluations.
         if torch.is_grad_enabled():
             self._keys.setdefault(self._step, []).append(keys)
 
     def _costs(self) -> torch.Tensor:
-        """Returns [stages + 1] float64: seconds in each stage and bytes sent, since this process began."""
+        """Returns [stages + 1] float64: seconds per stage and bytes sent, since the process started."""
         seconds = seconds_by_stage()
         costs = [seconds.get(name, 0.0) for name in _STAGES]
         return torch.tensor([*costs, float(bytes_sent())], dtype=torch.float64)
 
     def _ids(self) -> torch.Tensor:
-        """Returns [3] float64: ids of the last step, distinct ones, and how often the hottest of those occur."""
+        """Returns [3] float64 for the last step: number of ids, of distinct ids, and of occurrences of hot ids."""
         found = torch.zeros(3, dtype=torch.float64)
         noted = self._keys.get(self._step, [])
         for group in sorted({group for keys in noted for group in keys}):
@@ -112,7 +113,7 @@ class StepStatistics:
 
 
 def _memory(device: torch.device) -> torch.Tensor:
-    """Returns [2] float64: the most bytes of the host's and of the device's memory that this process has taken."""
+    """Returns [2] float64: the peak of this process's host memory and of its device memory, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     on_host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     on_device = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0

@@ -1,4 +1,4 @@
-"""What a run trains: a model with its optimizers and data, its evaluation, and what is kept beside its tables."""
+"""The parts that a recipe gives to a run: the model, its optimizers, its data and its evaluation."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from embedtrain.train.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of this rank's batch, to differentiate and to report.
+    """Holds the loss of this rank's batch, for backward and for the log.
 
     Attributes:
-        loss: scalar; what backward is called on. Its gradient is averaged over the ranks.
-        total: scalar float64, detached; the sum of the losses of all predictions of the batch.
-        num_predictions: how many; `total / num_predictions`, both summed over the ranks, is the loss reported.
-        sums: [n] float64 or None, detached; `Task.summarize` makes further measures of it, such as from counts in
-            bins. It adds up over steps and ranks; its size is the same at every step.
+        loss: scalar; `backward` is called on it. The gradients are averaged over the ranks.
+        total: scalar float64, detached; the sum of the losses of all predictions in the batch.
+        num_predictions: number of predictions. The logged loss is `total / num_predictions`, both summed over the
+            ranks.
+        sums: [n] float64 or None, detached; further sums, such as counts per bin, added up over steps and ranks.
+            `Task.summarize` computes measures from them. The size n is the same in every step.
     """
 
     loss: Tensor
@@ -38,70 +39,71 @@ Model = Callable[[Any], Objective]
 
 @runtime_checkable
 class DivisibleBatch(Protocol):
-    """A batch that can be trained on in parts, one after the other, as `train.accumulate_steps` asks for."""
+    """A batch that can be split into micro-batches, which `train.accumulate_steps` requires."""
 
     def split(self, num_parts: int) -> Sequence[Any]:
-        """Returns so many batches, of which some may be empty. Their losses add up to the loss of the whole batch."""
+        """Returns `num_parts` batches, some of which may be empty; their losses add up to the loss of this batch."""
 
 
 class Batches(Protocol):
-    """Batches as functions of epoch and step: nothing to save, nothing to restore."""
+    """Returns batches as a function of epoch and step, so there is no state to save or restore."""
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of every epoch, the same on every rank; of batches that grow, of an epoch of full ones."""
+        """Number of steps per epoch, the same on every rank; for growing batches, of an epoch with full batches."""
 
     @property
     def examples_per_epoch(self) -> int:
-        """Examples of an epoch over all ranks."""
+        """Number of examples per epoch over all ranks."""
 
     def batch(self, epoch: int, step: int) -> Any:
-        """Returns this rank's part of a step; it has `num_examples`."""
+        """Returns this rank's batch of a step; it must have the attribute `num_examples`."""
 
 
 @runtime_checkable
 class GrowingBatches(Batches, Protocol):
-    """Batches that may grow from step to step, so that the first epochs have more steps than later ones."""
+    """Batches whose size may grow during the run, so that the first epochs have more steps than later ones."""
 
     @property
     def is_growing(self) -> bool:
-        """Whether they do; if not, every epoch has `steps_per_epoch`."""
+        """Whether the batches grow; if not, every epoch has `steps_per_epoch` steps."""
 
     def steps_of(self, epoch: int) -> int:
-        """Returns the steps of an epoch, the same on every rank."""
+        """Returns the number of steps of an epoch, the same on every rank."""
 
     def share_done(self, epoch: int, step: int) -> float:
-        """Returns the share of an epoch's examples that lie before a step of it."""
+        """Returns the fraction of the epoch's examples that come before a step."""
 
 
 @runtime_checkable
 class StreamedBatches(Protocol):
-    """Batches of a stream, which comes once and whose end nobody knows."""
+    """Returns batches of a stream, which is read once and whose length is unknown."""
 
     def next_batch(self, position: Mapping[str, Any]) -> tuple[Any | None, Mapping[str, Any], bool]:
-        """Reads the step that begins at a position.
+        """Reads the next step from a position in the stream.
 
         Collective: every rank.
 
         Args:
-            position: JSON; empty for the beginning.
+            position: JSON; empty for the start of the stream.
 
         Returns:
-            This rank's part of the step, or None where it has not come within about a second or the stream is over;
-            where the next step begins; and whether the stream is over.
+            This rank's batch, the position of the next step, and whether the stream has ended. The batch is None if
+            none arrived within about a second, or if the stream has ended.
         """
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A measurement on held-out data during training.
+    """Describes how and when a run is evaluated on held-out data.
 
     Attributes:
-        measure: collective; returns the measures, alike on every rank. It is given a function to call now and
-            then, which says that this rank is getting on. It changes nothing that training depends on. If it raises, on
-            every rank alike, the run is saved and goes on.
-        every_steps: steps between two; None leaves it to the epochs.
-        every_epochs: epochs between two; None leaves it to the steps. The end of the run is always measured.
+        measure: collective; returns the measures, the same on every rank. Its argument is a heartbeat function, which
+            it must call now and then, so that the watchdog does not end the rank. It must not change anything that
+            training uses. If it raises the same error on every rank, the run saves a checkpoint and continues.
+        every_steps: steps between two evaluations; None evaluates by epochs only.
+        every_epochs: epochs between two evaluations; None evaluates by steps only. The end of the run is always
+            evaluated.
     """
 
     measure: Callable[[Callable[[], None]], Mapping[str, float]]
@@ -109,12 +111,12 @@ class Evaluation:
     every_epochs: int | None = 1
 
     def is_due(self, step: int, epochs_done: int | None, total_steps: int | None) -> bool:
-        """Returns whether to measure after so many steps; alike on every rank.
+        """Returns whether an evaluation is due, the same on every rank.
 
         Args:
-            step: how many are done.
-            epochs_done: how many epochs are, if the last step ended one; None else, and for a stream.
-            total_steps: of the run; None for a stream.
+            step: number of steps done.
+            epochs_done: number of epochs done if the last step ended an epoch; otherwise, and for a stream, None.
+            total_steps: number of steps of the run; None for a stream.
         """
         counted = ((step, self.every_steps), (epochs_done, self.every_epochs))
         is_at_period = any(done is not None and period is not None and done % period == 0 for done, period in counted)
@@ -123,19 +125,19 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Task:
-    """What a run trains.
+    """Holds what a run trains: model, tables, optimizers and data.
 
     Attributes:
-        model: takes a batch, returns its objective.
+        model: takes a batch and returns its objective.
         tables: the model's tables.
-        optimizer: of the tables.
-        batches: the data.
-        dense: the optimizer of the model's other parameters; None where it has none.
-        evaluation: how the model is measured during training; None for not at all.
-        summarize: turns the sums of `Objective.sums` over steps and ranks into measures; None where there are none.
-        unit: what the batches count, in the plural: names the counters among the metrics.
-        frequencies: by table [num_rows], how often each id occurs in the data, where that is known.
-        measures: the names of what `summarize` and `evaluation` return; None if that is known only when they have.
+        optimizer: the optimizer of the tables.
+        batches: the training data.
+        dense: the optimizer of the model's dense parameters; None if it has none.
+        evaluation: the evaluation during training; None for no evaluation.
+        summarize: computes measures from the sums of `Objective.sums` over steps and ranks; None if there are no sums.
+        unit: plural noun for the examples, used in metric names such as "examples_per_second".
+        frequencies: by table, [num_rows]; how often each id occurs in the data. Tables may be left out.
+        measures: names of the measures that `summarize` and `evaluation` return; None if they are not known in advance.
     """
 
     model: Model
@@ -152,11 +154,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Vectors of another program that a table starts from.
+    """Names a file of vectors from another program that initialises a table.
 
     Attributes:
-        path: the file.
-        rows: returns the row of each name.
+        path: path of the file.
+        rows: returns the table's row for each name.
     """
 
     path: str
@@ -165,15 +167,16 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a model's configuration and data were turned into.
+    """Holds everything that a recipe builds from a configuration and its data.
 
     Attributes:
         task: model, optimizers, data and evaluation.
-        facts: JSON for each checkpoint: `data_fingerprint`, by which a resumed run recognises its data, and what
-            readers of the vectors need, such as `export_table`.
-        write_files: called on rank 0; writes to the run folder what readers of the vectors need, such as a vocabulary.
-        pretrained: by table, the vectors that it starts from in a new run.
-        unverified: the prepared data that were not compared with their checksums; the run does so while it trains.
+        facts: JSON that is saved with each checkpoint. `data_fingerprint` identifies the data, so that a resumed run
+            can check it. Readers of the vectors need others, such as `export_table`.
+        write_files: called on rank 0; writes files to the run folder that readers of the vectors need, such as a
+            vocabulary.
+        pretrained: by table, the file of vectors that initialises it in a new run.
+        unverified: prepared data whose checksums are not verified yet; the run verifies them while it trains.
     """
 
     task: Task

@@ -31,24 +31,24 @@ T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 _STEPS_BETWEEN_AGREEMENTS = 8
-"""A signal is heard after at most so many steps; agreeing at each would cost a small collective a step."""
+"""Largest number of steps until the ranks agree on signals. Agreeing at every step would cost a collective per step."""
 
 
 class Trainer:
     """Trains a model to the end of its epochs or of a stream, or until it is asked to stop.
 
-    The learning rates that the task's optimizers were made with are the base rates.
+    The base learning rates are those of the task's optimizers at construction.
 
     Args:
-        task: what to train.
-        state: where the run is; advanced in place.
-        epochs: passes over the data; a stream is read once.
-        schedule: factor of every base learning rate by the share of the run that is done.
-        checkpoints: when and how to save.
-        ranks: those of the run.
-        options: how the steps are computed.
-        is_shared: no collective; returns whether all ranks failed as this one did, with an error of their own; None
-            if only one process can tell.
+        task: the model, its optimizers and data.
+        state: the counters of the run; updated in place.
+        epochs: number of epochs; ignored for a stream, which is read once.
+        schedule: returns the factor of all base learning rates for the fraction of the run that is done.
+        checkpoints: saves the run.
+        ranks: the ranks of the run.
+        options: options of the steps.
+        is_shared: returns whether every rank failed by itself, as this one did; not a collective. With None, a failed
+            evaluation ends the run unless there is only one rank.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Trainer:
         self._ahead = (
             None if isinstance(task.batches, StreamedBatches) else BatchesAhead(task, options.accumulate_steps)
         )
-        # If the host decides whether dense parameters step, it must know at once whether the gradients are finite.
+        # If the dense optimizer cannot skip a step on the device, the host must know at once if gradients are finite.
         is_known_to_device = task.dense is None or task.dense.takes_found_inf
         task.optimizer.looks_later = task.tables.device.type == "cuda" and is_known_to_device
         self._rates = [float(settings["lr"]) for settings in task.optimizer.param_groups]
@@ -83,9 +83,9 @@ class Trainer:
         self._is_shared = is_shared or (lambda error: ranks.size == 1)
         self._best = BestWatch(checkpoints.policy.best, state, ranks)
         self._names: frozenset[str] = frozenset()
-        self._kinds: set[bool] = set()  # Of the records so far: those of the training and those of held-out data.
+        self._kinds: set[bool] = set()  # kinds of records so far: True for training, False for evaluation
         self._check_counters()
-        # Checkpoints of earlier versions hold no window: their records begin anew.
+        # Checkpoints of earlier versions hold no window; then the next record starts from zero.
         window = state.window or LogWindow(state.step, state.step)
         self._window = _Window(window.sums, window.seconds)
         self._statistics = StepStatistics(task.tables, ranks)
@@ -102,17 +102,17 @@ class Trainer:
         on_step: Callable[[], None] | None = None,
         is_asked: Callable[[], bool] = lambda: False,
     ) -> bool:
-        """Trains, logs and saves; returns whether the run is complete, not merely stopped and saved.
+        """Trains, logs and saves; returns True if the run is complete, False if it was stopped and saved.
 
-        Collective: every rank. Rank 0 alone passes sinks.
+        Collective: every rank.
 
         Args:
-            sinks: take a record every `log_every_steps` steps and at the end.
-            log_every_steps: how often.
-            before_save: collective; called on every rank before each save, which it can prevent by raising.
-            alive: called whenever this rank has got on: after each step, and now and then during a measurement.
+            sinks: receive the records; empty on all ranks but rank 0.
+            log_every_steps: steps between two training records; there is also one at the end.
+            before_save: collective; called on every rank before each save. It prevents the save by raising an error.
+            alive: heartbeat function; called after each step and now and then during an evaluation.
             on_step: called after each step.
-            is_asked: whether this rank is asked to stop and save, beside by a signal.
+            is_asked: returns whether this rank must stop and save for a reason other than a signal.
         """
         with Interrupt() as interrupt:
             while not self.is_over():
@@ -124,7 +124,7 @@ class Trainer:
                 is_logged = has_trained and (step % log_every_steps == 0 or step == self.total_steps)
                 is_due = has_trained and self._checkpoints.policy.is_due(step)
                 is_measured = has_trained and self._is_measured(step)
-                # While a stream brings no batch, an agreement delays nothing.
+                # The ranks also agree whenever a stream brings no batch: they are idle then.
                 if is_logged or is_due or is_measured or not has_trained or step % _STEPS_BETWEEN_AGREEMENTS == 0:
                     self._or_settle(self._task.optimizer.settle)
                     is_stopped, is_overdue, has_failed = self._agree(interrupt.is_asked or is_asked())
@@ -148,12 +148,12 @@ class Trainer:
         return True
 
     def is_over(self) -> bool:
-        """Tells whether the last epoch, or the stream, is trained to its end, or no improvement is waited for."""
+        """Returns whether training has reached the last epoch's or the stream's end, or has stopped early."""
         is_at_end = self.total_steps is not None and self.state.step >= self.total_steps
         return self._is_drained or is_at_end or self._best.is_over
 
     def _finish_records(self, sinks: Sequence[MetricSink], alive: Callable[[], None] | None) -> None:
-        """Logs and measures at a step that nobody knew to be the last. Collective: every rank."""
+        """Logs and evaluates the last step, if it was not known to be the last. Collective: every rank."""
         if self.state.step > self._logged_step:
             self._log(sinks)
         if self.state.step > self._measured_step and self._task.evaluation is not None:
@@ -168,26 +168,26 @@ class Trainer:
             self._checkpoints.save(is_last=is_last)
 
     def _check_counters(self) -> None:
-        """Refuses counters that no run over these data comes to: a run that is past its end would never end."""
+        """Raises CorruptCheckpointError if the counters contradict the data; a run past its end would never stop."""
         state = self.state
         if self._calendar is None:
             return
         if self._calendar.place_of(state.step) != (state.epoch, state.step_in_epoch):
             raise CorruptCheckpointError(
-                f"the checkpoint's counters say step {state.step}, {state.epoch} epochs and {state.step_in_epoch} "
-                f"steps, which does not add up with {self._calendar.steps_of(state.epoch)} steps per epoch"
+                f"the checkpoint's counters are step {state.step}, {state.epoch} epochs and {state.step_in_epoch} "
+                f"steps, which do not add up with {self._calendar.steps_of(state.epoch)} steps per epoch"
             )
 
     def _or_settle(self, function: Callable[[], T]) -> T:
         try:
             return function()
         except NonFiniteError:
-            # Raised on every rank alike: the checkpoint under way is what the run goes back to.
+            # All ranks raise this error. Finish the current background save, because the run will resume from it.
             self._checkpoints.settle()
             raise
 
     def _train_once(self) -> bool:
-        """Trains on the next step; returns False where a stream has not brought it yet, or is over."""
+        """Trains one step; returns False if a stream has not delivered the batch yet or has ended."""
         begin(f"step {self.state.step + 1}")
         if self._stream is not None:
             with stage("sample"):
@@ -218,7 +218,7 @@ class Trainer:
         self._window.add(objective, prepared.num_examples)
 
     def _factor_at(self, step: int) -> float:
-        """Returns the schedule's factor; of a stream, whose end is not known, that of its beginning."""
+        """Returns the schedule's factor at a step; a stream has no known length, so it keeps the initial factor."""
         return self._schedule(0.0 if self._calendar is None else self._calendar.share_done(step, self._epochs))
 
     def _prepare_next(self) -> None:
@@ -236,7 +236,13 @@ class Trainer:
         return evaluation.is_due(step, self.state.epoch if is_at_end else None, self.total_steps)
 
     def _agree(self, is_asked_to_stop: bool) -> tuple[bool, bool, bool]:
-        """Sums up what the ranks did since they last agreed; whether any wants to stop or save, or failed to save."""
+        """Sums the ranks' counts since the last agreement. Collective: every rank.
+
+        Returns:
+            is_stopped: whether any rank is asked to stop.
+            is_overdue: whether rank 0's clock says that a checkpoint is due.
+            has_failed: whether any rank knows of a failed background save.
+        """
         is_overdue = self._ranks.rank == 0 and self._checkpoints.is_overdue()
         flags = [float(is_asked_to_stop), float(is_overdue), float(self._checkpoints.has_failed)]
         local = torch.cat([torch.tensor(flags, dtype=torch.float64), self._window.local])
@@ -248,7 +254,7 @@ class Trainer:
         return is_stopped, is_overdue, has_failed
 
     def _log(self, sinks: Sequence[MetricSink]) -> None:
-        """Logs what was done since it last did. Collective: every rank."""
+        """Logs a record of the steps since the last one. Collective: every rank."""
         unit = self._task.unit
         sums, seconds = self._window.report()
         factor = self._factor_at(self.state.step - 1)
@@ -271,9 +277,10 @@ class Trainer:
         self._logged_step = self.state.step
 
     def _measure(self, sinks: Sequence[MetricSink], alive: Callable[[], None] | None) -> bool:
-        """Measures on held-out data; returns whether to save now.
+        """Evaluates on held-out data; returns whether to save now.
 
-        It is saved if the measure is one to keep, and if the measurement failed, which must not lose what was trained.
+        The run is saved if the result is among the best to keep. It is also saved if the evaluation failed, so that no
+        training is lost.
 
         Collective: every rank.
         """
@@ -291,7 +298,7 @@ class Trainer:
             is_kept = self._take({**self._when(), **measures}, sinks)
         elif self._ranks.rank == 0:
             _logger.warning(
-                f"the evaluation at step {self.state.step:,} failed, and training goes on without its measures: "
+                f"the evaluation at step {self.state.step:,} failed, and training continues without its measures: "
                 f"{error if isinstance(error, UserError) else f'{type(error).__name__}: {error}'}"
             )
         self._measured_step = self.state.step
@@ -299,7 +306,7 @@ class Trainer:
         return is_kept or error is not None
 
     def _take(self, record: Mapping[str, float | int | str], sinks: Sequence[MetricSink]) -> bool:
-        """Hands a record on; returns whether a checkpoint of now would be kept for it. Collective: every rank."""
+        """Passes a record to the sinks; returns whether it is among the best to keep. Collective: every rank."""
         self._names |= record.keys()
         self._kinds.add("loss" in record)
         self._checkpoints.take_metrics(record)
@@ -310,7 +317,7 @@ class Trainer:
         return self._best.judge(record)
 
     def _when(self) -> dict[str, float | int | str]:
-        """Returns where the run is, as records say it; a stream has no epochs."""
+        """Returns the step, epoch and seconds for a record; a stream has no epoch."""
         when: dict[str, float | int | str] = {"step": self.state.step}
         if self._calendar is not None:
             when["epoch"] = self.state.epoch + self.state.step_in_epoch / self._calendar.steps_of(self.state.epoch)
@@ -318,17 +325,17 @@ class Trainer:
 
 
 _LOSS, _PREDICTIONS, _EXAMPLES = range(3)
-"""Places among the sums; those of `Objective.sums` follow."""
+"""Indices into the sums; the elements of `Objective.sums` follow."""
 
 
 class _Window:
-    """Sums over steps: this rank's since the last agreement, all ranks' since the last log.
+    """Holds sums over steps: of this rank since the last agreement, and of all ranks since the last record.
 
-    What a model returns is added up where it is, so that the host need not wait for it at every step.
+    The model's results are added on their device, so that the host need not wait for them in every step.
 
     Args:
-        sums: those that a resumed run begins with; None for one that is not finite.
-        seconds: spent on them.
+        sums: initial sums over all ranks, from a checkpoint; None for a sum that is not finite.
+        seconds: training time of the steps in the initial sums.
     """
 
     def __init__(self, sums: Sequence[float | None] = (), seconds: float = 0.0) -> None:
@@ -341,19 +348,19 @@ class _Window:
 
     @property
     def local(self) -> Tensor:
-        """[3 + n] float64 on the CPU: losses, predictions, examples, and the n of `Objective.sums`."""
+        """[3 + n] float64 on the CPU: loss, predictions, examples, and the n elements of `Objective.sums`."""
         objectives = to_host(self._objectives)
         return torch.cat([objectives[:1], self._counts, objectives[1:]])
 
     def add(self, objective: Objective, num_examples: int) -> None:
-        """Counts a step of this rank."""
+        """Adds a step of this rank."""
         total = objective.total.double().view(1)
         added = total if objective.sums is None else torch.cat([total, objective.sums.to(total)])
         self._objectives = _sum(self._objectives.to(added.device), added)
         self._counts += torch.tensor([objective.num_predictions, num_examples], dtype=torch.float64)
 
     def close(self, sums: Tensor) -> float:
-        """Takes the sums over the ranks; returns the seconds since it last did."""
+        """Adds sums over the ranks and clears this rank's own; returns the seconds since the last call."""
         self._agreed = _sum(self._agreed, sums)
         self._objectives, self._counts = torch.zeros_like(self._objectives), torch.zeros_like(self._counts)
         now = time.perf_counter()
@@ -361,25 +368,25 @@ class _Window:
         return seconds
 
     def open_sums(self) -> tuple[tuple[float | None, ...], float]:
-        """Returns the sums over the ranks that were not reported, as `__init__` takes them, and their seconds."""
+        """Returns the sums over the ranks that are not reported yet, and their seconds, as `__init__` takes them."""
         sums = tuple(value if math.isfinite(value) else None for value in self._agreed.tolist())
         return sums, max(self._agreed_at - self._reported_at, 0.0)
 
     def leave_out_time(self) -> None:
-        """Has the time since the last agreement count for nothing: it was not spent in training."""
+        """Excludes the time since the last agreement, because it was not spent in training."""
         now = time.perf_counter()
         self._reported_at += now - self._agreed_at
         self._agreed_at = now
 
     def report(self) -> tuple[Tensor, float]:
-        """Returns the sums over the ranks since the last report, and the seconds."""
+        """Returns the sums over the ranks since the last report and their seconds, and starts new sums."""
         sums, seconds = self._agreed, max(self._agreed_at - self._reported_at, 1e-9)
         self._agreed, self._reported_at = torch.zeros_like(sums), self._agreed_at
         return sums, seconds
 
 
 def _sum(total: Tensor, added: Tensor) -> Tensor:
-    """Adds sums, of which either may be the longer: before the first step nobody knows how many there are."""
+    """Adds two vectors of sums, padding the shorter; before the first step the number of sums is unknown."""
     length = max(len(total), len(added))
     padded = [torch.nn.functional.pad(sums, (0, length - len(sums))) for sums in (total, added)]
     return padded[0] + padded[1]

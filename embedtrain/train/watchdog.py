@@ -1,4 +1,4 @@
-"""A rank that hangs shows where, and ends."""
+"""The watchdog, which ends a rank that hangs and prints where it hangs."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import time
 from types import TracebackType
 
 _GRACE_SECONDS = 5.0
-"""Ranks that wait for the one that hangs fail first, by their collective's time-out, and say which it is."""
+"""Seconds that are added to the timeout, so that the collectives of the other ranks time out first. Their error names
+the rank that hangs."""
 
 _ARMINGS = 20
-"""Arming costs tens of microseconds: it is done when a twentieth of the time has passed, not at every step."""
+"""The timer is restarted at most this many times per timeout, because a restart costs tens of microseconds."""
 
 
 class Watchdog:
-    """While entered, ends the process if `alive` is not called for a time, the stacks of all threads printed first.
+    """Prints the stacks of all threads and ends the process if `alive` is not called in time; active while entered.
 
-    It works without the interpreter's lock, so that native code that hangs is caught too.
+    It does not need the interpreter lock, so it also catches native code that hangs.
 
     Args:
-        timeout_seconds: after how long, and a few seconds more.
+        timeout_seconds: longest time between two calls of `alive`; a few seconds are added.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
@@ -27,18 +28,18 @@ class Watchdog:
         self._armed_at = 0.0
 
     def __enter__(self) -> Watchdog:
-        """Begins to watch."""
+        """Starts the timer."""
         self.alive()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ceases to watch."""
+        """Cancels the timer."""
         faulthandler.cancel_dump_traceback_later()
 
     def alive(self) -> None:
-        """Says that this rank is getting on."""
+        """Reports that this rank makes progress, which restarts the timer."""
         now = time.monotonic()
         if self._armed_at == 0.0 or now - self._armed_at > self._timeout_seconds / _ARMINGS:
             faulthandler.dump_traceback_later(self._timeout_seconds + _GRACE_SECONDS, exit=True)

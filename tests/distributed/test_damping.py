@@ -197,12 +197,12 @@ def test_what_cannot_be_damped_is_refused_by_name() -> None:
     model = Word2Vec(NUM_WORDS, DIM)
     optimizer: et.optim.SparseOptimizer = et.optim.RowwiseAdagrad(model.tables, **OPTIONS)
     optimizer.preconditioner = et.optim.CurvatureDamping({INPUT: OUTPUT})
-    with pytest.raises(ValueError, match="no counts came with the gradient of the tables input, output"):
+    with pytest.raises(ValueError, match="the gradient of the tables input, output has no counts"):
         one_step(optimizer, model)
     with pytest.raises(ValueError, match="no table item"):
         optimizer.preconditioner = et.optim.CurvatureDamping({INPUT: OUTPUT, "item": "item"})
         one_step(optimizer, model)
-    with pytest.raises(ValueError, match="each table is in one pair"):
+    with pytest.raises(ValueError, match="a table can be in one pair only"):
         et.optim.CurvatureDamping({INPUT: OUTPUT, "item": OUTPUT})
     with pytest.raises(ValueError, match="must be positive"):
         et.optim.CurvatureDamping({INPUT: OUTPUT}, directions=0)
@@ -210,7 +210,7 @@ def test_what_cannot_be_damped_is_refused_by_name() -> None:
     model.counts_rows = True
     optimizer = et.optim.Adam(model.tables)
     optimizer.preconditioner = et.optim.CurvatureDamping({INPUT: OUTPUT})
-    with pytest.raises(ValueError, match="has no rate of a row before a step"):
+    with pytest.raises(ValueError, match="Use SGD, or RowwiseAdagrad or Adagrad"):
         one_step(optimizer, model)
 
 

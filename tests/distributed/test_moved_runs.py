@@ -237,7 +237,7 @@ def test_the_rate_of_further_epochs_is_that_of_the_schedule_of_all(
 ) -> None:
     answer(*train("word2vec"))
     answer(*train("word2vec"), "train.epochs=4")
-    assert "train.epochs was 2 and is 4: the learning rate goes on at 0.5 of its base" in caplog.text
+    assert "train.epochs changed from 2 to 4: the learning rate continues at 0.5 of its base" in caplog.text
     answer(*train("word2vec", run="long"), "train.epochs=4")
     rates = [{record["step"]: record.get("learning_rate") for record in records_of(run)} for run in ("run", "long")]
     assert max(rates[0]) == max(rates[1])

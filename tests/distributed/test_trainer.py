@@ -188,7 +188,7 @@ def test_counters_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
     trainer, _, _ = run_of(tmp_path)
     trainer.state.step, trainer.state.epoch = 99, 3
     trainer._checkpoints.save(is_last=True)
-    with pytest.raises(CorruptCheckpointError, match="say step 99, 3 epochs and 0 steps, which does not add up with 7"):
+    with pytest.raises(CorruptCheckpointError, match="are step 99, 3 epochs and 0 steps, which do not add up with 7"):
         run_of(tmp_path)
 
 

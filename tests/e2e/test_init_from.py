@@ -91,7 +91,7 @@ def test_items_and_values_start_from_files(job: Job) -> None:
     )
     done = job.run("train", "retrieval.yaml")
     assert done.returncode == 0, done.stderr
-    assert "table item: 2 of 7 rows start from items.npy (3 vectors), 5 as usual" in done.stderr
+    assert "table item: 2 of 7 rows start from items.npy (3 vectors), 5 keep their initial values" in done.stderr
     names = [line.split("\t")[0] for line in (job.folder / "items/items.tsv").read_text().splitlines()]
     rows = rows_of(job, "items", "item")
     np.testing.assert_array_equal(rows[names.index("i3")], items[1])

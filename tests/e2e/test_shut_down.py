@@ -30,4 +30,4 @@ def test_nothing_keeps_the_process_group_after_shut_down(cold_job: Job) -> None:
     (cold_job.folder / "script.py").write_text(SCRIPT)
     done = cold_job.run_script("script.py", ranks=2)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("a job that is over") == 2
+    assert done.stdout.count("a job that has ended") == 2

@@ -33,8 +33,8 @@ def test_an_installed_library_that_is_hidden_is_named(
     monkeypatch.syspath_prepend(str(tmp_path / "site-packages"))
     monkeypatch.syspath_prepend(str(tmp_path / "clone"))
     assert dispatch.cpu_backend() == "reference"
-    assert f"the embedtrain that is installed in {tmp_path}/site-packages and has it" in caplog.text
-    assert "start from another folder, or run pip install -e . in this one" in caplog.text
+    assert f"and not from {tmp_path}/site-packages, which has one" in caplog.text
+    assert "start from another folder, or run pip install -e . in the source tree" in caplog.text
     shutil.rmtree(tmp_path / "site-packages")
 
 

@@ -1,1 +1,1 @@
-"""What the ops share: which implementation runs, the native library, memory of rows, and parts of kernels."""
+"""Code that the ops share: dispatch, the native library, memory of rows, and parts of kernels."""

@@ -1,4 +1,4 @@
-// Bags of rows, as pooling forward and the sums of gradients backward see them.
+// Bags of rows, for pooling and for summing gradients.
 
 #pragma once
 
@@ -14,14 +14,14 @@ namespace embedtrain {
 
 using Feature = EmbedtrainFeature;
 
-// A row that is to be added, and its factor.
+// A row to add, and its factor.
 template <typename Stored>
 struct Term {
     const Stored* row;
     float factor;
 };
 
-// target[0 .. 8 kBlocks) = factor * sum of the terms' columns, in registers.
+// target[0 .. 8 * kBlocks) = factor * sum of the terms' columns. The sums stay in registers.
 template <int kBlocks, typename Terms>
 EMBEDTRAIN_INLINE void sum_blocks(Terms term, int64_t count, float factor, float* target) {
     float8v total[kBlocks];
@@ -43,7 +43,7 @@ EMBEDTRAIN_INLINE void sum_blocks(Terms term, int64_t count, float factor, float
     }
 }
 
-// target = factor * sum over the terms of term.factor * term.row; zeros where there is none.
+// target = factor * sum over the terms of term.factor * term.row; zeros if there are no terms.
 template <typename Terms>
 EMBEDTRAIN_INLINE void sum_terms(Terms term, int64_t count, float factor, int64_t dim, float* target) {
     int64_t d = 0;
@@ -67,7 +67,7 @@ EMBEDTRAIN_INLINE void sum_terms(Terms term, int64_t count, float factor, int64_
     for (int64_t c = 0; c < dim - d; ++c) target[d + c] = rest[c] * factor;
 }
 
-// The bags of several features, one feature after the other.
+// The bags of several features, in order of feature.
 struct Bags {
     const Feature* features;
     int64_t num_features;
@@ -79,12 +79,13 @@ struct Bags {
     }
 };
 
-// How many indices and lengths of a call lie outside what they index. Results of a call that has any are of no use.
+// Number of indices and lengths of a call that are out of range. If positive, the results are meaningless.
 using Outside = std::atomic<int64_t>;
 
-// Whether all of the indices lie in [0, bound).
+// Returns whether all indices lie in [0, bound).
 EMBEDTRAIN_INLINE bool all_inside(const int64_t* indices, int64_t count, int64_t bound) {
-    // The sign of either is set if an index lies outside; to compare would take vectors of 64 bits several steps.
+    // The sign bit of `index` or of `bound - 1 - index` is set if the index is out of range. Comparing 64-bit vectors
+    // would take several instructions.
     uint64_t signs = 0;
     for (int64_t i = 0; i < count; ++i) {
         const uint64_t index = static_cast<uint64_t>(indices[i]);
@@ -93,13 +94,13 @@ EMBEDTRAIN_INLINE bool all_inside(const int64_t* indices, int64_t count, int64_t
     return !(signs >> 63);
 }
 
-// How many bags, values and terms the features before have.
+// Numbers of bags, values and terms in all preceding features.
 struct Before {
     int64_t bags = 0, values = 0, terms = 0;
 };
 
-// The gradient that a value hands on to its row. All values of a bag without weights hand on the same one: a term is a
-// bag's there, else a value's.
+// The gradient that a value adds to its row. Without weights all values of a bag add the same gradient, so there is one
+// term per bag; with weights there is one term per value.
 using GradientTerm = Term<float>;
 
 EMBEDTRAIN_INLINE bool has_term_per_bag(const Feature& feature) { return feature.lengths && !feature.weights; }
@@ -108,8 +109,9 @@ EMBEDTRAIN_INLINE int64_t num_terms(const Feature& feature) {
     return has_term_per_bag(feature) ? feature.num_bags : feature.num_values;
 }
 
-// Visits the bags of a part: visit(feature, before, bag, first value of the feature, number of values). Bags whose values
-// are not the feature's are counted and left out: the caller may have written to the lengths since they were checked.
+// Calls visit(feature, before, bag, first value in the feature, number of values) for the bags of a part. Bags that
+// exceed the values of their feature are counted in `outside` and skipped, because the caller may have changed the
+// lengths after they were checked.
 template <typename Visit>
 EMBEDTRAIN_INLINE void visit_bags(const Bags& bags, int part, int num_parts, Outside* outside, Visit visit) {
     int64_t num_bags = 0;
@@ -121,7 +123,7 @@ EMBEDTRAIN_INLINE void visit_bags(const Bags& bags, int part, int num_parts, Out
         const int64_t begin = std::clamp<int64_t>(range.begin - before.bags, 0, feature.num_bags);
         const int64_t end = std::clamp<int64_t>(range.end - before.bags, 0, feature.num_bags);
         if (!feature.lengths) {
-            // Bags of one value need no look at each.
+            // With one value per bag, the lengths need no check.
             if (feature.num_bags != feature.num_values) {
                 ++*outside;
             } else {
@@ -148,9 +150,9 @@ EMBEDTRAIN_INLINE void visit_bags(const Bags& bags, int part, int num_parts, Out
     }
 }
 
-// The terms of all features, one feature after the other, in the calling thread's scratch 1; scratch 0 holds zeros,
-// for where no gradient came back. per_value: a term for each value even where a bag would do. If any length is counted
-// as outside, terms are missing.
+// Returns the terms of all features, ordered by feature, in slot 1 of the calling thread's scratch memory. Slot 0 holds
+// a row of zeros for features without a gradient. per_value: one term per value, also for features without weights. If
+// a length is out of range, terms are missing.
 const GradientTerm* find_terms(const Bags& bags, int64_t dim, bool per_value, int num_parts, Outside* outside);
 
 }  // namespace embedtrain

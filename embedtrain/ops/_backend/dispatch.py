@@ -1,4 +1,4 @@
-"""Which implementation runs an op: decided once at the first call, and logged."""
+"""Selects the implementation that runs the ops, once per process and device type."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from embedtrain.ops._backend import library
 Backend = Literal["native", "triton", "reference"]
 
 VARIABLE = "EMBEDTRAIN_OPS"
-"""Environment variable: `native` (on CPU), `triton` or `reference`; unset takes the fastest that is there."""
+"""Environment variable: `native` (on CPUs), `triton` or `reference`; if unset, the fastest available backend runs."""
 INTERPRETER_VARIABLE = "TRITON_INTERPRET"
-"""Triton's own: 1 runs its kernels on CPU tensors, slowly, for tests."""
+"""Environment variable of Triton: 1 runs its kernels on CPU tensors, slowly, for tests."""
 
 _logger = logging.getLogger(__name__)
 
 
 @functools.cache
 def cpu_backend() -> Backend:
-    """Returns what runs the ops on CPU tensors in this process.
+    """Returns the backend for CPU tensors in this process.
 
     Raises:
-        ValueError: the environment asks for a backend that is unknown or is not there.
-        RuntimeError: the native library was built from other declarations than those of embedtrain.h.
+        ValueError: the environment selects a backend that is unknown or not available.
+        RuntimeError: the native library was not built from the present declarations in embedtrain.h.
     """
     asked = _asked()
     if asked == "reference":
@@ -47,10 +47,10 @@ def cpu_backend() -> Backend:
 
 @functools.cache
 def gpu_backend() -> Backend:
-    """Returns what runs the ops on CUDA tensors in this process.
+    """Returns the backend for CUDA tensors in this process.
 
     Raises:
-        ValueError: the environment asks for a backend that is unknown or is not there.
+        ValueError: the environment selects a backend that is unknown or not available.
     """
     asked = _asked()
     if asked == "triton":
@@ -64,17 +64,17 @@ def gpu_backend() -> Backend:
 
 
 def backend_of(tensor: Tensor) -> Backend:
-    """Returns what runs an op on this tensor."""
+    """Returns the backend for a tensor."""
     return gpu_backend() if tensor.is_cuda else cpu_backend()
 
 
 def uses_native(tensor: Tensor) -> bool:
-    """Returns whether an op on this tensor runs natively."""
+    """Returns whether the native kernels run ops on a tensor."""
     return backend_of(tensor) == "native"
 
 
 def uses_triton(tensor: Tensor) -> bool:
-    """Returns whether an op on this tensor runs on Triton's kernels."""
+    """Returns whether the Triton kernels run ops on a tensor."""
     return backend_of(tensor) == "triton"
 
 

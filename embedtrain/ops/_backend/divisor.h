@@ -1,4 +1,4 @@
-// Division by a constant without dividing.
+// Division by a fixed divisor through multiplication with its reciprocal.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace embedtrain {
 
-// Exact for values below 2^62, after one correction.
+// Exact for values below 2^62; the approximate quotient needs one correction.
 struct Divisor {
     uint64_t divisor, reciprocal;
     explicit Divisor(uint64_t d) : divisor(d), reciprocal(d > 1 ? ~0ull / d : ~0ull) {}

@@ -1,8 +1,11 @@
-// The C ABI of the native library: every function that Python calls, and every struct that it lays out.
+// The C ABI of the native library: every function that Python calls, and every struct that Python lays out.
 //
-// This is the only declaration. The kernels include it, and header.py reads it, so it holds nothing else: functions
-// that return nothing, and structs whose members are all floats or all of 64 bits. Sizes in brackets are the shapes of
-// what a pointer points to. A library that was built from another version of this file is refused when it is loaded.
+// This is the only declaration. The kernels include it, and header.py parses it. So it may contain only functions that
+// return void, and structs whose members are all floats or all 64 bits wide. Shapes in brackets describe the arrays
+// that pointers point to. Python refuses to load a library that was built from other declarations.
+//
+// Every `num_outside` is an output: positive if an input index or length is out of range. Unless a comment says
+// otherwise, all other outputs are meaningless then.
 
 #pragma once
 
@@ -12,31 +15,31 @@
 extern "C" {
 #endif
 
-// One feature's bags.
+// The bags of one feature.
 struct EmbedtrainFeature {
-    const int64_t* lengths;  // [num_bags], or null: every bag holds one value
-    const float* weights;    // [num_values], or null
-    float* vectors;          // [num_bags, row_stride]: pooled vectors forward, their gradient backward; null: zeros
+    const int64_t* lengths;  // [num_bags]; null if every bag has one value
+    const float* weights;    // [num_values]; null for no weights
+    float* vectors;          // [num_bags, row_stride]: pooled vectors, in backward their gradients; null for zeros
     int64_t row_stride;
     int64_t num_bags;
     int64_t num_values;
     int64_t is_mean;
 };
 
-// Rows that go to one owner of rows, or come from it.
+// Rows that are sent to one owner of rows, or received from it.
 struct EmbedtrainPart {
     void* rows;  // [num_rows, dim]
     int64_t num_rows;
 };
 
-// Consecutive values whose rows lie in [first_row, first_row + num_rows); rows of later runs are larger.
+// Consecutive values whose rows lie in [first_row, first_row + num_rows). Later runs have larger rows.
 struct EmbedtrainRun {
     int64_t num_values;
     int64_t first_row;
     int64_t num_rows;
 };
 
-// Ids of one feature and the table that they are looked up in.
+// The ids of one feature and the parameters of its table.
 struct EmbedtrainIds {
     const void* ids;
     int64_t is_int32;
@@ -45,11 +48,11 @@ struct EmbedtrainIds {
     uint64_t multiplier;
     uint64_t rows_per_rank;
     uint64_t first_row;
-    uint64_t block_bits;  // 2^block_bits ids stay side by side
-    int64_t num_outside;  // written: how many ids are not rows; their keys mean nothing
+    uint64_t block_bits;  // 2^block_bits consecutive ids stay adjacent
+    int64_t num_outside;  // output: number of ids that are not rows; their keys are meaningless
 };
 
-// The numbers of a step of running moments; see RowStep and Moments in row_update/types.py.
+// The coefficients of an update by running moments; see RowStep and Moments in row_update/types.py.
 struct EmbedtrainCoefficients {
     float step_size;
     float grad_factor;
@@ -64,138 +67,138 @@ struct EmbedtrainCoefficients {
     float eps;
 };
 
-// Asks for large pages in the whole pages inside [memory, memory + bytes). This is advice: it may have no effect, and it
-// never changes what the memory holds.
+// Advises the kernel to use huge pages for all whole pages inside [memory, memory + bytes). It may have no effect, and
+// it never changes the content of the memory.
 void embedtrain_advise_huge_pages(void* memory, int64_t bytes);
 
-// source: [num_source_rows, dim]; rows: [num_rows]; target: [num_rows, dim]. num_outside: whether rows lie outside the
-// source; those are not copied.
+// Copies rows. source: [num_source_rows, dim]; rows: [num_rows]; target: [num_rows, dim], output. Rows that are out of
+// range are not copied.
 void embedtrain_gather_rows(const void* source, int64_t num_source_rows, int source_is_bfloat16, const int64_t* rows,
                             int64_t num_rows, int64_t dim, void* target, int target_is_bfloat16, int num_threads,
                             int64_t* num_outside);
 
-// source: [num_rows, dim] float32 or bfloat16; index: [num_values], feature after feature; features: [num_features];
-// their vectors are written. num_outside: whether indices lie outside the source or bags outside the values; the vectors
-// mean nothing then.
+// Pools rows. source: [num_rows, dim] float32 or bfloat16; index: [num_values], ordered by feature; features:
+// [num_features], whose vectors are the output.
 void embedtrain_pool_rows(const void* source, int64_t num_rows, int is_bfloat16, int64_t dim, const int64_t* index,
                           int64_t num_values, const struct EmbedtrainFeature* features, int64_t num_features,
                           int num_threads, int64_t* num_outside);
 
-// order: [num_values] and starts: [num_distinct + 1] as embedtrain_sort_unique gives them; features: as above, their
-// vectors are read; grad: [num_distinct, dim], written: the sums times `factor`. num_outside: whether positions or bags
-// lie outside the values; the sums mean nothing then.
+// Sums the gradients of each distinct row. order: [num_values] and starts: [num_distinct + 1], from
+// embedtrain_sort_unique; features: [num_features], whose vectors are the gradients of the pooled vectors; grad:
+// [num_distinct, dim], output: the sums times `factor`.
 void embedtrain_pool_rows_backward(int64_t dim, const int64_t* order, const int64_t* starts, int64_t num_distinct,
                                    int64_t num_values, const struct EmbedtrainFeature* features, int64_t num_features,
                                    float factor, float* grad, int num_threads, int64_t* num_outside);
 
-// keys: [num_values], `owner * num_local_rows + local row`, of the features' bags; rows: [num_values], written: the local
-// rows by owner, bag after bag, the first of each bag there as its complement; weights: [num_values], written alike, or
-// null; bag_of_sum: [num_values], written: by owner the bags that have rows there, ascending; bags are numbered through
-// all features; id_counts, sum_counts: [num_owners], written. num_outside: whether keys are of no owner, or bags lie
-// outside the values; the rest means nothing then.
+// Splits bags by owner; see SplitBags in owner_bags/types.py. keys: [num_values], `owner * num_local_rows + local row`,
+// ordered by feature and bag. Outputs: rows: [num_values], the local rows ordered by owner and bag, the first row of
+// each bag at an owner as its complement; weights: [num_values] in the same order, or null; bag_of_sum: [num_values],
+// the bag of each sum, ordered by owner and bag, and numbered consecutively over all features; id_counts and
+// sum_counts: [num_owners].
 void embedtrain_split_bags(const int64_t* keys, int64_t num_values, const struct EmbedtrainFeature* features,
                            int64_t num_features, int64_t num_owners, int64_t num_local_rows, int num_threads,
                            int rows_are_int32, void* rows, float* weights, int64_t* bag_of_sum, int64_t* id_counts,
                            int64_t* sum_counts, int64_t* num_outside);
 
-// split_rows: [num_values] as embedtrain_split_bags writes them; rows: [num_values], written: the rows themselves;
-// lengths: [num_bags + 1], written: of the bags, and one number that means nothing. num_outside: whether there are more
-// or fewer bags; the rest means nothing then.
+// Restores split bags at an owner. split_rows: [num_values], the rows from embedtrain_split_bags. Outputs: rows:
+// [num_values], without complements; lengths: [num_bags + 1], the lengths of the bags and one meaningless number.
+// num_outside is positive if `split_rows` does not contain exactly `num_bags` bags.
 void embedtrain_join_bags(const void* split_rows, int rows_are_int32, int64_t num_values, int64_t num_bags,
                           int64_t* rows, int64_t* lengths, int64_t* num_outside);
 
-// parts: [num_owners], sums float32 or bfloat16; bag_of_sum: as embedtrain_split_bags gives it; features: their vectors
-// are written: the sums of each bag in order of owner, divided by its length for a mean. num_outside: whether bags do
-// not ascend in each part, or are of no feature; the vectors mean nothing then.
+// Adds the owners' sums of each bag in order of owner, and divides a mean by the bag's length. parts: [num_owners], the
+// sums in float32 or bfloat16; bag_of_sum: from embedtrain_split_bags; features: [num_features], whose vectors are the
+// output. num_outside is positive if a bag is out of range or the bags of a part do not ascend.
 void embedtrain_add_sums(const struct EmbedtrainPart* parts, int64_t num_owners, int is_bfloat16, int64_t dim,
                          const int64_t* bag_of_sum, const struct EmbedtrainFeature* features, int64_t num_features,
                          int num_threads, int64_t* num_outside);
 
-// features: their vectors are the gradients of the pooled vectors; parts: [num_owners], float32, written: the gradient of
-// each sum. num_outside: as above.
+// The backward of embedtrain_add_sums. features: [num_features], whose vectors are the gradients of the pooled vectors;
+// parts: [num_owners], float32, output: the gradient of each sum. num_outside: as in embedtrain_add_sums.
 void embedtrain_share_out(const struct EmbedtrainFeature* features, int64_t num_features, int64_t dim,
                           const int64_t* bag_of_sum, const struct EmbedtrainPart* parts, int64_t num_owners,
                           int num_threads, int64_t* num_outside);
 
-// features: [num_features]; their vectors are the gradients of the pooled vectors. largest: [2], written: the largest
-// magnitude of the gradients, and of the weights and 1; an infinity or a NaN if one is among them.
+// Finds largest magnitudes. features: [num_features], whose vectors are gradients. largest: [2], output: the largest
+// magnitude of the gradients, and the largest of the weights' magnitudes and 1. Infinity or NaN if an input is.
 void embedtrain_largest_magnitude(const struct EmbedtrainFeature* features, int64_t num_features, int64_t dim,
                                   float* largest);
 
-// rows: [num_values], feature after feature; runs: [num_runs], of all values; words: [num_values], written:
-// `row << term_bits | term`, which must fit. num_outside: whether rows are not in [0, num_rows), or bags or runs lie
-// outside the values; the words mean nothing then.
+// Sorts the terms of gradients by row. rows: [num_values], ordered by feature; runs: [num_runs], which cover all the
+// values; words: [num_values], output: `row << term_bits | term`, which must fit into 64 bits.
 void embedtrain_sort_terms(const int64_t* rows, int64_t num_values, const struct EmbedtrainFeature* features,
                            int64_t num_features, const struct EmbedtrainRun* runs, int64_t num_runs, int64_t num_rows,
                            int term_bits, int num_threads, uint64_t* words, int64_t* num_outside);
 
-// rounding_keys: [num_touched] for bfloat16 weights, null for float32. max_norm: infinity for none. num_outside: how many
-// of the rows are not in [0, num_rows); if any, nothing is updated.
+// Updates rows by row-wise Adagrad. rounding_keys: [num_touched] for bfloat16 weights, null for float32; max_norm:
+// infinity for no limit. num_outside: number of rows not in [0, num_rows); if positive, nothing is updated.
 void embedtrain_rowwise_adagrad(void* weight, float* accumulator, const int64_t* rows, const float* row_grad,
                                 int64_t num_touched, int64_t num_rows, int64_t dim, float lr, float eps,
                                 float weight_decay, int decoupled, float max_norm, const int64_t* rounding_keys,
                                 int num_threads, int64_t* num_outside);
 
-// Updates float32 rows whose gradients are still to be summed. words: [num_values], as embedtrain_sort_terms gives them
-// for the features, whose vectors are the gradients of the pooled vectors; factor: of every sum. num_outside: whether
-// bags lie outside the values; nothing is updated then.
+// Sums gradients and updates float32 rows by row-wise Adagrad in one pass. words: [num_values], from
+// embedtrain_sort_terms; features: [num_features], whose vectors are the gradients of the pooled vectors; factor:
+// multiplies every sum. If num_outside is positive, nothing is updated.
 void embedtrain_rowwise_adagrad_of_terms(float* weight, float* accumulator, int64_t dim, const uint64_t* words,
                                          int64_t num_values, int term_bits, const struct EmbedtrainFeature* features,
                                          int64_t num_features, float factor, float lr, float eps, float weight_decay,
                                          int decoupled, float max_norm, int num_threads, int64_t* num_outside);
 
-// first: [num_rows, dim] or null. second: null, [num_rows] or [num_rows, dim] for a second_kind of 0, 1 or 2.
-// rounding_keys: [num_touched] for bfloat16 weights, null for float32. num_outside: how many of the rows are not in
-// [0, num_rows); if any, nothing is updated.
+// Updates rows by running moments. first: [num_rows, dim] or null; second: null, [num_rows] or [num_rows, dim] for a
+// second_kind of 0, 1 or 2; rounding_keys: [num_touched] for bfloat16 weights, null for float32. num_outside: number of
+// rows not in [0, num_rows); if positive, nothing is updated.
 void embedtrain_moment_update(void* weight, float* first, float* second, const int64_t* rows, const float* row_grad,
                               const int64_t* rounding_keys, int second_kind, int64_t num_touched, int64_t num_rows,
                               int64_t dim, const struct EmbedtrainCoefficients* coefficients, int num_threads,
                               int64_t* num_outside);
 
-// inputs, starts, stops: [num_positions], targets: [num_positions, num_targets], as skipgram_block/types.py has them.
-// counts: [num_rows], written. num_outside: how many indices lie outside the rows or the block; the counts mean nothing
-// then.
+// Counts the skip-gram predictions of each row. inputs, starts, stops: [num_positions] and targets: [num_positions,
+// num_targets], see TextBlock in skipgram_block/types.py; counts: [num_rows], output. num_outside: number of indices
+// and windows that are out of range.
 void embedtrain_count_rows(const int64_t* inputs, const int64_t* targets, const int64_t* starts, const int64_t* stops,
                            int64_t num_positions, int64_t num_targets, int64_t num_rows, float* counts,
                            int64_t* num_outside);
 
-// The arguments are those of damp_rows; damped: [num_rows, dim], written. num_outside: how many of the tables are not in
-// [0, num_tables); if any, nothing is written.
+// See damp_rows/__init__.py for the arguments. damped: [num_rows, dim], output. num_outside: number of elements of
+// `tables` not in [0, num_tables); if positive, nothing is written.
 void embedtrain_damp_rows(const float* grad, const int64_t* tables, const float* times, const float* curvatures,
                           const float* directions, int64_t num_rows, int64_t dim, int64_t num_tables,
                           int64_t num_directions, float* damped, int num_threads, int64_t* num_outside);
 
-// The arguments are those of sample_text/types.py; words, targets, starts and stops have room for num_tokens words, and
-// num_kept says how many were written.
+// See sample_text/__init__.py for the arguments. Outputs: words, targets, starts and stops, each with room for
+// num_tokens words, and num_kept, the number of words that were written.
 void embedtrain_sample_text(const int32_t* tokens, const int64_t* positions, const int32_t* parts, int64_t num_tokens,
                             const int32_t* keep, const uint64_t* columns, const int64_t* part_starts, int64_t window,
                             int64_t num_negatives, int64_t key, int64_t* words, int64_t* targets, int64_t* starts,
                             int64_t* stops, int64_t* num_kept);
 
-// vectors, grad: [num_vectors, dim]; the indices as TextBlock in skipgram_block/types.py documents them; factor: of the
-// gradient; loss: one double. num_outside: how many indices and windows lie outside; if any, nothing is computed.
+// Computes the skip-gram loss and its gradient. vectors: [num_vectors, dim]; for the indices see TextBlock in
+// skipgram_block/types.py; factor: multiplies the gradient. Outputs: loss: one double; grad: [num_vectors, dim].
+// num_outside: number of indices and windows that are out of range; if positive, nothing is computed.
 void embedtrain_skipgram_block(const float* vectors, int64_t num_vectors, int64_t dim, const int64_t* inputs,
                                const int64_t* targets, const int64_t* starts, const int64_t* stops,
                                int64_t num_positions, int64_t num_targets, float factor, double* loss, float* grad,
                                int64_t* num_outside);
 
-// keys: [num_keys], from 0 to `largest`, which with the number of keys fits into 64 bits (the caller has checked that).
-// unique: [num_keys + 1]; starts: [num_keys + 1]; order: [num_keys]; inverse: [num_keys] or null; num_distinct: how many
-// of `unique` were written. num_outside: whether keys lie outside; the rest means nothing then.
+// Sorts keys; see SortedKeys in sort_unique/types.py. keys: [num_keys], in [0, largest]; the bits of `largest` and of
+// `num_keys` must fit into 64 together. Outputs: unique and starts: [num_keys + 1]; order: [num_keys]; inverse:
+// [num_keys] or null; num_distinct: number of distinct keys.
 void embedtrain_sort_unique(const int64_t* keys, int64_t num_keys, int64_t largest, int num_threads, int64_t* unique,
                             int64_t* starts, int64_t* order, int64_t* inverse, int64_t* num_distinct,
                             int64_t* num_outside);
 
-// features: [num_features], of tables below 2^31 rows; is_whole: one rank holds every row; keys: the features' one
-// after the other.
+// Maps ids to keys. features: [num_features], of tables with at most 2^31 rows; is_whole: whether one rank holds all
+// rows; keys: output, one per id, ordered by feature.
 void embedtrain_spread_keys(struct EmbedtrainIds* features, int64_t num_features, int64_t num_local_rows, int is_whole,
                             int64_t* keys);
 
-// Says that this rank's part of exchange `number` is written.
+// Publishes that this rank's part of exchange `number` is written.
 void embedtrain_publish(void* own_region, int64_t number);
 
-// regions: [num_regions]; waits until all have published exchange `number`, `patience_ms` at most for each. may_spin:
-// whether this rank has a core to itself. first_missing: the first region that is still missing, or num_regions.
+// Waits until all ranks have published exchange `number`, for at most `patience_ms` per rank. regions: [num_regions];
+// may_spin: whether this rank has a CPU core to itself; first_missing: output, the first region that has not published
+// it, or num_regions.
 void embedtrain_await(void* const* regions, int64_t num_regions, int64_t number, int64_t patience_ms, int may_spin,
                       int64_t* first_missing);
 

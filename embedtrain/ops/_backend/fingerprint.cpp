@@ -1,4 +1,4 @@
-// Which declarations the library was built from: Python refuses one that was built from others.
+// The hash of the declarations that the library was built from. Python refuses a library with another hash.
 
 #include <cstdint>
 

@@ -11,43 +11,43 @@ PATH = Path(__file__).with_name("embedtrain.h")
 
 _SCALARS = {"int", "int32_t", "int64_t", "uint64_t", "float", "double"}
 _CODES = {"float": "f", "int64_t": "q", "uint64_t": "q", "pointer": "q"}
-"""By type the code of an `array` of members of it: addresses are 64-bit words."""
+"""Type codes for `array.array` by C type; a pointer is a 64-bit word."""
 
 
 class Declarations(NamedTuple):
-    """What a header declares, in its order.
+    """Holds the declarations of a header, in order.
 
     Attributes:
-        functions: by name, the arguments' types by their names: a scalar's type, or "pointer".
-        structs: by name, the members' types by their names.
+        functions: by function name, a mapping from argument names to types: a scalar type or "pointer".
+        structs: by struct name, a mapping from member names to types.
     """
 
     functions: dict[str, dict[str, str]]
     structs: dict[str, dict[str, str]]
 
     def fingerprint(self) -> int:
-        """Returns 64 bits that differ for other declarations; comments and layout of the file do not count."""
+        """Returns a 64-bit hash of the declarations; comments and whitespace do not change it."""
         text = repr([(name, [*parts.items()]) for each in self for name, parts in each.items()])
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
     def array_code(self, struct: str, members: tuple[str, ...]) -> str:
-        """Returns the type code of an `array` that holds a struct's members in the order that the caller fills in.
+        """Returns the type code for an `array.array` that holds a struct with the given members, in this order.
 
         Raises:
-            TypeError: the header declares other members, another order, or members of several sizes.
+            TypeError: the header declares other members or another order, or the members differ in size.
         """
         declared = self.structs[struct]
         codes = {_CODES.get(kind, kind) for kind in declared.values()}
         if tuple(declared) != members or len(codes) != 1:
-            raise TypeError(f"{PATH.name} declares {struct} as {declared}, and Python lays it out as {members}")
+            raise TypeError(f"{PATH.name} declares {struct} as {declared}, but Python lays it out as {members}")
         return codes.pop()
 
 
 def parse(text: str) -> Declarations:
-    """Reads the declarations of a header.
+    """Parses the declarations of a header.
 
     Raises:
-        ValueError: the header holds something else than structs and functions that return nothing.
+        ValueError: the header contains anything other than structs and functions that return void.
     """
     text = re.sub(r"//[^\n]*|/\*.*?\*/|^\s*#[^\n]*", "", text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r'extern\s+"C"\s*\{(.*)\}', r"\1", text, flags=re.DOTALL)
@@ -65,17 +65,17 @@ def parse(text: str) -> Declarations:
     rest = re.sub(r"\bstruct\s+(\w+)\s*\{([^}]*)\}\s*;", take_struct, text)
     rest = re.sub(r"\bvoid\s+(\w+)\s*\(([^)]*)\)\s*;", take_function, rest)
     if rest.strip():
-        raise ValueError(f"{PATH.name} declares something that is no struct and no void function: {rest.strip()!r}")
+        raise ValueError(f"{PATH.name} declares something other than a struct or void function: {rest.strip()!r}")
     return Declarations(functions, structs)
 
 
 def read() -> Declarations:
-    """Reads the library's header."""
+    """Returns the declarations of embedtrain.h."""
     return parse(PATH.read_text(encoding="utf-8"))
 
 
 def _declared(text: str) -> tuple[str, str]:
-    """Returns the name and the type of one argument or member."""
+    """Returns the name and the type of an argument or member."""
     found = re.fullmatch(r"\s*(.*?[\s*])(\w+)\s*", text, re.DOTALL)
     if found is None:
         raise ValueError(f"{PATH.name}: expected a type and a name, got {text.strip()!r}")

@@ -1,4 +1,4 @@
-// Large pages for tables whose rows are read at random: with small ones each row costs a walk of the page table too.
+// Huge pages for tables whose rows are read at random. With small pages, each row also costs a walk of the page table.
 
 #include <cstdint>
 

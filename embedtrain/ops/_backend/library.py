@@ -1,4 +1,4 @@
-"""Loading of the native library, which the installation builds if it finds a C++ compiler."""
+"""Loads the native library, which the installation builds if it finds a C++ compiler."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ _TYPES: dict[str, type] = {
 
 @functools.cache
 def find() -> ctypes.CDLL | None:
-    """Returns the library with its signatures declared, or None if it was not built.
+    """Returns the library with the signatures of its functions set, or None if it was not built.
 
     Raises:
-        RuntimeError: it was built from other declarations than those of embedtrain.h.
+        RuntimeError: the library was not built from the present declarations in embedtrain.h.
     """
     return load(PATH, declarations()) if PATH.exists() else None
 
 
 def how_to_build() -> str:
-    """Returns what to do about a library that was not built."""
+    """Returns advice for users without a built library."""
     installed = _installed_elsewhere()
     if installed is None:
         return "install a C++ compiler (g++), then run pip install again"
     return (
-        f"{_PACKAGE.parent} is a source tree without it, which Python takes before the embedtrain that is installed in "
-        f"{installed} and has it: start from another folder, or run pip install -e . in this one"
+        f"Python imports embedtrain from the source tree {_PACKAGE.parent}, which has no built library, and not from "
+        f"{installed}, which has one: start from another folder, or run pip install -e . in the source tree"
     )
 
 
 def _installed_elsewhere() -> str | None:
-    """Returns the folder of another embedtrain with a library, which this source tree hides; None without one."""
+    """Returns the folder of an embedtrain with a library that this source tree shadows; None if there is none."""
     own = _PACKAGE.parent
     for entry in sys.path:
         folder = Path(entry or ".").resolve()
@@ -60,7 +60,7 @@ def get() -> ctypes.CDLL:
     """Returns the library.
 
     Raises:
-        RuntimeError: it was not built, or it was built from other declarations.
+        RuntimeError: the library was not built, or was built from other declarations.
     """
     loaded = find()
     if loaded is None:
@@ -69,10 +69,10 @@ def get() -> ctypes.CDLL:
 
 
 def load(path: Path, declared: header.Declarations) -> ctypes.CDLL:
-    """Loads a library and gives its functions the declared argument types.
+    """Loads a library and sets the argument types of its functions.
 
     Raises:
-        RuntimeError: it was built from other declarations.
+        RuntimeError: the library was built from other declarations.
     """
     loaded = ctypes.CDLL(str(path))
     try:
@@ -89,9 +89,9 @@ def load(path: Path, declared: header.Declarations) -> ctypes.CDLL:
 
 
 def array_code(struct: str, *members: str) -> str:
-    """Returns the type code of an `array` that holds a struct of the C ABI with the given members, in this order.
+    """Returns the type code for an `array.array` that holds a struct with the given members, in this order.
 
-    Modules call it when they are imported, so that a layout that differs from the header's stops them at once.
+    Modules call it at import, so that a layout that differs from the header fails at once.
 
     Raises:
         TypeError: the header declares the struct differently.
@@ -101,5 +101,5 @@ def array_code(struct: str, *members: str) -> str:
 
 @functools.cache
 def declarations() -> header.Declarations:
-    """Returns what embedtrain.h declares."""
+    """Returns the declarations of embedtrain.h, which are read once."""
     return header.read()

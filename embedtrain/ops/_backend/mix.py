@@ -1,4 +1,4 @@
-"""A hash of 64-bit integers: random bits that are a function of what they are for."""
+"""A hash of 64-bit integers (splitmix64), for random bits that are a function of a key."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 _STEP = 0x9E3779B97F4A7C15
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 GOLDEN = _STEP - (1 << 64)
-"""The step of splitmix64's stream, as a signed integer: `mix64(key + counter * GOLDEN)` is its output."""
+"""The increment of splitmix64 as a signed integer. Output `counter` of a key is `mix64(key + counter * GOLDEN)`."""
 
 
 def mix64(values: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def mix64(values: Tensor) -> Tensor:
 
 
 def mix64_array(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Hashes uint64 values as `mix64` does; NumPy shifts them without clearing bits, in memory that it has."""
+    """Hashes uint64 values as `mix64` does; unsigned shifts need no mask, and a buffer is reused for them."""
     mixed = values + np.uint64(_STEP)
     shifted = np.empty_like(mixed)
     for bits, factor in ((30, _FIRST), (27, _SECOND)):
@@ -39,5 +39,5 @@ def _signed(constant: int) -> int:
 
 
 def _shift_right(values: Tensor, bits: int) -> Tensor:
-    # torch shifts int64 arithmetically: clear the copies of the sign bit.
+    # torch shifts int64 arithmetically, so clear the copies of the sign bit.
     return (values >> bits) & ((1 << (64 - bits)) - 1)

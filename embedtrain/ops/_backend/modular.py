@@ -1,4 +1,4 @@
-"""Products modulo a table's size, in 64-bit integers."""
+"""Products modulo the size of a table, in 64-bit integers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 DIRECT_PRODUCT_ROWS = 1 << 31
-"""Up to this modulus a product fits into 64 bits as it stands."""
+"""Up to this modulus, a product of two residues fits into 64 bits."""
 
 _LOW_BITS = 20
 
@@ -21,15 +21,15 @@ def multiply_modulo(values: Tensor, factor: int, modulus: int) -> Tensor:
 
 
 def permute_blocks(values: Tensor, factor: int, num_values: int, block: int) -> Tensor:
-    """Permutes `[0, num_values)` by blocks: block `b` goes to `(b * factor) mod (num_values // block)`.
+    """Permutes `[0, num_values)` by blocks: block `b` moves to `(b * factor) mod (num_values // block)`.
 
-    Values keep their places in their block; those after the last whole block stay where they are.
+    A value keeps its position inside its block. Values after the last whole block do not move.
 
     Args:
-        values: int64, each in `[0, num_values)`.
-        factor: without a common divisor with the number of blocks; its inverse inverts the permutation.
-        num_values: below 2**40.
-        block: values of each block, at most `num_values`.
+        values: int64, each in `[0, num_values)`; any shape.
+        factor: coprime to the number of blocks; the modular inverse of `factor` inverts the permutation.
+        num_values: size of the range, below 2**40.
+        block: number of values per block, at most `num_values`.
     """
     if block == 1:
         return multiply_modulo(values, factor, num_values)

@@ -19,7 +19,7 @@ class Pool {
         {
             std::lock_guard<std::mutex> lock(mutex_);
             while (num_workers_ < num_parts - 1) {
-                // Detached: the process may end while they wait for work, as at any other time.
+                // Detached, because the process may end while the threads wait for work.
                 std::thread(&Pool::serve, this, ++num_workers_, generation_).detach();
             }
             work_ = work;
@@ -34,7 +34,7 @@ class Pool {
         done_.wait(lock, [this] { return num_running_ == 0; });
     }
 
-    std::mutex callers;  // one at a time
+    std::mutex callers;  // held while a caller uses the pool
 
   private:
     void serve(int part, uint64_t seen) {
@@ -60,7 +60,7 @@ class Pool {
     uint64_t generation_ = 0;
 };
 
-// Threads do not survive a fork: a child gets a pool of its own, and the parent's is left as it was.
+// Threads do not survive a fork. So a child process creates its own pool and leaks the parent's object.
 Pool* pool_of_process() {
     static std::mutex mutex;
     static Pool* pool = nullptr;

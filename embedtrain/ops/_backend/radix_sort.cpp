@@ -9,7 +9,7 @@ namespace embedtrain {
 
 namespace {
 
-constexpr int kLargestDigit = 11;  // bits; 2048 counters, and as many places written to at once
+constexpr int kLargestDigit = 11;  // bits: 2048 counters, and 2048 write positions per pass
 constexpr int kMaxPasses = 6;
 
 struct Pass {
@@ -43,7 +43,7 @@ void scatter_digits(const void* arguments, int part) {
     }
 }
 
-// From counts to places: by digit, and for each digit by part.
+// Turns counts into write positions, ordered by digit and then by part.
 void add_up(const Pass& pass) {
     uint32_t place = 0;
     for (int64_t d = 0; d < 1 << pass.digit_bits; ++d) {
@@ -56,7 +56,7 @@ void add_up(const Pass& pass) {
     }
 }
 
-// One reading counts the digits of all passes: what order the words are in does not matter to one part.
+// Counts the digits of all passes in one scan. With one part, the counts do not depend on the order of the words.
 void count_all_digits(const Pass* passes, int num_passes) {
     for (int number = 0; number < num_passes; ++number) {
         std::memset(passes[number].places, 0, sizeof(uint32_t) << passes[number].digit_bits);

@@ -8,8 +8,8 @@ namespace embedtrain {
 
 constexpr int kMaxSortParts = 64;
 
-// Sorts by the bits [shift, shift + num_bits) of (word - base), stably, and returns where the sorted words lie: in
-// `words` after an even number of passes, else in `spare`, which must hold as many.
+// Sorts stably by the bits [shift, shift + num_bits) of (word - base). Returns the sorted words, which are in `words`
+// or in `spare`, a buffer of the same size.
 uint64_t* radix_sort(uint64_t* words, uint64_t* spare, int64_t num_words, uint64_t base, int shift, int num_bits,
                      int num_parts);
 

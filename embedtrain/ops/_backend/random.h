@@ -1,4 +1,4 @@
-// splitmix64, as ops/mix.py has it.
+// splitmix64, as in mix.py.
 
 #pragma once
 
@@ -17,7 +17,7 @@ EMBEDTRAIN_INLINE uint64_t mix64(uint64_t value) {
     return value ^ (value >> 31);
 }
 
-// Output number `counter` of the stream of `key`.
+// Returns output number `counter` of the random stream of `key`.
 EMBEDTRAIN_INLINE uint64_t stream(uint64_t key, uint64_t counter) { return mix64(key + counter * kGolden); }
 
 }  // namespace embedtrain

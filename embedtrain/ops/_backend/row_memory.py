@@ -1,4 +1,4 @@
-"""Memory for rows: tables that are read at random, and the large buffers that every step needs again."""
+"""Allocates memory for tables, and reuses the large buffers that every step needs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from embedtrain.ops._backend import dispatch, library
 
 _SMALLEST_BLOCK_BYTES = 1 << 18
-"""Smaller buffers come from the allocator, which has them at hand."""
+"""Smaller buffers come from torch's allocator, which is fast for them."""
 _LARGEST_KEPT_BYTES = 1 << 30
-"""Blocks beyond this sum go back to the system once they are free, the longest unused first."""
+"""Limit of the total size of kept blocks; beyond it, the least recently used blocks are released."""
 
 
 def allocate_rows(shape: tuple[int, ...], fill: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns a tensor full of `fill`; on CPU in large pages if the system has them.
+    """Returns a tensor filled with `fill`; on a CPU in huge pages if the system supports them.
 
-    With small pages each random row costs a walk of the page table beside the row itself.
+    With small pages, each access to a random row also costs a walk of the page table.
     """
     rows = torch.empty(shape, dtype=dtype, device=device)
     _advise_huge_pages(rows)
@@ -27,10 +27,10 @@ def allocate_rows(shape: tuple[int, ...], fill: float, dtype: torch.dtype, devic
 
 
 def empty_buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Returns an uninitialised CPU tensor whose memory serves again once no tensor refers to it.
+    """Returns an uninitialised CPU tensor whose memory is reused once no tensor refers to it.
 
-    The allocator gives large blocks back to the system and takes fresh ones the next step, which are mapped page by
-    page while they are written: that takes longer than the kernels that write them.
+    The default allocator returns large blocks to the system and gets new ones in the next step. The kernel maps new
+    blocks page by page at the first write, which takes longer than the computation that writes them.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes < _SMALLEST_BLOCK_BYTES:
@@ -39,7 +39,7 @@ def empty_buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class _Block:
-    """Memory that is in use while any tensor that was leased refers to it."""
+    """Holds a block of memory, which is in use while a leased tensor refers to it."""
 
     def __init__(self, num_bytes: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.num_bytes = num_bytes
@@ -52,11 +52,11 @@ class _Block:
         return self._count() == self._own_references
 
     def lease(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        # Most steps want the shape of the step before. Making a tensor of a storage takes several times as long as
-        # copying one, above all if other work has just emptied the caches.
+        # Most steps need the same shape as the previous step. Constructing a tensor over a storage takes several times
+        # as long as copying one, especially with cold caches.
         if self._latest.shape != shape or self._latest.dtype != dtype:
             self._latest = self._make(shape, dtype)
-        # `data` is no view to autograd: the caller may change it in place like any other tensor.
+        # Autograd does not treat `data` as a view, so the caller may change the tensor in place.
         return self._latest.data
 
     def _make(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -67,15 +67,15 @@ class _Block:
 
 
 class _Blocks:
-    """Blocks that were handed out; sizes are powers of two or three quarters of one, so that similar batches share.
+    """Holds all kept blocks. Sizes are 2**k or 3/4 * 2**k, so that batches of similar size share blocks.
 
-    The references are counted, and nothing runs when the last one goes: that may be in a thread of the process group
-    while Python shuts down.
+    A block is free when its reference count says so. No code runs when the last reference is dropped, because that can
+    happen in a thread of the process group while Python shuts down.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._blocks: list[_Block] = []  # the latest used last
+        self._blocks: list[_Block] = []  # most recently used last
 
     def lease(self, num_bytes: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Returns a tensor of `num_bytes` bytes in memory that no other tensor refers to."""
@@ -90,10 +90,10 @@ class _Blocks:
                 self._drop_free_blocks(size)
                 block = _Block(size, shape, dtype)
             self._blocks.append(block)
-            return block.lease(shape, dtype)  # under the lock: from here on the block is in use
+            return block.lease(shape, dtype)  # inside the lock, because this marks the block as in use
 
     def _drop_free_blocks(self, wanted_bytes: int) -> None:
-        """Makes room for another block, the longest unused first; blocks in use leave the record too."""
+        """Drops the least recently used blocks to make room; a block in use is freed when its tensors are."""
         room = _LARGEST_KEPT_BYTES - wanted_bytes
         while self._blocks and sum(block.num_bytes for block in self._blocks) > room:
             del self._blocks[0]
@@ -107,7 +107,7 @@ def _allocate(num_bytes: int) -> Tensor:
 
 def _advise_huge_pages(memory: Tensor) -> None:
     if dispatch.uses_native(memory):
-        # Before the first write: that is when pages are chosen.
+        # The kernel chooses the page size at the first write, so advise before it.
         library.get().embedtrain_advise_huge_pages(memory.data_ptr(), memory.numel() * memory.element_size())
 
 

@@ -10,8 +10,8 @@
 
 namespace embedtrain {
 
-constexpr int64_t kPrefetchAhead = 12;  // rows; random rows are far apart, and the hardware cannot guess them
-constexpr int64_t kSmallWork = 1 << 17;  // values; below it, waking a thread costs more than it saves
+constexpr int64_t kPrefetchAhead = 12;  // rows; the hardware cannot predict random rows
+constexpr int64_t kSmallWork = 1 << 17;  // values; with fewer, waking a thread costs more than it saves
 
 typedef uint16_t uint16x8 __attribute__((vector_size(16)));
 typedef uint32_t uint32x8 __attribute__((vector_size(32)));
@@ -34,12 +34,12 @@ EMBEDTRAIN_INLINE void load_row(float8v& vector, const uint16_t* source) {
     std::memcpy(&vector, &wide, sizeof(wide));
 }
 
-// How many rows before it is needed a row is asked for: as many bytes under way as one core sustains (measured).
+// Prefetch distance for reading rows, in rows. It keeps as many bytes in flight as one core sustains (measured).
 EMBEDTRAIN_INLINE int64_t rows_ahead_to_read(int64_t row_bytes) {
     return std::clamp<int64_t>(10240 / row_bytes, 4, 48);
 }
 
-// Where a row brings its state and its gradient along.
+// Prefetch distance for updating rows, which also load their state and gradient.
 EMBEDTRAIN_INLINE int64_t rows_ahead_to_update(int64_t row_bytes) {
     return std::clamp<int64_t>(8192 / (row_bytes + 64), 4, 24);
 }
@@ -47,7 +47,7 @@ EMBEDTRAIN_INLINE int64_t rows_ahead_to_update(int64_t row_bytes) {
 template <int kWillWrite>
 EMBEDTRAIN_INLINE void prefetch_row(const void* row, int64_t bytes) {
     const uintptr_t begin = reinterpret_cast<uintptr_t>(row), end = begin + static_cast<uintptr_t>(bytes);
-    // Every line that the row has a part of, and none twice.
+    // Prefetches each cache line that overlaps the row once.
     for (uintptr_t line = begin & ~static_cast<uintptr_t>(63); line < end; line += 64) {
         __builtin_prefetch(reinterpret_cast<const void*>(line), kWillWrite);
     }

@@ -1,4 +1,4 @@
-// Waiting for one another between processes of one host: a counter in each one's shared memory.
+// Synchronises processes of one host through a counter in the shared memory of each.
 
 #include <time.h>
 
@@ -16,15 +16,15 @@
 
 namespace {
 
-// What a rank's region begins with; the caller keeps the first 64 bytes. Each counter has a cache line of its own.
+// The start of a rank's region. Python uses the first 64 bytes. Each counter has its own cache line.
 struct Region {
     alignas(64) unsigned char callers[64];
-    alignas(64) std::atomic<uint32_t> published;  // exchanges that this rank has written its part of
-    alignas(64) std::atomic<uint32_t> waiting;    // ranks that sleep until the count changes
+    alignas(64) std::atomic<uint32_t> published;  // number of exchanges whose part this rank has written
+    alignas(64) std::atomic<uint32_t> waiting;    // number of ranks that sleep until `published` changes
 };
 static_assert(std::atomic<uint32_t>::is_always_lock_free, "counters are shared between processes");
 
-constexpr int kSpins = 4000;  // some 50 microseconds: about what waking a sleeper takes
+constexpr int kSpins = 4000;  // about 50 microseconds, the time it takes to wake a sleeping process
 
 void relax() {
 #if defined(__x86_64__)
@@ -51,7 +51,7 @@ void wake_all(std::atomic<uint32_t>*) {}
 #endif
 
 bool has_come(const Region* region, uint32_t number) {
-    // Counts wrap around; ranks are never more than one exchange apart.
+    // Counters wrap around, which is safe because ranks are never more than one exchange apart.
     return static_cast<int32_t>(region->published.load(std::memory_order_acquire) - number) >= 0;
 }
 
@@ -59,7 +59,7 @@ bool has_come(const Region* region, uint32_t number) {
 
 void embedtrain_publish(void* own_region, int64_t number) {
     Region* region = static_cast<Region*>(own_region);
-    // Sequentially consistent, as the sleepers' side: either they see the count, or they are seen.
+    // Both sides use sequential consistency. So either a sleeper sees the new count, or this rank sees the sleeper.
     region->published.store(static_cast<uint32_t>(number));
     if (region->waiting.load()) wake_all(&region->published);
 }

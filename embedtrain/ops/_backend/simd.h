@@ -1,7 +1,7 @@
 // Portable vectors (GCC and Clang extensions) and the arithmetic that the kernels share.
 //
-// A 16-lane vector compiles to one AVX-512 register, two AVX registers or four SSE registers, whichever the
-// function's target has; EMBEDTRAIN_MULTIVERSION compiles a function for each and picks at load time.
+// A 16-lane vector compiles to one AVX-512 register, two AVX registers or four SSE registers, depending on the
+// function's target. EMBEDTRAIN_MULTIVERSION compiles a function for each target and selects one at load time.
 
 #pragma once
 
@@ -10,7 +10,8 @@
 
 #define EMBEDTRAIN_INLINE inline __attribute__((always_inline))
 
-// Before a loop over an array of vectors that is to stay in registers: what is indexed by a variable lies in memory.
+// Unrolls a loop over an array of vectors, so that the array stays in registers. An array that is indexed by a variable
+// lies in memory.
 #define EMBEDTRAIN_UNROLL _Pragma("GCC unroll 24")
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -23,7 +24,7 @@
 namespace embedtrain {
 
 typedef float float16v __attribute__((vector_size(64)));
-typedef float float8v __attribute__((vector_size(32)));  // what AVX2 has: wider ones would lie in memory there
+typedef float float8v __attribute__((vector_size(32)));  // one AVX2 register; wider vectors would spill to memory
 typedef float float4v __attribute__((vector_size(16)));
 
 template <typename Vector>

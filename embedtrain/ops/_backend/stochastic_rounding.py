@@ -1,4 +1,4 @@
-"""Rounding of float32 rows to bfloat16, up or down at random so that small updates survive on average."""
+"""Stochastic rounding of float32 rows to bfloat16, so that small updates survive on average."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def round_to_bfloat16(values: Tensor, keys: Tensor) -> Tensor:
 
     Args:
         values: [n, dim] float32.
-        keys: [n] int64; the random bits are a function of the row's key and the column alone.
+        keys: [n] int64; the random bits depend only on the row's key and the column.
 
     Returns:
-        [n, dim] bfloat16, equal to `values` in expectation; values that bfloat16 holds stay as they are.
+        [n, dim] bfloat16, equal to `values` in expectation. Values that bfloat16 can represent do not change.
     """
     columns = torch.arange(values.shape[1], device=values.device)
     noise = mix64(mix64(keys).unsqueeze(1) + columns) & 0xFFFF

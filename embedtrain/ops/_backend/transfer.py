@@ -1,7 +1,7 @@
-"""Copies between the host and a device for which neither waits, and every wait of the host for what ranks exchange.
+"""Asynchronous copies between host and device, and waits of the host for a device with a timeout.
 
-NCCL's kernels know no time-out: those of a rank whose peer died never end. So the host asks whether the device has come
-that far, and gives up after a while.
+NCCL kernels have no timeout: if a peer dies, the kernel of a collective never ends. So the host polls the device and
+gives up after a time limit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _NAP_SECONDS = 0.0001
 
 
 class _Patience:
-    """How long the host waits for a device; None for any time. A process takes part in one job."""
+    """Holds the time limit of waits for a device; None for no limit. Global, because a process is part of one job."""
 
     seconds: float | None = None
 
@@ -27,35 +27,35 @@ _patience = _Patience()
 
 
 def wait_at_most(seconds: float | None) -> None:
-    """Bounds each later wait of this process for a device; None takes the bound away."""
+    """Sets the time limit of all later waits of this process for a device; None removes the limit."""
     _patience.seconds = seconds
 
 
 def wait_for(event: torch.cuda.Event) -> None:
-    """Waits until a device has come to an event.
+    """Waits until a device has reached an event.
 
     Raises:
-        DeviceTimeoutError: it did not in the time that `wait_at_most` gave.
+        DeviceTimeoutError: the device did not reach it within the limit set by `wait_at_most`.
     """
     if _patience.seconds is None:
         event.synchronize()
         return
-    # Not in the driver, which would not let go while a kernel hangs.
+    # Poll instead of waiting in the driver, which would not return while a kernel hangs.
     began = time.monotonic()
     while not event.query():
         waited = time.monotonic() - began
         if waited > _patience.seconds:
             raise DeviceTimeoutError(
-                f"another rank did not take part in a collective: the GPU did not get on for {_patience.seconds:g} s"
+                f"another rank did not take part in a collective: the GPU made no progress for {_patience.seconds:g} s"
             )
         if waited > _SPIN_SECONDS:
             time.sleep(_NAP_SECONDS)
 
 
 def catch_up(device: torch.device) -> None:
-    """Waits until the current stream has done what it was given, as `wait_for` does; on the CPU it has.
+    """Waits until the current stream is idle, with the time limit of `wait_for`; no-op for a CPU.
 
-    What follows may ask the device for numbers in torch's own ways, which would wait for any time.
+    Call it before torch functions that wait for the device, because these have no time limit.
     """
     if device.type == "cuda":
         event = torch.cuda.Event()
@@ -64,27 +64,27 @@ def catch_up(device: torch.device) -> None:
 
 
 def to_host(values: Tensor) -> Tensor:
-    """Returns values in the host's memory, once the current stream has computed them; waits as `wait_for` does."""
+    """Copies values to host memory after the current stream has computed them; waits as `wait_for` does."""
     catch_up(values.device)
     return values.cpu()
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Returns values on a device; the host goes on while they are copied."""
+    """Returns values on a device; the host does not wait for the copy."""
     if values.device == device:
         return values
-    # Only what lies in pinned memory is copied without the host.
+    # Only pinned memory can be copied asynchronously.
     return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
 class HostCopy:
-    """Numbers of a device on their way to the host, which goes on meanwhile.
+    """Copies values from a device to the host asynchronously.
 
     Args:
-        values: any shape.
+        values: the values, of any shape.
 
     Attributes:
-        arrived: when they are there; None for numbers of the host.
+        arrived: the event at the end of the copy; None if the values are in host memory already.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -97,11 +97,11 @@ class HostCopy:
             self.arrived.record(torch.cuda.current_stream(values.device))
 
     def values(self) -> Tensor:
-        """Returns the numbers on the host; waits for the device if it has not come that far, as `wait_for` does."""
+        """Returns the values on the host; waits for the copy if necessary, as `wait_for` does."""
         if self.arrived is not None:
             wait_for(self.arrived)
         return self._values
 
     def item(self) -> float:
-        """Returns the number, if it is only one."""
+        """Returns the value as a Python number, if there is only one."""
         return self.values().item()

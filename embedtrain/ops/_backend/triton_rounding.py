@@ -1,4 +1,4 @@
-"""Rounding to bfloat16 inside kernels, with the bits of the other implementations."""
+"""Rounding to bfloat16 inside Triton kernels, bit for bit as in the other implementations."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def mix64(values):
 
 @triton.jit
 def round_to_bfloat16(values, keys, columns):
-    """Rounds float32 [rows, columns] up or down by keys [rows] int64 and the columns' numbers."""
+    """Rounds float32 [rows, columns] stochastically, by keys [rows] int64 and the column numbers."""
     of_rows = mix64(keys.to(tl.uint64, bitcast=True))
     noise = mix64(of_rows[:, None] + columns[None, :].to(tl.uint64)) & 0xFFFF
-    # Adding below the bits that are kept carries into them with the right probability.
+    # The noise is added below the kept bits and carries into them with the right probability.
     bits = values.to(tl.uint32, bitcast=True) + noise.to(tl.uint32)
     return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
 def nearest_bfloat16(values):
-    """Rounds float32 values to the nearest, halves to even; Triton's interpreter would cut bits off instead."""
+    """Rounds float32 values to the nearest bfloat16, ties to even; Triton's interpreter would truncate instead."""
     bits = values.to(tl.uint32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return tl.where(values == values, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)

@@ -1,8 +1,8 @@
-"""Sums over runs of sorted positions, in their order: no atomics, so the same input gives the same bits.
+"""Sums over runs of sorted positions, in a fixed order and without atomics: equal inputs give equal bits.
 
-The positions are cut into chunks of equal length, a program each, so that a key with very many of them does not hold
-up the rest. A run belongs to the chunk that it begins in; what later chunks hold of it they leave in a row of their
-own, and a second kernel adds those up.
+The positions are cut into chunks of equal length, with one program per chunk. So a key with very many positions does
+not delay the others. A run belongs to the chunk in which it begins. Each later chunk in which it continues writes a
+partial sum to a row of its own, the chunk's head. A second kernel adds the heads to the run.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def sum_runs(
 
     Args:
         values: [num_values, dim] float32, contiguous.
-        index: [n] int64; the row of each position.
-        starts: [m + 1] int64; run j is the positions `starts[j]` to `starts[j + 1]`; positions from `starts[m]` on
-            are in none.
-        weights: [n] float32; a factor of each position, or None.
-        factor: of every sum.
-        has_empty_runs: whether runs may hold no position; their sums are zero.
+        index: [n] int64; the row of `values` for each position.
+        starts: [m + 1] int64; run j consists of the positions `starts[j]` to `starts[j + 1] - 1`. Positions from
+            `starts[m]` on are in no run.
+        weights: [n] float32; multiplies the row of each position. None for no weights.
+        factor: multiplies every sum.
+        has_empty_runs: whether runs may be empty; their sums are zero.
 
     Returns:
         [m, dim] float32.
@@ -46,7 +46,7 @@ def sum_runs(
         return torch.zeros(m, dim, device=values.device)
     sums = (torch.zeros if has_empty_runs else torch.empty)(m, dim, device=values.device)
     num_chunks = triton.cdiv(n, _CHUNK)
-    # The last run that begins at or before each chunk: where several do, the others are empty.
+    # The last run that begins at or before each chunk. If several runs begin there, all but the last are empty.
     begins = torch.arange(0, n, _CHUNK, device=starts.device)
     runs = torch.searchsorted(starts, begins, right=True).sub_(1)
     heads = torch.empty(num_chunks, dim, device=values.device)
@@ -113,7 +113,7 @@ def _sum_chunk(
         begin = tl.load(starts + run)
         end = tl.load(starts + run + 1)
         total = tl.zeros([COLUMNS], dtype=tl.float32)
-        # The next row is asked for before this one is added, and its place one row earlier still.
+        # Software pipelining: the next row is loaded before this one is added, and its index one row earlier.
         place = tl.load(index + first)
         row = tl.load(values + place * DIM + column, mask=inside, other=0.0)
         place = tl.load(index + tl.minimum(first + 1, last - 1))
@@ -127,7 +127,7 @@ def _sum_chunk(
                     tl.store(sums + run * DIM + column, total * factor, mask=inside)
                 total = tl.zeros([COLUMNS], dtype=tl.float32)
                 begin = end
-                while (end == begin) & (run < m):  # over runs of no position
+                while (end == begin) & (run < m):  # skips empty runs
                     run += 1
                     end = tl.load(starts + run + 1, mask=run < m, other=0)
             if run < m:
@@ -156,7 +156,7 @@ def _add_heads(
     HEADS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Adds what later chunks hold of a run; the program of the first such chunk does it for all of them."""
+    """Adds the heads of later chunks to a run; the program of the run's second chunk does this for all of them."""
     chunk = tl.program_id(0).to(tl.int64)
     run = tl.load(runs + chunk)
     if run < m:

@@ -12,25 +12,24 @@ __all__ = ["damp_rows"]
 
 
 def damp_rows(grad: Tensor, tables: Tensor, times: Tensor, curvatures: Tensor, directions: Tensor) -> Tensor:
-    """Returns the gradients with each direction's part scaled by `(1 - exp(-x)) / x`, `x = time * curvature`.
+    """Scales each gradient's component along each direction by `(1 - exp(-x)) / x`, where `x = time * curvature`.
 
-    Gradient flow along a direction of curvature `c` covers the share `1 - exp(-t * c)` of the way to the minimum in
-    time `t`, and one step along the gradient `t * c`: the quotient of the two.
+    Along a direction of curvature `c`, gradient flow covers the fraction `1 - exp(-t * c)` of the way to the minimum in
+    time `t`. One step of size `t` along the gradient covers `t * c`. The factor is the quotient of the two.
 
     Args:
         grad: [n, dim] float32; the gradient of each row.
-        tables: [n] int64; which directions hold for each row.
-        times: [n] float32, not negative; 0 leaves a row's gradient as it is.
-        curvatures: [num_tables, k] float32; negative ones count as 0.
-        directions: [num_tables, k, dim] float32; k orthonormal vectors for each table.
+        tables: [n] int64; index of the table whose directions apply to each row.
+        times: [n] float32, not negative; 0 leaves a row's gradient unchanged.
+        curvatures: [num_tables, k] float32; negative values count as 0.
+        directions: [num_tables, k, dim] float32; k orthonormal vectors per table.
 
     Returns:
-        [n, dim] float32, in memory of its own.
+        [n, dim] float32, a new tensor.
 
     Raises:
         ValueError: shapes or dtypes disagree.
-        IndexError: one of `tables` is not below `num_tables`. On a GPU they are the caller's promise: the host would
-            have to wait for the device to look at them.
+        IndexError: an element of `tables` is out of range. Not checked on a GPU, because it would need a device sync.
     """
     _check(grad, tables, times, curvatures, directions)
     if dispatch.uses_triton(grad):

@@ -1,4 +1,4 @@
-// Gradients of rows, damped along a few directions of high curvature: each row is read once and written once.
+// Damps gradients of rows along a few directions of high curvature. Each row is read once and written once.
 
 #include <algorithm>
 #include <cstdint>
@@ -12,8 +12,8 @@ namespace {
 
 using namespace embedtrain;
 
-constexpr int64_t kAtOnce = 4;  // directions of one pass over a row
-constexpr int64_t kBlock = 32;  // rows
+constexpr int64_t kAtOnce = 4;  // directions per pass over a row
+constexpr int64_t kBlock = 32;  // rows per block
 
 struct Damping {
     const float* grad;
@@ -25,7 +25,8 @@ struct Damping {
     int num_parts;
 };
 
-// (1 - exp(-x)) / x - 1. The quotient loses all digits of small x. Above 80 the exponential is far below a rounding of 1.
+// (1 - exp(-x)) / x - 1. For small x the quotient would lose all digits, so use its series. For x above 80 the
+// exponential is far below the rounding error of 1.
 EMBEDTRAIN_INLINE float excess(float x) {
     const float series = x * (-1.0f / 2 + x * (1.0f / 6 + x * (-1.0f / 24 + x * (1.0f / 120))));
     const float divisor = x > 0.125f ? x : 0.125f;
@@ -59,7 +60,7 @@ EMBEDTRAIN_INLINE void add_directions(const float* factors, const float* vectors
     store(damped + d, sum);
 }
 
-// The products with four directions are summed side by side: one after the other, each waits for its own last sum.
+// Sums the products with four directions in parallel. One after the other, each addition would wait for the last one.
 EMBEDTRAIN_INLINE void damp_along_four(const float* grad, const float* vectors, const float* excesses, int64_t dim,
                                        float* damped) {
     const int64_t eights = dim - dim % 8, fours = dim - dim % 4;
@@ -98,9 +99,9 @@ EMBEDTRAIN_INLINE void damp_along_one(const float* grad, const float* vector, fl
     for (int64_t d = 0; d < dim; ++d) damped[d] += product * vector[d];
 }
 
-// What the four next directions, of which `num` exist, take away from a block of rows.
+// Damps a block of rows along `num` directions, at most kAtOnce, from `direction` on.
 EMBEDTRAIN_INLINE void damp_block(const Damping& u, Range rows, int64_t direction, int64_t num) {
-    // Exponentials are computed for the whole block: those of a row alone would each wait for one another.
+    // Computes the exponentials of the whole block in one loop, because a row alone has too few to fill the pipeline.
     float excesses[kBlock * kAtOnce] = {};
     for (int64_t i = rows.begin; i < rows.end; ++i) {
         const float* curvatures = u.curvatures + u.tables[i] * u.num_directions + direction;

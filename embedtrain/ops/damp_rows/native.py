@@ -1,4 +1,4 @@
-"""Calls the native damping."""
+"""Calls the native damping kernel."""
 
 from __future__ import annotations
 

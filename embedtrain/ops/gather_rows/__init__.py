@@ -1,4 +1,4 @@
-"""Random rows of a table, copied into a compact tensor."""
+"""Copies random rows of a table into a compact tensor."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from embedtrain.ops.gather_rows import native, reference
 
 
 def gather_rows(source: Tensor, rows: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
-    """Copies rows.
+    """Copies rows and converts their dtype if necessary.
 
     Args:
         source: [num_rows, dim] float32 or bfloat16, contiguous.
         rows: [n] int64, all in [0, num_rows).
-        dtype: of the copy, float32 or bfloat16; None means that of `out`, else the source's.
-        out: [n, dim] contiguous; the rows are written into it. None for a new tensor.
+        dtype: dtype of the result, float32 or bfloat16. None takes the dtype of `out`, or of `source` without `out`.
+        out: [n, dim] contiguous; receives the rows. None allocates a new tensor.
 
     Returns:
         [n, dim]; `out` if it is given.
 
     Raises:
         ValueError: shapes or dtypes disagree.
-        IndexError: a row lies outside the source. Triton's kernels rely on the caller: the host would wait for the
-            device.
+        IndexError: a row is out of range. The Triton kernels do not check, because it would need a device sync.
     """
     dtype = dtype or (source.dtype if out is None else out.dtype)
     if source.dim() != 2 or rows.dim() != 1 or rows.dtype != torch.int64:
@@ -33,7 +32,7 @@ def gather_rows(source: Tensor, rows: Tensor, dtype: torch.dtype | None = None, 
             f"{rows.dtype} {tuple(rows.shape)}"
         )
     if not {source.dtype, dtype} <= {torch.float32, torch.bfloat16}:
-        raise ValueError(f"expected rows float32 or bfloat16, copied as one of them, got {source.dtype} and {dtype}")
+        raise ValueError(f"rows and their copy must be float32 or bfloat16, got {source.dtype} and {dtype}")
     if out is not None and (out.shape != (rows.numel(), source.shape[1]) or out.dtype != dtype):
         raise ValueError(
             f"expected out [{rows.numel()}, {source.shape[1]}] {dtype}, got {tuple(out.shape)} {out.dtype}"

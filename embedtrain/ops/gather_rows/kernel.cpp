@@ -24,7 +24,7 @@ struct Gather {
 
 EMBEDTRAIN_INLINE float converted(float value, float) { return value; }
 
-// To the nearest bfloat16, ties to even; a NaN stays one.
+// Rounds to the nearest bfloat16, ties to even; NaN stays NaN.
 EMBEDTRAIN_INLINE uint16_t converted(float value, uint16_t) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof(bits));
@@ -43,7 +43,7 @@ EMBEDTRAIN_INLINE void gather(const Gather& g, int part) {
         if (i + ahead < range.end) {
             prefetch_row<0>(source + g.rows[i + ahead] * g.dim, row_bytes);
         }
-        // A negative row is a large unsigned number.
+        // As unsigned numbers, negative rows are large, so one comparison finds them too.
         if (static_cast<uint64_t>(g.rows[i]) >= static_cast<uint64_t>(g.num_source_rows)) {
             ++*g.outside;
             continue;

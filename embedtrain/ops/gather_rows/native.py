@@ -1,4 +1,4 @@
-"""Calls the native gather."""
+"""Calls the native gather kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gathering of rows: a program copies a tile of rows, converting them on the way."""
+"""Gathering of rows on a GPU: each program copies and converts one tile of rows."""
 
 from __future__ import annotations
 

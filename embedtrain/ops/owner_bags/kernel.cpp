@@ -1,4 +1,4 @@
-// Bags whose rows lie at several owners: their rows by owner, and the owners' sums of them.
+// Splits bags by the owners of their rows, and adds the owners' sums of bags.
 
 #include <algorithm>
 #include <cstdint>
@@ -13,10 +13,10 @@ using namespace embedtrain;
 
 using Part = EmbedtrainPart;
 
-// What one thread has of one owner: numbers first, then the places of the next value and sum.
+// One part's values and sums for one owner: first their counts, then the positions of the next ones.
 struct Place {
     int64_t value, sum;
-    int64_t latest_bag;  // the last bag that had a row there
+    int64_t latest_bag;  // the last bag with a row of this owner
 };
 
 struct Split {
@@ -64,7 +64,7 @@ void count_bags(const void* split, int part) {
                });
 }
 
-// From numbers to places: by owner, and for each owner by part.
+// Turns counts into positions, ordered by owner and then by part.
 void add_up(const Split& s, int64_t* id_counts, int64_t* sum_counts) {
     int64_t value = 0, sum = 0;
     for (int64_t owner = 0; owner < s.num_owners; ++owner) {
@@ -101,7 +101,8 @@ void write_bags(const void* split, int part) {
                        Place& place = places[owner];
                        const int64_t is_first = place.latest_bag != number;
                        place.latest_bag = number;
-                       // Written in any case, over itself if it is not the first: a branch would be guessed wrong often.
+                       // Always written, without a branch, which would often be mispredicted. If the row is not the
+                       // first of its bag, this writes the same number again.
                        bag_of_sum[(place.sum += is_first) - 1] = number;
                        const int64_t at = place.value++;
                        if (weights) weights[at] = feature.weights ? feature.weights[value + v] : 1.0f;
@@ -116,17 +117,17 @@ bool join(const Row* split_rows, int64_t num_values, int64_t num_bags, int64_t* 
     for (int64_t i = 0; i < num_values; ++i) {
         const int64_t row = split_rows[i], sign = row >> 63;
         rows[i] = row ^ sign;
-        starts[std::min(bag, num_bags)] = i;  // the place of the next bag, until it is one
+        starts[std::min(bag, num_bags)] = i;  // overwritten until the next bag begins
         bag -= sign;
     }
     return bag == num_bags && (num_values ? num_bags && split_rows[0] < 0 : !num_bags);
 }
 
-// The bags that have sums, and where those are.
+// The bags and the owners' sums of them.
 struct Sums {
     const Part* parts;
     int64_t num_owners;
-    const int64_t* bag_of_sum;  // part after part
+    const int64_t* bag_of_sum;  // ordered by owner
     Bags bags;
     int64_t dim;
     const float* zeros;
@@ -140,7 +141,7 @@ EMBEDTRAIN_INLINE float factor_of(const Feature& feature, int64_t bag) {
     return feature.lengths ? 1.0f / static_cast<float>(std::max<int64_t>(feature.lengths[bag], 1)) : 1.0f;
 }
 
-// visit(feature, bag of the feature, bag of all features) for the bags [range.begin, range.end).
+// Calls visit(feature, bag in the feature, bag over all features) for the bags [range.begin, range.end).
 template <typename Visit>
 EMBEDTRAIN_INLINE void visit_range(const Bags& bags, Range range, Visit visit) {
     int64_t before = 0;
@@ -159,7 +160,7 @@ int64_t num_bags(const Bags& bags) {
     return total;
 }
 
-// The sums of one owner that are still to be visited.
+// The remaining sums of one owner.
 struct Rest {
     const void* rows;
     const int64_t *bags, *end;
@@ -209,7 +210,7 @@ EMBEDTRAIN_MULTIVERSION void add_bfloat16(const void* sums, int part) {
     add<0, uint16_t>(*static_cast<const Sums*>(sums), part);
 }
 
-// Every part of the work has a share of each owner's sums.
+// Each part of the work handles a range of every owner's sums.
 EMBEDTRAIN_MULTIVERSION void share_out(const void* sums, int part) {
     const Sums& s = *static_cast<const Sums*>(sums);
     const int64_t dim = s.dim;

@@ -1,4 +1,4 @@
-"""Calls the native kernels of bags at several owners."""
+"""Calls the native kernels that split bags by owner."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def share_out(grads: Sequence[Tensor | None], bags: Sequence[Bags], bag_of_sum: 
 
 
 def _describe_parts(parts: Sequence[Tensor]) -> tuple[array[int], list[Tensor]]:
-    """Lays out the parts as `EmbedtrainPart`s, and returns the tensors too, which must outlive the call."""
+    """Returns the parts as an array of `EmbedtrainPart`, and the tensors that the caller must keep alive."""
     kept = [part.contiguous() for part in parts]
     return array(_PART, [word for part in kept for word in (part.data_ptr(), len(part))]), kept
 

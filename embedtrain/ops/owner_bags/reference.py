@@ -1,4 +1,4 @@
-"""Bags at several owners in plain PyTorch: a sort of pairs of owner and bag. It runs on every device."""
+"""Splitting bags by owner in plain PyTorch, by sorting pairs of owner and bag; runs on every device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def split_bags(
     num_bags = sum(feature.num_bags for feature in bags)
     lengths = torch.cat([keys.new_zeros(0), *(lengths_of(feature, keys.device) for feature in bags)])
     owner, pairs = owner_and_bag(keys, lengths, num_local_rows)
-    # Nothing here depends on how many pairs are distinct, for which the host would have to wait.
+    # No size depends on the number of distinct pairs, because that would need a device sync.
     ascending, order = torch.sort(pairs, stable=True)
     is_first = torch.ones_like(ascending, dtype=torch.bool)
     torch.ne(ascending[1:], ascending[:-1], out=is_first[1:])
@@ -59,7 +59,7 @@ def add_sums(parts: Sequence[Tensor], bag_of_sum: Tensor, bags: Sequence[Bags]) 
     factors = _factors(bags, sums.device)
     weights = None if factors is None else factors[bag_of_sum[order]]
     (pooled,) = pool_rows(sums, order, [Bags(sums.shape[0], num_owners, weights)])
-    # `data` is no view to autograd: the caller may change one feature's vectors in place.
+    # Autograd does not treat `data` as a view, so the caller may change one feature's vectors in place.
     return [part.data for part in pooled.split(num_bags)]
 
 
@@ -83,13 +83,13 @@ def share_out(grads: Sequence[Tensor | None], bags: Sequence[Bags], bag_of_sum: 
 
 
 def _occurrences(numbers: Tensor, num_numbers: int) -> Tensor:
-    """Returns how often each of the numbers from 0 occurs, [num_numbers] int64; a device is not waited for."""
+    """Returns how often each number below `num_numbers` occurs, [num_numbers] int64, without a device sync."""
     counts = torch.zeros(num_numbers, dtype=torch.int64, device=numbers.device)
     return counts.scatter_add_(0, numbers, torch.ones_like(numbers))
 
 
 def _factors(bags: Sequence[Bags], device: torch.device) -> Tensor | None:
-    """Returns [num_bags] float32, what a bag's sum is multiplied by; None if it is 1 for all."""
+    """Returns the factor of each bag's sum, [num_bags] float32; None if all factors are 1."""
     if not any(feature.is_mean for feature in bags):
         return None
     parts = []

@@ -1,4 +1,4 @@
-"""Bags whose rows lie at several owners, and their numbers."""
+"""Types and index arithmetic for bags whose rows belong to several owners."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from embedtrain.ops.pool_rows import Bags
 
 
 class SplitBags(NamedTuple):
-    """The bags of several features by the owners of their rows.
+    """Holds the bags of several features, split by the owners of their rows.
 
-    A bag has one sum per owner of any of its rows. Bags are numbered through all features.
+    A bag has one sum per owner that owns at least one of its rows. Bags are numbered consecutively over all features.
 
     Attributes:
-        rows: [num_values] int32 or int64; by owner and bag after bag the local rows. The first row of each bag there is
-            stored as its complement, a negative number, so that lengths need not travel.
-        weights: [num_values] float32, alike; None if no feature has weights.
-        bag_of_sum: [num_sums] int64; by owner the bags that have rows there, ascending. On a GPU other numbers
-            follow: the host would have to wait to know how many sums there are.
-        id_counts: [num_owners] int64; ids for each owner.
-        sum_counts: [num_owners] int64; sums of each owner.
+        rows: [num_values] int32 or int64; local rows, ordered by owner and bag. The first row of each bag at an owner
+            is stored as its bitwise complement, a negative number, so that the lengths need not be sent.
+        weights: [num_values] float32, in the same order; None if no feature has weights.
+        bag_of_sum: [num_sums] int64; the bag of each sum, ordered by owner and bag. On a GPU the tensor is longer, and
+            its other elements are meaningless, because the exact length would need a device sync.
+        id_counts: [num_owners] int64; number of ids per owner.
+        sum_counts: [num_owners] int64; number of sums per owner.
     """
 
     rows: Tensor
@@ -33,9 +33,9 @@ class SplitBags(NamedTuple):
 
 
 def owner_and_bag(keys: Tensor, lengths: Tensor, num_local_rows: int) -> tuple[Tensor, Tensor]:
-    """Returns the owner of each value's row, and `owner * number of bags + bag`; bags are numbered through."""
+    """Returns the owner of each value, and `owner * num_bags + bag`, both [num_values] int64."""
     owner = torch.div(keys, num_local_rows, rounding_mode="floor")
-    # In place: fresh memory of this size costs more than the arithmetic.
+    # In place, because new memory of this size costs more than the arithmetic.
     bag = torch.repeat_interleave(lengths, output_size=keys.numel())
     return owner, bag.add_(owner, alpha=max(lengths.numel(), 1))
 

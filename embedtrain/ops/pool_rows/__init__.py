@@ -1,4 +1,4 @@
-"""Bags of rows summed without being gathered first, and the gradient of each distinct row."""
+"""Pools bags of rows without gathering the rows first, and sums the gradient of each distinct row."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ __all__ = ["Bags", "grad_of_weights", "pool_rows", "pool_rows_backward"]
 def pool_rows(
     source: Tensor, index: Tensor, bags: Sequence[Bags], *, out: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
-    """Pools the rows of several features, whose values lie one feature after the other.
+    """Sums or averages the rows of each bag of several features.
 
     Args:
         source: [num_rows, dim] float32 or bfloat16.
-        index: [n] int64, all in [0, num_rows); the row of each value.
-        bags: the features; their values are n together.
-        out: per feature [num_bags, dim] contiguous, float32 or bfloat16, which is written; None for new tensors.
+        index: [n] int64, all in [0, num_rows); the row of each value, ordered by feature and bag.
+        bags: the features, with n values in total.
+        out: one tensor per feature, [num_bags, dim] contiguous, float32 or bfloat16; receives the pooled vectors. None
+            allocates new tensors.
 
     Returns:
-        Per feature [num_bags, dim] float32, zeros for an empty bag; `out` if it is given.
+        One tensor per feature, [num_bags, dim] float32, zeros for an empty bag; `out` if it is given.
 
     Raises:
-        ValueError: shapes or dtypes disagree, or the lengths of a feature do not add up to its values.
-        IndexError: an index lies outside the source. Triton's kernels rely on the caller: the host would wait for the
-            device.
+        ValueError: shapes or dtypes disagree, or the lengths of a feature do not add up to its number of values.
+        IndexError: an index is out of range. The Triton kernels do not check, because it would need a device sync.
     """
     num_values = sum([feature.num_values for feature in bags])
     if source.dim() != 2 or index.shape != (num_values,) or index.dtype != torch.int64:
@@ -68,17 +68,18 @@ def _check_out(out: Sequence[Tensor], bags: Sequence[Bags], dim: int) -> None:
 def pool_rows_backward(
     grads: Sequence[Tensor | None], bags: Sequence[Bags], keys: SortedKeys, dim: int, factor: float = 1.0
 ) -> Tensor:
-    """Sums, for each distinct row, the gradients of the bags that it is in.
+    """Sums the gradients of the bags that contain a row, for each distinct row.
 
     Args:
-        grads: per feature [num_bags, dim] float32; None if no gradient came back.
-        bags: the features, as in forward.
-        keys: the rows of the values, sorted.
-        dim: of the rows.
-        factor: every sum is multiplied by it.
+        grads: one tensor per feature, [num_bags, dim] float32: the gradient of its pooled vectors. None stands for
+            zeros.
+        bags: the features, as in `pool_rows`.
+        keys: the sorted rows of the values.
+        dim: dimension of the rows.
+        factor: multiplies every sum.
 
     Returns:
-        [num_distinct, dim] float32; duplicates are added in order of position, whatever the number of threads.
+        [num_distinct, dim] float32. Duplicates are added in order of position, for any number of threads.
     """
     for grad, feature in zip(grads, bags, strict=True):
         if grad is not None and (grad.shape != (feature.num_bags, dim) or grad.dtype != torch.float32):
@@ -95,15 +96,15 @@ def pool_rows_backward(
 
 
 def grad_of_weights(source: Tensor, index: Tensor, feature: Bags, grad: Tensor) -> Tensor:
-    """Returns the gradient of one feature's weights, [num_values] float32: row by row products.
+    """Returns the gradient of one feature's weights, [num_values] float32.
 
-    Few models learn the weights of their ids, so PyTorch does it on every device.
+    Few models learn these weights, so there is only a PyTorch implementation for all devices.
 
     Args:
         source: [num_rows, dim].
-        index: [num_values] int64; the feature's.
-        feature: its bags.
-        grad: [num_bags, dim]; gradient of its pooled vectors.
+        index: [num_values] int64; the row of each value of the feature.
+        feature: the bags of the feature.
+        grad: [num_bags, dim]; the gradient of the feature's pooled vectors.
     """
     if feature.lengths is not None:
         if feature.is_mean:

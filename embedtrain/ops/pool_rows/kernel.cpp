@@ -1,4 +1,4 @@
-// Sums of random rows: bags of a batch forward, and the gradient of each distinct row backward.
+// Sums random rows: forward over bags, and backward over the gradients of each distinct row.
 
 #include <algorithm>
 #include <cstdint>
@@ -21,7 +21,7 @@ struct Pooling {
     Outside* outside;
 };
 
-// kDim: the dim where it is known to the compiler, else 0.
+// kDim: the dim as a compile-time constant, or 0 for any dim.
 template <int kDim, typename Stored>
 EMBEDTRAIN_INLINE void pool(const Pooling& p, int part) {
     const Stored* source = static_cast<const Stored*>(p.source);
@@ -35,7 +35,7 @@ EMBEDTRAIN_INLINE void pool(const Pooling& p, int part) {
         const auto prefetch = [=](int64_t v) __attribute__((always_inline)) {
             if (v + ahead < num_values) prefetch_row<0>(source + index[v + ahead] * dim, row_bytes);
         };
-        // Terms of a dim known here are visited once: then one row is asked for as another is added.
+        // With a constant dim, sum_terms visits each term once, so it can prefetch one row while it adds another.
         if (!kDim) for (int64_t v = first; v < first + length; ++v) prefetch(v);
         const int64_t* bag_index = index + first;
         const float* weights = feature.weights ? feature.weights + value : nullptr;
@@ -49,7 +49,7 @@ EMBEDTRAIN_INLINE void pool(const Pooling& p, int part) {
     });
 }
 
-// A pass of its own: bag by bag the same look takes four times as long.
+// A separate pass, because the same check inside the loop over bags takes four times as long.
 EMBEDTRAIN_MULTIVERSION void check_index(const void* pooling, int part) {
     const Pooling& p = *static_cast<const Pooling*>(pooling);
     const Range values = range_of_part(p.num_values, part, p.num_parts);
@@ -79,14 +79,14 @@ struct Backward {
     float* grad;
     int num_parts;
     Outside* outside;
-    std::atomic<int64_t>* num_done;  // distinct rows: fewer than there are if `starts` do not ascend
+    std::atomic<int64_t>* num_done;  // number of distinct rows done; too small if `starts` do not ascend
 };
 
 EMBEDTRAIN_MULTIVERSION void sum_gradients(const void* arguments, int part) {
     const Backward& b = *static_cast<const Backward*>(arguments);
     const int64_t dim = b.dim, num_values = b.num_values;
     const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(float));
-    // Parts of about equally many values, cut where a distinct row begins.
+    // Parts have about equally many values and begin at a distinct row.
     const Range values = range_of_part(num_values, part, b.num_parts);
     const int64_t* end = b.starts + b.num_distinct;
     const int64_t first = std::lower_bound(b.starts, end, values.begin) - b.starts;

@@ -69,7 +69,7 @@ def pool_rows_backward(
     if num_outside.value:
         check_lengths(bags)
         num_values = sum(feature.num_values for feature in bags)
-        raise IndexError(f"expected the sorted keys of {num_values} values, got those of {keys.order.numel()}")
+        raise IndexError(f"expected the sorted keys of {num_values} values, got {keys.order.numel()} keys")
     return summed
 
 
@@ -78,24 +78,23 @@ def empty_vectors(bags: Sequence[Bags], dim: int) -> list[Tensor]:
     if len(bags) == 1:
         return [empty_buffer(bags[0].num_bags, dim)]
     together = empty_buffer(sum(feature.num_bags for feature in bags), dim)
-    # `data` is no view to autograd: the caller may change one feature's vectors in place.
+    # Autograd does not treat `data` as a view, so the caller may change one feature's vectors in place.
     return [part.data for part in together.split([feature.num_bags for feature in bags])]
 
 
 def check_lengths(bags: Sequence[Bags]) -> None:
-    """Raises ValueError if the lengths of a feature do not add up to its values, as when they were overwritten."""
+    """Raises ValueError if the lengths of a feature do not add up to its values, for instance after an overwrite."""
     for number, feature in enumerate(bags):
         lengths = feature.lengths
         if lengths is not None and (int(lengths.sum()) != feature.num_values or bool((lengths < 0).any())):
             raise ValueError(
-                f"expected lengths of bags that are not negative and add up to {feature.num_values}, got "
-                f"{int(lengths.sum())} together and {int(lengths.min()) if len(lengths) else 0} at least, for feature "
-                f"{number}"
+                f"the lengths of feature {number} must not be negative and must add up to {feature.num_values}, got a "
+                f"sum of {int(lengths.sum())} and a minimum of {int(lengths.min()) if len(lengths) else 0}"
             )
 
 
 def describe(bags: Sequence[Bags], vectors: Sequence[Tensor | None]) -> tuple[array[int], list[Tensor]]:
-    """Lays out the features as `EmbedtrainFeature`s, and returns the vectors too, which must outlive the call."""
+    """Returns the features as an array of `EmbedtrainFeature`, and the vectors that the caller must keep alive."""
     words: list[int] = []
     kept: list[Tensor] = []
     for feature, rows in zip(bags, vectors, strict=True):
@@ -104,7 +103,8 @@ def describe(bags: Sequence[Bags], vectors: Sequence[Tensor | None]) -> tuple[ar
         row_address = row_stride = 0
         if rows is not None:
             row_stride, column_stride = rows.stride()
-            # The gradient of a sum is one number in every place: rows may lie anywhere, their columns may not.
+            # The kernel takes any row stride but needs adjacent columns. The gradient of `sum()`, for instance, has
+            # strides of zero.
             if column_stride != 1 and rows.shape[1] != 1:
                 rows = rows.contiguous()
                 row_stride = rows.stride(0)

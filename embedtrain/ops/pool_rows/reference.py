@@ -1,4 +1,4 @@
-"""Pooling in plain PyTorch: gather, weigh, add."""
+"""Pooling in plain PyTorch: gathers the rows, multiplies them by their weights and adds them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pooling: one launch for the bags of all features, and one sum over sorted positions for their gradients."""
+"""Pooling on a GPU: one launch for the bags of all features, and one sum over sorted positions for the gradients."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def pool_rows(source: Tensor, index: Tensor, bags: Sequence[Bags]) -> list[Tenso
                 COLUMNS=columns,
                 num_warps=num_warps(columns * _VALUES_AT_ONCE),
             )
-    # No views to autograd: the caller may change each of them in place like any other tensor.
+    # Autograd does not treat `data` as a view, so the caller may change each tensor in place.
     return [part.data for part in pooled.split(num_bags)]
 
 
@@ -64,7 +64,7 @@ def pool_rows_backward(
         num_bags = sum(feature.num_bags for feature in bags)
         bag = torch.arange(num_bags, device=device)
         if lengths is not None:
-            # The size of the result is known: else the host would wait for it.
+            # With the output size given, `repeat_interleave` needs no device sync.
             bag = torch.repeat_interleave(bag, lengths, output_size=index.numel())
         index = bag[index]
     factors = None if weights is None else weights[keys.order]
@@ -96,7 +96,7 @@ def _weights(bags: Sequence[Bags], device: torch.device) -> Tensor | None:
 
 
 def _divisors(bags: Sequence[Bags], device: torch.device) -> Tensor | None:
-    """Returns [num_bags] float32, what each bag's sum is divided by; None if every divisor is 1."""
+    """Returns the divisor of each bag's sum, [num_bags] float32; None if all divisors are 1."""
     if not any(feature.is_mean and feature.lengths is not None for feature in bags):
         return None
     return torch.cat(

@@ -1,4 +1,4 @@
-"""How bags of rows are pooled."""
+"""The description of bags that are pooled."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from torch import Tensor
 
 
 class Bags:
-    """How the values of one feature are pooled.
+    """Describes how the values of one feature are pooled.
 
     Attributes:
-        num_values: ids of all bags.
-        lengths: [num_bags] int64 contiguous, adding up to num_values; None for one value per bag.
-        weights: [num_values] float32 contiguous, or None: each value's factor.
+        num_values: number of values in all bags.
+        lengths: [num_bags] int64 contiguous, adding up to `num_values`; None for one value per bag.
+        weights: [num_values] float32 contiguous; multiplies the row of each value. None for no weights.
         is_mean: whether a bag's sum is divided by its length.
-        num_bags: number of bags, empty ones included.
+        num_bags: number of bags, including empty ones.
 
     Raises:
         ValueError: shapes or dtypes disagree.
     """
 
-    __slots__ = ("is_mean", "lengths", "num_bags", "num_values", "weights")  # a step makes one for each feature
+    __slots__ = ("is_mean", "lengths", "num_bags", "num_values", "weights")  # each step makes one per feature
 
     def __init__(
         self, num_values: int, lengths: Tensor | None = None, weights: Tensor | None = None, is_mean: bool = False

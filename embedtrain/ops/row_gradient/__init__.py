@@ -1,7 +1,7 @@
 """The gradient of the rows that a step touched: kept as backward delivered it, and summed by row on demand.
 
-An update that sums on its way over the rows, as the native row-wise Adagrad does, neither writes the sums nor reads
-them again. They are more bytes than the rows themselves.
+The native row-wise Adagrad sums gradients while it updates the rows. So it does not write the sums to memory and read
+them again, which would move more bytes than the rows themselves.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ _LARGEST_FLOAT = torch.finfo(torch.float32).max
 
 
 class RowGradient:
-    """Gradients of one or more backward passes that wait for an optimizer.
+    """Holds the gradients of one or more backward passes until an optimizer applies them.
 
     Args:
-        deliveries: of one or more backward passes.
-        num_rows: all rows are below it.
-        dim: of the rows.
-        factor: of every sum.
+        deliveries: the gradients of one or more backward passes.
+        num_rows: upper bound of the row numbers, exclusive.
+        dim: dimension of the rows.
+        factor: multiplies every sum.
 
     Attributes:
         bags: the features of all deliveries.
-        grads: the gradients of their pooled vectors.
-        is_padded: whether rows outside the table, whose gradients are zero, follow the touched ones; see `padded`.
+        grads: one tensor per feature; the gradients of its pooled vectors.
+        is_padded: whether row numbers outside the table, with zero gradients, follow the touched rows; see `padded`.
+        is_summed: whether `values` needs no summation.
 
     Raises:
         ValueError: shapes or dtypes disagree.
-        RuntimeError: a gradient was changed in place after it was delivered.
+        RuntimeError: a gradient was changed in place after backward.
     """
 
     def __init__(self, deliveries: Sequence[Delivery], *, num_rows: int, dim: int, factor: float = 1.0) -> None:
@@ -57,16 +58,18 @@ class RowGradient:
 
     @classmethod
     def of_rows(cls, rows: Tensor, values: Tensor, num_rows: int) -> RowGradient:
-        """Wraps gradients [n, dim] float32 of distinct rows [n] int64."""
+        """Returns the gradient of distinct rows, given rows [n] int64 and values [n, dim] float32."""
         return cls([Delivery.of_rows(rows, values)], num_rows=num_rows, dim=values.shape[1])
 
     def padded(self) -> RowGradient:
-        """Returns the gradient for kernels that leave out rows outside the table, if it spares the host a wait.
+        """Returns the gradient with padding, for kernels that ignore row numbers outside the table.
 
-        Its number of rows is a bound that the host knows. Else the host waits for the number of distinct rows. The
-        gradient itself is returned if the host need not wait, if sums are there already, which the caller may have
-        changed, or if the padded sums would take more than twice the memory of the gradients that were delivered, as
-        those of long bags do.
+        A padded gradient has as many rows as values, so the host need not wait for the number of distinct rows. The
+        method returns the gradient itself if padding would not help or would cost too much:
+
+        - The host knows the number of distinct rows already.
+        - The sums are computed already, and the caller may have changed them.
+        - The padded sums would take more than twice the memory of the delivered gradients, as with long bags.
         """
         ordered = self._deliveries[0].ordered if len(self._deliveries) == 1 else None
         has_known = self.is_summed or ordered is None or ordered.is_counted or "values" in self.__dict__
@@ -85,16 +88,16 @@ class RowGradient:
 
     @property
     def rows(self) -> Tensor:
-        """[n] int64; the rows, distinct, and ascending unless `of_rows` was given them otherwise."""
+        """[n] int64; the distinct rows, in ascending order unless `of_rows` got them in another order."""
         return self._deliveries[0].rows if self.is_summed else self._keys.unique
 
     def count_rows(self) -> int:
-        """Returns how many `rows` there are; waits for the device if it has not come that far."""
+        """Returns the number of `rows`; waits for the device if necessary."""
         return self.rows.numel()
 
     @functools.cached_property
     def values(self) -> Tensor:
-        """[n, dim] float32; the summed gradient of each row, duplicates added in order of delivery."""
+        """[n, dim] float32; the summed gradient of each row. Duplicates are added in order of delivery."""
         if self.is_summed:
             (grad,) = self._deliveries[0].grads
             assert grad is not None
@@ -103,7 +106,7 @@ class RowGradient:
 
     @functools.cached_property
     def counts(self) -> Tensor | None:
-        """[n] float32; how many terms of the loss each row's gradient sums; None unless all deliveries say."""
+        """[n] float32; number of loss terms in each row's gradient; None unless all deliveries have counts."""
         told = [delivery.counts for delivery in self._deliveries if delivery.counts is not None]
         if len(told) < len(self._deliveries):
             return None
@@ -120,16 +123,16 @@ class RowGradient:
 
     @property
     def runs(self) -> Sequence[Run]:
-        """Runs of the values; there may be none."""
+        """Runs of the values; empty if they are not known."""
         return self._deliveries[0].runs if len(self._deliveries) == 1 else ()
 
     @functools.cached_property
     def native_features(self) -> tuple[array[int], list[Tensor]]:
-        """The features and their gradients as the native kernels read them, and the tensors that must outlive it."""
+        """The features in the layout of the native kernels, and the tensors that must stay alive with it."""
         return describe(self.bags, self.grads)
 
     def is_finite(self) -> bool:
-        """Returns whether every element of `values` is finite, without summing them if a quick bound shows it."""
+        """Returns whether every element of `values` is finite; sums them only if a quick bound does not show it."""
         num_values = sum([feature.num_values for feature in self.bags])
         grad, weight = self._largest_magnitudes()
         if grad * weight * num_values * abs(self.factor) <= _LARGEST_FLOAT:
@@ -142,7 +145,7 @@ class RowGradient:
         squares = float(torch.dot(flat, flat))
         if squares < _LARGEST_FLOAT:
             return squares
-        # Large but finite float32 values overflow the quick sum; float64 holds any of them.
+        # Large finite float32 values overflow the float32 sum, but not a sum in float64.
         return float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2
 
     @functools.cached_property
@@ -153,7 +156,7 @@ class RowGradient:
         return sort_unique(self.rows_of_values, bound=self.num_rows, with_inverse=False)
 
     def _largest_magnitudes(self) -> tuple[float, float]:
-        """Returns the largest magnitude of the gradients, and of the weights and 1."""
+        """Returns the largest magnitude of the gradients, and the largest of the weights' magnitudes and 1."""
         if self.bags and dispatch.uses_native(self._deliveries[0].rows):
             features, _ = self.native_features
             return native.largest_magnitudes(features, len(self.bags), self.dim)

@@ -1,4 +1,4 @@
-// The largest magnitude among gradients: a quick look whether their sums can be anything but finite.
+// Finds the largest magnitude of gradients, for a quick check that their sums are finite.
 
 #include <algorithm>
 #include <cstdint>
@@ -10,7 +10,7 @@ namespace {
 
 using namespace embedtrain;
 
-// A float's bits without the sign are in order of magnitude; infinities and NaNs are beyond all numbers.
+// Without the sign bit, the bits of floats compare like magnitudes. Infinity and NaN compare above all numbers.
 EMBEDTRAIN_MULTIVERSION uint32_t largest_bits(const float* values, int64_t count) {
     uint32_t largest = 0;
 #pragma omp simd reduction(max : largest)
@@ -29,7 +29,7 @@ void embedtrain_largest_magnitude(const EmbedtrainFeature* features, int64_t num
     uint32_t bits[2] = {0, 0};
     const float one = 1.0f;
     std::memcpy(&bits[1], &one, sizeof(one));
-    // Backwards: what is read last may still be in a cache when the update, which goes forwards, reads it again.
+    // In reverse order: the update reads in forward order, so it finds the values that are read last here in the cache.
     for (int64_t f = num_features; f-- > 0;) {
         const Feature& feature = features[f];
         if (feature.weights) bits[1] = std::max(bits[1], largest_bits(feature.weights, feature.num_values));

@@ -1,4 +1,4 @@
-"""Gradients of rows as a backward pass delivers them."""
+"""The gradients of rows in the form in which a backward pass delivers them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from embedtrain.ops.sort_unique import OrderedKeys
 
 
 class Run(NamedTuple):
-    """Consecutive values whose rows lie in one range; the rows of later runs are larger.
+    """Describes consecutive values whose rows lie in one range; later runs have larger rows.
 
     Attributes:
         num_values: number of values.
@@ -27,16 +27,17 @@ class Run(NamedTuple):
 
 
 class Delivery:
-    """Gradients of rows as one backward pass leaves them: not summed, and not copied.
+    """Holds the gradients of rows from one backward pass, without summing or copying them.
 
     Args:
-        rows: [n] int64; the row of each value, feature after feature.
+        rows: [n] int64; the row of each value, ordered by feature.
         bags: the features.
-        grads: per feature [num_bags, dim] float32, the gradient of its pooled vectors; None if no gradient came back.
-        runs: all values in runs, if the caller knows them; they make the sort quicker.
-        is_unique: whether rows are distinct and ascending, with one unweighted value per bag in one feature.
+        grads: one tensor per feature, [num_bags, dim] float32: the gradient of its pooled vectors. None stands for
+            zeros.
+        runs: runs that cover all values, if the caller knows them; they make sorting faster.
+        is_unique: whether the rows are distinct and ascending, with one feature of one unweighted value per bag.
         ordered: the sorted rows, if the caller has sorted them already.
-        counts: [n] float32; how many terms of the loss each value's gradient is a sum of. None if nobody counted.
+        counts: [n] float32; the number of loss terms in each value's gradient. None if it was not counted.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Delivery:
 
     @classmethod
     def of_rows(cls, rows: Tensor, values: Tensor, counts: Tensor | None = None) -> Delivery:
-        """Wraps gradients [n, dim] float32 of distinct rows [n] int64."""
+        """Returns a delivery for distinct rows, given rows [n] int64 and values [n, dim] float32."""
         return cls(rows, [Bags(rows.numel())], [values], is_unique=True, counts=counts)
 
     def check_shapes(self, dim: int) -> None:
@@ -75,7 +76,7 @@ class Delivery:
                 )
 
     def check_unchanged(self) -> None:
-        """Raises RuntimeError if a gradient was written to after it was delivered."""
+        """Raises RuntimeError if a gradient was changed in place after backward."""
         for grad, version in zip(self.grads, self._versions, strict=True):
             if grad is not None and grad._version != version:
                 raise RuntimeError(

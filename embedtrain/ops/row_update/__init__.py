@@ -1,4 +1,4 @@
-"""The update of the rows that a step touched: by any formula in PyTorch, or by running moments of the gradient."""
+"""Updates the rows that a step touched, by any formula in PyTorch or by running moments of the gradient."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def row_update(
         states: [num_rows] or [num_rows, dim] float32 each.
         rows: [n] int64, unique; local rows.
         row_grad: [n, dim] float32; gradient of the global mean loss, duplicates already summed.
-        step: what all formulas have in common.
+        step: the options that all formulas share.
         direction: the formula.
 
     Raises:
@@ -53,19 +53,20 @@ def moment_update(
 
     Args:
         weight: [num_rows, dim] float32 or bfloat16; the local shard.
-        first: [num_rows, dim] float32; first moments, or None for the gradient itself.
-        second: [num_rows, dim] or [num_rows] float32; second moments of each element or of the row, or None.
-        gradient: of the global mean loss. Row-wise Adagrad without clipping sums duplicates on its way over the rows.
-        step: what all formulas have in common.
+        first: [num_rows, dim] float32; first moments. None uses the gradient itself.
+        second: [num_rows, dim] or [num_rows] float32; second moments per element or per row. None for no divisor.
+        gradient: gradient of the global mean loss. Native row-wise Adagrad without clipping sums its duplicates while
+            it updates the rows.
+        step: the options that all formulas share.
         moments: the formula's coefficients.
 
     Raises:
         ValueError: shapes or dtypes disagree.
-        IndexError: a row lies outside the weight. On a GPU such rows are left out: the host would have to wait for
-            the device to know of them.
+        IndexError: a row is out of range. On a GPU such rows are ignored, because a check would need a device sync.
 
-    Source: sums as Duchi et al. 2011 (Adagrad), of rows as Lerer et al. 2019 (PyTorch-BigGraph), averages as Tieleman
-    and Hinton 2012 (RMSprop) and Kingma and Ba 2015 (Adam); of touched rows only, as `torch.optim.SparseAdam`.
+    Source: sums of squares as in Duchi et al. 2011 (Adagrad), per row as in Lerer et al. 2019 (PyTorch-BigGraph);
+    averages as in Tieleman and Hinton 2012 (RMSprop) and Kingma and Ba 2015 (Adam); updates of touched rows only, as in
+    `torch.optim.SparseAdam`.
     """
     _check_tensors(weight, [state for state in (first, second) if state is not None], step)
     if first is not None and first.dim() != 2:
@@ -100,4 +101,4 @@ def _check_tensors(weight: Tensor, states: Sequence[Tensor], step: RowStep) -> N
         if state.dtype != torch.float32:
             raise ValueError(f"expected states float32, got {state.dtype}")
     if (weight.dtype == torch.bfloat16) != (step.rounding_keys is not None):
-        raise ValueError(f"rounding_keys go with bfloat16 weights and only with them; weight is {weight.dtype}")
+        raise ValueError(f"rounding_keys must be given for bfloat16 weights and no others; weight is {weight.dtype}")

@@ -1,5 +1,5 @@
-// Updates by running moments of the gradient in one pass: SGD, Adagrad, RMSprop and Adam, with second moments of each
-// element or of the row. Each touched row and its states are read once and written once.
+// Updates rows by running moments of the gradient in one pass: SGD, Adagrad, RMSprop and Adam, with second moments per
+// element or per row. Each touched row and its states are read once and written once.
 
 #include <algorithm>
 #include <cmath>
@@ -41,7 +41,7 @@ EMBEDTRAIN_INLINE void store_row(uint16_t* row, const float* fresh, float factor
         const float value = factor * fresh[d];
         uint32_t bits;
         std::memcpy(&bits, &value, sizeof(bits));
-        // In 64 bits, as the reference: a carry out of 32 bits must not wrap.
+        // The sum has 64 bits, as in the reference, because a carry out of 32 bits must not wrap.
         row[d] = static_cast<uint16_t>((bits + (mix64(mixed + static_cast<uint64_t>(d)) & 0xFFFF)) >> 16);
     }
 }
@@ -53,7 +53,7 @@ EMBEDTRAIN_INLINE float sum_of_squares(const float* values, int64_t dim) {
     return squares;
 }
 
-// What brings values of this sum of squares down to a norm; 1 below it.
+// Returns the factor that scales a row with this sum of squares down to a norm; 1 if its norm is not larger.
 EMBEDTRAIN_INLINE float factor_to(float max_norm, float squares) {
     return max_norm / std::max(std::sqrt(squares), max_norm);
 }
@@ -117,7 +117,7 @@ EMBEDTRAIN_INLINE void update_rows(const Update& u, int part) {
     }
 }
 
-// A clone for each instruction set is made of plain functions only, hence the names.
+// target_clones works only on plain functions, so each template instance gets a named function.
 #define EMBEDTRAIN_UPDATE(name, has_first, kind, Stored)                                      \
     EMBEDTRAIN_MULTIVERSION void name(const void* update, int part) {                         \
         update_rows<has_first, kind, Stored>(*static_cast<const Update*>(update), part);      \
@@ -138,7 +138,7 @@ EMBEDTRAIN_UPDATE(first_of_element_bfloat16, true, Second::kOfElement, uint16_t)
 
 typedef void (*Work)(const void*, int);
 
-// By whether there is a first moment, the kind of the second, and whether rows are bfloat16.
+// Indexed by [has a first moment][kind of the second moment][rows are bfloat16].
 const Work kWork[2][3][2] = {
     {{plain_float32, plain_bfloat16},
      {of_row_float32, of_row_bfloat16},

@@ -1,4 +1,4 @@
-"""Calls the native kernels of updates by running moments."""
+"""Calls the native kernels that update rows by running moments."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def moment_update(
     """See `embedtrain.ops.row_update`.
 
     Raises:
-        ValueError: the weight or a state is not contiguous: the kernels write them in place.
-        IndexError: a row lies outside the weight; nothing is updated then.
+        ValueError: the weight or a state is not contiguous, which the kernels need to write in place.
+        IndexError: a row is out of range; then nothing is updated.
     """
     if not all([tensor is None or tensor.is_contiguous() for tensor in (weight, first, second)]):
         raise ValueError("weight and states must be contiguous")
     if first is None and second is not None and second.dim() == 1 and _is_rowwise_adagrad(step, moments):
-        # Rounding keys are of distinct rows, which only the sums give.
+        # Rounding keys belong to distinct rows, so they need the sums by row.
         terms = None if gradient.is_summed or step.rounding_keys is not None else sort_terms(gradient)
         if terms is None:
             _rowwise_adagrad(weight, second, gradient, step, moments.eps)
@@ -89,7 +89,7 @@ def moment_update(
 
 
 def _is_rowwise_adagrad(step: RowStep, moments: Moments) -> bool:
-    """Returns whether sums of mean squares of rows are all there is, for which the quickest kernel is made."""
+    """Returns whether a step is row-wise Adagrad without clipping, for which there is a faster kernel."""
     return bool(
         moments.first_correction == moments.second_decay == moments.second_gain == moments.second_correction == 1.0
         and step.grad_factor == 1.0
@@ -143,7 +143,7 @@ def _rowwise_adagrad_of_terms(
 
 
 def _contiguous(gradient: RowGradient, step: RowStep) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns rows, their summed gradients and their rounding keys as the kernels read them."""
+    """Returns the rows, their summed gradients and their rounding keys, all contiguous."""
     keys = step.rounding_keys
     if keys is not None and keys.shape != gradient.rows.shape:
         raise ValueError(f"expected a rounding key for each of {gradient.rows.numel()} rows, got {tuple(keys.shape)}")

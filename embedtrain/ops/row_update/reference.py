@@ -1,4 +1,4 @@
-"""Row updates in plain PyTorch: the definition. In float32, elements come out as `torch.optim` computes them."""
+"""Row updates in plain PyTorch: the definition. In float32, results equal those of `torch.optim`."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def moment_update(
 
 
 def _factor_to(max_norm: float, values: Tensor) -> Tensor:
-    """Returns [n, 1]: what brings the L2 norms of rows down to a bound; 1 for those below it."""
+    """Returns [n, 1]: the factor that scales each row down to an L2 norm; 1 if its norm is not larger."""
     norms = torch.linalg.vector_norm(values, dim=1, keepdim=True)
     factors: Tensor = max_norm / norms.clamp(min=max_norm)
     return factors

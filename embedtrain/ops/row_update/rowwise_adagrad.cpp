@@ -1,5 +1,5 @@
-// The update by a sum of mean squares of each row (row-wise Adagrad) in one pass: each touched row and its accumulator
-// are read once and written once. Gradients may still have to be summed.
+// Updates rows by row-wise Adagrad in one pass: each touched row and its accumulator are read once and written once. A
+// variant also sums the gradients of duplicates in this pass.
 
 #include <algorithm>
 #include <cmath>
@@ -16,7 +16,7 @@ using namespace embedtrain;
 struct Hyperparameters {
     float lr, eps, weight_decay;
     bool decoupled;
-    float max_norm;  // infinity: rows may have any norm
+    float max_norm;  // infinity for no limit
 };
 
 EMBEDTRAIN_INLINE float rounded(float value, float, uint64_t) { return value; }
@@ -24,11 +24,11 @@ EMBEDTRAIN_INLINE float rounded(float value, float, uint64_t) { return value; }
 EMBEDTRAIN_INLINE uint16_t rounded(float value, uint16_t, uint64_t random) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof(bits));
-    // In 64 bits, as the reference: a carry out of 32 bits must not wrap.
+    // The sum has 64 bits, as in the reference, because a carry out of 32 bits must not wrap.
     return static_cast<uint16_t>((bits + (random & 0xFFFF)) >> 16);
 }
 
-// One row with its summed gradient, `factor * grad`. kDim: the dim where it is known to the compiler, else 0.
+// Updates one row by its summed gradient, `factor * grad`. kDim: the dim as a compile-time constant, or 0 for any dim.
 template <int kDim, typename Stored>
 EMBEDTRAIN_INLINE void update_row(const Hyperparameters& h, int64_t given_dim, Stored* row, float* accumulator,
                                   const float* grad, float factor, uint64_t key) {
@@ -46,7 +46,7 @@ EMBEDTRAIN_INLINE void update_row(const Hyperparameters& h, int64_t given_dim, S
     const float rate = h.lr / (std::sqrt(state) + h.eps);
     float shrink = 1.0f;
     if (std::isfinite(h.max_norm)) {
-        // The row is in the cache: computing its new values twice is cheaper than keeping them.
+        // The row is in the cache, so computing its new values twice is cheaper than storing them.
         float norm = 0.0f;
 #pragma omp simd reduction(+ : norm)
         for (int64_t d = 0; d < dim; ++d) {
@@ -94,7 +94,7 @@ EMBEDTRAIN_INLINE void update_rows(const Update& u, int part) {
     }
 }
 
-// Rows whose gradients are still to be summed.
+// An update that sums the gradients of duplicates.
 struct TermsUpdate {
     float *weight, *accumulator;
     const uint64_t* words;  // sorted; row << term_bits | term
@@ -106,7 +106,7 @@ struct TermsUpdate {
     int num_parts;
 };
 
-// The first value at or after `at` that begins a row.
+// Returns the first value at or after `at` that begins a new row.
 EMBEDTRAIN_INLINE int64_t next_row(const TermsUpdate& u, int64_t at) {
     while (at > 0 && at < u.num_values && u.words[at] >> u.term_bits == u.words[at - 1] >> u.term_bits) ++at;
     return at;

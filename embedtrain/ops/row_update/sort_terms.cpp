@@ -1,4 +1,4 @@
-// The terms of rows' gradients in order of row: `row << term_bits | term`, one 64-bit word a value.
+// Sorts the terms of gradients by row, as 64-bit words `row << term_bits | term`, one per value.
 
 #include <algorithm>
 #include <cstdint>
@@ -25,7 +25,7 @@ struct Sorting {
     Outside* outside;
 };
 
-// A pass of its own, in vectors: as part of the next one the same look takes twice as long.
+// A separate vectorised pass, because the same check inside the next pass takes twice as long.
 EMBEDTRAIN_MULTIVERSION void check_rows(const void* arguments, int part) {
     const Sorting& s = *static_cast<const Sorting*>(arguments);
     const Range values = range_of_part(s.num_values, part, s.num_parts);
@@ -55,7 +55,7 @@ void sort_run(const Sorting& s, const Run& run, int64_t begin, int num_parts) {
     if (sorted != words) std::copy_n(sorted, run.num_values, words);
 }
 
-// The runs that begin in a part's share of the values.
+// Sorts the runs that begin in a part's range of the values.
 void sort_runs(const void* arguments, int part) {
     const Sorting& s = *static_cast<const Sorting*>(arguments);
     const Range range = range_of_part(s.num_values, part, s.num_parts);

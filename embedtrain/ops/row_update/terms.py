@@ -1,4 +1,4 @@
-"""The gradients of rows in order of row, for native updates that sum them on their way over the rows."""
+"""Sorts gradients by row, for native updates that sum gradients while they update rows."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ _RUN = library.array_code("EmbedtrainRun", *Run._fields)
 
 
 class SortedTerms(NamedTuple):
-    """The terms of gradients in order of row.
+    """Holds the terms of the rows' gradients, sorted by row.
 
     Attributes:
-        words: [n] int64; `row << term_bits | term`, one per value. A term is a bag, or a value if bags are weighted.
-        term_bits: how many bits a term takes.
+        words: [n] int64; `row << term_bits | term`, one per value. A term is the number of a bag, or of a value if its
+            feature has weights.
+        term_bits: number of bits of a term.
         features: the gradient's `native_features`.
-        num_features: how many there are.
+        num_features: number of features.
     """
 
     words: Tensor
@@ -36,11 +37,11 @@ class SortedTerms(NamedTuple):
 
 
 def sort_terms(gradient: RowGradient) -> SortedTerms | None:
-    """Sorts the terms by row; returns None if a row and a term do not fit into a word.
+    """Sorts the terms by row; returns None if a row and a term do not fit into 64 bits.
 
     Raises:
-        IndexError: a row lies outside the table.
-        ValueError: the lengths of a feature do not add up to its values, or runs do not.
+        IndexError: a row is out of range.
+        ValueError: the lengths of a feature, or the lengths of the runs, do not add up to the number of values.
     """
     bags, rows = gradient.bags, gradient.rows_of_values.contiguous()
     num_terms = sum([feature.num_values if feature.weights is not None else feature.num_bags for feature in bags])

@@ -1,4 +1,4 @@
-"""Updates by running moments, fused: each touched row and its states are read once and written once."""
+"""Fused updates by running moments on a GPU: each touched row and its states are read once and written once."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def moment_update(
     step: RowStep,
     moments: Moments,
 ) -> None:
-    """See `embedtrain.ops.row_update`; rows outside the weight are left out.
+    """See `embedtrain.ops.row_update`; rows that are out of range are ignored.
 
     Raises:
-        ValueError: the weight or a state is not contiguous: the kernel writes them in place.
+        ValueError: the weight or a state is not contiguous, which the kernel needs to write in place.
     """
     if not all(tensor is None or tensor.is_contiguous() for tensor in (weight, first, second)):
         raise ValueError("weight and states must be contiguous")
@@ -74,7 +74,7 @@ def moment_update(
 
 @triton.jit
 def _factor_to(max_norm, values):
-    """Returns what brings the norms of rows down to a bound; 1 for those below it."""
+    """Returns the factor that scales each row down to a norm; 1 if its norm is not larger."""
     return tl.div_rn(max_norm, tl.maximum(tl.sqrt_rn(tl.sum(values * values, axis=1)), max_norm))[:, None]
 
 
@@ -114,9 +114,9 @@ def _update_tile(
     row = tl.load(rows + place, mask=place < n, other=-1)
     is_row = (row >= 0) & (row < num_rows)
     if LOADS_FACTOR:
-        # One to each row of the tile: the interpreter compares vectors only.
+        # Loaded once per row of the tile, because the interpreter compares vectors only.
         factor = tl.load(grad_factor + tl.arange(0, TILE_ROWS) * 0)
-        is_row = is_row & (factor == factor)  # NaN leaves all rows as they are
+        is_row = is_row & (factor == factor)  # a factor of NaN skips all rows
     else:
         factor = tl.zeros([TILE_ROWS], dtype=tl.float32) + grad_factor
     inside = is_row[:, None] & (column < DIM)[None, :]

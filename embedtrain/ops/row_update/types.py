@@ -1,4 +1,4 @@
-"""What an update of rows is given: the options that all formulas have in common, and a formula."""
+"""The parameters of a row update: the options that all formulas share, and the formula."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from typing import NamedTuple
 from torch import Tensor
 
 Direction = Callable[[Tensor, Sequence[Tensor]], Tensor | tuple[Tensor, Tensor]]
-"""A formula: takes gradients [n, dim] and the rows' states, which it updates in place; returns what is taken from the
-rows times the step size, [n, dim], or its numerator and denominator."""
+"""A formula. It takes gradients [n, dim] and the states of the rows, which it updates in place. It returns the update
+direction, [n, dim], or its numerator and denominator. The step then computes `row -= step size * direction`."""
 
 
 class RowStep(NamedTuple):
-    """What every formula has in common. In this order: the gradient is scaled, clipped, decayed; the row is stepped
-    and brought below its largest norm.
+    """Holds the options that all formulas share.
+
+    They apply in this order: scale the gradient, clip it, add the weight decay, update the row, and scale the row down
+    to its largest norm.
 
     Attributes:
         lr: learning rate of this step.
-        grad_factor: multiplies every gradient; negative if the objective is maximised. It is a scalar float32 on the
-            weights' device if the host does not know it; NaN leaves all rows and states as they are.
-        max_row_grad_norm: gradients of larger L2 norm are scaled down to it, each row's by itself.
-        weight_decay: L2 factor; added to the gradient as `weight_decay * row`, or, decoupled, taken from the
-            row itself as `lr * weight_decay * row`.
-        decoupled_weight_decay: which of the two.
-        max_norm: rows of larger L2 norm are scaled down to it after the step.
-        rounding_keys: [n] int64 for bfloat16 weights: a key per row and step for stochastic rounding.
+        grad_factor: multiplies every gradient; negative to maximise. A scalar float32 tensor on the weights' device if
+            the host does not know it. NaN leaves all rows and states unchanged.
+        max_row_grad_norm: largest L2 norm of a row's gradient; a larger gradient is scaled down to it.
+        weight_decay: L2 factor. Adds `weight_decay * row` to the gradient, or, if decoupled, subtracts
+            `lr * weight_decay * row` from the row.
+        decoupled_weight_decay: whether weight decay is decoupled.
+        max_norm: largest L2 norm of a row after the step; a longer row is scaled down to it.
+        rounding_keys: [n] int64; a key per row and step for stochastic rounding. For bfloat16 weights only.
     """
 
     lr: float
@@ -38,7 +40,7 @@ class RowStep(NamedTuple):
     rounding_keys: Tensor | None = None
 
     def with_known_factor(self) -> RowStep | None:
-        """Returns the step with a factor that the host knows, for which it waits; None for one that changes nothing."""
+        """Returns the step with `grad_factor` as a Python float, waiting for the device; None if the factor is NaN."""
         if not isinstance(self.grad_factor, Tensor):
             return self
         factor = float(self.grad_factor)
@@ -46,30 +48,30 @@ class RowStep(NamedTuple):
 
     @property
     def coupled_decay(self) -> float:
-        """The share of a row that is added to its gradient."""
+        """Factor of the row that is added to its gradient."""
         return 0.0 if self.decoupled_weight_decay else self.weight_decay
 
     @property
     def row_factor(self) -> float:
-        """The share of a row that decoupled decay leaves."""
+        """Factor of the row after decoupled weight decay."""
         return 1.0 - self.lr * self.weight_decay if self.decoupled_weight_decay else 1.0
 
 
 class Moments(NamedTuple):
-    """The coefficients of running moments of the gradient `g`.
+    """Holds the coefficients of a formula that keeps running moments of the gradient `g`.
 
-    `first += (1 - first_decay) * (g - first)` if a first moment is kept, else `first = g`. `second = second_decay *
-    second + second_gain * g * g`, of every element, or of the mean over dim. Then
-    `row -= lr / first_correction * first / (sqrt(second) / second_correction + eps)`, without the divisor if no second
-    moment is kept.
+    The first moment is `first += (1 - first_decay) * (g - first)`; without a first moment, `first = g`. The second
+    moment is `second = second_decay * second + second_gain * g * g`, per element, or with the mean of `g * g` over dim.
+    Then `row -= lr / first_correction * first / (sqrt(second) / second_correction + eps)`; without a second moment,
+    there is no divisor.
 
     Attributes:
-        first_decay: share of the first moment that is kept.
-        first_correction: corrects the first moment for its start from zero.
-        second_decay: share of the second moment that is kept; 1 sums.
+        first_decay: decay rate of the first moment.
+        first_correction: bias correction of the first moment, for its start from zero.
+        second_decay: decay rate of the second moment; 1 sums.
         second_gain: factor of the squares that are added to the second moment.
-        second_correction: corrects the root of the second moment for its start from zero.
-        eps: added outside the root.
+        second_correction: bias correction of the root of the second moment, for its start from zero.
+        eps: added outside the square root.
     """
 
     first_decay: float = 0.0

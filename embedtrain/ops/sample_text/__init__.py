@@ -1,4 +1,4 @@
-"""From a stretch of text to training examples: subsampling, windows and negatives, drawn by counters."""
+"""Samples training examples from a text: subsampling, windows and negatives, with counter-based random numbers."""
 
 from __future__ import annotations
 
@@ -23,26 +23,28 @@ def sample_text(
     parts: Tensor | None = None,
     num_kept: int | None = None,
 ) -> TextSample:
-    """Subsamples a text, and draws a window and negatives for each word kept.
+    """Subsamples a text, and draws a window and negatives for each word that is kept.
 
-    The draws of a word are outputs `position * (1 + num_negatives)` and following of the splitmix64 stream of
-    `key`: the first says whether it is kept (its high 24 bits) and how wide its window is (its low 32 bits), each of
-    the others a column of a part's alias table (high 32 bits) and which of its two rows (low 32 bits). So what is drawn
-    for a word depends on nothing but the key, its place in the text and its part.
+    The random draws of a word are consecutive outputs of the splitmix64 stream of `key`, from output number
+    `position * (1 + num_negatives)` on. The first output decides whether the word is kept (high 24 bits) and how wide
+    its window is (low 32 bits). Each other output draws one negative: a column of the part's alias table (high 32 bits)
+    and one of the column's two rows (low 32 bits). So the draws of a word depend only on the key, the word's position
+    in the text and its part.
 
     Args:
-        tokens: [n] int32; a row, or ~row if a sentence begins there: windows end at sentence borders.
-        positions: [n] int64; the tokens' places in the whole text.
-        tables: thresholds of the draws.
-        window: most words to each side; widths are uniform from 1 to this.
-        num_negatives: drawn for each centre, by the alias table.
-        key: of the stream, any 64-bit integer.
-        parts: [n] int32; the part of the vocabulary that each token's negatives come from. None for the first part.
-        num_kept: how many words are kept, if the caller knows: a GPU's host then does not wait to find out.
+        tokens: [n] int32; a row, or its complement `~row` if a sentence begins there. Windows end at sentence borders.
+        positions: [n] int64; positions of the tokens in the whole text.
+        tables: subsampling thresholds and alias tables.
+        window: largest number of words on each side. Widths are uniform in 1 to `window`.
+        num_negatives: number of negatives per centre.
+        key: key of the random stream, any 64-bit integer.
+        parts: [n] int32; the part of the vocabulary from which each token's negatives are drawn. None for the first
+            part.
+        num_kept: number of kept words, if the caller knows it. On a GPU this saves a device sync.
 
     Raises:
-        ValueError: a token or a part is outside the tables, or shapes or dtypes disagree. On a GPU tokens and parts are
-            the caller's promise: the host would have to wait for the device to look at them.
+        ValueError: a token or a part is out of range, or shapes or dtypes disagree. Ranges are not checked on a GPU,
+            because it would need a device sync.
 
     Source: Steele, Lea, Flood 2014 (splitmix64); Walker's alias method.
     """
@@ -55,7 +57,7 @@ def sample_text(
         low, high = (int(bound) for bound in torch.aminmax(tokens))
         num_rows = tables.keep.numel()
         if low < -num_rows or high >= num_rows:
-            raise ValueError(f"tokens must be rows of a table of {num_rows} or their complement, got {low} to {high}")
+            raise ValueError(f"tokens must be rows below {num_rows} or their complements, got {low} to {high}")
     if parts is None:
         parts = torch.zeros_like(tokens)
     if parts.dtype != torch.int32 or parts.shape != tokens.shape:
@@ -64,7 +66,7 @@ def sample_text(
         low, high = (int(bound) for bound in torch.aminmax(parts))
         num_parts = tables.part_starts.numel() - 1
         if low < 0 or high >= num_parts:
-            raise ValueError(f"parts must be among the {num_parts} of the tables, got {low} to {high}")
+            raise ValueError(f"parts must lie in [0, {num_parts}), got {low} to {high}")
     if dispatch.uses_native(tokens):
         return native.sample_text(tokens, positions, parts, tables, window, num_negatives, key)
     if dispatch.uses_triton(tokens):

@@ -1,4 +1,4 @@
-// Subsampling, windows and negatives of a stretch of text; ops/sample_text.py says which draw is for what.
+// Samples a text: subsampling, windows and negatives. See sample_text/__init__.py for the use of each random draw.
 
 #include <algorithm>
 #include <cstdint>

@@ -1,4 +1,4 @@
-"""Calls the native sampler."""
+"""Calls the native sampling kernel."""
 
 from __future__ import annotations
 

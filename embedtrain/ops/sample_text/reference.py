@@ -1,4 +1,4 @@
-"""Sampling of a text in plain PyTorch."""
+"""Sampling of a text in plain PyTorch: the definition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling of a text on a GPU: a program of each kernel has a tile of tokens, and no draw depends on another."""
+"""Sampling of a text on a GPU: each program handles a tile of tokens, because no draw depends on another."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def sample_text(
     if num_tokens == 0:
         none = torch.zeros(0, dtype=torch.int64, device=device)
         return TextSample(none, none.view(0, 1 + num_negatives), none, none)
-    # As two numbers of 32 bits the key has the same type whatever it is, and nothing is compiled anew for it.
+    # Triton chooses an integer's type by its value. Two 32-bit halves have the same type for every key, so no key
+    # triggers a new compilation.
     halves = _signed_32(key), _signed_32(key >> 32)
     widths = torch.empty(num_tokens, dtype=torch.int32, device=device)
     num_programs = triton.cdiv(num_tokens, _TOKENS_AT_ONCE)
@@ -72,14 +73,14 @@ def sample_text(
 
 
 def _signed_32(value: int) -> int:
-    """Returns the low 32 bits as a signed number."""
+    """Returns the low 32 bits as a signed integer."""
     low = value & _LOW_32
     return low - (1 << 32) if low >> 31 else low
 
 
 @triton.jit
 def _stream(key_low, key_high, counters):
-    """Returns outputs of the splitmix64 stream of a key; counters are int64."""
+    """Returns the outputs of a key's splitmix64 stream for int64 counters."""
     key = (key_high.to(tl.int64) << 32) | (key_low.to(tl.int64) & 0xFFFFFFFF)
     return mix64((counters * -7046029254386353131 + key).to(tl.uint64, bitcast=True))
 
@@ -97,7 +98,7 @@ def _draw_widths(
     num_negatives,
     TOKENS: tl.constexpr,
 ):
-    """Draws the width of each word's window; 0 of a word that is dropped."""
+    """Draws the width of each word's window; 0 for a word that is not kept."""
     place = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     inside = place < num_tokens
     token = tl.load(tokens + place, mask=inside, other=0)
@@ -131,12 +132,12 @@ def _write_kept(
     SLOTS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Draws the negatives of each kept word, and writes it to its place among them."""
+    """Draws the negatives of each kept word, and writes the word and its negatives to their places in the result."""
     place = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     inside = place < num_tokens
     width = tl.load(widths + place, mask=inside, other=0)
     at = tl.load(ends + place, mask=inside, other=0) - 1
-    # A count that the caller got wrong writes nothing outside.
+    # The second condition prevents writes outside the result if the caller's `num_kept` is wrong.
     is_kept = (width > 0) & (at < num_kept)
     token = tl.load(tokens + place, mask=is_kept, other=0)
     row = tl.where(token < 0, -1 - token, token).to(tl.int64)

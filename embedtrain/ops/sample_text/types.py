@@ -1,4 +1,4 @@
-"""What the sampling of a text takes and gives."""
+"""The input and output types of text sampling."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import torch
 from torch import Tensor
 
 KEEP_BITS = 24
-"""Resolution of the probability that subsampling keeps a word."""
+"""Bits of the probability that subsampling keeps a word."""
 
 ALIAS_BITS = 32
-"""Resolution of the probability that an alias column gives its own row."""
+"""Bits of the probability that a column of an alias table gives its own row."""
 
 
 @dataclass(frozen=True)
 class SamplingTables:
-    """Tables that decide what a random draw means.
+    """Holds the tables that map random draws to decisions.
 
     Attributes:
-        keep: [num_rows] int32; an occurrence of the row is kept with probability keep / 2**24.
-        columns: [num_columns, 2] int64; alias tables of the parts of the vocabulary, one after the other. A column
-            gives the row in its second place with probability own / 2**32 and another row otherwise: own are the
-            high 32 bits of its first place, without a sign, the other row the low ones. They lie together because
-            every draw reads them, at random.
-        part_starts: [parts + 1] int64; the first column of each part, and the number of columns.
+        keep: [num_rows] int32; an occurrence of the row is kept with probability `keep / 2**24`.
+        columns: [num_columns, 2] int64; the alias tables of all parts of the vocabulary, in order of part. The second
+            element of a column is its own row. The first packs two numbers: a threshold in the high 32 bits (unsigned)
+            and another row in the low 32 bits. A draw gives the own row with probability `threshold / 2**32`, else the
+            other row. The three numbers are adjacent because every draw reads all of them at a random place.
+        part_starts: [num_parts + 1] int64; the first column of each part, then the number of columns.
     """
 
     keep: Tensor
@@ -38,13 +38,13 @@ class SamplingTables:
 
 @dataclass(frozen=True)
 class TextSample:
-    """The words that were kept and what is to be predicted from what; positions count within the sample.
+    """Holds the kept words with their windows and negatives; positions count within the sample.
 
     Attributes:
         words: [n] int64; rows of the kept words.
-        targets: [n, 1 + k] int64; the word's own row and the negatives drawn for it, which it may be among.
+        targets: [n, 1 + k] int64; the word's own row, then its negatives. A negative may equal the word.
         starts: [n] int64; first position of each centre's window.
-        stops: [n] int64; one past the last.
+        stops: [n] int64; one past the last position of each centre's window.
     """
 
     words: Tensor

@@ -1,4 +1,4 @@
-"""Sums of the rows that share a key."""
+"""Sums rows that share a key."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from embedtrain.ops.sort_unique import SortedKeys
 
 
 def segment_sum(values: Tensor, keys: SortedKeys, factor: float = 1.0) -> Tensor:
-    """Adds up the rows of each distinct key.
+    """Sums the rows of each distinct key.
 
     Args:
         values: [n, dim] float32; one row per key.
         keys: the sorted keys.
-        factor: of every sum.
+        factor: multiplies every sum.
 
     Returns:
-        [num_distinct, dim] float32; rows are added in order of position, whatever the number of threads.
+        [num_distinct, dim] float32. Rows are added in order of position, for any number of threads.
 
     Raises:
         ValueError: shapes or dtypes disagree.

@@ -1,4 +1,4 @@
-"""Segment sums by the native pooling kernel: every row is a bag of its own."""
+"""Segment sums by the native pooling kernel, with one bag per row."""
 
 from __future__ import annotations
 

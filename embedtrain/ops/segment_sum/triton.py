@@ -1,4 +1,4 @@
-"""Segment sums by the Triton kernel of sums over runs."""
+"""Segment sums by the Triton kernel that sums over runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loss and gradient of word2vec's objective over a block of text, on the block's distinct rows."""
+"""Computes loss and gradient of the word2vec objective over a block of text, on the block's distinct rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Architecture", "TextBlock", "count_of_rows", "count_predictions", "r
 
 
 _PARTS = 1 << 10
-"""Of a prediction, in which the shares of CBOW's contexts are counted."""
+"""Units per prediction for the counts of CBOW, in which the contexts of a centre share its predictions."""
 
 
 def skipgram_block(
@@ -22,23 +22,22 @@ def skipgram_block(
 ) -> tuple[Tensor, Tensor]:
     """Computes the negative-sampling loss of a block and its gradient in one pass.
 
-    Skip-gram: each context word of a centre predicts the centre against the centre's negatives, which its
-    contexts share. CBOW: the mean of the context words predicts it, once a centre.
+    Skip-gram: each context word of a centre predicts the centre against the centre's negatives; all contexts of a
+    centre share its negatives. CBOW: the mean of the context words predicts the centre, once per centre.
 
     Args:
         vectors: [num_rows, dim] float32; the distinct input and output rows of the block.
         block: the words, windows and negatives.
         architecture: "skipgram" or "cbow".
-        grad_factor: of the gradient, positive; cheaper here than by another pass over it.
+        grad_factor: positive; multiplies the gradient, which is cheaper here than in another pass.
 
     Returns:
         loss: scalar float64; the sum over all predictions of `-log sigmoid(u.v) - sum_k log sigmoid(-u.n_k)`.
-        grad: [num_rows, dim] float32; its gradient by `vectors`, times `grad_factor`.
+        grad: [num_rows, dim] float32; the gradient of the loss with respect to `vectors`, times `grad_factor`.
 
     Raises:
-        ValueError: shapes or dtypes disagree, the factor is not positive, or an index lies outside the rows or the
-            block. On a GPU the indices are the caller's promise: the host would have to wait for the device to look at
-            them.
+        ValueError: shapes or dtypes disagree, the factor is not positive, or an index is out of range. Indices are not
+            checked on a GPU, because it would need a device sync.
 
     Source: Mikolov et al. 2013, "Distributed representations of words and phrases and their
     compositionality"; contexts grouped by centre as in Ji et al. 2016, "Parallelizing word2vec in shared and
@@ -62,17 +61,17 @@ def skipgram_block(
 
 
 def count_predictions(block: TextBlock | TextSample, architecture: Architecture = "skipgram") -> Tensor:
-    """Returns the number of predictions in the block, scalar int64: what a mean loss divides by."""
+    """Returns the number of predictions in the block, scalar int64; the mean loss is the loss divided by it."""
     contexts = block.stops - block.starts - 1
     return contexts.sum() if architecture == "skipgram" else (contexts > 0).sum()
 
 
 def count_of_rows(block: TextBlock, num_rows: int, architecture: Architecture = "skipgram") -> Tensor:
-    """Returns in how many predictions each row takes part, [num_rows] float32.
+    """Returns the number of predictions that each row takes part in, [num_rows] float32.
 
-    A prediction is a context word with one of a centre's targets; a negative that is left out counts too. In CBOW the
-    contexts of a centre share its predictions, so each has its part of them. Counts are exact up to 2**24, and sums of
-    integers in any order, so a GPU gives the same ones at every run.
+    A prediction is a pair of a context word and one of the centre's targets. Negatives that the loss skips count too.
+    In CBOW the contexts of a centre share its predictions, so each context counts a fraction of them. The counts are
+    sums of integers, so they do not depend on the order of summation; they are exact up to 2**24.
     """
     if architecture == "skipgram" and dispatch.uses_native(block.inputs):
         return native.count_of_rows(block, num_rows)
@@ -83,7 +82,7 @@ def count_of_rows(block: TextBlock, num_rows: int, architecture: Architecture = 
         of_context = torch.where(contexts > 0, _PARTS * num_targets // contexts.clamp(min=1), 0)
     else:
         of_centre, of_context = contexts, torch.full_like(contexts, num_targets)
-    # A word is a context of every centre whose window it lies in, but not of itself.
+    # A word is a context of every centre whose window contains it, except of itself.
     begun = torch.zeros(block.num_positions + 1, dtype=torch.int64, device=contexts.device)
     begun.index_add_(0, block.starts, of_context).index_add_(0, block.stops, -of_context)
     of_word = begun.cumsum(0)[:-1] - of_context
@@ -96,7 +95,7 @@ def count_of_rows(block: TextBlock, num_rows: int, architecture: Architecture = 
 
 
 def reach_of(starts: Tensor, stops: Tensor) -> int:
-    """Returns how far the furthest word of any window is from its centre."""
+    """Returns the largest distance of a word in a window from the window's centre."""
     if starts.numel() == 0:
         return 0
     positions = torch.arange(starts.numel(), device=starts.device)
@@ -126,4 +125,4 @@ def _check_indices(vectors: Tensor, block: TextBlock) -> None:
     positions = torch.arange(n, device=block.starts.device)
     inside = (block.starts >= 0) & (block.starts <= positions) & (positions < block.stops) & (block.stops <= n)
     if not bool(inside.all()):
-        raise ValueError("each window [starts, stops) must hold its own centre and lie inside the block")
+        raise ValueError("each window [starts, stops) must contain its centre and lie inside the block")

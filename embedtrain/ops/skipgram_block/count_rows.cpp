@@ -1,4 +1,4 @@
-// In how many predictions of skip-gram each row takes part.
+// Counts the skip-gram predictions that each row takes part in.
 
 #include <algorithm>
 #include <cstdint>
@@ -12,7 +12,7 @@ void embedtrain_count_rows(const int64_t* inputs, const int64_t* targets, const 
                            int64_t* num_outside) {
     using embedtrain::scratch;
     const int64_t n = num_positions;
-    // Begun and ended windows by position: their running sum is the number of windows that a word lies in.
+    // Windows that begin minus windows that end, by position. The running sum is the number of windows around a word.
     int32_t* begun = static_cast<int32_t*>(scratch(0, (n + 1) * static_cast<int64_t>(sizeof(int32_t))));
     int64_t* totals = static_cast<int64_t*>(scratch(1, num_rows * static_cast<int64_t>(sizeof(int64_t))));
     std::memset(begun, 0, static_cast<size_t>(n + 1) * sizeof(int32_t));

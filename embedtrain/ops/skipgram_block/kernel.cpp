@@ -1,9 +1,11 @@
 // Negative-sampling skip-gram over a block: loss and gradient on the block's distinct rows.
 //
-// Per centre, the logits of all its contexts against all its targets (the centre and its negatives) are one small
-// matrix product, and the gradients are two more. The vectors of the words around the centre stay in a ring of
-// aligned rows, with their gradients beside them: a word comes in once and its gradient goes home once, however many
-// centres it is a context of. Targets are copied too; so no product has a ragged end or a row across cache lines.
+// Per centre, one small matrix product gives the logits of all its contexts and targets (the centre and its negatives),
+// and two more give the gradients.
+//
+// The vectors of the words around the centre stay in a ring buffer of aligned rows, together with their gradients. So
+// each word is loaded once and its gradient is stored once, for all centres that it is a context of. Targets are copied
+// to aligned rows too. Rows are padded to whole vectors, so the products need no special case for the last columns.
 
 #include <algorithm>
 #include <cmath>
@@ -18,12 +20,13 @@ namespace {
 using namespace embedtrain;
 
 constexpr int kLanes = 16;
-constexpr int kTargets = 6;  // the centre and five negatives at once; more are done in further groups
-constexpr int kSlots = 8;    // a context's logits and two lanes that do not count: half a vector
-// Beyond it exp would overflow, and the loss is the logit itself. The comparisons let a NaN through.
+constexpr int kTargets = 6;  // targets per group: the centre and five negatives; more negatives need more groups
+constexpr int kSlots = 8;    // logits of a context (half a vector): kTargets and two unused lanes
+// Larger logits are clamped in exp, which would overflow, and their loss is the logit itself. The comparisons are
+// written so that NaN propagates.
 constexpr float kLargestLogit = 80.0f;
-constexpr int kLargestPower = 96;  // factors, at most 2 each, whose product is still a float32
-constexpr int64_t kCentresAhead = 3;  // whose rows are fetched while one is worked on
+constexpr int kLargestPower = 96;  // number of factors, each at most 2, whose product cannot overflow a float32
+constexpr int64_t kCentresAhead = 3;  // prefetch distance, in centres
 
 struct Block {
     const float* vectors;
@@ -36,7 +39,8 @@ struct Block {
 
 typedef int32_t int16v __attribute__((vector_size(64)));
 
-// Sums of several vectors' lanes at once: each step halves the lanes that a sum is spread over, and interleaves.
+// These functions sum the lanes of several vectors at once. Each step halves the number of lanes per sum and
+// interleaves the vectors.
 EMBEDTRAIN_INLINE float16v sums_by_two(const float16v& a, const float16v& b) {
     const int16v low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
     const int16v high = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
@@ -55,15 +59,16 @@ EMBEDTRAIN_INLINE float16v sums_of_quarters(const float16v& a, const float16v& b
     return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
 }
 
-// The sums of a context's products with the targets, in the quarters of a vector: four, two, and two zeros.
+// Returns partial sums of a context's products with the targets. The first two quarters hold two parts of the sums of
+// targets 0 to 3, and the last two hold two parts of the sums of targets 4 and 5 and of two zeros.
 EMBEDTRAIN_INLINE float16v half_sums(const float16v* products) {
     const float16v first = sums_by_four(sums_by_two(products[0], products[1]), sums_by_two(products[2], products[3]));
     const float16v second = sums_by_four(sums_by_two(products[4], products[5]), float16v{});
     return sums_of_quarters(first, second);
 }
 
-// Sums of the products of contexts and targets, lane by lane of 16. AVX2 has half of the lanes in a register, and too
-// few registers for all sums at once: with `float8v` the lower lanes come first, then the upper ones.
+// Products of contexts and targets, summed over columns in each of 16 lanes. An AVX2 register holds 8 lanes, and there
+// are too few registers for all sums at once. So with `float8v` the lower lanes are computed first, then the upper.
 template <typename Vector, int kContexts>
 EMBEDTRAIN_INLINE void lane_products(const float* const* contexts, const float* targets, int64_t width,
                                      float16v* products) {
@@ -90,7 +95,7 @@ EMBEDTRAIN_INLINE void lane_products(const float* const* contexts, const float* 
     }
 }
 
-// logits[c][t] = contexts[c] . targets[t]; written for pairs of contexts.
+// logits[c][t] = contexts[c] . targets[t]. Logits are written for two contexts at a time.
 template <typename Vector, int kContexts>
 EMBEDTRAIN_INLINE void dot_products(const float* const* contexts, const float* targets, int64_t width,
                                     float* logits) {
@@ -103,7 +108,7 @@ EMBEDTRAIN_INLINE void dot_products(const float* const* contexts, const float* t
     }
 }
 
-// What the losses add up to, until it is asked for: log(1 + u) is summed as the logarithm of a product.
+// Accumulates losses. Terms log(1 + u) are summed as the logarithm of a product, which needs fewer logarithms.
 struct Loss {
     float16v linear = {}, product = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     int power = 0;
@@ -119,8 +124,9 @@ struct Loss {
     }
 };
 
-// Replaces the logits of two contexts by slopes, `factors` times the sigmoid of the logit, or of its negative where the
-// factor is negative, as it is for the centre; and adds their loss. A factor of zero leaves a logit out.
+// Replaces the logits of two contexts by the derivatives of their losses, and adds the losses. A positive factor marks
+// a negative, whose derivative is factor * sigmoid(logit). A negative factor marks the centre, whose derivative is
+// factor * sigmoid(-logit). A factor of zero skips a logit.
 EMBEDTRAIN_INLINE void slopes_in_place(float* logits, const float* factors, Loss& loss) {
     float growth[kLanes], excess[kLanes];
 #pragma omp simd
@@ -141,7 +147,8 @@ EMBEDTRAIN_INLINE void slopes_in_place(float* logits, const float* factors, Loss
     if (++loss.power == kLargestPower) loss.settle();
 }
 
-// sums[a] += sum over b of factors[a * a_stride + b * b_stride] * rows[b], for kSums rows, kBlocks vectors at a time.
+// Calls add(a, column, values) with the sum over b of factors[a * a_stride + b * b_stride] * rows[b], for a < kSums,
+// from column `d` on and kBlocks vectors at a time. Returns the first column that is not done.
 template <typename Vector, int kSums, int kBlocks, typename Add>
 EMBEDTRAIN_INLINE int64_t add_combinations(const float* factors, int a_stride, int b_stride, const float* const* rows,
                                            int num_rows, int64_t d, int64_t width, Add add) {
@@ -178,7 +185,7 @@ EMBEDTRAIN_INLINE void add_columns(float* target, const float* source, int64_t c
     for (; d < count; ++d) target[d] += source[d];
 }
 
-// Adds a vector to the columns of a row that it covers, fewer than its lanes at the row's end.
+// Adds a vector to a row from column `d` on; columns past the end of the row are ignored.
 template <typename Vector>
 EMBEDTRAIN_INLINE void add_vector(float* row, int64_t d, int64_t dim, const Vector& values) {
     constexpr int kStep = sizeof(Vector) / sizeof(float);
@@ -217,7 +224,7 @@ EMBEDTRAIN_INLINE void move_home(float* home, float* gathered, int64_t dim, int6
     }
 }
 
-// The words around a centre, and room for what is computed of them.
+// The vectors of the words around a centre, and buffers for their gradients, targets and logits.
 struct Workspace {
     int64_t width;  // dim rounded up to whole vectors; the columns past dim are zero
     int64_t reach, mask;
@@ -244,13 +251,13 @@ struct Workspace {
     }
 };
 
-// Asks for a row and its gradient.
+// Prefetches a row and its gradient.
 EMBEDTRAIN_INLINE void prefetch_pair(const Block& block, int64_t row) {
     prefetch_row<0>(block.vectors + row * block.dim, block.dim * 4);
     prefetch_row<1>(block.grad + row * block.dim, block.dim * 4);
 }
 
-// Adds the targets' part to the gradients of contexts `first` and following.
+// Adds the contribution of the targets to the gradients of kContexts contexts, from context `first` on.
 template <typename Vector, int kContexts, int kBlocks>
 EMBEDTRAIN_INLINE void add_to_contexts(const Workspace& work, int first, const float* const* targets) {
     const float* slopes = work.logits + first * kSlots;
@@ -265,7 +272,7 @@ EMBEDTRAIN_INLINE void add_to_contexts(const Workspace& work, int first, const f
     add_combinations<Vector, kContexts, 1>(slopes, kSlots, 1, targets, kTargets, d, work.width, add);
 }
 
-// Loss and gradients of a centre's contexts against up to kTargets of its targets, the first of number `first`.
+// Adds loss and gradients of a centre's contexts against a group of up to kTargets targets, from target `first` on.
 template <typename Vector, int kAtOnce, int kBlocks>
 EMBEDTRAIN_INLINE void add_group(const Block& block, const Workspace& work, int64_t centre, int64_t first,
                                  int num_contexts, Loss& loss) {
@@ -283,7 +290,7 @@ EMBEDTRAIN_INLINE void add_group(const Block& block, const Workspace& work, int6
         last_factors[kSlots + t] = 0.0f;
     }
     for (int t = 0; t < kTargets; ++t) {
-        // A slot past the last target works on a row that is there anyway, with slopes of zero.
+        // Slots past the last target use the last target's row with slopes of zero.
         const int64_t row = rows[std::min(first + t, block.num_targets - 1)];
         homes[t] = block.grad + row * dim;
         targets[t] = work.targets + t * width;
@@ -304,7 +311,7 @@ EMBEDTRAIN_INLINE void add_group(const Block& block, const Workspace& work, int6
     for (c = 0; c + kAtOnce <= num_contexts; c += kAtOnce) add_to_contexts<Vector, kAtOnce, kBlocks>(work, c, targets);
     for (; c + 2 <= num_contexts; c += 2) add_to_contexts<Vector, 2, kBlocks>(work, c, targets);
     if (c < num_contexts) add_to_contexts<Vector, 1, kBlocks>(work, c, targets);
-    // One target after the other: a row drawn twice takes both sums.
+    // Targets are added one after the other, so a row that was drawn twice gets both sums.
     const auto to_target = [&](int a, int64_t d, const Vector& values) __attribute__((always_inline)) {
         add_vector(homes[a], d, dim, values);
     };
@@ -351,7 +358,7 @@ EMBEDTRAIN_INLINE double add_block(const Block& block) {
 }
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-// As many sums at once as there are registers for.
+// Uses as many sums at once as fit into the 32 AVX-512 registers.
 __attribute__((target("arch=x86-64-v4"))) double add_block_in_wide_registers(const Block& block) {
     return add_block<float16v, 4, 2>(block);
 }
@@ -361,7 +368,7 @@ EMBEDTRAIN_MULTIVERSION double add_block_in_any_registers(const Block& block) {
     return add_block<float8v, 2, 2>(block);
 }
 
-// Counts indices and windows that lie outside.
+// Counts indices and windows that are out of range.
 EMBEDTRAIN_MULTIVERSION int64_t count_outside(const Block& block) {
     const uint64_t num_rows = static_cast<uint64_t>(block.num_vectors);
     int64_t outside = 0;

@@ -1,4 +1,4 @@
-"""Calls the native skip-gram kernel."""
+"""Calls the native skip-gram kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from embedtrain.ops.skipgram_block.types import TextBlock
 
 
 def skipgram_block(vectors: Tensor, block: TextBlock, grad_factor: float) -> tuple[Tensor, Tensor] | None:
-    """See `embedtrain.ops.skipgram_block`; returns None if an index or a window lies outside."""
+    """See `embedtrain.ops.skipgram_block`; returns None if an index or a window is out of range."""
     vectors = vectors.contiguous()
     inputs, targets = block.inputs.contiguous(), block.targets.contiguous()
     starts, stops = block.starts.contiguous(), block.stops.contiguous()
@@ -34,7 +34,7 @@ def skipgram_block(vectors: Tensor, block: TextBlock, grad_factor: float) -> tup
 
 
 def count_of_rows(block: TextBlock, num_rows: int) -> Tensor:
-    """See `embedtrain.ops.skipgram_block`, of skip-gram."""
+    """See `embedtrain.ops.skipgram_block`; for skip-gram only."""
     inputs, targets = block.inputs.contiguous(), block.targets.contiguous()
     starts, stops = block.starts.contiguous(), block.stops.contiguous()
     counts = torch.empty(num_rows, dtype=torch.float32)
@@ -47,5 +47,5 @@ def count_of_rows(block: TextBlock, num_rows: int) -> Tensor:
         ctypes.addressof(num_outside),
     )
     if num_outside.value:
-        raise ValueError(f"{num_outside.value} indices of a block lie outside its {num_rows} rows or outside itself")
+        raise ValueError(f"{num_outside.value} indices lie outside the {num_rows} rows or outside the block")
     return counts

@@ -1,4 +1,4 @@
-"""Negative-sampling loss and gradient of a block in plain PyTorch: batches of small matrix products."""
+"""Negative-sampling loss and gradient of a block in plain PyTorch, in batches of small matrix products."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 from embedtrain.ops.skipgram_block.types import Architecture, TextBlock
 
 _CENTRES_AT_ONCE = 512
-"""Bounds the gathered context vectors: 512 centres of 10 contexts at dim 100 are 2 MB, about one L2 cache."""
+"""Limits the memory of the gathered context vectors: 512 centres of 10 contexts at dim 100 are 2 MB, about one L2
+cache."""
 
 
 def skipgram_block(
@@ -60,7 +61,7 @@ def _add_centres(
 
 
 def _context_positions(block: TextBlock, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the context positions of each centre, padded: [c, p] int64, and which are real, [c, p] bool."""
+    """Returns the context positions of each centre, [c, p] int64, padded, and a mask of the real ones, [c, p] bool."""
     starts, stops = block.starts[centres], block.stops[centres]
     width = max(int((stops - starts).max()), 1)
     positions = starts.unsqueeze(1) + torch.arange(width, device=centres.device)

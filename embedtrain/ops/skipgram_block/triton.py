@@ -1,11 +1,13 @@
-"""Word2vec's objective as dense products: a block of centres against the band of words around it.
+"""The word2vec objective as dense matrix products: a block of centres times the band of words around it.
 
-The contexts of neighbouring centres are nearly the same words. So a program takes 16 consecutive centres and the 32
-words that their windows lie in. For skip-gram one product of matrices gives every logit of a context and a target;
-those outside a centre's window are masked. For a window of 5 that is three times the arithmetic and a sixth of the
-reads of taking each centre's window apart, and matrix units do the arithmetic. For CBOW the products are of the
-windows' 0 and 1 with the words, which gives the sums of the windows. The gradient of each use of a row is written
-down, and the uses of a row are then summed in a fixed order.
+The contexts of neighbouring centres are nearly the same words. So a program takes 16 consecutive centres and the band
+of 32 words that contains their windows. For skip-gram, one matrix product gives the logits of all pairs of a context
+and a target, and pairs outside a window are masked. Compared with separate products per window of 5, this is three
+times the arithmetic, which tensor cores do, and a sixth of the reads.
+
+For CBOW, the product of the window mask (0 or 1) and the words gives the sums of the windows.
+
+The program writes the gradient of each use of a row. A second kernel sums the uses of each row in a fixed order.
 """
 
 from __future__ import annotations
@@ -24,18 +26,19 @@ from embedtrain.ops.skipgram_block.types import Architecture, TextBlock
 _CENTRES = 16
 _BAND = 32
 _LEAST_SIDE = 16
-"""Of the matrices that matrix units multiply."""
+"""Smallest side of a matrix that tensor cores multiply."""
 _MOST_COLUMNS, _COLUMNS_OF_PARTS = 128, 64
-"""Wider rows of a band do not fit into the registers of a skip-gram program, which then takes parts of them."""
+"""Rows with more columns than the first number do not fit into the registers of a skip-gram program. Such rows are cut
+into parts, whose number of columns is the second number."""
 
 
 class _Uses(NamedTuple):
-    """The gradient of each use of a row.
+    """Holds the gradient of each use of a row.
 
     Attributes:
-        context_grad: [num_blocks, num_bands, _BAND, dim]; of the words of each band.
-        target_grad: [num_bands or 1, 1 + k, num_positions, dim]; of the targets.
-        loss: any shape; its sum is the loss.
+        context_grad: [num_blocks, num_bands, _BAND, dim]; gradients of the words of each band.
+        target_grad: [num_bands or 1, 1 + k, num_positions, dim]; gradients of the targets.
+        loss: partial losses of any shape, whose sum is the loss.
     """
 
     context_grad: Tensor
@@ -46,20 +49,12 @@ class _Uses(NamedTuple):
 def skipgram_block(
     vectors: Tensor, block: TextBlock, architecture: Architecture, grad_factor: float, reach: int
 ) -> tuple[Tensor, Tensor]:
-    """See `embedtrain.ops.skipgram_block`.
-
-    Args:
-        vectors: as there.
-        block: as there.
-        architecture: as there.
-        grad_factor: as there.
-        reach: no window holds a word further than this from its centre.
-    """
+    """See `embedtrain.ops.skipgram_block`; `reach` is the largest distance of a word from its window's centre."""
     vectors = vectors.contiguous()
     if block.num_positions == 0:
         return torch.zeros((), dtype=torch.float64, device=vectors.device), torch.zeros_like(vectors)
     own, negatives = block.targets[:, :1], block.targets[:, 1:]
-    # [1 + k, n]; -1 is none
+    # [1 + k, n]; -1 marks a negative to skip
     targets = torch.cat([own, negatives.masked_fill(negatives == own, -1)], dim=1).T.contiguous()
     n, dim, device = block.num_positions, vectors.shape[1], vectors.device
     num_blocks, num_bands = triton.cdiv(n, _CENTRES), triton.cdiv(_CENTRES + 2 * reach, _BAND)
@@ -108,7 +103,7 @@ def _cbow(num_blocks: int, num_bands: int, dim: int, *given: Tensor | int) -> No
 
 
 def _rows_of_bands(block: TextBlock, num_blocks: int, num_bands: int, reach: int, nowhere: int) -> Tensor:
-    """Returns the row of every place of every band; `nowhere` before the text begins and after it ends."""
+    """Returns the row at every position of every band; `nowhere` for positions outside the text."""
     device = block.inputs.device
     firsts = torch.arange(num_blocks, device=device) * _CENTRES - reach
     positions = (firsts.unsqueeze(1) + torch.arange(num_bands * _BAND, device=device)).flatten()
@@ -119,7 +114,7 @@ def _rows_of_bands(block: TextBlock, num_blocks: int, num_bands: int, reach: int
 
 def _sum_by_row(vectors: Tensor, used: Tensor, uses: _Uses, grad_factor: float) -> Tensor:
     num_rows, dim = vectors.shape
-    # Uses that are none, -1 among the negatives and places outside the text, come last and into no sum.
+    # Skipped negatives (-1) and positions outside the text sort last, after the end of the last run.
     rows, order = torch.sort(used.masked_fill(used < 0, num_rows).int(), stable=True)
     bounds = torch.arange(num_rows + 1, device=vectors.device, dtype=torch.int32)
     starts = torch.searchsorted(rows, bounds)
@@ -129,7 +124,7 @@ def _sum_by_row(vectors: Tensor, used: Tensor, uses: _Uses, grad_factor: float) 
 
 @triton.jit
 def _rows_at(vectors, row, is_row, first_column, DIM: tl.constexpr, COLUMNS: tl.constexpr):
-    """Loads columns of rows, [rows, COLUMNS]; zeros where there is no row or no column."""
+    """Loads columns of rows, [rows, COLUMNS]; zeros for masked rows and columns."""
     column = first_column + tl.arange(0, COLUMNS)
     mask = is_row[:, None] & (column < DIM)[None, :]
     return tl.load(vectors + row[:, None] * DIM + column[None, :], mask=mask, other=0.0)
@@ -137,7 +132,7 @@ def _rows_at(vectors, row, is_row, first_column, DIM: tl.constexpr, COLUMNS: tl.
 
 @triton.jit
 def _pairs(context, centre, start, stop):
-    """Returns which words are in which window, [contexts, centres]; a centre is not in its own."""
+    """Returns a mask, [contexts, centres]: whether the word is in the centre's window and is not the centre."""
     inside = (context[:, None] >= start[None, :]) & (context[:, None] < stop[None, :])
     return inside & (context[:, None] != centre[None, :])
 
@@ -170,7 +165,7 @@ def _block_against_band(
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Skip-gram. Every part computes all logits, in the same order, and the gradients of its own columns."""
+    """Computes skip-gram. Every part computes all logits, in the same order, and the gradients of its own columns."""
     block = tl.program_id(0).to(tl.int64)
     band = tl.program_id(1)
     part = tl.program_id(2)
@@ -236,7 +231,7 @@ def _block_of_means(
     BAND: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """CBOW: the mean of each window against the targets of its centre."""
+    """Computes CBOW: the mean of each window predicts the targets of the window's centre."""
     block = tl.program_id(0).to(tl.int64)
     centre = block * CENTRES + tl.arange(0, CENTRES)
     column = tl.arange(0, COLUMNS)

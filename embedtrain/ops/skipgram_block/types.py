@@ -1,4 +1,4 @@
-"""A block of text for the loss of word2vec."""
+"""A block of text for the word2vec loss."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ Architecture = Literal["skipgram", "cbow"]
 
 @dataclass(frozen=True)
 class TextBlock:
-    """A block of consecutive words and what is to be predicted in it; positions count within the block.
+    """Holds a block of consecutive words with their windows and targets; positions count within the block.
 
     Attributes:
         inputs: [n] int64; the row of each word's input vector.
-        targets: [n, 1 + k] int64; where each word's own output vector lies, and those of the negatives drawn for it. A
-            negative that is the word itself is left out.
+        targets: [n, 1 + k] int64; the row of each word's output vector, then the rows of its negatives' output vectors.
+            The loss skips a negative that equals the word.
         starts: [n] int64; first position of each centre's window.
-        stops: [n] int64; one past the last; the centre itself lies inside and is no context of its own.
-        reach: no window holds a word further than this from its centre; None if unknown. Kernels on a GPU
-            need it, and would make the host wait to find it out.
+        stops: [n] int64; one past the last position of each centre's window. The window contains the centre, which is
+            not a context of itself.
+        reach: largest distance of a word from its window's centre; None if unknown. The GPU kernels need it, and
+            computing it needs a device sync.
     """
 
     inputs: Tensor
@@ -32,5 +33,5 @@ class TextBlock:
 
     @property
     def num_positions(self) -> int:
-        """Words of the block."""
+        """Number of words in the block."""
         return self.inputs.numel()

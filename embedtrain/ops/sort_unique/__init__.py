@@ -1,4 +1,4 @@
-"""The distinct keys among many, in ascending order, and the positions of each."""
+"""Finds distinct keys in ascending order, and the positions of each key."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ __all__ = ["OrderedKeys", "SortedKeys", "order_keys", "sort_unique"]
 
 
 def sort_unique(keys: Tensor, *, bound: int | None = None, with_inverse: bool = True) -> SortedKeys:
-    """Finds the distinct keys.
+    """Finds the distinct keys and the positions of each.
+
+    The native sort packs a key and its position into 64 bits. The reference sorts keys that are too large for that
+    (for 2**24 keys, from 2**40 on).
 
     Args:
-        keys: [n] int64, none negative.
-        bound: all keys are below it. None looks for the largest key.
-        with_inverse: whether the inverse is wanted.
+        keys: [n] int64, not negative.
+        bound: exclusive upper bound of the keys. None finds the largest key first.
+        with_inverse: whether to compute `SortedKeys.inverse`.
 
     Raises:
-        ValueError: the keys are not a vector of int64.
-        IndexError: a key is negative or not below the bound. Sorts that compare whole keys do not look.
-
-    The native sort packs a key and its position into 64 bits; keys too large for that (from 2**40 for 2**24 of them)
-    are sorted by the reference.
+        ValueError: `keys` is not an int64 vector.
+        IndexError: a key is negative or not below the bound. Only the native sort checks this.
     """
     if keys.dtype != torch.int64 or keys.dim() != 1:
         raise ValueError(f"expected keys [n] int64, got {keys.dtype} {tuple(keys.shape)}")
@@ -37,7 +37,7 @@ def sort_unique(keys: Tensor, *, bound: int | None = None, with_inverse: bool = 
 
 
 def order_keys(keys: Tensor, *, bound: int, with_inverse: bool = True) -> OrderedKeys | SortedKeys:
-    """Sorts keys as `sort_unique` does, as far as that goes without waiting for a device."""
+    """Sorts keys as `sort_unique` does; on a GPU without a wait for the number of distinct keys."""
     return (
         sort_unique(keys, bound=bound, with_inverse=with_inverse) if dispatch.uses_native(keys) else OrderedKeys(keys)
     )

@@ -1,5 +1,5 @@
-// Distinct keys in ascending order: by a counter a key where few keys are possible, else by a radix sort of
-// (key, position), packed into one 64-bit word each.
+// Finds distinct keys in ascending order: with one counter per possible key if these are few, else by a radix sort of
+// 64-bit words that pack a key and its position.
 
 #include <algorithm>
 #include <atomic>
@@ -14,8 +14,8 @@ namespace {
 
 using namespace embedtrain;
 
-constexpr int64_t kMostCounters = 1 << 18;  // that they stay in the cache
-constexpr int64_t kCountersPerKey = 8;     // beyond it, looking through them costs more than sorting
+constexpr int64_t kMostCounters = 1 << 18;  // so that the counters fit into the cache
+constexpr int64_t kCountersPerKey = 8;     // with more, scanning the counters costs more than sorting
 
 struct Packing {
     const int64_t* keys;
@@ -41,7 +41,7 @@ struct Emission {
     int64_t num_keys;
     int num_parts, position_bits;
     int64_t *unique, *starts, *order, *inverse;
-    int64_t* num_distinct;  // [num_parts]; of each part, then before each part
+    int64_t* num_distinct;  // [num_parts]; distinct keys of each part, later of all parts before it
 };
 
 inline bool is_first(const Emission& e, int64_t i) {
@@ -72,7 +72,7 @@ void emit_distinct(const void* arguments, int part) {
     }
 }
 
-// Returns whether all keys have a counter; nothing is written if not.
+// Returns whether all keys have a counter; if not, the output is not written.
 bool count_keys(const int64_t* keys, int64_t num_keys, int64_t num_counters, const Emission& e) {
     uint32_t* places = static_cast<uint32_t*>(scratch(0, num_counters * 4));
     uint32_t* numbers = static_cast<uint32_t*>(scratch(1, num_counters * 4));
@@ -84,7 +84,7 @@ bool count_keys(const int64_t* keys, int64_t num_keys, int64_t num_counters, con
     int64_t next = 0;
     uint32_t place = 0;
     for (int64_t key = 0; key < num_counters; ++key) {
-        // Written in any case, and kept where the key occurs: a branch would be guessed wrong too often.
+        // Always written, and overwritten if the key does not occur. A branch would often be mispredicted.
         const uint32_t count = places[key];
         e.unique[next] = key;
         e.starts[next] = place;

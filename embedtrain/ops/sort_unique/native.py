@@ -1,4 +1,4 @@
-"""Calls the native sort."""
+"""Calls the native sort kernel."""
 
 from __future__ import annotations
 

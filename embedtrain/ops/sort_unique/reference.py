@@ -1,4 +1,4 @@
-"""Distinct keys by PyTorch's sort."""
+"""Distinct keys in plain PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys in order."""
+"""Sorted keys and their distinct values."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from embedtrain.ops._backend.transfer import HostCopy
 
 @dataclass(frozen=True)
 class SortedKeys:
-    """Keys in order.
+    """Holds the distinct keys of a vector and the positions of each.
 
     Attributes:
         unique: [m] int64; the distinct keys, ascending.
-        starts: [m + 1] int64; `order[starts[j] : starts[j + 1]]` are the positions of key j, ascending.
-        order: [n] int64; positions of the keys in ascending order of key.
-        inverse: [n] int64; the place of each key among the distinct keys. None if it was not asked for.
-        is_padded: whether keys without a position follow the distinct ones; see `OrderedKeys.padded`.
+        starts: [m + 1] int64; `order[starts[j] : starts[j + 1]]` are the positions of `unique[j]`, ascending.
+        order: [n] int64; the positions of all keys, sorted by key.
+        inverse: [n] int64; the index of each key in `unique`. None if it was not requested.
+        is_padded: whether padding, keys without a position, follows the distinct keys; see `OrderedKeys.padded`.
     """
 
     unique: Tensor
@@ -31,35 +31,35 @@ class SortedKeys:
 
     @property
     def sorted(self) -> SortedKeys:
-        """The keys themselves."""
+        """This object, for callers that take `OrderedKeys` too."""
         return self
 
     def num_below(self, bounds: Tensor) -> Tensor:
-        """Returns how many distinct keys are below each of the bounds, [n] int64."""
+        """Returns the number of distinct keys below each bound, [n] int64."""
         return torch.searchsorted(self.unique, bounds)
 
     def num_keys_below(self, bounds: Tensor) -> Tensor:
-        """Returns how many keys are below each of the bounds, [n] int64."""
+        """Returns the number of keys below each bound, [n] int64."""
         return self.starts[self.num_below(bounds)]
 
 
 class OrderedKeys:
-    """Keys in order. The host asks how many are distinct only when it needs to, since it waits for the device then.
+    """Sorts keys on a device and copies the number of distinct keys to the host only when it is needed.
 
     Args:
         keys: [n] int64.
 
     Attributes:
         order: see `SortedKeys`.
-        is_counted: whether the host has waited for something later, or will before it needs the number of distinct
-            keys: then it learns the number without a further wait.
+        is_counted: whether the caller waits for a later result of the device anyway before it needs the number of
+            distinct keys. Then reading the number needs no further wait.
     """
 
     def __init__(self, keys: Tensor, *, is_counted: bool = True) -> None:
         self.is_counted = is_counted
         self._ascending, self.order = torch.sort(keys, stable=True)
         is_new = self._ascending[1:] != self._ascending[:-1]
-        # Where each key lies among the distinct ones, in ascending order of key.
+        # The index of each key among the distinct keys, sorted by key.
         self._place = torch.nn.functional.pad(is_new.cumsum(0), (min(keys.numel(), 1), 0))
         self._last_place = HostCopy(self._place[-1:]) if keys.numel() else None
 
@@ -79,15 +79,15 @@ class OrderedKeys:
 
     @functools.cached_property
     def sorted(self) -> SortedKeys:
-        """The keys sorted, without the inverse; waits for what the device has not done yet."""
+        """The sorted keys, without the inverse; waits for the number of distinct keys."""
         num_distinct = int(self._last_place.item()) + 1 if self._last_place else 0
         starts = torch.searchsorted(self._place, torch.arange(num_distinct + 1, device=self._place.device))
         return SortedKeys(self._ascending[starts[:-1]], starts, self.order, None)
 
     def padded(self, fill: int) -> SortedKeys:
-        """Returns the keys sorted, without the inverse, and waits for nothing: as many as if all were distinct.
+        """Returns the sorted keys, without the inverse and without waiting for the number of distinct keys.
 
-        `fill`, which no position has, follows the distinct keys.
+        `unique` has n elements: the distinct keys, then copies of `fill`, which have no positions.
         """
         starts = torch.searchsorted(self._place, torch.arange(self._place.numel() + 1, device=self._place.device))
         first = starts[:-1]

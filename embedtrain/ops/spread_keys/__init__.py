@@ -1,4 +1,4 @@
-"""From the ids of several features to keys of their rows, with the check that they are rows at all."""
+"""Maps the ids of several features to keys of their rows, and counts ids that are out of range."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ __all__ = ["SpreadTable", "spread_keys"]
 def spread_keys(
     ids: Sequence[Tensor], tables: Sequence[SpreadTable], num_local_rows: int
 ) -> tuple[Tensor, list[int] | Tensor]:
-    """Returns a key per id, `owner * num_local_rows + local row`, feature after feature.
+    """Returns a key per id, `owner * num_local_rows + local row`, ordered by feature.
 
     Args:
-        ids: per feature [n] int64 or int32.
-        tables: the table that each feature's ids are looked up in.
-        num_local_rows: rows of each owner.
+        ids: one tensor per feature, [n] int64 or int32.
+        tables: the table of each feature.
+        num_local_rows: number of rows per owner.
 
     Returns:
-        keys: int64, one per id. An id that is not a row gets a valid but meaningless key.
-        num_outside: per feature, how many ids are not rows of its table; [num_features] int64 on the device for ids of
-            a GPU, whose host would have to wait.
+        keys: int64, one per id. An id that is out of range gets a valid but meaningless key.
+        num_outside: number of ids per feature that are out of range. For ids on a GPU, [num_features] int64 on the
+            device, because a list would need a device sync.
 
     Raises:
-        ValueError: ids are of another dtype.
+        ValueError: the ids have another dtype.
     """
     for given in ids:
         if given.dtype not in (torch.int64, torch.int32):

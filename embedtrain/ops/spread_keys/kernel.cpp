@@ -1,4 +1,4 @@
-// From ids to keys of their rows, with the check that they are rows at all.
+// Maps ids to keys of their rows, and counts ids that are out of range.
 
 #include <cstdint>
 
@@ -15,11 +15,11 @@ template <typename Id>
 void spread(EmbedtrainIds& feature, uint64_t num_local_rows, bool is_whole, int64_t* keys) {
     const Id* ids = static_cast<const Id*>(feature.ids);
     const uint64_t bits = feature.block_bits, num_blocks = feature.num_rows >> bits;
-    const uint64_t num_moved = num_blocks << bits;  // what follows the last whole block stays
+    const uint64_t num_moved = num_blocks << bits;  // ids after the last whole block do not move
     const Divisor blocks(num_blocks), per_rank(feature.rows_per_rank);
     int64_t num_outside = 0;
     for (int64_t i = 0; i < feature.num_ids; ++i) {
-        // A negative id is a large unsigned number.
+        // As unsigned numbers, negative ids are large, so one comparison finds them too.
         const uint64_t given = static_cast<uint64_t>(static_cast<int64_t>(ids[i]));
         num_outside += given >= feature.num_rows;
         const uint64_t id = given >= feature.num_rows ? 0 : given;

@@ -1,4 +1,4 @@
-"""Calls the native key computation."""
+"""Calls the native kernel that computes keys."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def test_without_a_whole_checkpoint_nothing_is_deleted(damaged: Path) -> None:
 def test_facts_that_no_run_could_resume_from_are_refused_before_it_is_trained(
     facts: dict[str, Any], fault: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=f"no checkpoint can hold the facts of this run.*{fault}"):
+    with pytest.raises(UserError, match=f"a checkpoint cannot hold the facts of this run.*{fault}"):
         run_of(tmp_path, facts)
 
 

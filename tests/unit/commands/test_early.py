@@ -94,7 +94,7 @@ def test_a_measurement_that_fails_is_warned_of_and_training_goes_on(
     assert len(steps) == 2, "saved when the first measurement failed"
     assert json.loads(Path("run/status.json").read_text())["state"] == "done"
     said = caplog.text + capfd.readouterr().err
-    assert "training goes on without its measures: ZeroDivisionError: no pairs left" in said
+    assert "training continues without its measures: ZeroDivisionError: no pairs left" in said
 
 
 def test_tensorboard_that_cannot_be_written_is_warned_of(

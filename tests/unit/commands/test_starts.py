@@ -53,7 +53,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_anew_and_says_so(tm
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("a::b", "a run folder cannot lie at 'a::b'"),
+        ("a::b", "a run folder cannot be at 'a::b'"),
         ("x" * 256, "File name too long; give another path"),
         (f"{'x' * 256}/y", "File name too long; give another path"),
         ("corpus.txt/below", "lies below a file"),

@@ -27,5 +27,5 @@ def test_attempts_share_a_word_of_their_own_whatever_their_size() -> None:
 def test_a_rank_that_died_before_does_not_answer_for_its_successor() -> None:
     store = dist.HashStore()
     attempt(store, 3)
-    with pytest.raises(TimeoutError, match=r"of 3 ranks these did not come in 0\.2 s: \[1, 2\]"):
+    with pytest.raises(TimeoutError, match=r"these of 3 ranks did not join in 0\.2 s: \[1, 2\]"):
         agree_on_attempt(store, 0, 3, 0.2)

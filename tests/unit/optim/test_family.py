@@ -62,7 +62,7 @@ def test_a_subclass_without_a_formula_says_what_to_define() -> None:
     tables = one_table()
     optimizer = Unfinished(tables, {"lr": 0.1})
     backward(tables, {"t": 1.0})
-    with pytest.raises(NotImplementedError, match="Unfinished gives no formula: define direction"):
+    with pytest.raises(NotImplementedError, match="Unfinished has no formula: define direction"):
         optimizer.step()
 
 
@@ -132,7 +132,7 @@ def test_combined_optimizers_go_through_state_dicts_and_schedulers() -> None:
 @pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"nonfinite": "skip"}])
 def test_what_is_for_all_tables_is_given_to_combined(options: dict) -> None:
     tables = two_kinds()
-    with pytest.raises(ValueError, match="give them to Combined"):
+    with pytest.raises(ValueError, match="pass them to Combined"):
         et.optim.Combined(et.optim.SGD(tables.trained_by("slow"), **options))
 
 

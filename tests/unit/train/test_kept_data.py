@@ -85,7 +85,7 @@ def test_files_of_the_user_are_refused_and_not_touched(folder: RunFolder, entry:
 def test_a_file_of_the_user_beside_its_own_is_not_written_over(folder: RunFolder, kept: Path, entry: Path) -> None:
     (kept / "more.bin").write_text("mine")
     (entry / "more.bin").write_text("of the run")
-    with pytest.raises(UserError, match=r"more\.bin is not of this run"):
+    with pytest.raises(UserError, match=r"more\.bin is not a file of this run"):
         folder.keep_data(FACTS, str(entry))
     assert (kept / "more.bin").read_text() == "mine"
 
@@ -161,7 +161,7 @@ def test_a_table_of_contents_that_is_none_is_one_sentence(folder: RunFolder, kep
         folder.require_writable_names,
         lambda: folder.keep_data({}),
     ):
-        with pytest.raises(UserError, match=r"kept\.json is not what a run wrote \(.*\): remove .*kept_data, and give"):
+        with pytest.raises(UserError, match=r"kept\.json is damaged \(.*\): remove .*kept_data, and give"):
             action()
     assert evil.read_text() == "mine"
     assert (kept / "rows.bin").exists()
@@ -170,7 +170,7 @@ def test_a_table_of_contents_that_is_none_is_one_sentence(folder: RunFolder, kep
 @pytest.mark.parametrize("facts", [{"other": 1}, {"name": 1}])
 def test_facts_that_are_not_declared_are_refused(folder: RunFolder, facts: dict[str, int]) -> None:
     folder.keep_data(facts)
-    with pytest.raises(UserError, match=r"kept\.json is not what a run wrote \(name"):
+    with pytest.raises(UserError, match=r"kept\.json is damaged \(name"):
         read(folder)
 
 

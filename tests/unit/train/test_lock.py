@@ -82,17 +82,17 @@ def test_an_owner_elsewhere_that_does_not_beat_loses_the_folder(folder: str, cap
     leave_behind(folder, host="elsewhere/boot")
     with lock_of(folder):
         assert owner_files(folder) == ["owner-00000002.json"]
-    assert "is held by process" in caplog.text and "watching for up to 0 s" in caplog.text
+    assert "is held by process" in caplog.text and "waiting up to 0 s" in caplog.text
     assert "on elsewhere" in caplog.text and "which is gone" in caplog.text
 
 
 @pytest.mark.usefixtures("short_patience")
 def test_who_lost_the_folder_learns_it_before_saving(folder: str) -> None:
     with lock_of(folder) as stalled:
-        stalled._is_leaving.set()  # its heart stands still
+        stalled._is_leaving.set()  # its heartbeat stops
         stalled._thread.join()
         with lock_of(folder) as second:
-            with pytest.raises(CheckpointError, match=r"was taken over by process .*: nothing more is saved"):
+            with pytest.raises(CheckpointError, match=r"was taken over by process .*: this job saves nothing more"):
                 stalled.check()
             second.check()
     assert owner_files(folder) == []

@@ -112,7 +112,7 @@ def test_a_publication_that_takes_too_long_is_ended(folder: Path, caplog: pytest
     publisher.finish()
     wrong = "it took longer than publish.timeout_seconds=0.3, and was ended"
     again = AGAIN.replace("out", "ftp://me@h/a")
-    assert {"training goes on", again} <= {message.split(": ")[0].partition(", ")[2] for message in caplog.messages}
+    assert {"training continues", again} <= {message.split(": ")[0].partition(", ")[2] for message in caplog.messages}
     assert all(message.endswith(wrong) for message in caplog.messages)
 
 

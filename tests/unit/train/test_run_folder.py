@@ -45,7 +45,7 @@ def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path: Path, put: Callable
 
 def test_a_configuration_of_the_users_own_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model: word2vec\n")
-    with pytest.raises(UserError, match=r"config\.yaml is there and nothing else of a run.*a folder of its own"):
+    with pytest.raises(UserError, match=r"config\.yaml exists without any other file of a run.*another run\.path"):
         RunFolder(str(tmp_path)).require_writable_names()
     (tmp_path / "owner-00000001.json").write_text("{}")
     RunFolder(str(tmp_path)).require_writable_names()
@@ -94,7 +94,7 @@ def test_lines_that_hold_no_record_are_left_out_and_told_of(tmp_path: Path, capl
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n" + b"[" * 100_000)
     records = list(RunFolder(str(tmp_path)).read_metrics())
     assert records == [{"step": 1, "loss": 2}, {"step": 4, "loss": None}]
-    assert "5 lines hold no record, such as line 2" in caplog.text
+    assert "skipped 5 lines without a record, such as line 2" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["", "}{", "[]", "[" * 100_000, '"x"'])
