@@ -62,15 +62,16 @@ html_theme_options = {
 }
 
 _OWN_SECTION = re.compile(r"^(Collective|Source): ")
-_ITEM_AFTER_A_SENTENCE = re.compile(r"(:\n\n)(?=    \w+: )")
 _LONE_ASTERISK = re.compile(r"(?<![*\\\w])\*(?=[^*\s])")
 
 
 def _as_restructured_text(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
-    """Rewrites what docstrings write otherwise than Sphinx reads it: sections of one line, lists, lone asterisks."""
-    text = _ITEM_AFTER_A_SENTENCE.sub(r"\1Args:\n", "\n".join(lines))
-    text = _LONE_ASTERISK.sub(r"\\*", text)
+    """Rewrites docstrings for Sphinx: sections of one line, lone asterisks, and colons in texts of attributes."""
+    text = _LONE_ASTERISK.sub(r"\\*", "\n".join(lines))
     lines[:] = [_OWN_SECTION.sub(r"**\1:** ", line) for line in text.split("\n")]
+    if what in ("attribute", "data", "property"):
+        # Napoleon would take the words before a colon in the first line for a type. An empty comment prevents this.
+        lines[:0] = ["..", ""]
 
 
 def setup(app: Any) -> None:

@@ -3,11 +3,11 @@
 Most losses compare the score of a positive, an item that a user chose, with the scores of negatives. They return one
 loss per pair of a user and a positive, and take these arguments:
 
-    positive: [m] float; score of each pair.
-    example: [m] int64; index of each pair's user, a row of `negative`.
-    negative: [n, c] float; scores of each user for the negatives. An item that the user is known to have is not a
-        negative: its score is `NOT_A_NEGATIVE`, it costs nothing and gets no gradient.
-    log_sum: [n] float, instead of `negative`; log of the sum of exp(score) over the negatives of each user.
+* `positive`: [m] float; score of each pair.
+* `example`: [m] int64; index of each pair's user, a row of `negative`.
+* `negative`: [n, c] float; scores of each user for the negatives. An item that the user is known to have is not a
+  negative: its score is `NOT_A_NEGATIVE`, it costs nothing and gets no gradient.
+* `log_sum`: [n] float, instead of `negative`; log of the sum of exp(score) over the negatives of each user.
 
 Alignment and uniformity are computed from vectors, not from scores: see `alignment` and `potential`.
 """
