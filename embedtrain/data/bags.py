@@ -30,7 +30,11 @@ class Bags:
     @classmethod
     def load(cls, path: str) -> Bags:
         """Maps what `save` wrote."""
-        return cls(np.load(f"{path}.starts.npy", mmap_mode="r"), np.load(f"{path}.values.npy", mmap_mode="r"))
+        # Indexing a plain array takes a tenth of the time that `np.memmap` takes.
+        starts, values = (
+            np.load(f"{path}.{name}.npy", mmap_mode="r").view(np.ndarray) for name in ("starts", "values")
+        )
+        return cls(starts, values)
 
     def save(self, path: str) -> None:
         """Writes two files whose names begin with `path`."""

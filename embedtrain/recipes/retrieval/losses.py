@@ -27,6 +27,27 @@ SHARPNESS = 2.0
 """Factor of squared distances in the uniformity; the value of Wang and Isola 2020."""
 
 
+def unit_vectors(vectors: Tensor) -> Tensor:
+    """Returns `torch.nn.functional.normalize(vectors, dim=1)`, whose backward takes twice as long; [n, dim]."""
+    unit: Tensor = _UnitVectors.apply(vectors)  # type: ignore[no-untyped-call]
+    return unit
+
+
+class _UnitVectors(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor) -> Tensor:
+        lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp_(min=1e-12)
+        unit: Tensor = vectors / lengths
+        ctx.save_for_backward(unit, lengths)
+        return unit
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        unit, lengths = ctx.saved_tensors
+        along = (grad * unit).sum(dim=1, keepdim=True)
+        return torch.addcmul(grad, unit, along, value=-1).div_(lengths)
+
+
 def hardest(negative: Tensor, num_hard: int) -> Tensor:
     """Returns the highest scores of each user's negatives, [n, min(num_hard, c)].
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embedtrain.data.bags import Bags
@@ -288,7 +287,7 @@ class Retrieval(nn.Module):
 
     def as_compared(self, name: str, vectors: Tensor) -> Tensor:
         """Returns vectors [n, dim] of a side as scores use them: scaled to length 1 if the side is normalised."""
-        return F.normalize(vectors, dim=1) if self.scoring.is_unit(name) else vectors
+        return losses.unit_vectors(vectors) if self.scoring.is_unit(name) else vectors
 
 
 def pairs_of(batch: RetrievalBatch, scoring: Scoring, device: torch.device) -> Pairs:

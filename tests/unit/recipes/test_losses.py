@@ -16,6 +16,7 @@ from embedtrain.recipes.retrieval.losses import (
     log_sum_of_scores,
     scores_of,
     softmax_loss,
+    unit_vectors,
 )
 
 POSITIVE = [0.3, -0.2, 1.5]
@@ -109,3 +110,16 @@ def test_the_fused_sum_over_negatives_is_that_of_pytorch(num_candidates: int, ha
     torch.testing.assert_close(*values, rtol=1e-5, atol=1e-5)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_unit_vectors_and_their_gradients_equal_pytorchs() -> None:
+    vectors = torch.randn(7, 5, generator=torch.Generator().manual_seed(4))
+    vectors[2] = 0.0  # has no direction
+    vectors[3] *= 1e-20
+    factors = torch.arange(35.0).view(7, 5)
+    found, expected = (vectors.clone().requires_grad_() for _ in range(2))
+    unit, plain = unit_vectors(found), torch.nn.functional.normalize(expected, dim=1)
+    assert torch.equal(unit, plain)
+    (unit * factors).sum().backward()
+    (plain * factors).sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad)
