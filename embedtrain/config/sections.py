@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
@@ -367,6 +367,22 @@ def refuse_stream(path: Any, reason: str) -> None:
         raise UserError(
             f"data.path=- cannot be used: {reason}, and standard input can be read only once: write it to a file"
         )
+
+
+def refuse_without_effect(key: str, section: Any, losses_of: Mapping[str, Sequence[str]]) -> None:
+    """Refuses a setting that differs from its default although the section's loss does not use it.
+
+    Args:
+        key: the section's key.
+        section: has a setting `loss`.
+        losses_of: by name of a setting, the losses that use it.
+
+    Raises:
+        UserError: there is such a setting.
+    """
+    for name, losses in losses_of.items():
+        if section.loss not in losses and getattr(section, name) != getattr(type(section), name):
+            raise UserError(f"{key}.{name} has no effect with {key}.loss={section.loss}: leave it out")
 
 
 def require_paths(paths: Mapping[str, str | list[str] | None], *, may_be_none: bool = False) -> None:

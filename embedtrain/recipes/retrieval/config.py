@@ -17,6 +17,7 @@ from embedtrain.config.sections import (
     TableConfig,
     TrainConfig,
     file_keys,
+    refuse_without_effect,
     require_at_least_one,
     require_paths,
 )
@@ -33,6 +34,15 @@ Normalize = Literal["none", "users", "items", "both"]
 SOFTMAXES = ("softmax", "bilateral_softmax")
 OF_COSINES = ("cosine_contrastive", "alignment_uniformity")
 """Losses that are defined on vectors of length 1 only."""
+
+_LOSSES_OF = {
+    "temperature": (*SOFTMAXES, "bpr"),
+    "negative_weight": ("bilateral_softmax", *OF_COSINES),
+    "hard_negatives": (*SOFTMAXES, "bpr", "cosine_contrastive"),
+    "logq": SOFTMAXES,
+    "margin": ("cosine_contrastive",),
+}
+"""The losses that use a setting, for settings that not all of them use."""
 
 _MAX_WEIGHT = 1e6
 
@@ -106,24 +116,18 @@ class RetrievalSection:
             raise UserError(f"retrieval.popularity_share must be in [0, 1], got {self.popularity_share}")
         if self.hard_negatives is not None and not 1 <= self.hard_negatives <= MAX_COUNT:
             raise UserError(f"retrieval.hard_negatives must be in [1, {MAX_COUNT:,}], got {self.hard_negatives:,}")
-        if self.negative_weight is not None and self.loss in ("softmax", "bpr"):
-            raise UserError(f"retrieval.negative_weight has no effect with retrieval.loss={self.loss}: leave it out")
+        refuse_without_effect("retrieval", self, _LOSSES_OF)
         if self.popularity_share > 0 and self.negatives == 0:
             raise UserError("retrieval.popularity_share has no effect with retrieval.negatives=0: leave it out")
         if self.loss in OF_COSINES and self.normalize != "both":
             raise UserError(
                 f"retrieval.loss={self.loss} compares cosines: it needs retrieval.normalize=both, got {self.normalize}"
             )
-        if self.loss == "alignment_uniformity":
-            if self.hard_negatives is not None:
-                raise UserError(
-                    "retrieval.hard_negatives has no effect with retrieval.loss=alignment_uniformity: leave it out"
-                )
-            if accumulate_steps > 1:
-                raise UserError(
-                    "retrieval.loss=alignment_uniformity compares all users of a step with each other: it needs "
-                    f"train.accumulate_steps=1, got {accumulate_steps}"
-                )
+        if self.loss == "alignment_uniformity" and accumulate_steps > 1:
+            raise UserError(
+                "retrieval.loss=alignment_uniformity compares all users of a step with each other: it needs "
+                f"train.accumulate_steps=1, got {accumulate_steps}"
+            )
 
 
 @dataclass

@@ -59,7 +59,7 @@ from embedtrain.recipes.interactions import (
 from embedtrain.recipes.layout import layout_of
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer, optimizer_names
 from embedtrain.recipes.retrieval.asking import best_items, measure_unseen
-from embedtrain.recipes.retrieval.config import RetrievalConfig, SideConfig
+from embedtrain.recipes.retrieval.config import OF_COSINES, RetrievalConfig, SideConfig
 from embedtrain.recipes.retrieval.draft import draft
 from embedtrain.recipes.retrieval.model import ITEM, USER, Retrieval, Scoring, Side, retrieval_tables
 from embedtrain.recipes.retrieval.negative_weight import default_negative_weight
@@ -419,12 +419,13 @@ def _search_space(config: RetrievalConfig) -> dict[str, str]:
     settings, epochs = config.retrieval, config.train.epochs
     space = {
         "optimizer.lr": around(config.optimizer.lr, 3),
-        "retrieval.temperature": around(settings.temperature, 2),
         "train.epochs": f"{max(1, epochs // 2)},{epochs},{2 * epochs}",
     }
+    if settings.loss not in OF_COSINES:
+        space["retrieval.temperature"] = around(settings.temperature, 2)
     if settings.loss == "bilateral_softmax":
         space["retrieval.negative_weight"] = "0.8:1.5"
-    elif settings.loss in ("cosine_contrastive", "alignment_uniformity"):
+    elif settings.loss in OF_COSINES:
         weight = settings.negative_weight or (100.0 if settings.loss == "cosine_contrastive" else 1.0)
         space["retrieval.negative_weight"] = around(weight, 4)
     return space

@@ -15,6 +15,7 @@ from embedtrain.config.sections import (
     TableConfig,
     TrainConfig,
     file_keys,
+    refuse_without_effect,
     require_at_least_one,
     require_paths,
 )
@@ -141,13 +142,7 @@ class SasrecConfig(Config):
                     f"data.{key}={getattr(self.data, key)} draws items at random, but model=sasrec predicts the next "
                     "item: give leave_one_out or by_time"
                 )
-        if self.sasrec.loss == "full_softmax":
-            for name in ("negatives", "power"):
-                if getattr(self.sasrec, name) != getattr(SasrecSection, name):
-                    raise UserError(
-                        f"sasrec.{name} needs sasrec.loss=sampled_softmax, because full_softmax compares with all "
-                        f"items: give that loss, or leave sasrec.{name} out"
-                    )
+        refuse_without_effect("sasrec", self.sasrec, dict.fromkeys(("negatives", "power"), ("sampled_softmax",)))
         require_at_least_one(self._own_counts())
         require_at_least_one(self._widths(), at_most=MAX_WIDTH)
         settings = self.sasrec

@@ -50,7 +50,7 @@ def test_a_contradiction_is_refused(settings: list[str], message: str) -> None:
 @pytest.mark.parametrize("setting", ["negatives=5", "power=1"])
 def test_what_the_full_softmax_of_sasrec_would_ignore_is_refused(setting: str) -> None:
     sasrec = ["model=sasrec", "data.path=train.csv", f"sasrec.{setting}"]
-    with pytest.raises(UserError, match=r"needs sasrec\.loss=sampled_softmax, because full_softmax"):
+    with pytest.raises(UserError, match=r"has no effect with sasrec\.loss=full_softmax: leave it out"):
         load_config(None, sasrec)
     load_config(None, [*sasrec, "sasrec.loss=sampled_softmax"])
 
@@ -61,6 +61,10 @@ def test_what_the_full_softmax_of_sasrec_would_ignore_is_refused(setting: str) -
         ["retrieval.loss=softmax", "retrieval.negative_weight=2"],
         ["retrieval.loss=bpr", "retrieval.negative_weight=0"],
         ["retrieval.negatives=0", "retrieval.popularity_share=0.5"],
+        ["retrieval.loss=cosine_contrastive", "retrieval.temperature=0.2"],
+        ["retrieval.loss=alignment_uniformity", "retrieval.hard_negatives=4"],
+        ["retrieval.loss=bpr", "retrieval.logq=false"],
+        ["retrieval.margin=0.4"],
     ],
 )
 def test_what_a_loss_would_ignore_is_refused(settings: list[str]) -> None:
