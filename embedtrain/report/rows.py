@@ -158,7 +158,7 @@ def _analogies(vectors: Vectors, paths: Sequence[str]) -> Iterator[Section]:
         yield Section(
             f"Analogies{of_file}",
             [bars],
-            f"Questions from {path} about the {frequent.num_rows:,} most frequent words. Questions with other words are "
-            f"left out: {found.num_oov:,}.",
+            f"Questions from {path} about the {frequent.num_rows:,} most frequent words. Questions with other words "
+            f"are left out: {found.num_oov:,}.",
             {f"analogies{of_file}": found.total.accuracy} if found.total.num_questions else {},
         )
