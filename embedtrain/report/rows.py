@@ -149,7 +149,7 @@ def _analogies(vectors: Vectors, paths: Sequence[str]) -> Iterator[Section]:
             [section.accuracy for section in answered],
             "Share of the questions whose answer is the word nearest to b - a + c (3CosAdd).",
             "section",
-            "right",
+            "accuracy",
             ".1%",
             [f"{section.num_correct:,} of {section.num_questions:,}" for section in answered],
         )
@@ -158,7 +158,7 @@ def _analogies(vectors: Vectors, paths: Sequence[str]) -> Iterator[Section]:
         yield Section(
             f"Analogies{of_file}",
             [bars],
-            f"{path}: of words among the {frequent.num_rows:,} most frequent. Questions with another word are left "
-            f"out: {found.num_oov:,}.",
+            f"Questions from {path} about the {frequent.num_rows:,} most frequent words. Questions with other words "
+            f"are left out: {found.num_oov:,}.",
             {f"analogies{of_file}": found.total.accuracy} if found.total.num_questions else {},
         )
