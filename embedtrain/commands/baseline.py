@@ -39,14 +39,20 @@ _logger = logging.getLogger(__name__)
 )
 @click.argument("config", type=ConfigFile(), help="YAML file of a model of interactions, such as retrieval.")
 @settings_argument
-@click.option("--methods", metavar="A,B,...", help="Of popularity, item-knn and ease; without it all that fit.")
-@click.option("--neighbors", metavar="N,...", help="Of item-kNN: how many items are near.  [default: 100]")
-@click.option("--shrink", metavar="X,...", help="Of item-kNN: how little few common users count.  [default: 10]")
 @click.option(
-    "--alpha", metavar="X,...", help="Of item-kNN: 0.5 is cosine, more favours popular items.  [default: 0.5]"
+    "--methods", metavar="A,B,...", help="Some of popularity, item-knn and ease; by default all that fit into memory."
 )
-@click.option("--regularization", metavar="X,...", help="Of EASE: the penalty on its weights.  [default: 250]")
-@click.option("--run", "runs", multiple=True, metavar="RUN", type=click.Path(), help="A trained run to measure too.")
+@click.option("--neighbors", metavar="N,...", help="item-kNN: number of nearest items per item.  [default: 100]")
+@click.option(
+    "--shrink", metavar="X,...", help="item-kNN: lowers cosines of items with few common users.  [default: 10]"
+)
+@click.option(
+    "--alpha", metavar="X,...", help="item-kNN: 0.5 is the cosine; larger values favour popular items.  [default: 0.5]"
+)
+@click.option("--regularization", metavar="X,...", help="EASE: L2 penalty of the weights.  [default: 250]")
+@click.option(
+    "--run", "runs", multiple=True, metavar="RUN", type=click.Path(), help="A trained run to add to the table."
+)
 def baseline(
     config: str,
     settings: Sequence[str],

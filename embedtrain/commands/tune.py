@@ -35,23 +35,29 @@ BASE_NAME, BEST_NAME, TABLE_NAME = "base.yaml", "best.yaml", "trials.md"
 """Files in the folder of a search: what the trials share, the configuration of the best, and a table of all."""
 
 _MAX_REFUSED = 20
-"""A search ends when the settings of so many trials in a row cannot be used."""
+"""Number of refused trials in a row after which a search ends."""
 
 
 @command(
     "embedtrain tune retrieval data.path=train.txt --minutes 60",
     "embedtrain tune retrieval data.path=train.txt --trials 20 --search optimizer.lr=0.03:0.3:log",
 )
-@click.argument("config", type=ConfigFile(), help="YAML file that all trials share; its section tune is searched.")
+@click.argument(
+    "config", type=ConfigFile(), help="YAML file that all trials share; its section `tune` says what to search."
+)
 @settings_argument
-@click.option("--trials", type=click.IntRange(1), metavar="N", help="How many runs, those of an earlier job included.")
-@click.option("--minutes", type=float, metavar="M", help="For how long, the time of an earlier job included.")
+@click.option(
+    "--trials", type=click.IntRange(1), metavar="N", help="Number of runs, including the runs of an earlier job."
+)
+@click.option(
+    "--minutes", type=float, metavar="M", help="Duration of the search, including the time of an earlier job."
+)
 @click.option(
     "--search",
     multiple=True,
     metavar="KEY=VALUES",
-    help="A setting to search: KEY=1,2,4 or KEY=LOW:HIGH or KEY=LOW:HIGH:log; without any, and without a section tune, "
-    "the model's own.",
+    help="A setting to search: KEY=1,2,4 or KEY=LOW:HIGH or KEY=LOW:HIGH:log. By default, what the section `tune` "
+    "says, or else what the model proposes.",
 )
 @click.option(
     "--output",
@@ -59,7 +65,7 @@ _MAX_REFUSED = 20
     show_default=True,
     metavar="PATH",
     type=click.Path(file_okay=False),
-    help="Local folder of the trials; the same command goes on with them.",
+    help="Local folder of the trials; the same command continues the search.",
 )
 def tune(
     config: str, settings: Sequence[str], trials: int | None, minutes: float | None, search: Sequence[str], output: str

@@ -1,4 +1,4 @@
-"""Which events are trained on and which are held out, and which are left out for want of others."""
+"""Splits events into a training, a validation and a test part, and leaves out rare users and items."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class SplitOptions:
-    """How events are parted.
+    """Says how events are split.
 
     Attributes:
         test: which events are held out to measure the trained model on. "ratio": a share of each user's items, drawn
             at random. "leave_one_out": each user's newest events. "by_time": the newest events of all users together.
         validation: which of the other events are held out to measure on during training.
-        ratio: the share of "ratio" and "by_time"; of validation, the share of what the test leaves.
-        num_events: of each user, held out by "leave_one_out".
-        seed: of the random draws.
-        min_user_count: events of users with fewer are left out, before anything is held out.
-        min_item_count: events of items with fewer are left out. Both are repeated until nothing changes.
+        ratio: the share that "ratio" and "by_time" hold out; for validation, of the events outside the test part.
+        num_events: number of events per user that "leave_one_out" holds out.
+        seed: seed of the random draws.
+        min_user_count: smallest number of events of a user who is kept; checked before events are held out.
+        min_item_count: smallest number of events of an item that is kept. Both rules repeat until nothing changes.
     """
 
     test: Rule = "none"
@@ -50,12 +50,12 @@ class SplitOptions:
 
 @dataclass(frozen=True)
 class Split:
-    """The parts of events, each in the order of the files.
+    """Holds the parts of the events, each in the order of the files.
 
     Attributes:
-        train: trained on.
-        validation: to measure on during training; None without.
-        test: to measure the trained model on; None without.
+        train: events to train on.
+        validation: events to measure on during training; None if none are held out.
+        test: events to measure the trained model on; None if none are held out.
     """
 
     train: Events
@@ -64,7 +64,7 @@ class Split:
 
 
 def split_events(events: Events, options: SplitOptions) -> Split:
-    """Parts events; every user keeps at least one event to train on, unless all of theirs are too new.
+    """Splits events; every user keeps at least one event to train on, unless all the user's events are too new.
 
     Raises:
         UserError: nothing is left to train on, or nothing is held out.
@@ -78,7 +78,7 @@ def split_events(events: Events, options: SplitOptions) -> Split:
 
 
 def core_of(events: Events, min_user_count: int, min_item_count: int) -> Events:
-    """Returns the events of users and items that have enough of them, without those of all others.
+    """Returns the events whose user and item both have enough events.
 
     Raises:
         UserError: there are none.
@@ -109,7 +109,7 @@ def core_of(events: Events, min_user_count: int, min_item_count: int) -> Events:
 
 
 def _parted(events: Events, rule: Rule, options: SplitOptions, part: int) -> tuple[Events, Events]:
-    """Returns the events that stay, and those that a rule holds out."""
+    """Returns the events that stay, and the events that a rule holds out."""
     key = "data.split" if part == _TEST else "data.validation"
     if rule == "leave_one_out":
         is_held_out = _newest_of_each(events, options.num_events)
@@ -138,7 +138,7 @@ def _newest_of_each(events: Events, num_events: int) -> NDArray[np.bool_]:
 
 
 def _newest_of_all(events: Events, ratio: float) -> NDArray[np.bool_]:
-    """Returns which events are at least as new as a point in time, from which on about a share of all events lies."""
+    """Returns which events are the newest ones: about a share of all events, and none older than the rest."""
     assert events.times is not None, "the configuration was checked"
     times = events.times.values
     place = min(len(times) - 1, round((1 - ratio) * len(times)))
@@ -147,7 +147,7 @@ def _newest_of_all(events: Events, ratio: float) -> NDArray[np.bool_]:
 
 
 def _drawn(events: Events, ratio: float, generator: np.random.Generator) -> NDArray[np.bool_]:
-    """Returns which events are drawn: of each user's different items a share, all events of an item alike."""
+    """Returns which events are drawn: all events of a random share of each user's distinct items."""
     users, items = events.users.codes.astype(np.int64), events.items.codes
     keys, pair_of = np.unique(users * len(events.items.names) + items, return_inverse=True)
     user_of = keys // len(events.items.names)
