@@ -47,7 +47,7 @@ def recommend(
     step: Step,
     **asked: Any,
 ) -> int:
-    """Recommends items to users with a retrieval run."""
+    """Recommends items to users with a run of retrieval or SASRec."""
     items = split_names(asked["items"], "--items", "item")
     _require_one(users, all_users, asked)
     if top < 1:

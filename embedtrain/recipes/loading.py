@@ -336,7 +336,8 @@ def _refuse_unknown_keys(source: str, layer: Mapping[str, Any], model: str, opti
         owners = [name for name in BUILT_IN if name != model and _is_among(key, _known_keys(name, optimizer))]
         of_another = f" (it is one of model {' and '.join(owners)})" if owners else ""
         meant = _config_of(model).MEANT.get(key.rpartition(".")[2])
-        near = [meant] if meant else difflib.get_close_matches(key, known + sections, n=1, cutoff=0.5)
+        longer = [name for name in known if name.startswith(f"{key}_")]
+        near = [meant] if meant else longer or difflib.get_close_matches(key, known + sections, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
         raise UserError(f"{source}: there is no key {key} for model {model}{of_another}; {hint}")
 

@@ -32,7 +32,12 @@ _logger = logging.getLogger(__name__)
 
 
 def row_sections(
-    run_path: str, words: Sequence[str], analogies: Sequence[str], runtime: Runtime, path: str | None
+    run_path: str,
+    words: Sequence[str],
+    analogies: Sequence[str],
+    runtime: Runtime,
+    path: str | None,
+    table: str | None = None,
 ) -> list[Section]:
     """Returns on rank 0 neighbours, a map and analogies of the rows; nothing if no table is the one to look at.
 
@@ -44,18 +49,19 @@ def row_sections(
         analogies: files of questions; see `evaluate_analogies`.
         runtime: of this process.
         path: of the checkpoint; None if there is none.
+        table: the table whose rows to show; None for the default one.
 
     Raises:
-        UserError: there is no such word, or a file of questions cannot be used.
+        UserError: there is no such table or word, or a file of questions cannot be used.
     """
-    if path is None and not words and not analogies:
+    if path is None and not words and not analogies and table is None:
         return []
     ranks = runtime.ranks
     step = None if path is None else step_of(base_name(path))
     try:
-        opened = ranks.run_on_each(lambda: open_run_vectors(run_path, None, runtime, step))
+        opened = ranks.run_on_each(lambda: open_run_vectors(run_path, table, runtime, step))
     except UserError as error:
-        if words or analogies or (path is not None and not is_complete_on_first(path, ranks)):
+        if words or analogies or table or (path is not None and not is_complete_on_first(path, ranks)):
             raise
         # Several tables, and none is said to be the one to look at; or the data of a retrieval run are gone.
         _logger.info(f"the report is without neighbours and map: {error}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from embedtrain import storage
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
@@ -29,7 +29,12 @@ _logger = logging.getLogger(__name__)
 
 
 def write_report(
-    run_path: str, output: str | None, words: Sequence[str], runtime: Runtime, analogies: Sequence[str] = ()
+    run_path: str,
+    output: str | None,
+    words: Sequence[str],
+    runtime: Runtime,
+    analogies: Sequence[str] = (),
+    table: str | None = None,
 ) -> str:
     """Writes a page of HTML about a run, which needs no other file, and returns its path.
 
@@ -43,15 +48,16 @@ def write_report(
         words: names of the rows whose neighbours to show; some frequent rows if there are none.
         runtime: of this process.
         analogies: files of questions on words; see `evaluate_analogies`.
+        table: the table whose rows to show in neighbours and map; None for the default one.
 
     Raises:
-        UserError: there is no run, no such word, or a file of questions cannot be used.
+        UserError: there is no run, no such table or word, or a file of questions cannot be used.
     """
     if output is not None:
         refuse_packed_name(output, "HTML")
     ranks = runtime.ranks
     facts = ranks.run_on_each(lambda: read_facts(run_path) if ranks.rank == 0 else None)
-    sections = _sections(run_path, words, analogies, runtime)
+    sections = _sections(run_path, runtime, lambda path: row_sections(run_path, words, analogies, runtime, path, table))
     path = output or f"{run_path.rstrip('/')}/report.html"
 
     def write() -> None:
@@ -62,14 +68,14 @@ def write_report(
     return path
 
 
-def _sections(run_path: str, words: Sequence[str], analogies: Sequence[str], runtime: Runtime) -> list[Section]:
-    """Returns what the run's recipe and its rows have to say. Collective: every rank."""
+def _sections(run_path: str, runtime: Runtime, of_rows: Callable[[str | None], list[Section]]) -> list[Section]:
+    """Returns the sections of the run's recipe and of its rows. Collective: every rank."""
     while True:
         # Ranks that looked for themselves might find different checkpoints, because the run may be saving one.
         path = runtime.ranks.run_on_first(lambda: _chosen_checkpoint(run_path))
         try:
             of_recipe = recipe_sections(run_path, runtime, path)
-            return [*of_recipe, *row_sections(run_path, words, analogies, runtime, path)]
+            return [*of_recipe, *of_rows(path)]
         except (CheckpointError, UserError):
             if path is None or is_complete_on_first(path, runtime.ranks):
                 raise

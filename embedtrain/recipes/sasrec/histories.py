@@ -157,5 +157,7 @@ def _read(options: InteractionOptions, path: str, items: Sequence[str]) -> _Aske
     if num_unknown := int((rows < 0).sum()):
         _logger.warning(f"{path}: {counted(num_unknown, 'interaction')} left out, with items not in the training data")
     kept, places = np.unique(users, return_inverse=True)
+    if left_out := len(events.users.names) - len(kept):
+        _logger.warning(f"{path}: {counted(left_out, 'user')} left out, without an item of the training data")
     names = events.users.names.take(kept).to_pylist()
     return _Asked(names, Bags.from_rows(places, rows[rows >= 0], len(kept)))
