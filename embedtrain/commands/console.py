@@ -235,22 +235,24 @@ def require_run(path: str, settings: Sequence[str]) -> tuple[str, list[str]]:
     return paths[0], overrides
 
 
-def split_names(text: str | None, option: str, noun: str) -> list[str]:
+def split_names(text: str | None, option: str, noun: str, *, may_repeat: bool = False) -> list[str]:
     """Splits an option's value at commas into names.
 
     Args:
         text: the value; None for no name.
         option: its name.
         noun: what a name stands for.
+        may_repeat: whether two names may be the same.
 
     Raises:
-        UserError: there is no name, one is empty, or two are the same.
+        UserError: there is no name, one is empty, or two are the same and may not be.
     """
     names = [] if text is None else [name.strip() for name in text.split(",")]
     if names and not any(names):
         raise UserError(f"{option} {text}: expected at least one {noun}")
-    if not all(names) or len(set(names)) < len(names):
-        raise UserError(f"{option} {text}: expected different names, separated by commas")
+    if not all(names) or (len(set(names)) < len(names) and not may_repeat):
+        different = "" if may_repeat else "different "
+        raise UserError(f"{option} {text}: expected {different}names, separated by commas")
     return names
 
 

@@ -48,7 +48,7 @@ def recommend(
     **asked: Any,
 ) -> int:
     """Recommends items to users with a run of retrieval or SASRec."""
-    items = split_names(asked["items"], "--items", "item")
+    items = split_names(asked["items"], "--items", "item", may_repeat=True)
     _require_one(users, all_users, asked)
     if top < 1:
         raise UserError(f"--top must be at least 1, got {top}")

@@ -133,7 +133,10 @@ class Plan:
         self.tuning = tuning
         self._require_validation()
         declared = {} if path is None else declared_search(path)
-        declared.update(_split(each) for each in search)
+        given = [_split(each) for each in search]
+        if len(dict(given)) < len(given):
+            raise UserError("--search names a key twice: give all its values in one --search")
+        declared.update(given)
         self.space: Space = read_space(declared or tuning.space(self.base), "--search" if search else "tune")
         metric = self.base.checkpoint.best_metric
         self.metric = tuning.metric(self.base) if metric == "loss" else metric

@@ -136,10 +136,10 @@ def read_events(sources: Sequence[Source], files: EventFiles) -> Events:
             num_low += int((~is_kept).sum())
         if files.time_column is not None:
             when = parse_times(found[files.time_column], files.time_column, rows.place)
-            if times and when.are_dates != times[0].are_dates:
+            if times and when.noun != times[0].noun:
                 raise UserError(
-                    f"{rows.place(0)}: column {files.time_column!r} holds {'dates' if when.are_dates else 'numbers'} "
-                    f"from here on, and {'numbers' if when.are_dates else 'dates'} before"
+                    f"{rows.place(0)}: column {files.time_column!r} holds {when.noun} from here on, and "
+                    f"{times[0].noun} before"
                 )
             times.append(when if is_kept is None else when.where(is_kept))
         pairs.add(rows, found, is_kept)
@@ -178,6 +178,8 @@ def _names_of(files: EventFiles) -> list[str]:
 
 
 def _rows_of(sources: Sequence[Source], files: EventFiles) -> Iterator[TextRows]:
+    if files.user_column == files.item_column:
+        raise UserError(f"{_KEYS[0]} and {_KEYS[1]} both name the column {files.user_column!r}")
     keys = {files.user_column: _KEYS[0], files.item_column: _KEYS[1]}
     numbers = {"data.rating_column": files.rating_column, "data.time_column": files.time_column}
     for key, name in numbers.items():

@@ -25,10 +25,19 @@ class Times:
     Attributes:
         values: [n] int64 or float64; numbers as the files have them, or microseconds since 1970 of dates.
         are_dates: whether the files hold dates.
+        have_zone: whether the dates have a time zone; dates without one count as UTC.
     """
 
     values: NDArray[np.int64] | NDArray[np.float64]
     are_dates: bool
+    have_zone: bool = False
+
+    @property
+    def noun(self) -> str:
+        """What the files hold, in words."""
+        if not self.are_dates:
+            return "numbers"
+        return "dates with a time zone" if self.have_zone else "dates without a time zone"
 
     def texts(self) -> pa.Array:
         """Returns the times as texts [n] that `parse_times` reads again."""
@@ -37,12 +46,12 @@ class Times:
 
     def where(self, kept: NDArray[np.bool_] | NDArray[np.int64]) -> Times:
         """Returns the times of some events."""
-        return Times(self.values[kept], self.are_dates)
+        return Times(self.values[kept], self.are_dates, self.have_zone)
 
 
 def joined(parts: Sequence[Times]) -> Times:
     """Returns the times of several blocks one after the other; all are dates, or none."""
-    return Times(np.concatenate([part.values for part in parts]), parts[0].are_dates)
+    return Times(np.concatenate([part.values for part in parts]), parts[0].are_dates, parts[0].have_zone)
 
 
 def parse_times(column: pa.Array, name: str, place: Callable[[int], str]) -> Times:
@@ -119,15 +128,16 @@ def _dates(column: pa.Array) -> Times:
         column = column.cast(pa.timestamp("ms") if pa.types.is_date64(column.type) else pa.timestamp("s"))
     # Nanoseconds are cut off: a file with some of them is no mistake.
     column = column.cast(pa.timestamp("us", tz=column.type.tz), safe=False)
-    return Times(np.asarray(column.cast(pa.int64())), are_dates=True)
+    return Times(np.asarray(column.cast(pa.int64())), are_dates=True, have_zone=column.type.tz is not None)
 
 
 def _numbers(column: pa.Array, name: str, place: Callable[[int], str]) -> NDArray[np.int64] | NDArray[np.float64]:
-    if pa.types.is_integer(column.type) and column.type != pa.uint64():
-        return np.asarray(column.cast(pa.int64()))
-    if not (pa.types.is_floating(column.type) or pa.types.is_decimal(column.type) or pa.types.is_integer(column.type)):
+    if pa.types.is_integer(column.type):
+        with suppress(pa.ArrowInvalid):  # unsigned numbers from 2^63 on
+            return np.asarray(column.cast(pa.int64()))
+    elif not (pa.types.is_floating(column.type) or pa.types.is_decimal(column.type)):
         raise UserError(f"{place(0)}: column {name!r} holds {column.type}: expected numbers")
-    values = np.asarray(column.cast(pa.float64()))
+    values = np.asarray(column.cast(pa.float64(), safe=False))
     _refuse_infinite(values, column, name, place)
     return values
 

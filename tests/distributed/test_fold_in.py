@@ -123,8 +123,8 @@ def test_strong_generalisation_is_measured(
             "unknown item 'x9': it is not among the 24 items of the training",
         ),
         (
-            ["recommend", "nowhere", "--items", "i00,i00"],
-            "--items i00,i00: expected different names, separated by commas",
+            ["recommend", "nowhere", "--items", "i00,,i01"],
+            "--items i00,,i01: expected names, separated by commas",
         ),
         (["recommend", "RUN", "--history", "unknown.txt"], "none of its items is among the 24 items of the training"),
         (["recommend", "RUN", "u1", "--items", "i00"], "or one of --items, --history, --features, got --items and u1"),

@@ -158,6 +158,7 @@ def test_a_search_ends_with_its_time(capfd: pytest.CaptureFixture[str]) -> None:
         (["--output", "x"], "how long may the search take? Give --trials N, --minutes M or both"),
         (["--minutes", "-1"], "expected --minutes above 0, got -1"),
         (["--trials", "1", "--search", "optimizer.lr"], "expected --search KEY=VALUES"),
+        (["--trials", "1", *["--search", "optimizer.lr=0.1,1"] * 2], "--search names a key twice"),
         pytest.param(
             ["--trials", "1", "--search", "optimizer.rate=1,2"], "no key optimizer.rate", marks=pytest.mark.slow
         ),

@@ -248,11 +248,32 @@ def test_times_of_parquet_are_of_its_own_types(tmp_path: Path) -> None:
     assert [named(each, each.sequences) for each in found] == [{"u": ["c", "a", "b"]}] * len(found)
 
 
-def test_dates_and_numbers_in_two_files_are_refused(tmp_path: Path) -> None:
-    for name, time in (("1", "2024-05-31"), ("2", "17")):
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        ("2024-05-31", "17", "numbers from here on, and dates without a time zone before"),
+        ("2024-05-31T01:00:00", "2024-05-31T01:00:00-05:00", "dates with a time zone from here on"),
+    ],
+)
+def test_two_kinds_of_times_in_two_files_are_refused(tmp_path: Path, first: str, second: str, told: str) -> None:
+    for name, time in (("1", first), ("2", second)):
         (tmp_path / f"{name}.csv").write_text(f"user,item,time\nu,{name},{time}\n")
-    with pytest.raises(UserError, match=r"2\.csv:2: column 'time' holds numbers from here on, and dates before"):
+    with pytest.raises(UserError, match=rf"2\.csv:2: column 'time' holds {told}"):
         prepare(tmp_path, path=str(tmp_path / "*.csv"), time_column="time")
+
+
+def test_times_in_unsigned_nanoseconds_keep_their_order(tmp_path: Path) -> None:
+    first = 1_700_000_000_000_000_000
+    times = pa.array([first + 2, first, first + 1], pa.uint64())
+    pq.write_table(pa.table({"user": ["u"] * 3, "item": ["c", "a", "b"], "time": times}), tmp_path / "events.parquet")
+    found = prepare(tmp_path, path=str(tmp_path / "events.parquet"), time_column="time")
+    assert named(found, found.sequences) == {"u": ["a", "b", "c"]}
+
+
+def test_one_column_cannot_name_users_and_items(tmp_path: Path) -> None:
+    (tmp_path / "events.csv").write_text("user,item\nu,a\n")
+    with pytest.raises(UserError, match=r"data\.user_column and data\.item_column both name the column 'user'"):
+        prepare(tmp_path, path=str(tmp_path / "events.csv"), item_column="user")
 
 
 def test_a_column_without_a_type_of_recbole_keeps_its_name(tmp_path: Path) -> None:
