@@ -94,6 +94,7 @@ def test_tensorboard_shows_the_scalars_and_the_projector(job: Job, page: Page) -
     assert (ARTEFACTS / "tensorboard-projector.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_report_stands_alone_and_shows_its_charts(job: Job, page: Page) -> None:
     report = (job.folder / "run" / "report.html").as_uri()
     page.open(report)

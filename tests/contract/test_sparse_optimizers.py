@@ -136,7 +136,7 @@ def train_all_cases(ranks: Ranks, with_options: bool) -> list[tuple[dict[str, to
     params=[
         (2, True),
         (1, False),
-        (3, False),
+        pytest.param((3, False), marks=pytest.mark.slow),
         pytest.param((1, True), marks=pytest.mark.slow),
         pytest.param((3, True), marks=pytest.mark.slow),
     ],

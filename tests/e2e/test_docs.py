@@ -134,6 +134,8 @@ SLOW_PAGES = (
     "growing.md",
     "sasrec.md",
     "tutorial.md",
+    "tuning.md",
+    "daily.md",
     *(page.name for page in PAGES if page.parent.name == "howto"),
 )
 """Pages whose commands take longer than what they hold beside other tests is worth in each run."""

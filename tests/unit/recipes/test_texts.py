@@ -180,7 +180,7 @@ def clicks() -> RankingConfig:
 
 _CLICKS: RankingConfig = load_config(None, [*CLICKS, "data.categorical=[a]"])
 # Each example loads a configuration or two, which takes a tenth of a second.
-some = settings(max_examples=25, deadline=None)
+some = settings(max_examples=12, deadline=None)
 texts = st.text(min_size=1) | st.sampled_from(
     ["null", "~", "yes", "01", "1e3", "1_0", "0x1F", "1:30", "2024-01-01", "a: b", "a #b", "'", "[", "${", "???", "%3F"]
 )
