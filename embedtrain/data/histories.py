@@ -88,6 +88,15 @@ def read_described(
     return ids, bags
 
 
+def warn_of_left_out(where: str, num_interactions: int, num_users: int) -> None:
+    """Logs how many interactions with unknown items, and users without a known item, are left out of a file."""
+    if num_interactions:
+        told = counted(num_interactions, "interaction")
+        _logger.warning(f"{where}: {told} left out, with items not in the training data")
+    if num_users:
+        _logger.warning(f"{where}: {counted(num_users, 'user')} left out, without an item of the training data")
+
+
 def known_part(found: Histories, where: str, interactions: Interactions) -> tuple[Histories, NDArray[np.int64]]:
     """Returns the users who can be answered, with those of their items that were in the training; logs the others.
 
@@ -109,10 +118,7 @@ def known_part(found: Histories, where: str, interactions: Interactions) -> tupl
     if not len(kept):
         num_items = len(interactions.items)
         raise UserError(f"{where}: none of its items is among the {num_items:,} items of the training data")
-    if num_unknown := int((~is_known).sum()):
-        _logger.warning(f"{where}: {counted(num_unknown, 'interaction')} left out, with items not in the training data")
-    if left_out := len(found.users) - len(kept):
-        _logger.warning(f"{where}: {counted(left_out, 'user')} left out, without an item of the training data")
+    warn_of_left_out(where, int((~is_known).sum()), len(found.users) - len(kept))
     if num_trained := int((trained >= 0).sum()):
         _logger.warning(
             f"{where}: {counted(num_trained, 'user')} of the training data: their trained vectors are taken, and their "

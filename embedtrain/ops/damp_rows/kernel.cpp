@@ -1,4 +1,4 @@
-// Damps gradients of rows along a few directions of high curvature. Each row is read once and written once.
+// Damps gradients of rows along a few directions of high curvature, a block of rows that fits into the cache at a time.
 
 #include <algorithm>
 #include <cstdint>
@@ -84,7 +84,7 @@ EMBEDTRAIN_INLINE void damp_along_four(const float* grad, const float* vectors, 
     for (int64_t d = 0; d < eights; d += 8) add_directions<float8v>(factors, vectors, dim, d, damped);
     if (eights < fours) add_directions<float4v>(factors, vectors, dim, eights, damped);
     for (int64_t d = fours; d < dim; ++d) {
-    EMBEDTRAIN_UNROLL
+        EMBEDTRAIN_UNROLL
         for (int64_t k = 0; k < kAtOnce; ++k) damped[d] += factors[k] * vectors[k * dim + d];
     }
 }

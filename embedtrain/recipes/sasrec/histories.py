@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,12 +13,13 @@ from torch import Tensor
 
 from embedtrain.data.bags import Bags, spans
 from embedtrain.data.events import read_events
+from embedtrain.data.histories import warn_of_left_out
 from embedtrain.data.interactions import InteractionOptions, Interactions
 from embedtrain.data.partition import share_of_rank
 from embedtrain.data.readers import suffixes_of
 from embedtrain.data.row_names import rows_among
 from embedtrain.data.sources import take_sources
-from embedtrain.errors import UserError, counted
+from embedtrain.errors import UserError
 from embedtrain.export.recommendations import Recommendation
 from embedtrain.recipes.base import Wanted
 from embedtrain.recipes.catalogue import Catalogue, measure_lists, named_lists
@@ -27,8 +27,6 @@ from embedtrain.recipes.interactions import rows_of
 from embedtrain.recipes.lists import measure_next
 from embedtrain.recipes.sasrec.config import ITEM
 from embedtrain.recipes.sasrec.model import Sasrec
-
-_logger = logging.getLogger(__name__)
 
 _USERS_AT_ONCE = 1024
 
@@ -154,10 +152,7 @@ def _read(options: InteractionOptions, path: str, items: Sequence[str]) -> _Aske
     users = users[order][rows >= 0]
     if not len(users):
         raise UserError(f"{path}: none of its items is among the {len(items):,} items of the training data")
-    if num_unknown := int((rows < 0).sum()):
-        _logger.warning(f"{path}: {counted(num_unknown, 'interaction')} left out, with items not in the training data")
     kept, places = np.unique(users, return_inverse=True)
-    if left_out := len(events.users.names) - len(kept):
-        _logger.warning(f"{path}: {counted(left_out, 'user')} left out, without an item of the training data")
+    warn_of_left_out(path, int((rows < 0).sum()), len(events.users.names) - len(kept))
     names = events.users.names.take(kept).to_pylist()
     return _Asked(names, Bags.from_rows(places, rows[rows >= 0], len(kept)))
