@@ -16,7 +16,7 @@ OPS = Path("embedtrain/ops")
 FOLDER = OPS / "_backend"
 LIBRARY = "libembedtrain_native.so"
 SOURCES = sorted(str(path) for path in OPS.glob("*/*.cpp"))
-HEADERS = sorted(str(path) for path in FOLDER.glob("*.h"))
+HEADERS = sorted(str(path) for path in OPS.glob("*/*.h"))
 FLAGS = ["-O3", "-fPIC", "-shared", "-std=c++17", "-fno-math-errno", "-fopenmp-simd", "-pthread", f"-I{FOLDER}"]
 # A function that Python could call is declared in embedtrain.h, or the library is not built.
 FLAGS += ["-Werror=missing-declarations"]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.ops._backend.transfer import to_device
-from embedtrain.ops.damp_rows import damp_rows
+from embedtrain.ops.damp_rows import Damping
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.optim.optimizer import SparseOptimizer
 from embedtrain.optim.preconditioning import Touched
@@ -22,8 +23,6 @@ _NUM_BUCKETS = 32 * _BUCKETS_PER_OCTAVE
 _NUM_SQUARINGS, _NUM_TURNS = 2, 8
 """Squarings of the matrix, and turns of the power iteration with the result: together the 32nd power. If an eigenvalue
 is 0.9 times the next larger one, 3 % of its eigenvector remains in the result for the larger one."""
-_ROWS_AT_ONCE = 4096
-"""Gradients that a CPU damps at once. The update then still finds them in the cache, which is too small for all."""
 
 
 class CurvatureDamping:
@@ -62,23 +61,18 @@ class CurvatureDamping:
             raise ValueError(f"a table can be in one pair only, got {dict(pairs)}")
         self.directions, self.factor = directions, factor
 
-    def __call__(self, touched: Sequence[Touched], ranks: Ranks) -> list[Iterator[tuple[slice, Tensor]]]:
-        """Returns the damped gradients; see `Preconditioner`. Collective: every rank."""
+    def __call__(self, touched: Sequence[Touched], ranks: Ranks) -> list[Tensor | Damping]:
+        """Returns how each table group's gradient is damped; see `Preconditioner`. Collective: every rank."""
         self._check_tables(touched)
-        places = [
-            number for number, part in enumerate(touched) if not self._partner_of.keys().isdisjoint(part.table_names)
-        ]
-        damped = self._damped([touched[place] for place in places], ranks)
+        is_paired = [not self._partner_of.keys().isdisjoint(part.table_names) for part in touched]
+        dampings = iter(self._dampings(list(itertools.compress(touched, is_paired)), ranks))
         # Gradients of other table groups stay as they are and need no counts.
-        found: list[Iterator[tuple[slice, Tensor]]] = [
-            iter([(slice(0, len(part.gradient.values)), part.gradient.values)]) for part in touched
+        return [
+            next(dampings) if paired else part.gradient.values for part, paired in zip(touched, is_paired, strict=True)
         ]
-        for place, pieces in zip(places, damped, strict=True):
-            found[place] = pieces
-        return found
 
-    def _damped(self, touched: Sequence[Touched], ranks: Ranks) -> list[Iterator[tuple[slice, Tensor]]]:
-        """Returns the damped gradients of table groups that contain paired tables. Collective: every rank."""
+    def _dampings(self, touched: Sequence[Touched], ranks: Ranks) -> list[Damping]:
+        """Returns the damping of each table group, all of which contain paired tables. Collective: every rank."""
         names = list(self._partner_of)
         counts = self._counts(touched)
         # All unpaired tables of a group share one more index, len(names), whose curvature is zero.
@@ -91,7 +85,7 @@ class CurvatureDamping:
         curvatures, directions = top_eigenpairs(moments[partners], self.directions)
         curvatures = torch.nn.functional.pad(curvatures, (0, 0, 0, 1))
         directions = torch.nn.functional.pad(directions, (0, 0, 0, 0, 0, 1))
-        damped = []
+        dampings = []
         for part, own, of_table in zip(touched, counts, tables, strict=True):
             if part.rates is None:
                 raise ValueError(
@@ -99,9 +93,8 @@ class CurvatureDamping:
                     "define a row's learning rate before a step. Use SGD, or RowwiseAdagrad or Adagrad with "
                     "initial_accumulator_value above 0"
                 )
-            times = self.factor * part.rates * own
-            damped.append(_in_pieces(part.gradient.values, of_table, times, curvatures, directions))
-        return damped
+            dampings.append(Damping(of_table, self.factor * part.rates * own, curvatures, directions))
+        return dampings
 
     def _check_tables(self, touched: Sequence[Touched]) -> None:
         """Raises ValueError if the optimizer does not train a table of the pairs."""
@@ -122,16 +115,6 @@ class CurvatureDamping:
                 )
             counts.append(part.gradient.counts)
         return counts
-
-
-def _in_pieces(
-    values: Tensor, tables: Tensor, times: Tensor, curvatures: Tensor, directions: Tensor
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yields the damped gradients, a few rows at a time; see `damp_rows`."""
-    size = _ROWS_AT_ONCE if values.device.type == "cpu" else max(len(values), 1)
-    for start in range(0, len(values), size):
-        piece = slice(start, min(start + size, len(values)))
-        yield piece, damp_rows(values[piece], tables[piece], times[piece], curvatures, directions)
 
 
 def has_row_rates(optimizer: SparseOptimizer) -> bool:
@@ -159,31 +142,40 @@ def _second_moments(
     """
     device, dim = counts[0].device, touched[0].store.weight.shape[1]
     # The choice of rows must not depend on the world size or on how ties are broken, so it compares histogram buckets.
-    buckets = [_buckets(own) for own in counts]
-    histogram = torch.zeros(num_tables + 1, _NUM_BUCKETS, dtype=torch.int64, device=device)
-    for own, of_table in zip(buckets, tables, strict=True):
-        histogram.view(-1).index_add_(0, of_table * _NUM_BUCKETS + own, torch.ones_like(own))
+    keys = [of_table * _NUM_BUCKETS + _buckets(own) for own, of_table in zip(counts, tables, strict=True)]
+    histogram = torch.zeros((num_tables + 1) * _NUM_BUCKETS, dtype=torch.int64, device=device)
+    for key in keys:
+        histogram.index_add_(0, key, torch.ones_like(key))
     ranks.all_reduce(histogram)
-    at_or_above = histogram.flip(1).cumsum(1).flip(1)
-    lowest = ((at_or_above >= _NUM_BUSIEST).sum(dim=1) - 1).clamp(min=0)
+    at_or_above = histogram.view(-1, _NUM_BUCKETS).flip(1).cumsum(1).flip(1)
+    lowest = ((at_or_above >= _NUM_BUSIEST).sum(dim=1, keepdim=True) - 1).clamp(min=0)
+    is_busy = (torch.arange(_NUM_BUCKETS, device=device) >= lowest).flatten()
     sums = torch.zeros(num_tables, dim * dim + 1, dtype=torch.float32, device=device)
-    for part, own, bucket, of_table in zip(touched, counts, buckets, tables, strict=True):
-        is_busy = bucket >= lowest[of_table]
-        places, weights = part.places, own * is_busy
+    for part, own, key, of_table in zip(touched, counts, keys, tables, strict=True):
+        places, weights = part.places, own * is_busy[key]
         # On a GPU, selecting rows would make the host wait for their number, so weights of zero leave rows out.
-        is_chosen = device.type == "cpu"
-        if is_chosen:
-            busy = is_busy.nonzero().flatten()
+        can_select = device.type == "cpu"
+        if can_select:
+            busy = weights.nonzero().flatten()
             places, weights, of_table = places[busy], weights[busy], of_table[busy]
         for number in range(num_tables):
             is_own = of_table == number
-            chosen, of_own = (places[is_own], weights[is_own]) if is_chosen else (places, weights * is_own)
+            chosen, of_own = (places[is_own], weights[is_own]) if can_select else (places, weights * is_own)
             rows = gather_rows(part.store.weight, chosen, torch.float32)
-            sums[number, :-1] += ((rows * of_own.unsqueeze(1)).T @ rows).flatten()
+            sums[number, :-1] += _weighted_square(rows, of_own).flatten()
             sums[number, -1] += of_own.sum()
     ranks.all_reduce(sums)
     # A table without any pair gets zeros.
     return (sums[:, :-1] / sums[:, -1:].clamp(min=1e-30)).view(num_tables, dim, dim)
+
+
+def _weighted_square(rows: Tensor, weights: Tensor) -> Tensor:
+    """Returns `sum(w * v v')` over rows [n, dim], [dim, dim]. The result is symmetric, so a quarter is only copied."""
+    half = rows.shape[1] // 2
+    left, right = (rows * weights.unsqueeze(1)).tensor_split([half], dim=1)
+    above = left.T @ rows
+    below = torch.cat([above[:, half:].T, right.T @ rows[:, half:]], dim=1)
+    return torch.cat([above, below])
 
 
 def _buckets(counts: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +25,7 @@ from embedtrain.optim.found_inf import (
     reason_of_loss,
     total_on_device,
 )
-from embedtrain.optim.preconditioning import Opened, Preconditioner, preconditioned
+from embedtrain.optim.preconditioning import Preconditioner, preconditioned
 from embedtrain.optim.stores import STEP, HasTableGroups, RowState, RowsToUpdate, StoreOptimizer
 
 NonFinitePolicy = Literal["error", "skip"]
@@ -298,13 +298,11 @@ class SparseOptimizer(StoreOptimizer):
         for settings in self.param_groups:
             settings[STEP] += 1
         opened = [store.open_rows(gradient) for store, gradient in zip(self.stores, gradients, strict=True)]
-        pieces: Iterable[Iterable[Opened]] = zip(opened, strict=True)
         if self.preconditioner is not None:
-            pieces = preconditioned(self, self.preconditioner, gradients, opened)
-        for store, parts, settings in zip(self.stores, pieces, self.param_groups, strict=True):
-            for rows, gradient in parts:
-                self.update(rows, gradient, settings, factor)
-                increment_version(rows.weight)  # torch does not see what kernels write; backward checks the version
+            opened = preconditioned(self, self.preconditioner, gradients, opened)
+        for store, (rows, gradient), settings in zip(self.stores, opened, self.param_groups, strict=True):
+            self.update(rows, gradient, settings, factor)
+            increment_version(rows.weight)  # torch does not see what kernels write; backward checks the version
             store.close_rows()
 
     def settle(self) -> None:

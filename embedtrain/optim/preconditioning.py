@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from embedtrain.distributed.ranks import Ranks
+from embedtrain.ops.damp_rows import Damping
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.optim.stores import RowStore, RowsToUpdate
 
@@ -35,18 +36,18 @@ class Touched(NamedTuple):
 
 
 Opened = tuple[RowsToUpdate, RowGradient]
-"""A result of `RowStore.open_rows`, or a piece of it: rows, and a gradient whose row numbers are positions in them."""
+"""A result of `RowStore.open_rows`: rows, and a gradient whose row numbers are positions in them."""
 
 
 class Preconditioner(Protocol):
-    """A callable that replaces the gradients of the rows that a step touched."""
+    """A callable that changes the gradients of the rows that a step touched."""
 
-    def __call__(self, touched: Sequence[Touched], ranks: Ranks) -> Sequence[Iterable[tuple[slice, Tensor]]]:
-        """Returns the new gradient values of each table group, [n, dim] float32, in pieces.
+    def __call__(self, touched: Sequence[Touched], ranks: Ranks) -> Sequence[Tensor | Damping]:
+        """Returns the new gradient of each table group.
 
-        The optimizer updates the rows of a piece before it asks for the next piece. So everything that a piece needs
-        from other rows must be computed before this call returns. Rows that are in no piece are not updated. The values
-        must not depend on the world size or on which rank owns a row.
+        It is a tensor of values, [n, dim] float32, or a `Damping` of the gradient's rows, which the update applies
+        without storing the damped values. The new gradient must not depend on the world size or on which rank owns a
+        row.
 
         Collective: every rank, in each step that is applied.
         """
@@ -64,8 +65,8 @@ class HasRates(Protocol):
 
 def preconditioned(
     optimizer: HasRates, preconditioner: Preconditioner, gradients: Sequence[RowGradient], opened: Sequence[Opened]
-) -> Sequence[Iterable[Opened]]:
-    """Returns the opened rows of each table group with preconditioned gradients, in pieces.
+) -> list[Opened]:
+    """Returns the opened rows of each table group with preconditioned gradients.
 
     Collective: every rank.
     """
@@ -81,10 +82,11 @@ def preconditioned(
         )
         for store, gradient, (rows, placed), settings in each
     ]
-    return list(map(_pieces, opened, preconditioner(touched, optimizer.stores[0].ranks)))
+    changed = preconditioner(touched, optimizer.stores[0].ranks)
+    return [(rows, _changed(placed, own)) for (rows, placed), own in zip(opened, changed, strict=True)]
 
 
-def _pieces(opened: Opened, values: Iterable[tuple[slice, Tensor]]) -> Iterator[Opened]:
-    rows, placed = opened
-    for piece, own in values:
-        yield rows, RowGradient.of_rows(placed.rows[piece], own, placed.num_rows)
+def _changed(placed: RowGradient, change: Tensor | Damping) -> RowGradient:
+    if isinstance(change, Damping):
+        return placed.damped(change)
+    return RowGradient.of_rows(placed.rows, change, placed.num_rows)

@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from embedtrain.ops.damp_rows import Damping
 from embedtrain.ops.damp_rows import triton as damp_rows
 from embedtrain.ops.gather_rows import triton as gather_rows
 from embedtrain.ops.pool_rows import Bags
@@ -201,7 +202,7 @@ def _launch_words(label: Callable[[str], None], dim: int, num_rows: int) -> None
 
 def _launch_damping(dim: int) -> None:
     gradient, tables, times = torch.zeros(_N, dim), torch.zeros(_N, dtype=torch.int64), torch.ones(_N)
-    damp_rows.damp_rows(gradient, tables, times, torch.ones(2, 4), torch.zeros(2, 4, dim))
+    damp_rows.damp_rows(gradient, Damping(tables, times, torch.ones(2, 4), torch.zeros(2, 4, dim)))
 
 
 def _launch_sampling() -> None:

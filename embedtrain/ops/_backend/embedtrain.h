@@ -67,6 +67,16 @@ struct EmbedtrainCoefficients {
     float eps;
 };
 
+// Damping of the gradients of rows; see Damping in damp_rows/types.py.
+struct EmbedtrainDamping {
+    const int64_t* tables;    // [num_touched]
+    const float* times;       // [num_touched]
+    const float* curvatures;  // [num_tables, num_directions]
+    const float* directions;  // [num_tables, num_directions, dim]
+    int64_t num_tables;
+    int64_t num_directions;  // a positive multiple of 4
+};
+
 // Advises the kernel to use huge pages for all whole pages inside [memory, memory + bytes). It may have no effect, and
 // it never changes the content of the memory.
 void embedtrain_advise_huge_pages(void* memory, int64_t bytes);
@@ -130,10 +140,12 @@ void embedtrain_sort_terms(const int64_t* rows, int64_t num_values, const struct
                            int64_t num_features, const struct EmbedtrainRun* runs, int64_t num_runs, int64_t num_rows,
                            int term_bits, int num_threads, uint64_t* words, int64_t* num_outside);
 
-// Updates rows by row-wise Adagrad. rounding_keys: [num_touched] for bfloat16 weights, null for float32; max_norm:
-// infinity for no limit. num_outside: number of rows not in [0, num_rows); if positive, nothing is updated.
+// Updates rows by row-wise Adagrad. damping: null for none; rounding_keys: [num_touched] for bfloat16 weights, null for
+// float32; max_norm: infinity for no limit. num_outside: number of rows not in [0, num_rows), plus that of tables of the
+// damping that are out of range; if positive, nothing is updated.
 void embedtrain_rowwise_adagrad(void* weight, float* accumulator, const int64_t* rows, const float* row_grad,
-                                int64_t num_touched, int64_t num_rows, int64_t dim, float lr, float eps,
+                                const struct EmbedtrainDamping* damping, int64_t num_touched, int64_t num_rows,
+                                int64_t dim, float lr, float eps,
                                 float weight_decay, int decoupled, float max_norm, const int64_t* rounding_keys,
                                 int num_threads, int64_t* num_outside);
 
@@ -146,10 +158,9 @@ void embedtrain_rowwise_adagrad_of_terms(float* weight, float* accumulator, int6
                                          int decoupled, float max_norm, int num_threads, int64_t* num_outside);
 
 // Updates rows by running moments. first: [num_rows, dim] or null; second: null, [num_rows] or [num_rows, dim] for a
-// second_kind of 0, 1 or 2; rounding_keys: [num_touched] for bfloat16 weights, null for float32. num_outside: number of
-// rows not in [0, num_rows); if positive, nothing is updated.
+// second_kind of 0, 1 or 2. The other arguments are those of embedtrain_rowwise_adagrad.
 void embedtrain_moment_update(void* weight, float* first, float* second, const int64_t* rows, const float* row_grad,
-                              const int64_t* rounding_keys, int second_kind, int64_t num_touched, int64_t num_rows,
+                              const struct EmbedtrainDamping* damping, const int64_t* rounding_keys, int second_kind, int64_t num_touched, int64_t num_rows,
                               int64_t dim, const struct EmbedtrainCoefficients* coefficients, int num_threads,
                               int64_t* num_outside);
 
@@ -159,12 +170,6 @@ void embedtrain_moment_update(void* weight, float* first, float* second, const i
 void embedtrain_count_rows(const int64_t* inputs, const int64_t* targets, const int64_t* starts, const int64_t* stops,
                            int64_t num_positions, int64_t num_targets, int64_t num_rows, float* counts,
                            int64_t* num_outside);
-
-// See damp_rows/__init__.py for the arguments. damped: [num_rows, dim], output. num_outside: number of elements of
-// `tables` not in [0, num_tables); if positive, nothing is written.
-void embedtrain_damp_rows(const float* grad, const int64_t* tables, const float* times, const float* curvatures,
-                          const float* directions, int64_t num_rows, int64_t dim, int64_t num_tables,
-                          int64_t num_directions, float* damped, int num_threads, int64_t* num_outside);
 
 // See sample_text/__init__.py for the arguments. Outputs: words, targets, starts and stops, each with room for
 // num_tokens words, and num_kept, the number of words that were written.

@@ -8,13 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from embedtrain.ops._backend.triton_launch import num_warps, on_device_of, tile
+from embedtrain.ops.damp_rows.types import Damping
 
 
-def damp_rows(grad: Tensor, tables: Tensor, times: Tensor, curvatures: Tensor, directions: Tensor) -> Tensor:
+def damp_rows(grad: Tensor, damping: Damping) -> Tensor:
     """See `embedtrain.ops.damp_rows`."""
-    grad, tables, times, curvatures, directions = (
-        tensor.contiguous() for tensor in (grad, tables, times, curvatures, directions)
-    )
+    grad, (tables, times, curvatures, directions) = grad.contiguous(), damping.contiguous()
     damped = torch.empty_like(grad)
     num_rows, dim = grad.shape
     if num_rows == 0:

@@ -6,6 +6,7 @@ them again, which would move more bytes than the rows themselves.
 
 from __future__ import annotations
 
+import copy
 import functools
 from array import array
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.ops._backend import dispatch
+from embedtrain.ops.damp_rows import Damping, damp_rows
 from embedtrain.ops.pool_rows import Bags, pool_rows_backward
 from embedtrain.ops.pool_rows.native import describe
 from embedtrain.ops.row_gradient import native, reference
@@ -38,7 +40,8 @@ class RowGradient:
         bags: the features of all deliveries.
         grads: one tensor per feature; the gradients of its pooled vectors.
         is_padded: whether row numbers outside the table, with zero gradients, follow the touched rows; see `padded`.
-        is_summed: whether `values` needs no summation.
+        is_summed: whether `sums` needs no summation.
+        damping: how `values` differ from `sums`; None if they do not. See `damped`.
 
     Raises:
         ValueError: shapes or dtypes disagree.
@@ -54,12 +57,25 @@ class RowGradient:
         self.bags = [feature for delivery in deliveries for feature in delivery.bags]
         self.grads = [grad for delivery in deliveries for grad in delivery.grads]
         self.is_padded = False
+        self.damping: Damping | None = None
         self.is_summed = len(self._deliveries) == 1 and self._deliveries[0].is_unique and factor == 1.0
 
     @classmethod
     def of_rows(cls, rows: Tensor, values: Tensor, num_rows: int) -> RowGradient:
         """Returns the gradient of distinct rows, given rows [n] int64 and values [n, dim] float32."""
         return cls([Delivery.of_rows(rows, values)], num_rows=num_rows, dim=values.shape[1])
+
+    def damped(self, damping: Damping) -> RowGradient:
+        """Returns the gradient with damped values. The native updates compute them row by row and do not store them.
+
+        Raises:
+            ValueError: shapes or dtypes disagree.
+        """
+        damping.check(self.count_rows(), self.dim)
+        found = copy.copy(self)
+        found.__dict__.pop("values", None)
+        found.damping = damping
+        return found
 
     def padded(self) -> RowGradient:
         """Returns the gradient with padding, for kernels that ignore row numbers outside the table.
@@ -72,7 +88,7 @@ class RowGradient:
         - The padded sums would take more than twice the memory of the delivered gradients, as with long bags.
         """
         ordered = self._deliveries[0].ordered if len(self._deliveries) == 1 else None
-        has_known = self.is_summed or ordered is None or ordered.is_counted or "values" in self.__dict__
+        has_known = self.is_summed or ordered is None or ordered.is_counted or "sums" in self.__dict__
         if has_known or not dispatch.uses_triton(self.rows_of_values):
             return self
         if self.rows_of_values.numel() > 2 * sum(feature.num_bags for feature in self.bags):
@@ -97,6 +113,11 @@ class RowGradient:
 
     @functools.cached_property
     def values(self) -> Tensor:
+        """[n, dim] float32; the gradient of each row: its sum, damped if there is a damping."""
+        return self.sums if self.damping is None else damp_rows(self.sums, self.damping)
+
+    @functools.cached_property
+    def sums(self) -> Tensor:
         """[n, dim] float32; the summed gradient of each row. Duplicates are added in order of delivery."""
         if self.is_summed:
             (grad,) = self._deliveries[0].grads

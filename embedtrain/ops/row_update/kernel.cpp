@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "damping.h"
 #include "embedtrain.h"
 #include "parallel.h"
 #include "random.h"
@@ -23,6 +24,7 @@ struct Update {
     float *first, *second;
     const int64_t* rows;
     const float* row_grad;
+    const EmbedtrainDamping* damping;
     const int64_t* rounding_keys;
     int64_t num_touched, dim;
     Coefficients coefficients;
@@ -59,11 +61,10 @@ EMBEDTRAIN_INLINE float factor_to(float max_norm, float squares) {
 }
 
 template <bool kHasFirst, Second kSecond, typename Stored>
-EMBEDTRAIN_INLINE void update_row(const Update& u, int64_t i, float* grad, float* fresh) {
+EMBEDTRAIN_INLINE void update_row(const Update& u, int64_t i, const float* given, float* grad, float* fresh) {
     const Coefficients& c = u.coefficients;
     const int64_t dim = u.dim, at = u.rows[i];
     Stored* row = static_cast<Stored*>(u.weight) + at * dim;
-    const float* given = u.row_grad + i * dim;
     float factor = c.grad_factor;
     if (std::isfinite(c.max_row_grad_norm))
         factor *= factor_to(c.max_row_grad_norm, factor * factor * sum_of_squares(given, dim));
@@ -102,18 +103,23 @@ EMBEDTRAIN_INLINE void update_row(const Update& u, int64_t i, float* grad, float
 template <bool kHasFirst, Second kSecond, typename Stored>
 EMBEDTRAIN_INLINE void update_rows(const Update& u, int part) {
     const int64_t dim = u.dim, row_bytes = dim * static_cast<int64_t>(sizeof(float));
-    float* grad = static_cast<float*>(scratch(0, 2 * row_bytes));
-    float* fresh = grad + dim;
+    float* grad = static_cast<float*>(scratch(0, (2 + kDampedAtOnce) * row_bytes));
+    float *fresh = grad + dim, *damped = fresh + dim;
     const Range range = range_of_part(u.num_touched, part, u.num_parts);
-    for (int64_t i = range.begin; i < range.end; ++i) {
-        if (i + kPrefetchAhead < range.end) {
-            const int64_t ahead = u.rows[i + kPrefetchAhead];
-            prefetch_row<1>(static_cast<Stored*>(u.weight) + ahead * dim, dim * static_cast<int64_t>(sizeof(Stored)));
-            if (kHasFirst) prefetch_row<1>(u.first + ahead * dim, row_bytes);
-            if (kSecond == Second::kOfElement) prefetch_row<1>(u.second + ahead * dim, row_bytes);
-            if (kSecond == Second::kOfRow) __builtin_prefetch(u.second + ahead, 1);
+    for (int64_t begin = range.begin; begin < range.end; begin += kDampedAtOnce) {
+        const Range block{begin, std::min(begin + kDampedAtOnce, range.end)};
+        const float* grads = damped_rows(u.damping, u.row_grad, dim, block, damped);
+        for (int64_t i = block.begin; i < block.end; ++i) {
+            if (i + kPrefetchAhead < range.end) {
+                const int64_t ahead = u.rows[i + kPrefetchAhead];
+                prefetch_row<1>(static_cast<Stored*>(u.weight) + ahead * dim,
+                                dim * static_cast<int64_t>(sizeof(Stored)));
+                if (kHasFirst) prefetch_row<1>(u.first + ahead * dim, row_bytes);
+                if (kSecond == Second::kOfElement) prefetch_row<1>(u.second + ahead * dim, row_bytes);
+                if (kSecond == Second::kOfRow) __builtin_prefetch(u.second + ahead, 1);
+            }
+            update_row<kHasFirst, kSecond, Stored>(u, i, grads + (i - block.begin) * dim, grad, fresh);
         }
-        update_row<kHasFirst, kSecond, Stored>(u, i, grad, fresh);
     }
 }
 
@@ -151,14 +157,15 @@ const Work kWork[2][3][2] = {
 }  // namespace
 
 void embedtrain_moment_update(void* weight, float* first, float* second, const int64_t* rows,
-                              const float* row_grad, const int64_t* rounding_keys, int second_kind,
-                              int64_t num_touched, int64_t num_rows, int64_t dim,
-                              const Coefficients* coefficients, int num_threads, int64_t* num_outside) {
-    int64_t outside = 0;
+                              const float* row_grad, const EmbedtrainDamping* damping,
+                              const int64_t* rounding_keys, int second_kind, int64_t num_touched, int64_t num_rows,
+                              int64_t dim, const Coefficients* coefficients, int num_threads, int64_t* num_outside) {
+    int64_t outside = num_outside_tables(damping, num_touched);
     for (int64_t i = 0; i < num_touched; ++i) outside += rows[i] < 0 || rows[i] >= num_rows;
     *num_outside = outside;
     if (outside) return;
     const int num_parts = num_touched * dim < kSmallWork ? 1 : num_threads;
-    const Update u{weight, first, second, rows, row_grad, rounding_keys, num_touched, dim, *coefficients, num_parts};
+    const Update u{weight, first, second, rows, row_grad, damping, rounding_keys, num_touched, dim, *coefficients,
+                   num_parts};
     run_parts(num_parts, kWork[first != nullptr][second_kind][rounding_keys != nullptr], &u);
 }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from embedtrain.ops._backend import library
+from embedtrain.ops.damp_rows import Damping
 from embedtrain.ops.pool_rows.native import check_lengths
 from embedtrain.ops.row_gradient import RowGradient
 from embedtrain.ops.row_update.terms import SortedTerms, sort_terms
@@ -31,6 +32,11 @@ _COEFFICIENTS = library.array_code(
     "second_correction",
     "eps",
 )
+_DAMPING = library.array_code(
+    "EmbedtrainDamping", "tables", "times", "curvatures", "directions", "num_tables", "num_directions"
+)
+_DIRECTIONS_AT_ONCE = 4
+"""The kernels take a multiple of this number of directions."""
 
 
 def moment_update(
@@ -45,13 +51,14 @@ def moment_update(
 
     Raises:
         ValueError: the weight or a state is not contiguous, which the kernels need to write in place.
-        IndexError: a row is out of range; then nothing is updated.
+        IndexError: a row or a table of the damping is out of range; then nothing is updated.
     """
     if not all([tensor is None or tensor.is_contiguous() for tensor in (weight, first, second)]):
         raise ValueError("weight and states must be contiguous")
     if first is None and second is not None and second.dim() == 1 and _is_rowwise_adagrad(step, moments):
-        # Rounding keys belong to distinct rows, so they need the sums by row.
-        terms = None if gradient.is_summed or step.rounding_keys is not None else sort_terms(gradient)
+        # Rounding keys and damping belong to distinct rows, so they need the sums by row.
+        is_by_row = gradient.is_summed or step.rounding_keys is not None or gradient.damping is not None
+        terms = None if is_by_row else sort_terms(gradient)
         if terms is None:
             _rowwise_adagrad(weight, second, gradient, step, moments.eps)
         else:
@@ -59,6 +66,7 @@ def moment_update(
         return
     kind = _NO_SECOND if second is None else (_SECOND_OF_ROW if second.dim() == 1 else _SECOND_OF_ELEMENT)
     rows, row_grad, keys = _contiguous(gradient, step)
+    damping, described = _described(gradient.damping)
     coefficients = array(
         _COEFFICIENTS,
         (
@@ -77,7 +85,9 @@ def moment_update(
     )
     num_outside = ctypes.c_int64()
     library.get().embedtrain_moment_update(
-        *(None if tensor is None else tensor.data_ptr() for tensor in (weight, first, second, rows, row_grad, keys)),
+        *(None if tensor is None else tensor.data_ptr() for tensor in (weight, first, second, rows, row_grad)),
+        None if described is None else described.buffer_info()[0],
+        None if keys is None else keys.data_ptr(),
         kind,
         rows.numel(),
         *weight.shape,
@@ -85,7 +95,7 @@ def moment_update(
         torch.get_num_threads(),
         ctypes.addressof(num_outside),
     )
-    _check_outside(num_outside.value, rows, weight)
+    _check_outside(num_outside.value, rows, weight, damping)
 
 
 def _is_rowwise_adagrad(step: RowStep, moments: Moments) -> bool:
@@ -99,9 +109,11 @@ def _is_rowwise_adagrad(step: RowStep, moments: Moments) -> bool:
 
 def _rowwise_adagrad(weight: Tensor, accumulator: Tensor, gradient: RowGradient, step: RowStep, eps: float) -> None:
     rows, row_grad, keys = _contiguous(gradient, step)
+    damping, described = _described(gradient.damping)
     num_outside = ctypes.c_int64()
     library.get().embedtrain_rowwise_adagrad(
         *(tensor.data_ptr() for tensor in (weight, accumulator, rows, row_grad)),
+        None if described is None else described.buffer_info()[0],
         rows.numel(),
         *weight.shape,
         step.lr,
@@ -113,7 +125,7 @@ def _rowwise_adagrad(weight: Tensor, accumulator: Tensor, gradient: RowGradient,
         torch.get_num_threads(),
         ctypes.addressof(num_outside),
     )
-    _check_outside(num_outside.value, rows, weight)
+    _check_outside(num_outside.value, rows, weight, damping)
 
 
 def _rowwise_adagrad_of_terms(
@@ -143,13 +155,28 @@ def _rowwise_adagrad_of_terms(
 
 
 def _contiguous(gradient: RowGradient, step: RowStep) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns the rows, their summed gradients and their rounding keys, all contiguous."""
+    """Returns the rows, their summed gradients before damping and their rounding keys, all contiguous."""
     keys = step.rounding_keys
     if keys is not None and keys.shape != gradient.rows.shape:
         raise ValueError(f"expected a rounding key for each of {gradient.rows.numel()} rows, got {tuple(keys.shape)}")
-    return gradient.rows.contiguous(), gradient.values.contiguous(), None if keys is None else keys.contiguous()
+    return gradient.rows.contiguous(), gradient.sums.contiguous(), None if keys is None else keys.contiguous()
 
 
-def _check_outside(num_outside: int, rows: Tensor, weight: Tensor) -> None:
-    if num_outside:
-        raise IndexError(f"rows must lie in [0, {weight.shape[0]}), got {int(rows.min())} to {int(rows.max())}")
+def _described(damping: Damping | None) -> tuple[Damping | None, array[int] | None]:
+    """Returns the damping as the kernels take it, and its layout, which points to its tensors."""
+    if damping is None or damping.curvatures.shape[1] == 0:
+        return None, None
+    missing = -damping.curvatures.shape[1] % _DIRECTIONS_AT_ONCE
+    # A direction of curvature 0 changes nothing.
+    curvatures = torch.nn.functional.pad(damping.curvatures, (0, missing))
+    directions = torch.nn.functional.pad(damping.directions, (0, 0, 0, missing))
+    taken = damping._replace(curvatures=curvatures, directions=directions).contiguous()
+    return taken, array(_DAMPING, (*(tensor.data_ptr() for tensor in taken), *curvatures.shape))
+
+
+def _check_outside(num_outside: int, rows: Tensor, weight: Tensor, damping: Damping | None) -> None:
+    if not num_outside:
+        return
+    if damping is not None:
+        damping.check_tables()
+    raise IndexError(f"rows must lie in [0, {weight.shape[0]}), got {int(rows.min())} to {int(rows.max())}")

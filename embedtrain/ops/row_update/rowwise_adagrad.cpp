@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "bags.h"
+#include "damping.h"
 #include "embedtrain.h"
 #include "random.h"
 
@@ -70,6 +71,7 @@ struct Update {
     float* accumulator;
     const int64_t* rows;
     const float* row_grad;
+    const EmbedtrainDamping* damping;
     int64_t num_touched, dim;
     Hyperparameters hyperparameters;
     const int64_t* rounding_keys;
@@ -82,15 +84,20 @@ EMBEDTRAIN_INLINE void update_rows(const Update& u, int part) {
     const int64_t dim = kDim ? kDim : u.dim;
     const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(Stored)), ahead = rows_ahead_to_update(row_bytes);
     const Range range = range_of_part(u.num_touched, part, u.num_parts);
-    for (int64_t i = range.begin; i < range.end; ++i) {
-        if (i + ahead < range.end) {
-            prefetch_row<1>(weight + u.rows[i + ahead] * dim, row_bytes);
-            __builtin_prefetch(u.accumulator + u.rows[i + ahead], 1);
+    float* damped = static_cast<float*>(scratch(0, kDampedAtOnce * dim * static_cast<int64_t>(sizeof(float))));
+    for (int64_t begin = range.begin; begin < range.end; begin += kDampedAtOnce) {
+        const Range block{begin, std::min(begin + kDampedAtOnce, range.end)};
+        const float* grads = damped_rows(u.damping, u.row_grad, dim, block, damped);
+        for (int64_t i = block.begin; i < block.end; ++i) {
+            if (i + ahead < range.end) {
+                prefetch_row<1>(weight + u.rows[i + ahead] * dim, row_bytes);
+                __builtin_prefetch(u.accumulator + u.rows[i + ahead], 1);
+            }
+            const int64_t row = u.rows[i];
+            const uint64_t key = u.rounding_keys ? mix64(static_cast<uint64_t>(u.rounding_keys[i])) : 0;
+            update_row<kDim>(u.hyperparameters, dim, weight + row * dim, u.accumulator + row,
+                             grads + (i - block.begin) * dim, 1.0f, key);
         }
-        const int64_t row = u.rows[i];
-        const uint64_t key = u.rounding_keys ? mix64(static_cast<uint64_t>(u.rounding_keys[i])) : 0;
-        update_row<kDim>(u.hyperparameters, dim, weight + row * dim, u.accumulator + row, u.row_grad + i * dim, 1.0f,
-                         key);
     }
 }
 
@@ -177,16 +184,16 @@ EMBEDTRAIN_MULTIVERSION void update_terms(const void* update, int part) {
 }  // namespace
 
 void embedtrain_rowwise_adagrad(void* weight, float* accumulator, const int64_t* rows,
-                                const float* row_grad, int64_t num_touched, int64_t num_rows, int64_t dim,
-                                float lr, float eps, float weight_decay, int decoupled, float max_norm,
+                                const float* row_grad, const EmbedtrainDamping* damping, int64_t num_touched,
+                                int64_t num_rows, int64_t dim, float lr, float eps, float weight_decay, int decoupled, float max_norm,
                                 const int64_t* rounding_keys, int num_threads,
                                 int64_t* num_outside) {
-    int64_t outside = 0;
+    int64_t outside = num_outside_tables(damping, num_touched);
     for (int64_t i = 0; i < num_touched; ++i) outside += rows[i] < 0 || rows[i] >= num_rows;
     *num_outside = outside;
     if (outside) return;
     const int num_parts = num_touched * dim < kSmallWork ? 1 : num_threads;
-    const Update u{weight, accumulator, rows, row_grad, num_touched, dim,
+    const Update u{weight, accumulator, rows, row_grad, damping, num_touched, dim,
                    Hyperparameters{lr, eps, weight_decay, decoupled != 0, max_norm}, rounding_keys, num_parts};
     run_parts(num_parts, rounding_keys ? update_bfloat16 : update_float32, &u);
 }

@@ -1,0 +1,148 @@
+// Damps gradients of rows. Two rows of a table share each load of a direction.
+
+#include "damping.h"
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace embedtrain {
+namespace {
+
+constexpr int64_t kAtOnce = 4;  // directions per pass over a row
+constexpr int64_t kPair = 2;    // rows
+
+struct Block {
+    const EmbedtrainDamping* damping;
+    const float* grads;
+    int64_t dim;
+    Range rows;
+    float* damped;
+};
+
+// (1 - exp(-x)) / x - 1. For small x the quotient would lose all digits, so use its series. For x above 80 the
+// exponential is far below the rounding error of 1.
+EMBEDTRAIN_INLINE float excess(float x) {
+    const float series = x * (-1.0f / 2 + x * (1.0f / 6 + x * (-1.0f / 24 + x * (1.0f / 120))));
+    const float divisor = x > 0.125f ? x : 0.125f;
+    const float quotient = (1.0f - exponential(x < 80.0f ? -x : -80.0f)) / divisor - 1.0f;
+    return x < 0.125f ? series : quotient;
+}
+
+template <typename Vector>
+EMBEDTRAIN_INLINE void add_products(const float* const* grads, const float* vectors, int64_t dim, int64_t d,
+                                    Vector (*sums)[kAtOnce]) {
+    Vector own[kPair];
+    EMBEDTRAIN_UNROLL
+    for (int64_t r = 0; r < kPair; ++r) load(own[r], grads[r] + d);
+    EMBEDTRAIN_UNROLL
+    for (int64_t k = 0; k < kAtOnce; ++k) {
+        Vector v;
+        load(v, vectors + k * dim + d);
+        EMBEDTRAIN_UNROLL
+        for (int64_t r = 0; r < kPair; ++r) sums[r][k] += own[r] * v;
+    }
+}
+
+template <typename Vector>
+EMBEDTRAIN_INLINE void add_directions(const float (*factors)[kAtOnce], const float* vectors, int64_t dim, int64_t d,
+                                      const float* const* sources, float* const* targets) {
+    Vector sums[kPair];
+    EMBEDTRAIN_UNROLL
+    for (int64_t r = 0; r < kPair; ++r) load(sums[r], sources[r] + d);
+    EMBEDTRAIN_UNROLL
+    for (int64_t k = 0; k < kAtOnce; ++k) {
+        Vector v;
+        load(v, vectors + k * dim + d);
+        EMBEDTRAIN_UNROLL
+        for (int64_t r = 0; r < kPair; ++r) sums[r] += factors[r][k] * v;
+    }
+    EMBEDTRAIN_UNROLL
+    for (int64_t r = 0; r < kPair; ++r) store(targets[r] + d, sums[r]);
+}
+
+// Writes `sources` plus the damping of `grads` to `targets`, for a pair of rows that may be the same row twice.
+EMBEDTRAIN_INLINE void damp_pair(const float* const* grads, const float* vectors, const float* const* excesses,
+                                 int64_t dim, const float* const* sources, float* const* targets) {
+    const int64_t eights = dim - dim % 8, fours = dim - dim % 4;
+    float8v wide[kPair][kAtOnce] = {};
+    for (int64_t d = 0; d < eights; d += 8) add_products(grads, vectors, dim, d, wide);
+    float4v halves[kPair][kAtOnce];
+    EMBEDTRAIN_UNROLL
+    for (int64_t r = 0; r < kPair; ++r) {
+        EMBEDTRAIN_UNROLL
+        for (int64_t k = 0; k < kAtOnce; ++k) {
+            float4v parts[2];
+            std::memcpy(parts, &wide[r][k], sizeof(parts));
+            halves[r][k] = parts[0] + parts[1];
+        }
+    }
+    if (eights < fours) add_products(grads, vectors, dim, eights, halves);
+    float factors[kPair][kAtOnce];
+    EMBEDTRAIN_UNROLL
+    for (int64_t r = 0; r < kPair; ++r) {
+        EMBEDTRAIN_UNROLL
+        for (int64_t k = 0; k < kAtOnce; ++k) {
+            float product = sum(halves[r][k]);
+            for (int64_t d = fours; d < dim; ++d) product += grads[r][d] * vectors[k * dim + d];
+            factors[r][k] = product * excesses[r][k];
+        }
+    }
+    for (int64_t d = 0; d < eights; d += 8) add_directions<float8v>(factors, vectors, dim, d, sources, targets);
+    if (eights < fours) add_directions<float4v>(factors, vectors, dim, eights, sources, targets);
+    for (int64_t d = fours; d < dim; ++d) {
+        float sums[kPair] = {sources[0][d], sources[1][d]};
+        for (int64_t k = 0; k < kAtOnce; ++k) {
+            for (int64_t r = 0; r < kPair; ++r) sums[r] += factors[r][k] * vectors[k * dim + d];
+        }
+        for (int64_t r = 0; r < kPair; ++r) targets[r][d] = sums[r];
+    }
+}
+
+// Damps along kAtOnce directions from `direction` on.
+EMBEDTRAIN_INLINE void damp_along(const Block& b, int64_t direction) {
+    const EmbedtrainDamping& d = *b.damping;
+    // Computes the exponentials of the whole block in one loop, because a row alone has too few to fill the pipeline.
+    float excesses[kDampedAtOnce * kAtOnce] = {};
+    for (int64_t i = b.rows.begin; i < b.rows.end; ++i) {
+        const float* curvatures = d.curvatures + d.tables[i] * d.num_directions + direction;
+        float* own = excesses + (i - b.rows.begin) * kAtOnce;
+        for (int64_t k = 0; k < kAtOnce; ++k) own[k] = d.times[i] * std::max(curvatures[k], 0.0f);
+    }
+#pragma omp simd
+    for (int64_t k = 0; k < kDampedAtOnce * kAtOnce; ++k) excesses[k] = excess(excesses[k]);
+    for (int64_t i = b.rows.begin, next; i < b.rows.end; i = next + 1) {
+        next = i + 1 < b.rows.end && d.tables[i + 1] == d.tables[i] ? i + 1 : i;
+        const int64_t places[kPair] = {i - b.rows.begin, next - b.rows.begin};
+        const float* grads[kPair] = {b.grads + i * b.dim, b.grads + next * b.dim};
+        const float* own[kPair] = {excesses + places[0] * kAtOnce, excesses + places[1] * kAtOnce};
+        float* targets[kPair] = {b.damped + places[0] * b.dim, b.damped + places[1] * b.dim};
+        const float* sources[kPair] = {direction ? targets[0] : grads[0], direction ? targets[1] : grads[1]};
+        damp_pair(grads, d.directions + (d.tables[i] * d.num_directions + direction) * b.dim, own, b.dim, sources,
+                  targets);
+    }
+}
+
+EMBEDTRAIN_MULTIVERSION void damp_block(const Block* block) {
+    for (int64_t direction = 0; direction < block->damping->num_directions; direction += kAtOnce) {
+        damp_along(*block, direction);
+    }
+}
+
+}  // namespace
+
+int64_t num_outside_tables(const EmbedtrainDamping* damping, int64_t num_rows) {
+    int64_t outside = 0;
+    if (!damping) return outside;
+    for (int64_t i = 0; i < num_rows; ++i) outside += damping->tables[i] < 0 || damping->tables[i] >= damping->num_tables;
+    return outside;
+}
+
+const float* damped_rows(const EmbedtrainDamping* damping, const float* grads, int64_t dim, Range rows, float* memory) {
+    if (!damping) return grads + rows.begin * dim;
+    const Block block{damping, grads, dim, rows, memory};
+    damp_block(&block);
+    return memory;
+}
+
+}  // namespace embedtrain
