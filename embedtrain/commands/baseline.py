@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
+import numpy as np
 
 from embedtrain.commands.console import (
     EXIT_DONE,
@@ -36,8 +37,13 @@ _logger = logging.getLogger(__name__)
 @command(
     "embedtrain baseline retrieval data.path=train.txt evaluate.path=test.txt --run runs/x",
     "embedtrain baseline my.yaml --methods ease --regularization 100,300,1000",
+    "embedtrain baseline runs/x",
 )
-@click.argument("config", type=ConfigFile(), help="YAML file of a model of interactions, such as retrieval.")
+@click.argument(
+    "config",
+    type=ConfigFile(),
+    help="YAML file of a model of interactions, such as retrieval; or a trained run, which is added to the table.",
+)
 @settings_argument
 @click.option(
     "--methods", metavar="A,B,...", help="Some of popularity, item-knn and ease; by default all that fit into memory."
@@ -66,6 +72,7 @@ def baseline(
     """Measures popularity, item-kNN and EASE on the same data."""
     from embedtrain.distributed.runtime import init_distributed, shut_down
     from embedtrain.recipes.loading import load_config
+    from embedtrain.train.run_folder import CONFIG_NAME, RunFolder
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("baselines are fitted by one process: give the command without torchrun")
@@ -91,16 +98,21 @@ def baseline(
         ),
         "ease": Grid({"regularization": _numbers("--regularization", regularization or "250", 1e-3)}),
     }
-    loaded = load_config(*require_config(config, settings))
+    path, overrides = require_config(config, settings)
+    if os.path.isdir(path):
+        runs = [path, *runs]
+        path = RunFolder(path).join(CONFIG_NAME)
+    loaded = load_config(path, overrides)
     others = [_config_of(path, loaded) for path in runs]
     runtime = init_distributed(device="cpu")
     data = Measured(loaded, runtime)
     if methods is None and (reason := data.refusal_of_ease()) is not None:
         _logger.warning(f"EASE is left out: {reason}")
         wanted.remove("ease")
-    rows = [data.measure(name, grids[name]) for name in wanted]
-    rows += [(path, _measures_of(each, runtime)) for path, each in zip(runs, others, strict=True)]
-    tell(*_table(rows, data.title))
+    chosen = {name: data.choose(name, grids[name]) for name in wanted}
+    columns = {name: data.measure(name, point) for name, point in chosen.items()}
+    columns |= {run: _measures_of(each, runtime) for run, each in zip(runs, others, strict=True)}
+    tell(data.title, *(f"{name}: {_shown(point)}" for name, point in chosen.items() if point), *_table(columns))
     shut_down()
     return EXIT_DONE
 
@@ -154,7 +166,8 @@ class Measured:
         self._has_test = config.holds_out or evaluate.path is not None
         if not self._has_test and not self._interactions.has_validation:
             raise UserError("nothing is held out to measure on: give evaluate.path, data.split or data.validation")
-        self.title = f"{'test' if self._has_test else 'validation'} part, measured as model={config.model}"
+        part = "test" if self._has_test else "validation"
+        self.title = f"{part} part of {self._num_users():,} users, measured as model={config.model}"
 
     def refusal_of_ease(self) -> str | None:
         """Returns why EASE does not fit; None if it does."""
@@ -173,8 +186,8 @@ class Measured:
             )
         return None
 
-    def measure(self, name: str, grid: Grid) -> tuple[str, Mapping[str, float]]:
-        """Fits a method; returns its name with its options, and its measures.
+    def choose(self, name: str, grid: Grid) -> dict[str, float]:
+        """Returns the options of a method that do best on the validation part.
 
         Raises:
             UserError: there are several points and no validation part to choose by, or EASE does not fit.
@@ -187,15 +200,16 @@ class Measured:
                 f"{name} is given several values to choose among: give data.validation=auto, by which they are chosen, "
                 "or one value each"
             )
-        chosen = points[0] if len(points) == 1 else max(points, key=lambda point: self._score_of(name, point))
-        shown = ", ".join(f"{option} {value:g}" for option, value in chosen.items())
-        measures = self._measured(self._fit(name, chosen), on_test=self._has_test)
-        return f"{name} ({shown})" if shown else name, measures
+        return points[0] if len(points) == 1 else max(points, key=lambda point: self._score_of(name, point))
+
+    def measure(self, name: str, point: Mapping[str, float]) -> Mapping[str, float]:
+        """Fits a method with these options and returns its measures."""
+        return self._measured(self._fit(name, point), on_test=self._has_test)
 
     def _score_of(self, name: str, point: Mapping[str, float]) -> float:
         """Returns how a method does on the validation part."""
         value = self._measured(self._fit(name, point), on_test=False)[f"ndcg@{self._ks[0]}"]
-        _logger.info(f"{name} {dict(point)}: ndcg@{self._ks[0]} {value:.4f} on the validation part")
+        _logger.info(f"{name}, {_shown(point)}: ndcg@{self._ks[0]} {value:.4f} on the validation part")
         return value
 
     def _measured(self, scores: Scores, *, on_test: bool) -> Mapping[str, float]:
@@ -203,22 +217,33 @@ class Measured:
         from embedtrain.recipes.baselines import measure_scores
         from embedtrain.recipes.lists import measure_next
 
-        found, num_items = self._interactions, len(self._interactions.items)
-        before = found.known_before_test if on_test else found.known
+        num_items = len(self._interactions.items)
+        before, held_out = self._known_before(on_test=on_test), self._held_out(on_test=on_test)
         if self._config.answers_from_histories:
 
             def measure(known: Bags | None, held_out: Bags) -> Mapping[str, float]:
                 return measure_scores(scores, num_items, before, known, held_out, self._ks)
 
-            return measure_next(measure, before, found.held_out if on_test else found.validation)
-        held_out = self._held_out(on_test=on_test)
+            return measure_next(measure, before, held_out)
         # A row of a user holds what the training part says of the user.
-        return measure_scores(scores, num_items, found.known, before, held_out, self._ks)
+        return measure_scores(scores, num_items, self._interactions.known, before, held_out, self._ks)
+
+    def _num_users(self) -> int:
+        """Returns the number of measured users."""
+        users = np.unique(self._held_out(on_test=self._has_test).rows())
+        if self._config.answers_from_histories:
+            users = users[self._known_before(on_test=self._has_test).lengths(users) > 0]
+        return len(users)
+
+    def _known_before(self, *, on_test: bool) -> Bags:
+        return self._interactions.known_before_test if on_test else self._interactions.known
 
     def _held_out(self, *, on_test: bool) -> Bags:
-        """Returns the items to find, without items that come before them for the user, if a split made them."""
+        """Returns the items to find; for a model of users and a made split, without the users' earlier items."""
         from embedtrain.recipes.interactions import test_of, validation_of
 
+        if self._config.answers_from_histories:
+            return self._interactions.held_out if on_test else self._interactions.validation
         if not on_test:
             return validation_of(self._interactions)
         return test_of(self._interactions, is_split=self._config.holds_out)
@@ -267,14 +292,21 @@ def _measures_of(config: Config, runtime: Runtime) -> Mapping[str, float]:
     return measure_run(config, runtime)
 
 
-def _table(rows: Sequence[tuple[str, Mapping[str, float]]], title: str) -> list[str]:
-    names = list(dict.fromkeys(name for _, measures in rows for name in measures))
-    widest = max(len(label) for label, _ in rows)
-    lines = [title, f"{'':{widest}}  {'  '.join(names)}"]
-    for label, measures in rows:
-        cells = ["" if name not in measures else f"{measures[name]:.4f}" for name in names]
-        lines.append(f"{label:{widest}}  {'  '.join(f'{c:>{len(n)}}' for c, n in zip(cells, names, strict=True))}")
-    return lines
+def _shown(point: Mapping[str, float]) -> str:
+    return ", ".join(f"{option} {value:g}" for option, value in point.items())
+
+
+def _table(columns: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Returns lines with a measure per row and a model per column."""
+    names = list(dict.fromkeys(name for measures in columns.values() for name in measures))
+    table = [["", *columns]]
+    for name in names:
+        table.append([name, *(f"{own[name]:.4f}" if name in own else "" for own in columns.values())])
+    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
+    return [
+        "  ".join([f"{first:{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True))])
+        for first, *rest in table
+    ]
 
 
 def _whole(text: str) -> list[float]:

@@ -91,14 +91,14 @@ def test_a_search_names_the_best_settings_and_goes_on(
     ask(capfd, "train", "search/best.yaml")
     assert "recall@5" in ask(capfd, "evaluate", "search/best")
     compared = ask(capfd, "baseline", "retrieval", *DATA, "evaluate.k=[5]", "--run", "search/best").splitlines()
-    assert compared[0] == "test part, measured as model=retrieval"
-    labels = [re.split(r"  +", line)[0] for line in compared[2:]]
-    assert labels == [
-        "popularity",
-        "item-knn (neighbors 100, shrink 10, alpha 0.5)",
-        "ease (regularization 250)",
-        "search/best",
-    ]
+    assert re.fullmatch(r"test part of \d+ users, measured as model=retrieval", compared[0])
+    assert compared[1:3] == ["item-knn: neighbors 100, shrink 10, alpha 0.5", "ease: regularization 250"]
+    assert compared[3].split() == ["popularity", "item-knn", "ease", "search/best"]
+    assert [line.split()[0] for line in compared[4:6]] == ["recall@5", "ndcg@5"]
+    # The folder of a run stands for its configuration.
+    alone = ask(capfd, "baseline", "search/best", "--methods", "popularity").splitlines()
+    assert alone[1].split() == ["popularity", "search/best"]
+    assert alone[2].split()[1] == compared[4].split()[1]
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_several_values_are_chosen_by_the_validation_part(
     assert "item-knn is given several values to choose among: give data.validation=auto" in refused
     with caplog.at_level("INFO", logger="embedtrain"):
         said = ask(capfd, "baseline", "retrieval", *DATA, "data.validation=auto", *several)
-    values = {n: float(v) for n, v in re.findall(r"'neighbors': (\d)\.0.*ndcg@20 (\S+) on the validation", caplog.text)}
+    values = {n: float(v) for n, v in re.findall(r"neighbors (\d), .*ndcg@20 (\S+) on the validation", caplog.text)}
     assert len(values) == 2
     assert f"neighbors {max(values, key=lambda n: values[n])}, shrink 10, alpha 0.5" in said
 
@@ -286,8 +286,8 @@ def test_baselines_of_sasrec_go_by_all_that_comes_before_the_test_part(capfd: py
     Path("events.csv").write_text("\n".join(["user,item,time", *lines]) + "\n")
     settings = ["data.path=events.csv", "data.time_column=time", "data.cache_path=cache", "evaluate.k=[1]"]
     said = ask(capfd, "baseline", "sasrec", *settings, "--methods", "item-knn", "--shrink", "0").splitlines()
-    assert said[0] == "test part, measured as model=sasrec"
-    found = dict(zip(said[1].split(), re.split(r"  +", said[2])[1:], strict=True))
+    assert said[0] == "test part of 15 users, measured as model=sasrec"
+    found = dict(line.split() for line in said[3:])
     assert float(found["masked_hit@1"]) == pytest.approx(6 / 15, abs=1e-4)  # z comes after y
     assert float(found["hit@1"]) <= float(found["masked_hit@1"])
 
