@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from embedtrain.data.survey import survey
@@ -23,17 +24,25 @@ def draft(path: str, model: str | None = None, label: str | None = None) -> str:
     """
     names = [name for name in reversed(BUILT_IN) if recipe_of(name).draft is not None]
     if model is not None and model not in names:
-        raise UserError(f"--from drafts configurations of {' and '.join(names)}, not of {model!r}; leave out --from")
+        raise UserError(f"--from drafts configurations of {', '.join(names)}, not of {model!r}; leave out --from")
     found = survey(path)
-    reasons: list[str] = []
-    errors: list[UserError] = []
+    errors: dict[str, list[str]] = {}  # the models that an error leaves out
     for name in names if model is None else [model]:
         make = recipe_of(name).draft
         assert make is not None
         try:
-            return "\n".join(make(path, replace(found, remarks=[*found.remarks, *reasons]), label)) + "\n"
+            return (
+                "\n".join(make(path, replace(found, remarks=[*found.remarks, *_reasons(path, errors)]), label)) + "\n"
+            )
         except UserError as error:
-            errors.append(error)
-            reasons.append(f"no configuration of {name}: {str(error).removeprefix(f'{path}: ')}")
+            errors.setdefault(str(error), []).append(name)
     # With a label only the first error matters, because only the first model predicts a column.
-    raise errors[0] if len(errors) == 1 or label is not None else UserError(f"{path}: {'; '.join(reasons)}")
+    first, *others = errors
+    raise UserError(f"{path}: {'; '.join(_reasons(path, errors))}" if others and label is None else first)
+
+
+def _reasons(path: str, errors: Mapping[str, Sequence[str]]) -> list[str]:
+    return [
+        f"no configuration of {' and '.join(models)}: {error.removeprefix(f'{path}: ')}"
+        for error, models in errors.items()
+    ]

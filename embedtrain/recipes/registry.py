@@ -18,11 +18,11 @@ DEFAULT_MODEL = "word2vec"
 
 BUILT_IN = {
     "word2vec": "embedtrain.recipes.word2vec.recipe:RECIPE",
+    "sasrec": "embedtrain.recipes.sasrec.recipe:RECIPE",
     "retrieval": "embedtrain.recipes.retrieval.recipe:RECIPE",
     "ranking": "embedtrain.recipes.ranking.recipe:RECIPE",
-    "sasrec": "embedtrain.recipes.sasrec.recipe:RECIPE",
 }
-"""Places of embedtrain's own recipes by model name."""
+"""Places of embedtrain's own recipes by model name. `embedtrain init` tries the last ones first."""
 
 
 def _check(found: Any) -> Recipe[Any, Any]:

@@ -113,13 +113,13 @@ class Retriever:
         sides = self.manifest["sides"].items()
         self._sides = {side: (Table(path, each["table"]), Vocabulary(path, each["names"])) for side, each in sides}
 
-    def user_vectors(self, users: Sequence[str]) -> Tensor:
+    def user_vectors(self, users: Sequence[str | int]) -> Tensor:
         """Returns the vectors [n, dim] of users by their raw ids; ValueError for an unknown user."""
         return self._vectors("user", users)
 
-    def _vectors(self, side: str, ids: Sequence[str]) -> Tensor:
+    def _vectors(self, side: str, ids: Sequence[str | int]) -> Tensor:
         table, names = self._sides[side]
-        rows = names.rows([each.encode() for each in ids]) - 1
+        rows = names.rows([str(each).encode() for each in ids]) - 1
         if len(rows) and rows.min() < 0:
             raise ValueError(f"{side} {ids[int(rows.argmin())]!r} is not in the training data")
         return table.rows(rows)

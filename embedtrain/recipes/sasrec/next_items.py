@@ -37,7 +37,7 @@ class NextItems(Retriever):  # type: ignore[misc]
         self._network = torch.export.load(str(Path(path, self.manifest["network"]))).module()
 
     @torch.no_grad()
-    def vectors(self, histories: Sequence[Sequence[str]]) -> Tensor:
+    def vectors(self, histories: Sequence[Sequence[str | int]]) -> Tensor:
         """Returns the vectors [n, dim] of histories; dot products with item vectors score the next item.
 
         Args:
@@ -49,7 +49,7 @@ class NextItems(Retriever):  # type: ignore[misc]
         return torch.cat(parts) if parts else torch.zeros(0, self.manifest["dim"])
 
     def after(
-        self, histories: Sequence[Sequence[str]], k: int = 10, leaves_out_known: bool = True
+        self, histories: Sequence[Sequence[str | int]], k: int = 10, leaves_out_known: bool = True
     ) -> list[list[tuple[str, float]]]:
         """Returns the best next items of each history with their scores, the best first.
 
@@ -58,14 +58,14 @@ class NextItems(Retriever):  # type: ignore[misc]
             k: number of items per history.
             leaves_out_known: whether to leave out the items of the history.
         """
-        known = [set(history) if leaves_out_known else set() for history in histories]
+        known = [set(map(str, history)) if leaves_out_known else set() for history in histories]
         found = self.top(self.vectors(histories), k + max(map(len, known), default=0))
         return [
             [(item, score) for item, score in best if item not in own][:k]
             for best, own in zip(found, known, strict=True)
         ]
 
-    def _encoded(self, histories: Sequence[Sequence[str]]) -> Tensor:
+    def _encoded(self, histories: Sequence[Sequence[str | int]]) -> Tensor:
         max_length, dim = self.manifest["max_length"], self.manifest["dim"]
         newest = [list(history[-max_length:]) for history in histories]
         if not all(newest):

@@ -50,6 +50,7 @@ from embedtrain.recipes.lists import names_of_next
 from embedtrain.recipes.optimizers import build_dense_optimizer, build_optimizer
 from embedtrain.recipes.sasrec.batches import BatchOptions, SequenceBatches
 from embedtrain.recipes.sasrec.config import ITEM, SasrecConfig
+from embedtrain.recipes.sasrec.draft import draft
 from embedtrain.recipes.sasrec.histories import evaluate_next, histories_before_test, next_items
 from embedtrain.recipes.sasrec.model import Architecture, Sasrec
 from embedtrain.recipes.sasrec.packing import packed_model
@@ -225,4 +226,5 @@ RECIPE = Recipe(
     recommend=recommend,
     pack=pack,
     tuning=tuning_of(_search_space),
+    draft=draft,
 )

@@ -133,13 +133,33 @@ def test_users_and_items_are_found_by_their_names(capfd: pytest.CaptureFixture[s
     assert "model: retrieval" in text and "# not used: stars" in text
 
 
-@pytest.mark.parametrize("model", ["ranking", "retrieval"])
+@pytest.mark.parametrize(
+    ("name", "times", "is_time"),
+    [
+        ("timestamp", ["881250949", "891717742"], True),
+        ("created_at", ["2024-05-31T12:00:00", "2024-05-30"], True),
+        ("watchTime", ["1.5", "2.5"], True),
+        ("date", ["yesterday", "today"], False),
+        ("date", ["2024-05-31", ""], False),
+        ("times_bought", ["1", "2"], False),
+    ],
+)
+def test_a_column_of_times_orders_the_interactions(name: str, times: list[str], is_time: bool) -> None:
+    found = [[row[0], row[1], times[at % 2]] for at, row in enumerate(rows())]
+    write_csv("train.csv", found, names=["user", "item", name])
+    for model in ("retrieval", "sasrec"):
+        data = data_of(draft("train.csv", model))
+        assert data["time_column"] == (name if is_time else None)
+        assert data["split"] == "leave_one_out"
+
+
+@pytest.mark.parametrize("model", ["ranking", "retrieval", "sasrec"])
 def test_what_is_drafted_trains(model: str, capfd: pytest.CaptureFixture[str]) -> None:
     write_csv("train.csv", rows(), comma=";")
     assert main(["init", model, "--from", "train.csv"]) == 0
     Path("my.yaml").write_text(capfd.readouterr().out)
     assert main(["train", "my.yaml", "--dry-run", "data.cache_path=cache", "run.path=run"]) == 0
-    assert "step 2" in capfd.readouterr().out
+    assert ("step 1" if model == "sasrec" else "step 2") in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -151,7 +171,7 @@ def test_what_is_drafted_trains(model: str, capfd: pytest.CaptureFixture[str]) -
         (["--from", "text.txt"], "lines of `user item item ...` have no columns with names"),
         (["--from", "numbers.csv"], "no column has two values, as a label has; its columns are a (3 values), b (3"),
         (["--from", "empty.csv"], "has no usable rows"),
-        (["word2vec", "--from", "numbers.csv"], "--from drafts configurations of ranking and retrieval, not of"),
+        (["word2vec", "--from", "numbers.csv"], "--from drafts configurations of ranking, retrieval, sasrec, not of"),
         (["retrieval", "--from", "numbers.csv", "--label", "a"], "--label needs a model that predicts a column"),
         (["ranking", "--label", "a"], "--label names a column of the file in --from"),
         (["retrieval", "--from", "numbers.csv"], "expected a column of users and one of items, got the columns a, b"),
@@ -266,7 +286,7 @@ def test_why_a_model_was_passed_over_is_said(capfd: pytest.CaptureFixture[str]) 
     assert f"train.csv: {said}" in capfd.readouterr().err
     write_csv("train.csv", [[row[0], "", row[2]] for row in found], names=["user", "item", "label"])
     assert main(["init", "--from", "train.csv"]) == 2
-    assert "; no configuration of retrieval: the column item, which should hold items, has no value" in (
+    assert "; no configuration of retrieval and sasrec: the column item, which should hold items, has no value" in (
         capfd.readouterr().err
     )
 
