@@ -222,7 +222,7 @@ def test_mlflow_has_a_resumed_run_as_one(tmp_path: Path, monkeypatch: pytest.Mon
     experiment = client.get_experiment_by_name("words")
     assert experiment is not None
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    run = runs["/runs/it's"]
+    run = runs["it's"]
     assert len(runs) == 2 and run.info.status == "FINISHED"
     assert run.data.params == {"optimizer.lr": "0.5", "train.epochs": "2"}
     history = client.get_metric_history(run.info.run_id, "loss")
