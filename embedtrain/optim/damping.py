@@ -11,7 +11,8 @@ from torch import Tensor
 from embedtrain.distributed.ranks import Ranks
 from embedtrain.ops._backend.transfer import to_device
 from embedtrain.ops.damp_rows import Damping
-from embedtrain.ops.gather_rows import gather_rows
+from embedtrain.ops.top_eigenpairs import top_eigenpairs
+from embedtrain.ops.weighted_square import weighted_square
 from embedtrain.optim.optimizer import SparseOptimizer
 from embedtrain.optim.preconditioning import Touched
 
@@ -20,9 +21,6 @@ _NUM_BUSIEST = 4096
 tenth of the time."""
 _BUCKETS_PER_OCTAVE = 4
 _NUM_BUCKETS = 32 * _BUCKETS_PER_OCTAVE
-_NUM_SQUARINGS, _NUM_TURNS = 2, 8
-"""Squarings of the matrix, and turns of the power iteration with the result: together the 32nd power. If an eigenvalue
-is 0.9 times the next larger one, 3 % of its eigenvector remains in the result for the larger one."""
 
 
 class CurvatureDamping:
@@ -152,63 +150,29 @@ def _second_moments(
     is_busy = (torch.arange(_NUM_BUCKETS, device=device) >= lowest).flatten()
     sums = torch.zeros(num_tables, dim * dim + 1, dtype=torch.float32, device=device)
     for part, own, key, of_table in zip(touched, counts, keys, tables, strict=True):
-        places, weights = part.places, own * is_busy[key]
+        is_chosen = is_busy[key]
         # On a GPU, selecting rows would make the host wait for their number, so weights of zero leave rows out.
         can_select = device.type == "cpu"
         if can_select:
-            busy = weights.nonzero().flatten()
-            places, weights, of_table = places[busy], weights[busy], of_table[busy]
+            busy = is_chosen.nonzero().flatten()
+            places, weights, of_table = part.places[busy], own[busy], of_table[busy]
+        else:
+            places, weights = part.places, own * is_chosen
         for number in range(num_tables):
             is_own = of_table == number
-            chosen, of_own = (places[is_own], weights[is_own]) if can_select else (places, weights * is_own)
-            rows = gather_rows(part.store.weight, chosen, torch.float32)
-            sums[number, :-1] += _weighted_square(rows, of_own).flatten()
+            if can_select:
+                chosen = is_own.nonzero().flatten()
+                rows, of_own = places[chosen], weights[chosen]
+            else:
+                rows, of_own = places, weights * is_own
+            sums[number, :-1] += weighted_square(part.store.weight, rows, of_own).flatten()
             sums[number, -1] += of_own.sum()
     ranks.all_reduce(sums)
     # A table without any pair gets zeros.
     return (sums[:, :-1] / sums[:, -1:].clamp(min=1e-30)).view(num_tables, dim, dim)
 
 
-def _weighted_square(rows: Tensor, weights: Tensor) -> Tensor:
-    """Returns `sum(w * v v')` over rows [n, dim], [dim, dim]. The result is symmetric, so a quarter is only copied."""
-    half = rows.shape[1] // 2
-    left, right = (rows * weights.unsqueeze(1)).tensor_split([half], dim=1)
-    above = left.T @ rows
-    below = torch.cat([above[:, half:].T, right.T @ rows[:, half:]], dim=1)
-    return torch.cat([above, below])
-
-
 def _buckets(counts: Tensor) -> Tensor:
     """Returns the histogram bucket of each count, [n] int64: the float's exponent and two bits of its mantissa."""
     one = 127 * _BUCKETS_PER_OCTAVE
     return ((counts.view(torch.int32) >> 21).long() - one).clamp(0, _NUM_BUCKETS - 1)
-
-
-def top_eigenpairs(matrices: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Approximates the largest eigenvalues and their eigenvectors by power iteration, without a device sync.
-
-    Eigenvectors with nearly equal eigenvalues may come out mixed. Damping treats them nearly alike, so that is no
-    problem.
-
-    Args:
-        matrices: [m, dim, dim] float32; symmetric, without negative eigenvalues.
-        number: number of eigenpairs; at most dim are returned.
-
-    Returns:
-        values: [m, number] float32.
-        vectors: [m, number, dim] float32; orthonormal. Equal matrices give equal vectors.
-    """
-    num, dim = matrices.shape[:2]
-    exact = matrices.double()
-    power = exact
-    for _ in range(_NUM_SQUARINGS):
-        power = power / power.diagonal(dim1=1, dim2=2).sum(dim=1).clamp(min=1e-300)[:, None, None]
-        power = power @ power
-    # The start vectors are cosines, which are orthogonal to no eigenvector that occurs in practice.
-    places = torch.arange(dim, dtype=torch.float64, device=matrices.device)
-    start = torch.cos(torch.outer(places + 0.5, places[: min(number, dim)] + 0.25))
-    vectors = start.expand(num, dim, -1)
-    for _ in range(_NUM_TURNS):
-        vectors = torch.linalg.qr(power @ vectors).Q
-    values = (vectors * (exact @ vectors)).sum(dim=1)
-    return values.float(), vectors.transpose(1, 2).float().contiguous()

@@ -21,6 +21,7 @@ _KERNEL = "a kernel takes each tensor, size and switch by itself"
 ALLOWED: dict[str, str] = {
     "embedtrain/ops/row_update/triton.py: _update_tile": _KERNEL,
     "embedtrain/ops/damp_rows/triton.py: _damp_tile": _KERNEL,
+    "embedtrain/ops/top_eigenpairs/triton.py: _iterate": _KERNEL,
     "embedtrain/ops/pool_rows/triton.py: _pool_bag": _KERNEL,
     "embedtrain/ops/_backend/triton_runs.py: _sum_chunk": _KERNEL,
     "embedtrain/ops/_backend/triton_runs.py: _add_heads": _KERNEL,

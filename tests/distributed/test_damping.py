@@ -14,7 +14,8 @@ from embedtrain.distributed.ranks import ONE_PROCESS, Ranks
 from embedtrain.jagged import Jagged
 from embedtrain.ops.sample_text import TextSample
 from embedtrain.ops.skipgram_block import TextBlock, count_of_rows, skipgram_block
-from embedtrain.optim.damping import has_row_rates, top_eigenpairs
+from embedtrain.ops.top_eigenpairs import top_eigenpairs
+from embedtrain.optim.damping import has_row_rates
 from embedtrain.recipes.word2vec.model import INPUT, OUTPUT, Word2Vec, word2vec_tables
 from embedtrain.testing.threads import run_threads
 from embedtrain.train.step import micro_batches, train_step
@@ -124,25 +125,11 @@ def rank_pairs(ranks: Ranks, moments: list[Tensor]) -> tuple[Tensor, Tensor]:
     return top_eigenpairs(ranks.all_reduce(moments[ranks.rank].clone())[None], 4)
 
 
-def test_eigenpairs_are_the_largest_ones_and_the_same_bits_on_every_rank() -> None:
-    # The largest four as they are among word vectors after some steps.
-    scales = torch.tensor([1.76, 0.20, 0.18, 0.13, *torch.linspace(0.1, 0.01, 16).tolist()]).sqrt()
-    rows = torch.randn(3, 2000, 20, generator=torch.Generator().manual_seed(0)) * scales
-    moments = [part.T @ part / 6000 for part in rows]
-    found = run_threads(3, rank_pairs, moments)
-    values, vectors = torch.linalg.eigh(sum(moment.double() for moment in moments))
-    torch.testing.assert_close(found[0][0][0].double(), values[-4:].flip(0), rtol=1e-3, atol=0)
-    along = (found[0][1][0].double() @ vectors[:, -4:]).square().sum()
-    assert float(along) == pytest.approx(4, rel=1e-2)
+def test_eigenpairs_are_the_same_bits_on_every_rank() -> None:
+    rows = torch.randn(3, 2000, 20, generator=torch.Generator().manual_seed(0))
+    found = run_threads(3, rank_pairs, [part.T @ part / 6000 for part in rows])
     for curvatures, directions in found[1:]:
         assert torch.equal(curvatures, found[0][0]) and torch.equal(directions, found[0][1])
-
-
-@pytest.mark.parametrize("number", [4, 2])
-def test_moments_of_zero_damp_nothing(number: int) -> None:
-    curvatures, directions = top_eigenpairs(torch.zeros(1, 2, 2), number)
-    assert curvatures.tolist() == [[0.0, 0.0]] and directions.shape == (1, 2, 2)
-    assert bool(directions.isfinite().all())
 
 
 def train_beside(ranks: Ranks, is_beside: bool) -> dict[str, Tensor]:

@@ -62,7 +62,11 @@ _WRITTEN = {
 }
 """Parameters of the package's kernels that they write to."""
 
-_WRITTEN_BY = {"_draw_widths": {"widths"}, "_write_kept": {"words", "targets", "sentences", "width_of_word"}}
+_WRITTEN_BY = {
+    "_draw_widths": {"widths"},
+    "_write_kept": {"words", "targets", "sentences", "width_of_word"},
+    "_iterate": {"values", "vectors"},
+}
 """Further ones, of single kernels."""
 
 _real_device = torch.Tensor.device

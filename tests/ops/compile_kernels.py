@@ -40,6 +40,7 @@ from embedtrain.ops.segment_sum import triton as segment_sum
 from embedtrain.ops.skipgram_block import Architecture, TextBlock
 from embedtrain.ops.skipgram_block import triton as skipgram_block
 from embedtrain.ops.sort_unique import sort_unique
+from embedtrain.ops.top_eigenpairs import triton as top_eigenpairs
 from tests.ops.roofline import CARDS, Launch, bytes_per_second, flight_of
 
 BUDGET = Path(__file__).with_name("kernel_budget.json")
@@ -203,6 +204,7 @@ def _launch_words(label: Callable[[str], None], dim: int, num_rows: int) -> None
 def _launch_damping(dim: int) -> None:
     gradient, tables, times = torch.zeros(_N, dim), torch.zeros(_N, dtype=torch.int64), torch.ones(_N)
     damp_rows.damp_rows(gradient, Damping(tables, times, torch.ones(2, 4), torch.zeros(2, 4, dim)))
+    top_eigenpairs.top_eigenpairs(torch.zeros(2, dim, dim), 4)
 
 
 def _launch_sampling() -> None:

@@ -164,6 +164,12 @@ void embedtrain_moment_update(void* weight, float* first, float* second, const i
                               int64_t dim, const struct EmbedtrainCoefficients* coefficients, int num_threads,
                               int64_t* num_outside);
 
+// Sums weighted outer products of rows. source: [num_source_rows, dim]; rows and weights: [num_rows], the weights not
+// negative; result: [dim, dim], output.
+void embedtrain_weighted_square(const void* source, int64_t num_source_rows, int is_bfloat16, const int64_t* rows,
+                                const float* weights, int64_t num_rows, int64_t dim, float* result, int num_threads,
+                                int64_t* num_outside);
+
 // Counts the skip-gram predictions of each row. inputs, starts, stops: [num_positions] and targets: [num_positions,
 // num_targets], see TextBlock in skipgram_block/types.py; counts: [num_rows], output. num_outside: number of indices
 // and windows that are out of range.
