@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "rows.h"
 #include "simd.h"
 
 namespace embedtrain {
@@ -20,13 +21,20 @@ struct Block {
     float* damped;
 };
 
-// (1 - exp(-x)) / x - 1. For small x the quotient would lose all digits, so use its series. For x above 80 the
-// exponential is far below the rounding error of 1.
-EMBEDTRAIN_INLINE float excess(float x) {
-    const float series = x * (-1.0f / 2 + x * (1.0f / 6 + x * (-1.0f / 24 + x * (1.0f / 120))));
-    const float divisor = x > 0.125f ? x : 0.125f;
-    const float quotient = (1.0f - exponential(x < 80.0f ? -x : -80.0f)) / divisor - 1.0f;
-    return x < 0.125f ? series : quotient;
+// Replaces each x by (1 - exp(-x)) / x - 1. For small x the quotient would lose all digits, so uses its series. For x
+// above 80 the exponential is far below the rounding error of 1. The compiler vectorises loops without branches only.
+EMBEDTRAIN_INLINE void to_excesses(float* x) {
+    constexpr int64_t kNum = kDampedAtOnce * kAtOnce;
+    float powers[kNum], series[kNum], quotients[kNum];
+#pragma omp simd
+    for (int64_t k = 0; k < kNum; ++k) powers[k] = exponential(x[k] < 80.0f ? -x[k] : -80.0f);
+#pragma omp simd
+    for (int64_t k = 0; k < kNum; ++k) {
+        series[k] = x[k] * (-1.0f / 2 + x[k] * (1.0f / 6 + x[k] * (-1.0f / 24 + x[k] * (1.0f / 120))));
+        quotients[k] = (1.0f - powers[k]) / (x[k] < 0.125f ? 0.125f : x[k]) - 1.0f;
+    }
+#pragma omp simd
+    for (int64_t k = 0; k < kNum; ++k) x[k] = x[k] < 0.125f ? series[k] : quotients[k];
 }
 
 template <typename Vector>
@@ -109,10 +117,10 @@ EMBEDTRAIN_INLINE void damp_along(const Block& b, int64_t direction) {
         float* own = excesses + (i - b.rows.begin) * kAtOnce;
         for (int64_t k = 0; k < kAtOnce; ++k) own[k] = d.times[i] * std::max(curvatures[k], 0.0f);
     }
-#pragma omp simd
-    for (int64_t k = 0; k < kDampedAtOnce * kAtOnce; ++k) excesses[k] = excess(excesses[k]);
+    to_excesses(excesses);
     for (int64_t i = b.rows.begin, next; i < b.rows.end; i = next + 1) {
         next = i + 1 < b.rows.end && d.tables[i + 1] == d.tables[i] ? i + 1 : i;
+        prefetch_row<0>(b.grads + (i + kPrefetchAhead) * b.dim, kPair * b.dim * 4);
         const int64_t places[kPair] = {i - b.rows.begin, next - b.rows.begin};
         const float* grads[kPair] = {b.grads + i * b.dim, b.grads + next * b.dim};
         const float* own[kPair] = {excesses + places[0] * kAtOnce, excesses + places[1] * kAtOnce};
