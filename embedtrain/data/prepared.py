@@ -309,5 +309,5 @@ def map_values(path: str, dtype: np.dtype[Any], num_values: int) -> NDArray[Any]
             f"{path} has {size_bytes} bytes instead of {expected}: remove the folder {os.path.dirname(path)}, and "
             "the next run prepares it again"
         )
-    # An empty file cannot be memory-mapped.
-    return np.memmap(path, dtype, mode="r") if num_values else np.zeros(0, dtype)
+    # An empty file cannot be memory-mapped. Indexing a plain array takes a tenth of the time that `np.memmap` takes.
+    return np.memmap(path, dtype, mode="r").view(np.ndarray) if num_values else np.zeros(0, dtype)
