@@ -13,7 +13,10 @@ LARGEST = {"later": [1.76, 0.25, 0.18, 0.13], "early": [1.28, 0.025, 0.0058, 0.0
 
 @pytest.mark.parametrize(
     ("kind", "dim", "number"),
-    [("later", 20, 4), ("early", 33, 3), *(pytest.param(kind, 100, 4, marks=pytest.mark.slow) for kind in LARGEST)],
+    [
+        ("later", 20, 4),
+        *(pytest.param(kind, *size, marks=pytest.mark.slow) for kind in LARGEST for size in ((33, 3), (100, 4))),
+    ],
 )
 def test_the_largest_ones_are_found(backend: str, kind: str, dim: int, number: int) -> None:
     generator = torch.Generator().manual_seed(dim)
