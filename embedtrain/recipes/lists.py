@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from embedtrain.data.bags import Bags, without
 from embedtrain.metrics.ranking import hits_of, list_measures, mean_measures, measure_names, name_at
 
 _USERS_AT_ONCE = 1024
+_logger = logging.getLogger(__name__)
 _MASKED = "masked_"
 """Prefix of the names of measures of lists that leave out the items of the history."""
 
@@ -46,6 +48,8 @@ def measure_best(
         Means over the users, such as "recall@20"; and "item_coverage@20", the share of all items in any list.
     """
     users = np.flatnonzero(np.diff(held_out.starts))
+    if not len(users):
+        _logger.warning("no user has a held-out item that a list could hold: all measures are 0")
     sums = torch.zeros(len(ks), 4, dtype=torch.float64)
     is_recommended = torch.zeros(len(ks), num_items, dtype=torch.bool)
     for start in range(0, len(users), _USERS_AT_ONCE):

@@ -108,3 +108,13 @@ def test_what_comes_next_is_measured_with_and_without_the_history() -> None:
     assert measure_next(measure, histories, held_out) == {"hit@1": 1.0, "masked_hit@1": 0.0}
     assert [each for each, _ in asked if each is not None] == [[(0, 4), (2, 3)]]  # item 1 repeats, and is to be found
     assert all(found.rows().tolist() == [0, 2] for _, found in asked)  # user 1 has no history
+
+
+def test_held_out_items_that_all_repeat_earlier_ones_are_warned_of(
+    matrix: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
+    known = bags_of(matrix)
+    nothing = Bags.from_rows(np.zeros(0, np.int64), np.zeros(0, np.int64), NUM_USERS)
+    measures = measure_scores(popularity(known, NUM_ITEMS), NUM_ITEMS, known, known, nothing, [5])
+    assert not any(measures.values())
+    assert "no user has a held-out item that a list could hold: all measures are 0" in caplog.text
