@@ -42,7 +42,7 @@ _logger = logging.getLogger(__name__)
 @click.argument(
     "config",
     type=ConfigFile(),
-    help="YAML file of a model of interactions, such as retrieval; or a trained run, which is added to the table.",
+    help="YAML file of a model of interactions, such as retrieval; or a run folder, whose run is added to the table.",
 )
 @settings_argument
 @click.option(
@@ -71,7 +71,8 @@ def baseline(
 ) -> int:
     """Measures popularity, item-kNN and EASE on the same data."""
     from embedtrain.distributed.runtime import init_distributed, shut_down
-    from embedtrain.recipes.loading import load_config
+    from embedtrain.recipes.loading import load_config, shipped_names
+    from embedtrain.recipes.trained import require_config as config_of_run
     from embedtrain.train.run_folder import CONFIG_NAME, RunFolder
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -99,9 +100,10 @@ def baseline(
         "ease": Grid({"regularization": _numbers("--regularization", regularization or "250", 1e-3)}),
     }
     path, overrides = require_config(config, settings)
-    if os.path.isdir(path):
-        runs = [path, *runs]
-        path = RunFolder(path).join(CONFIG_NAME)
+    if os.path.isdir(path) and path not in shipped_names():
+        config_of_run(path)  # refuses a folder that is not a run
+        runs, path = [path, *runs], RunFolder(path).join(CONFIG_NAME)
+    runs = list(dict.fromkeys(run.rstrip("/") for run in runs))
     loaded = load_config(path, overrides)
     others = [_config_of(path, loaded) for path in runs]
     runtime = init_distributed(device="cpu")
@@ -110,8 +112,8 @@ def baseline(
         _logger.warning(f"EASE is left out: {reason}")
         wanted.remove("ease")
     chosen = {name: data.choose(name, grids[name]) for name in wanted}
-    columns = {name: data.measure(name, point) for name, point in chosen.items()}
-    columns |= {run: _measures_of(each, runtime) for run, each in zip(runs, others, strict=True)}
+    columns = [(name, data.measure(name, point)) for name, point in chosen.items()]
+    columns += [(run, _measures_of(each, runtime)) for run, each in zip(runs, others, strict=True)]
     tell(data.title, *(f"{name}: {_shown(point)}" for name, point in chosen.items() if point), *_table(columns))
     shut_down()
     return EXIT_DONE
@@ -239,7 +241,10 @@ class Measured:
         return self._interactions.known_before_test if on_test else self._interactions.known
 
     def _held_out(self, *, on_test: bool) -> Bags:
-        """Returns the items to find; for a model of users and a made split, without the users' earlier items."""
+        """Returns the items to find.
+
+        For a model of users whose test part comes from a split, leaves out items that the user had before.
+        """
         from embedtrain.recipes.interactions import test_of, validation_of
 
         if self._config.answers_from_histories:
@@ -296,12 +301,12 @@ def _shown(point: Mapping[str, float]) -> str:
     return ", ".join(f"{option} {value:g}" for option, value in point.items())
 
 
-def _table(columns: Mapping[str, Mapping[str, float]]) -> list[str]:
+def _table(columns: Sequence[tuple[str, Mapping[str, float]]]) -> list[str]:
     """Returns lines with a measure per row and a model per column."""
-    names = list(dict.fromkeys(name for measures in columns.values() for name in measures))
-    table = [["", *columns]]
+    names = list(dict.fromkeys(name for _, measures in columns for name in measures))
+    table = [["", *(label for label, _ in columns)]]
     for name in names:
-        table.append([name, *(f"{own[name]:.4f}" if name in own else "" for own in columns.values())])
+        table.append([name, *(f"{own[name]:.4f}" if name in own else "" for _, own in columns)])
     widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
     return [
         "  ".join([f"{first:{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True))])

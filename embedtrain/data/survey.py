@@ -28,6 +28,7 @@ _FEW_OTHERS = 3
 """Maximum number of distinct texts in a column that otherwise holds numbers."""
 _NUMBER = r"\s*[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?\s*"
 _INTEGER = r"\s*[-+]?\d+\s*"
+_TIMES = "times, which only data.time_column takes: cast them to texts to use them otherwise"
 _MISSING = ("", "na", "n/a", "nan", "null", "none", "nil", "?", "-", ".", "\\n", "missing", "unknown")
 """Common spellings of a missing value, in lower case."""
 
@@ -77,6 +78,7 @@ class Survey:
         num_rows: number of rows read.
         is_all: whether these are all rows of the files.
         columns: the columns in order.
+        times: names of the Parquet columns of dates or times, which are not among `columns`.
         num_bad: number of bad lines among these rows, not counted in `num_rows`.
         remarks: a line of text per column left out, and one about bad lines.
     """
@@ -87,6 +89,7 @@ class Survey:
     num_rows: int
     is_all: bool
     columns: Sequence[Column]
+    times: Sequence[str] = ()
     num_bad: int = 0
     remarks: Sequence[str] = ()
 
@@ -134,7 +137,8 @@ def survey(path: str | Sequence[str]) -> Survey:
         # In Parquet a bag is a list, so texts are not split.
         columns.append(_column(name, values, "" if isinstance(reader, Parquet) else _BAG_SEPARATORS))
     format = next(key for key, value in FORMATS.items() if value is reader)
-    return Survey(format, layout, has_names, num_rows, is_all, columns, len(faults), remarks)
+    times = [name for name, what in left_out.items() if what == _TIMES]
+    return Survey(format, layout, has_names, num_rows, is_all, columns, times, len(faults), remarks)
 
 
 def _left_out(reader: Format, source: Source, names: Sequence[str]) -> dict[str, str]:
@@ -154,6 +158,8 @@ def _unusable(kind: pa.DataType) -> str | None:
     value = kind.value_type if pa.types.is_large_list(kind) else kind
     if pa.types.is_nested(value):
         return "objects"
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        return _TIMES
     tests = (pa.types.is_null, pa.types.is_boolean, pa.types.is_integer, pa.types.is_large_string, _has_fraction)
     return None if any(test(value) for test in tests) else f"values of type {value}: cast them to texts to use them"
 

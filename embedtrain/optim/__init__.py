@@ -2,10 +2,12 @@
 
 from typing import Any
 
+from embedtrain.ops.damp_rows import Damping
 from embedtrain.optim.combined import Combined
 from embedtrain.optim.damping import CurvatureDamping
 from embedtrain.optim.formulas import SGD, Adagrad, Adam, RMSprop, RowwiseAdagrad, RowwiseAdam
 from embedtrain.optim.optimizer import CommonOptions, SparseOptimizer
+from embedtrain.optim.preconditioning import Preconditioner, Touched
 from embedtrain.optim.registry import Registry
 from embedtrain.optim.stores import RowState
 
@@ -39,9 +41,12 @@ __all__ = [
     "Combined",
     "CommonOptions",
     "CurvatureDamping",
+    "Damping",
+    "Preconditioner",
     "RMSprop",
     "RowState",
     "RowwiseAdagrad",
     "RowwiseAdam",
     "SparseOptimizer",
+    "Touched",
 ]

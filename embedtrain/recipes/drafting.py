@@ -24,7 +24,9 @@ def draft(path: str, model: str | None = None, label: str | None = None) -> str:
     """
     names = [name for name in reversed(BUILT_IN) if recipe_of(name).draft is not None]
     if model is not None and model not in names:
-        raise UserError(f"--from drafts configurations of {', '.join(names)}, not of {model!r}; leave out --from")
+        *others, last = names
+        drafted = f"{', '.join(others)} and {last}"
+        raise UserError(f"--from drafts configurations of {drafted}, not of {model!r}; leave out --from")
     found = survey(path)
     errors: dict[str, list[str]] = {}  # the models that an error leaves out
     for name in names if model is None else [model]:

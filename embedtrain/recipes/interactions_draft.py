@@ -15,7 +15,11 @@ from embedtrain.recipes.draft import commented, in_comment, is_id, layout, of_va
 
 _USERS = ("user", "customer", "member", "visitor", "client", "session", "account", "reader")
 _ITEMS = ("item", "product", "movie", "article", "track", "song", "book", "video", "business", "page", "sku", "anime")
-_TIMES = re.compile(r"(^|[_\W])(time|timestamp|datetime|date|day|ts|created|when)($|[_\W])|(Time|Date|At)$|_at$", re.I)
+_TIMES = re.compile(
+    r"(?i:(^|[_\W])(time|timestamp|datetime|date|ts|created)($|[_\W])|_at$)|[a-z](Time|Timestamp|Date|At)$"
+)
+_MOMENTS = re.compile(r"time|(^|[_\W])ts($|[_\W])", re.IGNORECASE)
+"""Names that are preferred to those of dates: a release date is no time of an interaction."""
 
 
 class Events(NamedTuple):
@@ -23,7 +27,7 @@ class Events(NamedTuple):
 
     user: Column
     item: Column
-    time: Column | None
+    time: str | None
 
 
 def events_of(path: str, found: Survey, label: str | None, model: str) -> Events:
@@ -34,8 +38,9 @@ def events_of(path: str, found: Survey, label: str | None, model: str) -> Events
     """
     if label is not None:
         raise UserError(f"--label needs a model that predicts a column; {model} predicts items")
-    time = next(filter(_is_of_times, found.columns), None)
-    sides = _sides_of([column for column in found.columns if column is not time])
+    times = [*found.times, *(column.name for column in found.columns if _is_of_times(column))]
+    time = min(times, key=lambda name: _MOMENTS.search(name) is None, default=None)
+    sides = _sides_of([column for column in found.columns if column.name != time])
     if sides is None:
         names = ", ".join(column.name for column in found.columns)
         raise UserError(f"{path}: expected a column of users and one of items, got the columns {names}")
@@ -54,12 +59,14 @@ def data_section(path: str, found: Survey, events: Events) -> Iterator[str]:
     yield commented(f"  item_column: {scalar(events.item.name)}", f"guessed: {of_values(events.item, found)}")
     if events.time is None:
         yield commented("  time_column: null", "no column looks like times: the order of the lines counts")
-    else:
-        yield commented(f"  time_column: {scalar(events.time.name)}", f"guessed: {of_values(events.time, found)}")
+    values = {column.name: of_values(column, found) for column in found.columns}
+    if events.time is not None:
+        shown = values.get(events.time, "the file says that it holds times")
+        yield commented(f"  time_column: {scalar(events.time)}", f"guessed: {shown}")
     yield commented("  split: leave_one_out", "each user's newest item is the test part")
-    for column in found.columns:
-        if column not in events:
-            yield f"  # not used: {in_comment(column.name)}, {of_values(column, found)}"
+    for name, shown in values.items():
+        if name not in (events.user.name, events.item.name, events.time):
+            yield f"  # not used: {in_comment(name)}, {shown}"
     yield ""
 
 

@@ -280,6 +280,8 @@ def test_a_package_of_retrieval_recommends_as_the_run_does(tmp_path: Path, capfd
         assert f"{index} was built from table 'item' at step 1, " in capfd.readouterr().err
 
     retriever = scorer.Retriever(str(package))
+    with pytest.raises(ValueError, match="user 3 is not in the training data"):  # a whole number is read as text
+        retriever.user_vectors([3])
     vectors = retriever.user_vectors(["u3", "u14"])
     found = [[f"{score:.3f}", item] for items in retriever.top(vectors, 5) for item, score in items]
     assert found == expected

@@ -13,7 +13,7 @@ from embedtrain.ops.row_update import Moments, RowStep, moment_update
 from embedtrain.ops.skipgram_block import count_of_rows
 from tests.ops.test_skipgram_block import SHAPES, make
 
-SHAPES_OF_DAMPING = [(0, 3, 1), (1, 1, 1), (37, 33, 4), (2100, 64, 5), (9, 17, 4)]
+SHAPES_OF_DAMPING = [(0, 3, 1), (1, 1, 1), (5, 4, 0), (37, 33, 4), (2100, 64, 5), (9, 17, 4)]
 
 
 def make_damping(num_rows: int, dim: int, k: int) -> Damping:
@@ -22,7 +22,7 @@ def make_damping(num_rows: int, dim: int, k: int) -> Damping:
     times = torch.rand(num_rows, generator=generator) ** 4 * 100  # from far below the switch of formulas to far above
     times[::5] = 0
     curvatures = torch.rand(2, k, generator=generator)
-    curvatures[1, 0] = -1e-9  # as rounding leaves a curvature of 0
+    curvatures[1, :1] = -1e-9  # as rounding leaves a curvature of 0
     directions = torch.linalg.qr(torch.randn(2, dim, k, generator=generator)).Q.mT.contiguous()
     return Damping(tables, times, curvatures, directions)
 
@@ -80,6 +80,38 @@ def test_an_update_damps_the_gradient_of_each_row(
     torch.testing.assert_close(weight.double(), expected, rtol=1e-5, atol=2e-6)
     if second is not None and expected_second is not None:
         torch.testing.assert_close(second.double(), expected_second, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("has_first", [False, True])
+@pytest.mark.parametrize("bound", [float("inf"), 0.7])
+def test_damping_comes_before_all_other_options(threaded_backend: str, has_first: bool, bound: float) -> None:
+    """An update that damps is the update by the damped gradient, of bfloat16 rows too."""
+    generator = torch.Generator().manual_seed(0)
+    grad, rows = torch.randn(9, 17, generator=generator), torch.arange(9)
+    damping = make_damping(9, 17, 3)
+    step = RowStep(0.5, -0.25, bound, 0.1, True, bound, rounding_keys=rows)
+    found = []
+    for gradient in (
+        RowGradient.of_rows(rows, grad, 9).damped(damping),
+        RowGradient.of_rows(rows, damp_rows(grad, damping), 9),
+    ):
+        weight = torch.ones(9, 17, dtype=torch.bfloat16)
+        first = torch.full((9, 17), 0.5) if has_first else None
+        second = torch.ones(9)
+        moment_update(weight, first, second, gradient, step, Moments(first_decay=0.9 if has_first else 0.0, eps=1e-3))
+        found.append((weight.float(), second))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-2, atol=0)  # rounding may differ by one bit
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=0)
+
+
+def test_a_damped_gradient_is_not_damped_again() -> None:
+    gradient = RowGradient.of_rows(torch.arange(2), torch.ones(2, 3), 2).damped(make_damping(2, 3, 1))
+    with pytest.raises(ValueError, match="the gradient is damped already"):
+        gradient.damped(make_damping(2, 3, 1))
+    with pytest.raises(ValueError, match="expected tables on cpu, got meta"):
+        damp_rows(
+            torch.ones(2, 3), make_damping(2, 3, 1)._replace(tables=torch.zeros(2, dtype=torch.int64, device="meta"))
+        )
 
 
 def test_a_table_without_directions_is_refused_and_nothing_is_updated(backend: str) -> None:

@@ -54,3 +54,6 @@ def test_a_matrix_of_zeros_has_none(backend: str, number: int) -> None:
 def test_a_matrix_that_is_not_square_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected matrices \[m, dim, dim\], got \(1, 2, 3\)"):
         top_eigenpairs(torch.zeros(1, 2, 3), 1)
+    for matrix, number in ((torch.zeros(1, 2, 2, dtype=torch.float64), 1), (torch.zeros(1, 2, 2), -1)):
+        with pytest.raises(ValueError, match="expected float32 matrices and a number of at least 0"):
+            top_eigenpairs(matrix, number)

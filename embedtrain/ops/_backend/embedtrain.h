@@ -141,13 +141,12 @@ void embedtrain_sort_terms(const int64_t* rows, int64_t num_values, const struct
                            int term_bits, int num_threads, uint64_t* words, int64_t* num_outside);
 
 // Updates rows by row-wise Adagrad. damping: null for none; rounding_keys: [num_touched] for bfloat16 weights, null for
-// float32; max_norm: infinity for no limit. num_outside: number of rows not in [0, num_rows), plus that of tables of the
-// damping that are out of range; if positive, nothing is updated.
+// float32; max_norm: infinity for no limit. num_outside: number of rows outside [0, num_rows), plus the number of
+// damping tables out of range; if positive, nothing is updated.
 void embedtrain_rowwise_adagrad(void* weight, float* accumulator, const int64_t* rows, const float* row_grad,
                                 const struct EmbedtrainDamping* damping, int64_t num_touched, int64_t num_rows,
-                                int64_t dim, float lr, float eps,
-                                float weight_decay, int decoupled, float max_norm, const int64_t* rounding_keys,
-                                int num_threads, int64_t* num_outside);
+                                int64_t dim, float lr, float eps, float weight_decay, int decoupled, float max_norm,
+                                const int64_t* rounding_keys, int num_threads, int64_t* num_outside);
 
 // Sums gradients and updates float32 rows by row-wise Adagrad in one pass. words: [num_values], from
 // embedtrain_sort_terms; features: [num_features], whose vectors are the gradients of the pooled vectors; factor:
@@ -158,14 +157,15 @@ void embedtrain_rowwise_adagrad_of_terms(float* weight, float* accumulator, int6
                                          int decoupled, float max_norm, int num_threads, int64_t* num_outside);
 
 // Updates rows by running moments. first: [num_rows, dim] or null; second: null, [num_rows] or [num_rows, dim] for a
-// second_kind of 0, 1 or 2. The other arguments are those of embedtrain_rowwise_adagrad.
+// second_kind of 0, 1 or 2. damping, rounding_keys and num_outside: as in embedtrain_rowwise_adagrad.
 void embedtrain_moment_update(void* weight, float* first, float* second, const int64_t* rows, const float* row_grad,
-                              const struct EmbedtrainDamping* damping, const int64_t* rounding_keys, int second_kind, int64_t num_touched, int64_t num_rows,
-                              int64_t dim, const struct EmbedtrainCoefficients* coefficients, int num_threads,
+                              const struct EmbedtrainDamping* damping, const int64_t* rounding_keys, int second_kind,
+                              int64_t num_touched, int64_t num_rows, int64_t dim, const struct EmbedtrainCoefficients* coefficients, int num_threads,
                               int64_t* num_outside);
 
-// Sums weighted outer products of rows. source: [num_source_rows, dim]; rows and weights: [num_rows], the weights not
-// negative; result: [dim, dim], output.
+// Sums weighted outer products of rows. source: [num_source_rows, dim] float32 or bfloat16; rows and weights:
+// [num_rows], the weights not negative; result: [dim, dim], output. num_outside: number of rows outside
+// [0, num_source_rows).
 void embedtrain_weighted_square(const void* source, int64_t num_source_rows, int is_bfloat16, const int64_t* rows,
                                 const float* weights, int64_t num_rows, int64_t dim, float* result, int num_threads,
                                 int64_t* num_outside);

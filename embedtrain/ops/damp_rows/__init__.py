@@ -25,11 +25,11 @@ def damp_rows(grad: Tensor, damping: Damping) -> Tensor:
         [n, dim] float32, a new tensor.
 
     Raises:
-        ValueError: shapes or dtypes disagree.
+        ValueError: shapes, dtypes or devices disagree.
         IndexError: an element of `damping.tables` is out of range. Not checked on a GPU, because it would need a device
             sync.
     """
-    damping.check(*grad.shape)
+    damping.check(grad.shape[0], grad.shape[1], grad.device)
     if dispatch.uses_triton(grad):
         from embedtrain.ops.damp_rows import triton
 

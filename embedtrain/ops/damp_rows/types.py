@@ -27,8 +27,8 @@ class Damping(NamedTuple):
     curvatures: Tensor
     directions: Tensor
 
-    def check(self, num_rows: int, dim: int) -> None:
-        """Raises ValueError if shapes or dtypes do not fit gradients [num_rows, dim]."""
+    def check(self, num_rows: int, dim: int, device: torch.device) -> None:
+        """Raises ValueError if shapes, dtypes or devices do not fit gradients [num_rows, dim] on a device."""
         n = num_rows
         if self.tables.shape != (n,) or self.times.shape != (n,) or self.tables.dtype != torch.int64:
             raise ValueError(
@@ -43,6 +43,9 @@ class Damping(NamedTuple):
         for name in ("times", "curvatures", "directions"):
             if (dtype := getattr(self, name).dtype) != torch.float32:
                 raise ValueError(f"expected {name} float32, got {dtype}")
+        for name, tensor in self._asdict().items():
+            if tensor.device != device:
+                raise ValueError(f"expected {name} on {device}, got {tensor.device}")
 
     def check_tables(self) -> None:
         """Raises IndexError if a table is out of range; waits for the device."""

@@ -1,7 +1,7 @@
 """The gradient of the rows that a step touched: kept as backward delivered it, and summed by row on demand.
 
-The native row-wise Adagrad sums gradients while it updates the rows. So it does not write the sums to memory and read
-them again, which would move more bytes than the rows themselves.
+The native row-wise Adagrad sums gradients while it updates the rows, unless they are damped. So it does not write the
+sums to memory and read them again, which would move more bytes than the rows themselves.
 """
 
 from __future__ import annotations
@@ -69,9 +69,11 @@ class RowGradient:
         """Returns the gradient with damped values. The native updates compute them row by row and do not store them.
 
         Raises:
-            ValueError: shapes or dtypes disagree.
+            ValueError: shapes, dtypes or devices disagree, or the gradient is damped already.
         """
-        damping.check(self.count_rows(), self.dim)
+        if self.damping is not None:
+            raise ValueError("the gradient is damped already")
+        damping.check(self.count_rows(), self.dim, self.device)
         found = copy.copy(self)
         found.__dict__.pop("values", None)
         found.damping = damping
@@ -85,10 +87,17 @@ class RowGradient:
 
         - The host knows the number of distinct rows already.
         - The sums are computed already, and the caller may have changed them.
+        - The gradient is damped, because damping has an entry for each distinct row.
         - The padded sums would take more than twice the memory of the delivered gradients, as with long bags.
         """
         ordered = self._deliveries[0].ordered if len(self._deliveries) == 1 else None
-        has_known = self.is_summed or ordered is None or ordered.is_counted or "sums" in self.__dict__
+        has_known = (
+            self.is_summed
+            or self.damping is not None
+            or ordered is None
+            or ordered.is_counted
+            or "sums" in self.__dict__
+        )
         if has_known or not dispatch.uses_triton(self.rows_of_values):
             return self
         if self.rows_of_values.numel() > 2 * sum(feature.num_bags for feature in self.bags):

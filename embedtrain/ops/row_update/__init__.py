@@ -55,14 +55,15 @@ def moment_update(
         weight: [num_rows, dim] float32 or bfloat16; the local shard.
         first: [num_rows, dim] float32; first moments. None uses the gradient itself.
         second: [num_rows, dim] or [num_rows] float32; second moments per element or per row. None for no divisor.
-        gradient: gradient of the global mean loss. Native row-wise Adagrad without clipping sums its duplicates while
-            it updates the rows.
+        gradient: gradient of the global mean loss. Native row-wise Adagrad without clipping and damping sums its
+            duplicates while it updates the rows.
         step: the options that all formulas share.
         moments: the formula's coefficients.
 
     Raises:
         ValueError: shapes or dtypes disagree.
-        IndexError: a row is out of range. On a GPU such rows are ignored, because a check would need a device sync.
+        IndexError: a row, or a table of the gradient's damping, is out of range; then nothing is updated. On a GPU such
+            rows are ignored, because a check would need a device sync.
 
     Source: sums of squares as in Duchi et al. 2011 (Adagrad), per row as in Lerer et al. 2019 (PyTorch-BigGraph);
     averages as in Tieleman and Hinton 2012 (RMSprop) and Kingma and Ba 2015 (Adam); updates of touched rows only, as in

@@ -16,13 +16,14 @@ constexpr int64_t kPair = 2;    // rows
 struct Block {
     const EmbedtrainDamping* damping;
     const float* grads;
-    int64_t dim;
+    int64_t num_rows, dim;
     Range rows;
     float* damped;
 };
 
-// Replaces each x by (1 - exp(-x)) / x - 1. For small x the quotient would lose all digits, so uses its series. For x
-// above 80 the exponential is far below the rounding error of 1. The compiler vectorises loops without branches only.
+// Replaces each x by (1 - exp(-x)) / x - 1. For small x the quotient would lose all digits, so the series replaces it.
+// For x above 80 the exponential is far below the rounding error of 1. The compiler vectorises only loops without
+// branches.
 EMBEDTRAIN_INLINE void to_excesses(float* x) {
     constexpr int64_t kNum = kDampedAtOnce * kAtOnce;
     float powers[kNum], series[kNum], quotients[kNum];
@@ -120,7 +121,9 @@ EMBEDTRAIN_INLINE void damp_along(const Block& b, int64_t direction) {
     to_excesses(excesses);
     for (int64_t i = b.rows.begin, next; i < b.rows.end; i = next + 1) {
         next = i + 1 < b.rows.end && d.tables[i + 1] == d.tables[i] ? i + 1 : i;
-        prefetch_row<0>(b.grads + (i + kPrefetchAhead) * b.dim, kPair * b.dim * 4);
+        if (direction == 0 && i + kPrefetchAhead + kPair <= b.num_rows) {
+            prefetch_row<0>(b.grads + (i + kPrefetchAhead) * b.dim, kPair * b.dim * 4);
+        }
         const int64_t places[kPair] = {i - b.rows.begin, next - b.rows.begin};
         const float* grads[kPair] = {b.grads + i * b.dim, b.grads + next * b.dim};
         const float* own[kPair] = {excesses + places[0] * kAtOnce, excesses + places[1] * kAtOnce};
@@ -140,15 +143,18 @@ EMBEDTRAIN_MULTIVERSION void damp_block(const Block* block) {
 }  // namespace
 
 int64_t num_outside_tables(const EmbedtrainDamping* damping, int64_t num_rows) {
+    if (!damping) return 0;
     int64_t outside = 0;
-    if (!damping) return outside;
-    for (int64_t i = 0; i < num_rows; ++i) outside += damping->tables[i] < 0 || damping->tables[i] >= damping->num_tables;
+    for (int64_t i = 0; i < num_rows; ++i) {
+        outside += damping->tables[i] < 0 || damping->tables[i] >= damping->num_tables;
+    }
     return outside;
 }
 
-const float* damped_rows(const EmbedtrainDamping* damping, const float* grads, int64_t dim, Range rows, float* memory) {
+const float* damped_gradients(const EmbedtrainDamping* damping, const float* grads, int64_t num_rows, int64_t dim,
+                              Range rows, float* memory) {
     if (!damping) return grads + rows.begin * dim;
-    const Block block{damping, grads, dim, rows, memory};
+    const Block block{damping, grads, num_rows, dim, rows, memory};
     damp_block(&block);
     return memory;
 }

@@ -108,7 +108,7 @@ EMBEDTRAIN_INLINE void update_rows(const Update& u, int part) {
     const Range range = range_of_part(u.num_touched, part, u.num_parts);
     for (int64_t begin = range.begin; begin < range.end; begin += kDampedAtOnce) {
         const Range block{begin, std::min(begin + kDampedAtOnce, range.end)};
-        const float* grads = damped_rows(u.damping, u.row_grad, dim, block, damped);
+        const float* grads = damped_gradients(u.damping, u.row_grad, u.num_touched, dim, block, damped);
         for (int64_t i = block.begin; i < block.end; ++i) {
             if (i + kPrefetchAhead < range.end) {
                 const int64_t ahead = u.rows[i + kPrefetchAhead];

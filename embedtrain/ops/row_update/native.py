@@ -164,9 +164,10 @@ def _contiguous(gradient: RowGradient, step: RowStep) -> tuple[Tensor, Tensor, T
 
 def _described(damping: Damping | None) -> tuple[Damping | None, array[int] | None]:
     """Returns the damping as the kernels take it, and its layout, which points to its tensors."""
-    if damping is None or damping.curvatures.shape[1] == 0:
+    if damping is None:
         return None, None
-    missing = -damping.curvatures.shape[1] % _DIRECTIONS_AT_ONCE
+    number = damping.curvatures.shape[1]
+    missing = -number % _DIRECTIONS_AT_ONCE if number else _DIRECTIONS_AT_ONCE
     # A direction of curvature 0 changes nothing.
     curvatures = torch.nn.functional.pad(damping.curvatures, (0, missing))
     directions = torch.nn.functional.pad(damping.directions, (0, 0, 0, missing))

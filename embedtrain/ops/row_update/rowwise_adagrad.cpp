@@ -87,7 +87,7 @@ EMBEDTRAIN_INLINE void update_rows(const Update& u, int part) {
     float* damped = static_cast<float*>(scratch(0, kDampedAtOnce * dim * static_cast<int64_t>(sizeof(float))));
     for (int64_t begin = range.begin; begin < range.end; begin += kDampedAtOnce) {
         const Range block{begin, std::min(begin + kDampedAtOnce, range.end)};
-        const float* grads = damped_rows(u.damping, u.row_grad, dim, block, damped);
+        const float* grads = damped_gradients(u.damping, u.row_grad, u.num_touched, dim, block, damped);
         for (int64_t i = block.begin; i < block.end; ++i) {
             if (i + ahead < range.end) {
                 prefetch_row<1>(weight + u.rows[i + ahead] * dim, row_bytes);
@@ -185,8 +185,8 @@ EMBEDTRAIN_MULTIVERSION void update_terms(const void* update, int part) {
 
 void embedtrain_rowwise_adagrad(void* weight, float* accumulator, const int64_t* rows,
                                 const float* row_grad, const EmbedtrainDamping* damping, int64_t num_touched,
-                                int64_t num_rows, int64_t dim, float lr, float eps, float weight_decay, int decoupled, float max_norm,
-                                const int64_t* rounding_keys, int num_threads,
+                                int64_t num_rows, int64_t dim, float lr, float eps, float weight_decay, int decoupled,
+                                float max_norm, const int64_t* rounding_keys, int num_threads,
                                 int64_t* num_outside) {
     int64_t outside = num_outside_tables(damping, num_touched);
     for (int64_t i = 0; i < num_touched; ++i) outside += rows[i] < 0 || rows[i] >= num_rows;

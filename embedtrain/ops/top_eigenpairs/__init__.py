@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from embedtrain.ops._backend import dispatch
@@ -26,10 +27,12 @@ def top_eigenpairs(matrices: Tensor, number: int) -> tuple[Tensor, Tensor]:
             matrices give equal vectors.
 
     Raises:
-        ValueError: the matrices are not square.
+        ValueError: the matrices are not square or not float32, or the number is negative.
     """
     if matrices.dim() != 3 or matrices.shape[1] != matrices.shape[2]:
         raise ValueError(f"expected matrices [m, dim, dim], got {tuple(matrices.shape)}")
+    if matrices.dtype != torch.float32 or number < 0:
+        raise ValueError(f"expected float32 matrices and a number of at least 0, got {matrices.dtype} and {number}")
     number = min(number, matrices.shape[1])
     if dispatch.uses_triton(matrices):
         from embedtrain.ops.top_eigenpairs import triton

@@ -66,7 +66,7 @@ def _product(
 
 @triton.jit
 def _scaled(product):
-    """Returns vectors whose largest element is 1, so that squares neither overflow nor vanish."""
+    """Scales all vectors by one factor, so that their largest element is 1 and squares neither overflow nor vanish."""
     largest = tl.max(tl.abs(product))
     return product / tl.where(largest > 0, largest, 1.0)
 
@@ -106,7 +106,8 @@ def _iterate(
             vector = tl.sum(tl.where((place == k)[:, None], product, 0.0), axis=0)
             norm = tl.sqrt(tl.sum(vector * vector))
             vector = vector / tl.where(norm > 1e-20, norm, 1.0)
-            # What rounding left of the vectors before, which is much of a short vector, is taken out once more.
+            # Rounding leaves components along the earlier vectors, which are large relative to a short vector. So they
+            # are removed a second time.
             before = tl.where((place < k)[:, None], product, 0.0)
             along = tl.sum(before * vector[None, :], axis=1)
             vector -= tl.sum(along[:, None] * before, axis=0)

@@ -17,10 +17,11 @@ def weighted_square(source: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     Args:
         source: [num_rows, dim] float32 or bfloat16.
         rows: [n] int64.
-        weights: [n] float32, not negative.
+        weights: [n] float32, not negative: the native kernel takes their square roots.
 
     Returns:
-        [dim, dim] float32; symmetric. It does not depend on the number of threads.
+        [dim, dim] float32; symmetric up to rounding. The native kernel's result is exactly symmetric and does not
+        depend on the number of threads.
 
     Raises:
         ValueError: shapes or dtypes disagree.

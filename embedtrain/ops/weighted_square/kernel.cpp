@@ -42,7 +42,7 @@ EMBEDTRAIN_INLINE void pack(const Square& u, Range rows, int64_t width, float* p
     }
 }
 
-// Adds the products of the columns from `high` on with those from `wide` on, over all packed rows.
+// Adds the products of columns high, high + 1, ... with columns wide, wide + 1, ..., summed over all packed rows.
 template <int64_t kVectors>
 EMBEDTRAIN_INLINE void add_tile(const float* packed, int64_t num_rows, int64_t width, int64_t high, int64_t wide,
                                 float* sums) {
@@ -70,8 +70,8 @@ EMBEDTRAIN_INLINE void add_tile(const float* packed, int64_t num_rows, int64_t w
     }
 }
 
-// Computes the part's rows of the result, from the diagonal on. Each part reads all rows, so the result does not depend on
-// the number of parts.
+// Computes the part's rows of the result, from the diagonal on. Each part reads all rows, so the result does not depend
+// on the number of parts.
 template <typename Stored>
 EMBEDTRAIN_INLINE void square_part(const Square& u, int part) {
     const int64_t width = (u.dim + 7) / 8 * 8, num_strips = width / kHigh;
@@ -82,7 +82,7 @@ EMBEDTRAIN_INLINE void square_part(const Square& u, int part) {
     for (int64_t begin = 0; begin < u.num_rows; begin += at_once) {
         const Range block{begin, std::min(begin + at_once, u.num_rows)};
         pack<Stored>(u, block, width, packed);
-        // Strips in turn, because those of the first rows are longer.
+        // Parts take strips in turn, because the first strips are longer.
         for (int64_t strip = part; strip < num_strips; strip += u.num_parts) {
             const int64_t high = strip * kHigh;
             int64_t wide = high / 8 * 8;
@@ -118,7 +118,7 @@ void embedtrain_weighted_square(const void* source, int64_t num_source_rows, int
     int64_t outside = 0;
     for (int64_t i = 0; i < num_rows; ++i) outside += rows[i] < 0 || rows[i] >= num_source_rows;
     *num_outside = outside;
-    if (outside) return;
+    if (outside || dim == 0) return;
     const int num_parts = num_rows * dim < kSmallWork ? 1 : num_threads;
     const Square u{source, rows, weights, num_rows, dim, result, num_parts};
     run_parts(num_parts, is_bfloat16 ? square_bfloat16 : square_float32, &u);

@@ -42,7 +42,7 @@ class NextItems(Retriever):  # type: ignore[misc]
 
         Args:
             histories: raw ids of items, the newest last. Only the newest items of a longer history than the model's
-                maximum are used.
+                maximum are used. Ids that are whole numbers are compared as text.
         """
         starts = range(0, len(histories), _HISTORIES_AT_ONCE)
         parts = [self._encoded(histories[start : start + _HISTORIES_AT_ONCE]) for start in starts]

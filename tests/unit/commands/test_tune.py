@@ -91,7 +91,8 @@ def test_a_search_names_the_best_settings_and_goes_on(
     ask(capfd, "train", "search/best.yaml")
     assert "recall@5" in ask(capfd, "evaluate", "search/best")
     compared = ask(capfd, "baseline", "retrieval", *DATA, "evaluate.k=[5]", "--run", "search/best").splitlines()
-    assert re.fullmatch(r"test part of \d+ users, measured as model=retrieval", compared[0])
+    num_users = len({line.split("\t")[0] for line in Path("search/best/split/test.tsv").read_text().splitlines()[1:]})
+    assert compared[0] == f"test part of {num_users} users, measured as model=retrieval"
     assert compared[1:3] == ["item-knn: neighbors 100, shrink 10, alpha 0.5", "ease: regularization 250"]
     assert compared[3].split() == ["popularity", "item-knn", "ease", "search/best"]
     assert [line.split()[0] for line in compared[4:6]] == ["recall@5", "ndcg@5"]
@@ -99,6 +100,10 @@ def test_a_search_names_the_best_settings_and_goes_on(
     alone = ask(capfd, "baseline", "search/best", "--methods", "popularity").splitlines()
     assert alone[1].split() == ["popularity", "search/best"]
     assert alone[2].split()[1] == compared[4].split()[1]
+    Path("empty").mkdir()
+    assert "no run folder at 'empty'" in ask(capfd, "baseline", "empty", status=2)
+    Path("retrieval").mkdir()  # a shipped configuration has the same name
+    assert "popularity" in ask(capfd, "baseline", "retrieval", *DATA, "evaluate.k=[5]", "--methods", "popularity")
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,8 @@ def test_users_and_items_are_found_by_their_names(capfd: pytest.CaptureFixture[s
         ("date", ["yesterday", "today"], False),
         ("date", ["2024-05-31", ""], False),
         ("times_bought", ["1", "2"], False),
+        ("lat", ["30.2", "31.5"], False),
+        ("runtime", ["90", "120"], False),
     ],
 )
 def test_a_column_of_times_orders_the_interactions(name: str, times: list[str], is_time: bool) -> None:
@@ -151,6 +153,15 @@ def test_a_column_of_times_orders_the_interactions(name: str, times: list[str], 
         data = data_of(draft("train.csv", model))
         assert data["time_column"] == (name if is_time else None)
         assert data["split"] == "leave_one_out"
+
+
+def test_a_time_is_preferred_to_a_date_and_a_type_of_times_needs_no_name() -> None:
+    found = [[row[0], row[1], "1999-01-01", 881250949] for row in rows()]
+    write_csv("train.csv", found, names=["user", "item", "release_date", "timestamp"])
+    assert data_of(draft("train.csv", "sasrec"))["time_column"] == "timestamp"
+    table = pa.table({"user": [1, 1, 2], "item": [1, 2, 1], "seen": pa.array([3, 4, 5], pa.timestamp("ms"))})
+    pq.write_table(table, "train.parquet")
+    assert data_of(draft("train.parquet", "sasrec"))["time_column"] == "seen"
 
 
 @pytest.mark.parametrize("model", ["ranking", "retrieval", "sasrec"])
@@ -171,7 +182,10 @@ def test_what_is_drafted_trains(model: str, capfd: pytest.CaptureFixture[str]) -
         (["--from", "text.txt"], "lines of `user item item ...` have no columns with names"),
         (["--from", "numbers.csv"], "no column has two values, as a label has; its columns are a (3 values), b (3"),
         (["--from", "empty.csv"], "has no usable rows"),
-        (["word2vec", "--from", "numbers.csv"], "--from drafts configurations of ranking, retrieval, sasrec, not of"),
+        (
+            ["word2vec", "--from", "numbers.csv"],
+            "--from drafts configurations of ranking, retrieval and sasrec, not of",
+        ),
         (["retrieval", "--from", "numbers.csv", "--label", "a"], "--label needs a model that predicts a column"),
         (["ranking", "--label", "a"], "--label names a column of the file in --from"),
         (["retrieval", "--from", "numbers.csv"], "expected a column of users and one of items, got the columns a, b"),
@@ -323,7 +337,7 @@ def test_types_of_parquet_that_no_model_can_use_are_left_out() -> None:
     text = draft("train.parquet")
     for said in (
         "image, which holds values of type binary",
-        "day, which holds values of type date32[day]",
+        "day, which holds times",
         "vector, which holds lists of numbers with fractions",
     ):
         assert f"# left out: {said}" in text
