@@ -103,11 +103,16 @@ def baseline(
     if os.path.isdir(path) and path not in shipped_names():
         config_of_run(path)  # refuses a folder that is not a run
         runs, path = [path, *runs], RunFolder(path).join(CONFIG_NAME)
-    runs = list(dict.fromkeys(run.rstrip("/") for run in runs))
+    places: dict[str, str] = {}
+    for run in runs:
+        places.setdefault(run if "://" in run else os.path.realpath(run), run.rstrip("/"))
+    runs = list(places.values())
     loaded = load_config(path, overrides)
     others = [_config_of(path, loaded) for path in runs]
     runtime = init_distributed(device="cpu")
     data = Measured(loaded, runtime)
+    for run in runs:
+        data.refuse_other_data(run)
     if methods is None and (reason := data.refusal_of_ease()) is not None:
         _logger.warning(f"EASE is left out: {reason}")
         wanted.remove("ease")
@@ -170,6 +175,27 @@ class Measured:
             raise UserError("nothing is held out to measure on: give evaluate.path, data.split or data.validation")
         part = "test" if self._has_test else "validation"
         self.title = f"{part} part of {self._num_users():,} users, measured as model={config.model}"
+
+    def refuse_other_data(self, run_path: str) -> None:
+        """Refuses a run that was trained on other data, or that could not be measured on a test part.
+
+        Raises:
+            UserError: there is no test part, or the files changed after the run was trained.
+        """
+        from embedtrain.recipes.interactions import kept_interactions
+        from embedtrain.train.run_folder import CONFIG_NAME
+
+        if not self._has_test:
+            raise UserError(
+                f"{run_path} has no test part, on which runs are measured: give its configuration, "
+                f"{run_path}/{CONFIG_NAME}, to measure the baselines on the validation part"
+            )
+        own = self._interactions
+        with kept_interactions(run_path, lambda: own) as kept:
+            if (kept.fingerprint, kept.held_out.fingerprint) != (own.fingerprint, own.held_out.fingerprint):
+                raise UserError(
+                    f"{run_path} was trained on other data: the files of data.path or evaluate.path changed"
+                )
 
     def refusal_of_ease(self) -> str | None:
         """Returns why EASE does not fit; None if it does."""

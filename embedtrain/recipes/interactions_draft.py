@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -16,10 +17,13 @@ from embedtrain.recipes.draft import commented, in_comment, is_id, layout, of_va
 _USERS = ("user", "customer", "member", "visitor", "client", "session", "account", "reader")
 _ITEMS = ("item", "product", "movie", "article", "track", "song", "book", "video", "business", "page", "sku", "anime")
 _TIMES = re.compile(
-    r"(?i:(^|[_\W])(time|timestamp|datetime|date|ts|created)($|[_\W])|_at$)|[a-z](Time|Timestamp|Date|At)$"
+    r"(?i:(^|[_\W])(time|timestamp|datetime|date|ts|created|unix\w*)($|[_\W])|_at$)|[a-z](Time|Timestamp|Date|At)$"
 )
-_MOMENTS = re.compile(r"time|(^|[_\W])ts($|[_\W])", re.IGNORECASE)
-"""Names that are preferred to those of dates: a release date is no time of an interaction."""
+_EXACT_TIMES = ("timestamp", "time", "datetime", "ts", "event_time", "event_timestamp", "date")
+_ATTRIBUTES = re.compile(r"birth|born|release|zone|spent|signup|id$|day_of|length|duration", re.IGNORECASE)
+"""Columns with these names say something of a user or an item, or how long something took."""
+_LEAST_TIME = 1e8
+"""Numbers in a column of times with another name than `_EXACT_TIMES` are at least this: seconds since 1970 are."""
 
 
 class Events(NamedTuple):
@@ -39,8 +43,8 @@ def events_of(path: str, found: Survey, label: str | None, model: str) -> Events
     if label is not None:
         raise UserError(f"--label needs a model that predicts a column; {model} predicts items")
     times = [*found.times, *(column.name for column in found.columns if _is_of_times(column))]
-    time = min(times, key=lambda name: _MOMENTS.search(name) is None, default=None)
-    sides = _sides_of([column for column in found.columns if column.name != time])
+    time = min(times, key=_rank_of_time, default=None)
+    sides = _sides_of([column for column in found.columns if column.name != time and not _TIMES.search(column.name)])
     if sides is None:
         names = ", ".join(column.name for column in found.columns)
         raise UserError(f"{path}: expected a column of users and one of items, got the columns {names}")
@@ -58,24 +62,35 @@ def data_section(path: str, found: Survey, events: Events) -> Iterator[str]:
     yield commented(f"  user_column: {scalar(events.user.name)}", f"guessed: {of_values(events.user, found)}")
     yield commented(f"  item_column: {scalar(events.item.name)}", f"guessed: {of_values(events.item, found)}")
     if events.time is None:
-        yield commented("  time_column: null", "no column looks like times: the order of the lines counts")
+        unlike = [column.name for column in found.columns if _TIMES.search(column.name)]
+        why = f"{in_comment(unlike[0])} does not hold a time in every row" if unlike else "no column looks like times"
+        yield commented("  time_column: null", f"{why}: the order of the lines counts")
     values = {column.name: of_values(column, found) for column in found.columns}
     if events.time is not None:
         shown = values.get(events.time, "the file says that it holds times")
         yield commented(f"  time_column: {scalar(events.time)}", f"guessed: {shown}")
-    yield commented("  split: leave_one_out", "each user's newest item is the test part")
+    if found.is_all and all(count < 2 for _, count in events.user.counts):
+        yield commented("  split: none", "no user has a second line to hold out")
+    else:
+        yield commented("  split: leave_one_out", "each user's newest item is the test part")
     for name, shown in values.items():
         if name not in (events.user.name, events.item.name, events.time):
             yield f"  # not used: {in_comment(name)}, {shown}"
     yield ""
 
 
+def _rank_of_time(name: str) -> int:
+    is_exact = name.lower() in _EXACT_TIMES
+    return _EXACT_TIMES.index(name.lower()) if is_exact else len(_EXACT_TIMES)
+
+
 def _is_of_times(column: Column) -> bool:
-    if not _TIMES.search(column.name) or column.num_missing or not column.counts or column.is_bag:
+    name = column.name
+    if not _TIMES.search(name) or _ATTRIBUTES.search(name) or column.num_missing or not column.counts or column.is_bag:
         return False
     if column.kind != "text":
-        return True
-    texts = pa.array([text for text, _ in column.counts[:1000]], pa.large_string())
+        return math.isfinite(column.greatest) and (name.lower() in _EXACT_TIMES or column.least >= _LEAST_TIME)
+    texts = pa.array([text for text, _ in column.counts], pa.large_string())
     try:
         parse_times(texts, column.name, str)
     except UserError:
@@ -86,13 +101,19 @@ def _is_of_times(column: Column) -> bool:
 def _sides_of(columns: Sequence[Column]) -> tuple[Column, Column] | None:
     """Returns the columns of users and of items, chosen by name, or else the first columns that look like ids."""
     ids = [column for column in columns if column.kind in ("integer", "text")]
-
-    def named(words: Sequence[str]) -> Column | None:
-        return next((column for word in words for column in ids if word in column.name.lower()), None)
-
-    user, item = named(_USERS), named(_ITEMS)
+    user, item = _named(ids, _USERS), _named(ids, _ITEMS)
     rest = [column for column in ids if column not in (user, item) and column.num_values]
     rest.sort(key=lambda column: not is_id(column))
     user = user or (rest.pop(0) if rest else None)
     item = item or (rest.pop(0) if rest else None)
     return None if user is None or item is None else (user, item)
+
+
+def _named(columns: Sequence[Column], words: Sequence[str]) -> Column | None:
+    """Returns the column with one of the words as its name, or else as its name beside `id`, or else in its name."""
+    for pattern in (r"{}s?", r"({0}s?[_ ]?(id|no|code|key|number)|id[_ ]?{0})", r".*{}.*"):
+        for word in words:
+            for column in columns:
+                if re.fullmatch(pattern.format(word), column.name, re.IGNORECASE):
+                    return column
+    return None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from embedtrain.ops._backend import dispatch
 from embedtrain.ops._backend.mix import mix64
+from embedtrain.ops.damp_rows import Damping, damp_rows
 from embedtrain.ops.gather_rows import gather_rows
 from embedtrain.ops.gather_rows import reference as reference_gather
 from embedtrain.ops.pool_rows import Bags, pool_rows, pool_rows_backward
@@ -23,6 +24,9 @@ from embedtrain.ops.segment_sum import segment_sum
 from embedtrain.ops.skipgram_block import TextBlock, reach_of, skipgram_block
 from embedtrain.ops.skipgram_block import reference as reference_skipgram
 from embedtrain.ops.sort_unique import sort_unique
+from embedtrain.ops.top_eigenpairs import top_eigenpairs
+from embedtrain.ops.weighted_square import weighted_square
+from tests.ops.test_damp_rows import damp_exactly, make_damping
 from tests.ops.test_sample_text import make as make_text
 from tests.ops.test_skipgram_block import SHAPES, make
 from tests.ops.updates import moment_update
@@ -39,6 +43,30 @@ def on(device: torch.device, bags: Bags) -> Bags:
 
 def test_triton_runs_the_ops(device: torch.device) -> None:
     assert dispatch.backend_of(torch.zeros(1, device=device)) == "triton"
+
+
+@pytest.mark.parametrize("dim", [3, 100, 129])
+def test_damping(device: torch.device, dim: int) -> None:
+    damping = make_damping(1000, dim, 3)
+    grad = torch.randn(1000, dim, generator=torch.Generator().manual_seed(dim))
+    found = damp_rows(grad.to(device), Damping(*(tensor.to(device) for tensor in damping)))
+    torch.testing.assert_close(found.cpu().double(), damp_exactly(grad, damping), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [3, 100, 129])
+def test_second_moments_and_their_eigenpairs(device: torch.device, dim: int) -> None:
+    """Threads of the eigenpairs' kernel read what others wrote, which the interpreter cannot test."""
+    source = torch.randn(500, dim, generator=torch.Generator().manual_seed(dim)) * torch.logspace(0, -2, dim)
+    rows, weights = torch.arange(500), torch.rand(500)
+    square = weighted_square(source.to(device), rows.to(device), weights.to(device))
+    expected = weighted_square(source, rows, weights)
+    torch.testing.assert_close(square.cpu(), expected, rtol=1e-4, atol=1e-3)
+    values, vectors = top_eigenpairs(expected.to(device)[None].expand(2, -1, -1), 3)
+    assert torch.equal(values[0], values[1]) and torch.equal(vectors[0], vectors[1])
+    exact, _ = top_eigenpairs(expected[None], 3)
+    torch.testing.assert_close(values[0].cpu(), exact[0], rtol=1e-2, atol=1e-3)
+    products = vectors[0].cpu() @ vectors[0].cpu().T
+    torch.testing.assert_close(products, torch.eye(3), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -100,6 +100,12 @@ def test_a_search_names_the_best_settings_and_goes_on(
     alone = ask(capfd, "baseline", "search/best", "--methods", "popularity").splitlines()
     assert alone[1].split() == ["popularity", "search/best"]
     assert alone[2].split()[1] == compared[4].split()[1]
+    assert ask(capfd, "baseline", "search/best", "--methods", "popularity", "--run", "./search/best/") == "\n".join(
+        [*alone, ""]
+    )
+    with Path("events.csv").open("a") as file:
+        file.write("".join(f"u{user},i{user},9\n" for user in range(3)))
+    assert "search/best was trained on other data: the files" in ask(capfd, "baseline", "search/best", status=2)
     Path("empty").mkdir()
     assert "no run folder at 'empty'" in ask(capfd, "baseline", "empty", status=2)
     Path("retrieval").mkdir()  # a shipped configuration has the same name

@@ -138,7 +138,8 @@ def test_users_and_items_are_found_by_their_names(capfd: pytest.CaptureFixture[s
     [
         ("timestamp", ["881250949", "891717742"], True),
         ("created_at", ["2024-05-31T12:00:00", "2024-05-30"], True),
-        ("watchTime", ["1.5", "2.5"], True),
+        ("watchTime", ["1.5", "2.5"], False),
+        ("viewedAt", ["1700000001.5", "1700000002"], True),
         ("date", ["yesterday", "today"], False),
         ("date", ["2024-05-31", ""], False),
         ("times_bought", ["1", "2"], False),
@@ -155,10 +156,22 @@ def test_a_column_of_times_orders_the_interactions(name: str, times: list[str], 
         assert data["split"] == "leave_one_out"
 
 
-def test_a_time_is_preferred_to_a_date_and_a_type_of_times_needs_no_name() -> None:
+def test_events_are_told_from_attributes_of_users_and_items() -> None:
     found = [[row[0], row[1], "1999-01-01", 881250949] for row in rows()]
     write_csv("train.csv", found, names=["user", "item", "release_date", "timestamp"])
     assert data_of(draft("train.csv", "sasrec"))["time_column"] == "timestamp"
+    write_csv(
+        "train.csv", [[1, *row[:2], row[0]] for row in found], names=["user_agent", "user_id", "item_type", "item_id"]
+    )
+    data = data_of(draft("train.csv", "sasrec"))
+    assert (data["user_column"], data["item_column"]) == ("user_id", "item_id")
+    write_csv("train.csv", [["05/1/2024", *row[:2]] for row in found], names=["date", "a", "b"])
+    text = draft("train.csv", "sasrec")
+    data = data_of(text)
+    assert (data["user_column"], data["item_column"], data["time_column"]) == ("a", "b", None)
+    assert "date does not hold a time in every row: the order of the lines counts" in text
+    write_csv("train.csv", [[at, row[1]] for at, row in enumerate(found)], names=["user", "item"])
+    assert data_of(draft("train.csv", "retrieval"))["split"] == "none"
     table = pa.table({"user": [1, 1, 2], "item": [1, 2, 1], "seen": pa.array([3, 4, 5], pa.timestamp("ms"))})
     pq.write_table(table, "train.parquet")
     assert data_of(draft("train.parquet", "sasrec"))["time_column"] == "seen"
