@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import itertools
 import os
 import shutil
 import statistics
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +34,10 @@ from embedtrain.distributed.runtime import init_distributed
 from embedtrain.export.vectors import open_vectors, unit_rows
 from embedtrain.metrics.analogies import evaluate_analogies
 from embedtrain.metrics.word_similarity import evaluate_similarity
+from embedtrain.optim import damping as damping_module
+from embedtrain.optim import formulas
 from embedtrain.recipes.loading import load_config
+from embedtrain.recipes.word2vec import model as word2vec_model
 from embedtrain.recipes.word2vec import recipe
 from embedtrain.train.step import train_step
 
@@ -45,6 +50,13 @@ SIMILARITY = {
 }
 TESTS = [*SIMILARITY, "analogies"]
 HALVES = ("choice", "report")
+PARTS = {
+    "counts": (word2vec_model, "count_of_rows"),
+    "second moments": (damping_module, "_second_moments"),
+    "eigenvectors": (damping_module, "top_eigenpairs"),
+    "update": (formulas, "moment_update"),
+}
+"""Parts of a step that damping adds or slows down: the modules that call them, and their names there."""
 KEYS = ("text", "epochs", "words_per_step", "damping", "growth", "lr")
 COLUMNS = [*KEYS, "seed", "words_per_second", *(f"{half} {test}" for half in HALVES for test in TESTS)]
 Row = dict[str, str]
@@ -130,7 +142,7 @@ def train(options: argparse.Namespace, words_per_step: int, lr: float, seed: int
 
 
 def print_cost(options: argparse.Namespace) -> None:
-    """Prints milliseconds of processor time per step: the median and the least of plain and of damped steps."""
+    """Prints medians of processor time per step and per part of it, for plain and for damped steps in turns."""
     torch.set_num_threads(1)
     runtime = init_distributed(device="cpu")
     tasks = {}
@@ -147,20 +159,37 @@ def print_cost(options: argparse.Namespace) -> None:
         config = load_config("word2vec", settings)
         corpus, _ = recipe.prepare(config, runtime)
         tasks[damping] = recipe.build(config, runtime, corpus).task
-    times: dict[str, list[float]] = {damping: [] for damping in tasks}
+    times: dict[str, list[dict[str, float]]] = {damping: [] for damping in tasks}
+    of_step: dict[str, float] = {}
+    for part, (module, function) in PARTS.items():
+        setattr(module, function, timed(getattr(module, function), part, of_step))
     for turn in range(-2, options.turns):
         for damping, task in tasks.items():
+            of_step.clear()
             started = time.process_time()
             # Both take the same words.
             train_step(task.model, task.optimizer, task.batches.batch(0, turn % task.batches.steps_per_epoch))
             if turn >= 0:
-                times[damping].append((time.process_time() - started) * 1e3)
-    for damping, found in times.items():
-        print(f"damping {damping}: median {statistics.median(found):.1f} ms, least {min(found):.1f} ms per step")
-    pairs = zip(*times.values(), strict=True)
-    print(
-        f"a damped step takes {statistics.median(damped / plain for plain, damped in pairs):.3f} of a plain one's time"
-    )
+                times[damping].append({**of_step, "whole step": time.process_time() - started})
+    for part in (*PARTS, "whole step"):
+        medians = (statistics.median(own.get(part, 0.0) for own in found) * 1e3 for found in times.values())
+        print(f"{part:16}", *(f"{damping} {median:6.1f} ms  " for damping, median in zip(times, medians, strict=True)))
+    ratios = [damped["whole step"] / plain["whole step"] for plain, damped in zip(*times.values(), strict=True)]
+    print(f"a damped step takes {statistics.median(ratios):.3f} of a plain one's time")
+
+
+def timed(function: Callable[..., Any], part: str, times: dict[str, float]) -> Callable[..., Any]:
+    """Returns the function, which now adds its processor time to an entry of `times`."""
+
+    @functools.wraps(function)
+    def measured(*args: Any, **options: Any) -> Any:
+        started = time.process_time()
+        try:
+            return function(*args, **options)
+        finally:
+            times[part] = times.get(part, 0.0) + time.process_time() - started
+
+    return measured
 
 
 def score(unit: np.ndarray, words: Sequence[str], tests: Path, test: str, half: str) -> float:
