@@ -30,6 +30,8 @@ _LAST_RUNG = 99
 _DIGITS = 4
 _OUTCOME, _SECONDS, _BEST, _EPOCH = "outcome", "seconds", "best", "epoch"
 _SPACE, _JUDGED_BY = "space", "judged_by"
+_KEPT = "kept"
+"""Settings that are `null` in the configuration, for which the model has a rule: the first trial keeps them."""
 
 Outcome = Literal["complete", "stopped", "out of time", "failed", "refused"]
 """How a trial ended. The settings of a refused one cannot be used together: it is not counted."""
@@ -183,7 +185,7 @@ class Search:
         judged_by: says what trials are judged by.
         is_largest_best: whether the largest measurements are the best.
         seed: of the choice of settings.
-        start: by setting, its value without a search: the first trial takes those that are in the space.
+        start: by setting, its value without a search: the first trial takes those that are in the space, and null.
 
     Raises:
         UserError: Optuna is not installed, or the folder holds another search.
@@ -230,14 +232,19 @@ class Search:
             self._study.set_user_attr(_SPACE, facts)
             self._study.set_user_attr(_JUDGED_BY, judged_by)
             first = {key: each.start(start[key]) for key, each in space.items() if key in start}
-            self._study.enqueue_trial({key: value for key, value in first.items() if value is not None})
+            kept = [key for key, value in first.items() if value is None and start[key] is None]
+            self._study.enqueue_trial(
+                {key: value for key, value in first.items() if value is not None}, user_attrs={_KEPT: kept}
+            )
 
     def next(self) -> Trial:
         """Returns the trial that a killed job left, or a new one."""
         optuna = require_optuna()
         left = self._study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
         trial = optuna.trial.Trial(self._study, left[0]._trial_id) if left else self._study.ask()
-        return Trial(trial.number, [f"{key}={each.draw(trial, key)}" for key, each in self._space.items()])
+        kept = trial.user_attrs.get(_KEPT, ())
+        values = {key: "null" if key in kept else each.draw(trial, key) for key, each in self._space.items()}
+        return Trial(trial.number, [f"{key}={value}" for key, value in values.items()])
 
     def report(self, number: int, share: float, value: float) -> bool:
         """Takes a measurement of a trial that is being trained; returns whether the trial is not worth going on with.
@@ -286,7 +293,11 @@ class Search:
         for each in self._study.trials:
             facts = each.user_attrs
             if facts.get(_OUTCOME) is not None:
-                settings = [f"{key}={_text(each.params[key], self._space[key])}" for key in self._space]
+                values = {
+                    key: _text(each.params[key], kind) if key in each.params else "null"
+                    for key, kind in self._space.items()
+                }
+                settings = [f"{key}={value}" for key, value in values.items()]
                 found.append(
                     Trial(each.number, settings, facts[_OUTCOME], facts.get(_BEST), facts.get(_EPOCH), facts[_SECONDS])
                 )

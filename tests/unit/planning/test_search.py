@@ -66,6 +66,21 @@ def test_a_start_outside_the_space_is_drawn(tmp_path: Path) -> None:
     assert settings[1] in ("table.dim=8", "table.dim=16")
 
 
+def test_the_first_trial_keeps_null_and_later_ones_draw(tmp_path: Path) -> None:
+    start = {"optimizer.lr": None, "table.dim": 16}
+    asked = search(tmp_path, start=start)
+    first = asked.next()
+    assert first.settings == ["optimizer.lr=null", "table.dim=16"]
+    assert search(tmp_path, start=start).next() == first
+    asked.finish(first.number, "complete", (0.9, 3.0), 1.0)
+    for _ in range(3):
+        later = asked.next()
+        assert later.settings[0] != first.settings[0]
+        asked.finish(later.number, "complete", (0.5, 3.0), 1.0)
+    best = asked.best()
+    assert best is not None and best.settings == first.settings
+
+
 def test_a_killed_search_goes_on_where_it_was(tmp_path: Path) -> None:
     first = search(tmp_path)
     first.finish(first.next().number, "complete", (0.5, 3.0), 7.0)
