@@ -71,9 +71,7 @@ def baseline(
 ) -> int:
     """Measures popularity, item-kNN and EASE on the same data."""
     from embedtrain.distributed.runtime import init_distributed, shut_down
-    from embedtrain.recipes.loading import load_config, shipped_names
-    from embedtrain.recipes.trained import require_config as config_of_run
-    from embedtrain.train.run_folder import CONFIG_NAME, RunFolder
+    from embedtrain.recipes.loading import load_config
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("baselines are fitted by one process: give the command without torchrun")
@@ -99,14 +97,7 @@ def baseline(
         ),
         "ease": Grid({"regularization": _numbers("--regularization", regularization or "250", 1e-3)}),
     }
-    path, overrides = require_config(config, settings)
-    if os.path.isdir(path) and path not in shipped_names():
-        config_of_run(path)  # refuses a folder that is not a run
-        runs, path = [path, *runs], RunFolder(path).join(CONFIG_NAME)
-    places: dict[str, str] = {}
-    for run in runs:
-        places.setdefault(run if "://" in run else os.path.realpath(run), run.rstrip("/"))
-    runs = list(places.values())
+    path, overrides, runs = _with_runs(*require_config(config, settings), runs)
     loaded = load_config(path, overrides)
     others = [_config_of(path, loaded) for path in runs]
     runtime = init_distributed(device="cpu")
@@ -289,6 +280,24 @@ class Measured:
             neighbors, shrink, alpha = int(point["neighbors"]), point["shrink"], point["alpha"]
             return baselines.item_knn(known, num_items, neighbors=neighbors, shrink=shrink, alpha=alpha)
         return baselines.ease(known, num_items, regularization=point["regularization"])
+
+
+def _with_runs(path: str, overrides: list[str], runs: Sequence[str]) -> tuple[str, list[str], list[str]]:
+    """Returns the configuration file, the settings, and the runs without repetitions.
+
+    A run folder in place of the file stands for its configuration, and is the first run.
+    """
+    from embedtrain.recipes.loading import shipped_names
+    from embedtrain.recipes.trained import require_config as config_of_run
+    from embedtrain.train.run_folder import CONFIG_NAME, RunFolder
+
+    if os.path.isdir(path) and path not in shipped_names():
+        config_of_run(path)  # refuses a folder that is not a run
+        runs, path = [path, *runs], RunFolder(path).join(CONFIG_NAME)
+    places: dict[str, str] = {}
+    for run in runs:
+        places.setdefault(run if "://" in run else os.path.realpath(run), run.rstrip("/"))
+    return path, overrides, list(places.values())
 
 
 def _config_of(path: str, config: Config) -> Config:

@@ -114,10 +114,7 @@ class Retriever:
         self._sides = {side: (Table(path, each["table"]), Vocabulary(path, each["names"])) for side, each in sides}
 
     def user_vectors(self, users: Sequence[str | int]) -> Tensor:
-        """Returns the vectors [n, dim] of users by their raw ids; ValueError for an unknown user.
-
-        Ids that are whole numbers are compared as text.
-        """
+        """Returns the vectors [n, dim] of users by raw id, whole numbers as text; ValueError for an unknown user."""
         return self._vectors("user", users)
 
     def _vectors(self, side: str, ids: Sequence[str | int]) -> Tensor:

@@ -88,7 +88,7 @@ def test_an_unknown_key_imports_no_package(install: Install, caplog: pytest.LogC
 def test_a_model_that_does_not_exist_is_named_with_those_that_do(install: Install) -> None:
     install("book-shop", "books", RECIPE)
     with pytest.raises(
-        UserError, match="there is no model 'films'; there are word2vec, retrieval, ranking, sasrec, books"
+        UserError, match="there is no model 'films'; there are word2vec, sasrec, retrieval, ranking, books"
     ):
         load_config(None, ["model=films"])
 
