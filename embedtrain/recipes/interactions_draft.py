@@ -42,7 +42,8 @@ def events_of(path: str, found: Survey, label: str | None, model: str) -> Events
     """
     if label is not None:
         raise UserError(f"--label needs a model that predicts a column; {model} predicts items")
-    times = [*found.times, *(column.name for column in found.columns if _is_of_times(column))]
+    times = [name for name in found.times if not _ATTRIBUTES.search(name)]
+    times += [column.name for column in found.columns if _is_of_times(column)]
     time = min(times, key=_rank_of_time, default=None)
     sides = _sides_of([column for column in found.columns if column.name != time and not _TIMES.search(column.name)])
     if sides is None:
@@ -63,8 +64,10 @@ def data_section(path: str, found: Survey, events: Events) -> Iterator[str]:
     yield commented(f"  item_column: {scalar(events.item.name)}", f"guessed: {of_values(events.item, found)}")
     if events.time is None:
         unlike = [column.name for column in found.columns if _TIMES.search(column.name)]
-        why = f"{in_comment(unlike[0])} does not hold a time in every row" if unlike else "no column looks like times"
-        yield commented("  time_column: null", f"{why}: the order of the lines counts")
+        subject = in_comment(unlike[0]) if unlike else "no column"
+        verb = "does not hold" if unlike else "holds"
+        why = f"{subject} {verb} a time of the interaction in every row: the order of the lines counts"
+        yield commented("  time_column: null", why)
     values = {column.name: of_values(column, found) for column in found.columns}
     if events.time is not None:
         shown = values.get(events.time, "the file says that it holds times")

@@ -169,7 +169,7 @@ def test_events_are_told_from_attributes_of_users_and_items() -> None:
     text = draft("train.csv", "sasrec")
     data = data_of(text)
     assert (data["user_column"], data["item_column"], data["time_column"]) == ("a", "b", None)
-    assert "date does not hold a time in every row: the order of the lines counts" in text
+    assert "date does not hold a time of the interaction in every row: the order of the lines counts" in text
     write_csv("train.csv", [[at, row[1]] for at, row in enumerate(found)], names=["user", "item"])
     assert data_of(draft("train.csv", "retrieval"))["split"] == "none"
     table = pa.table({"user": [1, 1, 2], "item": [1, 2, 1], "seen": pa.array([3, 4, 5], pa.timestamp("ms"))})
