@@ -21,21 +21,28 @@ fi
 scripts/setup_env.sh test || exit
 
 status=0
-check() {
-    echo "==> $*"
-    .venv/bin/python -m "$@"
-    note $? "$1"
-}
 note() {
     (($1 == 0)) && return
     ((status != 0)) || status=$1
     echo "==> $2 FAILED (exit status $1)"
 }
 
+# The linter and the type checker use one core for a minute, so they run beside the tests. Their output comes last.
+lint() {
+    local failed=0
+    for check in "ruff check --quiet" "ruff format --check --quiet" mypy; do
+        echo "==> $check"
+        # shellcheck disable=SC2086
+        .venv/bin/python -m $check || failed=1
+    done
+    return $failed
+}
+lint_output=$(mktemp)
+trap 'rm -f "$lint_output"' EXIT
+lint_pid=
 if $lints; then
-    check ruff check --quiet
-    check ruff format --check --quiet
-    check mypy
+    lint >"$lint_output" 2>&1 &
+    lint_pid=$!
 fi
 
 # Each worker does its arithmetic on one core.
@@ -50,6 +57,12 @@ echo "==> pytest $*: the tests that run alone"
 serial=$?
 if ((parallel == nothing_collected)); then parallel=$serial; fi
 if ((serial == nothing_collected)); then serial=0; fi
+if [[ -n $lint_pid ]]; then
+    wait "$lint_pid"
+    lint_status=$?
+    cat "$lint_output"
+    note $lint_status "lint"
+fi
 note $parallel "pytest"
 note $serial "pytest, the tests that run alone"
 exit $status

@@ -134,6 +134,7 @@ def test_ranks_die_with_a_killed_launcher(job: Job, wait_until: Wait) -> None:
     assert not alive
 
 
+@pytest.mark.slow
 def test_torchruns_restarts_resume_by_themselves(job: Job, wait_until: Wait, whole_on: WholeOn) -> None:
     launcher = job.start(*job.train_arguments("restarted", *LONG), ranks=2, torchrun=("--max-restarts", "1"))
     wait_until(lambda: num_checkpoints(job, "restarted") >= 2, launcher)
