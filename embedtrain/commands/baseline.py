@@ -178,7 +178,7 @@ class Measured:
 
         if not self._has_test:
             raise UserError(
-                f"{run_path} has no test part, on which runs are measured: give its configuration, "
+                f"runs are measured on a test part, and {run_path} has none: give its configuration, "
                 f"{run_path}/{CONFIG_NAME}, to measure the baselines on the validation part"
             )
         own = self._interactions

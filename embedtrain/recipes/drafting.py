@@ -28,7 +28,7 @@ def draft(path: str, model: str | None = None, label: str | None = None) -> str:
         drafted = f"{', '.join(others)} and {last}"
         raise UserError(f"--from drafts configurations of {drafted}, not of {model!r}; leave out --from")
     found = survey(path)
-    errors: dict[str, list[str]] = {}  # the models that an error leaves out
+    errors: dict[str, list[str]] = {}  # by message, the models that it rules out
     for name in names if model is None else [model]:
         make = recipe_of(name).draft
         assert make is not None

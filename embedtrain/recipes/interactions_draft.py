@@ -62,14 +62,14 @@ def data_section(path: str, found: Survey, events: Events) -> Iterator[str]:
     yield from layout(found)
     yield commented(f"  user_column: {scalar(events.user.name)}", f"guessed: {of_values(events.user, found)}")
     yield commented(f"  item_column: {scalar(events.item.name)}", f"guessed: {of_values(events.item, found)}")
-    if events.time is None:
-        unlike = [column.name for column in found.columns if _TIMES.search(column.name)]
-        subject = in_comment(unlike[0]) if unlike else "no column"
-        verb = "does not hold" if unlike else "holds"
-        why = f"{subject} {verb} a time of the interaction in every row: the order of the lines counts"
-        yield commented("  time_column: null", why)
     values = {column.name: of_values(column, found) for column in found.columns}
-    if events.time is not None:
+    if events.time is None:
+        unlike = next(
+            (f"{in_comment(name)} does not hold" for name in values if _TIMES.search(name)), "no column holds"
+        )
+        why = f"{unlike} a time of the interaction in every row: the order of the lines counts"
+        yield commented("  time_column: null", why)
+    else:
         shown = values.get(events.time, "the file says that it holds times")
         yield commented(f"  time_column: {scalar(events.time)}", f"guessed: {shown}")
     if found.is_all and all(count < 2 for _, count in events.user.counts):
@@ -83,8 +83,7 @@ def data_section(path: str, found: Survey, events: Events) -> Iterator[str]:
 
 
 def _rank_of_time(name: str) -> int:
-    is_exact = name.lower() in _EXACT_TIMES
-    return _EXACT_TIMES.index(name.lower()) if is_exact else len(_EXACT_TIMES)
+    return [*_EXACT_TIMES, name.lower()].index(name.lower())
 
 
 def _is_of_times(column: Column) -> bool:

@@ -160,7 +160,8 @@ void embedtrain_rowwise_adagrad_of_terms(float* weight, float* accumulator, int6
 // second_kind of 0, 1 or 2. damping, rounding_keys and num_outside: as in embedtrain_rowwise_adagrad.
 void embedtrain_moment_update(void* weight, float* first, float* second, const int64_t* rows, const float* row_grad,
                               const struct EmbedtrainDamping* damping, const int64_t* rounding_keys, int second_kind,
-                              int64_t num_touched, int64_t num_rows, int64_t dim, const struct EmbedtrainCoefficients* coefficients, int num_threads,
+                              int64_t num_touched, int64_t num_rows, int64_t dim,
+                              const struct EmbedtrainCoefficients* coefficients, int num_threads,
                               int64_t* num_outside);
 
 // Sums weighted outer products of rows. source: [num_source_rows, dim] float32 or bfloat16; rows and weights:

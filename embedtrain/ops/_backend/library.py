@@ -7,6 +7,8 @@ import functools
 import sys
 from pathlib import Path
 
+from torch import Tensor
+
 from embedtrain.ops._backend import header
 
 PATH = Path(__file__).with_name("libembedtrain_native.so")
@@ -86,6 +88,11 @@ def load(path: Path, declared: header.Declarations) -> ctypes.CDLL:
         function.argtypes = [_TYPES[kind] for kind in arguments.values()]
         function.restype = None
     return loaded
+
+
+def outside_error(name: str, values: Tensor, bound: int) -> IndexError:
+    """Returns the error for values of which some are not in [0, bound); waits for the device."""
+    return IndexError(f"{name} must lie in [0, {bound}), got {int(values.min())} to {int(values.max())}")
 
 
 def array_code(struct: str, *members: str) -> str:

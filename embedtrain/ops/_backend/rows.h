@@ -34,6 +34,13 @@ EMBEDTRAIN_INLINE void load_row(float8v& vector, const uint16_t* source) {
     std::memcpy(&vector, &wide, sizeof(wide));
 }
 
+// Returns how many of `num` values are not in [0, bound).
+inline int64_t count_outside(const int64_t* values, int64_t num, int64_t bound) {
+    int64_t outside = 0;
+    for (int64_t i = 0; i < num; ++i) outside += values[i] < 0 || values[i] >= bound;
+    return outside;
+}
+
 // Prefetch distance for reading rows, in rows. It keeps as many bytes in flight as one core sustains (measured).
 EMBEDTRAIN_INLINE int64_t rows_ahead_to_read(int64_t row_bytes) {
     return std::clamp<int64_t>(10240 / row_bytes, 4, 48);

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from embedtrain.ops._backend import library
+
 
 class Damping(NamedTuple):
     """Describes how the gradient of each row is damped along the directions of its table.
@@ -49,11 +51,9 @@ class Damping(NamedTuple):
 
     def check_tables(self) -> None:
         """Raises IndexError if a table is out of range; waits for the device."""
-        if self.tables.numel() and not 0 <= self.tables.min() <= self.tables.max() < len(self.curvatures):
-            raise IndexError(
-                f"tables must lie in [0, {len(self.curvatures)}), got {int(self.tables.min())} to "
-                f"{int(self.tables.max())}"
-            )
+        num_tables = len(self.curvatures)
+        if self.tables.numel() and not 0 <= self.tables.min() <= self.tables.max() < num_tables:
+            raise library.outside_error("tables", self.tables, num_tables)
 
     def contiguous(self) -> Damping:
         """Returns the damping with contiguous tensors."""

@@ -30,5 +30,5 @@ def gather_rows(source: Tensor, rows: Tensor, dtype: torch.dtype, out: Tensor | 
         ctypes.addressof(num_outside),
     )
     if num_outside.value:
-        raise IndexError(f"rows must lie in [0, {source.shape[0]}), got {int(rows.min())} to {int(rows.max())}")
+        raise library.outside_error("rows", rows, source.shape[0])
     return gathered

@@ -50,7 +50,7 @@ def split_bags(
     if num_outside.value:
         check_lengths(bags)
         bound = num_owners * num_local_rows
-        raise IndexError(f"keys must lie in [0, {bound}), got {int(keys.min())} to {int(keys.max())}")
+        raise library.outside_error("keys", keys, bound)
     return SplitBags(rows, weights, bag_of_sum[: int(sum_counts.sum())], id_counts, sum_counts)
 
 

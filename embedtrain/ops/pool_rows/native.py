@@ -41,7 +41,7 @@ def pool_rows(source: Tensor, index: Tensor, bags: Sequence[Bags], out: Sequence
     del kept
     if num_outside.value:
         check_lengths(bags)
-        raise IndexError(f"rows must lie in [0, {source.shape[0]}), got {int(index.min())} to {int(index.max())}")
+        raise library.outside_error("rows", index, source.shape[0])
     return pooled
 
 

@@ -143,12 +143,7 @@ EMBEDTRAIN_MULTIVERSION void damp_block(const Block* block) {
 }  // namespace
 
 int64_t num_outside_tables(const EmbedtrainDamping* damping, int64_t num_rows) {
-    if (!damping) return 0;
-    int64_t outside = 0;
-    for (int64_t i = 0; i < num_rows; ++i) {
-        outside += damping->tables[i] < 0 || damping->tables[i] >= damping->num_tables;
-    }
-    return outside;
+    return damping ? count_outside(damping->tables, num_rows, damping->num_tables) : 0;
 }
 
 const float* damped_gradients(const EmbedtrainDamping* damping, const float* grads, int64_t num_rows, int64_t dim,

@@ -160,10 +160,8 @@ void embedtrain_moment_update(void* weight, float* first, float* second, const i
                               const float* row_grad, const EmbedtrainDamping* damping,
                               const int64_t* rounding_keys, int second_kind, int64_t num_touched, int64_t num_rows,
                               int64_t dim, const Coefficients* coefficients, int num_threads, int64_t* num_outside) {
-    int64_t outside = num_outside_tables(damping, num_touched);
-    for (int64_t i = 0; i < num_touched; ++i) outside += rows[i] < 0 || rows[i] >= num_rows;
-    *num_outside = outside;
-    if (outside) return;
+    *num_outside = count_outside(rows, num_touched, num_rows) + num_outside_tables(damping, num_touched);
+    if (*num_outside) return;
     const int num_parts = num_touched * dim < kSmallWork ? 1 : num_threads;
     const Update u{weight, first, second, rows, row_grad, damping, rounding_keys, num_touched, dim, *coefficients,
                    num_parts};

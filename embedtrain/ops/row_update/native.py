@@ -180,4 +180,4 @@ def _check_outside(num_outside: int, rows: Tensor, weight: Tensor, damping: Damp
         return
     if damping is not None:
         damping.check_tables()
-    raise IndexError(f"rows must lie in [0, {weight.shape[0]}), got {int(rows.min())} to {int(rows.max())}")
+    raise library.outside_error("rows", rows, weight.shape[0])

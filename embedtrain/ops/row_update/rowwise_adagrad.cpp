@@ -188,10 +188,8 @@ void embedtrain_rowwise_adagrad(void* weight, float* accumulator, const int64_t*
                                 int64_t num_rows, int64_t dim, float lr, float eps, float weight_decay, int decoupled,
                                 float max_norm, const int64_t* rounding_keys, int num_threads,
                                 int64_t* num_outside) {
-    int64_t outside = num_outside_tables(damping, num_touched);
-    for (int64_t i = 0; i < num_touched; ++i) outside += rows[i] < 0 || rows[i] >= num_rows;
-    *num_outside = outside;
-    if (outside) return;
+    *num_outside = count_outside(rows, num_touched, num_rows) + num_outside_tables(damping, num_touched);
+    if (*num_outside) return;
     const int num_parts = num_touched * dim < kSmallWork ? 1 : num_threads;
     const Update u{weight, accumulator, rows, row_grad, damping, num_touched, dim,
                    Hyperparameters{lr, eps, weight_decay, decoupled != 0, max_norm}, rounding_keys, num_parts};

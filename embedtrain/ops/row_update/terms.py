@@ -69,5 +69,5 @@ def sort_terms(gradient: RowGradient) -> SortedTerms | None:
         check_lengths(bags)
         if sum(run.num_values for run in gradient.runs or ()) not in (0, rows.numel()):
             raise ValueError(f"expected runs of {rows.numel()} values, got {list(gradient.runs)}")
-        raise IndexError(f"rows must lie in [0, {gradient.num_rows}), got {int(rows.min())} to {int(rows.max())}")
+        raise library.outside_error("rows", rows, gradient.num_rows)
     return SortedTerms(words, term_bits, features, len(bags))

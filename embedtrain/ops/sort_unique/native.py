@@ -33,6 +33,6 @@ def sort_unique(keys: Tensor, largest: int, with_inverse: bool) -> SortedKeys:
         ctypes.addressof(num_outside),
     )
     if num_outside.value:
-        raise IndexError(f"keys must lie in [0, {largest + 1}), got {int(keys.min())} to {int(keys.max())}")
+        raise library.outside_error("keys", keys, largest + 1)
     m = num_distinct.value
     return SortedKeys(unique[:m], starts[: m + 1], order, inverse)

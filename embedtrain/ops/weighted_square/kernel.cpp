@@ -115,10 +115,8 @@ EMBEDTRAIN_MULTIVERSION void square_bfloat16(const void* square, int part) {
 void embedtrain_weighted_square(const void* source, int64_t num_source_rows, int is_bfloat16, const int64_t* rows,
                                 const float* weights, int64_t num_rows, int64_t dim, float* result, int num_threads,
                                 int64_t* num_outside) {
-    int64_t outside = 0;
-    for (int64_t i = 0; i < num_rows; ++i) outside += rows[i] < 0 || rows[i] >= num_source_rows;
-    *num_outside = outside;
-    if (outside || dim == 0) return;
+    *num_outside = count_outside(rows, num_rows, num_source_rows);
+    if (*num_outside || dim == 0) return;
     const int num_parts = num_rows * dim < kSmallWork ? 1 : num_threads;
     const Square u{source, rows, weights, num_rows, dim, result, num_parts};
     run_parts(num_parts, is_bfloat16 ? square_bfloat16 : square_float32, &u);

@@ -29,5 +29,5 @@ def weighted_square(source: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
         ctypes.addressof(num_outside),
     )
     if num_outside.value:
-        raise IndexError(f"rows must lie in [0, {source.shape[0]}), got {int(rows.min())} to {int(rows.max())}")
+        raise library.outside_error("rows", rows, source.shape[0])
     return result
