@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "embedtrain.h"
 #include "parallel.h"
@@ -19,14 +20,16 @@ namespace {
 
 using namespace embedtrain;
 
-constexpr int kLanes = 16;
 constexpr int kTargets = 6;  // targets per group: the centre and five negatives; more negatives need more groups
-constexpr int kSlots = 8;    // logits of a context (half a vector): kTargets and two unused lanes
+constexpr int kSlots = 8;    // logits of a context: kTargets and two unused lanes
 // Larger logits are clamped in exp, which would overflow, and their loss is the logit itself. The comparisons are
 // written so that NaN propagates.
 constexpr float kLargestLogit = 80.0f;
 constexpr int kLargestPower = 96;  // number of factors, each at most 2, whose product cannot overflow a float32
 constexpr int64_t kCentresAhead = 3;  // prefetch distance, in centres
+
+template <typename Vector>
+constexpr int kLanes = sizeof(Vector) / sizeof(float);
 
 struct Block {
     const float* vectors;
@@ -37,113 +40,98 @@ struct Block {
     float* grad;
 };
 
-typedef int32_t int16v __attribute__((vector_size(64)));
-
-// These functions sum the lanes of several vectors at once. Each step halves the number of lanes per sum and
-// interleaves the vectors.
-EMBEDTRAIN_INLINE float16v sums_by_two(const float16v& a, const float16v& b) {
-    const int16v low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
-    const int16v high = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
-    return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+// Returns the sums of the upper and the lower half.
+EMBEDTRAIN_INLINE float8v in_eight_lanes(const float16v& v) {
+    float8v halves[2];
+    std::memcpy(halves, &v, sizeof(v));
+    return halves[0] + halves[1];
 }
 
-EMBEDTRAIN_INLINE float16v sums_by_four(const float16v& ab, const float16v& cd) {
-    const int16v low = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
-    const int16v high = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
-    return __builtin_shuffle(ab, cd, low) + __builtin_shuffle(ab, cd, high);
-}
+EMBEDTRAIN_INLINE float8v in_eight_lanes(const float8v& v) { return v; }
 
-EMBEDTRAIN_INLINE float16v sums_of_quarters(const float16v& a, const float16v& b) {
-    const int16v even = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
-    const int16v odd = {4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31};
+// The next three functions sum lanes of two vectors. Each halves the number of lanes per sum and interleaves the
+// vectors.
+EMBEDTRAIN_INLINE float8v sums_by_two(const float8v& a, const float8v& b) {
+    const int8v even = {0, 8, 1, 9, 4, 12, 5, 13};
+    const int8v odd = {2, 10, 3, 11, 6, 14, 7, 15};
     return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
 }
 
-// Returns partial sums of a context's products with the targets. The first two quarters hold two parts of the sums of
-// targets 0 to 3, and the last two hold two parts of the sums of targets 4 and 5 and of two zeros.
-EMBEDTRAIN_INLINE float16v half_sums(const float16v* products) {
-    const float16v first = sums_by_four(sums_by_two(products[0], products[1]), sums_by_two(products[2], products[3]));
-    const float16v second = sums_by_four(sums_by_two(products[4], products[5]), float16v{});
-    return sums_of_quarters(first, second);
+EMBEDTRAIN_INLINE float8v sums_by_four(const float8v& ab, const float8v& cd) {
+    const int8v even = {0, 1, 8, 9, 4, 5, 12, 13};
+    const int8v odd = {2, 3, 10, 11, 6, 7, 14, 15};
+    return __builtin_shuffle(ab, cd, even) + __builtin_shuffle(ab, cd, odd);
 }
 
-// Products of contexts and targets, summed over columns in each of 16 lanes. An AVX2 register holds 8 lanes, and there
-// are too few registers for all sums at once. So with `float8v` the lower lanes are computed first, then the upper.
+EMBEDTRAIN_INLINE float8v sums_of_halves(const float8v& abcd, const float8v& efgh) {
+    const int8v low = {0, 1, 2, 3, 8, 9, 10, 11};
+    const int8v high = {4, 5, 6, 7, 12, 13, 14, 15};
+    return __builtin_shuffle(abcd, efgh, low) + __builtin_shuffle(abcd, efgh, high);
+}
+
+// logits[c][t] = contexts[c] . targets[t]; the two unused lanes get zeros.
 template <typename Vector, int kContexts>
-EMBEDTRAIN_INLINE void lane_products(const float* const* contexts, const float* targets, int64_t width,
-                                     float16v* products) {
-    constexpr int kStep = sizeof(Vector) / sizeof(float);
+EMBEDTRAIN_INLINE void dot_products(const float* const* contexts, const float* targets, int64_t width, float* logits) {
+    Vector sums[kContexts * kTargets];
     EMBEDTRAIN_UNROLL
-    for (int half = 0; half < kLanes; half += kStep) {
-        Vector sums[kContexts * kTargets];
+    for (int i = 0; i < kContexts * kTargets; ++i) sums[i] = Vector{};
+    for (int64_t d = 0; d < width; d += kLanes<Vector>) {
+        Vector x[kContexts];
         EMBEDTRAIN_UNROLL
-        for (int i = 0; i < kContexts * kTargets; ++i) sums[i] = Vector{};
-        for (int64_t d = half; d < width; d += kLanes) {
-            Vector x[kContexts];
+        for (int c = 0; c < kContexts; ++c) load(x[c], contexts[c] + d);
+        EMBEDTRAIN_UNROLL
+        for (int t = 0; t < kTargets; ++t) {
+            Vector y;
+            load(y, targets + t * width + d);
             EMBEDTRAIN_UNROLL
-            for (int c = 0; c < kContexts; ++c) load(x[c], contexts[c] + d);
-            EMBEDTRAIN_UNROLL
-            for (int t = 0; t < kTargets; ++t) {
-                Vector y;
-                load(y, targets + t * width + d);
-                EMBEDTRAIN_UNROLL
-                for (int c = 0; c < kContexts; ++c) sums[c * kTargets + t] += x[c] * y;
-            }
+            for (int c = 0; c < kContexts; ++c) sums[c * kTargets + t] += x[c] * y;
         }
-        EMBEDTRAIN_UNROLL
-        for (int i = 0; i < kContexts * kTargets; ++i) store(reinterpret_cast<float*>(products + i) + half, sums[i]);
     }
-}
-
-// logits[c][t] = contexts[c] . targets[t]. Logits are written for two contexts at a time.
-template <typename Vector, int kContexts>
-EMBEDTRAIN_INLINE void dot_products(const float* const* contexts, const float* targets, int64_t width,
-                                    float* logits) {
-    float16v products[kContexts * kTargets];
-    lane_products<Vector, kContexts>(contexts, targets, width, products);
     EMBEDTRAIN_UNROLL
-    for (int c = 0; c < kContexts; c += 2) {
-        const float16v other = c + 1 < kContexts ? half_sums(products + (c + 1) * kTargets) : float16v{};
-        store(logits + c * kSlots, sums_of_quarters(half_sums(products + c * kTargets), other));
+    for (int c = 0; c < kContexts; ++c) {
+        float8v of_target[kTargets];
+        EMBEDTRAIN_UNROLL
+        for (int t = 0; t < kTargets; ++t) of_target[t] = in_eight_lanes(sums[c * kTargets + t]);
+        const float8v first = sums_by_four(sums_by_two(of_target[0], of_target[1]),
+                                           sums_by_two(of_target[2], of_target[3]));
+        const float8v second = sums_by_four(sums_by_two(of_target[4], of_target[5]), float8v{});
+        store(logits + c * kSlots, sums_of_halves(first, second));
     }
 }
 
 // Accumulates losses. Terms log(1 + u) are summed as the logarithm of a product, which needs fewer logarithms.
+template <typename Vector>
 struct Loss {
-    float16v linear = {}, product = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    Vector linear = {}, product = Vector{} + 1.0f;
     int power = 0;
     double total = 0.0;
 
     EMBEDTRAIN_INLINE void settle() {
-        for (int i = 0; i < kLanes; ++i) {
+        for (int i = 0; i < kLanes<Vector>; ++i) {
             total += static_cast<double>(linear[i]) + std::log(static_cast<double>(product[i]));
-            linear[i] = 0.0f;
-            product[i] = 1.0f;
         }
+        linear = Vector{};
+        product = Vector{} + 1.0f;
         power = 0;
     }
 };
 
-// Replaces the logits of two contexts by the derivatives of their losses, and adds the losses. A positive factor marks
-// a negative, whose derivative is factor * sigmoid(logit). A negative factor marks the centre, whose derivative is
+// Replaces logits by the derivatives of their losses, and adds the losses. A positive factor marks a negative, whose
+// derivative is factor * sigmoid(logit). A negative factor marks the centre, whose derivative is
 // factor * sigmoid(-logit). A factor of zero skips a logit.
-EMBEDTRAIN_INLINE void slopes_in_place(float* logits, const float* factors, Loss& loss) {
-    float growth[kLanes], excess[kLanes];
-#pragma omp simd
-    for (int i = 0; i < kLanes; ++i) {
-        const float z = factors[i] < 0.0f ? -logits[i] : logits[i];
-        const float magnitude = z < 0.0f ? -z : z;
-        const float decay = exponential(-(magnitude > kLargestLogit ? kLargestLogit : magnitude));
-        const float probability = (z < 0.0f ? decay : 1.0f) / (1.0f + decay);
-        growth[i] = factors[i] != 0.0f ? 1.0f + decay : 1.0f;
-        excess[i] = factors[i] != 0.0f && !(z <= 0.0f) ? z : 0.0f;
-        logits[i] = factors[i] != 0.0f ? probability * factors[i] : 0.0f;
-    }
-    float16v factor, more;
-    load(factor, growth);
-    load(more, excess);
-    loss.product *= factor;
-    loss.linear += more;
+template <typename Vector>
+EMBEDTRAIN_INLINE void slopes_in_place(float* logits, const float* factors, Loss<Vector>& loss) {
+    const Vector zero = {}, one = zero + 1.0f;
+    Vector logit, factor;
+    load(logit, logits);
+    load(factor, factors);
+    const Vector z = factor < zero ? -logit : logit;
+    const Vector magnitude = z < zero ? -z : z;
+    const Vector decay = exponential<Vector>(magnitude > kLargestLogit ? zero - kLargestLogit : -magnitude);
+    const Vector probability = (z < zero ? decay : one) / (one + decay);
+    store(logits, factor != zero ? probability * factor : zero);
+    loss.product *= factor != zero ? one + decay : one;
+    loss.linear += factor == zero || z <= zero ? zero : z;
     if (++loss.power == kLargestPower) loss.settle();
 }
 
@@ -152,7 +140,7 @@ EMBEDTRAIN_INLINE void slopes_in_place(float* logits, const float* factors, Loss
 template <typename Vector, int kSums, int kBlocks, typename Add>
 EMBEDTRAIN_INLINE int64_t add_combinations(const float* factors, int a_stride, int b_stride, const float* const* rows,
                                            int num_rows, int64_t d, int64_t width, Add add) {
-    constexpr int kStep = sizeof(Vector) / sizeof(float);
+    constexpr int kStep = kLanes<Vector>;
     for (; d + kBlocks * kStep <= width; d += kBlocks * kStep) {
         Vector total[kSums * kBlocks];
         EMBEDTRAIN_UNROLL
@@ -185,25 +173,30 @@ EMBEDTRAIN_INLINE void add_columns(float* target, const float* source, int64_t c
     for (; d < count; ++d) target[d] += source[d];
 }
 
+template <typename Vector>
+EMBEDTRAIN_INLINE void add_vector(float* row, const Vector& values) {
+    Vector old;
+    load(old, row);
+    store(row, old + values);
+}
+
 // Adds a vector to a row from column `d` on; columns past the end of the row are ignored.
 template <typename Vector>
-EMBEDTRAIN_INLINE void add_vector(float* row, int64_t d, int64_t dim, const Vector& values) {
-    constexpr int kStep = sizeof(Vector) / sizeof(float);
-    if (d + kStep <= dim) {
-        Vector old;
-        load(old, row + d);
-        store(row + d, old + values);
+EMBEDTRAIN_INLINE void add_vector_within(float* row, int64_t d, int64_t dim, const Vector& values) {
+    if (d + kLanes<Vector> <= dim) {
+        add_vector(row + d, values);
     } else if (d < dim) {
-        float copy[kStep];
+        float copy[kLanes<Vector>];
         store(copy, values);
         add_columns(row + d, copy, dim - d);
     }
 }
 
+template <typename Vector>
 EMBEDTRAIN_INLINE void copy_row(float* target, const float* source, int64_t dim) {
     int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes) {
-        float16v values;
+    for (; d + kLanes<Vector> <= dim; d += kLanes<Vector>) {
+        Vector values;
         load(values, source + d);
         store(target + d, values);
     }
@@ -215,12 +208,13 @@ EMBEDTRAIN_INLINE void copy_row(float* target, const float* source, int64_t dim)
     for (; d < dim; ++d) target[d] = source[d];
 }
 
+template <typename Vector>
 EMBEDTRAIN_INLINE void move_home(float* home, float* gathered, int64_t dim, int64_t width) {
-    for (int64_t d = 0; d < width; d += kLanes) {
-        float16v values;
+    for (int64_t d = 0; d < width; d += kLanes<Vector>) {
+        Vector values;
         load(values, gathered + d);
-        add_vector(home, d, dim, values);
-        store(gathered + d, float16v{});
+        add_vector_within(home, d, dim, values);
+        store(gathered + d, Vector{});
     }
 }
 
@@ -234,7 +228,7 @@ struct Workspace {
     const float** rows;               // [2 * reach]; the contexts of the centre
     float** grads;
 
-    explicit Workspace(const Block& block) : width((block.dim + kLanes - 1) / kLanes * kLanes), reach(0), mask(1) {
+    Workspace(const Block& block, int lanes) : width((block.dim + lanes - 1) / lanes * lanes), reach(0), mask(1) {
         for (int64_t i = 0; i < block.num_positions; ++i) {
             reach = std::max({reach, i - block.starts[i], block.stops[i] - 1 - i});
         }
@@ -251,10 +245,16 @@ struct Workspace {
     }
 };
 
-// Prefetches a row and its gradient.
+// Prefetches a row and its gradient. Every row takes the same number of turns, whether or not it begins at a cache
+// line, so the processor predicts the end of the loop.
 EMBEDTRAIN_INLINE void prefetch_pair(const Block& block, int64_t row) {
-    prefetch_row<0>(block.vectors + row * block.dim, block.dim * 4);
-    prefetch_row<1>(block.grad + row * block.dim, block.dim * 4);
+    const float* vector = block.vectors + row * block.dim;
+    const float* grad = block.grad + row * block.dim;
+    for (int64_t d = 0; d < block.dim + 15; d += 16) {
+        const int64_t column = std::min(d, block.dim - 1);
+        __builtin_prefetch(vector + column, 0);
+        __builtin_prefetch(grad + column, 1);
+    }
 }
 
 // Adds the contribution of the targets to the gradients of kContexts contexts, from context `first` on.
@@ -263,38 +263,48 @@ EMBEDTRAIN_INLINE void add_to_contexts(const Workspace& work, int first, const f
     const float* slopes = work.logits + first * kSlots;
     float* const* grads = work.grads + first;
     const auto add = [=](int a, int64_t d, const Vector& values) __attribute__((always_inline)) {
-        Vector old;
-        load(old, grads[a] + d);
-        store(grads[a] + d, old + values);
+        add_vector(grads[a] + d, values);
     };
     const int64_t d = add_combinations<Vector, kContexts, kBlocks>(slopes, kSlots, 1, targets, kTargets, 0, work.width,
                                                                    add);
     add_combinations<Vector, kContexts, 1>(slopes, kSlots, 1, targets, kTargets, d, work.width, add);
 }
 
+// Adds the contribution of the contexts to the gradients of the targets. Targets are added one after the other, so a
+// row that was drawn twice gets both sums.
+template <typename Vector, int kBlocks>
+EMBEDTRAIN_INLINE void add_to_targets(const Workspace& work, int num_contexts, int64_t dim, float* const* grads) {
+    const auto add = [=](int a, int64_t d, const Vector& values) __attribute__((always_inline)) {
+        add_vector(grads[a] + d, values);
+    };
+    const auto add_within = [=](int a, int64_t d, const Vector& values) __attribute__((always_inline)) {
+        add_vector_within(grads[a], d, dim, values);
+    };
+    const int64_t d = add_combinations<Vector, kTargets, kBlocks>(work.logits, 1, kSlots, work.rows, num_contexts, 0,
+                                                                  dim, add);
+    add_combinations<Vector, kTargets, 1>(work.logits, 1, kSlots, work.rows, num_contexts, d, work.width, add_within);
+}
+
 // Adds loss and gradients of a centre's contexts against a group of up to kTargets targets, from target `first` on.
-template <typename Vector, int kAtOnce, int kBlocks>
+template <typename Vector, int kAtOnce, int kContextBlocks, int kTargetBlocks>
 EMBEDTRAIN_INLINE void add_group(const Block& block, const Workspace& work, int64_t centre, int64_t first,
-                                 int num_contexts, Loss& loss) {
+                                 int num_contexts, Loss<Vector>& loss) {
+    constexpr int kPerVector = kLanes<Vector> / kSlots;  // contexts whose logits fill a vector
     const int64_t dim = block.dim, width = work.width;
     const int64_t* rows = block.targets + centre * block.num_targets;
-    float factors[kLanes], last_factors[kLanes];
-    float* homes[kTargets];
+    float factors[2 * kSlots] = {}, last_factors[2 * kSlots] = {};  // the last vector may hold one context only
+    float* grads[kTargets];
     const float* targets[kTargets];
-    for (int t = 0; t < kSlots; ++t) {
+    for (int t = 0; t < kTargets; ++t) {
         const int64_t number = first + t;
-        const bool is_there = t < kTargets && number < block.num_targets;
-        const bool counts = is_there && (number == 0 || rows[number] != rows[0]);
+        const bool counts = number < block.num_targets && (number == 0 || rows[number] != rows[0]);
         factors[t] = factors[kSlots + t] = !counts ? 0.0f : number == 0 ? -block.factor : block.factor;
         last_factors[t] = factors[t];
-        last_factors[kSlots + t] = 0.0f;
-    }
-    for (int t = 0; t < kTargets; ++t) {
         // Slots past the last target use the last target's row with slopes of zero.
-        const int64_t row = rows[std::min(first + t, block.num_targets - 1)];
-        homes[t] = block.grad + row * dim;
+        const int64_t row = rows[std::min(number, block.num_targets - 1)];
+        grads[t] = block.grad + row * dim;
         targets[t] = work.targets + t * width;
-        copy_row(work.targets + t * width, block.vectors + row * dim, dim);
+        copy_row<Vector>(work.targets + t * width, block.vectors + row * dim, dim);
     }
     int c = 0;
     for (; c + kAtOnce <= num_contexts; c += kAtOnce) {
@@ -304,37 +314,35 @@ EMBEDTRAIN_INLINE void add_group(const Block& block, const Workspace& work, int6
         dot_products<Vector, 2>(work.rows + c, work.targets, width, work.logits + c * kSlots);
     }
     if (c < num_contexts) dot_products<Vector, 1>(work.rows + c, work.targets, width, work.logits + c * kSlots);
-    for (c = 0; c < num_contexts; c += 2) {
-        slopes_in_place(work.logits + c * kSlots, c + 1 < num_contexts ? factors : last_factors, loss);
+    for (c = 0; c < num_contexts; c += kPerVector) {
+        const bool is_full = c + kPerVector <= num_contexts;
+        slopes_in_place(work.logits + c * kSlots, is_full ? factors : last_factors, loss);
     }
 
-    for (c = 0; c + kAtOnce <= num_contexts; c += kAtOnce) add_to_contexts<Vector, kAtOnce, kBlocks>(work, c, targets);
-    for (; c + 2 <= num_contexts; c += 2) add_to_contexts<Vector, 2, kBlocks>(work, c, targets);
-    if (c < num_contexts) add_to_contexts<Vector, 1, kBlocks>(work, c, targets);
-    // Targets are added one after the other, so a row that was drawn twice gets both sums.
-    const auto to_target = [&](int a, int64_t d, const Vector& values) __attribute__((always_inline)) {
-        add_vector(homes[a], d, dim, values);
-    };
-    const int64_t d = add_combinations<Vector, kTargets, kBlocks>(work.logits, 1, kSlots, work.rows, num_contexts, 0,
-                                                                  width, to_target);
-    add_combinations<Vector, kTargets, 1>(work.logits, 1, kSlots, work.rows, num_contexts, d, width, to_target);
+    for (c = 0; c + kAtOnce <= num_contexts; c += kAtOnce) {
+        add_to_contexts<Vector, kAtOnce, kContextBlocks>(work, c, targets);
+    }
+    for (; c + 2 <= num_contexts; c += 2) add_to_contexts<Vector, 2, kContextBlocks>(work, c, targets);
+    if (c < num_contexts) add_to_contexts<Vector, 1, kContextBlocks>(work, c, targets);
+    add_to_targets<Vector, kTargetBlocks>(work, num_contexts, dim, grads);
 }
 
-template <typename Vector, int kAtOnce, int kBlocks>
+template <typename Vector, int kAtOnce, int kContextBlocks, int kTargetBlocks>
 EMBEDTRAIN_INLINE double add_block(const Block& block) {
     const int64_t dim = block.dim, n = block.num_positions;
-    const Workspace work(block);
+    const Workspace work(block, kLanes<Vector>);
     std::fill_n(block.grad, block.num_vectors * dim, 0.0f);
-    Loss loss;
+    Loss<Vector> loss;
     int64_t next = 0;
     for (int64_t centre = 0; centre <= n + work.reach; ++centre) {
         const int64_t leaving = centre - work.reach - 1;
         if (leaving >= 0 && leaving < n) {
-            move_home(block.grad + block.inputs[leaving] * dim, work.context_grads + (leaving & work.mask) * work.width,
-                      dim, work.width);
+            move_home<Vector>(block.grad + block.inputs[leaving] * dim,
+                              work.context_grads + (leaving & work.mask) * work.width, dim, work.width);
         }
         for (; next < n && next <= centre + work.reach; ++next) {
-            copy_row(work.contexts + (next & work.mask) * work.width, block.vectors + block.inputs[next] * dim, dim);
+            copy_row<Vector>(work.contexts + (next & work.mask) * work.width, block.vectors + block.inputs[next] * dim,
+                             dim);
             if (next + kCentresAhead < n) prefetch_pair(block, block.inputs[next + kCentresAhead]);
         }
         if (centre >= n) continue;
@@ -350,7 +358,7 @@ EMBEDTRAIN_INLINE double add_block(const Block& block) {
         }
         if (num_contexts == 0) continue;
         for (int64_t first = 0; first < block.num_targets; first += kTargets) {
-            add_group<Vector, kAtOnce, kBlocks>(block, work, centre, first, num_contexts, loss);
+            add_group<Vector, kAtOnce, kContextBlocks, kTargetBlocks>(block, work, centre, first, num_contexts, loss);
         }
     }
     loss.settle();
@@ -360,12 +368,12 @@ EMBEDTRAIN_INLINE double add_block(const Block& block) {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 // Uses as many sums at once as fit into the 32 AVX-512 registers.
 __attribute__((target("arch=x86-64-v4"))) double add_block_in_wide_registers(const Block& block) {
-    return add_block<float16v, 4, 2>(block);
+    return add_block<float16v, 4, 2, 2>(block);
 }
 #endif
 
 EMBEDTRAIN_MULTIVERSION double add_block_in_any_registers(const Block& block) {
-    return add_block<float8v, 2, 2>(block);
+    return add_block<float8v, 2, 4, 2>(block);
 }
 
 // Counts indices and windows that are out of range.
