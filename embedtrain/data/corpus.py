@@ -65,23 +65,21 @@ class PreparedCorpus:
         """The vocabulary of the tokens."""
         return Vocabulary.load(os.path.join(self.path, VOCABULARY_NAME))
 
-    def read(self, start: int, stop: int) -> NDArray[np.int32]:
-        """Returns a copy of tokens [start, stop): [stop - start] int32.
+    def take(self, positions: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Returns a copy of the tokens at these positions, [n] int32.
 
         Raises:
-            ValueError: the range is not inside [0, num_tokens].
+            IndexError: a position is not in [0, num_tokens).
         """
-        if not 0 <= start <= stop <= self.num_tokens:
-            raise ValueError(f"the range must be inside [0, {self.num_tokens}], got [{start}, {stop})")
-        tokens = np.empty(stop - start, np.int32)
-        shard = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
-        at = start
-        while at < stop:
-            offset = at - int(self._shard_starts[shard])
-            piece = self._shards[shard][offset : offset + stop - at]
-            tokens[at - start : at - start + len(piece)] = piece
-            at += len(piece)
-            shard += 1
+        if len(positions) and not 0 <= positions.min() <= positions.max() < self.num_tokens:
+            raise IndexError(f"positions must be in [0, {self.num_tokens})")
+        if len(self._shards) == 1:
+            return self._shards[0].take(positions)
+        tokens = np.empty(len(positions), np.int32)
+        shards = np.searchsorted(self._shard_starts, positions, side="right") - 1
+        for shard in np.unique(shards):
+            is_here = shards == shard
+            tokens[is_here] = self._shards[shard].take(positions[is_here] - self._shard_starts[shard])
         return tokens
 
     def __reduce__(self) -> tuple[type[PreparedCorpus], tuple[str]]:

@@ -209,9 +209,8 @@ class TextBatches:
             self._begin_epoch(epoch)
         blocks = self._order[self._plan.blocks(epoch, step)]
         share = share_of_rank(len(blocks), self._rank, self._world_size)
-        tokens, positions = self._read(blocks[share.start : share.stop])
-        part_of_block = self._parts(step, len(blocks))[share.start : share.stop]
-        parts = np.repeat(part_of_block, self._block_words)[: len(tokens)]
+        tokens, positions, lengths = self._read(blocks[share.start : share.stop])
+        parts = self._parts(step, len(blocks))[share.start : share.stop].repeat(lengths)
         return self._sampler(*map(torch.from_numpy, (tokens, positions, parts)), key=self._key)
 
     def _parts(self, step: int, num_blocks: int) -> NDArray[np.int32]:
@@ -228,21 +227,19 @@ class TextBatches:
         digest = xxh3_64_intdigest(f"{self._seed}/draws/{epoch}".encode())
         self._key = digest - (1 << 63)  # a signed integer, as torch has them
 
-    def _read(self, blocks: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Returns the tokens of the blocks, one after the other, and their places in the text."""
+    def _read(self, blocks: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+        """Returns the tokens of the blocks, one after the other, their positions in the text, and the blocks' lengths.
+
+        Only the last block of the text may be shorter than the others.
+        """
         starts = blocks * self._block_words
+        lengths = np.minimum(self._block_words, self._corpus.num_tokens - starts)
         positions = (starts[:, None] + np.arange(self._block_words)).ravel()
-        if len(blocks) and starts.max() + self._block_words > self._corpus.num_tokens:
-            positions = positions[positions < self._corpus.num_tokens]  # the text's last block
-        tokens = np.empty(len(positions), np.int32)
-        at = 0
-        for start in starts.tolist():
-            piece = self._corpus.read(start, min(start + self._block_words, self._corpus.num_tokens))
-            if piece[0] >= 0:
-                piece[0] = ~piece[0]  # windows end where a block does
-            tokens[at : at + len(piece)] = piece
-            at += len(piece)
-        return tokens, positions
+        positions = positions[positions < self._corpus.num_tokens]
+        tokens = self._corpus.take(positions)
+        firsts = lengths.cumsum() - lengths
+        tokens[firsts] = np.minimum(tokens[firsts], ~tokens[firsts])  # windows end where a block does
+        return tokens, positions, lengths
 
 
 def sampling_tables(counts: NDArray[np.int64], options: SamplingOptions) -> SamplingTables:

@@ -23,38 +23,43 @@ def corpus(tmp_path: Path) -> PreparedCorpus:
 EXPECTED = [~0, 1, 0, ~1, 0] * 3 + [~1, 1, ~0] * 3
 
 
-def test_reads_any_range_across_shards(corpus: PreparedCorpus) -> None:
+def all_tokens(corpus: PreparedCorpus) -> list[int]:
+    return corpus.take(np.arange(corpus.num_tokens)).tolist()
+
+
+def test_takes_any_positions_across_shards(corpus: PreparedCorpus) -> None:
     assert corpus.num_tokens == len(EXPECTED)
     assert corpus.num_sentences == 12
     assert corpus.vocabulary.words == ["a", "b"]
-    for start in range(len(EXPECTED) + 1):
-        for stop in range(start, len(EXPECTED) + 1):
-            tokens = corpus.read(start, stop)
-            assert tokens.dtype == np.int32
-            assert tokens.flags.writeable
-            assert tokens.tolist() == EXPECTED[start:stop]
+    assert all_tokens(corpus) == EXPECTED
+    positions = np.random.default_rng(1).permutation(len(EXPECTED)).repeat(2)
+    for count in range(len(positions) + 1):
+        tokens = corpus.take(positions[:count])
+        assert tokens.dtype == np.int32
+        assert tokens.flags.writeable
+        assert tokens.tolist() == [EXPECTED[position] for position in positions[:count]]
 
 
-@pytest.mark.parametrize("bounds", [(-1, 2), (3, 2), (0, len(EXPECTED) + 1)])
-def test_a_range_outside_is_refused(corpus: PreparedCorpus, bounds: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=r"the range must be inside \[0, 24\], got"):
-        corpus.read(*bounds)
+@pytest.mark.parametrize("position", [-1, len(EXPECTED)])
+def test_a_position_outside_is_refused(corpus: PreparedCorpus, position: int) -> None:
+    with pytest.raises(IndexError):
+        corpus.take(np.array([0, position]))
 
 
 def test_is_pickled_by_its_path(corpus: PreparedCorpus) -> None:
-    corpus.read(0, 3)
+    corpus.take(np.arange(3))
     data = pickle.dumps(corpus)
     assert len(data) < 500
     again = pickle.loads(data)
     assert again.fingerprint == corpus.fingerprint
-    assert again.read(0, again.num_tokens).tolist() == EXPECTED
+    assert all_tokens(again) == EXPECTED
 
 
 def test_a_shard_of_another_size_is_refused(corpus: PreparedCorpus) -> None:
     path = Path(corpus.path) / "tokens-00000.bin"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(RuntimeError, match=rf"{path} has 19 bytes instead of 20: remove the folder"):
-        PreparedCorpus(corpus.path).read(0, 1)
+        PreparedCorpus(corpus.path).take(np.arange(1))
 
 
 def test_an_incomplete_folder_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from embedtrain.data import prepared as prepared_data
@@ -41,7 +42,9 @@ def write_once(path: Path, content: str) -> None:
 def text(folder: Path) -> tuple[str, str]:
     write_once(folder / "a.txt", "a b c a b\nb c d\n" * 30)
     corpus = prepare_corpus(CorpusOptions(path=str(folder / "a.txt"), min_count=1), str(folder / "cache"), ONE_PROCESS)
-    words = [corpus.vocabulary.words[token if token >= 0 else ~token] for token in corpus.read(0, corpus.num_tokens)]
+    words = [
+        corpus.vocabulary.words[token if token >= 0 else ~token] for token in corpus.take(np.arange(corpus.num_tokens))
+    ]
     return corpus.path, corpus.fingerprint + " ".join(words)
 
 

@@ -198,6 +198,15 @@ def test_parts_share_the_frequent_words_and_have_others_that_a_rank_owns(large_c
     np.testing.assert_allclose(drawn, weights / weights.sum(), rtol=0.01)
 
 
+def test_the_parts_of_a_steps_blocks_do_not_depend_on_the_number_of_ranks(large_corpus: PreparedCorpus) -> None:
+    assert large_corpus.num_tokens % 64 > 0  # the last block is short, and blocks that follow it in a step are not
+    whole = parted(large_corpus)
+    ranks = [parted(large_corpus, rank, 3) for rank in range(3)]
+    for step in range(whole.steps_per_epoch):
+        found = torch.cat([rank.batch(0, step).sample.targets for rank in ranks])
+        assert found.equal(whole.batch(0, step).sample.targets)
+
+
 def test_a_small_vocabulary_is_parted_less_or_not_at_all() -> None:
     sizes = [NUM_COMMON_WORDS + count for count in (-500, 1999, 2000, 4100, 9000)]
     assert [num_parts_of(size, 8) for size in sizes] == [1, 1, 2, 4, 8]
