@@ -3,6 +3,7 @@
     python benchmarks/large_steps.py train ../shared/data/text-en-wiki/wiki_a.txt --tests ../shared/data/eval-words \
         --words-per-step 16384 131072 --seeds 1 2 3 --damping curvature --growth 0.1 --lr 0.8
     python benchmarks/large_steps.py cost ../shared/data/text-en-wiki/wiki_a.txt
+    python benchmarks/large_steps.py bytes ../shared/data/text-en-wiki/wiki_a.txt
     python benchmarks/large_steps.py table
     python benchmarks/large_steps.py picture docs/pictures/large_steps.svg
 
@@ -30,6 +31,7 @@ import torch
 
 from embedtrain import cli
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
+from embedtrain.data.skipgram import SamplingOptions, TextBatches
 from embedtrain.distributed.runtime import init_distributed
 from embedtrain.export.vectors import open_vectors, unit_rows
 from embedtrain.metrics.analogies import evaluate_analogies
@@ -39,6 +41,7 @@ from embedtrain.optim import formulas
 from embedtrain.recipes.loading import load_config
 from embedtrain.recipes.word2vec import model as word2vec_model
 from embedtrain.recipes.word2vec import recipe
+from embedtrain.sharding.layout import SpreadLayout
 from embedtrain.train.step import train_step
 
 RESULTS_PATH = Path(__file__).with_name("large_steps.csv")
@@ -57,6 +60,8 @@ PARTS = {
     "update": (formulas, "moment_update"),
 }
 """Parts of a step that damping adds or slows down: the modules that call them, and their names there."""
+MOST_PARTS = 32
+"""Largest number of parts of the vocabulary for which bytes are counted; more parts would have too few words."""
 KEYS = ("text", "epochs", "words_per_step", "damping", "growth", "lr")
 COLUMNS = [*KEYS, "seed", "words_per_second", *(f"{half} {test}" for half in HALVES for test in TESTS)]
 Row = dict[str, str]
@@ -72,6 +77,8 @@ def main() -> None:
             append(row)
     elif options.command == "cost":
         print_cost(options)
+    elif options.command == "bytes":
+        print_bytes(options)
     elif options.command == "table":
         print_table(read())
     else:
@@ -99,6 +106,11 @@ def parse_options() -> argparse.Namespace:
     cost.add_argument("--words-per-step", type=int, default=131072)
     cost.add_argument("--turns", type=int, default=20)
     cost.add_argument("--work", type=Path, default=Path("runs/large_steps"))
+    exchanged = commands.add_parser("bytes", help="count the bytes that a rank would exchange, without other ranks")
+    exchanged.add_argument("text", type=Path)
+    exchanged.add_argument("--words-per-step", type=int, nargs="+", default=[131072, 262144, 524288])
+    exchanged.add_argument("--ranks", type=int, nargs="+", default=[2, 8, 64])
+    exchanged.add_argument("--work", type=Path, default=Path("runs/large_steps"))
     commands.add_parser("table", help="print means over the seeds")
     picture = commands.add_parser("picture", help="draw the curve over sizes of a step")
     picture.add_argument("path", type=Path)
@@ -176,6 +188,49 @@ def print_cost(options: argparse.Namespace) -> None:
         print(f"{part:16}", *(f"{damping} {median:6.1f} ms  " for damping, median in zip(times, medians, strict=True)))
     ratios = [damped["whole step"] / plain["whole step"] for plain, damped in zip(*times.values(), strict=True)]
     print(f"a damped step takes {statistics.median(ratios):.3f} of a plain one's time")
+
+
+def print_bytes(options: argparse.Namespace) -> None:
+    """Prints the bytes per word of the middle rank's share: for plain steps of 16,384 words, and for damped steps."""
+    steps = [("none", 16384), *(("curvature", words) for words in options.words_per_step)]
+    print(f"| ranks | {' | '.join(f'{damping}, {words:,} words' for damping, words in steps)} |")
+    print(f"| --- {'| --- ' * len(steps)}|")
+    for ranks in options.ranks:
+        found = [bytes_per_word(options, ranks, words, damping) for damping, words in steps]
+        print(f"| {ranks} | {' | '.join(f'{value:,.0f}' for value in found)} |")
+
+
+def bytes_per_word(options: argparse.Namespace, num_ranks: int, words_per_step: int, damping: str) -> float:
+    """Counts the rows that one rank asks of others in a step, and returns the bytes exchanged per word of its share.
+
+    A row takes an id, a vector and a gradient. With damping, it also takes a count, and the ranks sum a histogram and
+    two matrices, each of whose bytes a rank sends twice, but for its own part.
+    """
+    settings = [f"data.path={options.text}", f"data.cache_path={options.work / 'cache'}", "run.path=unused"]
+    config = load_config("word2vec", [*settings, f"train.words_per_step={words_per_step}"])
+    config.word2vec.negative_parts = max(config.word2vec.negative_parts, min(num_ranks, MOST_PARTS))
+    corpus, _ = recipe.prepare(config, init_distributed(device="cpu"))
+    block_words = min(config.train.block_words, words_per_step // num_ranks)  # every rank has a block
+    batches = TextBatches(
+        corpus,
+        SamplingOptions(negative_parts=config.word2vec.negative_parts),
+        block_words=block_words,
+        blocks_per_step=words_per_step // block_words,
+        seed=1,
+        rank=num_ranks // 2,
+        world_size=num_ranks,
+    )
+    batch = batches.batch(0, 1)
+    layout = SpreadLayout(len(corpus.vocabulary), num_ranks)
+    num_foreign = 0
+    for ids in (batch.sample.words, batch.sample.targets):
+        owners, _ = layout.owner_of(layout.slot_of(ids.unique()))
+        num_foreign += int((owners != num_ranks // 2).sum())
+    dim, is_damped = config.table.dim, damping != "none"
+    num_bytes = num_foreign * 4.0 * (1 + 2 * dim + is_damped)
+    if is_damped:
+        num_bytes += 2 * (1 - 1 / num_ranks) * (2048 + 2 * 4 * dim**2)
+    return num_bytes / batch.num_examples
 
 
 def timed(function: Callable[..., Any], part: str, times: dict[str, float]) -> Callable[..., Any]:

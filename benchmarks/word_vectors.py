@@ -79,7 +79,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--lines", type=int, help="take so many lines of the text only")
     parser.add_argument("--cores", type=int, nargs="+", default=[1, 2], help="ranks of one thread, gensim's workers")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side for speed; 0 leaves speed out")
-    parser.add_argument("--speed-epochs", type=int, default=3, help="of the runs for speed")
+    parser.add_argument("--speed-epochs", type=int, default=5, help="of the runs for speed")
     parser.add_argument("--seeds", type=int, default=3, help="for quality; 0 leaves it out")
     parser.add_argument("--dim", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=5, help="of the runs for quality")

@@ -13,8 +13,8 @@ from embedtrain.sharding.layout import layout_of
 NUM_COMMON_WORDS = 1000
 """The words drawn most, which every part has: few rows, and half of all draws. Apart, they would be far too frequent in
 one part's blocks and absent from the others'."""
-MIN_WORDS_OF_PART = 1000
-"""Of the other words; fewer would be a poor picture of the language."""
+MIN_WORDS_OF_PART = 2000
+"""Smallest number of other words in a part; fewer would be a poor picture of the language."""
 
 
 @dataclass(frozen=True)

@@ -72,22 +72,22 @@ class SkipGramConfig:
     power: float = 0.75
     """Negatives are drawn with probability proportional to count ** power."""
     damping: Literal["auto", "curvature", "none"] = "auto"
-    """curvature damps gradients along directions in which large steps overshoot, so that steps of 131,072 words train
+    """curvature damps gradients along directions in which large steps overshoot, so that steps of 262,144 words train
     as well as short ones. auto uses curvature with rowwise_adagrad, adagrad and sgd, and none with other optimizers.
     See docs/large_steps.md."""
-    negative_parts: int = 4
-    """Number of parts of the vocabulary, each of at least 1,000 words. Each block of text draws its negatives from one
-    part, in turn. If the number of ranks divides this number, ranks draw from rows that they own. 1 draws from the
-    whole vocabulary, as word2vec does."""
+    negative_parts: int = 16
+    """Number of parts of the vocabulary, each of at least 2,000 words. Each block of text draws its negatives from one
+    part, in turn, so the rows that are in use fit into the processor's cache. If the number of ranks divides this
+    number, ranks draw mostly from rows that they own. 1 draws from the whole vocabulary, as word2vec does."""
 
 
 @dataclass
 class TextTrainConfig(TrainConfig):
     """Settings of the training loop."""
 
-    words_per_step: int = 131072
+    words_per_step: int = 262144
     """Words of the text per step, over all ranks."""
-    step_growth: float | None = 0.1
+    step_growth: float | None = 0.05
     """Maximum size of early steps, as a share of the words trained so far; steps have at least 16,384 words. null gives
     every step words_per_step words."""
     block_words: int = 512

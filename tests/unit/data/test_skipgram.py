@@ -159,9 +159,9 @@ NUM_PARTS = 4
 
 @pytest.fixture
 def large_corpus(tmp_path: Path) -> PreparedCorpus:
-    """A text of a vocabulary large enough to be parted: 6,000 words by Zipf's law, each there."""
+    """A text of a vocabulary large enough to be parted: 10,000 words by Zipf's law, each there."""
     generator = np.random.default_rng(1)
-    ids = np.concatenate([np.arange(6000), (6000 * generator.random(60_000) ** 4).astype(int)])
+    ids = np.concatenate([np.arange(10_000), (10_000 * generator.random(60_000) ** 4).astype(int)])
     words = [f"w{number}" for number in generator.permutation(ids)]
     lines = [" ".join(words[at : at + 20]) for at in range(0, len(words), 20)]
     (tmp_path / "large.txt").write_text("\n".join(lines))
@@ -184,8 +184,8 @@ def parted(corpus: PreparedCorpus, rank: int = 0, world_size: int = 1) -> TextBa
 def test_parts_share_the_frequent_words_and_have_others_that_a_rank_owns(large_corpus: PreparedCorpus) -> None:
     weights = large_corpus.vocabulary.counts**0.75
     parts = part_vocabulary(weights, NUM_PARTS)
-    layout = SpreadLayout(6000, NUM_PARTS)
-    drawn = np.zeros(6000)
+    layout = SpreadLayout(10_000, NUM_PARTS)
+    drawn = np.zeros(10_000)
     others = []
     for rank, part in enumerate(parts):
         assert set(range(NUM_COMMON_WORDS)) <= set(part.rows.tolist())
@@ -194,7 +194,7 @@ def test_parts_share_the_frequent_words_and_have_others_that_a_rank_owns(large_c
         owner, _ = layout.owner_of(layout.slot_of(torch.from_numpy(own)))
         assert (owner == rank).double().mean() > 0.9
         drawn[part.rows] += part.weights / part.weights.sum() / NUM_PARTS
-    assert sorted(others) == list(range(NUM_COMMON_WORDS, 6000))
+    assert sorted(others) == list(range(NUM_COMMON_WORDS, 10_000))
     np.testing.assert_allclose(drawn, weights / weights.sum(), rtol=0.01)
 
 
@@ -208,15 +208,15 @@ def test_the_parts_of_a_steps_blocks_do_not_depend_on_the_number_of_ranks(large_
 
 
 def test_a_small_vocabulary_is_parted_less_or_not_at_all() -> None:
-    sizes = [NUM_COMMON_WORDS + count for count in (-500, 1999, 2000, 4100, 9000)]
+    sizes = [NUM_COMMON_WORDS + count for count in (-500, 3999, 4000, 8200, 18000)]
     assert [num_parts_of(size, 8) for size in sizes] == [1, 1, 2, 4, 8]
-    assert len(part_vocabulary(np.ones(6000), 8)) == 4
+    assert len(part_vocabulary(np.ones(10_000), 8)) == 4
     (whole,) = part_vocabulary(np.ones(3), 8)
     assert whole.rows.tolist() == [0, 1, 2]
 
 
 def test_ranks_draw_their_negatives_from_rows_of_their_own(large_corpus: PreparedCorpus) -> None:
-    layout = SpreadLayout(6000, 2)
+    layout = SpreadLayout(10_000, 2)
     for rank in range(2):
         for step in range(3):
             drawn = parted(large_corpus, rank, 2).batch(0, step).sample.targets[:, 1:].flatten()
@@ -236,13 +236,13 @@ def test_what_is_drawn_from_parts_does_not_depend_on_the_ranks(large_corpus: Pre
 def test_negatives_from_parts_follow_the_power_of_the_counts(large_corpus: PreparedCorpus) -> None:
     """Over epochs every word meets every other as often as if it drew from the whole vocabulary."""
     batches = parted(large_corpus)
-    found = np.zeros(6000)
-    of_hottest = np.zeros(6000)  # what the most frequent word meets
+    found = np.zeros(10_000)
+    of_hottest = np.zeros(10_000)  # what the most frequent word meets
     for epoch in range(6):
         for step in range(batches.steps_per_epoch):
             sample = batches.batch(epoch, step).sample
-            found += sample.targets[:, 1:].flatten().bincount(minlength=6000).numpy()
-            of_hottest += sample.targets[sample.words == 0, 1:].flatten().bincount(minlength=6000).numpy()
+            found += sample.targets[:, 1:].flatten().bincount(minlength=10_000).numpy()
+            of_hottest += sample.targets[sample.words == 0, 1:].flatten().bincount(minlength=10_000).numpy()
     share = large_corpus.vocabulary.counts**0.75
     share = share / share.sum()
     for counts in (found, of_hottest):
@@ -258,7 +258,7 @@ def test_a_step_of_few_blocks_leaves_no_part_out(large_corpus: PreparedCorpus) -
     batches = TextBatches(
         large_corpus, SamplingOptions(negative_parts=NUM_PARTS), block_words=64, blocks_per_step=1, seed=3
     )
-    layout = SpreadLayout(6000, NUM_PARTS)
+    layout = SpreadLayout(10_000, NUM_PARTS)
     met = set()
     for step in range(40):
         drawn = batches.batch(0, step).sample.targets[:, 1:].flatten()
