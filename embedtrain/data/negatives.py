@@ -1,4 +1,4 @@
-"""The distribution of negative words: by a power of their frequency, in constant time a draw."""
+"""The distribution of negatives: by a power of a word's frequency, in constant time per draw."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 from embedtrain.sharding.layout import layout_of
 
 NUM_COMMON_WORDS = 1000
-"""The words drawn most, which every part has: few rows, and half of all draws. Apart, they would be far too frequent in
-one part's blocks and absent from the others'."""
+"""Number of words that every part contains, the most frequent ones. They are few rows and half of all draws. If they
+were in one part only, they would be far too frequent in its blocks and absent from the other blocks."""
 MIN_WORDS_OF_PART = 2000
 """Smallest number of other words in a part; fewer would be a poor picture of the language."""
 
 
 @dataclass(frozen=True)
 class VocabularyPart:
-    """Words from which a block of text draws its negatives.
+    """Holds the words from which a block of text draws its negatives.
 
     Attributes:
-        rows: [n] int64.
-        weights: [n]; how often each is to be drawn, up to a factor.
+        rows: [n] int64; rows of the words.
+        weights: [n]; the probability of each word, up to a common factor.
     """
 
     rows: NDArray[np.int64]
@@ -31,22 +31,23 @@ class VocabularyPart:
 
 
 def num_parts_of(num_rows: int, num_parts: int) -> int:
-    """Returns how many parts a vocabulary is large enough for: `num_parts`, or half as many, or a quarter, ..."""
+    """Halves `num_parts` until each part has at least `MIN_WORDS_OF_PART` other words, and returns it."""
     while num_parts > 1 and num_rows - NUM_COMMON_WORDS < num_parts * MIN_WORDS_OF_PART:
         num_parts //= 2
     return num_parts
 
 
 def part_vocabulary(weights: NDArray[np.float64], num_parts: int) -> list[VocabularyPart]:
-    """Parts a vocabulary into runs of neighbouring slots of equal weight, which a rank owns as a whole where it can.
+    """Cuts a vocabulary into parts: runs of neighbouring slots with equal total weight.
 
-    Ranks own ranges of slots, and the layout spreads words of any frequency evenly over them: so N ranks own the parts
-    of their N shares but for the few words by which equal weights and equal counts differ. The most frequent words are
-    in all parts, the others in one, where they weigh as many times more: over all parts each is drawn by its weight.
+    A rank owns a range of slots with an equal number of rows, and the layout spreads words of any frequency evenly over
+    the slots. So with N ranks and N parts, each rank owns nearly all words of one part. The most frequent words are in
+    every part. Each other word is in one part, with its weight multiplied by the number of parts. So over all parts,
+    each word is drawn in proportion to its weight.
 
     Args:
-        weights: [num_rows]; how often each row is to be drawn, falling.
-        num_parts: so many at most; see `num_parts_of`.
+        weights: [num_rows]; the probability of each row, up to a common factor, in descending order.
+        num_parts: largest number of parts; see `num_parts_of`.
     """
     num_rows = len(weights)
     num_parts = num_parts_of(num_rows, num_parts)
@@ -64,14 +65,14 @@ def part_vocabulary(weights: NDArray[np.float64], num_parts: int) -> list[Vocabu
 
 
 def alias_table(weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Splits a distribution into columns of equal mass, each shared by two rows at most.
+    """Splits a distribution into columns of equal mass, each shared by at most two rows.
 
     Args:
-        weights: [num_rows] not negative, and not all zero; need not add up to 1.
+        weights: [num_rows]; not negative and not all zero. Their sum need not be 1.
 
     Returns:
-        own: [num_rows]; the share of column i that is row i's.
-        other: [num_rows] int64; whose the rest of it is.
+        own: [num_rows]; the share of column i that belongs to row i.
+        other: [num_rows] int64; the row that the rest of column i belongs to.
 
     Source: Walker's alias method, as built by Vose 1991, "A linear algorithm for generating random numbers with a
     given distribution".

@@ -1,4 +1,4 @@
-"""Training batches for word vectors: blocks of text, subsampled, with windows and negatives."""
+"""Training batches for word vectors: subsampled blocks of text with windows and negatives."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from embedtrain.ops._backend.transfer import to_device
 from embedtrain.ops.sample_text import ALIAS_BITS, KEEP_BITS, SamplingTables, TextSample, sample_text
 
 WORDS_AT_FIRST = 16384
-"""Words of the first steps of a text whose steps grow."""
+"""Number of words of the first steps, if steps grow."""
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How a text becomes predictions; the defaults are word2vec's.
+    """Says how a text becomes predictions; the default values are word2vec's.
 
     Attributes:
-        window: the most words to each side; each centre draws its own width from 1 to this.
-        negatives: negative words for each centre.
-        sample: words more frequent than this share of the text are dropped at random; 0 keeps all.
-        power: negatives are drawn by count ** power.
-        negative_parts: each block of text draws its negatives from one of so many parts of the vocabulary; see
-            `part_vocabulary`. 1 draws from all, as word2vec does.
+        window: largest number of words on each side; each centre draws its own width from 1 to `window`.
+        negatives: number of negatives per centre.
+        sample: occurrences of words above this share of the text are dropped at random; 0 keeps all.
+        power: negatives are drawn with probability proportional to count ** power.
+        negative_parts: number of parts of the vocabulary; each block of text draws its negatives from one part. See
+            `part_vocabulary`. 1 draws from the whole vocabulary, as word2vec does.
     """
 
     window: int = 5
@@ -43,13 +43,13 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class TextBatch:
-    """One rank's part of a step.
+    """Holds one rank's part of a step.
 
     Attributes:
-        sample: the words kept, with windows and negatives.
-        num_examples: words of the text that the batch covers, before subsampling.
-        on_host: the same words and windows in host memory, without negatives, if the sample is on a GPU: the host
-            need not wait to know their number and size.
+        sample: the kept words with their windows and negatives.
+        num_examples: number of words of the text in the batch, before subsampling.
+        on_host: the same words and windows in host memory, without negatives; None if the sample is in host memory. The
+            host reads sizes from it, because reading them from a GPU would need a device sync.
     """
 
     sample: TextSample
@@ -58,11 +58,11 @@ class TextBatch:
 
     @property
     def windows(self) -> TextSample:
-        """The words and windows, in host memory if the batch was sampled from there; targets may lack negatives."""
+        """The words and windows in host memory; negatives may be absent."""
         return self.sample if self.on_host is None else self.on_host
 
     def split(self, num_parts: int) -> list[TextBatch]:
-        """Returns the words as so many batches of the same step, cut where no window lies on both sides."""
+        """Cuts the batch into `num_parts` batches of the same step. No window contains words on both sides of a cut."""
         sample, num_words = self.windows, self.windows.words.numel()
         places = torch.arange(1, max(num_words, 1))
         is_border = (sample.stops.cummax(0).values[:-1] <= places) & (
@@ -87,15 +87,16 @@ def _piece(sample: TextSample, start: int, stop: int) -> TextSample:
 
 
 class TextSampler:
-    """Draws the words that are kept of a text, their windows and their negatives.
+    """Draws which words of a text are kept, their windows and their negatives.
 
-    Draws are functions of counters, so a GPU gives the same ones as the CPU. For a GPU the host draws once more which
-    words are kept, and their windows: so it knows sizes for which it would else wait. Most draws are of negatives.
+    Draws are functions of counters, so they are the same on a GPU and on a CPU. If the samples are on a GPU, the host
+    draws the kept words and their windows too: so it knows their number without a device sync. This is cheap, because
+    most draws are of negatives.
 
     Args:
-        tables: in host memory.
-        options: sampling.
-        device: where the samples are used; None for the CPU.
+        tables: sampling tables in host memory.
+        options: sampling options.
+        device: device of the samples; None for the CPU.
     """
 
     def __init__(self, tables: SamplingTables, options: SamplingOptions, device: torch.device | None = None) -> None:
@@ -130,23 +131,23 @@ class TextSampler:
 
 
 class TextBatches:
-    """The batches of a rank, each a function of (seed, epoch, step): nothing to save, nothing to restore.
+    """Returns the batches of one rank. A batch is a function of seed, epoch and step, so a checkpoint needs no state.
 
-    Windows end at sentence borders and at the borders of a block.
+    Windows end at the borders of sentences and of blocks.
 
-    The blocks of a step draw their negatives from the parts of the vocabulary in turn, so that a rank's blocks draw
-    most of theirs from rows that it owns, where the parts divide by the ranks: negatives are most of the rows of a
-    step, and these need not travel. Which part a block meets is as random as its place in the epoch.
+    The blocks of a step draw their negatives from the parts of the vocabulary in turn. If the number of ranks divides
+    the number of parts, the blocks of a rank draw most negatives from rows that the rank owns. Negatives are most of
+    the rows of a step, so fewer rows are exchanged. A block's part is as random as the block's position in the epoch.
 
     Args:
         corpus: the text.
-        options: sampling.
-        block_words: words of the text in a block, before subsampling.
-        blocks_per_step: blocks of a full step over all ranks.
-        seed: of the order and of every draw.
-        rank: whose part of each step.
-        world_size: ranks that share a step's blocks.
-        device: the model's; see `TextSampler`.
+        options: sampling options.
+        block_words: number of words per block, before subsampling.
+        blocks_per_step: number of blocks of a full step, over all ranks.
+        seed: seed of the order of blocks and of all draws.
+        rank: rank whose part of each step is returned.
+        world_size: number of ranks that share the blocks of a step.
+        device: device of the model; see `TextSampler`.
     """
 
     def __init__(
@@ -175,14 +176,17 @@ class TextBatches:
         self._key = 0
 
     def grow_steps(self, growth: float | None) -> None:
-        """Has the first steps be shorter, of `WORDS_AT_FIRST` at least: see `StepPlan`. Before any batch is drawn."""
+        """Makes early steps shorter, but not shorter than `WORDS_AT_FIRST` words; see `StepPlan`.
+
+        Call it before the first batch is drawn.
+        """
         num_blocks, blocks_per_step = self._plan.num_blocks, self._plan.blocks_per_step
         at_first = -(-WORDS_AT_FIRST // self._block_words)
         self._plan = StepPlan(num_blocks, blocks_per_step, growth=growth, blocks_at_first=at_first)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of an epoch of full steps, the same on every rank."""
+        """Number of steps per epoch if all steps are full; the same on every rank."""
         return num_steps(self._plan.num_blocks, self._plan.blocks_per_step)
 
     @property
@@ -200,11 +204,11 @@ class TextBatches:
 
     @property
     def examples_per_epoch(self) -> int:
-        """Words of the text, before subsampling."""
+        """Number of words of the text, before subsampling."""
         return self._corpus.num_tokens
 
     def batch(self, epoch: int, step: int) -> TextBatch:
-        """Returns this rank's part of step `step` of epoch `epoch`, both from 0; it may hold no word."""
+        """Returns this rank's part of a step, which may have no words. Epochs and steps count from 0."""
         if self._epoch != epoch:
             self._begin_epoch(epoch)
         blocks = self._order[self._plan.blocks(epoch, step)]
@@ -214,9 +218,11 @@ class TextBatches:
         return self._sampler(*map(torch.from_numpy, (tokens, positions, parts)), key=self._key)
 
     def _parts(self, step: int, num_blocks: int) -> NDArray[np.int32]:
-        """Returns the part of the vocabulary of each block of a step, over all ranks: all in turn, from anywhere on."""
+        """Returns the part of the vocabulary of each block of a step, over all ranks."""
         num_parts = self._num_parts
-        # Less than a block: whole blocks stay where the ranks divide them, and in short steps no part is left out.
+        # The random offset is less than one block. In short steps, which have fewer blocks than parts, it gives every
+        # part a chance. In long steps it moves the borders of the parts by less than a block, so they stay at the
+        # borders of the ranks' shares.
         offset = xxh3_64_intdigest(f"{self._key}/{step}".encode()) / 2.0**64
         parts = (np.arange(num_blocks) + offset) * num_parts / num_blocks
         return np.minimum(parts, num_parts - 1).astype(np.int32)
@@ -243,7 +249,7 @@ class TextBatches:
 
 
 def sampling_tables(counts: NDArray[np.int64], options: SamplingOptions) -> SamplingTables:
-    """Returns the thresholds of every draw for a vocabulary with these counts."""
+    """Returns the sampling tables of a vocabulary with these counts."""
     weights = counts.astype(np.float64) ** options.power
     parts = part_vocabulary(weights, options.negative_parts)
     bits = np.uint64(ALIAS_BITS)
@@ -252,7 +258,7 @@ def sampling_tables(counts: NDArray[np.int64], options: SamplingOptions) -> Samp
         own, other = alias_table(part.weights)
         thresholds = np.rint(own * (1 << ALIAS_BITS)).astype(np.uint64)
         is_whole = thresholds >> bits > 0
-        # A column that is all its own row's has no threshold in 32 bits, and needs none.
+        # A column that always gives its own row would need a threshold of 33 bits. Instead, both its rows are its own.
         thresholds[is_whole], other[is_whole] = 0, np.flatnonzero(is_whole)
         columns.append(
             np.stack([(thresholds << bits | part.rows[other].astype(np.uint64)).view(np.int64), part.rows], axis=1)
