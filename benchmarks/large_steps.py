@@ -41,7 +41,7 @@ from embedtrain.optim import formulas
 from embedtrain.recipes.loading import load_config
 from embedtrain.recipes.word2vec import model as word2vec_model
 from embedtrain.recipes.word2vec import recipe
-from embedtrain.sharding.layout import SpreadLayout
+from embedtrain.sharding.layout import layout_of
 from embedtrain.train.step import train_step
 
 RESULTS_PATH = Path(__file__).with_name("large_steps.csv")
@@ -60,8 +60,6 @@ PARTS = {
     "update": (formulas, "moment_update"),
 }
 """Parts of a step that damping adds or slows down: the modules that call them, and their names there."""
-MOST_PARTS = 32
-"""Largest number of parts of the vocabulary for which bytes are counted; more parts would have too few words."""
 KEYS = ("text", "epochs", "words_per_step", "damping", "growth", "lr")
 COLUMNS = [*KEYS, "seed", "words_per_second", *(f"{half} {test}" for half in HALVES for test in TESTS)]
 Row = dict[str, str]
@@ -192,45 +190,53 @@ def print_cost(options: argparse.Namespace) -> None:
 
 def print_bytes(options: argparse.Namespace) -> None:
     """Prints the bytes per word of the middle rank's share: for plain steps of 16,384 words, and for damped steps."""
+    settings = [f"data.path={options.text}", f"data.cache_path={options.work / 'cache'}", "run.path=unused"]
+    config = load_config("word2vec", settings)
+    corpus, _ = recipe.prepare(config, init_distributed(device="cpu"))
     steps = [("none", 16384), *(("curvature", words) for words in options.words_per_step)]
     print(f"| ranks | {' | '.join(f'{damping}, {words:,} words' for damping, words in steps)} |")
     print(f"| --- {'| --- ' * len(steps)}|")
     for ranks in options.ranks:
-        found = [bytes_per_word(options, ranks, words, damping) for damping, words in steps]
+        found = []
+        for damping, words in steps:
+            block_words = min(config.train.block_words, words // ranks)  # every rank has a block
+            batch = TextBatches(
+                corpus,
+                SamplingOptions(
+                    window=config.word2vec.window,
+                    negatives=config.word2vec.negatives,
+                    sample=config.word2vec.sample,
+                    power=config.word2vec.power,
+                    negative_parts=max(config.word2vec.negative_parts, ranks),
+                ),
+                block_words=block_words,
+                blocks_per_step=words // block_words,
+                seed=1,
+                rank=ranks // 2,
+                world_size=ranks,
+            ).batch(0, 1)
+            ids = (batch.sample.words, batch.sample.targets)
+            num_foreign = sum(count_foreign(each, len(corpus.vocabulary), ranks) for each in ids)
+            found.append(bytes_of(num_foreign, config.table.dim, ranks, damping) / batch.num_examples)
         print(f"| {ranks} | {' | '.join(f'{value:,.0f}' for value in found)} |")
 
 
-def bytes_per_word(options: argparse.Namespace, num_ranks: int, words_per_step: int, damping: str) -> float:
-    """Counts the rows that one rank asks of others in a step, and returns the bytes exchanged per word of its share.
+def count_foreign(ids: torch.Tensor, num_rows: int, num_ranks: int) -> int:
+    """Returns the number of distinct ids that the middle rank does not own."""
+    layout = layout_of(num_rows, num_ranks)
+    owners, _ = layout.owner_of(layout.slot_of(ids.unique()))
+    return int((owners != num_ranks // 2).sum())
 
-    A row takes an id, a vector and a gradient. With damping, it also takes a count, and the ranks sum a histogram and
-    two matrices, each of whose bytes a rank sends twice, but for its own part.
+
+def bytes_of(num_foreign: int, dim: int, num_ranks: int, damping: str) -> float:
+    """Returns the bytes that a rank exchanges in a step, if it asks other ranks for `num_foreign` rows.
+
+    A row takes an id, a vector and a gradient. With damping, it also takes a count, and the ranks sum a histogram of
+    3,072 bytes and two matrices. A ring all-reduce sends `2 * (1 - 1 / num_ranks)` of its bytes per rank.
     """
-    settings = [f"data.path={options.text}", f"data.cache_path={options.work / 'cache'}", "run.path=unused"]
-    config = load_config("word2vec", [*settings, f"train.words_per_step={words_per_step}"])
-    config.word2vec.negative_parts = max(config.word2vec.negative_parts, min(num_ranks, MOST_PARTS))
-    corpus, _ = recipe.prepare(config, init_distributed(device="cpu"))
-    block_words = min(config.train.block_words, words_per_step // num_ranks)  # every rank has a block
-    batches = TextBatches(
-        corpus,
-        SamplingOptions(negative_parts=config.word2vec.negative_parts),
-        block_words=block_words,
-        blocks_per_step=words_per_step // block_words,
-        seed=1,
-        rank=num_ranks // 2,
-        world_size=num_ranks,
-    )
-    batch = batches.batch(0, 1)
-    layout = SpreadLayout(len(corpus.vocabulary), num_ranks)
-    num_foreign = 0
-    for ids in (batch.sample.words, batch.sample.targets):
-        owners, _ = layout.owner_of(layout.slot_of(ids.unique()))
-        num_foreign += int((owners != num_ranks // 2).sum())
-    dim, is_damped = config.table.dim, damping != "none"
-    num_bytes = num_foreign * 4.0 * (1 + 2 * dim + is_damped)
-    if is_damped:
-        num_bytes += 2 * (1 - 1 / num_ranks) * (2048 + 2 * 4 * dim**2)
-    return num_bytes / batch.num_examples
+    if damping == "none":
+        return num_foreign * 4.0 * (1 + 2 * dim)
+    return num_foreign * 4.0 * (2 + 2 * dim) + 2 * (1 - 1 / num_ranks) * (3072 + 2 * 4 * (dim**2 + 1))
 
 
 def timed(function: Callable[..., Any], part: str, times: dict[str, float]) -> Callable[..., Any]:

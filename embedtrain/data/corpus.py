@@ -65,21 +65,34 @@ class PreparedCorpus:
         """The vocabulary of the tokens."""
         return Vocabulary.load(os.path.join(self.path, VOCABULARY_NAME))
 
-    def take(self, positions: NDArray[np.int64]) -> NDArray[np.int32]:
-        """Returns a copy of the tokens at these positions, [n] int32.
+    def read(self, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Returns a copy of the tokens of ranges [start, stop), one range after the other.
+
+        Args:
+            starts: [n]; first positions of the ranges.
+            stops: [n]; one past the last positions.
+
+        Returns:
+            [sum of the ranges' lengths] int32.
 
         Raises:
-            IndexError: a position is not in [0, num_tokens).
+            ValueError: a range is not inside [0, num_tokens].
         """
-        if len(positions) and not 0 <= positions.min() <= positions.max() < self.num_tokens:
-            raise IndexError(f"positions must be in [0, {self.num_tokens})")
-        if len(self._shards) == 1:
-            return self._shards[0].take(positions)
-        tokens = np.empty(len(positions), np.int32)
-        shards = np.searchsorted(self._shard_starts, positions, side="right") - 1
-        for shard in np.unique(shards):
-            is_here = shards == shard
-            tokens[is_here] = self._shards[shard].take(positions[is_here] - self._shard_starts[shard])
+        outside = np.flatnonzero((starts < 0) | (starts > stops) | (stops > self.num_tokens))
+        if len(outside):
+            start, stop = starts[outside[0]], stops[outside[0]]
+            raise ValueError(f"ranges must be inside [0, {self.num_tokens}], got [{start}, {stop})")
+        tokens = np.empty((stops - starts).sum(), np.int32)
+        shards = np.searchsorted(self._shard_starts, starts, side="right") - 1
+        firsts = self._shard_starts.tolist()
+        filled = 0
+        for start, stop, shard in zip(starts.tolist(), stops.tolist(), shards.tolist(), strict=True):
+            while start < stop:
+                piece = self._shards[shard][start - firsts[shard] : stop - firsts[shard]]
+                tokens[filled : filled + len(piece)] = piece
+                filled += len(piece)
+                start += len(piece)
+                shard += 1
         return tokens
 
     def __reduce__(self) -> tuple[type[PreparedCorpus], tuple[str]]:

@@ -14,7 +14,7 @@ NUM_COMMON_WORDS = 1000
 """Number of words that every part contains, the most frequent ones. They are few rows and half of all draws. If they
 were in one part only, they would be far too frequent in its blocks and absent from the other blocks."""
 MIN_WORDS_OF_PART = 2000
-"""Smallest number of other words in a part; fewer would be a poor picture of the language."""
+"""Smallest mean number of other words per part; fewer would be a poor picture of the language."""
 
 
 @dataclass(frozen=True)

@@ -239,10 +239,11 @@ class TextBatches:
         Only the last block of the text may be shorter than the others.
         """
         starts = blocks * self._block_words
-        lengths = np.minimum(self._block_words, self._corpus.num_tokens - starts)
+        stops = np.minimum(starts + self._block_words, self._corpus.num_tokens)
+        tokens = self._corpus.read(starts, stops)
         positions = (starts[:, None] + np.arange(self._block_words)).ravel()
         positions = positions[positions < self._corpus.num_tokens]
-        tokens = self._corpus.take(positions)
+        lengths = stops - starts
         firsts = lengths.cumsum() - lengths
         tokens[firsts] = np.minimum(tokens[firsts], ~tokens[firsts])  # windows end where a block does
         return tokens, positions, lengths

@@ -224,7 +224,7 @@ struct Workspace {
     int64_t reach, mask;
     float *contexts, *context_grads;  // [mask + 1, width]; position p lies at row p & mask
     float *targets;                   // [kTargets, width]
-    float *logits;                    // [2 * reach, kSlots], an even number of rows
+    float *logits;                    // [2 * reach, kSlots]; an even number of rows, since a vector may hold two
     const float** rows;               // [2 * reach]; the contexts of the centre
     float** grads;
 
@@ -233,7 +233,7 @@ struct Workspace {
             reach = std::max({reach, i - block.starts[i], block.stops[i] - 1 - i});
         }
         while (mask < 2 * reach) mask = 2 * mask + 1;
-        const int64_t num_contexts = 2 * reach + 2;
+        const int64_t num_contexts = 2 * reach;
         const int64_t num_floats = 2 * (mask + 1) * width + kTargets * width + num_contexts * kSlots;
         contexts = static_cast<float*>(scratch(0, num_floats * 4 + num_contexts * 16));
         std::fill_n(contexts, num_floats, 0.0f);

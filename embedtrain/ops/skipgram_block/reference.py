@@ -32,7 +32,7 @@ def _add_centres(
     contexts, is_context = _context_positions(block, centres)
     context_rows = block.inputs[contexts]  # [c, p]
     target_rows = block.targets[centres]  # [c, 1 + k]
-    context = vectors[context_rows] * is_context.unsqueeze(2)  # [c, p, dim]
+    context = vectors[context_rows].where(is_context.unsqueeze(2), 0.0)  # [c, p, dim]
     target = vectors[target_rows]  # [c, 1 + k, dim]
     counted = target_rows != target_rows[:, :1]
     counted[:, 0] = True
@@ -46,14 +46,14 @@ def _add_centres(
         counted = counted & is_context.unsqueeze(2)
     logits = predictor @ target.transpose(1, 2)  # [c, p or 1, 1 + k]
     signed = torch.cat([-logits[..., :1], logits[..., 1:]], dim=2)
-    loss = (F.softplus(signed) * counted).sum(dtype=torch.float64)
+    loss = F.softplus(signed).where(counted, 0.0).sum(dtype=torch.float64)
     slope = torch.sigmoid(logits)
     slope[..., 0] -= 1.0
-    slope = slope * counted
+    slope = slope.where(counted, 0.0)
     context_grad = slope @ target
     if architecture == "cbow":
         context_grad = (context_grad / num_contexts).expand_as(context)
-    context_grad = context_grad * is_context.unsqueeze(2)
+    context_grad = context_grad.where(is_context.unsqueeze(2), 0.0)
     dim = vectors.shape[1]
     grad.index_add_(0, context_rows.flatten(), context_grad.reshape(-1, dim))
     grad.index_add_(0, target_rows.flatten(), (slope.transpose(1, 2) @ predictor).reshape(-1, dim))

@@ -76,9 +76,10 @@ class SkipGramConfig:
     as well as short ones. auto uses curvature with rowwise_adagrad, adagrad and sgd, and none with other optimizers.
     See docs/large_steps.md."""
     negative_parts: int = 16
-    """Number of parts of the vocabulary, each of at least 2,000 words. Each block of text draws its negatives from one
-    part, in turn, so the rows that are in use fit into the processor's cache. If the number of ranks divides this
-    number, ranks draw mostly from rows that they own. 1 draws from the whole vocabulary, as word2vec does."""
+    """Number of parts of the vocabulary. It is halved until parts have 2,000 words on average. Each block of text draws
+    its negatives from one part, in turn, so the rows that are in use fit into the processor's cache. If the number of
+    ranks divides this number, ranks draw mostly from rows that they own. 1 draws from the whole vocabulary, as word2vec
+    does."""
 
 
 @dataclass
@@ -170,8 +171,9 @@ class Word2VecConfig(Config):
         growth = self.train.step_growth
         if growth is not None and not 0 < growth <= 1:
             raise UserError(f"train.step_growth must be a share in (0, 1] or null, got {growth}")
-        if self.train.words_per_step % self.train.block_words:
+        words, block_words = self.train.words_per_step, self.train.block_words
+        if words % block_words:
             raise UserError(
-                f"train.words_per_step must be a multiple of train.block_words, got {self.train.words_per_step} "
-                f"and {self.train.block_words}"
+                f"train.words_per_step must be a multiple of train.block_words, got {words} and {block_words}: "
+                f"train.words_per_step={max(1, words // block_words) * block_words} would do"
             )

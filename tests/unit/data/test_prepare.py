@@ -34,7 +34,7 @@ def prepared(cache: Path, path: str | list[str], min_count: int = 1, **options: 
 
 def decoded(corpus: PreparedCorpus) -> list[list[str]]:
     sentences: list[list[str]] = []
-    for token in corpus.take(np.arange(corpus.num_tokens)).tolist():
+    for token in corpus.read(np.array([0]), np.array([corpus.num_tokens])).tolist():
         if token < 0:
             sentences.append([])
         sentences[-1].append(corpus.vocabulary.words[~token if token < 0 else token])

@@ -42,9 +42,8 @@ def write_once(path: Path, content: str) -> None:
 def text(folder: Path) -> tuple[str, str]:
     write_once(folder / "a.txt", "a b c a b\nb c d\n" * 30)
     corpus = prepare_corpus(CorpusOptions(path=str(folder / "a.txt"), min_count=1), str(folder / "cache"), ONE_PROCESS)
-    words = [
-        corpus.vocabulary.words[token if token >= 0 else ~token] for token in corpus.take(np.arange(corpus.num_tokens))
-    ]
+    tokens = corpus.read(np.array([0]), np.array([corpus.num_tokens]))
+    words = [corpus.vocabulary.words[max(token, ~token)] for token in tokens]
     return corpus.path, corpus.fingerprint + " ".join(words)
 
 
