@@ -77,9 +77,9 @@ class SkipGramConfig:
     See docs/large_steps.md."""
     negative_parts: int = 16
     """Number of parts of the vocabulary. It is halved until parts have 2,000 words on average. Each block of text draws
-    its negatives from one part, in turn, so the rows that are in use fit into the processor's cache. If the number of
-    ranks divides this number, ranks draw mostly from rows that they own. 1 draws from the whole vocabulary, as word2vec
-    does."""
+    its negatives from one part, in turn, so the rows that are in use fit better into the processor's cache. If the
+    number of ranks divides this number, ranks draw mostly from rows that they own. 1 draws from the whole vocabulary,
+    as word2vec does."""
 
 
 @dataclass
