@@ -318,8 +318,10 @@ def draw(groups: dict[tuple[str, ...], list[Row]], path: Path) -> None:
     """Draws the mean of the tests by words per step: for each kind of step, at the rate that the choice prefers."""
     import matplotlib.pyplot as plt
 
-    # A curve has three sizes or more.
-    texts = sorted(text for text in {key[0] for key in groups} if len({key[2] for key in groups if key[0] == text}) > 2)
+    # A text is drawn if it has a curve, of three sizes or more.
+    kinds = {(text, damping) for text, _, _, damping, _, _ in groups}
+    sizes_of = {kind: {key[2] for key in groups if (key[0], key[3]) == kind} for kind in kinds}
+    texts = sorted({text for (text, _), sizes in sizes_of.items() if len(sizes) > 2})
     figure, axes = plt.subplots(1, len(texts), figsize=(4.5 * len(texts), 3.4), squeeze=False)
     for axis, text in zip(axes[0], texts, strict=True):
         for damping, label in (("none", "plain steps"), ("curvature", "damped steps")):
@@ -332,7 +334,7 @@ def draw(groups: dict[tuple[str, ...], list[Row]], path: Path) -> None:
             sizes = sorted(best)
             axis.plot(sizes, [mean(best[size], "report") for size in sizes], "o-", label=label)
         axis.set_xscale("log", base=2)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         axis.set_title(text)
         axis.set_xlabel("words per step")
         axis.set_ylabel("mean of five word tests")
