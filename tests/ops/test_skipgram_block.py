@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from embedtrain.ops.skipgram_block import TextBlock, count_predictions, skipgram_block
+from embedtrain.ops._backend import library
+from embedtrain.ops.skipgram_block import TextBlock, count_predictions, native, reference, skipgram_block
 
 SHAPES = [
     # positions, rows, dim, negatives, window
@@ -111,3 +117,30 @@ def test_an_index_outside_is_refused(backend: str, field: str) -> None:
     getattr(block, field).view(-1)[3] = 99
     with pytest.raises(ValueError, match="must"):
         skipgram_block(vectors, block)
+
+
+@pytest.mark.slow  # compiles for seconds
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_the_kernel_for_avx512_computes_the_same_on_other_processors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow, wide = "add_block<float8v, 2, 4, 2>", "add_block<float16v, 4, 2, 2>"
+    backend = Path(library.__file__).parent
+    source = (backend.parent / "skipgram_block" / "kernel.cpp").read_text()
+    assert narrow in source and wide in source
+    (tmp_path / "kernel.cpp").write_text(source.replace(narrow, wide))
+    library_path = tmp_path / "wide.so"
+    sources = [str(tmp_path / "kernel.cpp"), str(backend / "parallel.cpp")]
+    flags = ["-O1", "-fPIC", "-shared", "-std=c++17", "-fopenmp-simd", "-pthread", "-Wno-psabi", f"-I{backend}"]
+    subprocess.run(["g++", *flags, *sources, "-o", str(library_path)], check=True)
+    loaded = ctypes.CDLL(str(library_path))
+    built = library.get().embedtrain_skipgram_block
+    loaded.embedtrain_skipgram_block.argtypes, loaded.embedtrain_skipgram_block.restype = built.argtypes, None
+    monkeypatch.setattr(library, "get", lambda: loaded)
+    for shape in SHAPES:
+        vectors, block = make(*shape)
+        found = native.skipgram_block(vectors, block, 1.0)
+        assert found is not None
+        loss, grad = reference.skipgram_block(vectors, block, "skipgram", 1.0)
+        torch.testing.assert_close(found[0], loss, rtol=2e-6, atol=1e-6)
+        torch.testing.assert_close(found[1], grad, rtol=2e-5, atol=5e-5)
