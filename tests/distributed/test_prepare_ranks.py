@@ -4,6 +4,7 @@ import gzip
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from embedtrain.data import prepare
@@ -33,7 +34,7 @@ def texts(tmp_path: Path) -> Path:
 def prepare_on(ranks: Ranks, path: str, cache: str) -> Result:
     options = CorpusOptions(path=path, min_count=20)
     corpus = prepare_corpus(options, cache, ranks, part_bytes=500, chunk_bytes=64)
-    tokens = corpus.read(0, corpus.num_tokens).tolist()
+    tokens = corpus.read(np.array([0]), np.array([corpus.num_tokens])).tolist()
     return tokens, corpus.fingerprint, corpus.vocabulary.words, corpus.path
 
 
