@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import functools
 import itertools
 import os
@@ -31,7 +32,7 @@ import torch
 
 from embedtrain import cli
 from embedtrain.checkpoint import CheckpointReader, latest_checkpoint
-from embedtrain.data.skipgram import SamplingOptions, TextBatches
+from embedtrain.data.skipgram import TextBatches
 from embedtrain.distributed.runtime import init_distributed
 from embedtrain.export.vectors import open_vectors, unit_rows
 from embedtrain.metrics.analogies import evaluate_analogies
@@ -193,6 +194,7 @@ def print_bytes(options: argparse.Namespace) -> None:
     settings = [f"data.path={options.text}", f"data.cache_path={options.work / 'cache'}", "run.path=unused"]
     config = load_config("word2vec", settings)
     corpus, _ = recipe.prepare(config, init_distributed(device="cpu"))
+    sampling = recipe.sampling_options(config)
     steps = [("none", 16384), *(("curvature", words) for words in options.words_per_step)]
     print(f"| ranks | {' | '.join(f'{damping}, {words:,} words' for damping, words in steps)} |")
     print(f"| --- {'| --- ' * len(steps)}|")
@@ -202,13 +204,7 @@ def print_bytes(options: argparse.Namespace) -> None:
             block_words = min(config.train.block_words, words // ranks)  # every rank has a block
             batch = TextBatches(
                 corpus,
-                SamplingOptions(
-                    window=config.word2vec.window,
-                    negatives=config.word2vec.negatives,
-                    sample=config.word2vec.sample,
-                    power=config.word2vec.power,
-                    negative_parts=max(config.word2vec.negative_parts, ranks),
-                ),
+                dataclasses.replace(sampling, negative_parts=max(sampling.negative_parts, ranks)),
                 block_words=block_words,
                 blocks_per_step=words // block_words,
                 seed=1,

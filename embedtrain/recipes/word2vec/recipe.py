@@ -323,6 +323,18 @@ class _StageLog:
             _logger.info(f"preparing the text: {stage}")
 
 
+def sampling_options(config: Word2VecConfig) -> SamplingOptions:
+    """Returns the sampling options of a configuration."""
+    settings = config.word2vec
+    return SamplingOptions(
+        window=settings.window,
+        negatives=settings.negatives,
+        sample=settings.sample,
+        power=settings.power,
+        negative_parts=settings.negative_parts,
+    )
+
+
 def _build_batches(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCorpus) -> TextBatches:
     blocks_per_step = config.train.words_per_step // config.train.block_words
     if blocks_per_step < runtime.world_size:
@@ -333,13 +345,7 @@ def _build_batches(config: Word2VecConfig, runtime: Runtime, corpus: PreparedCor
         )
     batches = TextBatches(
         corpus,
-        SamplingOptions(
-            window=config.word2vec.window,
-            negatives=config.word2vec.negatives,
-            sample=config.word2vec.sample,
-            power=config.word2vec.power,
-            negative_parts=config.word2vec.negative_parts,
-        ),
+        sampling_options(config),
         block_words=config.train.block_words,
         blocks_per_step=blocks_per_step,
         seed=config.seed,
