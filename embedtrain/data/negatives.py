@@ -31,7 +31,7 @@ class VocabularyPart:
 
 
 def num_parts_of(num_rows: int, num_parts: int) -> int:
-    """Halves `num_parts` until each part has at least `MIN_WORDS_OF_PART` other words, and returns it."""
+    """Halves `num_parts` until parts have `MIN_WORDS_OF_PART` other words on average, and returns it."""
     while num_parts > 1 and num_rows - NUM_COMMON_WORDS < num_parts * MIN_WORDS_OF_PART:
         num_parts //= 2
     return num_parts
