@@ -43,10 +43,15 @@ class Jagged:
         if self.lengths.is_cuda:
             object.__setattr__(self, "is_checked", False)
             return
-        if self.lengths.numel() and int(self.lengths.min()) < 0:
-            raise ValueError(f"lengths must not be negative, got {int(self.lengths.min())}")
-        if int(self.lengths.sum()) != self.values.numel():
-            raise ValueError(f"lengths must add up to the {self.values.numel()} values, got {int(self.lengths.sum())}")
+        # The lengths of `from_ids` are one expanded number. Reading it once saves a slow pass over all of its copies.
+        num_copies = self.lengths.numel() if self.lengths.stride() == (0,) else 1
+        lengths = self.lengths[:1] if num_copies > 1 else self.lengths
+        if lengths.numel() and int(lengths.min()) < 0:
+            raise ValueError(f"lengths must not be negative, got {int(lengths.min())}")
+        if num_copies * int(lengths.sum()) != self.values.numel():
+            raise ValueError(
+                f"lengths must add up to the {self.values.numel()} values, got {num_copies * int(lengths.sum())}"
+            )
 
     @classmethod
     def from_ids(cls, ids: Tensor, weights: Tensor | None = None) -> Jagged:

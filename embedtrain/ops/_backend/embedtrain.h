@@ -67,6 +67,19 @@ struct EmbedtrainCoefficients {
     float eps;
 };
 
+// The gradients of the touched rows of an update. If `summed` is null, the update sums them: those of row j are the
+// values order[starts[j] .. starts[j + 1]) of the features.
+struct EmbedtrainGradient {
+    const int64_t* rows;   // [num_touched]
+    const float* summed;   // [num_touched, dim], or null
+    const struct EmbedtrainFeature* features;  // [num_features], whose vectors are the gradients of the pooled vectors
+    const int64_t* order;   // [num_values], from embedtrain_sort_unique
+    const int64_t* starts;  // [num_touched + 1], from embedtrain_sort_unique
+    int64_t num_touched;
+    int64_t num_features;
+    int64_t num_values;
+};
+
 // Damping of the gradients of rows; see Damping in damp_rows/types.py.
 struct EmbedtrainDamping {
     const int64_t* tables;    // [num_touched]
@@ -140,12 +153,12 @@ void embedtrain_sort_terms(const int64_t* rows, int64_t num_values, const struct
                            int64_t num_features, const struct EmbedtrainRun* runs, int64_t num_runs, int64_t num_rows,
                            int term_bits, int num_threads, uint64_t* words, int64_t* num_outside);
 
-// Updates rows by row-wise Adagrad. damping: null for none; rounding_keys: [num_touched] for bfloat16 weights, null for
+// Updates rows by row-wise Adagrad. factor: multiplies every sum of the gradient; damping: null for none; rounding_keys: [num_touched] for bfloat16 weights, null for
 // float32; max_norm: infinity for no limit. num_outside: number of rows outside [0, num_rows), plus the number of
-// damping tables out of range; if positive, nothing is updated.
-void embedtrain_rowwise_adagrad(void* weight, float* accumulator, const int64_t* rows, const float* row_grad,
-                                const struct EmbedtrainDamping* damping, int64_t num_touched, int64_t num_rows,
-                                int64_t dim, float lr, float eps, float weight_decay, int decoupled, float max_norm,
+// damping tables and other indices out of range; if positive, nothing is updated.
+void embedtrain_rowwise_adagrad(void* weight, float* accumulator, const struct EmbedtrainGradient* gradient, float factor,
+                                const struct EmbedtrainDamping* damping, int64_t num_rows, int64_t dim, float lr,
+                                float eps, float weight_decay, int decoupled, float max_norm,
                                 const int64_t* rounding_keys, int num_threads, int64_t* num_outside);
 
 // Sums gradients and updates float32 rows by row-wise Adagrad in one pass. words: [num_values], from
@@ -157,12 +170,11 @@ void embedtrain_rowwise_adagrad_of_terms(float* weight, float* accumulator, int6
                                          int decoupled, float max_norm, int num_threads, int64_t* num_outside);
 
 // Updates rows by running moments. first: [num_rows, dim] or null; second: null, [num_rows] or [num_rows, dim] for a
-// second_kind of 0, 1 or 2. damping, rounding_keys and num_outside: as in embedtrain_rowwise_adagrad.
-void embedtrain_moment_update(void* weight, float* first, float* second, const int64_t* rows, const float* row_grad,
-                              const struct EmbedtrainDamping* damping, const int64_t* rounding_keys, int second_kind,
-                              int64_t num_touched, int64_t num_rows, int64_t dim,
-                              const struct EmbedtrainCoefficients* coefficients, int num_threads,
-                              int64_t* num_outside);
+// second_kind of 0, 1 or 2. factor, damping, rounding_keys and num_outside: as in embedtrain_rowwise_adagrad.
+void embedtrain_moment_update(void* weight, float* first, float* second, const struct EmbedtrainGradient* gradient,
+                              float factor, const struct EmbedtrainDamping* damping, const int64_t* rounding_keys, int second_kind,
+                              int64_t num_rows, int64_t dim, const struct EmbedtrainCoefficients* coefficients,
+                              int num_threads, int64_t* num_outside);
 
 // Sums weighted outer products of rows. source: [num_source_rows, dim] float32 or bfloat16; rows and weights:
 // [num_rows], the weights not negative; result: [dim, dim], output. num_outside: number of rows outside
@@ -194,11 +206,16 @@ void embedtrain_skipgram_block(const float* vectors, int64_t num_vectors, int64_
                                int64_t* num_outside);
 
 // Sorts keys; see SortedKeys in sort_unique/types.py. keys: [num_keys], in [0, largest]; the bits of `largest` and of
-// `num_keys` must fit into 64 together. Outputs: unique and starts: [num_keys + 1]; order: [num_keys]; inverse:
-// [num_keys] or null; num_distinct: number of distinct keys.
+// `num_keys` must fit into 64 together. Outputs: unique and starts: [num_keys + 1]; order and inverse: [num_keys] or
+// null; num_distinct: number of distinct keys.
 void embedtrain_sort_unique(const int64_t* keys, int64_t num_keys, int64_t largest, int num_threads, int64_t* unique,
                             int64_t* starts, int64_t* order, int64_t* inverse, int64_t* num_distinct,
                             int64_t* num_outside);
+
+// Computes the order of keys that were sorted without it. inverse: [num_keys] and starts: [num_distinct + 1], from
+// embedtrain_sort_unique; order: [num_keys], output. num_outside is positive if they do not belong together.
+void embedtrain_order_of_inverse(const int64_t* inverse, int64_t num_keys, const int64_t* starts, int64_t num_distinct,
+                                 int64_t* order, int64_t* num_outside);
 
 // Maps ids to keys. features: [num_features], of tables with at most 2^31 rows; is_whole: whether one rank holds all
 // rows; keys: output, one per id, ordered by feature.

@@ -134,6 +134,11 @@ class RowGradient:
             return grad
         return pool_rows_backward(self.grads, self.bags, self._keys, self.dim, self.factor)
 
+    @property
+    def unsummed_keys(self) -> SortedKeys | None:
+        """The sorted rows of the values, for updates that sum the gradients themselves; None if the sums are known."""
+        return None if self.is_summed or "sums" in self.__dict__ else self._keys
+
     @functools.cached_property
     def counts(self) -> Tensor | None:
         """[n] float32; number of loss terms in each row's gradient; None unless all deliveries have counts."""

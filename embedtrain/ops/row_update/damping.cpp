@@ -16,8 +16,7 @@ constexpr int64_t kPair = 2;    // rows
 struct Block {
     const EmbedtrainDamping* damping;
     const float* grads;
-    int64_t num_rows, dim;
-    Range rows;
+    int64_t begin, num_rows, dim;
     float* damped;
 };
 
@@ -25,7 +24,7 @@ struct Block {
 // For x above 80 the exponential is far below the rounding error of 1. The compiler vectorises only loops without
 // branches.
 EMBEDTRAIN_INLINE void to_excesses(float* x) {
-    constexpr int64_t kNum = kDampedAtOnce * kAtOnce;
+    constexpr int64_t kNum = kRowsAtOnce * kAtOnce;
     float powers[kNum], series[kNum], quotients[kNum];
 #pragma omp simd
     for (int64_t k = 0; k < kNum; ++k) powers[k] = exponential(x[k] < 80.0f ? -x[k] : -80.0f);
@@ -112,24 +111,22 @@ EMBEDTRAIN_INLINE void damp_pair(const float* const* grads, const float* vectors
 EMBEDTRAIN_INLINE void damp_along(const Block& b, int64_t direction) {
     const EmbedtrainDamping& d = *b.damping;
     // Computes the exponentials of the whole block in one loop, because a row alone has too few to fill the pipeline.
-    float excesses[kDampedAtOnce * kAtOnce] = {};
-    for (int64_t i = b.rows.begin; i < b.rows.end; ++i) {
-        const float* curvatures = d.curvatures + d.tables[i] * d.num_directions + direction;
-        float* own = excesses + (i - b.rows.begin) * kAtOnce;
-        for (int64_t k = 0; k < kAtOnce; ++k) own[k] = d.times[i] * std::max(curvatures[k], 0.0f);
+    float excesses[kRowsAtOnce * kAtOnce] = {};
+    const int64_t* tables = d.tables + b.begin;
+    for (int64_t i = 0; i < b.num_rows; ++i) {
+        const float* curvatures = d.curvatures + tables[i] * d.num_directions + direction;
+        for (int64_t k = 0; k < kAtOnce; ++k) {
+            excesses[i * kAtOnce + k] = d.times[b.begin + i] * std::max(curvatures[k], 0.0f);
+        }
     }
     to_excesses(excesses);
-    for (int64_t i = b.rows.begin, next; i < b.rows.end; i = next + 1) {
-        next = i + 1 < b.rows.end && d.tables[i + 1] == d.tables[i] ? i + 1 : i;
-        if (direction == 0 && i + kPrefetchAhead + kPair <= b.num_rows) {
-            prefetch_row<0>(b.grads + (i + kPrefetchAhead) * b.dim, kPair * b.dim * 4);
-        }
-        const int64_t places[kPair] = {i - b.rows.begin, next - b.rows.begin};
+    for (int64_t i = 0, next; i < b.num_rows; i = next + 1) {
+        next = i + 1 < b.num_rows && tables[i + 1] == tables[i] ? i + 1 : i;
         const float* grads[kPair] = {b.grads + i * b.dim, b.grads + next * b.dim};
-        const float* own[kPair] = {excesses + places[0] * kAtOnce, excesses + places[1] * kAtOnce};
-        float* targets[kPair] = {b.damped + places[0] * b.dim, b.damped + places[1] * b.dim};
+        const float* own[kPair] = {excesses + i * kAtOnce, excesses + next * kAtOnce};
+        float* targets[kPair] = {b.damped + i * b.dim, b.damped + next * b.dim};
         const float* sources[kPair] = {direction ? targets[0] : grads[0], direction ? targets[1] : grads[1]};
-        damp_pair(grads, d.directions + (d.tables[i] * d.num_directions + direction) * b.dim, own, b.dim, sources,
+        damp_pair(grads, d.directions + (tables[i] * d.num_directions + direction) * b.dim, own, b.dim, sources,
                   targets);
     }
 }
@@ -146,12 +143,10 @@ int64_t num_outside_tables(const EmbedtrainDamping* damping, int64_t num_rows) {
     return damping ? count_outside(damping->tables, num_rows, damping->num_tables) : 0;
 }
 
-const float* damped_gradients(const EmbedtrainDamping* damping, const float* grads, int64_t num_rows, int64_t dim,
-                              Range rows, float* memory) {
-    if (!damping) return grads + rows.begin * dim;
-    const Block block{damping, grads, num_rows, dim, rows, memory};
+void damp_rows(const EmbedtrainDamping& damping, const float* grads, int64_t begin, int64_t num_rows, int64_t dim,
+               float* damped) {
+    const Block block{&damping, grads, begin, num_rows, dim, damped};
     damp_block(&block);
-    return memory;
 }
 
 }  // namespace embedtrain

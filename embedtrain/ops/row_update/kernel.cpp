@@ -5,8 +5,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "damping.h"
 #include "embedtrain.h"
+#include "gradients.h"
 #include "parallel.h"
 #include "random.h"
 #include "rows.h"
@@ -23,8 +23,7 @@ struct Update {
     void* weight;
     float *first, *second;
     const int64_t* rows;
-    const float* row_grad;
-    const EmbedtrainDamping* damping;
+    const RowGradients* gradients;
     const int64_t* rounding_keys;
     int64_t num_touched, dim;
     Coefficients coefficients;
@@ -103,12 +102,12 @@ EMBEDTRAIN_INLINE void update_row(const Update& u, int64_t i, const float* given
 template <bool kHasFirst, Second kSecond, typename Stored>
 EMBEDTRAIN_INLINE void update_rows(const Update& u, int part) {
     const int64_t dim = u.dim, row_bytes = dim * static_cast<int64_t>(sizeof(float));
-    float* grad = static_cast<float*>(scratch(0, (2 + kDampedAtOnce) * row_bytes));
-    float *fresh = grad + dim, *damped = fresh + dim;
+    float* grad = static_cast<float*>(scratch(3, (2 + RowGradients::kMemoryRows) * row_bytes));
+    float *fresh = grad + dim, *memory = fresh + dim;
     const Range range = range_of_part(u.num_touched, part, u.num_parts);
-    for (int64_t begin = range.begin; begin < range.end; begin += kDampedAtOnce) {
-        const Range block{begin, std::min(begin + kDampedAtOnce, range.end)};
-        const float* grads = damped_gradients(u.damping, u.row_grad, u.num_touched, dim, block, damped);
+    for (int64_t begin = range.begin; begin < range.end; begin += kRowsAtOnce) {
+        const Range block{begin, std::min(begin + kRowsAtOnce, range.end)};
+        const float* grads = u.gradients->of(block.begin, block.end - block.begin, memory);
         for (int64_t i = block.begin; i < block.end; ++i) {
             if (i + kPrefetchAhead < range.end) {
                 const int64_t ahead = u.rows[i + kPrefetchAhead];
@@ -156,14 +155,16 @@ const Work kWork[2][3][2] = {
 
 }  // namespace
 
-void embedtrain_moment_update(void* weight, float* first, float* second, const int64_t* rows,
-                              const float* row_grad, const EmbedtrainDamping* damping,
-                              const int64_t* rounding_keys, int second_kind, int64_t num_touched, int64_t num_rows,
-                              int64_t dim, const Coefficients* coefficients, int num_threads, int64_t* num_outside) {
-    *num_outside = count_outside(rows, num_touched, num_rows) + num_outside_tables(damping, num_touched);
-    if (*num_outside) return;
+void embedtrain_moment_update(void* weight, float* first, float* second, const EmbedtrainGradient* gradient, float factor,
+                              const EmbedtrainDamping* damping, const int64_t* rounding_keys, int second_kind,
+                              int64_t num_rows, int64_t dim, const Coefficients* coefficients, int num_threads,
+                              int64_t* num_outside) {
+    const int64_t num_touched = gradient->num_touched;
     const int num_parts = num_touched * dim < kSmallWork ? 1 : num_threads;
-    const Update u{weight, first, second, rows, row_grad, damping, rounding_keys, num_touched, dim, *coefficients,
+    const RowGradients gradients(*gradient, factor, damping, dim, num_parts);
+    *num_outside = count_outside(gradient->rows, num_touched, num_rows) + gradients.num_outside();
+    if (*num_outside) return;
+    const Update u{weight, first, second, gradient->rows, &gradients, rounding_keys, num_touched, dim, *coefficients,
                    num_parts};
     run_parts(num_parts, kWork[first != nullptr][second_kind][rounding_keys != nullptr], &u);
 }

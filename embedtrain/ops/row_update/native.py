@@ -35,6 +35,9 @@ _COEFFICIENTS = library.array_code(
 _DAMPING = library.array_code(
     "EmbedtrainDamping", "tables", "times", "curvatures", "directions", "num_tables", "num_directions"
 )
+_GRADIENT = library.array_code(
+    "EmbedtrainGradient", "rows", "summed", "features", "order", "starts", "num_touched", "num_features", "num_values"
+)
 _DIRECTIONS_AT_ONCE = 4
 """The kernels take a multiple of this number of directions."""
 
@@ -56,7 +59,7 @@ def moment_update(
     if not all([tensor is None or tensor.is_contiguous() for tensor in (weight, first, second)]):
         raise ValueError("weight and states must be contiguous")
     if first is None and second is not None and second.dim() == 1 and _is_rowwise_adagrad(step, moments):
-        # Rounding keys and damping belong to distinct rows, so they need the sums by row.
+        # Rounding keys and damping belong to distinct rows.
         is_by_row = gradient.is_summed or step.rounding_keys is not None or gradient.damping is not None
         terms = None if is_by_row else sort_terms(gradient)
         if terms is None:
@@ -65,8 +68,9 @@ def moment_update(
             _rowwise_adagrad_of_terms(weight, second, terms, gradient, step, moments.eps)
         return
     kind = _NO_SECOND if second is None else (_SECOND_OF_ROW if second.dim() == 1 else _SECOND_OF_ELEMENT)
-    rows, row_grad, keys = _contiguous(gradient, step)
-    damping, described = _described(gradient.damping)
+    described, kept = _described(gradient)
+    keys = _rounding_keys(gradient, step)
+    damping, described_damping = _described_damping(gradient.damping)
     coefficients = array(
         _COEFFICIENTS,
         (
@@ -85,17 +89,19 @@ def moment_update(
     )
     num_outside = ctypes.c_int64()
     library.get().embedtrain_moment_update(
-        *(None if tensor is None else tensor.data_ptr() for tensor in (weight, first, second, rows, row_grad)),
-        None if described is None else described.buffer_info()[0],
+        *(None if tensor is None else tensor.data_ptr() for tensor in (weight, first, second)),
+        described.buffer_info()[0],
+        gradient.factor,
+        None if described_damping is None else described_damping.buffer_info()[0],
         None if keys is None else keys.data_ptr(),
         kind,
-        rows.numel(),
         *weight.shape,
         coefficients.buffer_info()[0],
         torch.get_num_threads(),
         ctypes.addressof(num_outside),
     )
-    _check_outside(num_outside.value, rows, weight, damping)
+    del kept
+    _check_outside(num_outside.value, gradient, weight, damping)
 
 
 def _is_rowwise_adagrad(step: RowStep, moments: Moments) -> bool:
@@ -108,13 +114,16 @@ def _is_rowwise_adagrad(step: RowStep, moments: Moments) -> bool:
 
 
 def _rowwise_adagrad(weight: Tensor, accumulator: Tensor, gradient: RowGradient, step: RowStep, eps: float) -> None:
-    rows, row_grad, keys = _contiguous(gradient, step)
-    damping, described = _described(gradient.damping)
+    described, kept = _described(gradient)
+    keys = _rounding_keys(gradient, step)
+    damping, described_damping = _described_damping(gradient.damping)
     num_outside = ctypes.c_int64()
     library.get().embedtrain_rowwise_adagrad(
-        *(tensor.data_ptr() for tensor in (weight, accumulator, rows, row_grad)),
-        None if described is None else described.buffer_info()[0],
-        rows.numel(),
+        weight.data_ptr(),
+        accumulator.data_ptr(),
+        described.buffer_info()[0],
+        gradient.factor,
+        None if described_damping is None else described_damping.buffer_info()[0],
         *weight.shape,
         step.lr,
         eps,
@@ -125,7 +134,8 @@ def _rowwise_adagrad(weight: Tensor, accumulator: Tensor, gradient: RowGradient,
         torch.get_num_threads(),
         ctypes.addressof(num_outside),
     )
-    _check_outside(num_outside.value, rows, weight, damping)
+    del kept
+    _check_outside(num_outside.value, gradient, weight, damping)
 
 
 def _rowwise_adagrad_of_terms(
@@ -154,15 +164,39 @@ def _rowwise_adagrad_of_terms(
         check_lengths(gradient.bags)
 
 
-def _contiguous(gradient: RowGradient, step: RowStep) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns the rows, their summed gradients before damping and their rounding keys, all contiguous."""
+def _described(gradient: RowGradient) -> tuple[array[int], list[Tensor]]:
+    """Returns the gradient before damping in the kernels' layout, and the tensors that must stay alive with it.
+
+    The kernels sum duplicates themselves, unless the sums are known already.
+    """
+    rows = gradient.rows.contiguous()
+    keys = gradient.unsummed_keys
+    if keys is None:
+        sums = gradient.sums.contiguous()
+        return array(_GRADIENT, (rows.data_ptr(), sums.data_ptr(), 0, 0, 0, rows.numel(), 0, 0)), [rows, sums]
+    order, starts = keys.order, keys.starts.contiguous()
+    features, tensors = gradient.native_features
+    words = (
+        rows.data_ptr(),
+        0,
+        features.buffer_info()[0],
+        order.data_ptr(),
+        starts.data_ptr(),
+        rows.numel(),
+        len(gradient.bags),
+        order.numel(),
+    )
+    return array(_GRADIENT, words), [rows, order, starts, *tensors]
+
+
+def _rounding_keys(gradient: RowGradient, step: RowStep) -> Tensor | None:
     keys = step.rounding_keys
     if keys is not None and keys.shape != gradient.rows.shape:
         raise ValueError(f"expected a rounding key for each of {gradient.rows.numel()} rows, got {tuple(keys.shape)}")
-    return gradient.rows.contiguous(), gradient.sums.contiguous(), None if keys is None else keys.contiguous()
+    return None if keys is None else keys.contiguous()
 
 
-def _described(damping: Damping | None) -> tuple[Damping | None, array[int] | None]:
+def _described_damping(damping: Damping | None) -> tuple[Damping | None, array[int] | None]:
     """Returns the damping as the kernels take it, and its layout, which points to its tensors."""
     if damping is None:
         return None, None
@@ -175,9 +209,10 @@ def _described(damping: Damping | None) -> tuple[Damping | None, array[int] | No
     return taken, array(_DAMPING, (*(tensor.data_ptr() for tensor in taken), *curvatures.shape))
 
 
-def _check_outside(num_outside: int, rows: Tensor, weight: Tensor, damping: Damping | None) -> None:
+def _check_outside(num_outside: int, gradient: RowGradient, weight: Tensor, damping: Damping | None) -> None:
     if not num_outside:
         return
     if damping is not None:
         damping.check_tables()
-    raise library.outside_error("rows", rows, weight.shape[0])
+    check_lengths(gradient.bags)
+    raise library.outside_error("rows", gradient.rows, weight.shape[0])

@@ -6,8 +6,8 @@
 #include <cstdint>
 
 #include "bags.h"
-#include "damping.h"
 #include "embedtrain.h"
+#include "gradients.h"
 #include "random.h"
 
 namespace {
@@ -70,8 +70,7 @@ struct Update {
     void* weight;
     float* accumulator;
     const int64_t* rows;
-    const float* row_grad;
-    const EmbedtrainDamping* damping;
+    const RowGradients* gradients;
     int64_t num_touched, dim;
     Hyperparameters hyperparameters;
     const int64_t* rounding_keys;
@@ -84,10 +83,10 @@ EMBEDTRAIN_INLINE void update_rows(const Update& u, int part) {
     const int64_t dim = kDim ? kDim : u.dim;
     const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(Stored)), ahead = rows_ahead_to_update(row_bytes);
     const Range range = range_of_part(u.num_touched, part, u.num_parts);
-    float* damped = static_cast<float*>(scratch(0, kDampedAtOnce * dim * static_cast<int64_t>(sizeof(float))));
-    for (int64_t begin = range.begin; begin < range.end; begin += kDampedAtOnce) {
-        const Range block{begin, std::min(begin + kDampedAtOnce, range.end)};
-        const float* grads = damped_gradients(u.damping, u.row_grad, u.num_touched, dim, block, damped);
+    float* memory = static_cast<float*>(scratch(3, RowGradients::kMemoryRows * dim * 4));
+    for (int64_t begin = range.begin; begin < range.end; begin += kRowsAtOnce) {
+        const Range block{begin, std::min(begin + kRowsAtOnce, range.end)};
+        const float* grads = u.gradients->of(block.begin, block.end - block.begin, memory);
         for (int64_t i = block.begin; i < block.end; ++i) {
             if (i + ahead < range.end) {
                 prefetch_row<1>(weight + u.rows[i + ahead] * dim, row_bytes);
@@ -183,15 +182,16 @@ EMBEDTRAIN_MULTIVERSION void update_terms(const void* update, int part) {
 
 }  // namespace
 
-void embedtrain_rowwise_adagrad(void* weight, float* accumulator, const int64_t* rows,
-                                const float* row_grad, const EmbedtrainDamping* damping, int64_t num_touched,
-                                int64_t num_rows, int64_t dim, float lr, float eps, float weight_decay, int decoupled,
-                                float max_norm, const int64_t* rounding_keys, int num_threads,
-                                int64_t* num_outside) {
-    *num_outside = count_outside(rows, num_touched, num_rows) + num_outside_tables(damping, num_touched);
-    if (*num_outside) return;
+void embedtrain_rowwise_adagrad(void* weight, float* accumulator, const EmbedtrainGradient* gradient, float factor,
+                                const EmbedtrainDamping* damping, int64_t num_rows, int64_t dim, float lr, float eps,
+                                float weight_decay, int decoupled, float max_norm, const int64_t* rounding_keys,
+                                int num_threads, int64_t* num_outside) {
+    const int64_t num_touched = gradient->num_touched;
     const int num_parts = num_touched * dim < kSmallWork ? 1 : num_threads;
-    const Update u{weight, accumulator, rows, row_grad, damping, num_touched, dim,
+    const RowGradients gradients(*gradient, factor, damping, dim, num_parts);
+    *num_outside = count_outside(gradient->rows, num_touched, num_rows) + gradients.num_outside();
+    if (*num_outside) return;
+    const Update u{weight, accumulator, gradient->rows, &gradients, num_touched, dim,
                    Hyperparameters{lr, eps, weight_decay, decoupled != 0, max_norm}, rounding_keys, num_parts};
     run_parts(num_parts, rounding_keys ? update_bfloat16 : update_float32, &u);
 }

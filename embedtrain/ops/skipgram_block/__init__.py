@@ -62,8 +62,9 @@ def skipgram_block(
 
 def count_predictions(block: TextBlock | TextSample, architecture: Architecture = "skipgram") -> Tensor:
     """Returns the number of predictions in the block, scalar int64; the mean loss is the loss divided by it."""
-    contexts = block.stops - block.starts - 1
-    return contexts.sum() if architecture == "skipgram" else (contexts > 0).sum()
+    if architecture == "skipgram":
+        return block.stops.sum() - block.starts.sum() - block.stops.numel()  # no temporary vectors
+    return (block.stops - block.starts > 1).sum()
 
 
 def count_of_rows(block: TextBlock, num_rows: int, architecture: Architecture = "skipgram") -> Tensor:

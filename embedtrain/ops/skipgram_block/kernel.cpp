@@ -11,7 +11,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
+#include "bounds.h"
 #include "embedtrain.h"
 #include "parallel.h"
 #include "rows.h"
@@ -26,7 +28,7 @@ constexpr int kSlots = 8;    // logits of a context: kTargets and two unused lan
 // written so that NaN propagates.
 constexpr float kLargestLogit = 80.0f;
 constexpr int kLargestPower = 96;  // number of factors, each at most 2, whose product cannot overflow a float32
-constexpr int64_t kCentresAhead = 3;  // prefetch distance, in centres
+constexpr int64_t kCentresAhead = 2;  // prefetch distance, in centres
 
 template <typename Vector>
 constexpr int kLanes = sizeof(Vector) / sizeof(float);
@@ -116,22 +118,49 @@ struct Loss {
     }
 };
 
-// Replaces logits by the derivatives of their losses, and adds the losses. A positive factor marks a negative, whose
-// derivative is factor * sigmoid(logit). A negative factor marks the centre, whose derivative is
-// factor * sigmoid(-logit). A factor of zero skips a logit.
 template <typename Vector>
-EMBEDTRAIN_INLINE void slopes_in_place(float* logits, const float* factors, Loss<Vector>& loss) {
+using Bits = decltype(Vector{} < Vector{});  // the integer vector of the same size
+
+template <typename Vector>
+EMBEDTRAIN_INLINE void load_bits(Bits<Vector>& bits, const int32_t* source) {
+    std::memcpy(&bits, source, sizeof(bits));
+}
+
+// What each logit of a vector means. The compiler turns conditions that combine comparisons of 512-bit vectors into
+// branches per lane, so they are masks.
+struct Signs {
+    float factors[2 * kSlots] = {};  // twice the same, because a vector may hold the logits of two contexts
+    int32_t counted[2 * kSlots] = {};  // all bits for a logit that counts, none for one that is skipped
+    int32_t flipped[2 * kSlots] = {};  // the sign bit for the centre, none for a negative
+
+    EMBEDTRAIN_INLINE void set(int slot, float factor, bool is_centre) {
+        factors[slot] = factor;
+        counted[slot] = -1;
+        flipped[slot] = is_centre ? std::numeric_limits<int32_t>::min() : 0;
+    }
+};
+
+// Replaces logits by the derivatives of their losses, and adds the losses. The derivative of a negative's loss is
+// factor * sigmoid(logit), and that of the centre's loss is -factor * sigmoid(-logit).
+template <typename Vector>
+EMBEDTRAIN_INLINE void slopes_in_place(float* logits, const Signs& signs, Loss<Vector>& loss) {
+    const auto bits = [](const Vector& v) __attribute__((always_inline)) { return reinterpret_cast<Bits<Vector>>(v); };
+    const auto values = [](const Bits<Vector>& b) __attribute__((always_inline)) { return reinterpret_cast<Vector>(b); };
     const Vector zero = {}, one = zero + 1.0f;
     Vector logit, factor;
+    Bits<Vector> counted, flipped;
     load(logit, logits);
-    load(factor, factors);
-    const Vector z = factor < zero ? -logit : logit;
-    const Vector magnitude = z < zero ? -z : z;
-    const Vector decay = exponential<Vector>(magnitude > kLargestLogit ? zero - kLargestLogit : -magnitude);
+    load(factor, signs.factors);
+    load_bits<Vector>(counted, signs.counted);
+    load_bits<Vector>(flipped, signs.flipped);
+    const Vector z = values(bits(logit) ^ flipped);
+    const Vector below = values(bits(z) | std::numeric_limits<int32_t>::min());  // -|z|
+    const Vector decay = exponential<Vector>(below < -kLargestLogit ? zero - kLargestLogit : below);
     const Vector probability = (z < zero ? decay : one) / (one + decay);
-    store(logits, factor != zero ? probability * factor : zero);
-    loss.product *= factor != zero ? one + decay : one;
-    loss.linear += factor == zero || z <= zero ? zero : z;
+    const Vector linear = z <= zero ? zero : z;
+    store(logits, values(bits(probability * factor) & counted));
+    loss.product *= values((bits(one + decay) & counted) | (bits(one) & ~counted));
+    loss.linear += values(bits(linear) & counted);
     if (++loss.power == kLargestPower) loss.settle();
 }
 
@@ -257,6 +286,25 @@ EMBEDTRAIN_INLINE void prefetch_pair(const Block& block, int64_t row) {
     }
 }
 
+// The targets of a later centre, whose rows are prefetched one by one between the products of the current centre. All
+// at once, they would fill the buffers of the innermost cache, and the processor would wait.
+struct Ahead {
+    const Block& block;
+    const int64_t* rows;
+    int64_t num_left;
+
+    Ahead(const Block& of, int64_t centre) : block(of), rows(of.targets + centre * of.num_targets),
+                                             num_left(centre < of.num_positions ? of.num_targets : 0) {}
+
+    EMBEDTRAIN_INLINE void prefetch_one() {
+        if (num_left > 0) prefetch_pair(block, rows[--num_left]);
+    }
+
+    EMBEDTRAIN_INLINE void prefetch_all() {
+        while (num_left > 0) prefetch_one();
+    }
+};
+
 // Adds the contribution of the targets to the gradients of kContexts contexts, from context `first` on.
 template <typename Vector, int kContexts, int kBlocks>
 EMBEDTRAIN_INLINE void add_to_contexts(const Workspace& work, int first, const float* const* targets) {
@@ -288,18 +336,21 @@ EMBEDTRAIN_INLINE void add_to_targets(const Workspace& work, int num_contexts, i
 // Adds loss and gradients of a centre's contexts against a group of up to kTargets targets, from target `first` on.
 template <typename Vector, int kAtOnce, int kContextBlocks, int kTargetBlocks>
 EMBEDTRAIN_INLINE void add_group(const Block& block, const Workspace& work, int64_t centre, int64_t first,
-                                 int num_contexts, Loss<Vector>& loss) {
+                                 int num_contexts, Ahead& ahead, Loss<Vector>& loss) {
     constexpr int kPerVector = kLanes<Vector> / kSlots;  // contexts whose logits fill a vector
     const int64_t dim = block.dim, width = work.width;
     const int64_t* rows = block.targets + centre * block.num_targets;
-    float factors[2 * kSlots] = {}, last_factors[2 * kSlots] = {};  // the last vector may hold one context only
+    Signs signs, last_signs;  // the last vector may hold one context only
     float* grads[kTargets];
     const float* targets[kTargets];
     for (int t = 0; t < kTargets; ++t) {
         const int64_t number = first + t;
-        const bool counts = number < block.num_targets && (number == 0 || rows[number] != rows[0]);
-        factors[t] = factors[kSlots + t] = !counts ? 0.0f : number == 0 ? -block.factor : block.factor;
-        last_factors[t] = factors[t];
+        if (number < block.num_targets && (number == 0 || rows[number] != rows[0])) {
+            const float factor = number == 0 ? -block.factor : block.factor;
+            signs.set(t, factor, number == 0);
+            signs.set(kSlots + t, factor, number == 0);
+            last_signs.set(t, factor, number == 0);
+        }
         // Slots past the last target use the last target's row with slopes of zero.
         const int64_t row = rows[std::min(number, block.num_targets - 1)];
         grads[t] = block.grad + row * dim;
@@ -309,20 +360,26 @@ EMBEDTRAIN_INLINE void add_group(const Block& block, const Workspace& work, int6
     int c = 0;
     for (; c + kAtOnce <= num_contexts; c += kAtOnce) {
         dot_products<Vector, kAtOnce>(work.rows + c, work.targets, width, work.logits + c * kSlots);
+        ahead.prefetch_one();
     }
     for (; c + 2 <= num_contexts; c += 2) {
         dot_products<Vector, 2>(work.rows + c, work.targets, width, work.logits + c * kSlots);
+        ahead.prefetch_one();
     }
     if (c < num_contexts) dot_products<Vector, 1>(work.rows + c, work.targets, width, work.logits + c * kSlots);
     for (c = 0; c < num_contexts; c += kPerVector) {
         const bool is_full = c + kPerVector <= num_contexts;
-        slopes_in_place(work.logits + c * kSlots, is_full ? factors : last_factors, loss);
+        slopes_in_place(work.logits + c * kSlots, is_full ? signs : last_signs, loss);
     }
 
     for (c = 0; c + kAtOnce <= num_contexts; c += kAtOnce) {
         add_to_contexts<Vector, kAtOnce, kContextBlocks>(work, c, targets);
+        ahead.prefetch_one();
     }
-    for (; c + 2 <= num_contexts; c += 2) add_to_contexts<Vector, 2, kContextBlocks>(work, c, targets);
+    for (; c + 2 <= num_contexts; c += 2) {
+        add_to_contexts<Vector, 2, kContextBlocks>(work, c, targets);
+        ahead.prefetch_one();
+    }
     if (c < num_contexts) add_to_contexts<Vector, 1, kContextBlocks>(work, c, targets);
     add_to_targets<Vector, kTargetBlocks>(work, num_contexts, dim, grads);
 }
@@ -346,20 +403,18 @@ EMBEDTRAIN_INLINE double add_block(const Block& block) {
             if (next + kCentresAhead < n) prefetch_pair(block, block.inputs[next + kCentresAhead]);
         }
         if (centre >= n) continue;
-        if (centre + kCentresAhead < n) {
-            const int64_t* ahead = block.targets + (centre + kCentresAhead) * block.num_targets;
-            for (int64_t t = 0; t < block.num_targets; ++t) prefetch_pair(block, ahead[t]);
-        }
+        Ahead ahead(block, centre + kCentresAhead);
         int num_contexts = 0;
         for (int64_t p = block.starts[centre]; p < block.stops[centre]; ++p) {
             if (p == centre) continue;
             work.rows[num_contexts] = work.contexts + (p & work.mask) * work.width;
             work.grads[num_contexts++] = work.context_grads + (p & work.mask) * work.width;
         }
-        if (num_contexts == 0) continue;
-        for (int64_t first = 0; first < block.num_targets; first += kTargets) {
-            add_group<Vector, kAtOnce, kContextBlocks, kTargetBlocks>(block, work, centre, first, num_contexts, loss);
+        for (int64_t first = 0; num_contexts > 0 && first < block.num_targets; first += kTargets) {
+            add_group<Vector, kAtOnce, kContextBlocks, kTargetBlocks>(block, work, centre, first, num_contexts, ahead,
+                                                                      loss);
         }
+        ahead.prefetch_all();
     }
     loss.settle();
     return loss.total;
@@ -376,21 +431,6 @@ EMBEDTRAIN_MULTIVERSION double add_block_in_any_registers(const Block& block) {
     return add_block<float8v, 2, 4, 2>(block);
 }
 
-// Counts indices and windows that are out of range.
-EMBEDTRAIN_MULTIVERSION int64_t count_outside(const Block& block) {
-    const uint64_t num_rows = static_cast<uint64_t>(block.num_vectors);
-    int64_t outside = 0;
-    for (int64_t i = 0; i < block.num_positions; ++i) {
-        outside += static_cast<uint64_t>(block.inputs[i]) >= num_rows;
-        outside += block.starts[i] < 0 || block.starts[i] > i || block.stops[i] <= i;
-        outside += block.stops[i] > block.num_positions;
-    }
-    for (int64_t i = 0; i < block.num_positions * block.num_targets; ++i) {
-        outside += static_cast<uint64_t>(block.targets[i]) >= num_rows;
-    }
-    return outside;
-}
-
 }  // namespace
 
 void embedtrain_skipgram_block(const float* vectors, int64_t num_vectors, int64_t dim,
@@ -399,7 +439,7 @@ void embedtrain_skipgram_block(const float* vectors, int64_t num_vectors, int64_
                                float factor, double* loss, float* grad, int64_t* num_outside) {
     const Block block{vectors, num_vectors, dim, inputs, targets, starts, stops, num_positions, num_targets, factor,
                       grad};
-    *num_outside = count_outside(block);
+    *num_outside = num_outside_block(inputs, targets, starts, stops, num_positions, num_targets, num_vectors);
     if (*num_outside) return;
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
     if (__builtin_cpu_supports("x86-64-v4")) {

@@ -67,7 +67,7 @@ void emit_distinct(const void* arguments, int part) {
             e.starts[next++] = i;
         }
         const int64_t position = static_cast<int64_t>(e.sorted[i] & mask);
-        e.order[i] = position;
+        if (e.order) e.order[i] = position;
         if (e.inverse) e.inverse[position] = next - 1;
     }
 }
@@ -93,7 +93,9 @@ bool count_keys(const int64_t* keys, int64_t num_keys, int64_t num_counters, con
         next += count != 0;
         place += count;
     }
-    for (int64_t i = 0; i < num_keys; ++i) e.order[places[keys[i]]++] = i;
+    if (e.order) {
+        for (int64_t i = 0; i < num_keys; ++i) e.order[places[keys[i]]++] = i;
+    }
     if (e.inverse) {
         for (int64_t i = 0; i < num_keys; ++i) e.inverse[i] = numbers[keys[i]];
     }
@@ -135,4 +137,21 @@ void embedtrain_sort_unique(const int64_t* keys, int64_t num_keys, int64_t large
     run_parts(num_parts, emit_distinct, &emission);
     starts[total] = num_keys;
     *num_distinct = total;
+}
+
+void embedtrain_order_of_inverse(const int64_t* inverse, int64_t num_keys, const int64_t* starts, int64_t num_distinct,
+                                 int64_t* order, int64_t* num_outside) {
+    int64_t* places = static_cast<int64_t*>(scratch(0, num_distinct * 8));
+    std::copy_n(starts, num_distinct, places);
+    int64_t outside = 0;
+    for (int64_t i = 0; i < num_keys; ++i) {
+        const bool is_inside = static_cast<uint64_t>(inverse[i]) < static_cast<uint64_t>(num_distinct);
+        const int64_t place = is_inside ? places[inverse[i]]++ : -1;
+        if (static_cast<uint64_t>(place) < static_cast<uint64_t>(num_keys)) {
+            order[place] = i;
+        } else {
+            ++outside;
+        }
+    }
+    *num_outside = outside;
 }

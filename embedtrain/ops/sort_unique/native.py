@@ -17,7 +17,8 @@ def sort_unique(keys: Tensor, largest: int, with_inverse: bool) -> SortedKeys:
     keys = keys.contiguous()
     n = keys.numel()
     unique, starts = empty_buffer(n + 1, dtype=torch.int64), empty_buffer(n + 1, dtype=torch.int64)
-    order = empty_buffer(n, dtype=torch.int64)
+    # Most callers that take the inverse do not need the order, so it is computed on demand.
+    order = None if with_inverse else empty_buffer(n, dtype=torch.int64)
     inverse = empty_buffer(n, dtype=torch.int64) if with_inverse else None
     num_distinct, num_outside = ctypes.c_int64(), ctypes.c_int64()
     library.get().embedtrain_sort_unique(
@@ -27,7 +28,7 @@ def sort_unique(keys: Tensor, largest: int, with_inverse: bool) -> SortedKeys:
         torch.get_num_threads(),
         unique.data_ptr(),
         starts.data_ptr(),
-        order.data_ptr(),
+        None if order is None else order.data_ptr(),
         None if inverse is None else inverse.data_ptr(),
         ctypes.addressof(num_distinct),
         ctypes.addressof(num_outside),
@@ -36,3 +37,25 @@ def sort_unique(keys: Tensor, largest: int, with_inverse: bool) -> SortedKeys:
         raise library.outside_error("keys", keys, largest + 1)
     m = num_distinct.value
     return SortedKeys(unique[:m], starts[: m + 1], order, inverse)
+
+
+def order_of(inverse: Tensor, starts: Tensor) -> Tensor:
+    """Returns `SortedKeys.order`.
+
+    Raises:
+        IndexError: the inverse and the starts do not belong together.
+    """
+    inverse, starts = inverse.contiguous(), starts.contiguous()
+    order = empty_buffer(inverse.numel(), dtype=torch.int64)
+    num_outside = ctypes.c_int64()
+    library.get().embedtrain_order_of_inverse(
+        inverse.data_ptr(),
+        inverse.numel(),
+        starts.data_ptr(),
+        starts.numel() - 1,
+        order.data_ptr(),
+        ctypes.addressof(num_outside),
+    )
+    if num_outside.value:
+        raise IndexError(f"the inverse of {inverse.numel()} keys does not belong to these {starts.numel() - 1} keys")
+    return order
