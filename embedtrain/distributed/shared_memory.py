@@ -137,7 +137,7 @@ class Inbox:
         row_shape, dtype = parts[0].shape[1:], parts[0].dtype
         for rank, room in enumerate(self.rooms([len(part) for part in parts], row_shape, dtype)):
             if rank != self.rank:
-                room.copy_(parts[rank])
+                _copy(parts[rank], room)
         self.send()
         arrived = self.receive(row_shape, dtype)
         arrived[self.rank] = parts[self.rank]
@@ -209,7 +209,7 @@ class SharedMemoryRanks(GroupRanks):
             received = empty_buffer(sum(receive_counts), *rows.shape[1:], dtype=rows.dtype)
             arrived = self._inbox.exchange(rows.split(list(send_counts)))
             for target, part in zip(received.split(list(receive_counts)), arrived, strict=True):
-                target.copy_(part)
+                _copy(part, target)
         return received
 
     def all_to_all_split(
@@ -221,7 +221,7 @@ class SharedMemoryRanks(GroupRanks):
         with stage("exchange"):
             return [
                 # Copy the parts of other ranks: a later exchange overwrites the sender's memory.
-                part.to(dtype) if rank == self.rank else empty_buffer(*part.shape, dtype=dtype).copy_(part)
+                part.to(dtype) if rank == self.rank else _copy(part, empty_buffer(*part.shape, dtype=dtype))
                 for rank, part in enumerate(self._inbox.exchange(rows.split(list(send_counts))))
             ]
 
@@ -246,7 +246,7 @@ class SharedMemoryRanks(GroupRanks):
             self._inbox.send()
             arrived = self._inbox.receive(row_shape, dtype)
             if is_kept:
-                arrived = [empty_buffer(*part.shape, dtype=dtype).copy_(part) for part in arrived]
+                arrived = [_copy(part, empty_buffer(*part.shape, dtype=dtype)) for part in arrived]
         arrived[self.rank] = own
         return arrived
 
@@ -276,7 +276,7 @@ class SharedMemoryRanks(GroupRanks):
                 targets[self.rank].copy_(gather_rows(source, sent[self.rank], wire_dtype))
             for rank, arrived in enumerate(self._inbox.receive(row_shape, wire_dtype)):
                 if rank != self.rank:
-                    targets[rank].copy_(arrived)
+                    _copy(arrived, targets[rank])
         return received
 
     def ask(
@@ -307,6 +307,16 @@ class SharedMemoryRanks(GroupRanks):
         for part in arrived:
             values += part[0]
         return values
+
+
+def _copy(source: Tensor, target: Tensor) -> Tensor:
+    """Copies a tensor to or from shared memory; returns the target."""
+    if source.dtype != target.dtype or not (source.is_contiguous() and target.is_contiguous()):
+        return target.copy_(source)
+    from embedtrain.ops._backend import library
+
+    library.get().embedtrain_copy(source.data_ptr(), target.data_ptr(), source.nbytes)
+    return target
 
 
 def ranks_of(group: dist.ProcessGroup | None) -> Ranks:

@@ -18,8 +18,8 @@ from embedtrain.distributed.shared_memory import VARIABLE, SharedMemoryRanks
 from embedtrain.ops._backend.dispatch import cpu_backend
 from embedtrain.testing.ranks import run_ranks
 
-# Rows from rank s to rank r in round n: none, a few, and many.
-SIZES = [0, 3, 700, 40_000]
+# Rows from rank s to rank r in round n: none, fewer and more bytes than a copy prefetches, and many.
+SIZES = [0, 3, 29, 700, 40_000]
 DTYPES = [torch.float32, torch.bfloat16, torch.int64]
 
 pytestmark = pytest.mark.skipif(cpu_backend() != "native", reason="the native library was not built")

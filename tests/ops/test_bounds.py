@@ -102,6 +102,16 @@ def test_keys_of_other_values_are_an_error(keys: SortedKeys) -> None:
         pool.pool_rows_backward([torch.ones(NUM_VALUES, DIM)], [Bags(NUM_VALUES)], keys, DIM)
 
 
+@pytest.mark.parametrize("last", [2, -1, FAR, -FAR])
+def test_an_inverse_of_other_keys_is_an_error(last: int) -> None:
+    keys = SortedKeys(torch.arange(2), torch.tensor([0, 1, 3]), None, torch.tensor([1, 0, last]))
+    with pytest.raises(IndexError, match="inverse of 3 keys does not belong to these 2 keys"):
+        _ = keys.order
+    crowded = SortedKeys(torch.arange(2), torch.tensor([0, 1, 3]), None, torch.tensor([1, 1, 1]))
+    with pytest.raises(IndexError, match="does not belong"):
+        _ = crowded.order
+
+
 def test_sizes_that_disagree_are_an_error() -> None:
     with pytest.raises(ValueError, match="runs of 6 values"):
         apply([Bags(NUM_VALUES)], indices(5), (Run(FAR, 0, NUM_ROWS),))

@@ -7,7 +7,9 @@ import torch
 
 from embedtrain.ops.pool_rows import Bags
 from embedtrain.ops.row_gradient import Delivery, RowGradient, Run
+from embedtrain.ops.row_update import Moments, RowStep, moment_update
 from embedtrain.ops.sort_unique import OrderedKeys
+from tests.ops.test_damp_rows import make_damping
 from tests.ops.updates import RowwiseAdagradStep, rowwise_adagrad
 
 NUM_ROWS = 60
@@ -72,6 +74,30 @@ def test_an_update_sums_as_one_does_by_hand(
     rowwise_adagrad(expected, state, RowGradient.of_rows(rows, values, NUM_ROWS), STEP)
     torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(accumulator, state, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [1, 20, 128])
+@pytest.mark.parametrize("is_damped", [False, True])
+@pytest.mark.parametrize("has_first", [False, True])
+def test_sums_within_an_update_have_the_bits_of_sums_before_it(
+    threaded_backend: str, has_first: bool, is_damped: bool, dim: int
+) -> None:
+    num_bags = 15 if threaded_backend == "triton" else 3000
+    deliveries = [make_delivery(num_bags, dim, seed, in_runs=False) for seed in (1, 2)]
+    found = []
+    for is_summed_before in (False, True):
+        gradient = RowGradient(deliveries, num_rows=NUM_ROWS, dim=dim, factor=0.3)
+        if is_summed_before:
+            _ = gradient.sums
+        if is_damped:
+            gradient = gradient.damped(make_damping(gradient.count_rows(), dim, min(3, dim)))
+        first = torch.full((NUM_ROWS, dim), 0.5) if has_first else None
+        weight, second = torch.ones(NUM_ROWS, dim), torch.ones(NUM_ROWS, dim)
+        moments = Moments(first_decay=0.9 if has_first else 0.0, eps=1e-3)
+        moment_update(weight, first, second, gradient, RowStep(lr=0.5), moments)
+        found.append((weight, second))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize("num_values", [0, 1, 70])

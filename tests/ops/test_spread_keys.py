@@ -36,6 +36,16 @@ def test_ids_that_are_no_rows_are_counted(backend: str) -> None:
     assert spread_keys([torch.zeros(0, dtype=torch.int64)], [table], 10)[0].numel() == 0
 
 
+def test_many_ids_of_few_rows_have_the_keys_of_each_alone(backend: str) -> None:
+    table = SpreadTable(10, 7, 5, 3, 1)
+    ids = torch.arange(-2, 12).repeat(9)
+    keys, outside = spread_keys([ids], [table], 8)
+    assert outside == [4 * 9]
+    alone = torch.cat([spread_keys([torch.tensor([each])], [table], 8)[0] for each in range(10)])
+    assert torch.equal(keys.view(9, 14)[:, 2:12], alone.expand(9, 10))
+    assert int(keys.min()) >= 0 and int(keys.max()) < 16
+
+
 def test_memory_for_rows_is_filled(backend: str) -> None:
     device = torch.device("cpu")
     assert torch.equal(allocate_rows((3000, 5), 0.5, torch.float32, device), torch.full((3000, 5), 0.5))

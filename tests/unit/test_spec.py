@@ -144,6 +144,15 @@ def test_offsets_that_are_none_are_refused(offsets: list, is_last: bool, message
         et.Jagged.from_offsets(torch.arange(4), torch.tensor(offsets, dtype=torch.int64), include_last_offset=is_last)
 
 
+@pytest.mark.parametrize(
+    ("length", "num_bags", "message"), [(1, 3, "add up to the 4 values, got 3"), (-2, 2, "negative, got -2")]
+)
+def test_lengths_that_are_one_expanded_number_are_checked(length: int, num_bags: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        et.Jagged(torch.arange(4), torch.tensor(length).expand(num_bags))
+    assert et.Jagged(torch.arange(4), torch.tensor(2).expand(2)).num_bags == 2
+
+
 def test_bags_move_as_one() -> None:
     bags = et.Jagged.from_ids(torch.tensor([[3, 4]]), torch.ones(1, 2))
     moved = bags.to("meta")

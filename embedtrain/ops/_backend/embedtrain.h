@@ -225,6 +225,10 @@ void embedtrain_spread_keys(struct EmbedtrainIds* features, int64_t num_features
 // Publishes that this rank's part of exchange `number` is written.
 void embedtrain_publish(void* own_region, int64_t number);
 
+// Copies bytes that another process has written last or will read next. Their cache lines lie in another core's cache, so
+// it takes long to get each, and the hardware does not prefetch across the small pages of shared memory.
+void embedtrain_copy(const void* source, void* target, int64_t bytes);
+
 // Waits until all ranks have published exchange `number`, for at most `patience_ms` per rank. regions: [num_regions];
 // may_spin: whether this rank has a CPU core to itself; first_missing: output, the first region that has not published
 // it, or num_regions.

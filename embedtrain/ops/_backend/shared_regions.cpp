@@ -1,12 +1,14 @@
-// Synchronises processes of one host through a counter in the shared memory of each.
+// Synchronises processes of one host through a counter in the shared memory of each, and copies what they exchange.
 
 #include <time.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 
 #include "embedtrain.h"
+#include "simd.h"
 
 #ifdef __linux__
 #include <linux/futex.h>
@@ -24,6 +26,8 @@ struct Region {
 };
 static_assert(std::atomic<uint32_t>::is_always_lock_free, "counters are shared between processes");
 
+constexpr int64_t kLineBytes = 64;
+constexpr int64_t kCopiedAhead = 4096;  // prefetch distance, in bytes
 constexpr int kSpins = 4000;  // about 50 microseconds, the time it takes to wake a sleeping process
 
 void relax() {
@@ -81,4 +85,16 @@ void embedtrain_await(void* const* regions, int64_t num_regions, int64_t number,
         }
     }
     *first_missing = num_regions;
+}
+
+EMBEDTRAIN_MULTIVERSION void embedtrain_copy(const void* source, void* target, int64_t bytes) {
+    const char* from = static_cast<const char*>(source);
+    char* to = static_cast<char*>(target);
+    int64_t at = 0;
+    for (; at + kCopiedAhead + kLineBytes <= bytes; at += kLineBytes) {
+        __builtin_prefetch(from + at + kCopiedAhead, 0);
+        __builtin_prefetch(to + at + kCopiedAhead, 1);
+        std::memcpy(to + at, from + at, kLineBytes);
+    }
+    std::memcpy(to + at, from + at, static_cast<size_t>(bytes - at));
 }

@@ -42,6 +42,7 @@ EMBEDTRAIN_INLINE void gather(const Gather& g, int part) {
     for (int64_t i = range.begin; i < range.end; ++i) {
         if (i + ahead < range.end) {
             prefetch_row<0>(source + g.rows[i + ahead] * g.dim, row_bytes);
+            prefetch_row<1>(target + (i + ahead) * g.dim, g.dim * static_cast<int64_t>(sizeof(Wanted)));
         }
         // As unsigned numbers, negative rows are large, so one comparison finds them too.
         if (static_cast<uint64_t>(g.rows[i]) >= static_cast<uint64_t>(g.num_source_rows)) {
