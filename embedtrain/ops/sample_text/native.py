@@ -16,7 +16,7 @@ def sample_text(
     """See `embedtrain.ops.sample_text`."""
     tokens, positions, parts = tokens.contiguous(), positions.contiguous(), parts.contiguous()
     num_tokens = tokens.numel()
-    words, starts, stops = torch.empty(3, num_tokens, dtype=torch.int64)
+    words, starts, stops = empty_buffer(3, num_tokens, dtype=torch.int64)
     targets = empty_buffer(num_tokens, 1 + num_negatives, dtype=torch.int64)
     num_kept = torch.zeros((), dtype=torch.int64)
     library.get().embedtrain_sample_text(
