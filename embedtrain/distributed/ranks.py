@@ -101,13 +101,35 @@ class Ranks(ABC):
         """Returns the ranks as a mesh for torch's DTensor; None with one process."""
 
     def all_to_all_split(
-        self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], dtype: torch.dtype
-    ) -> list[Tensor]:
-        """Sends rows as `all_to_all` does; returns the rows from each rank separately, converted to `dtype`.
+        self,
+        rows: Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        dtype: torch.dtype,
+        numbers: Tensor | None = None,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Sends rows as `all_to_all` does, and optionally a number for each row.
 
-        The rows that this rank sends to itself may be returned as a view of `rows`.
+        Args:
+            rows: see `all_to_all`.
+            send_counts: number of rows for each rank.
+            receive_counts: number of rows from each rank.
+            dtype: dtype of the returned rows.
+            numbers: [sum(send_counts)] float32; a number for each row. None on every rank or on none.
+
+        Returns:
+            The rows from each rank separately. They may be views of `rows`, or of memory that is overwritten after the
+            next call: see `keep`. And the numbers of these rows, [sum(receive_counts)], ordered by sending rank.
         """
-        return list(self.all_to_all(rows, send_counts, receive_counts).to(dtype).split(list(receive_counts)))
+        received = self.all_to_all(rows, send_counts, receive_counts).to(dtype).split(list(receive_counts))
+        return list(received), None if numbers is None else self.all_to_all(numbers, send_counts, receive_counts)
+
+    def keep(self, rows: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Returns rows of `all_to_all_split` that do not change after its next call: copies, where necessary.
+
+        Not a collective.
+        """
+        return list(rows)
 
     def all_to_all_written(
         self,

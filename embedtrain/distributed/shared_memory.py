@@ -36,6 +36,7 @@ _TABLE_START = 256
 _ALIGNMENT = 64
 _SLOT_BYTES = 1 << 34
 """Address space for a rank's part of one exchange. Physical memory is allocated only where it is written."""
+_NUM_INBOXES = 2
 _PATIENCE_MS = 50
 
 _logger = logging.getLogger(__name__)
@@ -57,17 +58,25 @@ class Inbox:
 
     A region has two slots, used in turn. Before a rank writes a slot again, all ranks have sent the exchange in
     between, so they no longer read the slot. Received rows are valid until this rank's next `send`.
+
+    Args:
+        rank: number of this rank.
+        regions: the memory of each rank.
+        start: where the inbox begins in each region; several inboxes may share the regions.
+        peers: a pidfd of every other rank, which the inbox closes.
+        timeout_seconds: how long to wait for a rank that lives.
     """
 
     def __init__(
-        self, rank: int, regions: Sequence[mmap.mmap], peers: Sequence[int], *, timeout_seconds: float
+        self, rank: int, regions: Sequence[mmap.mmap], start: int, peers: Sequence[int], *, timeout_seconds: float
     ) -> None:
         self.rank, self.size = rank, len(regions)
         self._timeout_seconds = timeout_seconds
         self._peers = dict(zip([r for r in range(self.size) if r != self.rank], peers, strict=True))
-        self._bytes = [torch.frombuffer(region, dtype=torch.uint8) for region in regions]
-        self._tables = [memoryview(region)[_TABLE_START : _header_bytes(self.size)].cast("q") for region in regions]
-        self._counters = [memoryview(region)[_COUNTER_START : _COUNTER_START + 4].cast("I") for region in regions]
+        views = [memoryview(region)[start : start + _inbox_bytes(self.size)] for region in regions]
+        self._bytes = [torch.frombuffer(view, dtype=torch.uint8) for view in views]
+        self._tables = [view[_TABLE_START : _header_bytes(self.size)].cast("q") for view in views]
+        self._counters = [view[_COUNTER_START : _COUNTER_START + 4].cast("I") for view in views]
         self._own_address = self._bytes[self.rank].data_ptr()
         self._addresses = array("Q", [self._bytes[rank].data_ptr() for rank in self._peers])
         self._may_spin = self.size <= len(os.sched_getaffinity(0))
@@ -143,6 +152,11 @@ class Inbox:
         arrived[self.rank] = parts[self.rank]
         return arrived
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Returns whether a tensor lies in this inbox."""
+        address = tensor.data_ptr()
+        return any(first.data_ptr() <= address < first.data_ptr() + first.numel() for first in self._bytes)
+
     def _without_own(self, counts: Sequence[int]) -> list[int]:
         return [0 if rank == self.rank else count for rank, count in enumerate(counts)]
 
@@ -195,11 +209,12 @@ class SharedMemoryRanks(GroupRanks):
     Args:
         group: the process group.
         inbox: the shared memory.
+        lent: shared memory for rows that are read in place, also during other exchanges.
     """
 
-    def __init__(self, group: dist.ProcessGroup, inbox: Inbox) -> None:
+    def __init__(self, group: dist.ProcessGroup, inbox: Inbox, lent: Inbox) -> None:
         super().__init__(group)
-        self._inbox = inbox
+        self._inbox, self._lent = inbox, lent
 
     def all_to_all(self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
         """See `Ranks`."""
@@ -213,17 +228,47 @@ class SharedMemoryRanks(GroupRanks):
         return received
 
     def all_to_all_split(
-        self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], dtype: torch.dtype
-    ) -> list[Tensor]:
-        """See `Ranks`."""
+        self,
+        rows: Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        dtype: torch.dtype,
+        numbers: Tensor | None = None,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Returns the rows of other ranks where their senders wrote them, without copying them; see `Ranks`."""
         if rows.is_cuda:
-            return super().all_to_all_split(rows, send_counts, receive_counts, dtype)
+            return super().all_to_all_split(rows, send_counts, receive_counts, dtype, numbers)
+        number_bytes = 0 if numbers is None else numbers.element_size()
+        row_bytes = math.prod(rows.shape[1:]) * rows.element_size() + number_bytes
+
+        def opened(letter: Tensor, count: int) -> tuple[Tensor, Tensor]:
+            """Returns the numbers and the rows of a letter; the numbers are first, because of their alignment."""
+            of_numbers, of_rows = letter.split([count * number_bytes, len(letter) - count * number_bytes])
+            return of_numbers.view(torch.float32), of_rows.view(rows.dtype).view(count, *rows.shape[1:])
+
         with stage("exchange"):
-            return [
-                # Copy the parts of other ranks: a later exchange overwrites the sender's memory.
-                part.to(dtype) if rank == self.rank else _copy(part, empty_buffer(*part.shape, dtype=dtype))
-                for rank, part in enumerate(self._inbox.exchange(rows.split(list(send_counts))))
+            own_rows = rows.split(list(send_counts))
+            own_numbers = (
+                rows.new_empty(0).expand(len(send_counts), 0) if numbers is None else numbers.split(list(send_counts))
+            )
+            rooms = self._lent.rooms([count * row_bytes for count in send_counts], (), torch.uint8)
+            for rank, count in enumerate(send_counts):
+                if rank != self.rank:
+                    room_of_numbers, room_of_rows = opened(rooms[rank], count)
+                    room_of_numbers.copy_(own_numbers[rank])
+                    _copy(own_rows[rank], room_of_rows)
+            self._lent.send()
+            letters = self._lent.receive((), torch.uint8)
+            arrived = [
+                (own_numbers[rank], own_rows[rank]) if rank == self.rank else opened(letters[rank], count)
+                for rank, count in enumerate(receive_counts)
             ]
+            parts = [of_rows.to(dtype) for _, of_rows in arrived]
+            return parts, None if numbers is None else torch.cat([of_numbers for of_numbers, _ in arrived])
+
+    def keep(self, rows: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """See `Ranks`."""
+        return [part.clone() if part is not None and self._lent.holds(part) else part for part in rows]
 
     def all_to_all_written(
         self,
@@ -339,18 +384,22 @@ def ranks_of(group: dist.ProcessGroup | None) -> Ranks:
             own = _create(_region_bytes(size))
     through_group = GroupRanks(group)
     addresses = through_group.all_gather(None if own is None else own[1])
-    inbox, reason = None, "a rank has no shared memory"
+    inboxes: list[Inbox] = []
+    reason = "a rank has no shared memory"
     if own is not None and None not in addresses:
         try:
             regions, peers = _open_all(rank, own[0], [address for address in addresses if address is not None])
-            inbox = Inbox(rank, regions, peers, timeout_seconds=timeout_seconds)
+            for number in range(_NUM_INBOXES):
+                files = peers if number == 0 else [os.dup(file) for file in peers]
+                start = number * _inbox_bytes(size)
+                inboxes.append(Inbox(rank, regions, start, files, timeout_seconds=timeout_seconds))
         except (OSError, AttributeError) as error:
             reason = str(error)
-    agreed = through_group.all_gather(inbox is not None)
+    agreed = through_group.all_gather(bool(inboxes))
     if own is not None:
         os.close(own[1].file)
-    if inbox is not None and all(agreed):
-        return SharedMemoryRanks(group, inbox)
+    if all(agreed):
+        return SharedMemoryRanks(group, *inboxes)
     if rank == 0:
         _logger.info("ranks exchange rows through the process group, not through shared memory: %s", reason)
     return through_group
@@ -412,8 +461,12 @@ def _header_bytes(world_size: int) -> int:
     return -(-(_TABLE_START + table_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _region_bytes(world_size: int) -> int:
+def _inbox_bytes(world_size: int) -> int:
     return _header_bytes(world_size) + 2 * _SLOT_BYTES
+
+
+def _region_bytes(world_size: int) -> int:
+    return _NUM_INBOXES * _inbox_bytes(world_size)
 
 
 def _timeout_seconds(group: dist.ProcessGroup) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from embedtrain.distributed.ranks import Ranks
 from embedtrain.ops.row_gradient import Delivery, RowGradient
 from embedtrain.optim.registry import warn_once
 
@@ -77,6 +78,12 @@ class GradientMailbox:
         # Summing again only after as many new gradients as sums keeps the cost at two sums per gradient on average.
         if len(self._deliveries) > _MOST_DELIVERIES and self._num_new >= self._num_summed:
             self._sum_up()
+
+    def keep(self, ranks: Ranks) -> None:
+        """Copies waiting gradients that the next exchange of gradients would overwrite."""
+        for delivery in self._deliveries:
+            delivery.replace(ranks.keep(delivery.grads))
+        self._waiting = None
 
     def waiting(self) -> RowGradient:
         """Returns the gradient of the mean loss over the global batch.

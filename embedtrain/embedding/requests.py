@@ -316,9 +316,11 @@ class RemoteRequest(GroupRequest):
         """See `GroupRequest`."""
         if self._counts is None:
             return None
-        counted = None if counts is None else self.group.ranks.all_to_all(counts, *self._counts)
-        wired = grad.to(self.group.gradient_wire_dtype)
-        grads = self.group.ranks.all_to_all_split(wired, *self._counts, torch.float32)
+        ranks = self.group.ranks
+        self.group.gradients.keep(ranks)
+        grads, counted = ranks.all_to_all_split(
+            grad.to(self.group.gradient_wire_dtype), *self._counts, torch.float32, counts
+        )
         # The rows from one rank are distinct, but several ranks may ask for the same row.
         bags = [Bags(len(part)) for part in grads]
         return Delivery(self.rows, bags, grads, counts=counted)

@@ -30,7 +30,8 @@ def talk(ranks: Ranks) -> list[object]:
     both, wanted = ranks.ask(counts, [OrderedKeys(keys)], [10])
     return [
         ranks.all_to_all(own[: sum(send)], send, receive),
-        torch.cat(ranks.all_to_all_split(own[: sum(send)], send, receive, torch.float64)),
+        torch.cat(ranks.all_to_all_split(own[: sum(send)], send, receive, torch.float64)[0]),
+        *split(ranks, own, send, receive),
         *(torch.cat(written(ranks, own, send, receive, is_kept)) for is_kept in (True, False)),
         ranks.all_to_all_gather(own, torch.arange(sum(send)), send, receive, torch.bfloat16, torch.float32),
         ranks.all_reduce(torch.tensor(float(ranks.rank))),
@@ -44,6 +45,17 @@ def talk(ranks: Ranks) -> list[object]:
         ranks.run_on_first(lambda: ranks.rank),
         list(ranks.lockstep([ranks.rank] * (ranks.rank + 1))),
     ]
+
+
+def split(ranks: Ranks, own: torch.Tensor, send: list[int], receive: list[int]) -> list[torch.Tensor]:
+    """Sends rows with numbers, and reads them after another call."""
+    rows = own[: sum(send)]
+    came, numbers = ranks.all_to_all_split(rows, send, receive, rows.dtype, rows[:, 0].float())
+    kept = ranks.keep(came)
+    assert numbers is not None
+    ranks.all_to_all_split(rows + 1, send, receive, rows.dtype, rows[:, 0].float() + 1)
+    ranks.all_to_all_split(rows + 1, send, receive, rows.dtype, rows[:, 0].float() + 1)
+    return [*(part for part in kept if part is not None), numbers]
 
 
 def written(ranks: Ranks, own: torch.Tensor, send: list[int], receive: list[int], is_kept: bool) -> list[torch.Tensor]:

@@ -60,6 +60,16 @@ class Delivery:
         """Returns a delivery for distinct rows, given rows [n] int64 and values [n, dim] float32."""
         return cls(rows, [Bags(rows.numel())], [values], is_unique=True, counts=counts)
 
+    def replace(self, grads: Sequence[Tensor | None]) -> None:
+        """Replaces the gradients by equal ones in other memory.
+
+        Raises:
+            RuntimeError: a gradient was changed in place after backward.
+        """
+        self.check_unchanged()
+        self.grads = grads
+        self._versions = [0 if grad is None else grad._version for grad in grads]
+
     def check_shapes(self, dim: int) -> None:
         """Raises ValueError if shapes or dtypes disagree."""
         num_values = sum([feature.num_values for feature in self.bags])
