@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
@@ -17,9 +18,9 @@ def sort_unique(keys: Tensor, largest: int, with_inverse: bool) -> SortedKeys:
     keys = keys.contiguous()
     n = keys.numel()
     unique, starts = empty_buffer(n + 1, dtype=torch.int64), empty_buffer(n + 1, dtype=torch.int64)
-    # Most callers that take the inverse do not need the order, so it is computed on demand.
-    order = None if with_inverse else empty_buffer(n, dtype=torch.int64)
-    inverse = empty_buffer(n, dtype=torch.int64) if with_inverse else None
+    # Either the inverse or the order: most callers that take the inverse do not need the order, which `order_of` computes.
+    positions = empty_buffer(n, dtype=torch.int64)
+    address = positions.data_ptr()
     num_distinct, num_outside = ctypes.c_int64(), ctypes.c_int64()
     library.get().embedtrain_sort_unique(
         keys.data_ptr(),
@@ -28,15 +29,17 @@ def sort_unique(keys: Tensor, largest: int, with_inverse: bool) -> SortedKeys:
         torch.get_num_threads(),
         unique.data_ptr(),
         starts.data_ptr(),
-        None if order is None else order.data_ptr(),
-        None if inverse is None else inverse.data_ptr(),
+        None if with_inverse else address,
+        address if with_inverse else None,
         ctypes.addressof(num_distinct),
         ctypes.addressof(num_outside),
     )
     if num_outside.value:
         raise library.outside_error("keys", keys, largest + 1)
-    m = num_distinct.value
-    return SortedKeys(unique[:m], starts[: m + 1], order, inverse)
+    unique, starts = unique[: num_distinct.value], starts[: num_distinct.value + 1]
+    if with_inverse:
+        return SortedKeys(unique, starts, functools.partial(order_of, positions, starts), positions)
+    return SortedKeys(unique, starts, positions, None)
 
 
 def order_of(inverse: Tensor, starts: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,27 +19,21 @@ class SortedKeys:
     Attributes:
         unique: [m] int64; the distinct keys, ascending.
         starts: [m + 1] int64; `order[starts[j] : starts[j + 1]]` are the positions of `unique[j]`, ascending.
-        known_order: `order`, or None if it is computed on demand from `inverse`. Distinct rows are read and updated
-            without it.
+        given_order: `order`, or a function that computes it. Distinct rows are read and updated without the order.
         inverse: [n] int64; the index of each key in `unique`. None if it was not requested.
         is_padded: whether padding, keys without a position, follows the distinct keys; see `OrderedKeys.padded`.
     """
 
     unique: Tensor
     starts: Tensor
-    known_order: Tensor | None
+    given_order: Tensor | Callable[[], Tensor]
     inverse: Tensor | None
     is_padded: bool = False
 
     @functools.cached_property
     def order(self) -> Tensor:
         """[n] int64; the positions of all keys, sorted by key."""
-        if self.known_order is not None:
-            return self.known_order
-        from embedtrain.ops.sort_unique import native
-
-        assert self.inverse is not None
-        return native.order_of(self.inverse, self.starts)
+        return self.given_order if isinstance(self.given_order, Tensor) else self.given_order()
 
     @property
     def sorted(self) -> SortedKeys:
