@@ -1,7 +1,7 @@
 """Quality of word vectors by the size of a step, with and without damping, and the picture of it in the docs.
 
     python benchmarks/large_steps.py train ../shared/data/text-en-wiki/wiki_a.txt --tests ../shared/data/eval-words \
-        --words-per-step 16384 262144 --seeds 1 2 3 --damping curvature --growth 0.05 --lr 0.8
+        --words-per-step 16384 524288 --seeds 1 2 3 --damping curvature --growth 0.05 --lr 0.8
     python benchmarks/large_steps.py cost ../shared/data/text-en-wiki/wiki_a.txt
     python benchmarks/large_steps.py bytes ../shared/data/text-en-wiki/wiki_a.txt
     python benchmarks/large_steps.py table
@@ -92,7 +92,7 @@ def parse_options() -> argparse.Namespace:
     runs.add_argument("text", type=Path)
     runs.add_argument("overrides", nargs="*", help="key=value settings")
     runs.add_argument("--tests", type=Path, required=True, help="folder of questions-words.txt and EN-*.txt")
-    runs.add_argument("--words-per-step", type=int, nargs="+", default=[262144])
+    runs.add_argument("--words-per-step", type=int, nargs="+", default=[524288])
     runs.add_argument("--lr", type=float, nargs="+", default=[0.6])
     runs.add_argument("--seeds", type=int, nargs="+", default=[1])
     runs.add_argument("--epochs", type=int, default=5)
@@ -102,7 +102,7 @@ def parse_options() -> argparse.Namespace:
     cost = commands.add_parser("cost", help="time plain and damped steps in turns, on one rank of one thread")
     cost.add_argument("text", type=Path)
     cost.add_argument("overrides", nargs="*", help="key=value settings")
-    cost.add_argument("--words-per-step", type=int, default=262144)
+    cost.add_argument("--words-per-step", type=int, default=524288)
     cost.add_argument("--turns", type=int, default=20)
     cost.add_argument("--work", type=Path, default=Path("runs/large_steps"))
     exchanged = commands.add_parser("bytes", help="count the bytes that a rank would exchange, without other ranks")

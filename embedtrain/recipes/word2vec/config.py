@@ -72,7 +72,7 @@ class SkipGramConfig:
     power: float = 0.75
     """Negatives are drawn with probability proportional to count ** power."""
     damping: Literal["auto", "curvature", "none"] = "auto"
-    """curvature damps gradients along directions in which large steps overshoot, so that steps of 262,144 words train
+    """curvature damps gradients along directions in which large steps overshoot, so that steps of 524,288 words train
     as well as short ones. auto uses curvature with rowwise_adagrad, adagrad and sgd, and none with other optimizers.
     See docs/large_steps.md."""
     negative_parts: int = 16
@@ -86,7 +86,7 @@ class SkipGramConfig:
 class TextTrainConfig(TrainConfig):
     """Settings of the training loop."""
 
-    words_per_step: int = 262144
+    words_per_step: int = 524288
     """Words of the text per step, over all ranks."""
     step_growth: float | None = 0.05
     """Maximum size of early steps, as a share of the words trained so far; steps have at least 16,384 words. null gives
