@@ -13,7 +13,6 @@
 #include <cstring>
 #include <limits>
 
-#include "bounds.h"
 #include "embedtrain.h"
 #include "parallel.h"
 #include "rows.h"
@@ -431,6 +430,21 @@ EMBEDTRAIN_MULTIVERSION double add_block_in_any_registers(const Block& block) {
     return add_block<float8v, 2, 4, 2>(block);
 }
 
+// Counts indices and windows that are out of range.
+EMBEDTRAIN_MULTIVERSION int64_t count_outside(const Block& block) {
+    const uint64_t num_rows = static_cast<uint64_t>(block.num_vectors);  // as unsigned numbers, negative ones are large
+    int64_t outside = 0;
+    for (int64_t i = 0; i < block.num_positions; ++i) {
+        outside += static_cast<uint64_t>(block.inputs[i]) >= num_rows;
+        outside += block.starts[i] < 0 || block.starts[i] > i || block.stops[i] <= i;
+        outside += block.stops[i] > block.num_positions;
+    }
+    for (int64_t i = 0; i < block.num_positions * block.num_targets; ++i) {
+        outside += static_cast<uint64_t>(block.targets[i]) >= num_rows;
+    }
+    return outside;
+}
+
 }  // namespace
 
 void embedtrain_skipgram_block(const float* vectors, int64_t num_vectors, int64_t dim,
@@ -439,7 +453,7 @@ void embedtrain_skipgram_block(const float* vectors, int64_t num_vectors, int64_
                                float factor, double* loss, float* grad, int64_t* num_outside) {
     const Block block{vectors, num_vectors, dim, inputs, targets, starts, stops, num_positions, num_targets, factor,
                       grad};
-    *num_outside = num_outside_block(inputs, targets, starts, stops, num_positions, num_targets, num_vectors);
+    *num_outside = count_outside(block);
     if (*num_outside) return;
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
     if (__builtin_cpu_supports("x86-64-v4")) {
