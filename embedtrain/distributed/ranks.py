@@ -107,6 +107,7 @@ class Ranks(ABC):
         receive_counts: Sequence[int],
         dtype: torch.dtype,
         numbers: Tensor | None = None,
+        keep: Callable[[Ranks], object] | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
         """Sends rows as `all_to_all` does, and optionally a number for each row.
 
@@ -116,16 +117,18 @@ class Ranks(ABC):
             receive_counts: number of rows from each rank.
             dtype: dtype of the returned rows.
             numbers: [sum(send_counts)] float32; a number for each row. None on every rank or on none.
+            keep: a method that the next call calls first, with these ranks, if it will overwrite returned rows. It must
+                pass the rows that are still needed to `kept`. None if the caller does not need them so long.
 
         Returns:
-            The rows from each rank separately. They may be views of `rows`, or of memory that is overwritten after the
-            next call: see `keep`. And the numbers of these rows, [sum(receive_counts)], ordered by sending rank.
+            The rows from each rank separately. They may be views of `rows`, or of memory that the next call overwrites.
+            And the numbers of these rows, [sum(receive_counts)], ordered by sending rank.
         """
         received = self.all_to_all(rows, send_counts, receive_counts).to(dtype).split(list(receive_counts))
         return list(received), None if numbers is None else self.all_to_all(numbers, send_counts, receive_counts)
 
-    def keep(self, rows: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Returns rows of `all_to_all_split` that do not change after its next call: copies, where necessary.
+    def kept(self, rows: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Returns rows of `all_to_all_split` in memory that no call overwrites: copies, where necessary.
 
         Not a collective.
         """

@@ -11,6 +11,7 @@ import os
 import secrets
 import select
 import time
+import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -215,6 +216,7 @@ class SharedMemoryRanks(GroupRanks):
     def __init__(self, group: dist.ProcessGroup, inbox: Inbox, lent: Inbox) -> None:
         super().__init__(group)
         self._inbox, self._lent = inbox, lent
+        self._keep: weakref.WeakMethod[Callable[[Ranks], object]] | None = None
 
     def all_to_all(self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
         """See `Ranks`."""
@@ -234,10 +236,15 @@ class SharedMemoryRanks(GroupRanks):
         receive_counts: Sequence[int],
         dtype: torch.dtype,
         numbers: Tensor | None = None,
+        keep: Callable[[Ranks], object] | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
         """Returns the rows of other ranks where their senders wrote them, without copying them; see `Ranks`."""
         if rows.is_cuda:
-            return super().all_to_all_split(rows, send_counts, receive_counts, dtype, numbers)
+            return super().all_to_all_split(rows, send_counts, receive_counts, dtype, numbers, keep)
+        keep_earlier = None if self._keep is None else self._keep()
+        if keep_earlier is not None:
+            keep_earlier(self)
+        self._keep = None if keep is None else weakref.WeakMethod(keep)
         number_bytes = 0 if numbers is None else numbers.element_size()
         row_bytes = math.prod(rows.shape[1:]) * rows.element_size() + number_bytes
 
@@ -266,7 +273,7 @@ class SharedMemoryRanks(GroupRanks):
             parts = [of_rows.to(dtype) for _, of_rows in arrived]
             return parts, None if numbers is None else torch.cat([of_numbers for of_numbers, _ in arrived])
 
-    def keep(self, rows: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def kept(self, rows: Sequence[Tensor | None]) -> list[Tensor | None]:
         """See `Ranks`."""
         return [part.clone() if part is not None and self._lent.holds(part) else part for part in rows]
 

@@ -80,9 +80,9 @@ class GradientMailbox:
             self._sum_up()
 
     def keep(self, ranks: Ranks) -> None:
-        """Copies waiting gradients that the next exchange of gradients would overwrite."""
+        """Copies waiting gradients that lie in memory which `Ranks.all_to_all_split` overwrites."""
         for delivery in self._deliveries:
-            delivery.replace(ranks.keep(delivery.grads))
+            delivery.replace(ranks.kept(delivery.grads))
         self._waiting = None
 
     def waiting(self) -> RowGradient:

@@ -316,10 +316,8 @@ class RemoteRequest(GroupRequest):
         """See `GroupRequest`."""
         if self._counts is None:
             return None
-        ranks = self.group.ranks
-        self.group.gradients.keep(ranks)
-        grads, counted = ranks.all_to_all_split(
-            grad.to(self.group.gradient_wire_dtype), *self._counts, torch.float32, counts
+        grads, counted = self.group.ranks.all_to_all_split(
+            grad.to(self.group.gradient_wire_dtype), *self._counts, torch.float32, counts, self.group.gradients.keep
         )
         # The rows from one rank are distinct, but several ranks may ask for the same row.
         bags = [Bags(len(part)) for part in grads]

@@ -77,8 +77,11 @@ def train(ranks: Ranks, variable: str, wire_dtype: torch.dtype | None) -> tuple[
     ranks = job_ranks()
     features = [et.FeatureSpec("item"), et.FeatureSpec("history", "item", pooling="mean")]
     features += [et.FeatureSpec("bought", "item", pooling="sum", pool_at="owner")]
+    # Tables of four lengths, whose gradients are sent one after the other.
+    others = [et.TableSpec(f"other{dim}", 40, dim) for dim in (4, 5, 6)]
+    features += [et.FeatureSpec(spec.name) for spec in others]
     tables = et.EmbeddingCollection(
-        [et.TableSpec("item", 90, 12)], features, ranks=ranks, seed=3, wire_dtype=wire_dtype
+        [et.TableSpec("item", 90, 12), *others], features, ranks=ranks, seed=3, wire_dtype=wire_dtype
     )
     optimizer = et.optim.RowwiseAdagrad(tables, lr=0.3, max_grad_norm=0.5)
     for step in range(6):
@@ -86,10 +89,12 @@ def train(ranks: Ranks, variable: str, wire_dtype: torch.dtype | None) -> tuple[
         for _ in range(1 + step % 2):  # some steps are of several batches
             bags = [torch.randint(0, 90, (n,), generator=generator).tolist() for n in (5, 0, 9)]
             out = tables(dict.fromkeys(("item", "history", "bought"), et.Jagged.from_lists(bags)))
-            (out["item"].square().sum() + out["history"].sin().sum() + out["bought"].cos().sum()).backward()
+            loss = out["item"].square().sum() + out["history"].sin().sum() + out["bought"].cos().sum()
+            more = tables({spec.name: torch.randint(0, 40, (30,), generator=generator) for spec in others})
+            (loss + sum(vectors.exp().sum() for vectors in more.values())).backward()
         optimizer.step()
         optimizer.zero_grad()
-    found = [tables.gather_table("item"), tables.gather_table("item", "accumulator")]
+    found = [tables.gather_table(name, state) for name in tables.shards for state in ("weight", "accumulator")]
     return isinstance(ranks, SharedMemoryRanks), found
 
 

@@ -47,15 +47,25 @@ def talk(ranks: Ranks) -> list[object]:
     ]
 
 
+class Keeper:
+    """Holds rows that other ranks sent, through later calls."""
+
+    def __init__(self) -> None:
+        self.rows: list[torch.Tensor | None] = []
+
+    def keep(self, ranks: Ranks) -> None:
+        self.rows = ranks.kept(self.rows)
+
+
 def split(ranks: Ranks, own: torch.Tensor, send: list[int], receive: list[int]) -> list[torch.Tensor]:
-    """Sends rows with numbers, and reads them after another call."""
-    rows = own[: sum(send)]
-    came, numbers = ranks.all_to_all_split(rows, send, receive, rows.dtype, rows[:, 0].float())
-    kept = ranks.keep(came)
+    """Sends rows with numbers, and reads them after three more calls."""
+    keeper, rows = Keeper(), own[: sum(send)]
+    came, numbers = ranks.all_to_all_split(rows, send, receive, rows.dtype, rows[:, 0].float(), keeper.keep)
+    keeper.rows = [*came]
     assert numbers is not None
-    ranks.all_to_all_split(rows + 1, send, receive, rows.dtype, rows[:, 0].float() + 1)
-    ranks.all_to_all_split(rows + 1, send, receive, rows.dtype, rows[:, 0].float() + 1)
-    return [*(part for part in kept if part is not None), numbers]
+    for _ in range(3):
+        ranks.all_to_all_split(rows + 1, send, receive, rows.dtype, rows[:, 0].float() + 1)
+    return [*(part for part in keeper.rows if part is not None), numbers]
 
 
 def written(ranks: Ranks, own: torch.Tensor, send: list[int], receive: list[int], is_kept: bool) -> list[torch.Tensor]:
