@@ -153,12 +153,13 @@ void embedtrain_sort_terms(const int64_t* rows, int64_t num_values, const struct
                            int64_t num_features, const struct EmbedtrainRun* runs, int64_t num_runs, int64_t num_rows,
                            int term_bits, int num_threads, uint64_t* words, int64_t* num_outside);
 
-// Updates rows by row-wise Adagrad. factor: multiplies every sum of the gradient; damping: null for none; rounding_keys: [num_touched] for bfloat16 weights, null for
-// float32; max_norm: infinity for no limit. num_outside: number of rows outside [0, num_rows), plus the number of
-// damping tables and other indices out of range; if positive, nothing is updated.
-void embedtrain_rowwise_adagrad(void* weight, float* accumulator, const struct EmbedtrainGradient* gradient, float factor,
-                                const struct EmbedtrainDamping* damping, int64_t num_rows, int64_t dim, float lr,
-                                float eps, float weight_decay, int decoupled, float max_norm,
+// Updates rows by row-wise Adagrad. factor: multiplies every sum of the gradient; damping: null for none;
+// rounding_keys: [num_touched] for bfloat16 weights, null for float32; max_norm: infinity for no limit. num_outside:
+// number of rows outside [0, num_rows), plus the number of damping tables and other indices out of range; if positive,
+// nothing is updated.
+void embedtrain_rowwise_adagrad(void* weight, float* accumulator, const struct EmbedtrainGradient* gradient,
+                                float factor, const struct EmbedtrainDamping* damping, int64_t num_rows, int64_t dim,
+                                float lr, float eps, float weight_decay, int decoupled, float max_norm,
                                 const int64_t* rounding_keys, int num_threads, int64_t* num_outside);
 
 // Sums gradients and updates float32 rows by row-wise Adagrad in one pass. words: [num_values], from
@@ -172,9 +173,10 @@ void embedtrain_rowwise_adagrad_of_terms(float* weight, float* accumulator, int6
 // Updates rows by running moments. first: [num_rows, dim] or null; second: null, [num_rows] or [num_rows, dim] for a
 // second_kind of 0, 1 or 2. factor, damping, rounding_keys and num_outside: as in embedtrain_rowwise_adagrad.
 void embedtrain_moment_update(void* weight, float* first, float* second, const struct EmbedtrainGradient* gradient,
-                              float factor, const struct EmbedtrainDamping* damping, const int64_t* rounding_keys, int second_kind,
-                              int64_t num_rows, int64_t dim, const struct EmbedtrainCoefficients* coefficients,
-                              int num_threads, int64_t* num_outside);
+                              float factor, const struct EmbedtrainDamping* damping, const int64_t* rounding_keys,
+                              int second_kind, int64_t num_rows, int64_t dim,
+                              const struct EmbedtrainCoefficients* coefficients, int num_threads,
+                              int64_t* num_outside);
 
 // Sums weighted outer products of rows. source: [num_source_rows, dim] float32 or bfloat16; rows and weights:
 // [num_rows], the weights not negative; result: [dim, dim], output. num_outside: number of rows outside
@@ -225,8 +227,8 @@ void embedtrain_spread_keys(struct EmbedtrainIds* features, int64_t num_features
 // Publishes that this rank's part of exchange `number` is written.
 void embedtrain_publish(void* own_region, int64_t number);
 
-// Copies bytes that another process has written last or will read next. Their cache lines lie in another core's cache, so
-// it takes long to get each, and the hardware does not prefetch across the small pages of shared memory.
+// Copies bytes that another process has written last or will read next. Their cache lines lie in another core's cache,
+// so it takes long to get each, and the hardware does not prefetch across the small pages of shared memory.
 void embedtrain_copy(const void* source, void* target, int64_t bytes);
 
 // Waits until all ranks have published exchange `number`, for at most `patience_ms` per rank. regions: [num_regions];

@@ -8,7 +8,8 @@
 
 namespace embedtrain {
 
-// Number of gradients that are summed and damped at once. They stay in the innermost cache until the update reads them.
+// Number of gradients that are summed and damped at once. They stay in the innermost cache until the update reads
+// them.
 constexpr int64_t kRowsAtOnce = 32;
 
 // Returns the number of rows whose table is out of range; 0 without damping.

@@ -13,7 +13,8 @@ namespace embedtrain {
 
 class RowGradients {
   public:
-    // factor: multiplies every sum. dim: dimension of a row. damping: null for none. Uses slots 0 and 1 of the calling thread's scratch memory.
+    // factor: multiplies every sum. damping: null for none. dim: dimension of a row. Uses slots 0 and 1 of the calling
+    // thread's scratch memory.
     RowGradients(const EmbedtrainGradient& gradient, float factor, const EmbedtrainDamping* damping, int64_t dim,
                  int num_parts);
 

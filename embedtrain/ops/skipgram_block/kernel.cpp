@@ -128,7 +128,7 @@ EMBEDTRAIN_INLINE void load_bits(Bits<Vector>& bits, const int32_t* source) {
 // What each logit of a vector means. The compiler turns conditions that combine comparisons of 512-bit vectors into
 // branches per lane, so they are masks.
 struct Signs {
-    float factors[2 * kSlots] = {};  // twice the same, because a vector may hold the logits of two contexts
+    float factors[2 * kSlots] = {};    // twice the same, because a vector may hold the logits of two contexts
     int32_t counted[2 * kSlots] = {};  // all bits for a logit that counts, none for one that is skipped
     int32_t flipped[2 * kSlots] = {};  // the sign bit for the centre, none for a negative
 
@@ -144,7 +144,9 @@ struct Signs {
 template <typename Vector>
 EMBEDTRAIN_INLINE void slopes_in_place(float* logits, const Signs& signs, Loss<Vector>& loss) {
     const auto bits = [](const Vector& v) __attribute__((always_inline)) { return reinterpret_cast<Bits<Vector>>(v); };
-    const auto values = [](const Bits<Vector>& b) __attribute__((always_inline)) { return reinterpret_cast<Vector>(b); };
+    const auto values = [](const Bits<Vector>& b) __attribute__((always_inline)) {
+        return reinterpret_cast<Vector>(b);
+    };
     const Vector zero = {}, one = zero + 1.0f;
     Vector logit, factor;
     Bits<Vector> counted, flipped;
